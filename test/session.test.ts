@@ -291,7 +291,7 @@ t.test("blends, strengths and what a switch reports", async (t) => {
   t.same(session.inputNames, ["input_ids", "attention_mask", "token_type_ids"]);
   t.same(session.outputNames, ["logits"], "the probe's are hidden");
   t.same(session.tasks.get("five")!.metadata.labels, ["five 0", "five 1", "five 2", "five 3", "five 4"]);
-  t.throws(() => session.removeTask("two"), { message: /"two" is active/ });
+  t.throws(() => session.removeTask("two"), { message: /"two" is in use/ });
   session.removeTask("three");
   t.match(await refusal(() => session.switchTask("three")), { tag: "task" });
   for (const one of sessions) await one.close();

@@ -340,12 +340,13 @@ export class Runtime {
   }
 
   /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
-  async close(): Promise<void> {
-    await this.#queue;
-    if (this.#closed) return;
-    this.#closed = true;
-    this.#bench.backend.close();
-    await this.#parts.closeHost?.();
+  close(): Promise<void> {
+    return this.#enqueue(async () => {
+      if (this.#closed) return;
+      this.#closed = true;
+      this.#bench.backend.close();
+      await this.#parts.closeHost?.();
+    });
   }
 
   /** With `await using`. */

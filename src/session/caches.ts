@@ -89,7 +89,7 @@ export class CacheWatch {
     tasks?: readonly (string | null)[],
     keep: boolean | undefined = !tasks && active.keeps,
   ): (results: Tensors, fetches?: unknown) => void {
-    const states = tasks ? tasks.map((task) => this.#row(task)) : [active];
+    const states = tasks ? Array.from(tasks, (task) => this.#row(task)) : [active];
     for (const name of keep ? [] : this.#past) {
       const tensor = feeds[name];
       const found = holdsSome(tensor) ? (made.get(tensor) ?? made.get(memoryOf(tensor))) : undefined;

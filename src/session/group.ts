@@ -113,6 +113,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
   readonly #turns = new Turns();
   /** Options of the last switch, but for its signal. */
   #how: SessionSwitchOptions = {};
+  #task: Selection = null;
   #closed: Promise<void> | undefined;
 
   /** @internal Use `createSessions`, or the function of a binding. */
@@ -120,11 +121,12 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
     this.pack = pack;
     this.sessions = Object.fromEntries(sessions) as Record<Name, Session<T>>;
     this.#all = [...sessions.values()];
+    for (const session of this.#all) session.group = this;
   }
 
   /** What runs now belong to. */
   get task(): Selection {
-    return this.#all[0]!.task;
+    return this.#task;
   }
 
   /** The pack's tasks by id, with their metadata. */
@@ -152,6 +154,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
       }
       const { signal: _, ...others } = options;
       this.#how = others;
+      this.#task = asked;
       return sumOf(reports);
     });
   }

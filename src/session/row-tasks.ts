@@ -3,19 +3,22 @@
  * such run.
  */
 import type { TaskInput } from "../onnx/adapted.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { Pack, TaskInfo } from "../pack/pack.ts";
 import type { Mode } from "./base-values.ts";
 import { type Carrier, toFeeds } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { TaskValues } from "./values.ts";
 
-/** Values by task, with the blob that they were made of. */
-type RowValues = Map<string | null, { readonly bytes: Uint8Array | undefined; readonly values: TaskValues }>;
+/** Values of a task, and its entry in the pack, which is an object of its own for each task that ever came. */
+interface RowValues {
+  readonly entry: TaskInfo["metadata"] | undefined;
+  readonly values: TaskValues;
+}
 
 /** What a session gives to such runs. */
 export interface RowParts {
   readonly engine: Engine;
-  readonly pack: Pick<Pack, "load">;
+  readonly pack: Pick<Pack, "tasks">;
   readonly mode: Mode;
   readonly inputs: readonly TaskInput[];
   /** Names of the heads. */
@@ -26,7 +29,7 @@ export interface RowParts {
 export class RowTasks {
   readonly #parts: RowParts;
   /** Values of the tasks of the last run: the next one usually asks for the same. */
-  #known: RowValues = new Map();
+  #known: ReadonlyMap<string | null, RowValues> = new Map();
   /** Whether a task per row is known to reach its row. */
   #sure = false;
 
@@ -64,15 +67,18 @@ export class RowTasks {
     if (tasks.length === 0 || tasks.length !== batch) {
       throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
     }
-    if (tasks.length > 1) this.#sure ||= (await carrier.checkRows?.(feeds, tasks.length)) ?? true;
-    const wanted: RowValues = new Map();
-    for (const task of new Set(tasks)) {
-      // A task can be removed and another one added under its name.
-      const bytes = task === null ? undefined : (await pack.load(task)).bytes;
+    const valuesOf = async (task: string | null): Promise<RowValues> => {
+      const entry = pack.tasks.get(task!)?.metadata;
       const known = this.#known.get(task);
-      const values = known?.bytes === bytes && known ? known.values : await carrier.evaluator.read(task);
-      wanted.set(task, { bytes, values });
-    }
+      if (known && known.entry === entry) return known;
+      const { evaluator } = carrier;
+      return { entry, values: await evaluator.evaluate(await evaluator.load(task)) };
+    };
+    // All in one go, as they are now: a task can be removed and another one added under its name.
+    const wanted = new Map(
+      await Promise.all([...new Set(tasks)].map(async (task) => [task, await valuesOf(task)] as const)),
+    );
+    if (tasks.length > 1) this.#sure ||= (await carrier.checkRows?.(feeds, tasks.length)) ?? true;
     this.#known = wanted;
     return tasks.map((task) => wanted.get(task)!.values);
   }

@@ -164,6 +164,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly leftOut: readonly string[];
   /** @internal For `createTrainer`; undefined unless the session was made `trainable`. */
   readonly trainable: Trainable | undefined;
+  /** @internal Where it is one of several: they may have to go back to the task that they had. */
+  group?: { readonly task: Selection };
 
   readonly #engine: Engine;
   readonly #base: PreparedModel["base"];
@@ -309,9 +311,11 @@ export class Session<T extends SessionTypes = SessionTypes> {
     }
     return this.#timeline.run(async (active) => {
       this.#carrier.check?.();
-      const rows = tasks && (await (await this.#rowTasks()).feeds(tasks, own));
-      const { feeds } = rows ?? active;
+      const rowTasks = tasks && (await this.#rowTasks());
+      // In one go with reading the tasks: another one may come under an id.
       const made = this.#caches?.check(own, active.state, tasks, keepCache);
+      const rows = await rowTasks?.feeds(tasks!, own);
+      const { feeds } = rows ?? active;
       const result = await this.#engine.run(active.model, { ...this.#idle, ...own, ...feeds }, fetches, options);
       made?.(result, fetches);
       return rows ? Object.defineProperty(result, "validColumns", { value: rows.valid, enumerable: false }) : result;
@@ -338,9 +342,9 @@ export class Session<T extends SessionTypes = SessionTypes> {
   /** @throws TaskError when there is no such task, or it is active or being switched to */
   removeTask(id: string): void {
     this.#live();
-    for (const task of [this.#active.task, this.#coming])
+    for (const task of [this.#active.task, this.#coming, this.group?.task])
       if (task === id || (typeof task === "object" && Object.keys(task ?? {}).includes(id)))
-        throw new TaskError(`task "${id}" is active, or about to be; switch to another first`, { task: id });
+        throw new TaskError(`task "${id}" is in use; switch to another first`, { task: id });
     this.pack.removeTask(id);
   }
 

@@ -119,7 +119,7 @@ const BATCHES_TO_SOLVE = 24;
  * components are solved to lose least of the answers instead of ΔW, and taken where they do on the texts held back. The head is trained
  * too: what a few components make of a text is not quite what the adapter's head was trained on, and another head costs no bytes.
  * @param session made with `trainable: true`
- * @throws TaskError when the task is not in the pack, brings what cannot be trained, or has other labels than the adapter
+ * @throws TaskError when the task is not in the pack, leaves it meanwhile, brings what cannot be trained, or has other labels than the adapter
  * @throws RangeError, TypeError for too few texts, and as `createTrainer` and `Trainer.fit`
  * @example
  * const { file, kept, divergenceBefore, divergenceAfter } = await distill(session, { adapter, texts, encode });
@@ -133,6 +133,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const all = checkedQuestions(options);
   checkNumbers("distill", options, { steps: "count", batch: "whole", holdout: "between" });
   const { pack } = session;
+  const entry = pack.tasks.get(id);
   const blob = await pack.load(id, { signal });
   const head = trainableHead(pack, id, blob);
   // The adapter is not asked what no step would see.
@@ -180,7 +181,9 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const divergenceAfter = await trainer.divergence(judges);
   const better = divergenceAfter < divergenceBefore;
   const kept = better ? parseTaskFile(trained, "the distilled task").blob : await pack.stored(id);
-  const file = encodeTaskFile(pack.tasks.get(id)!, pack.basisId, kept);
+  if (pack.tasks.get(id)?.metadata !== entry!.metadata)
+    throw new TaskError(`task "${id}" was removed or replaced while it was distilled`, { task: id });
+  const file = encodeTaskFile(entry!, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
 }
 

@@ -5,11 +5,13 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
+import { BackendError } from "../errors.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
+import { Turns } from "../session/turns.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
@@ -40,10 +42,11 @@ export type DivergenceByTask = ReadonlyMap<string, number>;
 
 /** Asks packs of the same adapters, one after the other. */
 export interface PackJudge {
+  /** @throws BackendError when it was closed */
   byTask(pack: Pack): Promise<DivergenceByTask>;
   /** The mean over tasks, as `searchPack` takes it. */
   judge(pack: Pack): Promise<number>;
-  /** Frees the session that answers. */
+  /** Frees the session that answers, once it has answered all that was asked before. */
   close(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
 }
@@ -73,33 +76,41 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
   if (all.length === 0) throw new RangeError("createJudge: no texts");
   const asked = shuffle([...all], uniform(seed)).slice(0, most);
   let session: Session | undefined;
+  let closed = false;
+  // One session serves all packs, and none is left when it closes.
+  const turns = new Turns();
   let lessons: Lessons<BatchFeeds> | undefined;
   let rows: readonly Row<BatchFeeds>[] | undefined;
   const expected = new Map<string, ReadonlyMap<Row<BatchFeeds>, Distribution[]>>();
-  const byTask = async (pack: Pack): Promise<DivergenceByTask> => {
+  const ask = async (pack: Pack): Promise<DivergenceByTask> => {
+    if (closed) throw new BackendError("this judge is closed; make a new one", { backend: engine.name });
     const open = (session ??= await createSession(engine, model, pack, { trainable: true, names }));
     lessons ??= lessonsOf(open, options);
     rows ??= await lessons.ask(asked, "createJudge");
-    const ask = { where: "createJudge", lessons, signal };
+    const how = { where: "createJudge", lessons, signal };
     const found = new Map<string, number>();
     for (const adapter of adapters) {
-      const { id } = adapter;
-      const head = headOf(adapter);
-      if (!expected.has(id)) expected.set(id, await answersOf(open, adapter, head, rows, ask));
+      const [id, head] = [adapter.id, headOf(adapter)];
+      if (!expected.has(id)) expected.set(id, await answersOf(open, adapter, head, rows, how));
       const between = new MeanDivergence();
       const task = await taskAdapter(pack, id);
-      for await (const { row, logits } of askAdapter(open, task, head, rows, ask)) {
-        between.add(expected.get(id)!.get(row)!, logits);
+      try {
+        for await (const { row, logits } of askAdapter(open, task, head, rows, how)) {
+          between.add(expected.get(id)!.get(row)!, logits);
+        }
+      } finally {
+        await task.close();
       }
-      await task.close();
       found.set(id, between.mean);
     }
     return found;
   };
-  const close = async (): Promise<void> => {
-    await session?.close();
-    session = undefined;
-  };
+  const byTask: PackJudge["byTask"] = (pack) => turns.change(() => ask(pack));
+  const close: PackJudge["close"] = () =>
+    turns.change(async () => {
+      closed = true;
+      await session?.close();
+    });
   return {
     byTask,
     async judge(pack) {

@@ -17,7 +17,7 @@ import { sha256 } from "../format/hash.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { Pack, TaskInfo } from "../pack/pack.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { toHex } from "../tensor/hex.ts";
@@ -45,12 +45,28 @@ export async function repack(
   parameters: Float32Array<ArrayBuffer>,
   learned: TaskToWrite,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  const shared = await pack.bases();
-  const bases = shared.bytes;
+  // All at once, with the entries: a task may be removed or replaced while others are read.
+  const read = [...pack.tasks.values()].map(async (entry) => ({ entry, blob: await pack.load(entry.id) }));
+  const old = await Promise.all(read);
+  const bases = await pack.bases();
+  try {
+    return await repacked(pack, terms, parameters, bases.bytes, old, learned);
+  } finally {
+    bases.close();
+  }
+}
+
+async function repacked(
+  pack: Pack,
+  terms: Terms,
+  parameters: Float32Array<ArrayBuffer>,
+  bases: Uint8Array,
+  old: readonly { readonly entry: TaskInfo; readonly blob: TaskBlob }[],
+  learned: TaskToWrite,
+): Promise<Uint8Array<ArrayBuffer>> {
   const places = pack.modules.map((module) => placeOf(module, bases, terms, parameters));
   const tasks: TaskToWrite[] = [];
-  for (const entry of pack.tasks.values()) {
-    const blob = await pack.load(entry.id);
+  for (const { entry, blob } of old) {
     const solved = blob.terms.map((term) => solve(blob, term, places[term.module]!, bases));
     const saved = blob.parameters.map((one) => ({ ...one, ...stored(blob.bytes, one.tensor) }));
     tasks.push({ entry, blob: encodeTask(solved, saved) });
@@ -67,7 +83,6 @@ export async function repack(
   });
   const made = encodeBasis({ ...pack.directory.basis, producer: `eigenlora ${VERSION}`, modules });
   const chunks = await layoutFresh({ ...made, basisId: toHex(await sha256(made.description, made.bases)), tasks });
-  shared.close();
   return new Uint8Array(await new Blob(chunks as BlobPart[]).arrayBuffer());
 }
 

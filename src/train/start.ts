@@ -164,8 +164,7 @@ interface Moments {
 
 async function momentsOf(pack: Pack, terms: Terms, signal?: AbortSignal): Promise<Map<TrainedParameter, Moments>> {
   const all = new Map<TrainedParameter, Moments>();
-  for (const id of [...pack.tasks.keys()].slice(0, MOST_DONORS)) {
-    const blob = await pack.load(id, { signal });
+  for (const blob of await firstTasks(pack, MOST_DONORS, signal)) {
     for (const parameter of terms.parameters) {
       const tensor = parameter.kind.startsWith("alpha") ? tensorOf(pack, blob, parameter) : undefined;
       if (!tensor) continue;
@@ -226,11 +225,15 @@ function fillCoefficients(
   }
 }
 
+/** Asked for all at once: one that is removed while others are read has been there. */
+function firstTasks(pack: Pack, count: number, signal?: AbortSignal): Promise<TaskBlob[]> {
+  return Promise.all([...pack.tasks.keys()].slice(0, count).map((id) => pack.load(id, { signal })));
+}
+
 /** The rank that most of a pack's first tasks have; 8 where there are none. */
 export async function usualRank(pack: Pack): Promise<number> {
   const counts = new Map<number, number>();
-  for (const id of [...pack.tasks.keys()].slice(0, 8)) {
-    for (const { A, rank } of (await pack.load(id)).terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
-  }
+  for (const { terms } of await firstTasks(pack, 8))
+    for (const { A, rank } of terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
   return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0] ?? 8;
 }

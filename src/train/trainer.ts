@@ -142,8 +142,7 @@ export class Trainer<Feeds = unknown> {
     rows: readonly Row<Feeds>[],
     options: FitOptions & Stepped & Tested,
   ): AsyncGenerator<TrainingStep, void, void> {
-    this.#refuseBusy("fit");
-    this.#busy = true;
+    this.#occupy("fit");
     try {
       yield* this.#fit(rows, options);
     } finally {
@@ -239,10 +238,15 @@ export class Trainer<Feeds = unknown> {
    * @param task of the pack, or a task file made for it
    * @throws TaskError when there is no such task, or it is of another rank or basis
    * @throws FormatError when the file is damaged
+   * @throws TypeError while `fit` or another `begin` is at work
    */
   async begin(task: string | Uint8Array<ArrayBuffer>): Promise<void> {
-    this.#refuseBusy("begin");
-    this.#state = await startState(this.#subject, await readDonor(this.#subject.pack, task), this.#random);
+    this.#occupy("begin");
+    try {
+      this.#state = await startState(this.#subject, await readDonor(this.#subject.pack, task), this.#random);
+    } finally {
+      this.#busy = false;
+    }
   }
 
   /**
@@ -321,10 +325,11 @@ export class Trainer<Feeds = unknown> {
     checkOptions("pack", options, TASK_OPTIONS);
     const { pack, terms } = this.#subject;
     const { id = "task" } = options;
+    const { repack } = await import("./repack.ts");
+    // From here on as all is now: steps may be taken, and tasks added, while the pack is read.
     if (pack.tasks.has(id))
       throw new TaskError(`a task "${id}" already exists: give the new one another \`id\``, { task: id });
-    const { repack } = await import("./repack.ts");
-    return repack(pack, terms, this.#learned().parameters, this.#task(options));
+    return repack(pack, terms, this.#learned().parameters.slice(), this.#task(options));
   }
 
   #task({ metadata, ...options }: TaskFileOptions & Stepped): TaskToWrite {
@@ -338,7 +343,9 @@ export class Trainer<Feeds = unknown> {
     throw new TypeError("this trainer has learned nothing yet: call fit first");
   }
 
-  #refuseBusy(name: string): void {
+  /** Whoever calls it sets it free. @throws TypeError while another call changes what is learned */
+  #occupy(name: string): void {
     if (this.#busy) throw new TypeError(`${name}: this trainer is at work; wait for its end`);
+    this.#busy = true;
   }
 }
