@@ -3,7 +3,8 @@
  * such run.
  */
 import type { TaskInput } from "../onnx/adapted.ts";
-import type { Pack, TaskInfo } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
+import type { TaskInfo } from "../pack/task-info.ts";
 import type { Mode } from "./base-values.ts";
 import { type Carrier, toFeeds } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
