@@ -160,10 +160,8 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const fixed = options.learningRates?.terms === 0;
   const solved = fixed ? undefined : await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
   const start = await betterStart(trainer, id, solved, { judges, before: divergenceBefore, asStored });
-  const {
-    temperature = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1,
-  } = options;
-  const { weightDecay, clip, warmup, decay } = options;
+  const sure = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1;
+  const { temperature = sure, weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
     learningRates: ratesOf(lessons.tokens, start, steps, options.learningRates),
