@@ -18,6 +18,7 @@ const TESTS = [
   "weights",
   "trust",
   "peft-mutants",
+  "pairs",
 ];
 
 const names = process.argv.slice(2);
