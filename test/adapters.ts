@@ -1,10 +1,7 @@
 /** What tests of adapter readers share: files made of a few shapes, and an adapter's weights by the definitions. */
 import { readFileSync } from "node:fs";
-import type { Adapter, AdapterModule } from "../dist/src/adapters/adapter.js";
-import { openSource } from "../dist/src/open-source.js";
-import { f32ToBf16, f32ToF16 } from "../dist/src/tensor/dtypes.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
+import { type Adapter, type AdapterModule, type SafetensorsEntry, writeSafetensors } from "eigenlora/build";
+import { f32ToBf16, f32ToF16, openSafetensors, openSource } from "./internals.ts";
 
 export interface Tensor {
   shape: readonly number[];

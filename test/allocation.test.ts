@@ -1,10 +1,10 @@
 /**
  * Bit allocation: against every combination of choices where there are few enough to try them all.
  */
+import type { Dtype } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
-import { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
-import { type Dtype, tensorBytes } from "../dist/src/tensor/dtypes.js";
+import { allocateBytes, allocateError, type Spectrum, tensorBytes } from "./internals.ts";
 
 const SHARES: readonly (readonly [Dtype, number])[] = [
   ["int4", 0.0105],

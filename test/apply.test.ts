@@ -2,15 +2,13 @@
  * runtime.apply: the unfolded term of a batch, held against x·ΔWᵀ in f64 with the ΔW of an independent implementation, on
  * every backend, for every kind of term, one task or one per row, from arrays and from buffers of a device.
  */
+import { createRuntime, openPack, type View } from "eigenlora";
 import t from "tap";
-import type { View } from "../dist/src/base/host.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
-import { uniform } from "../dist/src/tensor/random.js";
 import { backends, dawnMissing } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
 import { relativeDifference, tensorsOf } from "./compare.ts";
 import { countingDevice } from "./counting-device.js";
+import { uniform } from "./internals.ts";
 import { data, packOf } from "./packs.ts";
 
 /** ΔW of the golden pack, written by numpy. */

@@ -1,8 +1,5 @@
 /** What a public function says when it is given something else than it takes. */
-import { build } from "esbuild";
-import t from "tap";
-import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+import * as eigenlora from "eigenlora";
 import {
   adapterStatistics,
   assemblePack,
@@ -21,13 +18,16 @@ import {
   taskAdapter,
   tasksOf,
   writeStatistics,
-} from "../dist/src/build.js";
-import * as errors from "../dist/src/errors.js";
-import { findAdapters, folderStore, readAdapters } from "../dist/src/node.js";
-import { openOnnxHost } from "../dist/src/onnx/index.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
+} from "eigenlora/build";
+import { findAdapters, folderStore, readAdapters } from "eigenlora/node";
+import { openOnnxHost } from "eigenlora/onnx";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import { build } from "esbuild";
+import t from "tap";
+import { checkChoice, checkOptions, nearest } from "./internals.ts";
 import { data } from "./packs.ts";
+
+const { createRuntime, openPack } = eigenlora;
 
 /** Calls that the compiler would refuse. */
 const wrong = (value: unknown): never => value as never;
@@ -216,13 +216,13 @@ t.test("the public functions of building and training", async (t) => {
 });
 
 t.test("an error's name is its class, also minified", async (t) => {
-  const contents = 'export * from "./dist/src/errors.js"';
+  const contents = 'export * from "eigenlora"';
   const stdin = { contents, resolveDir: new URL("..", import.meta.url).pathname };
   const { outputFiles } = await build({ stdin, bundle: true, minify: true, format: "esm", write: false });
   const url = `data:text/javascript,${encodeURIComponent(outputFiles[0]!.text)}`;
-  const minified = (await import(url)) as typeof errors;
+  const minified = (await import(url)) as typeof eigenlora;
   for (const { FormatError, TaskError, BaseMismatchError, AdapterError, SourceError, BackendError } of [
-    errors,
+    eigenlora,
     minified,
   ]) {
     for (const [error, name] of [

@@ -5,10 +5,8 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
-import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openSource } from "../dist/src/open-source.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { run as eigenlora, json, workIn } from "./command-line.ts";
+import { fromBinary, ModelProtoSchema, openSafetensors, openSource, toBinary } from "./internals.ts";
 import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 

@@ -2,27 +2,25 @@
  * Ways of packing that trade bytes for behaviour: less rank, private terms, a budget, and the search over all of them. Errors are
  * held against ΔW as the adapters' own files give it, and against numpy's singular values.
  */
-
+import { openPack, type Term } from "eigenlora";
+import {
+  type Adapter,
+  type Allocation,
+  type BuildOptions,
+  type Built,
+  buildPack,
+  type Goal,
+  projectAdapters,
+  searchPack,
+  taskAdapter,
+  type Way,
+} from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEngine } from "eigenlora/onnxruntime";
+import { createJudge, inputMoments } from "eigenlora/train";
 import t from "tap";
-import { createEngine } from "../dist/bindings/ort-engine.js";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { distilled } from "../dist/src/cli/distilled.js";
-import { createOutput } from "../dist/src/cli/output.js";
-import type { Allocation } from "../dist/src/extract/allocation.js";
-import { deltaError, relative } from "../dist/src/extract/error.js";
-import { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
-import { type BuildOptions, type Built, buildPack } from "../dist/src/pack/build.js";
-import { taskAdapter } from "../dist/src/pack/expand.js";
-import type { Goal } from "../dist/src/pack/goal.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { completeDtypes } from "../dist/src/pack/report.js";
-import { searchPack } from "../dist/src/pack/search.js";
-import type { Way } from "../dist/src/pack/ways.js";
-import type { Term } from "../dist/src/tensor/term.js";
-import { createJudge, inputMoments } from "../dist/src/train/index.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
+import { completeDtypes, createOutput, DEFAULT_ERROR, deltaError, distilled, relative } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import {
   difference,

@@ -3,8 +3,8 @@
  * fails where EIGENLORA_REQUIRE lists it.
  */
 import { setFlagsFromString } from "node:v8";
-import type { BackendOptions } from "../dist/src/backends/select.js";
-import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
+import type { BackendOptions } from "eigenlora";
+import { createWebgpuBackend } from "./internals.ts";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway.
 setFlagsFromString("--experimental-wasm-relaxed-simd");

@@ -3,11 +3,9 @@
  * here too, so that no code of the package judges itself. Not a test file: see backends.test.ts
  * and backends-chromium.test.ts.
  */
+import type { Dtype, FloatDtype } from "eigenlora";
 import fc from "fast-check";
-import type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
-import type { Dtype, FloatDtype } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { uniform } from "../dist/src/tensor/random.js";
+import { type Backend, type Block, encodeTensor, type FoldJob, type Slice, uniform } from "./internals.ts";
 import type { SuiteTest } from "./stand-in.ts";
 
 const FLOATS: FloatDtype[] = ["f32", "f16", "bf16"];

@@ -3,10 +3,10 @@
  * backends-chromium.test.ts.
  */
 /// <reference types="@webgpu/types" />
-import { type BackendOptions, createBackend } from "../dist/src/backends/select.js";
-import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
+import type { BackendOptions } from "eigenlora";
 import { backendSuite } from "./backend-suite.ts";
 import { checkGolden, type Golden } from "./compare.ts";
+import { createBackend, createWebgpuBackend } from "./internals.ts";
 import { type Finding, record } from "./stand-in.ts";
 
 export interface Entry {

@@ -3,9 +3,9 @@
  * a window and in a dedicated worker.
  */
 import { readFile } from "node:fs/promises";
+import type { BackendOptions } from "eigenlora";
 import type { Page } from "playwright-core";
 import t from "tap";
-import type { BackendOptions } from "../dist/src/backends/select.js";
 import type { Entry } from "./backends-browser.ts";
 import { bundle, noChromium, openPage } from "./browser.ts";
 import type { Golden } from "./compare.ts";

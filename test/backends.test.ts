@@ -1,22 +1,25 @@
 /** The backend suite on every backend, and what only some of them have: agreement, allocator, Gram, checksums. */
 import { setFlagsFromString } from "node:v8";
+import type { FloatDtype } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
-import type { Backend } from "../dist/src/backends/backend.js";
-import { createJsBackend } from "../dist/src/backends/js.js";
-import { createWasmBackend } from "../dist/src/backends/wasm.js";
-import { WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
-import { createHeap } from "../dist/src/backends/wasm-memory.js";
-import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
-import { symmetricEigen } from "../dist/src/extract/eigen.js";
-import { transpose } from "../dist/src/extract/linalg.js";
-import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-import type { FloatDtype } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { uniform } from "../dist/src/tensor/random.js";
 import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, values } from "./backend-suite.ts";
 import { countingDevice } from "./counting-device.js";
+import {
+  type Backend,
+  createHeap,
+  createJsBackend,
+  createWasmBackend,
+  createWasmProducts,
+  createWebgpuBackend,
+  encodeTensor,
+  symmetricEigen,
+  transposeMatrix as transpose,
+  uniform,
+  WASM_VARIANTS,
+  type WasmVariant,
+} from "./internals.ts";
 import { required } from "./required.ts";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.

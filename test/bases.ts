@@ -1,10 +1,7 @@
 /** Bases of seeded values for modules of a pack. */
-
-import type { Tensor } from "../dist/src/base/host.js";
-import type { FloatDtype } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { uniform } from "../dist/src/tensor/random.js";
+import type { FloatDtype, Tensor } from "eigenlora";
 import { values } from "./backend-suite.ts";
+import { encodeTensor, uniform } from "./internals.ts";
 import { concat } from "./packs.ts";
 
 type Modules = readonly { name: string; out: number; in: number }[];

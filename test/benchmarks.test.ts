@@ -4,11 +4,11 @@ import { readdirSync } from "node:fs";
 import { writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { openPack } from "eigenlora";
 import t from "tap";
 import { choice, flag, number, type Option, text } from "../benchmarks/lib/arguments.js";
 import { blendedPack } from "../benchmarks/lib/llm-memory.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import { decodeTensor } from "./internals.ts";
 import { packOf } from "./packs.ts";
 
 const folder = new URL("../benchmarks/", import.meta.url);

@@ -3,7 +3,7 @@
  */
 import * as all from "onnxruntime-web/all";
 import * as webgpu from "onnxruntime-web/webgpu";
-import { optionsFor } from "../dist/bindings/ort-engine.js";
+import { optionsFor } from "./internals.ts";
 import { train } from "./training.js";
 
 for (const { env } of [all, webgpu]) {

@@ -2,9 +2,9 @@
  * `eigenlora/build` where there are no files: nothing of it asks for Node, and a page packs adapters to the same bytes.
  */
 import { readFile } from "node:fs/promises";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { buildPack } from "../dist/src/pack/build.js";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { concat, data } from "./packs.ts";
 
@@ -12,7 +12,7 @@ const IDS = ["debtags-role", "sections-0"];
 const OPTIONS = { gauge: "balanced", select: { kind: "k", k: 4 }, dtype: { basis: "int8" } } as const;
 
 t.test("a bundle for browsers holds nothing of Node", async (t) => {
-  const text = new TextDecoder().decode(await bundle(`export * from "../dist/src/build.js";`));
+  const text = new TextDecoder().decode(await bundle(`export * from "eigenlora/build";`));
   t.notMatch(text, /node:|require\(/);
   t.match(text, /readPeft/);
 });
@@ -26,7 +26,7 @@ t.test("packing in a page gives the same bytes as in Node", { skip: noChromium }
   files.set(
     "page.js",
     await bundle(`
-      import { buildPack, readPeft, searchPack } from "../dist/src/build.js";
+      import { buildPack, readPeft, searchPack } from "eigenlora/build";
       const json = async (path) => (await fetch(path)).json();
       const adapters = await Promise.all(${JSON.stringify(IDS)}.map(async (id) => readPeft({
         id,

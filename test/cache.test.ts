@@ -2,13 +2,11 @@
 import { mkdtemp, readdir, readFile, rm, utimes, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { cachedSource, type RangeStore } from "eigenlora/cache";
+import { folderStore, readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { cachedSource } from "../dist/src/cache/cached.js";
-import { folderStore } from "../dist/src/cache/folder.js";
-import type { RangeStore } from "../dist/src/cache/store.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { concat, data } from "./packs.ts";
 import { type RangeServer, serve } from "./range-server.ts";
@@ -277,8 +275,8 @@ t.test("other servers, other sources", async (t) => {
 
 t.test("in Chromium, after a reload", { skip: noChromium }, async (t) => {
   const script = `
-    import { cachedSource, cacheStore, opfsStore } from "../dist/src/cache/index.js";
-    import { openPack } from "../dist/src/pack/pack.js";
+    import { cachedSource, cacheStore, opfsStore } from "eigenlora/cache";
+    import { openPack } from "eigenlora";
     async function use(store) {
       const source = cachedSource("/a.eigen", store);
       const pack = await openPack(source);
@@ -321,7 +319,7 @@ t.test("in Chromium, after a reload", { skip: noChromium }, async (t) => {
 t.test("what a browser hides is said", { skip: noChromium }, async (t) => {
   const { url } = await server(t);
   const script = `
-    import { openPack } from "../dist/src/pack/pack.js";
+    import { openPack } from "eigenlora";
     globalThis.answer = openPack(${JSON.stringify(`${url}?key=secret`)}, { retries: 0 }).catch(({ message, transient }) => ({ message, transient }));`;
   const page = await openPage(t, new Map([["page.js", await bundle(script)]]));
   const { message, transient } = (await answerOf(page)) as { message: string; transient: boolean };

@@ -5,17 +5,23 @@
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSessions } from "eigenlora/onnxruntime";
+import type { MatchOptions } from "eigenlora/session";
 import t from "tap";
-import { createEigenSessions } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { runProgram } from "../dist/src/cli/program.js";
-import { create, fromBinary, ModelProtoSchema, TensorProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { readModel } from "../dist/src/onnx/read.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import type { MatchOptions } from "../dist/src/session/match.js";
-import { type Survey, surveyModel } from "../dist/src/session/survey.js";
+import {
+  create,
+  fromBinary,
+  ModelProtoSchema,
+  readModel,
+  runProgram,
+  type Survey,
+  surveyModel,
+  TensorProtoSchema,
+  toBinary,
+} from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { MODES, NODE, open, refusal } from "./sessions.ts";
 
@@ -25,9 +31,8 @@ t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 20
 /** A pack of adapters under test/data; its path. */
 async function pack(name: string, adapters: readonly string[], base?: string): Promise<string> {
   const read = await readAdapters(adapters.map((path) => data(path)));
-  const host = base === undefined ? undefined : await openHost(data(base));
+  const host = base === undefined ? undefined : data(base);
   const { chunks } = await buildPack(read, { ...LOSSLESS, base: host, anyBase: true });
-  await host?.close?.();
   for (const adapter of read) await adapter.close();
   writeFileSync(join(folder, name), concat(chunks));
   return join(folder, name);

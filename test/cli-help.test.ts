@@ -3,7 +3,7 @@ import { spawnSync } from "node:child_process";
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import t from "tap";
-import { runProgram } from "../dist/src/cli/program.js";
+import { COMMAND_LINE, runProgram } from "./internals.ts";
 
 interface Answer {
   status: number | null;
@@ -116,7 +116,7 @@ t.test("the program that is installed", async (t) => {
 });
 
 t.test("nothing but the bundled parser: the package has one dependency", async (t) => {
-  const bundle = await readFile(new URL("../dist/src/cli/commander.js", import.meta.url), "utf8");
+  const bundle = await readFile(new URL("commander.js", COMMAND_LINE), "utf8");
   t.notMatch(bundle, /from "commander"/);
   t.match(bundle, /The MIT License[\s\S]*Copyright \(c\) 2011 TJ Holowaychuk/, "its licence comes with it");
 });

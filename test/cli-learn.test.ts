@@ -5,13 +5,12 @@ import { spawnSync } from "node:child_process";
 import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
 import t from "tap";
-import { readExamples, readQuestions } from "../dist/src/cli/examples.js";
-import { parseTaskFile } from "../dist/src/format/task-file.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
 import { tensorsOf } from "./compare.ts";
+import { COMMAND_LINE, parseTaskFile, readExamples, readQuestions } from "./internals.ts";
 import { data } from "./packs.ts";
 import { difference, NODE, open } from "./sessions.ts";
 
@@ -130,10 +129,9 @@ t.test("the same seed gives the same file; tables as JSON lines; a LoRA of anoth
 
 t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   // A process of its own, which signals itself at a known moment: behind a step, or before anything is loaded.
-  const modules = new URL("../dist/src/cli/", import.meta.url);
   const program = `
-    import { Command } from ${JSON.stringify(new URL("commander.js", modules).href)};
-    import { learn } from ${JSON.stringify(new URL("learn.js", modules).href)};
+    import { Command } from ${JSON.stringify(new URL("commander.js", COMMAND_LINE).href)};
+    import { learn } from ${JSON.stringify(new URL("learn.js", COMMAND_LINE).href)};
     const [at, ...words] = process.argv.slice(1);
     const interrupt = () => process.kill(process.pid, "SIGINT");
     const progress = (what, done) => done === Number(at) && interrupt();

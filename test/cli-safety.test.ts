@@ -5,19 +5,21 @@ import { cp, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, writeFile } f
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
+import { encodeTaskFile } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { writeTogether } from "../dist/src/cli/files.js";
-import { takeLock } from "../dist/src/cli/lock.js";
-import { openModel } from "../dist/src/cli/model.js";
-import { createOutput } from "../dist/src/cli/output.js";
-import { runProgram } from "../dist/src/cli/program.js";
-import { Run } from "../dist/src/cli/run.js";
-import { encodeTaskFile } from "../dist/src/format/encode.js";
-import { openSource } from "../dist/src/open-source.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { PADDED } from "../dist/src/train/inputs.js";
+import {
+  createOutput,
+  openModel,
+  openSafetensors,
+  openSource,
+  PADDED,
+  Run,
+  runProgram,
+  takeLock,
+  writeTogether,
+} from "./internals.ts";
 import { data } from "./packs.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-safety-"));

@@ -4,8 +4,8 @@ import { copyFile, mkdtemp, readFile, rm, stat, writeFile } from "node:fs/promis
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { openPack } from "eigenlora";
 import t from "tap";
-import { openPack } from "../dist/src/pack/pack.js";
 import { run as command } from "./command-line.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-sign-"));

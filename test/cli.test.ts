@@ -4,15 +4,21 @@ import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { openPack } from "eigenlora";
+import { encodeTaskFile } from "eigenlora/build";
 import t from "tap";
-import { encodeTaskFile } from "../dist/src/format/encode.js";
-import { layoutAppend } from "../dist/src/format/layout.js";
-import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openSource } from "../dist/src/open-source.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { json, run, workIn } from "./command-line.ts";
 import { relativeDifference, tensorsOf } from "./compare.ts";
+import {
+  FILES,
+  type Files,
+  fromBinary,
+  layoutAppend,
+  ModelProtoSchema,
+  openSafetensors,
+  openSource,
+  toBinary,
+} from "./internals.ts";
 import { data } from "./packs.ts";
 
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
@@ -389,7 +395,7 @@ t.test("a full disk leaves the pack as it was, wherever it strikes", async (t) =
   const size = plan.body.reduce((sum, c) => sum + c.length, 0);
   // The disk is a mock, since a real one that fills up needs a mount: it takes `room` bytes, then says ENOSPC.
   let room = 0;
-  const files = await t.mockImport<typeof import("../dist/src/cli/files.js")>("../dist/src/cli/files.js", {
+  const files = await t.mockImport<Files>(FILES, {
     "node:fs": {
       ...fs,
       writeSync(file: number, bytes: Uint8Array, start: number, length: number, at: number): number {
@@ -469,7 +475,7 @@ t.test("what a failed command made is gone again, what was there stays", async (
     for (const name of made) await rm(join(folder, name), { recursive: true, force: true });
   }
 
-  const files = await t.mockImport<typeof import("../dist/src/cli/files.js")>("../dist/src/cli/files.js", {
+  const files = await t.mockImport<Files>(FILES, {
     "node:fs": {
       ...fs,
       renameSync(from: string, to: string): void {

@@ -1,19 +1,20 @@
 /** Packs whose tasks are entropy-coded as coarsely as an error allows. */
+import { openPack, type Pack } from "eigenlora";
+import { type Adapter, planAppend, projectAdapters, searchPack, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { createExtractor } from "../dist/src/extract/extractor.js";
-import { buildApart, type Seek } from "../dist/src/pack/apart.js";
-import { isCodedPack } from "../dist/src/pack/coding.js";
-import { taskAdapter } from "../dist/src/pack/expand.js";
-import { planAppend } from "../dist/src/pack/fresh.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { type Steps, stepsWithin } from "../dist/src/pack/refine.js";
-import { completeDtypes } from "../dist/src/pack/report.js";
-import { searchPack } from "../dist/src/pack/search.js";
-import { errorOf, stepOf } from "../dist/src/pack/steps.js";
-import { codedOptions } from "../dist/src/pack/ways.js";
+import {
+  buildApart,
+  codedOptions,
+  completeDtypes,
+  createExtractor,
+  errorOf,
+  isCodedPack,
+  type Seek,
+  type Steps,
+  stepOf,
+  stepsWithin,
+} from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use", "sections-0", "sections-1", "debtags-interface"];

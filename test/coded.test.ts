@@ -2,20 +2,30 @@
  * Entropy-coded sections: what is coded comes back byte for byte, an independent reader written from SPEC.md, appendix A, says the
  * same, damage is found, and packs made with a step are what their options say.
  */
-
 import { fileURLToPath } from "node:url";
+import type { TensorRef } from "eigenlora";
 import { createRuntime, openPack, type Pack } from "eigenlora";
 import { buildPack, freshPack, planAppend, projectAdapters, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { type Coder, code, isCoded, mostDecoded } from "../dist/src/format/coded.js";
-import { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";
-import { decodeSection } from "../dist/src/format/decode-coded.js";
-import { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
-import type { TensorRef } from "../dist/src/format/format.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { normal, uniform } from "../dist/src/tensor/random.js";
+import {
+  type Coder,
+  code,
+  DISTANCE,
+  decodeSection,
+  decodeTensor,
+  Encoder,
+  encodeSection,
+  encodeTensor,
+  isCoded,
+  LENGTH,
+  LITERALS,
+  MORE,
+  mostDecoded,
+  normal,
+  SHAPE,
+  uniform,
+} from "./internals.ts";
 import { readCoded } from "./mutants/read-coded.js";
 
 const OWN_SEED = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url));

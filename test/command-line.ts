@@ -4,7 +4,7 @@
  */
 import { rm } from "node:fs/promises";
 import type { Test } from "tap";
-import { runProgram } from "../dist/src/cli/program.js";
+import { runProgram } from "./internals.ts";
 
 /** What a command said, and its exit code. */
 export interface Ended {

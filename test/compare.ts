@@ -2,15 +2,8 @@
  * How weights are compared wherever tests run, and PEFT's golden pairs through pack and runtime. Nothing here is of Node:
  * a browser runs it too. Strings name files as the platform does: paths, or URLs.
  */
-import type { BackendOptions } from "../dist/src/backends/select.js";
-import type { View } from "../dist/src/base/host.js";
-import { openHost } from "../dist/src/base/open.js";
-import { openSource } from "../dist/src/open-source.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
-import type { SourceInput } from "../dist/src/source.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { type BackendOptions, createRuntime, openPack, type SourceInput, type View } from "eigenlora";
+import { decodeTensor, openHost, openSafetensors, openSource } from "./internals.ts";
 import type { SuiteTest } from "./stand-in.ts";
 
 /** Tensors of a safetensors file as f32, by name. */

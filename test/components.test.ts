@@ -2,18 +2,21 @@
  * Components found alone, by block Lanczos, against those of the whole eigenproblem: the same energy, subspace and numbers on
  * spectra that fall off, and the whole eigenproblem wherever a pair cannot be trusted.
  */
-
+import type { Products } from "eigenlora/build";
 import fc from "fast-check";
 import t from "tap";
 import {
   type Components,
   centred,
   columnMeans,
+  createWasmProducts,
+  lq,
+  PLAIN,
   principalComponents,
   ROUNDING,
-} from "../dist/src/extract/components.js";
-import { lq, PLAIN, type Products, rowSquares, transpose } from "../dist/src/extract/linalg.js";
-import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
+  rowSquares,
+  transposeMatrix as transpose,
+} from "./internals.ts";
 
 const ways: [string, Products][] = [
   ["js", PLAIN],

@@ -1,12 +1,11 @@
 /**
  * Distilling on many machines: parts of tasks that assemble makes a pack of, on the real model.
  */
-
 import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
 import t from "tap";
-import { openPack } from "../dist/src/pack/pack.js";
 import { readTask } from "../examples/minilm.js";
 import { json, workIn } from "./command-line.ts";
 import { data } from "./packs.ts";

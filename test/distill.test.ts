@@ -1,25 +1,20 @@
 /**
  * Distilling: on tiny models through the API, on the real one through the command line.
  */
-
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { openPack, type TensorRef } from "eigenlora";
+import type { Adapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { type BatchFeeds, type DistillOptions, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import type { TensorRef } from "../dist/src/format/format.js";
-import { parseTaskFile } from "../dist/src/format/task-file.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { decodeScales } from "../dist/src/tensor/dtypes.js";
-import { shuffle, uniform } from "../dist/src/tensor/random.js";
-import { type BatchFeeds, type DistillOptions, distill } from "../dist/src/train/index.js";
-import { MeanDivergence } from "../dist/src/train/probabilities.js";
 import { readTask } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
+import { decodeScales, MeanDivergence, parseTaskFile, shuffle, uniform } from "./internals.ts";
 import { data, LOSSLESS } from "./packs.ts";
 import { feeds, GOLDENS, model, NODE, type Ort, open, outputOf, packBytes, type Session, WEB } from "./sessions.ts";
 

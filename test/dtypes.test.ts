@@ -1,11 +1,7 @@
 import { readFile } from "node:fs/promises";
 import fc from "fast-check";
 import t from "tap";
-import { openSource } from "../dist/src/open-source.js";
-import * as d from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { uniform } from "../dist/src/tensor/random.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { dtypes as d, encodeTensor, openSafetensors, openSource, uniform } from "./internals.ts";
 import { data } from "./packs.ts";
 
 t.test("f16 and bf16 agree with numpy and torch", async (t) => {

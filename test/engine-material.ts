@@ -5,9 +5,9 @@
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Test } from "tap";
-import { openHost } from "../dist/src/base/open.js";
 import type { Material, Outcome, State } from "./engine-case.js";
 import { projectWith } from "./engines.ts";
+import { openHost } from "./internals.ts";
 import { data, packOf } from "./packs.ts";
 
 const hexOf = (bytes: Uint8Array): string => Buffer.from(bytes).toString("hex");

@@ -9,12 +9,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { buildPack, readGguf } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import ts from "typescript";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { readGguf } from "../dist/src/adapters/gguf.js";
-import { openHost } from "../dist/src/base/open.js";
-import { buildPack } from "../dist/src/pack/build.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { surface } from "./tools/api.js";
 import { SIGNER } from "./vectors/valid.js";
@@ -164,7 +162,7 @@ async function workplace(): Promise<string> {
     join(place, "scores.json"),
     JSON.stringify(Object.fromEntries(Object.keys(copies).map((id) => [id, gain]))),
   );
-  const base = await openHost(data("sessions/base.safetensors"));
+  const base = data("sessions/base.safetensors");
   const { chunks } = await buildPack(await readAdapters([join(place, "my-adapters")]), { ...LOSSLESS, base });
   await writeFile(join(place, "tasks.eigen"), concat(chunks));
   await cp(fileURLToPath(new URL("vectors/valid/signed.eigen", import.meta.url)), join(place, "signed.eigen"));
@@ -183,7 +181,7 @@ async function workplace(): Promise<string> {
   const skill = await readGguf({ id: "rhymes", file: gguf, tensors: gguf, base: { heads: 4, kvHeads: 2 } });
   await writeFile(join(place, "rhymes.eigen"), concat((await buildPack([skill], LOSSLESS)).chunks));
   const skills = await readAdapters([data("seq2seq/adapters")]);
-  const textToText = await openHost(data("seq2seq/base.safetensors"));
+  const textToText = data("seq2seq/base.safetensors");
   await writeFile(
     join(place, "skills.eigen"),
     concat((await buildPack(skills, { ...LOSSLESS, base: textToText })).chunks),

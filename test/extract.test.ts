@@ -3,18 +3,37 @@
  * against its own definitions on generated stacks: ΔW is formed here, which the package never does.
  */
 import { readdirSync, readFileSync } from "node:fs";
+import type { Dtype } from "eigenlora";
+import {
+  type ExtractOptions,
+  extractModule,
+  type ModuleExtraction,
+  type ModuleMember,
+  type ModuleStack,
+  measureModule,
+  openModule,
+  type Products,
+  projectModule,
+  type SideBasis,
+} from "eigenlora/build";
 import fc from "fast-check";
 import t from "tap";
-import { deltaError } from "../dist/src/extract/error.js";
-import { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-import { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
-import { dot, multiply, multiplyTransposed, PLAIN, type Products } from "../dist/src/extract/linalg.js";
-import { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
-import type { ExtractOptions } from "../dist/src/extract/options.js";
-import { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
-import type { SideBasis } from "../dist/src/extract/side.js";
-import { type Dtype, decodeTensor, tensorBytes } from "../dist/src/tensor/dtypes.js";
-import { uniform } from "../dist/src/tensor/random.js";
+import {
+  alignSigns,
+  balance,
+  decodeTensor,
+  deltaError,
+  dot,
+  mirror,
+  mix,
+  mixColumns,
+  multiply,
+  multiplyTransposed,
+  type Pair,
+  PLAIN,
+  tensorBytes,
+  uniform,
+} from "./internals.ts";
 
 const DATA = new URL("data/", import.meta.url);
 

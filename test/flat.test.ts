@@ -2,26 +2,29 @@
  * Flat mode: against numpy's f64 values, against ΔW formed here, through every backend, and in a session of the real model.
  */
 import { readdirSync, readFileSync } from "node:fs";
+import { createRuntime, type Dtype, openPack } from "eigenlora";
+import {
+  buildPack,
+  type ExtractOptions,
+  extractModule,
+  type ModuleMember,
+  type ModuleStack,
+  measureModule,
+  openModule,
+  projectAdapters,
+  projectModule,
+  taskAdapter,
+} from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { openOnnxHost } from "eigenlora/onnx";
 import fc from "fast-check";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { extractModule, type ModuleStack } from "../dist/src/extract/extract.js";
-import type { ExtractOptions } from "../dist/src/extract/options.js";
-import { turnTo } from "../dist/src/extract/procrustes.js";
-import { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
-import { openOnnxHost } from "../dist/src/onnx/host.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { taskAdapter } from "../dist/src/pack/expand.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
-import type { Dtype } from "../dist/src/tensor/dtypes.js";
-import { uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { backends } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
 import { seededTensors } from "./bases.ts";
 import { checkGolden, floats, relativeDifference } from "./compare.ts";
+import { turnTo, uniform } from "./internals.ts";
 import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
 import { difference, NODE, open } from "./sessions.ts";
 

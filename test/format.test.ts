@@ -1,18 +1,11 @@
 import { readFile } from "node:fs/promises";
+import { EigenLoraError, FormatError, openPack, type Pack } from "eigenlora";
+import { buildPack, encodeTaskFile, type TaskEntry } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import fc from "fast-check";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { EigenLoraError, FormatError } from "../dist/src/errors.js";
-import { crc32c } from "../dist/src/format/crc32c.js";
-import { encodeSuperblock, encodeTaskFile } from "../dist/src/format/encode.js";
-import type { TaskEntry } from "../dist/src/format/format.js";
-import { layoutAppend } from "../dist/src/format/layout.js";
-import { parseTaskFile } from "../dist/src/format/task-file.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { expandTerm } from "../dist/src/pack/expand.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { relativeDifference, tensorsOf } from "./compare.ts";
+import { crc32c, decodeTensor, encodeSuperblock, expandTerm, layoutAppend, parseTaskFile } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { packBytes } from "./sessions.ts";
 

@@ -3,10 +3,10 @@
  * here by hand. Runs in browsers too.
  */
 /// <reference types="@webgpu/types" />
-import type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "../dist/src/adapters/adapter.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import type { Runtime } from "../dist/src/runtime/runtime.js";
-import { uniform } from "../dist/src/tensor/random.js";
+
+import type { Runtime } from "eigenlora";
+import { type Adapter, type AdapterModule, buildPack, type ModuleShape, type SavedTensor } from "eigenlora/build";
+import { uniform } from "./internals.ts";
 
 /** Values of a parameter, row-major. */
 export interface Values {

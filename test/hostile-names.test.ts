@@ -4,14 +4,19 @@ import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { encodeTaskFile } from "eigenlora/build";
 import t from "tap";
-import { paragraph, printable } from "../dist/src/cli/output.js";
-import { runProgram } from "../dist/src/cli/program.js";
-import { encodeBasis, encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
-import { sha256 } from "../dist/src/format/hash.js";
-import { layoutFresh } from "../dist/src/format/layout.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { toHex } from "../dist/src/tensor/hex.js";
+import {
+  encodeBasis,
+  encodeTask,
+  encodeTensor,
+  layoutFresh,
+  paragraph,
+  printable,
+  runProgram,
+  sha256,
+  toHex,
+} from "./internals.ts";
 import { data } from "./packs.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-hostile-"));

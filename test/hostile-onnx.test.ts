@@ -2,11 +2,21 @@
  * Small ONNX files that ask for much: what a file names may be many, long or deep, and work must not grow with its square. Each
  * ends in one of our errors or in a session that works, long before a limit that the former work would have missed by far.
  */
+import { EigenLoraError } from "eigenlora";
 import t, { type Test } from "tap";
-import { EigenLoraError } from "../dist/src/errors.js";
-import { makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import type { GraphProto, NodeProto } from "../dist/src/onnx/onnx_pb.js";
-import { create, fromBinary, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import {
+  create,
+  fromBinary,
+  type GraphProto,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  makeFloats,
+  makeInts,
+  makeNode,
+  makeValue,
+  type NodeProto,
+  toBinary,
+} from "./internals.ts";
 import { difference, feeds, golden, modelBytes, NODE, type Options, open, outputOf, packFor } from "./sessions.ts";
 
 /** Milliseconds for one session. The machine may be slow; what was quadratic took more than a minute. */

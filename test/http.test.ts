@@ -6,11 +6,9 @@ import { readFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
 import { type AddressInfo, createServer as createTcpServer, type Server, type Socket } from "node:net";
 import { gzipSync } from "node:zlib";
+import { type OpenOptions, openPack, type Pack, SourceError } from "eigenlora";
 import t, { type Test } from "tap";
-import { SourceError } from "../dist/src/errors.js";
-import { readModel } from "../dist/src/onnx/read.js";
-import { openSource } from "../dist/src/open-source.js";
-import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
+import { openSource, readModel } from "./internals.ts";
 import { data } from "./packs.ts";
 
 const golden = await readFile(data("goldens/pack/every-kind.eigen"));

@@ -2,15 +2,14 @@
  * examples/hub on a real Ray cluster of two workers on this machine, one of which is killed in the middle (hub.py beside this
  * file). Runs where PYTHON has Ray; fails without where EIGENLORA_REQUIRE lists "ray".
  */
-
 import { execFile, spawnSync } from "node:child_process";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { openPack } from "eigenlora";
 import t from "tap";
-import { openPack } from "../dist/src/pack/pack.js";
 import { readTask } from "../examples/minilm.js";
 import { data, packDifference, packOf } from "./packs.ts";
 import { required } from "./required.ts";

@@ -8,14 +8,14 @@ import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { createRuntime, openPack } from "eigenlora";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import ts from "typescript";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
 import { serveFolder } from "../examples/page/serve.js";
 import { answerOf, launch, noChromium } from "./browser.ts";
 import { bundleWorker, metro, outputOf, without, workerd } from "./engines.ts";
+import { GLOBALS, MSGPACKR } from "./internals.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { textOf } from "./page-llm.ts";
 import { MODULE } from "./readme.ts";
@@ -53,7 +53,7 @@ t.test("an install brings the package alone, and that packs", async (t) => {
   t.notOk((await readdir(own)).includes("node_modules"), "nothing inside it either");
   const { scripts } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
   t.notMatch(Object.keys(scripts).join(" "), /install/);
-  const bundled = await readFile(join(own, "dist/src/format/msgpackr.js"), "utf8");
+  const bundled = await readFile(join(own, MSGPACKR), "utf8");
   t.match(bundled, /Copyright \(c\) 2020 Kris Zyp/, "its licence");
   t.notMatch(bundled, /\bimport\b.*"|\brequire\(|msgpackr-extract/, "and nothing that it would load");
 
@@ -127,7 +127,7 @@ t.test("the types of every subpath compile, with skipLibCheck off", async (t) =>
     const uses = program
       .getSourceFiles()
       .some(({ text }) => /\b(AbortSignal|Blob|CryptoKey|URL|WebAssembly)\b[^.]*;/.test(text));
-    if (uses) t.ok(program.getSourceFile(join(own, "dist/src/globals.d.ts")), `${subpath}, by itself`);
+    if (uses) t.ok(program.getSourceFile(join(own, GLOBALS)), `${subpath}, by itself`);
   }
 });
 

@@ -1,8 +1,6 @@
 /** What `jaxHost` promises, on whichever device of jax-js. In Node and in browsers. */
-import { type Jax, type JaxTree, jaxHost } from "../dist/bindings/jax.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime, type RuntimeOptions } from "../dist/src/runtime/create.js";
-import type { Runtime } from "../dist/src/runtime/runtime.js";
+import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
+import { type Jax, type JaxTree, jaxHost } from "eigenlora/jax";
 import {
   asKernel,
   largestDifference,

@@ -1,7 +1,7 @@
 /** AdamW against torch.optim.AdamW (test/data/make/make_adamw_golden.py). */
 import { readFileSync } from "node:fs";
 import t from "tap";
-import { AdamW } from "../dist/src/train/adamw.js";
+import { AdamW } from "./internals.ts";
 import { data } from "./packs.ts";
 
 interface Golden {

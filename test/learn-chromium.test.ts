@@ -2,11 +2,10 @@
  * Training graphs in a real browser: onnxruntime-web's wasm provider and both of its WebGPU providers, against PyTorch. A trainer
  * there, against one in Node.
  */
+import type { Feed } from "eigenlora/session";
 import t from "tap";
-import type { Feed } from "../dist/src/onnx/feeds.js";
-import { embedWeights } from "../dist/src/onnx/write.js";
-import { uniform } from "../dist/src/tensor/random.js";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { embedWeights, uniform } from "./internals.ts";
 import { asJson, type Case, compare, floats, golden, learning, type Prepared, prepare, relative } from "./learning.ts";
 import { required, soak } from "./required.ts";
 import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";

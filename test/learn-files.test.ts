@@ -2,15 +2,13 @@
  * A task that was learned on one file of a model serves another of the same model: learned in f32, it is used on weights of 4 bits, and
  * answers as its factors do there when they are fed as they are.
  */
+import { openPack } from "eigenlora";
+import { buildPack, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer, type Encode } from "eigenlora/train";
 import t from "tap";
-import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { taskAdapter } from "../dist/src/pack/expand.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import type { Trainable } from "../dist/src/session/training.js";
-import { transpose } from "../dist/src/tensor/transpose.js";
-import { createTrainer, type Encode } from "../dist/src/train/index.js";
+import { type Trainable, transpose } from "./internals.ts";
 import { relative } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { NODE as ort } from "./sessions.ts";

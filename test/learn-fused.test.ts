@@ -3,15 +3,25 @@
  * them; and every definition against what ONNX Runtime's fused operator computes.
  */
 import { readFileSync } from "node:fs";
+import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions/index.js";
-import { parseModel } from "../dist/src/onnx/model.js";
-import { type Attributes, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import type { TensorProto } from "../dist/src/onnx/onnx_pb.js";
-import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
+import {
+  type Attributes,
+  create,
+  DEFINITIONS,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  makeFloats,
+  makeInts,
+  makeNode,
+  makeValue,
+  parseModel,
+  shadowOf,
+  type TensorProto,
+  toBinary,
+} from "./internals.ts";
 import { goldensIn, learnedOff, noise, relative } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { type Feeds, NODE, ORTS, type Ort, open } from "./sessions.ts";

@@ -2,21 +2,26 @@
  * Training graphs: gradients against PyTorch's on plain exports of several exporters, every operator's rule against finite
  * differences, what is refused and how.
  */
-
 import { spawnSync } from "node:child_process";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import type { Feed } from "eigenlora/session";
 import t from "tap";
-import type { TrainingGraph, TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
-import type { TaskInput } from "../dist/src/onnx/adapted.js";
-import type { Feed } from "../dist/src/onnx/feeds.js";
-import type { OnnxModel } from "../dist/src/onnx/model.js";
-import { makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import { ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
-import { embedWeights } from "../dist/src/onnx/write.js";
-import { AdamW } from "../dist/src/train/adamw.js";
+import {
+  AdamW,
+  embedWeights,
+  type ModelFile,
+  ModelProtoSchema,
+  makeNode,
+  makeValue,
+  type OnnxModel,
+  readModel,
+  type TaskInput,
+  type TrainingGraph,
+  type TrainingGraphOptions,
+  toBinary,
+} from "./internals.ts";
 import {
   asJson,
   CASES,

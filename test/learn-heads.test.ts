@@ -6,24 +6,13 @@
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack, type Pack } from "eigenlora";
+import { type BuildOptions, buildPack, peftFiles, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { type BatchFeeds, createJudge, createTrainer, distill, type Example, type FitOptions } from "eigenlora/train";
 import t, { type Test } from "tap";
-import { peftFiles } from "../dist/src/adapters/export.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { taskAdapter } from "../dist/src/pack/expand.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { uniform } from "../dist/src/tensor/random.js";
-
-import {
-  type BatchFeeds,
-  createJudge,
-  createTrainer,
-  distill,
-  type Example,
-  type FitOptions,
-} from "../dist/src/train/index.js";
-import { headInputs } from "../dist/src/train/machine.js";
 import { json, workIn } from "./command-line.ts";
+import { headInputs, uniform } from "./internals.ts";
 import { F32 } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
@@ -224,7 +213,7 @@ t.test("a judge asks adapters with their whole heads: a lossless pack answers as
   for (const name of NAMES) {
     const adapters = await adaptersOf(name, "two", "four");
     t.teardown(() => Promise.all(adapters.map((one) => one.close())));
-    const { createEngine } = await import("../dist/bindings/onnxruntime.js");
+    const { createEngine } = await import("eigenlora/onnxruntime");
     const encode = (texts: string[]): BatchFeeds => {
       const ids = texts.map((text) => Array.from(text, (letter) => 3 + (letter.codePointAt(0)! % 60)));
       return feedsOf(NODE, { input_ids: ids, attention_mask: ids.map((row) => row.map(() => 1)) }) as BatchFeeds;

@@ -1,10 +1,9 @@
 /** Learning from pictures: a tiny ViT (test/data/pipelines) learns a task of its own, which then answers in every mode. */
+import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createTrainer } from "eigenlora/train";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createTrainer } from "../dist/src/train/learn.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { difference, MODES, NODE, open, outputOf } from "./sessions.ts";
 
@@ -26,9 +25,8 @@ const pictures = (from: number): { feeds: { pixel_values: InstanceType<typeof NO
 
 t.test("a ViT learns from pictures", async (t) => {
   const adapters = await readAdapters(["birds", "fish"].map((name) => data(`pipelines/vit/adapters/${name}`)));
-  const base = await openHost(data("pipelines/vit/base.safetensors"));
+  const base = data("pipelines/vit/base.safetensors");
   const pack = await openPack(concat((await buildPack(adapters, { ...LOSSLESS, base })).chunks));
-  await base.close?.();
   const session = await open(NODE, VIT, pack, { trainable: true });
   const trainer = await createTrainer(session, { labels: LABELS, head: "classifier" });
   const losses: number[] = [];

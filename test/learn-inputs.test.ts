@@ -4,11 +4,10 @@
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
+import { type BatchFeeds, createTrainer, type Encode } from "eigenlora/train";
 import t from "tap";
-import { uniform } from "../dist/src/tensor/random.js";
-import { type BatchFeeds, createTrainer, type Encode } from "../dist/src/train/index.js";
-import { createInputs } from "../dist/src/train/inputs.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
+import { createInputs, uniform } from "./internals.ts";
 import { LABELS, tiny } from "./learning.ts";
 import { data } from "./packs.ts";
 import { required } from "./required.ts";

@@ -5,26 +5,31 @@
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { Tokenizer } from "@huggingface/tokenizers";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSessions, type ModelParts } from "eigenlora/onnxruntime";
+import { type BatchFeeds, createTrainer, type Encode } from "eigenlora/train";
 import type { Tensor } from "onnxruntime-common";
 import t, { type Test } from "tap";
-import { createEigenSessions } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { attribute, parseModel } from "../dist/src/onnx/model.js";
-import { findParameters } from "../dist/src/onnx/modules.js";
-import { makeFloats } from "../dist/src/onnx/nodes.js";
-import type { GraphProto, ModelProto } from "../dist/src/onnx/onnx_pb.js";
-import { readParts } from "../dist/src/onnx/parts.js";
-import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import type { ModelParts } from "../dist/src/onnx/read.js";
-import { renameValues } from "../dist/src/onnx/rename.js";
-import { readWhole } from "../dist/src/onnx/whole.js";
-import { detachWeights, point } from "../dist/src/onnx/write.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { ModelMatcher } from "../dist/src/session/match.js";
-import { type BatchFeeds, createTrainer, type Encode } from "../dist/src/train/index.js";
 import { json, run } from "./command-line.ts";
+import {
+  attribute,
+  detachWeights,
+  findParameters,
+  fromBinary,
+  type GraphProto,
+  ModelMatcher,
+  type ModelProto,
+  ModelProtoSchema,
+  makeFloats,
+  parseModel,
+  point,
+  readParts,
+  readWhole,
+  renameValues,
+  toBinary,
+} from "./internals.ts";
 import { goldensIn, learnedOff, noise, relative } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { soak } from "./required.ts";
@@ -47,9 +52,8 @@ const GOLDENS = JSON.parse(readFileSync(data("seq2seq/goldens.json"), "utf8")) a
 /** @param base whether with the fingerprints of the base */
 async function packOf(names: readonly string[] = TASKS, base = true): Promise<Pack> {
   const adapters = await readAdapters(names.map((name) => data(`seq2seq/adapters/${name}`)));
-  const host = base ? await openHost(data("seq2seq/base.safetensors")) : undefined;
+  const host = base ? data("seq2seq/base.safetensors") : undefined;
   const { chunks } = await buildPack(adapters, host ? { ...LOSSLESS, base: host } : LOSSLESS);
-  await host?.close?.();
   for (const adapter of adapters) await adapter.close();
   return openPack(concat(chunks));
 }

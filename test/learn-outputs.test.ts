@@ -2,17 +2,13 @@
  * What a model gives decides whether it can be trained and its packs judged: one row of logits for each text, and nothing else is
  * taken for that. Token by token, or of an embedding, one softmax would mix what does not belong together and report a number.
  */
+import { openPack } from "eigenlora";
+import { type Adapter, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEngine } from "eigenlora/onnxruntime";
+import { type BatchFeeds, createJudge, createTrainer, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
-import { createEngine } from "../dist/bindings/onnxruntime.js";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import type { GraphProto } from "../dist/src/onnx/onnx_pb.js";
-import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { type BatchFeeds, createJudge, createTrainer, distill } from "../dist/src/train/index.js";
+import { fromBinary, type GraphProto, ModelProtoSchema, makeNode, makeValue, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { modelBytes, NODE, open } from "./sessions.ts";
 
@@ -20,9 +16,8 @@ const [adapter] = await readAdapters([data("sessions/adapters/two")]);
 const headless: Adapter = { ...adapter!, saved: [] };
 t.teardown(async () => {
   await adapter!.close();
-  await base.close?.();
 });
-const base = await openHost(data("sessions/base.safetensors"));
+const base = data("sessions/base.safetensors");
 const bytes = concat((await buildPack([headless], { ...LOSSLESS, base })).chunks);
 const texts = Array.from({ length: 8 }, (_, i) => "abcdefgh".slice(0, 2 + (i % 5)));
 

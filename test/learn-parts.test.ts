@@ -2,23 +2,20 @@
  * One of the files that an encoder and a decoder lie in: refused by name before anything runs, with what to do. Both together learn
  * (learn-joined.test.ts).
  */
+import { openPack, type Pack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { type BatchFeeds, createTrainer } from "eigenlora/train";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { readModel } from "../dist/src/onnx/read.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { surveyModel } from "../dist/src/session/survey.js";
-import { type BatchFeeds, createTrainer } from "../dist/src/train/index.js";
+import { readModel, surveyModel } from "./internals.ts";
 import { noise } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { NODE, open, refusal } from "./sessions.ts";
 
 async function packOf(): Promise<Pack> {
   const adapters = await readAdapters([data("seq2seq/adapters/answers")]);
-  const base = await openHost(data("seq2seq/base.safetensors"));
+  const base = data("seq2seq/base.safetensors");
   const { chunks } = await buildPack(adapters, { ...LOSSLESS, base });
-  await base.close?.();
   for (const adapter of adapters) await adapter.close();
   return openPack(concat(chunks));
 }

@@ -2,28 +2,35 @@
  * Every operator's rule against finite differences of what ONNX Runtime computes, on random shapes with broadcasting, free
  * dimensions that are other ones than those that were looked at, and every opset.
  */
+import type { Feed } from "eigenlora/session";
 import fc from "fast-check";
 import t from "tap";
-import { Emitter } from "../dist/src/autodiff/emit.js";
-import { type ProbedPath, probePath } from "../dist/src/autodiff/probed-path.js";
-import { Problems } from "../dist/src/autodiff/problems.js";
-import { differentiate } from "../dist/src/autodiff/reverse.js";
-import { RULES } from "../dist/src/autodiff/rules/index.js";
-import type { Feed } from "../dist/src/onnx/feeds.js";
-import { indexGraph, parseModel } from "../dist/src/onnx/model.js";
-import { type Attributes, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import type { GraphProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
 import {
   AttributeProtoSchema,
+  type Attributes,
   create,
+  differentiate,
+  Emitter,
+  embedWeights,
+  type GraphProto,
   GraphProtoSchema,
+  indexGraph,
+  type ModelFile,
   ModelProtoSchema,
+  makeFloats,
+  makeInts,
+  makeNode,
+  makeValue,
+  type ProbedPath,
+  Problems,
+  parseModel,
+  probePath,
+  RULES,
+  type TensorProto,
   TensorProtoSchema,
   toBinary,
-} from "../dist/src/onnx/protobuf.js";
-import type { ModelFile } from "../dist/src/onnx/read.js";
-import { embedWeights } from "../dist/src/onnx/write.js";
-import { uniform } from "../dist/src/tensor/random.js";
+  uniform,
+} from "./internals.ts";
 import { type Level, probeOf, type Tensors, tensor } from "./learning.ts";
 import { NODE } from "./sessions.ts";
 

@@ -2,14 +2,11 @@
  * What is trained beside plain coefficients: the arithmetic of terms, factors that begin from components, components that are
  * trained into a pack of their own, tasks that nobody trained.
  */
+import { openPack, type Term } from "eigenlora";
+import { createTrainer, zeroShotTask } from "eigenlora/train";
 import fc from "fast-check";
 import t from "tap";
-import { expandTerm } from "../dist/src/pack/expand.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { uniform } from "../dist/src/tensor/random.js";
-import type { Term } from "../dist/src/tensor/term.js";
-import { createTrainer, zeroShotTask } from "../dist/src/train/index.js";
-import { type Basis, Terms, type TrainedModule } from "../dist/src/train/terms.js";
+import { type Basis, expandTerm, Terms, type TrainedModule, uniform } from "./internals.ts";
 import { examples, F32, LABELS, noise, relative, tiny } from "./learning.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "./sessions.ts";
 

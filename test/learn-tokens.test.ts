@@ -4,14 +4,13 @@
  */
 import { readFile } from "node:fs/promises";
 import { Tokenizer } from "@huggingface/tokenizers";
+import { openPack, type Pack } from "eigenlora";
+import { readAdapters } from "eigenlora/node";
+import { createEngine } from "eigenlora/onnxruntime";
+import type { Feed } from "eigenlora/session";
+import { type BatchFeeds, createJudge, createTrainer, distill, type Encode } from "eigenlora/train";
 import t, { type Test } from "tap";
-import { createEngine } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import type { Feed } from "../dist/src/onnx/feeds.js";
-import { makeFloats, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { type BatchFeeds, createJudge, createTrainer, distill, type Encode } from "../dist/src/train/index.js";
+import { fromBinary, ModelProtoSchema, makeFloats, makeNode, makeValue, toBinary } from "./internals.ts";
 import { compare, golden, learning, noise, prepare, relative, run, sessionOf } from "./learning.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { modelBytes, NODE, ORTS, type Ort, open, type Session } from "./sessions.ts";

@@ -1,22 +1,12 @@
 /**
  * The trainer: a task learned on a tiny model and on the real one, its file, its guards. Gradients are learn-graph.test.ts's.
  */
+import { openPack } from "eigenlora";
+import { peftFiles, taskAdapter } from "eigenlora/build";
+import { type BatchFeeds, createJudge, createTrainer, type Example, inputMoments, zeroShotTask } from "eigenlora/train";
 import t from "tap";
-import { optionsFor } from "../dist/bindings/ort-engine.js";
-import { peftFiles } from "../dist/src/adapters/export.js";
-import { taskAdapter } from "../dist/src/pack/expand.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { uniform } from "../dist/src/tensor/random.js";
-import { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
-import {
-  type BatchFeeds,
-  createJudge,
-  createTrainer,
-  type Example,
-  inputMoments,
-  zeroShotTask,
-} from "../dist/src/train/index.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
+import { optionsFor, splitHoldout, targetsOf, toBatches, uniform } from "./internals.ts";
 import { examples, F32, LABELS, tiny } from "./learning.ts";
 import { data, packOf } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";

@@ -1,30 +1,40 @@
 /** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
 import { readdirSync, readFileSync } from "node:fs";
 import { isAbsolute } from "node:path";
+import type { Adapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import type { Feed } from "eigenlora/session";
+import type { BatchFeeds, Example } from "eigenlora/train";
 import type * as common from "onnxruntime-common";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
-import { fixInnerHeads } from "../dist/src/autodiff/inner-heads.js";
-import type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
-import { findWeight } from "../dist/src/base/mismatch.js";
-import { NameMatcher } from "../dist/src/base/names.js";
-import type { GraftHead, GraftModule, TaskInput } from "../dist/src/onnx/adapted.js";
-import { readVector } from "../dist/src/onnx/dequantize.js";
-import type { Feed } from "../dist/src/onnx/feeds.js";
-import { graft } from "../dist/src/onnx/graft.js";
-import { checkGraftable } from "../dist/src/onnx/graftable.js";
-import { biasAdd, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
-import { findParameters, matrixShape } from "../dist/src/onnx/modules.js";
-import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
-import { readLinearWeight } from "../dist/src/onnx/weights.js";
-import { detachWeights } from "../dist/src/onnx/write.js";
-import { openSource } from "../dist/src/open-source.js";
-import type { Trainable } from "../dist/src/session/training.js";
-import { uniform } from "../dist/src/tensor/random.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { transpose } from "../dist/src/tensor/transpose.js";
-import type { BatchFeeds, Example } from "../dist/src/train/index.js";
+import {
+  biasAdd,
+  buildTrainingGraph,
+  checkGraftable,
+  detachWeights,
+  findParameters,
+  findWeight,
+  fixInnerHeads,
+  type GraftHead,
+  type GraftModule,
+  graft,
+  linearsOf,
+  type ModelFile,
+  matrixShape,
+  NameMatcher,
+  NotLinear,
+  openSafetensors,
+  openSource,
+  readLinearWeight,
+  readModel,
+  readVector,
+  type ShapeProbe,
+  type TaskInput,
+  type Trainable,
+  type TrainingGraph,
+  type TrainingGraphOptions,
+  transpose,
+  uniform,
+} from "./internals.ts";
 import { data } from "./packs.ts";
 import { feeds as feedsOf, GOLDENS, model, NODE, type Ort, open, packFor, type Session } from "./sessions.ts";
 

@@ -2,10 +2,8 @@
  * Linear algebra of extraction against spectra known in closed form and against residuals, at sizes 1 to 200: simple,
  * clustered, multiple, graded and rank-deficient.
  */
-
 import fc from "fast-check";
 import t from "tap";
-import { symmetricEigen } from "../dist/src/extract/eigen.js";
 import {
   backwardSolve,
   cholesky,
@@ -14,8 +12,9 @@ import {
   lq,
   multiplyTransposed,
   svd,
-  transpose,
-} from "../dist/src/extract/linalg.js";
+  symmetricEigen,
+  transposeMatrix as transpose,
+} from "./internals.ts";
 
 /** Uniform in [-1, 1), seeded. */
 function noise(count: number, seed: number): Float64Array {

@@ -6,13 +6,12 @@ import { chmod, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, truncate, 
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t from "tap";
-import { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
-import { takeLock } from "../dist/src/cli/lock.js";
+import { COMMAND_LINE, openScratch, takeLock, writeTogether, writeWhole } from "./internals.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-lock-"));
 t.teardown(() => rm(folder, { recursive: true }));
 const silent = (): void => undefined;
-const module = (name: string): string => JSON.stringify(new URL(`../dist/src/cli/${name}.js`, import.meta.url).href);
+const module = (name: string): string => JSON.stringify(new URL(`${name}.js`, COMMAND_LINE).href);
 
 /** Starts a process that holds the lock of a file and says so. */
 async function holder(path: string, then = "setInterval(() => {}, 1000);") {

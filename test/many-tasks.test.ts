@@ -5,19 +5,22 @@
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
+import { encodeTaskFile, openTasks } from "eigenlora/build";
 import t, { type Test } from "tap";
-import { writeWhole } from "../dist/src/cli/files.js";
-import { lossTable } from "../dist/src/cli/output.js";
-import { runProgram } from "../dist/src/cli/program.js";
-import { encodeBasis, encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
-import { sha256 } from "../dist/src/format/hash.js";
-import { layoutFresh } from "../dist/src/format/layout.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { lossesOf } from "../dist/src/pack/report.js";
-import { writePart } from "../dist/src/pack/shard/part.js";
-import { openTasks } from "../dist/src/pack/shard/tasks.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { toHex } from "../dist/src/tensor/hex.js";
+import {
+  encodeBasis,
+  encodeTask,
+  encodeTensor,
+  layoutFresh,
+  lossesOf,
+  lossTable,
+  runProgram,
+  sha256,
+  toHex,
+  writePart,
+  writeWhole,
+} from "./internals.ts";
 
 const COUNT = 10_000;
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-many-"));

@@ -2,7 +2,7 @@
 import { execFileSync } from "node:child_process";
 import fc from "fast-check";
 import t from "tap";
-import { NamePatterns } from "../dist/src/adapters/name-pattern.js";
+import { NamePatterns } from "./internals.ts";
 import { required } from "./required.ts";
 
 const refuse = (pattern: string, why: string): Error => new SyntaxError(`${pattern} ${why}`);

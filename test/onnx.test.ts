@@ -5,16 +5,20 @@
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
 import { resolve } from "node:path";
+import { EigenLoraError, SourceError } from "eigenlora";
+import { openOnnxHost } from "eigenlora/onnx";
 import fc from "fast-check";
 import t from "tap";
-import { Locator } from "../dist/src/base/locate.js";
-import { locate } from "../dist/src/base/mismatch.js";
-import { EigenLoraError, SourceError } from "../dist/src/errors.js";
-import { openOnnxHost } from "../dist/src/onnx/host.js";
-import { parseModel } from "../dist/src/onnx/model.js";
-import { findParameters } from "../dist/src/onnx/modules.js";
-import type { GraphProto, ModelProto } from "../dist/src/onnx/onnx_pb.js";
-import { ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import {
+  findParameters,
+  type GraphProto,
+  Locator,
+  locate,
+  type ModelProto,
+  ModelProtoSchema,
+  parseModel,
+  toBinary,
+} from "./internals.ts";
 
 const DATA = resolve("test/data/onnx");
 const MINILM = resolve("test/data/minilm");

@@ -1,6 +1,6 @@
 /** What the command line says about the time left. */
 import t from "tap";
-import { createEstimate, timeLeft } from "../dist/src/cli/output.js";
+import { createEstimate, timeLeft } from "./internals.ts";
 
 t.test("time left, at the rate since the first report of a piece of work", async () => {
   let now = 1e6;

@@ -2,16 +2,24 @@
  * A weight that one task brings whole, or in rows, and another adapts: what it is then, in numbers; in a blend, whose it is; and
  * what is refused by name.
  */
+import {
+  createRuntime,
+  openPack,
+  type Pack,
+  type Runtime,
+  type RuntimeOptions,
+  type Selection,
+  type Tensor,
+} from "eigenlora";
+import {
+  type Adapter,
+  type AdapterModule,
+  buildPack,
+  peftFiles,
+  projectAdapters,
+  type SavedTensor,
+} from "eigenlora/build";
 import t from "tap";
-import type { Adapter, AdapterModule, SavedTensor } from "../dist/src/adapters/adapter.js";
-import { peftFiles } from "../dist/src/adapters/export.js";
-import type { Tensor } from "../dist/src/base/host.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { createRuntime, type RuntimeOptions } from "../dist/src/runtime/create.js";
-import type { Runtime } from "../dist/src/runtime/runtime.js";
-import type { Selection } from "../dist/src/runtime/selection.js";
 import { floats, relativeDifference } from "./compare.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 import { chance } from "./random-packs.ts";

@@ -1,16 +1,19 @@
 /** What makes packing fast and small in memory changes no byte of a pack. */
+import { type Adapter, type BuildOptions, buildPack, type PrivateChoice, searchPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { collectGarbage } from "../dist/bindings/node.js";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { sharedModules } from "../dist/src/adapters/modules.js";
-import type { PrivateChoice } from "../dist/src/extract/allocation.js";
-import { createExtractor } from "../dist/src/extract/extractor.js";
-import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-import { type BuildOptions, buildPack, buildStreamed, gathered, startBuild } from "../dist/src/pack/build.js";
-import { searchPack, searchStreamed } from "../dist/src/pack/search.js";
-import { piecesOf } from "../dist/src/pack/stack.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
+import {
+  buildStreamed,
+  collectGarbage,
+  createExtractor,
+  createWasmProducts,
+  encodeTensor,
+  gathered,
+  piecesOf,
+  searchStreamed,
+  sharedModules,
+  startBuild,
+} from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use", "debtags-interface"];

@@ -1,14 +1,11 @@
 /** Shared by the tests: the repository's real data, and packs made of it. */
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import type { TensorRef } from "../dist/src/format/format.js";
-import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import type { Pack } from "../dist/src/pack/pack.js";
-import type { BuildReport } from "../dist/src/pack/report.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import type { Pack, TensorRef } from "eigenlora";
+import { type BuildOptions, type BuildReport, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { type Golden, relativeDifference } from "./compare.ts";
+import { decodeTensor } from "./internals.ts";
 
 /** Everything an adapter has goes into the pack. */
 export const LOSSLESS = {
@@ -46,10 +43,9 @@ export async function goldenPacks(options: BuildOptions = {}): Promise<(Golden &
     const { expect, changed } = JSON.parse(await readFile(`${folder}/case.json`, "utf8"));
     if (expect === "refuse") continue;
     const [adapter] = await readAdapters([`${folder}/adapter`]);
-    const base = await openHost(`${folder}/base.safetensors`);
+    const base = `${folder}/base.safetensors`;
     const { chunks } = await buildPack([adapter!], { ...LOSSLESS, ...options, base });
     goldens.push({ name, folder, pack: concat(chunks), task: adapter!.id, changed });
-    await base.close?.();
     await adapter!.close();
   }
   return goldens;

@@ -3,18 +3,17 @@
  * takes minutes for it: learn-chromium.test.ts trains a smaller model there. What it costs and how good it gets is
  * benchmarks/research/few-shot.js's.
  */
-
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
 import type { Browser, Page } from "playwright-core";
 import t from "tap";
-import { parseTaskFile } from "../dist/src/format/task-file.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { createEncoder, model } from "../examples/minilm.js";
 import { buildPage } from "../examples/page/build.js";
 import { serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
+import { parseTaskFile } from "./internals.ts";
 import { keepTasks } from "./page-pack.ts";
 import { NODE, open } from "./sessions.ts";
 

@@ -1,7 +1,7 @@
 /** Shared by the tests of the page with a language model: what it is made of, from the tiny decoder of test/data, and a visitor. */
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import type { Browser, Page } from "playwright-core";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { buildPack } from "../dist/src/pack/build.js";
 import type { Material } from "../examples/page/llm/build.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 

@@ -1,8 +1,8 @@
 /** Packs of the page in the tests: some of its tasks where not all twenty have to answer every sentence. */
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { freshPack } from "../dist/src/pack/fresh.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { openPack, type Pack } from "eigenlora";
+import { freshPack } from "eigenlora/build";
 import { writeOfflineWorker } from "../examples/page/build.js";
 import { concat } from "./packs.ts";
 

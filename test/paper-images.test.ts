@@ -5,6 +5,7 @@
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
 import t from "tap";
 import { packOf, withAdapters } from "../benchmarks/lib/adapters.js";
 import { Bench, type Cell, Results, type Row } from "../benchmarks/research/paper/cells.js";
@@ -13,7 +14,6 @@ import { IMAGE_METHODS, imageMethod, nextImageCells, TUNED } from "../benchmarks
 import { imageMethodTable } from "../benchmarks/research/paper/image-tables.js";
 import { chosenRates } from "../benchmarks/research/paper/plan.js";
 import { Reader } from "../benchmarks/research/paper/tables.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { data, LOSSLESS } from "./packs.ts";
 import { difference, NODE, open, outputOf } from "./sessions.ts";
 

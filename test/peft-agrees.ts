@@ -2,9 +2,8 @@
 import { spawnSync } from "node:child_process";
 import { writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
+import { type peftFiles, writeSafetensors } from "eigenlora/build";
 import type { Test } from "tap";
-import type { peftFiles } from "../dist/src/adapters/export.js";
-import { writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 import { required } from "./required.ts";
 import { difference } from "./sessions.ts";
 

@@ -5,13 +5,11 @@
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { EigenLoraError, openPack } from "eigenlora";
+import { type Adapter, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { EigenLoraError } from "../dist/src/errors.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { uniform } from "../dist/src/tensor/random.js";
+import { uniform } from "./internals.ts";
 import { soak } from "./required.ts";
 
 const goldens = fileURLToPath(new URL("./data/goldens/peft", import.meta.url));

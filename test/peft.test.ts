@@ -6,16 +6,19 @@ import { execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { AdapterError, EigenLoraError, FormatError } from "eigenlora";
+import {
+  type Adapter,
+  type AdapterModule,
+  type Exportable,
+  peftFiles,
+  readPeft,
+  type SavedTensor,
+} from "eigenlora/build";
+import { findAdapters, readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
-import type { Adapter, AdapterModule, SavedTensor } from "../dist/src/adapters/adapter.js";
-import { peftFiles } from "../dist/src/adapters/export.js";
-import type { Exportable } from "../dist/src/adapters/factors.js";
-import { findAdapters } from "../dist/src/adapters/find.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { readPeft } from "../dist/src/adapters/peft.js";
-import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js";
-import { openSource } from "../dist/src/open-source.js";
 import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
+import { openSource } from "./internals.ts";
 import { required } from "./required.ts";
 
 const data = fileURLToPath(new URL("./data", import.meta.url));

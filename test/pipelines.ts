@@ -6,12 +6,11 @@ import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import type { PipelineModel } from "eigenlora/transformers";
 import type { Test } from "tap";
-import type { PipelineModel } from "../dist/bindings/transformers.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { required } from "./required.ts";
 import { difference } from "./sessions.ts";
@@ -77,9 +76,8 @@ export async function packBytes(
 ): Promise<Uint8Array<ArrayBuffer>> {
   const adapters = await readAdapters([data(`pipelines/${model}/adapters`)]);
   const some = adapters.map((one) => ({ ...one, modules: new Map([...one.modules].filter(([name]) => only(name))) }));
-  const base = await openHost(data(`pipelines/${model}/base.safetensors`));
+  const base = data(`pipelines/${model}/base.safetensors`);
   const { chunks } = await buildPack(some, { ...LOSSLESS, base });
-  await base.close?.();
   for (const adapter of adapters) await adapter.close();
   return concat(chunks);
 }

@@ -1,11 +1,6 @@
 /** A runtime of ONNX models in plain JavaScript: it shows that `Engine` is all that a session asks of a runtime. */
-import { parseModel } from "../dist/src/onnx/model.js";
-import type { TensorProto } from "../dist/src/onnx/onnx_pb.js";
-import { readTensor } from "../dist/src/onnx/tensors.js";
-import type { DetachedModel } from "../dist/src/onnx/write.js";
-import { openSource } from "../dist/src/open-source.js";
-import type { Engine, EngineTensor, LoadedModel, Tensors } from "../dist/src/session/engine.js";
-import { f16ToF32 } from "../dist/src/tensor/dtypes.js";
+import type { DetachedModel, Engine, EngineTensor, LoadedModel, Tensors } from "eigenlora/session";
+import { f16ToF32, openSource, parseModel, readOnnxTensor as readTensor, type TensorProto } from "./internals.ts";
 import { fail, OPERATORS, type Value } from "./plain-operators.ts";
 
 type Values = Map<string, Value>;

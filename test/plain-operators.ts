@@ -2,7 +2,7 @@
  * ONNX operators in plain JavaScript: those of the models in session.test.ts and of what is grafted onto them. A value is a list
  * of f64 numbers, whatever its ONNX type; an attribute too, but for a tensor, which comes as the last input.
  */
-import { BackendError } from "../dist/src/errors.js";
+import { BackendError } from "eigenlora";
 
 type Numbers = readonly number[];
 export type Value = { readonly dims: Numbers; readonly data: Numbers };

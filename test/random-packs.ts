@@ -1,11 +1,7 @@
 /** Seeded packs with every kind of task, where one task brings whole what another adapts; a base for them; selections of them. */
-import type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "../dist/src/adapters/adapter.js";
-import type { Tensor } from "../dist/src/base/host.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import type { Selection } from "../dist/src/runtime/selection.js";
-import type { FloatDtype } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { shuffle, uniform } from "../dist/src/tensor/random.js";
+import type { FloatDtype, Selection, Tensor } from "eigenlora";
+import { type Adapter, type AdapterModule, buildPack, type ModuleShape, type SavedTensor } from "eigenlora/build";
+import { encodeTensor, shuffle, uniform } from "./internals.ts";
 import { concat } from "./packs.ts";
 
 /** Adapted modules; the base calls them without "model.". */

@@ -5,11 +5,11 @@
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import { fileSource, fromBase64 } from "eigenlora/react-native";
+import { createEigenSession as createNativeSession } from "eigenlora/react-native/onnxruntime";
 import t from "tap";
-import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { fileSource, fromBase64 } from "../dist/bindings/react-native.js";
-import { createEigenSession as createNativeSession } from "../dist/bindings/react-native-onnxruntime.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { folderFiles, nativeOrt } from "./react-native-ort.ts";
 import { difference, feeds, golden, MODES, modelBytes, NODE, packBytes, packFor } from "./sessions.ts";
 

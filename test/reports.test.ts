@@ -4,9 +4,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
-import { smaller } from "../dist/src/cli/output.js";
-import { runProgram } from "../dist/src/cli/program.js";
 import { bytesOf, entries, type Spec } from "./adapters.ts";
+import { runProgram, smaller } from "./internals.ts";
 import { data } from "./packs.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-reports-"));

@@ -1,14 +1,10 @@
+import { createRuntime, openPack, type Runtime, type Tensor, type View, type WeightHost } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import type { Tensor, View, WeightHost } from "../dist/src/base/host.js";
-import { memoryHost } from "../dist/src/base/memory-host.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
-import type { Runtime } from "../dist/src/runtime/runtime.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { backends } from "./backend-list.ts";
 import { bytesOf, checkGolden, relativeDifference, tensorsOf } from "./compare.ts";
+import { decodeTensor, memoryHost } from "./internals.ts";
 import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
 
 t.test("PEFT's goldens through pack and runtime", async (t) => {

@@ -1,11 +1,10 @@
 /** safetensors: what the reader accepts and refuses, and that the writer's files obey the same rules. */
 import { readFileSync } from "node:fs";
+import { type ByteSource, FormatError, SourceError } from "eigenlora";
+import { type SafetensorsEntry, writeSafetensors } from "eigenlora/build";
 import fc from "fast-check";
 import t from "tap";
-import { FormatError, SourceError } from "../dist/src/errors.js";
-import type { ByteSource } from "../dist/src/source.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
+import { openSafetensors } from "./internals.ts";
 
 const golden = new Uint8Array(readFileSync(new URL("./data/goldens/peft/plain/base.safetensors", import.meta.url)));
 

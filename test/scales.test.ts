@@ -5,21 +5,22 @@
 import { mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { type Coefficients, openPack, type Pack, type Side, type TensorRef } from "eigenlora";
+import {
+  type Adapter,
+  type AdapterModule,
+  type BuildOptions,
+  buildPack,
+  encodeTaskFile,
+  peftFiles,
+  projectAdapters,
+  searchPack,
+  type TaskLoss,
+  writeSafetensors,
+} from "eigenlora/build";
 import t, { type Test } from "tap";
-import type { Adapter, AdapterModule } from "../dist/src/adapters/adapter.js";
-import { peftFiles } from "../dist/src/adapters/export.js";
-import { encodeTaskFile } from "../dist/src/format/encode.js";
-import type { Coefficients, Side, TensorRef } from "../dist/src/format/format.js";
-import { readTensor } from "../dist/src/format/tensors.js";
-import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { allOf } from "../dist/src/pack/fresh.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { completeDtypes, type TaskLoss } from "../dist/src/pack/report.js";
-import { searchPack } from "../dist/src/pack/search.js";
-import { uniform } from "../dist/src/tensor/random.js";
-import { writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 import { json } from "./command-line.ts";
+import { allOf, completeDtypes, readTensor, uniform } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 
 /** Name, outputs, inputs, rank. */

@@ -2,16 +2,14 @@
  * Choosing by behaviour: the smallest pack that keeps the caller's scores, and the filter of adapters that add little to their
  * heads. Real adapters and the real model; the search itself on every ladder that a property test can think of.
  */
-
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack, type Judge, partByGain, readScores, type SearchOptions, searchPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import fc from "fast-check";
 import t from "tap";
-import { buildPack, type Judge, partByGain, readScores, type SearchOptions, searchPack } from "../dist/src/build.js";
-import { readAdapters } from "../dist/src/node.js";
-import { lowestPassing } from "../dist/src/pack/bisect.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import {
   agreement,
   createEncoder,
@@ -22,6 +20,7 @@ import {
   toBatches,
 } from "../examples/minilm.js";
 import { run as command, workIn } from "./command-line.ts";
+import { lowestPassing } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { NODE, open } from "./sessions.ts";
 

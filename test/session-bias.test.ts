@@ -6,25 +6,30 @@
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
+import { buildPack, encodeTaskFile, projectAdapters } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSessions } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 import { InferenceSession } from "onnxruntime-node";
 import t, { type Test } from "tap";
-import { createEigenSessions } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { runProgram } from "../dist/src/cli/program.js";
-import { encodeTaskFile } from "../dist/src/format/encode.js";
-import { parseTask } from "../dist/src/format/task.js";
-import { parseTaskFile } from "../dist/src/format/task-file.js";
-import { parseModel } from "../dist/src/onnx/model.js";
-import { findParameters } from "../dist/src/onnx/modules.js";
-import type { GraphProto, ModelProto, NodeProto } from "../dist/src/onnx/onnx_pb.js";
-import { create, fromBinary, ModelProtoSchema, NodeProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openSource } from "../dist/src/open-source.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { createTrainer } from "../dist/src/train/learn.js";
+import {
+  create,
+  findParameters,
+  fromBinary,
+  type GraphProto,
+  type ModelProto,
+  ModelProtoSchema,
+  type NodeProto,
+  NodeProtoSchema,
+  openSafetensors,
+  openSource,
+  parseModel,
+  parseTask,
+  parseTaskFile,
+  runProgram,
+  toBinary,
+} from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import * as sessions from "./sessions.ts";
 import { difference, type Feeds, MODES, NODE, ORTS, open, outputOf, refusal } from "./sessions.ts";
@@ -47,9 +52,8 @@ const answer = (file: string, task: string | null): number[] => goldens.outputs[
 /** Bytes of a pack that keeps its adapters whole. */
 async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
   const read = await readAdapters(adapters.map((name) => path(`adapters/${name}`)));
-  const base = await openHost(path("base.safetensors"));
+  const base = path("base.safetensors");
   const { chunks } = await buildPack(read, { ...LOSSLESS, base });
-  await base.close?.();
   for (const adapter of read) await adapter.close();
   return concat(chunks);
 }

@@ -3,12 +3,11 @@
  * layer. Held against PEFT's logits; in 4 bits against PEFT on the base that the bytes stand for.
  */
 import { readFileSync } from "node:fs";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
-import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { difference } from "./adapters.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { MODES, NODE, ORTS, type Ort, refusal, type Session } from "./sessions.ts";
@@ -22,7 +21,7 @@ const TASKS = ["all", "few", "dora", null] as const;
 /** A lossless pack of the adapters of a model, with its fingerprints. */
 async function packOf(t: Test, kind: string): Promise<Pack> {
   const adapters = await readAdapters([data(`builder/adapters/${kind}`)]);
-  const base = await openHost(data(`builder/${kind}.safetensors`));
+  const base = data(`builder/${kind}.safetensors`);
   const { chunks } = await buildPack(adapters, { ...LOSSLESS, base });
   const pack = await openPack(concat(chunks));
   t.teardown(() => pack.close());

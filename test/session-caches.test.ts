@@ -2,13 +2,13 @@
  * Caches of keys and values belong to the task that made them: fed to a run under another one they are refused, unless that was asked
  * for. On the tiny decoder of test/data/decoder; the pipeline needs what `pipelines.ts` needs.
  */
+import { openPack, type Pack } from "eigenlora";
+import { encodeTaskFile } from "eigenlora/build";
+import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
+import type { EngineTensor } from "eigenlora/session";
+import { attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
-import { createEigenSession, createEigenSessions } from "../dist/bindings/onnxruntime.js";
-import { attachPack } from "../dist/bindings/transformers.js";
-import { encodeTaskFile } from "../dist/src/format/encode.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { CacheWatch } from "../dist/src/session/caches.js";
-import type { EngineTensor } from "../dist/src/session/engine.js";
+import { CacheWatch } from "./internals.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { skip, transformers } from "./pipelines.ts";
 import {

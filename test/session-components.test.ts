@@ -2,17 +2,23 @@
  * Components that stay as small in a session as their pack stores them: the same answers as with floats, on every runtime and model;
  * how much memory they take; and layers with one input, which share a product and an input for their cores.
  */
+import { openPack, type Pack } from "eigenlora";
+import { type Adapter, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createSession } from "eigenlora/session";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import type { Adapter } from "../dist/src/build.js";
-import { makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { readModel } from "../dist/src/onnx/read.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { prepareModel } from "../dist/src/session/prepare.js";
-import { createSession } from "../dist/src/session/session.js";
+import {
+  create,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  makeFloats,
+  makeInts,
+  makeNode,
+  makeValue,
+  prepareModel,
+  readModel,
+  toBinary,
+} from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { difference, feeds, model, NODE, ORTS, type Ort, open, outputOf, refusal, type Session } from "./sessions.ts";
@@ -25,11 +31,10 @@ async function packAs(
   more: object = {},
 ): Promise<Pack> {
   const read = await readAdapters(adapters.map((path) => data(`sessions/${path}`)));
-  const host = await openHost(data(`sessions/${base}.safetensors`));
+  const host = data(`sessions/${base}.safetensors`);
   const dtype = { basis, coefficients: "f32", head: "f32" } as const;
   const { chunks } = await buildPack(read, { select: { kind: "k", k: 6 }, dtype, base: host, ...more });
   for (const adapter of read) await adapter.close();
-  await host.close?.();
   return openPack(concat(chunks));
 }
 

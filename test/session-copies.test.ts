@@ -3,19 +3,23 @@
  * comes from ONNX Runtime, on the same file with W + ΔW written into every initializer that holds the layer.
  */
 import { readFileSync } from "node:fs";
+import { type CpuView, openPack, type Pack, type WeightHost } from "eigenlora";
+import { type Adapter, buildPack } from "eigenlora/build";
+import { openOnnxHost } from "eigenlora/onnx";
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { type CpuView, viewValues, type WeightHost } from "../dist/src/base/host.js";
-import { openOnnxHost } from "../dist/src/onnx/host.js";
-import type { GraphProto, ModelProto } from "../dist/src/onnx/onnx_pb.js";
-import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { readModel } from "../dist/src/onnx/read.js";
-import { detachWeights } from "../dist/src/onnx/write.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import type { FoldedInput } from "../dist/src/session/fold.js";
-import { prepareModel } from "../dist/src/session/prepare.js";
+import {
+  detachWeights,
+  type FoldedInput,
+  fromBinary,
+  type GraphProto,
+  type ModelProto,
+  ModelProtoSchema,
+  prepareModel,
+  readModel,
+  toBinary,
+  viewValues,
+} from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { difference, MODES, NODE, open, outputOf, refusal } from "./sessions.ts";
 

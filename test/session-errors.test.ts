@@ -5,29 +5,27 @@
 import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack, type Pack, type TaskMetadata } from "eigenlora";
+import { buildPack, encodeTaskFile, projectAdapters } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
-import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
-import type { TaskMetadata } from "../dist/src/format/format.js";
-import { graft } from "../dist/src/onnx/graft.js";
-import type { ModelProto } from "../dist/src/onnx/onnx_pb.js";
 import {
   create,
+  embedWeights,
+  encodeTask,
+  encodeTensor,
   fromBinary,
+  graft,
+  type ModelProto,
   ModelProtoSchema,
   NodeProtoSchema,
+  planSession,
+  readModel,
   TensorProtoSchema,
   toBinary,
   ValueInfoProtoSchema,
-} from "../dist/src/onnx/protobuf.js";
-import { readModel } from "../dist/src/onnx/read.js";
-import { embedWeights } from "../dist/src/onnx/write.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { planSession } from "../dist/src/session/plan.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
+} from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import {
   difference,

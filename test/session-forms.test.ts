@@ -3,20 +3,11 @@
  * test/data/forms, quantised too, against what PEFT answers.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { openPack, type Pack, type Selection } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import {
-  create,
-  fromBinary,
-  ModelProtoSchema,
-  NodeProtoSchema,
-  TensorProtoSchema,
-  toBinary,
-} from "../dist/src/onnx/protobuf.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import type { Selection } from "../dist/src/runtime/selection.js";
+import { create, fromBinary, ModelProtoSchema, NodeProtoSchema, TensorProtoSchema, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { difference, type Feeds, MODES, type Mode, NODE, ORTS, type Ort, open, outputOf, refusal } from "./sessions.ts";
 
@@ -56,9 +47,8 @@ async function packOf(kind: string, folders: readonly string[], options = {}): P
     return existsSync(`${at}/task.json`) ? [at] : readdirSync(at).map((name) => `${at}/${name}`);
   });
   const adapters = await readAdapters(paths);
-  const base = await openHost(data(`forms/${kind}.safetensors`));
+  const base = data(`forms/${kind}.safetensors`);
   const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...options, base });
-  await base.close?.();
   for (const adapter of adapters) await adapter.close();
   return openPack(concat(chunks));
 }

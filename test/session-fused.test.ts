@@ -3,18 +3,26 @@
  * norms and activations behind them. Held against PEFT's logits.
  */
 import { readFileSync } from "node:fs";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
-import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { type Attributes, makeFloats, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import type { NodeProto } from "../dist/src/onnx/onnx_pb.js";
-import { create, fromBinary, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { readModel } from "../dist/src/onnx/read.js";
-import { embedWeights } from "../dist/src/onnx/write.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { difference } from "./adapters.ts";
+import {
+  type Attributes,
+  create,
+  embedWeights,
+  fromBinary,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  makeFloats,
+  makeNode,
+  makeValue,
+  type NodeProto,
+  readModel,
+  toBinary,
+} from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { MODES, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
@@ -33,10 +41,9 @@ const FILES = [
 /** A lossless pack of the adapters of a model, with its fingerprints. */
 async function packOf(t: Test, kind: string, withBase = true): Promise<Pack> {
   const adapters = await readAdapters([data(`fused/adapters/${kind}`)]);
-  const base = withBase ? await openHost(data(`fused/${kind}.safetensors`)) : undefined;
+  const base = withBase ? data(`fused/${kind}.safetensors`) : undefined;
   const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...(base && { base }) });
   for (const adapter of adapters) await adapter.close();
-  await base?.close?.();
   const pack = await openPack(concat(chunks));
   t.teardown(() => pack.close());
   return pack;

@@ -2,36 +2,35 @@
  * What sessions do to graphs and read from them: the graft keeps a model sound, adapted layers in branches and layers that
  * run twice, and the values of quantised weights, held against what ONNX Runtime itself makes of them.
  */
-
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";
-import { readVector } from "../dist/src/onnx/dequantize.js";
-import { graft } from "../dist/src/onnx/graft.js";
-import { parseModel } from "../dist/src/onnx/model.js";
-import { findParameters, type OnnxParameter } from "../dist/src/onnx/modules.js";
 import {
   AttributeProtoSchema,
-  type GraphProto,
-  type ModelProto,
-  type NodeProto,
-  type TensorProto,
-  TensorShapeProto_DimensionSchema,
-} from "../dist/src/onnx/onnx_pb.js";
-import { takeApart } from "../dist/src/onnx/packed.js";
-import {
   create,
+  findParameters,
   fromBinary,
+  type GraphProto,
   GraphProtoSchema,
+  graft,
+  layoutFolded,
+  type ModelFile,
+  type ModelProto,
   ModelProtoSchema,
+  type NodeProto,
   NodeProtoSchema,
+  type OnnxParameter,
+  parseModel,
+  planSession,
+  readLinearWeight,
+  readModel,
+  readVector,
+  type TensorProto,
   TensorProtoSchema,
+  TensorShapeProto_DimensionSchema,
+  takeApart,
   toBinary,
   ValueInfoProtoSchema,
-} from "../dist/src/onnx/protobuf.js";
-import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
-import { readLinearWeight } from "../dist/src/onnx/weights.js";
-import { layoutFolded } from "../dist/src/session/fold.js";
-import { planSession } from "../dist/src/session/plan.js";
+} from "./internals.ts";
 import {
   difference,
   feeds,

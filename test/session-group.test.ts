@@ -5,15 +5,11 @@
 import { readFileSync } from "node:fs";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
+import { createRuntime, openPack, type Pack } from "eigenlora";
+import { buildPack, encodeTaskFile, openSafetensors } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession, createEigenSessions, type EigenSessions } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
-import { createEigenSession, createEigenSessions, type EigenSessions } from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openSafetensors } from "../dist/src/adapters/safetensors.js";
-import { openHost } from "../dist/src/base/open.js";
-import { encodeTaskFile } from "../dist/src/format/encode.js";
-import { createRuntime } from "../dist/src/index.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { difference } from "./adapters.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { MODES, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
@@ -33,7 +29,7 @@ type Models = EigenSessions<Ort, keyof typeof FILES>;
 /** A lossless pack of adapters; with the base's fingerprints unless told otherwise. */
 async function packBytes(ids: readonly string[], fingerprints = true): Promise<Uint8Array<ArrayBuffer>> {
   const adapters = await readAdapters(ids.map((id) => data(`seq2seq/adapters/${id}`)));
-  const base = fingerprints ? await openHost(data("seq2seq/base.safetensors")) : undefined;
+  const base = fingerprints ? data("seq2seq/base.safetensors") : undefined;
   const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...(base && { base }) });
   for (const adapter of adapters) await adapter.close();
   return concat(chunks);

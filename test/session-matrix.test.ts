@@ -2,8 +2,8 @@
  * Every tiny model of test/data/sessions in every mode on every runtime that runs in Node: it agrees with what PyTorch and
  * PEFT answer, or is refused by name with a way out. Nothing in between. Prints the table.
  */
+import { openPack, type Pack } from "eigenlora";
 import t, { type Test } from "tap";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import {
   difference,
   feeds,

@@ -2,9 +2,9 @@
  * The real model with real adapters, packed without loss: the labels that PEFT predicts, and its logits. A sample of tasks
  * and rows; `test/soak-session.js` takes all of them.
  */
+import { openPack } from "eigenlora";
+import { openOnnxHost } from "eigenlora/onnx";
 import t from "tap";
-import { openOnnxHost } from "../dist/src/onnx/host.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { difference, type Mode, NODE, type Ort, open, WEB } from "./sessions.ts";

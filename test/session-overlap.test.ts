@@ -2,12 +2,11 @@
  * Layers that one task brings whole and another adapts: in every mode a session answers as on a pack of that task alone, or says
  * why it cannot.
  */
+import { openPack, type Pack } from "eigenlora";
+import { type Adapter, type AdapterModule, buildPack, type SavedTensor } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import type { Adapter, AdapterModule, SavedTensor } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { uniform } from "../dist/src/tensor/random.js";
+import { uniform } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { difference, feeds, MODES, model, NODE, open, outputOf, RUNTIMES, refusal, type Session } from "./sessions.ts";
 

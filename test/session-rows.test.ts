@@ -2,15 +2,23 @@
  * One task per row: right, or refused. The models are one layer whose input has the batch first, or not, or holds some tokens of
  * each row only; what is expected is what each row gives alone.
  */
+import { openPack, type Pack } from "eigenlora";
+import { type Adapter, buildPack } from "eigenlora/build";
 import { Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import type { NodeProto } from "../dist/src/onnx/onnx_pb.js";
-import { create, GraphProtoSchema, ModelProtoSchema, TensorProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { compareRows } from "../dist/src/session/rows.js";
+import {
+  compareRows,
+  create,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  makeFloats,
+  makeInts,
+  makeNode,
+  makeValue,
+  type NodeProto,
+  TensorProtoSchema,
+  toBinary,
+} from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 import { difference, NODE, open, outputOf, refusal, type Session } from "./sessions.ts";
 

@@ -2,11 +2,10 @@
  * A session at work: one task per row, runs and switches in any order, failures that leave the old task, the end of a
  * session. On every runtime that runs in Node, and on an engine of nothing but JavaScript.
  */
+import { type ByteSource, openPack } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
-import { openPack } from "../dist/src/pack/pack.js";
-import { Timeline } from "../dist/src/session/timeline.js";
-import type { ByteSource } from "../dist/src/source.js";
+import { Timeline } from "./internals.ts";
 import {
   difference,
   feeds,

@@ -1,21 +1,18 @@
 /** Shared by the tests of sessions: the runtimes, the tiny models of test/data/sessions, packs for them, their answers. */
 import { readdirSync, readFileSync } from "node:fs";
-import type * as common from "onnxruntime-common";
-import * as node from "onnxruntime-node";
-import * as web from "onnxruntime-web";
+import { type OpenOptions, openPack, type Pack } from "eigenlora";
+import { type BuildOptions, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import {
   createEigenSession,
   type EigenSession,
   type EigenSessionOptions,
   type ModelInput,
-} from "../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
-import type { Engine } from "../dist/src/session/engine.js";
-import type { SessionOptions } from "../dist/src/session/options.js";
-import { createSession } from "../dist/src/session/session.js";
+} from "eigenlora/onnxruntime";
+import { createSession, type Engine, type SessionOptions } from "eigenlora/session";
+import type * as common from "onnxruntime-common";
+import * as node from "onnxruntime-node";
+import * as web from "onnxruntime-web";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 
@@ -82,9 +79,8 @@ export async function packBytes(
   options: BuildOptions = LOSSLESS,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const read = await readAdapters(adapters.map((path) => data(`sessions/${path}`)));
-  const host = base === undefined ? undefined : await openHost(data(`sessions/${base}.safetensors`));
+  const host = base === undefined ? undefined : data(`sessions/${base}.safetensors`);
   const { chunks } = await buildPack(read, host ? { ...options, base: host } : options);
-  await host?.close?.();
   for (const adapter of read) await adapter.close();
   return concat(chunks);
 }

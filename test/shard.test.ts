@@ -2,15 +2,13 @@
  * Packs from parts: the same basis and the same pack however the adapters are spread, on real adapters, whether a side is kept as
  * rows (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); parts that are damaged, mixed or hostile; restarts.
  */
-
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { cp, mkdtemp, readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import fc from "fast-check";
-import t from "tap";
+import { openPack, type Pack } from "eigenlora";
 import {
   type Adapter,
   adapterStatistics,
@@ -24,18 +22,27 @@ import {
   openStatistics,
   openTasks,
   projectTasks,
+  type SafetensorsEntry,
   type Statistics,
   type StatisticsPart,
+  type Summary,
   writeStatistics,
-} from "../dist/src/build.js";
-import { svd } from "../dist/src/extract/linalg.js";
-import { collectSummary, gramComponents, type Summary, summaryKind, triangle } from "../dist/src/extract/summary.js";
-import { readAdapters } from "../dist/src/node.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { toBytes, writePart } from "../dist/src/pack/shard/part.js";
-import { shuffle, uniform } from "../dist/src/tensor/random.js";
-import type { SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
+} from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import fc from "fast-check";
+import t from "tap";
 import { json, workIn } from "./command-line.ts";
+import {
+  collectSummary,
+  gramComponents,
+  shuffle,
+  summaryKind,
+  svd,
+  toBytes,
+  triangle,
+  uniform,
+  writePart,
+} from "./internals.ts";
 import { concat, data, packDifference } from "./packs.ts";
 
 const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;

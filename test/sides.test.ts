@@ -2,13 +2,10 @@
  * Tasks whose sides are of different kinds (SPEC.md, section 6.1): the same weights, terms and answers as from components on both
  * sides, on every backend, in every mode and by every tool.
  */
+import { createRuntime, openPack } from "eigenlora";
+import { freshPack, planAppend, projectAdapters, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { taskAdapter } from "../dist/src/pack/expand.js";
-import { freshPack, planAppend } from "../dist/src/pack/fresh.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
 import { backends } from "./backend-list.ts";
 import { relativeDifference } from "./compare.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";

@@ -2,13 +2,8 @@
  * A pack in other words: the same tasks, with components on one side alone, several bases of a side, rows of a task's own in the place of
  * coefficients and beside them. Written by the vectors' writer, since no writer of the package makes such packs yet.
  */
-import type { PackModule, TaskTerm } from "../dist/src/format/format.js";
-import { sharedBases } from "../dist/src/format/format.js";
-import { encodedTensor, readTensor } from "../dist/src/format/tensors.js";
-import { expandTerm } from "../dist/src/pack/expand.js";
-import type { Pack } from "../dist/src/pack/pack.js";
-import { DTYPES, type Dtype } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
+import type { Dtype, Pack, PackModule, TaskTerm } from "eigenlora";
+import { DTYPES, encodedTensor, encodeTensor, expandTerm, readTensor, sharedBases } from "./internals.ts";
 import { packFile } from "./vectors/format.js";
 
 /** What becomes of a module, in turns. */

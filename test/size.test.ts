@@ -2,8 +2,8 @@
  * The benchmark of sizes: what is measured agrees with the packer's report and with other numbers of adapters, and what is shown with
  * what was measured. No model runs.
  */
-
 import { readdirSync, readFileSync } from "node:fs";
+import { buildPack } from "eigenlora/build";
 import t from "tap";
 import { bytesOfAdapter, SUITES } from "../benchmarks/lib/adapters.js";
 import { Rows } from "../benchmarks/lib/rows.js";
@@ -25,7 +25,6 @@ import {
   type Way,
   within,
 } from "../benchmarks/research/size/ways.js";
-import { buildPack } from "../dist/src/build.js";
 import { data } from "./packs.ts";
 
 const none = new Peers(undefined, "not in tests");

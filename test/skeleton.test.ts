@@ -2,15 +2,11 @@
 import { copyFileSync, linkSync, mkdtempSync, readFileSync, rmSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, relative } from "node:path";
+import { type ByteSource, openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { parseModel } from "../dist/src/onnx/model.js";
-import { skeletonOf } from "../dist/src/onnx/skeleton.js";
-import { readTensor } from "../dist/src/onnx/tensors.js";
-import { openSource } from "../dist/src/open-source.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import type { ByteSource } from "../dist/src/source.js";
+import { openSource, parseModel, readOnnxTensor as readTensor, skeletonOf } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { MODES, model, NODE, open, packFor } from "./sessions.ts";
 

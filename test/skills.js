@@ -7,7 +7,6 @@ import { pathToFileURL } from "node:url";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEncode, END, force, readAnswers, readSkills, smollm2, smollm2File } from "../benchmarks/lib/skills.js";
-import { openHost } from "../dist/src/base/open.js";
 
 /** PEFT generated so many tokens at most. */
 const MOST_TOKENS = 14;
@@ -17,13 +16,12 @@ const BATCH = 32;
 /** All that adapters have, in f32. @param {readonly string[]} folders each of one adapter, or of several */
 export async function losslessPack(folders) {
   const adapters = await readAdapters(folders);
-  const base = await openHost(smollm2File("model.safetensors"));
+  const base = smollm2File("model.safetensors");
   const { chunks } = await buildPack(adapters, {
     base,
     select: { kind: "energy", share: 1 },
     dtype: { basis: "f32", coefficients: "f32", head: "f32" },
   });
-  await base.close?.();
   for (const adapter of adapters) await adapter.close();
   return new Blob(/** @type {BlobPart[]} */ (chunks));
 }

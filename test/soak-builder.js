@@ -5,7 +5,7 @@
  *
  * usage: node test/soak-builder.js [TEXT]     files whose names have TEXT
  */
-import "../dist/src/cli/telemetry.js";
+import "./no-telemetry.js";
 import { spawnSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -17,8 +17,6 @@ import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
-import { openHost } from "../dist/src/base/open.js";
-import { f16ToF32 } from "../dist/src/tensor/dtypes.js";
 
 const ONLY = process.argv[2] ?? "";
 /** Sums of f32 in another order than PEFT's f64. */
@@ -98,12 +96,17 @@ function feedsOf(ort, names, rows, { half, cache }) {
   return feeds;
 }
 
+/** A half as a number. @param {number} bits */
+function half(bits) {
+  const [exponent, fraction] = [(bits >> 10) & 31, bits & 1023];
+  const size = exponent === 0 ? fraction * 2 ** -24 : (1024 + fraction) * 2 ** (exponent - 25);
+  return (bits & 0x8000 ? -1 : 1) * (exponent === 31 ? (fraction ? Number.NaN : Number.POSITIVE_INFINITY) : size);
+}
+
 /** @param {import("onnxruntime-common").Tensor} tensor */
 function valuesOf({ type, data }) {
   const values = /** @type {any} */ (data);
-  return type === "float16" && values instanceof Uint16Array
-    ? Array.from(values, f16ToF32)
-    : Array.from(values, Number);
+  return type === "float16" && values instanceof Uint16Array ? Array.from(values, half) : Array.from(values, Number);
 }
 
 /** @param {string} folder @param {Made} made */
@@ -111,10 +114,9 @@ async function packOf(folder, { family, precision }) {
   const adapters = await readAdapters([join(folder, family, "adapters")]);
   // A quantised file has other values than the checkpoint; DoRA needs the float weight.
   const kept = precision === "int4" ? adapters.filter(({ id }) => id !== "dora") : adapters;
-  const base = await openHost(join(folder, family, "base.safetensors"));
+  const base = join(folder, family, "base.safetensors");
   const { chunks } = await buildPack(kept, { ...LOSSLESS, base });
   for (const adapter of adapters) await adapter.close();
-  await base.close?.();
   return openPack(new Uint8Array(Buffer.concat(chunks)), {});
 }
 

@@ -10,7 +10,7 @@
  * Needs PYTHON with torch, transformers, PEFT, diffusers, onnx and onnxscript; skips itself without, unless EIGENLORA_REQUIRE lists
  * families.
  */
-import "../dist/src/cli/telemetry.js";
+import "./no-telemetry.js";
 import { spawnSync } from "node:child_process";
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";

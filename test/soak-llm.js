@@ -8,7 +8,7 @@
  *   N        rows of a task, the first. Default: all
  *   WAY      one of the ways below. Default: all
  */
-import "../dist/src/cli/telemetry.js";
+import "./no-telemetry.js";
 import { existsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";

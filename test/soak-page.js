@@ -4,7 +4,7 @@
  *
  * usage: node test/soak-page.js [ROWS]      skips itself without EIGENLORA_SMOLLM2 or Chromium, unless EIGENLORA_REQUIRE lists smollm2
  */
-import "../dist/src/cli/telemetry.js";
+import "./no-telemetry.js";
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { mkdtemp, readFile, rm } from "node:fs/promises";

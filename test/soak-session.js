@@ -4,7 +4,7 @@
  *
  * usage: node test/soak-session.js [SWITCHES] [SUITE...]
  */
-import "../dist/src/cli/telemetry.js";
+import "./no-telemetry.js";
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";

@@ -1,9 +1,9 @@
 import { mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
 import t from "tap";
-import { openSource } from "../dist/src/open-source.js";
-import { openPack } from "../dist/src/pack/pack.js";
+import { openSource } from "./internals.ts";
 import { data } from "./packs.ts";
 import { serve } from "./range-server.ts";
 

@@ -1,6 +1,6 @@
 /**
  * The map of the house, held against the imports of src and bindings: an import points down, nothing goes in a circle, no file and no
- * function is longer than one can hold in mind.
+ * function is longer than one can hold in mind; tests reach inside by one list.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { dirname, join, normalize } from "node:path";
@@ -161,4 +161,15 @@ t.test(`no function above ${MAX_FUNCTION} lines`, async (t) => {
     if (file !== GENERATED) visit(source);
   }
   t.same(long, []);
+});
+
+t.test("tests name what is built in internals.ts alone", async (t) => {
+  const folder = join(root, "test");
+  const named = readdirSync(folder, { recursive: true, encoding: "utf8" })
+    .filter((file) => /\.[jt]s$/.test(file) && !/node_modules|internals\.ts$/.test(file))
+    // The command and the entries are what package.json names.
+    .filter((file) =>
+      /["'`/]dist\/(src|bindings)\/(?!cli\/main\.js|index\.js)/.test(readFileSync(join(folder, file), "utf8")),
+    );
+  t.same(named, []);
 });

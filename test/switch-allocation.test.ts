@@ -2,8 +2,8 @@
  * What a switch allocates: nothing for cores and factors once two selections have been there. Arrays are told apart by what an
  * engine gets, and a run that is under way keeps the numbers that it began with.
  */
+import type { EngineTensor } from "eigenlora/session";
 import t, { type Test } from "tap";
-import type { EngineTensor } from "../dist/src/session/engine.js";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { difference, feeds, golden, model, type Ort, open, outputOf, packFor } from "./sessions.ts";
 

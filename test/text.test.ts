@@ -1,6 +1,6 @@
 /** UTF-8 and base64 of our own beside those of the web platform, which not every engine has. */
 import t from "tap";
-import { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
+import { fromBase64, fromUtf8, toBase64, toUtf8 } from "./internals.ts";
 
 const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 

@@ -1,8 +1,6 @@
 /** What `tfjsHost` promises, on whichever backend of TF.js runs. In Node and in browsers. */
-import { type Tfjs, tfjsHost } from "../dist/bindings/tfjs.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime, type RuntimeOptions } from "../dist/src/runtime/create.js";
-import type { Runtime } from "../dist/src/runtime/runtime.js";
+import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
+import { type Tfjs, tfjsHost } from "eigenlora/tfjs";
 import {
   asKernel,
   inputs,

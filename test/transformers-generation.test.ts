@@ -2,9 +2,9 @@
  * Packs on pipelines of transformers.js that transcribe and translate, against PEFT's answers: a tiny Whisper and a tiny
  * Marian (test/data/pipelines). Needs what `transformers.test.ts` needs.
  */
+import { createTrainer, type Encode } from "eigenlora/train";
+import { type AttachedPack, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
-import { type AttachedPack, attachPack } from "../dist/bindings/transformers.js";
-import { createTrainer, type Encode } from "../dist/src/train/index.js";
 import { data } from "./packs.ts";
 import { generations, type Pipe, packOn, pipelineOn, type Sound, skip, textOf, transformers } from "./pipelines.ts";
 import { soundOf } from "./pipelines-inputs.js";

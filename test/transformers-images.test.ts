@@ -2,8 +2,8 @@
  * Packs on pipelines of transformers.js that look at pictures, against PEFT's answers: a tiny ViT and a tiny CLIP
  * (test/data/pipelines), CLIP as one session, and as two models of their own. Needs what `transformers.test.ts` needs.
  */
+import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
-import { type AttachedPack, type AttachOptions, attachPack } from "../dist/bindings/transformers.js";
 import {
   type Answer,
   goldens,

@@ -7,18 +7,11 @@ import { cp, mkdtemp, readFile, rename, rm, symlink, writeFile } from "node:fs/p
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack, encodeTaskFile } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { type AttachedPack, type AttachOptions, attachPack, type TransformersPipeline } from "eigenlora/transformers";
 import t from "tap";
-import {
-  type AttachedPack,
-  type AttachOptions,
-  attachPack,
-  type TransformersPipeline,
-} from "../dist/bindings/transformers.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { encodeTaskFile } from "../dist/src/format/encode.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { difference } from "./adapters.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { required } from "./required.ts";
@@ -72,9 +65,8 @@ const text = (ids: readonly number[]): string =>
 async function packBytes(fingerprints: boolean, only: (module: string) => boolean): Promise<Uint8Array<ArrayBuffer>> {
   const adapters = await readAdapters([data("seq2seq/adapters/answers"), data("seq2seq/adapters/titles")]);
   const some = adapters.map((one) => ({ ...one, modules: new Map([...one.modules].filter(([name]) => only(name))) }));
-  const base = fingerprints ? await openHost(data("seq2seq/base.safetensors")) : undefined;
+  const base = fingerprints ? data("seq2seq/base.safetensors") : undefined;
   const { chunks } = await buildPack(some, { ...LOSSLESS, ...(base && { base }) });
-  await base?.close?.();
   for (const adapter of adapters) await adapter.close();
   return concat(chunks);
 }

@@ -4,9 +4,9 @@
  * `transformers.test.ts` needs.
  */
 import { readFile } from "node:fs/promises";
+import { openPack, type Pack } from "eigenlora";
+import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t from "tap";
-import { type AttachedPack, type AttachOptions, attachPack } from "../dist/bindings/transformers.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { generations, type Pipe, packOn, pipelineOn, type Sound, skip, transformers } from "./pipelines.ts";
 import { soundOf } from "./pipelines-inputs.js";

@@ -3,7 +3,6 @@
  * `npm install @huggingface/transformers@4.3.1` was run; what needs it is skipped by name without, and fails when
  * EIGENLORA_REQUIRE lists "transformers".
  */
-
 import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
@@ -11,17 +10,13 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
 import { promisify } from "node:util";
+import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
-import { type AttachedPack, type AttachOptions, attachPack } from "../dist/bindings/transformers.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/open.js";
-import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { hold } from "../dist/src/session/hold.js";
-import { labelsOf } from "../dist/src/session/labels.js";
-import { Turns } from "../dist/src/session/turns.js";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { fromBinary, hold, labelsOf, ModelProtoSchema, Turns, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "./sessions.ts";
@@ -168,9 +163,8 @@ async function makeModels(): Promise<void> {
   await write("tiny.eigen", await packBytes(["adapters"], "base"));
   await symlink(data("seq2seq"), join(models, "seq2seq"));
   const skills = await readAdapters([data("seq2seq/adapters")]);
-  const base = await openHost(data("seq2seq/base.safetensors"));
+  const base = data("seq2seq/base.safetensors");
   await write("seq2seq.eigen", concat((await buildPack(skills, { ...LOSSLESS, base })).chunks));
-  await base.close?.();
   for (const skill of skills) await skill.close();
 }
 

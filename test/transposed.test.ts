@@ -1,11 +1,20 @@
 /** Products with the transpose of a constant weight: taken as the weight lies, with the same answers. */
 import t from "tap";
-import { takeUntransposed } from "../dist/src/autodiff/transposed.js";
-import { indexGraph } from "../dist/src/onnx/model.js";
-import { makeFloats, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-import type { GraphProto, NodeProto, ValueInfoProto } from "../dist/src/onnx/onnx_pb.js";
-import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { f32ToF16 } from "../dist/src/tensor/dtypes.js";
+import {
+  create,
+  f32ToF16,
+  type GraphProto,
+  indexGraph,
+  ModelProtoSchema,
+  makeFloats,
+  makeNode,
+  makeValue,
+  type NodeProto,
+  TensorProtoSchema,
+  takeUntransposed,
+  toBinary,
+  type ValueInfoProto,
+} from "./internals.ts";
 import { noise, relative } from "./learning.ts";
 import { NODE } from "./sessions.ts";
 

@@ -4,13 +4,10 @@
  */
 import { createPublicKey, generateKeyPairSync, verify } from "node:crypto";
 import { readFile } from "node:fs/promises";
+import { type OpenOptions, openPack, type Pack, TrustError } from "eigenlora";
+import { createSigner } from "eigenlora/build";
 import t from "tap";
-import { TrustError } from "../dist/src/errors.js";
-import { encodeSignedTaskFile } from "../dist/src/format/encode.js";
-import { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layout.js";
-import { parseTaskFile } from "../dist/src/format/task-file.js";
-import { createSigner } from "../dist/src/pack/keys.js";
-import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
+import { encodeSignedTaskFile, layoutAppend, layoutFresh, layoutSigned, parseTaskFile } from "./internals.ts";
 import { concat } from "./packs.ts";
 import { serve } from "./range-server.ts";
 import { soak } from "./required.ts";

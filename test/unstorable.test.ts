@@ -2,19 +2,23 @@
 import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { openPack } from "eigenlora";
+import {
+  type Adapter,
+  adapterStatistics,
+  type BuildOptions,
+  buildBasis,
+  buildPack,
+  openSafetensors,
+  projectAdapters,
+  type SavedTensor,
+  type SearchOptions,
+  searchPack,
+} from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import type { Adapter, SavedTensor } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openSafetensors } from "../dist/src/adapters/safetensors.js";
-import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { projectAdapters } from "../dist/src/pack/project.js";
-import { completeDtypes } from "../dist/src/pack/report.js";
-import { searchPack } from "../dist/src/pack/search.js";
-import type { SearchOptions } from "../dist/src/pack/search-options.js";
-import { buildBasis } from "../dist/src/pack/shard/basis.js";
-import { adapterStatistics } from "../dist/src/pack/shard/statistics.js";
 import { json } from "./command-line.ts";
+import { completeDtypes } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use"];

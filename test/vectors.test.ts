@@ -1,16 +1,10 @@
 import { spawnSync } from "node:child_process";
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
+import { EigenLoraError, type OpenOptions, openPack, type Pack } from "eigenlora";
 import t from "tap";
-import { EigenLoraError } from "../dist/src/errors.js";
-import { isCoded } from "../dist/src/format/coded.js";
-import { decodeSection } from "../dist/src/format/decode-coded.js";
-import { openSource } from "../dist/src/open-source.js";
-import { expandTerm } from "../dist/src/pack/expand.js";
-import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { run } from "./command-line.ts";
+import { decodeSection, decodeTensor, expandTerm, isCoded, openSafetensors, openSource } from "./internals.ts";
 import { required } from "./required.ts";
 import { vectors } from "./vectors/make.js";
 

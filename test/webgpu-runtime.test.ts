@@ -2,17 +2,12 @@
  * A runtime on a WebGPU device: weights in the caller's buffers, devices that are lost or do not answer, and what `auto`
  * makes of them. Skipped by name where Dawn does not start.
  */
+import { createRuntime, type DeviceHandle, type DeviceTensor, openPack, type Runtime, type Tensor } from "eigenlora";
 import t from "tap";
-import type { DeviceHandle } from "../dist/src/backends/backend.js";
-import { createBackend } from "../dist/src/backends/select.js";
-import type { DeviceTensor, Tensor } from "../dist/src/base/host.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
-import type { Runtime } from "../dist/src/runtime/runtime.js";
-import { uniform } from "../dist/src/tensor/random.js";
 import { dawnMissing } from "./backend-list.ts";
 import { seededBase, seededTensors } from "./bases.ts";
 import { countingDevice } from "./counting-device.js";
+import { createBackend, uniform } from "./internals.ts";
 import { packOf } from "./packs.ts";
 
 const skip = dawnMissing ?? false;

@@ -2,24 +2,25 @@
  * What only the WebGPU backend has: agreement with the js oracle to the bit or nearly, cost per switch, weights in parts,
  * faults. The suite of all backends is in backends.test.ts. Skipped by name where Dawn does not start.
  */
-
+import { createRuntime, type Dtype, type FloatDtype, openPack } from "eigenlora";
+import { readAdapters } from "eigenlora/node";
 import fc from "fast-check";
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import type { Backend, Slice } from "../dist/src/backends/backend.js";
-import { createJsBackend } from "../dist/src/backends/js.js";
-import { createBackend } from "../dist/src/backends/select.js";
-import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
-import { compile } from "../dist/src/backends/webgpu-device.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/create.js";
-import { type Dtype, decodeTensor, type FloatDtype } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { uniform } from "../dist/src/tensor/random.js";
 import { dawnMissing } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
 import { seededBase } from "./bases.ts";
 import { countingDevice } from "./counting-device.js";
+import {
+  type Backend,
+  compile,
+  createBackend,
+  createJsBackend,
+  createWebgpuBackend,
+  decodeTensor,
+  encodeTensor,
+  type Slice,
+  uniform,
+} from "./internals.ts";
 import { data, packOf } from "./packs.ts";
 
 const skip = dawnMissing ?? false;

@@ -2,17 +2,23 @@
  * Whatever was switched to before, and however that ended, the weights are those of the last switch that succeeded: bit for bit
  * those of a runtime that has done nothing else. On every backend, for every kind of host, folded and not.
  */
+import {
+  type BackendOptions,
+  type CpuView,
+  createRuntime,
+  type DeviceTensor,
+  openPack,
+  type Runtime,
+  type RuntimeOptions,
+  type Tensor,
+  type View,
+  type WeightHost,
+} from "eigenlora";
+import { buildPack, writeSafetensors } from "eigenlora/build";
 import t from "tap";
-import type { BackendOptions } from "../dist/src/backends/select.js";
-import type { CpuView, DeviceTensor, Tensor, View, WeightHost } from "../dist/src/base/host.js";
-import { memoryHost } from "../dist/src/base/memory-host.js";
-import { buildPack } from "../dist/src/pack/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime, type RuntimeOptions } from "../dist/src/runtime/create.js";
-import type { Runtime } from "../dist/src/runtime/runtime.js";
-import { writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 import { backends, dawnMissing } from "./backend-list.ts";
 import { countingDevice } from "./counting-device.js";
+import { memoryHost } from "./internals.ts";
 import { concat } from "./packs.ts";
 import { chance, randomBase, randomPack, randomSelection, type Wanted } from "./random-packs.ts";
 import { soak } from "./required.ts";

@@ -6,10 +6,9 @@ import { execFileSync } from "node:child_process";
 import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { type Adapter, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { buildPack } from "../dist/src/pack/build.js";
 import { bytesOf } from "./adapters.ts";
 import { LOSSLESS } from "./packs.ts";
 

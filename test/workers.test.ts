@@ -1,12 +1,8 @@
 /** Threads that extract: the same pack, the same errors, and none is left behind. */
+import { type Adapter, type BuildOptions, buildPack, type SearchOptions, searchPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { openThread } from "../dist/bindings/node.js";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { readAdapters } from "../dist/src/adapters/folder.js";
-import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { allOf } from "../dist/src/pack/fresh.js";
-import { searchPack, searchStreamed } from "../dist/src/pack/search.js";
-import type { SearchOptions } from "../dist/src/pack/search-options.js";
+import { allOf, openThread, searchStreamed } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use", "debtags-interface"];

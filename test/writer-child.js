@@ -1,10 +1,18 @@
 /** A process that runs command lines, one after the other, as its parent sends them: for test/writers.js. */
-import { runProgram } from "../dist/src/cli/program.js";
+
+let runs = 0;
+let said = "";
+for (const stream of [process.stdout, process.stderr])
+  stream.write = (/** @type {string | Uint8Array} */ text) => {
+    said += text;
+    return true;
+  };
 
 process.on("message", async (/** @type {string[]} */ argv) => {
-  let said = "";
-  const stream = { write: (/** @type {string} */ text) => (said += text) };
-  const code = await runProgram([...argv, "--json"], stream, stream);
-  if (process.connected) process.send?.({ code, said });
+  process.argv.splice(2, Infinity, ...argv, "--json");
+  // The command line runs when it is imported, once for each address.
+  await import(`../dist/src/cli/main.js?${++runs}`);
+  if (process.connected) process.send?.({ code: process.exitCode, said });
+  said = "";
 });
 process.send?.("ready");

@@ -13,7 +13,7 @@ import {
   sharedModules,
 } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
-import type { WeightHost } from "../base/host.ts";
+import type { BaseInput } from "../base/host.ts";
 import type { Allocation } from "../extract/allocation.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import type { BasisMode, Centering, ComponentSelection, ExtractOptions, Gauge } from "../extract/options.ts";
@@ -87,7 +87,7 @@ export interface BuildOptions {
    */
   readonly headStep?: number | undefined;
   /** The base model, for fingerprints and an early check of names and shapes. Default: none, with a note in the report. */
-  readonly base?: WeightHost | undefined;
+  readonly base?: BaseInput | undefined;
   /** Take adapters that name different base models: other names for one, which they do not share the end of. Default: false. */
   readonly anyBase?: boolean | undefined;
 
@@ -219,7 +219,7 @@ export async function prepare(adapters: readonly Adapter[], options: BuildOption
     extraction: extractionOf(options, adapters.length),
     dtype: dtypesOf(options),
     shared,
-    fingerprints: base && (await readFingerprints(base, shapes)),
+    fingerprints: base === undefined ? undefined : await readFingerprints(base, shapes),
   };
 }
 

@@ -2,32 +2,39 @@
 import type { ModuleShape } from "../adapters/adapter.ts";
 import { AliasMatcher } from "../base/aliases.ts";
 import { fingerprint, weightAt } from "../base/fingerprint.ts";
-import type { WeightHost } from "../base/host.ts";
+import type { BaseInput } from "../base/host.ts";
 import { type Located, Locator } from "../base/locate.ts";
 import { locate } from "../base/mismatch.ts";
+import { openHost } from "../base/open.ts";
 
 /**
  * 64 weights of the base for each module (SPEC.md, section 4.4).
  * @throws BaseMismatchError when it does not have one
  */
 export async function readFingerprints(
-  base: WeightHost,
+  base: BaseInput,
   modules: Iterable<ModuleShape>,
 ): Promise<Map<string, Float32Array>> {
-  const locator = new Locator(base);
-  locator.names = new AliasMatcher(locator.parameters.keys());
-  const prints = new Map<string, Float32Array>();
-  for (const module of modules) {
-    const located = inBase(locator, module);
-    const view = await base.read(located.name);
-    const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
-    const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
-    prints.set(module.name, fingerprint(module.name, module.out, module.in, values));
+  const host = await openHost(base);
+  try {
+    const locator = new Locator(host);
+    locator.names = new AliasMatcher(locator.parameters.keys());
+    const prints = new Map<string, Float32Array>();
+    for (const module of modules) {
+      const located = inBase(locator, module);
+      const view = await host.read(located.name);
+      const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
+      const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
+      prints.set(module.name, fingerprint(module.name, module.out, module.in, values));
+    }
+    return prints;
+  } finally {
+    // The caller's own source may be read again.
+    if (typeof base === "string" || base instanceof URL) await host.close?.();
   }
-  return prints;
 }
 
-/** A host is whoever gives it: there is no option here to map names with. */
+/** Says how names are mapped here: packing has no option `names`. */
 function inBase(locator: Locator, module: ModuleShape): Located {
   try {
     return locate(locator, module);

@@ -3,11 +3,11 @@
  * uses it, in a folder with the files that `test/examples.test.ts` puts there. What is absent here can only be type-checked.
  */
 import { readFileSync } from "node:fs";
+import { createRuntime, openPack } from "eigenlora";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 import * as onnxruntime from "onnxruntime-node";
-import { createEigenSession, createEigenSessions } from "../../dist/bindings/onnxruntime.js";
-import { readAdapters } from "../../dist/src/adapters/folder.js";
-import { createRuntime, openPack } from "../../dist/src/index.js";
-import { createTrainer } from "../../dist/src/train/learn.js";
 
 /** Thrown for what a test machine does not have. */
 export class Absent extends Error {}

@@ -9,7 +9,7 @@ import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
-import { openHost } from "../../dist/src/base/open.js";
+
 import { refusalOf } from "./refusals.js";
 
 /**
@@ -53,10 +53,9 @@ export async function runFamily(folder) {
 /** A lossless pack with the base's fingerprints. @param {string} folder @param {readonly string[]} tasks */
 export async function packOf(folder, tasks) {
   const adapters = await readAdapters(tasks.map((task) => join(folder, "adapters", task)));
-  const base = await openHost(join(folder, "base.safetensors"));
+  const base = join(folder, "base.safetensors");
   const dtype = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });
   const { chunks } = await buildPack(adapters, { base, select: { kind: "energy", share: 1 }, dtype });
-  await base.close?.();
   for (const adapter of adapters) await adapter.close();
   return openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 }

@@ -1,6 +1,6 @@
 // @ts-nocheck: it handles what no type describes
 /** Runs mutants through the package and holds what it takes against the judge. */
-import { createRuntime, openPack } from "../../dist/src/index.js";
+import { createRuntime, openPack } from "eigenlora";
 import { judge, judgeTaskFile } from "./judge.js";
 import { mutant } from "./make.js";
 

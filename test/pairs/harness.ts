@@ -1,9 +1,9 @@
 /** Two calls at once, held against the orders of them one after the other. */
 import { createHash } from "node:crypto";
 import { setTimeout as after } from "node:timers/promises";
+import type { Selection } from "eigenlora";
 import type { Test } from "tap";
-import type { Selection } from "../../dist/src/runtime/selection.js";
-import { uniform } from "../../dist/src/tensor/random.js";
+import { uniform } from "../internals.ts";
 
 export type Call<O> = (on: O) => unknown;
 /** What can be called, by name. A list where a signal may come in time or not: the call, and what it may be as good as. */

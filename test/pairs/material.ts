@@ -1,15 +1,10 @@
 /** What objects are made of: an MLP, two adapters for it and two more; bytes, stores and engines whose answers come late. */
-import { createEngine } from "../../dist/bindings/onnxruntime.js";
-import type { Adapter } from "../../dist/src/adapters/adapter.js";
-import { readAdapters } from "../../dist/src/adapters/folder.js";
-import { openHost } from "../../dist/src/base/open.js";
-import type { RangeStore } from "../../dist/src/cache/store.js";
-import { SourceError } from "../../dist/src/errors.js";
-import { encodeTaskFile } from "../../dist/src/format/encode.js";
-import { buildPack } from "../../dist/src/pack/build.js";
-import { type OpenOptions, openPack, type Pack } from "../../dist/src/pack/pack.js";
-import type { Engine } from "../../dist/src/session/engine.js";
-import type { ByteSource } from "../../dist/src/source.js";
+import { type ByteSource, type OpenOptions, openPack, type Pack, SourceError } from "eigenlora";
+import { type Adapter, buildPack, encodeTaskFile } from "eigenlora/build";
+import type { RangeStore } from "eigenlora/cache";
+import { readAdapters } from "eigenlora/node";
+import { createEngine } from "eigenlora/onnxruntime";
+import type { Engine } from "eigenlora/session";
 import { concat, data, LOSSLESS } from "../packs.ts";
 import { NODE } from "../sessions.ts";
 import { late, must } from "./harness.ts";
@@ -25,7 +20,7 @@ function like({ modules, saved, ...rest }: Adapter, id: string, scale: number): 
     saved: saved.map((one) => ({ ...one, read: () => one.read().then(scaled) })),
   };
 }
-const base = await openHost(data("sessions/base-mlp.safetensors"));
+const base = data("sessions/base-mlp.safetensors");
 const all = [...ADAPTERS, like(ADAPTERS[0], "c", 2), like(ADAPTERS[1], "d", 3)];
 export const BYTES: Uint8Array = concat((await buildPack(all, { ...LOSSLESS, base })).chunks);
 

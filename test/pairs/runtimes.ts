@@ -1,9 +1,14 @@
 /** Runtimes, on hosts of every kind. */
-import { openSafetensors } from "../../dist/src/adapters/safetensors.js";
-import type { Tensor, View, WeightHost } from "../../dist/src/base/host.js";
-import type { Pack } from "../../dist/src/pack/pack.js";
-import { createRuntime, type RuntimeOptions } from "../../dist/src/runtime/create.js";
-import type { Runtime } from "../../dist/src/runtime/runtime.js";
+import {
+  createRuntime,
+  type Pack,
+  type Runtime,
+  type RuntimeOptions,
+  type Tensor,
+  type View,
+  type WeightHost,
+} from "eigenlora";
+import { openSafetensors } from "eigenlora/build";
 import { dawnMissing } from "../backend-list.ts";
 import { data } from "../packs.ts";
 import {

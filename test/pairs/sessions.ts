@@ -1,10 +1,8 @@
 /** Sessions, groups of them, and packs on pipelines. */
-import { createEngine, type EigenSessions } from "../../dist/bindings/onnxruntime.js";
-import { type AttachedPack, attachPack, type TransformersPipeline } from "../../dist/bindings/transformers.js";
-import { openPack, type Pack } from "../../dist/src/pack/pack.js";
-import type { Engine } from "../../dist/src/session/engine.js";
-import { createSessions } from "../../dist/src/session/group.js";
-import { createSession } from "../../dist/src/session/session.js";
+import { openPack, type Pack } from "eigenlora";
+import { createEngine, type EigenSessions } from "eigenlora/onnxruntime";
+import { createSession, createSessions, type Engine } from "eigenlora/session";
+import { type AttachedPack, attachPack, type TransformersPipeline } from "eigenlora/transformers";
 import { data, LOSSLESS, packOf as packOfAdapters } from "../packs.ts";
 import { PlainEngine } from "../plain-engine.ts";
 import { type Feeds, feeds, modelBytes, model as modelPath, NODE, type Ort, type Session } from "../sessions.ts";

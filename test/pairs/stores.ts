@@ -1,8 +1,8 @@
 /** Packs, caches of their bytes, and packs that an isolate keeps. */
-import { keptPack, type R2Bucket } from "../../dist/bindings/workerd.js";
-import { type CachedSource, type CacheOptions, cachedSource } from "../../dist/src/cache/cached.js";
-import { taskAdapter } from "../../dist/src/pack/expand.js";
-import type { Pack } from "../../dist/src/pack/pack.js";
+import type { Pack } from "eigenlora";
+import { taskAdapter } from "eigenlora/build";
+import { type CachedSource, type CacheOptions, cachedSource } from "eigenlora/cache";
+import { keptPack, type R2Bucket } from "eigenlora/workerd";
 import { aborted, type Calls, closed, digits, type Kind, late, must, refusalOf, without } from "./harness.ts";
 import { BLOB, BYTES, checkCounts, file, packOf, slowStore } from "./material.ts";
 

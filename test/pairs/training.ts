@@ -1,6 +1,6 @@
 /** Trainers, distilling, judges. */
-import type { Pack } from "../../dist/src/pack/pack.js";
-import { createSession } from "../../dist/src/session/session.js";
+import type { Pack } from "eigenlora";
+import { createSession } from "eigenlora/session";
 import {
   type BatchFeeds,
   createJudge,
@@ -9,7 +9,7 @@ import {
   type Encode,
   type PackJudge,
   type Trainer,
-} from "../../dist/src/train/index.js";
+} from "eigenlora/train";
 import { NODE, type Session } from "../sessions.ts";
 import { type Calls, closed, digits, type Kind, must, outcome, refusalOf, some, to, without } from "./harness.ts";
 import { ADAPTERS, checkCounts, FILES, file, native, packOf, type Slowly } from "./material.ts";

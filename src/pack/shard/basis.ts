@@ -61,7 +61,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   }
   const products = await fastProducts();
   const extraction = { gauge, centering, normalize, select, basisDtype: dtype, coefficientDtype: dtype, products };
-  const fingerprints = base && (await readFingerprints(base, statistics.modules.values()));
+  const fingerprints = base === undefined ? undefined : await readFingerprints(base, statistics.modules.values());
   const modules: ModuleInput[] = [];
   const adapted = statistics.adapters.map(() => new Set<string>());
   for (const { rows: _, ...shape } of statistics.modules.values()) {

@@ -1,0 +1,225 @@
+/**
+ * What tests reach inside the built package. Everything else in test/ speaks to its public entries and its command, which
+ * structure.test.ts checks: when a file moves, this list changes and no test does. Each group says why the public way is not enough.
+ */
+
+// Tools of the tests: what makes and reads material. Each is tested itself, against numpy, PEFT or SPEC.md.
+
+export { openHost } from "../dist/src/base/open.js";
+export { openSource } from "../dist/src/open-source.js";
+export * as dtypes from "../dist/src/tensor/dtypes.js";
+export {
+  DTYPES,
+  decodeScales,
+  decodeTensor,
+  f16ToF32,
+  f32ToBf16,
+  f32ToF16,
+  tensorBytes,
+} from "../dist/src/tensor/dtypes.js";
+export { encodeTensor } from "../dist/src/tensor/encode.js";
+export { toHex } from "../dist/src/tensor/hex.js";
+export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
+export { openSafetensors } from "../dist/src/tensor/safetensors.js";
+export { transpose } from "../dist/src/tensor/transpose.js";
+
+// Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
+
+export { type Coder, code, isCoded, mostDecoded } from "../dist/src/format/coded.js";
+export { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";
+export { crc32c } from "../dist/src/format/crc32c.js";
+export { decodeSection } from "../dist/src/format/decode-coded.js";
+export { encodeBasis, encodeSignedTaskFile, encodeSuperblock, encodeTask } from "../dist/src/format/encode.js";
+export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
+export { sharedBases } from "../dist/src/format/format.js";
+export { integrityOf, sha256 } from "../dist/src/format/hash.js";
+export { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layout.js";
+export { parseTask } from "../dist/src/format/task.js";
+export { parseTaskFile } from "../dist/src/format/task-file.js";
+export { encodedTensor, readTensor } from "../dist/src/format/tensors.js";
+export { codedTask, isCodedPack } from "../dist/src/pack/coding.js";
+export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
+
+// Files of other projects that packs are never made from in one call, or whose readers see through a folder only.
+
+export { unflatten } from "../dist/src/adapters/kohya-names.js";
+export { openGguf } from "../dist/src/tensor/gguf.js";
+export { openOnnxAdapter } from "../dist/src/tensor/onnx-adapter.js";
+
+// Every backend on the same numbers, and kernels that the chosen backend would hide.
+
+export type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
+export { createJsBackend } from "../dist/src/backends/js.js";
+export { createBackend } from "../dist/src/backends/select.js";
+export { createWasmBackend } from "../dist/src/backends/wasm.js";
+export { WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
+export { createHeap } from "../dist/src/backends/wasm-memory.js";
+export { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
+export { compile } from "../dist/src/backends/webgpu-device.js";
+
+// Where a weight is: cases that no model of the tests has.
+
+export { sharedModules } from "../dist/src/adapters/modules.js";
+export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
+export { AliasMatcher } from "../dist/src/base/aliases.js";
+export { viewValues } from "../dist/src/base/host.js";
+export { Locator } from "../dist/src/base/locate.js";
+export { memoryHost } from "../dist/src/base/memory-host.js";
+export { findWeight, locate } from "../dist/src/base/mismatch.js";
+export { NameMatcher } from "../dist/src/base/names.js";
+
+// Linear algebra against its definitions. A pack shows only what all of it comes to.
+
+export {
+  type Components,
+  centred,
+  columnMeans,
+  principalComponents,
+  ROUNDING,
+} from "../dist/src/extract/components.js";
+export { symmetricEigen } from "../dist/src/extract/eigen.js";
+export { deltaError, relative } from "../dist/src/extract/error.js";
+export { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
+export {
+  backwardSolve,
+  cholesky,
+  dot,
+  forwardSolve,
+  gram,
+  lq,
+  multiply,
+  multiplyTransposed,
+  PLAIN,
+  rowSquares,
+  svd,
+  transpose as transposeMatrix,
+} from "../dist/src/extract/linalg.js";
+export { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
+export { turnTo } from "../dist/src/extract/procrustes.js";
+export { collectSummary, gramComponents, summaryKind, triangle } from "../dist/src/extract/summary.js";
+
+// Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
+
+export { collectGarbage, openThread } from "../dist/bindings/node.js";
+export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
+export { createExtractor } from "../dist/src/extract/extractor.js";
+export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
+export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
+export { buildApart, type Seek } from "../dist/src/pack/apart.js";
+export { lowestPassing } from "../dist/src/pack/bisect.js";
+export { buildStreamed, gathered, startBuild } from "../dist/src/pack/build.js";
+export { expandTerm } from "../dist/src/pack/expand.js";
+export { allOf } from "../dist/src/pack/fresh.js";
+export { type Steps, stepsWithin } from "../dist/src/pack/refine.js";
+export { completeDtypes, lossesOf } from "../dist/src/pack/report.js";
+export { searchStreamed } from "../dist/src/pack/search.js";
+export { piecesOf } from "../dist/src/pack/stack.js";
+export { errorOf, stepOf } from "../dist/src/pack/steps.js";
+export { codedOptions } from "../dist/src/pack/ways.js";
+
+// ONNX graphs, made and changed node by node.
+
+export type { GraftHead, GraftModule, TaskInput } from "../dist/src/onnx/adapted.js";
+export { readVector } from "../dist/src/onnx/dequantize.js";
+export { graft } from "../dist/src/onnx/graft.js";
+export { checkGraftable } from "../dist/src/onnx/graftable.js";
+export { biasAdd, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
+export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
+export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
+export { type Attributes, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+export {
+  type GraphProto,
+  type ModelProto,
+  type NodeProto,
+  type TensorProto,
+  TensorShapeProto_DimensionSchema,
+  type ValueInfoProto,
+} from "../dist/src/onnx/onnx_pb.js";
+export { takeApart } from "../dist/src/onnx/packed.js";
+export { readParts } from "../dist/src/onnx/parts.js";
+export {
+  AttributeProtoSchema,
+  create,
+  fromBinary,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  NodeProtoSchema,
+  TensorProtoSchema,
+  toBinary,
+  ValueInfoProtoSchema,
+} from "../dist/src/onnx/protobuf.js";
+export { type ModelFile, readModel } from "../dist/src/onnx/read.js";
+export { renameValues } from "../dist/src/onnx/rename.js";
+export { skeletonOf } from "../dist/src/onnx/skeleton.js";
+export { readTensor as readOnnxTensor } from "../dist/src/onnx/tensors.js";
+export { readLinearWeight } from "../dist/src/onnx/weights.js";
+export { readWhole } from "../dist/src/onnx/whole.js";
+export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
+
+// A session's decisions, without a runtime that would have to meet each case.
+
+export { optionsFor } from "../dist/bindings/ort-engine.js";
+export { CacheWatch } from "../dist/src/session/caches.js";
+export { type FoldedInput, layoutFolded } from "../dist/src/session/fold.js";
+export { hold } from "../dist/src/session/hold.js";
+export { labelsOf } from "../dist/src/session/labels.js";
+export { ModelMatcher } from "../dist/src/session/match.js";
+export { planSession } from "../dist/src/session/plan.js";
+export { prepareModel } from "../dist/src/session/prepare.js";
+export { compareRows } from "../dist/src/session/rows.js";
+export { type Survey, surveyModel } from "../dist/src/session/survey.js";
+export { Timeline } from "../dist/src/session/timeline.js";
+export type { Trainable } from "../dist/src/session/training.js";
+export { Turns } from "../dist/src/session/turns.js";
+
+// Gradients rule by rule, and training step by step, against PyTorch.
+
+export { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions/index.js";
+export { Emitter } from "../dist/src/autodiff/emit.js";
+export { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
+export { fixInnerHeads } from "../dist/src/autodiff/inner-heads.js";
+export { type ProbedPath, probePath } from "../dist/src/autodiff/probed-path.js";
+export { Problems } from "../dist/src/autodiff/problems.js";
+export { differentiate } from "../dist/src/autodiff/reverse.js";
+export { RULES } from "../dist/src/autodiff/rules/index.js";
+export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
+export { takeUntransposed } from "../dist/src/autodiff/transposed.js";
+export { AdamW } from "../dist/src/train/adamw.js";
+export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
+export { createInputs, PADDED } from "../dist/src/train/inputs.js";
+export { headInputs } from "../dist/src/train/machine.js";
+export { MeanDivergence } from "../dist/src/train/probabilities.js";
+export { type Basis, Terms, type TrainedModule } from "../dist/src/train/terms.js";
+
+// Small things with many cases.
+
+export { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
+
+// The command line in this process, with its disk, clock or output replaced.
+
+export { distilled } from "../dist/src/cli/distilled.js";
+export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
+export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
+export { takeLock } from "../dist/src/cli/lock.js";
+export { openModel } from "../dist/src/cli/model.js";
+export {
+  createEstimate,
+  createOutput,
+  lossTable,
+  paragraph,
+  printable,
+  smaller,
+  timeLeft,
+} from "../dist/src/cli/output.js";
+export { runProgram } from "../dist/src/cli/program.js";
+export { Run } from "../dist/src/cli/run.js";
+
+/** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */
+export const COMMAND_LINE: URL = new URL("../dist/src/cli/", import.meta.url);
+export const FILES = "../dist/src/cli/files.js";
+export type Files = typeof import("../dist/src/cli/files.js");
+
+/** Files whose text is checked in the installed package: a library's licence, and types that every entry brings along. */
+export const MSGPACKR = "dist/src/format/msgpackr.js";
+export const GLOBALS = "dist/src/globals.d.ts";
