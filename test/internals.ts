@@ -5,7 +5,7 @@
 
 // Tools of the tests: what makes and reads material. Each is tested itself, against numpy, PEFT or SPEC.md.
 
-export { openHost } from "../dist/src/base/open.js";
+export { openHost } from "../dist/src/core/open.js";
 export { openSource } from "../dist/src/open-source.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
 export {
@@ -61,12 +61,12 @@ export { compile } from "../dist/src/backends/webgpu-device.js";
 
 export { sharedModules } from "../dist/src/adapters/modules.js";
 export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
-export { AliasMatcher } from "../dist/src/base/aliases.js";
-export { viewValues } from "../dist/src/base/host.js";
-export { Locator } from "../dist/src/base/locate.js";
-export { memoryHost } from "../dist/src/base/memory-host.js";
-export { findWeight, locate } from "../dist/src/base/mismatch.js";
-export { NameMatcher } from "../dist/src/base/names.js";
+export { AliasMatcher } from "../dist/src/core/aliases.js";
+export { viewValues } from "../dist/src/core/host.js";
+export { Locator } from "../dist/src/core/locate.js";
+export { memoryHost } from "../dist/src/core/memory-host.js";
+export { findWeight, locate } from "../dist/src/core/mismatch.js";
+export { NameMatcher } from "../dist/src/core/names.js";
 
 // Linear algebra against its definitions. A pack shows only what all of it comes to.
 

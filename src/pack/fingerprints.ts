@@ -1,11 +1,11 @@
 /** Fingerprints of the base model that a pack is made for. */
 import type { ModuleShape } from "../adapters/adapter.ts";
-import { AliasMatcher } from "../base/aliases.ts";
-import { fingerprint, weightAt } from "../base/fingerprint.ts";
-import type { BaseInput } from "../base/host.ts";
-import { type Located, Locator } from "../base/locate.ts";
-import { locate } from "../base/mismatch.ts";
-import { openHost } from "../base/open.ts";
+import { AliasMatcher } from "../core/aliases.ts";
+import { fingerprint, weightAt } from "../core/fingerprint.ts";
+import type { BaseInput } from "../core/host.ts";
+import { type Located, Locator } from "../core/locate.ts";
+import { locate } from "../core/mismatch.ts";
+import { openHost } from "../core/open.ts";
 
 /**
  * 64 weights of the base for each module (SPEC.md, section 4.4).

@@ -4,6 +4,7 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
 import { checkPack } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
 import { AdapterError } from "../errors.ts";
 import type { Allocation, Spectrum } from "../extract/allocation.ts";
 import { singularValues } from "../extract/gauge.ts";
@@ -21,7 +22,6 @@ import { SCALE_DOWN } from "../tensor/encode.ts";
 import { DEFAULT_ERROR, type Survey, withinError } from "./allocate.ts";
 import { Unreachable } from "./bisect.ts";
 import { storedTask } from "./coding.ts";
-import type { Pack } from "./pack.ts";
 import { type Steps, startSteps, stepsWithin } from "./refine.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { errorOf, narrowTerms, stepOf, stepsOf, widthsOf } from "./steps.ts";

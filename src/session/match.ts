@@ -2,9 +2,9 @@
  * A pack's modules and a model's parameters, held against each other: which weight each adapted module is, and whether it is
  * the right model's. Changes nothing.
  */
-import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
-import { notFound, refuseShared, shapeMismatch } from "../base/mismatch.ts";
-import { NameMatcher } from "../base/names.ts";
+import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../core/fingerprint.ts";
+import { notFound, refuseShared, shapeMismatch } from "../core/mismatch.ts";
+import { NameMatcher } from "../core/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
@@ -93,7 +93,7 @@ export class ModelMatcher {
   async #find(name: string): Promise<ReturnType<NameMatcher["find"]>> {
     const found = this.#names.find(name);
     if ("name" in found || found.ambiguous || this.#hasAliases) return found;
-    const { AliasMatcher } = await import("../base/aliases.ts");
+    const { AliasMatcher } = await import("../core/aliases.ts");
     this.#hasAliases = true;
     this.#names = new AliasMatcher(this.#parameters.keys());
     return this.#names.find(name);

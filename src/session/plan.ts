@@ -2,6 +2,8 @@
  * What is to be done to a model for the tasks of a pack: which layers get a term, what else the tasks change there, and which of
  * it can be done without touching the weights. Checks that the model is the right one. Changes nothing.
  */
+
+import type { ModuleFilter, PackView } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { type Brought, bringsOf, isOfModule, moduleOf, needsFactors, parseBrought } from "../format/brings.ts";
 import { type PackModule, sharedBases } from "../format/format.ts";
@@ -12,7 +14,6 @@ import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import type { ModuleFilter, PackView } from "../pack/part.ts";
 import type { ReadOptions } from "../source.ts";
 import { transpose } from "../tensor/transpose.ts";
 import { appliedAs } from "./applied.ts";

@@ -2,6 +2,13 @@
  * What a task gives to each input of a prepared model: coefficients in, arrays out, for one task or for one task per row of a
  * batch. No engine here.
  */
+
+import { hasCore, reuse, writeCore } from "../core/core.ts";
+import { type Merged, mergeAll } from "../core/merge.ts";
+import { loadParts, type Selection, type SwitchOptions } from "../core/selection.ts";
+import { type ActiveTask, type ModulePlan, stage } from "../core/stage.ts";
+import type { PristineWeight } from "../core/unfold.ts";
+import type { Workbench } from "../core/workbench.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
@@ -9,12 +16,6 @@ import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";
-import { hasCore, reuse, writeCore } from "../runtime/core.ts";
-import { type Merged, mergeAll } from "../runtime/merge.ts";
-import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
-import { type ActiveTask, type ModulePlan, stage } from "../runtime/stage.ts";
-import type { PristineWeight } from "../runtime/unfold.ts";
-import type { Workbench } from "../runtime/workbench.ts";
 import type { Term } from "../tensor/term.ts";
 import { transpose } from "../tensor/transpose.ts";
 import type { PreparedModel } from "./prepare.ts";
@@ -171,7 +172,7 @@ export class TaskEvaluator {
       return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
     };
     if (others.length > 0) {
-      const { unfold } = await import("../runtime/unfold.ts");
+      const { unfold } = await import("../core/unfold.ts");
       const options = { old: old && this.#oldFactors(old), turned: true, signal };
       for (const [index, term] of await unfold(others, bench, mode, weightOf, options))
         terms.set(pack.modules[index]!.name, term);

@@ -6,9 +6,9 @@
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
-import { AliasMatcher } from "../base/aliases.ts";
-import { Locator } from "../base/locate.ts";
-import { locate } from "../base/mismatch.ts";
+import { AliasMatcher } from "../core/aliases.ts";
+import { Locator } from "../core/locate.ts";
+import { locate } from "../core/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { knownSizes, tinyFeeds } from "../onnx/feeds.ts";
 import { onnxHost } from "../onnx/host.ts";

@@ -5,6 +5,7 @@
 import type { Adapter } from "../../adapters/adapter.ts";
 import { checkAdapters, compare } from "../../adapters/modules.ts";
 import { checkArgument, checkList, checkOptions, checkPack } from "../../arguments.ts";
+import type { Pack } from "../../core/pack.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
 import { encodeTaskFile } from "../../format/encode.ts";
 import { placeOf, type TaskPlace } from "../../format/layout.ts";
@@ -14,7 +15,6 @@ import type { ByteSource, SourceInput } from "../../source.ts";
 import type { Dtypes } from "../../tensor/dtypes.ts";
 import { DTYPES } from "../../tensor/dtypes.ts";
 import { freshPack, tasksOf } from "../fresh.ts";
-import type { Pack } from "../pack.ts";
 import { projectAdapters } from "../project.ts";
 import { completeDtypes, sizes, type TaskLoss, type TasksReport } from "../report.ts";
 import { oneOf, readPart, writePart } from "./part.ts";

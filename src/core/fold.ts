@@ -4,9 +4,9 @@
  * backend holds are folded in place; those of a host in the CPU's memory pass through it.
  */
 import { at, type Slice } from "../backends/backend.ts";
-import type { CpuView, Transaction, View, WeightHost } from "../base/host.ts";
 import { BackendError } from "../errors.ts";
 import { pacer } from "../pace.ts";
+import type { CpuView, Transaction, View, WeightHost } from "./host.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";

@@ -3,7 +3,7 @@
  */
 import { described, isPlain } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import type { PackView } from "../pack/part.ts";
+import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
 
 /** What is active: a task, null for the pristine base, or tasks with strengths. */

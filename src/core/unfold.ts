@@ -3,10 +3,10 @@
  * components on either side (docs/runtime.md, "Unfolded").
  */
 import type { Slice } from "../backends/backend.ts";
-import type { CpuView } from "../base/host.ts";
 import { pacer } from "../pace.ts";
 import type { Term } from "../tensor/term.ts";
 import { hasCore, reuse, writeCore } from "./core.ts";
+import type { CpuView } from "./host.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 

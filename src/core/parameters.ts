@@ -5,14 +5,14 @@
  */
 
 import { at } from "../backends/backend.ts";
-import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "../base/host.ts";
-import type { Locator } from "../base/locate.ts";
-import { findWeight } from "../base/mismatch.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
-import type { PackView } from "../pack/part.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
+import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "./host.ts";
+import type { Locator } from "./locate.ts";
 import { addDifferences, blendHeads, type Change, changesOf, decode, type Merged } from "./merge.ts";
+import { findWeight } from "./mismatch.ts";
+import type { PackView } from "./part.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import type { ActiveTask } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";

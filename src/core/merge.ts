@@ -2,11 +2,12 @@
  * What tasks bring beside their terms, put together: whose is used, and heads, biases and token rows blended. By names and numbers
  * alone, without a base.
  */
-import { sameShape } from "../base/host.ts";
+
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter, TaskTerm } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
-import type { PackView } from "../pack/part.ts";
+import { sameShape } from "./host.ts";
+import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
 
 /** A task's version of a parameter. */

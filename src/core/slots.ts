@@ -2,11 +2,11 @@
  * The adapted weights of a base model: found, held against the pack's fingerprints, and the copies of them that stay.
  */
 import { at, type Block, type Slice } from "../backends/backend.ts";
-import { onDevice, type WeightHost } from "../base/host.ts";
-import type { Located, Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
+import { onDevice, type WeightHost } from "./host.ts";
+import type { Located, Locator } from "./locate.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** An adapted weight of the base. */
@@ -23,8 +23,7 @@ export interface Slot {
 export async function findSlots(modules: readonly PackModule[], locator: Locator): Promise<Slot[]> {
   let weights = modules.flatMap((module) => locator.weight(module) ?? []);
   const names = new Set(weights.map(({ name }) => name));
-  if (names.size < modules.length)
-    weights = await (await import("../base/mismatch.ts")).locateModules(locator, modules);
+  if (names.size < modules.length) weights = await (await import("./mismatch.ts")).locateModules(locator, modules);
   return modules.map((module, i) => ({ module, weight: weights[i]!, pristine: undefined, active: undefined }));
 }
 
@@ -63,7 +62,7 @@ export async function loadSlots(
     }
     if (!check) continue;
     // Packs that were made without a base have no fingerprints.
-    const { checkFingerprint, SAME_FLOAT, weightAt } = await import("../base/fingerprint.ts");
+    const { checkFingerprint, SAME_FLOAT, weightAt } = await import("./fingerprint.ts");
     const { name, dtype, transposed } = slot.weight;
     const values = weightAt(bytes!, dtype, slot.module.out, slot.module.in, transposed);
     checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);

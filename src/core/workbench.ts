@@ -15,8 +15,8 @@ import {
   type Owner,
   type Slice,
 } from "../backends/backend.ts";
-import type { Located } from "../base/locate.ts";
 import type { PackModule, Side } from "../format/format.ts";
+import type { Located } from "./locate.ts";
 import { type ModulePlan, type Pieces, Staging } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */

@@ -7,12 +7,12 @@
 
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
-import { type CpuView, onDevice, type View, type WeightHost } from "../base/host.ts";
 import { BackendError } from "../errors.ts";
 import { now } from "../pace.ts";
-import type { Pack } from "../pack/pack.ts";
 import type { Applied } from "./apply.ts";
 import { type Change, FoldedWeights } from "./fold.ts";
+import { type CpuView, onDevice, type View, type WeightHost } from "./host.ts";
+import type { Pack } from "./pack.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
 import type { RuntimeParts, Started } from "./parts.ts";
 import { type MemoryReport, memoryReport, type RuntimeSwitchReport } from "./report.ts";

@@ -5,12 +5,12 @@
 import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Backend } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
-import { type BaseInput, onDevice, type WeightHost } from "../base/host.ts";
-import { Locator } from "../base/locate.ts";
-import { openHost } from "../base/open.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { ModuleFilter, PackView } from "../pack/part.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
+import { type BaseInput, onDevice, type WeightHost } from "./host.ts";
+import { Locator } from "./locate.ts";
+import { openHost } from "./open.ts";
+import type { Pack } from "./pack.ts";
+import type { ModuleFilter, PackView } from "./part.ts";
 import type { RuntimeParts, Started } from "./parts.ts";
 import { Runtime } from "./runtime.ts";
 import { findSlots, loadSlots } from "./slots.ts";
@@ -65,7 +65,7 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   checkChoice("policy", policy, ["copy", "reload"]);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
   const { modules } = options;
-  const view = modules === undefined ? pack : (await import("../pack/part.ts")).partOf(pack, modules);
+  const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
   const host = base === undefined ? undefined : await openHost(base, options);
   // A host that the caller made is the caller's to close.
   const closeHost = host === base ? undefined : async () => host?.close?.();

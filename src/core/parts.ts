@@ -1,8 +1,8 @@
 /** What a runtime is made of. */
-import type { WeightHost } from "../base/host.ts";
-import type { Locator } from "../base/locate.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { PackView } from "../pack/part.ts";
+import type { WeightHost } from "./host.ts";
+import type { Locator } from "./locate.ts";
+import type { Pack } from "./pack.ts";
+import type { PackView } from "./part.ts";
 import type { Slot } from "./slots.ts";
 import type { Terms } from "./terms.ts";
 import type { Workbench } from "./workbench.ts";

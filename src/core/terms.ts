@@ -2,9 +2,9 @@
  * Modes "core" and "factors": the terms of the active task, as a runtime hands them out. Loaded where one does not fold.
  */
 import { nearest } from "../arguments.ts";
-import type { WeightHost } from "../base/host.ts";
 import type { PackModule } from "../format/format.ts";
 import type { Term } from "../tensor/term.ts";
+import type { WeightHost } from "./host.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
 import { type PristineWeight, unfold } from "./unfold.ts";

@@ -13,7 +13,7 @@ import {
   type Transaction,
   type View,
   type WeightHost,
-} from "../base/host.ts";
+} from "./host.ts";
 import { placeOf, type Slot } from "./slots.ts";
 import type { Workbench } from "./workbench.ts";
 
