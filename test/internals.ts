@@ -100,9 +100,9 @@ export { collectSummary, gramComponents, summaryKind, triangle } from "../dist/s
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
-export { collectGarbage, openThread } from "../dist/bindings/node.js";
 export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
 export { createExtractor } from "../dist/src/extract/extractor.js";
+export { collectGarbage, openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
 export { buildApart, type Seek } from "../dist/src/pack/apart.js";

@@ -1,11 +1,10 @@
 /**
- * A thread that extracts modules (`createExtractor` of src/extract/extractor.ts), started by `openThread` of node.ts. Not a module to
- * import.
+ * A thread that extracts modules (`createExtractor` of extractor.ts), started by `openThread` of threads-node.ts. Not a module to import.
  */
 import { parentPort } from "node:worker_threads";
-import { bytesOf, createAnswerer } from "../src/extract/extractor.ts";
-import { freeWith, letGo } from "../src/extract/garbage.ts";
-import { collectGarbage } from "./node.ts";
+import { bytesOf, createAnswerer } from "./extractor.ts";
+import { freeWith, letGo } from "./garbage.ts";
+import { collectGarbage } from "./threads-node.ts";
 
 /** How often the numbers of a question are written to arrays that are left of it. */
 const COPIES = 4;
