@@ -12,8 +12,7 @@ import type { Ort, SessionOptions } from "./ort.ts";
 import { createEngine } from "./ort-engine.ts";
 
 export type { ModuleFilter } from "../src/core/part.ts";
-export type { MemoryReport } from "../src/core/report.ts";
-export type { SwitchOptions } from "../src/core/selection.ts";
+export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
 export type { ModelParts } from "../src/onnx/read.ts";
 export type { ModelInput } from "../src/onnx/whole.ts";
 export type { Mode } from "../src/session/base-values.ts";

@@ -4,7 +4,6 @@
 
 export type { DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
 export type { BackendOptions } from "./backends/select.ts";
-export { createRuntime, type RuntimeOptions } from "./core/create.ts";
 export type {
   BaseInput,
   CpuView,
@@ -14,12 +13,12 @@ export type {
   Transaction,
   View,
   WeightHost,
-} from "./core/host.ts";
+} from "./core/base.ts";
+export { createRuntime, type RuntimeOptions } from "./core/create.ts";
 export { type Bases, type OpenOptions, openPack, Pack } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
-export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./core/report.ts";
 export { type ApplyOptions, Runtime } from "./core/runtime.ts";
-export type { Selection, SwitchOptions } from "./core/selection.ts";
+export type { MemoryReport, RuntimeSwitchReport, Selection, SwitchOptions, SwitchReport } from "./core/selection.ts";
 export type { TaskInfo } from "./core/task-info.ts";
 export type { ModuleTerm } from "./core/terms.ts";
 export type { PublicKey, TaskTrust, TrustOptions } from "./core/trust.ts";

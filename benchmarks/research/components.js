@@ -11,7 +11,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
 import { openPack } from "../../dist/src/core/pack.js";
-import { encodedTensor, readTensor } from "../../dist/src/format/tensors.js";
+import { encodedTensor, readTensor } from "../../dist/src/format/format.js";
 import { newPack } from "../../dist/src/pack/fresh.js";
 import { BITS, decodeScales } from "../../dist/src/tensor/dtypes.js";
 import { encodeTensor, toInteger } from "../../dist/src/tensor/encode.js";

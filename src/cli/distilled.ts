@@ -4,7 +4,7 @@
  */
 
 import { openPack, type Pack } from "../core/pack.ts";
-import { parseTaskFile } from "../format/task-file.ts";
+import { parseTaskFile } from "../core/task-file.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import type { Built } from "../pack/build.ts";
 import { freshPack, tasksOf } from "../pack/fresh.ts";

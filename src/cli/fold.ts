@@ -1,7 +1,7 @@
 /** The command fold: weights of a base model with a task merged into them. */
 
 import { createRuntime } from "../core/create.ts";
-import { safetensorsHost } from "../core/safetensors-host.ts";
+import { safetensorsHost } from "../core/open-base.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";

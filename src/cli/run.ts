@@ -6,7 +6,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/describe-base.ts";
 import { kind } from "../adapters/find.ts";
 import { readAdapters } from "../adapters/folder.ts";
-import { openHost } from "../core/open.ts";
+import { openHost } from "../core/open-base.ts";
 import { type OpenOptions, openPack, type Pack } from "../core/pack.ts";
 import { renamedHost } from "../core/renamed.ts";
 import { readTask } from "../core/task-file.ts";

@@ -6,7 +6,7 @@
 import { checkArgument } from "../arguments.ts";
 import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { type PackModule, sharedBases } from "../format/format.ts";
-import { onDevice, type View } from "./host.ts";
+import { onDevice, type View } from "./base.ts";
 import type { PackView } from "./part.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";

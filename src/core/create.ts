@@ -6,14 +6,12 @@ import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Backend } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import { type BaseInput, onDevice, type WeightHost } from "./host.ts";
-import { Locator } from "./locate.ts";
-import { openHost } from "./open.ts";
+import { type BaseInput, Locator, onDevice, type WeightHost } from "./base.ts";
 import type { Pack } from "./pack.ts";
 import type { ModuleFilter, PackView } from "./part.ts";
-import type { RuntimeParts, Started } from "./parts.ts";
+import type { RuntimeParts, Started } from "./runtime.ts";
 import { Runtime } from "./runtime.ts";
-import { findSlots, loadSlots } from "./slots.ts";
+import { findSlots, loadSlots } from "./weights.ts";
 import { Workbench } from "./workbench.ts";
 
 /** Options of `createRuntime`. */
@@ -66,7 +64,7 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
   const { modules } = options;
   const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
-  const host = base === undefined ? undefined : await openHost(base, options);
+  const host = base === undefined ? undefined : await (await import("./open-base.ts")).openHost(base, options);
   // A host that the caller made is the caller's to close.
   const closeHost = host === base ? undefined : async () => host?.close?.();
   try {

@@ -1,7 +1,6 @@
 /**
  * What a runtime on a device needs beside the operations of its backend: maps of tensors some of which lie on the device, as
- * hosts in the CPU's memory, since heads, biases and token rows are computed there; what comes before weights are folded in place;
- * and values that are fetched from it. Loaded where a device is at work.
+ * hosts in the CPU's memory, since heads, biases and token rows are computed there; and values that are fetched from it. Loaded where a device is at work.
  */
 import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
 import type { BackendOptions } from "../backends/select.ts";
@@ -13,9 +12,7 @@ import {
   type Transaction,
   type View,
   type WeightHost,
-} from "./host.ts";
-import { placeOf, type Slot } from "./slots.ts";
-import type { Workbench } from "./workbench.ts";
+} from "./base.ts";
 
 /** Where a view lies, as the backend sees it. */
 function sliceOf(backend: Backend, view: View): Slice {
@@ -97,20 +94,6 @@ function transaction(inner: Transaction, backend: Backend, { original, made }: O
 /** Weights on a device are folded by WebGPU or not at all: where it fails, its own error says why, not that of the next backend. */
 export function onWebgpu(how: BackendOptions): BackendOptions {
   return how.backend === undefined || how.backend === "auto" ? { ...how, backend: "webgpu" } : how;
-}
-
-/**
- * Lets a host make its weights ready to be folded in place, and takes them from where it has them then.
- * @param slots whose weights lie on the device
- */
-export async function settle(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
-  await host.settle!(slots.map(({ weight }) => weight.name));
-  for (const slot of slots) {
-    const [before, place] = [slot.active!.block, placeOf(host, slot, bench)];
-    if (!place) throw new TypeError(`the host's "${slot.weight.name}" lies on no device any more`);
-    slot.active = place;
-    if (place.block !== before) bench.backend.free(before);
-  }
 }
 
 /**

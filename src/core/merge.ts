@@ -5,8 +5,8 @@
 
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter, TaskTerm } from "../format/format.ts";
-import { readTensor } from "../format/tensors.ts";
-import { sameShape } from "./host.ts";
+import { readTensor } from "../format/format.ts";
+import { sameShape } from "./base.ts";
 import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
 

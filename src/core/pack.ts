@@ -5,7 +5,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
-import { parseDirectory } from "../format/directory.ts";
+import { parseDirectory, parseWindow } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import {
   type Directory,
@@ -15,8 +15,8 @@ import {
   WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
+import { integrityOf } from "../format/hash.ts";
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
-import { parseWindow } from "../format/window.ts";
 import { openSource } from "../open-source.ts";
 import {
   type ByteSource,
@@ -118,7 +118,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
 async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // Where that part cannot be had, as without a network, what went wrong is said as it is.
-  const part = await import("./refusal.ts").catch(() => undefined);
+  const part = await import("../format/kind.ts").catch(() => undefined);
   return part ? part.refusal(error as Error, source, directory) : error;
 }
 
@@ -336,7 +336,6 @@ export class Pack {
    * @throws TypeError where the platform has no WebCrypto
    */
   async integrity(): Promise<string> {
-    const { integrityOf } = await import("../format/hash.ts");
     return integrityOf(this.window.head, this.directory.bytes);
   }
 

@@ -8,13 +8,13 @@ import { at } from "../backends/backend.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
-import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "./host.ts";
-import type { Locator } from "./locate.ts";
+import type { Locator } from "./base.ts";
+import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "./base.ts";
 import { addDifferences, blendHeads, type Change, changesOf, decode, type Merged } from "./merge.ts";
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
-import { readWeight, type Slot } from "./slots.ts";
 import type { ActiveTask } from "./stage.ts";
+import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** A parameter of the active task that differs from the base's. */

@@ -2,8 +2,8 @@
  * A pack as one file of a model sees it: only the modules that live there, and of each task only what concerns them.
  */
 import { described } from "../arguments.ts";
-import { isOfModule, moduleOf, parseBrought } from "../format/brings.ts";
 import type { PackModule, TaskBlob } from "../format/format.ts";
+import { isOfModule, moduleOf, parseBrought } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
 import type { Pack } from "./pack.ts";
 import type { TaskInfo } from "./task-info.ts";

@@ -1,7 +1,7 @@
 /** A base whose weights are called otherwise than the adapters call them. */
 import { nearest } from "../arguments.ts";
 import { BaseMismatchError } from "../errors.ts";
-import type { WeightHost } from "./host.ts";
+import type { WeightHost } from "./base.ts";
 
 /**
  * The same base with some weights under the names of the modules that they are. Read-only.

@@ -4,22 +4,28 @@
  * the host's.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
 import { now } from "../pace.ts";
 import type { Applied } from "./apply.ts";
-import { type Change, FoldedWeights } from "./fold.ts";
-import { type CpuView, onDevice, type View, type WeightHost } from "./host.ts";
+import { type CpuView, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
 import type { Pack } from "./pack.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
-import type { RuntimeParts, Started } from "./parts.ts";
-import { type MemoryReport, memoryReport, type RuntimeSwitchReport } from "./report.ts";
-import { copySelection, loadParts, refuseMagnitudes, type Selection, type SwitchOptions } from "./selection.ts";
-import type { Slot } from "./slots.ts";
+import type { PackView } from "./part.ts";
+import {
+  copySelection,
+  loadParts,
+  type MemoryReport,
+  memoryReport,
+  type RuntimeSwitchReport,
+  refuseMagnitudes,
+  type Selection,
+  type SwitchOptions,
+} from "./selection.ts";
 import { type ActiveTask, stage } from "./stage.ts";
 import type { ModuleTerm, Terms } from "./terms.ts";
+import { type Change, FoldedWeights, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** Options of `apply`. */
@@ -362,4 +368,29 @@ export class Runtime {
     this.#live();
     if (this.#loss) await this.#recover();
   }
+}
+
+/** What lives and dies with a backend. */
+export interface Started {
+  readonly bench: Workbench;
+  readonly passedOver: readonly string[];
+  /** Parameters beside the adapted weights are read and written here. */
+  readonly host: WeightHost | undefined;
+}
+
+/** What stays. */
+export interface RuntimeParts {
+  readonly pack: Pack;
+  /** What is used of it. */
+  readonly view: PackView;
+  readonly mode: "folded" | "factors" | "core";
+  readonly policy: "copy" | "reload";
+  readonly slots: readonly Slot[];
+  readonly locator: Locator;
+  readonly ignored: ReadonlySet<string>;
+  /** Where it does not fold. */
+  readonly terms: Terms | undefined;
+  readonly closeHost: (() => Promise<void>) | undefined;
+  /** Another backend in place of one whose device was lost. */
+  readonly restart: (() => Promise<Started>) | undefined;
 }

@@ -1,8 +1,9 @@
 /**
- * What a caller asks to be active, and the task blobs that make it up.
+ * What a caller asks to be active, the task blobs that make it up, and what is said of a switch: one shape for the runtime and for sessions.
  */
 import { described, isPlain } from "../arguments.ts";
-import { TaskError } from "../errors.ts";
+import type { Owner } from "../backends/backend.ts";
+import { BackendError, TaskError } from "../errors.ts";
 import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
 
@@ -82,4 +83,55 @@ function toStrengths(selection: Selection): [string, number][] {
     throw new RangeError(`the strength of "${id}": expected a finite number, got ${described(strength)}`);
   }
   return strengths;
+}
+
+/** What every switch says of itself. */
+export interface SwitchReport {
+  /** What is active now. */
+  readonly task: Selection;
+  /** Read from the pack for this switch. */
+  readonly bytesRead: number;
+  readonly requests: number;
+  /** `read` until all bytes are there, `compute` from then on. */
+  readonly milliseconds: { readonly read: number; readonly compute: number; readonly total: number };
+}
+
+/** Resident bytes by owner. */
+export interface MemoryReport extends Readonly<Record<Owner, number>> {
+  /** Held by the backend beyond what is in use. */
+  readonly reserved: number;
+  readonly total: number;
+}
+
+/** The bytes by owner, and their sum. */
+export function memoryReport(bytes: Record<Owner | "reserved", number>): MemoryReport {
+  return { ...bytes, total: Object.values(bytes).reduce((a, b) => a + b, 0) };
+}
+
+/** What a switch did and what it cost. */
+export interface RuntimeSwitchReport extends SwitchReport {
+  /** Adapted modules written: those of the new task and those put back to the base. */
+  readonly modules: number;
+  /** Operations handed to the backend. */
+  readonly dispatches: number;
+  /** Bytes of new memory for weights, factors and parameters; 0 once warm. */
+  readonly allocated: number;
+  /** Parameters the task brings that the base lacks. */
+  readonly added: readonly string[];
+  /** Parameters replaced whole: heads, biases, token rows. */
+  readonly replaced: readonly string[];
+}
+
+/**
+ * What is said of a switch that failed where nothing could be put back.
+ * @param first why it failed
+ * @param second why what was there before could not be put back
+ * @param backend that runs
+ */
+export function cannotPutBack(first: unknown, second: unknown, backend: string): BackendError {
+  const [why, then] = [first, second].map((error) => (error instanceof Error ? error.message : String(error)));
+  const message =
+    `${why}; and what was there before could not be put back: ${then}. The weights are a mixture until a switch succeeds: ` +
+    "switch again, null writes the base's";
+  return new BackendError(message, { backend, cause: new AggregateError([first, second], why) });
 }

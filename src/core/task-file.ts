@@ -1,17 +1,27 @@
 /**
- * A task that comes as a file of its own, for an open pack. Loaded when one is added.
+ * A task that comes as a file of its own (SPEC.md, section 7), for an open pack. Loaded when one is added.
  */
 import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/decode-coded.ts";
-import { isTaskId } from "../format/directory.ts";
-import type { Directory, PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
+import { isTaskId, parseEntry, signatureOf } from "../format/directory.ts";
+import { align64, crc32c, decode, Fields } from "../format/fields.ts";
+import {
+  type Directory,
+  type PackModule,
+  SIGNATURE_BYTES,
+  type Signature,
+  TASK_FILE_MAGIC,
+  type TaskBlob,
+  type TaskEntry,
+  type TaskFile,
+} from "../format/format.ts";
 import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
-import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";
 import { type ByteSource, readAll, type SourceInput } from "../source.ts";
+import { toHex } from "../text.ts";
 import type { TaskTrust, Trust } from "./trust.ts";
 
 /** The open pack. */
@@ -98,4 +108,38 @@ export async function addTaskFile(
     ids.delete(id);
     await source?.close?.();
   }
+}
+
+/**
+ * Checks a task file and cuts it into entry and blob.
+ * @throws FormatError saying which rule of SPEC.md, section 7, does not hold
+ */
+export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
+  const f: Fields = new Fields(bytes, file, "task file");
+  f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
+  f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
+  f.version();
+  f.crc(f.u32(60), 60);
+  const start = align64(64 + f.u32(12));
+  const end = start + f.u32(48);
+  const signatureAt = align64(end);
+  const signed = bytes.length === signatureAt + SIGNATURE_BYTES;
+  f.check(end === bytes.length || signed, () => `${bytes.length} bytes, expected ${end}; fetch it again`);
+  const entry = bytes.subarray(64, 64 + f.u32(12));
+  f.zero(64 + entry.length, start);
+  const blob = bytes.subarray(start, end);
+  f.check(
+    crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
+    () => "its checksum does not match: it is damaged",
+  );
+  // As deep as it may come to lie in the list of a pack.
+  const parsed = parseEntry(decode(entry, file, f.part, "entry", 15), []);
+  let signature: Signature | undefined;
+  if (signed) {
+    f.zero(end, signatureAt);
+    const behind: Fields = new Fields(bytes.subarray(signatureAt), file, "signature");
+    behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4);
+    signature = signatureOf(behind.bytes);
+  }
+  return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob, content: bytes.subarray(0, end), signature };
 }

@@ -5,8 +5,7 @@
 import { described } from "../arguments.ts";
 import { TrustError } from "../errors.ts";
 import type { Directory, Section, Signature, TaskFile, Window } from "../format/format.ts";
-import { integrityOf, sha256 } from "../format/hash.ts";
-import { fromIntegrity, toIntegrity } from "../format/integrity.ts";
+import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { fromBase64, toBase64 } from "../text.ts";
 
 /** An Ed25519 public key: PEM, the base64 of its 32 bytes with or without "ed25519:" before it, or a `CryptoKey`. */

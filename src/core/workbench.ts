@@ -16,7 +16,7 @@ import {
   type Slice,
 } from "../backends/backend.ts";
 import type { PackModule, Side } from "../format/format.ts";
-import type { Located } from "./locate.ts";
+import type { Located } from "./base.ts";
 import { type ModulePlan, type Pieces, Staging } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */

@@ -7,9 +7,9 @@ import type { Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import { isCoded } from "../format/coded.ts";
 import { encodeSection } from "../format/encode-coded.ts";
+import { decode } from "../format/fields.ts";
 import type { PackModule, TensorRef } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
-import { decode } from "../format/messagepack.ts";
 import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
 
 /** A longer header, as one with numbers of rows, is a task's own. In bytes. */

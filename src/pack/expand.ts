@@ -7,7 +7,7 @@ import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
-import { readTensor } from "../format/tensors.ts";
+import { readTensor } from "../format/format.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Expands one term of a task: its rank counts shared and private rows. */

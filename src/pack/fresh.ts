@@ -17,7 +17,7 @@ import {
   type TaskPlace,
   type TaskToWrite,
 } from "../format/layout.ts";
-import { toHex } from "../tensor/hex.ts";
+import { toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
 import { codedBases, codedBy, codedTask, headerOf } from "./coding.ts";
 

@@ -4,8 +4,8 @@
  */
 /// <reference types="@webgpu/types" />
 
+import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../core/base.ts";
 import { createRuntime } from "../core/create.ts";
-import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../core/host.ts";
 import type { Runtime } from "../core/runtime.ts";
 import type { Selection, SwitchOptions } from "../core/selection.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";

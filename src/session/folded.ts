@@ -2,8 +2,8 @@
  * Mode "folded": weights change inside the model, which an engine takes only when it loads one: each switch loads a model.
  */
 
+import type { View } from "../core/base.ts";
 import { createRuntime } from "../core/create.ts";
-import type { View } from "../core/host.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";

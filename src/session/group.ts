@@ -4,8 +4,7 @@
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
-import { type MemoryReport, memoryReport } from "../core/report.ts";
-import { copySelection, type Selection } from "../core/selection.ts";
+import { cannotPutBack, copySelection, type MemoryReport, memoryReport, type Selection } from "../core/selection.ts";
 import type { TaskInfo } from "../core/task-info.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { readModel } from "../onnx/read.ts";
@@ -163,7 +162,6 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
     try {
       await session.switchTask(task, how);
     } catch (again) {
-      const { cannotPutBack } = await import("../core/failed.ts");
       throw cannotPutBack(error, again, "sessions");
     }
   }

@@ -3,8 +3,7 @@
  */
 
 export type { ModuleFilter } from "../core/part.ts";
-export type { MemoryReport, SwitchReport } from "../core/report.ts";
-export type { Selection, SwitchOptions } from "../core/selection.ts";
+export type { MemoryReport, Selection, SwitchOptions, SwitchReport } from "../core/selection.ts";
 export type { Feed } from "../onnx/feeds.ts";
 export type { DataFile, DetachedModel } from "../onnx/write.ts";
 export type { ReadOptions } from "../source.ts";

@@ -4,7 +4,7 @@
 
 import type { PackView } from "../core/part.ts";
 import type { Selection } from "../core/selection.ts";
-import { bringsOf, parseBrought } from "../format/brings.ts";
+import { bringsOf, parseBrought } from "../format/format.ts";
 import { isIgnored } from "./match.ts";
 
 /** Names in the order of the head's rows; "numbered" for a head whose task has no names; "base" for the base's own. */

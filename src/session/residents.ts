@@ -3,7 +3,7 @@
 import type { Pack } from "../core/pack.ts";
 import { partOf } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { isOfModule, moduleOf } from "../format/brings.ts";
+import { isOfModule, moduleOf } from "../format/format.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { type MatchOptions, ModelMatcher } from "./match.ts";
 import { broughtBy, type PlanOptions } from "./plan.ts";

@@ -4,8 +4,13 @@
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
-import { type MemoryReport, memoryReport, type SwitchReport } from "../core/report.ts";
-import { copySelection, type Selection } from "../core/selection.ts";
+import {
+  copySelection,
+  type MemoryReport,
+  memoryReport,
+  type Selection,
+  type SwitchReport,
+} from "../core/selection.ts";
 import type { TaskInfo } from "../core/task-info.ts";
 import type { TaskTrust } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";

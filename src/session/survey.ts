@@ -10,7 +10,7 @@ import { type PackView, partOf } from "../core/part.ts";
 import type { TaskInfo } from "../core/task-info.ts";
 import { Workbench } from "../core/workbench.ts";
 import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
-import { isOfModule } from "../format/brings.ts";
+import { isOfModule } from "../format/format.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";

@@ -9,6 +9,7 @@ import { type ModuleSpace, openModule, projectModule } from "../extract/project.
 import type { Subspace } from "../extract/subspace.ts";
 import { encodeBasis, encodeTask, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import {
+  encodedTensor,
   FINGERPRINT_SIZE,
   type PackModule,
   sharedBases,
@@ -18,11 +19,10 @@ import {
 } from "../format/format.ts";
 import { sha256 } from "../format/hash.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
-import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
-import { toHex } from "../tensor/hex.ts";
+import { toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
 import { storingTrained, type Terms } from "./terms.ts";
 

@@ -3,9 +3,8 @@
  */
 
 import type { Pack } from "../core/pack.ts";
-import { bringsOf } from "../format/brings.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { sharedBases, type TaskMetadata } from "../format/format.ts";
+import { bringsOf, sharedBases, type TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";

@@ -5,7 +5,7 @@
 
 import type { Pack } from "../core/pack.ts";
 import type { TaskBlob } from "../format/format.ts";
-import { encodedTensor } from "../format/tensors.ts";
+import { encodedTensor } from "../format/format.ts";
 import { stepOf } from "../pack/steps.ts";
 import { BITS, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { toInteger } from "../tensor/encode.ts";

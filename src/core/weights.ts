@@ -1,15 +1,125 @@
 /**
- * Mode "folded": the weights of a base as the active task has them. Every adapted weight has one pristine value, its slot's,
- * and one writer, this file: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the
- * backend holds are folded in place; those of a host in the CPU's memory pass through it.
+ * The adapted weights of a base model: found, held against the pack's fingerprints, and folded. Every one has a pristine value, its slot's,
+ * and one writer, `FoldedWeights`: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the backend holds
+ * are folded in place; those of a host in the CPU's memory pass through it.
  */
-import { at, type Slice } from "../backends/backend.ts";
-import { BackendError } from "../errors.ts";
+import { at, type Block, type Slice } from "../backends/backend.ts";
+import { BackendError, BaseMismatchError } from "../errors.ts";
+import type { PackModule } from "../format/format.ts";
 import { pacer } from "../pace.ts";
-import type { CpuView, Transaction, View, WeightHost } from "./host.ts";
-import { readWeight, type Slot } from "./slots.ts";
+import type { ReadOptions } from "../source.ts";
+import {
+  type CpuView,
+  type Located,
+  type Locator,
+  onDevice,
+  type Transaction,
+  type View,
+  type WeightHost,
+} from "./base.ts";
+import { cannotPutBack } from "./selection.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
+
+/** An adapted weight of the base. */
+export interface Slot {
+  readonly module: PackModule;
+  readonly weight: Located;
+  /** The weight as loaded, with policy "copy". */
+  pristine: Block | undefined;
+  /** The weight as the active task has it: where the host has it on the device, or where it cannot be written. */
+  active: Slice | undefined;
+}
+
+/** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
+export async function findSlots(modules: readonly PackModule[], locator: Locator): Promise<Slot[]> {
+  let weights = modules.flatMap((module) => locator.weight(module) ?? []);
+  const names = new Set(weights.map(({ name }) => name));
+  if (names.size < modules.length) weights = (await import("./mismatch.ts")).locateModules(locator, modules);
+  return modules.map((module, i) => ({ module, weight: weights[i]!, pristine: undefined, active: undefined }));
+}
+
+/**
+ * Reads the adapted weights, checks that they are the right model's and makes the copies that stay.
+ * @param keep which copies: none when nothing is folded; `active` where the host has the weight in the CPU's memory
+ * @throws BaseMismatchError when a fingerprint differs
+ */
+export async function loadSlots(
+  slots: readonly Slot[],
+  host: WeightHost,
+  bench: Workbench,
+  bases: Uint8Array,
+  keep: { pristine: boolean; active: boolean },
+  options: ReadOptions & { anyBase?: boolean | undefined },
+): Promise<void> {
+  for (const slot of slots) {
+    const { byteLength } = slot.weight;
+    const check = !options.anyBase && slot.module.fingerprint !== undefined;
+    if (!check && !keep.pristine && !keep.active) continue;
+    const { backend } = bench;
+    // Before the read: memory that grows would detach the view that is read into.
+    if (keep.pristine) slot.pristine = bench.allocate(byteLength, "pristine");
+    const placed = placeOf(host, slot, bench);
+    slot.active = placed ?? (keep.active ? at(bench.allocate(byteLength, "active")) : undefined);
+    let bytes: Uint8Array | undefined;
+    if (placed) {
+      if (slot.pristine) backend.copy(placed, at(slot.pristine), byteLength);
+      if (check) bytes = await backend.read!(placed, byteLength);
+    } else {
+      const into = slot.pristine && backend.view?.(at(slot.pristine), byteLength);
+      bytes = await readWeight(host, slot, into, options);
+      // A host need not read into what it is offered.
+      if (slot.pristine && bytes.buffer !== into?.buffer) backend.upload(at(slot.pristine), bytes);
+      if (slot.active) backend.upload(slot.active, bytes);
+    }
+    if (!check) continue;
+    // Packs that were made without a base have no fingerprints.
+    const { checkFingerprint, SAME_FLOAT, weightAt } = await import("./mismatch.ts");
+    const { name, dtype, transposed } = slot.weight;
+    const values = weightAt(bytes!, dtype, slot.module.out, slot.module.in, transposed);
+    checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);
+  }
+}
+
+/** The weight in the host's own memory on the backend's device, where it lies there. */
+export function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workbench): Slice | undefined {
+  const view = host.view?.(weight.name);
+  return view && onDevice(view.data) ? { block: backend.adopt!(view.data), byteOffset: view.byteOffset } : undefined;
+}
+
+/**
+ * Lets a host make its weights ready to be folded in place, which may move them.
+ * @param slots whose weights lie on the device
+ */
+async function settle(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
+  await host.settle!(slots.map(({ weight }) => weight.name));
+  for (const slot of slots) {
+    const [before, place] = [slot.active!.block, placeOf(host, slot, bench)];
+    if (!place) throw new TypeError(`the host's "${slot.weight.name}" lies on no device any more`);
+    slot.active = place;
+    if (place.block !== before) bench.backend.free(before);
+  }
+}
+
+/** @throws BaseMismatchError when the host gives fewer bytes than the weight has */
+export async function readWeight(
+  host: WeightHost,
+  { module, weight }: Slot,
+  into: Uint8Array | undefined,
+  { signal }: ReadOptions,
+): Promise<Uint8Array> {
+  const view = await host.read(weight.name, into, { signal });
+  const bytes = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + weight.byteLength);
+  if (bytes.length === weight.byteLength) return bytes;
+  throw new BaseMismatchError(
+    `the base gave ${bytes.length} bytes for "${weight.name}", which has ${weight.byteLength}`,
+    {
+      module: module.name,
+      expected: weight.byteLength,
+      found: bytes.length,
+    },
+  );
+}
 
 /** What a selection makes of the base. */
 export interface Change {
@@ -151,11 +261,8 @@ export class FoldedWeights {
     const pause = pacer(signal);
     try {
       if (host.settle && fold.held.length > 0) {
-        await (await import("./device-host.ts")).settle(
-          host,
-          fold.held.map((index) => fold.slots[index]!),
-          bench,
-        );
+        const held = fold.held.map((index) => fold.slots[index]!);
+        await settle(host, held, bench);
       }
       for (const index of fold.held) {
         fold.weight(index);
@@ -172,7 +279,7 @@ export class FoldedWeights {
       try {
         await transaction?.rollback();
       } catch (second) {
-        throw await this.#doubt(error, second, bench);
+        throw this.#doubt(error, second, bench);
       }
       throw error;
     }
@@ -188,15 +295,13 @@ export class FoldedWeights {
       const change = await former();
       (await this.#put(change, place, this.#begin(change, place)))();
     } catch (second) {
-      throw await this.#doubt(error, second, place.bench);
+      throw this.#doubt(error, second, place.bench);
     }
   }
 
-  /** That the weights are no task's. @param second why they could not be put back */
-  async #doubt(error: unknown, second: unknown, { backend }: Workbench): Promise<Error> {
-    // Where that part cannot be had, as without a network, what failed first is said alone.
-    const part = await import("./failed.ts").catch(() => undefined);
-    return (this.#torn = part ? part.cannotPutBack(error, second, backend.name) : (error as Error));
+  /** Remembers that the weights are no task's. @param second why they could not be put back */
+  #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
+    return (this.#torn = cannotPutBack(error, second, backend.name));
   }
 }
 

@@ -1,10 +1,16 @@
 /**
- * Tensors in the user's memory as the base model, written in place. Loaded where the base is a map of tensors.
+ * A base model from whatever serves as one: tensors in the user's memory, written in place, or a safetensors file, which is only read.
  */
+
 import { described, nearest } from "../arguments.ts";
-import { BaseMismatchError } from "../errors.ts";
+import { BaseMismatchError, SourceError } from "../errors.ts";
+import { wrongKind } from "../format/kind.ts";
+import { openSource } from "../open-source.ts";
+import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
+import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import {
+  type BaseInput,
   byteLengthOf,
   type DeviceTensor,
   onDevice,
@@ -12,7 +18,14 @@ import {
   type Tensor,
   type View,
   type WeightHost,
-} from "./host.ts";
+} from "./base.ts";
+
+/** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
+export async function openHost(base: BaseInput, options: FetchOptions & ReadOptions = {}): Promise<WeightHost> {
+  if (typeof (base as Partial<WeightHost> | null)?.list === "function") return base as WeightHost;
+  if (base instanceof Map) return memoryHost(base);
+  return openSafetensorsHost(await openSource(base as SourceInput, options, "base"), options);
+}
 
 type Tensors = Map<string, Tensor | DeviceTensor>;
 
@@ -135,4 +148,47 @@ function write(tensors: Tensors, name: string, value: View | null, undo: (() => 
   const place = onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() };
   tensors.set(name, { dtype, shape: [...shape], ...place });
   undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
+}
+
+const DTYPES = new Map<string, FloatDtype>([
+  ["F32", "f32"],
+  ["F16", "f16"],
+  ["BF16", "bf16"],
+]);
+
+/** The float tensors of a safetensors file. Read-only. */
+export function safetensorsHost(file: SafetensorsFile): WeightHost {
+  return {
+    *list() {
+      for (const [name, { dtype, shape }] of file.tensors) {
+        const type = DTYPES.get(dtype);
+        if (type) yield { name, shape, dtype: type };
+      }
+    },
+    async read(name, into, options) {
+      const tensor = file.tensors.get(name);
+      const dtype = DTYPES.get(tensor?.dtype ?? "");
+      if (!tensor || !dtype) throw new SourceError(`has no float tensor "${name}"`, { file: file.name });
+      const data = await file.read(name, options);
+      into?.set(data);
+      return { dtype, shape: tensor.shape, data: into ?? data, byteOffset: 0 };
+    },
+  };
+}
+
+/**
+ * @param source closed with the host, or at once when it is no such file
+ * @throws SourceError, FormatError when it cannot be read
+ */
+export async function openSafetensorsHost(source: ByteSource, options: ReadOptions): Promise<WeightHost> {
+  const close = async (): Promise<void> => source.close?.();
+  // Apps whose weights are in memory need no reader.
+  const { openSafetensors } = await import("../tensor/safetensors.ts");
+  try {
+    return { ...safetensorsHost(await openSafetensors(source, { signal: options.signal })), close };
+  } catch (error) {
+    const refused = await wrongKind(error, source, "a safetensors file");
+    await close();
+    throw refused;
+  }
 }
