@@ -4,7 +4,7 @@
  */
 import { nearest } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
-import type { CpuView, Parameter, Transaction, WeightHost } from "../src/base/host.ts";
+import type { CpuView, Parameter, Transaction, WeightHost } from "../src/core/base.ts";
 import { BaseMismatchError } from "../src/errors.ts";
 import type { Layout } from "../src/format/format.ts";
 

@@ -4,7 +4,7 @@
  */
 import { described } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
-import { viewValues, type WeightHost } from "../src/base/host.ts";
+import { viewValues, type WeightHost } from "../src/core/base.ts";
 import type { Layout } from "../src/format/format.ts";
 import { encodeFloats, type FloatDtype } from "../src/tensor/dtypes.ts";
 import { calledByAdapters, frameworkHost, type Place, type Weight } from "./framework-host.ts";

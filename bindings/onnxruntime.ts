@@ -2,8 +2,8 @@
  * `eigenlora/onnxruntime`: a pack on a model that onnxruntime-web or onnxruntime-node runs.
  */
 import { checkOptions, checkPack } from "../src/arguments.ts";
+import type { Pack } from "../src/core/pack.ts";
 import type { ModelInput } from "../src/onnx/whole.ts";
-import type { Pack } from "../src/pack/pack.ts";
 import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
 import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
 import { createSession, type Session } from "../src/session/session.ts";
@@ -11,11 +11,10 @@ import type { SourceInput } from "../src/source.ts";
 import type { Ort, SessionOptions } from "./ort.ts";
 import { createEngine } from "./ort-engine.ts";
 
+export type { ModuleFilter } from "../src/core/part.ts";
+export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
 export type { ModelParts } from "../src/onnx/read.ts";
 export type { ModelInput } from "../src/onnx/whole.ts";
-export type { ModuleFilter } from "../src/pack/part.ts";
-export type { MemoryReport } from "../src/runtime/report.ts";
-export type { SwitchOptions } from "../src/runtime/selection.ts";
 export type { Mode } from "../src/session/base-values.ts";
 export type { ProbeReport } from "../src/session/carrier.ts";
 export type { Engine } from "../src/session/engine.ts";

@@ -4,10 +4,10 @@
  * and a file beside a model are taken from the beginning of their buffers, wherever their arrays begin; so they get buffers of their own.
  */
 import { checkOptions, checkPack, described } from "../src/arguments.ts";
+import type { Pack } from "../src/core/pack.ts";
 import { BackendError } from "../src/errors.ts";
 import type { ModelInput } from "../src/onnx/whole.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
-import type { Pack } from "../src/pack/pack.ts";
 import type { Engine, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "../src/session/options.ts";
 import { createSession } from "../src/session/session.ts";

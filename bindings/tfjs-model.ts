@@ -3,7 +3,7 @@
  * structural, so that TF.js is not needed to compile against this package.
  */
 import { described } from "../src/arguments.ts";
-import { sameShape } from "../src/base/host.ts";
+import { sameShape } from "../src/core/base.ts";
 import type { Layout } from "../src/format/format.ts";
 import { type Called, calledByAdapters } from "./framework-host.ts";
 import { calledInGraph, type Executor, graphEntry } from "./tfjs-graph.ts";

@@ -3,7 +3,7 @@
  */
 import { described } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
-import { viewValues, type WeightHost } from "../src/base/host.ts";
+import { viewValues, type WeightHost } from "../src/core/base.ts";
 import { frameworkHost, type Place, type Weight } from "./framework-host.ts";
 import { type Entry, entriesOf, newEntry, type Tfjs, type TfjsModel, type TfTensor } from "./tfjs-model.ts";
 

@@ -3,8 +3,8 @@
  * of them. Part of `eigenlora/transformers`, without an entry of its own.
  */
 import { checkOptions } from "../src/arguments.ts";
+import type { Pack } from "../src/core/pack.ts";
 import { BaseMismatchError } from "../src/errors.ts";
-import type { Pack } from "../src/pack/pack.ts";
 import { type GroupFile, groupOf } from "../src/session/group.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
 import type { SourceInput } from "../src/source.ts";

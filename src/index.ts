@@ -13,7 +13,15 @@ export type {
   Transaction,
   View,
   WeightHost,
-} from "./base/host.ts";
+} from "./core/base.ts";
+export { createRuntime, type RuntimeOptions } from "./core/create.ts";
+export { type Bases, type OpenOptions, openPack, Pack } from "./core/pack.ts";
+export type { ModuleFilter } from "./core/part.ts";
+export { type ApplyOptions, Runtime } from "./core/runtime.ts";
+export type { MemoryReport, RuntimeSwitchReport, Selection, SwitchOptions, SwitchReport } from "./core/selection.ts";
+export type { TaskInfo } from "./core/task-info.ts";
+export type { ModuleTerm } from "./core/terms.ts";
+export type { PublicKey, TaskTrust, TrustOptions } from "./core/trust.ts";
 export {
   AdapterError,
   BackendError,
@@ -41,16 +49,6 @@ export type {
   TensorRef,
   Window,
 } from "./format/format.ts";
-export type { PublicKey } from "./pack/keys.ts";
-export { type Bases, type OpenOptions, openPack, Pack } from "./pack/pack.ts";
-export type { ModuleFilter } from "./pack/part.ts";
-export type { TaskInfo } from "./pack/task-info.ts";
-export type { TaskTrust, TrustOptions } from "./pack/trust.ts";
-export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
-export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./runtime/report.ts";
-export { type ApplyOptions, Runtime } from "./runtime/runtime.ts";
-export type { Selection, SwitchOptions } from "./runtime/selection.ts";
-export type { ModuleTerm } from "./runtime/terms.ts";
 export type { ByteSource, FetchOptions, ReadOptions, Reads, SourceInput } from "./source.ts";
 export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";

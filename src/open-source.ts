@@ -1,7 +1,7 @@
 /**
  * Sources of bytes from whatever names or holds them.
  */
-import { openPath } from "#platform";
+import { openPath } from "#files";
 import { described } from "./arguments.ts";
 import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";
 

@@ -1,6 +1,6 @@
 /**
- * UTF-8 and base64 without TextEncoder, TextDecoder, atob and btoa: Hermes, QuickJS and the shells of other engines lack some of
- * them. `escape` and `unescape` are old, but no engine lacks them: they make a character of each byte %XX, and of %XX a byte,
+ * UTF-8, base64 and hexadecimal digits without TextEncoder, TextDecoder, atob and btoa: Hermes, QuickJS and the shells of other engines lack
+ * some of them. `escape` and `unescape` are old, but no engine lacks them: they make a character of each byte %XX, and of %XX a byte,
  * and `decodeURIComponent` is strict about UTF-8.
  */
 
@@ -52,4 +52,15 @@ export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
     if (count >= 8) bytes.push((bits >> (count -= 8)) & 255);
   }
   return Uint8Array.from(bytes);
+}
+
+export function toHex(bytes: Uint8Array): string {
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** @throws TypeError when `digits` is not an even number of hexadecimal digits */
+export function fromHex(digits: string): Uint8Array<ArrayBuffer> {
+  if (!/^([0-9a-f]{2})*$/i.test(digits))
+    throw new TypeError(`expected hexadecimal digits, two a byte, got "${digits}"`);
+  return Uint8Array.from({ length: digits.length / 2 }, (_, i) => Number.parseInt(digits.slice(2 * i, 2 * i + 2), 16));
 }

@@ -5,7 +5,7 @@
 
 // Tools of the tests: what makes and reads material. Each is tested itself, against numpy, PEFT or SPEC.md.
 
-export { openHost } from "../dist/src/base/open.js";
+export { openHost } from "../dist/src/core/open-base.js";
 export { openSource } from "../dist/src/open-source.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
 export {
@@ -18,25 +18,33 @@ export {
   tensorBytes,
 } from "../dist/src/tensor/dtypes.js";
 export { encodeTensor } from "../dist/src/tensor/encode.js";
-export { toHex } from "../dist/src/tensor/hex.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors } from "../dist/src/tensor/safetensors.js";
-export { transpose } from "../dist/src/tensor/transpose.js";
+export { transpose } from "../dist/src/tensor/tensor-file.js";
+export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
 
-export { type Coder, code, isCoded, mostDecoded } from "../dist/src/format/coded.js";
-export { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";
-export { crc32c } from "../dist/src/format/crc32c.js";
+export { parseTaskFile } from "../dist/src/core/task-file.js";
+export {
+  type Coder,
+  code,
+  DISTANCE,
+  isCoded,
+  LENGTH,
+  LITERALS,
+  MORE,
+  mostDecoded,
+  SHAPE,
+} from "../dist/src/format/coded.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
 export { encodeBasis, encodeSignedTaskFile, encodeSuperblock, encodeTask } from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
-export { sharedBases } from "../dist/src/format/format.js";
+export { crc32c } from "../dist/src/format/fields.js";
+export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/format.js";
 export { integrityOf, sha256 } from "../dist/src/format/hash.js";
 export { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layout.js";
 export { parseTask } from "../dist/src/format/task.js";
-export { parseTaskFile } from "../dist/src/format/task-file.js";
-export { encodedTensor, readTensor } from "../dist/src/format/tensors.js";
 export { codedTask, isCodedPack } from "../dist/src/pack/coding.js";
 export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
@@ -52,8 +60,7 @@ export type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backen
 export { createJsBackend } from "../dist/src/backends/js.js";
 export { createBackend } from "../dist/src/backends/select.js";
 export { createWasmBackend } from "../dist/src/backends/wasm.js";
-export { WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
-export { createHeap } from "../dist/src/backends/wasm-memory.js";
+export { createHeap, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
 export { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 export { compile } from "../dist/src/backends/webgpu-device.js";
 
@@ -61,12 +68,9 @@ export { compile } from "../dist/src/backends/webgpu-device.js";
 
 export { sharedModules } from "../dist/src/adapters/modules.js";
 export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
-export { AliasMatcher } from "../dist/src/base/aliases.js";
-export { viewValues } from "../dist/src/base/host.js";
-export { Locator } from "../dist/src/base/locate.js";
-export { memoryHost } from "../dist/src/base/memory-host.js";
-export { findWeight, locate } from "../dist/src/base/mismatch.js";
-export { NameMatcher } from "../dist/src/base/names.js";
+export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
+export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
+export { memoryHost } from "../dist/src/core/open-base.js";
 
 // Linear algebra against its definitions. A pack shows only what all of it comes to.
 
@@ -100,9 +104,9 @@ export { collectSummary, gramComponents, summaryKind, triangle } from "../dist/s
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
-export { collectGarbage, openThread } from "../dist/bindings/node.js";
 export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
 export { createExtractor } from "../dist/src/extract/extractor.js";
+export { collectGarbage, openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
 export { buildApart, type Seek } from "../dist/src/pack/apart.js";

@@ -18,14 +18,14 @@ const BUDGET = { js: 21_200, wasm: 11_100 };
  * files, hashes and keys, the other backends, the unfolded modes, weights on a device, parameters beside the terms.
  */
 const LAZY =
-  /^#wasm\/|\/(safetensors-host|memory-host|mismatch|url-source|fingerprint|task-file|coded|decode-coded|part|hash|trust|refusal|js|webgpu|unfold|unfold-device|terms|device-host|apply|merge|parameters|turn|failed)\.js$/;
+  /^#wasm\/|\/(open-base|mismatch|url-source|task-file|decode-coded|part|trust|kind|js|webgpu|terms|device-host|apply|merge|parameters)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;
 
 /** Loaded by a session only when it is used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks, layers that are not linear, `apply`, trust, URLs, files of another kind. */
 const SESSION_LAZY =
-  /^#wasm\/|\/(hash|trust|refusal|kind|url-source|task-file|coded|decode-coded|part|packed|built|aliases|skeleton|attention|pieces|blocks|forms|graft-forms|probe-forms|js|dequantize|dropped|likeness|rows|row-tasks|caches|webgpu|device|ort-device|device-host|fold|folded|unfold|training|whole|apply|turn|failed)\.js$/;
+  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|built|skeleton|attention|pieces|blocks|forms|graft-forms|probe-forms|js|dequantize|dropped|likeness|rows|row-tasks|caches|webgpu|device|ort-device|device-host|fold|folded|terms|training|whole|apply)\.js$/;
 
 /** What an app that runs an ONNX model loads: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 66_300;
@@ -69,7 +69,9 @@ t.test("the run-time bundle for a browser keeps its budget", async (t) => {
 
 t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => {
   const code = 'import { createWebgpuBackend } from "./test/internals.ts"; globalThis.x = createWebgpuBackend;';
-  const { text, gzip } = await bundle(code, /^#wasm\//);
+  // The list of internals names files that need Node; nothing of them is left in the bundle.
+  const { text, gzip } = await bundle(code, /^(#wasm\/|node:|worker_threads$|onnxruntime-node$|webgpu$)/);
+  t.notMatch(text, /node:/);
   t.comment(`${gzip} B of ${WEBGPU_BUDGET}, shaders included`);
   t.ok(gzip <= WEBGPU_BUDGET, `${gzip} B`);
   t.match(text, /fold_in_place/, "the shaders are in it");
@@ -79,8 +81,7 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
 const HERMES_BUDGET = 28_800;
 
 /** Loaded there when it is used: addresses, files of weights, what a base lacks, trust, task files, weights on a device, unfolded modes. */
-const HERMES_LAZY =
-  /\/(safetensors-host|mismatch|aliases|url-source|task-file|part|hash|trust|refusal|device-host|unfold|unfold-device|terms|apply|turn|failed)\.js$/;
+const HERMES_LAZY = /\/(open-base|mismatch|url-source|task-file|part|trust|kind|device-host|terms|apply)\.js$/;
 
 t.test("a bundle for Hermes keeps its budget", async (t) => {
   const code =

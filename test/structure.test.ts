@@ -12,25 +12,16 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 
 /** Lowest first. A file belongs to the first entry that it is or lies in. */
 const LAYERS: readonly (readonly string[])[] = [
-  [
-    "src/errors.ts",
-    "src/version.ts",
-    "src/arguments.ts",
-    "src/globals.ts",
-    "src/text.ts",
-    "src/pace.ts",
-    "src/turn.ts",
-  ],
-  ["src/source.ts", "src/http/", "src/open-source.ts", "src/file-kind.ts"],
+  ["src/errors.ts", "src/version.ts", "src/arguments.ts", "src/globals.ts", "src/text.ts", "src/pace.ts"],
+  ["src/source.ts", "src/http/", "src/open-source.ts", "src/files-node.ts", "src/files-web.ts"],
   ["src/tensor/"],
   ["src/format/"],
   ["src/cache/"],
   ["src/backends/"],
-  ["src/base/"],
+  ["src/core/"],
   ["src/adapters/"],
   ["src/extract/"],
   ["src/pack/shard/", "src/pack/"],
-  ["src/runtime/"],
   ["src/onnx/"],
   ["src/autodiff/"],
   ["src/session/"],

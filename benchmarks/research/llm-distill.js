@@ -13,7 +13,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
-import { parseTaskFile } from "../../dist/src/format/task-file.js";
+import { parseTaskFile } from "../../dist/src/core/task-file.js";
 import { data } from "../../examples/minilm.js";
 import { number, readArguments, text } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";

@@ -5,7 +5,7 @@
 import { readdir } from "node:fs/promises";
 import { basename, dirname, extname, join } from "node:path";
 import { AdapterError } from "../errors.ts";
-import { refuseOtherKinds } from "../file-kind.ts";
+import { refuseOtherKinds } from "../files-node.ts";
 import { openSource } from "../open-source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { type BaseFacts, factsOfConfig, isCount } from "./base-facts.ts";

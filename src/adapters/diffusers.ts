@@ -7,9 +7,9 @@
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { SourceInput } from "../source.ts";
-import { parseJson } from "../tensor/json.ts";
 import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import type { TensorFile } from "../tensor/tensor-file.ts";
+import { parseJson } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
 import { readTaskMetadata } from "./metadata.ts";

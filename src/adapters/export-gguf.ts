@@ -4,7 +4,7 @@
  */
 import { AdapterError } from "../errors.ts";
 import { type GgufEntry, writeGguf } from "../tensor/gguf-writer.ts";
-import { transpose } from "../tensor/transpose.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";

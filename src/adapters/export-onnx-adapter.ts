@@ -4,7 +4,7 @@
  */
 
 import { type OnnxAdapterEntry, writeOnnxAdapter } from "../tensor/onnx-adapter-writer.ts";
-import { transpose } from "../tensor/transpose.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved, type Values } from "./factors.ts";
 import { checkAdapter } from "./modules.ts";
 

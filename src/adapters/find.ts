@@ -6,7 +6,7 @@ import { readdir, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
 import { checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
-import { refuseOtherKinds } from "../file-kind.ts";
+import { refuseOtherKinds } from "../files-node.ts";
 import { openSource } from "../open-source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { holdsLora, MODELS } from "./diffusers-keys.ts";

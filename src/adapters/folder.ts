@@ -3,9 +3,9 @@
  * find.ts the only adapter code that needs a file system.
  */
 import { join, resolve } from "node:path";
-import { openPath } from "#platform";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
+import { openPath } from "../files-node.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { ByteSource } from "../source.ts";
 import type { Adapter } from "./adapter.ts";
@@ -88,7 +88,7 @@ class Files {
   }
 
   async #open(path: string): Promise<ByteSource> {
-    const source = this.#sources.length < MAX_HELD ? await openFile(path) : await openOnDemand(path);
+    const source = this.#sources.length < MAX_HELD ? await openPath(path) : await openOnDemand(path);
     this.#sources.push(source);
     return source;
   }
@@ -136,18 +136,15 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
   return [...owners].map(([id, location]) => ({ ...location, id })).sort((a, b) => compare(a.id, b.id));
 }
 
-/** Defined wherever node:fs is. */
-const openFile = openPath!;
-
 /** A file that is opened anew for every read. */
 async function openOnDemand(path: string): Promise<ByteSource> {
-  const probe = await openFile(path);
+  const probe = await openPath(path);
   await probe.close?.();
   return {
     name: path,
     byteLength: probe.byteLength,
     async read(offset, length, options) {
-      const source = await openFile(path);
+      const source = await openPath(path);
       try {
         return await source.read(offset, length, options);
       } finally {

@@ -1,7 +1,7 @@
 /** JSON files that lie beside adapters and models. */
 import { readFile, stat } from "node:fs/promises";
 import { AdapterError } from "../errors.ts";
-import { parseJson } from "../tensor/json.ts";
+import { parseJson } from "../tensor/tensor-file.ts";
 
 /** More than a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
 const MAX_JSON_BYTES = 16 * 1024 * 1024;

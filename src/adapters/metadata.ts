@@ -4,7 +4,7 @@
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
-import { show } from "../tensor/json.ts";
+import { show } from "../tensor/tensor-file.ts";
 
 /** Metadata is read with a pack's directory, before any task: it must stay small. */
 const MAX_METADATA_BYTES = 64 * 1024;

@@ -4,8 +4,7 @@
  */
 import { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
-import { show } from "../tensor/json.ts";
-import { type Derived, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
+import { type Derived, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { readTaskMetadata } from "./metadata.ts";
 import { assembleLora, type LoraKey, listed, sortTensors } from "./named-lora.ts";

@@ -4,7 +4,7 @@
  * older versions did not write them.
  */
 import { AdapterError } from "../errors.ts";
-import { show } from "../tensor/json.ts";
+import { show } from "../tensor/tensor-file.ts";
 import { NamePatterns } from "./name-pattern.ts";
 
 /** What a configuration says about the tensors beside it. */

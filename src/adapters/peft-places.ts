@@ -2,8 +2,7 @@
  * Which tensor of a PEFT file belongs where: every one gets a place, or the file is refused. Reads no values.
  */
 import { AdapterError } from "../errors.ts";
-import { show } from "../tensor/json.ts";
-import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
+import { isFloatDtype, show, type TensorFile } from "../tensor/tensor-file.ts";
 import type { PeftConfig } from "./peft-config.ts";
 import { type KeyRole, type PeftKey, parsePeftKeys } from "./peft-keys.ts";
 

@@ -4,7 +4,7 @@
  */
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
-import { show } from "../tensor/json.ts";
+import { show } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { checkAdapters } from "./modules.ts";
 

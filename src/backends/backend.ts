@@ -1,12 +1,12 @@
 /**
- * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks. A backend knows
- * nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is called; a GPU backend records it, and
- * `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
+ * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the argument checks that all share,
+ * and what backends of the CPU share. A backend knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is
+ * called; a GPU backend records it, and `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
  *
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
-import type { Dtype, FloatDtype } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 
 /** Whose bytes they are, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
@@ -148,4 +148,199 @@ export interface Backend {
   /** Resolves, with the reason, when the backend's device is lost: its memory is gone. CPU backends do not have it. */
   readonly lost?: Promise<Error>;
   close(): void;
+}
+
+/** Counts are 32-bit in the kernels. */
+const MAX_COUNT = 0x7fffffff;
+
+const FLOAT_TYPES: readonly Dtype[] = ["f32", "f16", "bf16"];
+
+/** @throws RangeError unless `value` is a whole number from 0 to `max` */
+export function checkCount(name: string, value: number, max: number = MAX_COUNT): void {
+  if (!Number.isInteger(value) || value < 0 || value > max) {
+    throw new RangeError(`${name} must be a whole number from 0 to ${max}, got ${value}`);
+  }
+}
+
+/** @throws RangeError unless `byteLength` bytes from the slice lie in its block, at a multiple of `align` */
+export function checkSlice(name: string, slice: Slice, byteLength: number, align = 1): void {
+  const { byteOffset } = slice;
+  if (!Number.isInteger(byteOffset) || byteOffset < 0 || byteOffset % align !== 0) {
+    throw new RangeError(`${name}.byteOffset must be a multiple of ${align} ≥ 0, got ${byteOffset}`);
+  }
+  if (!(byteLength >= 0) || byteOffset + byteLength > slice.block.byteLength) {
+    throw new RangeError(
+      `${name} needs ${byteLength} bytes from offset ${byteOffset}; its block has ${slice.block.byteLength}`,
+    );
+  }
+}
+
+/** Bytes that a job reads or writes. */
+type Range = readonly [name: string, slice: Slice | undefined, byteLength: number, align?: number];
+
+/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
+export function checkExpand({ dtype, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
+  checkJob(dtype, DTYPES, { rank, rows, width }, out, 4 * rank * width, 4, [
+    ["coefficients", coefficients, 4 * rank * rows],
+    ["basis", basis, tensorBytes(dtype, rows, width)],
+  ]);
+}
+
+/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
+export function checkProject({ dtype, count, rows, width, out, x, basis }: ProjectJob): void {
+  checkJob(dtype, DTYPES, { count, rows, width }, out, 4 * count * rows, 4, [
+    ["x", x, 4 * count * width],
+    ["basis", basis, tensorBytes(dtype, rows, width)],
+  ]);
+}
+
+/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
+export function checkFold(job: FoldJob): void {
+  const { dtype, rows, columns, stride, out, base, rowScale, columnScale } = job;
+  const bytes = weightBytes(dtype, rows, columns, stride);
+  const scales: Range[] = [
+    ["rowScale", rowScale, 4 * rows],
+    ["columnScale", columnScale, 4 * columns],
+  ];
+  const inPlace = out.byteOffset === base.byteOffset;
+  checkProduct(job, out, bytes, rowBytes(dtype, 1), scales, inPlace);
+}
+
+/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
+export function checkScale(job: ScaleJob): void {
+  const bytes = 4 * (job.axis === "rows" ? job.rows : job.columns);
+  checkProduct(job, job.out, bytes, 4, [["magnitude", job.magnitude, bytes]]);
+}
+
+/** What fold and scale share. @param inPlace whether the base is where the result goes */
+function checkProduct(
+  { dtype, rank, rows, columns, stride, base, left, right }: Omit<FoldJob, "out">,
+  out: Slice,
+  outBytes: number,
+  outAlign: number,
+  others: readonly Range[],
+  inPlace = false,
+): void {
+  const inputs: Range[] = [
+    ["base", base, weightBytes(dtype, rows, columns, stride), rowBytes(dtype, 1)],
+    ["left", left, 4 * rank * rows],
+    ["right", right, 4 * rank * columns],
+    ...others,
+  ];
+  checkJob(dtype, FLOAT_TYPES, { rank, rows, columns, stride }, out, outBytes, outAlign, inputs, inPlace);
+  if (stride < columns) throw new RangeError(`stride must be ≥ columns ${columns}, got ${stride}`);
+}
+
+/** From the first to the last element of a weight, rows' gaps included. */
+function weightBytes(dtype: FloatDtype, rows: number, columns: number, stride: number): number {
+  return rows === 0 ? 0 : ((rows - 1) * stride + columns) * rowBytes(dtype, 1);
+}
+
+function checkJob(
+  dtype: Dtype,
+  allowed: readonly Dtype[],
+  counts: Readonly<Record<string, number>>,
+  out: Slice,
+  outBytes: number,
+  outAlign: number,
+  inputs: readonly Range[],
+  inPlace = false,
+): void {
+  if (!allowed.includes(dtype)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${dtype}`);
+  for (const [name, count] of Object.entries(counts)) checkCount(name, count);
+  for (const [name, slice, byteLength, align = 4] of inputs) if (slice) checkSlice(name, slice, byteLength, align);
+  checkSlice("out", out, outBytes, outAlign);
+  for (const [name, slice, byteLength] of inputs) {
+    if (slice && !(inPlace && name === "base")) checkApart("out", out, outBytes, name, slice, byteLength);
+  }
+}
+
+/** @throws RangeError when a result would overwrite what it is computed from */
+export function checkApart(
+  outName: string,
+  out: Slice,
+  outBytes: number,
+  name: string,
+  slice: Slice,
+  byteLength: number,
+): void {
+  if (out.block !== slice.block || outBytes === 0 || byteLength === 0) return;
+  if (out.byteOffset < slice.byteOffset + byteLength && slice.byteOffset < out.byteOffset + outBytes) {
+    throw new RangeError(`${outName} overlaps ${name}`);
+  }
+}
+
+/** A backend whose blocks each have a `Place` in the CPU's memory. */
+export abstract class CpuBackend<Place> implements Backend {
+  abstract readonly name: "js" | "wasm";
+  abstract readonly variant: string;
+  readonly #blocks = new Map<Block, { readonly place: Place; readonly owner: Owner }>();
+
+  abstract expand(job: ExpandJob): void;
+  abstract project(job: ProjectJob): void;
+  abstract fold(job: FoldJob): void;
+  abstract scale(job: ScaleJob): void;
+
+  /** Zeroed bytes. @throws BackendError when there are none */
+  protected abstract claim(byteLength: number, owner: Owner): Place;
+  protected abstract release(place: Place, byteLength: number): void;
+  protected abstract bytesAt(place: Place, byteOffset: number, byteLength: number): Uint8Array;
+  /** Bytes held beyond those of blocks. */
+  protected abstract beyond(blockBytes: number): number;
+
+  allocate(byteLength: number, owner: Owner): Block {
+    const place = this.claim(byteLength, owner);
+    const block: Block = { byteLength };
+    this.#blocks.set(block, { place, owner });
+    return block;
+  }
+
+  free(block: Block): void {
+    const held = this.#blocks.get(block);
+    if (held && this.#blocks.delete(block)) this.release(held.place, block.byteLength);
+  }
+
+  /** @throws TypeError when the slice's block is not held */
+  protected place(name: string, { block }: Slice): Place {
+    const held = this.#blocks.get(block);
+    if (held === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
+    return held.place;
+  }
+
+  protected bytes(name: string, slice: Slice, byteLength: number): Uint8Array {
+    const place = this.place(name, slice);
+    checkSlice(name, slice, byteLength);
+    return this.bytesAt(place, slice.byteOffset, byteLength);
+  }
+
+  upload(to: Slice, source: Uint8Array): void {
+    this.bytes("to", to, source.byteLength).set(source);
+  }
+
+  copy(from: Slice, to: Slice, byteLength: number): void {
+    const source = this.bytes("from", from, byteLength);
+    const target = this.bytes("to", to, byteLength);
+    checkApart("to", to, byteLength, "from", from, byteLength);
+    target.set(source);
+  }
+
+  view(at: Slice, byteLength: number): Uint8Array {
+    return this.bytes("at", at, byteLength);
+  }
+
+  finish(): void {}
+
+  memory(): Record<Owner | "reserved", number> {
+    const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: 0 };
+    let sum = 0;
+    for (const [{ byteLength }, { owner }] of this.#blocks) {
+      total[owner] += byteLength;
+      sum += byteLength;
+    }
+    return { ...total, reserved: this.beyond(sum) };
+  }
+
+  close(): void {
+    for (const block of this.#blocks.keys()) this.free(block);
+  }
 }

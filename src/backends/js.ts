@@ -15,8 +15,7 @@ import {
   tensorBytes,
 } from "../tensor/dtypes.ts";
 import type { Backend, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
-import { checkCount, checkExpand, checkFold, checkProject, checkScale } from "./checks.ts";
-import { CpuBackend } from "./cpu.ts";
+import { CpuBackend, checkCount, checkExpand, checkFold, checkProject, checkScale } from "./backend.ts";
 
 const { fround } = Math;
 

@@ -1,10 +1,8 @@
 /**
- * A build of `assembly/` at work on a linear memory of its own: the best that the engine compiles.
+ * A build of `assembly/` at work on a linear memory of its own: the best that the engine compiles, and blocks in that memory.
  */
 import { BackendError } from "../errors.ts";
-import type { Owner } from "./backend.ts";
-import { checkCount } from "./checks.ts";
-import { createHeap, type Heap } from "./wasm-memory.ts";
+import { checkCount, type Owner } from "./backend.ts";
 
 /** The builds, best last; a build's index is the value of its export `variant`. */
 export const WASM_VARIANTS = ["scalar", "simd", "relaxed-simd"] as const;
@@ -73,4 +71,82 @@ async function compile<Variant extends string>(
     }
   }
   throw new BackendError(`wasm: ${reasons.join("; ")}`, { backend: "wasm", reasons });
+}
+
+/** Every address is a multiple of this: the width of a vector. */
+const ALIGN = 16;
+const PAGE = 65536;
+
+/** Hands out ranges of a `WebAssembly.Memory`. */
+export interface Heap {
+  /** Address of `byteLength` zeroed bytes, or `undefined` when the memory cannot grow by what is missing. */
+  allocate(byteLength: number): number | undefined;
+  /** Takes back what `allocate` gave for the same `byteLength`. */
+  free(address: number, byteLength: number): void;
+}
+
+interface Range {
+  start: number;
+  end: number;
+}
+
+/** A heap over `memory` from byte `start` on, a multiple of 16. Memory grows by whole pages, never ahead of need. */
+export function createHeap(memory: WebAssembly.Memory, start: number): Heap {
+  // Sorted, disjoint, never adjacent. Beyond `top` nothing was ever handed out: those bytes are zero and not listed.
+  const ranges: Range[] = [];
+  let top = start;
+
+  return {
+    allocate(byteLength) {
+      const size = roundUp(byteLength);
+      const index = ranges.findIndex(({ start, end }) => end - start >= size);
+      if (index >= 0) {
+        const range = ranges[index]!;
+        const address = range.start;
+        range.start += size;
+        if (range.start === range.end) ranges.splice(index, 1);
+        new Uint8Array(memory.buffer, address, size).fill(0);
+        return address;
+      }
+      // A free range that ends at the top is the beginning of the block; only the rest is new.
+      const last = ranges.at(-1);
+      const address = last?.end === top ? last.start : top;
+      const missing = address + size - memory.buffer.byteLength;
+      if (missing > 0) {
+        try {
+          memory.grow(Math.ceil(missing / PAGE));
+        } catch {
+          return undefined;
+        }
+      }
+      if (address < top) {
+        ranges.pop();
+        new Uint8Array(memory.buffer, address, top - address).fill(0);
+      }
+      top = address + size;
+      return address;
+    },
+
+    free(address, byteLength) {
+      const end = address + roundUp(byteLength);
+      let index = ranges.findIndex((range) => range.start > address);
+      if (index < 0) index = ranges.length;
+      const before = ranges[index - 1];
+      const after = ranges[index];
+      const joinsAfter = after?.start === end;
+      if (before?.end === address) {
+        before.end = joinsAfter ? after.end : end;
+        if (joinsAfter) ranges.splice(index, 1);
+      } else if (joinsAfter) {
+        after.start = address;
+      } else {
+        ranges.splice(index, 0, { start: address, end });
+      }
+    },
+  };
+}
+
+/** Whole vectors, and at least one, so that no two blocks share an address. */
+function roundUp(byteLength: number): number {
+  return Math.max(ALIGN, Math.ceil(byteLength / ALIGN) * ALIGN);
 }

@@ -5,8 +5,7 @@
 
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import type { Backend, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
-import { checkExpand, checkFold, checkProject, checkScale } from "./checks.ts";
-import { CpuBackend } from "./cpu.ts";
+import { CpuBackend, checkExpand, checkFold, checkProject, checkScale } from "./backend.ts";
 import { type Binaries, claim, type Instance, instantiate, type WasmVariant } from "./wasm-instance.ts";
 
 export interface WasmOptions {

@@ -3,7 +3,7 @@
  * Knows nothing of blocks or kernels.
  */
 /// <reference types="@webgpu/types" />
-import { openGpu } from "#platform";
+import { openGpu } from "#gpu";
 import { BackendError } from "../errors.ts";
 import type { DeviceHandle } from "./backend.ts";
 

@@ -8,6 +8,12 @@ import {
   after,
   type Backend,
   type Block,
+  checkApart,
+  checkExpand,
+  checkFold,
+  checkProject,
+  checkScale,
+  checkSlice,
   type DeviceBuffer,
   type DeviceHandle,
   type ExpandJob,
@@ -17,9 +23,7 @@ import {
   type ScaleJob,
   type Slice,
 } from "./backend.ts";
-import { checkApart, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
-import { Batch } from "./webgpu-batch.ts";
-import { Blocks, type Bound } from "./webgpu-blocks.ts";
+import { Batch, Blocks, type Bound } from "./webgpu-blocks.ts";
 import { type DeviceOptions, openDevice } from "./webgpu-device.ts";
 import { createRecorder, type Recorder } from "./webgpu-recorder.ts";
 

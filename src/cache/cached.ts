@@ -4,7 +4,7 @@
  */
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
-import { fromIntegrity } from "../format/integrity.ts";
+import { fromIntegrity } from "../format/hash.ts";
 import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import {

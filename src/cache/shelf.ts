@@ -7,7 +7,7 @@
  * one, other entries go first.
  */
 import { sha256 } from "../format/hash.ts";
-import { toHex } from "../tensor/hex.ts";
+import { toHex } from "../text.ts";
 import type { RangeStore } from "./store.ts";
 
 /** A range that is kept. */

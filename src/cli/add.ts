@@ -4,10 +4,10 @@
  */
 import { stat } from "node:fs/promises";
 import { resolve } from "node:path";
+import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { planAppend } from "../pack/fresh.ts";
-import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
 import { MUCH, type TaskLoss } from "../pack/report.ts";
 import { type Attach, command } from "./command.ts";

@@ -5,13 +5,13 @@
  */
 import { join } from "node:path";
 import { createBackend } from "../backends/select.ts";
+import type { Pack } from "../core/pack.ts";
+import { Workbench } from "../core/workbench.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { embedWeights } from "../onnx/write.ts";
-import type { Pack } from "../pack/pack.ts";
-import { Workbench } from "../runtime/workbench.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, TaskEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";

@@ -2,11 +2,11 @@
 import { createEigenSession, createEigenSessions, type EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
 import { createEngine } from "../../bindings/ort-engine.ts";
+import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import { feedsOfRows, knownSizes, plainInputs, tableRows } from "../onnx/feeds.ts";
 import { readModel } from "../onnx/read.ts";
 import type { ModelInput } from "../onnx/whole.ts";
-import type { Pack } from "../pack/pack.ts";
 import type { MatchOptions } from "../session/match.ts";
 import { toTensors } from "../session/probe.ts";
 

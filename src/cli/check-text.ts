@@ -1,5 +1,5 @@
 /** What the command check says of a model and a pack, in words. */
-import type { Pack } from "../pack/pack.ts";
+import type { Pack } from "../core/pack.ts";
 import type { MatchOptions } from "../session/match.ts";
 import type { Survey } from "../session/survey.ts";
 import type { Ran, RanFiles, Tried } from "./check-run.ts";

@@ -3,8 +3,8 @@
  * plans as a session does (src/session/survey.ts); where onnxruntime-node is installed it makes one, too, and runs it.
  */
 import { basename, extname } from "node:path";
+import type { Pack } from "../core/pack.ts";
 import { readModel } from "../onnx/read.ts";
-import type { Pack } from "../pack/pack.ts";
 import type { MatchOptions } from "../session/match.ts";
 import { type Survey, surveyFiles, surveyModel } from "../session/survey.ts";
 import { type Tried, tryFiles, tryOut } from "./check-run.ts";

@@ -5,8 +5,8 @@
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
 import type { Adapter } from "../adapters/adapter.ts";
+import type { Pack } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
-import type { Pack } from "../pack/pack.ts";
 import { completeDtypes } from "../pack/report.ts";
 import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";

@@ -4,11 +4,11 @@
  */
 import { stat } from "node:fs/promises";
 import { resolve } from "node:path";
+import type { Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign } from "../format/layout.ts";
-import { parseTaskFile } from "../format/task-file.ts";
 import { freshPack, tasksOf } from "../pack/fresh.ts";
-import type { Pack } from "../pack/pack.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readQuestions } from "./examples.ts";
 import { writeWhole } from "./files.ts";

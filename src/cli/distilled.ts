@@ -2,11 +2,12 @@
  * Distilling as the last step of `pack`: of everything that answers were asked about, the best pack that can be distilled is, and is
  * taken where its answers are then closer to the adapters' than those of the pack that was chosen.
  */
-import { parseTaskFile } from "../format/task-file.ts";
+
+import { openPack, type Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import type { Built } from "../pack/build.ts";
 import { freshPack, tasksOf } from "../pack/fresh.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
 import { type SearchReport, searchPack } from "../pack/search.ts";
 import type { SearchOptions } from "../pack/search-options.ts";
 import type { Way } from "../pack/ways.ts";

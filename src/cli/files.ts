@@ -20,9 +20,8 @@ import {
 } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
-import { reasonOf } from "../../bindings/node.ts";
 import { SourceError } from "../errors.ts";
-import { refuseOtherKinds } from "../file-kind.ts";
+import { reasonOf, refuseOtherKinds } from "../files-node.ts";
 import type { Append } from "../format/layout.ts";
 import type { Scratch } from "../pack/fresh.ts";
 import { realTarget } from "./lock.ts";

@@ -1,8 +1,9 @@
 /** The command fold: weights of a base model with a task merged into them. */
-import { safetensorsHost } from "../base/safetensors-host.ts";
+
+import { createRuntime } from "../core/create.ts";
+import { safetensorsHost } from "../core/open-base.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import { createRuntime } from "../runtime/create.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";

@@ -1,9 +1,9 @@
 /** The command inspect: what is in a pack, as its directory says. */
+
+import type { Pack } from "../core/pack.ts";
+import { keyName } from "../core/trust.ts";
 import { FormatError } from "../errors.ts";
-import { needsFactors, parseBrought } from "../format/brings.ts";
-import { SECTION_FREE, type Side, WINDOW_BYTES } from "../format/format.ts";
-import { keyName } from "../pack/keys.ts";
-import type { Pack } from "../pack/pack.ts";
+import { needsFactors, parseBrought, SECTION_FREE, type Side, WINDOW_BYTES } from "../format/format.ts";
 import { breakEven } from "../pack/report.ts";
 import { errorOf, stepOf } from "../pack/steps.ts";
 import { DTYPES } from "../tensor/dtypes.ts";

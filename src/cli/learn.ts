@@ -5,10 +5,10 @@
 
 import { basename, extname } from "node:path";
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
+import type { Pack } from "../core/pack.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import { sharedBases } from "../format/format.ts";
-import type { Pack } from "../pack/pack.ts";
 import { createTrainer } from "../train/learn.ts";
 import type { Start } from "../train/start.ts";
 import type { TrainingStep } from "../train/trainer.ts";

@@ -3,7 +3,7 @@
  */
 
 import type { ComponentSelection, Gauge } from "../extract/options.ts";
-import { fromIntegrity } from "../format/integrity.ts";
+import { fromIntegrity } from "../format/hash.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { DTYPES } from "../tensor/dtypes.ts";
 

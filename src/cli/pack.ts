@@ -3,12 +3,12 @@
  * between the answers of adapters and pack.
  */
 import { availableParallelism } from "node:os";
-import { collectGarbage } from "../../bindings/node.ts";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
 import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
+import { collectGarbage } from "../extract/threads-node.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { buildStreamed, type Packed } from "../pack/build.ts";

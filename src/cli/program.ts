@@ -2,8 +2,9 @@
  * The command line as a whole: all commands, help, version, and what becomes of errors. Each command is declared in a file of its
  * own.
  */
-import { reasonOf } from "../../bindings/node.ts";
+
 import { EigenLoraError } from "../errors.ts";
+import { reasonOf } from "../files-node.ts";
 import { VERSION } from "../version.ts";
 import { add } from "./add.ts";
 import { attach } from "./attach.ts";

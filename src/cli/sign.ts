@@ -1,10 +1,10 @@
 /** The commands keygen and sign: a key of one's own, and packs and task files that it vouches for. */
 import { chmodSync } from "node:fs";
 import { readFile } from "node:fs/promises";
+import { parseTaskFile } from "../core/task-file.ts";
+import { keyName } from "../core/trust.ts";
 import { integrityOf } from "../format/hash.ts";
 import type { Sign } from "../format/layout.ts";
-import { parseTaskFile } from "../format/task-file.ts";
-import { keyName } from "../pack/keys.ts";
 import { planSignature, signTaskFile } from "../pack/sign.ts";
 import { toBase64 } from "../text.ts";
 import { isTaskFile } from "./add.ts";

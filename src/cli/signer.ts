@@ -1,7 +1,8 @@
 /** What signs what commands write. */
+
+import type { Pack } from "../core/pack.ts";
 import type { Sign } from "../format/layout.ts";
 import { createSigner } from "../pack/keys.ts";
-import type { Pack } from "../pack/pack.ts";
 import { readText } from "./files.ts";
 import type { Output } from "./output.ts";
 

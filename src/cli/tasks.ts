@@ -1,7 +1,7 @@
 /** New tasks of a pack are written as those that it has. */
 import type { Adapter } from "../adapters/adapter.ts";
 import { refuseBases } from "../adapters/modules.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { Pack } from "../core/pack.ts";
 import { completeDtypes } from "../pack/report.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 

@@ -1,10 +1,13 @@
 /** The command verify: whether a pack is whole, and how far its tasks are from the adapters they were made of. */
 import type { Adapter } from "../adapters/adapter.ts";
+import type { Pack } from "../core/pack.ts";
+import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { type ModuleLoss, measureModule, openModule } from "../extract/project.ts";
 import { Fields } from "../format/fields.ts";
 import {
+  encodedTensor,
   SECTION_BASES,
   SECTION_FREE,
   SECTION_TASK,
@@ -13,18 +16,13 @@ import {
   type TaskBlob,
   WINDOW_BYTES,
 } from "../format/format.ts";
-import { integrityOf, sha256 } from "../format/hash.ts";
-import { toIntegrity } from "../format/integrity.ts";
-import { encodedTensor } from "../format/tensors.ts";
+import { integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { openSource } from "../open-source.ts";
 import { expandTerm } from "../pack/expand.ts";
-import { isSigned, keyName, publicKeyBytes } from "../pack/keys.ts";
-import type { Pack } from "../pack/pack.ts";
 import { storedModule } from "../pack/project.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
-import { Trust, type TrustOptions } from "../pack/trust.ts";
 import type { ByteSource } from "../source.ts";
-import { toHex } from "../tensor/hex.ts";
+import { toHex } from "../text.ts";
 import { isTaskFile } from "./add.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readText } from "./files.ts";

@@ -2,7 +2,7 @@
  * Extraction of many modules: one after another where this runs, or several at a time in threads of their own, which gives the same
  * bytes. A thread is sent one module's stack and answers with what is stored of it; or a section of a pack, which it codes.
  */
-import { openThread } from "#platform";
+import { openThread } from "#threads";
 import { BackendError } from "../errors.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import type { TensorRef } from "../format/format.ts";
@@ -12,6 +12,7 @@ import { pairOf, singularValues } from "./gauge.ts";
 import type { Products } from "./linalg.ts";
 import type { ExtractOptions } from "./options.ts";
 import { extractMixed, type MixedExtraction, type PrivateOptions, remainders } from "./private.ts";
+import type { Thread } from "./threads-web.ts";
 import { fastProducts } from "./wasm-products.ts";
 
 /** How a module is extracted, without what multiplies matrices: that belongs to where it is done. */
@@ -56,13 +57,6 @@ export interface Extractor {
   ask<K extends Kind>(kind: K, subject: Subject<K>, options: Parameters<Jobs[K]>[1]): Promise<ReturnType<Jobs[K]>>;
   /** Gives back the memory that threads hold, until something is asked again. Only while nothing is asked. */
   rest(): Promise<void>;
-  close(): Promise<void>;
-}
-
-/** Somebody who answers one question after the other, elsewhere. */
-export interface Thread {
-  /** @param owned buffers that the question holds and nobody else needs */
-  ask(question: unknown, owned: readonly ArrayBuffer[]): Promise<unknown>;
   close(): Promise<void>;
 }
 

@@ -7,7 +7,7 @@
  * policy against it, `coded.ts` decodes.
  */
 import binary from "#wasm/coded";
-import { LEVEL_OF, Tables } from "./coded-tables.ts";
+import { LEVEL_OF, Tables } from "./coded.ts";
 
 /** A decoder at work on one section. */
 export interface Work {

@@ -3,10 +3,21 @@
  * of a section that breaks a rule.
  */
 import { pacer } from "../pace.ts";
-import { CODED_HEAD_BYTES, type Coder, code, FAULT, isCoded, mostDecoded, type Refuse } from "./coded.ts";
-import { FREQUENCY_BITS, SYMBOLS, Tables, WORD_BITS } from "./coded-tables.ts";
+import {
+  CODED_HEAD_BYTES,
+  type Coder,
+  code,
+  FAULT,
+  FREQUENCY_BITS,
+  isCoded,
+  mostDecoded,
+  type Refuse,
+  SYMBOLS,
+  Tables,
+  WORD_BITS,
+} from "./coded.ts";
 import { type Work, wasmWork } from "./coded-wasm.ts";
-import { align64, Fields } from "./fields.ts";
+import { align64, check, Fields } from "./fields.ts";
 import {
   CODED_MAGIC,
   DIRECTORY_HEAD_BYTES,
@@ -16,7 +27,6 @@ import {
   type Superblock,
   WINDOW_BYTES,
 } from "./format.ts";
-import { check } from "./messagepack.ts";
 
 /** Milliseconds of decoding after which the others have a turn: half of what a page may take for a frame. */
 const TURN = 8;

@@ -1,18 +1,23 @@
 /**
- * The directory of a pack: sections, basis description, task list (SPEC.md, section 4).
+ * The head of a pack: the window, which says which generation counts and where its parts are (SPEC.md, section 2), and the directory: sections,
+ * basis description, task list (section 4).
  */
+
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
-import { toUtf8 } from "../text.ts";
-import { BROUGHT } from "./brings.ts";
-import { align64, Fields } from "./fields.ts";
+import { toHex, toUtf8 } from "../text.ts";
+import { align64, crc32c, decode, Fields, placing, type Value } from "./fields.ts";
 import {
   type BasisDescription,
+  BLOCK_BYTES,
+  BROUGHT,
   CODED_MAGIC,
   DIRECTORY_HEAD_BYTES,
   type Directory,
   FINGERPRINT_SIZE,
   HASH_BYTES,
+  HEAD_BYTES,
   LAYOUTS,
+  MAGIC,
   type PackModule,
   SECTION_BASES,
   SECTION_CODED,
@@ -20,17 +25,88 @@ import {
   SECTION_FREE,
   SECTION_TASK,
   type Section,
+  SIGNATURE_BYTES,
+  SIGNATURE_OFFSET,
   type Side,
+  type Signature,
   type Superblock,
   type TaskEntry,
   type TaskMetadata,
   type TensorRef,
   WINDOW_BYTES,
+  type Window,
 } from "./format.ts";
-import { toIntegrity } from "./integrity.ts";
-import { decode, type Value } from "./messagepack.ts";
-import { parseMetadata } from "./metadata.ts";
-import { placing } from "./places.ts";
+import { toIntegrity } from "./hash.ts";
+
+/**
+ * Checks the window and picks the current superblock.
+ * @param bytes the first 1 536 bytes of the file
+ * @param size size of the file, when known
+ * @throws FormatError when this is not a pack of version 1, or no superblock is whole, or the file is truncated
+ */
+export function parseWindow(bytes: Uint8Array, file: string, size?: number): Window {
+  const f: Fields = new Fields(bytes, file, "window");
+  f.magic(MAGIC, "an EigenLoRA pack");
+  f.check(bytes.length >= WINDOW_BYTES, () => `truncated: ${bytes.length} bytes, the window alone has ${WINDOW_BYTES}`);
+  const version = f.version();
+  f.check(f.u32(12) === WINDOW_BYTES, () => `window of ${f.u32(12)} bytes, expected ${WINDOW_BYTES}`);
+  f.crc(f.u32(HEAD_BYTES), HEAD_BYTES);
+  f.zero(HEAD_BYTES + 4, 512);
+  const whole = [0, 1]
+    .map(
+      (index) => new Fields(bytes.subarray(BLOCK_BYTES * (index + 1), BLOCK_BYTES * (index + 2)), file, "superblock"),
+    )
+    .filter(isWhole)
+    .sort((a, b) => generationOf(b) - generationOf(a));
+  f.check(whole[0] !== undefined, () => "neither superblock is whole: the file is damaged, fetch it again");
+  // All other rules are of the one that counts.
+  const superblock = parseSuperblock(whole[0]);
+  const { committed, directoryOffset, directoryLength, basesOffset, basesLength } = superblock;
+  f.check(size === undefined || size >= committed, () => `truncated: ${size} bytes of ${committed}; fetch it again`);
+  const inside = (offset: number, length: number): boolean =>
+    offset >= WINDOW_BYTES && offset % 64 === 0 && offset + length <= committed;
+  f.check(
+    inside(directoryOffset, directoryLength) && inside(basesOffset, basesLength),
+    () => "directory or bases lie outside the file",
+  );
+  // A copy: as a view it would keep what else was read with it.
+  const head = bytes.slice(0, HEAD_BYTES);
+  return { version, basisId: toHex(head.subarray(16)), superblock, head };
+}
+
+const generationOf = (f: Fields): number => f.u32(4) * 2 ** 32 + f.u32(0);
+
+/** Whether a superblock was written, and not torn. */
+function isWhole(f: Fields, index: number): boolean {
+  if (generationOf(f) === 0 || f.u32(0) % 2 !== index || f.u32(60) !== crc32c(f.bytes.subarray(0, 60))) return false;
+  const end = SIGNATURE_OFFSET + SIGNATURE_BYTES;
+  // Both are written at once: where the signature is torn, so is the whole.
+  if (f.u32(52) > 0) return f.u32(end - 4) === crc32c(f.bytes.subarray(0, end - 4));
+  return !f.bytes.subarray(SIGNATURE_OFFSET, end).some(Boolean);
+}
+
+function parseSuperblock(f: Fields): Superblock {
+  const flags = f.u32(52);
+  const signatureEnd = SIGNATURE_OFFSET + SIGNATURE_BYTES;
+  f.check(flags <= 1, () => `flags ${flags}, expected 0 or 1`);
+  f.zero(56, 60);
+  f.zero(signatureEnd, BLOCK_BYTES);
+  return {
+    generation: f.u64(0),
+    committed: f.u64(8),
+    directoryOffset: f.u64(16),
+    directoryLength: f.u64(24),
+    basesOffset: f.u64(32),
+    basesLength: f.u64(40),
+    directoryCrc: f.u32(48),
+    signature: flags ? signatureOf(f.bytes.subarray(SIGNATURE_OFFSET, signatureEnd)) : undefined,
+  };
+}
+
+/** @param bytes key, signature, CRC */
+export function signatureOf(bytes: Uint8Array): Signature {
+  return { key: bytes.slice(0, 32), bytes: bytes.slice(32, 96) };
+}
 
 /**
  * Checks the directory against its superblock: the sections tile the file, every tensor of the bases has its place.
@@ -264,4 +340,19 @@ export function isTaskId(id: string): boolean {
   const length = toUtf8(id).length;
   // biome-ignore lint/suspicious/noControlCharactersInRegex: these are \p{Cc}, which not every engine knows.
   return length > 0 && length <= 255 && !/[\0-\x1f\x7f-\x9f]/.test(id);
+}
+
+/** @throws FormatError naming the field that is not what it must be */
+export function parseMetadata(value: Value): Record<string, unknown> {
+  const metadata = value.plain();
+  for (const key of Object.keys(metadata)) {
+    const field: Value = value.get(key);
+    // Nil is as good as nothing, here as everywhere in a map.
+    if (field.absent) continue;
+    if (key === "license" || key === "origin") field.string(4096);
+    if (key !== "labels") continue;
+    const labels = field.array(65_536).map((label) => label.string(1024));
+    field.check(labels.length > 0, () => "no names, expected 1 to 65536");
+  }
+  return metadata;
 }

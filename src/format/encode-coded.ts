@@ -2,8 +2,19 @@
  * The writing half of coded sections (`coded.ts`).
  */
 import { isQuantized } from "../tensor/dtypes.ts";
-import { CODED_HEAD_BYTES, type Coder, code, LEAST_COPY, mostDecoded, type Plan, type TensorRun } from "./coded.ts";
-import { FREQUENCY_BITS, SYMBOLS, Tables, WORD_BITS } from "./coded-tables.ts";
+import {
+  CODED_HEAD_BYTES,
+  type Coder,
+  code,
+  FREQUENCY_BITS,
+  LEAST_COPY,
+  mostDecoded,
+  type Plan,
+  SYMBOLS,
+  Tables,
+  type TensorRun,
+  WORD_BITS,
+} from "./coded.ts";
 import { CODED_MAGIC, type TensorRef } from "./format.ts";
 
 /** How far back copies are looked for, and at how many places. */

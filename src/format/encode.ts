@@ -5,10 +5,9 @@
 
 import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
-import { fromHex } from "../tensor/hex.ts";
-import { crc32c } from "./crc32c.ts";
+import { fromHex } from "../text.ts";
 import { parseEntry } from "./directory.ts";
-import { align64 } from "./fields.ts";
+import { align64, crc32c, decode } from "./fields.ts";
 import {
   BLOCK_BYTES,
   DIRECTORY_HEAD_BYTES,
@@ -31,8 +30,7 @@ import {
   type TaskFile,
   WINDOW_BYTES,
 } from "./format.ts";
-import { fromIntegrity } from "./integrity.ts";
-import { decode } from "./messagepack.ts";
+import { fromIntegrity } from "./hash.ts";
 import { pack } from "./msgpackr.ts";
 import { MOST } from "./task.ts";
 

@@ -1,9 +1,8 @@
 /**
- * SPEC.md as code: what a pack is made of, as values. Bytes become checked values in `window.ts`, `directory.ts`, `task.ts` and
- * `task-file.ts`, without I/O, and without an allocation of a size that the file names before that size has been checked; values
- * become bytes in `encode.ts` and `layout.ts`.
+ * SPEC.md as code: what a pack is made of, as values. Bytes become checked values in `directory.ts` and `task.ts`, without I/O, and without an
+ * allocation of a size that the file names before that size has been checked; values become bytes in `encode.ts` and `layout.ts`.
  */
-import type { Dtype } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
 export const WINDOW_BYTES = 1536;
@@ -230,4 +229,77 @@ export type Bases = Readonly<Record<"A" | "B", Side>>;
 /** The bases of a module that all its tasks share on both sides; undefined where they share one side alone, or fall into groups. */
 export function sharedBases({ A: [A, ...moreA], B: [B, ...moreB] }: Pick<PackModule, "A" | "B">): Bases | undefined {
   return A && B && moreA.length + moreB.length === 0 ? { A, B } : undefined;
+}
+
+/** What a task may have for a module. */
+type ModuleRole = "magnitude" | "private" | "own-A" | "own-B";
+
+/** A parameter that a task changes, or a module for which it has a magnitude, private terms or rows of its own. */
+export interface Brought {
+  readonly role: ParameterRole | ModuleRole;
+  /** Of the parameter ("classifier.weight"), or of the module. */
+  readonly name: string;
+}
+
+/** Of modules, which have each of these. */
+type OfModules = Readonly<Record<ModuleRole, readonly string[]>>;
+
+/** The list as it is stored. @param modules names of modules by what the task has for them */
+export function encodeBrings(
+  parameters: readonly { readonly role: ParameterRole; readonly name: string }[],
+  modules: Partial<OfModules>,
+): string[] {
+  return [
+    ...parameters.map(({ role, name }) => `${role} ${name}`),
+    ...Object.entries(modules).flatMap(([role, names]) => names.map((name) => `${role} ${name}`)),
+  ];
+}
+
+/** What a blob itself says, in the form of the list. */
+export function bringsOf({ terms, parameters }: TaskBlob, modules: readonly PackModule[]): string[] {
+  const named = (has: (term: TaskTerm) => unknown): string[] =>
+    terms.filter(has).map(({ module }) => modules[module]!.name);
+  return encodeBrings(parameters, {
+    magnitude: named(({ magnitude }) => magnitude),
+    private: named(({ privateA }) => privateA),
+    "own-A": named(({ ownA }) => ownA),
+    "own-B": named(({ ownBt }) => ownBt),
+  });
+}
+
+/** A role, a space, and a name. */
+export const BROUGHT: RegExp = /^(saved|bias(-delta)?|rows|magnitude|private|own-[AB]) ./s;
+
+/** Whether a role is of a module, not of a parameter. */
+export function isOfModule(role: Brought["role"]): role is ModuleRole {
+  return role === "magnitude" || needsFactors(role);
+}
+
+/** Whether it takes factors, which a task without it does not have beside coefficients. */
+export function needsFactors(role: Brought["role"]): boolean {
+  return role === "private" || role === "own-A" || role === "own-B";
+}
+
+/** "classifier" of "classifier.weight". */
+export function moduleOf(parameter: string): string {
+  return parameter.replace(/\.[^.]*$/, "");
+}
+
+/** One entry of the list. */
+export function parseBrought(entry: string): Brought {
+  const cut = entry.indexOf(" ");
+  return { role: entry.slice(0, cut) as Brought["role"], name: entry.slice(cut + 1) };
+}
+
+/** The encoded bytes of a tensor, a view of its section. */
+export function encodedTensor(section: Uint8Array, { byteOffset, byteLength }: TensorRef): Uint8Array {
+  return section.subarray(byteOffset, byteOffset + byteLength);
+}
+
+/**
+ * The numbers of a tensor [rows, width], f32.
+ * @param out Default: new memory
+ */
+export function readTensor(section: Uint8Array, ref: TensorRef, out?: Float32Array): Float32Array {
+  return decodeTensor(ref.dtype, encodedTensor(section, ref), ref.rows, ref.width, out);
 }

@@ -1,7 +1,8 @@
 /**
- * SHA-256, by the platform's WebCrypto. Loaded by what writes packs, and by readers that were given a hash or a key.
+ * SHA-256, by the platform's WebCrypto, and hashes as text: "sha256-" and base64, as in the `integrity` attribute of a web page (W3C
+ * Subresource Integrity).
  */
-import { toIntegrity } from "./integrity.ts";
+import { fromBase64, toBase64 } from "../text.ts";
 
 /**
  * SHA-256 of the parts, one behind the other. Parts that lie so in memory are not copied.
@@ -32,4 +33,21 @@ export async function sha256(first: Uint8Array, ...rest: readonly Uint8Array[]):
 /** The same as text. */
 export async function integrityOf(first: Uint8Array, ...rest: readonly Uint8Array[]): Promise<string> {
   return toIntegrity(await sha256(first, ...rest));
+}
+
+/** @param hash 32 bytes */
+export function toIntegrity(hash: Uint8Array): string {
+  return `sha256-${toBase64(hash)}`;
+}
+
+/**
+ * @throws TypeError when it is not "sha256-" and the base64 of 32 bytes, written in the only way that `toIntegrity` writes it: hashes
+ *   are compared as text
+ */
+export function fromIntegrity(text: string): Uint8Array<ArrayBuffer> {
+  // The last letter before the padding holds four bits.
+  if (!/^sha256-[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$/.test(text)) {
+    throw new TypeError(`expected "sha256-" and the base64 of 32 bytes, got ${JSON.stringify(text)}`);
+  }
+  return fromBase64(text.slice(7));
 }

@@ -1,8 +1,10 @@
 /**
- * What a file is, told by how it begins. Loaded when one is not what was expected: people swap arguments, and name the file beside.
+ * What a file is, told by how it begins, and what is said of one that is refused. Loaded when that happens: people swap arguments, and name
+ * the file beside.
  */
 import { FormatError } from "../errors.ts";
 import type { ByteSource } from "../source.ts";
+import { fromLatin1 } from "../text.ts";
 import { MAGIC, TASK_FILE_MAGIC } from "./format.ts";
 
 /** What can be told, in the words of messages. */
@@ -53,4 +55,28 @@ export async function wrongKind(error: unknown, source: ByteSource, expected: Fi
   if (found === undefined || found === expected) return error;
   const { file, part } = error;
   return new FormatError(`this is ${found}, expected ${expected}`, { file, part, cause: error });
+}
+
+/**
+ * What to throw for a FormatError or TrustError of a pack: of a file of another kind, or from before SPEC.md was final, that it is one. What a cache
+ * keeps may be what is wrong, so it is cleared: the next try reads the file itself.
+ * @param directory bytes of the directory as far as they are known, whether they can be read or not
+ */
+export async function refusal(
+  error: Error,
+  source: ByteSource,
+  directory: Uint8Array = new Uint8Array(0),
+): Promise<Error> {
+  await source.clear?.().catch(() => undefined);
+  if (!(error instanceof FormatError)) return error;
+  if (error.part === "window") return (await wrongKind(error, source, "an EigenLoRA pack")) as Error;
+  const text = fromLatin1(directory.subarray(0, 65_536));
+  const producer = /producer.(eigenlora 0\.1\.\d+)/s.exec(text)?.[1];
+  if (producer === undefined) return error;
+  const { file, part } = error;
+  const message = error.message.slice(`${file}, ${part}: `.length);
+  return new FormatError(`${message}; written by a version before 1.0 (${producer}): make the pack again`, {
+    ...{ file, part },
+    cause: error,
+  });
 }

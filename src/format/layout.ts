@@ -3,7 +3,6 @@
  * system is the caller's (SPEC.md, section 9).
  */
 import { isCoded } from "./coded.ts";
-import { crc32c } from "./crc32c.ts";
 import {
   directoryBytes,
   encodeDirectory,
@@ -14,7 +13,7 @@ import {
   superblockOffset,
 } from "./encode.ts";
 import { encodeSection } from "./encode-coded.ts";
-import { align64 } from "./fields.ts";
+import { align64, crc32c } from "./fields.ts";
 import {
   type Directory,
   HASH_BYTES,
@@ -28,8 +27,7 @@ import {
   WINDOW_BYTES,
   type Window,
 } from "./format.ts";
-import { integrityOf, sha256 } from "./hash.ts";
-import { toIntegrity } from "./integrity.ts";
+import { integrityOf, sha256, toIntegrity } from "./hash.ts";
 
 /** A task to be written. */
 export interface TaskToWrite {

@@ -4,9 +4,9 @@
 
 import { FormatError } from "../errors.ts";
 import { BITS, DTYPES, f16ToF32, isQuantized, quantizedAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
-import { bringsOf } from "./brings.ts";
-import { Fields } from "./fields.ts";
+import { decode, Fields, placing, type Value } from "./fields.ts";
 import {
+  bringsOf,
   type Coefficients,
   FINGERPRINT_SIZE,
   type PackModule,
@@ -19,8 +19,6 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "./format.ts";
-import { decode, type Value } from "./messagepack.ts";
-import { placing } from "./places.ts";
 
 /**
  * Checks a task blob against the basis it belongs to, its numbers included.

@@ -1,7 +1,7 @@
 /**
  * Parts of weights as bytes: of a packed one those of a layer, of a divided one those of all its parts. Loaded where a model has some.
  */
-import type { CpuView } from "../base/host.ts";
+import type { CpuView } from "../core/base.ts";
 import type { ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import { type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";

@@ -4,7 +4,7 @@
  * is the runtime's.
  */
 
-import type { WeightAt } from "../base/fingerprint.ts";
+import type { WeightAt } from "../core/mismatch.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";

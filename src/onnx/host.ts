@@ -4,7 +4,7 @@
  */
 
 import { checkOptions } from "../arguments.ts";
-import type { View, WeightHost } from "../base/host.ts";
+import type { View, WeightHost } from "../core/base.ts";
 import { SourceError } from "../errors.ts";
 import { FETCH_OPTIONS, type SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";

@@ -2,7 +2,7 @@
  * Whether weights of a model are the same one, by their values, whichever way round they lie in the file. Loaded where names leave
  * that open (copies.ts).
  */
-import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt } from "../base/fingerprint.ts";
+import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt } from "../core/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { type Candidate, isMatrix, isNameless, matrixShape, type OnnxParameter, type Stored } from "./modules.ts";

@@ -3,7 +3,7 @@
  * merge parameters of equal values, and write one that is applied in two ways down twice; what they lose is found again from
  * where in the model an initializer is used. Names and orientation only: nothing here reads a value (copies.ts does).
  */
-import { sameShape } from "../base/host.ts";
+import { sameShape } from "../core/base.ts";
 import type { Layout } from "../format/format.ts";
 import { type Claim, Claims, EVIDENCE, isParameterName, variants } from "./claims.ts";
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";

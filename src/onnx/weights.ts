@@ -1,7 +1,7 @@
 /**
  * The values of a model's weights. What reads quantised ones is loaded for a model that has some.
  */
-import { type WeightAt, weightAt } from "../base/fingerprint.ts";
+import { type WeightAt, weightAt } from "../core/mismatch.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { matrixShape, partStart, type Stored } from "./modules.ts";

@@ -13,7 +13,7 @@ import {
   sharedModules,
 } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
-import type { BaseInput } from "../base/host.ts";
+import type { BaseInput } from "../core/base.ts";
 import type { Allocation } from "../extract/allocation.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import type { BasisMode, Centering, ComponentSelection, ExtractOptions, Gauge } from "../extract/options.ts";

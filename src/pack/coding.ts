@@ -1,15 +1,16 @@
 /**
  * Entropy coding of what a pack stores (SPEC.md, appendix A): bases and task blobs, where it takes fewer bytes.
  */
+
+import type { Pack } from "../core/pack.ts";
 import type { Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import { isCoded } from "../format/coded.ts";
 import { encodeSection } from "../format/encode-coded.ts";
+import { decode } from "../format/fields.ts";
 import type { PackModule, TensorRef } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
-import { decode } from "../format/messagepack.ts";
 import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
-import type { Pack } from "./pack.ts";
 
 /** A longer header, as one with numbers of rows, is a task's own. In bytes. */
 const MOST_HEADER = 16_384;

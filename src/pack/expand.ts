@@ -5,10 +5,10 @@
 
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
 import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
-import { readTensor } from "../format/tensors.ts";
+import { readTensor } from "../format/format.ts";
 import type { Term } from "../tensor/term.ts";
-import type { Pack } from "./pack.ts";
 
 /** Expands one term of a task: its rank counts shared and private rows. */
 export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): Term {

@@ -1,11 +1,9 @@
 /** Fingerprints of the base model that a pack is made for. */
 import type { ModuleShape } from "../adapters/adapter.ts";
-import { AliasMatcher } from "../base/aliases.ts";
-import { fingerprint, weightAt } from "../base/fingerprint.ts";
-import type { BaseInput } from "../base/host.ts";
-import { type Located, Locator } from "../base/locate.ts";
-import { locate } from "../base/mismatch.ts";
-import { openHost } from "../base/open.ts";
+import type { BaseInput } from "../core/base.ts";
+import { type Located, Locator } from "../core/base.ts";
+import { AliasMatcher, fingerprint, locate, weightAt } from "../core/mismatch.ts";
+import { openHost } from "../core/open-base.ts";
 
 /**
  * 64 weights of the base for each module (SPEC.md, section 4.4).

@@ -3,6 +3,7 @@
  */
 
 import { checkPack } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
 import { parseBasis } from "../format/directory.ts";
 import { type BasisInput, encodeBasis } from "../format/encode.ts";
@@ -16,10 +17,9 @@ import {
   type TaskPlace,
   type TaskToWrite,
 } from "../format/layout.ts";
-import { toHex } from "../tensor/hex.ts";
+import { toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
 import { codedBases, codedBy, codedTask, headerOf } from "./coding.ts";
-import type { Pack } from "./pack.ts";
 
 /** What a pack is made of: a task each. Where a pack has a step, it is asked for once. */
 type Make = () => Promise<TaskToWrite>;

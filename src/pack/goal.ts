@@ -1,9 +1,10 @@
 /**
  * What a search for packs is after, who judges, and how two packs compare.
  */
+
+import type { Pack } from "../core/pack.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import { Unreachable } from "./bisect.ts";
-import type { Pack } from "./pack.ts";
 import type { Way } from "./ways.ts";
 
 /** A figure of each task, by id. */

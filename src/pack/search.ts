@@ -3,6 +3,7 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import { openPack } from "../core/pack.ts";
 import type { AdapterError } from "../errors.ts";
 import { allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { Extractor } from "../extract/extractor.ts";
@@ -21,7 +22,6 @@ import {
   type ScoreGoal,
   type Tried,
 } from "./goal.ts";
-import { openPack } from "./pack.ts";
 import { allocatedPack, codedPack } from "./private-packs.ts";
 import type { BuildReport } from "./report.ts";
 import { checkSearch, type SearchOptions } from "./search-options.ts";

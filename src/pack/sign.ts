@@ -2,11 +2,11 @@
  * Signing what is there already (SPEC.md, section 8).
  */
 import { checkPack } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
 import { encodeSignedTaskFile } from "../format/encode.ts";
 import { sha256 } from "../format/hash.ts";
 import { type Append, layoutSigned, type Sign } from "../format/layout.ts";
-import { parseTaskFile } from "../format/task-file.ts";
-import type { Pack } from "./pack.ts";
 
 /** What to write to a pack's file so that it is signed: a superblock, nothing else. @param sign made by `createSigner` */
 export async function planSignature(pack: Pack, sign: Sign): Promise<Append> {

@@ -2,6 +2,7 @@
  * Steps of integers as packs are made with them: a share of what an adapter typically does to a module.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import type { Pack } from "../core/pack.ts";
 import { pairNorm } from "../extract/error.ts";
 import { pairOf } from "../extract/gauge.ts";
 import { narrowPrivate } from "../extract/private.ts";
@@ -9,7 +10,6 @@ import type { TermInput } from "../format/encode.ts";
 import { type PackModule, sharedBases } from "../format/format.ts";
 import type { Dtype, QuantizedDtype } from "../tensor/dtypes.ts";
 import { narrowed } from "../tensor/encode.ts";
-import type { Pack } from "./pack.ts";
 
 /** The largest that a pack may say. */
 export const MOST_STEP = 16;

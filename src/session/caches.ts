@@ -5,10 +5,11 @@
  * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them is nobody's. One layer stands for all,
  * since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
  */
+
+import type { Pack } from "../core/pack.ts";
+import type { Selection } from "../core/selection.ts";
+import type { TaskInfo } from "../core/task-info.ts";
 import { TaskError } from "../errors.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { TaskInfo } from "../pack/task-info.ts";
-import type { Selection } from "../runtime/selection.ts";
 import type { EngineTensor, Tensors } from "./engine.ts";
 import type { SessionSwitchOptions } from "./options.ts";
 

@@ -2,10 +2,11 @@
  * What carries tasks to a loaded model: for each selection the model and the feeds that make it that task's. There are three
  * kinds: unfolded.ts (extra inputs), folded.ts (a model per task), device.ts (weights as buffers of a device).
  */
+
+import type { Selection, SwitchOptions } from "../core/selection.ts";
+import type { ActiveTask } from "../core/stage.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { DetachedModel } from "../onnx/write.ts";
-import type { Selection, SwitchOptions } from "../runtime/selection.ts";
-import type { ActiveTask } from "../runtime/stage.ts";
 import type { CacheState } from "./caches.ts";
 import type { Engine, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";

@@ -1,6 +1,5 @@
 /** A pack's components of a module as a graph takes them. */
-import { type PackModule, sharedBases, type TensorRef } from "../format/format.ts";
-import { encodedTensor, readTensor } from "../format/tensors.ts";
+import { encodedTensor, type PackModule, readTensor, sharedBases, type TensorRef } from "../format/format.ts";
 import type { ComponentRows, Components } from "../onnx/components.ts";
 import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 

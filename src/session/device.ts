@@ -3,13 +3,14 @@
  * engine computes on. A switch folds into those buffers: one submit, no copy, the same model. Loaded where it is used.
  */
 /// <reference types="@webgpu/types" />
-import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../base/host.ts";
+
+import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../core/base.ts";
+import { createRuntime } from "../core/create.ts";
+import type { Runtime } from "../core/runtime.ts";
+import type { Selection, SwitchOptions } from "../core/selection.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { createRuntime } from "../runtime/create.ts";
-import type { Runtime } from "../runtime/runtime.ts";
-import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
 import type { FoldedInput } from "./fold.ts";

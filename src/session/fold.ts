@@ -4,7 +4,7 @@
  * a run is given.
  */
 
-import type { View } from "../base/host.ts";
+import type { View } from "../core/base.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import { MOST_PASSED } from "../onnx/claims.ts";
 import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";

@@ -1,10 +1,11 @@
 /**
  * Mode "folded": weights change inside the model, which an engine takes only when it loads one: each switch loads a model.
  */
-import type { View } from "../base/host.ts";
+
+import type { View } from "../core/base.ts";
+import { createRuntime } from "../core/create.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { createRuntime } from "../runtime/create.ts";
 import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
 import { type FoldedLayout, fillFolded } from "./fold.ts";
 import type { PreparedModel } from "./prepare.ts";

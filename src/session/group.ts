@@ -3,12 +3,11 @@
  * pack that live there, and one switch for all.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
+import { cannotPutBack, copySelection, type MemoryReport, memoryReport, type Selection } from "../core/selection.ts";
+import type { TaskInfo } from "../core/task-info.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { readModel } from "../onnx/read.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { TaskInfo } from "../pack/task-info.ts";
-import { type MemoryReport, memoryReport } from "../runtime/report.ts";
-import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import type { Engine } from "./engine.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
@@ -163,7 +162,6 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
     try {
       await session.switchTask(task, how);
     } catch (again) {
-      const { cannotPutBack } = await import("../runtime/failed.ts");
       throw cannotPutBack(error, again, "sessions");
     }
   }

@@ -2,11 +2,10 @@
  * `eigenlora/session`: sessions on an engine of one's own. `eigenlora/onnxruntime` has the engine for onnxruntime.
  */
 
+export type { ModuleFilter } from "../core/part.ts";
+export type { MemoryReport, Selection, SwitchOptions, SwitchReport } from "../core/selection.ts";
 export type { Feed } from "../onnx/feeds.ts";
 export type { DataFile, DetachedModel } from "../onnx/write.ts";
-export type { ModuleFilter } from "../pack/part.ts";
-export type { MemoryReport, SwitchReport } from "../runtime/report.ts";
-export type { Selection, SwitchOptions } from "../runtime/selection.ts";
 export type { ReadOptions } from "../source.ts";
 export type { Mode } from "./base-values.ts";
 export type { ProbeReport } from "./carrier.ts";

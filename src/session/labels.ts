@@ -2,9 +2,9 @@
  * The class names that answers have while a task is active. From the pack alone; no model here.
  */
 
-import { bringsOf, parseBrought } from "../format/brings.ts";
-import type { PackView } from "../pack/part.ts";
-import type { Selection } from "../runtime/selection.ts";
+import type { PackView } from "../core/part.ts";
+import type { Selection } from "../core/selection.ts";
+import { bringsOf, parseBrought } from "../format/format.ts";
 import { isIgnored } from "./match.ts";
 
 /** Names in the order of the head's rows; "numbered" for a head whose task has no names; "base" for the base's own. */

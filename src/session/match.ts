@@ -2,12 +2,20 @@
  * A pack's modules and a model's parameters, held against each other: which weight each adapted module is, and whether it is
  * the right model's. Changes nothing.
  */
-import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
-import { notFound, refuseShared, shapeMismatch } from "../base/mismatch.ts";
-import { NameMatcher } from "../base/names.ts";
+
+import { NameMatcher } from "../core/base.ts";
+import {
+  AliasMatcher,
+  checkFingerprint,
+  notFound,
+  refuseShared,
+  SAME_FLOAT,
+  SAME_QUANTIZED,
+  shapeMismatch,
+} from "../core/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { moduleOf } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
+import { moduleOf } from "../format/format.ts";
 import type { GraftBias } from "../onnx/adapted.ts";
 import { Copies } from "../onnx/copies.ts";
 import { fusedNode } from "../onnx/linear.ts";
@@ -89,11 +97,10 @@ export class ModelMatcher {
     throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
-  /** By the names of other versions too, which are loaded for the first that is not found without. */
+  /** Tries the names of other versions too, from the first that is not found without. */
   async #find(name: string): Promise<ReturnType<NameMatcher["find"]>> {
     const found = this.#names.find(name);
     if ("name" in found || found.ambiguous || this.#hasAliases) return found;
-    const { AliasMatcher } = await import("../base/aliases.ts");
     this.#hasAliases = true;
     this.#names = new AliasMatcher(this.#parameters.keys());
     return this.#names.find(name);

@@ -1,6 +1,7 @@
 /** What a session can be made with. */
+
+import type { SwitchOptions } from "../core/selection.ts";
 import type { ModelOptions } from "../onnx/read.ts";
-import type { SwitchOptions } from "../runtime/selection.ts";
 import type { PlanOptions } from "./plan.ts";
 
 /** Options of `createSession`. */

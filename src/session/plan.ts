@@ -2,9 +2,19 @@
  * What is to be done to a model for the tasks of a pack: which layers get a term, what else the tasks change there, and which of
  * it can be done without touching the weights. Checks that the model is the right one. Changes nothing.
  */
+
+import type { ModuleFilter, PackView } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { type Brought, bringsOf, isOfModule, moduleOf, needsFactors, parseBrought } from "../format/brings.ts";
-import { type PackModule, sharedBases } from "../format/format.ts";
+import {
+  type Brought,
+  bringsOf,
+  isOfModule,
+  moduleOf,
+  needsFactors,
+  type PackModule,
+  parseBrought,
+  sharedBases,
+} from "../format/format.ts";
 import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/adapted.ts";
 import type { GraftVector } from "../onnx/forms.ts";
 import { checkGraftable } from "../onnx/graftable.ts";
@@ -12,9 +22,8 @@ import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import type { ModuleFilter, PackView } from "../pack/part.ts";
 import type { ReadOptions } from "../source.ts";
-import { transpose } from "../tensor/transpose.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import { appliedAs } from "./applied.ts";
 import type { BaseHead, BaseValues, Mode } from "./base-values.ts";
 import { componentsOf } from "./components.ts";

@@ -3,6 +3,8 @@
  * from those that carry a task.
  */
 
+import type { Pack } from "../core/pack.ts";
+import type { ModuleFilter, PackView } from "../core/part.ts";
 import type { Grafted, GraftModule } from "../onnx/adapted.ts";
 import type { IntegerProducts } from "../onnx/components.ts";
 import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
@@ -10,8 +12,6 @@ import type { Form } from "../onnx/forms.ts";
 import { graft } from "../onnx/graft.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { ModuleFilter, PackView } from "../pack/part.ts";
 import type { BaseValues, Mode } from "./base-values.ts";
 import type { FoldedInput, FoldedLayout } from "./fold.ts";
 import { type PlanOptions, planSession } from "./plan.ts";
@@ -74,7 +74,7 @@ export async function prepareModel(
   options: PrepareOptions = {},
 ): Promise<PreparedModel> {
   const keep = options.modules;
-  const view = keep === undefined ? pack : (await import("../pack/part.ts")).partOf(pack, keep);
+  const view = keep === undefined ? pack : (await import("../core/part.ts")).partOf(pack, keep);
   const {
     mode,
     reason,

@@ -1,9 +1,10 @@
 /** Which of several files of one model each module of a pack lives in. */
+
+import type { Pack } from "../core/pack.ts";
+import { partOf } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { isOfModule, moduleOf } from "../format/brings.ts";
+import { isOfModule, moduleOf } from "../format/format.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { Pack } from "../pack/pack.ts";
-import { partOf } from "../pack/part.ts";
 import { type MatchOptions, ModelMatcher } from "./match.ts";
 import { broughtBy, type PlanOptions } from "./plan.ts";
 

@@ -2,9 +2,10 @@
  * Runs with one task per row of the batch: the values of each row, and how many columns of a head are its own. Loaded by the first
  * such run.
  */
+
+import type { Pack } from "../core/pack.ts";
+import type { TaskInfo } from "../core/task-info.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { TaskInfo } from "../pack/task-info.ts";
 import type { Mode } from "./base-values.ts";
 import { type Carrier, toFeeds } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";

@@ -3,16 +3,21 @@
  * runs it is the engine's.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
+import {
+  copySelection,
+  type MemoryReport,
+  memoryReport,
+  type Selection,
+  type SwitchReport,
+} from "../core/selection.ts";
+import type { TaskInfo } from "../core/task-info.ts";
+import type { TaskTrust } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { now } from "../pace.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { TaskInfo } from "../pack/task-info.ts";
-import type { TaskTrust } from "../pack/trust.ts";
-import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
-import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import type { Mode } from "./base-values.ts";
 import type { CacheWatch } from "./caches.ts";

@@ -5,17 +5,17 @@
  */
 
 import { createBackend } from "../backends/select.ts";
+import type { Pack } from "../core/pack.ts";
+import { type PackView, partOf } from "../core/part.ts";
+import type { TaskInfo } from "../core/task-info.ts";
+import { Workbench } from "../core/workbench.ts";
 import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
-import { isOfModule } from "../format/brings.ts";
+import { isOfModule } from "../format/format.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { Pack } from "../pack/pack.ts";
-import { type PackView, partOf } from "../pack/part.ts";
-import type { TaskInfo } from "../pack/task-info.ts";
-import { Workbench } from "../runtime/workbench.ts";
 import type { Mode } from "./base-values.ts";
 import { type MatchOptions, ModelMatcher } from "./match.ts";
 import { broughtBy, type Plan, planSession } from "./plan.ts";

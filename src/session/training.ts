@@ -5,12 +5,12 @@
 import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
 import { fixInnerHeads } from "../autodiff/inner-heads.ts";
 import { LARGEST_CONSTANT, type ShapeProbe } from "../autodiff/shapes.ts";
+import type { Pack } from "../core/pack.ts";
+import type { ModuleFilter } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { ModuleFilter } from "../pack/part.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
 import type { SessionOptions } from "./options.ts";
 import type { AdaptedLayer, PreparedModel } from "./prepare.ts";

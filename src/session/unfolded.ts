@@ -2,8 +2,8 @@
  * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
  */
 import { createBackend } from "../backends/select.ts";
-import type { Selection } from "../runtime/selection.ts";
-import { Workbench } from "../runtime/workbench.ts";
+import type { Selection } from "../core/selection.ts";
+import { Workbench } from "../core/workbench.ts";
 import { type Active, type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
 import { probeParity } from "./probe.ts";
 import type { rowCheck } from "./rows.ts";

@@ -2,21 +2,20 @@
  * What a task gives to each input of a prepared model: coefficients in, arrays out, for one task or for one task per row of a
  * batch. No engine here.
  */
+
+import { type Merged, mergeAll } from "../core/merge.ts";
+import { loadParts, type Selection, type SwitchOptions } from "../core/selection.ts";
+import { type ActiveTask, hasCore, type ModulePlan, reuse, stage, writeCore } from "../core/stage.ts";
+import type { PristineWeight } from "../core/terms.ts";
+import type { Workbench } from "../core/workbench.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
+import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought, readTensor } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
-import { readTensor } from "../format/tensors.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";
-import { hasCore, reuse, writeCore } from "../runtime/core.ts";
-import { type Merged, mergeAll } from "../runtime/merge.ts";
-import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
-import { type ActiveTask, type ModulePlan, stage } from "../runtime/stage.ts";
-import type { PristineWeight } from "../runtime/unfold.ts";
-import type { Workbench } from "../runtime/workbench.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
-import { transpose } from "../tensor/transpose.ts";
 import type { PreparedModel } from "./prepare.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
@@ -171,7 +170,7 @@ export class TaskEvaluator {
       return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
     };
     if (others.length > 0) {
-      const { unfold } = await import("../runtime/unfold.ts");
+      const { unfold } = await import("../core/terms.ts");
       const options = { old: old && this.#oldFactors(old), turned: true, signal };
       for (const [index, term] of await unfold(others, bench, mode, weightOf, options))
         terms.set(pack.modules[index]!.name, term);

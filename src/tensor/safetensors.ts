@@ -8,8 +8,7 @@ import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
 import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
-import { parseJson, show } from "./json.ts";
-import { isFloatDtype, type TensorFile, type TensorInfo } from "./tensor-file.ts";
+import { isFloatDtype, parseJson, show, type TensorFile, type TensorInfo } from "./tensor-file.ts";
 
 /** Where one tensor lies. */
 export interface SafetensorsTensor extends TensorInfo {

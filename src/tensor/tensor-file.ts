@@ -1,9 +1,7 @@
 /**
- * A file of named tensors, whatever its format: names, dtypes and shapes known, values on demand.
+ * A file of named tensors, whatever its format: names, dtypes and shapes known, values on demand; and JSON of such files.
  */
-
 import type { ReadOptions } from "../source.ts";
-import { transpose } from "./transpose.ts";
 
 /** What is known of a tensor before it is read. */
 export interface TensorInfo {
@@ -56,4 +54,80 @@ export function transposed(file: TensorFile, name: string): Derived {
     shape: [columns, rows],
     read: async (options) => transpose(await file.readF32(name, options), rows, columns),
   };
+}
+
+/** [rows, columns] → [columns, rows]. */
+export function transpose(values: Float32Array, rows: number, columns: number): Float32Array<ArrayBuffer> {
+  const turned = new Float32Array(rows * columns);
+  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) turned[c * rows + r] = values[r * columns + c]!;
+  return turned;
+}
+
+/** No file that is read here needs more; code that walks what was read may be recursive. */
+const MAX_DEPTH = 64;
+
+/**
+ * The value of a JSON text.
+ * @throws SyntaxError for what is not JSON, is nested deeper than 64 levels, or has an object that names a key twice, of which
+ *   `JSON.parse` keeps the last
+ */
+export function parseJson(text: string): unknown {
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (cause) {
+    throw new SyntaxError(`is not valid JSON: ${(cause as Error).message}`, { cause });
+  }
+  checkKeys(text);
+  return value;
+}
+
+/** @param text valid JSON */
+function checkKeys(text: string): void {
+  /** Keys of the objects around a place, undefined for arrays. */
+  const around: (Set<string> | undefined)[] = [];
+  let string = "";
+  let escaped = false;
+  for (let at = 0; at < text.length; at++) {
+    switch (text[at]) {
+      case '"': {
+        const start = at++;
+        escaped = false;
+        for (; text[at] !== '"'; at++) {
+          if (text[at] !== "\\") continue;
+          escaped = true;
+          at++;
+        }
+        string = text.slice(start, at + 1);
+        break;
+      }
+      case ":": {
+        const keys = around[around.length - 1]!;
+        const key = escaped ? (JSON.parse(string) as string) : string.slice(1, -1);
+        if (keys.has(key)) throw new SyntaxError(`names ${show(key)} twice`);
+        keys.add(key);
+        break;
+      }
+      case "{":
+      case "[":
+        around.push(text[at] === "{" ? new Set() : undefined);
+        if (around.length > MAX_DEPTH) throw new SyntaxError(`is nested deeper than ${MAX_DEPTH} levels`);
+        break;
+      case "}":
+      case "]":
+        around.pop();
+    }
+  }
+}
+
+/** A value of JSON for a message, cut short: a file can hold anything. */
+export function show(value: unknown): string {
+  let text: string;
+  try {
+    text = JSON.stringify(value) ?? "missing";
+  } catch {
+    // A caller may parse by other means: too deep for the stack, or no JSON at all.
+    return typeof value;
+  }
+  return text.length > 80 ? `${text.slice(0, 80)}…` : text;
 }

@@ -7,11 +7,11 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapter } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { sharedBases, type TaskBlob } from "../format/format.ts";
-import { parseTaskFile } from "../format/task-file.ts";
-import type { Pack } from "../pack/pack.ts";
 import { stepOf } from "../pack/steps.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";

@@ -5,10 +5,10 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { taskAdapter } from "../pack/expand.ts";
-import type { Pack } from "../pack/pack.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
 import { Turns } from "../session/turns.ts";

@@ -4,8 +4,8 @@
  */
 
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
 import { type PackModule, type Side, sharedBases } from "../format/format.ts";
-import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
 import { createInputs, type Encode } from "./inputs.ts";

@@ -6,9 +6,8 @@
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
-import { AliasMatcher } from "../base/aliases.ts";
-import { Locator } from "../base/locate.ts";
-import { locate } from "../base/mismatch.ts";
+import { Locator } from "../core/base.ts";
+import { AliasMatcher, locate } from "../core/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { knownSizes, tinyFeeds } from "../onnx/feeds.ts";
 import { onnxHost } from "../onnx/host.ts";

@@ -2,10 +2,14 @@
  * A pack whose components were trained for a new task: the same modules with the new components, every old task solved again
  * for its factors, the new task behind them. What tasks bring beside coefficients stays as it is, byte for byte.
  */
+
+import type { Pack } from "../core/pack.ts";
+import type { TaskInfo } from "../core/task-info.ts";
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import { encodeBasis, encodeTask, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import {
+  encodedTensor,
   FINGERPRINT_SIZE,
   type PackModule,
   sharedBases,
@@ -15,13 +19,10 @@ import {
 } from "../format/format.ts";
 import { sha256 } from "../format/hash.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
-import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
-import type { Pack } from "../pack/pack.ts";
-import type { TaskInfo } from "../pack/task-info.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
-import { toHex } from "../tensor/hex.ts";
+import { toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
 import { storingTrained, type Terms } from "./terms.ts";
 

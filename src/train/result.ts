@@ -1,14 +1,14 @@
 /**
  * What was learned, as a task of the pack: coefficients over its components, private terms, the head.
  */
-import { bringsOf } from "../format/brings.ts";
+
+import type { Pack } from "../core/pack.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { sharedBases, type TaskMetadata } from "../format/format.ts";
+import { bringsOf, sharedBases, type TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
 import { storedTask } from "../pack/coding.ts";
-import type { Pack } from "../pack/pack.ts";
 import { narrowTerms, widthsOf } from "../pack/steps.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";

@@ -3,13 +3,14 @@
  * trained from one seed, whose rows correspond; random ones of their spread are for tasks of their own seeds (the paper's
  * zero-shot). Rows must differ at the start: identical rows get identical gradients, for ever.
  */
+
+import type { Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/decode-coded.ts";
 import type { TaskBlob, TensorRef } from "../format/format.ts";
+import { readTensor } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
-import { parseTaskFile } from "../format/task-file.ts";
-import { readTensor } from "../format/tensors.ts";
-import type { Pack } from "../pack/pack.ts";
 import { normal } from "../tensor/random.ts";
 import { type HeadLayer, type LayerNumbers, layersOf, sizeOf } from "./head.ts";
 import { type State, stateLike } from "./state.ts";

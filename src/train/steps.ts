@@ -2,9 +2,10 @@
  * Steps of a task's integers, for packs that are made with a step: a task that is trained on keeps those that it was stored with, so
  * that it takes about as many bytes.
  */
+
+import type { Pack } from "../core/pack.ts";
 import type { TaskBlob } from "../format/format.ts";
-import { encodedTensor } from "../format/tensors.ts";
-import type { Pack } from "../pack/pack.ts";
+import { encodedTensor } from "../format/format.ts";
 import { stepOf } from "../pack/steps.ts";
 import { BITS, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { toInteger } from "../tensor/encode.ts";

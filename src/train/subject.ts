@@ -1,7 +1,7 @@
 /**
  * What a trainer trains: a model that runs with a task's numbers, and the pack that gives them a meaning. Shapes only.
  */
-import type { Pack } from "../pack/pack.ts";
+import type { Pack } from "../core/pack.ts";
 import type { Term } from "../tensor/term.ts";
 import type { HeadLayer } from "./head.ts";
 import type { Lessons, Targets } from "./lessons.ts";

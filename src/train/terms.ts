@@ -9,8 +9,7 @@
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
-import { type PackModule, type Side, sharedBases } from "../format/format.ts";
-import { readTensor } from "../format/tensors.ts";
+import { type PackModule, readTensor, type Side, sharedBases } from "../format/format.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";

@@ -5,8 +5,8 @@
  */
 
 import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
-import type { Pack } from "../pack/pack.ts";
 import { uniform } from "../tensor/random.ts";
 import { checkNumbers } from "./limits.ts";
 import { learnedTask, type TaskFileOptions, taskFile } from "./result.ts";

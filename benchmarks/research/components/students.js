@@ -33,7 +33,7 @@ const HOLDOUT = 0.125;
  * @param {{ texts: readonly string[], test: readonly TestRow[], encode: any, bases: Uint8Array }} with
  */
 export async function openStudent(session, adapter, { texts, test, encode, bases }) {
-  const pack = /** @type {import("../../../dist/src/pack/pack.js").Pack} */ (session.pack);
+  const pack = /** @type {import("../../../dist/src/core/pack.js").Pack} */ (session.pack);
   const { trainable } = session;
   const { id } = adapter;
   const blob = await pack.load(id);

@@ -4,14 +4,13 @@
  * a part says what it was made of, and whoever runs the commands decides what to make again.
  */
 import { FormatError } from "../../errors.ts";
-import { crc32c } from "../../format/crc32c.ts";
+import { crc32c, Value } from "../../format/fields.ts";
 import { kindOfSource } from "../../format/kind.ts";
-import { Value } from "../../format/messagepack.ts";
 import { openSource } from "../../open-source.ts";
 import type { SourceInput } from "../../source.ts";
-import { parseJson } from "../../tensor/json.ts";
 import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
+import { parseJson } from "../../tensor/tensor-file.ts";
 
 /** What a part holds: statistics of adapters, or tasks on a basis. */
 export type PartKind = "statistics" | "tasks";

@@ -1,0 +1,227 @@
+/**
+ * The base model as the runtime sees it: who lists its weights, hands them out and, where they live in the user's memory, takes the folded
+ * ones; and which of them an adapted module is. Knows nothing of packs. Why a weight is not found is said in `mismatch.ts`.
+ */
+
+import { nearest } from "../arguments.ts";
+import type { DeviceBuffer } from "../backends/backend.ts";
+import type { Layout, PackModule } from "../format/format.ts";
+import type { ReadOptions, SourceInput } from "../source.ts";
+import { align4, decodeTensor, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
+
+/** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
+export interface View {
+  readonly dtype: FloatDtype;
+  readonly shape: readonly number[];
+  readonly data: Uint8Array | DeviceBuffer;
+  readonly byteOffset: number;
+}
+
+/** A view of the CPU's memory. */
+export type CpuView = View & { readonly data: Uint8Array };
+
+/** A parameter of the base model. */
+export interface Parameter {
+  /** As in the checkpoint: "encoder.layer.0.attention.self.query.weight". */
+  readonly name: string;
+  readonly shape: readonly number[];
+  readonly dtype: FloatDtype;
+  /** How a weight is stored. Absent: as the checkpoint the adapters were trained on stores it. */
+  readonly layout?: Layout;
+}
+
+/** Changes to a host that take effect together. */
+export interface Transaction {
+  /**
+   * New value of a parameter, or null to remove one that a task had added. `view` is valid during the call only: copy it.
+   */
+  write(name: string, view: View | null): void | Promise<void>;
+  /** After it resolves, readers see all writes. */
+  commit(): void | Promise<void>;
+  /**
+   * After it resolves, readers see what was there before `begin`; but parameters that a host shows by `view` may be left as they
+   * are, the runtime writes those again. When it fails, nothing is read until another switch has succeeded.
+   */
+  rollback(): void | Promise<void>;
+}
+
+/**
+ * Holds the weights of a base model. Adapted weights whose `view` is a buffer of a device are folded into in place, and `write` is
+ * not called for them; the transaction's `commit` says when they are whole. All other values go through `read` and `write`, in the
+ * CPU's memory.
+ */
+export interface WeightHost {
+  list(): Iterable<Parameter>;
+  /** The parameter's bytes, in `into` when given. Called before the parameter is first written, so what it returns is pristine. */
+  read(name: string, into?: Uint8Array, options?: ReadOptions): Promise<View>;
+  /** The parameter as it is now, where it lies in memory; undefined where it can only be read and written. */
+  view?(name: string): View | undefined;
+  /**
+   * Called before weights are folded in place. What the model has recorded and will only run later must not compute with the new
+   * weights: hand it to the device first, or move the weights, which leaves the old ones to it. `view` is asked again afterwards; what
+   * it shows then is overwritten as a whole.
+   * @param names of the weights that are folded in place next
+   */
+  settle?(names: readonly string[]): void | Promise<void>;
+  /**
+   * Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`.
+   * @param names of all parameters that will change; what speaks against it is best said here, before anything has changed
+   */
+  begin?(names: Iterable<string>): Transaction;
+  close?(): Promise<void>;
+}
+
+/** A weight in the user's memory. Typed arrays are taken as they are; the runtime folds into them in place. */
+export interface Tensor {
+  readonly dtype: FloatDtype;
+  readonly shape: readonly number[];
+  readonly data: Float32Array | Uint16Array | Uint8Array;
+  readonly layout?: Layout;
+}
+
+/** A weight on the WebGPU device that is given as `webgpu: { device }`. The runtime folds into the buffer in place. */
+export interface DeviceTensor {
+  readonly dtype: FloatDtype;
+  readonly shape: readonly number[];
+  /** With usage STORAGE | COPY_SRC | COPY_DST. */
+  readonly buffer: DeviceBuffer;
+  /** First byte of the weight. Default: 0. */
+  readonly byteOffset?: number;
+  readonly layout?: Layout;
+}
+
+/** Whatever can serve as the base model: a host, tensors by parameter name, or a safetensors file. */
+export type BaseInput = WeightHost | Map<string, Tensor | DeviceTensor> | SourceInput;
+
+/** Whether data lies on a device. */
+export function onDevice(data: View["data"] | undefined): data is DeviceBuffer {
+  return data !== undefined && !ArrayBuffer.isView(data);
+}
+
+/** Bytes of a parameter. */
+export function byteLengthOf({ dtype, shape }: Pick<Parameter, "dtype" | "shape">): number {
+  return shape.reduce((a, b) => a * b, rowBytes(dtype, 1));
+}
+
+/** The values of a view, f32. @param out Default: new memory */
+export function viewValues(view: CpuView, out?: Float32Array): Float32Array {
+  const count = view.shape.reduce((a, b) => a * b, 1);
+  let bytes = view.data.subarray(view.byteOffset);
+  if (bytes.length % 4) {
+    // The decoder reads whole tensors, which end at multiples of 4.
+    const padded = new Uint8Array(align4(bytes.length));
+    padded.set(bytes);
+    bytes = padded;
+  }
+  return decodeTensor(view.dtype, bytes, 1, count, out);
+}
+
+export function sameShape(a: readonly number[], b: readonly number[]): boolean {
+  return a.length === b.length && a.every((v, i) => v === b[i]);
+}
+
+/** Segments that are dropped at most, so that a long name makes no more than a few others. */
+const MOST_DROPPED = 64;
+
+/** Why there is no one name. */
+export interface NotFound {
+  readonly ambiguous: boolean;
+  /** Those that are equally good, or look alike. */
+  candidates(): string[];
+}
+
+/**
+ * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted
+ * segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
+ * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query".
+ */
+export class NameMatcher {
+  readonly #exact = new Set<string>();
+  /** Base names by each of their proper suffixes. */
+  readonly #bySuffix = new Map<string, string[]>();
+
+  constructor(baseNames: Iterable<string>) {
+    for (const name of baseNames) {
+      this.#exact.add(name);
+      for (const suffix of suffixesOf(name)) {
+        const names = this.#bySuffix.get(suffix);
+        if (names) names.push(name);
+        else this.#bySuffix.set(suffix, [name]);
+      }
+    }
+  }
+
+  /** The base's name; or the candidates, when there are several equally good ones or none. */
+  find(name: string): { name: string } | NotFound {
+    if (this.#exact.has(name)) return { name };
+    const longer = this.#bySuffix.get(name) ?? [];
+    if (longer.length === 1) return { name: longer[0]! };
+    if (longer.length > 1) return { ambiguous: true, candidates: () => longer };
+    for (const suffix of suffixesOf(name)) {
+      // A bare "weight" or "bias" says nothing about which module it belongs to.
+      if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
+    }
+    // Not before they are asked for: they take a step for each pair of letters of each name.
+    return { ambiguous: false, candidates: () => nearest(name, this.#exact) };
+  }
+}
+
+/** A name without its first segment, without its first two, and so on. */
+function* suffixesOf(name: string): Generator<string, void> {
+  let at = name.indexOf(".");
+  for (let dropped = 0; at >= 0 && dropped < MOST_DROPPED; dropped++) {
+    yield name.slice(at + 1);
+    at = name.indexOf(".", at + 1);
+  }
+}
+
+/** What identifies a weight of the base. */
+export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout">;
+
+/** A weight of the base that a module adapts. */
+export interface Located extends Parameter {
+  /** Stored as [in, out]. */
+  readonly transposed: boolean;
+  readonly byteLength: number;
+}
+
+/** The parameters of a host, found by an adapter's names. */
+export class Locator {
+  readonly parameters: ReadonlyMap<string, Parameter>;
+  names: NameMatcher;
+  /** Names of weights by module name, before anything else. */
+  readonly byHand: ReadonlyMap<string, string> | undefined;
+
+  constructor(host: WeightHost | undefined, byHand?: ReadonlyMap<string, string>) {
+    this.byHand = byHand;
+    const parameters = new Map<string, Parameter>();
+    for (const parameter of host?.list() ?? []) parameters.set(parameter.name, parameter);
+    this.parameters = parameters;
+    this.names = new NameMatcher(parameters.keys());
+  }
+
+  /** The base's name of a parameter, in the layer that its module is mapped to, if it is; or the candidates. */
+  find(name: string): ReturnType<NameMatcher["find"]> {
+    const at = name.lastIndexOf(".");
+    const weight = this.byHand?.get(name.slice(0, at));
+    const leaf = name.slice(at + 1);
+    const mapped = weight && this.names.find(leaf === "weight" ? weight : weight.replace(/[^.]*$/, leaf));
+    return mapped && "name" in mapped ? mapped : this.names.find(name);
+  }
+
+  /** A module's weight; undefined where it is missing, ambiguous or of another shape. */
+  weight(module: ModuleToFind): Located | undefined {
+    const found = this.names.find(this.byHand?.get(module.name) ?? `${module.name}.weight`);
+    const parameter = "name" in found && this.parameters.get(found.name);
+    return parameter ? asWeight(module, parameter) : undefined;
+  }
+}
+
+/** A parameter as the weight of a module; undefined where it has another shape. */
+export function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefined {
+  const { shape, layout = module.layout } = parameter;
+  const transposed = layout === "in-out" || layout === "embedding";
+  const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
+  if (!sameShape(transposed ? [module.in, module.out] : [module.out, module.in], matrix)) return undefined;
+  return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };
+}

@@ -1,0 +1,194 @@
+/**
+ * A base model from whatever serves as one: tensors in the user's memory, written in place, or a safetensors file, which is only read.
+ */
+
+import { described, nearest } from "../arguments.ts";
+import { BaseMismatchError, SourceError } from "../errors.ts";
+import { wrongKind } from "../format/kind.ts";
+import { openSource } from "../open-source.ts";
+import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
+import type { FloatDtype } from "../tensor/dtypes.ts";
+import type { SafetensorsFile } from "../tensor/safetensors.ts";
+import {
+  type BaseInput,
+  byteLengthOf,
+  type DeviceTensor,
+  onDevice,
+  sameShape,
+  type Tensor,
+  type View,
+  type WeightHost,
+} from "./base.ts";
+
+/** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
+export async function openHost(base: BaseInput, options: FetchOptions & ReadOptions = {}): Promise<WeightHost> {
+  if (typeof (base as Partial<WeightHost> | null)?.list === "function") return base as WeightHost;
+  if (base instanceof Map) return memoryHost(base);
+  return openSafetensorsHost(await openSource(base as SourceInput, options, "base"), options);
+}
+
+type Tensors = Map<string, Tensor | DeviceTensor>;
+
+/**
+ * Added parameters become new entries of the map.
+ * @throws TypeError for a number format that there is not
+ * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was transferred
+ */
+export function memoryHost(tensors: Tensors): WeightHost {
+  checkSizes(tensors);
+  const view = (name: string): View => {
+    const tensor = tensors.get(name);
+    if (!tensor) throw new RangeError(`the base has no tensor "${name}"`);
+    return viewOf(tensor);
+  };
+  return {
+    *list() {
+      for (const [name, { dtype, shape, layout }] of tensors) yield { name, dtype, shape, ...(layout && { layout }) };
+    },
+    async read(name, into) {
+      const found = view(name);
+      if (onDevice(found.data) || !into) return found;
+      into.set(found.data);
+      return { ...found, data: into };
+    },
+    view,
+    begin(names = []) {
+      // The one way a write in place can fail is an array that was transferred away: find it before the first write.
+      checkSizes(tensors);
+      refuseShared(tensors, names);
+      const undo: (() => void)[] = [];
+      return {
+        write: (name, value) => write(tensors, name, value, undo),
+        commit() {},
+        // What was written in place the runtime writes again.
+        rollback() {
+          for (const step of undo.reverse()) step();
+        },
+      };
+    },
+  };
+}
+
+const FLOATS: readonly FloatDtype[] = ["f32", "f16", "bf16"];
+
+/** What torch, onnxruntime and safetensors call them. */
+const ELSEWHERE = new Map<unknown, FloatDtype>([
+  ["float32", "f32"],
+  ["float", "f32"],
+  ["float16", "f16"],
+  ["half", "f16"],
+  ["bfloat16", "bf16"],
+]);
+
+function unknownDtype(name: string, dtype: unknown): TypeError {
+  const [near] = nearest(String(dtype).toLowerCase(), FLOATS);
+  const meant = ELSEWHERE.get(dtype) ?? near;
+  const advice = meant === undefined ? "" : `; did you mean "${meant}"?`;
+  return new TypeError(
+    `base tensor "${name}": unknown dtype ${described(dtype)}, expected ${FLOATS.slice(0, -1).join(", ")} or ${FLOATS.at(-1)}${advice}`,
+  );
+}
+
+/** @throws TypeError for a dtype that there is not; BaseMismatchError for data that is not as long as its shape says */
+function checkSizes(tensors: Tensors): void {
+  for (const [name, tensor] of tensors) {
+    const { dtype, shape } = tensor;
+    if (!FLOATS.includes(dtype)) throw unknownDtype(name, dtype);
+    const bytes = byteLengthOf(tensor);
+    const found = "buffer" in tensor ? tensor.buffer.size - (tensor.byteOffset ?? 0) : tensor.data.byteLength;
+    if ("buffer" in tensor ? found >= bytes : found === bytes) continue;
+    throw new BaseMismatchError(
+      `base tensor "${name}": ${dtype} [${shape.join(", ")}] needs ${bytes} bytes, its data has ${found}`,
+      { module: name, expected: bytes, found },
+    );
+  }
+}
+
+/** @throws BaseMismatchError when two parameters that change share their memory, as tied weights do: one would undo the other */
+function refuseShared(tensors: Tensors, names: Iterable<string>): void {
+  const taken = new Map<object, { readonly name: string; readonly start: number; readonly end: number }[]>();
+  for (const name of names) {
+    const tensor = tensors.get(name);
+    if (!tensor) continue;
+    const { data, byteOffset } = viewOf(tensor);
+    const [memory, start] = onDevice(data) ? [data, byteOffset] : [data.buffer, data.byteOffset];
+    const end = start + byteLengthOf(tensor);
+    const others = taken.get(memory) ?? [];
+    const other = others.find((one) => one.start < end && start < one.end);
+    if (other) {
+      const message = `the base's "${other.name}" and "${name}" share their memory, and both are to be changed: give each its own`;
+      throw new BaseMismatchError(message, { module: name });
+    }
+    others.push({ name, start, end });
+    taken.set(memory, others);
+  }
+}
+
+function viewOf(tensor: Tensor | DeviceTensor): View {
+  const { dtype, shape } = tensor;
+  if ("buffer" in tensor) return { dtype, shape, data: tensor.buffer, byteOffset: tensor.byteOffset ?? 0 };
+  const { buffer, byteOffset, byteLength } = tensor.data;
+  return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
+}
+
+/** In place where the value has the tensor's type and shape, else as a new entry. */
+function write(tensors: Tensors, name: string, value: View | null, undo: (() => void)[]): void {
+  const old = tensors.get(name);
+  if (!value) {
+    tensors.delete(name);
+    undo.push(() => old && tensors.set(name, old));
+    return;
+  }
+  const { dtype, shape, data, byteOffset } = value;
+  const before = old && viewOf(old).data;
+  if (before && !onDevice(before) && !onDevice(data) && old.dtype === dtype && sameShape(old.shape, shape)) {
+    before.set(data);
+    return;
+  }
+  const place = onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() };
+  tensors.set(name, { dtype, shape: [...shape], ...place });
+  undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
+}
+
+const DTYPES = new Map<string, FloatDtype>([
+  ["F32", "f32"],
+  ["F16", "f16"],
+  ["BF16", "bf16"],
+]);
+
+/** The float tensors of a safetensors file. Read-only. */
+export function safetensorsHost(file: SafetensorsFile): WeightHost {
+  return {
+    *list() {
+      for (const [name, { dtype, shape }] of file.tensors) {
+        const type = DTYPES.get(dtype);
+        if (type) yield { name, shape, dtype: type };
+      }
+    },
+    async read(name, into, options) {
+      const tensor = file.tensors.get(name);
+      const dtype = DTYPES.get(tensor?.dtype ?? "");
+      if (!tensor || !dtype) throw new SourceError(`has no float tensor "${name}"`, { file: file.name });
+      const data = await file.read(name, options);
+      into?.set(data);
+      return { dtype, shape: tensor.shape, data: into ?? data, byteOffset: 0 };
+    },
+  };
+}
+
+/**
+ * @param source closed with the host, or at once when it is no such file
+ * @throws SourceError, FormatError when it cannot be read
+ */
+export async function openSafetensorsHost(source: ByteSource, options: ReadOptions): Promise<WeightHost> {
+  const close = async (): Promise<void> => source.close?.();
+  // Apps whose weights are in memory need no reader.
+  const { openSafetensors } = await import("../tensor/safetensors.ts");
+  try {
+    return { ...safetensorsHost(await openSafetensors(source, { signal: options.signal })), close };
+  } catch (error) {
+    const refused = await wrongKind(error, source, "a safetensors file");
+    await close();
+    throw refused;
+  }
+}

@@ -1,0 +1,263 @@
+/**
+ * The rest of a task: classifier heads, biases and token rows, whole parameters that change with the task without being
+ * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
+ * base. Loaded when a task brings some.
+ */
+
+import { at } from "../backends/backend.ts";
+import { BaseMismatchError, TaskError } from "../errors.ts";
+import type { TaskParameter } from "../format/format.ts";
+import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
+import type { Locator } from "./base.ts";
+import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "./base.ts";
+import { addDifferences, blendHeads, type Change, changesOf, decode, type Merged } from "./merge.ts";
+import { findWeight } from "./mismatch.ts";
+import type { PackView } from "./part.ts";
+import type { ActiveTask } from "./stage.ts";
+import { readWeight, type Slot } from "./weights.ts";
+import type { Workbench } from "./workbench.ts";
+
+/** A parameter of the active task that differs from the base's. */
+export interface Replacement {
+  readonly view: View & { readonly data: Uint8Array<ArrayBuffer> };
+}
+
+/** What the tasks of a selection put in the place of the base's parameters. */
+export interface Resolved {
+  /** By the base's names. */
+  readonly parameters: ReadonlyMap<string, Replacement>;
+  /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
+  readonly weights: ReadonlyMap<number, Uint8Array<ArrayBuffer>>;
+  /** Names of all of them that the base lacks, and of the others. */
+  readonly added: readonly string[];
+  readonly replaced: readonly string[];
+}
+
+/** Where the base's values are. */
+export interface BaseValues {
+  readonly host: WeightHost | undefined;
+  readonly bench: Workbench;
+  readonly folded: boolean;
+}
+
+/** Parameters of the base that tasks touch, pristine, and the active task's versions of them. */
+export class Parameters {
+  /** Parameters of the active task, by the base's names. */
+  active: ReadonlyMap<string, Replacement> = new Map();
+  /** Bytes of new memory since the last `activate`. */
+  allocated = 0;
+  /** Memory of earlier tasks' parameters, by length: what `resolve` fills while the active ones must stay whole. */
+  readonly #pool = new Map<number, Uint8Array<ArrayBuffer>[]>();
+  /** Decoded values on their way from a blob to a parameter. */
+  #values = new Float32Array(0);
+  readonly #base: Locator;
+  readonly #slots: readonly Slot[];
+  /** Of parameters beside the adapted weights, whose pristine values the slots have. */
+  readonly #pristine = new Map<string, CpuView>();
+
+  constructor(base: Locator, slots: readonly Slot[]) {
+    this.#base = base;
+    this.#slots = slots;
+  }
+
+  /** Makes what `resolve` returned the active parameters. */
+  activate({ parameters, weights }: Resolved): void {
+    for (const data of [...[...this.active.values()].map(({ view }) => view.data), ...weights.values()]) {
+      this.#pool.set(data.length, [...(this.#pool.get(data.length) ?? []), data]);
+    }
+    this.active = parameters;
+    this.allocated = 0;
+  }
+
+  /** The base's value of a parameter that a task has touched. */
+  pristine(name: string): CpuView | undefined {
+    return this.#pristine.get(name);
+  }
+
+  /** The values of a parameter of the active task. */
+  values(name: string): Float32Array | undefined {
+    const view = this.active.get(name)?.view;
+    return view && viewValues(view);
+  }
+
+  get pristineBytes(): number {
+    let bytes = 0;
+    for (const { data } of this.#pristine.values()) bytes += data.length;
+    return bytes;
+  }
+
+  get activeBytes(): number {
+    let bytes = this.#values.byteLength;
+    for (const [length, pooled] of this.#pool) bytes += length * pooled.length;
+    for (const { view } of this.active.values()) bytes += view.data.length;
+    return bytes;
+  }
+
+  /**
+   * What makes `parts` active; nothing changes until it is given to `activate`.
+   * @param parts as `settle` gives them
+   * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
+   */
+  async resolve(
+    parts: readonly ActiveTask[],
+    pack: PackView,
+    base: BaseValues,
+    signal: AbortSignal | undefined,
+  ): Promise<Resolved> {
+    const alone = parts.length === 1 && parts[0]!.strength === 1;
+    const changes = changesOf(parts, ({ part, parameter }) =>
+      this.#baseName(parameter, part.id, alone, base.host !== undefined),
+    );
+    const parameters = new Map<string, Replacement>();
+    const weights = new Map<number, Uint8Array<ArrayBuffer>>();
+    const [added, replaced]: string[][] = [[], []];
+    for (const [name, list] of changes) {
+      const index = this.#slots.findIndex(({ weight }) => weight.name === name);
+      const slot = this.#slots[index];
+      const known = this.#base.parameters.get(name);
+      const whole = isWhole(name, list);
+      const original = slot && whole ? undefined : await this.#original(name, slot, base, signal);
+      const merged = whole
+        ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
+        : addDifferences(name, list, original && { shape: original.shape, values: viewValues(original) });
+      const stored = slot
+        ? asStored(slot, list, merged)
+        : whole && known
+          ? headAsStored(known, list[0]!, merged)
+          : merged;
+      const replacement = this.#replacement(name, stored, known?.dtype ?? "f32");
+      (known ? replaced : added)!.push(name);
+      if (slot && base.folded) weights.set(index, replacement.view.data);
+      else parameters.set(name, replacement);
+    }
+    return { parameters, weights, added: added!, replaced: replaced! };
+  }
+
+  /** The base's value of a parameter; undefined where it has none. */
+  async #original(
+    name: string,
+    slot: Slot | undefined,
+    { host, bench: { backend } }: BaseValues,
+    signal: AbortSignal | undefined,
+  ): Promise<CpuView | undefined> {
+    if (slot) {
+      const { pristine, weight } = slot;
+      const data = pristine
+        ? (backend.view?.(at(pristine), weight.byteLength) ?? (await backend.read!(at(pristine), weight.byteLength)))
+        : await readWeight(host!, slot, undefined, { signal });
+      return { ...weight, data, byteOffset: 0 };
+    }
+    if (this.#base.parameters.has(name) && !this.#pristine.has(name)) {
+      const view = (await host!.read(name, undefined, { signal })) as CpuView;
+      // A writable host reads its live memory: what is pristine now must be copied.
+      this.#pristine.set(name, host!.begin ? { ...view, data: view.data.slice() } : view);
+    }
+    return this.#pristine.get(name);
+  }
+
+  /** @param alone whether the task is the only one, at strength 1: then a whole bias needs no base */
+  #baseName(parameter: TaskParameter, task: string, alone: boolean, based: boolean): string {
+    const { name, role } = parameter;
+    // The weight of an adapted module is where the module was found, perhaps by hand.
+    const slot = this.#slots.find(({ module }) => `${module.name}.weight` === name);
+    const module = name.replace(/\.weight$/, "");
+    // What is mapped by hand is meant, and nothing else.
+    if (!slot && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
+    const found = slot ? { name: slot.weight.name } : this.#base.find(name);
+    if ("name" in found) return found.name;
+    if (role === "saved" && !found.ambiguous) return name;
+    if (!based && role === "bias" && alone) return name;
+    if (!based) {
+      throw new TaskError(`task "${task}" changes "${name}" (${role}), which needs the base's values: pass \`base\``, {
+        task,
+      });
+    }
+    throw new BaseMismatchError(
+      `task "${task}" changes the parameter "${name}" (${role}), which ` +
+        (found.ambiguous ? "several parameters of the base match" : "the base does not have") +
+        `; candidates: ${found.candidates().join(", ") || "none"}`,
+      { module: name, candidates: found.candidates() },
+    );
+  }
+
+  /** In memory that the next call uses again. */
+  #decode(change: Change): Float32Array {
+    const { rows, width } = change.parameter.tensor;
+    if (this.#values.length < rows * width) {
+      this.#values = new Float32Array(rows * width);
+      this.allocated += this.#values.byteLength;
+    }
+    return decode(change, this.#values).subarray(0, rows * width);
+  }
+
+  #replacement(name: string, { shape, values }: Merged, dtype: FloatDtype): Replacement {
+    try {
+      const length = rowBytes(dtype, values.length);
+      const pooled = this.#pool.get(length)?.pop();
+      if (!pooled) this.allocated += length;
+      return { view: { dtype, shape, data: encodeFloats(dtype, values, pooled), byteOffset: 0 } };
+    } catch (cause) {
+      throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, {
+        task: name,
+        cause,
+      });
+    }
+  }
+}
+
+/** Whether tasks bring a parameter whole. @throws BaseMismatchError when some do, under one name, and others change it under another */
+function isWhole(name: string, changes: readonly Change[]): boolean {
+  const [first] = changes as [Change];
+  const whole = first.parameter.role === "saved";
+  const other = changes.find(({ parameter }) => (parameter.role === "saved") !== whole);
+  if (!other) return whole;
+  const names = [first, other].map(({ part, parameter }) => `task "${part.id}" calls it "${parameter.name}"`);
+  throw new BaseMismatchError(`"${name}": ${names.join(", ")}; pack the adapters under one name`, { module: name });
+}
+
+/**
+ * A changed adapted weight the way round that the base stores it.
+ * @throws BaseMismatchError when it is not the weight that the module's other tasks adapt
+ */
+function asStored({ module, weight }: Slot, changes: readonly Change[], { shape, values }: Merged): Merged {
+  const refuse = (task: string, why: string): BaseMismatchError => {
+    const message = `task "${task}" brings "${weight.name}", which other tasks adapt as the module "${module.name}": ${why}`;
+    return new BaseMismatchError(message, { module: module.name, expected: weight.shape, found: shape });
+  };
+  const alias = changes.find(({ parameter }) => parameter.name !== `${module.name}.weight`);
+  if (alias) {
+    const why = `its own name is "${alias.parameter.name}"; pack the adapters under one name`;
+    throw refuse(alias.part.id, why);
+  }
+  const { part, parameter } = changes[0]!;
+  const turned = weight.transposed !== (module.layout === "in-out" || module.layout === "embedding");
+  if (turned && parameter.role === "rows") throw refuse(part.id, "rows need it stored as [rows, width]");
+  const stored = turned ? [...shape].reverse() : shape;
+  if (!sameShape(stored, weight.shape)) {
+    const why = `it is [${stored.join(", ")}], the base's [${weight.shape.join(", ")}]; leave it out with \`ignore\``;
+    throw refuse(part.id, why);
+  }
+  return turned ? turn({ shape, values }) : { shape, values };
+}
+
+/**
+ * A head the way round that the base stores it: checkpoints have [out, in], or [out, in, 1, 1] for a convolution. It may have another
+ * number of labels than the base's.
+ * @throws BaseMismatchError when it takes other inputs than the base's
+ */
+function headAsStored({ name, shape: stored, layout }: Parameter, { part }: Change, head: Merged): Merged {
+  const [out = 0, inputs = 0, ...window] = head.shape;
+  const sameWayRound = out !== inputs && sameShape(head.shape, stored);
+  if (layout !== "in-out" || head.shape.length < 2 || window.some((n) => n > 1) || sameWayRound) return head;
+  if (inputs === stored[0]) return turn(head);
+  const message =
+    `task "${part.id}" brings "${name}" as [out ${out}, in ${inputs}], but the base's is [${stored.join(", ")}] ` +
+    "(stored as [in, out]); leave it out with `ignore`";
+  throw new BaseMismatchError(message, { module: name, expected: stored, found: head.shape });
+}
+
+/** A matrix, transposed. */
+function turn({ shape: [rows = 0, columns = 0], values }: Merged): Merged {
+  const turned = Float32Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)]!);
+  return { shape: [columns, rows], values: turned };
+}

@@ -1,0 +1,396 @@
+/**
+ * The runtime: one pack on one base model, and which task is active. It owns what is resident, orders switches and makes
+ * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
+ * the host's.
+ */
+/// <reference lib="esnext.disposable" preserve="true" />
+import { checkOptions, nearest } from "../arguments.ts";
+import type { DeviceHandle } from "../backends/backend.ts";
+import { BackendError } from "../errors.ts";
+import { now } from "../pace.ts";
+import type { Applied } from "./apply.ts";
+import { type CpuView, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
+import type { Pack } from "./pack.ts";
+import type { Parameters, Replacement, Resolved } from "./parameters.ts";
+import type { PackView } from "./part.ts";
+import {
+  copySelection,
+  loadParts,
+  type MemoryReport,
+  memoryReport,
+  type RuntimeSwitchReport,
+  refuseMagnitudes,
+  type Selection,
+  type SwitchOptions,
+} from "./selection.ts";
+import { type ActiveTask, stage } from "./stage.ts";
+import type { ModuleTerm, Terms } from "./terms.ts";
+import { type Change, FoldedWeights, type Slot } from "./weights.ts";
+import type { Workbench } from "./workbench.ts";
+
+/** Options of `apply`. */
+export interface ApplyOptions {
+  /** By row; null leaves a row as it is. Default: the active task for all rows. */
+  readonly tasks?: readonly (string | null)[];
+}
+
+const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: [], replaced: [] };
+
+/** A selection, read: what it does to the model. Nothing is changed yet. */
+interface Loaded {
+  readonly resolved: Resolved;
+  readonly change: Change;
+}
+
+/** A pack at work. Made by `createRuntime`. */
+export class Runtime {
+  readonly pack: Pack;
+  readonly mode: "folded" | "factors" | "core";
+  readonly policy: "copy" | "reload";
+  /** Why backends before the one that runs were not used. */
+  readonly passedOver: readonly string[];
+
+  #bench: Workbench;
+  #host: WeightHost | undefined;
+  readonly #slotsByName = new Map<string, Slot>();
+  /** Once a task has brought some. */
+  #parameters: Parameters | undefined;
+  readonly #parts: RuntimeParts;
+  readonly #weights: FoldedWeights;
+  #applied: Applied | undefined;
+  #task: Selection = null;
+  /** Of the active task. */
+  #head: string | undefined;
+  /** Why the device is gone, until another one is at work. */
+  #loss: Error | undefined;
+  #queue: Promise<unknown> = Promise.resolve();
+  #closed = false;
+
+  /** @internal Use `createRuntime`. */
+  constructor(parts: RuntimeParts, { bench, passedOver, host }: Started) {
+    const { pack, mode, policy, slots } = parts;
+    this.pack = pack;
+    this.mode = mode;
+    this.policy = policy;
+    this.passedOver = passedOver;
+    this.#parts = parts;
+    this.#bench = bench;
+    this.#host = host;
+    this.#weights = new FoldedWeights(slots);
+    for (const slot of slots) {
+      for (const name of [slot.weight.name, slot.module.name]) {
+        this.#slotsByName.set(name, slot);
+        this.#slotsByName.set(name.replace(/\.weight$/, ""), slot);
+      }
+    }
+    this.#watch();
+  }
+
+  /** Which backend runs, for instance "wasm (simd)". */
+  get backend(): string {
+    const { name, variant } = this.#bench.backend;
+    return name === "js" ? "js" : `${name} (${variant})`;
+  }
+
+  /** The WebGPU device that it runs on; another one after a loss, where `webgpu.recreate` asks for that. */
+  get device(): DeviceHandle | undefined {
+    return this.#bench.backend.device;
+  }
+
+  #watch(): void {
+    const { backend } = this.#bench;
+    void backend.lost?.then((reason) => {
+      if (this.#closed || this.#bench.backend !== backend) return;
+      this.#loss = reason;
+      if (!this.#parts.restart) return;
+      this.#enqueue(() => this.#recover()).catch(() => undefined);
+    });
+  }
+
+  /** Where the device is gone: gets another one and brings the active task back. @throws BackendError when it cannot */
+  async #recover(): Promise<void> {
+    if (!this.#loss || this.#closed) return;
+    if (!this.#parts.restart) throw this.#loss;
+    this.#bench.backend.close();
+    const { bench, host } = await this.#parts.restart();
+    this.#bench = bench;
+    this.#host = host;
+    this.#weights.restart();
+    this.#applied = undefined;
+    this.#loss = undefined;
+    this.#watch();
+    await this.#switch(this.#task, { head: this.#head });
+  }
+
+  /** The active task. */
+  get task(): Selection {
+    return this.#task;
+  }
+
+  /**
+   * Makes a task, a blend or the pristine base active. Calls are queued. Long work lets the event loop have a turn now and then:
+   * wait for the switch before the weights are used. When it fails or is aborted, the previous task stays whole, or is made
+   * whole again; where a host does not let that be, nothing is read until another switch has succeeded.
+   * @param selection a task id; null for the base; or strengths by id, W0 + Σ strength · ΔW
+   * @throws TaskError for an unknown id (naming the nearest), a blend with DoRA, heads that cannot be blended
+   * @throws SourceError, FormatError when the task's blob cannot be read or is damaged
+   * @throws BackendError when it failed and the previous task could not be put back either; `cause` has both errors
+   * @example
+   * await runtime.switchTask("sst2");
+   * await runtime.switchTask({ sst2: 0.7, cola: 0.3 });
+   * await runtime.switchTask(null);
+   */
+  async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
+    checkOptions("switchTask", options, ["signal", "head"]);
+    const asked = copySelection(selection);
+    return this.#enqueue(() => this.#switch(asked, options));
+  }
+
+  #enqueue<T>(work: () => Promise<T>): Promise<T> {
+    const run = this.#queue.then(work);
+    this.#queue = run.catch(() => undefined);
+    return run;
+  }
+
+  async #switch(selection: Selection, options: SwitchOptions): Promise<RuntimeSwitchReport> {
+    const started = now();
+    const { signal, head } = options;
+    await this.#ready();
+    signal?.throwIfAborted();
+    const before = { ...this.pack.reads };
+    const { resolved, change } = await this.#load(selection, options);
+    const read = now();
+    signal?.throwIfAborted();
+
+    this.#bench.allocated = 0;
+    this.#bench.dispatches = 0;
+    const { terms } = this.#parts;
+    const activate = await (terms
+      ? terms.make(change.plans, change.weights, this.#bench, signal)
+      : this.#fold(change, signal));
+    const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
+    // All in one go: whoever looks in between would see one task's weights and another one's head.
+    activate();
+    this.#parameters?.activate(resolved);
+    this.#task = selection;
+    this.#head = head;
+    const done = now();
+    return {
+      task: this.#task,
+      bytesRead: this.pack.reads.bytes - before.bytes,
+      requests: this.pack.reads.requests - before.requests,
+      modules: change.weights.size,
+      dispatches: this.#bench.dispatches,
+      allocated,
+      added: resolved.added,
+      replaced: resolved.replaced,
+      milliseconds: { read: read - started, compute: done - read, total: done - started },
+    };
+  }
+
+  /** Reads everything that a switch needs, before anything is changed. */
+  async #load(selection: Selection, options: SwitchOptions): Promise<Loaded> {
+    const parts = await loadParts(this.#parts.view, selection, options, this.#parts.ignored);
+    if (!this.#host) refuseMagnitudes(parts, this.#parts.view, () => true, "pass `base`");
+    const { signal } = options;
+    const resolved = await this.#resolve(parts, signal);
+    const { parameters, weights } = resolved;
+    const plans = stage(parts, this.#parts.view.modules, this.#bench.staging);
+    const { terms } = this.#parts;
+    if (terms) {
+      const modules = new Set(plans.map(({ module }) => module));
+      const read = await terms.prepare(plans, this.#host, signal);
+      return { resolved, change: { plans, modules, weights: read, parameters } };
+    }
+    return { resolved, change: await this.#weights.prepare(plans, weights, parameters, this.#host!, signal) };
+  }
+
+  /** Parameters that the tasks bring beside their terms. */
+  async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
+    if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
+    const { locator, slots } = this.#parts;
+    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots);
+    const base = { host: this.#host, bench: this.#bench, folded: !this.#parts.terms };
+    return this.#parameters.resolve(parts, this.#parts.view, base, signal);
+  }
+
+  /** Those of the active task. */
+  get #active(): ReadonlyMap<string, Replacement> {
+    return this.#parameters?.active ?? NOTHING.parameters;
+  }
+
+  async #fold(change: Change, signal: AbortSignal | undefined): Promise<() => void> {
+    const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
+    const former = async (): Promise<Change> => (await this.#load(this.#task, { head: this.#head })).change;
+    return this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
+  }
+
+  /**
+   * A parameter of the model as the active task has it. Valid until the next switch; copy what has to last. A weight that the
+   * runtime holds on a device is that device's buffer.
+   * @param name of an adapted module ("encoder.layer.0.attention.self.query", with or without ".weight") or of a parameter
+   *   that tasks bring ("classifier.weight")
+   * @throws RangeError when no task of the pack changes such a parameter, or the active one does not have it
+   * @throws BackendError while a switch is under way, and where one failed and the task before it could not be put back
+   */
+  weight(name: string): View {
+    this.#live();
+    if (this.mode !== "folded") throw new TypeError(`weight: mode "${this.mode}" does not fold; use term("${name}")`);
+    this.#weights.check();
+    const found = this.#parts.locator.find(name);
+    const parameter = "name" in found ? found.name : name;
+    const replaced = this.#active.get(parameter) ?? this.#active.get(name);
+    if (replaced) return replaced.view;
+    const slot = this.#slotsByName.get(name) ?? this.#slotsByName.get(parameter);
+    const host = this.#host!;
+    if (host.begin) {
+      const view = host.view?.(slot?.weight.name ?? parameter);
+      if (view) return view;
+      throw new TypeError("weight: the weights are in the host; read them there");
+    }
+    if (slot) {
+      const { block, byteOffset } = slot.active!;
+      const data = block.device ?? this.#bench.backend.view!(slot.active!, slot.weight.byteLength);
+      return { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset };
+    }
+    const pristine = this.#parameters?.pristine(parameter);
+    if (pristine) return pristine;
+    const candidates = nearest(name, [...this.#slotsByName.keys(), ...this.#active.keys()]);
+    throw new RangeError(
+      `weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ") || "none"}`,
+    );
+  }
+
+  /**
+   * As `weight`, in the CPU's memory: what lies on a device is copied from there. Waits for the switches asked for before, and those asked
+   * for after wait for it.
+   * @throws RangeError, TypeError as `weight`; BackendError when the device fails
+   */
+  readWeight(name: string): Promise<CpuView> {
+    return this.#enqueue(async () => {
+      const view = this.weight(name);
+      if (!onDevice(view.data)) return view as CpuView;
+      return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
+    });
+  }
+
+  /**
+   * What the active task does to a module, for a model that adds it itself; undefined where it leaves the module alone.
+   * Valid until the next switch.
+   * @param name module name as in `pack.modules`
+   * @throws RangeError for a module the pack does not have, TypeError in mode "folded"
+   */
+  term(name: string): ModuleTerm | undefined {
+    this.#live();
+    const found = this.#parts.locator.find(`${name}.bias`);
+    return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
+  }
+
+  get #terms(): Terms {
+    if (this.#parts.terms) return this.#parts.terms;
+    throw new TypeError('mode "folded" has no terms; use weight()');
+  }
+
+  /**
+   * y += x·ΔWᵀ, the low-rank term of a linear layer for a batch, of the active task or of one task per row. Arrays of the CPU
+   * are ready when it resolves; buffers of the runtime's device when what is submitted to it before is done. Biases and heads
+   * are not in it: `term(name).bias`, `changes()`.
+   * @param name module name as in `pack.modules`
+   * @param x f32 [rows, …, in]
+   * @param y f32 [rows, …, out], added to
+   * @throws TaskError for an unknown task or one with DoRA on this module; TypeError, RangeError when shapes do not fit
+   * @example
+   * await runtime.apply("bert.encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
+   */
+  async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
+    checkOptions("apply", options, ["tasks"]);
+    const { tasks } = options;
+    return this.#enqueue(async () => {
+      await this.#ready();
+      const index = this.#terms.indexOf(name);
+      const { apply, partsOfRows } = await import("./apply.ts");
+      const rows = await partsOfRows(this.#parts.view, tasks ?? [this.#task], index, tasks ? undefined : this.#head);
+      this.#applied = await apply(this.#bench, this.#parts.view.modules, index, rows, x, y, this.#applied);
+    });
+  }
+
+  /**
+   * Every parameter in which the model of the active task differs from the base, by the base's names: folded weights (mode
+   * "folded", where the runtime holds them), heads, biases, token rows. Valid until the next switch.
+   * @throws BackendError as `weight`
+   */
+  changes(): ReadonlyMap<string, View> {
+    this.#live();
+    const views = new Map<string, View>();
+    for (const index of this.mode === "folded" ? this.#weights.modules : []) {
+      const { name } = this.#parts.slots[index]!.weight;
+      const view = this.#host!.begin ? this.#host!.view?.(name) : this.weight(name);
+      if (view) views.set(name, view);
+    }
+    for (const [name, { view }] of this.#active) views.set(name, view);
+    return views;
+  }
+
+  /** Resident bytes by owner. Memory of the caller's own (a map of tensors, a host) is not counted. */
+  memory(): MemoryReport {
+    const { basis, coefficients, pristine, active, scratch, reserved } = this.#bench.backend.memory();
+    const held = this.pack.residentBytes;
+    return memoryReport({
+      basis: basis + held.basis,
+      coefficients: coefficients + held.coefficients,
+      pristine: pristine + (this.#parameters?.pristineBytes ?? 0),
+      active: active + (this.#parameters?.activeBytes ?? 0) + (this.#parts.terms?.byteLength ?? 0),
+      scratch: scratch + this.#bench.staging.values.byteLength,
+      reserved,
+    });
+  }
+
+  /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
+  close(): Promise<void> {
+    return this.#enqueue(async () => {
+      if (this.#closed) return;
+      this.#closed = true;
+      this.#bench.backend.close();
+      await this.#parts.closeHost?.();
+    });
+  }
+
+  /** With `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  #live(): void {
+    if (this.#closed) throw new BackendError("this runtime is closed; make a new one", { backend: this.backend });
+  }
+
+  async #ready(): Promise<void> {
+    this.#live();
+    if (this.#loss) await this.#recover();
+  }
+}
+
+/** What lives and dies with a backend. */
+export interface Started {
+  readonly bench: Workbench;
+  readonly passedOver: readonly string[];
+  /** Parameters beside the adapted weights are read and written here. */
+  readonly host: WeightHost | undefined;
+}
+
+/** What stays. */
+export interface RuntimeParts {
+  readonly pack: Pack;
+  /** What is used of it. */
+  readonly view: PackView;
+  readonly mode: "folded" | "factors" | "core";
+  readonly policy: "copy" | "reload";
+  readonly slots: readonly Slot[];
+  readonly locator: Locator;
+  readonly ignored: ReadonlySet<string>;
+  /** Where it does not fold. */
+  readonly terms: Terms | undefined;
+  readonly closeHost: (() => Promise<void>) | undefined;
+  /** Another backend in place of one whose device was lost. */
+  readonly restart: (() => Promise<Started>) | undefined;
+}

@@ -1,0 +1,137 @@
+/**
+ * What a caller asks to be active, the task blobs that make it up, and what is said of a switch: one shape for the runtime and for sessions.
+ */
+import { described, isPlain } from "../arguments.ts";
+import type { Owner } from "../backends/backend.ts";
+import { BackendError, TaskError } from "../errors.ts";
+import type { PackView } from "./part.ts";
+import type { ActiveTask } from "./stage.ts";
+
+/** What is active: a task, null for the pristine base, or tasks with strengths. */
+export type Selection = string | null | Readonly<Record<string, number>>;
+
+/** Options of `switchTask`. */
+export interface SwitchOptions {
+  readonly signal?: AbortSignal | undefined;
+  /**
+   * Whose saved modules (classifier) to use in a blend of tasks with different ones. What other tasks do to those is left out, and so
+   * are the others' own.
+   */
+  readonly head?: string | undefined;
+}
+
+/** A selection that the caller's later changes do not reach. */
+export function copySelection(selection: Selection): Selection {
+  return isPlain(selection) ? { ...selection } : selection;
+}
+
+/**
+ * Reads the tasks of a selection, as they go together.
+ * @param ignored parameters that are left out of the tasks, by the pack's names
+ * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA, tasks that bring and change
+ *   the same parameter
+ */
+export async function loadParts(
+  pack: PackView,
+  selection: Selection,
+  { head, signal }: SwitchOptions = {},
+  ignored: ReadonlySet<string> = new Set(),
+): Promise<ActiveTask[]> {
+  const parts: ActiveTask[] = await Promise.all(
+    toStrengths(selection).map(async ([id, strength]) => {
+      const blob = await pack.load(id, { signal });
+      const parameters = blob.parameters.filter(({ name }) => !ignored.has(name));
+      return { id, strength, blob: { ...blob, parameters } };
+    }),
+  );
+  if (head !== undefined && !parts.some((p) => p.id === head)) {
+    throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
+  }
+  if (parts.length !== 1 || parts[0]!.strength !== 1)
+    refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
+  if (!parts.some(({ blob }) => blob.parameters.length > 0)) return parts;
+  return (await import("./merge.ts")).settle(parts, pack, head);
+}
+
+/**
+ * @param which modules, by index, whose magnitudes cannot be used
+ * @throws TaskError for a task that uses DoRA on one of them
+ */
+export function refuseMagnitudes(
+  parts: readonly ActiveTask[],
+  pack: PackView,
+  which: (module: number) => boolean,
+  why: string,
+): void {
+  for (const { id, blob } of parts) {
+    const scaled = blob.terms.find((term) => term.magnitude && which(term.module));
+    if (!scaled) continue;
+    throw new TaskError(`task "${id}" uses DoRA on "${pack.modules[scaled.module]!.name}": ${why}`, { task: id });
+  }
+}
+
+function toStrengths(selection: Selection): [string, number][] {
+  if (selection === null) return [];
+  if (typeof selection === "string") return [[selection, 1]];
+  if (!isPlain(selection)) {
+    throw new TypeError(`task: expected an id, null for the base, or strengths by id, got ${described(selection)}`);
+  }
+  const strengths = Object.entries(selection);
+  if (strengths.length === 0) throw new RangeError("a blend without tasks; use null for the base");
+  for (const [id, strength] of strengths) {
+    if (Number.isFinite(strength)) continue;
+    throw new RangeError(`the strength of "${id}": expected a finite number, got ${described(strength)}`);
+  }
+  return strengths;
+}
+
+/** What every switch says of itself. */
+export interface SwitchReport {
+  /** What is active now. */
+  readonly task: Selection;
+  /** Read from the pack for this switch. */
+  readonly bytesRead: number;
+  readonly requests: number;
+  /** `read` until all bytes are there, `compute` from then on. */
+  readonly milliseconds: { readonly read: number; readonly compute: number; readonly total: number };
+}
+
+/** Resident bytes by owner. */
+export interface MemoryReport extends Readonly<Record<Owner, number>> {
+  /** Held by the backend beyond what is in use. */
+  readonly reserved: number;
+  readonly total: number;
+}
+
+/** The bytes by owner, and their sum. */
+export function memoryReport(bytes: Record<Owner | "reserved", number>): MemoryReport {
+  return { ...bytes, total: Object.values(bytes).reduce((a, b) => a + b, 0) };
+}
+
+/** What a switch did and what it cost. */
+export interface RuntimeSwitchReport extends SwitchReport {
+  /** Adapted modules written: those of the new task and those put back to the base. */
+  readonly modules: number;
+  /** Operations handed to the backend. */
+  readonly dispatches: number;
+  /** Bytes of new memory for weights, factors and parameters; 0 once warm. */
+  readonly allocated: number;
+  /** Parameters the task brings that the base lacks. */
+  readonly added: readonly string[];
+  /** Parameters replaced whole: heads, biases, token rows. */
+  readonly replaced: readonly string[];
+}
+
+/**
+ * What is said of a switch that failed where nothing could be put back.
+ * @param first why it failed
+ * @param second why what was there before could not be put back
+ * @param backend that runs
+ */
+export function cannotPutBack(first: unknown, second: unknown, backend: string): BackendError {
+  const [why, then] = [first, second].map((error) => (error instanceof Error ? error.message : String(error)));
+  const message =
+    `${why}; and what was there before could not be put back: ${then}. The weights are a mixture until a switch succeeds: ` +
+    "switch again, null writes the base's";
+  return new BackendError(message, { backend, cause: new AggregateError([first, second], why) });
+}

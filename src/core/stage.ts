@@ -1,0 +1,232 @@
+/**
+ * From task blobs to numbers: decodes the coefficients of the tasks of one switch into one f32 array, strengths applied,
+ * and says for every module which pieces its factors are made of, or computes its core from them. Pure: no backend, no host. The staged array
+ * is all that a switch uploads.
+ */
+import {
+  type Coefficients,
+  type PackModule,
+  readTensor,
+  type Side,
+  sharedBases,
+  type TaskBlob,
+  type TensorRef,
+} from "../format/format.ts";
+
+/** A task of a switch and its strength. */
+export interface ActiveTask {
+  readonly id: string;
+  readonly strength: number;
+  readonly blob: TaskBlob;
+}
+
+/** Rows of a factor that expand from a basis. */
+export interface Expansion {
+  /** First f32 of the coefficients [rows, basis rows] in the staged array. */
+  readonly at: number;
+  /** Rows of coefficients: the rank (column) or 1 (flat). */
+  readonly rows: number;
+  readonly basis: Side;
+  /** First row of the factor that is made. */
+  readonly row: number;
+  /** Whether it is added to rows of the task's own. */
+  readonly add: boolean;
+}
+
+/** Rows of a factor that the task brings itself. */
+export interface Private {
+  /** First f32 of the rows in the staged array. */
+  readonly at: number;
+  readonly row: number;
+  readonly rank: number;
+}
+
+/** The pieces of a factor. Those of `private` go by pairs, the others make rows that both sides have, each in its way. */
+export interface Pieces {
+  readonly shared: readonly Expansion[];
+  readonly own: readonly Private[];
+  readonly private: readonly Private[];
+}
+
+/** What a switch does to one module: factors A [rank, in] and Bt [rank, out], piece by piece. */
+export interface ModulePlan {
+  readonly module: number;
+  readonly rank: number;
+  readonly A: Pieces;
+  readonly Bt: Pieces;
+  /** Whether all that is not private lies between column bases that the module's tasks share. */
+  readonly core: boolean;
+  /** First f32 of DoRA's magnitudes [out] in the staged array. */
+  readonly magnitude: number | undefined;
+}
+
+/** A growing f32 array that is used again by each switch. */
+export class Staging {
+  values: Float32Array<ArrayBuffer> = new Float32Array(0);
+  used = 0;
+
+  /** Room for `count` more values; returns where they begin. */
+  reserve(count: number): number {
+    const at = this.used;
+    this.used += count;
+    if (this.used > this.values.length) {
+      const grown = new Float32Array(this.used);
+      grown.set(this.values);
+      this.values = grown;
+    }
+    return at;
+  }
+}
+
+/** A plan that more tasks may add to. */
+interface Draft extends ModulePlan {
+  rank: number;
+  core: boolean;
+  readonly A: { readonly shared: Expansion[]; readonly own: Private[]; readonly private: Private[] };
+  readonly Bt: Draft["A"];
+  magnitude: number | undefined;
+}
+
+/** Plans, by module, of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already. */
+export function stage(parts: readonly ActiveTask[], modules: readonly PackModule[], staging: Staging): ModulePlan[] {
+  staging.used = 0;
+  const plans = new Map<number, Draft>();
+  for (const { blob, strength } of parts) {
+    for (const term of blob.terms) {
+      const module = modules[term.module]!;
+      let plan = plans.get(term.module);
+      if (!plan) {
+        plan = { module: term.module, rank: 0, A: none(), Bt: none(), core: true, magnitude: undefined };
+        plans.set(term.module, plan);
+      }
+      if (term.rank > 0) {
+        const { rank, A, B, ownA, ownBt } = term;
+        const own = (rows: TensorRef, strength: number): Private => {
+          return { at: values(blob, rows, strength, staging), row: plan.rank, rank };
+        };
+        if (A) plan.A.shared.push(expansion(blob, A, module.A[A.basis]!, 1, plan.rank, !!ownA, staging));
+        if (B) plan.Bt.shared.push(expansion(blob, B, module.B[B.basis]!, strength, plan.rank, !!ownBt, staging));
+        if (ownA) plan.A.own.push(own(ownA, 1));
+        if (ownBt) plan.Bt.own.push(own(ownBt, strength));
+        const bases = sharedBases(module);
+        plan.core &&= !ownA && !ownBt && bases?.A.kind === "column" && bases.B.kind === "column";
+        plan.rank += rank;
+      }
+      if (term.privateA && term.privateBt) {
+        const [row, rank] = [plan.rank, term.privateRank];
+        plan.A.private.push({ at: values(blob, term.privateA, 1, staging), row, rank });
+        plan.Bt.private.push({ at: values(blob, term.privateBt, strength, staging), row, rank });
+        plan.rank += rank;
+      }
+      if (term.magnitude) plan.magnitude = values(blob, term.magnitude, 1, staging);
+    }
+  }
+  return [...plans.values()];
+}
+
+function none(): Draft["A"] {
+  return { shared: [], own: [], private: [] };
+}
+
+function expansion(
+  blob: TaskBlob,
+  coefficients: Coefficients,
+  basis: Side,
+  strength: number,
+  row: number,
+  add: boolean,
+  staging: Staging,
+): Expansion {
+  const { rows, width: K } = coefficients.tensor;
+  if (!basis.mean) return { at: values(blob, coefficients.tensor, strength, staging), rows, basis, row, add };
+  // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
+  const at = staging.reserve(rows * (K + 1));
+  const out = staging.values;
+  readTensor(blob.bytes, coefficients.tensor, out.subarray(at, at + rows * K));
+  for (let i = rows - 1; i >= 0; i--) {
+    for (let k = K - 1; k >= 0; k--) out[at + i * (K + 1) + k] = out[at + i * K + k]! * strength;
+    out[at + i * (K + 1) + K] = coefficients.mean ? strength : 0;
+  }
+  return { at, rows, basis, row, add };
+}
+
+function values(blob: TaskBlob, tensor: TensorRef, strength: number, staging: Staging): number {
+  const count = tensor.rows * tensor.width;
+  const at = staging.reserve(count);
+  const out = staging.values.subarray(at, at + count);
+  readTensor(blob.bytes, tensor, out);
+  if (strength !== 1) for (let i = 0; i < count; i++) out[i]! *= strength;
+  return at;
+}
+
+/** Whether a module's term is handed out as a core. */
+export function hasCore({ A, core }: ModulePlan, mode: "core" | "factors"): boolean {
+  return mode === "core" && core && A.shared.length > 0;
+}
+
+/** `old` when it has the right length, else a new array: a warm switch allocates nothing. */
+export function reuse(old: Float32Array | undefined, length: number): Float32Array {
+  return old?.length === length ? old : new Float32Array(length);
+}
+
+/**
+ * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks.
+ * @param staged coefficients, as `stage` has left them
+ * @param at where in `out` the core begins, its rows `stride` apart
+ */
+export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Array, at: number, stride: number): void {
+  plan.A.shared.forEach(({ at: a0, rows, basis }, i) => {
+    const B = plan.Bt.shared[i]!;
+    const sizes: Sizes = [a0, basis.tensor.rows, B.at, B.basis.tensor.rows, rows];
+    for (let r = 0; r < rows; r += 4) addRows(staged, sizes, r, out, at, stride, i + r === 0);
+  });
+}
+
+/** Where the coefficients of A begin and how many a row has, the same of B, and how many rows there are. */
+type Sizes = readonly [a0: number, rowsA: number, b0: number, rowsB: number, rows: number];
+
+/**
+ * Four r at a time: one pass over the core for each, two rows of it side by side, so that what is read of α_B serves both. Each sum is
+ * made in the same order as if there were one. What `out` held does not count the first time.
+ */
+function addRows(
+  staged: Float32Array,
+  [a0, rowsA, b0, rowsB, rows]: Sizes,
+  r: number,
+  out: Float32Array,
+  at: number,
+  stride: number,
+  first: boolean,
+): void {
+  // Past the last r the last one stands in, times 0.
+  const x = (k: number, a: number): number => (r + k < rows ? staged[a0 + (r + k) * rowsA + a]! : 0);
+  const y = (k: number): number => b0 + Math.min(r + k, rows - 1) * rowsB;
+  const y0 = y(0);
+  const y1 = y(1);
+  const y2 = y(2);
+  const y3 = y(3);
+  for (let a = 0; a < rowsA; a += 2) {
+    // An odd row at the end is its own neighbour.
+    const next = Math.min(a + 1, rowsA - 1);
+    const x0 = x(0, a);
+    const x1 = x(1, a);
+    const x2 = x(2, a);
+    const x3 = x(3, a);
+    const z0 = x(0, next);
+    const z1 = x(1, next);
+    const z2 = x(2, next);
+    const z3 = x(3, next);
+    for (let b = 0; b < rowsB; b++) {
+      const o = at + a * stride + b;
+      const p = at + next * stride + b;
+      const s0 = staged[y0 + b]!;
+      const s1 = staged[y1 + b]!;
+      const s2 = staged[y2 + b]!;
+      const s3 = staged[y3 + b]!;
+      const one = first ? 0 : out[o]!;
+      const two = first ? 0 : out[p]!;
+      out[o] = one + (x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3);
+      out[p] = two + (z0 * s0 + z1 * s1 + z2 * s2 + z3 * s3);
+    }
+  }
+}

@@ -1,0 +1,145 @@
+/**
+ * A task that comes as a file of its own (SPEC.md, section 7), for an open pack. Loaded when one is added.
+ */
+import { checkOptions, described } from "../arguments.ts";
+import { TaskError } from "../errors.ts";
+import { plainTask } from "../format/decode-coded.ts";
+import { isTaskId, parseEntry, signatureOf } from "../format/directory.ts";
+import { align64, crc32c, decode, Fields } from "../format/fields.ts";
+import {
+  type Directory,
+  type PackModule,
+  SIGNATURE_BYTES,
+  type Signature,
+  TASK_FILE_MAGIC,
+  type TaskBlob,
+  type TaskEntry,
+  type TaskFile,
+} from "../format/format.ts";
+import { integrityOf } from "../format/hash.ts";
+import { wrongKind } from "../format/kind.ts";
+import { parseTask } from "../format/task.ts";
+import { openSource } from "../open-source.ts";
+import { type ByteSource, readAll, type SourceInput } from "../source.ts";
+import { toHex } from "../text.ts";
+import type { TaskTrust, Trust } from "./trust.ts";
+
+/** The open pack. */
+interface Target {
+  readonly basisId: string;
+  readonly modules: readonly PackModule[];
+  readonly directory: Pick<Directory, "basisBytes">;
+}
+
+/** Ids of the tasks whose files are being read, by the tasks of their pack. */
+const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
+
+/** A task that is added to an open pack. */
+export interface AddedTask extends TaskEntry {
+  readonly blob: TaskBlob;
+  /** The blob as the file has it. */
+  readonly stored: Uint8Array;
+  /** SHA-256 of that, where the platform can tell. */
+  readonly integrity: string | undefined;
+}
+
+/**
+ * A task file, checked by itself.
+ * @throws FormatError when it is damaged, or another kind of file
+ */
+export async function readTask(source: ByteSource): Promise<TaskFile> {
+  try {
+    return parseTaskFile(await readAll(source), source.name);
+  } catch (error) {
+    throw await wrongKind(error, source, "an EigenLoRA task file");
+  }
+}
+
+/**
+ * Reads a task file for a pack. Its id is taken as soon as this begins.
+ * @param id the task's in the pack
+ * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change
+ * @param trust of the pack, where it has some
+ * @param options of `Pack.addTask`
+ * @param put gives the task its place
+ * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
+ *   not what is trusted
+ */
+export async function addTaskFile(
+  file: SourceInput,
+  id: string,
+  { basisId, modules, directory }: Target,
+  tasks: ReadonlyMap<string, unknown>,
+  trust: Trust | undefined,
+  options: TaskTrust,
+  put: (task: AddedTask) => void,
+): Promise<void> {
+  checkOptions("addTask", options, ["integrity"]);
+  if (typeof id !== "string" || !isTaskId(id)) {
+    throw new TaskError(`${described(id)} cannot name a task`, { task: id });
+  }
+  const ids = coming.get(tasks) ?? new Set();
+  if (tasks.has(id) || ids.has(id))
+    throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
+  // From here on it is taken, though the file has yet to be read.
+  coming.set(tasks, ids.add(id));
+  const { integrity } = options;
+  let source: ByteSource | undefined;
+  try {
+    source = await openSource(file, {}, "addTask");
+    const { name } = source;
+    const parsed = await readTask(source);
+    const checks =
+      trust ?? (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(name, {}));
+    await checks?.checkTaskFile(parsed, name, integrity);
+    const { blob, basisId: found, content: _, signature: __, ...entry } = parsed;
+    if (found !== basisId) {
+      throw new TaskError(`${name} belongs to the basis ${found}, this pack has ${basisId}; make it for this pack`, {
+        task: id,
+      });
+    }
+    const part = `task "${id}"`;
+    const plain = await plainTask(blob, { file: name, part, before: directory.basisBytes });
+    if (plain !== blob) await checks?.checkDecoded(plain, part, name);
+    // Where there is no SHA-256, as on a page without https, nobody can have asked for a hash.
+    const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
+    put({ ...entry, id, stored: blob, integrity: hash, blob: parseTask(plain, modules, name, { ...entry, id }) });
+  } finally {
+    ids.delete(id);
+    await source?.close?.();
+  }
+}
+
+/**
+ * Checks a task file and cuts it into entry and blob.
+ * @throws FormatError saying which rule of SPEC.md, section 7, does not hold
+ */
+export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
+  const f: Fields = new Fields(bytes, file, "task file");
+  f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
+  f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
+  f.version();
+  f.crc(f.u32(60), 60);
+  const start = align64(64 + f.u32(12));
+  const end = start + f.u32(48);
+  const signatureAt = align64(end);
+  const signed = bytes.length === signatureAt + SIGNATURE_BYTES;
+  f.check(end === bytes.length || signed, () => `${bytes.length} bytes, expected ${end}; fetch it again`);
+  const entry = bytes.subarray(64, 64 + f.u32(12));
+  f.zero(64 + entry.length, start);
+  const blob = bytes.subarray(start, end);
+  f.check(
+    crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
+    () => "its checksum does not match: it is damaged",
+  );
+  // As deep as it may come to lie in the list of a pack.
+  const parsed = parseEntry(decode(entry, file, f.part, "entry", 15), []);
+  let signature: Signature | undefined;
+  if (signed) {
+    f.zero(end, signatureAt);
+    const behind: Fields = new Fields(bytes.subarray(signatureAt), file, "signature");
+    behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4);
+    signature = signatureOf(behind.bytes);
+  }
+  return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob, content: bytes.subarray(0, end), signature };
+}

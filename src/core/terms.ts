@@ -1,0 +1,229 @@
+/**
+ * Modes "core" and "factors": the terms of the active task, for models that add the low-rank term themselves (docs/runtime.md, "Unfolded").
+ * Loaded where a runtime does not fold.
+ */
+import { nearest } from "../arguments.ts";
+import type { Slice } from "../backends/backend.ts";
+import type { PackModule } from "../format/format.ts";
+import { pacer } from "../pace.ts";
+import type { Term } from "../tensor/term.ts";
+import type { CpuView, WeightHost } from "./base.ts";
+import { hasCore, type ModulePlan, reuse, writeCore } from "./stage.ts";
+import { readWeight, type Slot } from "./weights.ts";
+import type { Workbench } from "./workbench.ts";
+
+/** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
+export interface ModuleTerm extends Term {
+  /** [out], the layer's whole bias, where the task changes it. */
+  readonly bias?: Float32Array | undefined;
+}
+
+export class Terms {
+  readonly #mode: "core" | "factors";
+  readonly #modules: readonly PackModule[];
+  readonly #slots: readonly Slot[];
+  #active: ReadonlyMap<number, Term> = new Map();
+  /** Terms of the task before. The next task's are written there, so that the active ones stay whole until all are made. */
+  #spare: ReadonlyMap<number, Term> = new Map();
+
+  constructor(mode: "core" | "factors", modules: readonly PackModule[], slots: readonly Slot[]) {
+    this.#mode = mode;
+    this.#modules = modules;
+    this.#slots = slots;
+  }
+
+  /** Modules whose terms change, with the pristine weights that DoRA's scales need. */
+  async prepare(
+    plans: readonly ModulePlan[],
+    host: WeightHost | undefined,
+    signal: AbortSignal | undefined,
+  ): Promise<Map<number, Uint8Array | undefined>> {
+    const weights = new Map<number, Uint8Array | undefined>(
+      [...this.#active.keys()].map((module) => [module, undefined]),
+    );
+    for (const { module, magnitude } of plans) {
+      const scaled = magnitude !== undefined;
+      weights.set(module, scaled ? await readWeight(host!, this.#slots[module]!, undefined, { signal }) : undefined);
+    }
+    return weights;
+  }
+
+  /** Makes the terms of the plans. @returns makes them the active ones; call it together with what else the task changes */
+  async make(
+    plans: readonly ModulePlan[],
+    weights: ReadonlyMap<number, Uint8Array | undefined>,
+    bench: Workbench,
+    signal: AbortSignal | undefined,
+  ): Promise<() => void> {
+    const weightOf = (module: number): PristineWeight => {
+      return { ...this.#slots[module]!.weight, data: weights.get(module)!, byteOffset: 0 };
+    };
+    const made = await unfold(plans, bench, this.#mode, weightOf, { old: this.#spare, signal });
+    await bench.backend.finish();
+    return () => {
+      this.#spare = this.#active;
+      this.#active = made;
+    };
+  }
+
+  /** @throws RangeError for a module the pack does not have */
+  indexOf(name: string): number {
+    const names = this.#modules.map((module) => module.name);
+    const index = names.indexOf(name);
+    if (index >= 0) return index;
+    throw new RangeError(`no module "${name}"; nearest: ${nearest(name, names).join(", ") || "none"}`);
+  }
+
+  /** @param bias the layer's, where the task changes it */
+  term(name: string, bias: Float32Array | undefined): ModuleTerm | undefined {
+    const index = this.indexOf(name);
+    const term = this.#active.get(index);
+    if (!bias) return term;
+    const { in: inputs, out } = this.#modules[index]!;
+    const none = { rank: 1, A: new Float32Array(inputs), Bt: new Float32Array(out) };
+    return { ...(term ?? none), bias };
+  }
+
+  get byteLength(): number {
+    let bytes = 0;
+    for (const { core, A, Bt, rowScale } of [...this.#active.values(), ...this.#spare.values()]) {
+      for (const array of [core, A, Bt, rowScale]) bytes += array?.byteLength ?? 0;
+    }
+    return bytes;
+  }
+}
+
+/** A [rank, in] and Bt [rank, out] of a plan. */
+export type Factors = Pick<Term, "A" | "Bt">;
+
+/** The pristine weight of a module, [in, out] where it is `transposed`. */
+export type PristineWeight = CpuView & { readonly transposed?: boolean };
+
+interface UnfoldOptions {
+  /** Terms that are no longer read: their arrays are used again where they fit. */
+  readonly old?: ReadonlyMap<number, Pick<Term, "A" | "Bt" | "core">> | undefined;
+  /** Whether A is wanted as [in, rank], as models take it. Default: false. */
+  readonly turned?: boolean | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/**
+ * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
+ * `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors. Long work lets others have a turn.
+ * @param weightOf a module of a plan with magnitudes
+ * @throws the reason of `signal`, once it is aborted
+ */
+export async function unfold(
+  plans: readonly ModulePlan[],
+  bench: Workbench,
+  mode: "core" | "factors",
+  weightOf: (module: number) => PristineWeight,
+  { old, turned = false, signal }: UnfoldOptions = {},
+): Promise<Map<number, Term>> {
+  bench.prepare(plans);
+  const onDevice = !bench.backend.view;
+  const fetched = onDevice ? await fetchFactors(bench, mode) : undefined;
+  const terms = new Map<number, Term>();
+  const pause = pacer(signal);
+  for (const plan of plans) {
+    const expanded = (): Factors => {
+      if (fetched) return fetched.get(plan.module)!;
+      const { A, Bt } = bench.expand(plan);
+      const { in: inputs, out } = bench.modules[plan.module]!;
+      return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
+    };
+    terms.set(plan.module, assemble(plan, bench, mode, { old: old?.get(plan.module), turned }, expanded));
+    const turn = pause();
+    if (turn) await turn;
+  }
+  for (const [module, scale, out] of scales(plans, bench, weightOf)) {
+    const rowScale = onDevice ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
+    terms.set(module, { ...terms.get(module)!, rowScale });
+    const turn = pause();
+    if (turn) await turn;
+  }
+  return terms;
+}
+
+/** DoRA's scale [out] of each plan that has magnitudes, in scratch memory until the next is asked for. */
+function* scales(
+  plans: readonly ModulePlan[],
+  bench: Workbench,
+  weightOf: (module: number) => PristineWeight,
+): Iterable<[module: number, scale: Slice, out: number]> {
+  for (const plan of plans) {
+    if (plan.magnitude === undefined) continue;
+    const { data, dtype, transposed = false } = weightOf(plan.module);
+    const base = bench.reserve("weight", data.length);
+    bench.backend.upload(base, data);
+    yield [plan.module, bench.rowScale(plan, { dtype, transposed }, base), bench.modules[plan.module]!.out];
+  }
+}
+
+/** @param expanded the plan's factors; asked for where it has some that are not in the core */
+function assemble(
+  plan: ModulePlan,
+  bench: Workbench,
+  mode: "core" | "factors",
+  { old, turned }: { readonly old: Pick<Term, "A" | "Bt" | "core"> | undefined; readonly turned: boolean },
+  expanded: () => Factors,
+): Term {
+  const { in: inputs, out } = bench.modules[plan.module]!;
+  const inCore = hasCore(plan, mode);
+  const rank = Math.max(inCore ? plan.A.private.reduce((sum, piece) => sum + piece.rank, 0) : plan.rank, 1);
+  const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
+  if (!inCore && plan.rank > 0) {
+    const factors = expanded();
+    put(factors.A, A, 0, rank, inputs, turned);
+    Bt.set(factors.Bt);
+    return { rank, A, Bt };
+  }
+  A.fill(0);
+  Bt.fill(0);
+  if (!inCore) return { rank, A, Bt };
+  const staged = bench.staging.values;
+  const [KA, KB] = [plan.A.shared[0]!.basis.tensor.rows, plan.Bt.shared[0]!.basis.tensor.rows];
+  const core = reuse(old?.core, KA * KB);
+  writeCore(plan, staged, core, 0, KB);
+  // The private factors of every task of the plan, one below the other.
+  let row = 0;
+  for (const [i, { at, rank: rows }] of plan.A.private.entries()) {
+    const atB = plan.Bt.private[i]!.at;
+    put(staged.subarray(at, at + rows * inputs), A, row, rank, inputs, turned);
+    Bt.set(staged.subarray(atB, atB + rows * out), row * out);
+    row += rows;
+  }
+  return { rank, A, Bt, core };
+}
+
+/** Writes rows [rows, width] into [rank, width] from `row` on; or, turned, into [width, rank]. */
+function put(values: Float32Array, out: Float32Array, row: number, rank: number, width: number, turned: boolean): void {
+  if (!turned) return out.set(values, row * width);
+  for (let at = 0, to = row; at < values.length; at += width, to++)
+    for (let i = 0; i < width; i++) out[i * rank + to] = values[at + i]!;
+}
+
+/** Reads the factors that are not in a core from a device, by module: one read a round. */
+async function fetchFactors(bench: Workbench, mode: "core" | "factors"): Promise<Map<number, Factors>> {
+  const factors = new Map<number, Factors>();
+  for (const round of bench.rounds) {
+    const wanted = round.filter((plan) => plan.rank > 0 && !hasCore(plan, mode));
+    if (wanted.length === 0) continue;
+    const places = wanted.map((plan) => bench.expand(plan));
+    const { block } = places[0]!.A;
+    const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
+    for (const [i, { module, rank }] of wanted.entries()) {
+      const part = ({ byteOffset }: Slice, width: number): Float32Array =>
+        all.subarray(byteOffset / 4, byteOffset / 4 + rank * width);
+      const { in: inputs, out } = bench.modules[module]!;
+      factors.set(module, { A: part(places[i]!.A, inputs), Bt: part(places[i]!.Bt, out) });
+    }
+  }
+  return factors;
+}
+
+/** `count` f32 values, once everything recorded before has taken effect. */
+async function fetchFloats({ backend }: Workbench, slice: Slice, count: number): Promise<Float32Array> {
+  const { buffer, byteOffset } = await backend.read!(slice, 4 * count);
+  return new Float32Array(buffer, byteOffset, count);
+}

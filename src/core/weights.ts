@@ -1,0 +1,347 @@
+/**
+ * The adapted weights of a base model: found, held against the pack's fingerprints, and folded. Every one has a pristine value, its slot's,
+ * and one writer, `FoldedWeights`: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the backend holds
+ * are folded in place; those of a host in the CPU's memory pass through it.
+ */
+import { at, type Block, type Slice } from "../backends/backend.ts";
+import { BackendError, BaseMismatchError } from "../errors.ts";
+import type { PackModule } from "../format/format.ts";
+import { pacer } from "../pace.ts";
+import type { ReadOptions } from "../source.ts";
+import {
+  type CpuView,
+  type Located,
+  type Locator,
+  onDevice,
+  type Transaction,
+  type View,
+  type WeightHost,
+} from "./base.ts";
+import { cannotPutBack } from "./selection.ts";
+import type { ModulePlan } from "./stage.ts";
+import type { Workbench } from "./workbench.ts";
+
+/** An adapted weight of the base. */
+export interface Slot {
+  readonly module: PackModule;
+  readonly weight: Located;
+  /** The weight as loaded, with policy "copy". */
+  pristine: Block | undefined;
+  /** The weight as the active task has it: where the host has it on the device, or where it cannot be written. */
+  active: Slice | undefined;
+}
+
+/** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
+export async function findSlots(modules: readonly PackModule[], locator: Locator): Promise<Slot[]> {
+  let weights = modules.flatMap((module) => locator.weight(module) ?? []);
+  const names = new Set(weights.map(({ name }) => name));
+  if (names.size < modules.length) weights = (await import("./mismatch.ts")).locateModules(locator, modules);
+  return modules.map((module, i) => ({ module, weight: weights[i]!, pristine: undefined, active: undefined }));
+}
+
+/**
+ * Reads the adapted weights, checks that they are the right model's and makes the copies that stay.
+ * @param keep which copies: none when nothing is folded; `active` where the host has the weight in the CPU's memory
+ * @throws BaseMismatchError when a fingerprint differs
+ */
+export async function loadSlots(
+  slots: readonly Slot[],
+  host: WeightHost,
+  bench: Workbench,
+  bases: Uint8Array,
+  keep: { pristine: boolean; active: boolean },
+  options: ReadOptions & { anyBase?: boolean | undefined },
+): Promise<void> {
+  for (const slot of slots) {
+    const { byteLength } = slot.weight;
+    const check = !options.anyBase && slot.module.fingerprint !== undefined;
+    if (!check && !keep.pristine && !keep.active) continue;
+    const { backend } = bench;
+    // Before the read: memory that grows would detach the view that is read into.
+    if (keep.pristine) slot.pristine = bench.allocate(byteLength, "pristine");
+    const placed = placeOf(host, slot, bench);
+    slot.active = placed ?? (keep.active ? at(bench.allocate(byteLength, "active")) : undefined);
+    let bytes: Uint8Array | undefined;
+    if (placed) {
+      if (slot.pristine) backend.copy(placed, at(slot.pristine), byteLength);
+      if (check) bytes = await backend.read!(placed, byteLength);
+    } else {
+      const into = slot.pristine && backend.view?.(at(slot.pristine), byteLength);
+      bytes = await readWeight(host, slot, into, options);
+      // A host need not read into what it is offered.
+      if (slot.pristine && bytes.buffer !== into?.buffer) backend.upload(at(slot.pristine), bytes);
+      if (slot.active) backend.upload(slot.active, bytes);
+    }
+    if (!check) continue;
+    // Packs that were made without a base have no fingerprints.
+    const { checkFingerprint, SAME_FLOAT, weightAt } = await import("./mismatch.ts");
+    const { name, dtype, transposed } = slot.weight;
+    const values = weightAt(bytes!, dtype, slot.module.out, slot.module.in, transposed);
+    checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);
+  }
+}
+
+/** The weight in the host's own memory on the backend's device, where it lies there. */
+export function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workbench): Slice | undefined {
+  const view = host.view?.(weight.name);
+  return view && onDevice(view.data) ? { block: backend.adopt!(view.data), byteOffset: view.byteOffset } : undefined;
+}
+
+/**
+ * Lets a host make its weights ready to be folded in place, which may move them.
+ * @param slots whose weights lie on the device
+ */
+async function settle(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
+  await host.settle!(slots.map(({ weight }) => weight.name));
+  for (const slot of slots) {
+    const [before, place] = [slot.active!.block, placeOf(host, slot, bench)];
+    if (!place) throw new TypeError(`the host's "${slot.weight.name}" lies on no device any more`);
+    slot.active = place;
+    if (place.block !== before) bench.backend.free(before);
+  }
+}
+
+/** @throws BaseMismatchError when the host gives fewer bytes than the weight has */
+export async function readWeight(
+  host: WeightHost,
+  { module, weight }: Slot,
+  into: Uint8Array | undefined,
+  { signal }: ReadOptions,
+): Promise<Uint8Array> {
+  const view = await host.read(weight.name, into, { signal });
+  const bytes = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + weight.byteLength);
+  if (bytes.length === weight.byteLength) return bytes;
+  throw new BaseMismatchError(
+    `the base gave ${bytes.length} bytes for "${weight.name}", which has ${weight.byteLength}`,
+    {
+      module: module.name,
+      expected: weight.byteLength,
+      found: bytes.length,
+    },
+  );
+}
+
+/** What a selection makes of the base. */
+export interface Change {
+  readonly plans: readonly ModulePlan[];
+  /** Modules, by index, that differ from the base then. */
+  readonly modules: ReadonlySet<number>;
+  /** All adapted weights that are written, and what ΔW is added to where that is not the pristine copy in memory. */
+  readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
+  /** Other parameters, by the base's names. */
+  readonly parameters: ReadonlyMap<string, { readonly view: View }>;
+}
+
+/** Where it is made. */
+export interface Place {
+  readonly bench: Workbench;
+  readonly host: WeightHost;
+  /** The base's value of another parameter; undefined where it has none. */
+  pristine(name: string): CpuView | undefined;
+}
+
+/** A fold whose memory is there. */
+interface Fold {
+  readonly bench: Workbench;
+  readonly slots: readonly Slot[];
+  /** Modules, by index, whose weights the backend holds, and whose pass through it. */
+  readonly held: readonly number[];
+  readonly passing: readonly number[];
+  /** Where the folded weight is; of `passing` valid until the next one. */
+  weight(index: number): Slice;
+}
+
+/** A change that nothing speaks against. */
+interface Begun {
+  readonly fold: Fold;
+  /** Other parameters that are written. */
+  readonly names: ReadonlySet<string>;
+  readonly transaction: Transaction | undefined;
+}
+
+/** Modules and other parameters that may differ from the base. */
+interface Touched {
+  readonly modules: ReadonlySet<number>;
+  readonly names: ReadonlySet<string>;
+}
+
+const NOTHING: Touched = { modules: new Set(), names: new Set() };
+
+/** The weights, and whether they are one task's. */
+export class FoldedWeights {
+  readonly #slots: readonly Slot[];
+  #touched = NOTHING;
+  /** Why they are no task's; undefined where they are. */
+  #torn: Error | undefined;
+
+  constructor(slots: readonly Slot[]) {
+    this.#slots = slots;
+  }
+
+  /** @throws BackendError while the weights are no task's */
+  check(): void {
+    if (this.#torn) throw this.#torn;
+  }
+
+  /** Modules that the active task changes. @throws BackendError as `check` */
+  get modules(): ReadonlySet<number> {
+    this.check();
+    return this.#touched.modules;
+  }
+
+  /** They are the base's, as after a restart; but another task is to be active. */
+  restart(): void {
+    this.#touched = NOTHING;
+    this.#torn = between("webgpu");
+  }
+
+  /**
+   * Reads the pristine weights that a change needs and memory does not hold, all of them before anything is changed.
+   * @param replaced bytes of adapted weights that the tasks bring whole
+   */
+  async prepare(
+    plans: readonly ModulePlan[],
+    replaced: ReadonlyMap<number, Uint8Array>,
+    parameters: Change["parameters"],
+    host: WeightHost,
+    signal: AbortSignal | undefined,
+  ): Promise<Change> {
+    const modules = new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
+    const weights = new Map<number, Uint8Array | undefined>();
+    for (const index of new Set([...this.#touched.modules, ...modules])) {
+      const slot = this.#slots[index]!;
+      const kept = replaced.has(index) || slot.pristine;
+      weights.set(index, kept ? replaced.get(index) : await readWeight(host, slot, undefined, { signal }));
+    }
+    return { plans, modules, weights, parameters };
+  }
+
+  /**
+   * Makes a change. Where it fails, or is aborted in a pause of long work, the weights from before are put back.
+   * @param former the change that they are of
+   * @returns what makes them the new task's, together with what else it has
+   * @throws BackendError when they cannot be put back: they are no task's then, until a change is made
+   */
+  async write(
+    change: Change,
+    place: Place,
+    former: () => Promise<Change>,
+    signal: AbortSignal | undefined,
+  ): Promise<() => void> {
+    const [before, sound] = [this.#touched, !this.#torn];
+    const begun = this.#begin(change, place);
+    try {
+      return await this.#put(change, place, begun, signal);
+    } catch (error) {
+      // A rollback that failed is told already; and weights that were no task's before have nothing to go back to.
+      if (error === this.#torn || !sound) throw error;
+      if (place.host.view || begun.fold.held.length > 0) await this.#putBack(error, place, former);
+      else this.#touched = before;
+      this.#torn = undefined;
+      throw error;
+    }
+  }
+
+  /** All that can fail before something is changed. */
+  #begin(change: Change, { bench, host }: Place): Begun {
+    const fold = prepareFold(bench, this.#slots, change);
+    const names = new Set([...this.#touched.names, ...change.parameters.keys()]);
+    const weights = [...change.weights.keys()].map((index) => this.#slots[index]!.weight.name);
+    return { fold, names, transaction: host.begin?.([...weights, ...names]) };
+  }
+
+  async #put(
+    { modules, weights, parameters }: Change,
+    { bench, host, pristine }: Place,
+    { fold, names, transaction }: Begun,
+    signal?: AbortSignal,
+  ): Promise<() => void> {
+    this.#touched = { modules: new Set(weights.keys()), names };
+    this.#torn ??= between(bench.backend.name);
+    const pause = pacer(signal);
+    try {
+      if (host.settle && fold.held.length > 0) {
+        const held = fold.held.map((index) => fold.slots[index]!);
+        await settle(host, held, bench);
+      }
+      for (const index of fold.held) {
+        fold.weight(index);
+        const turn = pause();
+        if (turn) await turn;
+      }
+      if (transaction) await pass(fold, transaction, pause);
+      for (const name of transaction ? names : []) {
+        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
+      }
+      await bench.backend.finish();
+      await transaction?.commit();
+    } catch (error) {
+      try {
+        await transaction?.rollback();
+      } catch (second) {
+        throw this.#doubt(error, second, bench);
+      }
+      throw error;
+    }
+    return () => {
+      this.#touched = { modules, names: new Set(parameters.keys()) };
+      this.#torn = undefined;
+    };
+  }
+
+  /** Writes the weights from before again. @throws BackendError when that fails too */
+  async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
+    try {
+      const change = await former();
+      (await this.#put(change, place, this.#begin(change, place)))();
+    } catch (second) {
+      throw this.#doubt(error, second, place.bench);
+    }
+  }
+
+  /** Remembers that the weights are no task's. @param second why they could not be put back */
+  #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
+    return (this.#torn = cannotPutBack(error, second, backend.name));
+  }
+}
+
+/** @param change plans, and the weights that are written */
+function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights }: Change): Fold {
+  bench.prepare(plans);
+  const touched = [...weights.keys()];
+  const passing = touched.filter((index) => !slots[index]!.active);
+  const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
+  const planOf = new Map(plans.map((plan) => [plan.module, plan]));
+  return {
+    ...{ bench, slots, passing, held: touched.filter((index) => slots[index]!.active) },
+    weight(index) {
+      const { weight, pristine, active: out = passage } = slots[index]!;
+      const fresh = weights.get(index);
+      if (fresh) bench.backend.upload(out, fresh);
+      const base = fresh ? out : at(pristine!);
+      const plan = planOf.get(index);
+      if (plan) bench.fold(plan, weight, base, out);
+      else if (!fresh) bench.copy(base, out, weight.byteLength);
+      return out;
+    },
+  };
+}
+
+/** Passing weights into a host, one by one. */
+async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<void> | undefined): Promise<void> {
+  const { bench, slots, passing, weight } = fold;
+  const { backend } = bench;
+  const sizes = new Map(passing.map((index) => [index, slots[index]!.weight.byteLength]));
+  const fetched = backend.read && (await (await import("./device-host.ts")).fetchFolded(backend, sizes, weight));
+  for (const index of passing) {
+    const { name, dtype, shape, byteLength } = slots[index]!.weight;
+    const data = fetched?.get(index) ?? backend.view!(weight(index), byteLength);
+    // No wait that is not needed: short work in the caller's own memory is done in one go.
+    const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
+    if (turn) await turn;
+  }
+}
+
+function between(backend: string): BackendError {
+  return new BackendError("the weights are between two tasks: wait for a switch that succeeds", { backend });
+}
