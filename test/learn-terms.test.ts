@@ -6,11 +6,11 @@ import { openPack, type Term } from "eigenlora";
 import { createTrainer, zeroShotTask } from "eigenlora/train";
 import fc from "fast-check";
 import t from "tap";
-import { type Basis, expandTerm, Terms, type TrainedModule, uniform } from "./internals.ts";
+import { expandTerm, type SharedBasis, type TrainedModule, TrainedTerms, uniform } from "./internals.ts";
 import { examples, F32, LABELS, noise, relative, tiny } from "./learning.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "./sessions.ts";
 
-const basis = (kind: Basis["kind"], K: number, mean: boolean, width: number, seed: number): Basis => ({
+const basis = (kind: SharedBasis["kind"], K: number, mean: boolean, width: number, seed: number): SharedBasis => ({
   kind,
   K,
   mean,
@@ -51,7 +51,7 @@ const modules = fc.uniqueArray(anyModule, { minLength: 1, maxLength: 3, selector
 t.test("factors are what the formula says", async (_t) => {
   fc.assert(
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
-      const terms = new Terms(all);
+      const terms = new TrainedTerms(all);
       const values = new Float32Array(noise(terms.size, seed));
       terms.fillComponents(values);
       const found = terms.expand(values);
@@ -82,7 +82,7 @@ t.test("factors are what the formula says", async (_t) => {
 t.test("gradients are pulled back along what factors are made of", async (_t) => {
   fc.assert(
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
-      const terms = new Terms(all);
+      const terms = new TrainedTerms(all);
       const values = new Float32Array(noise(terms.size, seed));
       const next = uniform(seed);
       // A loss that is linear in the factors, so that it is a polynomial of second degree in what is trained, and differences are exact.

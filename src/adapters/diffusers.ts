@@ -13,7 +13,15 @@ import type { TensorFile } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
 import { readTaskMetadata } from "./metadata.ts";
-import { assembleLora, type LoraParts, listed, type Refuse, readAlphas, refuser, sortTensors } from "./named-lora.ts";
+import {
+  assembleLora,
+  type LoraParts,
+  listed,
+  type RefuseTensor,
+  readAlphas,
+  refuser,
+  sortTensors,
+} from "./named-lora.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
 import { openSafetensors } from "./safetensors.ts";
 
@@ -97,7 +105,7 @@ function common(values: readonly (string | undefined)[]): string | undefined {
 const withRevision = (metadata: TaskMetadata, revision: string | undefined): TaskMetadata =>
   revision === undefined ? metadata : { ...metadata, revision };
 
-function unknownError(keys: readonly string[], refuse: Refuse): AdapterError {
+function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterError {
   const foreign = foreignName(keys);
   if (foreign !== undefined) return refuse(foreign.name, `tensor ${foreign.name} ${foreign.message}`);
   const shown = listed(keys);

@@ -8,9 +8,8 @@ import { transpose } from "../tensor/transpose.ts";
 import type { AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
-import { ARCHITECTURES, EMBEDDING, type GgufArchitecture } from "./gguf-names.ts";
+import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, permuteRows } from "./gguf-names.ts";
 import { checkAdapter } from "./modules.ts";
-import { permuteRows } from "./permute.ts";
 
 /**
  * The bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.

@@ -5,7 +5,7 @@
 
 import { type OnnxAdapterEntry, writeOnnxAdapter } from "../tensor/onnx-adapter-writer.ts";
 import { transpose } from "../tensor/transpose.ts";
-import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved, type Values } from "./factors.ts";
+import { type Exportable, type FactorMatrix, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
 import { checkAdapter } from "./modules.ts";
 
 /**
@@ -29,6 +29,6 @@ export async function onnxAdapterFile(adapter: Exportable): Promise<AsyncIterabl
   return writeOnnxAdapter(entries);
 }
 
-function turned(name: string, { shape: [rows = 0, columns = 0], values }: Values): OnnxAdapterEntry {
+function turned(name: string, { shape: [rows = 0, columns = 0], values }: FactorMatrix): OnnxAdapterEntry {
   return { name, shape: [columns, rows], bytes: f32Bytes(transpose(values, rows, columns)) };
 }

@@ -4,7 +4,7 @@
  */
 import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import { bareModel, prefixOf } from "./diffusers-keys.ts";
-import { type Exportable, type Factors, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
+import { type AdapterFactors, type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
 import { flatten } from "./kohya-names.ts";
 import { checkAdapter } from "./modules.ts";
 
@@ -48,7 +48,7 @@ async function tensorsOf(
   adapter: Exportable,
   where: string,
   format: string,
-  put: (add: Add, module: string, factors: Factors) => void,
+  put: (add: Add, module: string, factors: AdapterFactors) => void,
 ): Promise<SafetensorsEntry[]> {
   checkAdapter(where, adapter);
   refuseSaved(adapter, format);

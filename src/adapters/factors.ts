@@ -1,4 +1,4 @@
-/** Factors of a module in the shapes that files of LoRA have, for the writers of all formats. */
+/** AdapterFactors of a module in the shapes that files of LoRA have, for the writers of all formats. */
 import { AdapterError } from "../errors.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
@@ -7,17 +7,17 @@ import type { Adapter, AdapterModule } from "./adapter.ts";
 export type Exportable = Pick<Adapter, "id" | "baseModel" | "modules" | "saved" | "metadata">;
 
 /** A tensor, row-major. */
-export interface Values {
+export interface FactorMatrix {
   readonly shape: readonly number[];
   readonly values: Float32Array;
 }
 
 /** The factors of one module, scale in B. */
-export interface Factors {
+export interface AdapterFactors {
   /** [r, in], or [r, in, k…] of a convolution. */
-  readonly A: Values;
+  readonly A: FactorMatrix;
   /** [out, r], or [out, r, 1…]. */
-  readonly B: Values;
+  readonly B: FactorMatrix;
   /** [out]. */
   readonly magnitude: Float32Array | undefined;
 }
@@ -28,7 +28,7 @@ export function rankOf({ rank }: AdapterModule): number {
 }
 
 /** Reads the factors of a module. @throws whatever its `read` throws */
-export async function factorsOf(module: AdapterModule): Promise<Factors> {
+export async function factorsOf(module: AdapterModule): Promise<AdapterFactors> {
   const { out, in: inputs, kernel = [] } = module;
   const { A, Bt, magnitude } = await module.read();
   const rank = rankOf(module);

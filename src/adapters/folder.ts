@@ -7,11 +7,13 @@ import { openPath } from "#platform";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
+import type { TaskMetadata } from "../format/format.ts";
 import type { ByteSource } from "../source.ts";
-import type { Adapter } from "./adapter.ts";
+import type { Adapter, AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { describeBase } from "./describe-base.ts";
 import { readDiffusers } from "./diffusers.ts";
+import { withTextModel } from "./diffusers-keys.ts";
 import { type AdapterLocation, CONFIG, findAdapters, kind } from "./find.ts";
 import { readGguf } from "./gguf.ts";
 import { readJson } from "./json-file.ts";
@@ -21,7 +23,6 @@ import { readMlx } from "./mlx.ts";
 import { compare } from "./modules.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
 import { readPeft } from "./peft.ts";
-import { joinModels } from "./pipeline.ts";
 
 const TASK = "task.json";
 
@@ -153,6 +154,40 @@ async function openOnDemand(path: string): Promise<ByteSource> {
       } finally {
         await source.close?.();
       }
+    },
+  };
+}
+
+/**
+ * @param models by the name of the model ("unet", "text_encoder"). Closed by the adapter's `close`
+ * @param metadata of the task
+ */
+export function joinModels(
+  { id, file }: Pick<Adapter, "id" | "file">,
+  models: ReadonlyMap<string, Adapter>,
+  metadata: TaskMetadata,
+): Adapter {
+  const all = [...models];
+  const modules = all.flatMap(([model, adapter]) =>
+    [...adapter.modules.values()].map((module): AdapterModule => {
+      return { ...module, name: `${model}.${withTextModel(module.name, model)}`, read: () => module.read() };
+    }),
+  );
+  const saved = all.flatMap(([model, adapter]) =>
+    adapter.saved.map((one) => ({ ...one, name: `${model}.${one.name}` })),
+  );
+  const bases = new Set(all.map(([, { baseModel }]) => baseModel));
+  return {
+    id,
+    file,
+    byteLength: all.reduce((sum, [, { byteLength }]) => sum + byteLength, 0),
+    baseModel: bases.size === 1 ? [...bases][0] : undefined,
+    modules: new Map(modules.map((module) => [module.name, module] as const).sort(([a], [b]) => compare(a, b))),
+    saved: saved.sort((a, b) => compare(a.name, b.name)),
+    metadata,
+    warnings: all.flatMap(([model, { warnings }]) => warnings.map((text) => `${model}: ${text}`)),
+    async close() {
+      for (const adapter of models.values()) await adapter.close();
     },
   };
 }

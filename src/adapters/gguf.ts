@@ -8,10 +8,9 @@ import { type GgufFile, openGguf } from "../tensor/gguf.ts";
 import { type Derived, transposed, withDerived } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
-import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic } from "./gguf-names.ts";
+import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic, permuteRows } from "./gguf-names.ts";
 import { readTaskMetadata } from "./metadata.ts";
 import { assembleLora, type LoraKey, listed, refuser, sortTensors } from "./named-lora.ts";
-import { permuteRows } from "./permute.ts";
 
 /** The file of one LoRA of llama.cpp. */
 export interface GgufFiles {

@@ -11,7 +11,15 @@ import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-fact
 import { foreignName } from "./diffusers-keys.ts";
 import { splitPrefix, unflatten } from "./kohya-names.ts";
 import { readTaskMetadata } from "./metadata.ts";
-import { assembleLora, type LoraKey, listed, type Refuse, readAlphas, refuser, sortTensors } from "./named-lora.ts";
+import {
+  assembleLora,
+  type LoraKey,
+  listed,
+  type RefuseTensor,
+  readAlphas,
+  refuser,
+  sortTensors,
+} from "./named-lora.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import { openSafetensors } from "./safetensors.ts";
 
@@ -85,7 +93,7 @@ function named(model: string, flat: string, names: FlatNames, file: string): str
   return moduleOf(`${model}_${flat}`, names, file)?.slice(model.length + 1) ?? moduleOf(flat, names, file);
 }
 
-function unknownError(keys: readonly string[], refuse: Refuse): AdapterError {
+function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterError {
   const foreign = foreignName(keys.filter((key) => !isKohyaName(key) || /\.(hada|lokr)_/.test(key)));
   if (foreign !== undefined) return refuse(foreign.name, `tensor ${foreign.name} ${foreign.message}`);
   return refuse(

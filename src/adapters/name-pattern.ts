@@ -112,7 +112,7 @@ class Automaton {
 }
 
 /** Adds the states of a part, after which the automaton goes on in `next`. @returns the state in which the part begins */
-type Part = (next: number) => number;
+type Fragment = (next: number) => number;
 
 function compile(pattern: string, refuse: RefusePattern): Automaton {
   const compiler = new Compiler(pattern, (why) => refuse(pattern, `${why}; write the modules' names instead`));
@@ -180,20 +180,20 @@ class Compiler {
     return true;
   }
 
-  #alternatives(): Part {
+  #alternatives(): Fragment {
     const all = [this.#sequence()];
     while (this.#take("|")) all.push(this.#sequence());
     return all.length === 1 ? all[0]! : (next) => this.#add({ to: all.map((part) => part(next)) });
   }
 
-  #sequence(): Part {
-    const parts: Part[] = [];
+  #sequence(): Fragment {
+    const parts: Fragment[] = [];
     while (this.#next !== undefined && this.#next !== "|" && this.#next !== ")") parts.push(this.#repeated());
     // Backwards: what is last in the pattern is met first.
     return (next) => parts.reduce((to, part) => part(to), next);
   }
 
-  #repeated(): Part {
+  #repeated(): Fragment {
     const isPlace = this.#next === "^" || this.#next === "$";
     const part = this.#atom();
     const times = this.#times();
@@ -206,7 +206,7 @@ class Compiler {
     return (next) => this.#repeat(part, least, most, next);
   }
 
-  #repeat(part: Part, least: number, most: number, next: number): number {
+  #repeat(part: Fragment, least: number, most: number, next: number): number {
     let to = next;
     let copies = least;
     if (most === Infinity) {
@@ -236,7 +236,7 @@ class Compiler {
     return times;
   }
 
-  #atom(): Part {
+  #atom(): Fragment {
     const character = this.#next!;
     if ("*+?{".includes(character)) throw this.#refuse(`has nothing to repeat before "${character}"`);
     this.#at++;
@@ -258,12 +258,12 @@ class Compiler {
     }
   }
 
-  #one(item: number | CharacterTest): Part {
+  #one(item: number | CharacterTest): Fragment {
     const test = testOf(item);
     return (next) => this.#add({ test, to: [next] });
   }
 
-  #group(): Part {
+  #group(): Fragment {
     if (this.#take("?") && !this.#take(":")) throw this.#refuse(`has a group "(?${this.#next ?? ""}"`);
     const part = this.#alternatives();
     if (!this.#take(")")) throw this.#refuse('has a "(" without ")"');

@@ -31,10 +31,10 @@ export interface LoraParts {
   alpha?: string;
 }
 
-export type Refuse = PeftTensors["refuse"];
+export type RefuseTensor = PeftTensors["refuse"];
 
 export const refuser =
-  (file: TensorFile): Refuse =>
+  (file: TensorFile): RefuseTensor =>
   (field, message) =>
     new AdapterError(message, { file: file.name, field });
 
@@ -47,7 +47,7 @@ export const refuser =
 export function sortTensors(
   file: TensorFile,
   parse: (name: string) => LoraKey | undefined,
-  unknown: (names: readonly string[], refuse: Refuse) => AdapterError,
+  unknown: (names: readonly string[], refuse: RefuseTensor) => AdapterError,
 ): Map<string, LoraParts> {
   const refuse = refuser(file);
   for (const key of file.tensors.keys()) checkName(key, refuse);

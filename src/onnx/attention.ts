@@ -3,7 +3,7 @@
  * one matrix. It is taken apart into the product, its bias, a Split, and `MultiHeadAttention`, the same kernel without the
  * product; so there is a packed layer that packed.ts adapts. What that cannot say stays as it is. Loaded where there is one.
  */
-import { isParameterName, placeOf } from "./claims.ts";
+import { isParameterName, modulePathOf } from "./claims.ts";
 import { FLOAT16, INT64 } from "./linear.ts";
 import { attribute, indexGraph, type OnnxModel } from "./model.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits } from "./nodes.ts";
@@ -179,7 +179,7 @@ function moduleOf({ graph }: OnnxModel, node: NodeProto): string | undefined {
   if (isParameterName(node.input[WEIGHT]!)) return undefined;
   const [out] = node.output as [string];
   const paths = (graph.consumers.get(out) ?? []).flatMap(({ node: next, input }) => {
-    const place = input === 0 && /MatMul|Gemm/.test(next.opType) ? placeOf(graph, next) : undefined;
+    const place = input === 0 && /MatMul|Gemm/.test(next.opType) ? modulePathOf(graph, next) : undefined;
     return place?.shared === 1 && place.path !== "" ? [place.path] : [];
   });
   const [path] = paths;

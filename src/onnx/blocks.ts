@@ -9,14 +9,14 @@ import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
 /** Values as they lie, and where along an axis a part of them begins. */
-export interface Block {
+export interface AxisPart {
   readonly data: Uint8Array;
   readonly shape: readonly number[];
   readonly start: number;
 }
 
 /** Copies `count` rows or columns. @param width bytes of a value */
-export function copyPart(from: Block, to: Block, axis: number, count: number, width: number): void {
+export function copyPart(from: AxisPart, to: AxisPart, axis: number, count: number, width: number): void {
   const inner = from.shape.slice(axis + 1).reduce((a, b) => a * b, width);
   const outer = from.shape.slice(0, axis).reduce((a, b) => a * b, 1);
   const [fromStep, toStep] = [from.shape[axis]! * inner, to.shape[axis]! * inner];

@@ -66,7 +66,7 @@ export const MOST_PASSED = 16;
 const MOST_FOLLOWED = 32;
 
 /** Where a node belongs. */
-interface Place {
+interface ModulePath {
   readonly path: string;
   /** Told by a bias that so many layers use: a guess where they are several. */
   readonly shared: number;
@@ -78,7 +78,7 @@ export class Claims {
   readonly #file: string;
   /** Whether names are those of onnxruntime-genai's model builder. */
   readonly #built: boolean;
-  readonly #places = new Map<NodeProto, Place | undefined>();
+  readonly #paths = new Map<NodeProto, ModulePath | undefined>();
   readonly #segments = new Map<string, readonly string[]>();
   #left = 100_000;
 
@@ -110,7 +110,7 @@ export class Claims {
     };
     for (const { use, name, transposed } of reached) {
       const role = roleOf(use, shape.length, transposed);
-      const place = this.#placeOf(use.node);
+      const place = this.#modulePathOf(use.node);
       const path = place?.path;
       if (name !== undefined && (!role || path === undefined || this.#isWithin(name, path))) {
         claim(name, EVIDENCE.named, role?.layout, use);
@@ -180,12 +180,12 @@ export class Claims {
     return reached;
   }
 
-  #placeOf(node: NodeProto): Place | undefined {
-    if (!this.#places.has(node)) {
-      const place = placeOf(this.#graph, node);
-      this.#places.set(node, place && { ...place, path: this.#asCheckpoint(place.path)! });
+  #modulePathOf(node: NodeProto): ModulePath | undefined {
+    if (!this.#paths.has(node)) {
+      const place = modulePathOf(this.#graph, node);
+      this.#paths.set(node, place && { ...place, path: this.#asCheckpoint(place.path)! });
     }
-    return this.#places.get(node);
+    return this.#paths.get(node);
   }
 
   #split(name: string): readonly string[] {
@@ -328,7 +328,7 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
 export const SCOPES = "pkg.torch.onnx.name_scopes";
 
 /** The module whose `forward` made a node, as its exporter wrote it: dynamo into the node's metadata, TorchScript into its name. */
-export function writtenPlace({ name, metadataProps }: NodeProto): string | undefined {
+export function writtenPath({ name, metadataProps }: NodeProto): string | undefined {
   const scopes = metadataProps.find(({ key }) => key === SCOPES)?.value;
   // A Python list of the modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
   if (scopes !== undefined) return [...scopes.matchAll(/'([^']*)'/g)].at(-2)?.[1];
@@ -340,8 +340,8 @@ export function writtenPlace({ name, metadataProps }: NodeProto): string | undef
  * layer's bias often still has its name; it is no proof where several layers use it, which may be one layer that runs twice or equal
  * biases that were merged.
  */
-export function placeOf(graph: Graph, node: NodeProto): Place | undefined {
-  const path = writtenPlace(node);
+export function modulePathOf(graph: Graph, node: NodeProto): ModulePath | undefined {
+  const path = writtenPath(node);
   if (path !== undefined) return { path, shared: 1 };
   let result = /^(Fused)?MatMul(NBits|Integer)?$/.test(node.opType) ? node.output[0] : undefined;
   // A Cast and a Mul by the scales come first.

@@ -2,7 +2,7 @@
  * Other names for the values and nodes of a graph, so that two can become one: what says to which module a layer belongs is kept, and
  * says in addition on which side of the model it is.
  */
-import { isParameterName, SCOPES, writtenPlace } from "./claims.ts";
+import { isParameterName, SCOPES, writtenPath } from "./claims.ts";
 import { nestedGraphs } from "./model.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 
@@ -40,7 +40,7 @@ function* nodesOf(graph: GraphProto): Generator<NodeProto> {
 export function* pathsOf(graph: GraphProto): Generator<string> {
   for (const { name } of graph.initializer) if (isParameterName(name)) yield name;
   for (const node of nodesOf(graph)) {
-    const module = writtenPlace(node);
+    const module = writtenPath(node);
     if (module) yield module;
   }
 }
@@ -105,7 +105,7 @@ export function nameHalf(
     return name;
   });
   for (const node of nodesOf(graph)) {
-    const module = writtenPlace(node);
+    const module = writtenPath(node);
     if (module === undefined || front(module) === "") continue;
     const scopes = node.metadataProps.find(({ key }) => key === SCOPES);
     if (scopes) scopes.value = `['${front(module)}${module}', '']`;

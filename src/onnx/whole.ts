@@ -24,7 +24,7 @@ export async function readWhole(input: ModelInput, options: WholeOptions = {}): 
     const message = "model: { encoder, decoder } are joined to be trained, with `trainable: true`";
     throw new TypeError(`${message}; to answer, make a session on each, with createEigenSessions or createSessions`);
   }
-  return (await import("./parts.ts")).readParts(input, options);
+  return (await import("./encoder-decoder.ts")).readParts(input, options);
 }
 
 /** Whether a model is given as two files. */
