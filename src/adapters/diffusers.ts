@@ -1,8 +1,9 @@
 /**
- * Reads a LoRA as diffusers saves it, one safetensors file for all models of a pipeline, into the canonical form. Modules are
- * named from the pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever of diffusers' generations wrote the file. Where the
- * header has no `lora_adapter_metadata`, rank and DoRA are what the tensors show, and a module without alpha has alpha = rank, as
- * in diffusers. Portable: folders are read in folder.ts.
+ * Reads a LoRA as diffusers saves it, one safetensors file for all models of a pipeline, into the canonical form. Modules are named from
+ * the
+ * pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever generation of diffusers wrote the file. Without `lora_adapter_metadata` in
+ * the header, rank and DoRA follow from the tensors, and a module without alpha has alpha = rank, as in diffusers. Portable: folders are
+ * read in folder.ts.
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
@@ -37,7 +38,7 @@ export interface DiffusersFiles {
   readonly task?: unknown;
 }
 
-/** Fields of the header. The second is an argument of diffusers' functions, whose place is in tensors named "….alpha". */
+/** Fields of the header. The second is an argument of diffusers' functions; in files, tensors named "….alpha" hold it. */
 const [METADATA, ALPHAS] = ["lora_adapter_metadata", "network_alphas"];
 
 /**
@@ -85,7 +86,7 @@ export async function readDiffusers({ id, file, tensors: input, task }: Diffuser
   }
 }
 
-/** @throws AdapterError for an alpha beside a header that gives them all */
+/** @throws AdapterError for an alpha beside a header that has all of them */
 function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
   for (const { alpha: key } of parts.values()) {
     if (key === undefined) continue;
@@ -96,7 +97,7 @@ function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): 
   }
 }
 
-/** The one value that there is; undefined where there are several, or none. */
+/** The only value; undefined where there are several, or none. */
 function common(values: readonly (string | undefined)[]): string | undefined {
   const found = new Set(values.filter((value) => value !== undefined));
   return found.size === 1 ? [...found][0] : undefined;
@@ -121,7 +122,7 @@ function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterErr
   );
 }
 
-/** The configurations in the header, by the prefix of the tensors they are for; empty where the header has none. */
+/** Configurations in the header, by prefix of their tensors; empty where the header has none. */
 function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<string, PeftConfig> {
   const refuse = refuser(file);
   if (file.metadata.has(ALPHAS!)) {
@@ -168,7 +169,7 @@ function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<st
 }
 
 /**
- * In a model where one module has a magnitude, diffusers gives the others that of the base, which is not in the file.
+ * Checks that DoRA covers each model whole: diffusers gives modules without a magnitude that of the base, which is not in the file.
  * @throws AdapterError for a module without one
  */
 function checkDora(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {

@@ -1,6 +1,7 @@
 /**
- * The way to ONNX Runtime: a canonical adapter as an `.onnx_adapter` file, for models that were exported with the factors of LoRA as
- * inputs. Scales stay in B, since the format has none.
+ * Writes a canonical adapter as an `.onnx_adapter` file of ONNX Runtime, for models that were exported with the factors of LoRA as
+ * inputs.
+ * Scales stay in B, since the format has none.
  */
 
 import { type OnnxAdapterEntry, writeOnnxAdapter } from "../tensor/onnx-adapter-writer.ts";
@@ -9,9 +10,10 @@ import { type Exportable, type FactorMatrix, f32Bytes, factorsOf, refuseModule, 
 import { checkAdapter } from "./modules.ts";
 
 /**
- * The bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out]. Holds one
- * adapter in memory.
- * @throws AdapterError for what the format has no place for: heads, biases, DoRA, convolutions, embeddings
+ * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out].
+ * Holds
+ * one adapter in memory.
+ * @throws AdapterError for heads, biases, DoRA, convolutions and embeddings, which the format cannot hold
  */
 export async function onnxAdapterFile(adapter: Exportable): Promise<AsyncIterable<Uint8Array>> {
   checkAdapter("onnxAdapterFile", adapter);

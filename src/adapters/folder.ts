@@ -1,6 +1,7 @@
 /**
- * Adapters on disk: opens those under the paths a person names, in the order of their ids, each with the reader of its format. With
- * find.ts the only adapter code that needs a file system.
+ * Opens adapters on disk under given paths, in the order of their ids, each with the reader of its format. This file and find.ts are the
+ * only
+ * adapter code that needs a file system.
  */
 import { join, resolve } from "node:path";
 import { openPath } from "#platform";
@@ -29,13 +30,14 @@ const TASK = "task.json";
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
 
-/** How adapters are read. */
+/** Options of `readAdapters`. */
 export interface ReadAdaptersOptions {
   /** New ids, by old id or by path. */
   readonly rename?: ReadonlyMap<string, string> | undefined;
   /**
-   * What names the base's modules, for files of kohya, or its heads, for GGUF files: path of its folder, config.json, safetensors file or
-   * index, of a list of names in JSON, or of a GGUF file. Read when an adapter needs it. Default: nothing is known of it.
+   * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder, config.json, safetensors
+   * file
+   * or index, list of names in JSON, or GGUF file. Read when an adapter needs it. Default: none.
    */
   readonly base?: string | undefined;
 }
@@ -43,7 +45,7 @@ export interface ReadAdaptersOptions {
 /**
  * Opens the adapters under some paths, sorted by id. Close each when it is no longer needed: it may hold a file open.
  * @throws AdapterError as `findAdapters`, `readPeft` and the readers of other formats; FormatError and SourceError as these
- * @throws TaskError when two adapters have one id, an id is not allowed, or a rename means none or several
+ * @throws TaskError when two adapters have one id, an id is not allowed, or a rename matches none or several
  */
 export async function readAdapters(paths: readonly string[], options: ReadAdaptersOptions = {}): Promise<Adapter[]> {
   checkOptions("readAdapters", options, ["rename", "base"]);
@@ -62,7 +64,7 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   return adapters;
 }
 
-/** Opens the files of adapters, and remembers which. */
+/** Opens the files of adapters, and keeps some open. */
 class Files {
   readonly #sources: ByteSource[] = [];
   readonly #base: () => Promise<BaseFacts>;
@@ -140,7 +142,7 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
 /** Defined wherever node:fs is. */
 const openFile = openPath!;
 
-/** A file that is opened anew for every read. */
+/** Opens a file anew for every read. */
 async function openOnDemand(path: string): Promise<ByteSource> {
   const probe = await openFile(path);
   await probe.close?.();
@@ -159,6 +161,7 @@ async function openOnDemand(path: string): Promise<ByteSource> {
 }
 
 /**
+ * Joins the adapters of a pipeline's models to one, with names from the pipeline down, as in the files of diffusers.
  * @param models by the name of the model ("unet", "text_encoder"). Closed by the adapter's `close`
  * @param metadata of the task
  */

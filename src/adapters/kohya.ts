@@ -1,7 +1,8 @@
 /**
  * Reads a LoRA as kohya's sd-scripts and LyCORIS save it, one safetensors file for all models of a pipeline, into the canonical form:
- * linear layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) where its
- * norms go over outputs. Modules are named as diffusers names them. Portable: folders are read in folder.ts.
+ * linear
+ * layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) if its norms go over
+ * outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
  */
 import type { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
@@ -106,8 +107,9 @@ function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterErr
 const [DOWN, MID] = [".lora_down.weight", ".lora_mid.weight"];
 
 /**
- * LyCORIS' Tucker form: ΔW = up · mid ⊛ down, with mid [r, r, k…] and down [r, in, 1…]. The middle goes into the factor below, which
- * is then [r, in, k…] as in any convolution.
+ * Resolves LyCORIS' Tucker form: ΔW = up · mid ⊛ down, with mid [r, r, k…] and down [r, in, 1…]. The middle factor is multiplied into the
+ * lower
+ * one, which is then [r, in, k…] as in any convolution.
  * @throws AdapterError when the shapes do not fit
  */
 function withoutTucker<T extends TensorFile>(file: T): T {
@@ -132,7 +134,7 @@ function withoutTucker<T extends TensorFile>(file: T): T {
   return { ...found, tensors };
 }
 
-/** mid [r, r, taps] and down [r, in] as [r, in, taps], in f64. */
+/** Multiplies mid [r, r, taps] and down [r, in] to [r, in, taps], in f64. */
 function tucker(mid: Float32Array, down: Float32Array, rank: number, inputs: number): Float32Array<ArrayBuffer> {
   const taps = mid.length / rank ** 2;
   const out = new Float32Array(rank * inputs * taps);
@@ -148,7 +150,7 @@ function tucker(mid: Float32Array, down: Float32Array, rank: number, inputs: num
   return out;
 }
 
-/** Magnitudes as PEFT has them, [out], or [1, out, 1…] of a convolution. @throws AdapterError for norms over inputs */
+/** Magnitudes in PEFT's shape, [out], or [1, out, 1…] of a convolution. @throws AdapterError for norms over inputs */
 function withPlainShapes<T extends TensorFile>(file: T): T {
   const derived = new Map<string, Derived>();
   for (const [key, { dtype, shape }] of file.tensors) {

@@ -1,5 +1,7 @@
 /**
- * Parts of weights as bytes: of a packed one those of a layer, of a divided one those of all its parts. Loaded where a model has some.
+ * Bytes of parts of weights: of one layer within a packed weight, or of a divided weight joined from all its parts. Loaded only for
+ * models with
+ * such weights.
  */
 import type { CpuView } from "../base/host.ts";
 import type { ReadOptions } from "../source.ts";
@@ -8,7 +10,7 @@ import { type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from 
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
-/** Values as they lie, and where along an axis a part of them begins. */
+/** Values in memory, and where along an axis a part of them begins. */
 export interface AxisPart {
   readonly data: Uint8Array;
   readonly shape: readonly number[];
@@ -26,7 +28,7 @@ export function copyPart(from: AxisPart, to: AxisPart, axis: number, count: numb
   }
 }
 
-/** The values of a parameter that is a part, or made of parts. @throws FormatError, SourceError as `readTensor` */
+/** Reads a parameter that is a part, or made of parts. @throws FormatError, SourceError as `readTensor` */
 export async function readPiece(
   { model, external }: ModelFile,
   parameter: OnnxParameter & { readonly dtype: FloatDtype },

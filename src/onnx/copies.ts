@@ -1,7 +1,8 @@
 /**
- * Which of a model's weights are the same one, written down more than once. An exporter does so to a layer that is applied in
- * several ways, to inputs of two and of three dimensions, say: one initializer for a Gemm and a turned one for a MatMul. A task
- * must change all of them. Names say which may be the same (modules.ts), and values say which are (likeness.ts).
+ * Finds weights that a model contains more than once. An exporter copies a layer that is applied in several ways, for instance to inputs
+ * of two
+ * and of three dimensions: one initializer for a Gemm and a transposed one for a MatMul. A task must change all copies. Names tell which
+ * weights may be the same (modules.ts); here their values decide, whichever way round they are stored.
  */
 
 import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt } from "../base/fingerprint.ts";
@@ -11,7 +12,7 @@ import { type Candidate, isMatrix, isNameless, matrixShape, type OnnxParameter, 
 import type { ModelFile } from "./read.ts";
 import { readLinearWeight } from "./weights.ts";
 
-/** Candidates that a message spells out. */
+/** Candidates that a message lists. */
 const TOLD = 3;
 
 /** Finds the copies of weights. */
@@ -60,7 +61,7 @@ export class Copies {
     return { ...parameter, copies };
   }
 
-  /** Whether two weights are equal, up to how they lie in the file and, of different number formats, to rounding. */
+  /** Whether two weights are equal, up to orientation and, between different number formats, up to rounding. */
   async #isSame(a: Stored, b: Stored): Promise<boolean> {
     const [out, inputs] = matrixShape(a)!;
     if (!isMatrix(b) || matrixShape(b)!.join() !== `${out},${inputs}`) return false;
@@ -78,7 +79,7 @@ export class Copies {
     return matrixShape(stored)!.includes(0) ? () => 0 : at;
   }
 
-  /** Weights without a name whose values may be these. */
+  /** Weights without a name that may have the same values. */
   async #alike(parameter: OnnxParameter): Promise<readonly Stored[]> {
     if (parameter.dtype === "other") return [];
     this.#nameless ??= this.#findNameless();
@@ -99,7 +100,7 @@ export class Copies {
     return found;
   }
 
-  /** Type, shape and some values. */
+  /** Key of a weight: type, shape and some values. */
   async #keyOf(stored: Stored): Promise<string> {
     const [out, inputs] = matrixShape(stored)!;
     return `${stored.dtype} ${out} ${inputs} ${fingerprint("", out, inputs, await this.#values(stored)).join()}`;
