@@ -273,7 +273,7 @@ t.test("links do not lead out of the folders that were named", async (t) => {
   t.match((await json(1, "attach", "links/model/folder.onnx", bert, "-o", "links/out/a.onnx"))["error"], strayed);
   t.same(await readdir(at("out")), [], "nothing is read or written");
 
-  // As the caches of hubs lay files.
+  // The layout of hubs' caches: links to blobs.
   await writeFile(at("cache/blobs/1"), await located("weights.bin"));
   await cp(weights, at("cache/blobs/2"));
   await symlink("../blobs/1", at("cache/snapshot/model.onnx"));

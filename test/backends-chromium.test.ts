@@ -26,7 +26,7 @@ const BACKENDS: readonly BackendOptions[] = [
   { backend: "webgpu" },
 ];
 
-/** Of the page and of the worker. */
+/** Script of the page and of the worker. */
 const SCRIPT = `import { entry } from "./backends-browser.ts";
   Object.assign(globalThis, entry);
   if (!("document" in globalThis)) postMessage("ready");`;
@@ -127,7 +127,7 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
       const skip =
         options.backend === "webgpu" && !gpu && !required.has("chromium") && "this Chromium has no WebGPU adapter";
       for (const what of ["suite", "goldens"] as const) {
-        // In a worker the same code runs: one of the two for each kind of backend, and all in the soak.
+        // A worker runs the same code: here one backend of each kind, in the soak all of them.
         const brief = what === "suite" ? ["js", "relaxed-simd"] : ["webgpu"];
         if (where === "worker" && !soak && !brief.includes(options.wasm?.variant ?? options.backend!)) continue;
         await t.test(`${what}: ${name}`, { skip }, async (t) => {

@@ -11,7 +11,7 @@ interface Answer {
   stderr: string;
 }
 
-/** In this process, which is much faster. */
+/** Runs the command in this process, which is much faster. */
 async function run(...args: string[]): Promise<Answer> {
   const answer = { stdout: "", stderr: "" };
   const stream = (name: "stdout" | "stderr") => ({

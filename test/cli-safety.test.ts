@@ -90,7 +90,7 @@ t.test("what is there already is replaced by --force alone, by every command tha
   t.notOk((await readdir(folder)).includes("key.pem"), "neither of the two");
   await succeed("keygen", "-o", at("key"), "--force");
   t.equal((await stat(at("key.pem"))).mode & 0o777, 0o600);
-  // Of the files that come beside an attached model too.
+  // Files beside an attached model must not be overwritten either.
   await writeFile(at("a.base.safetensors"), "mine");
   const attach = ["attach", data("sessions/torchscript.onnx"), at("s.eigen"), "-o", at("a.onnx")];
   await succeed("pack", data("sessions/adapters"), "-o", at("s.eigen"));

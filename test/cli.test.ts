@@ -26,7 +26,7 @@ const folder = await mkdtemp(join(tmpdir(), "eigenlora-cli-"));
 workIn(t, folder);
 const own = data("adapters/own-seed");
 
-/** In a process of its own. */
+/** Runs the command in a process of its own. */
 function spawned(...args: string[]): { status: number | null; stdout: string; stderr: string } {
   return spawnSync(process.execPath, [main, ...args], { encoding: "utf8", cwd: folder });
 }

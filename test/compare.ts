@@ -47,7 +47,7 @@ export interface Golden {
   name: string;
   /** Holds base.safetensors and merged.safetensors. */
   folder: string;
-  /** Of this adapter alone, lossless. */
+  /** Lossless pack of this adapter alone. */
   pack: SourceInput;
   task: string;
   /** Weights that PEFT's merge changes. */

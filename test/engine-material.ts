@@ -16,7 +16,7 @@ async function material(): Promise<Material> {
   const path = data("sessions/base.safetensors");
   const host = await openHost(path);
   const adapters = ["sessions/adapters/two", "sessions/adapters/three"];
-  // Of one layer: engines without a compiler need seconds for 500 switches of more.
+  // One layer only: engines without a compiler need seconds for 500 switches of more.
   const only = (module: string): boolean => module.includes("layer.0.");
   const { bytes } = await packOf(adapters, { select: { kind: "k", k: 4 }, base: host }, only);
   const base = [];

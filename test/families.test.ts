@@ -7,7 +7,7 @@ import t from "tap";
 import { REFUSALS } from "./families/refusals.js";
 import { type Results, render } from "./families/table.js";
 
-/** As in families/run.js, which needs a model to run. */
+/** Tolerance of families/run.js, which needs a model to run. */
 const EXACT = 1e-5;
 const read = (path: string): string => readFileSync(new URL(path, import.meta.url), "utf8");
 const results = JSON.parse(read("families/results/results.json")) as Results;

@@ -197,7 +197,7 @@ t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real ada
       Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);
     const pair = { rank: 4, A: fill(9), Bt: fill(7) };
     const [A, Bt] = [Float64Array.from(values(36, random)), Float64Array.from(values(28, random))];
-    // At right angles to all but one row: a turn that is not told what to do with the rest must not lose it.
+    // Makes it orthogonal to all but one row: a rotation of the others must not lose it.
     if (zero === 1) [A, Bt].forEach((side) => side.fill(0, side.length / 4));
     // Zero rows among the others, as a pair has them that was turned before.
     turnTo(pair, { A: Float64Array.from(values(36, random)), Bt: Float64Array.from(values(28, random)) }, 7, 9);

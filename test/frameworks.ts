@@ -135,7 +135,7 @@ export function permuted({ shape, data }: Values, axes: readonly number[]): Valu
   return { shape: to, data: out };
 }
 
-/** As TF.js and flax store it: kernels as [...window, in, out]. */
+/** Transposes to the layout of TF.js and flax: kernels are [...window, in, out]. */
 export function asKernel(values: Values): Values {
   const rank = values.shape.length;
   return rank < 2 ? values : permuted(values, [...Array.from({ length: rank - 2 }, (_, i) => i + 2), 1, 0]);

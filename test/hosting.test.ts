@@ -169,7 +169,7 @@ const webpackDevServer: Start = async (t, project) => {
   return `http://127.0.0.1:${port}/`;
 };
 
-/** With the types of files, and what else Debian's nginx.conf sets that a page may notice. */
+/** Sets the types of files, and what else of Debian's nginx.conf a page may notice. */
 const nginx = command("nginx", async (port, folder) => {
   const file = join(temporary, "nginx.conf");
   const server = `server { listen 127.0.0.1:${port}; root ${folder}; location / { try_files $uri $uri/ =404; } }`;

@@ -28,7 +28,7 @@ interface Origin {
   readonly url: string;
   /** Method and range of each request. */
   readonly log: string[];
-  /** In place of the one given. */
+  /** Replaces the server's behaviour. */
   behave: Behaviour;
 }
 
@@ -53,7 +53,7 @@ async function origin(t: Test, behave: Behaviour): Promise<Origin> {
   return found;
 }
 
-/** As a good server does. @param more headers in place of its own; null leaves one out */
+/** Answers as a correct server does. @param more headers instead of its own; null leaves one out */
 function honest({ response, range }: Asked, more: Record<string, string | number | null> = {}, body = golden): void {
   const [start, end] = range ?? [0, body.length];
   const part = body.subarray(start, end);
@@ -87,7 +87,7 @@ async function use(url: string, options: OpenOptions = {}): Promise<Pack> {
   return pack;
 }
 
-/** For servers that keep one waiting. */
+/** Options for servers that never answer. */
 const QUICK = { timeout: 150, retries: 1 };
 
 interface Row {

@@ -14,7 +14,7 @@ interface Golden {
   rates: number[];
   weightDecay: number[];
   start: number[][];
-  /** By step, then by group. */
+  /** Gradients by step, then by group. */
   gradients: number[][][];
   norms: number[];
   values: number[][][];

@@ -14,7 +14,7 @@ import { type Trained, train } from "./training.js";
 /** One of each kind, the one with most gradients among them; test/learn-graph.test.ts has all, without a GPU. */
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
-/** On software WebGPU, which is slow, another kind on each build; all on both in the soak. */
+/** Cases of the gate: software WebGPU is slow, so each build runs another kind. The soak runs all on both. */
 const GATE: Record<string, readonly string[]> = { webgpu: ["vit-dynamo", BOTH], jsep: ["llama-dynamo"] };
 
 /** How far gradients may be off. The older provider leaves sine and cosine, which turn a LLaMA's positions, to WGSL: 2⁻¹¹. */

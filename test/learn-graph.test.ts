@@ -344,7 +344,7 @@ t.test("Python's onnxruntime runs the file as well", async (t) => {
 });
 
 t.test("where one position is looked at, the last layer works on that one alone", async (t) => {
-  /** The values of which one position is taken, by what makes them. */
+  /** Names of values from which one position is taken, by the operator that makes them. */
   const positions = ({ model }: ModelFile): string[] => {
     const { node } = model.graph.proto;
     const makes = new Map(node.flatMap(({ opType, output }) => output.map((value) => [value, opType] as const)));
@@ -353,7 +353,7 @@ t.test("where one position is looked at, the last layer works on that one alone"
       .map(({ input }) => makes.get(input[0]!)!)
       .sort();
   };
-  // Of what enters the last layer, which is what its query and what goes around attention need; masks that differ by position.
+  // Query and residual of the last layer need one position of its input; masks differ by position.
   const cases = [
     ["bert-eager-torchscript", ["LayerNormalization", "Where"]],
     ["bert-eager-dynamo", ["LayerNormalization", "Where"]],

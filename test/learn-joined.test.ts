@@ -236,7 +236,7 @@ function moved(graph: GraphProto, to: (path: string) => string): void {
   }
 }
 
-/** As the dynamo exporter says where a node belongs. */
+/** Writes the module of each node as the dynamo exporter does. */
 function scoped(graph: GraphProto): void {
   for (const [i, node] of graph.node.entries()) {
     const path = node.name.slice(1, Math.max(1, node.name.lastIndexOf("/"))).replaceAll("/", ".");
@@ -323,7 +323,7 @@ t.test("weights beside the files", async (t) => {
     ["one beside its file, one inside", { ...inTwo, decoder: MERGED }, {}],
   ] as const)
     await plain(t, parts, how, options);
-  // Of files this large a runtime for Node reads the weights itself.
+  // Runtimes for Node read the weights of files this large themselves.
   const large = (path: string, name: string): string => {
     const ballast = ({ initializer }: GraphProto): void => {
       initializer.push(makeFloats("ballast", [], [2 ** 21 + 1]));

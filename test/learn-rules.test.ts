@@ -232,7 +232,7 @@ const slice: fc.Arbitrary<Case> = fc
           fc.uniqueArray(fc.nat({ max: dims.length - 1 }), { minLength: 1, maxLength: dims.length }),
           fc.boolean(),
         ] as const),
-        // At least one element is left of any dimension, which is 3 or more.
+        // Dimensions are 3 or more, and at least one element of each is left.
         fc.array(fc.constantFrom([0, 1], [0, 2], [1, 3], [-2, -1], [-3, 1000], [1, -1], [0, 1000], [-1, 2 ** 31]), {
           minLength: 3,
           maxLength: 3,
@@ -325,7 +325,7 @@ const blocks: fc.Arbitrary<Case> = fc
     leading: shape(1, 2),
     bits: fc.constantFrom(4, 8),
     K: fc.constantFrom(32, 40, 48),
-    // Of 40 rows the zeros are so many that their shape alone is looked at.
+    // A row count of 40 gives so many zeros that only their shape is looked at.
     N: fc.constantFrom(5, 40),
     zeros: fc.constantFrom("none", "bytes", "floats"),
     bias: fc.boolean(),
@@ -597,7 +597,7 @@ for (const [op, cases] of Object.entries(CASES)) {
           probed.map((sizes) => feedsOf(one, sizes, next)),
         );
         const session = await NODE.InferenceSession.create(forward, { graphOptimizationLevel: level });
-        // As sessions that learn are loaded.
+        // Sessions that learn are loaded with this option.
         const extra = { session: { disable_prepacking: "1" } };
         const gradients = await NODE.InferenceSession.create(both, { graphOptimizationLevel: level, extra });
         try {

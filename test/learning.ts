@@ -90,13 +90,13 @@ export interface Case {
   readonly loss: number;
   /** Layers of the head, by name. */
   readonly heads: readonly string[];
-  /** Without the targets and logits. */
+  /** Inputs without targets and logits. */
   readonly feeds: ReadonlyMap<string, Feed>;
   /** [N, C] */
   readonly targets: Feed;
   /** Rank of every module. */
   readonly modules: ReadonlyMap<string, { rank: number; A: Float32Array; B: Float32Array; scale: number }>;
-  /** Of lora_A [r, in] and lora_B [out, r], and of the head, by parameter name. */
+  /** Gradients of lora_A [r, in] and lora_B [out, r], and of the head, by parameter name. */
   readonly gradients: ReadonlyMap<string, Float32Array>;
 }
 

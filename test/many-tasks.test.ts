@@ -40,7 +40,7 @@ const tasks = Array.from({ length: COUNT }, (_, i) => ({ entry: entry(i), blob }
 await writeFile(path, Buffer.concat(await layoutFresh({ description, bases, basisId, tasks })));
 const taskFile = (i: number): Uint8Array<ArrayBuffer> => encodeTaskFile(entry(i), basisId, blob);
 
-/** Of the processor: a machine that others use too must not fail it. */
+/** Limits processor time, so that a machine shared with others does not fail it. */
 async function within(t: Test, seconds: number, what: string, work: () => Promise<unknown>): Promise<void> {
   const before = process.cpuUsage();
   await work();

@@ -36,7 +36,7 @@ for (const backend of ["js", "wasm", "webgpu"]) {
   });
 }
 
-/** As in session-memory-child.js. */
+/** Sizes of session-memory-child.js. */
 const [SIZE, LAYERS] = [1024, 13];
 
 /** y = x · W₀ · W₁ · … */

@@ -34,7 +34,7 @@ t.test("WebAssembly finds the scales that the plain loop finds", async (t) => {
   const rows: [string, Float64Array][] = [
     ...[1, 2, 63, 64, 65, 768, 1281].map((width): [string, Float64Array] => [`noise of ${width}`, noise(width, width)]),
     ["a few that stand out", noise(500, 7).map((value, i) => (i % 97 === 0 ? 9 * value : value ** 3))],
-    // From halves a number goes upwards, those below zero too.
+    // Halves round upwards, those below zero too.
     ["halves", Float64Array.from({ length: 29 }, (_, i) => (i - 14) / 2)],
     ["just below a half", Float64Array.of(7, 0.49999999999999994, -0.49999999999999994, -0.5, 0.5, -1e-20)],
     ["nothing", new Float64Array(10)],

@@ -29,7 +29,7 @@ t.teardown(async () => {
   await rm(folder, { recursive: true });
 });
 
-/** For both tests: they open windows of their own, which share nothing. */
+/** Shared by both tests: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t);
 
 /** What the page has received from its worker, newest last. */

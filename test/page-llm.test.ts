@@ -30,7 +30,7 @@ t.teardown(async () => {
   await server.close();
   await rm(folder, { recursive: true });
 });
-/** For all tests here: they open windows of their own, which share nothing. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
 const SKILLS = ["upper", "lower"] as const;
 

@@ -12,9 +12,9 @@ import { keepTasks } from "./page-pack.ts";
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 await buildPage(folder);
 await keepTasks(folder, ["debtags-admin", "debtags-game", "debtags-role"]);
-// As hosts of static files have it: browsers need not ask again for minutes.
+// Hosts of static files send this: browsers need not ask again for minutes.
 const server = await serveFolder(folder, { cacheControl: "max-age=600" });
-/** For all tests here: they open windows of their own, which share nothing. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = noChromium ? undefined! : await launch(t);
 t.teardown(async () => {
   await server.close();

@@ -18,7 +18,7 @@ import { soak } from "./required.ts";
  */
 const skip = noChromium;
 
-/** Of the model's smallest adapted weight, as it lies on the device: f32 [384, 384]. */
+/** Bytes of the model's smallest adapted weight on the device: f32 [384, 384]. */
 const WEIGHT_BYTES = 4 * 384 * 384;
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
@@ -32,7 +32,7 @@ t.teardown(async () => {
 
 const data = async (path: string): Promise<any> =>
   JSON.parse(await readFile(new URL(`data/${path}`, import.meta.url), "utf8"));
-/** For all tests here: they open windows of their own, which share nothing. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
 
 const packReads = (): Answered[] => answers.filter(({ path }) => path === "/tasks.eigen");
@@ -415,7 +415,7 @@ t.test("WebGPU", { skip, timeout: soak ? 580_000 : 240_000 }, async (t) => {
       [expected, expected],
       `${task}: ${test[row][0]}`,
     );
-    // Of a switch there and back for each card too, and of the runs.
+    // Counts a switch there and back for each card too, and the runs.
     const sent = await sentSince();
     t.comment(`${task}: ${sent} bytes to the device`);
     t.ok(sent > 0 && sent < WEIGHT_BYTES, `${sent} bytes were sent: no weights`);

@@ -38,7 +38,7 @@ interface Files {
   config: Json | string;
   task: unknown;
   header: [string, Header | unknown][];
-  /** In the place of the header's JSON. */
+  /** Text instead of the header's JSON. */
   headerText: string | undefined;
   data: Uint8Array;
 }
@@ -259,7 +259,7 @@ function mutant(seed: number): Files {
 }
 
 function write(folder: string, { config, task, header, headerText, data }: Files): void {
-  // By hand, so that a name may be there twice.
+  // Written by hand, so that a name may occur twice.
   const text =
     headerText ?? `{${header.map(([name, tensor]) => `${JSON.stringify(name)}:${JSON.stringify(tensor)}`).join()}}`;
   const json = new TextEncoder().encode(text);

@@ -22,7 +22,7 @@ export const skip: string | false =
   !required.has("transformers") &&
   "transformers is not here; see EIGENLORA_RUNTIMES in transformers.test.ts";
 
-/** Of transformers.js, as far as it is used here. */
+/** The parts of transformers.js' Tensor that are used here. */
 export interface Tensor {
   dims: number[];
   data: ArrayLike<number>;

@@ -19,7 +19,7 @@ const WIDTH = 6;
 export interface Chance {
   (): number;
   of<T>(items: readonly T[]): T;
-  /** From -1 to 1. */
+  /** Random numbers from -1 to 1. */
   values(count: number): Float32Array;
 }
 

@@ -29,7 +29,7 @@ const SHAPES = [
   ["m.wide", 64, 16, 2],
   ["m.even", 32, 32, 8],
 ] as const;
-/** Of the norms of ΔW. */
+/** Factors of the norms of ΔW. */
 const SCALES = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1e3, 1e4];
 
 /** What is large of a large adapter: B, or both factors alike. */

@@ -58,7 +58,7 @@ async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
   return concat(chunks);
 }
 
-/** By what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */
+/** Sets by what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */
 const SETS = [
   ["head", "biases", "lora-bias", "dora"],
   ["same-head", "adapted-head"],

@@ -23,7 +23,7 @@ const MODELS: Record<string, number> = {
 };
 
 /**
- * Software WebGPU is slow: one model of each kind, of which "dynamo-optimized" is that of "torchscript". It has no f16
+ * Models that run on software WebGPU, which is slow: one of each kind ("dynamo-optimized" equals "torchscript"). It has no f16
  * arithmetic, so "half" does not run there, task or not.
  */
 const ON_GPU = ["torchscript", "gemm", "gemm-nn", "tied", "encoder", "f16", "q4", "int8"];
@@ -76,7 +76,7 @@ t.test(
           data: rows.flat(),
         };
       }
-      // On the GPU one task: what is shown there is the graph.
+      // The GPU runs one task: only the graph is at stake there.
       const onGpu = tasks.filter((task) => ["base", "two", "a"].includes(task));
       const pack = answers === "mlp" ? "mlp" : answers === "tied" ? "tied" : "main";
       const ignore = answers === "encoder" ? ["classifier"] : [];

@@ -152,7 +152,7 @@ t.test("packs of another base", async (t) => {
 
 t.test("names by hand", async (t) => {
   const pack = await packFor("base");
-  // As from an exporter that keeps no names: neither of the node nor of the bias behind it.
+  // Exporters may keep no names: neither of the node nor of the bias behind it.
   const nameless = changed("torchscript", ({ graph }) => {
     for (const node of graph!.node) {
       if (node.name.includes("layer.0/attention/self/query")) node.name = `node_${graph!.node.indexOf(node)}`;
@@ -181,7 +181,7 @@ t.test("names by hand", async (t) => {
 });
 
 t.test("a layer that is found by the end of its name only must be confirmed", async (t) => {
-  // As an encoder in a file of its own calls its layers: the decoder's of the same place end alike.
+  // An encoder in a file of its own names its layers like this: the decoder's names in the same place have the same end.
   const cut = changed("torchscript", ({ graph }) => {
     for (const node of graph!.node) {
       node.name = node.name.replace(/^\/bert\/encoder\//, "/");

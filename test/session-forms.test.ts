@@ -238,7 +238,7 @@ t.test("norms of Gemma, as onnxruntime-genai's builder stores them", async (t) =
   const built = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(path("text-simplified"))));
   built.producerName = "onnxruntime-genai";
   const pack = await packFor("text");
-  // As of other families, which have their checkpoint's numbers.
+  // Other families keep their checkpoint's numbers.
   await (await open(NODE, toBinary(ModelProtoSchema, built), pack)).close();
   const [words] = built.graph!.node;
   words!.output[0] = "words";

@@ -11,7 +11,7 @@ import { difference, GOLDENS, golden, modelBytes, packBytes } from "./sessions.t
 const PARAMETER_BYTES = 4096;
 const TOLERANCE = 1e-5;
 
-/** For all tests here: each opens a window of its own. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = noChromium ? undefined! : await launch(t, ["--enable-unsafe-webgpu"]);
 
 /** Packs that are the same for all models here. */

@@ -88,7 +88,7 @@ t.test("a graft keeps a model sound", async (t) => {
       const { modules, biases } = plan.graft;
       const grafted = graft(file.model, { ...plan.graft, ...takeApart(file.model, modules, biases) });
       const after = file.model.proto.graph!;
-      // As the writer places them.
+      // The writer places initializers so.
       const added = grafted.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
       const whole = { ...after, initializer: [...after.initializer, ...added] };
       const was = faults(before);

@@ -11,7 +11,7 @@ import { difference, type Mode, NODE, type Ort, open, WEB } from "./sessions.ts"
 
 const model = data("minilm/model_fp16.onnx");
 const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
-/** As many rows as the reference has logits of. */
+/** Rows for which the reference has logits. */
 const WITH_LOGITS = 16;
 
 const base = await openOnnxHost(model);

@@ -76,7 +76,7 @@ const EXPECTED = {
   whole: await alone([whole], "whole"),
   adapts: await alone([adapts], "adapts"),
   base: await alone([whole], null),
-  /** As the other task were without what it does to those layers. */
+  /** The other task without its changes to those layers. */
   headOfWhole: await alone([whole, without(adapts, "classifier", hidden.name)], blend),
   headOfAdapts: await alone([without(whole, "classifier", hidden.name), adapts], blend),
 };

@@ -158,7 +158,7 @@ for (const mode of ["core", "factors"] as const) {
     await isRefused(t, session, feed(4, 5, true), message, "and equal ones: made-up rows have told");
     await session.close();
 
-    // Of inputs that cannot be made up, each batch tells until one has told enough.
+    // Inputs that cannot be made up: batches are compared until one has told enough.
     for (const probe of [true, false, feed(2, 5)]) {
       const own = await open(NODE, chosen("five", "tokens", [fives("x", "five")]), await pack(), { mode, probe });
       await isRight(t, own, feed(4, 5, true), "equal rows are not mixed");

@@ -113,7 +113,7 @@ let [resident, rss] = [0, 0];
 for (let i = 0; i < SWITCHES; i++) {
   asked = choose(choices);
   await session.switchTask(asked);
-  // Without it switches follow each other so closely that no run comes between.
+  // Switches would otherwise follow each other so closely that no run comes between.
   if (i % 8 === 0) await new Promise(setImmediate);
   if (i !== SWITCHES >> 2) continue;
   // Heads differ in size, so memory is compared at the base.

@@ -93,7 +93,7 @@ function same(a: unknown, b: unknown): boolean {
   return a === b || (Number.isNaN(a) && Number.isNaN(b));
 }
 
-/** Of the same kind with the same elements. @throws TypeError for what has no elements and is not equal */
+/** Compares kind and elements. @throws TypeError for values without elements that are not equal */
 function strictlySame(a: unknown, b: unknown): boolean {
   if (same(a, b)) return true;
   if (!isList(a) || !isList(b)) return false;

@@ -137,7 +137,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     }
   });
 
-  /** Many switches, of which each leaves as many tensors and bytes, and the same weights, as the first to that task. */
+  /** Switches many times; every switch to a task leaves the same number of tensors and bytes, and the same weights, as the first. */
   async function many(t: SuiteTest, of: readonly string[], model: never, count: number): Promise<void> {
     const host = tfjsHost(tf, model);
     const runtime = await createRuntime(await openPack(await packFor(of)), { base: host, ...gpu() });
@@ -178,7 +178,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     let expected = await run().data();
     for (const task of ["plain", "same", "more", "plain", null] as const) {
       const asked = run();
-      // Without a copy the weight stays where it is.
+      // The weight stays in place where no copy holds it.
       const copy = task === "plain" ? kernel.clone() : undefined;
       const values = (await kernel.data()).slice();
       await runtime.switchTask(task);

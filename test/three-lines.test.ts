@@ -67,7 +67,7 @@ t.test("a bundle of esbuild in Chromium", { skip: noChromium }, async (t) => {
     outfile: "page.js",
   });
   const files = new Map([["page.js", outputFiles[0]!.contents as Uint8Array]]);
-  // As onnxruntime-web's documentation says: its WebAssembly files lie beside the bundle.
+  // onnxruntime-web's documentation puts its WebAssembly files beside the bundle.
   const dist = join(root, "node_modules/onnxruntime-web/dist");
   for (const file of readdirSync(dist)) if (file.endsWith(".wasm")) files.set(file, await readFile(join(dist, file)));
   check(t, await browse(t, files));

@@ -315,7 +315,7 @@ function sharesOf(when, answered) {
   };
 }
 
-/** Of the whole file. @param {Opened} opened @param {readonly State[]} states @param {Floats} values components */
+/** Bytes of the whole file. @param {Opened} opened @param {readonly State[]} states @param {Floats} values components */
 async function bytesOf({ pack, students, components, step }, states, values) {
   const { terms } = students[0];
   /** @type {Map<string, { dtype: string, encoded: Uint8Array }>} */

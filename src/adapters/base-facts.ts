@@ -1,7 +1,6 @@
 /**
  * Facts that some formats leave to the base model: kohya's files flatten the names of modules, and GGUF's order the rows of two
- * projections
- * by heads.
+ * projections by heads.
  */
 import { AdapterError } from "../errors.ts";
 

@@ -1,7 +1,6 @@
 /**
  * Reads facts of a base model (base-facts.ts) from its folder, config.json, a safetensors file or its index, a list of names, or a GGUF
- * file.
- * Reads headers, no weights.
+ * file. Reads headers, no weights.
  */
 import { readdir } from "node:fs/promises";
 import { basename, dirname, extname, join } from "node:path";

@@ -1,9 +1,8 @@
 /**
  * Reads a LoRA as diffusers saves it, one safetensors file for all models of a pipeline, into the canonical form. Modules are named from
- * the
- * pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever generation of diffusers wrote the file. Without `lora_adapter_metadata` in
- * the header, rank and DoRA follow from the tensors, and a module without alpha has alpha = rank, as in diffusers. Portable: folders are
- * read in folder.ts.
+ * the pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever generation of diffusers wrote the file. Without `lora_adapter_metadata`
+ * in the header, rank and DoRA follow from the tensors, and a module without alpha has alpha = rank, as in diffusers. Portable: folders
+ * are read in folder.ts.
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";

@@ -1,7 +1,6 @@
 /**
  * Writes a canonical adapter as an `.onnx_adapter` file of ONNX Runtime, for models that were exported with the factors of LoRA as
- * inputs.
- * Scales stay in B, since the format has none.
+ * inputs. Scales stay in B, since the format has none.
  */
 
 import { type OnnxAdapterEntry, writeOnnxAdapter } from "../tensor/onnx-adapter-writer.ts";
@@ -11,8 +10,7 @@ import { checkAdapter } from "./modules.ts";
 
 /**
  * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out].
- * Holds
- * one adapter in memory.
+ * Holds one adapter in memory.
  * @throws AdapterError for heads, biases, DoRA, convolutions and embeddings, which the format cannot hold
  */
 export async function onnxAdapterFile(adapter: Exportable): Promise<AsyncIterable<Uint8Array>> {

@@ -1,7 +1,6 @@
 /**
  * Writes a canonical adapter with the same weights under the names of diffusers or of kohya. Scales stay in B: alpha equals the rank,
- * which is
- * what both assume where no alpha is given.
+ * which is what both assume where no alpha is given.
  */
 import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import { bareModel, prefixOf } from "./diffusers-keys.ts";

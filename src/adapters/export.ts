@@ -1,7 +1,6 @@
 /**
  * Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals
- * its
- * rank. Makes the contents only; the caller writes them.
+ * its rank. Makes the contents only; the caller writes them.
  */
 
 import { AdapterError } from "../errors.ts";
@@ -19,8 +18,7 @@ type Add = (name: string, shape: readonly number[], values: Float32Array) => voi
 
 /**
  * Makes the contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the metadata `format:
- * "pt"`
- * that PyTorch's tools expect. Holds one adapter in memory.
+ * "pt"` that PyTorch's tools expect. Holds one adapter in memory.
  * @throws AdapterError when PEFT's format, which has one switch per adapter for DoRA, `lora_bias` and the orientation of weights, cannot
  * express this adapter; and errors of the adapter's `read`
  */
@@ -145,8 +143,7 @@ function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
 
 /**
  * The module that PEFT must save whole to hold a parameter of `owner`: the head around it where the task type has one, since PEFT wraps
- * that
- * head anyway, else `owner` itself.
+ * that head anyway, else `owner` itself.
  */
 function headModule(owner: string, taskType: string | undefined): string {
   const heads = headsOf(taskType);

@@ -1,7 +1,6 @@
 /**
  * Finds adapters under given paths and tells their formats apart: by the names that PEFT, diffusers and MLX LM give to files, by the
- * endings of
- * others, and for other safetensors files by the names of the tensors inside. Reads headers, no values.
+ * endings of others, and for other safetensors files by the names of the tensors inside. Reads headers, no values.
  */
 import { readdir, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
@@ -48,11 +47,10 @@ export interface AdapterLocation {
 /**
  * Finds the adapters under some paths, sorted by id, each once. A path is an adapter's folder, a file of it, or a folder of adapters. An
  * adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, MLX LM's adapter_config.json and adapters.safetensors,
- * or
- * diffusers' pytorch_lora_weights.safetensors; in a pipeline it has PEFT folders with the names of its models (`unet`, `text_encoder`).
- * Any other safetensors file that holds a LoRA, and any .gguf or .onnx_adapter file that does, is an adapter by itself. In a folder of
- * adapters, a sub-folder that is none may hold some, such as adapters of other names than `default`, which PEFT saves one folder deeper;
- * checkpoints inside an adapter's own folder are left alone.
+ * or diffusers' pytorch_lora_weights.safetensors; in a pipeline it has PEFT folders with the names of its models (`unet`,
+ * `text_encoder`). Any other safetensors file that holds a LoRA, and any .gguf or .onnx_adapter file that does, is an adapter by itself.
+ * In a folder of adapters, a sub-folder that is none may hold some, such as adapters of other names than `default`, which PEFT saves one
+ * folder deeper; checkpoints inside an adapter's own folder are left alone.
  * @throws AdapterError when a path is missing or holds no adapter, or an adapter's files are incomplete or a pickle
  * @throws SourceError when one is a pipe or a device
  * @throws FormatError when a safetensors file in a folder of adapters is damaged

@@ -1,7 +1,6 @@
 /**
  * Opens adapters on disk under given paths, in the order of their ids, each with the reader of its format. This file and find.ts are the
- * only
- * adapter code that needs a file system.
+ * only adapter code that needs a file system.
  */
 import { join, resolve } from "node:path";
 import { openPath } from "#platform";
@@ -36,8 +35,7 @@ export interface ReadAdaptersOptions {
   readonly rename?: ReadonlyMap<string, string> | undefined;
   /**
    * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder, config.json, safetensors
-   * file
-   * or index, list of names in JSON, or GGUF file. Read when an adapter needs it. Default: none.
+   * file or index, list of names in JSON, or GGUF file. Read when an adapter needs it. Default: none.
    */
   readonly base?: string | undefined;
 }

@@ -1,7 +1,6 @@
 /**
  * Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py, tensor_mapping.py;
- * llama.cpp's
- * convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
+ * llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
  */
 
 /** How an architecture names and orders weights. */
@@ -72,8 +71,7 @@ export function generic(name: string): { pattern: string; layer: string | undefi
 
 /**
  * Reorders rows of queries and keys of Llama's architecture as llama.cpp does (`permute` of convert_hf_to_gguf.py): rotary embedding
- * rotates
- * pairs of rows, which transformers keeps half a head apart and llama.cpp side by side.
+ * rotates pairs of rows, which transformers keeps half a head apart and llama.cpp side by side.
  * @param values [rows, columns], rows a multiple of 2 · heads
  * @param way "into pairs": from transformers' order to llama.cpp's; "out of pairs": back
  */

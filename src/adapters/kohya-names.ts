@@ -1,8 +1,8 @@
 /**
  * Names of modules in kohya's LoRA files, where an underscore stands for every dot. Without the base's own list of modules they are split
- * by
- * the words that module names of Stable Diffusion's UNets and of CLIP consist of; no such name can be split in two ways. Files for SDXL
- * have the names of its original code ("input_blocks_4_1"), which are translated as in diffusers 0.42 (loaders/lora_conversion_utils.py).
+ * by the words that module names of Stable Diffusion's UNets and of CLIP consist of; no such name can be split in two ways. Files for
+ * SDXL have the names of its original code ("input_blocks_4_1"), which are translated as in diffusers 0.42
+ * (loaders/lora_conversion_utils.py).
  */
 
 /** Prefixes of kohya and LyCORIS, and the models they stand for. */

@@ -1,8 +1,7 @@
 /**
  * Reads a LoRA as kohya's sd-scripts and LyCORIS save it, one safetensors file for all models of a pipeline, into the canonical form:
- * linear
- * layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) if its norms go over
- * outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
+ * linear layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) if its norms
+ * go over outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
  */
 import type { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
@@ -108,8 +107,7 @@ const [DOWN, MID] = [".lora_down.weight", ".lora_mid.weight"];
 
 /**
  * Resolves LyCORIS' Tucker form: ΔW = up · mid ⊛ down, with mid [r, r, k…] and down [r, in, 1…]. The middle factor is multiplied into the
- * lower
- * one, which is then [r, in, k…] as in any convolution.
+ * lower one, which is then [r, in, k…] as in any convolution.
  * @throws AdapterError when the shapes do not fit
  */
 function withoutTucker<T extends TensorFile>(file: T): T {

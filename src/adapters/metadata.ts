@@ -1,7 +1,6 @@
 /**
  * Reads `task.json`, the file beside an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
- * become
- * the task's metadata. It is not the adapter's own configuration.
+ * become the task's metadata. It is not the adapter's own configuration.
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";

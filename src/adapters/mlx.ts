@@ -1,7 +1,6 @@
 /**
  * Reads a LoRA or DoRA as MLX LM saves it, `adapter_config.json` and `adapters.safetensors`, into the canonical form. Factors in the file
- * are
- * [in, r] and [r, out]; the configuration holds the scale itself. Portable: folders are read in folder.ts.
+ * are [in, r] and [r, out]; the configuration holds the scale itself. Portable: folders are read in folder.ts.
  */
 import { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";

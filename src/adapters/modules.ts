@@ -82,8 +82,7 @@ const LISTED = 3;
 
 /**
  * Refuses adapters of different base models, which cannot share a pack. One model goes by several names, as a hub's id and as a folder,
- * so names
- * with the same end count as one. An adapter without a name fits any.
+ * so names with the same end count as one. An adapter without a name fits any.
  * @param anyBase accept them all the same
  * @throws AdapterError when adapters name different base models, listing them
  */

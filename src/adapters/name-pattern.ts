@@ -2,8 +2,7 @@
  * The regular expressions by which PEFT gives modules a rank and a scale of their own (`get_pattern_key` of peft/utils/other.py:
  * `re.match(r"(.*\.)?(PATTERN)$", name)`, the first match counts). Patterns come from untrusted files, and the engines of JavaScript and
  * Python backtrack, which can take exponential time. Here a pattern becomes a nondeterministic automaton that is in all its states at
- * once
- * (Thompson, CACM 11(6), 1968): time grows with pattern × name.
+ * once (Thompson, CACM 11(6), 1968): time grows with pattern × name.
  *
  * Supported: literals, escaped punctuation, `.`, `[…]`, `\d \w \s \D \W \S`, groups `(…)` and `(?:…)`, `|`, `* + ? {m,n}` and
  * their lazy forms, `^` and `$`, each as Python reads it in names without control characters. Lookaround and backreferences have no

@@ -1,7 +1,6 @@
 /**
  * LoRA files that describe themselves by the names of their tensors, without a configuration: those of diffusers, kohya, llama.cpp, ONNX
- * Runtime
- * and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
+ * Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
  */
 import { AdapterError } from "../errors.ts";
 import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";

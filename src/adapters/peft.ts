@@ -1,8 +1,7 @@
 /**
  * Reads an adapter as PEFT saves it, `adapter_config.json` and `adapter_model.safetensors`, into the canonical form. Rank and scale of a
- * module
- * come from the same fields and patterns as in PEFT. A file that PEFT would not load, or would load in part only, is refused. Portable:
- * folders are read in folder.ts.
+ * module come from the same fields and patterns as in PEFT. A file that PEFT would not load, or would load in part only, is refused.
+ * Portable: folders are read in folder.ts.
  */
 import { checkOptions } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";

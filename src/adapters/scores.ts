@@ -1,7 +1,6 @@
 /**
  * Accuracies of adapters beside those of their heads alone: the paper leaves out adapters that add little to their head. Callers with
- * test rows
- * measure the scores; this file reads them and splits the adapters.
+ * test rows measure the scores; this file reads them and splits the adapters.
  */
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";

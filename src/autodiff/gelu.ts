@@ -1,7 +1,6 @@
 /**
  * Recognises GELU as exporters before opset 20 write it: x · (1 + erf(x/√2)) · ½ in five nodes. The derivative of the single operator
- * takes
- * fewer passes over the elements than that of the five, and keeps only x.
+ * takes fewer passes over the elements than that of the five, and keeps only x.
  */
 import type { Graph } from "../onnx/model.ts";
 import { makeNode } from "../onnx/nodes.ts";

@@ -1,8 +1,8 @@
 /**
  * The training graph: a model that answers with any task, extended to learn one too. Inputs that `graft` has added (factors of layers,
- * heads)
- * get gradients in a branch that runs only on demand. It uses standard operators, so that every build of ONNX Runtime runs it, including
- * those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes the steps.
+ * heads) get gradients in a branch that runs only on demand. It uses standard operators, so that every build of ONNX Runtime runs it,
+ * including those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes
+ * the steps.
  */
 import { FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
@@ -28,16 +28,14 @@ export interface TrainingGraphOptions {
   readonly logits?: string | undefined;
   /**
    * Whether the model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
-   * of
-   * each. Default: false.
+   * of each. Default: false.
    */
   readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
   /**
    * Two feeds of the model's own inputs, for models that reject made-up ones. Free dimensions must be larger than 1 and differ within a
-   * feed
-   * and between the two: 2×5 and 3×7. Sizes that are equal in both, such as that of an empty cache, count as fixed.
+   * feed and between the two: 2×5 and 3×7. Sizes that are equal in both, such as that of an empty cache, count as fixed.
    */
   readonly feeds?: readonly [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>] | undefined;
   /**

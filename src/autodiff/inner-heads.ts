@@ -1,7 +1,6 @@
 /**
  * Layers that tasks bring whole are trained with any number of outputs, one for each label. In a head of several layers that holds for
- * the
- * last one only; the layers in front of it keep the model's number of outputs. Uses graphs and names only.
+ * the last one only; the layers in front of it keep the model's number of outputs. Uses graphs and names only.
  */
 import type { TaskInput } from "../onnx/adapted.ts";
 import { nestedGraphs } from "../onnx/model.ts";

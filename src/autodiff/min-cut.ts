@@ -1,7 +1,6 @@
 /**
  * Finds the cheapest set of nodes that every path from a source to a sink passes (Dinic's algorithm): the values of a forward run to keep
- * so
- * that everything needed later can be computed from them.
+ * so that everything needed later can be computed from them.
  */
 
 /** A node: its cost, and the nodes that lead to it. */

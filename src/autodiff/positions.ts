@@ -1,7 +1,6 @@
 /**
  * Restricts the last product of a model that answers at every position to some of them. Only positions of an answer meet a target, not
- * those
- * of its prompt, and the last product, with a vocabulary of tens of thousands, is by far the widest.
+ * those of its prompt, and the last product, with a vocabulary of tens of thousands, is by far the widest.
  */
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import type { Graph } from "../onnx/model.ts";

@@ -1,8 +1,7 @@
 /**
  * Chooses which values of the forward run the backward nodes find kept, and makes the others again. Kept values are memory that an
- * answering
- * run does not need, so few are kept; but no product with a weight is computed twice. What is made again waits for the gradient that
- * needs it: runtimes order nodes by their inputs alone, and would recompute all layers first.
+ * answering run does not need, so few are kept; but no product with a weight is computed twice. What is made again waits for the gradient
+ * that needs it: runtimes order nodes by their inputs alone, and would recompute all layers first.
  */
 
 import type { Graph } from "../onnx/model.ts";
@@ -222,8 +221,7 @@ function isDear({ opType, input }: NodeProto, { producers }: Graph): boolean {
 
 /**
  * Values that bypass a layer, such as residuals. Each could be made from the one before and the layer's result, but then the last one
- * would
- * need all of them at once.
+ * would need all of them at once.
  */
 export function farUsed({ graph, active }: Pick<Forward, "graph" | "active">): ReadonlySet<string> {
   const depths = new Map<string, number>();

@@ -1,7 +1,6 @@
 /**
  * Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
- * weights at
- * load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
+ * weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
  */
 import { FLOAT } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";

@@ -1,8 +1,7 @@
 /**
  * Takes apart onnxruntime's own `Attention`, which its optimiser makes for BERT-like models with the weights of queries, keys and values
- * in
- * one matrix. The parts are the product, its bias, a Split, and `MultiHeadAttention`, the same kernel without the product; packed.ts then
- * adapts the packed layer. An attention that these operators cannot express stays as it is. Loaded only for models with one.
+ * in one matrix. The parts are the product, its bias, a Split, and `MultiHeadAttention`, the same kernel without the product; packed.ts
+ * then adapts the packed layer. An attention that these operators cannot express stays as it is. Loaded only for models with one.
  */
 import { isParameterName, modulePathOf } from "./claims.ts";
 import { FLOAT16, INT64 } from "./linear.ts";
@@ -99,8 +98,7 @@ function apart(model: OnnxModel, node: NodeProto, sizes: readonly number[], mask
 
 /**
  * Turns masks into additions to the scores, which is how an attention uses them: on WebGPU `MultiHeadAttention` takes no other masks. A
- * mask
- * stays as it is where the file does not tell its form.
+ * mask stays as it is where the file does not tell its form.
  */
 class Masks {
   readonly #model: OnnxModel;
@@ -175,8 +173,7 @@ class Masks {
 
 /**
  * A path for the packed layer, from the projection behind it: "…/attention/qkv" for "…attention.output.dense". The weight's own name is
- * made
- * up by the optimiser; in GPT-2 it is the checkpoint's and stays.
+ * made up by the optimiser; in GPT-2 it is the checkpoint's and stays.
  */
 function moduleOf({ graph }: OnnxModel, node: NodeProto): string | undefined {
   if (isParameterName(node.input[WEIGHT]!)) return undefined;

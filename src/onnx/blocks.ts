@@ -1,7 +1,6 @@
 /**
  * Bytes of parts of weights: of one layer within a packed weight, or of a divided weight joined from all its parts. Loaded only for
- * models with
- * such weights.
+ * models with such weights.
  */
 import type { CpuView } from "../base/host.ts";
 import type { ReadOptions } from "../source.ts";

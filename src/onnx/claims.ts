@@ -1,7 +1,6 @@
 /**
  * Finds which parameters of the PyTorch model an initializer may be, from its own name and from the modules that use it. Looks at names
- * and
- * orientation only: it reads no value, and does not decide between two claims to one name.
+ * and orientation only: it reads no value, and does not decide between two claims to one name.
  */
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
@@ -338,8 +337,7 @@ export function writtenPath({ name, metadataProps }: NodeProto): string | undefi
 
 /**
  * The module whose `forward` made a node, dotted; "" for the model itself. If no exporter wrote it, or it is lost, the name of a linear
- * layer's
- * bias often tells. A bias that several layers use is no proof: one layer may run twice, or equal biases were merged.
+ * layer's bias often tells. A bias that several layers use is no proof: one layer may run twice, or equal biases were merged.
  */
 export function modulePathOf(graph: Graph, node: NodeProto): ModulePath | undefined {
   const path = writtenPath(node);

@@ -1,7 +1,6 @@
 /**
  * Adds products with a pack's components to a model, in the smallest form that a runtime multiplies by. Integers enter the graph without
- * the
- * scales of their rows: the core between the components contains these.
+ * the scales of their rows: the core between the components contains these.
  */
 import { FLOAT, INT8, UINT8 } from "./linear.ts";
 import { type Added, CONTRIBUTED, type Place, PREFIX } from "./nodes.ts";

@@ -1,8 +1,7 @@
 /**
  * Finds weights that a model contains more than once. An exporter copies a layer that is applied in several ways, for instance to inputs
- * of two
- * and of three dimensions: one initializer for a Gemm and a transposed one for a MatMul. A task must change all copies. Names tell which
- * weights may be the same (modules.ts); here their values decide, whichever way round they are stored.
+ * of two and of three dimensions: one initializer for a Gemm and a transposed one for a MatMul. A task must change all copies. Names tell
+ * which weights may be the same (modules.ts); here their values decide, whichever way round they are stored.
  */
 
 import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt } from "../base/fingerprint.ts";

@@ -1,7 +1,6 @@
 /**
  * Joins an encoder and a decoder from two files into one model in memory, for training: what a task learns in the encoder shows only in
- * the
- * decoder's results, and gradients do not pass between files. For answering, the two files stay separate.
+ * the decoder's results, and gradients do not pass between files. For answering, the two files stay separate.
  */
 import { checkOptions } from "../arguments.ts";
 import { FormatError, SourceError } from "../errors.ts";

@@ -1,7 +1,6 @@
 /**
  * Made-up inputs for any model, from its declared inputs: token ids 1, masks 1, no past. Their values mean nothing; they only make the
- * model
- * run.
+ * model run.
  */
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { attribute, type OnnxModel } from "./model.ts";

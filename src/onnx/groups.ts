@@ -11,8 +11,7 @@ interface Sharing {
 
 /**
  * Groups modules with components by their common input, in the same order. Other modules with terms stay alone: those without components,
- * and
- * those that are applied several times.
+ * and those that are applied several times.
  * @param kindOf modules of different kinds are kept apart
  */
 export function groupsOf<M extends Sharing>(modules: readonly M[], kindOf: (components: Components) => string): M[][] {

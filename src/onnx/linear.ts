@@ -1,7 +1,6 @@
 /**
  * Applications of linear layers: the value that enters and the one that comes out, whatever operators the exporter or a quantiser has
- * made of
- * the layer. Looks at names and operators only and reads no value.
+ * made of the layer. Looks at names and operators only and reads no value.
  */
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, type Slice } from "./modules.ts";
@@ -160,8 +159,7 @@ export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | 
 
 /**
  * Finds a node that holds the weights of several layers, as graph optimisers make them: these layers can be neither found nor added to
- * one
- * by one.
+ * one by one.
  */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
   return model.graph.proto.node.find(

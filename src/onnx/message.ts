@@ -1,7 +1,6 @@
 /**
  * The used parts of the protobuf runtime (@bufbuild/protobuf), with types of our own: the library is bundled, so its types are missing
- * when a
- * user's compiler reads ours.
+ * when a user's compiler reads ours.
  */
 import * as library from "@bufbuild/protobuf";
 import * as generated from "@bufbuild/protobuf/codegenv2";

@@ -1,8 +1,7 @@
 /**
  * Layers that a file holds in other pieces than the checkpoint: several packed into one, such as the queries, keys and values of an
- * attention,
- * or one divided into several. In a packed layer weights lie one below the other and results one behind the other, so each layer is a
- * slice that can be added to. The results of a divided layer are joined and split again.
+ * attention, or one divided into several. In a packed layer weights lie one below the other and results one behind the other, so each
+ * layer is a slice that can be added to. The results of a divided layer are joined and split again.
  */
 import type { GraftBias, GraftModule } from "./adapted.ts";
 import type { Linear } from "./linear.ts";
@@ -125,8 +124,7 @@ function integersOf({ rawData }: TensorProto): number[] {
 
 /**
  * Splits the results of packed layers and joins them again, so that terms can be added in between; and the other way round for divided
- * layers.
- * Changes the graph.
+ * layers. Changes the graph.
  * @returns modules and biases, each with nodes that make its own result; with slices where all parts of a layer are adapted alike
  */
 export function takeApart(

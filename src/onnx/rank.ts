@@ -1,7 +1,6 @@
 /**
  * Ranks of values, as far as the nodes before them tell. No shape inference: one number, for the operators between a transformer's inputs
- * and
- * its linear layers. Unknown ranks are undefined.
+ * and its linear layers. Unknown ranks are undefined.
  */
 import { attribute, type OnnxModel } from "./model.ts";
 import type { NodeProto, ValueInfoProto } from "./onnx_pb.ts";

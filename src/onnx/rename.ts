@@ -1,7 +1,6 @@
 /**
  * Renames the values and nodes of a graph so that two graphs can be joined. Names keep the module that a layer belongs to, and also tell
- * its side
- * of the model.
+ * its side of the model.
  */
 import { isParameterName, SCOPES, writtenPath } from "./claims.ts";
 import { nestedGraphs } from "./model.ts";
@@ -74,8 +73,7 @@ export function halvesOf(encoder: GraphProto, decoder: GraphProto): Halves {
 
 /**
  * Renames one half, in place. Its modules and parameters get the half's name in front where they lack it. In a decoder only names that
- * also
- * occur in the encoder change, so that "lm_head" stays. Other values change where their name is taken.
+ * also occur in the encoder change, so that "lm_head" stays. Other values change where their name is taken.
  * @param fixed values that get a name of their own, or keep theirs
  * @param taken names already given; those of this half are added
  */

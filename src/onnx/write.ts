@@ -1,7 +1,6 @@
 /**
  * Prepares models for a runtime: the protobuf without its weights, and the files that hold those. Weights are never encoded into the
- * protobuf
- * again: tensors in the model's own file are pointed at there.
+ * protobuf again: tensors in the model's own file are pointed at there.
  */
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";

@@ -44,12 +44,10 @@ export interface DistillOptions
     SequenceOptions {
   /**
    * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models
-   * that
-   * answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
+   * that answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
    * logits are off, and Adam's steps are as long as the rate even where the way is short. A head rate of 0 keeps the adapter's own head,
-   * a
-   * rate of 0 of `terms` the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the one
-   * with the labels (`inner`): `head` divided by the number of inputs of the layer.
+   * a rate of 0 of `terms` the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the
+   * one with the labels (`inner`): `head` divided by the number of inputs of the layer.
    */
   readonly learningRates?:
     | { readonly terms?: number; readonly privateTerms?: number; readonly head?: number; readonly inner?: number }
@@ -66,8 +64,7 @@ export interface DistillOptions
   readonly steps?: number | undefined;
   /**
    * Divides the logits of adapter and task while training. Default: the temperature, at most 1, at which the adapter's largest
-   * probability
-   * is 0.9 on average. Labels of an adapter that is never sure depend on differences that KL hardly sees.
+   * probability is 0.9 on average. Labels of an adapter that is never sure depend on differences that KL hardly sees.
    */
   readonly temperature?: number | undefined;
   /** Share of the texts held back to judge by. Default: an eighth. */

@@ -8,8 +8,7 @@ import type { Unlabelled } from "./examples.ts";
 
 /**
  * Turns texts into a model's inputs, one row each, padded to the longest. A tokenizer of transformers.js works as it is, since `how`
- * holds
- * its options.
+ * holds its options.
  * @param inputs names of the model's inputs
  */
 export type Encode = (
@@ -27,8 +26,7 @@ export interface Batcher<Feeds> {
   readonly encodes: boolean;
   /**
    * Encodes rows for later batches and measures their lengths, in any unit. Rows are padded to the longest of their batch, so batches
-   * take
-   * rows of similar lengths.
+   * take rows of similar lengths.
    */
   lengths<R extends Unlabelled<Feeds>>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
   /** Key of rows that fit into one batch. Texts are padded; feeds of callers must have the same dimensions. */

@@ -161,8 +161,7 @@ export function toBatches<T>(
 
 /**
  * Targets [rows, labels] of a batch. A row sums to its weight; `smoothing` of it is spread over all labels. Weights are relative: those
- * of
- * a batch have the mean 1.
+ * of a batch have the mean 1.
  */
 export function targetsOf(
   rows: readonly Pick<Row, "label" | "target" | "weight">[],

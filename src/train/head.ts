@@ -1,8 +1,7 @@
 /**
  * The head of a task: the layers that are trained whole. Most heads are one layer with a row of weights for each label. In heads of
- * several
- * (RoBERTa's `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) only the last layer has such
- * rows; the layers in front of it keep the model's shape.
+ * several (RoBERTa's `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) only the last layer
+ * has such rows; the layers in front of it keep the model's shape.
  */
 
 /** One layer of a head. */

@@ -1,7 +1,6 @@
 /**
  * Second moments of the inputs of a model's adapted modules, over plain text. An error of ΔW matters only where inputs are; packs made
- * with
- * these moments minimise the error of the modules' outputs instead of the error of ΔW.
+ * with these moments minimise the error of the modules' outputs instead of the error of ΔW.
  */
 
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";

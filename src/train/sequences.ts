@@ -1,7 +1,6 @@
 /**
  * Examples as token ids, with the positions where something is learned. A prompt is encoded exactly as when the model is asked, so that
- * the
- * learned tokens are those that generation will need.
+ * the learned tokens are those that generation will need.
  */
 
 import { type Encode, PADDED } from "./encoding.ts";

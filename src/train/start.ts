@@ -1,8 +1,7 @@
 /**
  * Starting values of training. The coefficients of a pack's tasks show where useful ones lie. Their mean is a start for tasks trained
- * from
- * one seed, whose rows correspond; random ones with their spread are for tasks with seeds of their own (the paper's zero-shot). Rows must
- * differ at the start: identical rows get identical gradients for ever.
+ * from one seed, whose rows correspond; random ones with their spread are for tasks with seeds of their own (the paper's zero-shot). Rows
+ * must differ at the start: identical rows get identical gradients for ever.
  */
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/decode-coded.ts";

@@ -31,8 +31,7 @@ export interface OptimizerOptions {
   /**
    * Learning rates. Default for terms, and for the head's layer with the labels: 0.02. Private terms, which make up a LoRA: `terms`, or
    * 0.002 where that is not given. Components: 0.001. Layers of a head in front of the one with the labels (`inner`): `head` divided by
-   * the
-   * number of inputs of the layer. Numbers with a rate of 0 stay as they are.
+   * the number of inputs of the layer. Numbers with a rate of 0 stay as they are.
    */
   readonly learningRates?:
     | {

@@ -247,8 +247,7 @@ export class Trainer<Feeds = unknown> {
 
   /**
    * Scores the task's current answers: the mean loss in nats over texts or learned tokens, and the share of examples with the right
-   * answer.
-   * A completion is right if all its tokens are.
+   * answer. A completion is right if all its tokens are.
    * @throws RangeError, TypeError as `fit`
    */
   async score(examples: readonly Example<Feeds>[]): Promise<Score> {

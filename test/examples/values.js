@@ -137,7 +137,7 @@ export const values = {
   pastOf: () => absent("a language model"),
   /** @returns {any} */
   pipeline: () => absent("transformers.js"),
-  /** Of transformers.js, or of a Worker. @returns {any} */
+  /** The environment of transformers.js, or of a Worker. @returns {any} */
   env: () => absent("transformers.js"),
   /** @returns {any} */
   pipe: () => absent("transformers.js"),

@@ -54,9 +54,9 @@ const sigma = (step) => Math.sqrt((1 - ALPHAS[step]) / ALPHAS[step]);
 
 /** Euler's method. */
 const euler = {
-  /** Of the noise that all begins with. @param {number[]} all */
+  /** Scale of the initial noise. @param {number[]} all */
   scale: (all) => Math.sqrt(sigma(all[0]) ** 2 + 1),
-  /** Of what the UNet sees. @param {number} step @param {number[]} all */
+  /** Scale of the UNet's input. @param {number} step @param {number[]} all */
   input: (step, all) => 1 / Math.sqrt(sigma(all[step]) ** 2 + 1),
   /** @param {Float32Array} x @param {Float32Array} noise @param {number} step @param {number[]} all */
   next(x, noise, step, all) {

@@ -23,7 +23,7 @@ import { refusalOf } from "./refusals.js";
  */
 
 const MODES = /** @type {const} */ (["core", "factors", "folded"]);
-/** Of f32, and of 4 bits: what is added is computed in f32 beside both. */
+/** Tolerances for f32 and for 4 bits: additions are computed in f32 beside both. */
 const EXACT = 1e-5;
 /**
  * Files that compute in f16, or quantise what enters a layer, are off by themselves, and every task by an amount of its own: a few
@@ -195,7 +195,7 @@ async function ofRows(family, one, sessions) {
   return off;
 }
 
-/** In parts of the largest number expected. @param {{ data: any }} tensor @param {readonly number[]} expected */
+/** Largest difference relative to the largest expected number. @param {{ data: any }} tensor @param {readonly number[]} expected */
 export function difference({ data }, expected) {
   const found = /** @type {ArrayLike<number>} */ (data);
   if (found.length !== expected.length) return Infinity;

@@ -17,7 +17,7 @@ const LEVELS = [
   [248, [2247, 6674, 10909, 14843, 18390, 21496, 24136]],
 ];
 
-/** Of tables `{ sums, quick, uses }`: those of bytes are quick, they move faster. */
+/** Symbols of tables `{ sums, quick, uses }`: those of bytes are quick, which means they move faster. */
 /** @param {Uint8Array} bytes @param {Uint8Array} [before] as `decodeSection` takes it @returns {Uint8Array} */
 export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);

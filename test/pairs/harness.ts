@@ -18,7 +18,7 @@ export interface Kind<O> {
   readonly calls: Calls<O>;
   /** All that can be seen when both are through. */
   look(on: O): Promise<unknown>;
-  /** Results of which one is refused because the other is at work, though no order of the two would have that. */
+  /** Pattern of an error that one call gets because the other is running, though neither order of the two would give it. */
   readonly refused?: RegExp | undefined;
   /** How many times the usual interleavings. */
   readonly more?: number;

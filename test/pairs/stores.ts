@@ -76,7 +76,7 @@ interface Cache {
   readonly entries: Map<string, Uint8Array>;
   readonly source: CachedSource;
   readonly other: CachedSource;
-  /** Of the first. */
+  /** Requests of the first runtime. */
   readonly asked: { requests: number };
 }
 const ROOM = 700;
@@ -125,7 +125,7 @@ const caches = [
     async look({ entries, source, other, asked }) {
       must(source.reads.requests === asked.requests, `${source.reads.requests} requests, not ${asked.requests}`);
       const after = await read(source, 20, 50).catch(refusalOf);
-      // As much as there is room for, whatever was kept.
+      // Fills whatever room is left, independent of what was kept.
       for (const at of after === "source" ? [] : [400, 700, 1000, 1300]) await source.read(at, 200);
       let held = 0;
       for (const [key, { length }] of entries) held += key === "order" ? 0 : length;

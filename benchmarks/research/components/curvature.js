@@ -105,7 +105,10 @@ function addSquares(sum, rows, alpha, rank) {
   return sum;
 }
 
-/** With so much of the identity: text is never all that a model will see. @param {Float64Array} curvature @param {number} damping */
+/**
+ * Adds a share of the identity: sample texts never cover all that a model will see. @param {Float64Array} curvature @param {number}
+ * damping
+ */
 function damped(curvature, damping) {
   const d = Math.sqrt(curvature.length);
   return curvature.map((value, i) => value + (i % (d + 1) === 0 ? damping : 0));
@@ -161,7 +164,7 @@ export function withFeedback(values, steps, largest, curvature, damping) {
   const d = Math.sqrt(curvature.length);
   const order = Array.from({ length: d }, (_, i) => i).sort((a, b) => curvature[b * d + b] - curvature[a * d + a]);
   const whole = damped(curvature, damping);
-  // Of the inverse, in the order in which numbers are rounded: the factor's columns say what the later ones make up for.
+  // Factor of the inverse, in the order in which numbers are rounded: its columns tell how later numbers make up for earlier ones.
   const factor = cholesky(
     inverse(
       Float64Array.from(whole, (_, i) => whole[order[Math.floor(i / d)] * d + order[i % d]]),

@@ -1,7 +1,6 @@
 /**
  * Fused operators and their definitions. The graph that is examined and differentiated is a shadow of the model's graph: it has
- * definitions
- * in place of the fused nodes, which the model itself keeps.
+ * definitions in place of the fused nodes, which the model itself keeps.
  */
 import { type Graph, indexGraph, type OnnxModel } from "../../onnx/model.ts";
 import { makeNode, PREFIX } from "../../onnx/nodes.ts";

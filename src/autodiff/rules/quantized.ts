@@ -1,7 +1,6 @@
 /**
  * Products with weights in blocks of 4 or 8 bits. The weights stay packed: the backward pass unpacks their rows one part at a time and
- * frees
- * each part before the next.
+ * frees each part before the next.
  */
 import { CONTRIBUTED } from "../../onnx/nodes.ts";
 import type { Emitter } from "../emit.ts";
