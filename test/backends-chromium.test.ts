@@ -13,7 +13,7 @@ import { goldenPacks } from "./packs.ts";
 import { required, soak } from "./required.ts";
 import { type Finding, record } from "./stand-in.ts";
 
-/** Where the entry's functions can be called. */
+/** A window or worker in which the entry's functions can be called. */
 interface Realm {
   evaluate<R, A>(call: (argument: A) => R | Promise<R>, argument: A): Promise<R>;
 }
@@ -113,7 +113,7 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
     ["window", page],
     ["worker", await startWorker(page)],
   ];
-  /** Assertions of each run: what one backend is asked, all are. */
+  /** Numbers of assertions of each run: all backends must have the same. */
   const counts = { suite: new Set<number>(), goldens: new Set<number>() };
 
   for (const [where, realm] of realms) {

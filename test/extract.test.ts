@@ -1,6 +1,6 @@
 /**
- * Extraction against numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and
- * against its own definitions on generated stacks: ΔW is formed here, which the package never does.
+ * Extraction, compared with numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and with its own
+ * definitions on generated stacks: ΔW is formed here, which the package never does.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import type { Dtype } from "eigenlora";
@@ -304,7 +304,7 @@ function deltaSquares({ members, in: inputs, out }: ModuleStack): number[] {
   });
 }
 
-/** Σ ‖ΔW − ΔW'‖² of what was extracted. */
+/** Σ ‖ΔW − ΔW'‖² of an extraction. */
 function objective(stack: ModuleStack, { tasks }: { tasks: readonly { error: number }[] }): number {
   return sum(deltaSquares(stack).map((squares, i) => squares * tasks[i]!.error ** 2));
 }
@@ -517,7 +517,7 @@ t.test("an error selection is honoured, and no pair of fewer bytes would do", as
           ranks.reduce((all, rank) => all + tensorBytes(type, rank, kA) + tensorBytes(type, rank, kB), 0);
         const spent = bytes(result.A.components, result.B.components);
         const full = extractModule(stack, { ...options, select: { kind: "energy", share: 1 } });
-        // Every pair of fewer bytes, or of as many with a smaller K_A, brought onto bases cut from the full ones.
+        // Every pair with fewer bytes, or with as many and a smaller K_A, brought onto bases cut from the full ones.
         for (let kA = 0; kA <= full.A.components; kA++) {
           for (let kB = 0; kB <= full.B.components; kB++) {
             const cost = bytes(kA, kB);

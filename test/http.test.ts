@@ -1,6 +1,6 @@
 /**
- * Files behind servers that misbehave, on real sockets: what passes is tried again, what does not is named, nothing is ever
- * mixed, and requests are counted.
+ * Files behind misbehaving servers, on real sockets: temporary faults are retried, lasting ones are named, versions are never mixed, and
+ * requests are counted.
  */
 import { readFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
@@ -14,7 +14,7 @@ import { data } from "./packs.ts";
 const golden = await readFile(data("goldens/pack/every-kind.eigen"));
 const HTML = "<!doctype html><title>Log in</title>";
 
-/** What a request asks for, as [start, end); undefined without a range. */
+/** A request's range, as [start, end); undefined without a range. */
 interface Asked {
   readonly request: IncomingMessage;
   readonly response: ServerResponse;
@@ -70,7 +70,7 @@ function withoutNull(headers: Record<string, string | number | null>): Record<st
   return Object.fromEntries(Object.entries(headers).filter(([, value]) => value !== null)) as never;
 }
 
-/** The whole file, whatever was asked. */
+/** Answers with the whole file, whatever was asked. */
 function whole(asked: Asked, more: Record<string, string | number | null> = {}, body: Uint8Array = golden): void {
   honest({ ...asked, range: undefined }, more, Buffer.from(body));
 }
@@ -94,7 +94,7 @@ interface Row {
   readonly name: string;
   readonly behave: Behaviour;
   readonly message: RegExp;
-  /** Requests until it is given up. */
+  /** Number of requests before giving up. */
   readonly requests: number;
   readonly options?: OpenOptions;
   readonly transient?: true;

@@ -1,5 +1,5 @@
 /**
- * Texts as batches: each is tokenised once, and batches are to the bit what the tokenizer makes of their texts.
+ * Texts as batches: each text is tokenised once, and batches equal the tokenizer's own to the bit.
  */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
@@ -15,9 +15,9 @@ import { GOLDENS, NODE } from "./sessions.ts";
 
 interface Style {
   readonly front?: boolean;
-  /** Lengths are multiples of it. */
+  /** Lengths are multiples of this. */
   readonly multiple?: number;
-  /** Positions that go on through the padding. */
+  /** Whether positions go on through the padding. */
   readonly positions?: boolean;
   /** An input of three dimensions. */
   readonly features?: boolean;
@@ -25,7 +25,7 @@ interface Style {
 
 const NAMES = ["input_ids", "attention_mask", "token_type_ids", "position_ids", "features"];
 
-/** A tokenizer of letters, that counts the texts it is given. */
+/** A tokenizer of letters that counts the texts it is given. */
 function letters({ front = false, multiple = 1, positions = false, features = false }: Style): {
   encode(texts: readonly string[]): BatchFeeds;
   asked: string[];

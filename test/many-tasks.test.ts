@@ -1,6 +1,6 @@
 /**
- * Ten thousand tasks, and a part of 200 000: what takes time for each task must not take it for each pair of tasks. The limits are
- * wide: what is quadratic takes several times as long.
+ * Ten thousand tasks, and a part of 200 000: time must grow with tasks, not with pairs of tasks. The limits are wide, since quadratic
+ * work takes several times as long.
  */
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -49,7 +49,7 @@ async function within(t: Test, seconds: number, what: string, work: () => Promis
   t.ok(took < seconds, `${what}: ${took.toFixed(1)} s`);
 }
 
-/** @returns what `--json` says */
+/** Runs a command. @returns its output with `--json` */
 async function run(...args: string[]): Promise<Record<string, any>> {
   let said = "";
   const stream = { write: (more: string): unknown => (said += more) };

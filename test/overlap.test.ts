@@ -1,6 +1,5 @@
 /**
- * A weight that one task brings whole, or in rows, and another adapts: what it is then, in numbers; in a blend, whose it is; and
- * what is refused by name.
+ * Weights that one task brings whole, or in rows, and another adapts: their values, in a blend too, and refusals by name.
  */
 import {
   createRuntime,

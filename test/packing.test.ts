@@ -1,4 +1,4 @@
-/** What makes packing fast and small in memory changes no byte of a pack. */
+/** Measures that make packing fast and small in memory change no byte of a pack. */
 import { type Adapter, type BuildOptions, buildPack, type PrivateChoice, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
@@ -119,7 +119,7 @@ t.test("what is extracted again with other private terms is what would have been
   await extractor.close();
 });
 
-/** The adapter, counting how often a module of it is read. */
+/** The adapter, with counted reads of its modules. */
 function counting(adapter: Adapter, read: Map<string, number>): Adapter {
   const all = [...adapter.modules].map(([name, module]): [string, typeof module] => [
     name,

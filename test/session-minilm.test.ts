@@ -1,6 +1,6 @@
 /**
- * The real model with real adapters, packed without loss: the labels that PEFT predicts, and its logits. A sample of tasks
- * and rows; `test/soak-session.js` takes all of them.
+ * The real model with real adapters, packed without loss: PEFT's labels and logits. A sample of tasks and rows; `test/soak-session.js`
+ * takes all.
  */
 import { openPack } from "eigenlora";
 import { openOnnxHost } from "eigenlora/onnx";

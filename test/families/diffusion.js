@@ -1,6 +1,6 @@
 /**
- * Stable Diffusion and SDXL in JavaScript: text encoders and UNet under one switch, and a denoising loop written down plainly. Held
- * against the latents of diffusers' own pipelines (diffusion.py).
+ * Stable Diffusion and SDXL in JavaScript: text encoders and UNet under one switch, and a plain denoising loop, compared with the latents
+ * of diffusers' own pipelines (diffusion.py).
  */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -83,7 +83,7 @@ function joined(parts, at) {
   return new ort.Tensor("float32", Float32Array.from(all.flat()), [...parts[0].dims.slice(0, -1), width]);
 }
 
-/** What the text encoders make of token ids. @param {Models["sessions"]} sessions @param {ort.Tensor} input_ids @returns {Promise<Encoded>} */
+/** Encodes token ids. @param {Models["sessions"]} sessions @param {ort.Tensor} input_ids @returns {Promise<Encoded>} */
 async function encode({ text_encoder, text_encoder_2 }, input_ids) {
   const first = await text_encoder.run({ input_ids });
   if (!text_encoder_2) return { prompt: first["last"] };
@@ -134,7 +134,7 @@ async function denoise(models, { feeds, steps, guidance }) {
 }
 
 /**
- * Every task of a pipeline, and the base after them.
+ * Runs every task of a pipeline, and the base after them.
  * @param {string} folder
  * @returns {Promise<{ off: number, failures: string[] }>}
  */
