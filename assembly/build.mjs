@@ -1,7 +1,7 @@
 /**
- * Builds the kernels: dist/wasm/*.wasm for tools that want a file or a precompiled module, and beside each a module
- * with the same bytes, from base64, which every bundler takes without being told about assets. Nothing is compiled at
- * import time. Fails when the kernels outgrow their budget.
+ * Builds the kernels: dist/wasm/*.wasm for tools that need a file or a precompiled module, and beside each a module with the same bytes
+ * as base64, which every bundler accepts without configuration for assets. Nothing is compiled at import time. Fails when the kernels
+ * outgrow their budget.
  */
 import { mkdirSync, writeFileSync } from "node:fs";
 import { gzipSync } from "node:zlib";

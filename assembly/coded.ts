@@ -1,10 +1,10 @@
 /**
- * The decoder of coded sections (SPEC.md, appendix A): the twin of `src/format/coded.ts`, which says what is coded in which order. A
- * module of its own, for `src/format/coded-wasm.ts`, and for SIMD alone: a table is one vector. It works in pieces, so that the caller
- * can let others have a turn. A section that breaks a rule ends in a trap, with `fault` and `place` set to what is wrong and where.
+ * Decodes coded sections (SPEC.md, appendix A): the twin of `src/format/coded.ts`, which defines the order of what is coded. A module of
+ * its own, for `src/format/coded-wasm.ts`, and for SIMD only, since a table is one vector. It works in pieces, so that the caller can
+ * give others a turn. A section that breaks a rule ends in a trap; `fault` and `place` then tell the error and its position.
  *
- * Memory: what the caller writes once, FIRST and LEVELS; TABLES and COLUMNS; from STORED on the stored bytes, the bytes that copies may be
- * of, the section, and a word for each row of a run.
+ * Memory: FIRST and LEVELS, which the caller writes once; TABLES and COLUMNS; from STORED on the stored bytes, the bytes that copies may
+ * come from, the section, and a word for each row of a run.
  */
 
 /** First tables of `coded-tables.ts`, nine i32 each. */
@@ -13,7 +13,10 @@
 /** `LEVEL_OF` of `coded-tables.ts`, bytes. */
 // @ts-ignore: decorator
 @inline const LEVELS: usize = 5632;
-/** Of each, 32 bytes: how often it was used (u8), from byte 14 on the nine sums (u16). The last, 2^15, is negative as an i16 and never moves. */
+/**
+ * Tables of 32 bytes each: how often it was used (u8), from byte 14 on the nine sums (u16). The last, 2^15, is negative as an i16 and
+ * never moves.
+ */
 // @ts-ignore: decorator
 @inline const TABLES: usize = 6144;
 /** Means of the numbers of a tensor (i16); −1 where there is none yet. */
@@ -24,7 +27,7 @@
 // @ts-ignore: decorator
 @inline const STORED: usize = 20480;
 
-/** The tables, by the order of `coded-tables.ts`. */
+/** Indices of the tables, in the order of `coded-tables.ts`. */
 // @ts-ignore: decorator
 @inline const MORE: usize = 66;
 // @ts-ignore: decorator
@@ -48,22 +51,22 @@
 // @ts-ignore: decorator
 @inline const COUNT: usize = 153;
 
-/** Why a section is wrong, by the order of `FAULTS` in `coded.ts`; 0 while it is not. */
+/** Reason why a section is wrong, in the order of `FAULTS` in `coded.ts`; 0 while it is valid. */
 export let fault: u32 = 0;
-/** Which byte of the section that concerns. */
+/** Byte of the section at which it is wrong. */
 export let place: u32 = 0;
 
 let state: u32 = 0;
-/** The next word, and where there are no more. */
+/** The next word, and the end of the words. */
 let words: usize = 0;
 let stop: usize = 0;
 
-/** Where the section begins and ends, and the next byte of it. */
+/** Begin and end of the section, and its next byte. */
 let section: usize = 0;
 let end: usize = 0;
 let at: usize = 0;
 
-/** What comes next. */
+/** The next step. */
 let phase: u32 = 0;
 // @ts-ignore: decorator
 @inline const BYTES: u32 = 0;
@@ -82,12 +85,12 @@ let phase: u32 = 0;
 // @ts-ignore: decorator
 @inline const END: u32 = 7;
 
-/** Bytes: where they end, how many more are literal or copied, and from how far back the last copy came. */
+/** State of bytes: their end, how many more are literal or copied, and the distance of the last copy. */
 let until: usize = 0;
 let left: usize = 0;
 let distance: usize = 0;
 
-/** A run: its shape, bytes from one tensor to the next, tensors that follow this one, and whether each number is remembered. */
+/** State of a run: its shape, bytes from one tensor to the next, tensors that follow this one, and whether each number is remembered. */
 let kind: u32 = 0;
 let rows: u32 = 0;
 let width: u32 = 0;
@@ -97,7 +100,7 @@ let remember: bool = false;
 /** The words of its rows: the mean (i16) and the upper byte of the scale. */
 let known: usize = 0;
 
-/** A tensor: where it begins, its row, where the integers of that row begin, and the next of them. */
+/** State of a tensor: its begin, its row, the begin of that row's integers, and the next one of them. */
 let start: usize = 0;
 let row: u32 = 0;
 let values: usize = 0;
@@ -137,7 +140,7 @@ function bits(count: u32): u32 {
   return found;
 }
 
-/** Lanes are the sums S₁ to S₈. Those above the slot are those that a used table moves upwards. */
+/** Decodes a symbol. Lanes are the sums S₁ to S₈. Those above the slot are those that a used table moves upwards. */
 function symbol(table: usize): u32 {
   const address = TABLES + (table << 5);
   const sums = v128.load(address, 16);
@@ -155,7 +158,7 @@ function symbol(table: usize): u32 {
   return value;
 }
 
-/** A number below 2^31 − 1. */
+/** Decodes a number below 2^31 − 1. */
 function number(table: usize): u32 {
   let count = symbol(table);
   if (count == 7) count = min<u32>(30, bits(5) + 7);
@@ -164,7 +167,7 @@ function number(table: usize): u32 {
   return ((1 << count) | (high << low) | bits(low)) - 1;
 }
 
-/** How many bytes come that belong to no tensor. */
+/** Reads how many bytes follow that belong to no tensor. */
 function beginBytes(): void {
   const count = number(LENGTH);
   sound(count <= <u32>(end - at), 3, at);
@@ -179,7 +182,7 @@ function beginLiterals(): void {
   phase = LITERAL;
 }
 
-/** `most` of the bytes that stand as they are. */
+/** Reads at most `most` literal bytes. */
 function literals(most: usize): void {
   const to = at + min(left, most);
   left -= to - at;
@@ -201,7 +204,7 @@ function literals(most: usize): void {
   phase = COPY;
 }
 
-/** `most` bytes of a copy. */
+/** Copies at most `most` bytes. */
 function copy(most: usize): void {
   const to = at + min(left, most);
   left -= to - at;
@@ -209,7 +212,7 @@ function copy(most: usize): void {
   if (!left) phase = at < until ? LITERAL_HEAD : RUN;
 }
 
-/** The shape of tensors that follow. */
+/** Reads the shape of the tensors that follow. */
 function beginRun(): void {
   const type = bits(2);
   sound(type < 3, 6, at);
@@ -247,7 +250,7 @@ function beginTensor(): void {
   phase = ROW;
 }
 
-/** A row's scale. */
+/** Reads a row's scale. */
 function beginRow(): void {
   const memory = known + (<usize>row << 2);
   const scale = start + (<usize>row << 1);
@@ -258,14 +261,14 @@ function beginRow(): void {
   store<u8>(scale, likely, 1);
   store<u8>(memory, likely, 2);
   if (symbol(FINE)) store<u8>(scale, bits(8));
-  // What the row before has come to, where this one is not known yet.
+  // The mean that the row before has reached, where this row has none yet.
   const before = <i32>load<i16>(memory);
   if (before >= 0) mean = before;
   next = 0;
   phase = INTEGER;
 }
 
-/** An integer's magnitude. `expected`: what is expected of it, in 1/64; `byte`: where it goes. */
+/** Decodes an integer's magnitude. `expected`: the expected magnitude, in 1/64; `byte`: its destination. */
 // @ts-ignore: decorator
 @inline
 function magnitude(expected: u32, most: u32, byte: usize): u32 {
@@ -273,7 +276,7 @@ function magnitude(expected: u32, most: u32, byte: usize): u32 {
   while (expected >> shift > 256) shift++;
   let found = symbol(shift * 11 + load<u8>(LEVELS + (expected >> shift)));
   if (found == 7) found += number(MORE);
-  // Before a shift takes the highest bits away.
+  // Checked before a shift drops the highest bits.
   sound(found <= most, 8, byte);
   if (shift) {
     found = (found << shift) | bits(shift);
@@ -288,7 +291,7 @@ function slowness(i: u32): i32 {
   return i < 7 ? 3 : i < 15 ? 4 : 5;
 }
 
-/** `most` integers of a row. */
+/** Decodes at most `most` integers of a row. */
 function integers(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;
   const mask: u32 = 2 * largest + 1;
@@ -335,8 +338,8 @@ function integers(most: u32): void {
 }
 
 /**
- * How many zeros come where nothing else is expected, from integer `i` of a row on. Does what `symbol` of the first table does, with the table in
- * a register: what takes next to no bits takes next to no time either.
+ * Counts zeros where nothing else is expected, from integer `i` of a row on. Equals `symbol` of the first table, with the table in a
+ * register: symbols that cost almost no bits must cost almost no time.
  */
 function skipZeros(i: u32, last: u32, column: usize): u32 {
   if (load<u8>(TABLES) < 40) return 0;
@@ -361,7 +364,7 @@ function skipZeros(i: u32, last: u32, column: usize): u32 {
     if (r) r += (0 - r) >> slowness(i);
     i++;
     if (r || remember) continue;
-    // The usual case, in as few steps as there can be.
+    // The common case, in as few steps as possible.
     for (; i < last; i++) {
       const zero = <u32>i16x8.extract_lane_u(sums, 0);
       const slot = x & 0x7fff;
@@ -379,8 +382,8 @@ function skipZeros(i: u32, last: u32, column: usize): u32 {
 }
 
 /**
- * Begins to decode what lies at STORED: `stored` bytes, whose head was checked, and `before` bytes that copies may be of. The section has
- * `size` bytes, behind those, in memory that is there; all three together are below 2^30.
+ * Begins to decode at STORED: `stored` bytes, whose head was checked, then `before` bytes that copies may come from, then the section of
+ * `size` bytes. The caller has provided the memory; all three together are below 2^30.
  */
 export function begin(stored: usize, before: usize, size: usize): void {
   for (let table: usize = 0; table < COUNT; table++) {
@@ -401,7 +404,7 @@ export function begin(stored: usize, before: usize, size: usize): void {
   memory.fill(section, 0, size);
 }
 
-/** Decodes about `most` symbols more. Returns whether that was all. */
+/** Decodes about `most` more symbols. Returns whether the section is complete. */
 export function decode(most: u32): bool {
   for (let budget = <i32>most; budget > 0; ) {
     if (phase == INTEGER) {

@@ -14,8 +14,8 @@ export const FEATURES = {
 };
 
 /**
- * Compiles one entry of this folder.
- * Memory is imported, so that the caller decides when it grows; there is no garbage collector and no static data.
+ * Compiles one entry of this folder. Memory is imported, so that the caller decides when it grows; there is no garbage collector and no
+ * static data.
  * @param {string} entry name of the file without ".ts"
  * @param {keyof typeof FEATURES} variant
  * @param {boolean} [small] fewer bytes before a few per cent of speed. Default: false

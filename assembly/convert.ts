@@ -1,6 +1,6 @@
 /**
- * Number formats to f32 and back, bit for bit as `src/tensor/dtypes.ts` has them: rows of encoded tensors in, halves in and
- * out. WebAssembly has no half-precision arithmetic, so halves are converted with integer operations.
+ * Converts number formats to f32 and back, bit for bit as `src/tensor/dtypes.ts`: rows of encoded tensors in, halves in and out.
+ * WebAssembly has no half-precision arithmetic, so halves are converted with integer operations.
  */
 import { accumulate } from "./lanes";
 import { BF16, F16, F32, INT3, INT4, INT8 } from "./layout";
@@ -80,8 +80,8 @@ function copyF32(from: usize, to: usize, count: i32): void {
 }
 
 /**
- * `sums` plus four halves, extended with their signs, if those are finite: a shift brings exponent and mantissa to their places and leaves the
- * sign in its own, and scaling is as in `f16ToF32`. It is exact, so nothing depends on whether the machine rounds after it.
+ * Adds four halves, extended with their signs, to `sums` if they are finite: a shift brings exponent and mantissa to their places and
+ * leaves the sign in its own, and scaling is as in `f16ToF32`. It is exact, so nothing depends on whether the machine rounds after it.
  */
 // @ts-ignore: decorator
 @inline
@@ -90,7 +90,7 @@ export function finiteF16x4Plus(half: v128, sums: v128): v128 {
   return accumulate<v128>(sums, bits, i32x4.splat(0x77800000));
 }
 
-/** Exponents of eight f32 and their signs: the high 16 bits of each lane. */
+/** Takes exponents and signs of eight f32: the high 16 bits of each lane. */
 // @ts-ignore: decorator
 @inline
 export function highHalves(low: v128, high: v128): v128 {
@@ -98,8 +98,9 @@ export function highHalves(low: v128, high: v128): v128 {
 }
 
 /**
- * Eight f32 below 2¹⁶ to halves; `tops` are their high halves. To each a power of two is added whose last place is that of the half, so that
- * the addition rounds and the sum's mantissa ends in the half's. The power's own low bits, 0x3c00, make good what its exponent adds.
+ * Converts eight f32 below 2¹⁶ to halves; `tops` are their high 16 bits. A power of two whose last place is that of the half is added to
+ * each, so that the addition rounds and the sum's mantissa ends in the half's. The power's own low bits, 0x3c00, make up for what its
+ * exponent adds.
  */
 // @ts-ignore: decorator
 @inline

@@ -1,4 +1,7 @@
-/** The export list of the builds for extraction, which no run-time bundle holds. `ExtractionKernels` in `src/extract/wasm-products.ts` is its twin. */
+/**
+ * Exports of the builds for extraction, which are in no run-time bundle. `ExtractionKernels` in `src/extract/wasm-products.ts` is the
+ * twin.
+ */
 export { products } from "./products";
 export { bestScale } from "./scale";
 export { tridiagonalize, turnBack } from "./tridiagonal";

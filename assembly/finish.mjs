@@ -1,6 +1,6 @@
 /**
- * After the compiler and the bundles of libraries: embeds the shaders, drops the compiler's source maps of what became a
- * bundle, and marks the command line as executable, for use from a checkout. npm does that for installs.
+ * Runs after the compiler and the bundles of libraries: embeds the shaders, drops the compiler's source maps of bundled files, and marks
+ * the command line as executable, for use from a checkout; npm does so for installs.
  */
 import { chmodSync, existsSync, rmSync } from "node:fs";
 import { embedKernels } from "../kernels/build.mjs";

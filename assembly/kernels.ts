@@ -12,7 +12,7 @@ import { multiplyAdd, tileOf } from "./multiply";
 @inline
 const BASIS_COLUMNS: i32 = 32;
 
-/** Rows and columns of a weight that are decoded at a time where it is not added to in place. */
+/** Rows and columns of a weight that are decoded at a time where it is not updated in place. */
 // @ts-ignore: decorator
 @inline
 const ROWS: i32 = 16;
@@ -128,7 +128,7 @@ function scaleRow<V>(values: usize, row: usize, columns: usize, from: i32, count
   return j;
 }
 
-/** fold in panels, for what is not added to in place. */
+/** Folds in panels, for weights that are not updated in place. */
 function foldPanels(
   type: i32, out: usize, base: usize, step: usize, rows: i32, columns: i32, left: usize, leftStep: usize, right: usize,
   rightStep: usize, rank: i32, rowScale: usize, columnScale: usize,
@@ -155,7 +155,7 @@ function foldPanels(
   }
 }
 
-/** fold of halves without scales, in tiles, down strips as in `multiplyAdd`. What tiles leave is folded in panels. */
+/** Folds halves without scales, in tiles, down strips as in `multiplyAdd`. The rest beside the tiles is folded in panels. */
 function foldHalves(
   out: usize, base: usize, step: usize, rows: i32, columns: i32, left: usize, leftStep: usize, right: usize,
   rightStep: usize, rank: i32,

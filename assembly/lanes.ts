@@ -1,7 +1,7 @@
 /**
- * Arithmetic on "one or four": every loop is written once over a type V that is f32 or v128 (for sums in double
- * precision f64 or v128), and compiled for both. The SIMD builds run it on vectors and use the scalar form for what is
- * left over at the edges. The three builds differ in these few functions and in the number conversions only.
+ * Arithmetic on "one or four": every loop is written once over a type V that is f32 or v128 (f64 or v128 for sums in double precision),
+ * and compiled for both. The SIMD builds run it on vectors and use the scalar form for the rest at the edges. The three builds differ
+ * only in these functions and in the number conversions.
  */
 
 /** Bytes of V. */
@@ -11,7 +11,7 @@ export function bytes<V>(): usize {
   return isVector<V>() ? 16 : sizeof<V>();
 }
 
-/** The f32 at `at` in every lane. */
+/** Loads the f32 at `at` into every lane. */
 // @ts-ignore: decorator
 @inline
 export function spread<V>(at: usize): V {

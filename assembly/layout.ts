@@ -1,6 +1,6 @@
 /**
- * What lies where in the first 64 KiB of linear memory. Blocks of the backend begin after it, and there is no static
- * data, so nothing else is ever there. Also the codes shared with `src/backends/wasm.ts`.
+ * Layout of the first 64 KiB of linear memory. Blocks of the backend begin after it, and there is no static data, so it holds nothing
+ * else. Defines also the codes shared with `src/backends/wasm.ts`.
  */
 
 /** Partial sums in f64: one per row or column of a panel. Address 0 stays free: it means "absent". */

@@ -7,7 +7,7 @@
  * added last, so that a small update is summed at its own magnitude.
  *
  * Tiles go down a strip of 16 rows before they go right. Right is then read once per strip, and the cache misses of a
- * strip's 16 lines overlap; row by row, or in tiles of more rows than lines, they are waited for one after another.
+ * strip's 16 lines overlap; row by row, or in tiles of more rows than lines, each miss would be waited for in turn.
  */
 import { f32x8BelowToF16, finiteF16x4Plus, highHalves } from "./convert";
 import { accumulate, add, bytes, spread, zero } from "./lanes";
@@ -23,14 +23,14 @@ function put<V>(out: usize, base: usize, at: usize, sum: V): void {
   store<V>(out + at, add<V>(load<V>(base + at), sum));
 }
 
-/** Four halves of base, and their sums on top. */
+/** Adds sums to four halves of base. */
 // @ts-ignore: decorator
 @inline
 function halvesPlus(base: usize, sums: v128): v128 {
   return finiteF16x4Plus(v128.load_ext<i16>(base), sums);
 }
 
-/** Sixteen halves each of two rows: base + sums. False, and nothing is stored, where one is not finite or reaches 2¹⁶. */
+/** Adds sums to sixteen halves each of two rows. Returns false and stores nothing where one is not finite or reaches 2¹⁶. */
 // @ts-ignore: decorator
 @inline
 function putHalves(
@@ -38,7 +38,7 @@ function putHalves(
   a0: v128, a1: v128, a2: v128, a3: v128, b0: v128, b1: v128, b2: v128, b3: v128,
 ): bool {
   const next = base + baseStride, to = out + outStride;
-  // Without their signs: infinity is 0x7c00 among halves, and 2¹⁶ is 0x4780 in the high bits of an f32.
+  // Signs are dropped: infinity is 0x7c00 among halves, and 2¹⁶ is 0x4780 in the high bits of an f32.
   const before = i16x8.max_u(
     i16x8.max_u(i16x8.shl(v128.load(base), 1), i16x8.shl(v128.load(base, 16), 1)),
     i16x8.max_u(i16x8.shl(v128.load(next), 1), i16x8.shl(v128.load(next, 16), 1)),
@@ -65,7 +65,7 @@ function putHalves(
   return true;
 }
 
-/** A tile of 2 rows × 4 V, of f32 or, with T = u16, of halves. False when it is not done, since `putHalves` cannot. */
+/** Computes a tile of 2 rows × 4 V, of f32 or, with T = u16, of halves. Returns false if `putHalves` cannot store it. */
 // @ts-ignore: decorator
 @inline
 export function tileOf<V, T>(
@@ -125,7 +125,7 @@ function dot<V>(
   put<V>(out, base, 0, sum);
 }
 
-/** The columns of a strip from `from` on, as far as they fill whole V. Returns the first column that is left. */
+/** Computes the columns of a strip from `from` on, as far as they fill whole V. Returns the first column that is left. */
 // @ts-ignore: decorator
 @inline
 function strip<V>(

@@ -1,6 +1,6 @@
 /**
- * What a machine can do at best, for benchmarks/fold.js; not shipped. Moving bytes with memory.copy, and multiply-adds
- * on registers alone, in two forms: which one is faster depends on whether the machine fuses the two operations.
+ * Peak speed of a machine, for benchmarks/fold.js; not shipped. It moves bytes with memory.copy, and multiply-adds on registers alone, in
+ * two forms: which one is faster depends on whether the machine fuses the two operations.
  */
 import { accumulate, add, bytes, spread, zero } from "./lanes";
 

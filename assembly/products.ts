@@ -1,8 +1,8 @@
 /**
  * The products of extraction: X·Yᵀ of f64 rows, every dot product between them, in tiles of 2 × 4.
  *
- * Rows of Y are copied to a panel that stays in a first-level cache, four rows interleaved. Read where they lie, they would come
- * from memory again for every two rows of X, and at widths near a power of two they would put each other out of the cache.
+ * Rows of Y are copied to a panel that stays in a first-level cache, four rows interleaved. Read in place, they would come from memory
+ * again for every two rows of X, and at widths near a power of two they would evict each other from the cache.
  */
 import { PANEL } from "./layout";
 
@@ -63,7 +63,7 @@ function fillPanel(y: usize, stride: usize, length: usize, rows: i32): void {
   }
 }
 
-/** The same of rows that lie across: value k of row j is k·`step` + j. */
+/** Copies rows that lie across: value k of row j is k·`step` + j. */
 function fillAcross(y: usize, step: usize, length: usize, rows: i32): void {
   let to = PANEL;
   for (; rows > 0; rows -= 4, y += 32) {
@@ -77,7 +77,7 @@ function fillAcross(y: usize, step: usize, length: usize, rows: i32): void {
   }
 }
 
-/** Adds one dot product: what fills no tile, and everything in the scalar build. `step` bytes from value to value of y. */
+/** Adds one dot product: entries outside the tiles, and all entries in the scalar build. `step` bytes from value to value of y. */
 function dot(x: usize, y: usize, step: usize, length: usize, out: usize): void {
   let sum: f64 = 0;
   let at: usize = 0;
@@ -110,7 +110,7 @@ export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: 
   const stride = <usize>width << 3, outStride = <usize>n << 3;
   const yRow = across ? 8 : stride, yStep = across ? outStride : 8;
   memory.fill(out, 0, outStride * <usize>m);
-  // What tiles cover; the scalar build has none.
+  // The part that tiles cover; none in the scalar build.
   const rows = ASC_FEATURE_SIMD ? m & ~1 : 0, columns = n & ~3, pairs = stride & ~15;
   for (let block = 0; block < columns && rows > 0; block += ROWS) {
     const own = min(ROWS, columns - block);

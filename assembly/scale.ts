@@ -1,9 +1,9 @@
 /**
- * The scale of a row of few-bit integers: of several, the one with which rounding loses least. Sums run along the row, as in
- * `src/tensor/encode.ts`, so that both find the same; the SIMD build takes two scales at a time.
+ * Finds the scale of a row of few-bit integers with the least rounding loss. Sums run along the row, as in `src/tensor/encode.ts`, so
+ * that both find the same scale; the SIMD build takes two scales at a time.
  */
 
-/** Values between looks at whether a scale is already worse than the best. */
+/** Values between checks whether a scale is already worse than the best. */
 // @ts-ignore: decorator
 @inline const STRETCH: usize = 64 << 3;
 
@@ -16,7 +16,7 @@ function lostPairs(x: usize, end: usize, scales: v128, largest: v128, sums: v128
   for (; x < end; x += 8) {
     const value = v128.load64_splat(x);
     const steps = f64x2.div(value, scales), down = f64x2.floor(steps);
-    // As Math.round: from exactly half upwards.
+    // Rounds as Math.round: exact halves go up.
     const up = v128.and(f64x2.ge(f64x2.sub(steps, down), half), one);
     const nearest = f64x2.max(least, f64x2.min(largest, f64x2.add(down, up)));
     const rest = f64x2.sub(value, f64x2.mul(scales, nearest));
@@ -37,7 +37,7 @@ function lostOf(x: usize, end: usize, scale: f64, largest: f64, sum: f64): f64 {
   return sum;
 }
 
-/** Which of `count` f64 scales loses least of `length` bytes of f64 values; the first of equals. */
+/** Finds which of `count` f64 scales loses least over `length` bytes of f64 values; the first of equals. */
 export function bestScale(values: usize, length: usize, scales: usize, count: i32, largest: f64): i32 {
   let best = 0, least = Infinity;
   const end = values + length;

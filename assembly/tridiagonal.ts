@@ -1,8 +1,8 @@
 /**
- * Reduction of a symmetric f64 matrix to tridiagonal form by Householder reflectors (Golub & Van Loan, 8.3.1).
+ * Reduces a symmetric f64 matrix to tridiagonal form by Householder reflectors (Golub & Van Loan, 8.3.1).
  *
- * The update that one step leaves, A −= v·wᵀ + w·vᵀ, and the product A·u that the next step begins with touch the same values,
- * and this loop is bound by loads and stores. So both are done in one pass, two rows at a time, on the upper triangle only.
+ * The update that ends one step, A −= v·wᵀ + w·vᵀ, and the product A·u that begins the next touch the same values, and the loop is bound
+ * by loads and stores. So both are done in one pass, two rows at a time, on the upper triangle only.
  */
 
 // @ts-ignore: decorator
@@ -45,7 +45,7 @@ function combine(factor: f64, x: usize, other: f64, y: usize, length: usize): vo
 }
 
 /**
- * Rows `row0` and the one below it, from their diagonal on, `length` bytes of the upper one: −= v·wᵀ + w·vᵀ, then what they add
+ * Updates row `row0` and the one below it, from their diagonal on, `length` bytes of the upper one: −= v·wᵀ + w·vᵀ, then adds their part
  * to p = A·u. All addresses are those of the upper row's column.
  */
 function step(row0: usize, stride: usize, length: usize, v: usize, w: usize, u: usize, p: usize): void {
@@ -139,9 +139,7 @@ export function tridiagonalize(a: usize, n: i32, diagonal: usize, off: usize, ta
   }
 }
 
-/**
- * Vectors Z [count, n] of T become those of A, through the reflectors, last one first.
- */
+/** Transforms vectors Z [count, n] of T to those of A, through the reflectors, last one first. */
 export function turnBack(a: usize, n: i32, taus: usize, z: usize, count: i32): void {
   const width = <usize>n << 3;
   for (let k = n - 2; k >= 0; k--) {

@@ -59,7 +59,7 @@ print(
   peers.slice(-1),
 );
 
-/** A pack of so many tasks, the real ones over and over. @param {number} count */
+/** Makes a pack with a given number of tasks, repeating the real ones. @param {number} count */
 async function repeated(count) {
   const pack = await openPack(bytes);
   const ids = [...pack.tasks.keys()];

@@ -1,7 +1,7 @@
 /**
- * Puts the shaders of this folder into dist/kernels/wgsl.js, one string for each file, named like it: text that every
- * bundler takes without being told about assets. Comments and indentation stay here; line breaks stay, so that a compiler's
- * line numbers are those of the files.
+ * Puts the shaders of this folder into dist/kernels/wgsl.js, one string for each file, named like it, which every bundler
+ * accepts without configuration for assets. Comments and indentation are dropped; line breaks stay, so that a compiler's line
+ * numbers are those of the files.
  */
 import { copyFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 

@@ -1,7 +1,7 @@
-// Products with components, in both directions; any number of jobs at once, none of which reads what another one writes.
+// Products with components, in both directions; any number of jobs at once, where no job reads what another one writes.
 //
 //   expand   out[i, j] = Σ_k numbers[i, k] · basis[k, j], or that much more: factors from coefficients. Sums run over k in order
-//   project  out[i, k] = Σ_j numbers[i, j] · basis[k, j]: vectors held against components
+//   project  out[i, k] = Σ_j numbers[i, j] · basis[k, j]: products of vectors and components
 //
 //   basis         one encoded tensor [rows, width] of SPEC.md section 5: f16 scales first where the type has them, then rows
 //   numbers, out  f32, `count` rows of them: [count, rows] on the side of k, [count, width] on the side of j
@@ -133,7 +133,7 @@ fn expand(
   }
   for (var i = 0u; i < count; i++) {
     let at = job.out + (first + i) * job.width + column;
-    // Last, so that a small sum is made at its own magnitude.
+    // Added last, so that a small sum is made at its own magnitude.
     out[at] = select(sums[i], out[at] + sums[i], job.add != 0u);
   }
 }
@@ -146,7 +146,7 @@ fn project(
 ) {
   var group = id.y * groups.x + id.x;
   let index = job_of(group);
-  // Workgroups behind the last job go along with it: barriers are for all invocations or none.
+  // Workgroups behind the last job run the same code: barriers are for all invocations or none.
   job = jobs[min(index, arrayLength(&jobs) - 1u)];
   if (index > 0u) {
     group -= jobs[index - 1u].end;

@@ -1,4 +1,4 @@
-// Bytes from one place to another where copyBufferToBuffer cannot: offsets or lengths that are no multiple of 4.
+// Copies bytes where copyBufferToBuffer cannot: offsets or lengths that are no multiple of 4.
 // out[out + i] = source[source + i] for i < length, in bytes; the other bytes of out keep their values.
 //
 // An invocation makes one word of out from the two words of source that it straddles.
@@ -6,7 +6,7 @@
 const LANES = 64u;
 
 struct Job {
-  // First byte in each binding, and how many.
+  // First byte in each binding, and their number.
   out: u32,
   source: u32,
   length: u32,

@@ -36,7 +36,7 @@ struct Job {
   right: u32,
   row_scale: u32,
   column_scale: u32,
-  // Which scales there are.
+  // Flags of the scales that are present.
   scales: u32,
 }
 
@@ -53,12 +53,12 @@ var<private> sums: array<vec2f, HEIGHT>;
 
 struct Tile {
   row: u32,
-  // In words of a row.
+  // Column of the word, counted in words of a row.
   word: u32,
 }
 
 // A word of out, seen from the row that owns it.
-struct Place {
+struct OutWord {
   // Whether this invocation writes the word.
   mine: bool,
   word: u32,
@@ -139,7 +139,7 @@ fn tile_of(group: vec3u, groups: vec3u) -> Tile {
 
 // Fills `sums`.
 fn accumulate(tile: Tile, lane: u32) {
-  // Of a row that begins with a word; one that begins with a word's second half is a column behind.
+  // Columns of a row that begins with a word; a row that begins with a word's second half is one column behind.
   let column = (tile.word + lane) * PER_WORD;
   for (var k = 0u; k < job.rank; k++) {
     let start = job.right + k * job.columns + column;
@@ -160,23 +160,23 @@ fn accumulate(tile: Tile, lane: u32) {
   }
 }
 
-// Place in its word of a row's first element.
+// Position of a row's first element in its word.
 fn skew(row: u32) -> u32 {
   return (job.out + (row - job.first) * job.stride) & (PER_WORD - 1u);
 }
 
-fn place_of(row: u32, word: u32) -> Place {
+fn place_of(row: u32, word: u32) -> OutWord {
   let start = job.out + (row - job.first) * job.stride;
   let shift = start & (PER_WORD - 1u);
   let column = i32(word * PER_WORD) - i32(shift);
   let shared_with_upper = column < 0 && row > 0u && job.stride == job.columns;
   let mine = row < job.end && column < i32(job.columns) && !shared_with_upper;
-  return Place(mine, start / PER_WORD + word, row, column);
+  return OutWord(mine, start / PER_WORD + word, row, column);
 }
 
 fn folded(before: u32, sum: f32, row: u32, column: u32) -> u32 {
   if (job.rank == 0u && job.scales == 0u) {
-    // The bits, which arithmetic on a NaN may change.
+    // Copies the bits, which arithmetic on a NaN may change.
     return before;
   }
   var value = decoded(before) + sum;
@@ -190,7 +190,7 @@ fn folded(before: u32, sum: f32, row: u32, column: u32) -> u32 {
 }
 
 // The new word, where `before` holds base's bits of the word's elements and `kept` what lies in out.
-fn word_at(place: Place, sum: vec2f, before: vec2u, kept: u32) -> u32 {
+fn word_at(place: OutWord, sum: vec2f, before: vec2u, kept: u32) -> u32 {
   if (PER_WORD == 1u) {
     return folded(before.x, sum.x, place.row, u32(place.column));
   }
@@ -247,7 +247,7 @@ fn fold(
   }
 }
 
-// The same where base is out: one binding, since a buffer cannot be bound for reading and for writing at once.
+// Folds where base is out: one binding, since a buffer cannot be bound for reading and for writing at once.
 @compute @workgroup_size(64)
 fn fold_in_place(
   @builtin(workgroup_id) group: vec3u,

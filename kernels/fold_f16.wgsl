@@ -1,4 +1,4 @@
-// As fold.wgsl, for f16 weights on devices with `shader-f16`: halves are elements of their own there, and no word is shared by
+// fold.wgsl for f16 weights on devices with `shader-f16`: halves are elements of their own there, and no word is shared by
 // two columns or rows. out[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · row_scale[i] · column_scale[j], computed in
 // f32 and rounded once, to nearest even.
 //
@@ -32,7 +32,7 @@ struct Job {
   right: u32,
   row_scale: u32,
   column_scale: u32,
-  // Which scales there are.
+  // Flags of the scales that are present.
   scales: u32,
 }
 
@@ -93,7 +93,7 @@ fn accumulate(tile: Tile, column: u32) {
 
 fn folded(before: f16, sum: f32, row: u32, column: u32) -> f16 {
   if (job.rank == 0u && job.scales == 0u) {
-    // The bits, which arithmetic on a NaN may change.
+    // Copies the bits, which arithmetic on a NaN may change.
     return before;
   }
   var value = f32(before) + sum;
@@ -124,7 +124,7 @@ fn fold(
   }
 }
 
-// The same where base is out: one binding, since a buffer cannot be bound for reading and for writing at once.
+// Folds where base is out: one binding, since a buffer cannot be bound for reading and for writing at once.
 @compute @workgroup_size(64)
 fn fold_in_place(
   @builtin(workgroup_id) group: vec3u,

@@ -16,7 +16,7 @@ export { type MlxFiles, readMlx } from "./adapters/mlx.ts";
 export { type OnnxAdapterFiles, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
 export { type PeftFiles, readPeft } from "./adapters/peft.ts";
 export { type OpenSafetensors, openSafetensors } from "./adapters/safetensors.ts";
-export { partByGain, readScores, type Score, type Scores } from "./adapters/scores.ts";
+export { type AdapterScore, partByGain, readScores, type Scores } from "./adapters/scores.ts";
 export type { Allocation, PrivateChoice } from "./extract/allocation.ts";
 export { extractModule, type ModuleExtraction, type ModuleStack } from "./extract/extract.ts";
 export type { Products, Tridiagonal } from "./extract/linalg.ts";

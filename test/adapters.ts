@@ -1,4 +1,4 @@
-/** What tests of adapter readers share: files made of a few shapes, and an adapter's weights by the definitions. */
+/** Shared by tests of adapter readers: files made from a few shapes, and an adapter's weights by the definitions. */
 import { readFileSync } from "node:fs";
 import { type Adapter, type AdapterModule, type SafetensorsEntry, writeSafetensors } from "eigenlora/build";
 import { f32ToBf16, f32ToF16, openSafetensors, openSource } from "./internals.ts";
@@ -23,7 +23,9 @@ function baseName(parameter: string, base: ReadonlyMap<string, Tensor>): string 
   return names[0]!;
 }
 
-/** W0 + B·A with everything an adapter can carry, by the definitions and in f64. Only what the adapter touches. */
+/**
+ * Computes W0 + B·A with everything an adapter can carry, by the definitions and in f64. Returns only tensors that the adapter changes.
+ */
 export async function apply(adapter: Adapter, base: ReadonlyMap<string, Tensor>): Promise<Map<string, number[]>> {
   const merged = new Map<string, number[]>();
   for (const { name, role, indices, read } of adapter.saved) {
@@ -71,7 +73,7 @@ async function applyModule(module: AdapterModule, { shape, data }: Tensor): Prom
   return weight;
 }
 
-/** Largest difference over the largest |expected|. */
+/** Largest absolute difference divided by the largest absolute expected value. */
 export function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
   if (found.length !== expected.length) return Infinity;
   let worst = 0;
@@ -88,7 +90,7 @@ export async function readAll(adapter: Adapter): Promise<void> {
   for (const tensor of adapter.saved) await tensor.read();
 }
 
-/** Tensors by name: shape, first value, number format. Values count up. */
+/** Tensors by name: shape, first value, number format. Values count up from the first one. */
 export type Spec = Record<string, [shape: number[], start?: number, dtype?: "F32" | "F16" | "BF16" | "F64" | "I64"]>;
 
 export const entries = (spec: Spec): SafetensorsEntry[] =>

@@ -1,11 +1,11 @@
-/** Modules that versions of transformers call otherwise: what finds what, and what must not. */
+/** Modules with different names in different versions of transformers: which names match, and which must not. */
 import { createRuntime, openPack } from "eigenlora";
 import { buildPack, readPeft, writeSafetensors } from "eigenlora/build";
 import t from "tap";
 import { AliasMatcher } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 
-/** What an adapter, or a newer checkpoint, says; what an older one says. As transformers 5.24 maps them when it loads a checkpoint. */
+/** Names in newer and older checkpoints, as transformers 5.24 maps them when it loads a checkpoint. */
 const PAIRS = [
   ["vit.layers.3.attention.q_proj", "vit.encoder.layer.3.attention.attention.query"],
   ["vit.layers.3.attention.o_proj", "vit.encoder.layer.3.attention.output.dense"],
@@ -52,7 +52,7 @@ t.test("its own name comes first; another layer is never found; several are ambi
     true,
     [`a.${former}`, `b.${former}`],
   ]);
-  // Names alike in part are others.
+  // Names that agree only in part do not match.
   t.match(new AliasMatcher(["vit.encoder.layer.3.attention.attention.query_norm.weight"]).find(now), {
     ambiguous: false,
   });

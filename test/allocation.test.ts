@@ -1,5 +1,5 @@
 /**
- * Bit allocation: against every combination of choices where there are few enough to try them all.
+ * Bit allocation, compared with every combination of choices where there are few enough to try them all.
  */
 import type { Dtype } from "eigenlora";
 import fc from "fast-check";
@@ -39,7 +39,7 @@ const spectrum = (module: string, task: string): fc.Arbitrary<Spectrum> =>
       return { task, module, in: 32, out, singular, square: singular.reduce((sum, value) => sum + value ** 2, 0) };
     });
 
-/** Bytes and error of what was chosen, by the formula. */
+/** Bytes and error of an allocation, by the formula. */
 function costOf(spectra: readonly Spectrum[], allocation: ReturnType<typeof allocateError>["allocation"]) {
   let [bytes, lost] = [0, 0];
   for (const one of spectra) {

@@ -1,4 +1,4 @@
-/** The surface of the package is the one that docs/api-report.md shows, and all of it can be imported. */
+/** The package's exports are those in docs/api-report.md, and all of them can be imported. */
 import { readFileSync } from "node:fs";
 import t from "tap";
 import { REPORT, report, surface } from "./tools/api.js";

@@ -1,6 +1,6 @@
 /**
- * runtime.apply: the unfolded term of a batch, held against x·ΔWᵀ in f64 with the ΔW of an independent implementation, on
- * every backend, for every kind of term, one task or one per row, from arrays and from buffers of a device.
+ * runtime.apply: the unfolded term of a batch, compared with x·ΔWᵀ in f64 with the ΔW of an independent implementation, on every backend,
+ * for every kind of term, one task or one per row, from arrays and from buffers of a device.
  */
 import { createRuntime, openPack, type View } from "eigenlora";
 import t from "tap";
@@ -18,7 +18,7 @@ function view(data: Float32Array, ...shape: number[]): View {
   return { dtype: "f32", shape, data: new Uint8Array(data.buffer, data.byteOffset, data.byteLength), byteOffset: 0 };
 }
 
-/** y + x·ΔWᵀ for the rows of a task. */
+/** Adds x·ΔWᵀ to y for the rows of a task. */
 function addTerm(
   y: Float64Array,
   x: Float32Array,

@@ -1,4 +1,4 @@
-/** What a public function says when it is given something else than it takes. */
+/** Errors of public functions for wrong arguments. */
 import * as eigenlora from "eigenlora";
 import {
   adapterStatistics,
@@ -29,7 +29,7 @@ import { data } from "./packs.ts";
 
 const { createRuntime, openPack } = eigenlora;
 
-/** Calls that the compiler would refuse. */
+/** Casts a value that the compiler would refuse. */
 const wrong = (value: unknown): never => value as never;
 const pack = () => openPack(data("goldens/pack/every-kind.eigen"));
 
@@ -197,7 +197,7 @@ t.test("the public functions of building and training", async (t) => {
       `expected the module onnxruntime-web or onnxruntime-node, got ${forgotten}`,
     ],
     [() => createEigenSession(wrong(0), "x", laterPack), `createEigenSession: ${opened}`],
-    // A misspelt hash must not pass for none.
+    // A misspelt hash must not be ignored.
     [
       () => open.addTask("new", new Uint8Array(), wrong({ integrety: "sha256-" })),
       'addTask: unknown option "integrety"; did you mean "integrity"?',

@@ -11,8 +11,8 @@ import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 
 /**
- * `eigenlora attach`: what it writes, run by onnxruntime without anything of this package, against what PyTorch and
- * PEFT answer (test/data/sessions). The Python part runs the code of docs/attach.md as it stands there.
+ * `eigenlora attach`: onnxruntime runs its output without anything of this package, compared with answers of PyTorch and PEFT
+ * (test/data/sessions). The Python part runs the code of docs/attach.md as it is written there.
  */
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-attach-"));
@@ -28,7 +28,7 @@ const LOWEST = -3.4028234663852886e38;
 
 type Report = Record<string, any>;
 
-/** A pack that keeps its adapters whole; its path. */
+/** Writes a pack that keeps its adapters whole. @returns its path */
 async function pack(...adapters: string[]): Promise<string> {
   const path = join(folder, `${adapters[0]!.replace("/", "-")}.eigen`);
   const { bytes } = await packOf(
@@ -39,7 +39,7 @@ async function pack(...adapters: string[]): Promise<string> {
   return path;
 }
 
-/** The same with more to it. */
+/** Writes a pack with more options. */
 const packed = async (out: string, ...options: string[]): Promise<unknown> =>
   await json(0, "pack", sessions("adapters"), "-o", out, "--energy", "1", "--dtype", "f32", ...options);
 
@@ -106,7 +106,7 @@ function stack(tasks: readonly Inputs[]): Inputs {
   return stacked;
 }
 
-/** All tasks, the base, and one task per row, on a model that is there with its inputs and nothing else. */
+/** Checks all tasks, the base, and one task per row on a written model, with its inputs and nothing else. */
 async function checkAnswers(t: Test, report: Report, model: string, tasks: readonly string[]): Promise<void> {
   const answers = goldens.outputs[goldens.models[model]!]!;
   const session = await load(report["file"]);
@@ -273,7 +273,7 @@ t.test("links do not lead out of the folders that were named", async (t) => {
   t.match((await json(1, "attach", "links/model/folder.onnx", bert, "-o", "links/out/a.onnx"))["error"], strayed);
   t.same(await readdir(at("out")), [], "nothing is read or written");
 
-  // As the caches of hubs lay files.
+  // The layout of hubs' caches: links to blobs.
   await writeFile(at("cache/blobs/1"), await located("weights.bin"));
   await cp(weights, at("cache/blobs/2"));
   await symlink("../blobs/1", at("cache/snapshot/model.onnx"));
@@ -282,7 +282,7 @@ t.test("links do not lead out of the folders that were named", async (t) => {
   t.same(new Uint8Array(await readFile(at("out/weights.bin"))), new Uint8Array(await readFile(weights)));
   await checkAnswers(t, report, "external", ["five", "three", "two"]);
 
-  // What is written does not follow them either.
+  // The command does not follow links either when it writes.
   await cp(weights, at("model/sub/weights.bin"));
   await writeFile(at("model/sub.onnx"), await located("sub/weights.bin"));
   await symlink(at("secret"), at("out/sub"));

@@ -1,6 +1,6 @@
 /**
  * Ways of packing that trade bytes for behaviour: less rank, private terms, a budget, and the search over all of them. Errors are
- * held against ΔW as the adapters' own files give it, and against numpy's singular values.
+ * compared with ΔW from the adapters' own files, and with numpy's singular values.
  */
 import { openPack, type Term } from "eigenlora";
 import {
@@ -38,11 +38,11 @@ import {
 const IDS = ["debtags-admin", "debtags-devel", "debtags-role", "debtags-use", "sections-0", "sections-1"];
 const whole = await readAdapters(IDS.map((id) => data(`adapters/own-seed/${id}`)));
 t.teardown(() => Promise.all(whole.map((adapter) => adapter.close())));
-/** Four modules of twelve are enough to search in. */
+/** Keeps four modules of twelve, which are enough for a search. */
 const cut = (adapter: Adapter): Adapter => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, 4)) });
 const adapters = whole.map(cut);
 
-/** The largest and the mean error of a pack's tasks, from what its reader makes of the file. */
+/** The largest and the mean error of a pack's tasks, as its reader decodes them. */
 async function errorsOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): Promise<{ max: number; mean: number }> {
   const pack = await openPack(concat(chunks).buffer);
   const found: number[] = [];
@@ -62,7 +62,7 @@ async function errorsOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): 
   return { max: Math.max(...found), mean: found.reduce((a, b) => a + b, 0) / found.length };
 }
 
-/** What tasks lose, from what the reader makes of the file. */
+/** Losses of tasks, as the reader decodes them. */
 async function lossesOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): Promise<{ total: number }[]> {
   const pack = await openPack(concat(chunks).buffer);
   return Promise.all(
@@ -303,7 +303,7 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
   }
 });
 
-/** What a single way would have given. */
+/** Results of each way by itself. */
 async function singles(goal: Goal): Promise<{ bytes: number; error: number }[]> {
   const ways: BuildOptions[] = [
     {},
@@ -392,7 +392,7 @@ t.test(
     });
     t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
 
-    // The last step of `pack`: distilled, and taken where that answers better.
+    // The last step of `pack`: distilled tasks are kept if they answer better.
     const search = { goal: { kind: "bytes", max: 18_000 } } as const;
     const chosen = await searchPack(some, { ...search, ways: [{ gauge: "balanced", rank: 4, dtype: INT4 }], judge });
     const asked = { engine, model, options, judge: asker };

@@ -1,6 +1,6 @@
 /**
- * The backends that tests run on. One that this engine cannot start is left out; test/backends.test.ts says so by name and
- * fails where EIGENLORA_REQUIRE lists it.
+ * The backends that tests run on. A backend that this engine cannot start is left out; test/backends.test.ts reports it by name and fails
+ * where EIGENLORA_REQUIRE lists it.
  */
 import { setFlagsFromString } from "node:v8";
 import type { BackendOptions } from "eigenlora";
@@ -9,7 +9,7 @@ import { createWebgpuBackend } from "./internals.ts";
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway.
 setFlagsFromString("--experimental-wasm-relaxed-simd");
 
-/** Why Dawn does not start here; undefined where it does. */
+/** Reason why Dawn does not start here; undefined where it does. */
 export const dawnMissing: string | undefined = (await createWebgpuBackend().then(
   (backend) => backend.close(),
   (error: Error) => error.message,

@@ -12,7 +12,7 @@ const FLOATS: FloatDtype[] = ["f32", "f16", "bf16"];
 const TENSORS: Dtype[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
 const SEED = 20260115;
 
-/** Byte that fills whatever an operation must not touch. */
+/** Byte that fills memory which an operation must not touch. */
 const GUARD = 0xa5;
 
 /**
@@ -38,7 +38,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     return { block, byteOffset };
   }
 
-  /** Everything in the slice's block but `byteLength` bytes from the slice. */
+  /** Bytes of the slice's block outside the slice. */
   async function surroundings(backend: Backend, at: Slice, byteLength: number): Promise<Uint8Array> {
     const whole = await download(backend, { block: at.block, byteOffset: 0 }, at.block.byteLength);
     return Uint8Array.from([...whole.subarray(0, at.byteOffset), ...whole.subarray(at.byteOffset + byteLength)]);

@@ -1,6 +1,5 @@
 /**
- * Runs in a browser, in a window or a worker: the backend suite and PEFT's golden pairs. What it finds is judged by
- * backends-chromium.test.ts.
+ * Runs in a browser, in a window or a worker: the backend suite and PEFT's golden pairs. backends-chromium.test.ts judges the findings.
  */
 /// <reference types="@webgpu/types" />
 import type { BackendOptions } from "eigenlora";
@@ -10,7 +9,7 @@ import { createBackend, createWebgpuBackend } from "./internals.ts";
 import { type Finding, record } from "./stand-in.ts";
 
 export interface Entry {
-  /** What WebGPU offers here, if anything: the adapter, its features, and those of a device that asks for none. */
+  /** WebGPU in this browser, if any: the adapter, its features, and those of a device that asks for none. */
   adapter(): Promise<{ description: string; features: string[]; plain: string[] } | undefined>;
   /** The suite on a backend. WebGPU runs on a device that asks for no features: without `shader-f16` on any adapter. */
   suite(name: string, options: BackendOptions): Promise<Finding[]>;

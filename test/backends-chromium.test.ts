@@ -13,7 +13,7 @@ import { goldenPacks } from "./packs.ts";
 import { required, soak } from "./required.ts";
 import { type Finding, record } from "./stand-in.ts";
 
-/** Where the entry's functions can be called. */
+/** A window or worker in which the entry's functions can be called. */
 interface Realm {
   evaluate<R, A>(call: (argument: A) => R | Promise<R>, argument: A): Promise<R>;
 }
@@ -26,7 +26,7 @@ const BACKENDS: readonly BackendOptions[] = [
   { backend: "webgpu" },
 ];
 
-/** Of the page and of the worker. */
+/** Script of the page and of the worker. */
 const SCRIPT = `import { entry } from "./backends-browser.ts";
   Object.assign(globalThis, entry);
   if (!("document" in globalThis)) postMessage("ready");`;
@@ -113,7 +113,7 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
     ["window", page],
     ["worker", await startWorker(page)],
   ];
-  /** Assertions of each run: what one backend is asked, all are. */
+  /** Numbers of assertions of each run: all backends must have the same. */
   const counts = { suite: new Set<number>(), goldens: new Set<number>() };
 
   for (const [where, realm] of realms) {
@@ -127,7 +127,7 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
       const skip =
         options.backend === "webgpu" && !gpu && !required.has("chromium") && "this Chromium has no WebGPU adapter";
       for (const what of ["suite", "goldens"] as const) {
-        // In a worker the same code runs: one of the two for each kind of backend, and all in the soak.
+        // A worker runs the same code: here one backend of each kind, in the soak all of them.
         const brief = what === "suite" ? ["js", "relaxed-simd"] : ["webgpu"];
         if (where === "worker" && !soak && !brief.includes(options.wasm?.variant ?? options.backend!)) continue;
         await t.test(`${what}: ${name}`, { skip }, async (t) => {

@@ -1,4 +1,4 @@
-/** The backend suite on every backend, and what only some of them have: agreement, allocator, Gram, checksums. */
+/** The backend suite on every backend, and features that only some have: agreement, allocator, Gram, checksums. */
 import { setFlagsFromString } from "node:v8";
 import type { FloatDtype } from "eigenlora";
 import fc from "fast-check";
@@ -59,7 +59,7 @@ t.test("without a wish the best variant runs", async (t) => {
   t.equal(backend.variant, available.at(-1));
 });
 
-/** One fold or expand with the same seeded input on any backend; the bytes of its result. */
+/** Runs one fold or expand with the same seeded input on any backend. @returns the bytes of its result */
 function run(backend: Backend, type: FloatDtype, rank: number): Uint8Array {
   const [rows, columns] = [37, 531];
   const random = uniform(11);

@@ -21,7 +21,7 @@ export function seededTensors(modules: Modules, dtype: FloatDtype): Map<string, 
   return tensors;
 }
 
-/** The same as a safetensors file, f32. */
+/** Seeded weights as a safetensors file, f32. */
 export async function seededBase(modules: Modules): Promise<Uint8Array> {
   const header: Record<string, unknown> = {};
   const chunks: Uint8Array[] = [];

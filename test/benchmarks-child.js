@@ -1,5 +1,5 @@
 /**
- * Runs scripts that read their arguments and exit, one after the other in this process, and reports what each said.
+ * Runs scripts that read their arguments and exit, one after the other in this process, and reports the output of each.
  *
  * usage: node benchmarks-child.js FOLDER_URL SCRIPTS ARGUMENTS      JSON: names, and a list of arguments for each run
  */
@@ -20,7 +20,7 @@ for (const script of JSON.parse(scripts)) {
           if (one.code === undefined) one[stream] += text;
         }
       );
-    // A script that catches this has ended all the same.
+    // A script that catches this error has ended all the same.
     const exited = new Error("exited");
     process.exit = (code) => {
       one.code ??= Number(code);

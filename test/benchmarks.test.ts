@@ -1,4 +1,4 @@
-/** Every benchmark says what it takes, and refuses what it does not know. Nothing is measured. */
+/** Every benchmark lists its options, and refuses unknown ones. Nothing is measured. */
 import { execFile } from "node:child_process";
 import { readdirSync } from "node:fs";
 import { writeFile } from "node:fs/promises";
@@ -25,7 +25,7 @@ interface Ended {
 }
 
 const GIVEN = [["--help"], ["--speling", "3"]];
-/** One process for all of them: what they import is loaded once. */
+/** One process for all benchmarks, so that their imports are loaded once. */
 const child = fileURLToPath(new URL("./benchmarks-child.js", import.meta.url));
 const ran = promisify(execFile)(process.execPath, [child, folder.href, JSON.stringify(scripts), JSON.stringify(GIVEN)]);
 const ended = ran.then(({ stdout }) => JSON.parse(stdout) as Record<string, [help: Ended, wrong: Ended]>);

@@ -1,6 +1,6 @@
 /**
- * Runs in a browser: sessions of mode "folded" on WebGPU, what their switches ask of the device, and what happens when it is
- * another than the one given or goes away. Reports; what is right is the test's to say.
+ * Runs in a browser: sessions of mode "folded" on WebGPU, the work that switches give to the device, and devices that are not the one
+ * given or are lost. Only reports; the test judges.
  */
 /// <reference types="@webgpu/types" />
 import { openPack } from "eigenlora";
@@ -19,9 +19,9 @@ for (const { env } of Object.values(BUILDS)) {
 /** @typedef {Record<string, { type: "int64", dims: number[], data: number[] }>} Feeds */
 /** @typedef {Awaited<ReturnType<typeof open>>} Session */
 
-/** Bytes of live buffers that are ours, by label; over all devices. */
+/** Bytes of live buffers with our labels, on all devices. */
 let live = 0;
-/** What is asked of devices now. @type {{ submits: number, written: number, coefficients: number } | undefined} */
+/** Work that devices are given now. @type {{ submits: number, written: number, coefficients: number } | undefined} */
 let counts;
 watchDevices();
 
@@ -99,7 +99,7 @@ async function failure(work) {
 }
 
 /**
- * Many switches of one session.
+ * Switches one session many times.
  * @param {Feeds} feeds
  * @param {Selection[]} selections null first
  * @param {number} switches
@@ -129,7 +129,7 @@ export async function switching(feeds, selections, switches) {
   };
 
   const before = await ask();
-  // Afterwards everything that is kept is there: what grew for one selection is prepared again for those before it.
+  // After one round all arrays exist: those that grew for one selection are prepared again for the earlier ones.
   for (const selection of selections) await change(selection);
   /** @type {number[][]} */
   const known = [];
@@ -156,7 +156,7 @@ export async function switching(feeds, selections, switches) {
     check(await ask(), at, `switch ${i}`);
   }
 
-  // Nobody waits for anybody: each run answers for the switch that was asked for last before it.
+  // Nothing is awaited: each run answers for the last switch asked for before it.
   await change(selections[1]);
   let last = 1;
   const all = [];
@@ -207,7 +207,7 @@ export async function switching(feeds, selections, switches) {
 }
 
 /**
- * A device of the caller's in the provider's options.
+ * Uses a device of the caller's in the provider's options.
  * @param {Feeds} feeds
  * @param {keyof typeof BUILDS} build
  */
@@ -227,7 +227,7 @@ export async function given(feeds, build) {
   }
   const { reason, probe } = session;
   await session.close();
-  // The one given is the caller's still.
+  // The given device still belongs to the caller.
   device.pushErrorScope("validation");
   device.createBuffer({ size: 16, usage: GPUBufferUsage.STORAGE }).destroy();
   const usable = (await device.popErrorScope()) === null;
@@ -237,14 +237,14 @@ export async function given(feeds, build) {
 }
 
 /**
- * The device goes away under a run and a switch.
+ * Loses the device during a run and a switch.
  * @param {Feeds} feeds
  * @param {keyof typeof BUILDS} build
  * @param {"core" | "folded"} [mode]
  */
 export async function lost(feeds, build, mode = "folded") {
   const ort = BUILDS[build];
-  // onnxruntime-web leaves a download that fails then to nobody.
+  // onnxruntime-web does not handle a download that fails then.
   addEventListener("unhandledrejection", (event) => event.reason.name === "AbortError" && event.preventDefault());
   const session = await open(ort, undefined, mode);
   const device = /** @type {GPUDevice} */ (await ort.env.webgpu.device);
@@ -263,7 +263,7 @@ export async function lost(feeds, build, mode = "folded") {
 }
 
 /**
- * Components as the pack stores them against floats, in mode "core".
+ * Compares components as the pack stores them with floats, in mode "core".
  * @param {Feeds} feeds
  * @param {keyof typeof BUILDS} build
  * @param {string} basis number format of the pack's components
@@ -291,7 +291,7 @@ export async function small(feeds, build, basis) {
   return found;
 }
 
-/** A new session after that. @param {Feeds} feeds */
+/** Opens a new session after a lost device. @param {Feeds} feeds */
 export async function again(feeds) {
   const session = await open(native);
   await session.switchTask("two");
@@ -300,7 +300,7 @@ export async function again(feeds) {
   return found;
 }
 
-/** Blends need to know whose labels they have. @param {Selection} selection */
+/** Head of a selection: blends need to know whose labels they have. @param {Selection} selection */
 function headOf(selection) {
   return selection !== null && typeof selection === "object" ? { head: Object.keys(selection)[0] } : {};
 }

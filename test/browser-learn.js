@@ -1,5 +1,5 @@
 /**
- * Runs in a browser: training graphs on the providers of both of onnxruntime-web's builds, every output reported; and a trainer.
+ * Runs in a browser: training graphs on the providers of both builds of onnxruntime-web, with every output reported; and a trainer.
  */
 import * as all from "onnxruntime-web/all";
 import * as webgpu from "onnxruntime-web/webgpu";
@@ -84,8 +84,9 @@ async function run(ort, provider, { name, feeds, turning }) {
 }
 
 /**
+ * Trains on each provider.
  * @param {import("./training.js").Lines} lines
- * @returns {Promise<Record<string, import("./training.js").Trained | string>>} by provider; why not, where there is none
+ * @returns {Promise<Record<string, import("./training.js").Trained | string>>} by provider; the reason where one is missing
  */
 export async function teach(lines) {
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();

@@ -1,6 +1,6 @@
 /**
- * Runs in a browser: sessions on every model and provider that the test names, held against the answers it hands over.
- * Reports what works, what is refused and with which words.
+ * Runs in a browser: sessions on every model and provider that the test names, compared with the answers it passes. Reports results and
+ * refusals with their messages.
  */
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";

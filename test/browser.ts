@@ -1,4 +1,4 @@
-/** Chromium for tests: files over HTTP, a page of them, and what the page has to say. */
+/** Chromium for tests: files over HTTP, a page of them, and the page's results. */
 
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
@@ -8,7 +8,7 @@ import type { Test } from "tap";
 import { serve } from "./range-server.ts";
 import { chromium as executablePath, required } from "./required.ts";
 
-/** Why tests in Chromium are skipped; false where they run, or fail. */
+/** Reason why tests in Chromium are skipped; false where they run, or must fail. */
 export const noChromium = !executablePath && !required.has("chromium") && "chromium is not here";
 
 /** A browser until the test ends. WebGPU needs `--enable-unsafe-webgpu`. @throws Error without Chromium */
@@ -19,7 +19,7 @@ export async function launch(t: Test, args: readonly string[] = []): Promise<Bro
   return browser;
 }
 
-/** A module and all it imports, for browsers; as if it lay in this folder, or in `resolveDir`. */
+/** Bundles a module with all its imports for browsers, as if it lay in this folder, or in `resolveDir`. */
 export async function bundle(
   contents: string,
   options: { resolveDir?: string; nodePaths?: string[] } = {},
@@ -51,7 +51,7 @@ export async function addRuntimes(files: Map<string, Uint8Array>, builds: readon
 }
 
 /**
- * Opens index.html of these files, or without one a page that runs page.js. What nobody catches there fails the test.
+ * Opens index.html of these files, or without one a page that runs page.js. An uncaught error there fails the test.
  * @param by a browser, whose page is closed when the test ends; or arguments of one for this page alone
  */
 export async function openPage(
@@ -69,7 +69,7 @@ export async function openPage(
   return page;
 }
 
-/** What the page has left, or promised, as `globalThis.answer`. */
+/** Value of `globalThis.answer`, or of its promise. */
 export async function answerOf(page: Page): Promise<unknown> {
   await page.waitForFunction(() => "answer" in globalThis);
   return page.evaluate(() => (globalThis as unknown as { answer: unknown }).answer);

@@ -1,5 +1,5 @@
 /**
- * `eigenlora/build` where there are no files: nothing of it asks for Node, and a page packs adapters to the same bytes.
+ * `eigenlora/build` without files: it imports nothing of Node, and a page packs adapters to the same bytes.
  */
 import { readFile } from "node:fs/promises";
 import { buildPack } from "eigenlora/build";

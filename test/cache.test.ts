@@ -1,4 +1,4 @@
-/** Ranges that outlive a page or process: folders in Node, the Cache API and OPFS in Chromium; never of two versions. */
+/** Ranges kept longer than a page or process: in folders in Node, in the Cache API and OPFS in Chromium. Versions are never mixed. */
 import { mkdtemp, readdir, readFile, rm, utimes, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -192,7 +192,7 @@ t.test("the limit holds, and what is used stays", async (t) => {
   await again.read(100, 100);
   t.same(origin.ranges, [[100, 200]]);
   t.same(await again.read(0, 1000), large, "a range above the limit is read and not kept");
-  // Closing waits for what is still being written.
+  // Closing waits for pending writes.
   await again.close();
   t.equal((await entries(folder)).length, 5);
   const smaller = cachedSource(url, folderStore(folder), { maxBytes: 200 });

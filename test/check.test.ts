@@ -1,6 +1,6 @@
 /**
- * `eigenlora check`: what it says of a model and a pack is what a session does, for models that fit, in some modes or in none; and
- * what it says to do about those that do not.
+ * `eigenlora check`: its verdict on a model and a pack agrees with a session's behaviour, for models that fit, in some modes or in none;
+ * and its advice for those that do not.
  */
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -55,10 +55,10 @@ interface Case {
   readonly model: string;
   readonly pack: string;
   readonly options?: MatchOptions;
-  /** Modes that work. */
+  /** Modes that must work. */
   readonly modes: readonly string[];
   readonly mode: string | null;
-  /** What the last line says to do. */
+  /** Pattern of the advice in the last line. */
   readonly next: RegExp;
 }
 

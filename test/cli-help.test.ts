@@ -1,4 +1,4 @@
-/** What the command line says of itself: help of every command, versions, and words that it does not know. */
+/** The command line's own texts: help of every command, versions, and unknown words. */
 import { spawnSync } from "node:child_process";
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
@@ -11,7 +11,7 @@ interface Answer {
   stderr: string;
 }
 
-/** In this process, which is much faster. */
+/** Runs the command in this process, which is much faster. */
 async function run(...args: string[]): Promise<Answer> {
   const answer = { stdout: "", stderr: "" };
   const stream = (name: "stdout" | "stderr") => ({
@@ -99,7 +99,7 @@ t.test("what is missing, unknown or too much is named, with the nearest", async 
     const command = /^([a-z]+): /.exec(message)?.[1];
     t.equal(stderr, `eigenlora: ${message}\nSee eigenlora ${command ? `${command} ` : ""}--help.\n`);
     const json = await run(...args, "--json");
-    if (args.at(-1) === "-o") continue; // Else --json is the value.
+    if (args.at(-1) === "-o") continue; // The flag would otherwise be the value of -o.
     t.match({ status: json.status, stderr: json.stderr }, { status: 2, stderr: "" }, args.join(" "));
     t.same(JSON.parse(json.stdout), { error: { tag: "usage", message } });
   }

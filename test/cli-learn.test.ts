@@ -1,5 +1,5 @@
 /**
- * `eigenlora learn` on the real model: a task file, its way into the pack and back to PEFT's format, Ctrl-C, and what is refused.
+ * `eigenlora learn` on the real model: a task file, adding it to the pack, exporting it to PEFT, Ctrl-C, and refusals.
  */
 import { spawnSync } from "node:child_process";
 import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
@@ -96,7 +96,7 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   });
   t.ok(right.length > 45, `${right.length} of 60 lines`);
 
-  // PEFT's format holds what was learned: packed again without loss it answers the same.
+  // PEFT's format holds all that was learned: packed again without loss, it answers the same.
   await json(0, "export", "p.eigen", "--task", "mine", "-o", "back");
   const config = JSON.parse(await readFile(join(folder, "back", "adapter_config.json"), "utf8"));
   t.match(config, { r: 9, modules_to_save: ["classifier"] }, "eight rows and one free term");
@@ -128,7 +128,7 @@ t.test("the same seed gives the same file; tables as JSON lines; a LoRA of anoth
 });
 
 t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
-  // A process of its own, which signals itself at a known moment: behind a step, or before anything is loaded.
+  // A process of its own that signals itself at a known moment: after a step, or before anything is loaded.
   const program = `
     import { Command } from ${JSON.stringify(new URL("commander.js", COMMAND_LINE).href)};
     import { learn } from ${JSON.stringify(new URL("learn.js", COMMAND_LINE).href)};
@@ -156,14 +156,14 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   const { json: made, exitCode, text } = stopAt(1);
   t.equal(exitCode, 1);
   t.match(made, { interrupted: true, file: "stopped.eigentask", holdout: null });
-  // A signal arrives a moment after it was sent.
+  // A signal arrives slightly later than it was sent.
   t.ok(made.steps >= 1 && made.steps < 4, `${made.steps} steps`);
   t.match(text.join("\n"), /stopped at step \d+ of 16/);
   t.match(text.join("\n"), /^ +\d +[\d.]+ .*kept\n/m, "what was kept is marked");
   t.match(text.join("\n"), /\ntrained 1536 coefficients and 1155 head weights; /);
   t.equal(parseTaskFile(new Uint8Array(await readFile(join(folder, "stopped.eigentask"))), "stopped").id, "stopped");
 
-  // Behind the second epoch of four steps there are judged ones: the best of them is kept, however far the steps went.
+  // After the second epoch of four steps some states are judged: the best is kept, however far the steps went.
   const later = stopAt(9).json;
   const judged = later.epochs.flatMap((epoch: any) => epoch.holdout ?? []);
   t.ok(later.interrupted && judged.length >= 2, JSON.stringify(later.epochs));

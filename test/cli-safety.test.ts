@@ -1,4 +1,4 @@
-/** The command line never loses work: what is there already, what was trained, what is of another model; and what its refusals say. */
+/** The command line never loses work: existing files, trained tasks, files of another model; and the texts of its refusals. */
 import { execFileSync } from "node:child_process";
 import { once } from "node:events";
 import { cp, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
@@ -38,7 +38,7 @@ async function succeed(...args: string[]): Promise<Record<string, any>> {
   return JSON.parse(stdout);
 }
 
-/** What a command says that fails. */
+/** Message of a command that fails. */
 async function refusal(...args: string[]): Promise<string> {
   const { status, stdout } = await run(...args, "--json");
   if (status === 0) throw new Error(`${args.join(" ")} was not refused`);
@@ -90,7 +90,7 @@ t.test("what is there already is replaced by --force alone, by every command tha
   t.notOk((await readdir(folder)).includes("key.pem"), "neither of the two");
   await succeed("keygen", "-o", at("key"), "--force");
   t.equal((await stat(at("key.pem"))).mode & 0o777, 0o600);
-  // Of the files that come beside an attached model too.
+  // Files beside an attached model must not be overwritten either.
   await writeFile(at("a.base.safetensors"), "mine");
   const attach = ["attach", data("sessions/torchscript.onnx"), at("s.eigen"), "-o", at("a.onnx")];
   await succeed("pack", data("sessions/adapters"), "-o", at("s.eigen"));
@@ -201,7 +201,7 @@ t.test("what comes to lie there during the work stays, and so does the result", 
   await run.close();
   t.equal(await readFile(at("late"), "utf8"), "somebody else's");
   t.equal(await readFile(kept!, "utf8"), "the work");
-  // No regular file any more: not even with --force.
+  // A folder instead of a file is refused even with --force.
   await mkdir(at("turned"));
   await t.rejects(writeTogether([[at("turned"), [Buffer.from("the work")]]]), {
     message: /stays; what was to be written/,
@@ -235,7 +235,7 @@ t.test("export never writes over a trained adapter, nor into a folder of them", 
     ],
   );
   t.match(await refusal(...exported, at("out")), /holds an earlier export; .*--force/);
-  // A task without metadata leaves none of an earlier one's behind.
+  // A task without metadata must not leave an earlier task's behind.
   const pack = await openPack(at("p.eigen"));
   const entry = { id: "plain", adapterBytes: 0, metadata: {} };
   const file = encodeTaskFile(entry, pack.basisId, (await pack.load("sections-0")).bytes);
@@ -244,7 +244,7 @@ t.test("export never writes over a trained adapter, nor into a folder of them", 
   await succeed("add", at("p.eigen"), at("plain.eigentask"));
   await succeed("export", at("p.eigen"), "--task", "plain", "-o", at("out"), "--force");
   t.same((await readdir(at("out"))).sort(), ["adapter_config.json", "adapter_model.safetensors"]);
-  // Trained on by other tools, it is work again.
+  // Files that other tools have trained further count as work again.
   await writeFile(at("out", "adapter_model.safetensors"), trained);
   t.match(await refusal(...exported, at("out"), "--force"), /never replaced/);
 });

@@ -26,7 +26,7 @@ const folder = await mkdtemp(join(tmpdir(), "eigenlora-cli-"));
 workIn(t, folder);
 const own = data("adapters/own-seed");
 
-/** In a process of its own. */
+/** Runs the command in a process of its own. */
 function spawned(...args: string[]): { status: number | null; stdout: string; stderr: string } {
   return spawnSync(process.execPath, [main, ...args], { encoding: "utf8", cwd: folder });
 }
@@ -439,7 +439,10 @@ t.test("what a failed command made is gone again, what was there stays", async (
   for (const name of ["empty", "there"]) await mkdir(join(folder, name));
   await writeFile(join(folder, "there", "mine.txt"), "mine");
   const before = async (): Promise<string[]> => (await readdir(folder, { recursive: true })).sort();
-  /** No file becomes larger: as a full disk, with another name for it. The test runner's own files must not suffer. */
+  /**
+   * Runs a command with a limit on file sizes, which acts like a full disk with another error. The test runner's own files must not
+   * suffer.
+   */
   const limited = (kilobytes: number, ...args: string[]): { status: number | null; stdout: string } => {
     const script = `ulimit -f ${kilobytes}; unset NODE_OPTIONS; exec "$@"`;
     const all = ["-c", script, "bash", process.execPath, main, ...args, "--json"];

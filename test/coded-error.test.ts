@@ -20,7 +20,7 @@ import { concat, data } from "./packs.ts";
 const names = ["debtags-role", "debtags-use", "sections-0", "sections-1", "debtags-interface"];
 const whole = await readAdapters(names.map((name) => data(`adapters/own-seed/${name}`)));
 t.teardown(() => Promise.all(whole.map((adapter) => adapter.close())));
-/** Four modules of twelve. */
+/** Adapters with four modules of twelve. */
 const adapters = whole.map((adapter) => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, 4)) }));
 
 const product = (Bt: Float32Array, A: Float32Array, rank: number): Float64Array => {
@@ -120,7 +120,7 @@ t.test("steps are sought for each task, and not for ever", async (t) => {
   const asked: number[] = [];
   const make = async (steps: Steps): Promise<{ id: string; total: number; mean: number; max: number }[]> => {
     asked.push(steps.get("a")!);
-    // One that loses as much as its step, and one that nothing helps below 0.1.
+    // One task loses as much as its step; another exceeds 0.1 whatever the step.
     return [...steps].map(([id, step]) => {
       const total = id === "a" ? step : Math.max(step, 0.1);
       return { id, total, mean: total, max: total };

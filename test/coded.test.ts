@@ -1,6 +1,6 @@
 /**
- * Entropy-coded sections: what is coded comes back byte for byte, an independent reader written from SPEC.md, appendix A, says the
- * same, damage is found, and packs made with a step are what their options say.
+ * Entropy-coded sections: they decode byte for byte, an independent reader written from SPEC.md, appendix A, agrees, damage is found, and
+ * packs made with a step match their options.
  */
 import { fileURLToPath } from "node:url";
 import type { TensorRef } from "eigenlora";
@@ -31,7 +31,7 @@ import { readCoded } from "./mutants/read-coded.js";
 const OWN_SEED = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url));
 
 /**
- * What both decoders say of a section.
+ * Decodes a section with both decoders.
  * @throws FormatError when both refuse it for the same reason, a plain Error when they differ
  */
 async function decode(bytes: Uint8Array, part = "part", before?: Uint8Array, expected?: number): Promise<Uint8Array> {
@@ -78,7 +78,7 @@ t.test("any section comes back, and another reader reads the same", async (t) =>
   let coded = 0;
   for (let seed = 0; seed < 300; seed++) {
     const { section, tensors, step } = randomSection(seed);
-    // What lies before a section has some of its bytes, or nothing to do with it.
+    // Bytes before a section may share content with it or not.
     const before = seed % 2 ? randomSection(seed % 4 === 1 ? seed : seed + 1).section.subarray(0, 300) : undefined;
     const bytes = encodeSection(section, tensors, step, before);
     if (!bytes) continue;
@@ -140,7 +140,7 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
   for (let seed = 0; seed < 8000; seed++) {
     const encoder = new Encoder();
     const skew = 1 + random() * 4;
-    // Fills a section with what chance decides, and codes those decisions.
+    // Fills a section with random decisions, and codes them.
     const chance: Coder = {
       symbol: (table) => {
         // Shapes and lengths that fit are small.
@@ -187,7 +187,7 @@ t.test("a section larger than the memory that is kept", async (t) => {
   }
 });
 
-/** A section that becomes about as much as one may, coded: one tensor whose integers are mostly 0. */
+/** A coded section of nearly the largest size: one tensor whose integers are mostly 0. */
 function sparse(rows: number, width: number, share: number): Uint8Array {
   const random = uniform(4);
   const values = Float32Array.from({ length: rows * width }, () => (random() < share ? 1 : 0));

@@ -1,12 +1,12 @@
 /**
- * The command line in the process of a test, as it runs in one of its own: dozens of calls need no dozens of processes. What a process
- * has besides (exit codes, streams, signals) is tested on processes.
+ * Runs the command line in the process of a test: dozens of calls need no dozens of processes. Exit codes, streams and signals of
+ * processes are tested on processes.
  */
 import { rm } from "node:fs/promises";
 import type { Test } from "tap";
 import { runProgram } from "./internals.ts";
 
-/** What a command said, and its exit code. */
+/** Output and exit code of a command. */
 export interface Ended {
   readonly status: number;
   readonly stdout: string;
@@ -28,7 +28,7 @@ export async function json(status: number, ...args: string[]): Promise<Record<st
   return JSON.parse(result.stdout);
 }
 
-/** Makes a folder the one that relative paths are of, and removes it at the end. */
+/** Makes a folder the current one for relative paths, and removes it at the end. */
 export function workIn(t: Test, folder: string): void {
   const before = process.cwd();
   process.chdir(folder);

@@ -1,6 +1,6 @@
 /**
- * How weights are compared wherever tests run, and PEFT's golden pairs through pack and runtime. Nothing here is of Node:
- * a browser runs it too. Strings name files as the platform does: paths, or URLs.
+ * Comparison of weights, and PEFT's golden pairs through pack and runtime. Uses nothing of Node, so that a browser can run it. Strings
+ * name files as the platform does: paths, or URLs.
  */
 import { type BackendOptions, createRuntime, openPack, type SourceInput, type View } from "eigenlora";
 import { decodeTensor, openHost, openSafetensors, openSource } from "./internals.ts";
@@ -42,12 +42,12 @@ export function bytesOf(view: View): Uint8Array {
   return (view.data as Uint8Array).slice(view.byteOffset);
 }
 
-/** A base and an adapter, and what PEFT made of them. */
+/** A base and an adapter, and PEFT's merge of them. */
 export interface Golden {
   name: string;
   /** Holds base.safetensors and merged.safetensors. */
   folder: string;
-  /** Of this adapter alone, lossless. */
+  /** Lossless pack of this adapter alone. */
   pack: SourceInput;
   task: string;
   /** Weights that PEFT's merge changes. */

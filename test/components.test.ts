@@ -1,6 +1,6 @@
 /**
- * Components found alone, by block Lanczos, against those of the whole eigenproblem: the same energy, subspace and numbers on
- * spectra that fall off, and the whole eigenproblem wherever a pair cannot be trusted.
+ * Leading components by block Lanczos, compared with those of the whole eigenproblem: the same energy, subspace and numbers on spectra
+ * that fall off, and the whole eigenproblem wherever a pair cannot be trusted.
  */
 import type { Products } from "eigenlora/build";
 import fc from "fast-check";
@@ -57,7 +57,7 @@ function floorsOf(x: Float64Array, rows: number, width: number): Float64Array {
   return rowSquares(x, rows, width).map((square) => ROUNDING * Math.sqrt(square));
 }
 
-/** Squares of the rows that lie in the span of the components. */
+/** Squared norm of the rows' part in the span of the components. */
 function captured(x: Float64Array, rows: number, width: number, { vectors, count }: Components): number {
   return wasm.multiplyTransposed(x, vectors, rows, count, width).reduce((sum, value) => sum + value * value, 0);
 }
@@ -67,7 +67,7 @@ function largest(x: Float64Array): number {
 }
 
 /**
- * Both ways to the first k components; says whether they were found alone.
+ * Compares both ways to the first k components. @returns whether Lanczos found them alone
  * @param tolerance of energy and singular values, relative
  */
 function compare(
@@ -102,7 +102,7 @@ function compare(
   return alone;
 }
 
-/** Falls by this factor a step, down to a floor. */
+/** A spectrum that falls by this factor a step, down to a floor. */
 const falling = (count: number, factor: number, floor: number): number[] =>
   Array.from({ length: count }, (_, i) => Math.max(factor ** i, floor));
 
@@ -140,7 +140,7 @@ t.test("clusters and equal values", async () => {
     ["a cluster within 1e-9", Array.from({ length: 8 }, (_, i) => 1 + 1e-9 * i)],
     ["equal values on both sides of the cut", [5, 4, 3, 2, 1, 1, 1, 1, 1]],
     ["more equal values than a block holds", new Array<number>(40).fill(1)],
-    // Which of them are largest is below the residual that is asked for.
+    // The requested residual does not tell which values of the cluster are largest.
     ["a cluster within 4e-8 that a block does not hold", Array.from({ length: 40 }, (_, i) => 1 + 1e-9 * i), 1e-7],
   ];
   for (const [name, top, tolerance] of cases)

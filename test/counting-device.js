@@ -1,6 +1,5 @@
 /**
- * A device of Dawn's that counts what it is asked to do. Tests, the soak and the benchmarks hand it to the backend, which
- * knows nothing of it.
+ * A device of Dawn's that counts its work. Tests, the soak and the benchmarks hand it to the backend, which knows nothing of it.
  */
 /// <reference types="@webgpu/types" />
 

@@ -1,6 +1,6 @@
 /**
- * LoRA files of diffusers: every golden case, the names of three generations, alphas and configurations, what is refused, files in
- * folders, and the command line. Golden cases go through a pack and a runtime too. The judge of the goldens is diffusers' own loading and PEFT's merge.
+ * LoRA files of diffusers: every golden case, names of three generations, alphas and configurations, refusals, files in folders, and the
+ * command line. Golden cases go through a pack and a runtime too. The goldens come from diffusers' own loading and PEFT's merge.
  */
 import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -356,7 +356,7 @@ t.test("the command line: pack, inspect, verify, add, export", async (t) => {
   t.same(verified["tasks"].map(({ id }: { id: string }) => id).sort(), ["2023", "again", "scaled"]);
   for (const { id, error } of verified["tasks"]) t.ok(error.max < 1e-5, `${id}: ${error.max}`);
 
-  // Parts are known by what adapters hold: another adapter makes another part.
+  // Parts are identified by the adapters' content: another adapter makes another part.
   t.equal((await json("shard", scaled, "-o", "a.part"))["present"], false);
   t.equal((await json("shard", scaled, "-o", "a.part"))["present"], true);
   t.equal((await json("shard", "styles/old", "-o", "a.part", "--force"))["present"], false);

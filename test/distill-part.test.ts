@@ -1,5 +1,5 @@
 /**
- * Distilling on many machines: parts of tasks that assemble makes a pack of, on the real model.
+ * Distilling on many machines: parts of tasks that `assemble` turns into a pack, on the real model.
  */
 import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";

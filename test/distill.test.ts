@@ -56,7 +56,7 @@ function logs(logits: Float32Array): number[] {
   return [...logits].map((value) => value - total);
 }
 
-/** Mean KL between two tasks of two sessions, by their own runs. */
+/** Mean KL between two tasks of two sessions, from runs of their own. */
 async function divergence(
   ours: [Session, string],
   theirs: [Session, string],
@@ -124,7 +124,7 @@ t.test("the hold-out is judged as the sessions judge it; the head is trained; th
   t.teardown(async () => (await session.close(), teacher.close()));
   const adapter = await adapterOf(t, "sessions/adapters/five");
   const [one] = inputs(NODE, session, 1);
-  // All alike, so that the hold-out is known.
+  // All texts are equal, so that the hold-out is known.
   const all = Array.from({ length: 12 }, () => one!);
   const made = await distill(session, { adapter, feeds: all, steps: 10, batch: 4 });
   await session.addTask("distilled", made.file);
@@ -141,7 +141,7 @@ t.test("the hold-out is judged as the sessions judge it; the head is trained; th
   };
   t.notOk(Buffer.from(await head("distilled")).equals(await head("five")));
 
-  // Nothing is lost here, and wild rates can only do harm.
+  // Nothing is lost here, so high rates can only do harm.
   const kept = await distill(teacher, {
     adapter,
     feeds: inputs(NODE, teacher, 16),
@@ -280,7 +280,7 @@ t.test("modules that a coarse step leaves no components on one side are distille
   const shapesOf = async (id: string): Promise<unknown> =>
     (await session.pack.load(id)).terms.map(({ rank, A, B }) => [rank, A!.tensor.width, A!.mean, B!.tensor.width]);
   t.same(await shapesOf("distilled"), await shapesOf("two"));
-  // What training sees is what sessions make of it: the mean acts where there is nothing else.
+  // Training and sessions agree on the mean where nothing else acts.
   const held = shuffle([...all], uniform(0)).slice(0, Math.round(0.25 * all.length));
   for (const [id, seen] of [
     ["two", made.divergenceBefore],
@@ -386,7 +386,7 @@ t.test("the command line, on the real model", async (t) => {
       },
     });
   }
-  // A run that wins nothing says so: here one whose only task was finished, and kept as it was.
+  // A run without gain says so: here its only task was finished before, and kept as it was.
   await mkdir(join(folder, "q.eigen.partial"));
   await writeFile(join(folder, "q.eigen.partial", name!), whole.replace('"distilled"', '"projected"'));
   const nothing = await run("distill", "p.eigen", own("debtags-devel"), ...settings, "-o", "q.eigen");
@@ -438,7 +438,7 @@ t.test("the command line, on the real model", async (t) => {
   const other = ["distill", "p.eigen", data("sessions/adapters/two"), ...settings, "-o", "x.eigen"];
   t.match(await json(1, ...other), { error: { tag: "adapter", message: /two/ } }, "an adapter of another base");
 
-  // Installed by itself, the package has none of its optional peers.
+  // A fresh install has none of the package's optional peers.
   const root = fileURLToPath(new URL("..", import.meta.url));
   const alone = join(folder, "alone");
   await mkdir(join(alone, "node_modules"), { recursive: true });
@@ -453,7 +453,7 @@ t.test("the command line, on the real model", async (t) => {
   t.match(without(), { error: { tag: "backend", message: /needs the package @huggingface\/tokenizers: npm install/ } });
 });
 
-/** A pack that is distilled in its own place while others write to it. */
+/** Distils a pack in place while others write to it. */
 async function distillInPlace(
   t: Test,
   folder: string,
@@ -467,7 +467,7 @@ async function distillInPlace(
   const pack = join(folder, "q.eigen");
   const command = given.command.map((word) => (/^[op]\.eigen$/.test(word) ? "q.eigen" : word)).concat("--force");
   const names = async (): Promise<string[]> => (await readdir(folder)).filter((name) => name.startsWith("q."));
-  /** Starts it, and acts when the first of its two tasks is done. @returns how it ended */
+  /** Starts distilling, and acts when the first of its two tasks is done. @returns how it ended */
   const meanwhile = async (
     act: (child: ChildProcess) => unknown,
   ): Promise<[code: number | null, signal: string | null]> => {

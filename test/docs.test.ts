@@ -1,4 +1,4 @@
-/** The documents: links lead somewhere, the index lists every page, and docs/api is what the doc comments say. */
+/** The documents: links resolve, the index lists every page, and docs/api matches the doc comments. */
 import { execFile } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -33,7 +33,7 @@ t.test("relative links lead to a file, and to a heading in it", async (t) => {
   t.same(broken, []);
 });
 
-/** The anchors that GitHub makes of headings. */
+/** Anchors that GitHub gives to headings. */
 function anchorsOf(text: string): Set<string> {
   return new Set(
     [...text.matchAll(/^#+ (.*)$/gm)].map(([, heading]) =>

@@ -1,6 +1,6 @@
 /**
- * A home with nothing in it, for processes of somebody who has set nothing: whatever a library keeps of its own accord lies there
- * afterwards. onnxruntime writes nothing where CI is set, so nothing of this process's environment is passed on but PATH.
+ * An empty home folder for processes: files that a library writes unasked show up in it. onnxruntime writes nothing where CI is set, so
+ * of this process's environment only PATH is passed on.
  */
 import { mkdtemp, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -9,7 +9,7 @@ import type { Test } from "tap";
 
 export interface EmptyHome {
   readonly env: { readonly HOME: string; readonly PATH: string | undefined };
-  /** Files and folders that were written, by path. */
+  /** Lists files and folders that were written, by path. */
   readonly written: () => Promise<string[]>;
 }
 

@@ -1,6 +1,6 @@
 /**
- * What every engine must be able to do, in code that needs nothing of a platform: open a pack from bytes, switch and blend, be
- * refused, switch 500 times, and come back to the bit. Run by test/engines.test.ts in every engine that it finds.
+ * The case that every engine must pass, in code without a platform: open a pack from bytes, switch and blend, be refused, switch 500
+ * times, and restore every bit. test/engines.test.ts runs it in every engine that it finds.
  */
 import { createRuntime, openPack } from "eigenlora";
 
@@ -54,7 +54,7 @@ export async function engineCase(
   const { backend } = runtime;
   await runtime.close();
 
-  // The same base as a file: its header is text, and the fingerprints in the pack are held against it.
+  // The same base as a file: its header is text, and the pack's fingerprints are compared with it.
   const other = await createRuntime(pack, { ...options, base: bytesOf(safetensors) });
   await other.switchTask(second);
   const changed = [...other.changes().keys()];

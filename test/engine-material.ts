@@ -1,6 +1,6 @@
 /**
- * What test/engine-case.js works on, a pack of two adapters of the tiny model with components in few bits, and the model's weights; and how
- * an engine's outcome is held against that of Node's js backend.
+ * Material of test/engine-case.js: a pack of two adapters of the tiny model with components in few bits, the model's weights, and the
+ * comparison of an engine's outcome with Node's js backend.
  */
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -16,7 +16,7 @@ async function material(): Promise<Material> {
   const path = data("sessions/base.safetensors");
   const host = await openHost(path);
   const adapters = ["sessions/adapters/two", "sessions/adapters/three"];
-  // Of one layer: engines without a compiler need seconds for 500 switches of more.
+  // One layer only: engines without a compiler need seconds for 500 switches of more.
   const only = (module: string): boolean => module.includes("layer.0.");
   const { bytes } = await packOf(adapters, { select: { kind: "k", k: 4 }, base: host }, only);
   const base = [];
@@ -45,10 +45,10 @@ function differing(js: Outcome, states: readonly State[], most: number): string[
   );
 }
 
-/** The backends whose arithmetic may round otherwise: relaxed instructions, and devices, fuse a product and a sum. */
+/** Backends that may round otherwise: relaxed instructions, and devices, fuse a product and a sum. */
 const NEAR = /relaxed|webgpu/;
 
-/** A project with the package, the case and its material; and what to do with an engine's outcomes. */
+/** Installs the package with the case and its material in a project, and judges outcomes of engines. */
 export async function prepareCase(t: Test): Promise<{
   project: string;
   given: Material;
@@ -78,7 +78,7 @@ export async function prepareCase(t: Test): Promise<{
   return { project, given, engineCase, check };
 }
 
-/** Code that prints what the case gives on these backends, as one line. */
+/** Code that prints the case's outcomes on these backends as one line. */
 export const caseCode = (options: readonly object[], print: string): string => `
 import { engineCase } from "./engine-case.js";
 import material from "./material.js";
@@ -89,7 +89,7 @@ const run = async () => {
 };
 run().then(${print}, (error) => ${print}("failed: " + error + "\\n" + error.stack));
 `;
-/** The line with the outcomes. @throws Error with what was printed instead */
+/** Parses the line with the outcomes. @throws Error with the output otherwise */
 export function outcomesOf(text: string): Outcome[] {
   const line = text.split("\n").find((one) => one.startsWith("["));
   if (line === undefined) throw new Error(text.slice(0, 4000));

@@ -27,7 +27,7 @@ const site = join(project, "site");
 await mkdir(site);
 const OPTIONS = [{ backend: "js" }, { backend: "auto" }, ...WASM];
 const BACKENDS = ["js", "wasm (relaxed-simd)", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"];
-/** The page says what it finds as text: of the case here, of its worker, and of WebGPU. */
+/** Pages that write outcomes as text: of the case here, of a worker, and of WebGPU. */
 const PAGES = {
   window: caseCode(OPTIONS, "(text) => (document.title = text)"),
   worker: `const worker = new Worker("/thread.js");
@@ -53,13 +53,13 @@ await writeFile(join(site, "thread.js"), await scriptOf(project, caseCode(OPTION
 const server = await serveFolder(site);
 t.teardown(() => server.close());
 
-/** A page of a browser, as far as it is needed here. */
+/** The parts of a browser's page that are used here. */
 interface Page {
   goto(url: string): Promise<unknown>;
   evaluate(code: string): Promise<unknown>;
 }
 
-/** What a page of ours says, once it does. */
+/** Text of one of our pages, once it is there. */
 async function said(page: Page, name: keyof typeof PAGES): Promise<string> {
   await page.goto(new URL(`${name}.html`, server.url).href);
   for (let i = 0; i < 600; i++) {
@@ -89,14 +89,14 @@ t.test("firefox", { skip: noFirefox }, async (t) => {
   t.match(halves, /^(compiles|no halves)$/, "the kernel for halves");
 });
 
-/** Xvfb, a session bus and the driver, until the test ends. @returns the driver's address */
+/** Starts Xvfb, a session bus and the driver until the test ends. @returns the driver's address */
 async function webdriver(t: Test): Promise<string> {
   const port = 4600 + (process.pid % 300);
   const display = `:${port}`;
   const env = { ...process.env, DISPLAY: display, WEBKIT_DISABLE_SANDBOX_THIS_IS_DANGEROUS: "1" };
   const start = (...[command, ...args]: [string, ...string[]]): ChildProcess => {
     const child = spawn(command, args, { env, stdio: "ignore", detached: true });
-    // The group, since each of them starts others.
+    // The whole group is ended, since each of them starts others.
     t.teardown(() => void (child.pid !== undefined && process.kill(-child.pid, "SIGKILL")));
     return child;
   };

@@ -1,7 +1,7 @@
 /**
- * The engine table of docs/engines.md: one small case (test/engine-case.js) in every engine that is here, its folded weights equal
- * to those of Node's js backend to the bit. Firefox and WebKitGTK are in test/engines-browsers.test.ts. An engine that is missing is skipped
- * by name, and fails where EIGENLORA_REQUIRE lists it.
+ * The engine table of docs/engines.md: one small case (test/engine-case.js) in every engine on this machine; folded weights must equal
+ * those of Node's js backend to the bit. Firefox and WebKitGTK are in test/engines-browsers.test.ts. A missing engine is skipped by name,
+ * and fails where EIGENLORA_REQUIRE lists it.
  */
 import { copyFile, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -19,13 +19,13 @@ t.test("node, every build of wasm", async (t) => {
   check(t, found, ["wasm (scalar)", "wasm (simd)"]);
 });
 
-/** WebAssembly in gjs compiles only at once, not as a promise: "auto" passes it over. */
+/** Shells. WebAssembly in gjs compiles only synchronously, not as a promise: "auto" passes it over. */
 const SHELLS: readonly [Program, args: string[], wasm: boolean][] = [
   ["quickjs", ["--script", "--no-unhandled-rejection"], false],
   ["jsc", [], true],
   ["gjs", [], false],
 ];
-/** gjs has timers, which take a main loop to run, as every app has. */
+/** Code in a main loop, which gjs needs for timers and every app has. */
 const IN_A_LOOP = (options: readonly object[]): string => `
 const loop = new imports.gi.GLib.MainLoop(null, false);
 ${caseCode(options, "(text) => (globalThis.print(text), loop.quit())")}
@@ -59,7 +59,10 @@ for (const exports of [true, false]) {
   });
 }
 
-/** The case, and `eigenlora/workerd` on an object with the documented interface of a bucket: R2 itself runs at Cloudflare only. */
+/**
+ * A worker with the case, and with `eigenlora/workerd` on an object with the documented interface of a bucket: R2 itself runs at
+ * Cloudflare only.
+ */
 const WORKER = `
 import { createRuntime, openPack } from "eigenlora";
 import { keptPack, r2Source } from "eigenlora/workerd";

@@ -1,5 +1,5 @@
 /**
- * Engines that are no browser and no Node: where each is, and how it runs test/engine-case.js. EIGENLORA_RUNTIMES names a folder whose
+ * Engines other than browsers and Node: where each is, and how it runs test/engine-case.js. EIGENLORA_RUNTIMES names a folder whose
  * `node_modules` may have hermes-engine-cli, hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
  */
 import { execFile, spawn } from "node:child_process";
@@ -30,13 +30,13 @@ export const PROGRAMS = {
 } as const;
 export type Program = keyof typeof PROGRAMS;
 
-/** Why a test is skipped that needs these; false where it runs, or fails since they are required. */
+/** Reason why a test that needs these is skipped; false where it runs, or must fail since they are required. */
 export function without(...programs: Program[]): string | false {
   const missing = programs.filter((name) => !existsSync(PROGRAMS[name]) && !required.has(name));
   return missing.length > 0 && `${missing.join(", ")} not here; see test/engines.ts`;
 }
 
-/** A project that has installed the package: its folder. */
+/** Installs the package in a project. @returns its folder */
 export async function projectWith(t: Test): Promise<string> {
   const project = await mkdtemp(join(tmpdir(), "eigenlora-engines-"));
   t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
@@ -48,7 +48,7 @@ export async function projectWith(t: Test): Promise<string> {
   return project;
 }
 
-/** One script, for engines that load no modules. */
+/** Bundles code as one script, for engines without modules. */
 export async function scriptOf(project: string, code: string): Promise<string> {
   const { outputFiles } = await build({
     stdin: { contents: code, resolveDir: project },
@@ -62,7 +62,7 @@ export async function scriptOf(project: string, code: string): Promise<string> {
   return outputFiles[0]!.text;
 }
 
-/** What a program prints. @throws Error with its output when it fails, or prints nothing for a minute */
+/** Output of a program. @throws Error with its output when it fails, or prints nothing for a minute */
 export async function outputOf(program: Program, ...args: string[]): Promise<string> {
   try {
     const { stdout } = await execute(PROGRAMS[program], args, { maxBuffer: 2 ** 26, timeout: 60_000 });
@@ -73,7 +73,7 @@ export async function outputOf(program: Program, ...args: string[]): Promise<str
   }
 }
 
-/** The bundle that React Native's packager makes of a file of the project. */
+/** Bundles a file of the project with React Native's packager. */
 export const metro = (
   project: string,
   entry: string,
@@ -102,7 +102,7 @@ export async function bundleWorker(project: string, entry: string, folder: strin
   });
 }
 
-/** What a worker's test handler logs. @param modules of the worker, the first one its main module, by path in the folder */
+/** Log of a worker's test handler. @param modules of the worker, the first one its main module, by path in the folder */
 export async function workerd(folder: string, modules: readonly string[]): Promise<string> {
   const kinds: Record<string, string> = { wasm: "wasm", bin: "data", eigen: "data", js: "esModule" };
   const list = modules.map((path) => `(name = "${path}", ${kinds[path.split(".").at(-1)!]} = embed "${path}")`);

@@ -1,6 +1,6 @@
 /**
- * Examples of doc comments and code blocks of the documents: each compiles against the built package, and runs on the test data where it
- * needs nothing that is absent (a GPU, transformers.js). `test/examples/values.js` has what examples take for granted.
+ * Examples in doc comments and code blocks in documents: each compiles against the built package, and runs on the test data where it
+ * needs nothing that is absent (a GPU, transformers.js). `test/examples/values.js` holds the values that examples assume.
  */
 import { execFile } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
@@ -22,9 +22,9 @@ const folder = join(root, "test/examples");
 const values = join(folder, "values.js");
 
 interface Example {
-  /** Where it stands. */
+  /** Place of the example. */
   readonly place: string;
-  /** Names that come from its own subpath, where others have them too. */
+  /** Names that come from the example's own subpath, although others export them too. */
   readonly own?: ReadonlyMap<string, string>;
   readonly code: string;
 }
@@ -80,7 +80,7 @@ function freeNames(source: ts.SourceFile): Set<string> {
 
 const known = new Set(Object.keys((await import(values)).values));
 
-/** An example as a module: its imports, then a function of what the example takes for granted. */
+/** Turns an example into a module: its imports, then a function of the values it assumes. */
 function moduleOf({ code, own }: Example): { text: string; names: string[]; packages: string[] } {
   const source = ts.createSourceFile("example.ts", code, ts.ScriptTarget.Latest, true);
   const imports = source.statements.filter((statement) => ts.isImportDeclaration(statement));
@@ -143,7 +143,7 @@ t.test("examples compile", async (t) => {
   }
 });
 
-/** A folder with the files that examples name. */
+/** Makes a folder with the files that examples name. */
 async function workplace(): Promise<string> {
   const place = await mkdtemp(join(tmpdir(), "eigenlora-examples-"));
   await mkdir(join(place, "node_modules"));

@@ -1,6 +1,6 @@
 /**
- * The way back to files of diffusers, kohya, llama.cpp and ONNX Runtime: a task of a lossless pack, exported, gives the golden weights to
- * the tool that each format is of, and to our own reader the same factors. What a format has no place for is refused by name.
+ * Export to files of diffusers, kohya, llama.cpp and ONNX Runtime: a task of a lossless pack, exported, gives the golden weights in the
+ * tool of that format, and the same factors in our own reader. Content without a place in a format is refused by name.
  */
 import { execFileSync, spawnSync } from "node:child_process";
 import { cpSync, existsSync, readFileSync, writeFileSync } from "node:fs";
@@ -32,7 +32,7 @@ async function readOne(path: string, base?: string): Promise<Adapter> {
   return adapter!;
 }
 
-/** Puts what the command line exports of lossless packs into a folder. */
+/** Exports tasks of lossless packs into a folder, by the command line. */
 async function exportAll(folder: string): Promise<void> {
   const base = join(folder, "config.json");
   writeFileSync(base, CONFIG);

@@ -1,6 +1,6 @@
 /**
- * Extraction against numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and
- * against its own definitions on generated stacks: ΔW is formed here, which the package never does.
+ * Extraction, compared with numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and with its own
+ * definitions on generated stacks: ΔW is formed here, which the package never does.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import type { Dtype } from "eigenlora";
@@ -304,7 +304,7 @@ function deltaSquares({ members, in: inputs, out }: ModuleStack): number[] {
   });
 }
 
-/** Σ ‖ΔW − ΔW'‖² of what was extracted. */
+/** Σ ‖ΔW − ΔW'‖² of an extraction. */
 function objective(stack: ModuleStack, { tasks }: { tasks: readonly { error: number }[] }): number {
   return sum(deltaSquares(stack).map((squares, i) => squares * tasks[i]!.error ** 2));
 }
@@ -517,7 +517,7 @@ t.test("an error selection is honoured, and no pair of fewer bytes would do", as
           ranks.reduce((all, rank) => all + tensorBytes(type, rank, kA) + tensorBytes(type, rank, kB), 0);
         const spent = bytes(result.A.components, result.B.components);
         const full = extractModule(stack, { ...options, select: { kind: "energy", share: 1 } });
-        // Every pair of fewer bytes, or of as many with a smaller K_A, brought onto bases cut from the full ones.
+        // Every pair with fewer bytes, or with as many and a smaller K_A, brought onto bases cut from the full ones.
         for (let kA = 0; kA <= full.A.components; kA++) {
           for (let kB = 0; kB <= full.B.components; kB++) {
             const cost = bytes(kA, kB);
@@ -578,7 +578,7 @@ t.test("of few bits rows are turned, which changes no ΔW and loses less of it",
   const [alpha, V] = [rows.slice(0, 3 * 7), Float64Array.from({ length: 7 * 5 }, () => random() - 0.5)];
   same(multiply(mixColumns(alpha, 3, 7), mix(V, 7, 5), 3, 5, 7), multiply(alpha, V, 3, 5, 7));
 
-  // Ranks 4 and 3, of which 2 are kept: the others stay, and so does each mean.
+  // Ranks are 4 and 3, two components are kept: the other rows stay, and so does each mean.
   const turned = rows.slice();
   mirror(turned, [4, 3], 12, 2);
   same(turned.slice(24, 48), rows.slice(24, 48));
@@ -838,7 +838,7 @@ t.test("one adapter a thousand times larger does not swallow the others", async 
     t.equal(result.A.components, 12);
     t.ok(orthonormality(result.A) <= 1e-6);
     for (const member of members) t.ok(storedError(result, member, "f32") <= 1e-6, member.id);
-    // With the large rows in the mean, coefficients of the small ones are as large as it, and so is their rounding.
+    // The large rows are in the mean, so coefficients of the small ones are as large as it, and so is their rounding.
     const kept = extractModule({ ...stack, members }, { ...F32, gauge });
     for (const member of members) t.ok(storedError(kept, member, "f32") <= 1e-3, member.id);
   }

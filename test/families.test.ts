@@ -1,13 +1,14 @@
 /**
- * docs/families.md is what the last whole run of test/soak-families.js has found (test/families/results/results.json), about the families that
- * test/families/models.py makes now, within what that run allows. The run itself takes minutes and PyTorch: `npm run soak`.
+ * docs/families.md shows the findings of the last whole run of test/soak-families.js (test/families/results/results.json), for the
+ * families that test/families/models.py makes now, within the tolerances of that run. The run itself takes minutes and PyTorch: `npm run
+ * soak`.
  */
 import { readFileSync } from "node:fs";
 import t from "tap";
 import { REFUSALS } from "./families/refusals.js";
 import { type Results, render } from "./families/table.js";
 
-/** As in families/run.js, which needs a model to run. */
+/** Tolerance of families/run.js, which needs a model to run. */
 const EXACT = 1e-5;
 const read = (path: string): string => readFileSync(new URL(path, import.meta.url), "utf8");
 const results = JSON.parse(read("families/results/results.json")) as Results;

@@ -1,5 +1,5 @@
 /**
- * Flat mode: against numpy's f64 values, against ΔW formed here, through every backend, and in a session of the real model.
+ * Flat mode, compared with numpy's f64 values and with ΔW formed here, on every backend, and in a session of the real model.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { createRuntime, type Dtype, openPack } from "eigenlora";
@@ -38,7 +38,7 @@ const F32: ExtractOptions = {
 };
 const own = (ids: readonly string[]): string[] => ids.map((id) => data(`adapters/own-seed/${id}`));
 
-/** All modules of some adapters, as extraction takes them. */
+/** Stacks of all modules of some adapters. */
 async function stacksOf(ids: readonly string[]): Promise<ModuleStack[]> {
   const found = await readAdapters(own(ids));
   const adapters = ids.map((id) => found.find((adapter) => adapter.id === id)!);
@@ -72,7 +72,7 @@ function norm(x: Float64Array): number {
   return Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
 }
 
-/** ‖ΔW − ΔW'‖ / ‖ΔW‖, formed. */
+/** ‖ΔW − ΔW'‖ / ‖ΔW‖ with both matrices formed. */
 function formedError(member: Pick<ModuleMember, "A" | "Bt" | "rank">, stored: typeof member): number {
   const exact = product(member.A, member.Bt, member.rank);
   const found = product(stored.A, stored.Bt, stored.rank);
@@ -197,9 +197,9 @@ t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real ada
       Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);
     const pair = { rank: 4, A: fill(9), Bt: fill(7) };
     const [A, Bt] = [Float64Array.from(values(36, random)), Float64Array.from(values(28, random))];
-    // At right angles to all but one row: a turn that is not told what to do with the rest must not lose it.
+    // Makes it orthogonal to all but one row: a rotation of the others must not lose it.
     if (zero === 1) [A, Bt].forEach((side) => side.fill(0, side.length / 4));
-    // Zero rows among the others, as a pair has them that was turned before.
+    // Zero rows among the others, as in a pair that was rotated before.
     turnTo(pair, { A: Float64Array.from(values(36, random)), Bt: Float64Array.from(values(28, random)) }, 7, 9);
     const before = product(pair.A, pair.Bt, 4);
     const far = (x: Float64Array, y: Float64Array): number => norm(x.map((value, i) => value - y[i]!)) ** 2;

@@ -86,7 +86,7 @@ t.test("task files", async (t) => {
   }
 });
 
-/** Opens, and reads everything; what a reader could be made to believe. */
+/** Opens a pack and reads everything, to catch what a reader could be made to believe. */
 async function readAll(bytes: Uint8Array): Promise<Pack> {
   const pack = await openPack(bytes);
   (await pack.bases()).close();
@@ -138,7 +138,7 @@ t.test("4 000 mutants of real bytes: an error of ours, or content", { timeout: 1
     const source = i % 4 === 0 ? real : golden;
     let mutant = source.slice();
     const kind = random(6);
-    // Half of the damage goes where the structure is, the rest anywhere.
+    // Half of the damage hits the structure, the rest anything.
     const spot = (): number => random(random(2) ? Math.min(4000, mutant.length) : mutant.length);
     if (kind === 0) mutant[spot()]! ^= 1 << random(8);
     else if (kind === 1) mutant[spot()] = random(256);
@@ -146,7 +146,7 @@ t.test("4 000 mutants of real bytes: an error of ours, or content", { timeout: 1
     else if (kind === 3) for (let k = 0; k < 4; k++) mutant[spot()] = [0, 255, 127, 128][k]!;
     else if (kind === 4) mutant.copyWithin(spot(), spot(), spot());
     else new DataView(mutant.buffer).setUint32(spot() & (~3 % mutant.length), random(2 ** 32), true);
-    // Every third mutant has its checksums made right again, so that the checks behind them are what is tested.
+    // Every third mutant gets valid checksums again, so that the checks behind them are tested.
     if (i % 3 === 0) repairChecksums(mutant);
     try {
       await readAll(mutant);
@@ -161,7 +161,7 @@ t.test("4 000 mutants of real bytes: an error of ours, or content", { timeout: 1
   t.comment(`${refused} refused, ${harmless} harmless`);
 });
 
-/** Makes the checksums of a damaged pack right again, as far as its structure allows. */
+/** Repairs the checksums of a damaged pack, as far as its structure allows. */
 function repairChecksums(bytes: Uint8Array): void {
   if (bytes.length < 1536) return;
   const view = new DataView(bytes.buffer);

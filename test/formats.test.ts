@@ -1,6 +1,6 @@
 /**
  * Adapter files of kohya and LyCORIS, llama.cpp, ONNX Runtime and MLX LM, and pipelines of PEFT: every golden case by its own tool's
- * merge, through a pack and a runtime too; names; what is refused; what a base is read for; the command line.
+ * merge, through a pack and a runtime too; names; refusals; facts read from a base; the command line.
  */
 import { spawnSync } from "node:child_process";
 import { cpSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
@@ -25,7 +25,7 @@ async function readOne(path: string, base?: string): Promise<Adapter> {
   return adapter!;
 }
 
-/** Folder, path of the adapter in it, its format, and how far rounding in the file may take it. */
+/** Folder, path of the adapter in it, its format, and the tolerance for rounding in the file. */
 const CASES: readonly [folder: string, file: string, format: string, tolerance: number][] = [
   ["kohya", "adapter.safetensors", "kohya", 1e-6],
   ["locon", "adapter.safetensors", "kohya", 1e-6],
@@ -79,7 +79,7 @@ t.test("q8_0 is decoded as gguf-py does: a scale and 32 integers", async (t) => 
     }
   }
   t.ok(blocks > 50, `${blocks} blocks`);
-  // Half a step, and what the f16 scale adds to 127 steps.
+  // Half a step, plus the rounding of the f16 scale over 127 steps.
   t.ok(worst > 0.3 && worst < 0.5 + 127 * 2 ** -11, `off by ${worst} steps`);
 });
 

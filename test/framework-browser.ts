@@ -4,14 +4,14 @@ import type { Test } from "tap";
 import { bundle, openPage } from "./browser.ts";
 import type { Finding } from "./stand-in.ts";
 
-/** Where the packages of frameworks are; "" where nobody says. */
+/** Folder with packages of frameworks; "" where none is named. */
 export const PACKAGES: string = process.env["EIGENLORA_RUNTIMES"]
   ? join(process.env["EIGENLORA_RUNTIMES"], "node_modules")
   : "";
 
 /**
  * Runs a suite once for each of `backends`, on software adapters where there is no GPU.
- * @param script of a module that leaves `globalThis.run`, from a backend's name to what was found
+ * @param script of a module that sets `globalThis.run`, a function from a backend's name to the findings
  */
 export async function inChromium(t: Test, script: string, backends: readonly string[]): Promise<void> {
   const files = new Map([["page.js", await bundle(script, { nodePaths: [PACKAGES] })]]);

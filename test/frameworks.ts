@@ -1,6 +1,6 @@
 /**
- * Small models for hosts of frameworks: weights as a checkpoint has them, packs of tasks on them, and the weights of each task, folded
- * here by hand. Runs in browsers too.
+ * Small models for hosts of frameworks: weights as in a checkpoint, packs of tasks on them, and the weights of each task, folded by hand.
+ * Runs in browsers too.
  */
 /// <reference types="@webgpu/types" />
 
@@ -24,7 +24,7 @@ const LAYERS: readonly (ModuleShape & { readonly shape: readonly number[] })[] =
   { name: "net.query", out: 5, in: 6, layout: "out-in", shape: [5, 6] },
 ];
 
-/** Modules that a task adapts, and the labels of the head that it brings. */
+/** Modules that a task adapts, and the labels of its head. */
 const TASKS: Readonly<Record<string, { readonly adapts: readonly string[]; readonly labels?: number }>> = {
   plain: { adapts: ["net.tokens", "net.point", "net.query"] },
   same: { adapts: ["net.tokens", "net.conv", "net.point", "net.query"], labels: 3 },
@@ -61,7 +61,7 @@ for (const [task, { adapts, labels }] of Object.entries(TASKS)) {
   heads.set(`${task} net.classifier.bias`, values(labels));
 }
 
-/** The parameters of a model of some of the layers as a task has them, W0 + ΔW in f64, rounded once; null is the base. */
+/** Parameters of a model of some of the layers under a task, W0 + ΔW in f64, rounded once; null is the base. */
 export function weightsOf(layers: readonly string[], task: string | null): Weights {
   const weights = new Map<string, Values>();
   for (const [name, { shape, data }] of base) {
@@ -88,7 +88,7 @@ function folded(
   });
 }
 
-/** Those tasks on some of the layers, in a pack that loses nothing. */
+/** Packs those tasks on some of the layers, without loss. */
 export async function packFor(layers: readonly string[]): Promise<Uint8Array<ArrayBuffer>> {
   const adapters = Object.entries(TASKS).map(([id, { adapts, labels }]): Adapter => {
     const modules = new Map<string, AdapterModule>();
@@ -122,7 +122,7 @@ export async function packFor(layers: readonly string[]): Promise<Uint8Array<Arr
   return new Uint8Array(await new Blob(chunks as BlobPart[]).arrayBuffer());
 }
 
-/** The axes of an array in another order. */
+/** Permutes the axes of an array. */
 export function permuted({ shape, data }: Values, axes: readonly number[]): Values {
   const strides = shape.map((_, axis) => shape.slice(axis + 1).reduce((a, b) => a * b, 1));
   const to = axes.map((axis) => shape[axis]!);
@@ -135,7 +135,7 @@ export function permuted({ shape, data }: Values, axes: readonly number[]): Valu
   return { shape: to, data: out };
 }
 
-/** As TF.js and flax store it: kernels as [...window, in, out]. */
+/** Transposes to the layout of TF.js and flax: kernels are [...window, in, out]. */
 export function asKernel(values: Values): Values {
   const rank = values.shape.length;
   return rank < 2 ? values : permuted(values, [...Array.from({ length: rank - 2 }, (_, i) => i + 2), 1, 0]);
@@ -167,7 +167,7 @@ export function* selections(count: number): Iterable<(typeof SELECTIONS)[number]
   }
 }
 
-/** Bytes that cross the bus while the runtime switches, and those of the active task's coefficients. In a browser. */
+/** Bytes that cross the bus during the runtime's switches, and those of the active task's coefficients. Runs in a browser. */
 export async function trafficOf(
   { device, pack }: Runtime,
   work: () => Promise<{ readonly task: unknown }>,

@@ -1,4 +1,6 @@
-/** docs/getting-started.md as it is written: its commands and its app, in order, on the real model. Exporting and installing are left out. */
+/**
+ * Runs docs/getting-started.md as written: its commands and its app, in order, on the real model. Exporting and installing are left out.
+ */
 import { spawnSync } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { cp, mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
@@ -14,7 +16,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 const page = readFileSync(join(root, "docs/getting-started.md"), "utf8");
 const TASKS = ["debtags-role", "debtags-use"];
 
-/** What a reader has after the first two commands. */
+/** Files that a reader has after the first two commands. */
 async function workplace(): Promise<string> {
   const place = await mkdtemp(join(tmpdir(), "eigenlora-started-"));
   for (const id of TASKS)

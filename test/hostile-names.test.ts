@@ -1,4 +1,4 @@
-/** Names come from files. Whatever they hold, no character of them moves a cursor, changes colours or forges a line. */
+/** Names from files: no character of them may move a cursor, change colours or forge a line. */
 import { spawnSync } from "node:child_process";
 import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -24,7 +24,7 @@ t.teardown(() => rm(folder, { recursive: true }));
 
 /** Clears the screen, in two ways; forges a line, in two ways; turns the direction of writing, in two ways. */
 const evil = "\u001b[2J\u009b2J\r\nwarning: forged\u2028\u202e\u2066\u007f";
-/** Ids of tasks may have no control characters, but these. */
+/** Ids of tasks may not have control characters, but may have these. */
 const turned = "\u202eksat\u2069";
 const dangerous = /[^\P{Cc}\n]|[\p{Bidi_Control}\u2028\u2029]/u;
 

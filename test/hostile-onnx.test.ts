@@ -1,6 +1,6 @@
 /**
- * Small ONNX files that ask for much: what a file names may be many, long or deep, and work must not grow with its square. Each
- * ends in one of our errors or in a session that works, long before a limit that the former work would have missed by far.
+ * Small ONNX files that ask for much work: files may contain many, long or deep names, and work must not grow with their square. Each
+ * ends in one of our errors or in a working session, long before a limit that quadratic work would miss by far.
  */
 import { EigenLoraError } from "eigenlora";
 import t, { type Test } from "tap";
@@ -19,11 +19,11 @@ import {
 } from "./internals.ts";
 import { difference, feeds, golden, modelBytes, NODE, type Options, open, outputOf, packFor } from "./sessions.ts";
 
-/** Milliseconds for one session. The machine may be slow; what was quadratic took more than a minute. */
+/** Milliseconds for one session. The machine may be slow; quadratic work took more than a minute. */
 const LIMIT = 15_000;
 const FLOAT = 1;
 
-/** The MLP of the sessions' tests with more to it. */
+/** The MLP of the sessions' tests with additions. */
 function changed(name: string, change: (graph: GraphProto) => void): Uint8Array {
   const proto = fromBinary(ModelProtoSchema, modelBytes(name));
   change(proto.graph!);
@@ -32,7 +32,7 @@ function changed(name: string, change: (graph: GraphProto) => void): Uint8Array 
 
 const WAYS: readonly Options[] = [{ mode: "core" }, { mode: "factors" }, { mode: "folded" }, { trainable: true }];
 
-/** Each way there is a session that answers right, or one of our errors, in time. */
+/** Checks that each way ends in time, in a session with right answers or one of our errors. */
 async function ends(t: Test, bytes: Uint8Array, works: boolean, ways: readonly Options[] = WAYS): Promise<void> {
   for (const options of ways) {
     const pack = await packFor("mlp");
@@ -169,7 +169,7 @@ t.test("graphs in graphs", async (t) => {
     let inner = create(GraphProtoSchema, { name: "g", output: [makeValue("x", FLOAT)] });
     for (let i = 0; i < depth; i++) {
       const node = makeNode("If", `if${i}`, ["deep"], `n${i}`, { then_branch: inner, else_branch: inner });
-      // A branch each would be two to the power of the depth.
+      // Following each branch would take two to the power of the depth.
       node.attribute.length = 1;
       inner = create(GraphProtoSchema, { name: "g", node: [node], output: [makeValue(`n${i}`, FLOAT)] });
     }

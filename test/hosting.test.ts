@@ -1,8 +1,7 @@
 /**
- * README's lines on the servers that people run pages on, each of them real, in Chromium: open a pack by URL, switch, run.
- * docs/hosting.md shows this table. EIGENLORA_RUNTIMES names a folder whose `node_modules` has vite, webpack,
- * webpack-dev-server and serve; nginx is Debian's. What is missing is skipped by name, and fails when EIGENLORA_REQUIRE
- * lists it. Next.js is tried by `npm run soak`.
+ * README's lines on real servers that people run pages on, in Chromium: open a pack by URL, switch, run. docs/hosting.md shows this
+ * table. EIGENLORA_RUNTIMES names a folder whose `node_modules` has vite, webpack, webpack-dev-server and serve; nginx is Debian's. A
+ * missing server is skipped by name, and fails when EIGENLORA_REQUIRE lists it. `npm run soak` tries Next.js.
  */
 import { execFile, spawn } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -26,7 +25,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 /** A file of a package that only tests need. */
 const tool = (path: string): string => join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules", path);
 
-/** What the test wants to know beside the answer. */
+/** The page, which also reports what the test asks beside the answer. */
 const PAGE = `import { openPack } from "eigenlora";
 import { main } from "./example.js";
 
@@ -169,7 +168,7 @@ const webpackDevServer: Start = async (t, project) => {
   return `http://127.0.0.1:${port}/`;
 };
 
-/** With the types of files, and what else Debian's nginx.conf sets that a page may notice. */
+/** Sets the types of files, and what else of Debian's nginx.conf a page may notice. */
 const nginx = command("nginx", async (port, folder) => {
   const file = join(temporary, "nginx.conf");
   const server = `server { listen 127.0.0.1:${port}; root ${folder}; location / { try_files $uri $uri/ =404; } }`;
@@ -185,15 +184,15 @@ const NOT_FOUND = /the server answered 404; check the address/;
 interface Server {
   readonly name: string;
   readonly start: Start;
-  /** Undefined for what every test machine has. */
+  /** The program it needs; undefined for those on every test machine. */
   readonly needs?: { name: string; file: string };
   /** Whether it serves a bundler's project. */
   readonly project: boolean;
   /** Whether it answers ranges. */
   readonly ranges: boolean;
-  /** The type of an .mjs file; browsers run nothing but JavaScript's. */
+  /** The type of an .mjs file; browsers run only JavaScript types. */
   readonly mjs: string;
-  /** What an address that does not exist is answered with. */
+  /** Pattern of the answer for an address that does not exist. */
   readonly missing: RegExp;
 }
 
@@ -289,7 +288,7 @@ for (const { name, start, needs, project: bundled, ranges, mjs, missing } of SER
   });
 }
 
-/** A host of packs on an origin of its own, with these headers on every answer. */
+/** Starts a host of packs on an origin of its own, with these headers on every answer. */
 async function packHost(t: Test, headers: Record<string, string>): Promise<{ url: string; methods: string[] }> {
   const methods: string[] = [];
   const server = createHttpServer(({ method, headers: { range = "" } }, response) => {

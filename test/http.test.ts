@@ -1,6 +1,6 @@
 /**
- * Files behind servers that misbehave, on real sockets: what passes is tried again, what does not is named, nothing is ever
- * mixed, and requests are counted.
+ * Files behind misbehaving servers, on real sockets: temporary faults are retried, lasting ones are named, versions are never mixed, and
+ * requests are counted.
  */
 import { readFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
@@ -14,7 +14,7 @@ import { data } from "./packs.ts";
 const golden = await readFile(data("goldens/pack/every-kind.eigen"));
 const HTML = "<!doctype html><title>Log in</title>";
 
-/** What a request asks for, as [start, end); undefined without a range. */
+/** A request's range, as [start, end); undefined without a range. */
 interface Asked {
   readonly request: IncomingMessage;
   readonly response: ServerResponse;
@@ -28,7 +28,7 @@ interface Origin {
   readonly url: string;
   /** Method and range of each request. */
   readonly log: string[];
-  /** In place of the one given. */
+  /** Replaces the server's behaviour. */
   behave: Behaviour;
 }
 
@@ -53,7 +53,7 @@ async function origin(t: Test, behave: Behaviour): Promise<Origin> {
   return found;
 }
 
-/** As a good server does. @param more headers in place of its own; null leaves one out */
+/** Answers as a correct server does. @param more headers instead of its own; null leaves one out */
 function honest({ response, range }: Asked, more: Record<string, string | number | null> = {}, body = golden): void {
   const [start, end] = range ?? [0, body.length];
   const part = body.subarray(start, end);
@@ -70,7 +70,7 @@ function withoutNull(headers: Record<string, string | number | null>): Record<st
   return Object.fromEntries(Object.entries(headers).filter(([, value]) => value !== null)) as never;
 }
 
-/** The whole file, whatever was asked. */
+/** Answers with the whole file, whatever was asked. */
 function whole(asked: Asked, more: Record<string, string | number | null> = {}, body: Uint8Array = golden): void {
   honest({ ...asked, range: undefined }, more, Buffer.from(body));
 }
@@ -87,14 +87,14 @@ async function use(url: string, options: OpenOptions = {}): Promise<Pack> {
   return pack;
 }
 
-/** For servers that keep one waiting. */
+/** Options for servers that never answer. */
 const QUICK = { timeout: 150, retries: 1 };
 
 interface Row {
   readonly name: string;
   readonly behave: Behaviour;
   readonly message: RegExp;
-  /** Requests until it is given up. */
+  /** Number of requests before giving up. */
   readonly requests: number;
   readonly options?: OpenOptions;
   readonly transient?: true;

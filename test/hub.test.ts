@@ -1,6 +1,6 @@
 /**
- * examples/hub on a real Ray cluster of two workers on this machine, one of which is killed in the middle (hub.py beside this
- * file). Runs where PYTHON has Ray; fails without where EIGENLORA_REQUIRE lists "ray".
+ * Runs examples/hub on a real Ray cluster of two workers on this machine and kills one in the middle (hub.py beside this file). Needs a
+ * PYTHON with Ray; fails without it where EIGENLORA_REQUIRE lists "ray".
  */
 import { execFile, spawnSync } from "node:child_process";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";

@@ -1,6 +1,6 @@
 /**
- * The package as a user gets it: packed, installed into an empty project, compiled against, run on the command line and in
- * a page without a bundler. And the apps of `examples/`, each in a project that has the installed package.
+ * The package from a user's side: packed, installed into an empty project, compiled against, run on the command line and in a page
+ * without a bundler. And the apps of `examples/`, each in a project with the installed package.
  */
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -30,7 +30,7 @@ function run(cwd: string, command: string, ...args: string[]): string {
   return stdout;
 }
 
-/** A project with nothing but the package. */
+/** A project with only the package. */
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-install-"));
 t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
 const project = join(folder, "project");
@@ -40,9 +40,9 @@ const [{ filename }] = JSON.parse(
 ) as [{ filename: string }];
 await mkdir(project);
 await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
-// Offline: there is nothing to fetch.
+// Offline: nothing has to be fetched.
 run(project, "npm", "install", "--offline", "--no-audit", "--no-fund", join(folder, filename));
-// What the examples need is added below.
+// Packages that the examples need are added below.
 const installed = await readdir(join(project, "node_modules"));
 
 t.test("an install brings the package alone, and that packs", async (t) => {
@@ -74,7 +74,7 @@ process.exit();`,
 const NODE16 = [ts.ModuleKind.Node16, ts.ModuleResolutionKind.Node16] as const;
 const BUNDLER = [ts.ModuleKind.ESNext, ts.ModuleResolutionKind.Bundler] as const;
 
-/** Compilers of users: how they find modules, and which library beside the language's they have. */
+/** Compilers of users: how they find modules, and their libraries beside the language's. */
 const COMPILERS: readonly { name: string; how: typeof NODE16 | typeof BUNDLER; lib?: string; types?: string }[] = [
   { name: "node16", how: NODE16 },
   { name: "node16, @types/node", how: NODE16, types: "node" },
@@ -184,10 +184,10 @@ globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main
   },
 );
 
-/** Sentences that a task was not trained on and that PEFT is sure about, by their row. */
+/** Test sentences that PEFT is sure about, by row. */
 const SURE = { "debtags-role": 15, "debtags-game": 7 };
 
-/** What the apps of examples/ need: packages and files of a model, beside the installed package. */
+/** Prepares packages and files of a model for the apps of examples/, beside the installed package. */
 async function prepare(): Promise<{ task: string; text: string; label: string }[]> {
   const modules = join(project, "node_modules");
   await mkdir(join(modules, "@huggingface"));
@@ -213,7 +213,7 @@ async function prepare(): Promise<{ task: string; text: string; label: string }[
   );
 }
 
-/** An app of examples/ in the project, with the files in it or in a folder of it. @returns its folder */
+/** Copies an app of examples/ into the project, or into a folder of it. @returns its folder */
 async function copyExample(name: string, place = "."): Promise<string> {
   const app = join(project, name);
   await cp(join(root, "examples", name), app, { recursive: true });
@@ -293,7 +293,7 @@ export default {
 });
 
 t.test("examples/react-native", { skip: without("hermes", "hermesc", "metro") }, async (t) => {
-  // Apart from the other apps: Metro looks through all of its project.
+  // Kept apart from the other apps: Metro looks through all of its project.
   const native = join(folder, "native");
   const app = join(native, "app");
   await cp(join(root, "examples/react-native"), app, { recursive: true });
@@ -326,7 +326,7 @@ openTasks(files, "file:///tasks.eigen")
   const out = await outputOf("hermes", "-w", await metro(native, "app/main.js"));
   t.same(JSON.parse(out), ["file:///tasks.eigen", Object.keys(SURE).sort(), 4]);
 
-  // The app itself: what React Native and Expo bring is empty here, since only they run it.
+  // The app's own code: modules of React Native and Expo are empty here, since only devices run them.
   for (const name of [
     "react",
     "react-native",
@@ -371,7 +371,7 @@ t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
   await tryPage(t, server.url);
 });
 
-/** Answers for the CDN, with the packages of a folder. */
+/** Answers for the CDN with packages from a folder. */
 async function beTheCdn(t: Test, page: Page, packages: string): Promise<void> {
   const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };
   await page.route(/^https:/, async (route) => {
@@ -410,7 +410,7 @@ t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || 
   await writeFile(join(app, "public/prompts.json"), JSON.stringify({ upper: "{input}", lower: "{input}" }));
   const goldens = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as Record<string, any>[];
   const prompt = "x = 3;";
-  // It goes on after the goldens' twelve tokens.
+  // The text goes on after the goldens' twelve tokens.
   const begins = (skill: string): string => textOf(goldens.find((g) => g.task === skill && g.prompt === prompt)!.ids);
   t.ok(run(app, process.execPath, "main.js", "lower", ...prompt.split(" ")).startsWith(begins("lower")));
   t.match(run(app, process.execPath, "main.js", "middle", "word"), /^The skills are lower, upper\.|upper, lower\./);

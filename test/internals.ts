@@ -125,12 +125,12 @@ export { codedOptions } from "../dist/src/pack/ways.js";
 
 export type { GraftHead, GraftModule, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
+export { readParts } from "../dist/src/onnx/encoder-decoder.js";
 export { graft } from "../dist/src/onnx/graft.js";
-export { checkGraftable } from "../dist/src/onnx/graftable.js";
 export { biasAdd, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
-export { type Attributes, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 export {
   type GraphProto,
   type ModelProto,
@@ -140,7 +140,6 @@ export {
   type ValueInfoProto,
 } from "../dist/src/onnx/onnx_pb.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
-export { readParts } from "../dist/src/onnx/parts.js";
 export {
   AttributeProtoSchema,
   create,
@@ -182,18 +181,18 @@ export { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions/index.js
 export { Emitter } from "../dist/src/autodiff/emit.js";
 export { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
 export { fixInnerHeads } from "../dist/src/autodiff/inner-heads.js";
-export { type ProbedPath, probePath } from "../dist/src/autodiff/probed-path.js";
+export { type ProbedPath, probePath } from "../dist/src/autodiff/path.js";
 export { Problems } from "../dist/src/autodiff/problems.js";
 export { differentiate } from "../dist/src/autodiff/reverse.js";
 export { RULES } from "../dist/src/autodiff/rules/index.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { takeUntransposed } from "../dist/src/autodiff/transposed.js";
 export { AdamW } from "../dist/src/train/adamw.js";
+export { createBatcher, PADDED } from "../dist/src/train/encoding.js";
 export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
-export { createInputs, PADDED } from "../dist/src/train/inputs.js";
-export { headInputs } from "../dist/src/train/machine.js";
 export { MeanDivergence } from "../dist/src/train/probabilities.js";
-export { type Basis, Terms, type TrainedModule } from "../dist/src/train/terms.js";
+export { headInputs } from "../dist/src/train/trainable-model.js";
+export { type SharedBasis, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
 
 // Small things with many cases.
 

@@ -1,4 +1,4 @@
-/** What `jaxHost` promises, on whichever device of jax-js. In Node and in browsers. */
+/** The promises of `jaxHost`, on any device of jax-js. Runs in Node and in browsers. */
 import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
 import { type Jax, type JaxTree, jaxHost } from "eigenlora/jax";
 import {
@@ -26,7 +26,7 @@ interface Arr {
   _putSync(backend: Memory): Arr;
 }
 
-/** The memory of a device, in slots that are counted. */
+/** Memory of a device, in counted slots. */
 interface Memory {
   malloc(size: number, data?: Uint8Array): number;
   incRef(slot: number): void;
@@ -36,7 +36,7 @@ interface Memory {
 type Layer = { kernel: Arr; bias: Arr };
 type Params = { net: { tokens: { embedding: Arr }; query: Layer; classifier: Layer } };
 
-/** The module, as far as it is used here. */
+/** The parts of the module that are used here. */
 export type Module = Jax & {
   readonly Array: { readonly prototype: Arr };
   readonly numpy: {
@@ -164,7 +164,7 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
     if (device !== "webgpu") return void t.comment("not on WebGPU");
     const runtime = await attach(paramsOf(weightsOf(TEXT, null)));
     for (const task of ["plain", null, "plain", null]) await runtime.switchTask(task);
-    // The zeros that new arrays of fewer than 128 numbers are made with, and where the kernels find the new arrays.
+    // The zeros of new arrays with fewer than 128 numbers, and the positions of the new arrays for the kernels.
     const fresh = 4 * (9 * 6 + 6 * 5) + 2 * 4 * 13;
     for (const task of ["plain", null]) {
       const traffic = await trafficOf(runtime, () => runtime.switchTask(task));
@@ -227,7 +227,7 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
   });
 }
 
-/** Counts the slots of a device's memory that are in use, of those made from now on. */
+/** Counts the slots in use of a device's memory, among those made from now on. */
 function memoryOf(jax: Module, device: string): { readonly live: number; stop(): void } {
   const { prototype } = jax.Array;
   const { _putSync } = prototype;

@@ -1,6 +1,6 @@
 /**
- * jax-js as it is published: cpu and wasm in Node, webgl and webgpu in Chromium. EIGENLORA_RUNTIMES names a folder in which
- * `npm install @jax-js/jax@0.1.25` was run; what needs it is skipped by name without, and fails when EIGENLORA_REQUIRE lists "jax".
+ * jax-js as published: cpu and wasm in Node, webgl and webgpu in Chromium. EIGENLORA_RUNTIMES names a folder in which
+ * `npm install @jax-js/jax@0.1.25` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists "jax".
  */
 import { existsSync } from "node:fs";
 import { join } from "node:path";

@@ -1,4 +1,4 @@
-/** AdamW against torch.optim.AdamW (test/data/make/make_adamw_golden.py). */
+/** AdamW, compared with torch.optim.AdamW (test/data/make/make_adamw_golden.py). */
 import { readFileSync } from "node:fs";
 import t from "tap";
 import { AdamW } from "./internals.ts";
@@ -14,7 +14,7 @@ interface Golden {
   rates: number[];
   weightDecay: number[];
   start: number[][];
-  /** By step, then by group. */
+  /** Gradients by step, then by group. */
   gradients: number[][][];
   norms: number[];
   values: number[][][];
@@ -54,7 +54,7 @@ t.test("parts of one vector are groups", async (t) => {
     { values: whole.subarray(2), rate: 0 },
   ]);
   optimizer.step([Float32Array.of(1, -2), Float32Array.of(5, 5)]);
-  // The first step moves by the rate, whatever the gradient's size.
+  // The first step has the length of the rate, whatever the gradient.
   t.same(
     [...whole].map((value) => value.toFixed(4)),
     ["0.9000", "1.1000", "1.0000", "1.0000"],

@@ -1,6 +1,6 @@
 /**
- * Training graphs in a real browser: onnxruntime-web's wasm provider and both of its WebGPU providers, against PyTorch. A trainer
- * there, against one in Node.
+ * Training graphs in a real browser: onnxruntime-web's wasm provider and both of its WebGPU providers, compared with PyTorch. A trainer
+ * there, compared with one in Node.
  */
 import type { Feed } from "eigenlora/session";
 import t from "tap";
@@ -11,13 +11,13 @@ import { required, soak } from "./required.ts";
 import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";
 import { type Trained, train } from "./training.js";
 
-/** One of each kind, the one with most gradients among them; test/learn-graph.test.ts has all, without a GPU. */
+/** One case of each kind, the one with most gradients among them; test/learn-graph.test.ts has all, without a GPU. */
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
-/** On software WebGPU, which is slow, another kind on each build; all on both in the soak. */
+/** Cases of the gate: software WebGPU is slow, so each build runs another kind. The soak runs all on both. */
 const GATE: Record<string, readonly string[]> = { webgpu: ["vit-dynamo", BOTH], jsep: ["llama-dynamo"] };
 
-/** How far gradients may be off. The older provider leaves sine and cosine, which turn a LLaMA's positions, to WGSL: 2⁻¹¹. */
+/** Tolerance of gradients. The older provider leaves sine and cosine, which rotate a LLaMA's positions, to WGSL: 2⁻¹¹. */
 const toleranceOf = (name: string, build: string): number =>
   build === "jsep" && name.startsWith("llama") ? 1e-3 : 2e-5;
 
@@ -92,7 +92,7 @@ t.test(
   },
 );
 
-/** How far the logits of a task may be off after 16 steps. */
+/** Tolerance of a task's logits after 16 steps. */
 const LEARNED: Record<string, number> = { wasm: 1e-5, webgpu: 1e-4 };
 
 t.test(

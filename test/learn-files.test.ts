@@ -1,6 +1,6 @@
 /**
- * A task that was learned on one file of a model serves another of the same model: learned in f32, it is used on weights of 4 bits, and
- * answers as its factors do there when they are fed as they are.
+ * A task learned on one file of a model serves another file of the same model: learned in f32, it is used on weights of 4 bits, and
+ * answers as its factors do when they are fed directly.
  */
 import { openPack } from "eigenlora";
 import { buildPack, taskAdapter } from "eigenlora/build";
@@ -13,7 +13,7 @@ import { relative } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { NODE as ort } from "./sessions.ts";
 
-/** A letter is a token; the files know 48. */
+/** Encodes letters as tokens; the files know 48. */
 const tokens = (text: string): number[] => [...text].map((letter) => letter.charCodeAt(0) % 48);
 const encode: Encode & { eos_token?: string } = Object.assign(
   ([text]: readonly string[]) => {
@@ -77,7 +77,7 @@ t.test("learned in f32, used in 4 bits", async (t) => {
   await served.close();
 
   t.ok(relative(without, expected) > 0.01, "the task changes the answer");
-  // Nothing of the task is rounded to 4 bits; what activations are rounded to is.
+  // The task is not rounded to 4 bits; activations are rounded by the layers.
   t.ok(relative(core, expected) < 1e-4, `core: off by ${relative(core, expected).toExponential(1)}`);
   t.ok(relative(factors, expected) < 1e-4, `factors: off by ${relative(factors, expected).toExponential(1)}`);
 });

@@ -1,6 +1,6 @@
 /**
- * Gradients through fused operators: of files of onnxruntime-genai's model builder against PEFT's, packed layers and 4 bits among
- * them; and every definition against what ONNX Runtime's fused operator computes.
+ * Gradients through fused operators: of files of onnxruntime-genai's model builder, compared with PEFT's, packed layers and 4 bits among
+ * them; and every definition, compared with ONNX Runtime's fused operator.
  */
 import { readFileSync } from "node:fs";
 import { openPack } from "eigenlora";
@@ -28,7 +28,7 @@ import { type Feeds, NODE, ORTS, type Ort, open } from "./sessions.ts";
 
 const ROWS: readonly number[][] = JSON.parse(readFileSync(data("builder/goldens.json"), "utf8")).rows;
 
-/** File, what its adapters are of, heads of the cache. */
+/** File, model of its adapters, heads of the cache. */
 const FILES = [
   ["llama", "llama", 2],
   ["llama-apart", "llama", 2],
@@ -39,7 +39,7 @@ const FILES = [
   ["phi3", "phi3", 2],
 ] as const;
 
-/** The largest relative difference of a gradient from PEFT's, and that of the loss. */
+/** Largest relative difference of a gradient from PEFT's, and that of the loss. */
 async function learned(ort: Ort, name: string, kind: string, heads: number): Promise<[string, number][]> {
   const [adapter, ...others] = await readAdapters([data(`builder/adapters/${kind}/all`)]);
   const { chunks } = await buildPack([adapter!, ...others], LOSSLESS);
@@ -208,7 +208,7 @@ t.test("every definition computes what its operator does", async (t) => {
     const [opType, domain] = op.includes(".") ? [op.split(".").at(-1)!, "com.microsoft"] : [op, ""];
     graph.node.push(makeNode(opType, op, names, outputs, attributes, domain));
     const wanted = outputs.filter((name) => name !== "");
-    // Outputs of the graph are not looked at by definitions: something must read them.
+    // Definitions ignore outputs of the graph: a node must read them.
     for (const name of wanted) graph.node.push(makeNode("Identity", `${name}.out`, [name], `${name}.out`));
     graph.output.push(...wanted.map((name) => makeValue(`${name}.out`, 1)));
     const $typeName = "onnx.OperatorSetIdProto" as const;

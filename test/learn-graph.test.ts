@@ -1,6 +1,6 @@
 /**
- * Training graphs: gradients against PyTorch's on plain exports of several exporters, every operator's rule against finite
- * differences, what is refused and how.
+ * Training graphs: gradients, compared with PyTorch's on plain exports of several exporters; every operator's rule, compared with finite
+ * differences; refusals and their messages.
  */
 import { spawnSync } from "node:child_process";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
@@ -47,7 +47,7 @@ import { model, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
 
-/** How far the loss and the gradients are off. */
+/** Relative differences of the loss and the gradients. */
 async function against(ort: Ort, level: "disabled" | "all", of: Case): Promise<Differences> {
   const prepared = await prepare(of);
   const session = await sessionOf(ort, prepared.file, level);
@@ -92,7 +92,7 @@ function noisy(inputs: readonly TaskInput[], rank: number, labels: number, seed:
   });
 }
 
-/** Loss, and all gradients in one. */
+/** Loss, and all gradients concatenated. */
 async function learned(
   file: ModelFile,
   graph: TrainingGraph,
@@ -192,7 +192,7 @@ t.test("a row counts by the sum of its targets; one of zeros only in the mean", 
 });
 
 t.test("rows of attention that see nothing do not spoil gradients", async (t) => {
-  // The dynamo exporter masks with the least float instead of -∞, so that such rows see everything alike.
+  // The dynamo exporter masks with the least float instead of -∞, so such rows see all keys equally.
   const of = await golden("bert-sdpa-torchscript");
   const mask = of.feeds.get("attention_mask")!;
   // A row without any token: its softmax is 0 / 0, which the export turns into 0.
@@ -272,7 +272,7 @@ t.test("one graph that learns and answers", async (t) => {
         t.ok(Math.hypot(...(learnt[gradient]!.data as Float32Array)) > 0, `${what}: ${gradient}`);
         t.equal(answered[gradient]!.data.length, 0, `${what}: no ${gradient} unless it learns`);
       }
-      // Once more, after the other branch.
+      // Learns again after a run of the other branch.
       const again = await run(session, ort, feeds);
       for (const gradient of graph.gradients.values())
         t.same(again[gradient]!.data, learnt[gradient]!.data, `${what}: ${gradient} again`);
@@ -344,7 +344,7 @@ t.test("Python's onnxruntime runs the file as well", async (t) => {
 });
 
 t.test("where one position is looked at, the last layer works on that one alone", async (t) => {
-  /** The values of which one position is taken, by what makes them. */
+  /** Names of values from which one position is taken, by the operator that makes them. */
   const positions = ({ model }: ModelFile): string[] => {
     const { node } = model.graph.proto;
     const makes = new Map(node.flatMap(({ opType, output }) => output.map((value) => [value, opType] as const)));
@@ -353,7 +353,7 @@ t.test("where one position is looked at, the last layer works on that one alone"
       .map(({ input }) => makes.get(input[0]!)!)
       .sort();
   };
-  // Of what enters the last layer, which is what its query and what goes around attention need; masks that differ by position.
+  // Query and residual of the last layer need one position of its input; masks differ by position.
   const cases = [
     ["bert-eager-torchscript", ["LayerNormalization", "Where"]],
     ["bert-eager-dynamo", ["LayerNormalization", "Where"]],
@@ -363,9 +363,9 @@ t.test("where one position is looked at, the last layer works on that one alone"
     ["bert-left-padding", ["LayerNormalization", "Where"]],
     ["bert-all-linear", ["LayerNormalization", "Where"]],
     ["vit-dynamo", ["Add", "LayerNormalization", "Where"]],
-    // Its terms are reshaped to all rows at once: the position is taken of the sum's parts.
+    // Its terms are reshaped to all rows at once, so the position is taken from the parts of the sum.
     ["vit-torchscript", ["Add", "Add", "Reshape"]],
-    // Looks at all positions.
+    // All positions are used.
     ["llama-torchscript", []],
   ] as const;
   for (const [name, expected] of cases)

@@ -1,7 +1,7 @@
 /**
- * Heads of several layers: RoBERTa's in one module, DistilBERT's side by side. Adapters whose heads PEFT has saved whole are served; a
- * new task trains all layers, with as many labels as it has, and leaves as an adapter that answers alike in PyTorch. Their gradients are
- * held against PyTorch's with the others, in learn-graph.test.ts.
+ * Heads of several layers: RoBERTa's in one module, DistilBERT's side by side. Adapters with heads that PEFT has saved whole are served;
+ * a new task trains all layers, with its own number of labels, and is exported as an adapter that answers alike in PyTorch. Gradients are
+ * compared with PyTorch's in learn-graph.test.ts.
  */
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -57,7 +57,7 @@ function feedsOf({ Tensor }: Pick<Ort, "Tensor">, values: Record<string, number[
   return Object.fromEntries(Object.entries(values).map(([name, rows]) => [name, tensor(rows)]));
 }
 
-/** Random ids; which label it is follows from the first of them. */
+/** Random ids; the label follows from the first one. */
 function examples(count: number, labels: number, seed: number): Example<BatchFeeds>[] {
   const random = uniform(seed);
   return Array.from({ length: count }, () => {
@@ -94,7 +94,7 @@ for (const name of NAMES) {
   }
 }
 
-/** Rows of logits are the trainer's probabilities. */
+/** Checks that softmaxed logits of the session equal the trainer's probabilities. */
 async function answersAlike(
   t: Test,
   session: Session,
@@ -142,7 +142,7 @@ for (const name of NAMES) {
     const rows = known.slice(0, 5);
     await answersAlike(t, session, rows, await trainer.predict(rows));
 
-    // A trainer that begins as the task has its head too; and in front of a new layer of labels lies the model's own.
+    // A trainer that begins with the task has its head too; a new layer of labels has the model's own in front.
     const again = await createTrainer(session, { labels, init: { task: "mine" } });
     await again.begin("mine");
     t.equal((await again.score(rows)).loss, (await trainer.score(rows)).loss);
@@ -158,7 +158,7 @@ for (const name of NAMES) {
   });
 }
 
-/** PEFT loads the task as an adapter and answers the same. */
+/** Checks that PEFT loads the task as an adapter and answers the same. */
 async function agrees(t: Test, name: Name, pack: Pack, task: string, ours: Float32Array): Promise<void> {
   const files = await peftFiles(await taskAdapter(pack, task));
   const modules = name === "roberta" ? ["classifier"] : ["classifier", "pre_classifier"];
@@ -243,7 +243,7 @@ t.test("which layers are trained", async (t) => {
   const only = await createTrainer(roberta, { labels, head: "classifier.dense" });
   await t.rejects(only.fit(examples(8, 2, 1), { temperature: 2 }).next(), /needs a trainer with a head/);
 
-  // Tasks without heads: room is made by name.
+  // Tasks without heads: inputs are reserved by name.
   const bare = await openPack(await withoutHeads("distilbert"));
   const reserve = { head: MODELS.distilbert };
   const session = await trainable(t, "distilbert", bare, { reserve });

@@ -1,5 +1,5 @@
 /**
- * Texts as batches: each is tokenised once, and batches are to the bit what the tokenizer makes of their texts.
+ * Texts as batches: each text is tokenised once, and batches equal the tokenizer's own to the bit.
  */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
@@ -7,7 +7,7 @@ import { pathToFileURL } from "node:url";
 import { type BatchFeeds, createTrainer, type Encode } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readTask } from "../examples/minilm.js";
-import { createInputs, uniform } from "./internals.ts";
+import { createBatcher, uniform } from "./internals.ts";
 import { LABELS, tiny } from "./learning.ts";
 import { data } from "./packs.ts";
 import { required } from "./required.ts";
@@ -15,9 +15,9 @@ import { GOLDENS, NODE } from "./sessions.ts";
 
 interface Style {
   readonly front?: boolean;
-  /** Lengths are multiples of it. */
+  /** Lengths are multiples of this. */
   readonly multiple?: number;
-  /** Positions that go on through the padding. */
+  /** Whether positions go on through the padding. */
   readonly positions?: boolean;
   /** An input of three dimensions. */
   readonly features?: boolean;
@@ -25,7 +25,7 @@ interface Style {
 
 const NAMES = ["input_ids", "attention_mask", "token_type_ids", "position_ids", "features"];
 
-/** A tokenizer of letters, that counts the texts it is given. */
+/** A tokenizer of letters that counts the texts it is given. */
 function letters({ front = false, multiple = 1, positions = false, features = false }: Style): {
   encode(texts: readonly string[]): BatchFeeds;
   asked: string[];
@@ -77,7 +77,7 @@ for (const [name, style, once] of [
     const random = uniform(1);
     const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
     const { encode, asked } = letters(style);
-    const inputs = createInputs(encode, NAMES);
+    const inputs = createBatcher(encode, NAMES);
     const rows = texts.map((text) => ({ text }));
     await inputs.lengths(rows);
     for (let i = 0; i < 20; i++) {
@@ -98,7 +98,7 @@ for (const [name, style, once] of [
 
 t.test("a wider gap is looked at anew: one place of padding may hold anything", async (t) => {
   const { encode, asked } = letters({ positions: true });
-  const inputs = createInputs(encode, NAMES);
+  const inputs = createBatcher(encode, NAMES);
   const batches = [
     ["abc", "ab"],
     ["abcdefgh", "a"],
@@ -113,7 +113,7 @@ t.test("a wider gap is looked at anew: one place of padding may hold anything", 
 
 t.test("texts and feeds do not go into one batch; feeds are taken as they are", async (t) => {
   const { encode, asked } = letters({});
-  const inputs = createInputs(encode, NAMES);
+  const inputs = createBatcher(encode, NAMES);
   const feeds = letters({}).encode(["abc"]);
   t.equal(await inputs.batch([{ feeds }]), feeds);
   t.same([...(await inputs.lengths([{ feeds }])).values()], [3]);
@@ -129,7 +129,7 @@ t.test("MiniLM's tokenizer: batches are what it makes of their texts", async (t)
   const { train } = await readTask("debtags-role");
   const rows = train.slice(0, 96).map(([text]) => ({ text }));
   let count = 0;
-  const inputs = createInputs((texts) => {
+  const inputs = createBatcher((texts) => {
     count += texts.length;
     return encode(texts);
   }, NAMES);
@@ -153,12 +153,12 @@ t.test(
     const tokenizer = (await AutoTokenizer.from_pretrained("minilm")) as Encode & { model_max_length: number };
     const texts = ["a tool", "a graphical front end for the version control system git", "tool ".repeat(4000)];
     const rows = texts.map((text) => ({ text }));
-    const inputs = createInputs(tokenizer, ["input_ids", "attention_mask"]);
+    const inputs = createBatcher(tokenizer, ["input_ids", "attention_mask"]);
     await inputs.lengths(rows);
     const { input_ids, ...others } = await inputs.batch(rows);
     t.same(Object.keys(others), ["attention_mask"], "nothing that the model does not take");
     t.same(input_ids!.dims, [3, tokenizer.model_max_length], "padded, and cut to what the model takes");
-    const lines = createInputs((some) => tokenizer(some, {} as never, []), NAMES);
+    const lines = createBatcher((some) => tokenizer(some, {} as never, []), NAMES);
     await t.rejects(lines.lengths(rows), {
       name: "TypeError",
       message: /encode: .*encode: tokenizer.*padding: true, truncation: true/,

@@ -1,6 +1,6 @@
 /**
- * An encoder and a decoder in two files, joined in memory: they answer as PEFT's model does, gradients are PyTorch's in f64, and what
- * they learn serves the two files. Of the decoder with a branch for each use of its cache and of the one without caches alike.
+ * An encoder and a decoder in two files, joined in memory: they answer as PEFT's model, gradients equal PyTorch's in f64, and learned
+ * tasks serve the two files. Covers a decoder with a branch for each use of its cache, and one without caches.
  */
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -61,7 +61,7 @@ async function packOf(names: readonly string[] = TASKS, base = true): Promise<Pa
 const int64 = (ort: Pick<Ort, "Tensor">, rows: readonly (readonly number[])[]): Tensor =>
   new ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length]);
 
-/** What the goldens were made with, before their last token. */
+/** Inputs of the goldens, without their last token. */
 function feedsOf(ort: Ort, task: Task): Feeds {
   const { rows } = GOLDENS;
   return {
@@ -77,7 +77,7 @@ function feedsOf(ort: Ort, task: Task): Feeds {
   };
 }
 
-/** The joined model, before anything is added to it, finds what the pack adapts, and answers as PEFT's. */
+/** Checks that the joined model, before any addition, has the pack's modules and answers as PEFT's. */
 async function plain(test: Test, parts: ModelParts, how: string, options: object = {}): Promise<void> {
   const pack = await packOf();
   const file = await readWhole(parts, { weightsApart: true, ...options });
@@ -96,7 +96,7 @@ async function plain(test: Test, parts: ModelParts, how: string, options: object
   await pack.close();
 }
 
-/** All tasks of the pack answer as PEFT's model does. */
+/** Checks that all tasks of the pack answer as PEFT's model. */
 async function answers(test: Test, ort: Ort, session: Session, how: string): Promise<void> {
   for (const task of [null, ...session.pack.tasks.keys()]) {
     const id = (task ?? "base") as Task;
@@ -116,7 +116,7 @@ t.test("answers, loss and gradients are PEFT's in f64, of either decoder the sam
   for (const [how, ort, parts, base] of [
     ["merged", NODE, { encoder: ENCODER, decoder: MERGED }, true],
     ["plain, without fingerprints", NODE, { encoder: ENCODER, decoder: PLAIN }, false],
-    // Bytes of a runtime for the web take their time, and joining is the same: a soak (node test/soak-tests.js learn-joined).
+    // Runtimes for the web take long to load bytes, and joining is the same there: a soak (node test/soak-tests.js learn-joined).
     ...(soak
       ? ([["bytes, onnxruntime-web", WEB, { encoder: bytes(ENCODER), decoder: bytes(MERGED) }, true]] as const)
       : []),
@@ -236,7 +236,7 @@ function moved(graph: GraphProto, to: (path: string) => string): void {
   }
 }
 
-/** As the dynamo exporter says where a node belongs. */
+/** Writes the module of each node as the dynamo exporter does. */
 function scoped(graph: GraphProto): void {
   for (const [i, node] of graph.node.entries()) {
     const path = node.name.slice(1, Math.max(1, node.name.lastIndexOf("/"))).replaceAll("/", ".");
@@ -323,7 +323,7 @@ t.test("weights beside the files", async (t) => {
     ["one beside its file, one inside", { ...inTwo, decoder: MERGED }, {}],
   ] as const)
     await plain(t, parts, how, options);
-  // Of files this large a runtime for Node reads the weights itself.
+  // Runtimes for Node read the weights of files this large themselves.
   const large = (path: string, name: string): string => {
     const ballast = ({ initializer }: GraphProto): void => {
       initializer.push(makeFloats("ballast", [], [2 ** 21 + 1]));

@@ -12,10 +12,10 @@ import { required, soak } from "./required.ts";
 import { ORTS } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
-/** Of these at least, the exporters write by TorchScript. */
+/** Kinds that must be among the exporters' files, written by TorchScript. */
 const KINDS = ["qwen2", "qwen3", "gemma2", "gemma3", "t5-relu", "t5-gated-gelu"];
 
-/** Folders of the cases. A folder that has them already may be given. */
+/** Makes the cases; a folder that has them already may be given. */
 function made(folder: string): { cases: string[]; missing?: string } {
   const given = process.env["EIGENLORA_GRADIENTS"];
   if (given === undefined) {

@@ -1,6 +1,6 @@
 /**
- * What a model gives decides whether it can be trained and its packs judged: one row of logits for each text, and nothing else is
- * taken for that. Token by token, or of an embedding, one softmax would mix what does not belong together and report a number.
+ * A model's outputs decide whether it can be trained and its packs judged: one row of logits for each text is needed. Over tokens or
+ * embeddings one softmax would mix unrelated numbers and report a number all the same.
  */
 import { openPack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
@@ -39,7 +39,7 @@ function encode(some: readonly string[]): BatchFeeds {
   };
 }
 
-/** The encoder, whose hidden states [batch, sequence, 32] go on as something else. */
+/** The encoder with its hidden states [batch, sequence, 32] turned into another output. */
 function giving(name: string, add: (graph: GraphProto) => void): Uint8Array {
   const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
   const graph = proto.graph!;

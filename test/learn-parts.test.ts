@@ -1,5 +1,5 @@
 /**
- * One of the files that an encoder and a decoder lie in: refused by name before anything runs, with what to do. Both together learn
+ * Single files of an encoder and a decoder: refused by name before anything runs, with advice. Both together learn
  * (learn-joined.test.ts).
  */
 import { openPack, type Pack } from "eigenlora";
@@ -47,7 +47,7 @@ t.test("one of several files is refused, with what to do", async (t) => {
   await pack.close();
 });
 
-/** One example of the decoder's inputs: what an encoder said of two tokens, and three tokens. */
+/** One example of the decoder's inputs: an encoder's output for two tokens, and three tokens. */
 function feeds(): BatchFeeds {
   const said = new NODE.Tensor("float32", noise(64, 3), [1, 2, 32]);
   const ids = new NODE.Tensor("int64", BigInt64Array.of(0n, 5n, 7n), [1, 3]);

@@ -1,6 +1,6 @@
 /**
- * Every operator's rule against finite differences of what ONNX Runtime computes, on random shapes with broadcasting, free
- * dimensions that are other ones than those that were looked at, and every opset.
+ * Every operator's rule, compared with finite differences of ONNX Runtime's results, on random shapes with broadcasting, free dimensions
+ * other than the probed ones, and every opset.
  */
 import type { Feed } from "eigenlora/session";
 import fc from "fast-check";
@@ -39,7 +39,7 @@ type Dim = number | "n" | "m";
 type Dims = readonly Dim[];
 type Sizes = Readonly<Record<"n" | "m", number>>;
 
-/** What the two probing feeds have; other runs have what they like. */
+/** Free sizes in the two probing feeds; other runs have any. */
 const PROBED: readonly Sizes[] = [
   { n: 2, m: 5 },
   { n: 3, m: 7 },
@@ -53,9 +53,9 @@ interface Input {
   readonly constant?: (name: string) => TensorProto;
   /** A bool input of these dimensions. */
   readonly mask?: Dims;
-  /** An int64 scalar input that the two feeds and the run give other values. */
+  /** An int64 scalar input with different values in the two feeds and the run. */
   readonly index?: { readonly rank: 0 | 1; readonly value: (sizes: Sizes) => number };
-  /** Left out. */
+  /** The input is left out. */
   readonly absent?: true;
 }
 
@@ -67,7 +67,7 @@ interface Case {
   /** Strings as attributes. */
   readonly text?: Readonly<Record<string, string>>;
   readonly outputs?: number;
-  /** Which of the outputs are used. */
+  /** Indices of the outputs that are used. */
   readonly used?: readonly number[];
   /** Whether blocks of integers are unpacked by onnxruntime's own operator. */
   readonly gathers?: boolean;
@@ -137,7 +137,7 @@ function normalization(least: number, biased: boolean): fc.Arbitrary<Case> {
     .map(([opset, leading, last, bias, fromEnd]) => ({
       opset,
       inputs: [{ dims: [...leading, ...last] }, { dims: last }, ...(bias && biased ? [{ dims: last }] : [])],
-      // Large, so that rows of nearly equal values do not bend faster than finite differences follow.
+      // Large, so that the curvature of rows with nearly equal values stays within reach of finite differences.
       attributes: { axis: fromEnd ? -last.length : leading.length, epsilon: { float: 0.25 } },
     }));
 }
@@ -209,7 +209,7 @@ const gemm: fc.Arbitrary<Case> = fc
     };
   });
 
-/** Ends that only the run tells. */
+/** Slices with ends that only the run tells. */
 const freeSlice: fc.Arbitrary<Case> = fc
   .tuple(opset(), fc.constantFrom<Dim>(4, "n"), fc.nat({ max: 2 }), fc.constantFrom(0, 1))
   .map(([opset, size, at, cut]) => ({
@@ -232,7 +232,7 @@ const slice: fc.Arbitrary<Case> = fc
           fc.uniqueArray(fc.nat({ max: dims.length - 1 }), { minLength: 1, maxLength: dims.length }),
           fc.boolean(),
         ] as const),
-        // At least one element is left of any dimension, which is 3 or more.
+        // Dimensions are 3 or more, and at least one element of each is left.
         fc.array(fc.constantFrom([0, 1], [0, 2], [1, 3], [-2, -1], [-3, 1000], [1, -1], [0, 1000], [-1, 2 ** 31]), {
           minLength: 3,
           maxLength: 3,
@@ -325,7 +325,7 @@ const blocks: fc.Arbitrary<Case> = fc
     leading: shape(1, 2),
     bits: fc.constantFrom(4, 8),
     K: fc.constantFrom(32, 40, 48),
-    // Of 40 rows the zeros are so many that their shape alone is looked at.
+    // A row count of 40 gives so many zeros that only their shape is looked at.
     N: fc.constantFrom(5, 40),
     zeros: fc.constantFrom("none", "bytes", "floats"),
     bias: fc.boolean(),
@@ -479,7 +479,7 @@ function feedsOf({ inputs }: Case, sizes: Sizes, next: () => number): Map<string
   return feeds;
 }
 
-/** A model of one node, without and with the gradients of its inputs for what is fed as `seed`. */
+/** A model of one node, without and with the gradients of its inputs for a gradient fed as `seed`. */
 async function differentiated(
   op: string,
   { inputs, attributes = {}, text = {}, outputs = 1, used = [0], opset, gathers = false }: Case,
@@ -497,7 +497,7 @@ async function differentiated(
   for (const [name, value] of Object.entries(text))
     node.attribute.push(create(AttributeProtoSchema, { name, s: new TextEncoder().encode(value), type: 3 }));
   const graph = create(GraphProtoSchema, { name: "one" });
-  // All the outputs that are used in one row.
+  // All used outputs concatenated in one row.
   const rows = used.map((i) => makeNode("Flatten", `flat${i}`, [`y${i}`], `flat${i}`, { axis: 0 }));
   const whole = makeNode(
     "Concat",
@@ -520,7 +520,7 @@ async function differentiated(
   return [forward, both];
 }
 
-/** A model without and with the gradients of inputs, from what is fed as the gradient of the value `whole`. */
+/** A model without and with the gradients of inputs, from a fed gradient of the value `whole`. */
 async function derive(
   name: string,
   graph: GraphProto,
@@ -597,7 +597,7 @@ for (const [op, cases] of Object.entries(CASES)) {
           probed.map((sizes) => feedsOf(one, sizes, next)),
         );
         const session = await NODE.InferenceSession.create(forward, { graphOptimizationLevel: level });
-        // As sessions that learn are loaded.
+        // Sessions that learn are loaded with this option.
         const extra = { session: { disable_prepacking: "1" } };
         const gradients = await NODE.InferenceSession.create(both, { graphOptimizationLevel: level, extra });
         try {

@@ -1,16 +1,16 @@
 /**
- * What is trained beside plain coefficients: the arithmetic of terms, factors that begin from components, components that are
- * trained into a pack of their own, tasks that nobody trained.
+ * Training beside plain coefficients: the arithmetic of terms, factors that begin from components, components trained into a pack of
+ * their own, tasks without training.
  */
 import { openPack, type Term } from "eigenlora";
 import { createTrainer, zeroShotTask } from "eigenlora/train";
 import fc from "fast-check";
 import t from "tap";
-import { type Basis, expandTerm, Terms, type TrainedModule, uniform } from "./internals.ts";
+import { expandTerm, type SharedBasis, type TrainedModule, TrainedTerms, uniform } from "./internals.ts";
 import { examples, F32, LABELS, noise, relative, tiny } from "./learning.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "./sessions.ts";
 
-const basis = (kind: Basis["kind"], K: number, mean: boolean, width: number, seed: number): Basis => ({
+const basis = (kind: SharedBasis["kind"], K: number, mean: boolean, width: number, seed: number): SharedBasis => ({
   kind,
   K,
   mean,
@@ -51,7 +51,7 @@ const modules = fc.uniqueArray(anyModule, { minLength: 1, maxLength: 3, selector
 t.test("factors are what the formula says", async (_t) => {
   fc.assert(
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
-      const terms = new Terms(all);
+      const terms = new TrainedTerms(all);
       const values = new Float32Array(noise(terms.size, seed));
       terms.fillComponents(values);
       const found = terms.expand(values);
@@ -82,10 +82,10 @@ t.test("factors are what the formula says", async (_t) => {
 t.test("gradients are pulled back along what factors are made of", async (_t) => {
   fc.assert(
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
-      const terms = new Terms(all);
+      const terms = new TrainedTerms(all);
       const values = new Float32Array(noise(terms.size, seed));
       const next = uniform(seed);
-      // A loss that is linear in the factors, so that it is a polynomial of second degree in what is trained, and differences are exact.
+      // A loss linear in the factors is a polynomial of second degree in the trained numbers, so differences are exact.
       const weights = new Map(
         all.map(({ name, in: inputs, out, shared, privateRank: own }): [string, Term] => {
           const rank = (shared?.rank ?? 0) + own;
@@ -184,7 +184,7 @@ t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", asyn
         ours.filter((_, i) => i % 2 === 1).every((B) => B.every((v) => v === 0)),
         "B is zero",
       );
-    // It is gone on with as it is.
+    // Training goes on from the task as it is.
     await trainer.begin(id);
     t.same(await trainer.task({ dtype: F32, id: "task" }), await trainer.task({ dtype: F32, id: "task" }));
     await session.addTask(`${id} again`, await trainer.task({ dtype: F32 }));
@@ -236,7 +236,7 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
       `row ${i} as the trainer answers it`,
     );
   }
-  // The old tasks lose what the new components cannot say, and nothing else.
+  // The old tasks lose only what the new components cannot express.
   const bases = (await session.pack.bases()).bytes;
   const others = (await pack.bases()).bytes;
   for (const id of session.tasks.keys()) {

@@ -1,6 +1,6 @@
 /**
  * Models that answer at every position: language models learn completions, others the labels of words. Losses and gradients at some
- * positions are those that PyTorch gives; what is learned is what greedy decoding then answers.
+ * positions equal PyTorch's, and greedy decoding then gives the learned answers.
  */
 import { readFile } from "node:fs/promises";
 import { Tokenizer } from "@huggingface/tokenizers";
@@ -38,13 +38,13 @@ async function decoder(ort: Ort, options: Parameters<typeof packOf>[1] = LOSSLES
   return open(ort, DECODER, pack, { trainable: true });
 }
 
-/** Sums of two digits, said as words: what the random model can only learn by heart. */
+/** Sums of two digits in words, which the random model can only learn by heart. */
 const EXAMPLES = ["one", "two", "three", "four", "five", "six"].map((word, i) => ({
   prompt: `${i} + 1 =`,
   completion: ` ${word}`,
 }));
 
-/** What greedy decoding says to a prompt, without a cache, until the end or so many tokens. */
+/** Greedy answer to a prompt, without a cache, until the end or a number of tokens. */
 async function greedy(ort: Ort, session: Session, prompt: string, most: number): Promise<number[]> {
   const { input_ids: given } = await encode([prompt], { padding: true, truncation: true }, []);
   const ids = Array.from(given!.data as BigInt64Array, Number);
@@ -77,7 +77,7 @@ t.test("at some positions, of some classes: PyTorch's loss and gradients", async
     const prepared = await prepare(of, { tokens: true });
     const { tokens } = prepared.graph;
     const session = await sessionOf(ort, prepared.file, "all");
-    // All of both, in an order of their own.
+    // All texts and positions, in an order of their own.
     const order = Array.from({ length: rows }, (_, i) => (i * 5 + 3) % rows);
     t.equal(new Set(order).size, rows);
     const targets = order.flatMap((row) =>
@@ -99,7 +99,7 @@ t.test("at some positions, of some classes: PyTorch's loss and gradients", async
     const results = await run(session, ort, feeds);
     const { loss, gradients, worst } = compare(of, prepared, (output) => results[output]!.data as Float32Array);
     t.ok(loss < 2e-5 && gradients < 2e-5, `${name}: loss ${loss}, gradients ${gradients} (${worst})`);
-    // Two positions, one class each: the same as targets that are 0 elsewhere, but for the mean.
+    // Two positions with one class each equal targets that are 0 elsewhere, except for the mean.
     const [few, at] = [new Float32Array(rows * classes), [3, 7]];
     for (const row of at) few[row * classes + 5 + row] = 1;
     const dense = await prepare(of);

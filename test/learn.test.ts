@@ -1,5 +1,5 @@
 /**
- * The trainer: a task learned on a tiny model and on the real one, its file, its guards. Gradients are learn-graph.test.ts's.
+ * The trainer: a task learned on a tiny model and on the real one, its file, its guards. learn-graph.test.ts checks gradients.
  */
 import { openPack } from "eigenlora";
 import { peftFiles, taskAdapter } from "eigenlora/build";
@@ -141,7 +141,7 @@ t.test("whoever leaves early keeps the best epoch too", async (t) => {
   const trainer = await createTrainer(session, { labels: LABELS, seed: 5 });
   const losses: number[] = [];
   let last = Infinity;
-  // Rates as these lead away from what the first epochs have found.
+  // Rates high enough to lead away from the findings of the first epochs.
   const how = {
     epochs: 12,
     batch: 4,
@@ -357,7 +357,7 @@ t.test("a temperature divides the logits that meet targets, and gradients agree"
           known.length
       );
     }, 0);
-  // The first step holds the gradient of head and terms against the loss.
+  // The first step compares the gradient of head and terms with the loss.
   const { value } = await trainer
     .fit(known, { steps: 1, batch: 12, temperature: 0.25, learningRates: { terms: 1e-9, head: 1e-9 } })
     .next();
@@ -370,7 +370,7 @@ t.test("soft targets are learned as they are", async (t) => {
   t.teardown(() => session.close());
   const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" }, seed: 1 });
   const target = [0.6, 0.3, 0.1];
-  // One kind of answer is enough: probabilities tell more than labels.
+  // Answers with one most probable label are enough: probabilities tell more than labels.
   const known = examples(NODE, session, 16, 3).map(({ feeds }) => ({ feeds, target }));
   for await (const _ of trainer.fit(known, { epochs: 30, batch: 8 }));
   for (const row of await trainer.predict(known.slice(0, 4))) t.ok(difference(row, target) < 0.05, String(row));
@@ -408,7 +408,7 @@ t.test("aborting and leaving keep what was learned; a loss that explodes stops w
 });
 
 t.test("a provider whose gradients are wrong is found before the first step", async (t) => {
-  // No provider here is wrong on purpose, so its results are bent.
+  // No provider here computes wrongly, so results are bent on purpose.
   const bent: Ort = {
     ...NODE,
     InferenceSession: {

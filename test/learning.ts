@@ -1,4 +1,4 @@
-/** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
+/** Shared by the tests of learning: a runtime that finds shapes, and PyTorch's gradients. */
 import { readdirSync, readFileSync } from "node:fs";
 import { isAbsolute } from "node:path";
 import type { Adapter } from "eigenlora/build";
@@ -47,12 +47,12 @@ export function tensor(ort: Ort, { dataType, dims, data: values }: Feed): common
   return new ort.Tensor(TYPES[dataType] as "float32", values as Float32Array, [...dims]);
 }
 
-/** A value for other programs. */
+/** A feed as JSON for other programs. */
 export function asJson({ dataType, dims, data }: Feed): object {
   return { type: TYPES[dataType], dims, data: Array.from(data as ArrayLike<number | bigint>, Number) };
 }
 
-/** A probe that counts what it runs. */
+/** A probe that counts its runs. */
 export function probeOf(ort: Ort): ShapeProbe & { runs: number } {
   const probe = async (
     ...[{ bytes, files }, feeds]: Parameters<ShapeProbe>
@@ -90,13 +90,13 @@ export interface Case {
   readonly loss: number;
   /** Layers of the head, by name. */
   readonly heads: readonly string[];
-  /** Without the targets and logits. */
+  /** Inputs without targets and logits. */
   readonly feeds: ReadonlyMap<string, Feed>;
-  /** [N, C] */
+  /** Targets [N, C]. */
   readonly targets: Feed;
   /** Rank of every module. */
   readonly modules: ReadonlyMap<string, { rank: number; A: Float32Array; B: Float32Array; scale: number }>;
-  /** Of lora_A [r, in] and lora_B [out, r], and of the head, by parameter name. */
+  /** Gradients of lora_A [r, in] and lora_B [out, r], and of the head, by parameter name. */
   readonly gradients: ReadonlyMap<string, Float32Array>;
 }
 
@@ -173,8 +173,8 @@ async function headOf(
 }
 
 /**
- * The goldens' dynamo exports have lost the names of their weights, and the metadata that would tell them. Layers multiply in a
- * known order: query, key, value, output, then the two or three of the feed-forward part.
+ * Names of weights by order. The goldens' dynamo exports have lost the names of their weights, and the metadata that would tell them;
+ * layers multiply in a known order: query, key, value, output, then the two or three of the feed-forward part.
  */
 function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, string> {
   const { nodes, initializers } = { nodes: file.model.graph.proto.node, initializers: file.model.graph.initializers };
@@ -209,7 +209,7 @@ export function layerOf({ model }: ModelFile, module: string, byHand?: ReadonlyM
   return { name: module, in: inputs, out, linears, factors: true, rowScale: false };
 }
 
-/** The same as a head, with a bias whether the model has one or not: exporters drop zeros. */
+/** A layer as a head, always with a bias: exporters drop zeros. */
 export function headLayerOf(file: ModelFile, module: string): GraftHead {
   const { name, in: inputs, out, linears } = layerOf(file, module);
   return {
@@ -221,7 +221,7 @@ export function headLayerOf(file: ModelFile, module: string): GraftHead {
   };
 }
 
-/** A training graph of factors of some layers, and of heads. */
+/** A training graph with factors of some layers, and with heads. */
 export async function graphOf(
   file: ModelFile,
   { modules = [], heads = [] }: { modules?: readonly GraftModule[]; heads?: readonly GraftHead[] },
@@ -247,7 +247,7 @@ export function learning({ learnInput, targetsInput }: TrainingGraph, targets: F
   ];
 }
 
-/** A graph that learns a case, and feeds that give what the goldens were made with. */
+/** A graph that learns a case, and feeds that give the goldens. */
 export interface Prepared {
   readonly file: ModelFile;
   readonly graph: TrainingGraph;
@@ -331,7 +331,7 @@ export async function run(
   return (await session.run(tensors)) as Tensors;
 }
 
-/** Relative to the expected values' norm; infinite where the lengths differ or a number is none. */
+/** Difference relative to the expected values' norm; infinite where lengths differ or a number is not finite. */
 export function relative(found: ArrayLike<number>, expected: ArrayLike<number>): number {
   if (found.length !== expected.length) return Infinity;
   let [off, norm] = [0, 0];
@@ -344,8 +344,8 @@ export function relative(found: ArrayLike<number>, expected: ArrayLike<number>):
 }
 
 /**
- * Relative differences of a session's loss and gradients from PEFT's: of the mean cross entropy at every position, with one class for
- * each.
+ * Relative differences of a session's loss and gradients from PEFT's. The loss is the mean cross entropy at every position, with one
+ * class for each.
  * @param own feeds of the model's own inputs
  * @param expected `loss` and `MODULE.lora_A`, `MODULE.lora_B`
  */
@@ -357,7 +357,7 @@ export async function learnedOff(
   classes: readonly number[],
   expected: ReadonlyMap<string, Float32Array>,
 ): Promise<{ off: [string, number][]; gradients: Map<string, Float32Array> }> {
-  // Internal, for trainers.
+  // Internal: trainers use it.
   const { graph, inputs, run } = (session as unknown as { readonly trainable: Trainable }).trainable;
   const int64 = (values: readonly number[], ...dims: number[]): Feed => {
     return { dataType: 7, dims, data: BigInt64Array.from(values, BigInt) };
@@ -396,14 +396,14 @@ export async function learnedOff(
   return { off, gradients };
 }
 
-/** Tensors of a safetensors file, those alone that begin so, without that. */
+/** Tensors of a safetensors file whose names begin with `front`, without it. */
 export async function goldensIn(path: string, front = ""): Promise<Map<string, Float32Array>> {
   const all = await tensorsIn(path);
   const own = [...all].filter(([name]) => name.startsWith(front));
   return new Map(own.map(([name, { data }]) => [name.slice(front.length), data as Float32Array]));
 }
 
-/** Numbers of either sign, the same for the same seed. */
+/** Seeded numbers of either sign. */
 export function noise(many: number, seed: number): Float32Array {
   const next = uniform(seed);
   return Float32Array.from({ length: many }, () => 0.6 * next() - 0.3);

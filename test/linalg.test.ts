@@ -1,6 +1,6 @@
 /**
- * Linear algebra of extraction against spectra known in closed form and against residuals, at sizes 1 to 200: simple,
- * clustered, multiple, graded and rank-deficient.
+ * Linear algebra of extraction, compared with spectra known in closed form and with residuals, at sizes 1 to 200: simple, clustered,
+ * multiple, graded and rank-deficient.
  */
 import fc from "fast-check";
 import t from "tap";
@@ -261,8 +261,8 @@ t.test("SVD", async () => {
       t.ok(largest(product(found.U, found.U, m, m, m), identity(m)) <= 1e-14 * m, `${name} [${m}, ${n}]: U`);
     }
   }
-  // Rows of very different length: a Gram matrix would see nothing of the last two. The values are the lengths of what
-  // is left of each row beside those before it: √2, √1.5·1e-12, and the rest of the determinant.
+  // Rows of very different length: a Gram matrix would miss the last two. The values are the lengths of each row without its projection
+  // on those before: √2, √1.5·1e-12, and the rest of the determinant.
   const graded = svd(Float64Array.from([1, 1, 0, 0, 1e-12, 1e-12, 0, 0, 1e-30]), 3, 3);
   [Math.SQRT2, Math.sqrt(1.5) * 1e-12, 1e-30 / Math.sqrt(3)].forEach((value, i) => {
     t.ok(Math.abs(graded.S[i]! / value - 1) <= 1e-14, `small values accurate relative to themselves: ${graded.S[i]}`);

@@ -1,4 +1,4 @@
-/** The lock of what writes, and what a writer leaves that is stopped halfway: nothing. */
+/** The lock of writers, and the remains of a writer that is stopped halfway: none. */
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, readFileSync, readlinkSync, symlinkSync } from "node:fs";
@@ -23,7 +23,7 @@ async function holder(path: string, then = "setInterval(() => {}, 1000);") {
   return child;
 }
 
-/** A lock as another process would have left it. */
+/** Writes a lock as another process would have left it. */
 function plant(path: string, changes: object): void {
   const self = JSON.parse(own);
   symlinkSync(JSON.stringify({ ...self, token: "0123456789abcdef", ...changes }), `${path}.lock`);
@@ -70,7 +70,7 @@ t.test("neither a process id that is used again nor another machine is mistaken"
   if (linux) {
     plant(path, { pid: process.ppid, began: "another boot 123" });
     (await takeLock(path, silent)).close();
-    // Ended, but its parent has not asked how: still there under its id.
+    // Ended, but not yet reaped by its parent: still listed under its id.
     const parent = spawn("sh", ["-c", "sleep 0.5 & echo $!; exec sleep 60"]);
     const pid = Number(String((await once(parent.stdout, "data"))[0]));
     const fields = (): string[] => readFileSync(`/proc/${pid}/stat`, "utf8").split(") ")[1]!.split(" ");
@@ -89,7 +89,7 @@ t.test("neither a process id that is used again nor another machine is mistaken"
   });
   t.ok(readlinkSync(`${path}.lock`), "and left alone");
   await rm(`${path}.lock`);
-  // What is no lock of ours is not guessed at.
+  // A lock of another kind is not interpreted.
   for (const text of ["", "{}", '{"pid":1,"token":"../../x"}']) {
     await writeFile(`${path}.lock`, text);
     await t.rejects(takeLock(path, silent, 100), { message: /names no process; if nothing is writing it, delete/ });
@@ -100,7 +100,7 @@ t.test("neither a process id that is used again nor another machine is mistaken"
 t.test("of many that find one dead lock, one at a time has it", async (t) => {
   const path = join(folder, "many");
   const gone = spawnSync(process.execPath, ["-e", ""]).pid;
-  // Each holds it some times; a second one inside would find the file of the first.
+  // Each process holds it several times; a second one inside would find the file of the first.
   const code = `import { takeLock } from ${module("lock")}; import { closeSync, openSync, rmSync } from "node:fs";
     const path = ${JSON.stringify(path)};
     process.stdin.once("data", async () => {

@@ -1,6 +1,6 @@
 /**
- * Ten thousand tasks, and a part of 200 000: what takes time for each task must not take it for each pair of tasks. The limits are
- * wide: what is quadratic takes several times as long.
+ * Ten thousand tasks, and a part of 200 000: time must grow with tasks, not with pairs of tasks. The limits are wide, since quadratic
+ * work takes several times as long.
  */
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -40,7 +40,7 @@ const tasks = Array.from({ length: COUNT }, (_, i) => ({ entry: entry(i), blob }
 await writeFile(path, Buffer.concat(await layoutFresh({ description, bases, basisId, tasks })));
 const taskFile = (i: number): Uint8Array<ArrayBuffer> => encodeTaskFile(entry(i), basisId, blob);
 
-/** Of the processor: a machine that others use too must not fail it. */
+/** Limits processor time, so that a machine shared with others does not fail it. */
 async function within(t: Test, seconds: number, what: string, work: () => Promise<unknown>): Promise<void> {
   const before = process.cpuUsage();
   await work();
@@ -49,7 +49,7 @@ async function within(t: Test, seconds: number, what: string, work: () => Promis
   t.ok(took < seconds, `${what}: ${took.toFixed(1)} s`);
 }
 
-/** @returns what `--json` says */
+/** Runs a command. @returns its output with `--json` */
 async function run(...args: string[]): Promise<Record<string, any>> {
   let said = "";
   const stream = { write: (more: string): unknown => (said += more) };

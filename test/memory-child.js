@@ -1,7 +1,6 @@
 /**
- * A process of its own for test/memory.test.ts: holds 24 weights of 768×768 twice and prints what `memory()` says beside what
- * the engine says: array buffers plus the pages of every WebAssembly.Memory, plus the buffers that a device was asked for. Run
- * with --expose-gc.
+ * Runs in a process of its own for test/memory.test.ts: holds 24 weights of 768×768 twice and prints `memory()` beside the engine's own
+ * figures: array buffers plus the pages of every WebAssembly.Memory, plus the buffers requested from a device. Run with --expose-gc.
  */
 /** @type {WebAssembly.Memory[]} */
 const memories = [];

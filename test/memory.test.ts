@@ -36,7 +36,7 @@ for (const backend of ["js", "wasm", "webgpu"]) {
   });
 }
 
-/** As in session-memory-child.js. */
+/** Sizes of session-memory-child.js. */
 const [SIZE, LAYERS] = [1024, 13];
 
 /** y = x · W₀ · W₁ · … */
@@ -62,7 +62,7 @@ function writeModel(path: string): void {
   writeFileSync(path, toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph })));
 }
 
-/** Bytes beside what `memory()` counts: parsed graphs, tensors of the last run. A model's file is not among them. */
+/** Bytes allowed beside those that `memory()` counts: parsed graphs, tensors of the last run. A model's file is not among them. */
 const ALLOWANCE = 3e6;
 
 for (const mode of ["core", "factors", "folded"]) {
@@ -82,7 +82,7 @@ for (const mode of ["core", "factors", "folded"]) {
     for (const [when, { measured, reported }] of Object.entries(moments)) {
       const more = measured! - reported!;
       t.ok(more < ALLOWANCE, `${when}: ${measured} bytes are held, ${reported} reported`);
-      // Folding keeps the file, to begin each switch from, and says so.
+      // Folding keeps the file to begin each switch from, and reports it.
       t.equal(reported! > bytes, mode === "folded", `${when}: ${reported} reported`);
     }
   });

@@ -2,7 +2,7 @@ import { readFile } from "node:fs/promises";
 import t from "tap";
 import { check, runMutants } from "./mutants/run.js";
 
-/** `npm run soak` makes 100 000, or as many as it is asked for. */
+/** Number of mutants; `npm run soak` makes 100 000, or another number. */
 const COUNT = 5_000;
 
 t.test(`${COUNT} mutants with right checksums: refused by name, or what they mean`, { timeout: 280_000 }, async (t) => {

@@ -1,4 +1,4 @@
-/** Patterns of adapter_config.json: what Python's `re` matches, in time that no pattern makes exponential. */
+/** Patterns of adapter_config.json: they match what Python's `re` matches, in time that no pattern makes exponential. */
 import { execFileSync } from "node:child_process";
 import fc from "fast-check";
 import t from "tap";
@@ -9,7 +9,7 @@ const refuse = (pattern: string, why: string): Error => new SyntaxError(`${patte
 const patternsOf = <T>(...entries: [string, T][]): NamePatterns<T> => new NamePatterns(entries, refuse);
 const matches = (pattern: string, name: string): boolean => patternsOf([pattern, true]).find(name) === true;
 
-/** What PEFT asks Python, by JavaScript's engine: the same for ASCII. */
+/** PEFT's question to Python, asked of JavaScript's engine: the same for ASCII. */
 const byEngine = (pattern: string, name: string): boolean => new RegExp(`^(.*\\.)?(${pattern})$`).test(name);
 
 t.test("what each construct matches", async (t) => {

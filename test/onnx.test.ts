@@ -58,7 +58,7 @@ async function differences(host: Awaited<ReturnType<typeof openOnnxHost>>, diges
     const { layout } = locator.parameters.get(found.name)!;
     const view = await host.read(found.name);
     const bytes = view.data as Uint8Array;
-    // The checkpoint's own layout is not known here: "in-out" for Conv1D, "out-in" for Linear.
+    // The checkpoint's own layout is unknown here: "in-out" for Conv1D, "out-in" for Linear.
     const asStored = view.shape.join() === shape.join() && sha256(bytes) === sha;
     const asTurned = view.shape.toReversed().join() === shape.join() && sha256(turned(bytes, view.shape)) === sha;
     if (!asStored && !(layout === "in-out" && asTurned)) wrong.push(`${name} differs as ${layout} [${view.shape}]`);
@@ -185,7 +185,7 @@ t.test("what the schema leaves out survives writing", (t) => {
   for (const name of EXPORTS) {
     const file = modelOf(name);
     const written = toBinary(ModelProtoSchema, parseModel(file, name).proto);
-    // Fields may change places, so compare the bytes as a multiset: with the length, any lost or altered field shows.
+    // Fields may be reordered, so the bytes are compared as a multiset: with the length, any lost or altered field shows.
     t.strictSame(written.toSorted(), file.toSorted(), name);
   }
   t.end();
@@ -317,7 +317,7 @@ t.test("no bytes make it fail otherwise than with its own errors", async (t) => 
     }),
     { numRuns: 2000 },
   );
-  // Branches that name their values as the graph around them does.
+  // Branches whose values have names of the surrounding graph.
   const { proto } = parseModel(modelOf("by-hand"), "model");
   const branch = proto.graph!.node.at(-1)!.attribute[0]!.g!;
   const node = proto.graph!.node.find(({ opType }) => opType === "Cast")!;

@@ -1,4 +1,4 @@
-/** What the command line says about the time left. */
+/** The command line's estimates of the time left. */
 import t from "tap";
 import { createEstimate, timeLeft } from "./internals.ts";
 

@@ -1,6 +1,5 @@
 /**
- * A weight that one task brings whole, or in rows, and another adapts: what it is then, in numbers; in a blend, whose it is; and
- * what is refused by name.
+ * Weights that one task brings whole, or in rows, and another adapts: their values, in a blend too, and refusals by name.
  */
 import {
   createRuntime,
@@ -195,7 +194,7 @@ t.test("what is not folded adds up to the same", async (t) => {
         const off = relativeDifference(live.get(`${name}.weight`)!.data as Float32Array, W);
         t.ok(off < 1e-6, `${JSON.stringify(selection)}, ${head}: ${name} is off by ${off}`);
       }
-      // By hand, on layers of which the model has what `changes` says.
+      // Written by hand, on layers whose part in the model `changes` names.
       const x = {
         dtype: "f32",
         shape: [1, IN],

@@ -10,11 +10,11 @@ import t from "tap";
 const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
 
-/** Budgets of README and DESIGN, in bytes after gzip; 1 kB = 1000 B. Of WASM 1.7 kB decode coded sections, and are loaded with the first. */
+/** Budgets of README, in bytes after gzip; 1 kB = 1000 B. 1.7 kB of WASM decode coded sections, and are loaded with the first one. */
 const BUDGET = { js: 21_200, wasm: 11_100 };
 
 /**
- * Loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, the reader of task
+ * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, the reader of task
  * files, hashes and keys, the other backends, the unfolded modes, weights on a device, parameters beside the terms.
  */
 const LAZY =
@@ -23,17 +23,20 @@ const LAZY =
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;
 
-/** Loaded by a session only when it is used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks, layers that are not linear, `apply`, trust, URLs, files of another kind. */
+/**
+ * Files that a session loads only when they are used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks,
+ * layers that are not linear, `apply`, trust, URLs, files of another kind.
+ */
 const SESSION_LAZY =
   /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|built|skeleton|attention|pieces|blocks|forms|graft-forms|probe-forms|js|dequantize|dropped|likeness|rows|row-tasks|caches|webgpu|device|ort-device|device-host|fold|folded|terms|training|whole|apply)\.js$/;
 
-/** What an app that runs an ONNX model loads: the runtime, the protobuf, the graph surgery, the session. */
+/** Budget of an app that runs an ONNX model: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 66_300;
 
-/** `eigenlora/cache`, with what it shares with the run time. */
+/** Budget of `eigenlora/cache`, with its shared part of the run time. */
 const CACHE_BUDGET = 5_000;
 
-/** One minified file for a browser; what `apart` matches is left out. */
+/** Bundles one minified file for a browser; modules that `apart` matches are left out. */
 async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {
   const { outputFiles } = await build({
     stdin: { contents: code, resolveDir: root },
@@ -77,10 +80,13 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
   t.match(text, /fold_in_place/, "the shaders are in it");
 });
 
-/** What an app of React Native loads that opens a pack from bytes: the runtime and its js backend, in code for Hermes. */
+/** Budget of a React Native app that opens a pack from bytes: the runtime and its js backend, in code for Hermes. */
 const HERMES_BUDGET = 28_800;
 
-/** Loaded there when it is used: addresses, files of weights, what a base lacks, trust, task files, weights on a device, unfolded modes. */
+/**
+ * Files loaded there when they are used: addresses, files of weights, missing parameters of a base, trust, task files, weights on a
+ * device, unfolded modes.
+ */
 const HERMES_LAZY = /\/(open-base|mismatch|url-source|task-file|part|trust|kind|device-host|terms|apply)\.js$/;
 
 t.test("a bundle for Hermes keeps its budget", async (t) => {
@@ -136,7 +142,7 @@ t.test("a cache is portable, and no app pays for it that does not use it", async
   t.notMatch(text, /"node:/);
 });
 
-/** `eigenlora/browser`: all of it, shaders, kernels and the trainer too. */
+/** Budget of `eigenlora/browser`: all of it, shaders, kernels and the trainer too. */
 const BROWSER_BUDGET = 203_500;
 
 t.test("the file for pages without a bundler imports nothing and keeps its budget", async (t) => {
@@ -199,7 +205,7 @@ t.test("what is published", async (t) => {
     const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
     t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface|@bufbuild|msgpackr)/, path);
   }
-  // Offline there is only the package.
+  // Offline only the package is there.
   const pages = paths.filter((path) => path.endsWith(".md"));
   t.ok(pages.length > 30, `${pages.length} pages`);
   for (const page of pages) {

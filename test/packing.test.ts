@@ -1,4 +1,4 @@
-/** What makes packing fast and small in memory changes no byte of a pack. */
+/** Measures that make packing fast and small in memory change no byte of a pack. */
 import { type Adapter, type BuildOptions, buildPack, type PrivateChoice, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
@@ -34,7 +34,7 @@ t.test("WebAssembly finds the scales that the plain loop finds", async (t) => {
   const rows: [string, Float64Array][] = [
     ...[1, 2, 63, 64, 65, 768, 1281].map((width): [string, Float64Array] => [`noise of ${width}`, noise(width, width)]),
     ["a few that stand out", noise(500, 7).map((value, i) => (i % 97 === 0 ? 9 * value : value ** 3))],
-    // From halves a number goes upwards, those below zero too.
+    // Halves round upwards, those below zero too.
     ["halves", Float64Array.from({ length: 29 }, (_, i) => (i - 14) / 2)],
     ["just below a half", Float64Array.of(7, 0.49999999999999994, -0.49999999999999994, -0.5, 0.5, -1e-20)],
     ["nothing", new Float64Array(10)],
@@ -119,7 +119,7 @@ t.test("what is extracted again with other private terms is what would have been
   await extractor.close();
 });
 
-/** The adapter, counting how often a module of it is read. */
+/** The adapter, with counted reads of its modules. */
 function counting(adapter: Adapter, read: Map<string, number>): Adapter {
   const all = [...adapter.modules].map(([name, module]): [string, typeof module] => [
     name,

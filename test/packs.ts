@@ -7,13 +7,13 @@ import { readAdapters } from "eigenlora/node";
 import { type Golden, relativeDifference } from "./compare.ts";
 import { decodeTensor } from "./internals.ts";
 
-/** Everything an adapter has goes into the pack. */
+/** Options that store everything an adapter has without loss. */
 export const LOSSLESS = {
   select: { kind: "energy", share: 1 },
   dtype: { basis: "f32", coefficients: "f32", head: "f32" },
 } as const;
 
-/** Absolute path of something under test/data. */
+/** Absolute path of a file under test/data. */
 export function data(path: string): string {
   return fileURLToPath(new URL(`data/${path}`, import.meta.url));
 }
@@ -52,8 +52,8 @@ export async function goldenPacks(options: BuildOptions = {}): Promise<(Golden &
 }
 
 /**
- * How far two packs of the same tasks and modules are apart: bases as stored, components and means; and coefficients, by the
- * largest of their side. Infinite where shapes differ.
+ * Distance of two packs of the same tasks: bases as stored, components and means; and coefficients, relative to the largest of their
+ * side. Infinite where shapes differ.
  */
 export async function packDifference(found: Pack, expected: Pack): Promise<{ bases: number; coefficients: number }> {
   const off = { bases: 0, coefficients: 0 };

@@ -1,4 +1,4 @@
-/** What axe has to say of a page: the rules of WCAG that a machine can check. */
+/** axe's complaints about a page: the rules of WCAG that a machine can check. */
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import type { Page } from "playwright-core";
@@ -9,7 +9,7 @@ interface Axe {
   run(): Promise<{ violations: { id: string; nodes: { target: string[] }[] }[] }>;
 }
 
-/** @returns a line per violation, with the elements; none is what a page should have */
+/** @returns a line for each violation, with the elements; a good page has none */
 export async function complaintsOfAxe(page: Page): Promise<string[]> {
   await page.evaluate(source);
   const { violations } = await page.evaluate(() => (globalThis as unknown as { axe: Axe }).axe.run());

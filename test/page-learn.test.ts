@@ -1,7 +1,6 @@
 /**
- * Teaching in the page as visitors get it: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU
- * takes minutes for it: learn-chromium.test.ts trains a smaller model there. What it costs and how good it gets is
- * benchmarks/research/few-shot.js's.
+ * Teaching in the visitors' page: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU takes minutes
+ * for it: learn-chromium.test.ts trains a smaller model there. benchmarks/research/few-shot.js measures cost and quality.
  */
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -29,16 +28,16 @@ t.teardown(async () => {
   await rm(folder, { recursive: true });
 });
 
-/** For both tests: they open windows of their own, which share nothing. */
+/** Shared by both tests: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t);
 
-/** What the page has received from its worker, newest last. */
+/** Messages that the page has received from its worker, newest last. */
 interface Heard {
   probabilities: number[][];
   losses: number[];
 }
 
-/** Opens the page with an ear at its worker's door: the page itself shows rounded numbers. */
+/** Opens the page and listens to its worker's messages: the page itself shows rounded numbers. */
 async function visit(
   url = server.url,
   options: Parameters<Browser["newPage"]>[0] = {},
@@ -81,7 +80,7 @@ async function type(page: Page, text: string): Promise<number[]> {
   return (await heard(page)).probabilities.at(-1)!;
 }
 
-/** Writes labels and examples over those that the form begins with. */
+/** Replaces labels and examples in the form. */
 async function write(page: Page, lessons: readonly (readonly [label: string, examples: string])[]): Promise<void> {
   for (const [i, [label, examples]] of lessons.entries()) {
     const lesson = page.locator(".lesson").nth(i);
@@ -90,7 +89,7 @@ async function write(page: Page, lessons: readonly (readonly [label: string, exa
   }
 }
 
-/** Stops after so many steps. */
+/** Stops after a number of steps. */
 async function teachAWhile(page: Page, steps: number): Promise<void> {
   const before = (await heard(page)).losses.length;
   await press(page, "Teach");
@@ -106,7 +105,7 @@ async function teachAWhile(page: Page, steps: number): Promise<void> {
 t.test("teaches a task that answers beside the others, and leaves as a file", { skip, timeout: 240_000 }, async (t) => {
   const { page, complaints } = await visit();
   await press(page, "Teach");
-  // Any step but the first and the last: one alone may be gone between two looks.
+  // Any step but the first and the last: a single one may pass between two looks.
   await page.locator("#teach-step", { hasText: /^Step ([2-9]|1\d) of/ }).waitFor();
   t.ok((await type(page, "shows the planets")).length > 2, "a task of the pack answers meanwhile");
   await note(page, /^Learned in .*: sky-or-lab is a task of [\d.]+ kB\./);

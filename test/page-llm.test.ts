@@ -1,6 +1,6 @@
 /**
- * The page with a language model as visitors get it: built from a tiny decoder, served by its own server, in a real Chromium. Its answers
- * are PEFT's. The same with the real model is test/soak-page.js's.
+ * The page with a language model, as visitors get it: built from a tiny decoder, served by its own server, in a real Chromium. Its
+ * answers are PEFT's. test/soak-page.js does the same with the real model.
  */
 import { execFile } from "node:child_process";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
@@ -30,7 +30,7 @@ t.teardown(async () => {
   await server.close();
   await rm(folder, { recursive: true });
 });
-/** For all tests here: they open windows of their own, which share nothing. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
 const SKILLS = ["upper", "lower"] as const;
 
@@ -39,14 +39,14 @@ const goldens = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8"))
   prompt: string;
   ids: number[];
 }[];
-/** What PEFT says; the page shows it without the spaces around it. */
+/** PEFT's answer; the page trims the spaces around it. */
 const golden = (task: string, prompt: string): string =>
   textOf(goldens.find((one) => one.task === task && one.prompt === prompt)!.ids).trim();
 const saidBy = (page: Page, id: string): Promise<string | null> =>
   page.locator(`.card[data-task="${id}"] .said b`).textContent();
 const partReads = (): string[] => answers.map(({ path }) => path).filter((path) => path.endsWith(".part"));
 
-/** A task file with a skill's words, as another visitor would send it. */
+/** A task file with a skill's words, as from another visitor. */
 async function skillFile(prompt?: object): Promise<Uint8Array<ArrayBuffer>> {
   const pack = await openPack(await readFile(join(folder, "tasks.eigen")));
   const bytes = await zeroShotTask(pack, { init: "random", seed: 5, ...(prompt && { metadata: { prompt } }) });
@@ -54,7 +54,7 @@ async function skillFile(prompt?: object): Promise<Uint8Array<ArrayBuffer>> {
   return bytes;
 }
 
-/** What onnxruntime-node answers with a task file on the same pack: the tokens, without the page. */
+/** onnxruntime-node's answer with a task file on the same pack: the tokens, without the page. */
 async function inNode(t: Test, file: Uint8Array<ArrayBuffer>, prompt: string): Promise<string> {
   const pack = await openPack(await readFile(join(folder, "tasks.eigen")));
   const session = await open(NODE, material.model, pack);
@@ -62,7 +62,7 @@ async function inNode(t: Test, file: Uint8Array<ArrayBuffer>, prompt: string): P
   await session.addTask("theirs", file);
   await session.switchTask("theirs");
   const ids: number[] = [];
-  // The decoder knows no arrow: the tokenizer leaves it out.
+  // The decoder has no arrow: the tokenizer leaves it out.
   const tokens = Array.from(prompt.replace("→", ""), (letter) => (letter === " " ? 95 : letter.charCodeAt(0) - 32));
   for await (const [token] of decode(NODE, session, [tokens], facts)) ids.push(token!);
   return textOf(ids).trim();
@@ -186,7 +186,7 @@ t.test("a skill from a friend: opened, downloaded, forgotten", { skip }, async (
     await said(expected);
   }
   t.equal(await page.locator(".card").count(), 3);
-  // Words from a stranger's file are words, and not too many.
+  // Words from a stranger's file are text, of limited length.
   await give("long.eigentask", await skillFile({ before: "b".repeat(99), after: 7 }));
   await said(/^long is open/);
   t.match(await page.locator("#prompt").textContent(), /^The model reads: long: x = 3; →$/);
@@ -205,7 +205,7 @@ t.test("a skill from a friend: opened, downloaded, forgotten", { skip }, async (
   t.same(complaints, []);
 });
 
-/** Writes lines over those that the form begins with, teaches them, and waits for what is said of it. */
+/** Replaces lines in the form, teaches them, and waits for the verdict. */
 async function teach(page: Page, name: string, lines: readonly string[], said: RegExp): Promise<void> {
   await page.locator("#skill-name").fill(name);
   await page.locator("#before").fill("");

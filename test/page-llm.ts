@@ -1,14 +1,14 @@
-/** Shared by the tests of the page with a language model: what it is made of, from the tiny decoder of test/data, and a visitor. */
+/** Shared by the tests of the page with a language model: its material, from the tiny decoder of test/data, and a visitor. */
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { Browser, Page } from "playwright-core";
 import type { Material } from "../examples/page/llm/build.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
-/** The decoder's texts mean nothing, but PEFT's greedy tokens for these prompts are known: test/data/decoder/goldens.json. */
+/** Prompts whose greedy tokens by PEFT are known (test/data/decoder/goldens.json). The decoder's texts mean nothing. */
 export const PROMPTS = ["Once upon a time", "x = 3;", "The quick brown fox jumps over the lazy dog."] as const;
 
-/** The page in small: two skills, and a model of some parts. */
+/** A small page: two skills, and a model of some parts. */
 export async function tinyMaterial(): Promise<Material> {
   const adapters = await readAdapters([data("decoder/adapters")]);
   const { chunks, report } = await buildPack(adapters, LOSSLESS);
@@ -31,12 +31,12 @@ export async function tinyMaterial(): Promise<Material> {
   };
 }
 
-/** A token of the decoder is a character; the first ends a text, the last is the space. */
+/** Text of the decoder's tokens, each a character; the first ends a text, the last is the space. */
 export function textOf(ids: readonly number[]): string {
   return ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id))).join("");
 }
 
-/** The page in a window of its own, and what it complains of. */
+/** Opens the page in a window of its own. @returns it with its complaints */
 export async function visit(
   browser: Browser,
   url: string,

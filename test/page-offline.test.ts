@@ -1,4 +1,4 @@
-/** What the page may do, and what it keeps: its Content-Security-Policy and its service worker, in a real Chromium. */
+/** The page's permissions and its kept files: its Content-Security-Policy and its service worker, in a real Chromium. */
 import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -12,9 +12,9 @@ import { keepTasks } from "./page-pack.ts";
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 await buildPage(folder);
 await keepTasks(folder, ["debtags-admin", "debtags-game", "debtags-role"]);
-// As hosts of static files have it: browsers need not ask again for minutes.
+// Hosts of static files send this: browsers need not ask again for minutes.
 const server = await serveFolder(folder, { cacheControl: "max-age=600" });
-/** For all tests here: they open windows of their own, which share nothing. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = noChromium ? undefined! : await launch(t);
 t.teardown(async () => {
   await server.close();
@@ -85,7 +85,7 @@ t.test(
         },
         [path, headers] as const,
       );
-    /** Paths that are kept, and the caches there are. */
+    /** Kept paths, and the caches. */
     const kept = () =>
       page.evaluate(async () => {
         const names = await caches.keys();
@@ -125,7 +125,7 @@ t.test(
     t.same((await kept()).paths, all.sort(), "the larger runtime, once it was asked for");
     await rm(join(folder, "stranger.json"));
 
-    /** What is kept is what lies on the server, byte for byte, in one cache, once the newest worker has taken over. */
+    /** Checks that the kept files equal the server's, byte for byte, in one cache, once the newest worker has taken over. */
     const keptAsBuilt = async (what: string): Promise<void> => {
       await page.evaluate(async () => {
         const registration = await navigator.serviceWorker.ready;
@@ -175,7 +175,7 @@ t.test(
     await visit("half-written");
     await keptAsBuilt("a damaged and half-written cache");
 
-    // A new build: one file has changed, one has gone, one is new. Before it is whole, the old one is still there.
+    // A new build: one file has changed, one has gone, one is new. The old one stays until the new one is complete.
     const style = await readFile(join(folder, "page.css"), "utf8");
     const gone = (await readdir(folder)).find((file) => file.startsWith("ort.webgpu"))!;
     await rm(join(folder, gone));

@@ -6,20 +6,20 @@ import { freshPack } from "eigenlora/build";
 import { writeOfflineWorker } from "../examples/page/build.js";
 import { concat } from "./packs.ts";
 
-/** A pack as it would be written now. */
+/** Bytes of a pack as written now. */
 export async function freshBytes(pack: Pack): Promise<Buffer> {
   const chunks: Uint8Array[] = [];
   for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
   return Buffer.from(concat(chunks));
 }
 
-/** The pack with these tasks alone. */
+/** The pack with only these tasks. */
 export async function withTasks(pack: Pack, ids: readonly string[]): Promise<Buffer> {
   for (const id of [...pack.tasks.keys()]) if (!ids.includes(id)) pack.removeTask(id);
   return freshBytes(pack);
 }
 
-/** Leaves these tasks in the page that was built into a folder. */
+/** Leaves only these tasks in a built page. */
 export async function keepTasks(folder: string, ids: readonly string[]): Promise<void> {
   const path = join(folder, "tasks.eigen");
   await writeFile(path, await withTasks(await openPack(await readFile(path)), ids));

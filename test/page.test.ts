@@ -18,7 +18,7 @@ import { soak } from "./required.ts";
  */
 const skip = noChromium;
 
-/** Of the model's smallest adapted weight, as it lies on the device: f32 [384, 384]. */
+/** Bytes of the model's smallest adapted weight on the device: f32 [384, 384]. */
 const WEIGHT_BYTES = 4 * 384 * 384;
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
@@ -32,12 +32,12 @@ t.teardown(async () => {
 
 const data = async (path: string): Promise<any> =>
   JSON.parse(await readFile(new URL(`data/${path}`, import.meta.url), "utf8"));
-/** For all tests here: they open windows of their own, which share nothing. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
 
 const packReads = (): Answered[] => answers.filter(({ path }) => path === "/tasks.eigen");
 
-/** A server that knows no ranges, as they come with Python. */
+/** A server without ranges, such as Python's. */
 async function servePlainly(folder: string): Promise<{ url: string; close(): Promise<void> }> {
   const args = ["-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", folder];
   const python = spawn(process.env["PYTHON"] ?? "python3", args, { stdio: ["ignore", "pipe", "ignore"] });
@@ -52,7 +52,7 @@ async function servePlainly(folder: string): Promise<{ url: string; close(): Pro
   return { url: `http://127.0.0.1:${port}/`, close: async () => void python.kill() };
 }
 
-/** The page with a pack made from its own. @returns its address, until the test ends */
+/** Serves the page with a pack made from its own. @returns its address, until the test ends */
 async function serveOther(
   t: Test,
   change: (pack: Pack) => Promise<Uint8Array>,
@@ -72,7 +72,7 @@ async function serveOther(
   return serving.url;
 }
 
-/** Opens the page, and collects what it complains of. Without its service worker, which reads the pack once more, and whole. */
+/** Opens the page, and collects its complaints. Without its service worker, which would read the whole pack once more. */
 async function visit(
   options: Parameters<Browser["newPage"]>[0] = {},
   url = server.url,
@@ -114,7 +114,7 @@ async function type(page: Page, text: string): Promise<void> {
   await settled(page);
 }
 
-/** How far the content moved by itself while the page loaded. */
+/** Layout shift while the page loaded. */
 const shiftOf = (page: Page): Promise<number> =>
   page.evaluate(() => (globalThis as unknown as { shift: number }).shift);
 
@@ -197,7 +197,7 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
 
   t.test("predictions are PEFT's", async (t) => {
     const reference = (await data("reference/predictions.json"))["own-seed"];
-    // Rows whose first label is far ahead, so that what a lossy pack loses does not matter.
+    // Rows whose first label is far ahead, so that the losses of a lossy pack do not matter.
     for (const [task, rows] of [
       ["debtags-made-of", soak ? [0, 1] : [0]],
       ["debtags-implemented-in", soak ? [7, 30] : [7]],
@@ -338,7 +338,7 @@ t.test("a phone, in the dark, without motion", { skip }, async (t) => {
   t.same(complaints, []);
 });
 
-/** What the page's worker sends to the device from here on. @returns tells the bytes of it, and begins again */
+/** Watches what the page's worker sends to the device. @returns a function that gives the bytes so far and starts again */
 async function watchBus(page: Page): Promise<() => Promise<number>> {
   const worker = page.workers()[0]!;
   await worker.evaluate(() => {
@@ -373,7 +373,7 @@ async function watchBus(page: Page): Promise<() => Promise<number>> {
 }
 
 t.test("WebGPU", { skip, timeout: soak ? 580_000 : 240_000 }, async (t) => {
-  // Two tasks, not twenty: a software adapter takes its time for each.
+  // Two tasks, not twenty: a software adapter is slow for each.
   const url = await serveOther(t, (pack) => withTasks(pack, ["debtags-made-of", "debtags-implemented-in"]));
   const { page, complaints } = await visit({}, `${url}#debtags-made-of`);
   page.setDefaultTimeout(120_000);
@@ -382,7 +382,7 @@ t.test("WebGPU", { skip, timeout: soak ? 580_000 : 240_000 }, async (t) => {
   const reference = (await data("reference/predictions.json"))["own-seed"];
   const cases = [
     ["debtags-implemented-in", 7],
-    // Software takes seconds for a sentence. The soak goes back, too.
+    // Software takes seconds for a sentence. The soak switches back, too.
     ...(soak ? ([["debtags-made-of", 1]] as const) : []),
   ] as const;
   await type(page, (await data("tasks/debtags-made-of.json")).test[0][0]);
@@ -415,7 +415,7 @@ t.test("WebGPU", { skip, timeout: soak ? 580_000 : 240_000 }, async (t) => {
       [expected, expected],
       `${task}: ${test[row][0]}`,
     );
-    // Of a switch there and back for each card too, and of the runs.
+    // Counts a switch there and back for each card too, and the runs.
     const sent = await sentSince();
     t.comment(`${task}: ${sent} bytes to the device`);
     t.ok(sent > 0 && sent < WEIGHT_BYTES, `${sent} bytes were sent: no weights`);

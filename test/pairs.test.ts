@@ -1,7 +1,7 @@
 /**
- * Calls in pairs: every public call of an object begins while another one is at work, in every order and in several interleavings.
- * Both settle; what they give, and all that can be seen afterwards, is what some order of the two gives, one after the other; or
- * one is refused because the other is at work. Nothing is left behind, and no rejection goes unheard. The soak tries ten times as many.
+ * Calls in pairs: every public call of an object begins while another is running, in every order and in several interleavings. Both
+ * settle. Their results, and all that can be seen afterwards, equal those of the calls one after the other in some order; or one is
+ * refused because the other is running. Nothing is left behind, and no rejection is unhandled. The soak tries ten times as many.
  */
 import t from "tap";
 import { pairs } from "./pairs/harness.ts";

@@ -1,6 +1,6 @@
 /**
- * The paper's image tasks: what their rows are, that the adapters say what PEFT says, and that a method learns. What is measured is in
- * benchmarks/research/results/paper.
+ * The paper's image tasks: their rows, adapters that agree with PEFT, and a method that learns. benchmarks/research/results/paper has the
+ * measurements.
  */
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";

@@ -1,5 +1,5 @@
 /**
- * The paper's experiments: which rows count, which tasks are left out, and the statistics. Nothing is trained.
+ * The paper's experiments: rows that count, tasks that are left out, and the statistics. Nothing is trained.
  */
 
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
@@ -19,7 +19,7 @@ import {
   remaining,
   searchSplit,
 } from "../benchmarks/research/paper/data.js";
-import { headMachine } from "../benchmarks/research/paper/frozen.js";
+import { headModel } from "../benchmarks/research/paper/frozen.js";
 import { chosenRates, methodOf, nextCells, TUNED } from "../benchmarks/research/paper/plan.js";
 import { deviation, pairedBootstrap, rightOf } from "../benchmarks/research/paper/statistics.js";
 import type { Task } from "../examples/minilm.js";
@@ -102,7 +102,7 @@ t.test("the bootstrap agrees with the normal approximation, and draws within gro
 });
 
 t.test("a head on given features: loss and gradients", async (t) => {
-  const machine = headMachine(2, 2);
+  const machine = headModel(2, 2);
   const batch = [Float32Array.of(1, 2), Float32Array.of(-1, 0.5)];
   const targets = { values: Float32Array.of(1, 0, 0.25, 0.75), rows: 2 };
   const pointOf = (weight: Float32Array<ArrayBuffer>) => ({

@@ -1,4 +1,4 @@
-/** PEFT as the oracle of what was learned here. */
+/** PEFT as the oracle of learned tasks. */
 import { spawnSync } from "node:child_process";
 import { writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
@@ -8,7 +8,7 @@ import { required } from "./required.ts";
 import { difference } from "./sessions.ts";
 
 /**
- * Whether PEFT loads a task as an adapter and answers the same. Skips by name where PEFT is not, unless it is required.
+ * Checks that PEFT loads a task as an adapter and answers the same. Skips by name without PEFT, unless it is required.
  * @param base weights that it is loaded on
  * @param feeds of the model, as `trained-oracle.py` takes them
  */

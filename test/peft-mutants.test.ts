@@ -1,6 +1,6 @@
 /**
- * Adapter folders with something wrong in them, thousands of them by seed: each ends in one of the package's errors that names the
- * folder, or in what the definitions say of the files as they are.
+ * Broken adapter folders, thousands of them by seed: each ends in one of the package's errors naming the folder, or in the values that
+ * the definitions give for the files.
  */
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -33,12 +33,12 @@ interface Header {
   shape: unknown;
   data_offsets: unknown;
 }
-/** The files of an adapter, open to changes. A text stands in the place of what it is the JSON of. */
+/** Files of an adapter, open to changes. A text replaces the JSON it stands for. */
 interface Files {
   config: Json | string;
   task: unknown;
   header: [string, Header | unknown][];
-  /** In the place of the header's JSON. */
+  /** Text instead of the header's JSON. */
   headerText: string | undefined;
   data: Uint8Array;
 }
@@ -259,7 +259,7 @@ function mutant(seed: number): Files {
 }
 
 function write(folder: string, { config, task, header, headerText, data }: Files): void {
-  // By hand, so that a name may be there twice.
+  // Written by hand, so that a name may occur twice.
   const text =
     headerText ?? `{${header.map(([name, tensor]) => `${JSON.stringify(name)}:${JSON.stringify(tensor)}`).join()}}`;
   const json = new TextEncoder().encode(text);
@@ -274,14 +274,14 @@ function write(folder: string, { config, task, header, headerText, data }: Files
   if (task !== undefined) writeFileSync(join(folder, "task.json"), JSON.stringify(task));
 }
 
-/** What an F32 tensor of the file holds. */
+/** Values of an F32 tensor of the file. */
 function valuesOf({ header, data }: Files, key: string): number[] {
   const { data_offsets } = new Map(header).get(key) as { data_offsets: [number, number] };
   const view = new DataView(data.buffer, data.byteOffset + data_offsets[0], data_offsets[1] - data_offsets[0]);
   return Array.from({ length: view.byteLength / 4 }, (_, i) => view.getFloat32(4 * i, true));
 }
 
-/** Holds the linear modules of an adapter against the definitions: A as it is, Bt = scale · Bᵀ. @returns what differs */
+/** Compares the linear modules of an adapter with the definitions: A as it is, Bt = scale · Bᵀ. @returns the differences */
 async function differences(adapter: Adapter, files: Files): Promise<string[]> {
   const found: string[] = [];
   const config = typeof files.config === "string" ? JSON.parse(files.config) : (files.config as Json);
@@ -323,7 +323,7 @@ t.test(`${COUNT} mutants`, async (t) => {
       for (const { read } of adapter!.saved) await read();
       if (wrong.length > 0) t.fail(`seed ${seed}: ${wrong.join(", ")}`);
       if (seed % 8 === 0) {
-        // What is read can be packed, and a pack that is written opens; or a number is too large, which is an AdapterError too.
+        // Adapters that are read can be packed, and written packs open; or a number is too large, which is an AdapterError too.
         const { chunks } = await buildPack([adapter!]);
         const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
         await pack.load(adapter!.id);

@@ -1,6 +1,6 @@
 /**
- * PEFT adapters: every golden case, the fields and names PEFT's format allows, folders on disk, and the way back. The
- * judge of the goldens is PEFT's own merge; of exported adapters PEFT itself, where Python has it.
+ * PEFT adapters: every golden case, fields and names that PEFT's format allows, folders on disk, and export. PEFT's own merge judges the
+ * goldens; PEFT itself judges exported adapters, where Python has it.
  */
 import { execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
@@ -24,7 +24,7 @@ import { required } from "./required.ts";
 const data = fileURLToPath(new URL("./data", import.meta.url));
 const goldens = join(data, "goldens/peft");
 
-/** Reads everything under a path and says how that ended. */
+/** Reads everything under a path. @returns the error */
 async function failureOf(paths: string[]): Promise<unknown> {
   let adapters: Adapter[] = [];
   try {
@@ -38,7 +38,7 @@ async function failureOf(paths: string[]): Promise<unknown> {
   }
 }
 
-/** What the message must name, for the cases that are refused or warned about. */
+/** Names that the message must contain, for refused or warned cases. */
 const NAMED: ReadonlyMap<string, string> = new Map([
   ["refuse-other-type", "peft_type"],
   ["refuse-parameters", "target_parameters"],
@@ -161,7 +161,7 @@ async function refuses(t: Test, message: RegExp, config: object, spec: Spec = PL
 const prefixed = (spec: Spec): Spec =>
   Object.fromEntries(Object.entries(spec).map(([name, tensor]) => [`base_model.model.${name}`, tensor]));
 
-/** What one module's factors became of start values 1, 2, … for A and B, by the definition. */
+/** Scales of one module's factors with values 1, 2, … for A and B, by the definition. */
 async function scaleOf(adapter: Adapter, name: string, firstB: number): Promise<number> {
   return (await adapter.modules.get(name)!.read()).Bt[0]! / firstB;
 }

@@ -1,4 +1,4 @@
-/** What the tiny models of test/data/pipelines hear and see: the same in the scripts that made their goldens. */
+/** Sounds and pictures for the tiny models of test/data/pipelines; the scripts that made their goldens use the same. */
 
 /** @param {{ waves: [amplitude: number, step: number][], samples: number }} sound */
 export function soundOf({ waves, samples }) {

@@ -1,6 +1,5 @@
 /**
- * Packs on pipelines of transformers.js in Node, with onnxruntime-web in place of onnxruntime-node; prints what the pipelines
- * answer:
+ * Runs packs on pipelines of transformers.js in Node, with onnxruntime-web instead of onnxruntime-node; prints the pipelines' answers:
  *   node pipelines-main.js TRANSFORMERS_FOLDER PLAN.json
  */
 import { readFile } from "node:fs/promises";
@@ -13,7 +12,7 @@ import * as ort from "onnxruntime-web";
 import { pictureOf, soundOf } from "./pipelines-inputs.js";
 
 const [, , folder = "", planFile = ""] = process.argv;
-// A place that Node can import from; without one, transformers.js would name a host.
+// A path that Node can import from; without one, transformers.js would name a host.
 ort.env.wasm.wasmPaths = pathToFileURL(
   join(dirname(createRequire(import.meta.url).resolve("onnxruntime-web")), "/"),
 ).href;
@@ -25,7 +24,7 @@ const { env, pipeline, RawImage } = await import(pathToFileURL(join(folder, "dis
 const { models, runs } = JSON.parse(await readFile(planFile, "utf8"));
 Object.assign(env, { localModelPath: models, allowRemoteModels: false });
 
-/** Sounds and pictures by what they are made of. @returns {unknown} */
+/** Sounds and pictures from their descriptions. @returns {unknown} */
 function input(/** @type {any} */ value) {
   if (Array.isArray(value)) return value.map(input);
   if (value?.waves) return soundOf(value);

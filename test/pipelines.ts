@@ -22,7 +22,7 @@ export const skip: string | false =
   !required.has("transformers") &&
   "transformers is not here; see EIGENLORA_RUNTIMES in transformers.test.ts";
 
-/** Of transformers.js, as far as it is used here. */
+/** The parts of transformers.js' Tensor that are used here. */
 export interface Tensor {
   dims: number[];
   data: ArrayLike<number>;
@@ -55,7 +55,7 @@ interface Loader<What> {
   from_pretrained(id: string, options?: object): Promise<What>;
 }
 
-/** The folder that holds transformers.js, and that of the models by id. */
+/** Folders of transformers.js, and of the models by id. */
 export const PACKAGE: string = folder;
 export const MODELS: string = data("pipelines");
 
@@ -102,13 +102,13 @@ export interface Generation<Prompt> {
   logits: number[];
 }
 
-/** What PEFT generates. */
+/** Generations by PEFT. */
 export async function generations<Prompt>(model: string): Promise<Generation<Prompt>[]> {
   return JSON.parse(await readFile(data(`pipelines/${model}/generations.json`), "utf8")) as Generation<Prompt>[];
 }
 
 /**
- * The text of tokens that are printable ASCII in their order, the space last.
+ * Text of tokens, which are printable ASCII in order, the space last.
  * @param special tokens before them
  */
 export function textOf(ids: readonly number[], special: number): string {
@@ -140,7 +140,7 @@ export function ranked(logits: readonly number[], labels: readonly string[]): An
   });
 }
 
-/** The same labels in the same order, with the same scores. */
+/** Checks for the same labels in the same order, with the same scores. */
 export function sameAnswers(
   t: Pick<Test, "same" | "ok">,
   found: readonly Answer[][],

@@ -7,11 +7,11 @@ type Values = Map<string, Value>;
 
 interface PlainModel extends LoadedModel {
   readonly constants: Values;
-  /** A node each: computes its output from values that are there. */
+  /** One step per node: computes its output from existing values. */
   readonly steps: readonly ((values: Values) => void)[];
 }
 
-/** `TensorProto.DataType`, its name and the array that holds its values; those of f16 as bits. */
+/** `TensorProto.DataType`, its name and the array of its values; f16 as bits. */
 const TYPES = [
   [1, "float32", Float32Array],
   [7, "int64", BigInt64Array],
@@ -74,9 +74,9 @@ export class PlainEngine implements Engine<PlainModel> {
     return { inputNames, outputNames, constants, steps };
   }
 
-  /** @returns f32 values: the models' outputs are logits, and ours */
+  /** @returns f32 values: the models' outputs are logits, as are ours */
   async run({ steps, constants }: PlainModel, feeds: Tensors, fetches: unknown): Promise<Tensors> {
-    // Others go on meanwhile, as beside a runtime with threads of its own.
+    // Other work goes on meanwhile, as with a runtime that has threads.
     await new Promise(setImmediate);
     const values: Values = new Map(constants);
     for (const [name, { dims, data }] of Object.entries(feeds)) values.set(name, toValue(dims, data));
@@ -87,7 +87,7 @@ export class PlainEngine implements Engine<PlainModel> {
     );
   }
 
-  /** The type is for others to see: here numbers are numbers. */
+  /** The type is for callers only: here numbers are numbers. */
   tensor(data: unknown, dims: readonly number[], type?: string): PlainTensor {
     return new PlainTensor(type ?? TYPES.find(([, , array]) => data instanceof array)?.[1] ?? "int32", data, dims);
   }

@@ -1,6 +1,6 @@
 /**
- * ONNX operators in plain JavaScript: those of the models in session.test.ts and of what is grafted onto them. A value is a list
- * of f64 numbers, whatever its ONNX type; an attribute too, but for a tensor, which comes as the last input.
+ * ONNX operators in plain JavaScript: those of the models in session.test.ts and of their grafts. A value is a list of f64 numbers,
+ * whatever its ONNX type; so is an attribute, except a tensor, which comes as the last input.
  */
 import { BackendError } from "eigenlora";
 
@@ -15,7 +15,7 @@ export function fail(message: string): never {
 const count = (dims: Numbers): number => dims.reduce((a, b) => a * b, 1);
 const sum = (data: Numbers): number => data.reduce((a, b) => a + b, 0);
 const list = (data: Numbers): Value => ({ dims: [data.length], data });
-/** An axis or index that may count from the end. */
+/** Counts an axis or index from the front. */
 const wrap = (at: number, size: number): number => (at < 0 ? at + size : at);
 
 /** @param f gives the element at some coordinates, which it must not keep */
@@ -29,14 +29,14 @@ function make(dims: Numbers, f: (at: number[]) => number): Value {
   return { dims, data };
 }
 
-/** Where the element at some coordinates lies. Of too many coordinates the last ones count; an axis of size 1 repeats. */
+/** Index of the element at some coordinates. Of too many coordinates the last ones count; an axis of size 1 repeats. */
 function place(dims: Numbers, at: Numbers): number {
   const skipped = at.length - dims.length;
   return dims.reduce((found, size, axis) => found * size + (size === 1 ? 0 : wrap(at[skipped + axis], size)), 0);
 }
 const get = ({ dims, data }: Value, at: Numbers): number => data[place(dims, at)];
 
-/** The dimensions that both repeat to. */
+/** Dimensions that both broadcast to. */
 function common(a: Numbers, b: Numbers): Numbers {
   if (a.length < b.length) return common(b, a);
   return a.map((size, axis) => {
@@ -47,14 +47,14 @@ function common(a: Numbers, b: Numbers): Numbers {
 
 const expand = (x: Value, dims: Numbers): Value => (`${x.dims}` === `${dims}` ? x : make(dims, (at) => get(x, at)));
 
-/** Computes each element from those at its place. */
+/** Computes each element from the inputs' elements at its place. */
 function each(f: (...elements: number[]) => number, ...inputs: Value[]): Value {
   const dims = inputs.map((input) => input.dims).reduce(common);
   const [a, b = a, c = a, d = a] = inputs.map((input) => expand(input, dims).data);
   return { dims, data: a.map((element, i) => f(element, b[i], c[i], d[i])) };
 }
 
-/** Computes one number of each row of the last axis. */
+/** Computes one number from each row of the last axis. */
 function reduce({ dims, data }: Value, [axis]: Numbers, f: (row: Numbers) => number): Value {
   if (wrap(axis, dims.length) !== dims.length - 1) fail(`axis ${axis} of [${dims}]: only the last one is known`);
   return make(dims.with(-1, 1), (at) => f(data.slice(place(dims, at), place(dims, at) + dims.at(-1)!)));

@@ -1,4 +1,4 @@
-/** Seeded packs with every kind of task, where one task brings whole what another adapts; a base for them; selections of them. */
+/** Seeded packs with every kind of task, including tasks that bring whole what others adapt; a base for them; selections of them. */
 import type { FloatDtype, Selection, Tensor } from "eigenlora";
 import { type Adapter, type AdapterModule, buildPack, type ModuleShape, type SavedTensor } from "eigenlora/build";
 import { encodeTensor, shuffle, uniform } from "./internals.ts";
@@ -15,11 +15,11 @@ export const MODULES: readonly (ModuleShape & { readonly shape: readonly number[
 const BIASES = ["model.enc.q", "model.head", "model.norm"];
 const WIDTH = 6;
 
-/** A number from 0 to 1, and what is made of it. */
+/** Seeded random choices. */
 export interface Chance {
   (): number;
   of<T>(items: readonly T[]): T;
-  /** From -1 to 1. */
+  /** Random numbers from -1 to 1. */
   values(count: number): Float32Array;
 }
 
@@ -75,7 +75,7 @@ function randomTask(id: string, chance: Chance): Adapter {
       modules.set(name, { ...module, rank, read: async () => ({ ...term, ...magnitude }) });
     }
   }
-  // Something is adapted in every task.
+  // Every task adapts something.
   if (modules.size === 0) return randomTask(id, chance);
   for (const name of BIASES) {
     const role = of(["saved", "bias", "bias-delta", undefined, undefined] as const);
@@ -109,7 +109,7 @@ export async function randomPack(seed: number): Promise<{ bytes: Uint8Array<Arra
   return { bytes: concat(chunks), ids };
 }
 
-/** A selection as it is given to `switchTask`. */
+/** A selection for `switchTask`. */
 export interface Wanted {
   readonly selection: Selection;
   readonly head?: string;

@@ -1,11 +1,11 @@
 /**
- * One honest HTTP/1.1 range server over files in memory, slow or broken on demand; http.test.ts has those that lie. Real
- * sockets, real `fetch`.
+ * A correct HTTP/1.1 range server over files in memory, slow or broken on demand; http.test.ts has servers that lie. Real sockets, real
+ * `fetch`.
  */
 import { createServer, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 
-/** How an answer departs from the protocol. */
+/** Departure of an answer from the protocol. */
 export type Fault = "cut" | "slow" | "stall";
 
 export interface RangeServer {
@@ -13,11 +13,11 @@ export interface RangeServer {
   /** [start, end) of every range asked for. */
   readonly ranges: [number, number][];
   readonly methods: string[];
-  /** Undefined: none is sent. */
+  /** ETag; undefined: none is sent. */
   etag: string | undefined;
-  /** A method that is answered by 403. */
+  /** A method to answer with 403. */
   refuse: string | undefined;
-  /** Faults of the next answers, first one first; undefined entries are honest. */
+  /** Faults of the next answers, first one first; undefined entries are correct answers. */
   faults: (Fault | undefined)[];
   close(): Promise<void>;
 }
@@ -83,7 +83,7 @@ function answer(response: ServerResponse, body: Uint8Array, fault: Fault | undef
   }, 10);
 }
 
-/** Browsers refuse modules and WebAssembly of another type. */
+/** Content types, since browsers refuse modules and WebAssembly of another type. */
 function typeOf(url = ""): Record<string, string> {
   const types = new Map([
     ["js", "text/javascript"],

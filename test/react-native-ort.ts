@@ -1,12 +1,12 @@
 /**
- * onnxruntime-react-native as far as it differs from onnxruntime-node, on top of that: an emulation, since the native half runs on
- * devices only. After cpp/ of its release 1.24: `InferenceSessionHostObject.cpp`, `SessionUtils.cpp`, `TensorUtils.cpp`.
+ * Emulates onnxruntime-react-native on onnxruntime-node, as far as they differ: the native half runs on devices only. Follows cpp/ of its
+ * release 1.24: `InferenceSessionHostObject.cpp`, `SessionUtils.cpp`, `TensorUtils.cpp`.
  */
 import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { NODE, type Ort } from "./sessions.ts";
 
-/** A typed array as native code sees it: `count` elements from the beginning of its buffer. */
+/** A typed array in native code's view: `count` elements from the beginning of its buffer. */
 function fromStart<T>(array: T, count?: number): T {
   const typed = array as unknown as Float32Array;
   const Kind = typed.constructor as new (buffer: ArrayBufferLike, offset: number, length?: number) => T;
@@ -49,7 +49,7 @@ export function nativeOrt(loaded: (string | Uint8Array)[]): Ort {
   return { ...NODE, InferenceSession: { create: create as never } as never, Tensor, env };
 }
 
-/** A folder of the app's; `files` are those that are there. */
+/** A folder of the app; `files` lists those that exist. */
 export function folderFiles(folder: string): {
   files: Set<string>;
   write(name: string, bytes: Uint8Array): Promise<string>;

@@ -81,7 +81,7 @@ for (const mode of MODES) {
     t.equal(session.mode, mode);
     for (const task of ["two", "three", null]) {
       await session.switchTask(task);
-      // As slices of one buffer, as a tokenizer may give them.
+      // Inputs are slices of one buffer, which tokenizers may return.
       const given = Object.entries(feeds(NODE, session)).map(([name, { type, data, dims }]) => {
         const wide = new (data.constructor as new (length: number) => BigInt64Array)(data.length + 3);
         wide.set(data as BigInt64Array, 3);

@@ -8,7 +8,7 @@ if (!example) throw new Error("README.md has no example with createEigenSession"
 const lines = example.replace("debtags-role", "two").split("\n");
 const isImport = (line: string): boolean => line.startsWith("import ");
 
-/** Exports `main(model)`, which gives the answer to the feeds of the golden answers. */
+/** Code that exports `main(model)`, which returns the answer to the feeds of the golden answers. */
 export const MODULE = `${lines.filter(isImport).join("\n")}
 function makeFeeds() {
   const make = ([name, rows]) => [name, new ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length])];

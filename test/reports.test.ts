@@ -1,4 +1,4 @@
-/** What reports say is so, also in the cases that few have: one adapter, none of the model, no head, no components, no update. */
+/** Statements of reports hold, also in rare cases: one adapter, none of the model, no head, no components, no update. */
 import { cp, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";

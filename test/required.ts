@@ -1,6 +1,6 @@
 /**
- * What tests need beside Node: where Chromium is, which of such things must be present, and how much of a matrix is run. A test that misses one is
- * skipped by name; it fails where EIGENLORA_REQUIRE (names between spaces or commas) lists it.
+ * Requirements of tests beside Node: where Chromium is, which of them must be present, and how much of a matrix is run. A test without
+ * its requirement is skipped by name; it fails where EIGENLORA_REQUIRE (names between spaces or commas) lists it.
  */
 import { existsSync } from "node:fs";
 

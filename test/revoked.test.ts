@@ -1,6 +1,6 @@
 /**
- * A task that was withdrawn stays out: by one hash, whether a pack has shown it or its task file has it, in whatever way the task comes
- * and whatever is to be done with it (SPEC.md, section 8).
+ * A withdrawn task stays out: one hash, that of its task file or of its place in a pack, refuses it in every form and for every use
+ * (SPEC.md, section 8).
  */
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -28,7 +28,7 @@ t.teardown(() => adapter!.close());
 const [made] = await projectAdapters(pack, [adapter!], { basis: "f32", coefficients: "f32", head: "f32" });
 const id = adapter!.id;
 
-/** Files of a task, by what their blob is. */
+/** Files of a task, by form of their blob. */
 const FILES = {
   "a coded task": encodeTaskFile(made!.entry, pack.basisId, made!.blob),
   "a task that is not coded": encodeTaskFile(made!.entry, pack.basisId, await plainBlob()),
@@ -40,7 +40,7 @@ async function plainBlob(): Promise<Uint8Array> {
   return (await other.load(id)).bytes;
 }
 
-/** Every way in which a task is used, refused or not. */
+/** Every way to use a task, refused or not. */
 function ways(hash: string, file: Uint8Array, grown: string): Record<string, () => Promise<unknown>> {
   const withdrawn = async (path: string): Promise<Pack> => openPack(path, { revoked: [hash] });
   const command = async (...args: string[]): Promise<void> => {
@@ -120,7 +120,7 @@ t.test("a pack of before, whose task was coded anew: the hash that it shows, and
   t.not(shown, ofFile, "they are two");
   for (const hash of [shown, ofFile])
     for (const [way, use] of Object.entries(ways(hash, file, "older.eigen"))) {
-      // The file never had the hash that it got in the pack.
+      // The file never had the hash that its place in the pack has.
       if (hash === shown && ["addTask", "add"].includes(way)) continue;
       await t.rejects(use(), /is revoked \(sha256-/, way);
     }
@@ -128,7 +128,7 @@ t.test("a pack of before, whose task was coded anew: the hash that it shows, and
 
 t.test("hashes are written in one way", async (t) => {
   const hash = pack.tasks.get("two")!.integrity!;
-  // The last letter before the padding has two bits to spare.
+  // The last letter before the padding has two unused bits.
   const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   const other = `${hash.slice(0, -2)}${letters[letters.indexOf(hash.at(-2)!) + 1]}=`;
   t.same(Buffer.from(other.slice(7), "base64"), Buffer.from(hash.slice(7), "base64"), "the same bytes");

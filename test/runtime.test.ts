@@ -254,7 +254,7 @@ t.test("a switch fails as a whole", async (t) => {
   let failAt = Infinity;
   let rolledBack = 0;
   const staged = new Map<string, View | null>();
-  // A host that stages, as a database or a worker would.
+  // A host that stages writes, as a database or a worker would.
   const host: WeightHost = {
     list: () => inner.list(),
     read: (name, into, options) => inner.read(name, into, options),

@@ -12,9 +12,9 @@ import { serve } from "./range-server.ts";
 import { required } from "./required.ts";
 
 /**
- * The built package, by its name, in every runtime that is here. EIGENLORA_RUNTIMES names a folder with `node_modules/.bin`
- * where Deno, Bun and newer Nodes may be (`npm install deno bun node@22` there); a runtime that is missing is skipped by
- * name, and fails when EIGENLORA_REQUIRE lists it.
+ * The built package, by its name, in every runtime on this machine. EIGENLORA_RUNTIMES names a folder with `node_modules/.bin` where
+ * Deno, Bun and newer Nodes may be (`npm install deno bun node@22` there). A missing runtime is skipped by name, and fails when
+ * EIGENLORA_REQUIRE lists it.
  */
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -50,7 +50,7 @@ interface Smoke {
   requests: number;
 }
 
-/** What this Node finds; the others must find the same. */
+/** This Node's outcome, which the others must equal. */
 const expected = JSON.parse(
   (await run(process.execPath, ["smoke-main.js", server.url("tasks.eigen")], { cwd: project })).stdout,
 ) as Smoke[];

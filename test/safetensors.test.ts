@@ -1,4 +1,4 @@
-/** safetensors: what the reader accepts and refuses, and that the writer's files obey the same rules. */
+/** safetensors: files that the reader accepts and refuses; the writer's files obey the same rules. */
 import { readFileSync } from "node:fs";
 import { type ByteSource, FormatError, SourceError } from "eigenlora";
 import { type SafetensorsEntry, writeSafetensors } from "eigenlora/build";
@@ -19,7 +19,7 @@ function source(bytes: Uint8Array, name = "some.safetensors"): ByteSource {
   };
 }
 
-/** A file of this header, JSON unless a string or bytes, and `data` zeros or these bytes behind it. */
+/** A file with this header, JSON unless a string or bytes, followed by `data`: zeros or these bytes. */
 function file(header: unknown, data: number | Uint8Array = 0): Uint8Array {
   const json =
     header instanceof Uint8Array ? header : Buffer.from(typeof header === "string" ? header : JSON.stringify(header));

@@ -1,6 +1,6 @@
 /**
- * Tasks of very different size in one pack: what a report says that each has lost is what it has lost. Judged by the definition, from
- * the bytes of the pack, with ΔW formed in f64.
+ * Tasks of very different size in one pack: reported losses are the true ones. Judged by the definition, from the bytes of the pack, with
+ * ΔW formed in f64.
  */
 import { mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -29,10 +29,10 @@ const SHAPES = [
   ["m.wide", 64, 16, 2],
   ["m.even", 32, 32, 8],
 ] as const;
-/** Of the norms of ΔW. */
+/** Factors of the norms of ΔW. */
 const SCALES = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1e3, 1e4];
 
-/** What is large of a large adapter: B, or both factors alike. */
+/** Large part of a large adapter: B, or both factors alike. */
 type Split = "B" | "both";
 
 /** Adapters that have something in common. */

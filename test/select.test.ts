@@ -1,6 +1,6 @@
 /**
- * Choosing by behaviour: the smallest pack that keeps the caller's scores, and the filter of adapters that add little to their
- * heads. Real adapters and the real model; the search itself on every ladder that a property test can think of.
+ * Choosing by behaviour: the smallest pack that keeps the caller's scores, and the filter of adapters that add little to their heads.
+ * Real adapters and the real model; the search itself on every ladder that a property test generates.
  */
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -64,7 +64,7 @@ t.test("the lowest rung that passes with the one above it", async (_t) => {
       const { found } = await search(rungs, limit);
       if (found !== undefined) return found < limit && rungs[found]! && rungs[found + 1] !== false;
       const stable = rungs.findIndex((passes, i) => passes && rungs[i + 1] !== false);
-      // None only where the last fails, or where no pass below the limit is followed by another in the places looked at.
+      // None only where the last rung fails, or where no pass below the limit is followed by another among the rungs looked at.
       return limit === 0 || !rungs[limit - 1] || stable < 0 || stable >= limit || rungs[limit] === false;
     }),
   );
@@ -73,7 +73,7 @@ t.test("the lowest rung that passes with the one above it", async (_t) => {
 t.test(
   "scores that rise with the components: the smallest pack on the ladder, as trying all of them finds",
   async (t) => {
-    // A score that anyone can compute: how little of ΔW is lost.
+    // A score without a model: how little of ΔW is lost.
     const score = async (k: number) => {
       const { report } = await buildPack(adapters, { select: { kind: "k", k } });
       return new Map(report.errors.map(({ id, mean }) => [id, 1 - mean]));

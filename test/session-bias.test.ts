@@ -1,7 +1,7 @@
 /**
- * Biases that an exporter has dropped because they were zero: tasks bring them back, in every mode, on every kind of layer, and
- * through `attach`. A real export of torch against PEFT (test/data/exports), and the models of test/data/sessions with the
- * classifier's bias taken out.
+ * Biases that an exporter has dropped because they were zero: tasks bring them back, in every mode, on every kind of layer, and through
+ * `attach`. A real export of torch, compared with PEFT (test/data/exports), and the models of test/data/sessions without the classifier's
+ * bias.
  */
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -58,7 +58,7 @@ async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
   return concat(chunks);
 }
 
-/** By what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */
+/** Sets by what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */
 const SETS = [
   ["head", "biases", "lora-bias", "dora"],
   ["same-head", "adapted-head"],
@@ -188,7 +188,7 @@ t.test("a task that comes later with a bias that no input carries is refused", a
   await adapter!.close();
 });
 
-/** The model without the classifier's bias, as an optimiser leaves it that drops zeros. */
+/** The model without the classifier's bias, as an optimiser that drops zeros leaves it. */
 function withoutBias(bytes: Uint8Array, name: string): Uint8Array {
   const model = parseModel(bytes, name);
   const { graph, proto } = model;
@@ -214,7 +214,7 @@ t.test("every kind of export, once its classifier has no bias", async (t) => {
     const { logits } = await plain.run(feeds);
     await plain.release();
     const [tolerance, integers] = [name === "half" ? 5e-3 : 1e-5, ["int8", "qdq"].includes(name)];
-    // The layer alone differs from export to export: one mode for all, and folded for a Gemm, a MatMul and what is in branches.
+    // Only the layer differs between exports: one mode for all, and folded for a Gemm, a MatMul and layers in branches.
     for (const mode of ["core", "folded"] as const) {
       if (mode === "folded" && !["half", "transposed", "branches"].includes(name)) continue;
       const pack = await sessions.packFor(answers);

@@ -1,6 +1,6 @@
 /**
  * Files of onnxruntime-genai's model builder (test/data/builder): its names, its fused attention, and queries, keys and values in one
- * layer. Held against PEFT's logits; in 4 bits against PEFT on the base that the bytes stand for.
+ * layer. Compared with PEFT's logits; in 4 bits with PEFT on the dequantised base.
  */
 import { readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";
@@ -47,7 +47,7 @@ function feeds(
   return made;
 }
 
-/** File, what its pack is of, the module that its fused layer holds, and how close it comes. */
+/** File, model of its pack, module that its fused layer holds, and tolerance. */
 const FILES = [
   ["llama", "llama", 1e-5],
   ["llama-apart", "llama", 1e-5],
@@ -56,7 +56,7 @@ const FILES = [
   ["qwen3", "qwen3", 1e-5],
   // Gate and up in one layer.
   ["small-gates", "small", 1e-5],
-  // Layers that the checkpoint has packed, as they are, and as the builder divides them.
+  // Layers packed in the checkpoint, as they are, and as the builder divides them.
   ["phi3", "phi3", 1e-5],
   ["phi3-apart", "phi3", 1e-5],
 ] as const;

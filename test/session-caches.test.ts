@@ -1,6 +1,6 @@
 /**
- * Caches of keys and values belong to the task that made them: fed to a run under another one they are refused, unless that was asked
- * for. On the tiny decoder of test/data/decoder; the pipeline needs what `pipelines.ts` needs.
+ * Caches of keys and values belong to the task that made them: a run under another task refuses them, unless asked not to. Uses the tiny
+ * decoder of test/data/decoder; the pipeline needs what `pipelines.ts` needs.
  */
 import { openPack, type Pack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
@@ -38,7 +38,7 @@ async function open(t: Test, ort: Ort, options: Options = {}): Promise<{ session
   return { session, pack };
 }
 
-/** Feeds for tokens behind a cache; without one they begin. */
+/** Feeds for tokens behind a cache; without a cache they begin a text. */
 function behind({ Tensor }: Ort, tokens: number[], rows = 1, cache?: Feeds): Feeds {
   const past = cache?.["present.0.key"]?.dims[2] ?? 0;
   const [length, total] = [tokens.length, past + tokens.length];
@@ -56,7 +56,7 @@ function behind({ Tensor }: Ort, tokens: number[], rows = 1, cache?: Feeds): Fee
   return feeds;
 }
 
-/** The same numbers in memory of their own, which nobody knows. */
+/** Copies of a cache, which the session does not know. */
 function copied({ Tensor }: Ort, cache: Feeds): Feeds {
   return Object.fromEntries(
     Object.entries(cache).map(([name, { data, dims }]) => [
@@ -91,7 +91,7 @@ for (const { name, ort } of ORTS) {
     const blend = '"lower" × 0.5 + "upper" × 0.5';
     t.match(await refusal(() => session.run(behind(ort, [4], 1, step))), refused('task "upper"', `the blend ${blend}`));
 
-    // Back where it was made.
+    // Back under the task that made it.
     await session.switchTask("upper");
     const there = await session.run(behind(ort, [4], 1, step));
     t.equal(difference(logits(there), logits(await session.run(behind(ort, [4], 1, copied(ort, step))))), 0);
@@ -138,7 +138,7 @@ for (const { name, ort } of ORTS) {
     t.match(await refusal(() => session.run(behind(ort, [3], 3, step))), {
       message: ', row 0, was made under task "upper", and this run is under the base',
     });
-    // One task in all rows is that task.
+    // One task in all rows equals that task.
     const all = await session.run(behind(ort, PROMPT, 2), { tasks: ["lower", "lower"] });
     await session.switchTask("lower", { keepCache: true });
     const more = await session.run(behind(ort, [3], 2, all), { keepCache: false });
@@ -167,7 +167,7 @@ t.test("another task under the same id is another task", async (t) => {
   await session.switchTask("upper");
   const cache = await session.run(behind(NODE, PROMPT));
   const rows = await session.run(behind(NODE, PROMPT, 2), { tasks: ["upper", null] });
-  // Adding others changes nothing.
+  // Adding other tasks changes nothing.
   await session.addTask("other", file);
   await session.switchTask("other");
   await session.switchTask("upper");
@@ -184,7 +184,7 @@ t.test("another task under the same id is another task", async (t) => {
   const error = await refusal(() => session.run(behind(NODE, [3], 1, cache)));
   t.match(error, refused('task "upper" (replaced since, or of another open pack)', 'task "upper"'));
 
-  // While the old one is active, it stays what it was.
+  // While the replaced task is active, it stays as it was.
   const second = await session.run(behind(NODE, PROMPT));
   pack.removeTask("upper");
   await pack.addTask("upper", file);
@@ -230,7 +230,7 @@ t.test("on a device the buffer tells, and nothing is read", (t) => {
   t.throws(() => run(one), /was made under task "a", and this run is under task "b"/);
   run(two);
   watch.check({ "past_key_values.0.key": tensor(one) }, watch.stateOf("a"));
-  // Runtimes use buffers again.
+  // Runtimes reuse buffers.
   watch.check({}, watch.stateOf("b"))({ "present.0.key": tensor(one) });
   run(one);
   t.end();
@@ -245,7 +245,7 @@ t.test("the first layer stands for all, whatever their order", (t) => {
   const across = Object.fromEntries(outputs.map((name) => [name, tensor(2)]));
   watch.check({}, watch.stateOf("a"))(across);
   const feeds = Object.fromEntries(inputs.map((name) => [name, across[name.replace("past_key_values", "present")]!]));
-  // A new text begins; what comes from the encoder is still of the other task.
+  // A new text begins, but the encoder's result still belongs to the other task.
   feeds["past_key_values.0.decoder.key"] = tensor(0);
   t.throws(() => watch.check(feeds, watch.stateOf("b")), /"past_key_values.2.encoder.key" was made under task "a"/);
   watch.check(feeds, watch.stateOf("a"));
@@ -279,7 +279,7 @@ t.test("one file goes on with the cache of another", async (t) => {
   t.match(await refusal(() => answer.run(behind(NODE, [3], 1, cache))), refused("the base", 'task "upper"'));
   await models.switchTask("lower", { keepCache: true });
   await answer.run(behind(NODE, [3], 1, cache));
-  // A switch that fails gives all of them back what they had.
+  // A failed switch restores all of them.
   const { bytes: blob } = await pack.load("upper");
   await pack.addTask("new", encodeTaskFile({ id: "new", adapterBytes: 0, metadata: {} }, pack.basisId, blob));
   await answer.close();

@@ -1,13 +1,12 @@
 /**
- * Sessions in a real browser: onnxruntime-web's wasm and WebGPU providers on every export, against the answers of PyTorch
- * and PEFT.
+ * Sessions in a real browser: onnxruntime-web's wasm and WebGPU providers on every export, compared with the answers of PyTorch and PEFT.
  */
 import t from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { required, soak } from "./required.ts";
 import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 
-/** Models by their exports' kinds, and how far a float answer may be off on them. */
+/** Models by kind of export, with the tolerance of a float answer. */
 const MODELS: Record<string, number> = {
   torchscript: 1e-5,
   "dynamo-optimized": 1e-5,
@@ -23,7 +22,7 @@ const MODELS: Record<string, number> = {
 };
 
 /**
- * Software WebGPU is slow: one model of each kind, of which "dynamo-optimized" is that of "torchscript". It has no f16
+ * Models that run on software WebGPU, which is slow: one of each kind ("dynamo-optimized" equals "torchscript"). It has no f16
  * arithmetic, so "half" does not run there, task or not.
  */
 const ON_GPU = ["torchscript", "gemm", "gemm-nn", "tied", "encoder", "f16", "q4", "int8"];
@@ -76,7 +75,7 @@ t.test(
           data: rows.flat(),
         };
       }
-      // On the GPU one task: what is shown there is the graph.
+      // The GPU runs one task: only the graph is at stake there.
       const onGpu = tasks.filter((task) => ["base", "two", "a"].includes(task));
       const pack = answers === "mlp" ? "mlp" : answers === "tied" ? "tied" : "main";
       const ignore = answers === "encoder" ? ["classifier"] : [];
@@ -115,7 +114,7 @@ t.test(
         continue;
       }
       t.equal(result, "works", `${name}: ${why ?? ""}`);
-      // WebGPU folds what is stored as f16 in f32.
+      // WebGPU folds weights stored as f16 in f32.
       const rounded = mode === "folded" && provider === "wasm" && ["f16", "half"].includes(model) ? 5e-3 : 0;
       t.ok(worst <= Math.max(MODELS[model]!, rounded), `${name}: off by ${worst}`);
       if (mode !== "folded") t.equal(probe, "passed", name);

@@ -1,6 +1,6 @@
 /**
- * Components that stay as small in a session as their pack stores them: the same answers as with floats, on every runtime and model;
- * how much memory they take; and layers with one input, which share a product and an input for their cores.
+ * Components in a session in the number format of their pack: the same answers as with floats, on every runtime and model; their memory;
+ * and layers with one input, which share a product and an input for their cores.
  */
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
@@ -75,7 +75,7 @@ for (const { name, ort } of ORTS) {
         // Quantised layers round what enters them: an answer that is off by a last bit can be off by a step.
         t.ok(off < (file === "int8" ? 2e-2 : file === "f16" ? 2e-3 : 3e-6), `${file}, ${basis}: off by ${off}`);
         const bytes = [small.memory().basis, plain.memory().basis] as const;
-        // Blocks of 16 are longer than the rows of these models: what is saved is tested on larger ones.
+        // Blocks of 16 are longer than the rows of these models: savings are tested on larger ones.
         if (basis === "f16") t.equal(bytes[0], bytes[1], "floats stay floats");
         else t.ok(bytes[0] < bytes[1], `${file}, ${basis}: ${bytes.join(" of ")}`);
         await small.close();
@@ -151,7 +151,7 @@ t.test("layers with one input share an input for their cores", async (t) => {
   await file.close();
 });
 
-/** Two packed layers that one value enters, as where attention and perceptron lie side by side. Its result shows all parts. */
+/** Two packed layers with one input, as where attention and perceptron lie side by side. The result shows all parts. */
 function sideBySide(): Uint8Array {
   const names = ["qkv_proj", "gate_up_proj"];
   const sizes = [PARTS.slice(0, 3), PARTS.slice(3)].map((parts) => parts.map(([, out]) => out));

@@ -1,6 +1,6 @@
 /**
- * Layers that a model applies more than once, whatever the exporter made of it: a task changes all applications. What is expected
- * comes from ONNX Runtime, on the same file with W + ΔW written into every initializer that holds the layer.
+ * Layers that a model applies more than once, in whatever form the exporter wrote them: a task changes all applications. Expected values
+ * come from ONNX Runtime, on the same file with W + ΔW written into every initializer that holds the layer.
  */
 import { readFileSync } from "node:fs";
 import { type CpuView, openPack, type Pack, type WeightHost } from "eigenlora";
@@ -67,7 +67,7 @@ function change(seed: number): Float64Array {
   return delta;
 }
 
-/** What the model gives with ΔW in these initializers, `turned` ones [in, out]. */
+/** The model's result with ΔW in these initializers, `turned` ones [in, out]. */
 async function expected(bytes: Uint8Array, delta: Float64Array, names: Record<string, "turned" | "as it is">) {
   const proto = fromBinary(ModelProtoSchema, bytes);
   for (const tensor of proto.graph!.initializer) {
@@ -85,7 +85,7 @@ async function expected(bytes: Uint8Array, delta: Float64Array, names: Record<st
   return logits!.data as Float32Array;
 }
 
-/** What the model gives where the weights that tasks change are its inputs, as they are for an engine on a device. */
+/** The model's result where the weights that tasks change are inputs, as for an engine on a device. */
 async function fed(t: Test, bytes: Uint8Array, pack: Pack, delta: Float64Array): Promise<Float32Array> {
   const file = await readModel(bytes);
   const options = { mode: "folded", foldedInputs: true } as const;
@@ -122,7 +122,7 @@ function rename(graph: GraphProto, from: string, to: string): void {
   for (const node of graph.node) node.input = node.input.map((value) => (value === from ? to : value));
 }
 
-/** One initializer for each application, neither under the layer's name. */
+/** One initializer for each application, neither named like the layer. */
 function twoTurned(graph: GraphProto): void {
   const gemm = graph.node.find(({ opType }) => opType === "Gemm")!;
   const copy = graph.initializer.find(({ name }) => name === "val_2" || name === "onnx::MatMul_18")!;
@@ -204,7 +204,7 @@ t.test("one application alone is not the task's", async (t) => {
   }
 });
 
-/** A value of a weight is another one. */
+/** Changes a value of a weight. */
 function alter(graph: GraphProto, name: string): void {
   const tensor = graph.initializer.find((one) => one.name === name)!;
   tensor.rawData = tensor.rawData.slice();

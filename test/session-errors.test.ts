@@ -1,6 +1,6 @@
 /**
- * Sessions that cannot be: models, packs, options and providers that are wrong, each refused with what to do about it; and
- * the probe, which finds a provider that ignores what it is fed.
+ * Impossible sessions: wrong models, packs, options and providers are each refused with advice; and the probe finds a provider that
+ * ignores its inputs.
  */
 import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -67,7 +67,7 @@ async function refused(
   t.match(error, expected, `${what}: ${error.message}`);
 }
 
-/** It works, and is right for one task. */
+/** Checks that a session works, and answers one task right. */
 async function works(
   t: Test,
   input: string | Uint8Array,
@@ -129,7 +129,7 @@ t.test("a model with task inputs already", async (t) => {
 
 t.test("packs of another base", async (t) => {
   const tied = await openPack(await packBytes(["adapters/two"], "base-tied"));
-  // Checked against what the adapters were trained on, whatever a quantiser made of it.
+  // Compared with the model that the adapters were trained on, whatever a quantiser made of it.
   for (const name of ["torchscript", "dynamo", "f16", "half", "q4", "int8", "qdq"]) {
     const least = ["q4", "int8", "qdq"].includes(name) ? "0.95" : "0.999";
     const message = new RegExp(`fingerprints correlate by -?0\\.\\d+, at least ${least} is expected.*anyBase`);
@@ -152,7 +152,7 @@ t.test("packs of another base", async (t) => {
 
 t.test("names by hand", async (t) => {
   const pack = await packFor("base");
-  // As from an exporter that keeps no names: neither of the node nor of the bias behind it.
+  // Exporters may keep no names: neither of the node nor of the bias behind it.
   const nameless = changed("torchscript", ({ graph }) => {
     for (const node of graph!.node) {
       if (node.name.includes("layer.0/attention/self/query")) node.name = `node_${graph!.node.indexOf(node)}`;
@@ -181,7 +181,7 @@ t.test("names by hand", async (t) => {
 });
 
 t.test("a layer that is found by the end of its name only must be confirmed", async (t) => {
-  // As an encoder in a file of its own calls its layers: the decoder's of the same place end alike.
+  // An encoder in a file of its own names its layers like this: the decoder's names in the same place have the same end.
   const cut = changed("torchscript", ({ graph }) => {
     for (const node of graph!.node) {
       node.name = node.name.replace(/^\/bert\/encoder\//, "/");
@@ -298,7 +298,7 @@ t.test("tasks that were added later", async (t) => {
       )
     ).chunks,
   );
-  /** The task "two" with all of its change as private factors, and its head. */
+  /** The task "two" with its whole change as private factors, and its head. */
   const privately = async (pack: Pack, metadata: TaskMetadata = {}): Promise<Uint8Array> => {
     const terms = [];
     for (const [module, { name }] of pack.modules.entries()) {
@@ -339,7 +339,7 @@ t.test("tasks that were added later", async (t) => {
         t.ok(off <= 1e-5, `${mode}, privateTerms ${privateTerms}: off by ${off}`);
       }
       await session.close();
-      // Known when the session is made.
+      // Known already when the session is made.
       const again = await open(NODE, model("torchscript"), pack, { mode });
       await again.switchTask("two");
       t.ok(difference(await outputOf(again, run), golden("base", "two")) <= 1e-5, mode);
@@ -362,7 +362,7 @@ t.test("tasks that were added later", async (t) => {
   for (const adapter of adapters) await adapter.close();
 });
 
-/** The runtime with a provider that takes some inputs and does not use them. */
+/** The runtime with a provider that takes some inputs and ignores them. */
 function ignoring(ort: Ort, which: (name: string) => boolean): Ort {
   const InferenceSession = {
     async create(...made: Parameters<Ort["InferenceSession"]["create"]>) {
@@ -431,7 +431,7 @@ t.test("a provider that ignores inputs is found", async (t) => {
 
 t.test("where the probe cannot tell, it says so, and the session works", async (t) => {
   const pack = await packFor("mlp");
-  // Takes three rows and no other number.
+  // Takes exactly three rows.
   const three = changed("gemm", ({ graph }) => {
     const rawData = new Uint8Array(BigInt64Array.of(3n, 12n).buffer);
     graph!.initializer.push(create(TensorProtoSchema, { name: "three", dims: [2n], dataType: 7, rawData }));

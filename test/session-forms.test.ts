@@ -1,6 +1,6 @@
 /**
- * What is no linear layer, in every mode: convolutions, embeddings, normalisations and biases of convolutions of the tiny models in
- * test/data/forms, quantised too, against what PEFT answers.
+ * Modules that are no linear layers, in every mode: convolutions, embeddings, normalisations and biases of convolutions of the tiny
+ * models in test/data/forms, quantised too, compared with PEFT's answers.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { openPack, type Pack, type Selection } from "eigenlora";
@@ -40,7 +40,7 @@ function feedsOf(ort: Pick<Ort, "Tensor">, kind: string): Feeds {
   );
 }
 
-/** @param folders of adapters under test/data/forms, each one or a folder of some */
+/** @param folders of adapters under test/data/forms, each one adapter or a folder of several */
 async function packOf(kind: string, folders: readonly string[], options = {}): Promise<Pack> {
   const paths = folders.flatMap((folder) => {
     const at = data(`forms/${folder}`);
@@ -62,7 +62,7 @@ function packFor(kind: string): Promise<Pack> {
 
 const isQuantised = (name: string): boolean => /int8|qdq|qlinear|q4/.test(name);
 
-/** Half-precision arithmetic, and integers that round to a neighbour now and then. */
+/** Tolerance of half-precision arithmetic, and of integers that round to a neighbour now and then. */
 function tolerance(name: string, mode: Mode): number {
   if (name.endsWith("half")) return mode === "folded" ? 1e-2 : 5e-3;
   return /int8|qdq|qlinear/.test(name) ? 2e-2 : 1e-5;
@@ -107,7 +107,7 @@ for (const { name: runtime, ort } of ORTS) {
               return difference(own, expected);
             }),
           );
-          // Scales of a whole batch are made of all of its rows.
+          // The scales of a batch depend on all of its rows.
           const allowed = /int8/.test(name) ? 0.1 : tolerance(name, mode);
           t.ok(off <= allowed, `${name}, ${mode}: one task a row, off by ${off}`);
           rows.push(off.toExponential(0));
@@ -160,7 +160,7 @@ t.test("without a task the model is the one that it was", async (t) => {
       const expected = (await plain.run(feeds))["logits"]!.data as Float32Array;
       await plain.release();
       for (const mode of ["core", "factors"] as const) {
-        // A head as an input is another product than that of the model.
+        // A head as an input is computed by another product than the model's.
         const session = await open(ort, path(name), pack, { mode, ignore: ["classifier"] });
         const first = await outputOf(session, feeds);
         const off = difference(first, expected);
@@ -238,7 +238,7 @@ t.test("norms of Gemma, as onnxruntime-genai's builder stores them", async (t) =
   const built = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(path("text-simplified"))));
   built.producerName = "onnxruntime-genai";
   const pack = await packFor("text");
-  // As of other families, which have their checkpoint's numbers.
+  // Other families keep their checkpoint's numbers.
   await (await open(NODE, toBinary(ModelProtoSchema, built), pack)).close();
   const [words] = built.graph!.node;
   words!.output[0] = "words";
@@ -261,7 +261,7 @@ t.test("norms of Gemma, as onnxruntime-genai's builder stores them", async (t) =
   await without.close();
 });
 
-/** A runtime that makes a node's input with zeros of what the graph gives it. */
+/** A runtime that ignores an input of the graph: its node gets zeros. */
 function ignoring(ort: Ort, which: (input: string) => boolean): Ort {
   const create = async (...given: Parameters<Ort["InferenceSession"]["create"]>) => {
     const session = await ort.InferenceSession.create(...given);

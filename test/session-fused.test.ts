@@ -1,6 +1,6 @@
 /**
- * Models as onnxruntime's optimiser fuses them (test/data/fused): queries, keys and values inside one operator, biases inside the
- * norms and activations behind them. Held against PEFT's logits.
+ * Models as onnxruntime's optimiser fuses them (test/data/fused): queries, keys and values inside one operator, biases inside the norms
+ * and activations behind them. Compared with PEFT's logits.
  */
 import { readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";
@@ -77,12 +77,12 @@ for (const { name, ort } of ORTS) {
 const [BATCH, LENGTH, WIDTH, HEADS] = [2, 4, 8, 2];
 const INT32 = 6;
 
-/** What an attention is given beside its weights, and its attributes. */
+/** Inputs of an attention beside its weights, and its attributes. */
 interface Variant {
   readonly mask?: readonly [dims: readonly number[], values: readonly number[]];
-  /** What is added to the scores. */
+  /** Whether an input is added to the scores. */
   readonly scores?: boolean;
-  /** Whether there is one, or zeros: some versions of onnxruntime crash without. */
+  /** Whether it has a bias, or zeros: some versions of onnxruntime crash without. */
   readonly bias?: "none" | "zeros";
   readonly attributes?: Attributes;
   /** Columns of queries, keys and values. */
@@ -171,7 +171,7 @@ for (const { name, ort } of ORTS) {
       const sum = variant.bias === "none" ? [] : ["Add"];
       t.same(operators.slice(0, 2 + sum.length), ["MatMul", ...sum, "Split"], what);
       t.same([operators.at(-1), operators.includes("Attention")], ["MultiHeadAttention", false], what);
-      // WebGPU takes masks of no other kind.
+      // WebGPU takes no other masks.
       if (variant.mask?.[0].length === 2) t.equal(file.model.graph.proto.node.at(-1)!.input[4], "", what);
       const results = [];
       const before = variant.bias ? attention({ ...variant, bias: "zeros" }) : bytes;
@@ -228,7 +228,7 @@ t.test("without fingerprints names alone tell, and a pack of another model is re
 t.test("a packed weight can be named by hand", async (t) => {
   const pack = await packOf(t, "bert");
   const proto = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(data("fused/bert.onnx"))));
-  // Nothing tells where an attention belongs when the projection behind it has no name.
+  // Without a name of the projection behind it, nothing tells where an attention belongs.
   for (const node of proto.graph!.node) if (/attention\/output\/dense/.test(node.name)) node.name = "";
   for (const one of proto.graph!.node) {
     for (const [i, value] of one.input.entries())

@@ -1,26 +1,26 @@
 /**
- * Mode "folded" on WebGPU in a real browser: what a switch costs the bus and the device, that selections come back bit by
- * bit, in which order runs and switches are, and devices that are not the one given or go away.
+ * Mode "folded" on WebGPU in a real browser: the cost of a switch on bus and device, selections that restore every bit, the order of runs
+ * and switches, and devices that are not the one given or are lost.
  */
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, launch, noChromium, openPage } from "./browser.ts";
 import { required, soak } from "./required.ts";
 import { difference, GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 
-/** What a switch may send beside the coefficients. */
+/** Most bytes of a switch beside the coefficients. */
 const PARAMETER_BYTES = 4096;
 const TOLERANCE = 1e-5;
 
-/** For all tests here: each opens a window of its own. */
+/** Shared by all tests here: each opens a window of its own. */
 const browser = noChromium ? undefined! : await launch(t, ["--enable-unsafe-webgpu"]);
 
-/** Packs that are the same for all models here. */
+/** Packs shared by all models here. */
 const packs = new Map<string, Uint8Array>();
 const small = (basis: "int4" | "int8"): object => ({ select: { kind: "k", k: 6 }, dtype: { basis } });
 for (const [name, options] of Object.entries({ tasks: undefined, int4: small("int4"), int8: small("int8") }))
   packs.set(`${name}.eigen`, await packBytes(["adapters"], "base", options));
 
-/** Calls one function of browser-gpu.js after the other. @returns undefined where there is no adapter */
+/** Calls functions of browser-gpu.js one after the other. @returns undefined where there is no adapter */
 async function inBrowser(t: Test, calls: readonly string[], model = "torchscript"): Promise<any[] | undefined> {
   const feeds = Object.fromEntries(
     Object.entries(GOLDENS.feeds as Record<string, number[][]>)
@@ -128,7 +128,7 @@ t.test("a device of the caller's", options, async (t) => {
 
 t.test("a device that is lost", options, async (t) => {
   const gone = { tag: "backend", message: /device was lost/ };
-  // Weights that are folded on the device with one build, switches that stay on the CPU with the other; in the soak both with both.
+  // One build folds weights on the device, the other switches on the CPU; the soak runs both with both.
   for (const build of ["onnxruntime-web/webgpu", "onnxruntime-web"]) {
     const native = build === "onnxruntime-web/webgpu";
     if (native || soak) {
@@ -160,7 +160,7 @@ t.test("components stay small on a GPU too", options, async (t) => {
   results?.forEach(({ stored, f32 }, i) => {
     const what = cases[i]!.join(", ");
     t.equal(stored.probe, "passed", what);
-    // Bytes are floats there: one of the two builds computes something else with them.
+    // Bytes become floats there: one of the two builds computes them wrongly.
     const isSmall = cases[i]![1] === "int4";
     t.equal(stored.bytes < f32.bytes / 2, isSmall, `${what}: ${stored.bytes} bytes instead of ${f32.bytes}`);
     stored.answers.forEach((answer: number[], task: number) => {

@@ -1,6 +1,6 @@
 /**
- * What sessions do to graphs and read from them: the graft keeps a model sound, adapted layers in branches and layers that
- * run twice, and the values of quantised weights, held against what ONNX Runtime itself makes of them.
+ * Changes of sessions to graphs, and what they read from them: the graft keeps a model sound, adapted layers in branches and layers that
+ * run twice, and the values of quantised weights, compared with ONNX Runtime's own results.
  */
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";
@@ -53,7 +53,7 @@ function nested({ attribute }: NodeProto): GraphProto[] {
   return attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs));
 }
 
-/** What is wrong with a graph: values that nobody has made yet, values made twice, nodes of one name. */
+/** Faults of a graph: values that no node has made yet, values made twice, nodes of one name. */
 function faults(graph: GraphProto, outer: ReadonlySet<string> = new Set(), nodes = new Set<string>()): string[] {
   const found: string[] = [];
   const known = new Set(outer);
@@ -88,7 +88,7 @@ t.test("a graft keeps a model sound", async (t) => {
       const { modules, biases } = plan.graft;
       const grafted = graft(file.model, { ...plan.graft, ...takeApart(file.model, modules, biases) });
       const after = file.model.proto.graph!;
-      // As the writer places them.
+      // The writer places initializers so.
       const added = grafted.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
       const whole = { ...after, initializer: [...after.initializer, ...added] };
       const was = faults(before);
@@ -179,7 +179,7 @@ function changed(name: string, change: (graph: GraphProto, proto: ModelProto) =>
 }
 
 t.test("what else reads a layer's result", async (t) => {
-  // The product itself is an output of the model: it too must be the task's.
+  // The product itself is an output of the model, and must show the task too.
   const exposed = changed("transposed", (graph) => {
     const type = { value: { case: "tensorType" as const, value: { elemType: 1 } } };
     graph.output.push(create(ValueInfoProtoSchema, { name: "/mid/MatMul_output_0", type }));
@@ -196,7 +196,7 @@ t.test("what else reads a layer's result", async (t) => {
   }
   for (const product of products) t.ok(difference(product, products[2]!) <= 1e-5, "as folded weights give it");
 
-  // The head's bias comes where it is not seen: it must not be added to the task's own.
+  // The head's bias comes where it cannot be seen: it must not be added to the task's own.
   const apart = changed("transposed", (graph) => {
     const at = graph.node.findIndex((node) => node.name === "/classifier/Add");
     const add = graph.node[at]!;
@@ -215,7 +215,7 @@ t.test("what else reads a layer's result", async (t) => {
   t.ok(difference(await outputOf(session, feeds(NODE, session)), golden("mlp", null)) <= 1e-5);
   await session.close();
 
-  // A product that is scaled on its way has another change than the adapter's.
+  // A product that is scaled later would change by another amount than the adapter's.
   const scaled = changed("gemm", (graph) => {
     const node = graph.node.find(({ name }) => name === "/mid/Gemm")!;
     node.attribute.find(({ name }) => name === "alpha")!.f = 0.5;
@@ -357,7 +357,7 @@ async function opened(bytes: Uint8Array): Promise<{ file: ModelFile; weight: Onn
   return { file, weight: findParameters(file.model).find(({ initializer }) => initializer === "W")! };
 }
 
-/** How far what is read here of a layer's weight [N, K] is from what ONNX Runtime makes of the unit matrix, at most. */
+/** Largest difference between a layer's weight [N, K] as read here and ONNX Runtime's result for the unit matrix. */
 async function disagreement(bytes: Uint8Array, N: number, K: number): Promise<number> {
   const session = await InferenceSession.create(bytes);
   const unit = Float32Array.from({ length: K * K }, (_, i) => Number(i % (K + 1) === 0));
@@ -432,7 +432,7 @@ t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes the
       }
     }
   }
-  // The unit matrix loses nothing when it is quantised.
+  // The unit matrix is quantised without loss.
   for (const perColumn of [false, true]) {
     const count = perColumn ? N : 1;
     const dims = perColumn ? [N] : [];

@@ -1,6 +1,6 @@
 /**
- * Several files of one model: a tiny FLAN-T5 as encoder and decoder (test/data/seq2seq), each session with the modules that live in
- * its file, one switch for both; and single files that lack modules of the pack. Held against PEFT's answers, token for token.
+ * Several files of one model: a tiny FLAN-T5 as encoder and decoder (test/data/seq2seq), each session with the modules in its file, one
+ * switch for both; and single files that lack modules of the pack. Compared with PEFT's answers, token for token.
  */
 import { readFileSync } from "node:fs";
 import { setFlagsFromString } from "node:v8";
@@ -46,7 +46,7 @@ const mask = (ort: Ort) =>
     ROWS.map((row) => row.map((id) => Number(id !== 0))),
   );
 
-/** What both files say together: the encoder's result, greedy tokens, and the logits that led to the last. */
+/** Results of both files together: the encoder's output, greedy tokens, and the logits of the last token. */
 async function answers(ort: Ort, models: Pick<Models, "call">): Promise<Golden> {
   return models.call(async ({ encoder, decoder }) => {
     const attention_mask = mask(ort);
@@ -102,7 +102,7 @@ for (const { name, ort } of ORTS) {
 }
 
 t.test("a switch that one file refuses changes none", async (t) => {
-  // No task brings a head when the sessions are made: one that is added later is refused by the decoder, once the encoder has switched.
+  // No task brings a head when the sessions are made: the decoder refuses one that is added later, after the encoder has switched.
   for (const mode of ["factors", "folded"] as const) {
     const pack = await opened(t);
     const { bytes } = await pack.load("titles");
@@ -187,7 +187,7 @@ t.test("the files themselves are not kept", async (t) => {
     return { models, files: files.map(({ buffer }) => new WeakRef(buffer)) };
   };
   const { models, files } = await open();
-  // What is looked at stays until the job ends, so not before.
+  // Observed objects stay until the job ends, so collection is tried later.
   for (let i = 0; i < 10; i++) {
     await new Promise((resolve) => setTimeout(resolve, 20));
     collect();

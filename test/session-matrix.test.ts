@@ -1,6 +1,6 @@
 /**
- * Every tiny model of test/data/sessions in every mode on every runtime that runs in Node: it agrees with what PyTorch and
- * PEFT answer, or is refused by name with a way out. Nothing in between. Prints the table.
+ * Every tiny model of test/data/sessions in every mode on every runtime in Node: it agrees with PyTorch and PEFT, or is refused by name
+ * with a way out. Prints the table.
  */
 import { openPack, type Pack } from "eigenlora";
 import t, { type Test } from "tap";
@@ -23,14 +23,14 @@ import {
   refusal,
 } from "./sessions.ts";
 
-/** What cannot be, and what the message has to say. */
+/** Impossible combinations, and the expected message. */
 const REFUSED: Record<string, { modes: readonly Mode[]; says: RegExp }> = {
   q4: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
   int8: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
   qdq: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
 };
 
-/** How far tasks may be from PyTorch: rounding of f32, of folded f16 weights, of arithmetic in f16. */
+/** Tolerance of tasks against PyTorch: rounding of f32, of folded f16 weights, of arithmetic in f16. */
 function tolerance(name: string, mode: Mode): number {
   if (name === "half") return 5e-3;
   return name === "f16" && mode === "folded" ? 2e-3 : 1e-5;
@@ -43,7 +43,7 @@ function baseTolerance(name: string, mode: Mode): number {
 
 const optionsOf = (name: string): Options => (name === "encoder" ? { ignore: ["classifier"] } : {});
 
-/** A line of the table: the largest difference over all tasks, or who refused. */
+/** A line of the table: the largest difference over all tasks, or the refusal. */
 async function check(t: Test, ort: Ort, name: string, pack: Pack, answers: string, mode: Mode): Promise<string> {
   const what = `${name}, ${mode}`;
   const refused = REFUSED[name];

@@ -1,6 +1,6 @@
 /**
- * A process of its own for test/memory.test.ts: makes a session on a model of more than 50 MB and prints what array buffers stay, and
- * what `memory()` says. Run with --expose-gc, the mode, and the path of the model.
+ * Runs in a process of its own for test/memory.test.ts: makes a session on a model of more than 50 MB and prints the remaining array
+ * buffers and `memory()`. Run with --expose-gc, the mode, and the path of the model.
  */
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";

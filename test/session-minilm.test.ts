@@ -1,6 +1,6 @@
 /**
- * The real model with real adapters, packed without loss: the labels that PEFT predicts, and its logits. A sample of tasks
- * and rows; `test/soak-session.js` takes all of them.
+ * The real model with real adapters, packed without loss: PEFT's labels and logits. A sample of tasks and rows; `test/soak-session.js`
+ * takes all.
  */
 import { openPack } from "eigenlora";
 import { openOnnxHost } from "eigenlora/onnx";
@@ -11,7 +11,7 @@ import { difference, type Mode, NODE, type Ort, open, WEB } from "./sessions.ts"
 
 const model = data("minilm/model_fp16.onnx");
 const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
-/** As many rows as the reference has logits of. */
+/** Rows for which the reference has logits. */
 const WITH_LOGITS = 16;
 
 const base = await openOnnxHost(model);

@@ -1,6 +1,6 @@
 /**
- * Layers that one task brings whole and another adapts: in every mode a session answers as on a pack of that task alone, or says
- * why it cannot.
+ * Layers that one task brings whole and another adapts: in every mode a session answers as on a pack of that task alone, or gives the
+ * reason why it cannot.
  */
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, type AdapterModule, buildPack, type SavedTensor } from "eigenlora/build";
@@ -54,7 +54,7 @@ async function answer(session: Session): Promise<Float32Array> {
   return (await outputOf(session, feeds(NODE, session))).slice();
 }
 
-/** What a session on a pack of its own gives. */
+/** Result of a session on a pack of its own. */
 async function alone(
   adapters: readonly Adapter[],
   selection: Parameters<Session["switchTask"]>[0],
@@ -76,7 +76,7 @@ const EXPECTED = {
   whole: await alone([whole], "whole"),
   adapts: await alone([adapts], "adapts"),
   base: await alone([whole], null),
-  /** As the other task were without what it does to those layers. */
+  /** The other task without its changes to those layers. */
   headOfWhole: await alone([whole, without(adapts, "classifier", hidden.name)], blend),
   headOfAdapts: await alone([without(whole, "classifier", hidden.name), adapts], blend),
 };

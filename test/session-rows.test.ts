@@ -1,6 +1,6 @@
 /**
- * One task per row: right, or refused. The models are one layer whose input has the batch first, or not, or holds some tokens of
- * each row only; what is expected is what each row gives alone.
+ * One task per row: right, or refused. The models are one layer whose input has the batch first or not, or holds only some tokens of each
+ * row. Expected values are those of each row alone.
  */
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
@@ -36,7 +36,7 @@ async function pack(): Promise<Pack> {
   return openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
 }
 
-/** x [batch, tokens, 8] through nodes around the layer, which takes `entering` and gives `made`. */
+/** Builds x [batch, tokens, 8] through nodes around the layer, which takes `entering` and gives `made`. */
 function layered(before: NodeProto[], entering: string, made: string, after: NodeProto[], tokens: string | number) {
   const layer = makeNode("MatMul", "/mid/MatMul", [entering, "weight"], made);
   const initializer = [
@@ -59,12 +59,12 @@ function layered(before: NodeProto[], entering: string, made: string, after: Nod
   return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph }));
 }
 
-/** Five tokens, whatever is said: made-up inputs do not fit. */
+/** Reshapes to five tokens, so that made-up inputs do not fit. */
 const fives = (value: string, to: string): NodeProto => makeNode("Reshape", to, [value, "fives"], to);
 const turn = (value: string, to: string): NodeProto => makeNode("Transpose", to, [value], to, { perm: [1, 0, 2] });
 const shape = makeNode("Shape", "shape", ["x"], "shape");
 
-/** The layer sees those tokens only whose sum is above zero, one below the other: a router's choice. */
+/** Passes only tokens with a positive sum to the layer, one below the other: a router's choice. */
 function chosen(from: string, tokens: string | number, more: NodeProto[] = []): Uint8Array {
   return layered(
     [
@@ -88,7 +88,7 @@ function chosen(from: string, tokens: string | number, more: NodeProto[] = []): 
   );
 }
 
-/** Rows of as many tokens above zero as they come, or all alike. */
+/** Rows with varying numbers of positive tokens, or all alike. */
 const feed = (rows: number, tokens: number, alike = false): { x: Tensor } => {
   const values = Float32Array.from({ length: rows * tokens * SIZE }, (_, i) => {
     const place = Math.floor(i / SIZE);
@@ -100,7 +100,7 @@ const feed = (rows: number, tokens: number, alike = false): { x: Tensor } => {
 
 const TASKS = ["a", "b", null, "a"] as const;
 
-/** Each row as it is alone. */
+/** Results of each row alone. */
 async function alone(session: Session, { x }: { x: Tensor }): Promise<number[]> {
   const found: number[] = [];
   const width = x.data.length / TASKS.length;
@@ -158,7 +158,7 @@ for (const mode of ["core", "factors"] as const) {
     await isRefused(t, session, feed(4, 5, true), message, "and equal ones: made-up rows have told");
     await session.close();
 
-    // Of inputs that cannot be made up, each batch tells until one has told enough.
+    // Inputs that cannot be made up: batches are compared until one has told enough.
     for (const probe of [true, false, feed(2, 5)]) {
       const own = await open(NODE, chosen("five", "tokens", [fives("x", "five")]), await pack(), { mode, probe });
       await isRight(t, own, feed(4, 5, true), "equal rows are not mixed");
@@ -180,8 +180,8 @@ for (const mode of ["core", "factors"] as const) {
 const WIDE = 96;
 
 /**
- * An adapted layer in front of one in 8 bits that reads all but its first number: that one alone widens the range which all rows share,
- * so that a task in one row rounds the numbers of others.
+ * An adapted layer in front of an 8-bit one that reads all but its first number: that number widens the range that all rows share, so
+ * that a task in one row changes the rounding of others.
  * @param swapped whether the sequence comes first inside
  */
 function dynamic(swapped: boolean): Uint8Array {
@@ -245,7 +245,7 @@ t.test("rounding beside a task, and a task in the wrong row", (t) => {
   const effect = noise(2);
   const alone = without.map((value, i) => value + effect[i]!);
   const isTask = (i: number): boolean => Math.floor(i / width) % 2 === 0;
-  /** Each row with so much of the task as `share` says, and noise of a half of what the task changes. */
+  /** Rows with a share of the task's change, and noise of half of that change. */
   const mixture = (share: (i: number) => number) =>
     without.map((value, i) => value + share(i) * effect[i]! + 0.5 * noise(3)[i]!);
   const apart = (found: number[], last?: number) => compareRows([without, alone, found], rows, last).apart;

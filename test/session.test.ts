@@ -1,6 +1,6 @@
 /**
- * A session at work: one task per row, runs and switches in any order, failures that leave the old task, the end of a
- * session. On every runtime that runs in Node, and on an engine of nothing but JavaScript.
+ * A session at work: one task per row, runs and switches in any order, failures that keep the old task, closing. On every runtime in
+ * Node, and on an engine in plain JavaScript.
  */
 import { type ByteSource, openPack } from "eigenlora";
 import fc from "fast-check";
@@ -23,7 +23,7 @@ import {
   type Session,
 } from "./sessions.ts";
 
-/** A repeatable choice. */
+/** Makes repeatable choices. */
 function chooser(seed: number): <T>(of: readonly T[]) => T {
   return (of) => {
     seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
@@ -90,7 +90,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
     });
     await folded.close();
 
-    // Rows of every kind of parameter, base beside task.
+    // Rows with every kind of parameter, the base beside a task.
     for (const task of ["dora", "bias", "bias-lora", "dense", "tokens"]) {
       const pack = await openPack(await packBytes([`adapters-more/${task}`], "base"));
       const mixed = await open(ort, model("torchscript"), pack, { mode: "core" });
@@ -106,7 +106,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
   });
 
   t.test(`random switches while four callers run, on ${runtime}`, async (t) => {
-    // The plain engine's runs take several times as long, and this thread.
+    // The plain engine takes several times as long, on this thread.
     const share = "engine" in ort ? 0.4 : 1;
     for (const [mode, most] of [
       ["core", 250],
@@ -117,7 +117,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
       const pack = await packFor("base");
       const session = await open(ort, model("torchscript"), pack, { mode });
       const run = feeds(ort, session);
-      // Twice each: of a head the active one and the next are in memory.
+      // Switched twice each: the active and the next head are in memory together.
       for (const task of [...TASKS, null]) for (let i = 0; i < 2; i++) await session.switchTask(task);
       const before = session.memory();
       const choose = chooser(99);
@@ -131,7 +131,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
           const task = asked;
           if (!(difference(await outputOf(session, run), golden("base", task)) <= 1e-5)) wrong++;
           runs++;
-          // So that callers and switches meet in every order.
+          // Random delays let callers and switches meet in every order.
           await new Promise((resolve) => choose([setImmediate, queueMicrotask])(resolve as () => void));
         }
       };
@@ -139,7 +139,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
       for (let i = 0; i < switches; i++) {
         asked = choose([...TASKS, null]);
         const change = session.switchTask(asked);
-        // Some are overtaken by the next.
+        // Some switches are overtaken by the next.
         if (choose([true, true, false])) await change;
         if (choose([true, false])) await new Promise(setImmediate);
       }
@@ -195,7 +195,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
       t.match(unlike, { tag: "task", message: /different labels/ });
       await is("two", "after blends that cannot be");
       damaged.now = false;
-      // Failures in the queue do not stop what comes behind them.
+      // Failures in the queue do not stop later calls.
       const failing = refusal(() => session.switchTask("none"));
       const [change, output] = [session.switchTask("three"), outputOf(session, run)];
       t.match(await failing, { tag: "task" });
@@ -274,7 +274,7 @@ t.test("blends, strengths and what a switch reports", async (t) => {
       t.same(report.task, selection);
       outputs.push(await outputOf(session, feeds(ort, session)));
     }
-    // Folding adds weights, the others add outputs: the same number by two ways.
+    // Folding adds weights, the other modes add outputs: one number in two ways.
     for (const [i, output] of outputs.entries()) t.ok(difference(output, outputs[2]!) <= 1e-5, `${names[i]} as folded`);
     t.ok(difference(outputs[0]!, golden("base", Object.keys(selection)[0]!)) > 1e-2, "not the first task alone");
   }

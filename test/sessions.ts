@@ -24,14 +24,14 @@ export type Mode = "core" | "factors" | "folded";
 
 web.env.wasm.numThreads = 1;
 web.env.logLevel = "error";
-// Warnings about initializers that nothing uses are ours to make, not to read.
+// Warnings about unused initializers are expected.
 node.env.logLevel = "error";
 
 export const ORTS: readonly { name: string; ort: Ort }[] = [
   { name: "onnxruntime-node", ort: node },
   { name: "onnxruntime-web", ort: web },
 ];
-/** What sessions are tested on: modules of onnxruntime, or an engine with its tensors. */
+/** Runtimes of session tests: modules of onnxruntime, or an engine with its tensors. */
 export type Runtime = Ort | { readonly Tensor: Ort["Tensor"]; readonly engine: Engine };
 
 export const RUNTIMES: readonly { name: string; ort: Runtime }[] = [
@@ -57,12 +57,12 @@ export function model(name: string): string {
   return data(`sessions/${name}.onnx`);
 }
 
-/** Its bytes. */
+/** Bytes of one of the tiny models. */
 export function modelBytes(name: string): Uint8Array<ArrayBuffer> {
   return new Uint8Array(readFileSync(model(name)));
 }
 
-/** A task's answer, "base" for none: row-major values. */
+/** Answer of a task, "base" for none: row-major values. */
 export function golden(answers: string, task: string | null): readonly number[] {
   return [GOLDENS.outputs[answers]![task ?? "base"]!].flat(Infinity as 1) as number[];
 }
@@ -99,14 +99,14 @@ const PACKS: Record<string, readonly [adapters: readonly string[], base: string]
 };
 const made = new Map<string, Promise<Uint8Array<ArrayBuffer>>>();
 
-/** A pack of its own of all adapters that a model has answers for. */
+/** Makes a pack of all adapters that a model has answers for. */
 export async function packFor(answers: string, options?: OpenOptions): Promise<Pack> {
   let bytes = made.get(answers);
   if (!bytes) made.set(answers, (bytes = packBytes(...PACKS[answers]!)));
   return openPack(await bytes, options);
 }
 
-/** The feeds of the goldens that a session takes; of some rows only, where asked. */
+/** The golden feeds that a session takes; only some rows where asked. */
 export function feeds(
   ort: Pick<Ort, "Tensor">,
   session: { inputNames: readonly string[] },
@@ -144,7 +144,7 @@ export async function outputOf(
   return results[session.outputNames[0]!]!.data as Float32Array;
 }
 
-/** Largest absolute difference; infinite where the lengths differ or a number is none. */
+/** Largest absolute difference; infinite where lengths differ or a number is not finite. */
 export function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
   if (found.length !== expected.length) return Infinity;
   let largest = 0;
@@ -155,7 +155,7 @@ export function difference(found: ArrayLike<number>, expected: ArrayLike<number>
   return largest;
 }
 
-/** What an action is refused with. */
+/** Error of an action that must be refused. */
 export async function refusal(action: () => Promise<unknown>): Promise<Error & { tag?: string; module?: string }> {
   try {
     await action();
@@ -165,7 +165,7 @@ export async function refusal(action: () => Promise<unknown>): Promise<Error & {
   throw new Error("not refused");
 }
 
-/** Names of the folders in one under test/data/sessions. */
+/** Names of the folders in a folder under test/data/sessions. */
 export function folders(path: string): string[] {
   return readdirSync(data(`sessions/${path}`)).sort();
 }

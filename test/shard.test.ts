@@ -1,6 +1,6 @@
 /**
- * Packs from parts: the same basis and the same pack however the adapters are spread, on real adapters, whether a side is kept as
- * rows (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); parts that are damaged, mixed or hostile; restarts.
+ * Packs from parts: the same basis and the same pack however the adapters are spread, on real adapters, with a side kept as rows
+ * (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); damaged, mixed or hostile parts; restarts.
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -50,7 +50,7 @@ const K16 = { kind: "k", k: 16 } as const;
 
 const some = (adapters: readonly Adapter[], modules: number): Adapter[] =>
   adapters.map((adapter) => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, modules)) }));
-/** The same adapter with an update so many times larger. */
+/** The adapter with a scaled update. */
 function scaled(adapter: Adapter, factor: number): Adapter {
   const modules = [...adapter.modules].map(([name, module]) => {
     const read = async () => {
@@ -72,7 +72,7 @@ async function collect(chunks: AsyncIterable<Uint8Array>): Promise<Uint8Array<Ar
   return concat(all);
 }
 
-/** Statistics as a part on disk would give them back. */
+/** Statistics read back from a part. */
 async function part(statistics: Statistics, made = "test"): Promise<StatisticsPart> {
   return openStatistics(await collect(writeStatistics(statistics, made)));
 }
@@ -101,7 +101,7 @@ async function tree(parts: StatisticsPart[]): Promise<StatisticsPart> {
 const basisOf = async (statistics: Statistics, options: BasisOptions): Promise<Pack> =>
   openPack(concat((await buildBasis(statistics, options)).chunks));
 
-/** A pack by way of parts: tasks spread over `count` of them, handed over in any order. */
+/** Makes a pack from parts: tasks spread over `count` of them, in any order. */
 async function assembled(
   basis: Pack,
   adapters: readonly Adapter[],
@@ -367,7 +367,7 @@ t.test("parts that do not belong together are refused by file and reason", async
 
   await t.rejects(projectTasks(basis, [own[0]!, own[0]!], "test"), { tag: "task", message: /two adapters/ });
   await t.rejects(projectTasks(basis, [wider], "test"), { tag: "adapter", field: name, message: /another model/ });
-  // A pack with tasks is a basis as well: they stay.
+  // A pack with tasks serves as a basis too: they stay.
   const begun = await openPack(await collect((await assemblePack(basis, [first])).chunks));
   const grown = await openPack(await collect((await assemblePack(begun, [second])).chunks));
   t.same(
@@ -552,7 +552,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   t.equal((await json(0, ...again, "--force"))["present"], false, "which is made again");
   t.ok(before.equals(await bytes("a.part")));
 
-  // Killed wherever it may be: no part, or a whole one.
+  // Killed at any moment, it leaves no part or a whole one.
   for (const delay of [40, 120, 180, 240]) {
     const child = spawn(process.execPath, [main, "shard", data("adapters/hub"), "-o", "killed.part"], {
       cwd: folder,
@@ -607,7 +607,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   await json(0, "add", "basis.eigen", "sections-0");
   t.equal((await json(0, "inspect", "basis.eigen"))["tasks"].length, 1, "a basis takes tasks like any pack");
 
-  // A retrained adapter is another one, whatever its name and size.
+  // A retrained adapter is a different one, whatever its name and size.
   const weights = join(folder, "sections-0", "adapter_model.safetensors");
   const values = await readFile(weights);
   values[values.length - 1]! ^= 1;

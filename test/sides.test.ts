@@ -1,6 +1,6 @@
 /**
- * Tasks whose sides are of different kinds (SPEC.md, section 6.1): the same weights, terms and answers as from components on both
- * sides, on every backend, in every mode and by every tool.
+ * Tasks with sides of different kinds (SPEC.md, section 6.1): the same weights, terms and answers as with components on both sides, on
+ * every backend, in every mode and with every tool.
  */
 import { createRuntime, openPack } from "eigenlora";
 import { freshPack, planAppend, projectAdapters, taskAdapter } from "eigenlora/build";
@@ -90,7 +90,7 @@ for (const options of backends()) {
   });
 }
 
-/** A corner of ΔW of the active task, from what a runtime hands out. */
+/** A corner of the active task's ΔW, from the runtime's terms. */
 function deltaOf(runtime: Awaited<ReturnType<typeof createRuntime>>, name: string, inputs: number, out: number) {
   const { rank, A, Bt, core } = runtime.term(name)!;
   const corner = new Float32Array(16 * 16);
@@ -109,7 +109,7 @@ function deltaOf(runtime: Awaited<ReturnType<typeof createRuntime>>, name: strin
         for (let b = 0; b < KB; b++) corner[16 * o + i]! += EA[a * inputs + i]! * core[a * KB + b]! * EB[b * out + o]!;
   return corner;
 }
-/** f32 components of both sides, by module: the same in both packs where a core lies between them. */
+/** f32 components of both sides, by module: equal in both packs where a core lies between them. */
 const componentsOf = new Map<string, [Float32Array, Float32Array]>();
 {
   const pack = await openPack(bytes);

@@ -1,12 +1,12 @@
 /**
- * A pack in other words: the same tasks, with components on one side alone, several bases of a side, rows of a task's own in the place of
- * coefficients and beside them. Written by the vectors' writer, since no writer of the package makes such packs yet.
+ * Writes a pack in other forms: the same tasks with components on one side only, several bases of a side, rows of a task's own instead of
+ * coefficients and beside them. Uses the vectors' writer, since no writer of the package makes such packs yet.
  */
 import type { Dtype, Pack, PackModule, TaskTerm } from "eigenlora";
 import { DTYPES, encodedTensor, encodeTensor, expandTerm, readTensor, sharedBases } from "./internals.ts";
 import { packFile } from "./vectors/format.js";
 
-/** What becomes of a module, in turns. */
+/** Forms that modules get in turn. */
 const FORMS = ["A alone", "B alone", "second basis", "difference", "own", "as it was"] as const;
 
 const LAYOUTS = ["out-in", "in-out", "conv", "embedding"];
@@ -30,7 +30,7 @@ export async function inOtherWords(pack: Pack): Promise<Uint8Array<ArrayBuffer>>
         tensors.push(stored);
         return map;
       }
-      // A basis that is of another type and of no use to anybody, then the one that is.
+      // A basis of another type that no task uses, then the used one.
       tensors.push(encodeTensor("f16", new Float32Array(2 * tensor.width).fill(3), 2, tensor.width), stored);
       return [{ kind: 1, K: 2, mean: false, type: code("f16") }, map];
     };
@@ -74,7 +74,7 @@ export async function inOtherWords(pack: Pack): Promise<Uint8Array<ArrayBuffer>>
             const alone = form === "own" || form === `${which === "A" ? "B" : "A"} alone`;
             if (alone) rows.push(encodeTensor("f32", values, term.rank, width));
             else if (form === "difference") {
-              // Coefficients in four bits, and what they lack.
+              // Coefficients in four bits, and the rest as own rows.
               const alpha = readTensor(blob.bytes, side.tensor);
               const coarse = encodeTensor("int4", alpha, term.rank, side.tensor.width);
               coefficients.push(coarse);
@@ -126,7 +126,7 @@ export async function inOtherWords(pack: Pack): Promise<Uint8Array<ArrayBuffer>>
   return packFile({ basis, tensors, tasks } as never) as Uint8Array<ArrayBuffer>;
 }
 
-/** A term as it is written. */
+/** Writes a term. */
 function termOf(form: (typeof FORMS)[number], term: TaskTerm, { A, B }: PackModule): unknown[] {
   const { module, rank, privateRank, privateA, magnitude } = term;
   const factor = (which: "A" | "B"): unknown => {

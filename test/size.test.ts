@@ -1,6 +1,6 @@
 /**
- * The benchmark of sizes: what is measured agrees with the packer's report and with other numbers of adapters, and what is shown with
- * what was measured. No model runs.
+ * The benchmark of sizes: measurements agree with the packer's report and with other numbers of adapters, and tables with measurements.
+ * No model runs.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { buildPack } from "eigenlora/build";

@@ -1,4 +1,4 @@
-/** Models whose weights stay in their file: what is read of it means the same, and is no more than what lies between the weights. */
+/** Models whose weights stay in their file: the skeleton means the same, and only the bytes between the weights are read. */
 import { copyFileSync, linkSync, mkdtempSync, readFileSync, rmSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, relative } from "node:path";
@@ -13,7 +13,7 @@ import { MODES, model, NODE, open, packFor } from "./sessions.ts";
 const NAME = "model.onnx";
 const MODELS = ["sessions/torchscript", "sessions/dynamo", "sessions/branches", "sessions/q4", "builder/llama-int4"];
 
-/** Counts what is read. */
+/** Counts read bytes. */
 async function counted(bytes: Uint8Array): Promise<{ source: ByteSource; read: () => number }> {
   const whole = await openSource(bytes);
   let total = 0;
@@ -72,7 +72,7 @@ t.test("files that end early, or are something else, are left to whoever reads t
   let state = 1;
   for (let i = 0; i < 200; i++) {
     const noise = Uint8Array.from({ length: 3000 }, () => (state = (state * 48_271) % 2_147_483_647) & 255);
-    // Resolves, whatever it is.
+    // Resolves for any bytes.
     const skeleton = await skeletonOf(await openSource(noise), NAME);
     if (skeleton) t.ok(skeleton.length <= noise.length);
   }

@@ -1,6 +1,6 @@
 /**
- * Shared by the test and the soak of a real language model (SmolLM2, test/data/smollm2): lossless packs of its adapters, and whether
- * a session or transformers.js gives PEFT's greedy answers, token for token.
+ * Shared by the test and the soak of a real language model (SmolLM2, test/data/smollm2): lossless packs of its adapters, and whether a
+ * session or transformers.js gives PEFT's greedy answers, token for token.
  */
 import { basename, dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -8,12 +8,12 @@ import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEncode, END, force, readAnswers, readSkills, smollm2, smollm2File } from "../benchmarks/lib/skills.js";
 
-/** PEFT generated so many tokens at most. */
+/** Most tokens that PEFT generated. */
 const MOST_TOKENS = 14;
 /** Rows that are generated together. */
 const BATCH = 32;
 
-/** All that adapters have, in f32. @param {readonly string[]} folders each of one adapter, or of several */
+/** Packs everything adapters have, in f32. @param {readonly string[]} folders each of one adapter, or of several */
 export async function losslessPack(folders) {
   const adapters = await readAdapters(folders);
   const base = smollm2File("model.safetensors");
@@ -26,7 +26,7 @@ export async function losslessPack(folders) {
   return new Blob(/** @type {BlobPart[]} */ (chunks));
 }
 
-/** What PEFT was asked and answered, with the texts of the prompts. @param {number} [most] rows of a task */
+/** PEFT's questions and answers, with the texts of the prompts. @param {number} [most] rows of a task */
 export async function readCases(most = Infinity) {
   const [{ tasks, adapters }, skills, encode] = await Promise.all([readAnswers(), readSkills(), createEncode()]);
   /** @param {string} kind "adapters" or "adapters-all-linear" @param {string} task */
@@ -44,14 +44,14 @@ export async function readCases(most = Infinity) {
 
 /** @typedef {{ text: string, prompt: number[], answer: number[] }} Case */
 
-/** Rows whose greedy answer would not be PEFT's. @param {any} ort @param {any} session on the task @param {readonly Case[]} cases */
+/** Rows whose greedy answer differs from PEFT's. @param {any} ort @param {any} session on the task @param {readonly Case[]} cases */
 export async function wrongOf(ort, session, cases) {
   const forced = await force(ort, session, cases);
   return cases.filter((_, row) => !forced[row].exact);
 }
 
 /**
- * The same by `generate` of transformers.js, with its cache and in padded batches.
+ * Rows whose answer differs, by `generate` of transformers.js, with its cache and in padded batches.
  * @param {any} pipe text-generation @param {readonly Case[]} cases
  */
 export async function wrongGenerated(pipe, cases) {
@@ -76,7 +76,7 @@ export async function wrongGenerated(pipe, cases) {
   return wrong;
 }
 
-/** Its id in transformers.js. */
+/** Id of the model in transformers.js. */
 export const MODEL = basename(smollm2 ?? "");
 
 /**

@@ -1,6 +1,6 @@
 /**
- * What every runtime must be able to do, in portable code: open a pack over HTTP ranges, fold its tasks into weights, come
- * back to the bit. Run by test/runtimes.test.ts in each runtime it finds, in Chromium's window and in a worker.
+ * The case that every runtime must pass, in portable code: open a pack over HTTP ranges, fold its tasks into weights, restore every bit.
+ * test/runtimes.test.ts runs it in each runtime it finds, in Chromium's window and in a worker.
  */
 import { createRuntime, openPack } from "eigenlora";
 

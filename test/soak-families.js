@@ -1,10 +1,10 @@
 /**
- * Every family of models that test/families knows, made anew by PyTorch, PEFT and its exporters, then run in every mode on
- * onnxruntime-node and held against PEFT; and a whole pipeline of Stable Diffusion. Refused is what test/families/refusals.js lists,
- * no less and no more. Minutes; the files, some MB, go to a temporary folder.
+ * Every family of models in test/families, made anew by PyTorch, PEFT and its exporters, then run in every mode on onnxruntime-node and
+ * compared with PEFT; and a whole pipeline of Stable Diffusion. Refusals must be exactly those of test/families/refusals.js. Takes
+ * minutes; the files, some MB, go to a temporary folder.
  *
  * usage: node test/soak-families.js [--write] [--keep FOLDER] [FAMILY...]
- *   --write   writes test/families/results/results.json and docs/families.md; of all families only
+ *   --write   writes test/families/results/results.json and docs/families.md; for all families only
  *   --keep    makes the files in this folder, and uses those of families that are there already
  *
  * Needs PYTHON with torch, transformers, PEFT, diffusers, onnx and onnxscript; skips itself without, unless EIGENLORA_REQUIRE lists
@@ -115,7 +115,7 @@ async function runPipelines(root, failures) {
 function write(rows, latents) {
   const { version } = createRequire(import.meta.url)("onnxruntime-node/package.json");
   const used = [...versions.stdout.trim().split("\n"), `onnxruntime-node ${version}`];
-  // Two digits: what is behind them belongs to the machine.
+  // Two digits, since further ones depend on the machine.
   const results = JSON.stringify({ versions: used, latents, rows }, (_, value) =>
     typeof value === "number" ? Number(value.toPrecision(2)) : value,
   );

@@ -25,7 +25,7 @@ import { losslessPack, MODEL, pipelineOn, readCases, wrongGenerated, wrongOf } f
 /** @typedef {import("./skills.js").Case} Case @typedef {"core" | "factors" | "folded" | "auto"} Mode */
 /** @typedef {{ switchTask(task: string): Promise<unknown>, wrong(cases: readonly Case[]): Promise<Case[]>, close(): Promise<void> }} Answerer */
 
-/** Share of rows. Sums in another order than torch's turn a tie between two tokens here and there. */
+/** Least share of equal rows. Sums in another order than torch's decide ties between two tokens otherwise. */
 const LEAST = 0.995;
 const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 const transformers = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");

@@ -1,6 +1,6 @@
 /**
- * examples/next as a user gets it: the packed package and Next.js installed by npm, `next dev` and `next build` with
- * `next start`, in Chromium, against PEFT's answers. Not a test: the installation alone is several hundred MB.
+ * examples/next from a user's side: the packed package and Next.js installed by npm, `next dev` and `next build` with `next start`, in
+ * Chromium, compared with PEFT's answers. Not a test: the installation alone is several hundred MB.
  *
  * usage: node test/soak-next.js      skips itself without npm's registry or Chromium, unless EIGENLORA_REQUIRE lists next
  */
@@ -25,7 +25,7 @@ const data = (/** @type {string} */ path) => join(root, "test/data", path);
 const json = async (/** @type {string} */ path) => JSON.parse(await readFile(data(path), "utf8"));
 /** @param {string} command @param {string[]} args */
 const run = (command, ...args) => execFileSync(command, args, { cwd: app, encoding: "utf8", stdio: "pipe" });
-// Next.js keeps an id in the home, too, and reports what is run.
+// Next.js also keeps an id in the home folder, and reports usage.
 process.env["NEXT_TELEMETRY_DISABLED"] ??= "1";
 
 try {

@@ -1,6 +1,7 @@
 /**
- * The page with the real language model, in Chromium: what each skill answers to rows of its test set, held against onnxruntime-node with the
- * same pack; all skills at once against each alone; a skill that is taught; and the page without its server. Not a test: minutes.
+ * The page with the real language model, in Chromium: each skill's answers to rows of its test set, compared with onnxruntime-node on the
+ * same pack; all skills at once compared with each alone; a skill that is taught; and the page without its server. Not a test: it takes
+ * minutes.
  *
  * usage: node test/soak-page.js [ROWS]      skips itself without EIGENLORA_SMOLLM2 or Chromium, unless EIGENLORA_REQUIRE lists smollm2
  */
@@ -21,9 +22,9 @@ import { smolMaterial } from "../examples/page/llm/material.js";
 import { serveFolder } from "../examples/page/serve.js";
 
 const ROWS = Number(process.argv[2] ?? 2);
-/** WebAssembly and the CPU add up in another order, which turns a close call now and then. */
+/** Least share of equal answers. WebAssembly and the CPU add up in another order, which decides close calls otherwise. */
 const LEAST_EQUAL = 0.95;
-/** Not among the lines of the page's form. */
+/** Lines that the page's form does not contain. */
 const CAPITALS = [
   ["Italy", "Rome"],
   ["Sweden", "Stockholm"],

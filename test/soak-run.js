@@ -1,5 +1,5 @@
 /**
- * What takes too long for the tests, one after the other: switches on every backend, the whole matrices of some tests, sessions,
+ * Runs what takes too long for the tests, one after the other: switches on every backend, the whole matrices of some tests, sessions,
  * pairs of writers, Next.js, families of models, files of the model builder, a real language model and the page with it, LoRAs from
  * strangers, and mutants.
  *

@@ -1,6 +1,6 @@
 /**
- * The whole of what tests sample: every row of every task of the three suites on the real model, packed without loss, held
- * against PEFT's predictions; and 10 000 random switches while four callers run. Minutes; `npm run soak`.
+ * The whole of what tests sample: every row of every task of the three suites on the real model, packed without loss, compared with
+ * PEFT's predictions; and 10 000 random switches while four callers run. Takes minutes; `npm run soak`.
  *
  * usage: node test/soak-session.js [SWITCHES] [SUITE...]
  */
@@ -17,7 +17,7 @@ const model = data("minilm/model_fp16.onnx");
 const SWITCHES = Number(process.argv[2] ?? 10_000);
 const SUITES = /** @type {("own-seed" | "shared-seed" | "hub")[]} */ (process.argv.slice(3));
 const BATCH = 64;
-/** What a pack without loss must reach. Sums of f32 in another order than PEFT's may turn close calls. */
+/** Least share of equal predictions without loss. Sums of f32 in another order than PEFT's may decide close calls otherwise. */
 const LEAST_EQUAL = 0.998;
 const MOST_OFF = 2e-3;
 
@@ -113,7 +113,7 @@ let [resident, rss] = [0, 0];
 for (let i = 0; i < SWITCHES; i++) {
   asked = choose(choices);
   await session.switchTask(asked);
-  // Without it switches follow each other so closely that no run comes between.
+  // Switches would otherwise follow each other so closely that no run comes between.
   if (i % 8 === 0) await new Promise(setImmediate);
   if (i !== SWITCHES >> 2) continue;
   // Heads differ in size, so memory is compared at the base.

@@ -1,6 +1,6 @@
 /**
- * LoRAs that strangers have published, for Stable Diffusion 1.5 and 2: all of a folder as one lossless pack, switched on a UNet with their
- * names and real widths. Every task's weights are within 1e-5 of diffusers' own loading, and the base comes back to the bit. Needs
+ * Published LoRAs of strangers for Stable Diffusion 1.5 and 2: all of a folder as one lossless pack, switched on a UNet with their names
+ * and real widths. Every task's weights are within 1e-5 of diffusers' own loading, and the base is restored to the bit. Needs
  * EIGENLORA_WILD, a folder with `sd15` and `sd2`, and PYTHON with diffusers; skipped by name without.
  */
 import { spawn } from "node:child_process";

@@ -72,7 +72,7 @@ for (const options of /** @type {import("eigenlora").RuntimeOptions[]} */ ([
         `${runtime.backend}: memory grew from ${settled.join(", ")} to ${memory.join(", ")} bytes at switch ${i}`,
       );
     }
-    // Hashing 3.5 MB takes as long as a switch: every null, and every tenth of the others.
+    // Hashing 3.5 MB takes as long as a switch, so every null and every tenth of the others is hashed.
     if (task !== null && i % 10) continue;
     const now = await digest(names, (name) => runtime.readWeight(name));
     const expected = seen.get(String(task));

@@ -1,9 +1,9 @@
 /**
- * Stands in for tap where tap does not run: in a browser. Has what suites use of tap's `Test` and records what they find,
- * for a tap test to report. Not a runner: tests run one after the other, and nothing is printed.
+ * Replaces tap in browsers. Has the parts of tap's `Test` that suites use, and records findings for a tap test to report. Not a runner:
+ * tests run one after the other, and nothing is printed.
  */
 
-/** What suites use of a test, tap's or this one. */
+/** The parts of a test that suites use, of tap's or of this one. */
 export interface SuiteTest {
   test(name: string, run: (t: SuiteTest) => Promise<void> | void): unknown;
   teardown(run: () => unknown): void;
@@ -19,19 +19,19 @@ export interface SuiteTest {
 
 type Message = [] | [string];
 
-/** A class that an error is of, or properties it has: a regular expression matches, anything else is equal. */
+/** The class of an error, or its properties: a regular expression matches, anything else is equal. */
 type Wanted = ErrorConstructor | { message: RegExp; name?: string; tag?: string };
 
-/** An assertion, the end of a test, or a comment. */
+/** A finding: an assertion, the end of a test, or a comment. */
 export interface Finding {
   kind: "assertion" | "end" | "comment";
-  /** The names of the tests around it and its own, outermost first. */
+  /** Names of the surrounding tests and its own, outermost first. */
   name: string;
-  /** What is wrong; undefined where nothing is. */
+  /** Description of the fault; undefined where there is none. */
   fault: string | undefined;
 }
 
-/** Runs a test, and the tests it asks for. */
+/** Runs a test with its subtests. */
 export async function record(name: string, run: (t: SuiteTest) => Promise<void> | void): Promise<Finding[]> {
   const findings: Finding[] = [];
   const inner: [name: string, run: typeof run][] = [];
@@ -88,12 +88,12 @@ export async function record(name: string, run: (t: SuiteTest) => Promise<void> 
   return findings;
 }
 
-/** Equal, with NaN equal to itself. */
+/** Compares values, with NaN equal to itself. */
 function same(a: unknown, b: unknown): boolean {
   return a === b || (Number.isNaN(a) && Number.isNaN(b));
 }
 
-/** Of the same kind with the same elements. @throws TypeError for what has no elements and is not equal */
+/** Compares kind and elements. @throws TypeError for values without elements that are not equal */
 function strictlySame(a: unknown, b: unknown): boolean {
   if (same(a, b)) return true;
   if (!isList(a) || !isList(b)) return false;

@@ -1,6 +1,6 @@
 /**
- * The map of the house, held against the imports of src and bindings: an import points down, nothing goes in a circle, no file and no
- * function is longer than one can hold in mind; tests reach inside by one list.
+ * Checks the map of the house against the imports of src and bindings: an import points down, there are no circles, files and functions
+ * are short enough to be held in mind, and tests reach inside by one list.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { dirname, join, normalize } from "node:path";
@@ -27,7 +27,7 @@ const LAYERS: readonly (readonly string[])[] = [
   ["src/session/"],
   ["src/train/"],
   ["bindings/"],
-  // What a subpath exports, where that is not one file of a layer.
+  // Exports of subpaths that are not one file of a layer.
   ["src/index.ts", "src/browser.ts", "src/build.ts", "src/node.ts"],
   ["src/cli/"],
 ];
@@ -114,7 +114,7 @@ t.test("no circle of files", async (t) => {
 });
 
 t.test("no circle of folders", async (t) => {
-  // A folder inside a layer's folder is a part of that layer.
+  // A folder inside a layer's folder belongs to that layer.
   const folderOf = (file: string): string =>
     file
       .split("/")
@@ -158,7 +158,7 @@ t.test("tests name what is built in internals.ts alone", async (t) => {
   const folder = join(root, "test");
   const named = readdirSync(folder, { recursive: true, encoding: "utf8" })
     .filter((file) => /\.[jt]s$/.test(file) && !/node_modules|internals\.ts$/.test(file))
-    // The command and the entries are what package.json names.
+    // The command and the entries, which package.json names, are allowed.
     .filter((file) =>
       /["'`/]dist\/(src|bindings)\/(?!cli\/main\.js|index\.js)/.test(readFileSync(join(folder, file), "utf8")),
     );

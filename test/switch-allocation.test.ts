@@ -1,13 +1,13 @@
 /**
- * What a switch allocates: nothing for cores and factors once two selections have been there. Arrays are told apart by what an
- * engine gets, and a run that is under way keeps the numbers that it began with.
+ * Allocations of a switch: none for cores and factors once two selections have been used. Arrays are told apart by what the engine
+ * receives, and a pending run keeps its numbers.
  */
 import type { EngineTensor } from "eigenlora/session";
 import t, { type Test } from "tap";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { difference, feeds, golden, model, type Ort, open, outputOf, packFor } from "./sessions.ts";
 
-/** Switches on a session of one mode: what is given to the engine, and whether answers are right. */
+/** Switches on a session of one mode. @returns the engine's inputs, and whether answers are right */
 async function watched(t: Test, mode: "core" | "factors", isTerm: (dims: readonly number[]) => boolean): Promise<void> {
   const made: { data: unknown; dims: readonly number[] }[] = [];
   class Watched extends PlainEngine {
@@ -21,7 +21,7 @@ async function watched(t: Test, mode: "core" | "factors", isTerm: (dims: readonl
   const run = feeds(ort, session);
   const given: unknown[][] = [];
   let worst = 0;
-  // Factors of other ranks lie in other arrays: those of these two are of rank 4.
+  // Factors of other ranks lie in other arrays; these two have rank 4.
   const some = ["two", "three", "two", "three", "two"] as const;
   const tasks = mode === "core" ? ([...some, null, "five", "two", null, "three", "two"] as const) : some;
   for (const task of tasks) {

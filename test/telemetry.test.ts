@@ -1,7 +1,7 @@
 /**
- * What runs on the device stays there: the command line and the demo leave nothing in the user's home. Without
- * src/cli/telemetry.ts onnxruntime-node keeps a device id and events there. The commands and the app of docs/getting-started.md have
- * such a home, too, in getting-started.test.ts.
+ * Work on the device stays there: the command line and the demo leave nothing in the user's home. Without src/cli/telemetry.ts
+ * onnxruntime-node keeps a device id and events there. getting-started.test.ts runs the commands and the app of docs/getting-started.md
+ * with such a home, too.
  */
 import { execFile, spawn } from "node:child_process";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
@@ -39,7 +39,7 @@ t.test("the demo", async (t) => {
   const { env, written } = await emptyHome(t);
   const demo = spawn(process.execPath, [join(root, "examples/demo.js")], { env, stdio: ["ignore", "pipe", "inherit"] });
   let said = "";
-  // Its first table: a model has run by then, and the rest takes a minute.
+  // The demo's first table: a model has run by then, and the rest takes a minute.
   for await (const chunk of demo.stdout) if (/^sentence .*\n.*\n/m.test((said += chunk))) demo.kill();
   t.match(said, /^sentence .*\n.+/m);
   t.same(await written(), []);

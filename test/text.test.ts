@@ -1,10 +1,10 @@
-/** UTF-8 and base64 of our own beside those of the web platform, which not every engine has. */
+/** Our own UTF-8 and base64, compared with the web platform's, which not every engine has. */
 import t from "tap";
 import { fromBase64, fromUtf8, toBase64, toUtf8 } from "./internals.ts";
 
 const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
-/** What a function gives; undefined where it throws. */
+/** Result of a function; undefined where it throws. */
 function attempt<T>(work: () => T): T | undefined {
   try {
     return work();
@@ -14,7 +14,7 @@ function attempt<T>(work: () => T): T | undefined {
 }
 
 t.test("UTF-8 is read as strictly as by TextDecoder", (t) => {
-  // First and last of every range that the standard tells apart.
+  // First and last of every range that the standard distinguishes.
   const edges = [
     ...[0x00, 0x41, 0x7f, 0x80, 0x8f, 0x90, 0x9f, 0xa0, 0xbf, 0xc0, 0xc1, 0xc2],
     ...[0xdf, 0xe0, 0xe1, 0xec, 0xed, 0xee, 0xef, 0xf0, 0xf1, 0xf3, 0xf4, 0xf5, 0xf8, 0xff],

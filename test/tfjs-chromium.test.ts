@@ -1,4 +1,4 @@
-/** TF.js as it is published, on its backends webgl and webgpu in Chromium. Skipped as `tfjs.test.ts` is. */
+/** TF.js as published, on its backends webgl and webgpu in Chromium. Skipped like `tfjs.test.ts`. */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import t from "tap";

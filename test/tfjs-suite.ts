@@ -1,4 +1,4 @@
-/** What `tfjsHost` promises, on whichever backend of TF.js runs. In Node and in browsers. */
+/** The promises of `tfjsHost`, on any backend of TF.js. Runs in Node and in browsers. */
 import { createRuntime, openPack, type Runtime, type RuntimeOptions } from "eigenlora";
 import { type Tfjs, tfjsHost } from "eigenlora/tfjs";
 import {
@@ -59,7 +59,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     return runtime;
   };
 
-  /** A network for images of 5 × 5, as Keras would write it. */
+  /** A network for images of 5 × 5, in Keras' form. */
   function imageModel(weights: Weights): Model {
     const { conv2d, globalAveragePooling2d, dense } = layers.layers as Record<string, (config: object) => never>;
     const labels = weights.get("net.classifier.bias")!.shape[0];
@@ -79,7 +79,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     return model;
   }
 
-  /** Rows of a table of tokens, in one layer and a head, of variables that the caller holds. */
+  /** A table of tokens in one layer and a head, with variables that the caller holds. */
   function textModel(weights: Weights): { variables: Map<string, Tensor>; run(): Tensor } {
     const variables = new Map<string, Tensor>();
     for (const [name, values] of weights) {
@@ -137,7 +137,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     }
   });
 
-  /** Many switches, of which each leaves as many tensors and bytes, and the same weights, as the first to that task. */
+  /** Switches many times; every switch to a task leaves the same number of tensors and bytes, and the same weights, as the first. */
   async function many(t: SuiteTest, of: readonly string[], model: never, count: number): Promise<void> {
     const host = tfjsHost(tf, model);
     const runtime = await createRuntime(await openPack(await packFor(of)), { base: host, ...gpu() });
@@ -178,7 +178,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     let expected = await run().data();
     for (const task of ["plain", "same", "more", "plain", null] as const) {
       const asked = run();
-      // Without a copy the weight stays where it is.
+      // The weight stays in place where no copy holds it.
       const copy = task === "plain" ? kernel.clone() : undefined;
       const values = (await kernel.data()).slice();
       await runtime.switchTask(task);
@@ -190,7 +190,7 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     }
   });
 
-  /** A converted graph: a layer, its bias, and a head whose kernel is stored turned, as other converters leave it. */
+  /** A converted graph: a layer, its bias, and a head with a transposed kernel, as other converters write it. */
   async function graphModel(weights: Weights): Promise<Model> {
     const net = "StatefulPartitionedCall/net";
     const of = (name: string): Values => weights.get(name)!;

@@ -1,8 +1,7 @@
 /**
- * TF.js as it is published, on its backends cpu and wasm; `tfjs-chromium.test.ts` has the others. EIGENLORA_RUNTIMES names a folder
- * where `npm install` has put `@tensorflow/tfjs-core`, -layers, -converter and the backends, 4.22, and in
- * which `basic-pitch` is the package `@spotify/basic-pitch` 1.0, unpacked; what needs them is skipped by name
- * without, and fails when EIGENLORA_REQUIRE lists "tfjs".
+ * TF.js as published, on its backends cpu and wasm; `tfjs-chromium.test.ts` has the others. EIGENLORA_RUNTIMES names a folder where `npm
+ * install` has put `@tensorflow/tfjs-core`, -layers, -converter and the backends, 4.22, and `basic-pitch` is the package
+ * `@spotify/basic-pitch` 1.0, unpacked. Tests that need them are skipped by name without, and fail when EIGENLORA_REQUIRE lists "tfjs".
  */
 import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
@@ -36,7 +35,7 @@ const pitch = join(PACKAGES, "../basic-pitch/model");
 const noPitch =
   !existsSync(pitch) && !required.has("tfjs") && "basic-pitch is not here; see EIGENLORA_RUNTIMES in this file";
 
-/** Spotify's transcriber of music, as it is published: convolutions of 3 × 39 and 5 × 5 in a graph of 400 nodes. */
+/** Spotify's published transcriber of music: convolutions of 3 × 39 and 5 × 5 in a graph of 400 nodes. */
 t.test("a GraphModel that others have converted", { skip: skip || noPitch }, async (t) => {
   const require = createRequire(join(PACKAGES, "of.js"));
   const tf = require("@tensorflow/tfjs-core");

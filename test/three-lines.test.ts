@@ -1,6 +1,6 @@
 /**
- * The three lines of the README that put a pack on a model, run as they are written there: in Node, and in a bundle of
- * esbuild in Chromium. hosting.test.ts runs them on servers, Vite's and webpack's among them.
+ * README's three lines that put a pack on a model, run as written: in Node, and in a bundle of esbuild in Chromium. hosting.test.ts runs
+ * them on servers, including Vite's and webpack's.
  */
 
 import { execFile } from "node:child_process";
@@ -49,7 +49,7 @@ t.test("Node", async (t) => {
 const page = `import { main } from "./example.js";
 globalThis.answer = main("model.onnx");`;
 
-/** Opens a page of these files in Chromium; gives what the model says there. */
+/** Opens a page of these files in Chromium. @returns the model's answer there */
 async function browse(t: Test, files: ReadonlyMap<string, Uint8Array>): Promise<number[]> {
   return (await answerOf(
     await openPage(t, new Map([...files, ["model.onnx", modelBytes("torchscript")], ["tasks.eigen", pack]])),
@@ -67,7 +67,7 @@ t.test("a bundle of esbuild in Chromium", { skip: noChromium }, async (t) => {
     outfile: "page.js",
   });
   const files = new Map([["page.js", outputFiles[0]!.contents as Uint8Array]]);
-  // As onnxruntime-web's documentation says: its WebAssembly files lie beside the bundle.
+  // onnxruntime-web's documentation puts its WebAssembly files beside the bundle.
   const dist = join(root, "node_modules/onnxruntime-web/dist");
   for (const file of readdirSync(dist)) if (file.endsWith(".wasm")) files.set(file, await readFile(join(dist, file)));
   check(t, await browse(t, files));

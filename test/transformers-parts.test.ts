@@ -344,7 +344,7 @@ t.test("sessions of different types of numbers", { skip }, async (t) => {
   await given.switchTask("titles");
   await holds(t, pipe, "titles", "types given");
   await given.close();
-  // With the files of both types each session is made of its own.
+  // Each session is made of its own file where files of both types are there.
   await cp(onnx("encoder_model.onnx"), onnx("encoder_model_fp16.onnx"));
   await writeFile(onnx("decoder_model_merged.onnx"), "not this one");
   const tasks = await attach(pipe, await opened(), { model: "mixed" });

@@ -28,7 +28,7 @@ const present = runtimes !== "" && existsSync(folder);
 const skip =
   !present && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES in this file";
 
-/** Of transformers.js, as far as it is used here. */
+/** The parts of transformers.js' tokens that are used here. */
 interface Tokens {
   dims: number[];
   data: ArrayLike<number>;

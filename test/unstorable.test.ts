@@ -1,4 +1,4 @@
-/** Values that a number format cannot hold: the error says of which adapter and which tensor they are, and what to do. */
+/** Values that a number format cannot hold: the error names adapter and tensor, and says what to do. */
 import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";

@@ -350,7 +350,7 @@ function limitMemory(device: GPUDevice, left: number): () => void {
     const buffer = createBuffer.call(device, descriptor);
     if (descriptor.size > left) {
       scopes.findLast(({ kind }) => kind === "out-of-memory")!.full = true;
-      // As good as none.
+      // A destroyed buffer counts as none.
       buffer.destroy();
     } else left -= descriptor.size;
     return buffer;

@@ -31,7 +31,10 @@ interface Rig {
   readonly runtime: Runtime;
   /** What a model would read. */
   state(): Promise<State>;
-  /** Of a host that can: the write from now that fails, and whether nothing can be put back then. */
+  /**
+   * Makes a write fail, counted from now; `lasting`: nothing can be put back afterwards either. Only hosts that can be made to fail have
+   * it.
+   */
   fail?(write: number, lasting: boolean): void;
 }
 
@@ -128,9 +131,7 @@ const staging: Make = async (pack, base, options) => {
   };
 };
 
-/**
- * The caller's arrays, of which one cannot be written: once, so that what was there can be put back, or from then on.
- */
+/** Arrays of the caller, one with a failing write: once, so that the old values can be put back, or from then on. */
 const inMemoryFailing: Make = async (pack, base, options) => {
   const tensors = copyOf(base);
   const inner = memoryHost(tensors);
@@ -437,7 +438,7 @@ t.test("a switch that takes long has pauses, in which nobody sees half of it and
         await looking;
         if (result === "made") last = wanted;
         else if (result !== "aborted") {
-          // Without a base some tasks cannot be.
+          // Some tasks need a base.
           if (!/pass `base`/.test(result)) throw new Error(`${host}, seed ${seed}: ${result}`);
           continue;
         }

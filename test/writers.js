@@ -30,7 +30,7 @@ class Writer {
   /** Starts the process, so that two begin at the same time. */
   async start() {
     if (this.#process) return;
-    // Without what a test runner has its own processes load.
+    // Drops what a test runner loads into its own processes.
     const env = { ...process.env, NODE_OPTIONS: "" };
     this.#process = fork(child, { stdio: ["ignore", "ignore", "inherit", "ipc"], execArgv: [], env });
     await once(this.#process, "message");

@@ -42,7 +42,7 @@ export async function packOf(adapters, options) {
   return new Uint8Array(Buffer.concat(chunks));
 }
 
-/** Of so many components per module and side. @param {readonly Adapter[]} adapters @param {number} k */
+/** Packs with k components per module and side. @param {readonly Adapter[]} adapters @param {number} k */
 export const packOfK = (adapters, k) => packOf(adapters, { select: { kind: "k", k } });
 
 /**

@@ -1,6 +1,5 @@
 /**
- * Arguments of a benchmark: options by name, `--json` and `--help`. Anything else is refused by name. Whoever reads them sends no
- * telemetry.
+ * Arguments of a benchmark: options by name, `--json` and `--help`; others are refused by name. Importing this file forbids telemetry.
  */
 import "../../dist/src/cli/telemetry.js";
 import { basename } from "node:path";

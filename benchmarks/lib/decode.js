@@ -91,7 +91,7 @@ export async function measureSteps(name, model, packs, { rounds, past }) {
     "CPU, ms": median(times[i]),
     "÷ plain": median(ratio),
     ...(numbers > 0 && { "components, MB": bytes / 1e6, "bytes ÷ file": bytes / file }),
-    // Of a quantised model only what it has left as floats can be counted.
+    // Only the numbers that a quantised model has left as floats can be counted.
     ...(weights > 10 * numbers && numbers > 0 && { "numbers ÷ model": numbers / weights }),
   }));
 }
@@ -105,7 +105,7 @@ async function matricesOf(model) {
   return sum;
 }
 
-/** With the weights beside it. @param {string} model */
+/** Size of a model and the weights beside it. @param {string} model */
 async function sizeOf(model) {
   const beside = await stat(`${model}.data`).catch(() => ({ size: 0 }));
   return (await stat(model)).size + beside.size;

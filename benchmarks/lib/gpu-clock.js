@@ -1,8 +1,7 @@
 /**
- * How long a device takes for commands, whoever encodes them: the clock puts a kernel of one workgroup before and after
- * them. Both read a buffer that the commands write, so that no device runs them at another time, and timestamps are taken
- * where they end. Where the device has no timestamps it is the wall clock, from submit to the device's word that all is
- * done.
+ * Measures how long a device takes for commands, independent of their encoder: the clock puts a kernel of one workgroup before and after
+ * them. Both read a buffer that the commands write, so that no device runs them at another time, and timestamps are taken where they end.
+ * A device without timestamps is measured by wall clock, from submit until it reports that all is done.
  */
 /// <reference types="@webgpu/types" />
 
@@ -58,7 +57,7 @@ function createTimestamps(device) {
   };
 }
 
-/** @param {GPUDevice} device of which encoders and submits are watched from now on */
+/** @param {GPUDevice} device whose encoders and submits are watched from now on */
 export function createClock(device) {
   const { queue, createCommandEncoder } = device;
   const { submit } = queue;

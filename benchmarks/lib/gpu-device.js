@@ -14,7 +14,7 @@ export async function openDevice(halves) {
     requiredFeatures: /** @type {GPUFeatureName[]} */ (["timestamp-query", ...(halves ? ["shader-f16"] : [])]).filter(
       (name) => features.has(name),
     ),
-    // As the backend does for a device of its own.
+    // The backend asks for the same limits on a device of its own.
     requiredLimits: { maxBufferSize, maxStorageBufferBindingSize },
   }));
   const { device, adapter } = counted;

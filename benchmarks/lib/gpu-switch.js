@@ -24,7 +24,7 @@ const [MANY, MOST_APART] = [50e6, 0.02];
 
 const QUESTION = "How long does a whole switch of resident tasks take, and what does it ask of the device?";
 
-/** On a device of its own. @returns {Promise<import("./report.js").Result>} */
+/** Measures switches on a device of its own. @returns {Promise<import("./report.js").Result>} */
 export async function switchesOnGpu() {
   let device;
   try {

@@ -28,7 +28,7 @@ const command = fileURLToPath(new URL("hub-command.js", import.meta.url));
  */
 
 /**
- * Packs hubs of so many adapters, one after the other on one cluster.
+ * Packs hubs with these numbers of adapters, one after the other on one cluster.
  * @param {readonly number[]} counts
  * @param {How} how
  * @returns {Promise<{ reason: string } | { ray: string, hubs: Hub[] }>}

@@ -78,7 +78,7 @@ export async function measureCreation({ on, model, packs }) {
 }
 
 /**
- * By how much this process grows with a session.
+ * Growth of this process with a session.
  * @param {string} provider
  * @param {Mode | "plain"} way
  * @returns {Promise<Record<string, number>>}

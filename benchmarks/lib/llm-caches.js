@@ -64,7 +64,7 @@ export async function judgeCaches(pack, count, most) {
 }
 
 /**
- * By teacher forcing, as skills.js. Rows whose prompts are equally long run together.
+ * Answers by teacher forcing, as skills.js. Rows with prompts of equal length run together.
  * @param {Session} session
  * @param {readonly Question[]} questions
  * @param {{ name: string, maker: string | null, read(length: number): number }} how who answers, who reads first, and how much of it

@@ -59,7 +59,7 @@ export async function llamaSteps(pack, gguf, rounds) {
 }
 
 /**
- * For a fresh process.
+ * Runs in a fresh process.
  * @param {string} modelPath GGUF
  * @param {string} folder of adapters
  * @param {number} rounds
@@ -135,7 +135,7 @@ export async function ggufAdapters(path, count, folder) {
 }
 
 /**
- * All adapters of a folder on llama.cpp's model, of which one is in use.
+ * Holds all adapters of a folder on llama.cpp's model; one is in use.
  * @param {string} modelPath GGUF
  * @param {string} folder
  */

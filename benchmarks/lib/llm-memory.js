@@ -16,7 +16,7 @@ import { peakMemory, settledMemory } from "./process.js";
 const KEPT = 4e6;
 
 /**
- * A pack of so many tasks: those of another one, then convex combinations of their coefficients.
+ * Makes a pack with a given number of tasks: those of another pack, then convex combinations of their coefficients.
  * @param {string} path
  * @param {number} count
  */

@@ -62,7 +62,7 @@ export function stepsPart(pack, rounds, quick) {
 }
 
 /**
- * For a fresh process: rows of one file on one runtime.
+ * Measures rows of one file on one runtime, in a fresh process.
  * @param {"onnxruntime-node" | "onnxruntime-web"} runtime
  * @param {string} model path
  * @param {string} pack path

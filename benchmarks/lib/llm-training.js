@@ -73,7 +73,7 @@ async function open(model, pack, trainable) {
   };
 }
 
-/** Rows of about `TOKENS` tokens: a few of a task, one behind the other, of which the last is to be learned. */
+/** Makes rows of about `TOKENS` tokens: a few rows of a task one behind the other, the last one to be learned. */
 async function batch() {
   const [skills, encode] = await Promise.all([readSkills(), createEncode()]);
   const skill = /** @type {import("./skills.js").Skill} */ (skills.get("past-tense"));
@@ -95,7 +95,7 @@ function next(all) {
   return all.next().value;
 }
 
-/** For a fresh process: steps of one file. @param {string} model @param {string} pack @param {string} steps */
+/** Trains steps of one file, in a fresh process. @param {string} model @param {string} pack @param {string} steps */
 export async function train(model, pack, steps) {
   const begun = process.cpuUsage().user;
   const { session } = await open(model, pack, true);
@@ -117,7 +117,7 @@ export async function train(model, pack, steps) {
   return { creation, ms, peak, rows, lengths };
 }
 
-/** For a fresh process: one run of one file. @param {string} model @param {string} pack */
+/** Runs one file once, in a fresh process. @param {string} model @param {string} pack */
 export async function serve(model, pack) {
   const { ort, session } = await open(model, pack, false);
   const { encode, examples } = await batch();

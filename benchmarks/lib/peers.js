@@ -89,7 +89,7 @@ export function peerLine(name, peer) {
 /** @param {string} script */
 const pathOf = (script) => fileURLToPath(new URL(`../peers/${script}`, import.meta.url));
 
-/** Without settings that keep OpenBLAS from the best code for this processor. @param {number} threads @returns {NodeJS.ProcessEnv} */
+/** Drops settings that keep OpenBLAS from the best code for this processor. @param {number} threads @returns {NodeJS.ProcessEnv} */
 const environment = (threads) => ({
   ...process.env,
   OPENBLAS_CORETYPE: undefined,

@@ -14,7 +14,7 @@ export async function writeSetting(name, folder, groups) {
   const adapters = adaptersOf(name, groups);
   const files = await Promise.all(adapters.map(({ id, modules }) => openAdapter(join(folder, id), modules)));
   try {
-    // In step, because what the adapters share of a module is made once for all that come one behind the other.
+    // All files advance together: what adapters share of a module is made once for neighbours.
     for (let open = true; open; ) {
       for (const { file, chunks } of files) {
         const { done, value } = await chunks.next();

@@ -48,7 +48,7 @@ export const SETTINGS = {
   },
 };
 
-/** Of a row: noise beside the strongest direction's length in it. */
+/** Noise of a row, relative to its length along the strongest direction. */
 const NOISE = 1;
 
 /** Noise is cut from one table at places drawn for each row. */

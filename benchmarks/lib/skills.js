@@ -113,7 +113,10 @@ export async function force(ort, session, questions) {
 
 /** @typedef {{ length: number, values: Map<string, Float32Array> }} Past keys and values [1, 3, length, 64] by name of the input */
 
-/** Of what all prompts begin with; each keeps a token of its own. @param {Ort} ort @param {Session} session @param {readonly Question[]} questions @returns {Promise<Past>} */
+/**
+ * Cache of the common start of all prompts; each keeps a token of its own. @param {Ort} ort @param {Session} session @param {readonly
+ * Question[]} questions @returns {Promise<Past>}
+ */
 async function pastOf(ort, session, questions) {
   const [{ prompt }, ...others] = questions;
   let length = 0;

@@ -16,8 +16,8 @@ import { newPack } from "../../dist/src/pack/fresh.js";
 import { BITS, decodeScales } from "../../dist/src/tensor/dtypes.js";
 import { encodeTensor, toInteger } from "../../dist/src/tensor/encode.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
-import { learnedTask } from "../../dist/src/train/result.js";
 import { copyOf } from "../../dist/src/train/state.js";
+import { learnedTask } from "../../dist/src/train/stored-task.js";
 import { createEncoder, model, readReference, readTask } from "../../examples/minilm.js";
 import { folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";
 import { choice, number, readArguments } from "../lib/arguments.js";
@@ -315,7 +315,7 @@ function sharesOf(when, answered) {
   };
 }
 
-/** Of the whole file. @param {Opened} opened @param {readonly State[]} states @param {Floats} values components */
+/** Bytes of the whole file. @param {Opened} opened @param {readonly State[]} states @param {Floats} values components */
 async function bytesOf({ pack, students, components, step }, states, values) {
   const { terms } = students[0];
   /** @type {Map<string, { dtype: string, encoded: Uint8Array }>} */
@@ -330,14 +330,14 @@ async function bytesOf({ pack, students, components, step }, states, values) {
     A: /** @type {any} */ ({ ...A, ...encoded.get(`${module.name} A`) }),
     B: /** @type {any} */ ({ ...B, ...encoded.get(`${module.name} B`) }),
   }));
-  const tasks = students.map(({ id, terms, machine, stored, blob }, i) => async () => {
+  const tasks = students.map(({ id, terms, model, stored, blob }, i) => async () => {
     const weight = blob.parameters.find(({ shape }) => shape.length > 1);
     const dtype = { coefficients: /** @type {const} */ ("int8"), head: weight?.tensor.dtype };
     const how = /** @type {any} */ ({ id, dtype, stored });
     const { adapterBytes, metadata, brings } = /** @type {any} */ (pack.tasks.get(id));
     return {
       entry: { id, adapterBytes, metadata, brings },
-      blob: learnedTask(pack, terms, states[i], machine.head, how).blob,
+      blob: learnedTask(pack, terms, states[i], model.head, how).blob,
     };
   });
   const { basis } = pack.directory;

@@ -79,7 +79,7 @@ const encode = await createEncoder(ort);
 await withAdapters([folderOf(suite)], async (adapters) => {
   const tasks = await Promise.all(adapters.map(({ id }) => readTask(id)));
   const texts = { tests: testTexts(tasks), pool: plainTexts(tasks) };
-  // As numbers in f32, whatever their files hold.
+  // Counted as f32, whatever the files hold.
   const adapterBytes = sum(adapters.map(bytesOfAdapter));
   const { step, "head-step": headStep } = given;
   const how = step === undefined ? { gauge, rank, dtype } : { gauge, rank, step, headStep };

@@ -34,7 +34,7 @@ const PAIRS = [
   ["electronics", "lisp"],
   ["vcs", "gnome"],
 ];
-/** Beside the page's own way, which takes 20 steps: a head alone is not done by then. Rates as there. */
+/** Settings beside the page's own, which take 20 steps: a head alone is not done by then. The rates are the page's. */
 const HEAD = { batch: 16, steps: 30, learningRates: { terms: 0, head: 0.02 } };
 const OTHERS = /** @type {const} */ ([
   ["head only, on the tasks' mean", { trainer: { init: "mean" }, fit: HEAD }],

@@ -70,7 +70,7 @@ if (!smollm2) {
   process.stderr.write(`llm-learn: ${NO_SMOLLM2}\n`);
   process.exit(2);
 }
-/** Of the training rows, to judge choices by. */
+/** Training rows held back to judge choices by. */
 const JUDGES = 160;
 /** What is stored rounds nothing. */
 const DTYPES = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });

@@ -35,7 +35,7 @@ const PACKS = {
 };
 /** So many times the pack's own step: what it changes of answers is well above what text can tell. */
 const COARSE = 4;
-/** Of a task's own texts, when it is distilled. */
+/** Most texts that a task is distilled on. */
 const MOST_TEXTS = 512;
 /** Packs of equal bytes differ by no more than this share. */
 const CLOSE = 0.0015;

@@ -66,7 +66,7 @@ const CLASSES = 16;
 const PASSES = 3;
 /** What a bit is worth, as a share of what it is worth where rates are high: 2 ln 2 times the squared error. */
 const WORTHS = [0.6, 1, 1.4];
-/** Of one step: a grid of these lies around the error that is asked for. */
+/** Ratio of a step to the next: the grid lies around the wanted error. */
 const RATIO = 1.12;
 
 const given = readArguments("What would another quantiser than ours save?", {
@@ -172,7 +172,7 @@ function startStep(error) {
   return step;
 }
 
-/** Of rows that are not worth their bits. @param {number} step */
+/** Loss of rows that are not worth their bits. @param {number} step */
 function lossOfDropped(step) {
   return rows.reduce((lost, { singular, width }) => lost + (isWorth(singular, width, step) ? 0 : singular ** 2 / 2), 0);
 }

@@ -1,7 +1,6 @@
 /**
- * The canonical adapter: what every reader (PEFT, and later others) makes of its files and what extraction consumes.
- * Scales are already folded into B, orientation and naming differences are gone, and nothing that was in the file has
- * been dropped: what cannot be said here is refused by the reader.
+ * The canonical adapter: the result of every reader and the input of extraction. Scales are already multiplied into B, orientation and
+ * naming differences are gone, and nothing in the file has been dropped: a reader refuses what this form cannot express.
  *
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
@@ -13,7 +12,7 @@ export interface ModuleShape {
   /** Name as in the adapter, without PEFT's prefix: "bert.encoder.layer.0.attention.self.query". */
   readonly name: string;
   readonly out: number;
-  /** For convolutions input channels times kernel size. */
+  /** Input width; for convolutions input channels times kernel size. */
   readonly in: number;
   readonly layout: Layout;
   /** Kernel size of a convolution, for instance [3, 3]. */
@@ -23,7 +22,10 @@ export interface ModuleShape {
 /** One adapted module: ΔW [out, in] = B · A, read lazily. */
 export interface AdapterModule extends ModuleShape {
   readonly rank: number;
-  /** Reads and checks the term, of this rank; the adapter's scale is in B. @throws AdapterError naming file and tensor for NaN or infinity */
+  /**
+   * Reads and checks the term of this rank, with the adapter's scale in B. @throws AdapterError naming file and tensor for NaN or
+   * infinity
+   */
   read(): Promise<Term>;
 }
 
@@ -35,7 +37,7 @@ export interface AdapterModule extends ModuleShape {
 export interface SavedTensor {
   readonly name: string;
   readonly role: ParameterRole;
-  /** For `rows` [indices.length, dimension]. */
+  /** Shape of the tensor; for `rows` [indices.length, dimension]. */
   readonly shape: readonly number[];
   readonly indices?: readonly number[] | undefined;
   /** Reads and checks the values, as f32. @throws AdapterError for NaN or infinity */
@@ -52,11 +54,11 @@ export interface Adapter {
   readonly byteLength: number;
   /** `base_model_name_or_path` of the configuration. */
   readonly baseModel: string | undefined;
-  /** By name, sorted. */
+  /** Modules by name, sorted. */
   readonly modules: ReadonlyMap<string, AdapterModule>;
   readonly saved: readonly SavedTensor[];
   readonly metadata: TaskMetadata;
-  /** What a person should know before trusting the result. */
+  /** Warnings to read before trusting the result. */
   readonly warnings: readonly string[];
   close(): Promise<void>;
 }

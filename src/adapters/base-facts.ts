@@ -1,27 +1,27 @@
 /**
- * What some formats leave to the base model: kohya's files flatten the names of modules, and GGUF's order the rows of two projections
- * by heads.
+ * Facts that some formats leave to the base model: kohya's files flatten the names of modules, and GGUF's order the rows of two
+ * projections by heads.
  */
 import { AdapterError } from "../errors.ts";
 
-/** What is known of a base model. */
+/** Known facts of a base model. */
 export interface BaseFacts {
-  /** Names of its modules or parameters; of a pipeline with the model in front ("unet.mid_block.…"). */
+  /** Names of its modules or parameters; in a pipeline with the model in front ("unet.mid_block.…"). */
   readonly names?: Iterable<string> | undefined;
   /** Attention heads, and those of keys and values. */
   readonly heads?: number | undefined;
   readonly kvHeads?: number | undefined;
-  /** By llama.cpp's name, which is also that of all models of its kind: "llama". */
+  /** llama.cpp's name of the architecture, which all models of a kind share: "llama". */
   readonly architecture?: string | undefined;
 }
 
-/** llama.cpp's names of architectures, where transformers calls them otherwise (`model_type`). */
+/** llama.cpp's names of architectures that transformers calls otherwise (`model_type`). */
 const ARCHITECTURES: ReadonlyMap<unknown, string> = new Map([
   ["mistral", "llama"],
   ["gemma3_text", "gemma3"],
 ]);
 
-/** Reads architecture and heads from a parsed config.json of transformers. Undefined where it names none. */
+/** Reads architecture and heads from a parsed config.json of transformers. Undefined where it has neither. */
 export function factsOfConfig(config: unknown): BaseFacts | undefined {
   if (typeof config !== "object" || config === null) return undefined;
   const fields = config as Record<string, unknown>;
@@ -41,7 +41,7 @@ export function isCount(value: unknown): value is number {
 
 const SUFFIX = /\.(weight|bias)$/;
 
-/** Modules of a base by their flattened names. */
+/** Modules of a base by flattened name. */
 export type FlatNames = ReadonlyMap<string, readonly string[]>;
 
 /** @param names of modules or parameters */
@@ -56,7 +56,7 @@ export function flatNames(names: Iterable<string>): FlatNames {
   return new Map([...found].map(([flat, modules]) => [flat, [...modules]]));
 }
 
-/** The one module of a flattened name; undefined where there is none. @throws AdapterError for several */
+/** The only module with a flattened name; undefined where there is none. @throws AdapterError for several */
 export function moduleOf(flat: string, names: FlatNames, file: string): string | undefined {
   const [found, other] = names.get(flat) ?? [];
   if (found === undefined || other === undefined) return found;

@@ -1,6 +1,6 @@
 /**
- * What formats leave to the base model (base-facts.ts), from whatever of it somebody has on disk: its folder, config.json, a
- * safetensors file or its index, a list of names, or a GGUF file. Reads headers, no weights.
+ * Reads facts of a base model (base-facts.ts) from its folder, config.json, a safetensors file or its index, a list of names, or a GGUF
+ * file. Reads headers, no weights.
  */
 import { readdir } from "node:fs/promises";
 import { basename, dirname, extname, join } from "node:path";
@@ -17,9 +17,9 @@ import { openSafetensors } from "./safetensors.ts";
 const CONFIG = "config.json";
 
 /**
- * Names, heads and architecture of a base model, for readers and writers of formats that leave them to it.
+ * Reads names, heads and architecture of a base model, for formats that leave them to it.
  * @param path of its folder, config.json, a list of names in JSON, a safetensors file or index, or a GGUF file
- * @throws AdapterError for what is none of these; FormatError and SourceError for files that cannot be read
+ * @throws AdapterError for other files; FormatError and SourceError for files that cannot be read
  */
 export async function describeBase(path: string): Promise<BaseFacts> {
   const found = await kind(path);
@@ -34,7 +34,7 @@ export async function describeBase(path: string): Promise<BaseFacts> {
   throw new AdapterError(`says nothing of a base model; ${expected}`, { file: path });
 }
 
-/** Of a model, or of a pipeline, whose models lie in folders of their own. */
+/** Describes a model, or a pipeline, whose models lie in folders of their own. */
 async function describeFolder(folder: string): Promise<BaseFacts> {
   const names = await namesInFolder(folder);
   for (const model of MODELS)
@@ -64,7 +64,7 @@ async function factsBeside(path: string): Promise<BaseFacts> {
   return (await kind(config)) === "file" ? (factsOfConfig(await readJson(config)) ?? {}) : {};
 }
 
-/** config.json, the index of a model in several files, or a list of names. */
+/** Reads config.json, the index of a model in several files, or a list of names. */
 async function describeJson(path: string): Promise<BaseFacts> {
   const json = await readJson(path);
   if (Array.isArray(json) && json.every((name) => typeof name === "string")) return { names: json };

@@ -1,5 +1,5 @@
 /**
- * Names of the tensors in a LoRA file of diffusers: which module of which model of a pipeline each belongs to. Knows names only. Three
+ * Names of the tensors in a LoRA file of diffusers: the model of a pipeline and the module that each belongs to. Uses names only. Three
  * generations are read, and give one name for one module:
  *
  *     unet.down_blocks.0.….attn1.processor.to_out_lora.down.weight    2023, written by attention processors
@@ -25,13 +25,13 @@ export const MODELS: readonly string[] = [
   "connectors",
 ];
 
-/** Names without a model, as `save_attn_procs` and `save_lora_adapter` write them, tell it by their first segment. */
+/** First segments that tell the model in names without one, as `save_attn_procs` and `save_lora_adapter` write them. */
 const BARE: readonly (readonly [RegExp, string])[] = [
   [/^(down_blocks|mid_block|up_blocks)\./, "unet"],
   [/^(single_)?transformer_blocks\./, "transformer"],
 ];
 
-/** Projections of attention: of a UNet, and of CLIP, whose modules have other names than their processors had. */
+/** Projections of attention in a UNet, and in CLIP, whose modules have other names than their processors had. */
 const UNET: ReadonlyMap<string, string> = new Map([
   ["q", "to_q"],
   ["k", "to_k"],
@@ -48,12 +48,12 @@ const CLIP: ReadonlyMap<string, string> = new Map([
 /** Copies of the base's own parameters, which no LoRA of diffusers holds. */
 const COPIES: ReadonlySet<KeyRole> = new Set(["baseWeight", "baseBias"]);
 
-/** The model that a name begins with; "" where none is known. */
+/** The model that a name begins with; "" where it is unknown. */
 export function prefixOf(name: string): string {
   return MODELS.find((model) => name.startsWith(`${model}.`)) ?? "";
 }
 
-/** The model of a file in which no name has one; undefined where names have, or where none tells it. */
+/** The model of a file whose names do not contain one; undefined where they do, or where none tells it. */
 export function bareModel(names: Iterable<string>): string | undefined {
   const all = [...names];
   if (all.some((name) => prefixOf(name) !== "")) return undefined;
@@ -61,7 +61,7 @@ export function bareModel(names: Iterable<string>): string | undefined {
 }
 
 /**
- * What a tensor's name says; undefined where it is no name that diffusers gives to a tensor of a LoRA.
+ * Parses a tensor's name; undefined where diffusers gives no such name to a tensor of a LoRA.
  * @param bare the model of names without one
  */
 export function parseDiffusersKey(name: string, bare: string | undefined): LoraKey | undefined {
@@ -70,7 +70,7 @@ export function parseDiffusersKey(name: string, bare: string | undefined): LoraK
   if (model === undefined) return undefined;
   const inner = prefix === "" ? name : name.slice(prefix.length + 1);
   if (!inner.endsWith(".alpha")) return parsePart(inner, prefix, model);
-  // "module.alpha", or, as `network_alphas` has it, the name of the whole tensor with ".alpha" behind it.
+  // "module.alpha", or, from `network_alphas`, the name of the whole tensor with ".alpha" behind it.
   const owner = inner.slice(0, -".alpha".length);
   const spellings = [owner, `${owner}.down.weight`, `${owner}.lora_A.weight`];
   const known = spellings.map((spelling) => parsePart(spelling, prefix, model)).find((key) => key !== undefined);
@@ -85,7 +85,7 @@ function parsePart(name: string, prefix: string, model: string): LoraKey | undef
   return { prefix, local, module: `${model}.${withTextModel(local, model)}`, part };
 }
 
-/** The name that the tensor has since diffusers uses PEFT. */
+/** Name of the tensor in diffusers since it uses PEFT. */
 function modernName(name: string, model: string): string {
   const plain = name.replaceAll(".processor.", ".");
   const [, attention, projection, oldSide] = /^(.+)\.to_(q|k|v|out)_lora\.(down|up)\.weight$/.exec(plain) ?? [];
@@ -100,13 +100,13 @@ function modernName(name: string, model: string): string {
 
 const factor = (side: string): string => (side === "down" ? "lora_A.weight" : "lora_B.weight");
 
-/** transformers 5 has dropped a level of CLIP's names. With it, a name is found in models of both kinds. */
+/** Adds the level of CLIP's names that transformers 5 has dropped. With it, a name is found in models of both kinds. */
 export function withTextModel(module: string, model: string): string {
   const flat = model.startsWith("text_encoder") && /^encoder\.layers\.\d+\.(self_attn|mlp\.fc[12])\b/.test(module);
   return flat ? `text_model.${module}` : module;
 }
 
-/** Whether a file with such names is a LoRA at all, of whatever format. */
+/** Whether names show a LoRA, in whatever format. */
 export function holdsLora(names: Iterable<string>): boolean {
   for (const name of names) {
     if (
@@ -120,7 +120,7 @@ export function holdsLora(names: Iterable<string>): boolean {
 
 const PLAIN = "Train a plain LoRA, or merge it into its base";
 
-/** Names of other formats and of other kinds of adapter, the narrower first, and what to say of them. */
+/** Names of other formats and of other kinds of adapter, the narrower first, with advice. */
 const FOREIGN: readonly (readonly [RegExp, string])[] = [
   [/\.(hada_w|lokr_w|lokr_t|hada_t)\d/, `is of LyCORIS (LoHa or LoKr), which is no product of two factors. ${PLAIN}`],
   [
@@ -147,7 +147,7 @@ const FOREIGN: readonly (readonly [RegExp, string])[] = [
   ],
 ];
 
-/** Of names that are not diffusers' own, one that another format is known by, and what is to be said of it. */
+/** Finds a name that another format is known by, and the advice for it. */
 export function foreignName(names: readonly string[]): { name: string; message: string } | undefined {
   for (const [pattern, message] of FOREIGN) {
     const name = names.find((candidate) => pattern.test(candidate));

@@ -1,8 +1,8 @@
 /**
- * Reads a LoRA as diffusers saves it, one safetensors file for all models of a pipeline, into the canonical form. Modules are
- * named from the pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever of diffusers' generations wrote the file. Where the
- * header has no `lora_adapter_metadata`, rank and DoRA are what the tensors show, and a module without alpha has alpha = rank, as
- * in diffusers. Portable: folders are read in folder.ts.
+ * Reads a LoRA as diffusers saves it, one safetensors file for all models of a pipeline, into the canonical form. Modules are named from
+ * the pipeline down: "unet.down_blocks.0.….attn1.to_q", whichever generation of diffusers wrote the file. Without `lora_adapter_metadata`
+ * in the header, rank and DoRA follow from the tensors, and a module without alpha has alpha = rank, as in diffusers. Portable: folders
+ * are read in folder.ts.
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
@@ -13,7 +13,15 @@ import { parseJson } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
 import { readTaskMetadata } from "./metadata.ts";
-import { assembleLora, type LoraParts, listed, type Refuse, readAlphas, refuser, sortTensors } from "./named-lora.ts";
+import {
+  assembleLora,
+  type LoraParts,
+  listed,
+  type RefuseTensor,
+  readAlphas,
+  refuser,
+  sortTensors,
+} from "./named-lora.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
 import { openSafetensors } from "./safetensors.ts";
 
@@ -29,7 +37,7 @@ export interface DiffusersFiles {
   readonly task?: unknown;
 }
 
-/** Fields of the header. The second is an argument of diffusers' functions, whose place is in tensors named "….alpha". */
+/** Fields of the header. The second is an argument of diffusers' functions; in files, tensors named "….alpha" hold it. */
 const [METADATA, ALPHAS] = ["lora_adapter_metadata", "network_alphas"];
 
 /**
@@ -77,7 +85,7 @@ export async function readDiffusers({ id, file, tensors: input, task }: Diffuser
   }
 }
 
-/** @throws AdapterError for an alpha beside a header that gives them all */
+/** @throws AdapterError for an alpha beside a header that has all of them */
 function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
   for (const { alpha: key } of parts.values()) {
     if (key === undefined) continue;
@@ -88,7 +96,7 @@ function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): 
   }
 }
 
-/** The one value that there is; undefined where there are several, or none. */
+/** The only value; undefined where there are several, or none. */
 function common(values: readonly (string | undefined)[]): string | undefined {
   const found = new Set(values.filter((value) => value !== undefined));
   return found.size === 1 ? [...found][0] : undefined;
@@ -97,7 +105,7 @@ function common(values: readonly (string | undefined)[]): string | undefined {
 const withRevision = (metadata: TaskMetadata, revision: string | undefined): TaskMetadata =>
   revision === undefined ? metadata : { ...metadata, revision };
 
-function unknownError(keys: readonly string[], refuse: Refuse): AdapterError {
+function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterError {
   const foreign = foreignName(keys);
   if (foreign !== undefined) return refuse(foreign.name, `tensor ${foreign.name} ${foreign.message}`);
   const shown = listed(keys);
@@ -113,7 +121,7 @@ function unknownError(keys: readonly string[], refuse: Refuse): AdapterError {
   );
 }
 
-/** The configurations in the header, by the prefix of the tensors they are for; empty where the header has none. */
+/** Configurations in the header, by prefix of their tensors; empty where the header has none. */
 function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<string, PeftConfig> {
   const refuse = refuser(file);
   if (file.metadata.has(ALPHAS!)) {
@@ -160,7 +168,7 @@ function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<st
 }
 
 /**
- * In a model where one module has a magnitude, diffusers gives the others that of the base, which is not in the file.
+ * Checks that DoRA covers each model whole: diffusers gives modules without a magnitude that of the base, which is not in the file.
  * @throws AdapterError for a module without one
  */
 function checkDora(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {

@@ -1,6 +1,6 @@
 /**
- * The way to llama.cpp: a canonical adapter as a GGUF file, giving the same weights. What llama.cpp, wllama and llama.rn load beside a
- * model of the same architecture. Scales stay in B: an alpha of 0 means a scale of 1.
+ * Writes a canonical adapter as a GGUF file with the same weights, which llama.cpp, wllama and llama.rn load beside a model of the same
+ * architecture. Scales stay in B: an alpha of 0 means a scale of 1.
  */
 import { AdapterError } from "../errors.ts";
 import { type GgufEntry, writeGguf } from "../tensor/gguf-writer.ts";
@@ -8,15 +8,14 @@ import { transpose } from "../tensor/tensor-file.ts";
 import type { AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
-import { ARCHITECTURES, EMBEDDING, type GgufArchitecture } from "./gguf-names.ts";
+import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, permuteRows } from "./gguf-names.ts";
 import { checkAdapter } from "./modules.ts";
-import { permuteRows } from "./permute.ts";
 
 /**
- * The bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.
+ * Makes the bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.
  * @param base its architecture by llama.cpp's name ("llama", "qwen2"), and for "llama" its heads
  * @param marks more fields of the header. Default: none
- * @throws AdapterError for what the format has no place for: heads, biases, DoRA, convolutions, modules that the architecture does not have
+ * @throws AdapterError for heads, biases, DoRA, convolutions, and modules that the architecture does not have
  * @example
  * const base = { architecture: "llama", heads: 4, kvHeads: 2 }; // of the model's config.json
  * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(writing, "rhymes"), base));
@@ -78,7 +77,7 @@ async function entriesOf(
       },
     );
   }
-  // Rows of an embedding are looked up, so that its A is [vocabulary, r].
+  // An embedding's A is [vocabulary, r], since its rows are looked up.
   const a = embedding ? transpose(A.values, rank, inputs) : A.values;
   const b = heads ? permuteRows(B.values, out, heads, "into pairs") : B.values;
   const entry = (side: string, shape: readonly number[], values: Float32Array): GgufEntry => ({
@@ -89,7 +88,7 @@ async function entriesOf(
   return [entry("a", embedding ? [inputs, rank] : [rank, inputs], a), entry("b", B.shape, b)];
 }
 
-/** GGUF's name of a module, whose name may have more in front than the architecture's. */
+/** GGUF's name of a module. The module's name may have more in front than the architecture's. */
 function weightOf(name: string, { modules }: GgufArchitecture): { weight: string; pattern: string } | undefined {
   for (const [pattern, module] of modules) {
     const [before = "", after] = module.split("N");

@@ -1,17 +1,17 @@
 /**
- * The way to ONNX Runtime: a canonical adapter as an `.onnx_adapter` file, for models that were exported with the factors of LoRA as
+ * Writes a canonical adapter as an `.onnx_adapter` file of ONNX Runtime, for models that were exported with the factors of LoRA as
  * inputs. Scales stay in B, since the format has none.
  */
 
 import { type OnnxAdapterEntry, writeOnnxAdapter } from "../tensor/onnx-adapter-writer.ts";
 import { transpose } from "../tensor/tensor-file.ts";
-import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved, type Values } from "./factors.ts";
+import { type Exportable, type FactorMatrix, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
 import { checkAdapter } from "./modules.ts";
 
 /**
- * The bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out]. Holds one
- * adapter in memory.
- * @throws AdapterError for what the format has no place for: heads, biases, DoRA, convolutions, embeddings
+ * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out].
+ * Holds one adapter in memory.
+ * @throws AdapterError for heads, biases, DoRA, convolutions and embeddings, which the format cannot hold
  */
 export async function onnxAdapterFile(adapter: Exportable): Promise<AsyncIterable<Uint8Array>> {
   checkAdapter("onnxAdapterFile", adapter);
@@ -29,6 +29,6 @@ export async function onnxAdapterFile(adapter: Exportable): Promise<AsyncIterabl
   return writeOnnxAdapter(entries);
 }
 
-function turned(name: string, { shape: [rows = 0, columns = 0], values }: Values): OnnxAdapterEntry {
+function turned(name: string, { shape: [rows = 0, columns = 0], values }: FactorMatrix): OnnxAdapterEntry {
   return { name, shape: [columns, rows], bytes: f32Bytes(transpose(values, rows, columns)) };
 }

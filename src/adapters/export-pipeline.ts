@@ -1,24 +1,24 @@
 /**
- * The way back to files of pipelines: a canonical adapter under the names of diffusers or of kohya, giving the same weights. Scales stay
- * in B: alpha equals the rank, which is what both take where no alpha is given.
+ * Writes a canonical adapter with the same weights under the names of diffusers or of kohya. Scales stay in B: alpha equals the rank,
+ * which is what both assume where no alpha is given.
  */
 import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import { bareModel, prefixOf } from "./diffusers-keys.ts";
-import { type Exportable, type Factors, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
+import { type AdapterFactors, type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
 import { flatten } from "./kohya-names.ts";
 import { checkAdapter } from "./modules.ts";
 
 type Add = (name: string, shape: readonly number[], values: Float32Array) => void;
 
 /**
- * Tensors of pytorch_lora_weights.safetensors (f32), as diffusers' `load_lora_weights` takes them. Holds one adapter in memory.
- * @throws AdapterError for what diffusers has no place for: heads, biases, embeddings, modules that no model of a pipeline is named for
+ * Makes tensors of pytorch_lora_weights.safetensors (f32), as diffusers' `load_lora_weights` takes them. Holds one adapter in memory.
+ * @throws AdapterError for heads, biases, embeddings, and modules without the name of a model of a pipeline
  */
 export function diffusersFile(adapter: Exportable): Promise<SafetensorsEntry[]> {
   return tensorsOf(adapter, "diffusersFile", "a LoRA file of diffusers", (add, module, { A, B, magnitude }) => {
     add(`${module}.lora_A.weight`, A.shape, A.values);
     add(`${module}.lora_B.weight`, B.shape, B.values);
-    // As PEFT has it: of convolutions [1, out, 1…].
+    // PEFT's shape for convolutions: [1, out, 1…].
     const ones = A.shape.slice(2).map(() => 1);
     if (magnitude)
       add(
@@ -30,7 +30,7 @@ export function diffusersFile(adapter: Exportable): Promise<SafetensorsEntry[]> 
 }
 
 /**
- * Tensors of a file as kohya's sd-scripts and LyCORIS save it (f32), with an alpha for every module. Holds one adapter in memory.
+ * Makes tensors of a file as kohya's sd-scripts and LyCORIS save it (f32), with an alpha for every module. Holds one adapter in memory.
  * @throws AdapterError as `diffusersFile`
  */
 export function kohyaFile(adapter: Exportable): Promise<SafetensorsEntry[]> {
@@ -48,7 +48,7 @@ async function tensorsOf(
   adapter: Exportable,
   where: string,
   format: string,
-  put: (add: Add, module: string, factors: Factors) => void,
+  put: (add: Add, module: string, factors: AdapterFactors) => void,
 ): Promise<SafetensorsEntry[]> {
   checkAdapter(where, adapter);
   refuseSaved(adapter, format);

@@ -1,6 +1,6 @@
 /**
- * The way back: a canonical adapter as the two files that PEFT loads, giving the same weights. Scales stay in B, so
- * every module's alpha equals its rank. Makes the contents only; writing them is up to the caller.
+ * Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals
+ * its rank. Makes the contents only; the caller writes them.
  */
 
 import { AdapterError } from "../errors.ts";
@@ -13,14 +13,14 @@ import { headsOf } from "./peft-config.ts";
 
 const PREFIX = "base_model.model.";
 
-/** Takes one tensor, by its name in the base model. */
+/** Adds one tensor, under its name in the base model. */
 type Add = (name: string, shape: readonly number[], values: Float32Array) => void;
 
 /**
- * Contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the metadata
- * `format: "pt"` that PyTorch's tools expect. Holds one adapter in memory.
- * @throws AdapterError when PEFT's format, which has one switch per adapter for DoRA, `lora_bias` and the orientation
- * of weights, cannot say what this adapter holds; and whatever the adapter's `read` throws
+ * Makes the contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the metadata `format:
+ * "pt"` that PyTorch's tools expect. Holds one adapter in memory.
+ * @throws AdapterError when PEFT's format, which has one switch per adapter for DoRA, `lora_bias` and the orientation of weights, cannot
+ * express this adapter; and errors of the adapter's `read`
  */
 export async function peftFiles(adapter: Exportable): Promise<{ config: object; tensors: SafetensorsEntry[] }> {
   checkAdapter("peftFiles", adapter);
@@ -40,7 +40,7 @@ function refusal({ id }: Exportable, field: string, message: string): AdapterErr
   return new AdapterError(`${message}; fold it into its base instead`, { file: id, field });
 }
 
-/** Modules, by what they bring beside their factors. */
+/** Modules, by what they have beside their factors. */
 interface SavedModules {
   readonly heads: Set<string>;
   readonly biased: string[];
@@ -142,8 +142,8 @@ function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
 }
 
 /**
- * The module PEFT must save whole to hold a parameter of `owner`: the head around it where the task type has one, since
- * PEFT wraps that head anyway, else `owner` itself.
+ * The module that PEFT must save whole to hold a parameter of `owner`: the head around it where the task type has one, since PEFT wraps
+ * that head anyway, else `owner` itself.
  */
 function headModule(owner: string, taskType: string | undefined): string {
   const heads = headsOf(taskType);
@@ -151,19 +151,19 @@ function headModule(owner: string, taskType: string | undefined): string {
   return path.find((module) => heads.some((head) => module.endsWith(head))) ?? owner;
 }
 
-/** Without the modules that lie inside another: PEFT saves a module with its children. */
+/** Drops modules inside another: PEFT saves a module with its children. */
 function outermost(modules: ReadonlySet<string>): string[] {
   return [...modules].filter((name) => ![...modules].some((other) => name.startsWith(`${other}.`))).sort();
 }
 
-/** The rank of most modules, the smaller on a tie; what is left needs fewest patterns. */
+/** The rank of most modules, the smaller on a tie, so that fewest patterns are needed for the others. */
 function commonRank(modules: readonly AdapterModule[]): number {
   const counts = new Map<number, number>();
   for (const module of modules) counts.set(rankOf(module), (counts.get(rankOf(module)) ?? 0) + 1);
   return [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0])[0]?.[0] ?? 1;
 }
 
-/** A pattern of PEFT's that matches one module only: the anchor leaves nothing for PEFT's `(.*\.)?` in front. */
+/** A PEFT pattern that matches one module only: the anchor leaves nothing for PEFT's `(.*\.)?` in front. */
 function exactly(name: string): string {
   return `^${name.replaceAll(/[\\^$.*+?()[\]{}|]/g, "\\$&")}`;
 }

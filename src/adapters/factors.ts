@@ -1,34 +1,34 @@
-/** Factors of a module in the shapes that files of LoRA have, for the writers of all formats. */
+/** Factors of a module in the shapes of LoRA files, for the writers of all formats. */
 import { AdapterError } from "../errors.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
 
-/** What is needed of an adapter to write it. A task of a pack can be given in this form. */
+/** The parts of an adapter that are needed to write it. A task of a pack can be given in this form. */
 export type Exportable = Pick<Adapter, "id" | "baseModel" | "modules" | "saved" | "metadata">;
 
 /** A tensor, row-major. */
-export interface Values {
+export interface FactorMatrix {
   readonly shape: readonly number[];
   readonly values: Float32Array;
 }
 
 /** The factors of one module, scale in B. */
-export interface Factors {
-  /** [r, in], or [r, in, k…] of a convolution. */
-  readonly A: Values;
-  /** [out, r], or [out, r, 1…]. */
-  readonly B: Values;
-  /** [out]. */
+export interface AdapterFactors {
+  /** A [r, in], or [r, in, k…] of a convolution. */
+  readonly A: FactorMatrix;
+  /** B [out, r], or [out, r, 1…]. */
+  readonly B: FactorMatrix;
+  /** DoRA magnitude [out]. */
   readonly magnitude: Float32Array | undefined;
 }
 
-/** No format has a rank of 0: a module whose update is zero gets one component of zeros. */
+/** Rank to write. No format has a rank of 0: a module whose update is zero gets one component of zeros. */
 export function rankOf({ rank }: AdapterModule): number {
   return Math.max(1, rank);
 }
 
-/** Reads the factors of a module. @throws whatever its `read` throws */
-export async function factorsOf(module: AdapterModule): Promise<Factors> {
+/** Reads the factors of a module. @throws as the module's `read` */
+export async function factorsOf(module: AdapterModule): Promise<AdapterFactors> {
   const { out, in: inputs, kernel = [] } = module;
   const { A, Bt, magnitude } = await module.read();
   const rank = rankOf(module);
@@ -46,7 +46,7 @@ export function f32Bytes(values: Float32Array): Uint8Array {
   return encodeTensor("f32", values, 1, values.length);
 }
 
-/** @throws AdapterError when an adapter brings more than factors, which a format has no place for */
+/** @throws AdapterError when an adapter brings more than factors, which the format cannot hold */
 export function refuseSaved({ id, saved }: Exportable, format: string): void {
   const [first] = saved;
   if (first === undefined) return;
@@ -56,7 +56,7 @@ export function refuseSaved({ id, saved }: Exportable, format: string): void {
   throw new AdapterError(message, { file: id, field: first.name });
 }
 
-/** @throws AdapterError for a module that a format has no place for */
+/** Makes the error for a module that the format cannot hold. */
 export function refuseModule({ id }: Exportable, name: string, why: string): AdapterError {
   return new AdapterError(`${name} ${why}: export as PEFT, or fold the task into its base`, { file: id, field: name });
 }

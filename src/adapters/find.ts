@@ -1,6 +1,6 @@
 /**
- * Finds adapters under the paths that a person names, and tells their formats apart: by the names that PEFT, diffusers and MLX LM give
- * to files, by the endings of others, and for other safetensors files by the names of the tensors inside. Reads headers, no values.
+ * Finds adapters under given paths and tells their formats apart: by the names that PEFT, diffusers and MLX LM give to files, by the
+ * endings of others, and for other safetensors files by the names of the tensors inside. Reads headers, no values.
  */
 import { readdir, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
@@ -22,10 +22,10 @@ const PEFT_PICKLE = "adapter_model.bin";
 const DIFFUSERS = "pytorch_lora_weights.safetensors";
 const DIFFUSERS_PICKLE = "pytorch_lora_weights.bin";
 
-/** What an adapter's files are, and so what reads them. A pipeline has a folder of PEFT for each of its models. */
+/** Format of an adapter's files, which decides their reader. A pipeline has a PEFT folder for each of its models. */
 export type AdapterFormat = "peft" | "mlx" | "diffusers" | "kohya" | "gguf" | "onnx_adapter" | "pipeline";
 
-/** Formats of files that are adapters by themselves, by their endings. */
+/** Formats of single-file adapters, by ending. */
 const ENDINGS: ReadonlyMap<string, AdapterFormat> = new Map([
   [".gguf", "gguf"],
   [".onnx_adapter", "onnx_adapter"],
@@ -33,24 +33,24 @@ const ENDINGS: ReadonlyMap<string, AdapterFormat> = new Map([
 
 /** An adapter found on disk. */
 export interface AdapterLocation {
-  /** Name of the folder; of a file that is an adapter by itself, its name without its ending. */
+  /** Name of the folder; for a single-file adapter its name without the ending. */
   readonly id: string;
-  /** Absolute path of the adapter: its folder, or the file that is an adapter by itself. */
+  /** Absolute path of the adapter: its folder, or its single file. */
   readonly path: string;
-  /** Absolute path of the file with its tensors; of a pipeline that of its first model. */
+  /** Absolute path of the file with its tensors; in a pipeline that of the first model. */
   readonly tensors: string;
   readonly format: AdapterFormat;
-  /** Of a pipeline: the adapters of its models, by the name of the model ("unet"). */
+  /** Adapters of a pipeline's models, by the name of the model ("unet"). */
   readonly models?: ReadonlyMap<string, AdapterLocation>;
 }
 
 /**
- * The adapters under some paths, sorted by id, each once. A path is an adapter's folder, a file of it, or a folder of adapters. An
- * adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, MLX LM's adapter_config.json and
- * adapters.safetensors, or diffusers' pytorch_lora_weights.safetensors; or, of a pipeline, folders of PEFT that are called as its
- * models are (`unet`, `text_encoder`). Any other safetensors file that holds a LoRA, and any .gguf or .onnx_adapter file that does,
- * is an adapter by itself. In a folder of adapters, a sub-folder that is none may hold some, such as adapters of other names than
- * `default`, which PEFT saves one folder deeper; checkpoints inside an adapter's own folder are left alone.
+ * Finds the adapters under some paths, sorted by id, each once. A path is an adapter's folder, a file of it, or a folder of adapters. An
+ * adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, MLX LM's adapter_config.json and adapters.safetensors,
+ * or diffusers' pytorch_lora_weights.safetensors; in a pipeline it has PEFT folders with the names of its models (`unet`,
+ * `text_encoder`). Any other safetensors file that holds a LoRA, and any .gguf or .onnx_adapter file that does, is an adapter by itself.
+ * In a folder of adapters, a sub-folder that is none may hold some, such as adapters of other names than `default`, which PEFT saves one
+ * folder deeper; checkpoints inside an adapter's own folder are left alone.
  * @throws AdapterError when a path is missing or holds no adapter, or an adapter's files are incomplete or a pickle
  * @throws SourceError when one is a pipe or a device
  * @throws FormatError when a safetensors file in a folder of adapters is damaged
@@ -63,7 +63,7 @@ export async function findAdapters(paths: readonly string[]): Promise<AdapterLoc
   return [...found.values()].sort((a, b) => compare(a.id, b.id) || compare(a.tensors, b.tensors));
 }
 
-/** What a path is; undefined where there is nothing, or nothing that may be seen. */
+/** Kind of a path; undefined where nothing is there, or nothing that may be seen. */
 export async function kind(path: string): Promise<"file" | "folder" | undefined> {
   const found = await stat(path).catch(() => undefined);
   return found?.isDirectory() ? "folder" : found?.isFile() ? "file" : undefined;
@@ -92,7 +92,7 @@ async function adaptersAt(path: string): Promise<AdapterLocation[]> {
   return adapters;
 }
 
-/** A file that somebody names is meant to be an adapter: what it lacks is said by its reader. */
+/** Takes a named file as an adapter; its reader reports what it lacks. */
 async function adapterFile(path: string): Promise<AdapterLocation> {
   const name = basename(path);
   if (/\.(bin|pt|pth|ckpt)$/.test(name)) throw pickleError(path);
@@ -110,7 +110,7 @@ function loraFile(path: string, format: AdapterFormat): AdapterLocation {
   return { id: basename(path, extname(path)), path, tensors: path, format };
 }
 
-/** Of a safetensors file. */
+/** Tells the format of a safetensors file. */
 async function formatOf(path: string): Promise<"diffusers" | "kohya"> {
   return (await namesIn(path)).some(isKohyaName) ? "kohya" : "diffusers";
 }
@@ -126,7 +126,7 @@ async function adaptersIn(folder: string): Promise<AdapterLocation[]> {
   return own === undefined ? looseFiles(folder) : [own];
 }
 
-/** Any of an adapter's files makes a folder one: what is missing or wrong beside it should be said, not passed over. */
+/** Takes a folder as an adapter if any of an adapter's files is in it, so that missing files are reported instead of passed over. */
 async function adapterFolder(folder: string): Promise<AdapterLocation | undefined> {
   const has = async (name: string): Promise<boolean> => (await kind(join(folder, name))) === "file";
   const peft = (await has(CONFIG)) || (await has(PEFT)) || (await has(PEFT_PICKLE));
@@ -141,7 +141,7 @@ async function adapterFolder(folder: string): Promise<AdapterLocation | undefine
   return pipelineFolder(folder);
 }
 
-/** Of PEFT, or of MLX LM, whose configuration has the same name. */
+/** Takes a folder of PEFT, or of MLX LM, whose configuration has the same name. */
 async function configuredFolder(folder: string): Promise<AdapterLocation> {
   const has = async (name: string): Promise<boolean> => (await kind(join(folder, name))) === "file";
   return (await has(MLX)) && (await has(CONFIG)) && !(await has(PEFT)) ? mlxFolder(folder) : peftFolder(folder);
@@ -151,7 +151,7 @@ function mlxFolder(folder: string): AdapterLocation {
   return { id: basename(folder), path: folder, tensors: join(folder, MLX), format: "mlx" };
 }
 
-/** Folders of PEFT that are called as models of a pipeline are one adapter. */
+/** Takes PEFT folders with the names of a pipeline's models as one adapter. */
 async function pipelineFolder(folder: string): Promise<AdapterLocation | undefined> {
   const models = new Map<string, AdapterLocation>();
   for (const model of MODELS) {
@@ -179,7 +179,7 @@ async function peftFolder(folder: string): Promise<AdapterLocation> {
   return { id: basename(folder), path: folder, tensors: join(folder, PEFT), format: "peft" };
 }
 
-/** Files in a folder that hold a LoRA, and not a model or something else. */
+/** Finds files in a folder that hold a LoRA, and not a model or something else. */
 async function looseFiles(folder: string): Promise<AdapterLocation[]> {
   const found: AdapterLocation[] = [];
   for (const path of await visible(folder)) {
@@ -193,7 +193,7 @@ async function looseFiles(folder: string): Promise<AdapterLocation[]> {
   return found;
 }
 
-/** Models are GGUF files too. */
+/** Whether a GGUF file holds an adapter; models are GGUF files too. */
 async function isGgufAdapter(path: string): Promise<boolean> {
   const source = await openSource(path);
   try {

@@ -1,17 +1,19 @@
 /**
- * Adapters on disk: opens those under the paths a person names, in the order of their ids, each with the reader of its format. With
- * find.ts the only adapter code that needs a file system.
+ * Opens adapters on disk under given paths, in the order of their ids, each with the reader of its format. This file and find.ts are the
+ * only adapter code that needs a file system.
  */
 import { join, resolve } from "node:path";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { openPath } from "../files-node.ts";
 import { isTaskId } from "../format/directory.ts";
+import type { TaskMetadata } from "../format/format.ts";
 import type { ByteSource } from "../source.ts";
-import type { Adapter } from "./adapter.ts";
+import type { Adapter, AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { describeBase } from "./describe-base.ts";
 import { readDiffusers } from "./diffusers.ts";
+import { withTextModel } from "./diffusers-keys.ts";
 import { type AdapterLocation, CONFIG, findAdapters, kind } from "./find.ts";
 import { readGguf } from "./gguf.ts";
 import { readJson } from "./json-file.ts";
@@ -21,20 +23,19 @@ import { readMlx } from "./mlx.ts";
 import { compare } from "./modules.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
 import { readPeft } from "./peft.ts";
-import { joinModels } from "./pipeline.ts";
 
 const TASK = "task.json";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
 
-/** How adapters are read. */
+/** Options of `readAdapters`. */
 export interface ReadAdaptersOptions {
   /** New ids, by old id or by path. */
   readonly rename?: ReadonlyMap<string, string> | undefined;
   /**
-   * What names the base's modules, for files of kohya, or its heads, for GGUF files: path of its folder, config.json, safetensors file or
-   * index, of a list of names in JSON, or of a GGUF file. Read when an adapter needs it. Default: nothing is known of it.
+   * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder, config.json, safetensors
+   * file or index, list of names in JSON, or GGUF file. Read when an adapter needs it. Default: none.
    */
   readonly base?: string | undefined;
 }
@@ -42,7 +43,7 @@ export interface ReadAdaptersOptions {
 /**
  * Opens the adapters under some paths, sorted by id. Close each when it is no longer needed: it may hold a file open.
  * @throws AdapterError as `findAdapters`, `readPeft` and the readers of other formats; FormatError and SourceError as these
- * @throws TaskError when two adapters have one id, an id is not allowed, or a rename means none or several
+ * @throws TaskError when two adapters have one id, an id is not allowed, or a rename matches none or several
  */
 export async function readAdapters(paths: readonly string[], options: ReadAdaptersOptions = {}): Promise<Adapter[]> {
   checkOptions("readAdapters", options, ["rename", "base"]);
@@ -61,7 +62,7 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   return adapters;
 }
 
-/** Opens the files of adapters, and remembers which. */
+/** Opens the files of adapters, and keeps some open. */
 class Files {
   readonly #sources: ByteSource[] = [];
   readonly #base: () => Promise<BaseFacts>;
@@ -136,7 +137,7 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
   return [...owners].map(([id, location]) => ({ ...location, id })).sort((a, b) => compare(a.id, b.id));
 }
 
-/** A file that is opened anew for every read. */
+/** Opens a file anew for every read. */
 async function openOnDemand(path: string): Promise<ByteSource> {
   const probe = await openPath(path);
   await probe.close?.();
@@ -150,6 +151,41 @@ async function openOnDemand(path: string): Promise<ByteSource> {
       } finally {
         await source.close?.();
       }
+    },
+  };
+}
+
+/**
+ * Joins the adapters of a pipeline's models to one, with names from the pipeline down, as in the files of diffusers.
+ * @param models by the name of the model ("unet", "text_encoder"). Closed by the adapter's `close`
+ * @param metadata of the task
+ */
+export function joinModels(
+  { id, file }: Pick<Adapter, "id" | "file">,
+  models: ReadonlyMap<string, Adapter>,
+  metadata: TaskMetadata,
+): Adapter {
+  const all = [...models];
+  const modules = all.flatMap(([model, adapter]) =>
+    [...adapter.modules.values()].map((module): AdapterModule => {
+      return { ...module, name: `${model}.${withTextModel(module.name, model)}`, read: () => module.read() };
+    }),
+  );
+  const saved = all.flatMap(([model, adapter]) =>
+    adapter.saved.map((one) => ({ ...one, name: `${model}.${one.name}` })),
+  );
+  const bases = new Set(all.map(([, { baseModel }]) => baseModel));
+  return {
+    id,
+    file,
+    byteLength: all.reduce((sum, [, { byteLength }]) => sum + byteLength, 0),
+    baseModel: bases.size === 1 ? [...bases][0] : undefined,
+    modules: new Map(modules.map((module) => [module.name, module] as const).sort(([a], [b]) => compare(a, b))),
+    saved: saved.sort((a, b) => compare(a.name, b.name)),
+    metadata,
+    warnings: all.flatMap(([model, { warnings }]) => warnings.map((text) => `${model}: ${text}`)),
+    async close() {
+      for (const adapter of models.values()) await adapter.close();
     },
   };
 }

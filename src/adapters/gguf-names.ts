@@ -1,17 +1,17 @@
 /**
- * Names of weights in GGUF files, by architecture, and the modules of transformers that they are (gguf-py, tensor_mapping.py; what
- * llama.cpp's convert_hf_to_gguf.py does to them). Architectures that are not listed are refused: a wrong order of rows is not seen.
+ * Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py, tensor_mapping.py;
+ * llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
  */
 
 /** How an architecture names and orders weights. */
 export interface GgufArchitecture {
   /** Modules by GGUF's names; N stands for the number of the layer. */
   readonly modules: ReadonlyMap<string, string>;
-  /** Rows of these are reordered by heads, so that rotary embedding works on neighbours. */
+  /** Weights whose rows are reordered by heads, so that rotary embedding works on neighbours. */
   readonly permuted: ReadonlyMap<string, "heads" | "kvHeads">;
 }
 
-/** GGUF's name of the embedding, whose two factors change places. */
+/** GGUF's name of the embedding, whose two factors are swapped. */
 export const EMBEDDING = "token_embd";
 
 const LLAMA = {
@@ -55,7 +55,7 @@ const architecture = (modules: Readonly<Record<string, string>>, permuted = fals
   ),
 });
 
-/** By `general.architecture`. "llama" is Mistral's and SmolLM2's too. */
+/** Architectures by `general.architecture`. Mistral and SmolLM2 use "llama" too. */
 export const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map([
   ["llama", architecture(LLAMA, true)],
   ...["qwen2", "qwen3", "gemma", "gemma2", "gemma3"].map((name) => [name, architecture(LLAMA)] as const),
@@ -63,8 +63,33 @@ export const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map([
   ["bert", architecture(BERT)],
 ]);
 
-/** A name with N for the number of the layer. */
+/** Replaces the number of the layer in a name by N. */
 export function generic(name: string): { pattern: string; layer: string | undefined } {
   const [, before, layer, after] = /^(.*?\.)(\d+)(\..+)$/.exec(name) ?? [];
   return layer === undefined ? { pattern: name, layer: undefined } : { pattern: `${before}N${after}`, layer };
+}
+
+/**
+ * Reorders rows of queries and keys of Llama's architecture as llama.cpp does (`permute` of convert_hf_to_gguf.py): rotary embedding
+ * rotates pairs of rows, which transformers keeps half a head apart and llama.cpp side by side.
+ * @param values [rows, columns], rows a multiple of 2 · heads
+ * @param way "into pairs": from transformers' order to llama.cpp's; "out of pairs": back
+ */
+export function permuteRows(
+  values: Float32Array,
+  rows: number,
+  heads: number,
+  way: "into pairs" | "out of pairs",
+): Float32Array<ArrayBuffer> {
+  const columns = values.length / rows;
+  const half = rows / heads / 2;
+  const out = new Float32Array(values.length);
+  for (let row = 0; row < rows; row++) {
+    const [head, inHead] = [Math.floor(row / (2 * half)), row % (2 * half)];
+    // `row` is an index in transformers' order: the `pair`-th of its head's first or second half.
+    const pair = head * 2 * half + 2 * (inHead % half) + Math.floor(inHead / half);
+    const [from, to] = way === "into pairs" ? [row, pair] : [pair, row];
+    out.set(values.subarray(from * columns, (from + 1) * columns), to * columns);
+  }
+  return out;
 }

@@ -1,6 +1,6 @@
 /**
- * Reads a LoRA as llama.cpp's convert_lora_to_gguf.py writes it into the canonical form: names and orientation are those of
- * transformers again, and so is the order of rows that llama.cpp changes for rotary embedding. Portable: folders are read in folder.ts.
+ * Reads a LoRA that llama.cpp's convert_lora_to_gguf.py wrote into the canonical form: names, orientation, and the order of rows that
+ * llama.cpp changes for rotary embedding are those of transformers again. Portable: folders are read in folder.ts.
  */
 import { openSource } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
@@ -8,10 +8,9 @@ import { type GgufFile, openGguf } from "../tensor/gguf.ts";
 import { type Derived, transposed, withDerived } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
-import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic } from "./gguf-names.ts";
+import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic, permuteRows } from "./gguf-names.ts";
 import { readTaskMetadata } from "./metadata.ts";
 import { assembleLora, type LoraKey, listed, refuser, sortTensors } from "./named-lora.ts";
-import { permuteRows } from "./permute.ts";
 
 /** The file of one LoRA of llama.cpp. */
 export interface GgufFiles {
@@ -23,7 +22,7 @@ export interface GgufFiles {
   readonly tensors: SourceInput;
   /** Parsed task.json, where there is one. */
   readonly task?: unknown;
-  /** Heads of the base: needed for Llama's architecture, of which the file does not tell them. */
+  /** Heads of the base. Files of Llama's architecture need them, since they do not contain them. */
   readonly base?: BaseFacts | undefined;
 }
 
@@ -69,7 +68,7 @@ function textOf({ fields }: GgufFile, name: string): string | undefined {
   return typeof found === "string" && found !== "" ? found : undefined;
 }
 
-/** @throws AdapterError when it is no LoRA, or of an architecture that is not known */
+/** @throws AdapterError when it is no LoRA, or has an unknown architecture */
 function architectureOf(file: GgufFile): { name: string; architecture: GgufArchitecture } {
   const refuse = refuser(file);
   for (const [field, expected] of [
@@ -110,7 +109,7 @@ const SIDES: ReadonlyMap<string, "A" | "B"> = new Map([
   [".weight.lora_b", "B"],
 ]);
 
-/** The weight that a tensor belongs to, and which factor it is. */
+/** The weight that a tensor belongs to, and its factor. */
 function split(key: string): { weight: string; side: "A" | "B" } | undefined {
   const at = key.lastIndexOf(".weight.");
   const side = SIDES.get(key.slice(at));
@@ -127,12 +126,12 @@ function parseKey(key: string, { modules }: GgufArchitecture): LoraKey | undefin
   return { prefix: "", local: module, module, part };
 }
 
-/** The file with the orientation and the order of rows that its weights have in transformers. */
+/** Gives a file the orientation and the order of rows that its weights have in transformers. */
 function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitecture, base: BaseFacts): GgufFile {
   const derived = new Map<string, Derived>();
   for (const [key, { dtype, shape }] of file.tensors) {
     const { weight = "", side } = split(key) ?? {};
-    // Its rows are tokens, and are looked up: [vocabulary, r].
+    // An embedding's rows are tokens, which are looked up: [vocabulary, r].
     if (weight === EMBEDDING && side === "A" && shape.length === 2) derived.set(key, transposed(file, key));
     const which = permuted.get(generic(weight).pattern);
     if (side !== "B" || which === undefined) continue;

@@ -1,9 +1,9 @@
-/** JSON files that lie beside adapters and models. */
+/** Reads JSON files beside adapters and models. */
 import { readFile, stat } from "node:fs/promises";
 import { AdapterError } from "../errors.ts";
 import { parseJson } from "../tensor/tensor-file.ts";
 
-/** More than a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
+/** Room for a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
 const MAX_JSON_BYTES = 16 * 1024 * 1024;
 
 /** @throws AdapterError when there is no such file, it is too large, or holds what `parseJson` refuses */

@@ -1,11 +1,11 @@
 /**
- * Names of modules in kohya's LoRA files, where an underscore stands for every dot. Without the base's own list of modules they are
- * read by the words that modules of Stable Diffusion's UNets and of CLIP are made of, in which no name can be read in two ways. Files
- * for SDXL have the names of its original code ("input_blocks_4_1"), which are translated as diffusers 0.42 does
+ * Names of modules in kohya's LoRA files, where an underscore stands for every dot. Without the base's own list of modules they are split
+ * by the words that module names of Stable Diffusion's UNets and of CLIP consist of; no such name can be split in two ways. Files for
+ * SDXL have the names of its original code ("input_blocks_4_1"), which are translated as in diffusers 0.42
  * (loaders/lora_conversion_utils.py).
  */
 
-/** Prefixes of kohya and LyCORIS, and the models that they mean. */
+/** Prefixes of kohya and LyCORIS, and the models they stand for. */
 const PREFIXES: readonly (readonly [string, string])[] = [
   ["lora_unet_", "unet"],
   ["lora_te1_", "text_encoder"],
@@ -17,7 +17,7 @@ const PREFIXES: readonly (readonly [string, string])[] = [
   ["lycoris_", "unet"],
 ];
 
-/** Words that hold underscores of their own. */
+/** Words that contain underscores of their own. */
 const WORDS: ReadonlySet<string> = new Set(
   (
     "down_blocks mid_block up_blocks attentions resnets transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj proj_in " +
@@ -28,13 +28,13 @@ const WORDS: ReadonlySet<string> = new Set(
 );
 const MOST_PARTS = 4;
 
-/** A flattened name without its prefix, and the model that this means; undefined where it has none. */
+/** Splits a flattened name into the model of its prefix and the rest; undefined where it has no prefix. */
 export function splitPrefix(name: string): { model: string; flat: string } | undefined {
   const found = PREFIXES.find(([prefix]) => name.startsWith(prefix));
   return found && { model: found[1], flat: name.slice(found[0].length) };
 }
 
-/** The module that a flattened name means by itself; undefined where a word is not known. */
+/** The module of a flattened name; undefined where a word is unknown. */
 export function unflatten(flat: string): string | undefined {
   const parts = (diffusersName(flat) ?? flat).split("_");
   const words: string[] = [];
@@ -49,10 +49,10 @@ export function unflatten(flat: string): string | undefined {
   return words.join(".");
 }
 
-/** Layers of a block, in the original code of Stable Diffusion: as in the UNets of all its versions. */
+/** Layers of a block in the original code of Stable Diffusion; equal in the UNets of all versions. */
 const LAYERS = 2;
 
-/** What the original code calls the parts of a residual block. */
+/** Names of the parts of a residual block in the original code. */
 const RESNET: ReadonlyMap<string, string> = new Map([
   ["in_layers_2", "conv1"],
   ["out_layers_3", "conv2"],
@@ -68,7 +68,7 @@ const OUTSIDE: ReadonlyMap<string, string> = new Map([
   ["label_emb_0_2", "add_embedding_linear_2"],
 ]);
 
-/** The name in diffusers, still flattened, of one in the original code; undefined where it is none of these. */
+/** Translates a flattened name of the original code to diffusers; undefined where it is none. */
 function diffusersName(flat: string): string | undefined {
   const outside = OUTSIDE.get(flat);
   if (outside !== undefined) return outside;
@@ -92,7 +92,7 @@ function diffusersName(flat: string): string | undefined {
     : `${block}_attentions_${layer}_${rest}`;
 }
 
-/** What kohya calls a module of a model; undefined where it has no prefix for it. */
+/** kohya's name of a module of a model; undefined where kohya has no prefix for the model. */
 export function flatten(module: string): string | undefined {
   const model = [...new Set(PREFIXES.map(([, model]) => model))].find((name) => module.startsWith(`${name}.`));
   if (model === undefined) return undefined;

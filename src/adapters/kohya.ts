@@ -1,7 +1,7 @@
 /**
  * Reads a LoRA as kohya's sd-scripts and LyCORIS save it, one safetensors file for all models of a pipeline, into the canonical form:
- * linear layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) where its
- * norms go over outputs. Modules are named as diffusers names them. Portable: folders are read in folder.ts.
+ * linear layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) if its norms
+ * go over outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
  */
 import type { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
@@ -11,7 +11,15 @@ import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-fact
 import { foreignName } from "./diffusers-keys.ts";
 import { splitPrefix, unflatten } from "./kohya-names.ts";
 import { readTaskMetadata } from "./metadata.ts";
-import { assembleLora, type LoraKey, listed, type Refuse, readAlphas, refuser, sortTensors } from "./named-lora.ts";
+import {
+  assembleLora,
+  type LoraKey,
+  listed,
+  type RefuseTensor,
+  readAlphas,
+  refuser,
+  sortTensors,
+} from "./named-lora.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import { openSafetensors } from "./safetensors.ts";
 
@@ -85,7 +93,7 @@ function named(model: string, flat: string, names: FlatNames, file: string): str
   return moduleOf(`${model}_${flat}`, names, file)?.slice(model.length + 1) ?? moduleOf(flat, names, file);
 }
 
-function unknownError(keys: readonly string[], refuse: Refuse): AdapterError {
+function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterError {
   const foreign = foreignName(keys.filter((key) => !isKohyaName(key) || /\.(hada|lokr)_/.test(key)));
   if (foreign !== undefined) return refuse(foreign.name, `tensor ${foreign.name} ${foreign.message}`);
   return refuse(
@@ -98,8 +106,8 @@ function unknownError(keys: readonly string[], refuse: Refuse): AdapterError {
 const [DOWN, MID] = [".lora_down.weight", ".lora_mid.weight"];
 
 /**
- * LyCORIS' Tucker form: ΔW = up · mid ⊛ down, with mid [r, r, k…] and down [r, in, 1…]. The middle goes into the factor below, which
- * is then [r, in, k…] as in any convolution.
+ * Resolves LyCORIS' Tucker form: ΔW = up · mid ⊛ down, with mid [r, r, k…] and down [r, in, 1…]. The middle factor is multiplied into the
+ * lower one, which is then [r, in, k…] as in any convolution.
  * @throws AdapterError when the shapes do not fit
  */
 function withoutTucker<T extends TensorFile>(file: T): T {
@@ -124,7 +132,7 @@ function withoutTucker<T extends TensorFile>(file: T): T {
   return { ...found, tensors };
 }
 
-/** mid [r, r, taps] and down [r, in] as [r, in, taps], in f64. */
+/** Multiplies mid [r, r, taps] and down [r, in] to [r, in, taps], in f64. */
 function tucker(mid: Float32Array, down: Float32Array, rank: number, inputs: number): Float32Array<ArrayBuffer> {
   const taps = mid.length / rank ** 2;
   const out = new Float32Array(rank * inputs * taps);
@@ -140,7 +148,7 @@ function tucker(mid: Float32Array, down: Float32Array, rank: number, inputs: num
   return out;
 }
 
-/** Magnitudes as PEFT has them, [out], or [1, out, 1…] of a convolution. @throws AdapterError for norms over inputs */
+/** Magnitudes in PEFT's shape, [out], or [1, out, 1…] of a convolution. @throws AdapterError for norms over inputs */
 function withPlainShapes<T extends TensorFile>(file: T): T {
   const derived = new Map<string, Derived>();
   for (const [key, { dtype, shape }] of file.tensors) {

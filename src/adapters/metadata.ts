@@ -1,6 +1,6 @@
 /**
- * `task.json`, the file beside an adapter that says what cannot be read from tensors: class names, licence, origin.
- * Whatever plain values it holds become the task's metadata. Not the adapter's own configuration.
+ * Reads `task.json`, the file beside an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
+ * become the task's metadata. It is not the adapter's own configuration.
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
@@ -9,16 +9,16 @@ import { show } from "../tensor/tensor-file.ts";
 /** Metadata is read with a pack's directory, before any task: it must stay small. */
 const MAX_METADATA_BYTES = 64 * 1024;
 
-/** What a pack holds (SPEC.md, section 1): 16 levels, of which the task list, its entries and their metadata take three. */
+/** Levels left in a pack (SPEC.md, section 1): 16, less three for the task list, its entries and their metadata. */
 const MAX_DEPTH = 13;
-/** SPEC.md, section 4.3: bytes of a class name, of licence and origin. */
+/** Most bytes of a class name, and of licence and origin (SPEC.md, section 4.3). */
 const [MAX_LABEL_BYTES, MAX_TEXT_BYTES] = [1024, 4096];
 
 /**
  * Checks the contents of a task.json.
  * @param task parsed JSON; undefined when there is no such file
  * @param file its path, for messages
- * @throws AdapterError naming the field that is not what it must be
+ * @throws AdapterError naming the invalid field
  */
 export function readTaskMetadata(task: unknown, file: string): TaskMetadata {
   if (task === undefined) return {};

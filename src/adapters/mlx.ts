@@ -1,6 +1,6 @@
 /**
- * Reads a LoRA or DoRA as MLX LM saves it, `adapter_config.json` and `adapters.safetensors`, into the canonical form. Its factors are
- * [in, r] and [r, out], and its scale stands as it is in the configuration. Portable: folders are read in folder.ts.
+ * Reads a LoRA or DoRA as MLX LM saves it, `adapter_config.json` and `adapters.safetensors`, into the canonical form. Factors in the file
+ * are [in, r] and [r, out]; the configuration holds the scale itself. Portable: folders are read in folder.ts.
  */
 import { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
@@ -56,7 +56,7 @@ export async function readMlx({ id, file, config, tensors: input, task }: MlxFil
   }
 }
 
-/** Whether a parsed adapter_config.json is of MLX LM. */
+/** Whether a parsed adapter_config.json belongs to MLX LM. */
 export function isMlxConfig(config: unknown): boolean {
   return typeof config === "object" && config !== null && ("lora_parameters" in config || "fine_tune_type" in config);
 }
@@ -89,7 +89,7 @@ function parseKey(name: string): LoraKey | undefined {
   return { prefix: "", local: module, module, part };
 }
 
-/** [in, r] and [r, out] as [r, in] and [out, r]; other shapes stay, and are refused with their module. */
+/** Transposes [in, r] and [r, out] to [r, in] and [out, r]; other shapes stay, and are refused with their module. */
 function asPeft<T extends TensorFile>(file: T): T {
   const factors = [...file.tensors].filter(([name, { shape }]) => /\.lora_[ab]$/.test(name) && shape.length === 2);
   return withDerived(file, new Map(factors.map(([name]): [string, Derived] => [name, transposed(file, name)])));

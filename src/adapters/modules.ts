@@ -1,29 +1,29 @@
 /**
- * Modules that several adapters, or parts made of adapters, have in common: the same layer must be the same in all of them.
+ * Modules that several adapters, or parts made of adapters, have in common: a layer must be the same in all of them.
  */
 import { checkArgument, checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Adapter, ModuleShape } from "./adapter.ts";
 
-/** By code units, so that the order is the same on every machine. */
+/** Compares by code units, so that the order is the same on every machine. */
 export function compare(a: string, b: string): number {
   return a < b ? -1 : a > b ? 1 : 0;
 }
 
-/** Who has modules, from which file. */
+/** An owner of modules, and its file. */
 interface Owner<M extends ModuleShape> {
   readonly file: string;
   readonly modules: ReadonlyMap<string, M>;
 }
 
-/** A module, and all who have it. */
+/** A module with all its owners. */
 export interface SharedModule<O> {
   readonly shape: ModuleShape;
   readonly owners: readonly O[];
 }
 
 /**
- * All modules that somebody has, sorted by name.
+ * All modules that occur, sorted by name.
  * @throws AdapterError naming the second file when two mean different modules by one name
  */
 export function sharedModules<M extends ModuleShape, O extends Owner<M>>(
@@ -41,7 +41,7 @@ export function sharedModules<M extends ModuleShape, O extends Owner<M>>(
   );
 }
 
-/** @throws AdapterError when an adapter brings a weight whole, or rows of it, and adapts it as well; PEFT makes no such adapter */
+/** @throws AdapterError when an adapter both replaces a weight (or rows of it) and adapts it; PEFT makes no such adapter */
 export function refuseBoth({ file, modules, saved }: Pick<Adapter, "file" | "modules" | "saved">): void {
   const adapted = new Set([...modules.keys()].map((name) => `${name}.weight`));
   const both = saved.find(({ name, role }) => adapted.has(name) && (role === "saved" || role === "rows"));
@@ -70,21 +70,21 @@ export function checkAdapters(where: string, value: unknown): void {
   for (const one of value as unknown[]) checkAdapter(where, one);
 }
 
-/** What is known of an adapter's base model. */
+/** What an adapter says of its base model. */
 interface Based {
   readonly id: string;
   readonly file: string;
   readonly baseModel: string | undefined;
 }
 
-/** So many adapters of one base model are listed. */
+/** Adapters of one base model that a message lists. */
 const LISTED = 3;
 
 /**
- * Adapters of different base models cannot share a pack. One model goes by several names, as a hub's id and as a folder: names that
- * end alike are taken for one. An adapter that names none goes with any.
- * @param anyBase take them all the same
- * @throws AdapterError when adapters name different base models, with who names which
+ * Refuses adapters of different base models, which cannot share a pack. One model goes by several names, as a hub's id and as a folder,
+ * so names with the same end count as one. An adapter without a name fits any.
+ * @param anyBase accept them all the same
+ * @throws AdapterError when adapters name different base models, listing them
  */
 export function refuseBases(adapters: readonly Based[], anyBase = false): void {
   const byEnd = new Map<string, Based[]>();
@@ -107,13 +107,13 @@ export function refuseBases(adapters: readonly Based[], anyBase = false): void {
   );
 }
 
-/** The end of a base model's name: of a hub's id, of a path, or of a folder in the cache of the hub. */
+/** The end of a base model's name: of a hub's id, of a path, or of a folder in the hub's cache. */
 function lastPart(name: string): string {
   const cached = /models--(?:[^/\\]+?--)?([^/\\]+)[/\\]snapshots[/\\]/.exec(name)?.[1];
   return (cached ?? name.split(/[/\\]/).findLast(Boolean) ?? "").toLowerCase();
 }
 
-/** The base models that adapters name, in the order of the adapters. */
+/** Base models that adapters name, in the order of the adapters. */
 export function baseModels(adapters: readonly { readonly baseModel: string | undefined }[]): string[] {
   return [...new Set(adapters.map(({ baseModel }) => baseModel).filter((name) => name !== undefined))];
 }

@@ -1,19 +1,19 @@
 /**
  * The regular expressions by which PEFT gives modules a rank and a scale of their own (`get_pattern_key` of peft/utils/other.py:
- * `re.match(r"(.*\.)?(PATTERN)$", name)`, the first match counts). A pattern comes from a file that anybody may have written, and
- * the engines of JavaScript and Python try all ways to match one after the other, which may take for ever. Here it becomes a
- * nondeterministic automaton that is in all its states at once (Thompson, CACM 11(6), 1968): time grows with pattern × name.
+ * `re.match(r"(.*\.)?(PATTERN)$", name)`, the first match counts). Patterns come from untrusted files, and the engines of JavaScript and
+ * Python backtrack, which can take exponential time. Here a pattern becomes a nondeterministic automaton that is in all its states at
+ * once (Thompson, CACM 11(6), 1968): time grows with pattern × name.
  *
- * Understood: literals, escaped punctuation, `.`, `[…]`, `\d \w \s \D \W \S`, groups `(…)` and `(?:…)`, `|`, `* + ? {m,n}` and
- * their lazy forms, `^` and `$`, each as Python reads it in names without control characters. What looks around or back has no such
- * automaton, and is refused.
+ * Supported: literals, escaped punctuation, `.`, `[…]`, `\d \w \s \D \W \S`, groups `(…)` and `(?:…)`, `|`, `* + ? {m,n}` and
+ * their lazy forms, `^` and `$`, each as Python reads it in names without control characters. Lookaround and backreferences have no
+ * such automaton, and are refused.
  */
 
-/** Longest pattern, in characters. Most that people and PEFT write are names of modules. */
+/** Longest pattern, in characters. Patterns of people and of PEFT are mostly names of modules. */
 const MAX_LENGTH = 1024;
 /** Most states of a pattern: `x{1000}` has one for each copy. */
 const MAX_STATES = 8192;
-/** Most steps for all names of an adapter: seconds. 6 000 modules, the name of each a pattern, take most of them. */
+/** Most steps for all names of an adapter, which take seconds. 6 000 modules with a pattern for each need most of them. */
 const MAX_STEPS = 300_000_000;
 
 /** Refuses a pattern. @param why ends a sentence about it, and says what to do */
@@ -25,7 +25,7 @@ export class NamePatterns<T> {
   readonly #refuse: RefusePattern;
   #steps = 0;
 
-  /** @throws what `refuse` makes, for a pattern that is no expression or one that is not understood */
+  /** @throws the error that `refuse` makes, for a pattern that is invalid or not supported */
   constructor(entries: readonly (readonly [pattern: string, value: T])[], refuse: RefusePattern) {
     this.#refuse = refuse;
     this.#patterns = entries.map(([pattern, value]) => ({ pattern, value, automaton: compile(pattern, refuse) }));
@@ -33,7 +33,7 @@ export class NamePatterns<T> {
 
   /**
    * The value of the first pattern that matches the name of a module; undefined where none does.
-   * @throws what `refuse` makes, when the first is not known or finding it takes too long
+   * @throws the error that `refuse` makes, when that pattern is not supported or finding it takes too long
    */
   find(name: string): T | undefined {
     const codes = codesOf(name);
@@ -45,7 +45,7 @@ export class NamePatterns<T> {
       if (this.#steps > MAX_STEPS)
         throw this.#refuse(pattern, "takes too long for the modules there are; write fewer patterns");
       if (!matched) continue;
-      // Objects of JavaScript put keys that are numbers in front, wherever they were in the file.
+      // JavaScript objects put numeric keys in front, wherever they were in the file.
       if (first === undefined && !/^\d+$/.test(pattern)) return value;
       if (first !== undefined && first.value !== value) {
         throw this.#refuse(first.pattern, `matches ${name} as another one does; give each module one pattern`);
@@ -62,7 +62,7 @@ const codesOf = (text: string): number[] => Array.from(text, (character) => char
 type CharacterTest = (code: number) => boolean;
 type PlaceTest = (index: number, length: number) => boolean;
 
-/** One state: passed with a character that `test` takes, or without one, where the place is right if `at` asks for one. */
+/** One state: left on a character that `test` accepts, or without one, if the place in the name is the one that `at` asks for. */
 interface State {
   readonly test?: CharacterTest;
   readonly at?: PlaceTest;
@@ -71,15 +71,15 @@ interface State {
 
 const DOT = 46;
 
-/** Reads names backwards: most patterns are names, which differ from others soon before their end. */
+/** Runs a pattern over names backwards: most patterns are names, and names differ most near their end. */
 class Automaton {
   /** States visited by all runs. */
   steps = 0;
   readonly #states: readonly State[];
   readonly #start: number;
-  /** Nothing leads on from it. */
+  /** The accepting state. */
   readonly #accept: number;
-  /** In which round each state was last visited, so that it is followed once in each. */
+  /** Round in which each state was last visited, so that it is followed once per round. */
   readonly #visited: Int32Array;
   #round = 0;
 
@@ -90,7 +90,7 @@ class Automaton {
     this.#visited = new Int32Array(states.length);
   }
 
-  /** Whether all of a name, or what follows one of its dots, is matched. */
+  /** Whether all of a name, or the rest behind one of its dots, matches. */
   matches(codes: readonly number[]): boolean {
     let [now, next]: number[][] = [[this.#start], []];
     for (let index = codes.length; index >= 0 && now!.length > 0; index--) {
@@ -111,8 +111,8 @@ class Automaton {
   }
 }
 
-/** Adds the states of a part, after which the automaton goes on in `next`. @returns the state in which the part begins */
-type Part = (next: number) => number;
+/** Adds the states of a part of the pattern, followed by the state `next`. @returns the first state of the part */
+type Fragment = (next: number) => number;
 
 function compile(pattern: string, refuse: RefusePattern): Automaton {
   const compiler = new Compiler(pattern, (why) => refuse(pattern, `${why}; write the modules' names instead`));
@@ -127,7 +127,7 @@ const not =
   (test: CharacterTest): CharacterTest =>
   (code) =>
     !test(code);
-/** As Python reads them in a `str`, where there are no control characters. A byte order mark is no space to Python. */
+/** Classes of characters as Python defines them for a `str`, without control characters. A byte order mark is no space to Python. */
 const CLASSES: ReadonlyMap<string, CharacterTest> = new Map(
   (
     [
@@ -141,7 +141,7 @@ const CLASSES: ReadonlyMap<string, CharacterTest> = new Map(
   ]),
 );
 
-/** By recursive descent from a pattern to an automaton. */
+/** Compiles a pattern to an automaton by recursive descent. */
 class Compiler {
   readonly #pattern: readonly string[];
   readonly #refuse: (why: string) => Error;
@@ -153,7 +153,7 @@ class Compiler {
     this.#refuse = refuse;
   }
 
-  /** @throws what `refuse` makes */
+  /** @throws the error that `refuse` makes */
   automaton(): Automaton {
     const { length } = this.#pattern;
     if (length > MAX_LENGTH) throw this.#refuse(`has ${length} characters, ${MAX_LENGTH} at most are read`);
@@ -180,20 +180,20 @@ class Compiler {
     return true;
   }
 
-  #alternatives(): Part {
+  #alternatives(): Fragment {
     const all = [this.#sequence()];
     while (this.#take("|")) all.push(this.#sequence());
     return all.length === 1 ? all[0]! : (next) => this.#add({ to: all.map((part) => part(next)) });
   }
 
-  #sequence(): Part {
-    const parts: Part[] = [];
+  #sequence(): Fragment {
+    const parts: Fragment[] = [];
     while (this.#next !== undefined && this.#next !== "|" && this.#next !== ")") parts.push(this.#repeated());
-    // Backwards: what is last in the pattern is met first.
+    // Backwards: the last part of the pattern is met first.
     return (next) => parts.reduce((to, part) => part(to), next);
   }
 
-  #repeated(): Part {
+  #repeated(): Fragment {
     const isPlace = this.#next === "^" || this.#next === "$";
     const part = this.#atom();
     const times = this.#times();
@@ -206,7 +206,7 @@ class Compiler {
     return (next) => this.#repeat(part, least, most, next);
   }
 
-  #repeat(part: Part, least: number, most: number, next: number): number {
+  #repeat(part: Fragment, least: number, most: number, next: number): number {
     let to = next;
     let copies = least;
     if (most === Infinity) {
@@ -215,12 +215,12 @@ class Compiler {
       this.#states[to]!.to = [again, next];
       if (least > 0) [to, copies] = [again, least - 1];
     } else for (let i = least; i < most; i++) to = this.#add({ to: [part(to), next] });
-    // A state of its own for each, so that copies of nothing count too.
+    // A state of its own for each copy, so that copies of nothing count too.
     for (; copies > 0; copies--) to = this.#add({ to: [part(to)] });
     return to;
   }
 
-  /** Least and most times of a repetition, where one begins. */
+  /** Reads the least and most times of a repetition, where one begins. */
   #times(): [number, number] | undefined {
     if (this.#take("*")) return [0, Infinity];
     if (this.#take("+")) return [1, Infinity];
@@ -236,7 +236,7 @@ class Compiler {
     return times;
   }
 
-  #atom(): Part {
+  #atom(): Fragment {
     const character = this.#next!;
     if ("*+?{".includes(character)) throw this.#refuse(`has nothing to repeat before "${character}"`);
     this.#at++;
@@ -258,19 +258,19 @@ class Compiler {
     }
   }
 
-  #one(item: number | CharacterTest): Part {
+  #one(item: number | CharacterTest): Fragment {
     const test = testOf(item);
     return (next) => this.#add({ test, to: [next] });
   }
 
-  #group(): Part {
+  #group(): Fragment {
     if (this.#take("?") && !this.#take(":")) throw this.#refuse(`has a group "(?${this.#next ?? ""}"`);
     const part = this.#alternatives();
     if (!this.#take(")")) throw this.#refuse('has a "(" without ")"');
     return part;
   }
 
-  /** What stands in brackets. A "]" that comes first is one of the characters. */
+  /** Reads a set in brackets. A "]" that comes first is one of the characters. */
   #set(): CharacterTest {
     const negated = this.#take("^");
     const tests: CharacterTest[] = [];

@@ -1,6 +1,6 @@
 /**
- * LoRA files whose tensors say by their names what they are, without a configuration beside them: of diffusers, kohya, llama.cpp,
- * ONNX Runtime and MLX. Every tensor gets its module, or the file is refused. What a name means is up to the reader of each format.
+ * LoRA files that describe themselves by the names of their tensors, without a configuration: those of diffusers, kohya, llama.cpp, ONNX
+ * Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
  */
 import { AdapterError } from "../errors.ts";
 import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
@@ -11,13 +11,13 @@ import type { KeyRole } from "./peft-keys.ts";
 import { readModule } from "./peft-module.ts";
 import { checkName, type PeftTensors, peftTensors } from "./peft-places.ts";
 
-/** What a tensor is. */
+/** Meaning of a tensor's name. */
 export interface LoraKey {
-  /** The model of a pipeline that it belongs to; "" where there is one. */
+  /** The model of a pipeline that it belongs to; "" where there is only one. */
   readonly prefix: string;
   /** The module within its model, as PEFT's patterns mean it. */
   readonly local: string;
-  /** The module, with the model it belongs to. */
+  /** The module, with its model in front. */
   readonly module: string;
   readonly part: KeyRole | "alpha";
 }
@@ -31,23 +31,23 @@ export interface LoraParts {
   alpha?: string;
 }
 
-export type Refuse = PeftTensors["refuse"];
+export type RefuseTensor = PeftTensors["refuse"];
 
 export const refuser =
-  (file: TensorFile): Refuse =>
+  (file: TensorFile): RefuseTensor =>
   (field, message) =>
     new AdapterError(message, { file: file.name, field });
 
 /**
- * Gives every tensor its module, sorted by name.
- * @param parse what a name says; undefined where it is no name of the format
- * @param unknown what to say of names that are none
- * @throws AdapterError for a tensor that has none, and for two that are the same
+ * Assigns every tensor to its module, sorted by name.
+ * @param parse interprets a name; undefined where it is no name of the format
+ * @param unknown makes the error for names that are none
+ * @throws AdapterError for a tensor without a module, and for two that are the same
  */
 export function sortTensors(
   file: TensorFile,
   parse: (name: string) => LoraKey | undefined,
-  unknown: (names: readonly string[], refuse: Refuse) => AdapterError,
+  unknown: (names: readonly string[], refuse: RefuseTensor) => AdapterError,
 ): Map<string, LoraParts> {
   const refuse = refuser(file);
   for (const key of file.tensors.keys()) checkName(key, refuse);
@@ -78,7 +78,7 @@ export function sortTensors(
   return new Map([...parts].sort(([a], [b]) => compare(a, b)));
 }
 
-/** The first of some names, and how many more there are. */
+/** The first few names, and the number of others. */
 export function listed(names: readonly string[]): string {
   return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
 }
@@ -105,8 +105,8 @@ export async function readAlphas(
 
 /**
  * Makes modules of a file.
- * @param configOf the configuration of a module where the file has one
- * @param scaleOf otherwise: its scale, of its rank
+ * @param configOf the configuration of a module, where the file has one
+ * @param scaleOf the scale of a module by its rank, otherwise
  */
 export function assembleLora(
   file: TensorFile,
@@ -131,7 +131,7 @@ export function assembleLora(
   return { modules, saved };
 }
 
-/** What the tensors of a module say where nothing else does. */
+/** Configuration that follows from a module's tensors alone. */
 function shownBy(file: TensorFile, keys: ReadonlyMap<KeyRole, string>, scaleOf: (rank: number) => number): PeftConfig {
   const factor = keys.get("A") ?? keys.get("embeddingA");
   const rank = (factor && file.tensors.get(factor)!.shape[0]) || 1;

@@ -1,7 +1,7 @@
 /**
- * Reads an `.onnx_adapter` of ONNX Runtime into the canonical form. Its parameters are inputs of a model, [in, r] and [r, out], and
- * their names are the exporter's: those that end in `lora_A.weight` and `lora_B.weight`, as Olive and PEFT have them, are read. The
- * format has no scale, which is part of a factor. Portable: folders are read in folder.ts.
+ * Reads an `.onnx_adapter` of ONNX Runtime into the canonical form. Its parameters are inputs of a model, [in, r] and [r, out], with the
+ * exporter's names; names that end in `lora_A.weight` and `lora_B.weight`, as Olive and PEFT write them, are read. The format has no
+ * scale, which is part of a factor. Portable: folders are read in folder.ts.
  */
 import { openSource } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
@@ -66,7 +66,7 @@ function parseKey(name: string): LoraKey | undefined {
   return { prefix: "", local: key.module, module: key.module, part: key.part };
 }
 
-/** [in, r] and [r, out] as [r, in] and [out, r]; other shapes stay, and are refused with their module. */
+/** Transposes [in, r] and [r, out] to [r, in] and [out, r]; other shapes stay, and are refused with their module. */
 function allTransposed(file: TensorFile): TensorFile {
   const matrices = [...file.tensors].filter(([, { shape }]) => shape.length === 2);
   return withDerived(file, new Map(matrices.map(([name]): [string, Derived] => [name, transposed(file, name)])));

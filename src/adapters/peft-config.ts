@@ -1,20 +1,20 @@
 /**
- * `adapter_config.json` of PEFT: every field is honoured, known to be harmless, or refused by name. Reads no tensors.
- * Field meanings follow peft/tuners/lora/config.py and layer.py of PEFT 0.21; absent fields have PEFT's defaults, since
- * older versions did not write them.
+ * Reads PEFT's `adapter_config.json`: every field is honoured, known to be harmless, or refused by name. Reads no tensors. Field meanings
+ * follow peft/tuners/lora/config.py and layer.py of PEFT 0.21; absent fields have PEFT's defaults, since older versions did not write
+ * them.
  */
 import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/tensor-file.ts";
 import { NamePatterns } from "./name-pattern.ts";
 
-/** What a configuration says about the tensors beside it. */
+/** Facts that a configuration gives about the tensors beside it. */
 export interface PeftConfig {
   readonly baseModel: string | undefined;
   readonly revision: string | undefined;
   readonly taskType: string | undefined;
-  /** Base weights are [in, out] (Conv1D of GPT-2). */
+  /** Whether base weights are [in, out] (Conv1D of GPT-2). */
   readonly fanInFanOut: boolean;
-  /** Whether base biases belong to the adapter. */
+  /** Which base biases belong to the adapter. */
   readonly bias: "none" | "all" | "lora_only";
   readonly loraBias: boolean;
   readonly dora: boolean;
@@ -22,17 +22,17 @@ export interface PeftConfig {
   readonly modulesToSave: readonly string[];
   /** Rows replaced by trainable_token_indices: [ending of the embedding's name, indices]; "" matches any. */
   readonly tokenRows: readonly (readonly [ending: string, indices: readonly number[]])[];
-  /** The rank and the scale that PEFT gives the module of this name. */
+  /** Rank and scale that PEFT gives the module of this name. */
   forModule(name: string): { rank: number; scale: number };
   readonly warnings: readonly string[];
 }
 
-/** A pack holds 4096 bytes (SPEC.md, section 4.2), and a character takes three of them at most. */
+/** Most characters of a text: a pack holds 4096 bytes (SPEC.md, section 4.2), and a character takes at most three. */
 const MAX_TEXT = 1365;
 
 const PLAIN = "Train a plain LoRA, or merge it with PEFT and use the merged model";
 
-/** Fields that change what the tensors mean in ways a low-rank term cannot say, with the reason. */
+/** Fields that give tensors a meaning that low-rank terms cannot express, with the reason. */
 const REFUSED: ReadonlyMap<string, string> = new Map([
   ["target_parameters", `puts LoRA on bare parameters (mixture of experts), which are not modules. ${PLAIN}`],
   ["layer_replication", `makes several layers from one base layer, so a module has no weight of its own. ${PLAIN}`],
@@ -45,7 +45,7 @@ const REFUSED: ReadonlyMap<string, string> = new Map([
   ["monteclora_config", "samples the factors at random (MonteCLoRA). Train a plain LoRA"],
 ]);
 
-/** Fields that say how the adapter was trained, where it came from, or what the tensors' names say anyway. */
+/** Fields about the adapter's training or origin, or that repeat what the tensors' names tell. */
 const HARMLESS: ReadonlySet<string> = new Set([
   "auto_mapping",
   "corda_config",
@@ -92,7 +92,7 @@ const HEADS: ReadonlyMap<string, readonly string[]> = new Map([
   ["QUESTION_ANS", ["qa_outputs"]],
 ]);
 
-/** The modules PEFT saves by itself for a task type. */
+/** The modules that PEFT saves by itself for a task type. */
 export function headsOf(taskType: string | undefined): readonly string[] {
   return HEADS.get(taskType ?? "") ?? [];
 }
@@ -113,7 +113,7 @@ const UNTOUCHED: ReadonlySet<unknown> = new Set([
 /**
  * Checks a parsed adapter_config.json.
  * @param file its path, for messages
- * @throws AdapterError naming the field that is refused or not what it must be
+ * @throws AdapterError naming the field that is refused or invalid
  */
 export function readPeftConfig(config: unknown, file: string): PeftConfig {
   if (!isObject(config)) throw new AdapterError("is not a JSON object; expected PEFT's adapter_config.json", { file });
@@ -160,7 +160,7 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
 
 type Refuse = (field: string, message: string) => AdapterError;
 
-/** Readers of fields, which refuse what is not expected. */
+/** Readers of fields, which refuse unexpected values. */
 function fieldsOf(config: Record<string, unknown>, file: string) {
   const refuse: Refuse = (name, message) => new AdapterError(`${name} ${message}`, { file, field: name });
   const wrong = (name: string, expected: string, advice = "correct it in the file"): AdapterError =>
@@ -168,7 +168,7 @@ function fieldsOf(config: Record<string, unknown>, file: string) {
   return {
     refuse,
     wrong,
-    /** A field's value, or what PEFT takes where it is absent or null. */
+    /** A field's value, or PEFT's default where it is absent or null. */
     field<T>(name: string, absent: T, isValid: (value: unknown) => value is T, expected: string): T {
       const value = config[name] ?? absent;
       if (!isValid(value)) throw wrong(name, expected);
@@ -187,7 +187,7 @@ function fieldsOf(config: Record<string, unknown>, file: string) {
   };
 }
 
-/** Warnings of fields that are not known. @throws AdapterError for one that is set and refused */
+/** Warnings about unknown fields. @throws AdapterError for a field that is set and refused */
 function unknownFields(config: Record<string, unknown>, refuse: Refuse): string[] {
   const warnings: string[] = [];
   for (const [field, value] of Object.entries(config)) {
@@ -217,7 +217,7 @@ const isFiniteNumber = (value: unknown): value is number => Number.isFinite(valu
 
 const isRank = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) > 0;
 
-/** What Python takes as false. An empty object counts as set: PEFT makes a configuration with defaults of it. */
+/** Whether Python takes a value as false. An empty object counts as set: PEFT turns it into a configuration of defaults. */
 function isOff(value: unknown): boolean {
   return !value || (Array.isArray(value) && value.length === 0);
 }

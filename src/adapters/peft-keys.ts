@@ -1,6 +1,5 @@
 /**
- * Names of the tensors in PEFT's adapter_model.safetensors: what each belongs to. Knows names only, neither shapes nor
- * the configuration.
+ * Interprets the names of the tensors in PEFT's adapter_model.safetensors. Uses names only, neither shapes nor the configuration.
  *
  * Accepted: with or without the prefix `base_model.model.`, with or without the adapter's own name after `lora_A`,
  * `modules_to_save` and the like (`lora_A.default.weight`).
@@ -9,7 +8,7 @@
 /** The tensors that one adapted module may have. `baseWeight` and `baseBias` are copies of the base's own. */
 export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
 
-/** What a tensor is. Names of modules and parameters are those of the base model. */
+/** Meaning of a tensor's name. Names of modules and parameters are those of the base model. */
 export type PeftKey =
   | { kind: "part"; module: string; part: KeyRole }
   /** Replaced rows of an embedding. */
@@ -24,7 +23,7 @@ export type PeftKey =
 
 const PREFIX = "base_model.model.";
 
-/** Segments that PEFT's wrappers add. Left over in a name, they say that it was not understood. */
+/** Segments that PEFT's wrappers add. If one is left over, the name was not understood. */
 const WRAPPER = /(^|\.)(base_layer|lora_[^.]*|token_adapter|modules_to_save|original_module)(\.|$)/;
 
 const PARTS: readonly (readonly [RegExp, KeyRole])[] = [

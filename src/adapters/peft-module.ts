@@ -102,7 +102,7 @@ function checkedShapes(
   return { rank, inputs, out, kernel };
 }
 
-/** A vector [out] that a module has where a field of the configuration is set; magnitudes of convolutions are [1, out, 1…]. */
+/** Checks a vector [out] that a module has if a field of the configuration is set; magnitudes of convolutions are [1, out, 1…]. */
 function checkExtra(
   { refuse, shape, describe }: PeftTensors,
   field: "use_dora" | "lora_bias",

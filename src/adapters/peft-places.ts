@@ -1,5 +1,5 @@
 /**
- * Which tensor of a PEFT file belongs where: every one gets a place, or the file is refused. Reads no values.
+ * Assigns every tensor of a PEFT file to its module or parameter; a file with a tensor left over is refused. Reads no values.
  */
 import { AdapterError } from "../errors.ts";
 import { isFloatDtype, show, type TensorFile } from "../tensor/tensor-file.ts";
@@ -13,7 +13,7 @@ export interface PeftTensors {
   shape(key: string): readonly number[];
   /** "KEY is [SHAPE]". */
   describe(key: string): string;
-  /** An error that names the file, and the tensor or field at fault. */
+  /** Makes an error that names the file, and the tensor or field at fault. */
   refuse(field: string, message: string): AdapterError;
   /** Values times `scale`. @throws AdapterError when one is not finite */
   read(key: string, scale?: number): Promise<Float32Array<ArrayBuffer>>;
@@ -46,7 +46,7 @@ export function peftTensors(file: TensorFile, config: PeftConfig): PeftTensors {
   };
 }
 
-/** Where each tensor of a file belongs: its key by the name of the module or parameter. */
+/** Assignment of a file's tensors: keys by the name of the module or parameter. */
 export interface Places {
   /** Tensors of adapted modules. */
   readonly parts: Map<string, Map<KeyRole, string>>;
@@ -58,10 +58,10 @@ export interface Places {
   readonly warnings: string[];
 }
 
-/** Of what a pack names (SPEC.md, sections 4.2 and 6.2), which is never longer than the tensor's name. */
+/** Longest name in a pack (SPEC.md, sections 4.2 and 6.2); it is never longer than the tensor's name. */
 const MAX_NAME_BYTES = 1024;
 
-/** Gives every tensor of the file its place. @throws AdapterError naming those that have none */
+/** Assigns every tensor of the file. @throws AdapterError naming those that fit nowhere */
 export function place({ file, config, refuse }: PeftTensors): Places {
   const [parts, rows] = [new Map<string, Map<KeyRole, string>>(), new Map<string, string>()];
   const named = {
@@ -71,7 +71,7 @@ export function place({ file, config, refuse }: PeftTensors): Places {
   };
   const [leftover, unlisted]: string[][] = [[], []];
 
-  /** Two spellings of one tensor, with and without prefix or adapter name, are two adapters in one file. */
+  /** Adds a key. Two spellings of one tensor, with and without prefix or adapter name, mean two adapters in one file. */
   const put = <K extends string>(map: Map<K, string>, name: K, key: string): void => {
     const other = map.get(name);
     if (other !== undefined) {
@@ -107,13 +107,13 @@ export function place({ file, config, refuse }: PeftTensors): Places {
 }
 
 /**
- * Embeddings and heads, by the last part of their name, that PEFT saves whole of its own accord when the vocabulary was
- * resized (`save_embedding_layers`). The configuration does not list them.
+ * Embeddings and heads, by the last part of their name, that PEFT saves whole without being asked when the vocabulary was resized
+ * (`save_embedding_layers`). The configuration does not list them.
  */
 const EMBEDDINGS =
   /(^|\.)(embed_tokens|lm_head|word_embeddings|shared|wte|embed_in|embed_out|tok_embeddings)\.(weight|bias)$/;
 
-/** Where a parameter belongs that is no part of an adapted module; undefined where nothing accounts for it. */
+/** Role of a parameter outside adapted modules; undefined where nothing accounts for it. */
 function placeOf(
   { kind, parameter }: Extract<PeftKey, { parameter: string }>,
   { modulesToSave, bias }: PeftConfig,
@@ -121,12 +121,15 @@ function placeOf(
   if (isSaved(parameter, modulesToSave)) return kind === "original" ? "unused" : kind === "plain" ? "whole" : "wrapped";
   if (kind !== "plain") return undefined;
   if (bias !== "none" && /(^|\.)bias$/.test(parameter)) return "biases";
-  // Earlier versions of PEFT saved whatever had "bias" in its name, such as T5's relative_attention_bias.weight.
+  // Earlier versions of PEFT saved every parameter with "bias" in its name, such as T5's relative_attention_bias.weight.
   if (bias === "all" && parameter.includes("bias")) return "whole";
   return EMBEDDINGS.test(parameter) ? "unlisted" : undefined;
 }
 
-/** PEFT wraps every module whose name ends with an entry, not only at a dot (`_set_trainable`). */
+/**
+ * Whether PEFT saves a parameter's module whole. PEFT wraps every module whose name ends with an entry, not only at a dot
+ * (`_set_trainable`).
+ */
 function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
   for (let dot = parameter.indexOf("."); dot >= 0; dot = parameter.indexOf(".", dot + 1)) {
     const module = parameter.slice(0, dot);
@@ -135,17 +138,17 @@ function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
   return false;
 }
 
-/** Names come first: what reads them may be slow with those that are long. @throws AdapterError for one that a pack cannot hold */
+/** Checks a name before it is interpreted, which may be slow for long names. @throws AdapterError for one that a pack cannot hold */
 export function checkName(key: string, refuse: PeftTensors["refuse"]): void {
   if (!/\p{Cc}/u.test(key) && new TextEncoder().encode(key).length <= MAX_NAME_BYTES) return;
   const expected = `expected ${MAX_NAME_BYTES} bytes at most, without control characters; rename it`;
   throw refuse(key.slice(0, 80), `tensor ${show(key)}: ${expected}`);
 }
 
-/** What makes a module an adapted one. */
+/** Tensors that make a module an adapted one. */
 const FACTORS: readonly KeyRole[] = ["A", "B", "embeddingA", "embeddingB"];
 
-/** Takes modules that are not adapted out of `parts`. @returns the copies of the base's own weights in the others */
+/** Removes modules that are not adapted from `parts`. @returns the copies of the base's own weights in the others */
 function withoutCopies(
   parts: Map<string, Map<KeyRole, string>>,
   leftover: string[],

@@ -1,7 +1,7 @@
 /**
- * Reads an adapter as PEFT saves it, `adapter_config.json` and `adapter_model.safetensors`, into the canonical form.
- * Rank and scale of a module are those PEFT gives it, from the same fields and patterns. A file that PEFT would not
- * load, or would load in part only, is refused. Portable: folders are read in folder.ts.
+ * Reads an adapter as PEFT saves it, `adapter_config.json` and `adapter_model.safetensors`, into the canonical form. Rank and scale of a
+ * module come from the same fields and patterns as in PEFT. A file that PEFT would not load, or would load in part only, is refused.
+ * Portable: folders are read in folder.ts.
  */
 import { checkOptions } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
@@ -71,7 +71,7 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
   }
 }
 
-/** Of a layer that is not known as a head, nobody can say whether the labels are its. */
+/** Warns where labels may not fit: an unknown layer need not be the head that they belong to. */
 function labelWarnings(labels: readonly string[] | undefined, saved: readonly SavedTensor[]): string[] {
   const layers = saved.filter(({ role, shape }) => role === "saved" && shape.length === 2);
   if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return [];
@@ -115,14 +115,14 @@ function assemble(tensors: PeftTensors): {
   return { modules, saved, warnings: places.warnings };
 }
 
-/** @throws AdapterError for a shape that a pack does not hold (SPEC.md, section 6.2) */
+/** @throws AdapterError for a shape that a pack cannot hold (SPEC.md, section 6.2) */
 function checkShape({ name, role, shape }: SavedTensor, refuse: PeftTensors["refuse"]): void {
   const [most, expected] = role === "bias" ? [1, "one dimension"] : [8, "1 to 8 dimensions"];
   if (shape.length > 0 && shape.length <= most && !shape.includes(0)) return;
   throw refuse(name, `${name} is [${shape.join(", ")}], expected ${expected} of at least 1; save the adapter again`);
 }
 
-/** Replaced biases, and those that `lora_bias` adds. One bias that is both is read as their sum. */
+/** Replaced biases, and those that `lora_bias` adds. A bias that is both is read as their sum. */
 function savedBiases(
   { parts, biases }: Places,
   modules: ReadonlyMap<string, AdapterModule>,

@@ -1,11 +1,11 @@
-/** Safetensors files from anything that names or holds bytes. */
+/** Opens safetensors files from a path, URL, Blob, buffer or ByteSource. */
 import { openSource } from "../open-source.ts";
 import type { FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 import { openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
 
 /** A safetensors file that is open until it is closed. */
 export interface OpenSafetensors extends SafetensorsFile {
-  /** Closes what the file is read from. */
+  /** Closes the source of the file. */
   close(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
 }
@@ -13,7 +13,7 @@ export interface OpenSafetensors extends SafetensorsFile {
 /**
  * Opens a safetensors file: reads and checks its header. Tensors are read later, one range each.
  * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
- * @throws SourceError when bytes cannot be had, FormatError when a rule of the format is broken
+ * @throws SourceError when bytes cannot be read, FormatError when a rule of the format is broken
  * @example
  * const file = await openSafetensors("adapter_model.safetensors");
  * for (const [name, { shape }] of file.tensors) console.log(name, shape);

@@ -1,6 +1,6 @@
 /**
- * What adapters are worth beside their own heads: the paper leaves out those that add little to it. The scores are measured by
- * whoever has test rows; this reads them and parts the adapters.
+ * Accuracies of adapters beside those of their heads alone: the paper leaves out adapters that add little to their head. Callers with
+ * test rows measure the scores; this file reads them and splits the adapters.
  */
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
@@ -9,20 +9,20 @@ import type { Adapter } from "./adapter.ts";
 import { checkAdapters } from "./modules.ts";
 
 /** Accuracy of an adapter with its head, and of that head alone with ΔW at zero; shares from 0 to 1. */
-export interface Score {
+export interface AdapterScore {
   readonly accuracy: number;
   readonly headOnly: number;
 }
 
 /** Scores by the name of an adapter's folder, in groups; a file without groups is one. */
-export type Scores = ReadonlyMap<string, ReadonlyMap<string, Score>>;
+export type Scores = ReadonlyMap<string, ReadonlyMap<string, AdapterScore>>;
 
-/** So far apart are two shares that are equal but for rounding: 0.12 − 0.1 is a little less than 0.02. */
+/** Tolerance for shares that are equal but for rounding: 0.12 − 0.1 is a little less than 0.02. */
 const ROUNDING = 1e-9;
 
 /**
- * Reads what scores.json says: `{ "folder": { "accuracy": 0.91, "accuracy_head_only": 0.62 }, … }`, or several of these by the name
- * of a group, as where several collections have adapters of the same names. Other fields are passed over.
+ * Reads scores.json: `{ "folder": { "accuracy": 0.91, "accuracy_head_only": 0.62 }, … }`, or several of these by the name of a group, for
+ * collections with adapters of the same names. Other fields are ignored.
  * @param json parsed
  * @param file its name, for messages
  * @throws AdapterError naming the entry and the field that is missing or no share
@@ -40,10 +40,10 @@ export function readScores(json: unknown, file: string): Scores {
 }
 
 /**
- * Parts adapters by what they gain over their own heads.
+ * Splits adapters by what they gain over their own heads.
  * @param file of the scores, for messages
- * @returns those to keep, and those that gain less than `minGain`, with what they gain; in the order of `adapters`
- * @throws AdapterError when an adapter has no score, or has one in several groups of which none is named as the folder it lies in
+ * @returns those to keep, and those that gain less than `minGain`, with their gain; in the order of `adapters`
+ * @throws AdapterError when an adapter has no score, or several groups have one and its folder names none of them
  * @throws RangeError when none is left
  * @example
  * const { kept } = partByGain(await readAdapters(["hub"]), readScores(JSON.parse(text), "scores.json"), 0.02, "scores.json");
@@ -84,16 +84,16 @@ export function partByGain(
   return { kept, dropped };
 }
 
-/** Renaming a task does not rename its folder or file, and scores were measured before. */
+/** Name in the scores: that of the folder or file, since scores were measured before a task is renamed. */
 const nameOf = ({ file }: Adapter): string => (segmentsOf(file).at(-1) ?? file).replace(/\.safetensors$/, "");
 
-/** Of a path or address; a slash at its end counts for nothing. */
+/** Segments of a path or address; a slash at the end is ignored. */
 const segmentsOf = (file: string): string[] => file.split(/[/\\]/).filter((segment) => segment !== "");
 
 const groupsOf = (adapter: Adapter, scores: Scores): string[] =>
   [...scores].filter(([, group]) => group.has(nameOf(adapter))).map(([name]) => name);
 
-function scoreFor(adapter: Adapter, scores: Scores, file: string): Score {
+function scoreFor(adapter: Adapter, scores: Scores, file: string): AdapterScore {
   const groups = groupsOf(adapter, scores);
   const folder = segmentsOf(adapter.file).at(-2) ?? "";
   const group = groups.length === 1 ? groups[0]! : groups.find((name) => name === folder);
@@ -123,7 +123,7 @@ function fieldsOf(value: unknown, name: string, file: string): [string, unknown]
   );
 }
 
-function scoreOf(entry: unknown, name: string, file: string): Score {
+function scoreOf(entry: unknown, name: string, file: string): AdapterScore {
   const share = (field: string, how: string): number => {
     const value = isObject(entry) ? entry[field] : undefined;
     if (value === undefined) throw new AdapterError(`"${name}" has no ${field}${how}`, { file, field: name });

@@ -1,6 +1,5 @@
 /**
- * Writes nodes of standard operators, in the spelling of the model's opset. What has been written once is not written
- * again. No knowledge of gradients.
+ * Writes nodes of standard operators in the form that the model's opset needs. A node is never written twice. Knows nothing of gradients.
  */
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
@@ -21,23 +20,23 @@ const CONCAT_INPUTS = 6;
 /** A size, or a product of sizes that inputs have. */
 export type Dimension = number | readonly { readonly input: string; readonly axis: number }[];
 
-/** When a value is there: the gradient of a node, and a dimension of it that the run alone tells. */
+/** The moment when a value becomes available: the gradient of a node, and one of its dimensions that only the run tells. */
 export interface Moment {
   readonly value: string;
   readonly axis: number | undefined;
 }
 
 export class Emitter {
-  /** In the order in which they must run. */
+  /** Nodes in the order in which they must run. */
   readonly nodes: NodeProto[] = [];
-  /** Nodes that go with the model's own: shapes that nothing else tells. */
+  /** Nodes that belong beside the model's own: shapes that nothing else tells. */
   readonly shapes: NodeProto[] = [];
-  /** When what is written next is needed, by nodes. */
+  /** Moment at which each node is needed. */
   readonly moments: Map<NodeProto, Moment> = new Map();
   moment: Moment | undefined;
   /** Whether blocks of integers are unpacked by onnxruntime's own operator. */
   gathers = false;
-  /** What the dimensions of the model's own values are made of, as far as it is known. */
+  /** Factors of the dimensions of the model's own values, where they are known. */
   dimensions: ((value: string) => readonly Dimension[] | undefined) | undefined;
   readonly #constants: GraphProto;
   readonly #opset: number;
@@ -49,7 +48,7 @@ export class Emitter {
 
   /**
    * @param constants graph that gets the constants as initializers
-   * @param prefix of the names of what is written
+   * @param prefix of the names of written nodes and values
    */
   constructor(constants: GraphProto, opset: number, prefix = `${PREFIX}/learn`) {
     this.#constants = constants;
@@ -57,7 +56,7 @@ export class Emitter {
     this.#prefix = prefix;
   }
 
-  /** Another one that writes for the same graph. */
+  /** Another emitter for the same graph. */
   beside(prefix: string): Emitter {
     return new Emitter(this.#constants, this.#opset, prefix);
   }
@@ -66,7 +65,7 @@ export class Emitter {
     return this.#write(opType, input, attributes, domain, 1)[0]!;
   }
 
-  /** @returns the outputs */
+  /** @returns the outputs of the node */
   #write(
     opType: string,
     input: readonly Operand[],
@@ -88,12 +87,12 @@ export class Emitter {
     return names;
   }
 
-  /** Pieces of these sizes along one axis. */
+  /** Splits a value along one axis into pieces of these sizes. */
   split(value: string, axis: number, sizes: readonly number[]): readonly string[] {
     return this.#write("Split", [value, this.ints(sizes)], { axis }, "", sizes.length);
   }
 
-  /** Calls a value otherwise that one of these nodes makes; false where none does. It must not be written again. */
+  /** Renames a value that one of these nodes makes; false where none does. It must not be written again. */
   rename(value: string, name: string, nodes: readonly NodeProto[]): boolean {
     const maker = nodes.find(({ output }) => output.length === 1 && output[0] === value);
     if (!maker) return false;
@@ -123,12 +122,12 @@ export class Emitter {
     return this.op("Neg", [a]);
   }
 
-  /** [x, in] of [… , in]. */
+  /** Reshapes [… , in] to [x, in]. */
   rows(value: string): string {
     return this.op("Flatten", [value], { axis: -1 });
   }
 
-  /** Not by asking the model's own values, which would have to be kept for it. */
+  /** Shape of a value. The model's own values are not asked, since they would have to be kept for that. */
   shape(value: string): string {
     if (this.#own.has(value)) return this.op("Shape", [value]);
     const known = this.dimensions?.(value);
@@ -139,7 +138,7 @@ export class Emitter {
     return shape;
   }
 
-  /** Dimensions as vectors: one of all fixed ones that are neighbours, one of each that an input tells. */
+  /** Dimensions as vectors: neighbouring fixed ones together, and each one that an input tells alone. */
   #join(dimensions: readonly Dimension[]): string[] {
     const parts: string[] = [];
     let fixed: number[] = [];
@@ -160,7 +159,7 @@ export class Emitter {
     return parts.length > 0 ? parts : [this.ints([])];
   }
 
-  /** `value` in the shape of `like`. */
+  /** Reshapes `value` to the shape of `like`. */
   reshapeAs(value: string, like: string): string {
     return this.op("Reshape", [value, this.shape(like)]);
   }
@@ -186,12 +185,12 @@ export class Emitter {
     return axes.length === 0 ? value : this.op("ReduceSum", [value, this.ints(axes)], { keepdims: Number(keepdims) });
   }
 
-  /** With the dimensions kept. */
+  /** Mean over axes; the dimensions are kept. */
   mean(value: string, axes: readonly number[]): string {
     return this.#reduce("ReduceMean", value, axes);
   }
 
-  /** With the dimensions kept. */
+  /** Maximum over axes; the dimensions are kept. */
   max(value: string, axes: readonly number[]): string {
     return this.#reduce("ReduceMax", value, axes);
   }
@@ -215,14 +214,14 @@ export class Emitter {
   }
 
   /**
-   * An int64 vector of these numbers, of which a runtime knows neither numbers nor length before `value` is there.
+   * An int64 vector of these numbers. The runtime learns its numbers and its length only once `value` is there.
    *
-   * What is made in a shape of unknown length is of unknown rank: onnxruntime then does not look for memory to use again while it loads
-   * the graph, where it holds every value of known rank against all that were needed before.
-   * @param axis of a dimension of `value` that the run alone tells; undefined where all are fixed
+   * A tensor with a shape of unknown length has unknown rank. onnxruntime then skips its search for reusable memory while it loads the
+   * graph: that search compares every value of known rank with all values needed before.
+   * @param axis of a dimension of `value` that only the run tells; undefined where all are fixed
    */
   late(numbers: readonly number[], value: string, axis: number | undefined): string {
-    // Sizes cost nothing. Where they are known before, one of the elements: runtimes work out what they can when they load.
+    // Sizes cost nothing. Where all are fixed an element is read instead, since runtimes compute what they can when they load.
     const of =
       axis === undefined
         ? this.op("Cast", [this.slice(this.op("Reshape", [value, this.ints([-1])]), 0, 0, 1)], { to: INT64 })
@@ -231,7 +230,7 @@ export class Emitter {
     return this.op("Slice", [this.ints(numbers), zero, this.ints([numbers.length]), this.ints([0])]);
   }
 
-  /** value[from:to] along one axis. */
+  /** Slice value[from:to] along one axis. */
   slice(value: string, axis: number, from: number, to: number): string {
     return this.op("Slice", [value, this.ints([from]), this.ints([to]), this.ints([axis])]);
   }

@@ -1,6 +1,6 @@
 /**
- * GELU as exporters before opset 20 write it, x · (1 + erf(x/√2)) · ½ in five nodes, seen as the one operator that it is: its
- * derivative takes fewer passes over the elements than that of the five, and keeps nothing but x.
+ * Recognises GELU as exporters before opset 20 write it: x · (1 + erf(x/√2)) · ½ in five nodes. The derivative of the single operator
+ * takes fewer passes over the elements than that of the five, and keeps only x.
  */
 import type { Graph } from "../onnx/model.ts";
 import { makeNode } from "../onnx/nodes.ts";
@@ -22,7 +22,7 @@ export function asGelu(
     const [use, ...more] = consumers.get(value) ?? [];
     return more.length === 0 && use?.node.opType === opType ? use.node : undefined;
   };
-  /** The other operand where one is this number. */
+  /** The other operand where one equals this number. */
   const beside = (node: NodeProto | undefined, opType: string, number: number): string | undefined => {
     if (node?.opType !== opType) return undefined;
     const at = node.input.findIndex((value) => {
@@ -38,7 +38,7 @@ export function asGelu(
     const product = beside(add, "Add", 1) === erf.output[0] ? only(add!.output[0]!, "Mul") : undefined;
     if (x === undefined || !product || only(scaled!.output[0]!, "Erf") === undefined) continue;
     const factor = product.input[product.input[0] === add!.output[0] ? 1 : 0]!;
-    // ½ in front or behind.
+    // The factor ½ stands in front or behind.
     const half = factor === x ? only(product.output[0]!, "Mul") : producers.get(factor);
     const last = factor === x ? half : product;
     const right =

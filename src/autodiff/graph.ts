@@ -1,8 +1,8 @@
 /**
- * The training graph: a model that answers with any task, made to learn one too. What `graft` has added to it as inputs (factors
- * of layers, heads) gets gradients, in a branch that runs only when it is asked for. It is made of standard operators, so that
- * every build of ONNX Runtime runs it, those for the web too, which have no training of their own. No runtime and no optimiser
- * in here: the caller lends the one to look at shapes, and takes the steps.
+ * The training graph: a model that answers with any task, extended to learn one too. Inputs that `graft` has added (factors of layers,
+ * heads) get gradients in a branch that runs only on demand. It uses standard operators, so that every build of ONNX Runtime runs it,
+ * including those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes
+ * the steps.
  */
 import { FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
@@ -15,8 +15,8 @@ import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Emitter } from "./emit.ts";
 import { crossEntropy, sparseCrossEntropy } from "./loss.ts";
+import { probePath } from "./path.ts";
 import { POSITIONS, pickPositions } from "./positions.ts";
-import { probePath } from "./probed-path.ts";
 import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
 import { differentiate } from "./reverse.ts";
@@ -27,53 +27,53 @@ export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
   /**
-   * Whether the model answers at every position, [batch, length, classes], and learns from some of them: targets then name a few
-   * classes of each. Default: false.
+   * Whether the model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
+   * of each. Default: false.
    */
   readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
   /**
-   * Two feeds of the model's own inputs, for models that made-up ones do not fit. Free dimensions must differ within a feed
-   * and between the two, and be larger than 1: 2×5 and 3×7. What is equal in both, an empty cache say, is taken as fixed.
+   * Two feeds of the model's own inputs, for models that reject made-up ones. Free dimensions must be larger than 1 and differ within a
+   * feed and between the two: 2×5 and 3×7. Sizes that are equal in both, such as that of an empty cache, count as fixed.
    */
   readonly feeds?: readonly [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>] | undefined;
   /**
-   * Whether what comes back through weights of 4 bits takes them unpacked by onnxruntime's own operator rather than by shifts, which
-   * WebGPU lacks. Default: false.
+   * Whether the backward pass unpacks weights of 4 bits with onnxruntime's own operator instead of shifts, which WebGPU lacks. Default:
+   * false.
    */
   readonly gathers?: boolean | undefined;
 }
 
-/** Names of what a training graph takes beside the inputs that it had, and of what it gives. */
+/** Names of a training graph's additional inputs and outputs. */
 export interface TrainingGraph {
   /** bool scalar: whether this run learns. Otherwise loss and gradients are empty. */
   readonly learnInput: string;
-  /** f32 [N, C]: N rows of logits, all leading dimensions flattened. Not looked at in a run that does not learn. */
+  /** f32 [N, C]: N rows of logits, all leading dimensions flattened. Ignored in a run that does not learn. */
   readonly targetsInput: string;
-  /** Of a model that answers at every position. */
+  /** Inputs of a model that answers at every position. */
   readonly tokens: TokenInputs | undefined;
   readonly logitsOutput: string;
-  /** Its dimensions: numbers, and names of free ones; that of the inputs' rows is "batch". */
+  /** Dimensions of the logits: numbers, and names of free ones; the rows of the inputs are "batch". */
   readonly logitsDims: readonly (number | string)[];
   /** f32 scalar. */
   readonly lossOutput: string;
-  /** The gradient's output by input that is trained, of its shape. */
+  /** Output of the gradient for each trained input, in its shape. */
   readonly gradients: ReadonlyMap<string, string>;
 }
 
-/** What a model that answers at every position takes beside. */
+/** Additional inputs of a model that answers at every position. */
 export interface TokenInputs {
   /**
-   * int64 [N]: which rows of logits are computed, counted through all texts: text · length + position. The logits are [1, N, C] then.
-   * Empty: all, and the logits are [batch, length, C].
+   * int64 [N]: the rows of logits to compute, numbered across all texts: text · length + position. The logits are then [1, N, C].
+   * Empty: all rows, and the logits are [batch, length, C].
    */
   readonly positions: string;
-  /** int64 [N, k]: the classes that targets [N, k] are of, all of a row different. */
+  /** int64 [N, k]: the classes of the targets [N, k]; those of a row all differ. */
   readonly classes: string;
 }
 
-/** The least opset in which the operators that are added mean what is meant here. */
+/** The oldest opset in which the added operators mean what is meant here. */
 const LEAST_OPSET = 13;
 
 const TARGETS = `${PREFIX}.targets`;
@@ -88,23 +88,22 @@ const SIZES = [
   [3, 7, 37, 43, 53, 61],
 ] as const;
 
-/** The same for task inputs: labels, the rank of factors, rows of tables. Factors of many layers are most of what is fed. */
+/** The same for task inputs: labels, rank of factors, rows of tables. Factors of many layers are most of the fed numbers. */
 const TASK_SIZES = [
   { labels: 23, q: 11, rows: 67 },
   { labels: 29, q: 13, rows: 71 },
 ] as const;
 
-/** How many positions are looked at in the two feeds, each with a whole vocabulary: no other size. */
+/** Numbers of positions in the two feeds, each with a whole vocabulary; equal to no other size. */
 const POSITION_COUNTS = [17, 19] as const;
 
 /** Task inputs that are trained. The others are constant while a task is learned. */
 const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight", "headBias"]);
 
 /**
- * Adds loss and gradients to a model that tasks have been given to, in place. Gradients are those of one task: the inputs that
- * are trained must have 1 as `tasks`.
+ * Adds loss and gradients to a grafted model, in place. Gradients belong to one task: trained inputs must have 1 as `tasks`.
  *
- * @param grafted what `graft` has made of `file.model`
+ * @param grafted result of `graft` on `file.model`
  * @example
  * const file = await readModel("model.onnx");
  * const grafted = graft(file.model, { modules, biases: [], rows: [], vectors: [], heads });
@@ -132,7 +131,7 @@ export async function buildTrainingGraph(
   const own = main.input.filter(({ name }) => !ofTasks.has(name) && !model.graph.initializers.has(name));
   const trained = grafted.inputs.filter(({ kind }) => TRAINED.has(kind));
   if (trained.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
-  // Shapes that were written down need not hold for other heads.
+  // Declared shapes need not hold for other heads.
   main.valueInfo.length = 0;
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
@@ -173,7 +172,7 @@ export async function buildTrainingGraph(
   return { ...names, tokens, logitsDims, gradients };
 }
 
-/** What the graph is run with to look at shapes: two feeds of the model's own inputs and of a task's. */
+/** Feeds for the runs that find shapes: two, with the model's own inputs and those of a task. */
 function probeFeeds(
   model: OnnxModel,
   own: readonly ValueInfoProto[],
@@ -191,12 +190,12 @@ function probeFeeds(
   });
 }
 
-/** Some that every feed has. */
+/** Positions that every feed has. */
 function somePositions(count: number): Feed {
   return { dataType: INT64, dims: [count], data: BigInt64Array.from({ length: count }, (_, i) => BigInt(i % 10)) };
 }
 
-/** If(learn): the nodes and what they give; otherwise nothing of the same types. One flat graph would learn in every run. */
+/** If(learn): the backward nodes with their results; else empty results of the same types. Without a branch every run would learn. */
 function branch(
   nodes: readonly NodeProto[],
   results: readonly { value: string; as: string; rank: number }[],
@@ -223,7 +222,7 @@ function branch(
   return makeNode("If", `${PREFIX}/learn`, [LEARN], outputs, { then_branch: learning, else_branch: answering });
 }
 
-/** The dimensions of a value, by the inputs that they come from. */
+/** Names the dimensions of a value by the inputs they come from. */
 function namedDims(shapes: Shapes, value: string, ofTasks: ReadonlySet<string>): (number | string)[] {
   const factor = ({ input, axis }: { input: string; axis: number }): string =>
     ofTasks.has(input) ? "labels" : axis === 0 ? "batch" : `${input}[${axis}]`;
@@ -234,7 +233,7 @@ function namedDims(shapes: Shapes, value: string, ofTasks: ReadonlySet<string>):
   });
 }
 
-/** The output that holds the logits. @throws FormatError when it is not there */
+/** Name of the output that holds the logits. @throws FormatError when there is none */
 export function logitsOf(
   { name: file, graph }: OnnxModel,
   { probe, formProbes }: Grafted,
@@ -271,7 +270,7 @@ function madeUp(
   return undefined;
 }
 
-/** Values for what tasks bring, of one task: something for what is trained, no change for the rest. */
+/** Makes values of the inputs of one task: numbers for what is trained, no change for the rest. */
 function taskFeeds(inputs: readonly TaskInput[], sizes: Readonly<Record<string, number>>): [string, Feed][] {
   return inputs.map(({ name, kind, dims: declared }) => {
     const dims = declared.map((size) => (typeof size === "number" ? size : (sizes[size] ?? 1)));

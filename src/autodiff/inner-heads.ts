@@ -1,15 +1,15 @@
 /**
- * Layers that tasks bring whole are trained with any number of outputs, one for each label. Of a head of several layers that is so of
- * the last alone: what is in front of it keeps the outputs that the model has. Graphs and names only.
+ * Layers that tasks bring whole are trained with any number of outputs, one for each label. In a head of several layers that holds for
+ * the last one only; the layers in front of it keep the model's number of outputs. Uses graphs and names only.
  */
 import type { TaskInput } from "../onnx/adapted.ts";
 import { nestedGraphs } from "../onnx/model.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 
 /**
- * Fixes the outputs of heads whose result is multiplied again, in the inputs' dimensions, in place.
+ * Fixes the number of outputs of inner layers of heads (those with another product behind them) in the inputs' dimensions, in place.
  * @param main the grafted graph
- * @param outputsOf how many outputs the model's own layer has, by module name
+ * @param outputsOf number of outputs of the model's own layer, by module name
  */
 export function fixInnerHeads(
   main: GraphProto,
@@ -24,7 +24,7 @@ export function fixInnerHeads(
   }
 }
 
-/** Whether a product comes behind the one with `weight`. */
+/** Whether another product follows the one with `weight`. */
 function isMultiplied(main: GraphProto, weight: string): boolean {
   const reached = new Set<string>();
   const passes = (node: NodeProto): boolean => {
@@ -32,7 +32,7 @@ function isMultiplied(main: GraphProto, weight: string): boolean {
     const found = inside.some(passes);
     const own = node.input.includes(weight);
     const entering = [...node.input, ...inside.flatMap(({ output }) => output)];
-    // How many outputs there are is read from the weight's shape.
+    // Shape reads only how many outputs the weight has.
     if (node.opType === "Shape" || !(own || entering.some((value) => reached.has(value)))) return found;
     for (const value of node.output) reached.add(value);
     return found || (!own && /MatMul|Gemm|Conv/.test(node.opType));

@@ -1,39 +1,38 @@
 /**
- * A classifier looks at one position of its last layer ([CLS], say), yet the layer computes all of them. What an operator makes of
- * one position needs that position of its input alone, in most of a layer: not of keys and values. So the position is taken as
- * early as can be: the same numbers, for one position of each text. Forwards it saves most of a layer, backwards what would be
- * zeros.
+ * Takes the position that a classifier looks at ([CLS], say) as early as possible. The last layer computes all positions, but most of its
+ * operators need only that position of their input; keys and values are the exception. The numbers stay the same, for one position of
+ * each text. The forward run saves most of a layer, the backward run work on zeros.
  */
 import { attribute, type Graph, indexGraph, type OnnxModel, type Use } from "../onnx/model.ts";
 import { makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import { fromFront, type Shapes } from "./shapes.ts";
 
-/** Of each element by itself, with broadcasting. */
+/** Operators on each element by itself, with broadcasting. */
 const ELEMENTWISE =
   /^(Add|Sub|Mul|Div|Pow|Erf|Tanh|Sigmoid|Relu|Gelu|Sqrt|Reciprocal|Neg|Exp|Identity|Cast|Where|IsNaN)$/;
 
-/** Of all elements along the dimensions from `axis` on, or along `axis`. */
+/** Operators over all elements along the dimensions from `axis` on, or along `axis`. */
 const ALONG = /^(LogSoftmax|Softmax|(Simplified)?LayerNormalization|RMSNormalization)$/;
 
-/** What shapes for a Reshape are made with. */
+/** Operators that make shapes for a Reshape. */
 const SHAPES = /^(Shape|Gather|Slice|Cast|Squeeze|Unsqueeze|Concat)$/;
 
-/** So many that take a position are looked at, each with all nodes in front of it. Classifiers have one. */
+/** Most Gathers of a position that are examined, each with all nodes in front of it. Classifiers have one. */
 const MOST_GATHERS = 64;
 
 /** A node that computes one position only. */
 interface Lifted {
-  /** Along which dimension of the output. */
+  /** Dimension of the positions in the output. */
   readonly at: number;
-  /** The inputs that have the positions, and along which dimension. */
+  /** Inputs with positions, and their dimension of the positions. */
   readonly carried: ReadonlyMap<number, number>;
 }
 
 /**
  * Takes positions as early as shapes allow, in place.
- * @param shapes of what gradients flow through; gets those of what has changed
- * @returns the graph indexed anew; undefined where no product is spared
+ * @param shapes of the values that gradients flow through; updated with what changes
+ * @returns the graph indexed anew; undefined where no product is saved
  */
 export function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
   const nodes = graph.proto.node.filter(({ input, output }) =>
@@ -55,8 +54,8 @@ export function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefi
 }
 
 /**
- * The nodes in front of a Gather of one position that need to compute no other.
- * @param nodes those whose shapes are known, in order
+ * Finds the nodes in front of a Gather of one position that need to compute no other.
+ * @param nodes those with known shapes, in order
  */
 function liftable(
   { proto: main, consumers }: Graph,
@@ -67,10 +66,10 @@ function liftable(
 ): ReadonlyMap<NodeProto, Lifted> {
   const outputs = new Set(main.output.map(({ name }) => name));
   const users = (value: string): readonly Use[] => consumers.get(value) ?? [];
-  /** The dimensions along which a value is wanted at one position. */
+  /** Dimensions along which only one position of a value is needed. */
   const wanted = new Map([[gather.input[0]!, new Set([axis])]]);
   const found = new Map<NodeProto, Lifted>();
-  /** Whether a shape ends at a Reshape that will get another one. */
+  /** Whether a shape is used only by a Reshape that will get another one. */
   const vanishes = (shape: Use): boolean => {
     const seen = new Set<NodeProto>();
     const pending = [shape];
@@ -83,7 +82,7 @@ function liftable(
     }
     return true;
   };
-  // What something else needs whole stays, and so does what is before it.
+  // A value that another node needs whole stays, together with the nodes before it.
   const alone = (use: Use): boolean | undefined => {
     if (use.node === gather) return use.input === 0;
     return use.node.opType === "Shape" ? vanishes(use) : found.get(use.node)?.carried.has(use.input);
@@ -104,7 +103,7 @@ function liftable(
   return found;
 }
 
-/** Puts a Gather of the position in front of the nodes that were found, in place; nothing is left to do for the old one. */
+/** Puts a Gather of the position in front of the found nodes, in place; the old Gather has nothing left to do. */
 function takeEarly(
   { proto: main, producers }: Graph,
   gather: NodeProto,
@@ -143,7 +142,7 @@ function takeEarly(
     const sizes = shapes.dims(made).map((size) => size ?? -1);
     node.input[1] = constant(`shape/${made}`, sizes);
   }
-  // One position is left, which the node would take.
+  // One position remains in the dimension that the node would take.
   const scalar = shapes.dims(index).length === 0;
   gather.opType = scalar ? "Squeeze" : "Identity";
   gather.attribute.length = 0;
@@ -151,7 +150,7 @@ function takeEarly(
   gather.input.splice(1, 1, ...(scalar ? [axes] : []));
 }
 
-/** Which inputs the one position `at` of a node's output needs at one position too; undefined where it may need all of an input. */
+/** Inputs that need only one position too if the output needs position `at`; undefined where all of an input may be needed. */
 function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried"] | undefined {
   const { opType, input, output } = node;
   const made = shapes.sizes(output[0]!);
@@ -167,7 +166,7 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried
     });
     return new Map(carried);
   }
-  /** Only the first input has the positions. */
+  /** Reduces the first input only. */
   const one = (along: number | undefined): Lifted["carried"] | undefined =>
     along === undefined ? undefined : new Map([[0, along]]);
   if (ALONG.test(opType)) return one(at < fromFront(int("axis", -1), rank) ? at : undefined);
@@ -182,7 +181,7 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried
       return one(apart && int("keepdims", 1) === 1 ? at : undefined);
     }
     case "Reshape": {
-      // The dimension with as much in front of it and as many places, so that all else is moved by itself. One may be free.
+      // The dimension with as many elements in front of it and as many positions, so that the rest moves as a whole. One may be free.
       const before = (sizes: typeof made, axis: number): string =>
         String([0, 1].map((run) => sizes.slice(0, axis).reduce((product, size) => product * size[run]!, 1)));
       const along = first.findIndex(

@@ -1,11 +1,11 @@
 /**
- * Cross entropy between the softmax of the logits and targets that are given as numbers: labels, smoothed or weighted
- * ones, rows of zeros for padding, the answers of another model. N rows, C classes:
+ * Cross entropy between the softmax of the logits and numeric targets: labels, smoothed or weighted ones, rows of zeros for padding,
+ * answers of another model. N rows, C classes:
  *
  *     loss = −1/N · Σ targets · log softmax(logits)
  *     dloss/dlogits = (softmax(logits) · Σ_C targets − targets) / N
  *
- * So a row counts by the sum of its targets, and one of zeros not at all, except in N.
+ * A row counts by the sum of its targets; a row of zeros counts only in N.
  */
 import type { Emitter } from "./emit.ts";
 
@@ -15,7 +15,7 @@ import type { Emitter } from "./emit.ts";
  */
 export function crossEntropy(emit: Emitter, logits: string, targets: string): { loss: string; gradient: string } {
   const rows = emit.rows(logits);
-  // The largest is taken off first, so that no exponential overflows.
+  // The maximum is subtracted first, so that no exponential overflows.
   const shifted = emit.sub(rows, emit.max(rows, [1]));
   const powers = emit.op("Exp", [shifted]);
   const total = emit.sum(powers, [1], true);
@@ -29,8 +29,8 @@ export function crossEntropy(emit: Emitter, logits: string, targets: string): { 
 }
 
 /**
- * The same where classes are many and targets name a few: those of a vocabulary.
- * @param classes int64 [N, k], of which classes the targets are; all of a row differ
+ * Cross entropy over many classes, such as a vocabulary, with targets for a few of them.
+ * @param classes int64 [N, k], the classes of the targets; those of a row all differ
  * @param targets f32 [N, k]
  */
 export function sparseCrossEntropy(
@@ -44,7 +44,7 @@ export function sparseCrossEntropy(
   const at = (values: string): string => emit.op("GatherElements", [values, classes], { axis: 1 });
   const powers = emit.op("Exp", [shifted]);
   const total = emit.sum(powers, [1], true);
-  // Logarithms of the few alone: a table of all would be as large as the logits.
+  // Only logarithms of the few targets: a table of all would be as large as the logits.
   const logs = emit.sub(at(shifted), emit.op("Log", [total]));
   const count = emit.toFloat(emit.size(rows, 0));
   const loss = emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));

@@ -1,13 +1,13 @@
 /**
- * The cheapest set of places in a network that every path from a source to a sink goes through: what to keep of a forward run, so
- * that all that is wanted later can be made of it. By Dinic's algorithm.
+ * Finds the cheapest set of nodes that every path from a source to a sink passes (Dinic's algorithm): the values of a forward run to keep
+ * so that everything needed later can be computed from them.
  */
 
-/** A place: how much it costs, and which places lead to it. */
-export interface Place<P> {
+/** A node: its cost, and the nodes that lead to it. */
+export interface NetworkNode<P> {
   /** Infinity: never chosen. */
   readonly cost: number;
-  /** Where paths begin. */
+  /** Whether paths begin here. */
   readonly source: boolean;
   readonly sink: boolean;
   readonly before: readonly P[];
@@ -19,7 +19,7 @@ interface Edge {
   readonly back: number;
 }
 
-/** Each place is two, with an edge between them that costs what the place does. */
+/** The flow network. Each node becomes two, joined by an edge with the cost as capacity. */
 class Network {
   readonly #edges: Edge[][];
   #level: number[] = [];
@@ -35,7 +35,7 @@ class Network {
     back.push({ to: from, left: 0, back: there.length - 1 });
   }
 
-  /** Fills the network. */
+  /** Sends as much flow as possible. */
   fill(source: number, sink: number): void {
     while (this.#measure(source, sink)) {
       this.#next = this.#edges.map(() => 0);
@@ -57,7 +57,7 @@ class Network {
     return this.#level[sink]! >= 0;
   }
 
-  /** One more path. A loop rather than recursion: models are thousands of nodes deep. */
+  /** Adds one path. A loop rather than recursion: models are thousands of nodes deep. */
   #augment(source: number, sink: number): number {
     const path: Edge[] = [];
     let at = source;
@@ -83,7 +83,7 @@ class Network {
     return most;
   }
 
-  /** From where the sink can still be reached. */
+  /** Nodes that still reach the sink. */
   behind(sink: number): ReadonlySet<number> {
     const found = new Set([sink]);
     for (const at of found) {
@@ -94,10 +94,10 @@ class Network {
 }
 
 /**
- * @param places none that costs Infinity lies between a source and a sink alone
- * @returns of the sets that cost the least the one nearest to the sinks
+ * @param places no path may consist of nodes with cost Infinity only
+ * @returns the cheapest set; among equally cheap ones the nearest to the sinks
  */
-export function minCut<P>(places: ReadonlyMap<P, Place<P>>): ReadonlySet<P> {
+export function minCut<P>(places: ReadonlyMap<P, NetworkNode<P>>): ReadonlySet<P> {
   const number = new Map([...places.keys()].map((place, i) => [place, 2 * i]));
   const [source, sink] = [2 * places.size, 2 * places.size + 1];
   const network = new Network(sink + 1);

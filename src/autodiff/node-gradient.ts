@@ -1,5 +1,5 @@
 /**
- * One node on the way backward: what a rule sees of it, and where it puts the gradients of the node's inputs.
+ * One node in the backward pass: what a rule can ask about it, and where it puts the gradients of the node's inputs.
  */
 import { attribute, type Graph } from "../onnx/model.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
@@ -7,17 +7,17 @@ import type { Emitter, Moment } from "./emit.ts";
 import type { Problems } from "./problems.ts";
 import { type Dims, fromFront, type Shapes } from "./shapes.ts";
 
-/** How one operator is differentiated. */
+/** Rule to differentiate one operator. */
 export interface Rule {
-  /** The inputs that a gradient can flow to. Default: all of them. */
+  /** Inputs that a gradient can flow to. Default: all of them. */
   readonly inputs?: readonly number[];
-  /** Whether gradients of other outputs than the first are taken. */
+  /** Whether the rule uses gradients of other outputs than the first. */
   readonly manyOutputs?: boolean;
-  /** Gives the gradients of the inputs that are wanted. */
+  /** Emits the gradients of the inputs that are wanted. */
   readonly backward: (node: NodeGradient) => void;
 }
 
-/** Gradients of inputs that the operator broadcasts: of each, in the shape of the output. Others have none. */
+/** Rule of an operator that broadcasts: gives the gradient of each input in the shape of the output. Inputs without an entry get none. */
 export function broadcast(derive: Readonly<Record<number, (node: NodeGradient) => string>>): Rule {
   const inputs = Object.keys(derive).map(Number);
   return {
@@ -28,14 +28,14 @@ export function broadcast(derive: Readonly<Record<number, (node: NodeGradient) =
   };
 }
 
-/** What is known while walking backward. */
+/** State of the backward walk. */
 export interface Walk {
   readonly graph: Graph;
   readonly active: ReadonlySet<string>;
   readonly shapes: Shapes;
   readonly emit: Emitter;
   readonly problems: Problems;
-  /** The gradient of a value so far. */
+  /** Sum of the gradients of a value so far. */
   gradient(value: string): string | undefined;
   /** Adds to the gradient of a value. */
   add(value: string, gradient: string): void;
@@ -66,7 +66,7 @@ export class NodeGradient {
     return this.#walk.gradient(this.y)!;
   }
 
-  /** The gradient of any output, undefined where nothing came back. */
+  /** The gradient of any output; undefined where none arrived. */
   gradient(output: string): string | undefined {
     return this.#walk.gradient(output);
   }
@@ -91,18 +91,18 @@ export class NodeGradient {
     return this.dims(value).length;
   }
 
-  /** "float32", "int64", … */
+  /** Type of a value: "float32", "int64", … */
   type(value: string): string {
     return this.#walk.shapes.type(value);
   }
 
-  /** An int64 vector of these numbers, which is there only when this node's gradient is. */
+  /** An int64 vector of these numbers that becomes available together with this node's gradient. */
   late(numbers: readonly number[]): string {
     const { value, axis } = this.moment();
     return this.emit.late(numbers, value, axis);
   }
 
-  /** When this node's gradient is there. */
+  /** Moment at which this node's gradient is available. */
   moment(): Moment {
     const value = this.proto.output.find((output) => this.gradient(output) !== undefined)!;
     const free = this.dims(value).indexOf(undefined);
@@ -136,22 +136,22 @@ export class NodeGradient {
     return fromFront(this.int("axis") ?? otherwise, rank);
   }
 
-  /** A gradient in the shape of the input. */
+  /** Gives a gradient in the shape of the input. */
   give(input: number, gradient: string): void {
     if (this.wants(input)) this.#walk.add(this.x(input), gradient);
   }
 
-  /** A gradient with the elements of the input in another shape. */
+  /** Gives a gradient that has the elements of the input in another shape. */
   giveReshaped(input: number, gradient: string): void {
     if (this.wants(input)) this.give(input, this.emit.reshapeAs(gradient, this.x(input)));
   }
 
-  /** A gradient in a shape that the input was broadcast to: summed over what was repeated. */
+  /** Gives a gradient in a shape that the input was broadcast to, summed over what was repeated. */
   giveSummed(input: number, gradient: () => string, dims: Dims = this.dims(this.y)): void {
     if (this.wants(input)) this.give(input, this.summed(gradient(), dims, this.dims(this.x(input))));
   }
 
-  /** Sums a value with dimensions `from` over what was repeated to get there from `to`. */
+  /** Sums a value of dimensions `from` over the dimensions that broadcasting from `to` has repeated. */
   summed(value: string, from: Dims, to: Dims): string {
     const more = from.length - to.length;
     const leading = from.slice(0, more).map((_, axis) => axis);
@@ -159,7 +159,7 @@ export class NodeGradient {
     return this.emit.sum(this.emit.sum(value, leading, false), repeated, true);
   }
 
-  /** This node cannot be differentiated as it is used here. */
+  /** Reports that this node cannot be differentiated as it is used here. */
   refuse(why: string): void {
     this.#walk.problems.node(this.proto, why);
   }

@@ -1,12 +1,18 @@
 /**
- * Which nodes and values gradients flow through: those between a trained value and the loss, by the inputs
- * that an operator can be differentiated by. Operators and names only; no shapes.
+ * The nodes and values that gradients flow through, between trained values and the loss, and the shapes of all that they take and make.
  */
+
+import type { Feed } from "../onnx/feeds.ts";
 import { attribute, type Graph, nestedGraphs } from "../onnx/model.ts";
+import type { Added } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
-import { operatorOf } from "./definitions/index.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import { operatorOf, shadowOf } from "./definitions/index.ts";
+import { asGelu } from "./gelu.ts";
+import { lift } from "./lift.ts";
 import type { Problems } from "./problems.ts";
 import { RULES, STOPS } from "./rules/index.ts";
+import { probeShapes, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 /** `TensorProto.DataType` of float, float16, double, bfloat16. */
 const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
@@ -14,18 +20,19 @@ const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
 const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|ConvInteger)/;
 
 export interface Path {
-  /** In the order of the graph. */
+  /** Nodes in the order of the graph. */
   readonly nodes: readonly NodeProto[];
   /** Values that have a gradient. */
   readonly active: ReadonlySet<string>;
 }
 
 /**
- * @param graph indexed as it is now
+ * Finds the path by the inputs through which each operator can be differentiated. Looks at operators and names, not at shapes.
+ * @param graph indexed in its current state
  * @param sources trained values
  * @param end the value whose gradient is known
- * @param problems gets the operators that gradients cannot pass, and the sources that do not reach the end
- * @param refused why nodes that are fused have not been taken apart
+ * @param problems receives operators that gradients cannot pass, and sources that do not reach the end
+ * @param refused why fused nodes have no definition
  */
 export function findPath(
   graph: Graph,
@@ -61,7 +68,7 @@ export function findPath(
   return { nodes: path.filter((node) => obstacle(node) === undefined), active };
 }
 
-/** The inputs that a gradient can flow to. */
+/** Inputs that a gradient can flow to. */
 function flowing(node: NodeProto): readonly string[] {
   if (STOPS.has(node.opType) && isStandard(node)) return [];
   if (node.opType === "Cast" && !FLOATS.has(Number(attribute(node, "to")?.i ?? 1))) return [];
@@ -69,7 +76,7 @@ function flowing(node: NodeProto): readonly string[] {
   return inputs ? inputs.map((i) => node.input[i] ?? "") : node.input;
 }
 
-/** What the graphs inside a node read from outside. */
+/** Values from outside that the graphs inside a node read. */
 function captured(node: NodeProto): readonly string[] {
   return nestedGraphs(node).flatMap((graph) => [
     ...graph.node.flatMap((inner) => [...inner.input, ...captured(inner)]),
@@ -81,7 +88,7 @@ function isStandard({ domain }: NodeProto): boolean {
   return domain === "" || domain === "ai.onnx";
 }
 
-/** Why a gradient cannot pass a node. */
+/** Reason why a gradient cannot pass a node. */
 function obstacle(node: NodeProto): string | undefined {
   if (nestedGraphs(node).length > 0) {
     return "is control flow, which gradients do not pass (export the model without it)";
@@ -90,4 +97,60 @@ function obstacle(node: NodeProto): string | undefined {
   if (RULES.has(operatorOf(node))) return undefined;
   if (!isStandard(node)) return `is an operator of ${node.domain}, fused already (pass the unoptimised export)`;
   return "has no rule for gradients";
+}
+
+export interface ProbedPath extends Path {
+  /** The graph with definitions in place of fused nodes. */
+  readonly graph: Graph;
+  /** Shapes of all values of the nodes. */
+  readonly shapes: Shapes;
+}
+
+/** Inputs of the runs that find shapes. */
+export interface Probing {
+  readonly probe: ShapeProbe;
+  /** Two feeds with every input; undefined when there are none, which `problems` reports. */
+  readonly feeds: readonly ReadonlyMap<string, Feed>[] | undefined;
+  /** Tensors that were added to the graph. */
+  readonly initializers: readonly Added[];
+}
+
+/**
+ * Finds path and shapes, and takes positions early in the graph (lift.ts), in place.
+ * @param file its graph indexed in its current state
+ * @param sources the values whose gradients are wanted
+ * @param end the value whose gradient will be known
+ * @param problems found so far; receives what gradients do not pass
+ * @throws FormatError with all problems, where they prevent the runs that find shapes
+ */
+export async function probePath(
+  file: ModelFile,
+  sources: readonly string[],
+  end: string,
+  problems: Problems,
+  { probe, feeds, initializers }: Probing,
+): Promise<ProbedPath> {
+  const { model, refused, ranks } = shadowOf(file.model);
+  const path = findPath(model.graph, sources, end, problems, refused);
+  const values = path.nodes.flatMap(({ input, output }) => [...input, ...output]).filter((value) => value !== "");
+  let shapes: Shapes | undefined;
+  try {
+    shapes = feeds && (await probeShapes({ ...file, model }, initializers, values, feeds, probe, problems));
+  } catch (error) {
+    // Known problems explain more than the error of a run.
+    if (!problems.any) throw error;
+  }
+  if (!shapes) {
+    problems.throwIfAny(model.name);
+    throw new Error("neither shapes nor problems");
+  }
+  for (const [value, rank] of ranks) {
+    if (!shapes.has(value) || shapes.dims(value).length === rank) continue;
+    problems.add(`a fused operator takes a value of another rank than ${rank}, which gradients do not pass`, value);
+  }
+  // Positions are taken in the model itself, so only where no definition stands in its place.
+  const graph = problems.any || model !== file.model ? undefined : lift(model, shapes);
+  const { nodes, active } = graph ? findPath(graph, sources, end, problems, refused) : path;
+  const found = graph ?? model.graph;
+  return { graph: found, shapes, active, nodes: asGelu(nodes, found, shapes) };
 }

@@ -1,7 +1,6 @@
 /**
- * Of a model that answers at every position, only some positions meet a target: those of an answer, not those of its prompt. The
- * last product, with a vocabulary of tens of thousands, is by far the widest, so it is computed for the positions that are asked
- * for, where any are.
+ * Restricts the last product of a model that answers at every position to some of them. Only positions of an answer meet a target, not
+ * those of its prompt, and the last product, with a vocabulary of tens of thousands, is by far the widest.
  */
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import type { Graph } from "../onnx/model.ts";
@@ -9,21 +8,21 @@ import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 
-/** int64 [N]: places among all rows of all texts, batch · length. Empty: every position is answered. */
+/** int64 [N]: positions among all rows of all texts, batch · length. Empty: every position is answered. */
 export const POSITIONS: string = `${PREFIX}.positions`;
 
 const PICKED = `${PREFIX}/positions`;
 
-/** Of each element by itself: what may be done to logits behind their product. */
+/** Operators on each element by itself that may follow the product of the logits. */
 const BEHIND = /^(Add|Sub|Mul|Div|Tanh|Identity|Cast)$/;
 
 const PRODUCTS = /^(MatMul|Gemm|FusedMatMul|MatMulNBits)$/;
 
 /**
- * Makes the product that gives the logits take its rows at the positions alone, in place. Always, at first: so the graph can be
- * differentiated. `choose` makes it a choice.
- * @param graph indexed as it is
- * @returns what puts the choice into the graph: all rows, where no positions are given. Undefined where no product gives the logits
+ * Restricts the product that gives the logits to rows at the positions, in place. At first it does so always, so that the graph can be
+ * differentiated.
+ * @param graph indexed in its current state
+ * @returns `choose`, which makes it a choice: all rows where no positions are given. Undefined where no product gives the logits
  */
 export function pickPositions(graph: Graph, logits: string): { readonly choose: () => void } | undefined {
   const main = graph.proto;
@@ -71,7 +70,7 @@ function only(value: string, name: string): GraphProto {
   });
 }
 
-/** What enters the product that gives the logits; undefined where there is no such product, or several of different rows. */
+/** Input of the product that gives the logits; undefined where there is no such product, or several with different rows. */
 function rowsBefore({ producers }: Graph, logits: string): string | undefined {
   const found = new Set<string>();
   const pending = [logits];
@@ -85,7 +84,7 @@ function rowsBefore({ producers }: Graph, logits: string): string | undefined {
   return found.size === 1 ? [...found][0] : undefined;
 }
 
-/** The rows that terms and heads of tasks have made a value of. */
+/** The rows from which terms and heads of tasks have made a value. */
 function beforeOwn(producers: Graph["producers"], value: string): string {
   const node = producers.get(value);
   return node && isOwn(node) && /^(MatMul|Reshape|Flatten)$/.test(node.opType)
@@ -97,7 +96,7 @@ function isOwn({ name }: NodeProto): boolean {
   return name.startsWith(`${PREFIX}/`);
 }
 
-/** All nodes that a value is made by. */
+/** All nodes that a value depends on. */
 function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> {
   const found = new Set<NodeProto>();
   const pending = [value];

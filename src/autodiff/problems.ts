@@ -1,22 +1,22 @@
 /**
- * Why a model cannot be trained: collected while it is looked at, and told all at once.
+ * Reasons why a model cannot be trained: collected during the search and reported all at once.
  */
 import { FormatError } from "../errors.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 
-/** Names of nodes that a message spells out for each problem. */
+/** Nodes that a message names for each problem. */
 const NAMED = 3;
 
 export class Problems {
-  /** Names of what has the problem, by the problem. */
+  /** Names of affected nodes or values, by problem. */
   readonly #found = new Map<string, Set<string>>();
 
-  /** Of a node: an operator that does not do. */
+  /** Adds a problem of a node's operator. */
   node({ opType, name, output }: NodeProto, why: string): void {
     this.add(`${opType} ${why}`, name === "" ? (output[0] ?? "") : name);
   }
 
-  /** @param of a name that belongs to it, where there is one */
+  /** @param of name of an affected node or value, where there is one */
   add(problem: string, of?: string): void {
     const names = this.#found.get(problem) ?? new Set();
     if (of !== undefined) names.add(of);
@@ -27,7 +27,7 @@ export class Problems {
     return this.#found.size > 0;
   }
 
-  /** @throws FormatError with everything that was found, if anything was */
+  /** @throws FormatError with all problems, if there are any */
   throwIfAny(file: string): void {
     if (!this.any) return;
     const told = [...this.#found].map(([problem, names]) => {

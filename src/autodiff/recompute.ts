@@ -1,18 +1,23 @@
 /**
- * Values that the backward nodes need are kept from the forward run on, or made again where they are needed. What is made again waits
- * for the gradient that needs it: runtimes order nodes by what these read alone, and would make those of all layers first.
+ * Chooses which values of the forward run the backward nodes find kept, and makes the others again. Kept values are memory that an
+ * answering run does not need, so few are kept; but no product with a weight is computed twice. What is made again waits for the gradient
+ * that needs it: runtimes order nodes by their inputs alone, and would recompute all layers first.
  */
+
+import type { Graph } from "../onnx/model.ts";
 import { makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import type { Emitter, Moment } from "./emit.ts";
-import { type Kept, valuesToKeep } from "./keep.ts";
-import type { ProbedPath } from "./probed-path.ts";
+import { minCut, type NetworkNode } from "./min-cut.ts";
+import type { ProbedPath } from "./path.ts";
+import type { Shapes } from "./shapes.ts";
 
 /**
+ * Adds the nodes that make values again.
  * @param path forward nodes
- * @param main the model's graph; gets shapes of its values, and constants of definitions
+ * @param main the model's graph; receives shapes of its values, and constants of definitions
  * @param emit has written the backward nodes; their inputs are changed
- * @returns the nodes with those in front of them that make values again
+ * @returns the backward nodes, each behind the nodes that make its values again
  */
 export function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto[] {
   const backward = [...emit.nodes];
@@ -33,7 +38,7 @@ export function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): No
   const own = new Set(backward.flatMap(({ output }) => output));
   const read = backward.flatMap(({ input }) => input).filter((value) => value !== "" && !own.has(value));
   const needed = new Set<string>();
-  // What depends on nothing that is trained is made again without being counted, of what is.
+  // Values that depend on nothing trained are not counted as needed: they are made again from values that exist in any case.
   const pending = [...read];
   const seen = new Set<string>();
   for (const value of pending) {
@@ -61,9 +66,9 @@ export function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): No
   return nodes;
 }
 
-/** Makes values of the forward run once more. */
+/** Makes values of the forward run again. */
 class Again {
-  /** Weights and other constants that were read. */
+  /** Weights and other constants that are read. */
   readonly constants = new Set<string>();
   readonly #path: ProbedPath;
   readonly #makers: ReadonlyMap<string, NodeProto>;
@@ -72,7 +77,7 @@ class Again {
   readonly #emit: Emitter;
   readonly #done = new Map<string, string>();
   #nodes: NodeProto[] = [];
-  /** Nodes of the emitter that are taken over. */
+  /** Nodes of the emitter that were taken over. */
   #taken = 0;
 
   constructor(
@@ -96,7 +101,7 @@ class Again {
     return nodes;
   }
 
-  /** A value as it is there in the branch, not before a moment. */
+  /** Name under which a value is available in the branch, not before `moment`. */
   value(wanted: string, moment: Moment | undefined): string {
     // A loop rather than recursion: models are thousands of nodes deep.
     const pending = [wanted];
@@ -114,7 +119,7 @@ class Again {
     return this.#done.get(wanted) ?? this.#late(wanted, moment);
   }
 
-  /** Whether a value comes from outside. */
+  /** Whether a value comes from outside the branch. */
   #captured(value: string): boolean {
     if (!this.#makers.has(value)) return true;
     return this.#isReal(value) && (!this.#path.active.has(value) || this.#kept.stays(value));
@@ -132,7 +137,7 @@ class Again {
     for (const value of node.output) if (value !== "") this.#done.set(value, again(value));
   }
 
-  /** A value that is there already, as one that is not before a moment. Reshape gives out the memory that it is given. */
+  /** Re-emits an existing value so that it becomes available only after `moment`. Reshape reuses its buffer. */
   #late(value: string, moment: Moment | undefined): string {
     if (this.#path.graph.initializers.has(value)) this.constants.add(value);
     if (moment === undefined || !this.#path.active.has(value) || !this.#makers.has(value)) return value;
@@ -144,4 +149,89 @@ class Again {
     for (; this.#taken < emit.nodes.length; this.#taken++) this.#nodes.push(emit.nodes[this.#taken]!);
     return late;
   }
+}
+
+/** Product operators; with a weight or a factor they are expensive. */
+const PRODUCT = /^(MatMul|Gemm|MatMulNBits|Conv|MatMulInteger.*)$/;
+
+/** Size assumed for a free dimension, to compare values. */
+const FREE = 64;
+
+/** Products between a value and its use that make the use far: farther than within one layer. */
+const FAR = 2;
+
+export interface Forward {
+  readonly graph: Graph;
+  /** Values that depend on what is trained. */
+  readonly active: ReadonlySet<string>;
+  readonly shapes: Shapes;
+  /** Whether a value is the model's own, rather than a definition's. */
+  readonly isReal: (value: string) => boolean;
+}
+
+/** The choice of values to keep. */
+export interface Kept {
+  /** Whether a value of the model is kept for later readers. */
+  stays(value: string): boolean;
+}
+
+/**
+ * Chooses the values to keep. All others can be made from them and from what depends on nothing trained.
+ * @param needed active values that the backward nodes read
+ */
+export function valuesToKeep(forward: Forward, needed: ReadonlySet<string>): Kept {
+  const { graph, active, shapes, isReal } = forward;
+  const far = farUsed(forward);
+  const mustStay = (value: string): boolean => {
+    const node = graph.producers.get(value);
+    return node !== undefined && isReal(value) && (isDear(node, graph) || far.has(value));
+  };
+  const places = new Map<string, NetworkNode<string>>();
+  const pending = [...needed];
+  for (const value of pending) {
+    const node = graph.producers.get(value);
+    if (!node || !active.has(value) || places.has(value)) continue;
+    const real = isReal(value);
+    const source = mustStay(value);
+    const size = shapes.dims(value).reduce<number>((product, dim) => product * (dim ?? FREE), 1);
+    const before = source ? [] : [...new Set(node.input)];
+    places.set(value, { cost: real ? size : Infinity, source, sink: needed.has(value), before });
+    for (const one of before) pending.push(one);
+  }
+  const kept = minCut(places);
+  return { stays: (value) => kept.has(value) || mustStay(value) };
+}
+
+/** Whether one side of a product is a weight or a factor. */
+function isDear({ opType, input }: NodeProto, { producers }: Graph): boolean {
+  if (!PRODUCT.test(opType)) return false;
+  return input.slice(0, 2).some((value) => {
+    let name: string | undefined = value;
+    // An f16 embedding that is the last layer too passes two of these. Damaged files may contain circles.
+    for (let depth = 0; depth < 4 && name !== undefined; depth++) {
+      const maker = producers.get(name);
+      if (!maker) return true;
+      name = /^(Transpose|Cast|Squeeze|Reshape|Constant|Identity)$/.test(maker.opType)
+        ? (maker.input[0] ?? "")
+        : undefined;
+    }
+    return false;
+  });
+}
+
+/**
+ * Values that bypass a layer, such as residuals. Each could be made from the one before and the layer's result, but then the last one
+ * would need all of them at once.
+ */
+export function farUsed({ graph, active }: Pick<Forward, "graph" | "active">): ReadonlySet<string> {
+  const depths = new Map<string, number>();
+  const found = new Set<string>();
+  for (const node of graph.proto.node) {
+    const before = node.input.filter((value) => active.has(value));
+    if (before.length === 0) continue;
+    const depth = Math.max(...before.map((value) => depths.get(value) ?? 0)) + Number(isDear(node, graph));
+    for (const value of node.output) depths.set(value, depth);
+    for (const value of before) if (depth >= (depths.get(value) ?? 0) + FAR) found.add(value);
+  }
+  return found;
 }

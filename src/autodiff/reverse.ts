@@ -1,19 +1,18 @@
 /**
- * Reverse-mode differentiation of a graph: from the gradient of one value, by one rule per operator, to those of the
- * trained values.
+ * Reverse-mode differentiation of a graph: from the gradient of one value, with one rule per operator, to those of the trained values.
  */
 import { operatorOf } from "./definitions/index.ts";
 import type { Emitter } from "./emit.ts";
-import { farUsed } from "./keep.ts";
 import { NodeGradient, type Walk } from "./node-gradient.ts";
-import type { ProbedPath } from "./probed-path.ts";
+import type { ProbedPath } from "./path.ts";
 import type { Problems } from "./problems.ts";
+import { farUsed } from "./recompute.ts";
 import { RULES } from "./rules/index.ts";
 
 /**
  * Emits the nodes that compute gradients.
  * @param end the value whose gradient `seed` emits
- * @param problems gets what gradients do not pass
+ * @param problems receives what gradients do not pass
  * @returns the gradients by value
  */
 export function differentiate(
@@ -47,7 +46,7 @@ export function differentiate(
       problems.node(node, "is used by more than its first output, which gradients do not come back from");
     } else {
       const at = new NodeGradient(node, walk);
-      // Not of each node: what is made again between two layers is made about when it is needed anyway.
+      // One moment per layer is enough: values made again within a layer are made about when they are needed anyway.
       if (emit.moment === undefined || node.output.some((value) => far.has(value))) emit.moment = at.moment();
       rule.backward(at);
     }

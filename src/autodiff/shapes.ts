@@ -1,6 +1,6 @@
 /**
- * Ranks, types and fixed dimensions of the values of a graph, found by running it twice. No shape inference: what is the
- * same for two feeds whose free dimensions all differ is fixed, and what differs is free.
+ * Ranks, types and fixed dimensions of a graph's values, found by running it twice instead of by shape inference. Free dimensions differ
+ * between the two feeds, so a size that is equal in both runs is fixed.
  */
 import { type Feed, presentNames } from "../onnx/feeds.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
@@ -12,18 +12,18 @@ import { type DetachedModel, detachWeights } from "../onnx/write.ts";
 import type { Dimension } from "./emit.ts";
 import type { Problems } from "./problems.ts";
 
-/** A tensor as onnxruntime gives it, as far as it is needed here. */
+/** The parts of an onnxruntime tensor that are used here. */
 export interface Probed {
-  /** "float32", "int64", … */
+  /** Type: "float32", "int64", … */
   readonly type: string;
   readonly dims: readonly number[];
-  /** Undefined where nobody has looked. */
+  /** Undefined where it was not read. */
   readonly data: unknown;
 }
 
 /**
- * Loads a model, runs each feed once, and gives all outputs of each run by name: what any runtime of ONNX models can do. The
- * weights are files beside the graph (`externalData` of onnxruntime's options).
+ * Loads a model, runs each feed once, and returns all outputs of each run by name; any runtime of ONNX models can do it. The weights are
+ * files beside the graph (`externalData` of onnxruntime's options).
  */
 export type ShapeProbe = (
   model: DetachedModel,
@@ -33,21 +33,21 @@ export type ShapeProbe = (
 /** Dimensions; undefined where they are free. */
 export type Dims = readonly (number | undefined)[];
 
-/** An axis that may be counted from the back, counted from the front. */
+/** Counts an axis from the front. */
 export function fromFront(axis: number, rank: number): number {
   return axis < 0 ? axis + rank : axis;
 }
 
-/** Constants of more elements are not compared, so that their data need not be given. */
+/** Larger constants are not compared, so that their data need not be returned. */
 export const LARGEST_CONSTANT = 64;
 
-/** Of more free dimensions than these no products are known. */
+/** Most free dimensions for which products are tabulated. */
 const MOST_FREE = 64;
 
 /**
  * Refuses feeds that would tell nothing: free dimensions must differ within a feed and between the two, and never be 1.
  * @param inputs that the model declares
- * @param fixed dimensions that have a name, and one size all the same
+ * @param fixed named dimensions that have one size nevertheless
  */
 export function checkFeeds(
   feeds: readonly ReadonlyMap<string, Feed>[],
@@ -71,14 +71,14 @@ export function checkFeeds(
       const declared = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
       for (const [axis, { value }] of declared.entries()) {
         const size = given.dims[axis];
-        // An empty cache stays empty.
+        // Empty caches stay empty.
         if (value.case === "dimValue" || size === undefined || size === 0) continue;
         const named = value.case === "dimParam" && value.value !== "";
         if (named && fixed.has(value.value)) continue;
         const dimension = named ? present(value.value) : `${name}, dimension ${axis}`;
         if (size === 1)
           problems.add("a free dimension of the probe feeds is 1, which looks like broadcasting", dimension);
-        // One without a name may be the same as any other.
+        // A dimension without a name may equal any other.
         if (named) sizes.set(dimension, size);
         else if (before.get(dimension) === size) equal(size, dimension);
         before.set(dimension, size);
@@ -92,9 +92,9 @@ export function checkFeeds(
 }
 
 /**
- * Runs the model and looks at values of its main graph.
- * @param feeds two, for every input
- * @param problems gets free dimensions that became 1
+ * Runs the model and records the values of its main graph.
+ * @param feeds two, with every input
+ * @param problems receives free dimensions that became 1
  */
 export async function probeShapes(
   file: ModelFile,
@@ -116,7 +116,7 @@ export async function probeShapes(
   }
   const fetches = asked.filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
   const [outputs, nodes] = [proto.output, proto.node.length];
-  // Behind an Identity: runtimes do not like inputs and initializers as outputs.
+  // An Identity in between: runtimes reject inputs and initializers as outputs.
   for (const { value, as } of fetches) proto.node.push(makeNode("Identity", as, [value], as));
   proto.output = fetches.map(({ as }) => create(ValueInfoProtoSchema, { name: as }));
   let model: DetachedModel;
@@ -161,12 +161,12 @@ function nameOf(dataType: number): string {
   return TYPES.get(dataType) ?? "other";
 }
 
-/** A weight, also behind a Cast or turned: nothing is learned by having all of them given out. */
+/** The weight behind a value, also through a Cast or a Transpose: returning all weights from the run would tell nothing new. */
 function weightOf({ initializers, producers }: Graph, value: string): Probed | undefined {
   const permutations: number[][] = [];
   let cast: number | undefined;
   let name = value;
-  // A few of them: damaged files may go in circles.
+  // Only a few steps: damaged files may contain circles.
   for (let depth = 0; depth < 4; depth++) {
     const node = producers.get(name);
     if (node?.opType !== "Transpose" && node?.opType !== "Cast") break;
@@ -183,17 +183,17 @@ function weightOf({ initializers, producers }: Graph, value: string): Probed | u
   return { type: nameOf(cast ?? tensor.dataType), dims, data: undefined };
 }
 
-/** The layer that an input of a term or a head is for; undefined of the model's own. */
+/** Layer of an input for a term or a head; undefined for the model's own inputs. */
 function layerOf(input: string): string | undefined {
   return input.startsWith(`${PREFIX}.`) ? input.slice(0, input.lastIndexOf(".")) : undefined;
 }
 
-/** What is known of the probed values. */
+/** Ranks, types, dimensions and constants of the probed values. */
 export class Shapes {
   readonly #found: Map<string, readonly Probed[]>;
   readonly #graph: Graph;
   readonly #fixed = new Map<string, boolean>();
-  /** Sizes of inputs whose product a size is, by the size in the two runs. */
+  /** Input sizes by the pair of sizes in the two runs: which inputs multiply to a size. */
   readonly #products = new Map<string, Exclude<Dimension, number>[]>();
 
   constructor(found: Map<string, readonly Probed[]>, graph: Graph, feeds: readonly ReadonlyMap<string, Feed>[]) {
@@ -201,7 +201,7 @@ export class Shapes {
     this.#graph = graph;
     const [first, second] = feeds as [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>];
     const alike = new Set<string>();
-    /** One place for each size, since inputs of the model share dimensions. */
+    /** One entry for each size, since inputs of the model share dimensions. */
     const free = new Map<string, { sizes: readonly [number, number]; factor: { input: string; axis: number } }>();
     for (const [input, { dims }] of first) {
       for (const [axis, size] of dims.entries()) {
@@ -209,7 +209,7 @@ export class Shapes {
         const key = sizes.join();
         const known = free.get(key);
         if (sizes[0] !== sizes[1] && !known) free.set(key, { sizes, factor: { input, axis } });
-        // Ranks of two modules are the same by chance: in a task each has its own.
+        // Equal ranks of two modules are a coincidence: each module of a task has its own.
         if (known && layerOf(known.factor.input) !== layerOf(input)) alike.add(key);
       }
     }
@@ -218,7 +218,7 @@ export class Shapes {
       const key = sizes.join();
       this.#products.set(key, [...(this.#products.get(key) ?? []), product]);
     };
-    // Of a few no product is another's by chance; and there are as many as pairs.
+    // Among few sizes no product equals another's by chance. The number of products grows with the square.
     const all = free.size > MOST_FREE ? [] : [...free.values()];
     for (const [i, one] of all.entries()) {
       add(one.sizes, [one.factor]);
@@ -227,7 +227,7 @@ export class Shapes {
     }
   }
 
-  /** What the dimensions of a value are; undefined where one is no size of an input nor a product of two, or may be several. */
+  /** Factors of a value's dimensions; undefined where one is neither an input's size nor a product of two, or is ambiguous. */
   dimensions(value: string): readonly Dimension[] | undefined {
     const [first, second] = this.#found.get(value) ?? [];
     const known = first?.dims.map((size, axis) => {
@@ -238,7 +238,7 @@ export class Shapes {
     return known?.every((one) => one !== undefined) ? known : undefined;
   }
 
-  /** Of each dimension the sizes in the two runs. */
+  /** Sizes of each dimension in the two runs. */
   sizes(value: string): readonly (readonly [number, number])[] {
     const [first, second] = this.#found.get(value) ?? [];
     return first?.dims.map((size, axis) => [size, second!.dims[axis]!]) ?? [];
@@ -248,7 +248,7 @@ export class Shapes {
     return this.#found.has(value);
   }
 
-  /** From now on `name` is `value` with one place of a dimension. */
+  /** Registers `name` as `value` with one index of a dimension. */
   narrow(value: string, axis: number, name: string): void {
     const runs = this.#found.get(value)!;
     this.#found.set(
@@ -257,7 +257,7 @@ export class Shapes {
     );
   }
 
-  /** A vector of integers that was put into the graph. */
+  /** Registers a vector of integers that was added to the graph. */
   addInts(name: string, data: readonly number[]): void {
     const vector = { type: "int64", dims: [data.length], data };
     this.#found.set(name, [vector, vector]);
@@ -282,7 +282,7 @@ export class Shapes {
     return first.every((one, i) => Object.is(one, second[i])) && this.#isFixed(value) ? first : undefined;
   }
 
-  /** Whether a value is made of constants and shapes: what depends on the data of an input may be equal by chance. */
+  /** Whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
   #isFixed(value: string): boolean {
     // A loop rather than recursion: models are thousands of nodes deep.
     const pending = [value];
@@ -292,7 +292,7 @@ export class Shapes {
       const needed =
         !node || node.opType === "Shape" || node.opType === "Size" ? [] : node.input.filter((input) => input !== "");
       if (!this.#fixed.has(name)) {
-        // Until it is known otherwise; this ends circles, which only a damaged file has.
+        // Assumed until proven otherwise, which ends circles; only damaged files have them.
         const opaque = node?.attribute.some(({ g, graphs }) => g !== undefined || graphs.length > 0) ?? false;
         this.#fixed.set(name, node ? !opaque : this.#graph.initializers.has(name));
         for (const input of needed) pending.push(input);

@@ -1,6 +1,6 @@
 /**
- * Products with the transpose of a weight, as of an embedding that is the last layer too. Runtimes transpose constant weights when they
- * load them, and hold both: what comes back takes the weight as it is. So the product does.
+ * Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
+ * weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
  */
 import { FLOAT } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
@@ -9,14 +9,14 @@ import type { NodeProto } from "../onnx/onnx_pb.ts";
 import { Emitter } from "./emit.ts";
 
 /**
- * Takes Transposes of weights out of a graph where only products read them, in place.
- * @param graph indexed as it is
+ * Removes Transposes of weights that only products read, in place.
+ * @param graph indexed in its current state
  */
 export function takeUntransposed(graph: Graph, opset: number): void {
   const { proto: main, consumers, outputs } = graph;
   const emit = new Emitter(main, opset, `${PREFIX}/untransposed`);
   const gone = new Set<NodeProto>();
-  /** What goes in front of a product. */
+  /** Nodes to put in front of a product. */
   const before = new Map<NodeProto, readonly NodeProto[]>();
   for (const node of main.node) {
     const turned = node.output[0] ?? "";
@@ -38,7 +38,7 @@ export function takeUntransposed(graph: Graph, opset: number): void {
   main.node = main.node.flatMap((node) => (gone.has(node) ? [] : [...(before.get(node) ?? []), node]));
 }
 
-/** The f32 weight [rows, columns] that a Transpose turns, also behind a Cast; undefined for other nodes. */
+/** The f32 weight [rows, columns] that a Transpose takes, also behind a Cast; undefined for other nodes. */
 function transposedWeight(
   { initializers, producers }: Graph,
   node: NodeProto,

@@ -15,7 +15,7 @@ import { encodeTaskFile } from "../format/encode.ts";
 import { type ProjectedAdapter, projectAdapters } from "../pack/project.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Distilled, type DistillOptions, distill } from "../train/distill.ts";
-import type { Encode } from "../train/inputs.ts";
+import type { Encode } from "../train/encoding.ts";
 import { jsonFile, readJson, writeWhole } from "./files.ts";
 import { type Output, table } from "./output.ts";
 

@@ -1,22 +1,22 @@
 /**
- * onnxruntime's own `Attention`, as its optimiser makes it of BERT and its kin: the weights of queries, keys and values lie in it as
- * one matrix. It is taken apart into the product, its bias, a Split, and `MultiHeadAttention`, the same kernel without the
- * product; so there is a packed layer that packed.ts adapts. What that cannot say stays as it is. Loaded where there is one.
+ * Takes apart onnxruntime's own `Attention`, which its optimiser makes for BERT-like models with the weights of queries, keys and values
+ * in one matrix. The parts are the product, its bias, a Split, and `MultiHeadAttention`, the same kernel without the product; packed.ts
+ * then adapts the packed layer. An attention that these operators cannot express stays as it is. Loaded only for models with one.
  */
-import { isParameterName, placeOf } from "./claims.ts";
+import { isParameterName, modulePathOf } from "./claims.ts";
 import { FLOAT16, INT64 } from "./linear.ts";
 import { attribute, indexGraph, type OnnxModel } from "./model.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits } from "./nodes.ts";
 import type { NodeProto } from "./onnx_pb.ts";
 import { Ranks } from "./rank.ts";
 
-/** What both operators understand alike. */
+/** Attributes with the same meaning in both operators. */
 const SHARED = new Set(["num_heads", "unidirectional", "mask_filter_value", "scale"]);
 
-/** Inputs of `Attention`. */
+/** Indices of the inputs of `Attention`. */
 const [X, WEIGHT, BIAS, MASK, PAST, SCORES, PAST_LENGTH] = [0, 1, 2, 3, 4, 5, 6] as const;
 
-/** Operators that hold the weights of several layers, and how a file without them is made. */
+/** Other operators that hold the weights of several layers, and how to make a file without them. */
 const OTHERS: Readonly<Record<string, string>> = {
   QAttention: "is an attention that was quantised after it had been fused: quantise the unoptimised export instead",
   PackedAttention: "is an attention without padding: pass the file from before convert_to_packing_mode",
@@ -27,7 +27,7 @@ export function isAttention({ domain, opType }: NodeProto): boolean {
   return domain === "com.microsoft" && opType === "Attention";
 }
 
-/** Takes the attentions of the main graph apart, where it can. Changes `model.proto`. @returns the model with a new index */
+/** Takes the attentions of the main graph apart where possible. Changes `model.proto`. @returns the model with a new index */
 export function unfuse(model: OnnxModel): OnnxModel {
   const { proto } = model.graph;
   const edits = new NodeEdits();
@@ -43,7 +43,7 @@ export function unfuse(model: OnnxModel): OnnxModel {
   return { ...model, graph: indexGraph(proto, model.name) };
 }
 
-/** Why a node that holds the weights of several layers could not be taken apart, and what to do. */
+/** Reason why a node with the weights of several layers was not taken apart, and what to do. */
 export function whyFused(model: OnnxModel, node: NodeProto): string {
   const which = `${node.opType} "${node.name || node.output[0]}"`;
   const known = OTHERS[node.opType];
@@ -53,7 +53,7 @@ export function whyFused(model: OnnxModel, node: NodeProto): string {
   return `the model is fused already: ${which}${reason}; pass the unoptimised export`;
 }
 
-/** How the product is divided; or why the node cannot be taken apart. */
+/** Sizes that the product is split into; or the reason why the node cannot be taken apart. */
 function sizesOf({ graph }: OnnxModel, node: NodeProto): readonly number[] | string {
   const has = (input: number): boolean => (node.input[input] ?? "") !== "";
   if (has(PAST) || has(PAST_LENGTH) || node.output.slice(1).some((value) => value !== ""))
@@ -73,7 +73,7 @@ function sizesOf({ graph }: OnnxModel, node: NodeProto): readonly number[] | str
 
 function apart(model: OnnxModel, node: NodeProto, sizes: readonly number[], masks: Masks): NodeProto[] {
   const [out] = node.output as [string];
-  // Not with a slash in front, as names of modules have it, but for the product.
+  // The name has no slash in front, except for the product's: names of modules are read from that one only.
   const name = `${node.name || "Attention"}/${out}`.replace(/^\/+/, "");
   const module = moduleOf(model, node);
   const product = `${name}/product`;
@@ -90,15 +90,15 @@ function apart(model: OnnxModel, node: NodeProto, sizes: readonly number[], mask
   const heads = makeNode("MultiHeadAttention", name, parts, out);
   heads.domain = node.domain;
   heads.attribute = node.attribute.filter((one) => SHARED.has(one.name));
-  // Behind the parts: a bias, which is added already, the mask, and what is added to the scores.
+  // The remaining inputs of MultiHeadAttention: an empty bias, which is added already; the mask; the addition to the scores.
   const mask = masks.of(node, nodes);
   heads.input.push(...trimmed(["", mask.padding, mask.scores]));
   return [...nodes, heads];
 }
 
 /**
- * Masks as values that are added to the scores, which is what an attention does with them: on WebGPU `MultiHeadAttention` takes
- * no others. Where the file does not tell what a mask looks like it stays as it is.
+ * Turns masks into additions to the scores, which is how an attention uses them: on WebGPU `MultiHeadAttention` takes no other masks. A
+ * mask stays as it is where the file does not tell its form.
  */
 class Masks {
   readonly #model: OnnxModel;
@@ -110,14 +110,14 @@ class Masks {
     this.#ranks = new Ranks(model);
   }
 
-  /** What the node has as a mask, and as an addition to the scores. @param nodes that go in front of it; some are added */
+  /** Mask and addition to the scores of a node. @param nodes that go in front of it; some are added */
   of(node: NodeProto, nodes: NodeProto[]): { padding: string; scores: string } {
     const [padding = "", scores = ""] = [node.input[MASK], node.input[SCORES]];
     const rank = padding === "" ? undefined : this.#rankOf(padding);
     if (rank !== 1 && rank !== 2) return { padding, scores };
     const type = Number(this.#model.graph.initializers.get(node.input[WEIGHT]!)!.dataType);
     const least = attribute(node, "mask_filter_value")?.f ?? -10000;
-    // Of another input the rows may be as many and of another length.
+    // Another input may have as many rows of another length.
     const key = `${padding}/${node.input[X]}/${least}`;
     let added = this.#made.get(key);
     if (added === undefined) {
@@ -130,18 +130,18 @@ class Masks {
     return { padding: "", scores: sum };
   }
 
-  /** 1: lengths of rows, 2: a mask of rows. */
+  /** Rank of a mask. 1: lengths of rows; 2: a mask of rows. */
   #rankOf(mask: string): number | undefined {
     const { producers } = this.#model.graph;
     const made = producers.get(mask);
     if (made?.opType === "EmbedLayerNormalization") return made.output[1] === mask ? 1 : undefined;
     if (made?.opType === "ReduceSum") return attribute(made, "keepdims")?.i === 0n ? 1 : undefined;
-    // Of other vectors there is no telling what they hold: ends of rows, or starts too.
+    // Vectors of other lengths are ambiguous: ends of rows, or starts and ends.
     const rank = this.#ranks.of(mask);
     return rank === 2 ? 2 : undefined;
   }
 
-  /** [batch, 1, length, length]: 0, or the least where a row is masked. */
+  /** Makes [batch, 1, length, length]: 0, or the least score where a position is masked. */
   #add(rank: number, node: NodeProto, least: number, type: number, nodes: NodeProto[]): string {
     const { initializer } = this.#model.graph.proto;
     const name = `${node.output[0]}/mask`;
@@ -155,13 +155,13 @@ class Masks {
       return initializer.at(-1)!.name;
     };
     initializer.push(makeFloats(`${name}/none`, [0], [1]), makeFloats(`${name}/least`, [least], [1]));
-    // [1]: how long rows are.
+    // The length of rows, [1].
     const length = op("Slice", [op("Shape", [node.input[X]!]), ints(1), ints(2)]);
     const mask = op("Cast", [node.input[MASK]!], { to: INT64 });
     let kept: string;
     if (rank === 1) {
       const ones = op("Expand", [ints(1), length]);
-      // 1, 2, …: a row keeps as many as it is long.
+      // Positions 1, 2, …: a row keeps as many as its length.
       const positions = op("CumSum", [ones, ints(0)]);
       kept = op("Less", [op("Sub", [positions, ints(1)]), op("Reshape", [mask, ints(-1, 1)])]);
     } else kept = op("Less", [ints(0), mask]);
@@ -172,14 +172,14 @@ class Masks {
 }
 
 /**
- * A path for the packed layer, told by the projection behind it: "…/attention/qkv" of "…attention.output.dense". The weight
- * has a name that the optimiser has made up, or, of GPT-2, that of the checkpoint, which stays.
+ * A path for the packed layer, from the projection behind it: "…/attention/qkv" for "…attention.output.dense". The weight's own name is
+ * made up by the optimiser; in GPT-2 it is the checkpoint's and stays.
  */
 function moduleOf({ graph }: OnnxModel, node: NodeProto): string | undefined {
   if (isParameterName(node.input[WEIGHT]!)) return undefined;
   const [out] = node.output as [string];
   const paths = (graph.consumers.get(out) ?? []).flatMap(({ node: next, input }) => {
-    const place = input === 0 && /MatMul|Gemm/.test(next.opType) ? placeOf(graph, next) : undefined;
+    const place = input === 0 && /MatMul|Gemm/.test(next.opType) ? modulePathOf(graph, next) : undefined;
     return place?.shared === 1 && place.path !== "" ? [place.path] : [];
   });
   const [path] = paths;

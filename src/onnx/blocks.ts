@@ -1,5 +1,6 @@
 /**
- * Parts of weights as bytes: of a packed one those of a layer, of a divided one those of all its parts. Loaded where a model has some.
+ * Bytes of parts of weights: of one layer within a packed weight, or of a divided weight joined from all its parts. Loaded only for
+ * models with such weights.
  */
 import type { CpuView } from "../core/base.ts";
 import type { ReadOptions } from "../source.ts";
@@ -8,15 +9,15 @@ import { type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from 
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
-/** Values as they lie, and where along an axis a part of them begins. */
-export interface Block {
+/** Values in memory, and where along an axis a part of them begins. */
+export interface AxisPart {
   readonly data: Uint8Array;
   readonly shape: readonly number[];
   readonly start: number;
 }
 
 /** Copies `count` rows or columns. @param width bytes of a value */
-export function copyPart(from: Block, to: Block, axis: number, count: number, width: number): void {
+export function copyPart(from: AxisPart, to: AxisPart, axis: number, count: number, width: number): void {
   const inner = from.shape.slice(axis + 1).reduce((a, b) => a * b, width);
   const outer = from.shape.slice(0, axis).reduce((a, b) => a * b, 1);
   const [fromStep, toStep] = [from.shape[axis]! * inner, to.shape[axis]! * inner];
@@ -26,7 +27,7 @@ export function copyPart(from: Block, to: Block, axis: number, count: number, wi
   }
 }
 
-/** The values of a parameter that is a part, or made of parts. @throws FormatError, SourceError as `readTensor` */
+/** Reads a parameter that is a part, or made of parts. @throws FormatError, SourceError as `readTensor` */
 export async function readPiece(
   { model, external }: ModelFile,
   parameter: OnnxParameter & { readonly dtype: FloatDtype },

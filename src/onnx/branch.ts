@@ -1,6 +1,6 @@
 /**
- * Of a decoder that has a branch for each use of its cache, as Optimum merges it, the branch that reads none: what it computes of all
- * tokens at once, as training asks.
+ * Takes one branch of a decoder that has two, as Optimum merges them: the branch that reads no cache and computes all tokens at once, as
+ * training needs.
  */
 import { FormatError } from "../errors.ts";
 import { attribute, nestedGraphs } from "./model.ts";
@@ -11,13 +11,13 @@ import { renameNodes, renameValues } from "./rename.ts";
 /** The input that chooses the branch. */
 const CHOICE = "use_cache_branch";
 
-/** Operators behind which a condition is what it was. */
+/** Operators that pass a condition on unchanged. */
 const SAME = new Set(["Cast", "Identity", "Reshape", "Squeeze"]);
 
 /**
- * Puts the nodes of that branch in the place of each `If`, in place.
+ * Replaces each `If` on that input by the nodes of its branch without a cache, in place.
  * @param file for messages
- * @throws FormatError when a branch does not give what its `If` does
+ * @throws FormatError when a branch and its `If` differ in outputs
  */
 export function takeFirstRun(graph: GraphProto, file: string): void {
   for (let at = graph.node.findIndex((node) => isChoice(graph, node)); at >= 0; ) {
@@ -45,7 +45,7 @@ function isChoice(graph: GraphProto, { opType, input }: NodeProto): boolean {
   return value === CHOICE;
 }
 
-/** The nodes of a branch under names that the graph around it does not have, and with the results of its `If`. */
+/** Nodes of a branch, renamed so that no name of the surrounding graph is taken twice, with the results of the `If`. */
 function unfolded(graph: GraphProto, node: NodeProto, branch: GraphProto): NodeProto[] {
   const around = [...graph.initializer, ...graph.input].map(({ name }) => name);
   const taken = new Set([...around, ...graph.node.flatMap(({ output }) => output)]);
@@ -71,7 +71,7 @@ function unfolded(graph: GraphProto, node: NodeProto, branch: GraphProto): NodeP
   return [...branch.node, ...handed];
 }
 
-/** Drops outputs, and all that only they need, in place. */
+/** Drops outputs and everything that only they need, in place. */
 export function keepOutputs(graph: GraphProto, keep: (output: string) => boolean): void {
   graph.output = graph.output.filter(({ name }) => keep(name));
   const needed = new Set(graph.output.map(({ name }) => name));
@@ -87,7 +87,7 @@ export function keepOutputs(graph: GraphProto, keep: (output: string) => boolean
   graph.input = graph.input.filter(isNeeded);
 }
 
-/** What a node and the graphs in it read. */
+/** Values that a node and the graphs in it read. */
 function* readBy(node: NodeProto): Generator<string> {
   yield* node.input;
   for (const { node: nodes, output } of nestedGraphs(node)) {

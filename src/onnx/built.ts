@@ -1,9 +1,9 @@
-/** Files of onnxruntime-genai's model builder: what they hold otherwise than the checkpoint does. */
+/** Differences between files of onnxruntime-genai's model builder and the checkpoint. */
 import type { OnnxModel } from "./model.ts";
 
 /**
- * Whether the weights of normalisations are stored with 1 added, as the builder does for Gemma, whose layers multiply by 1 + w. Nothing in
- * the file says so: told by the embeddings, which these models alone scale.
+ * Whether the weights of normalisations are stored with 1 added, as the builder does for Gemma, whose layers multiply by 1 + w. The file
+ * does not say so; these models are recognised by the scaling of their embeddings, which no others have.
  */
 export function addsOneToNorms({ proto, graph }: OnnxModel): boolean {
   return (

@@ -1,6 +1,6 @@
 /**
- * Which parameter of the PyTorch model an initializer may be: what its own name says, and what the places say where it is used.
- * Names and orientation only: nothing here reads a value, and nothing decides between two that claim the same.
+ * Finds which parameters of the PyTorch model an initializer may be, from its own name and from the modules that use it. Looks at names
+ * and orientation only: it reads no value, and does not decide between two claims to one name.
  */
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
@@ -8,10 +8,10 @@ import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./onnx_pb.ts";
 import type { OnnxTensorType } from "./tensors.ts";
 
-/** Operators that hand their first input on as it is, or turned. */
+/** Operators that pass their first input on, as it is or transposed. */
 const PASSES = new Set(["Cast", "CastLike", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"]);
 
-/** Normalisations with a weight as second and a bias as third input. */
+/** Normalisations whose second input is a weight and whose third a bias. */
 const NORMS = new Set([
   "BatchNormalization",
   "GroupNormalization",
@@ -21,7 +21,7 @@ const NORMS = new Set([
   "SimplifiedLayerNormalization",
 ]);
 
-/** Where operators of onnxruntime's optimiser take the bias of the layer in front of them, which their first input comes from. */
+/** Index of the bias in operators of onnxruntime's optimiser; their first input is the result of the biased layer. */
 export const SUMS: Readonly<Record<string, number>> = {
   BiasGelu: 1,
   FastGelu: 1,
@@ -29,56 +29,56 @@ export const SUMS: Readonly<Record<string, number>> = {
   SkipSimplifiedLayerNormalization: 3,
 };
 
-/** What tools append to the name of a parameter that they have changed. */
+/** Words that tools append to the name of a parameter they have changed. */
 const MADE_BY_TOOLS = /^(quantized|fp16|f16|bf16|Transposed|Q[248](G\d+)?)$/;
 
-/** What speaks for a name, from nothing upwards. Of several initializers that claim one name, the better evidence decides. */
+/** Evidence for a name, weakest first. If several initializers claim one name, the best evidence decides. */
 export const EVIDENCE = {
   nothing: 0,
-  /** The name of a bias behind it, which other layers use too: it may be one that was merged. */
+  /** The name of the bias behind the layer, which other layers use too: it may have been merged. */
   guessed: 1,
-  /** The initializer's name, though all its uses are in other modules: left over from parameters that were merged. */
+  /** The initializer's own name, though all its uses are in other modules: a leftover of merged parameters. */
   namedElsewhere: 2,
-  /** The module that uses it. */
+  /** The module that uses the initializer. */
   used: 3,
-  /** The initializer's name, and no use that contradicts it. */
+  /** The initializer's own name, and no use contradicts it. */
   named: 4,
 } as const;
 
-/** A name that an initializer may have, and the uses that speak for it. */
+/** A name that an initializer may have, and the uses that support it. */
 export interface Claim {
   name: string;
   evidence: number;
   readonly initializer: string;
   layout: Layout | undefined;
   readonly uses: Use[];
-  /** Of a guess: how many layers use the bias that it was guessed by. */
+  /** Layers that use the bias this name was inferred from; more than one makes it a guess. */
   shared: number;
 }
 
-/** Names of modules are looked at up to here: a file may name what it likes. */
+/** Most segments of a module's name that are looked at, since a file may contain any names. */
 const MOST_SEGMENTS = 64;
 
-/** Operators that hand a value on, one behind the other. Exporters and quantisers write three. */
+/** Most operators in a row that a value is followed through. Exporters and quantisers write three. */
 export const MOST_PASSED = 16;
 
-/** How many uses are followed for each that the graph has: nested graphs may name their values alike, and so multiply them. */
+/** Most uses that are followed, for each use in the graph: nested graphs may reuse names of values and so multiply them. */
 const MOST_FOLLOWED = 32;
 
-/** Where a node belongs. */
-interface Place {
+/** The module that a node belongs to. */
+interface ModulePath {
   readonly path: string;
-  /** Told by a bias that so many layers use: a guess where they are several. */
+  /** How many layers use the bias this path was inferred from; more than one makes it a guess. */
   readonly shared: number;
 }
 
-/** Looks at the initializers of one graph. */
+/** Finds the claims of the initializers of one graph. */
 export class Claims {
   readonly #graph: Graph;
   readonly #file: string;
-  /** Whether names are those of onnxruntime-genai's model builder. */
+  /** Whether the names follow onnxruntime-genai's model builder. */
   readonly #built: boolean;
-  readonly #places = new Map<NodeProto, Place | undefined>();
+  readonly #paths = new Map<NodeProto, ModulePath | undefined>();
   readonly #segments = new Map<string, readonly string[]>();
   #left = 100_000;
 
@@ -90,7 +90,7 @@ export class Claims {
   }
 
   /**
-   * The names that an initializer's own name and its uses speak for: at least one.
+   * Names supported by an initializer's own name and its uses: at least one.
    * @throws FormatError when nested graphs multiply its uses
    */
   of(initializer: string, { shape }: OnnxTensorType): Claim[] {
@@ -110,7 +110,7 @@ export class Claims {
     };
     for (const { use, name, transposed } of reached) {
       const role = roleOf(use, shape.length, transposed);
-      const place = this.#placeOf(use.node);
+      const place = this.#modulePathOf(use.node);
       const path = place?.path;
       if (name !== undefined && (!role || path === undefined || this.#isWithin(name, path))) {
         claim(name, EVIDENCE.named, role?.layout, use);
@@ -122,7 +122,7 @@ export class Claims {
         claim(initializer, EVIDENCE.nothing, role?.layout, use);
       }
     }
-    // Names that were kept though every use is in another module.
+    // Own names are kept even if every use is in another module.
     for (const { use, name, transposed } of reached) {
       if (name === undefined || (claims.get(name)?.evidence ?? 0) > EVIDENCE.namedElsewhere) continue;
       claim(name, EVIDENCE.namedElsewhere, roleOf(use, shape.length, transposed)?.layout, use);
@@ -131,12 +131,12 @@ export class Claims {
     return [...claims.values()];
   }
 
-  /** A name as the checkpoint has it. */
+  /** Name in the checkpoint. */
   #asCheckpoint(name: string | undefined): string | undefined {
     return this.#built && name !== undefined ? unbuilt(name) : name;
   }
 
-  /** Notes a claim under each module that it lies within. */
+  /** Indexes a claim under each module that contains it. */
   #index(claim: Claim, within: Map<string, Claim>): void {
     const segments = this.#split(claim.name);
     const suffix = segments[segments.length - 1]!;
@@ -146,11 +146,11 @@ export class Claims {
     }
   }
 
-  /** Where an initializer is used, looked for through the operators that only hand it on. `name` is its own. */
+  /** Uses of an initializer, also behind operators that only pass it on. `name` is its own. */
   #reach(initializer: string, name: string | undefined): Reached[] {
     const reached: Reached[] = [];
     const values = [{ value: initializer, name, transposed: false, passed: 0 }];
-    // Nested graphs may name a value as the graph around them does: without this a hostile file leads round in circles.
+    // Nested graphs may reuse a name of the graph around them, which would lead round in circles in a hostile file.
     const seen = new Set([initializer]);
     for (const { value, name, transposed, passed } of values) {
       for (const use of this.#graph.consumers.get(value) ?? []) {
@@ -164,8 +164,8 @@ export class Claims {
           reached.push({ use, name, transposed });
         } else if (!seen.has(output)) {
           seen.add(output);
-          // Tools lengthen names: of NAME_f16 and NAME the shorter is the checkpoint's. Another name altogether is that of
-          // a merged parameter, behind an Identity.
+          // Tools lengthen names: of NAME_f16 and NAME the shorter one is the checkpoint's. A different name behind an Identity belongs
+          // to a merged parameter.
           const renamed = isParameterName(output) && !(name !== undefined && output.startsWith(name));
           const turns = node.opType === "Transpose" && turnsMatrix(node);
           values.push({
@@ -180,12 +180,12 @@ export class Claims {
     return reached;
   }
 
-  #placeOf(node: NodeProto): Place | undefined {
-    if (!this.#places.has(node)) {
-      const place = placeOf(this.#graph, node);
-      this.#places.set(node, place && { ...place, path: this.#asCheckpoint(place.path)! });
+  #modulePathOf(node: NodeProto): ModulePath | undefined {
+    if (!this.#paths.has(node)) {
+      const place = modulePathOf(this.#graph, node);
+      this.#paths.set(node, place && { ...place, path: this.#asCheckpoint(place.path)! });
     }
-    return this.#places.get(node);
+    return this.#paths.get(node);
   }
 
   #split(name: string): readonly string[] {
@@ -210,12 +210,12 @@ export class Claims {
 
 interface Reached {
   use: Use;
-  /** The checkpoint's name, where one was kept. */
+  /** The checkpoint's name, if it was kept. */
   name: string | undefined;
   transposed: boolean;
 }
 
-/** The paths of modules whose call a path may be: itself, and without the numbers of repeated calls. */
+/** Paths of the modules that a path may be a call of: the path itself, and without the numbers of repeated calls. */
 export function variants(path: string): string[] {
   const segments = path.split(".", MOST_SEGMENTS + 1);
   if (segments.length > MOST_SEGMENTS) return [path];
@@ -226,13 +226,13 @@ export function variants(path: string): string[] {
   return [...found];
 }
 
-/** "query" of "query_1". */
+/** Drops the number of a repeated call: "query" from "query_1". */
 function unnumbered(segment: string): string {
   const at = segment.lastIndexOf("_");
   return at > 0 && /^\d+$/.test(segment.slice(at + 1)) ? segment.slice(0, at) : segment;
 }
 
-/** A name of the model builder's as transformers has it: "layers.0.attn.q_proj.MatMul.weight" is "layers.0.self_attn.q_proj.weight". */
+/** Translates the model builder's names to transformers': "layers.0.attn.q_proj.MatMul.weight" is "layers.0.self_attn.q_proj.weight". */
 function unbuilt(name: string): string {
   return name
     .replace(/\.(?:MatMul|Add|layernorm)\.(weight|bias)$/, ".$1")
@@ -240,7 +240,7 @@ function unbuilt(name: string): string {
     .replace(/\.layers\.\d+\.final_norm_layernorm\b/, ".norm");
 }
 
-/** The checkpoint's name in that of an initializer, which tools lengthen. */
+/** The checkpoint's name within an initializer's name, which tools lengthen. */
 function ownName(initializer: string): string | undefined {
   let end = initializer.length;
   for (let at = initializer.lastIndexOf("_"); at > 0; at = initializer.lastIndexOf("_", end - 1)) {
@@ -253,12 +253,12 @@ function ownName(initializer: string): string | undefined {
   return isParameterName(stem) ? stem : undefined;
 }
 
-/** Whether a name can be a checkpoint's. Exporters' own are like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
+/** Whether a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
 export function isParameterName(name: string): boolean {
   return name.includes(".") && !/[/:]/.test(name);
 }
 
-/** Whether a Transpose turns a matrix; without `perm` it reverses the dimensions. */
+/** Whether a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
 function turnsMatrix(node: NodeProto): boolean {
   const perm = attribute(node, "perm")?.ints;
   return perm === undefined || (perm.length === 2 && perm[0] === 1n);
@@ -269,7 +269,7 @@ interface Role {
   layout?: Layout | undefined;
 }
 
-/** What an initializer of this rank is to the node that uses it. */
+/** Role of an initializer of this rank in the node that uses it. */
 function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role | undefined {
   const matrix = (layout: "in-out" | "out-in"): Role => {
     const turned = layout === "in-out" ? "out-in" : "in-out";
@@ -324,27 +324,26 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
   }
 }
 
-/** Where the dynamo exporter writes a node's place. */
+/** Metadata key under which the dynamo exporter writes the modules around a node. */
 export const SCOPES = "pkg.torch.onnx.name_scopes";
 
-/** The module whose `forward` made a node, as its exporter wrote it: dynamo into the node's metadata, TorchScript into its name. */
-export function writtenPlace({ name, metadataProps }: NodeProto): string | undefined {
+/** The module whose `forward` made a node, as the exporter wrote it: dynamo into the node's metadata, TorchScript into its name. */
+export function writtenPath({ name, metadataProps }: NodeProto): string | undefined {
   const scopes = metadataProps.find(({ key }) => key === SCOPES)?.value;
-  // A Python list of the modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
+  // A Python list of modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
   if (scopes !== undefined) return [...scopes.matchAll(/'([^']*)'/g)].at(-2)?.[1];
   return name.startsWith("/") ? name.slice(1, name.lastIndexOf("/")).replaceAll("/", ".") : undefined;
 }
 
 /**
- * The module whose `forward` made a node, dotted; "" for the model itself. Where no exporter wrote it, or that is lost, a linear
- * layer's bias often still has its name; it is no proof where several layers use it, which may be one layer that runs twice or equal
- * biases that were merged.
+ * The module whose `forward` made a node, dotted; "" for the model itself. If no exporter wrote it, or it is lost, the name of a linear
+ * layer's bias often tells. A bias that several layers use is no proof: one layer may run twice, or equal biases were merged.
  */
-export function placeOf(graph: Graph, node: NodeProto): Place | undefined {
-  const path = writtenPlace(node);
+export function modulePathOf(graph: Graph, node: NodeProto): ModulePath | undefined {
+  const path = writtenPath(node);
   if (path !== undefined) return { path, shared: 1 };
   let result = /^(Fused)?MatMul(NBits|Integer)?$/.test(node.opType) ? node.output[0] : undefined;
-  // A Cast and a Mul by the scales come first.
+  // A Cast, and a Mul by the scales, come first.
   for (let i = 0; i < 2 && node.opType === "MatMulInteger"; i++)
     result = graph.consumers.get(result ?? "")?.[0]?.node.output[0];
   for (const { node: next } of graph.consumers.get(result ?? "") ?? []) {

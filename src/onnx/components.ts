@@ -1,6 +1,6 @@
 /**
- * The components of a pack inside a model: products with them, in the smallest form that a runtime multiplies by. Integers enter the
- * graph without the scales of their rows: a core between the components brings these.
+ * Adds products with a pack's components to a model, in the smallest form that a runtime multiplies by. Integers enter the graph without
+ * the scales of their rows: the core between the components contains these.
  */
 import { FLOAT, INT8, UINT8 } from "./linear.ts";
 import { type Added, CONTRIBUTED, type Place, PREFIX } from "./nodes.ts";
@@ -9,17 +9,17 @@ import { type Added, CONTRIBUTED, type Place, PREFIX } from "./nodes.ts";
 export interface ComponentRows {
   readonly rows: number;
   readonly width: number;
-  /** f32, row-major. */
+  /** Values as f32, row-major. */
   floats(): Float32Array;
-  /** Where the pack stores integers: component = scale of its row · integer. */
+  /** Integers, where the pack stores them: component = scale of its row · integer. */
   readonly integers?: StoredIntegers | undefined;
 }
 
 export interface StoredIntegers {
   readonly bits: 3 | 4 | 8;
-  /** [rows]. */
+  /** Scales [rows]. */
   readonly scales: Float32Array;
-  /** Row-major. */
+  /** Integers, row-major. */
   values(): Int8Array;
 }
 
@@ -30,12 +30,12 @@ export interface Components {
 }
 
 /**
- * Operators by which a runtime multiplies floats by integers: MatMulNBits where it has a fast one for 4 bits, and DequantizeLinear of a
- * byte each in front of a product.
+ * Operators that a runtime has for products of floats and integers: MatMulNBits where 4 bits are fast, and DequantizeLinear of bytes in
+ * front of a product.
  */
 export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
-/** What enters the graph. */
+/** Form in which components enter the graph. */
 type Form = "floats" | "bytes" | "nibbles";
 
 /** Adds products with components to a graph. */
@@ -43,28 +43,28 @@ export class ComponentProducts {
   readonly #by: IntegerProducts;
   readonly #added: Added[];
   readonly #shared = new Set<string>();
-  /** Whether one of onnxruntime's own operators was used. */
+  /** Whether an operator of onnxruntime's own domain was used. */
   contributed = false;
 
-  /** @param by none: of floats alone */
+  /** @param by operators for integers; none: floats only */
   constructor(by: IntegerProducts, added: Added[]) {
     this.#by = by;
     this.#added = added;
   }
 
-  /** Which form these components take; those of different forms do not enter one product. */
+  /** Form that these components take. Components of different forms do not share a product. */
   formOf({ integers }: ComponentRows): Form {
     if (integers && integers.bits <= 4 && this.#by.includes("MatMulNBits")) return "nibbles";
     return integers && this.#by.includes("DequantizeLinear") ? "bytes" : "floats";
   }
 
-  /** What the core has to multiply the row of each component with; undefined: nothing. */
+  /** Factors that the core has to apply to the row of each component; undefined: none. */
   scalesOf(rows: ComponentRows): Float32Array | undefined {
     return this.formOf(rows) === "floats" ? undefined : rows.integers!.scales;
   }
 
   /**
-   * x [.., width] · Eᵀ, of all sides one below the other: [.., Σ rows].
+   * Product x [.., width] · Eᵀ with all sides one below the other: [.., Σ rows].
    * @param sides of one form and width
    */
   project(place: Place, x: string, sides: readonly ComponentRows[], name: string): string {
@@ -81,7 +81,7 @@ export class ComponentProducts {
     });
   }
 
-  /** x [.., rows] · E: [.., width]. */
+  /** Product x [.., rows] · E: [.., width]. */
   expand(place: Place, x: string, side: ComponentRows, name: string): string {
     return this.#product(place, x, name, side.rows, side.width, this.formOf(side), (values) => {
       return { values: values(side), inner: side.width, outer: 1 };
@@ -89,8 +89,8 @@ export class ComponentProducts {
   }
 
   /**
-   * x [.., inner] · M, with M[i, o] = values[i · strides.inner + o · strides.outer].
-   * @param matrix asks for the values of sides in the form
+   * Product x [.., inner] · M, with M[i, o] = values[i · strides.inner + o · strides.outer].
+   * @param matrix returns the values of the sides in the form
    */
   #product(
     place: Place,
@@ -130,7 +130,7 @@ export class ComponentProducts {
     return place.op("MatMulNBits", [x, name, this.#ones(outer * blocks)], attributes, CONTRIBUTED);
   }
 
-  /** Scales of blocks, which all products of one shape share. */
+  /** Scales of blocks, all 1; products of one shape share them. */
   #ones(count: number, dims: readonly number[] = [count]): string {
     const name = `${PREFIX}/ones/${dims.join()}`;
     if (!this.#shared.has(name)) {
@@ -145,17 +145,17 @@ export class ComponentProducts {
   }
 }
 
-/** `accuracy_level` of MatMulNBits: floats are not rounded to integers first. */
+/** `accuracy_level` of MatMulNBits: inputs are not rounded to integers first. */
 const F32 = 1;
 
-/** Values with the distance of neighbours along either side of the matrix that they are. */
+/** Values with their strides along both dimensions of a matrix. */
 interface Matrix {
   readonly values: Float32Array | Int8Array;
   readonly inner: number;
   readonly outer: number;
 }
 
-/** [inner, outer], row-major. */
+/** Copies a matrix to [inner, outer], row-major. */
 function turned<T extends Float32Array | Int8Array>(matrix: Matrix, inner: number, outer: number): T {
   const { values } = matrix;
   if (matrix.outer === 1) return values as T;
@@ -166,13 +166,13 @@ function turned<T extends Float32Array | Int8Array>(matrix: Matrix, inner: numbe
   return out as unknown as T;
 }
 
-/** The block that wastes least, its f32 scale counted. Of those the largest. */
+/** Block size that wastes least, its f32 scale included; the largest of equals. */
 function blockOf(inner: number): number {
   const bytes = (block: number): number => Math.ceil(inner / block) * (block / 2 + 4);
   return [256, 128, 64, 32, 16].reduce((best, block) => (bytes(block) < bytes(best) ? block : best));
 }
 
-/** [outer, inner] as MatMulNBits has it: two values a byte, the first one low, 8 more than they are; rows padded with zeros. */
+/** Packs [outer, inner] as MatMulNBits needs it: two values a byte, the first one low, each with 8 added; rows are padded with zeros. */
 function nibbles(matrix: Matrix, inner: number, outer: number, padded: number): Uint8Array {
   const out = new Uint8Array((outer * padded) / 2).fill(0x88);
   const { values } = matrix;

@@ -1,24 +1,35 @@
 /**
- * Which of a model's weights are the same one, written down more than once. An exporter does so to a layer that is applied in
- * several ways, to inputs of two and of three dimensions, say: one initializer for a Gemm and a turned one for a MatMul. A task
- * must change all of them. Names say which may be the same (modules.ts), and values say which are (likeness.ts).
+ * Finds weights that a model contains more than once. An exporter copies a layer that is applied in several ways, for instance to inputs
+ * of two and of three dimensions: one initializer for a Gemm and a transposed one for a MatMul. A task must change all copies. Names tell
+ * which weights may be the same (modules.ts); here their values decide, whichever way round they are stored.
  */
+
+import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt } from "../core/mismatch.ts";
+import { BaseMismatchError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
-import type { Likeness } from "./likeness.ts";
-import { isMatrix, isNameless, type OnnxParameter } from "./modules.ts";
+import { type Candidate, isMatrix, isNameless, matrixShape, type OnnxParameter, type Stored } from "./modules.ts";
 import type { ModelFile } from "./read.ts";
+import { readLinearWeight } from "./weights.ts";
+
+/** Candidates that a message lists. */
+const TOLD = 3;
 
 /** Finds the copies of weights. */
 export class Copies {
-  readonly #of: readonly [ModelFile, readonly OnnxParameter[], ReadOptions | undefined];
-  /** Whether there are weights that nothing names, and so anything may be. */
+  readonly #file: ModelFile;
+  readonly #parameters: readonly OnnxParameter[];
+  readonly #options: ReadOptions | undefined;
+  /** Whether some weights have no name, so that each may be a copy of any other. */
   readonly #open: boolean;
   readonly #found = new Map<OnnxParameter, Promise<OnnxParameter>>();
-  #likeness: Promise<Likeness> | undefined;
+  /** Float weights of linear layers without a name, by type, shape and some values; made when first needed. */
+  #nameless: Promise<ReadonlyMap<string, readonly Stored[]>> | undefined;
 
   /** @param parameters of the file, as `findParameters` gives them */
   constructor(file: ModelFile, parameters: readonly OnnxParameter[], options?: ReadOptions) {
-    this.#of = [file, parameters, options];
+    this.#file = file;
+    this.#parameters = parameters;
+    this.#options = options;
     this.#open = parameters.some(isNameless);
   }
 
@@ -36,7 +47,75 @@ export class Copies {
   async #find(parameter: OnnxParameter): Promise<OnnxParameter> {
     if (parameter.uses.length === 0 || !isMatrix(parameter)) return parameter;
     if (!this.#open && parameter.candidates.length === 0) return parameter;
-    this.#likeness ??= import("./likeness.ts").then((loaded) => new loaded.Likeness(...this.#of));
-    return { ...parameter, copies: await (await this.#likeness).copiesOf(parameter) };
+    const copies: Stored[] = [];
+    for (const candidate of parameter.candidates) {
+      if (candidate.initializer === parameter.initializer) continue;
+      if (await this.#isSame(parameter, candidate)) copies.push(candidate);
+      else if (candidate.equal) throw ambiguous(this.#file, parameter);
+    }
+    const known = new Set([parameter, ...copies].map(({ initializer }) => initializer));
+    for (const one of await this.#alike(parameter)) {
+      if (!known.has(one.initializer) && (await this.#isSame(parameter, one))) copies.push(one);
+    }
+    return { ...parameter, copies };
   }
+
+  /** Whether two weights are equal, up to orientation and, between different number formats, up to rounding. */
+  async #isSame(a: Stored, b: Stored): Promise<boolean> {
+    const [out, inputs] = matrixShape(a)!;
+    if (!isMatrix(b) || matrixShape(b)!.join() !== `${out},${inputs}`) return false;
+    const [left, right] = [await this.#values(a), await this.#values(b)];
+    const likeness = correlation(fingerprint("", out, inputs, left), fingerprint("", out, inputs, right));
+    if (a.dtype === "other" || b.dtype === "other") return likeness >= SAME_QUANTIZED;
+    if (a.dtype !== b.dtype || likeness < SAME_FLOAT) return likeness >= SAME_FLOAT;
+    for (let o = 0; o < out; o++)
+      for (let n = 0; n < inputs; n++) if (!Object.is(left(o, n), right(o, n))) return false;
+    return true;
+  }
+
+  async #values(stored: Stored): Promise<WeightAt> {
+    const { at } = await readLinearWeight(this.#file, { ...stored, name: stored.initializer }, this.#options);
+    return matrixShape(stored)!.includes(0) ? () => 0 : at;
+  }
+
+  /** Weights without a name that may have the same values. */
+  async #alike(parameter: OnnxParameter): Promise<readonly Stored[]> {
+    if (parameter.dtype === "other") return [];
+    this.#nameless ??= this.#findNameless();
+    const nameless = await this.#nameless;
+    return nameless.size === 0 ? [] : (nameless.get(await this.#keyOf(parameter)) ?? []);
+  }
+
+  async #findNameless(): Promise<ReadonlyMap<string, readonly Stored[]>> {
+    const found = new Map<string, Stored[]>();
+    const named = new Set(this.#parameters.flatMap((one) => (isNameless(one) ? [] : one.initializer)));
+    for (const one of this.#parameters) {
+      if (!isNameless(one) || named.has(one.initializer)) continue;
+      const key = await this.#keyOf(one);
+      const others = found.get(key);
+      if (others) others.push(one);
+      else found.set(key, [one]);
+    }
+    return found;
+  }
+
+  /** Key of a weight: type, shape and some values. */
+  async #keyOf(stored: Stored): Promise<string> {
+    const [out, inputs] = matrixShape(stored)!;
+    return `${stored.dtype} ${out} ${inputs} ${fingerprint("", out, inputs, await this.#values(stored)).join()}`;
+  }
+}
+
+function ambiguous({ model }: ModelFile, parameter: OnnxParameter): BaseMismatchError {
+  const told = (stored: Stored): string => {
+    const nodes = stored.uses.map(({ node }) => `${node.opType} "${node.name || node.output[0]}"`);
+    return `"${stored.initializer}" of ${nodes.slice(0, TOLD).join(", ")}`;
+  };
+  const equal: readonly Stored[] = [parameter, ...parameter.candidates.filter((one: Candidate) => one.equal)];
+  const more = equal.length > TOLD ? ` and ${equal.length - TOLD} more` : "";
+  return new BaseMismatchError(
+    `${model.name}: "${parameter.name}" may be any of several weights, which differ: ` +
+      `${equal.slice(0, TOLD).map(told).join("; ")}${more}. Say which with the option \`names\``,
+    { module: parameter.name, candidates: equal.slice(0, TOLD).map(({ initializer }) => initializer) },
+  );
 }

@@ -1,7 +1,6 @@
 /**
- * The values of quantised weights, as the operators that use them understand the bytes: MatMulNBits, DequantizeLinear,
- * MatMulInteger after DynamicQuantizeLinear, QLinearMatMul. For fingerprints and for the base's heads; the product itself
- * is the runtime's.
+ * Values of quantised weights, decoded as the operators that use them do: MatMulNBits, DequantizeLinear, MatMulInteger after
+ * DynamicQuantizeLinear, QLinearMatMul. They serve fingerprints and the base's heads; products are computed by the runtime.
  */
 
 import type { WeightAt } from "../core/mismatch.ts";
@@ -30,7 +29,7 @@ const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = new Map
 ]);
 
 /**
- * @returns undefined when the weight is quantised in a way that is not known here
+ * @returns undefined when the weight is quantised in an unknown way
  * @throws FormatError when its tensors do not fit each other; SourceError when a file beside the model cannot be read
  */
 export async function readQuantizedWeight(
@@ -46,7 +45,7 @@ export async function readQuantizedWeight(
 }
 
 /**
- * A vector as f32, float or behind a DequantizeLinear.
+ * Reads a vector as f32, stored as floats or behind a DequantizeLinear.
  * @throws FormatError, SourceError as `readLinearWeight`
  */
 export async function readVector(
@@ -91,7 +90,7 @@ class TensorReader {
     this.#options = options;
   }
 
-  /** The values of an initializer; undefined when there is none of this name or of a type that is not read. */
+  /** Values of an initializer; undefined when none has this name, or its type is not supported. */
   async values(name: string | undefined): Promise<TensorValues | undefined> {
     const { model, external } = this.#file;
     const tensor = name ? model.graph.initializers.get(name) : undefined;
@@ -117,7 +116,7 @@ class TensorReader {
   }
 }
 
-/** Packed integers, low bits first. */
+/** Unpacks integers, low bits first. */
 function integers(view: DataView, bits: number, signed: boolean): Values {
   if (bits === 32) return (i) => view.getInt32(4 * i, true);
   if (bits === 16) return (i) => (signed ? view.getInt16(2 * i, true) : view.getUint16(2 * i, true));
@@ -129,7 +128,9 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
   };
 }
 
-/** B [N, blocks, block_size · bits / 8], scales [N · blocks], zero points packed by row, 2^(bits - 1) where there are none. */
+/**
+ * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits - 1) where there are none.
+ */
 async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
   const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
   const [inputs, out, bits, size] = [number("K", 0), number("N", 0), number("bits", 4), number("block_size", 0)];
@@ -139,7 +140,7 @@ async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | 
   if (!packed || !scales || ![2, 4, 8].includes(bits) || size < 16 || node.input[4]) return undefined;
   const blocks = Math.ceil(inputs / size);
   const values = integers(viewOf(packed.bytes), bits, false);
-  // A row of zero points is padded to whole bytes.
+  // Each row of zero points is padded to whole bytes.
   const rowOfZeros = (Math.ceil((blocks * bits) / 8) * 8) / bits;
   const isWhole = packed.bytes.length * 8 >= out * blocks * size * bits && countOf(scales) >= out * blocks;
   const isBased =
@@ -166,7 +167,7 @@ function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
-/** Integers with scales and zero points: one for all, one per column or row, or blocks along one axis. */
+/** Decodes integers with scales and zero points: one for all, one for each column or row, or blocks along one axis. */
 async function affine(
   reader: TensorReader,
   model: OnnxModel,
@@ -206,11 +207,11 @@ interface Quantization {
   scale: string | undefined;
   zero: string | undefined;
   axis: number;
-  /** 0: not in blocks. */
+  /** Size of a block; 0: no blocks. */
   block: number;
 }
 
-/** Where the scales of an integer weight are. */
+/** Finds the scales of an integer weight. */
 function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
   const direct = model.graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
   if (direct) {
@@ -222,7 +223,7 @@ function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): 
   const { node } = use;
   if (node.opType === "GatherBlockQuantized") {
     const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-    // Bytes without zero points are around their middle, and may hold two numbers each: none known writes such.
+    // Bytes without zero points are centred, and may hold two numbers each; no known tool writes such.
     if (model.graph.initializers.get(initializer)?.dataType === 2) return undefined;
     const [, , scale, zero] = node.input;
     return { scale, zero, axis: number("quantize_axis", 1), block: number("block_size", 128) };
@@ -238,7 +239,7 @@ function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): 
       : undefined;
   }
   if (node.opType !== "MatMulInteger" && node.opType !== "ConvInteger") return undefined;
-  // MatMulInteger → Cast → Mul by (scale of x · scale of the weight), which another Mul has made.
+  // MatMulInteger → Cast → Mul by (scale of x · scale of the weight), which another Mul has computed.
   const cast = next(node);
   const scaled = cast && next(cast);
   const factors = scaled?.input.find((value) => value !== cast?.output[0]);

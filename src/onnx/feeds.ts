@@ -1,13 +1,13 @@
 /**
- * Made-up inputs for any model, as far as its declared inputs tell: token ids 1, masks 1, no past. Their values mean
- * nothing; what is wanted is that the model runs.
+ * Made-up inputs for any model, from its declared inputs: token ids 1, masks 1, no past. Their values mean nothing; they only make the
+ * model run.
  */
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { attribute, type OnnxModel } from "./model.ts";
 import { makeValue } from "./nodes.ts";
 import type { ValueInfoProto } from "./onnx_pb.ts";
 
-/** A value as a runtime takes it, by `TensorProto.DataType`. */
+/** A value in a runtime's form, by `TensorProto.DataType`. */
 export interface Feed {
   readonly dataType: number;
   readonly dims: readonly number[];
@@ -17,10 +17,10 @@ export interface Feed {
 const BOOL = 9;
 const INT32 = 6;
 
-/** Elements of all inputs together. A few images have so many; a file may ask for anything. */
+/** Most elements of all inputs together: enough for a few images. A file may declare any size. */
 const MOST_ELEMENTS = 2 ** 23;
 
-/** Inputs without what the file says beside their names, types and dimensions: nothing of it stays in memory. */
+/** Copies inputs with names, types and dimensions only, so that nothing else of the file stays in memory. */
 export function plainInputs(inputs: readonly ValueInfoProto[]): ValueInfoProto[] {
   return inputs.map((input) => {
     const { value } = input.type ?? {};
@@ -32,7 +32,7 @@ export function plainInputs(inputs: readonly ValueInfoProto[]): ValueInfoProto[]
   });
 }
 
-/** How many rows the tables have that inputs are indices of, by input. */
+/** Rows of the tables that inputs are indices into, by input. */
 export function tableRows({ graph }: OnnxModel, inputs: readonly ValueInfoProto[]): Map<string, number> {
   const found = new Map<string, number>();
   for (const { name } of inputs) {
@@ -47,10 +47,10 @@ export function tableRows({ graph }: OnnxModel, inputs: readonly ValueInfoProto[
   return found;
 }
 
-/** Inputs of GroupQueryAttention that hold a cache [batch, heads, past, width]. */
+/** Indices of the inputs of GroupQueryAttention that hold a cache [batch, heads, past, width]. */
 const CACHES: ReadonlySet<number> = new Set([3, 4]);
 
-/** Sizes of free dimensions that the graph tells, by their names: how wide a head of a cache is. */
+/** Sizes of free dimensions that the graph implies, by name: the width of a head in a cache. */
 export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto[]): Map<string, number> {
   const found = new Map<string, number>();
   for (const { name, type } of inputs) {
@@ -59,7 +59,7 @@ export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto
     if (width?.case !== "dimParam") continue;
     for (const { node, input } of graph.consumers.get(name) ?? []) {
       if (node.opType !== "GroupQueryAttention" || !CACHES.has(input)) continue;
-      // What comes out, all heads side by side, enters a linear layer.
+      // The result, all heads side by side, enters a linear layer.
       const after = graph.consumers.get(node.output[0]!)?.[0]?.node;
       const packed = after?.opType === "MatMulNBits" ? attribute(after, "K")?.i : undefined;
       const all = packed ?? graph.initializers.get(after?.input[1] ?? "")?.dims[0];
@@ -71,8 +71,7 @@ export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto
 }
 
 /**
- * A name for each free dimension of inputs, one for those that are equally long as long as nothing is past: the present, and what is
- * as long as past and present together.
+ * Name of each free dimension of inputs. Without a past, the present and the sum of past and present are equally long and get one name.
  */
 export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: string) => string {
   const names = new Set<string>();
@@ -91,13 +90,13 @@ export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: str
   };
 }
 
-/** Rows of a batch that all differ, as far as made-up ones can. */
+/** Rows of a batch, all different as far as made-up ones can be. */
 const ROWS = 3;
-/** Of everything else that is free. */
+/** Size of all other free dimensions. */
 const LENGTH = 6;
 
 /**
- * Feeds whose rows differ.
+ * Makes feeds whose rows differ.
  * @param tables as `tableRows` gives them
  * @param known as `knownSizes` gives them
  * @returns undefined as `tinyFeeds`
@@ -115,7 +114,7 @@ export function feedsOfRows(
   const feeds = tinyFeeds(inputs, known, (dimension) => (leading.has(dimension) ? ROWS : LENGTH));
   for (const [name, rows] of tables) {
     const { data } = feeds?.get(name) ?? {};
-    // Squares, so that no row is another one moved along.
+    // Squares, so that no row is another one shifted.
     if (data instanceof BigInt64Array) data.forEach((_, i) => (data[i] = BigInt((7 * i * i + i + 1) % rows)));
     else if (data instanceof Int32Array) data.forEach((_, i) => (data[i] = (7 * i * i + i + 1) % rows));
   }
@@ -123,10 +122,10 @@ export function feedsOfRows(
 }
 
 /**
- * @param known sizes of free dimensions, by their names
- * @param size of any other free dimension, by its name, or by its place where it has none. Default: 2
- * @returns undefined when an input is of a kind that cannot be guessed, has an impossible dimension, or all of them have very
- *   many elements
+ * Makes the smallest feeds of a model.
+ * @param known sizes of free dimensions, by name
+ * @param size of any other free dimension, by name, or by place where it has none. Default: 2
+ * @returns undefined when an input has a kind that cannot be guessed or an impossible dimension, or the inputs have too many elements
  */
 export function tinyFeeds(
   inputs: readonly ValueInfoProto[],
@@ -140,7 +139,7 @@ export function tinyFeeds(
     const { elemType, shape } = type.value.value;
     const dims = shape.dim.map(({ value }, axis) => {
       if (value.case === "dimValue") return Number(value.value);
-      // A cache begins empty; what is as long as past and present together is as long as the present.
+      // Caches begin empty; a dimension for past and present together is as long as the present.
       if (value.case === "dimParam" && /past/.test(value.value) && !/\+|total/.test(value.value)) return 0;
       const dimension = value.case === "dimParam" && value.value !== "" ? value.value : `dimension ${axis}`;
       return known.get(dimension) ?? size(dimension);

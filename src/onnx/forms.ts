@@ -1,7 +1,6 @@
 /**
- * Where a model applies what is no weight of a linear layer, and can be added to all the same: convolutions, tables of embeddings,
- * weights of normalisations, biases of convolutions. Names and operators only; nothing here reads a value. Loaded for a pack that
- * has some.
+ * Uses of weights that do not belong to linear layers but can be adapted: convolutions, tables of embeddings, weights of normalisations,
+ * biases of convolutions. Looks at names and operators only and reads no value. Loaded only for packs with such modules.
  */
 import { dynamic, FLOAT, FLOAT16, onlyConsumer, quantized, requantized, typeOf } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
@@ -11,47 +10,47 @@ import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 /** One application of a convolution or of a table. */
 export interface FormPlace {
   readonly graph: GraphProto;
-  /** The convolution, quantised or not, or what gathers. */
+  /** The convolution, quantised or not, or the Gather. */
   readonly op: NodeProto;
-  /** Makes y, its first output: `op` itself, or what makes floats of its result. */
+  /** Node that makes y, its first output: `op` itself, or the one that dequantises its result. */
   readonly node: NodeProto;
-  /** What enters: float values [batch, channels, …], or indices. */
+  /** Input: float values [batch, channels, …], or indices. */
   readonly x: string;
-  /** `FLOAT` or `FLOAT16`: of y. */
+  /** Type of y: `FLOAT` or `FLOAT16`. */
   readonly type: number;
-  /** Whether `op` adds a bias, and is `node` too. */
+  /** The bias that `op` adds; then `op` is `node`. */
   readonly bias: string | undefined;
 }
 
-/** What an adapted module is, where that is no linear layer. */
+/** Kind and uses of an adapted module that is no linear layer. */
 export interface Form {
   readonly kind: "convolution" | "embedding";
-  /** Of a convolution's weight: [out, channels, …]. */
+  /** Shape of a convolution's weight: [out, channels, …]. */
   readonly shape: readonly number[];
   readonly places: readonly FormPlace[];
 }
 
-/** A vector that tasks change, and that is not added to the last dimension of a node's result. */
+/** A vector that tasks change and that is not added to the last dimension of a node's result. */
 export interface GraftVector {
-  /** Of the parameter. */
+  /** Name of the parameter. */
   readonly name: string;
   readonly size: number;
   readonly places: readonly VectorPlace[];
 }
 
-/** `weight`: multiplies the last dimension of what `op` normalises, or of its other input. `bias`: is added to channels. */
+/** `weight`: multiplies the last dimension of the input that `op` normalises. `bias`: is added to channels. */
 export interface VectorPlace {
   readonly kind: "weight" | "bias";
   readonly graph: GraphProto;
   readonly op: NodeProto;
-  /** Which of its inputs the vector is. */
+  /** Index of the vector among the node's inputs. */
   readonly input: number;
-  /** Makes the result, its first output. */
+  /** Node that makes the result, its first output. */
   readonly node: NodeProto;
   readonly type: number;
 }
 
-/** @returns the reason where a use of the weight cannot be added to */
+/** @returns the reason where a use of the weight cannot be adapted */
 export function formOf(model: OnnxModel, { uses, copies, initializer, shape }: OnnxParameter): Form | string {
   const all = [uses, ...copies.map((copy) => copy.uses)].flat().filter(readsValues);
   if (all.length === 0) return `nothing in the graph uses "${initializer}"`;
@@ -65,12 +64,12 @@ export function formOf(model: OnnxModel, { uses, copies, initializer, shape }: O
   return { kind, shape, places };
 }
 
-/** Some exporters ask for the shape of a weight. */
+/** Whether a node reads more than the weight's shape, which is all that some exporters ask for. */
 function readsValues({ node }: Use): boolean {
   return node.opType !== "Shape";
 }
 
-/** The input that is the weight, by operator. */
+/** Index of the weight among the inputs, by operator. */
 const WEIGHTS: Readonly<Record<string, number>> = { Conv: 1, ConvInteger: 1, QLinearConv: 3 };
 
 function convolutionOf(model: OnnxModel, use: Use): FormPlace | string {
@@ -99,7 +98,7 @@ function tableOf(model: OnnxModel, use: Use): FormPlace | string {
   return { ...place, node, type: typeOf(model, graph, node === next ? next.input[1]! : op.input[0]!) };
 }
 
-/** Normalisations, and the input that is their weight. */
+/** Normalisations, and the index of their weight. */
 const NORMALISATIONS: Readonly<Record<string, number>> = {
   LayerNormalization: 1,
   RMSNormalization: 1,
@@ -108,7 +107,7 @@ const NORMALISATIONS: Readonly<Record<string, number>> = {
   SkipSimplifiedLayerNormalization: 2,
 };
 
-/** Undefined where some use is neither that of a normalisation's weight nor that of a convolution's bias. */
+/** Uses of a vector; undefined where one is neither the weight of a normalisation nor the bias of a convolution. */
 export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxParameter): GraftVector | undefined {
   const [size] = shape;
   if (shape.length !== 1 || size === undefined || uses.length === 0) return undefined;
@@ -117,7 +116,7 @@ export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxPa
     const { node: op, graph, input } = use;
     const kind = NORMALISATIONS[op.opType] === input || op.opType === "Mul" ? "weight" : "bias";
     if (kind === "bias" && !(op.opType === "Conv" && input === 2)) return undefined;
-    // A convolution's is that of its weight: a quantised bias is integers.
+    // The type of a convolution's bias is that of its weight, since a quantised bias is integers.
     const type = typeOf(model, graph, op.input[kind === "weight" ? input : 1]!);
     if (type !== FLOAT && type !== FLOAT16) return undefined;
     places.push({ kind, graph, op, input, node: requantized(model, use) ?? op, type });

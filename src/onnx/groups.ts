@@ -1,17 +1,17 @@
-/** Layers that one value enters: queries, keys and values; gate and up. */
+/** Groups layers with one common input: queries, keys and values; gate and up. */
 import type { Components } from "./components.ts";
 import type { Linear } from "./linear.ts";
 import type { GraphProto } from "./onnx_pb.ts";
 
-/** What tells whether a module shares. */
+/** The parts of a module that decide with which others it shares a product. */
 interface Sharing {
   readonly linears: readonly Linear[];
   readonly components?: Components | undefined;
 }
 
 /**
- * Modules with components in the same order, those together that one value enters. Whatever else has terms is alone: a module without
- * components, and one that is applied several times.
+ * Groups modules with components by their common input, in the same order. Other modules with terms stay alone: those without components,
+ * and those that are applied several times.
  * @param kindOf modules of different kinds are kept apart
  */
 export function groupsOf<M extends Sharing>(modules: readonly M[], kindOf: (components: Components) => string): M[][] {
@@ -29,7 +29,7 @@ export function groupsOf<M extends Sharing>(modules: readonly M[], kindOf: (comp
   return [...groups.values()];
 }
 
-/** "layer.self.query+key": names of modules as one, without what all have in front. */
+/** Joins names of modules, with their common start only once: "layer.self.query+key". */
 export function joined([first = "", ...others]: readonly string[]): string {
   const parent = first.slice(0, first.lastIndexOf(".") + 1);
   return [first, ...others.map((name) => (name.startsWith(parent) ? name.slice(parent.length) : name))].join("+");

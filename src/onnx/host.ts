@@ -1,6 +1,6 @@
 /**
- * An ONNX model as a base: its weights, under the names that adapters call them by. Read-only: what a task changes
- * reaches a model through the runtime that has loaded it.
+ * An ONNX model as a base: its weights, under the names that adapters use. Read-only: changes of a task reach a model through the runtime
+ * that has loaded it.
  */
 
 import { checkOptions } from "../arguments.ts";
@@ -14,8 +14,8 @@ import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
 /**
- * Opens a model and finds its parameters. The file is read whole and stays in memory; files beside it are read when a
- * weight in them is. Close the host to release those.
+ * Opens a model and finds its parameters. The file is read whole and stays in memory; files beside it are read when a weight in them is.
+ * Closing the host releases those.
  *
  * @example
  * const base = await openOnnxHost("model.onnx");
@@ -31,7 +31,7 @@ export async function openOnnxHost(input: SourceInput, options: ModelOptions = {
 }
 
 /**
- * The float parameters of a model that has been read. Read-only.
+ * The float parameters of a model in memory. Read-only.
  * @param pieces further parameters: parts of packed ones, or made of several
  */
 export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = []): WeightHost {
@@ -39,7 +39,7 @@ export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = [])
   const parameters = new Map<string, OnnxParameter & { dtype: FloatDtype }>();
   const all = findParameters(model);
   const copies = new Copies(file, all);
-  /** Those that are the only ones of their name, or equal to all others. */
+  /** Names with one weight, or with weights that are all equal. */
   const sound = new Set<string>();
   for (const parameter of all) {
     const { name, dtype, candidates } = parameter;

@@ -1,6 +1,6 @@
 /**
- * Where a model applies a weight: which value enters a linear layer and which comes out of it, whatever operators the
- * exporter or a quantiser made of the layer. Names and operators only; nothing here reads a value.
+ * Applications of linear layers: the value that enters and the one that comes out, whatever operators the exporter or a quantiser has
+ * made of the layer. Looks at names and operators only and reads no value.
  */
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, type Slice } from "./modules.ts";
@@ -17,21 +17,21 @@ export const INT8 = 3;
 export interface Linear {
   /** The graph that holds the nodes. */
   readonly graph: GraphProto;
-  /** Makes y, its first output. */
+  /** Node that makes y, its first output. */
   readonly node: NodeProto;
-  /** The float value that enters, rows of [in]. */
+  /** Float input, rows of [in]. */
   readonly x: string;
-  /** `FLOAT` or `FLOAT16`: of x and y. */
+  /** Type of x and y: `FLOAT` or `FLOAT16`. */
   readonly type: number;
   /** Whether `node` adds the bias itself. */
   readonly addsBias: boolean;
-  /** Where y is a part of what `node` makes. */
+  /** Part of the node's result, where y is only a part. */
   readonly slice?: Slice;
-  /** Where y is what several nodes make, one behind the other: the layers, of which `node` is the first one's. */
+  /** The layers whose results, one behind the other, are y; `node` belongs to the first one. */
   readonly joined?: { readonly linears: readonly Linear[]; readonly sizes: readonly number[] };
 }
 
-/** Why a use of a weight is no linear layer whose result could be added to. */
+/** Reason why a use of a weight is no linear layer with a result that can be added to. */
 export class NotLinear {
   readonly reason: string;
 
@@ -40,7 +40,7 @@ export class NotLinear {
   }
 }
 
-/** The linear layer that a use of a weight belongs to. */
+/** Linear layer that a use of a weight belongs to. */
 function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   const { node, graph, input } = use;
   const refuse = (why: string): NotLinear => new NotLinear(`${node.opType} "${node.name}" ${why}`);
@@ -75,7 +75,7 @@ function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   }
 }
 
-/** All linear layers that a parameter, or a copy of it, is the weight of. */
+/** All linear layers with a parameter, or a copy of it, as weight. */
 export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] | NotLinear {
   const { uses, initializer, copies, slice, joined } = parameter;
   if (joined)
@@ -93,7 +93,7 @@ export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] 
   return linears;
 }
 
-/** Layers that are parts of one: each takes what the others take. */
+/** Joins layers that are parts of one: each has the same input. */
 function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly number[]): Linear[] | NotLinear {
   const lists: Linear[][] = [];
   for (const part of parts) {
@@ -115,8 +115,8 @@ function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly numb
 }
 
 /**
- * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair right behind a node. What is added comes after it, since
- * the pair's range was measured without a task and would clip one.
+ * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair directly behind a node. Additions go behind it: the pair's range was
+ * measured without a task and would clip one.
  */
 export function requantized(model: OnnxModel, { node, graph }: Use): NodeProto | undefined {
   const quantize = onlyConsumer(model, graph, node);
@@ -143,8 +143,8 @@ export function quantized(model: OnnxModel, { node, graph }: Use): Linear | unde
 }
 
 /**
- * The Add that adds a linear layer's bias: the node whose output is the layer's whole result. Undefined when the layer has
- * none, or its own node adds it.
+ * The Add of a linear layer's bias: its output is the layer's whole result. Undefined when the layer has no bias, or its own node adds
+ * it.
  */
 export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | undefined {
   const next = onlyConsumer(model, graph, node);
@@ -158,8 +158,8 @@ export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | 
 }
 
 /**
- * A node that holds the weights of several layers in one, as optimisers of graphs make them: none of these can be found or
- * added to by itself.
+ * Finds a node that holds the weights of several layers, as graph optimisers make them: these layers can be neither found nor added to
+ * one by one.
  */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
   return model.graph.proto.node.find(
@@ -169,7 +169,7 @@ export function fusedNode(model: OnnxModel): NodeProto | undefined {
   );
 }
 
-/** The node that makes a value, and its graph: the one given or one around it. */
+/** The node that makes a value, and its graph: the given one or one around it. */
 export function origin(model: OnnxModel, graph: GraphProto, value: string): Pick<Use, "node" | "graph"> | undefined {
   const { scopes, around } = model.graph;
   for (let at: GraphProto | undefined = graph; at; at = around.get(at)) {
@@ -184,7 +184,7 @@ export function producer(model: OnnxModel, graph: GraphProto, value: string): No
   return origin(model, graph, value)?.node;
 }
 
-/** The node that alone reads what a node makes, if it lies in the same graph and the value is no output of that. */
+/** The only node that reads a node's result, if it lies in the same graph and the result is no output of the graph. */
 export function onlyConsumer(
   model: OnnxModel,
   graph: GraphProto,
@@ -199,7 +199,7 @@ function has({ input }: NodeProto, index: number): boolean {
   return (input[index] ?? "") !== "";
 }
 
-/** Element type of a weight where it enters a product, as far as the nodes before it tell; f32 where they do not. */
+/** Element type of a weight at the input of a product, as far as the nodes before it tell; otherwise f32. */
 export function typeOf(model: OnnxModel, graph: GraphProto, value: string): number {
   const seen = new Set<string>();
   for (let at = value; !seen.has(at); ) {

@@ -1,20 +1,20 @@
 /**
- * The part of the protobuf runtime (@bufbuild/protobuf) that is used here, with types of our own: the library is bundled,
- * and its types are not there when a user's compiler reads ours.
+ * The used parts of the protobuf runtime (@bufbuild/protobuf), with types of our own: the library is bundled, so its types are missing
+ * when a user's compiler reads ours.
  */
 import * as library from "@bufbuild/protobuf";
 import * as generated from "@bufbuild/protobuf/codegenv2";
 import { configureTextEncoding } from "@bufbuild/protobuf/wire";
 import { fromUtf8, toUtf8 } from "../text.ts";
 
-// Before the first schema is read, which happens when its module is loaded.
+// Runs before the first schema is read, which happens when its module is loaded.
 if (typeof TextDecoder === "undefined" || typeof TextEncoder === "undefined")
   configureTextEncoding({ encodeUtf8: toUtf8, decodeUtf8: fromUtf8, checkUtf8: () => true });
 
-/** What all messages have. */
+/** Fields of all messages. */
 export type Message<Name extends string = string> = {
   readonly $typeName: Name;
-  /** Fields that the schema does not name; written back as they were. */
+  /** Fields that the schema does not name; written back unchanged. */
   $unknown?: { readonly no: number; readonly wireType: number; readonly data: Uint8Array }[] | undefined;
 };
 
@@ -27,11 +27,11 @@ export interface GenFile {
 export interface GenMessage<M extends Message> {
   readonly kind: "message";
   readonly typeName: M["$typeName"];
-  /** Never there; ties the description to the type. */
+  /** Never present; ties the description to the type. */
   readonly message?: M;
 }
 
-/** What `create` takes for a field. */
+/** Values that `create` accepts for a field. */
 type Field<F> = F extends Uint8Array | bigint | boolean | string | number | undefined
   ? F
   : F extends readonly (infer Item)[]
@@ -52,7 +52,7 @@ export const messageDesc = generated.messageDesc as unknown as <M extends Messag
   ...nested: number[]
 ) => GenMessage<M>;
 
-/** A message of default values and those given. */
+/** Makes a message of the given fields; the others get default values. */
 export const create = library.create as unknown as <M extends Message>(
   schema: GenMessage<M>,
   init?: NoInfer<Init<M>>,

@@ -1,6 +1,6 @@
 /**
- * An ONNX model in memory: the whole protobuf, parsed once, and an index of its graph. Tensor data are views of the
- * file's bytes, never copies. Not an executor, and no shape inference: what a value is, only the runtime knows.
+ * An ONNX model in memory: the whole protobuf, parsed once, and an index of its graph. Tensor data are views of the file's bytes, never
+ * copies. It executes nothing and infers no shapes; only the runtime knows the values.
  */
 import { FormatError } from "../errors.ts";
 import type { AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto } from "./onnx_pb.ts";
@@ -9,7 +9,7 @@ import { fromBinary, ModelProtoSchema } from "./protobuf.ts";
 /** Where a value enters a node. */
 export interface Use {
   readonly node: NodeProto;
-  /** Which of the node's inputs. */
+  /** Index among the node's inputs. */
   readonly input: number;
   /** The graph that holds the node: the model's, or one nested in an attribute (a branch of `If`, a body of `Loop`). */
   readonly graph: GraphProto;
@@ -47,7 +47,7 @@ export interface OnnxModel {
 /**
  * Parses a model. `bytes` stay in use: tensors with embedded data are views of them.
  * @param name of the file, for messages
- * @throws FormatError when the bytes are truncated, are no ONNX model, or the model lacks what every model has
+ * @throws FormatError when the bytes are truncated, are no ONNX model, or the model lacks mandatory parts
  */
 export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   let proto: ModelProto;
@@ -103,7 +103,7 @@ export function indexGraph(proto: GraphProto, file: string): Graph {
   return { proto, ...scopes.get(proto)!, scopes, consumers, around };
 }
 
-/** @param file where a value must not have two origins, for the message */
+/** @param file for the message, where a value must not have two origins */
 function scopeOf(graph: GraphProto, file: string | undefined): Scope {
   const initializers = new Map<string, TensorProto>();
   const producers = new Map<string, NodeProto>();
@@ -115,7 +115,7 @@ function scopeOf(graph: GraphProto, file: string | undefined): Scope {
   };
   for (const tensor of graph.initializer) if (isNew(tensor.name)) initializers.set(tensor.name, tensor);
   for (const node of graph.node) {
-    // An optional output that is left out has an empty name.
+    // Optional outputs that are left out have an empty name.
     for (const output of node.output) if (output !== "" && isNew(output)) producers.set(output, node);
   }
   return { initializers, producers, outputs: new Set(graph.output.map(({ name }) => name)) };
@@ -126,7 +126,7 @@ export function nestedGraphs(node: NodeProto): readonly GraphProto[] {
   return node.attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs));
 }
 
-/** The attribute, or undefined when the node has none of this name. */
+/** The attribute, or undefined when the node has none with this name. */
 export function attribute(node: NodeProto, name: string): AttributeProto | undefined {
   return node.attribute.find((candidate) => candidate.name === name);
 }

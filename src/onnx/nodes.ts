@@ -1,7 +1,8 @@
 /**
- * Nodes and what becomes of a graph's list of them: making one, adding some behind another, removing what nothing uses.
- * No knowledge of what the nodes compute.
+ * Nodes and a graph's list of them: making nodes, adding some behind another, removing unused ones. Knows nothing of what nodes compute.
  */
+
+import { FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { nestedGraphs, type OnnxModel } from "./model.ts";
 import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./onnx_pb.ts";
@@ -14,7 +15,7 @@ import {
   ValueInfoProtoSchema,
 } from "./protobuf.ts";
 
-/** The first word of every value and node that is added. */
+/** First word of the names of all added values and nodes. */
 export const PREFIX = "eigenlora";
 
 /** Attributes by name: integers, lists of integers, graphs, floats as `{ float }`, and strings. */
@@ -37,13 +38,13 @@ export interface Added {
 /** The domain of onnxruntime's own operators. */
 export const CONTRIBUTED = "com.microsoft";
 
-/** Says that the model has operators of that domain. */
+/** Declares that the model uses operators of that domain. */
 export function importContributed({ proto: { opsetImport } }: OnnxModel): void {
   if (opsetImport.some(({ domain }) => domain === CONTRIBUTED)) return;
   opsetImport.push(create(OperatorSetIdProtoSchema, { domain: CONTRIBUTED, version: 1n }));
 }
 
-/** A node with one output or several. */
+/** Makes a node with one output or several. */
 export function makeNode(
   opType: string,
   name: string,
@@ -72,7 +73,7 @@ function makeAttribute(name: string, value: Attributes[string]): AttributeProto 
   return create(AttributeProtoSchema, { name, g: value as GraphProto, type: ATTRIBUTE.graph });
 }
 
-/** A constant int64 vector, or a scalar where `dims` is empty. */
+/** Makes a constant int64 vector, or a scalar where `dims` is empty. */
 export function makeInts(
   name: string,
   values: readonly number[],
@@ -82,7 +83,7 @@ export function makeInts(
   return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: INT64, rawData });
 }
 
-/** @param axis of the value. Default: the last */
+/** Makes a Split. @param axis of the value. Default: the last */
 export function makeSplit(
   model: OnnxModel,
   name: string,
@@ -91,20 +92,23 @@ export function makeSplit(
   sizes: readonly number[],
   axis = -1,
 ): NodeProto {
-  // From opset 13 on the sizes are an input.
+  // Opset 13 turned the sizes into an input.
   const asInput = model.opset >= 13;
   if (asInput) model.graph.proto.initializer.push(makeInts(`${name}/sizes`, sizes));
   const inputs = asInput ? [value, `${name}/sizes`] : [value];
   return makeNode("Split", name, inputs, outputs, { axis, ...(asInput ? {} : { split: sizes }) });
 }
 
-/** Constant f32 values. */
+/** Makes constant f32 values. */
 export function makeFloats(name: string, values: readonly number[], dims: readonly number[]): TensorProto {
   const rawData = new Uint8Array(Float32Array.from(values).buffer);
   return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData });
 }
 
-/** An input or output. A dimension of type string is a free one of that name, "" without a name; no `dims`: of any shape. */
+/**
+ * Makes an input or output. A string in `dims` is a free dimension with that name, "" without a name; without `dims` any shape is
+ * allowed.
+ */
 export function makeValue(name: string, elemType: number, dims?: readonly (number | string)[]): ValueInfoProto {
   const dim = dims?.map((d) => {
     if (typeof d === "number") return { value: { case: "dimValue" as const, value: BigInt(d) } };
@@ -120,19 +124,16 @@ interface NodeEdit {
   removed: boolean;
 }
 
-/**
- * What becomes of the nodes of graphs, kept until `apply`: to move the end of a list for each of them would take as many
- * steps as it has nodes, each time.
- */
+/** Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic time. */
 export class NodeEdits {
   readonly #graphs = new Map<GraphProto, Map<NodeProto, NodeEdit>>();
 
-  /** Puts nodes right behind one, in front of those that were put there before. */
+  /** Puts nodes directly behind one, in front of those that were put there before. */
   insert(graph: GraphProto, node: NodeProto, nodes: NodeProto[]): void {
     this.#of(graph, node).behind.push(nodes);
   }
 
-  /** Puts nodes right in front of one, behind those that were put there before. */
+  /** Puts nodes directly in front of one, behind those that were put there before. */
   insertBefore(graph: GraphProto, node: NodeProto, nodes: readonly NodeProto[]): void {
     this.#of(graph, node).before.push(...nodes);
   }
@@ -160,7 +161,7 @@ export class NodeEdits {
   }
 }
 
-/** Nodes that are added behind one node or in front of it, in order. */
+/** Collects nodes to add behind one node or in front of it, in order. */
 export class Place {
   readonly #edits: NodeEdits;
   readonly #graph: GraphProto;
@@ -170,7 +171,7 @@ export class Place {
   readonly #nodes: NodeProto[] = [];
   #result = "";
 
-  /** @param type of the values of the model there; what is added computes in f32 */
+  /** @param type of the model's values there; added nodes compute in f32 */
   constructor(edits: NodeEdits, graph: GraphProto, node: NodeProto, name: string, type: number) {
     this.#edits = edits;
     this.#graph = graph;
@@ -185,7 +186,7 @@ export class Place {
     return name;
   }
 
-  /** A value divided along its last dimension. */
+  /** Splits a value along its last dimension. */
   split(model: OnnxModel, value: string, sizes: readonly number[]): string[] {
     const name = `${this.#name}/Split_${this.#nodes.length}`;
     const parts = sizes.map((_, i) => `${name}/${i}`);
@@ -193,29 +194,29 @@ export class Place {
     return parts;
   }
 
-  /** Puts the nodes so far in front of the node. */
+  /** Puts the nodes collected so far in front of the node. */
   before(): void {
     this.#edits.insertBefore(this.#graph, this.#node, this.#nodes.splice(0));
   }
 
-  /** A node as one of the model is, on other inputs. @param opType where it is of another operator. */
+  /** Adds a copy of the model's node with other inputs. @param opType another operator for the copy */
   like({ opType, domain, attribute }: NodeProto, input: readonly string[], as: Partial<NodeProto> = {}): string {
     const name = this.op(as.opType ?? opType, input);
     Object.assign(this.#nodes.at(-1)!, { domain, attribute: [...attribute], ...as });
     return name;
   }
 
-  /** A value of the model as f32. */
+  /** Casts a value of the model to f32. */
   up(value: string): string {
     return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT }) : value;
   }
 
-  /** An f32 value in the model's type. */
+  /** Casts an f32 value to the model's type. */
   down(value: string): string {
     return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT16 }) : value;
   }
 
-  /** Takes the node's result out of the model; `end` puts another in its place. */
+  /** Renames the node's result; `end` puts another value in its place. */
   begin(): string {
     this.#result = this.#node.output[0]!;
     this.#node.output[0] = `${this.#name}/base`;
@@ -226,7 +227,7 @@ export class Place {
     this.#insert(value, this.#result);
   }
 
-  /** The node goes, `value` takes its place. */
+  /** Removes the node and uses `value` instead. */
   replace(value: string): void {
     this.#insert(value, this.#node.output[0]!);
     this.#edits.remove(this.#graph, this.#node);
@@ -240,16 +241,16 @@ export class Place {
   }
 }
 
-/** Removes nodes and initializers of the main graph that nothing uses any more. */
+/** Removes unused nodes and initializers of the main graph. */
 export function dropUnused(model: OnnxModel): void {
   const main = model.graph.proto;
-  /** How often a value is read, as an output of the graph too. */
+  /** How often a value is read; outputs of the graph count. */
   const reads = new Map<string, number>();
   const read = (value: string): unknown => reads.set(value, (reads.get(value) ?? 0) + 1);
   for (const { name } of main.output) read(name);
   for (const node of main.node) for (const value of readBy(node)) read(value);
   const makers = new Map<string, NodeProto>();
-  /** How many outputs of a node are read. */
+  /** Number of a node's outputs that are read. */
   const wanted = new Map<NodeProto, number>();
   for (const node of main.node) {
     const outputs = node.output.filter((value) => reads.has(value));
@@ -257,7 +258,7 @@ export function dropUnused(model: OnnxModel): void {
     wanted.set(node, outputs.length);
   }
   const unused = new Set(main.node.filter((node) => wanted.get(node) === 0));
-  // Grows while it is walked through: what only unused nodes read is unused too.
+  // The list grows during the loop: nodes that only unused nodes read are unused too.
   for (const node of unused) {
     for (const value of readBy(node)) {
       const left = reads.get(value)! - 1;
@@ -271,15 +272,51 @@ export function dropUnused(model: OnnxModel): void {
   main.node = main.node.filter((node) => !unused.has(node));
   const isRead = ({ name }: { name: string }): boolean => (reads.get(name) ?? 0) > 0;
   main.initializer = main.initializer.filter(isRead);
-  // Old exporters list initializers among the inputs; without its values such an input would have to be fed.
+  // Old exporters list initializers among the inputs; an input without its initializer would have to be fed.
   main.input = main.input.filter((input) => isRead(input) || !model.graph.initializers.has(input.name));
 }
 
-/** The values that a node and the graphs in it read. */
+/** Values that a node and the graphs in it read. */
 export function readBy(node: NodeProto): string[] {
   const nested = nestedGraphs(node).flatMap((graph) => [
     ...graph.node.flatMap(readBy),
     ...graph.output.map(({ name }) => name),
   ]);
   return [...node.input, ...nested].filter((value) => value !== "");
+}
+
+/** The oldest opset in which the added operators mean what is meant here. */
+const LEAST_OPSET = 11;
+
+/**
+ * Checks that a model can be grafted, before anything is added: afterwards, added names cannot be told from the file's own.
+ * @throws FormatError when the model's opset is too old, the model has been grafted before, or it uses names of ours
+ */
+export function checkGraftable(model: OnnxModel): void {
+  if (model.opset < LEAST_OPSET) {
+    const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
+    throw new FormatError(message, { file: model.name, part: "opset" });
+  }
+  if (model.graph.proto.input.some(({ name }) => name.startsWith(`${PREFIX}.`))) {
+    throw new FormatError("has task inputs already; pass the model as it was before", {
+      file: model.name,
+      part: "graph",
+    });
+  }
+  const taken = ownNames(model).find((name) => name.startsWith(`${PREFIX}/`) || name.startsWith(`${PREFIX}.`));
+  if (taken === undefined) return;
+  // Values of one name would be confused.
+  const message = `its value "${taken}" has a name as this package gives them: rename it, or pass the model as it was before`;
+  throw new FormatError(message, { file: model.name, part: "graph" });
+}
+
+/** Names of all values. */
+function ownNames({ graph }: OnnxModel): string[] {
+  const inputs = [...graph.scopes.keys()].flatMap(({ input }) => input.map(({ name }) => name));
+  const made = [...graph.scopes.values()].flatMap(({ initializers, producers, outputs }) => [
+    ...initializers.keys(),
+    ...producers.keys(),
+    ...outputs,
+  ]);
+  return [...inputs, ...made, ...graph.consumers.keys()];
 }

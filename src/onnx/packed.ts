@@ -1,7 +1,7 @@
 /**
- * Layers that a file has in other pieces than the checkpoint: several packed into one, such as queries, keys and values of an
- * attention, or one divided into several. Of a packed layer the weights lie one below the other, and its result holds theirs one
- * behind the other; so each is a slice that can be added to. Of a divided one the results are put together and divided again.
+ * Layers that a file holds in other pieces than the checkpoint: several packed into one, such as the queries, keys and values of an
+ * attention, or one divided into several. In a packed layer weights lie one below the other and results one behind the other, so each
+ * layer is a slice that can be added to. The results of a divided layer are joined and split again.
  */
 import type { GraftBias, GraftModule } from "./adapted.ts";
 import type { Linear } from "./linear.ts";
@@ -10,7 +10,7 @@ import { matrixShape, type OnnxParameter } from "./modules.ts";
 import { makeNode, makeSplit, PREFIX, readBy } from "./nodes.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./onnx_pb.ts";
 
-/** Packed layers and the layers in them in their order. "qkv" is what attention.ts calls that of an `Attention`. */
+/** Packed layers, and the layers in them in order. "qkv" is the name that attention.ts gives to that of an `Attention`. */
 const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
   ["qkv_proj", "q_proj", "k_proj", "v_proj"],
   ["gate_up_proj", "gate_proj", "up_proj"],
@@ -23,10 +23,10 @@ const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
 
 /** Where a layer may lie in a packed one. */
 export interface PlaceInPacked {
-  /** Of the packed layer, with the segments in front, and without. */
+  /** Name of the packed layer, with and without the segments in front. */
   readonly name: string;
   readonly whole: string;
-  /** The layer's own last segments, the how manieth part it is, and of how many. */
+  /** The layer's own last segments, its index among the parts, and their number. */
   readonly part: string;
   readonly index: number;
   readonly count: number;
@@ -42,7 +42,7 @@ export function packedNames(module: string): PlaceInPacked[] {
   });
 }
 
-/** The layers that one of this name may have been divided into. */
+/** Layers that a layer of this name may have been divided into. */
 export function dividedNames(module: string): string[][] {
   return PACKED.slice(0, 2).flatMap(([whole, ...parts]) => {
     if (module !== whole && !module.endsWith(`.${whole}`)) return [];
@@ -50,7 +50,7 @@ export function dividedNames(module: string): string[][] {
   });
 }
 
-/** The part of a packed parameter, as one of its own; undefined where the graph does not tell how it is divided. */
+/** Makes a parameter of its own for a part of a packed one; undefined where the graph does not tell the split. */
 export function partOfPacked(
   model: OnnxModel,
   packed: OnnxParameter,
@@ -62,7 +62,7 @@ export function partOfPacked(
   return sizes?.[index] === undefined ? undefined : { ...packed, name, slice: { index, sizes, of: packed.name } };
 }
 
-/** Parts as one parameter; undefined where they do not fit each other. */
+/** Joins parts to one parameter; undefined where they do not fit each other. */
 export function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter | undefined {
   const shapes = parts.map((part) => matrixShape(part));
   const [first] = parts as [OnnxParameter];
@@ -78,7 +78,7 @@ export function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxPa
   };
 }
 
-/** How a packed layer's result is divided, by what reads it. */
+/** Sizes that a packed layer's result is split into, from its readers. */
 function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number, count: number): readonly number[] | undefined {
   let value = uses[0]?.node.output[0] ?? "";
   for (let passed = 0; passed < 2; passed++) {
@@ -111,7 +111,7 @@ function ofSplit(
   const [, name = ""] = node.input;
   const constant = attribute(producers.get(name) ?? node, "value")?.t ?? initializers.get(name);
   const given = constant ? integersOf(constant) : (attribute(node, "split")?.ints ?? []).map(Number);
-  // Without sizes the parts are alike.
+  // All parts are equal if no sizes are given.
   const sizes = given.length > 0 || name !== "" ? given : node.output.map(() => total / node.output.length);
   const isWhole = sizes.length === count && sizes.every((size) => Number.isInteger(size) && size > 0);
   return isWhole && sizes.reduce((a, b) => a + b, 0) === total ? sizes : undefined;
@@ -123,8 +123,8 @@ function integersOf({ rawData }: TensorProto): number[] {
 }
 
 /**
- * Takes the results of packed layers apart and puts them together again, so that terms can be added in between; and the other way
- * round where a layer was divided. Changes the graph.
+ * Splits the results of packed layers and joins them again, so that terms can be added in between; and the other way round for divided
+ * layers. Changes the graph.
  * @returns modules and biases, each with nodes that make its own result; with slices where all parts of a layer are adapted alike
  */
 export function takeApart(
@@ -161,7 +161,7 @@ export function takeApart(
   return { modules: apart, biases: added };
 }
 
-/** Nodes of packed layers all of whose parts get a core of one kind and nothing else: their terms can be put together instead. */
+/** Nodes of packed layers whose parts all get a core of one kind and nothing else: their terms can be joined instead. */
 function wholeNodes(modules: readonly GraftModule[], biases: readonly GraftBias[]): Set<NodeProto> {
   const others = new Set(biases.flatMap(({ places }) => places.map(({ node }) => node)));
   const parts = new Map<NodeProto, { index: number; of: number; bits: number | undefined }[]>();
@@ -182,7 +182,7 @@ function wholeNodes(modules: readonly GraftModule[], biases: readonly GraftBias[
   return new Set(whole.map(([node]) => node));
 }
 
-/** Split, a node for each piece, Concat: behind a node. @returns the nodes of the pieces */
+/** Adds Split, a node for each piece, and Concat behind a node. @returns the nodes of the pieces */
 function divide(
   model: OnnxModel,
   graph: GraphProto,
@@ -202,7 +202,7 @@ function divide(
   return pieces;
 }
 
-/** Concat, Split: behind the last of the layers' nodes, which others may read before it. @returns the Concat */
+/** Adds Concat and Split behind the last of the layers' nodes, which others may read before it. @returns the Concat */
 function unite(
   model: OnnxModel,
   graph: GraphProto,
@@ -222,12 +222,12 @@ function unite(
   return whole;
 }
 
-/** Puts nodes behind those that make what they read; otherwise as they are. */
+/** Sorts nodes behind those that make their inputs; otherwise keeps the order. */
 function sortNodes(graph: GraphProto): void {
   const makers = new Map(graph.node.flatMap((node) => node.output.map((value) => [value, node] as const)));
   const sorted = new Set<NodeProto>();
   for (const node of graph.node) {
-    // Depth first, with a list instead of calls: chains are as long as models are deep.
+    // Depth first, with a list instead of recursion: chains are as long as models are deep.
     const waiting = [node];
     while (waiting.length > 0) {
       const next = waiting.at(-1)!;

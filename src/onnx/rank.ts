@@ -1,11 +1,11 @@
 /**
- * How many dimensions a value has, as far as the nodes before it tell. Not shape inference: one number, for the operators
- * that lie between a transformer's inputs and its linear layers. Where it does not know, it says so.
+ * Ranks of values, as far as the nodes before them tell. No shape inference: one number, for the operators between a transformer's inputs
+ * and its linear layers. Unknown ranks are undefined.
  */
 import { attribute, type OnnxModel } from "./model.ts";
 import type { NodeProto, ValueInfoProto } from "./onnx_pb.ts";
 
-/** Operators whose result has the dimensions of their first input. */
+/** Operators whose result has as many dimensions as their first input. */
 const KEEPS = new Set([
   ...[
     "Cast",
@@ -39,14 +39,14 @@ const KEEPS = new Set([
 /** Operators that broadcast their inputs. */
 const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Sum"]);
 
-/** Concats of Concats that are looked through. */
+/** Most nested Concats that are followed. */
 const DEEPEST_SHAPE = 8;
 
 /** Ranks of the values of a model's main graph. */
 export class Ranks {
   readonly #model: OnnxModel;
   readonly #known = new Map<string, number | undefined>();
-  /** Elements of shapes. */
+  /** Number of elements of values that are shapes. */
   readonly #lengths = new Map<string, number | undefined>();
 
   constructor(model: OnnxModel) {
@@ -59,10 +59,10 @@ export class Ranks {
     for (const [name, { dims }] of model.graph.initializers) this.#known.set(name, dims.length);
   }
 
-  /** Undefined where it cannot be told. */
+  /** Rank of a value; undefined where it cannot be told. */
   of(value: string): number | undefined {
-    // A loop rather than recursion: models are thousands of nodes deep. What waits while it is met again lies on a
-    // circle, which only a damaged file has.
+    // A loop rather than recursion: models are thousands of nodes deep. A value met again while it waits lies on a circle, which only a
+    // damaged file has.
     const waiting = new Set<string>();
     const pending = [value];
     for (let name = pending.at(-1); name !== undefined; name = pending.at(-1)) {
@@ -112,7 +112,7 @@ export class Ranks {
     }
   }
 
-  /** How many elements a shape has, put together by a few Concats at most. */
+  /** Number of elements of a shape, made by a few Concats at most. */
   #elements(value: string, depth = 0): number | undefined {
     if (!this.#lengths.has(value)) this.#lengths.set(value, this.#lengthOf(value, depth));
     return this.#lengths.get(value);
@@ -135,7 +135,7 @@ export class Ranks {
   }
 }
 
-/** The inputs that decide the rank. */
+/** Inputs that decide the rank. */
 function inputsOf({ opType, input }: NodeProto): readonly string[] {
   if (BROADCASTS.has(opType)) return input;
   if (opType === "Reshape" || opType === "Gemm") return [];

@@ -1,5 +1,5 @@
 /**
- * An ONNX model and the files beside it, as bytes. Reading and finding files only; what the bytes mean is `model.ts`.
+ * Reads an ONNX model and the files beside it, as bytes. Their meaning is the concern of `model.ts`.
  */
 import { FormatError } from "../errors.ts";
 import { openSource } from "../open-source.ts";
@@ -7,11 +7,11 @@ import { type ByteSource, type FetchOptions, type ReadOptions, readAll, type Sou
 import { type OnnxModel, parseModel } from "./model.ts";
 import type { OpenExternal } from "./tensors.ts";
 
-/** How the model and the files beside it are read. */
+/** Options for reading a model and the files beside it. */
 export interface ModelOptions extends FetchOptions, ReadOptions {
   /**
-   * The file that the model calls `location` ("model.onnx_data"). When the model is given as a path or URL, the file of
-   * that name beside it, unless this says otherwise.
+   * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name beside a model given as a path
+   * or URL.
    */
   external?: ((location: string) => SourceInput | Promise<SourceInput>) | undefined;
 }
@@ -21,18 +21,18 @@ export interface ModelFile {
   readonly model: OnnxModel;
   /** The whole file, or the model without its weights; its tensors are views of it. */
   readonly bytes: Uint8Array;
-  /** Where all files lie that the model's tensors point into. Undefined where that is not known, or was not asked for. */
+  /** Folder of all files that the model's tensors point into. Undefined where it is unknown, or was not asked for. */
   readonly folder: string | undefined;
-  /** Opens a file beside the model, once. Undefined when there is no telling where those lie. */
+  /** Opens a file beside the model, once. Undefined when their place is unknown. */
   readonly external: OpenExternal | undefined;
   /** Closes the files beside the model. */
   close(): Promise<void>;
 }
 
-/** A model whose encoder and decoder lie in files of their own, as `encoder_model.onnx` and `decoder_model_merged.onnx`. */
+/** A model whose encoder and decoder are separate files, such as `encoder_model.onnx` and `decoder_model_merged.onnx`. */
 export interface ModelParts {
   readonly encoder: SourceInput;
-  /** With a branch for each use of its cache, or without caches. */
+  /** The decoder: with a branch for each use of its cache, or without caches. */
   readonly decoder: SourceInput;
 }
 
@@ -41,7 +41,7 @@ const LEAST_APART = 2 ** 23;
 
 /**
  * Reads and parses a model.
- * @param options `weightsApart`: where the model is a file on a disk, its weights stay there, for a runtime that reads them itself
+ * @param options `weightsApart`: if the model is a file on disk, its weights stay there, for a runtime that reads them itself
  * @throws FormatError when the file is truncated or is no ONNX model
  * @throws SourceError when the file cannot be read
  */
@@ -60,7 +60,7 @@ export async function readModel(
     if (!file) {
       file = Promise.resolve(locate!(location)).then((found) => openSource(found, options, "external"));
       files.set(location, file);
-      // Not kept when it failed: the next read may find the file.
+      // A failure is not kept: the next read may find the file.
       file.catch(() => files.delete(location));
     }
     return file;
@@ -104,11 +104,11 @@ async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
   }
 }
 
-/** Finds files beside a model that has a place; undefined for bytes, blobs and sources, which have none. */
+/** Finds files beside a model on disk or at a URL; undefined for bytes, blobs and sources, which have no place. */
 function besides(input: SourceInput, model: string): ((location: string) => SourceInput) | undefined {
   if (!(typeof input === "string" || input instanceof URL) || /^(blob|data):/i.test(String(input))) return undefined;
   return (location) => {
-    // The model's author says which file: it must not be one outside the model's folder.
+    // The model's author chooses the file: it must not lie outside the model's folder.
     if (/^[/\\]|^[a-z]+:|(^|[/\\])\.\.([/\\]|$)/i.test(location)) {
       const message = `lie at "${location}", outside the model's folder; give them with the option \`external\``;
       throw new FormatError(message, { file: model, part: "external data" });

@@ -1,15 +1,15 @@
 /**
- * Other names for the values and nodes of a graph, so that two can become one: what says to which module a layer belongs is kept, and
- * says in addition on which side of the model it is.
+ * Renames the values and nodes of a graph so that two graphs can be joined. Names keep the module that a layer belongs to, and also tell
+ * its side of the model.
  */
-import { isParameterName, SCOPES, writtenPlace } from "./claims.ts";
+import { isParameterName, SCOPES, writtenPath } from "./claims.ts";
 import { nestedGraphs } from "./model.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 
-/** The halves of a model that are told apart by a module's name: "encoder.block.0", "model.decoder.layers.0". */
+/** The halves of a model, as module names tell them: "encoder.block.0", "model.decoder.layers.0". */
 export type Half = "encoder" | "decoder";
 
-/** Gives other names to values, those of nested graphs too. */
+/** Renames values, also in nested graphs. */
 export function renameValues(graph: GraphProto, name: (value: string) => string): void {
   for (const one of [...graph.initializer, ...graph.input, ...graph.output, ...graph.valueInfo])
     one.name = name(one.name);
@@ -20,7 +20,7 @@ export function renameValues(graph: GraphProto, name: (value: string) => string)
   }
 }
 
-/** Gives nodes of a graph other names where theirs are taken, which stay of the same module: runtimes want them to differ. */
+/** Renames nodes whose names are taken, within the same module: runtimes want names to differ. */
 export function renameNodes(nodes: readonly NodeProto[], others: readonly NodeProto[], ending: string): void {
   const taken = new Set(others.map(({ name }) => name).filter((name) => name !== ""));
   for (const node of nodes) {
@@ -40,22 +40,22 @@ function* nodesOf(graph: GraphProto): Generator<NodeProto> {
 export function* pathsOf(graph: GraphProto): Generator<string> {
   for (const { name } of graph.initializer) if (isParameterName(name)) yield name;
   for (const node of nodesOf(graph)) {
-    const module = writtenPlace(node);
+    const module = writtenPath(node);
     if (module) yield module;
   }
 }
 
-/** The segments of a path behind the one that names its half; all of them where none does. */
+/** Segments of a path behind the one that names its half; all of them where none does. */
 function inside(path: string, half: Half): string[] {
   const segments = path.split(".");
   return segments.slice(segments.indexOf(half) + 1);
 }
 
-/** What both halves need to know of each other's names. */
+/** Facts that both halves need to know of each other's names. */
 export interface Halves {
-  /** In front of the half's own segment: "model" of "model.decoder.layers.0". */
+  /** Segments in front of the half's own: "model" in "model.decoder.layers.0". */
   readonly lead: string;
-  /** First segments of what is in the encoder: what is called so in the decoder as well would be taken for it. */
+  /** First segments of names in the encoder: names of the decoder that begin so would be taken for the encoder's. */
   readonly common: ReadonlySet<string>;
 }
 
@@ -72,10 +72,10 @@ export function halvesOf(encoder: GraphProto, decoder: GraphProto): Halves {
 }
 
 /**
- * Renames one half, in place. Its modules and parameters get the half's name in front where they lack it; of a decoder those only that
- * may be meant by a name of the encoder too, so that "lm_head" stays what it is. Other values change where their name is taken.
+ * Renames one half, in place. Its modules and parameters get the half's name in front where they lack it. In a decoder only names that
+ * also occur in the encoder change, so that "lm_head" stays. Other values change where their name is taken.
  * @param fixed values that get a name of their own, or keep theirs
- * @param taken names that are given away; those of this half are added
+ * @param taken names already given; those of this half are added
  */
 export function nameHalf(
   graph: GraphProto,
@@ -85,10 +85,10 @@ export function nameHalf(
   taken: Set<string>,
 ): void {
   const before = lead === "" ? "" : `${lead}.`;
-  /** What is to stand in front of a path. */
+  /** Segments to put in front of a path. */
   const front = (path: string): string => {
     const segments = path.split(".");
-    // Nodes may lack what initializers have: an exporter sees the modules that ran.
+    // Nodes may lack modules that initializers name: an exporter sees only the modules that ran.
     if (segments[0] === half) return before;
     const stays = segments.includes(half) || (half === "decoder" && !common.has(segments[0]!));
     return stays ? "" : `${before}${half}${path === "" ? "" : "."}`;
@@ -105,7 +105,7 @@ export function nameHalf(
     return name;
   });
   for (const node of nodesOf(graph)) {
-    const module = writtenPlace(node);
+    const module = writtenPath(node);
     if (module === undefined || front(module) === "") continue;
     const scopes = node.metadataProps.find(({ key }) => key === SCOPES);
     if (scopes) scopes.value = `['${front(module)}${module}', '']`;

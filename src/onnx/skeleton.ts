@@ -1,20 +1,20 @@
 /**
- * A model's file without its weights, for runtimes that read these from the file themselves: the protobuf as it is, but large tensors of
- * the main graph point to their place in the file. Reads what lies between the weights, and nothing of them.
+ * Makes a model's file without its weights, for runtimes that read these from the original file: the protobuf as it is, except that large
+ * tensors of the main graph point to their place in the file. Reads only what lies between the weights.
  */
 import type { ByteSource, ReadOptions } from "../source.ts";
 
 /** Tensors below this size stay in the protobuf. */
 const LEAST_BYTES = 4096;
-/** What is read at once. */
+/** Size of one read. */
 const WINDOW = 16_384;
 
-/** Numbers of the fields that are looked at, in `ModelProto`, `GraphProto` and `TensorProto`. */
+/** Numbers of the fields that matter here, in `ModelProto`, `GraphProto` and `TensorProto`. */
 const [GRAPH, INITIALIZER, RAW_DATA, EXTERNAL_DATA, DATA_LOCATION] = [7, 5, 9, 13, 14];
 /** Wire types of protobuf. */
 const [VARINT, FIXED64, BYTES, FIXED32] = [0, 1, 2, 5];
 
-/** A stretch of the file, or bytes that are new. */
+/** A range of the file, or new bytes. */
 type Piece = readonly [start: number, end: number] | Uint8Array;
 
 /** A field of a message: `at` its tag, `body` its content. */
@@ -27,8 +27,8 @@ interface Field {
 }
 
 /**
- * @param location the file's name, by which its tensors call it
- * @returns undefined where the file is no such protobuf: whoever reads it whole says what is wrong with it
+ * @param location name under which tensors refer to the file
+ * @returns undefined where the file is no such protobuf; reading it whole then reports the error
  * @throws SourceError when the file cannot be read
  */
 export async function skeletonOf(
@@ -77,7 +77,7 @@ function utf8(text: string): Uint8Array {
   return new TextEncoder().encode(text);
 }
 
-/** A field of bytes. */
+/** A field that holds bytes. */
 function message(number: number, content: readonly Piece[]): Piece[] {
   const length = content.reduce((sum, piece) => sum + lengthOf(piece), 0);
   return [Uint8Array.from([...varint(number * 8 + BYTES), ...varint(length)]), ...content];
@@ -93,7 +93,7 @@ function varint(value: number): number[] {
   return [...bytes, value];
 }
 
-/** Stretches that lie one behind the other are read together. */
+/** Reads neighbouring ranges together. */
 async function assembled(source: ByteSource, pieces: readonly Piece[], options: ReadOptions): Promise<Uint8Array> {
   const out = new Uint8Array(pieces.reduce((sum, piece) => sum + lengthOf(piece), 0));
   let at = 0;
@@ -115,7 +115,7 @@ async function assembled(source: ByteSource, pieces: readonly Piece[], options: 
 
 /** Reads the fields of messages, a window at a time. */
 class FieldReader {
-  /** Whether what was read is no protobuf, or ends too early. */
+  /** Whether the bytes are no protobuf, or end too early. */
   damaged = false;
   readonly #source: ByteSource;
   readonly #options: ReadOptions;

@@ -1,6 +1,6 @@
 /**
- * The values of an initializer, wherever ONNX lets them lie: `raw_data`, the typed lists, or a file beside the model.
- * Bytes come out as they would lie in `raw_data`: little-endian, row-major. Values are not converted.
+ * Bytes of an initializer, wherever ONNX stores them: `raw_data`, the typed lists, or a file beside the model. They are returned as in
+ * `raw_data`: little-endian, row-major. Values are not converted.
  */
 
 import { FormatError, SourceError } from "../errors.ts";
@@ -8,7 +8,7 @@ import type { ByteSource, ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import type { TensorProto } from "./onnx_pb.ts";
 
-/** `TensorProto.DataType` of the types in which this package reads weights. */
+/** `TensorProto.DataType` of the float types that weights may have. */
 const FLOATS: ReadonlyMap<number, FloatDtype> = new Map([
   [1, "f32"],
   [10, "f16"],
@@ -28,14 +28,14 @@ const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
 
-/** What an initializer is, without its values. */
+/** Type and shape of an initializer. */
 export interface OnnxTensorType {
   /** "other" for integers, quantised and all further types. */
   readonly dtype: FloatDtype | "other";
   readonly shape: readonly number[];
 }
 
-/** An initializer and its bytes: a view of the model's or of the external file's where these hold them as they are. */
+/** An initializer and its bytes: a view of the model or of the external file where these hold them in that form. */
 export interface TensorBytes extends OnnxTensorType {
   readonly data: Uint8Array;
 }
@@ -63,11 +63,11 @@ export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
 }
 
 /**
- * An initializer's bytes. For "other" types their number is not checked.
+ * Reads an initializer's bytes. Their number is not checked for "other" types.
  * @param file name of the model, for messages
  * @param external for values that lie in a file beside the model
  * @throws FormatError when there are more or fewer bytes than the shape needs, or an "other" type lies in a typed list
- * @throws SourceError when the external file cannot be had or is too short
+ * @throws SourceError when the external file is missing or too short
  */
 export async function readTensor(
   tensor: TensorProto,
@@ -113,7 +113,7 @@ function embedded(tensor: TensorProto, file: string, { dtype, shape }: OnnxTenso
   const view = new DataView(data.buffer);
   for (const [i, value] of list.entries()) {
     if (dtype === "f32") view.setFloat32(4 * i, value, true);
-    // The low bits of an int32 are those of the smaller integer and of the half.
+    // The smaller integer, or the half, is in the low bits of the int32.
     else if (size === 1) view.setUint8(i, value);
     else if (size === 2) view.setUint16(2 * i, value, true);
     else view.setInt32(4 * i, value, true);
@@ -121,7 +121,7 @@ function embedded(tensor: TensorProto, file: string, { dtype, shape }: OnnxTenso
   return data;
 }
 
-/** Where external data lie; without a length they are as long as the tensor. */
+/** Range of external data; without a length they are as long as the tensor. */
 function placeOf(
   tensor: TensorProto,
   file: string,

@@ -1,5 +1,5 @@
 /**
- * The values of a model's weights. What reads quantised ones is loaded for a model that has some.
+ * Values of a model's weights. The reader of quantised weights is loaded only for models that have some.
  */
 import { type WeightAt, weightAt } from "../core/mismatch.ts";
 import { FormatError } from "../errors.ts";
@@ -15,7 +15,7 @@ export interface ReadWeight {
 }
 
 /**
- * @throws FormatError when the weight is quantised in a way that is not read here, or its tensors do not fit each other
+ * @throws FormatError when the quantisation is not supported, or its tensors do not fit each other
  * @throws SourceError when a file beside the model cannot be read
  */
 export async function readLinearWeight(
@@ -52,7 +52,7 @@ export async function readLinearWeight(
   );
 }
 
-/** Weights one below the other. */
+/** Reads weights that lie one below the other. */
 async function readJoined(
   file: ModelFile,
   parts: readonly (Stored & { readonly name: string })[],

@@ -1,6 +1,6 @@
 /**
- * Models on their way to a runtime: the protobuf without its weights, and the files that hold those. Weights are never
- * encoded into the protobuf again: what lies in the model's own file is pointed at there.
+ * Prepares models for a runtime: the protobuf without its weights, and the files that hold those. Weights are never encoded into the
+ * protobuf again: tensors in the model's own file are pointed at there.
  */
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";
@@ -16,22 +16,22 @@ export interface DataFile {
   readonly data: Uint8Array;
 }
 
-/** A model as a runtime takes it: the graph, and weights as views of memory that is there already. */
+/** A model in a runtime's form: the graph, and weights as views of existing memory. */
 export interface DetachedModel {
   readonly bytes: Uint8Array;
   readonly files: readonly DataFile[];
-  /** Where the files lie that the protobuf points into; undefined: `files` are all. */
+  /** Folder of the files that the protobuf points into; undefined: `files` are all. */
   readonly folder?: string | undefined;
 }
 
-/** Tensors from this size on leave the protobuf; smaller ones are shapes and axes, which runtimes look at while loading. */
+/** Least size of tensors that leave the protobuf; smaller ones are shapes and axes, which runtimes read while loading. */
 export const LEAST_DETACHED = 4096;
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
 
 /**
  * Serialises a model without its weights. The tensors of `model.proto` keep their data.
- * @param supplied files that the caller brings himself
+ * @param supplied files that the caller provides itself
  * @throws SourceError when a file beside the model cannot be read
  */
 export async function detachWeights(
@@ -59,7 +59,7 @@ export async function detachWeights(
   };
   const { initializer } = model.graph.proto;
   const own = initializer.length;
-  // Runtimes take files from a folder, or files that they are given, not both.
+  // Runtimes take a folder, or a list of files, not both.
   const { folder } = file;
   if (folder !== undefined && (options.supplied ?? []).length === 0 && (await allIn(folder, file))) {
     return { bytes: embedWeights(file, added), files: [], folder };
@@ -88,7 +88,7 @@ export async function detachWeights(
 }
 
 /**
- * Whether all files that a model points into lie in a folder, or in one inside it: runtimes follow no links out of it.
+ * Whether all files that a model points into lie in a folder or below it: runtimes follow no links out of it.
  * @throws SourceError when one of them cannot be opened; FormatError when it is said to lie elsewhere
  */
 async function allIn(folder: string, { model, external }: ModelFile): Promise<boolean> {
@@ -102,7 +102,7 @@ async function allIn(folder: string, { model, external }: ModelFile): Promise<bo
   return true;
 }
 
-/** Serialises a model with all that was embedded, and what was added, inside. */
+/** Serialises a model with its embedded and its added tensors inside. */
 export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uint8Array {
   const { initializer } = model.graph.proto;
   const own = initializer.length;
@@ -117,7 +117,7 @@ export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uin
   }
 }
 
-/** Says that a tensor's bytes lie in a file. */
+/** Points a tensor to its bytes in a file. */
 export function point(tensor: TensorProto, location: string, offset: number, length: number): void {
   const entries = { location, offset: String(offset), length: String(length) };
   const $typeName = "onnx.StringStringEntryProto";
@@ -132,7 +132,7 @@ function embed(tensor: TensorProto, rawData: Uint8Array): void {
   tensor.rawData = rawData;
 }
 
-/** One file of all added tensors, each at a multiple of 64 bytes, as some runtimes map them. */
+/** Makes one file of all added tensors, each at a multiple of 64 bytes, since some runtimes map them. */
 function pointAll(added: readonly Added[]): { tensors: TensorProto[]; data: Uint8Array } {
   let end = 0;
   const places = added.map(({ data }) => {

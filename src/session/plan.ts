@@ -17,9 +17,9 @@ import {
 } from "../format/format.ts";
 import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/adapted.ts";
 import type { GraftVector } from "../onnx/forms.ts";
-import { checkGraftable } from "../onnx/graftable.ts";
 import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
+import { checkGraftable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { ReadOptions } from "../source.ts";

@@ -11,9 +11,9 @@
  * The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
  */
 
-import { checkNumbers } from "./limits.ts";
+import { checkNumbers } from "./checks.ts";
 
-/** Numbers that are trained alike. Parts of one vector are groups by `subarray`. */
+/** Numbers with one learning rate and one weight decay. Parts of one vector become groups by `subarray`. */
 export interface ParameterGroup {
   /** Changed by each step. */
   readonly values: Float32Array;
@@ -30,7 +30,7 @@ export interface AdamWOptions {
   readonly beta2?: number | undefined;
   /** Default: 1e-8. */
   readonly epsilon?: number | undefined;
-  /** The largest norm of all groups' gradients together; longer ones are shortened to it. Default: no limit. */
+  /** Largest norm of the gradients of all groups together; a longer gradient is scaled down to it. Default: no limit. */
   readonly clip?: number | undefined;
   /** Steps until the rate is reached. Default: 0. */
   readonly warmup?: number | undefined;
@@ -43,13 +43,13 @@ export interface AdamWOptions {
 /** Every option with a value. */
 type Filled<T> = { readonly [K in keyof T]-?: NonNullable<T[K]> };
 
-/** What a step did. */
+/** Result of a step. */
 export interface StepReport {
-  /** Of the gradient before clipping. */
+  /** Norm of the gradient before clipping. */
   readonly norm: number;
-  /** Part of the groups' rates that was used, 0 to 1. */
+  /** Fraction of the groups' rates that was applied, 0 to 1. */
   readonly schedule: number;
-  /** False when the gradient was not finite: then nothing has changed, the count of steps neither. */
+  /** False when the gradient was not finite. Then nothing has changed, not even the count of steps. */
   readonly applied: boolean;
 }
 
@@ -84,8 +84,8 @@ export class AdamW {
   }
 
   /**
-   * @param gradients of each group, in order; not changed
-   * @throws RangeError when their number or lengths are others than the groups'
+   * @param gradients one for each group, in order; not changed
+   * @throws RangeError when their number or lengths differ from the groups'
    */
   step(gradients: readonly Float32Array[]): StepReport {
     const expected = this.#groups.map(({ values }) => values.length);
@@ -123,7 +123,7 @@ export class AdamW {
     const { warmup, steps, decay } = this.#options;
     if (t <= warmup) return t / warmup;
     if (decay === "none") return 1;
-    // The last step is the last that moves anything.
+    // The schedule reaches 0 one step after the last, so that the last step still moves something.
     const gone = Math.min(1, (t - 1 - warmup) / (steps - warmup));
     return decay === "linear" ? 1 - gone : (1 + Math.cos(Math.PI * gone)) / 2;
   }

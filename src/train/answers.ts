@@ -1,29 +1,28 @@
 /**
- * What adapters answer: their own factors and head in the place of those that a pack's coefficients make, in the session that
- * tasks are trained in. Between two such answers lies the divergence that distilling lessens and packing is judged by.
+ * Answers of adapters. An adapter's own factors and head take the place of those that a pack's coefficients make, in the session that
+ * trains tasks. Distilling reduces the divergence between the two answers; packing is judged by it.
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
 import { TaskError } from "../errors.ts";
 import type { Session } from "../session/session.ts";
 import type { Term } from "../tensor/term.ts";
-import type { BatchFeeds } from "./batch.ts";
+import type { BatchFeeds } from "./batch-feeds.ts";
 import type { Example, Row, Unlabelled } from "./examples.ts";
 import { layersOf, zerosOf } from "./head.ts";
-import type { Lessons } from "./lessons.ts";
-import { createMachine, headInputs } from "./machine.ts";
 import { answers } from "./objective.ts";
 import type { Distribution } from "./probabilities.ts";
-import type { Machine, Point } from "./subject.ts";
-import { Terms, type TrainedModule } from "./terms.ts";
+import type { Supervision } from "./supervision.ts";
+import { headInputs, sessionModel, type TaskWeights, type TrainableModel } from "./trainable-model.ts";
+import { type TrainedModule, TrainedTerms } from "./trained-terms.ts";
 
-/** What is asked: texts, or inputs, or examples as a trainer takes them, whose answers do not count. */
+/** Questions to a model: texts, inputs, or a trainer's examples. Labels in examples are ignored. */
 export interface Questions {
-  /** Plain text of the kind that the task is asked about. A language model is asked at every token. */
+  /** Plain text of the kind that the task will see. A language model is asked at every token. */
   readonly texts?: readonly string[] | undefined;
-  /** Instead of texts: the model's inputs of each, batches of one. */
+  /** The model's inputs, a batch of one for each question, instead of texts. */
   readonly feeds?: readonly BatchFeeds[] | undefined;
-  /** Instead of texts: examples. A language model is asked at the tokens of completions. */
+  /** Examples instead of texts. A language model is asked at the tokens of completions. */
   readonly examples?: readonly Example<BatchFeeds>[] | undefined;
 }
 
@@ -35,23 +34,23 @@ export function questionsOf(where: string, { texts, feeds, examples }: Questions
 }
 
 export interface AskOptions {
-  /** The public function, for messages. */
+  /** Name of the public function, for messages. */
   readonly where: string;
-  readonly lessons: Lessons<BatchFeeds>;
+  readonly supervision: Supervision<BatchFeeds>;
   readonly signal?: AbortSignal | undefined;
 }
 
 /**
- * The adapter itself as a model is fed with it, and the machine that is.
- * @param head the layers that it brings, empty where the model's own outputs are the logits
- * @throws TaskError when it adapts what the pack does not
+ * Makes a model and the weights with which it answers as the adapter itself.
+ * @param head the layers that the adapter brings; empty where the model's own outputs are the logits
+ * @throws TaskError when the adapter changes a module that the pack lacks
  */
-export async function adapterPoint(
+export async function adapterWeights(
   session: Session,
   adapter: Adapter,
   head: readonly string[],
-): Promise<{ readonly machine: Machine<BatchFeeds>; readonly point: Point }> {
-  // Not as a parameter's pattern: what is internal must not show in declarations.
+): Promise<{ readonly model: TrainableModel<BatchFeeds>; readonly weights: TaskWeights }> {
+  // Destructured here rather than in the parameter list, so that internal names stay out of the declarations.
   const { trainable, pack } = session;
   const modules: TrainedModule[] = [];
   const terms = new Map<string, Term>();
@@ -71,31 +70,31 @@ export async function adapterPoint(
     adapter.saved.find(({ name }) => name === `${module}.${part}`);
   const last = layers.find(({ out }) => out === undefined);
   const labels = Array.from({ length: saved(last?.module, "weight")?.shape[0] ?? 0 }, (_, i) => String(i));
-  const machine = await createMachine(trainable!, new Terms(modules), layers, labels);
-  const numbers = zerosOf(machine.head);
-  for (const { layer, weight, bias } of layersOf(machine.head, numbers)) {
+  const model = await sessionModel(trainable!, new TrainedTerms(modules), layers, labels);
+  const numbers = zerosOf(model.head);
+  for (const { layer, weight, bias } of layersOf(model.head, numbers)) {
     const { module, own } = layer;
-    // What it does not bring is the model's.
+    // Tensors that the adapter lacks come from the model.
     weight.set((await saved(module, "weight")?.read()) ?? own?.weight ?? []);
     bias.set((await saved(module, "bias")?.read()) ?? own?.bias ?? []);
   }
-  return { machine, point: { terms, ...numbers } };
+  return { model, weights: { terms, ...numbers } };
 }
 
 /**
- * Logits that the adapter itself gives, by row.
- * @param head as of `adapterPoint`
- * @throws TaskError as `adapterPoint`
+ * Logits of the adapter itself, row by row.
+ * @param head as in `adapterWeights`
+ * @throws TaskError as `adapterWeights`
  */
 export async function* askAdapter(
   session: Session,
   adapter: Adapter,
   head: readonly string[],
   rows: readonly Row<BatchFeeds>[],
-  { where, lessons, signal }: AskOptions,
+  { where, supervision, signal }: AskOptions,
 ): AsyncGenerator<{ readonly row: Row<BatchFeeds>; readonly logits: Float32Array[] }> {
-  const { machine, point } = await adapterPoint(session, adapter, head);
-  for await (const one of answers({ machine, lessons }, rows, point, signal)) {
+  const { model, weights } = await adapterWeights(session, adapter, head);
+  for await (const one of answers({ model, supervision }, rows, weights, signal)) {
     const each = one.logits[0]!.length;
     if (!Number.isInteger(each) || each < 2)
       throw new TypeError(`${where}: the model gives ${each} logits for a text, expected [texts, labels]`);
@@ -103,10 +102,10 @@ export async function* askAdapter(
   }
 }
 
-/** What the adapter answers, by row, as far as it is worth keeping. */
+/** Answers of the adapter by row, as distributions small enough to keep. */
 export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row<BatchFeeds>, Distribution[]>> {
-  const { lessons } = of[4];
+  const { supervision } = of[4];
   const found = new Map<Row<BatchFeeds>, Distribution[]>();
-  for await (const { row, logits } of askAdapter(...of)) found.set(row, logits.map(lessons.distribution));
+  for await (const { row, logits } of askAdapter(...of)) found.set(row, logits.map(supervision.distribution));
   return found;
 }

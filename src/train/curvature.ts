@@ -1,8 +1,8 @@
 /**
- * Where distilling begins. Coefficients of a pack lose least of ΔW; these lose least of a task's answers, to second order: an error e of
- * a row costs e·F·eᵀ, where F is the curvature of KL (Fisher's information). It is estimated by gradients at the adapter itself, for labels
- * that are drawn from its own answers; one F for each side of a module, as in K-FAC (J. Martens, R. Grosse, 2015). So each row is a least
- * squares problem: no steps, and nothing of the size of F is held.
+ * Solves for the coefficients from which distilling begins. A pack's own coefficients minimise the error of ΔW; these minimise the change
+ * of the task's answers, to second order. An error e of a row costs e·F·eᵀ, where F is the curvature of KL (Fisher's information). F is
+ * estimated from gradients at the adapter itself, for labels drawn from its own answers; there is one F for each side of a module, as in
+ * K-FAC (J. Martens, R. Grosse, 2015). Each row is then a least squares problem: no steps, and no matrix of the size of F in memory.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
@@ -12,12 +12,12 @@ import type { TaskBlob } from "../format/format.ts";
 import { gaugeOf, storedModule } from "../pack/project.ts";
 import { stepOf } from "../pack/steps.ts";
 import type { Session } from "../session/session.ts";
-import { type AskOptions, adapterPoint } from "./answers.ts";
-import type { BatchFeeds } from "./batch.ts";
+import { type AskOptions, adapterWeights } from "./answers.ts";
+import type { BatchFeeds } from "./batch-feeds.ts";
 import type { Row } from "./examples.ts";
 import type { Distribution } from "./probabilities.ts";
 
-/** Of the mean curvature of all directions, what each has at least: text is never all that a model will see. */
+/** Least curvature of every direction, as a share of the mean curvature: sample texts never cover all that a model will see. */
 const DAMPING = 0.1;
 
 /** Coefficients [rows, K] of both sides of a module. */
@@ -26,10 +26,10 @@ interface Solved {
   readonly alphaB: Float64Array;
 }
 
-/** The least squares of one side in the making. */
+/** Accumulates the least squares problem of one side. */
 class Side {
   readonly #space: Subspace;
-  /** What coefficients are to make, the mean taken away [count, width]. */
+  /** Target rows without the mean [count, width]. */
   readonly #x: Float64Array;
   readonly #count: number;
   /** Σ (E·gᵀ)(E·gᵀ)ᵀ [K, K] and Σ (x·gᵀ)(E·gᵀ)ᵀ [count, K], and Σ |g|². */
@@ -79,32 +79,31 @@ class Side {
 }
 
 /**
- * Coefficients of a task that lose least of its adapter's answers, by module name. Private terms are not looked at: what has some is left
- * out.
- * @param blob of the task, whose ranks they have
+ * Finds coefficients that change the adapter's answers least, by module name. Modules with private terms are left out.
+ * @param blob the task; the coefficients have its ranks
  * @param head the layers that the adapter brings
- * @param batches what it is asked, with its answers
+ * @param batches questions with the adapter's answers
  */
 export async function solvedCoefficients(
   session: Session,
   adapter: Adapter,
   { blob, head }: { readonly blob: TaskBlob; readonly head: readonly string[] },
   batches: readonly (readonly Row<BatchFeeds>[])[],
-  { lessons, signal, random }: AskOptions & { readonly random: () => number },
+  { supervision, signal, random }: AskOptions & { readonly random: () => number },
 ): Promise<Map<string, Solved>> {
   const sides = await sidesOf(session, adapter, blob);
   if (sides.size === 0) return new Map();
-  const { machine, point } = await adapterPoint(session, adapter, head);
+  const { model, weights } = await adapterWeights(session, adapter, head);
   for (const rows of batches) {
     signal?.throwIfAborted();
     const drawn = rows.map((row) =>
-      lessons.answered(
+      supervision.answered(
         row,
-        lessons.wanted(row).map((one) => drawnFrom(one, random)),
+        supervision.wanted(row).map((one) => drawnFrom(one, random)),
       ),
     );
-    for (const { rows: run, targets } of lessons.parts(drawn, 0)) {
-      const { gradients } = await machine.step(await lessons.batch(run), point, targets);
+    for (const { rows: run, targets } of supervision.microBatches(drawn, 0)) {
+      const { gradients } = await model.step(await supervision.feeds(run), weights, targets);
       for (const [module, { A, B }] of sides) {
         const { A: ofA, Bt } = gradients.terms.get(module)!;
         A.add(ofA);
@@ -113,11 +112,11 @@ export async function solvedCoefficients(
     }
   }
   const solved = [...sides].map(([module, { A, B }]) => [module, { alphaA: A.solve(), alphaB: B.solve() }] as const);
-  // An answer that is no number tells nothing.
+  // Answers that are not finite give no information.
   return new Map(solved.filter(([, { alphaA, alphaB }]) => [...alphaA, ...alphaB].every(Number.isFinite)));
 }
 
-/** What is to be made of which components, by module. */
+/** Opens the least squares problems of both sides, by module. */
 async function sidesOf(
   { pack }: Session,
   adapter: Adapter,
@@ -144,7 +143,7 @@ async function sidesOf(
   return sides;
 }
 
-/** One class, drawn with its probability. */
+/** Draws one class with its probability. */
 function drawnFrom({ probabilities, classes }: Distribution, random: () => number): Distribution {
   const total = Array.from(probabilities).reduce((sum, p) => sum + p, 0);
   let [left, at] = [random() * total, 0];

@@ -1,7 +1,7 @@
 /**
- * What projecting an adapter onto a pack's components lost, won back by solving and training the task's coefficients
- * until the pack answers plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its
- * own factors in the place of those that coefficients make.
+ * Wins back what projecting an adapter onto a pack's components lost: coefficients are solved, then trained, until the task answers
+ * plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its own factors in the place of
+ * those that coefficients make.
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
@@ -18,17 +18,17 @@ import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, type Questions, questionsOf } from "./answers.ts";
-import type { BatchFeeds } from "./batch.ts";
+import type { BatchFeeds } from "./batch-feeds.ts";
+import { checkNumbers, checkSession } from "./checks.ts";
+import { type CreateTrainerOptions, makeTrainer, supervisionOf } from "./create-trainer.ts";
 import { solvedCoefficients } from "./curvature.ts";
+import type { Encode } from "./encoding.ts";
 import { type Example, type Row, toBatches } from "./examples.ts";
-import type { Encode } from "./inputs.ts";
-import { type CreateTrainerOptions, lessonsOf, makeTrainer } from "./learn.ts";
-import type { Lessons } from "./lessons.ts";
-import { checkNumbers, checkSession } from "./limits.ts";
-import { headInputs } from "./machine.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
-import type { Stepped } from "./steps.ts";
+import type { Stepped } from "./stored-task.ts";
+import type { Supervision } from "./supervision.ts";
+import { headInputs } from "./trainable-model.ts";
 import type { FitOptions, Tested, Trainer, TrainingStep } from "./trainer.ts";
 
 const OPTIONS = [
@@ -37,37 +37,37 @@ const OPTIONS = [
   ...(["learningRates", "weightDecay", "clip", "warmup", "decay", "signal", "onStep"] as const),
 ] as const;
 
-/** Options of `distill`. Of texts, feeds or examples 8 are needed at least, better some hundreds. */
+/** Options of `distill`. At least 8 texts, feeds or examples are needed; some hundreds are better. */
 export interface DistillOptions
   extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay" | "signal">,
     Questions,
     SequenceOptions {
   /**
-   * Of coefficients and head. Default: both are 7 √divergence ÷ steps, counted as 240 at least, and 0.02 at most (of models that answer
-   * token by token: 0.3 √divergence ÷ steps, as many as there are), of the divergence that is left when the steps begin: its root is about
-   * how far the logits are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0 keeps the adapter's
-   * own head, a rate of 0 of `terms` the task's coefficients. Of private terms: 0.3 × `terms`, token by token 2 ×. Of a head's layers in
-   * front of that with the labels (`inner`): `head` divided by how many numbers enter the layer.
+   * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models
+   * that answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
+   * logits are off, and Adam's steps are as long as the rate even where the way is short. A head rate of 0 keeps the adapter's own head,
+   * a rate of 0 of `terms` the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the
+   * one with the labels (`inner`): `head` divided by the number of inputs of the layer.
    */
   readonly learningRates?:
     | { readonly terms?: number; readonly privateTerms?: number; readonly head?: number; readonly inner?: number }
     | undefined;
-  /** The adapter whose answers count, as the readers of `eigenlora/build` give it. Stays open. */
+  /** The adapter to imitate, as the readers of `eigenlora/build` give it. Stays open. */
   readonly adapter: Adapter;
-  /** The task that was made of it. Default: the one of its id. */
+  /** Id of the task made of the adapter. Default: the adapter's id. */
   readonly task?: string | undefined;
-  /** Texts as the model's inputs, one row each: a tokenizer. */
+  /** Turns texts into the model's inputs, one row each: a tokenizer. */
   readonly encode?: Encode | undefined;
-  /** Texts of a step. Default: 8. Many small steps gain more than few large ones. */
+  /** Texts per step. Default: 8. Many small steps gain more than few large ones. */
   readonly batch?: number | undefined;
-  /** Default: 240. 0: coefficients are solved once, and nothing is trained. */
+  /** Number of steps. Default: 240. 0: coefficients are solved once, nothing is trained. */
   readonly steps?: number | undefined;
   /**
-   * What the logits of both are divided by while training. Default: one, 1 at most, at which the adapter's largest probability is 0.9
-   * on average: of an adapter that is never sure, labels are decided by differences that KL hardly sees.
+   * Divides the logits of adapter and task while training. Default: the temperature, at most 1, at which the adapter's largest
+   * probability is 0.9 on average. Labels of an adapter that is never sure depend on differences that KL hardly sees.
    */
   readonly temperature?: number | undefined;
-  /** Share of the texts that nothing is learned from, to judge by. Default: an eighth. */
+  /** Share of the texts held back to judge by. Default: an eighth. */
   readonly holdout?: number | undefined;
   /** Default: 0. */
   readonly seed?: number | undefined;
@@ -75,51 +75,53 @@ export interface DistillOptions
   readonly onStep?: ((step: TrainingStep) => void) | undefined;
 }
 
-/** A task after distilling. */
+/** Result of `distill`. */
 export interface Distilled {
   readonly id: string;
-  /** Task file with the better coefficients, of the number formats that the task had. */
+  /** Task file with the better coefficients, in the number formats of the task. */
   readonly file: Uint8Array<ArrayBuffer>;
-  /** Mean KL(adapter ‖ pack) in nats on the hold-out, of tasks as they are stored. */
+  /** Mean KL(adapter ‖ pack) in nats on the hold-out, with tasks as they are stored. */
   readonly divergenceBefore: number;
   readonly divergenceAfter: number;
   readonly steps: number;
-  /** Which coefficients the file has: those that came, or those that were solved and trained. */
+  /** Which coefficients the file holds: those that the pack had, or the solved and trained ones. */
   readonly kept: "projected" | "distilled";
 }
 
 const LEAST_TEXTS = 8;
-/** Whose gradients were held against the loss: all tasks of a session are trained by one graph. */
+/** Sessions with checked gradients: one graph trains all tasks of a session. */
 const tested: WeakSet<Session> = new WeakSet();
 
 /**
- * How far all steps of one coefficient go for each root of a nat. Of labels: chosen by hold-outs of 12 tasks, whose own best lay between a
- * third and three times of it. Of tokens: by hold-outs of two skills of a model with ten times the modules, between a third and three times too.
+ * Total length of all steps of one coefficient, for each root of a nat. Labels: chosen on hold-outs of 12 tasks; their own best values
+ * lay between a third and three times of it. Tokens: chosen on hold-outs of two skills of a model with ten times the modules; again
+ * between a third and three times.
  */
 const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
 /**
- * The rate of private terms ÷ that of coefficients: they have a number for each input and output, not for each component. Of labels:
- * of 0.03, 0.1 and 0.3 the one with the least KL on hold-outs of three tasks. Of tokens: stored integers must move by half a step to
- * change at all, for which the way of coefficients is too short. On hold-outs of two skills 0.3 changed nothing, 1 to 2.6 and 1.7 to 4.3
- * left the least KL, and twice as much did harm.
+ * The rate of private terms ÷ that of coefficients. Private terms have a number for each input and output, not for each component.
+ * Labels: of 0.03, 0.1 and 0.3 the value with the least KL on hold-outs of three tasks. Tokens: a stored integer changes only after half
+ * a step, which the rate of coefficients does not reach. On hold-outs of two skills 0.3 changed nothing; 1 to 2.6 and 1.7 to 4.3 left
+ * the least KL; twice as much did harm.
  */
 const PRIVATE = { labels: 0.3, tokens: 2 };
 
 /**
- * Of labels: with fewer steps each is as long as with so many, since longer ones leave more KL. Tokens have farther to go: 80 shorter steps
- * cost a skill of SmolLM2 6 points.
+ * Least number of steps that the length of a step is computed with. Labels: longer steps leave more KL. Tokens have farther to go: 80
+ * shorter steps cost a skill of SmolLM2 6 points.
  */
 const FEW_STEPS = { labels: 240, tokens: 1 };
-/** Batches that show where answers depend on coefficients, before any step. */
+/** Batches that show how answers depend on coefficients, before any step. */
 const BATCHES_TO_SOLVE = 24;
 
 /**
- * Distils one task of a session's pack. The session's task and its pack stay as they are. Before any step, coefficients on column
- * components are solved to lose least of the answers instead of ΔW, and taken where they do on the texts held back. The head is trained
- * too: what a few components make of a text is not quite what the adapter's head was trained on, and another head costs no bytes.
- * @param session made with `trainable: true`
- * @throws TaskError when the task is not in the pack, leaves it meanwhile, brings what cannot be trained, or has other labels than the adapter
+ * Distils one task of a session's pack. The session's task and its pack stay as they are. First, coefficients on column components are
+ * solved so that the answers, rather than ΔW, lose least; they are used if they lose less on the texts held back. The head is trained
+ * too: it was trained on the adapter's features, which a few components change slightly, and another head costs no bytes.
+ * @param session created with `trainable: true`
+ * @throws TaskError when the task is not in the pack, leaves it meanwhile, brings what cannot be trained, or has other labels than the
+ * adapter
  * @throws RangeError, TypeError for too few texts, and as `createTrainer` and `Trainer.fit`
  * @example
  * const { file, kept, divergenceBefore, divergenceAfter } = await distill(session, { adapter, texts, encode });
@@ -136,17 +138,17 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const entry = pack.tasks.get(id);
   const blob = await pack.load(id, { signal });
   const head = trainableHead(pack, id, blob);
-  // The adapter is not asked what no step would see.
+  // Texts that no step would use are not asked.
   const seen = Math.max(steps, BATCHES_TO_SOLVE) * batch;
   const most = Math.max(LEAST_TEXTS, Math.ceil(seen / (1 - holdout)));
   const some = shuffle([...all], uniform(seed)).slice(0, most);
-  const { lessons, labels, taught } = await taughtBy(session, adapter, id, head, some, options);
+  const { supervision, labels, taught } = await taughtBy(session, adapter, id, head, some, options);
   const held = Math.min(Math.max(2, Math.round(holdout * taught.length)), taught.length - 2);
   const [judges, train] = [taught.slice(0, held), taught.slice(held)];
 
   const modules = blob.terms.map(({ module }) => pack.modules[module]!.name);
   const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head };
-  const trainer = await makeTrainer(session, how, lessons);
+  const trainer = await makeTrainer(session, how, supervision);
   await trainer.begin(id);
   const divergenceBefore = await trainer.divergence(judges);
   const coefficients = (blob.terms[0]!.A?.tensor ?? blob.terms[0]!.privateA!).dtype;
@@ -155,8 +157,8 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const stepped = trainer.stepsOf(blob);
   const asStored = () => trainer.taskFile({ id, dtype, stored: stepped });
   const random = uniform(seed);
-  const batches = toBatches(train, batch, await lessons.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
-  const ask = { where: "distill", lessons, signal, random };
+  const batches = toBatches(train, batch, await supervision.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
+  const ask = { where: "distill", supervision, signal, random };
   const fixed = options.learningRates?.terms === 0;
   const solved = fixed ? undefined : await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
   const start = await betterStart(trainer, id, solved, { judges, before: divergenceBefore, asStored });
@@ -164,17 +166,17 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const { temperature = sure, weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
-    learningRates: ratesOf(lessons.tokens, start, steps, options.learningRates),
+    learningRates: ratesOf(supervision.tokens, start, steps, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
     stored: stepped,
     tested: tested.has(session),
   };
   const softened = (row: Row<BatchFeeds>) => ({ ...row, target: tempered(row.target!, temperature) });
-  const lessonRows = lessons.tokens ? train : train.map(softened);
-  for await (const step of steps > 0 ? trainer.fitRows(lessonRows, fit) : []) options.onStep?.(step);
+  const rows = supervision.tokens ? train : train.map(softened);
+  for await (const step of steps > 0 ? trainer.fitRows(rows, fit) : []) options.onStep?.(step);
   if (steps > 0) tested.add(session);
   const trained = asStored();
-  // As it is stored, since number formats of few bits may cost more than training gains.
+  // Judged as stored: number formats of few bits may cost more than training gains.
   await trainer.begin(trained);
   const divergenceAfter = await trainer.divergence(judges);
   const better = divergenceAfter < divergenceBefore;
@@ -185,7 +187,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
 }
 
-/** Learning rates. @param divergence when the steps begin */
+/** Learning rates of `fit`. @param divergence when the steps begin */
 function ratesOf(
   tokens: boolean,
   divergence: number,
@@ -199,8 +201,8 @@ function ratesOf(
 }
 
 /**
- * Lets the trainer begin with solved coefficients where they lose less of the answers, as they will be stored.
- * @param task that it has begun with, whose divergence is `before`
+ * Lets the trainer begin with the solved coefficients if, once stored, they lose less of the answers.
+ * @param task that the trainer has begun with; its divergence is `before`
  * @returns the divergence to begin with
  */
 async function betterStart(
@@ -230,7 +232,7 @@ async function betterStart(
 }
 
 /**
- * What the adapter answers, as what is to be learned.
+ * Asks the adapter and turns its answers into targets.
  * @throws TaskError when the task has other labels than the adapter
  */
 async function taughtBy(
@@ -240,10 +242,10 @@ async function taughtBy(
   head: readonly string[],
   examples: readonly Example<BatchFeeds>[],
   options: DistillOptions,
-): Promise<{ lessons: Lessons<BatchFeeds>; labels: string[]; taught: Row<BatchFeeds>[] }> {
-  const asking = lessonsOf(session, options);
+): Promise<{ supervision: Supervision<BatchFeeds>; labels: string[]; taught: Row<BatchFeeds>[] }> {
+  const asking = supervisionOf(session, options);
   const rows = await asking.ask(examples, "distill");
-  const ask = { where: "distill", lessons: asking, signal: options.signal };
+  const ask = { where: "distill", supervision: asking, signal: options.signal };
   const answers = await answersOf(session, adapter, head, rows, ask);
   const count = asking.tokens ? 0 : answers.get(rows[0]!)![0]!.probabilities.length;
   const last = headInputs(session.trainable!, head).find(({ out }) => out === undefined);
@@ -254,11 +256,11 @@ async function taughtBy(
     });
   }
   const labels = Array.from({ length: count }, (_, i) => String(i));
-  const lessons = asking.tokens ? asking : lessonsOf(session, { ...options, labels });
-  return { lessons, labels, taught: rows.map((row) => lessons.answered(row, answers.get(row)!)) };
+  const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
+  return { supervision, labels, taught: rows.map((row) => supervision.answered(row, answers.get(row)!)) };
 }
 
-/** What the adapter is asked. @throws TypeError, RangeError when it is too little to learn from */
+/** Checks the questions. @throws TypeError, RangeError when they are too few or empty */
 function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>[] {
   const all = questionsOf("distill", options);
   if (!options.feeds && !options.encode) throw new TypeError("distill: texts need `encode`, a tokenizer");

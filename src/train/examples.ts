@@ -1,61 +1,60 @@
 /**
- * What is learned from: examples are checked whole before anything runs, some are a hold-out to judge by, and each batch
- * says what its rows ought to be. No model here.
+ * Training examples: checked before anything runs, split into training set and hold-out, cut into batches with targets. Knows no model.
  */
 import { checkList, nearest } from "../arguments.ts";
 import { shuffle } from "../tensor/random.ts";
 import { type Distribution, largest } from "./probabilities.ts";
 
-/** One message of a chat, as templates of tokenizers take them. */
+/** One message of a chat, in the form that chat templates take. */
 export interface Message {
   readonly role: string;
   readonly content: string;
 }
 
 /**
- * One example. `Feeds` are a runtime's inputs for it, a batch of one.
+ * One training example. `Feeds` are a runtime's inputs for it, a batch of one.
  *
  * - Models that give a row of logits for each text: `text` or `feeds`, with a `label` or a `target`.
- * - Language models: `prompt` and `completion`; or `messages`; or `text`, of which every token is learned; or `feeds` and `classes`.
+ * - Language models: `prompt` and `completion`; or `messages`; or `text`, with every token learned; or `feeds` and `classes`.
  * - Models that label tokens: `words` and `labels`; or `feeds` and `classes`.
  */
 export interface Example<Feeds = unknown> {
-  /** For the trainer's `encode`. */
+  /** Input of the trainer's `encode`. */
   readonly text?: string | undefined;
-  /** What a language model is given; nothing of it is learned. */
+  /** Input of a language model; not learned. */
   readonly prompt?: string | undefined;
-  /** How it goes on: this is learned, and that it ends here. */
+  /** Continuation of the prompt: learned, together with its end. */
   readonly completion?: string | undefined;
-  /** A chat, by the template of the tokenizer; its last message, the assistant's, is learned. */
+  /** A chat, written by the tokenizer's template. The last message, the assistant's, is learned. */
   readonly messages?: readonly Message[] | undefined;
-  /** Words whose first tokens have a label each. */
+  /** Words; the first token of each has a label. */
   readonly words?: readonly string[] | undefined;
-  /** Of each word; null: none. */
+  /** Labels of the words; null: none. */
   readonly labels?: readonly (string | null)[] | undefined;
-  /** Beside `feeds`: the class of each position, of a language model the token that comes next; -1: none. */
+  /** Class of each position of `feeds`: for a language model, the next token. -1: none. */
   readonly classes?: ArrayLike<number> | undefined;
-  /** Instead of a text. */
+  /** Model inputs instead of a text. */
   readonly feeds?: Feeds | undefined;
   /** A label by name, or its number. */
   readonly label?: string | number | undefined;
-  /** Instead of a label: the probability of each label, for instance another model's answer. */
+  /** Probability of each label, for instance another model's answer, instead of a label. */
   readonly target?: ArrayLike<number> | undefined;
-  /** How much it counts. Default: 1. */
+  /** Weight in the loss. Default: 1. */
   readonly weight?: number | undefined;
 }
 
-/** What a classifier is asked. */
+/** Question to a classifier. */
 export type Unlabelled<Feeds> = Pick<Example<Feeds>, "text" | "feeds">;
 
-/** Where a model that answers at every position is asked, and what it ought to say. */
+/** Token ids, the positions where the model is asked, and the answers wanted there. */
 export interface Tokens {
-  /** Token ids, of a decoder where there is one. */
+  /** Token ids; those of the decoder where there is one. */
   readonly ids: readonly number[];
-  /** Of the encoder, where there is one. */
+  /** Token ids of the encoder, where there is one. */
   readonly source?: readonly number[] | undefined;
-  /** Positions, in order. */
+  /** Positions of answers, in order. */
   readonly at: readonly number[];
-  /** For each of them. */
+  /** Wanted answer at each position. */
   readonly wanted: readonly Distribution[];
 }
 
@@ -64,15 +63,16 @@ export interface Row<Feeds = unknown> {
   readonly tokens?: Tokens | undefined;
   readonly text: string | undefined;
   readonly feeds: Feeds | undefined;
-  /** The most probable one, where there is a target. */
+  /** Number of the label; the most probable one of a target. */
   readonly label: number;
   readonly target?: ArrayLike<number> | undefined;
   readonly weight: number;
 }
 
 /**
+ * Checks examples of a classifier.
  * @param encodes whether texts can be encoded
- * @throws RangeError for an unknown label, probabilities that are none, one label only, an empty text, a weight that is none
+ * @throws RangeError for an unknown label, invalid probabilities, one label only, an empty text, an invalid weight
  * @throws TypeError for an example without text or feeds, or without label or target, and for texts where nothing encodes them
  */
 export function checkExamples<Feeds>(
@@ -100,7 +100,7 @@ export function checkExamples<Feeds>(
     return { text: feeds === undefined ? text : undefined, feeds, label: number, target, weight };
   });
   const seen = new Set(rows.filter(({ weight }) => weight > 0).map(({ label }) => label));
-  // Probabilities of one label alone still tell texts apart.
+  // Targets differ between texts even where one label is the most probable in all of them.
   if (seen.size < 2 && !rows.some(({ target, weight }) => target && weight > 0)) {
     const which = seen.size === 0 ? "no label" : `one label only, "${labels[[...seen][0]!]}"`;
     throw new RangeError(`the ${rows.length} examples have ${which}; at least two labels are needed`);
@@ -120,7 +120,7 @@ function checkTarget(target: ArrayLike<number>, labels: number, at: string): voi
 }
 
 /**
- * Takes a share of every label's examples as hold-out, but never the last two of a label.
+ * Takes a share of every label's examples as hold-out, but leaves at least two of each label.
  * @param share from 0 to less than 1
  */
 export function splitHoldout<T extends { label: number }>(
@@ -140,10 +140,10 @@ export function splitHoldout<T extends { label: number }>(
   return { train, holdout };
 }
 
-/** So many batches are cut from rows that were put in order of length: few enough for chance, enough to pad little. */
+/** Batches that are cut from rows sorted by length: few, so that chance remains; enough to pad little. */
 const SORTED = 8;
 
-/** All rows once, at random, and those of one batch of like lengths. */
+/** Cuts all rows into shuffled batches of rows with similar lengths. */
 export function toBatches<T>(
   rows: readonly T[],
   size: number,
@@ -160,8 +160,8 @@ export function toBatches<T>(
 }
 
 /**
- * Targets [rows, labels] of a batch: rows sum to their weight, of which `smoothing` is spread over all labels. Weights are
- * relative: those of a batch have the mean 1.
+ * Targets [rows, labels] of a batch. A row sums to its weight; `smoothing` of it is spread over all labels. Weights are relative: those
+ * of a batch have the mean 1.
  */
 export function targetsOf(
   rows: readonly Pick<Row, "label" | "target" | "weight">[],

@@ -1,29 +1,29 @@
 /**
- * The head of a task: the layers that are trained whole. Often it is one, a row of weights for each label; a head of several (RoBERTa's
- * `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) has such rows in the last alone, and
- * the layers in front of it have as many as the model's own.
+ * The head of a task: the layers that are trained whole. Most heads are one layer with a row of weights for each label. In heads of
+ * several (RoBERTa's `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) only the last layer
+ * has such rows; the layers in front of it keep the model's shape.
  */
 
 /** One layer of a head. */
 export interface HeadLayer {
   readonly module: string;
   readonly in: number;
-  /** Rows of the weight; of the last layer the labels. */
+  /** Rows of the weight; in the last layer the labels. */
   readonly out: number;
   readonly bias: boolean;
-  /** Whether its rows are the labels: its result is the logits. */
+  /** Whether its rows are the labels, so that its outputs are the logits. */
   readonly last: boolean;
-  /** The model's own, where it can be a start: weight [out, in], bias [out]. */
+  /** The model's own weight [out, in] and bias [out], where they can be a start. */
   readonly own: LayerNumbers | undefined;
 }
 
-/** Weight [out, in] and bias [out] of one layer. A layer without a bias has numbers for one that nothing looks at. */
+/** Weight [out, in] and bias [out] of one layer. A layer without a bias has one here that is never read. */
 export interface LayerNumbers {
   readonly weight: Float32Array<ArrayBuffer>;
   readonly bias: Float32Array<ArrayBuffer>;
 }
 
-/** How many numbers the weights and the biases of all layers are. */
+/** Numbers in the weights and in the biases of all layers. */
 export function sizeOf(head: readonly HeadLayer[]): { readonly weight: number; readonly bias: number } {
   const sum = (of: (layer: HeadLayer) => number): number => head.reduce((total, layer) => total + of(layer), 0);
   return { weight: sum(({ in: inputs, out }) => inputs * out), bias: sum(({ out }) => out) };
@@ -35,7 +35,7 @@ export function zerosOf(head: readonly HeadLayer[]): LayerNumbers {
   return { weight: new Float32Array(weight), bias: new Float32Array(bias) };
 }
 
-/** The numbers of each layer: views of those of all, where they lie one behind the other. */
+/** Splits the concatenated numbers of all layers into views, one for each layer. */
 export function layersOf(
   head: readonly HeadLayer[],
   { weight, bias }: LayerNumbers,
@@ -49,7 +49,7 @@ export function layersOf(
   });
 }
 
-/** The numbers of all layers with those of each in the place of its own. */
+/** Replaces numbers layer by layer. @param made the new ones of a layer; what it leaves out stays */
 export function mapLayers(
   head: readonly HeadLayer[],
   numbers: LayerNumbers,

@@ -1,5 +1,5 @@
 /**
- * Packs judged by behaviour: how far their tasks' answers to plain text are from those of the adapters that they were made of.
+ * Packs judged by behaviour: the distance between their tasks' answers to plain text and the answers of the adapters they were made of.
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
@@ -14,23 +14,23 @@ import { createSession, type Session } from "../session/session.ts";
 import { Turns } from "../session/turns.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
-import type { BatchFeeds } from "./batch.ts";
+import type { BatchFeeds } from "./batch-feeds.ts";
+import { supervisionOf } from "./create-trainer.ts";
+import type { Encode } from "./encoding.ts";
 import type { Row } from "./examples.ts";
-import type { Encode } from "./inputs.ts";
-import { lessonsOf } from "./learn.ts";
-import type { Lessons } from "./lessons.ts";
 import { type Distribution, MeanDivergence } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
+import type { Supervision } from "./supervision.ts";
 
 /** Options of `createJudge`. */
 export interface JudgeOptions extends Omit<Questions, "feeds">, SequenceOptions {
-  /** As they were packed. Stay open. */
+  /** The adapters that were packed. Stay open. */
   readonly adapters: readonly Adapter[];
-  /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
+  /** Turns texts into the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: Encode;
-  /** Names of weights or of their initializers in the model, by module name, where they are not found. */
+  /** Names of weights, or of their initializers in the model, by module name, for weights that are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;
-  /** Texts that every task is asked, at most. Default: 64, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
+  /** Largest number of texts for each task. Default: 64; with many tasks fewer, 1280 in all but at least 16 a task. */
   readonly most?: number | undefined;
   /** Default: 0. */
   readonly seed?: number | undefined;
@@ -40,19 +40,19 @@ export interface JudgeOptions extends Omit<Questions, "feeds">, SequenceOptions 
 /** Mean KL(adapter ‖ task) over texts, by task. */
 export type DivergenceByTask = ReadonlyMap<string, number>;
 
-/** Asks packs of the same adapters, one after the other. */
+/** Judges packs of the same adapters, one after the other. */
 export interface PackJudge {
-  /** @throws BackendError when it was closed */
+  /** @throws BackendError after `close` */
   byTask(pack: Pack): Promise<DivergenceByTask>;
   /** The mean over tasks, as `searchPack` takes it. */
   judge(pack: Pack): Promise<number>;
-  /** Frees the session that answers, once it has answered all that was asked before. */
+  /** Frees the session after the answers that were asked for before. */
   close(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
 }
 
 /**
- * A judge of packs. One session runs adapters and tasks alike, so that nothing but the numbers differs.
+ * Makes a judge of packs. One session runs adapters and tasks alike, so that nothing but the numbers differs.
  * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
  * @throws RangeError when there is no text
@@ -77,17 +77,17 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
   const asked = shuffle([...all], uniform(seed)).slice(0, most);
   let session: Session | undefined;
   let closed = false;
-  // One session serves all packs, and none is left when it closes.
+  // Calls take turns: one session serves all packs, and `close` leaves none open.
   const turns = new Turns();
-  let lessons: Lessons<BatchFeeds> | undefined;
+  let supervision: Supervision<BatchFeeds> | undefined;
   let rows: readonly Row<BatchFeeds>[] | undefined;
   const expected = new Map<string, ReadonlyMap<Row<BatchFeeds>, Distribution[]>>();
   const ask = async (pack: Pack): Promise<DivergenceByTask> => {
     if (closed) throw new BackendError("this judge is closed; make a new one", { backend: engine.name });
     const open = (session ??= await createSession(engine, model, pack, { trainable: true, names }));
-    lessons ??= lessonsOf(open, options);
-    rows ??= await lessons.ask(asked, "createJudge");
-    const how = { where: "createJudge", lessons, signal };
+    supervision ??= supervisionOf(open, options);
+    rows ??= await supervision.ask(asked, "createJudge");
+    const how = { where: "createJudge", supervision, signal };
     const found = new Map<string, number>();
     for (const adapter of adapters) {
       const [id, head] = [adapter.id, headOf(adapter)];
@@ -122,7 +122,7 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
   };
 }
 
-/** Names of the layers that it brings whole. */
+/** Names of the layers that the adapter brings whole. */
 function headOf({ saved }: Adapter): string[] {
   return saved
     .filter(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"))

@@ -1,6 +1,6 @@
 /**
- * What enters the adapted modules of a model: second moments over plain text. An error of ΔW counts where inputs are; packs that are
- * made with these lose least of the modules' outputs instead of ΔW itself.
+ * Second moments of the inputs of a model's adapted modules, over plain text. An error of ΔW matters only where inputs are; packs made
+ * with these moments minimise the error of the modules' outputs instead of the error of ΔW.
  */
 
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
@@ -18,28 +18,28 @@ import { type ModelInput, readWhole } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { dataOf, type Engine } from "../session/engine.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { batchTensors } from "./batch.ts";
-import { completeInputs } from "./fill.ts";
-import { type Encode, PADDED } from "./inputs.ts";
+import { batchTensors, completeInputs } from "./batch-feeds.ts";
+import { type Encode, PADDED } from "./encoding.ts";
 
 /** Options of `inputMoments`. */
 export interface MomentsOptions {
   readonly adapters: readonly Adapter[];
   readonly texts: readonly string[];
-  /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
+  /** Turns texts into the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: Encode;
-  /** Names of weights in the model, by module name, where they are not found. */
+  /** Names of weights in the model, by module name, for weights that are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;
-  /** The input that tells which tokens are padding, which is left out where there is one. Default: "attention_mask". */
+  /** Input that marks padding, which is left out of the moments. Default: "attention_mask". */
   readonly mask?: string | undefined;
-  /** Most texts that are looked at. Default: 256. */
+  /** Largest number of texts. Default: 256. */
   readonly most?: number | undefined;
-  /** Texts of a run. Default: 16. */
+  /** Texts per run. Default: 16. */
   readonly batch?: number | undefined;
 }
 
 /**
- * Second moments E[x·xᵀ] [in, in], row-major, of what enters each module that the adapters change, on the model without adapters.
+ * Computes second moments E[x·xᵀ] [in, in], row-major, of the inputs x of each module that the adapters change, on the model without
+ * adapters.
  * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
  * @throws BaseMismatchError when a module is not in the model, or no float linear layer of its main graph
@@ -64,7 +64,7 @@ export async function inputMoments(
     locator.names = new AliasMatcher(locator.parameters.keys());
     const entering = inputsOf(file.model, locator, modulesOf(adapters));
     const there = new Set([...main.output, ...main.input].map(({ name }) => name));
-    // Query, key and value are made of the same.
+    // Query, key and value have one input, whose moments are computed once.
     const sums = new Map(
       [...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width) }]),
     );
@@ -117,7 +117,7 @@ function inputsOf(
   return entering;
 }
 
-/** Adds Σ x·xᵀ over rows [n, width], without padding where there are as many rows as tokens; says over how many rows. */
+/** Adds Σ x·xᵀ over rows [n, width]; skips padding where there are as many rows as tokens. @returns how many rows were added */
 function add(sum: Float64Array, rows: Float32Array, width: number, kept: readonly number[] | undefined): number {
   const count = rows.length / width;
   let added = 0;

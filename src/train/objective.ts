@@ -1,25 +1,41 @@
 /**
- * What training makes smaller: the loss of a batch at a state, and its gradient.
+ * The objective of training: the loss of a batch at a state, its gradient, and a check of that gradient. Some providers compute wrong
+ * numbers without an error, so the gradient is compared with the loss before the first step.
  */
+
+import type { Pack } from "../core/pack.ts";
+import { BackendError, type EigenLoraError } from "../errors.ts";
 import type { TaskDtypes } from "../tensor/dtypes.ts";
+import { normal, uniform } from "../tensor/random.ts";
 import type { Row } from "./examples.ts";
 import { type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
-import { type Lessons, logitsOf, type Score } from "./lessons.ts";
 import { crossEntropy, largest, likeliest } from "./probabilities.ts";
-import { type State, stateLike } from "./state.ts";
-import { type Stepped, type TaskSteps, toSteps } from "./steps.ts";
-import type { Point, Subject } from "./subject.ts";
-import { asStored, storingTrained } from "./terms.ts";
+import { copyOf, type State, stateLike } from "./state.ts";
+import { type Stepped, type TaskSteps, toSteps } from "./stored-task.ts";
+import { logitsOf, type Score, type Supervision } from "./supervision.ts";
+import type { TaskWeights, TrainableModel } from "./trainable-model.ts";
+import { asStored, storingTrained, type TrainedTerms } from "./trained-terms.ts";
 
-/** What training brings the loss of down: targets, and the numbers that logits come from. */
+export interface TrainingSetup<Feeds> {
+  readonly pack: Pack;
+  readonly model: TrainableModel<Feeds>;
+  readonly supervision: Supervision<Feeds>;
+  readonly terms: TrainedTerms;
+  /** Terms over the pack's components that a LoRA can begin from; equal to `terms` where coefficients are trained. */
+  readonly origin: TrainedTerms;
+  /** Empty for language models. */
+  readonly labels: readonly string[];
+}
+
+/** Options of the loss: the targets, and the numbers that logits are computed from. */
 export interface ObjectiveOptions {
   /** Share of every target that is spread over all labels. Default: 0. */
   readonly smoothing?: number | undefined;
-  /** What logits are divided by where they meet targets. Default: 1. Needs a head, which is where they are divided. */
+  /** Divides the logits where they are compared with targets. Default: 1. Needs a head, since the division happens in its last layer. */
   readonly temperature?: number | undefined;
   /**
-   * The number formats that the task will be stored in: every step sees the numbers as they will be read, and changes those behind
-   * them (straight-through). Of use with int8, int4 and int3. Default: exact numbers.
+   * Number formats that the task will be stored in. Every step computes with the rounded numbers and changes the exact ones behind them
+   * (straight-through). Useful with int8, int4 and int3. Default: exact numbers.
    */
   readonly dtype?: Partial<TaskDtypes> | undefined;
 }
@@ -34,20 +50,20 @@ interface Numbers extends LayerNumbers {
   readonly parameters: Float32Array<ArrayBuffer>;
 }
 
-/** Loss and gradients of a batch, which runs in parts where it is large. */
+/** Computes the loss and its gradient over a batch, in micro-batches where it is large. */
 export async function evaluate<Feeds>(
-  subject: Subject<Feeds>,
+  setup: TrainingSetup<Feeds>,
   rows: readonly Row<Feeds>[],
   state: State,
   { smoothing = 0, temperature = 1, dtype = {}, stored }: ObjectiveOptions & Stepped,
 ): Promise<Evaluated> {
-  const { machine, lessons, terms } = subject;
-  const divide = dividedBy(machine.head, temperature);
-  const point = pointOf(subject, rounded(subject, state, dtype, stored), temperature);
+  const { model, supervision, terms } = setup;
+  const divide = dividedBy(model.head, temperature);
+  const weights = weightsOf(setup, rounded(setup, state, dtype, stored), temperature);
   const gradients = stateLike(state);
   let loss = 0;
-  for (const { rows: some, targets, share } of lessons.parts(rows, smoothing)) {
-    const made = await machine.step(await lessons.batch(some), point, targets);
+  for (const { rows: some, targets, share } of supervision.microBatches(rows, smoothing)) {
+    const made = await model.step(await supervision.feeds(some), weights, targets);
     loss += share * made.loss;
     const { weight, bias } = divide(made.gradients);
     add(gradients.parameters, terms.pullBack(state.parameters, made.gradients.terms), share);
@@ -57,17 +73,17 @@ export async function evaluate<Feeds>(
   return { loss, gradients };
 }
 
-/** How good the answers to some rows are, each of the same weight. */
+/** Scores the answers to some rows. Every row has the same weight. */
 export async function score<Feeds>(
-  subject: Subject<Feeds>,
+  setup: TrainingSetup<Feeds>,
   rows: readonly Row<Feeds>[],
   state: State,
   { temperature = 1, dtype = {}, stored }: ObjectiveOptions & Stepped,
 ): Promise<Score> {
-  const point = pointOf(subject, rounded(subject, state, dtype, stored), temperature);
+  const weights = weightsOf(setup, rounded(setup, state, dtype, stored), temperature);
   let [loss, count, right] = [0, 0, 0];
-  for await (const { row, logits } of answers(subject, rows, point)) {
-    const wanted = subject.lessons.wanted(row);
+  for await (const { row, logits } of answers(setup, rows, weights)) {
+    const wanted = setup.supervision.wanted(row);
     for (const [i, one] of wanted.entries()) loss += crossEntropy(one, logits[i]!);
     count += wanted.length;
     if (wanted.every((one, i) => likeliest(one) === largest(logits[i]!))) right++;
@@ -75,18 +91,18 @@ export async function score<Feeds>(
   return { loss: loss / count, accuracy: right / rows.length };
 }
 
-/** The logits of each row, in the order in which they run: those of like lengths together. */
+/** Runs rows, those of similar lengths together. @returns the logits of each row, in that order */
 export async function* answers<Feeds>(
-  { machine, lessons }: { readonly machine: Subject<Feeds>["machine"]; readonly lessons: Lessons<Feeds> },
+  { model, supervision }: { readonly model: TrainingSetup<Feeds>["model"]; readonly supervision: Supervision<Feeds> },
   rows: readonly Row<Feeds>[],
-  point: Point,
+  weights: TaskWeights,
   signal?: AbortSignal,
 ): AsyncGenerator<{ readonly row: Row<Feeds>; readonly logits: Float32Array[] }> {
-  const lengths = await lessons.lengths(rows);
+  const lengths = await supervision.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
-  for (const { rows: some } of lessons.parts(order, 0)) {
+  for (const { rows: some } of supervision.microBatches(order, 0)) {
     signal?.throwIfAborted();
-    const logits = logitsOf(lessons, some, await machine.answer(await lessons.batch(some), point));
+    const logits = logitsOf(supervision, some, await model.answer(await supervision.feeds(some), weights));
     for (const [i, row] of some.entries()) yield { row, logits: logits[i]! };
   }
 }
@@ -95,7 +111,7 @@ function add(sum: Float32Array, part: Float32Array, share: number): void {
   for (let i = 0; i < sum.length; i++) sum[i]! += share * part[i]!;
 }
 
-/** Logits are divided where they are made: in the last layer of a head, and so are its gradients. */
+/** Divides the weights and bias of the last layer, which makes the logits; divides their gradients too. */
 function dividedBy(head: readonly HeadLayer[], temperature: number): (numbers: LayerNumbers) => LayerNumbers {
   const divided = (part: LayerNumbers["weight"]): LayerNumbers["weight"] => part.map((v) => v / temperature);
   return (numbers) =>
@@ -104,24 +120,73 @@ function dividedBy(head: readonly HeadLayer[], temperature: number): (numbers: L
     );
 }
 
-/** What a model is fed with, the logits divided. */
-export function pointOf<Feeds>({ terms, machine }: Subject<Feeds>, numbers: Numbers, temperature = 1): Point {
-  return { terms: terms.expand(numbers.parameters), ...dividedBy(machine.head, temperature)(numbers) };
+/** Weights that the model is fed with; the head's last layer is divided by the temperature. */
+export function weightsOf<Feeds>(
+  { terms, model }: TrainingSetup<Feeds>,
+  numbers: Numbers,
+  temperature = 1,
+): TaskWeights {
+  return { terms: terms.expand(numbers.parameters), ...dividedBy(model.head, temperature)(numbers) };
 }
 
-/** As they would be read from a task file. */
+/** Rounds a state to the numbers that a task file would hold. */
 function rounded<Feeds>(
-  { terms, machine }: Subject<Feeds>,
+  { terms, model }: TrainingSetup<Feeds>,
   state: State,
   { coefficients, head }: Partial<TaskDtypes>,
   stored: TaskSteps | undefined,
 ): Numbers {
   const { parameters } = state;
-  const numbers = mapLayers(machine.head, state, ({ in: inputs, out }, { weight }, i) => {
+  const numbers = mapLayers(model.head, state, ({ in: inputs, out }, { weight }, i) => {
     const steps = stored?.head[i];
     if (steps) return { weight: toSteps(weight, steps.weight, steps.largest) };
     return head ? { weight: storingTrained("the head", () => asStored(weight, head, out, inputs)) } : {};
   });
   if (stored) return { ...numbers, parameters: toSteps(parameters, stored.parameters) };
   return { ...numbers, parameters: coefficients ? terms.rounded(parameters, coefficients) : parameters };
+}
+
+/** Error of training that cannot go on. */
+export function stopped(message: string): EigenLoraError {
+  return new BackendError(`fit: ${message}`, { backend: "train" });
+}
+
+/**
+ * Compares the slope of the loss with the gradient in two directions: along the gradient, and beside it.
+ * @throws BackendError when they differ, or a number is not finite
+ */
+export async function checkGradients(
+  state: State,
+  evaluate: (state: State) => Promise<Pick<Evaluated, "loss" | "gradients">>,
+): Promise<void> {
+  const { loss, gradients } = await evaluate(state);
+  const gradient = gradients.all;
+  const norm = Math.sqrt(gradient.reduce((sum, g) => sum + g * g, 0));
+  if (norm === 0 && Number.isFinite(loss)) return;
+  if (!(norm > 0)) {
+    throw stopped(
+      `the loss is ${loss} and its gradient ${norm} before the first step: the model or the examples give no numbers`,
+    );
+  }
+  const noise = uniform(7);
+  const along = gradient.map((g) => g / norm);
+  const beside = along.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(along.length));
+  // Long enough for the loss to move well above the noise of f32, short enough for it to stay almost straight.
+  const step = Math.min(0.05, 0.01 / norm);
+  for (const direction of [along, beside]) {
+    const lossAt = async (by: number): Promise<number> => {
+      const moved = copyOf(state);
+      direction.forEach((d, i) => (moved.all[i]! += by * d));
+      return (await evaluate(moved)).loss;
+    };
+    const slope = gradient.reduce((sum, g, i) => sum + g * direction[i]!, 0);
+    const [up, down] = [((await lossAt(step)) - loss) / step, (loss - (await lossAt(-step))) / step];
+    const found = (up + down) / 2;
+    // Near a minimum the gradient is almost zero, so that curvature dominates the difference.
+    const bend = Math.abs(up - down) / 2;
+    if (Math.abs(found - slope) <= 0.1 * Math.abs(slope) + bend + (1e-6 * (1 + loss)) / step) continue;
+    throw stopped(
+      `the loss changes by ${found.toPrecision(3)} where its gradient says ${slope.toPrecision(3)}: this provider computes gradients wrongly. Use another`,
+    );
+  }
 }

@@ -1,8 +1,8 @@
 /**
- * Probabilities of labels: from logits, made sharper, compared.
+ * Probabilities of labels: from logits, sharpened, compared.
  */
 
-/** Probabilities at one position: of all classes in order, or of the likeliest, which are named. */
+/** Probabilities at one position: of all classes in order, or of the likeliest ones, given in `classes`. */
 export interface Distribution {
   readonly probabilities: ArrayLike<number>;
   readonly classes?: ArrayLike<number> | undefined;
@@ -29,7 +29,7 @@ export function rowsOf(values: Float32Array, width: number): Float32Array[] {
   return Array.from({ length: values.length / width }, (_, row) => values.subarray(row * width, (row + 1) * width));
 }
 
-/** Where the largest value is, the first of them. */
+/** Index of the largest value; the first one of equals. */
 export function largest(values: ArrayLike<number>): number {
   let at = 0;
   for (let i = 1; i < values.length; i++) if (values[i]! > values[at]!) at = i;
@@ -74,7 +74,7 @@ export function crossEntropy({ probabilities, classes }: Distribution, logits: F
   return sum;
 }
 
-/** KL(distribution ‖ softmax(logits)), in nats. What the distribution leaves out is taken as one class more: no more than the whole. */
+/** KL(distribution ‖ softmax(logits)), in nats. Classes that the distribution leaves out count as one: a lower bound of the whole. */
 export function divergence({ probabilities, classes }: Distribution, logits: Float32Array): number {
   const total = logSumExp(logits);
   let [sum, restP, restQ] = [0, 1, 1];
@@ -89,14 +89,14 @@ export function divergence({ probabilities, classes }: Distribution, logits: Flo
   return sum;
 }
 
-/** Where the largest probability is. */
+/** Class with the largest probability. */
 export function likeliest({ probabilities, classes }: Distribution): number {
   let best = 0;
   for (let i = 1; i < probabilities.length; i++) if (probabilities[i]! > probabilities[best]!) best = i;
   return classes ? classes[best]! : best;
 }
 
-/** Mean KL(distribution ‖ softmax(logits)) in nats, over all that is added: logits of a vocabulary are not worth keeping. */
+/** Mean KL(distribution ‖ softmax(logits)) in nats over all that is added. It keeps no logits, which are too large over a vocabulary. */
 export class MeanDivergence {
   #sum = 0;
   #count = 0;
@@ -107,7 +107,7 @@ export class MeanDivergence {
   }
 
   get mean(): number {
-    // Of rounded probabilities that are alike it can be a little less than 0.
+    // Rounding can make the mean of equal probabilities slightly negative.
     return Math.max(0, this.#sum / this.#count);
   }
 }

@@ -1,6 +1,6 @@
 /**
- * A pack whose components were trained for a new task: the same modules with the new components, every old task solved again
- * for its factors, the new task behind them. What tasks bring beside coefficients stays as it is, byte for byte.
+ * Makes a pack whose components were trained for a new task: the same modules with the new components, the factors of every old task
+ * solved again, the new task behind them. Whatever old tasks bring beside coefficients stays as it is, byte for byte.
  */
 
 import type { Pack } from "../core/pack.ts";
@@ -24,14 +24,14 @@ import { decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
-import { storingTrained, type Terms } from "./terms.ts";
+import { storingTrained, type TrainedTerms } from "./trained-terms.ts";
 
 /** A module of the new pack. */
-interface Place {
+interface NewModule {
   readonly module: PackModule;
   readonly A: SideInput | undefined;
   readonly B: SideInput | undefined;
-  /** The components, where they were trained. */
+  /** The new components, where they were trained. */
   readonly space: ModuleSpace | undefined;
   readonly captured: { readonly A: Captured; readonly B: Captured };
 }
@@ -39,15 +39,15 @@ interface Place {
 /**
  * @param parameters of `terms`, components among them
  * @param learned the new task, made with these components
- * @throws RangeError when a component does not fit the type that the pack stores
+ * @throws RangeError when a component does not fit the number format of the pack
  */
 export async function repack(
   pack: Pack,
-  terms: Terms,
+  terms: TrainedTerms,
   parameters: Float32Array<ArrayBuffer>,
   learned: TaskToWrite,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  // All at once, with the entries: a task may be removed or replaced while others are read.
+  // All loads start at once, together with the entries: a task may be removed or replaced while others are read.
   const read = [...pack.tasks.values()].map(async (entry) => ({ entry, blob: await pack.load(entry.id) }));
   const old = await Promise.all(read);
   const bases = await pack.bases();
@@ -60,7 +60,7 @@ export async function repack(
 
 async function repacked(
   pack: Pack,
-  terms: Terms,
+  terms: TrainedTerms,
   parameters: Float32Array<ArrayBuffer>,
   bases: Uint8Array,
   old: readonly { readonly entry: TaskInfo; readonly blob: TaskBlob }[],
@@ -88,11 +88,16 @@ async function repacked(
   return new Uint8Array(await new Blob(chunks as BlobPart[]).arrayBuffer());
 }
 
-function placeOf(module: PackModule, bases: Uint8Array, terms: Terms, parameters: Float32Array<ArrayBuffer>): Place {
+function placeOf(
+  module: PackModule,
+  bases: Uint8Array,
+  terms: TrainedTerms,
+  parameters: Float32Array<ArrayBuffer>,
+): NewModule {
   const captured = { A: new Captured(), B: new Captured() };
   const trained = (side: "A" | "B"): Float32Array | undefined =>
     terms.part(parameters, module.name, `components${side}`);
-  /** Components as they are to be stored: those that were trained, or the pack's own bytes. */
+  /** Components to store: the trained ones, or the pack's own bytes. */
   const sideOf = (which: "A" | "B"): SideInput | undefined => {
     const basis = sharedBases(module)?.[which];
     if (!basis) return undefined;
@@ -117,8 +122,8 @@ function placeOf(module: PackModule, bases: Uint8Array, terms: Terms, parameters
   return { module, A, B, space, captured };
 }
 
-/** A term on the new components: the least squares for the factors that it had on the old ones. */
-function solve(blob: TaskBlob, term: TaskTerm, { module, space, captured }: Place, bases: Uint8Array): TermInput {
+/** Solves a term again: the least squares of its old factors on the new components. */
+function solve(blob: TaskBlob, term: TaskTerm, { module, space, captured }: NewModule, bases: Uint8Array): TermInput {
   const { rank, privateRank, A, B, privateA, privateBt, magnitude } = term;
   const bytesOf = (tensor: TensorRef): Uint8Array => encodedTensor(blob.bytes, tensor);
   const beside = {
@@ -157,7 +162,7 @@ function stored(section: Uint8Array, tensor: TensorRef): TensorInput {
   return { dtype: tensor.dtype, encoded: encodedTensor(section, tensor) };
 }
 
-/** How much of the tasks' rows about the mean the new components hold. */
+/** Share of the tasks' rows, without the mean, that the new components hold. */
 class Captured {
   #whole = 0;
   #lost = 0;

@@ -1,22 +1,23 @@
 /**
- * Examples as token ids, and the positions at which there is something to learn. A prompt is encoded as it is when the model is
- * asked, so that what is learned is what will come.
+ * Examples as token ids, with the positions where something is learned. A prompt is encoded exactly as when the model is asked, so that
+ * the learned tokens are those that generation will need.
  */
+
+import { type Encode, PADDED } from "./encoding.ts";
 import type { Example, Message, Tokens } from "./examples.ts";
-import { type Encode, PADDED } from "./inputs.ts";
 import type { Distribution } from "./probabilities.ts";
 
-/** A tokenizer, as far as it tells more than ids. */
+/** The parts of a tokenizer beyond ids. */
 interface Tokenizer {
   readonly eos_token?: unknown;
   readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
 }
 
-/** How examples of a language model are written as tokens. */
+/** How the examples of a language model become tokens. */
 export interface SequenceOptions {
-  /** What a completion ends with, as text. Default: the tokenizer's `eos_token`. */
+  /** Text at the end of a completion. Default: the tokenizer's `eos_token`. false: none. */
   readonly end?: string | false | undefined;
-  /** The token that a decoder beside an encoder begins with. Default: 0. */
+  /** First token of a decoder beside an encoder. Default: 0. */
   readonly decoderStart?: number | undefined;
 }
 
@@ -34,7 +35,7 @@ export class Sequences {
     this.#options = options;
   }
 
-  /** A prompt and how it goes on. @throws TypeError, RangeError when one of them is not there or empty */
+  /** Encodes a prompt and its completion. @throws TypeError, RangeError when one of them is missing or empty */
   async completion({ prompt, completion }: Example, at: string): Promise<Tokens> {
     if (typeof prompt !== "string" || typeof completion !== "string")
       throw new TypeError(`${at}: expected \`prompt\` and \`completion\`, both strings`);
@@ -42,7 +43,10 @@ export class Sequences {
     return this.#answer(prompt, prompt + completion + this.#end(at), true, at);
   }
 
-  /** The last message of a chat. @throws TypeError without a template, RangeError when the last message is not the assistant's */
+  /**
+   * Encodes a chat to learn its last message.
+   * @throws TypeError without a template, RangeError when the last message is not the assistant's
+   */
   async chat(messages: readonly Message[], at: string): Promise<Tokens> {
     const { apply_chat_template: template } = (this.#encode ?? {}) as Tokenizer;
     if (!template)
@@ -56,12 +60,12 @@ export class Sequences {
     if (!whole.startsWith(prompt))
       throw new RangeError(`${at}: by the chat template the answer does not follow the messages before it`);
     const end = this.#end(at);
-    // What a template writes behind the end of the answer is never asked for.
+    // Text that the template writes behind the answer's end is never generated.
     const cut = end === "" ? -1 : whole.lastIndexOf(end);
     return this.#answer(prompt, cut < prompt.length ? whole : whole.slice(0, cut + end.length), false, at);
   }
 
-  /** Every token of a text but the first. @throws RangeError when there are fewer than two */
+  /** Encodes a text to learn every token but the first. @throws RangeError for fewer than two tokens */
   async text(text: string, at: string): Promise<Tokens> {
     const ids = await this.#ids(text, true);
     if (ids.length < 2) throw new RangeError(`${at}: its text has ${ids.length} tokens, two at least are needed`);
@@ -69,7 +73,7 @@ export class Sequences {
   }
 
   /**
-   * Words, of which the first token of each has a label.
+   * Encodes words to learn the label of each word's first token.
    * @param classes names of the labels
    */
   async words({ words = [], labels = [] }: Example, classes: readonly string[], at: string): Promise<Tokens> {
@@ -97,13 +101,13 @@ export class Sequences {
     return { ...tokens, ids: [...ids, ...whole.slice(before + alone.length)] };
   }
 
-  /** @param special whether the tokenizer adds its own tokens, which a chat template has written already */
+  /** @param special whether the tokenizer adds its special tokens; a chat template has written them already */
   async #answer(prompt: string, whole: string, special: boolean, at: string): Promise<Tokens> {
     if (this.#names.includes("decoder_input_ids")) return this.#decoded(prompt, whole.slice(prompt.length));
     const [before, all] = [await this.#ids(prompt, special), await this.#ids(whole, special)];
     if (before.length === 0)
       throw new RangeError(`${at}: its prompt is empty: a language model needs a token to begin with`);
-    // A token over the border would never be seen when the model is asked.
+    // Generation never gives a token that spans prompt and completion, so the two are encoded apart then.
     const joined = before.every((id, i) => id === all[i]);
     const ids = joined ? all : [...before, ...(await this.#ids(whole.slice(prompt.length), false))];
     if (ids.length <= before.length) throw new RangeError(`${at}: its completion has no tokens, or was cut off`);
@@ -139,7 +143,7 @@ export class Sequences {
   }
 }
 
-/** Ids of which those from `from` on are learned: each position says the next one. */
+/** Learns the ids from `from` on: each position predicts the next id. */
 function nextTokens(ids: readonly number[], from: number): Tokens {
   const at = Array.from({ length: ids.length - from }, (_, i) => from - 1 + i);
   return {

@@ -1,32 +1,32 @@
 /**
- * Where training begins: coefficients of the tasks that a pack has say where useful ones lie. Their mean is a start for tasks
- * trained from one seed, whose rows correspond; random ones of their spread are for tasks of their own seeds (the paper's
- * zero-shot). Rows must differ at the start: identical rows get identical gradients, for ever.
+ * Starting values of training. The coefficients of a pack's tasks show where useful ones lie. Their mean is a start for tasks trained
+ * from one seed, whose rows correspond; random ones with their spread are for tasks with seeds of their own (the paper's zero-shot). Rows
+ * must differ at the start: identical rows get identical gradients for ever.
  */
 
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/decode-coded.ts";
-import type { TaskBlob, TensorRef } from "../format/format.ts";
+import type { TaskBlob } from "../format/format.ts";
 import { readTensor } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { normal } from "../tensor/random.ts";
 import { type HeadLayer, type LayerNumbers, layersOf, sizeOf } from "./head.ts";
+import type { TrainingSetup } from "./objective.ts";
 import { type State, stateLike } from "./state.ts";
-import type { Subject } from "./subject.ts";
-import type { Terms, TrainedParameter } from "./terms.ts";
+import { type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
 
 /**
- * Kinds of starts; "auto" tries mean and random for a few steps and takes the better. "fresh" is for factors that are trained
- * themselves: as PEFT begins, without the pack.
+ * Kinds of starts. "auto" tries mean and random for a few steps and takes the better one. "fresh" begins as PEFT does, without the pack,
+ * for factors that are trained themselves.
  */
 export type Start = "auto" | "mean" | "random" | "fresh" | { readonly task: string };
 
-/** Most tasks that the spread is taken of. */
+/** Largest number of tasks that mean and spread are computed from. */
 const MOST_DONORS = 64;
 
-/** Deviation of factors that begin free, and of heads: as PyTorch's. */
+/** Standard deviation of fresh factors and heads, as in PyTorch. */
 const SMALL = 0.02;
 
 /** A task to start from. */
@@ -36,8 +36,9 @@ export interface Donor {
 }
 
 /**
+ * Reads the task to start from.
  * @param task of the pack, or a task file made for it
- * @throws TaskError when there is no such task, or it is of another basis
+ * @throws TaskError when there is no such task, or it belongs to another basis
  * @throws FormatError when the file is damaged
  */
 export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffer>): Promise<Donor> {
@@ -59,9 +60,9 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   return trainable(id, parseTask(plain, pack.modules, file, { id }));
 }
 
-/** @throws TaskError when the task to start from is of another rank */
+/** Makes the state to start from. @throws TaskError when the task to start from has another rank */
 export async function startState<Feeds>(
-  { pack, terms, origin, machine: { head } }: Subject<Feeds>,
+  { pack, terms, origin, model: { head } }: TrainingSetup<Feeds>,
   start: "mean" | "random" | "fresh" | Donor,
   random: () => number,
   signal?: AbortSignal,
@@ -70,7 +71,7 @@ export async function startState<Feeds>(
   const state = stateLike({ parameters: { length: terms.size }, weight: { length: weight }, bias: { length: bias } });
   await fillStart(pack, terms, start, state.parameters, random, signal);
   const donor = typeof start === "object" ? start.blob : undefined;
-  // A LoRA begins as the factors that coefficients make, unless the task to start from has factors of its own.
+  // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
   if (origin !== terms && start !== "fresh" && (!donor || donor.terms.some(({ A }) => A))) {
     const coefficients = new Float32Array(origin.size);
     await fillStart(pack, origin, start, coefficients, random, signal);
@@ -84,8 +85,8 @@ export async function startState<Feeds>(
 }
 
 /**
- * Each layer as the task to start from has it, where that is of its shape. Otherwise that with the labels is small random numbers, and
- * those in front of it are the model's own.
+ * Copies each layer from the task to start from if the shapes agree. Otherwise the layer with the labels gets small random numbers, and
+ * the layers in front of it the model's own.
  */
 function startHead(
   head: readonly HeadLayer[],
@@ -118,12 +119,12 @@ function fillNormal(values: Float32Array, random: () => number): void {
 }
 
 /**
- * Writes the start of all parameters.
- * @throws TaskError when the task to start from is of another rank
+ * Writes starting values into all parameters.
+ * @throws TaskError when the task to start from has another rank
  */
 export async function fillStart(
   pack: Pack,
-  terms: Terms,
+  terms: TrainedTerms,
   start: "mean" | "random" | "fresh" | Donor,
   out: Float32Array<ArrayBuffer>,
   random: () => number,
@@ -151,19 +152,23 @@ export async function fillStart(
   }
 }
 
-/** What a pack's first tasks have of a parameter [rank, K]. */
+/** Statistics of one parameter [rank, K] over the pack's first tasks. */
 interface Moments {
-  /** [rank, K]: sums over tasks. */
+  /** Sums over tasks [rank, K]. */
   readonly sums: Float64Array;
-  /** [rank]: how many tasks have the row. */
+  /** Number of tasks with the row [rank]. */
   readonly tasks: Float64Array;
-  /** [K]: sums and sums of squares over all rows of all tasks, and how many rows that are. */
+  /** Sums, and sums of squares, over all rows of all tasks [K]; `count` is the number of rows. */
   readonly columns: Float64Array;
   readonly squares: Float64Array;
   count: number;
 }
 
-async function momentsOf(pack: Pack, terms: Terms, signal?: AbortSignal): Promise<Map<TrainedParameter, Moments>> {
+async function momentsOf(
+  pack: Pack,
+  terms: TrainedTerms,
+  signal?: AbortSignal,
+): Promise<Map<TrainedParameter, Moments>> {
   const all = new Map<TrainedParameter, Moments>();
   for (const blob of await firstTasks(pack, MOST_DONORS, signal)) {
     for (const parameter of terms.parameters) {
@@ -188,24 +193,7 @@ async function momentsOf(pack: Pack, terms: Terms, signal?: AbortSignal): Promis
   return all;
 }
 
-/** What a task has of a parameter. */
-export function tensorOf(
-  pack: Pack,
-  { terms }: TaskBlob,
-  { module, kind, dims }: TrainedParameter,
-): TensorRef | undefined {
-  const term = terms.find((one) => pack.modules[one.module]!.name === module);
-  const tensors: Partial<Record<TrainedParameter["kind"], TensorRef | undefined>> = {
-    alphaA: term?.A?.tensor,
-    alphaB: term?.B?.tensor,
-    privateA: term?.privateA,
-    privateB: term?.privateBt,
-  };
-  const tensor = tensors[kind];
-  return tensor?.width === dims[1] ? tensor : undefined;
-}
-
-/** The mean of what tasks have, where they have it; else random numbers of their spread. */
+/** Fills in the mean of the tasks' coefficients; random numbers with their spread where no task has the row, or no mean is wanted. */
 function fillCoefficients(
   values: Float32Array,
   moments: Moments | undefined,
@@ -226,12 +214,12 @@ function fillCoefficients(
   }
 }
 
-/** Asked for all at once: one that is removed while others are read has been there. */
+/** Loads tasks all at once, so that a task that is removed meanwhile is still read. */
 function firstTasks(pack: Pack, count: number, signal?: AbortSignal): Promise<TaskBlob[]> {
   return Promise.all([...pack.tasks.keys()].slice(0, count).map((id) => pack.load(id, { signal })));
 }
 
-/** The rank that most of a pack's first tasks have; 8 where there are none. */
+/** The most frequent rank among a pack's first tasks; 8 where there are none. */
 export async function usualRank(pack: Pack): Promise<number> {
   const counts = new Map<number, number>();
   for (const { terms } of await firstTasks(pack, 8))

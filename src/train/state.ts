@@ -1,14 +1,11 @@
 /**
- * The numbers that are trained, in one vector, and how its parts are stepped.
+ * The trained numbers as one vector, and its optimizer.
  */
 import { AdamW } from "./adamw.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
-import type { Terms } from "./terms.ts";
+import type { TrainedTerms } from "./trained-terms.ts";
 
-/**
- * All numbers that are trained, and its parts: parameters of terms, weights [out, in] and biases [out] of the head's layers, one
- * behind the other.
- */
+/** All trained numbers, and views of its parts: parameters of terms, then weights [out, in], then biases [out] of the head's layers. */
 export interface State {
   readonly all: Float32Array<ArrayBuffer>;
   readonly parameters: Float32Array<ArrayBuffer>;
@@ -16,7 +13,7 @@ export interface State {
   readonly bias: Float32Array<ArrayBuffer>;
 }
 
-/** A state with as many numbers in each part as another. @param all Default: zeros */
+/** Makes a state with the part sizes of another. @param all Default: zeros */
 export function stateLike(
   { parameters, weight, bias }: Readonly<Record<"parameters" | "weight" | "bias", { readonly length: number }>>,
   all: Float32Array<ArrayBuffer> = new Float32Array(parameters.length + weight.length + bias.length),
@@ -29,12 +26,12 @@ export function copyOf(state: State): State {
   return stateLike(state, state.all.slice());
 }
 
-/** How AdamW moves what is trained (Loshchilov and Hutter, 2019). */
+/** Options of AdamW (Loshchilov and Hutter, 2019). */
 export interface OptimizerOptions {
   /**
-   * Of terms and of the head's layer with the labels. Default: 0.02 each; of private terms, which a LoRA is made of: `terms`, or 0.002
-   * where that is not given; of components: 0.001; of a head's layers in front of that with the labels (`inner`): `head` divided by how
-   * many numbers enter the layer. What has a rate of 0 stays as it is.
+   * Learning rates. Default for terms, and for the head's layer with the labels: 0.02. Private terms, which make up a LoRA: `terms`, or
+   * 0.002 where that is not given. Components: 0.001. Layers of a head in front of the one with the labels (`inner`): `head` divided by
+   * the number of inputs of the layer. Numbers with a rate of 0 stay as they are.
    */
   readonly learningRates?:
     | {
@@ -47,21 +44,22 @@ export interface OptimizerOptions {
     | undefined;
   /** Weight decay of terms and of the head's weight. Default: 0. */
   readonly weightDecay?: number | undefined;
-  /** Largest norm of a gradient. Default: 1. */
+  /** Largest norm of the gradient. Default: 1. */
   readonly clip?: number | undefined;
-  /** Steps until the full rate is reached. Default: a tenth of all. */
+  /** Steps until the full rate is reached. Default: a tenth of all steps. */
   readonly warmup?: number | undefined;
-  /** Of the rate, to 0 over all steps. Default: "linear". */
+  /** How the rate falls to 0 over all steps. Default: "linear". */
   readonly decay?: "linear" | "cosine" | "none" | undefined;
 }
 
 /**
- * @param trained what the parameters are
- * @param layers of the head that the state has
+ * Makes an optimizer of a state.
+ * @param trained meaning of the parameters
+ * @param layers of the head in the state
  */
 export function optimizerOf(
   state: State,
-  trained: Terms,
+  trained: TrainedTerms,
   layers: readonly HeadLayer[],
   steps: number,
   { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
@@ -73,9 +71,9 @@ export function optimizerOf(
     inner,
     components = 0.001,
   } = learningRates;
-  // Adam moves each number by the rate, and what enters an inner layer moves with all of them: so the rate of a wide matrix goes with
-  // 1 / inputs (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat the last layer alone on three tasks of
-  // three; a tenth of the head's rate was best on one and overfitted on two.
+  // Adam moves each number by the rate, and the inputs of an inner layer add up: the rate of a wide matrix must fall with 1 / inputs
+  // (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat training the last layer alone on three tasks of three;
+  // a tenth of the head's rate was best on one and overfitted on two.
   const ofHead = layers.flatMap(({ last, in: inputs }, i) => {
     const rate = last ? head : (inner ?? head / inputs);
     return [
@@ -94,7 +92,7 @@ export function optimizerOf(
     ...ofTerms,
     { of: ({ parameters }: State) => parameters.subarray(trained.ofTasks), rate: components },
     ...ofHead,
-    // What is not trained has no say in the clipping.
+    // Numbers that are not trained must not count in the norm that is clipped.
   ].filter(({ rate }) => rate !== 0);
   const optimizer = new AdamW(
     groups.map(({ of, ...group }) => ({ values: of(state), ...group })),

@@ -1,30 +1,29 @@
 /**
- * Tasks that nobody has trained (the paper's zero-shot): coefficients that are the mean of those that the pack's tasks have, or
- * random ones of their spread. They say how much of what the tasks do is common to them, and are a start for a head that is
- * trained alone.
+ * Tasks without training (the paper's zero-shot). Their coefficients are the mean of those of the pack's tasks, or random ones with their
+ * spread. They show how much the tasks have in common, and are a start for a head that is trained alone.
  */
 
 import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
 import { uniform } from "../tensor/random.ts";
-import { checkNumbers } from "./limits.ts";
-import { learnedTask, type TaskFileOptions, taskFile } from "./result.ts";
+import { checkNumbers } from "./checks.ts";
 import { fillStart, usualRank } from "./start.ts";
-import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
+import { learnedTask, type TaskFileOptions, taskFile } from "./stored-task.ts";
+import { sharedRows, type TrainedModule, TrainedTerms } from "./trained-terms.ts";
 
 /** Options of `zeroShotTask`. */
 export interface ZeroShotOptions extends TaskFileOptions {
-  /** "mean" is for tasks trained from one seed, whose rows correspond; "random" for others. Default: "mean". */
+  /** "mean" suits tasks trained from one seed, whose rows correspond; "random" suits others. Default: "mean". */
   readonly init?: "mean" | "random" | undefined;
   /** Default: 0. */
   readonly seed?: number | undefined;
-  /** Rows of coefficients. Default: that of most of the pack's first tasks. Flat components have one of their own. */
+  /** Rows of coefficients. Default: the rank of most of the pack's first tasks. Flat components have a rank of their own. */
   readonly rank?: number | undefined;
 }
 
 /**
- * Makes a task of the coefficients that the tasks of a pack have, as a task file. It brings no head: the base's stays.
+ * Makes a task file from the coefficients of a pack's tasks. It brings no head: the base's stays.
  * @throws TaskError when the pack has no tasks, or no components
  * @throws RangeError for a rank that cannot be
  * @example
@@ -51,7 +50,7 @@ export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): P
     const lacking = modules.length === 0 ? "components" : "tasks";
     throw new TaskError(`${pack.name} has no ${lacking} to make coefficients of`, { task: id });
   }
-  const terms = new Terms(modules);
+  const terms = new TrainedTerms(modules);
   const parameters = new Float32Array(terms.size);
   await fillStart(pack, terms, init, parameters, uniform(seed));
   const none = new Float32Array(0);

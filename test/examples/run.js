@@ -1,4 +1,4 @@
-/** Runs examples in the current folder, each a module with a function of what it takes for granted. Started by test/examples.test.ts. */
+/** Runs examples in the current folder, each a module with a function of the values it assumes. Started by test/examples.test.ts. */
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 import { Absent, values } from "./values.js";

@@ -1,6 +1,6 @@
 /**
- * What examples in doc comments and documents take for granted, by name: "the pack", "your tokenizer". Each is made when an example
- * uses it, in a folder with the files that `test/examples.test.ts` puts there. What is absent here can only be type-checked.
+ * Values that examples in doc comments and documents assume, by name: "the pack", "your tokenizer". Each is made when an example uses it,
+ * in a folder with the files that `test/examples.test.ts` puts there. Examples with absent values are only type-checked.
  */
 import { readFileSync } from "node:fs";
 import { createRuntime, openPack } from "eigenlora";
@@ -9,7 +9,7 @@ import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
 import * as onnxruntime from "onnxruntime-node";
 
-/** Thrown for what a test machine does not have. */
+/** Thrown for values that a test machine lacks. */
 export class Absent extends Error {}
 
 /** @returns {never} */
@@ -33,7 +33,7 @@ const TEXTS = [
   "call home",
 ];
 
-/** A letter is a token, for a model that knows 64 of them. */
+/** Encodes letters as tokens, for a model with 64 of them. */
 function encode(/** @type {readonly string[]} */ texts) {
   const length = Math.min(LENGTH, Math.max(...texts.map((text) => text.length)));
   /** @param {(text: string, at: number) => number} value */
@@ -137,7 +137,7 @@ export const values = {
   pastOf: () => absent("a language model"),
   /** @returns {any} */
   pipeline: () => absent("transformers.js"),
-  /** Of transformers.js, or of a Worker. @returns {any} */
+  /** The environment of transformers.js, or of a Worker. @returns {any} */
   env: () => absent("transformers.js"),
   /** @returns {any} */
   pipe: () => absent("transformers.js"),

@@ -1,6 +1,6 @@
 /**
- * Stable Diffusion and SDXL in JavaScript: text encoders and UNet under one switch, and a denoising loop written down plainly. Held
- * against the latents of diffusers' own pipelines (diffusion.py).
+ * Stable Diffusion and SDXL in JavaScript: text encoders and UNet under one switch, and a plain denoising loop, compared with the latents
+ * of diffusers' own pipelines (diffusion.py).
  */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -54,9 +54,9 @@ const sigma = (step) => Math.sqrt((1 - ALPHAS[step]) / ALPHAS[step]);
 
 /** Euler's method. */
 const euler = {
-  /** Of the noise that all begins with. @param {number[]} all */
+  /** Scale of the initial noise. @param {number[]} all */
   scale: (all) => Math.sqrt(sigma(all[0]) ** 2 + 1),
-  /** Of what the UNet sees. @param {number} step @param {number[]} all */
+  /** Scale of the UNet's input. @param {number} step @param {number[]} all */
   input: (step, all) => 1 / Math.sqrt(sigma(all[step]) ** 2 + 1),
   /** @param {Float32Array} x @param {Float32Array} noise @param {number} step @param {number[]} all */
   next(x, noise, step, all) {
@@ -83,7 +83,7 @@ function joined(parts, at) {
   return new ort.Tensor("float32", Float32Array.from(all.flat()), [...parts[0].dims.slice(0, -1), width]);
 }
 
-/** What the text encoders make of token ids. @param {Models["sessions"]} sessions @param {ort.Tensor} input_ids @returns {Promise<Encoded>} */
+/** Encodes token ids. @param {Models["sessions"]} sessions @param {ort.Tensor} input_ids @returns {Promise<Encoded>} */
 async function encode({ text_encoder, text_encoder_2 }, input_ids) {
   const first = await text_encoder.run({ input_ids });
   if (!text_encoder_2) return { prompt: first["last"] };
@@ -134,7 +134,7 @@ async function denoise(models, { feeds, steps, guidance }) {
 }
 
 /**
- * Every task of a pipeline, and the base after them.
+ * Runs every task of a pipeline, and the base after them.
  * @param {string} folder
  * @returns {Promise<{ off: number, failures: string[] }>}
  */

@@ -1,4 +1,4 @@
-/** What is refused, and why: nothing else may be. A refusal that is on this list and does not come is a mistake too, of the list. */
+/** Expected refusals and their causes. Any other refusal is an error; so is an expected one that does not occur. */
 
 /** @typedef {{ families?: string[], exporters?: string[], formats?: string[], modes: string[], message: RegExp, cause: string }} Refusal */
 
@@ -24,7 +24,7 @@ export const REFUSALS = [
   },
 ];
 
-/** Those that have come. @type {Set<Refusal>} */
+/** Refusals that have occurred. @type {Set<Refusal>} */
 const met = new Set();
 
 /**
@@ -45,7 +45,7 @@ export function refusalOf({ name }, { exporter, format }, mode, message) {
   return found?.cause;
 }
 
-/** Refusals of the list that no model has met with. */
+/** Refusals of the list that have not occurred. */
 export function unmet() {
   return REFUSALS.filter((one) => !met.has(one)).map(
     (one) => `refusals.js: ${one.cause}: nothing was refused for this`,

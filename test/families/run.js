@@ -1,6 +1,6 @@
 /**
- * One family that make.py has made: every export in every mode, each task and one task a row, held against PEFT's answers. Differences
- * are in parts of the largest number of an answer.
+ * Runs one family that make.py has made: every export in every mode, each task and one task a row, compared with PEFT's answers.
+ * Differences are relative to the largest number of an answer.
  */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -23,11 +23,11 @@ import { refusalOf } from "./refusals.js";
  */
 
 const MODES = /** @type {const} */ (["core", "factors", "folded"]);
-/** Of f32, and of 4 bits: what is added is computed in f32 beside both. */
+/** Tolerances for f32 and for 4 bits: additions are computed in f32 beside both. */
 const EXACT = 1e-5;
 /**
- * Files that compute in f16, or quantise what enters a layer, are off by themselves, and every task by an amount of its own: a few
- * times what the same file is without a pack. In no case by so much of what the task changes, or the task could as well be wrong.
+ * Allowed multiple of a file's own difference without a pack. Files that compute in f16, or quantise inputs of layers, differ by
+ * themselves, and each task differs by an amount of its own. A difference near the task's whole effect is an error in any case.
  */
 const OF_PLAIN = 8;
 const OF_EFFECT = 0.25;
@@ -75,12 +75,17 @@ export function tensors(feeds) {
   );
 }
 
-/** Feeds of a part that the file takes: exporters drop what changes nothing. @param {readonly string[]} names @param {Record<string, Feed>} feeds */
+/**
+ * Feeds that the file takes: exporters drop inputs without effect. @param {readonly string[]} names @param {Record<string, Feed>} feeds
+ */
 function taken(names, feeds) {
   return tensors(Object.fromEntries(Object.entries(feeds).filter(([name]) => names.includes(name))));
 }
 
-/** How far the file is from PyTorch without a pack: the largest of its parts. @param {string} folder @param {Family} family @param {Export} one */
+/**
+ * Difference of the file from PyTorch without a pack: the largest of its parts. @param {string} folder @param {Family} family @param
+ * {Export} one
+ */
 async function plainOff(folder, family, one) {
   let off = 0;
   for (const [name, file] of Object.entries(one.files)) {
@@ -146,7 +151,7 @@ async function tryMode(folder, family, one, pack, mode, result, failures) {
   await close();
 }
 
-/** What the weakest task changes, in its file of least change. @param {Goldens} goldens */
+/** Effect of the weakest task, in its file with the least effect. @param {Goldens} goldens */
 function leastEffect(goldens) {
   const effects = Object.values(goldens).flatMap(({ base, ...tasks }) =>
     Object.values(tasks).map((task) => difference({ data: base }, task)),
@@ -155,7 +160,7 @@ function leastEffect(goldens) {
 }
 
 /**
- * Every task, and the base before and after.
+ * Runs every task, and the base before and after.
  * @param {Family} family @param {Export} one @param {Record<string, import("eigenlora/onnxruntime").EigenSession<typeof ort>>} sessions
  * @param {(task: string | null) => Promise<unknown>} change
  */
@@ -173,7 +178,7 @@ async function ofTasks(family, one, sessions, change) {
 }
 
 /**
- * The first row one task, the second the base, the third the other task, and the other way round.
+ * Runs one task a row: the first task, the base, the other task, and the other way round.
  * @param {Family} family @param {Export} one @param {Record<string, import("eigenlora/onnxruntime").EigenSession<typeof ort>>} sessions
  */
 async function ofRows(family, one, sessions) {
@@ -195,7 +200,7 @@ async function ofRows(family, one, sessions) {
   return off;
 }
 
-/** In parts of the largest number expected. @param {{ data: any }} tensor @param {readonly number[]} expected */
+/** Largest difference relative to the largest expected number. @param {{ data: any }} tensor @param {readonly number[]} expected */
 export function difference({ data }, expected) {
   const found = /** @type {ArrayLike<number>} */ (data);
   if (found.length !== expected.length) return Infinity;

@@ -1,4 +1,4 @@
-/** docs/families.md, from what a run has found. */
+/** Writes docs/families.md from the findings of a run. */
 
 /**
  * @typedef {import("./run.js").Outcome} Outcome
@@ -85,7 +85,7 @@ function short(value) {
   return value.toExponential(1);
 }
 
-/** A table as the formatter of the documents leaves it. @param {readonly (readonly string[])[]} rows */
+/** Formats a table as the formatter of the documents does. @param {readonly (readonly string[])[]} rows */
 function aligned(rows) {
   const widths = rows[0].map((_, column) => Math.max(3, ...rows.map((row) => row[column].length)));
   const lines = rows.map((row) => `| ${row.map((cell, i) => cell.padEnd(widths[i])).join(" | ")} |`);

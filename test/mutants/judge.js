@@ -1,18 +1,18 @@
 // @ts-nocheck: it reads what no type describes
 /**
- * What a pack means, in 64 bits, by a reader that was made from SPEC.md alone: nothing here comes from the package. It checks
- * nothing: it is asked only about files that the package took.
+ * Meaning of a pack in 64 bits, by a reader written from SPEC.md alone without code of the package. It checks nothing, since it reads
+ * only files that the package has accepted.
  */
 import { halfValue, TYPES } from "../vectors/format.js";
 import { readCoded } from "./read-coded.js";
 
-/** "CODE", in front of what is coded. */
+/** "CODE", in front of coded sections. */
 const CODE = 0x45444f43;
 
 const BITS = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
 const up = (n, step) => Math.ceil(n / step) * step;
 
-/** MessagePack: maps as `Map`s. */
+/** Decodes MessagePack, with maps as `Map`s. */
 function messagepack(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   let at = 0;
@@ -48,7 +48,7 @@ function messagepack(bytes) {
   return read();
 }
 
-/** The values of a tensor that begins at `at`, and where it ends. */
+/** Decodes the tensor at `at`. @returns its values and its end */
 function tensor(bytes, at, type, rows, width) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   const values = new Float64Array(rows * width);
@@ -99,7 +99,7 @@ export function judge(bytes) {
   return { modules, description, tasks };
 }
 
-/** Sections, basis description and task list. Where it is coded, sections lie one behind the other around itself, at multiples of 64. */
+/** Sections, basis description and task list. In a coded directory, sections lie one behind the other around it, at multiples of 64. */
 function readDirectory(stored, from) {
   const isCoded = new DataView(stored.buffer, stored.byteOffset).getUint32(0, true) === CODE;
   const bytes = isCoded ? readCoded(stored) : stored;
@@ -118,7 +118,7 @@ function readDirectory(stored, from) {
   return { sections, description: bytes.slice(start, start + d), list: bytes.subarray(start + d, start + d + t) };
 }
 
-/** The task of a task file. @param pack that it belongs to, as `judge` gives it */
+/** Reads the task of a task file. @param pack that it belongs to, as `judge` gives it */
 export function judgeTaskFile(bytes, { modules, description }) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   const start = up(64 + view.getUint32(12, true), 64);
@@ -126,7 +126,7 @@ export function judgeTaskFile(bytes, { modules, description }) {
   return readTask(view.getUint32(start, true) === CODE ? readCoded(blob, description) : blob, modules);
 }
 
-/** SPEC.md, section 2: which superblocks count. */
+/** Which superblocks count (SPEC.md, section 2). */
 function wholeAt(bytes, view, at) {
   const generation = Number(view.getBigUint64(at, true));
   if (generation === 0 || generation % 2 !== at / 512 - 1) return false;
@@ -181,7 +181,7 @@ function readTask(bytes, modules) {
   const task = { terms: new Map(), parameters: [] };
   for (const [index, rank, givenA, givenB, q, privateType, magnitudeType] of terms) {
     const module = modules[index];
-    // A code alone is of coefficients over the first basis.
+    // A code alone belongs to coefficients over the first basis.
     const sides = [
       [module.A, givenA, module.in],
       [module.B, givenB, module.out],

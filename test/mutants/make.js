@@ -1,7 +1,7 @@
 // @ts-nocheck: it makes what no type allows
 /**
- * Mutants of packs and task files, from a number: structures with something changed in them and put together again with right
- * checksums and hashes, and bytes that were changed afterwards.
+ * Makes mutants of packs and task files from a number: structures with a change, put together again with right checksums and hashes, and
+ * bytes that were changed afterwards.
  */
 import { coded } from "../vectors/coded.js";
 import {
@@ -125,7 +125,7 @@ const OTHERS = [
   new Raw(0xc4, 1, 1),
 ];
 
-/** All places of a tree of maps and arrays, as [holder, key]. */
+/** All positions in a tree of maps and arrays, as [holder, key]. */
 function places(value, found = []) {
   if (typeof value !== "object" || value === null || value instanceof Raw || value instanceof Float) return found;
   for (const key of Object.keys(value)) {
@@ -135,7 +135,7 @@ function places(value, found = []) {
   return found;
 }
 
-/** Something else at one place of a tree. */
+/** Changes one position of a tree. */
 function alter(tree, roll) {
   const all = places(tree);
   if (all.length === 0) return;
@@ -153,7 +153,7 @@ function alter(tree, roll) {
   } else holder[key] = typeof value === "string" ? value + "y".repeat(roll(2) ? 1 : 1100) : structuredCloned(value);
 }
 
-/** Trees have no circles, whatever was exchanged. */
+/** Copies a tree. Trees have no circles, whatever was exchanged. */
 function structuredCloned(value) {
   if (typeof value !== "object" || value === null || value instanceof Raw || value instanceof Float) return value;
   if (Array.isArray(value)) return value.map(structuredCloned);
@@ -194,7 +194,7 @@ function alterBytes(bytes, roll) {
   }
 }
 
-/** Streams with something changed, which a pack vouches for all the same: its basis id is that of what they become. */
+/** Changes streams so that the pack still vouches for them: its basis id is that of the changed ones. */
 function codedPack(pack, roll) {
   let bases;
   const changed = (content) => {
@@ -219,12 +219,12 @@ function codedPack(pack, roll) {
     bytes.set(sha256(description, readCoded(bases, description)), 16);
     new DataView(bytes.buffer).setUint32(48, crc32c(bytes.subarray(0, 48)), true);
   } catch {
-    // Then they become nothing.
+    // The streams become empty then.
   }
   return bytes;
 }
 
-/** The mutant of a number: `{ kind: "pack" | "task file", bytes, pack }`; a task file comes with the pack that it belongs to. */
+/** Makes the mutant of a number: `{ kind: "pack" | "task file", bytes, pack }`; a task file comes with its pack. */
 export function mutant(seed) {
   const roll = dice(seed);
   const pack = sample(seed, roll);

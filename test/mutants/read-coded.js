@@ -1,7 +1,7 @@
 // @ts-nocheck: it reads what no type describes
 /**
- * A second reader of coded sections, written from SPEC.md, appendix A, as it stands there: slow, with bigints, and without a line of
- * the product's.
+ * A second reader of coded sections, written from the text of SPEC.md, appendix A: slow, with bigints, and without a line of the
+ * product's.
  */
 const LEVELS = [
   [0, [31897, 32672, 32688, 32704, 32720, 32736, 32752]],
@@ -17,7 +17,7 @@ const LEVELS = [
   [248, [2247, 6674, 10909, 14843, 18390, 21496, 24136]],
 ];
 
-/** Of tables `{ sums, quick, uses }`: those of bytes are quick, they move faster. */
+/** Symbols of tables `{ sums, quick, uses }`: those of bytes are quick, which means they move faster. */
 /** @param {Uint8Array} bytes @param {Uint8Array} [before] as `decodeSection` takes it @returns {Uint8Array} */
 export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -25,7 +25,7 @@ export function readCoded(bytes, before = new Uint8Array()) {
   const becomes = view.getUint32(4, true);
   if (becomes > 16 * bytes.length + 4096) throw new Error(`${becomes} bytes are too many for ${bytes.length}`);
   const out = new Uint8Array(becomes);
-  /** Streams that were changed are read too. */
+  /** Whether a position is inside, since changed streams are read too. */
   const fits = (end) => {
     if (!(end <= out.length)) throw new Error(`${end} bytes do not fit into ${out.length}`);
     return end;

@@ -1,5 +1,5 @@
 // @ts-nocheck: it handles what no type describes
-/** Runs mutants through the package and holds what it takes against the judge. */
+/** Runs mutants through the package and compares accepted ones with the judge. */
 import { createRuntime, openPack } from "eigenlora";
 import { judge, judgeTaskFile } from "./judge.js";
 import { mutant } from "./make.js";
@@ -7,7 +7,7 @@ import { mutant } from "./make.js";
 /** Most CPU seconds and megabytes that a mutant may take; all are a few kilobytes. */
 const MOST = { seconds: 2, megabytes: 100 };
 
-/** A base of numbers that are easily told apart, for what a pack adapts and changes. */
+/** A base of distinct numbers for the modules and parameters that a pack changes. */
 function baseOf({ modules, tasks }) {
   const base = new Map();
   const fill = (count) => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1));
@@ -31,10 +31,10 @@ function baseOf({ modules, tasks }) {
   return base;
 }
 
-/** How the weight of a module lies in the base. */
+/** Index of a weight's element in the base. */
 const at = ({ layout, out, in: inputs }, o, i) => (layout === 1 || layout === 3 ? i * out + o : o * inputs + i);
 
-/** Weights after a switch against W + ΔW in 64 bits. Returns the first difference in words. */
+/** Compares weights after a switch with W + ΔW in 64 bits. @returns the first difference, described */
 function difference(runtime, modules, task, base) {
   for (const module of modules) {
     const { name, out, in: inputs } = module;
@@ -54,7 +54,7 @@ function difference(runtime, modules, task, base) {
       const norm = Math.hypot(...row);
       const off = Math.hypot(...slack);
       const scale = term?.magnitude ? (norm > 0 ? term.magnitude[o] / norm : 0) : 1;
-      // Where a row all but cancels, what its direction is lies within the bound of its elements.
+      // Where a row almost cancels, its direction is known only within the bound of its elements.
       if (term?.magnitude && off > 0.01 * norm) continue;
       for (let i = 0; i < inputs; i++) {
         const expected = row[i] * scale;
@@ -73,9 +73,9 @@ function difference(runtime, modules, task, base) {
 }
 
 /**
- * Everything a reader does with a mutant. Returns what is wrong, in words; undefined where all is well.
+ * Does with a mutant everything a reader does. @returns a description of what is wrong; undefined where all is well
  * @param known the pack of a task file
- * @param told what the judge is told that the file is. Default: the same bytes
+ * @param told bytes for the judge. Default: the same bytes
  */
 export async function check(bytes, known, wasm, count, told = bytes) {
   const pack = await openPack(known ?? bytes);
@@ -106,8 +106,9 @@ export async function check(bytes, known, wasm, count, told = bytes) {
 }
 
 /**
- * @param from first mutant, and how many
- * @returns counts, and what went wrong by number
+ * Runs mutants. @param from first mutant
+ * @param howMany number of mutants
+ * @returns counts, and failures by number
  */
 export async function runMutants(from, howMany, onProgress = () => {}) {
   const count = { taken: 0, folded: 0, refused: 0 };

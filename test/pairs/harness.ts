@@ -1,4 +1,4 @@
-/** Two calls at once, held against the orders of them one after the other. */
+/** Runs two calls at once and compares them with both orders one after the other. */
 import { createHash } from "node:crypto";
 import { setTimeout as after } from "node:timers/promises";
 import type { Selection } from "eigenlora";
@@ -6,30 +6,30 @@ import type { Test } from "tap";
 import { uniform } from "../internals.ts";
 
 export type Call<O> = (on: O) => unknown;
-/** What can be called, by name. A list where a signal may come in time or not: the call, and what it may be as good as. */
+/** Calls by name. A list where a signal may come in time or not: the call, and the calls whose result it may equal. */
 export type Calls<O> = Readonly<Record<string, Call<O> | readonly [Call<O>, ...Call<O>[]]>>;
 
 /** A kind of object. */
 export interface Kind<O> {
   readonly name: string;
-  /** Why it cannot be had here. */
+  /** Reason why the kind is missing here. */
   readonly skip?: string | undefined;
   open(): Promise<O>;
   readonly calls: Calls<O>;
-  /** All that can be seen when both are through. */
+  /** Observes everything after both calls. */
   look(on: O): Promise<unknown>;
-  /** Results of which one is refused because the other is at work, though no order of the two would have that. */
+  /** Pattern of an error that one call gets because the other is running, though neither order of the two would give it. */
   readonly refused?: RegExp | undefined;
-  /** How many times the usual interleavings. */
+  /** Factor of the usual number of interleavings. */
   readonly more?: number;
 }
 
-/** Interleavings of each two calls in each order. */
+/** Interleavings of two calls in each order. */
 const TIMES = process.env["EIGENLORA_SOAK"] ? 10 : 1;
 
-/** Whether answers are late, and by how many turns of the event loop. */
+/** Delays answers by a random number of turns of the event loop. */
 let random: (() => number) | undefined;
-/** Looks at what is under way, whenever an answer comes and many times after that. */
+/** Called whenever an answer comes and many times after that, to look at the state in between. */
 let watch: (() => void) | undefined;
 export async function late(most = 4): Promise<void> {
   for (let turns = random ? Math.floor(most * random()) : 0; turns > 0; turns--) await new Promise(setImmediate);
@@ -45,7 +45,7 @@ export function watchBy(look: typeof watch): void {
 const unheard: unknown[] = [];
 process.on("unhandledRejection", (error) => unheard.push(error));
 
-/** What ought not to be: what a test finds wrong, and what this package does not say. */
+/** Errors that must not occur: findings of a test, and messages that this package does not write. */
 const RAW =
   /^wrong|cannot (read|destructure|set|convert)|is not (a function|iterable|defined)|nothing gives a value|undefined/i;
 export function refusalOf(error: unknown): string {
@@ -59,7 +59,7 @@ export function must(good: boolean, otherwise: string): void {
 
 type Steps = AsyncGenerator<unknown, unknown, void>;
 
-/** A call, step by step where it goes in steps. Begins with the first `next`. */
+/** Runs a call, step by step if it has steps. Begins with the first `next`. */
 async function* stepsOf<O>(call: Call<O>, on: O): Steps {
   try {
     const made = call(on);
@@ -78,10 +78,10 @@ async function restOf(steps: Steps, found: unknown[] = []): Promise<unknown[]> {
     if (done) return found;
   }
 }
-/** What a call gives, or how it is refused. */
+/** Result of a call, or its refusal. */
 export const outcome = (call: () => unknown): Promise<unknown[]> => restOf(stepsOf(call, undefined));
 
-/** What may come of two calls: one after the other, or the second between two steps of the first. */
+/** Outcomes of two calls: one after the other, or the second between two steps of the first. */
 async function orders<O>({ open, look }: Kind<O>, a: Call<O>, b: Call<O>): Promise<unknown[][]> {
   const all: unknown[][] = [];
   for (let cut = 0, through = false; !through; cut++) {
@@ -98,7 +98,7 @@ async function orders<O>({ open, look }: Kind<O>, a: Call<O>, b: Call<O>): Promi
   return all;
 }
 
-/** What may come of two calls by name, as texts. */
+/** Outcomes of two named calls, as texts. */
 async function allowedOf<O>(kind: Kind<O>, first: string, second: string): Promise<Set<string>> {
   const variants = (name: string): Call<O>[] => {
     const [call, ...others] = [kind.calls[name]!].flat() as [Call<O>, ...Call<O>[]];
@@ -109,7 +109,7 @@ async function allowedOf<O>(kind: Kind<O>, first: string, second: string): Promi
     for (const b of variants(second)) {
       const found = await orders(kind, a, b);
       for (const one of found) allowed.add(JSON.stringify(one));
-      // The second goes in steps too.
+      // The second call has steps too.
       if (found.some(([, other]) => (other as unknown[]).length > 1))
         for (const [x, y, seen] of await orders(kind, b, a)) allowed.add(JSON.stringify([y, x, seen]));
     }
@@ -117,7 +117,7 @@ async function allowedOf<O>(kind: Kind<O>, first: string, second: string): Promi
   return allowed;
 }
 
-/** Both at once. @returns as `allowedOf` */
+/** Runs both at once. @returns as `allowedOf` */
 async function together<O>(
   kind: Kind<O>,
   calls: readonly [Call<O>, Call<O>],
@@ -138,7 +138,7 @@ async function together<O>(
   return JSON.stringify([x, y, ...(await outcome(() => kind.look(on)))]);
 }
 
-/** Every two calls of an object, in each order. */
+/** Tests every two calls of an object, in each order. */
 export async function pairs<O>(t: Test, kind: Kind<O>): Promise<void> {
   const names = Object.keys(kind.calls);
   const started = process.cpuUsage();
@@ -167,7 +167,7 @@ export const brief = (what: string | Uint8Array): string => createHash("sha256")
 export const digits = (values: Uint8Array | Float32Array): string =>
   brief(values instanceof Uint8Array ? values : Array.from(values, (value) => value.toFixed(3)).join());
 
-/** A call that is broken off, perhaps too late. */
+/** A call that is aborted, perhaps too late. */
 export function aborted<O>(call: (on: O, signal: AbortSignal) => unknown): [Call<O>, ...Call<O>[]] {
   const broken = (on: O): unknown => {
     const end = new AbortController();
@@ -181,7 +181,7 @@ type Switch = (selection: Selection) => Promise<{ task: Selection }>;
 export const to = (switchTask: Switch, selection: Selection): Promise<Selection> =>
   switchTask(selection).then(({ task }) => task);
 
-/** A switch to a blend that changes as soon as it was handed over. */
+/** Switches to a blend that is changed right after it was passed. */
 export async function changing(switchTask: Switch): Promise<Selection> {
   const blend = { a: 0.5, b: 0.25 };
   const switched = to(switchTask, blend);
@@ -191,7 +191,7 @@ export async function changing(switchTask: Switch): Promise<Selection> {
   return task;
 }
 
-/** Closes what refuses everything then. */
+/** Closes an object that refuses everything afterwards. */
 export async function closed(closing: Promise<void>, others: readonly (() => unknown)[]): Promise<void> {
   await closing;
   for (const other of others) {

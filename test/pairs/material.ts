@@ -1,4 +1,4 @@
-/** What objects are made of: an MLP, two adapters for it and two more; bytes, stores and engines whose answers come late. */
+/** Material of objects: an MLP, two adapters for it and two more; bytes, stores and engines with late answers. */
 import { type ByteSource, type OpenOptions, openPack, type Pack, SourceError } from "eigenlora";
 import { type Adapter, buildPack, encodeTaskFile } from "eigenlora/build";
 import type { RangeStore } from "eigenlora/cache";
@@ -36,7 +36,7 @@ export const FILES: ReadonlyMap<string, Uint8Array<ArrayBuffer>> = new Map(
 /** Bytes of a task. */
 export const BLOB: number = (await whole.load("a")).bytes.length;
 
-/** Bytes that come late. */
+/** Bytes that arrive late. */
 export function slow(content: Uint8Array, most = 4): ByteSource {
   let open = true;
   return {
@@ -56,14 +56,14 @@ export function slow(content: Uint8Array, most = 4): ByteSource {
 }
 export const file = (id: string): ByteSource => slow(FILES.get(id)!);
 
-/** A pack of two tasks, to which two more can be added. */
+/** A pack of two tasks, and room for two more. */
 export async function packOf(options: OpenOptions = {}): Promise<Pack> {
   const pack = await openPack(slow(BYTES), options);
   for (const id of ["c", "d"]) pack.removeTask(id);
   return pack;
 }
 
-/** A store that takes its time. */
+/** A slow store. */
 export function slowStore(entries: Map<string, Uint8Array>): RangeStore {
   const then = <Result>(work: () => Result): Promise<Result> => late(8).then(work);
   return {
@@ -74,7 +74,7 @@ export function slowStore(entries: Map<string, Uint8Array>): RangeStore {
   };
 }
 
-/** An engine whose answers come late, and how many models it holds. */
+/** An engine with late answers, and its number of models. */
 export interface Slowly {
   readonly engine: Engine;
   models: number;
@@ -92,11 +92,11 @@ export function slowly(engine: Engine): Slowly {
   };
   return counted;
 }
-/** A runtime that trains, with as little as it takes to begin. */
+/** Options of a runtime that trains, for the fastest start. */
 export const NATIVE = { intraOpNumThreads: 1, graphOptimizationLevel: "disabled" } as const;
 export const native = (): Slowly => slowly(createEngine(NODE, NATIVE) as Engine);
 
-/** @throws when a pack's counts are not what it holds */
+/** Checks a pack's counts. @throws when they differ from its content */
 export async function checkCounts(pack: Pack): Promise<void> {
   let held = 0;
   for (const { id, resident } of pack.tasks.values()) if (resident) held += (await pack.load(id)).bytes.length;

@@ -33,7 +33,7 @@ import { checkCounts, packOf } from "./material.ts";
 interface Running {
   readonly pack: Pack;
   readonly runtime: Runtime;
-  /** What was seen that is no task's. */
+  /** A state that belongs to no task. */
   mixture: string;
 }
 const WEIGHTS = data("sessions/base-mlp.safetensors");
@@ -45,7 +45,7 @@ await weights.close();
 const copyOfBase = (): Map<string, Tensor> =>
   new Map([...tensors].map(([name, { data, ...tensor }]) => [name, { ...tensor, data: data.slice() as Float32Array }]));
 
-/** A host whose writes come late, and take effect together. */
+/** A host whose writes are late, and take effect together. */
 function slowHost(): WeightHost {
   const live = copyOfBase();
   const view = (name: string): View | undefined => {
@@ -85,7 +85,7 @@ const floats = ({ data, byteOffset, shape }: View): string =>
     ),
   );
 const beginning = ({ data }: View): string => String((data as Uint8Array).subarray(0, 12));
-/** What the model is at this moment: the active task, and its parameters. */
+/** State of the model: the active task, and its parameters. */
 function now({ runtime }: Running, as: (view: View) => unknown = floats): string {
   const parameters = [...runtime.changes()].map(([name, view]) => [name, as(view)] as const);
   const terms = runtime.mode === "folded" ? [] : runtime.pack.modules.map(({ name }) => runtime.term(name)?.Bt[0]);
@@ -127,7 +127,7 @@ const runtimeCalls: Calls<Running> = {
   },
 };
 
-/** A runtime on a base of its own, with what is not called there. */
+/** Runtimes on a base of their own, without some of the calls. */
 function kindOf(how: string, options: () => RuntimeOptions, ...not: string[]): Kind<Running> {
   const onDevice = options().backend === "webgpu";
   const whole = new Set<string>();
@@ -145,7 +145,7 @@ function kindOf(how: string, options: () => RuntimeOptions, ...not: string[]): K
     name: `a runtime, ${how}`,
     skip: onDevice ? dawnMissing : undefined,
     calls: without(runtimeCalls, ...not),
-    // A device that goes in the middle of it.
+    // The device is lost in between.
     refused: onDevice ? /^\[\["backend"\],\[null\],\["b"/ : undefined,
     async open() {
       const on = await open();

@@ -10,10 +10,10 @@ import { aborted, type Calls, changing, closed, digits, type Kind, late, must, r
 import { checkCounts, file, fileOf, NATIVE, packOf, type Slowly, slow, slowly } from "./material.ts";
 
 export const MODEL = modelBytes("gemm");
-/** A row of what the model takes. */
+/** A row of the model's input. */
 export const row = (at: number): Feeds => feeds(NODE, { inputNames: ["x"] }, [at]);
 
-/** What a session answers. */
+/** Answers of a session. */
 export async function answer(session: Session, tasks?: (string | null)[]): Promise<string> {
   const own = tasks ? feeds(NODE, { inputNames: ["x"] }, [...tasks.keys()]) : row(0);
   const results = await session.run(own, tasks ? { tasks } : {});
@@ -25,7 +25,7 @@ export interface Open {
   readonly pack: Pack;
   readonly counted: Slowly;
 }
-/** A task may be kept for a switch that is broken off afterwards. */
+/** A task may stay loaded for a switch that is aborted afterwards. */
 const KEPT = /^\[\["AbortError"\],\["task"\]/;
 
 export const sessionCalls: Calls<Open> = {
@@ -75,7 +75,7 @@ interface Grouped {
   readonly pack: Pack;
   readonly counted: Slowly;
 }
-/** What both answer, with the task that each has. */
+/** Answers of both sessions, with their tasks. */
 const both = ({ group }: Grouped): Promise<unknown> =>
   group.call(async ({ one, two }) => {
     const before = [one.task, await answer(one)];
@@ -121,14 +121,14 @@ const grouped: Kind<Grouped> = {
 interface Decoding {
   readonly session: Session;
   readonly pack: Pack;
-  /** What came of a run with a task per row. */
+  /** Result of a run with a task per row. */
   made?: Feeds;
 }
 const decoder = await packOfAdapters(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS);
-/** What comes in place of "upper". */
+/** Replacement of "upper". */
 const other = await fileOf(await openPack(decoder.bytes), "lower", "upper");
 
-/** A token for two rows, behind a cache or without one. */
+/** A token for two rows, with a cache or without one. */
 function token(cache?: Feeds): Feeds {
   const past = cache?.["present.0.key"]?.dims[2] ?? 0;
   const ids = (values: number[], dims: number[]) => new NODE.Tensor("int64", BigInt64Array.from(values, BigInt), dims);
@@ -157,7 +157,7 @@ const decoding: Kind<Decoding> = {
     },
   },
   async open() {
-    // So that tasks are read again for each run.
+    // Without room for tasks, they are read again for each run.
     const pack = await openPack(slow(decoder.bytes, 30), { maxResidentBytes: 1 });
     const { engine } = slowly(createEngine(NODE, NATIVE) as Engine);
     const session: Session = await createSession(engine, data("decoder/onnx/model.onnx"), pack, { probe: false });

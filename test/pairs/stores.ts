@@ -6,7 +6,7 @@ import { keptPack, type R2Bucket } from "eigenlora/workerd";
 import { aborted, type Calls, closed, digits, type Kind, late, must, refusalOf, without } from "./harness.ts";
 import { BLOB, BYTES, checkCounts, file, packOf, slowStore } from "./material.ts";
 
-/** What a pack has; of what was not added only what was read last has room, where there is a limit. */
+/** Contents of a pack; with a limit, only the task read last has room among those that were not added. */
 async function lookAtPack(pack: Pack): Promise<unknown> {
   const found: unknown[] = [pack.residentBytes.basis, [...pack.tasks.keys()]];
   for (const id of pack.tasks.keys()) {
@@ -49,14 +49,14 @@ export const packCalls: Calls<Pack> = {
   close: (pack) => closed(pack.close(), [() => pack.stored("b")]),
 };
 
-/** Two reads, between which the pack was closed. */
+/** Two reads, with the pack closed in between. */
 const CLOSED = /^\[\["source"\],\[null\]/;
 const packs: Kind<Pack>[] = [
   { name: "a pack", open: packOf, calls: packCalls, look: lookAtPack, refused: CLOSED },
   {
     name: "a pack with room for one task",
     open: () => packOf({ maxResidentBytes: BLOB + 1, bases: "later" }),
-    // Not what reads both: which of them stays is theirs to settle.
+    // Without calls that read both: which of them stays is a question of timing.
     calls: without(
       packCalls,
       "prefetch a and b",
@@ -76,7 +76,7 @@ interface Cache {
   readonly entries: Map<string, Uint8Array>;
   readonly source: CachedSource;
   readonly other: CachedSource;
-  /** Of the first. */
+  /** Requests of the first runtime. */
   readonly asked: { requests: number };
 }
 const ROOM = 700;
@@ -125,7 +125,7 @@ const caches = [
     async look({ entries, source, other, asked }) {
       must(source.reads.requests === asked.requests, `${source.reads.requests} requests, not ${asked.requests}`);
       const after = await read(source, 20, 50).catch(refusalOf);
-      // As much as there is room for, whatever was kept.
+      // Fills whatever room is left, independent of what was kept.
       for (const at of after === "source" ? [] : [400, 700, 1000, 1300]) await source.read(at, 200);
       let held = 0;
       for (const [key, { length }] of entries) held += key === "order" ? 0 : length;

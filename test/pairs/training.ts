@@ -28,7 +28,7 @@ async function learning(): Promise<Learning> {
   const session: Session = await createSession(native().engine, MODEL, pack, { trainable: true, probe: false });
   return { pack, session };
 }
-/** What is as it was serves again. */
+/** Checks that an unchanged session serves again. */
 async function endOf({ session, pack }: Learning): Promise<unknown> {
   must(pack.residentBytes.basis === 0, "the bases are held");
   await checkCounts(pack);
@@ -106,7 +106,7 @@ const asked = Array.from({ length: 8 }, (_, i) => {
 });
 const distilling: Kind<Learning> = {
   name: "distilling",
-  // It was removed or replaced meanwhile.
+  // The task was removed or replaced meanwhile.
   refused: /^\[\["task"\],/,
   open: learning,
   calls: {

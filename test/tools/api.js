@@ -1,6 +1,6 @@
 /**
- * What the package exports: the declarations of every subpath as published, in one Markdown file that is committed. A change of the surface
- * is a change of that file, so a review sees it.
+ * The package's exports: the declarations of every subpath as published, in one committed Markdown file. A change of the surface changes
+ * that file, so a review sees it.
  *
  *     npm run api        writes docs/api-report.md (after a build)
  *
@@ -19,7 +19,7 @@ export const REPORT = fileURLToPath(new URL("../../docs/api-report.md", import.m
  * @typedef {{ exports: Export[], hidden: string[] }} Surface `hidden`: names in signatures that no subpath exports, as "subpath: Export uses Name".
  */
 
-/** Subpaths with types: what they are imported as, and their declaration file. @returns {{ subpath: string, file: string }[]} */
+/** Subpaths with types: their import names and declaration files. @returns {{ subpath: string, file: string }[]} */
 export function subpaths() {
   /** @type {{ exports: Record<string, { types?: string }> }} */
   const { exports } = JSON.parse(readFileSync(`${root}package.json`, "utf8"));

@@ -128,7 +128,7 @@ function sectionOf(size, steps, last, low) {
   return bytes;
 }
 
-/** In 3, 3 and 2 bits. */
+/** Writes a byte in 3, 3 and 2 bits. */
 function byte(to, last, value) {
   const [high, middle] = [value >> 5, (value >> 2) & 7];
   to.symbol(`high ${last >> 5}`, 7, high);

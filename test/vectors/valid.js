@@ -145,7 +145,7 @@ function privateAlone() {
   return model;
 }
 
-/** With what a later minor version may add. */
+/** Adds what a later minor version may add. */
 function later() {
   const { bytes, expected } = file(everyKind, {
     minor: 7,
@@ -298,7 +298,7 @@ function odd() {
 
 const coded = (directory) => codedSection(directory, [], 4);
 
-/** By name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
+/** Vectors by name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
 export const VALID = {
   "minimal.eigen": { ...file(minimal), why: "one module, one task" },
   "every-kind.eigen": { ...file(everyKind), why: "every kind of module, term, parameter and number format" },

@@ -20,7 +20,7 @@ import { uniform } from "../../../dist/src/tensor/random.js";
 import { toBatches } from "../../../dist/src/train/examples.js";
 import { answers } from "../../../dist/src/train/objective.js";
 import { softmax } from "../../../dist/src/train/probabilities.js";
-import { numbersOf, pointOf } from "./students.js";
+import { numbersOf, weightsOf } from "./students.js";
 
 /**
  * @typedef {import("eigenlora/build").Adapter} Adapter
@@ -41,8 +41,8 @@ export async function curvatures(students, components, { batches, batch }) {
   const sums = new Map();
   for (const student of students) {
     const numbers = numbersOf(student, student.start, components);
-    const point = pointOf(student, numbers);
-    for await (const gradients of drawn(student, point, batches, batch)) {
+    const weights = weightsOf(student, numbers);
+    for await (const gradients of drawn(student, weights, batches, batch)) {
       for (const [module, { rank, A, Bt }] of gradients.terms)
         for (const [side, rows] of /** @type {const} */ ([
           ["A", A],
@@ -67,24 +67,24 @@ export async function curvatures(students, components, { batches, batch }) {
 
 /**
  * Gradients of batches whose labels are drawn from the task's answers.
- * @param {Student} student @param {ReturnType<typeof pointOf>} point @param {number} count @param {number} batch
+ * @param {Student} student @param {ReturnType<typeof weightsOf>} weights @param {number} count @param {number} batch
  */
-async function* drawn({ subject, machine, lessons, lengths, lessonRows }, point, count, batch) {
+async function* drawn({ setup, model, supervision, lengths, trainRows }, weights, count, batch) {
   const random = uniform(7);
-  const all = toBatches(lessonRows, batch, lengths, random);
+  const all = toBatches(trainRows, batch, lengths, random);
   /** @type {Map<Row, Float32Array>} */
   const said = new Map();
   for (let at = 0; at < count; at++) {
     const some = all[at % all.length].filter((row) => !said.has(row));
-    for await (const { row, logits } of answers(subject, some, point)) said.set(row, softmax(logits[0]));
+    for await (const { row, logits } of answers(setup, some, weights)) said.set(row, softmax(logits[0]));
     const rows = all[at % all.length].map((row) => {
       const probabilities = /** @type {Float32Array} */ (said.get(row));
       let [left, label] = [random(), 0];
       while (label < probabilities.length - 1 && (left -= probabilities[label]) > 0) label++;
       return { ...row, label, target: probabilities.map((_, i) => Number(i === label)) };
     });
-    for (const { rows: run, targets } of lessons.parts(rows, 0))
-      yield (await machine.step(await lessons.batch(run), point, targets)).gradients;
+    for (const { rows: run, targets } of supervision.microBatches(rows, 0))
+      yield (await model.step(await supervision.feeds(run), weights, targets)).gradients;
   }
 }
 
@@ -105,7 +105,10 @@ function addSquares(sum, rows, alpha, rank) {
   return sum;
 }
 
-/** With so much of the identity: text is never all that a model will see. @param {Float64Array} curvature @param {number} damping */
+/**
+ * Adds a share of the identity: sample texts never cover all that a model will see. @param {Float64Array} curvature @param {number}
+ * damping
+ */
 function damped(curvature, damping) {
   const d = Math.sqrt(curvature.length);
   return curvature.map((value, i) => value + (i % (d + 1) === 0 ? damping : 0));
@@ -161,7 +164,7 @@ export function withFeedback(values, steps, largest, curvature, damping) {
   const d = Math.sqrt(curvature.length);
   const order = Array.from({ length: d }, (_, i) => i).sort((a, b) => curvature[b * d + b] - curvature[a * d + a]);
   const whole = damped(curvature, damping);
-  // Of the inverse, in the order in which numbers are rounded: the factor's columns say what the later ones make up for.
+  // Factor of the inverse, in the order in which numbers are rounded: its columns tell how later numbers make up for earlier ones.
   const factor = cholesky(
     inverse(
       Float64Array.from(whole, (_, i) => whole[order[Math.floor(i / d)] * d + order[i % d]]),

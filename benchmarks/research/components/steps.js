@@ -7,7 +7,7 @@
 
 /** So many steps lie between one power of 2 and the next, as files hold them. */
 const STEPS_OF_POWER = 4;
-/** Of Adam's moments. */
+/** Decay of Adam's moments. */
 const [MEAN, SQUARE] = [0.9, 0.99];
 
 /** A student with steps of its own. @param {Student} student @returns {Student} */

@@ -2,16 +2,16 @@
 
 import { shuffle, uniform } from "../../../dist/src/tensor/random.js";
 import { answersOf } from "../../../dist/src/train/answers.js";
+import { supervisionOf } from "../../../dist/src/train/create-trainer.js";
 import { toBatches } from "../../../dist/src/train/examples.js";
 import { mapLayers } from "../../../dist/src/train/head.js";
-import { lessonsOf } from "../../../dist/src/train/learn.js";
-import { createMachine, headInputs } from "../../../dist/src/train/machine.js";
 import { answers } from "../../../dist/src/train/objective.js";
 import { largest, MeanDivergence, sureTemperature, tempered } from "../../../dist/src/train/probabilities.js";
 import { readDonor, startState } from "../../../dist/src/train/start.js";
 import { optimizerOf, stateLike } from "../../../dist/src/train/state.js";
-import { stepsOf, toSteps } from "../../../dist/src/train/steps.js";
-import { sharedRows, Terms } from "../../../dist/src/train/terms.js";
+import { stepsOf, toSteps } from "../../../dist/src/train/stored-task.js";
+import { headInputs, sessionModel } from "../../../dist/src/train/trainable-model.js";
+import { sharedRows, TrainedTerms } from "../../../dist/src/train/trained-terms.js";
 
 /**
  * @typedef {import("eigenlora/build").Adapter} Adapter
@@ -39,7 +39,7 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
   const blob = await pack.load(id);
   const weights = blob.parameters.filter(({ role, shape }) => role === "saved" && shape.length === 2);
   const head = weights.map(({ name }) => name.slice(0, -".weight".length));
-  const asking = lessonsOf(session, { encode });
+  const asking = supervisionOf(session, { encode });
   const rows = await asking.ask(
     shuffle(
       texts.map((text) => ({ text })),
@@ -47,7 +47,7 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
     ),
     "components",
   );
-  const found = await answersOf(session, adapter, head, rows, { where: "components", lessons: asking });
+  const found = await answersOf(session, adapter, head, rows, { where: "components", supervision: asking });
   const asked = await asking.ask(
     test.map(({ text }) => ({ text })),
     "components",
@@ -55,10 +55,10 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
   const tests = new Map(asked.map((row, i) => [row, test[i]]));
   const of = (/** @type {Row} */ row) => /** @type {any} */ (found.get(row));
   const labels = Array.from(of(rows[0])[0].probabilities, (_, i) => String(i));
-  const lessons = lessonsOf(session, { encode, labels });
-  const taught = rows.map((row) => lessons.answered(row, of(row)));
+  const supervision = supervisionOf(session, { encode, labels });
+  const taught = rows.map((row) => supervision.answered(row, of(row)));
   const held = Math.round(HOLDOUT * taught.length);
-  const terms = new Terms(
+  const terms = new TrainedTerms(
     pack.modules.flatMap((module, index) => {
       const term = blob.terms.find((one) => one.module === index);
       if (!term) return [];
@@ -66,17 +66,17 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
       return [{ name: module.name, in: module.in, out: module.out, shared, privateRank: 0 }];
     }),
   );
-  const machine = await createMachine(trainable, terms, headInputs(trainable, head), labels);
-  const subject = { pack, machine, lessons, terms, origin: terms, labels };
-  const start = await startState(subject, await readDonor(pack, id), uniform(0));
+  const model = await sessionModel(trainable, terms, headInputs(trainable, head), labels);
+  const setup = { pack, model, supervision, terms, origin: terms, labels };
+  const start = await startState(setup, await readDonor(pack, id), uniform(0));
   const temperature = sureTemperature(taught.map(({ target }) => Float32Array.from(/** @type {any} */ (target))));
   const train = taught.slice(held);
-  const lessonRows = train.map((row) => ({ ...row, target: tempered(/** @type {any} */ (row.target), temperature) }));
-  const stored = /** @type {NonNullable<ReturnType<typeof stepsOf>>} */ (stepsOf(pack, terms, blob, machine.head));
-  const lengths = await lessons.lengths(lessonRows);
+  const trainRows = train.map((row) => ({ ...row, target: tempered(/** @type {any} */ (row.target), temperature) }));
+  const stored = /** @type {NonNullable<ReturnType<typeof stepsOf>>} */ (stepsOf(pack, terms, blob, model.head));
+  const lengths = await supervision.lengths(trainRows);
   return {
-    ...{ id, blob, labels, lessons, terms, machine, subject, start, stored, temperature, lengths },
-    ...{ judges: taught.slice(0, held), train, lessonRows, tests },
+    ...{ id, blob, labels, supervision, terms, model, setup, start, stored, temperature, lengths },
+    ...{ judges: taught.slice(0, held), train, trainRows, tests },
   };
 }
 
@@ -84,8 +84,8 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
  * What the model is fed with: coefficients and head as they will be stored, and these components.
  * @param {Student} student @param {State} state @param {Floats} components
  */
-export function numbersOf({ machine, stored, terms }, state, components) {
-  const head = mapLayers(machine.head, state, (_, { weight }, i) => {
+export function numbersOf({ model, stored, terms }, state, components) {
+  const head = mapLayers(model.head, state, (_, { weight }, i) => {
     const steps = stored.head[i];
     return steps ? { weight: toSteps(weight, steps.weight, steps.largest) } : {};
   });
@@ -95,15 +95,15 @@ export function numbersOf({ machine, stored, terms }, state, components) {
 }
 
 /** @param {Student} student @param {LayerNumbers & { parameters: Floats }} numbers @param {number} [temperature] */
-export const pointOf = (student, numbers, temperature = 1) => ({
+export const weightsOf = (student, numbers, temperature = 1) => ({
   terms: student.terms.expand(numbers.parameters),
   ...divided(student, numbers, temperature),
 });
 
 /** @param {Student} student @param {LayerNumbers} numbers @param {number} temperature */
-function divided({ machine }, numbers, temperature) {
+function divided({ model }, numbers, temperature) {
   const by = (/** @type {Floats} */ part) => part.map((value) => value / temperature);
-  return mapLayers(machine.head, numbers, ({ last }, { weight, bias }) =>
+  return mapLayers(model.head, numbers, ({ last }, { weight, bias }) =>
     last ? { weight: by(weight), bias: by(bias) } : {},
   );
 }
@@ -111,9 +111,9 @@ function divided({ machine }, numbers, temperature) {
 /** Mean KL(adapter ‖ task) on the hold-out. @param {Student} student @param {State} state @param {Floats} components */
 export async function divergence(student, state, components) {
   const found = new MeanDivergence();
-  const point = pointOf(student, numbersOf(student, state, components));
-  for await (const { row, logits } of answers(student.subject, student.judges, point))
-    found.add(student.lessons.wanted(row), logits);
+  const weights = weightsOf(student, numbersOf(student, state, components));
+  for await (const { row, logits } of answers(student.setup, student.judges, weights))
+    found.add(student.supervision.wanted(row), logits);
   return found.mean;
 }
 
@@ -122,9 +122,9 @@ export async function divergence(student, state, components) {
  * @param {Student} student @param {State} state @param {Floats} components
  */
 export async function accuracy(student, state, components) {
-  const point = pointOf(student, numbersOf(student, state, components));
+  const weights = weightsOf(student, numbersOf(student, state, components));
   let [right, same] = [0, 0];
-  for await (const { row, logits } of answers(student.subject, [...student.tests.keys()], point)) {
+  for await (const { row, logits } of answers(student.setup, [...student.tests.keys()], weights)) {
     const { label, given } = /** @type {TestRow} */ (student.tests.get(row));
     const found = largest(logits[0]);
     right += Number(found === label);
@@ -139,15 +139,15 @@ export async function accuracy(student, state, components) {
  * @returns {Promise<State>}
  */
 async function gradientsOf(student, rows, state, components) {
-  const { lessons, machine, terms, temperature } = student;
+  const { supervision, model, terms, temperature } = student;
   const numbers = numbersOf(student, state, components);
-  const point = pointOf(student, numbers, temperature);
+  const weights = weightsOf(student, numbers, temperature);
   const sum = stateLike(state);
   const add = (/** @type {Floats} */ to, /** @type {Floats} */ from, /** @type {number} */ share) => {
     for (let i = 0; i < to.length; i++) to[i] += share * from[i];
   };
-  for (const { rows: some, targets, share } of lessons.parts(rows, 0)) {
-    const { gradients } = await machine.step(await lessons.batch(some), point, targets);
+  for (const { rows: some, targets, share } of supervision.microBatches(rows, 0)) {
+    const { gradients } = await model.step(await supervision.feeds(some), weights, targets);
     const head = divided(student, gradients, temperature);
     add(sum.parameters, terms.pullBack(numbers.parameters, gradients.terms), share);
     add(sum.weight, head.weight, share);
@@ -165,17 +165,17 @@ async function gradientsOf(student, rows, state, components) {
  */
 export async function distilTogether(students, states, { rounds, batch, before, components, move, stepping }) {
   const each = students.map((student, i) => {
-    const { terms, machine } = student;
+    const { terms, model } = student;
     const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(before[i])) / OF_STEPS);
     const learningRates = { terms: rate, head: rate, components: 0 };
-    const optimizer = optimizerOf(states[i], terms, machine.head, rounds, { learningRates });
+    const optimizer = optimizerOf(states[i], terms, model.head, rounds, { learningRates });
     return { student, state: states[i], optimizer, random: uniform(0), queue: /** @type {Row[][]} */ ([]) };
   });
   for (let round = 1; round <= rounds; round++) {
     const sum = new Float32Array(components().length);
     for (const [i, one] of each.entries()) {
       const { student, state, optimizer, random } = one;
-      if (one.queue.length === 0) one.queue = toBatches(student.lessonRows, batch, student.lengths, random);
+      if (one.queue.length === 0) one.queue = toBatches(student.trainRows, batch, student.lengths, random);
       const rows = /** @type {Row[]} */ (one.queue.shift());
       const gradients = await gradientsOf(student, rows, state, components());
       stepping?.[i](gradients, state, round);

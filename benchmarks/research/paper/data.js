@@ -22,7 +22,7 @@ export const LEAST_ROWS = 40;
 /** Tasks of the hub that are kept for testing. */
 export const HUB_TEST = 11;
 
-/** The hub's adapters of which the basis is not made; `bench paper --split` finds them again. */
+/** The hub's adapters that are left out of the basis; `bench paper --split` finds them again. */
 export const HUB_SPLIT = new URL("../results/hub-split.json", import.meta.url);
 
 /** @returns {Promise<Map<string, Task>>} all tasks, by name */
@@ -96,7 +96,7 @@ export async function readHubSplit() {
  */
 export function searchSplit(tasks, { count, seed = 1, starts = 5 }) {
   const ids = [...tasks.keys()];
-  /** By text: which tasks train on it. @type {Map<string, number[]>} */
+  /** Tasks that train on a text, by text. @type {Map<string, number[]>} */
   const trainers = new Map();
   for (const [i, id] of ids.entries()) {
     for (const text of new Set(taskOf(tasks, id).train.map(([text]) => text)))

@@ -11,9 +11,9 @@ import { K, METHODS, methodOf } from "./plan.js";
 /** @typedef {import("./tables.js").Reader} Reader */
 /** @typedef {import("eigenlora/build").Adapter} Adapter */
 
-/** In the figure of convergence, where there are cells. */
+/** Ways in the figure of convergence, where there are cells. */
 const CONVERGENCE = ["ours", "LoRA r 8", `LoRA r 8, init K ${K}`, "VeRA r 256", "PiSSA r 8", "head alone"];
-/** In the figure of singular values. */
+/** Numbers of components in the figure of singular values. */
 const COMPONENTS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
 /** @type {import("eigenlora/build").ExtractOptions} */
 const EXTRACT = {
@@ -77,7 +77,7 @@ function outside(values) {
 /** ‖ΔW − ΔW'‖ / ‖ΔW‖ of each left-out adapter on the components of the others, mean over tasks. @param {Reader} reader */
 async function errorPerLayer({ experiments }) {
   const { sections, debtags } = experiments;
-  /** By kind of module and layer. @type {Map<string, number[][]>} */
+  /** Errors by kind of module and layer. @type {Map<string, number[][]>} */
   const found = new Map();
   for (const { suite, test, donors } of [sections, debtags]) {
     for (const id of test) {
@@ -108,7 +108,7 @@ async function errorPerLayer({ experiments }) {
   });
 }
 
-/** Of each module. @param {import("eigenlora").Pack} pack @param {Adapter} adapter */
+/** Error of each module. @param {import("eigenlora").Pack} pack @param {Adapter} adapter */
 async function errorsOf(pack, adapter) {
   const errors = [];
   for (const [name, module] of adapter.modules) {

@@ -3,9 +3,9 @@
  * inputs in place of a training graph, since these never change. One run of the model then serves all rates and seeds.
  */
 
-import { labelledLessons } from "../../../dist/src/train/labelled.js";
-import { learnedTask, taskFile } from "../../../dist/src/train/result.js";
-import { Terms } from "../../../dist/src/train/terms.js";
+import { learnedTask, taskFile } from "../../../dist/src/train/stored-task.js";
+import { labelSupervision } from "../../../dist/src/train/supervision.js";
+import { TrainedTerms } from "../../../dist/src/train/trained-terms.js";
 import { Trainer } from "../../../dist/src/train/trainer.js";
 import { runBatches, toBatches } from "../../../examples/minilm.js";
 
@@ -32,7 +32,7 @@ export async function readFeatures(session, encode, texts, blend, width) {
     "features",
     taskFile(
       pack,
-      learnedTask(pack, new Terms([]), { ...head, parameters: new Float32Array(0) }, headOf(width, width), {
+      learnedTask(pack, new TrainedTerms([]), { ...head, parameters: new Float32Array(0) }, headOf(width, width), {
         id: "features",
         dtype: { head: "f32" },
       }),
@@ -53,10 +53,10 @@ export async function readFeatures(session, encode, texts, blend, width) {
  */
 export function headTrainer(features, { labels, seed }) {
   const pack = /** @type {any} */ ({ tasks: new Map() });
-  const none = new Terms([]);
+  const none = new TrainedTerms([]);
   const [first] = features.values();
-  const machine = headMachine(labels.length, first.length);
-  /** @type {import("../../../dist/src/train/inputs.js").Inputs<Float32Array[]>} */
+  const model = headModel(labels.length, first.length);
+  /** @type {import("../../../dist/src/train/encoding.js").Batcher<Float32Array[]>} */
   const inputs = {
     encodes: true,
     lengths: async (rows) => new Map(rows.map((row) => [row, row.text?.length ?? 0])),
@@ -64,7 +64,7 @@ export function headTrainer(features, { labels, seed }) {
     batch: async (rows) => rows.map(({ text = "" }) => /** @type {Float32Array} */ (features.get(text))),
   };
   return new /** @type {any} */ (Trainer)(
-    { pack, machine, lessons: labelledLessons(inputs, labels), terms: none, origin: none, labels },
+    { pack, model, supervision: labelSupervision(inputs, labels), terms: none, origin: none, labels },
     { seed, init: "random" },
   );
 }
@@ -72,20 +72,20 @@ export function headTrainer(features, { labels, seed }) {
 /**
  * @param {number} labels
  * @param {number} width how many numbers enter the head
- * @returns {import("../../../dist/src/train/subject.js").Machine<Float32Array[]>}
+ * @returns {import("../../../dist/src/train/trainable-model.js").TrainableModel<Float32Array[]>}
  */
-export function headMachine(labels, width) {
-  /** @param {Float32Array} x @param {import("../../../dist/src/train/subject.js").Point} point */
+export function headModel(labels, width) {
+  /** @param {Float32Array} x @param {import("../../../dist/src/train/trainable-model.js").TaskWeights} weights */
   const logitsOf = (x, { weight, bias }) =>
     Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
   return {
     head: headOf(width, labels),
-    answer: async (batch, point) => Float32Array.from(batch.flatMap((x) => logitsOf(x, point))),
-    async step(batch, point, { values: targets }) {
-      const [weight, bias] = [point.weight.length, labels].map((length) => new Float32Array(length));
+    answer: async (batch, weights) => Float32Array.from(batch.flatMap((x) => logitsOf(x, weights))),
+    async step(batch, weights, { values: targets }) {
+      const [weight, bias] = [weights.weight.length, labels].map((length) => new Float32Array(length));
       let loss = 0;
       for (const [row, x] of batch.entries()) {
-        const z = logitsOf(x, point);
+        const z = logitsOf(x, weights);
         const top = Math.max(...z);
         const total = z.reduce((sum, value) => sum + Math.exp(value - top), 0);
         for (let label = 0; label < labels; label++) {

@@ -94,10 +94,10 @@ const percent = (row) => (row?.accuracy ? 100 * mean(row.accuracy) : null);
 /** @param {Row | undefined} row */
 const milli = (row) => (row?.divergence === undefined ? null : 1000 * row.divergence);
 
-/** Without what all have in common. @param {Row | undefined} row */
+/** Name of a way without the common part. @param {Row | undefined} row */
 const shapeOf = (row) => row?.way.replace(/^coded /, "") ?? null;
 
-/** In points, over the same rows. @param {Row | undefined} ours @param {Row} theirs @returns {Record<string, number | null>} */
+/** Difference in points over the same rows. @param {Row | undefined} ours @param {Row} theirs @returns {Record<string, number | null>} */
 function differenceOf(ours, theirs) {
   const other = theirs.accuracy;
   if (!ours?.accuracy || !other) return { difference: null, "±": null };

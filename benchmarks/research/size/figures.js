@@ -28,7 +28,7 @@ export function drawFigures(reader) {
 }
 
 /**
- * Of each suite: what is coded and shared beside what is coded alone, with little else, as far as the curve goes.
+ * Draws a curve for each suite: coded and shared beside coded alone, with little else, over the measured range.
  * @param {readonly import("./measure.js").Row[]} rows
  * @param {readonly import("./tables.js").Distilled[]} distilled
  * @returns {Map<string, string>} SVG by name

@@ -226,7 +226,7 @@ export async function storeOne(adapter, { rank, type }) {
   return { adapter: { ...adapter, modules }, bytes };
 }
 
-/** Of a head; its bias is f16 where the weights are integers, as in a pack. @param {Adapter} adapter @param {Dtype} type */
+/** Bytes of a head; its bias is f16 where the weights are integers, as in a pack. @param {Adapter} adapter @param {Dtype} type */
 function headBytes({ saved }, type) {
   const vector = type.startsWith("int") ? "f16" : type;
   return sum(

@@ -27,7 +27,7 @@ import { bytesOfAdapter, folderOf, plainTexts } from "../../lib/adapters.js";
  * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  */
 
-/** Of each task; the first of its test split. */
+/** Most rows of each task: the first of its test split. */
 export const MOST_ROWS = 240;
 
 /** Plain texts that every task is asked where a judge chooses. */

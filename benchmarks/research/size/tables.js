@@ -45,7 +45,7 @@ export class Reader {
   }
 
   /**
-   * Of what a way stores, files' headers included: adapters by themselves are files with the headers that they have.
+   * Bytes that a way stores, files' headers included: adapters by themselves are files with headers of their own.
    * @param {Suite} suite @param {number} n @param {string} way
    * @returns {number} NaN where it was not measured
    */
@@ -54,7 +54,7 @@ export class Reader {
     return point ? point.bytes + (ALONE.test(way) ? sum(suite.take(n).map(headerBytes)) : 0) : NaN;
   }
 
-  /** Of the adapters in f32, by their numbers. @param {Suite} suite @param {number} n */
+  /** Bytes of the adapters in f32, counted by their numbers. @param {Suite} suite @param {number} n */
   bytes(suite, n) {
     return sum(suite.take(n).map(bytesOfAdapter));
   }

@@ -1,12 +1,12 @@
 /**
- * What is compared: ways to store adapters, ours and others'. One more configuration is one more line here.
+ * Ways to store adapters that are compared, ours and others'. Another configuration is another line here.
  *
  * @typedef {import("eigenlora").Dtype} Dtype
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
  * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean }} Packed a pack of
- *   all adapters; with a ratio, as many components as fit into so many times fewer bytes than the f32 adapters'. Entropy-coded with
- *   a step; then, of no components, it is the same as every adapter by itself, cut by its own SVD
- * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
+ *   all adapters; with a ratio, as many components as fit into the bytes of the f32 adapters ÷ ratio. Entropy-coded with
+ *   a step; without components it then equals every adapter by itself, cut by its own SVD
+ * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack in the bytes of the f32 adapters ÷ ratio, by answers to plain text or by ΔW error
  * @typedef {{ kind: "auto", within: Each | Peer }} Within the best pack that is no larger than what another way stores, by ΔW error
  * @typedef {{ kind: "each", rank?: number, type: Dtype, head: Dtype }} Each every adapter by itself, cut to a rank by its own SVD
  * @typedef {{ kind: "heads", type: Dtype }} Heads heads without adapters
@@ -88,7 +88,7 @@ function typesOf(types) {
 export const CODED = "coded";
 export const SVD_CODED = "SVD-cut, coded";
 
-/** Of all coded packs: about three bits a number of a head. Heads are the same bytes in both, so they do not decide. */
+/** Step of heads in all coded packs: about three bits a number. Heads are the same bytes in both, so they do not decide. */
 const HEAD_STEP = 0.5;
 /** The finest of all steps are reached before: where a series has the bytes that it may have. */
 const MOST_STEPS = 40;
@@ -177,7 +177,7 @@ const FEW = /** @type {const} */ (["f32", "int8", "int4"]);
 const SMALL = /** @type {const} */ (["int4", "int3"]);
 const GAUGES = /** @type {const} */ (["as-trained", "balanced"]);
 
-/** Ways of which bytes and ΔW error are taken alone: every mode, gauge and number format. @param {number} n adapters @returns {Way[]} */
+/** Ways that are compared by bytes and ΔW error only: every mode, gauge and number format. @param {number} n adapters @returns {Way[]} */
 export function grid(n) {
   const ways = [
     ...peers(n),

@@ -1,34 +1,34 @@
 /**
- * Attention, of all heads at once: onnxruntime's operators, by products, a mask and a softmax. In training nothing is past, so there
- * are as many keys as queries are given; where there are more, shapes do not fit and the run fails.
+ * Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no past, so there are
+ * as many keys as queries; a graph with more keys has shapes that do not fit, and its run fails.
  */
 import { INT64 } from "../../onnx/linear.ts";
 import type { Emitter } from "../emit.ts";
 import type { Define, Fused } from "./fused.ts";
 import { rotaryOf, rotated } from "./rotary.ts";
 
-/** What a masked score gets: its exponential is 0, and with any score added it still is a number. */
+/** Score of a masked position: its exponential is 0, and adding any score to it keeps it finite. */
 const MASKED = -1e30;
 
 interface Attention {
   /** [batch, queries, heads, width] */
   readonly q: string;
-  /** [batch, keys, kvHeads, width], both. */
+  /** Keys and values [batch, keys, kvHeads, width]. */
   readonly k: string;
   readonly v: string;
   readonly heads: number;
   readonly kvHeads: number;
   readonly scale: number;
-  /** 0: none. */
+  /** Soft cap of the scores; 0: none. */
   readonly softcap?: number;
-  /** Added to the scores, each broadcast to [batch, heads, queries, keys]. */
+  /** Biases of the scores, each broadcast to [batch, heads, queries, keys]. */
   readonly bias: readonly string[];
 }
 
 /** @returns [batch, queries, heads · width] */
 function attend(emit: Emitter, { q, k, v, heads, kvHeads, scale, softcap = 0, bias }: Attention): string {
   const groups = heads / kvHeads;
-  /** Of each head, also where several share one. */
+  /** Repeats keys or values for each head where several share one. */
   const all = (value: string): string => {
     if (groups === 1) return value;
     const repeated = emit.op("Expand", [emit.unsqueeze(value, [3]), emit.ints([1, 1, 1, groups, 1])]);
@@ -44,7 +44,9 @@ function attend(emit: Emitter, { q, k, v, heads, kvHeads, scale, softcap = 0, bi
   return emit.op("Reshape", [emit.op("Transpose", [context], { perm: [0, 2, 1, 3] }), emit.ints([0, 0, -1])]);
 }
 
-/** Columns that a row may see, of `length` (an int64 scalar) rows and columns: none behind it, and the last `window` up to itself. */
+/**
+ * Causal mask for `length` (an int64 scalar) rows and columns: a row sees no column behind it, and only the last `window` up to itself.
+ */
 function causal(emit: Emitter, length: string, window = -1): string {
   const places = emit.op("Range", [emit.int(0), length, emit.int(1)]);
   const [rows, columns] = [emit.unsqueeze(places, [1]), emit.unsqueeze(places, [0])];
@@ -53,12 +55,12 @@ function causal(emit: Emitter, length: string, window = -1): string {
   return emit.op("Where", [seen, 0, MASKED]);
 }
 
-/** An int64 scalar of a value with one element. */
+/** Turns a value with one element into an int64 scalar. */
 function scalar(emit: Emitter, value: string): string {
   return emit.op("Reshape", [emit.op("Cast", [value], { to: INT64 }), emit.ints([])]);
 }
 
-/** The factor of the scores: what the node says, or the root of the width of a head. */
+/** Factor of the scores: the node's attribute, or 1 / √(width of a head). */
 function scaleOf(node: Fused, width: number | undefined): number | undefined {
   const given = node.float("scale", 0);
   if (given !== 0) return given;
@@ -67,7 +69,7 @@ function scaleOf(node: Fused, width: number | undefined): number | undefined {
 
 const NO_WIDTH = "does not tell how wide a head is, which its scale depends on";
 
-/** Inputs and attributes of GroupQueryAttention that change what it computes, and are not written here. */
+/** Inputs and attributes of GroupQueryAttention that change its result and are not supported here. */
 const UNKNOWN_INPUTS = [
   [11, "head sinks"],
   [12, "a quantised cache"],
@@ -105,7 +107,7 @@ const groupQueryAttention: Define = (node) => {
   return undefined;
 };
 
-/** Scores of keys that are padding, from a mask [batch, keys]. */
+/** Biases of the scores that mask padded keys, from a mask [batch, keys]. */
 function padding(node: Fused, mask: string): string {
   const { emit } = node;
   const seen = emit.op("Greater", [emit.op("Cast", [mask], { to: INT64 }), emit.int(0)]);
@@ -113,7 +115,7 @@ function padding(node: Fused, mask: string): string {
   return emit.unsqueeze(scores, [1, 2]);
 }
 
-/** The biases of the scores: a mask of padding, what is added anyway, and that no row sees those behind it. */
+/** Biases of the scores: the padding mask, the given biases, and the causal mask. */
 function biases(node: Fused, mask: number, added: number, q: string): readonly string[] {
   const { emit } = node;
   const all: string[] = [];
@@ -152,7 +154,7 @@ const multiHeadAttention: Define = (node) => {
   return undefined;
 };
 
-/** With the projections inside. */
+/** Attention with the projections inside the operator. */
 const attention: Define = (node) => {
   const { emit } = node;
   const heads = node.int("num_heads");

@@ -1,23 +1,23 @@
 /**
- * One fused node on its way to a definition: what the writer of a definition sees of it, and where it puts what it has written.
+ * One fused node on its way to a definition: what the definition can ask about it, and where it puts the nodes it writes.
  */
 import { attribute, type Graph } from "../../onnx/model.ts";
 import type { NodeProto } from "../../onnx/onnx_pb.ts";
 import type { Emitter } from "../emit.ts";
 
 /**
- * Writes nodes that compute what a fused one does, from the same inputs.
- * @returns why it cannot be done for this node, in the words of a message that begins with the operator's name
+ * Writes nodes that compute the same as a fused one, from the same inputs.
+ * @returns why this node cannot be written so, as the end of a message that begins with the operator's name
  */
 export type Define = (node: Fused) => string | undefined;
 
-/** Deeper than that nobody looks for a rank. */
+/** Most nodes that are followed to find a rank. */
 const FARTHEST = 64;
 
 export class Fused {
   readonly proto: NodeProto;
   readonly emit: Emitter;
-  /** Ranks that were taken for granted, by value. */
+  /** Ranks that were assumed, by value; a run checks them. */
   readonly ranks: Map<string, number> = new Map();
   readonly #graph: Graph;
   readonly #given: [name: string, value: string][] = [];
@@ -54,7 +54,7 @@ export class Fused {
     return name !== "" && this.#graph.consumers.has(name);
   }
 
-  /** This value is an output of the node. */
+  /** Makes a value an output of the node. */
   give(output: number, value: string): void {
     const name = this.proto.output[output] ?? "";
     if (name !== "") this.#given.push([name, value]);
@@ -69,14 +69,14 @@ export class Fused {
     return this.#graph.initializers.get(value)?.dims.map(Number);
   }
 
-  /** A size of a value that an input of the graph declares. */
+  /** Size of a value that an input of the graph declares. */
   declared(value: string, axis: number): number | undefined {
     const { type } = this.#graph.proto.input.find(({ name }) => name === value) ?? {};
     const dim = type?.value.case === "tensorType" ? type.value.value.shape?.dim[axis]?.value : undefined;
     return dim?.case === "dimValue" ? Number(dim.value) : undefined;
   }
 
-  /** How wide a value is that a linear layer makes or takes. */
+  /** Width of a value that a linear layer makes or takes. */
   width(value: string): number | undefined {
     const producer = this.#graph.producers.get(value);
     const made = producer && (sizeOf(producer, "N") ?? this.weight(producer.input[1] ?? "")?.[1]);
@@ -89,7 +89,7 @@ export class Fused {
     return undefined;
   }
 
-  /** The rank of a value, as far as the nodes before it tell; what is taken for granted is held against a run. */
+  /** Rank of a value as far as the nodes before it tell, else `otherwise`; a run checks the assumption. */
   rank(value: string, otherwise: number): number {
     const rank = this.#rank(value, FARTHEST) ?? otherwise;
     this.ranks.set(value, rank);

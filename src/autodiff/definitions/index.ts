@@ -1,6 +1,6 @@
 /**
- * Fused operators and what they are made of. The graph that is looked at and differentiated is a shadow of the model's: it has the
- * definitions in the place of fused nodes, which the model itself keeps.
+ * Fused operators and their definitions. The graph that is examined and differentiated is a shadow of the model's graph: it has
+ * definitions in place of the fused nodes, which the model itself keeps.
  */
 import { type Graph, indexGraph, type OnnxModel } from "../../onnx/model.ts";
 import { makeNode, PREFIX } from "../../onnx/nodes.ts";
@@ -12,19 +12,19 @@ import { type Define, Fused } from "./fused.ts";
 import { ROTARIES } from "./rotary.ts";
 import { SUMS } from "./sums.ts";
 
-/** By operator, with the domain in front where it is not the standard one. */
+/** Definitions by operator, with the domain in front where it is not the standard one. */
 export const DEFINITIONS: ReadonlyMap<string, Define> = new Map([...ATTENTIONS, ...ROTARIES, ...SUMS]);
 
 export interface Shadow {
-  /** The model itself where nothing is fused. Weights are shared with it. */
+  /** The shadow, which shares the model's weights; the model itself where nothing is fused. */
   readonly model: OnnxModel;
-  /** Why a node stays fused. */
+  /** Reasons why nodes stay fused. */
   readonly refused: ReadonlyMap<NodeProto, string>;
-  /** Ranks that definitions have taken for granted, by value. */
+  /** Ranks that definitions have assumed, by value. */
   readonly ranks: ReadonlyMap<string, number>;
 }
 
-/** Changes nothing in the model. */
+/** Makes a shadow of the model, which stays as it is. */
 export function shadowOf(model: OnnxModel): Shadow {
   const { graph } = model;
   const refused = new Map<NodeProto, string>();
@@ -37,7 +37,7 @@ export function shadowOf(model: OnnxModel): Shadow {
   for (const node of graph.proto.node) {
     const written = emit.nodes.length;
     const fused = defined(node, graph, emit);
-    // What a definition that came to nothing has written may be used by the next one.
+    // Nodes that a refused definition has written stay: the next definition may use them.
     const fresh = emit.nodes.slice(written);
     shadow.node.push(...fresh);
     if (typeof fused === "string") refused.set(node, fused);
@@ -56,7 +56,7 @@ export function shadowOf(model: OnnxModel): Shadow {
   return { model: { ...model, proto, graph: indexGraph(shadow, model.name) }, refused, ranks };
 }
 
-/** The definition of a node, why there is none, or undefined where it is not fused. */
+/** Defines a node. @returns the reason if it is refused, undefined where it is not fused */
 function defined(node: NodeProto, graph: Graph, emit: Emitter): Fused | string | undefined {
   const define = DEFINITIONS.get(operatorOf(node));
   if (!define) return undefined;
@@ -64,7 +64,7 @@ function defined(node: NodeProto, graph: Graph, emit: Emitter): Fused | string |
   return define(fused) ?? (fused.given.length > 0 ? fused : undefined);
 }
 
-/** A name for an operator of any domain. */
+/** Name of an operator of any domain. */
 export function operatorOf({ domain, opType }: NodeProto): string {
   return domain === "" || domain === "ai.onnx" ? opType : `${domain}.${opType}`;
 }

@@ -1,5 +1,5 @@
 /**
- * Rotary position embeddings: pairs of elements of a head, turned by an angle that the position tells.
+ * Rotary position embeddings: pairs of elements of a head are rotated by an angle that depends on the position.
  */
 import { INT64 } from "../../onnx/linear.ts";
 import type { Emitter } from "../emit.ts";
@@ -9,17 +9,17 @@ interface Rotary {
   /** Cosines and sines, broadcast to [batch, positions, heads, turned / 2]. */
   readonly cos: string;
   readonly sin: string;
-  /** Elements of a head that are turned; those behind them are left as they are. */
+  /** Number of elements of a head that are rotated; the others behind them stay. */
   readonly turned: number;
-  /** Whether there are others. */
+  /** Whether some elements stay. */
   readonly rest: boolean;
 }
 
 /**
- * What the tables say of positions.
+ * Looks up the angles of positions.
  * @param places int64 [positions] or [batch, positions]
- * @param width of a head, where it is known; all of it is turned where it is not
- * @returns why not, where it cannot be told
+ * @param width of a head, where it is known; all of it is rotated where it is not
+ * @returns the reason where it cannot be done
  */
 export function rotaryOf(
   node: Fused,
@@ -65,7 +65,7 @@ export function rotated(
   return emit.concat([emit.op("Reshape", [mixed, emit.ints([0, 0, 0, turned])]), ...behind], 3);
 }
 
-/** @param inputs where the tables and the positions are */
+/** @param inputs indices of the tables and the positions */
 function embedding(inputs: { readonly cos: number; readonly sin: number; readonly places: number }): Define {
   return (node) => {
     const { emit } = node;

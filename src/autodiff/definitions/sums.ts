@@ -1,15 +1,18 @@
 /**
- * Operators that are a sum and one other operator: of a bias, or of what goes around a layer.
+ * Operators that combine a sum with one other operator: a sum with a bias, or with a residual.
  */
 import type { Define, Fused } from "./fused.ts";
 
-/** Of inputs that are there. */
+/** Adds those of the inputs that are present. */
 function sum(node: Fused, inputs: readonly number[]): string {
   const there = inputs.filter((input) => node.has(input)).map((input) => node.x(input));
   return there.reduce((a, b) => node.emit.add(a, b));
 }
 
-/** @param inputs of the weights of the norm behind the sum, and of its bias */
+/**
+ * @param weights inputs of the weights of the norm behind the sum
+ * @param bias input of the bias of the sum
+ */
 function skipped(opType: string, weights: readonly number[], bias: number): Define {
   return (node) => {
     const whole = sum(node, [0, 1, bias]);
@@ -42,7 +45,7 @@ export const SUMS: readonly (readonly [string, Define])[] = [
   ["com.microsoft.SkipSimplifiedLayerNormalization", skipped("SimplifiedLayerNormalization", [2], 3)],
   ["com.microsoft.SkipLayerNormalization", skipped("LayerNormalization", [2, 3], 4)],
   ["com.microsoft.BiasGelu", biased("Gelu")],
-  // Without a bias it has a rule.
+  // FastGelu without a bias has a rule.
   ["com.microsoft.FastGelu", (node) => (node.has(1) ? biased("FastGelu")(node) : undefined)],
   ["com.microsoft.QuickGelu", quickGelu],
 ];

@@ -4,7 +4,7 @@
 import type { Emitter } from "../emit.ts";
 import { broadcast, type NodeGradient, type Rule } from "../node-gradient.ts";
 
-/** Of one input: `derive` gives g · dy/dx. */
+/** Rule of one input: `derive` gives g · dy/dx. */
 function unary(derive: (emit: Emitter, g: string, x: string, y: string, node: NodeGradient) => string): Rule {
   return broadcast({ 0: (node) => derive(node.emit, node.g, node.x(), node.y, node) });
 }
@@ -39,7 +39,7 @@ const erfSlope = (emit: Emitter, x: string): string =>
   emit.op("Exp", [emit.sub(Math.log(2 / Math.sqrt(Math.PI)), emit.mul(x, x))]);
 
 const SQRT_2_BY_PI = Math.sqrt(2 / Math.PI);
-/** Of the approximation of GELU by a hyperbolic tangent. */
+/** Coefficient in the approximation of GELU by a hyperbolic tangent. */
 const CUBIC = 0.044715;
 
 /** x · Φ(x), or its approximation. */
@@ -55,7 +55,7 @@ const gelu = unary((emit, g, x, _, node) => {
   return emit.mul(g, emit.mul(emit.add(emit.add(t, 1), slope), 0.5));
 });
 
-/** Where a gradient does not pass it is 0: never 0 · NaN. */
+/** Rules by operator. Where no gradient passes it is exactly 0, never 0 · NaN. */
 export const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
   ["Identity", pass],
   ["Cast", pass],
@@ -68,7 +68,7 @@ export const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
     "Div",
     broadcast({
       0(node) {
-        // Multiplying is faster.
+        // Multiplication is faster.
         const known = node.constant(node.x(1));
         return known?.length === 1 ? node.emit.mul(node.g, 1 / known[0]!) : node.emit.div(node.g, node.x(1));
       },
@@ -96,6 +96,6 @@ export const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
   ["Sigmoid", unary((emit, g, _, y) => emit.mul(g, emit.mul(y, emit.sub(1, y))))],
   ["Softplus", unary((emit, g, x) => emit.mul(g, emit.op("Sigmoid", [x])))],
   ["Relu", unary((emit, g, _, y) => emit.op("Where", [emit.op("Less", [0, y]), g, 0]))],
-  // Where nothing was cut off.
+  // The gradient passes where nothing was clipped.
   ["Clip", unary((emit, g, x, y) => emit.op("Where", [emit.op("Equal", [x, y]), g, 0]))],
 ];

@@ -1,5 +1,5 @@
 /**
- * Every operator that gradients pass, and those at which they end.
+ * All operators that gradients pass, and those at which they end.
  */
 import type { Rule } from "../node-gradient.ts";
 import { ELEMENTWISE } from "./elementwise.ts";
@@ -9,7 +9,7 @@ import { QUANTIZED } from "./quantized.ts";
 import { REDUCTIONS } from "./reduce.ts";
 import { MOVES } from "./shape.ts";
 
-/** By operator, with the domain in front where it is not the standard one. */
+/** Rules by operator, with the domain in front where it is not the standard one. */
 export const RULES: ReadonlyMap<string, Rule> = new Map([
   ...ELEMENTWISE,
   ...PRODUCTS,

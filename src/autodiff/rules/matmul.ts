@@ -13,7 +13,7 @@ const matMul: Rule = {
     let [aDims, bDims] = [node.dims(a), node.dims(b)];
     const single = bDims.length === 3 && bDims[0] === 1;
     if (aDims.length >= 2 && (bDims.length === 2 || single)) {
-      // A matrix, and all rows of the other side as one: no batch to sum over.
+      // The weight is a matrix: all rows of the other side are joined, so that no batch remains to sum over.
       const rows = (value: string): string => (node.rank(node.y) === 2 ? value : emit.rows(value));
       const da = (): string => {
         const matrix = single ? emit.op("Squeeze", [b, emit.ints([0])]) : gemmOf(node, b);
@@ -22,8 +22,8 @@ const matMul: Rule = {
       if (node.wants(0)) node.rank(node.y) === 2 ? node.give(0, da()) : node.giveReshaped(0, da());
       const x = (): string => (aDims.length === 2 ? a : emit.rows(a));
       const db = (): string => emit.op("Gemm", [x(), rows(g)], { transA: 1 });
-      // Of a factor with few columns, whose number is free, by way of its transpose: products are fast for long rows. In this
-      // order, since runtimes would join the Transpose with the Gemm.
+      // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since products are fast for
+      // long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
       const thin = (): string =>
         emit.op("Transpose", [emit.unsqueeze(emit.op("Gemm", [rows(g), x()], { transA: 1 }), [0])], {
           perm: [0, 2, 1],
@@ -79,7 +79,7 @@ const gemm: Rule = {
   },
 };
 
-/** Whether a matrix is the Transpose of another, which then is used instead. */
+/** Whether a matrix is the Transpose of another, which is then used instead. */
 function turned({ graph }: NodeGradient, value: string): boolean {
   const node = graph.producers.get(value);
   return node?.opType === "Transpose" && attribute(node, "perm")?.ints.join() !== "0,1";
@@ -89,7 +89,7 @@ function gemmOf(node: NodeGradient, matrix: string): string {
   return turned(node, matrix) ? node.graph.producers.get(matrix)!.input[0]! : matrix;
 }
 
-/** The last two dimensions exchanged. */
+/** Swaps the last two dimensions. */
 function swapLast({ emit }: NodeGradient, value: string, rank: number): string {
   return emit.op("Transpose", [value], { perm: [...Array(rank - 2).keys(), rank - 1, rank - 2] });
 }

@@ -1,5 +1,5 @@
 /**
- * Softmax and the normalisations. What a forward operator has computed on the way and does not give out is computed again.
+ * Softmax and the normalisations. Intermediate results that a forward operator does not return are computed again.
  */
 import type { Use } from "../../onnx/model.ts";
 import type { NodeGradient, Rule } from "../node-gradient.ts";
@@ -15,8 +15,8 @@ const softmax: Rule = {
 };
 
 /**
- * Exporters of scaled dot-product attention put Where(IsNaN(y), 0, y) behind the softmax, for rows that see nothing. Their
- * gradient is 0 as well, and 0 · NaN would spoil all others.
+ * The gradient through Where(IsNaN(y), 0, y), which exporters of scaled dot-product attention put behind the softmax for rows that see
+ * nothing. Their gradient is 0 as well, and 0 · NaN would spoil all others.
  */
 function guarded({ graph, y }: NodeGradient): string {
   const users = (value: string): readonly Use[] => graph.consumers.get(value) ?? [];
@@ -63,6 +63,6 @@ export const NORMALIZATIONS: readonly (readonly [string, Rule])[] = [
   ["LogSoftmax", logSoftmax],
   ["LayerNormalization", normalization(true)],
   ["RMSNormalization", normalization(false)],
-  // onnxruntime's own, which it knows by the standard domain at any opset.
+  // onnxruntime's own operators, which it accepts in the standard domain at any opset.
   ["SimplifiedLayerNormalization", normalization(false)],
 ];

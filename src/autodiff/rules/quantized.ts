@@ -1,12 +1,12 @@
 /**
- * Products with weights in blocks of 4 or 8 bits. The weights stay as they are: what comes back takes their rows unpacked, a part
- * of them at a time, each gone before the next is made.
+ * Products with weights in blocks of 4 or 8 bits. The weights stay packed: the backward pass unpacks their rows one part at a time and
+ * frees each part before the next.
  */
 import { CONTRIBUTED } from "../../onnx/nodes.ts";
 import type { Emitter } from "../emit.ts";
 import type { NodeGradient, Rule } from "../node-gradient.ts";
 
-/** Elements that are unpacked at once: 32 MB. All of a layer, a part of a vocabulary. */
+/** Most elements unpacked at once: 32 MB. That is all of a layer, or a part of a vocabulary. */
 const MOST_UNPACKED = 2 ** 23;
 
 /** A weight [N, K] in blocks along K. */
@@ -15,7 +15,7 @@ interface Blocks {
   readonly K: number;
   readonly bits: 4 | 8;
   readonly block: number;
-  /** Blocks of a row; the last may be filled up. */
+  /** Blocks in a row; the last one may be padded. */
   readonly count: number;
   /** [N, count] */
   readonly scales: string;
@@ -39,7 +39,7 @@ const matMulNBits: Rule = {
   },
 };
 
-/** The product of g with all rows, a part of them after the other. @param part the product with the rows from … to */
+/** Multiplies g with all rows, one part after the other. @param part gives the product with rows `from` to `to` */
 function inParts({ N, K }: Blocks, part: (from: number, to: number, before: string | undefined) => string): string {
   const rows = Math.max(1, Math.min(N, Math.floor(MOST_UNPACKED / K)));
   let sum = part(0, Math.min(rows, N), undefined);
@@ -47,25 +47,25 @@ function inParts({ N, K }: Blocks, part: (from: number, to: number, before: stri
   return sum;
 }
 
-/** Columns of g that go with the rows of a part. */
+/** Columns of g for the rows of a part. */
 function columns(emit: Emitter, g: string, { N }: Blocks, from: number, to: number): string {
   return to - from < N ? emit.slice(g, 1, from, to) : g;
 }
 
 /**
- * By operators that all processors have: one product for each half of the bytes.
+ * Unpacks with operators that all processors have: one product for each half of the bytes.
  * @returns [rows of g, count · block]
  */
 function byShifts(node: NodeGradient, g: string, blocks: Blocks): string {
   const { emit } = node;
   const { bits, block, count, N } = blocks;
   const bytes = (block * bits) / 8;
-  // Q · scale; what is taken off for the zero is the same in all of a block.
+  // Q · scale; the correction for the zero is equal within a block.
   const zeros = zerosOf(node, blocks);
   const by = emit.op("MatMul", [g, emit.neg(emit.mul(zeros, blocks.scales))]);
   // [halves, rows, count · bytes], the lower half of the bytes first.
   const products = inParts(blocks, (from, to, before) => {
-    // Known in the run alone, and behind the part before: runtimes would unpack constant weights when they load them.
+    // The shape is known only during the run, after the part before: runtimes would unpack constant weights when they load them.
     const shape = [N, count, bytes];
     const late = before === undefined ? node.late(shape) : emit.late(shape, before, 1);
     const all = emit.op("Reshape", [node.x(1), late]);
@@ -84,14 +84,14 @@ function byShifts(node: NodeGradient, g: string, blocks: Blocks): string {
   return emit.op("Flatten", [emit.add(apart, emit.unsqueeze(by, [2]))], { axis: 1 });
 }
 
-/** The lower and the upper halves of bytes. */
+/** Splits bytes into lower and upper halves. */
 function nibbles(emit: Emitter, bytes: string): readonly string[] {
   const four = emit.byte(4);
   const upper = emit.shift(bytes, four, "RIGHT");
   return [emit.shift(emit.shift(bytes, four, "LEFT"), four, "RIGHT"), upper];
 }
 
-/** The zeros of all blocks: f32 [N, count] or a number. */
+/** Zeros of all blocks: f32 [N, count] or a number. */
 function zerosOf(node: NodeGradient, { N, count, bits }: Blocks): string | number {
   const { emit } = node;
   if (!node.has(3)) return 2 ** (bits - 1);
@@ -103,14 +103,14 @@ function zerosOf(node: NodeGradient, { N, count, bits }: Blocks): string | numbe
 }
 
 /**
- * By onnxruntime's operator, which devices have that lack shifts of bits; in processors it takes several times as long.
+ * Unpacks with onnxruntime's operator, for devices without shifts of bits; on processors it takes several times as long.
  * @returns [rows of g, count · block]
  */
 function byGather(node: NodeGradient, g: string, blocks: Blocks): string {
   const { emit } = node;
   const { bits, block, count, N } = blocks;
   const packed = emit.op("Reshape", [node.x(1), emit.ints([N, (count * block * bits) / 8])]);
-  // Integers beside the weights, or any numbers.
+  // Zeros are integers packed as the weights, or plain numbers.
   const integers = node.has(3) && node.type(node.x(3)) === "uint8";
   const zeros = integers ? [emit.op("Reshape", [node.x(3), emit.ints([N, Math.ceil((count * bits) / 8)])])] : [];
   const attributes = { bits, block_size: block, gather_axis: 0, quantize_axis: 1 };
@@ -121,7 +121,7 @@ function byGather(node: NodeGradient, g: string, blocks: Blocks): string {
     return emit.op("Gemm", [columns(emit, g, blocks, from, to), rows, ...(before === undefined ? [] : [before])]);
   });
   if (!node.has(3) || integers) return sum;
-  // (q − zero) · scale is (q − middle) · scale and, the same in all of a block, (middle − zero) · scale.
+  // (q − zero) · scale is (q − middle) · scale plus (middle − zero) · scale, which is equal within a block.
   const off = emit.sub(2 ** (bits - 1), emit.op("Reshape", [node.x(3), emit.ints([N, count])]));
   const by = emit.op("Gemm", [g, emit.mul(off, blocks.scales)]);
   const apart = emit.op("Reshape", [sum, emit.ints([0, count, block])]);

@@ -4,7 +4,7 @@
 import type { NodeGradient, Rule } from "../node-gradient.ts";
 import { fromFront } from "../shapes.ts";
 
-/** @param derive from the gradient with the dimensions kept to that of the input, which may still have to be repeated */
+/** @param derive turns the gradient with kept dimensions into that of the input, which may still have to be repeated */
 function reduction(derive: (node: NodeGradient, g: string, axes: readonly number[]) => string): Rule {
   return {
     inputs: [0],
@@ -18,7 +18,7 @@ function reduction(derive: (node: NodeGradient, g: string, axes: readonly number
   };
 }
 
-/** Counted from the front; undefined where they are not fixed. */
+/** Axes counted from the front; undefined where they are not fixed. */
 function axesOf(node: NodeGradient): readonly number[] | undefined {
   const rank = node.rank(node.x());
   const given = node.has(1) ? node.constant(node.x(1)) : (node.ints("axes") ?? []);
@@ -42,7 +42,7 @@ const mean = reduction((node, g, axes) => {
   return repeated(node, emit.div(g, count));
 });
 
-/** Shared evenly where several elements are the largest. */
+/** Shares the gradient evenly where several elements are the largest. */
 const max = reduction((node, g, axes) => {
   const { emit } = node;
   const y = node.int("keepdims") === 0 ? emit.unsqueeze(node.y, axes) : node.y;

@@ -1,10 +1,10 @@
 /**
- * Operators that move elements and compute nothing: their gradients are moved back.
+ * Operators that move elements and compute nothing: their gradients move back.
  */
 import { broadcast, type NodeGradient, type Rule } from "../node-gradient.ts";
 import { fromFront } from "../shapes.ts";
 
-/** The same elements in another shape. */
+/** Rule of operators that keep the elements and change the shape. */
 const reshape: Rule = { inputs: [0], backward: (node) => node.giveReshaped(0, node.g) };
 
 const transpose: Rule = {
@@ -20,7 +20,7 @@ const concat: Rule = {
   backward(node) {
     const { emit, g } = node;
     const axis = node.axis(0, node.rank(node.y));
-    // A number as long as all sizes before are fixed.
+    // A number while all sizes before are fixed.
     let from: number | string = 0;
     for (const [input, value] of node.proto.input.entries()) {
       const size = node.dims(value)[axis];
@@ -47,7 +47,7 @@ const split: Rule = {
   },
 };
 
-/** One place of a dimension, or rows of a matrix. */
+/** Gather of one index of a dimension, or of rows of a matrix. */
 const gather: Rule = {
   inputs: [0],
   backward(node) {
@@ -64,13 +64,13 @@ const gather: Rule = {
     const place = emit.op("Where", [emit.op("Less", [at, emit.int(0)]), emit.add(at, size), at]);
     const places = emit.op("Range", [emit.int(0), size, emit.int(1)]);
     if (rows) {
-      // Each row gets the sum of what comes back from where it was taken to.
+      // Each row gets the sum of the gradients of its copies.
       const met = emit.toFloat(emit.op("Equal", [emit.unsqueeze(place, [1]), places]));
       return node.give(0, emit.op("Gemm", [met, node.g], { transA: 1 }));
     }
     const met = emit.toFloat(emit.op("Equal", [places, place]));
     const trailing = Array.from({ length: rank - axis - 1 }, (_, i) => i + 1);
-    // The index has as many dimensions as it has put in the place of one.
+    // The index replaces one dimension by all of its own.
     let { g } = node;
     if (dims.length === 0) g = emit.unsqueeze(g, [axis]);
     if (dims.length > 1) g = emit.op("Squeeze", [g, emit.ints(dims.slice(1).map((_, i) => axis + i))]);
@@ -78,7 +78,7 @@ const gather: Rule = {
   },
 };
 
-/** Zeros where nothing was taken. */
+/** Puts zeros where nothing was taken. */
 const slice: Rule = {
   inputs: [0],
   backward(node) {
@@ -102,7 +102,7 @@ const slice: Rule = {
         before[axis] = at(from[i]!);
         after[axis] = size - Math.max(at(to[i]!), at(from[i]!));
       } else {
-        // Which places were taken, by what the operator itself takes of 0, 1, 2, …
+        // Running the operator on 0, 1, 2, … shows which elements it takes.
         const all = emit.size(x, axis);
         const one = (value: string): string => emit.slice(value, 0, i, i + 1);
         const taken = emit.op("Slice", [

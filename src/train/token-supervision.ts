@@ -1,46 +1,45 @@
 /**
- * Lessons of models that answer at every position: language models learn the tokens of completions, models that label tokens the
- * labels of words. Only positions with something to learn meet the classes, of which a vocabulary has tens of thousands.
+ * Supervision of models that answer at every position: language models learn the tokens of completions, token classifiers the labels of
+ * words. Logits are computed only at positions with something to learn, since a vocabulary has tens of thousands of classes.
  */
 import { checkList } from "../arguments.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import { shuffle } from "../tensor/random.ts";
-import { type BatchFeeds, joinFeeds } from "./batch.ts";
+import { type BatchFeeds, fillInputs, joinFeeds } from "./batch-feeds.ts";
+import type { Encode } from "./encoding.ts";
 import type { Example, Row, Tokens } from "./examples.ts";
-import { fillInputs } from "./fill.ts";
-import type { Encode } from "./inputs.ts";
-import type { Lessons, Part, Targets } from "./lessons.ts";
 import { type Distribution, logSumExp } from "./probabilities.ts";
 import { type SequenceOptions, Sequences } from "./sequences.ts";
+import type { MicroBatch, Supervision, Targets } from "./supervision.ts";
 
-export interface TokenLessonsOptions extends SequenceOptions {
+export interface TokenSupervisionOptions extends SequenceOptions {
   readonly encode: Encode | undefined;
-  /** Of the model's inputs. */
+  /** Names of the model's inputs. */
   readonly names: readonly string[];
   readonly example: ReadonlyMap<string, Feed> | undefined;
-  /** Of words; empty for language models. */
+  /** Labels of words; empty for language models. */
   readonly labels: readonly string[];
-  /** The input that takes positions. */
+  /** Name of the input that takes positions. */
   readonly positions: string;
 }
 
-/** Of one run, padding counted: gradients need values that are kept of all of them. */
+/** Most tokens of one run, padding included: gradients need kept values of each. */
 const MOST_TOKENS = 512;
-/** Of one run: each has a row as wide as a vocabulary. */
+/** Most positions of one run: each has a row as wide as the vocabulary. */
 const MOST_POSITIONS = 128;
-/** So many classes are kept of an answer: of language models, nearly all that is likely. */
+/** Classes of an answer that are kept: nearly all the probability of a language model. */
 const MOST_CLASSES = 64;
 
-type Lesson = Row<BatchFeeds> & { readonly tokens: Tokens };
+type TokenRow = Row<BatchFeeds> & { readonly tokens: Tokens };
 
-export function tokenLessons(options: TokenLessonsOptions): Lessons<BatchFeeds> {
+export function tokenSupervision(options: TokenSupervisionOptions): Supervision<BatchFeeds> {
   const { names, example, positions } = options;
   const read = reader(options);
-  // The caller's own feeds run one by one.
-  const lengthOf = ({ tokens, feeds }: Lesson): number =>
+  // Feeds of callers run one by one.
+  const lengthOf = ({ tokens, feeds }: TokenRow): number =>
     feeds ? MOST_TOKENS : Math.max(tokens.ids.length, tokens.source?.length ?? 0);
-  const readAll = async (examples: readonly Example<BatchFeeds>[], where: string): Promise<Lesson[]> => {
-    const rows: Lesson[] = [];
+  const readAll = async (examples: readonly Example<BatchFeeds>[], where: string): Promise<TokenRow[]> => {
+    const rows: TokenRow[] = [];
     for (const [i, one] of examples.entries()) rows.push(await read(one, `${where}example ${i}`));
     return rows;
   };
@@ -56,27 +55,27 @@ export function tokenLessons(options: TokenLessonsOptions): Lessons<BatchFeeds> 
       const order = shuffle([...rows], random);
       return { holdout: order.slice(0, count), train: order.slice(count) };
     },
-    lengths: async (rows) => new Map((rows as Lesson[]).map((row) => [row, lengthOf(row)])),
-    parts(rows, smoothing) {
+    lengths: async (rows) => new Map((rows as TokenRow[]).map((row) => [row, lengthOf(row)])),
+    microBatches(rows, smoothing) {
       if (smoothing > 0)
         throw new RangeError("fit: smoothing spreads a target over all labels; of tokens it cannot be done");
-      return partsOf(rows as Lesson[], lengthOf);
+      return microBatchesOf(rows as TokenRow[], lengthOf);
     },
-    async batch(rows) {
-      const all = (rows as Lesson[]).map(({ tokens }) => tokens);
+    async feeds(rows) {
+      const all = (rows as TokenRow[]).map(({ tokens }) => tokens);
       const feeds = rows[0]!.feeds ? joinFeeds(rows.map(({ feeds }) => feeds!)) : fillInputs(example, names, all);
       const width = Math.max(...all.map(({ ids }) => ids.length));
       const places = all.flatMap(({ at }, row) => at.map((position) => BigInt(row * width + position)));
       return { ...feeds, [positions]: { type: "int64", dims: [places.length], data: BigInt64Array.from(places) } };
     },
-    wanted: (row) => (row as Lesson).tokens.wanted,
-    answered: (row, answers) => ({ ...row, tokens: { ...(row as Lesson).tokens, wanted: answers } }),
+    wanted: (row) => (row as TokenRow).tokens.wanted,
+    answered: (row, answers) => ({ ...row, tokens: { ...(row as TokenRow).tokens, wanted: answers } }),
     distribution: likeliestOf,
   };
 }
 
-/** Reads one example, of whichever kind it is. */
-function reader({ encode, names, labels, ...options }: TokenLessonsOptions) {
+/** Makes a reader of examples of all kinds. */
+function reader({ encode, names, labels, ...options }: TokenSupervisionOptions) {
   const sequences = new Sequences(encode, names, options);
   const tokensOf = (example: Example<BatchFeeds>, at: string): Tokens | Promise<Tokens> => {
     const { feeds, classes, messages, words, prompt, text, label } = example;
@@ -95,7 +94,7 @@ function reader({ encode, names, labels, ...options }: TokenLessonsOptions) {
       `${at}: the model answers token by token: expected \`prompt\` and \`completion\`, or \`messages\``,
     );
   };
-  return async (example: Example<BatchFeeds>, at: string): Promise<Lesson> => {
+  return async (example: Example<BatchFeeds>, at: string): Promise<TokenRow> => {
     const { feeds, weight = 1 } = example;
     if (!(weight >= 0 && weight < Infinity))
       throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
@@ -103,7 +102,7 @@ function reader({ encode, names, labels, ...options }: TokenLessonsOptions) {
   };
 }
 
-/** What the caller's own feeds are to learn. */
+/** Takes classes given beside feeds as the wanted answers. */
 function given(classes: ArrayLike<number> | undefined, at: string): Tokens {
   const all = Array.from(classes ?? []);
   const places = all.flatMap((value, i) => (value >= 0 ? [i] : []));
@@ -114,8 +113,8 @@ function given(classes: ArrayLike<number> | undefined, at: string): Tokens {
   return { ids: all, at: places, wanted: places.map((i) => ({ probabilities: [1], classes: [all[i]!] })) };
 }
 
-function partsOf(rows: readonly Lesson[], lengthOf: (row: Lesson) => number): Part<BatchFeeds>[] {
-  const parts: Lesson[][] = [];
+function microBatchesOf(rows: readonly TokenRow[], lengthOf: (row: TokenRow) => number): MicroBatch<BatchFeeds>[] {
+  const parts: TokenRow[][] = [];
   let [width, count] = [0, 0];
   for (const row of rows) {
     const part = parts.at(-1);
@@ -136,8 +135,8 @@ function partsOf(rows: readonly Lesson[], lengthOf: (row: Lesson) => number): Pa
   });
 }
 
-/** Targets [positions, k], of the classes that are named; what is short is filled up with others at 0. */
-function targetsOf(rows: readonly Lesson[], mean: number): Targets {
+/** Targets [positions, k] over the named classes; shorter rows are filled up with other classes at 0. */
+function targetsOf(rows: readonly TokenRow[], mean: number): Targets {
   const all = rows.flatMap(({ tokens, weight }) => tokens.wanted.map((one) => ({ ...one, weight: weight / mean })));
   const width = Math.max(...all.map(({ probabilities }) => probabilities.length));
   const values = new Float32Array(all.length * width);
@@ -161,10 +160,10 @@ function targetsOf(rows: readonly Lesson[], mean: number): Targets {
   return { values, rows: all.length, classes };
 }
 
-/** The likeliest classes of one row of logits, with probabilities of all. */
+/** The likeliest classes of one row of logits, with their share of all probability. */
 function likeliestOf(logits: Float32Array): Distribution {
   const count = Math.min(MOST_CLASSES, logits.length);
-  // The smallest of those kept is at the end.
+  // Sorted by logit, the smallest last.
   const kept: number[] = [];
   for (let c = 0; c < logits.length; c++) {
     if (kept.length === count && logits[c]! <= logits[kept.at(-1)!]!) continue;

@@ -1,32 +1,55 @@
 /**
- * A session that can learn, as the machine that a trainer trains with: factors and a head in; logits, loss and gradients out.
+ * A model that a trainer can train, and a session as such a model: factors and a head in; logits, loss and gradients out.
  */
 import type { TrainingGraph } from "../autodiff/graph.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import type { Trainable } from "../session/training.ts";
 import { transpose } from "../tensor/tensor-file.ts";
-import { type BatchFeeds, batchTensors } from "./batch.ts";
+import type { Term } from "../tensor/term.ts";
+import { type BatchFeeds, batchTensors } from "./batch-feeds.ts";
 import { type HeadLayer, layersOf, zerosOf } from "./head.ts";
-import type { Targets } from "./lessons.ts";
-import type { Machine, MachineStep, Point } from "./subject.ts";
-import type { Terms, TrainedModule } from "./terms.ts";
+import type { Targets } from "./supervision.ts";
+import type { TrainedModule, TrainedTerms } from "./trained-terms.ts";
+
+/** The numbers of a task that a model is fed with: terms by module name, weights and biases of the head's layers as in a `State`. */
+export interface TaskWeights {
+  readonly terms: ReadonlyMap<string, Term>;
+  readonly weight: Float32Array<ArrayBuffer>;
+  readonly bias: Float32Array<ArrayBuffer>;
+}
+
+/** Result of one training run. */
+export interface LossAndGradients {
+  readonly loss: number;
+  /** Gradients, in the shapes of the weights. */
+  readonly gradients: TaskWeights;
+}
+
+/** A model that can be trained. `Feeds` are one batch of its inputs. */
+export interface TrainableModel<Feeds> {
+  /** Layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits. */
+  readonly head: readonly HeadLayer[];
+  /** Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for. */
+  answer(batch: Feeds, weights: TaskWeights): Promise<Float32Array>;
+  step(batch: Feeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
+}
 
 type Floats = Float32Array<ArrayBuffer>;
 
-/** The inputs of a layer of a head: its weight [1, in, out], its bias [1, 1, out]. */
+/** Inputs of a layer of a head: its weight [1, in, out], its bias [1, 1, out]. */
 export interface HeadInputs {
   readonly module: string;
   readonly in: number;
-  /** Undefined where a task has as many as it has labels. */
+  /** Undefined for the layer with a row for each label. */
   readonly out: number | undefined;
   readonly weight: string;
   readonly bias: string | undefined;
 }
 
 /**
- * The layers of a head, that with the labels last.
- * @param wanted names of layers, or of a module that holds some. Default: all that there are
+ * Finds the layers of a head, the one with the labels last.
+ * @param wanted names of layers, or of a module that holds some. Default: all layers
  * @throws RangeError when the session was not made to train a layer, or several have labels of their own
  */
 export function headInputs(
@@ -53,7 +76,7 @@ function layerInputs(inputs: Trainable["inputs"], { of, name, dims }: Trainable[
   };
 }
 
-/** @throws RangeError when there is none */
+/** @throws RangeError when no layer has the name */
 function layersCalled(all: readonly HeadInputs[], name: string): HeadInputs[] {
   const exact = all.filter(({ module }) => module === name);
   const found = exact.length > 0 ? exact : all.filter(({ module }) => module.startsWith(`${name}.`));
@@ -64,12 +87,12 @@ function layersCalled(all: readonly HeadInputs[], name: string): HeadInputs[] {
   );
 }
 
-/** Outputs of models that give no logits, as exporters call them. */
+/** Outputs that are no logits, under exporters' names. */
 const NO_LOGITS = /^(last_hidden_state|hidden_states|pooler_output|token_embeddings|sentence_embedding|.*_embeds)$/;
 
 /**
- * Training and judging take one row of logits for each text, or for each token. Of anything else a softmax would mix tokens and
- * padding, or features.
+ * Refuses models without logits. Training and judging take one row of logits for each text, or for each token. In other outputs a softmax
+ * would mix tokens and padding, or features.
  * @throws BaseMismatchError when the model gives something else
  */
 function refuseOtherOutputs({ logitsOutput: name, logitsDims: dims, tokens }: TrainingGraph, head: boolean): void {
@@ -87,15 +110,16 @@ function notLogits(name: string, found: readonly (number | string)[]): BaseMisma
 }
 
 /**
- * @param head the layers that are trained whole; empty where the model's own outputs are the logits
+ * Makes a trainable model of a session.
+ * @param head layers that are trained whole; empty where the model's own outputs are the logits
  * @throws BaseMismatchError when the model's output is not [batch, labels]
  */
-export async function createMachine(
+export async function sessionModel(
   source: Trainable,
-  terms: Terms,
+  terms: TrainedTerms,
   head: readonly HeadInputs[],
   labels: readonly string[],
-): Promise<Machine<BatchFeeds>> {
+): Promise<TrainableModel<BatchFeeds>> {
   refuseOtherOutputs(
     source.graph,
     head.some(({ out }) => out === undefined),
@@ -111,21 +135,21 @@ export async function createMachine(
     const last = fixed === undefined;
     return { module, in: inputs, out, bias: bias !== undefined, last, own, weightInput: weight, biasInput: bias };
   });
-  return new SessionMachine(source, terms.modules, layers, labels.length, idle);
+  return new SessionModel(source, terms.modules, layers, labels.length, idle);
 }
 
-/** A layer of the head, and the inputs that it is fed by. */
+/** A layer of the head with the names of its inputs. */
 interface FedLayer extends HeadLayer {
   readonly weightInput: string;
   readonly biasInput: string | undefined;
 }
 
-class SessionMachine implements Machine<BatchFeeds> {
+class SessionModel implements TrainableModel<BatchFeeds> {
   readonly head: readonly FedLayer[];
   readonly #source: Trainable;
   readonly #modules: readonly (TrainedModule & { readonly inputA: string; readonly inputB: string })[];
   readonly #labels: number;
-  /** Inputs that carry what is not trained. */
+  /** Values of the task inputs that are not trained. */
   readonly #idle: Tensors;
 
   constructor(
@@ -144,19 +168,19 @@ class SessionMachine implements Machine<BatchFeeds> {
     this.#idle = idle;
   }
 
-  async answer(batch: BatchFeeds, point: Point): Promise<Float32Array> {
+  async answer(batch: BatchFeeds, weights: TaskWeights): Promise<Float32Array> {
     const { logitsOutput } = this.#source.graph;
-    const results = await this.#source.run(this.#feeds(batch, point), [logitsOutput]);
+    const results = await this.#source.run(this.#feeds(batch, weights), [logitsOutput]);
     return floatsOf(this.#logits(results, this.#rowsOf(batch)));
   }
 
-  /** Rows of logits: one for each position that is asked for, or for each text. */
+  /** Number of rows of logits: one for each position that is asked, or for each text. */
   #rowsOf(batch: BatchFeeds): number {
     const { tokens } = this.#source.graph;
     return tokens ? batch[tokens.positions]!.dims[0]! : rowsOf(batch);
   }
 
-  async step(batch: BatchFeeds, point: Point, { values, rows, classes }: Targets): Promise<MachineStep> {
+  async step(batch: BatchFeeds, weights: TaskWeights, { values, rows, classes }: Targets): Promise<LossAndGradients> {
     const { engine, graph, run } = this.#source;
     const dims = [rows, values.length / rows];
     const learn = {
@@ -168,10 +192,10 @@ class SessionMachine implements Machine<BatchFeeds> {
       ...this.#modules.flatMap(({ inputA, inputB }) => [inputA, inputB]),
       ...this.head.flatMap(({ weightInput, biasInput }) => [weightInput, biasInput ?? []].flat()),
     ];
-    // Of a vocabulary, logits are more than all the rest.
+    // Logits over a vocabulary are larger than all other results, so they are not fetched.
     const logits = graph.tokens ? [] : [graph.logitsOutput];
     const outputs = [graph.lossOutput, ...logits, ...trained.map((name) => graph.gradients.get(name)!)];
-    const results = await run({ ...this.#feeds(batch, point), ...learn }, outputs);
+    const results = await run({ ...this.#feeds(batch, weights), ...learn }, outputs);
     if (!graph.tokens) this.#checkLabels(results, rows, values.length);
     const loss = (await floatsOf(results[graph.lossOutput]!))[0]!;
     return { loss, gradients: await this.#gradients(results) };
@@ -185,7 +209,7 @@ class SessionMachine implements Machine<BatchFeeds> {
     throw new BaseMismatchError(message, { module: this.#source.graph.logitsOutput, expected, found });
   }
 
-  /** @throws BaseMismatchError when there is not one row for each of the batch */
+  /** @throws BaseMismatchError when the rows are not as many as the batch asks for */
   #logits(results: Tensors, rows: number): EngineTensor {
     const { logitsOutput: name, tokens } = this.#source.graph;
     const { dims } = results[name]!;
@@ -193,8 +217,8 @@ class SessionMachine implements Machine<BatchFeeds> {
     return results[name]!;
   }
 
-  /** Inputs of a batch and a task. */
-  #feeds(batch: BatchFeeds, { terms, ...numbers }: Point): Tensors {
+  /** Tensors of all inputs, for a batch and a task. */
+  #feeds(batch: BatchFeeds, { terms, ...numbers }: TaskWeights): Tensors {
     const { engine } = this.#source;
     const feeds = { ...batchTensors(engine, batch), ...this.#idle };
     for (const { name, in: inputs, out, inputA, inputB } of this.#modules) {
@@ -205,13 +229,13 @@ class SessionMachine implements Machine<BatchFeeds> {
     for (const [i, { weight, bias }] of layersOf(this.head, numbers).entries()) {
       const { in: inputs, out, weightInput, biasInput } = this.head[i]!;
       feeds[weightInput] = engine.tensor(transpose(weight, out, inputs), [1, inputs, out]);
-      // In memory of its own: an engine may take all that a view looks into.
+      // Copied: an engine may take the whole buffer behind a view.
       if (biasInput !== undefined) feeds[biasInput] = engine.tensor(bias.slice(), [1, 1, out]);
     }
     return feeds;
   }
 
-  async #gradients(results: Tensors): Promise<Point> {
+  async #gradients(results: Tensors): Promise<TaskWeights> {
     const of = (input: string): Promise<Floats> => floatsOf(results[this.#source.graph.gradients.get(input)!]!);
     const terms = await Promise.all(
       this.#modules.map(async ({ name, in: inputs, inputA, inputB }) => {
@@ -234,7 +258,7 @@ function rowsOf(batch: BatchFeeds): number {
   return Object.values(batch).find(({ dims }) => dims.length > 0)?.dims[0] ?? 1;
 }
 
-/** In memory of their own: the runtime may use the tensor's again. */
+/** Copies the values: the runtime may reuse the tensor's memory. */
 async function floatsOf(tensor: EngineTensor): Promise<Floats> {
   return Float32Array.from((await dataOf(tensor)) as Float32Array);
 }

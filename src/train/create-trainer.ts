@@ -1,53 +1,56 @@
 /**
- * A trainer on the model of an onnxruntime session. The session learns and answers with one copy of the weights; the trainer holds
- * numbers.
+ * Makes a trainer on a session. One copy of the weights learns and answers, in the session; the trainer holds only the numbers of the
+ * task.
  */
 
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { type PackModule, type Side, sharedBases } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
-import type { BatchFeeds } from "./batch.ts";
-import { createInputs, type Encode } from "./inputs.ts";
-import { labelledLessons } from "./labelled.ts";
-import type { Lessons } from "./lessons.ts";
-import { checkNumbers, checkSession } from "./limits.ts";
-import { createMachine, headInputs } from "./machine.ts";
+import type { BatchFeeds } from "./batch-feeds.ts";
+import { checkNumbers, checkSession } from "./checks.ts";
+import { createBatcher, type Encode } from "./encoding.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import { usualRank } from "./start.ts";
-import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
-import { tokenLessons } from "./tokens.ts";
+import { labelSupervision, type Supervision } from "./supervision.ts";
+import { tokenSupervision } from "./token-supervision.ts";
+import { headInputs, sessionModel } from "./trainable-model.ts";
+import { sharedRows, type TrainedModule, TrainedTerms } from "./trained-terms.ts";
 import { Trainer, type TrainerOptions } from "./trainer.ts";
 
 /** Options of `createTrainer`. */
 export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
-  /** Texts as the model's inputs, one row each: a tokenizer of transformers.js, as it is. Examples with feeds of their own do without. */
+  /**
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js works as it is. Not needed for examples with feeds.
+   */
   readonly encode?: Encode | undefined;
   /**
-   * "coefficients" over the pack's components; "components": these too, for a pack of its own; "lora": factors of every module, which
-   * begin as without a pack, or from its components where `init` says so. Default: "coefficients".
+   * "coefficients": over the pack's components. "components": the components too, for a pack of its own. "lora": factors of every module,
+   * which begin as without a pack, or from its components if `init` says so. Default: "coefficients".
    */
   readonly train?: "coefficients" | "components" | "lora" | undefined;
-  /** Rows of coefficients of each side, or rank of the factors. Default: that of the task to start from, or most of the pack's first tasks. */
+  /**
+   * Rows of coefficients of each side, or rank of the factors. Default: as in the task to start from, or most of the pack's first tasks.
+   */
   readonly rank?: number | undefined;
   /**
    * Rank-1 terms of each module beside the coefficients, for what the components lack. Default: as many as the task to start from has
-   * there, or none.
+   * in the module, else none.
    */
   readonly privateTerms?: number | undefined;
-  /** Names of the modules that are trained. Default: all of the pack. */
+  /** Names of the modules to train. Default: all modules of the pack. */
   readonly modules?: readonly string[] | undefined;
   /**
-   * The layers that are trained whole, of those that the session was made to train: their names, or that of a module that holds them;
-   * `false`: none. Default: all, one of which has a row for each label.
+   * Layers to train whole, among those that the session was created to train: their names, or the name of a module that holds them.
+   * `false`: none. Default: all. One of them has a row for each label.
    */
   readonly head?: string | readonly string[] | false | undefined;
 }
 
 /**
  * Makes a trainer on a session.
- * @param session made with `trainable: true`
- * @throws TypeError for a session that is not trainable; RangeError for labels, ranks, modules or heads that cannot be
+ * @param session created with `trainable: true`
+ * @throws TypeError for a session that is not trainable; RangeError for impossible labels, ranks, modules or heads
  * @example
  * const trainer = await createTrainer(session, { labels: ["spam", "fine"], encode: tokenizer });
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
@@ -61,49 +64,49 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
   ]);
   if (options.labels !== undefined || !session.trainable!.graph.tokens)
     checkList("createTrainer: labels", options.labels!, 'names, such as ["spam", "fine"]');
-  return makeTrainer(session, options, lessonsOf(session, options));
+  return makeTrainer(session, options, supervisionOf(session, options));
 }
 
-/** What a model's answers can be taught by. */
-export function lessonsOf(
+/** Chooses the supervision that fits the model's answers: labels of texts, or classes of tokens. */
+export function supervisionOf(
   session: Session,
   { encode, labels = [], ...options }: Pick<CreateTrainerOptions, "encode" | "labels" | keyof SequenceOptions>,
-): Lessons<BatchFeeds> {
+): Supervision<BatchFeeds> {
   const { graph, example } = session.trainable!;
   const names = session.inputNames;
-  if (!graph.tokens) return labelledLessons(createInputs(encode, names), labels);
-  return tokenLessons({ ...options, encode, names, example, labels, positions: graph.tokens.positions });
+  if (!graph.tokens) return labelSupervision(createBatcher(encode, names), labels);
+  return tokenSupervision({ ...options, encode, names, example, labels, positions: graph.tokens.positions });
 }
 
-/** The same with lessons that may have encoded texts before. */
+/** Makes a trainer with a supervision that may already hold encoded texts. */
 export async function makeTrainer(
   session: Session,
   options: CreateTrainerOptions,
-  lessons: Lessons<BatchFeeds>,
+  supervision: Supervision<BatchFeeds>,
 ): Promise<Trainer<BatchFeeds>> {
   const { pack, trainable } = session;
   const source = trainable!;
   const { train = "coefficients", labels = [] } = options;
   checkChoice("train", train, ["coefficients", "components", "lora"]);
   checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count", decoderStart: "count" });
-  // A vocabulary is no head of a task.
+  // Language models have no head to train: their logits are over the vocabulary.
   const head = headInputs(source, labels.length === 0 ? false : options.head);
   const leftOut = new Set(session.leftOut);
   const here = pack.modules.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
   const absent = options.modules?.find((name) => leftOut.has(name));
   if (absent !== undefined) throw new RangeError(`modules: "${absent}" was left out of this session`);
   const modules = await trainedModules(pack, { ...options, modules: options.modules ?? here }, train === "components");
-  const origin = new Terms(modules);
+  const origin = new TrainedTerms(modules);
   const factors = modules.map(({ shared, privateRank, ...one }) => ({
     ...one,
     privateRank: Math.max(privateRank, shared?.rank ?? 0),
   }));
-  const terms = train === "lora" ? new Terms(factors) : origin;
-  const machine = await createMachine(source, terms, head, labels);
-  return new Trainer({ pack, machine, lessons, terms, origin, labels: [...labels] }, options);
+  const terms = train === "lora" ? new TrainedTerms(factors) : origin;
+  const model = await sessionModel(source, terms, head, labels);
+  return new Trainer({ pack, model, supervision, terms, origin, labels: [...labels] }, options);
 }
 
-/** What is trained of each module, over the pack's components. */
+/** Lists what is trained of each module, over the pack's components. */
 async function trainedModules(
   pack: Pack,
   { modules, init, privateTerms, ...options }: CreateTrainerOptions,

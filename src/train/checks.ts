@@ -1,12 +1,12 @@
 /**
- * Checks of what training is given.
+ * Checks of options and sessions that training functions take.
  */
 import { checkArgument } from "../arguments.ts";
 import type { Session } from "../session/session.ts";
 
 type Kind = "whole" | "count" | "share" | "between" | "positive" | "unlimited" | "rate";
 
-/** What a number must be, in words and as a test. */
+/** What a number must be: words for the message, and a test. */
 const LIMITS: Readonly<Record<Kind, readonly [expected: string, valid: (value: number) => boolean]>> = {
   whole: ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1],
   count: ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0],
@@ -19,7 +19,7 @@ const LIMITS: Readonly<Record<Kind, readonly [expected: string, valid: (value: n
 
 /**
  * @param where the public function, for the message
- * @param options undefined ones are left to their defaults
+ * @param options undefined values are skipped; their defaults apply
  * @throws RangeError naming the option, what is expected and what was found
  */
 export function checkNumbers<Options extends object>(
@@ -35,7 +35,7 @@ export function checkNumbers<Options extends object>(
   }
 }
 
-/** @throws TypeError when `session` is none, or one that cannot be trained */
+/** @throws TypeError when `session` is not a session, or was made without `trainable: true` */
 export function checkSession(where: string, session: Session): void {
   checkArgument(where, session, "a session (await createEigenSession(…))", "trainable");
   if (session.trainable) return;

@@ -1,6 +1,6 @@
 /**
- * An encoder and a decoder in files of their own, as one model in memory: what a task has to learn in the encoder comes out of the
- * decoder, and gradients do not pass from file to file. For training; to answer, the two files stay two.
+ * Joins an encoder and a decoder from two files into one model in memory, for training: what a task learns in the encoder shows only in
+ * the decoder's results, and gradients do not pass between files. For answering, the two files stay separate.
  */
 import { checkOptions } from "../arguments.ts";
 import { FormatError, SourceError } from "../errors.ts";
@@ -15,24 +15,25 @@ import { halvesOf, nameHalf, renameNodes } from "./rename.ts";
 import { EXTERNAL, type OpenExternal, readTensor, tensorType } from "./tensors.ts";
 import { LEAST_DETACHED, point } from "./write.ts";
 
-/** What goes from one half to the other. */
+/** Name of the value that the encoder hands to the decoder. */
 const SAID = "encoder_last_hidden_state";
 const READ = "encoder_hidden_states";
 const MASK = "encoder_attention_mask";
 
-/** In front of the encoder's files, among those of the decoder; by itself the encoder's own. */
+/** Location of the encoder's file among the decoder's files; prefix of the encoder's other files. */
 const BESIDE = "eigenlora-encoder";
 
-/** `ModelProto.functions`. */
+/** Field number of `ModelProto.functions`. */
 const FUNCTIONS = 25;
 
-/** Names of `TensorProto.DataType`, of what encoders say and masks are. */
+/** Names of `TensorProto.DataType`, for outputs of encoders and masks. */
 const TYPES: Readonly<Record<number, string>> = { 1: "f32", 6: "int32", 7: "int64", 9: "bool", 10: "f16", 16: "bf16" };
 
 const PAIR = 'pass { encoder: "encoder_model.onnx", decoder: "decoder_model_merged.onnx" } of one model and one export';
 
 /**
- * @param options `external` is asked for what lies beside either file
+ * Reads and joins the two halves.
+ * @param options `external` is asked for files beside either one
  * @throws FormatError when a file is not the half that it is given as, or the two do not fit each other
  */
 export async function readParts(parts: ModelParts, options: Parameters<typeof readModel>[1]): Promise<ModelFile> {
@@ -98,15 +99,15 @@ async function joined(
 const namesOf = (values: readonly { readonly name: string }[]): string =>
   values.map(({ name }) => name).join(", ") || "none";
 
-/** Inputs without those that initializers are the defaults of, as old files list them. */
+/** Drops inputs that only declare defaults of initializers, as old files do. */
 function dropGiven(graph: GraphProto): void {
   const own = new Set(graph.initializer.map(({ name }) => name));
   graph.input = graph.input.filter(({ name }) => !own.has(name));
 }
 
 /**
- * Whether each is the half that it is given as.
- * @returns what the encoder says
+ * Checks that each file is the half that it is given as.
+ * @returns the encoder's output
  */
 function checkHalves(encoder: OnnxModel, decoder: OnnxModel): ValueInfoProto {
   const reads = ({ graph }: OnnxModel): boolean => graph.proto.input.some(({ name }) => name === READ);
@@ -132,7 +133,7 @@ function refuse({ name: file }: OnnxModel, part: string, expected: string, found
   throw new FormatError(`expected ${expected}, found ${found}; ${advice}`, { file, part });
 }
 
-/** The decoder's model with what the encoder's nodes need. @throws FormatError when a version of operators differs */
+/** The decoder's header with what the encoder's nodes need. @throws FormatError when a version of operators differs */
 function joinedHeader(encoder: OnnxModel, decoder: OnnxModel): ModelProto {
   const [first, proto] = [encoder.proto, decoder.proto];
   const domain = (name: string): string => (name === "ai.onnx" ? "" : name);
@@ -165,7 +166,7 @@ function joinedHeader(encoder: OnnxModel, decoder: OnnxModel): ModelProto {
   return proto;
 }
 
-/** @throws FormatError when the decoder goes on from an earlier run */
+/** @throws FormatError when the decoder continues an earlier run */
 function checkCaches(decoder: OnnxModel): void {
   const { input, node } = decoder.graph.proto;
   const past = input.find(({ name }) => /^past|^use_cache_branch$/.test(name));
@@ -181,10 +182,10 @@ function checkCaches(decoder: OnnxModel): void {
   );
 }
 
-/** What the inputs of a decoder are called in the joined model. */
+/** Names of a decoder's inputs in the joined model. */
 function decoderInputs(first: readonly ValueInfoProto[], second: readonly ValueInfoProto[]): Map<string, string> {
   const taken = new Set(first.map(({ name }) => name));
-  // What is said of tokens is of the decoder's, whether the encoder takes such a thing or not.
+  // Inputs about tokens belong to the decoder, even if the encoder has none of that name.
   const ofTokens = ["input_ids", "attention_mask", "position_ids", "token_type_ids"];
   const known = new Map(ofTokens.map((name) => [name, `decoder_${name}`]));
   known.set(MASK, "attention_mask").set(READ, SAID);
@@ -195,7 +196,7 @@ function tensorIn({ type }: ValueInfoProto) {
   return type?.value.case === "tensorType" ? type.value.value : undefined;
 }
 
-/** @throws FormatError when the decoder reads something else than the encoder says */
+/** @throws FormatError when the decoder reads something else than the encoder's output */
 function checkFits(encoder: OnnxModel, decoder: OnnxModel, said: ValueInfoProto): void {
   const { input } = decoder.graph.proto;
   const read = input.find(({ name }) => name === READ);
@@ -215,13 +216,13 @@ function checkFits(encoder: OnnxModel, decoder: OnnxModel, said: ValueInfoProto)
     refuse(decoder, `input ${READ}`, `${given} numbers for each token, as ${encoder.name} gives`, `${wanted}`);
 }
 
-/** The last dimension of a value, where it is fixed. */
+/** Last dimension of a value, where it is fixed. */
 function widthOf(value: ValueInfoProto): number | undefined {
   const last = tensorIn(value)?.shape?.dim.at(-1)?.value;
   return last?.case === "dimValue" ? Number(last.value) : undefined;
 }
 
-/** How wide a layer is that reads what the encoder says. */
+/** Width of a layer that reads the encoder's output. */
 function widthRead({ node, initializer }: GraphProto): number | undefined {
   const weight = node.find(({ opType, input }) => opType === "MatMul" && input[0] === READ)?.input[1];
   const rows = initializer.find(({ name }) => name === weight)?.dims[0];
@@ -229,7 +230,7 @@ function widthRead({ node, initializer }: GraphProto): number | undefined {
 }
 
 /**
- * Free dimensions of the decoder's inputs: as many rows as the encoder's, and a length of its own, whatever both files call it.
+ * Names the free dimensions of the decoder's inputs: the encoder's batch and a length of its own, whatever the two files call them.
  * @param second renamed already
  */
 function nameDimensions(first: readonly ValueInfoProto[], second: readonly ValueInfoProto[]): void {
@@ -248,7 +249,7 @@ function nameDimensions(first: readonly ValueInfoProto[], second: readonly Value
 }
 
 /**
- * Tables that both files hold under one name: embeddings that encoder and decoder share. A task that changes one changes both.
+ * Tables that both files hold under one name: embeddings shared by encoder and decoder. A task that changes one changes both.
  * @returns their names
  */
 async function sharedTables(encoder: ModelFile, decoder: ModelFile, options?: ReadOptions): Promise<Set<string>> {
@@ -267,7 +268,7 @@ async function sharedTables(encoder: ModelFile, decoder: ModelFile, options?: Re
   return shared;
 }
 
-/** Has the encoder's weights lie where `besideBoth` finds them. */
+/** Points the encoder's weights to where `besideBoth` finds them. */
 function pointBeside({ model, bytes }: ModelFile): void {
   for (const { initializer } of model.graph.scopes.keys()) {
     for (const tensor of initializer) {
@@ -280,7 +281,7 @@ function pointBeside({ model, bytes }: ModelFile): void {
   }
 }
 
-/** Opens what lies beside either file, and the encoder's own. */
+/** Opens files beside either half, and the encoder's own. */
 function besideBoth(encoder: ModelFile, decoder: ModelFile): OpenExternal {
   return async (location) => {
     if (location === BESIDE) return openSource(encoder.bytes);

@@ -1,47 +1,47 @@
 /**
- * What was learned, as a task of the pack: coefficients over its components, private terms, the head.
+ * Stores what was learned as a task of the pack: coefficients over its components, private terms, the head. In packs with a step, a task
+ * that is trained on keeps the steps it was stored with, so that it takes about as many bytes.
  */
 
 import type { Pack } from "../core/pack.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { bringsOf, sharedBases, type TaskMetadata } from "../format/format.ts";
+import { bringsOf, encodedTensor, sharedBases, type TaskBlob, type TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
 import { storedTask } from "../pack/coding.ts";
-import { narrowTerms, widthsOf } from "../pack/steps.ts";
-import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { narrowTerms, stepOf, widthsOf } from "../pack/steps.ts";
+import { BITS, type Dtype, decodeScales, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
+import { encodeTensor, toInteger } from "../tensor/encode.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
 import type { State } from "./state.ts";
-import { type LayerSteps, rowsOf, type Stepped, toSteps } from "./steps.ts";
-import { storingTrained, type Terms, type TrainedParameter } from "./terms.ts";
+import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
 
 /** How a task is stored. */
 export interface TaskFileOptions {
-  /** In the file; `addTask` may give another. */
+  /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
-  /** Number formats; the head's bias is f16 where its weight is integers. Default: f16. */
+  /** Number formats. The bias of the head is f16 where the weight is integers. Default: f16. */
   readonly dtype?: Partial<TaskDtypes> | undefined;
-  /** Beside the labels, for instance a licence. */
+  /** Metadata beside the labels, for instance a licence. */
   readonly metadata?: TaskMetadata | undefined;
 }
 
-/** A task as a file of its own (SPEC.md, section 7), coded where the pack's tasks are: whoever adds it keeps its bytes. */
+/** Writes a task as a file of its own (SPEC.md, section 7), coded if the pack's tasks are, so that adding it keeps its bytes. */
 export function taskFile(pack: Pack, task: TaskToWrite): Uint8Array<ArrayBuffer> {
   const { entry, blob } = storedTask(pack, task);
   return encodeTaskFile(entry, pack.basisId, blob);
 }
 
 /**
- * The task, without entropy coding.
- * @param head the layers that `weight` and `bias` are of
- * @throws RangeError when a value does not fit its number format, or the labels are not as many as the head has rows
+ * Encodes the task, without entropy coding.
+ * @param head layers of `weight` and `bias`
+ * @throws RangeError when a value does not fit its number format, or the number of labels differs from the head's rows
  * @throws FormatError for metadata that the format does not hold
  */
 export function learnedTask(
   pack: Pack,
-  trained: Terms,
+  trained: TrainedTerms,
   { parameters, ...numbers }: Omit<State, "all">,
   head: readonly HeadLayer[],
   { id = "task", dtype = {}, metadata = {}, stored }: TaskFileOptions & Stepped,
@@ -77,7 +77,7 @@ export function learnedTask(
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
   const blob = encodeTask(stored ? narrowTerms(terms, pack.modules.map(widthsOf)) : terms, saved);
-  // A writer ends by reading what it wrote.
+  // The written task is read back: parsing checks it.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
   return { entry: { id, adapterBytes: 0, metadata, brings }, blob };
 }
@@ -109,4 +109,71 @@ function tensor(
   steps?: Float32Array,
 ): TensorInput {
   return { dtype, encoded: storingTrained(what, () => encodeTensor(dtype, values, rows, width, steps)) };
+}
+
+/** The step of every number that a task stores as an integer. */
+export interface TaskSteps {
+  /** Steps of the parameters. */
+  readonly parameters: Float32Array<ArrayBuffer>;
+  /** Steps of the weight of each layer of the head; undefined for weights in another number format. */
+  readonly head: readonly (LayerSteps | undefined)[];
+}
+
+/** The steps of a head's layer. */
+export interface LayerSteps {
+  readonly weight: Float32Array<ArrayBuffer>;
+  /** Largest integer of the weight's number format. */
+  readonly largest: number;
+}
+
+/** Option of what is trained, or stored, as integers. */
+export interface Stepped {
+  /** Steps of the integers. Default: number formats decide how numbers are stored. */
+  readonly stored?: TaskSteps | undefined;
+}
+
+/** Steps of a stored task; undefined in packs without a step. */
+export function stepsOf(
+  pack: Pack,
+  terms: TrainedTerms,
+  blob: TaskBlob,
+  head: readonly Pick<HeadLayer, "module">[],
+): TaskSteps | undefined {
+  if (stepOf(pack) === undefined) return undefined;
+  const parameters = new Float32Array(terms.size);
+  for (const parameter of terms.parameters) {
+    const tensor = tensorOf(pack, blob, parameter);
+    const part = terms.part(parameters, parameter.module, parameter.kind)!;
+    if (tensor) part.set(ofRows(decodeScales(encodedTensor(blob.bytes, tensor), tensor.rows), tensor.width));
+  }
+  return { parameters, head: head.map(({ module }) => layerSteps(blob, module)) };
+}
+
+function layerSteps(blob: TaskBlob, module: string): LayerSteps | undefined {
+  const stored = blob.parameters.find(({ name }) => name === `${module}.weight`)?.tensor;
+  if (!stored || !isQuantized(stored.dtype)) return undefined;
+  const { dtype, rows, width } = stored;
+  const weight = ofRows(decodeScales(encodedTensor(blob.bytes, stored), rows), width);
+  return { weight, largest: 2 ** (BITS[dtype] - 1) - 1 };
+}
+
+function ofRows(scales: Float32Array, width: number): Float32Array<ArrayBuffer> {
+  return Float32Array.from({ length: scales.length * width }, (_, i) => scales[Math.floor(i / width)]!);
+}
+
+/**
+ * Rounds numbers to multiples of their steps, as they will be read.
+ * @param largest integer, in magnitude. Default: that of int8
+ */
+export function toSteps(values: Float32Array, steps: Float32Array, largest: number = 127): Float32Array<ArrayBuffer> {
+  return Float32Array.from(values, (value, i) => {
+    const step = steps[i]!;
+    return step > 0 ? toInteger(value / step, largest) * step : 0;
+  });
+}
+
+/** Step of each row. @param steps [rows, width]; 0 for rows without numbers */
+export function rowsOf(steps: Float32Array, rows: number): Float32Array {
+  const width = steps.length / rows;
+  return Float32Array.from({ length: rows }, (_, row) => steps[row * width] ?? 0);
 }

@@ -1,7 +1,7 @@
 /**
- * What the numbers that are trained mean: coefficients over a pack's components, the components themselves, private terms. Here
- * they become the terms that a model is fed with, and gradients of terms become theirs. For one side of a module, with its rows
- * d wide (A: d = in; B: d = out, its rows are those of Bt):
+ * The meaning of the trained numbers: coefficients over a pack's components, the components themselves, private terms. They become
+ * the terms that a model is fed with, and gradients of terms become gradients of the numbers. One side of a module, whose rows are d
+ * wide (A: d = in; B: d = out, its rows are those of Bt):
  *
  *     column    row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
  *     flat      all rows in one = mean + Σ_k alpha[k] · E[k]               alpha [1, K], E [K, rank·d]
@@ -9,27 +9,36 @@
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
-import { type PackModule, readTensor, type Side, sharedBases } from "../format/format.ts";
+
+import type { Pack } from "../core/pack.ts";
+import {
+  type PackModule,
+  readTensor,
+  type Side,
+  sharedBases,
+  type TaskBlob,
+  type TensorRef,
+} from "../format/format.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
-export interface Basis {
+export interface SharedBasis {
   readonly kind: Side["kind"];
   readonly K: number;
-  /** E [K, width], and the mean as one row more where there is one. */
+  /** Components E [K, width], then the mean as one more row where there is one. */
   readonly values: Float32Array;
   readonly mean: boolean;
-  /** d, or rank·d where it is flat. */
+  /** Width of a row: d, or rank·d for flat components. */
   readonly width: number;
 }
 
-/** Components of both sides of a module, and how many rows are made of them. */
+/** Components of both sides of a module, and the number of rows made from them. */
 export interface SharedRows {
   readonly rank: number;
-  readonly A: Basis;
-  readonly B: Basis;
+  readonly A: SharedBasis;
+  readonly B: SharedBasis;
   /** Whether the components are trained too. */
   readonly trained: boolean;
 }
@@ -40,32 +49,32 @@ export interface TrainedModule {
   readonly in: number;
   readonly out: number;
   readonly shared?: SharedRows | undefined;
-  /** Rows of private terms; of a LoRA all. */
+  /** Rows of private terms; a LoRA has no others. */
   readonly privateRank: number;
 }
 
 type SideName = "A" | "B";
 const SIDES: readonly SideName[] = ["A", "B"];
 
-/** One matrix among the numbers that are trained. */
+/** One matrix among the trained numbers. */
 export interface TrainedParameter {
   readonly module: string;
   readonly kind: `${"alpha" | "components" | "private"}${SideName}`;
   readonly dims: readonly [rows: number, columns: number];
-  /** Of its first element. */
+  /** Index of its first element. */
   readonly offset: number;
 }
 
-/** Values of one kind of all parameters: the numbers themselves, or their gradients. */
+/** One number for each trained parameter: its value, or its gradient. */
 type Values = Float32Array<ArrayBuffer>;
 
-export class Terms {
+export class TrainedTerms {
   readonly modules: readonly TrainedModule[];
   /** Coefficients and private rows first, then components. */
   readonly parameters: readonly TrainedParameter[];
-  /** Numbers of all parameters. */
+  /** Total count of numbers. */
   readonly size: number;
-  /** Of them, those in front that are no components. */
+  /** Count of coefficients and private rows; components follow. */
   readonly ofTasks: number;
   readonly #at = new Map<string, TrainedParameter>();
 
@@ -98,20 +107,20 @@ export class Terms {
     return this.#at.get(`${kind} ${module}`);
   }
 
-  /** The part of `values` that is one parameter, a view; undefined where there is none. */
+  /** A view of one parameter in `values`; undefined where it is not trained. */
   part(values: Values, module: string, kind: TrainedParameter["kind"]): Values | undefined {
     const found = this.parameter(module, kind);
     return found && values.subarray(found.offset, found.offset + found.dims[0] * found.dims[1]);
   }
 
-  /** The components as they are stored, into those that are trained. */
+  /** Writes the stored components into the trained ones. */
   fillComponents(values: Values): void {
     for (const { name, shared } of this.modules) {
       for (const side of SIDES) this.part(values, name, `components${side}`)?.set(shared![side].values);
     }
   }
 
-  /** The same numbers as they would be read from a file of this type; components, which are no task's, stay. */
+  /** Rounds the numbers as a file of this type would; components belong to no task and stay exact. */
   rounded(values: Values, dtype: Dtype): Values {
     const stored = values.slice();
     for (const { module, kind, dims } of this.parameters) {
@@ -122,7 +131,7 @@ export class Terms {
     return stored;
   }
 
-  /** Terms of every module, in memory of their own. */
+  /** Makes the terms of every module, in new memory. */
   expand(values: Values): Map<string, Term> {
     return new Map(
       this.modules.map((module) => {
@@ -136,7 +145,7 @@ export class Terms {
     );
   }
 
-  /** @param rows [rank, d], gets the result */
+  /** @param rows [rank, d], receives the result */
   #expand(values: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
     const shared = this.#shared(values, module, side);
     if (shared) {
@@ -160,13 +169,13 @@ export class Terms {
         ...shared[side],
         E: this.part(values, name, `components${side}`) ?? shared[side].values,
         alpha: this.part(values, name, `alpha${side}`)!,
-        /** Rows of alpha. Without components there are rows all the same, of the mean alone. */
+        /** Rows of alpha. Even without components there are rows, made of the mean alone. */
         count: this.parameter(name, `alpha${side}`)!.dims[0],
       }
     );
   }
 
-  /** Gradients of all parameters, from those of the terms. */
+  /** Turns gradients of terms into gradients of all parameters. */
   pullBack(values: Values, terms: ReadonlyMap<string, Term>): Values {
     const gradients = new Float32Array(this.size);
     for (const module of this.modules) {
@@ -198,17 +207,17 @@ export class Terms {
   }
 }
 
-/** Values [rows, width] as they would be read from a file. */
+/** Rounds values [rows, width] to what a file would hold. */
 export function asStored(values: Float32Array, dtype: Dtype, rows: number, width: number): Float32Array {
   return decodeTensor(dtype, encodeTensor(dtype, values, rows, width), rows, width);
 }
 
-/** Says in the errors of `encode` what was to be stored. @throws UnstorableError */
+/** Names what was to be stored in the errors of `encode`. @throws UnstorableError */
 export function storingTrained<T>(what: string, encode: () => T): T {
   return storing(what, undefined, encode, "take a smaller learning rate");
 }
 
-/** sums [width] += a [K] · E [K, width], four rows at a time: a step of training waits for this. */
+/** Adds a [K] · E [K, width] to sums [width], four rows at a time: training steps wait for this product. */
 function accumulate(sums: Float64Array, a: Float32Array, E: Float32Array): void {
   const width = sums.length;
   let k = 0;
@@ -245,10 +254,10 @@ function products(out: Float32Array, g: Float32Array, E: Float32Array): void {
 }
 
 /**
- * The components that tasks share on both sides of a module; undefined where they do not, for there is nothing to take coefficients of.
+ * Reads the components that tasks share on both sides of a module; undefined where there are none to take coefficients of.
  * @param bases of the pack, as `pack.bases()` gives them
- * @param rank of the rows; flat components are of a rank of their own
- * @param made whether a task that is trained on has rows of the module: they may be of the mean alone
+ * @param rank of the rows; flat components have a rank of their own
+ * @param made whether the task that is trained on has rows of the module, which may be of the mean alone
  */
 export function sharedRows(
   module: PackModule,
@@ -259,8 +268,25 @@ export function sharedRows(
 ): SharedRows | undefined {
   const { A, B } = sharedBases(module) ?? {};
   if (!A || !B || (!made && (A.K === 0 || B.K === 0))) return undefined;
-  const read = ({ kind, K, mean, tensor }: Side): Basis => {
+  const read = ({ kind, K, mean, tensor }: Side): SharedBasis => {
     return { kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
   };
   return { rank: A.rank ?? rank, A: read(A), B: read(B), trained };
+}
+
+/** Finds the tensor of a parameter in a task. */
+export function tensorOf(
+  pack: Pack,
+  { terms }: TaskBlob,
+  { module, kind, dims }: TrainedParameter,
+): TensorRef | undefined {
+  const term = terms.find((one) => pack.modules[one.module]!.name === module);
+  const tensors: Partial<Record<TrainedParameter["kind"], TensorRef | undefined>> = {
+    alphaA: term?.A?.tensor,
+    alphaB: term?.B?.tensor,
+    privateA: term?.privateA,
+    privateB: term?.privateBt,
+  };
+  const tensor = tensors[kind];
+  return tensor?.width === dims[1] ? tensor : undefined;
 }

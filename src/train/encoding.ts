@@ -1,14 +1,14 @@
 /**
- * Examples as batches of a model's inputs. Each text is tokenised once: a batch is put together from its rows, padded as the
- * tokenizer itself pads. How it does is seen on the shortest and the longest text, encoded together. Where that does not explain
- * the padding (positions that go on through it, say), batches are encoded as they come.
+ * Examples as batches of a model's inputs. Each text is tokenised once; batches are put together from these rows, padded as the tokenizer
+ * pads. Its padding is learned from the shortest and the longest text, encoded together. Where one value does not explain the padding
+ * (positions that go on through it, say), batches are encoded by the tokenizer as they come.
  */
-import { type BatchFeeds, checkShapes, joinFeeds, shapesOf } from "./batch.ts";
+import { type BatchFeeds, checkShapes, joinFeeds, shapesOf } from "./batch-feeds.ts";
 import type { Unlabelled } from "./examples.ts";
 
 /**
- * Texts as a model's inputs, one row each, padded to the longest of them. A tokenizer of transformers.js will do as it is, since `how`
- * is what it is to be told.
+ * Turns texts into a model's inputs, one row each, padded to the longest. A tokenizer of transformers.js works as it is, since `how`
+ * holds its options.
  * @param inputs names of the model's inputs
  */
 export type Encode = (
@@ -17,40 +17,40 @@ export type Encode = (
   inputs: readonly string[],
 ) => BatchFeeds | Promise<BatchFeeds>;
 
-/** What a tokenizer is told. */
+/** Options for the tokenizer. */
 export const PADDED = { padding: true, truncation: true } as const;
 
-/** Rows as batches. `Feeds` are one batch of a model's inputs. */
-export interface Inputs<Feeds> {
+/** Puts rows into batches. `Feeds` are one batch of a model's inputs. */
+export interface Batcher<Feeds> {
   /** Whether texts can be encoded. */
   readonly encodes: boolean;
   /**
-   * Encodes rows for later batches, and tells how long each is, in any unit: rows of like lengths go into one batch, since they are
-   * padded to the longest.
+   * Encodes rows for later batches and measures their lengths, in any unit. Rows are padded to the longest of their batch, so batches
+   * take rows of similar lengths.
    */
   lengths<R extends Unlabelled<Feeds>>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
-  /** What rows of one batch have alike: texts are padded, the inputs of a caller's feeds must have the same dimensions. */
+  /** Key of rows that fit into one batch. Texts are padded; feeds of callers must have the same dimensions. */
   alike(row: Unlabelled<Feeds>): string;
   /** @throws TypeError when the rows cannot be put into one batch */
   batch(rows: readonly Unlabelled<Feeds>[]): Promise<Feeds>;
 }
 
-/** Fills rows up in front or behind, with one value for each input. */
+/** Padding in front of a row or behind it, with one value for each input. */
 interface Padding {
   readonly front: boolean;
   readonly values: ReadonlyMap<string, number>;
 }
 
-/** @param names of the model's inputs: what else a tokenizer gives is left out */
-export function createInputs(encodeTexts: Encode | undefined, names: readonly string[]): Inputs<BatchFeeds> {
+/** @param names of the model's inputs; other outputs of a tokenizer are dropped */
+export function createBatcher(encodeTexts: Encode | undefined, names: readonly string[]): Batcher<BatchFeeds> {
   const encode = async (texts: string[]): Promise<BatchFeeds> => {
     const feeds = await encodeTexts!(texts, PADDED, names);
     return Object.fromEntries(Object.entries(feeds).filter(([name]) => names.includes(name)));
   };
-  /** Batches of one, by text. */
+  /** Encoded texts, as batches of one. */
   const encoded = new Map<string, BatchFeeds>();
   let padding: Padding | undefined;
-  /** The most places that padding was seen to fill. */
+  /** Largest number of padded places seen so far. */
   let seen = 0;
 
   const learnPadding = async (short: string, long: string): Promise<void> => {
@@ -101,7 +101,7 @@ function sizeOf(feeds: BatchFeeds): number {
   return Math.max(...Object.values(feeds).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
 }
 
-/** How `pair`, the texts of `short` and `long` encoded together, is padded; undefined where one value does not explain it. */
+/** Explains how `pair`, `short` and `long` encoded together, is padded; undefined where one value for each input does not explain it. */
 function paddingOf(short: BatchFeeds, long: BatchFeeds, pair: BatchFeeds): Padding | undefined {
   const same = ([name, { dims, data }]: [string, BatchFeeds[string]], other: BatchFeeds): boolean =>
     dims.join() === other[name]!.dims.join() && String(data) === String(other[name]!.data);
@@ -117,7 +117,7 @@ function paddingOf(short: BatchFeeds, long: BatchFeeds, pair: BatchFeeds): Paddi
   return undefined;
 }
 
-/** Batches of one, each input as long as the longest of them; undefined where padding does not make them so. */
+/** Pads batches of one so that each input is as long as the longest; undefined where that is impossible. */
 function padAlike(all: readonly BatchFeeds[], padding: Padding | undefined): BatchFeeds[] | undefined {
   const padded = all.map((): Record<string, BatchFeeds[string]> => ({}));
   for (const name of Object.keys(all[0]!)) {

@@ -1,0 +1,193 @@
+/**
+ * Words and English of the source: one declaration for each name, file names that say what a file holds, and comments that begin with a
+ * noun or a verb.
+ */
+import { readdirSync, readFileSync } from "node:fs";
+import { basename, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import t from "tap";
+import ts from "typescript";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+
+/** Generated from ONNX's schema. */
+const GENERATED = "src/onnx/onnx_pb.ts";
+
+/** Names of types that several files have used for different things: one declaration each, exported or not. */
+const WORDS = ["Place", "Part", "Prepared", "Terms", "Score"];
+
+/** File names that several folders have used for different things: one file each. */
+const FILES = ["fold.ts", "parts.ts", "project.ts", "steps.ts"];
+
+/** File names that do not say what a file holds. */
+const VAGUE = ["fill.ts", "lessons.ts", "limits.ts", "machine.ts", "subject.ts"];
+
+/** Names and file names that still have several declarations, with the reason. */
+const SEVERAL: Readonly<Record<string, string>> = {
+  Slice: "core and sessions: a range of a block, a part of a packed layer",
+  Range: "core and CLI: a range of a buffer, a range of an option",
+  Held: "core and sessions",
+  Tried: "packing and CLI",
+  Asked: "CLI",
+  Target: "packing and CLI",
+  Components: "packing and ONNX: the graft takes it by that name",
+  Answer: "packing and HTTP",
+  Side: "packing and format",
+  Plan: "format and sessions",
+  Bases: "format and packs",
+  Message: "the generated code of ONNX's schema imports protobuf's under this name; the other is a message of a chat",
+  Shared: "bindings and packing",
+  Survey: "packing and sessions",
+  Change: "core",
+  BaseValues: "core and sessions",
+  SessionOptions: "bindings and sessions",
+  TaskDtypes: "packing: twice alike",
+  Place: "core, packing and bindings",
+  Prepared: "core, packing and sessions",
+  Part: "packing and sessions",
+  "fold.ts": "core, sessions and CLI",
+  "parts.ts": "core and CLI",
+  "project.ts": "packing and CLI",
+  "steps.ts": "packing",
+};
+
+/** Folders and files whose comments are checked. */
+const DONE = [
+  "src/adapters/",
+  "src/autodiff/",
+  "src/onnx/",
+  "src/train/",
+  "assembly/",
+  "kernels/",
+  "test/",
+  "benchmarks/",
+];
+
+/** Files in these folders that are rewritten together with sessions. */
+const LATER = ["src/onnx/adapted.ts", "src/onnx/graft.ts", "src/onnx/graft-forms.ts", "src/onnx/modules.ts"];
+
+const PREPOSITION = /^(as|at|beside|by|for|from|in|of|on|to|with|without)\b/i;
+const RIDDLE = /\b(whoever|of which|of so many)\b/i;
+
+function filesIn(folder: string, ending: RegExp): string[] {
+  return readdirSync(join(root, folder), { recursive: true, encoding: "utf8" })
+    .map((file) => `${folder}/${file.replaceAll("\\", "/")}`)
+    .filter((file) => ending.test(file) && !/node_modules|\/data\//.test(file) && file !== GENERATED);
+}
+
+function parse(file: string): ts.SourceFile {
+  return ts.createSourceFile(file, readFileSync(join(root, file), "utf8"), ts.ScriptTarget.Latest, true);
+}
+
+const sources = ["src", "bindings"].flatMap((folder) => filesIn(folder, /\.ts$/)).map(parse);
+
+/** Types, classes, interfaces and enums that a file declares. */
+function declared(source: ts.SourceFile): { name: string; exported: boolean }[] {
+  return source.statements.flatMap((statement) => {
+    if (
+      !ts.isTypeAliasDeclaration(statement) &&
+      !ts.isInterfaceDeclaration(statement) &&
+      !ts.isClassDeclaration(statement) &&
+      !ts.isEnumDeclaration(statement)
+    )
+      return [];
+    const exported = statement.modifiers?.some(({ kind }) => kind === ts.SyntaxKind.ExportKeyword) ?? false;
+    return statement.name ? [{ name: statement.name.text, exported }] : [];
+  });
+}
+
+const excused = new Set<string>();
+
+/** Names that more than one file has, with the files; names with a reason are left out. */
+function repeated(names: Iterable<readonly [name: string, file: string]>): string[] {
+  const files = new Map<string, Set<string>>();
+  for (const [name, file] of names) files.set(name, (files.get(name) ?? new Set()).add(file));
+  const several = [...files].filter(([, all]) => all.size > 1);
+  for (const [name] of several) if (name in SEVERAL) excused.add(name);
+  return several.flatMap(([name, all]) => (excused.has(name) ? [] : [`${name}: ${[...all].sort().join(", ")}`]));
+}
+
+t.test("an exported type has a name of its own", async (t) => {
+  const names = sources.flatMap((source) =>
+    declared(source).flatMap(({ name, exported }) => (exported ? [[name, source.fileName] as const] : [])),
+  );
+  t.same(repeated(names), []);
+});
+
+t.test("words with one meaning are declared once", async (t) => {
+  const names = sources.flatMap((source) =>
+    declared(source).flatMap(({ name }) => (WORDS.includes(name) ? [[name, source.fileName] as const] : [])),
+  );
+  t.same(repeated(names), []);
+});
+
+t.test("a file's name says what it holds", async (t) => {
+  const files = sources.map(({ fileName }) => fileName);
+  t.same(
+    repeated(files.flatMap((file) => (FILES.includes(basename(file)) ? [[basename(file), file] as const] : []))),
+    [],
+  );
+  t.same(
+    files.filter((file) => VAGUE.includes(basename(file))),
+    [],
+  );
+});
+
+t.test("no exception is left over", async (t) => {
+  t.same(
+    Object.keys(SEVERAL).filter((name) => !excused.has(name)),
+    [],
+  );
+});
+
+/** Comments of a file: blocks, and lines that follow each other as one. */
+function commentsOf(file: string): { line: number; text: string }[] {
+  const source = parse(file);
+  const { text } = source;
+  const ranges = new Map<number, ts.CommentRange>();
+  const visit = (node: ts.Node): void => {
+    const around = [
+      ...(ts.getLeadingCommentRanges(text, node.pos) ?? []),
+      ...(ts.getTrailingCommentRanges(text, node.end) ?? []),
+    ];
+    for (const range of around) ranges.set(range.pos, range);
+    node.getChildren(source).forEach(visit);
+  };
+  visit(source);
+  const found: { line: number; last: number; text: string }[] = [];
+  for (const { pos, end, kind } of [...ranges.values()].sort((a, b) => a.pos - b.pos)) {
+    const [line, last] = [pos, end].map((at) => source.getLineAndCharacterOfPosition(at).line + 1) as [number, number];
+    const raw = text.slice(pos, end);
+    const before = found.at(-1);
+    if (kind === ts.SyntaxKind.SingleLineCommentTrivia) {
+      const own = text.slice(text.lastIndexOf("\n", pos) + 1, pos).trim() === "";
+      if (own && before?.last === line - 1)
+        Object.assign(before, { last, text: `${before.text} ${raw.slice(2).trim()}` });
+      else found.push({ line, last: own ? last : 0, text: raw.slice(2).trim() });
+    } else {
+      const lines = raw.replace(/^\/\*+|\*\/$/g, "").replace(/^[ \t]*\*/gm, "");
+      found.push({ line, last: 0, text: lines.replace(/\s+/g, " ").trim() });
+    }
+  }
+  return found;
+}
+
+/** Comments of a shader. */
+function shaderComments(file: string): { line: number; text: string }[] {
+  const lines = readFileSync(join(root, file), "utf8").split("\n");
+  const own = lines.map((line) => /^\s*\/\/ ?(.*)/.exec(line)?.[1]);
+  return own.flatMap((text, i) => (text && !own[i - 1] ? [{ line: i + 1, text }] : []));
+}
+
+t.test("comments begin with a noun or a verb, and state facts", async (t) => {
+  const folders = [...new Set(DONE.map((place) => place.split("/")[0]!))];
+  const files = folders
+    .flatMap((folder) => filesIn(folder, /\.(ts|js|mjs|wgsl)$/))
+    .filter((file) => DONE.some((place) => file.startsWith(place)) && !LATER.includes(file));
+  const wrong = files.flatMap((file) =>
+    (file.endsWith(".wgsl") ? shaderComments : commentsOf)(file).flatMap(({ line, text }) =>
+      PREPOSITION.test(text) || RIDDLE.test(text) ? [`${file}:${line}: ${text.slice(0, 80)}`] : [],
+    ),
+  );
+  t.same(wrong, []);
+});
