@@ -4,7 +4,6 @@
  */
 
 import { fileURLToPath } from "node:url";
-import asc from "assemblyscript/asc";
 
 /** Compiler switches of each build, by the variant's name. */
 export const FEATURES = {
@@ -23,23 +22,16 @@ export const FEATURES = {
  * @throws {Error} with the compiler's own output
  */
 export async function compile(entry, variant, small = false) {
+  // Loaded here, since most builds compile no kernel.
+  const { default: asc } = await import("assemblyscript/asc");
   /** @type {Uint8Array | undefined} */
   let wasm;
   const { error, stderr } = await asc.main(
     [
       `${entry}.ts`,
       ...["--baseDir", fileURLToPath(new URL(".", import.meta.url)), "--outFile", "out.wasm"],
-      ...[
-        "-O3",
-        "--shrinkLevel",
-        small ? "1" : "0",
-        "--converge",
-        "--noAssert",
-        "--runtime",
-        "stub",
-        "--importMemory",
-        "--noExportMemory",
-      ],
+      ...["-O3", "--shrinkLevel", small ? "1" : "0", "--converge", "--noAssert"],
+      ...["--runtime", "stub", "--importMemory", "--noExportMemory"],
       ...FEATURES[variant],
     ],
     {

@@ -3,13 +3,12 @@
  * accepts without configuration for assets. Comments and indentation are dropped; line breaks stay, so that a compiler's line
  * numbers are those of the files.
  */
-import { copyFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 
 const here = new URL(".", import.meta.url);
-const out = new URL("../dist/kernels/", import.meta.url);
 
-/** Writes the module. */
-export function embedKernels() {
+/** The files of dist/kernels. @returns {[path: string, content: string][]} */
+export function shaderFiles() {
   const strings = readdirSync(here)
     .filter((name) => name.endsWith(".wgsl"))
     .sort()
@@ -19,7 +18,8 @@ export function embedKernels() {
         .trimEnd();
       return `export const ${name.slice(0, -".wgsl".length)} = ${JSON.stringify(text)};\n`;
     });
-  mkdirSync(out, { recursive: true });
-  writeFileSync(new URL("wgsl.js", out), strings.join(""));
-  copyFileSync(new URL("wgsl.d.ts", here), new URL("wgsl.d.ts", out));
+  return [
+    ["kernels/wgsl.js", strings.join("")],
+    ["kernels/wgsl.d.ts", readFileSync(new URL("wgsl.d.ts", here), "utf8")],
+  ];
 }

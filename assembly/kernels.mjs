@@ -1,0 +1,60 @@
+/**
+ * The WebAssembly binaries of dist/wasm: a file of each for tools that want a file or a precompiled module, and beside it a module
+ * with the same bytes as base64, which every bundler takes without being told about assets.
+ */
+import { setFlagsFromString } from "node:v8";
+import { gzipSync } from "node:zlib";
+import { compile } from "./compile.mjs";
+
+/** Budget of the four run-time binaries together, gzipped: three of the kernels, and the decoder of coded sections (1.7 kB, since it works in pieces and says what is wrong). Those of extraction are never in a run-time bundle. */
+const MAX_BYTES = 11_100;
+
+const TYPE = "declare const bytes: Uint8Array<ArrayBuffer>;\nexport default bytes;\n";
+
+/**
+ * Compiles all of them.
+ * @returns {Promise<Record<string, Uint8Array>>} by name
+ */
+export async function compileKernels() {
+  // The compiler is WebAssembly itself, and runs too briefly to be worth optimising: half the CPU time.
+  setFlagsFromString("--liftoff-only");
+  /** @type {Record<string, Uint8Array>} */
+  const binaries = {};
+  for (const [name, variant] of /** @type {const} */ ([
+    ["scalar", "scalar"],
+    ["simd", "simd"],
+    ["relaxed", "relaxed-simd"],
+    ["coded", "simd"],
+    ["extract-scalar", "scalar"],
+    ["extract-simd", "simd"],
+  ]))
+    binaries[name] = await compile(name, variant, name === "coded");
+  return binaries;
+}
+
+/**
+ * The files of dist/wasm.
+ * @param {Record<string, Uint8Array>} binaries by name
+ * @returns {[path: string, content: Uint8Array | string][]}
+ * @throws {Error} when the binaries of the run time outgrow their budget
+ */
+export function kernelFiles(binaries) {
+  let total = 0;
+  const files = Object.entries(binaries).flatMap(([name, bytes]) => {
+    const gzipped = gzipSync(bytes, { level: 9 }).byteLength;
+    if (!name.startsWith("extract-")) total += gzipped;
+    console.log(`wasm ${name}: ${bytes.byteLength} bytes, ${gzipped} gzipped`);
+    const base64 = Buffer.from(bytes).toString("base64");
+    return /** @type {[string, Uint8Array | string][]} */ ([
+      [`wasm/${name}.wasm`, bytes],
+      [`wasm/${name}.js`, `import { fromBase64 } from "../src/text.js";\nexport default fromBase64("${base64}");\n`],
+      [`wasm/${name}.d.ts`, TYPE],
+    ]);
+  });
+  if (total > MAX_BYTES)
+    throw new Error(
+      `The wasm binaries are ${total} bytes gzipped, the budget is ${MAX_BYTES}. Make the kernels smaller.`,
+    );
+  console.log(`wasm at run time: ${total} bytes gzipped, budget ${MAX_BYTES}`);
+  return files;
+}
