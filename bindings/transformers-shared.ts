@@ -2,9 +2,9 @@
  * What the packs on one model of transformers.js share: the order of its calls and their switches, which of its sessions has
  * which pack, and the label names in its configuration. Part of `eigenlora/transformers`, without an entry of its own.
  */
+import { Queue } from "../src/queue.ts";
 import { type Held, hold } from "../src/session/hold.ts";
 import type { Labels } from "../src/session/labels.ts";
-import { Turns } from "../src/session/turns.ts";
 import type { PipelineModel, PipelineSession } from "./transformers-model.ts";
 
 /** What `pipeline()` of transformers.js gives, as far as it is needed here. */
@@ -39,7 +39,7 @@ export function join(pipe: TransformersPipeline): Shared {
 /** Made by `join`. */
 export class Shared {
   /** Calls of the pipelines, and switches of all packs. */
-  readonly turns: Turns = new Turns();
+  readonly queue: Queue = new Queue();
   /** By the pipeline's names. */
   readonly taken: Map<string, Taken> = new Map();
   readonly labels: ConfigLabels;
@@ -54,7 +54,7 @@ export class Shared {
     this.#inner = hold(model, ["_call", "forward", "generate"], this.#enter);
   }
 
-  readonly #enter: Turns["call"] = (work) => this.turns.call(work);
+  readonly #enter: Queue["call"] = (work) => this.queue.call(work);
 
   enter(pipe: TransformersPipeline): void {
     this.#packs++;

@@ -126,7 +126,7 @@ export async function attachPack(
   const ort = { Tensor: tensorClass(pipe, Tensor), env: ENV };
   const shared = join(pipe);
   try {
-    return await shared.turns.change(async () => {
+    return await shared.queue.alone(async () => {
       const { own, taken } = ownSessions(pipe.model, names, shared.taken);
       const [{ constructor }] = own.values() as Iterable<PipelineSession> as [PipelineSession];
       const all = new Map([...[...taken].map(([name, one]): [string, PipelineSession] => [name, one.own]), ...own]);
@@ -223,7 +223,7 @@ export class AttachedPack {
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     const { whole, shared, ignore } = this.#parts;
     const asked = copySelection(selection);
-    return shared.turns.change(async () => {
+    return shared.queue.alone(async () => {
       const labels = await labelsOf(whole.pack, asked, options.head, ignore);
       const report = await whole.switchTask(asked, options);
       shared.labels.set(this, labels);
@@ -245,7 +245,7 @@ export class AttachedPack {
    */
   close(): Promise<void> {
     const { pipe, whole, shared, replaced, kept, find } = this.#parts;
-    return shared.turns.change(async () => {
+    return shared.queue.alone(async () => {
       if (this.#closed) return;
       const own = kept ? replaced : await remake(replaced, find);
       for (const [name, session] of own) {

@@ -168,9 +168,7 @@ export { planSession } from "../dist/src/session/plan.js";
 export { prepareModel } from "../dist/src/session/prepare.js";
 export { compareRows } from "../dist/src/session/rows.js";
 export { type Survey, surveyModel } from "../dist/src/session/survey.js";
-export { Timeline } from "../dist/src/session/timeline.js";
 export type { Trainable } from "../dist/src/session/training.js";
-export { Turns } from "../dist/src/session/turns.js";
 
 // Gradients rule by rule, and training step by step, against PyTorch.
 
@@ -194,6 +192,7 @@ export { type Basis, Terms, type TrainedModule } from "../dist/src/train/terms.j
 // Small things with many cases.
 
 export { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+export { Queue } from "../dist/src/queue.js";
 export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 
 // The command line in this process, with its disk, clock or output replaced.

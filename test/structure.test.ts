@@ -20,6 +20,7 @@ const LAYERS: readonly (readonly string[])[] = [
     "src/text.ts",
     "src/pace.ts",
     "src/turn.ts",
+    "src/queue.ts",
   ],
   ["src/source.ts", "src/http/", "src/open-source.ts", "src/file-kind.ts"],
   ["src/tensor/"],

@@ -11,6 +11,7 @@ import { type CpuView, onDevice, type View, type WeightHost } from "../base/host
 import { BackendError } from "../errors.ts";
 import { now } from "../pace.ts";
 import type { Pack } from "../pack/pack.ts";
+import { Queue } from "../queue.ts";
 import type { Applied } from "./apply.ts";
 import { type Change, FoldedWeights } from "./fold.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
@@ -57,7 +58,7 @@ export class Runtime {
   #head: string | undefined;
   /** Why the device is gone, until another one is at work. */
   #loss: Error | undefined;
-  #queue: Promise<unknown> = Promise.resolve();
+  readonly #queue = new Queue();
   #closed = false;
 
   /** @internal Use `createRuntime`. */
@@ -97,7 +98,7 @@ export class Runtime {
       if (this.#closed || this.#bench.backend !== backend) return;
       this.#loss = reason;
       if (!this.#parts.restart) return;
-      this.#enqueue(() => this.#recover()).catch(() => undefined);
+      this.#queue.change(() => this.#recover()).catch(() => undefined);
     });
   }
 
@@ -137,13 +138,7 @@ export class Runtime {
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head"]);
     const asked = copySelection(selection);
-    return this.#enqueue(() => this.#switch(asked, options));
-  }
-
-  #enqueue<T>(work: () => Promise<T>): Promise<T> {
-    const run = this.#queue.then(work);
-    this.#queue = run.catch(() => undefined);
-    return run;
+    return this.#queue.change(() => this.#switch(asked, options));
   }
 
   async #switch(selection: Selection, options: SwitchOptions): Promise<RuntimeSwitchReport> {
@@ -261,7 +256,7 @@ export class Runtime {
    * @throws RangeError, TypeError as `weight`; BackendError when the device fails
    */
   readWeight(name: string): Promise<CpuView> {
-    return this.#enqueue(async () => {
+    return this.#queue.change(async () => {
       const view = this.weight(name);
       if (!onDevice(view.data)) return view as CpuView;
       return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
@@ -299,7 +294,7 @@ export class Runtime {
   async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
     checkOptions("apply", options, ["tasks"]);
     const { tasks } = options;
-    return this.#enqueue(async () => {
+    return this.#queue.change(async () => {
       await this.#ready();
       const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
@@ -341,7 +336,7 @@ export class Runtime {
 
   /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
   close(): Promise<void> {
-    return this.#enqueue(async () => {
+    return this.#queue.change(async () => {
       if (this.#closed) return;
       this.#closed = true;
       this.#bench.backend.close();

@@ -7,6 +7,7 @@ import { BackendError, BaseMismatchError } from "../errors.ts";
 import { readModel } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { TaskInfo } from "../pack/task-info.ts";
+import { Queue } from "../queue.ts";
 import { type MemoryReport, memoryReport } from "../runtime/report.ts";
 import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
@@ -14,7 +15,6 @@ import type { Engine } from "./engine.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type Lacking, refuseHomeless, residentsOf } from "./residents.ts";
 import { type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
-import { Turns } from "./turns.ts";
 
 /** Options of `createSessions`: of all sessions. */
 export interface GroupOptions extends Omit<SessionOptions, "trainable"> {
@@ -110,7 +110,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
   /** By the names that the files were given. Switch tasks here, not there. */
   readonly sessions: Readonly<Record<Name, Session<T>>>;
   readonly #all: readonly Session<T>[];
-  readonly #turns = new Turns();
+  readonly #queue = new Queue();
   /** Options of the last switch, but for its signal. */
   #how: SessionSwitchOptions = {};
   #task: Selection = null;
@@ -142,7 +142,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head", "keepCache"]);
     const asked = copySelection(selection);
-    return this.#turns.change(async () => {
+    return this.#queue.alone(async () => {
       const [task, how] = [this.task, this.#how];
       const reports: SessionSwitchReport[] = [];
       try {
@@ -176,7 +176,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
    */
   call<Result>(work: (sessions: Readonly<Record<Name, Session<T>>>) => Promise<Result>): Promise<Result> {
     if (this.#closed) throw new BackendError("these sessions are closed; make new ones", { backend: "sessions" });
-    return this.#turns.call(() => work(this.sessions));
+    return this.#queue.call(() => work(this.sessions));
   }
 
   /** As of a session; task blobs are shared, and counted once. */
@@ -190,7 +190,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
 
   /** Waits for calls and switches under way, then frees everything. The pack stays open. */
   close(): Promise<void> {
-    this.#closed ??= this.#turns.change(async () => {
+    this.#closed ??= this.#queue.alone(async () => {
       for (const session of this.#all) await session.close();
     });
     return this.#closed;

@@ -11,6 +11,7 @@ import { now } from "../pace.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { TaskInfo } from "../pack/task-info.ts";
 import type { TaskTrust } from "../pack/trust.ts";
+import { Queue } from "../queue.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
 import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
@@ -21,7 +22,6 @@ import type { Engine, Tensors } from "./engine.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
 import type { RowTasks } from "./row-tasks.ts";
-import { Timeline } from "./timeline.ts";
 import type { Trainable } from "./training.ts";
 
 /** What a switch did and what it cost. */
@@ -172,7 +172,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly #inputs: PreparedModel["inputs"];
   readonly #idle: Tensors;
   readonly #carrier: Omit<Carrier, "first">;
-  readonly #timeline: Timeline<Active>;
+  /** Runs and switches. A run under way keeps the model and feeds that it began with. */
+  readonly #queue = new Queue();
   readonly #components: number;
   /** Where the model has caches. */
   readonly #caches: CacheWatch | undefined;
@@ -212,7 +213,6 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const { first, ...others } = carrier;
     this.#carrier = others;
     this.#active = first;
-    this.#timeline = new Timeline(first);
     this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
     this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
@@ -226,7 +226,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       base: async () => (await this.#carrier.evaluator.read(null)).inputs,
       run: async (feeds, fetches) => {
         this.#live();
-        return this.#timeline.run(({ model }) => this.#engine.run(model, { ...this.#idle, ...feeds }, fetches));
+        return this.#queue.call(() => this.#engine.run(this.#active.model, { ...this.#idle, ...feeds }, fetches));
       },
     };
   }
@@ -255,7 +255,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const started = now();
     const before = { ...this.pack.reads };
     let read = started;
-    const change = this.#timeline.change(
+    const change = this.#queue.change(
       async () => {
         options.signal?.throwIfAborted();
         this.#coming = asked;
@@ -263,17 +263,20 @@ export class Session<T extends SessionTypes = SessionTypes> {
           const state = this.#caches?.stateOf(asked, options);
           const tasks = await this.#carrier.evaluator.load(asked, how);
           read = now();
-          return (this.#active = { ...(await this.#carrier.make(asked, tasks, how)), state });
+          const next = await this.#carrier.make(asked, tasks, how);
+          const old = this.#active;
+          this.#active = { ...next, state };
+          return { old, next };
         } finally {
           this.#coming = null;
         }
       },
-      async (old) => {
-        if (old.model !== this.#active.model) await this.#engine.release(old.model);
+      async ({ old, next }) => {
+        if (old.model !== next.model) await this.#engine.release(old.model);
         old.retire?.();
       },
     );
-    const { task, bytes } = await change;
+    const { task, bytes } = (await change).next;
     const done = now();
     return {
       task,
@@ -309,7 +312,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     for (const { name } of this.#inputs) {
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
-    return this.#timeline.run(async (active) => {
+    return this.#queue.call(async () => {
+      const active = this.#active;
       this.#carrier.check?.();
       const rowTasks = tasks && (await this.#rowTasks());
       // In one go with reading the tasks: another one may come under an id.
@@ -374,8 +378,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   }
 
   async #end(): Promise<void> {
-    const { model } = await this.#timeline.end();
-    await this.#engine.release(model);
+    await this.#queue.end();
+    await this.#engine.release(this.#active.model);
     await this.#carrier.close();
   }
 

@@ -9,6 +9,7 @@ import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";
+import { Queue } from "../queue.ts";
 import { hasCore, reuse, writeCore } from "../runtime/core.ts";
 import { type Merged, mergeAll } from "../runtime/merge.ts";
 import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
@@ -60,7 +61,7 @@ export class TaskEvaluator {
   /** What there are inputs for, as packs say what a task brings. */
   readonly #ready: ReadonlySet<string>;
   /** The bench works for one selection at a time, and has pauses. */
-  #queue: Promise<unknown> = Promise.resolve();
+  readonly #queue = new Queue();
 
   /** @param bench expands terms; not needed in mode "folded", whose inputs are heads alone */
   constructor({ view, mode, base, inputs }: PreparedModel, bench: Workbench | undefined) {
@@ -104,9 +105,7 @@ export class TaskEvaluator {
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
   evaluate(tasks: readonly ActiveTask[], signal?: AbortSignal, old?: TaskValues["inputs"]): Promise<TaskValues> {
-    const values = this.#queue.then(() => this.#evaluate(tasks, signal, old));
-    this.#queue = values.catch(() => undefined);
-    return values;
+    return this.#queue.change(() => this.#evaluate(tasks, signal, old));
   }
 
   async #evaluate(
