@@ -14,12 +14,10 @@ import { createEngine } from "./ort-engine.ts";
 export type { ModelParts } from "../src/onnx/read.ts";
 export type { ModelInput } from "../src/onnx/whole.ts";
 export type { ModuleFilter } from "../src/pack/part.ts";
-export type { MemoryReport } from "../src/runtime/report.ts";
-export type { SwitchOptions } from "../src/runtime/selection.ts";
-export type { Mode } from "../src/session/base-values.ts";
-export type { ProbeReport } from "../src/session/carrier.ts";
+export type { MemoryReport, SwitchOptions } from "../src/runtime/session-runtime.ts";
 export type { Engine } from "../src/session/engine.ts";
-export type { SessionSwitchOptions } from "../src/session/options.ts";
+export type { Mode, SessionSwitchOptions } from "../src/session/options.ts";
+export type { ProbeReport } from "../src/session/probe.ts";
 export type {
   Session,
   SessionRunOptions,

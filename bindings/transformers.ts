@@ -6,8 +6,7 @@
 import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/pack/pack.ts";
 import type { TaskInfo } from "../src/pack/task-info.ts";
-import { copySelection, type Selection } from "../src/runtime/selection.ts";
-import { labelsOf } from "../src/session/labels.ts";
+import { copySelection, type Selection } from "../src/runtime/session-runtime.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
 import type { SourceInput } from "../src/source.ts";
 import type {
@@ -17,6 +16,7 @@ import type {
   SessionSwitchOptions,
   SessionSwitchReport,
 } from "./onnxruntime.ts";
+import { labelsOf } from "./transformers-labels.ts";
 import {
   type Find,
   finder,

@@ -119,7 +119,7 @@ export { codedOptions } from "../dist/src/pack/ways.js";
 
 // ONNX graphs, made and changed node by node.
 
-export type { GraftHead, GraftModule, TaskInput } from "../dist/src/onnx/adapted.js";
+export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
 export { graft } from "../dist/src/onnx/graft.js";
 export { checkGraftable } from "../dist/src/onnx/graftable.js";
@@ -150,6 +150,7 @@ export {
 } from "../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../dist/src/onnx/read.js";
 export { renameValues } from "../dist/src/onnx/rename.js";
+export { replaceByFile, type WeightInput } from "../dist/src/onnx/replaceable.js";
 export { skeletonOf } from "../dist/src/onnx/skeleton.js";
 export { readTensor as readOnnxTensor } from "../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../dist/src/onnx/weights.js";
@@ -158,11 +159,10 @@ export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
+export { hold } from "../dist/bindings/hold.js";
 export { optionsFor } from "../dist/bindings/ort-engine.js";
+export { labelsOf } from "../dist/bindings/transformers-labels.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
-export { type FoldedInput, layoutFolded } from "../dist/src/session/fold.js";
-export { hold } from "../dist/src/session/hold.js";
-export { labelsOf } from "../dist/src/session/labels.js";
 export { ModelMatcher } from "../dist/src/session/match.js";
 export { planSession } from "../dist/src/session/plan.js";
 export { prepareModel } from "../dist/src/session/prepare.js";

@@ -23,9 +23,9 @@ const LAZY =
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;
 
-/** Loaded by a session only when it is used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks, layers that are not linear, `apply`, trust, URLs, files of another kind. */
+/** Loaded by a session only when it is used: WebGPU, mode "folded", terms beside cores, training, layers that are not linear, `apply`, trust, URLs, files of another kind. */
 const SESSION_LAZY =
-  /^#wasm\/|\/(hash|trust|refusal|kind|url-source|task-file|coded|decode-coded|part|packed|built|aliases|skeleton|attention|pieces|blocks|forms|graft-forms|probe-forms|js|dequantize|dropped|likeness|rows|row-tasks|caches|webgpu|device|ort-device|device-host|fold|folded|unfold|training|whole|apply|turn|failed)\.js$/;
+  /^#wasm\/|\/(hash|trust|refusal|kind|url-source|task-file|coded|decode-coded|part|packed|built|aliases|skeleton|attention|blocks|forms|graft-forms|probe-forms|js|dequantize|likeness|rows|caches|webgpu|device|ort-device|device-host|create|replaceable|folded|unfold|training|whole|apply|turn|failed)\.js$/;
 
 /** What an app that runs an ONNX model loads: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 66_300;

@@ -4,14 +4,13 @@
  * weights themselves changed are refused.
  */
 import { join } from "node:path";
-import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { embedWeights } from "../onnx/write.ts";
 import type { Pack } from "../pack/pack.ts";
-import { Workbench } from "../runtime/workbench.ts";
+import { createUnfolding } from "../runtime/session-runtime.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, TaskEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
@@ -77,8 +76,8 @@ export const attach: Attach = command({
     const model = serialise(file, prepared, marks, target);
     await run.lock(target);
     const external = await copyAll(file, places, run);
-    const backend = run.closing((await createBackend({ webgpu: false })).backend);
-    const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
+    const unfolding = await createUnfolding(pack, prepared.mode as "core" | "factors", bases, prepared.base);
+    const evaluator = new TaskEvaluator(prepared, run.closing(unfolding));
     const attached = { pack, inputs, evaluator, marks };
     const { base, tasks, folder, size } = await writeAll(attached, ids, { target, force, model }, run, out);
     const largest = tasks.reduce((most, one) => Math.max(most, one.bytes), 0);

@@ -1,20 +1,17 @@
 /** Layers that one value enters: queries, keys and values; gate and up. */
+import type { AdaptedLayer } from "./adapted.ts";
 import type { Components } from "./components.ts";
-import type { Linear } from "./linear.ts";
 import type { GraphProto } from "./onnx_pb.ts";
-
-/** What tells whether a module shares. */
-interface Sharing {
-  readonly linears: readonly Linear[];
-  readonly components?: Components | undefined;
-}
 
 /**
  * Modules with components in the same order, those together that one value enters. Whatever else has terms is alone: a module without
  * components, and one that is applied several times.
  * @param kindOf modules of different kinds are kept apart
  */
-export function groupsOf<M extends Sharing>(modules: readonly M[], kindOf: (components: Components) => string): M[][] {
+export function groupsOf<M extends Pick<AdaptedLayer, "linears" | "components">>(
+  modules: readonly M[],
+  kindOf: (components: Components) => string,
+): M[][] {
   const groups = new Map<unknown, M[]>();
   const graphs = new Map<GraphProto, number>();
   for (const module of modules) {

@@ -11,7 +11,6 @@ import { type CpuView, onDevice, type View, type WeightHost } from "../base/host
 import { BackendError } from "../errors.ts";
 import { now } from "../pace.ts";
 import type { Pack } from "../pack/pack.ts";
-import { Queue } from "../queue.ts";
 import type { Applied } from "./apply.ts";
 import { type Change, FoldedWeights } from "./fold.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
@@ -58,7 +57,7 @@ export class Runtime {
   #head: string | undefined;
   /** Why the device is gone, until another one is at work. */
   #loss: Error | undefined;
-  readonly #queue = new Queue();
+  #queue: Promise<unknown> = Promise.resolve();
   #closed = false;
 
   /** @internal Use `createRuntime`. */
@@ -98,7 +97,7 @@ export class Runtime {
       if (this.#closed || this.#bench.backend !== backend) return;
       this.#loss = reason;
       if (!this.#parts.restart) return;
-      this.#queue.change(() => this.#recover()).catch(() => undefined);
+      this.#enqueue(() => this.#recover()).catch(() => undefined);
     });
   }
 
@@ -137,17 +136,37 @@ export class Runtime {
    */
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head"]);
-    const asked = copySelection(selection);
-    return this.#queue.change(() => this.#switch(asked, options));
+    return this.activate(copySelection(selection), options);
   }
 
-  async #switch(selection: Selection, options: SwitchOptions): Promise<RuntimeSwitchReport> {
+  /** @internal @param tasks of the selection, where they have been loaded */
+  activate(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<RuntimeSwitchReport> {
+    return this.#enqueue(() => this.#switch(selection, options, tasks));
+  }
+
+  /** @internal @throws BackendError while the weights are no task's */
+  check(): void {
+    this.#live();
+    this.#weights.check();
+  }
+
+  #enqueue<T>(work: () => Promise<T>): Promise<T> {
+    const run = this.#queue.then(work);
+    this.#queue = run.catch(() => undefined);
+    return run;
+  }
+
+  async #switch(
+    selection: Selection,
+    options: SwitchOptions,
+    tasks?: readonly ActiveTask[],
+  ): Promise<RuntimeSwitchReport> {
     const started = now();
     const { signal, head } = options;
     await this.#ready();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
-    const { resolved, change } = await this.#load(selection, options);
+    const { resolved, change } = await this.#load(selection, options, tasks);
     const read = now();
     signal?.throwIfAborted();
 
@@ -178,8 +197,8 @@ export class Runtime {
   }
 
   /** Reads everything that a switch needs, before anything is changed. */
-  async #load(selection: Selection, options: SwitchOptions): Promise<Loaded> {
-    const parts = await loadParts(this.#parts.view, selection, options, this.#parts.ignored);
+  async #load(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<Loaded> {
+    const parts = tasks ?? (await loadParts(this.#parts.view, selection, options, this.#parts.ignored));
     if (!this.#host) refuseMagnitudes(parts, this.#parts.view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
@@ -256,7 +275,7 @@ export class Runtime {
    * @throws RangeError, TypeError as `weight`; BackendError when the device fails
    */
   readWeight(name: string): Promise<CpuView> {
-    return this.#queue.change(async () => {
+    return this.#enqueue(async () => {
       const view = this.weight(name);
       if (!onDevice(view.data)) return view as CpuView;
       return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
@@ -294,7 +313,7 @@ export class Runtime {
   async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
     checkOptions("apply", options, ["tasks"]);
     const { tasks } = options;
-    return this.#queue.change(async () => {
+    return this.#enqueue(async () => {
       await this.#ready();
       const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
@@ -336,7 +355,7 @@ export class Runtime {
 
   /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
   close(): Promise<void> {
-    return this.#queue.change(async () => {
+    return this.#enqueue(async () => {
       if (this.#closed) return;
       this.#closed = true;
       this.#bench.backend.close();

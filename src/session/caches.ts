@@ -8,7 +8,7 @@
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { TaskInfo } from "../pack/task-info.ts";
-import type { Selection } from "../runtime/selection.ts";
+import type { Selection } from "../runtime/session-runtime.ts";
 import type { EngineTensor, Tensors } from "./engine.ts";
 import type { SessionSwitchOptions } from "./options.ts";
 

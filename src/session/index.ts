@@ -5,16 +5,12 @@
 export type { Feed } from "../onnx/feeds.ts";
 export type { DataFile, DetachedModel } from "../onnx/write.ts";
 export type { ModuleFilter } from "../pack/part.ts";
-export type { MemoryReport, SwitchReport } from "../runtime/report.ts";
-export type { Selection, SwitchOptions } from "../runtime/selection.ts";
+export type { MemoryReport, Selection, SwitchOptions, SwitchReport } from "../runtime/session-runtime.ts";
 export type { ReadOptions } from "../source.ts";
-export type { Mode } from "./base-values.ts";
-export type { ProbeReport } from "./carrier.ts";
 export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 export { createSessions, type GroupOptions, type SessionGroup } from "./group.ts";
-export type { MatchOptions } from "./match.ts";
-export type { SessionOptions, SessionSwitchOptions } from "./options.ts";
-export type { PlanOptions } from "./plan.ts";
+export type { Mode, SessionOptions, SessionSwitchOptions } from "./options.ts";
+export type { ProbeReport } from "./probe.ts";
 export {
   createSession,
   type Session,

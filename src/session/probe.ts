@@ -1,19 +1,36 @@
 /**
- * The parity probe: a tiny run of a made-up task right after a model is loaded. The term that the first adapted layer got
- * is held against plain arithmetic on what entered that layer; where it is out of reach, the outputs against the base's.
- * Some providers take our inputs and ignore them without a word; better to know before the first answer.
+ * The parity probe: a tiny run of a made-up task right after a model is loaded. The term of the first adapted layer is compared with
+ * plain arithmetic on what enters that layer; where it is out of reach, the outputs with the base's. Some providers ignore our inputs
+ * without a word; better to know before the first answer.
  */
 import { BackendError } from "../errors.ts";
-import type { ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
-import type { Feed } from "../onnx/feeds.ts";
-import { type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
-import { dataOf, type Engine, type LoadedModel, type Tensors } from "./engine.ts";
-import { type Inputs, type ProbeValue, termOf, waves, writeMadeUp } from "./probe-term.ts";
-import { coreOf, type InputValue } from "./values.ts";
+import type { AdaptedLayer, ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
+import { transpose } from "../tensor/transpose.ts";
+import type { CarrierParts } from "./carrier.ts";
+import { dataOf, type Engine, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
+import { CoreSpace, type InputValue, type InputValues, toFeeds } from "./values.ts";
+
+/** What the probe found out. */
+export interface ProbeReport {
+  /** "passed", or why nothing could be compared. */
+  readonly result: string;
+  /** Module whose term was compared, and the largest difference relative to the largest value. */
+  readonly module?: string;
+  readonly difference?: number;
+}
+
+/** An output of the model. */
+export interface ProbeValue {
+  readonly dims: readonly number[];
+  readonly data: Float32Array;
+}
+
+/** An adapted layer as far as its term is concerned. */
+export type ProbedLayer = Pick<AdaptedLayer, "name" | "in" | "out" | "components" | "factors">;
 
 /** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches`, f32. */
-export type ProbeRun = (
-  tasks: readonly Inputs[],
+type ProbeRun = (
+  tasks: readonly InputValues[],
   fetches: readonly string[],
   more?: Tensors,
 ) => Promise<readonly ProbeValue[]>;
@@ -22,13 +39,9 @@ export type ProbeRun = (
 const TOLERANCE = 2e-2;
 
 /** @param feeds of the model's own inputs, as tensors */
-export function probeRun(engine: Engine, inputs: readonly TaskInput[], model: LoadedModel, feeds: object): ProbeRun {
+function probeRun(engine: Engine, inputs: readonly TaskInput[], model: LoadedModel, feeds: object): ProbeRun {
   return async (tasks, fetches, more) => {
-    const task = toFeeds(
-      engine,
-      inputs,
-      tasks.map((values) => ({ inputs: values })),
-    ).feeds;
+    const task = toFeeds(engine, inputs, tasks).feeds;
     const results = await engine.run(model, { ...feeds, ...more, ...task }, fetches);
     const value = async (name: string): Promise<ProbeValue> => {
       const { dims } = results[name]!;
@@ -38,14 +51,9 @@ export function probeRun(engine: Engine, inputs: readonly TaskInput[], model: Lo
   };
 }
 
-/** Made-up feeds as tensors. */
-export function toTensors(engine: Engine, feeds: ReadonlyMap<string, Feed>): Tensors {
-  return Object.fromEntries([...feeds].map(([name, { data, dims }]) => [name, engine.tensor(data, dims)]));
-}
-
 /**
- * Does what a probe does on feeds of the caller's own or made-up ones.
- * @param look compares what the model gives; undefined where it is not to be compared
+ * Runs a probe on feeds of the caller's own or made-up ones.
+ * @param look compares results of the model
  */
 export async function withFeeds(
   { engine, prepared, probe, idle }: CarrierParts,
@@ -73,7 +81,7 @@ export async function withFeeds(
  * @param base values of the task inputs without a task
  * @throws BackendError when the provider ignores the inputs or computes something else
  */
-export async function probeParity(parts: CarrierParts, model: LoadedModel, base: Inputs): Promise<ProbeReport> {
+export async function probeParity(parts: CarrierParts, model: LoadedModel, base: InputValues): Promise<ProbeReport> {
   const { engine, prepared } = parts;
   const { modules, inputs, probe, formProbes, outputNames } = prepared;
   const probes = [...(probe ? [probe] : []), ...formProbes];
@@ -93,12 +101,12 @@ export async function probeParity(parts: CarrierParts, model: LoadedModel, base:
       const { expectedTerms } = await import("./probe-forms.ts");
       const terms = expectedTerms(formProbes, prepared, task, found.slice(-2 * formProbes.length));
       const all = terms.map(({ module, expected, term }) => compared(module, expected, term, engine));
-      // What could not be compared says so; of the others the worst is told.
+      // A term that could not be compared counts as the worst.
       return worst(linear ? [linear, ...all] : all);
     }
     const [output] = outputNames as [string];
     const [[after], [before]] = [await run([task], [output]), await run([base], [output])];
-    if (same(before!.data, after!.data)) throw wrong(engine, `gives the same "${output}" with and without a task`);
+    if (isSame(before!.data, after!.data)) throw wrong(engine, `gives the same "${output}" with and without a task`);
     return { result: "passed" };
   });
 }
@@ -106,7 +114,7 @@ export async function probeParity(parts: CarrierParts, model: LoadedModel, base:
 function termOfLayer(
   probe: ProbeOutputs,
   { modules, inputs }: CarrierParts["prepared"],
-  task: Inputs,
+  task: InputValues,
   x: Float32Array,
 ) {
   return termOf(modules.find(({ name }) => name === probe.module)!, x, inputs, task);
@@ -136,18 +144,14 @@ function wrong({ provider }: Engine, what: string): BackendError {
 
 /** Small values that differ everywhere, where the base has zeros. */
 function madeUp(
-  base: Inputs,
+  base: InputValues,
   inputs: readonly TaskInput[],
   also: readonly { readonly module: string }[],
 ): Map<string, InputValue> {
   const values = new Map(base);
   for (const input of inputs) {
     const { name, of, kind } = input;
-    if (kind === "core")
-      values.set(
-        name,
-        coreOf(input, (block) => writeMadeUp(block)),
-      );
+    if (kind === "core") values.set(name, madeUpCores(input));
     const isAsked = kind === "bias" && also.some(({ module }) => module === of);
     if (!isAsked && kind !== "A" && kind !== "B") continue;
     const { dims, data } = base.get(name)!;
@@ -156,6 +160,62 @@ function madeUp(
   return values;
 }
 
-function same(a: Float32Array, b: Float32Array): boolean {
+function isSame(a: Float32Array, b: Float32Array): boolean {
   return a.length === b.length && a.every((v, i) => v === b[i]);
+}
+
+/** The value of an input for cores of a made-up task. */
+export function madeUpCores(input: TaskInput, size?: number): InputValue {
+  const space = new CoreSpace(input);
+  for (const { module, KA, KB } of input.cores ?? []) {
+    const core = waves(KA * KB, size);
+    const { out, at, stride } = space.targets.get(module)!;
+    for (let a = 0; a < KA; a++) out.set(core.subarray(a * KB, (a + 1) * KB), at + a * stride);
+  }
+  return space.value(() => true);
+}
+
+/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x: the term of an adapted layer by plain arithmetic. */
+export function termOf(
+  { name, in: width, out, components, factors }: ProbedLayer,
+  x: ArrayLike<number>,
+  inputs: readonly TaskInput[],
+  values: InputValues,
+): Float64Array {
+  const rows = x.length / width;
+  const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
+    const { data, dims } = values.get(inputs.find((input) => input.of === name && input.kind === kind)!.name)!;
+    return { data: data as Float32Array, columns: dims[1]! };
+  };
+  let term = new Float64Array(rows * out);
+  if (factors) {
+    const [A, B] = [value("A"), value("B")];
+    term = multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out);
+  }
+  if (!components) return term;
+  const [KA, KB] = [components.A.rows, components.B.rows];
+  const projected = multiply(x, transpose(components.A.floats(), KA, width), rows, width, KA);
+  const mixed = multiply(projected, waves(KA * KB), rows, KA, KB);
+  multiply(mixed, components.B.floats(), rows, KB, out).forEach((v, i) => (term[i]! += v));
+  return term;
+}
+
+function waves(length: number, size = 0.1): Float32Array {
+  return Float32Array.from({ length }, (_, i) => size * Math.sin(1 + 1.7 * i));
+}
+
+function multiply(
+  a: ArrayLike<number>,
+  b: ArrayLike<number>,
+  rows: number,
+  inner: number,
+  columns: number,
+): Float64Array<ArrayBuffer> {
+  const out = new Float64Array(rows * columns);
+  for (let r = 0; r < rows; r++) {
+    for (let k = 0; k < inner; k++) {
+      for (let c = 0; c < columns; c++) out[r * columns + c]! += a[r * inner + k]! * b[k * columns + c]!;
+    }
+  }
+  return out;
 }

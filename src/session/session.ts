@@ -1,6 +1,5 @@
 /**
- * A loaded model that switches tasks. It owns the order of runs and switches; how tasks reach the model is the carrier's, what
- * runs it is the engine's.
+ * A loaded model that switches tasks. It owns the order of runs and switches; the carrier brings tasks to the model, the engine runs it.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
 import { BackendError, TaskError } from "../errors.ts";
@@ -12,16 +11,21 @@ import type { Pack } from "../pack/pack.ts";
 import type { TaskInfo } from "../pack/task-info.ts";
 import type { TaskTrust } from "../pack/trust.ts";
 import { Queue } from "../queue.ts";
-import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
-import { copySelection, type Selection } from "../runtime/selection.ts";
+import {
+  copySelection,
+  type MemoryReport,
+  memoryReport,
+  type Selection,
+  type SwitchReport,
+} from "../runtime/session-runtime.ts";
 import type { SourceInput } from "../source.ts";
-import type { Mode } from "./base-values.ts";
 import type { CacheWatch } from "./caches.ts";
-import type { Active, Carrier, CarrierParts, ProbeReport } from "./carrier.ts";
+import { type Active, type Carrier, type CarrierParts, inputCarrier } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
+import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
-import type { RowTasks } from "./row-tasks.ts";
+import type { ProbeReport } from "./probe.ts";
+import type { RowTasks } from "./rows.ts";
 import type { Trainable } from "./training.ts";
 
 /** What a switch did and what it cost. */
@@ -139,7 +143,7 @@ async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array
   const { folded } = parts.prepared;
   if (!folded) {
     await file.close();
-    return (await import("./unfolded.ts")).unfoldedCarrier(parts, bases);
+    return inputCarrier(parts, bases);
   }
   if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
   return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
@@ -263,7 +267,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
           const state = this.#caches?.stateOf(asked, options);
           const tasks = await this.#carrier.evaluator.load(asked, how);
           read = now();
-          const next = await this.#carrier.make(asked, tasks, how);
+          const next = await this.#carrier.make(tasks, how.signal);
           const old = this.#active;
           this.#active = { ...next, state };
           return { old, next };
@@ -327,7 +331,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   }
 
   async #rowTasks(): Promise<RowTasks> {
-    const { RowTasks } = await import("./row-tasks.ts");
+    const { RowTasks } = await import("./rows.ts");
     const [engine, carrier, inputs] = [this.#engine, this.#carrier, this.#inputs];
     const heads = [...this.#base.heads.keys()];
     this.#rows ??= new RowTasks({ engine, carrier, inputs, heads, pack: this.pack, mode: this.mode });
