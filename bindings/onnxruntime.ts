@@ -17,7 +17,7 @@ export type { ModuleFilter } from "../src/pack/part.ts";
 export type { MemoryReport, SwitchOptions } from "../src/runtime/session-runtime.ts";
 export type { Engine } from "../src/session/engine.ts";
 export type { Mode, SessionSwitchOptions } from "../src/session/options.ts";
-export type { ProbeReport } from "../src/session/probe.ts";
+export type { ProbeReport } from "../src/session/probe-term.ts";
 export type {
   Session,
   SessionRunOptions,

@@ -11,7 +11,8 @@ import type { WeightInput } from "../onnx/replaceable.ts";
 import { createFolding, type LoadedTasks, type Selection, type SessionRuntime } from "../runtime/session-runtime.ts";
 import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
-import { type ProbeReport, withFeeds } from "./probe.ts";
+import { withFeeds } from "./probe.ts";
+import type { ProbeReport } from "./probe-term.ts";
 import { type InputValues, inputNamesOf, TaskEvaluator, toFeeds } from "./values.ts";
 
 /** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */

@@ -5,7 +5,7 @@
 import type { FormProbe, TaskInput } from "../onnx/adapted.ts";
 import type { ComponentRows } from "../onnx/components.ts";
 import type { PreparedModel } from "./prepare.ts";
-import { type ProbedLayer, type ProbeValue, termOf } from "./probe.ts";
+import { type ProbedLayer, type ProbeValue, termOf } from "./probe-term.ts";
 import type { InputValues } from "./values.ts";
 
 /** A term as it should be, and as it is. */

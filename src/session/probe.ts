@@ -4,29 +4,11 @@
  * without a word; better to know before the first answer.
  */
 import { BackendError } from "../errors.ts";
-import type { AdaptedLayer, ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
-import { transpose } from "../tensor/transpose.ts";
+import type { ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
 import type { CarrierParts } from "./carrier.ts";
 import { dataOf, type Engine, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
-import { CoreSpace, type InputValue, type InputValues, toFeeds } from "./values.ts";
-
-/** What the probe found out. */
-export interface ProbeReport {
-  /** "passed", or why nothing could be compared. */
-  readonly result: string;
-  /** Module whose term was compared, and the largest difference relative to the largest value. */
-  readonly module?: string;
-  readonly difference?: number;
-}
-
-/** An output of the model. */
-export interface ProbeValue {
-  readonly dims: readonly number[];
-  readonly data: Float32Array;
-}
-
-/** An adapted layer as far as its term is concerned. */
-export type ProbedLayer = Pick<AdaptedLayer, "name" | "in" | "out" | "components" | "factors">;
+import { madeUpCores, type ProbeReport, type ProbeValue, termOf, waves } from "./probe-term.ts";
+import { type InputValue, type InputValues, toFeeds } from "./values.ts";
 
 /** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches`, f32. */
 type ProbeRun = (
@@ -162,60 +144,4 @@ function madeUp(
 
 function isSame(a: Float32Array, b: Float32Array): boolean {
   return a.length === b.length && a.every((v, i) => v === b[i]);
-}
-
-/** The value of an input for cores of a made-up task. */
-export function madeUpCores(input: TaskInput, size?: number): InputValue {
-  const space = new CoreSpace(input);
-  for (const { module, KA, KB } of input.cores ?? []) {
-    const core = waves(KA * KB, size);
-    const { out, at, stride } = space.targets.get(module)!;
-    for (let a = 0; a < KA; a++) out.set(core.subarray(a * KB, (a + 1) * KB), at + a * stride);
-  }
-  return space.value(() => true);
-}
-
-/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x: the term of an adapted layer by plain arithmetic. */
-export function termOf(
-  { name, in: width, out, components, factors }: ProbedLayer,
-  x: ArrayLike<number>,
-  inputs: readonly TaskInput[],
-  values: InputValues,
-): Float64Array {
-  const rows = x.length / width;
-  const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
-    const { data, dims } = values.get(inputs.find((input) => input.of === name && input.kind === kind)!.name)!;
-    return { data: data as Float32Array, columns: dims[1]! };
-  };
-  let term = new Float64Array(rows * out);
-  if (factors) {
-    const [A, B] = [value("A"), value("B")];
-    term = multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out);
-  }
-  if (!components) return term;
-  const [KA, KB] = [components.A.rows, components.B.rows];
-  const projected = multiply(x, transpose(components.A.floats(), KA, width), rows, width, KA);
-  const mixed = multiply(projected, waves(KA * KB), rows, KA, KB);
-  multiply(mixed, components.B.floats(), rows, KB, out).forEach((v, i) => (term[i]! += v));
-  return term;
-}
-
-function waves(length: number, size = 0.1): Float32Array {
-  return Float32Array.from({ length }, (_, i) => size * Math.sin(1 + 1.7 * i));
-}
-
-function multiply(
-  a: ArrayLike<number>,
-  b: ArrayLike<number>,
-  rows: number,
-  inner: number,
-  columns: number,
-): Float64Array<ArrayBuffer> {
-  const out = new Float64Array(rows * columns);
-  for (let r = 0; r < rows; r++) {
-    for (let k = 0; k < inner; k++) {
-      for (let c = 0; c < columns; c++) out[r * columns + c]! += a[r * inner + k]! * b[k * columns + c]!;
-    }
-  }
-  return out;
 }

@@ -12,7 +12,7 @@ import { f16ToF32 } from "../tensor/dtypes.ts";
 import type { Carrier } from "./carrier.ts";
 import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
 import type { Mode } from "./options.ts";
-import { madeUpCores } from "./probe.ts";
+import { madeUpCores } from "./probe-term.ts";
 import { type InputValues, type TaskValues, toFeeds } from "./values.ts";
 
 /** Values of a task, and its entry in the pack, which is an object of its own for each task that ever came. */

@@ -20,11 +20,12 @@ import {
 } from "../runtime/session-runtime.ts";
 import type { SourceInput } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
-import { type Active, type Carrier, type CarrierParts, inputCarrier } from "./carrier.ts";
+import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
+import { inputCarrier } from "./inputs.ts";
 import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
-import type { ProbeReport } from "./probe.ts";
+import type { ProbeReport } from "./probe-term.ts";
 import type { RowTasks } from "./rows.ts";
 import type { Trainable } from "./training.ts";
 
