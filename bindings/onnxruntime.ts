@@ -15,10 +15,9 @@ export type { ModuleFilter } from "../src/core/part.ts";
 export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
 export type { ModelParts } from "../src/onnx/read.ts";
 export type { ModelInput } from "../src/onnx/whole.ts";
-export type { Mode } from "../src/session/base-values.ts";
-export type { ProbeReport } from "../src/session/carrier.ts";
 export type { Engine } from "../src/session/engine.ts";
-export type { SessionSwitchOptions } from "../src/session/options.ts";
+export type { Mode, SessionSwitchOptions } from "../src/session/options.ts";
+export type { ProbeReport } from "../src/session/probe-term.ts";
 export type {
   Session,
   SessionRunOptions,

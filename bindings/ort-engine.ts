@@ -6,6 +6,7 @@ import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
+import { Queue } from "../src/queue.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 import type { Ort, OrtSession, SessionOptions } from "./ort.ts";
 
@@ -22,7 +23,7 @@ const TYPES = new Map<unknown, string>([
   [Uint8Array, "bool"],
 ]);
 
-const queues = new WeakMap<object, Promise<unknown>>();
+const queues = new WeakMap<object, Queue>();
 
 /**
  * Makes an engine of onnxruntime, for what takes one: `createJudge` and `inputMoments` of `eigenlora/train`.
@@ -120,12 +121,9 @@ class OrtEngine implements Engine<OrtSession> {
   #inTurn<T>(work: () => Promise<T>): Promise<T> {
     const { InferenceSession, env } = this.#ort;
     if (env.versions?.web === undefined) return work();
-    const done = (queues.get(InferenceSession) ?? Promise.resolve()).then(work);
-    queues.set(
-      InferenceSession,
-      done.catch(() => undefined),
-    );
-    return done;
+    const queue = queues.get(InferenceSession) ?? new Queue();
+    queues.set(InferenceSession, queue);
+    return queue.change(work);
   }
 }
 

@@ -3,6 +3,7 @@
  * Part of `eigenlora/transformers`, without an entry of its own.
  */
 import { BackendError, SourceError } from "../src/errors.ts";
+import { Queue } from "../src/queue.ts";
 import type { EngineTensor } from "../src/session/engine.ts";
 import type { SourceInput } from "../src/source.ts";
 import type { Ort, OrtSession } from "./ort.ts";
@@ -74,7 +75,7 @@ export function externalFiles(files: NonNullable<Found["externalData"]>): (locat
 }
 
 /** Only one at a time puts a class's method aside. */
-let taking: Promise<unknown> = Promise.resolve();
+const taking = new Queue();
 
 /** The pipeline's own sessions by its names, those that matter here. */
 export type OwnSessions = ReadonlyMap<string, PipelineSession>;
@@ -112,9 +113,7 @@ function takeModels(
     // In the order of the sessions, whatever was found with what.
     return new Map([...own.keys()].map((name) => [name, found.get(name)!]));
   };
-  const taken = taking.then(take);
-  taking = taken.catch(() => undefined);
-  return taken;
+  return taking.change(take);
 }
 
 /** @returns what the session of a name would be made of */

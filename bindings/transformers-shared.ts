@@ -1,10 +1,10 @@
 /**
- * What the packs on one model of transformers.js share: the order of its calls and their switches, which of its sessions has
+ * State that all packs on one model of transformers.js share: the order of its calls and their switches, which of its sessions has
  * which pack, and the label names in its configuration. Part of `eigenlora/transformers`, without an entry of its own.
  */
-import { type Held, hold } from "../src/session/hold.ts";
-import type { Labels } from "../src/session/labels.ts";
-import { Turns } from "../src/session/turns.ts";
+import { Queue } from "../src/queue.ts";
+import { type Held, hold } from "./hold.ts";
+import { ConfigLabels } from "./transformers-labels.ts";
 import type { PipelineModel, PipelineSession } from "./transformers-model.ts";
 
 /** What `pipeline()` of transformers.js gives, as far as it is needed here. */
@@ -24,10 +24,10 @@ export interface Taken {
 /** Models that have packs. */
 const models = new WeakMap<object, Shared>();
 
-// What stays as long as a pack is attached is made by functions of their own: a closure keeps whatever the function around
-// it has given to any closure, and that must not be a model's bytes.
+// Functions of their own make what stays while a pack is attached: a closure keeps all that the function around it has given to
+// any closure, and that must not be a model's bytes.
 
-/** What packs on a pipeline's model share; whoever joins must leave. */
+/** The state that packs on a pipeline's model share. Every `join` needs a `leave`. */
 export function join(pipe: TransformersPipeline): Shared {
   const { model } = pipe;
   const shared = models.get(model) ?? new Shared(model);
@@ -39,7 +39,7 @@ export function join(pipe: TransformersPipeline): Shared {
 /** Made by `join`. */
 export class Shared {
   /** Calls of the pipelines, and switches of all packs. */
-  readonly turns: Turns = new Turns();
+  readonly queue: Queue = new Queue();
   /** By the pipeline's names. */
   readonly taken: Map<string, Taken> = new Map();
   readonly labels: ConfigLabels;
@@ -54,7 +54,7 @@ export class Shared {
     this.#inner = hold(model, ["_call", "forward", "generate"], this.#enter);
   }
 
-  readonly #enter: Turns["call"] = (work) => this.turns.call(work);
+  readonly #enter: Queue["call"] = (work) => this.queue.call(work);
 
   enter(pipe: TransformersPipeline): void {
     this.#packs++;
@@ -68,34 +68,5 @@ export class Shared {
     for (const { free } of this.#outer.values()) free();
     this.#inner.free();
     models.delete(this.#model);
-  }
-}
-
-/** The label names in a model's configuration. */
-class ConfigLabels {
-  readonly #config: Record<string, unknown>;
-  readonly #own: Readonly<Record<string, unknown>>;
-  /** What each pack's task asks for, the latest last. */
-  readonly #asked = new Map<object, Labels>();
-
-  constructor(config: object) {
-    this.#config = config as Record<string, unknown>;
-    const { id2label, label2id, num_labels } = this.#config;
-    this.#own = { id2label, label2id, num_labels };
-  }
-
-  /** @param pack on whose behalf; of several packs that have names, the latest switch tells */
-  set(pack: object, asked: Labels): void {
-    this.#asked.delete(pack);
-    if (asked !== "base") this.#asked.set(pack, asked);
-    const labels = [...this.#asked.values()].at(-1) ?? "base";
-    const named = (names: readonly string[]): object => ({
-      id2label: Object.fromEntries(names.entries()),
-      label2id: Object.fromEntries(names.map((name, id) => [name, id])),
-      num_labels: names.length,
-    });
-    // Without names, transformers.js says LABEL_0, LABEL_1, …
-    const numbered = { id2label: undefined, label2id: undefined, num_labels: undefined };
-    Object.assign(this.#config, labels === "base" ? this.#own : labels === "numbered" ? numbered : named(labels));
   }
 }

@@ -7,7 +7,6 @@ import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
 import { copySelection, type Selection } from "../src/core/selection.ts";
 import type { TaskInfo } from "../src/core/task-info.ts";
-import { labelsOf } from "../src/session/labels.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
 import type { SourceInput } from "../src/source.ts";
 import type {
@@ -17,6 +16,7 @@ import type {
   SessionSwitchOptions,
   SessionSwitchReport,
 } from "./onnxruntime.ts";
+import { labelsOf } from "./transformers-labels.ts";
 import {
   type Find,
   finder,
@@ -126,7 +126,7 @@ export async function attachPack(
   const ort = { Tensor: tensorClass(pipe, Tensor), env: ENV };
   const shared = join(pipe);
   try {
-    return await shared.turns.change(async () => {
+    return await shared.queue.alone(async () => {
       const { own, taken } = ownSessions(pipe.model, names, shared.taken);
       const [{ constructor }] = own.values() as Iterable<PipelineSession> as [PipelineSession];
       const all = new Map([...[...taken].map(([name, one]): [string, PipelineSession] => [name, one.own]), ...own]);
@@ -223,7 +223,7 @@ export class AttachedPack {
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     const { whole, shared, ignore } = this.#parts;
     const asked = copySelection(selection);
-    return shared.turns.change(async () => {
+    return shared.queue.alone(async () => {
       const labels = await labelsOf(whole.pack, asked, options.head, ignore);
       const report = await whole.switchTask(asked, options);
       shared.labels.set(this, labels);
@@ -245,7 +245,7 @@ export class AttachedPack {
    */
   close(): Promise<void> {
     const { pipe, whole, shared, replaced, kept, find } = this.#parts;
-    return shared.turns.change(async () => {
+    return shared.queue.alone(async () => {
       if (this.#closed) return;
       const own = kept ? replaced : await remake(replaced, find);
       for (const [name, session] of own) {

@@ -9,7 +9,7 @@ import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSessions } from "eigenlora/onnxruntime";
-import type { MatchOptions } from "eigenlora/session";
+import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
 import {
   create,
@@ -54,7 +54,7 @@ const minilm = await pack("minilm.eigen", ["adapters/own-seed/debtags-role", "ad
 interface Case {
   readonly model: string;
   readonly pack: string;
-  readonly options?: MatchOptions;
+  readonly options?: Omit<SessionOptions, "probe">;
   /** Modes that must work. */
   readonly modes: readonly string[];
   readonly mode: string | null;

@@ -123,7 +123,7 @@ export { codedOptions } from "../dist/src/pack/ways.js";
 
 // ONNX graphs, made and changed node by node.
 
-export type { GraftHead, GraftModule, TaskInput } from "../dist/src/onnx/adapted.js";
+export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
 export { readParts } from "../dist/src/onnx/encoder-decoder.js";
 export { graft } from "../dist/src/onnx/graft.js";
@@ -153,6 +153,7 @@ export {
 } from "../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../dist/src/onnx/read.js";
 export { renameValues } from "../dist/src/onnx/rename.js";
+export { replaceByFile, type WeightInput } from "../dist/src/onnx/replaceable.js";
 export { skeletonOf } from "../dist/src/onnx/skeleton.js";
 export { readTensor as readOnnxTensor } from "../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../dist/src/onnx/weights.js";
@@ -161,19 +162,16 @@ export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
+export { hold } from "../dist/bindings/hold.js";
 export { optionsFor } from "../dist/bindings/ort-engine.js";
+export { labelsOf } from "../dist/bindings/transformers-labels.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
-export { type FoldedInput, layoutFolded } from "../dist/src/session/fold.js";
-export { hold } from "../dist/src/session/hold.js";
-export { labelsOf } from "../dist/src/session/labels.js";
 export { ModelMatcher } from "../dist/src/session/match.js";
 export { planSession } from "../dist/src/session/plan.js";
 export { prepareModel } from "../dist/src/session/prepare.js";
 export { compareRows } from "../dist/src/session/rows.js";
 export { type Survey, surveyModel } from "../dist/src/session/survey.js";
-export { Timeline } from "../dist/src/session/timeline.js";
 export type { Trainable } from "../dist/src/session/training.js";
-export { Turns } from "../dist/src/session/turns.js";
 
 // Gradients rule by rule, and training step by step, against PyTorch.
 
@@ -197,6 +195,7 @@ export { type SharedBasis, type TrainedModule, TrainedTerms } from "../dist/src/
 // Small things with many cases.
 
 export { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+export { Queue } from "../dist/src/queue.js";
 export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 
 // The command line in this process, with its disk, clock or output replaced.

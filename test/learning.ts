@@ -7,6 +7,7 @@ import type { Feed } from "eigenlora/session";
 import type { BatchFeeds, Example } from "eigenlora/train";
 import type * as common from "onnxruntime-common";
 import {
+  type AdaptedLayer,
   biasAdd,
   buildTrainingGraph,
   checkGraftable,
@@ -15,7 +16,6 @@ import {
   findWeight,
   fixInnerHeads,
   type GraftHead,
-  type GraftModule,
   graft,
   linearsOf,
   type ModelFile,
@@ -200,7 +200,7 @@ function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, s
 }
 
 /** A layer of a model by the name that adapters give it, as the session's planner finds it. */
-export function layerOf({ model }: ModelFile, module: string, byHand?: ReadonlyMap<string, string>): GraftModule {
+export function layerOf({ model }: ModelFile, module: string, byHand?: ReadonlyMap<string, string>): AdaptedLayer {
   const parameters = new Map(findParameters(model).map((parameter) => [parameter.name, parameter]));
   const parameter = parameters.get(findWeight(new NameMatcher(parameters.keys()), module, byHand))!;
   const [out, inputs] = matrixShape(parameter)!;
@@ -224,7 +224,7 @@ export function headLayerOf(file: ModelFile, module: string): GraftHead {
 /** A training graph with factors of some layers, and with heads. */
 export async function graphOf(
   file: ModelFile,
-  { modules = [], heads = [] }: { modules?: readonly GraftModule[]; heads?: readonly GraftHead[] },
+  { modules = [], heads = [] }: { modules?: readonly AdaptedLayer[]; heads?: readonly GraftHead[] },
   options: Partial<TrainingGraphOptions> = {},
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
   checkGraftable(file.model);

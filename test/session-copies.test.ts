@@ -10,7 +10,6 @@ import { InferenceSession, Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
 import {
   detachWeights,
-  type FoldedInput,
   fromBinary,
   type GraphProto,
   type ModelProto,
@@ -19,6 +18,7 @@ import {
   readModel,
   toBinary,
   viewValues,
+  type WeightInput,
 } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { difference, MODES, NODE, open, outputOf, refusal } from "./sessions.ts";
@@ -90,7 +90,7 @@ async function fed(t: Test, bytes: Uint8Array, pack: Pack, delta: Float64Array):
   const file = await readModel(bytes);
   const options = { mode: "folded", foldedInputs: true } as const;
   const { initializers, folded, names } = await prepareModel(file, pack, (await pack.bases()).bytes, options);
-  const [{ input, name, shape }, ...others] = folded as [FoldedInput];
+  const [{ input, name, shape }, ...others] = folded as [WeightInput];
   t.same([others, name], [[], names.get("mid")], "one input, however often the layer is written down");
   const host = await openOnnxHost(bytes);
   const turned = [...host.list()].find((one) => one.name === name)!.layout === "in-out";

@@ -12,7 +12,6 @@ import {
   type GraphProto,
   GraphProtoSchema,
   graft,
-  layoutFolded,
   type ModelFile,
   type ModelProto,
   ModelProtoSchema,
@@ -24,6 +23,7 @@ import {
   readLinearWeight,
   readModel,
   readVector,
+  replaceByFile,
   type TensorProto,
   TensorProtoSchema,
   TensorShapeProto_DimensionSchema,
@@ -84,7 +84,7 @@ t.test("a graft keeps a model sound", async (t) => {
       const file = await readModel(model(name));
       const options = { mode, ...(answers === "encoder" && { ignore: ["classifier"] }) };
       const plan = await planSession(file, pack, (await pack.bases()).bytes, options);
-      if (mode === "folded") layoutFolded(file.model, plan.folded);
+      if (mode === "folded") replaceByFile(file.model, plan.folded);
       const { modules, biases } = plan.graft;
       const grafted = graft(file.model, { ...plan.graft, ...takeApart(file.model, modules, biases) });
       const after = file.model.proto.graph!;

@@ -5,7 +5,7 @@
 import { type ByteSource, openPack } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
-import { Timeline } from "./internals.ts";
+import { Queue } from "./internals.ts";
 import {
   difference,
   feeds,
@@ -296,7 +296,7 @@ t.test("blends, strengths and what a switch reports", async (t) => {
   for (const one of sessions) await one.close();
 });
 
-t.test("Timeline: every run sees the changes asked for before it, and no other", async (t) => {
+t.test("Queue: every call sees the changes asked for before it, and no other", async (t) => {
   const step = fc.oneof(
     fc.record({ kind: fc.constant("run" as const), ticks: fc.nat(4), fails: fc.boolean() }),
     fc.record({ kind: fc.constant("change" as const), ticks: fc.nat(4), fails: fc.boolean() }),
@@ -307,7 +307,8 @@ t.test("Timeline: every run sees the changes asked for before it, and no other",
   };
   await fc.assert(
     fc.asyncProperty(fc.array(step, { maxLength: 25 }), async (steps) => {
-      const timeline = new Timeline(0);
+      const queue = new Queue();
+      let state = 0;
       let expected = 0;
       let made = 0;
       const running = new Map<number, number>();
@@ -319,31 +320,34 @@ t.test("Timeline: every run sees the changes asked for before it, and no other",
           await wait(one.ticks);
         } else if (one.kind === "run") {
           const due = expected;
-          const run = timeline.run(async (state) => {
-            if (state !== due) throw new Error(`run on ${state}, due on ${due}`);
-            if (retired.includes(state)) throw new Error("retired before a run");
-            running.set(state, (running.get(state) ?? 0) + 1);
+          const run = queue.call(async () => {
+            const now = state;
+            if (now !== due) throw new Error(`run on ${now}, due on ${due}`);
+            if (retired.includes(now)) throw new Error("retired before a run");
+            running.set(now, (running.get(now) ?? 0) + 1);
             await wait(one.ticks);
-            running.set(state, running.get(state)! - 1);
-            return one.fails ? Promise.reject(new Error("asked to")) : state;
+            running.set(now, running.get(now)! - 1);
+            return one.fails ? Promise.reject(new Error("asked to")) : now;
           });
           all.push(
             run.then(
-              (state) => state === due,
+              (found) => found === due,
               (error: Error) => error.message === "asked to",
             ),
           );
         } else {
           const [from, to] = [expected, ++made];
-          const change = timeline.change(
-            async (old) => {
+          const change = queue.change(
+            async () => {
+              const old = state;
               if (old !== from) throw new Error(`change of ${old}, due of ${from}`);
               await wait(one.ticks);
               if (one.fails) throw new Error("asked to");
               replaced.push(old);
-              return to;
+              state = to;
+              return { old, to };
             },
-            async (old) => {
+            async ({ old }) => {
               if ((running.get(old) ?? 0) > 0) throw new Error("retired while it runs");
               retired.push(old);
             },
@@ -351,16 +355,16 @@ t.test("Timeline: every run sees the changes asked for before it, and no other",
           if (!one.fails) expected = to;
           all.push(
             change.then(
-              (state) => state === to,
+              (found) => found.to === to,
               (error: Error) => error.message === "asked to",
             ),
           );
         }
       }
-      const end = await timeline.end();
+      await queue.end();
       const right = await Promise.all(all);
       if (right.includes(false)) throw new Error("a run or change went wrong");
-      if (end !== expected) throw new Error(`ended on ${end}, due ${expected}`);
+      if (state !== expected) throw new Error(`ended on ${state}, due ${expected}`);
       if (retired.toSorted().join() !== replaced.toSorted().join()) {
         throw new Error(`retired ${retired}, replaced ${replaced}`);
       }

@@ -12,7 +12,15 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 
 /** Lowest first. A file belongs to the first entry that it is or lies in. */
 const LAYERS: readonly (readonly string[])[] = [
-  ["src/errors.ts", "src/version.ts", "src/arguments.ts", "src/globals.ts", "src/text.ts", "src/pace.ts"],
+  [
+    "src/errors.ts",
+    "src/version.ts",
+    "src/arguments.ts",
+    "src/globals.ts",
+    "src/text.ts",
+    "src/pace.ts",
+    "src/queue.ts",
+  ],
   ["src/source.ts", "src/http/", "src/open-source.ts", "src/files-node.ts", "src/files-web.ts"],
   ["src/tensor/"],
   ["src/format/"],

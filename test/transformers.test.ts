@@ -16,7 +16,7 @@ import { readAdapters } from "eigenlora/node";
 import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { fromBinary, hold, labelsOf, ModelProtoSchema, Turns, toBinary } from "./internals.ts";
+import { fromBinary, hold, labelsOf, ModelProtoSchema, Queue, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "./sessions.ts";
@@ -684,7 +684,7 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
 });
 
 t.test("turns: a change waits for the calls before it and holds the calls after it", async (t) => {
-  const turns = new Turns();
+  const turns = new Queue();
   const log: string[] = [];
   const call = (name: string, ms: number): Promise<void> =>
     turns.call(async () => {
@@ -694,7 +694,7 @@ t.test("turns: a change waits for the calls before it and holds the calls after 
       if (name === "b") throw new Error(name);
     });
   const change = (name: string): Promise<string> =>
-    turns.change(async () => {
+    turns.alone(async () => {
       log.push(name);
       if (name === "Y") throw new Error(name);
       return name;

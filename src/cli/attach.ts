@@ -4,9 +4,8 @@
  * weights themselves changed are refused.
  */
 import { join } from "node:path";
-import { createBackend } from "../backends/select.ts";
 import type { Pack } from "../core/pack.ts";
-import { Workbench } from "../core/workbench.ts";
+import { createUnfolding } from "../core/session-runtime.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { PREFIX } from "../onnx/nodes.ts";
@@ -77,8 +76,8 @@ export const attach: Attach = command({
     const model = serialise(file, prepared, marks, target);
     await run.lock(target);
     const external = await copyAll(file, places, run);
-    const backend = run.closing((await createBackend({ webgpu: false })).backend);
-    const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
+    const unfolding = await createUnfolding(pack, prepared.mode as "core" | "factors", bases, prepared.base);
+    const evaluator = new TaskEvaluator(prepared, run.closing(unfolding));
     const attached = { pack, inputs, evaluator, marks };
     const { base, tasks, folder, size } = await writeAll(attached, ids, { target, force, model }, run, out);
     const largest = tasks.reduce((most, one) => Math.max(most, one.bytes), 0);

@@ -7,8 +7,8 @@ import { BackendError } from "../errors.ts";
 import { feedsOfRows, knownSizes, plainInputs, tableRows } from "../onnx/feeds.ts";
 import { readModel } from "../onnx/read.ts";
 import type { ModelInput } from "../onnx/whole.ts";
-import type { MatchOptions } from "../session/match.ts";
-import { toTensors } from "../session/probe.ts";
+import { toTensors } from "../session/engine.ts";
+import type { SessionOptions } from "../session/options.ts";
 
 /** Something that was tried; null where it could not be. */
 export interface Tried {
@@ -35,7 +35,11 @@ export interface RanFiles extends Pick<Ran, "session" | "learning"> {
 const NEVER: Tried = { works: null, says: "no session could be made" };
 
 /** @returns undefined where onnxruntime-node is not installed */
-export async function tryOut(model: string, pack: Pack, options: MatchOptions): Promise<Ran | undefined> {
+export async function tryOut(
+  model: string,
+  pack: Pack,
+  options: Omit<SessionOptions, "probe">,
+): Promise<Ran | undefined> {
   const ort = await runtime();
   if (!ort) return undefined;
   let session: EigenSession;
@@ -59,7 +63,7 @@ export async function tryOut(model: string, pack: Pack, options: MatchOptions): 
 export async function tryFiles(
   models: ReadonlyMap<string, string>,
   pack: Pack,
-  options: MatchOptions,
+  options: Omit<SessionOptions, "probe">,
 ): Promise<RanFiles | undefined> {
   const ort = await runtime();
   if (!ort) return undefined;
@@ -113,7 +117,12 @@ async function tryRows(ort: Ort, model: string, session: EigenSession): Promise<
   }
 }
 
-async function tryLearning(ort: Ort, model: ModelInput, pack: Pack, options: MatchOptions): Promise<Tried> {
+async function tryLearning(
+  ort: Ort,
+  model: ModelInput,
+  pack: Pack,
+  options: Omit<SessionOptions, "probe">,
+): Promise<Tried> {
   try {
     await (await createEigenSession(ort, model, pack, { ...options, trainable: true })).close();
     return { works: true, says: "gradients pass the whole model" };

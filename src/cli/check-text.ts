@@ -1,6 +1,6 @@
 /** What the command check says of a model and a pack, in words. */
 import type { Pack } from "../core/pack.ts";
-import type { MatchOptions } from "../session/match.ts";
+import type { SessionOptions } from "../session/options.ts";
 import type { Survey } from "../session/survey.ts";
 import type { Ran, RanFiles, Tried } from "./check-run.ts";
 import { bytes, count, table } from "./output.ts";
@@ -124,7 +124,7 @@ export function whyNot({ reason }: Survey, ran: Ran | undefined): string {
 export function callOf(
   model: string | ReadonlyMap<string, string>,
   pack: string,
-  { names, ignore = [], anyBase }: MatchOptions,
+  { names, ignore = [], anyBase }: SessionOptions,
 ): string {
   const mapped = [...(names ?? [])].map((pair) => JSON.stringify(pair)).join(", ");
   const options = [

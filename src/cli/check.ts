@@ -5,7 +5,7 @@
 import { basename, extname } from "node:path";
 import type { Pack } from "../core/pack.ts";
 import { readModel } from "../onnx/read.ts";
-import type { MatchOptions } from "../session/match.ts";
+import type { SessionOptions } from "../session/options.ts";
 import { type Survey, surveyFiles, surveyModel } from "../session/survey.ts";
 import { type Tried, tryFiles, tryOut } from "./check-run.ts";
 import {
@@ -52,7 +52,7 @@ export const check: Attach = command({
   },
 });
 
-interface CheckOptions extends MatchOptions {
+interface CheckOptions extends Omit<SessionOptions, "probe"> {
   readonly filesOnly: boolean;
   readonly packPath: string;
 }

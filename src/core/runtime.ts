@@ -142,8 +142,18 @@ export class Runtime {
    */
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head"]);
-    const asked = copySelection(selection);
-    return this.#enqueue(() => this.#switch(asked, options));
+    return this.activate(copySelection(selection), options);
+  }
+
+  /** @internal @param tasks of the selection, where they have been loaded */
+  activate(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<RuntimeSwitchReport> {
+    return this.#enqueue(() => this.#switch(selection, options, tasks));
+  }
+
+  /** @internal @throws BackendError while the weights are no task's */
+  check(): void {
+    this.#live();
+    this.#weights.check();
   }
 
   #enqueue<T>(work: () => Promise<T>): Promise<T> {
@@ -152,13 +162,17 @@ export class Runtime {
     return run;
   }
 
-  async #switch(selection: Selection, options: SwitchOptions): Promise<RuntimeSwitchReport> {
+  async #switch(
+    selection: Selection,
+    options: SwitchOptions,
+    tasks?: readonly ActiveTask[],
+  ): Promise<RuntimeSwitchReport> {
     const started = now();
     const { signal, head } = options;
     await this.#ready();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
-    const { resolved, change } = await this.#load(selection, options);
+    const { resolved, change } = await this.#load(selection, options, tasks);
     const read = now();
     signal?.throwIfAborted();
 
@@ -189,8 +203,8 @@ export class Runtime {
   }
 
   /** Reads everything that a switch needs, before anything is changed. */
-  async #load(selection: Selection, options: SwitchOptions): Promise<Loaded> {
-    const parts = await loadParts(this.#parts.view, selection, options, this.#parts.ignored);
+  async #load(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<Loaded> {
+    const parts = tasks ?? (await loadParts(this.#parts.view, selection, options, this.#parts.ignored));
     if (!this.#host) refuseMagnitudes(parts, this.#parts.view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);

@@ -1,21 +1,22 @@
-/** What of a model is adapted, and the inputs that carry a task to it. */
+/** Layers and parameters of a model that tasks change, and the inputs that carry a task to them. */
 import type { Components } from "./components.ts";
 import type { Form, GraftVector } from "./forms.ts";
-import type { FormProbe } from "./graft-forms.ts";
 import type { Linear } from "./linear.ts";
 import type { Slice } from "./modules.ts";
 import type { Added } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 
-/** An adapted layer. */
-export interface GraftModule {
+/** A layer of the model that gets a term: the one record of it between a pack's module and the inputs of the graph. */
+export interface AdaptedLayer {
+  /** The pack's name of the module, and its sizes. */
   readonly name: string;
   readonly in: number;
   readonly out: number;
+  /** Each application of the weight; none where the layer is not linear. */
   readonly linears: readonly Linear[];
-  /** What it is where it is no linear layer. */
+  /** Set where it is no linear layer. */
   readonly form?: Form | undefined;
-  /** For a core between them. */
+  /** Components for a core between them. */
   readonly components?: Components | undefined;
   /** Whether tasks bring factors: expanded ones, or private ones beside a core. True without components. */
   readonly factors: boolean;
@@ -59,7 +60,7 @@ export interface GraftHead {
 }
 
 export interface Graft {
-  readonly modules: readonly GraftModule[];
+  readonly modules: readonly AdaptedLayer[];
   readonly biases: readonly GraftBias[];
   readonly rows: readonly GraftRows[];
   readonly heads: readonly GraftHead[];
@@ -102,4 +103,19 @@ export interface ProbeOutputs {
   readonly module: string;
   readonly x: string;
   readonly term: string;
+}
+
+/** Outputs for the probe of the first module of a kind: what enters as the model has it, and the term, f32. */
+export interface FormProbe {
+  /** "weight": of a normalisation; `module` is the parameter. */
+  readonly kind: Form["kind"] | "weight";
+  readonly module: string;
+  readonly x: string;
+  readonly term: string;
+  /** A convolution's attributes, and its kernel as in `shape`: [out, channels, …]. */
+  readonly shape: readonly number[];
+  readonly strides: readonly number[];
+  readonly dilations: readonly number[];
+  readonly pads: readonly number[];
+  readonly autoPad: string;
 }

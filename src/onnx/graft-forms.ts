@@ -14,38 +14,15 @@
  * what it makes with ones for its weight.
  */
 import { transpose } from "../tensor/tensor-file.ts";
-import type { Components } from "./components.ts";
+import type { AdaptedLayer, FormProbe } from "./adapted.ts";
 import type { Form, FormPlace, GraftVector, VectorPlace } from "./forms.ts";
 import { FLOAT, INT64 } from "./linear.ts";
 import { attribute } from "./model.ts";
 import { type Attributes, type Place, PREFIX } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 
-/** An adapted module that is no linear layer. */
-export interface FormModule {
-  readonly name: string;
-  readonly in: number;
-  readonly out: number;
-  readonly components?: Components | undefined;
-  readonly factors: boolean;
-  readonly rowScale: boolean;
-  readonly form: Form;
-}
-
-/** Outputs for the probe of the first module of a kind: what enters as the model has it, and the term, f32. */
-export interface FormProbe {
-  /** "weight": of a normalisation; `module` is the parameter. */
-  readonly kind: Form["kind"] | "weight";
-  readonly module: string;
-  readonly x: string;
-  readonly term: string;
-  /** A convolution's attributes, and its kernel as in `shape`: [out, channels, …]. */
-  readonly shape: readonly number[];
-  readonly strides: readonly number[];
-  readonly dilations: readonly number[];
-  readonly pads: readonly number[];
-  readonly autoPad: string;
-}
+/** A layer that is not linear. */
+type FormLayer = AdaptedLayer & { readonly form: Form };
 
 /** What a graph is changed with. */
 export interface GraftTools {
@@ -75,11 +52,11 @@ export interface GraftTools {
 
 /** What this file gives to `graft`. */
 export interface FormGrafter {
-  addModule(tools: GraftTools, module: FormModule): void;
+  addModule(tools: GraftTools, module: FormLayer): void;
   addVector(tools: GraftTools, vector: GraftVector): void;
 }
 
-export function addModule(tools: GraftTools, module: FormModule): void {
+export function addModule(tools: GraftTools, module: FormLayer): void {
   if (module.form.kind === "embedding") addTable(tools, module);
   else addConvolution(tools, module);
 }
@@ -87,7 +64,7 @@ export function addModule(tools: GraftTools, module: FormModule): void {
 /** The inputs of a module, made once for all of its places. */
 function inputsOf(
   { input, core: coreInput }: GraftTools,
-  { name, in: width, out, components, factors, rowScale }: FormModule,
+  { name, in: width, out, components, factors, rowScale }: FormLayer,
 ) {
   const core = components && coreInput(name, components.A.rows, components.B.rows);
   const A = factors ? input(name, "A", [width, "q"]) : undefined;
@@ -108,12 +85,12 @@ interface Pieces {
   readonly scale: string | undefined;
 }
 
-function addConvolution(tools: GraftTools, module: FormModule): void {
+function addConvolution(tools: GraftTools, module: FormLayer): void {
   const pieces = piecesOf(tools, module);
   for (const place of module.form.places) convolve(tools, module, place, pieces);
 }
 
-function piecesOf(tools: GraftTools, module: FormModule): Pieces {
+function piecesOf(tools: GraftTools, module: FormLayer): Pieces {
   const { name, out, components } = module;
   const kernel = module.form.shape.slice(1);
   const { core, A, B, scale } = inputsOf(tools, module);
@@ -151,7 +128,7 @@ function piecesOf(tools: GraftTools, module: FormModule): Pieces {
 /** Attributes of a convolution that hold for the term's too. */
 const GEOMETRY = /^(auto_pad|dilations|kernel_shape|pads|strides)$/;
 
-function convolve(tools: GraftTools, module: FormModule, found: FormPlace, { shared, own, scale }: Pieces): void {
+function convolve(tools: GraftTools, module: FormLayer, found: FormPlace, { shared, own, scale }: Pieces): void {
   const { name, out, form } = module;
   const { graph, op, node, type, bias } = found;
   const geometry = op.attribute.filter((one) => GEOMETRY.test(one.name));
@@ -228,7 +205,7 @@ function geometryOf(op: NodeProto): Pick<FormProbe, "strides" | "dilations" | "p
 
 const NO_GEOMETRY = { shape: [], strides: [], dilations: [], pads: [], autoPad: "" };
 
-function addTable(tools: GraftTools, module: FormModule): void {
+function addTable(tools: GraftTools, module: FormLayer): void {
   const { name, in: rows, out, components, form } = module;
   const { core, A, B, scale } = inputsOf(tools, module);
   const at = (what: string): string => `${PREFIX}/${name}/${what}`;

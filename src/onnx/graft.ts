@@ -15,18 +15,19 @@
  * The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
  */
 import type {
+  AdaptedLayer,
   CoreBlock,
+  FormProbe,
   Graft,
   GraftBias,
   Grafted,
   GraftHead,
-  GraftModule,
   GraftRows,
   ProbeOutputs,
   TaskInput,
 } from "./adapted.ts";
 import { ComponentProducts, type IntegerProducts } from "./components.ts";
-import type { FormGrafter, FormProbe, GraftTools } from "./graft-forms.ts";
+import type { FormGrafter, GraftTools } from "./graft-forms.ts";
 import { groupsOf, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
@@ -76,7 +77,7 @@ interface Mixed {
 
 /** A layer that lies in a packed one. */
 interface Packed {
-  readonly member: GraftModule;
+  readonly member: AdaptedLayer;
   readonly linear: Linear;
   readonly mixed: Mixed;
   readonly index: number;
@@ -114,7 +115,7 @@ class Grafter {
   }
 
   /** @param members which all have components, or one module */
-  group(members: readonly GraftModule[]): void {
+  group(members: readonly AdaptedLayer[]): void {
     const core = members[0]!.components && this.#core(members);
     const own = members.map(({ name, in: inputs, out, factors, rowScale }) => ({
       A: factors ? this.#input(name, "A", [inputs, "q"]) : undefined,
@@ -136,7 +137,7 @@ class Grafter {
   }
 
   /** The input that holds the cores of modules. */
-  #core(members: readonly GraftModule[]): TaskInput {
+  #core(members: readonly AdaptedLayer[]): TaskInput {
     const cores = members.map(({ name, components }): CoreBlock => {
       const { A, B } = components!;
       const [scalesA, scalesB] = [this.products.scalesOf(A), this.products.scalesOf(B)];
@@ -148,7 +149,7 @@ class Grafter {
   }
 
   /** x·E_Aᵀ·core, in front of the first of the layers. @returns the columns of each */
-  #mix(members: readonly GraftModule[], linears: readonly Linear[], core: TaskInput): Mixed[] {
+  #mix(members: readonly AdaptedLayer[], linears: readonly Linear[], core: TaskInput): Mixed[] {
     const { graph, x, type } = linears[0]!;
     const nodes = new Set(linears.map(({ node }) => node));
     const first = nodes.size === 1 ? linears[0]!.node : graph.node.find((node) => nodes.has(node))!;
@@ -193,7 +194,7 @@ class Grafter {
   }
 
   #term(
-    { name, in: inputs, out, components }: GraftModule,
+    { name, in: inputs, out, components }: AdaptedLayer,
     linear: Linear,
     { A, B, scale }: { A: string | undefined; B: string | undefined; scale: string | undefined },
     mixed: Mixed | undefined,

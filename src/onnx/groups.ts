@@ -1,20 +1,17 @@
 /** Groups layers with one common input: queries, keys and values; gate and up. */
+import type { AdaptedLayer } from "./adapted.ts";
 import type { Components } from "./components.ts";
-import type { Linear } from "./linear.ts";
 import type { GraphProto } from "./onnx_pb.ts";
-
-/** The parts of a module that decide with which others it shares a product. */
-interface Sharing {
-  readonly linears: readonly Linear[];
-  readonly components?: Components | undefined;
-}
 
 /**
  * Groups modules with components by their common input, in the same order. Other modules with terms stay alone: those without components,
  * and those that are applied several times.
  * @param kindOf modules of different kinds are kept apart
  */
-export function groupsOf<M extends Sharing>(modules: readonly M[], kindOf: (components: Components) => string): M[][] {
+export function groupsOf<M extends Pick<AdaptedLayer, "linears" | "components">>(
+  modules: readonly M[],
+  kindOf: (components: Components) => string,
+): M[][] {
   const groups = new Map<unknown, M[]>();
   const graphs = new Map<GraphProto, number>();
   for (const module of modules) {

@@ -3,7 +3,7 @@
  * attention, or one divided into several. In a packed layer weights lie one below the other and results one behind the other, so each
  * layer is a slice that can be added to. The results of a divided layer are joined and split again.
  */
-import type { GraftBias, GraftModule } from "./adapted.ts";
+import type { AdaptedLayer, GraftBias } from "./adapted.ts";
 import type { Linear } from "./linear.ts";
 import { attribute, type Graph, type OnnxModel } from "./model.ts";
 import { matrixShape, type OnnxParameter } from "./modules.ts";
@@ -78,6 +78,49 @@ export function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxPa
   };
 }
 
+/**
+ * A parameter that the model has in other pieces than the checkpoint: in the packed layer that holds it, or put together from the layers
+ * that it has been divided into. Its name is what the model would call it.
+ * @param find a parameter of the model by a name of the pack's, with its copies
+ */
+export async function findPiece(
+  model: OnnxModel,
+  module: string,
+  suffix: "weight" | "bias",
+  find: (name: string) => Promise<OnnxParameter | undefined>,
+): Promise<OnnxParameter | undefined> {
+  for (const place of packedNames(module)) {
+    const whole = await find(`${place.name}.${suffix}`);
+    if (!whole) continue;
+    const end = `${place.whole}.${suffix}`;
+    if (!whole.name.endsWith(end)) continue;
+    const name = `${whole.name.slice(0, -end.length)}${place.part}.${suffix}`;
+    // Copies are of the whole: a part has none of its own.
+    const parameter = partOfPacked(model, whole, name, place);
+    if (parameter) return parameter;
+  }
+  for (const names of suffix === "weight" ? dividedNames(module) : []) {
+    const found = await Promise.all(names.map((name) => find(`${name}.weight`)));
+    const parts = found.filter((part) => part !== undefined);
+    if (parts.length < names.length) continue;
+    // As the model calls the first part, with the layer's own last segment.
+    const [last, first] = [module.slice(module.lastIndexOf(".") + 1), parts[0]!.name.split(".")];
+    const name = [...first.slice(0, -2), last, "weight"].join(".");
+    const parameter = joinParts(name, parts);
+    if (parameter) return parameter;
+  }
+  return undefined;
+}
+
+/** The part of a weight that was named by hand, and holds others too. */
+export function partByHand(model: OnnxModel, module: string, whole: OnnxParameter): OnnxParameter | undefined {
+  for (const place of packedNames(module)) {
+    const parameter = partOfPacked(model, whole, `${whole.name}/${place.part}`, place);
+    if (parameter) return parameter;
+  }
+  return undefined;
+}
+
 /** Sizes that a packed layer's result is split into, from its readers. */
 function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number, count: number): readonly number[] | undefined {
   let value = uses[0]?.node.output[0] ?? "";
@@ -129,9 +172,9 @@ function integersOf({ rawData }: TensorProto): number[] {
  */
 export function takeApart(
   model: OnnxModel,
-  modules: readonly GraftModule[],
+  modules: readonly AdaptedLayer[],
   biases: readonly GraftBias[],
-): { modules: GraftModule[]; biases: GraftBias[] } {
+): { modules: AdaptedLayer[]; biases: GraftBias[] } {
   const whole = wholeNodes(modules, biases);
   const pieces = new Map<NodeProto, NodeProto[]>();
   const piece = (graph: GraphProto, node: NodeProto, { index, sizes }: NonNullable<Linear["slice"]>): NodeProto => {
@@ -162,7 +205,7 @@ export function takeApart(
 }
 
 /** Nodes of packed layers whose parts all get a core of one kind and nothing else: their terms can be joined instead. */
-function wholeNodes(modules: readonly GraftModule[], biases: readonly GraftBias[]): Set<NodeProto> {
+function wholeNodes(modules: readonly AdaptedLayer[], biases: readonly GraftBias[]): Set<NodeProto> {
   const others = new Set(biases.flatMap(({ places }) => places.map(({ node }) => node)));
   const parts = new Map<NodeProto, { index: number; of: number; bits: number | undefined }[]>();
   for (const { linears, components, factors, rowScale } of modules) {

@@ -1,22 +1,21 @@
 /**
  * Mode "folded" on WebGPU: the weights that tasks change are inputs of the model, and each is a buffer of the device that the
- * engine computes on. A switch folds into those buffers: one submit, no copy, the same model. Loaded where it is used.
+ * engine computes on. A switch folds into those buffers: one submit, no copy, the same model.
  */
 /// <reference types="@webgpu/types" />
 
 import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../core/base.ts";
-import { createRuntime } from "../core/create.ts";
-import type { Runtime } from "../core/runtime.ts";
-import type { Selection, SwitchOptions } from "../core/selection.ts";
+import type { Selection } from "../core/selection.ts";
+import { createFolding, type LoadedTasks, type SessionRuntime } from "../core/session-runtime.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
+import type { WeightInput } from "../onnx/replaceable.ts";
+import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
-import type { FoldedInput } from "./fold.ts";
-import { parametersLeftOut } from "./folded.ts";
 import { withFeeds } from "./probe.ts";
-import { TaskEvaluator, type TaskValues } from "./values.ts";
+import type { ProbeReport } from "./probe-term.ts";
+import { type InputValues, inputNamesOf, TaskEvaluator, toFeeds } from "./values.ts";
 
 /** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
 const USAGE = 128 | 4 | 8;
@@ -31,11 +30,11 @@ type Placed = DeviceTensor & { buffer: GPUBuffer };
 export async function deviceCarrier(
   parts: CarrierParts,
   file: ModelFile,
-  fed: readonly FoldedInput[],
+  fed: readonly WeightInput[],
   gpu: EngineGpu,
 ): Promise<Carrier> {
   const { engine } = parts;
-  const { pack, inputs, names, keep } = parts.prepared;
+  const { pack, view, inputs, names, keep, base } = parts.prepared;
   const model = await engine.load(parts.detached, parts.load);
   const tensors = new Map<string, Placed>();
   const free = (): void => tensors.forEach(({ buffer }) => buffer.destroy());
@@ -47,33 +46,30 @@ export async function deviceCarrier(
     const weights = Object.fromEntries(
       fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
     );
-    const runtime = await createRuntime(pack, {
-      ...{ base: tensors, backend: "webgpu", webgpu: { device }, anyBase: true },
-      ...{ names, ignore: parametersLeftOut(parts.prepared), ...(keep && { modules: keep }) },
-    });
-    const evaluator = new TaskEvaluator(parts.prepared, undefined);
-    const active = (task: Selection, values: TaskValues): Active => {
+    const folding = { base: tensors, device, names, modules: keep, ignored: base.ignored, inputs: inputNamesOf(base) };
+    const runtime = await createFolding(pack, view, folding);
+    const evaluator = new TaskEvaluator(parts.prepared, runtime);
+    const active = (task: Selection, values: InputValues): Active => {
       const { feeds, bytes } = toFeeds(engine, inputs, [values]);
       return { model, task, feeds: { ...weights, ...feeds }, bytes };
     };
-    const none = await evaluator.read(null);
+    const none = (await evaluator.read(null)).inputs;
+    let before: Pick<LoadedTasks, "selection" | "head"> = { selection: null, head: undefined };
     const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice, gpu);
     const bytes = [...own.values()].reduce((sum, { size }) => sum + size, 0);
     return {
       ...{ evaluator, probe, first: active(null, none), bytesWritten: bytes },
       ...(ignored && { note: `${engine.name} does not use the device it was given; the weights are on its own` }),
-      async make(selection, tasks, options) {
-        const values = await evaluator.evaluate(tasks, options.signal);
+      async make(tasks, signal) {
+        const { inputs } = await evaluator.evaluate(tasks, signal);
         // Runs that were asked for before are through by then, and none begins meanwhile.
-        await gpu.exclusive(() => foldInPlace(runtime, selection, options, fed, tensors, own));
-        return active(selection, values);
+        await gpu.exclusive(() => foldInPlace(runtime, tasks, before, signal, fed, tensors, own));
+        const { selection, head } = tasks;
+        before = { selection, head };
+        return active(selection, inputs);
       },
-      // It hands out no weight of a mixture.
-      check: () => void (fed[0] && runtime.weight(fed[0].name)),
-      memory() {
-        const { total, coefficients, pristine } = runtime.memory();
-        return { scratch: total - coefficients - pristine, pristine, active: bytes };
-      },
+      check: () => runtime.check(),
+      memory: () => ({ ...runtime.memory(), active: bytes }),
       async close() {
         await runtime.close();
         free();
@@ -89,7 +85,7 @@ export async function deviceCarrier(
 /** Puts the parameters on the device, as their inputs take them. */
 async function place(
   file: ModelFile,
-  fed: readonly FoldedInput[],
+  fed: readonly WeightInput[],
   device: GPUDevice,
   tensors: Map<string, Placed>,
 ): Promise<void> {
@@ -112,22 +108,25 @@ async function place(
   }
 }
 
-/** @throws BaseMismatchError when the task brings a parameter of another shape, which no input can take */
+/**
+ * @param before what is active, which comes back where it fails
+ * @throws BaseMismatchError when the task brings a parameter of another shape, which no input can take
+ */
 async function foldInPlace(
-  runtime: Runtime,
-  selection: Selection,
-  options: SwitchOptions,
-  fed: readonly FoldedInput[],
+  runtime: SessionRuntime,
+  tasks: LoadedTasks,
+  before: Pick<LoadedTasks, "selection" | "head">,
+  signal: AbortSignal | undefined,
+  fed: readonly WeightInput[],
   tensors: ReadonlyMap<string, Placed>,
   own: ReadonlyMap<string, GPUBuffer>,
 ): Promise<void> {
-  const before = runtime.task;
-  await runtime.switchTask(selection, options);
+  await runtime.fold(tasks, signal);
   const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
   if (!misfit) return;
   const { name, shape } = misfit;
   const found = tensors.get(name)?.shape ?? [];
-  await runtime.switchTask(before);
+  await runtime.fold(await runtime.load(before.selection, { head: before.head }));
   const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
   throw new BaseMismatchError(message, { module: name, expected: shape, found });
 }
@@ -136,9 +135,9 @@ async function foldInPlace(
 async function probeBuffers(
   parts: CarrierParts,
   model: LoadedModel,
-  fed: readonly FoldedInput[],
+  fed: readonly WeightInput[],
   weights: Tensors,
-  { inputs: base }: TaskValues,
+  base: InputValues,
   device: GPUDevice,
   gpu: EngineGpu,
 ): Promise<ProbeReport> {

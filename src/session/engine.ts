@@ -82,6 +82,11 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   readonly gpu?: EngineGpu | undefined;
 }
 
+/** Feeds as tensors. */
+export function toTensors(engine: Engine, feeds: ReadonlyMap<string, Feed>): Tensors {
+  return Object.fromEntries([...feeds].map(([name, { data, dims }]) => [name, engine.tensor(data, dims)]));
+}
+
 /** The values of a tensor, wherever it is. */
 export async function dataOf(tensor: EngineTensor): Promise<unknown> {
   return tensor.getData ? tensor.getData() : tensor.data;

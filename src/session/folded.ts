@@ -1,15 +1,14 @@
 /**
- * Mode "folded": weights change inside the model, which an engine takes only when it loads one: each switch loads a model.
+ * Mode "folded" without a device: weights change inside the model, which an engine takes only when it loads one. Each switch loads a model.
  */
 
 import type { View } from "../core/base.ts";
-import { createRuntime } from "../core/create.ts";
+import { createFolding, type LoadedTasks } from "../core/session-runtime.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
-import { type FoldedLayout, fillFolded } from "./fold.ts";
-import type { PreparedModel } from "./prepare.ts";
-import { TaskEvaluator } from "./values.ts";
+import { fillWeightFile, type WeightFile } from "../onnx/replaceable.ts";
+import type { Active, Carrier, CarrierParts } from "./carrier.ts";
+import { inputNamesOf, TaskEvaluator, toFeeds } from "./values.ts";
 
 /**
  * @param file stays open: weights are folded from it
@@ -18,24 +17,21 @@ import { TaskEvaluator } from "./values.ts";
 export async function foldedCarrier(
   { engine, prepared, detached, load }: CarrierParts,
   file: ModelFile,
-  layout: FoldedLayout,
+  weights: WeightFile,
 ): Promise<Carrier> {
-  const { inputs } = prepared;
-  const evaluator = new TaskEvaluator(prepared, undefined);
-  const host = onnxHost(file, layout.pieces);
-  // The file is in memory anyway: no second copy of its weights.
-  const runtime = await createRuntime(prepared.pack, {
-    ...{ base: host, webgpu: false, policy: "reload", anyBase: true },
-    ...{ names: prepared.names, ignore: parametersLeftOut(prepared), ...(prepared.keep && { modules: prepared.keep }) },
-  });
+  const { pack, view, inputs, names, keep, base } = prepared;
+  const host = onnxHost(file, weights.pieces);
+  const fed = inputNamesOf(base);
+  const folding = { base: host, names, modules: keep, ignored: base.ignored, inputs: fed };
+  const runtime = await createFolding(pack, view, folding);
+  const evaluator = new TaskEvaluator(prepared, runtime);
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
-  const make: Carrier["make"] = async (selection, tasks, options) => {
-    const values = await evaluator.evaluate(tasks, options.signal);
-    await runtime.switchTask(selection, options);
-    const changed = runtime.changes();
-    const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
-    const model = await engine.load({ ...detached, files: [...detached.files, folded] }, load);
-    return { model, task: selection, ...toFeeds(engine, inputs, [values]) };
+  const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {
+    const values = await evaluator.evaluate(tasks, signal);
+    const changed = await runtime.fold(tasks, signal);
+    const content = await fillWeightFile(weights, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
+    const model = await engine.load({ ...detached, files: [...detached.files, content] }, load);
+    return { model, task: tasks.selection, ...toFeeds(engine, inputs, [values.inputs]) };
   };
   const close = async (): Promise<void> => {
     await runtime.close();
@@ -44,13 +40,13 @@ export async function foldedCarrier(
   try {
     return {
       evaluator,
-      first: await make(null, [], {}),
+      first: await make(await runtime.load(null)),
       probe: { result: "not needed: the weights themselves change" },
-      bytesWritten: layout.byteLength,
+      bytesWritten: weights.byteLength,
       make,
       memory() {
-        const { total, coefficients } = runtime.memory();
-        return { scratch: total - coefficients, pristine, active: 0 };
+        const held = runtime.memory();
+        return { scratch: held.scratch + held.pristine, pristine, active: 0 };
       },
       close,
     };
@@ -58,10 +54,4 @@ export async function foldedCarrier(
     await close();
     throw error;
   }
-}
-
-/** Parameters that a runtime leaves out: those that are ignored, and those that come as inputs. */
-export function parametersLeftOut({ base }: PreparedModel): string[] {
-  const heads = [...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`]);
-  return [...base.ignored, ...heads, ...base.biases.keys()];
 }

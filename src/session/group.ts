@@ -1,19 +1,22 @@
 /**
- * Several files of one model, an encoder and a decoder, a UNet and its text encoders: a session on each, with the modules of the
- * pack that live there, and one switch for all.
+ * Several files of one model, an encoder and a decoder, a UNet and its text encoders: which modules of the pack live in which, a session
+ * on each, and one switch for all.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
+import { partOf } from "../core/part.ts";
 import { cannotPutBack, copySelection, type MemoryReport, memoryReport, type Selection } from "../core/selection.ts";
 import type { TaskInfo } from "../core/task-info.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
-import { readModel } from "../onnx/read.ts";
+import { isOfModule, moduleOf } from "../format/format.ts";
+import { type ModelFile, readModel } from "../onnx/read.ts";
+import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
 import type { Engine } from "./engine.ts";
+import { ModelMatcher } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
-import { type Lacking, refuseHomeless, residentsOf } from "./residents.ts";
+import { broughtBy } from "./plan.ts";
 import { type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
-import { Turns } from "./turns.ts";
 
 /** Options of `createSessions`: of all sessions. */
 export interface GroupOptions extends Omit<SessionOptions, "trainable"> {
@@ -109,7 +112,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
   /** By the names that the files were given. Switch tasks here, not there. */
   readonly sessions: Readonly<Record<Name, Session<T>>>;
   readonly #all: readonly Session<T>[];
-  readonly #turns = new Turns();
+  readonly #queue = new Queue();
   /** Options of the last switch, but for its signal. */
   #how: SessionSwitchOptions = {};
   #task: Selection = null;
@@ -141,7 +144,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head", "keepCache"]);
     const asked = copySelection(selection);
-    return this.#turns.change(async () => {
+    return this.#queue.alone(async () => {
       const [task, how] = [this.task, this.#how];
       const reports: SessionSwitchReport[] = [];
       try {
@@ -174,7 +177,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
    */
   call<Result>(work: (sessions: Readonly<Record<Name, Session<T>>>) => Promise<Result>): Promise<Result> {
     if (this.#closed) throw new BackendError("these sessions are closed; make new ones", { backend: "sessions" });
-    return this.#turns.call(() => work(this.sessions));
+    return this.#queue.call(() => work(this.sessions));
   }
 
   /** As of a session; task blobs are shared, and counted once. */
@@ -188,7 +191,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
 
   /** Waits for calls and switches under way, then frees everything. The pack stays open. */
   close(): Promise<void> {
-    this.#closed ??= this.#turns.change(async () => {
+    this.#closed ??= this.#queue.alone(async () => {
       for (const session of this.#all) await session.close();
     });
     return this.#closed;
@@ -212,4 +215,71 @@ function sumOf(reports: readonly SessionSwitchReport[]): SessionSwitchReport {
       total: sum(({ milliseconds }) => milliseconds.total),
     },
   };
+}
+
+/** Modules and parameters of a pack that files lack, and why, by file; undefined once a file has them. */
+export type Lacking = Map<string, Map<string, string> | undefined>;
+
+/** The filter for what lives in a file, undefined where nothing does and that is no error. Notes what does not live there in `lacking`. */
+export async function residentsOf(
+  file: ModelFile,
+  name: string,
+  pack: Pack,
+  options: SessionOptions,
+  lacking: Lacking,
+  empty: "refuse" | "skip",
+): Promise<((module: string) => boolean) | undefined> {
+  const { modules: wanted } = options;
+  const view = wanted ? partOf(pack, wanted) : pack;
+  const bases = await pack.bases(options);
+  try {
+    const matcher = new ModelMatcher(file, options);
+    const brought = (await broughtBy(view, options)).filter(({ role }) => !isOfModule(role));
+    const parameters = new Set(brought.map((one) => one.name).filter((one) => !matcher.ignores(one)));
+    const residents = await matcher.residents(view.modules, parameters, bases.bytes);
+    const [here, elsewhere] = [new Set<string>(), new Set<string>()];
+    for (const [one, why] of residents) {
+      const module = parameters.has(one) ? moduleOf(one) : one;
+      (why === undefined ? here : elsewhere).add(module);
+      if (why === undefined) lacking.set(one, undefined);
+      else if (lacking.has(one)) lacking.get(one)?.set(name, why);
+      else lacking.set(one, new Map([[name, why]]));
+    }
+    if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, wanted);
+    // A file that has only a head is not skipped: the head would be lost.
+    if (here.size === 0 && empty === "skip") return undefined;
+    const [first] = view.modules;
+    const why = first && `; "${first.name}": ${residents.get(first.name)}`;
+    const only = here.size > 0 ? `, only "${[...here].join('", "')}", which the option \`ignore\` leaves out` : "";
+    const message = `${name}: no module of ${pack.name} lives in this file${only}${why}. Run it by itself, without the pack`;
+    throw new BaseMismatchError(message, { module: first?.name ?? "" });
+  } finally {
+    bases.close();
+  }
+}
+
+/**
+ * The filter that a session keeps. Made here, since a closure of `residentsOf` would keep the model's bytes with it. Modules of tasks that
+ * are added later pass: they are not known to live elsewhere, and the session says that it is not prepared for them.
+ */
+function filterOf(
+  here: ReadonlySet<string>,
+  elsewhere: ReadonlySet<string>,
+  wanted: SessionOptions["modules"],
+): (module: string) => boolean {
+  return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
+}
+
+/** @throws BaseMismatchError for what lives in none of the files whose options ask for it */
+export function refuseHomeless(lacking: Lacking, empty: "refuse" | "skip"): void {
+  for (const [name, reasons] of lacking) {
+    if (!reasons) continue;
+    const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
+    const [places, advice] =
+      empty === "skip"
+        ? ["sessions", "Use the model that the adapters are for"]
+        : ["files", "Give the file that has it"];
+    const message = `"${name}" lives in none of the ${places} (${whys}). ${advice}, or leave it out with the option \`modules\``;
+    throw new BaseMismatchError(message, { module: name });
+  }
 }

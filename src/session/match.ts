@@ -17,26 +17,17 @@ import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { moduleOf } from "../format/format.ts";
 import type { GraftBias } from "../onnx/adapted.ts";
+import { droppedBias } from "../onnx/additions.ts";
 import { Copies } from "../onnx/copies.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { asMatrix, findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import type { ReadOptions } from "../source.ts";
-
-/** How a pack is held against a model. */
-export interface MatchOptions extends ReadOptions {
-  /** Names of weights or of their initializers in the model, by module name of the pack, where they are not found. */
-  readonly names?: ReadonlyMap<string, string> | undefined;
-  /** Accept a model whose weights differ from the fingerprints, for instance one that was trained further. Default: false. */
-  readonly anyBase?: boolean | undefined;
-  /** Parameters of the tasks, or modules with all of theirs, to leave out: `["classifier"]` on a model without one. */
-  readonly ignore?: readonly string[] | undefined;
-}
+import type { SessionOptions } from "./options.ts";
 
 export class ModelMatcher {
   readonly #file: ModelFile;
-  readonly #options: MatchOptions;
+  readonly #options: SessionOptions;
   readonly #parameters = new Map<string, OnnxParameter>();
   readonly #byInitializer = new Map<string, OnnxParameter[]>();
   #names: NameMatcher;
@@ -45,7 +36,7 @@ export class ModelMatcher {
   /** What was found by the end of its name only, by the pack's name, and the model's name for it. */
   readonly #bySuffix = new Map<string, string>();
 
-  constructor(file: ModelFile, options: MatchOptions) {
+  constructor(file: ModelFile, options: SessionOptions) {
     this.#file = file;
     this.#options = options;
     const parameters = findParameters(file.model);
@@ -108,19 +99,19 @@ export class ModelMatcher {
 
   /** A layer that lies in a packed one, or in several. */
   async #piece(module: string, suffix: "weight" | "bias"): Promise<OnnxParameter | undefined> {
-    const { findPiece } = await import("./pieces.ts");
+    const { findPiece } = await import("../onnx/packed.ts");
     const found = await findPiece(this.#file.model, module, suffix, async (name) => {
       const one = nameOf(this.#names.find(name));
       return one === undefined ? undefined : this.#copies.of(this.#parameters.get(one)!);
     });
     if (found) this.#note(`${module}.${suffix}`, found.name);
-    return found?.parameter;
+    return found;
   }
 
   /** Its part of a packed weight that was named by hand; what was named, where it is none. */
   async #byHand(module: string, weight: OnnxParameter): Promise<OnnxParameter> {
     if (!this.#options.names?.has(module) || weight.slice || weight.joined) return weight;
-    const { partByHand } = await import("./pieces.ts");
+    const { partByHand } = await import("../onnx/packed.ts");
     return partByHand(this.#file.model, module, await this.#copies.of(weight)) ?? weight;
   }
 
@@ -275,7 +266,6 @@ export class ModelMatcher {
     // By the end of a name only it may be another layer's.
     const own = bias !== undefined && (mapped || inFront(name, bias) === inFront(weight, layer));
     if (own && this.#parameters.get(bias)!.uses.length > 0) return undefined;
-    const { droppedBias } = await import("./dropped.ts");
     const found = droppedBias(this.#file.model, name, await this.#copies.of(this.#parameters.get(layer)!));
     if (found) this.#note(weight, layer);
     return found;

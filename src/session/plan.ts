@@ -3,55 +3,35 @@
  * it can be done without touching the weights. Checks that the model is the right one. Changes nothing.
  */
 
-import type { ModuleFilter, PackView } from "../core/part.ts";
+import type { PackView } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
 import {
   type Brought,
   bringsOf,
+  encodedTensor,
   isOfModule,
   moduleOf,
   needsFactors,
   type PackModule,
   parseBrought,
+  readTensor,
   sharedBases,
+  type TensorRef,
 } from "../format/format.ts";
-import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/adapted.ts";
+import type { AdaptedLayer, Graft, GraftBias, GraftHead, GraftRows } from "../onnx/adapted.ts";
+import { appliedAs, biasOf, tableOf } from "../onnx/additions.ts";
+import type { ComponentRows, Components } from "../onnx/components.ts";
 import type { GraftVector } from "../onnx/forms.ts";
 import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import { checkGraftable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import type { ReadOptions } from "../source.ts";
+import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { transpose } from "../tensor/tensor-file.ts";
-import { appliedAs } from "./applied.ts";
-import type { BaseHead, BaseValues, Mode } from "./base-values.ts";
-import { componentsOf } from "./components.ts";
-import { type MatchOptions, ModelMatcher } from "./match.ts";
-import { biasOf, tableOf } from "./places.ts";
-
-/** How a model is prepared for a pack. */
-export interface PlanOptions extends MatchOptions {
-  /**
-   * "core": the task is a small matrix between the pack's components, which the model gets once. "factors": it is expanded to A
-   * and B. "folded": the weights themselves change. A pack without components in column mode has no "core". Default: "auto", what fits the pack and the model best.
-   */
-  readonly mode?: Mode | "auto" | undefined;
-  /**
-   * Which modules of the pack and of its tasks' parameters are used, by the pack's names: those that the model has, where it lacks
-   * some or is one of several files. `session.leftOut` names the others. Default: all.
-   */
-  readonly modules?: ModuleFilter | undefined;
-  /** Room for what no task of the pack brings yet, but one that is added or learned later may. It costs every run a little. */
-  readonly reserve?:
-    | {
-        /** Private terms beside the core. Default: where a task of the pack has some. */
-        readonly privateTerms?: boolean | undefined;
-        /** Names of layers that tasks may bring whole: those of a head. Default: those that tasks of the pack bring. */
-        readonly head?: string | readonly string[] | undefined;
-      }
-    | undefined;
-}
+import { ModelMatcher } from "./match.ts";
+import type { Mode, SessionOptions } from "./options.ts";
+import type { BaseHead, BaseValues } from "./values.ts";
 
 /** What is to be done to the model. */
 export interface Plan {
@@ -107,7 +87,7 @@ export async function planSession(
   file: ModelFile,
   pack: PackView,
   bases: Uint8Array,
-  options: PlanOptions,
+  options: SessionOptions,
 ): Promise<Plan> {
   // First: what a graft has taken out of a model would be missed by another name.
   checkGraftable(file.model);
@@ -117,7 +97,7 @@ export async function planSession(
 class Planner {
   readonly #file: ModelFile;
   readonly #pack: PackView;
-  readonly #options: PlanOptions;
+  readonly #options: SessionOptions;
   readonly #matcher: ModelMatcher;
   /** Why a task cannot come unfolded, and why not folded. */
   readonly #notUnfolded: Obstacle[] = [];
@@ -125,7 +105,7 @@ class Planner {
   /** Biases that the exporter has dropped, by the pack's name. */
   readonly #dropped = new Map<string, GraftBias>();
 
-  constructor(file: ModelFile, pack: PackView, options: PlanOptions) {
+  constructor(file: ModelFile, pack: PackView, options: SessionOptions) {
     this.#file = file;
     this.#pack = pack;
     this.#options = options;
@@ -149,9 +129,9 @@ class Planner {
     const heads = await this.#heads(wanted);
     const { biases, rows, vectors: changed, others } = await this.#beside(wanted, heads);
     const adapted = await this.#adaptedHeads(heads, weights, scaled);
-    const grafts: GraftModule[] = [];
+    const grafts: AdaptedLayer[] = [];
     for (const [i, one] of modules.entries())
-      grafts.push(...(await this.#graftModule(one, weights[i]!, scaled.has(one.name))));
+      grafts.push(...(await this.#layer(one, weights[i]!, scaled.has(one.name))));
     const { mode, reason } = this.#choose();
     const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
@@ -161,7 +141,7 @@ class Planner {
     const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
     const baseHeads = new Map<string, BaseHead>();
     for (const head of fed) baseHeads.set(head.graft.name, await this.#baseHead(head, adapted.has(head)));
-    const base = { mode, ignored, wanted: new Set(wanted.map(({ name }) => name)), heads: baseHeads };
+    const base = { ignored, wanted: new Set(wanted.map(({ name }) => name)), heads: baseHeads };
     const graft = { modules: [], biases: [], rows: [], vectors: [], heads: fed.map((head) => head.graft) };
     // No weight holds a bias that the model lacks.
     const lacking = [...biases.map(({ name }) => name), ...[...adapted.keys()].map(({ bias = "" }) => bias)];
@@ -297,7 +277,7 @@ class Planner {
     return adapted;
   }
 
-  async #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): Promise<GraftModule[]> {
+  async #layer(module: PackModule, parameter: OnnxParameter, rowScale: boolean): Promise<AdaptedLayer[]> {
     const { name, in: inputs, out } = module;
     const quantised = parameter.dtype === "other";
     this.#checkFoldable(name, `the weight of "${name}"`, parameter);
@@ -380,11 +360,37 @@ class Planner {
 }
 
 /** What the tasks of a pack change beside their terms, each once. */
-export async function broughtBy(pack: PackView, options: ReadOptions): Promise<Brought[]> {
+export async function broughtBy(pack: PackView, options: SessionOptions): Promise<Brought[]> {
   const all = new Set<string>();
   for (const { id, brings } of pack.tasks.values()) {
     const own = brings ?? bringsOf(await pack.load(id, options), pack.modules);
     for (const one of own) all.add(one);
   }
   return [...all].map(parseBrought);
+}
+
+/**
+ * A pack's components of a module as a graph takes them.
+ * @param bases of the pack, which are read when the graph is made
+ * @returns undefined for a module that no core can lie between
+ */
+function componentsOf(module: PackModule, bases: Uint8Array): Components | undefined {
+  const { A, B } = sharedBases(module) ?? {};
+  if (A?.kind !== "column" || B?.kind !== "column") return undefined;
+  if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
+  return { A: rowsOf(A.tensor, bases), B: rowsOf(B.tensor, bases) };
+}
+
+function rowsOf(tensor: TensorRef, bases: Uint8Array): ComponentRows {
+  const { dtype, rows, width } = tensor;
+  const floats = (): Float32Array => readTensor(bases, tensor);
+  if (!isQuantized(dtype)) return { rows, width, floats };
+  const bytes = encodedTensor(bases, tensor);
+  const values = (): Int8Array => decodeIntegers(dtype, bytes, rows, width);
+  return {
+    rows,
+    width,
+    floats,
+    integers: { bits: BITS[dtype] as 3 | 4 | 8, scales: decodeScales(bytes, rows), values },
+  };
 }

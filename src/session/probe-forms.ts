@@ -1,17 +1,14 @@
 /**
- * What the probe expects of terms beside linear layers: of convolutions at some positions, of tables, and of weights of
- * normalisations. Loaded for a model that has some.
+ * Expected terms beside linear layers, for the probe: of convolutions at some positions, of tables, and of weights of normalisations.
+ * Loaded for a model that has some.
  */
-
+import type { FormProbe, TaskInput } from "../onnx/adapted.ts";
 import type { ComponentRows } from "../onnx/components.ts";
-import type { FormProbe } from "../onnx/graft-forms.ts";
-import type { CarrierParts } from "./carrier.ts";
-import type { AdaptedLayer } from "./prepare.ts";
-import { type Inputs, type ProbeValue, termOf } from "./probe-term.ts";
+import type { PreparedModel } from "./prepare.ts";
+import { type ProbedLayer, type ProbeValue, termOf } from "./probe-term.ts";
+import type { InputValues } from "./values.ts";
 
-type Prepared = Pick<CarrierParts["prepared"], "modules" | "inputs">;
-
-/** What a term should be, and what it is there. */
+/** A term as it should be, and as it is. */
 interface ExpectedTerm {
   readonly module: string;
   readonly expected: Float64Array;
@@ -21,29 +18,29 @@ interface ExpectedTerm {
 /** @param values x and term of each probe */
 export function expectedTerms(
   probes: readonly FormProbe[],
-  prepared: Prepared,
-  task: Inputs,
+  { modules, inputs }: Pick<PreparedModel, "modules" | "inputs">,
+  task: InputValues,
   values: readonly ProbeValue[],
 ): ExpectedTerm[] {
   return probes.map((probe, i) => {
     const [x, term] = [values[2 * i]!, values[2 * i + 1]!];
-    const layer = prepared.modules.find(({ name }) => name === probe.module);
+    const layer = modules.find(({ name }) => name === probe.module);
     const { module } = probe;
-    if (probe.kind === "convolution") return { module, ...ofConvolution(probe, layer!, prepared, task, x, term) };
-    if (probe.kind === "embedding") return { module, ...ofTable(layer!, prepared, task, x, term) };
-    const change = valueOf(prepared, task, module, "bias");
+    if (probe.kind === "convolution") return { module, ...ofConvolution(probe, layer!, inputs, task, x, term) };
+    if (probe.kind === "embedding") return { module, ...ofTable(layer!, inputs, task, x, term) };
+    const change = valueOf(inputs, task, module, "bias");
     return { module, expected: Float64Array.from(x.data, (v, j) => v * change[j % change.length]!), term: term.data };
   });
 }
 
-function valueOf({ inputs }: Prepared, task: Inputs, of: string, kind: string): Float32Array {
+function valueOf(inputs: readonly TaskInput[], task: InputValues, of: string, kind: string): Float32Array {
   return task.get(inputs.find((input) => input.of === of && input.kind === kind)!.name)!.data as Float32Array;
 }
 
-/** Positions and indices that are looked at: plain arithmetic on all of an image takes long. */
+/** Most positions and indices that are compared: plain arithmetic on all of an image takes long. */
 const MOST_LOOKED_AT = 48;
 
-/** Some of so many, spread over all, the first and the last among them. */
+/** Indices spread over `count`, the first and the last among them. */
 function sample(count: number): number[] {
   const many = Math.min(count, MOST_LOOKED_AT);
   return Array.from({ length: many }, (_, i) => Math.round((i * (count - 1)) / Math.max(many - 1, 1)));
@@ -51,9 +48,9 @@ function sample(count: number): number[] {
 
 function ofConvolution(
   probe: FormProbe,
-  layer: AdaptedLayer,
-  { inputs }: Prepared,
-  task: Inputs,
+  layer: ProbedLayer,
+  inputs: readonly TaskInput[],
+  task: InputValues,
   { dims, data }: ProbeValue,
   term: ProbeValue,
 ): Omit<ExpectedTerm, "module"> {
@@ -103,7 +100,7 @@ function outputSizes(probe: FormProbe, dims: readonly number[]): number[] {
   });
 }
 
-/** How many elements are missing in front of the first. */
+/** Elements of padding in front of the first. */
 function padBefore(probe: FormProbe, axis: number, size: number, out: number): number {
   const { strides, pads, autoPad } = probe;
   if (!autoPad.startsWith("SAME")) return pads[axis] ?? 0;
@@ -111,7 +108,7 @@ function padBefore(probe: FormProbe, axis: number, size: number, out: number): n
   return autoPad === "SAME_LOWER" ? Math.ceil(all / 2) : Math.floor(all / 2);
 }
 
-/** What a kernel sees of one image at one position, [channels, …]; zeros beyond the border. */
+/** Fills a patch [channels, …]: the elements of one image under the kernel at one position; zeros beyond the border. */
 function fillPatch(
   patch: Float32Array,
   probe: FormProbe,
@@ -137,11 +134,11 @@ function fillPatch(
   }
 }
 
-/** As a linear layer on rows with a single 1, over the few indices that are looked at. */
+/** Treats a table as a linear layer on rows with a single 1, over the few indices that are compared. */
 function ofTable(
-  layer: AdaptedLayer,
-  { inputs }: Prepared,
-  task: Inputs,
+  layer: ProbedLayer,
+  inputs: readonly TaskInput[],
+  task: InputValues,
   ids: ProbeValue,
   term: ProbeValue,
 ): Omit<ExpectedTerm, "module"> {
@@ -163,7 +160,7 @@ function ofTable(
     const { dims, data } = task.get(A.name)!;
     few.set(A.name, { dims: [width, dims[1]!], data: rowsOf(data as Float32Array) });
   }
-  // The looked-up rows of E_Aᵀ, as the components of so many inputs.
+  // Columns of E_A for the compared rows.
   const own = components && {
     ...components,
     A: columnsOf(

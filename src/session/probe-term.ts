@@ -1,8 +1,16 @@
-/** The term of an adapted layer by plain arithmetic, for the probe. */
-import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
+/** Made-up tasks and their terms by plain arithmetic, for the probe. */
+import type { AdaptedLayer, TaskInput } from "../onnx/adapted.ts";
 import { transpose } from "../tensor/tensor-file.ts";
-import type { AdaptedLayer } from "./prepare.ts";
-import type { InputValue, WriteCore } from "./values.ts";
+import { CoreSpace, type InputValue, type InputValues } from "./values.ts";
+
+/** What the probe found out. */
+export interface ProbeReport {
+  /** "passed", or why nothing could be compared. */
+  readonly result: string;
+  /** Module whose term was compared, and the largest difference relative to the largest value. */
+  readonly module?: string;
+  readonly difference?: number;
+}
 
 /** An output of the model. */
 export interface ProbeValue {
@@ -10,15 +18,26 @@ export interface ProbeValue {
   readonly data: Float32Array;
 }
 
-/** Values of task inputs by name. */
-export type Inputs = ReadonlyMap<string, InputValue>;
+/** An adapted layer as far as its term is concerned. */
+export type ProbedLayer = Pick<AdaptedLayer, "name" | "in" | "out" | "components" | "factors">;
 
-/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x. */
+/** The value of an input for cores of a made-up task. */
+export function madeUpCores(input: TaskInput, size?: number): InputValue {
+  const space = new CoreSpace(input);
+  for (const { module, KA, KB } of input.cores ?? []) {
+    const core = waves(KA * KB, size);
+    const { out, at, stride } = space.targets.get(module)!;
+    for (let a = 0; a < KA; a++) out.set(core.subarray(a * KB, (a + 1) * KB), at + a * stride);
+  }
+  return space.value(() => true);
+}
+
+/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x: the term of an adapted layer by plain arithmetic. */
 export function termOf(
-  { name, in: width, out, components, factors }: AdaptedLayer,
+  { name, in: width, out, components, factors }: ProbedLayer,
   x: ArrayLike<number>,
   inputs: readonly TaskInput[],
-  values: Inputs,
+  values: InputValues,
 ): Float64Array {
   const rows = x.length / width;
   const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
@@ -32,25 +51,10 @@ export function termOf(
   }
   if (!components) return term;
   const [KA, KB] = [components.A.rows, components.B.rows];
-  const core = inputs.flatMap(({ cores = [] }) => cores.filter(({ module }) => module === name))[0]!;
   const projected = multiply(x, transpose(components.A.floats(), KA, width), rows, width, KA);
-  const mixed = multiply(projected, madeUpCore(core), rows, KA, KB);
+  const mixed = multiply(projected, waves(KA * KB), rows, KA, KB);
   multiply(mixed, components.B.floats(), rows, KB, out).forEach((v, i) => (term[i]! += v));
   return term;
-}
-
-/** A core of a task that there is not. */
-function madeUpCore({ KA, KB }: CoreBlock, size = 0.1): Float32Array {
-  return waves(KA * KB, size);
-}
-
-/** The same where it goes. */
-export function writeMadeUp(block: CoreBlock, size?: number): WriteCore {
-  const { KA, KB } = block;
-  const core = madeUpCore(block, size);
-  return (out, at, stride) => {
-    for (let a = 0; a < KA; a++) out.set(core.subarray(a * KB, (a + 1) * KB), at + a * stride);
-  };
 }
 
 export function waves(length: number, size = 0.1): Float32Array {

@@ -1,19 +1,18 @@
 /**
- * The parity probe: a tiny run of a made-up task right after a model is loaded. The term that the first adapted layer got
- * is held against plain arithmetic on what entered that layer; where it is out of reach, the outputs against the base's.
- * Some providers take our inputs and ignore them without a word; better to know before the first answer.
+ * The parity probe: a tiny run of a made-up task right after a model is loaded. The term of the first adapted layer is compared with
+ * plain arithmetic on what enters that layer; where it is out of reach, the outputs with the base's. Some providers ignore our inputs
+ * without a word; better to know before the first answer.
  */
 import { BackendError } from "../errors.ts";
 import type { ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
-import type { Feed } from "../onnx/feeds.ts";
-import { type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
-import { dataOf, type Engine, type LoadedModel, type Tensors } from "./engine.ts";
-import { type Inputs, type ProbeValue, termOf, waves, writeMadeUp } from "./probe-term.ts";
-import { coreOf, type InputValue } from "./values.ts";
+import type { CarrierParts } from "./carrier.ts";
+import { dataOf, type Engine, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
+import { madeUpCores, type ProbeReport, type ProbeValue, termOf, waves } from "./probe-term.ts";
+import { type InputValue, type InputValues, toFeeds } from "./values.ts";
 
 /** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches`, f32. */
-export type ProbeRun = (
-  tasks: readonly Inputs[],
+type ProbeRun = (
+  tasks: readonly InputValues[],
   fetches: readonly string[],
   more?: Tensors,
 ) => Promise<readonly ProbeValue[]>;
@@ -22,13 +21,9 @@ export type ProbeRun = (
 const TOLERANCE = 2e-2;
 
 /** @param feeds of the model's own inputs, as tensors */
-export function probeRun(engine: Engine, inputs: readonly TaskInput[], model: LoadedModel, feeds: object): ProbeRun {
+function probeRun(engine: Engine, inputs: readonly TaskInput[], model: LoadedModel, feeds: object): ProbeRun {
   return async (tasks, fetches, more) => {
-    const task = toFeeds(
-      engine,
-      inputs,
-      tasks.map((values) => ({ inputs: values })),
-    ).feeds;
+    const task = toFeeds(engine, inputs, tasks).feeds;
     const results = await engine.run(model, { ...feeds, ...more, ...task }, fetches);
     const value = async (name: string): Promise<ProbeValue> => {
       const { dims } = results[name]!;
@@ -38,14 +33,9 @@ export function probeRun(engine: Engine, inputs: readonly TaskInput[], model: Lo
   };
 }
 
-/** Made-up feeds as tensors. */
-export function toTensors(engine: Engine, feeds: ReadonlyMap<string, Feed>): Tensors {
-  return Object.fromEntries([...feeds].map(([name, { data, dims }]) => [name, engine.tensor(data, dims)]));
-}
-
 /**
- * Does what a probe does on feeds of the caller's own or made-up ones.
- * @param look compares what the model gives; undefined where it is not to be compared
+ * Runs a probe on feeds of the caller's own or made-up ones.
+ * @param look compares results of the model
  */
 export async function withFeeds(
   { engine, prepared, probe, idle }: CarrierParts,
@@ -73,7 +63,7 @@ export async function withFeeds(
  * @param base values of the task inputs without a task
  * @throws BackendError when the provider ignores the inputs or computes something else
  */
-export async function probeParity(parts: CarrierParts, model: LoadedModel, base: Inputs): Promise<ProbeReport> {
+export async function probeParity(parts: CarrierParts, model: LoadedModel, base: InputValues): Promise<ProbeReport> {
   const { engine, prepared } = parts;
   const { modules, inputs, probe, formProbes, outputNames } = prepared;
   const probes = [...(probe ? [probe] : []), ...formProbes];
@@ -93,12 +83,12 @@ export async function probeParity(parts: CarrierParts, model: LoadedModel, base:
       const { expectedTerms } = await import("./probe-forms.ts");
       const terms = expectedTerms(formProbes, prepared, task, found.slice(-2 * formProbes.length));
       const all = terms.map(({ module, expected, term }) => compared(module, expected, term, engine));
-      // What could not be compared says so; of the others the worst is told.
+      // A term that could not be compared counts as the worst.
       return worst(linear ? [linear, ...all] : all);
     }
     const [output] = outputNames as [string];
     const [[after], [before]] = [await run([task], [output]), await run([base], [output])];
-    if (same(before!.data, after!.data)) throw wrong(engine, `gives the same "${output}" with and without a task`);
+    if (isSame(before!.data, after!.data)) throw wrong(engine, `gives the same "${output}" with and without a task`);
     return { result: "passed" };
   });
 }
@@ -106,7 +96,7 @@ export async function probeParity(parts: CarrierParts, model: LoadedModel, base:
 function termOfLayer(
   probe: ProbeOutputs,
   { modules, inputs }: CarrierParts["prepared"],
-  task: Inputs,
+  task: InputValues,
   x: Float32Array,
 ) {
   return termOf(modules.find(({ name }) => name === probe.module)!, x, inputs, task);
@@ -136,18 +126,14 @@ function wrong({ provider }: Engine, what: string): BackendError {
 
 /** Small values that differ everywhere, where the base has zeros. */
 function madeUp(
-  base: Inputs,
+  base: InputValues,
   inputs: readonly TaskInput[],
   also: readonly { readonly module: string }[],
 ): Map<string, InputValue> {
   const values = new Map(base);
   for (const input of inputs) {
     const { name, of, kind } = input;
-    if (kind === "core")
-      values.set(
-        name,
-        coreOf(input, (block) => writeMadeUp(block)),
-      );
+    if (kind === "core") values.set(name, madeUpCores(input));
     const isAsked = kind === "bias" && also.some(({ module }) => module === of);
     if (!isAsked && kind !== "A" && kind !== "B") continue;
     const { dims, data } = base.get(name)!;
@@ -156,6 +142,6 @@ function madeUp(
   return values;
 }
 
-function same(a: Float32Array, b: Float32Array): boolean {
+function isSame(a: Float32Array, b: Float32Array): boolean {
   return a.length === b.length && a.every((v, i) => v === b[i]);
 }

@@ -1,31 +1,111 @@
 /**
- * Whether one task per row reaches the rows that it is meant for. Task inputs meet a layer's rows in order, so the batch must come
- * first in whatever enters the layer; where it does not, or where a layer sees only some tokens of each row, as in a mixture of
- * experts, tasks would be mixed without a word. Nothing in a graph tells: a run does, on rows that differ.
+ * Runs with one task per row of the batch. Task inputs meet a layer's rows in order, so the batch must come first in the values that
+ * enter the layer; where it does not, or where a layer sees only some tokens of each row, as in a mixture of experts, tasks would be
+ * mixed without a word. The graph does not tell; a run on rows that differ does. Loaded by the first such run.
  */
+
+import type { Pack } from "../core/pack.ts";
+import type { TaskInfo } from "../core/task-info.ts";
 import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";
-import { toFeeds } from "./carrier.ts";
-import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors } from "./engine.ts";
-import { toTensors } from "./probe.ts";
-import { writeMadeUp } from "./probe-term.ts";
-import { coreOf, type InputValue } from "./values.ts";
+import type { Carrier } from "./carrier.ts";
+import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
+import type { Mode } from "./options.ts";
+import { madeUpCores } from "./probe-term.ts";
+import { type InputValues, type TaskValues, toFeeds } from "./values.ts";
 
-type Inputs = ReadonlyMap<string, InputValue>;
+/** Values of a task, and its entry in the pack, which is an object of its own for each task that ever came. */
+interface RowValues {
+  readonly entry: TaskInfo["metadata"] | undefined;
+  readonly values: TaskValues;
+}
 
-/** What is looked at. */
+/** The session that such runs belong to. */
+export interface RowParts {
+  readonly engine: Engine;
+  readonly pack: Pick<Pack, "tasks">;
+  readonly mode: Mode;
+  readonly inputs: readonly TaskInput[];
+  /** Names of the heads. */
+  readonly heads: Iterable<string>;
+  readonly carrier: Pick<Carrier, "checkRows" | "evaluator">;
+}
+
+export class RowTasks {
+  readonly #parts: RowParts;
+  /** Values of the tasks of the last run: the next one usually asks for the same. */
+  #known: ReadonlyMap<string | null, RowValues> = new Map();
+  /** Whether a task per row is known to reach its row. */
+  #sure = false;
+
+  constructor(parts: RowParts) {
+    this.#parts = parts;
+  }
+
+  /** Arrays that are held from one run to the next. */
+  get arrays(): readonly { readonly byteLength: number }[] {
+    return [...this.#known.values()].flatMap(({ values }) => [...values.inputs.values()].map(({ data }) => data));
+  }
+
+  /**
+   * @param own feeds of the batch
+   * @returns feeds of the task inputs, and the valid columns of each row by head
+   * @throws TypeError, BackendError as `Session.run`
+   */
+  async feeds(
+    tasks: readonly (string | null)[],
+    own: Tensors,
+  ): Promise<{ feeds: Tensors; valid: ReadonlyMap<string, readonly number[]> }> {
+    const { engine, inputs, heads } = this.#parts;
+    const values = await this.#values(tasks, own);
+    const valid = [...heads].map((head) => [head, values.map(({ labels }) => labels.get(head)!)] as const);
+    const { feeds } = toFeeds(
+      engine,
+      inputs,
+      values.map((one) => one.inputs),
+    );
+    return { feeds, valid: new Map(valid) };
+  }
+
+  /** Values for each row of a batch; those of a task are computed once as long as runs go on asking for it. */
+  async #values(tasks: readonly (string | null)[], feeds: Tensors): Promise<TaskValues[]> {
+    const { mode, pack, carrier } = this.#parts;
+    if (mode === "folded") {
+      throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
+    }
+    const batch = Object.values(feeds).find(({ dims }) => dims.length > 0)?.dims[0];
+    if (tasks.length === 0 || tasks.length !== batch) {
+      throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
+    }
+    const valuesOf = async (task: string | null): Promise<RowValues> => {
+      const entry = pack.tasks.get(task!)?.metadata;
+      const known = this.#known.get(task);
+      if (known && known.entry === entry) return known;
+      return { entry, values: await carrier.evaluator.read(task) };
+    };
+    // Together, as they are now: a task can be removed and another one added under its name.
+    const wanted = new Map(
+      await Promise.all([...new Set(tasks)].map(async (task) => [task, await valuesOf(task)] as const)),
+    );
+    if (tasks.length > 1) this.#sure ||= (await carrier.checkRows?.(feeds, tasks.length)) ?? true;
+    this.#known = wanted;
+    return tasks.map((task) => wanted.get(task)!.values);
+  }
+}
+
+/** The session on which rows are checked. */
 export interface RowCheck {
   readonly engine: Engine;
   readonly model: LoadedModel;
   readonly inputs: readonly TaskInput[];
   /** Values of the task inputs without a task. */
-  readonly base: Inputs;
+  readonly base: InputValues;
   readonly outputNames: readonly string[];
-  /** Of inputs that are neither the model's own nor a task's. */
+  /** Values of inputs that are neither the model's own nor a task's. */
   readonly idle: Tensors;
-  /** Modules by what they are where that is no linear layer. */
+  /** Kinds of modules that are no linear layer, by name. */
   readonly forms: ReadonlyMap<string, string>;
   /** Whether what enters a layer is quantised by a range that all rows share. */
   readonly sharesRanges: boolean;
@@ -67,8 +147,8 @@ async function lookAtMade(check: RowCheck): Promise<Finding | undefined> {
 }
 
 /**
- * Runs a batch with a made-up task in all rows, in none, and in every second: each row must be as it is alone. Heads, linear layers,
- * convolutions and what else there is one after the other: a large effect of one would hide what another mixes.
+ * Runs a batch with a made-up task in all rows, in none, and in every second: each row must be as it is alone. Heads, linear layers and
+ * convolutions are changed one after the other: a large effect of one would hide mixing in another.
  * @param own whether the feeds are the caller's own, which the model takes as they are meant
  */
 async function lookAt(
@@ -77,9 +157,8 @@ async function lookAt(
   rows: number,
   own: boolean,
 ): Promise<Finding | undefined> {
-  const run = async (tasks: readonly Inputs[], fetches: readonly string[]): Promise<Tensors> => {
-    const values = tasks.map((one) => ({ inputs: one }));
-    return engine.run(model, { ...idle, ...feeds, ...toFeeds(engine, inputs, values).feeds }, fetches);
+  const run = async (tasks: readonly InputValues[], fetches: readonly string[]): Promise<Tensors> => {
+    return engine.run(model, { ...idle, ...feeds, ...toFeeds(engine, inputs, tasks).feeds }, fetches);
   };
   const results = await run([base], outputNames);
   const output =
@@ -106,7 +185,7 @@ async function lookAt(
   for (const group of groupsOf(inputs, forms)) {
     let found = await look(group, 0.1);
     seen ||= found.effect > 0;
-    // Rows of quantised models influence each other a little, whatever their tasks: beside a large task that is little.
+    // Rows of quantised models influence each other a little whatever their tasks; a larger task stands out against that.
     if (!found.apart) found = await look(group, 1);
     if (!found.apart) throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
   }
@@ -120,15 +199,15 @@ interface Seen {
   readonly apart: boolean;
 }
 
-/** Of so many values at least it can be told how much of a task is in them, whatever else has changed. */
+/** Fewest values from which a task's share can be estimated despite other changes. */
 const MANY = 64;
-/** As many as a vocabulary has: those of each position are looked at by themselves. */
+/** Outputs of this width and above are those of a vocabulary: each position is compared by itself. */
 const VOCABULARY = 1024;
 
 /**
  * @param values of all rows without a task, with it, and with it in every second row
- * @param last dimension of the output, where rows share ranges: what these change is no task's, so that vectors of this many values
- *   may be as far off as they like where no more or less of the task is in them
+ * @param last dimension of the output, where rows share ranges: these change values too, so only the task's share of a vector of this
+ *   length is compared
  */
 export function compareRows(
   [without, alone, found]: readonly [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>],
@@ -156,12 +235,12 @@ export function compareRows(
     shares.push([product / length, length, Math.floor(start / width) % 2 === 0 ? 1 : 0]);
   }
   const longest = Math.max(...shares.map(([, length]) => length));
-  // Where the task changes next to nothing there is nothing to tell.
+  // A vector that the task hardly changes tells nothing.
   const looked = shares.filter(([, length]) => length > longest / 1e4);
   return { effect, apart: looked.every(([share, , expected]) => Math.abs(share - expected) < 1 / 4) };
 }
 
-/** Inputs that are looked at together. */
+/** InputValues that are looked at together. */
 function groupsOf(inputs: readonly TaskInput[], forms: RowCheck["forms"]): TaskInput[][] {
   const groups = new Map<string, TaskInput[]>();
   for (const input of inputs) {
@@ -172,17 +251,13 @@ function groupsOf(inputs: readonly TaskInput[], forms: RowCheck["forms"]): TaskI
   return [...groups.values()];
 }
 
-/** A made-up task: other numbers in all that a task gives, but for rows of tables, which meet the model's own input. */
-function changed(base: Inputs, inputs: readonly TaskInput[], size: number): Inputs {
+/** Makes up a task: other numbers in all its inputs but rows of tables, which meet the model's own input. */
+function changed(base: InputValues, inputs: readonly TaskInput[], size: number): InputValues {
   const values = new Map(base);
   for (const input of inputs) {
     const { name, kind } = input;
     const { dims, data } = base.get(name)!;
-    if (kind === "core")
-      values.set(
-        name,
-        coreOf(input, (block) => writeMadeUp(block, size)),
-      );
+    if (kind === "core") values.set(name, madeUpCores(input, size));
     if (kind === "core" || kind === "rows" || !(data instanceof Float32Array)) continue;
     values.set(name, { dims, data: data.map((value, i) => value + size * Math.sin(1 + 1.7 * i)) });
   }

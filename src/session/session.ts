@@ -1,6 +1,5 @@
 /**
- * A loaded model that switches tasks. It owns the order of runs and switches; how tasks reach the model is the carrier's, what
- * runs it is the engine's.
+ * A loaded model that switches tasks. It owns the order of runs and switches; the carrier brings tasks to the model, the engine runs it.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
@@ -18,15 +17,16 @@ import { type ModelFile, readModel } from "../onnx/read.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { now } from "../pace.ts";
+import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
-import type { Mode } from "./base-values.ts";
 import type { CacheWatch } from "./caches.ts";
-import type { Active, Carrier, CarrierParts, ProbeReport } from "./carrier.ts";
+import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
+import { inputCarrier } from "./inputs.ts";
+import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
-import type { RowTasks } from "./row-tasks.ts";
-import { Timeline } from "./timeline.ts";
+import type { ProbeReport } from "./probe-term.ts";
+import type { RowTasks } from "./rows.ts";
 import type { Trainable } from "./training.ts";
 
 /** What a switch did and what it cost. */
@@ -144,7 +144,7 @@ async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array
   const { folded } = parts.prepared;
   if (!folded) {
     await file.close();
-    return (await import("./unfolded.ts")).unfoldedCarrier(parts, bases);
+    return inputCarrier(parts, bases);
   }
   if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
   return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
@@ -177,7 +177,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly #inputs: PreparedModel["inputs"];
   readonly #idle: Tensors;
   readonly #carrier: Omit<Carrier, "first">;
-  readonly #timeline: Timeline<Active>;
+  /** Runs and switches. A run under way keeps the model and feeds that it began with. */
+  readonly #queue = new Queue();
   readonly #components: number;
   /** Where the model has caches. */
   readonly #caches: CacheWatch | undefined;
@@ -217,7 +218,6 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const { first, ...others } = carrier;
     this.#carrier = others;
     this.#active = first;
-    this.#timeline = new Timeline(first);
     this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
     this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
@@ -231,7 +231,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       base: async () => (await this.#carrier.evaluator.read(null)).inputs,
       run: async (feeds, fetches) => {
         this.#live();
-        return this.#timeline.run(({ model }) => this.#engine.run(model, { ...this.#idle, ...feeds }, fetches));
+        return this.#queue.call(() => this.#engine.run(this.#active.model, { ...this.#idle, ...feeds }, fetches));
       },
     };
   }
@@ -260,7 +260,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const started = now();
     const before = { ...this.pack.reads };
     let read = started;
-    const change = this.#timeline.change(
+    const change = this.#queue.change(
       async () => {
         options.signal?.throwIfAborted();
         this.#coming = asked;
@@ -268,17 +268,20 @@ export class Session<T extends SessionTypes = SessionTypes> {
           const state = this.#caches?.stateOf(asked, options);
           const tasks = await this.#carrier.evaluator.load(asked, how);
           read = now();
-          return (this.#active = { ...(await this.#carrier.make(asked, tasks, how)), state });
+          const next = await this.#carrier.make(tasks, how.signal);
+          const old = this.#active;
+          this.#active = { ...next, state };
+          return { old, next };
         } finally {
           this.#coming = null;
         }
       },
-      async (old) => {
-        if (old.model !== this.#active.model) await this.#engine.release(old.model);
+      async ({ old, next }) => {
+        if (old.model !== next.model) await this.#engine.release(old.model);
         old.retire?.();
       },
     );
-    const { task, bytes } = await change;
+    const { task, bytes } = (await change).next;
     const done = now();
     return {
       task,
@@ -314,7 +317,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     for (const { name } of this.#inputs) {
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
-    return this.#timeline.run(async (active) => {
+    return this.#queue.call(async () => {
+      const active = this.#active;
       this.#carrier.check?.();
       const rowTasks = tasks && (await this.#rowTasks());
       // In one go with reading the tasks: another one may come under an id.
@@ -328,7 +332,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   }
 
   async #rowTasks(): Promise<RowTasks> {
-    const { RowTasks } = await import("./row-tasks.ts");
+    const { RowTasks } = await import("./rows.ts");
     const [engine, carrier, inputs] = [this.#engine, this.#carrier, this.#inputs];
     const heads = [...this.#base.heads.keys()];
     this.#rows ??= new RowTasks({ engine, carrier, inputs, heads, pack: this.pack, mode: this.mode });
@@ -379,8 +383,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   }
 
   async #end(): Promise<void> {
-    const { model } = await this.#timeline.end();
-    await this.#engine.release(model);
+    await this.#queue.end();
+    await this.#engine.release(this.#active.model);
     await this.#carrier.close();
   }
 

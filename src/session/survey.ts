@@ -4,11 +4,10 @@
  * that is wrong, this goes on and tells all.
  */
 
-import { createBackend } from "../backends/select.ts";
 import type { Pack } from "../core/pack.ts";
 import { type PackView, partOf } from "../core/part.ts";
+import { createUnfolding, SessionRuntime } from "../core/session-runtime.ts";
 import type { TaskInfo } from "../core/task-info.ts";
-import { Workbench } from "../core/workbench.ts";
 import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
 import { isOfModule } from "../format/format.ts";
 import { fusedNode } from "../onnx/linear.ts";
@@ -16,11 +15,11 @@ import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { Mode } from "./base-values.ts";
-import { type MatchOptions, ModelMatcher } from "./match.ts";
+import { type Lacking, refuseHomeless, residentsOf } from "./group.ts";
+import { ModelMatcher } from "./match.ts";
+import type { Mode, SessionOptions } from "./options.ts";
 import { broughtBy, type Plan, planSession } from "./plan.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
-import { type Lacking, type ResidentOptions, refuseHomeless, residentsOf } from "./residents.ts";
 import { stackValues, TaskEvaluator } from "./values.ts";
 
 /** A module of the pack in the model. */
@@ -106,7 +105,7 @@ const NO_COST = { nodes: 0, inputs: 0, componentBytes: 0, pristineBytes: 0, fedB
 export async function surveyModel(
   open: () => Promise<ModelFile>,
   pack: Pack,
-  options: ResidentOptions = {},
+  options: SessionOptions = {},
 ): Promise<Survey> {
   const bases = (await pack.bases()).bytes;
   const { modules } = options;
@@ -157,7 +156,7 @@ export async function surveyModel(
 export async function surveyFiles(
   open: ReadonlyMap<string, () => Promise<ModelFile>>,
   pack: Pack,
-  options: ResidentOptions = {},
+  options: SessionOptions = {},
 ): Promise<FilesSurvey> {
   const lacking: Lacking = new Map();
   const files = new Map<string, Survey | string>();
@@ -187,7 +186,7 @@ async function surveyModules(
   file: ModelFile,
   pack: PackView,
   bases: Uint8Array,
-  options: MatchOptions,
+  options: SessionOptions,
 ): Promise<SurveyedModule[]> {
   const matcher = new ModelMatcher(file, options);
   const found: SurveyedModule[] = [];
@@ -218,7 +217,7 @@ function nodesThatUse({ uses, copies }: OnnxParameter): string[] {
 async function surveyParameters(
   file: ModelFile,
   pack: PackView,
-  options: MatchOptions,
+  options: SessionOptions,
   plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
   const matcher = new ModelMatcher(file, options);
@@ -250,7 +249,7 @@ async function surveyMode(
   open: () => Promise<ModelFile>,
   pack: Pack,
   bases: Uint8Array,
-  options: ResidentOptions & { mode: Mode },
+  options: SessionOptions & { mode: Mode },
   task: string | null,
 ): Promise<SurveyedMode> {
   const file = await open();
@@ -281,14 +280,14 @@ async function surveyMode(
 }
 
 async function fedBytes(prepared: PreparedModel, bases: Uint8Array, task: string | null): Promise<number> {
-  const { backend } = await createBackend({ webgpu: false });
+  const { view, mode, base } = prepared;
+  const runtime = mode === "folded" ? new SessionRuntime(view, base) : await createUnfolding(view, mode, bases, base);
   try {
-    const bench = prepared.mode === "folded" ? undefined : new Workbench(backend, prepared.view.modules, bases);
-    const values = await new TaskEvaluator(prepared, bench).read(task);
+    const values = await new TaskEvaluator(prepared, runtime).read(task);
     const sizes = prepared.inputs.map((input) => stackValues(input, [values.inputs.get(input.name)!]).data.byteLength);
     return sizes.reduce((a, b) => a + b, 0);
   } finally {
-    backend.close();
+    await runtime.close();
   }
 }
 

@@ -11,11 +11,10 @@ import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
+import { dataOf, type Engine, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { SessionOptions } from "./options.ts";
-import type { AdaptedLayer, PreparedModel } from "./prepare.ts";
-import { toTensors } from "./probe.ts";
-import type { InputValue } from "./values.ts";
+import type { PreparedModel } from "./prepare.ts";
+import type { InputValues } from "./values.ts";
 
 /** What a session that can learn lends to a trainer. */
 export interface Trainable {
@@ -26,7 +25,7 @@ export interface Trainable {
   /** Made-up values of the model's own inputs, for their types and what is fixed of their dimensions; undefined where none fit. */
   readonly example: ReadonlyMap<string, Feed> | undefined;
   /** Their values on the base. */
-  base(): Promise<ReadonlyMap<string, InputValue>>;
+  base(): Promise<InputValues>;
   /** Runs the model on inputs that are all given, between the session's own runs. */
   run(feeds: Tensors, fetches: readonly string[]): Promise<Tensors>;
 }
@@ -87,8 +86,12 @@ export async function addTraining(
     const message = `tasks bring "${both}" whole and others adapt it, which cannot be trained; pass ignore: ["${both}"], or a pack without`;
     throw new BaseMismatchError(message, { module: both });
   }
-  const form = prepared.modules.find((module) => module.form);
-  if (form) throw new BaseMismatchError(cannotLearn(form), { module: form.name });
+  for (const { name, form } of prepared.modules) {
+    if (!form) continue;
+    const what = `${form.kind === "embedding" ? "an" : "a"} ${form.kind}`;
+    const message = `"${name}" is ${what}, whose term cannot be trained; pass \`modules\` without it`;
+    throw new BaseMismatchError(message, { module: name });
+  }
   fixInnerHeads(file.model.graph.proto, prepared.inputs, (module) => prepared.base.heads.get(module)?.labels);
   const logits = typeof trainable === "object" ? trainable.logits : undefined;
   const name = logitsOf(file.model, prepared, logits);
@@ -113,11 +116,6 @@ export async function addTraining(
     (opType === "Sin" || opType === "Cos") && name !== "" ? [name] : [],
   );
   return { graph, load: { purpose: "train", exactNodes }, idle };
-}
-
-/** Why the term of a layer cannot be trained. */
-function cannotLearn({ name, form }: AdaptedLayer): string {
-  return `"${name}" is ${form === "embedding" ? "an" : "a"} ${form}, whose term cannot be trained; pass \`modules\` without it`;
 }
 
 /**

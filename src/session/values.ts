@@ -1,13 +1,11 @@
 /**
- * What a task gives to each input of a prepared model: coefficients in, arrays out, for one task or for one task per row of a
- * batch. No engine here.
+ * Values of a prepared model's inputs: a selection in, arrays out, for one task or for one task per row of a batch.
  */
 
-import { type Merged, mergeAll } from "../core/merge.ts";
-import { loadParts, type Selection, type SwitchOptions } from "../core/selection.ts";
-import { type ActiveTask, hasCore, type ModulePlan, reuse, stage, writeCore } from "../core/stage.ts";
-import type { PristineWeight } from "../core/terms.ts";
-import type { Workbench } from "../core/workbench.ts";
+import type { Merged } from "../core/merge.ts";
+import type { PackView } from "../core/part.ts";
+import type { Selection, SwitchOptions } from "../core/selection.ts";
+import type { CoreTarget, LoadedTasks, SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought, readTensor } from "../format/format.ts";
@@ -16,7 +14,8 @@ import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";
 import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
-import type { PreparedModel } from "./prepare.ts";
+import type { Engine, Tensors } from "./engine.ts";
+import type { Mode } from "./options.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
 export interface InputValue {
@@ -24,71 +23,99 @@ export interface InputValue {
   readonly data: Float32Array | BigInt64Array;
 }
 
-/** The values of all inputs, by name, and how many columns each head has. */
+/** Values of inputs by name. */
+export type InputValues = ReadonlyMap<string, InputValue>;
+
+/** The values of all inputs, and how many columns each head has. */
 export interface TaskValues {
-  readonly inputs: ReadonlyMap<string, InputValue>;
+  readonly inputs: InputValues;
   /** By module name. */
   readonly labels: ReadonlyMap<string, number>;
 }
 
-/** What a selection is made of, while its inputs are computed. */
-interface Evaluation {
-  readonly tasks: readonly ActiveTask[];
-  /** By module name: cores are written where they go, and terms are what there is beside them, A as [in, rank]. */
-  readonly cores: ReadonlyMap<string, WriteCore>;
-  readonly terms: ReadonlyMap<string, Term>;
-  /** Saved modules and biases as the tasks have them, by name. */
-  readonly merged: ReadonlyMap<string, Merged>;
-  /** What may be written over. */
-  readonly old: TaskValues["inputs"] | undefined;
+/** A head as the base has it. */
+export interface BaseHead {
+  /** [in, labels]. */
+  readonly weight: Float32Array;
+  /** [labels]. */
+  readonly bias: Float32Array | undefined;
+  readonly labels: number;
+  /** Whether other tasks adapt the layer: no task may give it another number of labels then. */
+  readonly adapted: boolean;
 }
 
-/** Writes a core [K_A, K_B] among others: its first number to `at`, its rows `stride` apart. */
-export type WriteCore = (out: Float32Array, at: number, stride: number) => void;
+/** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
+export interface BaseValues {
+  /** By module name of the pack. */
+  readonly heads: ReadonlyMap<string, BaseHead>;
+  /** Values of the biases that tasks change, by the pack's name of the parameter. */
+  readonly biases: ReadonlyMap<string, Float32Array>;
+  /** Float weights of modules with DoRA, f32 [out, in], by module name. */
+  readonly weights: ReadonlyMap<string, Float32Array>;
+  /** Parameters that tasks may bring, by the pack's names: for these the model is prepared. */
+  readonly wanted: ReadonlySet<string>;
+  /** Parameters of tasks that are left out. */
+  readonly ignored: ReadonlySet<string>;
+}
+
+/** The model whose inputs get values. */
+interface EvaluatedModel {
+  readonly view: PackView;
+  readonly mode: Mode;
+  readonly base: BaseValues;
+  readonly inputs: readonly TaskInput[];
+}
+
+/** What the values of one selection are made of. */
+interface Evaluation {
+  readonly tasks: LoadedTasks["tasks"];
+  /** Values of core inputs, by name of the input. */
+  readonly cores: InputValues;
+  /** By module name. */
+  readonly factors: UnfoldedTerms["factors"];
+  /** Saved modules and biases as the tasks have them, by name. */
+  readonly merged: ReadonlyMap<string, Merged>;
+}
 
 /** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
-/** What an input of a kind is told by, before the name of its module. */
+/** Prefixes of module names by kind of input, in the set of what a model is ready for. */
 const READY: Readonly<Record<string, string>> = { scale: "magnitude ", A: "private " };
 
 /** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
-  readonly #model: Pick<PreparedModel, "view" | "mode" | "base" | "inputs">;
-  readonly #bench: Workbench | undefined;
+  readonly #model: EvaluatedModel;
+  readonly #runtime: SessionRuntime;
   /** What there are inputs for, as packs say what a task brings. */
   readonly #ready: ReadonlySet<string>;
-  /** The bench works for one selection at a time, and has pauses. */
-  #queue: Promise<unknown> = Promise.resolve();
 
-  /** @param bench expands terms; not needed in mode "folded", whose inputs are heads alone */
-  constructor({ view, mode, base, inputs }: PreparedModel, bench: Workbench | undefined) {
-    // Not all of the prepared model: its modules know the graph, and so the model's whole file.
+  constructor({ view, mode, base, inputs }: EvaluatedModel, runtime: SessionRuntime) {
+    // Not all of the prepared model: its layers know the graph, and so the model's whole file.
     this.#model = { view, mode, base, inputs };
-    this.#bench = bench;
+    this.#runtime = runtime;
     const telling = inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
     this.#ready = new Set(telling.map(({ of, kind }) => (READY[kind] ?? "") + of));
   }
 
   /**
    * Reads the tasks of a selection.
-   * @throws TaskError for an unknown id, a blend that cannot be; SourceError, FormatError when a task cannot be read
+   * @throws as `SessionRuntime.load`
    * @throws BaseMismatchError when a task changes what the model was not prepared for
    * @throws TaskError when a task's labels are more or fewer than the rows of its head
    */
-  async load(selection: Selection, options: SwitchOptions = {}): Promise<ActiveTask[]> {
-    const { view: pack, base } = this.#model;
-    const tasks = await loadParts(pack, selection, options, base.ignored);
-    this.#refuseUnprepared(tasks);
-    for (const { id, blob } of tasks) {
-      const misfit = misfitLabels(pack.tasks.get(id)?.metadata.labels, blob.parameters);
+  async load(selection: Selection, options?: SwitchOptions): Promise<LoadedTasks> {
+    const loaded = await this.#runtime.load(selection, options);
+    this.#refuseUnprepared(loaded);
+    for (const { id, blob } of loaded.tasks) {
+      const misfit = misfitLabels(this.#model.view.tasks.get(id)?.metadata.labels, blob.parameters);
       if (misfit === undefined) continue;
       throw new TaskError(`task "${id}" cannot be used: ${misfit}; pack its adapter again with a name for each row`, {
         task: id,
       });
     }
-    options.signal?.throwIfAborted();
-    return tasks;
+    options?.signal?.throwIfAborted();
+    return loaded;
   }
 
   /** The values of a selection that is read here and now. @throws as `load` and `evaluate` */
@@ -99,27 +126,16 @@ export class TaskEvaluator {
   /**
    * In memory of its own each time, since values of earlier switches may still be on their way into a run; but where there are `old`
    * values that nothing reads any more, cores and factors are written over those.
-   * @param tasks as `load` gives them
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
-  evaluate(tasks: readonly ActiveTask[], signal?: AbortSignal, old?: TaskValues["inputs"]): Promise<TaskValues> {
-    const values = this.#queue.then(() => this.#evaluate(tasks, signal, old));
-    this.#queue = values.catch(() => undefined);
-    return values;
-  }
-
-  async #evaluate(
-    tasks: readonly ActiveTask[],
-    signal: AbortSignal | undefined,
-    old: TaskValues["inputs"] | undefined,
-  ): Promise<TaskValues> {
-    const { view: pack, inputs, base } = this.#model;
-    const merged = mergeAll(tasks, pack, (name) => {
+  async evaluate(loaded: LoadedTasks, signal?: AbortSignal, old?: InputValues): Promise<TaskValues> {
+    const { inputs, base } = this.#model;
+    const merged = this.#runtime.parameters(loaded, (name) => {
       const values =
         base.biases.get(name) ?? (name.endsWith(".bias") ? base.heads.get(moduleOf(name))?.bias : undefined);
       return values && { shape: [values.length], values };
     });
-    const evaluation = { tasks, merged, old, ...(await this.#terms(tasks, signal, old)) };
+    const evaluation = { tasks: loaded.tasks, merged, ...(await this.#terms(loaded, signal, old)) };
     const values = new Map<string, InputValue>();
     const pause = pacer(signal);
     for (const input of inputs) {
@@ -132,7 +148,7 @@ export class TaskEvaluator {
   }
 
   /** A task that was added to the pack after the model was prepared may change more than the others. */
-  #refuseUnprepared(tasks: readonly ActiveTask[]): void {
+  #refuseUnprepared({ tasks }: LoadedTasks): void {
     const { mode, base, view: pack } = this.#model;
     for (const { id, blob } of tasks) {
       for (const brought of bringsOf(blob, pack.modules)) {
@@ -149,61 +165,40 @@ export class TaskEvaluator {
   }
 
   async #terms(
-    tasks: readonly ActiveTask[],
+    loaded: LoadedTasks,
     signal: AbortSignal | undefined,
-    old: TaskValues["inputs"] | undefined,
-  ): Promise<Pick<Evaluation, "cores" | "terms">> {
-    const { view: pack, mode, base } = this.#model;
-    const [cores, terms] = [new Map<string, WriteCore>(), new Map<string, Term>()];
-    const bench = this.#bench;
-    if (mode === "folded" || !bench) return { cores, terms };
-    const others: ModulePlan[] = [];
-    for (const plan of stage(tasks, pack.modules, bench.staging)) {
-      const core = hasCore(plan, mode);
-      if (core) cores.set(pack.modules[plan.module]!.name, (...to) => writeCore(plan, bench.staging.values, ...to));
-      if (!core || plan.A.private.length > 0 || plan.magnitude !== undefined) others.push(plan);
-    }
-    const weightOf = (index: number): PristineWeight => {
-      const { name, in: inputs, out } = pack.modules[index]!;
-      const { buffer, byteOffset, byteLength } = base.weights.get(name)!;
-      const data = new Uint8Array(buffer, byteOffset, byteLength);
-      return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
-    };
-    if (others.length > 0) {
-      const { unfold } = await import("../core/terms.ts");
-      const options = { old: old && this.#oldFactors(old), turned: true, signal };
-      for (const [index, term] of await unfold(others, bench, mode, weightOf, options))
-        terms.set(pack.modules[index]!.name, term);
-    }
-    return { cores, terms };
+    old?: InputValues,
+  ): Promise<Pick<Evaluation, "cores" | "factors">> {
+    const spaces = this.#model.inputs.flatMap((input) =>
+      input.kind === "core" ? [new CoreSpace(input, old?.get(input.name))] : [],
+    );
+    const targets = new Map(spaces.flatMap(({ targets }) => [...targets]));
+    const factors = old && this.#oldFactors(old);
+    const terms = await this.#runtime.terms(loaded, { cores: targets, old: factors, signal });
+    const cores = new Map(spaces.map((space) => [space.name, space.value(({ module }) => terms.cores.has(module))]));
+    return { cores, factors: terms.factors };
   }
 
-  /** By module, the arrays of factors that inputs had. */
-  #oldFactors(old: TaskValues["inputs"]): Map<number, Pick<Term, "A" | "Bt">> {
-    const { view: pack, inputs } = this.#model;
-    const places = new Map(pack.modules.map(({ name }, index) => [name, index]));
-    const found = new Map<number, { A: Float32Array<ArrayBuffer>; Bt: Float32Array<ArrayBuffer> }>();
-    const none = new Float32Array(0);
-    for (const { name, of, kind } of inputs) {
-      if (kind !== "A" && kind !== "B") continue;
-      const index = places.get(of)!;
-      const factors = found.get(index) ?? { A: none, Bt: none };
-      factors[kind === "A" ? "A" : "Bt"] = (old.get(name)?.data ?? none) as Float32Array<ArrayBuffer>;
-      found.set(index, factors);
+  /** Arrays of factors that inputs had, by module name. */
+  #oldFactors(old: InputValues): Map<string, Pick<Term, "A" | "Bt">> {
+    const found = new Map<string, Pick<Term, "A" | "Bt">>();
+    const none = { A: new Float32Array(0), Bt: new Float32Array(0) };
+    for (const { name, of, kind } of this.#model.inputs) {
+      const data = kind === "A" || kind === "B" ? (old.get(name)?.data as Float32Array<ArrayBuffer>) : undefined;
+      if (data) found.set(of, { ...(found.get(of) ?? none), [kind === "A" ? "A" : "Bt"]: data });
     }
     return found;
   }
 
-  #value(input: TaskInput, { tasks, cores, terms, merged, old }: Evaluation): InputValue {
-    const { of, kind, dims } = input;
-    const term = terms.get(of);
+  #value({ name, of, kind, dims }: TaskInput, { tasks, cores, factors, merged }: Evaluation): InputValue {
+    const term = factors.get(of);
     const own = dims.slice(1);
     const fixed = own.map((d) => (typeof d === "number" ? d : 1));
     const [height = 1, width = 1] = fixed;
     const zeros = (): InputValue => ({ dims: fixed, data: new Float32Array(height * width) });
     switch (kind) {
       case "core":
-        return coreOf(input, ({ module }) => cores.get(module), old?.get(input.name));
+        return cores.get(name)!;
       case "A":
         return term ? { dims: [height, term.rank], data: term.A } : zeros();
       case "B":
@@ -237,7 +232,7 @@ export class TaskEvaluator {
     return { dims: [inputs, out], data: transpose(head.values, out, inputs) };
   }
 
-  /** The tasks' bias minus the base's. */
+  /** Subtracts the base's bias from the tasks'. */
   #change(name: string, merged: Evaluation["merged"], size: number): Float32Array {
     const base = this.#model.base.biases.get(name)!;
     const bias = merged.get(name);
@@ -247,32 +242,48 @@ export class TaskEvaluator {
   }
 }
 
-/**
- * The value of an input for cores.
- * @param of gives what writes the core of a module; undefined where the task has none
- * @param old a value of the same input that may be written over: what lies beside its cores is 0
- */
-export function coreOf(
-  { dims, cores = [] }: TaskInput,
-  of: (block: CoreBlock) => WriteCore | undefined,
-  old?: InputValue,
-): InputValue {
-  const [, height, width] = dims as [string, number, number];
-  const data = reuse(old?.data as Float32Array | undefined, height * width);
-  let at = 0;
-  for (const block of cores) {
-    const { KA, KB, scalesA, scalesB } = block;
-    const write = of(block);
-    write?.(data, at, width);
-    for (let a = 0; (scalesA || scalesB || !write) && a < KA; a++) {
-      for (let b = 0; b < KB; b++) {
-        const place = at + a * width + b;
-        data[place] = write ? (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * data[place]! : 0;
+/** The value of an input for cores while it is filled: each core of a module has its place on the diagonal. */
+export class CoreSpace {
+  readonly name: string;
+  /** By module name. */
+  readonly targets: ReadonlyMap<string, CoreTarget>;
+  readonly #dims: readonly [height: number, width: number];
+  readonly #data: Float32Array;
+  readonly #blocks: readonly CoreBlock[];
+
+  /** @param old a value of the same input that may be written over: what lies beside its cores is 0 */
+  constructor({ name, dims, cores = [] }: TaskInput, old?: InputValue) {
+    const [, height, width] = dims as [string, number, number];
+    this.name = name;
+    this.#dims = [height, width];
+    this.#blocks = cores;
+    const data = old?.data as Float32Array | undefined;
+    this.#data = data?.length === height * width ? data : new Float32Array(height * width);
+    const targets = new Map<string, CoreTarget>();
+    let at = 0;
+    for (const { module, KA, KB } of cores) {
+      targets.set(module, { out: this.#data, at, stride: width });
+      at += KA * width + KB;
+    }
+    this.targets = targets;
+  }
+
+  /** The value once cores are written. @param isWritten whether a module's is: the others become zeros */
+  value(isWritten: (block: CoreBlock) => boolean): InputValue {
+    const data = this.#data;
+    for (const block of this.#blocks) {
+      const { module, KA, KB, scalesA, scalesB } = block;
+      const { at, stride } = this.targets.get(module)!;
+      const written = isWritten(block);
+      for (let a = 0; (scalesA || scalesB || !written) && a < KA; a++) {
+        for (let b = 0; b < KB; b++) {
+          const place = at + a * stride + b;
+          data[place] = written ? (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * data[place]! : 0;
+        }
       }
     }
-    at += KA * width + KB;
+    return { dims: this.#dims, data };
   }
-  return { dims: [height, width], data };
 }
 
 /** Rows of an embedding that a task brings. */
@@ -283,7 +294,7 @@ interface BroughtRows {
   readonly indices: readonly number[];
 }
 
-function broughtRows(name: string, tasks: readonly ActiveTask[]): BroughtRows[] {
+function broughtRows(name: string, tasks: LoadedTasks["tasks"]): BroughtRows[] {
   return tasks.flatMap(({ strength, blob }) =>
     blob.parameters.flatMap((parameter) => {
       const { indices } = parameter;
@@ -292,7 +303,7 @@ function broughtRows(name: string, tasks: readonly ActiveTask[]): BroughtRows[] 
   );
 }
 
-/** Where there is no row, an index that embeddings never see. */
+/** Indices of all rows; where there is no row, an index that embeddings never see. */
 function indicesOf(brought: readonly BroughtRows[]): InputValue {
   const indices = brought.flatMap((one) => one.indices.map(BigInt));
   const data = BigInt64Array.from(indices.length > 0 ? indices : [-1n]);
@@ -322,7 +333,7 @@ function misfit(name: string, found: readonly number[], expected: readonly (stri
   return new BaseMismatchError(message, { module: name, expected, found });
 }
 
-/** A value as an input takes it: one task, or several one below the other, padded to the largest. */
+/** Gives a value its leading dimension: one task, or several one below the other, padded to the largest. */
 export function stackValues(input: TaskInput, rows: readonly InputValue[]): InputValue {
   const [first] = rows;
   if (rows.length === 1) return { dims: [1, ...first!.dims], data: first!.data };
@@ -343,4 +354,28 @@ export function stackValues(input: TaskInput, rows: readonly InputValue[]): Inpu
     for (let i = 0; i < h; i++) data.set(values.subarray(i * w, (i + 1) * w), t * size + i * width);
   });
   return { dims: stacked, data };
+}
+
+/** Tensors of the inputs that carry tasks, for one task or one per row. */
+export function toFeeds(
+  engine: Engine,
+  inputs: readonly TaskInput[],
+  rows: readonly InputValues[],
+): { feeds: Tensors; bytes: number } {
+  const feeds: Record<string, Tensors[string]> = {};
+  let bytes = 0;
+  for (const input of inputs) {
+    const { dims, data } = stackValues(
+      input,
+      rows.map((row) => row.get(input.name)!),
+    );
+    feeds[input.name] = engine.tensor(data, dims);
+    bytes += data.byteLength;
+  }
+  return { feeds, bytes };
+}
+
+/** Names of the parameters that come as inputs in mode "folded". */
+export function inputNamesOf({ heads, biases }: BaseValues): Set<string> {
+  return new Set([...[...heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`]), ...biases.keys()]);
 }

@@ -9,9 +9,9 @@ import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { taskAdapter } from "../pack/expand.ts";
+import { Queue } from "../queue.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
-import { Turns } from "../session/turns.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import type { BatchFeeds } from "./batch-feeds.ts";
@@ -77,8 +77,8 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
   const asked = shuffle([...all], uniform(seed)).slice(0, most);
   let session: Session | undefined;
   let closed = false;
-  // Calls take turns: one session serves all packs, and `close` leaves none open.
-  const turns = new Turns();
+  // One session serves all packs, and none is left when it closes.
+  const queue = new Queue();
   let supervision: Supervision<BatchFeeds> | undefined;
   let rows: readonly Row<BatchFeeds>[] | undefined;
   const expected = new Map<string, ReadonlyMap<Row<BatchFeeds>, Distribution[]>>();
@@ -105,9 +105,9 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
     }
     return found;
   };
-  const byTask: PackJudge["byTask"] = (pack) => turns.change(() => ask(pack));
+  const byTask: PackJudge["byTask"] = (pack) => queue.change(() => ask(pack));
   const close: PackJudge["close"] = () =>
-    turns.change(async () => {
+    queue.change(async () => {
       closed = true;
       await session?.close();
     });

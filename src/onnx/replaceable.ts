@@ -1,37 +1,36 @@
 /**
- * Mode "folded": every parameter that tasks change gets a tensor of its own. Either all of them lie in one file, so that a
- * switch is a new content of that file and a new session on it; or each is an input, so that a switch writes the buffers that
- * a run is given.
+ * Makes parameters of a model replaceable: each gets a tensor of its own. Either all of these lie in one file, whose content is exchanged
+ * when the model is loaded again; or each is an input, whose buffer is written. Changes the graph; reads no weight.
  */
 
 import type { View } from "../core/base.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
-import { MOST_PASSED } from "../onnx/claims.ts";
-import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";
-import { attribute, type OnnxModel, type Use } from "../onnx/model.ts";
-import { type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "../onnx/modules.ts";
-import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
-import { create, NodeProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
-import { type DataFile, point } from "../onnx/write.ts";
+import { MOST_PASSED } from "./claims.ts";
+import { FLOAT, FLOAT16, origin } from "./linear.ts";
+import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
+import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
+import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import { create, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
+import { type DataFile, point } from "./write.ts";
 
-const FOLDED_FILE = "eigenlora-folded";
+const FILE = "eigenlora-folded";
 
-/** Where each changing parameter lies in the file. */
-export interface FoldedLayout {
+/** A file of all parameters that change, and where each lies in it. */
+export interface WeightFile {
   /** What the model calls the file. */
   readonly path: string;
   readonly byteLength: number;
-  readonly places: ReadonlyMap<string, FoldedPlace>;
-  /** What is written into others' places: parts of packed parameters, and parts of a value that the file has in several. */
-  readonly parts: readonly FoldedPart[];
-  /** The parameters that the file does not have by themselves. */
+  readonly places: ReadonlyMap<string, FilePlace>;
+  /** Copies into the memory of other parameters: parts of packed ones, and parts of a value that the model has in several. */
+  readonly parts: readonly FilePart[];
+  /** Parameters that the model has in other pieces. */
   readonly pieces: readonly OnnxParameter[];
 }
 
 /** Rows or columns of a parameter's value, and where they go. */
-interface FoldedPart {
-  /** Of the parameter, and of the one whose place it is. */
+interface FilePart {
+  /** Names of the parameter, and of the one whose memory it is written into. */
   readonly name: string;
   readonly into: string;
   readonly axis: number;
@@ -40,7 +39,7 @@ interface FoldedPart {
   readonly count: number;
 }
 
-interface FoldedPlace {
+interface FilePlace {
   readonly offset: number;
   readonly byteLength: number;
   readonly shape: readonly number[];
@@ -51,11 +50,11 @@ interface FoldedPlace {
  * Changes `model.proto`: the parameters' tensors point into the file.
  * @throws BaseMismatchError where tasks change a packed parameter as a whole and a part of it
  */
-export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedLayout {
+export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightFile {
   refuseOverlaps(parameters);
-  const places = new Map<string, FoldedPlace>();
+  const places = new Map<string, FilePlace>();
   const wiring = new Wiring(model);
-  const parts: FoldedPart[] = [];
+  const parts: FilePart[] = [];
   let end = 0;
   for (const parameter of parameters.flatMap((one) => one.joined ?? (one.slice ? wholeOf(one) : one))) {
     if (places.has(parameter.name)) continue;
@@ -67,7 +66,7 @@ export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParamete
     places.set(parameter.name, { offset, byteLength, shape: parameter.shape, width });
     const name = `${PREFIX}/folded/${parameter.name}`;
     const tensor = create(TensorProtoSchema, { name, dims: old.dims, dataType: old.dataType });
-    point(tensor, FOLDED_FILE, offset, byteLength);
+    point(tensor, FILE, offset, byteLength);
     model.graph.proto.initializer.push(tensor);
     wiring.connect(parameter, name);
   }
@@ -82,7 +81,7 @@ export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParamete
     }
     if (slice) parts.push({ name, into: slice.of, axis, from: 0, to: partStart(piece), count: partSize(piece) });
   }
-  return { path: FOLDED_FILE, byteLength: end, places, parts, pieces };
+  return { path: FILE, byteLength: end, places, parts, pieces };
 }
 
 function isPiece({ slice, joined }: OnnxParameter): boolean {
@@ -95,7 +94,7 @@ function withoutGraph(parameter: OnnxParameter): OnnxParameter {
   return { ...parameter, uses: [], candidates: [], copies: [], ...(joined && { joined }) };
 }
 
-/** The packed parameter that one is a part of. */
+/** The packed parameter that a part belongs to. */
 function wholeOf({ slice, ...whole }: OnnxParameter): OnnxParameter {
   return { ...whole, name: slice!.of };
 }
@@ -111,15 +110,14 @@ function refuseOverlaps(parameters: readonly OnnxParameter[]): void {
 }
 
 /** A parameter that comes as an input. */
-export interface FoldedInput {
-  /** Of the parameter. */
+export interface WeightInput {
+  /** Name of the parameter, and of the input. */
   readonly name: string;
-  /** Of the input. */
   readonly input: string;
   /** `f32` too where the model stores f16 or bf16 and computes in f32: no run casts it then, and nothing is rounded twice. */
   readonly dtype: "f32" | "f16";
   readonly shape: readonly number[];
-  /** The parameter where the file does not have it by itself. */
+  /** The parameter where the model has it in other pieces. */
   readonly piece?: OnnxParameter;
 }
 
@@ -127,10 +125,10 @@ export interface FoldedInput {
  * Changes `model.proto`: the parameters are inputs.
  * @throws BaseMismatchError for a bf16 parameter that the model uses as such
  */
-export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedInput[] {
+export function replaceByInputs(model: OnnxModel, parameters: readonly OnnxParameter[]): WeightInput[] {
   refuseOverlaps(parameters);
   const wiring = new Wiring(model);
-  const inputs = withSiblings(parameters).map((parameter): FoldedInput => {
+  const inputs = withSiblings(parameters).map((parameter): WeightInput => {
     const { name } = parameter;
     const shape = pieceShape(parameter);
     const input = `${PREFIX}/folded/${name}`;
@@ -156,7 +154,7 @@ export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[
   return inputs;
 }
 
-/** With the other parts of packed parameters: each part is an input, and all together are the weight. */
+/** Adds the other parts of packed parameters: each part is an input, and all together are the weight. */
 function withSiblings(parameters: readonly OnnxParameter[]): OnnxParameter[] {
   const known = new Set(parameters.map(({ slice }) => slice && `${slice.index} ${slice.of}`));
   const all = [...parameters];
@@ -187,15 +185,15 @@ function makerOf(model: OnnxModel, graph: GraphProto, value: string, passed: num
   throw new FormatError(message, { file: model.name, part: "graph" });
 }
 
-/** Gives the uses of parameters another value. */
+/** Connects the uses of parameters to other values. */
 class Wiring {
   readonly #model: OnnxModel;
   readonly #edits = new NodeEdits();
-  /** Values that have been made, by graph: nested graphs may name theirs alike. */
+  /** Values that have been made, by graph: nested graphs may use the same names. */
   readonly #made = new Map<GraphProto, Set<string>>();
-  /** Nodes that depend on what is put in only. */
+  /** Nodes that depend on the new values only. */
   readonly #first: NodeProto[] = [];
-  /** The parts of packed parameters so far. */
+  /** Parts of packed parameters that are connected so far. */
   readonly #packed = new Map<string, string[]>();
 
   constructor(model: OnnxModel) {
@@ -203,7 +201,7 @@ class Wiring {
   }
 
   /**
-   * @param to the value that the parameter has from now on, as its initializer lies; copies that lie the other way round get it turned
+   * @param to the new value, laid out as the initializer; copies that are transposed get it transposed
    * @param cast whether it has been cast already
    */
   connect(parameter: OnnxParameter, to: string, cast = false): void {
@@ -242,7 +240,7 @@ class Wiring {
     return name;
   }
 
-  /** The nodes between an initializer and its use once more, for another value: equal weights are merged on export. */
+  /** Copies the nodes between an initializer and its use for another value: equal weights are merged on export. */
   #copyChain(graph: GraphProto, value: string, from: string, to: string, cast: boolean, passed = 0): string {
     if (value === from) return to;
     const { node, graph: home } = makerOf(this.#model, graph, value, passed);
@@ -269,12 +267,12 @@ class Wiring {
 }
 
 /**
- * The content of the file.
- * @param value of a parameter as the task has it
+ * Makes the content of the file.
+ * @param value gives a parameter as the task has it
  * @throws BaseMismatchError when it has another shape than the model's
  */
-export async function fillFolded(
-  { byteLength, places, parts }: FoldedLayout,
+export async function fillWeightFile(
+  { byteLength, places, parts }: WeightFile,
   value: (name: string) => View | Promise<View>,
 ): Promise<DataFile> {
   const data = new Uint8Array(byteLength);
@@ -286,11 +284,11 @@ export async function fillFolded(
     }
     data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
   }
-  const { copyPart } = parts.length > 0 ? await import("../onnx/blocks.ts") : {};
+  const { copyPart } = parts.length > 0 ? await import("./blocks.ts") : {};
   for (const { name, into, axis, from, to, count } of parts) {
     const [view, { offset, shape, width }] = [await value(name), places.get(into)!];
     const source = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset), start: from };
     copyPart!(source, { data: data.subarray(offset), shape, start: to }, axis, count, width);
   }
-  return { path: FOLDED_FILE, data };
+  return { path: FILE, data };
 }

@@ -1,12 +1,12 @@
 /**
- * Methods that wait before they do what they always did. Knows neither what they wait for nor whose methods they are.
+ * Replaces methods of an object by ones that wait first. Knows neither what they wait for nor the object's class.
  */
 
 /** An object whose methods are held. */
 export interface Held<Target extends object> {
   /**
-   * The same object with its methods as they were. Held methods have it as `this`: what a call does inside was let
-   * through with it, and would wait for itself otherwise.
+   * The same object with its methods as they were. Held methods have it as `this`: a call's inner calls were let through with it,
+   * and would wait for themselves otherwise.
    */
   readonly inside: Target;
   /** Puts the methods back. */
@@ -17,9 +17,9 @@ type Method = (this: unknown, ...args: unknown[]) => unknown;
 type Members = Record<PropertyKey, unknown>;
 
 /**
- * Replaces methods in place, so that whoever has the object has the held methods.
- * @param methods names; those that are none of the object's methods are passed over. A function that is called itself
- *   goes through its method `_call`, as callable objects of transformers.js do
+ * Replaces methods in place, so that all code that has the object has the held methods.
+ * @param methods names; unknown ones are passed over. A function that is called itself goes through its method `_call`, as callable
+ *   objects of transformers.js do
  * @param enter calls what it is given, now or later
  * @param others what `inside` has in place of some of the object's other properties
  */
@@ -43,7 +43,7 @@ export function hold<Target extends object>(
     const held = (...args: unknown[]): Promise<unknown> => enter(async () => (original as Method).apply(inside, args));
     members[name] = held;
     return () => {
-      // Somebody may have put a method of his own around ours.
+      // Another wrapper may lie around ours.
       if (members[name] !== held) return;
       if (own) members[name] = original;
       else delete members[name];

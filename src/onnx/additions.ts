@@ -1,0 +1,139 @@
+/**
+ * Where a graph lets something be added: to the result of an adapted layer, to a bias, to rows of a table. Knows graphs and names; reads
+ * no weight and changes nothing.
+ */
+import type { PackModule } from "../format/format.ts";
+import type { AdaptedLayer, GraftBias, GraftRows } from "./adapted.ts";
+import { SUMS } from "./claims.ts";
+import { FLOAT, FLOAT16, type Linear, linearsOf, NotLinear, origin, producer } from "./linear.ts";
+import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { matrixShape, type OnnxParameter, partSize } from "./modules.ts";
+import type { GraphProto } from "./onnx_pb.ts";
+
+/**
+ * Where the weight of an adapted module is applied: as a linear layer, or as one of the forms that are loaded on demand.
+ * @returns the reason where it cannot be added to
+ */
+export async function appliedAs(
+  model: OnnxModel,
+  { name, layout }: PackModule,
+  parameter: OnnxParameter,
+  rowScale: boolean,
+): Promise<Pick<AdaptedLayer, "linears" | "form"> | string> {
+  const linears = linearsOf(model, parameter);
+  if (!(linears instanceof NotLinear)) {
+    const shared = rowScale && (parameter.slice ?? parameter.joined) && linears.some(({ addsBias }) => addsBias);
+    return shared ? `"${name}" has DoRA tasks, and its layer is packed or divided together with its bias` : { linears };
+  }
+  const isForm = layout === "conv" || layout === "embedding";
+  const form = isForm ? (await import("./forms.ts")).formOf(model, parameter) : linears.reason;
+  if (typeof form === "string") return `"${name}" cannot be added to: ${form}`;
+  if (rowScale && form.places.some(({ op, node }) => op !== node))
+    return `"${name}" has DoRA tasks, and what its layer makes is quantised`;
+  return { linears: [], form };
+}
+
+/** A bias that the model has; undefined where it cannot be added to. */
+export function biasOf(model: OnnxModel, name: string, parameter: OnnxParameter): GraftBias | undefined {
+  const { slice, shape, uses } = parameter;
+  if (shape.length !== 1) return undefined;
+  const size = partSize(parameter);
+  const places = uses.flatMap((use) => placeOfBias(model, use) ?? []);
+  if (places.length === 0 || places.length < uses.length) return undefined;
+  return { name, size, type: typeWhereUsed(parameter), places, ...(slice && { slice }) };
+}
+
+/** A table of an embedding; undefined where it is used as something else. */
+export function tableOf(name: string, parameter: OnnxParameter): GraftRows | undefined {
+  const places = parameter.uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
+  if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length)
+    return undefined;
+  return { name, width: parameter.shape[1]!, type: typeWhereUsed(parameter), places };
+}
+
+/** Inputs that are added to the last dimension of what the node makes. */
+const LAST: Readonly<Record<string, number>> = {
+  EmbedLayerNormalization: 6,
+  Gemm: 2,
+  LayerNormalization: 2,
+  MatMulNBits: 5,
+  SkipLayerNormalization: 3,
+};
+
+/** The node to whose result a change of the bias is added. */
+function placeOfBias(model: OnnxModel, { node, input, graph }: Use): Pick<Use, "node" | "graph"> | undefined {
+  if (node.opType === "Add" || LAST[node.opType] === input) return { node, graph };
+  // Operators of onnxruntime's optimiser add it to their first input, and go on from there.
+  const [before = ""] = node.input;
+  const isAlone = SUMS[node.opType] === input && model.graph.consumers.get(before)?.length === 1;
+  const made = isAlone ? origin(model, graph, before) : undefined;
+  return made?.node.output[0] === before ? made : undefined;
+}
+
+/** Type of the values around a vector or table: its own, or f32 where it is stored as f16 behind a Cast. */
+function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
+  return dtype === "f16" && uses.every(({ node, input }) => node.input[input] === initializer) ? FLOAT16 : FLOAT;
+}
+
+/**
+ * A bias that tasks bring and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros, as a fresh
+ * classifier has: a Gemm without C is left, or a MatMul without Add.
+ * @param name of the bias
+ * @param weight of the same layer
+ * @returns undefined where the weight is no linear layer's, or something is added to its result that may be the bias
+ */
+export function droppedBias(model: OnnxModel, name: string, weight: OnnxParameter): GraftBias | undefined {
+  const linears = linearsOf(model, weight);
+  const [size] = matrixShape(weight) ?? [];
+  if (size === undefined || linears instanceof NotLinear) return undefined;
+  if (linears.some((linear) => addsVector(model, linear, size))) return undefined;
+  return { name, size, type: linears[0]!.type, places: linears.map(({ graph, node }) => ({ graph, node })) };
+}
+
+/** Operators that pass the numbers of their first input on, in another shape or type. */
+const RESHAPES = new Set(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"]);
+
+/** Operators that add a vector, as onnxruntime fuses them: by their names, or by the index of the input that is added. */
+const FUSED_SUMS = /^(Bias|FastGelu$)/;
+const FUSED_NORMS: Readonly<Record<string, number>> = {
+  SkipLayerNormalization: 4,
+  SkipSimplifiedLayerNormalization: 3,
+};
+
+/**
+ * Whether a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
+ * between.
+ * @param size of the bias
+ */
+function addsVector(model: OnnxModel, { node, addsBias }: Linear, size: number): boolean {
+  if (addsBias) return true;
+  const seen = new Set(node.output.slice(0, 1));
+  // The set grows during the loop.
+  for (const value of seen) {
+    for (const { node: next, graph } of model.graph.consumers.get(value) ?? []) {
+      const { opType, input, output } = next;
+      if (RESHAPES.has(opType) && input[0] === value && output[0]) seen.add(output[0]);
+      const first = opType === "Add" || opType === "Sub" || FUSED_SUMS.test(opType) ? 0 : FUSED_NORMS[opType];
+      const others = first === undefined ? [] : input.slice(first).filter((other) => other !== value);
+      if (others.some((other) => constantSize(model, graph, other) === size)) return true;
+    }
+  }
+  return false;
+}
+
+/** How many numbers a constant has; undefined where a value is none. */
+function constantSize(model: OnnxModel, graph: GraphProto, value: string): number | undefined {
+  const seen = new Set<string>();
+  for (let at = value; !seen.has(at); ) {
+    seen.add(at);
+    const made = producer(model, graph, at);
+    const tensor =
+      model.graph.initializers.get(at) ??
+      model.graph.scopes.get(graph)?.initializers.get(at) ??
+      (made?.opType === "Constant" ? attribute(made, "value")?.t : undefined);
+    if (tensor) return tensor.dims.reduce((a, b) => a * Number(b), 1);
+    if (made?.opType !== "DequantizeLinear" && !RESHAPES.has(made?.opType ?? "")) return undefined;
+    at = made!.input[0] ?? "";
+  }
+  return undefined;
+}
