@@ -1,6 +1,6 @@
 /**
- * What hosts of all frameworks have in common: names as adapters use them, and changes that are shown together. Values are the
- * framework's tensors.
+ * The common part of hosts for frameworks: names as adapters use them, and changes that take effect together. Values are the framework's
+ * tensors.
  */
 import { nearest } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
@@ -17,13 +17,13 @@ export interface Weight<Value> extends Pick<Parameter, "dtype" | "shape"> {
   make(view: CpuView): Value;
   /** Puts a value in its place and frees the one before; null takes away a weight that the model did not have. */
   put(value: Value | null): void;
-  /** Where its bytes lie on a WebGPU device, as listed. */
-  readonly place?: Place | undefined;
+  /** Place of its bytes on a WebGPU device, as listed. */
+  readonly place?: WeightPlace | undefined;
 }
 
-export interface Place {
+export interface WeightPlace {
   buffer(): DeviceBuffer;
-  /** Leaves the bytes to others who have them, work not yet submitted too: `buffer` may be another one afterwards. */
+  /** Moves the weight to its own buffer if tensors or pending work share it; `buffer()` may change. */
   settle(): void | Promise<void>;
 }
 
@@ -104,7 +104,7 @@ export interface Called {
   readonly layout: Layout | undefined;
 }
 
-/** By the last segment of a name in Keras, TF.js, flax and haiku: what checkpoints call it, and how matrices of that name are stored. */
+/** Name in checkpoints and layout of matrices, by the last segment of a name in Keras, TF.js, flax and haiku. */
 const LEAVES = new Map<string, { readonly leaf: string; readonly layout?: Layout }>([
   ["kernel", { leaf: "weight", layout: "in-out" }],
   ["embeddings", { leaf: "weight", layout: "embedding" }],

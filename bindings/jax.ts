@@ -7,7 +7,7 @@ import type { DeviceBuffer } from "../src/backends/backend.ts";
 import { viewValues, type WeightHost } from "../src/core/base.ts";
 import type { Layout } from "../src/format/format.ts";
 import { encodeFloats, type FloatDtype } from "../src/tensor/dtypes.ts";
-import { calledByAdapters, frameworkHost, type Place, type Weight } from "./framework-host.ts";
+import { calledByAdapters, frameworkHost, type Weight, type WeightPlace } from "./framework-host.ts";
 
 /** An array of jax-js, as far as hosts need it. */
 export interface JaxArray {
@@ -33,7 +33,7 @@ export interface Jax {
 /** Arrays in objects and lists. */
 export type JaxTree = JaxArray | { [name: string]: JaxTree } | JaxTree[];
 
-/** Where an array of the tree is. */
+/** Path to an array of the tree. */
 interface Leaf {
   readonly path: string;
   readonly holder: Record<string, JaxArray>;
@@ -66,7 +66,7 @@ export function jaxHost(jax: Jax, params: JaxTree): WeightHost {
   for (const leaf of leaves) {
     const { name, layout } = calledByAdapters(leaf.path);
     const like = leaf.holder[leaf.key]!;
-    // Of two with one name the second goes by its path. Layouts are those of matrices.
+    // The second of two equal names is replaced by its path. Layouts are those of matrices.
     const own = weights.has(name) ? leaf.path : name;
     if (DTYPES.has(like.dtype))
       weights.set(own, weightOf(jax, leaf, like, like.shape.length === 2 ? layout : undefined));
@@ -97,7 +97,7 @@ function weightOf({ numpy }: Jax, { holder, key }: Leaf, like: JaxArray, layout?
     if (value) holder[key] = value;
     else delete holder[key];
   };
-  const place: Place = {
+  const place: WeightPlace = {
     buffer: () => holder[key]!.ref.gpuBufferSync() as DeviceBuffer,
     async settle() {
       const next = numpy.zeros(shape, { dtype, device } as never);

@@ -45,7 +45,7 @@ class OrtEngine implements Engine<OrtSession> {
   readonly gpu: EngineGpu | undefined;
   readonly #ort: Ort;
   readonly #options: KnownOptions | undefined;
-  /** Once the device is known: goes around all that runs on it. */
+  /** Wraps all work on the device, once that is known. */
   #whileAlive: (<T>(work: () => Promise<T>) => Promise<T>) | undefined;
 
   constructor(ort: Ort, options: KnownOptions | undefined) {
@@ -66,7 +66,7 @@ class OrtEngine implements Engine<OrtSession> {
   get integers(): Engine["integers"] {
     // onnxruntime-web's older WebGPU provider (jsep) computes something else with DequantizeLinear.
     if (this.gpu) return ["MatMulNBits"];
-    // In WebAssembly each run would unpack all blocks of 4 bits, which takes longer than bytes do.
+    // WebAssembly would unpack all blocks of 4 bits in each run, which takes longer than bytes do.
     return this.#ort.env.versions?.web === undefined ? ["MatMulNBits", "DequantizeLinear"] : ["DequantizeLinear"];
   }
 

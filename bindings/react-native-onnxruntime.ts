@@ -25,7 +25,7 @@ export interface ModelFiles {
 
 /** Options of `createEigenSession`. */
 export interface NativeSessionOptions<O extends Ort = Ort> extends EigenSessionOptions<O> {
-  /** Where models are written before they are loaded. */
+  /** Writes models to files before they are loaded. */
   readonly files: ModelFiles;
 }
 

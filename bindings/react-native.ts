@@ -10,7 +10,7 @@ import { fromBase64 as decode, toBase64 as encode } from "../src/text.ts";
 
 /** A file, as the app's library reads it. */
 export interface DeviceFile {
-  /** For messages: its URI, say. */
+  /** Name for messages, such as its URI. */
   readonly name: string;
   /** Size in bytes. */
   readonly byteLength: number;

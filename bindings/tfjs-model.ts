@@ -42,7 +42,7 @@ export interface TfGraphModel {
   readonly weights: { readonly [name: string]: TfTensor[] };
 }
 
-/** Where the weights are: a model, or variables by name. */
+/** Holder of the weights: a model, or variables by name. */
 export type TfjsModel = TfLayersModel | TfGraphModel | Map<string, TfVariable>;
 
 /** A weight, where TF.js has it. */
@@ -59,7 +59,7 @@ export function entriesOf(tf: Tfjs, model: TfjsModel): Map<string, Entry> {
   const entries = new Map<string, Entry>();
   const add = (called: Called, own: string, entry: Pick<Entry, "tensor" | "put">): void => {
     const { dtype, shape } = entry.tensor();
-    // Of two with one name the second goes by the model's own.
+    // The second of two equal names is replaced by the model's own.
     if (dtype === "float32") entries.set(entries.has(called.name) ? own : called.name, { ...entry, ...called, shape });
   };
   if (model instanceof Map) {

@@ -4,7 +4,7 @@
 import { described } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
 import { viewValues, type WeightHost } from "../src/core/base.ts";
-import { frameworkHost, type Place, type Weight } from "./framework-host.ts";
+import { frameworkHost, type Weight, type WeightPlace } from "./framework-host.ts";
 import { type Entry, entriesOf, newEntry, type Tfjs, type TfjsModel, type TfTensor } from "./tfjs-model.ts";
 
 export type { TfGraphModel, Tfjs, TfjsModel, TfLayersModel, TfTensor, TfVariable } from "./tfjs-model.ts";
@@ -74,7 +74,7 @@ function weightOf(tf: Tfjs, gpu: Webgpu | undefined, entry: Entry): Weight<TfTen
   };
 }
 
-function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): Place {
+function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): WeightPlace {
   return {
     buffer() {
       const { dataId } = tensor();

@@ -62,7 +62,7 @@ export class ConfigLabels {
       label2id: Object.fromEntries(names.map((name, id) => [name, id])),
       num_labels: names.length,
     });
-    // Without names, transformers.js says LABEL_0, LABEL_1, …
+    // transformers.js says LABEL_0, LABEL_1, … where there are no names.
     const numbered = { id2label: undefined, label2id: undefined, num_labels: undefined };
     Object.assign(this.#config, labels === "base" ? this.#own : labels === "numbered" ? numbered : named(labels));
   }

@@ -110,7 +110,7 @@ function takeModels(
       for (const [other, { config }] of own)
         if (other === name || (config?.device === device && config?.dtype === dtype)) found.set(other, parts(other));
     }
-    // In the order of the sessions, whatever was found with what.
+    // Same order as the sessions, whichever were found together.
     return new Map([...own.keys()].map((name) => [name, found.get(name)!]));
   };
   return taking.change(take);
@@ -156,7 +156,7 @@ async function takeParts(
 /**
  * Makes sessions that transformers.js made in the beginning once more, all or none.
  * @param find undefined when the model was handed over
- * @throws BackendError then: nobody has kept the file
+ * @throws BackendError then: the file was not kept
  */
 export async function remake(own: OwnSessions, find: Find | undefined): Promise<Map<string, PipelineSession>> {
   const made = new Map<string, PipelineSession>();

@@ -91,7 +91,7 @@ export async function makeOurs(
     return await createEigenSession(ort, model, pack, given);
   } catch (error) {
     if (!(error instanceof BaseMismatchError)) throw error;
-    // Of several sessions this is the one that was asked for, and of one it is good to know what transformers.js calls it.
+    // The message names the session as transformers.js does.
     const { message, module, candidates } = error;
     throw new BaseMismatchError(`session "${name}": ${message}`, { module, ...(candidates && { candidates }) });
   }
@@ -141,7 +141,7 @@ export function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Fou
   return new Map([...own].map(([name, { config }]) => [name, handedOver(model, config?.device)]));
 }
 
-/** Sessions by the pipeline's names, of which the first is that of a single one. */
+/** Sessions by the pipeline's names; a single one has the first name. */
 export function byName(names: readonly string[], whole: Whole): Readonly<Record<string, EigenSession<PipelineOrt>>> {
   return "sessions" in whole ? whole.sessions : { [names[0]!]: whole };
 }

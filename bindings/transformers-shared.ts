@@ -40,7 +40,7 @@ export function join(pipe: TransformersPipeline): Shared {
 export class Shared {
   /** Calls of the pipelines, and switches of all packs. */
   readonly queue: Queue = new Queue();
-  /** By the pipeline's names. */
+  /** Sessions that have a pack, by the pipeline's names. */
   readonly taken: Map<string, Taken> = new Map();
   readonly labels: ConfigLabels;
   readonly #model: PipelineModel;

@@ -112,7 +112,7 @@ export async function attachPack(
   options: AttachOptions,
 ): Promise<AttachedPack> {
   checkPack("attachPack", pack);
-  // Before anything of the pipeline is given up.
+  // Options are checked before anything of the pipeline is given up.
   checkOptions("attachPack", options ?? {}, OPTIONS);
   const { model, part, each = {}, original = "release", pretrained = {}, Tensor, ...rest } = options ?? {};
   if (model === undefined) {

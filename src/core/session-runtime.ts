@@ -1,13 +1,12 @@
 /**
- * What sessions ask of the runtime. `load` reads a selection once and puts its tasks together; all that carries them to a model starts
- * from that: `parameters` and `terms` give values for inputs of a graph, `fold` writes weights.
+ * The runtime as sessions use it. `load` reads a selection once and puts its tasks together; everything that carries them to a model
+ * starts from that: `parameters` and `terms` give values for inputs of a graph, `fold` writes weights.
  */
 
-import type { DeviceHandle } from "../backends/backend.ts";
 import { createBackend } from "../backends/select.ts";
-import type { BaseInput, View } from "./base.ts";
+import type { View } from "./base.ts";
 import type { Pack } from "./pack.ts";
-import type { ModuleFilter, PackView } from "./part.ts";
+import type { PackView } from "./part.ts";
 import { hasCore, writeCore } from "./stage.ts";
 import type { PristineWeight } from "./terms.ts";
 
@@ -16,6 +15,7 @@ export { type MemoryReport, memoryReport, type SwitchReport } from "./selection.
 import { pacer } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
+import type { RuntimeOptions } from "./create.ts";
 import { type Merged, mergeAll } from "./merge.ts";
 import type { Runtime } from "./runtime.ts";
 import { loadParts, type Selection, type SwitchOptions } from "./selection.ts";
@@ -30,20 +30,20 @@ export type { ActiveTask } from "./stage.ts";
 export interface LoadedTasks {
   readonly selection: Selection;
   readonly head: string | undefined;
-  /** With strengths; none for the base. */
+  /** Tasks with strengths; none for the base. */
   readonly tasks: readonly ActiveTask[];
 }
 
-/** Where a core [K_A, K_B] goes: its first number, and the distance of its rows. */
+/** Memory for a core [K_A, K_B]: the index of its first number, and the distance of its rows. */
 export interface CoreTarget {
   readonly out: Float32Array;
   readonly at: number;
   readonly stride: number;
 }
 
-/** How terms are wanted. */
+/** Options of `terms`. */
 export interface TermOptions {
-  /** By module name. */
+  /** Targets of cores by module name. */
   readonly cores: ReadonlyMap<string, CoreTarget>;
   /** Arrays of factors that nothing reads any more, by module name: used again where they fit. */
   readonly old?: ReadonlyMap<string, Pick<Term, "A" | "Bt">> | undefined;
@@ -54,21 +54,24 @@ export interface TermOptions {
 export interface UnfoldedTerms {
   /** Names of the modules whose cores were written. */
   readonly cores: ReadonlySet<string>;
-  /** What there is beside cores, by module name. A is [in, rank], as models take it. */
+  /** Factors beside cores, by module name. A is [in, rank], as models take it. */
   readonly factors: ReadonlyMap<string, Term>;
 }
 
 interface Parts {
   /** Parameters that are left out of the tasks, by the pack's names. */
   readonly ignored: ReadonlySet<string>;
-  /** Modes "core" and "factors": the workbench, and pristine weights f32 [out, in] of modules with DoRA by name. */
-  readonly unfolding?: {
-    readonly mode: "core" | "factors";
-    readonly bench: Workbench;
-    readonly weights: ReadonlyMap<string, Float32Array>;
-  };
-  /** Mode "folded": what writes weights, and names of the parameters that come as inputs instead. */
+  /** Modes "core" and "factors". */
+  readonly unfolding?: Unfolding;
+  /** Mode "folded": the runtime that writes weights, and names of the parameters that come as inputs instead. */
   readonly folding?: { readonly runtime: Runtime; readonly inputs: ReadonlySet<string> };
+}
+
+interface Unfolding {
+  readonly mode: "core" | "factors";
+  readonly bench: Workbench;
+  /** Pristine weights of modules with DoRA, f32 [out, in], by module name. */
+  readonly weights: ReadonlyMap<string, Float32Array>;
 }
 
 /** The runtime of one session. Made by `createUnfolding` or `createFolding`; without either it gives parameters only. */
@@ -106,43 +109,10 @@ export class SessionRuntime {
    * Writes cores to where they are wanted and makes the other factors. Mode "folded" has no terms.
    * @throws the reason of `signal`, once it is aborted
    */
-  terms({ tasks }: LoadedTasks, options: TermOptions): Promise<UnfoldedTerms> {
-    return this.#queue.change(() => this.#terms(tasks, options));
-  }
-
-  async #terms(tasks: readonly ActiveTask[], { cores, old, signal }: TermOptions): Promise<UnfoldedTerms> {
-    const written = new Set<string>();
-    const factors = new Map<string, Term>();
+  async terms({ tasks }: LoadedTasks, options: TermOptions): Promise<UnfoldedTerms> {
     const { unfolding } = this.#parts;
-    if (!unfolding) return { cores: written, factors };
-    const { mode, bench, weights } = unfolding;
-    const { modules, staging } = bench;
-    const pause = pacer(signal);
-    const others: ModulePlan[] = [];
-    for (const plan of stage(tasks, modules, staging)) {
-      const { name } = modules[plan.module]!;
-      const core = hasCore(plan, mode);
-      const target = cores.get(name);
-      if (core && target) {
-        writeCore(plan, staging.values, target.out, target.at, target.stride);
-        written.add(name);
-        const turn = pause();
-        if (turn) await turn;
-      }
-      if (!core || plan.A.private.length > 0 || plan.magnitude !== undefined) others.push(plan);
-    }
-    if (others.length === 0) return { cores: written, factors };
-    const weightOf = (index: number): PristineWeight => {
-      const { name, in: inputs, out } = modules[index]!;
-      const { buffer, byteOffset, byteLength } = weights.get(name)!;
-      const data = new Uint8Array(buffer as ArrayBuffer, byteOffset, byteLength);
-      return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
-    };
-    const { unfold } = await import("./terms.ts");
-    const spare = new Map(others.flatMap(({ module }) => pair(module, old?.get(modules[module]!.name))));
-    for (const [index, term] of await unfold(others, bench, mode, weightOf, { old: spare, turned: true, signal }))
-      factors.set(modules[index]!.name, term);
-    return { cores: written, factors };
+    if (!unfolding) return { cores: new Set(), factors: new Map() };
+    return this.#queue.change(() => makeTerms(tasks, unfolding, options));
   }
 
   /**
@@ -184,18 +154,48 @@ export class SessionRuntime {
   }
 }
 
-function pair<T>(key: number, value: T | undefined): [number, T][] {
-  return value ? [[key, value]] : [];
-}
-
 function withParameters(tasks: readonly ActiveTask[], keep: (name: string) => boolean): ActiveTask[] {
   return tasks.map(({ blob, ...task }) => {
     return { ...task, blob: { ...blob, parameters: blob.parameters.filter(({ name }) => keep(name)) } };
   });
 }
 
+async function makeTerms(
+  tasks: readonly ActiveTask[],
+  { mode, bench, weights }: Unfolding,
+  { cores, old, signal }: TermOptions,
+): Promise<UnfoldedTerms> {
+  const { modules, staging } = bench;
+  const nameOf = (module: number): string => modules[module]!.name;
+  const written = new Set<string>();
+  const others: ModulePlan[] = [];
+  const pause = pacer(signal);
+  for (const plan of stage(tasks, modules, staging)) {
+    const core = hasCore(plan, mode);
+    const target = core && cores.get(nameOf(plan.module));
+    if (target) {
+      writeCore(plan, staging.values, target.out, target.at, target.stride);
+      written.add(nameOf(plan.module));
+      const turn = pause();
+      if (turn) await turn;
+    }
+    if (!core || plan.A.private.length > 0 || plan.magnitude !== undefined) others.push(plan);
+  }
+  if (others.length === 0) return { cores: written, factors: new Map() };
+  const weightOf = (module: number): PristineWeight => {
+    const { name, in: inputs, out } = modules[module]!;
+    const { buffer, byteOffset, byteLength } = weights.get(name)!;
+    const data = new Uint8Array(buffer as ArrayBuffer, byteOffset, byteLength);
+    return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
+  };
+  const { unfold } = await import("./terms.ts");
+  const spare = new Map(modules.flatMap(({ name }, index) => (old?.has(name) ? [[index, old.get(name)!]] : [])));
+  const terms = await unfold(others, bench, mode, weightOf, { old: spare, turned: true, signal });
+  return { cores: written, factors: new Map([...terms].map(([module, term]) => [nameOf(module), term])) };
+}
+
 /**
- * For modes "core" and "factors".
+ * Makes the runtime of modes "core" and "factors".
  * @param bases of the pack; undefined where cores are all that is made: these consist of coefficients alone
  * @param weights pristine weights of modules with DoRA, f32 [out, in], by module name
  */
@@ -215,36 +215,21 @@ export async function createUnfolding(
   }
 }
 
-/** What is folded into which weights. */
-export interface FoldingOptions {
-  readonly base: BaseInput;
-  /** Where the weights lie, for those on a device. */
-  readonly device?: DeviceHandle | undefined;
-  /** Names of weights in the base, by module name of the pack. */
-  readonly names: ReadonlyMap<string, string>;
-  readonly modules: ModuleFilter | undefined;
-  readonly ignored: ReadonlySet<string>;
-  /** Parameters that come as inputs instead, by the pack's names. */
-  readonly inputs: ReadonlySet<string>;
-}
-
 /**
- * For mode "folded".
+ * Makes the runtime of mode "folded".
+ * @param ignored parameters that are left out of the tasks, by the pack's names
+ * @param inputs parameters that come as inputs of the model instead
+ * @param options base, names, modules and device
  * @throws as `createRuntime`
  */
 export async function createFolding(
   pack: Pack,
   view: PackView,
-  { base, device, names, modules, ignored, inputs }: FoldingOptions,
+  ignored: ReadonlySet<string>,
+  inputs: ReadonlySet<string>,
+  options: RuntimeOptions,
 ): Promise<SessionRuntime> {
   const { createRuntime } = await import("./create.ts");
-  const runtime = await createRuntime(pack, {
-    ...{ base, names, anyBase: true, ignore: [...ignored, ...inputs] },
-    ...(modules && { modules }),
-    // Without a device the weights come from a file in memory: no second copy of them.
-    ...(device
-      ? { backend: "webgpu" as const, webgpu: { device } }
-      : { webgpu: false as const, policy: "reload" as const }),
-  });
+  const runtime = await createRuntime(pack, { ...options, anyBase: true, ignore: [...ignored, ...inputs] });
   return new SessionRuntime(view, { ignored, folding: { runtime, inputs } });
 }

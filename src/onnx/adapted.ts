@@ -24,14 +24,14 @@ export interface AdaptedLayer {
   readonly rowScale: boolean;
 }
 
-/** A bias that tasks change, of any layer: the change is added to what the node makes. */
+/** A bias that tasks change, of any layer: the change is added to the node's result. */
 export interface GraftBias {
-  /** Of the parameter. */
+  /** Name of the parameter. */
   readonly name: string;
   readonly size: number;
   readonly type: number;
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
-  /** Where it is a part of what the nodes add. */
+  /** Set where it is a part of the vector that the nodes add. */
   readonly slice?: Slice | undefined;
 }
 
@@ -40,7 +40,7 @@ export interface GraftBias {
  * values of the row: so the base's rows need not be known.
  */
 export interface GraftRows {
-  /** Of the parameter. */
+  /** Name of the parameter. */
   readonly name: string;
   readonly width: number;
   readonly type: number;
@@ -50,7 +50,7 @@ export interface GraftRows {
 
 /** A layer that each task brings whole, with a number of outputs of its own. */
 export interface GraftHead {
-  /** Of the module. */
+  /** Name of the module. */
   readonly name: string;
   readonly in: number;
   readonly out: number;
@@ -70,11 +70,11 @@ export interface Graft {
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
 export interface TaskInput {
   readonly name: string;
-  /** Module or parameter that it belongs to; of a core the modules that share it, joined by "+". */
+  /** Module or parameter that it belongs to; the modules that share a core are joined by "+". */
   readonly of: string;
   readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
   readonly dims: readonly (number | string)[];
-  /** Of a core: the modules' own, along the diagonal in this order. */
+  /** Cores of the modules, along the diagonal in this order. */
   readonly cores?: readonly CoreBlock[];
 }
 
@@ -83,18 +83,18 @@ export interface CoreBlock {
   readonly module: string;
   readonly KA: number;
   readonly KB: number;
-  /** What rows and columns are multiplied with, where the graph holds integers. */
+  /** Factors of rows and columns, where the graph holds integers. */
   readonly scalesA: Float32Array | undefined;
   readonly scalesB: Float32Array | undefined;
 }
 
-/** What `graft` made of the model. */
+/** Inputs, initializers and outputs that `graft` has added to a model. */
 export interface Grafted {
   readonly inputs: readonly TaskInput[];
   readonly initializers: readonly Added[];
-  /** Of the first adapted layer in the main graph: what enters it and the term, as graph outputs for a probe. */
+  /** Outputs for a probe of the first adapted layer in the main graph. */
   readonly probe: ProbeOutputs | undefined;
-  /** The same of the first of each kind that is no linear layer. */
+  /** The same of the first layer of each kind that is not linear. */
   readonly formProbes: readonly FormProbe[];
 }
 
@@ -105,14 +105,11 @@ export interface ProbeOutputs {
   readonly term: string;
 }
 
-/** Outputs for the probe of the first module of a kind: what enters as the model has it, and the term, f32. */
-export interface FormProbe {
+/** The same of the first layer of a kind that is not linear: x as the model has it. */
+export interface FormProbe extends ProbeOutputs {
   /** "weight": of a normalisation; `module` is the parameter. */
   readonly kind: Form["kind"] | "weight";
-  readonly module: string;
-  readonly x: string;
-  readonly term: string;
-  /** A convolution's attributes, and its kernel as in `shape`: [out, channels, …]. */
+  /** Shape of a convolution's kernel, [out, channels, …], and its attributes. */
   readonly shape: readonly number[];
   readonly strides: readonly number[];
   readonly dilations: readonly number[];

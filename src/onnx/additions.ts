@@ -1,6 +1,6 @@
 /**
- * Where a graph lets something be added: to the result of an adapted layer, to a bias, to rows of a table. Knows graphs and names; reads
- * no weight and changes nothing.
+ * Finds the nodes of a graph at which something can be added: to the result of an adapted layer, to a bias, to rows of a table. Knows
+ * graphs and names; reads no weight and changes nothing.
  */
 import type { PackModule } from "../format/format.ts";
 import type { AdaptedLayer, GraftBias, GraftRows } from "./adapted.ts";
@@ -11,7 +11,7 @@ import { matrixShape, type OnnxParameter, partSize } from "./modules.ts";
 import type { GraphProto } from "./onnx_pb.ts";
 
 /**
- * Where the weight of an adapted module is applied: as a linear layer, or as one of the forms that are loaded on demand.
+ * Finds the applications of an adapted weight: as a linear layer, or as one of the forms that are loaded on demand.
  * @returns the reason where it cannot be added to
  */
 export async function appliedAs(

@@ -41,19 +41,13 @@ export interface GraftTools {
   first(name: string, opType: string, input: readonly string[], attributes?: Attributes): string;
   /** rows [n, width] as [tasks, n / tasks, width]. */
   rowsOf(place: Place, value: string, width: number): string;
-  /** Behind a node of the model. */
+  /** Edits behind a node of the model. */
   place(of: string, graph: GraphProto, node: NodeProto, type: number): Place;
-  /** Of a value in the main graph; undefined elsewhere, and where it cannot be told. */
+  /** Rank of a value in the main graph; undefined elsewhere, and where it cannot be told. */
   rank(graph: GraphProto, value: string): number | undefined;
   /** Whether values of this kind are to be outputs, which the next call of `probe` makes them. */
   wantsProbe(graph: GraphProto, kind: FormProbe["kind"]): boolean;
   probe(probe: FormProbe): unknown;
-}
-
-/** What this file gives to `graft`. */
-export interface FormGrafter {
-  addModule(tools: GraftTools, module: FormLayer): void;
-  addVector(tools: GraftTools, vector: GraftVector): void;
 }
 
 export function addModule(tools: GraftTools, module: FormLayer): void {
@@ -177,7 +171,7 @@ function addChannels(tools: GraftTools, place: Place, x: string, vector: string,
   return place.op("Add", [x, place.op("Reshape", [vector, tools.ints([-1, ...ones])])]);
 }
 
-/** Of [n, tasks · q, …] the q channels of each row's own task: row i of n is one of task ⌊i · tasks / n⌋. */
+/** Takes from [n, tasks · q, …] the q channels of each row's own task: row i of n is one of task ⌊i · tasks / n⌋. */
 function ownChannels(
   tools: GraftTools,
   place: Place,
@@ -194,7 +188,7 @@ function ownChannels(
   return place.op("Gather", [place.op("Reshape", [all, blocks]), index], { axis: 0 });
 }
 
-/** As its attributes say it; what they leave out is as in ONNX. */
+/** A convolution's attributes; missing ones have the defaults of ONNX. */
 function geometryOf(op: NodeProto): Pick<FormProbe, "strides" | "dilations" | "pads" | "autoPad"> {
   const ints = (name: string): number[] => (attribute(op, name)?.ints ?? []).map(Number);
   const autoPad = new TextDecoder().decode(attribute(op, "auto_pad")?.s ?? new Uint8Array(0));
@@ -309,7 +303,7 @@ function normalised(tools: GraftTools, place: Place, op: NodeProto, input: numbe
   const ones = tools.add(`${PREFIX}/ones/${size}`, [size], new Float32Array(size).fill(1));
   const inputs = op.input.flatMap((value, i) => {
     if (i === input) return [ones];
-    // Behind the weight comes the bias; a Skip…'s third addend behind it is a part of what is normalised.
+    // The bias follows the weight; a Skip…'s third addend behind it is a part of the normalised sum.
     const dropped = i === input + 1 && op.opType !== "SkipSimplifiedLayerNormalization";
     return [dropped || value === "" ? "" : place.up(value)];
   });

@@ -27,7 +27,7 @@ import type {
   TaskInput,
 } from "./adapted.ts";
 import { ComponentProducts, type IntegerProducts } from "./components.ts";
-import type { FormGrafter, GraftTools } from "./graft-forms.ts";
+import type { GraftTools } from "./graft-forms.ts";
 import { groupsOf, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
@@ -54,7 +54,11 @@ import { Ranks } from "./rank.ts";
 export function graft(
   model: OnnxModel,
   { modules, biases, rows, heads, vectors }: Graft,
-  options: { probe?: boolean; integers?: IntegerProducts | undefined; forms?: FormGrafter | undefined } = {},
+  options: {
+    probe?: boolean;
+    integers?: IntegerProducts | undefined;
+    forms?: typeof import("./graft-forms.ts") | undefined;
+  } = {},
 ): Grafted {
   const grafter = new Grafter(model, options.probe ?? true, options.integers ?? []);
   // A bias is added behind what DoRA scales, so before the term that goes between.
@@ -199,7 +203,7 @@ class Grafter {
     { A, B, scale }: { A: string | undefined; B: string | undefined; scale: string | undefined },
     mixed: Mixed | undefined,
   ): void {
-    // Behind the bias where that can be: runtimes fuse a product with its bias. DoRA scales what is in front of it.
+    // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in front of it.
     const end = scale === undefined ? (biasAdd(this.#model, linear) ?? linear.node) : linear.node;
     const place = new Place(this.#edits, linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
     const { rank, rows, byTask } = this.#rowsInto(place, linear.graph, linear.x, mixed?.rows);
@@ -357,7 +361,7 @@ class Grafter {
   finish(heads: readonly GraftHead[]): Grafted {
     const main = this.#main;
     this.#edits.apply();
-    // In front, so that what uses them comes later, as ONNX asks.
+    // ONNX wants nodes behind those that make their inputs.
     main.node.unshift(...this.#first);
     for (const { name, kind, dims } of this.#inputs) {
       const free = dims.map((d) => (typeof d === "number" ? d : d === "tasks" ? `${PREFIX}.tasks` : ""));

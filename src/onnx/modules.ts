@@ -1,7 +1,7 @@
 /**
- * Which parameter of the PyTorch model each initializer of its export is. Exporters keep some names and lose others,
- * merge parameters of equal values, and write one that is applied in two ways down twice; what they lose is found again from
- * where in the model an initializer is used. Names and orientation only: nothing here reads a value (copies.ts does).
+ * Finds which parameter of the PyTorch model each initializer of its export is. Exporters keep some names and lose others, merge
+ * parameters of equal values, and write one that is applied in two ways down twice; lost names are found again from the nodes that use
+ * an initializer. Names and orientation only: nothing here reads a value (copies.ts does).
  */
 import { sameShape } from "../core/base.ts";
 import type { Layout } from "../format/format.ts";
@@ -9,7 +9,7 @@ import { type Claim, Claims, EVIDENCE, isParameterName, variants } from "./claim
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
-/** Which rows of a packed weight a layer has: the `index`-th of parts that are as long as `sizes` says. */
+/** Rows of a packed weight that a layer has: the `index`-th of parts whose sizes are `sizes`. */
 export interface Slice {
   readonly index: number;
   readonly sizes: readonly number[];
@@ -22,11 +22,11 @@ export interface Stored extends OnnxTensorType {
   readonly initializer: string;
   /** How a weight lies in the initializer. Absent for vectors and where the use does not tell. */
   readonly layout?: Layout;
-  /** Where the parameter is a part of the initializer: several layers packed into one. */
+  /** Set where the parameter is a part of the initializer: several layers packed into one. */
   readonly slice?: Slice;
-  /** Where the parameter is several initializers' rows, one below the other: a layer that the exporter has divided. */
+  /** Set where the parameter is several initializers' rows, one below the other: a layer that the exporter has divided. */
   readonly joined?: readonly OnnxParameter[];
-  /** Where it enters the computation, behind Cast, Identity, Transpose and the like. Empty when nothing uses it. */
+  /** Nodes that use it, behind Cast, Identity, Transpose and the like. Empty when nothing does. */
   readonly uses: readonly Use[];
 }
 
@@ -38,18 +38,18 @@ export interface Candidate extends Stored {
 
 /** A parameter of the model, and the initializer that holds it. One initializer may hold several, merged on export. */
 export interface OnnxParameter extends Stored {
-  /** As in the checkpoint, as far as the file tells; where it tells nothing, the initializer's own name. */
+  /** Name in the checkpoint, as far as the file tells; where it tells nothing, the initializer's own name. */
   readonly name: string;
-  /** What may be the same weight, written down once more: its values tell. */
+  /** Initializers that may hold the same weight once more: their values tell. */
   readonly candidates: readonly Candidate[];
-  /** What is the same weight, once `Copies` of copies.ts has looked. */
+  /** Initializers that hold the same weight, once `Copies` of copies.ts has compared values. */
   readonly copies: readonly Stored[];
 }
 
 /** `TensorProto.DataType` of quantised weights: (u)int8, float8, (u)int4, float4, (u)int2. */
 const QUANTISED = new Set([2, 3, 17, 18, 19, 20, 21, 22, 23, 25, 26]);
 
-/** Those who claim one name. */
+/** Claims of one name. */
 interface Rivals {
   /** The one that has it; undefined where none can be said to. */
   readonly winner: Claim | undefined;
@@ -86,7 +86,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
     const found = won.map((claim): OnnxParameter => {
       return { name: claim.name, ...stored(claim), candidates: rivals.get(claim.name)!.candidates, copies: [] };
     });
-    // Under its own name it can be told apart, by whoever knows better.
+    // A user who knows better can name it by its initializer.
     const lost = own.find(({ name, evidence }) => {
       const { winner, tied } = rivals.get(name)!;
       return tied || (won.length === 0 && (!winner || evidence === EVIDENCE.guessed));
@@ -105,7 +105,7 @@ function isDequantised(graph: Graph, initializer: string): boolean {
   return uses.some(({ node, input }) => node.opType === "DequantizeLinear" && input === 0);
 }
 
-/** Who has each name that is claimed: the best founded. */
+/** Gives each claimed name to its best founded claim. */
 function settle(claims: readonly Claim[], stored: (claim: Claim) => Stored): Map<string, Rivals> {
   const byName = new Map<string, Claim[]>();
   for (const claim of claims) {
@@ -171,7 +171,7 @@ export function partSize(stored: Stored): number {
   return matrixShape(stored)![0];
 }
 
-/** Where a part of a packed parameter begins among its outputs; 0 for what is none. */
+/** Index of the first output of a part of a packed parameter; 0 for other parameters. */
 export function partStart({ slice }: Stored): number {
   return slice ? slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0) : 0;
 }

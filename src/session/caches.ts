@@ -1,9 +1,9 @@
 /**
- * Which task made which cache of keys and values. A cache holds what the layers made of a text under one task; fed to a run under
+ * Notes which task made which cache of keys and values. A cache holds results of layers for a text under one task; fed to a run under
  * another it would mix the two without a word. Loaded by sessions on models that have caches.
  *
- * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them is nobody's. One layer stands for all,
- * since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
+ * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them has no known task. One layer stands for
+ * all, since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
  */
 
 import type { Pack } from "../core/pack.ts";
@@ -14,20 +14,20 @@ import type { EngineTensor, Tensors } from "./engine.ts";
 import type { SessionSwitchOptions } from "./options.ts";
 
 /** One task of a selection, as it was then: another task may come under its id. */
-interface Part {
+interface TaskShare {
   readonly id: string;
   readonly strength: number;
   /** The entry of the task in its pack, which is an object of its own for each task that ever came. */
   readonly entry: TaskInfo["metadata"] | undefined;
 }
 
-/** What a run, or a row of one, belongs to. */
+/** The task or blend that a run, or a row of one, belongs to. */
 export interface CacheState {
-  /** For messages. */
+  /** Name for messages. */
   readonly name: string;
-  /** By id. */
-  readonly parts: readonly Part[];
-  /** Whose saved modules a blend uses: one of them may be an embedding. */
+  /** Tasks in the order of their ids. */
+  readonly parts: readonly TaskShare[];
+  /** The task whose saved modules a blend uses: one of them may be an embedding. */
   readonly head?: string | undefined;
   /** Whether runs take caches of any other state. */
   readonly keeps?: boolean | undefined;
@@ -41,7 +41,7 @@ const BASE: CacheState = { name: "the base", parts: [] };
  */
 const made = new WeakMap<object, readonly CacheState[]>();
 
-/** Of one session. */
+/** Watches the runs of one session. */
 export class CacheWatch {
   readonly #pack: Pick<Pack, "tasks">;
   /** Inputs and outputs of the first layer: keys, values, and what else it has. */
@@ -61,11 +61,11 @@ export class CacheWatch {
   stateOf(selection: Selection, { head, keepCache }: SessionSwitchOptions = {}): CacheState {
     const strengths =
       typeof selection === "string" ? [[selection, 1] as const] : Object.entries(selection ?? {}).sort(byId);
-    const parts = strengths.map(([id, strength]): Part => ({ id, strength, entry: this.#entry(id) }));
+    const parts = strengths.map(([id, strength]): TaskShare => ({ id, strength, entry: this.#entry(id) }));
     return { name: nameOf(parts, head), parts, head, keeps: keepCache };
   }
 
-  #entry(id: string): Part["entry"] {
+  #entry(id: string): TaskShare["entry"] {
     return this.#pack.tasks.get(id)?.metadata;
   }
 
@@ -109,14 +109,14 @@ export class CacheWatch {
   }
 }
 
-/** Of the names that exporters and transformers.js give to caches, those of the first layer. */
+/** Names of the first layer's caches, as exporters and transformers.js call them. */
 function firstOfEach(names: readonly string[], prefix: "past" | "present"): string[] {
   const first = new Map<string, string>();
   for (const name of names) {
     if (!name.startsWith(prefix)) continue;
     const kind = name.replace(/\d+/g, "#");
     const other = first.get(kind);
-    // Whatever their order: the lower number.
+    // The lower number, in any order.
     if (other === undefined || (name.length - other.length || (name < other ? -1 : 1)) < 0) first.set(kind, name);
   }
   return [...first.values()];
@@ -126,7 +126,7 @@ function byId([a]: readonly [string, unknown], [b]: readonly [string, unknown]):
   return a < b ? -1 : 1;
 }
 
-function nameOf(parts: readonly Part[], head: string | undefined): string {
+function nameOf(parts: readonly TaskShare[], head: string | undefined): string {
   const [first, ...others] = parts;
   if (!first) return BASE.name;
   if (others.length === 0 && first.strength === 1) return `task "${first.id}"`;
@@ -134,12 +134,12 @@ function nameOf(parts: readonly Part[], head: string | undefined): string {
   return `the blend ${parts.map(({ id, strength }) => `"${id}" × ${strength}`).join(" + ")}${whose}`;
 }
 
-/** What has no element holds nothing of any task. */
+/** A tensor without elements belongs to no task. */
 function holdsSome(tensor: EngineTensor | null | undefined): tensor is EngineTensor {
   return tensor?.dims !== undefined && !tensor.dims.includes(0);
 }
 
-/** Where a tensor's numbers are. Another tensor may be made of the same memory. */
+/** The memory that holds a tensor's numbers. Another tensor may be made of the same memory. */
 function memoryOf(tensor: EngineTensor): object {
   const placed = tensor as EngineTensor & { readonly location?: string; readonly gpuBuffer: object };
   // Getters throw for what is elsewhere.

@@ -5,6 +5,8 @@
 
 import type { Selection } from "../core/selection.ts";
 import type { LoadedTasks } from "../core/session-runtime.ts";
+import type { TaskInput } from "../onnx/adapted.ts";
+import type { Feed } from "../onnx/feeds.ts";
 import type { DetachedModel } from "../onnx/write.ts";
 import type { CacheState } from "./caches.ts";
 import type { Engine, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
@@ -36,19 +38,30 @@ export interface Carrier {
   readonly bytesWritten: number;
   /** When it fails, what was active before stays usable. */
   make(tasks: LoadedTasks, signal?: AbortSignal): Promise<Active>;
-  /** Before each run. @throws BackendError where a switch failed and left weights that are no task's */
+  /** Called before each run. @throws BackendError where a switch failed and left weights that are no task's */
   check?(): void;
-  /**
-   * Refuses a model that would mix the tasks of a batch.
-   * @param feeds of the batch
-   * @returns whether it is sure: some batches do not tell for the next one
-   * @throws BackendError
-   */
-  checkRows?(feeds: Tensors, rows: number): Promise<boolean>;
+  /** Needed for one task per row; undefined in mode "folded", which has no such runs. */
+  readonly rows?: RowModel | undefined;
   /** Resident bytes: of what expands or folds, of pristine weights, and of weights that the model reads. */
   memory(): { readonly scratch: number; readonly pristine: number; readonly active: number };
   /** Frees all but the loaded model. */
   close(): Promise<void>;
+}
+
+/** A loaded model on which rows of a batch may have a task each. */
+export interface RowModel {
+  readonly engine: Engine;
+  readonly model: LoadedModel;
+  readonly inputs: readonly TaskInput[];
+  readonly outputNames: readonly string[];
+  /** Values of inputs that are neither the model's own nor a task's. */
+  readonly idle: Tensors;
+  /** Kinds of modules that are no linear layer, by name. */
+  readonly forms: ReadonlyMap<string, string>;
+  /** Whether what enters a layer is quantised by a range that all rows share. */
+  readonly sharesRanges: boolean;
+  /** Feeds with rows that differ; undefined where they cannot be made up. */
+  readonly made: () => ReadonlyMap<string, Feed> | undefined;
 }
 
 /** What a carrier is made of. */

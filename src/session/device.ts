@@ -46,8 +46,9 @@ export async function deviceCarrier(
     const weights = Object.fromEntries(
       fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
     );
-    const folding = { base: tensors, device, names, modules: keep, ignored: base.ignored, inputs: inputNamesOf(base) };
-    const runtime = await createFolding(pack, view, folding);
+    const runtime = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
+      ...{ base: tensors, backend: "webgpu", webgpu: { device }, names, ...(keep && { modules: keep }) },
+    });
     const evaluator = new TaskEvaluator(parts.prepared, runtime);
     const active = (task: Selection, values: InputValues): Active => {
       const { feeds, bytes } = toFeeds(engine, inputs, [values]);

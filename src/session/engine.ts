@@ -1,6 +1,6 @@
 /**
- * A runtime of ONNX models, as sessions and trainers use one. Everything in `src/` that runs a model runs it through this
- * interface; which runtime it is, only a binding knows. To add a runtime, implement `Engine` in one file and hand it to
+ * A runtime of ONNX models, as sessions and trainers use one. All code in `src/` runs models through this interface; only a binding knows
+ * the runtime. To add a runtime, implement `Engine` in one file and hand it to
  * `createSession`: `bindings/ort-engine.ts` and `test/plain-engine.ts` are two of them.
  */
 import type { DeviceBuffer, DeviceHandle } from "../backends/backend.ts";
@@ -55,7 +55,7 @@ export interface EngineGpu {
 
 /** A runtime with its configuration. */
 export interface Engine<Model extends LoadedModel = LoadedModel> {
-  /** For messages: "onnxruntime". */
+  /** Name for messages: "onnxruntime". */
   readonly name: string;
   /** What it computes on, for messages. */
   readonly provider: string;
@@ -78,7 +78,7 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   readonly readsFiles?: boolean | undefined;
   /** Operators by which it multiplies by integers, so that components can stay as small as their pack stores them. Default: none. */
   readonly integers?: readonly ("MatMulNBits" | "DequantizeLinear")[] | undefined;
-  /** Where models run on a WebGPU device. */
+  /** Set where models run on a WebGPU device. */
   readonly gpu?: EngineGpu | undefined;
 }
 

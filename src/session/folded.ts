@@ -21,9 +21,10 @@ export async function foldedCarrier(
 ): Promise<Carrier> {
   const { pack, view, inputs, names, keep, base } = prepared;
   const host = onnxHost(file, weights.pieces);
-  const fed = inputNamesOf(base);
-  const folding = { base: host, names, modules: keep, ignored: base.ignored, inputs: fed };
-  const runtime = await createFolding(pack, view, folding);
+  const runtime = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
+    // The file is in memory anyway: no second copy of its weights.
+    ...{ base: host, webgpu: false, policy: "reload", names, ...(keep && { modules: keep }) },
+  });
   const evaluator = new TaskEvaluator(prepared, runtime);
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {

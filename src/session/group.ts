@@ -109,7 +109,7 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
 /** Sessions on the files of one model. Made by `createSessions`, or the function of a binding. */
 export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends string = string> {
   readonly pack: Pack;
-  /** By the names that the files were given. Switch tasks here, not there. */
+  /** Sessions by the names that the files were given. Switch tasks here, not there. */
   readonly sessions: Readonly<Record<Name, Session<T>>>;
   readonly #all: readonly Session<T>[];
   readonly #queue = new Queue();
@@ -180,7 +180,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
     return this.#queue.call(() => work(this.sessions));
   }
 
-  /** As of a session; task blobs are shared, and counted once. */
+  /** Sum of the sessions' memory; task blobs are shared, and counted once. */
   memory(): MemoryReport {
     const [first, ...others] = this.#all.map((session) => session.memory());
     const { total: _, ...sum } = { ...first! };

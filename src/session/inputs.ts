@@ -8,7 +8,6 @@ import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { Engine, LoadedModel } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { probeParity } from "./probe.ts";
-import type { rowCheck } from "./rows.ts";
 import { type InputValues, TaskEvaluator, toFeeds } from "./values.ts";
 
 /**
@@ -31,7 +30,7 @@ export async function inputCarrier(parts: CarrierParts, bases: Uint8Array): Prom
     return {
       ...carry(engine, prepared.inputs, model, runtime, evaluator, none),
       probe,
-      checkRows: rowChecker(parts, model, evaluator),
+      rows: rowsOf(parts, model),
     };
   } catch (error) {
     if (model) await engine.release(model);
@@ -50,72 +49,43 @@ function carry(
   evaluator: TaskEvaluator,
   none: InputValues,
 ): Omit<Carrier, "probe"> {
-  const spare = new SpareTerms(inputs, none);
+  const terms = inputs.filter(({ kind }) => kind === "core" || kind === "A" || kind === "B").map(({ name }) => name);
+  const bytesOf = (values: InputValues): number =>
+    terms.reduce((sum, name) => sum + values.get(name)!.data.byteLength, 0);
+  // Cores and factors of a past selection, which the next one is written over: garbage of switches would have to be collected.
+  let spare: InputValues | undefined;
+  // The most that these have been: tasks differ in rank.
+  let room = bytesOf(none);
   const active = (task: Selection, values: InputValues): Active => {
-    return { model, task, ...toFeeds(engine, inputs, [values]), retire: () => spare.put(values) };
+    const retire = (): void => {
+      spare = new Map(terms.map((name) => [name, values.get(name)!]));
+      room = Math.max(room, bytesOf(spare));
+    };
+    return { model, task, ...toFeeds(engine, inputs, [values]), retire };
   };
   return {
     evaluator,
     first: active(null, none),
     bytesWritten: 0,
     async make(tasks, signal) {
-      return active(tasks.selection, (await evaluator.evaluate(tasks, signal, spare.take())).inputs);
+      const old = spare;
+      spare = undefined;
+      return active(tasks.selection, (await evaluator.evaluate(tasks, signal, old)).inputs);
     },
     memory() {
       const { scratch, pristine } = runtime.memory();
-      return { scratch: scratch + spare.bytes, pristine, active: 0 };
+      return { scratch: scratch + room, pristine, active: 0 };
     },
     close: () => runtime.close(),
   };
 }
 
-/** Cores and factors of a past selection, which the next one is written over: garbage of switches would have to be collected. */
-class SpareTerms {
-  readonly #names: readonly string[];
-  #values: InputValues | undefined;
-  /** The most that this has been: tasks differ in rank. */
-  bytes: number;
-
-  constructor(inputs: PreparedModel["inputs"], first: InputValues) {
-    const terms = inputs.filter(({ kind }) => kind === "core" || kind === "A" || kind === "B");
-    this.#names = terms.map(({ name }) => name);
-    this.bytes = this.#bytesOf(first);
-  }
-
-  put(values: InputValues): void {
-    this.#values = new Map(this.#names.map((name) => [name, values.get(name)!]));
-    this.bytes = Math.max(this.bytes, this.#bytesOf(values));
-  }
-
-  take(): InputValues | undefined {
-    const values = this.#values;
-    this.#values = undefined;
-    return values;
-  }
-
-  #bytesOf(values: InputValues): number {
-    return this.#names.reduce((sum, name) => sum + values.get(name)!.data.byteLength, 0);
-  }
-}
-
-function rowChecker(
-  { engine, idle, probe, prepared }: CarrierParts,
-  model: LoadedModel,
-  evaluator: TaskEvaluator,
-): NonNullable<Carrier["checkRows"]> {
+function rowsOf({ engine, idle, probe, prepared }: CarrierParts, model: LoadedModel): NonNullable<Carrier["rows"]> {
   const { inputs, feedsOfRows, outputNames, sharesRanges, modules } = prepared;
-  // Feeds of the caller's own mean that the model does not run on made-up ones.
-  const made = typeof probe === "object" ? () => undefined : feedsOfRows;
-  const forms = new Map(modules.flatMap(({ name, form }) => (form ? [[name, form.kind] as const] : [])));
-  let check: ReturnType<typeof rowCheck> | undefined;
-  return async (own, rows) => {
-    // Apps that run one task at a time do without.
-    const { rowCheck } = await import("./rows.ts");
-    check ??= rowCheck({
-      ...{ engine, model, inputs, outputNames, idle, made, forms, sharesRanges },
-      // Made again: all sessions would keep it, and few check.
-      base: (await evaluator.read(null)).inputs,
-    });
-    return check(own, rows);
+  return {
+    ...{ engine, model, inputs, outputNames, idle, sharesRanges },
+    // Feeds of the caller's own mean that the model does not run on made-up ones.
+    made: typeof probe === "object" ? () => undefined : feedsOfRows,
+    forms: new Map(modules.flatMap(({ name, form }) => (form ? [[name, form.kind] as const] : []))),
   };
 }

@@ -88,7 +88,7 @@ export class ModelMatcher {
     throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
-  /** Tries the names of other versions too, from the first that is not found without. */
+  /** Finds a name, by those of other versions too: these are loaded for the first name that is not found without. */
   async #find(name: string): Promise<ReturnType<NameMatcher["find"]>> {
     const found = this.#names.find(name);
     if ("name" in found || found.ambiguous || this.#hasAliases) return found;
@@ -263,7 +263,7 @@ export class ModelMatcher {
     const layer = mapped ? (await this.#weight(module)).name : nameOf(this.#names.find(weight));
     if (layer === undefined || name !== `${module}.bias`) return undefined;
     const bias = nameOf(this.#names.find(name));
-    // By the end of a name only it may be another layer's.
+    // A bias found by the end of its name only may be another layer's.
     const own = bias !== undefined && (mapped || inFront(name, bias) === inFront(weight, layer));
     if (own && this.#parameters.get(bias)!.uses.length > 0) return undefined;
     const found = droppedBias(this.#file.model, name, await this.#copies.of(this.#parameters.get(layer)!));

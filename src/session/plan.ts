@@ -1,6 +1,6 @@
 /**
- * What is to be done to a model for the tasks of a pack: which layers get a term, what else the tasks change there, and which of
- * it can be done without touching the weights. Checks that the model is the right one. Changes nothing.
+ * Plans the changes to a model for the tasks of a pack: which layers get a term, which parameters the tasks change beside them, and
+ * whether that can be done without touching the weights. Checks that the model is the right one. Changes nothing.
  */
 
 import type { PackView } from "../core/part.ts";
@@ -33,7 +33,7 @@ import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
 import type { BaseHead, BaseValues } from "./values.ts";
 
-/** What is to be done to the model. */
+/** The changes that a model needs. */
 export interface Plan {
   readonly mode: Mode;
   /** Why this mode, for people. */
@@ -52,7 +52,7 @@ export interface Plan {
 
 /** What a mode cannot do. */
 interface Obstacle {
-  /** Of the pack: a module or a parameter. */
+  /** A module or a parameter of the pack. */
   readonly module: string;
   readonly why: string;
 }
@@ -65,7 +65,7 @@ interface SavedHead {
   readonly parameter: OnnxParameter;
 }
 
-/** What tasks bring that is neither a term nor a head. */
+/** Parameters that tasks bring and that are neither terms nor heads. */
 interface Beside {
   readonly biases: readonly GraftBias[];
   readonly rows: readonly GraftRows[];
@@ -74,7 +74,7 @@ interface Beside {
   readonly others: readonly OnnxParameter[];
 }
 
-/** Up to here a run in mode "core" costs 5 % more at most, beyond it more than factors do (`bench switch --live`). */
+/** Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`). */
 const MOST_COMPONENTS = 48;
 
 /**
@@ -137,7 +137,7 @@ class Planner {
 
     const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
     const found = { mode, reason, names, unconfirmed, dropped: [...this.#dropped.keys()] };
-    // An adapted weight is folded, whatever else becomes of it: an input in its place would not know.
+    // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
     const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
     const baseHeads = new Map<string, BaseHead>();
     for (const head of fed) baseHeads.set(head.graft.name, await this.#baseHead(head, adapted.has(head)));
@@ -168,7 +168,7 @@ class Planner {
     return { ...found, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
   }
 
-  /** What the tasks change, and what room is made for. */
+  /** Everything that the tasks change, and the heads that are reserved. */
   async #brought(): Promise<Brought[]> {
     const brought = await broughtBy(this.#pack, this.#options);
     const reserved = [this.#options.reserve?.head ?? []]
@@ -178,7 +178,7 @@ class Planner {
     return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
   }
 
-  /** What is neither a term nor a head: biases and token rows that can be added to, and all their parameters. */
+  /** Sorts biases, token rows and other vectors by how they can be added to. */
   async #beside(wanted: readonly Brought[], heads: readonly SavedHead[]): Promise<Beside> {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases = new Map<string, GraftBias>();
@@ -359,7 +359,7 @@ class Planner {
   }
 }
 
-/** What the tasks of a pack change beside their terms, each once. */
+/** Parameters that the tasks of a pack change beside their terms, each once. */
 export async function broughtBy(pack: PackView, options: SessionOptions): Promise<Brought[]> {
   const all = new Set<string>();
   for (const { id, brings } of pack.tasks.values()) {

@@ -14,7 +14,7 @@ import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
 import type { SessionOptions } from "./options.ts";
 import { type Plan, planSession } from "./plan.ts";
 
-/** Of the model's file only `modules` know something: what outlives the creation of a session must not hold those. */
+/** A model with the inputs of a mode. Only `modules` refer to the model's file: objects that outlive creation must not hold those. */
 export interface PreparedModel extends Grafted, Omit<Plan, "graft" | "folded"> {
   readonly pack: Pack;
   /** The part of the pack that is used here, and the filter that it was made by. */

@@ -85,7 +85,7 @@ function placeOf(i: number, sizes: readonly number[]): number[] {
     .reverse();
 }
 
-/** From the first to the last element that a kernel touches. */
+/** Distance from the first to the last element that a kernel touches. */
 function reach({ shape, dilations }: FormProbe, axis: number): number {
   return (shape[2 + axis]! - 1) * (dilations[axis] ?? 1) + 1;
 }

@@ -20,19 +20,6 @@ type ProbeRun = (
 /** How far a provider that computes in f16 may be off. */
 const TOLERANCE = 2e-2;
 
-/** @param feeds of the model's own inputs, as tensors */
-function probeRun(engine: Engine, inputs: readonly TaskInput[], model: LoadedModel, feeds: object): ProbeRun {
-  return async (tasks, fetches, more) => {
-    const task = toFeeds(engine, inputs, tasks).feeds;
-    const results = await engine.run(model, { ...feeds, ...more, ...task }, fetches);
-    const value = async (name: string): Promise<ProbeValue> => {
-      const { dims } = results[name]!;
-      return { dims, data: (await dataOf(results[name]!)) as Float32Array };
-    };
-    return Promise.all(fetches.map(value));
-  };
-}
-
 /**
  * Runs a probe on feeds of the caller's own or made-up ones.
  * @param look compares results of the model
@@ -48,10 +35,21 @@ export async function withFeeds(
     return { result: "skipped: the model's inputs are of kinds that cannot be made up; pass `probe: feeds`" };
   }
   let failure: unknown;
-  const run = probeRun(engine, prepared.inputs, model, { ...idle, ...made });
-  const noting: ProbeRun = (...of) => run(...of).catch((cause) => Promise.reject((failure = cause)));
+  const run: ProbeRun = async (tasks, fetches, more) => {
+    const { feeds } = toFeeds(engine, prepared.inputs, tasks);
+    try {
+      const results = await engine.run(model, { ...idle, ...made, ...more, ...feeds }, fetches);
+      const valueOf = async (name: string): Promise<ProbeValue> => {
+        return { dims: results[name]!.dims, data: (await dataOf(results[name]!)) as Float32Array };
+      };
+      return await Promise.all(fetches.map(valueOf));
+    } catch (cause) {
+      failure = cause;
+      throw cause;
+    }
+  };
   try {
-    return await look(noting);
+    return await look(run);
   } catch (cause) {
     if (cause !== failure) throw cause;
     const why = (cause as Error).message.trim();

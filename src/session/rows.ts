@@ -8,11 +8,9 @@ import type { Pack } from "../core/pack.ts";
 import type { TaskInfo } from "../core/task-info.ts";
 import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
-import type { Feed } from "../onnx/feeds.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";
-import type { Carrier } from "./carrier.ts";
-import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
-import type { Mode } from "./options.ts";
+import type { Carrier, RowModel } from "./carrier.ts";
+import { dataOf, type EngineTensor, type Tensors, toTensors } from "./engine.ts";
 import { madeUpCores } from "./probe-term.ts";
 import { type InputValues, type TaskValues, toFeeds } from "./values.ts";
 
@@ -22,26 +20,19 @@ interface RowValues {
   readonly values: TaskValues;
 }
 
-/** The session that such runs belong to. */
-export interface RowParts {
-  readonly engine: Engine;
-  readonly pack: Pick<Pack, "tasks">;
-  readonly mode: Mode;
-  readonly inputs: readonly TaskInput[];
-  /** Names of the heads. */
-  readonly heads: Iterable<string>;
-  readonly carrier: Pick<Carrier, "checkRows" | "evaluator">;
-}
-
+/** Makes feeds for the batches of one session. */
 export class RowTasks {
-  readonly #parts: RowParts;
+  readonly #pack: Pick<Pack, "tasks">;
+  readonly #carrier: Pick<Carrier, "rows" | "evaluator">;
   /** Values of the tasks of the last run: the next one usually asks for the same. */
   #known: ReadonlyMap<string | null, RowValues> = new Map();
   /** Whether a task per row is known to reach its row. */
   #sure = false;
+  #check: ReturnType<typeof rowCheck> | undefined;
 
-  constructor(parts: RowParts) {
-    this.#parts = parts;
+  constructor(pack: Pick<Pack, "tasks">, carrier: Pick<Carrier, "rows" | "evaluator">) {
+    this.#pack = pack;
+    this.#carrier = carrier;
   }
 
   /** Arrays that are held from one run to the next. */
@@ -58,59 +49,45 @@ export class RowTasks {
     tasks: readonly (string | null)[],
     own: Tensors,
   ): Promise<{ feeds: Tensors; valid: ReadonlyMap<string, readonly number[]> }> {
-    const { engine, inputs, heads } = this.#parts;
-    const values = await this.#values(tasks, own);
-    const valid = [...heads].map((head) => [head, values.map(({ labels }) => labels.get(head)!)] as const);
+    const model = this.#carrier.rows;
+    if (!model) throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
+    const values = await this.#values(tasks, own, model);
+    const valid = [...values[0]!.labels.keys()].map(
+      (head) => [head, values.map(({ labels }) => labels.get(head)!)] as const,
+    );
     const { feeds } = toFeeds(
-      engine,
-      inputs,
-      values.map((one) => one.inputs),
+      model.engine,
+      model.inputs,
+      values.map(({ inputs }) => inputs),
     );
     return { feeds, valid: new Map(valid) };
   }
 
   /** Values for each row of a batch; those of a task are computed once as long as runs go on asking for it. */
-  async #values(tasks: readonly (string | null)[], feeds: Tensors): Promise<TaskValues[]> {
-    const { mode, pack, carrier } = this.#parts;
-    if (mode === "folded") {
-      throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
-    }
+  async #values(tasks: readonly (string | null)[], feeds: Tensors, model: RowModel): Promise<TaskValues[]> {
     const batch = Object.values(feeds).find(({ dims }) => dims.length > 0)?.dims[0];
     if (tasks.length === 0 || tasks.length !== batch) {
       throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
     }
+    const { evaluator } = this.#carrier;
     const valuesOf = async (task: string | null): Promise<RowValues> => {
-      const entry = pack.tasks.get(task!)?.metadata;
+      const entry = this.#pack.tasks.get(task!)?.metadata;
       const known = this.#known.get(task);
       if (known && known.entry === entry) return known;
-      return { entry, values: await carrier.evaluator.read(task) };
+      return { entry, values: await evaluator.read(task) };
     };
     // Together, as they are now: a task can be removed and another one added under its name.
     const wanted = new Map(
       await Promise.all([...new Set(tasks)].map(async (task) => [task, await valuesOf(task)] as const)),
     );
-    if (tasks.length > 1) this.#sure ||= (await carrier.checkRows?.(feeds, tasks.length)) ?? true;
+    if (tasks.length > 1 && !this.#sure) {
+      // Values of the base are made again: all sessions would keep them, and few check.
+      this.#check ??= rowCheck(model, (await evaluator.read(null)).inputs);
+      this.#sure = await this.#check(feeds, tasks.length);
+    }
     this.#known = wanted;
     return tasks.map((task) => wanted.get(task)!.values);
   }
-}
-
-/** The session on which rows are checked. */
-export interface RowCheck {
-  readonly engine: Engine;
-  readonly model: LoadedModel;
-  readonly inputs: readonly TaskInput[];
-  /** Values of the task inputs without a task. */
-  readonly base: InputValues;
-  readonly outputNames: readonly string[];
-  /** Values of inputs that are neither the model's own nor a task's. */
-  readonly idle: Tensors;
-  /** Kinds of modules that are no linear layer, by name. */
-  readonly forms: ReadonlyMap<string, string>;
-  /** Whether what enters a layer is quantised by a range that all rows share. */
-  readonly sharesRanges: boolean;
-  /** Feeds with rows that differ; undefined where they cannot be made up. */
-  readonly made: () => ReadonlyMap<string, Feed> | undefined;
 }
 
 const WHY =
@@ -121,26 +98,27 @@ const WHY =
 type Finding = "apart" | "alike" | "unseen";
 
 /**
- * @returns a check that is called with the feeds of each batch until it says that it is sure. It takes made-up feeds first, and the
- *   batch itself where the model does not run on those
+ * @param base values of the task inputs without a task
+ * @returns a check that is called with the feeds of each batch until it is sure. It takes made-up feeds first, and the batch itself where
+ *   the model does not run on those
  * @throws BackendError when tasks are mixed, or no output tells
  */
-export function rowCheck(check: RowCheck): (own: Tensors, rows: number) => Promise<boolean> {
+function rowCheck(model: RowModel, base: InputValues): (own: Tensors, rows: number) => Promise<boolean> {
   let made: Promise<Finding | undefined> | undefined;
   return async (own, rows) => {
-    made ??= lookAtMade(check);
+    made ??= lookAtMade(model, base);
     if ((await made) === "apart") return true;
-    return (await lookAt(check, own, rows, true)) === "apart";
+    return (await lookAt(model, base, own, rows, true)) === "apart";
   };
 }
 
 /** @returns undefined when the model does not run on made-up feeds, or takes them for another batch: they prove nothing then */
-async function lookAtMade(check: RowCheck): Promise<Finding | undefined> {
-  const made = check.made();
-  const feeds = made && toTensors(check.engine, made);
+async function lookAtMade(model: RowModel, base: InputValues): Promise<Finding | undefined> {
+  const made = model.made();
+  const feeds = made && toTensors(model.engine, made);
   const rows = feeds && Object.values(feeds)[0]?.dims[0];
   if (!feeds || !rows || rows < 2) return undefined;
-  return lookAt(check, feeds, rows, false).catch((error: unknown) => {
+  return lookAt(model, base, feeds, rows, false).catch((error: unknown) => {
     if (error instanceof BackendError && error.backend === "session") throw error;
     return undefined;
   });
@@ -152,7 +130,8 @@ async function lookAtMade(check: RowCheck): Promise<Finding | undefined> {
  * @param own whether the feeds are the caller's own, which the model takes as they are meant
  */
 async function lookAt(
-  { engine, model, inputs, base, outputNames, idle, forms, sharesRanges }: RowCheck,
+  { engine, model, inputs, outputNames, idle, forms, sharesRanges }: RowModel,
+  base: InputValues,
   feeds: Tensors,
   rows: number,
   own: boolean,
@@ -241,7 +220,7 @@ export function compareRows(
 }
 
 /** InputValues that are looked at together. */
-function groupsOf(inputs: readonly TaskInput[], forms: RowCheck["forms"]): TaskInput[][] {
+function groupsOf(inputs: readonly TaskInput[], forms: RowModel["forms"]): TaskInput[][] {
   const groups = new Map<string, TaskInput[]>();
   for (const input of inputs) {
     const { kind, of } = input;

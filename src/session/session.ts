@@ -45,7 +45,7 @@ export interface SessionRunOptions {
   readonly [option: string]: unknown;
 }
 
-/** Beside the outputs of a run with `tasks`. */
+/** Addition to the outputs of a run with `tasks`. */
 export interface ValidColumns {
   /**
    * How many columns of each row of a head's result are the task's own, by module name of the head. The columns behind them hold
@@ -92,7 +92,7 @@ export async function createSession<T extends SessionTypes>(
 }
 
 /**
- * The same with a model that was read already, and is closed here.
+ * Makes a session on a model that has been read, and closes that.
  * @param options checked already
  */
 export async function sessionOn<T extends SessionTypes>(
@@ -180,12 +180,12 @@ export class Session<T extends SessionTypes = SessionTypes> {
   /** Runs and switches. A run under way keeps the model and feeds that it began with. */
   readonly #queue = new Queue();
   readonly #components: number;
-  /** Where the model has caches. */
+  /** Set where the model has caches. */
   readonly #caches: CacheWatch | undefined;
-  /** Once there was a run with one task per row. */
+  /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
   #active: Active;
-  /** What is being switched to. */
+  /** The selection that a switch under way leads to. */
   #coming: Selection = null;
   #closed: Promise<void> | undefined;
 
@@ -321,7 +321,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       const active = this.#active;
       this.#carrier.check?.();
       const rowTasks = tasks && (await this.#rowTasks());
-      // In one go with reading the tasks: another one may come under an id.
+      // Together with reading the tasks: another task may come under an id.
       const made = this.#caches?.check(own, active.state, tasks, keepCache);
       const rows = await rowTasks?.feeds(tasks!, own);
       const { feeds } = rows ?? active;
@@ -333,9 +333,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
 
   async #rowTasks(): Promise<RowTasks> {
     const { RowTasks } = await import("./rows.ts");
-    const [engine, carrier, inputs] = [this.#engine, this.#carrier, this.#inputs];
-    const heads = [...this.#base.heads.keys()];
-    this.#rows ??= new RowTasks({ engine, carrier, inputs, heads, pack: this.pack, mode: this.mode });
+    this.#rows ??= new RowTasks(this.pack, this.#carrier);
     return this.#rows;
   }
 

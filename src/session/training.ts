@@ -120,7 +120,7 @@ export async function addTraining(
 
 /**
  * Looks at shapes: without the optimiser, which needs longer than two tiny runs, and on the CPU, since shapes are the same there,
- * and WebGPU would compile shaders for each operator, of which devices without f16 lack some.
+ * and WebGPU would compile shaders for each operator; devices without f16 lack some.
  */
 function probeOf(engine: Engine): ShapeProbe {
   return async (detached, feeds) => {

@@ -29,7 +29,7 @@ export type InputValues = ReadonlyMap<string, InputValue>;
 /** The values of all inputs, and how many columns each head has. */
 export interface TaskValues {
   readonly inputs: InputValues;
-  /** By module name. */
+  /** Columns by module name. */
   readonly labels: ReadonlyMap<string, number>;
 }
 
@@ -46,7 +46,7 @@ export interface BaseHead {
 
 /** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
 export interface BaseValues {
-  /** By module name of the pack. */
+  /** Heads by module name of the pack. */
   readonly heads: ReadonlyMap<string, BaseHead>;
   /** Values of the biases that tasks change, by the pack's name of the parameter. */
   readonly biases: ReadonlyMap<string, Float32Array>;
@@ -71,13 +71,13 @@ interface Evaluation {
   readonly tasks: LoadedTasks["tasks"];
   /** Values of core inputs, by name of the input. */
   readonly cores: InputValues;
-  /** By module name. */
+  /** Factors by module name. */
   readonly factors: UnfoldedTerms["factors"];
   /** Saved modules and biases as the tasks have them, by name. */
   readonly merged: ReadonlyMap<string, Merged>;
 }
 
-/** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
+/** Pads a head with fewer columns than its neighbours: never the maximum, and 0 after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
 /** Prefixes of module names by kind of input, in the set of what a model is ready for. */
@@ -87,7 +87,7 @@ const READY: Readonly<Record<string, string>> = { scale: "magnitude ", A: "priva
 export class TaskEvaluator {
   readonly #model: EvaluatedModel;
   readonly #runtime: SessionRuntime;
-  /** What there are inputs for, as packs say what a task brings. */
+  /** Modules and parameters that have inputs, in the form of a task's `brings`. */
   readonly #ready: ReadonlySet<string>;
 
   constructor({ view, mode, base, inputs }: EvaluatedModel, runtime: SessionRuntime) {
@@ -124,8 +124,8 @@ export class TaskEvaluator {
   }
 
   /**
-   * In memory of its own each time, since values of earlier switches may still be on their way into a run; but where there are `old`
-   * values that nothing reads any more, cores and factors are written over those.
+   * Computes the values of all inputs, in new memory: values of earlier switches may still be on their way into a run.
+   * @param old values that nothing reads any more: cores and factors are written over them
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
   async evaluate(loaded: LoadedTasks, signal?: AbortSignal, old?: InputValues): Promise<TaskValues> {
@@ -245,7 +245,7 @@ export class TaskEvaluator {
 /** The value of an input for cores while it is filled: each core of a module has its place on the diagonal. */
 export class CoreSpace {
   readonly name: string;
-  /** By module name. */
+  /** Targets by module name. */
   readonly targets: ReadonlyMap<string, CoreTarget>;
   readonly #dims: readonly [height: number, width: number];
   readonly #data: Float32Array;
