@@ -176,7 +176,7 @@ export function checkSlice(name: string, slice: Slice, byteLength: number, align
 }
 
 /** Bytes that a job reads or writes. */
-type Range = readonly [name: string, slice: Slice | undefined, byteLength: number, align?: number];
+type JobRange = readonly [name: string, slice: Slice | undefined, byteLength: number, align?: number];
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
 export function checkExpand({ dtype, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
@@ -198,7 +198,7 @@ export function checkProject({ dtype, count, rows, width, out, x, basis }: Proje
 export function checkFold(job: FoldJob): void {
   const { dtype, rows, columns, stride, out, base, rowScale, columnScale } = job;
   const bytes = weightBytes(dtype, rows, columns, stride);
-  const scales: Range[] = [
+  const scales: JobRange[] = [
     ["rowScale", rowScale, 4 * rows],
     ["columnScale", columnScale, 4 * columns],
   ];
@@ -218,10 +218,10 @@ function checkProduct(
   out: Slice,
   outBytes: number,
   outAlign: number,
-  others: readonly Range[],
+  others: readonly JobRange[],
   inPlace = false,
 ): void {
-  const inputs: Range[] = [
+  const inputs: JobRange[] = [
     ["base", base, weightBytes(dtype, rows, columns, stride), rowBytes(dtype, 1)],
     ["left", left, 4 * rank * rows],
     ["right", right, 4 * rank * columns],
@@ -243,7 +243,7 @@ function checkJob(
   out: Slice,
   outBytes: number,
   outAlign: number,
-  inputs: readonly Range[],
+  inputs: readonly JobRange[],
   inPlace = false,
 ): void {
   if (!allowed.includes(dtype)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${dtype}`);
@@ -270,11 +270,11 @@ export function checkApart(
   }
 }
 
-/** A backend whose blocks each have a `Place` in the CPU's memory. */
-export abstract class CpuBackend<Place> implements Backend {
+/** A backend whose blocks each have a `Address` in the CPU's memory. */
+export abstract class CpuBackend<Address> implements Backend {
   abstract readonly name: "js" | "wasm";
   abstract readonly variant: string;
-  readonly #blocks = new Map<Block, { readonly place: Place; readonly owner: Owner }>();
+  readonly #blocks = new Map<Block, { readonly place: Address; readonly owner: Owner }>();
 
   abstract expand(job: ExpandJob): void;
   abstract project(job: ProjectJob): void;
@@ -282,9 +282,9 @@ export abstract class CpuBackend<Place> implements Backend {
   abstract scale(job: ScaleJob): void;
 
   /** Zeroed bytes. @throws BackendError when there are none */
-  protected abstract claim(byteLength: number, owner: Owner): Place;
-  protected abstract release(place: Place, byteLength: number): void;
-  protected abstract bytesAt(place: Place, byteOffset: number, byteLength: number): Uint8Array;
+  protected abstract claim(byteLength: number, owner: Owner): Address;
+  protected abstract release(place: Address, byteLength: number): void;
+  protected abstract bytesAt(place: Address, byteOffset: number, byteLength: number): Uint8Array;
   /** Bytes held beyond those of blocks. */
   protected abstract beyond(blockBytes: number): number;
 
@@ -301,7 +301,7 @@ export abstract class CpuBackend<Place> implements Backend {
   }
 
   /** @throws TypeError when the slice's block is not held */
-  protected place(name: string, { block }: Slice): Place {
+  protected place(name: string, { block }: Slice): Address {
     const held = this.#blocks.get(block);
     if (held === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
     return held.place;

@@ -85,7 +85,7 @@ export interface Heap {
   free(address: number, byteLength: number): void;
 }
 
-interface Range {
+interface FreeRange {
   start: number;
   end: number;
 }
@@ -93,7 +93,7 @@ interface Range {
 /** A heap over `memory` from byte `start` on, a multiple of 16. Memory grows by whole pages, never ahead of need. */
 export function createHeap(memory: WebAssembly.Memory, start: number): Heap {
   // Sorted, disjoint, never adjacent. Beyond `top` nothing was ever handed out: those bytes are zero and not listed.
-  const ranges: Range[] = [];
+  const ranges: FreeRange[] = [];
   let top = start;
 
   return {

@@ -89,7 +89,7 @@ export function cachedSource(
 }
 
 /** A file in the store. */
-interface Place {
+interface CachedFile {
   readonly shelf: Shelf;
   readonly file: string;
   readonly version: string;
@@ -108,7 +108,7 @@ class Cached implements CachedSource {
   /** One for all: each would ask for the version, and count, by itself. */
   #opening: Promise<ByteSource> | undefined;
   #closed = false;
-  #place: Promise<Place | undefined> | undefined;
+  #place: Promise<CachedFile | undefined> | undefined;
 
   constructor(input: URL | ByteSource, name: string, store: RangeStore, options: CacheOptions) {
     this.name = name;
@@ -179,7 +179,7 @@ class Cached implements CachedSource {
   }
 
   /** Undefined where the store does not work. */
-  #open(): Promise<Place | undefined> {
+  #open(): Promise<CachedFile | undefined> {
     // Not kept when it failed: the next read may find the server.
     this.#place ??= this.#find().catch((error: unknown) => {
       this.#place = undefined;
@@ -188,7 +188,7 @@ class Cached implements CachedSource {
     return this.#place;
   }
 
-  async #find(): Promise<Place | undefined> {
+  async #find(): Promise<CachedFile | undefined> {
     const identity = await this.identify();
     if (identity === undefined) {
       const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
@@ -213,7 +213,7 @@ class Cached implements CachedSource {
   }
 
   async #piece(
-    place: Place | undefined,
+    place: CachedFile | undefined,
     offset: number,
     length: number,
     signal: AbortSignal | undefined,

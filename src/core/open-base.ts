@@ -55,7 +55,7 @@ export function memoryHost(tensors: Tensors): WeightHost {
     begin(names = []) {
       // The one way a write in place can fail is an array that was transferred away: find it before the first write.
       checkSizes(tensors);
-      refuseShared(tensors, names);
+      refuseSharedMemory(tensors, names);
       const undo: (() => void)[] = [];
       return {
         write: (name, value) => write(tensors, name, value, undo),
@@ -105,7 +105,7 @@ function checkSizes(tensors: Tensors): void {
 }
 
 /** @throws BaseMismatchError when two parameters that change share their memory, as tied weights do: one would undo the other */
-function refuseShared(tensors: Tensors, names: Iterable<string>): void {
+function refuseSharedMemory(tensors: Tensors, names: Iterable<string>): void {
   const taken = new Map<object, { readonly name: string; readonly start: number; readonly end: number }[]>();
   for (const name of names) {
     const tensor = tensors.get(name);

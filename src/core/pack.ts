@@ -1,46 +1,15 @@
 /**
  * An open pack: which tasks and modules it has, and their bytes when they are wanted. Plans reads, checks what arrives and
- * keeps task blobs. It computes nothing; that is the runtime's part.
+ * keeps task blobs. Computes nothing.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
+import { described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
-import { parseDirectory, parseWindow } from "../format/directory.ts";
-import { align64, Fields } from "../format/fields.ts";
-import {
-  type Directory,
-  type PackModule,
-  type Section,
-  type TaskBlob,
-  WINDOW_BYTES,
-  type Window,
-} from "../format/format.ts";
-import { integrityOf } from "../format/hash.ts";
+import { Fields } from "../format/fields.ts";
+import type { Directory, PackModule, Section, TaskBlob, TaskEntry, TaskMetadata, Window } from "../format/format.ts";
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
-import { openSource } from "../open-source.ts";
-import {
-  type ByteSource,
-  FETCH_OPTIONS,
-  type FetchOptions,
-  type ReadOptions,
-  type Reads,
-  SharedWork,
-  type SourceInput,
-} from "../source.ts";
-import { infoOf, type TaskInfo, type TaskSlot } from "./task-info.ts";
-import type { TaskTrust, Trust, TrustOptions } from "./trust.ts";
-
-/** Options of `openPack`. */
-export interface OpenOptions extends FetchOptions, TrustOptions {
-  readonly signal?: AbortSignal;
-  /**
-   * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
-   * directory only; the runtime fetches the bases when it starts. Default: `now`.
-   */
-  readonly bases?: "now" | "later";
-  /** Most bytes of task blobs to keep; those used least recently go first. Default: no limit. */
-  readonly maxResidentBytes?: number;
-}
+import { type ByteSource, type ReadOptions, type Reads, SharedWork, type SourceInput } from "../source.ts";
+import type { TaskTrust, Trust } from "./trust.ts";
 
 /** The bases section of a pack, for as long as it is needed. */
 export interface Bases {
@@ -51,71 +20,47 @@ export interface Bases {
   [Symbol.dispose](): void;
 }
 
+/** A task of the pack. */
+export interface TaskInfo {
+  readonly id: string;
+  /** Size of its blob in the file. */
+  readonly bytes: number;
+  /** Size of the adapter it was made of, 0 when unknown. */
+  readonly adapterBytes: number;
+  readonly metadata: TaskMetadata;
+  /**
+   * What the task changes beside its terms, as "role name" (SPEC.md, section 4.3), for instance "saved classifier.weight".
+   * Undefined in packs that do not say.
+   */
+  readonly brings: readonly string[] | undefined;
+  /**
+   * The hash of the task, "sha256-…": what `revoked` takes. The same in a pack and in a task file. Undefined in packs without hashes, and for
+   * tasks that were added where the platform has no SHA-256.
+   */
+  readonly integrity: string | undefined;
+  /** Whether a switch to it needs no request, at the time of asking. */
+  readonly resident: boolean;
+}
+
+/** A task as its pack holds it. */
+interface TaskSlot {
+  readonly info: TaskInfo;
+  /** Where its blob lies in the file; undefined for tasks added at run time, which are always resident. */
+  readonly section?: Section;
+  /** The blob as its file has it, of tasks added at run time. */
+  readonly stored?: Uint8Array;
+  blob?: TaskBlob | undefined;
+  loading?: SharedWork<TaskBlob> | undefined;
+}
+
 interface SharedBases {
   users: number;
   bytes?: Uint8Array;
   checked?: SharedWork<Uint8Array>;
 }
 
-/**
- * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
- * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
- * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version, TrustError when they
- *   are not what `integrity` and `keys` ask for
- * @example
- * const pack = await openPack("tasks.eigen");
- * console.log([...pack.tasks.keys()]);
- */
-export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
-  checkOptions("openPack", options, [
-    ...(["signal", "bases", "maxResidentBytes", "integrity", "keys", "revoked"] as const),
-    ...FETCH_OPTIONS,
-  ]);
-  checkChoice("bases", options.bases ?? "now", ["now", "later"]);
-  const inner = await openSource(input, options, "openPack");
-  let directoryBytes: Uint8Array | undefined;
-  try {
-    const counted = { requests: 0, bytes: 0, whole: false };
-    const read: ByteSource["read"] = async (...range) => {
-      counted.requests++;
-      const bytes = await inner.read(...range);
-      counted.bytes += bytes.length;
-      return bytes;
-    };
-    const { signal, integrity, keys, revoked } = options;
-    const { name } = inner;
-    // Not by truth: an empty hash or list is a mistake that must not pass for trust.
-    const asked = [integrity, keys, revoked].some((option) => option !== undefined);
-    const trust = asked ? await (await import("./trust.ts")).Trust.create(name, options) : undefined;
-    // A file shorter than the window still has to be told apart from a file of another kind.
-    const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
-    const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
-    const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
-    const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
-    const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
-    const bytes = await read(directoryOffset, length, { signal });
-    const basesAt = together ? basesOffset - directoryOffset : directoryLength;
-    new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
-    // A copy: as a view the directory would keep the bases in memory.
-    directoryBytes = bytes.slice(0, directoryLength);
-    await trust?.checkRoot(window, directoryBytes);
-    const directory = await parseDirectory(directoryBytes, window.superblock, name, signal);
-    trust?.checkHashes(directory);
-    const bases = together ? bytes.subarray(basesAt) : undefined;
-    const { reads = counted, byteLength } = inner;
-    const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
-    if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
-    const { maxResidentBytes = Infinity } = options;
-    return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
-  } catch (error) {
-    const refused = await explain(error, inner, directoryBytes);
-    await inner.close?.();
-    throw refused;
-  }
-}
-
 /** What to throw for an error of a pack. */
-async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
+export async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // Where that part cannot be had, as without a network, what went wrong is said as it is.
   const part = await import("../format/kind.ts").catch(() => undefined);
@@ -123,7 +68,7 @@ async function explain(error: unknown, source: ByteSource, directory: Uint8Array
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
-async function checkSection(
+export async function checkSection(
   bytes: Uint8Array,
   section: Section,
   part: string,
@@ -134,15 +79,15 @@ async function checkSection(
   await trust?.checkSection(section, bytes, part);
 }
 
-/** What an open pack is made of. */
-interface Parts {
+/** A file whose head has been read and checked. */
+export interface OpenedFile {
   readonly source: ByteSource;
   readonly reads: Reads;
   readonly window: Window;
   readonly directory: Directory;
   readonly maxResidentBytes: number;
   readonly trust: Trust | undefined;
-  /** Where they were read with the directory. */
+  /** The bases section, where it was read with the directory. */
   readonly bases: Uint8Array | undefined;
 }
 
@@ -177,7 +122,7 @@ export class Pack {
   #bases: SharedBases | undefined;
 
   /** @internal Use `openPack`. */
-  constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: Parts) {
+  constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: OpenedFile) {
     this.#source = source;
     this.#maxResidentBytes = maxResidentBytes;
     this.#trust = trust;
@@ -189,15 +134,26 @@ export class Pack {
     this.directory = directory;
     this.modules = directory.basis.modules;
     if (bases) this.#bases = { users: 0, bytes: bases };
-    for (const task of directory.tasks) {
-      const { length: bytes, integrity } = task.section;
-      this.#slots.set(task.id, { ...task, bytes, integrity });
-    }
+    for (const { section, ...entry } of directory.tasks)
+      this.#add(entry, section.length, section.integrity, { section });
+  }
+
+  #add(entry: TaskEntry, bytes: number, integrity: string | undefined, held: Omit<TaskSlot, "info">): void {
+    const { id, adapterBytes, metadata, brings } = entry;
+    const info = {
+      ...{ id, bytes, adapterBytes, metadata, brings, integrity },
+      get resident() {
+        return slot.blob !== undefined;
+      },
+    };
+    const slot: TaskSlot = { ...held, info };
+    this.#tasks = undefined;
+    this.#slots.set(id, slot);
   }
 
   /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    this.#tasks ??= new Map([...this.#slots].map(([key, slot]) => [key, infoOf(slot)]));
+    this.#tasks ??= new Map([...this.#slots].map(([id, { info }]) => [id, info]));
     return this.#tasks;
   }
 
@@ -236,13 +192,14 @@ export class Pack {
   }
 
   async #fetch(slot: TaskSlot, signal: AbortSignal | undefined): Promise<TaskBlob> {
-    const part = `task "${slot.id}"`;
+    const { id } = slot.info;
+    const part = `task "${id}"`;
     const blob = await this.#checked(slot.section!, part, signal, undefined, async (bytes, coded) => {
       if (coded) await this.#trust?.checkDecoded(bytes, part);
-      return parseTask(bytes, this.modules, this.name, slot);
+      return parseTask(bytes, this.modules, this.name, slot.info);
     });
     // It may have been removed in the meantime, or read by a later request.
-    if (this.#slots.get(slot.id) !== slot || slot.blob) return slot.blob ?? blob;
+    if (this.#slots.get(id) !== slot || slot.blob) return slot.blob ?? blob;
     slot.blob = blob;
     slot.loading = undefined;
     this.#recent.add(slot);
@@ -336,7 +293,7 @@ export class Pack {
    * @throws TypeError where the platform has no WebCrypto
    */
   async integrity(): Promise<string> {
-    return integrityOf(this.window.head, this.directory.bytes);
+    return (await import("./trust.ts")).rootOf(this.window.head, this.directory.bytes);
   }
 
   /**
@@ -346,9 +303,8 @@ export class Pack {
    */
   async addTask(id: string, file: SourceInput, options: TaskTrust = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
-    await addTaskFile(file, id, this, this.#slots, this.#trust, options, (task) => {
-      this.#tasks = undefined;
-      this.#slots.set(id, { ...task, bytes: task.stored.length });
+    await addTaskFile(file, id, this, this.#slots, this.#trust, options, (entry, integrity, stored, blob) => {
+      this.#add(entry, stored.length, integrity, { stored, blob });
     });
   }
 

@@ -10,7 +10,7 @@ import type { TaskParameter } from "../format/format.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import type { Locator } from "./base.ts";
 import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "./base.ts";
-import { addDifferences, blendHeads, type Change, changesOf, decode, type Merged } from "./merge.ts";
+import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
@@ -95,7 +95,7 @@ export class Parameters {
 
   /**
    * What makes `parts` active; nothing changes until it is given to `activate`.
-   * @param parts as `settle` gives them
+   * @param parts as `reconcile` gives them
    * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
    */
   async resolve(
@@ -181,7 +181,7 @@ export class Parameters {
   }
 
   /** In memory that the next call uses again. */
-  #decode(change: Change): Float32Array {
+  #decode(change: ParameterChange): Float32Array {
     const { rows, width } = change.parameter.tensor;
     if (this.#values.length < rows * width) {
       this.#values = new Float32Array(rows * width);
@@ -206,8 +206,8 @@ export class Parameters {
 }
 
 /** Whether tasks bring a parameter whole. @throws BaseMismatchError when some do, under one name, and others change it under another */
-function isWhole(name: string, changes: readonly Change[]): boolean {
-  const [first] = changes as [Change];
+function isWhole(name: string, changes: readonly ParameterChange[]): boolean {
+  const [first] = changes as [ParameterChange];
   const whole = first.parameter.role === "saved";
   const other = changes.find(({ parameter }) => (parameter.role === "saved") !== whole);
   if (!other) return whole;
@@ -219,7 +219,7 @@ function isWhole(name: string, changes: readonly Change[]): boolean {
  * A changed adapted weight the way round that the base stores it.
  * @throws BaseMismatchError when it is not the weight that the module's other tasks adapt
  */
-function asStored({ module, weight }: Slot, changes: readonly Change[], { shape, values }: Merged): Merged {
+function asStored({ module, weight }: Slot, changes: readonly ParameterChange[], { shape, values }: Merged): Merged {
   const refuse = (task: string, why: string): BaseMismatchError => {
     const message = `task "${task}" brings "${weight.name}", which other tasks adapt as the module "${module.name}": ${why}`;
     return new BaseMismatchError(message, { module: module.name, expected: weight.shape, found: shape });
@@ -245,7 +245,7 @@ function asStored({ module, weight }: Slot, changes: readonly Change[], { shape,
  * number of labels than the base's.
  * @throws BaseMismatchError when it takes other inputs than the base's
  */
-function headAsStored({ name, shape: stored, layout }: Parameter, { part }: Change, head: Merged): Merged {
+function headAsStored({ name, shape: stored, layout }: Parameter, { part }: ParameterChange, head: Merged): Merged {
   const [out = 0, inputs = 0, ...window] = head.shape;
   const sameWayRound = out !== inputs && sameShape(head.shape, stored);
   if (layout !== "in-out" || head.shape.length < 2 || window.some((n) => n > 1) || sameWayRound) return head;

@@ -24,8 +24,8 @@ import {
   type SwitchOptions,
 } from "./selection.ts";
 import { type ActiveTask, stage } from "./stage.ts";
-import type { ModuleTerm, Terms } from "./terms.ts";
-import { type Change, FoldedWeights, type Slot } from "./weights.ts";
+import type { ModuleTerm, UnfoldedTerms } from "./terms.ts";
+import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** Options of `apply`. */
@@ -39,7 +39,7 @@ const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: []
 /** A selection, read: what it does to the model. Nothing is changed yet. */
 interface Loaded {
   readonly resolved: Resolved;
-  readonly change: Change;
+  readonly change: WeightChange;
 }
 
 /** A pack at work. Made by `createRuntime`. */
@@ -219,9 +219,9 @@ export class Runtime {
     return this.#parameters?.active ?? NOTHING.parameters;
   }
 
-  async #fold(change: Change, signal: AbortSignal | undefined): Promise<() => void> {
+  async #fold(change: WeightChange, signal: AbortSignal | undefined): Promise<() => void> {
     const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
-    const former = async (): Promise<Change> => (await this.#load(this.#task, { head: this.#head })).change;
+    const former = async (): Promise<WeightChange> => (await this.#load(this.#task, { head: this.#head })).change;
     return this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
   }
 
@@ -286,7 +286,7 @@ export class Runtime {
     return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
   }
 
-  get #terms(): Terms {
+  get #terms(): UnfoldedTerms {
     if (this.#parts.terms) return this.#parts.terms;
     throw new TypeError('mode "folded" has no terms; use weight()');
   }
@@ -389,7 +389,7 @@ export interface RuntimeParts {
   readonly locator: Locator;
   readonly ignored: ReadonlySet<string>;
   /** Where it does not fold. */
-  readonly terms: Terms | undefined;
+  readonly terms: UnfoldedTerms | undefined;
   readonly closeHost: (() => Promise<void>) | undefined;
   /** Another backend in place of one whose device was lost. */
   readonly restart: (() => Promise<Started>) | undefined;

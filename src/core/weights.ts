@@ -91,7 +91,7 @@ export function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workben
  * Lets a host make its weights ready to be folded in place, which may move them.
  * @param slots whose weights lie on the device
  */
-async function settle(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
+async function settleWeights(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
   await host.settle!(slots.map(({ weight }) => weight.name));
   for (const slot of slots) {
     const [before, place] = [slot.active!.block, placeOf(host, slot, bench)];
@@ -122,7 +122,7 @@ export async function readWeight(
 }
 
 /** What a selection makes of the base. */
-export interface Change {
+export interface WeightChange {
   readonly plans: readonly ModulePlan[];
   /** Modules, by index, that differ from the base then. */
   readonly modules: ReadonlySet<number>;
@@ -133,7 +133,7 @@ export interface Change {
 }
 
 /** Where it is made. */
-export interface Place {
+export interface FoldContext {
   readonly bench: Workbench;
   readonly host: WeightHost;
   /** The base's value of another parameter; undefined where it has none. */
@@ -202,10 +202,10 @@ export class FoldedWeights {
   async prepare(
     plans: readonly ModulePlan[],
     replaced: ReadonlyMap<number, Uint8Array>,
-    parameters: Change["parameters"],
+    parameters: WeightChange["parameters"],
     host: WeightHost,
     signal: AbortSignal | undefined,
-  ): Promise<Change> {
+  ): Promise<WeightChange> {
     const modules = new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
     const weights = new Map<number, Uint8Array | undefined>();
     for (const index of new Set([...this.#touched.modules, ...modules])) {
@@ -223,9 +223,9 @@ export class FoldedWeights {
    * @throws BackendError when they cannot be put back: they are no task's then, until a change is made
    */
   async write(
-    change: Change,
-    place: Place,
-    former: () => Promise<Change>,
+    change: WeightChange,
+    place: FoldContext,
+    former: () => Promise<WeightChange>,
     signal: AbortSignal | undefined,
   ): Promise<() => void> {
     const [before, sound] = [this.#touched, !this.#torn];
@@ -243,7 +243,7 @@ export class FoldedWeights {
   }
 
   /** All that can fail before something is changed. */
-  #begin(change: Change, { bench, host }: Place): Begun {
+  #begin(change: WeightChange, { bench, host }: FoldContext): Begun {
     const fold = prepareFold(bench, this.#slots, change);
     const names = new Set([...this.#touched.names, ...change.parameters.keys()]);
     const weights = [...change.weights.keys()].map((index) => this.#slots[index]!.weight.name);
@@ -251,8 +251,8 @@ export class FoldedWeights {
   }
 
   async #put(
-    { modules, weights, parameters }: Change,
-    { bench, host, pristine }: Place,
+    { modules, weights, parameters }: WeightChange,
+    { bench, host, pristine }: FoldContext,
     { fold, names, transaction }: Begun,
     signal?: AbortSignal,
   ): Promise<() => void> {
@@ -262,7 +262,7 @@ export class FoldedWeights {
     try {
       if (host.settle && fold.held.length > 0) {
         const held = fold.held.map((index) => fold.slots[index]!);
-        await settle(host, held, bench);
+        await settleWeights(host, held, bench);
       }
       for (const index of fold.held) {
         fold.weight(index);
@@ -290,7 +290,7 @@ export class FoldedWeights {
   }
 
   /** Writes the weights from before again. @throws BackendError when that fails too */
-  async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
+  async #putBack(error: unknown, place: FoldContext, former: () => Promise<WeightChange>): Promise<void> {
     try {
       const change = await former();
       (await this.#put(change, place, this.#begin(change, place)))();
@@ -306,7 +306,7 @@ export class FoldedWeights {
 }
 
 /** @param change plans, and the weights that are written */
-function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights }: Change): Fold {
+function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights }: WeightChange): Fold {
   bench.prepare(plans);
   const touched = [...weights.keys()];
   const passing = touched.filter((index) => !slots[index]!.active);

@@ -29,7 +29,7 @@ const ORDER = ["private", "own", "shared"] as const;
 type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
 
 /** Where the factors of a plan lie in the scratch block, and in which round they are there. */
-interface Place {
+interface FactorPlace {
   readonly A: number;
   readonly Bt: number;
   readonly round: number;
@@ -52,7 +52,7 @@ export class Workbench {
   readonly #scratch = new Map<string, Block>();
   /** Prepared plans whose factors are there at the same time. */
   rounds: readonly ModulePlan[][] = [];
-  readonly #places = new Map<ModulePlan, Place>();
+  readonly #places = new Map<ModulePlan, FactorPlace>();
   /** Whose factors are there. */
   #expanded = -1;
 

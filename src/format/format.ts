@@ -224,10 +224,13 @@ export interface TaskFile extends TaskEntry {
 }
 
 /** A basis of each side of a module. */
-export type Bases = Readonly<Record<"A" | "B", Side>>;
+export type SharedBases = Readonly<Record<"A" | "B", Side>>;
 
 /** The bases of a module that all its tasks share on both sides; undefined where they share one side alone, or fall into groups. */
-export function sharedBases({ A: [A, ...moreA], B: [B, ...moreB] }: Pick<PackModule, "A" | "B">): Bases | undefined {
+export function sharedBases({
+  A: [A, ...moreA],
+  B: [B, ...moreB],
+}: Pick<PackModule, "A" | "B">): SharedBases | undefined {
   return A && B && moreA.length + moreB.length === 0 ? { A, B } : undefined;
 }
 

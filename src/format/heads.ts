@@ -3,7 +3,7 @@
  */
 
 /** A parameter that comes with a task, as far as it matters here. */
-interface Brought {
+interface HeadParameter {
   readonly name: string;
   readonly role: string;
   readonly shape: readonly number[];
@@ -20,7 +20,7 @@ export function isHead(parameter: string): boolean {
  */
 export function misfitLabels(
   labels: readonly string[] | undefined,
-  parameters: readonly Brought[],
+  parameters: readonly HeadParameter[],
 ): string | undefined {
   const layers = parameters.filter(({ name, role, shape }) => role === "saved" && isHead(name) && shape.length === 2);
   if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return undefined;

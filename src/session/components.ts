@@ -1,7 +1,8 @@
 /** A pack's components of a module as a graph takes them. */
 import { encodedTensor, type PackModule, readTensor, sharedBases, type TensorRef } from "../format/format.ts";
 import type { ComponentRows, Components } from "../onnx/components.ts";
-import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
+import { BITS, isQuantized } from "../tensor/dtypes.ts";
+import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
 
 /**
  * @param bases of the pack, which are read when the graph is made

@@ -3,9 +3,8 @@
  * pack that live there, and one switch for all.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
-import type { Pack } from "../core/pack.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import { cannotPutBack, copySelection, type MemoryReport, memoryReport, type Selection } from "../core/selection.ts";
-import type { TaskInfo } from "../core/task-info.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { readModel } from "../onnx/read.ts";
 import type { SourceInput } from "../source.ts";

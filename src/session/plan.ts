@@ -23,7 +23,7 @@ import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { ReadOptions } from "../source.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/derived.ts";
 import { appliedAs } from "./applied.ts";
 import type { BaseHead, BaseValues, Mode } from "./base-values.ts";
 import { componentsOf } from "./components.ts";

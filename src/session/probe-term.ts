@@ -1,6 +1,6 @@
 /** The term of an adapted layer by plain arithmetic, for the probe. */
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/derived.ts";
 import type { AdaptedLayer } from "./prepare.ts";
 import type { InputValue, WriteCore } from "./values.ts";
 

@@ -3,8 +3,7 @@
  * such run.
  */
 
-import type { Pack } from "../core/pack.ts";
-import type { TaskInfo } from "../core/task-info.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Mode } from "./base-values.ts";
 import { type Carrier, toFeeds } from "./carrier.ts";

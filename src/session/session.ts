@@ -3,7 +3,7 @@
  * runs it is the engine's.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
-import type { Pack } from "../core/pack.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import {
   copySelection,
   type MemoryReport,
@@ -11,7 +11,6 @@ import {
   type Selection,
   type SwitchReport,
 } from "../core/selection.ts";
-import type { TaskInfo } from "../core/task-info.ts";
 import type { TaskTrust } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";

@@ -5,9 +5,8 @@
  */
 
 import { createBackend } from "../backends/select.ts";
-import type { Pack } from "../core/pack.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import { type PackView, partOf } from "../core/part.ts";
-import type { TaskInfo } from "../core/task-info.ts";
 import { Workbench } from "../core/workbench.ts";
 import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
 import { isOfModule } from "../format/format.ts";

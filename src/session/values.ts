@@ -14,7 +14,7 @@ import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought, readTensor 
 import { misfitLabels } from "../format/heads.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
 import type { PreparedModel } from "./prepare.ts";
 
