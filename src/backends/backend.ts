@@ -8,7 +8,7 @@
  */
 import { DTYPES, type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 
-/** Whose bytes they are, as `runtime.memory()` reports them. */
+/** Counts bytes by what they are for, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
 
 /** A WebGPU device, by structure, so that published types do not depend on WebGPU's. */
@@ -30,7 +30,7 @@ export interface DeviceBuffer {
 export interface Block {
   readonly byteLength: number;
   readonly device?: DeviceBuffer;
-  /** The device had no memory for it, as it said later: free it and allocate again. */
+  /** The device said later that it had no memory for it: free it and allocate again. */
   readonly refused?: boolean;
 }
 
@@ -45,7 +45,7 @@ export function at(block: Block, byteOffset = 0): Slice {
   return { block, byteOffset };
 }
 
-/** The place that many bytes behind another. */
+/** Moves a place by some bytes. */
 export function after({ block, byteOffset }: Slice, bytes: number): Slice {
   return { block, byteOffset: byteOffset + bytes };
 }
@@ -143,7 +143,7 @@ export interface Backend {
   finish(): Promise<void> | void;
   /** Live bytes by owner, and `reserved`: bytes held beyond them (allocator slack, wasm pages of code and stack). */
   memory(): Record<Owner | "reserved", number>;
-  /** What it computes on. CPU backends do not have it. */
+  /** The device that it computes on. CPU backends do not have it. */
   readonly device?: DeviceHandle;
   /** Resolves, with the reason, when the backend's device is lost: its memory is gone. CPU backends do not have it. */
   readonly lost?: Promise<Error>;
@@ -212,7 +212,7 @@ export function checkScale(job: ScaleJob): void {
   checkProduct(job, job.out, bytes, 4, [["magnitude", job.magnitude, bytes]]);
 }
 
-/** What fold and scale share. @param inPlace whether the base is where the result goes */
+/** Checks what fold and scale share. @param inPlace whether the result overwrites the base */
 function checkProduct(
   { dtype, rank, rows, columns, stride, base, left, right }: Omit<FoldJob, "out">,
   out: Slice,
@@ -231,7 +231,7 @@ function checkProduct(
   if (stride < columns) throw new RangeError(`stride must be ≥ columns ${columns}, got ${stride}`);
 }
 
-/** From the first to the last element of a weight, rows' gaps included. */
+/** Counts bytes from the first to the last element of a weight, gaps between rows included. */
 function weightBytes(dtype: FloatDtype, rows: number, columns: number, stride: number): number {
   return rows === 0 ? 0 : ((rows - 1) * stride + columns) * rowBytes(dtype, 1);
 }

@@ -64,7 +64,7 @@ async function compile<Variant extends string>(
   for (const candidate of variant === undefined ? (Object.keys(binaries) as Variant[]).reverse() : [variant]) {
     const { default: bytes } = await binaries[candidate]();
     try {
-      // Not `validate`: edge runtimes, and pages whose policy forbids it, know the binary and do not compile it.
+      // Compiled instead of validated: edge runtimes, and pages whose policy forbids it, accept the binary and do not compile it.
       return await WebAssembly.compile(bytes);
     } catch (cause) {
       reasons.push(`${candidate}: ${cause}`);

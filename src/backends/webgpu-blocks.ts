@@ -17,7 +17,7 @@ export interface Bound {
 export interface Limits {
   /** Most bytes that a kernel sees of one buffer. */
   readonly bindingBytes: number;
-  /** Of a binding's first byte. */
+  /** A binding's first byte is a multiple of it. */
   readonly alignment: number;
   readonly bufferBytes: number;
 }
@@ -63,7 +63,7 @@ export class Blocks {
     return block;
   }
 
-  /** The block that a buffer is, whoever's it is. @throws TypeError when kernels cannot use it */
+  /** Finds or makes the block of a buffer. @throws TypeError when kernels cannot use it */
   adopt(buffer: DeviceBuffer): Block {
     const known = this.#byBuffer.get(buffer);
     if (known) return known;

@@ -26,7 +26,7 @@ export interface Dispatch {
   readonly entry: string;
   /** The shader's FORMAT, where it has one. */
   readonly format?: number;
-  /** By binding, from 1. */
+  /** Buffers by binding, from 1. */
   readonly bindings: readonly Binding[];
   /** The shader's `Job`, or several of them in a row: 32-bit words. */
   readonly job: readonly number[];

@@ -54,14 +54,14 @@ export interface CachedSource extends ByteSource {
   close(): Promise<void>;
 }
 
-/** Longer reads go in pieces of so many bytes, so that one that is broken off goes on where it was. */
+/** Longer reads go in pieces of this many bytes, so that one that breaks off goes on where it was. */
 const PIECE_BYTES = 4 * 2 ** 20;
 
 /**
  * A URL, or a source of your own that can `identify` itself, with a memory. `openPack`, sessions and everything else that reads
  * bytes takes it.
  *
- * Only checksums are compared when bytes come from the store: whoever can write there can change them. `integrity` of
+ * Only checksums are compared when bytes come from the store: a program that can write there can change them. `integrity` of
  * `openPack` finds that out.
  * @param source nothing is read before it is needed
  * @param store `cacheStore`, `opfsStore`, `folderStore` of `eigenlora/node`, or your own
@@ -78,7 +78,7 @@ export function cachedSource(
   checkOptions("cachedSource", options, ["integrity", "maxBytes", ...FETCH_OPTIONS]);
   if (typeof (store as RangeStore | undefined)?.keys !== "function")
     throw new TypeError(`cachedSource: expected a store, such as cacheStore("packs"), got ${described(store)}`);
-  // Before something is kept under a hash that is none.
+  // Checked first: nothing must be kept under a hash that is none.
   if (options.integrity !== undefined) fromIntegrity(options.integrity);
   const url =
     typeof source === "string" || source instanceof URL ? addressOf(String(source), "cachedSource") : undefined;
@@ -102,7 +102,7 @@ class Cached implements CachedSource {
   readonly #input: URL | ByteSource;
   readonly #store: RangeStore;
   readonly #options: CacheOptions;
-  /** For sources that do not count themselves. */
+  /** Counts for sources that do not count themselves. */
   readonly #counted = { requests: 0, bytes: 0, whole: false };
   #inner: ByteSource | undefined;
   /** One for all: each would ask for the version, and count, by itself. */

@@ -71,7 +71,7 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     const { locator, slots, start, restart } = await attach(view, host, mode === "folded", policy, options);
     const ignored = new Set(options.ignore);
     const terms =
-      mode === "folded" ? undefined : new (await import("./terms.ts")).UnfoldedTerms(mode, view.modules, slots);
+      mode === "folded" ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, slots);
     const started = await start(options, options.signal);
     return new Runtime({ pack, view, mode, policy, slots, locator, ignored, terms, closeHost, restart }, started);
   } catch (error) {

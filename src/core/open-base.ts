@@ -60,7 +60,7 @@ export function memoryHost(tensors: Tensors): WeightHost {
       return {
         write: (name, value) => write(tensors, name, value, undo),
         commit() {},
-        // What was written in place the runtime writes again.
+        // The runtime itself writes again what was written in place.
         rollback() {
           for (const step of undo.reverse()) step();
         },
@@ -131,7 +131,7 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
   return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
 }
 
-/** In place where the value has the tensor's type and shape, else as a new entry. */
+/** Writes in place where the value has the tensor's type and shape, else as a new entry. */
 function write(tensors: Tensors, name: string, value: View | null, undo: (() => void)[]): void {
   const old = tensors.get(name);
   if (!value) {

@@ -49,10 +49,10 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     };
     const { signal, integrity, keys, revoked } = options;
     const { name } = inner;
-    // Not by truth: an empty hash or list is a mistake that must not pass for trust.
+    // An empty hash or list counts as given: it is a mistake that must not pass for trust.
     const asked = [integrity, keys, revoked].some((option) => option !== undefined);
     const trust = asked ? await (await import("./trust.ts")).Trust.create(name, options) : undefined;
-    // A file shorter than the window still has to be told apart from a file of another kind.
+    // A file shorter than the window may be of another kind, which its first bytes tell.
     const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
     const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
     const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;

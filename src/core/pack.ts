@@ -13,10 +13,10 @@ import type { TaskTrust, Trust } from "./trust.ts";
 
 /** The bases section of a pack, for as long as it is needed. */
 export interface Bases {
-  /** As SPEC.md, section 4.4. Do not write to it. */
+  /** Laid out as in SPEC.md, section 4.4. Do not write to it. */
   readonly bytes: Uint8Array;
   close(): void;
-  /** With `using`. */
+  /** Closes it at the end of a block, with `using`. */
   [Symbol.dispose](): void;
 }
 
@@ -59,10 +59,10 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/** What to throw for an error of a pack. */
+/** Says more of an error that makes a pack useless. */
 export async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
-  // Where that part cannot be had, as without a network, what went wrong is said as it is.
+  // Without a network the explanation cannot be loaded; the error then stands as it is.
   const part = await import("../format/kind.ts").catch(() => undefined);
   return part ? part.refusal(error as Error, source, directory) : error;
 }
@@ -114,11 +114,11 @@ export class Pack {
   readonly #maxResidentBytes: number;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
-  /** Bytes of these. */
+  /** Bytes of the blobs in `#recent`. */
   #held = 0;
-  /** What `tasks` gave last; undefined when that is no longer so. */
+  /** What `tasks` gave last; undefined once a task was added or removed. */
   #tasks: ReadonlyMap<string, TaskInfo> | undefined;
-  /** The bases section while somebody works on it, or until somebody first does. */
+  /** The bases section while it is in use, and until its first use. */
   #bases: SharedBases | undefined;
 
   /** @internal Use `openPack`. */
@@ -157,7 +157,7 @@ export class Pack {
     return this.#tasks;
   }
 
-  /** Bytes held by this object: task blobs, and the bases while somebody works on them, or nobody has yet. */
+  /** Counts bytes held by this object: task blobs, and the bases while they are in use, and until their first use. */
   get residentBytes(): { coefficients: number; basis: number } {
     let coefficients = 0;
     for (const { blob } of this.#slots.values()) coefficients += blob?.bytes.length ?? 0;
@@ -198,7 +198,7 @@ export class Pack {
       if (coded) await this.#trust?.checkDecoded(bytes, part);
       return parseTask(bytes, this.modules, this.name, slot.info);
     });
-    // It may have been removed in the meantime, or read by a later request.
+    // The task may have been removed meanwhile, or read by a later request.
     if (this.#slots.get(id) !== slot || slot.blob) return slot.blob ?? blob;
     slot.blob = blob;
     slot.loading = undefined;
@@ -212,12 +212,12 @@ export class Pack {
   }
 
   /**
-   * The blob of a task as its file has it, coded or not: what a copy of the task is made of, so that it keeps its hash.
+   * The blob of a task as its file has it, coded or not: a copy of the task is made of these bytes and keeps its hash.
    * @throws TaskError, SourceError, FormatError, TrustError as `load`
    */
   async stored(id: string, options: ReadOptions = {}): Promise<Uint8Array> {
     const slot = this.#slots.get(id);
-    // All that `load` checks is checked of a copy, too.
+    // A copy passes the same checks as a task that is used.
     await this.load(id, options);
     return slot!.stored ?? this.#read(slot!.section!, `task "${id}"`, options);
   }
@@ -229,8 +229,8 @@ export class Pack {
   }
 
   /**
-   * The bases section, checked: all components and means. Everyone who asks shares one copy, and it is forgotten when the
-   * last of them closes; whoever asks after that has it read again.
+   * Reads and checks the bases section: all components and means. All callers share one copy, which is forgotten when the
+   * last of them closes; the next call reads it again.
    * @throws SourceError, FormatError when it cannot be read or is damaged
    */
   async bases(options: ReadOptions = {}): Promise<Bases> {
@@ -258,7 +258,7 @@ export class Pack {
     });
   }
 
-  /** A section as the file has it, checked. */
+  /** Reads a section as the file has it, and checks it. */
   async #read(section: Section, part: string, options: ReadOptions): Promise<Uint8Array> {
     const bytes = await this.#source.read(section.offset, section.length, options);
     await checkSection(bytes, section, part, this.name, this.#trust);
@@ -266,7 +266,7 @@ export class Pack {
   }
 
   /**
-   * What a section means.
+   * Reads, decodes and parses a section.
    * @param bytes of a section that was checked already. Default: it is read
    */
   async #checked<T>(
@@ -332,7 +332,7 @@ export class Pack {
     await this.#source.close?.();
   }
 
-  /** With `await using`. In engines without the symbol a method that nobody calls. */
+  /** Closes it at the end of a block, with `await using`. Engines without the symbol never call it. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }

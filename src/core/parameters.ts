@@ -24,7 +24,7 @@ export interface Replacement {
 
 /** What the tasks of a selection put in the place of the base's parameters. */
 export interface Resolved {
-  /** By the base's names. */
+  /** Changed parameters, by the base's names. */
   readonly parameters: ReadonlyMap<string, Replacement>;
   /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
   readonly weights: ReadonlyMap<number, Uint8Array<ArrayBuffer>>;
@@ -33,7 +33,7 @@ export interface Resolved {
   readonly replaced: readonly string[];
 }
 
-/** Where the base's values are. */
+/** Sources of the base's values. */
 export interface BaseValues {
   readonly host: WeightHost | undefined;
   readonly bench: Workbench;
@@ -52,7 +52,7 @@ export class Parameters {
   #values = new Float32Array(0);
   readonly #base: Locator;
   readonly #slots: readonly Slot[];
-  /** Of parameters beside the adapted weights, whose pristine values the slots have. */
+  /** Pristine values of parameters; those of adapted weights are in the slots. */
   readonly #pristine = new Map<string, CpuView>();
 
   constructor(base: Locator, slots: readonly Slot[]) {
@@ -161,7 +161,7 @@ export class Parameters {
     // The weight of an adapted module is where the module was found, perhaps by hand.
     const slot = this.#slots.find(({ module }) => `${module.name}.weight` === name);
     const module = name.replace(/\.weight$/, "");
-    // What is mapped by hand is meant, and nothing else.
+    // A name that is mapped by hand must be found: no other may take its place.
     if (!slot && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
     const found = slot ? { name: slot.weight.name } : this.#base.find(name);
     if ("name" in found) return found.name;
@@ -180,7 +180,7 @@ export class Parameters {
     );
   }
 
-  /** In memory that the next call uses again. */
+  /** Decodes into memory that the next call uses again. */
   #decode(change: ParameterChange): Float32Array {
     const { rows, width } = change.parameter.tensor;
     if (this.#values.length < rows * width) {
@@ -205,7 +205,7 @@ export class Parameters {
   }
 }
 
-/** Whether tasks bring a parameter whole. @throws BaseMismatchError when some do, under one name, and others change it under another */
+/** Says whether tasks bring a parameter whole. @throws BaseMismatchError when some do, and others change it under another name */
 function isWhole(name: string, changes: readonly ParameterChange[]): boolean {
   const [first] = changes as [ParameterChange];
   const whole = first.parameter.role === "saved";

@@ -72,7 +72,7 @@ export async function addTaskFile(
   const ids = coming.get(tasks) ?? new Set();
   if (tasks.has(id) || ids.has(id))
     throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
-  // From here on it is taken, though the file has yet to be read.
+  // Taken from here on, though the file has yet to be read.
   coming.set(tasks, ids.add(id));
   const { integrity } = options;
   let source: ByteSource | undefined;
@@ -92,7 +92,7 @@ export async function addTaskFile(
     const part = `task "${id}"`;
     const plain = await plainTask(blob, { file: name, part, before: directory.basisBytes });
     if (plain !== blob) await checks?.checkDecoded(plain, part, name);
-    // Where there is no SHA-256, as on a page without https, nobody can have asked for a hash.
+    // Pages without https have no SHA-256; a caller cannot have asked for a hash there.
     const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
     put({ ...entry, id }, hash, blob, parseTask(plain, modules, name, { ...entry, id }));
   } finally {

@@ -15,8 +15,8 @@ export function isHead(parameter: string): boolean {
 }
 
 /**
- * What is wrong between a task's class names and its head; undefined where nothing is, or where it brings no head that is known
- * as one. A head may have several layers, of which one has a row for each class.
+ * Says how a task's class names differ from its head; undefined where they fit, or where it brings no head that is known
+ * as one. One layer of a head has a row for each class.
  */
 export function misfitLabels(
   labels: readonly string[] | undefined,

@@ -74,7 +74,7 @@ export function parseTask(
   return blob;
 }
 
-/** In the order of the blob, with what they are called in errors. */
+/** Lists tensors in the order of the blob, with what they are called in errors. */
 export function* taskTensors(
   terms: readonly TaskTerm[],
   parameters: readonly TaskParameter[],
@@ -93,7 +93,7 @@ export function* taskTensors(
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }
 
-/** Where the next tensor is. @param code of its type */
+/** Says where the next tensor lies. @param code of its type */
 type PlaceNext = (code: Value, rows: number, width: number) => TensorRef;
 
 /** A factor as a term gives it: the code of its coefficients, which basis they are over, and the type of rows of its own. */
@@ -203,7 +203,7 @@ export function* basesTensors(modules: readonly PackModule[]): Generator<Checked
   }
 }
 
-/** What values that are multiplied by others stay below: so no ΔW leaves binary32, whatever its K and rank. */
+/** Bound of values that are multiplied by others, so that no ΔW leaves binary32, whatever its K and rank. */
 export const MOST = 65_536;
 
 /**

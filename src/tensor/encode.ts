@@ -28,7 +28,7 @@ export type FindScale = (values: Float64Array, scales: Float64Array, largest: nu
 
 /** A value that its number format cannot hold. */
 export class UnstorableError extends RangeError {
-  /** Of which adapter's it is; undefined when of all together. */
+  /** The adapter that it comes from; undefined when it comes from all together. */
   readonly owner: string | undefined;
   /** Whether a smaller value could be stored, and the message does not say what to do. */
   readonly tooLarge: boolean;

@@ -35,8 +35,8 @@ const MAX_DEPTH = 64;
 
 /**
  * The value of a JSON text.
- * @throws SyntaxError for what is not JSON, is nested deeper than 64 levels, or has an object that names a key twice, of which
- *   `JSON.parse` keeps the last
+ * @throws SyntaxError for what is not JSON, is nested deeper than 64 levels, or has an object that names a key twice: `JSON.parse` keeps
+ *   the last
  */
 export function parseJson(text: string): unknown {
   let value: unknown;
