@@ -4,9 +4,8 @@
  * transformers.js or onnxruntime is imported here: both are reached through the pipeline.
  */
 import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
-import type { Pack } from "../src/core/pack.ts";
+import type { Pack, TaskInfo } from "../src/core/pack.ts";
 import { copySelection, type Selection } from "../src/core/selection.ts";
-import type { TaskInfo } from "../src/core/task-info.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
 import type { SourceInput } from "../src/source.ts";
 import type {

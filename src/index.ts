@@ -15,11 +15,12 @@ export type {
   WeightHost,
 } from "./core/base.ts";
 export { createRuntime, type RuntimeOptions } from "./core/create.ts";
-export { type Bases, type OpenOptions, openPack, Pack } from "./core/pack.ts";
+export { type OpenOptions, openPack } from "./core/open-pack.ts";
+export type { TaskInfo } from "./core/pack.ts";
+export { type Bases, Pack } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
 export { type ApplyOptions, Runtime } from "./core/runtime.ts";
 export type { MemoryReport, RuntimeSwitchReport, Selection, SwitchOptions, SwitchReport } from "./core/selection.ts";
-export type { TaskInfo } from "./core/task-info.ts";
 export type { ModuleTerm } from "./core/terms.ts";
 export type { PublicKey, TaskTrust, TrustOptions } from "./core/trust.ts";
 export {

@@ -26,12 +26,12 @@ export async function openSource(
     const get = async (start: number, end: number) => new Uint8Array(await input.slice(start, end).arrayBuffer());
     return localSource((input as Partial<File>).name ?? "Blob", input.size, get);
   }
-  // Not by `instanceof`: engines without a web platform have no URL.
+  // Told by its field, since engines without a web platform have no URL.
   const text = (input as Partial<URL> | undefined)?.href ?? input;
   if (typeof text === "string") {
     const url = addressOf(text, where);
     if (!url) return openPath!(text);
-    // Apps that have the bytes, a Blob or a file do without.
+    // Loaded late: apps that have the bytes, a Blob or a file do without.
     const { UrlSource } = await import("./http/url-source.ts");
     return new UrlSource(url, options);
   }

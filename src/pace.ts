@@ -28,7 +28,7 @@ export function pacer(signal?: AbortSignal, share: number = SHARE): () => Promis
 export function turn(): Promise<void> {
   return new Promise((resolve) => {
     if (typeof MessageChannel === "undefined") {
-      // Bare shells have no timers either, and nobody else who waits.
+      // Bare shells have no timers either, and no other work.
       if (typeof setTimeout === "undefined") resolve();
       else setTimeout(resolve);
       return;

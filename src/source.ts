@@ -1,5 +1,5 @@
 /**
- * Where bytes come from. Everything that reads a file in this package reads it through `ByteSource`: exact ranges, and for
+ * Sources of bytes. Everything that reads a file in this package reads it through `ByteSource`: exact ranges, and for
  * some sources a little more. Paths, blobs, buffers and URLs become sources in open-source.ts; a cache is eigenlora/cache.
  */
 import { SourceError } from "./errors.ts";
@@ -32,7 +32,7 @@ export interface ByteSource {
    * @throws SourceError when the bytes cannot be had, including when the source ends before `offset + length`.
    */
   read(offset: number, length: number, options?: ReadOptions): Promise<Uint8Array>;
-  /** Of a file on a disk: where it really lies; undefined where it is reached by a link, as in the caches of model hubs. */
+  /** The folder of a file on a disk; undefined where it is reached by a link, as in the caches of model hubs. */
   readonly folder?: string | undefined;
   /** What reading has cost so far, kept up to date. For sources that do not make one request for each read. */
   readonly reads?: Reads;
@@ -57,7 +57,7 @@ export type SourceInput = string | URL | Blob | ArrayBuffer | Uint8Array | ByteS
 
 /** How URLs are read. */
 export interface FetchOptions {
-  /** In place of the global `fetch`. */
+  /** Used in place of the global `fetch`. */
   readonly fetch?: (url: string, init: RequestInit) => Promise<Response>;
   /** Sent with every request, for instance `Authorization`. */
   readonly headers?: Record<string, string>;
@@ -103,7 +103,7 @@ export async function readAll(source: ByteSource, options: ReadOptions = {}): Pr
   return source.read(0, byteLength, options);
 }
 
-/** What a promise gives, or the signal's reason as soon as it is aborted; the work behind the promise goes on. */
+/** Waits for a promise, or throws the signal's reason as soon as it is aborted; the work behind the promise goes on. */
 export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return promise;
   return new Promise<T>((resolve, reject) => {
@@ -114,16 +114,16 @@ export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | unde
   });
 }
 
-/** Work that several wait for, each as long as its own signal allows. It is stopped once nobody is left. */
+/** Work that several callers wait for, each as long as its own signal allows. It is stopped once all have left. */
 export class SharedWork<T> {
-  /** Whether it failed, or was left by all: the next one begins anew. */
+  /** True once it failed or all have left: the next caller begins anew. */
   stopped = false;
   readonly #controller: AbortController | undefined;
   readonly #result: Promise<T>;
   #waiting = 0;
   #done = false;
 
-  /** @param first signal of the first who waits: without one he never leaves, and the work is never stopped */
+  /** @param first signal of the first caller: without one that caller never leaves, and the work is never stopped */
   constructor(work: (signal: AbortSignal | undefined) => Promise<T>, first: AbortSignal | undefined) {
     this.#controller = first && new AbortController();
     this.#result = work(this.#controller?.signal);
@@ -133,7 +133,7 @@ export class SharedWork<T> {
     );
   }
 
-  /** What it gives, or the reason of the signal as soon as that is aborted. */
+  /** Waits for the result, or throws the reason of the signal as soon as that is aborted. */
   wait(signal: AbortSignal | undefined): Promise<T> {
     this.#waiting++;
     return unlessAborted(this.#result, signal).finally(() => {

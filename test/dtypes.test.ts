@@ -1,7 +1,15 @@
 import { readFile } from "node:fs/promises";
 import fc from "fast-check";
 import t from "tap";
-import { dtypes as d, encodeTensor, openSafetensors, openSource, uniform } from "./internals.ts";
+import {
+  dtypes as d,
+  decodeIntegers,
+  decodeScales,
+  encodeTensor,
+  openSafetensors,
+  openSource,
+  uniform,
+} from "./internals.ts";
 import { data } from "./packs.ts";
 
 t.test("f16 and bf16 agree with numpy and torch", async (t) => {
@@ -124,7 +132,7 @@ t.test("integers and scales of every packed type are those that values are made 
     ] as const) {
       const values = Float32Array.from({ length: rows * width }, (_, i) => Math.sin(1 + 3.1 * i));
       const bytes = encodeTensor(type, values, rows, width);
-      const [integers, scales] = [d.decodeIntegers(type, bytes, rows, width), d.decodeScales(bytes, rows)];
+      const [integers, scales] = [decodeIntegers(type, bytes, rows, width), decodeScales(bytes, rows)];
       const product = Float32Array.from(integers, (integer, i) => integer * scales[Math.floor(i / width)]!);
       t.strictSame(product, d.decodeTensor(type, bytes, rows, width), `${type} [${rows}, ${width}]`);
     }

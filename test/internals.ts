@@ -7,20 +7,19 @@
 
 export { openHost } from "../dist/src/core/open-base.js";
 export { openSource } from "../dist/src/open-source.js";
+export { transpose } from "../dist/src/tensor/derived.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
 export {
   DTYPES,
-  decodeScales,
   decodeTensor,
   f16ToF32,
   f32ToBf16,
   f32ToF16,
   tensorBytes,
 } from "../dist/src/tensor/dtypes.js";
-export { encodeTensor } from "../dist/src/tensor/encode.js";
+export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors } from "../dist/src/tensor/safetensors.js";
-export { transpose } from "../dist/src/tensor/tensor-file.js";
 export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.

@@ -3,8 +3,8 @@
  * architecture. Scales stay in B: an alpha of 0 means a scale of 1.
  */
 import { AdapterError } from "../errors.ts";
+import { transpose } from "../tensor/derived.ts";
 import { type GgufEntry, writeGguf } from "../tensor/gguf-writer.ts";
-import { transpose } from "../tensor/tensor-file.ts";
 import type { AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";

@@ -3,8 +3,8 @@
  * inputs. Scales stay in B, since the format has none.
  */
 
+import { transpose } from "../tensor/derived.ts";
 import { type OnnxAdapterEntry, writeOnnxAdapter } from "../tensor/onnx-adapter-writer.ts";
-import { transpose } from "../tensor/tensor-file.ts";
 import { type Exportable, type FactorMatrix, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
 import { checkAdapter } from "./modules.ts";
 

@@ -4,8 +4,8 @@
  */
 import { openSource } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
+import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
-import { type Derived, transposed, withDerived } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic, permuteRows } from "./gguf-names.ts";

@@ -5,7 +5,8 @@
  */
 import type { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
-import { type Derived, type TensorFile, withDerived } from "../tensor/tensor-file.ts";
+import { type Derived, withDerived } from "../tensor/derived.ts";
+import type { TensorFile } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-facts.ts";
 import { foreignName } from "./diffusers-keys.ts";

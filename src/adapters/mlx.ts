@@ -4,7 +4,8 @@
  */
 import { AdapterError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
-import { type Derived, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
+import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
+import { show, type TensorFile } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { readTaskMetadata } from "./metadata.ts";
 import { assembleLora, type LoraKey, listed, sortTensors } from "./named-lora.ts";

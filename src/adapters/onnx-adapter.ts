@@ -5,8 +5,9 @@
  */
 import { openSource } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
+import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
 import { openOnnxAdapter } from "../tensor/onnx-adapter.ts";
-import { type Derived, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
+import type { TensorFile } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 import { readTaskMetadata } from "./metadata.ts";
 import { assembleLora, type LoraKey, listed, sortTensors } from "./named-lora.ts";

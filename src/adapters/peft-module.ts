@@ -2,7 +2,7 @@
  * One adapted module of a PEFT file: its tensors must fit each other and the configuration.
  */
 import type { Layout } from "../format/format.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/derived.ts";
 import type { AdapterModule } from "./adapter.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import type { PeftTensors } from "./peft-places.ts";

@@ -8,7 +8,7 @@
  */
 import { DTYPES, type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 
-/** Whose bytes they are, as `runtime.memory()` reports them. */
+/** Counts bytes by what they are for, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
 
 /** A WebGPU device, by structure, so that published types do not depend on WebGPU's. */
@@ -30,7 +30,7 @@ export interface DeviceBuffer {
 export interface Block {
   readonly byteLength: number;
   readonly device?: DeviceBuffer;
-  /** The device had no memory for it, as it said later: free it and allocate again. */
+  /** The device said later that it had no memory for it: free it and allocate again. */
   readonly refused?: boolean;
 }
 
@@ -45,7 +45,7 @@ export function at(block: Block, byteOffset = 0): Slice {
   return { block, byteOffset };
 }
 
-/** The place that many bytes behind another. */
+/** Moves a place by some bytes. */
 export function after({ block, byteOffset }: Slice, bytes: number): Slice {
   return { block, byteOffset: byteOffset + bytes };
 }
@@ -143,7 +143,7 @@ export interface Backend {
   finish(): Promise<void> | void;
   /** Live bytes by owner, and `reserved`: bytes held beyond them (allocator slack, wasm pages of code and stack). */
   memory(): Record<Owner | "reserved", number>;
-  /** What it computes on. CPU backends do not have it. */
+  /** The device that it computes on. CPU backends do not have it. */
   readonly device?: DeviceHandle;
   /** Resolves, with the reason, when the backend's device is lost: its memory is gone. CPU backends do not have it. */
   readonly lost?: Promise<Error>;
@@ -176,7 +176,7 @@ export function checkSlice(name: string, slice: Slice, byteLength: number, align
 }
 
 /** Bytes that a job reads or writes. */
-type Range = readonly [name: string, slice: Slice | undefined, byteLength: number, align?: number];
+type JobRange = readonly [name: string, slice: Slice | undefined, byteLength: number, align?: number];
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
 export function checkExpand({ dtype, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
@@ -198,7 +198,7 @@ export function checkProject({ dtype, count, rows, width, out, x, basis }: Proje
 export function checkFold(job: FoldJob): void {
   const { dtype, rows, columns, stride, out, base, rowScale, columnScale } = job;
   const bytes = weightBytes(dtype, rows, columns, stride);
-  const scales: Range[] = [
+  const scales: JobRange[] = [
     ["rowScale", rowScale, 4 * rows],
     ["columnScale", columnScale, 4 * columns],
   ];
@@ -212,16 +212,16 @@ export function checkScale(job: ScaleJob): void {
   checkProduct(job, job.out, bytes, 4, [["magnitude", job.magnitude, bytes]]);
 }
 
-/** What fold and scale share. @param inPlace whether the base is where the result goes */
+/** Checks what fold and scale share. @param inPlace whether the result overwrites the base */
 function checkProduct(
   { dtype, rank, rows, columns, stride, base, left, right }: Omit<FoldJob, "out">,
   out: Slice,
   outBytes: number,
   outAlign: number,
-  others: readonly Range[],
+  others: readonly JobRange[],
   inPlace = false,
 ): void {
-  const inputs: Range[] = [
+  const inputs: JobRange[] = [
     ["base", base, weightBytes(dtype, rows, columns, stride), rowBytes(dtype, 1)],
     ["left", left, 4 * rank * rows],
     ["right", right, 4 * rank * columns],
@@ -231,7 +231,7 @@ function checkProduct(
   if (stride < columns) throw new RangeError(`stride must be ≥ columns ${columns}, got ${stride}`);
 }
 
-/** From the first to the last element of a weight, rows' gaps included. */
+/** Counts bytes from the first to the last element of a weight, gaps between rows included. */
 function weightBytes(dtype: FloatDtype, rows: number, columns: number, stride: number): number {
   return rows === 0 ? 0 : ((rows - 1) * stride + columns) * rowBytes(dtype, 1);
 }
@@ -243,7 +243,7 @@ function checkJob(
   out: Slice,
   outBytes: number,
   outAlign: number,
-  inputs: readonly Range[],
+  inputs: readonly JobRange[],
   inPlace = false,
 ): void {
   if (!allowed.includes(dtype)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${dtype}`);
@@ -270,11 +270,11 @@ export function checkApart(
   }
 }
 
-/** A backend whose blocks each have a `Place` in the CPU's memory. */
-export abstract class CpuBackend<Place> implements Backend {
+/** A backend whose blocks each have a `Address` in the CPU's memory. */
+export abstract class CpuBackend<Address> implements Backend {
   abstract readonly name: "js" | "wasm";
   abstract readonly variant: string;
-  readonly #blocks = new Map<Block, { readonly place: Place; readonly owner: Owner }>();
+  readonly #blocks = new Map<Block, { readonly place: Address; readonly owner: Owner }>();
 
   abstract expand(job: ExpandJob): void;
   abstract project(job: ProjectJob): void;
@@ -282,9 +282,9 @@ export abstract class CpuBackend<Place> implements Backend {
   abstract scale(job: ScaleJob): void;
 
   /** Zeroed bytes. @throws BackendError when there are none */
-  protected abstract claim(byteLength: number, owner: Owner): Place;
-  protected abstract release(place: Place, byteLength: number): void;
-  protected abstract bytesAt(place: Place, byteOffset: number, byteLength: number): Uint8Array;
+  protected abstract claim(byteLength: number, owner: Owner): Address;
+  protected abstract release(place: Address, byteLength: number): void;
+  protected abstract bytesAt(place: Address, byteOffset: number, byteLength: number): Uint8Array;
   /** Bytes held beyond those of blocks. */
   protected abstract beyond(blockBytes: number): number;
 
@@ -301,7 +301,7 @@ export abstract class CpuBackend<Place> implements Backend {
   }
 
   /** @throws TypeError when the slice's block is not held */
-  protected place(name: string, { block }: Slice): Place {
+  protected place(name: string, { block }: Slice): Address {
     const held = this.#blocks.get(block);
     if (held === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
     return held.place;

@@ -88,7 +88,7 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     for (let i = 0; i < rank; i++) {
       addProduct(out.subarray(i * width, (i + 1) * width), coefficients, i * rows, 1, basis, rows);
     }
-    // Last, so that a small sum is made at its own magnitude.
+    // Added last, so that a small sum is made at its own magnitude.
     before?.forEach((value, i) => (out[i]! += value));
   }
 

@@ -64,7 +64,7 @@ async function compile<Variant extends string>(
   for (const candidate of variant === undefined ? (Object.keys(binaries) as Variant[]).reverse() : [variant]) {
     const { default: bytes } = await binaries[candidate]();
     try {
-      // Not `validate`: edge runtimes, and pages whose policy forbids it, know the binary and do not compile it.
+      // Compiled instead of validated: edge runtimes, and pages whose policy forbids it, accept the binary and do not compile it.
       return await WebAssembly.compile(bytes);
     } catch (cause) {
       reasons.push(`${candidate}: ${cause}`);
@@ -85,7 +85,7 @@ export interface Heap {
   free(address: number, byteLength: number): void;
 }
 
-interface Range {
+interface FreeRange {
   start: number;
   end: number;
 }
@@ -93,7 +93,7 @@ interface Range {
 /** A heap over `memory` from byte `start` on, a multiple of 16. Memory grows by whole pages, never ahead of need. */
 export function createHeap(memory: WebAssembly.Memory, start: number): Heap {
   // Sorted, disjoint, never adjacent. Beyond `top` nothing was ever handed out: those bytes are zero and not listed.
-  const ranges: Range[] = [];
+  const ranges: FreeRange[] = [];
   let top = start;
 
   return {

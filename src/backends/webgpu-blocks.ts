@@ -17,7 +17,7 @@ export interface Bound {
 export interface Limits {
   /** Most bytes that a kernel sees of one buffer. */
   readonly bindingBytes: number;
-  /** Of a binding's first byte. */
+  /** A binding's first byte is a multiple of it. */
   readonly alignment: number;
   readonly bufferBytes: number;
 }
@@ -63,7 +63,7 @@ export class Blocks {
     return block;
   }
 
-  /** The block that a buffer is, whoever's it is. @throws TypeError when kernels cannot use it */
+  /** Finds or makes the block of a buffer. @throws TypeError when kernels cannot use it */
   adopt(buffer: DeviceBuffer): Block {
     const known = this.#byBuffer.get(buffer);
     if (known) return known;
@@ -155,16 +155,16 @@ export interface BatchJob {
   readonly count: number;
   readonly rows: number;
   readonly width: number;
-  readonly out: Range;
+  readonly out: ByteRange;
   /** Coefficients of expand, x of project. */
-  readonly numbers: Range;
-  readonly basis: Range;
+  readonly numbers: ByteRange;
+  readonly basis: ByteRange;
   readonly add?: boolean | undefined;
   readonly workgroups: number;
 }
 
 /** Bytes of a slice, and what they are called in errors. */
-export interface Range {
+export interface ByteRange {
   readonly name: string;
   readonly slice: Slice;
   readonly byteLength: number;
@@ -177,7 +177,7 @@ export class Batch {
   readonly #blocks: Blocks;
   #jobs: BatchJob[] = [];
   /** What the jobs cover of each buffer. */
-  #covered: Record<(typeof ROLES)[number], Range> | undefined;
+  #covered: Record<(typeof ROLES)[number], ByteRange> | undefined;
 
   constructor(recorder: Recorder, blocks: Blocks) {
     this.#recorder = recorder;
@@ -262,11 +262,11 @@ export class Batch {
   }
 }
 
-function end({ slice, byteLength }: Range): number {
+function end({ slice, byteLength }: ByteRange): number {
   return slice.byteOffset + byteLength;
 }
 
-function union(a: Range, b: Range): Range {
+function union(a: ByteRange, b: ByteRange): ByteRange {
   if (a.byteLength === 0) return b;
   if (b.byteLength === 0) return a;
   const byteOffset = Math.min(a.slice.byteOffset, b.slice.byteOffset);

@@ -20,7 +20,7 @@ export interface DeviceOptions {
 
 export interface OpenDevice {
   readonly device: DeviceHandle;
-  /** Of the adapter, for people. */
+  /** Names the adapter, for people. */
   readonly description: string;
   /** Ends the device, if it was asked for here. */
   close(): void;
@@ -48,8 +48,8 @@ export async function openDevice({ device: given, hardware, timeout = TIMEOUT }:
     if (hardware && adapter.info.isFallbackAdapter) {
       throw new Error(`the adapter is software (${describe(adapter.info)}); ask for it with backend: "webgpu"`);
     }
-    // Above the defaults only what decides which weights fit: the size of a buffer, and how much of it a kernel sees. Halves
-    // as elements spare the kernels the words they share.
+    // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel sees. With
+    // halves as elements kernels need not write words that two of them share.
     const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
     const requested = adapter.requestDevice({
       label: "eigenlora",

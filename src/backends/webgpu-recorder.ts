@@ -26,7 +26,7 @@ export interface Dispatch {
   readonly entry: string;
   /** The shader's FORMAT, where it has one. */
   readonly format?: number;
-  /** By binding, from 1. */
+  /** Buffers by binding, from 1. */
   readonly bindings: readonly Binding[];
   /** The shader's `Job`, or several of them in a row: 32-bit words. */
   readonly job: readonly number[];
@@ -34,7 +34,7 @@ export interface Dispatch {
   readonly count: number;
 }
 
-interface Prepared {
+interface BoundPipeline {
   readonly pipeline: GPUComputePipeline;
   readonly group: GPUBindGroup;
   readonly slot: Slot;
@@ -67,7 +67,7 @@ export class Recorder {
   readonly #faults: Faults;
   readonly #modules: ReadonlyMap<string, GPUShaderModule>;
   readonly #pipelines = new Map<string, GPUComputePipeline>();
-  readonly #prepared = new Map<string, Prepared>();
+  readonly #prepared = new Map<string, BoundPipeline>();
   #slots: Slot[] = [];
   #slotBuffers: GPUBuffer[] = [];
   #ownSlotBytes = 0;
@@ -137,7 +137,7 @@ export class Recorder {
     for (const [key, prepared] of this.#prepared) if (prepared.ids.includes(id)) this.#forget(key, prepared);
   }
 
-  #forget(key: string, { slot }: Prepared): void {
+  #forget(key: string, { slot }: BoundPipeline): void {
     this.#prepared.delete(key);
     if (!slot.own) return void this.#slots.push(slot);
     this.#ownSlotBytes -= slot.buffer.size;
@@ -183,7 +183,7 @@ export class Recorder {
     return (this.#encoder ??= this.#device.createCommandEncoder({ label: "eigenlora" }));
   }
 
-  #prepare({ shader, entry, format, bindings, job }: Dispatch): Prepared {
+  #prepare({ shader, entry, format, bindings, job }: Dispatch): BoundPipeline {
     const places = bindings.map(({ held, offset, size }) => `${held.id}+${offset}:${size}`);
     const key = `${shader} ${entry} ${format} ${places.join(" ")} ${job.join(" ")}`;
     const known = this.#prepared.get(key);

@@ -32,7 +32,7 @@ export interface WebgpuOptions extends DeviceOptions {
   readonly bindingBytes?: number;
 }
 
-/** Of the kernels: columns or words of a workgroup; rows of a fold's tile; rows of an expansion or projection; columns of a norm. */
+/** Sizes of the kernels: columns or words of a workgroup; rows of a fold's tile; rows of an expansion or projection; columns of a norm. */
 const LANES = 64;
 const TILE_ROWS = 8;
 const ROWS = 8;

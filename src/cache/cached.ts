@@ -54,14 +54,14 @@ export interface CachedSource extends ByteSource {
   close(): Promise<void>;
 }
 
-/** Longer reads go in pieces of so many bytes, so that one that is broken off goes on where it was. */
+/** Longer reads go in pieces of this many bytes, so that one that breaks off goes on where it was. */
 const PIECE_BYTES = 4 * 2 ** 20;
 
 /**
  * A URL, or a source of your own that can `identify` itself, with a memory. `openPack`, sessions and everything else that reads
  * bytes takes it.
  *
- * Only checksums are compared when bytes come from the store: whoever can write there can change them. `integrity` of
+ * Only checksums are compared when bytes come from the store: a program that can write there can change them. `integrity` of
  * `openPack` finds that out.
  * @param source nothing is read before it is needed
  * @param store `cacheStore`, `opfsStore`, `folderStore` of `eigenlora/node`, or your own
@@ -78,7 +78,7 @@ export function cachedSource(
   checkOptions("cachedSource", options, ["integrity", "maxBytes", ...FETCH_OPTIONS]);
   if (typeof (store as RangeStore | undefined)?.keys !== "function")
     throw new TypeError(`cachedSource: expected a store, such as cacheStore("packs"), got ${described(store)}`);
-  // Before something is kept under a hash that is none.
+  // Checked first: nothing must be kept under a hash that is none.
   if (options.integrity !== undefined) fromIntegrity(options.integrity);
   const url =
     typeof source === "string" || source instanceof URL ? addressOf(String(source), "cachedSource") : undefined;
@@ -89,7 +89,7 @@ export function cachedSource(
 }
 
 /** A file in the store. */
-interface Place {
+interface CachedFile {
   readonly shelf: Shelf;
   readonly file: string;
   readonly version: string;
@@ -102,13 +102,13 @@ class Cached implements CachedSource {
   readonly #input: URL | ByteSource;
   readonly #store: RangeStore;
   readonly #options: CacheOptions;
-  /** For sources that do not count themselves. */
+  /** Counts for sources that do not count themselves. */
   readonly #counted = { requests: 0, bytes: 0, whole: false };
   #inner: ByteSource | undefined;
   /** One for all: each would ask for the version, and count, by itself. */
   #opening: Promise<ByteSource> | undefined;
   #closed = false;
-  #place: Promise<Place | undefined> | undefined;
+  #place: Promise<CachedFile | undefined> | undefined;
 
   constructor(input: URL | ByteSource, name: string, store: RangeStore, options: CacheOptions) {
     this.name = name;
@@ -179,7 +179,7 @@ class Cached implements CachedSource {
   }
 
   /** Undefined where the store does not work. */
-  #open(): Promise<Place | undefined> {
+  #open(): Promise<CachedFile | undefined> {
     // Not kept when it failed: the next read may find the server.
     this.#place ??= this.#find().catch((error: unknown) => {
       this.#place = undefined;
@@ -188,7 +188,7 @@ class Cached implements CachedSource {
     return this.#place;
   }
 
-  async #find(): Promise<Place | undefined> {
+  async #find(): Promise<CachedFile | undefined> {
     const identity = await this.identify();
     if (identity === undefined) {
       const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
@@ -213,7 +213,7 @@ class Cached implements CachedSource {
   }
 
   async #piece(
-    place: Place | undefined,
+    place: CachedFile | undefined,
     offset: number,
     length: number,
     signal: AbortSignal | undefined,

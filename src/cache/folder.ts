@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { described } from "../arguments.ts";
 import type { RangeStore } from "./store.ts";
 
-/** Files that are being written, and the age in milliseconds from which nobody can be at it any more. */
+/** Names of files that are being written, and the age in milliseconds from which their writer is gone. */
 const UNFINISHED = ".tmp";
 const OLD = 3_600_000;
 
@@ -29,7 +29,7 @@ export function folderStore(path: string): RangeStore {
     },
     async put(key, bytes) {
       await mkdir(path, { recursive: true });
-      // Whoever reads meanwhile sees the old entry or the new one, never a half.
+      // A reader sees the old entry or the new one meanwhile, never a half.
       const written = join(path, `${randomUUID()}${UNFINISHED}`);
       try {
         await writeFile(written, bytes);

@@ -30,7 +30,7 @@ const CHECKSUM_BYTES = 32;
 export class Shelf {
   readonly #store: RangeStore;
   readonly #maxBytes: number;
-  /** In the order of use, the least recent first. */
+  /** Entries in the order of use, the least recent first. */
   readonly #kept: Map<string, Kept>;
   /** The order is being written; true when it has changed meanwhile. */
   #writing: { again: boolean; done: Promise<void> } | undefined;
@@ -68,7 +68,7 @@ export class Shelf {
       const from = offset - kept.offset;
       if (kept.file !== file || kept.version !== version || from < 0 || from + length > kept.length) continue;
       const entry = await this.#store.get(kept.key);
-      // Deleted by somebody else.
+      // Another program has deleted it.
       if (!entry) {
         if (this.#kept.get(kept.key) === kept) this.#kept.delete(kept.key);
         return undefined;
@@ -95,7 +95,7 @@ export class Shelf {
     // Room first: the store may have a limit of its own.
     await this.#evict(entry.length);
     await this.#store.put(kept.key, entry);
-    // Not before it is there: who looked for it meanwhile would take it for lost, and nobody would delete it any more.
+    // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
     this.#use(kept);
     await this.#evict();
   }
@@ -126,7 +126,7 @@ export class Shelf {
     while (writing.again) {
       writing.again = false;
       const order = new TextEncoder().encode(JSON.stringify([...this.#kept.keys()].slice(-ORDER_LENGTH)));
-      // A hint: what cannot be written is missed by nobody.
+      // A hint: a failure to write it does no harm.
       await this.#store.put(ORDER, order).catch(() => undefined);
     }
     this.#writing = undefined;

@@ -1,7 +1,7 @@
 /** Stores of browsers. Both need a secure context: https, or localhost. */
 import type { RangeStore } from "./store.ts";
 
-/** Cache API keys are addresses; these belong to nobody. */
+/** Cache API keys are addresses; no server has these. */
 const ORIGIN = "https://eigenlora.invalid/";
 
 /**

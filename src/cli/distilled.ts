@@ -3,7 +3,8 @@
  * taken where its answers are then closer to the adapters' than those of the pack that was chosen.
  */
 
-import { openPack, type Pack } from "../core/pack.ts";
+import { openPack } from "../core/open-pack.ts";
+import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import type { Built } from "../pack/build.ts";

@@ -36,11 +36,11 @@ export interface Transaction {
    * New value of a parameter, or null to remove one that a task had added. `view` is valid during the call only: copy it.
    */
   write(name: string, view: View | null): void | Promise<void>;
-  /** After it resolves, readers see all writes. */
+  /** Makes all writes visible to readers before it resolves. */
   commit(): void | Promise<void>;
   /**
-   * After it resolves, readers see what was there before `begin`; but parameters that a host shows by `view` may be left as they
-   * are, the runtime writes those again. When it fails, nothing is read until another switch has succeeded.
+   * Gives readers what was there before `begin`. Parameters that a host shows by `view` may stay as they are, since the runtime writes
+   * those again. When it fails, nothing is read until another switch has succeeded.
    */
   rollback(): void | Promise<void>;
 }
@@ -58,7 +58,7 @@ export interface WeightHost {
   view?(name: string): View | undefined;
   /**
    * Called before weights are folded in place. What the model has recorded and will only run later must not compute with the new
-   * weights: hand it to the device first, or move the weights, which leaves the old ones to it. `view` is asked again afterwards; what
+   * weights: hand it to the device first, or move the weights and leave it the old ones. `view` is asked again afterwards; what
    * it shows then is overwritten as a whole.
    * @param names of the weights that are folded in place next
    */
@@ -83,7 +83,7 @@ export interface Tensor {
 export interface DeviceTensor {
   readonly dtype: FloatDtype;
   readonly shape: readonly number[];
-  /** With usage STORAGE | COPY_SRC | COPY_DST. */
+  /** Needs the usage STORAGE | COPY_SRC | COPY_DST. */
   readonly buffer: DeviceBuffer;
   /** First byte of the weight. Default: 0. */
   readonly byteOffset?: number;
@@ -126,7 +126,7 @@ const MOST_DROPPED = 64;
 /** Why there is no one name. */
 export interface NotFound {
   readonly ambiguous: boolean;
-  /** Those that are equally good, or look alike. */
+  /** Names that are equally good, or look alike. */
   candidates(): string[];
 }
 
@@ -161,7 +161,7 @@ export class NameMatcher {
       // A bare "weight" or "bias" says nothing about which module it belongs to.
       if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
     }
-    // Not before they are asked for: they take a step for each pair of letters of each name.
+    // Computed when asked for: they take a step for each pair of letters of each name.
     return { ambiguous: false, candidates: () => nearest(name, this.#exact) };
   }
 }
@@ -175,7 +175,7 @@ function* suffixesOf(name: string): Generator<string, void> {
   }
 }
 
-/** What identifies a weight of the base. */
+/** Fields of a module that identify its weight in the base. */
 export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout">;
 
 /** A weight of the base that a module adapts. */

@@ -9,7 +9,7 @@ import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
 import { type BaseInput, Locator, onDevice, type WeightHost } from "./base.ts";
 import type { Pack } from "./pack.ts";
 import type { ModuleFilter, PackView } from "./part.ts";
-import type { RuntimeParts, Started } from "./runtime.ts";
+import type { Started } from "./runtime.ts";
 import { Runtime } from "./runtime.ts";
 import { findSlots, loadSlots } from "./weights.ts";
 import { Workbench } from "./workbench.ts";
@@ -68,9 +68,10 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   // A host that the caller made is the caller's to close.
   const closeHost = host === base ? undefined : async () => host?.close?.();
   try {
-    const { locator, slots, start, restart } = await prepare(view, host, mode === "folded", policy, options);
+    const { locator, slots, start, restart } = await attach(view, host, mode === "folded", policy, options);
     const ignored = new Set(options.ignore);
-    const terms = mode === "folded" ? undefined : new (await import("./terms.ts")).Terms(mode, view.modules, slots);
+    const terms =
+      mode === "folded" ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, slots);
     const started = await start(options, options.signal);
     return new Runtime({ pack, view, mode, policy, slots, locator, ignored, terms, closeHost, restart }, started);
   } catch (error) {
@@ -79,18 +80,14 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   }
 }
 
-/** What a runtime has whatever its backend, and how it gets one. */
-type Prepared = Pick<RuntimeParts, "locator" | "slots" | "restart"> & {
-  start(how: BackendOptions, signal?: AbortSignal): Promise<Started>;
-};
-
-async function prepare(
+/** Finds the adapted weights in the base. @returns what a runtime has whatever its backend, and how it starts one */
+async function attach(
   pack: PackView,
   host: WeightHost | undefined,
   folded: boolean,
   policy: Runtime["policy"],
   options: RuntimeOptions,
-): Promise<Prepared> {
+) {
   const locator = new Locator(host, options.names);
   const placed = [...locator.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
   if (policy === "reload" && (host?.begin || placed !== undefined)) {

@@ -1,6 +1,6 @@
 /**
- * What a runtime on a device needs beside the operations of its backend: maps of tensors some of which lie on the device, as
- * hosts in the CPU's memory, since heads, biases and token rows are computed there; and values that are fetched from it. Loaded where a device is at work.
+ * Bases on a device: maps with tensors there, as hosts in the CPU's memory, since heads, biases and token rows are computed there; and values
+ * that are fetched from it. Loaded where a device is at work.
  */
 import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
 import type { BackendOptions } from "../backends/select.ts";
@@ -14,12 +14,12 @@ import {
   type WeightHost,
 } from "./base.ts";
 
-/** Where a view lies, as the backend sees it. */
+/** The place of a view, as the backend sees it. */
 function sliceOf(backend: Backend, view: View): Slice {
   return { block: backend.adopt!(view.data as DeviceBuffer), byteOffset: view.byteOffset };
 }
 
-/** What a host has had on the device. */
+/** Parameters that a host has on the device. */
 interface Originals {
   /** The parameter as it was before the first write, where it lies on the device. */
   original(name: string): View | undefined;
@@ -61,7 +61,7 @@ export function deviceHost(base: BaseInput, host: WeightHost, backend: Backend):
 
 /** Values go to where the original lies, or to buffers of their own where they do not fit. */
 function transaction(inner: Transaction, backend: Backend, { original, made }: Originals): Transaction {
-  /** By name; undefined where the original takes the value. */
+  /** New buffers by name; undefined where the original takes the value. */
   const fresh = new Map<string, Block | undefined>();
   return {
     async write(name, view) {
@@ -91,25 +91,9 @@ function transaction(inner: Transaction, backend: Backend, { original, made }: O
   };
 }
 
-/** Weights on a device are folded by WebGPU or not at all: where it fails, its own error says why, not that of the next backend. */
+/** Asks for WebGPU by name: weights on a device are folded there or not at all, and its own error then says why. */
 export function onWebgpu(how: BackendOptions): BackendOptions {
   return how.backend === undefined || how.backend === "auto" ? { ...how, backend: "webgpu" } : how;
-}
-
-/**
- * Weights that pass through a device on their way to a host, which takes them without a pause once the device is waited for.
- * @param sizes bytes of each
- * @param weight makes one, in memory that the next one takes
- */
-export async function fetchFolded(
-  backend: Backend,
-  sizes: ReadonlyMap<number, number>,
-  weight: (index: number) => Slice,
-): Promise<Map<number, Uint8Array>> {
-  const fetched = new Map<number, Uint8Array>();
-  for (const [index, size] of sizes) fetched.set(index, await backend.read!(weight(index), size));
-  await backend.finish();
-  return fetched;
 }
 
 /** A view on the device, copied into the CPU's memory. */

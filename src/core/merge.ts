@@ -11,7 +11,7 @@ import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
 
 /** A task's version of a parameter. */
-export interface Change {
+export interface ParameterChange {
   readonly part: ActiveTask;
   readonly parameter: TaskParameter;
 }
@@ -22,7 +22,7 @@ export interface Change {
  * @param head the task of a blend whose saved modules are used: those of the others go, and what the others do to its own
  * @throws TaskError for a blend without `head` in which tasks do both
  */
-export function settle(parts: readonly ActiveTask[], pack: PackView, head: string | undefined): ActiveTask[] {
+export function reconcile(parts: readonly ActiveTask[], pack: PackView, head: string | undefined): ActiveTask[] {
   const weightOf = ({ module }: TaskTerm): string => `${pack.modules[module]!.name}.weight`;
   const owners = new Map<string, string>();
   for (const { id, blob } of parts) {
@@ -51,8 +51,11 @@ export function settle(parts: readonly ActiveTask[], pack: PackView, head: strin
 }
 
 /** The changes of a selection by name. */
-export function changesOf(parts: readonly ActiveTask[], nameOf: (change: Change) => string): Map<string, Change[]> {
-  const changes = new Map<string, Change[]>();
+export function changesOf(
+  parts: readonly ActiveTask[],
+  nameOf: (change: ParameterChange) => string,
+): Map<string, ParameterChange[]> {
+  const changes = new Map<string, ParameterChange[]>();
   for (const part of parts) {
     for (const parameter of part.blob.parameters) {
       const name = nameOf({ part, parameter });
@@ -80,7 +83,7 @@ export function mergeAll(
 ): Map<string, Merged> {
   const merged = new Map<string, Merged>();
   for (const [name, changes] of changesOf(parts, ({ parameter }) => parameter.name)) {
-    const [{ parameter }] = changes as [Change];
+    const [{ parameter }] = changes as [ParameterChange];
     if (parameter.role === "saved")
       merged.set(name, { shape: parameter.shape, values: blendHeads(name, decode(changes[0]!), changes, pack) });
     else {
@@ -99,12 +102,12 @@ export function mergeAll(
 export function blendHeads(
   name: string,
   values: Float32Array,
-  changes: readonly Change[],
+  changes: readonly ParameterChange[],
   { tasks }: PackView,
 ): Float32Array {
   const first = changes[0]!;
   if (changes.length === 1) return values;
-  const labels = ({ part }: Change): string => JSON.stringify(tasks.get(part.id)?.metadata.labels ?? null);
+  const labels = ({ part }: ParameterChange): string => JSON.stringify(tasks.get(part.id)?.metadata.labels ?? null);
   for (const change of changes) {
     if (labels(change) === labels(first) && sameShape(change.parameter.shape, first.parameter.shape)) continue;
     throw new TaskError(
@@ -131,7 +134,7 @@ export function blendHeads(
  * @param base the pristine parameter, where there is a base
  * @throws BaseMismatchError when a task's parameter does not fit the base's
  */
-export function addDifferences(name: string, changes: readonly Change[], base: Merged | undefined): Merged {
+export function addDifferences(name: string, changes: readonly ParameterChange[], base: Merged | undefined): Merged {
   const shape = base?.shape ?? changes[0]!.parameter.shape;
   const width = shape[shape.length - 1]!;
   const original = base?.values ?? new Float32Array(shape.reduce((a, b) => a * b, 1));
@@ -159,6 +162,6 @@ export function addDifferences(name: string, changes: readonly Change[], base: M
 }
 
 /** The values of a task's version. @param out Default: new memory */
-export function decode({ part, parameter: { tensor } }: Change, out?: Float32Array): Float32Array {
+export function decode({ part, parameter: { tensor } }: ParameterChange, out?: Float32Array): Float32Array {
   return readTensor(part.blob.bytes, tensor, out);
 }

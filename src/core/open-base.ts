@@ -55,12 +55,12 @@ export function memoryHost(tensors: Tensors): WeightHost {
     begin(names = []) {
       // The one way a write in place can fail is an array that was transferred away: find it before the first write.
       checkSizes(tensors);
-      refuseShared(tensors, names);
+      refuseSharedMemory(tensors, names);
       const undo: (() => void)[] = [];
       return {
         write: (name, value) => write(tensors, name, value, undo),
         commit() {},
-        // What was written in place the runtime writes again.
+        // The runtime itself writes again what was written in place.
         rollback() {
           for (const step of undo.reverse()) step();
         },
@@ -105,7 +105,7 @@ function checkSizes(tensors: Tensors): void {
 }
 
 /** @throws BaseMismatchError when two parameters that change share their memory, as tied weights do: one would undo the other */
-function refuseShared(tensors: Tensors, names: Iterable<string>): void {
+function refuseSharedMemory(tensors: Tensors, names: Iterable<string>): void {
   const taken = new Map<object, { readonly name: string; readonly start: number; readonly end: number }[]>();
   for (const name of names) {
     const tensor = tensors.get(name);
@@ -131,7 +131,7 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
   return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
 }
 
-/** In place where the value has the tensor's type and shape, else as a new entry. */
+/** Writes in place where the value has the tensor's type and shape, else as a new entry. */
 function write(tensors: Tensors, name: string, value: View | null, undo: (() => void)[]): void {
   const old = tensors.get(name);
   if (!value) {

@@ -1,54 +1,56 @@
 /**
  * An open pack: which tasks and modules it has, and their bytes when they are wanted. Plans reads, checks what arrives and
- * keeps task blobs. It computes nothing; that is the runtime's part.
+ * keeps task blobs. Computes nothing.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
+import { described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
-import { parseDirectory, parseWindow } from "../format/directory.ts";
-import { align64, Fields } from "../format/fields.ts";
-import {
-  type Directory,
-  type PackModule,
-  type Section,
-  type TaskBlob,
-  WINDOW_BYTES,
-  type Window,
-} from "../format/format.ts";
-import { integrityOf } from "../format/hash.ts";
+import { Fields } from "../format/fields.ts";
+import type { Directory, PackModule, Section, TaskBlob, TaskEntry, TaskMetadata, Window } from "../format/format.ts";
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
-import { openSource } from "../open-source.ts";
-import {
-  type ByteSource,
-  FETCH_OPTIONS,
-  type FetchOptions,
-  type ReadOptions,
-  type Reads,
-  SharedWork,
-  type SourceInput,
-} from "../source.ts";
-import { infoOf, type TaskInfo, type TaskSlot } from "./task-info.ts";
-import type { TaskTrust, Trust, TrustOptions } from "./trust.ts";
-
-/** Options of `openPack`. */
-export interface OpenOptions extends FetchOptions, TrustOptions {
-  readonly signal?: AbortSignal;
-  /**
-   * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
-   * directory only; the runtime fetches the bases when it starts. Default: `now`.
-   */
-  readonly bases?: "now" | "later";
-  /** Most bytes of task blobs to keep; those used least recently go first. Default: no limit. */
-  readonly maxResidentBytes?: number;
-}
+import { type ByteSource, type ReadOptions, type Reads, SharedWork, type SourceInput } from "../source.ts";
+import type { TaskTrust, Trust } from "./trust.ts";
 
 /** The bases section of a pack, for as long as it is needed. */
 export interface Bases {
-  /** As SPEC.md, section 4.4. Do not write to it. */
+  /** Laid out as in SPEC.md, section 4.4. Do not write to it. */
   readonly bytes: Uint8Array;
   close(): void;
-  /** With `using`. */
+  /** Closes it at the end of a block, with `using`. */
   [Symbol.dispose](): void;
+}
+
+/** A task of the pack. */
+export interface TaskInfo {
+  readonly id: string;
+  /** Size of its blob in the file. */
+  readonly bytes: number;
+  /** Size of the adapter it was made of, 0 when unknown. */
+  readonly adapterBytes: number;
+  readonly metadata: TaskMetadata;
+  /**
+   * What the task changes beside its terms, as "role name" (SPEC.md, section 4.3), for instance "saved classifier.weight".
+   * Undefined in packs that do not say.
+   */
+  readonly brings: readonly string[] | undefined;
+  /**
+   * The hash of the task, "sha256-…": what `revoked` takes. The same in a pack and in a task file. Undefined in packs without hashes, and for
+   * tasks that were added where the platform has no SHA-256.
+   */
+  readonly integrity: string | undefined;
+  /** Whether a switch to it needs no request, at the time of asking. */
+  readonly resident: boolean;
+}
+
+/** A task as its pack holds it. */
+interface TaskSlot {
+  readonly info: TaskInfo;
+  /** Where its blob lies in the file; undefined for tasks added at run time, which are always resident. */
+  readonly section?: Section;
+  /** The blob as its file has it, of tasks added at run time. */
+  readonly stored?: Uint8Array;
+  blob?: TaskBlob | undefined;
+  loading?: SharedWork<TaskBlob> | undefined;
 }
 
 interface SharedBases {
@@ -57,73 +59,16 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/**
- * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
- * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
- * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version, TrustError when they
- *   are not what `integrity` and `keys` ask for
- * @example
- * const pack = await openPack("tasks.eigen");
- * console.log([...pack.tasks.keys()]);
- */
-export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
-  checkOptions("openPack", options, [
-    ...(["signal", "bases", "maxResidentBytes", "integrity", "keys", "revoked"] as const),
-    ...FETCH_OPTIONS,
-  ]);
-  checkChoice("bases", options.bases ?? "now", ["now", "later"]);
-  const inner = await openSource(input, options, "openPack");
-  let directoryBytes: Uint8Array | undefined;
-  try {
-    const counted = { requests: 0, bytes: 0, whole: false };
-    const read: ByteSource["read"] = async (...range) => {
-      counted.requests++;
-      const bytes = await inner.read(...range);
-      counted.bytes += bytes.length;
-      return bytes;
-    };
-    const { signal, integrity, keys, revoked } = options;
-    const { name } = inner;
-    // Not by truth: an empty hash or list is a mistake that must not pass for trust.
-    const asked = [integrity, keys, revoked].some((option) => option !== undefined);
-    const trust = asked ? await (await import("./trust.ts")).Trust.create(name, options) : undefined;
-    // A file shorter than the window still has to be told apart from a file of another kind.
-    const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
-    const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
-    const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
-    const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
-    const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
-    const bytes = await read(directoryOffset, length, { signal });
-    const basesAt = together ? basesOffset - directoryOffset : directoryLength;
-    new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
-    // A copy: as a view the directory would keep the bases in memory.
-    directoryBytes = bytes.slice(0, directoryLength);
-    await trust?.checkRoot(window, directoryBytes);
-    const directory = await parseDirectory(directoryBytes, window.superblock, name, signal);
-    trust?.checkHashes(directory);
-    const bases = together ? bytes.subarray(basesAt) : undefined;
-    const { reads = counted, byteLength } = inner;
-    const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
-    if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
-    const { maxResidentBytes = Infinity } = options;
-    return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
-  } catch (error) {
-    const refused = await explain(error, inner, directoryBytes);
-    await inner.close?.();
-    throw refused;
-  }
-}
-
-/** What to throw for an error of a pack. */
-async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
+/** Says more of an error that makes a pack useless. */
+export async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
-  // Where that part cannot be had, as without a network, what went wrong is said as it is.
+  // Without a network the explanation cannot be loaded; the error then stands as it is.
   const part = await import("../format/kind.ts").catch(() => undefined);
   return part ? part.refusal(error as Error, source, directory) : error;
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
-async function checkSection(
+export async function checkSection(
   bytes: Uint8Array,
   section: Section,
   part: string,
@@ -134,15 +79,15 @@ async function checkSection(
   await trust?.checkSection(section, bytes, part);
 }
 
-/** What an open pack is made of. */
-interface Parts {
+/** A file whose head has been read and checked. */
+export interface OpenedFile {
   readonly source: ByteSource;
   readonly reads: Reads;
   readonly window: Window;
   readonly directory: Directory;
   readonly maxResidentBytes: number;
   readonly trust: Trust | undefined;
-  /** Where they were read with the directory. */
+  /** The bases section, where it was read with the directory. */
   readonly bases: Uint8Array | undefined;
 }
 
@@ -169,15 +114,15 @@ export class Pack {
   readonly #maxResidentBytes: number;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
-  /** Bytes of these. */
+  /** Bytes of the blobs in `#recent`. */
   #held = 0;
-  /** What `tasks` gave last; undefined when that is no longer so. */
+  /** What `tasks` gave last; undefined once a task was added or removed. */
   #tasks: ReadonlyMap<string, TaskInfo> | undefined;
-  /** The bases section while somebody works on it, or until somebody first does. */
+  /** The bases section while it is in use, and until its first use. */
   #bases: SharedBases | undefined;
 
   /** @internal Use `openPack`. */
-  constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: Parts) {
+  constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: OpenedFile) {
     this.#source = source;
     this.#maxResidentBytes = maxResidentBytes;
     this.#trust = trust;
@@ -189,19 +134,30 @@ export class Pack {
     this.directory = directory;
     this.modules = directory.basis.modules;
     if (bases) this.#bases = { users: 0, bytes: bases };
-    for (const task of directory.tasks) {
-      const { length: bytes, integrity } = task.section;
-      this.#slots.set(task.id, { ...task, bytes, integrity });
-    }
+    for (const { section, ...entry } of directory.tasks)
+      this.#add(entry, section.length, section.integrity, { section });
+  }
+
+  #add(entry: TaskEntry, bytes: number, integrity: string | undefined, held: Omit<TaskSlot, "info">): void {
+    const { id, adapterBytes, metadata, brings } = entry;
+    const info = {
+      ...{ id, bytes, adapterBytes, metadata, brings, integrity },
+      get resident() {
+        return slot.blob !== undefined;
+      },
+    };
+    const slot: TaskSlot = { ...held, info };
+    this.#tasks = undefined;
+    this.#slots.set(id, slot);
   }
 
   /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    this.#tasks ??= new Map([...this.#slots].map(([key, slot]) => [key, infoOf(slot)]));
+    this.#tasks ??= new Map([...this.#slots].map(([id, { info }]) => [id, info]));
     return this.#tasks;
   }
 
-  /** Bytes held by this object: task blobs, and the bases while somebody works on them, or nobody has yet. */
+  /** Counts bytes held by this object: task blobs, and the bases while they are in use, and until their first use. */
   get residentBytes(): { coefficients: number; basis: number } {
     let coefficients = 0;
     for (const { blob } of this.#slots.values()) coefficients += blob?.bytes.length ?? 0;
@@ -236,13 +192,14 @@ export class Pack {
   }
 
   async #fetch(slot: TaskSlot, signal: AbortSignal | undefined): Promise<TaskBlob> {
-    const part = `task "${slot.id}"`;
+    const { id } = slot.info;
+    const part = `task "${id}"`;
     const blob = await this.#checked(slot.section!, part, signal, undefined, async (bytes, coded) => {
       if (coded) await this.#trust?.checkDecoded(bytes, part);
-      return parseTask(bytes, this.modules, this.name, slot);
+      return parseTask(bytes, this.modules, this.name, slot.info);
     });
-    // It may have been removed in the meantime, or read by a later request.
-    if (this.#slots.get(slot.id) !== slot || slot.blob) return slot.blob ?? blob;
+    // The task may have been removed meanwhile, or read by a later request.
+    if (this.#slots.get(id) !== slot || slot.blob) return slot.blob ?? blob;
     slot.blob = blob;
     slot.loading = undefined;
     this.#recent.add(slot);
@@ -255,12 +212,12 @@ export class Pack {
   }
 
   /**
-   * The blob of a task as its file has it, coded or not: what a copy of the task is made of, so that it keeps its hash.
+   * The blob of a task as its file has it, coded or not: a copy of the task is made of these bytes and keeps its hash.
    * @throws TaskError, SourceError, FormatError, TrustError as `load`
    */
   async stored(id: string, options: ReadOptions = {}): Promise<Uint8Array> {
     const slot = this.#slots.get(id);
-    // All that `load` checks is checked of a copy, too.
+    // A copy passes the same checks as a task that is used.
     await this.load(id, options);
     return slot!.stored ?? this.#read(slot!.section!, `task "${id}"`, options);
   }
@@ -272,8 +229,8 @@ export class Pack {
   }
 
   /**
-   * The bases section, checked: all components and means. Everyone who asks shares one copy, and it is forgotten when the
-   * last of them closes; whoever asks after that has it read again.
+   * Reads and checks the bases section: all components and means. All callers share one copy, which is forgotten when the
+   * last of them closes; the next call reads it again.
    * @throws SourceError, FormatError when it cannot be read or is damaged
    */
   async bases(options: ReadOptions = {}): Promise<Bases> {
@@ -301,7 +258,7 @@ export class Pack {
     });
   }
 
-  /** A section as the file has it, checked. */
+  /** Reads a section as the file has it, and checks it. */
   async #read(section: Section, part: string, options: ReadOptions): Promise<Uint8Array> {
     const bytes = await this.#source.read(section.offset, section.length, options);
     await checkSection(bytes, section, part, this.name, this.#trust);
@@ -309,7 +266,7 @@ export class Pack {
   }
 
   /**
-   * What a section means.
+   * Reads, decodes and parses a section.
    * @param bytes of a section that was checked already. Default: it is read
    */
   async #checked<T>(
@@ -336,7 +293,7 @@ export class Pack {
    * @throws TypeError where the platform has no WebCrypto
    */
   async integrity(): Promise<string> {
-    return integrityOf(this.window.head, this.directory.bytes);
+    return (await import("./trust.ts")).rootOf(this.window.head, this.directory.bytes);
   }
 
   /**
@@ -346,9 +303,8 @@ export class Pack {
    */
   async addTask(id: string, file: SourceInput, options: TaskTrust = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
-    await addTaskFile(file, id, this, this.#slots, this.#trust, options, (task) => {
-      this.#tasks = undefined;
-      this.#slots.set(id, { ...task, bytes: task.stored.length });
+    await addTaskFile(file, id, this, this.#slots, this.#trust, options, (entry, integrity, stored, blob) => {
+      this.#add(entry, stored.length, integrity, { stored, blob });
     });
   }
 
@@ -376,7 +332,7 @@ export class Pack {
     await this.#source.close?.();
   }
 
-  /** With `await using`. In engines without the symbol a method that nobody calls. */
+  /** Closes it at the end of a block, with `await using`. Engines without the symbol never call it. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }

@@ -10,7 +10,7 @@ import type { TaskParameter } from "../format/format.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import type { Locator } from "./base.ts";
 import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "./base.ts";
-import { addDifferences, blendHeads, type Change, changesOf, decode, type Merged } from "./merge.ts";
+import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
@@ -24,7 +24,7 @@ export interface Replacement {
 
 /** What the tasks of a selection put in the place of the base's parameters. */
 export interface Resolved {
-  /** By the base's names. */
+  /** Changed parameters, by the base's names. */
   readonly parameters: ReadonlyMap<string, Replacement>;
   /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
   readonly weights: ReadonlyMap<number, Uint8Array<ArrayBuffer>>;
@@ -33,7 +33,7 @@ export interface Resolved {
   readonly replaced: readonly string[];
 }
 
-/** Where the base's values are. */
+/** Sources of the base's values. */
 export interface BaseValues {
   readonly host: WeightHost | undefined;
   readonly bench: Workbench;
@@ -52,7 +52,7 @@ export class Parameters {
   #values = new Float32Array(0);
   readonly #base: Locator;
   readonly #slots: readonly Slot[];
-  /** Of parameters beside the adapted weights, whose pristine values the slots have. */
+  /** Pristine values of parameters; those of adapted weights are in the slots. */
   readonly #pristine = new Map<string, CpuView>();
 
   constructor(base: Locator, slots: readonly Slot[]) {
@@ -95,7 +95,7 @@ export class Parameters {
 
   /**
    * What makes `parts` active; nothing changes until it is given to `activate`.
-   * @param parts as `settle` gives them
+   * @param parts as `reconcile` gives them
    * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
    */
   async resolve(
@@ -161,7 +161,7 @@ export class Parameters {
     // The weight of an adapted module is where the module was found, perhaps by hand.
     const slot = this.#slots.find(({ module }) => `${module.name}.weight` === name);
     const module = name.replace(/\.weight$/, "");
-    // What is mapped by hand is meant, and nothing else.
+    // A name that is mapped by hand must be found: no other may take its place.
     if (!slot && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
     const found = slot ? { name: slot.weight.name } : this.#base.find(name);
     if ("name" in found) return found.name;
@@ -180,8 +180,8 @@ export class Parameters {
     );
   }
 
-  /** In memory that the next call uses again. */
-  #decode(change: Change): Float32Array {
+  /** Decodes into memory that the next call uses again. */
+  #decode(change: ParameterChange): Float32Array {
     const { rows, width } = change.parameter.tensor;
     if (this.#values.length < rows * width) {
       this.#values = new Float32Array(rows * width);
@@ -205,9 +205,9 @@ export class Parameters {
   }
 }
 
-/** Whether tasks bring a parameter whole. @throws BaseMismatchError when some do, under one name, and others change it under another */
-function isWhole(name: string, changes: readonly Change[]): boolean {
-  const [first] = changes as [Change];
+/** Says whether tasks bring a parameter whole. @throws BaseMismatchError when some do, and others change it under another name */
+function isWhole(name: string, changes: readonly ParameterChange[]): boolean {
+  const [first] = changes as [ParameterChange];
   const whole = first.parameter.role === "saved";
   const other = changes.find(({ parameter }) => (parameter.role === "saved") !== whole);
   if (!other) return whole;
@@ -219,7 +219,7 @@ function isWhole(name: string, changes: readonly Change[]): boolean {
  * A changed adapted weight the way round that the base stores it.
  * @throws BaseMismatchError when it is not the weight that the module's other tasks adapt
  */
-function asStored({ module, weight }: Slot, changes: readonly Change[], { shape, values }: Merged): Merged {
+function asStored({ module, weight }: Slot, changes: readonly ParameterChange[], { shape, values }: Merged): Merged {
   const refuse = (task: string, why: string): BaseMismatchError => {
     const message = `task "${task}" brings "${weight.name}", which other tasks adapt as the module "${module.name}": ${why}`;
     return new BaseMismatchError(message, { module: module.name, expected: weight.shape, found: shape });
@@ -245,7 +245,7 @@ function asStored({ module, weight }: Slot, changes: readonly Change[], { shape,
  * number of labels than the base's.
  * @throws BaseMismatchError when it takes other inputs than the base's
  */
-function headAsStored({ name, shape: stored, layout }: Parameter, { part }: Change, head: Merged): Merged {
+function headAsStored({ name, shape: stored, layout }: Parameter, { part }: ParameterChange, head: Merged): Merged {
   const [out = 0, inputs = 0, ...window] = head.shape;
   const sameWayRound = out !== inputs && sameShape(head.shape, stored);
   if (layout !== "in-out" || head.shape.length < 2 || window.some((n) => n > 1) || sameWayRound) return head;

@@ -5,8 +5,7 @@ import { described } from "../arguments.ts";
 import type { PackModule, TaskBlob } from "../format/format.ts";
 import { isOfModule, moduleOf, parseBrought } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
-import type { Pack } from "./pack.ts";
-import type { TaskInfo } from "./task-info.ts";
+import type { Pack, TaskInfo } from "./pack.ts";
 
 /** What runtimes and sessions need of a pack. */
 export type PackView = Pick<Pack, "name" | "modules" | "tasks" | "load" | "bases" | "reads" | "residentBytes">;

@@ -24,13 +24,13 @@ import {
   type SwitchOptions,
 } from "./selection.ts";
 import { type ActiveTask, stage } from "./stage.ts";
-import type { ModuleTerm, Terms } from "./terms.ts";
-import { type Change, FoldedWeights, type Slot } from "./weights.ts";
+import type { ActiveTerms, ModuleTerm } from "./terms.ts";
+import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** Options of `apply`. */
 export interface ApplyOptions {
-  /** By row; null leaves a row as it is. Default: the active task for all rows. */
+  /** Tasks by row; null leaves a row as it is. Default: the active task for all rows. */
   readonly tasks?: readonly (string | null)[];
 }
 
@@ -39,7 +39,7 @@ const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: []
 /** A selection, read: what it does to the model. Nothing is changed yet. */
 interface Loaded {
   readonly resolved: Resolved;
-  readonly change: Change;
+  readonly change: WeightChange;
 }
 
 /** A pack at work. Made by `createRuntime`. */
@@ -53,13 +53,13 @@ export class Runtime {
   #bench: Workbench;
   #host: WeightHost | undefined;
   readonly #slotsByName = new Map<string, Slot>();
-  /** Once a task has brought some. */
+  /** Made when a task first brings some. */
   #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
   readonly #weights: FoldedWeights;
   #applied: Applied | undefined;
   #task: Selection = null;
-  /** Of the active task. */
+  /** The option `head` that the active selection was made with. */
   #head: string | undefined;
   /** Why the device is gone, until another one is at work. */
   #loss: Error | undefined;
@@ -107,7 +107,7 @@ export class Runtime {
     });
   }
 
-  /** Where the device is gone: gets another one and brings the active task back. @throws BackendError when it cannot */
+  /** Replaces a device that is gone, and brings the active task back. @throws BackendError when it cannot */
   async #recover(): Promise<void> {
     if (!this.#loss || this.#closed) return;
     if (!this.#parts.restart) throw this.#loss;
@@ -183,7 +183,7 @@ export class Runtime {
       ? terms.make(change.plans, change.weights, this.#bench, signal)
       : this.#fold(change, signal));
     const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
-    // All in one go: whoever looks in between would see one task's weights and another one's head.
+    // Without a pause: a reader in between would see one task's weights and another one's head.
     activate();
     this.#parameters?.activate(resolved);
     this.#task = selection;
@@ -228,14 +228,14 @@ export class Runtime {
     return this.#parameters.resolve(parts, this.#parts.view, base, signal);
   }
 
-  /** Those of the active task. */
+  /** Parameters of the active task. */
   get #active(): ReadonlyMap<string, Replacement> {
     return this.#parameters?.active ?? NOTHING.parameters;
   }
 
-  async #fold(change: Change, signal: AbortSignal | undefined): Promise<() => void> {
+  async #fold(change: WeightChange, signal: AbortSignal | undefined): Promise<() => void> {
     const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
-    const former = async (): Promise<Change> => (await this.#load(this.#task, { head: this.#head })).change;
+    const former = async (): Promise<WeightChange> => (await this.#load(this.#task, { head: this.#head })).change;
     return this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
   }
 
@@ -300,7 +300,7 @@ export class Runtime {
     return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
   }
 
-  get #terms(): Terms {
+  get #terms(): ActiveTerms {
     if (this.#parts.terms) return this.#parts.terms;
     throw new TypeError('mode "folded" has no terms; use weight()');
   }
@@ -369,7 +369,7 @@ export class Runtime {
     });
   }
 
-  /** With `await using`. */
+  /** Closes it at the end of a block, with `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
@@ -392,19 +392,19 @@ export interface Started {
   readonly host: WeightHost | undefined;
 }
 
-/** What stays. */
+/** What stays when a device is lost. */
 export interface RuntimeParts {
   readonly pack: Pack;
-  /** What is used of it. */
+  /** The modules of it that are used. */
   readonly view: PackView;
   readonly mode: "folded" | "factors" | "core";
   readonly policy: "copy" | "reload";
   readonly slots: readonly Slot[];
   readonly locator: Locator;
   readonly ignored: ReadonlySet<string>;
-  /** Where it does not fold. */
-  readonly terms: Terms | undefined;
+  /** Undefined in mode "folded". */
+  readonly terms: ActiveTerms | undefined;
   readonly closeHost: (() => Promise<void>) | undefined;
-  /** Another backend in place of one whose device was lost. */
+  /** Starts another backend in place of one whose device was lost. */
   readonly restart: (() => Promise<Started>) | undefined;
 }

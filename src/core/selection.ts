@@ -50,7 +50,7 @@ export async function loadParts(
   if (parts.length !== 1 || parts[0]!.strength !== 1)
     refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
   if (!parts.some(({ blob }) => blob.parameters.length > 0)) return parts;
-  return (await import("./merge.ts")).settle(parts, pack, head);
+  return (await import("./merge.ts")).reconcile(parts, pack, head);
 }
 
 /**

@@ -29,7 +29,7 @@ export interface Expansion {
   readonly basis: Side;
   /** First row of the factor that is made. */
   readonly row: number;
-  /** Whether it is added to rows of the task's own. */
+  /** Added to the task's own rows, instead of in their place. */
   readonly add: boolean;
 }
 
@@ -54,7 +54,7 @@ export interface ModulePlan {
   readonly rank: number;
   readonly A: Pieces;
   readonly Bt: Pieces;
-  /** Whether all that is not private lies between column bases that the module's tasks share. */
+  /** True where all but private rows lie between column bases that the module's tasks share. */
   readonly core: boolean;
   /** First f32 of DoRA's magnitudes [out] in the staged array. */
   readonly magnitude: number | undefined;
@@ -87,7 +87,7 @@ interface Draft extends ModulePlan {
   magnitude: number | undefined;
 }
 
-/** Plans, by module, of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already. */
+/** Makes a plan for each module of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already. */
 export function stage(parts: readonly ActiveTask[], modules: readonly PackModule[], staging: Staging): ModulePlan[] {
   staging.used = 0;
   const plans = new Map<number, Draft>();
@@ -182,12 +182,12 @@ export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Ar
   });
 }
 
-/** Where the coefficients of A begin and how many a row has, the same of B, and how many rows there are. */
+/** First coefficient of A and how many a row has, the same for B, and the number of rows. */
 type Sizes = readonly [a0: number, rowsA: number, b0: number, rowsB: number, rows: number];
 
 /**
- * Four r at a time: one pass over the core for each, two rows of it side by side, so that what is read of α_B serves both. Each sum is
- * made in the same order as if there were one. What `out` held does not count the first time.
+ * Adds four r in one pass over the core, two of its rows side by side, so that each value of α_B is read once for both. Sums keep the order
+ * of a plain loop. @param first whether `out` is overwritten
  */
 function addRows(
   staged: Float32Array,
@@ -198,7 +198,7 @@ function addRows(
   stride: number,
   first: boolean,
 ): void {
-  // Past the last r the last one stands in, times 0.
+  // Beyond the last r the last one stands in, times 0.
   const x = (k: number, a: number): number => (r + k < rows ? staged[a0 + (r + k) * rowsA + a]! : 0);
   const y = (k: number): number => b0 + Math.min(r + k, rows - 1) * rowsB;
   const y0 = y(0);

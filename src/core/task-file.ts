@@ -34,15 +34,6 @@ interface Target {
 /** Ids of the tasks whose files are being read, by the tasks of their pack. */
 const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
 
-/** A task that is added to an open pack. */
-export interface AddedTask extends TaskEntry {
-  readonly blob: TaskBlob;
-  /** The blob as the file has it. */
-  readonly stored: Uint8Array;
-  /** SHA-256 of that, where the platform can tell. */
-  readonly integrity: string | undefined;
-}
-
 /**
  * A task file, checked by itself.
  * @throws FormatError when it is damaged, or another kind of file
@@ -61,7 +52,7 @@ export async function readTask(source: ByteSource): Promise<TaskFile> {
  * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change
  * @param trust of the pack, where it has some
  * @param options of `Pack.addTask`
- * @param put gives the task its place
+ * @param put adds the task: `integrity` is the SHA-256 of `stored`, the blob as the file has it, where the platform can tell
  * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
  *   not what is trusted
  */
@@ -72,7 +63,7 @@ export async function addTaskFile(
   tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
   options: TaskTrust,
-  put: (task: AddedTask) => void,
+  put: (entry: TaskEntry, integrity: string | undefined, stored: Uint8Array, blob: TaskBlob) => void,
 ): Promise<void> {
   checkOptions("addTask", options, ["integrity"]);
   if (typeof id !== "string" || !isTaskId(id)) {
@@ -81,7 +72,7 @@ export async function addTaskFile(
   const ids = coming.get(tasks) ?? new Set();
   if (tasks.has(id) || ids.has(id))
     throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
-  // From here on it is taken, though the file has yet to be read.
+  // Taken from here on, though the file has yet to be read.
   coming.set(tasks, ids.add(id));
   const { integrity } = options;
   let source: ByteSource | undefined;
@@ -101,9 +92,9 @@ export async function addTaskFile(
     const part = `task "${id}"`;
     const plain = await plainTask(blob, { file: name, part, before: directory.basisBytes });
     if (plain !== blob) await checks?.checkDecoded(plain, part, name);
-    // Where there is no SHA-256, as on a page without https, nobody can have asked for a hash.
+    // Pages without https have no SHA-256; a caller cannot have asked for a hash there.
     const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
-    put({ ...entry, id, stored: blob, integrity: hash, blob: parseTask(plain, modules, name, { ...entry, id }) });
+    put({ ...entry, id }, hash, blob, parseTask(plain, modules, name, { ...entry, id }));
   } finally {
     ids.delete(id);
     await source?.close?.();

@@ -18,12 +18,12 @@ export interface ModuleTerm extends Term {
   readonly bias?: Float32Array | undefined;
 }
 
-export class Terms {
+export class ActiveTerms {
   readonly #mode: "core" | "factors";
   readonly #modules: readonly PackModule[];
   readonly #slots: readonly Slot[];
   #active: ReadonlyMap<number, Term> = new Map();
-  /** Terms of the task before. The next task's are written there, so that the active ones stay whole until all are made. */
+  /** ActiveTerms of the task before. The next task's are written there, so that the active ones stay whole until all are made. */
   #spare: ReadonlyMap<number, Term> = new Map();
 
   constructor(mode: "core" | "factors", modules: readonly PackModule[], slots: readonly Slot[]) {
@@ -100,7 +100,7 @@ export type Factors = Pick<Term, "A" | "Bt">;
 export type PristineWeight = CpuView & { readonly transposed?: boolean };
 
 interface UnfoldOptions {
-  /** Terms that are no longer read: their arrays are used again where they fit. */
+  /** ActiveTerms that are no longer read: their arrays are used again where they fit. */
   readonly old?: ReadonlyMap<number, Pick<Term, "A" | "Bt" | "core">> | undefined;
   /** Whether A is wanted as [in, rank], as models take it. Default: false. */
   readonly turned?: boolean | undefined;
@@ -108,7 +108,7 @@ interface UnfoldOptions {
 }
 
 /**
- * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
+ * ActiveTerms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
  * `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors. Long work lets others have a turn.
  * @param weightOf a module of a plan with magnitudes
  * @throws the reason of `signal`, once it is aborted

@@ -1,6 +1,6 @@
 /**
- * What a caller trusts, held against what a file says, before any of it is used (SPEC.md, section 8). Loaded when `openPack` is
- * given a hash, keys or revoked tasks.
+ * Checks a file against what a caller trusts, before any of it is used (SPEC.md, section 8), with hashes and Ed25519 signatures of the
+ * platform's WebCrypto. Loaded when `openPack` is given a hash, keys or revoked tasks.
  */
 import { described } from "../arguments.ts";
 import { TrustError } from "../errors.ts";
@@ -11,7 +11,7 @@ import { fromBase64, toBase64 } from "../text.ts";
 /** An Ed25519 public key: PEM, the base64 of its 32 bytes with or without "ed25519:" before it, or a `CryptoKey`. */
 export type PublicKey = string | CryptoKey;
 
-/** Whom and what to trust. */
+/** Hashes and keys to trust. */
 export interface TrustOptions {
   /**
    * The root that the pack must have: "sha256-…", as `pack.integrity()` and `eigenlora inspect` say it. Everything that is read is
@@ -24,10 +24,15 @@ export interface TrustOptions {
   readonly revoked?: readonly string[];
 }
 
-/** What a task file must be that is added to an open pack. */
+/** Conditions on a task file that is added to an open pack. */
 export interface TaskTrust {
   /** Hash that the file must have, "sha256-…", its signature left out. Default: no check. */
   readonly integrity?: string | undefined;
+}
+
+/** The root of a pack, "sha256-…". @throws TypeError where the platform has no WebCrypto */
+export function rootOf(head: Uint8Array, directory: Uint8Array): Promise<string> {
+  return integrityOf(head, directory);
 }
 
 /** The options of one open pack, checked. */
@@ -129,12 +134,12 @@ export class Trust {
   }
 }
 
-/** What SubjectPublicKeyInfo has before the 32 bytes of an Ed25519 key (RFC 8410). */
+/** Bytes of SubjectPublicKeyInfo before the 32 of an Ed25519 key (RFC 8410). */
 const SPKI = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 export const ALGORITHM: string = "Ed25519";
 
-/** What a signature is made of: a word for the kind of file, and its hash. A signature of one kind is none of the other. */
+/** Joins what is signed: a word for the kind of file, and its hash, so that a signature of a pack is none of a task. */
 export function signedMessage(kind: "pack" | "task", hash: Uint8Array): Uint8Array<ArrayBuffer> {
   const word = new TextEncoder().encode(`eigenlora ${kind}\n`);
   const bytes = new Uint8Array(word.length + hash.length);

@@ -57,7 +57,7 @@ export async function loadSlots(
     const check = !options.anyBase && slot.module.fingerprint !== undefined;
     if (!check && !keep.pristine && !keep.active) continue;
     const { backend } = bench;
-    // Before the read: memory that grows would detach the view that is read into.
+    // Allocated first: memory that grows would detach the view that is read into.
     if (keep.pristine) slot.pristine = bench.allocate(byteLength, "pristine");
     const placed = placeOf(host, slot, bench);
     slot.active = placed ?? (keep.active ? at(bench.allocate(byteLength, "active")) : undefined);
@@ -81,7 +81,7 @@ export async function loadSlots(
   }
 }
 
-/** The weight in the host's own memory on the backend's device, where it lies there. */
+/** Finds the weight in the host's own memory on the backend's device; undefined where it lies elsewhere. */
 export function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workbench): Slice | undefined {
   const view = host.view?.(weight.name);
   return view && onDevice(view.data) ? { block: backend.adopt!(view.data), byteOffset: view.byteOffset } : undefined;
@@ -91,7 +91,7 @@ export function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workben
  * Lets a host make its weights ready to be folded in place, which may move them.
  * @param slots whose weights lie on the device
  */
-async function settle(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
+async function settleWeights(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
   await host.settle!(slots.map(({ weight }) => weight.name));
   for (const slot of slots) {
     const [before, place] = [slot.active!.block, placeOf(host, slot, bench)];
@@ -121,8 +121,8 @@ export async function readWeight(
   );
 }
 
-/** What a selection makes of the base. */
-export interface Change {
+/** A change from one selection to the next. */
+export interface WeightChange {
   readonly plans: readonly ModulePlan[];
   /** Modules, by index, that differ from the base then. */
   readonly modules: ReadonlySet<number>;
@@ -132,31 +132,24 @@ export interface Change {
   readonly parameters: ReadonlyMap<string, { readonly view: View }>;
 }
 
-/** Where it is made. */
-export interface Place {
+/** The backend and host that a change is made in. */
+export interface FoldContext {
   readonly bench: Workbench;
   readonly host: WeightHost;
   /** The base's value of another parameter; undefined where it has none. */
   pristine(name: string): CpuView | undefined;
 }
 
-/** A fold whose memory is there. */
+/** A change whose memory is there, and that the host agrees to. */
 interface Fold {
-  readonly bench: Workbench;
-  readonly slots: readonly Slot[];
   /** Modules, by index, whose weights the backend holds, and whose pass through it. */
   readonly held: readonly number[];
   readonly passing: readonly number[];
-  /** Where the folded weight is; of `passing` valid until the next one. */
-  weight(index: number): Slice;
-}
-
-/** A change that nothing speaks against. */
-interface Begun {
-  readonly fold: Fold;
   /** Other parameters that are written. */
   readonly names: ReadonlySet<string>;
   readonly transaction: Transaction | undefined;
+  /** Folds a weight. @returns where it is; valid until the next one for those of `passing` */
+  weight(index: number): Slice;
 }
 
 /** Modules and other parameters that may differ from the base. */
@@ -189,7 +182,7 @@ export class FoldedWeights {
     return this.#touched.modules;
   }
 
-  /** They are the base's, as after a restart; but another task is to be active. */
+  /** After a restart the weights are the base's, and another task is to be active. */
   restart(): void {
     this.#touched = NOTHING;
     this.#torn = between("webgpu");
@@ -202,10 +195,10 @@ export class FoldedWeights {
   async prepare(
     plans: readonly ModulePlan[],
     replaced: ReadonlyMap<number, Uint8Array>,
-    parameters: Change["parameters"],
+    parameters: WeightChange["parameters"],
     host: WeightHost,
     signal: AbortSignal | undefined,
-  ): Promise<Change> {
+  ): Promise<WeightChange> {
     const modules = new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
     const weights = new Map<number, Uint8Array | undefined>();
     for (const index of new Set([...this.#touched.modules, ...modules])) {
@@ -218,58 +211,78 @@ export class FoldedWeights {
 
   /**
    * Makes a change. Where it fails, or is aborted in a pause of long work, the weights from before are put back.
-   * @param former the change that they are of
-   * @returns what makes them the new task's, together with what else it has
+   * @param former gives the change that made them
+   * @returns marks the weights as the new task's: call it together with what else the task changes
    * @throws BackendError when they cannot be put back: they are no task's then, until a change is made
    */
   async write(
-    change: Change,
-    place: Place,
-    former: () => Promise<Change>,
+    change: WeightChange,
+    context: FoldContext,
+    former: () => Promise<WeightChange>,
     signal: AbortSignal | undefined,
   ): Promise<() => void> {
     const [before, sound] = [this.#touched, !this.#torn];
-    const begun = this.#begin(change, place);
+    const fold = this.#begin(change, context);
     try {
-      return await this.#put(change, place, begun, signal);
+      return await this.#put(change, context, fold, signal);
     } catch (error) {
       // A rollback that failed is told already; and weights that were no task's before have nothing to go back to.
       if (error === this.#torn || !sound) throw error;
-      if (place.host.view || begun.fold.held.length > 0) await this.#putBack(error, place, former);
+      if (context.host.view || fold.held.length > 0) await this.#putBack(error, context, former);
       else this.#touched = before;
       this.#torn = undefined;
       throw error;
     }
   }
 
-  /** All that can fail before something is changed. */
-  #begin(change: Change, { bench, host }: Place): Begun {
-    const fold = prepareFold(bench, this.#slots, change);
-    const names = new Set([...this.#touched.names, ...change.parameters.keys()]);
-    const weights = [...change.weights.keys()].map((index) => this.#slots[index]!.weight.name);
-    return { fold, names, transaction: host.begin?.([...weights, ...names]) };
+  /** Does all that can fail before something is changed: takes memory, uploads coefficients, asks the host. */
+  #begin({ plans, weights, parameters }: WeightChange, { bench, host }: FoldContext): Fold {
+    const slots = this.#slots;
+    bench.prepare(plans);
+    const touched = [...weights.keys()];
+    const passing = touched.filter((index) => !slots[index]!.active);
+    const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
+    const planOf = new Map(plans.map((plan) => [plan.module, plan]));
+    const names = new Set([...this.#touched.names, ...parameters.keys()]);
+    return {
+      ...{ passing, held: touched.filter((index) => slots[index]!.active), names },
+      transaction: host.begin?.([...touched.map((index) => slots[index]!.weight.name), ...names]),
+      weight(index) {
+        const { weight, pristine, active: out = passage } = slots[index]!;
+        const fresh = weights.get(index);
+        if (fresh) bench.backend.upload(out, fresh);
+        const base = fresh ? out : at(pristine!);
+        const plan = planOf.get(index);
+        if (plan) bench.fold(plan, weight, base, out);
+        else if (!fresh) bench.copy(base, out, weight.byteLength);
+        return out;
+      },
+    };
   }
 
   async #put(
-    { modules, weights, parameters }: Change,
-    { bench, host, pristine }: Place,
-    { fold, names, transaction }: Begun,
+    { modules, weights, parameters }: WeightChange,
+    { bench, host, pristine }: FoldContext,
+    fold: Fold,
     signal?: AbortSignal,
   ): Promise<() => void> {
+    const { held, names, transaction } = fold;
     this.#touched = { modules: new Set(weights.keys()), names };
     this.#torn ??= between(bench.backend.name);
     const pause = pacer(signal);
     try {
-      if (host.settle && fold.held.length > 0) {
-        const held = fold.held.map((index) => fold.slots[index]!);
-        await settle(host, held, bench);
-      }
-      for (const index of fold.held) {
+      if (host.settle && held.length > 0)
+        await settleWeights(
+          host,
+          held.map((index) => this.#slots[index]!),
+          bench,
+        );
+      for (const index of held) {
         fold.weight(index);
         const turn = pause();
         if (turn) await turn;
       }
-      if (transaction) await pass(fold, transaction, pause);
+      if (transaction) await this.#pass(fold, transaction, bench, pause);
       for (const name of transaction ? names : []) {
         await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
       }
@@ -289,56 +302,40 @@ export class FoldedWeights {
     };
   }
 
+  /** Passes weights into a host, one by one. */
+  async #pass(
+    { passing, weight }: Fold,
+    transaction: Transaction,
+    { backend }: Workbench,
+    pause: () => Promise<void> | undefined,
+  ): Promise<void> {
+    // A device gives all of them first, since a host takes them without a pause once the device is waited for.
+    const fetched = new Map<number, Uint8Array>();
+    for (const index of backend.read ? passing : [])
+      fetched.set(index, await backend.read!(weight(index), this.#slots[index]!.weight.byteLength));
+    if (backend.read) await backend.finish();
+    for (const index of passing) {
+      const { name, dtype, shape, byteLength } = this.#slots[index]!.weight;
+      const data = fetched.get(index) ?? backend.view!(weight(index), byteLength);
+      // Without a wait that is not needed: short work in the caller's own memory is done in one go.
+      const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
+      if (turn) await turn;
+    }
+  }
+
   /** Writes the weights from before again. @throws BackendError when that fails too */
-  async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
+  async #putBack(error: unknown, context: FoldContext, former: () => Promise<WeightChange>): Promise<void> {
     try {
       const change = await former();
-      (await this.#put(change, place, this.#begin(change, place)))();
+      (await this.#put(change, context, this.#begin(change, context)))();
     } catch (second) {
-      throw this.#doubt(error, second, place.bench);
+      throw this.#doubt(error, second, context.bench);
     }
   }
 
   /** Remembers that the weights are no task's. @param second why they could not be put back */
   #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
     return (this.#torn = cannotPutBack(error, second, backend.name));
-  }
-}
-
-/** @param change plans, and the weights that are written */
-function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights }: Change): Fold {
-  bench.prepare(plans);
-  const touched = [...weights.keys()];
-  const passing = touched.filter((index) => !slots[index]!.active);
-  const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
-  const planOf = new Map(plans.map((plan) => [plan.module, plan]));
-  return {
-    ...{ bench, slots, passing, held: touched.filter((index) => slots[index]!.active) },
-    weight(index) {
-      const { weight, pristine, active: out = passage } = slots[index]!;
-      const fresh = weights.get(index);
-      if (fresh) bench.backend.upload(out, fresh);
-      const base = fresh ? out : at(pristine!);
-      const plan = planOf.get(index);
-      if (plan) bench.fold(plan, weight, base, out);
-      else if (!fresh) bench.copy(base, out, weight.byteLength);
-      return out;
-    },
-  };
-}
-
-/** Passing weights into a host, one by one. */
-async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<void> | undefined): Promise<void> {
-  const { bench, slots, passing, weight } = fold;
-  const { backend } = bench;
-  const sizes = new Map(passing.map((index) => [index, slots[index]!.weight.byteLength]));
-  const fetched = backend.read && (await (await import("./device-host.ts")).fetchFolded(backend, sizes, weight));
-  for (const index of passing) {
-    const { name, dtype, shape, byteLength } = slots[index]!.weight;
-    const data = fetched?.get(index) ?? backend.view!(weight(index), byteLength);
-    // No wait that is not needed: short work in the caller's own memory is done in one go.
-    const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
-    if (turn) await turn;
   }
 }
 

@@ -22,14 +22,14 @@ import { type ModulePlan, type Pieces, Staging } from "./stage.ts";
 /** Bytes of the factors of a round on a device. */
 const ROUND_BYTES = 32 * 2 ** 20;
 
-/** Expansions last: they may be added to the task's own rows, and a device then has all of them in a row. */
+/** Expansions come last: they may be added to the task's own rows, and a device then has all of them in a row. */
 const ORDER = ["private", "own", "shared"] as const;
 
-/** Scratch memory, by what it is for. The second line is `apply.ts`'s: each step's own, so that a device can do its parts at once. */
+/** Names of scratch memory. Those of the second group are for `apply.ts`: each step has its own, so that a device can do its parts at once. */
 type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
 
-/** Where the factors of a plan lie in the scratch block, and in which round they are there. */
-interface Place {
+/** Bytes at which the factors of a plan lie in the scratch block, and the round that makes them. */
+interface FactorPlace {
   readonly A: number;
   readonly Bt: number;
   readonly round: number;
@@ -52,8 +52,8 @@ export class Workbench {
   readonly #scratch = new Map<string, Block>();
   /** Prepared plans whose factors are there at the same time. */
   rounds: readonly ModulePlan[][] = [];
-  readonly #places = new Map<ModulePlan, Place>();
-  /** Whose factors are there. */
+  readonly #places = new Map<ModulePlan, FactorPlace>();
+  /** The round whose factors are there; -1 for none. */
   #expanded = -1;
 
   /** Uploads the bases. */
@@ -90,7 +90,7 @@ export class Workbench {
     return at(this.#scratch.get(name)!);
   }
 
-  /** Everything that can fail before a switch changes anything: memory for its factors, and the upload of what is staged. */
+  /** Does all that can fail before a switch changes anything: takes memory for its factors, and uploads what is staged. */
   prepare(plans: readonly ModulePlan[]): void {
     const { values, used } = this.staging;
     const staged = this.reserve("coefficients", 4 * used);

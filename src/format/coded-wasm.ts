@@ -21,7 +21,7 @@ export interface Work {
   section(): Uint8Array<ArrayBuffer>;
 }
 
-interface Decoder {
+interface WasmDecoder {
   readonly memory: WebAssembly.Memory;
   readonly begin: (stored: number, before: number, size: number) => void;
   readonly decode: (symbols: number) => number;
@@ -43,7 +43,7 @@ const MOST = 1 << 28;
 const PIECE = 1 << 16;
 
 let module: WebAssembly.Module | undefined;
-let kept: Decoder | undefined;
+let kept: WasmDecoder | undefined;
 let refused = typeof WebAssembly === "undefined";
 
 /**
@@ -61,7 +61,7 @@ export function wasmWork(
   const start = STORED + stored.length + before.length;
   if (start + size > MOST || !compiled()) return undefined;
   // Two sections may be decoded in turns.
-  let decoder: Decoder | undefined = kept;
+  let decoder: WasmDecoder | undefined = kept;
   kept = undefined;
   try {
     decoder ??= instance();
@@ -105,10 +105,10 @@ function compiled(): boolean {
   return !refused;
 }
 
-function instance(): Decoder {
+function instance(): WasmDecoder {
   const memory = new WebAssembly.Memory({ initial: 1 });
   const { exports } = new WebAssembly.Instance(module!, { env: { memory } });
   new Int32Array(memory.buffer, FIRST).set(new Tables().sums);
   new Uint8Array(memory.buffer, LEVELS).set(LEVEL_OF);
-  return { memory, ...exports } as unknown as Decoder;
+  return { memory, ...exports } as unknown as WasmDecoder;
 }

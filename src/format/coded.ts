@@ -47,7 +47,7 @@ const FIRST: readonly (readonly number[])[] = [
   [3204, 9423, 15106, 19997, 23960, 26984, 29157],
   [2247, 6674, 10909, 14843, 18390, 21496, 24136],
 ];
-/** From which mean magnitude on a level begins, in 1/64. */
+/** A level begins at this mean magnitude, in 1/64. */
 const LEVELS: readonly number[] = [4, 8, 15, 24, 38, 56, 83, 120, 174, 248];
 /** Means above this, in 1/64, have the lowest bits of their integers stored as they are. */
 export const MOST_MEAN = 256;
@@ -68,7 +68,7 @@ export const SHAPE: number = INTEGERS + 3;
 export const LITERALS: number = INTEGERS + 4;
 export const LENGTH: number = INTEGERS + 5;
 export const DISTANCE: number = INTEGERS + 6;
-/** From here on tables move four times as far, since what they are used for is not known before. */
+/** Tables from this one on move four times as far, since their use is not known before. */
 const QUICK = LITERALS;
 /** A byte is coded in 3, 3 and 2 bits: after the byte before, by what is known of it. */
 export const HIGH: number = DISTANCE + 1;
@@ -112,7 +112,7 @@ export class Tables {
   }
 }
 
-/** In front of the words: magic, and the bytes of the section once decoded. */
+/** Bytes in front of the words: magic, and the length of the section once decoded. */
 export const CODED_HEAD_BYTES = 8;
 /** What a section has at most once decoded. @param stored its bytes, coded */
 export function mostDecoded(stored: number): number {
@@ -145,7 +145,7 @@ const TYPES: readonly QuantizedDtype[] = ["int8", "int4", "int3"];
 
 /** Columns of more numbers than this are not remembered. */
 const MOST_COLUMNS = 4096;
-/** A copy of earlier bytes has at least so many. */
+/** Fewest bytes of a copy of earlier ones. */
 export const LEAST_COPY = 4;
 
 /** Codes one value after another: a decoder returns what it read, an encoder what it was given. */
@@ -164,7 +164,7 @@ export interface TensorRun {
   readonly count: number;
   /** Each begins at a multiple of it: 4 or 16. */
   readonly step: 4 | 16;
-  /** Of the first. */
+  /** Where the first begins. */
   readonly byteOffset: number;
 }
 
@@ -328,7 +328,7 @@ function codeInteger(coder: Coder, mean: number, value: number, largest: number)
   const magnitude = Math.abs(value);
   let found = coder.symbol(shift * TABLES_OF_A_SHIFT + LEVEL_OF[mean >> shift]!, Math.min(magnitude >> shift, ESCAPE));
   if (found === ESCAPE) found += codeNumber(coder, MORE, (magnitude >> shift) - ESCAPE);
-  // Before a shift takes the highest bits away.
+  // Checked before a shift takes the highest bits away.
   if (found > largest) return largest + 1;
   if (shift > 0) found = (found << shift) | coder.bits(shift, magnitude & ((1 << shift) - 1));
   if (found > largest) return largest + 1;

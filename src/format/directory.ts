@@ -148,7 +148,7 @@ export async function parseDirectory(
   const bases = basesOf(f, sections, superblock);
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const described = bytes.subarray(start, start + basisLength);
-  // What was decoded is not kept beside what is stored.
+  // A copy, so that the decoded directory is not kept beside the stored one.
   const basisBytes = coded ? described.slice() : described;
   const { basis, size } = parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;

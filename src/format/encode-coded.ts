@@ -131,7 +131,7 @@ export class Encoder implements Coder {
   readonly #tables = new Tables();
   readonly #blocks: Block[] = [];
   readonly #length: number;
-  /** For notes of the next blocks. */
+  /** Room for notes of the next blocks. */
   #room = new Uint16Array(0);
 
   /** @param size of the section, about. Default: small */

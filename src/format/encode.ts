@@ -70,7 +70,7 @@ export interface BasisInput {
   readonly error?: number | undefined;
   readonly baseModel?: string | undefined;
   readonly modules: readonly ModuleInput[];
-  /** Of a typical task blob, as MessagePack has it: coded ones copy from it. */
+  /** MessagePack of a typical task blob: coded blobs copy from it. */
   readonly header?: unknown;
 }
 

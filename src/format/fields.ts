@@ -47,7 +47,7 @@ export function crc32c(bytes: Uint8Array, crc = 0): number {
   return ~c >>> 0;
 }
 
-/** Where the next section may start: the least multiple of 64 that is ≥ n. */
+/** The least multiple of 64 that is ≥ n: sections start there. */
 export function align64(n: number): number {
   return Math.ceil(n / 64) * 64;
 }
@@ -100,7 +100,7 @@ export class Fields {
     this.check(found <= most, () => `${found} ${what}, at most ${most} are allowed`);
   }
 
-  /** Bytes that no version 1 gives a meaning to. */
+  /** Checks bytes without a meaning in version 1. */
   zero(from: number, to: number): void {
     this.check(
       this.bytes.subarray(from, to).every((byte) => byte === 0),
@@ -158,7 +158,7 @@ class Reader {
     if (code <= 0x9f) return this.#array(code & 15, depth);
     if (code <= 0xbf) return this.#string(code & 31);
     if (code >= 0xe0) return code - 256;
-    // From 0xcc on, and for lengths, the low bits of the code say how many bytes follow: 1, 2, 4, 8.
+    // The low bits of the code say how many bytes follow, 1, 2, 4 or 8, from 0xcc on and for lengths.
     if (code >= 0xcc && code <= 0xcf) return this.#number(1 << (code & 3));
     if (code >= 0xd0 && code <= 0xd3) return this.#number(1 << (code & 3), true);
     if (code >= 0xd9 && code <= 0xdb) return this.#string(this.#number(1 << (code - 0xd9)));
@@ -238,7 +238,7 @@ export class Value {
     check(condition, this.file, this.part, () => `${this.path}: ${message()}`);
   }
 
-  /** What `read` makes of it; undefined where it is absent. */
+  /** Applies `read` to it, unless it is absent. */
   maybe<T>(read: (value: Value) => T): T | undefined {
     return this.absent ? undefined : read(this);
   }
@@ -255,12 +255,12 @@ export class Value {
     return new Value(value, this.file, this.part, this.path + key);
   }
 
-  /** Another value in the place of this one. */
+  /** Puts another value in its place. */
   of(value: unknown): Value {
     return this.#part(value, "");
   }
 
-  /** An array of exactly so many items: one more would mean something that this reader does not know. */
+  /** An array of exactly `count` items: one more would mean something that this reader does not know. */
   items(count: number): Value[] {
     const items = this.array(count);
     this.check(items.length === count, () => `${items.length} items, expected ${count}`);

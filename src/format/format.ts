@@ -10,13 +10,13 @@ export const MAGIC: readonly number[] = [0x89, 0x45, 0x49, 0x47, 0x45, 0x4e, 0x0
 export const TASK_FILE_MAGIC: readonly number[] = [0x89, 0x45, 0x54, 0x41, 0x53, 0x4b, 0x0d, 0x0a];
 export const TASK_BLOB_MAGIC = 0x4b534154;
 export const SECTION_ENTRY_BYTES = 32;
-/** Of a SHA-256. */
+/** Bytes of a SHA-256. */
 export const HASH_BYTES = 32;
 /** First bytes of the window: what a root covers beside the directory. */
 export const HEAD_BYTES = 48;
-/** Of a superblock with what is behind it. */
+/** Bytes of a superblock with what is behind it. */
 export const BLOCK_BYTES = 512;
-/** Where the signature begins in it, and its bytes: key, signature, CRC. */
+/** First byte of the signature in a superblock, and its length: key, signature, CRC. */
 export const SIGNATURE_OFFSET = 64;
 export const SIGNATURE_BYTES = 100;
 export const DIRECTORY_HEAD_BYTES = 16;
@@ -62,7 +62,7 @@ export interface Superblock {
   readonly basesOffset: number;
   readonly basesLength: number;
   readonly directoryCrc: number;
-  /** Whose the root is, says its key. Undefined where nobody signed it. */
+  /** Says by its key who signed the root. Undefined where it is not signed. */
   readonly signature: Signature | undefined;
 }
 
@@ -86,7 +86,7 @@ export const CODED_MAGIC = 0x45444f43;
 
 /** A stretch of the file and the checksum of its bytes. */
 export interface Section {
-  /** Of what it holds, once decoded. */
+  /** Bytes of what it holds, once decoded. */
   readonly kind: number;
   /** Whether it is entropy-coded: the file has `SECTION_CODED` added to its kind. */
   readonly coded: boolean;
@@ -143,7 +143,7 @@ export interface BasisDescription {
   readonly centering: string;
   /** The most rank that was kept of each module, where that was limited. */
   readonly rank: number | undefined;
-  /** Of the integers that coefficients were rounded to, as a share of what an adapter typically does to a module. */
+  /** Step of the integers that coefficients were rounded to, as a share of what an adapter typically does to a module. */
   readonly step: number | undefined;
   /** The share of its ΔW that no task was to lose. */
   readonly error: number | undefined;
@@ -163,13 +163,13 @@ export interface TaskEntry {
 /** What a pack says of what it holds. */
 export interface Directory {
   readonly sections: readonly Section[];
-  /** As stored. */
+  /** The bytes as stored. */
   readonly bytes: Uint8Array;
   readonly basis: BasisDescription;
   /** The description as stored; an append copies it, so that the basis id stays true. */
   readonly basisBytes: Uint8Array;
   readonly bases: Section;
-  /** In the order of the blobs. */
+  /** Tasks in the order of their blobs. */
   readonly tasks: readonly (TaskEntry & { section: Section })[];
 }
 
@@ -224,10 +224,13 @@ export interface TaskFile extends TaskEntry {
 }
 
 /** A basis of each side of a module. */
-export type Bases = Readonly<Record<"A" | "B", Side>>;
+export type SharedBases = Readonly<Record<"A" | "B", Side>>;
 
 /** The bases of a module that all its tasks share on both sides; undefined where they share one side alone, or fall into groups. */
-export function sharedBases({ A: [A, ...moreA], B: [B, ...moreB] }: Pick<PackModule, "A" | "B">): Bases | undefined {
+export function sharedBases({
+  A: [A, ...moreA],
+  B: [B, ...moreB],
+}: Pick<PackModule, "A" | "B">): SharedBases | undefined {
   return A && B && moreA.length + moreB.length === 0 ? { A, B } : undefined;
 }
 
@@ -237,11 +240,11 @@ type ModuleRole = "magnitude" | "private" | "own-A" | "own-B";
 /** A parameter that a task changes, or a module for which it has a magnitude, private terms or rows of its own. */
 export interface Brought {
   readonly role: ParameterRole | ModuleRole;
-  /** Of the parameter ("classifier.weight"), or of the module. */
+  /** Names the parameter ("classifier.weight") or the module. */
   readonly name: string;
 }
 
-/** Of modules, which have each of these. */
+/** Names of modules, by what a task has for them. */
 type OfModules = Readonly<Record<ModuleRole, readonly string[]>>;
 
 /** The list as it is stored. @param modules names of modules by what the task has for them */

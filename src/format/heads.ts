@@ -3,7 +3,7 @@
  */
 
 /** A parameter that comes with a task, as far as it matters here. */
-interface Brought {
+interface HeadParameter {
   readonly name: string;
   readonly role: string;
   readonly shape: readonly number[];
@@ -15,12 +15,12 @@ export function isHead(parameter: string): boolean {
 }
 
 /**
- * What is wrong between a task's class names and its head; undefined where nothing is, or where it brings no head that is known
- * as one. A head may have several layers, of which one has a row for each class.
+ * Says how a task's class names differ from its head; undefined where they fit, or where it brings no head that is known
+ * as one. One layer of a head has a row for each class.
  */
 export function misfitLabels(
   labels: readonly string[] | undefined,
-  parameters: readonly Brought[],
+  parameters: readonly HeadParameter[],
 ): string | undefined {
   const layers = parameters.filter(({ name, role, shape }) => role === "saved" && isHead(name) && shape.length === 2);
   if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return undefined;

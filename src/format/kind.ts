@@ -7,7 +7,7 @@ import type { ByteSource } from "../source.ts";
 import { fromLatin1 } from "../text.ts";
 import { MAGIC, TASK_FILE_MAGIC } from "./format.ts";
 
-/** What can be told, in the words of messages. */
+/** Kinds that can be told, in the words of messages. */
 export type FileKind =
   | "an EigenLoRA pack"
   | "an EigenLoRA task file"
@@ -19,7 +19,7 @@ export type FileKind =
   | "JSON"
   | "HTML";
 
-/** So many bytes tell the kind. */
+/** Bytes that tell the kind. */
 const HEAD = 16;
 
 /** Tags of the fields that may follow the version at the beginning of a ModelProto. */
@@ -48,7 +48,7 @@ export async function kindOfSource(source: ByteSource): Promise<FileKind | undef
   return head && kindOf(head);
 }
 
-/** What to throw for a FormatError of a file: where it is of another kind than expected, that it is. */
+/** Replaces a FormatError by one that names the kind of the file, where that is not the expected one. */
 export async function wrongKind(error: unknown, source: ByteSource, expected: FileKind): Promise<unknown> {
   if (!(error instanceof FormatError)) return error;
   const found = await kindOfSource(source);
@@ -58,8 +58,8 @@ export async function wrongKind(error: unknown, source: ByteSource, expected: Fi
 }
 
 /**
- * What to throw for a FormatError or TrustError of a pack: of a file of another kind, or from before SPEC.md was final, that it is one. What a cache
- * keeps may be what is wrong, so it is cleared: the next try reads the file itself.
+ * Explains why a pack was refused: wrong kind of file, or written before SPEC 1.0. Clears a cache, which may hold the damage, so that the next
+ * try reads the file itself.
  * @param directory bytes of the directory as far as they are known, whether they can be read or not
  */
 export async function refusal(

@@ -54,7 +54,7 @@ export interface FreshPack extends FreshBasis {
 /** A task whose blob lies elsewhere until its turn comes. */
 export interface TaskPlace {
   readonly entry: TaskEntry;
-  /** Of the blob, in bytes. */
+  /** Bytes of the blob. */
   readonly length: number;
   /** CRC-32C of the blob. */
   readonly crc: number;

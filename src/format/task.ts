@@ -38,7 +38,7 @@ export function parseTask(
   f.check(headerLength <= bytes.length - 8, () => `a header of ${headerLength} bytes in a blob of ${bytes.length}`);
   const root = decode(bytes.subarray(8, 8 + headerLength), file, f.part, "header").items(2);
   const { place, full } = placing(4, 8 + headerLength, bytes.length, file, f.part);
-  const tensor: Place = (code, rows, width) => place(DTYPES[code.integer(0, DTYPES.length - 1)]!, rows, width);
+  const tensor: PlaceNext = (code, rows, width) => place(DTYPES[code.integer(0, DTYPES.length - 1)]!, rows, width);
   let last = -1;
   const terms = root[0]!.array(65_536).map((term: Value) => {
     const parsed = parseTerm(term, modules, tensor);
@@ -74,7 +74,7 @@ export function parseTask(
   return blob;
 }
 
-/** In the order of the blob, with what they are called in errors. */
+/** Lists tensors in the order of the blob, with what they are called in errors. */
 export function* taskTensors(
   terms: readonly TaskTerm[],
   parameters: readonly TaskParameter[],
@@ -93,8 +93,8 @@ export function* taskTensors(
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }
 
-/** Where the next tensor is. @param code of its type */
-type Place = (code: Value, rows: number, width: number) => TensorRef;
+/** Says where the next tensor lies. @param code of its type */
+type PlaceNext = (code: Value, rows: number, width: number) => TensorRef;
 
 /** A factor as a term gives it: the code of its coefficients, which basis they are over, and the type of rows of its own. */
 type Given = readonly [coefficients: Value, basis: Value, own: Value];
@@ -105,7 +105,7 @@ function givenOf(item: Value): Given | undefined {
   return Array.isArray(item.value) ? (item.items(3) as [Value, Value, Value]) : [item, item.of(0), item.of(null)];
 }
 
-function parseTerm(term: Value, modules: readonly PackModule[], tensor: Place): TaskTerm {
+function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceNext): TaskTerm {
   const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
   const index = moduleItem!.integer(0, modules.length - 1);
   const module = modules[index]!;
@@ -156,7 +156,7 @@ function parseTerm(term: Value, modules: readonly PackModule[], tensor: Place): 
   };
 }
 
-function parseParameter(parameter: Value, tensor: Place): TaskParameter {
+function parseParameter(parameter: Value, tensor: PlaceNext): TaskParameter {
   const [nameItem, roleItem, typeItem, shapeItem, indicesItem] = parameter.array(5);
   parameter.check(shapeItem !== undefined, () => "it has fewer than 4 items");
   const name = nameItem!.string(1024);
@@ -203,7 +203,7 @@ export function* basesTensors(modules: readonly PackModule[]): Generator<Checked
   }
 }
 
-/** What values that are multiplied by others stay below: so no ΔW leaves binary32, whatever its K and rank. */
+/** Bound of values that are multiplied by others, so that no ΔW leaves binary32, whatever its K and rank. */
 export const MOST = 65_536;
 
 /**

@@ -22,8 +22,8 @@ export interface Answer {
   readonly hidden: boolean;
   /**
    * Reads the body.
-   * @param length exactly so many bytes; undefined when it is not known
-   * @param most otherwise at most so many
+   * @param length of the body in bytes; undefined when it is not known
+   * @param most bytes of a body of unknown length
    * @param excess what to say when more arrive
    */
   body(length: number | undefined, most: number, excess: string): Promise<Uint8Array>;
@@ -235,7 +235,7 @@ class Pace {
     if (this.#count >= this.#quota) this.#restart(this.#timeout);
   }
 
-  /** For a body that is not seen arriving: the time that its bytes may take. */
+  /** Gives a body that cannot be watched the time that its bytes may take. */
   allowing<T>(length: number, body: Promise<T>): Promise<T> {
     this.#restart(this.#timeout + (length / this.#minRate) * 1000);
     return body;

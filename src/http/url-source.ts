@@ -20,7 +20,7 @@ interface Version {
   readonly size: number | undefined;
 }
 
-/** Behind the bytes of a byte order mark, if there is one. */
+/** Skips the bytes of a byte order mark, if there is one. */
 const HTML_START = /^(\xef\xbb\xbf)?\s*<(!doctype html|html[\s>])/i;
 
 /**
@@ -192,7 +192,7 @@ export class UrlSource implements ByteSource {
 
   async #everything(answer: Answer, most: number): Promise<Uint8Array> {
     const { status } = answer;
-    // Of another origin's answer one cannot see whether it was compressed on the way.
+    // An answer of another origin does not show whether it was compressed on the way.
     const size = answer.hidden ? undefined : sizeOf(answer);
     const advice = `above \`maxWholeBytes\`, ${most}; use a server with ranges, or raise it`;
     const excess = `the server ignores ranges (status 200), and the file has ${size ?? "more"} bytes, ${advice}`;

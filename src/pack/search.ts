@@ -3,7 +3,7 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { openPack } from "../core/pack.ts";
+import { openPack } from "../core/open-pack.ts";
 import type { AdapterError } from "../errors.ts";
 import { allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { Extractor } from "../extract/extractor.ts";

@@ -6,9 +6,8 @@
  * all, since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
  */
 
-import type { Pack } from "../core/pack.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import type { Selection } from "../core/selection.ts";
-import type { TaskInfo } from "../core/task-info.ts";
 import { TaskError } from "../errors.ts";
 import type { EngineTensor, Tensors } from "./engine.ts";
 import type { SessionSwitchOptions } from "./options.ts";

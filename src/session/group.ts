@@ -3,10 +3,9 @@
  * on each, and one switch for all.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
-import type { Pack } from "../core/pack.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import { partOf } from "../core/part.ts";
 import { cannotPutBack, copySelection, type MemoryReport, memoryReport, type Selection } from "../core/selection.ts";
-import type { TaskInfo } from "../core/task-info.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";

@@ -1,6 +1,6 @@
 /** Made-up tasks and their terms by plain arithmetic, for the probe. */
 import type { AdaptedLayer, TaskInput } from "../onnx/adapted.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/derived.ts";
 import { CoreSpace, type InputValue, type InputValues } from "./values.ts";
 
 /** What the probe found out. */

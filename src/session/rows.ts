@@ -4,8 +4,7 @@
  * mixed without a word. The graph does not tell; a run on rows that differ does. Loaded by the first such run.
  */
 
-import type { Pack } from "../core/pack.ts";
-import type { TaskInfo } from "../core/task-info.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";

@@ -2,7 +2,7 @@
  * A loaded model that switches tasks. It owns the order of runs and switches; the carrier brings tasks to the model, the engine runs it.
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
-import type { Pack } from "../core/pack.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import {
   copySelection,
   type MemoryReport,
@@ -10,7 +10,6 @@ import {
   type Selection,
   type SwitchReport,
 } from "../core/selection.ts";
-import type { TaskInfo } from "../core/task-info.ts";
 import type { TaskTrust } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";

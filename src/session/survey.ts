@@ -4,10 +4,9 @@
  * that is wrong, this goes on and tells all.
  */
 
-import type { Pack } from "../core/pack.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import { type PackView, partOf } from "../core/part.ts";
 import { createUnfolding, SessionRuntime } from "../core/session-runtime.ts";
-import type { TaskInfo } from "../core/task-info.ts";
 import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
 import { isOfModule } from "../format/format.ts";
 import { fusedNode } from "../onnx/linear.ts";

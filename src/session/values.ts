@@ -12,7 +12,7 @@ import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought, readTensor 
 import { misfitLabels } from "../format/heads.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { Mode } from "./options.ts";

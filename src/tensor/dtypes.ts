@@ -137,27 +137,6 @@ export function decodeTensor(
   return out;
 }
 
-/** The integers of a quantised tensor [rows, width], row-major. */
-export function decodeIntegers(type: QuantizedDtype, bytes: Uint8Array, rows: number, width: number): Int8Array {
-  const [start, stride] = [scaleBytes(type, rows), rowBytes(type, width)];
-  if (type === "int8") return new Int8Array(bytes.slice(start, start + rows * width).buffer);
-  const out = new Int8Array(rows * width);
-  for (let row = 0; row < rows; row++) {
-    const at = start + row * stride;
-    for (let i = 0; i < width; i++) {
-      const four = (bytes[at + (i >> 1)]! << (i & 1 ? 24 : 28)) >> 28;
-      out[row * width + i] = type === "int4" ? four : quantizedAt(bytes, type, at, i);
-    }
-  }
-  return out;
-}
-
-/** The scales of a quantised tensor's rows. */
-export function decodeScales(bytes: Uint8Array, rows: number): Float32Array {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  return Float32Array.from({ length: rows }, (_, row) => f16ToF32(view.getUint16(2 * row, true)));
-}
-
 /** The `index`-th integer of the packed row that begins at `byteOffset`: two's complement, least significant bit first. */
 export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset: number, index: number): number {
   const bits = BITS[type];

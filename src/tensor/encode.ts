@@ -1,15 +1,16 @@
 /**
- * Writes encoded tensors (SPEC.md, section 5). The reading half is `dtypes.ts`; a run-time bundle does without this one.
+ * Writes encoded tensors, and reads the integers and scales of one apart (SPEC.md, section 5). Values are read in `dtypes.ts`; switching
+ * does without this file.
  */
 import {
   BITS,
   type Dtype,
-  decodeIntegers,
   encodeFloats,
   f16ToF32,
   f32ToF16,
   isQuantized,
   type QuantizedDtype,
+  quantizedAt,
   rowBytes,
   scaleBytes,
   setInteger,
@@ -27,7 +28,7 @@ export type FindScale = (values: Float64Array, scales: Float64Array, largest: nu
 
 /** A value that its number format cannot hold. */
 export class UnstorableError extends RangeError {
-  /** Of which adapter's it is; undefined when of all together. */
+  /** The adapter that it comes from; undefined when it comes from all together. */
   readonly owner: string | undefined;
   /** Whether a smaller value could be stored, and the message does not say what to do. */
   readonly tooLarge: boolean;
@@ -279,4 +280,25 @@ export function narrowed(tensors: readonly Integers[]): { dtype: QuantizedDtype;
     return bytes;
   });
   return { dtype, encoded };
+}
+
+/** The integers of a quantised tensor [rows, width], row-major. */
+export function decodeIntegers(type: QuantizedDtype, bytes: Uint8Array, rows: number, width: number): Int8Array {
+  const [start, stride] = [scaleBytes(type, rows), rowBytes(type, width)];
+  if (type === "int8") return new Int8Array(bytes.slice(start, start + rows * width).buffer);
+  const out = new Int8Array(rows * width);
+  for (let row = 0; row < rows; row++) {
+    const at = start + row * stride;
+    for (let i = 0; i < width; i++) {
+      const four = (bytes[at + (i >> 1)]! << (i & 1 ? 24 : 28)) >> 28;
+      out[row * width + i] = type === "int4" ? four : quantizedAt(bytes, type, at, i);
+    }
+  }
+  return out;
+}
+
+/** The scales of a quantised tensor's rows. */
+export function decodeScales(bytes: Uint8Array, rows: number): Float32Array {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return Float32Array.from({ length: rows }, (_, row) => f16ToF32(view.getUint16(2 * row, true)));
 }

@@ -1,4 +1,4 @@
-/** Writes the GGUF format, version 3. Apart from the reader, since whoever reads has no use for it. */
+/** Writes the GGUF format, version 3. Readers do without it. */
 
 /** A tensor of f32 to write. */
 export interface GgufEntry {

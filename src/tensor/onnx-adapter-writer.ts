@@ -1,4 +1,4 @@
-/** Writes `.onnx_adapter` files. Apart from the reader, since whoever reads has no use for it. */
+/** Writes `.onnx_adapter` files. Readers do without it. */
 import { IDENTIFIER } from "./onnx-adapter.ts";
 
 /** A parameter of f32 to write. */

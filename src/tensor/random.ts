@@ -11,7 +11,7 @@ export function uniform(seed: number): () => number {
   };
 }
 
-/** Of mean 0 and deviation 1: Box and Muller's transform. */
+/** Draws from mean 0 and deviation 1: Box and Muller's transform. */
 export function normal(random: () => number): number {
   return Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
 }

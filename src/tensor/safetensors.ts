@@ -12,14 +12,14 @@ import { isFloatDtype, parseJson, show, type TensorFile, type TensorInfo } from 
 
 /** Where one tensor lies. */
 export interface SafetensorsTensor extends TensorInfo {
-  /** From the beginning of the file. */
+  /** Counted from the beginning of the file. */
   readonly byteOffset: number;
   readonly byteLength: number;
 }
 
 /** An opened file: names and places of its tensors, values on demand. */
 export interface SafetensorsFile extends TensorFile {
-  /** In the order of the header. */
+  /** Tensors in the order of the header. */
   readonly tensors: ReadonlyMap<string, SafetensorsTensor>;
   /** `__metadata__` of the header. */
   readonly metadata: ReadonlyMap<string, string>;

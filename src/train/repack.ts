@@ -3,8 +3,7 @@
  * solved again, the new task behind them. Whatever old tasks bring beside coefficients stays as it is, byte for byte.
  */
 
-import type { Pack } from "../core/pack.ts";
-import type { TaskInfo } from "../core/task-info.ts";
+import type { Pack, TaskInfo } from "../core/pack.ts";
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import { encodeBasis, encodeTask, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";

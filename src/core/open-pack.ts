@@ -1,0 +1,80 @@
+/**
+ * Opens a pack: two reads, the window and then directory and bases, each checked before the next is planned (SPEC.md, sections 2 to 4).
+ */
+import { checkChoice, checkOptions } from "../arguments.ts";
+import { parseDirectory, parseWindow } from "../format/directory.ts";
+import { align64, Fields } from "../format/fields.ts";
+import { WINDOW_BYTES } from "../format/format.ts";
+import { openSource } from "../open-source.ts";
+import { type ByteSource, FETCH_OPTIONS, type FetchOptions, type SourceInput } from "../source.ts";
+import { checkSection, explain, Pack } from "./pack.ts";
+import type { TrustOptions } from "./trust.ts";
+
+/** Options of `openPack`. */
+export interface OpenOptions extends FetchOptions, TrustOptions {
+  readonly signal?: AbortSignal;
+  /**
+   * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
+   * directory only; the runtime fetches the bases when it starts. Default: `now`.
+   */
+  readonly bases?: "now" | "later";
+  /** Most bytes of task blobs to keep; those used least recently go first. Default: no limit. */
+  readonly maxResidentBytes?: number;
+}
+
+/**
+ * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
+ * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
+ * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version, TrustError when they
+ *   are not what `integrity` and `keys` ask for
+ * @example
+ * const pack = await openPack("tasks.eigen");
+ * console.log([...pack.tasks.keys()]);
+ */
+export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
+  checkOptions("openPack", options, [
+    ...(["signal", "bases", "maxResidentBytes", "integrity", "keys", "revoked"] as const),
+    ...FETCH_OPTIONS,
+  ]);
+  checkChoice("bases", options.bases ?? "now", ["now", "later"]);
+  const inner = await openSource(input, options, "openPack");
+  let directoryBytes: Uint8Array | undefined;
+  try {
+    const counted = { requests: 0, bytes: 0, whole: false };
+    const read: ByteSource["read"] = async (...range) => {
+      counted.requests++;
+      const bytes = await inner.read(...range);
+      counted.bytes += bytes.length;
+      return bytes;
+    };
+    const { signal, integrity, keys, revoked } = options;
+    const { name } = inner;
+    // An empty hash or list counts as given: it is a mistake that must not pass for trust.
+    const asked = [integrity, keys, revoked].some((option) => option !== undefined);
+    const trust = asked ? await (await import("./trust.ts")).Trust.create(name, options) : undefined;
+    // A file shorter than the window may be of another kind, which its first bytes tell.
+    const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
+    const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
+    const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
+    const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
+    const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
+    const bytes = await read(directoryOffset, length, { signal });
+    const basesAt = together ? basesOffset - directoryOffset : directoryLength;
+    new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
+    // A copy: as a view the directory would keep the bases in memory.
+    directoryBytes = bytes.slice(0, directoryLength);
+    await trust?.checkRoot(window, directoryBytes);
+    const directory = await parseDirectory(directoryBytes, window.superblock, name, signal);
+    trust?.checkHashes(directory);
+    const bases = together ? bytes.subarray(basesAt) : undefined;
+    const { reads = counted, byteLength } = inner;
+    const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
+    if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
+    const { maxResidentBytes = Infinity } = options;
+    return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
+  } catch (error) {
+    const refused = await explain(error, inner, directoryBytes);
+    await inner.close?.();
+    throw refused;
+  }
+}
