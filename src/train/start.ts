@@ -11,7 +11,7 @@ import { parseTaskFile } from "../format/task-file.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { normal } from "../tensor/random.ts";
-import { type HeadLayer, type LayerNumbers, layersOf, sizeOf } from "./head.ts";
+import { type HeadLayer, type LayerNumbers, layersOf, zerosOf } from "./head.ts";
 import type { TrainingSetup } from "./objective.ts";
 import { type State, stateLike } from "./state.ts";
 import { type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
@@ -66,8 +66,7 @@ export async function startState<Feeds>(
   random: () => number,
   signal?: AbortSignal,
 ): Promise<State> {
-  const { weight, bias } = sizeOf(head);
-  const state = stateLike({ parameters: { length: terms.size }, weight: { length: weight }, bias: { length: bias } });
+  const state = stateLike({ parameters: { length: terms.size }, ...zerosOf(head) });
   await fillStart(pack, terms, start, state.parameters, random, signal);
   const donor = typeof start === "object" ? start.blob : undefined;
   // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
