@@ -1,7 +1,7 @@
 /**
- * What does entropy coding save, and what does decoding cost? Packs of real adapters with a step, each section as it is stored: beside the
- * same bytes without coding, decoded in JavaScript and by WebAssembly, and beside Brotli and Deflate of those, decoded by Node's zlib in the same run. Times are CPU times of one
- * thread, of 10 kB as stored: of the first section that a process decodes, and of the fastest of all rounds.
+ * What does entropy coding save, and what does decoding cost? Packs of real adapters with a step: each stored section, the same bytes
+ * without coding, decoded in JavaScript and by WebAssembly, and Brotli and Deflate of these bytes, decoded by Node's zlib in the same
+ * run. Times are CPU times of one thread per 10 kB as stored: of the first section that a process decodes, and of the fastest round.
  */
 import { brotliCompressSync, brotliDecompressSync, deflateRawSync, inflateRawSync } from "node:zlib";
 import { openPack } from "eigenlora";

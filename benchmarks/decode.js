@@ -1,6 +1,6 @@
 /**
  * What does a token cost with a task, beside the plain model? One decoding step of a language model (batch 1, keys and values of 256
- * tokens), one thread, in turns; and what creating the session takes, and the memory of a process that does.
+ * tokens), one thread, in turns; the time to create a session, and the memory of a process that does.
  *
  * Neither model nor adapters are in this repository: any ONNX export with a cache and PEFT adapters of its base will do.
  */

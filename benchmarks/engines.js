@@ -17,7 +17,7 @@ const { json, runs } = readArguments("Memory and switches in Hermes and workerd,
 });
 const packed = await withAdapters([folderOf("own-seed")], (adapters) => packOfK(adapters, 32));
 
-/** The least of several runs. @param {string} folder @param {string} engine @param {import("./lib/engines.js").Task} task */
+/** Least of several runs. @param {string} folder @param {string} engine @param {import("./lib/engines.js").Task} task */
 async function least(folder, engine, task) {
   const command = await /** @type {typeof ENGINES.node} */ (ENGINES[engine])(folder, task);
   const found = [];

@@ -1,6 +1,6 @@
 /**
- * How much memory do N adapters take, by the way they are held? Each figure is measured in a fresh process: resident set
- * after garbage collection minus before, with the base model's weights in none of them.
+ * How much memory do N adapters take in each way of holding them? Each figure is measured in a fresh process: resident set after garbage
+ * collection minus before, with the base model's weights in none of them.
  *
  * The 20 real adapters of own-seed are repeated to reach N; only the count is real beyond 20.
  */
@@ -18,7 +18,7 @@ import { inFreshProcess, inScratch } from "./lib/process.js";
 import { print } from "./lib/report.js";
 
 const COUNTS = [1, 5, 20, 100, 300, 1000];
-/** Adding the n-th adapter takes PEFT a time that grows with n; 1000 take it a quarter of an hour. */
+/** Most adapters of PEFT, whose time for the n-th one grows with n; 1000 take it a quarter of an hour. */
 const PEFT_UP_TO = 100;
 const SUITE = folderOf("own-seed");
 

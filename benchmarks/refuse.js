@@ -79,7 +79,7 @@ for (const [name, change] of Object.entries(ATTACKS)) {
     says,
   });
 }
-/** What a section of `size` bytes is made of, and its tensor. @type {Record<string, (size: number) => { section: Uint8Array, tensor?: any }>} */
+/** Sections of `size` bytes with their tensor. @type {Record<string, (size: number) => { section: Uint8Array, tensor?: any }>} */
 const CODED = {
   "int8, most of them 0": (size) => integers("int8", size, 0.09),
   "int3, most of them 0": (size) => integers("int3", size, 0.025),
@@ -103,7 +103,7 @@ function integers(dtype, size, share) {
   return { section, tensor: { dtype, rows, width, count: 1, step: 4, byteOffset: 0 } };
 }
 
-/** Coded without looking for copies. @param {{ section: Uint8Array, tensor?: any }} what */
+/** Codes a section without looking for copies. @param {{ section: Uint8Array, tensor?: any }} what */
 function coded({ section, tensor }) {
   const encoder = new Encoder(section.length);
   const refuse = () => {
@@ -134,7 +134,7 @@ async function cost(bytes) {
 const sections = [];
 for (const stored of [74_000, 290_000]) {
   for (const [name, make] of Object.entries(CODED)) {
-    // What is made of a small one tells how large it may be.
+    // A small section's coded size tells how large the section may be.
     const [try0, most] = [make(100_000), mostDecoded(stored)];
     const ratio = Math.min(100_000 / coded(try0).length, 15.5);
     const right = coded(make(Math.floor(Math.min(most, ratio * stored))));

@@ -1,7 +1,7 @@
 /**
- * What does a step of learning on the device take, beside PyTorch? The same coefficients (K 16, r 8) of the same model begin at the
- * same task and see the same batches: through onnxruntime-node, in torch, and as PEFT's LoRA (r 8), all with one thread, taking
- * turns. Beside that, a run of the serving session on a batch, and the memory of processes that serve and that train.
+ * How long does a step of learning on the device take, compared with PyTorch? The same coefficients (K 16, r 8) of the same model begin
+ * with the same task and see the same batches: through onnxruntime-node, in torch, and as PEFT's LoRA (r 8), all with one thread, in
+ * turns. Also a run of the serving session on a batch, and the memory of processes that serve and that train.
  */
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -46,7 +46,7 @@ await inScratch(async (folder) => {
 });
 
 /**
- * The most memory that processes ever hold that serve and that train.
+ * Peak memory of processes that serve and that train.
  * @param {string} file the pack
  * @returns {import("./lib/report.js").Part}
  */

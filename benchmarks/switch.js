@@ -23,7 +23,7 @@ const BACKENDS = [
   ["wasm simd", { backend: "wasm", wasm: { variant: "simd" } }],
   ["wasm relaxed", { backend: "wasm", wasm: { variant: "relaxed-simd" } }],
 ];
-/** Turns that every task has, the first of them to warm up. */
+/** Turns of every task; the first ones warm up. */
 const [TURNS, WARM_UP] = [12, 4];
 
 const { json, live, backend, runs } = readArguments("How long does a switch of task take?", {

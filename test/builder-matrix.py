@@ -70,7 +70,7 @@ READ = T.AutoConfig.from_pretrained
 def flat(*of, **options):
     """Gemma 3's configuration as transformers 4 has it, which the builder's reader still expects."""
     config = READ(*of, **options)
-    # With what is left over it is asked for by the model, which wants its own.
+    # The model reads fields of its own instead of the combined one.
     if not isinstance(config, tuple) and config.model_type == "gemma3_text" and "full_attention" in config.rope_parameters:
         config.rope_local_base_freq = config.rope_parameters["sliding_attention"]["rope_theta"]
         config.rope_theta = config.rope_parameters["full_attention"]["rope_theta"]

@@ -12,7 +12,7 @@ import json, os, pathlib, sys, threading, time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "hub"))
 
 if sys.argv[1] == "--wait":
-    # In place of eigenlora, on a worker: the first of its kind waits for the end of the worker that started it.
+    # Stands in for eigenlora on a worker: the first of its kind waits for the end of the worker that started it.
     marker, *command = sys.argv[2:]
     if any(word.endswith("shard-3.part") for word in command):
         try:

@@ -102,18 +102,18 @@ t.test("the bootstrap agrees with the normal approximation, and draws within gro
 });
 
 t.test("a head on given features: loss and gradients", async (t) => {
-  const machine = headModel(2, 2);
+  const model = headModel(2, 2);
   const batch = [Float32Array.of(1, 2), Float32Array.of(-1, 0.5)];
   const targets = { values: Float32Array.of(1, 0, 0.25, 0.75), rows: 2 };
-  const pointOf = (weight: Float32Array<ArrayBuffer>) => ({
+  const weightsOf = (weight: Float32Array<ArrayBuffer>) => ({
     terms: new Map(),
     weight,
     bias: Float32Array.of(0.1, -0.1),
   });
-  const at = (weight: Float32Array<ArrayBuffer>) => machine.step(batch, pointOf(weight), targets);
+  const at = (weight: Float32Array<ArrayBuffer>) => model.step(batch, weightsOf(weight), targets);
   const weight = Float32Array.of(0.3, -0.2, 0.5, 0.4);
   const { loss, gradients } = await at(weight);
-  const logits = await machine.answer(batch, pointOf(weight));
+  const logits = await model.answer(batch, weightsOf(weight));
   t.ok(Math.abs(logits[0]! - (0.3 - 0.4 + 0.1)) < 1e-6);
   const chance = (z: number[], wanted: number[]): number =>
     wanted.reduce((sum, p, c) => sum - p * (z[c]! - Math.log(z.reduce((a, v) => a + Math.exp(v), 0))), 0);

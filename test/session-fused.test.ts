@@ -228,7 +228,7 @@ t.test("without fingerprints names alone tell, and a pack of another model is re
 t.test("a packed weight can be named by hand", async (t) => {
   const pack = await packOf(t, "bert");
   const proto = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(data("fused/bert.onnx"))));
-  // Without a name of the projection behind it, nothing tells where an attention belongs.
+  // Nothing tells where an attention belongs if the projection behind it has no name.
   for (const node of proto.graph!.node) if (/attention\/output\/dense/.test(node.name)) node.name = "";
   for (const one of proto.graph!.node) {
     for (const [i, value] of one.input.entries())

@@ -29,7 +29,7 @@ last = "classifier.out_proj" if kind == "roberta" else "classifier"
 labels = load_file(f"{adapter}/adapter_model.safetensors")[f"base_model.model.{last}.weight"].shape[0]
 model = AutoModelForSequenceClassification.from_config(
     AutoConfig.for_model(kind, vocab_size=64, num_labels=labels, **shape[kind])).eval()
-# Of a head with several layers, those in front of the last come from the adapter too.
+# Layers of a head in front of the last one come from the adapter too.
 state = {k: v for k, v in weights.items() if "classifier" not in k}
 model.load_state_dict(state, strict=False)
 tuned = PeftModel.from_pretrained(model, adapter).eval()

@@ -1,5 +1,5 @@
 /**
- * Learns one small task on a tiny model, in Node and in browsers alike: the same examples, seed and steps.
+ * Trains one small task on a tiny model, in Node and in browsers alike: the same examples, seed and steps.
  */
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";

@@ -1,6 +1,6 @@
 /**
- * Packs on pipelines of transformers.js that transcribe and translate, against PEFT's answers: a tiny Whisper and a tiny
- * Marian (test/data/pipelines). Needs what `transformers.test.ts` needs.
+ * Packs on pipelines of transformers.js that transcribe and translate, compared with PEFT's answers: a tiny Whisper and a tiny Marian
+ * (test/data/pipelines). Needs what `transformers.test.ts` needs.
  */
 import { createTrainer, type Encode } from "eigenlora/train";
 import { type AttachedPack, attachPack } from "eigenlora/transformers";
@@ -24,7 +24,7 @@ async function translates(t: Test, pipe: Pipe, task: string | null, how: string)
   const all = (await generations<string>("marian")).filter((one) => one.task === (task ?? "base"));
   for (const { prompt, ids, logits } of all) {
     const inputs = pipe.tokenizer(prompt);
-    // The model asks for four beams by its own configuration.
+    // The model's own configuration asks for four beams.
     for (const options of [OPTIONS, { ...OPTIONS, num_beams: 1 }]) {
       const found = await pipe.model.generate({ ...inputs, ...options });
       t.same(found.tolist()[0]!.map(Number).slice(1), ids, `${how}, ${task}: ${prompt}`);
@@ -101,7 +101,7 @@ t.test("marian: the pipeline says what was learned on both files joined", { skip
   const { logits } = await pipe.model({ input_ids, attention_mask, decoder_input_ids });
   const off = difference(logits!.data, joined);
   t.ok(off < 5e-5, `logits are the joined model's: off by ${off}`);
-  // The model asks for four beams by its own configuration, and what was learned is what greedy decoding says.
+  // The model's own configuration asks for four beams, and the learned answers are those of greedy decoding.
   for (const { prompt, completion } of examples)
     t.same(await pipe(prompt, { ...OPTIONS, num_beams: 1 }), [{ translation_text: completion }]);
   await pipe.dispose();

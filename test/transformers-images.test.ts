@@ -1,6 +1,6 @@
 /**
- * Packs on pipelines of transformers.js that look at pictures, against PEFT's answers: a tiny ViT and a tiny CLIP
- * (test/data/pipelines), CLIP as one session, and as two models of their own. Needs what `transformers.test.ts` needs.
+ * Packs on pipelines of transformers.js for pictures, compared with PEFT's answers: a tiny ViT and a tiny CLIP (test/data/pipelines),
+ * CLIP as one session, and as two models. Needs what `transformers.test.ts` needs.
  */
 import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
@@ -23,7 +23,7 @@ const CLIP = await goldens("clip");
 const VIT = await goldens("vit");
 const TEXTS = CLIP.labels.map((label) => `This is a photo of ${label}`);
 
-/** The two pictures that the goldens are of. */
+/** The two pictures of the goldens. */
 async function pictures(): Promise<object[]> {
   const { RawImage } = await transformers();
   return [0, 1].map((number) => {
@@ -48,7 +48,7 @@ t.test("image-classification: a ViT answers as PEFT's model does", { skip }, asy
   await classifies(t, pipe, null, names("base "), "without a pack");
   for (const mode of [...MODES, undefined]) {
     const pack = await packOn("vit");
-    // No tokenizer shows onnxruntime's tensors.
+    // Nothing shows onnxruntime's tensors if there is no tokenizer.
     const tasks = await attachPack(pipe, pack, { model: "vit", mode });
     // A head without names.
     await tasks.switchTask("birds");
@@ -84,7 +84,7 @@ t.test("zero-shot-image-classification: CLIP in one file answers as PEFT's model
   await pipe.dispose();
 });
 
-/** What embeddings are made with; the model may be attached to as a pipeline is. */
+/** Models for embeddings; a model may be attached to as a pipeline is. */
 async function towers(): Promise<{ text: Embedder; image: Embedder }> {
   const { AutoTokenizer, AutoProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection } =
     await transformers();

@@ -1,5 +1,5 @@
 /**
- * Packs on pipelines of transformers.js whose model has several sessions, against PEFT's answers: a tiny FLAN-T5
+ * Packs on pipelines of transformers.js whose model has several sessions, compared with PEFT's answers: a tiny FLAN-T5
  * (test/data/seq2seq). Needs what `transformers.test.ts` needs.
  */
 import { existsSync } from "node:fs";
@@ -99,7 +99,7 @@ async function generate(pipe: Pipe, prompt: string): Promise<number[]> {
   return ids.tolist()[0]!.map(Number).slice(1);
 }
 
-/** Tokens, texts one by one and in a batch, and logits are PEFT's. */
+/** Checks that tokens, texts one by one and in a batch, and logits are PEFT's. */
 async function holds(t: Tap, pipe: Pipe, task: string | null, how: string): Promise<void> {
   const { Tensor } = await load();
   for (const prompt of PROMPTS) {
@@ -169,7 +169,7 @@ t.test("a generation is wholly one task's", { skip }, async (t) => {
   let steps = 0;
   const streamer = { put: () => void (steps++ === 2 && void switched()), end: () => undefined };
   let done: Promise<unknown> | undefined;
-  // Asked for in the middle of the generation, by its third token.
+  // The switch is asked for in the middle of the generation, by its third token.
   const switched = (): void => {
     done = tasks.switchTask("titles").then(() => order.push("switch"));
   };
@@ -194,7 +194,7 @@ t.test("a generation is wholly one task's", { skip }, async (t) => {
 t.test("a switch that one session refuses changes none", { skip }, async (t) => {
   const pipe = await pipeOn();
   const pack = await opened();
-  // Only once the sessions are made does a task bring a head: the encoder could switch, the decoder cannot.
+  // A task brings a head only after the sessions are made: the encoder could switch, the decoder cannot.
   const { bytes } = await pack.load("titles");
   pack.removeTask("titles");
   const tasks = await attach(pipe, pack);
@@ -295,7 +295,7 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   });
   t.match(await refused({ model: "decoder" }), { tag: "source", message: /does not find the model again/ });
   for (const original of ["release", "keep"] as const) {
-    // The decoder's file is the encoder's once more: found out when both sessions are made already.
+    // The decoder's file is a copy of the encoder's, which is found out when both sessions are made already.
     await cp(data("seq2seq"), join(models, original), { recursive: true });
     const file = join(models, original, "onnx/decoder_model_merged.onnx");
     await cp(data("seq2seq/onnx/encoder_model.onnx"), file);
@@ -330,7 +330,7 @@ t.test("a session that cannot be released: the one before it is made anew", { sk
 });
 
 t.test("sessions of different types of numbers", { skip }, async (t) => {
-  // Which file is named how is all that counts here.
+  // Only the names of the files matter here.
   await cp(data("seq2seq"), join(models, "mixed"), { recursive: true });
   const onnx = (file: string): string => join(models, "mixed/onnx", file);
   await rename(onnx("decoder_model_merged.onnx"), onnx("decoder_model_merged_fp16.onnx"));

@@ -16,7 +16,7 @@ const [ENCODER, DECODER] = ["model", "decoder_model_merged"] as const;
 const inEncoder = (module: string): boolean => module.startsWith("model.encoder.");
 const inDecoder = (module: string): boolean => !inEncoder(module);
 
-/** One sound as the tiny Whisper takes it. */
+/** Features of one sound, as the tiny Whisper takes them. */
 async function features(pipe: Pipe): Promise<object> {
   return (await pipe.processor(soundOf(SOUND)))["input_features"]!;
 }
@@ -40,7 +40,7 @@ t.test("a pack for the encoder and one for the decoder", { skip }, async (t) => 
   const pipe = await whisper();
   const own = { ...pipe.model.sessions };
   const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
-  // What the two together say, by one pack whose sessions are switched apart.
+  // Answers of both together, by one pack whose sessions are switched apart.
   const whole = await attach(pipe, await opened());
   await whole.sessions[ENCODER]!.switchTask("court");
   await whole.sessions[DECODER]!.switchTask("clinic");
@@ -80,7 +80,7 @@ t.test("a pack for the encoder and one for the decoder", { skip }, async (t) => 
   }
   for (const name of [ENCODER, DECODER])
     t.equal((pipe.model.sessions[name] as object).constructor, (own[name] as object).constructor, name);
-  // The last round kept the pipeline's own sessions, and the next one goes with the pipeline.
+  // The last round kept the pipeline's own sessions, and the next one closes with the pipeline.
   const [listening] = [await attach(pipe, first), await attach(pipe, second)];
   await pipe.dispose();
   t.match(await refusal(() => listening.switchTask("clinic")), { tag: "backend", message: /closed/ });
@@ -89,7 +89,7 @@ t.test("a pack for the encoder and one for the decoder", { skip }, async (t) => 
 t.test("calls and switches of both packs take turns, and so do two attachPack", { skip }, async (t) => {
   const pipe = await whisper();
   const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
-  // The second by another object that has the same model.
+  // The second one is attached through another object with the same model.
   const both = [attach(pipe, first), attachPack({ model: pipe.model }, second, { model: "whisper" })] as const;
   const inputs = await features(pipe);
   const before = heard(pipe, inputs);
@@ -150,7 +150,7 @@ t.test("two packs for one session are refused by name", { skip }, async (t) => {
   t.match(await refusal(() => attach(pipe, second, { part: DECODER })), { name: "TypeError", message: has });
   t.ok(Object.entries(now).every(([name, session]) => pipe.model.sessions[name] === session));
   t.same(await tokens(pipe), ids, "as it was");
-  // What is asked for of it lives in the other session only.
+  // The requested modules are in the other session only.
   const listening = await attach(pipe, await opened(), { modules: inEncoder });
   await listening.switchTask("court");
   t.same(await tokens(pipe), SAID.get("court"));
@@ -191,7 +191,7 @@ t.test("options of one session", { skip }, async (t) => {
     tag: "backend",
     message: /nonsense/,
   });
-  // Asked for in a session that lacks it, and nowhere else.
+  // Requested in a session that lacks them, and nowhere else.
   const swapped = { each: { [ENCODER]: { modules: inDecoder }, [DECODER]: { modules: inEncoder } } };
   t.match(await refused(swapped), {
     tag: "base",

@@ -1,5 +1,5 @@
 /**
- * `transformers-smoke.js` in Node, with onnxruntime-web in place of onnxruntime-node:
+ * Runs `transformers-smoke.js` in Node, with onnxruntime-web instead of onnxruntime-node:
  *   node transformers-smoke-main.js TRANSFORMERS_FOLDER PLAN.json
  */
 
@@ -13,7 +13,7 @@ import * as ort from "onnxruntime-web";
 import { smoke } from "./transformers-smoke.js";
 
 const [, , folder = "", planFile = ""] = process.argv;
-// A place that Node can import from; without one, transformers.js would name a host.
+// A path that Node can import from; without one, transformers.js would name a host.
 ort.env.wasm.wasmPaths = pathToFileURL(
   join(dirname(createRequire(import.meta.url).resolve("onnxruntime-web")), "/"),
 ).href;

@@ -1,5 +1,5 @@
 /**
- * A pack on pipelines of transformers.js, on whatever onnxruntime that has: answers for `transformers.test.ts` to judge.
+ * A pack on pipelines of transformers.js, on any build of onnxruntime: returns answers for `transformers.test.ts` to judge.
  */
 
 /**
@@ -56,7 +56,7 @@ export async function smoke(
   /** @type {Promise<unknown>[]} */
   const work = [];
   for (const task of topics) {
-    // Each call must be of the task that was asked for before it, awaited or not.
+    // Each call must use the task that was asked for before it, awaited or not.
     work.push(classes.switchTask(task));
     for (const text of texts) {
       work.push(ask(task, text));

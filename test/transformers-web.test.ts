@@ -1,5 +1,5 @@
 /**
- * Packs on the pipelines of test/data/pipelines with onnxruntime-web in Node, against PEFT's answers. Needs what
+ * Packs on the pipelines of test/data/pipelines with onnxruntime-web in Node, compared with PEFT's answers. Needs what
  * `transformers.test.ts` needs.
  */
 import { execFile } from "node:child_process";

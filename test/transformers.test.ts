@@ -1,7 +1,6 @@
 /**
- * Packs on pipelines of transformers.js, against PEFT's answers. EIGENLORA_RUNTIMES names a folder in which
- * `npm install @huggingface/transformers@4.3.1` was run; what needs it is skipped by name without, and fails when
- * EIGENLORA_REQUIRE lists "transformers".
+ * Packs on pipelines of transformers.js, compared with PEFT's answers. EIGENLORA_RUNTIMES names a folder in which `npm install
+ * @huggingface/transformers@4.3.1` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists "transformers".
  */
 import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -83,7 +82,7 @@ const SUITES = new Map([
 ]);
 const BASE_LABELS = Array.from({ length: 8 }, (_, i) => `base ${i}`);
 
-/** A folder as transformers.js reads models from, and the packs for them. */
+/** A folder in the layout of transformers.js' models, and the packs for them. */
 const models = await mkdtemp(join(tmpdir(), "eigenlora-transformers-"));
 t.teardown(() => rm(models, { recursive: true, maxRetries: 5, retryDelay: 200 }));
 await makeModels();
@@ -143,7 +142,7 @@ async function makeModels(): Promise<void> {
     "external/config.json",
     JSON.stringify({ ...config, "transformers.js_config": { use_external_data_format: true } }),
   );
-  // transformers.js has the second file's name prescribed.
+  // transformers.js prescribes the second file's name.
   const proto = fromBinary(ModelProtoSchema, modelBytes("external"));
   for (const { externalData } of proto.graph!.initializer) {
     for (const entry of externalData) if (entry.key === "location") entry.value = "model.onnx_data";
@@ -355,7 +354,7 @@ t.test("feature-extraction", { skip }, async (t) => {
   for (const task of [null, "two", null]) {
     await tasks.switchTask(task);
     const { last_hidden_state: hidden } = await pipe.model(feeds);
-    // What stands at padded places is nobody's business, but PyTorch says that, too.
+    // Values at padded places do not matter, but PyTorch has the same.
     t.ok(difference(hidden!.data, golden("encoder", task)) < 1e-5, `${task}: all rows`);
     // Row 1 of the goldens is two words between their marks, padded to 7 tokens of 32 features.
     const row = goldenRow("encoder", task, 1).slice(0, 4 * 32);
@@ -607,7 +606,7 @@ t.test("several pipelines at once take their own files", { skip }, async (t) => 
 
 interface Smoke {
   generated: { task: string; prompt: string; ids: number[] }[];
-  /** The same by encoder and decoder. */
+  /** Answers of encoder and decoder. */
   answered: { task: string; prompt: string; ids: number[] }[];
   labelled: { task: typeof ROLE | typeof GAME; text: string; label: string }[];
   probe: string;
@@ -658,7 +657,7 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
   }
   for (const name of ["decoder", "seq2seq", "minilm", "tiny"])
     files.set(`${name}.eigen`, await readFile(join(models, `${name}.eigen`)));
-  // The build that transformers.js 4 asks for. Where the version it pins is not hoisted, it lies below.
+  // The build that transformers.js 4 imports. Where its pinned version is not hoisted, it lies below.
   const dist = [join(folder, "node_modules"), join(runtimes, "node_modules")]
     .map((n) => join(n, "onnxruntime-web/dist"))
     .find((d) => existsSync(d))!;
@@ -713,7 +712,7 @@ t.test("turns: a change waits for the calls before it and holds the calls after 
     all.map(({ status }) => status),
     ["fulfilled", "rejected", "fulfilled", "rejected", "fulfilled", "fulfilled", "fulfilled"],
   );
-  // However many microtasks the awaiting side takes, it is before the change.
+  // However many microtasks the awaiting side takes, this is before the change.
   const late = turns
     .call(async () => undefined)
     .then(async () => {

@@ -1,4 +1,4 @@
-/** Products with the transpose of a constant weight: taken as the weight lies, with the same answers. */
+/** Products with the transpose of a constant weight: computed from the weight as stored, with the same answers. */
 import t from "tap";
 import {
   create,
@@ -36,7 +36,7 @@ interface Case {
   readonly nodes: readonly NodeProto[];
   readonly half?: boolean;
   readonly outputs?: readonly ValueInfoProto[];
-  /** Whether the transpose goes. */
+  /** Whether the Transpose is removed. */
   readonly gone: boolean;
 }
 

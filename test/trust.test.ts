@@ -1,6 +1,6 @@
 /**
- * What a caller trusts: roots, keys, revoked tasks. The signatures of the vectors are made by Node's own crypto; here ours are
- * checked against it too.
+ * Options of trust: roots, keys, revoked tasks. The vectors' signatures are made by Node's own crypto; here ours are checked against it
+ * too.
  */
 import { createPublicKey, generateKeyPairSync, verify } from "node:crypto";
 import { readFile } from "node:fs/promises";
@@ -27,7 +27,7 @@ function pair(): { secret: string; open: string } {
   };
 }
 
-/** Everything that a reader can be told by a pack, as text. */
+/** Everything that a reader gets from a pack, as text. */
 async function contents(bytes: Uint8Array, options: OpenOptions = {}): Promise<string> {
   const pack = await openPack(bytes, options);
   using bases = await pack.bases();
@@ -38,7 +38,7 @@ async function contents(bytes: Uint8Array, options: OpenOptions = {}): Promise<s
 
 const hex = (bytes: Uint8Array): string => Buffer.from(bytes).toString("hex");
 
-/** A pack with what an append writes. */
+/** A pack with the written bytes of an append. */
 function applied(
   bytes: Uint8Array,
   { body, superblock, superblockOffset, offset }: Awaited<ReturnType<typeof layoutAppend>>,
@@ -65,7 +65,7 @@ t.test("one flipped bit anywhere: refused, or never used", { timeout: 240_000 },
   const whole = await contents(SIGNED);
   const { sections } = (await openPack(SIGNED)).directory;
   let [refused, unused] = [0, 0];
-  // Every byte, or every third here and all in the soak, one of its bits; and all bits of the parts that say where things are.
+  // One bit of every byte, or of every third here and all in the soak; and all bits of the parts with offsets.
   const step = soak ? 1 : 3;
   for (let at = 0; at < SIGNED.length; at++) {
     const dense = at < 64 || (at >= 1024 && at < 1200);

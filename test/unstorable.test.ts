@@ -27,7 +27,7 @@ t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
 const [role, use] = adapters as [Adapter, Adapter];
 const module = [...role.modules.keys()][1]!;
 
-/** The adapter with one factor of one module so many times as large. */
+/** The adapter with one factor of one module multiplied. */
 function scaled(adapter: Adapter, which: "A" | "Bt", by: number): Adapter {
   const source = adapter.modules.get(module)!;
   const read: typeof source.read = async () => {
@@ -53,7 +53,7 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
       what,
     );
   const large = scaled(use, "A", 1e9);
-  // Components have length 1, so what is large is the mean, which is of all: because of the largest.
+  // Components have length 1, so the large part is the mean of all, because of the largest adapter.
   await refuse([role, large], "basis A of", file);
   await refuse([scaled(large, "Bt", 1e9), role], "basis A of", file, { gauge: "balanced" });
   await refuse([role, large], "basis A of", file, { workers: 2 });
@@ -62,7 +62,7 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
   await refuse([role, large], "coefficients of", file, { centering: "none", dtype: { coefficients: "int8" } });
   const own = { gauge: "balanced", privateTerms: 2, select: { kind: "k", k: 0 } } as const;
   await refuse([role, scaled(large, "Bt", 1e9)], "a private term of", file, own);
-  // What is multiplied by others has a limit of its own, so that no ΔW leaves binary32.
+  // Factors that are multiplied by others have a limit of their own, so that no ΔW leaves binary32.
   const f32 = { select: { kind: "k", k: 4 }, dtype: { basis: "f32", coefficients: "f32" } } as const;
   for (const [gauge, all] of [
     ["as-trained", [role, large]],
@@ -134,14 +134,14 @@ t.test("in a search, which leaves ways that cannot store an adapter for others",
   const { file } = use;
   const only = (one: Adapter): Adapter => ({ ...one, modules: new Map([[module, one.modules.get(module)!]]) });
   const [first, second] = [only(role), only(use)];
-  // Whether sharing pays is asked first, which these values leave no way to.
+  // Whether sharing pays is computed first, which these values make impossible.
   for (const by of [1e12, 1e35])
     for (const options of [{}, { workers: 2 }, { goal: { kind: "bytes", max: 20_000 } }] as const)
       await t.rejects(searchPack([first, scaled(second, "A", by)], options), {
         ...{ name: "AdapterError", tag: "adapter", file, field: module },
         message: new RegExp(`a private term of "${module}" .*scale the adapter down$`),
       });
-  // Balanced, both factors are of the same size.
+  // Balancing makes both factors equally large.
   const large = scaled(second, "A", 4e5);
   const ways = [{ dtype: { coefficients: "f16" } }, { gauge: "balanced" }] as const;
   const search = (some: SearchOptions["ways"]): ReturnType<typeof searchPack> =>

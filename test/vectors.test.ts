@@ -18,7 +18,7 @@ interface Vector {
   readonly integrity?: string;
   readonly keys?: string[];
   readonly revoked?: string[];
-  /** "verify": only a program that verifies files must refuse it. */
+  /** Set to "verify" where only a program that verifies files must refuse. */
   readonly by?: string;
 }
 
@@ -126,7 +126,7 @@ t.test("invalid vectors are refused by name", async (t) => {
 
 t.test("verify says of each file what SPEC.md says", async (t) => {
   for (const { file, valid, by, integrity, keys, revoked, pack, why } of index) {
-    // What a reader is to trust is given on the command line, but for what is revoked; a task file's blob is checked with its pack.
+    // The command line takes trust options except revoked tasks; a task file's blob is checked with its pack.
     if (revoked || keys?.length === 0 || (pack && !valid && by !== "verify" && !keys)) continue;
     const trust = [...(integrity ? ["--integrity", integrity] : []), ...(keys ?? []).flatMap((key) => ["--key", key])];
     const { status, stdout, stderr } = await run("verify", fileURLToPath(at(file)), ...trust);
@@ -153,7 +153,7 @@ t.test("the example of SPEC.md is the file, byte for byte", async (t) => {
 });
 
 const python = process.env["PYTHON"] ?? "python3";
-// Threads for numbers as few as these only wait for each other.
+// Threads for so few numbers would only wait for each other.
 const env = { ...process.env, OPENBLAS_NUM_THREADS: "1" };
 const noPython =
   spawnSync(python, ["-c", "import numpy"]).status !== 0 && !required.has("peft") && "numpy is not here: set PYTHON";

@@ -1,6 +1,6 @@
 /**
- * A runtime on a WebGPU device: weights in the caller's buffers, devices that are lost or do not answer, and what `auto`
- * makes of them. Skipped by name where Dawn does not start.
+ * A runtime on a WebGPU device: weights in the caller's buffers, devices that are lost or do not answer, and the behaviour of `auto` on
+ * them. Skipped by name where Dawn does not start.
  */
 import { createRuntime, type DeviceHandle, type DeviceTensor, openPack, type Runtime, type Tensor } from "eigenlora";
 import t from "tap";
@@ -12,7 +12,7 @@ import { packOf } from "./packs.ts";
 
 const skip = dawnMissing ?? false;
 
-/** STORAGE | COPY_SRC | COPY_DST, what a buffer of a base needs. */
+/** STORAGE | COPY_SRC | COPY_DST, the usage that a base's buffer needs. */
 const USAGE = 128 | 4 | 8;
 const TASKS = ["debtags-role", "debtags-game", "sections-1"];
 const { bytes: packBytes } = await packOf(
@@ -162,7 +162,7 @@ t.test("auto: a GPU that is one, where results stay there", { skip }, async (t) 
     t.teardown(() => runtime.close());
     return runtime;
   };
-  // Whether this machine has a GPU is not the test's business; that a software adapter is passed over is.
+  // The test does not depend on a GPU in this machine; it checks that a software adapter is passed over.
   const { device: probe, close } = await countingDevice();
   t.teardown(close);
   if (probe.adapterInfo.isFallbackAdapter) {
@@ -197,7 +197,7 @@ t.test("weights on a device: auto says why WebGPU failed, not that wasm cannot f
   }
 });
 
-/** Makes what is asked of a device's queue never end. */
+/** Makes work on a device's queue never end. */
 function hang(device: GPUDevice): void {
   device.queue.onSubmittedWorkDone = () => new Promise(() => undefined);
 }
@@ -333,9 +333,9 @@ t.test("an adapter that is refused, absent or silent is named", async (t) => {
 });
 
 /**
- * llvmpipe hands out memory that it does not have, so the error is made where the device would report it: for a buffer of more
- * bytes than are left.
- * @returns what lifts the limit
+ * Limits a device's memory: llvmpipe hands out memory that it does not have, so the error is made where the device would report it, for a
+ * buffer of more bytes than are left.
+ * @returns a function that lifts the limit
  */
 function limitMemory(device: GPUDevice, left: number): () => void {
   const { createBuffer, pushErrorScope, popErrorScope } = device;

@@ -1,6 +1,6 @@
 /**
- * What only the WebGPU backend has: agreement with the js oracle to the bit or nearly, cost per switch, weights in parts,
- * faults. The suite of all backends is in backends.test.ts. Skipped by name where Dawn does not start.
+ * Tests of the WebGPU backend only: agreement with the js oracle to the bit or nearly, cost per switch, weights in parts, faults.
+ * backends.test.ts has the suite of all backends. Skipped by name where Dawn does not start.
  */
 import { createRuntime, type Dtype, type FloatDtype, openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
@@ -39,7 +39,7 @@ function bytesOf(array: Float32Array): Uint8Array {
   return new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
 }
 
-/** Largest difference as a share of the largest element. */
+/** Largest difference relative to the largest element. */
 function apart(found: Float32Array, expected: Float32Array): number {
   const largest = expected.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
   return expected.reduce((most, x, i) => Math.max(most, Math.abs(x - found[i]!)), 0) / largest;
@@ -73,7 +73,7 @@ interface Case {
   columns: number;
   /** Elements between two rows. */
   gap: number;
-  /** Where tensors begin in their blocks, in elements. */
+  /** First elements of tensors in their blocks. */
   skew: number;
   seed: number;
 }
@@ -265,7 +265,7 @@ t.test(
       const expected = task === null ? 0 : pack.modules.length + 1;
       if (counts.dispatches !== expected)
         throw new Error(`switch ${i} took ${counts.dispatches} dispatches, expected ${expected}`);
-      // Heads of different tasks take turns in a few arrays of the CPU's until then.
+      // Until then, heads of different tasks take turns in a few arrays of the CPU's.
       if (i > 100 && report.allocated !== 0) throw new Error(`switch ${i} allocated ${report.allocated} bytes`);
       if (i % 50 === 0 || (task === null && i % 5 === 0) || i === 499) {
         if (!seen.get(task)!.equals(await read())) throw new Error(`switch ${i}: ${task} is not what it was`);

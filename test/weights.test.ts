@@ -1,6 +1,6 @@
 /**
- * Whatever was switched to before, and however that ended, the weights are those of the last switch that succeeded: bit for bit
- * those of a runtime that has done nothing else. On every backend, for every kind of host, folded and not.
+ * After any sequence of switches and failures, the weights are those of the last switch that succeeded: bit for bit those of a runtime
+ * that has done nothing else. On every backend, for every kind of host, folded and not.
  */
 import {
   type BackendOptions,
@@ -23,13 +23,13 @@ import { concat } from "./packs.ts";
 import { chance, randomBase, randomPack, randomSelection, type Wanted } from "./random-packs.ts";
 import { soak } from "./required.ts";
 
-/** Bytes of all that the model has, by name, shapes among them. */
+/** Bytes of all parameters of the model, by name, with shapes. */
 type State = ReadonlyMap<string, string>;
 
 /** A runtime on a base of its own. */
 interface Rig {
   readonly runtime: Runtime;
-  /** What a model would read. */
+  /** Parameters that a model would read. */
   state(): Promise<State>;
   /**
    * Makes a write fail, counted from now; `lasting`: nothing can be put back afterwards either. Only hosts that can be made to fail have
@@ -100,7 +100,7 @@ const staging: Make = async (pack, base, options) => {
       return {
         write(name, view) {
           if (writes++ === failAt) {
-            // Half of them are there already, as where a disk fills up.
+            // Half of the writes have happened, as where a disk fills up.
             if (rollbackFails)
               for (const [one, value] of staged)
                 if (value) live.set(one, { ...value, data: value.data as Uint8Array<ArrayBuffer>, byteOffset: 0 });
@@ -187,7 +187,9 @@ const onDevice: Make = async (pack, base, options) => {
   };
 };
 
-/** A framework whose matrices lie on the device, and move each time before they are folded; the rest goes through the CPU's memory. */
+/**
+ * A framework whose matrices lie on the device, and move each time before they are folded; other parameters go through the CPU's memory.
+ */
 const moving: Make = async (pack, base, options) => {
   const { device } = gpu!;
   const rest = copyOf(base);
@@ -281,7 +283,7 @@ async function outcomeOf(rig: Rig, { selection, head }: Wanted): Promise<Outcome
   return { state: await rig.state(), error: undefined };
 }
 
-/** What is different, in short. */
+/** The differences, in short. */
 function differing(found: State, expected: State): string[] {
   return [...new Set([...found.keys(), ...expected.keys()])].filter((name) => found.get(name) !== expected.get(name));
 }
@@ -394,7 +396,7 @@ async function alone(
 }
 
 t.test("a switch that takes long has pauses, in which nobody sees half of it and it can be aborted", async (t) => {
-  // Every look at the clock finds that much time has gone, so that there is a pause after each module.
+  // Every look at the clock finds that much time has passed, so that there is a pause after each module.
   const { now } = performance;
   let time = 0;
   performance.now = () => (time += 50);

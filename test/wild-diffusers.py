@@ -40,7 +40,7 @@ for line in sys.stdin:
     task, file = line.rstrip("\n").split(" ", 1)
     state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(str(FOLDER / task), return_lora_metadata=True)
     if not any(name.startswith("unet.") for name in state):
-        # As save_attn_procs wrote it: of the UNet, without saying so.
+        # save_attn_procs wrote files of the UNet without a prefix.
         state = {f"unet.{name}": value for name, value in state.items()}
     StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata, adapter_name="one")
     layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]

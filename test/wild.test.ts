@@ -1,6 +1,6 @@
 /**
- * Adapters that strangers have published: that every file is read, and gives the ΔW that numpy gives. They may not be copied, so the
- * test runs where EIGENLORA_WILD names a folder with `sd15`, `sd2` (diffusers) and `peft`, and is skipped by name elsewhere.
+ * Published adapters of strangers: every file is read, and gives the same ΔW as numpy. They may not be copied, so the test runs where
+ * EIGENLORA_WILD names a folder with `sd15`, `sd2` (diffusers) and `peft`, and is skipped by name elsewhere.
  */
 import { execFileSync } from "node:child_process";
 import { existsSync, mkdirSync, writeFileSync } from "node:fs";

@@ -172,20 +172,20 @@ function commentsOf(file: string): { line: number; text: string }[] {
   return found;
 }
 
-/** Comments of a shader. */
-function shaderComments(file: string): { line: number; text: string }[] {
+/** Comments of a shader or a Python script: lines that follow each other as one. */
+function lineCommentsOf(file: string): { line: number; text: string }[] {
   const lines = readFileSync(join(root, file), "utf8").split("\n");
-  const own = lines.map((line) => /^\s*\/\/ ?(.*)/.exec(line)?.[1]);
+  const own = lines.map((line) => /^\s*(?:\/\/|#) ?(.*)/.exec(line)?.[1]);
   return own.flatMap((text, i) => (text && !own[i - 1] ? [{ line: i + 1, text }] : []));
 }
 
 t.test("comments begin with a noun or a verb, and state facts", async (t) => {
   const folders = [...new Set(DONE.map((place) => place.split("/")[0]!))];
   const files = folders
-    .flatMap((folder) => filesIn(folder, /\.(ts|js|mjs|wgsl)$/))
+    .flatMap((folder) => filesIn(folder, /\.(ts|js|mjs|wgsl|py)$/))
     .filter((file) => DONE.some((place) => file.startsWith(place)) && !LATER.includes(file));
   const wrong = files.flatMap((file) =>
-    (file.endsWith(".wgsl") ? shaderComments : commentsOf)(file).flatMap(({ line, text }) =>
+    (/\.(wgsl|py)$/.test(file) ? lineCommentsOf : commentsOf)(file).flatMap(({ line, text }) =>
       PREPOSITION.test(text) || RIDDLE.test(text) ? [`${file}:${line}: ${text.slice(0, 80)}`] : [],
     ),
   );

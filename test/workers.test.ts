@@ -1,4 +1,4 @@
-/** Threads that extract: the same pack, the same errors, and none is left behind. */
+/** Threads that extract: the same pack, the same errors, and no thread is left behind. */
 import { type Adapter, type BuildOptions, buildPack, type SearchOptions, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";

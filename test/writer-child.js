@@ -1,4 +1,4 @@
-/** A process that runs command lines, one after the other, as its parent sends them: for test/writers.js. */
+/** Runs command lines in a process, one after the other, as its parent sends them: for test/writers.js. */
 
 let runs = 0;
 let said = "";

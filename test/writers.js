@@ -1,7 +1,7 @@
 /**
- * Two writers of one pack at once, in processes of their own, stopped or killed now and then. After each pair the pack must be what
- * the two commands make of it one after the other, in one order or the other; a command that exited 0 is one that took place. A
- * reader looks on all the while.
+ * Runs two writers of one pack at once, in processes of their own, stopped or killed now and then. After each pair the pack must equal
+ * the result of the two commands one after the other, in one order or the other; a command that exited 0 has taken place. A reader looks
+ * on all the while.
  */
 import { fork } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -13,16 +13,16 @@ import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 
-/** What a command makes of the tasks of a pack. @typedef {Map<string, string>} Tasks digests of blobs by id */
+/** Effect of a command on the tasks of a pack. @typedef {Map<string, string>} Tasks digests of blobs by id */
 /** @typedef {{ argv: string[], apply: (tasks: Tasks) => { code: number, tasks: Tasks } }} Command */
-/** How a command ended. @typedef {{ code: number, said: string } | "stopped" | "killed"} Outcome */
+/** End of a command. @typedef {{ code: number, said: string } | "stopped" | "killed"} Outcome */
 
 const child = fileURLToPath(new URL("writer-child.js", import.meta.url));
 const own = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url));
 
 const digest = (/** @type {Uint8Array} */ bytes) => createHash("sha256").update(bytes).digest("hex").slice(0, 16);
 
-/** A process that takes commands, and is started again when it was ended. */
+/** A process that takes commands, and is restarted after it has ended. */
 class Writer {
   /** @type {import("node:child_process").ChildProcess | undefined} */
   #process;
@@ -163,7 +163,7 @@ function choose(folder, { files, assembled }, tasks, random) {
 }
 
 /**
- * Whether commands that ended so make `after` of `before`, one after the other; one that was ended may have taken place or not.
+ * Whether commands with these outcomes turn `before` into `after`, one after the other; one that was ended may have taken place or not.
  * @param {Tasks} before @param {Tasks} after @param {{ command: Command, outcome: Outcome }[]} pair
  */
 function explained(before, after, pair) {
@@ -211,7 +211,7 @@ export async function raceWriters(pairs, say = () => {}, seed = 7) {
       for (const [w, command] of commands.entries()) {
         const fate = random(20);
         const signal = /** @type {const} */ (["SIGKILL", "SIGKILL", "SIGINT", "SIGTERM"])[fate];
-        // Most of a command's time is before and behind the moments that matter.
+        // Most of a command's time lies before and behind the moments that matter.
         const stop = signal && { signal, after: random(60) };
         pair.push(writers[w].run(command.argv, stop).then((outcome) => ({ command, outcome })));
       }
@@ -234,7 +234,7 @@ export async function raceWriters(pairs, say = () => {}, seed = 7) {
       for (const { outcome } of ended)
         ends[typeof outcome === "string" ? outcome : outcome.code === 0 ? "done" : "refused"]++;
       const left = (await readdir(folder)).filter((name) => /\.lock|\.tmp$/.test(name));
-      // Only SIGKILL leaves anything, until the next writer comes.
+      // Only SIGKILL leaves files, until the next writer comes.
       const may = ended.some(({ outcome }) => outcome === "killed")
         ? left
         : ended.some(({ outcome }) => typeof outcome === "object" && outcome.code === 0)

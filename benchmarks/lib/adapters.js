@@ -1,4 +1,4 @@
-/** The bundled adapters (test/data), packs of them, plain text of their tasks, and adapters that are made up. */
+/** The bundled adapters (test/data), packs of them, plain text of their tasks, and synthetic adapters. */
 import { buildPack, writeSafetensors } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
@@ -46,7 +46,7 @@ export async function packOf(adapters, options) {
 export const packOfK = (adapters, k) => packOf(adapters, { select: { kind: "k", k } });
 
 /**
- * What extraction works on: all adapters' factors of each module of the first.
+ * Stacks for extraction: all adapters' factors of each module of the first.
  * @param {readonly Adapter[]} adapters
  * @returns {Promise<import("eigenlora/build").ModuleStack[]>}
  */
@@ -73,8 +73,8 @@ export function bytesOfAdapter({ modules, saved }) {
 export const testTexts = (tasks) => new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
 
 /**
- * Training texts of all tasks, in a fixed order. The tasks are about the same packages, so a training text of one may be a test text
- * of another: none of those is among them.
+ * Training texts of all tasks, in a fixed order. The tasks share package descriptions, so a training text of one may be a test text of
+ * another; those are left out.
  * @param {readonly Task[]} tasks
  */
 export function plainTexts(tasks) {
@@ -86,7 +86,7 @@ export function plainTexts(tasks) {
   );
 }
 
-/** Numbers in [-0.05, 0.05) that are the same on every machine. @param {number} length @param {number} seed */
+/** Seeded numbers in [-0.05, 0.05), equal on every machine. @param {number} length @param {number} seed */
 export function smallNumbers(length, seed) {
   const random = uniform(seed);
   return Float32Array.from({ length }, () => (random() - 0.5) / 10);

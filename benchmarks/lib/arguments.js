@@ -66,9 +66,9 @@ export const choice = (among, help, missing) => ({
 });
 
 /**
- * The options that the command line gives; prints help and exits 0 for `--help`, says what is wrong and exits 2 otherwise.
+ * Reads the options of the command line; prints help and exits 0 for `--help`, names an error and exits 2 otherwise.
  * @template {Record<string, Option<unknown>>} O
- * @param {string} question what the benchmark answers
+ * @param {string} question that the benchmark answers
  * @param {O} [options]
  * @returns {{ json: boolean } & { [K in keyof O]: O[K] extends Option<infer T> ? T : never }}
  */
@@ -87,7 +87,7 @@ export function readArguments(question, options = /** @type {O} */ ({})) {
     const read = Object.entries(all).map(([name, option]) => [name, valueOf(name, option, values[name])]);
     return Object.fromEntries(read);
   } catch (error) {
-    // Node goes on to explain how a positional argument may begin with a dash: there are none.
+    // Node's message goes on about positional arguments with a dash; there are none here.
     const [reason] = /** @type {Error} */ (error).message.split(". ");
     process.stderr.write(`${scriptName()}: ${reason}; see --help\n`);
     process.exit(2);

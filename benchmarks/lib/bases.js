@@ -1,4 +1,4 @@
-/** Bases to fold into whose values do not matter. */
+/** Bases to fold into, whose values do not matter. */
 
 /**
  * The adapted weights of MiniLM, in the f32 form that runtimes compute with.
@@ -15,7 +15,7 @@ export function weightsOf(onnx) {
 }
 
 /**
- * A host that hands its weights out once and cannot be written: the runtime keeps the folded ones.
+ * A read-only host that returns its weights once: the runtime keeps the folded ones.
  * @param {ReadonlyMap<string, import("eigenlora").Tensor>} tensors
  * @returns {import("eigenlora").WeightHost}
  */

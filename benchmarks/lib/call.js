@@ -1,5 +1,5 @@
-/** What a fresh process runs: calls a function of a module and prints what it gives as JSON. node call.js MODULE NAME [ARGUMENT,…] */
+/** Runs in a fresh process: calls a function of a module and prints its result as JSON. node call.js MODULE NAME [ARGUMENT,…] */
 const [, , module = "", name = "", args = "[]"] = process.argv;
 console.log(JSON.stringify(await (await import(module))[name](...JSON.parse(args))));
-// Threads of a runtime would keep it alive.
+// Exits at once, since threads of a runtime would keep the process alive.
 process.exit();

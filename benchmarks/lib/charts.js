@@ -7,10 +7,10 @@ const COLOURS = ["#d55e00", "#e69f00", "#0072b2", "#009e73", "#7f7f7f", "#cc79a7
 
 const [width, height] = [720, 420];
 const margins = { marginLeft: 64, marginRight: 190, marginTop: 48, marginBottom: 48 };
-/** About so many on an axis. */
+/** Approximate number of ticks on an axis. */
 const TICKS = 6;
 const AXIS = /** @type {const} */ ({ labelAnchor: "center", labelArrow: "none", ticks: TICKS, tickFormat: String });
-/** Between names beside the picture. */
+/** Distance between names beside the picture. */
 const LINE_HEIGHT = 16;
 
 /** Everything that is not a series is drawn in the current colour. */
@@ -39,7 +39,7 @@ export function sideBySide(charts) {
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${charts.length * width} ${height}">\n${placed.join("")}</svg>\n`;
 }
 
-/** Points that a logarithm cannot show are left out. @param {Chart} chart @returns {string} */
+/** Draws lines. Points that a logarithm cannot show are left out. @param {Chart} chart @returns {string} */
 export function drawLines({ title, x, y, series, linear = false, even = false, lines = [] }) {
   const visible = series.map(({ name, points }, i) => ({
     name,

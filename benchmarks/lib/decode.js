@@ -112,10 +112,10 @@ async function sizeOf(model) {
 }
 
 /**
- * A step behind `past` tokens.
+ * Feeds of a step behind `past` tokens.
  * @param {import("onnxruntime-common").InferenceSession} session
  * @param {number} past
- * @param {import("eigenlora").Pack["modules"]} modules tell how wide a head is, where the model does not
+ * @param {import("eigenlora").Pack["modules"]} modules tell the width of a head, where the model does not
  */
 function feedsOf({ inputMetadata }, past, modules) {
   /** @type {Record<string, Tensor>} */
@@ -142,7 +142,7 @@ function feedsOf({ inputMetadata }, past, modules) {
 }
 
 /**
- * Creates a session: what it took, and the most memory that this process ever held.
+ * Creates a session. @returns the time, and the peak memory of this process
  * @param {string} model
  * @param {string} pack path; "" for the plain model
  */

@@ -1,4 +1,4 @@
-/** Engines that benchmarks start as processes: what each runs, and what it costs from outside. */
+/** Engines that benchmarks start as processes: their scripts, and their cost measured from outside. */
 import { spawn } from "node:child_process";
 import { existsSync } from "node:fs";
 import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
@@ -14,7 +14,7 @@ const WORKERD = join(tools, ".bin/workerd");
 
 /** @typedef {{ backend: "js" | "wasm", mode: "folded" | "factors", switches: number }} Task switches: −1 opens nothing */
 
-/** Whether an engine is here and has the backend. @param {string} engine @param {string} backend */
+/** Whether an engine is installed and has the backend. @param {string} engine @param {string} backend */
 export const can = (engine, backend) =>
   engine === "node" || (engine === "hermes" ? backend === "js" && existsSync(HERMES) : existsSync(WORKERD));
 
@@ -28,7 +28,7 @@ export async function prepare(folder, pack) {
   await writeFile(join(folder, "pack.js"), `export default "${Buffer.from(pack).toString("base64")}";`);
 }
 
-/** The script of a task. @param {Task} task @param {string} kernel where the compiled module is, or nothing */
+/** The script of a task. @param {Task} task @param {string} kernel path of the compiled module, or nothing */
 const script = ({ backend, mode, switches }, kernel) => `
 import { createRuntime, openPack } from "eigenlora";
 import { fromBase64 } from "eigenlora/react-native";
@@ -89,7 +89,7 @@ const bundled = (folder, contents, outfile) =>
     },
   });
 
-/** Seconds of a process, and the most megabytes it held. @param {string} command @param {string[]} args */
+/** Seconds of a process, and its peak memory in megabytes. @param {string} command @param {string[]} args */
 export async function measure(command, ...args) {
   const started = performance.now();
   const child = spawn(command, args, { stdio: ["ignore", "pipe", "pipe"] });

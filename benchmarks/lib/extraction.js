@@ -21,7 +21,7 @@ const products = await createWasmProducts();
 /** @param {import("./adapters.js").SuiteName} name */
 const suite = (name) => ({ k: 32, cases: () => withAdapters([folderOf(name)], (adapters) => casesOf(adapters)) });
 
-/** What is extracted from. */
+/** Sources of stacks. */
 export const STACKS = {
   // One module of each shape stands for all of them.
   sdxl: {
@@ -117,7 +117,7 @@ export async function measureModule(module, { k, rounds, scratch, one, free }) {
     keep("extraction", await clocked(() => extractModule(module.stack, options)));
     for (const dtype of ["float64", "float32"]) {
       if (one) keep(`numpy ${dtype}`, await ask(one, dtype));
-      // Where the machine is shared its threads wait for each other, and a round may take a minute.
+      // Its threads wait for each other on a shared machine, and a round may take a minute.
       if (free && round === 0) keep(`numpy ${dtype}, free`, await ask(free, dtype));
     }
   }

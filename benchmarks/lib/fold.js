@@ -1,4 +1,4 @@
-/** Fold on a CPU backend, and what the machine could do at best. */
+/** Fold on a CPU backend, and the peak speed of the machine. */
 import { setFlagsFromString } from "node:v8";
 import { median, min } from "simple-statistics";
 import { encodeTensor } from "../../dist/src/tensor/encode.js";

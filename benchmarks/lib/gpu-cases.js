@@ -1,4 +1,4 @@
-/** Packs and bases that whole switches on a GPU are measured with. */
+/** Packs and bases to measure whole switches on a GPU. */
 import { openOnnxHost } from "eigenlora/onnx";
 import { model } from "../../examples/minilm.js";
 import { f32Entry, folderOf, packOfK, safetensorsOf, smallNumbers, withAdapters } from "./adapters.js";
@@ -11,11 +11,11 @@ import { f32Entry, folderOf, packOfK, safetensorsOf, smallNumbers, withAdapters 
 
 export const TASKS = 8;
 const COMPONENTS = [16, 32];
-/** The made-up pack: modules, their side, rank. */
+/** Modules, side and rank of the synthetic pack. */
 const [MODULES, SIZE, RANK] = [24, 768, 8];
 
 /**
- * Real adapters on the model's own f16 weights and on f32 ones; then a made-up pack of larger modules.
+ * Real adapters on the model's own f16 weights and on f32 ones; then a synthetic pack of larger modules.
  * @returns {AsyncGenerator<Case>}
  */
 export async function* cases() {

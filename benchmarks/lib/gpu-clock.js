@@ -17,7 +17,7 @@ const LOOK = `
 const [MAP_READ, COPY_SRC, COPY_DST, STORAGE, QUERY_RESOLVE] = [1, 4, 8, 128, 512];
 
 /**
- * Timestamps around commands; undefined where the device has none.
+ * Timestamps around commands; undefined for devices without them.
  * @param {GPUDevice} device
  */
 function createTimestamps(device) {
@@ -65,7 +65,7 @@ export function createClock(device) {
   /** @type {GPUBuffer | undefined} */
   let watched;
   let encoders = 0;
-  /** Milliseconds as performance.now has them: when the first submit of what is timed began, when the last one returned. */
+  /** Milliseconds of performance.now: begin of the first submit that is timed, end of the last one. */
   let [began, returned] = [NaN, NaN];
 
   device.createCommandEncoder = (descriptor) => {
@@ -77,7 +77,7 @@ export function createClock(device) {
     const { finish } = encoder;
     if (first) timestamps.mark(encoder, buffer, 0);
     encoder.finish = (options) => {
-      // Where there are several encoders, the last one's stays.
+      // The mark of the last encoder stays where there are several.
       timestamps.mark(encoder, buffer, 1);
       timestamps.resolve(encoder);
       return finish.call(encoder, options);
@@ -93,7 +93,7 @@ export function createClock(device) {
   return {
     how: timestamps ? "timestamps of the device" : "wall clock, submit to done",
 
-    /** When the last submit returned, in milliseconds as performance.now has them. */
+    /** Milliseconds of performance.now at the end of the last submit. */
     submitted: () => returned,
 
     /**

@@ -1,4 +1,4 @@
-/** The GPU that there is: opened for what is timed on it, and described. */
+/** Opens the machine's GPU for measurements, and describes it. */
 /// <reference types="@webgpu/types" />
 import { createWebgpuBackend } from "../../dist/src/backends/webgpu.js";
 import { countingDevice } from "../../test/counting-device.js";
@@ -32,7 +32,7 @@ export async function openDevice(halves) {
 }
 
 /**
- * What is printed where no device opens; the benchmark then fails.
+ * Result where no device opens; the benchmark then fails.
  * @param {string} question
  * @param {unknown} error
  * @returns {import("./report.js").Result}

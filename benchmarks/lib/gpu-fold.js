@@ -1,6 +1,6 @@
 /**
- * How fast is fold on the device that there is, beside copyBufferToBuffer of the same bytes; then whole switches. One command gives
- * all of it on any adapter; what a device cannot do or hold is left out with the reason.
+ * How fast is fold on the machine's device, compared with copyBufferToBuffer of the same bytes; then whole switches. One command measures
+ * all of it on any adapter; cases that a device cannot do or hold are left out with the reason.
  */
 /// <reference types="@webgpu/types" />
 import { freemem } from "node:os";
@@ -16,7 +16,7 @@ import { measure, WARM_UP } from "./gpu-timing.js";
  * @typedef {import("./report.js").Row} Row
  */
 
-/** Side of the matrices that fit no cache: 24 of them are 403 MB, read and written. */
+/** Side of matrices that fit no cache: 24 of them are 403 MB, read and written. */
 const LARGE = 2048;
 /** Runs of a GPU, and of a software adapter, which takes seconds for each. */
 const [RUNS, SOFTWARE_RUNS] = [30, 5];
@@ -92,7 +92,7 @@ async function measureLarge(device, job, runs) {
   const bytes = 2 * job.matrices * job.size ** 2 * 4;
   const left = (/** @type {string} */ reason) => ({ ...titleOf(device, job), notRun: reason });
   if (runs < 1) return left(`would take more than ${PATIENCE} s on a software adapter`);
-  // A software adapter's memory is the machine's, and too much of it ends the process.
+  // A software adapter uses the machine's memory, and too much of it ends the process.
   if (device.software && freemem() < 2 * bytes)
     return left(`needs ${(bytes / 1e9).toFixed(1)} GB, half of what is free`);
   try {

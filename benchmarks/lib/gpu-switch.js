@@ -1,6 +1,6 @@
 /**
- * Whole switches on a GPU: createRuntime and switchTask on a device that counts, beside the wasm backend on the same pack and base,
- * in turns; and whether the device holds what `runtime.memory()` says.
+ * Whole switches on a GPU: createRuntime and switchTask on a counting device, compared with the wasm backend on the same pack and base,
+ * in turns; and whether the device holds the bytes that `runtime.memory()` reports.
  */
 /// <reference types="@webgpu/types" />
 import { createRuntime, openPack } from "eigenlora";
@@ -17,9 +17,9 @@ import { describe, noDevice, openDevice, SOFTWARE } from "./gpu-device.js";
  * @typedef {import("./report.js").Peer} Peer
  */
 
-/** Times that every task has its turn, on a GPU and on a software adapter. */
+/** Turns of every task, on a GPU and on a software adapter. */
 const [TURNS, SOFTWARE_TURNS] = [20, 2];
-/** Where so many bytes are held, what is counted and what is reported may differ by so much. */
+/** Counted and reported bytes may differ by this share where they are at least this many. */
 const [MANY, MOST_APART] = [50e6, 0.02];
 
 const QUESTION = "How long does a whole switch of resident tasks take, and what does it ask of the device?";
@@ -152,7 +152,7 @@ async function compare(runtime, oracle) {
       decodeTensor(/** @type {import("eigenlora").FloatDtype} */ (dtype), data, shape[0], shape[1]),
     );
     const largest = max(Array.from(b, Math.abs));
-    // Sums in another order; a half may be rounded to its neighbour.
+    // Sums have another order; a half may round to its neighbour.
     const tolerance = largest * (runtime.weight(name).dtype === "f32" ? 2e-6 : 2 ** -10);
     const wrong = b.findIndex((x, i) => !(Math.abs(a[i] - x) <= tolerance));
     if (wrong >= 0)

@@ -16,7 +16,7 @@ import { smallNumbers } from "./adapters.js";
  */
 
 export const WARM_UP = 2;
-/** A run has rounds until it takes this many seconds, and until the clock's own kernels are this share of it. */
+/** A run repeats rounds until it takes this many seconds, and until the clock's own kernels are this share of it. */
 const [LEAST_SECONDS, CLOCK_SHARE] = [2e-3, 1 / 20];
 const MOST_ROUNDS = 100;
 

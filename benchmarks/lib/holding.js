@@ -1,4 +1,4 @@
-/** Ways to hold N adapters in JavaScript, and what each of them takes. */
+/** Ways to hold N adapters in JavaScript, and the memory of each. */
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { createRuntime, openPack } from "eigenlora";
@@ -8,13 +8,13 @@ import { folderOf } from "./adapters.js";
 import { settledMemory } from "./process.js";
 
 /**
- * Every adapter (what a loader without a pack keeps, as f32), one adapter at a time (a file is read per switch), our pack with all
- * tasks resident, and our pack with the active task only (a range is read per switch).
+ * Ways: every adapter (as a loader without a pack keeps them, as f32), one adapter at a time (a file is read per switch), our pack with
+ * all tasks resident, and our pack with the active task only (a range is read per switch).
  */
 export const WAYS = ["all adapters", "one adapter", "pack, all tasks", "pack, active task"];
 
 /**
- * Bytes by which this process grows when it holds things one way.
+ * Growth of this process in bytes when it holds adapters in one of the ways.
  * @param {string} way
  * @param {number} count
  * @param {string} pack

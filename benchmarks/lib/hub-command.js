@@ -1,7 +1,7 @@
 /**
- * The command line on synthetic adapters that are made before a command reads them and deleted behind it, so that thousands need the
- * disk of one share: `node hub-command.js LAYERS COMMAND…`. An adapter is named synthetic-NUMBER, and is the same whenever it is made.
- * What the command reports of itself becomes a line of log.jsonl beside its output.
+ * Runs the command line on synthetic adapters that are made before a command reads them and deleted afterwards, so that thousands need
+ * the disk of one share: `node hub-command.js LAYERS COMMAND…`. An adapter is named synthetic-NUMBER, and is the same whenever it is
+ * made. The command's report becomes a line of log.jsonl beside its output.
  */
 import { spawnSync } from "node:child_process";
 import { appendFileSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
@@ -13,7 +13,7 @@ import { BLOCKS, RANK, SMOLLM2 } from "./hub-whole.js";
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 const [layers = "", ...args] = process.argv.slice(2);
 
-/** Adapters are cut from these: to draw each anew would take longer than to pack it. */
+/** Numbers that adapters are cut from: drawing each anew would take longer than packing it. */
 const pool = smallNumbers(1 << 20, 1);
 
 /** @param {string} folder */

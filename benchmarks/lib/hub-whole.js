@@ -73,7 +73,7 @@ function hubOf(count, runs, whole) {
 }
 
 /**
- * Whole hubs of several sizes, what one more adapter costs by them, and what very many do.
+ * Measures whole hubs of several sizes; derives the cost of one more adapter, and of very many.
  * @param {readonly number[]} counts of adapters
  * @param {How} how
  * @param {{ adapters: number, blocks: number, shapes: Record<string, number[]> }} large the hub that is wanted, of Llama 2 7B
@@ -127,8 +127,8 @@ function sidesOf(name) {
 }
 
 /**
- * Seconds of a core that each command takes for one more adapter, and at none, by least squares; merging depends on the number of parts
- * alone.
+ * Seconds of a core that each command takes for one more adapter, and for none, by least squares; merging depends only on the number of
+ * parts.
  * @param {readonly Hub[]} hubs two at least
  */
 function slopes(hubs) {

@@ -1,4 +1,4 @@
-/** The commands that pack very many adapters, on synthetic ones of one square module. */
+/** Commands that pack very many adapters, on synthetic ones of one square module. */
 import { spawnSync } from "node:child_process";
 import { mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -8,7 +8,7 @@ import { python } from "./peers.js";
 import { inScratch } from "./process.js";
 
 export const [RANK, K] = [32, 32];
-/** Directions that adapters share, beside noise: what components look for. */
+/** Directions that adapters share, beside noise; components find them. */
 const SHARED = 64;
 
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
@@ -21,7 +21,7 @@ function run(cwd, ...args) {
 }
 
 /**
- * One adapter's folder.
+ * Writes one adapter's folder.
  * @param {string} folder
  * @param {number} width
  * @param {Float32Array} directions [2, SHARED, width]
@@ -63,7 +63,7 @@ async function writeAdapter(folder, width, directions, seed) {
   await writeFile(join(folder, "adapter_config.json"), JSON.stringify(config));
 }
 
-/** What each command reports at one width, and numpy. @param {number} width */
+/** Report of each command at one width, and numpy. @param {number} width */
 export function measure(width) {
   return inScratch(async (scratch) => {
     // Both numbers are above width / 64, where rows give way to a Gram matrix.
@@ -73,7 +73,7 @@ export function measure(width) {
     for (const [i, folder] of folders.entries())
       await writeAdapter(join(scratch, folder), width, directions, 1000 * i + 1);
     const few = folders.slice(0, counts[0]);
-    /** What one more adapter costs. @param {(folders: string[]) => any} command */
+    /** Cost of one more adapter. @param {(folders: string[]) => any} command */
     const slope = (command) => {
       const [less, many] = [few, folders].map(command);
       return { each: (many.coreSeconds - less.coreSeconds) / (counts[1] - counts[0]), many };

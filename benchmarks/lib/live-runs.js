@@ -1,4 +1,4 @@
-/** How much longer a run is than the plain model's in the same loop, by mode, components and shape of the batch. */
+/** Slowdown of a run against the plain model's in the same loop, by mode, components and shape of the batch. */
 import { median, min } from "simple-statistics";
 import { K, MODES, openSession } from "./live-sessions.js";
 import { clocked } from "./process.js";
@@ -9,7 +9,7 @@ import { progress } from "./report.js";
  * @typedef {import("./report.js").Row} Row
  */
 
-/** [texts, tokens of each] */
+/** Shapes [texts, tokens of each]. */
 const SHAPES = [
   [8, 8],
   [8, 32],
@@ -19,7 +19,7 @@ const SHAPES = [
 export const COMPONENTS = [16, 32, 64, 128];
 
 /**
- * A row per way to run the model: how much longer than the plain model, by shape. All sessions take turns.
+ * A row per way to run the model: its slowdown against the plain model, by shape. All sessions take turns.
  * @param {import("./live-sessions.js").Files} files
  * @param {number} runs
  */
@@ -44,7 +44,7 @@ export async function measureRuns(files, runs) {
     const quotients = sessions.map(() => /** @type {number[]} */ ([]));
     for (let round = -2; round < runs; round++) {
       for (const [i, [, session]] of sessions.entries()) {
-        // A plain run before each: what else the machine does hits both.
+        // A plain run before each: other load on the machine hits both.
         const { ms: before } = await clocked(() => plain.run(feeds));
         const { ms: ours } = await clocked(() => session.run(feeds));
         if (round < 0) continue;
@@ -65,7 +65,7 @@ export async function measureRuns(files, runs) {
 }
 
 /**
- * Any tokens, all of them attended to.
+ * Random tokens, all of them attended to.
  * @param {import("./live-sessions.js").Ort} ort
  * @param {number} batch
  * @param {number} tokens

@@ -1,4 +1,4 @@
-/** Sessions of the whole model in each runtime: how long it takes to create one, and what memory it holds. */
+/** Sessions of the whole model in each runtime: time to create one, and its memory. */
 import { readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -24,7 +24,7 @@ const WAYS = /** @type {const} */ (["plain", ...MODES]);
 export const K = 32;
 export const CREATIONS = 7;
 
-/** One thread. @param {string} name of `PROVIDERS` @returns {Promise<Provider>} */
+/** Loads a runtime with one thread. @param {string} name of `PROVIDERS` @returns {Promise<Provider>} */
 export async function loadRuntime(name) {
   if (name === "node cpu") {
     const options = { executionProviders: ["cpu"], intraOpNumThreads: 1, interOpNumThreads: 1 };

@@ -1,5 +1,5 @@
 /**
- * What a kept cache costs in answers and saves in time: the cache of a prompt made by the base or by another skill and kept, beside
+ * Cost in answers and gain in time of a kept cache: the cache of a prompt made by the base or by another skill and kept, compared with
  * one that the skill itself made.
  */
 import { openPack } from "eigenlora";
@@ -17,7 +17,7 @@ import { createEncode, END, readSkills, scoreOf, smollm2File } from "./skills.js
 
 const VOCABULARY = 49152;
 
-/** Who has read how much of the prompt. */
+/** Reader of the prompt's cache, and how much of the prompt it reads. */
 const WAYS = /** @type {const} */ ([
   "all by the skill",
   "the instruction by the base",

@@ -16,7 +16,7 @@ const NAME = "llama.cpp (node-llama-cpp)";
 const library = join(process.env.EIGENLORA_RUNTIMES ?? "", "llama/node_modules/node-llama-cpp");
 
 /**
- * The library's version, or why it cannot be asked.
+ * The library's version, or the reason why it is missing.
  * @param {string | undefined} gguf the base
  * @returns {Promise<import("./report.js").Peer>}
  */
@@ -115,7 +115,7 @@ export async function measureLlama(modelPath, folder, rounds) {
 }
 
 /**
- * Adapters as llama.cpp reads them.
+ * Writes adapters in llama.cpp's format.
  * @param {string} path of a pack
  * @param {number} count
  * @param {string} folder to write them in

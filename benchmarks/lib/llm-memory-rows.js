@@ -1,4 +1,4 @@
-/** Memory of N skills, ours and the peers': which processes are started, and their figures as rows. */
+/** Memory of N skills, ours and the peers': starts the processes, and makes rows of their figures. */
 import { stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { findAdapters } from "eigenlora/node";
@@ -17,7 +17,7 @@ import { smollm2File } from "./skills.js";
  *   adapters: folder
  */
 
-/** The n-th adapter takes the peers a time that grows with n. */
+/** Most skills of the peers, whose time for the n-th adapter grows with n. */
 const PEERS_UP_TO = 100;
 
 /** @param {What} what @returns {Promise<{ rows: Row[], peers: Peer[] }>} */

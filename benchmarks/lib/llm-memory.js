@@ -1,6 +1,6 @@
 /**
- * What a process with a language model and N skills holds: a pack beside the model. Each way in a process of
- * its own. Beyond the real skills, others are blends of these.
+ * Memory of a process with a language model and N skills: a pack beside the model. Each way runs in a process of its own. Skills beyond
+ * the real ones are blends of these.
  */
 import { openPack } from "eigenlora";
 import { freshPack, placeOf } from "eigenlora/build";

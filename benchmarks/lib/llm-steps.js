@@ -21,8 +21,8 @@ import { smollm2File } from "./skills.js";
 
 const WARM_UP = 50;
 /**
- * First tokens in a row, with a switch before each and without. What a run leaves behind is collected at some later allocation: of single
- * runs in turns, it would be the switch's whose it happens to meet.
+ * First tokens in a row, with a switch before each and without. Garbage of a run is collected at some later allocation; with single runs
+ * in turns, the switch that it happens to meet would be charged for it.
  */
 export const IN_A_ROW = 3;
 
@@ -93,7 +93,7 @@ async function measure({ ort, model, pack, modes, session }, sizes) {
   for (const mode of modes) {
     const eigen = await createEigenSession(/** @type {any} */ (ort), model, opened, { mode, session, probe: false });
     const switching = (/** @type {number} */ round) => eigen.switchTask(ids[round % ids.length]);
-    // The code of a switch is warm after some dozens.
+    // Warms up the code of a switch, which takes some dozens.
     for (let i = 0; i < (mode === "folded" ? 1 : WARM_UP); i++) await switching(i);
     ways.push({ way: mode, session: eigen, switching, close: () => eigen.close() });
   }
@@ -136,7 +136,7 @@ async function measureOnce(ort, { way, session, switching }, { prompt, tokens, f
     });
     return cpu / count;
   };
-  // Whichever comes first, in turns.
+  // The two take turns at being first.
   const early = switches && round % 2 === 0 ? await inARow(true) : undefined;
   const without = await inARow(false);
   times.first.push(without);
@@ -190,7 +190,7 @@ async function generate(ort, session, length, count) {
 }
 
 /**
- * Inputs of rows behind a cache; what is shorter than `width` is padded on the right, which attention does not see.
+ * Inputs of rows behind a cache; shorter rows are padded on the right, which attention does not see.
  * @param {Pick<Ort, "Tensor">} ort
  * @param {{ inputNames: readonly string[] }} session
  * @param {readonly (readonly number[])[]} rows

@@ -1,4 +1,6 @@
-/** A training step of a language model beside PEFT's, and what it takes of memory beside serving. Each in a process of its own. */
+/**
+ * A training step of a language model, compared with PEFT's, and its memory, compared with serving. Each runs in a process of its own.
+ */
 import { existsSync } from "node:fs";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -110,7 +112,7 @@ export async function train(model, pack, steps) {
   }
   const rows = examples.map(({ prompt, completion }) => ({ prompt: encode(prompt), answer: encode(completion) }));
   const lengths = rows.map((row) => row.prompt.length + row.answer.length);
-  // The first has the self-test with it.
+  // The first step includes the self-test.
   const ms = min(times.slice(1));
   const peak = await peakMemory();
   await session.close();

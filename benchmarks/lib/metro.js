@@ -1,6 +1,6 @@
 /**
- * The bundle that React Native's packager makes of a file, as an app for Hermes has it: Metro, with what React Native's configuration
- * says of resolving and transforming. Tests of engines use it too.
+ * Bundles a file with React Native's packager, as an app for Hermes has it: Metro, with React Native's configuration of resolving and
+ * transforming. Tests of engines use it too.
  */
 import { execFile } from "node:child_process";
 import { cp, writeFile } from "node:fs/promises";
@@ -15,7 +15,7 @@ import { promisify } from "node:util";
  * @returns {Promise<string>} path of the bundle
  */
 export async function bundleForHermes(tools, project, entry, { exports = true, minify = false } = {}) {
-  // Metro looks no further than its roots.
+  // Metro searches only its roots.
   for (const name of ["@babel/runtime", "metro-runtime"])
     await cp(join(tools, name), join(project, "node_modules", name), { recursive: true });
   const given = { tools: join(tools, "/"), project, entry, out: join(project, "app.bundle.js"), exports, minify };

@@ -8,7 +8,7 @@ import { SETTINGS } from "./settings.js";
 const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 
 /**
- * What it took with each number of workers.
+ * Time and memory with each number of workers.
  * @param {import("./settings.js").SettingName} name
  * @param {string} folder holds its adapters
  * @param {string} scratch where packs go

@@ -31,7 +31,8 @@ export function python(script, args, input) {
 }
 
 /**
- * Starts a peer that stays: it prints one JSON object, then answers each line with one more. So its work and ours can take turns.
+ * Starts a peer that stays: it prints one JSON object, then answers each line with another one. Its work and ours can take turns this
+ * way.
  * @param {string} script
  * @param {readonly string[]} args
  * @param {{ threads?: number }} [options] threads: Infinity for as many as its libraries take by themselves. Default: 1
@@ -68,7 +69,7 @@ export async function startPython(script, args = [], { threads = 1 } = {}) {
   };
 }
 
-/** What Python lacks to import some modules; undefined where it can. @param {readonly string[]} modules */
+/** Modules that Python lacks; undefined where it can import all. @param {readonly string[]} modules */
 export function missing(modules) {
   const { status, stderr, error } = spawnSync(PYTHON, ["-c", `import ${modules.join(", ")}`], { encoding: "utf8" });
   if (error) return `${error.message}; set PYTHON`;

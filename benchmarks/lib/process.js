@@ -8,12 +8,12 @@ import { fileURLToPath } from "node:url";
 const CALL = fileURLToPath(new URL("call.js", import.meta.url));
 
 /**
- * Calls an exported function of a module in a process of its own, with garbage collection at hand.
+ * Calls an exported function of a module in a process of its own, with garbage collection exposed.
  * @param {URL} module
  * @param {string} name
  * @param {readonly (string | number)[]} args
- * @returns {any} what it gave, by way of JSON
- * @throws Error where it failed; the process has said why on stderr
+ * @returns {any} the result, by way of JSON
+ * @throws Error where it failed; the process has printed the reason on stderr
  */
 export function inFreshProcess(module, name, args) {
   const { status, stdout } = spawnSync(
@@ -37,7 +37,7 @@ export async function settledMemory() {
   return { ...process.memoryUsage(), rss: (await procStatus("VmRSS")) ?? process.memoryUsage().rss };
 }
 
-/** Most bytes that were ever resident. */
+/** Peak resident memory in bytes. */
 export const peakMemory = async () => (await procStatus("VmHWM")) ?? process.resourceUsage().maxRSS * 1024;
 
 /** Bytes, where there is /proc. @param {string} field */
@@ -48,7 +48,7 @@ async function procStatus(field) {
 }
 
 /**
- * A folder that is gone after the work.
+ * Makes a folder for some work and removes it afterwards.
  * @template T
  * @param {(folder: string) => Promise<T>} work
  */
@@ -62,7 +62,7 @@ export async function inScratch(work) {
 }
 
 /**
- * Milliseconds of some work, by the clock and of all threads' CPU time, which others on the machine lengthen least.
+ * Milliseconds of some work, by the clock and by all threads' CPU time, which other load on the machine lengthens least.
  * @template T
  * @param {() => T | Promise<T>} work
  */

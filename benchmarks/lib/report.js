@@ -1,6 +1,6 @@
 /**
- * How results are printed: `{ question, environment, rows: [{ name, … }], peers: [{ name, version | reason }], notes }` as JSON, or
- * tables. The table printer is the command line's.
+ * Prints results: `{ question, environment, rows: [{ name, … }], peers: [{ name, version | reason }], notes }` as JSON, or tables. The
+ * table printer is the command line's.
  */
 import { cpus, totalmem } from "node:os";
 import { table } from "../../dist/src/cli/output.js";

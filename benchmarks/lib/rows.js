@@ -1,6 +1,6 @@
 /**
- * What was measured so far, one JSON object a line, so that a run can be cut off and goes on, and tables can be made of what there
- * is. Of rows with the same key the last counts.
+ * Measured rows, one JSON object a line, so that an interrupted run can go on, and tables can be made of what there is. Of rows with the
+ * same key the last one counts.
  */
 import { appendFile, readFile, writeFile } from "node:fs/promises";
 
@@ -15,12 +15,12 @@ export class Rows {
     this.keyOf = keyOf;
   }
 
-  /** Reads what an earlier run left. */
+  /** Reads the rows of an earlier run. */
   async load() {
     const text = await readFile(this.file, "utf8").catch((error) =>
       error.code === "ENOENT" ? "" : Promise.reject(error),
     );
-    // A run that was cut off may have left half a line.
+    // An interrupted run may have left half a line.
     const whole = text.slice(0, text.lastIndexOf("\n") + 1);
     if (whole.length < text.length) await writeFile(this.file, whole);
     for (const line of whole.split("\n").filter(Boolean)) this.#put(JSON.parse(line));

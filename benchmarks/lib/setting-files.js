@@ -1,4 +1,4 @@
-/** The adapters of a setting as files in PEFT's format, for what reads them from a disk. */
+/** Writes the adapters of a setting as files in PEFT's format, for programs that read them from a disk. */
 import { mkdir, open, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { writeSafetensors } from "eigenlora/build";

@@ -1,10 +1,10 @@
 /**
- * The paper's two settings by shape, filled with adapters whose numbers are made when a module is read, so that gigabytes of them
- * need neither memory nor disk. Seeded: the same numbers in every run.
+ * The paper's two settings by shape, filled with adapters whose numbers are made when a module is read, so that gigabytes of them need
+ * neither memory nor disk. Seeded: the same numbers in every run.
  *
- * The rows of a factor lie near a subspace that all adapters share, directions of falling strength, the last a quarter of the
- * first, plus noise in all directions. Real adapters share less: sizes and times follow from shapes and K alone as long as the
- * spectrum falls off, errors mean nothing.
+ * The rows of a factor lie near a subspace that all adapters share (directions of falling strength, the last a quarter of the
+ * first) plus noise in all directions. Real adapters share less: sizes and times depend only on shapes and K as long as the
+ * spectrum falls off, but errors mean nothing.
  */
 import { smallNumbers } from "./adapters.js";
 
@@ -70,7 +70,7 @@ export function adaptersOf(name, groups = SETTINGS[name].groups) {
       in: inputs,
     })),
   );
-  /** The directions of the module that is read at the moment: all its adapters are read together. */
+  /** The directions of the module that is being read: all its adapters are read together. */
   let [at, A, B] = [-1, new Float32Array(), new Float32Array()];
   /** @param {number} task @param {number} index */
   const read = async (task, index) => {

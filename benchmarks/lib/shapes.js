@@ -40,14 +40,14 @@ function arithmetic(name) {
   ];
 }
 
-/** Packs a setting, and times it without the making of its numbers. @param {SettingName} name @param {typeof DTYPES[number]} dtype */
+/** Packs a setting; the time excludes making its numbers. @param {SettingName} name @param {typeof DTYPES[number]} dtype */
 export async function packSetting(name, dtype) {
   const adapters = adaptersOf(name);
   let making = 0;
   for (const { modules } of adapters) {
     for (const module of modules.values()) {
       const { read } = module;
-      // Made before anything is waited for.
+      // Numbers are made before anything is awaited.
       module.read = () => {
         const start = performance.now();
         const made = read();

@@ -1,7 +1,7 @@
 /**
- * The twenty tasks of SmolLM2 (test/data/smollm2), and how well a session answers them: by teacher forcing, many rows a run. A greedy
- * answer equals the expected one exactly if each of its tokens is the most likely one after those before it, so one run without a
- * loop tells. Any session with `run` and `inputNames` works.
+ * The twenty tasks of SmolLM2 (test/data/smollm2), and a session's answers to them by teacher forcing, many rows a run. A greedy answer
+ * equals the expected one exactly if each of its tokens is the most likely one after those before it, so one run without a loop is
+ * enough. Any session with `run` and `inputNames` works.
  *
  * EIGENLORA_SMOLLM2 names the model's folder (CONTRIBUTING.md).
  */
@@ -25,7 +25,7 @@ import { data } from "../../examples/minilm.js";
 /** Folder of the model, if there is one. */
 export const smollm2 = process.env["EIGENLORA_SMOLLM2"];
 
-/** Why what needs the model cannot run. */
+/** Message where the model is missing. */
 export const NO_SMOLLM2 = "EIGENLORA_SMOLLM2 names no folder; npm run smollm2 -- FOLDER makes it";
 
 /** A file of the model. @param {string} path in its folder */
@@ -38,7 +38,7 @@ export function smollm2File(path) {
 export const END = 2;
 const VOCABULARY = 49152;
 
-/** Rows of a run: more take memory for logits, 200 kB a token. */
+/** Rows of a run: more would take memory for logits, 200 kB a token. */
 const BATCH = 32;
 
 /** @param {string} path under test/data/smollm2 */
@@ -51,7 +51,7 @@ export async function readSkills() {
   return new Map(skills.map((skill) => [skill.name, skill]));
 }
 
-/** What PEFT answers, by "adapters/TASK" or "adapters-all-linear/TASK". @returns {Promise<Reference>} */
+/** PEFT's answers, by "adapters/TASK" or "adapters-all-linear/TASK". @returns {Promise<Reference>} */
 export const readAnswers = () => readJson("reference.json");
 
 /** The model's tokenizer. @returns {Promise<(text: string) => number[]>} */
@@ -65,7 +65,7 @@ export async function createEncode() {
   return (text) => tokenizer.encode(text, { add_special_tokens: false }).ids;
 }
 
-/** The tokenizer as a trainer takes it. @param {(text: string) => number[]} encode */
+/** The tokenizer in a trainer's form. @param {(text: string) => number[]} encode */
 export const encodeForTrainer = (encode) =>
   Object.assign(
     (/** @type {string[]} */ [one]) => {
@@ -75,7 +75,7 @@ export const encodeForTrainer = (encode) =>
     { eos_token: "<|im_end|>" },
   );
 
-/** Rows as a trainer takes them. @param {Skill} skill @param {readonly Row[]} rows */
+/** Rows in a trainer's form. @param {Skill} skill @param {readonly Row[]} rows */
 export const examplesOf = ({ prompt }, rows) =>
   rows.map(([input, output]) => ({ prompt: `${prompt}: ${input} →`, completion: ` ${output}` }));
 
@@ -88,7 +88,7 @@ export function questionsOf(skill, encode, rows = skill.test) {
 }
 
 /**
- * What the session's active task makes of each question's answer, in the order of the questions. What all prompts begin with is
+ * Judges each question's answer under the session's active task, in the order of the questions. The common start of all prompts is
  * computed once: it is a third of all tokens.
  * @param {Ort} ort makes tensors
  * @param {Session} session on a file of the model
@@ -153,7 +153,7 @@ async function forceBatch(ort, session, questions, past) {
 }
 
 /**
- * Inputs of rows that go on from a past, padded on the right: causal attention does not see what follows.
+ * Inputs of rows that continue a cache, padded on the right: causal attention does not see later tokens.
  * @param {Ort} ort @param {readonly number[][]} rows @param {number} width @param {Past} past
  */
 function feedsOf(ort, rows, width, past) {

@@ -1,4 +1,4 @@
-/** Sessions that serve and that train: how long it takes to create one, and the most memory a process holds. */
+/** Sessions that serve and that train: time to create one, and the peak memory of a process. */
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
@@ -30,7 +30,7 @@ export async function examplesOf(joined) {
 }
 
 /**
- * Serves or trains for a while: the most memory that this process ever held.
+ * Serves or trains for a while. @returns the peak memory of this process
  * @param {string} way
  * @param {string} path of the pack
  */

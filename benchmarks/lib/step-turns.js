@@ -85,7 +85,7 @@ export async function takeTurns(pack, { name, batch, joined }, rounds, torch) {
 }
 
 /**
- * The same batches in torch.
+ * Runs the same batches in torch.
  * @param {import("./peers.js").Running} torch
  * @param {Measured} measured
  * @param {Batch[]} batches
@@ -130,9 +130,9 @@ function rowOf(name, { ms, cpu, losses }) {
 }
 
 /**
- * An encoder that makes the tokens of each text beforehand.
+ * Tokenises texts beforehand and remembers the last request.
  * @param {readonly string[]} texts
- * @returns {Promise<{ encode: Encoder, asked(): Asked }>} asked: what it was asked for last
+ * @returns {Promise<{ encode: Encoder, asked(): Asked }>} asked: the last request
  */
 async function rememberingEncoder(texts) {
   const tokens = await createEncoder(ort);

@@ -1,4 +1,4 @@
-/** The bundled model and a task of a pack as tensors that PyTorch takes, in f32. */
+/** The bundled model and a task of a pack as f32 tensors in PyTorch's layout. */
 
 import { openOnnxHost } from "eigenlora/onnx";
 import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
@@ -8,7 +8,7 @@ import { f32Entry } from "./adapters.js";
 /** The task that steps begin with. */
 export const TASK = "debtags-role";
 
-/** Every weight of a model but the head, as PyTorch has it: out before in. @param {string} file */
+/** Every weight of a model but the head, in PyTorch's layout: out before in. @param {string} file */
 export async function baseEntries(file = model) {
   const host = await openOnnxHost(file);
   const entries = [];

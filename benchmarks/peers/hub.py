@@ -6,7 +6,7 @@ from safetensors.numpy import load_file
 k, few, folders = int(sys.argv[1]), int(sys.argv[2]), [pathlib.Path(f) for f in sys.argv[3:]]
 def factors(folder): w = load_file(folder / "adapter_model.safetensors"); return [next(v for n, v in w.items() if "lora_A" in n), next(v for n, v in w.items() if "lora_B" in n).T]
 def sums(some):
-    # As many rows at once as eigenlora multiplies.
+    # The number of rows that eigenlora multiplies at once.
     start, width = time.process_time(), factors(some[0])[0].shape[1]; block = max(1, 2**22 // width // 32)
     grams, total = [np.zeros((width, width)) for _ in range(2)], [np.zeros(width) for _ in range(2)]
     for i in range(0, len(some), block):

@@ -1,6 +1,6 @@
 /**
- * Do second moments of what enters the modules make better packs? Packs of the same bytes with and without them, judged by answers to
- * text that was not collected from: mean KL(adapter ‖ pack).
+ * Do second moments of the modules' inputs make better packs? Packs of the same bytes with and without them, judged by answers to text
+ * that the moments were not collected from: mean KL(adapter ‖ pack).
  */
 
 import { openPack } from "eigenlora";

@@ -49,13 +49,13 @@ const given = readArguments("Does it pay to train the components of a pack, or t
   "step-rate": number("of the logarithms of steps that are learned", 0.01),
   damping: number("of curvature", 0.1),
 });
-/** Texts of a task, as in `bench distill`. */
+/** Most texts of a task, as in `bench distill`. */
 const MOST_TEXTS = 512;
 /** Test rows of a task. */
 const MOST_TESTS = 240;
-/** Batches of a task that curvature is found by. */
+/** Batches of a task to estimate curvature. */
 const BATCHES = 24;
-/** One thread: the same numbers on every machine. */
+/** Options with one thread: the same numbers on every machine. */
 const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 const { k, rank, rounds, batch, damping } = given;
 ort.env.logLevel = "error";
@@ -229,7 +229,7 @@ async function rounded(opened, exact) {
   return row("rounded so that errors cancel, coefficients by answers", opened, near, { values: () => values });
 }
 
-/** States whose coefficients lose least of the answers. @param {Opened} opened @param {Floats} components */
+/** States whose coefficients change the answers least. @param {Opened} opened @param {Floats} components */
 async function nearest({ adapters, pack, students, curvature }, components) {
   const states = students.map(({ start }) => copyOf(start));
   for (const { name } of pack.modules) {
@@ -251,7 +251,8 @@ async function nearest({ adapters, pack, students, curvature }, components) {
 }
 
 /**
- * Moves components where gradients of all tasks are large: divided by their root mean square, and for small ones by that of all.
+ * Moves components along the gradients of all tasks, divided by their root mean square, or by that of all components where theirs is
+ * small.
  * @param {Floats} latent in steps, changed @param {Floats} steps
  */
 function mover(latent, steps) {

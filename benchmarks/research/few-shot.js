@@ -129,7 +129,7 @@ function drawOf(labels, seed) {
     const texts = [.../** @type {string[]} */ (lines.get(label))];
     let state = seed + 1;
     for (let i = texts.length - 1; i > 0; i--) {
-      // Lehmer's generator is random enough to shuffle with.
+      // Lehmer's generator is random enough for a shuffle.
       state = (state * 48271) % 2147483647;
       const j = state % (i + 1);
       [texts[i], texts[j]] = [texts[j], texts[i]];
@@ -144,7 +144,7 @@ function drawOf(labels, seed) {
   };
 }
 
-/** Runs in the page before its scripts: an ear at the worker's door, and clocks. */
+/** Runs in the page before its scripts: listens to the worker, and installs clocks. */
 function watch() {
   const scope = /** @type {any} */ (globalThis);
   scope.Worker = class extends Worker {
@@ -183,7 +183,7 @@ async function stallsDuring(work) {
 }
 
 /**
- * A call into the page's worker past the page.
+ * Calls the page's worker directly.
  * @param {string} call
  * @param {unknown[]} args
  * @returns {Promise<any>}

@@ -1,7 +1,7 @@
 /**
  * The paper's image table on real pictures: ten tasks of icons, a small ViT, adapters of PEFT. Docs: docs/paper.md.
  *
- * What is measured is kept in images.jsonl and not measured again; `--minutes 0` only makes the tables.
+ * Measurements are kept in images.jsonl and not repeated; `--minutes 0` only makes the tables.
  */
 import { mkdir, writeFile } from "node:fs/promises";
 import { resolve } from "node:path";

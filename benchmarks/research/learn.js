@@ -20,7 +20,7 @@ import { print } from "../lib/report.js";
  * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  */
 
-/** Those with 90 lines or more that nobody was trained on. */
+/** Tasks with at least 90 lines that no adapter was trained on. */
 const LEFT_OUT = [
   "sections-2",
   "debtags-role",

@@ -72,7 +72,7 @@ if (!smollm2) {
 }
 /** Training rows held back to judge choices by. */
 const JUDGES = 160;
-/** What is stored rounds nothing. */
+/** Number formats that round nothing. */
 const DTYPES = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });
 /** Ways that train nothing; of these, those that no seed changes. @type {ReadonlySet<Way>} */
 const UNTRAINED = new Set(/** @type {const} */ (["zero-shot", "analytical", "base"]));
@@ -183,7 +183,7 @@ async function learn(session, left, { way, seed, settings }) {
   return { skill: left, way, seed, judge: given.judge, trained, nll, exact: exact / 100, seconds, settings };
 }
 
-/** What is learned from, and what judges. @param {string} left */
+/** Rows to learn from, and rows to judge by. @param {string} left */
 function rowsOf(left) {
   const skill = skills.get(left);
   if (!skill) throw new Error(`${left}: expected ${[...skills.keys()].join(", ")}`);
@@ -192,7 +192,7 @@ function rowsOf(left) {
 }
 
 /**
- * Learned by PEFT, and answered by our session.
+ * Trained by PEFT, and answered by our session.
  * @param {string} left @param {{ way: Way, seed: number, settings: string }} run
  * @returns {Promise<Cell>}
  */
@@ -225,7 +225,7 @@ async function learnApart(left, { way, seed, settings }) {
 }
 
 /**
- * What is trained from rows.
+ * Trains on rows.
  * @param {Session} session @param {Way} way @param {number} seed
  * @param {{ prompt: string, completion: string }[]} examples @param {string} name
  */
@@ -244,7 +244,7 @@ async function fit(session, way, seed, examples, name) {
 }
 
 /**
- * What is made of the skill's own adapter, of the donors, or of nothing.
+ * Makes a task of the skill's own adapter, of the donors, or of nothing.
  * @param {Session} session @param {string} left @param {Way} way @param {number} seed
  * @param {{ prompt: string, completion: string }[]} examples
  * @returns {Promise<{ task: string | null, trained: number }>}

@@ -81,7 +81,7 @@ async function score(name) {
   return { name, "exact match, %": exact, "PEFT, %": (100 * same) / questions.length, nats: nll };
 }
 
-/** Adapters as a pack that loses nothing more, and the bytes that they take by themselves. */
+/** Packs adapters without further loss, and counts their own bytes. */
 async function ofAdapters() {
   return withAdapters([String(given.adapters)], async (adapters) => {
     const stored = await Promise.all(

@@ -1,7 +1,7 @@
 /**
  * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Docs: docs/paper.md.
  *
- * What is measured is kept in cells.jsonl and not measured again; `--minutes 0` makes tables and figures of what there is.
+ * Measurements are kept in cells.jsonl and not repeated; `--minutes 0` makes tables and figures of them.
  */
 import { mkdir, writeFile } from "node:fs/promises";
 import { resolve } from "node:path";

@@ -1,8 +1,8 @@
 /**
- * Does it pay to store the modules that answers depend on more finely? How much they do is found by text: all adapters with one module
- * rounded coarsely, and what that changes of their answers. Then entropy-coded packs of equal bytes: one step
- * for all modules, and steps that are finer where answers depend on more, by reverse water-filling. Judged by answers to other texts,
- * as packed and distilled: mean KL(adapter ‖ pack). No text of any test split is used.
+ * Does it pay to store the modules that answers depend on more finely? The dependence is measured by text: all adapters with one module
+ * rounded coarsely, and the change of their answers. Then entropy-coded packs of equal bytes: one step for all modules, and steps that
+ * are finer where answers depend on more, by reverse water-filling. Judged by answers to other texts, as packed and distilled: mean
+ * KL(adapter ‖ pack). No text of any test split is used.
  */
 
 import { openPack } from "eigenlora";
@@ -27,20 +27,20 @@ import { print, progress } from "../lib/report.js";
  * @typedef {{ label: string, bytes: number, step: number, pack: Awaited<ReturnType<typeof openPack>> }} Made
  */
 
-/** Those of docs/size.md. */
+/** The packs of docs/size.md. */
 const PACKS = {
   "own-seed": { k: 28, rank: 5, step: 0.033, headStep: 0.5 },
   "shared-seed": { k: 28, rank: 5, step: 0.033, headStep: 0.5 },
   hub: { k: 20, rank: 3, step: 0.11, headStep: 0.3 },
 };
-/** So many times the pack's own step: what it changes of answers is well above what text can tell. */
+/** Multiple of the pack's own step at which the change of answers is well above the resolution of the texts. */
 const COARSE = 4;
 /** Most texts that a task is distilled on. */
 const MOST_TEXTS = 512;
-/** Packs of equal bytes differ by no more than this share. */
+/** Largest difference of packs that count as equal in bytes. */
 const CLOSE = 0.0015;
 const MOST_TRIES = 12;
-/** One thread: the same numbers on every machine. */
+/** Options with one thread: the same numbers on every machine. */
 const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 
 const given = readArguments("Does it pay to store the modules that answers depend on more finely?", {
@@ -184,7 +184,7 @@ async function packOf(adapters, step, sensitivity, power) {
 }
 
 /**
- * The pack of a power that comes closest to so many bytes.
+ * The pack of a power whose size is closest to a number of bytes.
  * @param {readonly Adapter[]} adapters @param {number} bytes
  * @param {ReadonlyMap<string, number>} sensitivity @param {number} power
  */

@@ -53,7 +53,7 @@ await rows.load();
 const names = SUITES.filter((name) => given.suite === undefined || name === given.suite);
 const suites = await Promise.all(names.map((name) => Suite.open(name)));
 const peers = await Peers.start();
-/** Suites that are not here. @type {{ name: string, reason: string }[]} */
+/** Missing suites. @type {{ name: string, reason: string }[]} */
 const absent = [];
 
 if (given.part === undefined || given.part === "ways") await measureWays();
@@ -80,7 +80,7 @@ const parts = [...tables(reader), ...curveTables(rows.all()), published()];
 print(given.json, [...parts, ...settings.map((name) => shapesPart(name))], [...others, ...absent]);
 for (const suite of suites) await suite.close();
 
-/** Every way, of suites that are bundled. What says most comes first, so that a run of a few minutes says something. */
+/** Measures every way on bundled suites, the most informative ones first, so that a run of a few minutes is useful. */
 async function measureWays() {
   for (const suite of suites)
     await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
@@ -127,7 +127,7 @@ async function run(suite, n, ways, asks) {
   }
 }
 
-/** A suite that is not bundled, where there is one; why not is said. @param {string} name */
+/** Opens a suite that is not bundled, or reports why it is missing. @param {string} name */
 async function openOther(name) {
   if (given.suite !== undefined && given.suite !== name) return undefined;
   const wild = process.env["EIGENLORA_WILD"];
@@ -165,7 +165,7 @@ async function readDistilled() {
       size,
       "distilled",
     ].join(", ");
-    // Entropy-coded blobs grow or shrink.
+    // Coded blobs grow or shrink.
     const grown = (/** @type {{ row: Record<string, number> }} */ { row }) =>
       (row["blob after, bytes"] ?? 0) - (row["blob before, bytes"] ?? 0);
     const share = (/** @type {string} */ what) => own.map(({ row }) => row[what] / 100);

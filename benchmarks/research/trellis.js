@@ -58,13 +58,13 @@ const TRELLISES = [
     coarse: 2,
   },
 ];
-/** Larger ones have all the same place in a table, and more bits. */
+/** Sizes from here on share one place in a table, and cost more bits. */
 const MOST = 30;
-/** Classes of rows by size, by which bits are estimated before they are known. */
+/** Classes of rows by size, for which bits are estimated before they are known. */
 const CLASSES = 16;
-/** Bits are estimated from the integers that the last estimate led to. */
+/** Passes, each with bits estimated from the integers of the one before. */
 const PASSES = 3;
-/** What a bit is worth, as a share of what it is worth where rates are high: 2 ln 2 times the squared error. */
+/** Worth of a bit, relative to its worth at high rates: 2 ln 2 times the squared error. */
 const WORTHS = [0.6, 1, 1.4];
 /** Ratio of a step to the next: the grid lies around the wanted error. */
 const RATIO = 1.12;
@@ -76,7 +76,7 @@ const given = readArguments("What would another quantiser than ours save?", {
 });
 const ERRORS = [0.05, 0.15, 0.3, 0.5, 0.7];
 
-/** Counts bits by tables that adapt, one for each level that sizes before had, and for each grid. */
+/** Counts bits by adaptive tables, one for each level of the sizes before, and for each grid. */
 class Coder {
   bits = 0;
   /** @type {Map<number, { counts: Float64Array, all: number }>} */
@@ -165,7 +165,7 @@ async function readRows() {
   });
 }
 
-/** The step with which uniform noise would make the error. @param {number} error */
+/** Step at which uniform noise would have the error. @param {number} error */
 function startStep(error) {
   let step = Math.sqrt((12 * error ** 2 * square) / numbers);
   while (lossOfDropped(step) > error ** 2 * square) step /= RATIO;
@@ -177,7 +177,10 @@ function lossOfDropped(step) {
   return rows.reduce((lost, { singular, width }) => lost + (isWorth(singular, width, step) ? 0 : singular ** 2 / 2), 0);
 }
 
-/** What it takes at an error, between two steps that are asked. @param {number} error @param {number} start @param {(step: number) => Point} ask @returns {Point} */
+/**
+ * Bits at an error, between two measured steps. @param {number} error @param {number} start @param {(step: number) => Point} ask @returns
+ * {Point}
+ */
 function atError(error, start, ask) {
   let [step, point] = [start, ask(start)];
   const factor = point.error > error ? 1 / RATIO : RATIO;
@@ -213,7 +216,7 @@ function nearestPoint(step) {
   return { bits: coder.bits, error: Math.sqrt(lost / square), bytes: codedBytes([...stored.values()]) };
 }
 
-/** Integers of tensors by our coder. @param {readonly number[][][]} tensors */
+/** Codes integers of tensors by our coder. @param {readonly number[][][]} tensors */
 function codedBytes(tensors) {
   let end = 0;
   const parts = tensors.map((rows) => {
@@ -257,7 +260,7 @@ function trellisPoint(trellis, step, worth) {
   return { bits: coder.bits, error: Math.sqrt(lost / square), bytes: undefined };
 }
 
-/** What integer k of a state stands for, in steps. @param {number} k @param {Trellis} trellis @param {number} state */
+/** Value of integer k in a state, in steps. @param {number} k @param {Trellis} trellis @param {number} state */
 function valueOf(k, { coarse, odd }, state) {
   return coarse * k - (odd[state] ? Math.sign(k) : 0);
 }
@@ -268,7 +271,10 @@ function classOf({ values, singular }, step) {
   return Math.max(0, Math.min(CLASSES - 1, Math.round(2 * Math.log2(size)) + 4));
 }
 
-/** Bits of each size, by grid, of rows of each class. @param {Trellis} trellis @param {readonly Row[]} kept @param {readonly number[][]} paths @param {number} step */
+/**
+ * Bits of each size, by grid, for rows of each class. @param {Trellis} trellis @param {readonly Row[]} kept @param {readonly number[][]}
+ * paths @param {number} step
+ */
 function estimates(trellis, kept, paths, step) {
   const counts = Array.from({ length: CLASSES }, () => [0, 1].map(() => new Float64Array(MOST + 1).fill(0.1)));
   for (const [r, path] of paths.entries()) {
@@ -281,13 +287,16 @@ function estimates(trellis, kept, paths, step) {
   return counts.map((grids) =>
     grids.map((sizes) => {
       const all = sizes.reduce((a, b) => a + b);
-      // A sign is a bit.
+      // A sign costs one bit.
       return sizes.map((count, size) => Math.log2(all / count) + (size > 0 ? 1 : 0));
     }),
   );
 }
 
-/** The integers of a row that lose and take the least. @param {Trellis} trellis @param {Float64Array} values @param {number} step @param {readonly Float64Array[]} bits @param {number} lambda */
+/**
+ * The integers of a row with the least loss and bits. @param {Trellis} trellis @param {Float64Array} values @param {number} step @param
+ * {readonly Float64Array[]} bits @param {number} lambda
+ */
 function bestPath(trellis, values, step, bits, lambda) {
   const { next, odd, coarse } = trellis;
   const states = next.length;
@@ -323,7 +332,7 @@ function bestPath(trellis, values, step, bits, lambda) {
   return path;
 }
 
-/** Bits that normally distributed rows take at least. @param {number} error */
+/** Least bits of normally distributed rows. @param {number} error */
 function boundAt(error) {
   let [low, high] = [1e-12, 1e6];
   const all = rows.map(({ values, singular }) => ({ n: values.length, variance: singular ** 2 / values.length }));

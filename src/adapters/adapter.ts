@@ -5,7 +5,10 @@
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
+import type { SourceInput } from "../source.ts";
+import type { TensorFile } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
+import { readTaskMetadata } from "./metadata.ts";
 
 /** An adapted layer of the base model. */
 export interface ModuleShape {
@@ -61,4 +64,43 @@ export interface Adapter {
   /** Warnings to read before trusting the result. */
   readonly warnings: readonly string[];
   close(): Promise<void>;
+}
+
+/** What a reader finds in an open file; the rest of an adapter has defaults. */
+type Found = Pick<Adapter, "modules" | "saved"> & Partial<Pick<Adapter, "baseModel" | "metadata" | "warnings">>;
+
+/**
+ * Reads an adapter from one file of tensors: the common frame of the readers of all formats. Closes the file if `read` fails.
+ * @param open opens the file
+ * @param read reads the adapter; `metadata` is that of task.json
+ * @throws errors of `open` and `read`; AdapterError for an invalid task.json
+ */
+export async function readAdapterFile<F extends TensorFile & { close(): Promise<void> }>(
+  {
+    id,
+    file,
+    tensors,
+    task,
+  }: Pick<Adapter, "id" | "file"> & { readonly tensors: SourceInput; readonly task?: unknown },
+  open: (input: SourceInput) => Promise<F>,
+  read: (found: F, metadata: TaskMetadata) => Found | Promise<Found>,
+): Promise<Adapter> {
+  const metadata = readTaskMetadata(task, `${file}/task.json`);
+  const found = await open(tensors);
+  const { byteLength, close } = found;
+  try {
+    return {
+      id,
+      file,
+      byteLength,
+      baseModel: undefined,
+      metadata,
+      warnings: [],
+      ...(await read(found, metadata)),
+      close,
+    };
+  } catch (error) {
+    await close();
+    throw error;
+  }
 }

@@ -4,15 +4,15 @@
  * in the header, rank and DoRA follow from the tensors, and a module without alpha has alpha = rank, as in diffusers. Portable: folders
  * are read in folder.ts.
  */
+
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
-import type { SourceInput } from "../source.ts";
 import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import type { TensorFile } from "../tensor/tensor-file.ts";
 import { parseJson } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
+import { readAdapterFile } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
-import { readTaskMetadata } from "./metadata.ts";
 import {
   assembleLora,
   type LoraParts,
@@ -22,20 +22,12 @@ import {
   refuser,
   sortTensors,
 } from "./named-lora.ts";
+import type { PeftFiles } from "./peft.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
 import { openSafetensors } from "./safetensors.ts";
 
-/** The file of one LoRA of diffusers. */
-export interface DiffusersFiles {
-  /** Task id. */
-  readonly id: string;
-  /** The adapter's folder, file or address, for messages. */
-  readonly file: string;
-  /** pytorch_lora_weights.safetensors: path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
-  readonly tensors: SourceInput;
-  /** Parsed task.json, where there is one. */
-  readonly task?: unknown;
-}
+/** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
+export type DiffusersFiles = Omit<PeftFiles, "config">;
 
 /** Fields of the header. The second is an argument of diffusers' functions; in files, tensors named "….alpha" hold it. */
 const [METADATA, ALPHAS] = ["lora_adapter_metadata", "network_alphas"];
@@ -49,10 +41,8 @@ const [METADATA, ALPHAS] = ["lora_adapter_metadata", "network_alphas"];
  * const file = "https://example.org/styles/ukiyo-e/pytorch_lora_weights.safetensors";
  * const adapter = await readDiffusers({ id: "ukiyo-e", file, tensors: file });
  */
-export async function readDiffusers({ id, file, tensors: input, task }: DiffusersFiles): Promise<Adapter> {
-  const metadata = readTaskMetadata(task, `${file}/task.json`);
-  const tensors = await openSafetensors(input);
-  try {
+export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
+  return readAdapterFile(files, openSafetensors, async (tensors, metadata) => {
     const bare = bareModel(tensors.tensors.keys());
     const parts = sortTensors(tensors, (name) => parseDiffusersKey(name, bare), unknownError);
     const configs = configsOf(tensors, new Set([...parts.values()].map(({ prefix }) => prefix)));
@@ -67,22 +57,15 @@ export async function readDiffusers({ id, file, tensors: input, task }: Diffuser
     );
     const named = [...configs];
     return {
-      id,
-      file,
-      byteLength: tensors.byteLength,
-      baseModel: common(named.map(([, { baseModel }]) => baseModel)),
       modules,
       saved,
+      baseModel: common(named.map(([, { baseModel }]) => baseModel)),
       metadata: withRevision(metadata, common(named.map(([, { revision }]) => revision))),
       warnings: named.flatMap(([prefix, { warnings }]) =>
         warnings.map((text) => (prefix ? `${prefix}: ${text}` : text)),
       ),
-      close: tensors.close,
     };
-  } catch (error) {
-    await tensors.close();
-    throw error;
-  }
+  });
 }
 
 /** @throws AdapterError for an alpha beside a header that has all of them */

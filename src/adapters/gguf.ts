@@ -2,26 +2,19 @@
  * Reads a LoRA that llama.cpp's convert_lora_to_gguf.py wrote into the canonical form: names, orientation, and the order of rows that
  * llama.cpp changes for rotary embedding are those of transformers again. Portable: folders are read in folder.ts.
  */
-import { openSource } from "../open-source.ts";
-import type { SourceInput } from "../source.ts";
 import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
 import type { Adapter } from "./adapter.ts";
+
+import { readAdapterFile } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic, permuteRows } from "./gguf-names.ts";
-import { readTaskMetadata } from "./metadata.ts";
 import { assembleLora, type LoraKey, listed, refuser, sortTensors } from "./named-lora.ts";
+import type { PeftFiles } from "./peft.ts";
+import { openFile } from "./safetensors.ts";
 
-/** The file of one LoRA of llama.cpp. */
-export interface GgufFiles {
-  /** Task id. */
-  readonly id: string;
-  /** The adapter's file or address, for messages. */
-  readonly file: string;
-  /** The GGUF file: path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
-  readonly tensors: SourceInput;
-  /** Parsed task.json, where there is one. */
-  readonly task?: unknown;
+/** The file of one LoRA of llama.cpp; `tensors` is the GGUF file. */
+export interface GgufFiles extends Omit<PeftFiles, "config"> {
   /** Heads of the base. Files of Llama's architecture need them, since they do not contain them. */
   readonly base?: BaseFacts | undefined;
 }
@@ -35,32 +28,28 @@ export interface GgufFiles {
  * const base = { heads: 4, kvHeads: 2 }; // num_attention_heads and num_key_value_heads of the model's config.json
  * const adapter = await readGguf({ id: "rhymes", file: "rhymes.gguf", tensors: "rhymes.gguf", base });
  */
-export async function readGguf({ id, file, tensors: input, task, base = {} }: GgufFiles): Promise<Adapter> {
-  const metadata = readTaskMetadata(task, `${file}/task.json`);
-  const source = await openSource(input);
-  const close = async (): Promise<void> => source.close?.();
-  try {
-    const found = await openGguf(source);
-    const { name, architecture } = architectureOf(found);
-    const tensors = asTransformers(found, name, architecture, base);
-    const parts = sortTensors(
-      tensors,
-      (key) => parseKey(key, architecture),
-      (keys, refuse) =>
-        refuse(
-          keys[0]!,
-          `${listed(keys)}: no weight of ${name} that is known, with .weight.lora_a or .lora_b behind it`,
-        ),
-    );
-    const alpha = alphaOf(found);
-    const scaleOf = (_: string, rank: number): number => (alpha === 0 ? 1 : alpha / rank);
-    const { modules, saved } = assembleLora(tensors, parts, () => undefined, scaleOf);
-    const baseModel = textOf(found, "general.base_model.0.name");
-    return { id, file, byteLength: found.byteLength, baseModel, modules, saved, metadata, warnings: [], close };
-  } catch (error) {
-    await close();
-    throw error;
-  }
+export async function readGguf({ base = {}, ...files }: GgufFiles): Promise<Adapter> {
+  return readAdapterFile(
+    files,
+    (input) => openFile(input, openGguf),
+    (found) => {
+      const { name, architecture } = architectureOf(found);
+      const tensors = asTransformers(found, name, architecture, base);
+      const parts = sortTensors(
+        tensors,
+        (key) => parseKey(key, architecture),
+        (keys, refuse) =>
+          refuse(
+            keys[0]!,
+            `${listed(keys)}: no weight of ${name} that is known, with .weight.lora_a or .lora_b behind it`,
+          ),
+      );
+      const alpha = alphaOf(found);
+      const scaleOf = (_: string, rank: number): number => (alpha === 0 ? 1 : alpha / rank);
+      const { modules, saved } = assembleLora(tensors, parts, () => undefined, scaleOf);
+      return { modules, saved, baseModel: textOf(found, "general.base_model.0.name") };
+    },
+  );
 }
 
 function textOf({ fields }: GgufFile, name: string): string | undefined {

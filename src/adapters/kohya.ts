@@ -3,15 +3,15 @@
  * linear layers and convolutions, with or without a Tucker factor between (`lora_mid`), and with a magnitude (`dora_scale`) if its norms
  * go over outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
  */
+
 import type { AdapterError } from "../errors.ts";
-import type { SourceInput } from "../source.ts";
 import { type Derived, withDerived } from "../tensor/derived.ts";
 import type { TensorFile } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
+import { readAdapterFile } from "./adapter.ts";
 import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-facts.ts";
 import { foreignName } from "./diffusers-keys.ts";
 import { splitPrefix, unflatten } from "./kohya-names.ts";
-import { readTaskMetadata } from "./metadata.ts";
 import {
   assembleLora,
   type LoraKey,
@@ -21,19 +21,12 @@ import {
   refuser,
   sortTensors,
 } from "./named-lora.ts";
+import type { PeftFiles } from "./peft.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import { openSafetensors } from "./safetensors.ts";
 
-/** The file of one LoRA of kohya or LyCORIS. */
-export interface KohyaFiles {
-  /** Task id. */
-  readonly id: string;
-  /** The adapter's file or address, for messages. */
-  readonly file: string;
-  /** The safetensors file: path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
-  readonly tensors: SourceInput;
-  /** Parsed task.json, where there is one. */
-  readonly task?: unknown;
+/** The file of one LoRA of kohya or LyCORIS; `tensors` is the safetensors file. */
+export interface KohyaFiles extends Omit<PeftFiles, "config"> {
   /** Names of the base's modules. Default: names are read as those of Stable Diffusion's UNets and of CLIP. */
   readonly base?: BaseFacts | undefined;
 }
@@ -60,23 +53,16 @@ export function isKohyaName(name: string): boolean {
  * @example
  * const adapter = await readKohya({ id: "ukiyo-e", file: "ukiyo-e.safetensors", tensors: "ukiyo-e.safetensors" });
  */
-export async function readKohya({ id, file, tensors: input, task, base }: KohyaFiles): Promise<Adapter> {
-  const metadata = readTaskMetadata(task, `${file}/task.json`);
+export async function readKohya({ base, ...files }: KohyaFiles): Promise<Adapter> {
   const names = base?.names && flatNames(base.names);
-  const found = await openSafetensors(input);
-  try {
+  return readAdapterFile(files, openSafetensors, async (found) => {
     const tensors = withPlainShapes(withoutTucker(found));
     const parts = sortTensors(tensors, (name) => parseKey(name, names, found.name), unknownError);
     const alphas = await readAlphas(tensors, parts);
     const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
     const { modules, saved } = assembleLora(tensors, parts, () => undefined, scaleOf);
-    const baseModel = found.metadata.get("ss_sd_model_name") || undefined;
-    const { byteLength, close } = found;
-    return { id, file, byteLength, baseModel, modules, saved, metadata, warnings: [], close };
-  } catch (error) {
-    await found.close();
-    throw error;
-  }
+    return { modules, saved, baseModel: found.metadata.get("ss_sd_model_name") || undefined };
+  });
 }
 
 function parseKey(name: string, names: FlatNames | undefined, file: string): LoraKey | undefined {

@@ -2,28 +2,17 @@
  * Reads a LoRA or DoRA as MLX LM saves it, `adapter_config.json` and `adapters.safetensors`, into the canonical form. Factors in the file
  * are [in, r] and [r, out]; the configuration holds the scale itself. Portable: folders are read in folder.ts.
  */
+
 import { AdapterError } from "../errors.ts";
-import type { SourceInput } from "../source.ts";
-import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
-import { show, type TensorFile } from "../tensor/tensor-file.ts";
+import { show } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
-import { readTaskMetadata } from "./metadata.ts";
-import { assembleLora, type LoraKey, listed, sortTensors } from "./named-lora.ts";
+import { readAdapterFile } from "./adapter.ts";
+import { assembleLora, type LoraKey, listed, sortTensors, transposeMatrices } from "./named-lora.ts";
+import type { PeftFiles } from "./peft.ts";
 import { openSafetensors } from "./safetensors.ts";
 
-/** The files of one adapter of MLX LM. */
-export interface MlxFiles {
-  /** Task id. */
-  readonly id: string;
-  /** The adapter's folder or address, for messages. */
-  readonly file: string;
-  /** Parsed adapter_config.json. */
-  readonly config: unknown;
-  /** adapters.safetensors: path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
-  readonly tensors: SourceInput;
-  /** Parsed task.json, where there is one. */
-  readonly task?: unknown;
-}
+/** The files of one adapter of MLX LM: adapter_config.json and, as `tensors`, adapters.safetensors. */
+export type MlxFiles = PeftFiles;
 
 /**
  * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and checked, when a
@@ -31,30 +20,19 @@ export interface MlxFiles {
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the tensor file breaks the safetensors format; SourceError when it cannot be read
  */
-export async function readMlx({ id, file, config, tensors: input, task }: MlxFiles): Promise<Adapter> {
-  const { scale, baseModel } = readConfig(config, `${file}/adapter_config.json`);
-  const metadata = readTaskMetadata(task, `${file}/task.json`);
-  const found = await openSafetensors(input);
-  try {
-    const tensors = asPeft(found);
+export async function readMlx({ config, ...files }: MlxFiles): Promise<Adapter> {
+  const { scale, baseModel } = readConfig(config, `${files.file}/adapter_config.json`);
+  return readAdapterFile(files, openSafetensors, (found) => {
+    const tensors = transposeMatrices(found, /\.lora_[ab]$/);
     const parts = sortTensors(tensors, parseKey, (keys, refuse) =>
       refuse(
         keys[0]!,
         `${listed(keys)}: expected lora_a, lora_b and m of each module, as MLX LM saves them; save the adapter again`,
       ),
     );
-    const { modules, saved } = assembleLora(
-      tensors,
-      parts,
-      () => undefined,
-      () => scale,
-    );
-    const { byteLength, close } = found;
-    return { id, file, byteLength, baseModel, modules, saved, metadata, warnings: [], close };
-  } catch (error) {
-    await found.close();
-    throw error;
-  }
+    const scaleOf = (): number => scale;
+    return { ...assembleLora(tensors, parts, () => undefined, scaleOf), baseModel };
+  });
 }
 
 /** Whether a parsed adapter_config.json belongs to MLX LM. */
@@ -88,10 +66,4 @@ function parseKey(name: string): LoraKey | undefined {
   const part =
     what === "m" ? "magnitude" : what === "lora_a" ? (embedding ? "embeddingA" : "A") : embedding ? "embeddingB" : "B";
   return { prefix: "", local: module, module, part };
-}
-
-/** Transposes [in, r] and [r, out] to [r, in] and [out, r]; other shapes stay, and are refused with their module. */
-function asPeft<T extends TensorFile>(file: T): T {
-  const factors = [...file.tensors].filter(([name, { shape }]) => /\.lora_[ab]$/.test(name) && shape.length === 2);
-  return withDerived(file, new Map(factors.map(([name]): [string, Derived] => [name, transposed(file, name)])));
 }

@@ -3,6 +3,7 @@
  * Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
  */
 import { AdapterError } from "../errors.ts";
+import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
 import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
 import type { AdapterModule, SavedTensor } from "./adapter.ts";
 import { compare } from "./modules.ts";
@@ -148,4 +149,10 @@ function shownBy(file: TensorFile, keys: ReadonlyMap<KeyRole, string>, scaleOf: 
     forModule: () => ({ rank, scale: scaleOf(rank) }),
     warnings: [],
   };
+}
+
+/** Transposes the matrices with these names: [in, r] and [r, out] become [r, in] and [out, r]. */
+export function transposeMatrices<F extends TensorFile>(file: F, names: RegExp): F {
+  const matrices = [...file.tensors].filter(([name, { shape }]) => names.test(name) && shape.length === 2);
+  return withDerived(file, new Map(matrices.map(([name]): [string, Derived] => [name, transposed(file, name)])));
 }

@@ -8,8 +8,7 @@ import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { SourceInput } from "../source.ts";
-import type { Adapter, AdapterModule, SavedTensor } from "./adapter.ts";
-import { readTaskMetadata } from "./metadata.ts";
+import { type Adapter, type AdapterModule, readAdapterFile, type SavedTensor } from "./adapter.ts";
 import { compare } from "./modules.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
 import { readModule } from "./peft-module.ts";
@@ -42,33 +41,23 @@ export interface PeftFiles {
  */
 export async function readPeft(files: PeftFiles): Promise<Adapter> {
   checkOptions("readPeft", files, ["id", "file", "config", "tensors", "task"]);
-  const { id, file, config: json, tensors: input, task } = files;
-  const config = readPeftConfig(json, `${file}/adapter_config.json`);
-  const metadata = readTaskMetadata(task, `${file}/task.json`);
-  const tensors = await openSafetensors(input);
-  try {
+  const { config: json, ...others } = files;
+  const config = readPeftConfig(json, `${files.file}/adapter_config.json`);
+  return readAdapterFile(others, openSafetensors, (tensors, metadata) => {
     const { modules, saved, warnings } = assemble(peftTensors(tensors, config));
     const misfit = misfitLabels(metadata.labels, saved);
     if (misfit !== undefined) {
       const advice = "list one name for each row, in their order";
-      throw new AdapterError(`${misfit}; ${advice}`, { file: `${file}/task.json`, field: "labels" });
+      throw new AdapterError(`${misfit}; ${advice}`, { file: `${files.file}/task.json`, field: "labels" });
     }
-    warnings.push(...labelWarnings(metadata.labels, saved));
     return {
-      id,
-      file,
-      byteLength: tensors.byteLength,
-      baseModel: config.baseModel,
       modules,
       saved,
+      baseModel: config.baseModel,
       metadata: withIdentity(metadata, config),
-      warnings: [...config.warnings, ...warnings],
-      close: tensors.close,
+      warnings: [...config.warnings, ...warnings, ...labelWarnings(metadata.labels, saved)],
     };
-  } catch (error) {
-    await tensors.close();
-    throw error;
-  }
+  });
 }
 
 /** Warns where labels may not fit: an unknown layer need not be the head that they belong to. */

@@ -1,6 +1,6 @@
 /** Opens safetensors files from a path, URL, Blob, buffer or ByteSource. */
 import { openSource } from "../open-source.ts";
-import type { FetchOptions, ReadOptions, SourceInput } from "../source.ts";
+import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 import { openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
 
 /** A safetensors file that is open until it is closed. */
@@ -23,10 +23,21 @@ export async function openSafetensors(
   input: SourceInput,
   options: FetchOptions & ReadOptions = {},
 ): Promise<OpenSafetensors> {
-  const source = await openSource(input, options, "openSafetensors");
+  const file = await openFile(input, readHeader, options, "openSafetensors");
+  return { ...file, [Symbol.asyncDispose]: file.close };
+}
+
+/** Opens a file with one of the readers of src/tensor; closes its source if that fails. @param where the public function, for messages */
+export async function openFile<F>(
+  input: SourceInput,
+  read: (source: ByteSource, options: ReadOptions) => Promise<F>,
+  options: FetchOptions & ReadOptions = {},
+  where?: string,
+): Promise<F & Pick<OpenSafetensors, "close">> {
+  const source = await openSource(input, options, where);
   const close = async (): Promise<void> => source.close?.();
   try {
-    return { ...(await readHeader(source, options)), close, [Symbol.asyncDispose]: close };
+    return { ...(await read(source, options)), close };
   } catch (error) {
     await close();
     throw error;

@@ -23,16 +23,11 @@ export interface LayerNumbers {
   readonly bias: Float32Array<ArrayBuffer>;
 }
 
-/** Numbers in the weights and in the biases of all layers. */
-export function sizeOf(head: readonly HeadLayer[]): { readonly weight: number; readonly bias: number } {
-  const sum = (of: (layer: HeadLayer) => number): number => head.reduce((total, layer) => total + of(layer), 0);
-  return { weight: sum(({ in: inputs, out }) => inputs * out), bias: sum(({ out }) => out) };
-}
-
-/** Zeros for all layers. */
+/** Zeros for the weights and the biases of all layers. */
 export function zerosOf(head: readonly HeadLayer[]): LayerNumbers {
-  const { weight, bias } = sizeOf(head);
-  return { weight: new Float32Array(weight), bias: new Float32Array(bias) };
+  const sum = (of: (layer: HeadLayer) => number): number => head.reduce((total, layer) => total + of(layer), 0);
+  const weights = sum(({ in: inputs, out }) => inputs * out);
+  return { weight: new Float32Array(weights), bias: new Float32Array(sum(({ out }) => out)) };
 }
 
 /** Splits the concatenated numbers of all layers into views, one for each layer. */

@@ -107,7 +107,7 @@ function inputsOf(
   const entering = new Map<string, { x: string; width: number }>();
   for (const [name, module] of modules) {
     const refuse = (why: string): BaseMismatchError =>
-      new BaseMismatchError(`what enters "${name}" cannot be seen: ${why}`, { module: name });
+      new BaseMismatchError(`the input of "${name}" cannot be observed: ${why}`, { module: name });
     const linears = linearsOf(model, parameters.get(locate(locator, module).name)!);
     if (linears instanceof NotLinear) throw refuse(linears.reason);
     const linear = linears.find(({ graph, type }) => graph === model.graph.proto && type === FLOAT);

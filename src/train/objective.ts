@@ -12,10 +12,11 @@ import { type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
 import { crossEntropy, largest, likeliest } from "./probabilities.ts";
 import { copyOf, type State, stateLike } from "./state.ts";
 import { type Stepped, type TaskSteps, toSteps } from "./stored-task.ts";
-import { logitsOf, type Score, type Supervision } from "./supervision.ts";
+import type { Score, Supervision } from "./supervision.ts";
 import type { TaskWeights, TrainableModel } from "./trainable-model.ts";
 import { asStored, storingTrained, type TrainedTerms } from "./trained-terms.ts";
 
+/** The parts of a training: a model that runs with a task's numbers, and the pack that gives these a meaning. */
 export interface TrainingSetup<Feeds> {
   readonly pack: Pack;
   readonly model: TrainableModel<Feeds>;
@@ -102,8 +103,12 @@ export async function* answers<Feeds>(
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
   for (const { rows: some } of supervision.microBatches(order, 0)) {
     signal?.throwIfAborted();
-    const logits = logitsOf(supervision, some, await model.answer(await supervision.feeds(some), weights));
-    for (const [i, row] of some.entries()) yield { row, logits: logits[i]! };
+    const logits = await model.answer(await supervision.feeds(some), weights);
+    const counts = some.map((row) => supervision.wanted(row).length);
+    const width = logits.length / counts.reduce((a, b) => a + b, 0);
+    let at = 0;
+    for (const [i, row] of some.entries())
+      yield { row, logits: Array.from({ length: counts[i]! }, () => logits.subarray(at * width, ++at * width)) };
   }
 }
 

@@ -58,7 +58,7 @@ export class Sequences {
       String(await template.call(this.#encode, some, { tokenize: false, add_generation_prompt: more }));
     const [prompt, whole] = [await written(messages.slice(0, -1), true), await written(messages, false)];
     if (!whole.startsWith(prompt))
-      throw new RangeError(`${at}: by the chat template the answer does not follow the messages before it`);
+      throw new RangeError(`${at}: the chat template does not put the answer behind the messages before it`);
     const end = this.#end(at);
     // Text that the template writes behind the answer's end is never generated.
     const cut = end === "" ? -1 : whole.lastIndexOf(end);

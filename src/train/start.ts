@@ -12,7 +12,7 @@ import type { TaskBlob } from "../format/format.ts";
 import { readTensor } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { normal } from "../tensor/random.ts";
-import { type HeadLayer, type LayerNumbers, layersOf, sizeOf } from "./head.ts";
+import { type HeadLayer, type LayerNumbers, layersOf, zerosOf } from "./head.ts";
 import type { TrainingSetup } from "./objective.ts";
 import { type State, stateLike } from "./state.ts";
 import { type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
@@ -67,8 +67,7 @@ export async function startState<Feeds>(
   random: () => number,
   signal?: AbortSignal,
 ): Promise<State> {
-  const { weight, bias } = sizeOf(head);
-  const state = stateLike({ parameters: { length: terms.size }, weight: { length: weight }, bias: { length: bias } });
+  const state = stateLike({ parameters: { length: terms.size }, ...zerosOf(head) });
   await fillStart(pack, terms, start, state.parameters, random, signal);
   const donor = typeof start === "object" ? start.blob : undefined;
   // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.

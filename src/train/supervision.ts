@@ -33,6 +33,7 @@ export interface Score {
   readonly accuracy: number;
 }
 
+/** Turns examples into rows, and rows into inputs and targets. */
 export interface Supervision<Feeds> {
   /** Whether the model answers at every position. */
   readonly tokens: boolean;
@@ -58,18 +59,6 @@ export interface Supervision<Feeds> {
   answered(row: Row<Feeds>, answers: readonly Distribution[]): Row<Feeds>;
   /** Turns logits into a distribution small enough to keep. */
   distribution(logits: Float32Array): Distribution;
-}
-
-/** Splits the logits of a run by row. */
-export function logitsOf<Feeds>(
-  supervision: Supervision<Feeds>,
-  rows: readonly Row<Feeds>[],
-  logits: Float32Array,
-): Float32Array[][] {
-  const counts = rows.map((row) => supervision.wanted(row).length);
-  const width = logits.length / counts.reduce((a, b) => a + b, 0);
-  let at = 0;
-  return counts.map((count) => Array.from({ length: count }, () => logits.subarray(at * width, ++at * width)));
 }
 
 /** Most rows that run together: gradients need kept values of each row, so memory grows with their number. */

@@ -58,7 +58,9 @@ export function tokenSupervision(options: TokenSupervisionOptions): Supervision<
     lengths: async (rows) => new Map((rows as TokenRow[]).map((row) => [row, lengthOf(row)])),
     microBatches(rows, smoothing) {
       if (smoothing > 0)
-        throw new RangeError("fit: smoothing spreads a target over all labels; of tokens it cannot be done");
+        throw new RangeError(
+          "fit: smoothing spreads a target over all labels: models that answer token by token cannot use it",
+        );
       return microBatchesOf(rows as TokenRow[], lengthOf);
     },
     async feeds(rows) {

@@ -105,7 +105,7 @@ function refuseOtherOutputs({ logitsOutput: name, logitsDims: dims, tokens }: Tr
 function notLogits(name: string, found: readonly (number | string)[]): BaseMismatchError {
   const message =
     `the model's output "${name}" is [${found.join(", ")}]: training and judging take logits [batch, labels], one row for ` +
-    "each text, or [batch, length, classes] that one product makes of each token; of embeddings they cannot be done yet";
+    "each text, or [batch, length, classes] that one product makes of each token; models of embeddings cannot be trained or judged yet";
   return new BaseMismatchError(message, { module: name, expected: ["batch", "labels"], found });
 }
 

@@ -68,6 +68,7 @@ export interface TrainedParameter {
 /** One number for each trained parameter: its value, or its gradient. */
 type Values = Float32Array<ArrayBuffer>;
 
+/** Layout and arithmetic of the trained numbers of some modules. */
 export class TrainedTerms {
   readonly modules: readonly TrainedModule[];
   /** Coefficients and private rows first, then components. */

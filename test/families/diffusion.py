@@ -23,7 +23,7 @@ from make import described, lean, plain  # noqa: E402
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
-# transformers 5.24 asks for PEFT 0.22, of which it needs nothing here.
+# transformers 5.24 asks for PEFT 0.22, but needs nothing of it here.
 integration.check_peft_version = lambda **_: None
 STEPS, GUIDANCE, SIZE, TOKENS = 4, 4.0, 8, 7
 NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,

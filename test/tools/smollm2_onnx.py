@@ -14,7 +14,7 @@ from smollm2_shape import BLOCK, EPSILON, HEAD, HEADS, KV_HEADS, LAYERS, THETA, 
 # logits of the next token.
 PROMPT = [504, 3575, 282, 4649, 314]
 TOP = {7042: 17.3786, 260: 14.8999, 4528: 13.2503, 2250: 13.0135, 1315: 12.9588}
-# By form. The blocks of q4 are not rounded to f16 as the weights of the others are.
+# Tolerances by form. The blocks of q4 are not rounded to f16 as the weights of the others are.
 TOLERANCE = {"f32": 1e-3, "f16": 1e-3, "q4": 0.1}
 
 

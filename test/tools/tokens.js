@@ -1,5 +1,5 @@
 /**
- * How large the code is: tokens of src and bindings that are not comments, in all and by folder.
+ * Counts tokens of src and bindings without comments, in all and by folder.
  *
  *     node test/tools/tokens.js [ROOT]
  *

@@ -1,5 +1,5 @@
 // @ts-nocheck: it writes what no type allows
-/** A writer of coded sections for the vectors, made from SPEC.md, appendix A, alone. Slow: it looks nothing up. */
+/** Writes coded sections for the vectors, from SPEC.md, appendix A, alone. Slow: it uses no tables. */
 
 const BITS = { int8: 8, int4: 4, int3: 3 };
 const KINDS = ["int8", "int4", "int3"];
@@ -20,7 +20,7 @@ const LEVELS = [
 /** Tables of bytes, which move faster. */
 const QUICK = /^(literals|length|distance|high|middle|low)/;
 
-/** Steps that a reader takes, in its order. */
+/** Records the steps that a reader takes, in its order. */
 function recorder() {
   const steps = [];
   const tables = new Map();
@@ -48,9 +48,9 @@ function recorder() {
 }
 
 /**
- * Words of steps: the state goes through them from the last to the first.
+ * Words of steps: the state passes through them from the last to the first.
  * @param last the state behind the last, 2^16 in a valid section
- * @param low whether the first state is one below 2^16, from which a reader that takes it reads the same
+ * @param low whether the first state is one below 2^16, from which a reader that accepts it reads the same
  */
 function wordsOf(steps, last = 65536n, low = false) {
   let x = last;
@@ -73,10 +73,10 @@ function wordsOf(steps, last = 65536n, low = false) {
 }
 
 /**
- * A coded section.
- * @param tensors of it in order, `{ at, type, rows, width }`; those of floats stand as bytes
+ * Codes a section.
+ * @param tensors of it in order, `{ at, type, rows, width }`; those of floats are stored as bytes
  * @param step each begins at a multiple of it
- * @param before what lies before the section: of bases and blobs the basis description
+ * @param before bytes before the section: for bases and blobs the basis description
  */
 export function coded(section, tensors, step, before = new Uint8Array()) {
   const to = recorder();
@@ -111,7 +111,7 @@ export function coded(section, tensors, step, before = new Uint8Array()) {
   return sectionOf(section.length, to.steps);
 }
 
-/** What `tell` tells a recorder, as a coded section that says it becomes `size` bytes; for what no writer writes. */
+/** Codes the steps that `tell` records, as a section that claims `size` bytes; for sections that no writer writes. */
 export function told(size, tell, last, low) {
   const to = recorder();
   tell(to);
@@ -136,7 +136,7 @@ function byte(to, last, value) {
   to.symbol(`low ${8 * high + middle}`, 7, value & 3);
 }
 
-/** The longest copy for a place before `end`, looked for everywhere in front of it. */
+/** Finds the longest copy for a place before `end`, by searching everything in front of it. */
 function longestCopy(all, place, end) {
   let best = { length: 0, distance: 0 };
   for (let from = place - 1; from >= 0; from--) {
@@ -147,7 +147,7 @@ function longestCopy(all, place, end) {
   return best;
 }
 
-/** The i-th integer of a row, where nothing is known of its place. @returns the mean behind it */
+/** Records the i-th integer of a row without knowledge of its place. @returns the mean behind it */
 export function integer(to, mean, i, value) {
   const magnitude = Math.abs(value);
   let k = 0;
@@ -161,7 +161,7 @@ export function integer(to, mean, i, value) {
   return mean + Math.floor((64 * magnitude - mean) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
 }
 
-/** The rows of one tensor, each a scale and integers. Returns where it ends. */
+/** Records the rows of one tensor, each a scale and integers. Returns its end. */
 function integers(to, section, start, size, rows, width) {
   const values = start + 4 * Math.ceil((2 * rows) / 4);
   const stride = Math.ceil((width * size) / 8);

@@ -1,7 +1,7 @@
 // @ts-nocheck: it writes what no type allows
 /**
- * A writer of packs for the vectors and the mutants, made from SPEC.md alone: nothing here comes from the package. It writes what it
- * is told, valid or not; numbers are packed bit by bit, the CRC is computed bit by bit.
+ * Writes packs for the vectors and the mutants, from SPEC.md alone, without code of the package. It writes what it is told, valid or not;
+ * numbers are packed bit by bit, the CRC is computed bit by bit.
  */
 import { createHash, createPrivateKey, createPublicKey, sign } from "node:crypto";
 import { coded } from "./coded.js";
@@ -29,7 +29,7 @@ export const sha256 = (...parts) => {
   return new Uint8Array(hash.digest());
 };
 
-/** MessagePack bytes as they are, for what no encoder would write. */
+/** MessagePack bytes as they are, which no encoder would write. */
 export class Raw {
   constructor(...bytes) {
     this.bytes = bytes;
@@ -97,7 +97,7 @@ export function msgpack(value) {
 
 const scratch = new DataView(new ArrayBuffer(8));
 
-/** The half nearest to a number, ties to even, by looking for it. */
+/** The half nearest to a number, ties to even, found by search. */
 function half(x) {
   const [sign, a] = [x < 0 || Object.is(x, -0) ? 0x8000 : 0, Math.abs(x)];
   let low = 0;
@@ -122,7 +122,7 @@ const fromBits = (u) => (scratch.setUint32(0, u >>> 0), scratch.getFloat32(0));
 /** Nearest bfloat16, ties to even. */
 const bf16 = (x) => ((bits(x) + 0x7fff + ((bits(x) >>> 16) & 1)) >>> 16) & 0xffff;
 
-/** A tensor [rows, width] as stored, and the values that it then has. */
+/** A tensor [rows, width] as stored, and its decoded values. */
 export function tensor(type, rows, width, values) {
   const out = [];
   const found = new Float64Array(rows * width);
@@ -158,7 +158,7 @@ export function tensor(type, rows, width, values) {
   return { bytes: Object.assign(Uint8Array.from(out), { of: { type, rows, width } }), values: found };
 }
 
-/** Where tensors lie that are joined, for who codes them; without parts that are none. */
+/** Positions of joined tensors, for the coder; parts that are no tensors are skipped. */
 function placesOf(parts, step, start = 0) {
   let end = start;
   return parts.flatMap((part) => {
@@ -168,7 +168,7 @@ function placesOf(parts, step, start = 0) {
   });
 }
 
-/** Parts one behind the other, each at the next multiple of `step` from the start. */
+/** Joins parts, each at the next multiple of `step` from the start. */
 export function joined(parts, step, start = 0) {
   let end = start;
   const places = parts.map((part) => {
@@ -181,7 +181,7 @@ export function joined(parts, step, start = 0) {
   return bytes;
 }
 
-/** A blob of a header value and its tensors. */
+/** Makes a blob of a header value and its tensors. */
 export function blobOf({ header, tensors, magic = 0x4b534154 }) {
   const head = msgpack(header);
   const start = new Uint8Array(8 + head.length);
@@ -192,7 +192,7 @@ export function blobOf({ header, tensors, magic = 0x4b534154 }) {
   return joined([start, ...tensors], 4);
 }
 
-/** The same, coded. @param basis whose description copies may be of */
+/** Makes a coded blob. @param basis whose description copies may come from */
 export function codedBlob(task, basis) {
   const start = 8 + msgpack(task.header).length;
   return coded(blobOf(task), placesOf(task.tensors, 4, start), 4, msgpack(basis));
@@ -202,7 +202,7 @@ const PREFIX = new Uint8Array([
   0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
 ]);
 
-/** An Ed25519 key pair of 32 equal bytes, and so nobody's: its public key, and what signs a hash with it. */
+/** An Ed25519 key pair of 32 equal bytes, which belongs to no one: its public key, and a function that signs a hash. */
 export function keyOf(byte) {
   const key = createPrivateKey({
     key: Buffer.concat([PREFIX, Buffer.alloc(32, byte)]),
@@ -359,7 +359,7 @@ export function taskFile({ entry, basisId, blob, signer, minor = 0 }) {
   return joined([bytes, trailer], 64);
 }
 
-/** Makes checksums, hashes and basis id of a pack right again after its bytes were changed, as far as its structure allows. */
+/** Repairs checksums, hashes and basis id of a pack after its bytes were changed, as far as its structure allows. */
 export function repair(bytes) {
   if (bytes.length < 1536) return bytes;
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
@@ -394,7 +394,7 @@ export function repair(bytes) {
   return bytes;
 }
 
-/** The same for a task file. */
+/** Repairs a task file. */
 export function repairTaskFile(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   const e = view.getUint32(12, true);

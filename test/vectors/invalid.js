@@ -1,5 +1,8 @@
 // @ts-nocheck: it writes what no type allows
-/** The invalid vectors: for each the section of SPEC.md that it breaks, and why. Checksums and hashes are right where nothing else is said. */
+/**
+ * The invalid vectors: for each the section of SPEC.md that it breaks, and the reason. Checksums and hashes are right unless said
+ * otherwise.
+ */
 import { coded, integer, told } from "./coded.js";
 import {
   align,
@@ -18,12 +21,12 @@ import {
 import { createModel } from "./model.js";
 import { everyKind, SIGNER, STRANGER, sides, taskFileOf, VALID } from "./valid.js";
 
-/** `everyKind` with something else in it. */
+/** Edits `everyKind`. */
 const edited = (edit) => () => {
   const { pack } = everyKind();
   return packFile({ ...pack, ...edit(pack) });
 };
-/** Bytes of a valid vector with something else in them; checksums are made right again, unless `raw`. */
+/** Changes bytes of a valid vector; checksums are repaired unless `raw`. */
 const changed =
   (name, change, { raw = false } = {}) =>
   () => {
@@ -33,7 +36,7 @@ const changed =
   };
 /** A module of the basis description. */
 const module = (index, change) => edited(({ basis }) => void change(basis.modules[index]));
-/** The first task's terms, or the second's parameters. */
+/** Edits the first task's terms, or the second's parameters. */
 const term = (index, change, task = 0) => edited(({ tasks }) => void change(tasks[task].header[0][index], tasks[task]));
 const parameter = (index, change) =>
   edited(({ tasks }) => {
@@ -54,20 +57,20 @@ function ownNan() {
   new DataView(tensor.buffer).setUint16(2, 0x7e00, true);
   return packFile(pack);
 }
-/** A byte of a tensor of the bases (`task` undefined) or of a task. */
+/** Changes a byte of a tensor of the bases (`task` undefined) or of a task. */
 const stored = (task, index, change) =>
   edited((pack) => {
     const list = task === undefined ? pack.tensors : pack.tasks[task].tensors;
     change(list[index], new DataView(list[index].buffer));
   });
 
-/** Where an entry of the section table begins, in every-kind. */
+/** Position of an entry of the section table in every-kind. */
 const section = (index) => 1536 + 16 + 32 * index;
 const long = (bytes) => "x".repeat(bytes);
 const u64 = (view, at, value) => view.setBigUint64(at, BigInt(value), true);
 const get = (view, at) => Number(view.getBigUint64(at, true));
 const nested = (depth) => (depth === 0 ? 1 : [nested(depth - 1)]);
-/** A signature in the first superblock that nothing else was changed for. */
+/** Puts a signature into the first superblock without other changes. */
 const signed = (signature, key) => (bytes) => {
   bytes.set(key, 1024 + 64);
   bytes.set(signature, 1024 + 96);
@@ -83,7 +86,7 @@ export const integrity = (bytes) => text(root(bytes));
 export const KEYS = [`ed25519:${Buffer.from(SIGNER.publicKey).toString("base64")}`];
 const EVERY = "every-kind.eigen";
 
-/** Coded sections, one of them with something else in it. */
+/** Coded sections, one of them changed. */
 function recoded(which, change) {
   return () => {
     const { pack } = everyKind();
@@ -93,7 +96,7 @@ function recoded(which, change) {
   };
 }
 
-/** The task "head" with its blob coded as `tell` tells it, which gets the blob's bytes. */
+/** The task "head" with its blob coded by `tell`, which gets the blob's bytes. */
 function headAs(tell, { last, low } = {}) {
   return recoded("head", (_, task) => {
     const plain = blobOf(task);
@@ -101,7 +104,7 @@ function headAs(tell, { last, low } = {}) {
   });
 }
 
-/** A blob that ends with the int4 row (3, 0, …, 0), by a scale of 0.5, coded as `tell` tells it. @param more bytes that it says it becomes beside its own */
+/** A blob that ends with the int4 row (3, 0, …, 0) with a scale of 0.5, coded by `tell`. @param more claimed bytes beside its own */
 function oneInteger(tell, more = 0) {
   return () => {
     const model = createModel(5);
@@ -128,7 +131,7 @@ function integerRun(to, first) {
   for (let i = 0; i < 8; i++) mean = integer(to, mean, i, i === 0 ? first : 0);
 }
 
-/** A head of zeros, its blob coded as `tell` tells it. */
+/** A head of zeros, its blob coded by `tell`. */
 function zeros(tell) {
   return edited(({ tasks }) => {
     for (const tensor of tasks[2].tensors) tensor.fill(0);
@@ -140,7 +143,7 @@ function zeros(tell) {
   });
 }
 
-/** Bytes without a copy. @param length that they say they have */
+/** Bytes without a copy. @param length that they claim */
 function bytesAsTheyAre(to, bytes, { length = bytes.length } = {}) {
   to.number("length", length);
   to.number("literals", bytes.length);
@@ -156,7 +159,7 @@ function codedDirectory(codeDirectory) {
   return () => packFile({ ...everyKind().pack, code: (bytes) => bytes, codeDirectory });
 }
 
-/** A magnitude of 8 in four bits behind so many of 7: what a coder can write, and no tensor may hold. */
+/** A magnitude of 8 in four bits behind a number of 7s: a coder can write it, but no tensor may hold it. */
 const codedLeast = (sevens) => () => {
   const model = createModel(5);
   model.module({ name: "layer", out: 20, in: 20 });
@@ -169,7 +172,7 @@ const codedLeast = (sevens) => () => {
   return packFile({ ...model.pack, code: (bytes) => bytes });
 };
 
-/** The blob of the task "head", coded as `tell` tells it. @param size that it says it has */
+/** The blob of the task "head", coded by `tell`. @param size that it claims */
 const tells = (tell, { size = 40, last } = {}) => recoded("head", () => told(size, tell, last));
 /** A run, from its type to its step. */
 const run = (to, type, rows, width, count) => {
@@ -179,7 +182,7 @@ const run = (to, type, rows, width, count) => {
   to.bits(1, 0);
 };
 
-/** Name → [section, why, make, given]. `given` is what the reader was told to trust. */
+/** Vectors: name → [section, why, make, given]. `given` holds the reader's trust options. */
 export const PACKS = {
   // Appendix A. Coded sections
   "coded-magic": ["A", "another magic in front of coded bases", recoded("bases", (b) => void (b[0] ^= 1))],
@@ -920,7 +923,7 @@ function longer(directory, more, hashes) {
   return bytes;
 }
 
-/** A section of unknown kind, with its entry of the table changed and the sums behind it made right. */
+/** Adds a section of unknown kind, with its entry of the table changed and the later sums repaired. */
 function unknown(change) {
   return () => {
     const bytes = VALID["later.eigen"].bytes.slice();
@@ -939,7 +942,7 @@ function padded(blob) {
   blob[8 + h] = 1;
 }
 
-/** Another first byte of a section, with its CRC but without its hash: the root stays the one of the table. */
+/** Changes the first byte of a section, with its CRC but without its hash: the root stays that of the table. */
 function exchanged(bytes, view, index) {
   const [offset, length] = [get(view, section(index) + 8), get(view, section(index) + 16)];
   const n = view.getUint32(1536, true);
@@ -955,12 +958,12 @@ function exchanged(bytes, view, index) {
 
 const ascii = (text) => [...new TextEncoder().encode(text)];
 
-/** The basis description with other bytes. */
+/** Replaces the bytes of the basis description. */
 function described(change) {
   return edited(({ basis }) => ({ basis: new Raw(...change([...msgpack(basis)])) }));
 }
 
-/** The newest of two superblocks with something else in it, its sums right again. */
+/** Changes the newer of two superblocks and repairs its sums. */
 function newest(change) {
   return () => {
     const bytes = VALID["grown.eigen"].bytes.slice();
@@ -1009,7 +1012,7 @@ function paddingOfBases(bytes, view) {
   throw new Error("there is no padding here");
 }
 
-/** The task file with something else in it, before it is put together or after. */
+/** Edits the task file, before it is put together or after. */
 const file = (edit) => () => taskFileOf(undefined, (task) => ({ ...task, ...edit(task) })).bytes;
 const fileBytes =
   (name, change, { raw = false } = {}) =>
@@ -1021,7 +1024,7 @@ const fileBytes =
 const WHOLE = "whole.eigentask";
 const SIGNED = "signed.eigentask";
 
-/** They belong to every-kind.eigen. */
+/** Task files, which belong to every-kind.eigen. */
 export const TASK_FILES = {
   "task-magic": ["7", "another magic", fileBytes(WHOLE, (b) => void (b[1] = 0))],
   "task-major": ["7", "major version 2", fileBytes(WHOLE, (_, v) => v.setUint16(8, 2, true))],

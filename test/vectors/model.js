@@ -1,7 +1,5 @@
 // @ts-nocheck: it writes what no type allows
-/**
- * A small base and tasks on it, made up, with the values that a reader must find: sums in f64, from the values as stored.
- */
+/** A small made-up base with tasks, and the values that a reader must find: sums in f64, from the values as stored. */
 import { TYPES, tensor } from "./format.js";
 
 /** Numbers from −1 to 1, always the same. */
@@ -15,7 +13,7 @@ export function random(seed) {
   };
 }
 
-/** Modules and tasks that grow together: `pack` is what `packFile` takes, `expected` what its tasks mean, by name. */
+/** Modules and tasks that grow together: `pack` is the input of `packFile`, `expected` the meaning of its tasks, by name. */
 export function createModel(seed = 7) {
   const next = random(seed);
   const numbers = (count) => Array.from({ length: count }, next);
@@ -78,9 +76,9 @@ export function createModel(seed = 7) {
   }
 
   /**
-   * A task. Terms: `{ module, rank, type, meanA, meanB, A, B, q, privateType, magnitudeType }`; parameters: `{ name, role, type, shape,
-   * indices }`. `A` and `B` say `{ basis, own }`: which basis coefficients are over (null: none), and the type of rows of its own.
-   * Expected are `ID/MODULE/delta`, `…/bound` (by how much each element may be off) and `…/magnitude`, and `ID/PARAMETER`.
+   * Adds a task. Terms: `{ module, rank, type, meanA, meanB, A, B, q, privateType, magnitudeType }`; parameters: `{ name, role, type,
+   * shape, indices }`. `A` and `B` are `{ basis, own }`: the basis of the coefficients (null: none), and the type of rows of its own.
+   * Expected are `ID/MODULE/delta`, `…/bound` (the tolerance of each element) and `…/magnitude`, and `ID/PARAMETER`.
    */
   function task(id, terms, parameters = [], entry = {}) {
     const tensors = [];
@@ -168,7 +166,7 @@ export function createModel(seed = 7) {
   return { pack, expected, module, task };
 }
 
-/** What the two kinds of brought things of a header are called, for an entry's `brings`. */
+/** Names of the two kinds of brought things in a header, for an entry's `brings`. */
 export function bringsOf({ header: [terms, parameters] }, { basis }) {
   const roles = ["saved", "bias", "bias-delta", "rows"];
   const name = ([index]) => basis.modules[index].name;

@@ -27,7 +27,7 @@ export function minimal() {
   return model;
 }
 
-/** Every kind of module, term and parameter, and what a directory may say: what the invalid vectors are made of. */
+/** Every kind of module, term and parameter, and all that a directory may say; the invalid vectors are made from it. */
 export function everyKind() {
   const model = createModel(11);
   for (const type of TYPES)
@@ -93,7 +93,7 @@ const file = (make, more = {}) => {
   return { bytes: packFile({ ...pack, ...more }), expected };
 };
 
-/** Names and numbers that are easily read wrong. */
+/** Names and numbers that are easily misread. */
 function oddities() {
   const model = createModel(3);
   const name = `\ufefflayer "ä" ${"x".repeat(1000)}`;
@@ -154,7 +154,7 @@ function later() {
   return { bytes, expected };
 }
 
-/** An append that was cut off in the superblock: what counts is the generation before. */
+/** An append that was cut off in the superblock: the generation before counts. */
 function torn() {
   const { bytes } = file(grown);
   const { pack, expected } = everyKind();
@@ -186,7 +186,7 @@ function large() {
   return model;
 }
 
-/** The same task as that of whole.eigentask. */
+/** The task of whole.eigentask, coded. */
 function codedTask(signer) {
   const { expected } = taskFileOf(undefined);
   const { pack } = everyKind();
@@ -195,7 +195,7 @@ function codedTask(signer) {
   return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task, pack.basis), signer }), expected };
 }
 
-/** Components on one side, several bases on a side, rows of a task's own in the place of coefficients and beside them. */
+/** Components on one side, several bases on a side, rows of a task's own instead of coefficients and beside them. */
 export function sides() {
   const model = createModel(31);
   const own = (type) => ({ basis: null, own: type });
@@ -228,7 +228,7 @@ export function sides() {
   return model;
 }
 
-/** A superblock that does not count, with a right sum whatever is in it. */
+/** A superblock that does not count, whatever it holds, with a valid sum. */
 function beside({ bytes, expected }, index, change) {
   const at = 512 * (index + 1);
   const view = new DataView(bytes.buffer);
@@ -246,7 +246,7 @@ function emptyFirst() {
   return { bytes: repair(bytes), expected };
 }
 
-/** Tasks coded and not, as when a task file comes to a pack that is coded. */
+/** Coded and plain tasks, as when a task file is added to a coded pack. */
 function mixed() {
   const { pack, expected } = everyKind();
   const code = (bytes, name) => (name === "whole" || name === "bases" ? undefined : bytes);
@@ -265,14 +265,14 @@ function farApart() {
   return beside({ bytes, expected }, 0, (_, put) => put(0, 8));
 }
 
-/** The second generation with a signature that is torn, or that no flag announces: what counts is the generation before. */
+/** The second generation with a torn signature, or one that no flag announces: the generation before counts. */
 function unsound(change) {
   const { bytes } = file(grown, { signer: SIGNER });
   change(bytes.subarray(512, 1024), new DataView(bytes.buffer, 512, 512));
   return { bytes, expected: torn().expected };
 }
 
-/** Numbers and tensors that are easily read wrong: no coefficients, magnitudes alone, scales of every kind. */
+/** Numbers and tensors that are easily misread: no coefficients, only magnitudes, scales of every kind. */
 function odd() {
   const model = createModel(17);
   model.module({ name: "mean", out: 3, in: 3, A: { K: 0 } });

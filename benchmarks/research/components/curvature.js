@@ -1,6 +1,6 @@
 /**
- * How much answers depend on each direction of a module's rows, and what to make of it: coefficients that lose least of the answers,
- * and integers of components whose rounding errors cancel where answers depend on them.
+ * Dependence of answers on each direction of a module's rows, and its uses: coefficients that change the answers least, and integers of
+ * components whose rounding errors cancel where answers depend on them.
  *
  * With labels drawn from a task's own answers, gradients g of its rows have the second moments E[gᵀ·g] of the curvature of KL
  * (Fisher's information). One matrix for each side of a module, of all tasks and all their rows (as in K-FAC).
@@ -89,7 +89,7 @@ async function* drawn({ setup, model, supervision, lengths, trainRows }, weights
 }
 
 /**
- * sum += Σ rowᵀ·row; rows of large coefficients move with the components the more.
+ * sum += Σ rowᵀ·row; components move more with rows of large coefficients.
  * @param {Float64Array} sum [d, d] @param {Float32Array} rows [rank, d] @param {Float32Array} alpha [rank, K] @param {number} rank
  */
 function addSquares(sum, rows, alpha, rank) {
@@ -115,7 +115,7 @@ function damped(curvature, damping) {
 }
 
 /**
- * The rows that coefficients are to make, by adapter: balanced, the strongest, as packs have them.
+ * Target rows of coefficients, by adapter: balanced, the strongest, as packs have them.
  * @param {readonly Adapter[]} adapters all that have the module @param {string} name @param {number} rank
  * @returns {Promise<Record<Side, Float64Array>[]>}
  */
@@ -130,7 +130,7 @@ export async function rowsOf(adapters, name, rank) {
 }
 
 /**
- * Coefficients [rows, K] of the rows: what is missing costs as much as answers depend on it.
+ * Coefficients [rows, K] of the rows, with errors weighted by the answers' dependence on them.
  * @param {Float64Array} rows [_, d] @param {Float32Array} components [K (and the mean), d] @param {number} K
  * @param {Float64Array} curvature @param {number} damping
  */
@@ -155,8 +155,8 @@ export function coefficientsOf(rows, components, K, curvature, damping) {
 }
 
 /**
- * Rows as integers of their steps; what a number loses is made up for by those behind it, in order of how much answers depend on them
- * (E. Frantar and others, "GPTQ", 2022).
+ * Rounds rows to multiples of their steps; later numbers compensate for the error of earlier ones, in order of the answers' dependence on
+ * them (E. Frantar and others, "GPTQ", 2022).
  * @param {Float32Array} values [rows, d] @param {Float32Array} steps of each number @param {number} largest
  * @param {Float64Array} curvature @param {number} damping
  */

@@ -1,11 +1,13 @@
-/** Steps of integers that are learned with the coefficients, a step for each row (Esser et al., "Learned Step Size Quantization", 2020). */
+/**
+ * Steps of integers that are trained with the coefficients, a step for each row (Esser et al., "Learned Step Size Quantization", 2020).
+ */
 
 /**
  * @typedef {import("./students.js").Student} Student
  * @typedef {import("../../../dist/src/train/state.js").State} State
  */
 
-/** So many steps lie between one power of 2 and the next, as files hold them. */
+/** Steps between one power of 2 and the next, as in files. */
 const STEPS_OF_POWER = 4;
 /** Decay of Adam's moments. */
 const [MEAN, SQUARE] = [0.9, 0.99];
@@ -17,8 +19,8 @@ export function withOwnSteps(student) {
 }
 
 /**
- * Moves the steps of a student's rows where the loss falls. Finer steps always lessen it, for more bytes: what they move by has the part
- * taken away that would change how many bits the integers take together, by log2(1 + |integer|).
+ * Moves the steps of a student's rows where the loss falls. Finer steps always lessen it, for more bytes: the part of the movement that
+ * would change the total bits of the integers, by log2(1 + |integer|), is removed.
  * @param {Student} student whose steps are changed
  * @param {{ rounds: number, rate: number }} how rate: of a step's logarithm
  */

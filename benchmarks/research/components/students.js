@@ -23,7 +23,7 @@ import { sharedRows, TrainedTerms } from "../../../dist/src/train/trained-terms.
  * @typedef {{ text: string, label: number, given: number | undefined }} TestRow given: the adapter's own answer
  */
 
-/** `distill`'s own rate: of its 240 steps, as far as all steps of one coefficient go for each root of a nat. */
+/** `distill`'s own rate: the total length of all steps of one coefficient for each root of a nat, over its 240 steps. */
 const [WAY, OF_STEPS, MOST_RATE] = [7, 240, 0.02];
 const HOLDOUT = 0.125;
 
@@ -81,7 +81,7 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
 }
 
 /**
- * What the model is fed with: coefficients and head as they will be stored, and these components.
+ * Numbers that the model is fed with: coefficients and head as they will be stored, and these components.
  * @param {Student} student @param {State} state @param {Floats} components
  */
 export function numbersOf({ model, stored, terms }, state, components) {
@@ -157,10 +157,11 @@ async function gradientsOf(student, rows, state, components) {
 }
 
 /**
- * Distils all tasks, a step of each in turn; the components move once when all tasks had theirs, and the steps of integers with each.
+ * Distils all tasks, a step of each in turn; the components move once after a step of all tasks, the steps of integers with each.
  * @param {readonly Student[]} students
  * @param {readonly State[]} states changed
- * @param {{ rounds: number, batch: number, before: readonly number[], components: () => Floats, move?: (gradient: Floats, round: number) => void,
+ * @param {{ rounds: number, batch: number, before: readonly number[], components: () => Floats, move?: (gradient: Floats, round: number)
+ * => void,
  *   stepping?: readonly ((gradients: State, state: State, round: number) => void)[] }} how stepping: of each student
  */
 export async function distilTogether(students, states, { rounds, batch, before, components, move, stepping }) {

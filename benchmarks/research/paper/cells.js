@@ -45,18 +45,18 @@ import { runPeer } from "./peers.js";
  * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  */
 
-/** 2048 texts, one pass over the largest tasks. */
+/** Steps of training: 2048 texts, one pass over the largest tasks. */
 export const STEPS = 256;
 const BATCH = 8;
-/** Rows of a task's training set that nothing is trained on, to choose rates by: this share of each label, at most so many. */
+/** Rows of a task's training set that are held back to choose rates by: this share of each label, with a maximum. */
 const HELD = 0.15;
 const MOST_HELD = 256;
 const RANK = 8;
-/** Means of the loss that are kept. */
+/** Number of means of the loss that are kept. */
 const CURVE = 16;
-/** What is stored rounds nothing. */
+/** Number formats that round nothing. */
 const DTYPES = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });
-/** One thread: seeds then give the same numbers, and the machine stays usable. */
+/** Options with one thread: seeds then give the same numbers, and the machine stays usable. */
 const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 
 /** Methods that train a head alone. @type {ReadonlySet<Method>} */
@@ -85,7 +85,7 @@ export const keyOf = ({ task, method, k, within, rates, seed }) =>
     `seed ${seed}`,
   ].join(", ");
 
-/** What was measured so far, by key. @extends {Rows<Row, Cell>} */
+/** Measurements so far, by key. @extends {Rows<Row, Cell>} */
 export class Results extends Rows {
   /** @param {string | URL} file */
   constructor(file) {
@@ -100,7 +100,7 @@ export class Results extends Rows {
 
 /** Runs cells. The tokenizer is read once. */
 export class Bench {
-  /** What enters the head, of the last frozen model. @type {{ key: string, table: Map<string, Float32Array> } | undefined} */
+  /** Inputs of the head, of the last frozen model. @type {{ key: string, table: Map<string, Float32Array> } | undefined} */
   #features;
 
   /** @param {ReadonlyMap<string, Task>} tasks @param {Record<string, import("./data.js").Experiment>} experiments */

@@ -1,7 +1,7 @@
 /**
- * Which tasks are left out, which adapters the basis is made of, and which test rows count. The tasks are made of the same
- * package descriptions, so a test text of one is often a training text of another; where that other one is a donor, its adapter
- * has seen the text. Such rows are kept apart. Nothing is trained here.
+ * Tasks that are left out, adapters that the basis is made of, and test rows that count. The tasks share package descriptions, so a test
+ * text of one is often a training text of another; if that one is a donor, its adapter has seen the text. Such rows are kept apart.
+ * Nothing is trained here.
  */
 import { readdir, readFile } from "node:fs/promises";
 import { shuffle, uniform } from "../../../dist/src/tensor/random.js";
@@ -16,7 +16,7 @@ import { data, readTask } from "../../../examples/minilm.js";
  *   trained from one seed correspond, and a mean of others says nothing
  */
 
-/** Fewer rows than this that no donor has seen say nothing about a task. */
+/** Least number of rows unseen by donors for a statement about a task. */
 export const LEAST_ROWS = 40;
 
 /** Tasks of the hub that are kept for testing. */
@@ -88,8 +88,8 @@ export async function readHubSplit() {
 }
 
 /**
- * Looks for the `count` tasks that keep most test rows when all others are donors: from seeded random ones, exchanging the pair
- * that gains most until none does; the best of several starts.
+ * Searches for the `count` tasks that keep most test rows when all others are donors: from seeded random ones, exchanging the pair that
+ * gains most until none does; the best of several starts.
  * @param {ReadonlyMap<string, Task>} tasks those to choose from
  * @param {{ count: number, seed?: number, starts?: number }} options
  * @returns {{ test: string[], rows: number }} names in order

@@ -1,4 +1,4 @@
-/** Figures of the paper, drawn from what was measured and from the adapters themselves. */
+/** Draws the paper's figures from measurements and from the adapters themselves. */
 
 import { openPack } from "eigenlora";
 import { extractModule, projectAdapters } from "eigenlora/build";
@@ -19,7 +19,7 @@ const COMPONENTS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
 const EXTRACT = {
   gauge: "as-trained",
   centering: "keep",
-  // All singular values are wanted, not those of some components.
+  // All singular values are wanted.
   select: { kind: "energy", share: 1 },
   basisDtype: "f32",
   coefficientDtype: "f32",
@@ -44,7 +44,7 @@ export async function drawFigures(reader) {
   return figures;
 }
 
-/** How much of the adapters' rows lies outside the first components: mean over modules. */
+/** Share of the adapters' rows outside the first components: mean over modules. */
 async function singularValues() {
   const series = [];
   for (const suite of /** @type {const} */ (["own-seed", "shared-seed"])) {

@@ -1,6 +1,6 @@
 /**
- * Methods that train a head alone, on what a frozen model makes of the texts: the trainer's own loop, with a table of the head's
- * inputs in place of a training graph, since these never change. One run of the model then serves all rates and seeds.
+ * Methods that train only a head on the features of a frozen model: the trainer's own loop, with a table of the head's inputs instead of
+ * a training graph, since these never change. One run of the model then serves all rates and seeds.
  */
 
 import { learnedTask, taskFile } from "../../../dist/src/train/stored-task.js";
@@ -15,7 +15,7 @@ const headOf = (width, labels) => [
 ];
 
 /**
- * What enters the head for each text, with tasks of the pack active.
+ * Inputs of the head for each text, with tasks of the pack active.
  * @param {import("./cells.js").Session} session
  * @param {Parameters<typeof toBatches>[0]} encode
  * @param {readonly string[]} texts
@@ -46,7 +46,7 @@ export async function readFeatures(session, encode, texts, blend, width) {
 }
 
 /**
- * A trainer of a head. It begins like every other, and asks no pack.
+ * Makes a trainer of a head. It begins like every other, and does not use its pack.
  * @param {ReadonlyMap<string, Float32Array>} features by text
  * @param {{ labels: readonly string[], seed: number }} options
  * @returns {Trainer<Float32Array[]>}

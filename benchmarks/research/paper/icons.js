@@ -10,15 +10,15 @@ import { baseEntries } from "../../lib/torch.js";
 
 /** @typedef {import("./data.js").Task} Task rows are names of icons, such as "mdi:home" */
 
-/** Pixels of a side, and how many greys there are beside paper. */
+/** Pixels of a side, and number of greys beside paper. */
 const SIZE = 32;
 const GREYS = 15;
-/** What the ViT takes for ink: pixels are divided by it. */
+/** Deviation that the ViT divides pixels by. */
 const DEVIATION = 0.3;
 
 const model = data("icons/model_fp16.onnx");
 
-/** Why Python cannot run the peers; undefined where it can. */
+/** Reason why Python cannot run the peers; undefined where it can. */
 export const reasonAgainst = () => missing(["torch", "peft", "transformers"]);
 
 /** @returns {Promise<Map<string, Task>>} by name */
@@ -27,7 +27,7 @@ export async function readIconTasks() {
   return new Map(Object.entries(tasks).map(([task, one]) => [task, { task, ...one }]));
 }
 
-/** What PEFT answers with the given adapters. @returns {Promise<Map<string, { predictions: number[], logits16: number[][] }>>} */
+/** PEFT's answers with the given adapters. @returns {Promise<Map<string, { predictions: number[], logits16: number[][] }>>} */
 export async function readIconReference() {
   return new Map(Object.entries(JSON.parse(await readFile(data("icons/reference.json"), "utf8"))));
 }
@@ -67,7 +67,7 @@ export async function createPixels(tasks) {
 }
 
 /**
- * What the benchmark's cells learn with.
+ * Model, inputs and peers for the benchmark's cells.
  * @param {ReadonlyMap<string, Task>} tasks
  * @param {string} scratch folder for the peers' files
  * @returns {Promise<import("./cells.js").Subject & { stop(): void }>} stop: ends the peers

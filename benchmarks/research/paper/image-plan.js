@@ -1,4 +1,4 @@
-/** Which methods learn the icons, and the cells that are missing. Rates are chosen on validation rows, so later cells follow from results. */
+/** Methods that learn the icons, and missing cells. Rates are chosen on validation rows, so later cells follow from results. */
 import { PEERS } from "./cells.js";
 import { cellOf, chosenRates, SEEDS, tuningCells } from "./plan.js";
 

@@ -1,4 +1,4 @@
-/** Tables of the image tasks: methods, tasks, and the rates that were tried. A method stands in a table when every task of it has a cell. */
+/** Tables of the image tasks: methods, tasks, and tried rates. A method is in a table when every task of it has a cell. */
 import { mean } from "simple-statistics";
 import { IMAGE_METHODS, imageMethod, TUNED } from "./image-plan.js";
 import { SEEDS } from "./plan.js";
@@ -11,7 +11,7 @@ import { ratesOf, triedLines } from "./tables.js";
  * @typedef {import("./cells.js").Row} Row
  */
 
-/** What the others are compared with. */
+/** The method that others are compared with. */
 const PEER = "LoRA r 8";
 
 /**
@@ -31,7 +31,7 @@ function rightBySeed(reader, plan) {
 const overSeeds = (right) => right[0].map((rows, task) => rows.map((_, row) => mean(right.map((of) => of[task][row]))));
 
 /**
- * All methods: numbers, accuracy over the rows of all tasks (mean over seeds), and how far from LoRA, paired by row.
+ * All methods: numbers, accuracy over the rows of all tasks (mean over seeds), and the difference from LoRA, paired by row.
  * @param {Reader} reader
  * @returns {Table}
  */
@@ -95,7 +95,7 @@ export function imageTaskTable(reader) {
   return { id: "images-tasks", title: "Test rows by task, %", lines, notes: [] };
 }
 
-/** What was tried on validation rows. @param {Reader} reader @returns {Table} */
+/** Rates tried on validation rows. @param {Reader} reader @returns {Table} */
 export function imageRateTable({ results }) {
   const notes = [`Rows of the training sets of ${TUNED.join(", ")} that nothing was trained on, seed 1.`];
   return {

@@ -7,7 +7,7 @@ import { missing, python } from "../../lib/peers.js";
 import { inScratch } from "../../lib/process.js";
 import { baseEntries } from "../../lib/torch.js";
 
-/** Why Python cannot run the peers; undefined where it can. */
+/** Reason why Python cannot run the peers; undefined where it can. */
 export const reasonAgainst = () => missing(["torch", "peft", "transformers"]);
 
 /**
@@ -18,7 +18,7 @@ export const reasonAgainst = () => missing(["torch", "peft", "transformers"]);
 export const runPeer = (job) =>
   inScratch(async (folder) => {
     const base = join(folder, "base.safetensors");
-    // The encoder alone; the head is the task's own.
+    // Only the encoder; the head is the task's own.
     const entries = (await baseEntries()).map((entry) => ({ ...entry, name: entry.name.replace(/^bert\./, "") }));
     await writeFile(base, await safetensorsOf(entries));
     const found = python("paper.py", [], JSON.stringify({ ...job, base, config: data("minilm") }));

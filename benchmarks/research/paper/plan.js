@@ -1,4 +1,4 @@
-/** Which methods are compared, and which cells are worth having in which order. Rates are chosen on validation, so later cells follow from results. */
+/** Methods to compare, and the cells to measure in order. Rates are chosen on validation, so later cells follow from results. */
 import { mean } from "simple-statistics";
 import { PEERS } from "./cells.js";
 
@@ -134,7 +134,7 @@ export function nextCells(results, experiments, { peers = false } = {}) {
     ({ name }) => name,
   );
   const flat = METHODS.filter(({ method }) => method === "zero-shot flat").map(({ name }) => name);
-  /** No seed changes what it gives. */
+  /** Methods whose result does not depend on a seed. */
   const certain = METHODS.filter(({ method }) => method === "analytical").map(({ name }) => name);
   const rest = METHODS.filter(({ name, method }) => (peers || !PEERS.has(method)) && !certain.includes(name)).map(
     ({ name }) => name,

@@ -6,15 +6,15 @@ import { uniform } from "../../../dist/src/tensor/random.js";
 export const deviation = (values) => (values.length > 1 ? sampleStandardDeviation(values) : 0);
 
 /**
- * Whether each row is answered rightly.
+ * Whether each answer is right.
  * @param {string} answers a digit each
  * @param {readonly (readonly [string, number])[]} rows
  */
 export const rightOf = (answers, rows) => rows.map(([, label], i) => Number(Number(answers[i]) === label));
 
 /**
- * How far the mean of differences may be off: rows are drawn again with replacement, within each group, and the mean over all
- * rows is taken each time.
+ * Interval of the mean of differences: rows are resampled with replacement within each group, and the mean over all rows is taken each
+ * time.
  * @param {readonly (readonly number[])[]} groups differences of rows, by group
  * @param {{ resamples?: number, seed?: number, level?: number }} [options] level: share of resamples inside the interval
  * @returns {{ centre: number, low: number, high: number }} NaN without rows

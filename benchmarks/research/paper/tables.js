@@ -1,6 +1,6 @@
 /**
- * Tables of what was measured, as numbers and as Markdown. A method stands in a table when every task of it has a cell; what is
- * missing is said.
+ * Tables of measurements, as numbers and as Markdown. A method is in a table when every task of it has a cell; missing cells are
+ * reported.
  */
 
 import { mean, sum } from "simple-statistics";
@@ -18,10 +18,10 @@ import { deviation, pairedBootstrap, rightOf } from "./statistics.js";
  * @typedef {import("./cells.js").Row} Row
  */
 
-/** Where the claim ends: points that coefficients and head may lie below LoRA, and how often LoRA has their number. */
+/** Limits of the claim: points that coefficients and head may lie below LoRA, and the ratio of their numbers. */
 export const CLAIM = { centre: 1.5, end: 3, ratio: 25 };
 
-/** Reads results as tables ask for them. */
+/** Reads results for the tables. */
 export class Reader {
   /**
    * @param {Results} results
@@ -40,13 +40,13 @@ export class Reader {
       for (const id of test) this.kept.set(id, remaining(tasks, id, donors(id)));
   }
 
-  /** A method's cells on one task at the rates that were chosen, by seed. @param {MethodPlan} plan @param {string} task @returns {Row[]} */
+  /** A method's cells on one task at the chosen rates, by seed. @param {MethodPlan} plan @param {string} task @returns {Row[]} */
   cells(plan, task) {
     const rates = chosenRates(this.results, plan);
     return rates ? SEEDS.flatMap((seed) => this.results.get(cellOf(plan, task, rates, seed)) ?? []) : [];
   }
 
-  /** 1 for each test row that is answered rightly, else 0. @param {string} task @param {string} answers @param {"kept" | "all"} which */
+  /** 1 for each right answer to a test row, else 0. @param {string} task @param {string} answers @param {"kept" | "all"} which */
   right(task, answers, which) {
     const right = rightOf(answers, /** @type {Task} */ (this.tasks.get(task)).test);
     return which === "all" ? right : right.filter((_, i) => this.kept.get(task)?.[i]);
@@ -203,7 +203,7 @@ function accuracies(reader, seeds) {
   };
 }
 
-/** Between seeds, where there are several. @param {number[]} values */
+/** Deviation between seeds, where there are several. @param {number[]} values */
 const spread = (values) => (values.length > 1 ? deviation(values) : null);
 
 /**
@@ -231,7 +231,7 @@ export function taskTable(reader, experiment) {
 }
 
 /**
- * What was tried on validation rows.
+ * Rates tried on validation rows.
  * @param {Reader} reader
  * @returns {Table}
  */
@@ -242,7 +242,7 @@ export function rateTable({ results }) {
 }
 
 /**
- * A line for each pair of rates that was tried.
+ * A line for each pair of tried rates.
  * @param {Results} results
  * @param {readonly MethodPlan[]} plans
  */

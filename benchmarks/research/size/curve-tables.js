@@ -1,4 +1,4 @@
-/** Tables of the curves: what sharing gains beside the same coder, and what others have published. */
+/** Tables of the curves: the gain of sharing with the same coder, and published results of others. */
 import { mean, sampleStandardDeviation } from "simple-statistics";
 import { CURVES, pairsOf } from "./curve.js";
 import { LORA } from "./tables.js";
@@ -11,7 +11,7 @@ import { LORA } from "./tables.js";
  */
 
 /**
- * docs/size/curves.md.
+ * Makes docs/size/curves.md.
  * @param {readonly Row[]} rows
  * @returns {string} empty where no curve was measured
  */
@@ -118,7 +118,7 @@ function crossing(pairs) {
 }
 
 /**
- * What others have published about small LoRAs near equal quality, on their models: nothing of it was measured here.
+ * Published results of others about small LoRAs near equal quality, on their models: nothing of it was measured here.
  * @returns {Part}
  */
 export function published() {

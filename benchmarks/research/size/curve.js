@@ -1,9 +1,9 @@
 /**
- * Bytes against behaviour of entropy-coded packs: those that share components beside those that share nothing, which are adapters
- * cut by their own SVD with the same coder, steps, heads and directory. What parts the two is the gain of sharing alone.
+ * Bytes against behaviour of entropy-coded packs: those that share components, compared with those that share nothing, which are adapters
+ * cut by their own SVD with the same coder, steps, heads and directory. The difference is the gain of sharing alone.
  *
- * Bytes and ΔW errors are taken of whole series of packs. What is asked is chosen by those two, never by test rows: of the others
- * some steps, and of ours the pack with the least ΔW error within the bytes of each.
+ * Bytes and ΔW errors are measured for whole series of packs. These two, never test rows, choose which packs are asked: some steps of the
+ * packs that share nothing, and of ours the pack with the least ΔW error within the bytes of each.
  */
 import { openPack } from "eigenlora";
 import { packOf } from "../../lib/adapters.js";
@@ -40,7 +40,7 @@ const MINILM = {
   series: [
     ...codedSeries(0.08, 2, [SVD]),
     ...codedSeries(0.0668, 3, [...shapes([16, 32, 48], [2, 4]), { k: 24, rank: 3, privateTerms: 2 }]),
-    // Between those steps, and coarser, of what mostly is the best.
+    // Steps between those, and coarser ones, of the shape that is best most often.
     ...codedSeries(0.0945, 3, shapes([8, 16, 32, 48], [2])),
   ],
 };
@@ -103,10 +103,10 @@ export async function measureSizes({ n, most, series }, { suite, rows, keep, due
   }
 }
 
-/** Whether finer steps gain nothing: what is lost is what so few components cannot say. @param {number} before @param {number} error */
+/** Whether finer steps gain nothing: the error comes from too few components. @param {number} before @param {number} error */
 const isExhausted = (before, error) => error < 0.95 && error > 0.99 * before;
 
-/** What is known of a pack that holds the same numbers in other bytes. @param {Row} fresh @param {Row} [known] @returns {Row} */
+/** Results that hold for a pack with the same numbers in other bytes. @param {Row} fresh @param {Row} [known] @returns {Row} */
 function renewed(fresh, known) {
   return known && known.error === fresh.error ? { ...known, bytes: fresh.bytes } : fresh;
 }
@@ -124,7 +124,7 @@ function worthJudging(curve, rows) {
 }
 
 /**
- * What tasks answer in the packs that were chosen, by ΔW error and then by training texts.
+ * Answers of tasks in the chosen packs, by ΔW error and then by training texts.
  * @param {Curve} curve
  * @param {Measuring} measuring
  */
@@ -148,7 +148,7 @@ async function askChosen(curve, { suite, rows, keep, due, peers }) {
 }
 
 /**
- * Divergences on training texts of the packs that may be worth asking: of each number of components what loses least of ΔW.
+ * Divergences on training texts of the packs that may be worth asking: for each number of components the one with the least ΔW error.
  * @param {Curve} curve
  * @param {Measuring} measuring
  */
@@ -172,7 +172,7 @@ async function judgeCurve(curve, { suite, rows, keep, due }) {
 }
 
 /**
- * What was measured at each place of the curve.
+ * Measurements at each place of the curve.
  * @param {Curve} curve
  * @param {readonly Row[]} rows of any suite
  * @returns {Pair[]} fewest bytes first
@@ -186,8 +186,8 @@ export function pairsOf(curve, rows) {
 }
 
 /**
- * Rows of a curve: those that share nothing, of the steps that are asked, and those that share components, with what their number
- * of components and of private terms is.
+ * Rows of a curve: those that share nothing, at the steps that are asked, and those that share components, with their numbers of
+ * components and of private terms.
  * @param {Curve} curve
  * @param {readonly Row[]} rows
  */

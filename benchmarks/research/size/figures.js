@@ -1,4 +1,4 @@
-/** Figures of what was measured. */
+/** Draws figures of the measurements. */
 import { mean } from "simple-statistics";
 import { drawLines, sideBySide } from "../../lib/charts.js";
 import { CURVES, pairsOf } from "./curve.js";
@@ -168,7 +168,7 @@ const rising = (points) => frontier(points, ({ accuracy = NaN }) => accuracy, -1
 const falling = (points) => frontier(points, ({ error = NaN }) => error, Infinity, -1);
 
 /**
- * Those that no other of fewer bytes equals, as [kB, %].
+ * Points that no other one with fewer bytes equals, as [kB, %].
  * @param {readonly Point[]} points fewest bytes first
  * @param {(point: Point) => number} value
  * @param {number} worst

@@ -1,6 +1,6 @@
 /**
- * Measures one way of storing some adapters: bytes, ΔW error and, where asked, what the tasks answer. Errors are taken from what is
- * read back, in the same way for ours and for others'.
+ * Measures one way of storing some adapters: bytes, ΔW error and, where asked, the tasks' answers. Errors are computed from the file read
+ * back, for ours and for others' alike.
  */
 import { openPack } from "eigenlora";
 import { buildPack, searchPack, taskAdapter } from "eigenlora/build";
@@ -37,7 +37,7 @@ import { nameOf } from "./ways.js";
  *   strength: of the task when it is asked
  */
 
-/** A way into a session for adapters that are not ours to compress: nothing of ΔW is lost but the last bits of f32. @param {Dtype} head */
+/** Options that put foreign adapters into a session: ΔW loses only the last bits of f32. @param {Dtype} head */
 const lossless = (head) => ({
   select: /** @type {const} */ ({ kind: "energy", share: 1 }),
   dtype: { basis: /** @type {const} */ ("f32"), coefficients: /** @type {const} */ ("f32"), head },
@@ -97,7 +97,7 @@ async function store(suite, adapters, way, peers, asks, most) {
   if (way.kind === "heads" || way.kind === "each") return storeEach(adapters, way, asks);
   return peers.compress(adapters, way, async (bytes, back) => {
     const errors = await Promise.all(adapters.map((adapter, i) => errorOf(adapter, back[i])));
-    // What vlora-dev saves has no heads: ours stand in for them, in the smallest format.
+    // vlora-dev saves no heads: ours stand in for them, in the smallest format.
     const heads = way.kind === "vlora" ? sum(adapters.map((adapter) => headBytes(adapter, "int4"))) : 0;
     const members = back.map((one, i) => ({ ...one, saved: adapters[i].saved }));
     const chunks = asks ? (await buildPack(members, lossless(way.kind === "vlora" ? "int4" : "f32"))).chunks : [];
@@ -163,7 +163,7 @@ async function build(suite, adapters, { options, ratio, calibrated }) {
     : searchPack(adapters, { goal: { kind: "bytes", max: budget(adapters, ratio) }, ways: [all] });
 }
 
-/** So many times fewer bytes than the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */
+/** Bytes at a ratio to the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */
 const budget = (adapters, ratio) => Math.floor(sum(adapters.map(bytesOfAdapter)) / ratio);
 
 /** Mean error of each task, read from the pack. @param {readonly Adapter[]} adapters @param {Uint8Array[]} chunks */
@@ -187,7 +187,7 @@ async function errorOf(exact, stored) {
   for (const [name, module] of exact.modules) {
     const other = stored.modules.get(name);
     if (!other) {
-      // Too little of the task to be worth a byte.
+      // Too little of the module is kept to be worth a byte.
       errors.push(1);
       continue;
     }

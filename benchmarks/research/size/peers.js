@@ -6,12 +6,12 @@ import { inScratch } from "../../lib/process.js";
 
 /** @typedef {import("eigenlora/build").Adapter} Adapter */
 
-/** PyPI's lorashare and vlora-dev, in a process that stays. */
+/** PyPI's lorashare and vlora-dev, in a process that keeps running. */
 export class Peers {
   /** @param {import("../../lib/peers.js").Running | undefined} child @param {string | undefined} reason */
   constructor(child, reason) {
     this.child = child;
-    /** Why they do not run. */
+    /** Reason why they do not run. */
     this.reason = reason;
     /** @type {Record<"lorashare" | "vlora", string>} */
     this.versions = { lorashare: child?.first.lorashare, vlora: child?.first["vlora-dev"] };

@@ -1,4 +1,4 @@
-/** The twenty skills of SmolLM2-135M-Instruct as a suite. A row is right where the whole greedy answer is. */
+/** The twenty skills of SmolLM2-135M-Instruct as a suite. A row is right if its whole greedy answer is. */
 import * as ort from "onnxruntime-node";
 import { createEncode, force, questionsOf, readAnswers, readSkills, smollm2File } from "../../lib/skills.js";
 import { Suite } from "./suite.js";
@@ -22,7 +22,7 @@ export class Skills extends Suite {
     return [this.adapters.length];
   }
 
-  /** Test rows of each task, and which of them PEFT's adapter answers right. */
+  /** Test rows of each task, and whether PEFT's adapter answers them right. */
   async #rows() {
     if (this.#asked) return this.#asked;
     const [skills, answers, encode] = await Promise.all([readSkills(), readAnswers(), createEncode()]);

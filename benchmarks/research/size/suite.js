@@ -30,10 +30,10 @@ import { bytesOfAdapter, folderOf, plainTexts } from "../../lib/adapters.js";
 /** Most rows of each task: the first of its test split. */
 export const MOST_ROWS = 240;
 
-/** Plain texts that every task is asked where a judge chooses. */
+/** Plain texts that every task is asked when a judge chooses. */
 const JUDGED = 16;
 
-/** One thread: the same numbers on every machine, and room for others on this one. */
+/** Options with one thread: the same numbers on every machine, and room for others on this one. */
 const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 
 export class Suite {
@@ -54,12 +54,12 @@ export class Suite {
     this.adapters = adapters;
   }
 
-  /** File of the model that answers. */
+  /** File of the answering model. */
   get model() {
     return model;
   }
 
-  /** Numbers of adapters to look at: 5, 10, 20 and all. */
+  /** Numbers of adapters to compare: 5, 10, 20 and all. */
   get sizes() {
     const all = this.adapters.length;
     return [...[5, 10, 20].filter((n) => n < all), all];
@@ -99,12 +99,12 @@ export class Suite {
     return this.#questions;
   }
 
-  /** How many test rows a task is asked. @param {string} id */
+  /** Number of test rows that a task is asked. @param {string} id */
   async rowsOf(id) {
     return (await this.questions()).get(id)?.labels.length ?? NaN;
   }
 
-  /** Shares of test rows that the adapters themselves answer right, where that is known. @returns {Promise<number[] | undefined>} */
+  /** Shares of test rows that the adapters themselves answer right, where known. @returns {Promise<number[] | undefined>} */
   async reference() {
     return undefined;
   }
@@ -115,14 +115,14 @@ export class Suite {
     return createJudge(createEngine(ort), model, { adapters, texts: await this.texts(), encode, most: JUDGED });
   }
 
-  /** Second moments of what enters the adapted modules, of plain texts. @param {Adapter[]} adapters */
+  /** Second moments of the adapted modules' inputs over plain texts. @param {Adapter[]} adapters */
   async moments(adapters) {
     const encode = /** @type {any} */ (await this.encode());
     return inputMoments(createEngine(ort), model, { adapters, texts: await this.texts(), encode });
   }
 
   /**
-   * A session on a pack, and what `work` makes of it.
+   * Runs `work` on a session of a pack.
    * @template T
    * @param {Uint8Array[]} chunks
    * @param {(session: Session) => Promise<T>} work
@@ -163,7 +163,7 @@ export class Suite {
   }
 }
 
-/** Bytes of an adapter's file that are no numbers; numbers are f32, or all f16. @param {Adapter} adapter */
+/** Bytes of an adapter's file beside its numbers; numbers are f32, or all f16. @param {Adapter} adapter */
 export function headerBytes(adapter) {
   const numbers = bytesOfAdapter(adapter);
   return adapter.byteLength - (adapter.byteLength >= numbers ? numbers : numbers / 2);

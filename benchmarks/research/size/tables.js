@@ -1,4 +1,4 @@
-/** Tables of what was measured. */
+/** Tables of the measurements. */
 import { mean, sum } from "simple-statistics";
 import { bytesOfAdapter } from "../../lib/adapters.js";
 import { headerBytes } from "./suite.js";
@@ -25,7 +25,7 @@ const ALONE = /^cut|^LoRA/;
 /** Largest ΔW errors at which bytes are compared. */
 const LEVELS = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1];
 
-/** What was measured, by suite and number of adapters. */
+/** Measurements by suite and number of adapters. */
 export class Reader {
   /** @param {readonly Row[]} rows @param {readonly Suite[]} suites @param {readonly Distilled[]} [distilled] of all adapters of a suite */
   constructor(rows, suites, distilled = []) {
@@ -60,7 +60,10 @@ export class Reader {
   }
 }
 
-/** What a way that stores adapters by themselves gives for fewer of them. @param {Row} row @param {Suite} suite @param {number} n @returns {Row} */
+/**
+ * Results of a way that stores adapters by themselves, for fewer of them. @param {Row} row @param {Suite} suite @param {number} n
+ * @returns {Row}
+ */
 function part(row, suite, n) {
   const ids = new Set(suite.take(n).map(({ id }) => id));
   const pick = (/** @type {number[] | undefined} */ values) => values?.filter((_, i) => ids.has(suite.adapters[i].id));

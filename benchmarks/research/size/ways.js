@@ -31,7 +31,7 @@ function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", h
   return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}) };
 }
 
-/** Options that have a shorter name in tables. */
+/** Options with shorter names in tables. */
 const SHORT = new Map([["privateTerms", "private"]]);
 
 /** @param {Way} way @returns {string} what it is called, and its key */
@@ -84,13 +84,13 @@ function typesOf(types) {
   ].join(", ");
 }
 
-/** How the names of coded packs begin: those that share components, and those that share nothing. */
+/** Start of the names of coded packs: those that share components, and those that share nothing. */
 export const CODED = "coded";
 export const SVD_CODED = "SVD-cut, coded";
 
 /** Step of heads in all coded packs: about three bits a number. Heads are the same bytes in both, so they do not decide. */
 const HEAD_STEP = 0.5;
-/** The finest of all steps are reached before: where a series has the bytes that it may have. */
+/** Most steps of a series; its bytes reach their limit before the finest one. */
 const MOST_STEPS = 40;
 
 /**
@@ -110,7 +110,7 @@ export function codedSeries(coarsest, octave, shapes) {
   );
 }
 
-/** Ways whose accuracy is asked of all adapters: each mode, and other packages. @param {number} n adapters @returns {Way[]} */
+/** Ways whose accuracy is measured for all adapters: each mode, and other packages. @param {number} n adapters @returns {Way[]} */
 export function frontier(n) {
   return [
     pack({ k: 32, type: "int4" }),
@@ -125,7 +125,10 @@ export function frontier(n) {
   ];
 }
 
-/** Ways whose accuracy is asked of fewer adapters too: the paper's, small packs, and its nearest relative. @param {number} n adapters @returns {Way[]} */
+/**
+ * Ways whose accuracy is measured for fewer adapters too: the paper's, small packs, and its nearest relative. @param {number} n adapters
+ * @returns {Way[]}
+ */
 export function small(n) {
   /** @type {Way[]} */
   const ways = [
@@ -138,7 +141,7 @@ export function small(n) {
   return ways.filter((way) => fits(way, n));
 }
 
-/** Ways of each adapter by itself: what they give does not depend on the others, so they are asked once, of all. @returns {Way[]} */
+/** Ways of each adapter by itself: their results do not depend on the others, so they are measured once, for all. @returns {Way[]} */
 export function byThemselves() {
   return [
     { kind: "each", type: "f32", head: "f32" },
@@ -155,7 +158,7 @@ function cut(rank, type) {
   return { kind: "each", ...(rank === undefined ? {} : { rank }), type, head: headOf(type) };
 }
 
-/** Heads are shared by nobody, so that their bytes soon count most. @param {Dtype} type @returns {Dtype} */
+/** Heads are not shared, so their bytes soon dominate. @param {Dtype} type @returns {Dtype} */
 function headOf(type) {
   return type === "int3" ? "int4" : type;
 }
@@ -193,18 +196,18 @@ export function grid(n) {
     ...GAUGES.flatMap((gauge) =>
       TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) })),
     ),
-    // It takes ten times as long as the others.
+    // Joint mode takes ten times as long as the others.
     ...FEW.map((type) => pack({ mode: "joint", k: 32, type })),
   ];
   return ways.filter((way) => fits(way, n));
 }
 
-/** What a search of all of these finds. @param {number} n adapters @returns {Auto[]} */
+/** Results of a search of all of these. @param {number} n adapters @returns {Auto[]} */
 export function found(n) {
   return ratiosOf(n).map((ratio) => ({ kind: "auto", ratio }));
 }
 
-/** Others' ways, and what a search finds within their bytes. @returns {Within[]} */
+/** Others' ways, and results of a search within their bytes. @returns {Within[]} */
 export function within() {
   /** @type {(Each | Peer)[]} */
   const others = [
@@ -216,12 +219,12 @@ export function within() {
   return others.map((other) => ({ kind: "auto", within: other }));
 }
 
-/** How many times fewer bytes are asked for: easily had, and hardly. @param {number} n adapters */
+/** Ratios to ask for: an easy one, and a hard one. @param {number} n adapters */
 function ratiosOf(n) {
   return n > 20 ? [20, 60] : n > 10 ? [20, 35] : [10, 20];
 }
 
-/** Whether n adapters of rank 8 have so many components. @param {Way} way @param {number} n */
+/** Whether n adapters of rank 8 have enough components. @param {Way} way @param {number} n */
 function fits(way, n) {
   if (way.kind !== "pack" || way.options.select?.kind !== "k") return true;
   const { mode, rank = 8, select } = way.options;

@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).parent
 ROWS = [[5, 9, 13, 21, 3], [33, 2, 40, 8, 17]]
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
          "small": (LlamaConfig, LlamaForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
-# Of one layer; Phi-3's checkpoint has packed layers itself. The builder takes a layer with as many outputs as there are tokens, 48, for
+# Models of one layer; Phi-3's checkpoint has packed layers itself. The builder takes a layer with 48 outputs, the number of tokens, for
 # the last one.
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)
 SIZES = {"small": SMALL, "phi3": dict(SMALL, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, original_max_position_embeddings=32)}

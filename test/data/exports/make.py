@@ -162,7 +162,7 @@ adapter("head", 3, 1, **whole)
 adapter("biases", 2, 2, bias="all", **whole)
 adapter("lora-bias", 5, 3, target_modules=["query", "pooler.dense"], lora_bias=True, **whole)
 adapter("dora", 4, 4, target_modules=["query", "pooler.dense"], use_dora=True, bias="lora_only", **whole)
-# Of four labels, as those that adapt the classifier keep them.
+# Heads of four labels, as adapters of the classifier keep them.
 adapter("same-head", 4, 5, **whole)
 adapter("adapted-head", 4, 6, target_modules=["query", "classifier"], bias="lora_only")
 

@@ -238,7 +238,7 @@ for name, form in (("qdq", QuantFormat.QDQ), ("qlinear", QuantFormat.QOperator))
 config = DefaultWeightOnlyQuantConfig(block_size=16, is_symmetric=False, op_types_to_quantize=("MatMul", "Gather"))
 quantizer = MatMulNBitsQuantizer(load("text"), algo_config=config)
 quantizer.process()
-quantizer.model.model.opset_import[0].version = 17  # it writes 21, of which ReduceMean is another
+quantizer.model.model.opset_import[0].version = 17  # it writes 21, where ReduceMean differs
 save("text-q4", quantizer.model.model)
 
 
@@ -324,7 +324,7 @@ def tasks(folder):
 def run(model, feeds):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # As ONNX defines the operators; with fusions, integers may round differently.
+    # Plain operators as ONNX defines them; with fusions, integers may round differently.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {key: value.numpy() for key, value in feeds.items()})[0]
@@ -398,7 +398,7 @@ def wired(model, name, folder):
             node = helper.make_node("MatMul", [x, weight], [out])
         put(y, node)
     head = [constant(f"task {part}", task[f"classifier.{part}"]) for part in ("weight", "bias")]
-    # Of the first node of the head: quantisers make a MatMul and an Add of a Gemm.
+    # The input of the head's first node: quantisers turn a Gemm into a MatMul and an Add.
     first = next(node for node in graph.node if node.name in ("/classifier/Gemm", "/classifier/Gemm_MatMul"))
     made["logits"].output[0] = "old logits"
     added.append(helper.make_node("Gemm", [first.input[0], *head], ["logits"], transB=1))

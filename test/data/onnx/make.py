@@ -63,7 +63,7 @@ feeds = (ids, torch.ones_like(ids), torch.zeros_like(ids))
 export("bert-torchscript", bert(False), feeds, dynamo=False)
 batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
 names = ["input_ids", "attention_mask", "token_type_ids"]
-# Of fixed lengths, the position embeddings would be folded into a constant.
+# Free lengths: with fixed ones, the position embeddings would be folded into a constant.
 export("bert-dynamo", bert(True), feeds, dynamo=True, input_names=names,
        dynamic_shapes={name: {0: batch, 1: sequence} for name in names})
 
@@ -135,7 +135,7 @@ export("applied-dynamo", applied, rows, dynamo=True, dynamic_shapes={"x": {0: ba
 save("external", onnx.load(HERE / "gemms.onnx"), digests(gemms), save_as_external_data=True,
      location="external.onnx.data", size_threshold=0)
 
-# By hand: values in typed lists, weights behind other nodes, a use in a branch.
+# Made by hand: values in typed lists, weights behind other nodes, a use in a branch.
 rng = np.random.default_rng(0)
 w = rng.standard_normal((4, 4)).astype(np.float32)
 halves = w.astype(np.float16)

@@ -38,7 +38,7 @@ class Whisper:
     prompts = {"low": {"waves": [[0.5, 0.11], [0.2, 0.35]], "samples": 24000},
                "high": {"waves": [[0.4, 0.9], [0.3, 1.7]], "samples": 32000}}
     extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=2)
-    # Of the decoder, before the cache.
+    # Inputs of the decoder, before the cache.
     given = ["input_ids", "encoder_hidden_states"]
     # Different tokens that a text must have.
     kinds = 4
