@@ -39,16 +39,19 @@ t.test("relative links lead to a file, and to a heading in it", async (t) => {
   t.same(brokenLinks([...pagesIn("."), ...pagesIn("docs")], root), []);
 });
 
-/** The anchors that GitHub makes of headings. */
+/** The anchors of a page: its own, and those that GitHub makes of headings, where equal ones are numbered. */
 function anchorsOf(text: string): Set<string> {
-  return new Set(
-    [...text.matchAll(/^#+ (.*)$/gm)].map(([, heading]) =>
-      heading!
-        .toLowerCase()
-        .replace(/[^\p{L}\p{N} _-]/gu, "")
-        .replaceAll(" ", "-"),
-    ),
-  );
+  const anchors = new Set([...text.matchAll(/<a id="([^"]+)">/g)].map(([, id]) => id!));
+  for (const [, heading] of text.matchAll(/^#+ (.*)$/gm)) {
+    const anchor = heading!
+      .toLowerCase()
+      .replace(/[^\p{L}\p{N} _-]/gu, "")
+      .replaceAll(" ", "-");
+    let free = anchor;
+    for (let i = 1; anchors.has(free); i++) free = `${anchor}-${i}`;
+    anchors.add(free);
+  }
+  return anchors;
 }
 
 t.test("commands of the documents exist, with their options", async (t) => {
