@@ -224,3 +224,6 @@ export type Files = typeof import("../dist/src/cli/files.js");
 /** Files whose text is checked in the installed package: a library's licence, and types that every entry brings along. */
 export const MSGPACKR = "dist/src/format/msgpackr.js";
 export const GLOBALS = "dist/src/globals.d.ts";
+
+/** A file that a bundle is made of, to weigh it alone. */
+export const WEBGPU = "dist/src/backends/webgpu.js";

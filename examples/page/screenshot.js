@@ -1,5 +1,5 @@
 /**
- * Takes the page's picture for the README with Chromium: docs/page.png, light or dark.
+ * Takes the picture of docs/page.md with Chromium: docs/page.png, light or dark.
  *
  * node examples/page/screenshot.js [--scheme light|dark] [--width 1240] [--height 1420] [--text LINE] [-o docs/page.png]
  */

@@ -1,4 +1,6 @@
 /**
+ * Own code, since re2js takes 46 kB after gzip where this takes 2, and reads `\w`, `\d`, `\s` and `{,n}` otherwise than Python does.
+ *
  * The regular expressions by which PEFT gives modules a rank and a scale of their own (`get_pattern_key` of peft/utils/other.py:
  * `re.match(r"(.*\.)?(PATTERN)$", name)`, the first match counts). Patterns come from untrusted files, and the engines of JavaScript and
  * Python backtrack, which can take exponential time. Here a pattern becomes a nondeterministic automaton that is in all its states at

@@ -1,6 +1,7 @@
 /**
- * One writer at a time. Whoever changes a file holds the lock beside it, `FILE.lock`, from before the file is read until its new
- * content is there. The lock names the process that holds it: one of a process that is gone is taken over, any other is waited for.
+ * One writer at a time. A command that changes a file holds the lock beside it, `FILE.lock`, from before the file is read until its new
+ * content is there. The lock names the process that holds it: that of a process that has ended is taken over, any other is waited for.
+ * Own code, since proper-lockfile finds a dead holder by the age of its lock alone, and brings three packages.
  */
 import { createHash, randomBytes } from "node:crypto";
 import {

@@ -1,7 +1,8 @@
 /**
  * Dense linear algebra in f64 for extraction: products of row-major matrices, LQ, a small SVD, Cholesky. Nothing here
  * knows of adapters. Eigenproblems are in `eigen.ts`. Every matrix is a flat row-major Float64Array; a "row" is a
- * vector of the space we work in, so products are taken between rows, which lie contiguous in memory.
+ * vector of the space we work in, so products are taken between rows, which lie contiguous in memory. Own code, since ml-matrix holds an
+ * array for each row, which WebAssembly cannot take over, and computes all eigenvectors where a pack keeps a few.
  */
 
 /** Spacing of doubles at 1. */

@@ -16,7 +16,7 @@ export type Summary = { readonly width: number; readonly count: number } & (
       readonly kind: "gram";
       /** The lower triangle of YᵀY, row by row: entry (i, j) at i·(i + 1)/2 + j. Rows of Y are those of X times their weights w. */
       readonly gram: Float64Array;
-      /** [2, width + 1]: Σ y, Σ w; Σ w·y, Σ w². What the mean, and taking it off, need. */
+      /** Sums for the mean and its subtraction, [2, width + 1]: Σ y, Σ w; Σ w·y, Σ w². */
       readonly sums: Float64Array;
     }
 );

@@ -293,7 +293,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
 
   /**
    * Runs the model on the active task, or on one task per row of the batch.
-   * @param fetches names of outputs, or what else the engine takes; may be left out
+   * `fetches` are names of outputs, or what else the engine takes.
    * @throws TypeError when feeds use names of ours, or `tasks` does not have the batch's length
    * @throws BackendError when the session has been closed; or, with a task per row, when a run on rows that differ shows that the
    *   model would mix them, or none of its outputs can tell

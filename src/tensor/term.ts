@@ -14,6 +14,6 @@ export interface Term {
   readonly core?: Float32Array | undefined;
   /** DoRA's magnitude [out]. */
   readonly magnitude?: Float32Array | undefined;
-  /** [out]: multiplies the rows of W + ΔW. What a magnitude comes to on a given W. */
+  /** Factor of each row of W + ΔW, [out]: the magnitude over the norms of a given W. */
   readonly rowScale?: Float32Array | undefined;
 }
