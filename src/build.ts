@@ -44,21 +44,18 @@ export type { Summary } from "./extract/summary.ts";
 export { encodeTaskFile } from "./format/encode.ts";
 export type { ParameterRole, Signature, TaskEntry } from "./format/format.ts";
 export { type Append, placeOf, type Sign, type TaskPlace, type TaskToWrite } from "./format/layout.ts";
-export { type BuildOptions, type Built, buildPack } from "./pack/build.ts";
+export { type ProjectedAdapter, projectAdapters } from "./pack/add.ts";
+export { type Built, buildPack } from "./pack/build.ts";
 export { taskAdapter } from "./pack/expand.ts";
-export { freshPack, planAppend, tasksOf } from "./pack/fresh.ts";
-export type { Goal, Judge, PerTask, ScoreGoal, Tried } from "./pack/goal.ts";
+export type { Goal, Judge, PerTask, ScoreGoal, SearchOptions, Tried } from "./pack/goal.ts";
 export { createSigner, type SigningKey } from "./pack/keys.ts";
-export { type ProjectedAdapter, projectAdapters } from "./pack/project.ts";
+export type { BuildOptions } from "./pack/recipe.ts";
 export {
   type BuildReport,
   breakEven,
-  type PackReport,
   type TaskLoss,
-  type TasksReport,
 } from "./pack/report.ts";
 export { type SearchReport, searchPack } from "./pack/search.ts";
-export type { SearchOptions } from "./pack/search-options.ts";
 export { type BasisOptions, type BasisReport, buildBasis } from "./pack/shard/basis.ts";
 export {
   adapterStatistics,
@@ -76,8 +73,8 @@ export {
   type TaskDtypes,
   type TaskPart,
 } from "./pack/shard/tasks.ts";
-export { planSignature, signTaskFile } from "./pack/sign.ts";
 export type { Way } from "./pack/ways.ts";
+export { freshPack, planAppend, planSignature, signTaskFile, tasksOf } from "./pack/write.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";
 export type { SafetensorsFile, SafetensorsTensor } from "./tensor/safetensors.ts";
 export { type SafetensorsEntry, writeSafetensors } from "./tensor/safetensors-writer.ts";

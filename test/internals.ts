@@ -37,7 +37,6 @@ export { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layo
 export { parseTask } from "../dist/src/format/task.js";
 export { parseTaskFile } from "../dist/src/format/task-file.js";
 export { encodedTensor, readTensor } from "../dist/src/format/tensors.js";
-export { codedTask, isCodedPack } from "../dist/src/pack/coding.js";
 export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
 // Files of other projects that packs are never made from in one call, or whose readers see through a folder only.
@@ -105,17 +104,15 @@ export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract
 export { createExtractor } from "../dist/src/extract/extractor.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
-export { buildApart, type Seek } from "../dist/src/pack/apart.js";
-export { lowestPassing } from "../dist/src/pack/bisect.js";
-export { buildStreamed, gathered, startBuild } from "../dist/src/pack/build.js";
+export { buildStreamed, Draft, gathered, type Seek, writeApart } from "../dist/src/pack/build.js";
+export { openAdapters, piecesOf } from "../dist/src/pack/encode.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
-export { allOf } from "../dist/src/pack/fresh.js";
-export { type Steps, stepsWithin } from "../dist/src/pack/refine.js";
-export { completeDtypes, lossesOf } from "../dist/src/pack/report.js";
+export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
+export { lossesOf } from "../dist/src/pack/report.js";
 export { searchStreamed } from "../dist/src/pack/search.js";
-export { piecesOf } from "../dist/src/pack/stack.js";
-export { errorOf, stepOf } from "../dist/src/pack/steps.js";
+export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
 export { codedOptions } from "../dist/src/pack/ways.js";
+export { allOf, codedTask, isCodedPack } from "../dist/src/pack/write.js";
 
 // ONNX graphs, made and changed node by node.
 

@@ -1,5 +1,5 @@
 /** The command compact: a pack without what appends have left behind, and with the hashes that old packs lack. */
-import { freshPack } from "../pack/fresh.ts";
+import { freshPack } from "../pack/write.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
 import { key, revoked } from "./options.ts";

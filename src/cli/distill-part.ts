@@ -7,7 +7,7 @@ import { createReadStream } from "node:fs";
 import type { Adapter } from "../adapters/adapter.ts";
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
-import { completeDtypes } from "../pack/report.ts";
+import { completeDtypes } from "../pack/recipe.ts";
 import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import type { Result } from "./command.ts";

@@ -5,11 +5,11 @@
 import { parseTaskFile } from "../format/task-file.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import type { Built } from "../pack/build.ts";
-import { freshPack, tasksOf } from "../pack/fresh.ts";
+import type { SearchOptions } from "../pack/goal.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { type SearchReport, searchPack } from "../pack/search.ts";
-import type { SearchOptions } from "../pack/search-options.ts";
 import type { Way } from "../pack/ways.ts";
+import { freshPack, tasksOf } from "../pack/write.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession } from "../session/session.ts";
 import { distill } from "../train/distill.ts";

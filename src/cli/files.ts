@@ -24,7 +24,7 @@ import { reasonOf } from "../../bindings/node.ts";
 import { SourceError } from "../errors.ts";
 import { refuseOtherKinds } from "../file-kind.ts";
 import type { Append } from "../format/layout.ts";
-import type { Scratch } from "../pack/fresh.ts";
+import type { Scratch } from "../pack/write.ts";
 import { realTarget } from "./lock.ts";
 import { stat } from "./target.ts";
 import { undoOnExit } from "./undo.ts";

@@ -11,11 +11,10 @@ import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
-import { buildStreamed, type Packed } from "../pack/build.ts";
-import type { Tried } from "../pack/goal.ts";
+import { buildStreamed, type Streamed } from "../pack/build.ts";
+import type { SearchOptions, Tried } from "../pack/goal.ts";
 import type { BuildReport } from "../pack/report.ts";
 import { type SearchReport, searchPack, searchStreamed } from "../pack/search.ts";
-import type { SearchOptions } from "../pack/search-options.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
@@ -255,7 +254,7 @@ async function build(
   options: PackOptions,
   run: Run,
   out: Output,
-): Promise<Packed<BuildReport | SearchReport>> {
+): Promise<Streamed<BuildReport | SearchReport>> {
   const { rank, privateTerms, centering, step, headStep, bytes, ratio, error, divergence } = options;
   const { dtype = {}, normalize, anyBase } = options;
   const mode = modeOf(options);
@@ -271,7 +270,8 @@ async function build(
     const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const search: SearchOptions = { ...common, workers, goal: { kind, max }, onTry };
-    if (!asked || kind === "error") return searchStreamed(adapters, search, run.closing(openScratch(options.output)));
+    if (!asked || kind === "error")
+      return searchStreamed(adapters, search, { held: false, scratch: run.closing(openScratch(options.output)) });
     const { engine, model, judge: about } = asked;
     const judge = run.closing(createJudge(engine, model, about));
     const found = await searchPack(adapters, { ...search, judge: judge.judge });

@@ -2,7 +2,7 @@
  * Commands for packs too large for one machine: project and assemble, from a basis to a pack (docs/hub.md). Like shard and merge
  * they give the same bytes for the same input.
  */
-import { completeDtypes } from "../pack/report.ts";
+import { completeDtypes } from "../pack/recipe.ts";
 import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
 import { type Attach, command } from "./command.ts";
 

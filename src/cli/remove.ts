@@ -1,5 +1,5 @@
 /** The command remove: drops tasks of a pack. */
-import { freshPack } from "../pack/fresh.ts";
+import { freshPack } from "../pack/write.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
 import { key, UsageError } from "./options.ts";

@@ -11,8 +11,9 @@ import { renamedHost } from "../base/renamed.ts";
 import type { TaskFile } from "../format/format.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import type { BuildOptions } from "../pack/build.ts";
+
 import { type OpenOptions, openPack, type Pack } from "../pack/pack.ts";
+import type { BuildOptions } from "../pack/recipe.ts";
 import { readTask } from "../pack/task-file.ts";
 import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";

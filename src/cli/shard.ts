@@ -2,7 +2,7 @@
  * Commands for packs too large for one machine: shard and merge, from adapters to a basis (docs/hub.md). Each is run by whatever
  * runs batches: it reads files, writes one file beside its name and renames it, and gives the same bytes for the same input.
  */
-import { completeDtypes } from "../pack/report.ts";
+import { completeDtypes } from "../pack/recipe.ts";
 import { buildBasis } from "../pack/shard/basis.ts";
 import { adapterStatistics, mergeStatistics, type Statistics } from "../pack/shard/statistics.ts";
 import { openStatistics, writeStatistics } from "../pack/shard/statistics-part.ts";

@@ -5,7 +5,7 @@ import { integrityOf } from "../format/hash.ts";
 import type { Sign } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { keyName } from "../pack/keys.ts";
-import { planSignature, signTaskFile } from "../pack/sign.ts";
+import { planSignature, signTaskFile } from "../pack/write.ts";
 import { toBase64 } from "../text.ts";
 import { isTaskFile } from "./add.ts";
 import { type Attach, command } from "./command.ts";

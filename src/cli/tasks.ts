@@ -2,7 +2,7 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { refuseBases } from "../adapters/modules.ts";
 import type { Pack } from "../pack/pack.ts";
-import { completeDtypes } from "../pack/report.ts";
+import { completeDtypes } from "../pack/recipe.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 
 /** @throws AdapterError when adapters name another base model than the pack does */

@@ -1,5 +1,5 @@
 /** What to do when a pack does not fit into the bytes that were asked for. */
-import { Unreachable } from "../pack/bisect.ts";
+import { Unreachable } from "../pack/seek.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 
 /** The options of `pack` that decide how small a pack can be. */

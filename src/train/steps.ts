@@ -5,7 +5,6 @@
 import type { TaskBlob } from "../format/format.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
-import { stepOf } from "../pack/steps.ts";
 import { BITS, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { toInteger } from "../tensor/encode.ts";
 import type { HeadLayer } from "./head.ts";
@@ -40,7 +39,7 @@ export function stepsOf(
   blob: TaskBlob,
   head: readonly Pick<HeadLayer, "module">[],
 ): TaskSteps | undefined {
-  if (stepOf(pack) === undefined) return undefined;
+  if (pack.directory.basis.step === undefined) return undefined;
   const parameters = new Float32Array(terms.size);
   for (const parameter of terms.parameters) {
     const tensor = tensorOf(pack, blob, parameter);

@@ -13,10 +13,11 @@ import { parseTaskFile } from "../../format/task-file.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import type { Dtypes } from "../../tensor/dtypes.ts";
 import { DTYPES } from "../../tensor/dtypes.ts";
-import { freshPack, tasksOf } from "../fresh.ts";
+import { projectAdapters } from "../add.ts";
 import type { Pack } from "../pack.ts";
-import { projectAdapters } from "../project.ts";
-import { completeDtypes, sizes, type TaskLoss, type TasksReport } from "../report.ts";
+import { completeDtypes } from "../recipe.ts";
+import { type BuildReport, sizes, type TaskLoss } from "../report.ts";
+import { freshPack, tasksOf } from "../write.ts";
 import { oneOf, readPart, writePart } from "./part.ts";
 
 /** Number formats of tasks. */
@@ -77,7 +78,11 @@ export function byId(adapters: readonly Adapter[]): Adapter[] {
 /** A pack of all tasks of some parts, and what became of the adapters. */
 export interface AssembledPack {
   readonly chunks: AsyncGenerator<Uint8Array, void>;
-  readonly report: TasksReport & { readonly dtype: TaskDtypes };
+  readonly report: ReturnType<typeof sizes> & {
+    readonly modules: number;
+    readonly dtype: TaskDtypes;
+    readonly error: Omit<BuildReport["error"], "worstModule">;
+  };
 }
 
 /**
