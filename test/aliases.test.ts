@@ -1,8 +1,8 @@
 /** Modules that versions of transformers call otherwise: what finds what, and what must not. */
 import { createRuntime, openPack } from "eigenlora";
-import { buildPack, readPeft, writeSafetensors } from "eigenlora/build";
+import { buildPack, readPeft } from "eigenlora/build";
 import t from "tap";
-import { AliasMatcher } from "./internals.ts";
+import { AliasMatcher, writeSafetensors } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 
 /** What an adapter, or a newer checkpoint, says; what an older one says. As transformers 5.24 maps them when it loads a checkpoint. */

@@ -21,6 +21,7 @@ export { encodeTensor } from "../dist/src/tensor/encode.js";
 export { toHex } from "../dist/src/tensor/hex.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors } from "../dist/src/tensor/safetensors.js";
+export { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 export { transpose } from "../dist/src/tensor/transpose.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
@@ -78,6 +79,7 @@ export {
 } from "../dist/src/extract/components.js";
 export { symmetricEigen } from "../dist/src/extract/eigen.js";
 export { deltaError, relative } from "../dist/src/extract/error.js";
+export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
 export { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
 export {
   backwardSolve,
@@ -89,13 +91,17 @@ export {
   multiply,
   multiplyTransposed,
   PLAIN,
+  type Products,
   rowSquares,
   svd,
   transpose as transposeMatrix,
 } from "../dist/src/extract/linalg.js";
 export { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
+export type { ExtractOptions, Gauge } from "../dist/src/extract/options.js";
 export { turnTo } from "../dist/src/extract/procrustes.js";
-export { collectSummary, gramComponents, summaryKind, triangle } from "../dist/src/extract/summary.js";
+export { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
+export type { SideBasis } from "../dist/src/extract/side.js";
+export { collectSummary, gramComponents, type Summary, summaryKind, triangle } from "../dist/src/extract/summary.js";
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
@@ -112,7 +118,15 @@ export { lossesOf } from "../dist/src/pack/report.js";
 export { searchStreamed } from "../dist/src/pack/search.js";
 export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
 export { codedOptions } from "../dist/src/pack/ways.js";
-export { allOf, codedTask, isCodedPack } from "../dist/src/pack/write.js";
+export { allOf, codedTask, freshPack, isCodedPack, tasksOf } from "../dist/src/pack/write.js";
+
+// What the command line makes packs of: parts of machines, scores of a folder of adapters.
+
+export { partByGain, readScores } from "../dist/src/adapters/scores.js";
+export { type BasisOptions, buildBasis } from "../dist/src/pack/shard/basis.js";
+export { adapterStatistics, mergeStatistics, type Statistics } from "../dist/src/pack/shard/statistics.js";
+export { openStatistics, type StatisticsPart, writeStatistics } from "../dist/src/pack/shard/statistics-part.js";
+export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/tasks.js";
 
 // ONNX graphs, made and changed node by node.
 

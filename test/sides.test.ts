@@ -3,11 +3,12 @@
  * sides, on every backend, in every mode and by every tool.
  */
 import { createRuntime, openPack } from "eigenlora";
-import { freshPack, planAppend, projectAdapters, taskAdapter } from "eigenlora/build";
+import { planAppend, projectAdapters, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { backends } from "./backend-list.ts";
 import { relativeDifference } from "./compare.ts";
+import { freshPack } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { difference, feeds, golden, MODES, model, open, outputOf, packFor, RUNTIMES } from "./sessions.ts";
 import { inOtherWords } from "./sides.ts";

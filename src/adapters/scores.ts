@@ -9,13 +9,13 @@ import type { Adapter } from "./adapter.ts";
 import { checkAdapters } from "./modules.ts";
 
 /** Accuracy of an adapter with its head, and of that head alone with ΔW at zero; shares from 0 to 1. */
-export interface Score {
+export interface Accuracies {
   readonly accuracy: number;
   readonly headOnly: number;
 }
 
 /** Scores by the name of an adapter's folder, in groups; a file without groups is one. */
-export type Scores = ReadonlyMap<string, ReadonlyMap<string, Score>>;
+export type Scores = ReadonlyMap<string, ReadonlyMap<string, Accuracies>>;
 
 /** So far apart are two shares that are equal but for rounding: 0.12 − 0.1 is a little less than 0.02. */
 const ROUNDING = 1e-9;
@@ -93,7 +93,7 @@ const segmentsOf = (file: string): string[] => file.split(/[/\\]/).filter((segme
 const groupsOf = (adapter: Adapter, scores: Scores): string[] =>
   [...scores].filter(([, group]) => group.has(nameOf(adapter))).map(([name]) => name);
 
-function scoreFor(adapter: Adapter, scores: Scores, file: string): Score {
+function scoreFor(adapter: Adapter, scores: Scores, file: string): Accuracies {
   const groups = groupsOf(adapter, scores);
   const folder = segmentsOf(adapter.file).at(-2) ?? "";
   const group = groups.length === 1 ? groups[0]! : groups.find((name) => name === folder);
@@ -123,7 +123,7 @@ function fieldsOf(value: unknown, name: string, file: string): [string, unknown]
   );
 }
 
-function scoreOf(entry: unknown, name: string, file: string): Score {
+function scoreOf(entry: unknown, name: string, file: string): Accuracies {
   const share = (field: string, how: string): number => {
     const value = isObject(entry) ? entry[field] : undefined;
     if (value === undefined) throw new AdapterError(`"${name}" has no ${field}${how}`, { file, field: name });

@@ -25,7 +25,7 @@ import { type TaskLoss, totalOf } from "../pack/report.ts";
 import { Trust, type TrustOptions } from "../pack/trust.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../tensor/hex.ts";
-import { isTaskFile } from "./add.ts";
+import { isTaskFile } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readText } from "./files.ts";
 

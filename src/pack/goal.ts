@@ -23,18 +23,15 @@ export type Goal =
   /** The smallest pack whose mean divergence, as `judge` says, is at most `max`. */
   | { readonly kind: "divergence"; readonly max: number }
   /** The smallest pack that keeps the scores that `judge` gives. */
-  | ScoreGoal;
-
-/** The smallest pack that keeps the scores that `judge` gives. */
-export interface ScoreGoal {
-  readonly kind: "score";
-  /** What a score may lose, in its own unit: 0.01 is a point of accuracy. */
-  readonly tolerance: number;
-  /** What may lose no more than that: the score of every task, or their mean. Default: "every". */
-  readonly keep?: "every" | "mean";
-  /** Scores to compare with, for instance of the adapters themselves. Default: those of a pack that loses nothing. */
-  readonly reference?: PerTask;
-}
+  | {
+      readonly kind: "score";
+      /** What a score may lose, in its own unit: 0.01 is a point of accuracy. */
+      readonly tolerance: number;
+      /** What may lose no more than that: the score of every task, or their mean. Default: "every". */
+      readonly keep?: "every" | "mean";
+      /** Scores to compare with, for instance of the adapters themselves. Default: those of a pack that loses nothing. */
+      readonly reference?: PerTask;
+    };
 
 /**
  * What is made of an open pack: for a score the score of each task, larger is better; otherwise how much behaviour differs from the

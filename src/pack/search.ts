@@ -16,11 +16,11 @@ import {
   type Judge,
   outOfReach,
   type PerTask,
-  type ScoreGoal,
   type SearchOptions,
   type Tried,
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
+import type { BuildOptions } from "./recipe.ts";
 import type { BuildReport } from "./report.ts";
 import { lowestPassing, partition, Unreachable } from "./seek.ts";
 import { allOf, defaultWays, judgedWays, kindOf, type Lent, ladderOf, nameOf, type Way } from "./ways.ts";
@@ -103,6 +103,15 @@ export async function searchStreamed(
   return withExtractor("searchPack", options.workers, async (extractor) =>
     searchWith(await openAdapters("searchPack", adapters, options, extractor), { ...options, goal }, kept),
   );
+}
+
+/** The best pack of at most `max` bytes with these options: of as many components on every side as there is room for. @throws Unreachable */
+export async function buildWithin(adapters: readonly Adapter[], options: BuildOptions, max: number): Promise<Built> {
+  return withExtractor("buildPack", options.workers, async (extractor) => {
+    const opened = await openAdapters("buildPack", adapters, options, extractor);
+    const lent: Lent = { opened, keeping: { held: true }, survey: () => survey(opened, undefined) };
+    return gathered(await kindOf(options).within(lent, options, max));
+  });
 }
 
 async function searchWith(
@@ -199,7 +208,10 @@ async function ask({ ids, signal }: Search, judge: Judge, built: Streamed): Prom
   }
 }
 
-async function referenceOf(search: Search, { reference }: ScoreGoal): Promise<ReadonlyMap<string, number>> {
+async function referenceOf(
+  search: Search,
+  { reference }: Goal & { kind: "score" },
+): Promise<ReadonlyMap<string, number>> {
   if (reference) return figuresOf(reference, search.ids, "reference");
   const way = { dtype: allOf("f32") };
   const lossless = await kindOf(way).make(search, way, { kind: "energy", share: 1 });

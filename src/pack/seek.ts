@@ -3,7 +3,7 @@
  * packs.
  */
 import { byTask, type Spectrum } from "../extract/allocation.ts";
-import { roundingLoss } from "../extract/steps.ts";
+import { roundingLoss } from "../extract/row-steps.ts";
 import type { TaskLoss } from "./report.ts";
 
 /** A goal that one way of packing does not reach. */

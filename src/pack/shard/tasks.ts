@@ -11,17 +11,13 @@ import { placeOf, type TaskPlace } from "../../format/layout.ts";
 import type { Value } from "../../format/messagepack.ts";
 import { parseTaskFile } from "../../format/task-file.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
-import type { Dtypes } from "../../tensor/dtypes.ts";
-import { DTYPES } from "../../tensor/dtypes.ts";
+import { DTYPES, type Dtypes, type TaskDtypes } from "../../tensor/dtypes.ts";
 import { projectAdapters } from "../add.ts";
 import type { Pack } from "../pack.ts";
 import { completeDtypes } from "../recipe.ts";
 import { type BuildReport, sizes, type TaskLoss } from "../report.ts";
 import { freshPack, tasksOf } from "../write.ts";
 import { oneOf, readPart, writePart } from "./part.ts";
-
-/** Number formats of tasks. */
-export type TaskDtypes = Omit<Dtypes, "basis">;
 
 const nameOf = (id: string): string => `task ${id}`;
 
