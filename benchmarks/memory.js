@@ -7,8 +7,9 @@
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
-import { freshPack, placeOf } from "eigenlora/build";
 import { findAdapters } from "eigenlora/node";
+import { placeOf } from "../dist/src/format/layout.js";
+import { freshPack } from "../dist/src/pack/write.js";
 import { data } from "../examples/minilm.js";
 import { folderOf, packOfK, withAdapters } from "./lib/adapters.js";
 import { number, readArguments, text } from "./lib/arguments.js";

@@ -1,7 +1,14 @@
 /** Shared by tests of adapter readers: files made from a few shapes, and an adapter's weights by the definitions. */
 import { readFileSync } from "node:fs";
-import { type Adapter, type AdapterModule, type SafetensorsEntry, writeSafetensors } from "eigenlora/build";
-import { f32ToBf16, f32ToF16, openSafetensors, openSource } from "./internals.ts";
+import type { Adapter, AdapterModule } from "eigenlora/build";
+import {
+  f32ToBf16,
+  f32ToF16,
+  openSafetensors,
+  openSource,
+  type SafetensorsEntry,
+  writeSafetensors,
+} from "./internals.ts";
 
 export interface Tensor {
   shape: readonly number[];

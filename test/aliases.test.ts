@@ -1,8 +1,8 @@
 /** Modules with different names in different versions of transformers: which names match, and which must not. */
 import { createRuntime, openPack } from "eigenlora";
-import { buildPack, readPeft, writeSafetensors } from "eigenlora/build";
+import { buildPack, readPeft } from "eigenlora/build";
 import t from "tap";
-import { AliasMatcher } from "./internals.ts";
+import { AliasMatcher, writeSafetensors } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 
 /** Names in newer and older checkpoints, as transformers 5.24 maps them when it loads a checkpoint. */

@@ -1,30 +1,34 @@
 /** Errors of public functions for wrong arguments. */
 import * as eigenlora from "eigenlora";
 import {
-  adapterStatistics,
-  assemblePack,
-  buildBasis,
   buildPack,
   createSigner,
-  freshPack,
-  mergeStatistics,
   peftFiles,
   planAppend,
   planSignature,
   projectAdapters,
-  projectTasks,
   readPeft,
   searchPack,
   taskAdapter,
-  tasksOf,
-  writeStatistics,
 } from "eigenlora/build";
 import { findAdapters, folderStore, readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { build } from "esbuild";
 import t from "tap";
-import { checkChoice, checkOptions, nearest } from "./internals.ts";
+import {
+  adapterStatistics,
+  assemblePack,
+  buildBasis,
+  checkChoice,
+  checkOptions,
+  freshPack,
+  mergeStatistics,
+  nearest,
+  projectTasks,
+  tasksOf,
+  writeStatistics,
+} from "./internals.ts";
 import { data } from "./packs.ts";
 
 const { createRuntime, openPack } = eigenlora;

@@ -31,18 +31,19 @@ const commands = list
 t.test("a short list, and help of each command that fits 80 columns", async (t) => {
   t.same(
     commands.sort(),
-    "add assemble attach bench check compact distill export fold help inspect keygen learn merge pack project remove shard sign verify".split(
+    "add attach bench check compact distill export fold help hub inspect keygen learn pack remove sign verify".split(
       " ",
     ),
   );
   t.ok(list.split("\n").length <= 40, "short");
-  for (const command of ["", ...commands]) {
-    const asked = command === "" ? ["--help"] : [command, "--help"];
+  const below = ["shard", "merge", "project", "assemble"].map((name) => `hub ${name}`);
+  for (const command of ["", ...commands, ...below, "pack --all"]) {
+    const asked = [...command.split(" "), "--help"].filter((word) => word !== "");
     const { status, stdout, stderr } = await run(...asked);
     t.match({ status, stderr }, { status: 0, stderr: "" }, command);
     const wide = stdout.split("\n").filter((line) => line.length > 80);
     t.same(wide, [], `${command}: within 80 columns`);
-    t.match(stdout, new RegExp(`^Usage: eigenlora ${command}`), "it says how it is called");
+    t.match(stdout, new RegExp(`^Usage: eigenlora ${command.replace(" --all", "")}`), "it says how it is called");
     t.notMatch(stdout, /undefined|\[object|unless given/, command);
   }
 });
@@ -56,6 +57,12 @@ t.test("every way to ask for help and version", async (t) => {
     ["pack", "--help", "-o", "x"],
   ])
     t.equal((await run(...asked)).stdout, help, asked.join(" "));
+  const all = (await run("pack", "--help", "--all")).stdout;
+  const flags = (text: string) => text.split("\n").filter((line) => /^ {2}-/.test(line)).length;
+  t.ok(flags(help) <= 14 && flags(all) > 30, `${flags(help)} options of ${flags(all)}`);
+  t.match(help, /more options: --help --all/);
+  t.equal((await run("help", "pack", "--all")).stdout, all);
+  t.match((await run("help", "hub", "shard")).stdout, /^Usage: eigenlora hub shard/);
   for (const asked of [["-h"], ["help"]]) t.equal((await run(...asked)).stdout, list, asked.join(" "));
   t.same(JSON.parse((await run("pack", "--help", "--json")).stdout), { help });
   t.same(JSON.parse((await run("help", "pack", "--json")).stdout), { help });
@@ -92,11 +99,12 @@ t.test("what is missing, unknown or too much is named, with the nearest", async 
     [["pack", "x", "--as", "new"], "pack: --as new: expected OLD=NEW"],
     [["pack", "x", "--gauge", "even"], "pack: --gauge even: expected as-trained or balanced"],
     [["fold", "p.eigen", "-o", "x", "--base", "b"], "fold: missing --task"],
+    [["hub", "shard"], "hub shard: missing ADAPTER_OR_FOLDER"],
   ];
   for (const [args, message] of cases) {
     const { status, stdout, stderr } = await run(...args);
     t.match({ status, stdout }, { status: 2, stdout: "" }, args.join(" "));
-    const command = /^([a-z]+): /.exec(message)?.[1];
+    const command = /^([a-z ]+): /.exec(message)?.[1];
     t.equal(stderr, `eigenlora: ${message}\nSee eigenlora ${command ? `${command} ` : ""}--help.\n`);
     const json = await run(...args, "--json");
     if (args.at(-1) === "-o") continue; // The flag would otherwise be the value of -o.

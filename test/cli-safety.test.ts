@@ -52,18 +52,18 @@ const [role] = adapters as [string, string];
 await succeed("pack", at("adapters"), "-o", at("p.eigen"), "--k", "2");
 
 t.test("what is there already is replaced by --force alone, by every command that writes a new file", async (t) => {
-  await succeed("shard", role, "-o", at("role.part"));
-  await succeed("merge", at("role.part"), "--k", "2", "-o", at("basis.eigen"));
-  await succeed("project", at("basis.eigen"), role, "-o", at("role.tasks"));
+  await succeed("hub", "shard", role, "-o", at("role.part"));
+  await succeed("hub", "merge", at("role.part"), "--k", "2", "-o", at("basis.eigen"));
+  await succeed("hub", "project", at("basis.eigen"), role, "-o", at("role.tasks"));
   await writeFile(at("lines.txt"), "a line\n");
   await writeFile(at("rows.tsv"), "a\tone\nb\ttwo\n");
   const commands: string[][] = [
     ["pack", at("adapters"), "--k", "2"],
-    ["shard", role],
-    ["merge", at("role.part")],
-    ["merge", at("role.part"), "--part"],
-    ["project", at("basis.eigen"), role],
-    ["assemble", at("basis.eigen"), at("role.tasks")],
+    ["hub", "shard", role],
+    ["hub", "merge", at("role.part")],
+    ["hub", "merge", at("role.part"), "--part"],
+    ["hub", "project", at("basis.eigen"), role],
+    ["hub", "assemble", at("basis.eigen"), at("role.tasks")],
     ["fold", at("p.eigen"), "--task", "sections-0", "--base", data("sessions/base.safetensors")],
     ["attach", data("sessions/torchscript.onnx"), at("p.eigen")],
     ["learn", at("p.eigen"), at("rows.tsv"), "--model", data("sessions/torchscript.onnx")],
@@ -71,8 +71,9 @@ t.test("what is there already is replaced by --force alone, by every command tha
   ];
   await writeFile(at("mine"), "work of hours");
   for (const command of commands) {
-    t.match(await refusal(...command, "-o", at("mine")), /mine: already exists; .*--force/, command[0]!);
-    t.match((await run(command[0]!, "--help")).stdout, /--force/);
+    const name = command.slice(0, command[0] === "hub" ? 2 : 1);
+    t.match(await refusal(...command, "-o", at("mine")), /mine: already exists; .*--force/, name.join(" "));
+    t.match((await run(...name, "--help")).stdout, /--force/);
   }
   t.equal(await readFile(at("mine"), "utf8"), "work of hours");
   for (const command of commands.slice(0, 6)) {
@@ -81,7 +82,7 @@ t.test("what is there already is replaced by --force alone, by every command tha
     t.not((await readFile(at("mine"))).toString(), "work of hours", command.join(" "));
   }
   t.equal(
-    (await succeed("shard", role, "-o", at("role.part")))["present"],
+    (await succeed("hub", "shard", role, "-o", at("role.part")))["present"],
     true,
     "a part made of the same is left alone",
   );
@@ -124,8 +125,8 @@ t.test("folders, devices, pipes, links and what the command reads", async (t) =>
   await succeed(...pack, at("link"), "--force");
   t.equal((await succeed("inspect", at("p.eigen")))["tasks"].length, 2, "through the link, which stays");
   for (const command of [
-    ["assemble", at("basis.eigen"), at("role.tasks"), "-o", at("role.tasks")],
-    ["merge", at("role.part"), "-o", at("role.part")],
+    ["hub", "assemble", at("basis.eigen"), at("role.tasks"), "-o", at("role.tasks")],
+    ["hub", "merge", at("role.part"), "-o", at("role.part")],
     ["fold", at("p.eigen"), "--task", "x", "--base", at("p.eigen"), "-o", at("p.eigen")],
     ["attach", data("sessions/torchscript.onnx"), at("p.eigen"), "-o", at("p.eigen")],
     ["learn", at("p.eigen"), at("rows.tsv"), "--model", "m", "-o", at("rows.tsv")],
@@ -273,15 +274,15 @@ t.test("adapters of different base models are refused, with who names which", as
     /named\/z: the adapters name different base models: google\/bert-base \(a, b, c and 1 more\); gpt2 \(z\)\. .*--any-base/;
   t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--k", "2"), expected);
   t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--ratio", "2"), expected);
-  t.match(await refusal("shard", ...all, gpt, "-o", at("x")), expected);
+  t.match(await refusal("hub", "shard", ...all, gpt, "-o", at("x")), expected);
   t.match(await refusal("add", at("bert.eigen"), gpt), /google\/bert-base \(the pack\); gpt2 \(z\)/);
-  for (const [i, path] of [bert, gpt].entries()) await succeed("shard", path, "-o", at(`${i}.part`));
+  for (const [i, path] of [bert, gpt].entries()) await succeed("hub", "shard", path, "-o", at(`${i}.part`));
   t.match(
-    await refusal("merge", at("0.part"), at("1.part"), "-o", at("x"), "--k", "2"),
+    await refusal("hub", "merge", at("0.part"), at("1.part"), "-o", at("x"), "--k", "2"),
     /google\/bert-base \(a\); gpt2 \(z\)/,
   );
-  await succeed("merge", at("0.part"), "-o", at("bert-basis.eigen"), "--k", "2");
-  t.match(await refusal("project", at("bert-basis.eigen"), gpt, "-o", at("x")), /\(the pack\); gpt2 \(z\)/);
+  await succeed("hub", "merge", at("0.part"), "-o", at("bert-basis.eigen"), "--k", "2");
+  t.match(await refusal("hub", "project", at("bert-basis.eigen"), gpt, "-o", at("x")), /\(the pack\); gpt2 \(z\)/);
   t.notOk((await readdir(folder)).includes("x"));
   t.equal((await succeed("pack", ...all, gpt, "-o", at("any.eigen"), "--k", "2", "--any-base"))["tasks"], 6);
   await succeed("add", at("bert.eigen"), gpt, "--any-base");

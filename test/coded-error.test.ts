@@ -4,16 +4,16 @@ import { type Adapter, planAppend, projectAdapters, searchPack, taskAdapter } fr
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import {
-  buildApart,
   codedOptions,
   completeDtypes,
   createExtractor,
-  errorOf,
   isCodedPack,
+  openAdapters,
+  recipeOf,
   type Seek,
   type Steps,
-  stepOf,
   stepsWithin,
+  writeApart,
 } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
@@ -54,7 +54,8 @@ t.test("no task loses more than was asked, nor much less, in fewer bytes than wi
     const goal = { kind: "error", max } as const;
     const { chunks, report } = await searchPack(adapters, { goal });
     const pack = await openPack(concat(chunks).buffer);
-    t.ok(isCodedPack(pack) && errorOf(pack) === max && stepOf(pack)! > 0);
+    const { step, error } = pack.directory.basis;
+    t.ok(isCodedPack(pack) && error === max && step! > 0);
     for (const adapter of adapters) {
       const loss = await lossOf(pack, adapter);
       t.ok(loss <= max && loss > 0.95 * max, `${adapter.id}: ${loss}`);
@@ -103,12 +104,13 @@ t.test("tasks that are made some at a time are the same", async (t) => {
   const extractor = await createExtractor();
   const others = [{ ...adapters[4]!, modules: new Map([...adapters[4]!.modules].slice(2)) }, ...adapters.slice(0, 4)];
   const seek: Seek = async (some, make) => {
-    await make(new Map(some.map((adapter) => [adapter, 0.02])));
-    await make(new Map(some.map((adapter) => [adapter, 0.01])));
+    await make(new Map(some.map(({ id }) => [id, 0.02])));
+    await make(new Map(some.map(({ id }) => [id, 0.01])));
   };
-  const options = codedOptions({ gauge: "balanced" }, 0, 0.05);
+  const opened = await openAdapters("buildPack", others, {}, extractor);
+  const recipe = { ...recipeOf(others, codedOptions({ gauge: "balanced" }, 0, 0.05)), error: 0.15 };
   const [together, ...apart] = await Promise.all(
-    [undefined, 1, 150_000].map((most) => buildApart(extractor, others, options, 0.15, seek, { held: true, most })),
+    [undefined, 1, 150_000].map((most) => writeApart(opened, recipe, seek, { held: true }, most)),
   );
   for (const { chunks, report } of apart) {
     t.strictSame(concat(chunks as Uint8Array[]), concat(together!.chunks as Uint8Array[]));

@@ -5,7 +5,7 @@
 import { fileURLToPath } from "node:url";
 import type { TensorRef } from "eigenlora";
 import { createRuntime, openPack, type Pack } from "eigenlora";
-import { buildPack, freshPack, planAppend, projectAdapters, searchPack } from "eigenlora/build";
+import { buildPack, planAppend, projectAdapters, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import {
@@ -17,6 +17,7 @@ import {
   Encoder,
   encodeSection,
   encodeTensor,
+  freshPack,
   isCoded,
   LENGTH,
   LITERALS,

@@ -2,7 +2,6 @@
  * Leading components by block Lanczos, compared with those of the whole eigenproblem: the same energy, subspace and numbers on spectra
  * that fall off, and the whole eigenproblem wherever a pair cannot be trusted.
  */
-import type { Products } from "eigenlora/build";
 import fc from "fast-check";
 import t from "tap";
 import {
@@ -12,6 +11,7 @@ import {
   createWasmProducts,
   lq,
   PLAIN,
+  type Products,
   principalComponents,
   ROUNDING,
   rowSquares,

@@ -357,9 +357,9 @@ t.test("the command line: pack, inspect, verify, add, export", async (t) => {
   for (const { id, error } of verified["tasks"]) t.ok(error.max < 1e-5, `${id}: ${error.max}`);
 
   // Parts are identified by the adapters' content: another adapter makes another part.
-  t.equal((await json("shard", scaled, "-o", "a.part"))["present"], false);
-  t.equal((await json("shard", scaled, "-o", "a.part"))["present"], true);
-  t.equal((await json("shard", "styles/old", "-o", "a.part", "--force"))["present"], false);
+  t.equal((await json("hub", "shard", scaled, "-o", "a.part"))["present"], false);
+  t.equal((await json("hub", "shard", scaled, "-o", "a.part"))["present"], true);
+  t.equal((await json("hub", "shard", "styles/old", "-o", "a.part", "--force"))["present"], false);
 
   await json("export", "p.eigen", "--task", "scaled", "-o", "scaled");
   const [exported, original] = [await readFile(join(root, "scaled")), await readFile(scaled)];

@@ -18,8 +18,8 @@ t.test("tasks distilled in parts make the pack of one part, byte for byte", asyn
   const lines = train.slice(0, 120).map(([text]) => text);
   await writeFile(join(folder, "lines.txt"), lines.join("\n"));
   const [a, b, c] = ["debtags-role", "debtags-use", "debtags-game"].map(own) as [string, string, string];
-  await json(0, "shard", a, b, c, "-o", "a.part");
-  await json(0, "merge", "a.part", "--k", "6", "-o", "basis.eigen");
+  await json(0, "hub", "shard", a, b, c, "-o", "a.part");
+  await json(0, "hub", "merge", "a.part", "--k", "6", "-o", "basis.eigen");
   const asked = ["--model", data("minilm/model_fp16.onnx"), "--text", "lines.txt", "--tokens", "32"];
   const how = [...asked, "--steps", "8", "--batch", "4", "--dtype", "basis=f16,coefficients=int8,head=f16"];
   const distil = (status: number, ...args: string[]): Promise<Record<string, any>> =>
@@ -34,8 +34,8 @@ t.test("tasks distilled in parts make the pack of one part, byte for byte", asyn
   });
   await distil(0, b, ...how, "--part", "-o", "2.part");
   await distil(0, b, a, ...how, "--part", "-o", "both.part");
-  await json(0, "assemble", "basis.eigen", "2.part", "1.part", "-o", "parts.eigen");
-  await json(0, "assemble", "basis.eigen", "both.part", "-o", "one.eigen");
+  await json(0, "hub", "assemble", "basis.eigen", "2.part", "1.part", "-o", "parts.eigen");
+  await json(0, "hub", "assemble", "basis.eigen", "both.part", "-o", "one.eigen");
   t.ok((await readFile(join(folder, "parts.eigen"))).equals(await readFile(join(folder, "one.eigen"))));
   t.notOk(
     (await readdir(folder)).some((name) => /partial|lock/.test(name)),

@@ -59,7 +59,7 @@ t.test("commands of the documents exist, with their options", async (t) => {
   const help = async (command: string): Promise<string> => {
     const known = helps.get(command);
     if (known !== undefined) return known;
-    const { stdout } = await run(command, "--help");
+    const { stdout } = await run(...command.split(" "), "--help", "--all");
     helps.set(command, stdout);
     return stdout;
   };
@@ -68,7 +68,7 @@ t.test("commands of the documents exist, with their options", async (t) => {
   const pages = ["README.md", ...pagesIn("docs"), ...apps.filter((page) => existsSync(join(root, page)))];
   for (const page of pages) {
     const text = read(page).replaceAll("\\\n", " ");
-    for (const [line, command, rest] of text.matchAll(/(?:^|`|npx )eigenlora ([a-z]+)\b([^\n`#]*)/gm)) {
+    for (const [line, command, rest] of text.matchAll(/(?:^|`|npx )eigenlora ((?:hub )?[a-z]+)\b([^\n`#]*)/gm)) {
       const flags = [...rest!.matchAll(/ (--?[a-z][a-z-]*)/g)].map(([, flag]) => flag!);
       const said = await help(command!);
       const unknown = flags.filter((flag) => !new RegExp(`^ .*${flag}\\b(?!-)`, "m").test(said));

@@ -4,18 +4,6 @@
  */
 import { readdirSync, readFileSync } from "node:fs";
 import type { Dtype } from "eigenlora";
-import {
-  type ExtractOptions,
-  extractModule,
-  type ModuleExtraction,
-  type ModuleMember,
-  type ModuleStack,
-  measureModule,
-  openModule,
-  type Products,
-  projectModule,
-  type SideBasis,
-} from "eigenlora/build";
 import fc from "fast-check";
 import t from "tap";
 import {
@@ -24,13 +12,23 @@ import {
   decodeTensor,
   deltaError,
   dot,
+  type ExtractOptions,
+  extractModule,
+  type ModuleExtraction,
+  type ModuleMember,
+  type ModuleStack,
+  measureModule,
   mirror,
   mix,
   mixColumns,
   multiply,
   multiplyTransposed,
+  openModule,
   type Pair,
   PLAIN,
+  type Products,
+  projectModule,
+  type SideBasis,
   tensorBytes,
   uniform,
 } from "./internals.ts";

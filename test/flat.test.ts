@@ -3,18 +3,7 @@
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { createRuntime, type Dtype, openPack } from "eigenlora";
-import {
-  buildPack,
-  type ExtractOptions,
-  extractModule,
-  type ModuleMember,
-  type ModuleStack,
-  measureModule,
-  openModule,
-  projectAdapters,
-  projectModule,
-  taskAdapter,
-} from "eigenlora/build";
+import { buildPack, projectAdapters, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import fc from "fast-check";
@@ -24,7 +13,17 @@ import { backends } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
 import { seededTensors } from "./bases.ts";
 import { checkGolden, floats, relativeDifference } from "./compare.ts";
-import { turnTo, uniform } from "./internals.ts";
+import {
+  type ExtractOptions,
+  extractModule,
+  type ModuleMember,
+  type ModuleStack,
+  measureModule,
+  openModule,
+  projectModule,
+  turnTo,
+  uniform,
+} from "./internals.ts";
 import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
 import { difference, NODE, open } from "./sessions.ts";
 

@@ -7,6 +7,7 @@
 
 export { openHost } from "../dist/src/core/open-base.js";
 export { openSource } from "../dist/src/open-source.js";
+export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
 export { transpose } from "../dist/src/tensor/derived.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
 export {
@@ -20,6 +21,7 @@ export {
 export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors } from "../dist/src/tensor/safetensors.js";
+export { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
@@ -44,7 +46,6 @@ export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/forma
 export { integrityOf, sha256 } from "../dist/src/format/hash.js";
 export { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layout.js";
 export { parseTask } from "../dist/src/format/task.js";
-export { codedTask, isCodedPack } from "../dist/src/pack/coding.js";
 export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
 // Files of other projects that packs are never made from in one call, or whose readers see through a folder only.
@@ -82,6 +83,7 @@ export {
 } from "../dist/src/extract/components.js";
 export { symmetricEigen } from "../dist/src/extract/eigen.js";
 export { deltaError, relative } from "../dist/src/extract/error.js";
+export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
 export { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
 export {
   backwardSolve,
@@ -93,13 +95,17 @@ export {
   multiply,
   multiplyTransposed,
   PLAIN,
+  type Products,
   rowSquares,
   svd,
   transpose as transposeMatrix,
 } from "../dist/src/extract/linalg.js";
 export { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
+export type { ExtractOptions, Gauge } from "../dist/src/extract/options.js";
 export { turnTo } from "../dist/src/extract/procrustes.js";
-export { collectSummary, gramComponents, summaryKind, triangle } from "../dist/src/extract/summary.js";
+export { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
+export type { SideBasis } from "../dist/src/extract/side.js";
+export { collectSummary, gramComponents, type Summary, summaryKind, triangle } from "../dist/src/extract/summary.js";
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
@@ -108,17 +114,23 @@ export { createExtractor } from "../dist/src/extract/extractor.js";
 export { collectGarbage, openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
-export { buildApart, type Seek } from "../dist/src/pack/apart.js";
-export { lowestPassing } from "../dist/src/pack/bisect.js";
-export { buildStreamed, gathered, startBuild } from "../dist/src/pack/build.js";
+export { buildStreamed, Draft, gathered, type Seek, writeApart } from "../dist/src/pack/build.js";
+export { openAdapters, piecesOf } from "../dist/src/pack/encode.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
-export { allOf } from "../dist/src/pack/fresh.js";
-export { type Steps, stepsWithin } from "../dist/src/pack/refine.js";
-export { completeDtypes, lossesOf } from "../dist/src/pack/report.js";
+export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
+export { lossesOf } from "../dist/src/pack/report.js";
 export { searchStreamed } from "../dist/src/pack/search.js";
-export { piecesOf } from "../dist/src/pack/stack.js";
-export { errorOf, stepOf } from "../dist/src/pack/steps.js";
+export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
 export { codedOptions } from "../dist/src/pack/ways.js";
+export { allOf, freshPack, tasksOf } from "../dist/src/pack/write.js";
+
+// What the command line makes packs of: parts of machines, scores of a folder of adapters.
+
+export { partByGain, readScores } from "../dist/src/adapters/scores.js";
+export { type BasisOptions, buildBasis } from "../dist/src/pack/shard/basis.js";
+export { adapterStatistics, mergeStatistics, type Statistics } from "../dist/src/pack/shard/statistics.js";
+export { openStatistics, type StatisticsPart, writeStatistics } from "../dist/src/pack/shard/statistics-part.js";
+export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/tasks.js";
 
 // ONNX graphs, made and changed node by node.
 

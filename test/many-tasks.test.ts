@@ -6,7 +6,7 @@ import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
-import { encodeTaskFile, openTasks } from "eigenlora/build";
+import { encodeTaskFile } from "eigenlora/build";
 import t, { type Test } from "tap";
 import {
   encodeBasis,
@@ -15,6 +15,7 @@ import {
   layoutFresh,
   lossesOf,
   lossTable,
+  openTasks,
   runProgram,
   sha256,
   toHex,

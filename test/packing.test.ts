@@ -7,12 +7,14 @@ import {
   collectGarbage,
   createExtractor,
   createWasmProducts,
+  Draft,
   encodeTensor,
   gathered,
+  openAdapters,
   piecesOf,
+  recipeOf,
   searchStreamed,
   sharedModules,
-  startBuild,
 } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
@@ -102,18 +104,19 @@ t.test("what is extracted again with other private terms is what would have been
     const options: BuildOptions = { gauge: "balanced", select: { kind: "k", k } };
     const read = new Map<string, number>();
     const watched = adapters.map((adapter) => counting(adapter, read));
-    const draft = await startBuild(watched, options, { again: true });
-    await draft.extract(extractor, first);
+    const opened = await openAdapters("buildPack", watched, {}, extractor);
+    const draft = new Draft(opened, recipeOf(watched, options));
+    await draft.encode({ privateTerms: first });
     read.clear();
-    const losses = await draft.extract(extractor, second);
+    const losses = await draft.encode({ privateTerms: second });
     if (k === 0) t.equal(read.get(adapters[0]!.id), 1, "of the first only what it lost in one module");
-    const again = await gathered(await draft.finish(true));
+    const again = await gathered(await draft.write({ held: true }));
     const fresh = await buildPack(adapters, { ...options, privateTerms: second });
     t.ok(Buffer.from(concat(again.chunks)).equals(concat(fresh.chunks)), `${k} components`);
     t.strictSame(again.report, fresh.report);
     t.strictSame(losses, fresh.report.errors);
     read.clear();
-    await draft.extract(extractor, second);
+    await draft.encode({ privateTerms: second });
     t.equal(read.size, 0, "nothing is read where nothing has changed");
   }
   await extractor.close();
@@ -144,10 +147,11 @@ t.test("pieces of a module are its owners in their order, a few at a time", asyn
     many.map(({ id }) => id),
   );
   const all = { select: { kind: "k", k: 0 }, gauge: "balanced", privateTerms: 1 } as const;
-  const [few, more] = [await startBuild(many.slice(0, 3), all), await startBuild(many, all)];
   const extractor = await createExtractor();
-  const alone = await few.extract(extractor, 1);
-  t.strictSame((await more.extract(extractor, 1)).slice(0, 3), alone, "what one loses does not depend on the others");
+  const lossesAlone = async (some: readonly Adapter[]) =>
+    new Draft(await openAdapters("buildPack", some, {}, extractor), recipeOf(some, all)).encode({});
+  const alone = await lossesAlone(many.slice(0, 3));
+  t.strictSame((await lossesAlone(many)).slice(0, 3), alone, "what one loses does not depend on the others");
   await extractor.close();
 });
 

@@ -2,8 +2,8 @@
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
-import { freshPack } from "eigenlora/build";
 import { writeOfflineWorker } from "../examples/page/build.js";
+import { freshPack } from "./internals.ts";
 import { concat } from "./packs.ts";
 
 /** Bytes of a pack as written now. */

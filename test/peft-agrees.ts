@@ -2,8 +2,9 @@
 import { spawnSync } from "node:child_process";
 import { writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
-import { type peftFiles, writeSafetensors } from "eigenlora/build";
+import type { peftFiles } from "eigenlora/build";
 import type { Test } from "tap";
+import { writeSafetensors } from "./internals.ts";
 import { required } from "./required.ts";
 import { difference } from "./sessions.ts";
 

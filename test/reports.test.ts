@@ -60,9 +60,9 @@ t.test("adapters of another base model are named, though none contradicts the ot
   const stranger = /warning: "other" adapts none of the modules that the others adapt: is it of another base model\?/;
   t.match((await ran("pack", one, two, other, "-o", at("three.eigen"))).err, stranger);
   t.match((await ran("pack", one, two, other, "-o", at("three.eigen"), "--k", "2", "--force")).err, stranger);
-  for (const [i, path] of [one, two, other].entries()) await ran("shard", path, "-o", at(`${i}.part`));
+  for (const [i, path] of [one, two, other].entries()) await ran("hub", "shard", path, "-o", at(`${i}.part`));
   t.match(
-    (await ran("merge", at("0.part"), at("1.part"), at("2.part"), "--k", "2", "-o", at("b.eigen"))).err,
+    (await ran("hub", "merge", at("0.part"), at("1.part"), at("2.part"), "--k", "2", "-o", at("b.eigen"))).err,
     stranger,
   );
   t.equal((await ran("pack", one, two, "-o", at("bert.eigen"), "--k", "1")).err, "");
@@ -208,8 +208,8 @@ t.test("a file of another kind is called what it is", async (t) => {
       1,
       /this is an ONNX model, expected a saf/,
     ],
-    [["merge", onnx, "-o", at("x")], 1, /this is an ONNX model, not a part/],
-    [["merge", at("k.eigen"), "-o", at("x")], 1, /this is an EigenLoRA pack, not a part/],
+    [["hub", "merge", onnx, "-o", at("x")], 1, /this is an ONNX model, not a part/],
+    [["hub", "merge", at("k.eigen"), "-o", at("x")], 1, /this is an EigenLoRA pack, not a part/],
   ];
   await cp(onnx, at("model.eigentask"));
   cases.push([
@@ -228,10 +228,10 @@ t.test("a folder that is not there is refused by every command that writes", asy
   const missing = at("nowhere", "x");
   const commands = [
     ["pack", one],
-    ["shard", one],
-    ["merge", at("0.part")],
-    ["project", at("b.eigen"), one],
-    ["assemble", at("b.eigen"), at("0.part")],
+    ["hub", "shard", one],
+    ["hub", "merge", at("0.part")],
+    ["hub", "project", at("b.eigen"), one],
+    ["hub", "assemble", at("b.eigen"), at("0.part")],
     ["fold", at("k.eigen"), "--task", "one", "--base", data("sessions/base.safetensors")],
     ["attach", data("sessions/gemm.onnx"), at("k.eigen")],
     ["export", at("k.eigen"), "--task", "one"],

@@ -1,10 +1,9 @@
 /** safetensors: files that the reader accepts and refuses; the writer's files obey the same rules. */
 import { readFileSync } from "node:fs";
 import { type ByteSource, FormatError, SourceError } from "eigenlora";
-import { type SafetensorsEntry, writeSafetensors } from "eigenlora/build";
 import fc from "fast-check";
 import t from "tap";
-import { openSafetensors } from "./internals.ts";
+import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "./internals.ts";
 
 const golden = new Uint8Array(readFileSync(new URL("./data/goldens/peft/plain/base.safetensors", import.meta.url)));
 

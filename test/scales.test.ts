@@ -16,11 +16,10 @@ import {
   projectAdapters,
   searchPack,
   type TaskLoss,
-  writeSafetensors,
 } from "eigenlora/build";
 import t, { type Test } from "tap";
 import { json } from "./command-line.ts";
-import { allOf, completeDtypes, readTensor, uniform } from "./internals.ts";
+import { allOf, completeDtypes, readTensor, uniform, writeSafetensors } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 
 /** Name, outputs, inputs, rank. */

@@ -6,7 +6,7 @@ import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
-import { buildPack, type Judge, partByGain, readScores, type SearchOptions, searchPack } from "eigenlora/build";
+import { buildPack, type Judge, type SearchOptions, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import fc from "fast-check";
 import t from "tap";
@@ -20,7 +20,7 @@ import {
   toBatches,
 } from "../examples/minilm.js";
 import { run as command, workIn } from "./command-line.ts";
-import { lowestPassing } from "./internals.ts";
+import { lowestPassing, partByGain, readScores } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { NODE, open } from "./sessions.ts";
 

@@ -6,11 +6,12 @@ import { readFileSync } from "node:fs";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { createRuntime, openPack, type Pack } from "eigenlora";
-import { buildPack, encodeTaskFile, openSafetensors } from "eigenlora/build";
+import { buildPack, encodeTaskFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEigenSessions, type EigenSessions } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { difference } from "./adapters.ts";
+import { openSafetensors, openSource } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { MODES, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
@@ -229,8 +230,9 @@ t.test("one file, with the modules that it has", async (t) => {
 
 t.test("a runtime on a base that has some of the modules", async (t) => {
   const pack = await opened(t);
-  const file = await openSafetensors(data("seq2seq/base.safetensors"));
-  t.teardown(() => file.close());
+  const source = await openSource(data("seq2seq/base.safetensors"));
+  t.teardown(() => source.close?.());
+  const file = await openSafetensors(source);
   const base = new Map();
   for (const [name, { shape }] of file.tensors)
     if (/^encoder\..*\.[qv]\.weight$/.test(name))

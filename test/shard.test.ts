@@ -9,15 +9,19 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openPack, type Pack } from "eigenlora";
+import { type Adapter, type BuildOptions, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import fc from "fast-check";
+import t from "tap";
+import { json, workIn } from "./command-line.ts";
 import {
-  type Adapter,
   adapterStatistics,
   assemblePack,
   type BasisOptions,
-  type BuildOptions,
   buildBasis,
-  buildPack,
+  collectSummary,
   type Gauge,
+  gramComponents,
   mergeStatistics,
   openStatistics,
   openTasks,
@@ -26,15 +30,6 @@ import {
   type Statistics,
   type StatisticsPart,
   type Summary,
-  writeStatistics,
-} from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
-import fc from "fast-check";
-import t from "tap";
-import { json, workIn } from "./command-line.ts";
-import {
-  collectSummary,
-  gramComponents,
   shuffle,
   summaryKind,
   svd,
@@ -42,6 +37,7 @@ import {
   triangle,
   uniform,
   writePart,
+  writeStatistics,
 } from "./internals.ts";
 import { concat, data, packDifference } from "./packs.ts";
 
@@ -509,7 +505,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
     await cp(data(`adapters/own-seed/${name}`), join(folder, name), { recursive: true });
   const bytes = (name: string): Promise<Buffer> => readFile(join(folder, name));
 
-  const first = await json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part");
+  const first = await json(0, "hub", "shard", "debtags-game", "debtags-role", "-o", "a.part");
   t.match(first, {
     file: "a.part",
     adapters: 2,
@@ -520,30 +516,52 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   });
   const before = await bytes("a.part");
   t.equal(
-    (await json(0, "shard", "debtags-role", "debtags-game", "-o", "a.part"))["present"],
+    (await json(0, "hub", "shard", "debtags-role", "debtags-game", "-o", "a.part"))["present"],
     true,
     "the same again is there already",
   );
-  t.equal((await json(0, "shard", "debtags-game", "debtags-role", "-o", "again.part"))["present"], false);
+  t.equal((await json(0, "hub", "shard", "debtags-game", "debtags-role", "-o", "again.part"))["present"], false);
   t.ok(before.equals(await bytes("again.part")), "the same input, the same bytes");
   t.equal(
-    (await json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part", "--force"))[
-      "present"
-    ],
+    (
+      await json(
+        0,
+        "hub",
+        "shard",
+        "debtags-game",
+        "debtags-role",
+        "--gauge",
+        "balanced",
+        "-o",
+        "again.part",
+        "--force",
+      )
+    )["present"],
     false,
     "another setting",
   );
   t.equal(
-    (await json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part", "--force"))[
-      "present"
-    ],
+    (
+      await json(
+        0,
+        "hub",
+        "shard",
+        "debtags-game",
+        "debtags-role",
+        "--as",
+        "debtags-game=games",
+        "-o",
+        "a.part",
+        "--force",
+      )
+    )["present"],
     false,
     "another name",
   );
   const damaged = Buffer.from(before);
   damaged[damaged.length - 500]! ^= 1;
   await writeFile(join(folder, "a.part"), damaged);
-  const again = ["shard", "debtags-game", "debtags-role", "-o", "a.part"];
+  const again = ["hub", "shard", "debtags-game", "debtags-role", "-o", "a.part"];
   t.match(
     (await json(2, ...again))["error"].message,
     /a\.part: already exists; .*--force/,
@@ -554,7 +572,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
 
   // Killed at any moment, it leaves no part or a whole one.
   for (const delay of [40, 120, 180, 240]) {
-    const child = spawn(process.execPath, [main, "shard", data("adapters/hub"), "-o", "killed.part"], {
+    const child = spawn(process.execPath, [main, "hub", "shard", data("adapters/hub"), "-o", "killed.part"], {
       cwd: folder,
       stdio: "ignore",
     });
@@ -565,17 +583,17 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
       await openStatistics(join(folder, "killed.part")).then((found) => found.close());
   }
   t.equal(
-    (await json(0, "shard", "sections-0", "-o", "killed.part", "--force"))["adapters"],
+    (await json(0, "hub", "shard", "sections-0", "-o", "killed.part", "--force"))["adapters"],
     1,
     "a rerun is not in the way of what was left",
   );
 
-  await json(0, "shard", "sections-0", "-o", "b.part");
-  const merged = await json(0, "merge", "b.part", "a.part", "--part", "-o", "ab.part");
+  await json(0, "hub", "shard", "sections-0", "-o", "b.part");
+  const merged = await json(0, "hub", "merge", "b.part", "a.part", "--part", "-o", "ab.part");
   t.match(merged, { adapters: 3, modules: 12, present: false });
-  t.equal((await json(0, "merge", "a.part", "b.part", "--part", "-o", "ab.part"))["present"], true);
-  await json(0, "merge", "ab.part", "--k", "8", "-o", "tree.eigen");
-  const found = await json(0, "merge", "a.part", "b.part", "--k", "8", "-o", "basis.eigen");
+  t.equal((await json(0, "hub", "merge", "a.part", "b.part", "--part", "-o", "ab.part"))["present"], true);
+  await json(0, "hub", "merge", "ab.part", "--k", "8", "-o", "tree.eigen");
+  const found = await json(0, "hub", "merge", "a.part", "b.part", "--k", "8", "-o", "basis.eigen");
   t.match(found, {
     file: "basis.eigen",
     adapters: 3,
@@ -588,17 +606,17 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   t.ok((await bytes("tree.eigen")).equals(await bytes("basis.eigen")));
   t.match(await json(0, "inspect", "basis.eigen"), { tasks: [], breakEvenTasks: null });
   t.equal((await json(0, "verify", "basis.eigen"))["ok"], true);
-  t.match(await json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
+  t.match(await json(0, "hub", "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
     adapters: 1,
     present: false,
     residual: [{ id: "debtags-game" }],
   });
-  t.match(await json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
+  t.match(await json(0, "hub", "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
     present: true,
     residual: [{ id: "debtags-game" }],
   });
-  await json(0, "project", "basis.eigen", "debtags-role", "sections-0", "-o", "2.part");
-  const done = await json(0, "assemble", "basis.eigen", "2.part", "1.part", "-o", "tasks.eigen");
+  await json(0, "hub", "project", "basis.eigen", "debtags-role", "sections-0", "-o", "2.part");
+  const done = await json(0, "hub", "assemble", "basis.eigen", "2.part", "1.part", "-o", "tasks.eigen");
   const one = await json(0, "pack", "debtags-game", "debtags-role", "sections-0", "--k", "8", "-o", "one.eigen");
   for (const key of ["tasks", "modules", "bytes", "adapterBytes", "ratio", "breakEvenTasks"])
     t.same(done[key], one[key], key);
@@ -612,22 +630,21 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   const values = await readFile(weights);
   values[values.length - 1]! ^= 1;
   await writeFile(weights, values);
-  t.equal((await json(0, "shard", "sections-0", "-o", "b.part", "--force"))["present"], false);
+  t.equal((await json(0, "hub", "shard", "sections-0", "-o", "b.part", "--force"))["present"], false);
 
   const refusals: [number, RegExp, ...string[]][] = [
-    [2, /--mode joint: only column mode/, "shard", "sections-0", "--mode", "joint", "-o", "x"],
-    [2, /--mode flat: only column mode/, "merge", "a.part", "--mode", "flat", "-o", "x"],
-    [2, /would overwrite/, "merge", "a.part", "-o", "a.part"],
-    [2, /--k is for a basis/, "merge", "a.part", "--part", "--k", "3", "-o", "x"],
-    [1, /all adapters at once/, "merge", "a.part", "--error", "0.3", "-o", "x"],
-    [1, /both hold/, "merge", "a.part", "ab.part", "-o", "x"],
-    [1, /holds tasks/, "merge", "1.part", "-o", "x"],
-    [1, /holds statistics/, "assemble", "basis.eigen", "a.part", "-o", "x"],
-    [1, /projected onto the basis/, "assemble", "basis.eigen", "1.part", "3.part", "-o", "x"],
+    [2, /unknown option '--mode'/, "hub", "shard", "sections-0", "--mode", "joint", "-o", "x"],
+    [2, /would overwrite/, "hub", "merge", "a.part", "-o", "a.part"],
+    [2, /--k is for a basis/, "hub", "merge", "a.part", "--part", "--k", "3", "-o", "x"],
+    [2, /unknown option '--error'/, "hub", "merge", "a.part", "--error", "0.3", "-o", "x"],
+    [1, /both hold/, "hub", "merge", "a.part", "ab.part", "-o", "x"],
+    [1, /holds tasks/, "hub", "merge", "1.part", "-o", "x"],
+    [1, /holds statistics/, "hub", "assemble", "basis.eigen", "a.part", "-o", "x"],
+    [1, /projected onto the basis/, "hub", "assemble", "basis.eigen", "1.part", "3.part", "-o", "x"],
   ];
-  await json(0, "shard", "debtags-role", "-o", "r.part");
-  await json(0, "merge", "r.part", "--k", "3", "-o", "r.eigen");
-  await json(0, "project", "r.eigen", "debtags-role", "-o", "3.part");
+  await json(0, "hub", "shard", "debtags-role", "-o", "r.part");
+  await json(0, "hub", "merge", "r.part", "--k", "3", "-o", "r.eigen");
+  await json(0, "hub", "project", "r.eigen", "debtags-role", "-o", "3.part");
   for (const [status, message, ...args] of refusals)
     t.match((await json(status, ...args))["error"].message, message, args.join(" "));
   t.notOk((await readdir(folder)).includes("x"), "a refusal writes nothing");

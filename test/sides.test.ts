@@ -3,11 +3,12 @@
  * every backend, in every mode and with every tool.
  */
 import { createRuntime, openPack } from "eigenlora";
-import { freshPack, planAppend, projectAdapters, taskAdapter } from "eigenlora/build";
+import { planAppend, projectAdapters, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { backends } from "./backend-list.ts";
 import { relativeDifference } from "./compare.ts";
+import { freshPack } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { difference, feeds, golden, MODES, model, open, outputOf, packFor, RUNTIMES } from "./sessions.ts";
 import { inOtherWords } from "./sides.ts";

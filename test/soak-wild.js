@@ -13,8 +13,9 @@ import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { fileURLToPath } from "node:url";
 import { createRuntime, openPack } from "eigenlora";
-import { buildPack, openSafetensors, writeSafetensors } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
+import { openSafetensors, openSource, writeSafetensors } from "./internals.ts";
 
 const wild = process.env["EIGENLORA_WILD"];
 const oracle = fileURLToPath(new URL("wild-diffusers.py", import.meta.url));
@@ -45,9 +46,10 @@ async function check(suite) {
     });
     for (const adapter of adapters) await adapter.close();
     const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
-    const file = await openSafetensors(base);
+    const source = await openSource(base);
+    const file = await openSafetensors(source);
     const shapes = new Map([...file.tensors].map(([name, { shape }]) => [name, [...shape]]));
-    await file.close();
+    await source.close?.();
     const runtime = await createRuntime(pack, { base });
     const write = () => {
       const entries = [...shapes].map(([name, shape]) => ({

@@ -5,11 +5,8 @@ import { join } from "node:path";
 import { openPack } from "eigenlora";
 import {
   type Adapter,
-  adapterStatistics,
   type BuildOptions,
-  buildBasis,
   buildPack,
-  openSafetensors,
   projectAdapters,
   type SavedTensor,
   type SearchOptions,
@@ -18,7 +15,7 @@ import {
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { json } from "./command-line.ts";
-import { completeDtypes } from "./internals.ts";
+import { adapterStatistics, buildBasis, completeDtypes, openSafetensors, openSource } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use"];
@@ -158,7 +155,7 @@ t.test("the command line says whose values they are", async (t) => {
   await cp(use.file, path, { recursive: true });
   const weights = join(path, "adapter_model.safetensors");
   const bytes = await readFile(weights);
-  const opened = await openSafetensors(bytes);
+  const opened = await openSafetensors(await openSource(bytes));
   const tensor = opened.tensors.get([...opened.tensors.keys()].find((name) => name.includes(`${module}.lora_A`))!)!;
   t.equal(tensor.dtype, "F32");
   for (let at = tensor.byteOffset; at < tensor.byteOffset + tensor.byteLength; at += 4)
@@ -166,9 +163,9 @@ t.test("the command line says whose values they are", async (t) => {
   await writeFile(weights, bytes);
   await json(0, "pack", role.file, "-o", join(folder, "p.eigen"));
   await json(0, "pack", role.file, "-o", join(folder, "k.eigen"), "--k", "2");
-  await json(0, "shard", role.file, path, "-o", join(folder, "s.part"));
-  await json(0, "shard", role.file, "-o", join(folder, "t.part"));
-  await json(0, "merge", join(folder, "t.part"), "--k", "2", "-o", join(folder, "b.eigen"));
+  await json(0, "hub", "shard", role.file, path, "-o", join(folder, "s.part"));
+  await json(0, "hub", "shard", role.file, "-o", join(folder, "t.part"));
+  await json(0, "hub", "merge", join(folder, "t.part"), "--k", "2", "-o", join(folder, "b.eigen"));
   const pack = ["pack", role.file, path, "-o", join(folder, "q.eigen")];
   const commands: string[][] = [
     pack,
@@ -183,12 +180,12 @@ t.test("the command line says whose values they are", async (t) => {
     [...pack, "--workers", "2"],
     ["add", join(folder, "p.eigen"), path],
     ["add", join(folder, "k.eigen"), path],
-    ["project", join(folder, "b.eigen"), path, "-o", join(folder, "t.tasks")],
-    ["merge", join(folder, "s.part"), "--k", "2", "-o", join(folder, "c.eigen")],
+    ["hub", "project", join(folder, "b.eigen"), path, "-o", join(folder, "t.tasks")],
+    ["hub", "merge", join(folder, "s.part"), "--k", "2", "-o", join(folder, "c.eigen")],
   ];
   for (const command of commands) {
     const { error } = await json(1, ...command);
-    const at = { tag: "adapter", field: module, file: command[0] === "merge" ? join(folder, "s.part") : path };
+    const at = { tag: "adapter", field: module, file: command[1] === "merge" ? join(folder, "s.part") : path };
     t.match(error, { ...at, message: /scale the adapter down/ }, command.join(" "));
   }
 });

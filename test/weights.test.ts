@@ -14,11 +14,11 @@ import {
   type View,
   type WeightHost,
 } from "eigenlora";
-import { buildPack, writeSafetensors } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import t from "tap";
 import { backends, dawnMissing } from "./backend-list.ts";
 import { countingDevice } from "./counting-device.js";
-import { memoryHost } from "./internals.ts";
+import { memoryHost, writeSafetensors } from "./internals.ts";
 import { concat } from "./packs.ts";
 import { chance, randomBase, randomPack, randomSelection, type Wanted } from "./random-packs.ts";
 import { soak } from "./required.ts";

@@ -71,7 +71,7 @@ t.test("and what is written piece by piece, with blobs elsewhere until then", as
       aside.push(blob);
       return async () => aside[aside.indexOf(blob)]!;
     };
-    const streamed = await searchStreamed(adapters, { goal, workers }, { put });
+    const streamed = await searchStreamed(adapters, { goal, workers }, { held: false, scratch: { put } });
     t.equal(aside.length, adapters.length, "blobs were put aside");
     const whole = concat(await allOf(streamed.chunks as AsyncIterable<Uint8Array>));
     t.ok(Buffer.from(whole).equals(concat(chunks)), `${workers} workers`);

@@ -105,7 +105,7 @@ async function prepare(folder) {
   const paths = names.map((name) => join(own, name));
   const at = (/** @type {string} */ name) => join(folder, name);
   await succeed(["pack", ...paths.slice(0, 3), "-o", at("all.eigen"), "--k", "3"]);
-  await succeed(["project", at("all.eigen"), ...paths.slice(3, 5), "-o", at("two.part")]);
+  await succeed(["hub", "project", at("all.eigen"), ...paths.slice(3, 5), "-o", at("two.part")]);
   await cp(at("all.eigen"), at("basis.eigen"));
   await succeed(["add", at("basis.eigen"), ...paths.slice(5)]);
   const pack = await openPack(at("basis.eigen"));
@@ -120,7 +120,7 @@ async function prepare(folder) {
   }
   await pack.close();
   await cp(at("all.eigen"), at("basis.eigen"));
-  await succeed(["assemble", at("basis.eigen"), at("two.part"), "-o", at("assembled.eigen")]);
+  await succeed(["hub", "assemble", at("basis.eigen"), at("two.part"), "-o", at("assembled.eigen")]);
   return { files, assembled: await read(at("assembled.eigen")) };
 }
 
@@ -158,7 +158,7 @@ function choose(folder, { files, assembled }, tasks, random) {
       },
     };
   }
-  const argv = ["assemble", join(folder, "basis.eigen"), join(folder, "two.part"), "-o", path, "--force"];
+  const argv = ["hub", "assemble", join(folder, "basis.eigen"), join(folder, "two.part"), "-o", path, "--force"];
   return { argv, apply: () => ({ code: 0, tasks: assembled }) };
 }
 

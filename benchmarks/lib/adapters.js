@@ -1,7 +1,8 @@
 /** The bundled adapters (test/data), packs of them, plain text of their tasks, and synthetic adapters. */
-import { buildPack, writeSafetensors } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
+import { writeSafetensors } from "../../dist/src/tensor/safetensors-writer.js";
 import { data } from "../../examples/minilm.js";
 
 /**
@@ -48,7 +49,7 @@ export const packOfK = (adapters, k) => packOf(adapters, { select: { kind: "k", 
 /**
  * Stacks for extraction: all adapters' factors of each module of the first.
  * @param {readonly Adapter[]} adapters
- * @returns {Promise<import("eigenlora/build").ModuleStack[]>}
+ * @returns {Promise<import("../../dist/src/extract/extract.js").ModuleStack[]>}
  */
 export async function stacksOf(adapters) {
   const stacks = [];

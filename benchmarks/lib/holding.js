@@ -2,8 +2,8 @@
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { createRuntime, openPack } from "eigenlora";
-import { openSafetensors } from "eigenlora/build";
 import { findAdapters } from "eigenlora/node";
+import { openSafetensors } from "../../dist/src/tensor/safetensors.js";
 import { folderOf } from "./adapters.js";
 import { settledMemory } from "./process.js";
 

@@ -78,13 +78,15 @@ export function measure(width) {
       const [less, many] = [few, folders].map(command);
       return { each: (many.coreSeconds - less.coreSeconds) / (counts[1] - counts[0]), many };
     };
-    const shard = slope((some) => run(scratch, "shard", ...some, "-o", `${some.length}.part`));
+    const shard = slope((some) => run(scratch, "hub", "shard", ...some, "-o", `${some.length}.part`));
     const other = few.flatMap((name) => ["--as", `${name}=other-${name}`]);
-    run(scratch, "shard", ...few, ...other, "-o", "other.part");
-    const merge = run(scratch, "merge", `${counts[1]}.part`, "other.part", "--part", "-o", "both.part");
-    const basis = run(scratch, "merge", "both.part", "--k", String(K), "-o", "basis.eigen");
-    const project = slope((some) => run(scratch, "project", "basis.eigen", ...some, "-o", `tasks-${some.length}.part`));
-    run(scratch, "assemble", "basis.eigen", `tasks-${counts[1]}.part`, "-o", "tasks.eigen");
+    run(scratch, "hub", "shard", ...few, ...other, "-o", "other.part");
+    const merge = run(scratch, "hub", "merge", `${counts[1]}.part`, "other.part", "--part", "-o", "both.part");
+    const basis = run(scratch, "hub", "merge", "both.part", "--k", String(K), "-o", "basis.eigen");
+    const project = slope((some) =>
+      run(scratch, "hub", "project", "basis.eigen", ...some, "-o", `tasks-${some.length}.part`),
+    );
+    run(scratch, "hub", "assemble", "basis.eigen", `tasks-${counts[1]}.part`, "-o", "tasks.eigen");
     const peer = python("hub.py", [String(K), String(counts[0]), ...folders.map((name) => join(scratch, name))]);
     return { width, counts, shard, merge, basis, project, peer };
   });

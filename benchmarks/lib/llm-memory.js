@@ -3,9 +3,10 @@
  * the real ones are blends of these.
  */
 import { openPack } from "eigenlora";
-import { freshPack, placeOf } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
+import { placeOf } from "../../dist/src/format/layout.js";
+import { freshPack } from "../../dist/src/pack/write.js";
 import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../../dist/src/tensor/encode.js";
 import { uniform } from "../../dist/src/tensor/random.js";

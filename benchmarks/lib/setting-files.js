@@ -1,7 +1,7 @@
 /** Writes the adapters of a setting as files in PEFT's format, for programs that read them from a disk. */
 import { mkdir, open, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { writeSafetensors } from "eigenlora/build";
+import { writeSafetensors } from "../../dist/src/tensor/safetensors-writer.js";
 import { adaptersOf } from "./settings.js";
 
 /**
@@ -46,7 +46,7 @@ async function openAdapter(folder, modules) {
 /** Both factors, made when they are written. @param {import("eigenlora/build").AdapterModule} module */
 function entriesOf(module) {
   const { name, out, in: inputs, rank } = module;
-  /** B's turn is right after A's. @type {Promise<import("eigenlora/build").Term> | undefined} */
+  /** B's turn is right after A's. @type {Promise<import("eigenlora").Term> | undefined} */
   let term;
   const entry = (/** @type {"A" | "B"} */ factor, /** @type {number[]} */ shape) => ({
     name: `base_model.model.${name}.lora_${factor}.weight`,

@@ -12,7 +12,7 @@ import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
 import { openPack } from "../../dist/src/core/open-pack.js";
 import { encodedTensor, readTensor } from "../../dist/src/format/format.js";
-import { newPack } from "../../dist/src/pack/fresh.js";
+import { newPack } from "../../dist/src/pack/write.js";
 import { BITS } from "../../dist/src/tensor/dtypes.js";
 import { decodeScales, encodeTensor, toInteger } from "../../dist/src/tensor/encode.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";

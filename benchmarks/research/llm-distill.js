@@ -7,13 +7,13 @@
  */
 import { writeFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
-import { freshPack, tasksOf } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
 import { parseTaskFile } from "../../dist/src/core/task-file.js";
+import { freshPack, tasksOf } from "../../dist/src/pack/write.js";
 import { data } from "../../examples/minilm.js";
 import { number, readArguments, text } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";

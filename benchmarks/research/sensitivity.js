@@ -13,7 +13,7 @@ import * as ort from "onnxruntime-node";
 import { geometricMean, mean } from "simple-statistics";
 import { pairNorm } from "../../dist/src/extract/error.js";
 import { balance, pairOf } from "../../dist/src/extract/gauge.js";
-import { rowSteps } from "../../dist/src/extract/steps.js";
+import { rowSteps } from "../../dist/src/extract/row-steps.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import { createEncoder, model, readTask } from "../../examples/minilm.js";
 import { folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";

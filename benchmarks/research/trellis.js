@@ -13,7 +13,7 @@
  */
 import { findAdapters } from "eigenlora/node";
 import { balance, pairOf } from "../../dist/src/extract/gauge.js";
-import { isWorth, rowSteps } from "../../dist/src/extract/steps.js";
+import { isWorth, rowSteps } from "../../dist/src/extract/row-steps.js";
 import { encodeSection } from "../../dist/src/format/encode-coded.js";
 import { encodeTensor } from "../../dist/src/tensor/encode.js";
 import { folderOf, SUITES, withAdapters } from "../lib/adapters.js";

@@ -1,4 +1,4 @@
-"""Packs a hub of adapters on a Ray cluster: eigenlora's shard, merge, project or distill, and assemble as tasks (docs/hub.md).
+"""Packs a hub of adapters on a Ray cluster: eigenlora's hub shard, merge, project or distill, and assemble as tasks (docs/hub.md).
 
     pip install ray
     python examples/hub/pack.py ADAPTERS -o tasks.eigen --work SHARED_FOLDER --shards 16 --k 32 [--address auto]
@@ -41,24 +41,24 @@ def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f1
 
     counted = ["--gauge", gauge, *(["--rank", str(rank)] if rank else []), *(["--normalize"] if normalize else [])]
     shares = [share for share in (adapters[i::shards] for i in range(shards)) if share]
-    parts = [step(f"shard-{i}.part", ["shard", *share, *counted]) for i, share in enumerate(shares)]
+    parts = [step(f"shard-{i}.part", ["hub", "shard", *share, *counted]) for i, share in enumerate(shares)]
     level = 0
     while len(parts) > fan_in:
         level += 1
         groups = [parts[i : i + fan_in] for i in range(0, len(parts), fan_in)]
         merges = [(commands(group), f"merge-{level}-{i}.part") for i, group in enumerate(groups)]
-        parts = [step(name, ["merge", *files, "--part"], *tasks) for (files, tasks), name in merges]
+        parts = [step(name, ["hub", "merge", *files, "--part"], *tasks) for (files, tasks), name in merges]
     files, tasks = commands(parts)
     settings = ["--k", str(k), "--dtype", dtype, "--centering", centering, *(["--base", base] if base else [])]
-    basis, based = step("basis.eigen", ["merge", *files, *settings], *tasks)
+    basis, based = step("basis.eigen", ["hub", "merge", *files, *settings], *tasks)
     # Distilling begins with projecting: both write parts with tasks.
     named = {"--model": model, "--text": text} if model else {}
     asked = [word for flag, path in named.items() for word in (flag, str(pathlib.Path(path).absolute()))]
-    command = ["distill" if model else "project", basis, "--dtype", dtype, *(["--part"] if model else []), *asked, *distill]
+    command = [*(["distill"] if model else ["hub", "project"]), basis, "--dtype", dtype, *(["--part"] if model else []), *asked, *distill]
     parts = [step(f"tasks-{i}.part", [*command, *share], based) for i, share in enumerate(shares)]
     files, tasks = commands(parts)
     target = str(pathlib.Path(output).absolute())
-    return ray.get(run.remote([*eigenlora, "assemble", basis, *files, "-o", target, "--force", "--json"], *tasks))
+    return ray.get(run.remote([*eigenlora, "hub", "assemble", basis, *files, "-o", target, "--force", "--json"], *tasks))
 
 
 if __name__ == "__main__":

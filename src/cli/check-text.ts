@@ -169,9 +169,6 @@ export function filesAdvice(
 /** What onnxruntime says of a model of which some parts were exported in f16 and others in f32. */
 const MIXED = /bound to different types \(tensor\(float(16)?\) and tensor\(float(16)?\)/;
 
-/** How refusals of a layer of another shape end. */
-const OF_ANOTHER = "it is of another model";
-
 /**
  * What to do about a pack that does not work.
  * @param strangers tasks none of whose modules is in the model
@@ -203,7 +200,7 @@ export function adviceOf(
     lost.every(({ module }) => module.split(".").includes(other))
   )
     return `give the ${other} of the model, too: --beside ${other}${half === "encoder" ? "_model_merged" : "_model"}.onnx`;
-  if (lost.some(({ why }) => why?.endsWith(OF_ANOTHER)))
+  if (lost.some(({ misfit }) => misfit))
     return "use the model that the adapters were trained on: in this one a layer has another shape.";
   const like = ({ candidates }: Survey["modules"][number]): string | undefined =>
     candidates.find((name) => !name.endsWith(".bias"));

@@ -40,6 +40,10 @@ export function command<A extends readonly string[], O extends Options>(declared
   return (program, out, done) => {
     const made = program.command(usage).summary(does).description(`${does} ${details}`);
     for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
+    made.addHelpText("after", () => {
+      const rare = made.options.filter(({ hidden }) => hidden).length;
+      return rare > 0 ? `\n${rare} more options: --help --all` : "";
+    });
     made.option("--json", "Print one JSON object.").action(async () => {
       const run = new Run(out, made.opts()["revoked"]);
       let result: Result;
@@ -61,11 +65,11 @@ export function command<A extends readonly string[], O extends Options>(declared
 
 function toOption(
   flag: string,
-  { value, short = "", help, otherwise, group, hidden, parse }: OptionSpec<unknown>,
+  { value, short = "", help, otherwise, group, rare, parse }: OptionSpec<unknown>,
 ): Option {
   const says = ["string", "number"].includes(typeof otherwise) ? `${help} Default: ${otherwise}.` : help;
   const option = new Option(`${short}${flag}${value ? ` <${value}>` : ""}`, says);
-  if (hidden) option.hideHelp();
+  if (rare) option.hideHelp();
   if (group) option.helpGroup(group);
   if (!value) return option;
   return option.argParser((text: string, before: unknown) => {

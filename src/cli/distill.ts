@@ -4,87 +4,80 @@
  */
 import { stat } from "node:fs/promises";
 import { resolve } from "node:path";
+import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign } from "../format/layout.ts";
-import { freshPack, tasksOf } from "../pack/fresh.ts";
+import { completeDtypes } from "../pack/recipe.ts";
+import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";
+import { freshPack, tasksOf } from "../pack/write.ts";
+import { refuseOtherBase, signerOf, storedDtypes, warnUnsigned } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readQuestions } from "./examples.ts";
 import { writeWhole } from "./files.ts";
 import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf } from "./finished.ts";
+import { contents, digest, facts, fileDigest, makePart } from "./hub-part.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
-import { decoder, openTrainable, tokenizer, tokens } from "./model.ts";
-import {
-  as,
-  byDefault,
-  dtype,
-  force,
-  from,
-  given,
-  group,
-  key,
-  number,
-  output,
-  readFor,
-  required,
-  revoked,
-  text,
-  toggle,
-  UsageError,
-} from "./options.ts";
-import { bytes, count, resources } from "./output.ts";
+import { decoder, openTrainable, tokenizer, tokenizerOf, tokens } from "./model.ts";
+import * as option from "./options.ts";
+import { bytes, count, type Output, resources, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
-import { signerOf, warnUnsigned } from "./signer.ts";
-import { filesOf } from "./target.ts";
-import { refuseOtherBase, storedDtypes } from "./tasks.ts";
+import { checkTarget, filesOf } from "./target.ts";
+
+const OPTIONS = {
+  output: option.output(
+    "OUT.eigen",
+    "The pack to write, or with --part the part; finished tasks wait in OUT.eigen.partial.",
+  ),
+  force: option.force,
+  part: option.toggle("Write a part with tasks on a basis instead of a pack, for assemble."),
+  dtype: { ...option.dtype, help: `With --part. ${option.dtype.help}` },
+  text: option.required(
+    option.text(
+      "LINES.txt",
+      "Text like that of the tasks, one on each line, or JSON lines as learn takes them: a few hundred, never your test data.",
+    ),
+  ),
+  steps: option.byDefault(
+    240,
+    option.number("N", "Steps per task; 0 solves coefficients once, and trains nothing.", option.from(0)),
+  ),
+  batch: option.byDefault(8, option.number("N", "Texts per step.", option.from(1))),
+  as: option.as,
+  base: option.readFor,
+  key: option.key,
+  revoked: option.revoked,
+  ...option.group("The model", {
+    model: option.required(
+      option.text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node."),
+    ),
+    decoder,
+    tokens,
+    tokenizer,
+    ...match,
+    anyBase: option.toggle(
+      "Accept a model whose weights do not match the pack's fingerprints, and adapters that name another base model.",
+    ),
+  }),
+};
 
 export const distill: Attach = command({
   usage: "distill <PACK> <ADAPTER_OR_FOLDER...>",
   does: "Train the tasks of a pack to answer plain text as their adapters do.",
   details: "Adapters that are not in the pack yet are added first. Other tasks are not changed.",
-  options: {
-    output: output(
-      "OUT.eigen",
-      "The pack to write, or with --part the part; finished tasks wait in OUT.eigen.partial.",
-    ),
-    force,
-    part: toggle("Write a part with tasks on a basis instead of a pack, for assemble."),
-    dtype: { ...dtype, help: `With --part. ${dtype.help}` },
-    text: required(
-      text(
-        "LINES.txt",
-        "Text like that of the tasks, one on each line, or JSON lines as learn takes them: a few hundred, never your test data.",
-      ),
-    ),
-    steps: byDefault(240, number("N", "Steps per task; 0 solves coefficients once, and trains nothing.", from(0))),
-    batch: byDefault(8, number("N", "Texts per step.", from(1))),
-    as,
-    base: readFor,
-    key,
-    revoked,
-    ...group("The model", {
-      model: required(text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node.")),
-      decoder,
-      tokens,
-      tokenizer,
-      ...match,
-      anyBase: toggle(
-        "Accept a model whose weights do not match the pack's fingerprints, and adapters that name another base model.",
-      ),
-    }),
-  },
+  options: OPTIONS,
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
     const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer } = options;
-    const [foreign] = options.part ? given(options, "key") : given(options, "dtype");
+    const [foreign] = options.part ? option.given(options, "key") : option.given(options, "dtype");
     if (foreign !== undefined)
-      throw new UsageError(
+      throw new option.UsageError(
         options.part
           ? `${foreign} is for a pack: parts are not signed; sign what assemble writes`
           : `${foreign} is for --part: tasks of a pack keep their number formats`,
       );
-    if (options.part) return (await import("./distill-part.ts")).distilPart([packPath, ...paths], options, run, out);
+    if (options.part) return distilPart([packPath, ...paths], options, run, out);
     const sign = await signerOf(options.key);
     const target = await run.target(file, { force, inputs: [model, decoder, options.text, tokenizer] });
     const questions = await readQuestions(options.text);
@@ -168,4 +161,59 @@ function report(file: string, size: number, done: readonly Done[], before: Reado
       `${seconds.toFixed(2)} s`,
     ],
   };
+}
+
+/** With --part: tasks on a basis, distilled on one machine of many, as a part for assemble (docs/hub.md). */
+async function distilPart(
+  [basisPath, ...paths]: [string, ...string[]],
+  options: option.Values<typeof OPTIONS>,
+  run: Run,
+  out: Output,
+): Promise<Result> {
+  const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
+  const questions = await readQuestions(options.text);
+  checkTarget(file, { force: true, inputs: [basisPath, model, decoder, options.text, tokenizer] });
+  const adapters = byId(await run.adapters(paths, options.as, options.base));
+  checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
+  const basis = await run.pack(basisPath);
+  refuseInBasis(basis, adapters);
+  refuseOtherBase(basis, adapters, options.anyBase);
+  const types = completeDtypes(options.dtype);
+  const { coefficients, head } = types;
+  const matching = { names: [...options.names], ignore: options.ignore };
+  // By content: other machines may have the files elsewhere.
+  const asked = { model: await fileDigest(model), tokenizer: await fileDigest(tokenizer), steps, batch, tokens };
+  const half = decoder && { decoder: await fileDigest(decoder) };
+  const settings = { ...asked, ...half, ...questions, ...matching };
+  const of = [basis.basisId, coefficients, head, await facts(options.base), await contents(adapters, out)];
+  const made = digest("distill", ...of, settings);
+  const finished = `${file}.partial`;
+  let done: readonly Done[] | undefined;
+  const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
+  const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, async () => {
+    const losses = (await addProjected(basis, adapters, types)).map(({ residual }) => residual);
+    const whole = questions.examples !== undefined;
+    const { session, encode } = await openTrainable("distill", model, basis, options, run, whole);
+    run.folder(finished);
+    done = await distilEach(basis, adapters, { session, encode, questions, steps, batch, settings, finished }, out);
+    return writeTasks(
+      basis,
+      made,
+      types,
+      losses,
+      done.map((one) => one.file),
+    );
+  });
+  await removeFinished(finished);
+  const { tasks: residual } = run.closing(await openTasks(file));
+  if (!done) return { json: { ...json, residual }, text };
+  return { json: { ...json, residual, tasks: figuresOf(done, new Set()) }, text: [...text, ...tableOf(done)] };
+}
+
+/** @throws TaskError for a task that the basis has: assemble would refuse it, when all is done */
+function refuseInBasis({ tasks, name }: Pack, adapters: readonly Adapter[]): void {
+  const taken = adapters.find(({ id }) => tasks.has(id));
+  if (!taken) return;
+  const message = `${name} has a task "${taken.id}" already, which a part cannot replace; rename the new one: --as ${taken.id}=NEW`;
+  throw new TaskError(message, { task: taken.id });
 }

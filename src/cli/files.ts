@@ -23,7 +23,7 @@ import { dirname, resolve } from "node:path";
 import { SourceError } from "../errors.ts";
 import { reasonOf, refuseOtherKinds } from "../files-node.ts";
 import type { Append } from "../format/layout.ts";
-import type { Scratch } from "../pack/fresh.ts";
+import type { Scratch } from "../pack/write.ts";
 import { realTarget } from "./lock.ts";
 import { stat } from "./target.ts";
 import { undoOnExit } from "./undo.ts";

@@ -12,7 +12,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { FormatError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
-import { type ProjectedAdapter, projectAdapters } from "../pack/project.ts";
+import { type ProjectedAdapter, projectAdapters } from "../pack/add.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Distilled, type DistillOptions, distill } from "../train/distill.ts";
 import type { Encode } from "../train/encoding.ts";

@@ -5,7 +5,6 @@ import { keyName } from "../core/trust.ts";
 import { FormatError } from "../errors.ts";
 import { needsFactors, parseBrought, SECTION_FREE, type Side, WINDOW_BYTES } from "../format/format.ts";
 import { breakEven } from "../pack/report.ts";
-import { errorOf, stepOf } from "../pack/steps.ts";
 import { DTYPES } from "../tensor/dtypes.ts";
 import { type Attach, command } from "./command.ts";
 import { bytes, count, percent, range, sharing, sum, table } from "./output.ts";
@@ -43,7 +42,7 @@ export const inspect: Attach = command({
     const dtypes = pack.modules.flatMap(({ A, B }) => [...A, ...B].map(({ tensor }) => tensor.dtype));
     const dtype = [...new Set(dtypes)].join(",");
     const shares = modules.some(({ componentsA, componentsB }) => componentsA > 0 || componentsB > 0);
-    const [step = null, error = null] = [stepOf(pack), errorOf(pack)];
+    const { step = null, error = null } = directory.basis;
     const coding = step === null ? "" : ", entropy-coded";
     const limit = error === null ? "" : `, every task made within ${percent(error)} of its ΔW`;
     const kind = shares ? `${mode}, ${gauge}, centring ${centering}, ${dtype}` : `${gauge}, no shared components`;

@@ -24,8 +24,8 @@ export interface OptionSpec<T> {
   readonly short?: string;
   /** Heading in help. */
   readonly group?: string;
-  /** Left out of help: known so that what is wrong with it can be said. */
-  readonly hidden?: boolean;
+  /** Seldom needed: in the help of `--help --all` alone. */
+  readonly rare?: boolean;
   readonly required?: boolean;
   /** What it is when it is not given. */
   readonly otherwise?: T;
@@ -49,6 +49,11 @@ export function flagOf(name: string): string {
 export function group<O extends Options>(heading: string, options: O): O {
   const entries = Object.entries(options).map(([name, spec]) => [name, { ...spec, group: `${heading}:` }]);
   return Object.fromEntries(entries) as O;
+}
+
+/** Leaves options to the help of `--help --all`. */
+export function rarely<O extends Options>(options: O): O {
+  return Object.fromEntries(Object.entries(options).map(([name, spec]) => [name, { ...spec, rare: true }])) as O;
 }
 
 /** The option with a value for when it is not given, which help tells. */
@@ -231,7 +236,7 @@ export const amount: { k: Maybe<number>; energy: Maybe<number>; error: Maybe<num
 };
 
 /** @throws UsageError for two of them */
-export function selection(options: Values<typeof amount>): ComponentSelection {
+export function selection(options: Partial<Values<typeof amount>>): ComponentSelection {
   exclusive(options, "k", "energy", "error");
   const { k, energy = 0.9, error } = options;
   if (k !== undefined) return { kind: "k", k };

@@ -11,11 +11,11 @@ import type { BasisMode } from "../extract/options.ts";
 import { collectGarbage } from "../extract/threads-node.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
-import { buildStreamed, type Packed } from "../pack/build.ts";
-import type { Tried } from "../pack/goal.ts";
+import { buildStreamed, type Streamed } from "../pack/build.ts";
+import type { SearchOptions, Tried } from "../pack/goal.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { type SearchReport, searchPack, searchStreamed } from "../pack/search.ts";
-import type { SearchOptions } from "../pack/search-options.ts";
+import { buildWithin, type SearchReport, searchPack, searchStreamed } from "../pack/search.ts";
+import { Unreachable } from "../pack/seek.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
@@ -26,32 +26,7 @@ import { type Completion, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
 import { decoder, openModel, tokenizer, tokens, wholeOf } from "./model.ts";
-import {
-  amount,
-  anyBase,
-  as,
-  base,
-  centering,
-  choice,
-  dtypeOrChosen,
-  exclusive,
-  force,
-  from,
-  gauge,
-  given,
-  group,
-  normalize,
-  number,
-  type OptionSpec,
-  output,
-  POSITIVE,
-  rank,
-  selection,
-  text,
-  toggle,
-  UsageError,
-  type Values,
-} from "./options.ts";
+import * as option from "./options.ts";
 import {
   bytes,
   count,
@@ -68,114 +43,119 @@ import {
 } from "./output.ts";
 import type { Run } from "./run.ts";
 import { filesOf } from "./target.ts";
-import { addWaysOut } from "./ways-out.ts";
 
 const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
 
-const size: OptionSpec<number | undefined> = {
+const size: option.OptionSpec<number | undefined> = {
   value: "SIZE",
   help: "The best pack of at most this size: 300000, 300kB or 1.5MB.",
   parse(given, flag) {
     const [, digits = "", unit = ""] = /^([\d.]+) ?([a-zA-Z]*)$/.exec(given) ?? [];
     const found = Math.floor(Number(digits) * (UNITS[unit] ?? NaN));
     if (digits !== "" && found > 0) return found;
-    throw new UsageError(`${flag} ${given}: expected a size such as 300000, 300kB or 1.5MB`);
+    throw new option.UsageError(`${flag} ${given}: expected a size such as 300000, 300kB or 1.5MB`);
   },
 };
 
 const OPTIONS = {
-  output: output("PACK", "The pack to write."),
-  force,
-  workers: number(
-    "N",
-    "Threads that extract modules; the pack is the same. Default: one for each core and 10 MB of adapters, 8 at most.",
-    from(1),
-  ),
-  ...group(`How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`, {
-    ...amount,
+  output: option.output("PACK", "The pack to write."),
+  force: option.force,
+  ...option.group(`How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`, {
+    error: option.amount.error,
     bytes: size,
-    ratio: number("R", "The best pack that is R times smaller than the adapters.", {
-      ...POSITIVE,
+    ratio: option.number("R", "The best pack that is R times smaller than the adapters.", {
+      ...option.POSITIVE,
       expected: "how many times smaller than the adapters",
     }),
-    divergence: number(
-      "D",
-      "With --mode auto: the fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
-      { ...POSITIVE, expected: "nats above 0" },
-    ),
+    k: option.amount.k,
+    ...option.rarely({
+      energy: option.amount.energy,
+      divergence: option.number(
+        "D",
+        "With --mode auto: the fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
+        { ...option.POSITIVE, expected: "nats above 0" },
+      ),
+    }),
   }),
-  ...group("How", {
-    mode: choice(
+  ...option.group("How", {
+    mode: option.choice(
       ["auto", "column", "flat", "joint"],
       "Auto: the best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
         "vector for a whole factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, " +
         "--gauge, --rank, --private-terms, --centering, --normalize or --step.",
     ),
-    gauge,
-    rank,
-    privateTerms: number(
-      "N",
-      "Give each task N rank-1 terms of its own beside the components, or with --error at most N; needs the balanced gauge.",
-      from(1),
-    ),
-    centering,
-    normalize,
-    dtype: dtypeOrChosen,
-    step: number(
-      "S",
-      "Store terms as entropy-coded integers: from one to the next ΔW of a module changes by S times the norm that it typically has. " +
-        "0.05 takes about three bits a number, 0.1 two. Balanced gauge. Default: as --dtype says; mode auto tries some.",
-      { ...POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
-    ),
-    headStep: number(
-      "S",
-      "The same for heads, as a share of the root mean square of a head. Default: with --step 0.5.",
-      {
-        ...POSITIVE,
-        expected: "a share of a head's root mean square, such as 0.5",
-      },
-    ),
-    base,
-    names,
+    dtype: option.dtypeOrChosen,
+    base: option.base,
+    ...option.rarely({
+      gauge: option.gauge,
+      rank: option.rank,
+      privateTerms: option.number(
+        "N",
+        "Give each task N rank-1 terms of its own beside the components, or with --error at most N; needs the balanced gauge.",
+        option.from(1),
+      ),
+      centering: option.centering,
+      normalize: option.normalize,
+      step: option.number(
+        "S",
+        "Store terms as entropy-coded integers: from one to the next ΔW of a module changes by S times the norm that it typically has. " +
+          "0.05 takes about three bits a number, 0.1 two. Balanced gauge. Default: as --dtype says; mode auto tries some.",
+        { ...option.POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
+      ),
+      headStep: option.number(
+        "S",
+        "The same for heads, as a share of the root mean square of a head. Default: with --step 0.5.",
+        { ...option.POSITIVE, expected: "a share of a head's root mean square, such as 0.5" },
+      ),
+      names,
+      workers: option.number(
+        "N",
+        "Threads that extract modules; the pack is the same. Default: one for each core and 10 MB of adapters, 8 at most.",
+        option.from(1),
+      ),
+    }),
   }),
-  ...group("Judged by answers", {
-    model: text(
+  ...option.group("Judged by answers", {
+    model: option.text(
       "MODEL.onnx",
       "Judge packs by its answers to --text instead of by ΔW error (mode auto), or calibrate with it. Needs onnxruntime-node.",
     ),
-    decoder,
-    text: text(
+    text: option.text(
       "LINES.txt",
       "Text like that of the tasks, one on each line, or JSON lines as learn takes them; never your test data.",
     ),
-    distill: number(
-      "STEPS",
-      "With --mode auto, --model and --text: distillation steps per task at the end; 0 for none. Default: 240.",
-      from(0),
-    ),
-    calibrate: toggle("Weight errors by the inputs of the modules on --text, with --model; mode auto tries this too."),
-    tokens,
-    tokenizer,
+    ...option.rarely({
+      decoder,
+      distill: option.number(
+        "STEPS",
+        "With --mode auto, --model and --text: distillation steps per task at the end; 0 for none. Default: 240.",
+        option.from(0),
+      ),
+      calibrate: option.toggle(
+        "Weight errors by the inputs of the modules on --text, with --model; mode auto tries this too.",
+      ),
+      tokens,
+      tokenizer,
+    }),
   }),
-  ...group("Which adapters", {
-    scores: text(
-      "SCORES.json",
-      "accuracy and accuracy_head_only of each adapter, from 0 to 1; adapters that add little are left out.",
-    ),
-    minGain: number(
-      "X",
-      "With --scores: the least that an adapter must add to the accuracy of its head. Default: 0.02.",
-      {
-        expected: "a difference of shares, from -1 to 1",
-        holds: (n) => n >= -1 && n <= 1,
-      },
-    ),
-    as,
-    anyBase,
+  ...option.group("Which adapters", {
+    as: option.as,
+    ...option.rarely({
+      scores: option.text(
+        "SCORES.json",
+        "accuracy and accuracy_head_only of each adapter, from 0 to 1; adapters that add little are left out.",
+      ),
+      minGain: option.number(
+        "X",
+        "With --scores: the least that an adapter must add to the accuracy of its head. Default: 0.02.",
+        { expected: "a difference of shares, from -1 to 1", holds: (n) => n >= -1 && n <= 1 },
+      ),
+      anyBase: option.anyBase,
+    }),
   }),
 };
 
-type PackOptions = Values<typeof OPTIONS>;
+type PackOptions = option.Values<typeof OPTIONS>;
 
 export const pack: Attach = command({
   usage: "pack <ADAPTER_OR_FOLDER...>",
@@ -196,9 +176,7 @@ export const pack: Attach = command({
       ? partByGain(adapters, known, minGain ?? 0.02, scores!)
       : { kept: adapters, dropped: [] };
     const adapterBytes = sum(kept.map(({ byteLength }) => byteLength));
-    const { chunks, report } = await build(kept, options, run, out).catch(
-      addWaysOut({ ...options, mode: modeOf(options) }, adapterBytes),
-    );
+    const { chunks, report } = await build(kept, options, run, out).catch(addWaysOut(options, adapterBytes));
     await target.write(chunks);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
@@ -220,34 +198,41 @@ export const pack: Attach = command({
 const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize", "step"] as const;
 
 function modeOf(options: PackOptions): BasisMode | "auto" {
-  return options.mode ?? (given(options, ...SETTLED).length > 0 ? "column" : "auto");
+  return options.mode ?? (option.given(options, ...SETTLED).length > 0 ? "column" : "auto");
 }
 
 /** @throws UsageError for options that do not go together */
 function checkOptions(options: PackOptions): void {
-  const budget = exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
-  const asked = given(options, "model", "text").length;
+  const budget = option.exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
+  const asked = option.given(options, "model", "text").length;
   if (modeOf(options) === "auto") {
-    const [own] = given(options, ...SETTLED);
-    if (own !== undefined) throw new UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
+    const [own] = option.given(options, ...SETTLED);
+    if (own !== undefined)
+      throw new option.UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
     if (asked === 1)
-      throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+      throw new option.UsageError("--model and --text go together: answers to the text are what packs are judged by");
     if (asked === 2 && (budget === undefined || budget === "--error"))
-      throw new UsageError("answers are judged for a size or a divergence: add --ratio, --bytes or --divergence");
+      throw new option.UsageError(
+        "answers are judged for a size or a divergence: add --ratio, --bytes or --divergence",
+      );
   } else {
-    if (budget === "--divergence") throw new UsageError("--divergence is for --mode auto");
-    const [foreign] = given(options, "model", "decoder", "text", "tokenizer", "tokens");
+    if (budget === "--divergence") throw new option.UsageError("--divergence is for --mode auto");
+    const [foreign] = option.given(options, "model", "decoder", "text", "tokenizer", "tokens");
     if (foreign !== undefined && !options.calibrate)
-      throw new UsageError(`${foreign} is for --mode auto and --calibrate`);
+      throw new option.UsageError(`${foreign} is for --mode auto and --calibrate`);
   }
-  const [needs] = given(options, "calibrate", "divergence", "distill");
-  if (needs !== undefined && asked < 2) throw new UsageError(`${needs} needs --model and --text`);
-  if (options.decoder !== undefined && options.model === undefined) throw new UsageError("--decoder needs --model");
+  const [needs] = option.given(options, "calibrate", "divergence", "distill");
+  if (needs !== undefined && asked < 2) throw new option.UsageError(`${needs} needs --model and --text`);
+  if (options.decoder !== undefined && options.model === undefined)
+    throw new option.UsageError("--decoder needs --model");
   if (options.minGain !== undefined && options.scores === undefined)
-    throw new UsageError("--min-gain needs --scores SCORES.json");
+    throw new option.UsageError("--min-gain needs --scores SCORES.json");
   if (options.step !== undefined && (options.dtype?.basis ?? options.dtype?.coefficients) !== undefined)
-    throw new UsageError("--step decides how many bits components and coefficients have; leave them out of --dtype");
-  if (options.headStep !== undefined && options.step === undefined) throw new UsageError("--head-step needs --step");
+    throw new option.UsageError(
+      "--step decides how many bits components and coefficients have; leave them out of --dtype",
+    );
+  if (options.headStep !== undefined && options.step === undefined)
+    throw new option.UsageError("--head-step needs --step");
 }
 
 async function build(
@@ -255,7 +240,7 @@ async function build(
   options: PackOptions,
   run: Run,
   out: Output,
-): Promise<Packed<BuildReport | SearchReport>> {
+): Promise<Streamed<BuildReport | SearchReport>> {
   const { rank, privateTerms, centering, step, headStep, bytes, ratio, error, divergence } = options;
   const { dtype = {}, normalize, anyBase } = options;
   const mode = modeOf(options);
@@ -271,7 +256,8 @@ async function build(
     const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const search: SearchOptions = { ...common, workers, goal: { kind, max }, onTry };
-    if (!asked || kind === "error") return searchStreamed(adapters, search, run.closing(openScratch(options.output)));
+    if (!asked || kind === "error")
+      return searchStreamed(adapters, search, { held: false, scratch: run.closing(openScratch(options.output)) });
     const { engine, model, judge: about } = asked;
     const judge = run.closing(createJudge(engine, model, about));
     const found = await searchPack(adapters, { ...search, judge: judge.judge });
@@ -280,12 +266,13 @@ async function build(
   }
   const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced" } = options;
   const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}), ...common };
-  if (most !== undefined) {
-    const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: most }, ways: [all], workers });
-    const { name: _, way: __, judgedBy: ___, tried: ____, decisions: _____, ...plain } = report;
-    return { chunks, report: plain };
-  }
-  return buildStreamed(adapters, { ...all, workers, select: selection(options), onProgress: counting(out, "module") });
+  if (most !== undefined) return buildWithin(adapters, { ...all, workers }, most);
+  return buildStreamed(adapters, {
+    ...all,
+    workers,
+    select: option.selection(options),
+    onProgress: counting(out, "module"),
+  });
 }
 
 /** Small packs are made before threads have started, and each thread holds memory. */
@@ -359,4 +346,30 @@ function autoText({ judgedBy, divergence, decisions, tried }: SearchReport): str
       ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}.`
       : "ΔW error is a proxy: with --model and --text answers decide.",
   ];
+}
+
+/**
+ * For `catch` around the making of a pack: adds to an error about too few bytes what else to ask for.
+ * @param adapterBytes of all adapters together
+ */
+function addWaysOut(options: PackOptions, adapterBytes: number): (error: unknown) => never {
+  const { ratio, dtype, rank } = options;
+  return (error) => {
+    if (!(error instanceof Unreachable) || error.least === undefined) throw error;
+    const auto = modeOf(options) === "auto";
+    // Rounded down: this one can be had.
+    const most = Math.floor((10 * adapterBytes) / error.least) / 10;
+    const what =
+      ratio === undefined
+        ? error.message
+        : `--ratio ${ratio}: a pack of these adapters can be at most ${most.toFixed(1)}× smaller than they are`;
+    const ways = [
+      ...(auto && dtype ? ["leave out --dtype, so that fewer bits are tried"] : []),
+      ...(!auto && !dtype?.basis?.startsWith("int") ? ["--dtype int4"] : []),
+      ...(!auto && rank === undefined ? ["--gauge balanced --rank N, which keeps less of each adapter"] : []),
+      ...(auto ? [] : ["--mode auto, which tries all ways of packing"]),
+      ratio === undefined ? `--bytes ${error.least} or more` : `--ratio ${most} or less`,
+    ];
+    throw new RangeError(`${what}. Ways out: ${ways.join("; ")}`, { cause: error });
+  };
 }

@@ -6,33 +6,45 @@
 import { EigenLoraError } from "../errors.ts";
 import { reasonOf } from "../files-node.ts";
 import { VERSION } from "../version.ts";
-import { add } from "./add.ts";
 import { attach } from "./attach.ts";
 import { bench } from "./bench.ts";
+import { add, compact, remove } from "./change.ts";
 import { check } from "./check.ts";
 import type { Result } from "./command.ts";
 import { Command, CommanderError } from "./commander.ts";
-import { compact } from "./compact.ts";
 import { distill } from "./distill.ts";
 import { exportTask } from "./export.ts";
 import { fold } from "./fold.ts";
+import { hub } from "./hub.ts";
 import { inspect } from "./inspect.ts";
 import { learn } from "./learn.ts";
 import { UsageError } from "./options.ts";
 import { createOutput, paragraph, printable, type Stream } from "./output.ts";
 import { pack } from "./pack.ts";
-import { assemble, project } from "./project.ts";
-import { remove } from "./remove.ts";
-import { merge, shard } from "./shard.ts";
 import { keygen, sign } from "./sign.ts";
 import { verify } from "./verify.ts";
 
 /** In the order of the help. */
 const COMMANDS = [
-  ...[pack, inspect, verify, add, remove, compact, distill, learn, exportTask, fold, check, attach],
-  ...[keygen, sign],
-  ...[shard, merge, project, assemble, bench],
+  pack,
+  inspect,
+  verify,
+  add,
+  remove,
+  compact,
+  distill,
+  learn,
+  exportTask,
+  fold,
+  check,
+  attach,
+  keygen,
+  sign,
+  hub,
+  bench,
 ];
+
+const HELP: ReadonlySet<string> = new Set(["help", "-h", "--help"]);
 
 /** @param print takes help and version */
 function createProgram(print: (text: string) => void): Command {
@@ -49,14 +61,29 @@ function createProgram(print: (text: string) => void): Command {
     .configureOutput({ writeOut: print, writeErr: print, outputError: () => undefined })
     .exitOverride();
   program
-    .command("help [COMMAND]")
+    .command("help [COMMAND...]")
     .summary("Print the help of a command.")
     .option("--json", "Print one JSON object.")
-    .action(async (name: string | undefined) => {
-      const found = name === undefined ? program : program.commands.find((command) => command.name() === name);
-      await (found ? found.help() : program.parseAsync([name!], { from: "user" }));
+    .option("--all", "List all its options.")
+    .action(async (names: string[]) => {
+      const found = named(program, names);
+      await (found ? found.help() : program.parseAsync(names, { from: "user" }));
     });
   return program;
+}
+
+/** The command of these words, such as hub shard; undefined where there is none. */
+function named(program: Command, words: readonly string[]): Command | undefined {
+  return words.reduce<Command | undefined>(
+    (command, word) => command?.commands.find((one) => one.name() === word),
+    program,
+  );
+}
+
+/** Lists options that are seldom needed too. */
+function listAll(command: Command): void {
+  for (const option of command.options) option.hidden = false;
+  for (const one of command.commands) listAll(one);
 }
 
 /**
@@ -66,7 +93,8 @@ function createProgram(print: (text: string) => void): Command {
  */
 export async function runProgram(argv: readonly string[], stdout: Stream, stderr: Stream): Promise<number> {
   const json = argv.includes("--json");
-  let [printed, code] = ["", 0];
+  let printed = "";
+  let code = 0;
   const program = createProgram((text) => {
     printed += text;
   });
@@ -82,6 +110,8 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
     }
   };
   for (const attach of COMMANDS) attach(program, out, done);
+  // Words that are not known are compared with all options, those that are seldom needed too.
+  if (argv.includes("--all") || !argv.some((word) => HELP.has(word))) listAll(program);
   const beat = setInterval(out.beat, 1000);
   try {
     // Others print their version for either letter.
@@ -89,8 +119,8 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
     return code;
   } catch (error) {
     if (!(error instanceof CommanderError && printed !== "")) {
-      const named = argv.find((word) => !word.startsWith("-") && word !== "help");
-      const command = program.commands.find((one) => one.name() === named);
+      const words = argv.filter((word) => !word.startsWith("-") && word !== "help");
+      const command = named(program, words.slice(0, 2)) ?? named(program, words.slice(0, 1));
       const { object, text, exitCode } = failure(error, command);
       out.clear();
       if (json) print({ error: object }, []);
@@ -123,9 +153,9 @@ function failure(error: unknown, command: Command | undefined): { object: object
   const known = usage || ours || path !== undefined || error instanceof RangeError || error instanceof TypeError;
   const system = path === undefined ? (error as Error).message : `${path}: ${reasonOf(error)}`;
   const said = error instanceof CommanderError ? wordsOf(error) : system;
-  const name = command ? `${command.name()} ` : "";
-  const message = usage && command ? `${command.name()}: ${said}` : said;
-  const advice = usage ? `See eigenlora ${name}--help.\n` : "";
+  const name = command?.parent?.parent ? `${command.parent.name()} ${command.name()}` : command?.name();
+  const message = usage && name ? `${name}: ${said}` : said;
+  const advice = usage ? `See eigenlora ${name ? `${name} ` : ""}--help.\n` : "";
   const tag = usage ? "usage" : ours ? error.tag : "failed";
   return {
     object: { ...(ours ? error : {}), tag, message },

@@ -14,7 +14,8 @@ import { readTask } from "../core/task-file.ts";
 import type { TaskFile } from "../format/format.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import type { BuildOptions } from "../pack/build.ts";
+import type { BuildOptions } from "../pack/recipe.ts";
+
 import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import type { Output } from "./output.ts";

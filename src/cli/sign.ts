@@ -5,14 +5,13 @@ import { parseTaskFile } from "../core/task-file.ts";
 import { keyName } from "../core/trust.ts";
 import { integrityOf } from "../format/hash.ts";
 import type { Sign } from "../format/layout.ts";
-import { planSignature, signTaskFile } from "../pack/sign.ts";
+import { planSignature, signTaskFile } from "../pack/write.ts";
 import { toBase64 } from "../text.ts";
-import { isTaskFile } from "./add.ts";
+import { isTaskFile, signerOf } from "./change.ts";
 import { type Attach, command } from "./command.ts";
 import { append, writeTogether, writeWhole } from "./files.ts";
 import { force, key, output, required, UsageError } from "./options.ts";
 import type { Run } from "./run.ts";
-import { signerOf } from "./signer.ts";
 import { checkTarget } from "./target.ts";
 
 export const keygen: Attach = command({

@@ -18,12 +18,12 @@ import {
 } from "../format/format.ts";
 import { integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { openSource } from "../open-source.ts";
+import { storedModule } from "../pack/add.ts";
 import { expandTerm } from "../pack/expand.ts";
-import { storedModule } from "../pack/project.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../text.ts";
-import { isTaskFile } from "./add.ts";
+import { isTaskFile } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readText } from "./files.ts";
 

@@ -19,9 +19,9 @@ import {
   projectTargets,
   toPairs,
 } from "./project.ts";
+import { componentSteps, type RowSteps, rowSteps } from "./row-steps.ts";
 import { pairsWithin, type SearchSide } from "./search.ts";
 import { decompose, encodeSide, reciprocal, type Side, type SideBasis } from "./side.ts";
-import { componentSteps, type RowSteps, rowSteps } from "./steps.ts";
 import { targetsOf } from "./subspace.ts";
 
 /** All adapters that adapt one module. Ranks may differ. */

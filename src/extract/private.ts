@@ -22,7 +22,7 @@ import {
   projectModule,
   storedPair,
 } from "./project.ts";
-import { isWorth, rowSteps } from "./steps.ts";
+import { isWorth, rowSteps } from "./row-steps.ts";
 import { rounded } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */

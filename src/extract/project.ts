@@ -10,7 +10,7 @@ import { lengthened, type Products } from "./linalg.ts";
 import { fewBits, mirror } from "./mixing.ts";
 import type { ProjectOptions } from "./options.ts";
 import { turnTo } from "./procrustes.ts";
-import { type RowSteps, rowSteps } from "./steps.ts";
+import { type RowSteps, rowSteps } from "./row-steps.ts";
 import {
   expand,
   largestSine,

@@ -3,7 +3,7 @@
  * measured keeps to the goal too. Estimates are good to a few percent, so that takes two or three packs.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { type SharedModule, sharedModules } from "../adapters/modules.ts";
+import type { SharedModule } from "../adapters/modules.ts";
 import {
   type Allocated,
   type Allocation,
@@ -17,11 +17,10 @@ import { type Extractor, inOrder } from "../extract/extractor.ts";
 import type { ExtractOptions } from "../extract/options.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
-import { Unreachable } from "./bisect.ts";
 import type { Built } from "./build.ts";
+import { type Adapters, naming, piecesOf, readStack } from "./encode.ts";
 import type { TaskLoss } from "./report.ts";
-import { piecesOf, readStack } from "./stack.ts";
-import { naming } from "./unstorable.ts";
+import { tooFew, Unreachable } from "./seek.ts";
 
 /** Components that all tasks share beside their private terms, on each side of every module. */
 export interface Shared {
@@ -46,15 +45,10 @@ const CAREFUL = 0.004;
 const CLOSE = 0.99;
 
 /** Reads the spectra of all adapters. */
-export async function survey(
-  extractor: Extractor,
-  adapters: readonly Adapter[],
-  { only, signal }: { only?: readonly Dtype[] | undefined; signal?: AbortSignal | undefined },
-): Promise<Survey> {
-  const modules = [...sharedModules(adapters).values()].flatMap(piecesOf);
-  const spectra = await eachMember(extractor, modules, signal, async (stack) => {
+export async function survey(opened: Adapters, only: readonly Dtype[] | undefined): Promise<Survey> {
+  const spectra = await eachMember(opened, opened.shared.flatMap(piecesOf), async (stack) => {
     const { name: module, out, in: inputs } = stack;
-    const all = await extractor.ask("spectra", stack, undefined);
+    const all = await opened.extractor.ask("spectra", stack, undefined);
     return all.map((singular, i) => {
       const square = singular.reduce((sum, value) => sum + value ** 2, 0);
       return { task: stack.members[i]!.id, module, out, in: inputs, singular, square };
@@ -64,24 +58,17 @@ export async function survey(
 }
 
 /** What shared components leave of what a survey found. */
-export async function surveyBeside(
-  extractor: Extractor,
-  adapters: readonly Adapter[],
-  { spectra, only }: Survey,
-  shared: Shared,
-  signal: AbortSignal | undefined,
-): Promise<Survey> {
-  const rests = await eachMember(extractor, [...sharedModules(adapters).values()], signal, (stack, module) =>
-    naming(module, async () => (await extractor.ask("remainders", stack, sharedOptions(shared))).singular),
-  );
+export async function surveyBeside(opened: Adapters, { spectra, only }: Survey, shared: Shared): Promise<Survey> {
+  const ask = async (stack: ModuleStack): Promise<number[][]> =>
+    (await opened.extractor.ask("remainders", stack, sharedOptions(shared))).singular;
+  const rests = await eachMember(opened, opened.shared, (stack, module) => naming(module, () => ask(stack)));
   return { spectra: spectra.map((spectrum, i) => ({ ...spectrum, singular: rests[i]! })), only };
 }
 
 /** What `work` finds of each member of each module, modules and members in their order. */
 async function eachMember<T>(
-  extractor: Extractor,
+  { extractor, signal }: Adapters,
   modules: readonly SharedModule<Adapter>[],
-  signal: AbortSignal | undefined,
   work: (stack: ModuleStack, module: SharedModule<Adapter>) => Promise<T[]>,
 ): Promise<T[]> {
   const found: T[] = [];
@@ -168,10 +155,6 @@ export async function withinBytes(
   return best;
 }
 
-function tooFew(max: number, least: number): Unreachable {
-  return new Unreachable(`${max} bytes are too few: the least is ${least}`, { least });
-}
-
 /** Tasks that change something. */
 function tasksOf(spectra: readonly Spectrum[]): Set<string> {
   return new Set(spectra.filter(({ square }) => square > 0).map(({ task }) => task));
@@ -197,15 +180,14 @@ const WORTH = 0.97;
  * and how many; of a few modules, spread over the model.
  */
 export async function sharingThatPays(
-  extractor: Extractor,
-  adapters: readonly Adapter[],
+  { shared, extractor }: Adapters,
   { spectra, only }: Survey,
   { slopes }: Allocated,
 ): Promise<Shared | undefined> {
   const squares = new Map<string, number>();
   for (const { task, square } of spectra) squares.set(task, (squares.get(task) ?? 0) + square);
   const priceOf = (task: string): number => 1 / (slopes.get(task)! * squares.get(task)!);
-  const all = [...sharedModules(adapters).values()].filter(({ owners }) => owners.length > 1);
+  const all = shared.filter(({ owners }) => owners.length > 1);
   const step = Math.max(1, Math.floor(all.length / SAMPLE));
   const chosen = all.filter((_, i) => i % step === step >> 1).slice(0, SAMPLE);
   const sample = await Promise.all(

@@ -3,14 +3,11 @@
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels } from "../adapters/modules.ts";
-import type { BasisMode, Centering, ComponentSelection, Gauge } from "../extract/options.ts";
+import type { PrivateChoice } from "../extract/allocation.ts";
+import type { ComponentSelection } from "../extract/options.ts";
 import type { ModuleInput, TermInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
-
-/** f16 where nothing else is asked for. */
-export function completeDtypes({ basis = "f16", coefficients = "f16", head = "f16" }: Partial<Dtypes> = {}): Dtypes {
-  return { basis, coefficients, head };
-}
+import type { BuildOptions, Recipe } from "./recipe.ts";
 
 /** What a task lost: ‖ΔW − ΔW'‖ / ‖ΔW‖. */
 export interface TaskLoss {
@@ -23,25 +20,20 @@ export interface TaskLoss {
   readonly max: number;
 }
 
-/** What any pack is made of. */
-export interface PackReport {
-  readonly modules: number;
-  readonly mode: BasisMode;
-  readonly gauge: Gauge;
-  readonly centering: Centering;
-  readonly bytes: number;
-  /** Components per module and side. */
-  readonly components: { readonly min: number; readonly mean: number; readonly max: number };
-  /** What a person should know before trusting the result. */
-  readonly warnings: readonly string[];
-  /** What would have made a better pack, and is no reason to distrust this one. */
-  readonly notes: readonly string[];
-}
-
-/** What a pack holds of its adapters and what they lost. */
-export interface TasksReport {
+/** What a pack is made of, what it holds of its adapters, and what they lost. */
+export interface BuildReport {
   readonly tasks: number;
   readonly modules: number;
+  readonly mode: NonNullable<BuildOptions["mode"]>;
+  readonly gauge: NonNullable<BuildOptions["gauge"]>;
+  readonly centering: NonNullable<BuildOptions["centering"]>;
+  readonly dtype: Dtypes;
+  /** As of `buildPack`, where numbers are entropy-coded. */
+  readonly step?: number | undefined;
+  /** Components per module and side. */
+  readonly components: { readonly min: number; readonly mean: number; readonly max: number };
+  /** Private terms by number format, over tasks and modules. */
+  readonly privateTerms: Readonly<Partial<Record<Dtype, number>>>;
   readonly bytes: number;
   /** Size of the adapter files. */
   readonly adapterBytes: number;
@@ -50,26 +42,80 @@ export interface TasksReport {
   /** From how many tasks of this kind on the pack is smaller than the adapters; null: never. */
   readonly breakEvenTasks: number | null;
   /** ‖ΔW − ΔW'‖ / ‖ΔW‖ over tasks and modules. */
-  readonly error: { readonly mean: number; readonly max: number; readonly worstTask: string };
-}
-
-/** What a pack is made of and what its tasks lost. */
-export interface BuildReport extends PackReport, TasksReport {
-  readonly dtype: Dtypes;
-  /** As of `buildPack`, where numbers are entropy-coded. */
-  readonly step?: number | undefined;
-  /** Private terms by number format, over tasks and modules. */
-  readonly privateTerms: Readonly<Partial<Record<Dtype, number>>>;
-  readonly error: TasksReport["error"] & { readonly worstModule: string };
+  readonly error: {
+    readonly mean: number;
+    readonly max: number;
+    readonly worstTask: string;
+    readonly worstModule: string;
+  };
   /** The same over the modules of each task. */
   readonly errors: readonly TaskLoss[];
+  /** What a person should know before trusting the result. */
+  readonly warnings: readonly string[];
+  /** What would have made a better pack, and is no reason to distrust this one. */
+  readonly notes: readonly string[];
+}
+
+/** What a report says of a term. */
+export interface TermSummary {
+  readonly magnitude: boolean;
+  readonly privateTerms?: PrivateChoice | undefined;
+}
+
+export function termSummary({ magnitude, privateTerms: own }: TermInput): TermSummary {
+  return { magnitude: magnitude !== undefined, privateTerms: own && { rank: own.rank, dtype: own.dtype } };
+}
+
+/**
+ * @param sized the pack, and the bytes of each task's blob
+ * @param made what each adapter lost, and what is stored of it
+ */
+export function buildReport(
+  adapters: readonly Adapter[],
+  { extraction, head, step }: Recipe,
+  { bytes, blobs, ...counts }: Pick<BuildReport, "bytes" | "modules" | "components"> & { readonly blobs: number[] },
+  { errors, terms }: { errors: readonly ModuleError[]; terms: ReadonlyMap<Adapter, readonly TermSummary[]> },
+  based: boolean,
+): BuildReport {
+  const { mode, gauge, centering, select, basisDtype: basis, coefficientDtype: coefficients } = extraction;
+  const adapted = new Set(errors.map(({ task }) => task));
+  const ids = adapters.flatMap(({ id }) => (adapted.has(id) ? id : []));
+  const losses = lossesOf(errors, ids);
+  const sizesOf = blobs.map((blob, i) => ({ blob, adapter: adapters[i]!.byteLength }));
+  return {
+    ...sizes(bytes, sizesOf),
+    modules: counts.modules,
+    mode,
+    gauge,
+    centering,
+    dtype: { basis, coefficients, head: head.type },
+    step,
+    components: counts.components,
+    privateTerms: countsOf([...terms.values()].flat()),
+    error: summaryOf(errors),
+    errors: losses,
+    warnings: [
+      ...lossWarnings(losses),
+      ...adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`)),
+      ...baseWarnings(adapters),
+      ...idleWarnings(adapters, errors, (adapter) => terms.get(adapter) ?? []).values(),
+      ...fewerWarnings(select, counts.components),
+    ],
+    notes: baseNotes(based),
+  };
+}
+
+function countsOf(terms: readonly TermSummary[]): BuildReport["privateTerms"] {
+  const counts: Partial<Record<Dtype, number>> = {};
+  for (const { privateTerms: own } of terms) if (own) counts[own.dtype] = (counts[own.dtype] ?? 0) + own.rank;
+  return counts;
 }
 
 /** Sizes of a pack beside its adapters', from the blobs and adapters of its tasks. */
 export function sizes(
   bytes: number,
   tasks: readonly { readonly blob: number; readonly adapter: number }[],
-): Pick<TasksReport, "tasks" | "bytes" | "adapterBytes" | "ratio" | "breakEvenTasks"> {
+): Pick<BuildReport, "tasks" | "bytes" | "adapterBytes" | "ratio" | "breakEvenTasks"> {
   const [blobs, adapters] = [tasks.map(({ blob }) => blob), tasks.map(({ adapter }) => adapter)];
   const adapterBytes = adapters.reduce((a, b) => a + b, 0);
   return {
@@ -95,22 +141,19 @@ export function breakEven(bytes: number, blobs: readonly number[], adapters: rea
 }
 
 /** The fewest, the mean and the most components of a module's side. */
-export function componentsOf(modules: readonly Pick<ModuleInput, "A" | "B">[]): PackReport["components"] {
+export function componentsOf(modules: readonly Pick<ModuleInput, "A" | "B">[]): BuildReport["components"] {
   const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
-  return {
-    min: counts.reduce((least, count) => Math.min(least, count), Infinity),
-    mean: counts.reduce((a, b) => a + b, 0) / counts.length,
-    max: counts.reduce((most, count) => Math.max(most, count), -Infinity),
-  };
+  const sum = counts.reduce((a, b) => a + b, 0);
+  const max = counts.reduce((most, count) => Math.max(most, count), 0);
+  const min = counts.reduce((least, count) => Math.min(least, count), max);
+  return { min, mean: sum / (counts.length || 1), max };
 }
 
 /** What to note of a pack that was made without its base model. */
-export function baseNotes(base: unknown): string[] {
-  return base
-    ? []
-    : [
-        "Apps can check the shapes of their model only, not whether it is the right one: pass `base` to store fingerprints.",
-      ];
+export function baseNotes(based: boolean): string[] {
+  const note =
+    "Apps can check the shapes of their model only, not whether it is the right one: pass `base` to store fingerprints.";
+  return based ? [] : [note];
 }
 
 /** Who adapts which modules. */
@@ -175,7 +218,7 @@ const LISTED = 3;
 export function idleWarnings(
   adapters: readonly Adapter[],
   errors: readonly ModuleError[],
-  termsOf: (adapter: Adapter, index: number) => readonly Pick<TermInput, "magnitude">[],
+  termsOf: (adapter: Adapter, index: number) => readonly { readonly magnitude?: unknown }[],
 ): Map<string, string> {
   const busy = new Set(errors.filter(({ norm }) => norm > 0).map(({ task }) => task));
   const warnings = new Map<string, string>();
@@ -192,7 +235,7 @@ export function idleWarnings(
 /** What to say where fewer components than asked for were to be had: a side has no more directions than rows. */
 export function fewerWarnings(
   select: ComponentSelection | undefined,
-  { min, max }: PackReport["components"],
+  { min, max }: BuildReport["components"],
 ): string[] {
   if (select?.kind !== "k" || max >= select.k) return [];
   const found = min === max ? `${max}` : `${min} to ${max}`;

@@ -3,29 +3,93 @@
  */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
+import { pairNorm } from "../extract/error.ts";
+import { pairOf } from "../extract/gauge.ts";
 import type { PrivateTerms } from "../extract/private.ts";
+import { narrowPrivate } from "../extract/private.ts";
 import type { TaskCoefficients } from "../extract/project.ts";
-import { checkEntry, encodeTask, type ParameterInput, type TermInput } from "../format/encode.ts";
-import { encodeBrings } from "../format/format.ts";
+import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
+import { encodeBrings, type PackModule, sharedBases } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
-import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
-import { advised, encodeSteps, encodeTensor, SCALE_DOWN } from "../tensor/encode.ts";
+import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
+import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
+import type { HeadFormat } from "./recipe.ts";
 
-/** What of a module's bases is said in each of its terms. */
+/** A search makes many packs of the same adapters, and each norm takes reading all of one. */
+const norms = new WeakMap<Adapter, Promise<number>>();
+
+/** The root of the mean of ‖ΔW‖² over the modules of an adapter; 1 where nothing changes. */
+async function typicalNorm({ modules }: Adapter): Promise<number> {
+  let sum = 0;
+  for (const module of modules.values()) sum += pairNorm(pairOf(await module.read())) ** 2;
+  return Math.sqrt(sum / modules.size) || 1;
+}
+
+/** What a share of the typical norm is for ΔW of each adapter, by id. */
+export async function stepsOf(adapters: readonly Adapter[], share: number): Promise<Map<string, number>> {
+  const steps = new Map<string, number>();
+  for (const adapter of new Set(adapters)) {
+    if (!norms.has(adapter)) norms.set(adapter, typicalNorm(adapter));
+    steps.set(adapter.id, share * (await norms.get(adapter)!));
+  }
+  return steps;
+}
+
+/** Widths of the tensors of a module's terms. */
+interface Widths {
+  readonly in: number;
+  readonly out: number;
+  readonly A?: { readonly K: number } | undefined;
+  readonly B?: { readonly K: number } | undefined;
+}
+
+/** A module of a pack as `narrowTerms` takes it. */
+export function widthsOf(module: PackModule): Widths {
+  return { in: module.in, out: module.out, ...sharedBases(module) };
+}
+
+/** Terms of one task in the smallest integers that they fit: all coefficients, and the private terms of each module. */
+export function narrowTerms(terms: readonly TermInput[], modules: readonly Widths[]): TermInput[] {
+  const integers = ({ dtype, encoded }: TensorInput, rows: number, width: number) => {
+    return { dtype: dtype as QuantizedDtype, encoded, rows, width };
+  };
+  const shared = narrowed(
+    terms.flatMap(({ module, rank, A, B }) => {
+      const { A: a, B: b } = modules[module]!;
+      return A && B ? [integers(A, rank, a!.K), integers(B, rank, b!.K)] : [];
+    }),
+  );
+  const next = shared.encoded.values();
+  const coefficients = <T extends TensorInput>(side: T): T => {
+    return { ...side, dtype: shared.dtype, encoded: next.next().value! };
+  };
+  return terms.map(({ A, B, privateTerms, ...term }) => ({
+    ...term,
+    ...(A && B && { A: coefficients(A), B: coefficients(B) }),
+    ...(privateTerms && { privateTerms: narrowPrivate(privateTerms, modules[term.module]!) }),
+  }));
+}
+
+/** What the terms of a module say of its bases. */
 type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
 
+/** What a task has of a module. */
+interface TaskModule extends TaskCoefficients {
+  readonly privateTerms?: PrivateTerms | undefined;
+  readonly magnitude: Float32Array | undefined;
+}
+
+/** @param dtype of coefficients */
 export function encodeTerm(
   { index, name }: { readonly index: number; readonly name: string },
-  { rank, alphaA, alphaB, privateTerms }: TaskCoefficients & { readonly privateTerms?: PrivateTerms | undefined },
+  { rank, alphaA, alphaB, privateTerms, magnitude }: TaskModule,
   { A, B }: Bases,
-  magnitude: Float32Array | undefined,
   adapter: Adapter,
-  dtype: Dtypes,
+  dtype: Dtype,
 ): TermInput {
   const side = ({ rank: flat, mean }: Bases["A"], encoded: Uint8Array): NonNullable<TermInput["A"]> => {
-    return { kind: flat === undefined ? "column" : "flat", dtype: dtype.coefficients, mean: Boolean(mean), encoded };
+    return { kind: flat === undefined ? "column" : "flat", dtype, mean: Boolean(mean), encoded };
   };
   return {
     module: index,
@@ -33,8 +97,7 @@ export function encodeTerm(
     A: rank > 0 ? side(A, alphaA) : undefined,
     B: rank > 0 ? side(B, alphaB) : undefined,
     privateTerms,
-    magnitude:
-      magnitude && vector(magnitude, dtype.coefficients, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN),
+    magnitude: magnitude && vector(magnitude, dtype, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN),
   };
 }
 
@@ -79,13 +142,6 @@ function blobOf(
     for (const term of terms) storable(adapter, { name: names[term.module]! }, () => encodeTask([term], [], names));
     throw cause;
   }
-}
-
-/** How saved matrices are stored. */
-export interface HeadFormat {
-  readonly type: Dtype;
-  /** Of integers, as a share of the root mean square of a matrix. Default: as `type` says. */
-  readonly step?: number | undefined;
 }
 
 async function encodeParameters(adapter: Adapter, { type, step }: HeadFormat): Promise<ParameterInput[]> {

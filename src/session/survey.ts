@@ -35,6 +35,8 @@ export interface SurveyedModule {
   readonly confirmed: boolean | null;
   /** What is wrong. */
   readonly why: string | null;
+  /** Whether its weight was found, of another shape. */
+  readonly misfit: boolean;
   /** Names in the model that are like it. */
   readonly candidates: readonly string[];
 }
@@ -202,6 +204,7 @@ async function surveyModules(
       nodes: weight ? nodesThatUse(weight) : [],
       confirmed: checked?.made === true ? true : checked?.why ? false : null,
       why: why ?? checked?.why ?? null,
+      misfit: error instanceof BaseMismatchError && error.expected !== undefined,
       candidates: error instanceof BaseMismatchError ? (error.candidates ?? []) : [],
     });
   }

@@ -9,8 +9,7 @@ import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from 
 import { gauged, openModule, toPair } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import type { TaskBlob } from "../format/format.ts";
-import { gaugeOf, storedModule } from "../pack/project.ts";
-import { stepOf } from "../pack/steps.ts";
+import { gaugeOf, storedModule } from "../pack/add.ts";
 import type { Session } from "../session/session.ts";
 import { type AskOptions, adapterWeights } from "./answers.ts";
 import type { BatchFeeds } from "./batch-feeds.ts";
@@ -131,7 +130,12 @@ async function sidesOf(
       if (!A || !B || ownA || ownBt || privateRank > 0 || !module) continue;
       const space = openModule(storedModule(stored, bases.bytes, adapter));
       const { rank: most } = pack.directory.basis;
-      const how = { gauge: gaugeOf(pack), rank: most, coefficientDtype: A.tensor.dtype, step: stepOf(pack) };
+      const how = {
+        gauge: gaugeOf(pack),
+        rank: most,
+        coefficientDtype: A.tensor.dtype,
+        step: pack.directory.basis.step,
+      };
       const pair = gauged(toPair({ id: adapter.id, ...(await module.read()) }, stored.out, stored.in), space, how);
       const count = Math.min(rank, pair.rank);
       if (count < rank) continue;

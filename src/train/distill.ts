@@ -12,7 +12,6 @@ import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { sharedBases, type TaskBlob } from "../format/format.ts";
-import { stepOf } from "../pack/steps.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
@@ -280,7 +279,7 @@ function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>
 function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): string[] {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
   if (terms.length === 0) throw refuse("it has no terms");
-  if (terms.some(({ privateRank }) => privateRank > 0) && stepOf(pack) === undefined)
+  if (terms.some(({ privateRank }) => privateRank > 0) && pack.directory.basis.step === undefined)
     throw refuse("it has private terms, which keep their bytes in packs with a step alone: pack with --step");
   for (const { module, A, B, ownA, ownBt, magnitude } of terms) {
     const { name } = pack.modules[module]!;

@@ -9,8 +9,8 @@ import { bringsOf, encodedTensor, sharedBases, type TaskBlob, type TaskMetadata 
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
-import { storedTask } from "../pack/coding.ts";
-import { narrowTerms, stepOf, widthsOf } from "../pack/steps.ts";
+import { narrowTerms, widthsOf } from "../pack/tasks.ts";
+import { storedTask } from "../pack/write.ts";
 import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
@@ -139,7 +139,7 @@ export function stepsOf(
   blob: TaskBlob,
   head: readonly Pick<HeadLayer, "module">[],
 ): TaskSteps | undefined {
-  if (stepOf(pack) === undefined) return undefined;
+  if (pack.directory.basis.step === undefined) return undefined;
   const parameters = new Float32Array(terms.size);
   for (const parameter of terms.parameters) {
     const tensor = tensorOf(pack, blob, parameter);

@@ -8,8 +8,8 @@ import {
   type View,
   type WeightHost,
 } from "eigenlora";
-import { openSafetensors } from "eigenlora/build";
 import { dawnMissing } from "../backend-list.ts";
+import { openSafetensors, openSource } from "../internals.ts";
 import { data } from "../packs.ts";
 import {
   aborted,
@@ -38,10 +38,11 @@ interface Running {
 }
 const WEIGHTS = data("sessions/base-mlp.safetensors");
 const tensors = new Map<string, Tensor>();
-const weights = await openSafetensors(WEIGHTS);
+const source = await openSource(WEIGHTS);
+const weights = await openSafetensors(source);
 for (const [name, { shape }] of weights.tensors)
   tensors.set(name, { dtype: "f32", shape, data: await weights.readF32(name) });
-await weights.close();
+await source.close?.();
 const copyOfBase = (): Map<string, Tensor> =>
   new Map([...tensors].map(([name, { data, ...tensor }]) => [name, { ...tensor, data: data.slice() as Float32Array }]));
 

@@ -1,8 +1,9 @@
 /** Draws the paper's figures from measurements and from the adapters themselves. */
 
 import { openPack } from "eigenlora";
-import { extractModule, projectAdapters } from "eigenlora/build";
+import { projectAdapters } from "eigenlora/build";
 import { mean, sum } from "simple-statistics";
+import { extractModule } from "../../../dist/src/extract/extract.js";
 import { folderOf, packOf, stacksOf, withAdapters } from "../../lib/adapters.js";
 import { drawLines } from "../../lib/charts.js";
 import { STEPS } from "./cells.js";
@@ -15,7 +16,7 @@ import { K, METHODS, methodOf } from "./plan.js";
 const CONVERGENCE = ["ours", "LoRA r 8", `LoRA r 8, init K ${K}`, "VeRA r 256", "PiSSA r 8", "head alone"];
 /** Numbers of components in the figure of singular values. */
 const COMPONENTS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
-/** @type {import("eigenlora/build").ExtractOptions} */
+/** @type {import("../../../dist/src/extract/options.js").ExtractOptions} */
 const EXTRACT = {
   gauge: "as-trained",
   centering: "keep",

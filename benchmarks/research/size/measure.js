@@ -236,7 +236,7 @@ function headBytes({ saved }, type) {
   );
 }
 
-/** @param {number} rank @param {Pick<import("eigenlora/build").Term, "A" | "Bt">} factors */
+/** @param {number} rank @param {Pick<import("eigenlora").Term, "A" | "Bt">} factors */
 const toPair = (rank, { A, Bt }) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
 
 /** @param {number} value */

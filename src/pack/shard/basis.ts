@@ -14,12 +14,12 @@ import { fastProducts } from "../../extract/wasm-products.ts";
 import type { ModuleInput, SideInput } from "../../format/encode.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
 import { storing, UnstorableError } from "../../tensor/encode.ts";
-import type { BuildOptions, Built } from "../build.ts";
-import { sideInput } from "../encode-modules.ts";
+import type { Built } from "../build.ts";
+import { peakOf, refuseLarge, sideInput } from "../encode.ts";
 import { readFingerprints } from "../fingerprints.ts";
-import { newPack } from "../fresh.ts";
-import { baseNotes, baseWarnings, componentsOf, fewerWarnings, type PackReport } from "../report.ts";
-import { peakOf, refuseLarge } from "../unstorable.ts";
+import type { BuildOptions } from "../recipe.ts";
+import { type BuildReport, baseNotes, baseWarnings, componentsOf, fewerWarnings } from "../report.ts";
+import { newPack } from "../write.ts";
 import { checkStatistics, factorsOf, type Statistics } from "./statistics.ts";
 
 /** How a basis is made. The selection is by `k` or `energy`. */
@@ -29,7 +29,11 @@ export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" 
 }
 
 /** What a basis is made of. */
-export interface BasisReport extends PackReport {
+export interface BasisReport
+  extends Pick<
+    BuildReport,
+    "modules" | "mode" | "gauge" | "centering" | "bytes" | "components" | "warnings" | "notes"
+  > {
   readonly dtype: Dtype;
   /** That were counted. */
   readonly adapters: number;
@@ -99,7 +103,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
       ...baseWarnings(statistics.adapters.map((adapter, i) => ({ ...adapter, modules: adapted[i]! }))),
       ...fewerWarnings(select, components),
     ],
-    notes: baseNotes(base),
+    notes: baseNotes(base !== undefined),
   };
   return { chunks, report };
 }

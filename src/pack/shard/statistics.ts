@@ -12,7 +12,7 @@ import { checkRank, type Gauge } from "../../extract/options.ts";
 import { reciprocal } from "../../extract/side.ts";
 import { collectSummary, type Summary, summaryKind } from "../../extract/summary.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
-import type { BuildOptions } from "../build.ts";
+import type { BuildOptions } from "../recipe.ts";
 
 /** One adapted module, and how many rows each of its sides has over all adapters. */
 export interface StatisticsModule extends ModuleShape {

@@ -13,14 +13,12 @@ import type { Value } from "../../format/fields.ts";
 import { placeOf, type TaskPlace } from "../../format/layout.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import type { Dtypes } from "../../tensor/dtypes.ts";
-import { DTYPES } from "../../tensor/dtypes.ts";
-import { freshPack, tasksOf } from "../fresh.ts";
-import { projectAdapters } from "../project.ts";
-import { completeDtypes, sizes, type TaskLoss, type TasksReport } from "../report.ts";
+import { DTYPES, type TaskDtypes } from "../../tensor/dtypes.ts";
+import { projectAdapters } from "../add.ts";
+import { completeDtypes } from "../recipe.ts";
+import { type BuildReport, sizes, type TaskLoss } from "../report.ts";
+import { freshPack, tasksOf } from "../write.ts";
 import { oneOf, readPart, writePart } from "./part.ts";
-
-/** Number formats of tasks. */
-export type TaskDtypes = Omit<Dtypes, "basis">;
 
 const nameOf = (id: string): string => `task ${id}`;
 
@@ -77,7 +75,11 @@ export function byId(adapters: readonly Adapter[]): Adapter[] {
 /** A pack of all tasks of some parts, and what became of the adapters. */
 export interface AssembledPack {
   readonly chunks: AsyncGenerator<Uint8Array, void>;
-  readonly report: TasksReport & { readonly dtype: TaskDtypes };
+  readonly report: ReturnType<typeof sizes> & {
+    readonly modules: number;
+    readonly dtype: TaskDtypes;
+    readonly error: Omit<BuildReport["error"], "worstModule">;
+  };
 }
 
 /**

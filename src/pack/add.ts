@@ -1,6 +1,4 @@
-/**
- * Adapters onto the basis of a pack that exists (DESIGN.md 2.10a).
- */
+/** New tasks for a pack that exists: adapters are brought onto its basis. */
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
 import { checkPack } from "../arguments.ts";
@@ -15,15 +13,13 @@ import { fastProducts } from "../extract/wasm-products.ts";
 import type { TermInput } from "../format/encode.ts";
 import { encodedTensor, type PackModule, parseBrought, sharedBases } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
-import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
-import { DEFAULT_ERROR, type Survey, withinError } from "./allocate.ts";
-import { Unreachable } from "./bisect.ts";
-import { storedTask } from "./coding.ts";
-import { type Steps, startSteps, stepsWithin } from "./refine.ts";
+import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
-import { errorOf, narrowTerms, stepOf, stepsOf, widthsOf } from "./steps.ts";
-import { encodeAdapter, encodeTerm, storable } from "./tasks.ts";
+import { type Steps, startSteps, stepsWithin, Unreachable } from "./seek.ts";
+import { encodeAdapter, encodeTerm, narrowTerms, stepsOf, storable, widthsOf } from "./tasks.ts";
+import { storedTask } from "./write.ts";
 
 /** A task made for an existing basis, and what it lost. */
 export interface ProjectedAdapter extends TaskToWrite {
@@ -49,131 +45,110 @@ export async function projectAdapters(
   checkAdapters("projectAdapters", adapters);
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
-  const step = stepOf(pack);
-  const usual = step === undefined ? undefined : await stepsOf(adapters, step);
-  const dtypesOf = (steps: RowSteps): Dtypes => (steps ? { ...formats, coefficients: "int8" } : formats);
-  const each = (work: Work, steps: RowSteps): Promise<void> =>
-    eachModule(pack, bases.bytes, adapters, { dtype: dtypesOf(steps).coefficients, steps }, work, onProgress);
-  const project = async (own: Allocation | undefined, steps: RowSteps): Promise<ProjectedAdapter[]> => {
-    const errors: ModuleError[] = [];
-    const terms = adapters.map((): TermInput[] => []);
-    const dtype = dtypesOf(steps);
-    const work: Work = ({ index, stored, i, adapter, magnitude }, begun, space) => {
-      const { name } = stored;
-      const most = steps ? Infinity : 0;
-      const choice = own?.get(adapter.id)?.get(name) ?? { rank: most, dtype: dtype.coefficients };
-      const finish = (): MixedTask => finishMixed(begun, choice, steps?.get(adapter));
-      const task = own ? storable(adapter, stored, finish, SCALE_DOWN) : begun.task;
-      errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
-      const term = encodeTerm({ index, name }, task, space ?? NO_BASES, magnitude, adapter, dtype);
-      if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
-    };
-    await each(work, steps);
-    const stored = steps ? terms.map((own) => narrowTerms(own, pack.modules.map(widthsOf))) : terms;
-    return projectedOf(pack, adapters, { terms: stored, errors, head: dtype.head });
-  };
-  const surveyed = async (): Promise<Spectrum[]> => {
-    const spectra: Spectrum[] = [];
-    const work: Work = ({ stored, adapter }, begun) => {
-      const { name, out, in: inputs } = stored;
-      const square = singularValues(begun.given, out, inputs).reduce((sum, value) => sum + value ** 2, 0);
-      const singular = remainderOf(begun, out, inputs);
-      spectra.push({ task: adapter.id, module: name, out, in: inputs, singular, square });
-    };
-    await each(work, usual);
-    return spectra;
-  };
-  const made = async (): Promise<ProjectedAdapter[]> => {
-    if (!hasPrivateTerms(pack)) return project(undefined, usual);
-    const error = errorOf(pack);
-    // The step says which are worth it.
-    if (usual && error === undefined) return project(new Map(), usual);
-    const own = { adapters, spectra: await surveyed(), error: error ?? DEFAULT_ERROR };
-    return usual ? refined(own, project) : allocated(own, project);
-  };
   try {
-    return (await made()).map((task) => ({ ...task, ...storedTask(pack, task) }));
+    const made = await onto({ pack, bases: bases.bytes, adapters, formats, onProgress });
+    return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
   } finally {
     bases.close();
   }
 }
 
-/** What was made of adapters, of each its terms. */
-interface Found {
-  readonly terms: readonly TermInput[][];
-  readonly errors: readonly ModuleError[];
-  /** Number format of heads. */
-  readonly head: Dtype;
-}
-
-function projectedOf(
-  pack: Pack,
-  adapters: readonly Adapter[],
-  { terms, errors, head }: Found,
-): Promise<ProjectedAdapter[]> {
-  const names = pack.modules.map(({ name }) => name);
-  const residuals = lossesOf(
-    errors,
-    adapters.map(({ id }) => id),
-  );
-  const idle = idleWarnings(adapters, errors, (_, i) => terms[i]!);
-  return Promise.all(
-    adapters.map(async (adapter, i) => ({
-      ...(await encodeAdapter(adapter, terms[i]!, names, { type: head })),
-      residual: residuals[i]!,
-      warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [],
-    })),
-  );
-}
-
-/** Of ΔW, by adapter; undefined where number formats say how numbers are stored. */
-type RowSteps = ReadonlyMap<Adapter, number> | undefined;
-type Project = (own: Allocation, steps: RowSteps) => Promise<ProjectedAdapter[]>;
-
-/** Adapters that are to have private terms within an error. */
-interface Own extends Survey {
+/** Adapters, and the pack whose basis they are brought onto. */
+interface Newcomers {
+  readonly pack: Pack;
+  readonly bases: Uint8Array;
   readonly adapters: readonly Adapter[];
-  readonly error: number;
+  readonly formats: Dtypes;
+  readonly onProgress: ((done: number, of: number) => void) | undefined;
 }
 
-function allocated({ spectra, error }: Own, project: Project): Promise<ProjectedAdapter[]> {
-  const residuals = (made: ProjectedAdapter[]): TaskLoss[] => made.map(({ residual }) => residual);
-  return withinError({ spectra }, error, (own) => project(own, undefined), residuals);
-}
-
-/** In integers of the steps that it takes; in the number formats that it takes where integers are too few. */
-async function refined(own: Own, project: Project): Promise<ProjectedAdapter[]> {
-  const { adapters, spectra, error } = own;
-  const make = (steps: Steps): Promise<ProjectedAdapter[]> =>
-    project(new Map(), new Map(adapters.map((adapter) => [adapter, steps.get(adapter.id) ?? 1])));
+async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
+  const { step, error } = all.pack.directory.basis;
+  const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
+  if (!hasPrivateTerms(all.pack)) return project(all, undefined, usual);
+  // The step says which are worth it.
+  if (usual && error === undefined) return project(all, new Map(), usual);
+  const most = error ?? DEFAULT_ERROR;
+  const spectra = await spectraOf(all, usual);
   const residuals = (made: ProjectedAdapter[]): TaskLoss[] => made.map(({ residual }) => residual);
   try {
-    return await stepsWithin(startSteps(spectra, error), error, make, residuals);
+    if (usual)
+      return await stepsWithin(startSteps(spectra, most), most, (steps) => project(all, new Map(), steps), residuals);
   } catch (cause) {
+    // Integers are too few: in the number formats that it takes.
     if (!(cause instanceof Unreachable)) throw cause;
-    return allocated(own, project);
   }
+  return withinError({ spectra }, most, (own) => project(all, own, undefined), residuals);
 }
 
-/** What is made of a module of an adapter, of which the shared part is known. */
-type Work = (at: Place, begun: Begun, space: ModuleSpace | undefined) => void;
+/** What private terms are to hold of every adapter and module. */
+async function spectraOf(all: Newcomers, steps: Steps | undefined): Promise<Spectrum[]> {
+  const spectra: Spectrum[] = [];
+  await eachModule(all, steps, ({ stored, adapter }, begun) => {
+    const { name, out, in: inputs } = stored;
+    const square = singularValues(begun.given, out, inputs).reduce((sum, value) => sum + value ** 2, 0);
+    const singular = remainderOf(begun, out, inputs);
+    spectra.push({ task: adapter.id, module: name, out, in: inputs, singular, square });
+  });
+  return spectra;
+}
 
-/** How coefficients are stored. */
-interface Coefficients {
-  readonly dtype: Dtype;
-  readonly steps: RowSteps;
+/** @param own private terms; undefined where tasks have none. @param steps of ΔW, where integers say how numbers are stored */
+async function project(
+  all: Newcomers,
+  own: Allocation | undefined,
+  steps: Steps | undefined,
+): Promise<ProjectedAdapter[]> {
+  const { pack, adapters, formats } = all;
+  const errors: ModuleError[] = [];
+  const terms = adapters.map((): TermInput[] => []);
+  const dtype = steps ? "int8" : formats.coefficients;
+  await eachModule(all, steps, ({ index, stored, i, adapter, magnitude }, begun, space) => {
+    const { name } = stored;
+    const choice = own?.get(adapter.id)?.get(name) ?? { rank: steps ? Infinity : 0, dtype };
+    const finish = (): MixedTask => finishMixed(begun, choice, steps && stepFor(steps, adapter));
+    const task = own ? storable(adapter, stored, finish, SCALE_DOWN) : begun.task;
+    errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
+    const term = encodeTerm({ index, name }, { ...task, magnitude }, space ?? NO_BASES, adapter, dtype);
+    if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
+  });
+  const names = pack.modules.map(({ name }) => name);
+  const ids = adapters.map(({ id }) => id);
+  const residuals = lossesOf(errors, ids);
+  const idle = idleWarnings(adapters, errors, (_, i) => terms[i]!);
+  return Promise.all(
+    adapters.map(async (adapter, i) => {
+      const made = terms[i]!;
+      const stored = steps ? narrowTerms(made, pack.modules.map(widthsOf)) : made;
+      const task = await encodeAdapter(adapter, stored, names, { type: formats.head });
+      return { ...task, residual: residuals[i]!, warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [] };
+    }),
+  );
+}
+
+/** One that changes nothing has no step of its own. */
+function stepFor(steps: Steps, { id }: Adapter): number {
+  return steps.get(id) ?? 1;
+}
+
+/** A module of a pack, and of an adapter. */
+interface Both {
+  readonly index: number;
+  readonly stored: PackModule;
+  /** Number of the adapter. */
+  readonly i: number;
+  readonly adapter: Adapter;
+  readonly magnitude: Float32Array | undefined;
 }
 
 /** Goes through the modules of a pack, and in each through the adapters that have it. */
 async function eachModule(
-  pack: Pack,
-  bases: Uint8Array,
-  adapters: readonly Adapter[],
-  { dtype: coefficientDtype, steps }: Coefficients,
-  work: Work,
-  onProgress: ((done: number, of: number) => void) | undefined,
+  { pack, bases, adapters, formats, onProgress }: Newcomers,
+  steps: Steps | undefined,
+  work: (both: Both, begun: Begun, space: ModuleSpace | undefined) => void,
 ): Promise<void> {
   const products = await fastProducts();
+  const coefficientDtype = steps ? "int8" : formats.coefficients;
   const options = { gauge: gaugeOf(pack), rank: pack.directory.basis.rank, coefficientDtype };
   for (const [index, stored] of pack.modules.entries()) {
     let space: ModuleSpace | undefined;
@@ -182,25 +157,15 @@ async function eachModule(
       if (!module) continue;
       if (sharedBases(stored)) space ??= openModule(storedModule(stored, bases, adapter), products);
       const { magnitude, ...term } = await module.read();
-      const begin = (): Begun =>
-        beginMixed(space, { id: adapter.id, ...term }, { ...options, step: steps?.get(adapter) });
-      const begun = storable(adapter, stored, begin, SCALE_DOWN);
-      work({ index, stored, i, adapter, magnitude }, begun, space);
+      const step = steps && stepFor(steps, adapter);
+      const begin = (): Begun => beginMixed(space, { id: adapter.id, ...term }, { ...options, step });
+      work({ index, stored, i, adapter, magnitude }, storable(adapter, stored, begin, SCALE_DOWN), space);
     }
     onProgress?.(index + 1, pack.modules.length);
   }
 }
 
-/** A module of an adapter, in both. */
-interface Place {
-  readonly index: number;
-  readonly stored: PackModule;
-  readonly i: number;
-  readonly adapter: Adapter;
-  readonly magnitude: Float32Array | undefined;
-}
-
-/** Of a module that shares nothing. */
+/** A module that shares nothing. */
 const NO_BASES = { A: { mean: undefined }, B: { mean: undefined } };
 
 /** Whether a pack's tasks keep to themselves what they do not share, or share nothing. */

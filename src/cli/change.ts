@@ -1,22 +1,25 @@
 /**
- * The command add: more tasks behind those of a pack, whose bytes stay. An adapter is projected onto the components, a task
- * file (SPEC.md, section 7) belongs to them already.
+ * Commands that change a pack in place. Add puts tasks behind those of the pack, whose bytes stay: an adapter is projected onto the
+ * components, a task file (SPEC.md, section 7) belongs to them already. Remove and compact write the pack again.
  */
 import { stat } from "node:fs/promises";
 import { resolve } from "node:path";
+import type { Adapter } from "../adapters/adapter.ts";
+import { refuseBases } from "../adapters/modules.ts";
 import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
-import type { TaskToWrite } from "../format/layout.ts";
-import { planAppend } from "../pack/fresh.ts";
-import { projectAdapters } from "../pack/project.ts";
+import type { Sign, TaskToWrite } from "../format/layout.ts";
+import { projectAdapters } from "../pack/add.ts";
+import { createSigner } from "../pack/keys.ts";
+import { completeDtypes } from "../pack/recipe.ts";
 import { MUCH, type TaskLoss } from "../pack/report.ts";
+import { freshPack, planAppend } from "../pack/write.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Attach, command } from "./command.ts";
-import { append } from "./files.ts";
-import { anyBase, as, key, number, readFor, revoked, SHARE } from "./options.ts";
-import { bytes, count, counting, lossTable, percent, sum, warnOf } from "./output.ts";
+import { append, readText, writeWhole } from "./files.ts";
+import { anyBase, as, key, number, readFor, revoked, SHARE, UsageError } from "./options.ts";
+import { bytes, count, counting, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
-import { signerOf, warnUnsigned } from "./signer.ts";
-import { refuseOtherBase, storedDtypes } from "./tasks.ts";
 
 /** A task file that was named, and what its task is to be called. */
 interface NamedTask {
@@ -147,4 +150,77 @@ function refuseTaken(pack: Pack, added: readonly NamedTask[]): void {
     if (message) throw new TaskError(message, { task: id });
     owners.set(id, path);
   }
+}
+
+export const remove: Attach = command({
+  usage: "remove <PACK> <TASK...>",
+  does: "Remove tasks from a pack.",
+  details: "Other tasks are not changed.",
+  options: { key },
+  async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
+    const sign = await signerOf(key);
+    await run.lock(file);
+    const pack = await run.pack(file);
+    for (const id of ids) pack.removeTask(id);
+    if (pack.tasks.size === 0) throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
+    const bytesBefore = pack.window.superblock.committed;
+    const bytesAfter = await writeWhole(file, (await freshPack(pack, undefined, sign)).chunks);
+    warnUnsigned(pack, sign, out);
+    return {
+      json: { file, removed: ids, bytesBefore, bytesAfter },
+      text: [`${file}: ${count(ids.length, "task")} removed, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],
+    };
+  },
+});
+
+export const compact: Attach = command({
+  usage: "compact <PACK>",
+  does: "Rewrite a pack in place, without the gaps that changes have left.",
+  details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
+  options: { key, revoked },
+  async run([file]: [string], { key }, run, out) {
+    const sign = await signerOf(key);
+    await run.lock(file);
+    const pack = await run.pack(file);
+    const bytesBefore = pack.window.superblock.committed;
+    const bytesAfter = await writeWhole(file, (await freshPack(pack, undefined, sign)).chunks);
+    warnUnsigned(pack, sign, out);
+    return {
+      json: { file, bytesBefore, bytesAfter },
+      text: [`${file}: ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],
+    };
+  },
+});
+
+/** @throws AdapterError when adapters name another base model than the pack does */
+export function refuseOtherBase({ name, directory }: Pack, adapters: readonly Adapter[], anyBase: boolean): void {
+  const { baseModel } = directory.basis;
+  refuseBases([{ id: "the pack", file: name, baseModel }, ...adapters], anyBase);
+}
+
+/** The number formats that a pack's tasks are stored in, so that new ones are stored alike. */
+export async function storedDtypes(pack: Pack): Promise<Dtypes> {
+  const first = pack.tasks.keys().next().value;
+  if (first === undefined) return completeDtypes();
+  const { terms, parameters } = await pack.load(first);
+  const coefficients = terms.find((term) => term.A)?.A?.tensor.dtype;
+  const head = parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
+  return completeDtypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head } : {}) });
+}
+
+/** @param path of a key in PEM; undefined for none */
+export async function signerOf(path: string | undefined): Promise<Sign | undefined> {
+  if (path === undefined) return undefined;
+  const pem = await readText(path);
+  if (pem.includes("PUBLIC KEY"))
+    throw new TypeError(`${path}: this is a public key; signing takes the private one, which keygen wrote beside it`);
+  return createSigner(pem).catch((cause: Error) => {
+    throw cause instanceof TypeError ? new TypeError(`${path}: ${cause.message}`, { cause }) : cause;
+  });
+}
+
+/** Says that a pack which was signed no longer is. */
+export function warnUnsigned(pack: Pack, sign: Sign | undefined, out: Output): void {
+  if (!sign && pack.window.superblock.signature)
+    out.warn(`${pack.name} was signed and no longer is: sign it again, or pass --key`);
 }

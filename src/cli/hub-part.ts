@@ -107,3 +107,15 @@ export async function contents(adapters: readonly Adapter[], out: Output): Promi
   }
   return digests;
 }
+
+/** What a file holds; null where there is none: what needs it says so. */
+export async function fileDigest(path: string): Promise<string | null> {
+  if (!stat(path)?.isFile()) return null;
+  const hash = createHash("sha256");
+  try {
+    for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
+  } catch {
+    return null;
+  }
+  return hash.digest("hex");
+}
