@@ -29,7 +29,7 @@ const WEBGPU_BUDGET = 12_000;
  * layers that are not linear, `apply`, trust, URLs, files of another kind.
  */
 const SESSION_LAZY =
-  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|built|skeleton|attention|pieces|blocks|forms|graft-forms|probe-forms|js|dequantize|dropped|likeness|rows|row-tasks|caches|webgpu|device|ort-device|device-host|fold|folded|terms|training|whole|apply)\.js$/;
+  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|built|skeleton|attention|blocks|forms|graft-forms|probe-forms|js|dequantize|replaceable|rows|caches|webgpu|device|ort-device|device-host|create|folded|terms|training|whole|apply)\.js$/;
 
 /** Budget of an app that runs an ONNX model: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 66_300;
