@@ -48,7 +48,7 @@ export type TfjsModel = TfLayersModel | TfGraphModel | Map<string, TfVariable>;
 /** A weight, where TF.js has it. */
 export interface Entry {
   readonly layout: Layout | undefined;
-  /** As the model was made. */
+  /** Shape that the model was made with. */
   readonly shape: readonly number[];
   tensor(): TfTensor;
   put(value: TfTensor | null): void;

@@ -4,6 +4,7 @@
 
 export type { DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
 export type { BackendOptions } from "./backends/select.ts";
+export type { ApplyOptions } from "./core/apply.ts";
 export type {
   BaseInput,
   CpuView,
@@ -19,7 +20,7 @@ export { type OpenOptions, openPack } from "./core/open-pack.ts";
 export type { TaskInfo } from "./core/pack.ts";
 export { type Bases, Pack } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
-export { type ApplyOptions, Runtime } from "./core/runtime.ts";
+export { Runtime } from "./core/runtime.ts";
 export type { MemoryReport, RuntimeSwitchReport, Selection, SwitchOptions, SwitchReport } from "./core/selection.ts";
 export type { ModuleTerm } from "./core/terms.ts";
 export type { PublicKey, TaskTrust, TrustOptions } from "./core/trust.ts";

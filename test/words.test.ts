@@ -41,14 +41,7 @@ const SEVERAL: Readonly<Record<string, string>> = {
 };
 
 /** Folders and files whose comments are checked. */
-const DONE = [
-  "src/",
-  "bindings/",
-  "assembly/",
-  "kernels/",
-  "test/",
-  "benchmarks/",
-];
+const DONE = ["src/", "bindings/", "assembly/", "kernels/", "test/", "benchmarks/"];
 
 const LATER: string[] = [];
 

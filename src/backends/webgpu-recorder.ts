@@ -111,7 +111,7 @@ export class Recorder {
     return { id: this.#nextId++, buffer: buffer as GPUBuffer };
   }
 
-  /** As `create`, until the commands recorded next are submitted. */
+  /** Like `create`; the buffer lives until the commands recorded next are submitted. */
   temporary(size: number): Held {
     const held = this.create("eigenlora temporary", size);
     this.#temporaries.push(held);

@@ -12,6 +12,12 @@ import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
+/** Options of `apply`. */
+export interface ApplyOptions {
+  /** Tasks by row; null leaves a row as it is. Default: the active task for all rows. */
+  readonly tasks?: readonly (string | null)[];
+}
+
 /** Rows of the batch that one task works on. */
 interface Run {
   /** What the task does to the module; undefined where it leaves it alone. */

@@ -22,11 +22,11 @@ export type CpuView = View & { readonly data: Uint8Array };
 
 /** A parameter of the base model. */
 export interface Parameter {
-  /** As in the checkpoint: "encoder.layer.0.attention.self.query.weight". */
+  /** The checkpoint's name: "encoder.layer.0.attention.self.query.weight". */
   readonly name: string;
   readonly shape: readonly number[];
   readonly dtype: FloatDtype;
-  /** How a weight is stored. Absent: as the checkpoint the adapters were trained on stores it. */
+  /** How a weight is stored. Default: the layout of the checkpoint that the adapters were trained on. */
   readonly layout?: Layout;
 }
 

@@ -9,10 +9,9 @@ import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
 import { type BaseInput, Locator, onDevice, type WeightHost } from "./base.ts";
 import type { Pack } from "./pack.ts";
 import type { ModuleFilter, PackView } from "./part.ts";
-import type { Started } from "./runtime.ts";
 import { Runtime } from "./runtime.ts";
 import { findSlots, loadSlots } from "./weights.ts";
-import { Workbench } from "./workbench.ts";
+import { type Started, Workbench } from "./workbench.ts";
 
 /** Options of `createRuntime`. */
 export interface RuntimeOptions extends BackendOptions, FetchOptions {

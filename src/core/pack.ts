@@ -62,7 +62,7 @@ interface SharedBases {
 /** Says more of an error that makes a pack useless. */
 export async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
-  // Without a network the explanation cannot be loaded; the error then stands as it is.
+  // The explanation cannot be loaded without a network; the error then stays unchanged.
   const part = await import("../format/kind.ts").catch(() => undefined);
   return part ? part.refusal(error as Error, source, directory) : error;
 }

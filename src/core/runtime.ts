@@ -8,7 +8,7 @@ import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
 import { now } from "../pace.ts";
-import type { Applied } from "./apply.ts";
+import type { Applied, ApplyOptions } from "./apply.ts";
 import { type CpuView, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
 import type { Pack } from "./pack.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
@@ -26,13 +26,7 @@ import {
 import { type ActiveTask, stage } from "./stage.ts";
 import type { ActiveTerms, ModuleTerm } from "./terms.ts";
 import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
-import type { Workbench } from "./workbench.ts";
-
-/** Options of `apply`. */
-export interface ApplyOptions {
-  /** Tasks by row; null leaves a row as it is. Default: the active task for all rows. */
-  readonly tasks?: readonly (string | null)[];
-}
+import type { Started, Workbench } from "./workbench.ts";
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: [], replaced: [] };
 
@@ -183,7 +177,7 @@ export class Runtime {
       ? terms.make(change.plans, change.weights, this.#bench, signal)
       : this.#fold(change, signal));
     const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
-    // Without a pause: a reader in between would see one task's weights and another one's head.
+    // No pause from here on: a reader in between would see one task's weights and another one's head.
     activate();
     this.#parameters?.activate(resolved);
     this.#task = selection;
@@ -276,7 +270,7 @@ export class Runtime {
   }
 
   /**
-   * As `weight`, in the CPU's memory: what lies on a device is copied from there. Waits for the switches asked for before, and those asked
+   * Copies `weight` into the CPU's memory, from a device too. Waits for the switches asked for before, and those asked
    * for after wait for it.
    * @throws RangeError, TypeError as `weight`; BackendError when the device fails
    */
@@ -382,14 +376,6 @@ export class Runtime {
     this.#live();
     if (this.#loss) await this.#recover();
   }
-}
-
-/** What lives and dies with a backend. */
-export interface Started {
-  readonly bench: Workbench;
-  readonly passedOver: readonly string[];
-  /** Parameters beside the adapted weights are read and written here. */
-  readonly host: WeightHost | undefined;
 }
 
 /** What stays when a device is lost. */

@@ -1,7 +1,6 @@
 /**
- * From task blobs to numbers: decodes the coefficients of the tasks of one switch into one f32 array, strengths applied,
- * and says for every module which pieces its factors are made of, or computes its core from them. Pure: no backend, no host. The staged array
- * is all that a switch uploads.
+ * Decodes the coefficients of the tasks of one switch into one f32 array, with strengths applied, and lists the pieces of every
+ * module's factors, or computes its core from them. Pure: no backend, no host. The staged array is all that a switch uploads.
  */
 import {
   type Coefficients,

@@ -123,7 +123,7 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
     crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
     () => "its checksum does not match: it is damaged",
   );
-  // As deep as it may come to lie in the list of a pack.
+  // The entry may nest as deep as in the list of a pack, no deeper.
   const parsed = parseEntry(decode(entry, file, f.part, "entry", 15), []);
   let signature: Signature | undefined;
   if (signed) {

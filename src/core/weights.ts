@@ -317,7 +317,7 @@ export class FoldedWeights {
     for (const index of passing) {
       const { name, dtype, shape, byteLength } = this.#slots[index]!.weight;
       const data = fetched.get(index) ?? backend.view!(weight(index), byteLength);
-      // Without a wait that is not needed: short work in the caller's own memory is done in one go.
+      // Await only what pauses: short work in the caller's own memory is done in one go.
       const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
       if (turn) await turn;
     }

@@ -5,6 +5,7 @@
  * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so that its
  * factors stay in a cache; a device expands as many as fit at once.
  */
+
 import {
   after,
   at,
@@ -16,7 +17,7 @@ import {
   type Slice,
 } from "../backends/backend.ts";
 import type { PackModule, Side } from "../format/format.ts";
-import type { Located } from "./base.ts";
+import type { Located, WeightHost } from "./base.ts";
 import { type ModulePlan, type Pieces, Staging } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */
@@ -202,4 +203,12 @@ export class Workbench {
 
 function align16(bytes: number): number {
   return Math.ceil(bytes / 16) * 16;
+}
+
+/** Objects with the lifetime of a backend. */
+export interface Started {
+  readonly bench: Workbench;
+  readonly passedOver: readonly string[];
+  /** Parameters beside the adapted weights are read and written here. */
+  readonly host: WeightHost | undefined;
 }

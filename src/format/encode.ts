@@ -301,7 +301,7 @@ export function encodeHead(basisId: string): Bytes {
  * @throws FormatError naming the field that the format does not hold
  */
 export function checkEntry(entry: TaskEntry, file: string): void {
-  // In a list, as deep as it may come to lie.
+  // The list around the entry is as deep as that of a pack.
   const [read] = decode(pack([entryMap(entry)]), file, "task", "tasks").array(1);
   parseEntry(read!, []);
 }

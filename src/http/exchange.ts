@@ -9,7 +9,7 @@ import { type FetchOptions, unlessAborted } from "../source.ts";
 /** What is asked for. */
 export interface Ask {
   readonly method?: "HEAD";
-  /** As in the header `Range`. */
+  /** Value of the header `Range`. */
   readonly range?: string;
   readonly signal?: AbortSignal | undefined;
 }
@@ -51,7 +51,7 @@ const LONGEST_TIMER = 2 ** 31 - 1;
 export class Exchange {
   /** The address as errors show it. */
   readonly name: string;
-  /** As `Reads`. */
+  /** Counts, see `Reads`. */
   readonly reads: { requests: number; bytes: number; whole: boolean } = { requests: 0, bytes: 0, whole: false };
   readonly #url: URL;
   readonly #options: Required<Omit<FetchOptions, "headers" | "maxWholeBytes">> & Pick<FetchOptions, "headers">;

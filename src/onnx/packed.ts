@@ -103,7 +103,7 @@ export async function findPiece(
     const found = await Promise.all(names.map((name) => find(`${name}.weight`)));
     const parts = found.filter((part) => part !== undefined);
     if (parts.length < names.length) continue;
-    // As the model calls the first part, with the layer's own last segment.
+    // The model's name of the first part, with the layer's own last segment.
     const [last, first] = [module.slice(module.lastIndexOf(".") + 1), parts[0]!.name.split(".")];
     const name = [...first.slice(0, -2), last, "weight"].join(".");
     const parameter = joinParts(name, parts);

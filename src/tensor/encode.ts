@@ -51,7 +51,7 @@ export const SCALE_DOWN = "scale the adapter down";
 
 /**
  * Says in the errors of `encode` what was to be stored.
- * @param owner of which adapter's it is, or what finds that out
+ * @param owner the adapter that it belongs to, or a function that finds it
  * @throws UnstorableError
  */
 export function storing<T>(
@@ -72,8 +72,8 @@ export function storing<T>(
 /**
  * Encodes f32 values [rows, width] as a tensor of `type`. A quantised row has the scale, an f16, that loses least of its squares:
  * with few integers it pays to clip the largest values for finer steps of all others.
- * @param steps [rows]: scales that are wanted instead, of rows as integers; coarser where a value would not fit. They become halves
- *   whose lower byte is 0, of which four lie between 1 and 2, since those take few bits where a section is coded
+ * @param steps [rows]: wanted scales of rows as integers; coarser where a value would not fit. They become halves whose lower byte is
+ *   0 (four of them lie between 1 and 2), since those take few bits where a section is coded
  * @param find in place of the plain loop
  * @throws UnstorableError when a value is not finite or does not fit the type
  */
@@ -136,8 +136,8 @@ function encodeIntegers(
 }
 
 /**
- * From which fraction on a number goes to the next integer away from zero, where integers are entropy-coded: a little later than at
- * half, since small ones take fewer bits.
+ * Fraction from which a number is rounded away from zero, where integers are entropy-coded: a little above one half, since small
+ * integers take fewer bits.
  */
 const UPWARDS = 0.42;
 
@@ -164,7 +164,7 @@ function bestScale(
   find: FindScale,
 ): number {
   const whole = scaleToF16(peak / largest);
-  // Of 127 steps the largest value is worth the first.
+  // With 127 steps, clipping the largest value never pays.
   if (largest > 7) return whole;
   const halves: number[] = [];
   for (let i = 0; i <= SCALES; i++) {
