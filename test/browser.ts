@@ -28,6 +28,8 @@ export async function bundle(
     stdin: { contents, resolveDir: options.resolveDir ?? fileURLToPath(new URL(".", import.meta.url)) },
     nodePaths: options.nodePaths ?? [],
     bundle: true,
+    // internals.ts names files that need Node: none of them is left in a bundle that does not use it.
+    external: ["node:*", "worker_threads", "onnxruntime-node", "webgpu"],
     format: "esm",
     platform: "browser",
     target: "es2022",
