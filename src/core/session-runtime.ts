@@ -189,9 +189,15 @@ async function makeTerms(
     return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
   };
   const { unfold } = await import("./terms.ts");
-  const spare = new Map(modules.flatMap(({ name }, index) => (old?.has(name) ? [[index, old.get(name)!]] : [])));
+  const spare = new Map<number, Pick<Term, "A" | "Bt">>();
+  for (const { module } of others) {
+    const arrays = old?.get(nameOf(module));
+    if (arrays) spare.set(module, arrays);
+  }
+  const factors = new Map<string, Term>();
   const terms = await unfold(others, bench, mode, weightOf, { old: spare, turned: true, signal });
-  return { cores: written, factors: new Map([...terms].map(([module, term]) => [nameOf(module), term])) };
+  for (const [module, term] of terms) factors.set(nameOf(module), term);
+  return { cores: written, factors };
 }
 
 /**

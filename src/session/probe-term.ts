@@ -24,9 +24,9 @@ export type ProbedLayer = Pick<AdaptedLayer, "name" | "in" | "out" | "components
 /** The value of an input for cores of a made-up task. */
 export function madeUpCores(input: TaskInput, size?: number): InputValue {
   const space = new CoreSpace(input);
-  for (const { module, KA, KB } of input.cores ?? []) {
+  for (const [i, { KA, KB }] of (input.cores ?? []).entries()) {
     const core = waves(KA * KB, size);
-    const { out, at, stride } = space.targets.get(module)!;
+    const { out, at, stride } = space.targets[i]![1];
     for (let a = 0; a < KA; a++) out.set(core.subarray(a * KB, (a + 1) * KB), at + a * stride);
   }
   return space.value(() => true);

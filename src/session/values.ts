@@ -172,10 +172,10 @@ export class TaskEvaluator {
     const spaces = this.#model.inputs.flatMap((input) =>
       input.kind === "core" ? [new CoreSpace(input, old?.get(input.name))] : [],
     );
-    const targets = new Map(spaces.flatMap(({ targets }) => [...targets]));
+    const targets = new Map(spaces.flatMap(({ targets }) => targets));
     const factors = old && this.#oldFactors(old);
     const terms = await this.#runtime.terms(loaded, { cores: targets, old: factors, signal });
-    const cores = new Map(spaces.map((space) => [space.name, space.value(({ module }) => terms.cores.has(module))]));
+    const cores = new Map(spaces.map((space) => [space.name, space.value((module) => terms.cores.has(module))]));
     return { cores, factors: terms.factors };
   }
 
@@ -245,8 +245,8 @@ export class TaskEvaluator {
 /** The value of an input for cores while it is filled: each core of a module has its place on the diagonal. */
 export class CoreSpace {
   readonly name: string;
-  /** Targets by module name. */
-  readonly targets: ReadonlyMap<string, CoreTarget>;
+  /** Targets in the order of the blocks, with names of modules. */
+  readonly targets: readonly (readonly [module: string, target: CoreTarget])[];
   readonly #dims: readonly [height: number, width: number];
   readonly #data: Float32Array;
   readonly #blocks: readonly CoreBlock[];
@@ -259,22 +259,20 @@ export class CoreSpace {
     this.#blocks = cores;
     const data = old?.data as Float32Array | undefined;
     this.#data = data?.length === height * width ? data : new Float32Array(height * width);
-    const targets = new Map<string, CoreTarget>();
-    let at = 0;
-    for (const { module, KA, KB } of cores) {
-      targets.set(module, { out: this.#data, at, stride: width });
-      at += KA * width + KB;
-    }
-    this.targets = targets;
+    let next = 0;
+    this.targets = cores.map(({ module, KA, KB }) => {
+      const at = next;
+      next += KA * width + KB;
+      return [module, { out: this.#data, at, stride: width }];
+    });
   }
 
   /** The value once cores are written. @param isWritten whether a module's is: the others become zeros */
-  value(isWritten: (block: CoreBlock) => boolean): InputValue {
+  value(isWritten: (module: string) => boolean): InputValue {
     const data = this.#data;
-    for (const block of this.#blocks) {
-      const { module, KA, KB, scalesA, scalesB } = block;
-      const { at, stride } = this.targets.get(module)!;
-      const written = isWritten(block);
+    for (const [i, { module, KA, KB, scalesA, scalesB }] of this.#blocks.entries()) {
+      const { at, stride } = this.targets[i]![1];
+      const written = isWritten(module);
       for (let a = 0; (scalesA || scalesB || !written) && a < KA; a++) {
         for (let b = 0; b < KB; b++) {
           const place = at + a * stride + b;
