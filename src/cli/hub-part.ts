@@ -37,7 +37,7 @@ interface PartTarget {
   /** Replace what else is there. */
   readonly force: boolean;
   readonly kind: PartKind;
-  /** Of what it is made, as a digest. */
+  /** Digest of what it is made of. */
   readonly made: string;
 }
 

@@ -4,12 +4,10 @@
  * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";
-import { alignSigns, balance, leadingRows, type Pair } from "./gauge.ts";
+import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
 import { cholesky, multiply, norm } from "./linalg.ts";
-import { mirror } from "./mixing.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
-import { turnTogether } from "./procrustes.ts";
 import {
   type ModuleMember,
   mirrors,

@@ -5,11 +5,9 @@
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
-import { alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
+import { alignTo, balance, fewBits, leadingRows, mirror, type Pair, turnTo } from "./gauge.ts";
 import { lengthened, type Products } from "./linalg.ts";
-import { fewBits, mirror } from "./mixing.ts";
 import type { ProjectOptions } from "./options.ts";
-import { turnTo } from "./procrustes.ts";
 import { type RowSteps, rowSteps } from "./row-steps.ts";
 import {
   expand,

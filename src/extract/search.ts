@@ -5,7 +5,7 @@
  */
 import { type Dtype, tensorBytes } from "../tensor/dtypes.ts";
 import { pairError, relative, type SideError } from "./error.ts";
-import { fewBits, mixColumns } from "./mixing.ts";
+import { fewBits, mixColumns } from "./gauge.ts";
 import { leaveOut, lossOf, rounded, type Subspace, solve, type Target } from "./subspace.ts";
 
 /** One side of a module with all its components as stored, before any is cut. */

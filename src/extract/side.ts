@@ -4,8 +4,8 @@
 import type { Dtype } from "../tensor/dtypes.ts";
 import { encodeSteps, encodeTensor, toInteger } from "../tensor/encode.ts";
 import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
+import { fewBits, mix } from "./gauge.ts";
 import { backwardSolve, norm, type Products, rowSquares, scale } from "./linalg.ts";
-import { fewBits, mix } from "./mixing.ts";
 import { type ExtractOptions, wanted } from "./options.ts";
 import type { StoredBasis } from "./subspace.ts";
 
