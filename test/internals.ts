@@ -84,7 +84,7 @@ export {
 export { symmetricEigen } from "../dist/src/extract/eigen.js";
 export { deltaError, relative } from "../dist/src/extract/error.js";
 export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-export { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
+export { alignSigns, balance, mirror, mix, mixColumns, type Pair, turnTo } from "../dist/src/extract/gauge.js";
 export {
   backwardSolve,
   cholesky,
@@ -100,9 +100,7 @@ export {
   svd,
   transpose as transposeMatrix,
 } from "../dist/src/extract/linalg.js";
-export { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
 export type { ExtractOptions, Gauge } from "../dist/src/extract/options.js";
-export { turnTo } from "../dist/src/extract/procrustes.js";
 export { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
 export type { SideBasis } from "../dist/src/extract/side.js";
 export { collectSummary, gramComponents, type Summary, summaryKind, triangle } from "../dist/src/extract/summary.js";

@@ -26,7 +26,7 @@ import { checkTarget } from "./target.ts";
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
 
-/** By these a program can tell whether a model and the inputs of a task belong together. */
+/** Marks from which a program tells whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;
 
 const modes = choice(

@@ -107,7 +107,7 @@ function refuseLoss(residual: readonly TaskLoss[], most: number, pack: string): 
   );
 }
 
-/** By what it begins with, or what it is called: one that is damaged is to be refused as what it was. */
+/** Goes by what a file begins with, or by its name: a damaged task file is to be refused as one. */
 export async function isTaskFile(path: string, run: Run): Promise<boolean> {
   if (!(await stat(path).catch(() => undefined))?.isFile()) return false;
   if (path.endsWith(".eigentask")) return true;

@@ -142,7 +142,7 @@ export function callOf(
 
 /** Tasks none of whose modules is in the model. */
 export async function strangersOf(pack: Pack, { modules }: Survey): Promise<string[]> {
-  // By the name alone: a module of another shape is another model's, too, but that is said of the module.
+  // Names alone decide: the report of the module tells of another shape.
   const lost = new Set(modules.filter(({ weight }) => weight === null).map(({ module }) => module));
   if (lost.size === 0) return [];
   const strangers: string[] = [];
@@ -166,7 +166,7 @@ export function filesAdvice(
   return adviceOf(surveys.find(({ mode }) => mode === null) ?? surveys[0]!, ran, []);
 }
 
-/** What onnxruntime says of a model of which some parts were exported in f16 and others in f32. */
+/** onnxruntime's message for a model with some parts in f16 and others in f32. */
 const MIXED = /bound to different types \(tensor\(float(16)?\) and tensor\(float(16)?\)/;
 
 /**

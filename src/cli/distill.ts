@@ -163,7 +163,7 @@ function report(file: string, size: number, done: readonly Done[], before: Reado
   };
 }
 
-/** With --part: tasks on a basis, distilled on one machine of many, as a part for assemble (docs/hub.md). */
+/** Runs distill --part: tasks on a basis, distilled on one machine of many, as a part for assemble (docs/hub.md). */
 async function distilPart(
   [basisPath, ...paths]: [string, ...string[]],
   options: option.Values<typeof OPTIONS>,
@@ -181,7 +181,7 @@ async function distilPart(
   const types = completeDtypes(options.dtype);
   const { coefficients, head } = types;
   const matching = { names: [...options.names], ignore: options.ignore };
-  // By content: other machines may have the files elsewhere.
+  // Files count by their content: other machines may have them elsewhere.
   const asked = { model: await fileDigest(model), tokenizer: await fileDigest(tokenizer), steps, batch, tokens };
   const half = decoder && { decoder: await fileDigest(decoder) };
   const settings = { ...asked, ...half, ...questions, ...matching };

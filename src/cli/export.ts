@@ -87,7 +87,7 @@ async function writeFolder(adapter: Exportable, { path, force, run }: ExportTarg
     ],
     force,
   );
-  // Of an earlier export: it would speak of another task.
+  // An earlier export left it: it describes another task.
   if (!hasAbout) await rm(about, { force: true });
   return said({ directory: path }, adapter, size!);
 }

@@ -30,7 +30,7 @@ import { undoOnExit } from "./undo.ts";
 
 type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
 
-/** For `catch`: says what could not be done with a file. */
+/** Makes a handler for `catch` that says what could not be done with a file. */
 function failed(path: string, what: string, how = ""): (cause: unknown) => never {
   return (cause) => {
     throw new SourceError(`cannot be ${what}: ${reasonOf(cause)}${how}`, { file: path, cause });

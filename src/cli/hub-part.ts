@@ -37,13 +37,13 @@ interface PartTarget {
   /** Replace what else is there. */
   readonly force: boolean;
   readonly kind: PartKind;
-  /** Of what it is made, as a digest. */
+  /** Digest of what it is made of. */
   readonly made: string;
 }
 
 /**
- * Writes a part, unless it is there: whole, and made of the same. Without a lock: nothing changes a part, whoever writes one writes
- * all of it, and a machine that is gone must not keep another from making its part again.
+ * Writes a part, unless a whole one made from the same is there. Parts need no lock: every writer writes the whole part, and nothing
+ * changes it later. So a machine that is gone cannot keep another from making its part again.
  * @throws UsageError when something else is there, or a part that is damaged
  */
 export async function makePart(

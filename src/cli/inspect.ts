@@ -77,7 +77,7 @@ interface Module {
   readonly explainedB: number;
 }
 
-/** @param shares whether there are components, of which there is something to tell */
+/** @param shares whether there are components to describe */
 function modulesTable(modules: readonly Module[], shares: boolean): string[] {
   if (!shares)
     return table([["module", "out", "in"], ...modules.map(({ name, out, in: inputs }) => [name, out, inputs])]);
@@ -139,7 +139,7 @@ function privateText(own: PrivateTerms | null): string[] {
   return [`Tasks have private terms: ${range(min, max)} in a module, in ${dtypes.join(", ")}${damaged}.`];
 }
 
-/** In the order of the file. */
+/** Lists sections in the order of the file. */
 function sectionsOf({ directory, window }: Pack): { name: string; offset: number; bytes: number }[] {
   const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
   const free = directory.sections.filter(({ kind }) => kind === SECTION_FREE);

@@ -26,7 +26,7 @@ import { undoOnExit } from "./undo.ts";
 /** Who holds a lock. */
 interface Owner {
   readonly pid: number;
-  /** For people. */
+  /** Name of the machine, for people. */
   readonly host: string;
   /** Digest of what tells machines, and containers with process ids of their own, from each other. */
   readonly machine: string;
@@ -79,7 +79,7 @@ export async function takeLock(
     throw new SourceError(message, { file: path, cause });
   };
   const token = randomBytes(8).toString("hex");
-  // By its name: where someone deleted it by hand, another may be there by now.
+  // Compare the token: if the file was deleted by hand, another process may have made its own by now.
   const release = (): void => {
     if (isOf(file, token)) rmSync(file, { force: true });
   };
@@ -243,7 +243,7 @@ function processOf(pid: number): { began: string; ended: boolean } | undefined {
   return { began: `${textOf("/proc/sys/kernel/random/boot_id")} ${start}`, ended: /[ZX]/.test(fields[0]!) };
 }
 
-/** Of a small file of the system; empty when it is not there. */
+/** Text of a small file of the system; empty when it is not there. */
 function textOf(path: string): string {
   try {
     return readFileSync(path, "utf8").trim();

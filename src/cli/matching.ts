@@ -11,7 +11,7 @@ export const names: OptionSpec<ReadonlyMap<string, string>> = assignments(
   "The model's name for a module that is not found. May be given again.",
   "first",
 );
-/** Of commands that put a pack on a model. */
+/** Options of commands that put a pack on a model. */
 export const match: {
   names: OptionSpec<ReadonlyMap<string, string>>;
   ignore: OptionSpec<readonly string[]>;
@@ -39,7 +39,7 @@ export function refuseUnknown(
 }
 
 /**
- * For commands that take a model and a pack.
+ * Checks the arguments of commands that take a model and a pack.
  * @throws UsageError when each stands where the other should
  */
 export async function refuseSwapped(model: string, pack: string, run: Run): Promise<void> {

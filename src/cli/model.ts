@@ -28,7 +28,7 @@ export interface OpenedModel {
   readonly encode: Encode;
 }
 
-/** Of commands that train on a model, or distil with it. */
+/** Option of commands that train on a model, or distil with it. */
 export const decoder: OptionSpec<string | undefined> = text(
   "DECODER.onnx",
   "The model's decoder, where it lies in a file of its own, as decoder_model_merged.onnx; --model is the encoder then.",

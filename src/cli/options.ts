@@ -79,7 +79,7 @@ export function output(value: string, help: string): OptionSpec<string> {
   return required({ ...text(value, help), short: "-o, " });
 }
 
-/** Of commands that write new files. */
+/** Belongs to commands that write new files. */
 export const force: OptionSpec<boolean> = toggle("Replace existing files.");
 
 /** An option that may be given several times. */
@@ -87,7 +87,7 @@ export function list(value: string, help: string): OptionSpec<readonly string[]>
   return { value, help, otherwise: [], parse: (given, _, before = []) => [...before, given] };
 }
 
-/** Of commands that give tasks on. `Run` sees to it. */
+/** Belongs to commands that give tasks on. `Run` sees to it. */
 export const revoked: OptionSpec<readonly string[]> = {
   ...list("sha256-…", "Refuse a task with this hash, as inspect --json and verify print it. May be given again."),
   parse(given, flag, before = []) {
@@ -170,16 +170,16 @@ export const as: OptionSpec<ReadonlyMap<string, string>> = assignments(
   "last",
 );
 export const task: OptionSpec<string> = required(text("ID", "The task."));
-/** Of commands that write packs. */
+/** Belongs to commands that write packs. */
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 const READ_FOR =
   "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file.";
-/** Of commands that bring adapters onto a base they check. */
+/** Belongs to commands that check the base of adapters. */
 export const base: Maybe<string> = text(
   "MODEL",
   `The base model. Of a safetensors file names and shapes are checked, and fingerprints stored. ${READ_FOR}`,
 );
-/** Of commands that only read adapters. */
+/** Belongs to commands that only read adapters. */
 export const readFor: Maybe<string> = text("MODEL", `The base model. ${READ_FOR}`);
 export const gauge: Maybe<Gauge> = choice(
   ["as-trained", "balanced"],
@@ -197,7 +197,7 @@ export const centering: Maybe<"keep" | "none"> = choice(
   ["keep", "none"],
   "Store the mean of the rows, or use none. Default: keep, but none in joint mode.",
 );
-/** Of commands that bring adapters together. */
+/** Belongs to commands that bring adapters together. */
 export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");
 const PARTS = ["basis", "coefficients", "head"];
 const NUMBERS = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;

@@ -13,7 +13,7 @@ export interface Output {
   progress(what: string, done: number, of: number, ...detail: string[]): void;
   /** Says what is being done, where nothing can be counted. */
   phase(what: string): void;
-  /** To be called now and then: says that the work goes on, where `progress` has been silent and nobody watches. */
+  /** Says that the work goes on if `progress` has been silent for long. Call it now and then. */
   beat(): void;
   warn(message: string): void;
   /** Takes away the line that changes, before anything else is printed. */

@@ -349,7 +349,7 @@ function autoText({ judgedBy, divergence, decisions, tried }: SearchReport): str
 }
 
 /**
- * For `catch` around the making of a pack: adds to an error about too few bytes what else to ask for.
+ * Handles errors of making a pack: adds to one about too few bytes what else to ask for.
  * @param adapterBytes of all adapters together
  */
 function addWaysOut(options: PackOptions, adapterBytes: number): (error: unknown) => never {

@@ -24,7 +24,7 @@ import { pack } from "./pack.ts";
 import { keygen, sign } from "./sign.ts";
 import { verify } from "./verify.ts";
 
-/** In the order of the help. */
+/** All commands, in the order of the help. */
 const COMMANDS = [
   pack,
   inspect,

@@ -134,7 +134,7 @@ export function stat(path: string): Stats | undefined {
   try {
     return statSync(path, { throwIfNoEntry: false });
   } catch {
-    // Part of the path is a file, or may not be looked into: whoever writes there hears it from the system.
+    // Part of the path is a file, or may not be read: the system says so when something is written there.
     return undefined;
   }
 }

@@ -35,7 +35,7 @@ function undo(): void {
   steps.clear();
 }
 
-/** Ends the process by the same signal, so that whoever started it sees why. */
+/** Ends the process by the same signal, so that its parent sees why. */
 function stop(signal: NodeJS.Signals): void {
   undo();
   listen("off");

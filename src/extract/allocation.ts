@@ -30,9 +30,9 @@ export interface Spectrum {
 /** An allocation and what it is expected to cost. */
 export interface Allocated {
   readonly allocation: Allocation;
-  /** Of all private terms, their scales included. */
+  /** Bytes of all private terms, their scales included. */
   readonly bytes: number;
-  /** By task: the squared error that a further byte would have saved last, as a share of ‖ΔW‖². */
+  /** The squared error that one more byte would have saved, by task, as a share of ‖ΔW‖². */
   readonly slopes: ReadonlyMap<string, number>;
   /** Tasks that all choices together do not bring within their error. */
   readonly short: readonly string[];
@@ -58,7 +58,7 @@ interface Step {
   readonly spectrum: Spectrum;
   readonly choice: PrivateChoice;
   readonly bytes: number;
-  /** By how much the squared error falls. */
+  /** Decrease of the squared error. */
   readonly gain: number;
   /** Gain per byte, as a share of the task's ‖ΔW‖². */
   readonly slope: number;

@@ -33,7 +33,7 @@ export function symmetricEigen(a: Float64Array, n: number, reduce: typeof tridia
   };
 }
 
-/** With ‖T‖∞, the yardstick of all tolerances. */
+/** A form with its norm ‖T‖∞, the unit of all tolerances. */
 type Normed = Tridiagonal & { n: number; norm: number };
 
 function normed(t: Tridiagonal): Normed {
@@ -284,5 +284,5 @@ function normalize(x: Float64Array): number {
   return length;
 }
 
-/** Of all start vectors, so that packs are the same in every run and runtime. */
+/** Seed of all start vectors, so that packs are the same in every run and runtime. */
 export const SEED = 0x9e3779b9;

@@ -4,12 +4,10 @@
  * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";
-import { alignSigns, balance, leadingRows, type Pair } from "./gauge.ts";
+import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
 import { cholesky, multiply, norm } from "./linalg.ts";
-import { mirror } from "./mixing.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
-import { turnTogether } from "./procrustes.ts";
 import {
   type ModuleMember,
   mirrors,
@@ -39,7 +37,7 @@ export interface ModuleExtraction {
   in: number;
   A: SideBasis;
   B: SideBasis;
-  /** In the order of the stack. */
+  /** Projected tasks, in the order of the stack. */
   tasks: ProjectedTask[];
   /** Theorem 1's δ per side: the largest of the tasks'. */
   delta: { A: number; B: number };
@@ -53,7 +51,7 @@ interface Found {
   ranks: readonly number[];
   A: Side;
   B: Side;
-  /** Of each task's coefficients. */
+  /** Steps of each task's coefficients. */
   steps?: readonly RowSteps[] | undefined;
 }
 
@@ -102,7 +100,7 @@ function gaugedPairs(
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
   const kept = pairs.map((pair) => leadingRows(pair, most));
-  // Without a mean a sign cancels between component and coefficient; with one it decides what the mean is.
+  // A sign cancels between component and coefficient unless a mean is kept, which depends on it.
   if (gauge === "balanced" && centering === "keep")
     (rank === undefined ? alignSigns : turnTogether)(kept, stack.out, stack.in);
   return { pairs, kept, rank, metric };
@@ -130,7 +128,7 @@ function storeWithin(found: Found, max: number): ModuleExtraction {
   throw new RangeError(`${stack.name}: an error of ${max} is just out of reach of the stored types; allow more`);
 }
 
-/** As many components on both sides as the selection asks for: of ΔW itself, so the numbers are judged together. */
+/** Stores as many components on both sides as the selection asks for. They are components of ΔW, so both numbers are judged together. */
 function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
   const {
     stack: { name, out, in: inputs },

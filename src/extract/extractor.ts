@@ -32,13 +32,13 @@ const JOBS = {
   /** Singular values of every member's ΔW. */
   spectra: ({ members, out, in: inputs }: ModuleStack): number[][] =>
     members.map((member) => singularValues(pairOf(member), out, inputs)),
-  /** As `remainders`. */
+  /** Runs `remainders` with fast products. */
   remainders: (
     stack: ModuleStack,
     options: Without<ExtractOptions>,
     products: Products,
   ): ReturnType<typeof remainders> => remainders(stack, { ...options, products }),
-  /** The blob of a task, coded where that takes fewer bytes. Whoever asks gives it away. */
+  /** Codes the blob of a task where that takes fewer bytes. The blob is transferred: the caller loses it. */
   code: (
     blob: Uint8Array,
     { tensors, before }: { readonly tensors: readonly TensorRef[]; readonly before: Uint8Array },
@@ -73,7 +73,7 @@ export type Answer = { readonly result: unknown } | { readonly failed: Failure }
 interface Failure {
   readonly message: string;
   readonly name: "UnstorableError" | "RangeError" | "BackendError" | "Error";
-  /** Of an UnstorableError. */
+  /** Owner of the value, in an UnstorableError. */
   readonly owner: string | undefined;
 }
 
@@ -151,7 +151,7 @@ export async function createAnswerer(): Promise<(question: unknown) => Promise<A
   };
 }
 
-/** Of the arrays that a question holds. */
+/** Bytes of the arrays that a question holds. */
 export function bytesOf(question: unknown): number {
   return arraysOf((question as Question).subject).reduce((sum, { byteLength }) => sum + byteLength, 0);
 }

@@ -1,11 +1,26 @@
 /**
- * The gauge of an adapter: (B·R, R⁻¹·A) is the same ΔW for every invertible R, but Algorithm 1 stacks A and B
- * separately, so its result depends on R (DESIGN.md 2.2). This file makes the balanced pair and settles its signs.
+ * The gauge of an adapter: (B·R, R⁻¹·A) is the same ΔW for every invertible R, but Algorithm 1 stacks A and B separately, so its result
+ * depends on R. This file makes the balanced pair, settles its signs, and turns pairs: towards each other for flat mode, which compares
+ * whole factors (generalised Procrustes analysis), and evenly for few bits. A row of integers has one scale, so rounding loses the same
+ * share of every row: least in all when rows are of one length and no value stands out.
  */
+import type { Dtype } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { dominant, ROUNDING } from "./components.ts";
 import { letGo } from "./garbage.ts";
-import { addScaled, dot, lq, multiply, PLAIN, type Products, scale, svd, transpose } from "./linalg.ts";
+import {
+  addScaled,
+  dot,
+  lq,
+  multiply,
+  multiplyTransposed,
+  PLAIN,
+  type Products,
+  scale,
+  straighten,
+  svd,
+  transpose,
+} from "./linalg.ts";
 
 /**
  * The factors of a term in f64, to compute with: rows are turned, mirrored and replaced here, which nothing that comes from a
@@ -151,4 +166,113 @@ function longest(pairs: readonly Pair[], outputs: number, inputs: number): Direc
     if (squareOf(row) > squareOf(found)) found = { A: row.A.slice(), Bt: row.Bt.slice() };
   }
   return found;
+}
+
+/** Settled when the mean moves by less than this share of its length: a tenth of that changes no error by 1e-3. */
+const SETTLED = 1e-2;
+/** Slow cases gain nothing that counts any more. */
+const MOST_ROUNDS = 100;
+
+/**
+ * Turns all pairs, of one rank, to lie nearest to their common mean: rotations left to chance spread adapters apart. Balanced pairs stay
+ * balanced, since A·Aᵀ = Bᵀ·B holds after any turn. It starts from the longest, so that the order of the adapters does not matter; no
+ * round lengthens the distances to the mean.
+ */
+export function turnTogether(pairs: readonly Pair[], outputs: number, inputs: number): void {
+  const longest = pairs.reduce((a, b) => (squareOf(b) > squareOf(a) ? b : a));
+  let mean: Direction = { A: longest.A.slice(), Bt: longest.Bt.slice() };
+  for (let round = 0; round < MOST_ROUNDS; round++) {
+    for (const pair of pairs) turnTo(pair, mean, outputs, inputs);
+    const next = { A: meanOf(pairs, "A"), Bt: meanOf(pairs, "Bt") };
+    const moved = distance(next.A, mean.A) + distance(next.Bt, mean.Bt);
+    mean = next;
+    if (moved <= SETTLED ** 2 * squareOf(next)) return;
+  }
+}
+
+/** Turns a pair to lie nearest to factors of its shape. */
+export function turnTo(pair: Pair, { A, Bt }: Direction, outputs: number, inputs: number): void {
+  const { rank } = pair;
+  const cross = multiplyTransposed(A, pair.A, rank, rank, inputs);
+  addScaled(1, multiplyTransposed(Bt, pair.Bt, rank, rank, outputs), 0, cross, 0, rank * rank);
+  const { U, V } = svd(cross, rank, rank);
+  orthonormalize(V, rank);
+  const turn = multiply(transpose(U, rank, rank), V, rank, rank, rank);
+  pair.A = multiply(turn, pair.A, rank, inputs, rank);
+  pair.Bt = multiply(turn, pair.Bt, rank, outputs, rank);
+}
+
+/**
+ * Makes the rows of a matrix orthonormal, one behind the other: of weak singular vectors rounding leaves little, and a zero
+ * row or one that leans on others would change ΔW. Where nothing is left of a row, an axis takes its place.
+ */
+function orthonormalize(rows: Float64Array, n: number): void {
+  for (let i = 0; i < n; i++) {
+    let left = cleared(rows, i, n);
+    // One of n axes at least is that far from fewer than n others.
+    for (let axis = 0; left * n * 2 < 1; axis++) {
+      rows.fill(0, i * n, (i + 1) * n);
+      rows[i * n + axis] = 1;
+      left = cleared(rows, i, n);
+    }
+    scale(1 / Math.sqrt(left), rows, i * n, n);
+  }
+}
+
+/** Takes out of row i what lies along the rows before it (twice is enough). Returns the square of what is left. */
+function cleared(rows: Float64Array, i: number, n: number): number {
+  for (let pass = 0; pass < 2; pass++) straighten(rows, i, n);
+  return dot(rows, i * n, rows, i * n, n);
+}
+
+function meanOf(pairs: readonly Pair[], side: "A" | "Bt"): Float64Array {
+  const mean = new Float64Array(pairs[0]![side].length);
+  for (const pair of pairs) addScaled(1 / pairs.length, pair[side], 0, mean, 0, mean.length);
+  return mean;
+}
+
+function distance(x: Float64Array, y: Float64Array): number {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += (x[i]! - y[i]!) ** 2;
+  return sum;
+}
+
+/** Formats whose rounding loses enough for turns to pay. */
+export function fewBits(type: Dtype): boolean {
+  return type === "int4" || type === "int3";
+}
+
+/** Rows [rows, width] mixed evenly, each with each. Twice is as before. */
+export function mix(values: Float64Array, rows: number, width: number, products: Products = PLAIN): Float64Array {
+  return products.multiply(hartley(rows), values, rows, width, rows);
+}
+
+/** Coefficients [rows, k] of k components after `mix`, from those before, or the other way. */
+export function mixColumns(values: Float64Array, rows: number, k: number): Float64Array {
+  return multiplyTransposed(values, hartley(k), rows, k, k);
+}
+
+/**
+ * The first `kept` rows of each rank, in place: twice their mean less what they were, the reflection that leaves the mean of a stack, and
+ * what is stored of it, where it is. Rows of a balanced pair, long and short, become nearly alike; of four exactly so.
+ */
+export function mirror(values: Float64Array, ranks: readonly number[], width: number, kept: number = Infinity): void {
+  let from = 0;
+  for (const rank of ranks) {
+    const count = Math.min(rank, kept);
+    for (let i = from; i < from + width; i++) {
+      let sum = 0;
+      for (let row = 0; row < count; row++) sum += values[i + row * width]!;
+      for (let row = 0; row < count; row++) values[i + row * width] = (2 / count) * sum - values[i + row * width]!;
+    }
+    from += rank * width;
+  }
+}
+
+/** Hartley's matrix, (cos + sin)(2πij / n) / √n: symmetric, orthogonal, no entry above √(2 / n). */
+function hartley(n: number): Float64Array {
+  return Float64Array.from({ length: n * n }, (_, at) => {
+    const angle = (2 * Math.PI * ((Math.floor(at / n) * (at % n)) % n)) / n;
+    return (Math.cos(angle) + Math.sin(angle)) / Math.sqrt(n);
+  });
 }

@@ -104,15 +104,15 @@ function worstResidual(images: Float64Array, vectors: Float64Array, values: Floa
   return worst;
 }
 
-/** Of a row that keeps less than this share of its length, what is left is right to too few digits: once more. */
+/** A row that keeps less than this share of its length has lost too many digits and is made orthogonal once more. */
 const LOST = 1e-4;
 
-/** Below this share it is rounding. */
+/** A row that keeps less than this share is rounding. */
 const SPENT = 1e-12;
 
 /**
- * Rows [k, n] made orthonormal, and orthogonal to those of `before`, in place. A row of which nothing is left, as in a space that
- * is spent, becomes a random one.
+ * Makes rows [k, n] orthonormal, and orthogonal to those of `before`, in place. A row that vanishes, as in a space that is spent,
+ * becomes a random one.
  */
 function orthonormal(
   rows: Float64Array,

@@ -18,7 +18,7 @@ export interface Products {
   gram(x: Float64Array, rows: number, width: number): Float64Array;
   /** Keeps a copy of an array that is multiplied several times and does not change meanwhile. Returns what frees it. */
   hold?(operand: Float64Array): () => void;
-  /** As `tridiagonalize` of `eigen.ts`, which stands in where this is absent. */
+  /** Does what `tridiagonalize` of `eigen.ts` does, which runs where this is absent. */
   tridiagonalize?(a: Float64Array, n: number): Tridiagonal;
   /** Which of these scales loses least of a row of values, rounded to integers up to `largest`. Default: the plain loop of `encodeTensor`. */
   findScale?(values: Float64Array, scales: Float64Array, largest: number): number;
@@ -303,7 +303,7 @@ export function svd(c: Float64Array, m: number, n: number): SVD {
   const w = c.slice();
   const u = new Float64Array(m * m);
   for (let i = 0; i < m; i++) u[i * m + i] = 1;
-  // Of each row, until it is turned.
+  // Squared norms of the rows, each valid until its row is rotated.
   const squares = rowSquares(w, m, n);
   // Convergence is quadratic, 5 to 8 sweeps in practice; the cap only rules out an endless loop between rounding
   // errors.

@@ -51,8 +51,8 @@ export interface ExtractOptions {
   readonly basisDtype: Dtype;
   readonly coefficientDtype: Dtype;
   /**
-   * Of each member of a stack: by how much ΔW changes from one integer of a coefficient, a component or a private term to the next.
-   * All are then integers with steps that make them equally coarse for ΔW, whatever the types say: coefficients int8, components
+   * Steps, one for each member of a stack: how much ΔW changes from one integer of a coefficient, a component or a private term to
+   * the next. All are then integers with steps that make them equally coarse for ΔW, whatever the types say: coefficients int8, components
    * as many bits as they need. Column or joint mode.
    */
   readonly steps?: readonly number[] | undefined;
@@ -62,7 +62,7 @@ export interface ExtractOptions {
 
 /** How an adapter is brought onto a basis. */
 export interface ProjectOptions extends Pick<ExtractOptions, "gauge" | "coefficientDtype" | "rank"> {
-  /** As `steps`, of the adapter. */
+  /** The adapter's step, see `steps`. */
   readonly step?: number | undefined;
 }
 

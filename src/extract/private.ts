@@ -10,9 +10,8 @@ import type { PrivateChoice } from "./allocation.ts";
 import { deltaError, pairNorm, relative, stackedPairs } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
 import { letGo } from "./garbage.ts";
-import { balance, leadingRows, type Pair, pairOf, singularValues } from "./gauge.ts";
+import { balance, leadingRows, mix, type Pair, pairOf, singularValues } from "./gauge.ts";
 import type { Products } from "./linalg.ts";
-import { mix } from "./mixing.ts";
 import type { ExtractOptions, ProjectOptions } from "./options.ts";
 import {
   type ModuleMember,
@@ -112,7 +111,7 @@ function choiceOf({ privateTerms, coefficientDtype: dtype }: PrivateOptions, mem
 
 interface Mixed {
   found: MixedExtraction;
-  /** Of everything that is stored of the module. */
+  /** Bytes of everything that is stored of the module. */
   bytes: number;
   /** Σ‖ΔW − ΔW'‖². */
   lost: number;
@@ -136,7 +135,11 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
     const tasks = shared.tasks.map((task, i) => {
       letGo(PASSING * (given[i]!.A.byteLength + given[i]!.Bt.byteLength));
       return storing(`a private term of "${stack.name}"`, task.id, () =>
-        withPrivate(task, given[i]!, parts[i]!, choiceOf(options, i), error, options.products, options.steps?.[i]),
+        withPrivate({ task, given: given[i]!, shared: parts[i]! }, choiceOf(options, i), {
+          error,
+          products: options.products,
+          step: options.steps?.[i],
+        }),
       );
     });
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
@@ -161,7 +164,7 @@ function better(one: Mixed, other: Mixed): boolean {
 }
 
 const EMPTY = new Uint8Array(0);
-/** Of a task that shares nothing. */
+/** What a task that shares nothing has. */
 const NOTHING = { rank: 0, alphaA: EMPTY, alphaB: EMPTY, error: 1, norm: 0, bound: 1, deltaA: 1, deltaB: 1 };
 const NO_PAIR: Pair = { rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) };
 
@@ -187,8 +190,8 @@ export function remainderOf({ given, shared }: Begun, out: number, inputs: numbe
 }
 
 /** The task with its private terms. @param step as of `projectModule` */
-export function finishMixed({ task, given, shared }: Begun, choice: PrivateChoice, step?: number): MixedTask {
-  return withPrivate(task, given, shared, choice, undefined, undefined, step).task;
+export function finishMixed(begun: Begun, choice: PrivateChoice, step?: number): MixedTask {
+  return withPrivate(begun, choice, { step }).task;
 }
 
 /** Column or joint mode, or nothing shared at all. */
@@ -227,15 +230,12 @@ function expanded({ A, B, tasks }: ModuleExtraction, { coefficientDtype, product
 
 /** The fewest private terms that reach the error, or all that are allowed. */
 function withPrivate(
-  task: ProjectedTask,
-  given: Pair,
-  shared: Pair,
+  { task, given, shared }: Begun,
   { rank: limit, dtype }: PrivateChoice,
-  error: number | undefined,
-  products: Products | undefined,
-  step: number | undefined,
+  { error, products, step }: { error?: number | undefined; products?: Products | undefined; step?: number | undefined },
 ): { task: MixedTask; terms: Pair; lost: number; reached: boolean } {
-  const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
+  const width = given.A.length / given.rank;
+  const height = given.Bt.length / given.rank;
   const rest = balance(stackedPairs(given, shared, -1), height, width, products);
   const most = Math.min(limit, rest.rank);
   const worth = step === undefined ? most : worthRank(rest, most, step);

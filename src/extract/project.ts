@@ -5,11 +5,9 @@
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
-import { alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
+import { alignTo, balance, fewBits, leadingRows, mirror, type Pair, turnTo } from "./gauge.ts";
 import { lengthened, type Products } from "./linalg.ts";
-import { fewBits, mirror } from "./mixing.ts";
 import type { ProjectOptions } from "./options.ts";
-import { turnTo } from "./procrustes.ts";
 import { type RowSteps, rowSteps } from "./row-steps.ts";
 import {
   expand,
@@ -49,7 +47,7 @@ export interface ModuleLoss {
 
 /** A task's coefficients of one module. */
 export interface TaskCoefficients {
-  /** Of the factors: the adapter's rank, or less where `rank` or the balanced gauge trimmed it; in flat mode that of the basis. */
+  /** Rank of the factors: the adapter's, or less where `rank` or the balanced gauge trimmed it; in flat mode the basis's. */
   rank: number;
   /** Encoded [rank, K_A]; in flat mode [1, K_A]. */
   alphaA: Uint8Array;
@@ -187,7 +185,7 @@ export function gauged(given: Pair, { A, B }: ModuleSpace, options: ProjectOptio
   return whole;
 }
 
-/** Of a row of a factor. */
+/** Width of a row of a factor. */
 function rowWidth({ width, rank = 1 }: Subspace): number {
   return width / rank;
 }
@@ -197,7 +195,7 @@ function targetOf(space: Subspace, factor: Float64Array, most?: number): Target 
   return targetsOf(space, factor, [factor.length / space.width], most)[0]!;
 }
 
-/** With zero rows behind: the same ΔW. */
+/** Appends zero rows, which leave ΔW the same. */
 export function padded({ rank, A, Bt }: Pair, to: number): Pair {
   if (rank > to) throw new RangeError(`rank ${rank}, but the flat basis holds whole factors of rank ${to}`);
   return { rank: to, A: lengthened(A, (A.length / rank) * to), Bt: lengthened(Bt, (Bt.length / rank) * to) };

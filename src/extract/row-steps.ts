@@ -24,7 +24,7 @@ export function rowSteps({ rank, A, Bt }: Pair, step: number): RowSteps {
 
 /**
  * Steps of the components [count] and, last, of the mean, so that they weigh as coefficients do.
- * @param rows [Σ ranks, width], of which coefficients are stored
+ * @param rows [Σ ranks, width] whose coefficients are stored
  * @param own steps of their coefficients; 0 where there are none
  * @param spread by how much longer a row is in the metric that lengths are taken in
  */

@@ -5,7 +5,7 @@
  */
 import { type Dtype, tensorBytes } from "../tensor/dtypes.ts";
 import { pairError, relative, type SideError } from "./error.ts";
-import { fewBits, mixColumns } from "./mixing.ts";
+import { fewBits, mixColumns } from "./gauge.ts";
 import { leaveOut, lossOf, rounded, type Subspace, solve, type Target } from "./subspace.ts";
 
 /** One side of a module with all its components as stored, before any is cut. */
@@ -109,7 +109,7 @@ function sideBytes(side: SearchSide, types: StoredDtypes): number[] {
 }
 
 /**
- * For each K_A the least K_B within `allowed` before coefficients are rounded; one more than there are where none is.
+ * Finds the least K_B within `allowed` for each K_A, before coefficients are rounded; one more than there are where none is.
  */
 function staircase(allowed: number, a: SearchSide, b: SearchSide): number[] {
   const limitB = b.space.components;

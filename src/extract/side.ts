@@ -4,8 +4,8 @@
 import type { Dtype } from "../tensor/dtypes.ts";
 import { encodeSteps, encodeTensor, toInteger } from "../tensor/encode.ts";
 import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
+import { fewBits, mix } from "./gauge.ts";
 import { backwardSolve, norm, type Products, rowSquares, scale } from "./linalg.ts";
-import { fewBits, mix } from "./mixing.ts";
 import { type ExtractOptions, wanted } from "./options.ts";
 import type { StoredBasis } from "./subspace.ts";
 
@@ -19,7 +19,7 @@ export interface SideBasis extends StoredBasis {
 
 /** One side of a stack, decomposed. */
 export interface Side {
-  /** Of a vector: of a row, times the rank in flat mode. */
+  /** Width of a vector: that of a row, times the rank in flat mode. */
   width: number;
   rank: number | undefined;
   /** All tasks' rows, stacked [Σ ranks, width], those without coefficients too. */
@@ -73,7 +73,7 @@ export function decompose(
   return { width, rank, rows: options.rank === undefined ? rows : stacked(all, view), mean, components };
 }
 
-/** Of a factor's length; 0 where it has none. */
+/** Reciprocal of a factor's length; 0 where the length is 0. */
 export function reciprocal(factor: Float64Array): number {
   return 1 / (norm(factor) || Infinity);
 }

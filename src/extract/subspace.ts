@@ -40,7 +40,7 @@ export interface StoredBasis {
 export interface Subspace {
   components: number;
   width: number;
-  /** As of the basis. */
+  /** Rank of the basis. */
   rank: number | undefined;
   /** M [width]; undefined where the basis has none. */
   mean: Float64Array | undefined;
@@ -205,7 +205,7 @@ export function lossOf(space: Subspace, target: Target, coefficients: Float64Arr
     return sideError(target.values, expand(space, all, 1), space.rank, space.width / space.rank);
   }
   const { rank, kept, rows, at, outside, rowsOutside } = target;
-  // Of components without a coefficient all is missed.
+  // A component without a coefficient is missed entirely.
   const missed = at.slice(0, kept * components);
   for (let i = 0; i < kept; i++)
     for (let n = 0; n < k; n++)

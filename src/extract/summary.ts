@@ -122,8 +122,8 @@ function addGram(gram: Float64Array, rows: Float64Array, count: number, width: n
 const RESOLVED = 2 ** -33;
 
 /**
- * Mean and components of a stack of which the Gram matrix is left.
- * @param choose as of `principalComponents`
+ * Finds mean and components of a stack from its Gram matrix.
+ * @param choose see `principalComponents`
  * @returns components weaker than 1e-5 of the strongest, or of the mean, cannot be told from rounding and are left out
  */
 export function gramComponents(

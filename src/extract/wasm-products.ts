@@ -70,7 +70,7 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
   };
 }
 
-/** In WebAssembly where the engine has it. */
+/** Makes products in WebAssembly where the engine has it. */
 export async function fastProducts(): Promise<Products> {
   return typeof WebAssembly === "undefined" ? PLAIN : createWasmProducts();
 }

@@ -160,7 +160,7 @@ function tasksOf(spectra: readonly Spectrum[]): Set<string> {
   return new Set(spectra.filter(({ square }) => square > 0).map(({ task }) => task));
 }
 
-/** Of the fewest private terms with which every task has one. */
+/** Bytes of the fewest private terms with which every task has one. */
 function firstBytes(spectra: readonly Spectrum[], only: readonly Dtype[] | undefined): number {
   const tasks = tasksOf(spectra);
   let most = 1024;

@@ -1,5 +1,5 @@
 /**
- * From adapters to a pack: a recipe, what it encodes to, the chunks of a file. Holds one module's stack and what goes into the pack,
+ * Makes a pack of adapters: a recipe, what it encodes to, the chunks of a file. Holds one module's stack and what goes into the pack,
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 import type { Adapter } from "../adapters/adapter.ts";
@@ -33,7 +33,7 @@ export type Streamed<Report = BuildReport> = Built<Report, Uint8Array[] | AsyncI
 
 /** Where a pack is until it is written. */
 export interface Keeping {
-  /** In memory; otherwise its tasks are in memory one at a time. */
+  /** Keeps the pack in memory; otherwise its tasks are in memory one at a time. */
   readonly held: boolean;
   /** Takes what is made and would take as long to make again, where the pack is not held. Default: memory. */
   readonly scratch?: Scratch | undefined;

@@ -1,9 +1,12 @@
 /**
- * From a recipe to what is stored: module after module is read, extracted and encoded. Holds one stack for each thread, and one that
+ * Encodes a recipe: module after module is read, extracted and encoded. Holds one stack for each thread, and one that
  * is read meanwhile; never all adapters.
  */
-import type { Adapter } from "../adapters/adapter.ts";
+import type { Adapter, ModuleShape } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBases, refuseBoth, type SharedModule, sharedModules } from "../adapters/modules.ts";
+import { type BaseInput, type Located, Locator } from "../core/base.ts";
+import { AliasMatcher, fingerprint, locate, weightAt } from "../core/mismatch.ts";
+import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import type { PrivateChoice } from "../extract/allocation.ts";
 import { pairNorm } from "../extract/error.ts";
@@ -17,7 +20,6 @@ import type { SideBasis } from "../extract/side.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
-import { readFingerprints } from "./fingerprints.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 import type { ModuleError } from "./report.ts";
 import { encodeTerm, stepsOf } from "./tasks.ts";
@@ -27,7 +29,7 @@ export interface Adapters {
   readonly adapters: readonly Adapter[];
   /** Modules sorted by name, with the adapters that have them. */
   readonly shared: readonly SharedModule<Adapter>[];
-  /** Of the base model, by module; undefined where none was given. */
+  /** Samples of the base model's weights, by module; undefined where no base was given. */
   readonly fingerprints: ReadonlyMap<string, Float32Array> | undefined;
   readonly extractor: Extractor;
   readonly onProgress?: BuildOptions["onProgress"];
@@ -270,4 +272,45 @@ export function peakOf(values: Float32Array | Float64Array): number {
   let peak = 0;
   for (const value of values) peak = Math.max(peak, Math.abs(value));
   return peak;
+}
+
+/**
+ * 64 weights of the base for each module (SPEC.md, section 4.4).
+ * @throws BaseMismatchError when it does not have one
+ */
+export async function readFingerprints(
+  base: BaseInput,
+  modules: Iterable<ModuleShape>,
+): Promise<Map<string, Float32Array>> {
+  const host = await openHost(base);
+  try {
+    const locator = new Locator(host);
+    locator.names = new AliasMatcher(locator.parameters.keys());
+    const prints = new Map<string, Float32Array>();
+    for (const module of modules) {
+      const located = inBase(locator, module);
+      const view = await host.read(located.name);
+      const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
+      const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
+      prints.set(module.name, fingerprint(module.name, module.out, module.in, values));
+    }
+    return prints;
+  } finally {
+    // The caller's own source may be read again.
+    if (typeof base === "string" || base instanceof URL) await host.close?.();
+  }
+}
+
+/** Says how names are mapped here: packing has no option `names`. */
+function inBase(locator: Locator, module: ModuleShape): Located {
+  try {
+    return locate(locator, module);
+  } catch (error) {
+    const { message } = error as Error;
+    (error as Error).message = message.replace(
+      "map them with the option `names`",
+      "let the base list them by the module's",
+    );
+    throw error;
+  }
 }

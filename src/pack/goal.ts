@@ -82,7 +82,7 @@ export interface SearchOptions
   readonly ways?: readonly Way[];
   /** Second moments, as of `buildPack`: where a judge decides, one of the default ways is calibrated by them. */
   readonly moments?: BuildOptions["moments"];
-  /** For a score: numbers of components to look among, from few to many. Default: from 1 to all in steps of a fifth to a half. */
+  /** Numbers of components to look among for a score, from few to many. Default: from 1 to all in steps of a fifth to a half. */
   readonly ladder?: readonly ComponentSelection[];
   /** Called when a way has been tried, with a score after each pack that was judged; `done` of the `of` ways have been begun. */
   readonly onTry?: (tried: Tried, done: number, of: number) => void;

@@ -104,7 +104,7 @@ export interface Recipe {
   readonly head: HeadFormat;
   /** Share of the typical norm of ΔW, which the pack says; undefined where number formats say how numbers are stored. */
   readonly step?: number | undefined;
-  /** Of ΔW, by task id. Default: as `step` says. */
+  /** Steps of ΔW by task id. Default: as `step` says. */
   readonly steps?: ReadonlyMap<string, number> | undefined;
   /** What steps keep to, which the pack says. */
   readonly error?: number | undefined;
@@ -113,7 +113,7 @@ export interface Recipe {
 /** How saved matrices are stored. */
 export interface HeadFormat {
   readonly type: Dtypes["head"];
-  /** Of integers, as a share of the root mean square of a matrix. Default: as `type` says. */
+  /** Step between integers, as a share of a matrix's root mean square. Default: as `type` says. */
   readonly step?: number | undefined;
 }
 
@@ -138,7 +138,7 @@ export function recipeOf(adapters: readonly Pick<Adapter, "id">[], options: Buil
   if (mode === "joint" && centering === "keep")
     throw new RangeError('joint mode has no mean: leave centering out, or take mode "column"');
   if (mode === "flat") checkFlat(select, adapters.length, centering);
-  // With a step coefficients are integers, made smaller later where they fit.
+  // Coefficients with a step are integers, made smaller later where they fit.
   const { basis, coefficients, head }: Dtypes = step
     ? { head: "int4", ...dtype, basis: "int8", coefficients: "int8" }
     : completeDtypes(dtype);

@@ -12,7 +12,7 @@ import type { BuildOptions, Recipe } from "./recipe.ts";
 /** What a task lost: ‖ΔW − ΔW'‖ / ‖ΔW‖. */
 export interface TaskLoss {
   readonly id: string;
-  /** Of all its modules together. */
+  /** All its modules together. */
   readonly total: number;
   /** Mean over its modules. */
   readonly mean: number;
@@ -28,7 +28,7 @@ export interface BuildReport {
   readonly gauge: NonNullable<BuildOptions["gauge"]>;
   readonly centering: NonNullable<BuildOptions["centering"]>;
   readonly dtype: Dtypes;
-  /** As of `buildPack`, where numbers are entropy-coded. */
+  /** The step of `buildPack`, where numbers are entropy-coded. */
   readonly step?: number | undefined;
   /** Components per module and side. */
   readonly components: { readonly min: number; readonly mean: number; readonly max: number };
@@ -39,7 +39,7 @@ export interface BuildReport {
   readonly adapterBytes: number;
   /** adapterBytes / bytes. */
   readonly ratio: number;
-  /** From how many tasks of this kind on the pack is smaller than the adapters; null: never. */
+  /** The number of such tasks from which on the pack is smaller than the adapters; null: never. */
   readonly breakEvenTasks: number | null;
   /** ‖ΔW − ΔW'‖ / ‖ΔW‖ over tasks and modules. */
   readonly error: {
@@ -128,7 +128,7 @@ export function sizes(
 }
 
 /**
- * From how many tasks on a pack is smaller than the adapters it was made of, at their mean sizes.
+ * The number of tasks from which on a pack is smaller than the adapters it was made of, at their mean sizes.
  * @param bytes of the whole pack
  * @returns null when a blob is no smaller than an adapter, or the adapters' sizes are unknown
  */
@@ -208,7 +208,7 @@ function strangerWarnings(adapters: readonly Owner[]): string[] {
     });
 }
 
-/** So many adapters of a kind are named. */
+/** How many adapters of a kind are named. */
 const LISTED = 3;
 
 /**
@@ -246,7 +246,7 @@ export function fewerWarnings(
 
 /** The share of its ΔW from which on it is worth a word that a task loses it. */
 export const MUCH = 0.3;
-/** So many times the median make a task worse than the rest. */
+/** A task that loses this many times the median is worse than the rest. */
 const WORSE = 1.5;
 
 /** What to say of tasks that lose much more than the others. */

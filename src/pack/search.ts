@@ -30,7 +30,7 @@ export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error"
   readonly judgedBy: "error" | "divergence" | "score";
   /** Scores that were compared with. */
   readonly reference?: ReadonlyMap<string, number> | undefined;
-  /** In order; without the pack that gave the reference. */
+  /** All that was tried, in order; without the pack that gave the reference. */
   readonly tried: readonly Tried[];
   /** What was decided, a sentence each. */
   readonly decisions: readonly string[];

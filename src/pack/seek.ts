@@ -49,7 +49,7 @@ export async function grow<T>(
 
 /** How far a search goes on when it knows one side only. */
 const STRIDE = 48;
-/** So full is full enough. */
+/** A pack that fills this share of its bytes is full enough. */
 const FULL = 0.99;
 
 /** The same for finer and finer steps: bytes grow in no line, and may stay as they are for a while. */
@@ -98,7 +98,7 @@ export async function lowestPassing(
   return undefined;
 }
 
-/** How many of `count` come before the first of which `holds` is true, if it holds for all behind that one too. */
+/** Number of indexes below `count` before the first for which `holds` is true; it must stay true from there on. */
 export async function partition(count: number, holds: (i: number) => Promise<boolean>): Promise<number> {
   let [low, high] = [0, count];
   while (low < high) {
@@ -113,12 +113,12 @@ export async function partition(count: number, holds: (i: number) => Promise<boo
 export type Steps = ReadonlyMap<string, number>;
 
 const ROUNDS = 10;
-/** So close below the error asked for is close enough; and what is aimed at. */
+/** An error of this share of the one allowed is close enough; and the share that is aimed at. */
 const CLOSE = 0.985;
 const AIM = 0.99;
-/** From round to round a task is held further below. */
+/** By how much further below a task is held from round to round. */
 const CAREFUL = 0.004;
-/** After so many rounds anything below is. */
+/** Rounds after which any error below the limit will do. */
 const LATE = 4;
 /** Errors grow nearly as steps do. */
 const SLOPE = 0.85;

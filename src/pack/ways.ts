@@ -15,15 +15,15 @@ import { grow, refine, startSteps, stepsWithin, Unreachable } from "./seek.ts";
 
 /** A way of packing. Its bytes grow with one number: of components, or of private terms. */
 export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "workers" | "onProgress" | "signal"> {
-  /** For reports. Default: what sets it apart. */
+  /** Its name in reports. Default: what sets it apart. */
   readonly name?: string;
   /**
-   * So many components are shared, 0 for none, and private terms grow: as many, in as many bits, as each task and module is worth.
+   * How many components are shared, 0 for none, while private terms grow: as many, in as many bits, as each task and module is worth.
    * Gauge "balanced". Default: components grow.
    */
   readonly allocateBeside?: number;
   /**
-   * So many components are shared, 0 for none, beside private terms, and steps get finer: every number has as many bits as it is worth.
+   * How many components are shared beside private terms, 0 for none, while steps get finer: every number has as many bits as it is worth.
    * Gauge "balanced". Default: components grow.
    */
   readonly refineBeside?: number;
@@ -154,7 +154,7 @@ const CODED: Kind = {
     const { refineBeside: k = 0 } = way;
     if (amount.kind === "error") return codedWithin(lent, way, amount.max);
     const options = { ...lentOptions(lent), ...optionsOf(way) };
-    // From one step to the next, a thirty-second of an octave finer.
+    // Each step is a thirty-second of an octave finer than the one before.
     return plainPack(
       lent,
       amount.kind === "k" ? codedOptions(options, k, 2 ** (-amount.k / 32)) : { ...options, select: amount },
@@ -182,7 +182,7 @@ export function codedOptions(options: BuildOptions, shared: number, step: number
   return { ...options, normalize: undefined, step, privateTerms: MOST_PRIVATE, select: { kind: "k", k: shared } };
 }
 
-/** With the coarsest steps that keep every task within an error. @throws Unreachable */
+/** The coded pack with the coarsest steps that keep every task within an error. @throws Unreachable */
 async function codedWithin({ opened, dtype, keeping, survey }: Lent, way: Way, error: number): Promise<Streamed> {
   const { refineBeside: k = 0 } = way;
   const { spectra } = await survey();
@@ -285,10 +285,10 @@ function headWithin(error: number): Dtype {
   return error >= 0.01 ? "int8" : error >= 1e-3 ? "f16" : "f32";
 }
 
-/** Of a file of `max` bytes, what heads may take in int8. */
+/** The share of a file's bytes that heads may take in int8. */
 const HEADS_SHARE = 0.1;
 
-/** The number format of heads for a file of so many bytes: int8 where they hardly count. */
+/** Number format of heads for a file of `max` bytes: int8 where they hardly count. */
 function headFor(adapters: readonly Adapter[], max: number): Dtype {
   const matrices = adapters.flatMap(({ saved }) => saved.filter(({ shape }) => shape.length > 1));
   const bytes = matrices.reduce(
@@ -298,7 +298,7 @@ function headFor(adapters: readonly Adapter[], max: number): Dtype {
   return bytes <= HEADS_SHARE * max ? "int8" : "int4";
 }
 
-/** From few bits to many: more bits leave room for fewer components. */
+/** Steps from few bits to many: more bits leave room for fewer components. */
 const CODED_STEPS = [0.1, 0.07, 0.05, 0.035, 0.025, 0.017] as const;
 
 /** A head needs more bits than what it reads. */

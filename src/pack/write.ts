@@ -43,7 +43,7 @@ interface Making {
   readonly held?: boolean | undefined;
   /** Codes tasks while the next ones are made. Default: they are coded here. */
   readonly extractor?: Extractor | undefined;
-  /** For coded blobs. Default: they are in memory. */
+  /** Takes coded blobs. Default: they are in memory. */
   readonly scratch?: Scratch | undefined;
 }
 
@@ -167,7 +167,7 @@ const PASSING = 6;
 /** The basis that sections are coded for. */
 interface Basis {
   readonly modules: readonly PackModule[];
-  /** As stored. */
+  /** Its bytes as stored. */
   readonly description: Uint8Array;
 }
 

@@ -1,5 +1,5 @@
 /**
- * From statistics to a basis: a pack without tasks, onto which adapters are projected wherever they are. Column mode only; what
+ * Makes a basis of statistics: a pack without tasks, onto which adapters are projected wherever they are. Column mode only; what
  * needs all adapters at once is refused by name.
  */
 
@@ -15,8 +15,7 @@ import type { ModuleInput, SideInput } from "../../format/encode.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
 import { storing, UnstorableError } from "../../tensor/encode.ts";
 import type { Built } from "../build.ts";
-import { peakOf, refuseLarge, sideInput } from "../encode.ts";
-import { readFingerprints } from "../fingerprints.ts";
+import { peakOf, readFingerprints, refuseLarge, sideInput } from "../encode.ts";
 import type { BuildOptions } from "../recipe.ts";
 import { type BuildReport, baseNotes, baseWarnings, componentsOf, fewerWarnings } from "../report.ts";
 import { newPack } from "../write.ts";
@@ -24,7 +23,7 @@ import { checkStatistics, factorsOf, type Statistics } from "./statistics.ts";
 
 /** How a basis is made. The selection is by `k` or `energy`. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {
-  /** Of components and means. Default: f16. */
+  /** Number format of components and means. Default: f16. */
   readonly dtype?: Dtype;
 }
 
@@ -113,7 +112,7 @@ interface Counted {
   readonly shape: ModuleShape;
   readonly which: "A" | "B";
   readonly summary: Summary;
-  /** Of each adapter. */
+  /** Rows of each adapter. */
   readonly ranks: Uint32Array;
 }
 

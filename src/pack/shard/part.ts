@@ -62,7 +62,7 @@ export interface Part {
   /** Path, for messages. */
   readonly file: string;
   readonly kind: PartKind;
-  /** As given to `writePart`. */
+  /** The digest given to `writePart`. */
   readonly made: string;
   readonly about: Value;
   readonly tensors: SafetensorsFile["tensors"];

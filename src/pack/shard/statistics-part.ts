@@ -15,7 +15,7 @@ import { type CountedAdapter, checkStatistics, type Statistics, type StatisticsM
 
 /** Statistics that hold a file open. */
 export interface StatisticsPart extends Statistics {
-  /** As given to `writeStatistics`. */
+  /** The digest given to `writeStatistics`. */
   readonly made: string;
   close(): Promise<void>;
 }
@@ -39,7 +39,7 @@ export function writeStatistics(
   for (const module of modules.values()) {
     const { name } = module;
     for (const side of SIDES) {
-      // Of the same side one after the other, so nothing is computed twice.
+      // Tensors of one side follow each other, so nothing is computed twice.
       let summary: Summary | undefined;
       const tensors = tensorsOf(module, side);
       for (const [i, { name: what, shape }] of tensors.entries()) {

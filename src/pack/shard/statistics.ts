@@ -37,7 +37,7 @@ export interface Statistics {
   readonly normalize: boolean;
   /** Sorted by id. */
   readonly adapters: readonly CountedAdapter[];
-  /** By name, sorted. */
+  /** Modules by name, sorted. */
   readonly modules: ReadonlyMap<string, StatisticsModule>;
   /** Rows of each adapter in a module, 0 for one that does not adapt it. */
   ranks(module: string): Promise<Uint32Array>;

@@ -175,7 +175,7 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
 export interface TaskPart {
   /** Path, for messages. */
   readonly file: string;
-  /** As given to `projectTasks`. */
+  /** The digest given to `projectTasks`. */
   readonly made: string;
   /** Hexadecimal id of the basis. */
   readonly basisId: string;
