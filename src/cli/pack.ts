@@ -1,6 +1,6 @@
 /**
- * The command pack: from adapters to a pack, of so many components or to a criterion: a budget of bytes, an error, or a divergence
- * between the answers of adapters and pack.
+ * The command pack: makes a pack from adapters, with a number of components or by a criterion: a budget of bytes, an error, or a
+ * divergence between the answers of adapters and pack.
  */
 import { availableParallelism } from "node:os";
 import { createEngine } from "../../bindings/ort-engine.ts";

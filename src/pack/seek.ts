@@ -116,7 +116,7 @@ const ROUNDS = 10;
 /** An error of this share of the one allowed is close enough; and the share that is aimed at. */
 const CLOSE = 0.985;
 const AIM = 0.99;
-/** By how much further below a task is held from round to round. */
+/** Share by which a task's target falls each round. */
 const CAREFUL = 0.004;
 /** Rounds after which any error below the limit will do. */
 const LATE = 4;

@@ -164,7 +164,7 @@ function bestScale(
   find: FindScale,
 ): number {
   const whole = scaleToF16(peak / largest);
-  // With 127 steps, clipping the largest value never pays.
+  // Clipping the largest value never pays with 127 steps.
   if (largest > 7) return whole;
   const halves: number[] = [];
   for (let i = 0; i <= SCALES; i++) {

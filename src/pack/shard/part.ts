@@ -1,7 +1,7 @@
 /**
- * A part: what one machine did of a pack too large for it, as a file (docs/parts.md). A safetensors file with a
- * description and a checksum of its header and of every tensor, so that any safetensors reader can look into it. Not a cache:
- * a part says what it was made of, and whoever runs the commands decides what to make again.
+ * A part: one machine's share of a pack that is too large for it, as a file (docs/parts.md). It is a safetensors file with a
+ * description and a checksum of its header and of every tensor, so that any safetensors reader can look into it. It is not a cache:
+ * a part says what it was made from, and its owner decides what to make again.
  */
 import { FormatError } from "../../errors.ts";
 import { crc32c, Value } from "../../format/fields.ts";
