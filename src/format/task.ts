@@ -96,64 +96,74 @@ export function* taskTensors(
 /** Says where the next tensor lies. @param code of its type */
 type PlaceNext = (code: Value, rows: number, width: number) => TensorRef;
 
-/** A factor as a term gives it: the code of its coefficients, which basis they are over, and the type of rows of its own. */
-type Given = readonly [coefficients: Value, basis: Value, own: Value];
+/** A factor as a term gives it: its coefficients, the number of their basis, and the type of rows of its own. */
+interface Given {
+  readonly coefficients: Value;
+  readonly basis?: Value | undefined;
+  readonly own?: Value | undefined;
+}
 
-/** Undefined where there is none. A code alone is of coefficients over the first basis. */
+/** Undefined where there is none. A code alone stands for coefficients over the first basis. */
 function givenOf(item: Value): Given | undefined {
   if (item.absent) return undefined;
-  return Array.isArray(item.value) ? (item.items(3) as [Value, Value, Value]) : [item, item.of(0), item.of(null)];
+  if (!Array.isArray(item.value)) return { coefficients: item };
+  const [coefficients, basis, own] = item.items(3);
+  return { coefficients: coefficients!, basis, own };
+}
+
+function coefficientsOf(
+  given: Given,
+  bases: readonly Side[],
+  rank: number,
+  tensor: PlaceNext,
+): Coefficients | undefined {
+  const item: Value = given.coefficients;
+  const { basis: which, own } = given;
+  const index = which === undefined ? 0 : which.integer(0, item.absent ? 0 : 65_535);
+  if (item.absent) {
+    item.check(own !== undefined && !own.absent, () => "it has neither coefficients nor rows of its own");
+    return undefined;
+  }
+  const code = item.integer(0, 8 * DTYPES.length - 1);
+  const kind = code & 3;
+  const basis = bases[index];
+  item.check(
+    basis !== undefined && kind === (basis.kind === "column" ? 1 : 2),
+    () => `coefficients of kind ${kind} for a basis of kind ${basis?.kind ?? "none"}`,
+  );
+  const mean = (code & 4) !== 0;
+  item.check(!mean || basis.mean, () => "a mean is asked for, but the basis has none");
+  item.check(
+    basis.rank === undefined || rank === basis.rank,
+    () => `rank ${rank}, but the basis is ${basis.kind} of rank ${basis.rank}`,
+  );
+  const rows = basis.kind === "column" ? rank : 1;
+  return { basis: index, mean, tensor: tensor(item.of(code >> 3), rows, basis.K) };
 }
 
 function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceNext): TaskTerm {
   const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
   const index = moduleItem!.integer(0, modules.length - 1);
-  const module = modules[index]!;
+  const { name, in: inputs, out, A: basesA, B: basesB } = modules[index]!;
   const rank = rankItem!.integer(0, 65_535);
-  const [sideA, sideB] = [givenOf(itemA!), givenOf(itemB!)];
-  const { name } = module;
+  const sideA = givenOf(itemA!);
+  const sideB = givenOf(itemB!);
   term.check(!sideA === !sideB, () => `"${name}" has a factor on one side only`);
   term.check(!sideA === (rank === 0), () => `"${name}" has rank ${rank} and ${sideA ? "two factors" : "no factor"}`);
-  const coefficients = (side: Given | undefined, bases: readonly Side[]): Coefficients | undefined => {
-    if (!side) return undefined;
-    const item: Value = side[0];
-    const [, which, own] = side;
-    const index = which.integer(0, item.absent ? 0 : 65_535);
-    item.check(!item.absent || !own.absent, () => "it has neither coefficients nor rows of its own");
-    if (item.absent) return undefined;
-    const code = item.integer(0, 8 * DTYPES.length - 1);
-    const kind = code & 3;
-    const basis = bases[index];
-    item.check(
-      basis !== undefined && kind === (basis.kind === "column" ? 1 : 2),
-      () => `coefficients of kind ${kind} for a basis of kind ${basis?.kind ?? "none"}`,
-    );
-    const mean = (code & 4) !== 0;
-    item.check(!mean || basis.mean, () => "a mean is asked for, but the basis has none");
-    item.check(
-      basis.rank === undefined || rank === basis.rank,
-      () => `rank ${rank}, but the basis is ${basis.kind} of rank ${basis.rank}`,
-    );
-    const rows = basis.kind === "column" ? rank : 1;
-    return { basis: index, mean, tensor: tensor(item.of(code >> 3), rows, basis.K) };
-  };
-  const [A, B] = [coefficients(sideA, module.A), coefficients(sideB, module.B)];
-  const own = (side: Given | undefined, width: number): TensorRef | undefined =>
-    side?.[2].maybe((type) => tensor(type, rank, width));
-  const [ownA, ownBt] = [own(sideA, module.in), own(sideB, module.out)];
+  const A = sideA && coefficientsOf(sideA, basesA, rank, tensor);
+  const B = sideB && coefficientsOf(sideB, basesB, rank, tensor);
+  const ownA = sideA?.own?.maybe((type) => tensor(type, rank, inputs));
+  const ownBt = sideB?.own?.maybe((type) => tensor(type, rank, out));
   const q = privateRankItem!.integer(0, 65_535);
   // Factors take at most four times the weight's memory, however few bytes the coefficients have.
-  const most = Math.max(256, 2 * Math.min(module.in, module.out));
+  const most = Math.max(256, 2 * Math.min(inputs, out));
   term.check(rank + q <= most, () => `"${name}" has rank ${rank + q}, at most ${most} is allowed`);
   privateTypeItem!.integer(0, q > 0 ? DTYPES.length - 1 : 0);
   term.check(rank + q > 0 || !magnitudeItem!.absent, () => `nothing is done to "${name}"`);
-  return {
-    ...{ module: index, rank, A, B, ownA, ownBt },
-    privateRank: q,
-    privateA: q > 0 ? tensor(privateTypeItem!, q, module.in) : undefined,
-    privateBt: q > 0 ? tensor(privateTypeItem!, q, module.out) : undefined,
-    magnitude: magnitudeItem!.maybe((code) => tensor(code, 1, module.out)),
-  };
+  const privateA = q > 0 ? tensor(privateTypeItem!, q, inputs) : undefined;
+  const privateBt = q > 0 ? tensor(privateTypeItem!, q, out) : undefined;
+  const magnitude = magnitudeItem!.maybe((code) => tensor(code, 1, out));
+  return { module: index, rank, A, B, ownA, ownBt, privateRank: q, privateA, privateBt, magnitude };
 }
 
 function parseParameter(parameter: Value, tensor: PlaceNext): TaskParameter {
