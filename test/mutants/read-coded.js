@@ -108,9 +108,8 @@ export function readCoded(bytes, before = new Uint8Array()) {
     const start = end;
     fits(start + rows * width * (size / 8) + (count - 1) * step);
     fits(start + 2 * rows * count);
-    const uppers = Array(rows).fill(0);
-    const means = Array(rows).fill(undefined);
-    const places = Array(rows * width).fill(undefined);
+    // A mutant may name more rows than memory has: values come as rows are read.
+    const [uppers, means, places] = [[], [], []];
     const stride = Math.ceil((width * size) / 8);
     const bytesOf = 4 * Math.ceil((2 * rows) / 4) + 4 * Math.ceil((rows * stride) / 4);
     for (let n = 0; n < count; n++) {
