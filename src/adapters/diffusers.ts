@@ -8,10 +8,8 @@
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { SafetensorsFile } from "../tensor/safetensors.ts";
-import type { TensorFile } from "../tensor/tensor-file.ts";
-import { parseJson } from "../tensor/tensor-file.ts";
-import type { Adapter } from "./adapter.ts";
-import { readAdapterFile } from "./adapter.ts";
+import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
+import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
 import {
   assembleLora,

@@ -49,8 +49,7 @@ export interface AdapterLocation {
  * adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, MLX LM's adapter_config.json and adapters.safetensors,
  * or diffusers' pytorch_lora_weights.safetensors; in a pipeline it has PEFT folders with the names of its models (`unet`,
  * `text_encoder`). Any other safetensors file that holds a LoRA, and any .gguf or .onnx_adapter file that does, is an adapter by itself.
- * In a folder of adapters, a sub-folder that is none may hold some, such as adapters of other names than `default`, which PEFT saves one
- * folder deeper; checkpoints inside an adapter's own folder are left alone.
+ * A sub-folder that is no adapter is searched one level deeper: PEFT saves adapters with names other than `default` there. Checkpoints inside an adapter's own folder are left alone.
  * @throws AdapterError when a path is missing or holds no adapter, or an adapter's files are incomplete or a pickle
  * @throws SourceError when one is a pipe or a device
  * @throws FormatError when a safetensors file in a folder of adapters is damaged

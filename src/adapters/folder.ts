@@ -160,7 +160,7 @@ async function openOnDemand(path: string): Promise<ByteSource> {
  * @param models by the name of the model ("unet", "text_encoder"). Closed by the adapter's `close`
  * @param metadata of the task
  */
-export function joinModels(
+function joinModels(
   { id, file }: Pick<Adapter, "id" | "file">,
   models: ReadonlyMap<string, Adapter>,
   metadata: TaskMetadata,

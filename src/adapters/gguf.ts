@@ -4,9 +4,8 @@
  */
 import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
-import type { Adapter } from "./adapter.ts";
+import { type Adapter, readAdapterFile } from "./adapter.ts";
 
-import { readAdapterFile } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic, permuteRows } from "./gguf-names.ts";
 import { assembleLora, type LoraKey, listed, refuser, sortTensors } from "./named-lora.ts";

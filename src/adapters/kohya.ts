@@ -7,8 +7,7 @@
 import type { AdapterError } from "../errors.ts";
 import { type Derived, withDerived } from "../tensor/derived.ts";
 import type { TensorFile } from "../tensor/tensor-file.ts";
-import type { Adapter } from "./adapter.ts";
-import { readAdapterFile } from "./adapter.ts";
+import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-facts.ts";
 import { foreignName } from "./diffusers-keys.ts";
 import { splitPrefix, unflatten } from "./kohya-names.ts";

@@ -5,8 +5,7 @@
 
 import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/tensor-file.ts";
-import type { Adapter } from "./adapter.ts";
-import { readAdapterFile } from "./adapter.ts";
+import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { assembleLora, type LoraKey, listed, sortTensors, transposeMatrices } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 import { openSafetensors } from "./safetensors.ts";
@@ -33,11 +32,6 @@ export async function readMlx({ config, ...files }: MlxFiles): Promise<Adapter> 
     const scaleOf = (): number => scale;
     return { ...assembleLora(tensors, parts, () => undefined, scaleOf), baseModel };
   });
-}
-
-/** Whether a parsed adapter_config.json belongs to MLX LM. */
-export function isMlxConfig(config: unknown): boolean {
-  return typeof config === "object" && config !== null && ("lora_parameters" in config || "fine_tune_type" in config);
 }
 
 function readConfig(config: unknown, file: string): { scale: number; baseModel: string | undefined } {

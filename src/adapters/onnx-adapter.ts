@@ -4,8 +4,7 @@
  * scale, which is part of a factor. Portable: folders are read in folder.ts.
  */
 import { openOnnxAdapter } from "../tensor/onnx-adapter.ts";
-import type { Adapter } from "./adapter.ts";
-import { readAdapterFile } from "./adapter.ts";
+import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { assembleLora, type LoraKey, listed, sortTensors, transposeMatrices } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 import { parsePeftKeys } from "./peft-keys.ts";

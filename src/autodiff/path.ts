@@ -34,7 +34,7 @@ export interface Path {
  * @param problems receives operators that gradients cannot pass, and sources that do not reach the end
  * @param refused why fused nodes have no definition
  */
-export function findPath(
+function findPath(
   graph: Graph,
   sources: readonly string[],
   end: string,

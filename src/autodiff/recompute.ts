@@ -179,7 +179,7 @@ export interface Kept {
  * Chooses the values to keep. All others can be made from them and from what depends on nothing trained.
  * @param needed active values that the backward nodes read
  */
-export function valuesToKeep(forward: Forward, needed: ReadonlySet<string>): Kept {
+function valuesToKeep(forward: Forward, needed: ReadonlySet<string>): Kept {
   const { graph, active, shapes, isReal } = forward;
   const far = farUsed(forward);
   const mustStay = (value: string): boolean => {

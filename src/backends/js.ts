@@ -14,8 +14,21 @@ import {
   f32ToF16,
   tensorBytes,
 } from "../tensor/dtypes.ts";
-import type { Backend, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
-import { CpuBackend, checkCount, checkExpand, checkFold, checkProject, checkScale } from "./backend.ts";
+import {
+  type Backend,
+  CpuBackend,
+  checkCount,
+  checkExpand,
+  checkFold,
+  checkProject,
+  checkScale,
+  type ExpandJob,
+  type FoldJob,
+  type Owner,
+  type ProjectJob,
+  type ScaleJob,
+  type Slice,
+} from "./backend.ts";
 
 const { fround } = Math;
 

@@ -4,8 +4,20 @@
  */
 
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
-import type { Backend, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
-import { CpuBackend, checkExpand, checkFold, checkProject, checkScale } from "./backend.ts";
+import {
+  type Backend,
+  CpuBackend,
+  checkExpand,
+  checkFold,
+  checkProject,
+  checkScale,
+  type ExpandJob,
+  type FoldJob,
+  type Owner,
+  type ProjectJob,
+  type ScaleJob,
+  type Slice,
+} from "./backend.ts";
 import { type Binaries, claim, type Instance, instantiate, type WasmVariant } from "./wasm-instance.ts";
 
 export interface WasmOptions {

@@ -4,8 +4,7 @@
 
 import type { ComponentSelection, Gauge } from "../extract/options.ts";
 import { fromIntegrity } from "../format/hash.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
-import { DTYPES } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
 
 /** "a, b or c" */
 const OR = new Intl.ListFormat("en-GB", { type: "disjunction" });

@@ -4,8 +4,7 @@
  */
 
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import type { TaskParameter, TaskTerm } from "../format/format.ts";
-import { readTensor } from "../format/format.ts";
+import { readTensor, type TaskParameter, type TaskTerm } from "../format/format.ts";
 import { sameShape } from "./base.ts";
 import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";

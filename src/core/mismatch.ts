@@ -155,7 +155,7 @@ function patternOf(segments: string): RegExp {
 }
 
 /** Other names that a parameter may have, each once, without its own. */
-export function aliasesOf(name: string): Set<string> {
+function aliasesOf(name: string): Set<string> {
   const found = new Set<string>();
   for (const renaming of RENAMINGS) {
     for (const [from, to] of [

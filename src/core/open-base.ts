@@ -180,7 +180,7 @@ export function safetensorsHost(file: SafetensorsFile): WeightHost {
  * @param source closed with the host, or at once when it is no such file
  * @throws SourceError, FormatError when it cannot be read
  */
-export async function openSafetensorsHost(source: ByteSource, options: ReadOptions): Promise<WeightHost> {
+async function openSafetensorsHost(source: ByteSource, options: ReadOptions): Promise<WeightHost> {
   const close = async (): Promise<void> => source.close?.();
   // Apps whose weights are in memory need no reader.
   const { openSafetensors } = await import("../tensor/safetensors.ts");

@@ -8,8 +8,15 @@ import { at } from "../backends/backend.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
-import type { Locator } from "./base.ts";
-import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "./base.ts";
+import {
+  type CpuView,
+  type Locator,
+  type Parameter,
+  sameShape,
+  type View,
+  viewValues,
+  type WeightHost,
+} from "./base.ts";
 import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";

@@ -2,8 +2,7 @@
  * A pack as one file of a model sees it: only the modules that live there, and of each task only what concerns them.
  */
 import { described } from "../arguments.ts";
-import type { PackModule, TaskBlob } from "../format/format.ts";
-import { isOfModule, moduleOf, parseBrought } from "../format/format.ts";
+import { isOfModule, moduleOf, type PackModule, parseBrought, type TaskBlob } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
 import type { Pack, TaskInfo } from "./pack.ts";
 

@@ -7,7 +7,7 @@ import { createBackend } from "../backends/select.ts";
 import type { View } from "./base.ts";
 import type { Pack } from "./pack.ts";
 import type { PackView } from "./part.ts";
-import { hasCore, writeCore } from "./stage.ts";
+import { type ActiveTask, hasCore, type ModulePlan, stage, writeCore } from "./stage.ts";
 import type { PristineWeight } from "./terms.ts";
 
 export { type MemoryReport, memoryReport, type SwitchReport } from "./selection.ts";
@@ -19,7 +19,6 @@ import type { RuntimeOptions } from "./create.ts";
 import { type Merged, mergeAll } from "./merge.ts";
 import type { Runtime } from "./runtime.ts";
 import { loadParts, type Selection, type SwitchOptions } from "./selection.ts";
-import { type ActiveTask, type ModulePlan, stage } from "./stage.ts";
 import { Workbench } from "./workbench.ts";
 
 export type { Merged } from "./merge.ts";

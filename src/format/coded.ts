@@ -19,7 +19,7 @@ export const FREQUENCY_BITS = 15;
 export const WORD_BITS = 16;
 /** Symbols of a table; the last of an integer's says that more follows. */
 export const SYMBOLS = 8;
-export const ESCAPE: number = SYMBOLS - 1;
+const ESCAPE: number = SYMBOLS - 1;
 /** No frequency falls below about this. */
 const LEAST = 16;
 /** How far a table moves by how often it was used before, this often at least: the share is a power of 2. */
@@ -50,8 +50,8 @@ const FIRST: readonly (readonly number[])[] = [
 /** A level begins at this mean magnitude, in 1/64. */
 const LEVELS: readonly number[] = [4, 8, 15, 24, 38, 56, 83, 120, 174, 248];
 /** Means above this, in 1/64, have the lowest bits of their integers stored as they are. */
-export const MOST_MEAN = 256;
-export const MEAN_UNIT = 64;
+const MOST_MEAN = 256;
+const MEAN_UNIT = 64;
 export const LEVEL_OF: Uint8Array = Uint8Array.from(
   { length: MOST_MEAN + 1 },
   (_, mean) => LEVELS.filter((begin) => begin <= mean).length,
@@ -59,11 +59,11 @@ export const LEVEL_OF: Uint8Array = Uint8Array.from(
 
 /** Tables: of integers by level and bits left out, one for each other kind of number, and those of bytes. */
 const SHIFTS = 6;
-export const TABLES_OF_A_SHIFT: number = FIRST.length;
+const TABLES_OF_A_SHIFT: number = FIRST.length;
 const INTEGERS = SHIFTS * FIRST.length;
 export const MORE: number = INTEGERS;
-export const SCALE: number = INTEGERS + 1;
-export const FINE: number = INTEGERS + 2;
+const SCALE: number = INTEGERS + 1;
+const FINE: number = INTEGERS + 2;
 export const SHAPE: number = INTEGERS + 3;
 export const LITERALS: number = INTEGERS + 4;
 export const LENGTH: number = INTEGERS + 5;
@@ -71,9 +71,9 @@ export const DISTANCE: number = INTEGERS + 6;
 /** Tables from this one on move four times as far, since their use is not known before. */
 const QUICK = LITERALS;
 /** A byte is coded in 3, 3 and 2 bits: after the byte before, by what is known of it. */
-export const HIGH: number = DISTANCE + 1;
-export const MIDDLE: number = HIGH + 8;
-export const LOW: number = MIDDLE + 8;
+const HIGH: number = DISTANCE + 1;
+const MIDDLE: number = HIGH + 8;
+const LOW: number = MIDDLE + 8;
 const TABLES = LOW + 64;
 /** Where no mean is known. */
 const UNKNOWN_LEVEL = 7;

@@ -343,7 +343,7 @@ export function isTaskId(id: string): boolean {
 }
 
 /** @throws FormatError naming the field that is not what it must be */
-export function parseMetadata(value: Value): Record<string, unknown> {
+function parseMetadata(value: Value): Record<string, unknown> {
   const metadata = value.plain();
   for (const key of Object.keys(metadata)) {
     const field: Value = value.get(key);

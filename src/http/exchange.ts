@@ -332,7 +332,7 @@ const KNOWN: readonly (readonly [pattern: RegExp, transient: boolean, say: (host
 ];
 
 /** @param error what `fetch`, or reading a body, threw */
-export function causeOf(error: unknown, url: URL): Cause {
+function causeOf(error: unknown, url: URL): Cause {
   if (error instanceof RangeError) return { message: `there is no memory for it (${error.message})`, transient: false };
   const details = chainOf(error);
   const inner = details.slice(1);

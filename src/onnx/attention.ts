@@ -23,7 +23,7 @@ const OTHERS: Readonly<Record<string, string>> = {
 };
 
 /** Whether a node is an `Attention` with weights inside. */
-export function isAttention({ domain, opType }: NodeProto): boolean {
+function isAttention({ domain, opType }: NodeProto): boolean {
   return domain === "com.microsoft" && opType === "Attention";
 }
 

@@ -33,7 +33,7 @@ export interface PlaceInPacked {
 }
 
 /** The packed layers that may hold a layer of this name. */
-export function packedNames(module: string): PlaceInPacked[] {
+function packedNames(module: string): PlaceInPacked[] {
   return PACKED.flatMap(([whole, ...parts]) => {
     const index = parts.findIndex((part) => module === part || module.endsWith(`.${part}`));
     const part = parts[index];
@@ -43,7 +43,7 @@ export function packedNames(module: string): PlaceInPacked[] {
 }
 
 /** Layers that a layer of this name may have been divided into. */
-export function dividedNames(module: string): string[][] {
+function dividedNames(module: string): string[][] {
   return PACKED.slice(0, 2).flatMap(([whole, ...parts]) => {
     if (module !== whole && !module.endsWith(`.${whole}`)) return [];
     return [parts.map((part) => module.slice(0, module.length - whole.length) + part)];
@@ -51,7 +51,7 @@ export function dividedNames(module: string): string[][] {
 }
 
 /** Makes a parameter of its own for a part of a packed one; undefined where the graph does not tell the split. */
-export function partOfPacked(
+function partOfPacked(
   model: OnnxModel,
   packed: OnnxParameter,
   name: string,
@@ -63,7 +63,7 @@ export function partOfPacked(
 }
 
 /** Joins parts to one parameter; undefined where they do not fit each other. */
-export function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter | undefined {
+function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter | undefined {
   const shapes = parts.map((part) => matrixShape(part));
   const [first] = parts as [OnnxParameter];
   const fit = shapes.every((shape) => shape !== undefined && shape[1] === shapes[0]![1]);

@@ -37,7 +37,7 @@ function* nodesOf(graph: GraphProto): Generator<NodeProto> {
 }
 
 /** Names of modules and parameters, as the exporter wrote them. */
-export function* pathsOf(graph: GraphProto): Generator<string> {
+function* pathsOf(graph: GraphProto): Generator<string> {
   for (const { name } of graph.initializer) if (isParameterName(name)) yield name;
   for (const node of nodesOf(graph)) {
     const module = writtenPath(node);

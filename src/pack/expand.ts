@@ -6,8 +6,15 @@
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
-import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
-import { readTensor } from "../format/format.ts";
+import {
+  type Coefficients,
+  type PackModule,
+  readTensor,
+  type Side,
+  type TaskBlob,
+  type TaskTerm,
+  type TensorRef,
+} from "../format/format.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Expands one term of a task: its rank counts shared and private rows. */

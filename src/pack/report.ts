@@ -250,7 +250,7 @@ export const MUCH = 0.3;
 const WORSE = 1.5;
 
 /** What to say of tasks that lose much more than the others. */
-export function lossWarnings(losses: readonly TaskLoss[]): string[] {
+function lossWarnings(losses: readonly TaskLoss[]): string[] {
   const totals = losses.map(({ total }) => total).sort((a, b) => a - b);
   const median = totals[(totals.length - 1) >> 1] ?? 0;
   const percent = (share: number): string => `${Math.round(100 * share)} %`;

@@ -185,11 +185,7 @@ export function codedTask(task: TaskToWrite, { modules, description }: Basis): T
 }
 
 /** The same by an extractor, which may have threads. @param task its blob is given away */
-export async function codedBy(
-  extractor: Extractor,
-  task: TaskToWrite,
-  { modules, description }: Basis,
-): Promise<TaskToWrite> {
+async function codedBy(extractor: Extractor, task: TaskToWrite, { modules, description }: Basis): Promise<TaskToWrite> {
   const { entry, blob } = task;
   return { entry, blob: await extractor.ask("code", blob, { tensors: tensorsOf(task, modules), before: description }) };
 }
@@ -201,7 +197,7 @@ function tensorsOf({ entry, blob }: TaskToWrite, modules: readonly PackModule[])
 }
 
 /** The header of a task's blob, for the others to copy from the basis description; undefined where it is too long for that. */
-export function headerOf({ blob }: TaskToWrite): unknown {
+function headerOf({ blob }: TaskToWrite): unknown {
   const length = new DataView(blob.buffer, blob.byteOffset).getUint32(4, true);
   return length > MOST_HEADER
     ? undefined

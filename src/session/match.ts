@@ -14,8 +14,7 @@ import {
   shapeMismatch,
 } from "../core/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
-import type { PackModule } from "../format/format.ts";
-import { moduleOf } from "../format/format.ts";
+import { moduleOf, type PackModule } from "../format/format.ts";
 import type { GraftBias } from "../onnx/adapted.ts";
 import { droppedBias } from "../onnx/additions.ts";
 import { Copies } from "../onnx/copies.ts";

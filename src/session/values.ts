@@ -7,8 +7,16 @@ import type { PackView } from "../core/part.ts";
 import type { Selection, SwitchOptions } from "../core/selection.ts";
 import type { CoreTarget, LoadedTasks, SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import type { TaskBlob, TaskParameter } from "../format/format.ts";
-import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought, readTensor } from "../format/format.ts";
+import {
+  bringsOf,
+  isOfModule,
+  moduleOf,
+  needsFactors,
+  parseBrought,
+  readTensor,
+  type TaskBlob,
+  type TaskParameter,
+} from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";

@@ -109,7 +109,9 @@ export function readCoded(bytes, before = new Uint8Array()) {
     fits(start + rows * width * (size / 8) + (count - 1) * step);
     fits(start + 2 * rows * count);
     // A mutant may name more rows than memory has: values come as rows are read.
-    const [uppers, means, places] = [[], [], []];
+    const uppers = [];
+    const means = [];
+    const places = [];
     const stride = Math.ceil((width * size) / 8);
     const bytesOf = 4 * Math.ceil((2 * rows) / 4) + 4 * Math.ceil((rows * stride) / 4);
     for (let n = 0; n < count; n++) {
