@@ -26,7 +26,7 @@ export { taskAdapter } from "./pack/expand.ts";
 export type { Goal, Judge, PerTask, SearchOptions, Tried } from "./pack/goal.ts";
 export { createSigner, type SigningKey } from "./pack/keys.ts";
 export type { BuildOptions } from "./pack/recipe.ts";
-export type { BuildReport, TaskLoss } from "./pack/report.ts";
+export type { BuildReport, SharedReport, TaskLoss } from "./pack/report.ts";
 export { type SearchReport, searchPack } from "./pack/search.ts";
 export type { Way } from "./pack/ways.ts";
 export { planAppend, planSignature, signTaskFile } from "./pack/write.ts";

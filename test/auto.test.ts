@@ -223,7 +223,7 @@ t.test("a budget of bytes is filled, never broken", async (t) => {
 t.test("private terms within a budget go where they hold most, over all tasks and modules", async (t) => {
   const options = { gauge: "balanced", dtype: INT4 } as const;
   const { report: even } = await buildPack(adapters, { ...options, privateTerms: 2, select: { kind: "k", k: 0 } });
-  const { report } = await packWithin(adapters, { ...options, allocateBeside: 0 }, even.bytes);
+  const { report } = await packWithin(adapters, { ...options, grows: "terms" }, even.bytes);
   t.ok(
     report.bytes <= even.bytes && meanTotal(report) < 0.92 * meanTotal(even),
     `${meanTotal(report)} < 0.92 × ${meanTotal(even)}, two of each`,
@@ -275,7 +275,7 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
     completeDtypes(),
   );
   t.ok(later[0]!.residual.total <= DEFAULT_ERROR, `added later: ${later[0]!.residual.total}`);
-  t.ok(report.decisions.length >= 2 && report.tried.every(({ bytes }) => bytes! >= report.bytes));
+  t.ok(report.decisions.length >= 1 && report.tried.every(({ bytes }) => bytes! >= report.bytes));
 });
 
 t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {
@@ -432,11 +432,10 @@ t.test("what cannot be done is refused, with what can", async (t) => {
 
 t.test("one adapter, adapters that are alike, and one that changes nothing", async (t) => {
   const { report: one } = await searchPack(adapters.slice(0, 1), { goal: { kind: "error", max: 0.3 } });
-  t.ok(one.errors[0]!.total <= 0.3 && one.tried.every(({ name }) => name.startsWith("private")));
+  t.ok(one.errors[0]!.total <= 0.3 && one.components.max === 0 && one.shared?.saved === 0);
   const twins = ["a", "b", "c"].map((id) => ({ ...adapters[0]!, id }));
   const { report: alike } = await searchPack(twins, { goal: { kind: "error", max: 0.3 } });
-  const [apart] = alike.tried;
-  t.ok(alike.components.max > 0 && alike.bytes < 0.85 * apart!.bytes!, `${alike.bytes}, ${apart!.bytes}`);
+  t.ok(alike.components.max > 0 && alike.bytes < 2 * one.bytes, `${alike.bytes}, ${one.bytes} of one`);
   t.ok(alike.errors.every(({ total }) => total <= 0.3));
   const still: Adapter = {
     ...adapters[0]!,

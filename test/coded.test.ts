@@ -302,7 +302,7 @@ t.test("packs made with a step", async (t) => {
 
   await t.test("one adapter alone: private terms of which each has the bits that it is worth", async (t) => {
     const goal = { kind: "bytes", max: 12_500 } as const;
-    const own = await searchPack([adapters[0]!], { goal, ways: [{ gauge: "balanced", refineBeside: 0 }] });
+    const own = await searchPack([adapters[0]!], { goal, ways: [{ gauge: "balanced", grows: "steps" }] });
     const before = await searchPack([adapters[0]!], { goal, dtype: { head: "int4" } });
     t.ok(own.report.bytes <= goal.max && own.report.bytes > 0.95 * goal.max, `${own.report.bytes} bytes`);
     t.ok(own.report.error.mean < before.report.error.mean, `${own.report.error.mean} of ${before.report.error.mean}`);

@@ -36,7 +36,7 @@ const { description, bases } = encodeBasis({
   gauge: `as-trained${evil}`,
   centering: `keep${evil}`,
   baseModel: `model${evil}`,
-  modules: [{ name: `layer${evil}`, out: 2, in: 2, layout: "out-in", A: side, B: side }],
+  modules: [{ name: `layer${evil}`, out: 2, in: 2, layout: "out-in", A: [side], B: [side] }],
 });
 const basisId = toHex(await sha256(description, bases));
 const coefficients = { kind: "column", mean: false, dtype: "f32", encoded: encodeTensor("f32", [1], 1, 1) } as const;

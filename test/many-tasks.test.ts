@@ -30,7 +30,7 @@ const path = join(folder, "many.eigen");
 
 const encoded = encodeTensor("f32", [1, 2], 1, 2);
 const side = { kind: "column", K: 1, mean: false, dtype: "f32", explained: 1, encoded } as const;
-const modules = [{ name: "m", out: 2, in: 2, layout: "out-in", A: side, B: side } as const];
+const modules = [{ name: "m", out: 2, in: 2, layout: "out-in", A: [side], B: [side] } as const];
 const about = { producer: "test", mode: "column", gauge: "as-trained", centering: "none" };
 const { description, bases } = encodeBasis({ ...about, modules });
 const basisId = toHex(await sha256(description, bases));

@@ -1,4 +1,6 @@
 /** Measures that make packing fast and small in memory change no byte of a pack. */
+
+import { setTimeout } from "node:timers/promises";
 import { type Adapter, type BuildOptions, buildPack, type PrivateChoice, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
@@ -159,6 +161,8 @@ t.test("arrays that nobody uses are freed when asked, and nobody else gets the f
   const before = process.memoryUsage().arrayBuffers;
   for (let i = 0; i < 8; i++) new Float64Array(2 ** 17).fill(i);
   collectGarbage("all");
+  // V8 frees what it has found beside what runs here.
+  for (let i = 0; i < 100 && process.memoryUsage().arrayBuffers >= before + 2 ** 22; i++) await setTimeout(20);
   t.ok(process.memoryUsage().arrayBuffers < before + 2 ** 22);
   t.equal(globalThis.gc, undefined);
 });

@@ -156,7 +156,7 @@ t.test("of several ways the smallest pack; of one that cannot win the largest al
       const found = await Promise.all(ids.map(async (id) => (await pack.load(id)).terms[0]!.privateRank));
       return evenly(Math.min(...found) >= 3 ? 1 : 0);
     },
-    ways: [{ gauge: "balanced", allocateBeside: 0 }],
+    ways: [{ gauge: "balanced", grows: "terms" }],
   });
   t.match(alone.report.select, { kind: "error" }, "private terms, as many as an error asks for");
   const passed = alone.report.tried.filter(({ passes }) => passes);

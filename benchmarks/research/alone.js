@@ -56,11 +56,11 @@ ort.env.logLevel = "error";
 
 /** @type {import("eigenlora/build").Way[]} */
 const WAYS = [
-  { name: "coded", gauge: "balanced", refineBeside: 0 },
+  { name: "coded", gauge: "balanced", grows: "steps" },
   {
     name: "few bits",
     gauge: "balanced",
-    allocateBeside: 0,
+    grows: "terms",
     dtype: { basis: "int4", coefficients: "int4", head: "int4" },
   },
 ];

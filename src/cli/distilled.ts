@@ -30,8 +30,8 @@ export interface Asked {
  * What a pack may have before it is distilled: coded numbers take more bytes once they were trained, the more so the coarser they are. Of
  * whole files that was 10.5 % at a step of 0.1 and 3 % at 0.07 and 0.03; of private terms 5 to 7 % at 0.03.
  */
-function roomOf({ step, refineBeside }: Way): number {
-  if (refineBeside !== undefined) return 0.92;
+function roomOf({ step, grows }: Way): number {
+  if (grows === "steps") return 0.92;
   return step === undefined ? 1 : 1 - Math.max(0.04, 1.1 * step);
 }
 
@@ -49,7 +49,7 @@ export async function distilled(
   const { report } = chosen;
   const { adapters } = asked.options;
   const [best] = report.tried
-    .filter(({ way, divergence }) => divergence !== undefined && way.allocateBeside === undefined)
+    .filter(({ way, divergence }) => divergence !== undefined && way.grows !== "terms")
     .sort((a, b) => a.divergence! - b.divergence!);
   if (!best) return chosen;
   // Made again: a search keeps the best pack only.

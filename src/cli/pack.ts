@@ -13,7 +13,7 @@ import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { buildStreamed, type Streamed } from "../pack/build.ts";
 import type { SearchOptions, Tried } from "../pack/goal.ts";
-import type { BuildReport } from "../pack/report.ts";
+import type { BuildReport, SharedReport } from "../pack/report.ts";
 import { buildWithin, type SearchReport, searchPack, searchStreamed } from "../pack/search.ts";
 import { Unreachable } from "../pack/seek.ts";
 import type { Engine } from "../session/engine.ts";
@@ -309,7 +309,7 @@ function points(gain: number): string {
 }
 
 function reportText(file: string, report: BuildReport): string[] {
-  const { errors, components, ratio, breakEvenTasks } = report;
+  const { errors, components, ratio, breakEvenTasks, shared, tasks } = report;
   const totals = errors.map(({ total }) => total);
   const own = report.step === undefined ? Object.entries(report.privateTerms) : codedTerms(report);
   return [
@@ -318,11 +318,26 @@ function reportText(file: string, report: BuildReport): string[] {
       ["", "adapters", "pack"],
       ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
       ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
-      ["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"],
-      ...(own.length > 0 ? [["private terms", "", own.map(([dtype, n]) => `${n} in ${dtype}`).join(", ")]] : []),
+      ...(shared
+        ? [["one task, on average", bytes(report.adapterBytes / tasks), bytes((report.bytes - shared.bytes) / tasks)]]
+        : [
+            ["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"],
+            ...(own.length > 0 ? [["private terms", "", own.map(([dtype, n]) => `${n} in ${dtype}`).join(", ")]] : []),
+          ]),
     ]),
-    ...(components.max > 0 ? [sharing(breakEvenTasks)] : []),
+    ...(shared ? sharedText(shared, report) : components.max > 0 ? [sharing(breakEvenTasks)] : []),
   ];
+}
+
+/** What tasks share, and what that saves. */
+function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
+  if (tasks === 1) return [];
+  const side = (name: string, one: SharedReport["A"]): string[] =>
+    one.tasks > 0 ? [`${name}, by ${one.tasks} of ${tasks} tasks in ${one.modules} of ${modules} modules`] : [];
+  const sides = [...side("what layers read (A)", A), ...side("what they write (B)", B)];
+  if (sides.length === 0)
+    return ["Nothing is shared: no adapters are alike enough for that to save bytes. Each task is stored by itself."];
+  return [`Shared: ${sides.join("; ")}. Stored once, that takes ${bytes(stored)} and saves ${bytes(saved)}.`];
 }
 
 function codedTerms({ privateTerms }: BuildReport): [string, number][] {

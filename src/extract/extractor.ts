@@ -8,10 +8,21 @@ import { encodeSection } from "../format/encode-coded.ts";
 import type { TensorRef } from "../format/format.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { extractModule, type ModuleStack } from "./extract.ts";
-import { pairOf, singularValues } from "./gauge.ts";
+import { balance, pairOf, singularValues } from "./gauge.ts";
+import { spansOf } from "./groups.ts";
 import type { Products } from "./linalg.ts";
 import type { ExtractOptions } from "./options.ts";
-import { extractMixed, type MixedExtraction, type PrivateOptions, remainders } from "./private.ts";
+import { extractMixed, type MixedExtraction, type PrivateOptions } from "./private.ts";
+import {
+  type BySide,
+  openSides,
+  type SideChoice,
+  type SideCosts,
+  type SidesTask,
+  sideCosts,
+  takeSides,
+} from "./sides.ts";
+import type { StoredBasis } from "./subspace.ts";
 import type { Thread } from "./threads-web.ts";
 import { fastProducts } from "./wasm-products.ts";
 
@@ -32,12 +43,41 @@ const JOBS = {
   /** Singular values of every member's ΔW. */
   spectra: ({ members, out, in: inputs }: ModuleStack): number[][] =>
     members.map((member) => singularValues(pairOf(member), out, inputs)),
-  /** Runs `remainders` with fast products. */
-  remainders: (
+  /** Runs `spansOf`. */
+  spans: (
     stack: ModuleStack,
-    options: Without<ExtractOptions>,
+    { steps }: { readonly steps: readonly number[] },
     products: Products,
-  ): ReturnType<typeof remainders> => remainders(stack, { ...options, products }),
+  ): ReturnType<typeof spansOf> => spansOf(stack, steps, products),
+  /** What each member costs on bases of both sides. */
+  sideCosts: (
+    { members, ...shape }: ModuleStack,
+    { bases, steps }: { readonly bases: BySide<readonly StoredBasis[]>; readonly steps: readonly number[] },
+    products: Products,
+  ): SideCosts[] => {
+    const opened = openSides(bases, products);
+    return members.map(({ id, ...member }, i) => {
+      const whole = balance(pairOf(member), shape.out, shape.in, products);
+      return { id, ...sideCosts(opened, whole, shape, steps[i]!) };
+    });
+  },
+  /** Each member on bases of both sides. */
+  takeSides: (
+    { members, ...shape }: ModuleStack,
+    {
+      bases,
+      choices,
+      steps,
+    }: {
+      readonly bases: BySide<readonly StoredBasis[]>;
+      readonly choices: readonly BySide<SideChoice>[];
+      readonly steps: readonly number[];
+    },
+    products: Products,
+  ): SidesTask[] => {
+    const opened = openSides(bases, products);
+    return members.map((member, i) => takeSides(opened, shape, member, choices[i]!, steps[i]!, products));
+  },
   /** Codes the blob of a task where that takes fewer bytes. The blob is transferred: the caller loses it. */
   code: (
     blob: Uint8Array,

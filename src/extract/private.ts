@@ -211,16 +211,6 @@ function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtra
   };
 }
 
-/** What shared components leave of every member, as singular values, and the bytes of components and coefficients. */
-export function remainders(stack: ModuleStack, options: ExtractOptions): { singular: number[][]; bytes: number } {
-  const shared = extractModule(stack, options);
-  const parts = expanded(shared, options);
-  const singular = stack.members.map((member, i) =>
-    singularValues(stackedPairs(pairOf(member), parts[i]!, -1), stack.out, stack.in),
-  );
-  return { singular, bytes: bytesOf(shared) };
-}
-
 /** The shared factors of every task, as stored. */
 function expanded({ A, B, tasks }: ModuleExtraction, { coefficientDtype, products }: ExtractOptions): Pair[] {
   if (A.components + B.components === 0 && !A.mean) return tasks.map(() => NO_PAIR);

@@ -78,18 +78,18 @@ const TABLES = LOW + 64;
 /** Where no mean is known. */
 const UNKNOWN_LEVEL = 7;
 
+/** What all tables begin with. */
+const FIRST_SUMS: Int32Array = Int32Array.from({ length: TABLES * (SYMBOLS + 1) }, (_, at) => {
+  const [table, i] = [Math.floor(at / (SYMBOLS + 1)), at % (SYMBOLS + 1)];
+  const first = FIRST[table < INTEGERS ? table % FIRST.length : UNKNOWN_LEVEL]!;
+  return i === 0 ? 0 : (first[i - 1] ?? 1 << FREQUENCY_BITS);
+});
+
 /** Tables of cumulative frequencies that move towards what they are used for. */
 export class Tables {
   /** [tables, 9]: of each, the sum of the frequencies of all symbols below the i-th. */
-  readonly sums: Int32Array = new Int32Array(TABLES * (SYMBOLS + 1));
+  readonly sums: Int32Array = FIRST_SUMS.slice();
   readonly #used = new Uint8Array(TABLES);
-
-  constructor() {
-    for (let table = 0; table < TABLES; table++) {
-      const first = FIRST[table < INTEGERS ? table % FIRST.length : UNKNOWN_LEVEL]!;
-      this.sums.set([0, ...first, 1 << FREQUENCY_BITS], table * (SYMBOLS + 1));
-    }
-  }
 
   copy(): Tables {
     const copy = new Tables();

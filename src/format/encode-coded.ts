@@ -15,6 +15,7 @@ import {
   type TensorRun,
   WORD_BITS,
 } from "./coded.ts";
+import type { TensorInput } from "./encode.ts";
 import { CODED_MAGIC, type TensorRef } from "./format.ts";
 
 /** How far back copies are looked for, and at how many places. */
@@ -50,6 +51,47 @@ export function encodeSection(
   const bytes = encoder.finish(section.length);
   return bytes.length < section.length && section.length <= mostDecoded(bytes.length) ? bytes : undefined;
 }
+
+/** 15 − log2 of a frequency: the bits of a symbol that has it. */
+const BITS_OF: Float64Array = Float64Array.from(
+  { length: 2 ** FREQUENCY_BITS + 1 },
+  (_, frequency) => FREQUENCY_BITS - Math.log2(frequency),
+);
+
+/** Counts bits, and writes none. */
+class Counter implements Coder {
+  readonly #tables = new Tables();
+  bitCount = 0;
+
+  symbol(table: number, symbol: number): number {
+    const { sums } = this.#tables;
+    const at = table * (SYMBOLS + 1) + symbol;
+    this.bitCount += BITS_OF[sums[at + 1]! - sums[at]!]!;
+    this.#tables.use(table, symbol);
+    return symbol;
+  }
+
+  bits(count: number, value: number): number {
+    this.bitCount += count;
+    return value & (2 ** count - 1);
+  }
+}
+
+/** Bits that encoded tensors take once they are coded, one behind the other. */
+export function codedBits(tensors: readonly (Omit<TensorRef, "byteOffset" | "byteLength"> & TensorInput)[]): number {
+  const counter = new Counter();
+  const refuse = (fault: number): never => {
+    throw new RangeError(`a tensor that cannot be coded: ${fault}`);
+  };
+  for (const { dtype, rows, width, encoded } of tensors) {
+    const runs = runsOf([{ dtype, rows, width, byteOffset: 0, byteLength: encoded.length }], 4);
+    const pieces = code(counter, encoded, refuse, NONE, { runs, copyAt: () => undefined });
+    while (!pieces.next().done);
+  }
+  return counter.bitCount;
+}
+
+const NONE = new Uint8Array();
 
 /** Neighbours of one shape and type, together. */
 function runsOf(tensors: readonly TensorRef[], step: TensorRun["step"]): TensorRun[] {

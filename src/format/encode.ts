@@ -54,8 +54,9 @@ export interface ModuleInput {
   readonly in: number;
   readonly layout: Layout;
   readonly kernel?: readonly number[] | undefined;
-  readonly A?: SideInput | undefined;
-  readonly B?: SideInput | undefined;
+  /** The bases of each side; several where tasks fall into groups. Default: none. */
+  readonly A?: readonly SideInput[] | undefined;
+  readonly B?: readonly SideInput[] | undefined;
   /** 64 weights of the base at the module's fingerprint positions. */
   readonly fingerprint?: Float32Array | undefined;
 }
@@ -80,11 +81,22 @@ export interface TensorInput {
   readonly encoded: Uint8Array;
 }
 
+/** One side's coefficients. */
+export interface CoefficientsInput extends TensorInput {
+  readonly kind: "column" | "flat";
+  readonly mean: boolean;
+  /** Which of the side's bases they are over. Default: the first. */
+  readonly basis?: number | undefined;
+}
+
 export interface TermInput {
   readonly module: number;
   readonly rank: number;
-  readonly A?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
-  readonly B?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
+  readonly A?: CoefficientsInput | undefined;
+  readonly B?: CoefficientsInput | undefined;
+  /** Rows of the task's own, [rank, in] and [rank, out]: added to what coefficients make, or in their place. */
+  readonly ownA?: TensorInput | undefined;
+  readonly ownBt?: TensorInput | undefined;
   /** Private factors: A [q, in] and Bᵀ [q, out], of one type. */
   readonly privateTerms?: { rank: number; dtype: Dtype; A: Uint8Array; Bt: Uint8Array } | undefined;
   readonly magnitude?: TensorInput | undefined;
@@ -126,13 +138,16 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     tensors.push({ at, bytes });
     end = at + bytes.length;
   };
-  const side = (which: string, s: SideInput | undefined): object | null => {
-    if (!s) return null;
+  const map = (which: string, s: SideInput): object => {
     refuseLarge(which, s, s.K + (s.mean ? 1 : 0));
     place(s.encoded);
     const { K, mean, explained } = s;
     const rank = s.kind === "flat" ? { rank: s.rank } : {};
     return { kind: s.kind === "column" ? 1 : 2, K, ...rank, mean, type: DTYPES.indexOf(s.dtype), explained };
+  };
+  const side = (which: string, all: readonly SideInput[] = []): object | object[] | null => {
+    const maps = all.map((one) => map(which, one));
+    return maps.length > 1 ? maps : (maps[0] ?? null);
   };
   const modules = basis.modules.map((m) => {
     const sides = { A: side(`basis A of "${m.name}"`, m.A), B: side(`basis B of "${m.name}"`, m.B) };
@@ -192,13 +207,21 @@ export function encodeTask(
   const head = pack([
     terms.map((t) => {
       const name = `"${names[t.module] ?? t.module}"`;
-      const side = (s: TermInput["A"]): number | null => {
-        if (!s) return null;
+      for (const s of [t.A, t.B]) {
+        if (!s) continue;
         refuseLarge(`coefficients of ${name}`, s, s.kind === "column" ? t.rank : 1);
         tensors.push(s.encoded);
-        return (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.dtype);
+      }
+      for (const own of [t.ownA, t.ownBt]) {
+        if (!own) continue;
+        refuseLarge(`a row of ${name}`, own, t.rank);
+        tensors.push(own.encoded);
+      }
+      const side = (s: TermInput["A"], own: TensorInput | undefined): number | null | (number | null)[] => {
+        const over = s ? (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.dtype) : null;
+        return own || s?.basis ? [over, s?.basis ?? 0, own ? code(own.dtype) : null] : over;
       };
-      const [A, B] = [side(t.A), side(t.B)];
+      const [A, B] = [side(t.A, t.ownA), side(t.B, t.ownBt)];
       for (const encoded of t.privateTerms ? [t.privateTerms.A, t.privateTerms.Bt] : []) {
         const { dtype, rank } = t.privateTerms!;
         refuseLarge(`a private term of ${name}`, { dtype, encoded }, rank);

@@ -5,20 +5,30 @@ import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { AdapterError } from "../errors.ts";
 import type { Allocation, Spectrum } from "../extract/allocation.ts";
-import { singularValues } from "../extract/gauge.ts";
+import { balance, pairOf, singularValues } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
 import { type Begun, beginMixed, finishMixed, type MixedTask, remainderOf } from "../extract/private.ts";
 import { type ModuleSpace, openModule } from "../extract/project.ts";
+import {
+  type BySide,
+  cheapest,
+  openSides,
+  type SideChoice,
+  type SidesTask,
+  sideCosts,
+  takeSides,
+} from "../extract/sides.ts";
+import type { StoredBasis } from "../extract/subspace.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import type { TermInput } from "../format/encode.ts";
-import { encodedTensor, type PackModule, parseBrought, sharedBases } from "../format/format.ts";
+import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { type Steps, startSteps, stepsWithin, Unreachable } from "./seek.ts";
-import { encodeAdapter, encodeTerm, narrowTerms, stepsOf, storable, widthsOf } from "./tasks.ts";
+import { encodeAdapter, encodeTerm, narrowTerms, sidesTerm, stepsOf, storable } from "./tasks.ts";
 import { storedTask } from "./write.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -31,7 +41,8 @@ export interface ProjectedAdapter extends TaskToWrite {
 /**
  * Brings adapters into a pack that exists, in its gauge and to its rank: coefficients on its components; and where its tasks have
  * private terms, as many of those, or with such steps, as keep the error of each adapter within that which the pack was made for, or
- * within `DEFAULT_ERROR`. A pack whose step was made for no error has its step. Module by module, so that each basis is opened once.
+ * within `DEFAULT_ERROR`. Where tasks share each side by itself, an adapter takes of each what costs it least, and has beside it what
+ * the others' components lack. A pack whose step was made for no error has its step. Module by module, so that each basis is opened once.
  * @param onProgress called after each module
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
@@ -65,20 +76,68 @@ interface Newcomers {
 async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
   const { step, error } = all.pack.directory.basis;
   const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
-  if (!hasPrivateTerms(all.pack)) return project(all, undefined, usual);
+  const choices = sharesBySide(all.pack) ? new Map<string, BySide<SideChoice>>() : undefined;
+  if (!choices && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);
+  const coded = (steps: Steps): Promise<ProjectedAdapter[]> =>
+    choices ? placed(all, choices, steps) : project(all, new Map(), steps);
   // The step says which are worth it.
-  if (usual && error === undefined) return project(all, new Map(), usual);
+  if (usual && error === undefined) return coded(usual);
   const most = error ?? DEFAULT_ERROR;
-  const spectra = await spectraOf(all, usual);
+  const spectra = await spectraOf(all, choices ? undefined : usual);
   const residuals = (made: ProjectedAdapter[]): TaskLoss[] => made.map(({ residual }) => residual);
   try {
-    if (usual)
-      return await stepsWithin(startSteps(spectra, most), most, (steps) => project(all, new Map(), steps), residuals);
+    if (usual) return await stepsWithin(startSteps(spectra, most), most, coded, residuals);
   } catch (cause) {
     // Integers are too few: in the number formats that it takes.
     if (!(cause instanceof Unreachable)) throw cause;
   }
   return withinError({ spectra }, most, (own) => project(all, own, undefined), residuals);
+}
+
+/**
+ * Adapters on what tasks share of each side.
+ * @param choices how each takes the sides of a module; those that are not known yet are made, at what they cost with these steps
+ */
+async function placed(
+  all: Newcomers,
+  choices: Map<string, BySide<SideChoice>>,
+  steps: Steps,
+): Promise<ProjectedAdapter[]> {
+  const { pack, bases, adapters, onProgress } = all;
+  const products = await fastProducts();
+  const errors: ModuleError[] = [];
+  const terms = adapters.map((): TermInput[] => []);
+  for (const [index, module] of pack.modules.entries()) {
+    const { name, in: inputs, out } = module;
+    const opened = openSides({ A: storedSides(module.A, bases), B: storedSides(module.B, bases) }, products);
+    for (const [i, adapter] of adapters.entries()) {
+      const { magnitude, ...term } = (await adapter.modules.get(name)?.read()) ?? { rank: 0 };
+      if (!("A" in term)) continue;
+      const key = JSON.stringify([adapter.id, name]);
+      const step = stepFor(steps, adapter);
+      const take = (): SidesTask => {
+        if (!choices.has(key)) {
+          const whole = balance(pairOf(term), out, inputs, products);
+          choices.set(key, cheapest(sideCosts(opened, whole, module, step)));
+        }
+        return takeSides(opened, module, { id: adapter.id, ...term }, choices.get(key)!, step, products);
+      };
+      const task = storable(adapter, module, take, SCALE_DOWN);
+      errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
+      const made = sidesTerm(name, { ...task, magnitude }, adapter);
+      if (made.rank > 0 || made.privateTerms || made.magnitude) terms[i]!.push({ module: index, ...made });
+    }
+    onProgress?.(index + 1, pack.modules.length);
+  }
+  return finished(all, terms, errors, true);
+}
+
+/** Bases of a side as they lie in a pack. */
+function storedSides(sides: readonly Side[], bases: Uint8Array): StoredBasis[] {
+  return sides.map(({ K, rank, mean, tensor }) => {
+    const { dtype, width } = tensor;
+    return { dtype, components: K, width, rank, mean, encoded: encodedTensor(bases, tensor) };
+  });
 }
 
 /** What private terms are to hold of every adapter and module. */
@@ -99,7 +158,7 @@ async function project(
   own: Allocation | undefined,
   steps: Steps | undefined,
 ): Promise<ProjectedAdapter[]> {
-  const { pack, adapters, formats } = all;
+  const { adapters, formats } = all;
   const errors: ModuleError[] = [];
   const terms = adapters.map((): TermInput[] => []);
   const dtype = steps ? "int8" : formats.coefficients;
@@ -109,9 +168,19 @@ async function project(
     const finish = (): MixedTask => finishMixed(begun, choice, steps && stepFor(steps, adapter));
     const task = own ? storable(adapter, stored, finish, SCALE_DOWN) : begun.task;
     errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
-    const term = encodeTerm({ index, name }, { ...task, magnitude }, space ?? NO_BASES, adapter, dtype);
-    if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
+    const term = encodeTerm(name, { ...task, magnitude }, space ?? NO_BASES, adapter, dtype);
+    if (term.A || term.privateTerms || term.magnitude) terms[i]!.push({ module: index, ...term });
   });
+  return finished(all, terms, errors, steps !== undefined);
+}
+
+/** @param narrow whether numbers are integers of any size */
+async function finished(
+  { pack, adapters, formats }: Newcomers,
+  terms: readonly (readonly TermInput[])[],
+  errors: readonly ModuleError[],
+  narrow: boolean,
+): Promise<ProjectedAdapter[]> {
   const names = pack.modules.map(({ name }) => name);
   const ids = adapters.map(({ id }) => id);
   const residuals = lossesOf(errors, ids);
@@ -119,7 +188,7 @@ async function project(
   return Promise.all(
     adapters.map(async (adapter, i) => {
       const made = terms[i]!;
-      const stored = steps ? narrowTerms(made, pack.modules.map(widthsOf)) : made;
+      const stored = narrow ? narrowTerms(made, pack.modules) : made;
       const task = await encodeAdapter(adapter, stored, names, { type: formats.head });
       return { ...task, residual: residuals[i]!, warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [] };
     }),
@@ -163,6 +232,15 @@ async function eachModule(
     }
     onProgress?.(index + 1, pack.modules.length);
   }
+}
+
+/** Whether tasks take each side of a module by itself: packs with a step and no components of all tasks. */
+function sharesBySide({ directory, modules, tasks }: Pack): boolean {
+  const { step, error } = directory.basis;
+  if (step === undefined) return false;
+  const ofAll = modules.every(sharedBases);
+  const bringsRows = [...tasks.values()].some(({ brings }) => brings?.some((entry) => entry.startsWith("own-")));
+  return error !== undefined || !ofAll || bringsRows;
 }
 
 /** A module that shares nothing. */
@@ -214,22 +292,14 @@ function checkModules(pack: Pack, adapter: Adapter): void {
 }
 
 /** Both sides of a module of a pack, as extraction takes them. */
-export function storedModule(
-  module: PackModule,
-  bases: Uint8Array,
-  adapter: Adapter,
-): Parameters<typeof openModule>[0] {
-  const side = (which: "A" | "B"): Parameters<typeof openModule>[0]["A"] => {
-    const basis = sharedBases(module)?.[which];
-    if (!basis) {
-      throw new AdapterError(`"${module.name}" has no basis in the pack: pack all adapters again`, {
-        file: adapter.file,
-        field: module.name,
-      });
-    }
-    const { dtype, width } = basis.tensor;
-    const encoded = encodedTensor(bases, basis.tensor);
-    return { dtype, components: basis.K, width, rank: basis.rank, mean: basis.mean, encoded };
+export function storedModule(module: PackModule, bases: Uint8Array, adapter: Adapter): BySide<StoredBasis> {
+  const side = (which: "A" | "B"): StoredBasis => {
+    const [basis] = sharedBases(module) ? storedSides(module[which], bases) : [];
+    if (basis) return basis;
+    throw new AdapterError(`"${module.name}" has no basis in the pack: pack all adapters again`, {
+      file: adapter.file,
+      field: module.name,
+    });
   };
   return { A: side("A"), B: side("B") };
 }

@@ -4,29 +4,14 @@
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { SharedModule } from "../adapters/modules.ts";
-import {
-  type Allocated,
-  type Allocation,
-  allocateBytes,
-  allocateError,
-  costAt,
-  type Spectrum,
-} from "../extract/allocation.ts";
+import { type Allocation, allocateBytes, allocateError, type Spectrum } from "../extract/allocation.ts";
 import type { ModuleStack } from "../extract/extract.ts";
-import { type Extractor, inOrder } from "../extract/extractor.ts";
-import type { ExtractOptions } from "../extract/options.ts";
+import { inOrder } from "../extract/extractor.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
 import type { Built } from "./build.ts";
-import { type Adapters, naming, piecesOf, readStack } from "./encode.ts";
+import { type Adapters, piecesOf, readStack } from "./encode.ts";
 import type { TaskLoss } from "./report.ts";
 import { tooFew, Unreachable } from "./seek.ts";
-
-/** Components that all tasks share beside their private terms, on each side of every module. */
-export interface Shared {
-  readonly k: number;
-  readonly dtype: Dtype;
-}
 
 /** What adapters hold, and how private terms of it may be stored. */
 export interface Survey {
@@ -57,14 +42,6 @@ export async function survey(opened: Adapters, only: readonly Dtype[] | undefine
   return { spectra, only };
 }
 
-/** What shared components leave of what a survey found. */
-export async function surveyBeside(opened: Adapters, { spectra, only }: Survey, shared: Shared): Promise<Survey> {
-  const ask = async (stack: ModuleStack): Promise<number[][]> =>
-    (await opened.extractor.ask("remainders", stack, sharedOptions(shared))).singular;
-  const rests = await eachMember(opened, opened.shared, (stack, module) => naming(module, () => ask(stack)));
-  return { spectra: spectra.map((spectrum, i) => ({ ...spectrum, singular: rests[i]! })), only };
-}
-
 /** What `work` finds of each member of each module, modules and members in their order. */
 async function eachMember<T>(
   { extractor, signal }: Adapters,
@@ -81,18 +58,6 @@ async function eachMember<T>(
     for (const one of members) found.push(one);
   }
   return found;
-}
-
-/** How shared components beside private terms are found. */
-function sharedOptions({ k, dtype }: Shared): ExtractOptions {
-  return {
-    mode: "column",
-    gauge: "balanced",
-    centering: "keep",
-    select: { kind: "k", k },
-    basisDtype: dtype,
-    coefficientDtype: dtype,
-  };
 }
 
 /**
@@ -166,81 +131,4 @@ function firstBytes(spectra: readonly Spectrum[], only: readonly Dtype[] | undef
   let most = 1024;
   while (most < 2 ** 40 && allocateBytes(spectra, most, only).allocation.size < tasks.size) most *= 1.25;
   return Math.ceil(most);
-}
-
-/** Numbers of components that are tried: where few pay, more are tried. */
-const TRIED = [2, 4, 8, 16, 32, 64, 128, 256];
-/** Modules that are looked at: adapters share in all their modules, or in none. */
-const SAMPLE = 4;
-/** What sharing must save to be worth a search of its own. */
-const WORTH = 0.97;
-
-/**
- * Whether shared components beside private terms take fewer bytes than private terms alone, at what the allocation pays for errors,
- * and how many; of a few modules, spread over the model.
- */
-export async function sharingThatPays(
-  { shared, extractor }: Adapters,
-  { spectra, only }: Survey,
-  { slopes }: Allocated,
-): Promise<Shared | undefined> {
-  const squares = new Map<string, number>();
-  for (const { task, square } of spectra) squares.set(task, (squares.get(task) ?? 0) + square);
-  const priceOf = (task: string): number => 1 / (slopes.get(task)! * squares.get(task)!);
-  const all = shared.filter(({ owners }) => owners.length > 1);
-  const step = Math.max(1, Math.floor(all.length / SAMPLE));
-  const chosen = all.filter((_, i) => i % step === step >> 1).slice(0, SAMPLE);
-  const sample = await Promise.all(
-    chosen.map(async (module) => {
-      const { stack } = await readStack(module);
-      const own = new Map(spectra.filter((one) => one.module === stack.name).map((one) => [one.task, one]));
-      return { stack, own: stack.members.map(({ id }) => own.get(id)!) };
-    }),
-  );
-  const cost = async (shared?: Shared): Promise<number> => {
-    let total = 0;
-    const rests = shared && (await remaindersOf(extractor, sample, shared));
-    if (rests?.includes(undefined)) return Infinity;
-    for (const [at, { own }] of sample.entries()) {
-      const rest = rests?.[at];
-      total += rest?.bytes ?? 0;
-      for (const [i, spectrum] of own.entries()) {
-        if (!slopes.has(spectrum.task)) continue;
-        total += costAt(
-          { ...spectrum, singular: rest?.singular[i] ?? spectrum.singular },
-          priceOf(spectrum.task),
-          only,
-        );
-      }
-    }
-    return total;
-  };
-  const alone = await cost();
-  const most = Math.min(...sample.map(({ stack }) => Math.min(stack.in, stack.out, rowsOf(stack))));
-  let [best, least]: [Shared | undefined, number] = [undefined, alone * WORTH];
-  for (const dtype of only ?? (["int4", "int8"] as const)) {
-    let before = Infinity;
-    for (const k of TRIED) {
-      if (2 * k > most) break;
-      const found = await cost({ k, dtype });
-      if (found < least) [best, least] = [{ k, dtype }, found];
-      if (found > 1.1 * alone && found > before) break;
-      before = found;
-    }
-  }
-  return best;
-}
-
-/** What shared components leave of some modules; undefined where these cannot be stored. */
-function remaindersOf(extractor: Extractor, sample: readonly { readonly stack: ModuleStack }[], shared: Shared) {
-  const asked = sample.map(({ stack }) => extractor.ask("remainders", stack, sharedOptions(shared)));
-  const unlessUnstorable = (error: unknown): undefined => {
-    if (!(error instanceof UnstorableError)) throw error;
-  };
-  return Promise.all(asked.map((one) => one.catch(unlessUnstorable)));
-}
-
-/** Rows of all members. */
-function rowsOf({ members }: ModuleStack): number {
-  return members.reduce((sum, { rank }) => sum + rank, 0);
 }

@@ -7,7 +7,7 @@ import { baseModels, type SharedModule } from "../adapters/modules.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import type { TermInput } from "../format/encode.ts";
-import { type Adapters, type Encoded, encode, type Known, openAdapters } from "./encode.ts";
+import { type Adapters, type Encoded, encode, type Known, openAdapters, sideInput } from "./encode.ts";
 import { type BuildOptions, type Recipe, recipeOf } from "./recipe.ts";
 import {
   type BuildReport,
@@ -145,7 +145,10 @@ export function writeApart(
   most: number = GROUP,
 ): Promise<Streamed> {
   const { adapters, shared, fingerprints, extractor } = opened;
-  const modules = shared.map(({ shape }) => ({ ...shape, fingerprint: fingerprints?.get(shape.name) }));
+  const modules = shared.map(({ shape }) => {
+    const { A = [], B = [] } = recipe.sides?.get(shape.name)?.bases ?? {};
+    return { ...shape, A: A.map(sideInput), B: B.map(sideInput), fingerprint: fingerprints?.get(shape.name) };
+  });
   const places = new Map(modules.map(({ name }, index) => [name, index]));
   const errors: ModuleError[] = [];
   const encodeGroup = async (group: readonly Adapter[]): Promise<Encoded["terms"]> => {
@@ -192,7 +195,7 @@ async function writeTasks(
     const own = await termsOf(adapter);
     terms.set(adapter, own.map(termSummary));
     // Private terms are as narrow as they can be.
-    const narrow = step !== undefined && own.some(({ A }) => A);
+    const narrow = step !== undefined && (recipe.sides || own.some(({ rank }) => rank > 0));
     const task = await encodeAdapter(adapter, narrow ? narrowTerms(own, widths) : own, names, head);
     letGo(PASSING * task.blob.length);
     return task;

@@ -17,12 +17,14 @@ import { pairOf } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
 import type { MixedExtraction } from "../extract/private.ts";
 import type { SideBasis } from "../extract/side.ts";
+import { APART } from "../extract/sides.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 import type { ModuleError } from "./report.ts";
-import { encodeTerm, stepsOf } from "./tasks.ts";
+import type { SharedSides } from "./sharing.ts";
+import { encodeTerm, sidesTerm, stepsOf } from "./tasks.ts";
 
 /** Adapters to be packed, and what works on them. */
 export interface Adapters {
@@ -43,9 +45,17 @@ export interface Encoded {
   readonly errors: ModuleError[];
 }
 
-/** One module, extracted: beside each task what it was extracted with. */
-interface Extracted extends MixedExtraction {
-  tasks: (MixedExtraction["tasks"][number] & Wanted & { readonly magnitude: Float32Array | undefined })[];
+/** One module, extracted. */
+interface Extracted extends Pick<ModuleInput, "A" | "B"> {
+  readonly tasks: readonly ExtractedTask[];
+}
+
+/** A task of a module, with what it was extracted with. */
+interface ExtractedTask extends Wanted {
+  readonly id: string;
+  readonly error: number;
+  readonly norm: number;
+  readonly term: Omit<TermInput, "module">;
 }
 
 /** What a recipe says of a task's private terms in a module, and of its step. */
@@ -100,15 +110,14 @@ export async function encode(
     const index = modules.length;
     const { shape, owners } = shared[index]!;
     const { name } = shape;
-    for (const [i, task] of found.tasks.entries()) {
+    for (const [i, { id, error, norm, term }] of found.tasks.entries()) {
       const owner = owners[i]!;
-      errors.push({ task: task.id, module: name, error: task.error, norm: task.norm });
-      const term = encodeTerm({ index, name }, task, found, owner, recipe.extraction.coefficientDtype);
-      if (!(term.A || term.privateTerms || term.magnitude)) continue;
+      errors.push({ task: id, module: name, error, norm });
+      if (!(term.rank > 0 || term.privateTerms || term.magnitude)) continue;
       if (!terms.has(owner)) terms.set(owner, []);
-      terms.get(owner)!.push(term);
+      terms.get(owner)!.push({ module: index, ...term });
     }
-    modules.push({ ...shape, ...basesOf(found), fingerprint: fingerprints?.get(name) });
+    modules.push({ ...shape, A: found.A, B: found.B, fingerprint: fingerprints?.get(name) });
     onProgress?.(modules.length, shared.length);
   }
   return encoded;
@@ -132,14 +141,16 @@ async function extract(
   const changed = before ? all.filter((i) => !alike(wanted[i]!, before.tasks[i]!)) : all;
   if (before && changed.length === 0) return before;
   const { select } = recipe.extraction;
-  const alone = select.kind === "k" && select.k === 0;
+  const sides = recipe.sides?.get(shape.name);
+  // Bases that are made already, and none, leave each task by itself.
+  const alone = sides !== undefined || (select.kind === "k" && select.k === 0);
   const asked = alone ? changed : all;
   const found: Extracted[] = [];
   let at = 0;
-  // Each is by itself where nothing is shared: a few are read at a time.
+  // A few are read at a time.
   for (const piece of alone ? piecesOf({ shape, owners: asked.map((i) => owners[i]!) }) : [module]) {
     const own = asked.slice(at, (at += piece.owners.length)).map((i) => wanted[i]!);
-    found.push(await extractPiece(extractor, recipe, piece, own));
+    found.push(await (sides ? piecePlaced(extractor, sides, piece, own) : extractPiece(extractor, recipe, piece, own)));
   }
   const tasks = found.flatMap((piece) => piece.tasks);
   const whole = before && asked.length < all.length ? before.tasks.slice() : tasks;
@@ -174,15 +185,43 @@ async function extractPiece(
       steps: steps && wanted.map(({ step }) => step!),
       privateTerms: typeof privateTerms === "number" ? privateTerms : wanted.map(({ choice }) => choice),
     });
-    checkBasis({ ...module.shape, ...basesOf(found) }, stack, extraction.gauge);
-    const magnitudes = terms.map(({ magnitude }) => magnitude);
-    return { ...found, tasks: found.tasks.map((task, i) => ({ ...task, ...wanted[i]!, magnitude: magnitudes[i] })) };
+    const bases = basesOf(found);
+    checkBasis({ ...module.shape, ...bases }, stack, extraction.gauge);
+    const tasks = found.tasks.map(({ id, error, norm, ...task }, i): ExtractedTask => {
+      const { name } = module.shape;
+      const magnitude = terms[i]!.magnitude;
+      const term = encodeTerm(name, { ...task, magnitude }, found, module.owners[i]!, extraction.coefficientDtype);
+      return { id, error, norm, term, ...wanted[i]! };
+    });
+    return { ...bases, tasks };
   });
 }
 
 /** Both sides as they are written; none where no task has coefficients. */
 function basesOf({ tasks, A, B }: MixedExtraction): Pick<ModuleInput, "A" | "B"> {
-  return tasks.some(({ rank }) => rank > 0) ? { A: sideInput(A), B: sideInput(B) } : {};
+  return tasks.some(({ rank }) => rank > 0) ? { A: [sideInput(A)], B: [sideInput(B)] } : {};
+}
+
+/** Tasks of a module on bases that are made. */
+async function piecePlaced(
+  extractor: Extractor,
+  { bases, choices }: SharedSides,
+  module: SharedModule<Adapter>,
+  wanted: readonly Wanted[],
+): Promise<Extracted> {
+  const { stack, terms } = await readStack(module);
+  const how = {
+    bases,
+    choices: stack.members.map(({ id }) => choices.get(id) ?? APART),
+    steps: wanted.map(({ step }) => step!),
+  };
+  const found = await naming(module, () => extractor.ask("takeSides", stack, how));
+  const tasks = found.map((task, i): ExtractedTask => {
+    const { id, error, norm } = task;
+    const term = sidesTerm(module.shape.name, { ...task, magnitude: terms[i]!.magnitude }, module.owners[i]!);
+    return { id, error, norm, term, ...wanted[i]! };
+  });
+  return { A: bases.A.map(sideInput), B: bases.B.map(sideInput), tasks };
 }
 
 /** One side as it is written. */
@@ -246,8 +285,8 @@ export async function naming<T>({ shape, owners }: SharedModule<Adapter>, work: 
  */
 function checkBasis({ A, B, ...shape }: ModuleInput, { members }: ModuleStack, gauge: Gauge): void {
   for (const [side, bases, dtype] of [
-    ["A", { A }, A?.dtype],
-    ["Bt", { B }, B?.dtype],
+    ["A", { A }, A?.[0]?.dtype],
+    ["Bt", { B }, B?.[0]?.dtype],
   ] as const) {
     // f16 holds no such values.
     if (dtype === undefined || dtype === "f16") continue;

@@ -8,6 +8,7 @@ import type { BaseInput } from "../core/base.ts";
 import type { Allocation } from "../extract/allocation.ts";
 import type { BasisMode, ComponentSelection, ExtractOptions } from "../extract/options.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
+import type { SharedSides } from "./sharing.ts";
 
 /** How adapters are packed. */
 export interface BuildOptions {
@@ -101,6 +102,8 @@ export interface Recipe {
   readonly extraction: Omit<ExtractOptions, "moments" | "steps" | "products"> & { readonly mode: BasisMode };
   readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
   readonly privateTerms: number | Allocation;
+  /** Bases that are made already, and who takes which, by module. Default: none. */
+  readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
   readonly head: HeadFormat;
   /** Share of the typical norm of ΔW, which the pack says; undefined where number formats say how numbers are stored. */
   readonly step?: number | undefined;

@@ -5,6 +5,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels } from "../adapters/modules.ts";
 import type { PrivateChoice } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
+import type { BySide } from "../extract/sides.ts";
 import type { ModuleInput, TermInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
@@ -32,6 +33,8 @@ export interface BuildReport {
   readonly step?: number | undefined;
   /** Components per module and side. */
   readonly components: { readonly min: number; readonly mean: number; readonly max: number };
+  /** What tasks share of each side by itself; undefined where components are those of all tasks, or none were sought. */
+  readonly shared?: SharedReport | undefined;
   /** Private terms by number format, over tasks and modules. */
   readonly privateTerms: Readonly<Partial<Record<Dtype, number>>>;
   readonly bytes: number;
@@ -56,6 +59,25 @@ export interface BuildReport {
   readonly notes: readonly string[];
 }
 
+/** What tasks share. */
+export interface SharedReport extends BySide<{ readonly tasks: number; readonly modules: number }> {
+  /** Bytes of the components, about, and how many fewer the pack has because of them. */
+  readonly bytes: number;
+  readonly saved: number;
+}
+
+function sharedReport(sides: NonNullable<Recipe["sides"]>): SharedReport {
+  const all = [...sides.values()];
+  const side = (which: "A" | "B"): SharedReport["A"] => {
+    const tasks = new Set<string>();
+    for (const { choices } of all)
+      for (const [id, { [which]: choice }] of choices) if (choice.basis !== undefined) tasks.add(id);
+    return { tasks: tasks.size, modules: all.filter(({ bases }) => bases[which].length > 0).length };
+  };
+  const total = (key: "bits" | "saved"): number => Math.round(all.reduce((sum, one) => sum + one[key], 0) / 8);
+  return { A: side("A"), B: side("B"), bytes: total("bits"), saved: total("saved") };
+}
+
 /** What a report says of a term. */
 export interface TermSummary {
   readonly magnitude: boolean;
@@ -72,7 +94,7 @@ export function termSummary({ magnitude, privateTerms: own }: TermInput): TermSu
  */
 export function buildReport(
   adapters: readonly Adapter[],
-  { extraction, head, step }: Recipe,
+  { extraction, head, step, sides }: Recipe,
   { bytes, blobs, ...counts }: Pick<BuildReport, "bytes" | "modules" | "components"> & { readonly blobs: number[] },
   { errors, terms }: { errors: readonly ModuleError[]; terms: ReadonlyMap<Adapter, readonly TermSummary[]> },
   based: boolean,
@@ -91,6 +113,7 @@ export function buildReport(
     dtype: { basis, coefficients, head: head.type },
     step,
     components: counts.components,
+    shared: sides && sharedReport(sides),
     privateTerms: countsOf([...terms.values()].flat()),
     error: summaryOf(errors),
     errors: losses,
@@ -142,7 +165,8 @@ export function breakEven(bytes: number, blobs: readonly number[], adapters: rea
 
 /** The fewest, the mean and the most components of a module's side. */
 export function componentsOf(modules: readonly Pick<ModuleInput, "A" | "B">[]): BuildReport["components"] {
-  const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
+  const countOf = (bases: ModuleInput["A"] = []): number => bases.reduce((sum, { K }) => sum + K, 0);
+  const counts = modules.flatMap(({ A, B }) => [countOf(A), countOf(B)]);
   const sum = counts.reduce((a, b) => a + b, 0);
   const max = counts.reduce((most, count) => Math.max(most, count), 0);
   const min = counts.reduce((least, count) => Math.min(least, count), max);

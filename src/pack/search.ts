@@ -6,7 +6,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { openPack } from "../core/open-pack.ts";
 import type { AdapterError } from "../errors.ts";
 import type { ComponentSelection } from "../extract/options.ts";
-import { DEFAULT_ERROR, type Shared, type Survey, survey, surveyBeside } from "./allocate.ts";
+import { DEFAULT_ERROR, type Survey, survey } from "./allocate.ts";
 import { type Built, gathered, type Keeping, type Streamed, withExtractor } from "./build.ts";
 import { type Adapters, isUnstorable, openAdapters } from "./encode.ts";
 import {
@@ -126,7 +126,7 @@ async function searchWith(
   let best: Candidate | undefined;
   let done = 0;
   let of = 0;
-  const surveys = new Map<string, Promise<Survey>>();
+  let found: Promise<Survey> | undefined;
   const start: Search = {
     ...options,
     opened,
@@ -138,17 +138,13 @@ async function searchWith(
       onTry?.(one, done, of);
     },
     unstorable: [],
-    survey(shared) {
-      const key = JSON.stringify(shared ?? null);
-      if (!surveys.has(key)) surveys.set(key, surveyOf(start, shared));
-      return surveys.get(key)!;
-    },
+    survey: () => (found ??= survey(opened, dtype.coefficients && [dtype.coefficients])),
   };
   const search = goal.kind === "score" ? { ...start, reference: await referenceOf(start, goal) } : start;
   const isJudged = goal.kind === "score" || goal.kind === "divergence" || (judge && goal.kind !== "error");
   const groups =
     ways?.map((way) => [way]) ??
-    (isJudged ? judgedWays(adapters, dtype, moments, goal.kind) : await defaultWays(search, goal, decisions));
+    (isJudged ? judgedWays(adapters, dtype, moments, goal.kind) : defaultWays(search, goal, decisions));
   of = groups.flat().length;
   for (const group of groups) {
     let before: Candidate | undefined;
@@ -171,12 +167,6 @@ async function searchWith(
   const { bytes, error, ...chosen } = best.tried;
   const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
   return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried, decisions } };
-}
-
-async function surveyOf({ opened, dtype, survey: own }: Search, shared?: Shared): Promise<Survey> {
-  return shared
-    ? surveyBeside(opened, await own(), shared)
-    : survey(opened, dtype?.coefficients && [dtype.coefficients]);
 }
 
 /** Asks the judge, if there is one. */

@@ -7,8 +7,9 @@ import { pairNorm } from "../extract/error.ts";
 import { pairOf } from "../extract/gauge.ts";
 import { narrowPrivate, type PrivateTerms } from "../extract/private.ts";
 import type { TaskCoefficients } from "../extract/project.ts";
+import type { SideChoice, SidesTask } from "../extract/sides.ts";
 import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { encodeBrings, type PackModule, sharedBases } from "../format/format.ts";
+import { encodeBrings } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
@@ -39,16 +40,11 @@ export async function stepsOf(adapters: readonly Adapter[], share: number): Prom
 interface Widths {
   readonly in: number;
   readonly out: number;
-  readonly A?: { readonly K: number } | undefined;
-  readonly B?: { readonly K: number } | undefined;
+  readonly A?: readonly { readonly K: number }[] | undefined;
+  readonly B?: readonly { readonly K: number }[] | undefined;
 }
 
-/** A module of a pack as `narrowTerms` takes it. */
-export function widthsOf(module: PackModule): Widths {
-  return { in: module.in, out: module.out, ...sharedBases(module) };
-}
-
-/** Terms of one task in the smallest integers that they fit: all coefficients, and the private terms of each module. */
+/** Terms of one task in the smallest integers that they fit: all coefficients, and by module private terms, and rows of its own. */
 export function narrowTerms(terms: readonly TermInput[], modules: readonly Widths[]): TermInput[] {
   const integers = ({ dtype, encoded }: TensorInput, rows: number, width: number) => {
     return { dtype: dtype as QuantizedDtype, encoded, rows, width };
@@ -56,18 +52,32 @@ export function narrowTerms(terms: readonly TermInput[], modules: readonly Width
   const shared = narrowed(
     terms.flatMap(({ module, rank, A, B }) => {
       const { A: a, B: b } = modules[module]!;
-      return A && B ? [integers(A, rank, a!.K), integers(B, rank, b!.K)] : [];
+      return [
+        ...(A ? [integers(A, rank, a![A.basis ?? 0]!.K)] : []),
+        ...(B ? [integers(B, rank, b![B.basis ?? 0]!.K)] : []),
+      ];
     }),
   );
   const next = shared.encoded.values();
   const coefficients = <T extends TensorInput>(side: T): T => {
     return { ...side, dtype: shared.dtype, encoded: next.next().value! };
   };
-  return terms.map(({ A, B, privateTerms, ...term }) => ({
-    ...term,
-    ...(A && B && { A: coefficients(A), B: coefficients(B) }),
-    ...(privateTerms && { privateTerms: narrowPrivate(privateTerms, modules[term.module]!) }),
-  }));
+  const rows = (own: TensorInput, rank: number, width: number): TensorInput => {
+    const { dtype, encoded } = narrowed([integers(own, rank, width)]);
+    return { dtype, encoded: encoded[0]! };
+  };
+  return terms.map(({ A, B, ownA, ownBt, privateTerms, ...term }) => {
+    const { module, rank } = term;
+    const { in: inputs, out } = modules[module]!;
+    return {
+      ...term,
+      ...(A && { A: coefficients(A) }),
+      ...(B && { B: coefficients(B) }),
+      ...(ownA && { ownA: rows(ownA, rank, inputs) }),
+      ...(ownBt && { ownBt: rows(ownBt, rank, out) }),
+      ...(privateTerms && { privateTerms: narrowPrivate(privateTerms, modules[module]!) }),
+    };
+  });
 }
 
 /** What the terms of a module say of its bases. */
@@ -79,24 +89,51 @@ interface TaskModule extends TaskCoefficients {
   readonly magnitude: Float32Array | undefined;
 }
 
-/** @param dtype of coefficients */
+/** A term without its module. @param name of that. @param dtype of coefficients */
 export function encodeTerm(
-  { index, name }: { readonly index: number; readonly name: string },
+  name: string,
   { rank, alphaA, alphaB, privateTerms, magnitude }: TaskModule,
   { A, B }: Bases,
   adapter: Adapter,
   dtype: Dtype,
-): TermInput {
+): Omit<TermInput, "module"> {
   const side = ({ rank: flat, mean }: Bases["A"], encoded: Uint8Array): NonNullable<TermInput["A"]> => {
     return { kind: flat === undefined ? "column" : "flat", dtype, mean: Boolean(mean), encoded };
   };
   return {
-    module: index,
     rank,
     A: rank > 0 ? side(A, alphaA) : undefined,
     B: rank > 0 ? side(B, alphaB) : undefined,
     privateTerms,
-    magnitude: magnitude && vector(magnitude, dtype, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN),
+    magnitude: magnitudeOf(magnitude, dtype, adapter, name),
+  };
+}
+
+function magnitudeOf(values: Float32Array | undefined, dtype: Dtype, adapter: Adapter, name: string) {
+  return values && vector(values, dtype, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN);
+}
+
+/** The same of a task that takes each side by itself: all its numbers are int8. */
+export function sidesTerm(
+  name: string,
+  { rank, choice, alphaA, alphaB, ownA, ownBt, magnitude: values }: SidesTask & Pick<TaskModule, "magnitude">,
+  adapter: Adapter,
+): Omit<TermInput, "module"> {
+  const dtype = "int8";
+  const magnitude = magnitudeOf(values, dtype, adapter, name);
+  if (rank === 0) return { rank, magnitude };
+  const { A, B } = choice;
+  if (A.basis === undefined && B.basis === undefined)
+    return { rank: 0, privateTerms: { rank, dtype, A: ownA!, Bt: ownBt! }, magnitude };
+  const over = ({ basis }: SideChoice, encoded: Uint8Array): TermInput["A"] =>
+    basis === undefined ? undefined : { kind: "column", mean: false, basis, dtype, encoded };
+  return {
+    rank,
+    A: over(A, alphaA),
+    B: over(B, alphaB),
+    ownA: ownA && { dtype, encoded: ownA },
+    ownBt: ownBt && { dtype, encoded: ownBt },
+    magnitude,
   };
 }
 
@@ -118,6 +155,8 @@ export async function encodeAdapter(
   const brings = encodeBrings(saved, {
     magnitude: named(terms.filter(({ magnitude }) => magnitude)),
     private: named(terms.filter(({ privateTerms }) => privateTerms)),
+    "own-A": named(terms.filter(({ ownA }) => ownA)),
+    "own-B": named(terms.filter(({ ownBt }) => ownBt)),
   });
   const entry = { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
   storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));

@@ -3,30 +3,28 @@
  * is added here and nowhere else.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { type Allocation, allocateBytes, allocateError, byTask, type Spectrum } from "../extract/allocation.ts";
+import { type Allocation, byTask, type Spectrum } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
-import { type Shared, type Survey, sharingThatPays, withinBytes, withinError } from "./allocate.ts";
+import { type Survey, withinBytes, withinError } from "./allocate.ts";
 import { Draft, gathered, type Keeping, type Seek, type Streamed, write, writeApart } from "./build.ts";
 import { type Adapters, encode } from "./encode.ts";
 import { type BuildOptions, MOST_STEP, type Recipe, recipeOf } from "./recipe.ts";
 import type { TaskLoss } from "./report.ts";
 import { grow, refine, startSteps, stepsWithin, Unreachable } from "./seek.ts";
+import { findSharing } from "./sharing.ts";
+import { stepsOf } from "./tasks.ts";
 
 /** A way of packing. Its bytes grow with one number: of components, or of private terms. */
 export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "workers" | "onProgress" | "signal"> {
   /** Its name in reports. Default: what sets it apart. */
   readonly name?: string;
   /**
-   * How many components are shared, 0 for none, while private terms grow: as many, in as many bits, as each task and module is worth.
-   * Gauge "balanced". Default: components grow.
+   * What grows with its bytes. "terms": private terms, as many and in as many bits as each task and module is worth. "steps": steps get
+   * finer, every number has as many bits as it is worth, and what tasks share of a side is stored once where that saves bytes. Both in
+   * gauge "balanced". Default: components.
    */
-  readonly allocateBeside?: number;
-  /**
-   * How many components are shared beside private terms, 0 for none, while steps get finer: every number has as many bits as it is worth.
-   * Gauge "balanced". Default: components grow.
-   */
-  readonly refineBeside?: number;
+  readonly grows?: "terms" | "steps";
   /** It is tried only if none before it reached the goal. Default: false. */
   readonly fallback?: boolean;
 }
@@ -35,8 +33,8 @@ export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | 
 export interface Lent extends Pick<BuildOptions, "dtype" | "centering" | "normalize"> {
   readonly opened: Adapters;
   readonly keeping: Keeping;
-  /** What private terms are to hold, beside shared components or alone. */
-  survey(shared?: Shared): Promise<Survey>;
+  /** What private terms are to hold. */
+  survey(): Promise<Survey>;
 }
 
 /** A kind of way: how packs of it are made, and what their bytes grow with. */
@@ -60,7 +58,7 @@ interface Kind {
 const sizeOf = ({ report: { bytes } }: Streamed): number => bytes;
 
 /** A recipe's options of a way. */
-function optionsOf({ name, fallback, allocateBeside, refineBeside, ...options }: Way): BuildOptions {
+function optionsOf({ name, fallback, grows, ...options }: Way): BuildOptions {
   return options;
 }
 
@@ -112,8 +110,8 @@ const ERRORS: readonly ComponentSelection[] = Array.from({ length: 12 }, (_, i) 
 
 /** Private terms grow, in the number formats that each task and module is worth. */
 const ALLOCATED: Kind = {
-  is: ({ allocateBeside }) => allocateBeside !== undefined,
-  nameOf: ({ allocateBeside: k }) => (k === 0 ? "private terms alone" : `${k} components and private terms`),
+  is: ({ grows }) => grows === "terms",
+  nameOf: () => "private terms alone",
   amount: (n) => ERRORS[n - 1]!,
   most: () => ERRORS.length,
   ladder: ERRORS,
@@ -137,28 +135,28 @@ const ALLOCATED: Kind = {
 };
 
 async function allocating(lent: Lent, way: Way): Promise<{ found: Survey; draft: Draft }> {
-  const { allocateBeside: k = 0, dtype } = way;
-  const found = await lent.survey(k > 0 ? { k, dtype: dtype?.basis ?? "f16" } : undefined);
-  const options: BuildOptions = { dtype: lent.dtype, ...optionsOf(way), select: { kind: "k", k } };
+  const found = await lent.survey();
+  const options: BuildOptions = { dtype: lent.dtype, ...optionsOf(way), select: { kind: "k", k: 0 } };
   return { found, draft: new Draft(lent.opened, recipeOf(lent.opened.adapters, options)) };
 }
 
-/** Steps get finer, beside components or none: every number has as many bits as it is worth. */
+/** Steps get finer: every number has as many bits as it is worth, and what is shared is stored once. */
 const CODED: Kind = {
-  is: ({ refineBeside }) => refineBeside !== undefined,
-  nameOf: ({ refineBeside: k }) =>
-    k === 0 ? "private terms alone, coded" : `${k} components and private terms, coded`,
+  is: ({ grows }) => grows === "steps",
+  nameOf: () => "each side shared where that pays, coded",
   amount: (k) => ({ kind: "k", k }),
   most: () => STEPS,
-  make(lent, way, amount) {
-    const { refineBeside: k = 0 } = way;
+  async make(lent, way, amount) {
     if (amount.kind === "error") return codedWithin(lent, way, amount.max);
-    const options = { ...lentOptions(lent), ...optionsOf(way) };
+    if (amount.kind !== "k") throw new Unreachable(`steps are sought for an error or a size, not for ${amount.kind}`);
+    const { opened } = lent;
     // Each step is a thirty-second of an octave finer than the one before.
-    return plainPack(
-      lent,
-      amount.kind === "k" ? codedOptions(options, k, 2 ** (-amount.k / 32)) : { ...options, select: amount },
-    );
+    const step = 2 ** (-amount.k / 32);
+    const recipe = recipeOf(opened.adapters, codedOptions({ ...lentOptions(lent), ...optionsOf(way) }, step));
+    const { spectra } = await lent.survey();
+    const { sides } = await findSharing(opened, spectra, await stepsOf(opened.adapters, step));
+    const whole = { ...recipe, sides };
+    return write(opened, whole, await encode(opened, whole), { held: true });
   },
   async within(lent, way, max) {
     const made = (n: number): Promise<Streamed> => this.make(lent, way, this.amount(n));
@@ -177,27 +175,24 @@ const STEPS = 384;
 /** Private terms that a step may find worth their bytes. */
 const MOST_PRIVATE = 255;
 
-/** Options of a coded pack beside `shared` components. */
-export function codedOptions(options: BuildOptions, shared: number, step: number): BuildOptions {
-  return { ...options, normalize: undefined, step, privateTerms: MOST_PRIVATE, select: { kind: "k", k: shared } };
+/** Options of a coded pack without components of all tasks. */
+export function codedOptions(options: BuildOptions, step: number): BuildOptions {
+  return { ...options, normalize: undefined, step, privateTerms: MOST_PRIVATE, select: { kind: "k", k: 0 } };
 }
 
 /** The coded pack with the coarsest steps that keep every task within an error. @throws Unreachable */
 async function codedWithin({ opened, dtype, keeping, survey }: Lent, way: Way, error: number): Promise<Streamed> {
-  const { refineBeside: k = 0 } = way;
   const { spectra } = await survey();
-  const start = startSteps(spectra, error);
-  const options = codedOptions({ dtype, ...optionsOf(way) }, k, typicalStep(spectra, start));
-  const recipe: Recipe = { ...recipeOf(opened.adapters, options), error: Math.min(1, error) };
+  const { sides, steps: start } = await findSharing(opened, spectra, startSteps(spectra, error), "to an error");
+  // What follows takes less at a time, and the pack grows beside it.
+  await opened.extractor.rest();
+  const options = codedOptions({ dtype, ...optionsOf(way) }, typicalStep(spectra, start));
+  const recipe: Recipe = { ...recipeOf(opened.adapters, options), sides, error: Math.min(1, error) };
   const seek: Seek = async (some, encode) => {
     const own = new Map(some.map(({ id }) => [id, start.get(id) ?? 1]));
     await stepsWithin(own, error, encode, (losses) => losses);
   };
-  if (k === 0) return writeApart(opened, recipe, seek, keeping);
-  const draft = new Draft(opened, recipe);
-  await seek(opened.adapters, (steps) => draft.encode({ steps }));
-  await opened.extractor.rest();
-  return draft.write(keeping);
+  return writeApart(opened, recipe, seek, keeping);
 }
 
 /** What steps are, in geometric mean, of the norm that ΔW of an adapter's modules typically has. */
@@ -232,52 +227,34 @@ export function allOf(dtype: Dtype): Dtypes {
   return { basis: dtype, coefficients: dtype, head: dtype };
 }
 
-/** Private terms in the number formats that each task and module is worth, beside shared components or alone. */
-function allocatedWay(head: Dtype, shared?: Shared): Way {
-  const { k, dtype } = shared ?? { k: 0, dtype: "int4" };
-  return { gauge: "balanced", allocateBeside: k, dtype: { basis: dtype, coefficients: dtype, head } };
+/** Private terms in the number formats that each task and module is worth. */
+function allocatedWay(head: Dtype): Way {
+  return { gauge: "balanced", grows: "terms", dtype: { ...allOf("int4"), head } };
 }
 
-/** Private terms beside so many components, entropy-coded. @param head its number format. Default: coded as well */
-function codedWay(head?: Dtype, shared: number = 0): Way {
-  return { gauge: "balanced", refineBeside: shared, ...(head ? { dtype: { head } } : {}) };
+/** Everything entropy-coded. @param head its number format. Default: coded as well */
+function codedWay(head?: Dtype): Way {
+  return { gauge: "balanced", grows: "steps", ...(head ? { dtype: { head } } : {}) };
 }
 
 /**
- * The ways where ΔW errors decide: private terms alone, and beside shared components where those take fewer bytes.
+ * The ways where ΔW errors decide.
  * @param decisions takes what was decided, a sentence each
  */
-export async function defaultWays(
-  lent: Lent,
+export function defaultWays(
+  { opened: { adapters }, dtype = {} }: Pick<Lent, "opened" | "dtype">,
   goal: { readonly kind: "error" | "bytes"; readonly max: number },
   decisions: string[],
-): Promise<Way[][]> {
-  const { opened, dtype = {} } = lent;
-  const { adapters } = opened;
-  const found = await lent.survey();
-  const { spectra, only } = found;
-  const plan =
-    goal.kind === "error" ? allocateError(spectra, () => goal.max, only) : allocateBytes(spectra, goal.max, only);
-  const shared = adapters.length > 1 ? await sharingThatPays(opened, found, plan) : undefined;
-  // What follows takes less at a time, and the pack grows beside it.
-  await opened.extractor.rest();
-  const head = dtype.head ?? (goal.kind === "error" ? headWithin(goal.max) : headFor(adapters, goal.max));
-  if (shared)
-    decisions.push(`${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`);
-  else if (adapters.length > 1)
-    decisions.push("nothing is shared: adapters have too little in common for components to pay");
-  const matrices = adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1));
-  const alone = allocatedWay(head);
-  const beside = shared ? [[allocatedWay(head, shared)]] : [];
-  if (only) {
-    if (matrices) decisions.push(`heads are stored in ${head}`);
-    return [[alone], ...beside];
-  }
+): Way[][] {
   const exact = goal.kind === "error";
-  if (matrices) decisions.push(`heads are stored in ${head}${exact || dtype.head ? "" : ", where they are not coded"}`);
-  const coded = [0, ...(shared ? [shared.k] : [])].map((k) => [codedWay(exact ? head : dtype.head, k)]);
+  const head = dtype.head ?? (exact ? headWithin(goal.max) : headFor(adapters, goal.max));
+  const coded = dtype.coefficients === undefined;
+  if (adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1)))
+    decisions.push(`heads are stored in ${head}${exact || dtype.head || !coded ? "" : ", where they are not coded"}`);
+  const alone = allocatedWay(head);
+  if (!coded) return [[alone]];
   // Within an error integers with a step take fewer bytes wherever they reach it.
-  return exact ? [...coded, [{ ...alone, fallback: true }], ...beside] : [[alone], ...beside, ...coded];
+  return exact ? [[codedWay(head)], [{ ...alone, fallback: true }]] : [[alone], [codedWay(dtype.head)]];
 }
 
 /** Number format of heads that loses far less than `error` of them. */

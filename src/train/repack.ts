@@ -77,8 +77,8 @@ async function repacked(
     const at = module.fingerprint;
     return {
       ...module,
-      A: A && { ...A, explained: A.explained * captured.A.share },
-      B: B && { ...B, explained: B.explained * captured.B.share },
+      A: A && [{ ...A, explained: A.explained * captured.A.share }],
+      B: B && [{ ...B, explained: B.explained * captured.B.share }],
       fingerprint: at === undefined ? at : new Float32Array(bases.slice(at, at + 4 * FINGERPRINT_SIZE).buffer),
     };
   });

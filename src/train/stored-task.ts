@@ -9,7 +9,7 @@ import { bringsOf, encodedTensor, sharedBases, type TaskBlob, type TaskMetadata 
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
-import { narrowTerms, widthsOf } from "../pack/tasks.ts";
+import { narrowTerms } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
 import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
@@ -76,7 +76,7 @@ export function learnedTask(
   const saved = layersOf(head, numbers).flatMap((layer, i) => savedLayer(layer, headDtype, stored?.head[i]));
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
-  const blob = encodeTask(stored ? narrowTerms(terms, pack.modules.map(widthsOf)) : terms, saved);
+  const blob = encodeTask(stored ? narrowTerms(terms, pack.modules) : terms, saved);
   // The written task is read back: parsing checks it.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
   return { entry: { id, adapterBytes: 0, metadata, brings }, blob };

@@ -83,7 +83,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
         throw new AdapterError(`${cause.message}${whose}`, { file: statistics.file, field: name, cause });
       }
     };
-    modules.push({ ...shape, A: await side("A"), B: await side("B"), fingerprint: fingerprints?.get(name) });
+    modules.push({ ...shape, A: [await side("A")], B: [await side("B")], fingerprint: fingerprints?.get(name) });
     options.onProgress?.(modules.length, statistics.modules.size);
   }
   const baseModel = baseModels(statistics.adapters)[0];
@@ -120,7 +120,7 @@ interface Counted {
 function storedSide({ shape, which, summary, ranks }: Counted, extraction: ExtractOptions): SideInput {
   const encode = (): SideInput => sideInput(sideBasis(summary, ranks, extraction));
   const side = storing(`basis ${which} of "${shape.name}"`, undefined, encode);
-  refuseLarge({ ...shape, [which]: side });
+  refuseLarge({ ...shape, [which]: [side] });
   return side;
 }
 
