@@ -31,7 +31,7 @@ import ray
 from ray.cluster_utils import Cluster
 from pack import adapters_of, pack
 
-adapters, out, work, model, text, *eigenlora = sys.argv[1:]
+adapters, out, work, model, text, shards, *eigenlora = sys.argv[1:]
 marker = pathlib.Path(work) / "killed"
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -57,7 +57,7 @@ def dead():
 killing = threading.Thread(target=kill, daemon=True)
 killing.start()
 waiting = [sys.executable, __file__, "--wait", str(marker), *eigenlora]
-report["pack"] = pack(adapters_of(adapters), out, work, waiting, shards=7, fan_in=3, k=32, dtype="f32")
+report["pack"] = pack(adapters_of(adapters), out, work, waiting, shards=int(shards), fan_in=3, k=32, dtype="f32")
 killing.join(60)
 # Ray's list of nodes hears of it some time after the process is gone.
 until = time.monotonic() + 60

@@ -3,7 +3,7 @@
  * PYTHON with Ray; fails without it where EIGENLORA_REQUIRE lists "ray".
  */
 import { execFile, spawnSync } from "node:child_process";
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -12,13 +12,16 @@ import { openPack } from "eigenlora";
 import t from "tap";
 import { readTask } from "../examples/minilm.js";
 import { data, packDifference, packOf } from "./packs.ts";
-import { required } from "./required.ts";
+import { required, soak } from "./required.ts";
 
 const python = process.env["PYTHON"] ?? "python3";
 const missing = spawnSync(python, ["-c", "import ray"]).status !== 0;
 const skip = missing && !required.has("ray") && "Ray is not here: pip install ray, and set PYTHON";
 
-t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine", { skip }, async (t) => {
+// The soak takes all.
+const [count, shards] = soak ? [53, 7] : [14, 4];
+
+t.test(`${count} adapters, ${shards} shards, two workers, one killed: the pack of one machine`, { skip }, async (t) => {
   if (missing) throw new Error("Ray is required but not installed");
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-hub-"));
   t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
@@ -26,6 +29,10 @@ t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine"
     fileURLToPath(new URL(path, import.meta.url)),
   );
   const out = join(folder, "tasks.eigen");
+  const some = (await readdir(data("adapters/hub"))).sort().slice(0, count);
+  const adapters = join(folder, "adapters");
+  await mkdir(adapters);
+  for (const name of some) await symlink(data(`adapters/hub/${name}`), join(adapters, name));
   const work = join(folder, "work");
   const text = join(folder, "lines.txt");
   const { train } = await readTask("debtags-role");
@@ -36,19 +43,22 @@ t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine"
       .map(([line]) => line)
       .join("\n"),
   );
-  const asked = [data("minilm/model_fp16.onnx"), text];
-  await promisify(execFile)(python, [script!, data("adapters/hub"), out, work, ...asked, process.execPath, main!], {
+  const asked = [data("minilm/model_fp16.onnx"), text, String(shards)];
+  await promisify(execFile)(python, [script!, adapters, out, work, ...asked, process.execPath, main!], {
     env: { ...process.env, RAY_USAGE_STATS_ENABLED: "0" },
     timeout: 280_000,
   });
   const report = JSON.parse(await readFile(join(work, "report.json"), "utf8"));
-  t.match(report, { workers: 2, signal: 9, dead: 1, pack: { tasks: 53, modules: 12 } });
-  t.ok(report.parts < 7, `killed when ${report.parts} of 7 shards were done`);
+  t.match(report, { workers: 2, signal: 9, dead: 1, pack: { tasks: count, modules: 12 } });
+  t.ok(report.parts < shards, `killed when ${report.parts} of ${shards} shards were done`);
   t.match(report.distilled, { tasks: 2, modules: 12 }, "and two tasks distilled by one worker after the other");
-  const { bytes } = await packOf(["adapters/hub"], {
-    select: { kind: "k", k: 32 },
-    dtype: { basis: "f32", coefficients: "f32", head: "f32" },
-  });
+  const { bytes } = await packOf(
+    some.map((name) => `adapters/hub/${name}`),
+    {
+      select: { kind: "k", k: 32 },
+      dtype: { basis: "f32", coefficients: "f32", head: "f32" },
+    },
+  );
   const [found, expected] = [await openPack(out), await openPack(bytes)];
   t.same([...found.tasks.keys()], [...expected.tasks.keys()]);
   const off = await packDifference(found, expected);

@@ -15,7 +15,7 @@ import { type Trained, train } from "./training.js";
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
 /** Cases of the gate: software WebGPU is slow, so each build runs another kind. The soak runs all on both. */
-const GATE: Record<string, readonly string[]> = { webgpu: ["vit-dynamo", BOTH], jsep: ["llama-dynamo"] };
+const GATE: Record<string, readonly string[]> = { webgpu: [BOTH], jsep: ["llama-dynamo"] };
 
 /** Tolerance of gradients. The older provider leaves sine and cosine, which rotate a LLaMA's positions, to WGSL: 2⁻¹¹. */
 const toleranceOf = (name: string, build: string): number =>

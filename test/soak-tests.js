@@ -19,6 +19,7 @@ const TESTS = [
   "trust",
   "peft-mutants",
   "pairs",
+  "hub",
 ];
 
 const names = process.argv.slice(2);
