@@ -8,9 +8,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openPack, type TensorRef } from "eigenlora";
-import type { Adapter } from "eigenlora/build";
+import { type Adapter, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { type BatchFeeds, type DistillOptions, distill } from "eigenlora/train";
+import { type BatchFeeds, createTrainer, type DistillOptions, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { readTask } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
@@ -117,6 +117,45 @@ for (const [name, ort] of [
     t.same(await bytesOf("distilled"), await bytesOf("three"));
   });
 }
+
+t.test("a task that shares one side keeps to its share, and trains what is its own", async (t) => {
+  const adapter = await adapterOf(t, "sessions/adapters/three");
+  const twin: Adapter = {
+    ...adapter,
+    id: "twin",
+    modules: new Map(
+      [...adapter.modules].map(([name, module]) => {
+        const random = uniform(name.length);
+        const read = async () => {
+          const { Bt, ...term } = await module.read();
+          return { ...term, Bt: Bt.map((value) => value * (2 * random() - 1)) };
+        };
+        return [name, { ...module, read }];
+      }),
+    ),
+  };
+  const { chunks, report } = await searchPack([adapter, twin], { goal: { kind: "error", max: 0.5 } });
+  t.ok(report.shared!.A.tasks === 2 && report.shared!.B.tasks === 0, JSON.stringify(report.shared));
+  const session = await open(NODE, model("torchscript"), await openPack(new Blob(chunks as BlobPart[])), {
+    trainable: true,
+  });
+  const teacher = await tiny(NODE, LOSSLESS, ["adapters/three"]);
+  t.teardown(async () => (await session.close(), teacher.close()));
+  const all = inputs(NODE, session, 64);
+  const made = await distill(session, { adapter, feeds: all, steps: 60, batch: 16 });
+  t.equal(made.kept, "distilled");
+  await session.addTask("distilled", made.file);
+  const before = await divergence([session, "three"], [teacher, "three"], all);
+  const after = await divergence([session, "distilled"], [teacher, "three"], all);
+  t.ok(after < 0.7 * before, `by the sessions' own runs: ${before} → ${after}`);
+  const forms = async (id: string) => {
+    const { terms } = await session.pack.load(id);
+    return terms.map(({ rank, A, ownA, B, ownBt }) => [rank, A?.basis, ownA?.rows, B?.basis, ownBt?.rows]);
+  };
+  t.same(await forms("distilled"), await forms("three"));
+  const other = await createTrainer(session, { labels: ["a", "b", "c"] });
+  await t.rejects(other.begin("three"), /another share of the components .* make one with `init: { task: "three" }`/);
+});
 
 t.test("the hold-out is judged as the sessions judge it; the head is trained; the better is kept", async (t) => {
   const session = await tiny(NODE);

@@ -11,6 +11,7 @@ import { examples, F32, LABELS, noise, relative, tiny } from "./learning.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "./sessions.ts";
 
 const basis = (kind: SharedBasis["kind"], K: number, mean: boolean, width: number, seed: number): SharedBasis => ({
+  index: 0,
   kind,
   K,
   mean,
@@ -33,16 +34,23 @@ const anyModule: fc.Arbitrary<TrainedModule> = fc
       meanB: fc.boolean(),
     },
     ...{ flat: fc.boolean(), trained: fc.boolean(), shared: fc.boolean(), seed: fc.integer({ min: 1, max: 1e6 }) },
+    /** How rows take each side: over components, of their own, or both. */
+    takes: fc.tuple(fc.constantFrom("over", "own", "both"), fc.constantFrom("over", "own", "both")),
   })
-  .map(({ in: inputs, out, privateRank, rank, KA, KB, meanA, meanB, flat, trained, shared, seed }) => {
+  .map(({ in: inputs, out, privateRank, rank, KA, KB, meanA, meanB, flat, trained: all, shared, seed, takes }) => {
     const [kind, times] = flat ? (["flat", rank] as const) : (["column", 1] as const);
-    const [A, B] = [basis(kind, KA, meanA, times * inputs, seed), basis(kind, KB, meanB, times * out, seed + 1)];
+    const [ofA, ofB] = takes;
+    const A = ofA === "own" ? undefined : basis(kind, KA, meanA, times * inputs, seed);
+    const B = ofB === "own" ? undefined : basis(kind, KB, meanB, times * out, seed + 1);
+    const own = { A: ofA !== "over", B: ofB !== "over" };
+    // Only components of both sides are trained.
+    const trained = all && A !== undefined && B !== undefined;
     return {
       name: `module ${seed}`,
       in: inputs,
       out,
       privateRank: shared ? privateRank : privateRank + 1,
-      shared: shared ? { rank, A, B, trained } : undefined,
+      shared: shared ? { rank, A, B, own, trained } : undefined,
     };
   });
 
@@ -64,10 +72,13 @@ t.test("factors are what the formula says", async (_t) => {
           const expected = Array.from({ length: (rank + own) * d }, (_, at) => {
             const [row, i] = [Math.floor(at / d), at % d];
             if (row >= rank) return terms.part(values, name, `private${side}`)![(row - rank) * d + i]!;
-            const { kind, K, width, mean, values: E } = shared![side];
+            const beside = terms.part(values, name, `own${side}`)?.[row * d + i] ?? 0;
+            const basis = shared![side];
+            if (!basis) return beside;
+            const { kind, K, width, mean, values: E } = basis;
             const alpha = terms.part(values, name, `alpha${side}`)!;
             const [first, place] = kind === "flat" ? [0, row * d + i] : [row * K, i];
-            let sum = mean ? E[K * width + place]! : 0;
+            let sum = beside + (mean ? E[K * width + place]! : 0);
             for (let k = 0; k < K; k++) sum += alpha[first + k]! * E[k * width + place]!;
             return sum;
           });

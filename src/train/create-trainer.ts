@@ -130,8 +130,7 @@ async function trainedModules(
       const { name, in: inputs, out } = module;
       if (modules?.includes(name) === false) return [];
       const own = first?.terms.find((term) => term.module === index);
-      const made = own?.A !== undefined;
-      const shared = sharedRows(module, section.bytes, made ? own.rank : rank, components, made);
+      const shared = sharedRows(module, section.bytes, rank, components, own);
       const privateRank = privateTerms ?? own?.privateRank ?? 0;
       return [
         { name, in: inputs, out, shared, privateRank: shared ? privateRank : Math.max(privateRank, own ? 0 : rank) },

@@ -11,7 +11,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
-import { sharedBases, type TaskBlob } from "../format/format.ts";
+import type { TaskBlob } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
@@ -150,7 +150,8 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const trainer = await makeTrainer(session, how, supervision);
   await trainer.begin(id);
   const divergenceBefore = await trainer.divergence(judges);
-  const coefficients = (blob.terms[0]!.A?.tensor ?? blob.terms[0]!.privateA!).dtype;
+  const { A, B, ownA, ownBt, privateA } = blob.terms[0]!;
+  const coefficients = (A?.tensor ?? B?.tensor ?? ownA ?? ownBt ?? privateA!).dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
   const stepped = trainer.stepsOf(blob);
@@ -279,17 +280,22 @@ function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>
 function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): string[] {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
   if (terms.length === 0) throw refuse("it has no terms");
-  if (terms.some(({ privateRank }) => privateRank > 0) && pack.directory.basis.step === undefined)
-    throw refuse("it has private terms, which keep their bytes in packs with a step alone: pack with --step");
-  for (const { module, A, B, ownA, ownBt, magnitude } of terms) {
-    const { name } = pack.modules[module]!;
-    const { A: basisA, B: basisB } = sharedBases(pack.modules[module]!) ?? {};
+  if (pack.directory.basis.step === undefined) {
+    if (terms.some(({ privateRank }) => privateRank > 0))
+      throw refuse("it has private terms, which keep their bytes in packs with a step alone: pack with --step");
+    if (terms.some(({ ownA, ownBt }) => ownA || ownBt))
+      throw refuse("it has rows of its own, which keep their bytes in packs with a step alone: pack with --step");
+  }
+  for (const { module, magnitude, ...term } of terms) {
+    const { name, ...bases } = pack.modules[module]!;
     if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
-    if (ownA || ownBt) throw refuse(`it has rows of its own beside components of "${name}"`);
-    if (basisA && !A) throw refuse(`it has private terms alone on "${name}", which has components`);
-    if (!A || !B) continue;
-    if (A.mean !== basisA?.mean || B.mean !== basisB?.mean) throw refuse(`it leaves out the mean of "${name}"`);
-    if (basisA?.kind !== "column" || basisB?.kind !== "column") throw refuse(`"${name}" has no column basis`);
+    for (const side of ["A", "B"] as const) {
+      const coefficients = term[side];
+      if (!coefficients) continue;
+      const basis = bases[side][coefficients.basis]!;
+      if (coefficients.mean !== basis.mean) throw refuse(`it leaves out the mean of "${name}"`);
+      if (basis.kind !== "column") throw refuse(`"${name}" has no column basis`);
+    }
   }
   const saved = parameters.filter(({ role }) => role === "saved");
   const weights = saved.filter(({ name, shape }) => shape.length === 2 && name.endsWith(".weight"));

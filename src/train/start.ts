@@ -41,14 +41,8 @@ export interface Donor {
  * @throws FormatError when the file is damaged
  */
 export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffer>): Promise<Donor> {
-  const trainable = (id: string, blob: TaskBlob): Donor => {
-    const { module } = blob.terms.find(({ ownA, ownBt }) => ownA || ownBt) ?? {};
-    if (module === undefined) return { id, blob };
-    const message = `task "${id}" has rows of its own beside components of "${pack.modules[module]!.name}": begin with another`;
-    throw new TaskError(message, { task: id });
-  };
   if (typeof task === "string") {
-    if (pack.tasks.has(task)) return trainable(task, await pack.load(task));
+    if (pack.tasks.has(task)) return { id: task, blob: await pack.load(task) };
     throw new TaskError(`there is no task "${task}" to start from`, { task });
   }
   const file = "the task to begin with";
@@ -56,7 +50,26 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   if (basisId !== pack.basisId)
     throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
   const plain = await plainTask(blob, { file, part: file, before: pack.directory.basisBytes });
-  return trainable(id, parseTask(plain, pack.modules, file, { id }));
+  return { id, blob: parseTask(plain, pack.modules, file, { id }) };
+}
+
+/** @throws TaskError when a task takes a side of a module in another way than what is trained, which would leave out some of it */
+function refuseOtherSides(pack: Pack, { modules }: TrainedTerms, { id, blob }: Donor): void {
+  for (const { module, rank, A, B, ownA, ownBt } of blob.terms) {
+    const { name } = pack.modules[module]!;
+    const trained = modules.find((one) => one.name === name);
+    const isPlain = rank === 0 || (A?.basis === 0 && B?.basis === 0 && !ownA && !ownBt);
+    if (!trained || isPlain) continue;
+    const { shared } = trained;
+    const isSame =
+      shared?.A?.index === A?.basis &&
+      shared?.B?.index === B?.basis &&
+      shared?.own.A === (ownA !== undefined) &&
+      shared.own.B === (ownBt !== undefined);
+    if (isSame) continue;
+    const message = `task "${id}" has another share of the components of "${name}" than the trainer: make one with \`init: { task: "${id}" }\``;
+    throw new TaskError(message, { task: id });
+  }
 }
 
 /** Makes the state to start from. @throws TaskError when the task to start from has another rank */
@@ -68,9 +81,10 @@ export async function startState<Feeds>(
 ): Promise<State> {
   const state = stateLike({ parameters: { length: terms.size }, ...zerosOf(head) });
   await fillStart(pack, terms, start, state.parameters, random, signal);
+  if (typeof start === "object") refuseOtherSides(pack, origin, start);
   const donor = typeof start === "object" ? start.blob : undefined;
   // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
-  if (origin !== terms && start !== "fresh" && (!donor || donor.terms.some(({ A }) => A))) {
+  if (origin !== terms && start !== "fresh" && (!donor || donor.terms.some(({ rank }) => rank > 0))) {
     const coefficients = new Float32Array(origin.size);
     await fillStart(pack, origin, start, coefficients, random, signal);
     for (const [module, { A, Bt }] of origin.expand(coefficients)) {
@@ -144,8 +158,8 @@ export async function fillStart(
         );
       }
       readTensor(start.blob.bytes, given, values);
-    } else if (kind === "privateB") values.fill(0);
-    else if (kind === "privateA") fillNormal(values, random);
+    } else if (kind === "privateB" || kind === "ownB") values.fill(0);
+    else if (kind === "privateA" || kind === "ownA") fillNormal(values, random);
     else fillCoefficients(values, moments.get(parameter), start === "mean", random);
   }
 }

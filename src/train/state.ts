@@ -85,7 +85,7 @@ export function optimizerOf(
     .filter(({ offset }) => offset < trained.ofTasks)
     .map(({ kind, offset, dims: [rows, columns] }) => ({
       of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
-      rate: kind.startsWith("private") ? privateTerms : terms,
+      rate: kind.startsWith("alpha") ? terms : privateTerms,
       weightDecay,
     }));
   const groups = [

@@ -5,7 +5,7 @@
 
 import type { Pack } from "../core/pack.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { bringsOf, encodedTensor, sharedBases, type TaskBlob, type TaskMetadata } from "../format/format.ts";
+import { bringsOf, encodedTensor, type TaskBlob, type TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
@@ -50,9 +50,8 @@ export function learnedTask(
     ? { ...dtype, coefficients: "int8" as const }
     : dtype;
   const terms: TermInput[] = [];
-  for (const [module, own] of pack.modules.entries()) {
-    const { name } = own;
-    const { A, B } = sharedBases(own) ?? {};
+  for (const [module, { name }] of pack.modules.entries()) {
+    const { shared } = trained.modules.find((one) => one.name === name) ?? {};
     const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
       const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
       if (!rows || width === undefined) return undefined;
@@ -60,13 +59,19 @@ export function learnedTask(
       const values = trained.part(parameters, name, kind)!;
       return { rows, ...tensor(`${kind} of "${name}"`, coefficients, values, rows, width, steps) };
     };
-    const [alphaA, alphaB, privateA, privateB] = [of("alphaA"), of("alphaB"), of("privateA"), of("privateB")];
-    const shared = alphaA && alphaB && A && B;
+    const [privateA, privateB] = [of("privateA"), of("privateB")];
     if (!shared && !privateA) continue;
+    const over = (side: "A" | "B"): TermInput["A"] => {
+      const [basis, alpha] = [shared?.[side], of(`alpha${side}`)];
+      return basis && alpha && { ...alpha, kind: basis.kind, mean: basis.mean, basis: basis.index };
+    };
     terms.push({
       module,
-      rank: shared ? (A.rank ?? alphaA.rows) : 0,
-      ...(shared && { A: { ...alphaA, kind: A.kind, mean: A.mean }, B: { ...alphaB, kind: B.kind, mean: B.mean } }),
+      rank: shared?.rank ?? 0,
+      A: over("A"),
+      B: over("B"),
+      ownA: of("ownA"),
+      ownBt: of("ownB"),
       ...(privateA &&
         privateB && {
           privateTerms: { rank: privateA.rows, dtype: coefficients, A: privateA.encoded, Bt: privateB.encoded },

@@ -1,11 +1,12 @@
 /**
- * The meaning of the trained numbers: coefficients over a pack's components, the components themselves, private terms. They become
- * the terms that a model is fed with, and gradients of terms become gradients of the numbers. One side of a module, whose rows are d
+ * The meaning of the trained numbers: coefficients over a pack's components, the components themselves, rows of the task's own beside
+ * them or in their place, private terms. They become the terms that a model is fed with, and gradients of terms become gradients of the numbers. One side of a module, whose rows are d
  * wide (A: d = in; B: d = out, its rows are those of Bt):
  *
  *     column    row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
  *     flat      all rows in one = mean + Σ_k alpha[k] · E[k]               alpha [1, K], E [K, rank·d]
- *     private   row_i is trained itself                                    [q, d], below the shared rows
+ *     own       is added to row_i, or is row_i where the side has no components   [rank, d]
+ *     private   row_i is trained itself                                    [q, d], below the others
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
@@ -17,6 +18,7 @@ import {
   type Side,
   sharedBases,
   type TaskBlob,
+  type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
@@ -25,6 +27,8 @@ import type { Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
 export interface SharedBasis {
+  /** Which of the side's bases it is. */
+  readonly index: number;
   readonly kind: Side["kind"];
   readonly K: number;
   /** Components E [K, width], then the mean as one more row where there is one. */
@@ -34,11 +38,12 @@ export interface SharedBasis {
   readonly width: number;
 }
 
-/** Components of both sides of a module, and the number of rows made from them. */
+/** Rows that take each side of a module by itself: over components, of the task's own, or the sum of both. */
 export interface SharedRows {
   readonly rank: number;
-  readonly A: SharedBasis;
-  readonly B: SharedBasis;
+  readonly A: SharedBasis | undefined;
+  readonly B: SharedBasis | undefined;
+  readonly own: Readonly<Record<SideName, boolean>>;
   /** Whether the components are trained too. */
   readonly trained: boolean;
 }
@@ -59,7 +64,7 @@ const SIDES: readonly SideName[] = ["A", "B"];
 /** One matrix among the trained numbers. */
 export interface TrainedParameter {
   readonly module: string;
-  readonly kind: `${"alpha" | "components" | "private"}${SideName}`;
+  readonly kind: `${"alpha" | "components" | "own" | "private"}${SideName}`;
   readonly dims: readonly [rows: number, columns: number];
   /** Index of its first element. */
   readonly offset: number;
@@ -87,16 +92,20 @@ export class TrainedTerms {
       offset += rows * columns;
     };
     for (const { name, in: inputs, out, shared, privateRank } of modules) {
-      // Flat components have one row of coefficients for all rows.
-      for (const side of shared ? SIDES : [])
-        add(name, `alpha${side}`, shared![side].kind === "flat" ? 1 : shared!.rank, shared![side].K);
+      for (const side of SIDES) {
+        const basis = shared?.[side];
+        // Flat components have one row of coefficients for all rows.
+        if (basis) add(name, `alpha${side}`, basis.kind === "flat" ? 1 : shared!.rank, basis.K);
+      }
+      for (const side of SIDES)
+        if (shared?.own[side]) add(name, `own${side}`, shared.rank, side === "A" ? inputs : out);
       for (const side of privateRank > 0 ? SIDES : [])
         add(name, `private${side}`, privateRank, side === "A" ? inputs : out);
     }
     this.ofTasks = offset;
     for (const { name, shared } of modules) {
       for (const side of shared?.trained ? SIDES : []) {
-        const { K, mean, width } = shared![side];
+        const { K, mean, width } = shared![side]!;
         add(name, `components${side}`, K + Number(mean), width);
       }
     }
@@ -117,7 +126,7 @@ export class TrainedTerms {
   /** Writes the stored components into the trained ones. */
   fillComponents(values: Values): void {
     for (const { name, shared } of this.modules) {
-      for (const side of SIDES) this.part(values, name, `components${side}`)?.set(shared![side].values);
+      for (const side of SIDES) this.part(values, name, `components${side}`)?.set(shared![side]!.values);
     }
   }
 
@@ -159,16 +168,19 @@ export class TrainedTerms {
         rows.set(sums, row * width);
       }
     }
-    const own = this.part(values, module.name, `private${side}`);
-    if (own) rows.set(own, rows.length - own.length);
+    const own = this.part(values, module.name, `own${side}`);
+    for (let i = 0; i < (own?.length ?? 0); i++) rows[i]! += own![i]!;
+    const apart = this.part(values, module.name, `private${side}`);
+    if (apart) rows.set(apart, rows.length - apart.length);
   }
 
   /** What the shared rows of one side are made of. */
   #shared(values: Values, { name, shared }: TrainedModule, side: SideName) {
+    const basis = shared?.[side];
     return (
-      shared && {
-        ...shared[side],
-        E: this.part(values, name, `components${side}`) ?? shared[side].values,
+      basis && {
+        ...basis,
+        E: this.part(values, name, `components${side}`) ?? basis.values,
         alpha: this.part(values, name, `alpha${side}`)!,
         /** Rows of alpha. Even without components there are rows, made of the mean alone. */
         count: this.parameter(name, `alpha${side}`)!.dims[0],
@@ -189,8 +201,10 @@ export class TrainedTerms {
 
   /** @param rows the gradient of one side [rank, d] */
   #pullBack(values: Values, gradients: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
-    const own = this.part(gradients, module.name, `private${side}`);
-    own?.set(rows.subarray(rows.length - own.length));
+    const own = this.part(gradients, module.name, `own${side}`);
+    own?.set(rows.subarray(0, own.length));
+    const apart = this.part(gradients, module.name, `private${side}`);
+    apart?.set(rows.subarray(rows.length - apart.length));
     const shared = this.#shared(values, module, side);
     if (!shared) return;
     const { K, mean, width, E, alpha, count } = shared;
@@ -255,24 +269,32 @@ function products(out: Float32Array, g: Float32Array, E: Float32Array): void {
 }
 
 /**
- * Reads the components that tasks share on both sides of a module; undefined where there are none to take coefficients of.
+ * Reads what the rows of a module are made of; undefined where there are no components to take coefficients of.
  * @param bases of the pack, as `pack.bases()` gives them
  * @param rank of the rows; flat components have a rank of their own
- * @param made whether the task that is trained on has rows of the module, which may be of the mean alone
+ * @param own the term of the task that is followed, which says how it takes each side. Default: components of both sides
  */
 export function sharedRows(
   module: PackModule,
   bases: Uint8Array,
   rank: number,
   trained: boolean,
-  made: boolean = false,
+  own?: TaskTerm,
 ): SharedRows | undefined {
-  const { A, B } = sharedBases(module) ?? {};
-  if (!A || !B || (!made && (A.K === 0 || B.K === 0))) return undefined;
-  const read = ({ kind, K, mean, tensor }: Side): SharedBasis => {
-    return { kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
+  const read = (sides: readonly Side[], index: number | undefined): SharedBasis | undefined => {
+    if (index === undefined) return undefined;
+    const { kind, K, mean, tensor } = sides[index]!;
+    return { index, kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
   };
-  return { rank: A.rank ?? rank, A: read(A), B: read(B), trained };
+  if (own) {
+    if (own.rank === 0) return undefined;
+    const [A, B] = [read(module.A, own.A?.basis), read(module.B, own.B?.basis)];
+    return { rank: own.rank, A, B, own: { A: own.ownA !== undefined, B: own.ownBt !== undefined }, trained };
+  }
+  const { A, B } = sharedBases(module) ?? {};
+  if (!A || !B || A.K === 0 || B.K === 0) return undefined;
+  const none = { A: false, B: false };
+  return { rank: A.rank ?? rank, A: read(module.A, 0), B: read(module.B, 0), own: none, trained };
 }
 
 /** Finds the tensor of a parameter in a task. */
@@ -285,6 +307,8 @@ export function tensorOf(
   const tensors: Partial<Record<TrainedParameter["kind"], TensorRef | undefined>> = {
     alphaA: term?.A?.tensor,
     alphaB: term?.B?.tensor,
+    ownA: term?.ownA,
+    ownB: term?.ownBt,
     privateA: term?.privateA,
     privateB: term?.privateBt,
   };

@@ -62,7 +62,7 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
     pack.modules.flatMap((module, index) => {
       const term = blob.terms.find((one) => one.module === index);
       if (!term) return [];
-      const shared = sharedRows(module, bases, term.rank, true, true);
+      const shared = sharedRows(module, bases, term.rank, true, term);
       return [{ name: module.name, in: module.in, out: module.out, shared, privateRank: 0 }];
     }),
   );
