@@ -59,7 +59,7 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
     t.ok(Math.abs(task.error.total - safe["errors"][i].total) < 1e-4, `${task.error.total}`);
   const text = (await run("pack", ...some, "-o", "safe.eigen", "--force")).stdout;
   t.match(text, /ΔW error of a task, mean \/ largest +0 +1[45]\.\d % \/ 1[45]\.\d %/);
-  t.match(text, /private terms +\d+ in as many bits as they are worth/);
+  t.match(text, /one task, on average +\d+\.\d kB +\d+\.\d kB/);
   t.match(text, /Nothing is shared/);
   t.match((await run("inspect", "safe.eigen")).stdout, /entropy-coded, every task made within 15.0 % of its ΔW/);
   t.equal((await json(0, "inspect", "safe.eigen"))["error"], 0.15);

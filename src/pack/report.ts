@@ -5,7 +5,6 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels } from "../adapters/modules.ts";
 import type { PrivateChoice } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
-import type { BySide } from "../extract/sides.ts";
 import type { ModuleInput, TermInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
@@ -60,7 +59,11 @@ export interface BuildReport {
 }
 
 /** What tasks share. */
-export interface SharedReport extends BySide<{ readonly tasks: number; readonly modules: number }> {
+export interface SharedReport {
+  /** How many tasks take components of A, what layers read, in one module at least; and in how many modules there are some. */
+  readonly A: { readonly tasks: number; readonly modules: number };
+  /** The same of B, what layers write. */
+  readonly B: { readonly tasks: number; readonly modules: number };
   /** Bytes of the components, about, and how many fewer the pack has because of them. */
   readonly bytes: number;
   readonly saved: number;
