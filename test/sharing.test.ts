@@ -2,11 +2,20 @@
  * What adapters share is found by itself, side by side and group by group: made adapters with a known answer, and real ones of one script.
  */
 import { createRuntime, openPack, type Pack } from "eigenlora";
-import { type Adapter, planAppend, projectAdapters, type SearchReport, searchPack, taskAdapter } from "eigenlora/build";
+import {
+  type Adapter,
+  encodeTaskFile,
+  planAppend,
+  projectAdapters,
+  type SearchReport,
+  searchPack,
+  taskAdapter,
+} from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
 import { completeDtypes, deltaError, relative } from "./internals.ts";
 import { concat, data } from "./packs.ts";
+import { difference, feeds, model, open, outputOf, RUNTIMES } from "./sessions.ts";
 
 const [INPUTS, OUT] = [160, 120];
 const MAX = 0.15;
@@ -233,6 +242,78 @@ t.test("DoRA, blends and a switch on such a pack", async (t) => {
   for (const [name, { data }] of weights()) t.same(base.get(name)!.data, data, "back to the bit");
   await runtime.close();
 });
+
+/** One real adapter, and others with its A. */
+async function kinOf(path: string, count: number): Promise<Adapter[]> {
+  const [adapter] = await readAdapters([data(path)]);
+  t.teardown(() => adapter!.close());
+  return Array.from({ length: count }, (_, i) => {
+    if (i === 0) return adapter!;
+    const modules = [...adapter!.modules].map(([name, module], index) => {
+      const read = async () => {
+        const { Bt, ...term } = await module.read();
+        const factors = normal(100 * i + index, Bt.length);
+        return { ...term, Bt: Bt.map((value, j) => value * factors[j]!) };
+      };
+      return [name, { ...module, read }] as const;
+    });
+    return { ...adapter!, id: `kin ${i}`, modules: new Map(modules) };
+  });
+}
+
+for (const { name, ort } of RUNTIMES) {
+  t.test(`${name}: a session holds what is shared once, and is handed the rest`, async (t) => {
+    const kin = await kinOf("sessions/adapters/three", 3);
+    const { pack, bytes } = await packed(t, kin);
+    t.ok(counts(pack).every((one) => one === "1 0"));
+    const session = await open(ort, model("torchscript"), pack);
+    t.equal(session.mode, "factors");
+    t.match(session.reason, /tasks share what layers read \(A\) in (\d) of \1 modules: a switch hands over the rest/);
+    t.equal(session.probe.result, "passed");
+    const other = await openPack(bytes);
+    const [whole, folded] = [
+      await open(ort, model("torchscript"), other, { reserve: { privateTerms: true } }),
+      await open(ort, model("torchscript"), other, { mode: "folded" }),
+    ];
+    for (const task of [...pack.tasks.keys(), { "kin 1": 0.5, "kin 2": -0.7 }, null]) {
+      const how = typeof task === "object" && task ? { head: "kin 1" } : {};
+      const answers = [];
+      for (const one of [session, whole, folded]) {
+        await one.switchTask(task, how);
+        answers.push(await outputOf(one, feeds(ort, one)));
+      }
+      const [found, expected, merged] = answers as [Float32Array, Float32Array, Float32Array];
+      t.ok(difference(found, expected) < 1e-5, `${JSON.stringify(task)}: off by ${difference(found, expected)}`);
+      t.ok(difference(found, merged) < 2e-5, `${JSON.stringify(task)}, folded: off by ${difference(found, merged)}`);
+    }
+    await session.switchTask("kin 1");
+    await whole.switchTask("kin 1");
+    const fed = (one: typeof session): number => one.memory().scratch;
+    t.ok(fed(session) < 0.8 * fed(whole), `${fed(session)} of ${fed(whole)} bytes`);
+
+    // One that comes later and has rows of A to itself needs room for them.
+    const [stranger] = made(1, ownA, ownB);
+    const [first] = kin;
+    const modules = [...first!.modules].map(([name, module], index) => {
+      const { in: inputs, out } = module;
+      const read = async () => {
+        return { rank: 2, A: normal(index, 2 * inputs), Bt: normal(50 + index, 2 * out).map((v) => v / 50) };
+      };
+      return [name, { ...module, rank: 2, read }] as const;
+    });
+    const late = { ...stranger!, id: "late", saved: first!.saved, modules: new Map(modules) };
+    const [task] = await projectAdapters(pack, [late], completeDtypes({ head: "int8" }));
+    const file = encodeTaskFile(task!.entry, pack.basisId, task!.blob);
+    await session.addTask("late", file);
+    await t.rejects(session.switchTask("late"), /no task did when this session was made; make a new one with reserve/);
+    await whole.addTask("late", file);
+    await whole.switchTask("late");
+    await folded.switchTask("late");
+    const off = difference(await outputOf(whole, feeds(ort, whole)), await outputOf(folded, feeds(ort, folded)));
+    t.ok(off < 2e-5, `off by ${off}`);
+    for (const one of [session, whole, folded]) await one.close();
+  });
+}
 
 t.test("real adapters of one script, whose A starts large and moves", async (t) => {
   const folder = "adapters/same-script";

@@ -44,6 +44,8 @@ export interface CoreTarget {
 export interface TermOptions {
   /** Targets of cores by module name. */
   readonly cores: ReadonlyMap<string, CoreTarget>;
+  /** Sides of modules whose factors are wanted as coefficients over all their components, by module name. Default: none. */
+  readonly over?: ReadonlyMap<string, ReadonlySet<"A" | "B">> | undefined;
   /** Arrays of factors that nothing reads any more, by module name: used again where they fit. */
   readonly old?: ReadonlyMap<string, Pick<Term, "A" | "Bt">> | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -162,7 +164,7 @@ function withParameters(tasks: readonly ActiveTask[], keep: (name: string) => bo
 async function makeTerms(
   tasks: readonly ActiveTask[],
   { mode, bench, weights }: Unfolding,
-  { cores, old, signal }: TermOptions,
+  { cores, over, old, signal }: TermOptions,
 ): Promise<UnfoldedTerms> {
   const { modules, staging } = bench;
   const nameOf = (module: number): string => modules[module]!.name;
@@ -194,7 +196,8 @@ async function makeTerms(
     if (arrays) spare.set(module, arrays);
   }
   const factors = new Map<string, Term>();
-  const terms = await unfold(others, bench, mode, weightOf, { old: spare, turned: true, signal });
+  const sidesOf = (module: number): ReadonlySet<"A" | "B"> | undefined => over?.get(nameOf(module));
+  const terms = await unfold(others, bench, mode, weightOf, { old: spare, over: sidesOf, turned: true, signal });
   for (const [module, term] of terms) factors.set(nameOf(module), term);
   return { cores: written, factors };
 }

@@ -102,6 +102,8 @@ export type PristineWeight = CpuView & { readonly transposed?: boolean };
 interface UnfoldOptions {
   /** ActiveTerms that are no longer read: their arrays are used again where they fit. */
   readonly old?: ReadonlyMap<number, Pick<Term, "A" | "Bt" | "core">> | undefined;
+  /** Sides of a module whose factors are wanted as coefficients over all its components. Default: none. */
+  readonly over?: ((module: number) => ReadonlySet<"A" | "B"> | undefined) | undefined;
   /** Whether A is wanted as [in, rank], as models take it. Default: false. */
   readonly turned?: boolean | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -118,11 +120,13 @@ export async function unfold(
   bench: Workbench,
   mode: "core" | "factors",
   weightOf: (module: number) => PristineWeight,
-  { old, turned = false, signal }: UnfoldOptions = {},
+  { old, over, turned = false, signal }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
   bench.prepare(plans);
   const onDevice = !bench.backend.view;
-  const fetched = onDevice ? await fetchFactors(bench, mode) : undefined;
+  const isExpanded = (plan: ModulePlan): boolean =>
+    plan.rank > 0 && !hasCore(plan, mode) && sidesToExpand(plan, over?.(plan.module)).length > 0;
+  const fetched = onDevice ? await fetchFactors(bench, isExpanded) : undefined;
   const terms = new Map<number, Term>();
   const pause = pacer(signal);
   for (const plan of plans) {
@@ -132,7 +136,8 @@ export async function unfold(
       const { in: inputs, out } = bench.modules[plan.module]!;
       return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
     };
-    terms.set(plan.module, assemble(plan, bench, mode, { old: old?.get(plan.module), turned }, expanded));
+    const how = { old: old?.get(plan.module), over: over?.(plan.module), turned };
+    terms.set(plan.module, how.over ? placed(plan, bench, how, expanded) : assemble(plan, bench, mode, how, expanded));
     const turn = pause();
     if (turn) await turn;
   }
@@ -160,12 +165,74 @@ function* scales(
   }
 }
 
+/** How the arrays of a term are wanted. */
+interface Wanted {
+  readonly old: Pick<Term, "A" | "Bt" | "core"> | undefined;
+  readonly over: ReadonlySet<"A" | "B"> | undefined;
+  readonly turned: boolean;
+}
+
+/** Keys of the sides in plans. */
+const KEYS = { A: "A", B: "Bt" } as const;
+
+/** Sides whose rows are neither wanted as coefficients nor the tasks' own alone. */
+function sidesToExpand(plan: ModulePlan, over: Wanted["over"]): ("A" | "B")[] {
+  if (!over) return ["A", "B"];
+  return (["A", "B"] as const).filter((side) => !over.has(side) && plan[KEYS[side]].shared.length > 0);
+}
+
+/** A term whose sides are taken each by itself: coefficients over all components of the side, rows of the tasks' own, expanded rows. */
+function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wanted, expanded: () => Factors): Term {
+  const module = bench.modules[plan.module]!;
+  const staged = bench.staging.values;
+  const rank = Math.max(plan.rank, 1);
+  const toExpand = sidesToExpand(plan, over);
+  const whole = toExpand.length > 0 && plan.rank > 0 ? expanded() : undefined;
+  const side = (which: "A" | "B", width: number, turned: boolean): Float32Array => {
+    const key = KEYS[which];
+    const { shared, own, private: apart } = plan[key];
+    const bases = module[which];
+    const K = bases.reduce((sum, { tensor }) => sum + tensor.rows, 0);
+    const out = reuse(old?.[key], rank * (over!.has(which) ? K : width)).fill(0);
+    if (over!.has(which)) {
+      const coefficients = { rank, width: K, turned };
+      for (const { at, rows, basis, row } of shared) {
+        let start = 0;
+        for (const other of bases.slice(0, bases.indexOf(basis))) start += other.tensor.rows;
+        putAt(staged, at, rows, basis.tensor.rows, out, row, start, coefficients);
+      }
+    } else if (toExpand.includes(which)) {
+      if (whole) put(whole[key], out, 0, rank, width, turned);
+    } else
+      for (const { at, row, rank: rows } of [...own, ...apart])
+        put(staged.subarray(at, at + rows * width), out, row, rank, width, turned);
+    return out;
+  };
+  return { rank, A: side("A", module.in, turned), Bt: side("B", module.out, false) };
+}
+
+/** Writes rows [rows, count] of `values` from `at` on into [rank, width] from `row` and `column` on; or, turned, into [width, rank]. */
+function putAt(
+  values: Float32Array,
+  at: number,
+  rows: number,
+  count: number,
+  out: Float32Array,
+  row: number,
+  column: number,
+  { rank, width, turned }: { readonly rank: number; readonly width: number; readonly turned: boolean },
+): void {
+  for (let r = 0; r < rows; r++)
+    for (let k = 0; k < count; k++)
+      out[turned ? (column + k) * rank + row + r : (row + r) * width + column + k] = values[at + r * count + k]!;
+}
+
 /** @param expanded the plan's factors; asked for where it has some that are not in the core */
 function assemble(
   plan: ModulePlan,
   bench: Workbench,
   mode: "core" | "factors",
-  { old, turned }: { readonly old: Pick<Term, "A" | "Bt" | "core"> | undefined; readonly turned: boolean },
+  { old, turned }: Wanted,
   expanded: () => Factors,
 ): Term {
   const { in: inputs, out } = bench.modules[plan.module]!;
@@ -204,10 +271,13 @@ function put(values: Float32Array, out: Float32Array, row: number, rank: number,
 }
 
 /** Reads the factors that are not in a core from a device, by module: one read a round. */
-async function fetchFactors(bench: Workbench, mode: "core" | "factors"): Promise<Map<number, Factors>> {
+async function fetchFactors(
+  bench: Workbench,
+  isExpanded: (plan: ModulePlan) => boolean,
+): Promise<Map<number, Factors>> {
   const factors = new Map<number, Factors>();
   for (const round of bench.rounds) {
-    const wanted = round.filter((plan) => plan.rank > 0 && !hasCore(plan, mode));
+    const wanted = round.filter(isExpanded);
     if (wanted.length === 0) continue;
     const places = wanted.map((plan) => bench.expand(plan));
     const { block } = places[0]!.A;

@@ -20,6 +20,8 @@ export interface AdaptedLayer {
   readonly components?: Components | undefined;
   /** Whether tasks bring factors: expanded ones, or private ones beside a core. True without components. */
   readonly factors: boolean;
+  /** Components that rows of the factors are coefficients over, on the sides where they are. */
+  readonly over?: Partial<Components> | undefined;
   /** Whether tasks scale the rows of W + ΔW (DoRA). */
   readonly rowScale: boolean;
 }
@@ -76,6 +78,8 @@ export interface TaskInput {
   readonly dims: readonly (number | string)[];
   /** Cores of the modules, along the diagonal in this order. */
   readonly cores?: readonly CoreBlock[];
+  /** Set where a factor's rows are coefficients over components, which the graph has: of A [K, q], of B [q, K]. */
+  readonly over?: { readonly K: number; readonly scales: Float32Array | undefined } | undefined;
 }
 
 /** The core of one module in the input of several. */

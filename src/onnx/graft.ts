@@ -9,6 +9,9 @@
  *     d  = xs·E_B + (reshape(x, [tasks, n / tasks, in]) · A) · B  A [tasks, in, q], B [tasks, q, out]
  *     y' = y + reshape(d, shape of y)
  *
+ * Where tasks share one side alone, factors lie over its components: x·E_Aᵀ is multiplied with A [tasks, K_A, q], or with E_B what
+ * B [tasks, q, K_B] makes.
+ *
  * Layers that one x enters (queries, keys, values) share its product with their components, and one input that holds their cores along
  * its diagonal.
  *
@@ -26,7 +29,7 @@ import type {
   ProbeOutputs,
   TaskInput,
 } from "./adapted.ts";
-import { ComponentProducts, type IntegerProducts } from "./components.ts";
+import { ComponentProducts, type ComponentRows, type IntegerProducts } from "./components.ts";
 import type { GraftTools } from "./graft-forms.ts";
 import { groupsOf, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
@@ -121,11 +124,17 @@ class Grafter {
   /** @param members which all have components, or one module */
   group(members: readonly AdaptedLayer[]): void {
     const core = members[0]!.components && this.#core(members);
-    const own = members.map(({ name, in: inputs, out, factors, rowScale }) => ({
-      A: factors ? this.#input(name, "A", [inputs, "q"]) : undefined,
-      B: factors ? this.#input(name, "B", ["q", out]) : undefined,
-      scale: rowScale ? this.#input(name, "scale", [1, out]) : undefined,
-    }));
+    const own = members.map(({ name, in: inputs, out, factors, over, rowScale }) => {
+      const side = (rows: ComponentRows | undefined): Pick<TaskInput, "over"> => {
+        return rows ? { over: { K: rows.rows, scales: this.products.scalesOf(rows) } } : {};
+      };
+      const [A, B] = [side(over?.A), side(over?.B)];
+      return {
+        A: factors ? this.#input(name, "A", [A.over?.K ?? inputs, "q"], A) : undefined,
+        B: factors ? this.#input(name, "B", ["q", B.over?.K ?? out], B) : undefined,
+        scale: rowScale ? this.#input(name, "scale", [1, out]) : undefined,
+      };
+    });
     for (const i of members[0]!.linears.keys()) {
       const linears = members.map((member) => member.linears[i]!);
       const mixed = core && this.#mix(members, linears, core);
@@ -148,7 +157,7 @@ class Grafter {
       return { module: name, KA: A.rows, KB: B.rows, scalesA, scalesB };
     });
     const size = (side: "KA" | "KB"): number => cores.reduce((sum, block) => sum + block[side], 0);
-    this.#input(joined(cores.map(({ module }) => module)), "core", [size("KA"), size("KB")], cores);
+    this.#input(joined(cores.map(({ module }) => module)), "core", [size("KA"), size("KB")], { cores });
     return this.#inputs[this.#inputs.length - 1]!;
   }
 
@@ -198,7 +207,7 @@ class Grafter {
   }
 
   #term(
-    { name, in: inputs, out, components }: AdaptedLayer,
+    { name, in: inputs, out, components, over }: AdaptedLayer,
     linear: Linear,
     { A, B, scale }: { A: string | undefined; B: string | undefined; scale: string | undefined },
     mixed: Mixed | undefined,
@@ -209,7 +218,10 @@ class Grafter {
     const { rank, rows, byTask } = this.#rowsInto(place, linear.graph, linear.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
-      terms.push(place.op("MatMul", [place.op("MatMul", [byTask(rows, inputs), A]), B]));
+      const side = (which: "A" | "B"): string => `${PREFIX}/${name}/E_${which}`;
+      const read = over?.A ? this.products.project(place, rows, [over.A], side("A")) : rows;
+      const made = place.op("MatMul", [place.op("MatMul", [byTask(read, over?.A?.rows ?? inputs), A]), B]);
+      terms.push(over?.B ? this.products.expand(place, made, over.B, side("B")) : made);
     }
     if (mixed) terms.push(this.products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
@@ -292,7 +304,7 @@ class Grafter {
       },
       input: (...of) => this.#input(...of),
       core: (of, KA, KB) =>
-        this.#input(of, "core", [KA, KB], [{ module: of, KA, KB, scalesA: undefined, scalesB: undefined }]),
+        this.#input(of, "core", [KA, KB], { cores: [{ module: of, KA, KB, scalesA: undefined, scalesB: undefined }] }),
       ints: (values) => this.#ints(values),
       dims: (name, input, from, to) => this.#once(name, "Slice", ["Shape", input], [from, to]),
       tasks: () => this.#once("tasks", "Slice", ["Shape", this.#inputs[0]!.name], [0, 1]),
@@ -351,10 +363,15 @@ class Grafter {
     return name;
   }
 
-  #input(of: string, kind: TaskInput["kind"], dims: readonly (number | string)[], cores?: CoreBlock[]): string {
+  #input(
+    of: string,
+    kind: TaskInput["kind"],
+    dims: readonly (number | string)[],
+    more?: Pick<TaskInput, "cores" | "over">,
+  ): string {
     const suffix = { headWeight: "weight", headBias: "bias", bias: "change" }[kind as string] ?? kind;
     const name = `${PREFIX}.${of}.${suffix}`;
-    this.#inputs.push({ name, of, kind, dims: ["tasks", ...dims], ...(cores && { cores }) });
+    this.#inputs.push({ name, of, kind, dims: ["tasks", ...dims], ...more });
     return name;
   }
 

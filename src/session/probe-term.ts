@@ -19,7 +19,7 @@ export interface ProbeValue {
 }
 
 /** An adapted layer as far as its term is concerned. */
-export type ProbedLayer = Pick<AdaptedLayer, "name" | "in" | "out" | "components" | "factors">;
+export type ProbedLayer = Pick<AdaptedLayer, "name" | "in" | "out" | "components" | "factors" | "over">;
 
 /** The value of an input for cores of a made-up task. */
 export function madeUpCores(input: TaskInput, size?: number): InputValue {
@@ -34,20 +34,28 @@ export function madeUpCores(input: TaskInput, size?: number): InputValue {
 
 /** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x: the term of an adapted layer by plain arithmetic. */
 export function termOf(
-  { name, in: width, out, components, factors }: ProbedLayer,
+  { name, in: width, out, components, factors, over = {} }: ProbedLayer,
   x: ArrayLike<number>,
   inputs: readonly TaskInput[],
   values: InputValues,
 ): Float64Array {
   const rows = x.length / width;
-  const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
-    const { data, dims } = values.get(inputs.find((input) => input.of === name && input.kind === kind)!.name)!;
-    return { data: data as Float32Array, columns: dims[1]! };
+  const value = (kind: "A" | "B"): { data: ArrayLike<number>; columns: number } => {
+    const input = inputs.find((one) => one.of === name && one.kind === kind)!;
+    const { data, dims } = values.get(input.name)!;
+    const columns = dims[1]!;
+    // The graph's components are without scales where these are in the input.
+    const scales = input.over?.scales;
+    const scaleAt = (i: number): number => scales?.[kind === "A" ? Math.floor(i / columns) : i % columns] ?? 1;
+    return { data: Float64Array.from(data as Float32Array, (one, i) => one / scaleAt(i)), columns };
   };
   let term = new Float64Array(rows * out);
   if (factors) {
     const [A, B] = [value("A"), value("B")];
-    term = multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out);
+    const [KA, KB] = [over.A?.rows ?? width, over.B?.rows ?? out];
+    const read = over.A ? multiply(x, transpose(over.A.floats(), KA, width), rows, width, KA) : x;
+    const made = multiply(multiply(read, A.data, rows, KA, A.columns), B.data, rows, A.columns, KB);
+    term = over.B ? multiply(made, over.B.floats(), rows, KB, out) : made;
   }
   if (!components) return term;
   const [KA, KB] = [components.A.rows, components.B.rows];

@@ -88,8 +88,18 @@ interface Evaluation {
 /** Pads a head with fewer columns than its neighbours: never the maximum, and 0 after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
-/** Prefixes of module names by kind of input, in the set of what a model is ready for. */
-const READY: Readonly<Record<string, string>> = { scale: "magnitude ", A: "private " };
+/** What a model with these inputs is ready for, in the form of a task's `brings`: rows of a side need an input of whole rows. */
+function readyFor(inputs: readonly TaskInput[]): Set<string> {
+  const ready = new Set<string>();
+  for (const { of, kind, over } of inputs) {
+    if (kind === "scale") ready.add(`magnitude ${of}`);
+    else if (kind === "A" || kind === "B") {
+      if (!over) ready.add(`own-${kind} ${of}`);
+    } else if (kind !== "core") ready.add(of);
+  }
+  for (const { of } of inputs) if (ready.has(`own-A ${of}`) && ready.has(`own-B ${of}`)) ready.add(`private ${of}`);
+  return ready;
+}
 
 /** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
@@ -97,13 +107,18 @@ export class TaskEvaluator {
   readonly #runtime: SessionRuntime;
   /** Modules and parameters that have inputs, in the form of a task's `brings`. */
   readonly #ready: ReadonlySet<string>;
+  /** Sides of modules whose factors lie over components. */
+  readonly #over: ReadonlyMap<string, ReadonlySet<"A" | "B">>;
 
   constructor({ view, mode, base, inputs }: EvaluatedModel, runtime: SessionRuntime) {
     // Not all of the prepared model: its layers know the graph, and so the model's whole file.
     this.#model = { view, mode, base, inputs };
     this.#runtime = runtime;
-    const telling = inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
-    this.#ready = new Set(telling.map(({ of, kind }) => (READY[kind] ?? "") + of));
+    this.#ready = readyFor(inputs);
+    const over = new Map<string, Set<"A" | "B">>();
+    for (const input of inputs)
+      if (input.over) over.set(input.of, (over.get(input.of) ?? new Set()).add(input.kind as "A" | "B"));
+    this.#over = over;
   }
 
   /**
@@ -162,7 +177,7 @@ export class TaskEvaluator {
       for (const brought of bringsOf(blob, pack.modules)) {
         const { role, name } = parseBrought(brought);
         const head = base.heads.get(moduleOf(name));
-        if (this.#ready.has(needsFactors(role) ? READY["A"] + name : brought) || this.#ready.has(name)) continue;
+        if (this.#ready.has(brought) || this.#ready.has(name)) continue;
         const folds = mode === "folded" && (isOfModule(role) || base.wanted.has(name));
         if (head ? head.bias || !name.endsWith(".bias") : folds) continue;
         const hint = needsFactors(role) ? " with reserve: { privateTerms: true }" : "";
@@ -182,7 +197,8 @@ export class TaskEvaluator {
     );
     const targets = new Map(spaces.flatMap(({ targets }) => targets));
     const factors = old && this.#oldFactors(old);
-    const terms = await this.#runtime.terms(loaded, { cores: targets, old: factors, signal });
+    const over = this.#over;
+    const terms = await this.#runtime.terms(loaded, { cores: targets, over, old: factors, signal });
     const cores = new Map(spaces.map((space) => [space.name, space.value((module) => terms.cores.has(module))]));
     return { cores, factors: terms.factors };
   }
@@ -198,7 +214,7 @@ export class TaskEvaluator {
     return found;
   }
 
-  #value({ name, of, kind, dims }: TaskInput, { tasks, cores, factors, merged }: Evaluation): InputValue {
+  #value({ name, of, kind, dims, over }: TaskInput, { tasks, cores, factors, merged }: Evaluation): InputValue {
     const term = factors.get(of);
     const own = dims.slice(1);
     const fixed = own.map((d) => (typeof d === "number" ? d : 1));
@@ -208,9 +224,9 @@ export class TaskEvaluator {
       case "core":
         return cores.get(name)!;
       case "A":
-        return term ? { dims: [height, term.rank], data: term.A } : zeros();
+        return term ? scaled({ dims: [height, term.rank], data: term.A }, over?.scales, term.rank, 1) : zeros();
       case "B":
-        return term ? { dims: [term.rank, width], data: term.Bt } : zeros();
+        return term ? scaled({ dims: [term.rank, width], data: term.Bt }, over?.scales, 1, width) : zeros();
       case "scale":
         return { dims: fixed, data: term?.rowScale ?? new Float32Array(width).fill(1) };
       case "bias":
@@ -290,6 +306,18 @@ export class CoreSpace {
     }
     return { dims: this.#dims, data };
   }
+}
+
+/** Multiplies coefficients with the scales of their components, in place. @param every numbers, there is another one of `count` */
+function scaled(
+  value: InputValue & { readonly data: Float32Array },
+  scales: Float32Array | undefined,
+  every: number,
+  count: number,
+): InputValue {
+  const { data } = value;
+  for (let i = 0; scales && i < data.length; i++) data[i]! *= scales[count === 1 ? Math.floor(i / every) : i % count]!;
+  return value;
 }
 
 /** Rows of an embedding that a task brings. */
