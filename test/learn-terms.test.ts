@@ -3,11 +3,14 @@
  * their own, tasks without training.
  */
 import { openPack, type Term } from "eigenlora";
+import { searchPack, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { createTrainer, zeroShotTask } from "eigenlora/train";
 import fc from "fast-check";
 import t from "tap";
-import { expandTerm, type SharedBasis, type TrainedModule, TrainedTerms, uniform } from "./internals.ts";
+import { deltaError, expandTerm, type SharedBasis, type TrainedModule, TrainedTerms, uniform } from "./internals.ts";
 import { examples, F32, LABELS, noise, relative, tiny } from "./learning.ts";
+import { data } from "./packs.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "./sessions.ts";
 
 const basis = (kind: SharedBasis["kind"], K: number, mean: boolean, width: number, seed: number): SharedBasis => ({
@@ -119,6 +122,52 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
       }
     }),
   );
+});
+
+t.test("factors that were learned are stored as a pack with a step stores its tasks", async (t) => {
+  const adapters = await readAdapters([data("sessions/adapters")]);
+  const { chunks } = await searchPack(adapters);
+  const pack = await openPack(new Blob(chunks as BlobPart[]));
+  const session = await open(NODE, model("torchscript"), pack, { trainable: true });
+  t.teardown(() => Promise.all([session.close(), ...adapters.map((adapter) => adapter.close())]));
+  const trainer = await createTrainer(session, { labels: LABELS, rank: 8 });
+  for await (const _ of trainer.fit(examples(NODE, session, 32, 5), { steps: 30, batch: 8 }));
+  const files = {
+    whole: await trainer.task({ dtype: F32 }),
+    small: await trainer.task(),
+    fine: await trainer.task({ error: 0.05 }),
+  };
+  t.ok(
+    files.small.length < files.fine.length && files.fine.length < files.whole.length / 4,
+    Object.values(files)
+      .map(({ length }) => length)
+      .join(", "),
+  );
+  for (const [id, file] of Object.entries(files)) await session.addTask(id, file);
+  const whole = await taskAdapter(pack, "whole");
+  for (const [id, most] of Object.entries({ small: 0.3, fine: 0.05 })) {
+    const stored = await taskAdapter(pack, id);
+    let [lost, all] = [0, 0];
+    for (const [name, module] of whole.modules) {
+      const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
+      const none = { rank: 1, A: new Float64Array(module.in), Bt: new Float64Array(module.out) };
+      const found = await stored.modules.get(name)?.read();
+      const { difference: off, norm } = deltaError(pair(await module.read()), found ? pair(found) : none);
+      lost += off ** 2;
+      all += norm ** 2;
+    }
+    const loss = Math.sqrt(lost / all);
+    t.ok(loss <= most && loss > most / 2, `${id}: ${loss}`);
+    t.same(session.tasks.get(id)!.metadata.labels, LABELS);
+  }
+  const answers = [];
+  for (const id of Object.keys(files)) {
+    await session.switchTask(id);
+    answers.push(await outputOf(session, feeds(NODE, session)));
+  }
+  const [exact, coarse, near] = answers as [Float32Array, Float32Array, Float32Array];
+  t.ok(difference(near, exact) < difference(coarse, exact), "the finer one answers more alike");
+  await t.rejects(trainer.task({ error: 2 }), /error: expected a number between 0 and 1, got 2/);
 });
 
 t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones are of their spread", async (t) => {

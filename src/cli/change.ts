@@ -60,7 +60,9 @@ export const add: Attach = command({
     const pack = await run.pack(file);
     refuseTaken(pack, named);
     refuseOtherBase(pack, adapters, anyBase);
-    const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(out, "module"));
+    const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), {
+      onProgress: counting(out, "module"),
+    });
     const learned: TaskToWrite[] = [];
     for (const { path, id } of files) await pack.addTask(id, path);
     for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });

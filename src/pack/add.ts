@@ -38,26 +38,33 @@ export interface ProjectedAdapter extends TaskToWrite {
   readonly warnings: readonly string[];
 }
 
+/** Options of `projectAdapters`. */
+export interface ProjectAdaptersOptions {
+  /** Called after each module. */
+  readonly onProgress?: ((done: number, of: number) => void) | undefined;
+  /** The share of its ΔW that an adapter may lose, where tasks have rows of their own. Default: as the pack's tasks. */
+  readonly error?: number | undefined;
+}
+
 /**
  * Brings adapters into a pack that exists, in its gauge and to its rank: coefficients on its components; and where its tasks have
  * private terms, as many of those, or with such steps, as keep the error of each adapter within that which the pack was made for, or
  * within `DEFAULT_ERROR`. Where tasks share each side by itself, an adapter takes of each what costs it least, and has beside it what
  * the others' components lack. A pack whose step was made for no error has its step. Module by module, so that each basis is opened once.
- * @param onProgress called after each module
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
 export async function projectAdapters(
   pack: Pack,
   adapters: readonly Adapter[],
   formats: Dtypes,
-  onProgress?: (done: number, of: number) => void,
+  { onProgress, error }: ProjectAdaptersOptions = {},
 ): Promise<ProjectedAdapter[]> {
   checkPack("projectAdapters", pack);
   checkAdapters("projectAdapters", adapters);
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
   try {
-    const made = await onto({ pack, bases: bases.bytes, adapters, formats, onProgress });
+    const made = await onto({ pack, bases: bases.bytes, adapters, formats, onProgress, error });
     return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
   } finally {
     bases.close();
@@ -70,11 +77,13 @@ interface Newcomers {
   readonly bases: Uint8Array;
   readonly adapters: readonly Adapter[];
   readonly formats: Dtypes;
-  readonly onProgress: ((done: number, of: number) => void) | undefined;
+  readonly onProgress: ProjectAdaptersOptions["onProgress"];
+  readonly error: number | undefined;
 }
 
 async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
-  const { step, error } = all.pack.directory.basis;
+  const { step } = all.pack.directory.basis;
+  const error = all.error ?? all.pack.directory.basis.error;
   const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
   const choices = sharesBySide(all.pack) ? new Map<string, BySide<SideChoice>>() : undefined;
   if (!choices && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);

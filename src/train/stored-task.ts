@@ -21,10 +21,19 @@ import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } fr
 export interface TaskFileOptions {
   /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
-  /** Number formats. The bias of the head is f16 where the weight is integers. Default: f16. */
+  /**
+   * Number formats. The bias of the head is f16 where the weight is integers. Default: f16; in packs with a step, where factors are
+   * trained, integers of as many bits as they are worth.
+   */
   readonly dtype?: Partial<TaskDtypes> | undefined;
   /** Metadata beside the labels, for instance a licence. */
   readonly metadata?: TaskMetadata | undefined;
+}
+
+/** How a learned task is stored. */
+export interface LearnedTaskOptions extends TaskFileOptions {
+  /** In packs with a step, where factors are trained and no `dtype` is given: the share of its ΔW that the task may lose. Default: 0.3. */
+  readonly error?: number | undefined;
 }
 
 /** Writes a task as a file of its own (SPEC.md, section 7), coded if the pack's tasks are, so that adding it keeps its bytes. */

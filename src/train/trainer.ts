@@ -4,11 +4,12 @@
  */
 import { checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import type { TaskBlob } from "../format/format.ts";
+import type { TaskBlob, TaskMetadata } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { uniform } from "../tensor/random.ts";
 import { checkNumbers } from "./checks.ts";
 import { type Example, type Row, toBatches, type Unlabelled } from "./examples.ts";
+import { layersOf } from "./head.ts";
 import {
   answers,
   checkGradients,
@@ -22,7 +23,15 @@ import {
 import { MeanDivergence, softmax } from "./probabilities.ts";
 import { readDonor, type Start, startState } from "./start.ts";
 import { copyOf, type OptimizerOptions, optimizerOf, type State } from "./state.ts";
-import { learnedTask, type Stepped, stepsOf, type TaskFileOptions, type TaskSteps, taskFile } from "./stored-task.ts";
+import {
+  type LearnedTaskOptions,
+  learnedTask,
+  type Stepped,
+  stepsOf,
+  type TaskFileOptions,
+  type TaskSteps,
+  taskFile,
+} from "./stored-task.ts";
 import type { Score } from "./supervision.ts";
 
 const OPTIONS = [
@@ -30,6 +39,8 @@ const OPTIONS = [
   ...(["learningRates", "weightDecay", "clip", "warmup", "decay"] as const),
 ] as const;
 const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
+/** What a learned task loses of its ΔW when it is stored: it has learned what its examples need, and noise beside it. */
+const LEARNED_ERROR = 0.3;
 
 /** Options of every trainer. */
 export interface TrainerOptions {
@@ -293,8 +304,9 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** Writes the task as a file of its own: a few kilobytes, for `session.addTask`, `pack.addTask`, or to send. */
-  async task(options: TaskFileOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
+  async task({ error = LEARNED_ERROR, ...options }: LearnedTaskOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
     checkOptions("task", options, TASK_OPTIONS);
+    if (!(error > 0 && error < 1)) throw new RangeError(`task: error: expected a number between 0 and 1, got ${error}`);
     const { parameters } = this.#learned();
     const { terms } = this.#setup;
     const stored = new Float32Array(terms.size);
@@ -304,7 +316,18 @@ export class Trainer<Feeds = unknown> {
         "task: components were trained too, so that the task is of no use beside the pack's; take trainer.pack()",
       );
     }
-    return this.taskFile(options);
+    const { pack } = this.#setup;
+    const hasFactors = terms.modules.every(({ shared }) => !shared || shared.own.A || shared.own.B);
+    if (options.dtype || !hasFactors || pack.directory.basis.step === undefined) return this.taskFile(options);
+    const { smallTask } = await import("./small-task.ts");
+    const head = layersOf(this.#setup.model.head, this.#learned());
+    const learned = {
+      id: options.id ?? "task",
+      metadata: this.#metadata(options),
+      terms: terms.expand(parameters),
+      head,
+    };
+    return smallTask(pack, learned, error);
   }
 
   /** @internal Writes the task as a file, with integers of given steps. */
@@ -328,10 +351,15 @@ export class Trainer<Feeds = unknown> {
     return repack(pack, terms, this.#learned().parameters.slice(), this.#task(options));
   }
 
-  #task({ metadata, ...options }: TaskFileOptions & Stepped): TaskToWrite {
-    const { pack, terms, model, labels } = this.#setup;
-    const named = { ...options, metadata: { ...(labels.length > 0 && { labels: [...labels] }), ...metadata } };
+  #task(options: TaskFileOptions & Stepped): TaskToWrite {
+    const { pack, terms, model } = this.#setup;
+    const named = { ...options, metadata: this.#metadata(options) };
     return learnedTask(pack, terms, this.#learned(), model.head, named);
+  }
+
+  #metadata({ metadata }: TaskFileOptions): TaskMetadata {
+    const { labels } = this.#setup;
+    return { ...(labels.length > 0 && { labels: [...labels] }), ...metadata };
   }
 
   #learned(): State {

@@ -39,7 +39,7 @@ export async function projectTasks(
   checkOptions("projectTasks", options, ["dtype", "onProgress"]);
   const sorted = byId(adapters);
   const dtype = completeDtypes(options.dtype);
-  const projected = await projectAdapters(basis, sorted, dtype, options.onProgress);
+  const projected = await projectAdapters(basis, sorted, dtype, options);
   const residual = projected.map((task) => task.residual);
   const files = projected.map(({ entry, blob }) => encodeTaskFile(entry, basis.basisId, blob));
   return { chunks: writeTasks(basis, made, dtype, residual, files), residual };
