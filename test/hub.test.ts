@@ -46,7 +46,7 @@ t.test(`${count} adapters, ${shards} shards, two workers, one killed: the pack o
   const asked = [data("minilm/model_fp16.onnx"), text, String(shards)];
   await promisify(execFile)(python, [script!, adapters, out, work, ...asked, process.execPath, main!], {
     env: { ...process.env, RAY_USAGE_STATS_ENABLED: "0" },
-    timeout: 280_000,
+    timeout: 500_000,
   });
   const report = JSON.parse(await readFile(join(work, "report.json"), "utf8"));
   t.match(report, { workers: 2, signal: 9, dead: 1, pack: { tasks: count, modules: 12 } });
