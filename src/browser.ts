@@ -15,6 +15,7 @@ export {
   type Encode,
   type Example,
   type FitOptions,
+  type LearnedTaskOptions,
   type Message,
   type ObjectiveOptions,
   type OptimizerOptions,

@@ -20,7 +20,7 @@ export type { ComponentSelection } from "./extract/options.ts";
 export { encodeTaskFile } from "./format/encode.ts";
 export type { ParameterRole, TaskEntry } from "./format/format.ts";
 export type { Append, Sign, TaskToWrite } from "./format/layout.ts";
-export { type ProjectedAdapter, projectAdapters } from "./pack/add.ts";
+export { type ProjectAdaptersOptions, type ProjectedAdapter, projectAdapters } from "./pack/add.ts";
 export { type Built, buildPack } from "./pack/build.ts";
 export { taskAdapter } from "./pack/expand.ts";
 export type { Goal, Judge, PerTask, SearchOptions, Tried } from "./pack/goal.ts";

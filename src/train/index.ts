@@ -16,7 +16,7 @@ export type { ObjectiveOptions } from "./objective.ts";
 export type { SequenceOptions } from "./sequences.ts";
 export type { Start } from "./start.ts";
 export type { OptimizerOptions } from "./state.ts";
-export type { TaskFileOptions } from "./stored-task.ts";
+export type { LearnedTaskOptions, TaskFileOptions } from "./stored-task.ts";
 export type { Score } from "./supervision.ts";
 export { type FitOptions, Trainer, type TrainerOptions, type TrainingStep } from "./trainer.ts";
 export { type ZeroShotOptions, zeroShotTask } from "./zero-shot.ts";
