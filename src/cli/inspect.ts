@@ -61,6 +61,7 @@ export const inspect: Attach = command({
         ...modulesTable(modules, shares),
         "",
         [`${count(tasks.length, "task")}.`, ...(shares ? [sharing(breakEvenTasks)] : [])].join(" "),
+        ...sidesText(modules),
         ...privateText(privateTerms),
       ],
     };
@@ -90,6 +91,14 @@ function modulesTable(modules: readonly Module[], shares: boolean): string[] {
       explained(module.componentsB, explainedB),
     ]),
   ]);
+}
+
+/** What tasks share where they do not share both sides of all modules. */
+function sidesText(modules: readonly Module[]): string[] {
+  const [A, B] = (["componentsA", "componentsB"] as const).map((of) => modules.filter((one) => one[of] > 0).length);
+  if (A === B && (A === 0 || A === modules.length)) return [];
+  const of = `of ${count(modules.length, "module")}`;
+  return [`Tasks share what layers read (A) in ${A} ${of}, and what they write (B) in ${B}.`];
 }
 
 /** Terms that tasks have to themselves: how many in a module, and in which number formats. */
@@ -136,7 +145,7 @@ function privateText(own: PrivateTerms | null): string[] {
   if (!own) return [];
   const { min, max, dtypes, unread } = own;
   const damaged = unread > 0 ? `; ${count(unread, "task")} could not be read, verify says why` : "";
-  return [`Tasks have private terms: ${range(min, max)} in a module, in ${dtypes.join(", ")}${damaged}.`];
+  return [`Tasks have rows of their own: ${range(min, max)} in a module, in ${dtypes.join(", ")}${damaged}.`];
 }
 
 /** Lists sections in the order of the file. */
