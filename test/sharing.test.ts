@@ -136,7 +136,7 @@ t.test("A equal in all: one seed and a large start, or frozen", async (t) => {
         term.A && !term.ownA && !term.B && term.ownBt && term.privateRank === 0,
         "B is the task's own, A all tasks'",
       );
-  // Of 280 numbers a row 120 are its own.
+  // A row has 280 numbers, 120 of them its own.
   t.ok(stored(pack) < 0.62 * alone, `${stored(pack)} of ${alone}`);
 });
 

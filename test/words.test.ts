@@ -34,7 +34,6 @@ const SEVERAL: Readonly<Record<string, string>> = {
   Side: "packing and format",
   Plan: "format and sessions",
   Message: "the generated code of ONNX's schema imports protobuf's under this name; the other is a message of a chat",
-  Shared: "bindings and packing",
   Survey: "packing and sessions",
   BaseValues: "core and sessions",
   SessionOptions: "bindings and sessions",

@@ -12,6 +12,7 @@ import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { dot, type Products, rowSquares } from "./linalg.ts";
 import type { ModuleMember, TaskCoefficients } from "./project.ts";
 import { isWorth, rowSteps } from "./row-steps.ts";
+import type { SideBasis } from "./side.ts";
 import { expand, openSubspace, rounded, type StoredBasis, type Subspace, solve, targetsOf } from "./subspace.ts";
 
 /** Something of each side of a module. */
@@ -26,6 +27,15 @@ export interface SideChoice {
 /** Shares neither side. */
 export const APART: BySide<SideChoice> = { A: { own: true }, B: { own: true } };
 
+/** The components of a module, and how each task takes them, by id. */
+export interface SharedSides {
+  readonly bases: BySide<readonly SideBasis[]>;
+  readonly choices: ReadonlyMap<string, BySide<SideChoice>>;
+  /** What the components take, in bits, and how many more the tasks would take without them. */
+  readonly bits: number;
+  readonly saved: number;
+}
+
 /** A task on the bases that it takes. All numbers are int8. */
 export interface SidesTask extends TaskCoefficients {
   readonly id: string;
@@ -33,7 +43,7 @@ export interface SidesTask extends TaskCoefficients {
   /** Rows of its own, [rank, in] and [rank, out]. */
   readonly ownA?: Uint8Array | undefined;
   readonly ownBt?: Uint8Array | undefined;
-  /** As of `ModuleLoss`. */
+  /** ‖ΔW − ΔW'‖ / ‖ΔW‖, and ‖ΔW‖, as of `ModuleLoss`. */
   readonly error: number;
   readonly norm: number;
 }

@@ -173,7 +173,6 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     ...(step === undefined ? {} : { step }),
     ...(error === undefined ? {} : { error }),
   };
-  const last = header === undefined ? {} : { header };
   const said = pack({
     producer,
     mode,
@@ -182,7 +181,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     ...kept,
     baseModel: basis.baseModel ?? null,
     modules,
-    ...last,
+    ...(header === undefined ? {} : { header }),
   });
   // One behind the other, as the basis id takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);

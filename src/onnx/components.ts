@@ -63,6 +63,13 @@ export class ComponentProducts {
     return this.formOf(rows) === "floats" ? undefined : rows.integers!.scales;
   }
 
+  /** What an input has to know of components that its rows are coefficients over. */
+  under(
+    rows: ComponentRows | undefined,
+  ): { readonly K: number; readonly scales: Float32Array | undefined } | undefined {
+    return rows && { K: rows.rows, scales: this.scalesOf(rows) };
+  }
+
   /**
    * Product x [.., width] · Eᵀ with all sides one below the other: [.., Σ rows].
    * @param sides of one form and width

@@ -9,13 +9,9 @@
  *     d  = xs·E_B + (reshape(x, [tasks, n / tasks, in]) · A) · B  A [tasks, in, q], B [tasks, q, out]
  *     y' = y + reshape(d, shape of y)
  *
- * Where tasks share one side alone, factors lie over its components: x·E_Aᵀ is multiplied with A [tasks, K_A, q], or with E_B what
- * B [tasks, q, K_B] makes.
- *
+ * Where tasks share one side alone, factors lie over its components: A is [tasks, K_A, q] behind x·E_Aᵀ, B [tasks, q, K_B] before E_B.
  * Layers that one x enters (queries, keys, values) share its product with their components, and one input that holds their cores along
- * its diagonal.
- *
- * The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
+ * its diagonal. The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
  */
 import type {
   AdaptedLayer,
@@ -29,7 +25,7 @@ import type {
   ProbeOutputs,
   TaskInput,
 } from "./adapted.ts";
-import { ComponentProducts, type ComponentRows, type IntegerProducts } from "./components.ts";
+import { ComponentProducts, type IntegerProducts } from "./components.ts";
 import type { GraftTools } from "./graft-forms.ts";
 import { groupsOf, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
@@ -125,13 +121,10 @@ class Grafter {
   group(members: readonly AdaptedLayer[]): void {
     const core = members[0]!.components && this.#core(members);
     const own = members.map(({ name, in: inputs, out, factors, over, rowScale }) => {
-      const side = (rows: ComponentRows | undefined): Pick<TaskInput, "over"> => {
-        return rows ? { over: { K: rows.rows, scales: this.products.scalesOf(rows) } } : {};
-      };
-      const [A, B] = [side(over?.A), side(over?.B)];
+      const [A, B] = [this.products.under(over?.A), this.products.under(over?.B)];
       return {
-        A: factors ? this.#input(name, "A", [A.over?.K ?? inputs, "q"], A) : undefined,
-        B: factors ? this.#input(name, "B", ["q", B.over?.K ?? out], B) : undefined,
+        A: factors ? this.#input(name, "A", [A?.K ?? inputs, "q"], { over: A }) : undefined,
+        B: factors ? this.#input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
         scale: rowScale ? this.#input(name, "scale", [1, out]) : undefined,
       };
     });
@@ -218,10 +211,9 @@ class Grafter {
     const { rank, rows, byTask } = this.#rowsInto(place, linear.graph, linear.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
-      const side = (which: "A" | "B"): string => `${PREFIX}/${name}/E_${which}`;
-      const read = over?.A ? this.products.project(place, rows, [over.A], side("A")) : rows;
+      const read = over?.A ? this.products.project(place, rows, [over.A], `${PREFIX}/${name}/E_A`) : rows;
       const made = place.op("MatMul", [place.op("MatMul", [byTask(read, over?.A?.rows ?? inputs), A]), B]);
-      terms.push(over?.B ? this.products.expand(place, made, over.B, side("B")) : made);
+      terms.push(over?.B ? this.products.expand(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
     }
     if (mixed) terms.push(this.products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;

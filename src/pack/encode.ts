@@ -17,13 +17,12 @@ import { pairOf } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
 import type { MixedExtraction } from "../extract/private.ts";
 import type { SideBasis } from "../extract/side.ts";
-import { APART } from "../extract/sides.ts";
+import { APART, type SharedSides } from "../extract/sides.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 import type { ModuleError } from "./report.ts";
-import type { SharedSides } from "./sharing.ts";
 import { encodeTerm, sidesTerm, stepsOf } from "./tasks.ts";
 
 /** Adapters to be packed, and what works on them. */

@@ -7,8 +7,8 @@ import { checkOptions } from "../arguments.ts";
 import type { BaseInput } from "../core/base.ts";
 import type { Allocation } from "../extract/allocation.ts";
 import type { BasisMode, ComponentSelection, ExtractOptions } from "../extract/options.ts";
+import type { SharedSides } from "../extract/sides.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
-import type { SharedSides } from "./sharing.ts";
 
 /** How adapters are packed. */
 export interface BuildOptions {

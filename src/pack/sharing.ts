@@ -9,23 +9,14 @@ import { inOrder } from "../extract/extractor.ts";
 import { encodeSpans } from "../extract/groups.ts";
 import { roundingLoss } from "../extract/row-steps.ts";
 import type { SideBasis } from "../extract/side.ts";
-import { type BySide, costOf, type SideChoice, type SideCost } from "../extract/sides.ts";
+import { costOf, type SharedSides, type SideChoice, type SideCost } from "../extract/sides.ts";
 import { codedBits } from "../format/encode-coded.ts";
 import { type Adapters, naming, piecesOf, readStack } from "./encode.ts";
 import type { Steps } from "./seek.ts";
 
-/** The components of a module, and how each task takes them, by id. */
-export interface SharedSides {
-  readonly bases: BySide<readonly SideBasis[]>;
-  readonly choices: ReadonlyMap<string, BySide<SideChoice>>;
-  /** What the components take, in bits, and how many more the tasks would take without them. */
-  readonly bits: number;
-  readonly saved: number;
-}
-
 /** What adapters share. */
 export interface Sharing {
-  /** By name of the module; none for those that share nothing. */
+  /** Modules by name, without those that share nothing. */
   readonly sides: ReadonlyMap<string, SharedSides>;
   /** Steps with which each task is expected to lose with them what it was to lose alone with those that were given. */
   readonly steps: Steps;
@@ -44,13 +35,13 @@ const SLOPE = 0.85;
 /**
  * @param spectra of all tasks
  * @param steps of each task's ΔW, by id
- * @param until whether steps stay as they are, or grow until tasks lose what they would lose alone. Default: they stay
+ * @param grows whether steps may grow until tasks lose what they would lose alone. Default: they stay
  */
 export async function findSharing(
   opened: Adapters,
   spectra: readonly Spectrum[],
   steps: Steps,
-  until?: "to an error",
+  grows: boolean = false,
 ): Promise<Sharing> {
   const sides = new Map<string, SharedSides>();
   const apart = new Map<string, number>();
@@ -60,7 +51,7 @@ export async function findSharing(
   for (const spectrum of spectra) add(apart, spectrum.task, roundingLoss([spectrum], steps.get(spectrum.task)!));
   const ask = (module: SharedModule<Adapter>): Promise<Found | undefined> => {
     opened.signal?.throwIfAborted();
-    return sharingOf(opened, module, steps, until ? slower : () => 1);
+    return sharingOf(opened, module, steps, grows ? growth : () => 1);
   };
   const shared = opened.shared.filter(({ owners }) => owners.length > 1);
   let at = 0;
@@ -72,13 +63,13 @@ export async function findSharing(
   }
   const expected = [...steps].map(([task, step]): [string, number] => {
     const [before, gain] = [apart.get(task) ?? 0, gains.get(task) ?? 0];
-    return [task, gain === 0 ? step : step * slower(before, before - gain)];
+    return [task, gain === 0 ? step : step * growth(before, before - gain)];
   });
   return { sides, steps: new Map(expected) };
 }
 
-/** By how much steps grow until a squared loss is what it was. */
-function slower(before: number, after: number): number {
+/** The factor by which steps grow until a squared loss is what it was. */
+function growth(before: number, after: number): number {
   return Math.min(2, (before / Math.max(after, before / 8)) ** (0.5 / SLOPE));
 }
 
@@ -86,7 +77,7 @@ async function sharingOf(
   { extractor }: Adapters,
   module: SharedModule<Adapter>,
   steps: Steps,
-  grown: typeof slower,
+  grown: typeof growth,
 ): Promise<Found | undefined> {
   const { shape, owners } = module;
   const stepsFor = ({ owners }: SharedModule<Adapter>): number[] => owners.map(({ id }) => steps.get(id)!);
@@ -118,13 +109,16 @@ async function sharingOf(
   const saved = costs.reduce((all, { A, B }, i) => {
     return all + A[0]!.bits + B[0]!.bits - chosen.A[i]!.bits - chosen.B[i]!.bits;
   }, -bits);
-  const made = encodeSpans(spans, grown(sum("apart"), sum("shared")));
+  const grownBases = encodeSpans(spans, grown(sum("apart"), sum("shared")));
+  // Steps so large that nothing would be left of some stay as they are.
+  const made = (which: "A" | "B"): SideBasis[] =>
+    used[which].map((i) => (grownBases[which][i]!.components > 0 ? grownBases : bases)[which][i]!);
   const choice = (which: "A" | "B", task: number): SideChoice => {
     const { basis, own } = chosen[which][task]!;
     return basis === undefined ? { own } : { basis: used[which].indexOf(basis), own };
   };
   return {
-    bases: { A: used.A.map((i) => made.A[i]!), B: used.B.map((i) => made.B[i]!) },
+    bases: { A: made("A"), B: made("B") },
     choices: new Map(costs.map(({ id }, i) => [id, { A: choice("A", i), B: choice("B", i) }])),
     bits,
     saved,

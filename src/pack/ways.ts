@@ -183,7 +183,7 @@ export function codedOptions(options: BuildOptions, step: number): BuildOptions 
 /** The coded pack with the coarsest steps that keep every task within an error. @throws Unreachable */
 async function codedWithin({ opened, dtype, keeping, survey }: Lent, way: Way, error: number): Promise<Streamed> {
   const { spectra } = await survey();
-  const { sides, steps: start } = await findSharing(opened, spectra, startSteps(spectra, error), "to an error");
+  const { sides, steps: start } = await findSharing(opened, spectra, startSteps(spectra, error), true);
   // What follows takes less at a time, and the pack grows beside it.
   await opened.extractor.rest();
   const options = codedOptions({ dtype, ...optionsOf(way) }, typicalStep(spectra, start));

@@ -8,19 +8,15 @@ import { BaseMismatchError } from "../errors.ts";
 import {
   type Brought,
   bringsOf,
-  encodedTensor,
   isOfModule,
   moduleOf,
   needsFactors,
   type PackModule,
   parseBrought,
-  readTensor,
   sharedBases,
-  type TensorRef,
 } from "../format/format.ts";
 import type { AdaptedLayer, Graft, GraftBias, GraftHead, GraftRows } from "../onnx/adapted.ts";
 import { appliedAs, biasOf, tableOf } from "../onnx/additions.ts";
-import type { ComponentRows, Components, StoredIntegers } from "../onnx/components.ts";
 import type { GraftVector } from "../onnx/forms.ts";
 import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
@@ -28,8 +24,7 @@ import { checkGraftable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import { transpose } from "../tensor/derived.ts";
-import { BITS, isQuantized } from "../tensor/dtypes.ts";
-import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
+import { componentsOf, componentsUnder, MOST_COMPONENTS, sharedReason } from "./components.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
 import type { BaseHead, BaseValues } from "./values.ts";
@@ -74,9 +69,6 @@ interface Beside {
   /** The model's parameters for all of it, but for biases that it lacks. */
   readonly others: readonly OnnxParameter[];
 }
-
-/** Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`). */
-const MOST_COMPONENTS = 48;
 
 /**
  * @param bases of the pack, as `pack.bases()` gives them
@@ -163,31 +155,11 @@ class Planner {
       const own = modules.find(({ name }) => name === module.name)!;
       const components = mode === "core" ? componentsOf(own, bases) : undefined;
       const factors = !components || this.#options.reserve?.privateTerms === true || withFactors.has(module.name);
-      const over = components || module.form ? undefined : this.#over(own, brought, bases);
+      const over = components || module.form ? undefined : componentsUnder(own, brought, bases, this.#options);
       return { ...module, components, factors, over };
     });
     const all = { ...graft, modules: filled, biases: added, rows, vectors: changed };
     return { ...found, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
-  }
-
-  /**
-   * Components of each side that all tasks' factors of a module can lie over: where none brings whole rows of it, and none may later.
-   * @param brought by the tasks
-   */
-  #over(module: PackModule, brought: readonly Brought[], bases: Uint8Array): AdaptedLayer["over"] {
-    const { trainable, reserve, mode } = this.#options;
-    // Factors that are asked for where a core would do are whole ones.
-    if (trainable || reserve?.privateTerms || (mode === "factors" && sharedBases(module))) return undefined;
-    const brings = new Set(brought.flatMap(({ role, name }) => (name === module.name ? role : [])));
-    const side = (which: "A" | "B"): ComponentRows | undefined => {
-      const K = module[which].reduce((sum, { tensor }) => sum + tensor.rows, 0);
-      const isWhole = brings.has("private") || brings.has(`own-${which}`);
-      if (isWhole || K === 0 || K > MOST_COMPONENTS || module[which].some(({ kind }) => kind === "flat"))
-        return undefined;
-      return joinedRows(module[which].map(({ tensor }) => rowsOf(tensor, bases)));
-    };
-    const [A, B] = [side("A"), side("B")];
-    return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
   }
 
   /** Everything that the tasks change, and the heads that are reserved. */
@@ -353,23 +325,12 @@ class Planner {
     if (mode !== "auto") return { mode, reason: "asked for" };
     if (notUnfolded) return { mode: "folded", reason: notUnfolded.why };
     const why = notFolded ? `; ${notFolded.why}, which rules folding out` : "";
-    if (K.length === 0) return { mode: "factors", reason: (this.#sharedReason() ?? none) + why };
+    if (K.length === 0) return { mode: "factors", reason: (sharedReason(this.#pack.modules) ?? none) + why };
     const most = Math.max(...K);
     if (most > MOST_COMPONENTS) {
       return { mode: "factors", reason: `with up to ${most} components a side, a core costs more than factors${why}` };
     }
     return { mode: "core", reason: `${most} components a side at most: a switch moves the core alone${why}` };
-  }
-
-  /** What tasks share where they do not share both sides; undefined where that is nothing. */
-  #sharedReason(): string | undefined {
-    const { modules } = this.#pack;
-    const count = (which: "A" | "B"): number => modules.filter((module) => module[which].length > 0).length;
-    const sides = [
-      ...(count("A") > 0 ? [`what layers read (A) in ${count("A")} of ${modules.length} modules`] : []),
-      ...(count("B") > 0 ? [`what they write (B) in ${count("B")} of ${modules.length} modules`] : []),
-    ];
-    return sides.length > 0 ? `tasks share ${sides.join(", ")}: a switch hands over the rest` : undefined;
   }
 
   async #baseHead({ graft, bias, parameter }: SavedHead, adapted: boolean): Promise<BaseHead> {
@@ -400,63 +361,4 @@ export async function broughtBy(pack: PackView, options: SessionOptions): Promis
     for (const one of own) all.add(one);
   }
   return [...all].map(parseBrought);
-}
-
-/**
- * A pack's components of a module as a graph takes them.
- * @param bases of the pack, which are read when the graph is made
- * @returns undefined for a module that no core can lie between
- */
-function componentsOf(module: PackModule, bases: Uint8Array): Components | undefined {
-  const { A, B } = sharedBases(module) ?? {};
-  if (A?.kind !== "column" || B?.kind !== "column") return undefined;
-  if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
-  return { A: rowsOf(A.tensor, bases), B: rowsOf(B.tensor, bases) };
-}
-
-/** Components one below the other: integers of the widest type among theirs, floats where some are. */
-function joinedRows(all: readonly ComponentRows[]): ComponentRows {
-  const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
-  if (others.length === 0) return first;
-  const rows = all.reduce((sum, one) => sum + one.rows, 0);
-  const join = <T extends Float32Array | Int8Array>(to: T, parts: readonly T[]): T => {
-    let at = 0;
-    for (const part of parts) {
-      to.set(part, at);
-      at += part.length;
-    }
-    return to;
-  };
-  const floats = (): Float32Array =>
-    join(
-      new Float32Array(rows * first.width),
-      all.map((one) => one.floats()),
-    );
-  const integers = all.flatMap((one) => one.integers ?? []);
-  if (integers.length < all.length) return { rows, width: first.width, floats };
-  const bits = Math.max(...integers.map((one) => one.bits)) as StoredIntegers["bits"];
-  const scales = join(
-    new Float32Array(rows),
-    integers.map((one) => one.scales),
-  );
-  const values = (): Int8Array =>
-    join(
-      new Int8Array(rows * first.width),
-      integers.map((one) => one.values()),
-    );
-  return { rows, width: first.width, floats, integers: { bits, scales, values } };
-}
-
-function rowsOf(tensor: TensorRef, bases: Uint8Array): ComponentRows {
-  const { dtype, rows, width } = tensor;
-  const floats = (): Float32Array => readTensor(bases, tensor);
-  if (!isQuantized(dtype)) return { rows, width, floats };
-  const bytes = encodedTensor(bases, tensor);
-  const values = (): Int8Array => decodeIntegers(dtype, bytes, rows, width);
-  return {
-    rows,
-    width,
-    floats,
-    integers: { bits: BITS[dtype] as 3 | 4 | 8, scales: decodeScales(bytes, rows), values },
-  };
 }

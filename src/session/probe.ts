@@ -6,9 +6,10 @@
 import { BackendError } from "../errors.ts";
 import type { ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
 import type { CarrierParts } from "./carrier.ts";
+import type { InputValue } from "./component-values.ts";
 import { dataOf, type Engine, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
 import { madeUpCores, type ProbeReport, type ProbeValue, termOf, waves } from "./probe-term.ts";
-import { type InputValue, type InputValues, toFeeds } from "./values.ts";
+import { type InputValues, toFeeds } from "./values.ts";
 
 /** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches`, f32. */
 type ProbeRun = (

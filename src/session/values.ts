@@ -5,7 +5,7 @@
 import type { Merged } from "../core/merge.ts";
 import type { PackView } from "../core/part.ts";
 import type { Selection, SwitchOptions } from "../core/selection.ts";
-import type { CoreTarget, LoadedTasks, SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
+import type { LoadedTasks, SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import {
   bringsOf,
@@ -18,18 +18,13 @@ import {
   type TaskParameter,
 } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
-import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
+import type { TaskInput } from "../onnx/adapted.ts";
 import { pacer } from "../pace.ts";
 import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
+import { CoreSpace, type InputValue, scaled } from "./component-values.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { Mode } from "./options.ts";
-
-/** The value of one input for one task, without the leading dimension `tasks`. */
-export interface InputValue {
-  readonly dims: readonly number[];
-  readonly data: Float32Array | BigInt64Array;
-}
 
 /** Values of inputs by name. */
 export type InputValues = ReadonlyMap<string, InputValue>;
@@ -264,60 +259,6 @@ export class TaskEvaluator {
     if (bias.shape.length !== 1 || bias.shape[0] !== size) throw misfit(name, bias.shape, [size]);
     return bias.values.map((value, i) => value - base[i]!);
   }
-}
-
-/** The value of an input for cores while it is filled: each core of a module has its place on the diagonal. */
-export class CoreSpace {
-  readonly name: string;
-  /** Targets in the order of the blocks, with names of modules. */
-  readonly targets: readonly (readonly [module: string, target: CoreTarget])[];
-  readonly #dims: readonly [height: number, width: number];
-  readonly #data: Float32Array;
-  readonly #blocks: readonly CoreBlock[];
-
-  /** @param old a value of the same input that may be written over: what lies beside its cores is 0 */
-  constructor({ name, dims, cores = [] }: TaskInput, old?: InputValue) {
-    const [, height, width] = dims as [string, number, number];
-    this.name = name;
-    this.#dims = [height, width];
-    this.#blocks = cores;
-    const data = old?.data as Float32Array | undefined;
-    this.#data = data?.length === height * width ? data : new Float32Array(height * width);
-    let next = 0;
-    this.targets = cores.map(({ module, KA, KB }) => {
-      const at = next;
-      next += KA * width + KB;
-      return [module, { out: this.#data, at, stride: width }];
-    });
-  }
-
-  /** The value once cores are written. @param isWritten whether a module's is: the others become zeros */
-  value(isWritten: (module: string) => boolean): InputValue {
-    const data = this.#data;
-    for (const [i, { module, KA, KB, scalesA, scalesB }] of this.#blocks.entries()) {
-      const { at, stride } = this.targets[i]![1];
-      const written = isWritten(module);
-      for (let a = 0; (scalesA || scalesB || !written) && a < KA; a++) {
-        for (let b = 0; b < KB; b++) {
-          const place = at + a * stride + b;
-          data[place] = written ? (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * data[place]! : 0;
-        }
-      }
-    }
-    return { dims: this.#dims, data };
-  }
-}
-
-/** Multiplies coefficients with the scales of their components, in place. @param every numbers, there is another one of `count` */
-function scaled(
-  value: InputValue & { readonly data: Float32Array },
-  scales: Float32Array | undefined,
-  every: number,
-  count: number,
-): InputValue {
-  const { data } = value;
-  for (let i = 0; scales && i < data.length; i++) data[i]! *= scales[count === 1 ? Math.floor(i / every) : i % count]!;
-  return value;
 }
 
 /** Rows of an embedding that a task brings. */

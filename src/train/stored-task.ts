@@ -32,7 +32,7 @@ export interface TaskFileOptions {
 
 /** How a learned task is stored. */
 export interface LearnedTaskOptions extends TaskFileOptions {
-  /** In packs with a step, where factors are trained and no `dtype` is given: the share of its ΔW that the task may lose. Default: 0.3. */
+  /** Share of its ΔW that the task may lose, where factors are trained in a pack with a step and no `dtype` is given. Default: 0.3. */
   readonly error?: number | undefined;
 }
 

@@ -1,0 +1,63 @@
+/** Values of inputs that lie between or over components of the graph: cores, and coefficients of factors. */
+import type { CoreTarget } from "../core/session-runtime.ts";
+import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
+
+/** The value of one input for one task, without the leading dimension `tasks`. */
+export interface InputValue {
+  readonly dims: readonly number[];
+  readonly data: Float32Array | BigInt64Array;
+}
+
+/** The value of an input for cores while it is filled: each core of a module has its place on the diagonal. */
+export class CoreSpace {
+  readonly name: string;
+  /** Targets in the order of the blocks, with names of modules. */
+  readonly targets: readonly (readonly [module: string, target: CoreTarget])[];
+  readonly #dims: readonly [height: number, width: number];
+  readonly #data: Float32Array;
+  readonly #blocks: readonly CoreBlock[];
+
+  /** @param old a value of the same input that may be written over: what lies beside its cores is 0 */
+  constructor({ name, dims, cores = [] }: TaskInput, old?: InputValue) {
+    const [, height, width] = dims as [string, number, number];
+    this.name = name;
+    this.#dims = [height, width];
+    this.#blocks = cores;
+    const data = old?.data as Float32Array | undefined;
+    this.#data = data?.length === height * width ? data : new Float32Array(height * width);
+    let next = 0;
+    this.targets = cores.map(({ module, KA, KB }) => {
+      const at = next;
+      next += KA * width + KB;
+      return [module, { out: this.#data, at, stride: width }];
+    });
+  }
+
+  /** The value once cores are written. @param isWritten whether a module's is: the others become zeros */
+  value(isWritten: (module: string) => boolean): InputValue {
+    const data = this.#data;
+    for (const [i, { module, KA, KB, scalesA, scalesB }] of this.#blocks.entries()) {
+      const { at, stride } = this.targets[i]![1];
+      const written = isWritten(module);
+      for (let a = 0; (scalesA || scalesB || !written) && a < KA; a++) {
+        for (let b = 0; b < KB; b++) {
+          const place = at + a * stride + b;
+          data[place] = written ? (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * data[place]! : 0;
+        }
+      }
+    }
+    return { dims: this.#dims, data };
+  }
+}
+
+/** Multiplies coefficients with the scales of their components, in place. @param every numbers, there is another one of `count` */
+export function scaled(
+  value: InputValue & { readonly data: Float32Array },
+  scales: Float32Array | undefined,
+  every: number,
+  count: number,
+): InputValue {
+  const { data } = value;
+  for (let i = 0; scales && i < data.length; i++) data[i]! *= scales[count === 1 ? Math.floor(i / every) : i % count]!;
+  return value;
+}
