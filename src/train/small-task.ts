@@ -25,7 +25,7 @@ interface Learned {
  * @throws AdapterError for values that no pack can hold
  */
 export async function smallTask(pack: Pack, learned: Learned, error: number): Promise<Uint8Array<ArrayBuffer>> {
-  const formats = { basis: "f16", coefficients: "f16", head: "int8" } as const;
+  const formats = { basis: "f16", coefficients: "f16", head: "int4" } as const;
   const [task] = await projectAdapters(pack, [adapterOf(pack, learned)], formats, { error });
   return encodeTaskFile(task!.entry, pack.basisId, task!.blob);
 }
