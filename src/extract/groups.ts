@@ -2,6 +2,7 @@
  * What the tasks of a module may share, side by side: tasks fall into groups by overlaps of their row spaces, and each group's
  * components are as many as would pay for themselves. Whether they do is asked of every task afterwards (`sideCosts`).
  */
+import { codedBits } from "../format/encode-coded.ts";
 import { principalComponents } from "./components.ts";
 import type { ModuleStack } from "./extract.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
@@ -19,15 +20,20 @@ export interface Span extends Omit<Side, "rows"> {
 /** Overlaps from which on tasks are taken for a group: four candidates for each task, from close relations to all together. */
 const LEVELS = [0.8, 0.5, 0.25, 0];
 
+/** What groups of tasks may share of each side of a module. */
+export interface Spans {
+  readonly spans: BySide<readonly Span[]>;
+  /** The same as stored with their steps, and what that takes. */
+  readonly bases: BySide<readonly (SideBasis & { readonly bits: number })[]>;
+  /** What each task costs on them. */
+  readonly costs: SideCosts[];
+}
+
 /**
  * What groups of tasks may share of each side, and what each task costs then.
  * @param steps of the members: by how much ΔW changes from one integer to the next
  */
-export function spansOf(
-  { members, ...shape }: ModuleStack,
-  steps: readonly number[],
-  products: Products,
-): { spans: BySide<Span[]>; costs: SideCosts[] } {
+export function spansOf({ members, ...shape }: ModuleStack, steps: readonly number[], products: Products): Spans {
   const { out, in: inputs } = shape;
   const whole = members.map((member) => balance(pairOf(member), out, inputs, products));
   const worth = whole.map((pair, i) => leadingRows(pair, worthRows(pair, steps[i]!, (out + inputs) / 2)));
@@ -38,10 +44,14 @@ export function spansOf(
     return groupsOf(rows, spaces, which === "A" ? inputs : out, products);
   };
   const spans = { A: side("A"), B: side("B") };
-  if (spans.A.length + spans.B.length === 0) return { spans, costs: [] };
-  const bases = openSides(encodeSpans(spans, 1, products), products);
-  const costs = members.map(({ id }, i) => ({ id, ...sideCosts(bases, whole[i]!, shape, steps[i]!) }));
-  return { spans, costs };
+  if (spans.A.length + spans.B.length === 0) return { spans, bases: { A: [], B: [] }, costs: [] };
+  const encoded = encodeSpans(spans, 1, products);
+  const counted = (basis: SideBasis): SideBasis & { bits: number } => {
+    return { ...basis, bits: codedBits([{ ...basis, rows: basis.components }]) };
+  };
+  const opened = openSides(encoded, products);
+  const costs = members.map(({ id }, i) => ({ id, ...sideCosts(opened, whole[i]!, shape, steps[i]!) }));
+  return { spans, bases: { A: encoded.A.map(counted), B: encoded.B.map(counted) }, costs };
 }
 
 /** @param scale of the steps that they were made for */

@@ -70,6 +70,15 @@ export function roundingLoss(spectra: readonly Spectrum[], step: number): number
   return lost;
 }
 
+/** Bits that the terms of a spectrum are expected to take with a step. */
+export function usualBits({ singular, in: inputs, out }: Spectrum, step: number): number {
+  const bits = (width: number, value: number): number =>
+    (width / 2) * Math.log2(1 + (17 * (value / step) ** 2) / width);
+  return singular.reduce((sum, value) => {
+    return isWorth(value, (inputs + out) / 2, step) ? sum + bits(inputs, value) + bits(out, value) : sum;
+  }, 0);
+}
+
 /** Mean squared error of values of this root mean square that are rounded to integers: all of tiny ones, an eleventh of a step² of large ones. */
 function roundedSquare(size: number): number {
   return size ** 2 / (1 + 11 * size ** 2);

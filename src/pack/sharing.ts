@@ -6,11 +6,10 @@ import type { Adapter } from "../adapters/adapter.ts";
 import type { SharedModule } from "../adapters/modules.ts";
 import type { Spectrum } from "../extract/allocation.ts";
 import { inOrder } from "../extract/extractor.ts";
-import { encodeSpans } from "../extract/groups.ts";
-import { roundingLoss } from "../extract/row-steps.ts";
+import { encodeSpans, type Spans } from "../extract/groups.ts";
+import { roundingLoss, usualBits } from "../extract/row-steps.ts";
 import type { SideBasis } from "../extract/side.ts";
 import { costOf, type SharedSides, type SideChoice, type SideCost } from "../extract/sides.ts";
-import { codedBits } from "../format/encode-coded.ts";
 import { type Adapters, naming, piecesOf, readStack } from "./encode.ts";
 import type { Steps } from "./seek.ts";
 
@@ -31,6 +30,8 @@ interface Found extends SharedSides {
 const MOST_COMPARED = 64;
 /** Losses grow nearly as steps do: by this power of it. */
 const SLOPE = 0.85;
+/** The share of what all tasks are expected to take that sharing must save: a switch is simpler without. */
+const LEAST_SAVED = 0.01;
 
 /**
  * @param spectra of all tasks
@@ -61,6 +62,9 @@ export async function findSharing(
     sides.set(name, found);
     for (const [task, { apart, shared }] of found.losses) add(gains, task, apart - shared);
   }
+  const saved = [...sides.values()].reduce((sum, one) => sum + one.saved, 0);
+  const all = spectra.reduce((sum, spectrum) => sum + usualBits(spectrum, steps.get(spectrum.task)!), 0);
+  if (saved < LEAST_SAVED * all) return { sides: new Map(), steps };
   const expected = [...steps].map(([task, step]): [string, number] => {
     const [before, gain] = [apart.get(task) ?? 0, gains.get(task) ?? 0];
     return [task, gain === 0 ? step : step * growth(before, before - gain)];
@@ -83,9 +87,9 @@ async function sharingOf(
   const stepsFor = ({ owners }: SharedModule<Adapter>): number[] => owners.map(({ id }) => steps.get(id)!);
   const compared = { shape, owners: spread(owners, MOST_COMPARED) };
   const { stack } = await readStack(compared);
-  const { spans, costs } = await naming(compared, () => extractor.ask("spans", stack, { steps: stepsFor(compared) }));
+  const found = await naming(compared, () => extractor.ask("spans", stack, { steps: stepsFor(compared) }));
+  const { spans, bases, costs } = found;
   if (spans.A.length + spans.B.length === 0) return undefined;
-  const bases = encodeSpans(spans, 1);
   const others = { shape, owners: owners.filter((owner) => !compared.owners.includes(owner)) };
   for (const piece of piecesOf(others)) {
     const { stack } = await readStack(piece);
@@ -104,8 +108,8 @@ async function sharingOf(
     }),
   );
   const sum = (key: "apart" | "shared"): number => [...losses.values()].reduce((all, one) => all + one[key], 0);
-  const stored = { A: used.A.map((i) => bases.A[i]!), B: used.B.map((i) => bases.B[i]!) };
-  const bits = [...stored.A, ...stored.B].reduce((all, basis) => all + bitsOf(basis), 0);
+  const stored = [...used.A.map((i) => bases.A[i]!), ...used.B.map((i) => bases.B[i]!)];
+  const bits = stored.reduce((all, basis) => all + basis.bits, 0);
   const saved = costs.reduce((all, { A, B }, i) => {
     return all + A[0]!.bits + B[0]!.bits - chosen.A[i]!.bits - chosen.B[i]!.bits;
   }, -bits);
@@ -126,10 +130,6 @@ async function sharingOf(
   };
 }
 
-function bitsOf({ encoded, dtype, components: rows, width }: SideBasis): number {
-  return codedBits([{ encoded, dtype, rows, width }]);
-}
-
 function usedOf(chosen: readonly SideChoice[]): number[] {
   return [...new Set(chosen.flatMap(({ basis }) => basis ?? []))].sort((a, b) => a - b);
 }
@@ -141,10 +141,10 @@ function spread<T>(all: readonly T[], most: number): readonly T[] {
 }
 
 /** The share of what a side costs its tasks that components must save. */
-const WORTH = 0.02;
+const WORTH = 0.05;
 
 /** What each task takes of one side: components that save more than they take. */
-function paying(costs: readonly (readonly SideCost[])[], bases: readonly SideBasis[]): SideCost[] {
+function paying(costs: readonly (readonly SideCost[])[], bases: Spans["bases"]["A"]): SideCost[] {
   const kept = new Set(bases.keys());
   for (;;) {
     const chosen = costs.map((all) =>
@@ -158,7 +158,8 @@ function paying(costs: readonly (readonly SideCost[])[], bases: readonly SideBas
         saved += alone - costOf(one);
         apart += alone;
       }
-      return bases[basis]!.components === 0 || saved - bitsOf(bases[basis]!) <= WORTH * apart;
+      const { components, bits } = bases[basis]!;
+      return components === 0 || saved - bits <= WORTH * apart;
     });
     if (idle.length === 0) return chosen;
     for (const basis of idle) kept.delete(basis);

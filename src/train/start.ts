@@ -80,8 +80,8 @@ export async function startState<Feeds>(
   signal?: AbortSignal,
 ): Promise<State> {
   const state = stateLike({ parameters: { length: terms.size }, ...zerosOf(head) });
-  await fillStart(pack, terms, start, state.parameters, random, signal);
   if (typeof start === "object") refuseOtherSides(pack, origin, start);
+  await fillStart(pack, terms, start, state.parameters, random, signal);
   const donor = typeof start === "object" ? start.blob : undefined;
   // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
   if (origin !== terms && start !== "fresh" && (!donor || donor.terms.some(({ rank }) => rank > 0))) {
