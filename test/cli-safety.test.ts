@@ -327,6 +327,8 @@ t.test("what a pack without components, or with too few, does to a task is said"
   t.equal((await run("add", at("none.eigen"), data("adapters/own-seed/debtags-use"))).stderr, "");
   await writeFile(at("taught.tsv"), "a\tone\nb\ttwo\n");
   const learn = ["learn", at("none.eigen"), at("taught.tsv"), "--model", at("nowhere.onnx"), "-o", at("t.eigentask")];
+  t.notMatch((await run(...learn)).stderr, /LoRA of its own/);
+  await succeed("pack", at("adapters"), "-o", at("none.eigen"), "--force", "--dtype", "int8");
   t.match((await run(...learn)).stderr, /the pack has no shared components, so the task becomes a LoRA of its own/);
 });
 

@@ -116,9 +116,9 @@ export const learn: Attach = command({
     const { examples, labels } = await readLessons(examplesPath, options.labels);
     const pack = await run.pack(packPath);
     const lone = !pack.modules.some(sharedBases);
-    if (options.train === "coefficients" && lone)
+    if (options.train === "coefficients" && lone && pack.directory.basis.step === undefined)
       out.warn(
-        "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N for smaller ones",
+        "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N, or without options, for smaller ones",
       );
     const init = startOf(options.init, pack);
     out.phase("loading the model");
