@@ -32,8 +32,6 @@ export interface Allocated {
   readonly allocation: Allocation;
   /** Bytes of all private terms, their scales included. */
   readonly bytes: number;
-  /** The squared error that one more byte would have saved, by task, as a share of ‖ΔW‖². */
-  readonly slopes: ReadonlyMap<string, number>;
   /** Tasks that all choices together do not bring within their error. */
   readonly short: readonly string[];
 }
@@ -100,26 +98,13 @@ export function allocateBytes(spectra: readonly Spectrum[], most: number, only?:
   return { ...plan, short: [] };
 }
 
-/** Bytes and squared error, in bytes at a price, of the best choice for one spectrum. @param price bytes per squared error */
-export function costAt(spectrum: Spectrum, price: number, only?: readonly Dtype[]): number {
-  let cost = price * squares(spectrum.singular);
-  let least = cost;
-  for (const { bytes, gain } of hull(spectrum, 1, only)) {
-    cost += bytes - price * gain;
-    least = Math.min(least, cost);
-  }
-  return least;
-}
-
 class Plan {
   readonly allocation = new Map<string, Map<string, PrivateChoice>>();
-  readonly slopes = new Map<string, number>();
   bytes = 0;
 
-  take({ spectrum: { task, module }, choice, bytes, slope }: Step): void {
+  take({ spectrum: { task, module }, choice, bytes }: Step): void {
     const own = this.allocation.get(task) ?? new Map<string, PrivateChoice>();
     this.allocation.set(task, own.set(module, choice));
-    this.slopes.set(task, slope);
     this.bytes += bytes;
   }
 }
