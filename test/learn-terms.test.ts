@@ -3,7 +3,7 @@
  * their own, tasks without training.
  */
 import { openPack, type Term } from "eigenlora";
-import { searchPack, taskAdapter } from "eigenlora/build";
+import { type Adapter, buildPack, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createTrainer, zeroShotTask } from "eigenlora/train";
 import fc from "fast-check";
@@ -124,6 +124,20 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
   );
 });
 
+/** What one adapter loses of the ΔW of another. */
+async function lossOf(whole: Adapter, stored: Adapter): Promise<number> {
+  const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
+  let [lost, all] = [0, 0];
+  for (const [name, module] of whole.modules) {
+    const none = { rank: 1, A: new Float64Array(module.in), Bt: new Float64Array(module.out) };
+    const found = await stored.modules.get(name)?.read();
+    const { difference: off, norm } = deltaError(pair(await module.read()), found ? pair(found) : none);
+    lost += off ** 2;
+    all += norm ** 2;
+  }
+  return Math.sqrt(lost / all);
+}
+
 t.test("factors that were learned are stored as a pack with a step stores its tasks", async (t) => {
   const adapters = await readAdapters([data("sessions/adapters")]);
   const { chunks } = await searchPack(adapters);
@@ -147,16 +161,7 @@ t.test("factors that were learned are stored as a pack with a step stores its ta
   const whole = await taskAdapter(pack, "whole");
   for (const [id, most] of Object.entries({ small: 0.3, fine: 0.05 })) {
     const stored = await taskAdapter(pack, id);
-    let [lost, all] = [0, 0];
-    for (const [name, module] of whole.modules) {
-      const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
-      const none = { rank: 1, A: new Float64Array(module.in), Bt: new Float64Array(module.out) };
-      const found = await stored.modules.get(name)?.read();
-      const { difference: off, norm } = deltaError(pair(await module.read()), found ? pair(found) : none);
-      lost += off ** 2;
-      all += norm ** 2;
-    }
-    const loss = Math.sqrt(lost / all);
+    const loss = await lossOf(whole, stored);
     t.ok(loss <= most && loss > most / 2, `${id}: ${loss}`);
     t.same(session.tasks.get(id)!.metadata.labels, LABELS);
   }
@@ -168,6 +173,20 @@ t.test("factors that were learned are stored as a pack with a step stores its ta
   const [exact, coarse, near] = answers as [Float32Array, Float32Array, Float32Array];
   t.ok(difference(near, exact) < difference(coarse, exact), "the finer one answers more alike");
   await t.rejects(trainer.task({ error: 2 }), /error: expected a number between 0 and 1, got 2/);
+});
+
+t.test("a LoRA that was learned beside coded components keeps what these lack", async (t) => {
+  const adapters = await readAdapters([data("sessions/adapters")]);
+  const { chunks } = await buildPack(adapters, { gauge: "balanced", step: 0.05, select: { kind: "k", k: 2 } });
+  const pack = await openPack(new Blob(chunks as BlobPart[]));
+  const session = await open(NODE, model("torchscript"), pack, { trainable: true });
+  t.teardown(() => Promise.all([session.close(), ...adapters.map((adapter) => adapter.close())]));
+  const trainer = await createTrainer(session, { labels: LABELS, train: "lora", init: "fresh" });
+  for await (const _ of trainer.fit(examples(NODE, session, 32, 5), { steps: 20, batch: 8 }));
+  await session.addTask("whole", await trainer.task({ dtype: F32 }));
+  await session.addTask("small", await trainer.task({ error: 0.2 }));
+  const loss = await lossOf(await taskAdapter(pack, "whole"), await taskAdapter(pack, "small"));
+  t.ok(loss <= 0.2, `${loss}`);
 });
 
 t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones are of their spread", async (t) => {

@@ -6,7 +6,7 @@ import { nearest } from "../arguments.ts";
 import type { Slice } from "../backends/backend.ts";
 import type { PackModule } from "../format/format.ts";
 import { pacer } from "../pace.ts";
-import type { Term } from "../tensor/term.ts";
+import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
 import { hasCore, type ModulePlan, reuse, writeCore } from "./stage.ts";
 import { readWeight, type Slot } from "./weights.ts";
@@ -172,13 +172,10 @@ interface Wanted {
   readonly turned: boolean;
 }
 
-/** Keys of the sides in plans. */
-const KEYS = { A: "A", B: "Bt" } as const;
-
 /** Sides whose rows are neither wanted as coefficients nor the tasks' own alone. */
 function sidesToExpand(plan: ModulePlan, over: Wanted["over"]): ("A" | "B")[] {
   if (!over) return ["A", "B"];
-  return (["A", "B"] as const).filter((side) => !over.has(side) && plan[KEYS[side]].shared.length > 0);
+  return (["A", "B"] as const).filter((side) => !over.has(side) && plan[FACTORS[side]].shared.length > 0);
 }
 
 /** A term whose sides are taken each by itself: coefficients over all components of the side, rows of the tasks' own, expanded rows. */
@@ -189,7 +186,7 @@ function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wante
   const toExpand = sidesToExpand(plan, over);
   const whole = toExpand.length > 0 && plan.rank > 0 ? expanded() : undefined;
   const side = (which: "A" | "B", width: number, turned: boolean): Float32Array => {
-    const key = KEYS[which];
+    const key = FACTORS[which];
     const { shared, own, private: apart } = plan[key];
     const bases = module[which];
     const K = bases.reduce((sum, { tensor }) => sum + tensor.rows, 0);

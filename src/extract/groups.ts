@@ -3,13 +3,14 @@
  * components are as many as would pay for themselves. Whether they do is asked of every task afterwards (`sideCosts`).
  */
 import { codedBits } from "../format/encode-coded.ts";
+import { FACTORS } from "../tensor/term.ts";
 import { principalComponents } from "./components.ts";
 import type { ModuleStack } from "./extract.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { type Products, rowSquares } from "./linalg.ts";
-import { componentSteps, rowSteps } from "./row-steps.ts";
-import { encodeSide, type Side, type SideBasis } from "./side.ts";
-import { type BySide, KEYS, openSides, type SideCosts, sideCosts, usualCost, worthRows } from "./sides.ts";
+import { componentSteps, rowSteps, worthRows } from "./row-steps.ts";
+import { encodeSide, type Side, type SideBasis, stacked } from "./side.ts";
+import { type BySide, openSides, type SideCosts, sideCosts, usualCost } from "./sides.ts";
 
 /** The components of a group, before they are rounded. */
 export interface Span extends Omit<Side, "rows"> {
@@ -17,7 +18,7 @@ export interface Span extends Omit<Side, "rows"> {
   readonly steps: Float64Array;
 }
 
-/** Overlaps from which on tasks are taken for a group: four candidates for each task, from close relations to all together. */
+/** Overlaps from which on tasks are taken for a group, from close relations to all together: candidates, which must pay. */
 const LEVELS = [0.8, 0.5, 0.25, 0];
 
 /** What groups of tasks may share of each side of a module. */
@@ -38,7 +39,7 @@ export function spansOf({ members, ...shape }: ModuleStack, steps: readonly numb
   const whole = members.map((member) => balance(pairOf(member), out, inputs, products));
   const worth = whole.map((pair, i) => leadingRows(pair, worthRows(pair, steps[i]!, (out + inputs) / 2)));
   const side = (which: "A" | "B"): Span[] => {
-    const key = KEYS[which];
+    const key = FACTORS[which];
     const rows = worth.map((pair, i) => inSteps(pair, key, steps[i]!));
     const spaces = whole.map((pair) => unitRows(pair[key], pair.rank));
     return groupsOf(rows, spaces, which === "A" ? inputs : out, products);
@@ -54,7 +55,7 @@ export function spansOf({ members, ...shape }: ModuleStack, steps: readonly numb
   return { spans, bases: { A: encoded.A.map(counted), B: encoded.B.map(counted) }, costs };
 }
 
-/** @param scale of the steps that they were made for */
+/** Components of both sides as they are stored. @param scale of the steps that they were made for */
 export function encodeSpans(
   { A, B }: BySide<readonly Span[]>,
   scale: number,
@@ -78,16 +79,6 @@ function unitRows(rows: Float64Array, rank: number): Float64Array {
   const width = rows.length / rank;
   const squares = rowSquares(rows, rank, width);
   return rows.map((value, i) => value / (Math.sqrt(squares[Math.floor(i / width)]!) || 1));
-}
-
-function stacked(parts: readonly Float64Array[]): Float64Array {
-  const all = new Float64Array(parts.reduce((sum, { length }) => sum + length, 0));
-  let at = 0;
-  for (const part of parts) {
-    all.set(part, at);
-    at += part.length;
-  }
-  return all;
 }
 
 /** Members, what they share, and what all of it is expected to cost. */
@@ -129,7 +120,6 @@ function levelsOf(spaces: readonly Float64Array[], width: number, products: Prod
   };
   let groups = spaces.map((_, i) => [i]);
   return LEVELS.map((level) => {
-    if (level === 0) return [spaces.map((_, i) => i)];
     for (;;) {
       let [a, b, nearest] = [-1, -1, level];
       for (let i = 0; i < groups.length; i++)

@@ -21,7 +21,7 @@ import {
   projectModule,
   storedPair,
 } from "./project.ts";
-import { isWorth, rowSteps } from "./row-steps.ts";
+import { rowSteps, worthRows } from "./row-steps.ts";
 import { rounded } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */
@@ -228,7 +228,7 @@ function withPrivate(
   const height = given.Bt.length / given.rank;
   const rest = balance(stackedPairs(given, shared, -1), height, width, products);
   const most = Math.min(limit, rest.rank);
-  const worth = step === undefined ? most : worthRank(rest, most, step);
+  const worth = step === undefined ? most : Math.min(most, worthRows(rest, step, (width + height) / 2));
   let least = error === undefined ? worth : leastRank(rest, error, pairNorm(given));
   for (; ; least++) {
     const q = Math.min(least, most);
@@ -267,14 +267,6 @@ function leastRank(rest: Pair, error: number, norm: number): number {
     if (Math.sqrt(left) > error * norm) return q;
   }
   return 0;
-}
-
-/** How many rank-1 terms are worth their bits. */
-function worthRank(rest: Pair, most: number, step: number): number {
-  const width = (rest.A.length + rest.Bt.length) / (2 * rest.rank);
-  let q = most;
-  while (q > 0 && !isWorth(Math.sqrt(squareOf(rest, q - 1)), width, step)) q--;
-  return q;
 }
 
 /** The square of a singular value: of a balanced pair a row of A is √s long. */

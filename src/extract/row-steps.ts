@@ -72,15 +72,19 @@ export function roundingLoss(spectra: readonly Spectrum[], step: number): number
 
 /** Bits that the terms of a spectrum are expected to take with a step. */
 export function usualBits({ singular, in: inputs, out }: Spectrum, step: number): number {
-  const bits = (width: number, value: number): number =>
-    (width / 2) * Math.log2(1 + (17 * (value / step) ** 2) / width);
+  const bits = (width: number, value: number): number => width * roundedBits(value / step / Math.sqrt(width));
   return singular.reduce((sum, value) => {
     return isWorth(value, (inputs + out) / 2, step) ? sum + bits(inputs, value) + bits(out, value) : sum;
   }, 0);
 }
 
+/** Bits of an integer that a value of this root mean square is rounded to. */
+export function roundedBits(size: number): number {
+  return 0.5 * Math.log2(1 + 17 * size ** 2);
+}
+
 /** Mean squared error of values of this root mean square that are rounded to integers: all of tiny ones, an eleventh of a step² of large ones. */
-function roundedSquare(size: number): number {
+export function roundedSquare(size: number): number {
   return size ** 2 / (1 + 11 * size ** 2);
 }
 
@@ -94,4 +98,13 @@ const WORTH = 0.7;
 export function isWorth(singular: number, width: number, step: number): boolean {
   // Row i of A is √s long, and its step is that of ΔW over √s.
   return singular / Math.sqrt(width) >= WORTH * step;
+}
+
+/** How many rank-1 terms of a balanced pair are worth their bits. @param width as of `isWorth` */
+export function worthRows({ rank, A }: Pair, step: number, width: number): number {
+  // A row of A is √s long.
+  const singular = rowSquares(A, rank, A.length / rank);
+  let count = rank;
+  while (count > 0 && !isWorth(singular[count - 1]!, width, step)) count--;
+  return count;
 }

@@ -78,8 +78,11 @@ export function reciprocal(factor: Float64Array): number {
   return 1 / (norm(factor) || Infinity);
 }
 
-/** @param view factors that lie one behind the other in memory are not copied: for rows that are not written to */
-function stacked(factors: readonly Float64Array[], view: boolean): Float64Array {
+/**
+ * The rows of factors, one below the other.
+ * @param view factors that lie one behind the other in memory are not copied: for rows that are not written to. Default: false
+ */
+export function stacked(factors: readonly Float64Array[], view: boolean = false): Float64Array {
   const length = factors.reduce((sum, factor) => sum + factor.length, 0);
   const { buffer, byteOffset } = factors[0]!;
   let end = byteOffset;

@@ -1,17 +1,18 @@
 /**
  * Tasks on bases of each side: a side of a module is made of coefficients over one of its bases, of rows of the task's own, or of both:
- * own rows are then what the basis lacks. Which it is decide bits and loss together: bits as the coder counts them, loss at the price
+ * own rows are then what the basis lacks. Bits and loss together decide which it is: bits as the coder counts them, loss at the price
  * that rounding pays for a bit.
  */
 import { codedBits } from "../format/encode-coded.ts";
 import { storing } from "../tensor/encode.ts";
+import { FACTORS } from "../tensor/term.ts";
 import { deltaError, relative } from "./error.ts";
 import type { ModuleStack } from "./extract.ts";
 import { letGo } from "./garbage.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { dot, type Products, rowSquares } from "./linalg.ts";
 import type { ModuleMember, TaskCoefficients } from "./project.ts";
-import { isWorth, rowSteps } from "./row-steps.ts";
+import { roundedBits, roundedSquare, rowSteps, worthRows } from "./row-steps.ts";
 import type { SideBasis } from "./side.ts";
 import { expand, openSubspace, rounded, type StoredBasis, type Subspace, solve, targetsOf } from "./subspace.ts";
 
@@ -24,7 +25,7 @@ export interface SideChoice {
   readonly own: boolean;
 }
 
-/** Shares neither side. */
+/** The choice of a task that shares neither side. */
 export const APART: BySide<SideChoice> = { A: { own: true }, B: { own: true } };
 
 /** The components of a module, and how each task takes them, by id. */
@@ -73,7 +74,8 @@ export function costOf({ bits, lost }: Pick<SideCost, "bits" | "lost">): number 
 
 /** What a number with this mean square, in steps, costs about: left out, or rounded. */
 export function usualCost(square: number): number {
-  return Math.min(PRICE * square, 0.5 * Math.log2(1 + 17 * square) + (PRICE * square) / (1 + 11 * square));
+  const size = Math.sqrt(square);
+  return Math.min(PRICE * square, roundedBits(size) + PRICE * roundedSquare(size));
 }
 
 /** Opens the bases of a module. */
@@ -135,21 +137,23 @@ export function sideCosts(
 ): Omit<SideCosts, "id"> {
   const pair = leadingRows(whole, worthRows(whole, step, (out + inputs) / 2));
   const steps = rowSteps(pair, step);
-  const left = squaresOf(whole)
+  // Of a balanced pair a row is the root of a singular value long.
+  const left = rowSquares(whole.A, whole.rank, inputs)
     .slice(pair.rank)
-    .reduce((sum, square) => sum + square, 0);
+    .reduce((sum, singular) => sum + singular ** 2, 0);
   const side = (which: "A" | "B"): SideCost[] => {
-    const [rows, own] = [pair[KEYS[which]], steps[KEYS[which]]];
+    const [rows, own] = [pair[FACTORS[which]], steps[FACTORS[which]]];
     const asked = pair.rank > 0 && bases[which].length > 0;
-    const apart = { own: true, ...sideCost(rows, own, undefined, true, asked) };
+    const apart = { own: true, ...sideCost(rows, own, storeSide(rows, own, undefined, true), asked) };
     if (!asked) return [apart];
     const over = bases[which].map((basis, index): SideCost => {
-      if (!reaches(basis, rows, pair.rank)) return { basis: index, own: false, bits: Infinity, lost: 0 };
-      const without = { basis: index, own: false, ...sideCost(rows, own, basis, false) };
+      const shared = onBasis(rows, own, basis);
+      if (!shared) return { basis: index, own: false, bits: Infinity, lost: 0 };
+      const without = { basis: index, own: false, ...sideCost(rows, own, shared) };
       // What is left is worth no bits at all, or so much that it needs some.
       const mean = without.lost / rows.length;
       if (usualCost(mean) >= PRICE * mean) return without;
-      const beside = { basis: index, own: true, ...sideCost(rows, own, basis, true) };
+      const beside = { basis: index, own: true, ...sideCost(rows, own, withOwn(rows, own, shared)) };
       return costOf(without) <= costOf(beside) ? without : beside;
     });
     return [apart, ...over];
@@ -166,9 +170,6 @@ export function cheapest({ A, B }: BySide<readonly SideCost[]>): BySide<SideChoi
   return { A: least(A), B: least(B) };
 }
 
-/** Keys of the sides in pairs and in steps. */
-export const KEYS = { A: "A", B: "Bt" } as const;
-
 function zeros(inputs: number, out: number): Pair {
   return { rank: 1, A: new Float64Array(inputs), Bt: new Float64Array(out) };
 }
@@ -179,82 +180,73 @@ function widthOf(a: number, b: number, basisA: Subspace | undefined, basisB: Sub
   return a + b > 0 ? a + b : (basisA!.components + basisB!.components) / 2;
 }
 
-/** How many rows of a balanced pair are worth their bits. */
-export function worthRows(pair: Pair, step: number, width: number): number {
-  const squares = squaresOf(pair);
-  let count = pair.rank;
-  while (count > 0 && !isWorth(Math.sqrt(squares[count - 1]!), width, step)) count--;
-  return count;
-}
-
-/** Squares of the singular values of a balanced pair: a row is the root of one long. */
-function squaresOf({ rank, A }: Pair): Float64Array {
-  return Float64Array.from(rowSquares(A, rank, A.length / rank), (square) => square ** 2);
-}
-
 /** The rows of a factor as far as a basis reaches them. */
 function within(basis: Subspace, rows: Float64Array, rank: number): Float64Array {
   const [target] = targetsOf(basis, rows, [rank]);
   return expand(basis, solve(basis, target!, basis.components), rank);
 }
 
-/** The least share of rows' squares that coefficients must hold to be asked what they cost. */
-const LEAST_SHARE = 0.1;
-
-/** Whether coefficients over a basis may pay. */
-function reaches(basis: Subspace, rows: Float64Array, rank: number): boolean {
-  const { at, squares } = targetsOf(basis, rows, [rank])[0]!;
-  let total = 0;
-  for (let i = 0; i < rank; i++) total += squares[i * rank + i]!;
-  return dot(at, 0, at, 0, at.length) > LEAST_SHARE * total;
-}
-
 /** One side of a task as stored. */
 interface StoredSide {
+  /** Coefficients [rank, K]; none where K is 0. */
   readonly alpha: Uint8Array;
+  readonly K: number;
   readonly own?: Uint8Array;
   /** What a reader makes of both. */
   readonly values: Float64Array;
 }
 
-const NONE = new Uint8Array(0);
+const NOTHING = { alpha: new Uint8Array(0), K: 0 };
 
 function storeSide(rows: Float64Array, steps: Float64Array, basis: Subspace | undefined, own: boolean): StoredSide {
+  if (steps.length === 0) return { ...NOTHING, values: rows };
+  const nothing = { ...NOTHING, values: new Float64Array(rows.length) };
+  const shared = basis ? onBasis(rows, steps, basis, 0)! : nothing;
+  return own ? withOwn(rows, steps, shared) : shared;
+}
+
+/** The least share of rows' squares that coefficients must hold to be asked what they cost. */
+const LEAST_SHARE = 0.1;
+
+/** Rows as coefficients over a basis; undefined where these hold less than a share of their squares. */
+function onBasis(
+  rows: Float64Array,
+  steps: Float64Array,
+  basis: Subspace,
+  least: number = LEAST_SHARE,
+): StoredSide | undefined {
+  const [count, K] = [steps.length, basis.components];
+  const target = targetsOf(basis, rows, [count])[0]!;
+  const { at, squares } = target;
+  let total = 0;
+  for (let i = 0; i < count; i++) total += squares[i * count + i]!;
+  if (dot(at, 0, at, 0, at.length) < least * total) return undefined;
+  const { encoded: alpha, values } = rounded("int8", solve(basis, target, K), count, K, steps);
+  return { alpha, K, values: expand(basis, values, count) };
+}
+
+/** The same with rows of the task's own for what the basis lacks. */
+function withOwn(rows: Float64Array, steps: Float64Array, { values, ...shared }: StoredSide): StoredSide {
   const count = steps.length;
-  if (count === 0) return { alpha: NONE, values: rows };
-  const width = rows.length / count;
-  if (!basis) {
-    const { encoded, values } = rounded("int8", rows, count, width, steps);
-    return { alpha: NONE, own: encoded, values };
-  }
-  const [target] = targetsOf(basis, rows, [count]);
-  const K = basis.components;
-  const { encoded: alpha, values: coefficients } = rounded("int8", solve(basis, target!, K), count, K, steps);
-  const shared = expand(basis, coefficients, count);
-  if (!own) return { alpha, values: shared };
-  const rest = rows.map((value, i) => value - shared[i]!);
-  const beside = rounded("int8", rest, count, width, steps);
-  return { alpha, own: beside.encoded, values: shared.map((value, i) => value + beside.values[i]!) };
+  const rest = rows.map((value, i) => value - values[i]!);
+  const beside = rounded("int8", rest, count, rows.length / count, steps);
+  return { ...shared, own: beside.encoded, values: values.map((value, i) => value + beside.values[i]!) };
 }
 
 /** What one side costs. Loss counts a row's length on the other side, which steps have. @param counted whether bits are asked for */
 function sideCost(
   rows: Float64Array,
   steps: Float64Array,
-  basis: Subspace | undefined,
-  beside: boolean,
+  { alpha, K, own, values }: StoredSide,
   counted: boolean = true,
 ): Pick<SideCost, "bits" | "lost"> {
   const count = steps.length;
   if (count === 0) return { bits: 0, lost: 0 };
   const width = rows.length / count;
-  const { alpha, own, values } = storeSide(rows, steps, basis, beside);
   let lost = 0;
   for (let i = 0; i < rows.length; i++) lost += ((rows[i]! - values[i]!) / steps[Math.floor(i / width)]!) ** 2;
-  const dtype = "int8";
-  const tensors = [
-    ...(basis ? [{ dtype, encoded: alpha, rows: count, width: basis.components } as const] : []),
-    ...(own ? [{ dtype, encoded: own, rows: count, width } as const] : []),
-  ];
-  return { bits: counted ? codedBits(tensors) : 0, lost };
+  if (!counted) return { bits: 0, lost };
+  const integers = (encoded: Uint8Array, width: number) => ({ dtype: "int8" as const, encoded, rows: count, width });
+  const tensors = [...(K > 0 ? [integers(alpha, K)] : []), ...(own ? [integers(own, width)] : [])];
+  return { bits: codedBits(tensors), lost };
 }

@@ -28,7 +28,7 @@ import { SCALE_DOWN } from "../tensor/encode.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { type Steps, startSteps, stepsWithin, Unreachable } from "./seek.ts";
-import { encodeAdapter, encodeTerm, narrowTerms, sidesTerm, stepsOf, storable } from "./tasks.ts";
+import { changes, encodeAdapter, encodeTerm, narrowTerms, sidesTerm, stepsOf, storable } from "./tasks.ts";
 import { storedTask } from "./write.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -42,7 +42,10 @@ export interface ProjectedAdapter extends TaskToWrite {
 export interface ProjectAdaptersOptions {
   /** Called after each module. */
   readonly onProgress?: ((done: number, of: number) => void) | undefined;
-  /** The share of its ΔW that an adapter may lose, where tasks have rows of their own. Default: as the pack's tasks. */
+  /**
+   * The share of its ΔW that an adapter may lose: it has private terms for what the components lack. Default: as the pack's tasks, which
+   * may have none.
+   */
   readonly error?: number | undefined;
 }
 
@@ -86,7 +89,7 @@ async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
   const error = all.error ?? all.pack.directory.basis.error;
   const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
   const choices = sharesBySide(all.pack) ? new Map<string, BySide<SideChoice>>() : undefined;
-  if (!choices && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);
+  if (!choices && all.error === undefined && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);
   const coded = (steps: Steps): Promise<ProjectedAdapter[]> =>
     choices ? placed(all, choices, steps) : project(all, new Map(), steps);
   // The step says which are worth it.
@@ -134,7 +137,7 @@ async function placed(
       const task = storable(adapter, module, take, SCALE_DOWN);
       errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
       const made = sidesTerm(name, { ...task, magnitude }, adapter);
-      if (made.rank > 0 || made.privateTerms || made.magnitude) terms[i]!.push({ module: index, ...made });
+      if (changes(made)) terms[i]!.push({ module: index, ...made });
     }
     onProgress?.(index + 1, pack.modules.length);
   }
@@ -178,7 +181,7 @@ async function project(
     const task = own ? storable(adapter, stored, finish, SCALE_DOWN) : begun.task;
     errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
     const term = encodeTerm(name, { ...task, magnitude }, space ?? NO_BASES, adapter, dtype);
-    if (term.A || term.privateTerms || term.magnitude) terms[i]!.push({ module: index, ...term });
+    if (changes(term)) terms[i]!.push({ module: index, ...term });
   });
   return finished(all, terms, errors, steps !== undefined);
 }

@@ -23,7 +23,7 @@ import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 import type { ModuleError } from "./report.ts";
-import { encodeTerm, sidesTerm, stepsOf } from "./tasks.ts";
+import { changes, encodeTerm, sidesTerm, stepsOf } from "./tasks.ts";
 
 /** Adapters to be packed, and what works on them. */
 export interface Adapters {
@@ -112,7 +112,7 @@ export async function encode(
     for (const [i, { id, error, norm, term }] of found.tasks.entries()) {
       const owner = owners[i]!;
       errors.push({ task: id, module: name, error, norm });
-      if (!(term.rank > 0 || term.privateTerms || term.magnitude)) continue;
+      if (!changes(term)) continue;
       if (!terms.has(owner)) terms.set(owner, []);
       terms.get(owner)!.push({ module: index, ...term });
     }

@@ -120,8 +120,8 @@ const AIM = 0.99;
 const CAREFUL = 0.004;
 /** Rounds after which any error below the limit will do. */
 const LATE = 4;
-/** Errors grow nearly as steps do. */
-const SLOPE = 0.85;
+/** Errors grow nearly as steps do: by this power of them. */
+export const SLOPE = 0.85;
 /** Where steps of this share make errors no smaller than that share of what they were, so often, integers are at their end. */
 const FINER = 0.9;
 const STUCK = 0.97;

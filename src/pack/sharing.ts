@@ -11,7 +11,7 @@ import { roundingLoss, usualBits } from "../extract/row-steps.ts";
 import type { SideBasis } from "../extract/side.ts";
 import { costOf, type SharedSides, type SideChoice, type SideCost } from "../extract/sides.ts";
 import { type Adapters, naming, piecesOf, readStack } from "./encode.ts";
-import type { Steps } from "./seek.ts";
+import { SLOPE, type Steps } from "./seek.ts";
 
 /** What adapters share. */
 export interface Sharing {
@@ -26,10 +26,8 @@ interface Found extends SharedSides {
   readonly losses: ReadonlyMap<string, { readonly apart: number; readonly shared: number }>;
 }
 
-/** Tasks that are compared with each other: of more, what they share is sought among so many, spread evenly. */
+/** Most tasks that are compared with each other. The others are asked what the groups of these would save them. */
 const MOST_COMPARED = 64;
-/** Losses grow nearly as steps do: by this power of it. */
-const SLOPE = 0.85;
 /** The share of what all tasks are expected to take that sharing must save: a switch is simpler without. */
 const LEAST_SAVED = 0.01;
 
@@ -134,7 +132,7 @@ function usedOf(chosen: readonly SideChoice[]): number[] {
   return [...new Set(chosen.flatMap(({ basis }) => basis ?? []))].sort((a, b) => a - b);
 }
 
-/** So many at most, spread evenly. */
+/** Takes `most` of them where there are more, spread evenly. */
 function spread<T>(all: readonly T[], most: number): readonly T[] {
   if (all.length <= most) return all;
   return Array.from({ length: most }, (_, i) => all[Math.floor((i * all.length) / most)]!);

@@ -89,6 +89,11 @@ interface TaskModule extends TaskCoefficients {
   readonly magnitude: Float32Array | undefined;
 }
 
+/** Whether a term changes its module; one that does not is left out. */
+export function changes({ rank, privateTerms, magnitude }: Omit<TermInput, "module">): boolean {
+  return rank > 0 || privateTerms !== undefined || magnitude !== undefined;
+}
+
 /** A term without its module. @param name of that. @param dtype of coefficients */
 export function encodeTerm(
   name: string,

@@ -2,6 +2,9 @@
  * The low-rank term: what one task does to one module, in one orientation from adapter files to graphs and kernels.
  */
 
+/** The arrays of a term by side. */
+export const FACTORS = { A: "A", B: "Bt" } as const;
+
 /** ΔW [out, in] = Btᵀ·A, the adapter's scale inside Bt. Arrays are row-major. */
 export interface Term {
   /** Rows of A and Bt. */

@@ -1,11 +1,11 @@
 /**
  * The meaning of the trained numbers: coefficients over a pack's components, the components themselves, rows of the task's own beside
- * them or in their place, private terms. They become the terms that a model is fed with, and gradients of terms become gradients of the numbers. One side of a module, whose rows are d
- * wide (A: d = in; B: d = out, its rows are those of Bt):
+ * them or in their place, private terms. They become the terms that a model is fed with, and gradients of terms become gradients of the
+ * numbers. One side of a module, whose rows are d wide (A: d = in; B: d = out, its rows are those of Bt):
  *
  *     column    row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
  *     flat      all rows in one = mean + Σ_k alpha[k] · E[k]               alpha [1, K], E [K, rank·d]
- *     own       is added to row_i, or is row_i where the side has no components   [rank, d]
+ *     own       row_i + own[i], or own[i] where there are no components    [rank, d]
  *     private   row_i is trained itself                                    [q, d], below the others
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
