@@ -137,7 +137,7 @@ export function sideCosts(
 ): Omit<SideCosts, "id"> {
   const pair = leadingRows(whole, worthRows(whole, step, (out + inputs) / 2));
   const steps = rowSteps(pair, step);
-  // Of a balanced pair a row is the root of a singular value long.
+  // A row of a balanced pair is the root of a singular value long.
   const left = rowSquares(whole.A, whole.rank, inputs)
     .slice(pair.rank)
     .reduce((sum, singular) => sum + singular ** 2, 0);
