@@ -472,7 +472,7 @@ t.test("the command line, on the real model", async (t) => {
   await refuse(2, { tag: "usage", message: /--steps -1/ }, "--steps", "-1");
   await refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
   t.match(await json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), {
-    error: { tag: "usage", message: /missing --text/ },
+    error: { tag: "usage", message: /missing --model/ },
   });
   const other = ["distill", "p.eigen", data("sessions/adapters/two"), ...settings, "-o", "x.eigen"];
   t.match(await json(1, ...other), { error: { tag: "adapter", message: /two/ } }, "an adapter of another base");

@@ -345,3 +345,27 @@ t.test("labels of words", async (t) => {
   });
   await session.close();
 });
+
+t.test("without text, a language model goes on from words of its tokenizer", async (t) => {
+  const [adapter] = await readAdapters([data("decoder/adapters/upper")]);
+  t.teardown(() => adapter!.close());
+  const session = await decoder(NODE, { gauge: "balanced", step: 0.3, select: { kind: "k", k: 6 } });
+  t.teardown(() => session.close());
+  const words = ["one", "two", "three", "four", "five"];
+  const asked: string[] = [];
+  const telling = Object.assign(
+    (...[texts, ...rest]: Parameters<Encode>) => {
+      asked.push(...texts);
+      return encode(texts, ...rest);
+    },
+    { get_vocab: () => new Map(words.map((word, id) => [word, id])), decode: ([id]: number[]) => words[id!]! },
+  );
+  const made = await distill(session, { adapter: adapter!, encode: telling, steps: 0 });
+  t.ok(made.agreement > 0 && made.divergenceBefore > 0, JSON.stringify({ ...made, file: undefined }));
+  t.ok(made.divergenceAfter < made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
+  t.ok(
+    asked.every((text) => text.split(" ").every((word) => [...words, "upper", "lower"].includes(word))),
+    asked.slice(0, 3).join("; "),
+  );
+  t.same((await distill(session, { adapter: adapter!, encode: telling, steps: 0 })).file, made.file);
+});

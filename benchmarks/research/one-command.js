@@ -1,8 +1,8 @@
 /**
- * What does one command make of a suite? `eigenlora pack FOLDER -o FILE --ratio R --model MODEL --text LINES` in a process of its own,
- * with some training texts of each task as lines: it tries ways, judges them by answers and distils the best one. The pack is then asked
- * the test rows, 240 of each task at most, and so are the adapters as PEFT answers them. Bytes are those of whole files; of adapters
- * those of their numbers in f32.
+ * What does one command make of a suite? `eigenlora pack FOLDER -o FILE --model MODEL` in a process of its own: it finds what adapters
+ * share, distils on text that it makes of the tokenizer's words, and judges each task by answers. With `--texts` some training texts of
+ * each task are the text; with `--ratio` the size is given. The pack is then asked the test rows, 240 of each task at most, and so are
+ * the adapters as PEFT answers them. Bytes are those of whole files; of adapters those of their numbers in f32.
  */
 import { spawnSync } from "node:child_process";
 import { readFile, writeFile } from "node:fs/promises";
@@ -21,15 +21,20 @@ const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url)
 const QUESTION = "What does one command make of a suite?";
 const given = readArguments(QUESTION, {
   suite: choice(SUITES, "adapters of the repository", "hub"),
-  ratio: number("how many times smaller than the adapters' files", 60, 1),
-  texts: number("training texts of each task", 10, 1),
+  ratio: number("how many times smaller than the adapters' files. Default: as small as answers allow", undefined, 1),
+  minutes: number("about how long it may take. Default: the command's own"),
+  texts: number("training texts of each task; 0: text that the command makes", 0),
 });
 const suite = await Suite.open(given.suite);
-const lines = await textsOf(suite);
 await inScratch(async (scratch) => {
   const [file, text] = [join(scratch, "suite.eigen"), join(scratch, "lines.txt")];
-  await writeFile(text, lines.join("\n"));
-  const options = ["--ratio", String(given.ratio), "--model", model, "--text", text, "--json"];
+  if (given.texts > 0) await writeFile(text, (await textsOf(suite)).join("\n"));
+  const options = [
+    ...["--model", model, "--tokens", "32", "--json"],
+    ...(given.texts > 0 ? ["--text", text] : []),
+    ...(given.ratio === undefined ? [] : ["--ratio", String(given.ratio)]),
+    ...(given.minutes === undefined ? [] : ["--minutes", String(given.minutes)]),
+  ];
   const started = performance.now();
   const { status, stdout } = spawnSync(process.execPath, [CLI, "pack", folderOf(given.suite), "-o", file, ...options], {
     encoding: "utf8",
@@ -41,16 +46,33 @@ await inScratch(async (scratch) => {
   const pack = new Uint8Array(await readFile(file));
   const numbers = sum(suite.adapters.map(bytesOfAdapter));
   const answers = await answersOf(pack);
+  const same = answers.map((one) => one.same);
   const row = {
     name: "pack",
     bytes: pack.length,
     "× fewer than f32": numbers / pack.length,
-    "right, %": answers.right,
+    "right, %": mean(answers.map((one) => one.right)),
+    "as the adapter, %": mean(same),
+    "least of a task, %": Math.min(...same),
     minutes: seconds / 60,
   };
-  const note = `${lines.length} lines; what the command said: ${JSON.stringify({ ...found, tasks: undefined })}`;
-  const peer = { name: "adapters, PEFT's answers", bytes: numbers, "× fewer than f32": 1, "right, %": answers.peft };
-  print(given.json, [{ question: QUESTION, rows: [row, peer], notes: [note] }]);
+  const peft = mean(answers.map((one) => one.peft));
+  const peer = { name: "adapters, PEFT's answers", bytes: numbers, "× fewer than f32": 1, "right, %": peft };
+  /** @type {Map<string, number>} */
+  const kept = new Map();
+  for (const one of found.answers ?? []) kept.set(one.kept, (kept.get(one.kept) ?? 0) + 1);
+  const notes = [
+    `Text: ${given.texts > 0 ? `${given.texts} training texts of each task` : "made of the tokenizer's words"}.`,
+    ...(found.answers
+      ? [`${[...kept].map(([name, tasks]) => `${tasks} ${name}`).join(", ")}; ${found.steps} steps of each task.`]
+      : []),
+    ...answers.map(({ id, same, right, peft }) => {
+      const held = found.answers?.find((/** @type {{ id: string }} */ one) => one.id === id);
+      const own = held ? `, ${held.kept}, ${(100 * (held.agreement ?? NaN)).toFixed(1)} % of held-back answers` : "";
+      return `${id}: ${right.toFixed(1)} % right of ${peft.toFixed(1)}, ${same.toFixed(1)} % as the adapter${own}`;
+    }),
+  ];
+  print(given.json, [{ question: QUESTION, rows: [row, peer], notes }]);
 });
 await suite.close();
 
@@ -64,15 +86,17 @@ async function textsOf({ adapters }) {
   });
 }
 
-/** Right answers to the test rows, means over tasks, in %. @param {Uint8Array} pack */
+/** Right answers to the test rows, and answers as PEFT gives them, by task, in %. @param {Uint8Array} pack */
 function answersOf(pack) {
   return suite.withSession([pack], async (session) => {
-    const shares = [];
+    const found = [];
     for (const { id } of suite.adapters) {
       const { labels, peft } = /** @type {import("./size/suite.js").Questions} */ ((await suite.questions()).get(id));
-      const right = (await suite.ask(session, id)).right / labels.length;
-      shares.push({ right, peft: peft.filter((label, i) => label === labels[i]).length / labels.length });
+      const share = (/** @type {number} */ rows) => (100 * rows) / labels.length;
+      const { right, same } = await suite.ask(session, id);
+      const own = peft.filter((label, i) => label === labels[i]).length;
+      found.push({ id, right: share(right), same: share(same), peft: share(own) });
     }
-    return { right: 100 * mean(shares.map((one) => one.right)), peft: 100 * mean(shares.map((one) => one.peft)) };
+    return found;
   });
 }

@@ -9,15 +9,14 @@ import { refuseBases } from "../adapters/modules.ts";
 import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/layout.ts";
-import { projectAdapters } from "../pack/add.ts";
+import { type ProjectedAdapter, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { createSigner } from "../pack/keys.ts";
-import { completeDtypes } from "../pack/recipe.ts";
 import { MUCH, type TaskLoss } from "../pack/report.ts";
 import { freshPack, planAppend } from "../pack/write.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
+import { addedByAnswers, judged } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { append, readText, writeWhole } from "./files.ts";
-import { anyBase, as, key, number, readFor, revoked, SHARE, UsageError } from "./options.ts";
+import { anyBase, as, group, key, number, readFor, revoked, SHARE, text, UsageError } from "./options.ts";
 import { bytes, count, counting, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 
@@ -44,8 +43,15 @@ export const add: Attach = command({
     base: readFor,
     key,
     revoked,
+    ...group("Judged by answers", {
+      ...judged,
+      model: text(
+        "MODEL.onnx",
+        "Distil adapters onto what the pack's tasks share, until they answer as the adapters do. Needs onnxruntime-node.",
+      ),
+    }),
   },
-  async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key }, run, out) {
+  async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key, ...asked }, run, out) {
     const sign = await signerOf(key);
     const found = await Promise.all(paths.map((path) => isTaskFile(path, run)));
     const names = new Map(as);
@@ -60,9 +66,11 @@ export const add: Attach = command({
     const pack = await run.pack(file);
     refuseTaken(pack, named);
     refuseOtherBase(pack, adapters, anyBase);
-    const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), {
-      onProgress: counting(out, "module"),
-    });
+    const onProgress = counting(out, "module");
+    const projected: Judged[] =
+      asked.model === undefined
+        ? await projectAdapters(pack, adapters, await storedDtypes(pack), { onProgress })
+        : await addedByAnswers(pack, adapters, { ...asked, model: asked.model }, run, out);
     const learned: TaskToWrite[] = [];
     for (const { path, id } of files) await pack.addTask(id, path);
     for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
@@ -77,7 +85,7 @@ export const add: Attach = command({
     append(file, plan);
     warnOf(adapters, out);
     for (const warning of projected.flatMap(({ warnings }) => warnings)) out.warn(warning);
-    for (const { id, total } of residual)
+    for (const { id, total } of asked.model === undefined ? residual : [])
       if (total > MUCH)
         out.warn(
           `task "${id}" loses ${percent(total)} of its ΔW, which the pack's components lack: pack all adapters again, with this ` +
@@ -88,15 +96,34 @@ export const add: Attach = command({
     const bytesAfter = plan.offset + sum(plan.body.map(({ length }) => length));
     const added = [...adapters, ...files].map(({ id }) => id);
     return {
-      json: { file, added, bytesBefore: before, bytesAfter, residual },
+      json: {
+        ...{ file, added, bytesBefore: before, bytesAfter, residual },
+        ...(asked.model === undefined ? {} : { answers: projected.map(agreementOf) }),
+      },
       text: [
         `${file}: ${count(added.length, "task")} added, ${bytes(before)} → ${bytes(bytesAfter)}`,
-        ...(residual.length > 0 ? lossTable(residual) : []),
+        ...(asked.model === undefined
+          ? residual.length > 0
+            ? lossTable(residual)
+            : []
+          : projected.map(agreementText)),
         ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
       ],
     };
   },
 });
+
+type Judged = ProjectedAdapter & { readonly agreement?: number | undefined };
+
+function agreementOf({ entry: { id }, agreement }: Judged): object {
+  return { id, agreement };
+}
+
+function agreementText({ entry, blob, agreement }: Judged): string {
+  const said =
+    agreement === undefined ? "not asked, for want of time" : `answers ${percent(agreement)} like the adapter`;
+  return `${entry.id}: ${bytes(blob.length)}, ${said}`;
+}
 
 /** @throws TaskError naming the task that loses most, when that is more than it may */
 function refuseLoss(residual: readonly TaskLoss[], most: number, pack: string): void {
@@ -198,16 +225,6 @@ export const compact: Attach = command({
 export function refuseOtherBase({ name, directory }: Pack, adapters: readonly Adapter[], anyBase: boolean): void {
   const { baseModel } = directory.basis;
   refuseBases([{ id: "the pack", file: name, baseModel }, ...adapters], anyBase);
-}
-
-/** The number formats that a pack's tasks are stored in, so that new ones are stored alike. */
-export async function storedDtypes(pack: Pack): Promise<Dtypes> {
-  const first = pack.tasks.keys().next().value;
-  if (first === undefined) return completeDtypes();
-  const { terms, parameters } = await pack.load(first);
-  const coefficients = terms.find((term) => term.A)?.A?.tensor.dtype;
-  const head = parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
-  return completeDtypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head } : {}) });
 }
 
 /** @param path of a key in PEM; undefined for none */

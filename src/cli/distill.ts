@@ -9,10 +9,12 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign } from "../format/layout.ts";
+import { storedDtypes } from "../pack/add.ts";
 import { completeDtypes } from "../pack/recipe.ts";
 import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";
 import { freshPack, tasksOf } from "../pack/write.ts";
-import { refuseOtherBase, signerOf, storedDtypes, warnUnsigned } from "./change.ts";
+import type { DistillOptions } from "../train/distill.ts";
+import { refuseOtherBase, signerOf, warnUnsigned } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readQuestions } from "./examples.ts";
 import { writeWhole } from "./files.ts";
@@ -34,11 +36,10 @@ const OPTIONS = {
   force: option.force,
   part: option.toggle("Write a part with tasks on a basis instead of a pack, for assemble."),
   dtype: { ...option.dtype, help: `With --part. ${option.dtype.help}` },
-  text: option.required(
-    option.text(
-      "LINES.txt",
-      "Text like that of the tasks, one on each line, or JSON lines as learn takes them: a few hundred, never your test data.",
-    ),
+  text: option.text(
+    "LINES.txt",
+    "Text like that of the tasks, one on each line, or JSON lines as learn takes them: a few hundred, never your test data. Default: made " +
+      "of the words of the model's tokenizer.",
   ),
   steps: option.byDefault(
     240,
@@ -80,7 +81,7 @@ export const distill: Attach = command({
     if (options.part) return distilPart([packPath, ...paths], options, run, out);
     const sign = await signerOf(options.key);
     const target = await run.target(file, { force, inputs: [model, decoder, options.text, tokenizer] });
-    const questions = await readQuestions(options.text);
+    const questions = await askedIn(options.text);
     const adapters = await run.adapters(paths, options.as, options.base);
     target.refuse(adapters.flatMap(filesOf));
     const pack = await run.pack(packPath);
@@ -115,6 +116,11 @@ export const distill: Attach = command({
     return report(file, size, done, before);
   },
 });
+
+/** What a file of text asks; nothing without one: questions are made then. */
+async function askedIn(path: string | undefined): Promise<Pick<DistillOptions, "texts" | "examples">> {
+  return path === undefined ? {} : readQuestions(path);
+}
 
 /**
  * The pack as it is by now, where it is to be replaced: others may have written while tasks were trained.
@@ -171,7 +177,7 @@ async function distilPart(
   out: Output,
 ): Promise<Result> {
   const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
-  const questions = await readQuestions(options.text);
+  const questions = await askedIn(options.text);
   checkTarget(file, { force: true, inputs: [basisPath, model, decoder, options.text, tokenizer] });
   const adapters = byId(await run.adapters(paths, options.as, options.base));
   checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });

@@ -63,7 +63,7 @@ export async function distilEach(
     if (!earlier) out.phase(`${which}: asking the adapter, solving coefficients`);
     const onStep = ({ step }: { step: number }): void => {
       const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
-      out.progress("step", gone, of, which);
+      out.progress("step of all tasks", gone, of, which);
     };
     const made = earlier ?? (await distill(session, { adapter, ...questions, encode, steps, batch, onStep }));
     if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));

@@ -31,7 +31,6 @@ import {
   UsageError,
 } from "./options.ts";
 import { bytes, count, percent, resources, table } from "./output.ts";
-import type { Run } from "./run.ts";
 
 const labels: OptionSpec<readonly string[] | undefined> = {
   value: "a,b,c",
@@ -112,7 +111,7 @@ export const learn: Attach = command({
       throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
     const { force, decoder, tokenizer } = options;
     const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, decoder, tokenizer] });
-    const { signal } = interrupts(run);
+    const signal = run.interrupts();
     const { examples, labels } = await readLessons(examplesPath, options.labels);
     const pack = await run.pack(packPath);
     const lone = !pack.modules.some(sharedBases);
@@ -185,15 +184,6 @@ function refuseOtherKind({ trainable }: EigenSession, completions: boolean, file
     : ["gives one row of logits for each text", '{"text": "…", "label": "…"}'];
   const message = `the model ${gives}: expected ${expected} on each line of ${file}`;
   throw new BaseMismatchError(message, { module: trainable!.graph.logitsOutput });
-}
-
-/** Aborted by Ctrl-C. */
-function interrupts(run: Run): AbortController {
-  const controller = new AbortController();
-  const stop = (): void => controller.abort();
-  process.once("SIGINT", stop);
-  run.closing({ close: () => process.off("SIGINT", stop) });
-  return controller;
 }
 
 /** @throws TaskError when it is no task of the pack either */

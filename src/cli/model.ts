@@ -6,9 +6,11 @@ import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
+import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { ModelInput } from "../onnx/whole.ts";
+import type { Engine } from "../session/engine.ts";
 import { type BatchFeeds, followsFromTokens } from "../train/batch-feeds.ts";
 import type { Encode } from "../train/encoding.ts";
 import { readJson, readText } from "./files.ts";
@@ -42,6 +44,29 @@ export const tokenizer: OptionSpec<string | undefined> = text(
   "FILE",
   "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
 );
+
+export const provider: OptionSpec<string | undefined> = text(
+  "NAME",
+  "What runs the model, where this build of onnxruntime-node has it: cpu, webgpu, cuda, dml or coreml. Default: cpu.",
+);
+export const threads: OptionSpec<number | undefined> = number(
+  "N",
+  "Threads that run the model. Default: one for each core.",
+  from(1),
+);
+
+/** The engine that runs a model on a provider, with so many threads. */
+export function engineOf(
+  ort: Ort,
+  { provider, threads }: { provider: string | undefined; threads: number | undefined },
+): Engine {
+  const told = {
+    ...(provider === undefined ? {} : { executionProviders: [provider] }),
+    ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
+  };
+  // Its type depends on which onnxruntime it is.
+  return createEngine(ort, told as never);
+}
 
 /**
  * Loads onnxruntime, and the tokenizer of a model: tokenizer.json beside it, or one folder above, as where models lie in onnx/; or
@@ -88,7 +113,8 @@ export async function openModel(
     throw new BaseMismatchError(message, { module: unknown });
   };
   const template = config["chat_template"] ?? (await templateBeside(tokenizer));
-  return { ort, encode: Object.assign(encode, tellsMore(command, config, template)) };
+  const words = { get_vocab: made.get_vocab.bind(made), decode: made.decode.bind(made) };
+  return { ort, encode: Object.assign(encode, words, tellsMore(command, config, template)) };
 }
 
 /** @throws SourceError naming the file that holds no tokenizer */
@@ -169,7 +195,11 @@ interface Tokenizers {
   readonly Tokenizer: new (
     rules: unknown,
     config: unknown,
-  ) => { encode(text: string, options: object): { ids: number[] } };
+  ) => {
+    encode(text: string, options: object): { ids: number[] };
+    decode(ids: number[]): string;
+    get_vocab(withAdded?: boolean): Map<string, number>;
+  };
 }
 
 /** @huggingface/jinja, as far as it is used. */

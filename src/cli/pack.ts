@@ -3,7 +3,6 @@
  * divergence between the answers of adapters and pack.
  */
 import { availableParallelism } from "node:os";
-import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
 import { freeWith } from "../extract/garbage.ts";
@@ -13,34 +12,25 @@ import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { buildStreamed, type Streamed } from "../pack/build.ts";
 import type { SearchOptions, Tried } from "../pack/goal.ts";
-import type { BuildReport, SharedReport } from "../pack/report.ts";
+import type { BuildReport } from "../pack/report.ts";
 import { buildWithin, type SearchReport, searchPack, searchStreamed } from "../pack/search.ts";
 import { Unreachable } from "../pack/seek.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
+import type { ByAnswersReport } from "../train/pack-by-answers.ts";
+import { byAnswersText, judged, packedByAnswers } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { distilled } from "./distilled.ts";
 import { type Completion, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
+import { removeFinished } from "./finished.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
-import { decoder, openModel, tokenizer, tokens, wholeOf } from "./model.ts";
+import { engineOf, openModel, wholeOf } from "./model.ts";
 import * as option from "./options.ts";
-import {
-  bytes,
-  count,
-  counting,
-  mean,
-  type Output,
-  percent,
-  range,
-  resources,
-  sharing,
-  smaller,
-  sum,
-  table,
-} from "./output.ts";
+import { counting, type Output, resources, sum } from "./output.ts";
+import { autoText, reportText } from "./pack-text.ts";
 import type { Run } from "./run.ts";
 import { filesOf } from "./target.ts";
 
@@ -78,15 +68,15 @@ const OPTIONS = {
     }),
   }),
   ...option.group("How", {
-    mode: option.choice(
-      ["auto", "column", "flat", "joint"],
-      "Auto: the best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
-        "vector for a whole factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, " +
-        "--gauge, --rank, --private-terms, --centering, --normalize or --step.",
-    ),
-    dtype: option.dtypeOrChosen,
     base: option.base,
     ...option.rarely({
+      mode: option.choice(
+        ["auto", "column", "flat", "joint"],
+        "Auto: the best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
+          "vector for a whole factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, " +
+          "--gauge, --rank, --private-terms, --centering, --normalize or --step.",
+      ),
+      dtype: option.dtypeOrChosen,
       gauge: option.gauge,
       rank: option.rank,
       privateTerms: option.number(
@@ -118,24 +108,18 @@ const OPTIONS = {
   ...option.group("Judged by answers", {
     model: option.text(
       "MODEL.onnx",
-      "Judge packs by its answers to --text instead of by ΔW error (mode auto), or calibrate with it. Needs onnxruntime-node.",
+      "The smallest pack whose tasks answer as their adapters do; with a size, the one whose answers are closest. Needs onnxruntime-node.",
     ),
-    text: option.text(
-      "LINES.txt",
-      "Text like that of the tasks, one on each line, or JSON lines as learn takes them; never your test data.",
-    ),
+    ...judged,
     ...option.rarely({
-      decoder,
       distill: option.number(
         "STEPS",
-        "With --mode auto, --model and --text: distillation steps per task at the end; 0 for none. Default: 240.",
+        "With --model: distillation steps per task; 0 for none. Default: as many as there is time for, 240 at most.",
         option.from(0),
       ),
       calibrate: option.toggle(
         "Weight errors by the inputs of the modules on --text, with --model; mode auto tries this too.",
       ),
-      tokens,
-      tokenizer,
     }),
   }),
   ...option.group("Which adapters", {
@@ -176,8 +160,10 @@ export const pack: Attach = command({
       ? partByGain(adapters, known, minGain ?? 0.02, scores!)
       : { kept: adapters, dropped: [] };
     const adapterBytes = sum(kept.map(({ byteLength }) => byteLength));
-    const { chunks, report } = await build(kept, options, run, out).catch(addWaysOut(options, adapterBytes));
+    const { chunks, report, finished } = await build(kept, options, run, out).catch(addWaysOut(options, adapterBytes));
     await target.write(chunks);
+    const byAnswers = "answers" in report;
+    if (finished !== undefined && byAnswers && !report.stopped) await removeFinished(finished);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
     const notes = report.notes.map((note) => inFlags(note, OPTIONS));
@@ -185,7 +171,7 @@ export const pack: Attach = command({
       json: { file, ...report, notes, dtype: nameOf(report.dtype), dropped, ...took },
       text: [
         ...dropped.map(({ id, gain }) => `left out ${id}: ${points(gain)} over its head`),
-        ...reportText(file, report),
+        ...(byAnswers ? byAnswersText(file, report) : reportText(file, report)),
         ...("tried" in report ? autoText(report) : []),
         ...notes,
         `${took.seconds.toFixed(2)} s`,
@@ -197,23 +183,28 @@ export const pack: Attach = command({
 /** What --mode auto would choose; who names one of them has settled for a mode. */
 const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize", "step"] as const;
 
+/** The flag that says how much is kept. */
+function budgetOf(options: PackOptions): string | undefined {
+  return option.exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
+}
+
 function modeOf(options: PackOptions): BasisMode | "auto" {
   return options.mode ?? (option.given(options, ...SETTLED).length > 0 ? "column" : "auto");
 }
 
 /** @throws UsageError for options that do not go together */
 function checkOptions(options: PackOptions): void {
-  const budget = option.exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
+  const budget = budgetOf(options);
   const asked = option.given(options, "model", "text").length;
   if (modeOf(options) === "auto") {
     const [own] = option.given(options, ...SETTLED);
     if (own !== undefined)
       throw new option.UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
-    if (asked === 1)
-      throw new option.UsageError("--model and --text go together: answers to the text are what packs are judged by");
-    if (asked === 2 && (budget === undefined || budget === "--error"))
+    if (asked === 1 && options.model === undefined)
+      throw new option.UsageError("--text needs --model: answers to the text are what packs are judged by");
+    if (asked > 0 && budget === "--error")
       throw new option.UsageError(
-        "answers are judged for a size or a divergence: add --ratio, --bytes or --divergence",
+        "--error is about ΔW, with --model answers decide: leave it out, or take --agreement",
       );
   } else {
     if (budget === "--divergence") throw new option.UsageError("--divergence is for --mode auto");
@@ -221,8 +212,12 @@ function checkOptions(options: PackOptions): void {
     if (foreign !== undefined && !options.calibrate)
       throw new option.UsageError(`${foreign} is for --mode auto and --calibrate`);
   }
-  const [needs] = option.given(options, "calibrate", "divergence", "distill");
-  if (needs !== undefined && asked < 2) throw new option.UsageError(`${needs} needs --model and --text`);
+  if (options.calibrate && asked < 2) throw new option.UsageError("--calibrate needs --model and --text");
+  const [needs] = option.given(options, "divergence", "distill", "minutes", "agreement", "provider", "threads");
+  if (needs !== undefined && options.model === undefined) throw new option.UsageError(`${needs} needs --model`);
+  const [plain] = option.given(options, "minutes", "agreement");
+  if (plain !== undefined && budget !== undefined)
+    throw new option.UsageError(`${plain} is for packs without a size: leave ${budget} out`);
   if (options.decoder !== undefined && options.model === undefined)
     throw new option.UsageError("--decoder needs --model");
   if (options.minGain !== undefined && options.scores === undefined)
@@ -240,7 +235,7 @@ async function build(
   options: PackOptions,
   run: Run,
   out: Output,
-): Promise<Streamed<BuildReport | SearchReport>> {
+): Promise<Streamed<BuildReport | SearchReport | ByAnswersReport> & { readonly finished?: string }> {
   const { rank, privateTerms, centering, step, headStep, bytes, ratio, error, divergence } = options;
   const { dtype = {}, normalize, anyBase } = options;
   const mode = modeOf(options);
@@ -256,9 +251,17 @@ async function build(
     const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const search: SearchOptions = { ...common, workers, goal: { kind, max }, onTry };
-    if (!asked || kind === "error")
+    if (!asked)
       return searchStreamed(adapters, search, { held: false, scratch: run.closing(openScratch(options.output)) });
     const { engine, model, judge: about } = asked;
+    if (budgetOf(options) === undefined) {
+      const { minutes, agreement, distill: steps, names, output: file, decoder, text, tokenizer } = options;
+      const { encode, texts, examples } = about;
+      const inputs = [options.model, decoder, text, tokenizer];
+      const build = { workers, anyBase, base: common.base };
+      const how = { adapters, encode, texts, examples, names, minutes, agreement, steps };
+      return packedByAnswers({ engine, model, build, file, inputs, ...how }, run, out);
+    }
     const judge = run.closing(createJudge(engine, model, about));
     const found = await searchPack(adapters, { ...search, judge: judge.judge });
     const { distill: steps = 240 } = options;
@@ -282,14 +285,15 @@ function workersFor(adapterBytes: number): number {
 
 /** A runtime, the model, and what it is asked. */
 async function askedOf(
-  { model, decoder, text, tokenizer, tokens, names }: PackOptions,
+  { model, decoder, text, tokenizer, tokens, names, ...runtime }: PackOptions,
   adapters: readonly Adapter[],
 ): Promise<{ engine: Engine; model: ModelInput; judge: JudgeOptions; moments: MomentsOptions }> {
-  const { texts, examples } = await readQuestions(text!);
+  const { texts, examples } = text === undefined ? {} : await readQuestions(text);
   const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, examples !== undefined);
   const about = { adapters, encode, names };
-  const moments = { ...about, texts: texts ?? examples!.map(textOf) };
-  return { engine: createEngine(ort), model: wholeOf(model!, decoder), judge: { ...about, texts, examples }, moments };
+  const moments = { ...about, texts: texts ?? examples?.map(textOf) ?? [] };
+  const engine = engineOf(ort, runtime);
+  return { engine, model: wholeOf(model!, decoder), judge: { ...about, texts, examples }, moments };
 }
 
 /** All that a model reads of an example. */
@@ -306,61 +310,6 @@ function nameOf({ basis, coefficients, head }: Dtypes): string {
 function points(gain: number): string {
   const tenths = Math.round(1000 * gain);
   return `${tenths > 0 ? "+" : ""}${((tenths || 0) / 10).toFixed(1)} points`;
-}
-
-function reportText(file: string, report: BuildReport): string[] {
-  const { errors, components, ratio, breakEvenTasks, shared, tasks } = report;
-  const totals = errors.map(({ total }) => total);
-  const own = report.step === undefined ? Object.entries(report.privateTerms) : codedTerms(report);
-  return [
-    `${file}: ${count(report.tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
-    ...table([
-      ["", "adapters", "pack"],
-      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
-      ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
-      ...(shared
-        ? [["one task, on average", bytes(report.adapterBytes / tasks), bytes((report.bytes - shared.bytes) / tasks)]]
-        : [
-            ["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"],
-            ...(own.length > 0 ? [["private terms", "", own.map(([dtype, n]) => `${n} in ${dtype}`).join(", ")]] : []),
-          ]),
-    ]),
-    ...(shared ? sharedText(shared, report) : components.max > 0 ? [sharing(breakEvenTasks)] : []),
-  ];
-}
-
-/** What tasks share, and what that saves. */
-function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
-  if (tasks === 1) return [];
-  const side = (name: string, one: SharedReport["A"]): string[] =>
-    one.tasks > 0 ? [`${name}, by ${one.tasks} of ${tasks} tasks in ${one.modules} of ${modules} modules`] : [];
-  const sides = [...side("what layers read (A)", A), ...side("what they write (B)", B)];
-  if (sides.length === 0)
-    return ["Nothing is shared: no adapters are alike enough for that to save bytes. Each task is stored by itself."];
-  return [`Shared: ${sides.join("; ")}. Stored once, that takes ${bytes(stored)} and saves ${bytes(saved)}.`];
-}
-
-function codedTerms({ privateTerms }: BuildReport): [string, number][] {
-  const all = sum(Object.values(privateTerms));
-  return all > 0 ? [["as many bits as they are worth", all]] : [];
-}
-
-/** What was decided, and what else was tried. */
-function autoText({ judgedBy, divergence, decisions, tried }: SearchReport): string[] {
-  const judged = judgedBy === "divergence";
-  const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
-    name,
-    size === undefined ? "out of reach" : bytes(size),
-    error === undefined ? "" : percent(error),
-    ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
-  ]);
-  return [
-    ...decisions,
-    ...(tried.length > 1 ? table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]) : []),
-    judged
-      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}.`
-      : "ΔW error is a proxy: with --model and --text answers decide.",
-  ];
 }
 
 /**

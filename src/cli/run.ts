@@ -20,7 +20,7 @@ import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import type { Output } from "./output.ts";
 import { checkTarget, type TargetOptions } from "./target.ts";
-import { undoOnExit } from "./undo.ts";
+import { onInterrupt, undoOnExit } from "./undo.ts";
 
 interface Closable {
   close?(): unknown;
@@ -96,6 +96,13 @@ export class Run {
         return writeWhole(path, chunks, options.force);
       },
     };
+  }
+
+  /** Aborted by the first Ctrl-C; a second ends the process. */
+  interrupts(): AbortSignal {
+    const controller = new AbortController();
+    this.closing({ close: onInterrupt(() => controller.abort()) });
+    return controller.signal;
   }
 
   /** What a file is, by how it begins; undefined for what is no file, or of no known kind. */

@@ -18,6 +18,28 @@ export function undoOnExit(step: () => void): () => void {
   };
 }
 
+/** Whether the next Ctrl-C is somebody's to answer. */
+let gentle = false;
+
+/**
+ * Calls `step` at the first Ctrl-C, which ends nothing then; a second one does.
+ * @returns a function that stops listening
+ */
+export function onInterrupt(step: () => void): () => void {
+  const first = (): void => {
+    // Other listeners hear the same signal first.
+    setImmediate(forget);
+    step();
+  };
+  const forget = (): void => {
+    gentle = false;
+    process.off("SIGINT", first);
+  };
+  gentle = true;
+  process.once("SIGINT", first);
+  return forget;
+}
+
 function listen(how: "on" | "off"): void {
   for (const signal of SIGNALS) process[how](signal, stop);
   process[how]("exit", undo);
@@ -37,6 +59,7 @@ function undo(): void {
 
 /** Ends the process by the same signal, so that its parent sees why. */
 function stop(signal: NodeJS.Signals): void {
+  if (signal === "SIGINT" && gentle) return;
   undo();
   listen("off");
   process.kill(process.pid, signal);

@@ -26,6 +26,7 @@ import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
+import { completeDtypes } from "./recipe.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { type Steps, startSteps, stepsWithin, Unreachable } from "./seek.ts";
 import { changes, encodeAdapter, encodeTerm, narrowTerms, sidesTerm, stepsOf, storable } from "./tasks.ts";
@@ -72,6 +73,16 @@ export async function projectAdapters(
   } finally {
     bases.close();
   }
+}
+
+/** The number formats that a pack's tasks are stored in, so that new ones are stored alike. */
+export async function storedDtypes(pack: Pack): Promise<Dtypes> {
+  const first = pack.tasks.keys().next().value;
+  if (first === undefined) return completeDtypes();
+  const { terms, parameters } = await pack.load(first);
+  const coefficients = terms.find((term) => term.A)?.A?.tensor.dtype;
+  const head = parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
+  return completeDtypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head } : {}) });
 }
 
 /** Adapters, and the pack whose basis they are brought onto. */

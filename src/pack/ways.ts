@@ -51,8 +51,6 @@ interface Kind {
   make(lent: Lent, way: Way, amount: ComponentSelection): Promise<Streamed>;
   /** The best pack of at most `max` bytes. @throws Unreachable */
   within(lent: Lent, way: Way, max: number): Promise<Streamed>;
-  /** The share of its bytes that a pack may have before it is distilled; undefined where it cannot be. */
-  roomToDistil(way: Way): number | undefined;
 }
 
 const sizeOf = ({ report: { bytes } }: Streamed): number => bytes;
@@ -81,9 +79,6 @@ const COMPONENTS: Kind = {
     const made = (k: number): Promise<Streamed> => this.make(lent, way, this.amount(k));
     return grow(made, sizeOf, max, this.most(lent.opened.adapters, way));
   },
-  // Coded numbers take more bytes once they were trained, the more so the coarser they are: whole files 10.5 % at a step of 0.1, 3 % at
-  // 0.07 and 0.03.
-  roomToDistil: ({ step }) => (step === undefined ? 1 : 1 - Math.max(0.04, 1.1 * step)),
 };
 
 const MOST_COMPONENTS = 65_535;
@@ -131,7 +126,6 @@ const ALLOCATED: Kind = {
       return gathered(await draft.write({ held: true }));
     });
   },
-  roomToDistil: () => undefined,
 };
 
 async function allocating(lent: Lent, way: Way): Promise<{ found: Survey; draft: Draft }> {
@@ -166,8 +160,6 @@ const CODED: Kind = {
     if (idle) throw new Unreachable(`${max} bytes are too few: "${idle.id}" would do nothing`);
     return finest;
   },
-  // Private terms took 5 to 7 % more bytes at a step of 0.03.
-  roomToDistil: () => 0.92,
 };
 
 /** Steps that are tried, from coarse to fine. */

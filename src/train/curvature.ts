@@ -14,7 +14,7 @@ import type { Session } from "../session/session.ts";
 import { type AskOptions, adapterWeights } from "./answers.ts";
 import type { BatchFeeds } from "./batch-feeds.ts";
 import type { Row } from "./examples.ts";
-import type { Distribution } from "./probabilities.ts";
+import { drawnFrom } from "./probabilities.ts";
 
 /** Least curvature of every direction, as a share of the mean curvature: sample texts never cover all that a model will see. */
 const DAMPING = 0.1;
@@ -145,13 +145,4 @@ async function sidesOf(
     bases.close();
   }
   return sides;
-}
-
-/** Draws one class with its probability. */
-function drawnFrom({ probabilities, classes }: Distribution, random: () => number): Distribution {
-  const total = Array.from(probabilities).reduce((sum, p) => sum + p, 0);
-  let [left, at] = [random() * total, 0];
-  while (at < probabilities.length - 1 && (left -= probabilities[at]!) > 0) at++;
-  if (classes) return { probabilities: [1], classes: [classes[at]!] };
-  return { probabilities: Array.from(probabilities, (_, i) => Number(i === at)) };
 }

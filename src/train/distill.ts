@@ -15,19 +15,22 @@ import type { TaskBlob } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
-import { shuffle, uniform } from "../tensor/random.ts";
-import { answersOf, type Questions, questionsOf } from "./answers.ts";
+import { uniform } from "../tensor/random.ts";
 import type { BatchFeeds } from "./batch-feeds.ts";
 import { checkNumbers, checkSession } from "./checks.ts";
-import { type CreateTrainerOptions, makeTrainer, supervisionOf } from "./create-trainer.ts";
+import { type CreateTrainerOptions, makeTrainer } from "./create-trainer.ts";
 import { solvedCoefficients } from "./curvature.ts";
-import type { Encode } from "./encoding.ts";
-import { type Example, type Row, toBatches } from "./examples.ts";
+import { type Row, toBatches } from "./examples.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
-import type { SequenceOptions } from "./sequences.ts";
 import type { Stepped } from "./stored-task.ts";
-import type { Supervision } from "./supervision.ts";
-import { headInputs } from "./trainable-model.ts";
+import {
+  BATCHES_TO_SOLVE,
+  checkQuestions,
+  type Distillable,
+  type Taught,
+  type TeachOptions,
+  taughtBy,
+} from "./taught.ts";
 import type { FitOptions, Tested, Trainer, TrainingStep } from "./trainer.ts";
 
 const OPTIONS = [
@@ -36,11 +39,11 @@ const OPTIONS = [
   ...(["learningRates", "weightDecay", "clip", "warmup", "decay", "signal", "onStep"] as const),
 ] as const;
 
-/** Options of `distill`. At least 8 texts, feeds or examples are needed; some hundreds are better. */
-export interface DistillOptions
-  extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay" | "signal">,
-    Questions,
-    SequenceOptions {
+/**
+ * Options of `distill`. Texts, feeds or examples: 8 at least, some hundreds are better. Without any, texts are made of the words of the
+ * tokenizer, which must tell its vocabulary; the user's own teach more.
+ */
+export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay">, TeachOptions {
   /**
    * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models
    * that answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
@@ -55,21 +58,11 @@ export interface DistillOptions
   readonly adapter: Adapter;
   /** Id of the task made of the adapter. Default: the adapter's id. */
   readonly task?: string | undefined;
-  /** Turns texts into the model's inputs, one row each: a tokenizer. */
-  readonly encode?: Encode | undefined;
-  /** Texts per step. Default: 8. Many small steps gain more than few large ones. */
-  readonly batch?: number | undefined;
-  /** Number of steps. Default: 240. 0: coefficients are solved once, nothing is trained. */
-  readonly steps?: number | undefined;
   /**
    * Divides the logits of adapter and task while training. Default: the temperature, at most 1, at which the adapter's largest
    * probability is 0.9 on average. Labels of an adapter that is never sure depend on differences that KL hardly sees.
    */
   readonly temperature?: number | undefined;
-  /** Share of the texts held back to judge by. Default: an eighth. */
-  readonly holdout?: number | undefined;
-  /** Default: 0. */
-  readonly seed?: number | undefined;
   /** Called after each step. */
   readonly onStep?: ((step: TrainingStep) => void) | undefined;
 }
@@ -82,12 +75,16 @@ export interface Distilled {
   /** Mean KL(adapter ‖ pack) in nats on the hold-out, with tasks as they are stored. */
   readonly divergenceBefore: number;
   readonly divergenceAfter: number;
+  /**
+   * The share of answers on the hold-out in which the task that is kept has the adapter's likeliest class, each counted by how much likelier
+   * the adapter finds that than the second.
+   */
+  readonly agreement: number;
   readonly steps: number;
   /** Which coefficients the file holds: those that the pack had, or the solved and trained ones. */
   readonly kept: "projected" | "distilled";
 }
 
-const LEAST_TEXTS = 8;
 /** Sessions with checked gradients: one graph trains all tasks of a session. */
 const tested: WeakSet<Session> = new WeakSet();
 
@@ -98,6 +95,8 @@ const tested: WeakSet<Session> = new WeakSet();
  */
 const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
+/** The share of the divergence that solving must leave at most, to be kept where training has made it worse. */
+const SOLVED = 0.9;
 /**
  * The rate of private terms ÷ that of coefficients. Private terms have a number for each input and output, not for each component.
  * Labels: of 0.03, 0.1 and 0.3 the value with the least KL on hold-outs of three tasks. Tokens: a stored integer changes only after half
@@ -111,8 +110,6 @@ const PRIVATE = { labels: 0.3, tokens: 2 };
  * shorter steps cost a skill of SmolLM2 6 points.
  */
 const FEW_STEPS = { labels: 240, tokens: 1 };
-/** Batches that show how answers depend on coefficients, before any step. */
-const BATCHES_TO_SOLVE = 24;
 
 /**
  * Distils one task of a session's pack. The session's task and its pack stay as they are. First, coefficients on column components are
@@ -130,26 +127,35 @@ export async function distill(session: Session, options: DistillOptions): Promis
   checkSession("distill", session);
   checkOptions("distill", options, OPTIONS);
   checkAdapter("distill: adapter", options.adapter);
-  const { adapter, task: id = adapter.id, steps = 240, batch = 8, holdout = 0.125, seed = 0, signal } = options;
-  const all = checkedQuestions(options);
   checkNumbers("distill", options, { steps: "count", batch: "whole", holdout: "between" });
-  const { pack } = session;
+  const { adapter, task: id = adapter.id } = options;
+  checkQuestions(options);
+  const task = await distillable(session, id, options.signal);
+  return distilTask(session, adapter, task, await taughtBy(session, adapter, task, options), options);
+}
+
+/** @throws TaskError when it is not in the pack, or brings what cannot be trained */
+export async function distillable({ pack }: Session, id: string, signal?: AbortSignal): Promise<Distillable> {
   const entry = pack.tasks.get(id);
   const blob = await pack.load(id, { signal });
-  const head = trainableHead(pack, id, blob);
-  // Texts that no step would use are not asked.
-  const seen = Math.max(steps, BATCHES_TO_SOLVE) * batch;
-  const most = Math.max(LEAST_TEXTS, Math.ceil(seen / (1 - holdout)));
-  const some = shuffle([...all], uniform(seed)).slice(0, most);
-  const { supervision, labels, taught } = await taughtBy(session, adapter, id, head, some, options);
-  const held = Math.min(Math.max(2, Math.round(holdout * taught.length)), taught.length - 2);
-  const [judges, train] = [taught.slice(0, held), taught.slice(held)];
+  return { id, entry: entry!, blob, head: trainableHead(pack, id, blob) };
+}
 
+/** Distils a task with what its adapter has answered. */
+export async function distilTask(
+  session: Session,
+  adapter: Adapter,
+  { id, entry, blob, head }: Distillable,
+  { supervision, labels, train, judges }: Taught,
+  options: Omit<DistillOptions, "adapter" | "task">,
+): Promise<Distilled> {
+  const { steps = 240, batch = 8, seed = 0, signal } = options;
+  const { pack } = session;
   const modules = blob.terms.map(({ module }) => pack.modules[module]!.name);
   const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head };
   const trainer = await makeTrainer(session, how, supervision);
   await trainer.begin(id);
-  const divergenceBefore = await trainer.divergence(judges);
+  const before = await trainer.compare(judges);
   const { A, B, ownA, ownBt, privateA } = blob.terms[0]!;
   const coefficients = (A?.tensor ?? B?.tensor ?? ownA ?? ownBt ?? privateA!).dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
@@ -161,8 +167,10 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const ask = { where: "distill", supervision, signal, random };
   const fixed = options.learningRates?.terms === 0;
   const solved = fixed ? undefined : await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
-  const start = await betterStart(trainer, id, solved, { judges, before: divergenceBefore, asStored });
-  const sure = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1;
+  const start = await betterStart(trainer, id, solved, { judges, before: before.mean, asStored });
+  const begun = asStored();
+  const targets = [...train, ...judges].map(({ target }) => target);
+  const sure = head.length > 0 ? sureTemperature(targets.map((target) => Float32Array.from(target!))) : 1;
   const { temperature = sure, weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
@@ -175,16 +183,24 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const rows = supervision.tokens ? train : train.map(softened);
   for await (const step of steps > 0 ? trainer.fitRows(rows, fit) : []) options.onStep?.(step);
   if (steps > 0) tested.add(session);
-  const trained = asStored();
+  let best = asStored();
   // Judged as stored: number formats of few bits may cost more than training gains.
-  await trainer.begin(trained);
-  const divergenceAfter = await trainer.divergence(judges);
-  const better = divergenceAfter < divergenceBefore;
-  const kept = better ? parseTaskFile(trained, "the distilled task").blob : await pack.stored(id);
-  if (pack.tasks.get(id)?.metadata !== entry!.metadata)
+  await trainer.begin(best);
+  let after = await trainer.compare(judges);
+  // Few steps may lose what solving has won.
+  if (after.mean > start && start < SOLVED * before.mean) {
+    best = begun;
+    await trainer.begin(best);
+    after = await trainer.compare(judges);
+  }
+  const better = after.mean < before.mean;
+  const kept = better ? parseTaskFile(best, "the distilled task").blob : await pack.stored(id);
+  if (pack.tasks.get(id)?.metadata !== entry.metadata)
     throw new TaskError(`task "${id}" was removed or replaced while it was distilled`, { task: id });
-  const file = encodeTaskFile(entry!, pack.basisId, kept);
-  return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
+  const file = encodeTaskFile(entry, pack.basisId, kept);
+  const { agreement } = better ? after : before;
+  const figures = { divergenceBefore: before.mean, divergenceAfter: after.mean, agreement };
+  return { id, file, ...figures, steps, kept: better ? "distilled" : "projected" };
 }
 
 /** Learning rates of `fit`. @param divergence when the steps begin */
@@ -222,55 +238,13 @@ async function betterStart(
   }
   try {
     await trainer.begin(asStored());
-    const after = await trainer.divergence(judges);
+    const after = (await trainer.compare(judges)).mean;
     if (after < before) return after;
   } catch (error) {
     if (!(error instanceof UnstorableError)) throw error;
   }
   await trainer.begin(task);
   return before;
-}
-
-/**
- * Asks the adapter and turns its answers into targets.
- * @throws TaskError when the task has other labels than the adapter
- */
-async function taughtBy(
-  session: Session,
-  adapter: Adapter,
-  id: string,
-  head: readonly string[],
-  examples: readonly Example<BatchFeeds>[],
-  options: DistillOptions,
-): Promise<{ supervision: Supervision<BatchFeeds>; labels: string[]; taught: Row<BatchFeeds>[] }> {
-  const asking = supervisionOf(session, options);
-  const rows = await asking.ask(examples, "distill");
-  const ask = { where: "distill", supervision: asking, signal: options.signal };
-  const answers = await answersOf(session, adapter, head, rows, ask);
-  const count = asking.tokens ? 0 : answers.get(rows[0]!)![0]!.probabilities.length;
-  const last = headInputs(session.trainable!, head).find(({ out }) => out === undefined);
-  const own = (await session.pack.load(id)).parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
-  if (own !== undefined && own !== count) {
-    throw new TaskError(`task "${id}" has ${own} labels, ${adapter.file} ${count}: it was not made of this adapter`, {
-      task: id,
-    });
-  }
-  const labels = Array.from({ length: count }, (_, i) => String(i));
-  const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
-  return { supervision, labels, taught: rows.map((row) => supervision.answered(row, answers.get(row)!)) };
-}
-
-/** Checks the questions. @throws TypeError, RangeError when they are too few or empty */
-function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>[] {
-  const all = questionsOf("distill", options);
-  if (!options.feeds && !options.encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
-  if (all.length < LEAST_TEXTS)
-    throw new RangeError(
-      `distill: expected ${LEAST_TEXTS} texts at least, and some hundreds to gain by; got ${all.length}`,
-    );
-  const empty = all.findIndex(({ text }) => text?.trim() === "");
-  if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
-  return all;
 }
 
 /**

@@ -4,6 +4,7 @@
  */
 
 export type { TaskDtypes } from "../tensor/dtypes.ts";
+export type { AnsweringTask, ByAnswersOptions, ByAnswersProgress, FinishedOutcomes } from "./answering.ts";
 export type { Questions } from "./answers.ts";
 export type { BatchFeeds } from "./batch-feeds.ts";
 export { type CreateTrainerOptions, createTrainer } from "./create-trainer.ts";
@@ -13,10 +14,12 @@ export type { Example, Message, Unlabelled } from "./examples.ts";
 export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
 export { inputMoments, type MomentsOptions } from "./moments.ts";
 export type { ObjectiveOptions } from "./objective.ts";
+export { type ByAnswersReport, packByAnswers, tasksByAnswers } from "./pack-by-answers.ts";
 export type { SequenceOptions } from "./sequences.ts";
 export type { Start } from "./start.ts";
 export type { OptimizerOptions } from "./state.ts";
 export type { LearnedTaskOptions, TaskFileOptions } from "./stored-task.ts";
 export type { Score } from "./supervision.ts";
+export type { TeachOptions } from "./taught.ts";
 export { type FitOptions, Trainer, type TrainerOptions, type TrainingStep } from "./trainer.ts";
 export { type ZeroShotOptions, zeroShotTask } from "./zero-shot.ts";

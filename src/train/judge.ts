@@ -17,12 +17,13 @@ import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts
 import type { BatchFeeds } from "./batch-feeds.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import type { Encode } from "./encoding.ts";
-import type { Row } from "./examples.ts";
+import type { Example, Row } from "./examples.ts";
+import { madeUpTexts, wordsOf } from "./made-up.ts";
 import { type Distribution, MeanDivergence } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Supervision } from "./supervision.ts";
 
-/** Options of `createJudge`. */
+/** Options of `createJudge`. Without texts or examples, lines are made of the tokenizer's words, which it must tell. */
 export interface JudgeOptions extends Omit<Questions, "feeds">, SequenceOptions {
   /** The adapters that were packed. Stay open. */
   readonly adapters: readonly Adapter[];
@@ -69,10 +70,7 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
   const { adapters, names, seed = 0, signal } = options;
   const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
   checkAdapters("createJudge: adapters", adapters);
-  const all = questionsOf("createJudge", {
-    texts: options.texts && [...new Set(options.texts)],
-    examples: options.examples,
-  });
+  const all = questionsIn(options, most, seed);
   if (all.length === 0) throw new RangeError("createJudge: no texts");
   const asked = shuffle([...all], uniform(seed)).slice(0, most);
   let session: Session | undefined;
@@ -120,6 +118,17 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
     close,
     [Symbol.asyncDispose]: close,
   };
+}
+
+/** The questions given, each text once; or as many as are asked, made of words. */
+function questionsIn(
+  { examples, texts, encode, adapters }: JudgeOptions,
+  most: number,
+  seed: number,
+): readonly Example<BatchFeeds>[] {
+  if (examples ?? texts) return questionsOf("createJudge", { texts: texts && [...new Set(texts)], examples });
+  const words = wordsOf("createJudge", encode, adapters);
+  return madeUpTexts(words, most, uniform(seed)).map((text) => ({ text }));
 }
 
 /** Names of the layers that the adapter brings whole. */

@@ -89,6 +89,17 @@ export function divergence({ probabilities, classes }: Distribution, logits: Flo
   return sum;
 }
 
+/** The largest probability less the second. */
+function marginOf(probabilities: ArrayLike<number>): number {
+  let [first, second] = [0, 0];
+  for (let i = 0; i < probabilities.length; i++) {
+    const p = probabilities[i]!;
+    if (p > first) [first, second] = [p, first];
+    else if (p > second) second = p;
+  }
+  return first - second;
+}
+
 /** Class with the largest probability. */
 export function likeliest({ probabilities, classes }: Distribution): number {
   let best = 0;
@@ -96,14 +107,38 @@ export function likeliest({ probabilities, classes }: Distribution): number {
   return classes ? classes[best]! : best;
 }
 
-/** Mean KL(distribution ‖ softmax(logits)) in nats over all that is added. It keeps no logits, which are too large over a vocabulary. */
+/** Draws one class with its probability. */
+export function drawnFrom({ probabilities, classes }: Distribution, random: () => number): Distribution {
+  const total = Array.from(probabilities).reduce((sum, p) => sum + p, 0);
+  let [left, at] = [random() * total, 0];
+  while (at < probabilities.length - 1 && (left -= probabilities[at]!) > 0) at++;
+  if (classes) return { probabilities: [1], classes: [classes[at]!] };
+  return { probabilities: Array.from(probabilities, (_, i) => Number(i === at)) };
+}
+
+/**
+ * How far answers are from those wanted, over all that is added: the mean KL(distribution ‖ softmax(logits)) in nats, and the share with
+ * the same likeliest class, each counted by how much likelier that is than the second. It keeps no logits, which are too large over a
+ * vocabulary.
+ */
 export class MeanDivergence {
   #sum = 0;
   #count = 0;
+  #same = 0;
+  #sure = 0;
 
   add(wanted: readonly Distribution[], logits: readonly Float32Array[]): void {
-    for (const [i, one] of wanted.entries()) this.#sum += divergence(one, logits[i]!);
+    for (const [i, one] of wanted.entries()) {
+      this.#sum += divergence(one, logits[i]!);
+      const margin = marginOf(one.probabilities);
+      this.#sure += margin;
+      if (likeliest(one) === largest(logits[i]!)) this.#same += margin;
+    }
     this.#count += wanted.length;
+  }
+
+  get agreement(): number {
+    return this.#sure > 0 ? this.#same / this.#sure : 1;
   }
 
   get mean(): number {

@@ -277,14 +277,14 @@ export class Trainer<Feeds = unknown> {
     return stepsOf(pack, terms, blob, model.head);
   }
 
-  /** @internal Mean KL in nats between the targets of rows and the task's answers. */
-  async divergence(rows: readonly Row<Feeds>[]): Promise<number> {
+  /** @internal How far the task's answers are from the targets of rows. */
+  async compare(rows: readonly Row<Feeds>[]): Promise<Pick<MeanDivergence, "mean" | "agreement">> {
     const found = new MeanDivergence();
     const weights = weightsOf(this.#setup, this.#learned());
     for await (const { row, logits } of answers(this.#setup, rows, weights)) {
       found.add(this.#setup.supervision.wanted(row), logits);
     }
-    return found.mean;
+    return found;
   }
 
   /**

@@ -1,0 +1,178 @@
+/**
+ * Packing with a model and nothing else: the smallest pack whose tasks still answer as their adapters do (src/train/pack-by-answers.ts).
+ * What is finished is kept beside the target, so that a command which was stopped goes on.
+ */
+import { createHash } from "node:crypto";
+import { existsSync } from "node:fs";
+import { stat } from "node:fs/promises";
+import { join, resolve } from "node:path";
+import type { Adapter } from "../adapters/adapter.ts";
+import type { Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
+import type { ModelInput } from "../onnx/whole.ts";
+import { type ProjectedAdapter, projectAdapters, storedDtypes } from "../pack/add.ts";
+import type { Built } from "../pack/build.ts";
+import type { BuildOptions } from "../pack/recipe.ts";
+import type { Engine } from "../session/engine.ts";
+import { toUtf8 } from "../text.ts";
+import type { ByAnswersOptions, FinishedOutcomes } from "../train/answering.ts";
+import { type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
+import { readQuestions } from "./examples.ts";
+import { readText, writeWhole } from "./files.ts";
+import { decoder, engineOf, openModel, provider, threads, tokenizer, tokens, wholeOf } from "./model.ts";
+import { number, type OptionSpec, POSITIVE, rarely, SHARE, text, type Values } from "./options.ts";
+import { bytes, count, mean, type Output, percent, smaller, table } from "./output.ts";
+import type { Run } from "./run.ts";
+
+/** Options of commands that judge tasks by answers. */
+export const judged: {
+  minutes: OptionSpec<number | undefined>;
+  text: OptionSpec<string | undefined>;
+  agreement: OptionSpec<number | undefined>;
+  decoder: OptionSpec<string | undefined>;
+  provider: OptionSpec<string | undefined>;
+  threads: OptionSpec<number | undefined>;
+  tokens: OptionSpec<number | undefined>;
+  tokenizer: OptionSpec<string | undefined>;
+} = {
+  minutes: number("N", "With --model: about how long it may take. Default: 10, or a quarter for each task.", POSITIVE),
+  text: text(
+    "LINES.txt",
+    "Text like that of the tasks, one on each line, or JSON lines as learn takes them; never your test data. Default: made of the " +
+      "words of the model's tokenizer.",
+  ),
+  ...rarely({
+    agreement: number(
+      "P",
+      "With --model: the least agreement of a task's answers with its adapter's; others are stored closer. Default: 0.95.",
+      SHARE,
+    ),
+    decoder,
+    provider,
+    threads,
+    tokens,
+    tokenizer,
+  }),
+};
+
+/** What is packed by answers. */
+export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress" | "finished" | keyof BuildOptions> {
+  readonly engine: Engine;
+  readonly model: ModelInput;
+  readonly adapters: readonly Adapter[];
+  readonly build: Pick<BuildOptions, "base" | "anyBase" | "workers">;
+  /** The pack to write, and the files that outcomes depend on. */
+  readonly file: string;
+  readonly inputs: readonly (string | undefined)[];
+}
+
+/** @returns the pack, and the folder of what is finished, which is to be removed when the pack is written unless it was stopped */
+export async function packedByAnswers(
+  { engine, model, build, file, inputs, ...options }: ByAnswers,
+  run: Run,
+  out: Output,
+): Promise<Built<ByAnswersReport> & { readonly finished: string }> {
+  const finished = `${file}.partial`;
+  await run.lock(finished);
+  run.folder(finished);
+  const signal = run.interrupts();
+  signal.addEventListener("abort", () =>
+    out.phase("stopping: what is finished is written, the rest as without a model; Ctrl-C again ends it at once"),
+  );
+  const { texts, examples, agreement, steps, seed } = options;
+  const sizes = await Promise.all(inputs.map(async (path) => path && [resolve(path), (await stat(path)).size]));
+  const settings = JSON.stringify({ sizes, texts, examples, agreement, steps, seed });
+  out.phase("packing, loading the model");
+  const built = await packByAnswers(engine, model, {
+    ...options,
+    ...build,
+    signal,
+    finished: finishedIn(finished, settings),
+    onProgress: ({ stage, task, done, of }) =>
+      out.progress("task", done, of, stage === "trying" ? `trying sizes, ${task}` : `distilling ${task}`),
+  });
+  return { ...built, finished };
+}
+
+/** Adapters as tasks of a pack that exists, distilled onto what its tasks share. */
+export async function addedByAnswers(
+  pack: Pack,
+  adapters: readonly Adapter[],
+  {
+    model,
+    decoder,
+    text,
+    tokens,
+    tokenizer,
+    minutes,
+    agreement,
+    ...runtime
+  }: Values<typeof judged> & { model: string },
+  run: Run,
+  out: Output,
+): Promise<(ProjectedAdapter & { readonly agreement: number | undefined })[]> {
+  const asked = text === undefined ? {} : await readQuestions(text);
+  out.phase("loading the model");
+  const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, "examples" in asked);
+  const projected = await projectAdapters(pack, adapters, await storedDtypes(pack));
+  const signal = run.interrupts();
+  const onProgress: ByAnswersOptions["onProgress"] = ({ task, done, of }) =>
+    out.progress("task", done, of, `distilling ${task}`);
+  const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress };
+  const made = await tasksByAnswers(engineOf(ort, runtime), wholeOf(model, decoder), pack, how);
+  return projected.map((one, i) => {
+    const { file, agreement } = made[i]!;
+    const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, one.entry.id);
+    return { ...one, entry: { id, adapterBytes, metadata, brings }, blob, agreement };
+  });
+}
+
+/** Outcomes as files of a folder. */
+function finishedIn(folder: string, settings: string): FinishedOutcomes {
+  const pathOf = (key: string): string => join(folder, createHash("sha256").update(settings).update(key).digest("hex"));
+  return {
+    async read(key) {
+      const path = pathOf(key);
+      return existsSync(path) ? readText(path) : undefined;
+    },
+    write: async (key, json) => void (await writeWhole(pathOf(key), [toUtf8(json)])),
+  };
+}
+
+/** The report for people. */
+export function byAnswersText(file: string, report: ByAnswersReport): string[] {
+  const { tasks, adapterBytes, answers, ratio, components, steps, stopped } = report;
+  const asked = answers.flatMap(({ agreement }) => agreement ?? []);
+  const least = answers.reduce((a, b) => ((b.agreement ?? 1) < (a.agreement ?? 1) ? b : a));
+  const kept = (...names: string[]): number => answers.filter((one) => names.includes(one.kept)).length;
+  const blobs = mean(answers.map((one) => one.bytes));
+  const whole = kept("whole");
+  return [
+    `${file}: ${count(tasks, "task")}, ${bytes(report.bytes)}`,
+    ...table([
+      ["", "adapters", "pack"],
+      ["size", bytes(adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
+      ["one task, on average", bytes(adapterBytes / tasks), bytes(blobs)],
+      ...(asked.length > 0
+        ? [
+            [
+              "answers like the adapter's, mean / least",
+              "100.0 %",
+              `${percent(mean(asked))} / ${percent(least.agreement!)} (${least.id})`,
+            ],
+          ]
+        : []),
+    ]),
+    components.max > 0
+      ? `All tasks share ${count(components.max, "component")} of what each layer reads and writes, stored once; a task is how it mixes them.`
+      : "Too few tasks to share components: each is stored by itself.",
+    `${count(kept("distilled", "projected"), "task")} mixed from what is shared, in ${count(steps, "training step")} each` +
+      `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
+    ...(stopped
+      ? [
+          `${count(whole, "task")} stored as without a model, for want of time: run the command again and it goes on, or give it more --minutes.`,
+        ]
+      : []),
+    "Answers are those to questions held back. What they cost you in right answers, your own test data tells.",
+  ];
+}

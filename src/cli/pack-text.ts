@@ -1,0 +1,62 @@
+/**
+ * What the command pack says of a pack that was made: its size, what was lost, what tasks share, what else was tried.
+ */
+import type { BuildReport, SharedReport } from "../pack/report.ts";
+import type { SearchReport } from "../pack/search.ts";
+import { bytes, count, mean, percent, range, sharing, smaller, sum, table } from "./output.ts";
+
+/** The report of a pack. */
+export function reportText(file: string, report: BuildReport): string[] {
+  const { errors, components, ratio, breakEvenTasks, shared, tasks } = report;
+  const totals = errors.map(({ total }) => total);
+  const own = report.step === undefined ? Object.entries(report.privateTerms) : codedTerms(report);
+  return [
+    `${file}: ${count(report.tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
+    ...table([
+      ["", "adapters", "pack"],
+      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
+      ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
+      ...(shared
+        ? [["one task, on average", bytes(report.adapterBytes / tasks), bytes((report.bytes - shared.bytes) / tasks)]]
+        : [
+            ["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"],
+            ...(own.length > 0 ? [["private terms", "", own.map(([dtype, n]) => `${n} in ${dtype}`).join(", ")]] : []),
+          ]),
+    ]),
+    ...(shared ? sharedText(shared, report) : components.max > 0 ? [sharing(breakEvenTasks)] : []),
+  ];
+}
+
+/** What tasks share, and what that saves. */
+function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
+  if (tasks === 1) return [];
+  const side = (name: string, one: SharedReport["A"]): string[] =>
+    one.tasks > 0 ? [`${name}, by ${one.tasks} of ${tasks} tasks in ${one.modules} of ${modules} modules`] : [];
+  const sides = [...side("what layers read (A)", A), ...side("what they write (B)", B)];
+  if (sides.length === 0)
+    return ["Nothing is shared: no adapters are alike enough for that to save bytes. Each task is stored by itself."];
+  return [`Shared: ${sides.join("; ")}. Stored once, that takes ${bytes(stored)} and saves ${bytes(saved)}.`];
+}
+
+function codedTerms({ privateTerms }: BuildReport): [string, number][] {
+  const all = sum(Object.values(privateTerms));
+  return all > 0 ? [["as many bits as they are worth", all]] : [];
+}
+
+/** What was decided, and what else was tried. */
+export function autoText({ judgedBy, divergence, decisions, tried }: SearchReport): string[] {
+  const judged = judgedBy === "divergence";
+  const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
+    name,
+    size === undefined ? "out of reach" : bytes(size),
+    error === undefined ? "" : percent(error),
+    ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
+  ]);
+  return [
+    ...decisions,
+    ...(tried.length > 1 ? table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]) : []),
+    judged
+      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}.`
+      : "ΔW error is a proxy: with --model answers decide.",
+  ];
+}

@@ -1,0 +1,282 @@
+/**
+ * Tasks of a pack brought close to their adapters' answers: each is distilled within the time there is, judged by questions that were held
+ * back, and stored closer to its adapter where it does not agree.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import type { Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
+import { FormatError } from "../errors.ts";
+import { encodeTaskFile } from "../format/encode.ts";
+import { projectAdapters, storedDtypes } from "../pack/add.ts";
+import { DEFAULT_ERROR } from "../pack/allocate.ts";
+import { taskAdapter } from "../pack/expand.ts";
+import type { BuildOptions } from "../pack/recipe.ts";
+import { storedTask } from "../pack/write.ts";
+import type { Session } from "../session/session.ts";
+import { fromBase64, toBase64 } from "../text.ts";
+import { askAdapter } from "./answers.ts";
+import { distillable, distilTask } from "./distill.ts";
+import { MeanDivergence } from "./probabilities.ts";
+import { type Taught, type TeachOptions, taughtBy } from "./taught.ts";
+
+/** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
+export interface ByAnswersOptions
+  extends Omit<TeachOptions, "feeds" | "batch" | "holdout">,
+    Pick<BuildOptions, "base" | "anyBase" | "workers"> {
+  /** Stay open. */
+  readonly adapters: readonly Adapter[];
+  /** Names of weights, or of their initializers in the model, by module name, for weights that are not found. */
+  readonly names?: ReadonlyMap<string, string> | undefined;
+  /**
+   * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class, each counted by how much
+   * likelier the adapter finds that than the second. Default: 0.95.
+   */
+  readonly agreement?: number | undefined;
+  /**
+   * About how long it may take. Steps are as many as that allows, 240 at most. Default: 10, or a quarter of a minute for each task where that
+   * is more.
+   */
+  readonly minutes?: number | undefined;
+  /** Steps of each task, instead of as many as time allows. */
+  readonly steps?: number | undefined;
+  /** Called when there is something new to say of a task. */
+  readonly onProgress?: ((progress: ByAnswersProgress) => void) | undefined;
+  /** Where outcomes are kept, so that a call that was stopped goes on: by a key that holds all they depend on but the model and questions. */
+  readonly finished?: FinishedOutcomes | undefined;
+}
+
+/** How far `packByAnswers` is. */
+export interface ByAnswersProgress {
+  /** Sizes are tried on some tasks, then all tasks are distilled for the one that was chosen. */
+  readonly stage: "trying" | "distilling";
+  readonly task: string;
+  readonly done: number;
+  readonly of: number;
+}
+
+/** What is finished, by key: JSON. */
+export interface FinishedOutcomes {
+  /** @returns undefined for what was never written */
+  read(key: string): Promise<string | undefined>;
+  write(key: string, json: string): Promise<void>;
+}
+
+/** What became of a task. */
+export interface AnsweringTask {
+  readonly id: string;
+  /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
+  readonly agreement: number | undefined;
+  /**
+   * "distilled" onto the components; "projected" where that was no worse; "closer", with terms of its own, where neither agreed; "whole"
+   * where time ran out: as a pack without a model has it.
+   */
+  readonly kept: "distilled" | "projected" | "closer" | "whole";
+  readonly bytes: number;
+}
+
+/** What became of a task, with what it is stored as. */
+export interface Outcome extends AnsweringTask {
+  /** Task file. */
+  readonly file: Uint8Array<ArrayBuffer>;
+}
+
+/** An open pack that tasks are distilled in, with a session that can be trained. */
+export interface Open {
+  readonly pack: Pack;
+  readonly session: Session;
+}
+
+/** Steps that training may take. */
+const TRAINING = [240, 200, 160, 120, 80, 48, 24, 0] as const;
+/** Most steps where a size is tried. */
+const TRYING = 48;
+/** Shares of ΔW that a task may lose that is stored closer. */
+const CLOSER = [0.3, DEFAULT_ERROR] as const;
+/** The share of the time that may be planned with. */
+const PLANNED = 0.92;
+/** Steps that tell how long one takes. */
+const PROBED = 8;
+const DEFAULT_AGREEMENT = 0.95;
+/** Minutes by default: for all tasks, or for each where there are many. */
+const MINUTES = { all: 10, each: 0.25 };
+
+/** Brings tasks close to the answers of their adapters. */
+export class Answering {
+  readonly #options: ByAnswersOptions;
+  readonly #until: number;
+  /** Answers of adapters, by id: each is asked once. */
+  readonly #taught = new Map<string, Taught>();
+  readonly #outcomes = new Map<string, Outcome>();
+  #steps: number | undefined;
+
+  constructor(options: ByAnswersOptions) {
+    this.#options = options;
+    this.#steps = options.steps;
+    const { all, each } = MINUTES;
+    const { minutes = Math.max(all, each * options.adapters.length) } = options;
+    this.#until = performance.now() + 60_000 * minutes;
+  }
+
+  /** Steps of each task, once they are planned. */
+  get steps(): number {
+    return this.#steps ?? 0;
+  }
+
+  /** Whether what is not done must be left. */
+  get late(): boolean {
+    return this.#options.signal?.aborted === true || performance.now() > this.#until;
+  }
+
+  /**
+   * Decides how many steps there is time for, by how long one task takes.
+   * @param tried tasks that will be distilled in trying sizes
+   */
+  async plan(level: Open, adapter: Adapter, tried: number): Promise<void> {
+    if (this.#steps !== undefined) return;
+    const { finished } = this.#options;
+    const before = await finished?.read("steps");
+    if (before !== undefined) {
+      this.#steps = Number(before);
+      return;
+    }
+    const started = performance.now();
+    await this.#teach(level, adapter);
+    let [first, last] = [0, 0];
+    const onStep = (): void => {
+      last = performance.now();
+      first ||= last;
+    };
+    await this.#distil(level, adapter, PROBED, onStep);
+    const [fixed, each] = [first - started, (last - first) / (PROBED - 1)];
+    const left = PLANNED * (this.#until - performance.now());
+    const count = this.#options.adapters.length;
+    const takes = (steps: number): number =>
+      count * (fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
+    this.#steps = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
+    // A call that goes on takes as many.
+    await finished?.write("steps", String(this.#steps));
+  }
+
+  /** What becomes of all tasks. */
+  async all(level: Open): Promise<Outcome[]> {
+    const { adapters } = this.#options;
+    const outcomes: Outcome[] = [];
+    for (const adapter of adapters) {
+      this.tell("distilling", adapter.id, outcomes.length, adapters.length);
+      outcomes.push(await this.#outcome(level, adapter, this.steps));
+    }
+    this.tell("distilling", adapters.at(-1)!.id, adapters.length, adapters.length);
+    return outcomes;
+  }
+
+  tell(stage: ByAnswersProgress["stage"], task: string, done: number, of: number): void {
+    this.#options.onProgress?.({ stage, task, done, of });
+  }
+
+  async #teach({ session }: Open, adapter: Adapter): Promise<Taught> {
+    const known = this.#taught.get(adapter.id);
+    if (known) return known;
+    const steps = this.#steps ?? TRAINING[0];
+    const task = await distillable(session, adapter.id);
+    const taught = await taughtBy(session, adapter, task, { ...this.#questions, steps });
+    this.#taught.set(adapter.id, taught);
+    return taught;
+  }
+
+  get #questions(): TeachOptions {
+    const { encode, texts, examples, end, decoderStart, seed, signal } = this.#options;
+    return { encode, texts, examples, end, decoderStart, seed, signal };
+  }
+
+  async #distil(level: Open, adapter: Adapter, steps: number, onStep?: () => void) {
+    const { session } = level;
+    const taught = await this.#teach(level, adapter);
+    return distilTask(session, adapter, await distillable(session, adapter.id), taught, {
+      ...this.#questions,
+      steps,
+      onStep,
+    });
+  }
+
+  /** What is expected to become of a task, from fewer steps. */
+  tried(level: Open, adapter: Adapter): Promise<Outcome> {
+    return this.#outcome(level, adapter, Math.min(TRYING, this.steps));
+  }
+
+  async #outcome(level: Open, adapter: Adapter, steps: number): Promise<Outcome> {
+    const { finished } = this.#options;
+    const key = JSON.stringify([level.pack.basisId, adapter.id, adapter.file, adapter.byteLength, steps]);
+    const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key));
+    if (known) return known;
+    if (this.late) return this.#closer(level, adapter, DEFAULT_ERROR);
+    const outcome = await this.#judged(level, adapter, steps).catch(async (cause: unknown) => {
+      if (!this.#options.signal?.aborted) throw cause;
+      return this.#closer(level, adapter, DEFAULT_ERROR);
+    });
+    if (outcome.kept === "whole") return outcome;
+    this.#outcomes.set(key, outcome);
+    await finished?.write(key, written(outcome));
+    return outcome;
+  }
+
+  async #judged(level: Open, adapter: Adapter, steps: number): Promise<Outcome> {
+    const { agreement: least = DEFAULT_AGREEMENT } = this.#options;
+    const { id, file, agreement, kept } = await this.#distil(level, adapter, steps);
+    const bytes = parseTaskFile(file, id).blob.length;
+    if (agreement >= least) return { id, file, agreement, kept, bytes };
+    let closer: Outcome | undefined;
+    for (const error of CLOSER) {
+      const made = await this.#closer(level, adapter, error);
+      closer = { ...made, kept: "closer", agreement: await this.#agreement(level, adapter, made.file) };
+      if (closer.agreement! >= least) break;
+    }
+    return closer!;
+  }
+
+  /** The task on the pack's components, with terms of its own for what they lack. */
+  async #closer({ pack }: Open, adapter: Adapter, error: number): Promise<Outcome> {
+    const [task] = await projectAdapters(pack, [adapter], await storedDtypes(pack), { error });
+    const { entry, blob } = storedTask(pack, task!);
+    const file = encodeTaskFile(entry, pack.basisId, blob);
+    return { id: adapter.id, file, bytes: blob.length, agreement: undefined, kept: "whole" };
+  }
+
+  /** The agreement of a task file with its adapter. */
+  async #agreement(level: Open, adapter: Adapter, file: Uint8Array<ArrayBuffer>): Promise<number> {
+    const { pack, session } = level;
+    const { supervision, judges } = await this.#teach(level, adapter);
+    const { head } = await distillable(session, adapter.id);
+    const id = `${adapter.id}, closer`;
+    await pack.addTask(id, file);
+    const task = await taskAdapter(pack, id);
+    const found = new MeanDivergence();
+    try {
+      const how = { where: "packByAnswers", supervision, signal: this.#options.signal };
+      for await (const { row, logits } of askAdapter(session, task, head, judges, how))
+        found.add(supervision.wanted(row), logits);
+    } finally {
+      await task.close();
+      await pack.removeTask(id);
+    }
+    return found.agreement;
+  }
+}
+
+function written({ file, ...outcome }: Outcome): string {
+  return JSON.stringify({ ...outcome, file: toBase64(file) });
+}
+
+/** @throws FormatError where it is damaged */
+function outcomeOf(json: string | undefined): Outcome | undefined {
+  if (json === undefined) return undefined;
+  try {
+    const { file, ...outcome } = JSON.parse(json) as Omit<Outcome, "file"> & { readonly file: string };
+    return { ...outcome, file: fromBase64(file) };
+  } catch (cause) {
+    throw new FormatError(`it is damaged: delete it, and the task is distilled again (${(cause as Error).message})`, {
+      file: "what was finished before",
+      part: "finished task",
+      cause,
+    });
+  }
+}

@@ -1,0 +1,193 @@
+/**
+ * Questions that the program makes, where a user gives no text: words of the tokenizer's vocabulary in no order, among them those of the
+ * names of tasks and labels. Half of a classifier's are crossed from the lines whose answers came closest to each label, since lines at
+ * random hardly reach some. A language model goes on from half of them in its own words.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import type { Session } from "../session/session.ts";
+import { shuffle } from "../tensor/random.ts";
+import { type AskOptions, adapterWeights } from "./answers.ts";
+import type { BatchFeeds } from "./batch-feeds.ts";
+import type { Example, Row, Tokens } from "./examples.ts";
+import { answers } from "./objective.ts";
+import { type Distribution, drawnFrom, likeliest } from "./probabilities.ts";
+
+/** A tokenizer of transformers.js or of @huggingface/tokenizers, as far as words are read from it. */
+interface Vocabulary {
+  get_vocab?(withAdded?: boolean): ReadonlyMap<string, number> | Readonly<Record<string, number>>;
+  decode?(ids: number[]): string;
+}
+
+/** Words to make questions of. */
+export interface Words {
+  /** Whole words of the vocabulary. */
+  readonly all: readonly string[];
+  /** Words of names. */
+  readonly names: readonly string[];
+}
+
+/** Words of a line. */
+const [SHORTEST, LONGEST] = [5, 14];
+/** The share of words that are taken from names. */
+const NAMED = 0.1;
+/** The share of a crossed line's words that are drawn anew. */
+const DRAWN = 0.3;
+/** Lines that are crossed for a label: those that came closest to it. */
+const CLOSEST = 12;
+/** Tokens that a language model goes on for, of lines cut to so many words. */
+const SAID = 16;
+const BEGUN = 4;
+
+/**
+ * Words of a tokenizer, and of the names of tasks and their labels.
+ * @throws TypeError for a tokenizer that does not tell its vocabulary
+ */
+export function wordsOf(where: string, encode: unknown, known: readonly Pick<Adapter, "id" | "metadata">[]): Words {
+  const { get_vocab, decode } = (encode ?? {}) as Vocabulary;
+  if (!get_vocab || !decode)
+    throw new TypeError(
+      `${where}: expected texts, feeds or examples, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
+    );
+  const found = get_vocab.call(encode, false);
+  const tokens = found instanceof Map ? [...found] : Object.entries(found as Readonly<Record<string, number>>);
+  // Byte-level and SentencePiece vocabularies mark where a word begins.
+  const marked = tokens.filter(([token]) => /^[Ġ▁]/.test(token));
+  const whole = marked.length > 0 ? marked : tokens;
+  const all = whole.flatMap(([token, id]) => {
+    if (!/\p{L}{2}/u.test(token)) return [];
+    const word = decode.call(encode, [id]).trim();
+    return /^[\p{L}\p{M}]{2,}$/u.test(word) ? [word] : [];
+  });
+  if (all.length === 0) throw new TypeError(`${where}: the vocabulary of \`encode\` has no words; give texts`);
+  const names = known.flatMap(({ id, metadata }) => [id, ...labelsOf(metadata)]);
+  return { all, names: [...new Set(names.flatMap((name) => name.match(/\p{Lu}?[\p{Ll}\p{Lo}]+|\p{Lu}{2,}/gu) ?? []))] };
+}
+
+function labelsOf({ labels }: { readonly labels?: unknown }): string[] {
+  return Array.isArray(labels) ? labels.filter((label) => typeof label === "string") : [];
+}
+
+/** Lines of words. */
+export function madeUpTexts(words: Words, count: number, random: () => number): string[] {
+  return Array.from({ length: count }, () =>
+    Array.from({ length: lengthOf(random) }, () => draw(words, random)).join(" "),
+  );
+}
+
+function draw({ all, names }: Words, random: () => number): string {
+  return pick(names.length > 0 && random() < NAMED ? names : all, random);
+}
+
+function pick<T>(all: readonly T[], random: () => number): T {
+  return all[Math.floor(random() * all.length)]!;
+}
+
+function lengthOf(random: () => number): number {
+  return SHORTEST + Math.floor(random() * (LONGEST - SHORTEST + 1));
+}
+
+/**
+ * Makes questions for an adapter, with its answers.
+ * @param head the layers that the adapter brings
+ */
+export async function madeUpQuestions(
+  session: Session,
+  adapter: Adapter,
+  head: readonly string[],
+  { words, count, random }: { readonly words: Words; readonly count: number; readonly random: () => number },
+  { where, supervision, signal }: AskOptions,
+): Promise<Map<Row<BatchFeeds>, Distribution[]>> {
+  const { model, weights } = await adapterWeights(session, adapter, head);
+  const found = new Map<Row<BatchFeeds>, Distribution[]>();
+  const ask = async (rows: readonly Row<BatchFeeds>[]): Promise<void> => {
+    for await (const { row, logits } of answers({ model, supervision }, rows, weights, signal))
+      found.set(row, logits.map(supervision.distribution));
+  };
+  const rowsOf = (texts: readonly string[]): Promise<Row<BatchFeeds>[]> =>
+    supervision.ask(
+      texts.map((text): Example<BatchFeeds> => ({ text })),
+      where,
+    );
+  if (session.inputNames.includes("decoder_input_ids"))
+    throw new TypeError(
+      `${where}: no text can be made for a model with a decoder of its own: give prompts and completions`,
+    );
+  const first = await rowsOf(madeUpTexts(words, Math.ceil(count / 2), random));
+  await ask(first);
+  const rest = count - first.length;
+  if (!supervision.tokens) {
+    await ask(await rowsOf(crossed(found, words, rest, random)));
+    return found;
+  }
+  let begun = (await rowsOf(madeUpTexts(words, rest, random).map(beginning))) as TokenRow[];
+  for (let said = 0; said < SAID; said++) {
+    const next = new Map<Row<BatchFeeds>, number>();
+    for await (const { row, logits } of answers({ model, supervision }, begun.map(atEnd), weights, signal))
+      next.set(row, likeliest(drawnFrom(supervision.distribution(logits[0]!), random)));
+    begun = [...next].map(([row, id]) => longer(row as TokenRow, id));
+  }
+  await ask(begun.map(atAll));
+  return found;
+}
+
+/** Lines for each label in turn, crossed from two of those whose answers came closest to it. */
+function crossed(
+  asked: ReadonlyMap<Row<BatchFeeds>, readonly Distribution[]>,
+  words: Words,
+  count: number,
+  random: () => number,
+): string[] {
+  const all = [...asked].map(([{ text }, answer]) => ({ text: text!, probabilities: answer[0]!.probabilities }));
+  const labels = all[0]!.probabilities.length;
+  const closest = Array.from({ length: labels }, (_, label) =>
+    [...all].sort((a, b) => b.probabilities[label]! - a.probabilities[label]!).slice(0, CLOSEST),
+  );
+  return Array.from({ length: count }, (_, i) => {
+    const near = closest[i % labels]!;
+    const both = [pick(near, random), pick(near, random)].flatMap(({ text }) => text.split(" "));
+    const mixed = shuffle(
+      both.map((word) => (random() < DRAWN ? draw(words, random) : word)),
+      random,
+    );
+    return mixed.slice(0, lengthOf(random)).join(" ");
+  });
+}
+
+type TokenRow = Row<BatchFeeds> & { readonly tokens: Tokens };
+
+const ANY: Distribution = { probabilities: [1], classes: [0] };
+
+function beginning(text: string): string {
+  return text.split(" ").slice(0, BEGUN).join(" ");
+}
+
+/** All ids of a row, with the last that is wanted. */
+function idsOf({ tokens: { ids, wanted } }: TokenRow): readonly number[] {
+  return [...ids, Number(wanted.at(-1)!.classes![0])];
+}
+
+function asking(row: TokenRow, ids: readonly number[], at: readonly number[]): TokenRow {
+  return { ...row, tokens: { ids, at, wanted: at.map((i) => ({ ...ANY, classes: [ids[i + 1] ?? 0] })) } };
+}
+
+/** The row asked what comes after its last token. */
+function atEnd(row: TokenRow): TokenRow {
+  const ids = idsOf(row);
+  return asking(row, ids, [ids.length - 1]);
+}
+
+/** The row that was asked for its end, with what was answered. */
+function longer(row: TokenRow, id: number): TokenRow {
+  const ids = [...row.tokens.ids, id];
+  return { ...row, tokens: { ids: ids.slice(0, -1), at: [ids.length - 2], wanted: [{ ...ANY, classes: [id] }] } };
+}
+
+/** The row asked at every token but the first. */
+function atAll(row: TokenRow): TokenRow {
+  const ids = idsOf(row);
+  const asked = ids.slice(0, -1);
+  return {
+    ...row,
+    tokens: { ids: asked, at: [...asked.keys()], wanted: asked.map((_, i) => ({ ...ANY, classes: [ids[i + 1]!] })) },
+  };
+}

@@ -1,0 +1,132 @@
+/**
+ * What an adapter teaches: its answers to questions of the user, or to those that the program makes, one part to learn from and one to
+ * judge by.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import type { TaskInfo } from "../core/pack.ts";
+import { TaskError } from "../errors.ts";
+import type { TaskBlob } from "../format/format.ts";
+import type { Session } from "../session/session.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
+import { answersOf, type Questions, questionsOf } from "./answers.ts";
+import type { BatchFeeds } from "./batch-feeds.ts";
+import { supervisionOf } from "./create-trainer.ts";
+import type { Encode } from "./encoding.ts";
+import type { Row } from "./examples.ts";
+import { madeUpQuestions, wordsOf } from "./made-up.ts";
+import type { Distribution } from "./probabilities.ts";
+import type { SequenceOptions } from "./sequences.ts";
+import type { Supervision } from "./supervision.ts";
+import { headInputs } from "./trainable-model.ts";
+
+/** A task of the pack that can be distilled, with the layers of its head. */
+export interface Distillable {
+  readonly id: string;
+  /** What the pack says of it. */
+  readonly entry: TaskInfo;
+  readonly blob: TaskBlob;
+  readonly head: readonly string[];
+}
+
+/** What is asked, and how much of it. */
+export interface TeachOptions extends Questions, SequenceOptions {
+  /**
+   * Turns texts into the model's inputs, one row each: a tokenizer. One of transformers.js or @huggingface/tokenizers tells its words
+   * (`get_vocab`, `decode`).
+   */
+  readonly encode?: Encode | undefined;
+  /** Texts per step. Default: 8. Many small steps gain more than few large ones. */
+  readonly batch?: number | undefined;
+  /** Number of steps. Default: 240. 0: coefficients are solved once, nothing is trained. */
+  readonly steps?: number | undefined;
+  /** Share of the texts held back to judge by. Default: an eighth. */
+  readonly holdout?: number | undefined;
+  /** Default: 0. */
+  readonly seed?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** Answers of an adapter. */
+export interface Taught {
+  readonly supervision: Supervision<BatchFeeds>;
+  /** Numbers of the labels; none for language models. */
+  readonly labels: string[];
+  readonly train: readonly Row<BatchFeeds>[];
+  readonly judges: readonly Row<BatchFeeds>[];
+}
+
+type Asked = Map<Row<BatchFeeds>, Distribution[]>;
+
+const LEAST_TEXTS = 8;
+/** Batches that show how answers depend on coefficients, before any step. */
+export const BATCHES_TO_SOLVE = 24;
+/** Most questions that are made to learn from: more of them taught no more. */
+const MOST_MADE = 1024;
+/** Questions that are made to judge by. */
+const MADE_TO_JUDGE = 128;
+
+/**
+ * Asks the adapter and turns its answers into targets.
+ * @throws TaskError when the task has other labels than the adapter
+ */
+export async function taughtBy(
+  session: Session,
+  adapter: Adapter,
+  { id, blob, head }: Distillable,
+  options: TeachOptions,
+): Promise<Taught> {
+  const asking = supervisionOf(session, options);
+  const ask = { where: "distill", supervision: asking, signal: options.signal };
+  const { steps = 240, batch = 8, holdout = 0.125, seed = 0 } = options;
+  // Texts that no step would use are not asked.
+  const seen = Math.max(steps, BATCHES_TO_SOLVE) * batch;
+  let [train, judges]: Asked[] = [];
+  if (isGiven(options)) {
+    const most = Math.max(LEAST_TEXTS, Math.ceil(seen / (1 - holdout)));
+    const some = shuffle([...questionsOf("distill", options)], uniform(seed)).slice(0, most);
+    const rows = await asking.ask(some, "distill");
+    const answers = await answersOf(session, adapter, head, rows, ask);
+    const held = Math.min(Math.max(2, Math.round(holdout * rows.length)), rows.length - 2);
+    const part = (from: number, to?: number): Asked =>
+      new Map(rows.slice(from, to).map((row) => [row, answers.get(row)!]));
+    [judges, train] = [part(0, held), part(held)];
+  } else {
+    const words = wordsOf("distill", options.encode, [...session.pack.tasks.values(), adapter]);
+    const made = (count: number, seed: number): Promise<Asked> =>
+      madeUpQuestions(session, adapter, head, { words, count, random: uniform(seed) }, ask);
+    // Apart from each other, so that no line to judge by is crossed from one to learn from.
+    train = await made(Math.min(seen, MOST_MADE), seed);
+    judges = await made(MADE_TO_JUDGE, seed + 1);
+  }
+  const [some] = train!.values();
+  const count = asking.tokens ? 0 : some![0]!.probabilities.length;
+  const last = headInputs(session.trainable!, head).find(({ out }) => out === undefined);
+  const own = blob.parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
+  if (own !== undefined && own !== count) {
+    throw new TaskError(`task "${id}" has ${own} labels, ${adapter.file} ${count}: it was not made of this adapter`, {
+      task: id,
+    });
+  }
+  const labels = Array.from({ length: count }, (_, i) => String(i));
+  const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
+  const answered = (asked: Asked): Row<BatchFeeds>[] =>
+    [...asked].map(([row, answers]) => supervision.answered(row, answers));
+  return { supervision, labels, train: answered(train!), judges: answered(judges!) };
+}
+
+function isGiven({ texts, feeds, examples }: TeachOptions): boolean {
+  return (texts ?? feeds ?? examples) !== undefined;
+}
+
+/** Checks the questions, where there are some. @throws TypeError, RangeError when they are too few or empty */
+export function checkQuestions(options: TeachOptions): void {
+  if (!options.feeds && !options.encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
+  if (!isGiven(options)) return;
+  const all = questionsOf("distill", options);
+  if (all.length < LEAST_TEXTS)
+    throw new RangeError(
+      `distill: expected ${LEAST_TEXTS} texts at least, and some hundreds to gain by; got ${all.length}`,
+    );
+  const empty = all.findIndex(({ text }) => text?.trim() === "");
+  if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
+}
