@@ -159,6 +159,9 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   t.equal(half.tasks.size, 8);
   await half.close();
 
+  const few = await packByAnswers(engine, file, { ...options, adapters: copies.slice(0, 6), finished: undefined });
+  t.equal(few.report.answers.length, 6, "few tasks that share both sides in groups are distilled too");
+
   const strict = await packByAnswers(engine, file, { ...options, agreement: 0.9999, finished: undefined });
   t.ok(
     strict.report.answers.every((one) => one.kept !== "projected"),

@@ -146,7 +146,8 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
   const least = answers.reduce((a, b) => ((b.agreement ?? 1) < (a.agreement ?? 1) ? b : a));
   const kept = (...names: string[]): number => answers.filter((one) => names.includes(one.kept)).length;
   const blobs = mean(answers.map((one) => one.bytes));
-  const whole = kept("whole");
+  const refused = answers.filter(({ reason }) => reason !== undefined);
+  const whole = kept("whole") - refused.length;
   return [
     `${file}: ${count(tasks, "task")}, ${bytes(report.bytes)}`,
     ...table([
@@ -168,7 +169,8 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
       : "Too few tasks to share components: each is stored by itself.",
     `${count(kept("distilled", "projected"), "task")} mixed from what is shared, in ${count(steps, "training step")} each` +
       `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
-    ...(stopped
+    ...refused.map(({ reason }) => `${reason}. It is stored as without a model.`),
+    ...(stopped && whole > 0
       ? [
           `${count(whole, "task")} stored as without a model, for want of time: run the command again and it goes on, or give it more --minutes.`,
         ]

@@ -5,7 +5,7 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { FormatError } from "../errors.ts";
+import { FormatError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
@@ -68,9 +68,11 @@ export interface AnsweringTask {
   readonly agreement: number | undefined;
   /**
    * "distilled" onto the components; "projected" where that was no worse; "closer", with terms of its own, where neither agreed; "whole"
-   * where time ran out: as a pack without a model has it.
+   * where time ran out, or it cannot be distilled: as a pack without a model has it.
    */
   readonly kept: "distilled" | "projected" | "closer" | "whole";
+  /** Why it cannot be distilled, and is "whole" whatever time there is. */
+  readonly reason?: string | undefined;
   readonly bytes: number;
 }
 
@@ -128,13 +130,16 @@ export class Answering {
   }
 
   /**
-   * Decides how many steps there is time for, by how long one task takes.
-   * @param tried tasks that will be distilled in trying sizes
+   * Decides how many steps there is time for, by how long one task takes now.
+   * @param tried tasks that will be distilled in trying sizes before all are
    */
-  async plan(level: Open, adapter: Adapter, tried: number): Promise<void> {
-    if (this.#steps !== undefined) return;
-    const { finished } = this.#options;
-    const before = await finished?.read("steps");
+  async plan(level: Open, tried: number = 0): Promise<void> {
+    const { finished, adapters, steps } = this.#options;
+    if (steps !== undefined) return;
+    const adapter = await this.#firstOf(level);
+    if (!adapter) return;
+    const key = `steps, with ${tried} tried before`;
+    const before = await finished?.read(key);
     if (before !== undefined) {
       this.#steps = Number(before);
       return;
@@ -149,12 +154,17 @@ export class Answering {
     await this.#distil(level, adapter, PROBED, onStep);
     const [fixed, each] = [first - started, (last - first) / (PROBED - 1)];
     const left = PLANNED * (this.#until - performance.now());
-    const count = this.#options.adapters.length;
     const takes = (steps: number): number =>
-      count * (fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
+      adapters.length * (fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
     this.#steps = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
     // A call that goes on takes as many.
-    await finished?.write("steps", String(this.#steps));
+    await finished?.write(key, String(this.#steps));
+  }
+
+  /** An adapter that can be distilled. */
+  async #firstOf(level: Open): Promise<Adapter | undefined> {
+    for (const adapter of this.#options.adapters) if ((await refusal(level, adapter)) === undefined) return adapter;
+    return undefined;
   }
 
   /** What becomes of all tasks. */
@@ -176,9 +186,8 @@ export class Answering {
   async #teach({ session }: Open, adapter: Adapter): Promise<Taught> {
     const known = this.#taught.get(adapter.id);
     if (known) return known;
-    const steps = this.#steps ?? TRAINING[0];
     const task = await distillable(session, adapter.id);
-    const taught = await taughtBy(session, adapter, task, { ...this.#questions, steps });
+    const taught = await taughtBy(session, adapter, task, { ...this.#questions, steps: TRAINING[0] });
     this.#taught.set(adapter.id, taught);
     return taught;
   }
@@ -209,6 +218,8 @@ export class Answering {
     const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key));
     if (known) return known;
     if (this.late) return this.#closer(level, adapter, DEFAULT_ERROR);
+    const reason = await refusal(level, adapter);
+    if (reason !== undefined) return { ...(await this.#closer(level, adapter, DEFAULT_ERROR)), reason };
     const outcome = await this.#judged(level, adapter, steps).catch(async (cause: unknown) => {
       if (!this.#options.signal?.aborted) throw cause;
       return this.#closer(level, adapter, DEFAULT_ERROR);
@@ -259,6 +270,17 @@ export class Answering {
       await pack.removeTask(id);
     }
     return found.agreement;
+  }
+}
+
+/** Why a task cannot be distilled, if it cannot. */
+async function refusal({ session }: Open, { id }: Adapter): Promise<string | undefined> {
+  try {
+    await distillable(session, id);
+    return undefined;
+  } catch (error) {
+    if (error instanceof TaskError) return error.message;
+    throw error;
   }
 }
 

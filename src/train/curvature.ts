@@ -128,7 +128,8 @@ async function sidesOf(
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
       if (!A || !B || ownA || ownBt || privateRank > 0 || !module) continue;
-      const space = openModule(storedModule(stored, bases.bytes, adapter));
+      const own = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
+      const space = openModule(storedModule(own, bases.bytes, adapter));
       const { rank: most } = pack.directory.basis;
       const how = {
         gauge: gaugeOf(pack),

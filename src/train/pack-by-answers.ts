@@ -77,8 +77,8 @@ const TRIED = 6;
  * @returns a task file and what became of it, for each adapter
  * @throws as `packByAnswers`
  * @example
- * for (const { id, file } of await tasksByAnswers(createEngine(ort), "model.onnx", pack, { adapters, encode: tokenizer }))
- *   await pack.addTask(id, file);
+ * const tasks = await tasksByAnswers(createEngine(ort), "model.onnx", pack, { adapters: newcomers, encode: tokenizer });
+ * for (const { id, file } of tasks) await pack.addTask(id, file);
  */
 export async function tasksByAnswers(
   engine: Engine,
@@ -96,7 +96,7 @@ export async function tasksByAnswers(
     const session = await createSession(engine, model, pack, { trainable: true, names });
     try {
       const answering = new Answering(options);
-      await answering.plan({ pack, session }, adapters[0]!, 0);
+      await answering.plan({ pack, session });
       return await answering.all({ pack, session });
     } finally {
       await session.close();
@@ -163,6 +163,8 @@ class Making {
       return { ...plain, report: { ...plain.report, answers, steps: 0, stopped: this.#answering.late } };
     }
     const level = await this.#open(size);
+    // Trying tells better how long all will take.
+    if (!this.#answering.late) await this.#answering.plan(level);
     const outcomes = await this.#answering.all(level);
     const places = await Promise.all(
       outcomes.map(({ file }) => {
@@ -173,7 +175,7 @@ class Making {
     const { bytes, chunks } = await freshPack(level.pack, places);
     const answers = outcomes.map(({ file, ...outcome }) => outcome);
     const ratio = level.report.adapterBytes / bytes;
-    const stopped = outcomes.some(({ kept }) => kept === "whole");
+    const stopped = outcomes.some(({ kept, reason }) => kept === "whole" && reason === undefined);
     return {
       chunks: await allOf(chunks),
       report: { ...level.report, bytes, ratio, answers, steps: this.#answering.steps, stopped },
@@ -191,7 +193,7 @@ class Making {
     const sizes = adapters.length < FEW ? ERRORS.length : STEPS.length;
     const some = spread(adapters, TRIED);
     let at = adapters.length < FEW ? FIRST.alone : FIRST.shared;
-    await this.#answering.plan(await this.#open(at), some[0]!, EXPECTED * some.length);
+    await this.#answering.plan(await this.#open(at), EXPECTED * some.length);
     const known = new Map<number, number>();
     const expected = async (size: number): Promise<number> => {
       if (!known.has(size)) known.set(size, await this.#expected(size, some));

@@ -22,6 +22,7 @@ const WIDTH = 32;
 /** Most tokens that the model takes. */
 const LENGTH = 12;
 const LABELS = ["spam", "fine"];
+const WORDS = ["one", "two", "three", "four"];
 const TEXTS = [
   "cheap pills",
   "see you at noon",
@@ -91,7 +92,16 @@ export const values = {
   adapters: () => readAdapters(["my-adapters"]),
   adapter: async () => /** @type {import("eigenlora/build").Adapter} */ ((await readAdapters(["my-adapters"]))[0]),
   encode: () => encode,
-  tokenizer: () => Object.assign((/** @type {string[]} */ texts) => encode(texts), { eos_token: "|" }),
+  newcomers: async () => {
+    const known = await readAdapters(["my-adapters"]);
+    return readAdapters(["my-adapters"], { rename: new Map(known.map(({ id }) => [id, `new-${id}`])) });
+  },
+  tokenizer: () =>
+    Object.assign((/** @type {string[]} */ texts) => encode(texts), {
+      eos_token: "|",
+      get_vocab: () => new Map(WORDS.map((word, id) => [word, id])),
+      decode: (/** @type {number[]} */ [id]) => WORDS[Number(id)],
+    }),
   labels: () => LABELS,
   texts: () => TEXTS,
   examples: () => TEXTS.map((text, i) => ({ text, label: /** @type {string} */ (LABELS[i % 2]) })),
