@@ -178,28 +178,23 @@ export async function checkGradients(
   const beside = along.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(along.length));
   // Long enough for the loss to move well above the noise of f32, short enough for it to stay almost straight.
   const step = Math.min(0.05, 0.01 / norm);
-  const slopeAlong = async (direction: Float32Array, by: number): Promise<{ found: number; bend: number }> => {
+  for (const direction of [along, beside]) {
     const lossAt = async (by: number): Promise<number> => {
       const moved = copyOf(state);
       direction.forEach((d, i) => (moved.all[i]! += by * d));
       return (await evaluate(moved)).loss;
     };
-    const [up, down] = [((await lossAt(by)) - loss) / by, (loss - (await lossAt(-by))) / by];
-    // Near a minimum the gradient is almost zero, so that curvature dominates the difference.
-    return { found: (up + down) / 2, bend: Math.abs(up - down) / 2 };
-  };
-  for (const direction of [along, beside]) {
     const slope = gradient.reduce((sum, g, i) => sum + g * direction[i]!, 0);
-    let found = NaN;
-    let agrees = false;
+    let found = 0;
+    const agrees = async (by: number): Promise<boolean> => {
+      const [up, down] = [((await lossAt(by)) - loss) / by, (loss - (await lossAt(-by))) / by];
+      found = (up + down) / 2;
+      // Near a minimum the gradient is almost zero, so that curvature dominates the difference.
+      const bend = Math.abs(up - down) / 2;
+      return Math.abs(found - slope) <= 0.1 * Math.abs(slope) + bend + (1e-6 * (1 + loss)) / by;
+    };
     // Where the loss bends a lot, a shorter step tells.
-    for (const by of [step, step / 4]) {
-      const seen = await slopeAlong(direction, by);
-      found = seen.found;
-      agrees = Math.abs(found - slope) <= 0.1 * Math.abs(slope) + seen.bend + (1e-6 * (1 + loss)) / by;
-      if (agrees) break;
-    }
-    if (agrees) continue;
+    if ((await agrees(step)) || (await agrees(step / 4))) continue;
     throw stopped(
       `the loss changes by ${found.toPrecision(3)} where its gradient says ${slope.toPrecision(3)}: this provider computes gradients wrongly. Use another`,
     );
