@@ -58,8 +58,7 @@ export async function readReference(suite) {
  * @returns {Promise<Encoder<T>>}
  */
 export async function createEncoder(ort) {
-  const rules = await readJson("minilm/tokenizer.json");
-  const tokenizer = new Tokenizer(rules, await readJson("minilm/tokenizer_config.json"));
+  const tokenizer = await readTokenizer();
   return (texts) => {
     const tokens = texts.map((text) => {
       const { ids } = tokenizer.encode(text);
@@ -79,6 +78,19 @@ export async function createEncoder(ort) {
       attention_mask: new ort.Tensor("int64", mask, dims),
       token_type_ids: new ort.Tensor("int64", new BigInt64Array(ids.length), dims),
     };
+  };
+}
+
+async function readTokenizer() {
+  return new Tokenizer(await readJson("minilm/tokenizer.json"), await readJson("minilm/tokenizer_config.json"));
+}
+
+/** The words of the tokenizer, for what makes text of them. */
+export async function vocabulary() {
+  const tokenizer = await readTokenizer();
+  return {
+    get_vocab: () => tokenizer.get_vocab(false),
+    decode: (/** @type {number[]} */ ids) => tokenizer.decode(ids),
   };
 }
 

@@ -24,6 +24,7 @@ import {
   readTask,
   runBatches,
   toBatches,
+  vocabulary,
 } from "../../examples/minilm.js";
 import { bytesOfAdapter, folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";
 import { choice, number, readArguments, text } from "../lib/arguments.js";
@@ -46,7 +47,7 @@ const given = readArguments("What does distilling win back?", {
   "head-step": number("the same of heads"),
   dtype: text("PART=TYPE,…", "number formats of basis, coefficients and head", "basis=f16"),
   tasks: number("distil so many tasks", Infinity, 1),
-  texts: number("of a task's own texts at most", 512, 1),
+  texts: number("of a task's own texts at most; 0: text made of the tokenizer's words", 512),
   steps: number("steps of each task", 240),
   beside: number("distil each task with so many steps too, in turn, to compare"),
   batch: number("texts of a step", 8, 1),
@@ -74,7 +75,7 @@ const settings = JSON.stringify({
   BESIDE: given.beside,
 });
 const reference = await readReference(suite);
-const encode = await createEncoder(ort);
+const encode = Object.assign(await createEncoder(ort), await vocabulary());
 
 await withAdapters([folderOf(suite)], async (adapters) => {
   const tasks = await Promise.all(adapters.map(({ id }) => readTask(id)));
@@ -108,7 +109,7 @@ await withAdapters([folderOf(suite)], async (adapters) => {
     report.bytes + sum(rows.map((row) => Number(row["blob after, bytes"]) - Number(row["blob before, bytes"])));
   const question = `What does distilling win back (MiniLM, ${suite}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${report.step ? `step ${report.step}` : Object.values(report.dtype).join("/")}, ${bytes} bytes, ${(adapterBytes / bytes).toFixed(1)}× fewer than f32)?`;
   const notes = [
-    `${steps} steps of ${batch} texts without labels, ${MOST_TEXTS} of the task's own at most, filled up to ${MOST_TEXTS / 2}; an eighth is held back for KL(adapter ‖ pack), in nats.`,
+    `${steps} steps of ${batch} texts without labels, ${MOST_TEXTS > 0 ? `${MOST_TEXTS} of the task's own at most, filled up to ${MOST_TEXTS / 2}` : "made of the tokenizer's words"}; some are held back for KL(adapter ‖ pack), in nats.`,
     `Accuracy on ${MOST_ROWS} test rows of each task at most. LoRA: PEFT's answers. s: to distil one task.`,
   ];
   print(given.json, [{ question, rows: [...rows, meanOf(rows)], notes }]);
@@ -165,7 +166,7 @@ async function measure(session, adapter, task, { tests, pool }) {
   };
   const options = {
     adapter,
-    texts,
+    ...(MOST_TEXTS > 0 ? { texts } : {}),
     encode: /** @type {any} */ (encode),
     steps,
     batch,

@@ -9,19 +9,20 @@ import { join, resolve } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
+import type { TaskToWrite } from "../format/layout.ts";
 import type { ModelInput } from "../onnx/whole.ts";
-import { type ProjectedAdapter, projectAdapters, storedDtypes } from "../pack/add.ts";
 import type { Built } from "../pack/build.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import type { Engine } from "../session/engine.ts";
 import { toUtf8 } from "../text.ts";
-import type { ByAnswersOptions, FinishedOutcomes } from "../train/answering.ts";
+import type { AnsweringTask, ByAnswersOptions, FinishedOutcomes } from "../train/answering.ts";
 import { type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
 import { readQuestions } from "./examples.ts";
 import { readText, writeWhole } from "./files.ts";
 import { decoder, engineOf, openModel, provider, threads, tokenizer, tokens, wholeOf } from "./model.ts";
 import { number, type OptionSpec, POSITIVE, rarely, SHARE, text, type Values } from "./options.ts";
 import { bytes, count, mean, type Output, percent, smaller, table } from "./output.ts";
+import { reportText } from "./pack-text.ts";
 import type { Run } from "./run.ts";
 
 /** Options of commands that judge tasks by answers. */
@@ -59,16 +60,17 @@ export const judged: {
 export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress" | "finished" | keyof BuildOptions> {
   readonly engine: Engine;
   readonly model: ModelInput;
-  readonly adapters: readonly Adapter[];
   readonly build: Pick<BuildOptions, "base" | "anyBase" | "workers">;
   /** The pack to write, and the files that outcomes depend on. */
   readonly file: string;
   readonly inputs: readonly (string | undefined)[];
+  /** Most tokens of a text. */
+  readonly tokens: number | undefined;
 }
 
 /** @returns the pack, and the folder of what is finished, which is to be removed when the pack is written unless it was stopped */
 export async function packedByAnswers(
-  { engine, model, build, file, inputs, ...options }: ByAnswers,
+  { engine, model, build, file, inputs, tokens, ...options }: ByAnswers,
   run: Run,
   out: Output,
 ): Promise<Built<ByAnswersReport> & { readonly finished: string }> {
@@ -79,9 +81,9 @@ export async function packedByAnswers(
   signal.addEventListener("abort", () =>
     out.phase("stopping: what is finished is written, the rest as without a model; Ctrl-C again ends it at once"),
   );
-  const { texts, examples, agreement, steps, seed } = options;
+  const { texts, examples, agreement, steps, names = [] } = options;
   const sizes = await Promise.all(inputs.map(async (path) => path && [resolve(path), (await stat(path)).size]));
-  const settings = JSON.stringify({ sizes, texts, examples, agreement, steps, seed });
+  const settings = JSON.stringify({ sizes, tokens, names: [...names], texts, examples, agreement, steps });
   out.phase("packing, loading the model");
   const built = await packByAnswers(engine, model, {
     ...options,
@@ -110,20 +112,18 @@ export async function addedByAnswers(
   }: Values<typeof judged> & { model: string },
   run: Run,
   out: Output,
-): Promise<(ProjectedAdapter & { readonly agreement: number | undefined })[]> {
+): Promise<(TaskToWrite & Pick<AnsweringTask, "agreement" | "reason">)[]> {
   const asked = text === undefined ? {} : await readQuestions(text);
   out.phase("loading the model");
   const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, "examples" in asked);
-  const projected = await projectAdapters(pack, adapters, await storedDtypes(pack));
   const signal = run.interrupts();
   const onProgress: ByAnswersOptions["onProgress"] = ({ task, done, of }) =>
     out.progress("task", done, of, `distilling ${task}`);
   const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress };
   const made = await tasksByAnswers(engineOf(ort, runtime), wholeOf(model, decoder), pack, how);
-  return projected.map((one, i) => {
-    const { file, agreement } = made[i]!;
-    const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, one.entry.id);
-    return { ...one, entry: { id, adapterBytes, metadata, brings }, blob, agreement };
+  return made.map(({ file, agreement, reason }) => {
+    const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
+    return { entry: { id, adapterBytes, metadata, brings }, blob, agreement, reason };
   });
 }
 
@@ -142,6 +142,13 @@ function finishedIn(folder: string, settings: string): FinishedOutcomes {
 /** The report for people. */
 export function byAnswersText(file: string, report: ByAnswersReport): string[] {
   const { tasks, adapterBytes, answers, ratio, components, steps, stopped } = report;
+  if (answers.length === 0)
+    return [
+      ...reportText(file, report),
+      stopped
+        ? "Stopped before a task was distilled: the pack is as without a model. Run the command again and it goes on."
+        : "Distilled, tasks would take no fewer bytes: the pack is as without a model.",
+    ];
   const asked = answers.flatMap(({ agreement }) => agreement ?? []);
   const least = answers.reduce((a, b) => ((b.agreement ?? 1) < (a.agreement ?? 1) ? b : a));
   const kept = (...names: string[]): number => answers.filter((one) => names.includes(one.kept)).length;
@@ -167,7 +174,7 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
     components.max > 0
       ? `All tasks share ${count(components.max, "component")} of what each layer reads and writes, stored once; a task is how it mixes them.`
       : "Too few tasks to share components: each is stored by itself.",
-    `${count(kept("distilled", "projected"), "task")} mixed from what is shared, in ${count(steps, "training step")} each` +
+    `${count(kept("distilled", "projected"), "task")} distilled, in ${count(steps, "training step")} each` +
       `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
     ...refused.map(({ reason }) => `${reason}. It is stored as without a model.`),
     ...(stopped && whole > 0

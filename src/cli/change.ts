@@ -9,14 +9,14 @@ import { refuseBases } from "../adapters/modules.ts";
 import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/layout.ts";
-import { type ProjectedAdapter, projectAdapters, storedDtypes } from "../pack/add.ts";
+import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import { createSigner } from "../pack/keys.ts";
 import { MUCH, type TaskLoss } from "../pack/report.ts";
 import { freshPack, planAppend } from "../pack/write.ts";
-import { addedByAnswers, judged } from "./by-answers.ts";
+import { addedByAnswers, judged as judgedOptions } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { append, readText, writeWhole } from "./files.ts";
-import { anyBase, as, group, key, number, readFor, revoked, SHARE, text, UsageError } from "./options.ts";
+import { anyBase, as, given, group, key, number, readFor, revoked, SHARE, text, UsageError } from "./options.ts";
 import { bytes, count, counting, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 
@@ -44,7 +44,7 @@ export const add: Attach = command({
     key,
     revoked,
     ...group("Judged by answers", {
-      ...judged,
+      ...judgedOptions,
       model: text(
         "MODEL.onnx",
         "Distil adapters onto what the pack's tasks share, until they answer as the adapters do. Needs onnxruntime-node.",
@@ -52,6 +52,8 @@ export const add: Attach = command({
     }),
   },
   async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key, ...asked }, run, out) {
+    const { model } = asked;
+    checkJudged(asked, maxLoss);
     const sign = await signerOf(key);
     const found = await Promise.all(paths.map((path) => isTaskFile(path, run)));
     const names = new Map(as);
@@ -67,10 +69,9 @@ export const add: Attach = command({
     refuseTaken(pack, named);
     refuseOtherBase(pack, adapters, anyBase);
     const onProgress = counting(out, "module");
-    const projected: Judged[] =
-      asked.model === undefined
-        ? await projectAdapters(pack, adapters, await storedDtypes(pack), { onProgress })
-        : await addedByAnswers(pack, adapters, { ...asked, model: asked.model }, run, out);
+    const projected =
+      model === undefined ? await projectAdapters(pack, adapters, await storedDtypes(pack), { onProgress }) : [];
+    const judged = model === undefined ? [] : await addedByAnswers(pack, adapters, { ...asked, model }, run, out);
     const learned: TaskToWrite[] = [];
     for (const { path, id } of files) await pack.addTask(id, path);
     for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
@@ -81,11 +82,11 @@ export const add: Attach = command({
     const now = await run.pack(file, { bases: "later" });
     refuseOther(pack, now);
     refuseTaken(now, named);
-    const plan = await planAppend(now, [...projected, ...learned], sign);
+    const plan = await planAppend(now, [...projected, ...judged, ...learned], sign);
     append(file, plan);
     warnOf(adapters, out);
     for (const warning of projected.flatMap(({ warnings }) => warnings)) out.warn(warning);
-    for (const { id, total } of asked.model === undefined ? residual : [])
+    for (const { id, total } of residual)
       if (total > MUCH)
         out.warn(
           `task "${id}" loses ${percent(total)} of its ΔW, which the pack's components lack: pack all adapters again, with this ` +
@@ -98,30 +99,32 @@ export const add: Attach = command({
     return {
       json: {
         ...{ file, added, bytesBefore: before, bytesAfter, residual },
-        ...(asked.model === undefined ? {} : { answers: projected.map(agreementOf) }),
+        ...(model === undefined ? {} : { answers: judged.map(({ entry: { id }, agreement }) => ({ id, agreement })) }),
       },
       text: [
         `${file}: ${count(added.length, "task")} added, ${bytes(before)} → ${bytes(bytesAfter)}`,
-        ...(asked.model === undefined
-          ? residual.length > 0
-            ? lossTable(residual)
-            : []
-          : projected.map(agreementText)),
+        ...(residual.length > 0 ? lossTable(residual) : []),
+        ...judged.map(agreementText),
         ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
       ],
     };
   },
 });
 
-type Judged = ProjectedAdapter & { readonly agreement?: number | undefined };
+/** Options that a model is needed for. */
+const JUDGED = ["minutes", "text", "agreement", "decoder", "provider", "threads", "tokens", "tokenizer"] as const;
 
-function agreementOf({ entry: { id }, agreement }: Judged): object {
-  return { id, agreement };
+/** @throws UsageError for options that do not go together */
+function checkJudged(asked: Partial<Record<(typeof JUDGED)[number] | "model", unknown>>, maxLoss?: number): void {
+  const [needs] = given(asked, ...JUDGED);
+  if (needs !== undefined && asked.model === undefined) throw new UsageError(`${needs} needs --model`);
+  if (maxLoss !== undefined && asked.model !== undefined)
+    throw new UsageError("--max-loss is about ΔW, with --model answers decide: take --agreement");
 }
 
-function agreementText({ entry, blob, agreement }: Judged): string {
-  const said =
-    agreement === undefined ? "not asked, for want of time" : `answers ${percent(agreement)} like the adapter`;
+function agreementText({ entry, blob, agreement, reason }: Awaited<ReturnType<typeof addedByAnswers>>[number]): string {
+  const unasked = `stored as without a model${reason === undefined ? ", for want of time" : `: ${reason}`}`;
+  const said = agreement === undefined ? unasked : `answers ${percent(agreement)} like the adapter`;
   return `${entry.id}: ${bytes(blob.length)}, ${said}`;
 }
 

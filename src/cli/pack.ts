@@ -208,6 +208,8 @@ function checkOptions(options: PackOptions): void {
       );
   } else {
     if (budget === "--divergence") throw new option.UsageError("--divergence is for --mode auto");
+    const [own] = option.given(options, "minutes", "agreement", "distill");
+    if (own !== undefined) throw new option.UsageError(`${own} is for --mode auto`);
     const [foreign] = option.given(options, "model", "decoder", "text", "tokenizer", "tokens");
     if (foreign !== undefined && !options.calibrate)
       throw new option.UsageError(`${foreign} is for --mode auto and --calibrate`);
@@ -255,11 +257,11 @@ async function build(
       return searchStreamed(adapters, search, { held: false, scratch: run.closing(openScratch(options.output)) });
     const { engine, model, judge: about } = asked;
     if (budgetOf(options) === undefined) {
-      const { minutes, agreement, distill: steps, names, output: file, decoder, text, tokenizer } = options;
+      const { minutes, agreement, distill: steps, names, output: file, decoder, text, tokenizer, tokens } = options;
       const { encode, texts, examples } = about;
       const inputs = [options.model, decoder, text, tokenizer];
       const build = { workers, anyBase, base: common.base };
-      const how = { adapters, encode, texts, examples, names, minutes, agreement, steps };
+      const how = { adapters, encode, texts, examples, names, minutes, agreement, steps, tokens };
       return packedByAnswers({ engine, model, build, file, inputs, ...how }, run, out);
     }
     const judge = run.closing(createJudge(engine, model, about));

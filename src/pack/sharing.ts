@@ -133,7 +133,7 @@ function usedOf(chosen: readonly SideChoice[]): number[] {
 }
 
 /** Takes `most` of them where there are more, spread evenly. */
-function spread<T>(all: readonly T[], most: number): readonly T[] {
+export function spread<T>(all: readonly T[], most: number): readonly T[] {
   if (all.length <= most) return all;
   return Array.from({ length: most }, (_, i) => all[Math.floor((i * all.length) / most)]!);
 }

@@ -163,7 +163,10 @@ export class Answering {
 
   /** An adapter that can be distilled. */
   async #firstOf(level: Open): Promise<Adapter | undefined> {
-    for (const adapter of this.#options.adapters) if ((await refusal(level, adapter)) === undefined) return adapter;
+    const { adapters } = this.#options;
+    // One that is still to be asked tells how long that takes, too.
+    const unasked = adapters.filter(({ id }) => !this.#taught.has(id));
+    for (const adapter of [...unasked, ...adapters]) if ((await refusal(level, adapter)) === undefined) return adapter;
     return undefined;
   }
 
@@ -257,7 +260,8 @@ export class Answering {
     const { pack, session } = level;
     const { supervision, judges } = await this.#teach(level, adapter);
     const { head } = await distillable(session, adapter.id);
-    const id = `${adapter.id}, closer`;
+    let id = "closer";
+    while (pack.tasks.has(id)) id += "'";
     await pack.addTask(id, file);
     const task = await taskAdapter(pack, id);
     const found = new MeanDivergence();

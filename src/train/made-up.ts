@@ -43,6 +43,16 @@ const BEGUN = 4;
  * @throws TypeError for a tokenizer that does not tell its vocabulary
  */
 export function wordsOf(where: string, encode: unknown, known: readonly Pick<Adapter, "id" | "metadata">[]): Words {
+  const all = vocabularies.get(encode as object) ?? wholeWords(where, encode);
+  vocabularies.set(encode as object, all);
+  const names = known.flatMap(({ id, metadata }) => [id, ...labelsOf(metadata)]);
+  return { all, names: [...new Set(names.flatMap((name) => name.match(/\p{Lu}?[\p{Ll}\p{Lo}]+|\p{Lu}{2,}/gu) ?? []))] };
+}
+
+/** Words by tokenizer: each adapter of a pack asks for them. */
+const vocabularies = new WeakMap<object, readonly string[]>();
+
+function wholeWords(where: string, encode: unknown): string[] {
   const { get_vocab, decode } = (encode ?? {}) as Vocabulary;
   if (!get_vocab || !decode)
     throw new TypeError(
@@ -59,8 +69,7 @@ export function wordsOf(where: string, encode: unknown, known: readonly Pick<Ada
     return /^[\p{L}\p{M}]{2,}$/u.test(word) ? [word] : [];
   });
   if (all.length === 0) throw new TypeError(`${where}: the vocabulary of \`encode\` has no words; give texts`);
-  const names = known.flatMap(({ id, metadata }) => [id, ...labelsOf(metadata)]);
-  return { all, names: [...new Set(names.flatMap((name) => name.match(/\p{Lu}?[\p{Ll}\p{Lo}]+|\p{Lu}{2,}/gu) ?? []))] };
+  return all;
 }
 
 function labelsOf({ labels }: { readonly labels?: unknown }): string[] {

@@ -17,6 +17,7 @@ import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildPack } from "../pack/build.ts";
 import type { BuildReport } from "../pack/report.ts";
 import { searchPack } from "../pack/search.ts";
+import { spread } from "../pack/sharing.ts";
 import { allOf, freshPack } from "../pack/write.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession } from "../session/session.ts";
@@ -24,8 +25,9 @@ import { Answering, type AnsweringTask, type ByAnswersOptions, type Open } from 
 import { checkNumbers } from "./checks.ts";
 import { checkQuestions } from "./taught.ts";
 
-/** Report of `packByAnswers`. */
+/** Report of `packByAnswers`. What it says of ΔW and terms is from before tasks were distilled. */
 export interface ByAnswersReport extends BuildReport {
+  /** Empty where tasks would take no fewer bytes than in a pack without a model, which it is then. */
   readonly answers: readonly AnsweringTask[];
   /** Steps of each task. */
   readonly steps: number;
@@ -41,19 +43,8 @@ interface Level extends Open {
 }
 
 const OPTIONS = [
-  ...([
-    "adapters",
-    "encode",
-    "texts",
-    "examples",
-    "end",
-    "decoderStart",
-    "names",
-    "agreement",
-    "minutes",
-    "steps",
-  ] as const),
-  ...(["seed", "signal", "onProgress", "finished", "base", "anyBase", "workers"] as const),
+  ...(["adapters", "encode", "texts", "examples", "end", "decoderStart", "names", "base", "anyBase"] as const),
+  ...(["agreement", "minutes", "steps", "seed", "signal", "onProgress", "finished", "workers"] as const),
 ] as const;
 
 /** Fewer tasks than this share too little for components of all. */
@@ -75,7 +66,7 @@ const TRIED = 6;
  * Distils adapters onto the components of a pack that exists. The pack stays as it is.
  * @param pack without tasks of these ids
  * @returns a task file and what became of it, for each adapter
- * @throws as `packByAnswers`
+ * @throws TaskError when an id is taken; and as `packByAnswers`
  * @example
  * const tasks = await tasksByAnswers(createEngine(ort), "model.onnx", pack, { adapters: newcomers, encode: tokenizer });
  * for (const { id, file } of tasks) await pack.addTask(id, file);
@@ -91,8 +82,12 @@ export async function tasksByAnswers(
   check("tasksByAnswers", options);
   const { adapters, names } = options;
   const projected = await projectAdapters(pack, adapters, await storedDtypes(pack));
-  for (const { entry, blob } of projected) await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
+  const added: string[] = [];
   try {
+    for (const { entry, blob } of projected) {
+      await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
+      added.push(entry.id);
+    }
     const session = await createSession(engine, model, pack, { trainable: true, names });
     try {
       const answering = new Answering(options);
@@ -102,7 +97,7 @@ export async function tasksByAnswers(
       await session.close();
     }
   } finally {
-    for (const { id } of adapters) await pack.removeTask(id);
+    for (const id of added) await pack.removeTask(id);
   }
 }
 
@@ -111,7 +106,7 @@ export async function tasksByAnswers(
  * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
  * @throws TypeError without texts where the tokenizer does not tell its words
- * @throws AdapterError, BaseMismatchError as `buildPack` and `createSession`; TaskError for an adapter that cannot be distilled
+ * @throws AdapterError, BaseMismatchError as `buildPack` and `createSession`
  * @example
  * const { chunks, report } = await packByAnswers(createEngine(ort), "model.onnx", { adapters, encode: tokenizer });
  */
@@ -158,10 +153,8 @@ class Making {
     const { adapters, base, anyBase, workers } = this.#options;
     const { size, expected } = await this.#chosen();
     const plain = await searchPack(adapters, { base, anyBase, workers });
-    if (expected >= plain.report.bytes) {
-      const answers = adapters.map(({ id }) => ({ id, agreement: undefined, kept: "whole" as const, bytes: 0 }));
-      return { ...plain, report: { ...plain.report, answers, steps: 0, stopped: this.#answering.late } };
-    }
+    if (expected >= plain.report.bytes)
+      return { ...plain, report: { ...plain.report, answers: [], steps: 0, stopped: this.#answering.late } };
     const level = await this.#open(size);
     // Trying tells better how long all will take.
     if (!this.#answering.late) await this.#answering.plan(level);
@@ -202,7 +195,9 @@ class Making {
     for (const direction of [-1, 1]) {
       const from = at;
       while (!this.#answering.late && at + direction >= 0 && at + direction < sizes) {
-        if ((await expected(at + direction)) >= (await expected(at))) break;
+        // The pack of this size is open.
+        const here = await expected(at);
+        if ((await expected(at + direction)) >= here) break;
         at += direction;
       }
       // Smaller ones were better: larger ones are not.
@@ -244,10 +239,4 @@ class Making {
     this.#level = { size, pack, session, report, close };
     return this.#level;
   }
-}
-
-/** Takes `most` where there are more, spread evenly. */
-function spread<T>(all: readonly T[], most: number): readonly T[] {
-  if (all.length <= most) return all;
-  return Array.from({ length: most }, (_, i) => all[Math.floor((i * all.length) / most)]!);
 }
