@@ -29,7 +29,7 @@ export interface ByAnswersOptions
   readonly names?: ReadonlyMap<string, string> | undefined;
   /**
    * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class, each counted by how much
-   * likelier the adapter finds that than the second. Default: 0.95.
+   * likelier the adapter finds that than the second. Default: 0.96.
    */
   readonly agreement?: number | undefined;
   /**
@@ -90,15 +90,16 @@ export interface Open {
 
 /** Steps that training may take. */
 const TRAINING = [240, 200, 160, 120, 80, 48, 24, 0] as const;
-/** Most steps where a size is tried. */
+/** Most steps where a size is tried, and how many more answers differ after them than after all: about the root of KL's share. */
 const TRYING = 48;
+const MORE_DIFFER = 1.2;
 /** Shares of ΔW that a task may lose that is stored closer. */
-const CLOSER = [0.3, DEFAULT_ERROR] as const;
+const CLOSER = [0.3, DEFAULT_ERROR, 0.05] as const;
 /** The share of the time that may be planned with. */
 const PLANNED = 0.92;
 /** Steps that tell how long one takes. */
 const PROBED = 8;
-const DEFAULT_AGREEMENT = 0.95;
+const DEFAULT_AGREEMENT = 0.96;
 /** Minutes by default: for all tasks, or for each where there are many. */
 const MINUTES = { all: 10, each: 0.25 };
 
@@ -212,18 +213,20 @@ export class Answering {
 
   /** What is expected to become of a task, from fewer steps. */
   tried(level: Open, adapter: Adapter): Promise<Outcome> {
-    return this.#outcome(level, adapter, Math.min(TRYING, this.steps));
+    const all = this.steps <= TRYING;
+    return this.#outcome(level, adapter, all ? this.steps : TRYING, all ? 1 : MORE_DIFFER);
   }
 
-  async #outcome(level: Open, adapter: Adapter, steps: number): Promise<Outcome> {
+  /** @param differ times the share of answers that may differ */
+  async #outcome(level: Open, adapter: Adapter, steps: number, differ: number = 1): Promise<Outcome> {
     const { finished } = this.#options;
-    const key = JSON.stringify([level.pack.basisId, adapter.id, adapter.file, adapter.byteLength, steps]);
+    const key = JSON.stringify([level.pack.basisId, adapter.id, adapter.file, adapter.byteLength, steps, differ]);
     const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key));
     if (known) return known;
     if (this.late) return this.#closer(level, adapter, DEFAULT_ERROR);
     const reason = await refusal(level, adapter);
     if (reason !== undefined) return { ...(await this.#closer(level, adapter, DEFAULT_ERROR)), reason };
-    const outcome = await this.#judged(level, adapter, steps).catch(async (cause: unknown) => {
+    const outcome = await this.#judged(level, adapter, steps, differ).catch(async (cause: unknown) => {
       if (!this.#options.signal?.aborted) throw cause;
       return this.#closer(level, adapter, DEFAULT_ERROR);
     });
@@ -233,18 +236,18 @@ export class Answering {
     return outcome;
   }
 
-  async #judged(level: Open, adapter: Adapter, steps: number): Promise<Outcome> {
-    const { agreement: least = DEFAULT_AGREEMENT } = this.#options;
-    const { id, file, agreement, kept } = await this.#distil(level, adapter, steps);
-    const bytes = parseTaskFile(file, id).blob.length;
-    if (agreement >= least) return { id, file, agreement, kept, bytes };
-    let closer: Outcome | undefined;
+  async #judged(level: Open, adapter: Adapter, steps: number, differ: number): Promise<Outcome> {
+    const { agreement: wanted = DEFAULT_AGREEMENT } = this.#options;
+    const least = 1 - differ * (1 - wanted);
+    const { id, file, kept, agreement } = await this.#distil(level, adapter, steps);
+    let best: Outcome = { id, file, kept, agreement, bytes: parseTaskFile(file, id).blob.length };
     for (const error of CLOSER) {
+      if (best.agreement! >= least) break;
       const made = await this.#closer(level, adapter, error);
-      closer = { ...made, kept: "closer", agreement: await this.#agreement(level, adapter, made.file) };
-      if (closer.agreement! >= least) break;
+      const agreement = await this.#agreement(level, adapter, made.file);
+      if (agreement > best.agreement!) best = { ...made, kept: "closer", agreement };
     }
-    return closer!;
+    return best;
   }
 
   /** The task on the pack's components, with terms of its own for what they lack. */

@@ -48,7 +48,7 @@ export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" 
    * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models
    * that answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
    * logits are off, and Adam's steps are as long as the rate even where the way is short. A head rate of 0 keeps the adapter's own head,
-   * a rate of 0 of `terms` the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the
+   * and is the default where texts are made; a rate of 0 of `terms` keeps the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the
    * one with the labels (`inner`): `head` divided by the number of inputs of the layer.
    */
   readonly learningRates?:
@@ -113,8 +113,8 @@ const FEW_STEPS = { labels: 240, tokens: 1 };
 
 /**
  * Distils one task of a session's pack. The session's task and its pack stay as they are. First, coefficients on column components are
- * solved so that the answers, rather than ΔW, lose least; they are used if they lose less on the texts held back. The head is trained
- * too: it was trained on the adapter's features, which a few components change slightly, and another head costs no bytes.
+ * solved so that the answers, rather than ΔW, lose least; they are used if they lose less on the texts held back. On texts of the user's the
+ * head is trained too: it was trained on the adapter's features, which a few components change slightly, and another head costs no bytes.
  * @param session created with `trainable: true`
  * @throws TaskError when the task is not in the pack, leaves it meanwhile, brings what cannot be trained, or has other labels than the
  * adapter
@@ -146,7 +146,7 @@ export async function distilTask(
   session: Session,
   adapter: Adapter,
   { id, entry, blob, head }: Distillable,
-  { supervision, labels, train, judges }: Taught,
+  { supervision, labels, train, judges, made }: Taught,
   options: Omit<DistillOptions, "adapter" | "task">,
 ): Promise<Distilled> {
   const { steps = 240, batch = 8, seed = 0, signal } = options;
@@ -174,7 +174,7 @@ export async function distilTask(
   const { temperature = sure, weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
-    learningRates: ratesOf(supervision.tokens, start, steps, options.learningRates),
+    learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, made }, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
     stored: stepped,
     tested: tested.has(session),
@@ -205,15 +205,19 @@ export async function distilTask(
 
 /** Learning rates of `fit`. @param divergence when the steps begin */
 function ratesOf(
-  tokens: boolean,
-  divergence: number,
-  steps: number,
+  {
+    tokens,
+    divergence,
+    steps,
+    made,
+  }: { readonly tokens: boolean; readonly divergence: number; readonly steps: number; readonly made: boolean },
   given: DistillOptions["learningRates"] = {},
 ): FitOptions["learningRates"] {
   const kind = tokens ? "tokens" : "labels";
   const rate = Math.min(MOST_RATE, (WAY[kind] * Math.sqrt(divergence)) / Math.max(steps, FEW_STEPS[kind]));
   const { terms = rate } = given;
-  return { terms, privateTerms: PRIVATE[kind] * terms, head: rate, ...given };
+  // A head that learned from words in no order answers real text worse.
+  return { terms, privateTerms: PRIVATE[kind] * terms, head: made ? 0 : rate, ...given };
 }
 
 /**

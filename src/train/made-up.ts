@@ -20,7 +20,7 @@ interface Vocabulary {
 
 /** Words to make questions of. */
 export interface Words {
-  /** Whole words of the vocabulary. */
+  /** Whole words of the vocabulary, by number: vocabularies are made from frequent words to rare ones. */
   readonly all: readonly string[];
   /** Words of names. */
   readonly names: readonly string[];
@@ -28,6 +28,11 @@ export interface Words {
 
 /** Words of a line. */
 const [SHORTEST, LONGEST] = [5, 14];
+/**
+ * A word of rank r is drawn in proportion to 1 ÷ (r + FREQUENT): as in text (B. Mandelbrot, 1953), but less steeply, so that lines are not
+ * made of articles and prepositions.
+ */
+const FREQUENT = 30;
 /** The share of words that are taken from names. */
 const NAMED = 0.1;
 /** The share of a crossed line's words that are drawn anew. */
@@ -60,6 +65,7 @@ function wholeWords(where: string, encode: unknown): string[] {
     );
   const found = get_vocab.call(encode, false);
   const tokens = found instanceof Map ? [...found] : Object.entries(found as Readonly<Record<string, number>>);
+  tokens.sort(([, a], [, b]) => a - b);
   // Byte-level and SentencePiece vocabularies mark where a word begins.
   const marked = tokens.filter(([token]) => /^[Ġ▁]/.test(token));
   const whole = marked.length > 0 ? marked : tokens;
@@ -84,7 +90,10 @@ export function madeUpTexts(words: Words, count: number, random: () => number): 
 }
 
 function draw({ all, names }: Words, random: () => number): string {
-  return pick(names.length > 0 && random() < NAMED ? names : all, random);
+  if (names.length > 0 && random() < NAMED) return pick(names, random);
+  // The inverse of the distribution: log(rank + FREQUENT) is uniform.
+  const rank = FREQUENT * ((all.length + FREQUENT) / FREQUENT) ** random() - FREQUENT;
+  return all[Math.min(all.length - 1, Math.floor(rank))]!;
 }
 
 function pick<T>(all: readonly T[], random: () => number): T {

@@ -49,10 +49,10 @@ const OPTIONS = [
 
 /** Fewer tasks than this share too little for components of all. */
 const FEW = 8;
-/** Components of a side: of 20, 28, 32 and 40, on two suites of 20 and 53 adapters, those whose answers lost least for their bytes. */
-const COMPONENTS = 32;
+/** Components of a side: of 20 to 40, on two suites of 20 and 53 adapters, those whose answers lost least for their bytes. */
+const COMPONENTS = 36;
 /** Steps of numbers, from few bytes to many: each pack is about a fifth larger than the one before. */
-const STEPS = [0.16, 0.113, 0.08, 0.057, 0.04, 0.028, 0.02] as const;
+const STEPS = [0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018] as const;
 /** The same for tasks by themselves: shares of ΔW that may be lost. */
 const ERRORS = [0.6, 0.45, 0.34, 0.25, DEFAULT_ERROR] as const;
 /** Where trying begins. */

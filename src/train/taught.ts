@@ -53,6 +53,8 @@ export interface Taught {
   readonly labels: string[];
   readonly train: readonly Row<BatchFeeds>[];
   readonly judges: readonly Row<BatchFeeds>[];
+  /** Whether questions were made, not given. */
+  readonly made: boolean;
 }
 
 type Asked = Map<Row<BatchFeeds>, Distribution[]>;
@@ -61,7 +63,7 @@ const LEAST_TEXTS = 8;
 /** Batches that show how answers depend on coefficients, before any step. */
 export const BATCHES_TO_SOLVE = 24;
 /** Most questions that are made to learn from: more of them taught no more. */
-const MOST_MADE = 1024;
+const MOST_MADE = 512;
 /** Questions that are made to judge by. */
 const MADE_TO_JUDGE = 128;
 
@@ -111,7 +113,7 @@ export async function taughtBy(
   const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
   const answered = (asked: Asked): Row<BatchFeeds>[] =>
     [...asked].map(([row, answers]) => supervision.answered(row, answers));
-  return { supervision, labels, train: answered(train!), judges: answered(judges!) };
+  return { supervision, labels, train: answered(train!), judges: answered(judges!), made: !isGiven(options) };
 }
 
 function isGiven({ texts, feeds, examples }: TeachOptions): boolean {
