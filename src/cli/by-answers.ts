@@ -19,7 +19,7 @@ import type { AnsweringTask, ByAnswersOptions, FinishedOutcomes } from "../train
 import { type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
 import { readQuestions } from "./examples.ts";
 import { readText, writeWhole } from "./files.ts";
-import { decoder, engineOf, openModel, provider, threads, tokenizer, tokens, wholeOf } from "./model.ts";
+import { decoder, engineOf, openModel, runsOn, tokenizer, tokens, wholeOf } from "./model.ts";
 import { number, type OptionSpec, POSITIVE, rarely, SHARE, text, type Values } from "./options.ts";
 import { bytes, count, mean, type Output, percent, smaller, table } from "./output.ts";
 import { reportText } from "./pack-text.ts";
@@ -45,12 +45,11 @@ export const judged: {
   ...rarely({
     agreement: number(
       "P",
-      "With --model: the least agreement of a task's answers with its adapter's; others are stored closer. Default: 0.95.",
+      "With --model: the least agreement of a task's answers with its adapter's; others are stored closer. Default: 0.96.",
       SHARE,
     ),
     decoder,
-    provider,
-    threads,
+    ...runsOn,
     tokens,
     tokenizer,
   }),
@@ -100,16 +99,7 @@ export async function packedByAnswers(
 export async function addedByAnswers(
   pack: Pack,
   adapters: readonly Adapter[],
-  {
-    model,
-    decoder,
-    text,
-    tokens,
-    tokenizer,
-    minutes,
-    agreement,
-    ...runtime
-  }: Values<typeof judged> & { model: string },
+  { model, decoder, text, tokens, tokenizer, minutes, agreement, ...on }: Values<typeof judged> & { model: string },
   run: Run,
   out: Output,
 ): Promise<(TaskToWrite & Pick<AnsweringTask, "agreement" | "reason">)[]> {
@@ -120,7 +110,7 @@ export async function addedByAnswers(
   const onProgress: ByAnswersOptions["onProgress"] = ({ task, done, of }) =>
     out.progress("task", done, of, `distilling ${task}`);
   const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress };
-  const made = await tasksByAnswers(engineOf(ort, runtime), wholeOf(model, decoder), pack, how);
+  const made = await tasksByAnswers(engineOf(ort, on), wholeOf(model, decoder), pack, how);
   return made.map(({ file, agreement, reason }) => {
     const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
     return { entry: { id, adapterBytes, metadata, brings }, blob, agreement, reason };

@@ -22,7 +22,7 @@ import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf
 import { contents, digest, facts, fileDigest, makePart } from "./hub-part.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
-import { decoder, openTrainable, tokenizer, tokenizerOf, tokens } from "./model.ts";
+import { decoder, openTrainable, runsOn, tokenizer, tokenizerOf, tokens } from "./model.ts";
 import * as option from "./options.ts";
 import { bytes, count, type Output, resources, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
@@ -57,6 +57,7 @@ const OPTIONS = {
     decoder,
     tokens,
     tokenizer,
+    ...runsOn,
     ...match,
     anyBase: option.toggle(
       "Accept a model whose weights do not match the pack's fingerprints, and adapters that name another base model.",

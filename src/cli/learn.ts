@@ -15,7 +15,7 @@ import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { readCompletions, readExamples } from "./examples.ts";
 import { match } from "./matching.ts";
-import { decoder, openTrainable, tokenizer, tokens } from "./model.ts";
+import { decoder, openTrainable, runsOn, tokenizer, tokens } from "./model.ts";
 import {
   byDefault,
   choice,
@@ -55,6 +55,7 @@ const OPTIONS = {
     decoder,
     tokens,
     tokenizer,
+    ...runsOn,
     ...match,
   }),
   ...group("What is trained", {

@@ -45,27 +45,26 @@ export const tokenizer: OptionSpec<string | undefined> = text(
   "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
 );
 
-export const provider: OptionSpec<string | undefined> = text(
-  "NAME",
-  "What runs the model, where this build of onnxruntime-node has it: cpu, webgpu, cuda, dml or coreml. Default: cpu.",
-);
-export const threads: OptionSpec<number | undefined> = number(
-  "N",
-  "Threads that run the model. Default: one for each core.",
-  from(1),
-);
+/** What a command runs the model on. */
+export const runsOn: { provider: OptionSpec<string | undefined>; threads: OptionSpec<number | undefined> } = {
+  provider: text(
+    "NAME",
+    "What runs the model, where this build of onnxruntime-node has it: cpu, webgpu, cuda, dml or coreml. Default: cpu.",
+  ),
+  threads: number("N", "Threads that run the model. Default: one for each core.", from(1)),
+};
 
-/** The engine that runs a model on a provider, with so many threads. */
-export function engineOf(
-  ort: Ort,
-  { provider, threads }: { provider: string | undefined; threads: number | undefined },
-): Engine {
-  const told = {
+/** The engine that runs a model. */
+export function engineOf(ort: Ort, options: Values<typeof runsOn>): Engine {
+  return createEngine(ort, sessionOf(options));
+}
+
+/** What sessions are created with. Its type depends on which onnxruntime it is. */
+function sessionOf({ provider, threads }: Values<typeof runsOn>): never {
+  return {
     ...(provider === undefined ? {} : { executionProviders: [provider] }),
     ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
-  };
-  // Its type depends on which onnxruntime it is.
-  return createEngine(ort, told as never);
+  } as never;
 }
 
 /**
@@ -168,7 +167,7 @@ export async function openTrainable(
   command: string,
   model: string,
   pack: Pack,
-  options: ModelOptions & Values<typeof match> & { readonly decoder: string | undefined },
+  options: ModelOptions & Values<typeof match> & Values<typeof runsOn> & { readonly decoder: string | undefined },
   run: Run,
   whole = false,
 ): Promise<{ session: EigenSession; encode: Encode }> {
@@ -176,7 +175,8 @@ export async function openTrainable(
   const { ort, encode } = await openModel(command, model, options, whole);
   refuseUnknown(names, pack.modules, pack.name);
   const matching = { names, ignore, anyBase };
-  const session = await createEigenSession(ort, wholeOf(model, decoder), pack, { trainable: true, ...matching });
+  const how = { trainable: true, session: sessionOf(options), ...matching };
+  const session = await createEigenSession(ort, wholeOf(model, decoder), pack, how);
   run.closing(session);
   return { session, encode };
 }
