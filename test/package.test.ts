@@ -258,6 +258,7 @@ t.test("names the package exports", async (t) => {
     "TrustError",
     "createRuntime",
     "openPack",
+    "readTensor",
   ]);
   t.ok("buildPack" in (await import("eigenlora/build")));
   t.same(Object.keys(await import("eigenlora/cache")).sort(), ["cacheStore", "cachedSource", "opfsStore"]);

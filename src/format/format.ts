@@ -301,7 +301,11 @@ export function encodedTensor(section: Uint8Array, { byteOffset, byteLength }: T
 
 /**
  * The numbers of a tensor [rows, width], f32.
+ * @param section that holds it: `bytes` of a loaded task, or of the pack's bases
  * @param out Default: new memory
+ * @example
+ * const { terms, bytes } = await pack.load("sst2");
+ * const coefficients = terms.map(({ A }) => A && readTensor(bytes, A.tensor));
  */
 export function readTensor(section: Uint8Array, ref: TensorRef, out?: Float32Array): Float32Array {
   return decodeTensor(ref.dtype, encodedTensor(section, ref), ref.rows, ref.width, out);

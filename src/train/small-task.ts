@@ -1,6 +1,6 @@
 /**
- * A learned task whose factors are its own, as a pack with a step stores its tasks: brought into it as an adapter that is added, over what
- * others share and with rows of its own beside, in integers of as many bits as they are worth.
+ * A learned task as a pack with a step stores its tasks: brought into it as an adapter that is added, over what others share and with rows
+ * of its own beside, in integers of as many bits as they are worth.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";

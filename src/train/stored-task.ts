@@ -22,8 +22,8 @@ export interface TaskFileOptions {
   /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
   /**
-   * Number formats. The bias of the head is f16 where the weight is integers. Default: f16; in packs with a step, where factors are
-   * trained, integers of as many bits as they are worth.
+   * Number formats. The bias of the head is f16 where the weight is integers. Default: f16; in packs with a step, integers
+   * of as many bits as they are worth.
    */
   readonly dtype?: Partial<TaskDtypes> | undefined;
   /** Metadata beside the labels, for instance a licence. */
@@ -32,7 +32,7 @@ export interface TaskFileOptions {
 
 /** How a learned task is stored. */
 export interface LearnedTaskOptions extends TaskFileOptions {
-  /** Share of its ΔW that the task may lose, where factors are trained in a pack with a step and no `dtype` is given. Default: 0.3. */
+  /** Share of its ΔW that the task may lose, in a pack with a step where no `dtype` is given. Default: 0.3. */
   readonly error?: number | undefined;
 }
 

@@ -317,8 +317,7 @@ export class Trainer<Feeds = unknown> {
       );
     }
     const { pack } = this.#setup;
-    const hasFactors = terms.modules.every(({ shared }) => !shared || shared.own.A || shared.own.B);
-    if (options.dtype || !hasFactors || pack.directory.basis.step === undefined) return this.taskFile(options);
+    if (options.dtype || pack.directory.basis.step === undefined) return this.taskFile(options);
     const { smallTask } = await import("./small-task.ts");
     const head = layersOf(this.#setup.model.head, this.#learned());
     const learned = {
