@@ -309,8 +309,8 @@ t.test("a pack without components has no core", async (t) => {
   writeFileSync(alone, concat(built.chunks));
   const { out } = await run("check", data("minilm/model_fp16.onnx"), alone, "--files-only", "--ignore", "classifier");
   t.match(out, /^core +no$/m);
-  t.match(out, /core: mode "core": the pack has no components in column mode.*; use mode "factors"/);
-  t.match(out, /It works, in mode "factors" \(the pack has no components/);
+  t.match(out, /core: mode "core": tasks share no components.*; use mode "factors"/);
+  t.match(out, /It works, in mode "factors" \(tasks share no components/);
   const attached = [
     "attach",
     data("minilm/model_fp16.onnx"),
@@ -320,7 +320,7 @@ t.test("a pack without components has no core", async (t) => {
     "--ignore",
     "classifier",
   ];
-  t.match(await run(...attached, "--mode", "core"), { code: 1, err: /the pack has no components.*use mode "factors"/ });
+  t.match(await run(...attached, "--mode", "core"), { code: 1, err: /tasks share no components.*use mode "factors"/ });
 });
 
 t.test("what cannot be checked is an error", async (t) => {

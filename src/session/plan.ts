@@ -318,7 +318,7 @@ class Planner {
       const { A, B } = sharedBases(module) ?? {};
       return A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [];
     });
-    const none = "the pack has no components in column mode, which a core needs";
+    const none = "tasks share no components: a switch hands over whole tasks";
     if (mode === "core" && K.length === 0) {
       throw refuse([{ module: "", why: none }], 'mode "core"', '; use mode "factors"');
     }
@@ -328,9 +328,15 @@ class Planner {
     if (K.length === 0) return { mode: "factors", reason: (sharedReason(this.#pack.modules) ?? none) + why };
     const most = Math.max(...K);
     if (most > MOST_COMPONENTS) {
-      return { mode: "factors", reason: `with up to ${most} components a side, a core costs more than factors${why}` };
+      return {
+        mode: "factors",
+        reason: `tasks share up to ${most} components a side, too many to mix in each run${why}`,
+      };
     }
-    return { mode: "core", reason: `${most} components a side at most: a switch moves the core alone${why}` };
+    return {
+      mode: "core",
+      reason: `tasks share up to ${most} components a side: a switch hands over how one mixes them${why}`,
+    };
   }
 
   async #baseHead({ graft, bias, parameter }: SavedHead, adapted: boolean): Promise<BaseHead> {
