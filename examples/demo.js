@@ -1,16 +1,19 @@
 /**
- * The demo: packs 20 LoRA adapters, puts the pack on the real model in onnxruntime-web (WebAssembly, nothing native),
- * classifies sentences while switching tasks, compares the answers with PEFT's, and returns to the base bit for bit.
- * Exits 1 if the base is not restored or the answers do not agree with PEFT's.
+ * The demo: a pack of 20 LoRA adapters on the real model in onnxruntime-web (WebAssembly, nothing native). It classifies sentences
+ * while switching tasks, compares the answers with PEFT's, learns a new task, shows memory, and returns to the base bit for bit.
+ * Exits 1 if the base is not restored or the answers are not close enough to PEFT's.
  *
- * Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in test/data.
+ * The pack, tasks.eigen, was made by one command, which takes some ten minutes; `npm run demo -- --pack` makes it anew, by the same
+ * code. Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in test/data.
+ *
+ *   eigenlora pack test/data/adapters/own-seed --model test/data/minilm/model_fp16.onnx --tokens 32 -o examples/tasks.eigen
  */
-import { stat } from "node:fs/promises";
+import { readFile, stat } from "node:fs/promises";
 import { openPack } from "eigenlora";
-import { buildPack, searchPack } from "eigenlora/build";
+import { searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { openOnnxHost } from "eigenlora/onnx";
-import { createEigenSession } from "eigenlora/onnxruntime";
+import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
+import { createTrainer, packByAnswers } from "eigenlora/train";
 import * as ort from "onnxruntime-web";
 import {
   agreement,
@@ -18,14 +21,16 @@ import {
   data,
   labelOf,
   model,
+  packed,
   readReference,
   readTask,
   runBatches,
   toBatches,
+  vocabulary,
 } from "./minilm.js";
 
 /** Test rows per task, without `--all`. */
-const ROWS = process.argv.includes("--all") ? Infinity : 40;
+const ROWS = process.argv.includes("--all") ? Infinity : 16;
 const SENTENCES = [
   "a fast mail reader for the terminal",
   "Python library to draw charts and plots",
@@ -33,50 +38,73 @@ const SENTENCES = [
   "development files for reading and writing archives in C",
 ];
 const TASKS = ["debtags-role", "debtags-use", "debtags-works-with", "debtags-implemented-in"];
-/** Largest differences from PEFT that are accepted: of logits for a lossless pack, of mean accuracy for the default pack. */
-const [MAX_LOGIT_DIFFERENCE, MAX_ACCURACY_LOST] = [2e-3, 0.05];
+/** A task that the pack lacks: what a package of the X Window System is. */
+const LEARNED = "hub-54-x11";
+const STEPS = 24;
+/** The most mean accuracy that the pack may lose, and the least share of answers that are PEFT's. */
+const [MAX_ACCURACY_LOST, MIN_SAME] = [0.04, 0.9];
 
-/** @typedef {import("eigenlora/build").BuildOptions} BuildOptions */
 /** @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session */
 
 ort.env.wasm.numThreads = 1;
 const encode = await createEncoder(ort);
-const reference = await readReference("own-seed");
+const reference = new Map([...(await readReference("hub")), ...(await readReference("own-seed"))]);
 
 const adapters = await readAdapters([data("adapters/own-seed")]);
-const { chunks, report } = await searchPack(adapters, { base: await openOnnxHost(model) });
-const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
+const file = new Blob(process.argv.includes("--pack") ? await packedAnew() : [await readFile(packed)]);
+const pack = await openPack(file);
+await pack.prefetch(pack.tasks.keys());
+await showPack();
+
 const session = await createEigenSession(ort, model, pack);
 const base = await session.run(encode(SENTENCES));
-
-await pack.prefetch(pack.tasks.keys());
 await showSentences();
-const lost = await showAccuracy();
+const { lost, same } = await showAccuracy();
+await showLearning();
 await showMemory();
 
 await session.switchTask(null);
 const identical = sameBits(base.logits, (await session.run(encode(SENTENCES))).logits);
-await session.close();
-const { agree, difference } = await compareLossless();
-
 console.log(`back to the base: its logits are ${identical ? "bit-identical" : "NOT THE SAME"}`);
-console.log(
-  `packed without loss: ${percent(agree)} of the answers are PEFT's, logits within ${difference.toExponential(1)} ` +
-    `(the first 16 rows of each task)`,
-);
-const passed = identical && lost <= MAX_ACCURACY_LOST && agree === 1 && difference <= MAX_LOGIT_DIFFERENCE;
-if (!passed) {
+await session.close();
+for (const adapter of adapters) await adapter.close();
+if (!identical || lost > MAX_ACCURACY_LOST || same < MIN_SAME) {
   console.error(
-    `FAILED: expected the same bits, the same answers, logits within ${MAX_LOGIT_DIFFERENCE} of PEFT's, and at most ` +
-      `${percent(MAX_ACCURACY_LOST)} of accuracy lost in the small pack`,
+    `FAILED: expected the same bits, at most ${percent(MAX_ACCURACY_LOST)} of accuracy lost, and ${percent(MIN_SAME)} of PEFT's answers`,
   );
   process.exitCode = 1;
+}
+
+/** What `eigenlora pack` does with a model: the smallest pack whose tasks answer as their adapters do. */
+async function packedAnew() {
+  const tokenizer = Object.assign(encode, await vocabulary());
+  const onProgress = (/** @type {import("eigenlora/train").ByAnswersProgress} */ { stage, task, done, of }) =>
+    console.error(`${stage} ${task}, ${done} of ${of}`);
+  const { chunks } = await packByAnswers(createEngine(ort), model, { adapters, encode: tokenizer, onProgress });
+  return /** @type {BlobPart[]} */ (chunks);
+}
+
+/** What the pack holds, beside the adapters and the pack that is made without a model. */
+async function showPack() {
+  const { report } = await searchPack(adapters, {});
+  const bytes = file.size;
+  const tasks = sum([...pack.tasks.values()].map((task) => task.bytes));
+  const count = pack.tasks.size;
+  print([
+    [`${count} tasks of one model`, "on disk", "one task"],
+    ["adapters, as PEFT saved them", kB(adapterBytes), kB(adapterBytes / count)],
+    ["packed without a model", kB(report.bytes), kB((report.bytes - (report.shared?.bytes ?? 0)) / count)],
+    ["packed with the model", `${kB(bytes)} (${(adapterBytes / bytes).toFixed(0)}× smaller)`, kB(tasks / count)],
+    ["  components, stored once", kB(bytes - tasks), ""],
+    ["  coefficients and heads", kB(tasks), ""],
+  ]);
 }
 
 /** The answers of some tasks to the sentences. */
 async function showSentences() {
   const runtime = `onnxruntime-web ${ort.env.versions.web}`;
-  console.log(`${pack.tasks.size} tasks on MiniLM in ${runtime}, mode "${session.mode}": ${session.reason}\n`);
+  console.log(`MiniLM in ${runtime}, one session, mode "${session.mode}": ${session.reason}\n`);
   /** @type {string[][]} */
   const answers = [];
   for (const id of TASKS) {
@@ -88,9 +116,9 @@ async function showSentences() {
   print([["sentence", ...TASKS], ...SENTENCES.map((sentence, s) => [sentence, ...answers.map((row) => row[s])])]);
 }
 
-/** Accuracy of each task and PEFT's on the same rows; returns the mean loss. */
+/** Accuracy of each task and PEFT's on the same rows; returns the means of what is lost, and of answers that are PEFT's. */
 async function showAccuracy() {
-  const rows = [["task", "rows", "head only", "PEFT", "pack", "same answer", "blob", "switch", "run, per text"]];
+  const rows = [["task", "rows", "PEFT", "pack", "same answer", "takes", "switch", "run, per text"]];
   /** @type {number[][]} */
   const figures = [];
   for (const id of pack.tasks.keys()) {
@@ -101,75 +129,69 @@ async function showAccuracy() {
       encode,
       test.map(([text]) => text),
     );
-    // A strength of 0 leaves the task's head on the base.
-    await session.switchTask({ [id]: 0 });
-    const headOnly = (await runBatches(session, batches)).map(labelOf);
     const { milliseconds } = await session.switchTask(id);
     const started = performance.now();
     const found = (await runBatches(session, batches)).map(labelOf);
     const perText = (performance.now() - started) / test.length;
-    const accuracies = [headOnly, peft, found].map((answers) => agreement(answers, labels));
+    const accuracies = [peft, found].map((answers) => agreement(answers, labels));
     const shares = [...accuracies, agreement(found, peft)];
     figures.push([...shares, milliseconds.total, perText]);
     const blob = pack.tasks.get(id)?.bytes ?? 0;
     rows.push([id, String(test.length), ...shares.map(percent), kB(blob), ms(milliseconds.total), ms(perText)]);
   }
   const means = figures[0].map((_, c) => figures.reduce((sum, row) => sum + row[c], 0) / figures.length);
-  const total = rows.slice(1).reduce((sum, row) => sum + Number(row[1]), 0);
-  rows.push(["mean", `of ${total}`, ...means.slice(0, 4).map(percent), "", ms(means[4]), ms(means[5])]);
+  const total = sum(rows.slice(1).map((row) => Number(row[1])));
+  rows.push(["mean", `of ${total}`, ...means.slice(0, 3).map(percent), "", ms(means[3]), ms(means[4])]);
   print(rows);
-  return means[1] - means[2];
+  return { lost: means[0] - means[1], same: means[2] };
+}
+
+/** Learns a task from labelled lines, as on a user's device, and asks it what it has not seen. */
+async function showLearning() {
+  const { train, test, labels } = await readTask(LEARNED);
+  const trainable = await createEigenSession(ort, model, pack, { trainable: true, session: { logSeverityLevel: 3 } });
+  const trainer = await createTrainer(trainable, { labels, encode });
+  const examples = train.map(([text, label]) => ({ text, label: labels[label] }));
+  const started = performance.now();
+  for await (const _ of trainer.fit(examples, { steps: STEPS, batch: 8 }));
+  const seconds = (performance.now() - started) / 1000;
+  await session.addTask(LEARNED, await trainer.task());
+  await trainable.close();
+  await session.switchTask(LEARNED);
+  const texts = test.map(([text]) => text);
+  const found = (await runBatches(session, toBatches(encode, texts))).map(labelOf);
+  const expected = test.map(([, label]) => label);
+  const peft = reference.get(LEARNED)?.predictions ?? [];
+  print([
+    [`learned here: ${labels.join(", ")}`, `${STEPS * 8} examples`, "a LoRA, trained by PEFT"],
+    ["right answers to new lines", percent(agreement(found, expected)), percent(agreement(peft, expected))],
+    ["takes", kB(pack.tasks.get(LEARNED)?.bytes ?? 0), kB(adapterBytes / adapters.length)],
+    ["time", `${seconds.toFixed(1)} s`, ""],
+  ]);
 }
 
 /** Memory in addition to the model, compared with other ways to have these tasks. */
 async function showMemory() {
-  const blobs = [...pack.tasks.values()].map(({ bytes }) => bytes);
-  const mean = (/** @type {number[]} */ values) => values.reduce((a, b) => a + b, 0) / values.length;
-  print([
-    ["", "adapters", "pack"],
-    ["all tasks, on disk", kB(report.adapterBytes), `${kB(report.bytes)} (${report.ratio.toFixed(1)}× smaller)`],
-    ["one more task", kB(mean(adapters.map((a) => a.byteLength))), kB(mean(blobs))],
-  ]);
   const { total, ...owners } = session.memory();
+  const count = adapters.length;
   print([
     ["in memory beside one model", ""],
     ...Object.entries(owners).map(([owner, bytes]) => [`  ${owner}`, kB(bytes)]),
-    [`${blobs.length} tasks, this session`, kB(total)],
-    [`${blobs.length} separate adapters`, kB(report.adapterBytes)],
-    [`${blobs.length} separate models, ${blobs.length - 1} more`, kB((blobs.length - 1) * (await stat(model)).size)],
+    [`${pack.tasks.size} tasks, this session`, kB(total)],
+    [`${count} separate adapters`, kB(adapterBytes)],
+    [`${count} separate models, ${count - 1} more`, kB((count - 1) * (await stat(model)).size)],
   ]);
-}
-
-/** Packs all components as f32, so only rounding separates the logits from PEFT's. On the rows with PEFT's logits. */
-async function compareLossless() {
-  /** @type {BuildOptions} */
-  const lossless = { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } };
-  const { chunks } = await buildPack(adapters, lossless);
-  for (const adapter of adapters) await adapter.close();
-  const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
-  const session = await createEigenSession(ort, model, pack);
-  /** @type {[number[], number[]]} */
-  const [found, expected] = [[], []];
-  let difference = 0;
-  for (const id of pack.tasks.keys()) {
-    const { logits16, predictions } = /** @type {import("./minilm.js").Reference} */ (reference.get(id));
-    await session.switchTask(id);
-    const texts = (await readTask(id)).test.slice(0, logits16.length).map(([text]) => text);
-    const logits = await runBatches(session, toBatches(encode, texts));
-    found.push(...logits.map(labelOf));
-    expected.push(...predictions.slice(0, logits.length));
-    for (const [r, row] of logits.entries()) {
-      for (const [c, value] of row.entries()) difference = Math.max(difference, Math.abs(value - logits16[r][c]));
-    }
-  }
-  await session.close();
-  return { agree: agreement(found, expected), difference };
 }
 
 /** @param {ort.Tensor} a @param {ort.Tensor} b */
 function sameBits(a, b) {
   const [x, y] = [a, b].map(({ data }) => new Uint32Array(/** @type {Float32Array} */ (data).slice().buffer));
   return x.length === y.length && x.every((bits, i) => bits === y[i]);
+}
+
+/** @param {number[]} values */
+function sum(values) {
+  return values.reduce((a, b) => a + b, 0);
 }
 
 /** @param {number} n */

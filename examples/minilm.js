@@ -1,6 +1,6 @@
 /**
  * What the demo and the benchmarks share about the bundled model and its tasks (test/data/README.md): the tokenizer,
- * test rows as inputs, labels from outputs, and PEFT's answers. It does not use this package: any session with `run` works.
+ * test rows as inputs, labels from outputs, PEFT's answers, and a pack. It does not use this package: any session with `run` works.
  */
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
@@ -35,6 +35,9 @@ const MAX_TOKENS = 32;
 export const data = (path) => fileURLToPath(new URL(`../test/data/${path}`, import.meta.url));
 
 export const model = data("minilm/model_fp16.onnx");
+
+/** The 20 adapters of own-seed, packed with the model (demo.js says by which command). */
+export const packed = fileURLToPath(new URL("tasks.eigen", import.meta.url));
 
 /** @param {string} path under test/data */
 const readJson = async (path) => JSON.parse(await readFile(data(path), "utf8"));

@@ -1,6 +1,6 @@
 /**
  * Builds the page into a folder of static files: script and worker as bundles, the runtime's binaries, the model, the
- * tokenizer, a pack of all bundled adapters, and the sizes of the adapters for comparison. Not a server (serve.js).
+ * tokenizer, the pack of the demo, and the sizes of the adapters for comparison. Not a server (serve.js).
  *
  * node examples/page/build.js [FOLDER]
  */
@@ -9,15 +9,12 @@ import { createHash } from "node:crypto";
 import { cp, mkdir, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { basename, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
-import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { openOnnxHost } from "eigenlora/onnx";
 import { build } from "esbuild";
+import { data, model, packed } from "../minilm.js";
 
 /** @param {string} path */
 const here = (path) => fileURLToPath(new URL(path, import.meta.url));
-/** @param {string} path */
-const data = (path) => here(`../../test/data/${path}`);
 
 /** The builds of onnxruntime-web that the worker imports: the smaller one runs on WASM only. */
 const WEBGPU_RUNTIME = "ort-wasm-simd-threaded.asyncify.wasm";
@@ -43,29 +40,26 @@ const FIRST = {
 
 /**
  * @param {string} folder emptied first
- * @returns {Promise<import("eigenlora/build").BuildReport>} of the pack
+ * @returns {Promise<{ bytes: number, tasks: number }>} of the pack
  */
 export async function buildPage(folder) {
   await bundlePage(folder, here("."), ["index.html", "page.css"]);
   for (const file of MODEL) await cp(data(`minilm/${file}`), join(folder, file));
 
-  const adapters = await readAdapters([data("adapters/own-seed")]);
-  const base = await openOnnxHost(data("minilm/model_fp16.onnx"));
-  const { chunks, report } = await buildPack(adapters, { base, select: { kind: "k", k: 32 } });
-  await writeFile(join(folder, "tasks.eigen"), chunks);
-  for (const adapter of adapters) await adapter.close();
+  await cp(packed, join(folder, "tasks.eigen"));
 
-  const model = (await stat(data("minilm/model_fp16.onnx"))).size;
+  const adapters = await readAdapters([data("adapters/own-seed")]);
+  for (const adapter of adapters) await adapter.close();
   const facts = {
-    model,
-    pack: report.bytes,
-    adapters: report.adapterBytes,
+    model: (await stat(model)).size,
+    pack: (await stat(packed)).size,
+    adapters: adapters.reduce((sum, { byteLength }) => sum + byteLength, 0),
     first: FIRST,
     examples: Object.fromEntries(await Promise.all(adapters.map(async ({ id }) => [id, await examplesOf(id)]))),
   };
   await writeFile(join(folder, "facts.json"), JSON.stringify(facts));
   await writeOfflineWorker(folder);
-  return report;
+  return { bytes: facts.pack, tasks: adapters.length };
 }
 
 /**

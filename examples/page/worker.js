@@ -5,7 +5,7 @@
  * Teaching does not block the queue of calls: they are answered between two of its steps.
  */
 import { Tokenizer } from "@huggingface/tokenizers";
-import { openPack } from "eigenlora";
+import { openPack, readTensor } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
 import {
@@ -444,28 +444,19 @@ function residentIds(pack) {
  */
 async function coefficientsOf(id) {
   const { terms, bytes } = await live().session.pack.load(id);
-  const all = terms.flatMap(({ A, B }) => [A, B].flatMap((side) => (side ? [side.tensor] : [])));
-  const tensors = all.every(({ dtype }) => dtype === "f16") ? all : [];
+  const tensors = terms.flatMap(({ A, B }) => [A, B].flatMap((side) => (side ? [side.tensor] : [])));
   const width = Math.max(0, ...tensors.map((tensor) => tensor.width));
   const height = tensors.reduce((sum, { rows }) => sum + rows, 0);
   const values = new Float32Array(width * height);
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   let row = 0;
   for (const tensor of tensors) {
-    for (let r = 0; r < tensor.rows; r++, row++) {
-      for (let k = 0; k < tensor.width; k++) {
-        values[row * width + k] = half(view.getUint16(tensor.byteOffset + 2 * (r * tensor.width + k), true));
-      }
-    }
+    const own = readTensor(bytes, tensor);
+    // A matrix with fewer components than others leaves the rest of its rows empty.
+    for (let r = 0; r < tensor.rows; r++, row++)
+      values.set(own.subarray(r * tensor.width, (r + 1) * tensor.width), row * width);
   }
   // A task may be a head alone.
-  return { width, height, values, rank: tensors[0]?.rows ?? 0 };
-}
-
-/** @param {number} bits of a finite f16 */
-function half(bits) {
-  const [exponent, fraction] = [(bits >> 10) & 31, bits & 1023];
-  return (bits & 0x8000 ? -1 : 1) * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24);
+  return { width, height, values, rank: tensors.at(-1)?.rows ?? 0 };
 }
 
 answerCalls(calls, ["teach", "stop"]);
