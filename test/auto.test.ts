@@ -153,7 +153,7 @@ for (const [name, options] of [
     for (const mode of MODES) {
       const opened = open(NODE, tinyModel("dynamo"), await openPack(bytes), { mode });
       if (mode === "core" && options.select.k === 0) {
-        await t.rejects(opened, { tag: "base", message: /has no components.*use mode "factors"/ });
+        await t.rejects(opened, { tag: "base", message: /share no components.*use mode "factors"/ });
         continue;
       }
       const session = await opened;
