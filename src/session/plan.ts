@@ -318,13 +318,14 @@ class Planner {
       const { A, B } = sharedBases(module) ?? {};
       return A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [];
     });
-    const none = "tasks share no components: a switch hands over whole tasks";
     if (mode === "core" && K.length === 0) {
-      throw refuse([{ module: "", why: none }], 'mode "core"', '; use mode "factors"');
+      const why = "tasks share no components on both sides of a layer";
+      throw refuse([{ module: "", why }], 'mode "core"', '; use mode "factors"');
     }
     if (mode !== "auto") return { mode, reason: "asked for" };
     if (notUnfolded) return { mode: "folded", reason: notUnfolded.why };
     const why = notFolded ? `; ${notFolded.why}, which rules folding out` : "";
+    const none = "tasks share no components: a switch hands over whole tasks";
     if (K.length === 0) return { mode: "factors", reason: (sharedReason(this.#pack.modules) ?? none) + why };
     const most = Math.max(...K);
     if (most > MOST_COMPONENTS) {

@@ -67,7 +67,7 @@ export interface AnsweringTask {
   /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
   readonly agreement: number | undefined;
   /**
-   * "distilled" onto the components; "projected" where that was no worse; "closer", with terms of its own, where neither agreed; "whole"
+   * "distilled" onto the components; "projected" where that was no worse; "closer", with terms of its own, where that agreed better; "whole"
    * where time ran out, or it cannot be distilled: as a pack without a model has it.
    */
   readonly kept: "distilled" | "projected" | "closer" | "whole";
@@ -90,8 +90,9 @@ export interface Open {
 
 /** Steps that training may take. */
 const TRAINING = [240, 200, 160, 120, 80, 48, 24, 0] as const;
-/** Most steps where a size is tried, and how many more answers differ after them than after all: about the root of KL's share. */
+/** Most steps where a size is tried. */
 const TRYING = 48;
+/** Answers that differ after so few steps ÷ those that do after all: as the root of KL, which is 1.5 times as large (docs/learning.md). */
 const MORE_DIFFER = 1.2;
 /** Shares of ΔW that a task may lose that is stored closer. */
 const CLOSER = [0.3, DEFAULT_ERROR, 0.05] as const;

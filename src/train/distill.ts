@@ -48,8 +48,8 @@ export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" 
    * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models
    * that answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
    * logits are off, and Adam's steps are as long as the rate even where the way is short. A head rate of 0 keeps the adapter's own head,
-   * and is the default where texts are made; a rate of 0 of `terms` keeps the task's coefficients. Private terms: 0.3 × `terms`, token by token 2 ×. Layers of a head in front of the
-   * one with the labels (`inner`): `head` divided by the number of inputs of the layer.
+   * and is the default where texts are made; a rate of 0 of `terms` keeps the task's coefficients. Private terms: 0.3 × `terms`, token by
+   * token 2 ×. Layers of a head in front of the one with the labels (`inner`): `head` divided by the number of inputs of the layer.
    */
   readonly learningRates?:
     | { readonly terms?: number; readonly privateTerms?: number; readonly head?: number; readonly inner?: number }
