@@ -47,7 +47,7 @@ function isExpanded({ name, components, factors, over }: AdaptedLayer, { modules
   const bringsRows = ({ brings }: TaskInfo): boolean => brings?.some((one) => /^own-[AB] /.test(one)) ?? true;
   if (components) return factors && [...tasks.values()].some(bringsRows);
   const module = modules.find((one) => one.name === name)!;
-  return !over || (module.A.length > 0 && !over.A) || (module.B.length > 0 && !over.B);
+  return (module.A.length > 0 && !over?.A) || (module.B.length > 0 && !over?.B);
 }
 
 // What stays is made by functions that know the little they need: a closure above would keep the prepared model, and its components.

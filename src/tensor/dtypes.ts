@@ -137,6 +137,73 @@ export function decodeTensor(
   return out;
 }
 
+/** Where rows are put: the value `column` of `row` at `at + row · down + column · along`. */
+export interface RowPlaces {
+  readonly at: number;
+  readonly down: number;
+  readonly along: number;
+}
+
+/**
+ * Decodes an encoded tensor [rows, width] to its places in a larger array, row-major or turned, times a factor: the same numbers as of
+ * `decodeTensor`, multiplied afterwards.
+ * @param bytes of the tensor
+ */
+export function placeTensor(
+  type: Dtype,
+  bytes: Uint8Array,
+  rows: number,
+  width: number,
+  out: Float32Array,
+  { at, down, along }: RowPlaces,
+  factor = 1,
+): void {
+  if (!isQuantized(type)) {
+    const values = decodeTensor(type, bytes, rows, width);
+    for (let row = 0, i = 0; row < rows; row++)
+      for (let o = at + row * down, end = o + width * along; o < end; o += along) out[o] = values[i++]! * factor;
+    return;
+  }
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  for (let row = 0; row < rows; row++) {
+    const scale = f16ToF32(view.getUint16(2 * row, true));
+    const start = scaleBytes(type, rows) + row * rowBytes(type, width);
+    const from = bytes.subarray(start, start + rowBytes(type, width));
+    placeRow(type, from, scale, width, out, at + row * down, along, factor);
+  }
+}
+
+/** Integers of one row. Each type has a loop of its own, which takes a quarter of the time of `quantizedAt`; that one reads the last. */
+function placeRow(
+  type: QuantizedDtype,
+  from: Uint8Array,
+  scale: number,
+  width: number,
+  out: Float32Array,
+  at: number,
+  along: number,
+  factor: number,
+): void {
+  let [o, i] = [at, 0];
+  if (type === "int8") {
+    for (; i < width; i++, o += along) out[o] = Math.fround(scale * ((from[i]! << 24) >> 24)) * factor;
+  } else if (type === "int4") {
+    for (; i < width - 1; i += 2, o += 2 * along) {
+      const pair = from[i >> 1]!;
+      out[o] = Math.fround(scale * ((pair << 28) >> 28)) * factor;
+      out[o + along] = Math.fround(scale * ((pair << 24) >> 28)) * factor;
+    }
+  } else {
+    for (; i < width - 7; i += 8) {
+      const at = (3 * i) >> 3;
+      const eight = from[at]! | (from[at + 1]! << 8) | (from[at + 2]! << 16);
+      for (let left = 29; left >= 8; left -= 3, o += along)
+        out[o] = Math.fround(scale * ((eight << left) >> 29)) * factor;
+    }
+  }
+  for (; i < width; i++, o += along) out[o] = Math.fround(scale * quantizedAt(from, type, 0, i)) * factor;
+}
+
 /** The `index`-th integer of the packed row that begins at `byteOffset`: two's complement, least significant bit first. */
 export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset: number, index: number): number {
   const bits = BITS[type];
@@ -144,6 +211,26 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset:
   const at = byteOffset + (bit >> 3);
   const pair = (bytes[at] ?? 0) | ((bytes[at + 1] ?? 0) << 8);
   return (pair << (32 - bits - (bit & 7))) >> (32 - bits);
+}
+
+/** Lowest and highest bits of the integers in 24 bits. */
+const FIELDS = { int8: [0x010101, 0x808080], int4: [0x111111, 0x888888], int3: [0x249249, 0x924924] } as const;
+
+/** Index of the first integer of a packed row that is the least of its type, as no encoder writes it; `width` where there is none. */
+export function leastAt(bytes: Uint8Array, type: QuantizedDtype, start: number, width: number): number {
+  const [lowest, highest] = FIELDS[type];
+  const bits = BITS[type];
+  // Three bytes at a time hold whole integers of every type. The least has its highest bit alone.
+  const end = start + rowBytes(type, width) - 2;
+  let at = start;
+  for (; at < end; at += 3) {
+    const fields = (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16)) ^ highest;
+    // A field that has become 0 borrows when 1 is taken from it.
+    if ((fields - lowest) & ~fields & highest) break;
+  }
+  let index = ((at - start) * 8) / bits;
+  while (index < width && quantizedAt(bytes, type, start, index) !== -(2 ** (bits - 1))) index++;
+  return Math.min(index, width);
 }
 
 /** Writes the `index`-th integer of the packed row that begins at `start`, where zeros stand. */
