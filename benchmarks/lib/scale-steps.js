@@ -150,9 +150,10 @@ async function generate(session, config, length, count) {
       feeds[name] =
         cache?.[name.replace("past_key_values", "present")] ??
         new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, width]);
-    cache = await session.run(feeds);
+    const results = await session.run(feeds);
     past += tokens.length;
-    const { data, dims } = cache.logits;
+    cache = results;
+    const { data, dims } = results.logits;
     const last = data.subarray(data.length - dims[2]);
     let largest = 0;
     for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;

@@ -72,11 +72,11 @@ export interface Graft {
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
 export interface TaskInput {
   readonly name: string;
-  /** Module or parameter that it belongs to; the modules that share a core are joined by "+". */
+  /** Module or parameter that it belongs to; modules that share an input are joined by "+". */
   readonly of: string;
   readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
   readonly dims: readonly (number | string)[];
-  /** Cores of the modules, along the diagonal in this order. */
+  /** Cores of the modules in it; zeros lie beside them. */
   readonly cores?: readonly CoreBlock[];
   /** Set where a factor's rows are coefficients over components, which the graph has: of A [K, q], of B [q, K]. */
   readonly over?: { readonly K: number; readonly scales: Float32Array | undefined } | undefined;
@@ -85,6 +85,9 @@ export interface TaskInput {
 /** The core of one module in the input of several. */
 export interface CoreBlock {
   readonly module: string;
+  /** Place of its first number. */
+  readonly row: number;
+  readonly column: number;
   readonly KA: number;
   readonly KB: number;
   /** Factors of rows and columns, where the graph holds integers. */

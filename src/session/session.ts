@@ -107,6 +107,7 @@ export async function sessionOn<T extends SessionTypes>(
     const how = {
       ...options,
       foldedInputs: engine.gpu !== undefined,
+      joinCores: engine.gpu === undefined,
       integers: options.components === "f32" ? undefined : engine.integers,
       ...(trainable && { mode: "factors" as const }),
     };
