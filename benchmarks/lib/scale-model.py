@@ -59,7 +59,7 @@ def modules(size):
 def write_adapters(folder, size, kind):
     falling = (0.8 ** np.arange(RANK))[:, None].astype(np.float32)
     start = np.random.default_rng(7)
-    # As PEFT starts A: uniform, within the root of 1 / in.
+    # PEFT's start of A: uniform, within the root of 1 / in.
     starts = {name: start.uniform(-1, 1, (RANK, width)).astype(np.float32) / width**0.5 for name, (width, _) in modules(size).items()}
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path="seeded", r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0,
                   bias="none", fan_in_fan_out=False, target_modules=sorted({name.split(".")[-1] for name in starts}))

@@ -9,7 +9,7 @@ import { clocked, inFreshProcess, peakMemory, settledMemory } from "./process.js
 /** @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running */
 
 const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1, executionProviders: ["cpu"] };
-const [PROMPT, TOKENS] = [32, 12];
+const [PROMPT, TOKENS] = [32, 24];
 
 ort.env.logLevel = "error";
 
@@ -47,7 +47,7 @@ export async function holdModel(model, pack) {
   const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
   if (!pack) {
     const { ms, result } = await clocked(() => ort.InferenceSession.create(model, ONE_THREAD));
-    await generate(result, config, PROMPT, 1);
+    await generation(result, config, PROMPT).next();
     return {
       "creation, s": ms / 1000,
       "peak, MB": (await peakMemory()) / 1e6,
@@ -64,7 +64,7 @@ export async function holdModel(model, pack) {
   const veryFirst = await clocked(() => result.switchTask(/** @type {string} */ (first)));
   const fromFile = [];
   for (const id of others) fromFile.push((await clocked(() => result.switchTask(id))).ms);
-  await generate(result, config, PROMPT, 1);
+  await generation(result, config, PROMPT).next();
   return {
     "creation, s": ms / 1000,
     "÷ plain": ms / 1000 / plain["creation, s"],
@@ -93,29 +93,25 @@ export async function timeSteps(model, pack, rounds) {
   const cpuOf = async (/** @type {() => Promise<unknown>} */ work) => (await clocked(work)).cpu;
   const firsts = [];
   for (const id of ids) firsts.push(await cpuOf(() => session.switchTask(id)));
-  /** @type {Record<"again" | "first" | "token", number[]>} */
-  const found = { again: [], first: [], token: [] };
-  const tokens = [];
+  /** @type {Record<"again" | "prompt" | "token" | "plain", number[]>} */
+  const found = { again: [], prompt: [], token: [], plain: [] };
   for (let round = 0; round <= rounds; round++) {
-    const into = round === 0 ? { again: [], first: [], token: [] } : found;
+    const into = round === 0 ? { again: [], prompt: [], token: [], plain: [] } : found;
     for (const id of ids.slice(0, 5)) into.again.push(await cpuOf(() => session.switchTask(id)));
-    const once = async (/** @type {Running} */ one) => {
-      const first = await cpuOf(() => generate(one, config, PROMPT, 1));
-      const all = await cpuOf(() => generate(one, config, PROMPT, TOKENS + 1));
-      return { first, token: (all - first) / TOKENS };
-    };
-    const order = round % 2 ? [plain, session] : [session, plain];
-    const both = [await once(order[0]), await once(order[1])];
-    const [bare, tasked] = round % 2 ? both : both.reverse();
-    into.first.push(tasked.first / bare.first);
-    into.token.push(tasked.token / bare.token);
-    if (round > 0) tokens.push(bare.token);
+    // Token by token in turns: machines change their speed within a second.
+    const texts = [plain, session].map((one) => generation(one, config, PROMPT));
+    for (let step = 0; step <= TOKENS; step++) {
+      const took = [0, 0];
+      for (const which of step % 2 ? [0, 1] : [1, 0]) took[which] = await cpuOf(() => texts[which].next());
+      (step === 0 ? into.prompt : into.token).push(took[1] / took[0]);
+      if (step > 0) into.plain.push(took[0]);
+    }
   }
   return {
     "first, ms": median(firsts.slice(1)),
     "again, ms": median(found.again),
-    "plain token, ms": median(tokens),
-    "prompt ÷ plain": median(found.first),
+    "plain token, ms": median(found.plain),
+    "prompt ÷ plain": median(found.prompt),
     "token ÷ plain": median(found.token),
   };
 }
@@ -125,15 +121,14 @@ export async function timeSteps(model, pack, rounds) {
  * @param {Running} session
  * @param {any} config of onnxruntime-genai
  * @param {number} length of the prompt
- * @param {number} count
  */
-async function generate(session, config, length, count) {
+async function* generation(session, config, length) {
   const { num_key_value_heads: heads, head_size: width } = config.model.decoder;
   let tokens = Array.from({ length }, (_, i) => 500 + ((i * 37) % 4000));
   /** @type {Record<string, any> | undefined} */
   let cache;
   let past = 0;
-  for (let i = 0; i < count; i++) {
+  while (true) {
     const mask = new BigInt64Array(past + tokens.length).fill(1n);
     /** @type {Record<string, any>} */
     const feeds = {
@@ -158,5 +153,6 @@ async function generate(session, config, length, count) {
     let largest = 0;
     for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;
     tokens = [largest];
+    yield largest;
   }
 }

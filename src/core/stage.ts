@@ -79,7 +79,7 @@ export class Staging {
     const at = this.used;
     this.used += count;
     if (this.used > this.values.length) {
-      // By half at least: one copy for each of many modules would take quadratic time.
+      // It grows by half at least: a copy for each of many modules would take quadratic time.
       const grown = new Float32Array(Math.max(this.used, Math.ceil(1.5 * this.values.length)));
       grown.set(this.values);
       this.values = grown;

@@ -1,5 +1,5 @@
 /** Layers and parameters of a model that tasks change, and the inputs that carry a task to them. */
-import type { Components } from "./components.ts";
+import type { Components, IntegerProducts } from "./components.ts";
 import type { Form, GraftVector } from "./forms.ts";
 import type { Linear } from "./linear.ts";
 import type { Slice } from "./modules.ts";
@@ -67,6 +67,16 @@ export interface Graft {
   readonly rows: readonly GraftRows[];
   readonly heads: readonly GraftHead[];
   readonly vectors: readonly GraftVector[];
+}
+
+/** How a graft is made. */
+export interface GraftOptions {
+  /** Whether it adds outputs for a probe. Default: true. */
+  readonly probe?: boolean | undefined;
+  /** Operators for components that are integers. Default: none, they become floats. */
+  readonly integers?: IntegerProducts | undefined;
+  /** Whether cores come in as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
+  readonly join?: boolean | undefined;
 }
 
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */

@@ -22,11 +22,12 @@ import type {
   GraftBias,
   Grafted,
   GraftHead,
+  GraftOptions,
   GraftRows,
   ProbeOutputs,
   TaskInput,
 } from "./adapted.ts";
-import { ComponentProducts, type IntegerProducts } from "./components.ts";
+import { ComponentProducts } from "./components.ts";
 import type { GraftTools } from "./graft-forms.ts";
 import { groupsOf, joinCores, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
@@ -49,28 +50,21 @@ import { Ranks } from "./rank.ts";
 /**
  * Changes `model.proto` in place.
  * @param model that `checkGraftable` has passed; weights that are folded may have a place of their own since then
- * @param options `probe: false` adds no outputs for a probe; `integers`: how components that are integers are multiplied by. Default:
- *   as floats; `forms`: needed for modules with a form, and for vectors; `join`: whether cores come in as few inputs as can be. Default:
- *   false, since a split into many parts is more than some devices bind at once
+ * @param options `forms`: needed for modules with a form, and for vectors
  */
 export function graft(
   model: OnnxModel,
   { modules, biases, rows, heads, vectors }: Graft,
-  options: {
-    probe?: boolean;
-    integers?: IntegerProducts | undefined;
-    forms?: typeof import("./graft-forms.ts") | undefined;
-    join?: boolean | undefined;
-  } = {},
+  options: GraftOptions & { readonly forms?: typeof import("./graft-forms.ts") | undefined } = {},
 ): Grafted {
-  const grafter = new Grafter(model, options.probe ?? true, options.integers ?? []);
+  const linear = modules.filter(({ form }) => !form);
+  const grafter = new Grafter(model, options, linear);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
   const tools = grafter.tools();
   for (const vector of vectors) options.forms!.addVector(tools, vector);
   for (const { form, ...module } of modules) if (form) options.forms!.addModule(tools, { ...module, form });
-  const linear = modules.filter(({ form }) => !form);
   for (const members of groupsOf(linear, ({ A }) => grafter.products.formOf(A))) grafter.group(members);
   for (const head of heads) grafter.head(head);
   if (options.join) grafter.joinCores();
@@ -114,10 +108,10 @@ class Grafter {
   readonly #formProbes: FormProbe[] = [];
   #count = 0;
 
-  constructor(model: OnnxModel, wantsProbe: boolean, integers: IntegerProducts) {
+  constructor(model: OnnxModel, { probe = true, integers = [] }: GraftOptions, layers: readonly AdaptedLayer[]) {
     this.#model = model;
-    this.products = new ComponentProducts(integers, this.#added);
-    this.#wantsProbe = wantsProbe;
+    this.products = new ComponentProducts(integers, this.#added, layers);
+    this.#wantsProbe = probe;
     this.#main = model.graph.proto;
     this.#ranks = new Ranks(model);
   }
