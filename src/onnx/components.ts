@@ -142,7 +142,8 @@ export class ComponentProducts {
       if (isNew) this.#add(name, INT8, [inner, outer], turned(integers(), inner, outer));
       return place.op("MatMul", [x, place.op("DequantizeLinear", [name, this.#ones(1, [])])]);
     }
-    const block = blockOf(inner);
+    // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
+    const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
     const blocks = Math.ceil(inner / block);
     if (isNew) this.#add(name, UINT8, [outer, blocks, block / 2], nibbles(integers(), inner, outer, blocks * block));
     this.contributed = true;
