@@ -195,14 +195,16 @@ function blockOf(inner: number): number {
 }
 
 /** Packs [outer, inner] as MatMulNBits needs it: two values a byte, the first one low, each with 8 added; rows are padded with zeros. */
-function nibbles(matrix: Matrix, inner: number, outer: number, padded: number): Uint8Array {
+function nibbles({ values, ...strides }: Matrix, inner: number, outer: number, padded: number): Uint8Array {
   const out = new Uint8Array((outer * padded) / 2).fill(0x88);
-  const { values } = matrix;
   for (let o = 0; o < outer; o++) {
-    for (let i = 0; i < inner; i++) {
-      const value = values[i * matrix.inner + o * matrix.outer]! + 8;
-      const at = (o * padded + i) >> 1;
-      out[at] = i % 2 === 0 ? (out[at]! & 0xf0) | value : (out[at]! & 0x0f) | (value << 4);
+    for (
+      let i = 0, from = o * strides.outer, at = (o * padded) >> 1;
+      i < inner;
+      i += 2, from += 2 * strides.inner, at++
+    ) {
+      const high = i + 1 < inner ? values[from + strides.inner]! : 0;
+      out[at] = (values[from]! + 8) | ((high + 8) << 4);
     }
   }
   return out;
