@@ -281,13 +281,13 @@ export class Session<T extends SessionTypes = SessionTypes> {
         old.retire?.();
       },
     );
-    const { task, bytes } = (await change).next;
+    const { task, bytes, written = 0 } = (await change).next;
     const done = now();
     return {
       task,
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
-      bytesFed: bytes + this.#carrier.bytesWritten,
+      bytesFed: bytes + written + this.#carrier.bytesWritten,
       milliseconds: { read: read - started, compute: done - read, total: done - started },
     };
   }
