@@ -11,11 +11,12 @@ import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
+import { sessionOn } from "./create-session.ts";
 import type { Engine } from "./engine.ts";
 import { ModelMatcher } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { broughtBy } from "./plan.ts";
-import { type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
+import type { Session, SessionSwitchReport, SessionTypes } from "./session.ts";
 
 /** Options of `createSessions`: of all sessions. */
 export interface GroupOptions extends Omit<SessionOptions, "trainable"> {

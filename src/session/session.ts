@@ -1,7 +1,7 @@
 /**
  * A loaded model that switches tasks. It owns the order of runs and switches; the carrier brings tasks to the model, the engine runs it.
  */
-import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
+import { checkOptions, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import {
   copySelection,
@@ -12,20 +12,17 @@ import {
 } from "../core/selection.ts";
 import type { TaskTrust } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
-import { type ModelFile, readModel } from "../onnx/read.ts";
-import type { ModelInput } from "../onnx/whole.ts";
-import { detachWeights } from "../onnx/write.ts";
 import { now } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
-import type { Active, Carrier, CarrierParts } from "./carrier.ts";
+import type { Active, Carrier } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import { inputCarrier } from "./inputs.ts";
-import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
-import { type PreparedModel, prepareModel } from "./prepare.ts";
+import type { Mode, SessionSwitchOptions } from "./options.ts";
+import type { PreparedModel } from "./prepare.ts";
 import type { ProbeReport } from "./probe-term.ts";
 import type { RowTasks } from "./rows.ts";
+import type { EncodeOptions, Tokenizer } from "./tokens.ts";
 import type { Trainable } from "./training.ts";
 
 /** What a switch did and what it cost. */
@@ -60,95 +57,6 @@ export interface SessionTypes {
   readonly results: unknown;
 }
 
-/**
- * Prepares a model for all tasks of a pack and loads it once.
- * @param engine runs the model
- * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`. To train,
- *   two files too: `{ encoder, decoder }`
- * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
- *   asked for cannot do what the tasks bring: the message names one that can
- * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
- * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
- */
-export async function createSession<T extends SessionTypes>(
-  engine: Engine,
-  source: ModelInput,
-  pack: Pack,
-  options: SessionOptions = {},
-): Promise<Session<T>> {
-  checkArgument("createSession", engine, "an engine (createEngine(ort))", "load");
-  checkPack("createSession", pack);
-  checkOptions("createSession", options, SESSION_OPTIONS);
-  const { trainable = false, mode = "auto" } = options;
-  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
-  checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
-  if (trainable && mode !== "auto" && mode !== "factors") {
-    throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
-  }
-  const read = trainable || isPlain(source) ? (await import("../onnx/whole.ts")).readWhole : readModel;
-  const file = await read(source as SourceInput, { ...options, trainable, weightsApart: engine.readsFiles });
-  return sessionOn<T>(engine, file, pack, options);
-}
-
-/**
- * Makes a session on a model that has been read, and closes that.
- * @param options checked already
- */
-export async function sessionOn<T extends SessionTypes>(
-  engine: Engine,
-  file: ModelFile,
-  pack: Pack,
-  options: SessionOptions,
-): Promise<Session<T>> {
-  const { trainable = false } = options;
-  let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
-  try {
-    bases = await pack.bases(options);
-    const how = {
-      ...options,
-      foldedInputs: engine.gpu !== undefined,
-      integers: options.components === "f32" ? undefined : engine.integers,
-      ...(trainable && { mode: "factors" as const }),
-    };
-    const learning = trainable ? await import("./training.ts") : undefined;
-    learning?.refuseParts(file, pack, options.modules);
-    const prepared = await prepareModel(file, pack, bases.bytes, how);
-    const training = await learning?.addTraining(engine, file, prepared, trainable);
-    const { folded } = prepared;
-    const supplied = folded && "places" in folded ? [folded.path] : [];
-    const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
-    const parts = {
-      engine,
-      prepared,
-      detached,
-      probe: options.probe,
-      load: training?.load ?? {},
-      idle: training?.idle ?? {},
-    };
-    const { inputNames, outputNames } = prepared;
-    const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
-    const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
-    const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
-    const carrier = await carrierOf(parts, file, bases.bytes);
-    return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph, caches);
-  } catch (error) {
-    await file.close();
-    throw error;
-  } finally {
-    bases?.close();
-  }
-}
-
-async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array): Promise<Carrier> {
-  const { folded } = parts.prepared;
-  if (!folded) {
-    await file.close();
-    return inputCarrier(parts, bases);
-  }
-  if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
-  return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
-}
-
 /** A model that switches tasks. Made by `createSession`, or the function of a binding. */
 export class Session<T extends SessionTypes = SessionTypes> {
   readonly pack: Pack;
@@ -179,6 +87,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   /** Runs and switches. A run under way keeps the model and feeds that it began with. */
   readonly #queue = new Queue();
   readonly #components: number;
+  /** The model's inputs that take int32. */
+  readonly #short: ReadonlySet<string>;
   /** Set where the model has caches. */
   readonly #caches: CacheWatch | undefined;
   /** Made by the first run with one task per row. */
@@ -217,6 +127,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const { first, ...others } = carrier;
     this.#carrier = others;
     this.#active = first;
+    const { feeds = [] } = prepared;
+    this.#short = new Set([...feeds].flatMap(([name, { data }]) => (data instanceof Int32Array ? name : [])));
     this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
     this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
@@ -289,6 +201,23 @@ export class Session<T extends SessionTypes = SessionTypes> {
       bytesFed: bytes + this.#carrier.bytesWritten,
       milliseconds: { read: read - started, compute: done - read, total: done - started },
     };
+  }
+
+  /**
+   * Makes feeds of texts, one row each, padded to the longest: ids, masks and token types, as far as the model takes them. Inputs of other
+   * kinds stay the caller's to add.
+   * @param tokenizer of transformers.js or @huggingface/tokenizers, as it is; or a function
+   * @throws TypeError for texts that are none, something else than a tokenizer, or one that gives nothing that the model takes
+   * @example
+   * const { logits } = await session.run(await session.encode("a fast mail reader", tokenizer));
+   */
+  async encode(
+    texts: string | readonly string[],
+    tokenizer: Tokenizer,
+    options: EncodeOptions = {},
+  ): Promise<T["feeds"]> {
+    const { feedsOfTexts } = await import("./tokens.ts");
+    return feedsOfTexts(texts, tokenizer, options, this.inputNames, this.#engine, this.#short);
   }
 
   /**

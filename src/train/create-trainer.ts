@@ -7,9 +7,9 @@ import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { type PackModule, type Side, sharedBases } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
-import type { BatchFeeds } from "./batch-feeds.ts";
+import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { checkNumbers, checkSession } from "./checks.ts";
-import { createBatcher, type Encode } from "./encoding.ts";
+import { createBatcher } from "./encoding.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import { usualRank } from "./start.ts";
 import { labelSupervision, type Supervision } from "./supervision.ts";
@@ -21,9 +21,10 @@ import { Trainer, type TrainerOptions } from "./trainer.ts";
 /** Options of `createTrainer`. */
 export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
   /**
-   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js works as it is. Not needed for examples with feeds.
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, or a function.
+   * Not needed for examples with feeds.
    */
-  readonly encode?: Encode | undefined;
+  readonly encode?: Tokenizer | undefined;
   /**
    * "coefficients": over the pack's components. "components": the components too, for a pack of its own. "lora": factors of every module,
    * which begin as without a pack, or from its components if `init` says so. Default: "coefficients".
@@ -50,7 +51,7 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
 /**
  * Makes a trainer on a session.
  * @param session created with `trainable: true`
- * @throws TypeError for a session that is not trainable; RangeError for impossible labels, ranks, modules or heads
+ * @throws TypeError for a session that is not trainable, or an `encode` that cannot encode texts; RangeError for impossible labels, ranks, modules or heads
  * @example
  * const trainer = await createTrainer(session, { labels: ["spam", "fine"], encode: tokenizer });
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
@@ -64,6 +65,7 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
   ]);
   if (options.labels !== undefined || !session.trainable!.graph.tokens)
     checkList("createTrainer: labels", options.labels!, 'names, such as ["spam", "fine"]');
+  if (options.encode !== undefined) checkTokenizer("createTrainer: encode", options.encode);
   return makeTrainer(session, options, supervisionOf(session, options));
 }
 
