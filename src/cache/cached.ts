@@ -133,7 +133,7 @@ class Cached implements CachedSource {
     return this.#inner?.byteLength;
   }
 
-  async read(offset: number, length: number, { signal }: ReadOptions = {}): Promise<Uint8Array> {
+  async read(offset: number, length: number, { signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
     signal?.throwIfAborted();
     this.#live();
     if (length === 0) return new Uint8Array(0);
@@ -141,8 +141,11 @@ class Cached implements CachedSource {
     if (length <= PIECE_BYTES) return this.#piece(place, offset, length, signal);
     // Joined at the end: memory follows what arrives, not what is asked for.
     const pieces: Uint8Array[] = [];
-    for (let at = offset; at < offset + length; at += PIECE_BYTES)
-      pieces.push(await this.#piece(place, at, Math.min(PIECE_BYTES, offset + length - at), signal));
+    for (let at = offset; at < offset + length; at += PIECE_BYTES) {
+      const piece = await this.#piece(place, at, Math.min(PIECE_BYTES, offset + length - at), signal);
+      pieces.push(piece);
+      onBytes?.(piece.length);
+    }
     const bytes = new Uint8Array(length);
     for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
     return bytes;

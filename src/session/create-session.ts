@@ -6,6 +6,7 @@ import type { Pack } from "../core/pack.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
+import { tellReady } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
 import type { Carrier, CarrierParts } from "./carrier.ts";
 import type { Engine } from "./engine.ts";
@@ -41,7 +42,9 @@ export async function createSession<T extends SessionTypes>(
   }
   const read = trainable || isPlain(source) ? (await import("../onnx/whole.ts")).readWhole : readModel;
   const file = await read(source as SourceInput, { ...options, trainable, weightsApart: engine.readsFiles });
-  return sessionOn<T>(engine, file, pack, options);
+  const session = await sessionOn<T>(engine, file, pack, options);
+  await tellReady(file.model.name, options.onProgress);
+  return session;
 }
 
 /**

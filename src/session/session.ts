@@ -10,11 +10,12 @@ import {
   type Selection,
   type SwitchReport,
 } from "../core/selection.ts";
-import type { TaskTrust } from "../core/trust.ts";
+import { Switching } from "../core/switching.ts";
+import type { AddTaskOptions } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { now } from "../pace.ts";
 import { Queue } from "../queue.ts";
-import type { SourceInput } from "../source.ts";
+import { type SourceInput, unlessAborted } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
 import type { Active, Carrier } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
@@ -37,6 +38,8 @@ export interface SessionRunOptions {
   readonly tasks?: readonly (string | null)[] | undefined;
   /** Whether this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
   readonly keepCache?: boolean | undefined;
+  /** Aborted, a run that waits does not begin; one that is under way goes on, and nobody waits for its answer. */
+  readonly signal?: AbortSignal | undefined;
   /** Everything else goes to the engine. */
   readonly [option: string]: unknown;
 }
@@ -58,7 +61,7 @@ export interface SessionTypes {
 }
 
 /** A model that switches tasks. Made by `createSession`, or the function of a binding. */
-export class Session<T extends SessionTypes = SessionTypes> {
+export class Session<T extends SessionTypes = SessionTypes> extends Switching<SessionSwitchReport> {
   readonly pack: Pack;
   /** How tasks reach the model, and why so. */
   readonly mode: Mode;
@@ -93,6 +96,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly #caches: CacheWatch | undefined;
   /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
+  /** Whether the device is watched. */
+  #watched = false;
   #active: Active;
   /** The selection that a switch under way leads to. */
   #coming: Selection = null;
@@ -107,6 +112,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     graph: Trainable["graph"] | undefined,
     caches: CacheWatch | undefined,
   ) {
+    super();
     // Not the prepared model itself: it holds the components, which the engine has now.
     const { pack, view, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
     this.pack = pack;
@@ -147,6 +153,20 @@ export class Session<T extends SessionTypes = SessionTypes> {
     };
   }
 
+  /** @internal */
+  override heard(type: string): void {
+    if (type !== "devicelost" || this.#watched) return;
+    this.#watched = true;
+    const { gpu } = this.#engine;
+    const watch = async (): Promise<void> => {
+      const { device } = await gpu!.device();
+      const { message } = await (device as unknown as { readonly lost: Promise<{ readonly message: string }> }).lost;
+      this.tell("devicelost", { message });
+    };
+    // A runtime that does not tell its device tells of no loss.
+    if (gpu) watch().catch(() => undefined);
+  }
+
   /** What runs now belong to. */
   get task(): Selection {
     return this.#active.task;
@@ -171,36 +191,36 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const started = now();
     const before = { ...this.pack.reads };
     let read = started;
-    const change = this.#queue.change(
+    let [old, next]: Active[] = [];
+    const change = async (): Promise<SessionSwitchReport> => {
+      options.signal?.throwIfAborted();
+      this.#coming = asked;
+      try {
+        const state = this.#caches?.stateOf(asked, options);
+        const tasks = await this.#carrier.evaluator.load(asked, how);
+        read = now();
+        next = await this.#carrier.make(tasks, how.signal);
+        old = this.#active;
+        this.#active = { ...next, state };
+      } finally {
+        this.#coming = null;
+      }
+      const done = now();
+      return {
+        task: next.task,
+        bytesRead: this.pack.reads.bytes - before.bytes,
+        requests: this.pack.reads.requests - before.requests,
+        bytesFed: next.bytes + this.#carrier.bytesWritten,
+        milliseconds: { read: read - started, compute: done - read, total: done - started },
+      };
+    };
+    return this.#queue.change(
+      () => this.switching(asked, change),
       async () => {
-        options.signal?.throwIfAborted();
-        this.#coming = asked;
-        try {
-          const state = this.#caches?.stateOf(asked, options);
-          const tasks = await this.#carrier.evaluator.load(asked, how);
-          read = now();
-          const next = await this.#carrier.make(tasks, how.signal);
-          const old = this.#active;
-          this.#active = { ...next, state };
-          return { old, next };
-        } finally {
-          this.#coming = null;
-        }
-      },
-      async ({ old, next }) => {
-        if (old.model !== next.model) await this.#engine.release(old.model);
-        old.retire?.();
+        if (old!.model !== next!.model) await this.#engine.release(old!.model);
+        old!.retire?.();
       },
     );
-    const { task, bytes } = (await change).next;
-    const done = now();
-    return {
-      task,
-      bytesRead: this.pack.reads.bytes - before.bytes,
-      requests: this.pack.reads.requests - before.requests,
-      bytesFed: bytes + this.#carrier.bytesWritten,
-      milliseconds: { read: read - started, compute: done - read, total: done - started },
-    };
   }
 
   /**
@@ -237,7 +257,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   ): Promise<T["results"] & ValidColumns> {
     this.#live();
     const fetched = isFetches(second, this.outputNames);
-    const { tasks, keepCache, ...options } = (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
+    const { tasks, keepCache, signal, ...options } =
+      (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
     const fetches = fetched ? second : this.outputNames;
     const own = feeds as Tensors;
     if (typeof own !== "object" || !own || "then" in own)
@@ -245,7 +266,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     for (const { name } of this.#inputs) {
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
-    return this.#queue.call(async () => {
+    const run = this.#queue.call(async () => {
+      signal?.throwIfAborted();
       const active = this.#active;
       this.#carrier.check?.();
       const rowTasks = tasks && (await this.#rowTasks());
@@ -257,6 +279,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       made?.(result, fetches);
       return rows ? Object.defineProperty(result, "validColumns", { value: rows.valid, enumerable: false }) : result;
     });
+    return unlessAborted(run, signal);
   }
 
   async #rowTasks(): Promise<RowTasks> {
@@ -269,7 +292,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * Adds a task that came as a file of its own, for this pack in memory.
    * @throws as `Pack.addTask`; `switchTask` throws BaseMismatchError when it changes what no task did before
    */
-  async addTask(id: string, file: SourceInput, options?: TaskTrust): Promise<void> {
+  async addTask(id: string, file: SourceInput, options?: AddTaskOptions): Promise<void> {
     this.#live();
     await this.pack.addTask(id, file, options);
   }

@@ -6,8 +6,10 @@
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { type PackModule, type Side, sharedBases } from "../format/format.ts";
+import type { OnProgress } from "../progress.ts";
 import type { Session } from "../session/session.ts";
 import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
+import type { AbortOptions } from "../source.ts";
 import { checkNumbers, checkSession } from "./checks.ts";
 import { createBatcher } from "./encoding.ts";
 import type { SequenceOptions } from "./sequences.ts";
@@ -19,7 +21,7 @@ import { sharedRows, type TrainedModule, TrainedTerms } from "./trained-terms.ts
 import { Trainer, type TrainerOptions } from "./trainer.ts";
 
 /** Options of `createTrainer`. */
-export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
+export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, AbortOptions {
   /**
    * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, or a function.
    * Not needed for examples with feeds.
@@ -46,6 +48,8 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
    * `false`: none. Default: all. One of them has a row for each label.
    */
   readonly head?: string | readonly string[] | false | undefined;
+  /** Told how far the pack's components are read, where they are not in memory. */
+  readonly onProgress?: OnProgress | undefined;
 }
 
 /**
@@ -61,7 +65,7 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
   checkSession("createTrainer", session);
   checkOptions("createTrainer", options, [
     ...(["labels", "init", "seed", "encode", "train", "rank", "privateTerms", "modules", "head"] as const),
-    ...(["end", "decoderStart"] as const),
+    ...(["end", "decoderStart", "signal", "onProgress"] as const),
   ]);
   if (options.labels !== undefined || !session.trainable!.graph.tokens)
     checkList("createTrainer: labels", options.labels!, 'names, such as ["spam", "fine"]');
@@ -111,7 +115,7 @@ export async function makeTrainer(
 /** Lists what is trained of each module, over the pack's components. */
 async function trainedModules(
   pack: Pack,
-  { modules, init, privateTerms, ...options }: CreateTrainerOptions,
+  { modules, init, privateTerms, signal, onProgress, ...options }: CreateTrainerOptions,
   components: boolean,
 ): Promise<TrainedModule[]> {
   const { rank = await usualRank(pack) } = options;
@@ -125,8 +129,8 @@ async function trainedModules(
   if (components && flat)
     throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const follows = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task);
-  const first = follows ? await pack.load(init.task) : undefined;
-  const section = await pack.bases();
+  const first = follows ? await pack.load(init.task, { signal }) : undefined;
+  const section = await pack.bases({ signal, onProgress });
   try {
     return pack.modules.flatMap((module, index): TrainedModule[] => {
       const { name, in: inputs, out } = module;
