@@ -46,6 +46,7 @@ export const verify: Attach = command({
   details:
     "With --against, δ says how far the factors of a task lie from the components, and bound how large the ΔW error of a module can be " +
     "at most (docs/packing.md).",
+  example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
     as,
