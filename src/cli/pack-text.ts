@@ -51,7 +51,7 @@ function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modul
 
 function codedTerms({ privateTerms }: BuildReport): [string, number][] {
   const all = sum(Object.values(privateTerms));
-  return all > 0 ? [["as many bits as they are worth", all]] : [];
+  return all > 0 ? [["entropy-coded integers", all]] : [];
 }
 
 /** What was decided, and what else was tried. */
