@@ -252,6 +252,7 @@ export async function lost(feeds, build, mode = "folded") {
   const device = /** @type {GPUDevice} */ (await ort.env.webgpu.device);
   await session.switchTask("two");
   await answer(ort, session, feeds);
+  const told = new Promise((resolve) => session.addEventListener("devicelost", ({ detail }) => resolve(detail)));
   const ask = () => answer(ort, session, feeds);
   const under = [failure(ask), failure(() => session.switchTask("three")), failure(ask)];
   device.destroy();
@@ -261,7 +262,7 @@ export async function lost(feeds, build, mode = "folded") {
     again: await failure(ask),
     switch: await failure(() => session.switchTask("three")),
   };
-  return { run, change, next, after, release: await failure(() => session.close()), live };
+  return { run, change, next, after, told: await told, release: await failure(() => session.close()), live };
 }
 
 /**

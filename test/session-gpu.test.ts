@@ -163,14 +163,17 @@ t.test("a device that is lost", options, async (t) => {
       const [found, again] = (await inBrowser(t, calls)) ?? [];
       if (!found) return;
       t.match(found, { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone } }, build);
-      t.match(found, { release: "fulfilled", live: 0 }, `${build}: released`);
+      t.match(found, { release: "fulfilled", live: 0, told: { message: /./ } }, `${build}: released`);
       if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
     }
     if (native && !soak) continue;
     const [core] = (await inBrowser(t, [`lost(feeds, "${build}", "core")`])) ?? [];
     t.match(
       core,
-      { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" },
+      {
+        ...{ run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" },
+        told: { message: /./ },
+      },
       `${build}, core`,
     );
   }

@@ -82,13 +82,26 @@ async function adaptersAt(path: string): Promise<AdapterLocation[]> {
     else for (const inner of await subFolders(child)) adapters.push(...(await adaptersIn(inner)));
   }
   if (adapters.length === 0) {
-    throw new AdapterError(
+    const looked =
       `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors, gguf and ` +
-        "onnx_adapter files, in it and in its sub-folders",
-      { file: path },
-    );
+      "onnx_adapter files, in it and in its sub-folders";
+    throw new AdapterError([looked, ...(await foundInstead(path))].join(". "), { file: path });
   }
   return adapters;
+}
+
+const ARCHIVE = /\.(zip|7z|rar|tar|tgz|(tar\.)?(gz|xz|zst|bz2))$/i;
+const WHOLE_MODEL = /^(pytorch_model|model|diffusion_pytorch_model)\b.*\.(bin|safetensors|onnx)$/;
+const NO_MODEL =
+  "A whole model is no adapter: give what PEFT's save_pretrained leaves of a LoRA, or take the LoRA out of a fine-tuned model first";
+
+/** What a folder without adapters holds, and what to do with that. */
+async function foundInstead(folder: string): Promise<string[]> {
+  const names = (await visible(folder)).map((path) => basename(path));
+  const archive = names.find((name) => ARCHIVE.test(name));
+  if (archive !== undefined) return [`It holds ${archive}: unpack that`];
+  const model = names.find((name) => WHOLE_MODEL.test(name));
+  return model === undefined ? [] : [`It holds ${model}. ${NO_MODEL}`];
 }
 
 /** Takes a named file as an adapter; its reader reports what it lacks. */
@@ -100,7 +113,15 @@ async function adapterFile(path: string): Promise<AdapterLocation> {
   if (name === DIFFUSERS) return { ...loraFile(path, "diffusers"), id: basename(dirname(path)), path: dirname(path) };
   const format = ENDINGS.get(extname(path));
   if (format) return loraFile(path, format);
-  if (extname(path) === ".safetensors") return loraFile(path, await formatOf(path));
+  if (ARCHIVE.test(name)) throw new AdapterError("is an archive; unpack it, and give its folder", { file: path });
+  if (extname(path) === ".safetensors") {
+    const names = await namesIn(path);
+    if (!names.some((one) => /lora|lokr|hada|alpha|oft|dora|diff/i.test(one))) {
+      const holds = `holds no LoRA, but ${names.length} tensors such as ${names[0] ?? "none"}`;
+      throw new AdapterError(`${holds}. ${NO_MODEL}`, { file: path });
+    }
+    return loraFile(path, formatOf(names));
+  }
   const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a LoRA in a safetensors, gguf or onnx_adapter file`;
   throw new AdapterError(`is not an adapter; ${expected}`, { file: path });
 }
@@ -109,9 +130,9 @@ function loraFile(path: string, format: AdapterFormat): AdapterLocation {
   return { id: basename(path, extname(path)), path, tensors: path, format };
 }
 
-/** Tells the format of a safetensors file. */
-async function formatOf(path: string): Promise<"diffusers" | "kohya"> {
-  return (await namesIn(path)).some(isKohyaName) ? "kohya" : "diffusers";
+/** Tells the format of a safetensors file by the names of its tensors. */
+function formatOf(names: readonly string[]): "diffusers" | "kohya" {
+  return names.some(isKohyaName) ? "kohya" : "diffusers";
 }
 
 async function namesIn(path: string): Promise<string[]> {
@@ -186,8 +207,9 @@ async function looseFiles(folder: string): Promise<AdapterLocation[]> {
     const format = ENDINGS.get(extname(path));
     if (format === "onnx_adapter" || (format === "gguf" && (await isGgufAdapter(path))))
       found.push(loraFile(path, format));
-    if (extname(path) !== ".safetensors" || !holdsLora(await namesIn(path))) continue;
-    found.push(loraFile(path, await formatOf(path)));
+    if (extname(path) !== ".safetensors") continue;
+    const names = await namesIn(path);
+    if (holdsLora(names)) found.push(loraFile(path, formatOf(names)));
   }
   return found;
 }

@@ -24,6 +24,8 @@ interface Declaration<A extends readonly string[], O extends Options> {
   readonly does: string;
   /** What else its own help says. */
   readonly details?: string;
+  /** A call of it, without "eigenlora". */
+  readonly example: string;
   readonly options: O;
   run(args: A, options: Values<O>, run: Run, out: Output): Promise<Result>;
 }
@@ -36,13 +38,14 @@ export type Attach = (program: Command, out: Output, done: (result: Result | num
 
 /** @throws UsageError from the command when a required option is missing or has a wrong value */
 export function command<A extends readonly string[], O extends Options>(declared: Declaration<A, O>): Attach {
-  const { usage, does, details = "", options } = declared;
+  const { usage, does, details = "", example, options } = declared;
   return (program, out, done) => {
     const made = program.command(usage).summary(does).description(`${does} ${details}`);
     for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
     made.addHelpText("after", () => {
       const rare = made.options.filter(({ hidden }) => hidden).length;
-      return rare > 0 ? `\n${rare} more options: --help --all` : "";
+      const more = rare > 0 ? `\n${rare} more options: --help --all\n` : "";
+      return `${more}\nExample:\n  eigenlora ${example}`;
     });
     made.option("--json", "Print one JSON object.").action(async () => {
       const run = new Run(out, made.opts()["revoked"]);

@@ -6,7 +6,6 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/describe-base.ts";
 import { kind } from "../adapters/find.ts";
 import { readAdapters } from "../adapters/folder.ts";
-import { openHost } from "../core/open-base.ts";
 import { type OpenOptions, openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
 import { renamedHost } from "../core/renamed.ts";
@@ -16,6 +15,7 @@ import { type FileKind, kindOfSource } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 
+import { openHosts, weightFiles } from "./base-files.ts";
 import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import type { Output } from "./output.ts";
@@ -140,12 +140,16 @@ export class Run {
    */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
     if (path === undefined) return {};
-    if (/^\.(json|gguf)$/.test(extname(path)) || (await kind(path)) === "folder") {
+    const folder = (await kind(path)) === "folder";
+    const files = folder ? await weightFiles(path) : /^\.(json|gguf)$/.test(extname(path)) ? [] : [path];
+    if (files.length === 0) {
       // These say what its parts are called, and give no weights to take fingerprints of.
       await describeBase(path);
+      const advice = "give model.safetensors, or a folder with it, so that apps know the right model";
+      this.#out.warn(`--base ${path}: has no weights in safetensors, so no fingerprints are stored: ${advice}`);
       return {};
     }
-    const host = this.closing(await openHost(path));
+    const host = this.closing(await openHosts(files));
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
 
