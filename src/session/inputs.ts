@@ -1,7 +1,6 @@
 /**
  * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
  */
-/// <reference types="@webgpu/types" />
 
 import type { TaskInfo } from "../core/pack.ts";
 import type { PackView } from "../core/part.ts";
@@ -29,7 +28,7 @@ export async function inputCarrier(parts: CarrierParts, bases: Uint8Array): Prom
     const evaluator = new TaskEvaluator(prepared, runtime);
     model = await engine.load(parts.detached, parts.load);
     // Not every engine tells which device it has. Where one does, runs fail once it is lost.
-    const device = (await engine.gpu?.device().catch(() => undefined))?.device as GPUDevice | undefined;
+    const device = (await engine.gpu?.device().catch(() => undefined))?.device;
     const { Placer } = device ? await import("./placed.ts") : {};
     const placer = Placer && new Placer(engine, engine.gpu!, device!, prepared.inputs);
     const none = (await evaluator.read(null)).inputs;

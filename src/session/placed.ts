@@ -4,6 +4,7 @@
  */
 /// <reference types="@webgpu/types" />
 
+import type { DeviceHandle } from "../backends/backend.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Engine, EngineGpu, EngineTensor } from "./engine.ts";
 import { type InputValues, stackValues } from "./values.ts";
@@ -37,10 +38,10 @@ export class Placer {
   readonly #spare = new Map<string, GPUBuffer[]>();
   readonly #all = new Set<GPUBuffer>();
 
-  constructor(engine: Engine, gpu: EngineGpu, device: GPUDevice, inputs: readonly TaskInput[]) {
+  constructor(engine: Engine, gpu: EngineGpu, device: DeviceHandle, inputs: readonly TaskInput[]) {
     this.#engine = engine;
     this.#gpu = gpu;
-    this.#device = device;
+    this.#device = device as unknown as GPUDevice;
     this.#inputs = inputs;
   }
 
