@@ -44,8 +44,8 @@ export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
   does: "Verify checksums and limits, and with adapters the ΔW error of each task.",
   details:
-    "With --against, and where tasks lie in components, δ says how far the factors of a task lie from the components, and bound how large the ΔW error of a module can be " +
-    "at most (docs/packing.md).",
+    "With --against, where tasks lie in components, δ says how far the factors of a task lie from these, and bound how large the ΔW error " +
+    "of a module can be at most (docs/packing.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),

@@ -121,7 +121,8 @@ function isGiven({ texts, feeds, examples }: TeachOptions): boolean {
 
 /** Checks the questions, where there are some. @throws TypeError, RangeError when they are too few or empty */
 export function checkQuestions(options: TeachOptions): void {
-  if (!options.feeds || options.encode !== undefined) checkTokenizer("distill: encode", options.encode);
+  if (options.encode !== undefined) checkTokenizer("distill: encode", options.encode);
+  else if (!options.feeds) throw new TypeError("distill: texts need `encode`, a tokenizer");
   if (!isGiven(options)) return;
   const all = questionsOf("distill", options);
   if (all.length < LEAST_TEXTS)
