@@ -291,30 +291,87 @@ function slowness(i: u32): i32 {
   return i < 7 ? 3 : i < 15 ? 4 : 5;
 }
 
-/** Decodes at most `most` integers of a row. */
+/**
+ * Decodes at most `most` integers of a row. Equals `magnitude` and a bit for the sign, with the coder's state in registers: there are millions
+ * of integers.
+ */
 function integers(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;
   const mask: u32 = 2 * largest + 1;
   const last = width - next > most ? next + most : width;
+  const ends = stop;
   let column = COLUMNS + ((<usize>row * width + next) << 1);
   let byte = values + ((<usize>next * kind) >> 3);
   let filled = (next * kind) & 7;
   let packed = filled ? <u32>load<u8>(byte) : 0;
+  let x = state;
+  let w = words;
+  let r = mean;
   for (let i = next; i < last; ) {
     const seen = remember ? <i32>load<i16>(column) : -1;
-    const found = magnitude(seen < 0 ? mean : (mean + seen) >> 1, largest, byte);
-    const value = found && bits(1) ? 0 - found : found;
+    const expected = seen < 0 ? r : (r + seen) >> 1;
+    let found: u32;
+    if (expected > 256) {
+      state = x;
+      words = w;
+      found = magnitude(expected, largest, byte);
+      x = state;
+      w = words;
+    } else {
+      const address = TABLES + (<usize>load<u8>(LEVELS + expected) << 5);
+      const sums = v128.load(address, 16);
+      const slot = x & 0x7fff;
+      const above = i16x8.gt_s(sums, i16x8.splat(<i16>slot));
+      found = <u32>(7 - popcnt(i16x8.bitmask(above)));
+      const sum = address + (found << 1);
+      const begin = <u32>load<u16>(sum, 14);
+      x = (<u32>load<u16>(sum, 16) - begin) * (x >>> 15) + slot - begin;
+      if (x < 0x10000) {
+        sound(w < ends, 1, section);
+        x = (x << 16) | <u32>load<u16>(w);
+        w += 2;
+      }
+      const used = <i32>load<u8>(address);
+      store<u8>(address, used + i32(used < 40));
+      const aims = i16x8.add(i16x8(16, 32, 48, 64, 80, 96, 112, -32768), v128.and(above, i16x8.splat(32640)));
+      const slow = 4 + i32(used > 3) + i32(used > 11) + i32(used > 39);
+      v128.store(address, i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), slow)), 16);
+      if (found == 7) {
+        state = x;
+        words = w;
+        found += number(MORE);
+        x = state;
+        w = words;
+      }
+      sound(found <= largest, 8, byte);
+    }
+    let value = found;
+    if (found) {
+      if (x & 1) value = 0 - found;
+      x >>>= 1;
+      if (x < 0x10000) {
+        sound(w < ends, 1, section);
+        x = (x << 16) | <u32>load<u16>(w);
+        w += 2;
+      }
+    }
     packed |= (value & mask) << filled;
     for (filled += kind; filled >= 8; filled -= 8, packed >>= 8) store<u8>(byte++, packed);
     const now = <i32>(found << 6);
     if (remember) {
-      store<i16>(column, seen < 0 ? (mean + now) >> 1 : seen + ((now - seen) >> 3));
+      store<i16>(column, seen < 0 ? (r + now) >> 1 : seen + ((now - seen) >> 3));
       column += 2;
     }
-    mean += (now - mean) >> slowness(i);
+    r += (now - r) >> slowness(i);
     i++;
-    if (found || mean > 3) continue;
+    if (found || r > 3) continue;
+    state = x;
+    words = w;
+    mean = r;
     const zeros = skipZeros(i, last, column);
+    x = state;
+    w = words;
+    r = mean;
     if (!zeros) continue;
     // The section was filled with zeros.
     if (filled) store<u8>(byte, packed);
@@ -325,6 +382,9 @@ function integers(most: u32): void {
     packed = filled ? <u32>load<u8>(byte) : 0;
   }
   if (filled) store<u8>(byte, packed);
+  state = x;
+  words = w;
+  mean = r;
   next = last;
   if (next < width) return;
   store<i16>(known + (<usize>row << 2), mean);

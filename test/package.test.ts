@@ -11,8 +11,8 @@ import { WEBGPU } from "./internals.ts";
 const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
 
-/** Budgets of README, in bytes after gzip; 1 kB = 1000 B. 1.7 kB of WASM decode coded sections, and are loaded with the first one. */
-const BUDGET = { js: 22_200, wasm: 11_100 };
+/** Budgets of README, in bytes after gzip; 1 kB = 1000 B. 1.9 kB of WASM decode coded sections, and are loaded with the first one. */
+const BUDGET = { js: 22_200, wasm: 11_300 };
 
 /**
  * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, the reader of task
