@@ -3,7 +3,7 @@
  */
 import { openPath } from "#files";
 import { described } from "./arguments.ts";
-import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";
+import { type ByteSource, checkRange, type FetchOptions, type ReadOptions, type SourceInput } from "./source.ts";
 
 /**
  * Makes a source of whatever names or holds bytes. URLs are not contacted before the first read.
@@ -13,7 +13,7 @@ import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from
  */
 export async function openSource(
   input: SourceInput,
-  options: FetchOptions = {},
+  options: FetchOptions & ReadOptions = {},
   where = "source",
 ): Promise<ByteSource> {
   if (input instanceof ArrayBuffer || input instanceof Uint8Array) {
@@ -30,7 +30,7 @@ export async function openSource(
   const text = (input as Partial<URL> | undefined)?.href ?? input;
   if (typeof text === "string") {
     const url = addressOf(text, where);
-    if (!url) return openPath!(text);
+    if (!url) return openPath!(text, options);
     // Loaded late: apps that have the bytes, a Blob or a file do without.
     const { UrlSource } = await import("./http/url-source.ts");
     return new UrlSource(url, options);

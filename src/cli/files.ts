@@ -20,8 +20,8 @@ import {
 } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
+import { reasonOf, refuseOtherKinds } from "../disk.ts";
 import { SourceError } from "../errors.ts";
-import { reasonOf, refuseOtherKinds } from "../files-node.ts";
 import type { Append } from "../format/layout.ts";
 import type { Scratch } from "../pack/write.ts";
 import { realTarget } from "./lock.ts";

@@ -13,6 +13,7 @@ export const inspect: Attach = command({
   usage: "inspect <PACK>",
   does: "Show what a pack holds: sections, tasks, modules and components.",
   options: {},
+  reads: ["file"],
   async run([path]: [string], _, run) {
     const pack = await run.pack(path, { bases: "later", maxResidentBytes: 0 });
     const { version, basisId, directory } = pack;

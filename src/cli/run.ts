@@ -4,8 +4,8 @@
 import { extname } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/describe-base.ts";
-import { kind } from "../adapters/find.ts";
 import { readAdapters } from "../adapters/folder.ts";
+import { isFolder } from "../adapters/tree.ts";
 import { openHost } from "../core/open-base.ts";
 import { type OpenOptions, openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
@@ -15,9 +15,10 @@ import type { TaskFile } from "../format/format.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
-
 import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
+import { downloading, named } from "./on-hub.ts";
+import type { Reads } from "./options.ts";
 import type { Output } from "./output.ts";
 import { checkTarget, type TargetOptions } from "./target.ts";
 import { onInterrupt, undoOnExit } from "./undo.ts";
@@ -37,13 +38,30 @@ export interface Target {
 export class Run {
   /** Hashes of tasks that no pack may give. */
   readonly revoked: readonly string[];
+  /** Names that were taken for those of repositories on the Hub, since nothing on the disk is called so. */
+  readonly guessed: string[] = [];
   readonly #opened: Closable[] = [];
+  /** Names as they are shown, by the paths that they became. */
+  readonly #shown = new Map<string, string>();
   #failed = false;
   readonly #out: Output;
 
   constructor(out: Output, revoked: readonly string[] = []) {
     this.revoked = revoked;
     this.#out = out;
+  }
+
+  /** What a name of the command line becomes: a path, or a name that the library takes. */
+  async take(given: string, reads: Reads): Promise<string> {
+    const { path, shown, guessed } = await named(given, reads, this.#out);
+    this.#shown.set(path, shown);
+    if (guessed) this.guessed.push(given);
+    return path;
+  }
+
+  /** How people know a path. */
+  shown(path: string): string {
+    return this.#shown.get(path) ?? path;
   }
 
   /** Closes `thing` when the command ends; what was opened last goes first. */
@@ -130,7 +148,7 @@ export class Run {
     rename: ReadonlyMap<string, string>,
     base: string | undefined,
   ): Promise<Adapter[]> {
-    const adapters = await readAdapters(paths, { rename, base });
+    const adapters = await readAdapters(paths, { rename, base, onProgress: downloading(this.#out) });
     return adapters.map((adapter) => this.closing(adapter));
   }
 
@@ -140,7 +158,7 @@ export class Run {
    */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
     if (path === undefined) return {};
-    if (/^\.(json|gguf)$/.test(extname(path)) || (await kind(path)) === "folder") {
+    if (/^\.(json|gguf)$/.test(extname(path)) || (await isFolder(path))) {
       // These say what its parts are called, and give no weights to take fingerprints of.
       await describeBase(path);
       return {};

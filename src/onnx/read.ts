@@ -107,6 +107,8 @@ async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
 /** Finds files beside a model on disk or at a URL; undefined for bytes, blobs and sources, which have no place. */
 function besides(input: SourceInput, model: string): ((location: string) => SourceInput) | undefined {
   if (!(typeof input === "string" || input instanceof URL) || /^(blob|data):/i.test(String(input))) return undefined;
+  // The name of a file on the Hub says the commit that it is of.
+  if (/^hf:/.test(model)) input = model;
   return (location) => {
     // The model's author chooses the file: it must not lie outside the model's folder.
     if (/^[/\\]|^[a-z]+:|(^|[/\\])\.\.([/\\]|$)/i.test(location)) {
