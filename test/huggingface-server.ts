@@ -3,8 +3,12 @@
  * huggingface.co does, with its headers and codes of errors; what is wrong with it is asked for.
  */
 import { createHash } from "node:crypto";
+import { readdirSync, readFileSync, statSync } from "node:fs";
+import { mkdtemp, rm } from "node:fs/promises";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import type { Test } from "tap";
 
 /** Files of a commit, by path. */
@@ -50,10 +54,37 @@ export interface Hub {
   push(name: string, files: Files, branch?: string): string;
 }
 
+const SETTINGS = ["HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE"] as const;
+
+/** A Hub and an empty cache, which this process uses until the test ends. */
+export async function hubFor(t: Test): Promise<{ hub: Hub; home: string }> {
+  const before = SETTINGS.map((name) => [name, process.env[name]] as const);
+  const home = await mkdtemp(join(tmpdir(), "eigenlora-hf-"));
+  const hub = await startHub(t);
+  for (const name of SETTINGS) delete process.env[name];
+  Object.assign(process.env, { HF_ENDPOINT: hub.endpoint, HF_HOME: home });
+  t.teardown(() => {
+    for (const [name, value] of before) {
+      if (value === undefined) delete process.env[name];
+      else process.env[name] = value;
+    }
+    return rm(home, { recursive: true, maxRetries: 5, retryDelay: 200 });
+  });
+  return { hub, home };
+}
+
+/** All files below a folder. @param prefix of their paths */
+export function filesBelow(folder: string, prefix = ""): Files {
+  const files = new Map<string, Uint8Array>();
+  for (const path of readdirSync(folder, { recursive: true, encoding: "utf8" }))
+    if (statSync(join(folder, path)).isFile()) files.set(`${prefix}${path}`, readFileSync(join(folder, path)));
+  return files;
+}
+
 /** What Git LFS keeps; the rest lies in the repository. */
 const LARGE = /\.(safetensors|onnx|onnx_data|data|bin|eigen|gguf|h5)$/;
 
-export async function startHub(t: Test): Promise<Hub> {
+async function startHub(t: Test): Promise<Hub> {
   const repositories = new Map<string, Repository>();
   const asked: Asked[] = [];
   let [hub, storage] = ["", ""];

@@ -5,46 +5,18 @@
 import { spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { lstatSync, readdirSync, readFileSync, readlinkSync, realpathSync, statSync } from "node:fs";
-import { mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { rm, writeFile } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { openPack } from "eigenlora";
 import { describeBase, type HubProgress, readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { build } from "esbuild";
-import t, { type Test } from "tap";
-import { type Asked, type Files, gitHash, type Hub, sha256, startHub } from "./huggingface-server.ts";
+import t from "tap";
+import { type Asked, type Files, filesBelow, gitHash, type Hub, hubFor, sha256 } from "./huggingface-server.ts";
 import { openSource } from "./internals.ts";
 import { data } from "./packs.ts";
 import { required } from "./required.ts";
 import { difference, feeds, golden, NODE, packBytes } from "./sessions.ts";
-
-const SETTINGS = ["HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE"] as const;
-
-/** A Hub and an empty cache, which this process uses until the test ends. */
-async function hubFor(t: Test): Promise<{ hub: Hub; home: string }> {
-  const before = SETTINGS.map((name) => [name, process.env[name]] as const);
-  const home = await mkdtemp(join(tmpdir(), "eigenlora-hf-"));
-  const hub = await startHub(t);
-  for (const name of SETTINGS) delete process.env[name];
-  Object.assign(process.env, { HF_ENDPOINT: hub.endpoint, HF_HOME: home });
-  t.teardown(() => {
-    for (const [name, value] of before) {
-      if (value === undefined) delete process.env[name];
-      else process.env[name] = value;
-    }
-    return rm(home, { recursive: true, maxRetries: 5, retryDelay: 200 });
-  });
-  return { hub, home };
-}
-
-/** All files below a folder. */
-function filesOf(folder: string, prefix = ""): Files {
-  const files = new Map<string, Uint8Array>();
-  for (const path of readdirSync(folder, { recursive: true, encoding: "utf8" }))
-    if (statSync(join(folder, path)).isFile()) files.set(`${prefix}${path}`, readFileSync(join(folder, path)));
-  return files;
-}
 
 const text = (content: string): Uint8Array => new TextEncoder().encode(content);
 const storage = (asked: readonly Asked[]): string[] =>
@@ -57,7 +29,7 @@ const TRAINING: Files = new Map([
   ["checkpoint-10/adapter_model.safetensors", randomBytes(100_000)],
   ["checkpoint-10/adapter_config.json", text("{}")],
 ]);
-const seed = (id: string): Files => filesOf(data(`adapters/own-seed/${id}`));
+const seed = (id: string): Files => filesBelow(data(`adapters/own-seed/${id}`));
 const QUICK = { retries: 0 };
 
 t.test("an adapter of a repository is the one on the disk, and nothing else is downloaded", async (t) => {
@@ -102,11 +74,11 @@ t.test("an adapter of a repository is the one on the disk, and nothing else is d
 
 t.test("names: revisions, folders, files, addresses of pages; new ids by name", async (t) => {
   const { hub } = await hubFor(t);
-  const old = hub.push("org/many", filesOf(data("adapters/own-seed/debtags-use"), "skills/use/"));
-  hub.push("org/many", filesOf(data("adapters/own-seed/debtags-role"), "skills/use/"), "next/try");
+  const old = hub.push("org/many", filesBelow(data("adapters/own-seed/debtags-use"), "skills/use/"));
+  hub.push("org/many", filesBelow(data("adapters/own-seed/debtags-role"), "skills/use/"), "next/try");
   hub.push(
     "org/many",
-    new Map([...filesOf(data("adapters/own-seed/sections-0"), "skills/use/"), ...seed("sections-1")]),
+    new Map([...filesBelow(data("adapters/own-seed/sections-0"), "skills/use/"), ...seed("sections-1")]),
   );
   const labels = async (name: string): Promise<unknown> => {
     const adapters = await readAdapters([name]);

@@ -68,7 +68,7 @@ export const add: Attach = command({
       ),
     }),
   },
-  reads: [undefined, "repository"],
+  reads: ["own", "repository"],
   async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key, ...asked }, run, out) {
     const { model } = asked;
     checkJudged(asked, maxLoss);
@@ -209,6 +209,7 @@ export const remove: Attach = command({
   does: "Remove tasks from a pack.",
   details: "Other tasks are not changed.",
   options: { key },
+  reads: ["own", undefined],
   async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
     const sign = await signerOf(key);
     await run.lock(file);
@@ -230,6 +231,7 @@ export const compact: Attach = command({
   does: "Rewrite a pack in place, without the gaps that changes have left.",
   details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
   options: { key, revoked },
+  reads: ["own"],
   async run([file]: [string], { key }, run, out) {
     const sign = await signerOf(key);
     await run.lock(file);

@@ -45,7 +45,7 @@ export function command<A extends readonly string[], O extends Options>(declared
     for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
     made.addHelpText("after", () => {
       const rare = made.options.filter(({ hidden }) => hidden).length;
-      return rare > 0 ? `\n${rare} more options: --help --all` : "";
+      return [...hubText(declared), ...(rare > 0 ? [`\n${rare} more options: --help --all`] : [])].join("\n");
     });
     made.option("--json", "Print one JSON object.").action(async () => {
       const run = new Run(out, made.opts()["revoked"]);
@@ -82,6 +82,17 @@ function toOption(
     if (text.startsWith("--")) throw new UsageError(`${flag} needs a value, got the option ${text}`);
     return parse(text, flag, before);
   });
+}
+
+/** What help says of names of the Hugging Face Hub. */
+function hubText<O extends Options>({
+  options,
+  reads = [],
+}: Pick<Declaration<never, O>, "options" | "reads">): string[] {
+  const all = [...reads, ...Object.values(options).map((spec) => spec.reads)];
+  if (all.includes("repository") || all.includes("model"))
+    return ["\nAdapters and models may lie on the Hugging Face Hub: org/name, or", "hf:org/name@revision/path."];
+  return all.includes("file") ? ["\nIt may lie on the Hugging Face Hub: hf:org/name@revision/file."] : [];
 }
 
 /** Files and repositories that were named, as the command reads them. */

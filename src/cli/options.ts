@@ -16,9 +16,10 @@ export class UsageError extends Error {
 
 /**
  * What a command reads of a name, which may be one of the Hugging Face Hub: one file, by its path in a repository; adapters or a base,
- * which a repository's name alone stands for, too; or a model to be run, with all that lies beside it.
+ * which a repository's name alone stands for, too; or a model to be run, with all that lies beside it. A file that the command changes is
+ * one's own: it may not lie there.
  */
-export type Reads = "file" | "repository" | "model";
+export type Reads = "file" | "repository" | "model" | "own";
 
 /** An option; its name is that of the property which holds it, in kebab case. */
 export interface OptionSpec<T> {

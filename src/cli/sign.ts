@@ -51,6 +51,7 @@ export const sign: Attach = command({
   does: "Sign packs and task files with an Ed25519 key.",
   details: "Readers that are given the public key then accept nothing else. The root of a pack does not change.",
   options: { key: required(key) },
+  reads: ["own"],
   async run(files: string[], { key }, run) {
     const signer = (await signerOf(key))!;
     const signed: { file: string; integrity: string }[] = [];
