@@ -42,8 +42,8 @@ export interface Hub {
   take(): Asked[];
   /** The token that opens what is private or gated. */
   readonly token: string;
-  /** Bytes of an answer after which the storage breaks it off. Default: never. */
-  cutAfter: number;
+  /** Bytes that the storage still sends before it breaks off. Default: all. */
+  budget: number;
   /** What the storage gives in place of a file. */
   instead: ((path: string, bytes: Uint8Array) => Uint8Array) | undefined;
   /** Called before a file is given. */
@@ -96,7 +96,7 @@ async function startHub(t: Test): Promise<Hub> {
     asked,
     take: () => asked.splice(0),
     token: "hf_test",
-    cutAfter: Infinity,
+    budget: Infinity,
     instead: undefined,
     onFile: undefined,
     listing: undefined,
@@ -122,7 +122,7 @@ async function startHub(t: Test): Promise<Hub> {
     const [, name, commit, file] = /^\/signed\/([^/]+\/[^/]+)\/([^/]+)\/(.*)$/.exec(path)!;
     const bytes = repositories.get(name!)!.commits.get(commit!)!.get(file!)!;
     const sent = handle.instead?.(file!, bytes) ?? bytes;
-    send(request, response, sent, { etag: `"${sha256(bytes)}"` }, handle.cutAfter);
+    handle.budget -= send(request, response, sent, { etag: `"${sha256(bytes)}"` }, Math.max(0, handle.budget));
   });
   return handle;
 }
@@ -185,7 +185,7 @@ function file(
 ) {
   const parts = path.split("/").map(encodeURIComponent).join("/");
   const own = { "x-repo-commit": commit, etag: `"${gitHash(bytes)}"` };
-  if (final) return send(request, response, bytes, own);
+  if (final) return void send(request, response, bytes, own);
   const large = {
     ...own,
     "x-linked-etag": `"${sha256(bytes)}"`,
@@ -196,23 +196,24 @@ function file(
   response.writeHead(307, { ...own, location: `/api/resolve-cache/models/${name}/${commit}/${parts}` }).end();
 }
 
-/** Sends what is asked for of a file, as a server with ranges. */
+/** Sends what is asked for of a file, as a server with ranges. @param most bytes before the connection breaks @returns the bytes asked for */
 function send(
   { method, headers }: IncomingMessage,
   response: ServerResponse,
   bytes: Uint8Array,
   own: Record<string, string>,
-  cutAfter = Infinity,
-): void {
+  most = Infinity,
+): number {
   const [, from, to] = /^bytes=(\d+)-(\d*)$/.exec(headers.range ?? "") ?? [];
   const start = Number(from ?? 0);
   const part = bytes.subarray(start, to ? Number(to) + 1 : bytes.length);
   const range = { "content-range": `bytes ${start}-${start + part.length - 1}/${bytes.length}` };
   const all = { ...own, "accept-ranges": "bytes", "content-length": part.length };
   response.writeHead(from === undefined ? 200 : 206, from === undefined ? all : { ...all, ...range });
-  if (method === "HEAD") return void response.end();
-  if (part.length <= cutAfter) return void response.end(part);
-  response.write(part.subarray(0, cutAfter), () => response.destroy());
+  if (method === "HEAD") response.end();
+  else if (part.length <= most) response.end(part);
+  else response.write(part.subarray(0, most), () => response.destroy());
+  return part.length;
 }
 
 function listingOf(name: string, sha: string, files: Files) {

@@ -21,7 +21,7 @@ const LAYERS: readonly (readonly string[])[] = [
     "src/pace.ts",
     "src/queue.ts",
   ],
-  ["src/source.ts", "src/http/", "src/open-source.ts", "src/files-node.ts", "src/files-web.ts"],
+  ["src/source.ts", "src/http/", "src/open-source.ts", "src/disk.ts", "src/files-node.ts", "src/files-web.ts"],
   ["src/tensor/"],
   ["src/format/"],
   ["src/cache/"],

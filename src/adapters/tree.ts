@@ -57,6 +57,11 @@ export async function isFolder(given: string, options: HubOptions = {}): Promise
 export async function treeAt(given: string, options: HubOptions = {}): Promise<{ tree: Tree; path: string }> {
   const name = hubName(given);
   if (name) return treeOnHub(name, options);
+  if (/^https?:/i.test(given)) {
+    const message =
+      "is an address, and folders are searched on the disk and on the Hugging Face Hub (hf:org/name) alone; download it";
+    throw new AdapterError(message, { file: given });
+  }
   const path = resolve(given);
   if ((await kind(path)) !== undefined) return { tree: DISK, path };
   await refuseOtherKinds(path, "a file or a folder");
@@ -68,8 +73,8 @@ async function treeOnHub(name: HubName, options: HubOptions): Promise<{ tree: Tr
   const tree = treeOf(snapshot, name);
   const path = join(snapshot.folder, name.path);
   if ((await tree.kind(path)) !== undefined) return { tree, path };
-  const has = (await tree.names(snapshot.folder)).join(", ");
-  throw new AdapterError(`the repository has no such file or folder, but ${has}`, { file: tree.nameOf(path) });
+  const has = (await tree.names(snapshot.folder)).join(", ") || "nothing";
+  throw new AdapterError(`there is no such file or folder; the repository has ${has}`, { file: tree.nameOf(path) });
 }
 
 function treeOf(snapshot: Snapshot, name: HubName): Tree {

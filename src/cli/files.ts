@@ -1,6 +1,6 @@
 /**
  * Files of the command line: written beside the target and renamed, or appended so that a crash at any byte leaves the old
- * content (SPEC.md, section 9). The only code of the package that writes to disk. All in synchronous steps: see undo.ts. What
+ * content (SPEC.md, section 9). Beside the caches the only code of the package that writes to disk. All in synchronous steps: see undo.ts. What
  * others may change at the same time is written under its lock (`Run.lock`).
  */
 import { randomUUID } from "node:crypto";

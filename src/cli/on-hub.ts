@@ -39,9 +39,13 @@ export function downloading(out: Output): NonNullable<HubOptions["onProgress"]> 
   return ({ file, loaded, total }) => out.progress(`${file}, MB`, megabytes(loaded), megabytes(total));
 }
 
-/** `org/name`, where a path is not meant: neither that nor a folder of its name is here. */
+/** Endings that files have, and repositories seldom. */
+const FILE = /\.(onnx|onnx_adapter|safetensors|gguf|json|eigen|eigentask|bin)$/;
+
+/** `org/name`, where a path is not meant: neither that nor a folder `org` is here. */
 function isShort(given: string): boolean {
-  return /^\w[\w.-]*\/\w[\w.-]*(@[^/]+)?$/.test(given) && !existsSync(given) && !existsSync(dirname(given));
+  if (!/^\w[\w.-]*\/\w[\w.-]*(@[^/]+)?$/.test(given) || FILE.test(given)) return false;
+  return !existsSync(given) && !existsSync(dirname(given));
 }
 
 /** The model that a name stands for. @throws SourceError when there is none, or several */

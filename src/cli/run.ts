@@ -13,6 +13,7 @@ import { renamedHost } from "../core/renamed.ts";
 import { readTask } from "../core/task-file.ts";
 import type { TaskFile } from "../format/format.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
+import type { HubOptions } from "../http/hub.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import { makeFolder, writeWhole } from "./files.ts";
@@ -163,7 +164,8 @@ export class Run {
       await describeBase(path);
       return {};
     }
-    const host = this.closing(await openHost(path));
+    const how: HubOptions = { onProgress: downloading(this.#out) };
+    const host = this.closing(await openHost(path, how));
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
 

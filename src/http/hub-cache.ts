@@ -83,9 +83,9 @@ export class HubCache {
     }
   }
 
-  /** Keeps what the Hub has said of a revision. @param tree files of the commit, in the words of `trees/COMMIT.json` */
-  async keep(revision: string, commit: string, tree: Readonly<Record<string, TreeEntry>>): Promise<void> {
-    const text = JSON.stringify({ format_version: 1, files: tree }, null, 1);
+  /** Keeps what the Hub has said of a revision. @param tree files of the commit, by path */
+  async keep(revision: string, commit: string, tree: ReadonlyMap<string, TreeEntry>): Promise<void> {
+    const text = JSON.stringify({ format_version: 1, files: Object.fromEntries(tree) }, null, 1);
     try {
       // Python's listing says more of each file: it stays.
       if (!(await this.files(commit))) await this.#write(this.#tree(commit), text);

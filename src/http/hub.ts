@@ -3,8 +3,8 @@
  * the Hub's own cache (`hub-cache.ts`) when they are needed.
  *
  * It speaks the plain protocol: a listing with sizes and hashes, and an address for each file, read as any other address is. The package
- * @huggingface/hub would add less than it costs: it begins again when a download breaks off, checks no hash, and puts the files of one revision
- * below several commits.
+ * @huggingface/hub would cost more than it adds: it begins again when a download breaks off, checks no hash, and puts the files of one
+ * revision below several commits.
  */
 import { readdir, readFile } from "node:fs/promises";
 import { join, sep } from "node:path";
@@ -13,7 +13,7 @@ import { openDisk } from "../disk.ts";
 import { SourceError } from "../errors.ts";
 import type { ByteSource, FetchOptions, ReadOptions } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
-import { COMMIT, filesOf, HubCache, type HubFile, hubHome, type TreeEntry } from "./hub-cache.ts";
+import { COMMIT, filesOf, HubCache, type HubFile, type HubFiles, hubHome, type TreeEntry } from "./hub-cache.ts";
 import { type HubName, hubEndpoint, hubName, hubText } from "./hub-name.ts";
 import { UrlSource } from "./url-source.ts";
 
@@ -58,20 +58,21 @@ export async function openSnapshot(name: HubName, options: HubOptions = {}): Pro
   const cache = new HubCache(repository);
   const known = await cache.commitOf(revision);
   const offline = isOffline();
-  const door = new Door(name, options);
+  const client = new HubClient(name, options);
   if (known !== undefined && (offline || known === revision)) {
     const files = (await cache.files(known)) ?? (offline ? await filesIn(cache.snapshot(known)) : undefined);
-    if (files) return new Snapshot(door, cache, known, files);
+    if (files) return new Snapshot(client, cache, known, files);
   }
   if (offline) throw new SourceError(OFFLINE, { file: hubText({ ...name, path: "" }) });
-  const { commit, tree } = await door.listing().catch((error: unknown) => {
+  const { commit, tree, files } = await client.listing().catch((error: unknown) => {
     // Without an answer it is the network; what is here can be used knowingly.
     if (!(error instanceof SourceError) || error.status !== undefined || known === undefined) throw error;
     const message = `${error.message.slice(error.file.length + 2)}. What is in the cache is taken with HF_HUB_OFFLINE=1`;
-    throw new SourceError(message, { file: error.file, transient: true, cause: error });
+    const { file, transient = false } = error;
+    throw new SourceError(message, { file, transient, cause: error });
   });
   await cache.keep(revision, commit, tree);
-  return new Snapshot(door, cache, commit, filesOf(Object.entries(tree)));
+  return new Snapshot(client, cache, commit, files);
 }
 
 /** The files of a repository at one commit. */
@@ -80,22 +81,22 @@ export class Snapshot {
   readonly folder: string;
   /** Files by path; undefined for what only the cache knows, without the Hub. */
   readonly files: ReadonlyMap<string, HubFile | undefined>;
-  readonly #door: Door;
+  readonly #client: HubClient;
   readonly #cache: HubCache;
   readonly #commit: string;
 
   /** @internal Use `openSnapshot`. */
-  constructor(door: Door, cache: HubCache, commit: string, files: ReadonlyMap<string, HubFile | undefined>) {
+  constructor(client: HubClient, cache: HubCache, commit: string, files: ReadonlyMap<string, HubFile | undefined>) {
     this.folder = cache.snapshot(commit);
     this.files = files;
-    this.#door = door;
+    this.#client = client;
     this.#cache = cache;
     this.#commit = commit;
   }
 
   /** A file's or folder's name on the Hub, with the commit: whatever happens there, it stays this one. */
   nameOf(path: string): string {
-    return hubText({ repository: this.#door.name.repository, revision: this.#commit, path });
+    return hubText({ repository: this.#client.name.repository, revision: this.#commit, path });
   }
 
   /**
@@ -105,7 +106,7 @@ export class Snapshot {
    */
   async get(paths: readonly string[]): Promise<string[]> {
     const places = new Array<string>(paths.length);
-    const { signal } = this.#door.options;
+    const { signal } = this.#client.options;
     const stop = new AbortController();
     const all = signal ? AbortSignal.any([signal, stop.signal]) : stop.signal;
     const waiting = [...paths.entries()];
@@ -132,7 +133,7 @@ export class Snapshot {
 
   /** @throws SourceError when the Hub must not be asked */
   #remote(path: string): UrlSource {
-    if (!isOffline()) return this.#door.open(path, this.#commit);
+    if (!isOffline()) return this.#client.open(path, this.#commit);
     throw new SourceError(OFFLINE, { file: this.nameOf(path) });
   }
 
@@ -140,7 +141,7 @@ export class Snapshot {
     const file = this.#find(path);
     const here = await this.#cache.find(this.#commit, path, file);
     if (here !== undefined) return here;
-    const { onProgress } = this.#door.options;
+    const { onProgress } = this.#client.options;
     const source = this.#remote(path);
     const onBytes = (loaded: number): void => onProgress?.({ file: path, loaded, total: file!.size });
     try {
@@ -166,7 +167,7 @@ function some(paths: readonly string[]): string {
 }
 
 /** What asks the Hub about one repository. */
-class Door {
+class HubClient {
   readonly name: HubName;
   readonly options: HubOptions;
   readonly #endpoint = hubEndpoint();
@@ -178,7 +179,7 @@ class Door {
   }
 
   /** @throws SourceError when it is not shown, or what answers is not the Hub */
-  async listing(): Promise<{ commit: string; tree: Record<string, TreeEntry> }> {
+  async listing(): Promise<{ commit: string; tree: ReadonlyMap<string, TreeEntry>; files: HubFiles }> {
     const { repository, revision } = this.name;
     const address = `${this.#endpoint}/api/models/${repository}/revision/${encodeURIComponent(revision)}?blobs=true`;
     const source = this.#source(address);
@@ -186,9 +187,8 @@ class Door {
     try {
       const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
       if (!COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
-      const tree = Object.fromEntries(siblings.map(entryOf));
-      filesOf(Object.entries(tree));
-      return { commit: sha, tree };
+      const tree = new Map(siblings.map(entryOf));
+      return { commit: sha, tree, files: filesOf(tree) };
     } catch (cause) {
       const message = `does not answer as the Hub does (${(cause as Error).message}); check HF_ENDPOINT`;
       throw new SourceError(message, { file: source.name, cause });
@@ -201,14 +201,8 @@ class Door {
   }
 
   #source(address: string): UrlSource {
-    const { timeout, minRate, retries, maxWholeBytes } = this.options;
-    const given = Object.entries({ timeout, minRate, retries, maxWholeBytes }).filter(
-      ([, value]) => value !== undefined,
-    );
-    return new UrlSource(new URL(address), {
-      ...Object.fromEntries(given),
-      fetch: (url, init) => this.#ask(url, init),
-    });
+    const { headers: _, ...options } = this.options;
+    return new UrlSource(new URL(address), { ...options, fetch: (url, init) => this.#ask(url, init) });
   }
 
   /** Asks, and follows redirects itself: files lie on servers of others, and they must not see the token. */
