@@ -4,9 +4,10 @@
 import { checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
 import type { ModelInput } from "../src/onnx/whole.ts";
+import { createSession } from "../src/session/create-session.ts";
 import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
 import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
-import { createSession, type Session } from "../src/session/session.ts";
+import type { Session } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
 import type { Ort, SessionOptions } from "./ort.ts";
 import { createEngine } from "./ort-engine.ts";

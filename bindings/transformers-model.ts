@@ -3,6 +3,7 @@
  * Part of `eigenlora/transformers`, without an entry of its own.
  */
 import { BackendError, SourceError } from "../src/errors.ts";
+import type { OnProgress, Progress } from "../src/progress.ts";
 import { Queue } from "../src/queue.ts";
 import type { EngineTensor } from "../src/session/engine.ts";
 import type { SourceInput } from "../src/source.ts";
@@ -82,6 +83,11 @@ export type OwnSessions = ReadonlyMap<string, PipelineSession>;
 
 /** Finds what sessions are made of, by their names. */
 export type Find = () => Promise<Map<string, Found>>;
+
+/** Hands what transformers.js tells of its files to `onProgress`. */
+export function staged(onProgress: OnProgress): (info: Partial<Progress>) => void {
+  return (info) => onProgress({ stage: "model", loaded: 0, total: 0, progress: 0, ...info } as Progress);
+}
 
 /** `takeModels` for later. */
 export function finder(...what: Parameters<typeof takeModels>): Find {

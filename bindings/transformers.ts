@@ -6,6 +6,7 @@
 import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack, TaskInfo } from "../src/core/pack.ts";
 import { copySelection, type Selection } from "../src/core/selection.ts";
+import { Switching } from "../src/core/switching.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
 import type { SourceInput } from "../src/source.ts";
 import type {
@@ -25,6 +26,7 @@ import {
   type PipelineOrt,
   type PipelineSession,
   remake,
+  staged,
 } from "./transformers-model.ts";
 import {
   byName,
@@ -123,13 +125,14 @@ export async function attachPack(
   refuseForSeveral(names, model, rest);
   checkEach(each, names);
   const ort = { Tensor: tensorClass(pipe, Tensor), env: ENV };
+  const loading = { ...(rest.onProgress && { progress_callback: staged(rest.onProgress) }), ...pretrained };
   const shared = join(pipe);
   try {
     return await shared.queue.alone(async () => {
       const { own, taken } = ownSessions(pipe.model, names, shared.taken);
       const [{ constructor }] = own.values() as Iterable<PipelineSession> as [PipelineSession];
       const all = new Map([...[...taken].map(([name, one]): [string, PipelineSession] => [name, one.own]), ...own]);
-      const found = isId(model) ? await finder(pipe.model, all, model, pretrained)() : foundOnly(own, model);
+      const found = isId(model) ? await finder(pipe.model, all, model, loading)() : foundOnly(own, model);
       const find = isId(model) ? finder(pipe.model, own, model, pretrained) : undefined;
       const shown = shownOf(own);
       const first = original === "release-first" ? own : undefined;
@@ -174,7 +177,7 @@ interface Parts {
 }
 
 /** A pack on a pipeline. Made by `attachPack`. */
-export class AttachedPack {
+export class AttachedPack extends Switching<SessionSwitchReport> {
   /**
    * What the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are not here. For
    * reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to here instead of by
@@ -186,6 +189,7 @@ export class AttachedPack {
 
   /** @internal */
   constructor(parts: Parts) {
+    super();
     this.sessions = parts.sessions;
     this.#parts = parts;
   }
@@ -222,12 +226,19 @@ export class AttachedPack {
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     const { whole, shared, ignore } = this.#parts;
     const asked = copySelection(selection);
-    return shared.queue.alone(async () => {
+    const change = async (): Promise<SessionSwitchReport> => {
       const labels = await labelsOf(whole.pack, asked, options.head, ignore);
       const report = await whole.switchTask(asked, options);
       shared.labels.set(this, labels);
       return report;
-    });
+    };
+    return shared.queue.alone(() => this.switching(asked, change));
+  }
+
+  /** @internal */
+  override heard(type: string): void {
+    if (type === "devicelost")
+      this.#parts.whole.addEventListener(type, ({ detail }) => this.tell("devicelost", detail), { once: true });
   }
 
   /** Resident bytes that come on top of what the pipeline's own sessions hold. */

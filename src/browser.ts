@@ -12,7 +12,6 @@ export { createSession, createSessions, type GroupOptions, type SessionGroup } f
 export {
   type CreateTrainerOptions,
   createTrainer,
-  type Encode,
   type Example,
   type FitOptions,
   type LearnedTaskOptions,

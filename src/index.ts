@@ -18,12 +18,13 @@ export type {
 export { createRuntime, type RuntimeOptions } from "./core/create.ts";
 export { type OpenOptions, openPack } from "./core/open-pack.ts";
 export type { TaskInfo } from "./core/pack.ts";
-export { type Bases, Pack } from "./core/pack.ts";
+export { type Bases, type BasesOptions, Pack, type PackEvents } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
 export { Runtime } from "./core/runtime.ts";
 export type { MemoryReport, RuntimeSwitchReport, Selection, SwitchOptions, SwitchReport } from "./core/selection.ts";
+export type { SwitchEvents, Switching } from "./core/switching.ts";
 export type { ModuleTerm } from "./core/terms.ts";
-export type { PublicKey, TaskTrust, TrustOptions } from "./core/trust.ts";
+export type { AddTaskOptions, PublicKey, TrustOptions } from "./core/trust.ts";
 export {
   AdapterError,
   BackendError,
@@ -34,6 +35,7 @@ export {
   TaskError,
   TrustError,
 } from "./errors.ts";
+export type { DetailedEvent, Listener, ListenOptions, Observable } from "./events.ts";
 export {
   type BasisDescription,
   type Coefficients,
@@ -52,7 +54,8 @@ export {
   type TensorRef,
   type Window,
 } from "./format/format.ts";
-export type { ByteSource, FetchOptions, ReadOptions, Reads, SourceInput } from "./source.ts";
+export type { FileProgress, OnProgress, Progress, ReadyProgress } from "./progress.ts";
+export type { AbortOptions, ByteSource, FetchOptions, ReadOptions, Reads, SourceInput } from "./source.ts";
 export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";
 export { VERSION } from "./version.ts";

@@ -3,7 +3,11 @@
  */
 import { openPath } from "#files";
 import { described } from "./arguments.ts";
-import { type ByteSource, checkRange, type FetchOptions, type ReadOptions, type SourceInput } from "./source.ts";
+import type { FileProgress, OnProgress, WatchedSource } from "./progress.ts";
+import { type AbortOptions, type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";
+
+/** Names of sources that are bytes. */
+const IN_MEMORY = ["Uint8Array", "ArrayBuffer"];
 
 /**
  * Makes a source of whatever names or holds bytes. URLs are not contacted before the first read.
@@ -13,14 +17,14 @@ import { type ByteSource, checkRange, type FetchOptions, type ReadOptions, type 
  */
 export async function openSource(
   input: SourceInput,
-  options: FetchOptions & ReadOptions = {},
+  options: FetchOptions & AbortOptions = {},
   where = "source",
 ): Promise<ByteSource> {
   if (input instanceof ArrayBuffer || input instanceof Uint8Array) {
     // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy. What has no `buffer` is one.
     const { buffer, byteOffset, byteLength } = input as Uint8Array<ArrayBuffer>;
     const bytes = new Uint8Array(buffer ?? input, byteOffset, byteLength);
-    return localSource(buffer ? "Uint8Array" : "ArrayBuffer", byteLength, (start, end) => bytes.subarray(start, end));
+    return localSource(IN_MEMORY[buffer ? 0 : 1]!, byteLength, (start, end) => bytes.subarray(start, end));
   }
   if (typeof Blob !== "undefined" && input instanceof Blob) {
     const get = async (start: number, end: number) => new Uint8Array(await input.slice(start, end).arrayBuffer());
@@ -37,6 +41,26 @@ export async function openSource(
   }
   if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
   throw new TypeError(`${where}: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
+}
+
+/**
+ * Has the reads of a source told. Bytes in memory have nothing to tell.
+ * @param total as `watch` takes it
+ * @returns undefined where nobody asks
+ */
+export async function watchedOf(
+  source: ByteSource,
+  stage: FileProgress["stage"],
+  onProgress: OnProgress | undefined,
+  total?: (loaded: number) => number | undefined,
+): Promise<WatchedSource | undefined> {
+  if (onProgress === undefined || IN_MEMORY.includes(source.name)) return undefined;
+  return (await import("./progress.ts")).watch(source, stage, onProgress, total);
+}
+
+/** Tells that a session is made of a model. */
+export async function tellReady(model: string, onProgress: OnProgress | undefined): Promise<void> {
+  if (onProgress) (await import("./progress.ts")).ready(model, onProgress);
 }
 
 /**

@@ -6,9 +6,16 @@ import { SourceError } from "./errors.ts";
 
 export type {} from "./globals.ts";
 
-/** Options of one read. */
-export interface ReadOptions {
+/** Options of what can be cancelled. */
+export interface AbortOptions {
+  /** Aborted, the work ends as soon as it can, and its promise is rejected with the signal's reason. */
   readonly signal?: AbortSignal | undefined;
+}
+
+/** Options of one read. */
+export interface ReadOptions extends AbortOptions {
+  /** Told the number of bytes as they arrive, by sources that do not have all at once. */
+  readonly onBytes?: ((count: number) => void) | undefined;
 }
 
 /** What reading has cost. */

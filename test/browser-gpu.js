@@ -21,7 +21,7 @@ for (const { env } of Object.values(BUILDS)) {
 
 /** Bytes of live buffers with our labels, on all devices. */
 let live = 0;
-/** Work that devices are given now. @type {{ submits: number, written: number, coefficients: number } | undefined} */
+/** Work that devices are given now; `sent`: bytes that others than us send. @type {{ submits: number, written: number, coefficients: number, sent: number } | undefined} */
 let counts;
 watchDevices();
 
@@ -36,7 +36,7 @@ function watchDevices() {
     if (descriptor.label?.startsWith("eigenlora")) {
       live += buffer.size;
       ours.add(buffer);
-    }
+    } else if (counts && descriptor.mappedAtCreation) counts.sent += buffer.size;
     return buffer;
   };
   GPUBuffer.prototype.destroy = function () {
@@ -52,7 +52,9 @@ function watchDevices() {
     if (counts) {
       // Start and size are in elements of a typed array, in bytes of others.
       const element = "BYTES_PER_ELEMENT" in source ? Number(source.BYTES_PER_ELEMENT) : 1;
-      counts.written += size === undefined ? source.byteLength - start * element : size * element;
+      const bytes = size === undefined ? source.byteLength - start * element : size * element;
+      counts.written += bytes;
+      if (!ours.has(buffer)) counts.sent += bytes;
       if (buffer.label === "eigenlora scratch") counts.coefficients++;
     }
     return writeBuffer.call(this, buffer, at, source, start, size);
@@ -116,7 +118,7 @@ export async function switching(feeds, selections, switches) {
   const ask = () => answer(ort, session, feeds);
   /** @param {Selection} selection */
   const change = async (selection) => {
-    counts = { submits: 0, written: 0, coefficients: 0 };
+    counts = { submits: 0, written: 0, coefficients: 0, sent: 0 };
     const { bytesFed } = await session.switchTask(selection, headOf(selection));
     const asked = counts;
     counts = undefined;
@@ -250,6 +252,7 @@ export async function lost(feeds, build, mode = "folded") {
   const device = /** @type {GPUDevice} */ (await ort.env.webgpu.device);
   await session.switchTask("two");
   await answer(ort, session, feeds);
+  const told = new Promise((resolve) => session.addEventListener("devicelost", ({ detail }) => resolve(detail)));
   const ask = () => answer(ort, session, feeds);
   const under = [failure(ask), failure(() => session.switchTask("three")), failure(ask)];
   device.destroy();
@@ -259,7 +262,7 @@ export async function lost(feeds, build, mode = "folded") {
     again: await failure(ask),
     switch: await failure(() => session.switchTask("three")),
   };
-  return { run, change, next, after, release: await failure(() => session.close()), live };
+  return { run, change, next, after, told: await told, release: await failure(() => session.close()), live };
 }
 
 /**
@@ -289,6 +292,54 @@ export async function small(feeds, build, basis) {
   }
   await pack.close();
   return found;
+}
+
+/**
+ * What a switch writes to the device, and what runs send, beside a model without tasks.
+ * @param {Feeds} feeds
+ * @param {keyof typeof BUILDS} build
+ * @param {"core" | "factors"} mode
+ */
+export async function placed(feeds, build, mode) {
+  const ort = BUILDS[build];
+  const executionProviders = ["webgpu"];
+  const plain = await ort.InferenceSession.create("/model.onnx", { executionProviders });
+  const pack = await openPack("/tasks.eigen");
+  const session = await createEigenSession(ort, "/model.onnx", pack, { mode, session: { executionProviders } });
+  /** @param {() => Promise<unknown>} work */
+  const count = async (work) => {
+    counts = { submits: 0, written: 0, coefficients: 0, sent: 0 };
+    await work();
+    const { written, sent } = counts;
+    counts = undefined;
+    return { written, sent };
+  };
+  const tasks = [null, "two", "three", "five", "two", null];
+  const found = [];
+  const bare = /** @type {any} */ (plain);
+  await answer(ort, bare, feeds);
+  const expected = await count(() => answer(ort, bare, feeds));
+  for (const task of tasks) {
+    let bytesFed = 0;
+    const switched = await count(async () => ({ bytesFed } = await session.switchTask(task)));
+    const answers = await answer(ort, session, feeds);
+    const run = await count(() => answer(ort, session, feeds));
+    found.push({ task, answers, bytesFed, switched, run });
+  }
+  // Runs and switches that nobody waits for.
+  const all = [];
+  for (let i = 0; i < 12; i++) {
+    const { task, answers } = found[i % found.length];
+    all.push(session.switchTask(task));
+    all.push(answer(ort, session, feeds).then((now) => same(now, answers)));
+  }
+  const inOrder = (await Promise.all(all)).every((one) => one !== false);
+  const memory = session.memory();
+  const held = live;
+  await session.close();
+  await plain.release();
+  await pack.close();
+  return { found, expected, inOrder, memory, held, left: live };
 }
 
 /** Opens a new session after a lost device. @param {Feeds} feeds */

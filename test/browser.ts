@@ -66,6 +66,8 @@ export async function openPage(
   t.teardown(() => server.close());
   const page = await ("newPage" in by ? by : await launch(t, by)).newPage();
   t.teardown(() => page.close());
+  // Software rendering fills a busy machine.
+  page.setDefaultTimeout(120_000);
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
   await page.goto(server.url("index.html"));
   return page;

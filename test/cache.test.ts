@@ -1,15 +1,18 @@
 /** Ranges kept longer than a page or process: in folders in Node, in the Cache API and OPFS in Chromium. Versions are never mixed. */
+import { createHash } from "node:crypto";
 import { mkdtemp, readdir, readFile, rm, utimes, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
-import { cachedSource, type RangeStore } from "eigenlora/cache";
+import { type CachedSource, cachedSource, type RangeStore } from "eigenlora/cache";
 import { folderStore, readAdapters } from "eigenlora/node";
+import { createEigenSession } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { concat, data } from "./packs.ts";
 import { type RangeServer, serve } from "./range-server.ts";
+import { difference, feeds, golden, NODE, packFor } from "./sessions.ts";
 
 const TASKS = ["debtags-role", "debtags-use", "sections-0"];
 const adapters = await readAdapters(TASKS.map((id) => data(`adapters/own-seed/${id}`)));
@@ -118,6 +121,35 @@ t.test("integrity in place of a version: offline, and at any address", async (t)
   t.equal(offline.reads.requests, 0);
   const another = cachedSource(url, store, { integrity: `sha256-${"A".repeat(43)}=`, retries: 0 });
   await t.rejects(use(another), { tag: "source", message: /refuses the connection/ });
+});
+
+t.test("a model is kept whole, and opens offline by a hash that names it", async (t) => {
+  const model = await readFile(data("sessions/torchscript.onnx"));
+  const origin = await serve(new Map([["model.onnx", model]]));
+  const folder = await folderOf(t);
+  const pack = await packFor("base");
+  const integrity = `sha256-${createHash("sha256").update(model).digest("base64")}`;
+  const url = origin.url("model.onnx");
+  const answer = async (source: CachedSource): Promise<unknown> => {
+    const session = await createEigenSession(NODE, source, pack);
+    await session.switchTask("two");
+    const { data } = (await session.run(feeds(NODE, session)))["logits"]!;
+    await session.close();
+    return [...(data as Float32Array)];
+  };
+  const first = cachedSource(url, folderStore(folder), { integrity });
+  const logits = await answer(first);
+  t.ok(difference(logits as number[], golden("base", "two")) < 1e-5);
+  t.equal((await entries(folder)).length, 2, "the bytes, and their number");
+  t.same(await answer(cachedSource(url, folderStore(folder))), logits, "by its version, it is another entry");
+  await origin.close();
+  const offline = cachedSource(url, folderStore(folder), { integrity });
+  t.same(await answer(offline), logits);
+  t.equal(offline.byteLength, model.length);
+  t.equal(offline.reads.requests, 0);
+  await offline.clear();
+  t.equal((await entries(folder)).length, 2, "those of the other");
+  await pack.close();
 });
 
 t.test("damaged, cut and lost entries are read again", async (t) => {

@@ -1,8 +1,11 @@
 /** The command line's own texts: help of every command, versions, and unknown words. */
 import { spawnSync } from "node:child_process";
-import { readFile } from "node:fs/promises";
+import { mkdtemp, readFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
+import { workIn } from "./command-line.ts";
 import { COMMAND_LINE, runProgram } from "./internals.ts";
 
 interface Answer {
@@ -45,6 +48,20 @@ t.test("a short list, and help of each command that fits 80 columns", async (t) 
     t.same(wide, [], `${command}: within 80 columns`);
     t.match(stdout, new RegExp(`^Usage: eigenlora ${command.replace(" --all", "")}`), "it says how it is called");
     t.notMatch(stdout, /undefined|\[object|unless given/, command);
+  }
+});
+
+t.test("each help has an example, whose words are known", async (t) => {
+  workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-help-")));
+  const below = ["shard", "merge", "project", "assemble"].map((name) => `hub ${name}`);
+  for (const command of [...commands, ...below]) {
+    const { stdout } = await run(...command.split(" "), "--help");
+    const [, example = ""] = /\nExample:\n {2}eigenlora (.+)\n$/.exec(stdout) ?? [];
+    t.ok(example.startsWith(command), `${command}: ${example}`);
+    // A benchmark would run.
+    if (command === "bench") continue;
+    const { stderr } = await run(...example.split(" "));
+    t.notMatch(stderr, /unknown|missing|too many|needs|expected/, example);
   }
 });
 

@@ -121,7 +121,7 @@ t.test("check takes a repository's model, with what lies beside it", async (t) =
   t.match(none["error"], { message: /hf:org\/plain@.*: holds no ONNX model; export one/ });
 });
 
-t.test("a base is taken from the Hub: of a folder its names, of a file its fingerprints", async (t) => {
+t.test("a base is taken from the Hub: a file, a folder's weights in one file or several, or names alone", async (t) => {
   const { hub } = await work(t);
   hub.push("org/two", filesBelow(data("sessions/adapters/two")));
   hub.push("org/base", new Map([["model.safetensors", session("base.safetensors")]]));
@@ -141,12 +141,15 @@ t.test("a base is taken from the Hub: of a folder its names, of a file its finge
   );
   t.ok(readFileSync("hub.eigen").equals(readFileSync("local.eigen")));
   hub.take();
-  const { notes } = await json(0, "pack", "org/two", "--base", "org/base", "--k", "1", "-o", "names.eigen");
-  t.ok(
-    hub
-      .take()
-      .every(({ origin, range }) => origin === "hub" || range === undefined || /^bytes=(0-7|8-\d+)$/.test(range)),
+  await json(0, "pack", "org/two", "--base", "org/base", "--k", "1", "-o", "folder.eigen");
+  t.ok(readFileSync("folder.eigen").equals(readFileSync("local.eigen")), "a folder's weights are taken, too");
+  t.same(
+    hub.take().filter(({ origin }) => origin === "storage"),
+    [],
+    "once downloaded, they are in the cache",
   );
+  hub.push("org/names", new Map([["config.json", text('{"num_attention_heads": 2}')]]));
+  const { notes } = await json(0, "pack", "org/two", "--base", "org/names", "--k", "1", "-o", "names.eigen");
   t.ok(notes);
 });
 

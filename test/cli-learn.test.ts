@@ -154,7 +154,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   t.match(stopAt(0), { tag: "task", message: "stopped before the first step: nothing was learned, nothing written" });
   t.notOk((await readdir(folder)).includes("stopped.eigentask"));
   const { json: made, exitCode, text } = stopAt(1);
-  t.equal(exitCode, 1);
+  t.equal(exitCode ?? 0, 0, "a task was written");
   t.match(made, { interrupted: true, file: "stopped.eigentask", holdout: null });
   // A signal arrives slightly later than it was sent.
   t.ok(made.steps >= 1 && made.steps < 4, `${made.steps} steps`);

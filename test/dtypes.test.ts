@@ -139,3 +139,57 @@ t.test("integers and scales of every packed type are those that values are made 
   }
   t.end();
 });
+
+t.test("rows put to their places, in either direction, are what is decoded, times the factor", async (t) => {
+  t.doesNotThrow(() =>
+    fc.assert(
+      fc.property(
+        fc.constantFrom(...d.DTYPES),
+        fc.integer({ min: 1, max: 5 }),
+        fc.integer({ min: 1, max: 40 }),
+        fc.boolean(),
+        fc.constantFrom(1, 0.7, -2),
+        fc.infiniteStream(fc.float({ min: -100, max: 100, noNaN: true })),
+        (type, rows, width, turned, factor, stream) => {
+          const values = Float32Array.from({ length: rows * width }, () => stream.next().value);
+          const bytes = encodeTensor(type, values, rows, width);
+          const expected = d.decodeTensor(type, bytes, rows, width).map((value) => value * factor);
+          // Two other rows lie above, one below.
+          const rank = rows + 3;
+          const out = new Float32Array(rank * width).fill(7);
+          const places = turned ? { at: 2, down: 1, along: rank } : { at: 2 * width, down: width, along: 1 };
+          d.placeTensor(type, bytes, rows, width, out, places, factor);
+          return out.every((value, place) => {
+            const [row, column] = turned
+              ? [place % rank, Math.floor(place / rank)]
+              : [Math.floor(place / width), place % width];
+            return Object.is(value, row < 2 || row > rows + 1 ? 7 : expected[(row - 2) * width + column]);
+          });
+        },
+      ),
+    ),
+  );
+});
+
+t.test("the least integer of a packed row is found wherever it stands", async (t) => {
+  t.doesNotThrow(() =>
+    fc.assert(
+      fc.property(
+        fc.constantFrom("int8" as const, "int4" as const, "int3" as const),
+        fc.array(fc.integer({ min: -128, max: 127 }), { minLength: 1, maxLength: 40 }),
+        fc.integer({ min: 0, max: 3 }),
+        (type, values, start) => {
+          const least = -(2 ** (d.BITS[type] - 1));
+          const fitting = values.map((value) => Math.max(least, Math.min(value, -1 - least)));
+          // Bytes around the row are the least integers of all types.
+          const bytes = new Uint8Array(start + d.rowBytes(type, values.length) + 3).fill(0x88);
+          bytes.fill(0, start, start + d.rowBytes(type, values.length));
+          for (const [i, value] of fitting.entries()) d.setInteger(bytes, d.BITS[type], start, i, value);
+          const first = fitting.indexOf(least);
+          return d.leastAt(bytes, type, start, values.length) === (first < 0 ? values.length : first);
+        },
+      ),
+      { numRuns: 2000 },
+    ),
+  );
+});

@@ -69,8 +69,8 @@ async function makeProject(): Promise<string> {
     await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
   // All of onnxruntime-web is 130 MB.
   await mkdir(join(project, "node_modules/onnxruntime-web/dist"), { recursive: true });
-  const build = "dist/ort-wasm-simd-threaded.jsep";
-  for (const file of ["package.json", "dist/ort.bundle.min.mjs", `${build}.mjs`, `${build}.wasm`])
+  const build = "dist/ort-wasm-simd-threaded";
+  for (const file of ["package.json", "dist/ort.wasm.bundle.min.mjs", `${build}.mjs`, `${build}.wasm`])
     await copyFile(join(ORT, file), join(project, "node_modules/onnxruntime-web", file));
   await mkdir(join(project, "public"));
   await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
@@ -91,7 +91,7 @@ async function makeFolder(): Promise<string> {
   const imports = {
     eigenlora: "./eigenlora.js",
     "eigenlora/onnxruntime": "./eigenlora.js",
-    "onnxruntime-web": "./ort.js",
+    "onnxruntime-web/wasm": "./ort.js",
   };
   const map = `<script type="importmap">${JSON.stringify({ imports })}</script>`;
   await writeFile(join(folder, "index.html"), `<!doctype html>${map}<script type="module" src="main.js"></script>`);

@@ -142,7 +142,7 @@ t.test(
     await copyFile(join(ort, "ort.wasm.bundle.min.mjs"), join(site, "ort.js"));
     await copyFile(join(ort, "ort-wasm-simd-threaded.wasm"), join(site, "ort-wasm-simd-threaded.wasm"));
     const local = (code: string): string =>
-      code.replace(/"eigenlora(\/onnxruntime)?"/g, '"./eigenlora.js"').replace('"onnxruntime-web"', '"./ort.js"');
+      code.replace(/"eigenlora(\/onnxruntime)?"/g, '"./eigenlora.js"').replace('"onnxruntime-web/wasm"', '"./ort.js"');
     await writeFile(join(site, "example.js"), local(MODULE));
     await writeFile(join(site, "smoke.js"), local(await readFile(join(root, "test/smoke.js"), "utf8")));
     await writeFile(

@@ -195,7 +195,7 @@ export { RULES } from "../dist/src/autodiff/rules/index.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { takeUntransposed } from "../dist/src/autodiff/transposed.js";
 export { AdamW } from "../dist/src/train/adamw.js";
-export { createBatcher, PADDED } from "../dist/src/train/encoding.js";
+export { createBatcher } from "../dist/src/train/encoding.js";
 export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
 export { MeanDivergence } from "../dist/src/train/probabilities.js";
 export { headInputs } from "../dist/src/train/trainable-model.js";

@@ -33,6 +33,7 @@ t.test("the page runs its own scripts only, and talks to its own server only", {
     "hosts that send no header: the page brings it itself",
   );
   const page = await browser.newPage({ serviceWorkers: "block" });
+  page.setDefaultTimeout(90_000);
   const violations: string[] = [];
   page.on(
     "console",

@@ -1,25 +1,28 @@
-/** README's lines that put a pack on a model, as a module for a task and files of the tests. */
+/** README's first example: as printed, and as a module for a model and a task of the tests. */
 import { readFileSync } from "node:fs";
 import { GOLDENS } from "./sessions.ts";
 
 const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
-const example = /```js\n(import \* as ort from "onnxruntime-web";[^`]*createEigenSession[^`]*)```/.exec(readme)?.[1];
+const example = /```js\n([^`]*createEigenSession[^`]*)```/.exec(readme)?.[1];
 if (!example) throw new Error("README.md has no example with createEigenSession");
-const lines = example.replace("debtags-role", "two").split("\n");
+
+/** The example as printed: a page with the files that it reads beside it. */
+export const EXAMPLE = example;
+
+const lines = example.split("\n").filter((line) => !/[tT]okenizer.*(from|new) |const read = /.test(line));
 const isImport = (line: string): boolean => line.startsWith("import ");
 
-/** Code that exports `main(model)`, which returns the answer to the feeds of the golden answers. */
+/** Code that exports `main(model)`, which returns the answer of task "two" to the feeds of the golden answers: no tokenizer has those. */
 export const MODULE = `${lines.filter(isImport).join("\n")}
-function makeFeeds() {
-  const make = ([name, rows]) => [name, new ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length])];
-  return Object.fromEntries(${JSON.stringify(["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, GOLDENS.feeds[name]]))}.map(make));
-}
+const rows = ${JSON.stringify(["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, GOLDENS.feeds[name]]))};
+const tokenizer = () =>
+  Object.fromEntries(rows.map(([name, all]) => [name, { dims: [all.length, all[0].length], data: BigInt64Array.from(all.flat(), BigInt) }]));
 export async function main(model) {
-  const feeds = makeFeeds();
+  const answers = {};
 ${lines
   .filter((line) => !isImport(line))
-  .map((line) => `  ${line}`)
+  .map((line) => `  ${line.replace('"model.onnx"', "model").replace(/console\.log\(.*/, "answers[task] = scores;")}`)
   .join("\n")}
-  return [...logits.data];
+  return answers.two;
 }
 `;

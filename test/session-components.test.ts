@@ -2,6 +2,7 @@
  * Components in a session in the number format of their pack: the same answers as with floats, on every runtime and model; their memory;
  * and layers with one input, which share a product and an input for their cores.
  */
+import { readFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -9,6 +10,7 @@ import { createSession } from "eigenlora/session";
 import t from "tap";
 import {
   create,
+  fromBinary,
   GraphProtoSchema,
   ModelProtoSchema,
   makeFloats,
@@ -85,6 +87,44 @@ for (const { name, ort } of ORTS) {
     }
   });
 }
+
+t.test("products with 4 bits round their inputs where all of the model's layers do", async (t) => {
+  const pack = await packAs(["adapters/two", "adapters/three"], "base", "int4");
+  const built = fromBinary(ModelProtoSchema, await readFile(model("q4")));
+  const layers = built.graph!.node.filter(({ opType }) => opType === "MatMulNBits");
+  const setLevel = (node: (typeof layers)[number], level: number): void => {
+    node.attribute = node.attribute.filter(({ name }) => name !== "accuracy_level");
+    node.attribute.push(...makeNode("", "", [], "", { accuracy_level: level }).attribute);
+  };
+  const levels = async (): Promise<Set<number>> => {
+    const file = await readModel(toBinary(ModelProtoSchema, built));
+    const bases = await pack.bases();
+    await prepareModel(file, pack, bases.bytes, { mode: "core", integers: ["MatMulNBits"] });
+    bases.close();
+    const added = file.model.graph.proto.node.filter(
+      ({ name, opType }) => name.startsWith("eigenlora/") && opType === "MatMulNBits",
+    );
+    t.ok(added.length >= 4, `${added.length} products`);
+    return new Set(added.map(({ attribute }) => Number(attribute.find(({ name }) => name === "accuracy_level")!.i)));
+  };
+  t.same(await levels(), new Set([1]), "the file says nothing");
+  for (const node of layers) setLevel(node, 4);
+  t.same(await levels(), new Set([4]));
+  const rounded = toBinary(ModelProtoSchema, built);
+  for (const { name, ort } of ORTS) {
+    const small = await open(ort, rounded, pack, { mode: "core" });
+    t.equal(small.probe.result, "passed");
+    const plain = await open(ort, rounded, pack, { mode: "core", components: "f32" });
+    const [found, expected] = [await answers(small, ort, pack), await answers(plain, ort, pack)];
+    const off = Math.max(...found.map((one, i) => difference(one, expected[i]!) / largest(expected[i]!)));
+    t.ok(off < 2e-2, `${name}: off by ${off}, by rounding to 8 bits`);
+    await small.close();
+    await plain.close();
+  }
+  setLevel(layers[0]!, 1);
+  t.same(await levels(), new Set([1]), "one layer that does not");
+  await pack.close();
+});
 
 t.test("by either operator, held against arithmetic in f64", async (t) => {
   for (const basis of ["int8", "int4", "int3"] as const) {

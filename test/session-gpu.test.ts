@@ -32,7 +32,7 @@ async function inBrowser(t: Test, calls: readonly string[], model = "torchscript
     ...packs,
     [
       "page.js",
-      await bundle(`import { again, given, lost, small, switching } from "./browser-gpu.js";
+      await bundle(`import { again, given, lost, placed, small, switching } from "./browser-gpu.js";
       const feeds = ${JSON.stringify(feeds)};
       async function all() {
         if (!(await navigator.gpu?.requestAdapter())) return "no adapter";
@@ -106,6 +106,33 @@ t.test("switches", options, async (t) => {
   t.match(found.released, { tag: "backend", message: /is closed/ });
 });
 
+for (const [build, mode] of [
+  ["onnxruntime-web/webgpu", "core"],
+  ["onnxruntime-web/webgpu", "factors"],
+  ["onnxruntime-web", "core"],
+] as const) {
+  t.test(`${build}, mode "${mode}": a task is sent once a switch, and by no run`, options, async (t) => {
+    const [report] = (await inBrowser(t, [`placed(feeds, "${build}", "${mode}")`])) ?? [];
+    if (!report) return;
+    const { found, expected, inOrder, memory, held, left } = report;
+    for (const { task, answers, bytesFed, switched, run } of found) {
+      const off = difference(answers, golden("base", task ?? "base"));
+      t.ok(off <= TOLERANCE, `${task}: off by ${off}`);
+      t.ok(
+        bytesFed > 1000 && switched.written === bytesFed,
+        `${task}: ${switched.written} of ${bytesFed} bytes written`,
+      );
+      // What is left are shapes of the kernels that the graft adds, and indices of rows, which are 64-bit integers.
+      const more = run.sent - expected.sent;
+      t.equal(more, found[0].run.sent - expected.sent, `${task}: what a run sends does not depend on the task`);
+      t.ok(more < 2048, `${task}: a run sends ${more} bytes more than without tasks`);
+    }
+    t.ok(inOrder, "each run answers for the switch before it");
+    t.ok(memory.active >= held && held > 0, `${held} bytes of ours on the device`);
+    t.equal(left, 0, "none is left");
+  });
+}
+
 t.test("a device of the caller's", options, async (t) => {
   const builds = ["onnxruntime-web/webgpu", "onnxruntime-web"];
   const results = await inBrowser(
@@ -136,14 +163,17 @@ t.test("a device that is lost", options, async (t) => {
       const [found, again] = (await inBrowser(t, calls)) ?? [];
       if (!found) return;
       t.match(found, { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone } }, build);
-      t.match(found, { release: "fulfilled", live: 0 }, `${build}: released`);
+      t.match(found, { release: "fulfilled", live: 0, told: { message: /./ } }, `${build}: released`);
       if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
     }
     if (native && !soak) continue;
     const [core] = (await inBrowser(t, [`lost(feeds, "${build}", "core")`])) ?? [];
     t.match(
       core,
-      { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" },
+      {
+        ...{ run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" },
+        told: { message: /./ },
+      },
       `${build}, core`,
     );
   }

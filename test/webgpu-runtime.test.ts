@@ -213,6 +213,8 @@ t.test("a lost device comes back with the active task, whole", { skip }, async (
   const before = await weights(runtime);
   const head = Buffer.from(runtime.weight("classifier.weight").data as Uint8Array);
 
+  let losses = 0;
+  runtime.addEventListener("devicelost", () => losses++);
   const lost = runtime.switchTask("debtags-game");
   const waiting = runtime.switchTask("sections-1");
   device.destroy();
@@ -232,6 +234,7 @@ t.test("a lost device comes back with the active task, whole", { skip }, async (
   t.same(runtime.task, { "debtags-role": 0.7, "sections-1": 0.3 });
   await runtime.switchTask({ "debtags-role": 0.7, "sections-1": 0.3 }, { head: "sections-1" });
   t.ok((await weights(runtime)).equals(before), "restored");
+  t.equal(losses, 2, "told of each");
   await runtime.switchTask(null);
   t.ok((await weights(runtime)).equals(pristine), "pristine");
 });

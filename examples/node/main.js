@@ -14,16 +14,7 @@ const pack = await openPack("tasks.eigen");
 const session = await createEigenSession(ort, "model.onnx", pack);
 
 const text = process.argv[2] ?? "a fast mail reader for the terminal";
-const { ids } = tokenizer.encode(text);
-const tensor = (/** @type {number[]} */ values) =>
-  new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
-/** @type {Record<string, ort.Tensor>} */
-const inputs = {
-  input_ids: tensor(ids),
-  attention_mask: tensor(ids.map(() => 1)),
-  token_type_ids: tensor(ids.map(() => 0)),
-};
-const feeds = Object.fromEntries(session.inputNames.map((name) => [name, inputs[name]]));
+const feeds = await session.encode(text, tokenizer);
 
 console.log(text);
 for (const [task, { metadata }] of pack.tasks) {

@@ -11,7 +11,6 @@ import { openGguf } from "../tensor/gguf.ts";
 import { foreignName, holdsLora, MODELS } from "./diffusers-keys.ts";
 import { isKohyaName } from "./kohya.ts";
 import { compare } from "./modules.ts";
-import { listed } from "./named-lora.ts";
 import { openSafetensors } from "./safetensors.ts";
 import { type Tree, treeAt } from "./tree.ts";
 
@@ -33,9 +32,11 @@ const ENDINGS: ReadonlyMap<string, AdapterFormat> = new Map([
   [".onnx_adapter", "onnx_adapter"],
 ]);
 
-/** Files that hold a whole model, not an adapter of one. */
-const WHOLE =
+const ARCHIVE = /\.(zip|7z|rar|tar|tgz|(tar\.)?(gz|xz|zst|bz2))$/i;
+const WHOLE_MODEL =
   /^(model|pytorch_model|consolidated|diffusion_pytorch_model|tf_model|flax_model)\b.*\.(safetensors|bin|h5|msgpack)$|\.onnx$/;
+const NO_MODEL =
+  "A whole model is no adapter: give what PEFT's save_pretrained leaves of a LoRA, or take the LoRA out of a fine-tuned model first";
 
 /** An adapter found on disk. */
 export interface AdapterLocation {
@@ -120,13 +121,19 @@ class Search {
   }
 
   async #nothing(folder: string): Promise<AdapterError> {
-    const whole = (await this.#visible(folder)).map((path) => basename(path)).find((name) => WHOLE.test(name));
-    const instead = whole === undefined ? "" : `. It holds a whole model, ${whole}, which is what adapters belong to`;
-    return this.#error(
+    const looked =
       `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors, gguf and ` +
-        `onnx_adapter files, in it and in its sub-folders${instead}`,
-      folder,
-    );
+      "onnx_adapter files, in it and in its sub-folders";
+    return this.#error([looked, ...(await this.#foundInstead(folder))].join(". "), folder);
+  }
+
+  /** What a folder without adapters holds, and what to do with that. */
+  async #foundInstead(folder: string): Promise<string[]> {
+    const names = (await this.#visible(folder)).map((path) => basename(path));
+    const archive = names.find((name) => ARCHIVE.test(name));
+    if (archive !== undefined) return [`It holds ${archive}: unpack that`];
+    const model = names.find((name) => WHOLE_MODEL.test(name));
+    return model === undefined ? [] : [`It holds ${model}. ${NO_MODEL}`];
   }
 
   #error(message: string, path: string): AdapterError {
@@ -147,11 +154,13 @@ class Search {
     if (name === DIFFUSERS) return { ...loraFile(path, "diffusers"), id: basename(folder), path: folder };
     const format = ENDINGS.get(extname(path));
     if (format) return loraFile(path, format);
+    if (ARCHIVE.test(name)) throw this.#error("is an archive; unpack it, and give its folder", path);
     if (extname(path) === ".safetensors") {
       const names = await this.#namesIn(path);
       // Names that its reader has advice about are left to it.
       if (holdsLora(names) || foreignName(names)) return loraFile(path, formatOf(names));
-      throw this.#error(`${listed(names)}: no part of a LoRA. A whole model is what adapters belong to`, path);
+      const holds = `holds no LoRA, but ${names.length} tensors such as ${names[0] ?? "none"}`;
+      throw this.#error(`${holds}. ${NO_MODEL}`, path);
     }
     const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a LoRA in a safetensors, gguf or onnx_adapter file`;
     throw this.#error(`is not an adapter; ${expected}`, path);
@@ -260,7 +269,7 @@ class Search {
   }
 }
 
-/** Tells the format of a safetensors file by its tensors. */
+/** Tells the format of a safetensors file by the names of its tensors. */
 function formatOf(names: readonly string[]): "diffusers" | "kohya" {
   return names.some(isKohyaName) ? "kohya" : "diffusers";
 }

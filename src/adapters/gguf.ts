@@ -30,7 +30,7 @@ export interface GgufFiles extends Omit<PeftFiles, "config"> {
 export async function readGguf({ base = {}, ...files }: GgufFiles): Promise<Adapter> {
   return readAdapterFile(
     files,
-    (input) => openFile(input, openGguf),
+    (input) => openFile(input, openGguf, "a GGUF file"),
     (found) => {
       const { name, architecture } = architectureOf(found);
       const tensors = asTransformers(found, name, architecture, base);

@@ -24,7 +24,7 @@ export type OnnxAdapterFiles = Omit<PeftFiles, "config">;
 export async function readOnnxAdapter(files: OnnxAdapterFiles): Promise<Adapter> {
   return readAdapterFile(
     files,
-    (input) => openFile(input, openOnnxAdapter),
+    (input) => openFile(input, openOnnxAdapter, "an adapter of ONNX Runtime"),
     (found) => {
       const tensors = transposeMatrices(found, /./);
       const parts = sortTensors(tensors, parseKey, (keys, refuse) =>

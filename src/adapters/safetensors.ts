@@ -1,4 +1,5 @@
 /** Opens safetensors files from a path, URL, Blob, buffer or ByteSource. */
+import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 import { openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
@@ -23,14 +24,19 @@ export async function openSafetensors(
   input: SourceInput,
   options: FetchOptions & ReadOptions = {},
 ): Promise<OpenSafetensors> {
-  const file = await openFile(input, readHeader, options, "openSafetensors");
+  const file = await openFile(input, readHeader, "a safetensors file", options, "openSafetensors");
   return { ...file, [Symbol.asyncDispose]: file.close };
 }
 
-/** Opens a file with one of the readers of src/tensor; closes its source if that fails. @param where the public function, for messages */
+/**
+ * Opens a file with one of the readers of src/tensor; closes its source if that fails.
+ * @param expected kind of file, for messages
+ * @param where the public function, for messages
+ */
 export async function openFile<F>(
   input: SourceInput,
   read: (source: ByteSource, options: ReadOptions) => Promise<F>,
+  expected: string,
   options: FetchOptions & ReadOptions = {},
   where?: string,
 ): Promise<F & Pick<OpenSafetensors, "close">> {
@@ -39,7 +45,8 @@ export async function openFile<F>(
   try {
     return { ...(await read(source, options)), close };
   } catch (error) {
+    const refused = await wrongKind(error, source, expected);
     await close();
-    throw error;
+    throw refused;
   }
 }

@@ -22,8 +22,9 @@ import type { RangeStore } from "./store.ts";
 export interface CacheOptions extends FetchOptions {
   /**
    * The root that the pack must have, as `openPack` takes it; give it to both, for it is `openPack` that checks it. What is kept is
-   * then found by this, whatever the address, and works offline: the server is not even asked for its version. Default: the
-   * server's ETag or Last-Modified, asked for once by one request without bytes.
+   * then found by this, whatever the address, and works offline: the server is not even asked for its version. Of other files, such as
+   * models, it is a name that the caller vouches for: the hash of the file, say. Default: the server's ETag or Last-Modified, asked for
+   * once by one request without bytes.
    */
   readonly integrity?: string;
   /** Most bytes that the store may hold, of all files together; those used least recently go first. Default: 256 MiB. */
@@ -105,6 +106,8 @@ class Cached implements CachedSource {
   /** Counts for sources that do not count themselves. */
   readonly #counted = { requests: 0, bytes: 0, whole: false };
   #inner: ByteSource | undefined;
+  /** Size of the file as the store has it. */
+  #length: number | undefined;
   /** One for all: each would ask for the version, and count, by itself. */
   #opening: Promise<ByteSource> | undefined;
   #closed = false;
@@ -130,10 +133,29 @@ class Cached implements CachedSource {
   }
 
   get byteLength(): number | undefined {
-    return this.#inner?.byteLength;
+    return this.#inner?.byteLength ?? this.#length;
   }
 
-  async read(offset: number, length: number, { signal }: ReadOptions = {}): Promise<Uint8Array> {
+  /** Whole files need their size, which is kept beside their ranges: no server may be there to tell it. */
+  async readAll(options: ReadOptions = {}): Promise<Uint8Array> {
+    const { signal } = options;
+    signal?.throwIfAborted();
+    this.#live();
+    const place = await unlessAborted(this.#open(), signal);
+    const file = await this.#sizeFile();
+    const kept = place && (await this.#unlessFailing(() => place.shelf.get(file, place.version, 0, 8)));
+    if (kept && kept !== "damaged") this.#length = new DataView(kept.slice().buffer).getFloat64(0);
+    else {
+      const source = await this.#source();
+      if (source.byteLength === undefined) await source.read(0, 1, { signal });
+      const bytes = new Uint8Array(8);
+      new DataView(bytes.buffer).setFloat64(0, source.byteLength ?? 0);
+      if (place) await this.#unlessFailing(() => place.shelf.put(file, place.version, 0, bytes));
+    }
+    return this.read(0, this.byteLength!, options);
+  }
+
+  async read(offset: number, length: number, { signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
     signal?.throwIfAborted();
     this.#live();
     if (length === 0) return new Uint8Array(0);
@@ -141,8 +163,11 @@ class Cached implements CachedSource {
     if (length <= PIECE_BYTES) return this.#piece(place, offset, length, signal);
     // Joined at the end: memory follows what arrives, not what is asked for.
     const pieces: Uint8Array[] = [];
-    for (let at = offset; at < offset + length; at += PIECE_BYTES)
-      pieces.push(await this.#piece(place, at, Math.min(PIECE_BYTES, offset + length - at), signal));
+    for (let at = offset; at < offset + length; at += PIECE_BYTES) {
+      const piece = await this.#piece(place, at, Math.min(PIECE_BYTES, offset + length - at), signal);
+      pieces.push(piece);
+      onBytes?.(piece.length);
+    }
     const bytes = new Uint8Array(length);
     for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
     return bytes;
@@ -155,7 +180,7 @@ class Cached implements CachedSource {
   async clear(): Promise<void> {
     const place = await this.#place?.catch(() => undefined);
     const shelf = place?.shelf ?? (await this.#openShelf());
-    await shelf.forget(await this.#file());
+    for (const file of [await this.#file(), await this.#sizeFile()]) await shelf.forget(file);
   }
 
   async close(): Promise<void> {
@@ -196,7 +221,7 @@ class Cached implements CachedSource {
     }
     return this.#unlessFailing(async () => {
       const [file, version, shelf] = [await this.#file(), await digestOf(identity), await this.#openShelf()];
-      await shelf.forget(file, version);
+      for (const one of [file, await this.#sizeFile()]) await shelf.forget(one, version);
       return { shelf, file, version };
     });
   }
@@ -210,6 +235,11 @@ class Cached implements CachedSource {
     const { integrity } = this.#options;
     const address = this.#input instanceof URL ? this.#input.href : this.#input.name;
     return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
+  }
+
+  /** What stands for the file's size in keys. */
+  async #sizeFile(): Promise<string> {
+    return digestOf(`size of ${await this.#file()}`);
   }
 
   async #piece(

@@ -38,6 +38,7 @@ export const attach: Attach = command({
   usage: "attach <MODEL.onnx> <PACK>",
   does: "Write an ONNX model with the components inside.",
   details: "Tasks become small input files beside it. For runtimes that this package has no binding for.",
+  example: "attach model.onnx tasks.eigen -o attached.onnx",
   options: {
     output: output("OUT.onnx", "The model to write, with OUT.base.safetensors and OUT.tasks/ID.safetensors beside it."),
     force,

@@ -17,6 +17,7 @@ export const bench: Attach = (program, _, done) => {
     .summary("Run a benchmark, in a checkout of the repository.")
     .description(names ? `Run a benchmark: ${names}.` : "Run a benchmark, in a checkout of the repository.")
     .option("--json", "Print one JSON object.")
+    .addHelpText("after", "\nExample:\n  eigenlora bench switch --live")
     .passThroughOptions()
     .action((name: string, options: string[], { json }: { json?: boolean }) => {
       if (!names)

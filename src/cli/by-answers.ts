@@ -129,6 +129,12 @@ function finishedIn(folder: string, settings: string): FinishedOutcomes {
   };
 }
 
+/** How many answers are the adapters' own; undefined where tasks were not distilled. */
+export function agreementText({ answers }: ByAnswersReport): string | undefined {
+  const asked = answers.flatMap(({ agreement }) => agreement ?? []);
+  return asked.length === 0 ? undefined : `on average ${percent(mean(asked))} of their answers are the adapters'`;
+}
+
 /** The report for people. */
 export function byAnswersText(file: string, report: ByAnswersReport): string[] {
   const { tasks, adapterBytes, answers, ratio, components, steps, stopped } = report;

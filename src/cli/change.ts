@@ -46,6 +46,7 @@ export const add: Attach = command({
   details:
     "Adapters, or folders of them, are expressed in the pack's components; where its tasks have private terms, so do the new ones. " +
     "Task files (.eigentask) are copied. Other tasks are not changed.",
+  example: "add tasks.eigen new-adapter/",
   options: {
     as,
     anyBase,
@@ -208,6 +209,7 @@ export const remove: Attach = command({
   usage: "remove <PACK> <TASK...>",
   does: "Remove tasks from a pack.",
   details: "Other tasks are not changed.",
+  example: "remove tasks.eigen reviews",
   options: { key },
   reads: ["own", undefined],
   async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
@@ -230,6 +232,7 @@ export const compact: Attach = command({
   usage: "compact <PACK>",
   does: "Rewrite a pack in place, without the gaps that changes have left.",
   details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
+  example: "compact tasks.eigen",
   options: { key, revoked },
   reads: ["own"],
   async run([file]: [string], { key }, run, out) {

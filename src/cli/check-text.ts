@@ -13,7 +13,7 @@ export function modelText(model: string, { opset, nodes }: Survey): string {
 }
 
 export function packText(path: string, { tasks, modules }: Pack, largestTask: number): string {
-  return `${path}: ${count(tasks.size, "task")}, ${count(modules.length, "module")}, coefficients of ${bytes(largestTask)} a task at most`;
+  return `${path}: ${count(tasks.size, "task")}, ${count(modules.length, "module")}, ${bytes(largestTask)} a task at most`;
 }
 
 /** One of several files. @param survey a reason where nothing of the pack lives in it */

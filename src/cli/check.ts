@@ -43,6 +43,7 @@ export const check: Attach = command({
   does: "Say whether a pack works on a model, in which modes, and what it costs.",
   details:
     "Exit code 0 if a session works. If onnxruntime-node is installed, a session is made and run on made-up inputs.",
+  example: "check model.onnx tasks.eigen",
   options: OPTIONS,
   reads: ["model", "file"],
   async run([modelPath, packPath]: [string, string], { filesOnly, beside, ...options }, run) {

@@ -4,7 +4,7 @@
 import { SourceError } from "../errors.ts";
 import { type Command, Option } from "./commander.ts";
 import { inFlags } from "./matching.ts";
-import { flagOf, type OptionSpec, type Options, type Reads, UsageError, type Values } from "./options.ts";
+import { flagOf, type OptionSpec, type Options, type ReadAs, UsageError, type Values } from "./options.ts";
 import type { Output } from "./output.ts";
 import { Run } from "./run.ts";
 
@@ -25,9 +25,11 @@ interface Declaration<A extends readonly string[], O extends Options> {
   readonly does: string;
   /** What else its own help says. */
   readonly details?: string;
+  /** A call of it, without "eigenlora". */
+  readonly example: string;
   readonly options: O;
   /** What is read of each argument that names a file; the last holds for all that follow. */
-  readonly reads?: readonly (Reads | undefined)[];
+  readonly reads?: readonly (ReadAs | undefined)[];
   run(args: A, options: Values<O>, run: Run, out: Output): Promise<Result>;
 }
 
@@ -39,13 +41,14 @@ export type Attach = (program: Command, out: Output, done: (result: Result | num
 
 /** @throws UsageError from the command when a required option is missing or has a wrong value */
 export function command<A extends readonly string[], O extends Options>(declared: Declaration<A, O>): Attach {
-  const { usage, does, details = "", options } = declared;
+  const { usage, does, details = "", example, options } = declared;
   return (program, out, done) => {
     const made = program.command(usage).summary(does).description(`${does} ${details}`);
     for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
     made.addHelpText("after", () => {
       const rare = made.options.filter(({ hidden }) => hidden).length;
-      return [...hubText(declared), ...(rare > 0 ? [`\n${rare} more options: --help --all`] : [])].join("\n");
+      const more = rare > 0 ? [`\n${rare} more options: --help --all`] : [];
+      return [...hubText(declared), ...more, `\nExample:\n  eigenlora ${example}`].join("\n");
     });
     made.option("--json", "Print one JSON object.").action(async () => {
       const run = new Run(out, made.opts()["revoked"]);
@@ -98,10 +101,10 @@ function hubText<O extends Options>({
 /** Files and repositories that were named, as the command reads them. */
 function takeArguments(
   given: readonly string[],
-  reads: readonly (Reads | undefined)[] = [],
+  reads: readonly (ReadAs | undefined)[] = [],
   run: Run,
 ): Promise<string[]> {
-  const what = (i: number): Reads | undefined => reads[Math.min(i, reads.length - 1)];
+  const what = (i: number): ReadAs | undefined => reads[Math.min(i, reads.length - 1)];
   return inTurn(given, (one, i) => taken(one, what(i), run));
 }
 
@@ -116,7 +119,7 @@ async function takeOptions<O extends Options>(options: O, values: Values<O>, run
   return Object.fromEntries(entries) as Values<O>;
 }
 
-async function taken<T>(value: T, reads: Reads | undefined, run: Run): Promise<T> {
+async function taken<T>(value: T, reads: ReadAs | undefined, run: Run): Promise<T> {
   return typeof value === "string" && reads ? ((await run.take(value, reads)) as T) : value;
 }
 

@@ -72,6 +72,7 @@ export const distill: Attach = command({
   usage: "distill <PACK> <ADAPTER_OR_FOLDER...>",
   does: "Train the tasks of a pack to answer plain text as their adapters do.",
   details: "Adapters that are not in the pack yet are added first. Other tasks are not changed.",
+  example: "distill tasks.eigen my-adapters/ --model model.onnx -o new.eigen",
   options: OPTIONS,
   reads: ["file", "repository"],
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {

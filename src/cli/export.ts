@@ -1,6 +1,6 @@
 /** The command export: from a task of a pack back to an adapter that other tools load. */
 import { rm } from "node:fs/promises";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { describeBase } from "../adapters/describe-base.ts";
 import { peftFiles } from "../adapters/export.ts";
 import { ggufFile } from "../adapters/export-gguf.ts";
@@ -37,8 +37,12 @@ const FORMATS = ["peft", "diffusers", "kohya", "gguf", "onnx_adapter"] as const;
 export const exportTask: Attach = command({
   usage: "export <PACK>",
   does: "Write a task as an adapter that PEFT, diffusers, llama.cpp or ONNX Runtime loads.",
+  example: "export tasks.eigen --task reviews -o adapters/reviews",
   options: {
-    output: output("PATH", "The folder to write for PEFT, a new or an empty one; the file for other formats."),
+    output: output(
+      "PATH",
+      "The folder to write for PEFT, a new or an empty one; the file for other formats. Folders on the way are made.",
+    ),
     force: toggle("Replace an earlier export. An adapter that was trained is never replaced."),
     task,
     format: byDefault("peft", {
@@ -61,6 +65,7 @@ export const exportTask: Attach = command({
     await checkExportFile(to, force, [path, base]);
     const adapter = await taskAdapter(await run.pack(path), task);
     const chunks = await FILES[format](adapter, base);
+    run.folder(dirname(to));
     await run.lock(to);
     await checkExportFile(to, force, [path, base]);
     const size = await writeWhole(to, chunks, force);

@@ -13,9 +13,9 @@ import { parseTaskFile } from "../core/task-file.ts";
 import { FormatError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { type ProjectedAdapter, projectAdapters } from "../pack/add.ts";
+import type { Tokenizer } from "../session/tokens.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Distilled, type DistillOptions, distill } from "../train/distill.ts";
-import type { Encode } from "../train/encoding.ts";
 import { jsonFile, readJson, writeWhole } from "./files.ts";
 import { type Output, table } from "./output.ts";
 
@@ -23,7 +23,7 @@ export type Done = Distilled & { readonly resumed: boolean };
 
 /** How tasks are distilled. */
 export interface Distilling {
-  readonly encode: Encode;
+  readonly encode: Tokenizer;
   readonly steps: number;
   readonly batch: number;
   readonly session: EigenSession;

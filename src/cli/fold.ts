@@ -16,6 +16,7 @@ const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
 export const fold: Attach = command({
   usage: "fold <PACK>",
   does: "Merge a task into the weights of the base model.",
+  example: "fold tasks.eigen --task qa --base base.safetensors -o qa.safetensors",
   options: {
     output: output("OUT.safetensors", "The file to write."),
     force,

@@ -31,6 +31,7 @@ import { checkTarget, filesOf } from "./target.ts";
 const shard: Attach = command({
   usage: "shard <ADAPTER_OR_FOLDER...>",
   does: "Collect statistics of some adapters, to be merged with others.",
+  example: "hub shard some-adapters/ -o 1.part",
   options: {
     output: part,
     force: option.force,
@@ -56,6 +57,7 @@ const merge: Attach = command({
   usage: "merge <PART...>",
   does: "Make components from the statistics of all adapters.",
   details: "The result is a basis, a pack without tasks.",
+  example: "hub merge 1.part 2.part -o basis.eigen --k 32",
   options: {
     output: option.output("BASIS", "The basis to write, or with --part the part."),
     force: option.force,
@@ -108,6 +110,7 @@ const project: Attach = command({
   usage: "project <BASIS> <ADAPTER_OR_FOLDER...>",
   does: "Turn some adapters into tasks on a basis from merge.",
   details: "The result is a part with tasks; assemble makes a pack of all parts.",
+  example: "hub project basis.eigen some-adapters/ -o 1.tasks",
   options: {
     output: part,
     force: option.force,
@@ -145,6 +148,7 @@ const project: Attach = command({
 const assemble: Attach = command({
   usage: "assemble <BASIS> <PART...>",
   does: "Make one pack of the tasks in all parts, sorted by id.",
+  example: "hub assemble basis.eigen 1.tasks 2.tasks -o tasks.eigen",
   options: { output: option.output("PACK", "The pack to write."), force: option.force },
   async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run) {
     const target = await run.target(file, { force, inputs: [basisPath, ...paths] });
@@ -187,6 +191,7 @@ export const hub: Attach = (program, out, done) => {
     .summary("Commands for packs too large for one machine.")
     .description("Commands for packs too large for one machine (docs/hub.md). Each reads files and writes one.")
     .option("--json", "Print one JSON object.")
+    .addHelpText("after", "\nExample:\n  eigenlora hub shard some-adapters/ -o 1.part")
     .helpCommand(false);
   for (const attach of [shard, merge, project, assemble]) attach(group, out, done);
 };

@@ -46,7 +46,8 @@ const labels: OptionSpec<readonly string[] | undefined> = {
 const OPTIONS = {
   output: output(
     "TASK.eigentask",
-    "The task file to write. Ctrl-C ends the training and writes the best epoch so far; before the first has ended, the last step.",
+    "The task file to write. Ctrl-C ends the training and writes the best epoch so far, or before the first has ended the last step; " +
+      "the exit code is 0 then, and 1 where nothing was written.",
   ),
   force,
   id: text("ID", "Name of the task. Default: that of the file."),
@@ -86,10 +87,14 @@ const OPTIONS = {
     batch: byDefault(16, number("N", "Examples per step.", from(1))),
     holdout: byDefault(
       0.2,
-      number("P", "Share of the examples held back to judge the epochs by; the best epoch is kept.", {
-        expected: "a share from 0 to less than 1",
-        holds: (n) => n >= 0 && n < 1,
-      }),
+      number(
+        "P",
+        "Share of the examples held back to judge the epochs by; the one with the least loss on them is kept.",
+        {
+          expected: "a share from 0 to less than 1",
+          holds: (n) => n >= 0 && n < 1,
+        },
+      ),
     ),
     rate: number(
       "X",
@@ -108,6 +113,7 @@ export const learn: Attach = command({
     'EXAMPLES is a file of JSON lines, tab-separated or comma-separated values: {"text": "…", "label": "…"}, or for language models ' +
     '{"prompt": "…", "completion": "…"} or {"messages": […]}. Coefficients over the pack\'s components and a head are trained; without ' +
     "components, or with --train lora, whole factors. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
+  example: "learn tasks.eigen lines.jsonl --model model.onnx -o mine.eigentask",
   options: OPTIONS,
   reads: ["file", undefined],
   async run([packPath, examplesPath]: [string, string], options, run, out) {
@@ -167,7 +173,6 @@ export const learn: Attach = command({
         ...(epochs.every((epoch) => epoch.holdout === null) ? [withoutHoldout(options.holdout, interrupted)] : []),
         `trained ${trainedText(own, terms, head)}; ${seconds.toFixed(2)} s`,
       ],
-      exitCode: interrupted ? 1 : 0,
     };
   },
 });
@@ -238,7 +243,7 @@ function epochTable(epochs: readonly Epoch[], kept: number): string[] {
     i + 1,
     loss.toFixed(4),
     ...(judged ? (holdout ? [holdout.loss.toFixed(4), percent(holdout.accuracy)] : ["", ""]) : []),
-    i + 1 === kept ? "kept" : "",
+    i + 1 === kept ? (judged ? "kept: the least hold-out loss" : "kept") : "",
   ]);
-  return table([["epoch", "loss", ...(judged ? ["hold-out", "accuracy"] : []), ""], ...rows]);
+  return table([["epoch", "loss", ...(judged ? ["hold-out loss", "accuracy"] : []), ""], ...rows]);
 }

@@ -11,8 +11,8 @@ import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import type { Engine } from "../session/engine.ts";
-import { type BatchFeeds, followsFromTokens } from "../train/batch-feeds.ts";
-import type { Encode } from "../train/encoding.ts";
+import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
+import { followsFromTokens } from "../train/batch-feeds.ts";
 import { readJson, readText } from "./files.ts";
 import { type match, refuseUnknown } from "./matching.ts";
 import { from, number, type OptionSpec, reading, text, type Values } from "./options.ts";
@@ -98,21 +98,18 @@ export async function openModel(
   const beside = join(dirname(tokenizer), "tokenizer_config.json");
   const config = (existsSync(beside) ? await readJson(beside) : {}) as Record<string, unknown>;
   const made = openTokenizer(tokenizers, await readJson(tokenizer), config, tokenizer);
-  const encode: Encode = (texts, { add_special_tokens }, inputs) => {
-    const rows = texts.map((one) => {
-      const { ids } = made.encode(one, { add_special_tokens });
-      if (whole && ids.length > tokens)
-        throw new RangeError(
-          `${JSON.stringify(one.slice(0, 40))}… has ${ids.length} tokens, more than --tokens ${tokens}`,
-        );
-      // The last token closes the text, wherever it is cut.
-      return ids.length > tokens ? [...ids.slice(0, tokens - 1), ids.at(-1)!] : ids;
-    });
-    const unknown = inputs.find((name) => !INPUTS.has(name) && !followsFromTokens(name));
-    const known = inputs.filter((name) => INPUTS.has(name));
-    if (unknown === undefined) return feedsOf(known, rows);
-    const message = `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/train with feeds of your own`;
-    throw new BaseMismatchError(message, { module: unknown });
+  const encode: Encode = async (texts, { add_special_tokens: special }, inputs) => {
+    const unknown = inputs.find((name) => !followsFromTokens(name));
+    if (unknown !== undefined) {
+      const message = `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/train with feeds of your own`;
+      throw new BaseMismatchError(message, { module: unknown });
+    }
+    const feeds = await encoderOf(made, inputs, whole ? Infinity : tokens)(texts, special);
+    const length = feeds["input_ids"]!.dims[1]!;
+    if (length <= tokens) return feeds;
+    throw new RangeError(
+      `${JSON.stringify(texts[0]!.slice(0, 40))}… has ${length} tokens, more than --tokens ${tokens}`,
+    );
   };
   const template = config["chat_template"] ?? (await templateBeside(tokenizer));
   const words = { get_vocab: made.get_vocab.bind(made), decode: made.decode.bind(made) };
@@ -193,13 +190,12 @@ async function peer<T>(command: string, name: string, load: () => Promise<unknow
   return found as T;
 }
 
-/** A tokenizer of @huggingface/tokenizers, as far as it is used. */
+/** @huggingface/tokenizers, as far as it is used. */
 interface Tokenizers {
   readonly Tokenizer: new (
     rules: unknown,
     config: unknown,
-  ) => {
-    encode(text: string, options: object): { ids: number[] };
+  ) => PlainTokenizer & {
     decode(ids: number[]): string;
     get_vocab(withAdded?: boolean): Map<string, number>;
   };
@@ -208,23 +204,4 @@ interface Tokenizers {
 /** @huggingface/jinja, as far as it is used. */
 interface Jinja {
   readonly Template: new (text: string) => { render(values: object): string };
-}
-
-/** What a tokenizer gives, of a token. */
-const INPUTS = new Map<string, (id: number) => bigint>([
-  ["input_ids", BigInt],
-  ["attention_mask", () => 1n],
-  ["token_type_ids", () => 0n],
-]);
-
-/** Token ids as a model's inputs, padded to the longest row. */
-function feedsOf(inputs: readonly string[], rows: readonly number[][]): BatchFeeds {
-  const width = Math.max(...rows.map(({ length }) => length));
-  const dims = [rows.length, width];
-  const feeds = inputs.map((name) => {
-    const data = new BigInt64Array(rows.length * width);
-    for (const [r, row] of rows.entries()) data.set(row.map(INPUTS.get(name)!), r * width);
-    return [name, { type: "int64", dims, data }];
-  });
-  return Object.fromEntries(feeds) as BatchFeeds;
 }

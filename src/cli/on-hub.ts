@@ -9,7 +9,7 @@ import { type HubOptions, openSnapshot, type Snapshot } from "../http/hub.ts";
 import { type HubName, hubName, hubText } from "../http/hub-name.ts";
 import { readModel } from "../onnx/read.ts";
 import { externalLocations } from "../onnx/tensors.ts";
-import { type Reads, UsageError } from "./options.ts";
+import { type ReadAs, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
 
 /** A name as the command gets it, and as it is shown to people. */
@@ -21,7 +21,7 @@ export interface Named {
 }
 
 /** @throws TypeError for a name of the Hub that is not well formed, SourceError for a model that cannot be had */
-export async function named(given: string, reads: Reads, out: Output): Promise<Named> {
+export async function named(given: string, reads: ReadAs, out: Output): Promise<Named> {
   const short = (reads === "repository" || reads === "model") && isShort(given);
   const name = hubName(short ? `hf:${given}` : given);
   if (!name) return { path: given, shown: given, guessed: false };

@@ -19,7 +19,7 @@ export class UsageError extends Error {
  * which a repository's name alone stands for, too; or a model to be run, with all that lies beside it. A file that the command changes is
  * one's own: it may not lie there.
  */
-export type Reads = "file" | "repository" | "model" | "own";
+export type ReadAs = "file" | "repository" | "model" | "own";
 
 /** An option; its name is that of the property which holds it, in kebab case. */
 export interface OptionSpec<T> {
@@ -34,7 +34,7 @@ export interface OptionSpec<T> {
   readonly rare?: boolean;
   readonly required?: boolean;
   /** What is read of the file or repository that it names, which may lie on the Hugging Face Hub. */
-  readonly reads?: Reads;
+  readonly reads?: ReadAs;
   /** What it is when it is not given. */
   readonly otherwise?: T;
   /** @throws UsageError saying what was expected */
@@ -83,7 +83,7 @@ export function text(value: string, help: string): Maybe<string> {
 }
 
 /** The option, as a name of what the command reads. */
-export function reading<T>(reads: Reads, spec: OptionSpec<T>): OptionSpec<T> {
+export function reading<T>(reads: ReadAs, spec: OptionSpec<T>): OptionSpec<T> {
   return { ...spec, reads };
 }
 
@@ -120,7 +120,10 @@ export interface Range {
 }
 
 export const POSITIVE: Range = { expected: "a number above 0", holds: (n) => n > 0 && n < Infinity };
-export const SHARE: Range = { expected: "a share between 0 and 1", holds: (n) => n > 0 && n < 1 };
+export const SHARE: Range = {
+  expected: "a share between 0 and 1, such as 0.15 or 15%",
+  holds: (n) => n > 0 && n < 1,
+};
 
 /** Whole numbers from `least` on. */
 export function from(least: number): Range {
@@ -129,8 +132,11 @@ export function from(least: number): Range {
 
 export function number(value: string, help: string, { expected, holds }: Range): Maybe<number> {
   const parse = (given: string, flag: string): number => {
-    if (given.trim() === "" || !holds(Number(given))) throw new UsageError(`${flag} ${given}: expected ${expected}`);
-    return Number(given);
+    const [, percent] = /share/.test(expected) ? (/^([\d.]+) ?%$/.exec(given) ?? []) : [];
+    const found = percent === undefined ? Number(given) : Number(percent) / 100;
+    if (given.trim() !== "" && holds(found)) return found;
+    const meant = /share/.test(expected) && found > 1 && holds(found / 100) ? `; did you mean ${found / 100}?` : "";
+    throw new UsageError(`${flag} ${given}: expected ${expected}${meant}`);
   };
   return { value, help, parse };
 }
@@ -216,14 +222,25 @@ export const centering: Maybe<"keep" | "none"> = choice(
 /** Belongs to commands that bring adapters together. */
 export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");
 const PARTS = ["basis", "coefficients", "head"];
+/** Names of number formats in torch, onnxruntime and safetensors. */
+const ELSEWHERE: ReadonlyMap<string, string> = new Map([
+  ...["fp32", "float32", "float"].map((name) => [name, "f32"] as const),
+  ...["fp16", "float16", "half"].map((name) => [name, "f16"] as const),
+  ...["bfloat16", "bfp16"].map((name) => [name, "bf16"] as const),
+  ...["8", "4", "3"].flatMap((bits) => ["i", "q"].map((letter) => [`${letter}${bits}`, `int${bits}`] as const)),
+]);
 const NUMBERS = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;
 export const dtype: Maybe<Partial<Dtypes>> = {
   value: "TYPE",
   help: `${NUMBERS} Default: f16.`,
   parse(given, flag) {
+    const named = (word = ""): string => ELSEWHERE.get(word.toLowerCase()) ?? word;
     const assigned = given.includes("=")
-      ? given.split(",").map((assignment) => assignment.split("="))
-      : PARTS.map((part) => [part, given]);
+      ? given
+          .split(",")
+          .map((assignment) => assignment.split("="))
+          .map(([part, word]) => [part, named(word)])
+      : PARTS.map((part) => [part, named(given)]);
     const check = (word: string, words: readonly string[]): void => {
       if (!words.includes(word)) throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
     };
@@ -245,7 +262,7 @@ export const dtypeOrChosen: Maybe<Partial<Dtypes>> = {
 export const amount: { k: Maybe<number>; energy: Maybe<number>; error: Maybe<number> } = {
   k: number("N", "Number of components per module and side.", from(1)),
   energy: number("P", "As many components as keep this share of the squared singular values. Default: 0.9.", {
-    expected: "a share above 0, at most 1",
+    expected: "a share above 0, at most 1, such as 0.9 or 90%",
     holds: (n) => n > 0 && n <= 1,
   }),
   error: number("E", "Fewest bytes for which no task's ΔW error exceeds E.", SHARE),

@@ -3,6 +3,7 @@
  */
 import type { BuildReport, SharedReport } from "../pack/report.ts";
 import type { SearchReport } from "../pack/search.ts";
+import { VERSION } from "../version.ts";
 import { bytes, count, mean, percent, range, sharing, smaller, sum, table } from "./output.ts";
 
 /** The report of a pack. */
@@ -27,6 +28,16 @@ export function reportText(file: string, report: BuildReport): string[] {
   ];
 }
 
+/** A line about a pack to paste into a model card, in Markdown. @param answers what is said of its answers, instead of ΔW */
+export function cardText(report: BuildReport, baseModel: string | undefined, answers: string | undefined): string {
+  const { tasks, bytes: size, ratio, errors } = report;
+  const largest = Math.max(0, ...errors.map(({ total }) => total));
+  const lost = answers ?? `the ΔW of each is off by ${percent(largest)} at most`;
+  const what = `${count(tasks, "LoRA adapter")}${baseModel === undefined ? "" : ` of ${baseModel}`} in one file of ${bytes(size)}`;
+  const by = `[eigenlora](https://www.npmjs.com/package/eigenlora) ${VERSION}`;
+  return `For a model card: ${what} (${smaller(ratio)} than they are); ${lost}. Made with ${by}.`;
+}
+
 /** What tasks share, and what that saves. */
 function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
   if (tasks === 1) return [];
@@ -40,7 +51,7 @@ function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modul
 
 function codedTerms({ privateTerms }: BuildReport): [string, number][] {
   const all = sum(Object.values(privateTerms));
-  return all > 0 ? [["as many bits as they are worth", all]] : [];
+  return all > 0 ? [["entropy-coded integers", all]] : [];
 }
 
 /** What was decided, and what else was tried. */

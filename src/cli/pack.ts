@@ -4,6 +4,7 @@
  */
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
+import { baseModels } from "../adapters/modules.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
 import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
@@ -20,7 +21,7 @@ import type { Dtypes } from "../tensor/dtypes.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
-import { byAnswersText, judged, packedByAnswers } from "./by-answers.ts";
+import { agreementText, byAnswersText, judged, packedByAnswers } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { distilled } from "./distilled.ts";
 import { type Completion, readQuestions } from "./examples.ts";
@@ -30,18 +31,27 @@ import { inFlags, names, refuseUnknown } from "./matching.ts";
 import { engineOf, openModel, wholeOf } from "./model.ts";
 import * as option from "./options.ts";
 import { counting, type Output, resources, sum } from "./output.ts";
-import { autoText, reportText } from "./pack-text.ts";
+import { autoText, cardText, reportText } from "./pack-text.ts";
 import type { Run } from "./run.ts";
 import { filesOf } from "./target.ts";
 
-const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
+/** Units of a size, without their "B". */
+const UNITS: Readonly<Record<string, number>> = {
+  "": 1,
+  k: 1e3,
+  m: 1e6,
+  g: 1e9,
+  ki: 2 ** 10,
+  mi: 2 ** 20,
+  gi: 2 ** 30,
+};
 
 const size: option.OptionSpec<number | undefined> = {
   value: "SIZE",
   help: "The best pack of at most this size: 300000, 300kB or 1.5MB.",
   parse(given, flag) {
-    const [, digits = "", unit = ""] = /^([\d.]+) ?([a-zA-Z]*)$/.exec(given) ?? [];
-    const found = Math.floor(Number(digits) * (UNITS[unit] ?? NaN));
+    const [, digits = "", unit = ""] = /^([\d.]+) ?([kmg]?i?)b?$/i.exec(given) ?? [];
+    const found = Math.floor(Number(digits) * (UNITS[unit.toLowerCase()] ?? NaN));
     if (digits !== "" && found > 0) return found;
     throw new option.UsageError(`${flag} ${given}: expected a size such as 300000, 300kB or 1.5MB`);
   },
@@ -59,7 +69,10 @@ const OPTIONS = {
     }),
     k: option.amount.k,
     ...option.rarely({
-      energy: option.amount.energy,
+      energy: {
+        ...option.amount.energy,
+        help: "As many components as keep this share of the squared singular values.",
+      },
       divergence: option.number(
         "D",
         "With --mode auto: the fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
@@ -148,6 +161,7 @@ export const pack: Attach = command({
   usage: "pack <ADAPTER_OR_FOLDER...>",
   does: "Make a pack of adapters.",
   details: "The report says what the tasks lost, and how much smaller the pack is than the adapters.",
+  example: "pack my-adapters/ -o tasks.eigen --base my-base/",
   options: OPTIONS,
   reads: ["repository"],
   async run(paths, options, run, out) {
@@ -170,7 +184,8 @@ export const pack: Attach = command({
     if (finished !== undefined && byAnswers && !report.stopped) await removeFinished(finished);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
-    const notes = report.notes.map((note) => inFlags(note, OPTIONS));
+    // A base without weights was warned of.
+    const notes = base === undefined ? report.notes.map((note) => inFlags(note, OPTIONS)) : [];
     return {
       json: { file, ...report, notes, dtype: nameOf(report.dtype), dropped, ...took },
       text: [
@@ -178,6 +193,7 @@ export const pack: Attach = command({
         ...(byAnswers ? byAnswersText(file, report) : reportText(file, report)),
         ...("tried" in report ? autoText(report) : []),
         ...notes,
+        cardText(report, baseModels(kept)[0], byAnswers ? agreementText(report) : undefined),
         `${took.seconds.toFixed(2)} s`,
       ],
     };

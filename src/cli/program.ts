@@ -65,6 +65,7 @@ function createProgram(print: (text: string) => void): Command {
     .summary("Print the help of a command.")
     .option("--json", "Print one JSON object.")
     .option("--all", "List all its options.")
+    .addHelpText("after", "\nExample:\n  eigenlora help pack --all")
     .action(async (names: string[]) => {
       const found = named(program, names);
       await (found ? found.help() : program.parseAsync(names, { from: "user" }));

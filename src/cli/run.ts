@@ -1,12 +1,9 @@
 /**
  * What a command opens while it runs: all is closed when it ends, however it ends.
  */
-import { extname } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/describe-base.ts";
 import { readAdapters } from "../adapters/folder.ts";
-import { isFolder } from "../adapters/tree.ts";
-import { openHost } from "../core/open-base.ts";
 import { type OpenOptions, openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
 import { renamedHost } from "../core/renamed.ts";
@@ -16,10 +13,11 @@ import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
+import { openWeights } from "./base-files.ts";
 import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import { downloading, named } from "./on-hub.ts";
-import type { Reads } from "./options.ts";
+import type { ReadAs } from "./options.ts";
 import type { Output } from "./output.ts";
 import { checkTarget, type TargetOptions } from "./target.ts";
 import { onInterrupt, undoOnExit } from "./undo.ts";
@@ -53,7 +51,7 @@ export class Run {
   }
 
   /** What a name of the command line becomes: a path, or a name that the library takes. */
-  async take(given: string, reads: Reads): Promise<string> {
+  async take(given: string, reads: ReadAs): Promise<string> {
     const { path, shown, guessed } = await named(given, reads, this.#out);
     this.#shown.set(path, shown);
     if (guessed) this.guessed.push(given);
@@ -159,13 +157,18 @@ export class Run {
    */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
     if (path === undefined) return {};
-    if (/^\.(json|gguf)$/.test(extname(path)) || (await isFolder(path))) {
+    const how: HubOptions = { onProgress: downloading(this.#out) };
+    const host = await openWeights(path, how);
+    if (host === undefined) {
       // These say what its parts are called, and give no weights to take fingerprints of.
-      await describeBase(path);
+      await describeBase(path, how);
+      const advice = "give model.safetensors, or a folder with it, so that apps know the right model";
+      this.#out.warn(
+        `--base ${this.shown(path)}: has no weights in safetensors, so no fingerprints are stored: ${advice}`,
+      );
       return {};
     }
-    const how: HubOptions = { onProgress: downloading(this.#out) };
-    const host = this.closing(await openHost(path, how));
+    this.closing(host);
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
 

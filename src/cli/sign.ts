@@ -18,6 +18,7 @@ export const keygen: Attach = command({
   usage: "keygen",
   does: "Make an Ed25519 key pair to sign with.",
   details: "Keep NAME.pem to yourself. Whoever checks your signatures needs NAME.pub.pem, or the line that is printed.",
+  example: "keygen -o me",
   options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem."), force },
   async run(_: [], { output: name, force }) {
     const [secret, open] = [`${name}.pem`, `${name}.pub.pem`];
@@ -50,6 +51,7 @@ export const sign: Attach = command({
   usage: "sign <FILE...>",
   does: "Sign packs and task files with an Ed25519 key.",
   details: "Readers that are given the public key then accept nothing else. The root of a pack does not change.",
+  example: "sign tasks.eigen --key me.pem",
   options: { key: required(key) },
   reads: ["own"],
   async run(files: string[], { key }, run) {

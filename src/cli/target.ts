@@ -25,18 +25,23 @@ export interface TargetOptions {
   readonly force: boolean;
   /** Paths of what the command reads; undefined for what was not named. */
   readonly inputs?: readonly (string | undefined)[];
+  /** Whether folders that are missing on the way are made. Default: false, since a mistyped folder is not made in silence. */
+  readonly makesFolders?: boolean;
   /** What `--output` says, where `path` is one of several files that come of it. */
   readonly output?: string;
 }
 
 /** @throws UsageError when a file may not be written at `path` */
-export function checkTarget(path: string, { force, inputs = [], output = path }: TargetOptions): void {
+export function checkTarget(
+  path: string,
+  { force, inputs = [], makesFolders = false, output = path }: TargetOptions,
+): void {
   const refuse = (what: string): never => {
     throw new UsageError(`--output ${output}: ${path === output ? "" : `${path} `}${what}`);
   };
   if (path === "-") refuse("nothing is written to standard output; name a file");
   if (/[/\\]$/.test(path)) refuse("ends like a folder; name a file in it");
-  checkParent(output);
+  if (!makesFolders) checkParent(output);
   const there = stat(path);
   if (there?.isDirectory()) refuse("is a folder; name a file in it");
   if (there && !there.isFile()) refuse(`is ${kindInWords(there)}; name a file`);
@@ -68,7 +73,7 @@ export async function checkExport(folder: string, force: boolean): Promise<void>
   if (folder === "-") refuse("an adapter is a folder of files; name one");
   const there = stat(folder);
   if (!there && isLink(folder)) refuse("is a link to a folder that is not there; remove it, or name that folder");
-  if (!there) return checkParent(folder);
+  if (!there) return;
   if (!there.isDirectory()) refuse("is a file; name a folder");
   const names = (await readdir(folder)).filter((name) => !/^\.|\.(lock|tmp)$/.test(name));
   if (names.length === 0) return;
@@ -90,7 +95,7 @@ export async function checkExportFile(
   force: boolean,
   inputs: readonly (string | undefined)[],
 ): Promise<void> {
-  checkTarget(path, { force, inputs });
+  checkTarget(path, { force, inputs, makesFolders: true });
   if (!stat(path) || (await isExport(path))) return;
   throw new UsageError(
     `--output ${path}: was not written by export as far as can be told, and is not replaced; name a new file`,

@@ -44,8 +44,9 @@ export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
   does: "Verify checksums and limits, and with adapters the ΔW error of each task.",
   details:
-    "With --against, δ says how far the factors of a task lie from the components, and bound how large the ΔW error of a module can be " +
-    "at most (docs/packing.md).",
+    "With --against, where tasks lie in components, δ says how far the factors of a task lie from these, and bound how large the ΔW error " +
+    "of a module can be at most (docs/packing.md).",
+  example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: reading(
       "repository",
@@ -86,19 +87,17 @@ export const verify: Attach = command({
         out.progress("adapter", i + 1, adapters.length);
       }
     }
+    // Tasks of their own are no distance from components.
+    const apart = [...figures.values()].some(({ delta }) => Math.max(delta.A, delta.B) > 0);
     const rows = [...figures].map(([id, { error, delta, bound }]) => [
       id,
       ...[error.total, error.max].map(percent),
-      ...[delta.A, delta.B, bound].map((n) => n.toFixed(3)),
+      ...(apart ? [delta.A, delta.B, bound].map((n) => n.toFixed(3)) : []),
     ]);
+    const columns = ["task", "ΔW error", "largest module", ...(apart ? ["δ of A", "δ of B", "bound"] : [])];
     return {
       json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, ...figures.get(id) })) },
-      text: [
-        ...checksTable(checks),
-        ...(rows.length
-          ? ["", ...table([["task", "ΔW error", "largest module", "δ of A", "δ of B", "bound"], ...rows])]
-          : []),
-      ],
+      text: [...checksTable(checks), ...(rows.length ? ["", ...table([columns, ...rows])] : [])],
       exitCode: ok ? 0 : 1,
     };
   },

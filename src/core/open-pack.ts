@@ -5,7 +5,8 @@ import { checkChoice, checkOptions } from "../arguments.ts";
 import { parseDirectory, parseWindow } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import { WINDOW_BYTES } from "../format/format.ts";
-import { openSource } from "../open-source.ts";
+import { openSource, watchedOf } from "../open-source.ts";
+import type { OnProgress } from "../progress.ts";
 import { type ByteSource, FETCH_OPTIONS, type FetchOptions, type SourceInput } from "../source.ts";
 import { checkSection, explain, Pack } from "./pack.ts";
 import type { TrustOptions } from "./trust.ts";
@@ -13,6 +14,8 @@ import type { TrustOptions } from "./trust.ts";
 /** Options of `openPack`. */
 export interface OpenOptions extends FetchOptions, TrustOptions {
   readonly signal?: AbortSignal;
+  /** Told how far the pack is read; takes a function for `progress_callback` of transformers.js. Bytes in memory are not told. */
+  readonly onProgress?: OnProgress | undefined;
   /**
    * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
    * directory only; the runtime fetches the bases when it starts. Default: `now`.
@@ -33,7 +36,7 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
  */
 export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
   checkOptions("openPack", options, [
-    ...(["signal", "bases", "maxResidentBytes", "integrity", "keys", "revoked"] as const),
+    ...(["signal", "onProgress", "bases", "maxResidentBytes", "integrity", "keys", "revoked"] as const),
     ...FETCH_OPTIONS,
   ]);
   checkChoice("bases", options.bases ?? "now", ["now", "later"]);
@@ -41,9 +44,13 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
   let directoryBytes: Uint8Array | undefined;
   try {
     const counted = { requests: 0, bytes: 0, whole: false };
+    let needed: number | undefined;
+    // A server without ranges sends the whole file at once.
+    const total = (loaded: number) => needed ?? (loaded > WINDOW_BYTES ? inner.byteLength : undefined);
+    let watched = await watchedOf(inner, "pack", options.onProgress, total);
     const read: ByteSource["read"] = async (...range) => {
       counted.requests++;
-      const bytes = await inner.read(...range);
+      const bytes = await (watched ?? inner).read(...range);
       counted.bytes += bytes.length;
       return bytes;
     };
@@ -58,7 +65,10 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
     const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
+    needed = head + length;
     const bytes = await read(directoryOffset, length, { signal });
+    watched?.done();
+    watched = undefined;
     const basesAt = together ? basesOffset - directoryOffset : directoryLength;
     new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
     // A copy: as a view the directory would keep the bases in memory.

@@ -5,11 +5,33 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 import { described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
+import { Observable } from "../events.ts";
 import { Fields } from "../format/fields.ts";
 import type { Directory, PackModule, Section, TaskBlob, TaskEntry, TaskMetadata, Window } from "../format/format.ts";
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
-import { type ByteSource, type ReadOptions, type Reads, SharedWork, type SourceInput } from "../source.ts";
-import type { TaskTrust, Trust } from "./trust.ts";
+import { watchedOf } from "../open-source.ts";
+import type { OnProgress } from "../progress.ts";
+import {
+  type AbortOptions,
+  type ByteSource,
+  type ReadOptions,
+  type Reads,
+  SharedWork,
+  type SourceInput,
+} from "../source.ts";
+import type { AddTaskOptions, Trust } from "./trust.ts";
+
+/** Events of an open pack. */
+export interface PackEvents {
+  /** A task has been read and checked. */
+  readonly taskread: { readonly task: string; readonly bytes: number };
+}
+
+/** Options of `Pack.bases`. */
+export interface BasesOptions extends AbortOptions {
+  /** Told how far they are read, where they are not in memory. */
+  readonly onProgress?: OnProgress | undefined;
+}
 
 /** The bases section of a pack, for as long as it is needed. */
 export interface Bases {
@@ -92,7 +114,7 @@ export interface OpenedFile {
 }
 
 /** An open pack. Made by `openPack`. */
-export class Pack {
+export class Pack extends Observable<PackEvents> {
   /** Path or URL. */
   readonly name: string;
   /** "1.0" */
@@ -123,6 +145,7 @@ export class Pack {
 
   /** @internal Use `openPack`. */
   constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: OpenedFile) {
+    super();
     this.#source = source;
     this.#maxResidentBytes = maxResidentBytes;
     this.#trust = trust;
@@ -194,7 +217,7 @@ export class Pack {
   async #fetch(slot: TaskSlot, signal: AbortSignal | undefined): Promise<TaskBlob> {
     const { id } = slot.info;
     const part = `task "${id}"`;
-    const blob = await this.#checked(slot.section!, part, signal, undefined, async (bytes, coded) => {
+    const blob = await this.#checked(slot.section!, part, { signal }, undefined, async (bytes, coded) => {
       if (coded) await this.#trust?.checkDecoded(bytes, part);
       return parseTask(bytes, this.modules, this.name, slot.info);
     });
@@ -204,6 +227,7 @@ export class Pack {
     slot.loading = undefined;
     this.#recent.add(slot);
     this.#held += blob.bytes.length;
+    this.tell("taskread", { task: id, bytes: slot.info.bytes });
     for (const other of this.#recent) {
       if (this.#held <= this.#maxResidentBytes || other === slot) break;
       this.#forget(other);
@@ -233,7 +257,7 @@ export class Pack {
    * last of them closes; the next call reads it again.
    * @throws SourceError, FormatError when it cannot be read or is damaged
    */
-  async bases(options: ReadOptions = {}): Promise<Bases> {
+  async bases(options: BasesOptions = {}): Promise<Bases> {
     const shared = (this.#bases ??= { users: 0 });
     shared.users++;
     let open = true;
@@ -243,7 +267,7 @@ export class Pack {
     };
     try {
       if (!shared.checked || shared.checked.stopped)
-        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, signal), options.signal);
+        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, { ...options, signal }), options.signal);
       return { bytes: await shared.checked.wait(options.signal), close, [Symbol.dispose]: close };
     } catch (error) {
       close();
@@ -251,16 +275,18 @@ export class Pack {
     }
   }
 
-  async #checkedBases(shared: SharedBases, signal: AbortSignal | undefined): Promise<Uint8Array> {
-    return this.#checked(this.directory.bases, "bases", signal, shared.bytes, async (bytes) => {
+  async #checkedBases(shared: SharedBases, options: BasesOptions): Promise<Uint8Array> {
+    return this.#checked(this.directory.bases, "bases", options, shared.bytes, async (bytes) => {
       checkTensors(bytes, 0, basesTensors(this.modules), this.name, "bases");
       return (shared.bytes = bytes);
     });
   }
 
   /** Reads a section as the file has it, and checks it. */
-  async #read(section: Section, part: string, options: ReadOptions): Promise<Uint8Array> {
-    const bytes = await this.#source.read(section.offset, section.length, options);
+  async #read(section: Section, part: string, { signal, onProgress }: BasesOptions): Promise<Uint8Array> {
+    const watched = await watchedOf(this.#source, "pack", onProgress, () => section.length);
+    const bytes = await (watched ?? this.#source).read(section.offset, section.length, { signal });
+    watched?.done();
     await checkSection(bytes, section, part, this.name, this.#trust);
     return bytes;
   }
@@ -272,15 +298,21 @@ export class Pack {
   async #checked<T>(
     section: Section,
     part: string,
-    signal: AbortSignal | undefined,
+    options: BasesOptions,
     bytes: Uint8Array | undefined,
     parse: (bytes: Uint8Array, coded: boolean) => Promise<T>,
   ): Promise<T> {
     try {
-      const read = bytes ?? (await this.#read(section, part, { signal }));
+      const read = bytes ?? (await this.#read(section, part, options));
       if (!section.coded) return await parse(read, false);
       const { decodeSection } = await import("../format/decode-coded.ts");
-      const how = { file: this.name, part, before: this.directory.basisBytes, expected: section.size, signal };
+      const how = {
+        file: this.name,
+        part,
+        before: this.directory.basisBytes,
+        expected: section.size,
+        signal: options.signal,
+      };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
       throw await explain(error, this.#source, this.directory.bytes);
@@ -301,7 +333,7 @@ export class Pack {
    * @throws FormatError when the file is damaged, TaskError when it belongs to another basis, or the id is taken or being added, TrustError
    *   when it is another than `integrity` says, or revoked, or not signed where the pack was opened with `keys`
    */
-  async addTask(id: string, file: SourceInput, options: TaskTrust = {}): Promise<void> {
+  async addTask(id: string, file: SourceInput, options: AddTaskOptions = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
     await addTaskFile(file, id, this, this.#slots, this.#trust, options, (entry, integrity, stored, blob) => {
       this.#add(entry, stored.length, integrity, { stored, blob });

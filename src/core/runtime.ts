@@ -24,6 +24,7 @@ import {
   type SwitchOptions,
 } from "./selection.ts";
 import { type ActiveTask, stage } from "./stage.ts";
+import { Switching } from "./switching.ts";
 import type { ActiveTerms, ModuleTerm } from "./terms.ts";
 import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
 import type { Started, Workbench } from "./workbench.ts";
@@ -37,7 +38,7 @@ interface Loaded {
 }
 
 /** A pack at work. Made by `createRuntime`. */
-export class Runtime {
+export class Runtime extends Switching<RuntimeSwitchReport> {
   readonly pack: Pack;
   readonly mode: "folded" | "factors" | "core";
   readonly policy: "copy" | "reload";
@@ -62,6 +63,7 @@ export class Runtime {
 
   /** @internal Use `createRuntime`. */
   constructor(parts: RuntimeParts, { bench, passedOver, host }: Started) {
+    super();
     const { pack, mode, policy, slots } = parts;
     this.pack = pack;
     this.mode = mode;
@@ -96,6 +98,7 @@ export class Runtime {
     void backend.lost?.then((reason) => {
       if (this.#closed || this.#bench.backend !== backend) return;
       this.#loss = reason;
+      this.tell("devicelost", { message: reason.message });
       if (!this.#parts.restart) return;
       this.#enqueue(() => this.#recover()).catch(() => undefined);
     });
@@ -141,7 +144,7 @@ export class Runtime {
 
   /** @internal @param tasks of the selection, where they have been loaded */
   activate(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<RuntimeSwitchReport> {
-    return this.#enqueue(() => this.#switch(selection, options, tasks));
+    return this.#enqueue(() => this.switching(selection, () => this.#switch(selection, options, tasks)));
   }
 
   /** @internal @throws BackendError while the weights are no task's */

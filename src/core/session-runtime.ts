@@ -171,7 +171,7 @@ async function makeTerms(
   const written = new Set<string>();
   const others: ModulePlan[] = [];
   const pause = pacer(signal);
-  for (const plan of stage(tasks, modules, staging)) {
+  for (const plan of stage(tasks, modules, staging, true)) {
     const core = hasCore(plan, mode);
     const target = core && cores.get(nameOf(plan.module));
     if (target) {

@@ -11,6 +11,7 @@ import {
   type TaskBlob,
   type TensorRef,
 } from "../format/format.ts";
+import { placeTensor } from "../tensor/dtypes.ts";
 
 /** A task of a switch and its strength. */
 export interface ActiveTask {
@@ -34,10 +35,19 @@ export interface Expansion {
 
 /** Rows of a factor that the task brings itself. */
 export interface Private {
-  /** First f32 of the rows in the staged array. */
+  /** First f32 of the rows in the staged array; below 0 where they are `stored` alone. */
   readonly at: number;
   readonly row: number;
   readonly rank: number;
+  /** Set where nothing but the rows themselves is wanted: `readRows` reads them straight to their place. */
+  readonly stored?: StoredRows | undefined;
+}
+
+/** Rows as their task stores them, and what multiplies them. */
+interface StoredRows {
+  readonly blob: TaskBlob;
+  readonly tensor: TensorRef;
+  readonly strength: number;
 }
 
 /** The pieces of a factor. Those of `private` go by pairs, the others make rows that both sides have, each in its way. */
@@ -69,7 +79,8 @@ export class Staging {
     const at = this.used;
     this.used += count;
     if (this.used > this.values.length) {
-      const grown = new Float32Array(this.used);
+      // It grows by half at least: a copy for each of many modules would take quadratic time.
+      const grown = new Float32Array(Math.max(this.used, Math.ceil(1.5 * this.values.length)));
       grown.set(this.values);
       this.values = grown;
     }
@@ -86,10 +97,22 @@ interface Draft extends ModulePlan {
   magnitude: number | undefined;
 }
 
-/** Makes a plan for each module of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already. */
-export function stage(parts: readonly ActiveTask[], modules: readonly PackModule[], staging: Staging): ModulePlan[] {
+/**
+ * Makes a plan for each module of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already.
+ * @param leave whether rows of sides without components, which nothing is added to, are left as they are stored. Default: false
+ */
+export function stage(
+  parts: readonly ActiveTask[],
+  modules: readonly PackModule[],
+  staging: Staging,
+  leave = false,
+): ModulePlan[] {
   staging.used = 0;
   const plans = new Map<number, Draft>();
+  // Norms of DoRA's rows are computed from whole factors.
+  const scaled = new Set(
+    parts.flatMap(({ blob }) => blob.terms.filter((term) => term.magnitude).map(({ module }) => module)),
+  );
   for (const { blob, strength } of parts) {
     for (const term of blob.terms) {
       const module = modules[term.module]!;
@@ -98,24 +121,26 @@ export function stage(parts: readonly ActiveTask[], modules: readonly PackModule
         plan = { module: term.module, rank: 0, A: none(), Bt: none(), core: true, magnitude: undefined };
         plans.set(term.module, plan);
       }
+      const own = (tensor: TensorRef, strength: number, { length }: readonly Side[]): Private => {
+        const place = { row: plan.rank, rank: tensor.rows };
+        if (leave && length === 0 && !scaled.has(term.module))
+          return { at: -1, ...place, stored: { blob, tensor, strength } };
+        return { at: values(blob, tensor, strength, staging), ...place };
+      };
       if (term.rank > 0) {
         const { rank, A, B, ownA, ownBt } = term;
-        const own = (rows: TensorRef, strength: number): Private => {
-          return { at: values(blob, rows, strength, staging), row: plan.rank, rank };
-        };
         if (A) plan.A.shared.push(expansion(blob, A, module.A[A.basis]!, 1, plan.rank, !!ownA, staging));
         if (B) plan.Bt.shared.push(expansion(blob, B, module.B[B.basis]!, strength, plan.rank, !!ownBt, staging));
-        if (ownA) plan.A.own.push(own(ownA, 1));
-        if (ownBt) plan.Bt.own.push(own(ownBt, strength));
+        if (ownA) plan.A.own.push(own(ownA, 1, module.A));
+        if (ownBt) plan.Bt.own.push(own(ownBt, strength, module.B));
         const bases = sharedBases(module);
         plan.core &&= !ownA && !ownBt && bases?.A.kind === "column" && bases.B.kind === "column";
         plan.rank += rank;
       }
       if (term.privateA && term.privateBt) {
-        const [row, rank] = [plan.rank, term.privateRank];
-        plan.A.private.push({ at: values(blob, term.privateA, 1, staging), row, rank });
-        plan.Bt.private.push({ at: values(blob, term.privateBt, strength, staging), row, rank });
-        plan.rank += rank;
+        plan.A.private.push(own(term.privateA, 1, module.A));
+        plan.Bt.private.push(own(term.privateBt, strength, module.B));
+        plan.rank += term.privateRank;
       }
       if (term.magnitude) plan.magnitude = values(blob, term.magnitude, 1, staging);
     }
@@ -147,6 +172,38 @@ function expansion(
     out[at + i * (K + 1) + K] = coefficients.mean ? strength : 0;
   }
   return { at, rows, basis, row, add };
+}
+
+/** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */
+export function readRows(
+  { at, row, rank: rows, stored }: Private,
+  staged: Float32Array,
+  out: Float32Array,
+  rank: number,
+  width: number,
+  turned: boolean,
+): void {
+  if (stored) {
+    const { blob, tensor, strength } = stored;
+    const { dtype, byteOffset, byteLength } = tensor;
+    const bytes = blob.bytes.subarray(byteOffset, byteOffset + byteLength);
+    const places = turned ? { at: row, down: 1, along: rank } : { at: row * width, down: width, along: 1 };
+    placeTensor(dtype, bytes, rows, width, out, places, strength);
+  } else put(staged.subarray(at, at + rows * width), out, row, rank, width, turned);
+}
+
+/** Writes rows [rows, width] into [rank, width] from `row` on; or, turned, into [width, rank]. */
+export function put(
+  values: Float32Array,
+  out: Float32Array,
+  row: number,
+  rank: number,
+  width: number,
+  turned: boolean,
+): void {
+  if (!turned) return out.set(values, row * width);
+  for (let at = 0, to = row; at < values.length; at += width, to++)
+    for (let i = 0; i < width; i++) out[i * rank + to] = values[at + i]!;
 }
 
 function values(blob: TaskBlob, tensor: TensorRef, strength: number, staging: Staging): number {

@@ -20,9 +20,9 @@ import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
-import { type ByteSource, readAll, type SourceInput } from "../source.ts";
+import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { toHex } from "../text.ts";
-import type { TaskTrust, Trust } from "./trust.ts";
+import type { AddTaskOptions, Trust } from "./trust.ts";
 
 /** The open pack. */
 interface Target {
@@ -38,9 +38,9 @@ const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
  * A task file, checked by itself.
  * @throws FormatError when it is damaged, or another kind of file
  */
-export async function readTask(source: ByteSource): Promise<TaskFile> {
+export async function readTask(source: ByteSource, options?: ReadOptions): Promise<TaskFile> {
   try {
-    return parseTaskFile(await readAll(source), source.name);
+    return parseTaskFile(await readAll(source, options), source.name);
   } catch (error) {
     throw await wrongKind(error, source, "an EigenLoRA task file");
   }
@@ -62,10 +62,10 @@ export async function addTaskFile(
   { basisId, modules, directory }: Target,
   tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
-  options: TaskTrust,
+  options: AddTaskOptions,
   put: (entry: TaskEntry, integrity: string | undefined, stored: Uint8Array, blob: TaskBlob) => void,
 ): Promise<void> {
-  checkOptions("addTask", options, ["integrity"]);
+  checkOptions("addTask", options, ["integrity", "signal"]);
   if (typeof id !== "string" || !isTaskId(id)) {
     throw new TaskError(`${described(id)} cannot name a task`, { task: id });
   }
@@ -74,12 +74,12 @@ export async function addTaskFile(
     throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
   // Taken from here on, though the file has yet to be read.
   coming.set(tasks, ids.add(id));
-  const { integrity } = options;
+  const { integrity, signal } = options;
   let source: ByteSource | undefined;
   try {
     source = await openSource(file, {}, "addTask");
     const { name } = source;
-    const parsed = await readTask(source);
+    const parsed = await readTask(source, { signal });
     const checks =
       trust ?? (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(name, {}));
     await checks?.checkTaskFile(parsed, name, integrity);
@@ -90,7 +90,7 @@ export async function addTaskFile(
       });
     }
     const part = `task "${id}"`;
-    const plain = await plainTask(blob, { file: name, part, before: directory.basisBytes });
+    const plain = await plainTask(blob, { file: name, part, before: directory.basisBytes, signal });
     if (plain !== blob) await checks?.checkDecoded(plain, part, name);
     // Pages without https have no SHA-256; a caller cannot have asked for a hash there.
     const hash = globalThis.crypto?.subtle && (await integrityOf(blob));

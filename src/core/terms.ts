@@ -8,7 +8,7 @@ import type { PackModule } from "../format/format.ts";
 import { pacer } from "../pace.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
-import { hasCore, type ModulePlan, reuse, writeCore } from "./stage.ts";
+import { hasCore, type ModulePlan, put, readRows, reuse, writeCore } from "./stage.ts";
 import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -122,11 +122,12 @@ export async function unfold(
   weightOf: (module: number) => PristineWeight,
   { old, over, turned = false, signal }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
-  bench.prepare(plans);
-  const onDevice = !bench.backend.view;
   const isExpanded = (plan: ModulePlan): boolean =>
-    plan.rank > 0 && !hasCore(plan, mode) && sidesToExpand(plan, over?.(plan.module)).length > 0;
-  const fetched = onDevice ? await fetchFactors(bench, isExpanded) : undefined;
+    !hasCore(plan, mode) && sidesToExpand(plan, over?.(plan.module)).length > 0;
+  const computed = plans.filter((plan) => plan.magnitude !== undefined || isExpanded(plan));
+  if (computed.length > 0) bench.prepare(computed);
+  const onDevice = !bench.backend.view;
+  const fetched = onDevice && computed.length > 0 ? await fetchFactors(bench, isExpanded) : undefined;
   const terms = new Map<number, Term>();
   const pause = pacer(signal);
   for (const plan of plans) {
@@ -137,7 +138,7 @@ export async function unfold(
       return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
     };
     const how = { old: old?.get(plan.module), over: over?.(plan.module), turned };
-    terms.set(plan.module, how.over ? placed(plan, bench, how, expanded) : assemble(plan, bench, mode, how, expanded));
+    terms.set(plan.module, hasCore(plan, mode) ? besideCore(plan, bench, how) : placed(plan, bench, how, expanded));
     const turn = pause();
     if (turn) await turn;
   }
@@ -172,10 +173,9 @@ interface Wanted {
   readonly turned: boolean;
 }
 
-/** Sides whose rows are neither wanted as coefficients nor the tasks' own alone. */
+/** Sides with rows of components that are not wanted as coefficients. */
 function sidesToExpand(plan: ModulePlan, over: Wanted["over"]): ("A" | "B")[] {
-  if (!over) return ["A", "B"];
-  return (["A", "B"] as const).filter((side) => !over.has(side) && plan[FACTORS[side]].shared.length > 0);
+  return (["A", "B"] as const).filter((side) => !over?.has(side) && plan[FACTORS[side]].shared.length > 0);
 }
 
 /** A term whose sides are taken each by itself: coefficients over all components of the side, rows of the tasks' own, expanded rows. */
@@ -184,14 +184,16 @@ function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wante
   const staged = bench.staging.values;
   const rank = Math.max(plan.rank, 1);
   const toExpand = sidesToExpand(plan, over);
-  const whole = toExpand.length > 0 && plan.rank > 0 ? expanded() : undefined;
+  const whole = toExpand.length > 0 ? expanded() : undefined;
   const side = (which: "A" | "B", width: number, turned: boolean): Float32Array => {
     const key = FACTORS[which];
     const { shared, own, private: apart } = plan[key];
     const bases = module[which];
     const K = bases.reduce((sum, { tensor }) => sum + tensor.rows, 0);
-    const out = reuse(old?.[key], rank * (over!.has(which) ? K : width)).fill(0);
-    if (over!.has(which)) {
+    const out = reuse(old?.[key], rank * (over?.has(which) ? K : width));
+    // Rows of the task's own and expanded ones fill all of it.
+    if (over?.has(which) || plan.rank === 0) out.fill(0);
+    if (over?.has(which)) {
       const coefficients = { rank, width: K, turned };
       for (const { at, rows, basis, row } of shared) {
         let start = 0;
@@ -200,9 +202,7 @@ function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wante
       }
     } else if (toExpand.includes(which)) {
       if (whole) put(whole[key], out, 0, rank, width, turned);
-    } else
-      for (const { at, row, rank: rows } of [...own, ...apart])
-        put(staged.subarray(at, at + rows * width), out, row, rank, width, turned);
+    } else for (const piece of [...own, ...apart]) readRows(piece, staged, out, rank, width, turned);
     return out;
   };
   return { rank, A: side("A", module.in, turned), Bt: side("B", module.out, false) };
@@ -224,47 +224,24 @@ function putAt(
       out[turned ? (column + k) * rank + row + r : (row + r) * width + column + k] = values[at + r * count + k]!;
 }
 
-/** @param expanded the plan's factors; asked for where it has some that are not in the core */
-function assemble(
-  plan: ModulePlan,
-  bench: Workbench,
-  mode: "core" | "factors",
-  { old, turned }: Wanted,
-  expanded: () => Factors,
-): Term {
+/** The term of a plan that has a core, and the private rows of all its tasks beside it. */
+function besideCore(plan: ModulePlan, bench: Workbench, { old, turned }: Wanted): Term {
   const { in: inputs, out } = bench.modules[plan.module]!;
-  const inCore = hasCore(plan, mode);
-  const rank = Math.max(inCore ? plan.A.private.reduce((sum, piece) => sum + piece.rank, 0) : plan.rank, 1);
-  const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
-  if (!inCore && plan.rank > 0) {
-    const factors = expanded();
-    put(factors.A, A, 0, rank, inputs, turned);
-    Bt.set(factors.Bt);
-    return { rank, A, Bt };
-  }
-  A.fill(0);
-  Bt.fill(0);
-  if (!inCore) return { rank, A, Bt };
   const staged = bench.staging.values;
   const [KA, KB] = [plan.A.shared[0]!.basis.tensor.rows, plan.Bt.shared[0]!.basis.tensor.rows];
   const core = reuse(old?.core, KA * KB);
   writeCore(plan, staged, core, 0, KB);
-  // The private factors of every task of the plan, one below the other.
+  const own = plan.A.private.reduce((sum, piece) => sum + piece.rank, 0);
+  const rank = Math.max(own, 1);
+  const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
+  if (own === 0) for (const array of [A, Bt]) array.fill(0);
   let row = 0;
-  for (const [i, { at, rank: rows }] of plan.A.private.entries()) {
-    const atB = plan.Bt.private[i]!.at;
-    put(staged.subarray(at, at + rows * inputs), A, row, rank, inputs, turned);
-    Bt.set(staged.subarray(atB, atB + rows * out), row * out);
-    row += rows;
+  for (const [i, piece] of plan.A.private.entries()) {
+    readRows({ ...piece, row }, staged, A, rank, inputs, turned);
+    readRows({ ...plan.Bt.private[i]!, row }, staged, Bt, rank, out, false);
+    row += piece.rank;
   }
   return { rank, A, Bt, core };
-}
-
-/** Writes rows [rows, width] into [rank, width] from `row` on; or, turned, into [width, rank]. */
-function put(values: Float32Array, out: Float32Array, row: number, rank: number, width: number, turned: boolean): void {
-  if (!turned) return out.set(values, row * width);
-  for (let at = 0, to = row; at < values.length; at += width, to++)
-    for (let i = 0; i < width; i++) out[i * rank + to] = values[at + i]!;
 }
 
 /** Reads the factors that are not in a core from a device, by module: one read a round. */

@@ -6,6 +6,7 @@ import { described } from "../arguments.ts";
 import { TrustError } from "../errors.ts";
 import type { Directory, Section, Signature, TaskFile, Window } from "../format/format.ts";
 import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/hash.ts";
+import type { AbortOptions } from "../source.ts";
 import { fromBase64, toBase64 } from "../text.ts";
 
 /** An Ed25519 public key: PEM, the base64 of its 32 bytes with or without "ed25519:" before it, or a `CryptoKey`. */
@@ -24,8 +25,8 @@ export interface TrustOptions {
   readonly revoked?: readonly string[];
 }
 
-/** Conditions on a task file that is added to an open pack. */
-export interface TaskTrust {
+/** Options of `addTask`. */
+export interface AddTaskOptions extends AbortOptions {
   /** Hash that the file must have, "sha256-…", its signature left out. Default: no check. */
   readonly integrity?: string | undefined;
 }

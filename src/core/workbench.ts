@@ -157,7 +157,7 @@ export class Workbench {
         const { basis, rows: rank, add } = piece;
         this.backend.expand({ out, coefficients, ...this.components(basis), rank, add });
         this.dispatches++;
-      } else this.copy(coefficients, out, 4 * piece.rank * width);
+      } else if (!piece.stored) this.copy(coefficients, out, 4 * piece.rank * width);
     }
   }
 

@@ -16,6 +16,7 @@ export type FileKind =
   | "a GGUF file"
   | "a zip archive, as torch.save writes them"
   | "a Python pickle"
+  | "a Git LFS pointer"
   | "JSON"
   | "HTML";
 
@@ -37,6 +38,7 @@ export function kindOf(head: Uint8Array): FileKind | undefined {
   if (text.startsWith("GGUF")) return "a GGUF file";
   if (text.startsWith("PK\u0003\u0004")) return "a zip archive, as torch.save writes them";
   if (head[0] === 0x80 && head[1]! > 0 && head[1]! < 6) return "a Python pickle";
+  if (text.startsWith("version https://")) return "a Git LFS pointer";
   if (/^\s*</.test(text)) return "HTML";
   if (/^\s*[{[]/.test(text)) return "JSON";
   return undefined;
@@ -49,12 +51,13 @@ export async function kindOfSource(source: ByteSource): Promise<FileKind | undef
 }
 
 /** Replaces a FormatError by one that names the kind of the file, where that is not the expected one. */
-export async function wrongKind(error: unknown, source: ByteSource, expected: FileKind): Promise<unknown> {
+export async function wrongKind(error: unknown, source: ByteSource, expected: string): Promise<unknown> {
   if (!(error instanceof FormatError)) return error;
   const found = await kindOfSource(source);
   if (found === undefined || found === expected) return error;
   const { file, part } = error;
-  return new FormatError(`this is ${found}, expected ${expected}`, { file, part, cause: error });
+  const advice = found === "a Git LFS pointer" ? "; fetch the file itself: git lfs pull" : "";
+  return new FormatError(`this is ${found}, expected ${expected}${advice}`, { file, part, cause: error });
 }
 
 /**

@@ -3,7 +3,7 @@
  */
 
 import { FormatError } from "../errors.ts";
-import { BITS, DTYPES, f16ToF32, isQuantized, quantizedAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
+import { BITS, DTYPES, f16ToF32, isQuantized, leastAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
 import { decode, Fields, placing, type Value } from "./fields.ts";
 import {
   bringsOf,
@@ -268,14 +268,8 @@ function checkTensor(
   const spare = 8 * stride - width * BITS[dtype];
   for (let row = 0, at = values; row < rows; row++, at += stride) {
     if (!(Math.abs(f16ToF32(f.view.getUint16(byteOffset + 2 * row, true)) * (least + 1)) < most)) bad(row, "the scale");
-    // A look at each byte is sooner done than one at each integer.
-    const mayBeLeast = (byte: number): boolean =>
-      dtype === "int8" ? byte === 128 : dtype === "int3" || (byte & 15) === 8 || byte >> 4 === 8;
-    const looked = f.bytes.subarray(at, at + stride).some(mayBeLeast) ? width : 0;
-    for (let i = 0; i < looked; i++) {
-      if (quantizedAt(f.bytes, dtype, at, i) > least) continue;
-      f.check(false, () => `${name}: integer ${i} of row ${row} is ${least}, which is not allowed`);
-    }
+    const found = leastAt(f.bytes, dtype, at, width);
+    f.check(found === width, () => `${name}: integer ${found} of row ${row} is ${least}, which is not allowed`);
     f.check(
       f.bytes[at + stride - 1]! >> (8 - spare) === 0,
       () => `${name}: bits behind the last integer of row ${row} are not zero`,

@@ -12,6 +12,7 @@ export interface Ask {
   /** Value of the header `Range`. */
   readonly range?: string;
   readonly signal?: AbortSignal | undefined;
+  readonly onBytes?: ((count: number) => void) | undefined;
 }
 
 /** An answer with a status that did not ask to try again. */
@@ -102,7 +103,7 @@ export class Exchange {
     throw new SourceError(message, { file: this.name, ...more });
   }
 
-  async #once<T>({ method, range, signal }: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
+  async #once<T>({ method, range, signal, onBytes }: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
     const { fetch: ask, headers, timeout, minRate } = this.#options;
     const ended = new AbortController();
     const stop = (): void => ended.abort();
@@ -116,7 +117,7 @@ export class Exchange {
       response = await unlessAborted(ask(this.#url.href, { ...init, signal: ended.signal }), ended.signal);
       pace.answered();
       this.#checkStatus(response);
-      return await unlessAborted(take(this.#answer(response, pace)), ended.signal);
+      return await unlessAborted(take(this.#answer(response, pace, onBytes)), ended.signal);
     } catch (cause) {
       signal?.throwIfAborted();
       if (cause instanceof SourceError) throw cause;
@@ -140,11 +141,12 @@ export class Exchange {
     this.fail(`the server ${problem} (status ${status}); try again ${later}`, more);
   }
 
-  #answer(response: Response, pace: Pace): Answer {
+  #answer(response: Response, pace: Pace, onBytes: Ask["onBytes"]): Answer {
     const { status, headers, type } = response;
     const arrived = (count: number): void => {
       pace.arrived(count);
       this.reads.bytes += count;
+      onBytes?.(count);
     };
     const body = async (length: number | undefined, most: number, excess: string): Promise<Uint8Array> => {
       const limit = length ?? most;

@@ -16,13 +16,13 @@ import { homedir } from "node:os";
 import { dirname, join, relative } from "node:path";
 import { reasonOf } from "../disk.ts";
 import { SourceError } from "../errors.ts";
-import type { ByteSource, ReadOptions } from "../source.ts";
+import type { AbortOptions, ByteSource } from "../source.ts";
 import { fromLatin1 } from "../text.ts";
 import { isInside } from "./hub-name.ts";
 
 /** What the Hub promises of a file. */
 export interface HubFile {
-  /** In bytes. */
+  /** Size in bytes. */
   readonly size: number;
   /** Hexadecimal digits: the 64 of SHA-256, or the 40 of Git's hash of a blob. */
   readonly hash: string;
@@ -162,7 +162,8 @@ export function filesOf(entries: Iterable<readonly [path: string, entry: TreeEnt
 }
 
 /** How a file is received. */
-interface Receiving extends ReadOptions {
+interface Receiving extends AbortOptions {
+  /** Told how many bytes of it are here. */
   readonly onBytes: (loaded: number) => void;
 }
 

@@ -11,7 +11,7 @@ import { join, sep } from "node:path";
 import { nearest } from "../arguments.ts";
 import { openDisk } from "../disk.ts";
 import { SourceError } from "../errors.ts";
-import type { ByteSource, FetchOptions, ReadOptions } from "../source.ts";
+import { type AbortOptions, type ByteSource, type FetchOptions, type ReadOptions, SharedWork } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
 import { COMMIT, filesOf, HubCache, type HubFile, type HubFiles, hubHome, type TreeEntry } from "./hub-cache.ts";
 import { type HubName, hubEndpoint, hubName, hubText } from "./hub-name.ts";
@@ -27,7 +27,7 @@ export interface HubProgress {
 }
 
 /** How the Hub is asked. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
-export interface HubOptions extends FetchOptions, ReadOptions {
+export interface HubOptions extends FetchOptions, AbortOptions {
   /** Called when bytes of a file arrive that was not here. */
   readonly onProgress?: ((progress: HubProgress) => void) | undefined;
 }
@@ -38,15 +38,15 @@ const MOST_REDIRECTS = 10;
 const AT_A_TIME = 4;
 
 /**
- * Opens a file of a repository for ranged reads, from the cache.
+ * Opens a file of a repository for ranged reads, from the cache. The first read downloads what is not there, and tells `onBytes` of it.
  * @throws TypeError for a name that is not well formed
- * @throws SourceError when there is no such file, it may not be read, or is not what the Hub promises
+ * @throws SourceError when there is no such file, or it may not be read; from a read when it is not what the Hub promises
  */
-export async function openHub(text: string, options: HubOptions = {}): Promise<ByteSource> {
+export async function openHub(text: string, options: FetchOptions & AbortOptions = {}): Promise<ByteSource> {
   const name = hubName(text)!;
-  const snapshot = await openSnapshot(name, options);
-  const [path] = await snapshot.get([name.path]);
-  return openDisk(path!, snapshot.nameOf(name.path));
+  // What is asked to be told of a pack or model is told of its reads.
+  const snapshot = await openSnapshot(name, { ...options, onProgress: undefined });
+  return snapshot.openWhole(name.path);
 }
 
 /**
@@ -65,7 +65,7 @@ export async function openSnapshot(name: HubName, options: HubOptions = {}): Pro
   }
   if (offline) throw new SourceError(OFFLINE, { file: hubText({ ...name, path: "" }) });
   const { commit, tree, files } = await client.listing().catch((error: unknown) => {
-    // Without an answer it is the network; what is here can be used knowingly.
+    // No answer means the network; what is here can be used knowingly.
     if (!(error instanceof SourceError) || error.status !== undefined || known === undefined) throw error;
     const message = `${error.message.slice(error.file.length + 2)}. What is in the cache is taken with HF_HUB_OFFLINE=1`;
     const { file, transient = false } = error;
@@ -104,16 +104,16 @@ export class Snapshot {
    * @returns their paths on the disk
    * @throws SourceError when one is not in the repository, or cannot be had
    */
-  async get(paths: readonly string[]): Promise<string[]> {
+  async get(paths: readonly string[], options: ReadOptions = this.#client.options): Promise<string[]> {
     const places = new Array<string>(paths.length);
-    const { signal } = this.#client.options;
+    const { signal, onBytes } = options;
     const stop = new AbortController();
     const all = signal ? AbortSignal.any([signal, stop.signal]) : stop.signal;
     const waiting = [...paths.entries()];
     const failures: unknown[] = [];
     const work = async (): Promise<void> => {
       for (let next = waiting.shift(); next && failures.length === 0; next = waiting.shift())
-        places[next[0]] = await this.#get(next[1], all);
+        places[next[0]] = await this.#get(next[1], { signal: all, onBytes });
     };
     const fail = (error: unknown): void => {
       failures.push(error);
@@ -131,21 +131,55 @@ export class Snapshot {
     return here === undefined ? this.#remote(path) : openDisk(here, this.nameOf(path));
   }
 
+  /** Opens a file that the first read downloads, where it is not here. @throws SourceError as `get` */
+  async openWhole(path: string): Promise<ByteSource> {
+    const file = this.#find(path);
+    const name = this.nameOf(path);
+    const here = await this.#cache.find(this.#commit, path, file);
+    if (here !== undefined) return openDisk(here, name);
+    if (isOffline()) throw new SourceError(OFFLINE, { file: name });
+    const download = async (options: ReadOptions): Promise<ByteSource> => {
+      const [place] = await this.get([path], options);
+      options.signal?.throwIfAborted();
+      return openDisk(place!, name);
+    };
+    let coming: SharedWork<ByteSource> | undefined;
+    return {
+      name,
+      byteLength: file!.size,
+      async read(offset, length, { signal, onBytes } = {}) {
+        if (!coming || coming.stopped) coming = new SharedWork((stop) => download({ signal: stop, onBytes }), signal);
+        return (await coming.wait(signal)).read(offset, length, { signal });
+      },
+      async close() {
+        await coming?.wait(undefined).then(
+          (disk) => disk.close?.(),
+          () => undefined,
+        );
+      },
+    };
+  }
+
   /** @throws SourceError when the Hub must not be asked */
   #remote(path: string): UrlSource {
     if (!isOffline()) return this.#client.open(path, this.#commit);
     throw new SourceError(OFFLINE, { file: this.nameOf(path) });
   }
 
-  async #get(path: string, signal: AbortSignal): Promise<string> {
+  async #get(path: string, how: ReadOptions): Promise<string> {
     const file = this.#find(path);
     const here = await this.#cache.find(this.#commit, path, file);
     if (here !== undefined) return here;
     const { onProgress } = this.#client.options;
     const source = this.#remote(path);
-    const onBytes = (loaded: number): void => onProgress?.({ file: path, loaded, total: file!.size });
+    let before = 0;
+    const onBytes = (loaded: number): void => {
+      how.onBytes?.(loaded - before);
+      before = loaded;
+      onProgress?.({ file: path, loaded, total: file!.size });
+    };
     try {
-      return await this.#cache.put(this.#commit, path, file!, source, { signal, onBytes });
+      return await this.#cache.put(this.#commit, path, file!, source, { signal: how.signal, onBytes });
     } finally {
       await source.close();
     }

@@ -50,22 +50,23 @@ export class UrlSource implements ByteSource {
     return this.#version.size;
   }
 
-  async read(offset: number, length: number, { signal }: ReadOptions = {}): Promise<Uint8Array> {
+  async read(offset: number, length: number, options: ReadOptions = {}): Promise<Uint8Array> {
+    const { signal } = options;
     signal?.throwIfAborted();
     if (length === 0) return new Uint8Array(0);
     if (this.byteLength !== undefined) checkRange(this.name, offset, length, this.byteLength);
     for (;;) {
       const whole = await unlessAborted(this.#kept(), signal);
       if (whole) return this.#partOf(whole, offset, length);
-      const bytes = await this.#range(offset, length, signal);
+      const bytes = await this.#range(offset, length, options);
       if (bytes) return bytes;
     }
   }
 
   /** Undefined when the server gives the whole file, and another read is at it already. */
-  #range(offset: number, length: number, signal: AbortSignal | undefined): Promise<Uint8Array | undefined> {
+  #range(offset: number, length: number, { signal, onBytes }: ReadOptions): Promise<Uint8Array | undefined> {
     const range = `bytes=${offset}-${offset + length - 1}`;
-    return this.#exchange.ask({ range, signal }, async (answer) => {
+    return this.#exchange.ask({ range, signal, onBytes }, async (answer) => {
       this.#checkStatus(answer, [206, 200], `bytes ${offset} to ${offset + length}`);
       if (answer.status === 200) {
         if (this.#whole) return undefined;
@@ -78,11 +79,11 @@ export class UrlSource implements ByteSource {
     });
   }
 
-  async readAll({ signal }: ReadOptions = {}): Promise<Uint8Array> {
+  async readAll({ signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
     signal?.throwIfAborted();
     const whole = await unlessAborted(this.#kept(), signal);
     if (whole) return whole;
-    return this.#exchange.ask({ signal }, (answer) => {
+    return this.#exchange.ask({ signal, onBytes }, (answer) => {
       this.#checkStatus(answer, [200], "the file");
       return this.#everything(answer, Infinity);
     });

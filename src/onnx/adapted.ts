@@ -1,5 +1,5 @@
 /** Layers and parameters of a model that tasks change, and the inputs that carry a task to them. */
-import type { Components } from "./components.ts";
+import type { Components, IntegerProducts } from "./components.ts";
 import type { Form, GraftVector } from "./forms.ts";
 import type { Linear } from "./linear.ts";
 import type { Slice } from "./modules.ts";
@@ -69,14 +69,24 @@ export interface Graft {
   readonly vectors: readonly GraftVector[];
 }
 
+/** How a graft is made. */
+export interface GraftOptions {
+  /** Whether it adds outputs for a probe. Default: true. */
+  readonly probe?: boolean | undefined;
+  /** Operators for components that are integers. Default: none, they become floats. */
+  readonly integers?: IntegerProducts | undefined;
+  /** Whether cores come in as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
+  readonly join?: boolean | undefined;
+}
+
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
 export interface TaskInput {
   readonly name: string;
-  /** Module or parameter that it belongs to; the modules that share a core are joined by "+". */
+  /** Module or parameter that it belongs to; modules that share an input are joined by "+". */
   readonly of: string;
   readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
   readonly dims: readonly (number | string)[];
-  /** Cores of the modules, along the diagonal in this order. */
+  /** Cores of the modules in it; zeros lie beside them. */
   readonly cores?: readonly CoreBlock[];
   /** Set where a factor's rows are coefficients over components, which the graph has: of A [K, q], of B [q, K]. */
   readonly over?: { readonly K: number; readonly scales: Float32Array | undefined } | undefined;
@@ -85,6 +95,9 @@ export interface TaskInput {
 /** The core of one module in the input of several. */
 export interface CoreBlock {
   readonly module: string;
+  /** Place of its first number. */
+  readonly row: number;
+  readonly column: number;
   readonly KA: number;
   readonly KB: number;
   /** Factors of rows and columns, where the graph holds integers. */

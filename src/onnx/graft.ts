@@ -11,7 +11,8 @@
  *
  * Where tasks share one side alone, factors lie over its components: A is [tasks, K_A, q] behind x·E_Aᵀ, B [tasks, q, K_B] before E_B.
  * Layers that one x enters (queries, keys, values) share its product with their components, and one input that holds their cores along
- * its diagonal. The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
+ * its diagonal. Such inputs of one width may come as one, one below the other. The usual x [batch, sequence, in] needs none of the
+ * reshapes. Every node and every input costs: sessions take longer to create and to run.
  */
 import type {
   AdaptedLayer,
@@ -21,18 +22,20 @@ import type {
   GraftBias,
   Grafted,
   GraftHead,
+  GraftOptions,
   GraftRows,
   ProbeOutputs,
   TaskInput,
 } from "./adapted.ts";
-import { ComponentProducts, type IntegerProducts } from "./components.ts";
+import { ComponentProducts } from "./components.ts";
 import type { GraftTools } from "./graft-forms.ts";
-import { groupsOf, joined } from "./groups.ts";
+import { groupsOf, joinCores, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
 import {
   type Added,
   dropUnused,
+  freeLast,
   importContributed,
   makeInts,
   makeNode,
@@ -47,28 +50,24 @@ import { Ranks } from "./rank.ts";
 /**
  * Changes `model.proto` in place.
  * @param model that `checkGraftable` has passed; weights that are folded may have a place of their own since then
- * @param options `probe: false` adds no outputs for a probe; `integers`: how components that are integers are multiplied by. Default:
- *   as floats; `forms`: needed for modules with a form, and for vectors
+ * @param options `forms`: needed for modules with a form, and for vectors
  */
 export function graft(
   model: OnnxModel,
   { modules, biases, rows, heads, vectors }: Graft,
-  options: {
-    probe?: boolean;
-    integers?: IntegerProducts | undefined;
-    forms?: typeof import("./graft-forms.ts") | undefined;
-  } = {},
+  options: GraftOptions & { readonly forms?: typeof import("./graft-forms.ts") | undefined } = {},
 ): Grafted {
-  const grafter = new Grafter(model, options.probe ?? true, options.integers ?? []);
+  const linear = modules.filter(({ form }) => !form);
+  const grafter = new Grafter(model, options, linear);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
   const tools = grafter.tools();
   for (const vector of vectors) options.forms!.addVector(tools, vector);
   for (const { form, ...module } of modules) if (form) options.forms!.addModule(tools, { ...module, form });
-  const linear = modules.filter(({ form }) => !form);
   for (const members of groupsOf(linear, ({ A }) => grafter.products.formOf(A))) grafter.group(members);
   for (const head of heads) grafter.head(head);
+  if (options.join) grafter.joinCores();
   return grafter.finish(heads);
 }
 
@@ -97,7 +96,7 @@ class Grafter {
   readonly #model: OnnxModel;
   readonly #main: GraphProto;
   readonly #ranks: Ranks;
-  readonly #inputs: TaskInput[] = [];
+  #inputs: TaskInput[] = [];
   readonly #added: Added[] = [];
   /** Nodes that every place shares; they depend on a task input only and go first. */
   readonly #first: NodeProto[] = [];
@@ -109,10 +108,10 @@ class Grafter {
   readonly #formProbes: FormProbe[] = [];
   #count = 0;
 
-  constructor(model: OnnxModel, wantsProbe: boolean, integers: IntegerProducts) {
+  constructor(model: OnnxModel, { probe = true, integers = [] }: GraftOptions, layers: readonly AdaptedLayer[]) {
     this.#model = model;
-    this.products = new ComponentProducts(integers, this.#added);
-    this.#wantsProbe = wantsProbe;
+    this.products = new ComponentProducts(integers, this.#added, layers);
+    this.#wantsProbe = probe;
     this.#main = model.graph.proto;
     this.#ranks = new Ranks(model);
   }
@@ -144,13 +143,15 @@ class Grafter {
 
   /** The input that holds the cores of modules. */
   #core(members: readonly AdaptedLayer[]): TaskInput {
+    let [row, column] = [0, 0];
     const cores = members.map(({ name, components }): CoreBlock => {
       const { A, B } = components!;
       const [scalesA, scalesB] = [this.products.scalesOf(A), this.products.scalesOf(B)];
-      return { module: name, KA: A.rows, KB: B.rows, scalesA, scalesB };
+      const block = { module: name, row, column, KA: A.rows, KB: B.rows, scalesA, scalesB };
+      [row, column] = [row + A.rows, column + B.rows];
+      return block;
     });
-    const size = (side: "KA" | "KB"): number => cores.reduce((sum, block) => sum + block[side], 0);
-    this.#input(joined(cores.map(({ module }) => module)), "core", [size("KA"), size("KB")], { cores });
+    this.#input(joined(cores.map(({ module }) => module)), "core", [row, column], { cores });
     return this.#inputs[this.#inputs.length - 1]!;
   }
 
@@ -296,7 +297,9 @@ class Grafter {
       },
       input: (...of) => this.#input(...of),
       core: (of, KA, KB) =>
-        this.#input(of, "core", [KA, KB], { cores: [{ module: of, KA, KB, scalesA: undefined, scalesB: undefined }] }),
+        this.#input(of, "core", [KA, KB], {
+          cores: [{ module: of, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined }],
+        }),
       ints: (values) => this.#ints(values),
       dims: (name, input, from, to) => this.#once(name, "Slice", ["Shape", input], [from, to]),
       tasks: () => this.#once("tasks", "Slice", ["Shape", this.#inputs[0]!.name], [0, 1]),
@@ -367,6 +370,13 @@ class Grafter {
     return name;
   }
 
+  /** Makes one input of those for cores that are equally wide: a runtime takes some microseconds for each input of each run. */
+  joinCores(): void {
+    const { inputs, splits } = joinCores(this.#model, this.#inputs);
+    this.#inputs = inputs;
+    this.#first.unshift(...splits);
+  }
+
   finish(heads: readonly GraftHead[]): Grafted {
     const main = this.#main;
     this.#edits.apply();
@@ -379,22 +389,12 @@ class Grafter {
     for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
     for (const { x, term } of this.#formProbes)
       for (const value of [x, term]) main.output.push(makeValue(value, FLOAT));
-    if (heads.length > 0) this.#freeLabels(heads);
+    // Shapes written into the file hold the base's number of labels.
+    if (heads.length > 0) freeLast(main, new Set(heads.map(({ out }) => BigInt(out))));
     if (this.products.contributed) importContributed(this.#model);
     // Replaced heads, and the weights that folding has given a place of their own.
     dropUnused(this.#model);
     const [inputs, initializers] = [this.#inputs, this.#added];
     return { inputs, initializers, probe: this.#probe, formProbes: this.#formProbes };
-  }
-
-  /** Shapes written into the file that hold the base's number of labels no longer hold. */
-  #freeLabels(heads: readonly GraftHead[]): void {
-    const labels = new Set(heads.map(({ out }) => BigInt(out)));
-    for (const { type } of this.#main.output) {
-      const dims = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
-      const last = dims[dims.length - 1];
-      if (last?.value.case === "dimValue" && labels.has(last.value.value)) last.value = { case: undefined };
-    }
-    this.#main.valueInfo.length = 0;
   }
 }

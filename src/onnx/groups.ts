@@ -1,7 +1,9 @@
-/** Groups layers with one common input: queries, keys and values; gate and up. */
-import type { AdaptedLayer } from "./adapted.ts";
+/** Groups layers with one common input: queries, keys and values; gate and up. Joins inputs of tasks. */
+import type { AdaptedLayer, TaskInput } from "./adapted.ts";
 import type { Components } from "./components.ts";
-import type { GraphProto } from "./onnx_pb.ts";
+import type { OnnxModel } from "./model.ts";
+import { makeSplit, PREFIX } from "./nodes.ts";
+import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 
 /**
  * Groups modules with components by their common input, in the same order. Other modules with terms stay alone: those without components,
@@ -30,4 +32,30 @@ export function groupsOf<M extends Pick<AdaptedLayer, "linears" | "components">>
 export function joined([first = "", ...others]: readonly string[]): string {
   const parent = first.slice(0, first.lastIndexOf(".") + 1);
   return [first, ...others.map((name) => (name.startsWith(parent) ? name.slice(parent.length) : name))].join("+");
+}
+
+/** Puts cores that are equally wide below each other in one input, which nodes split again. */
+export function joinCores(
+  model: OnnxModel,
+  inputs: readonly TaskInput[],
+): { readonly inputs: TaskInput[]; readonly splits: NodeProto[] } {
+  const splits: NodeProto[] = [];
+  let left = [...inputs];
+  for (const width of new Set(inputs.flatMap(({ kind, dims }) => (kind === "core" ? [dims[2] as number] : [])))) {
+    const parts = inputs.filter(({ kind, dims }) => kind === "core" && dims[2] === width);
+    if (parts.length < 2) continue;
+    const heights = parts.map(({ dims }) => dims[1] as number);
+    let height = 0;
+    const cores = parts.flatMap(({ cores = [] }, i) => {
+      const above = height;
+      height += heights[i]!;
+      return cores.map((block) => ({ ...block, row: above + block.row }));
+    });
+    const name = `${PREFIX}.cores.${width}`;
+    const names = parts.map((part) => part.name);
+    splits.push(makeSplit(model, `${PREFIX}/cores/${width}`, name, names, heights, 1));
+    left = left.filter((input) => !parts.includes(input));
+    left.push({ name, of: joined(parts.map(({ of }) => of)), kind: "core", dims: ["tasks", height, width], cores });
+  }
+  return { inputs: left, splits };
 }

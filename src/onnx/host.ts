@@ -26,7 +26,7 @@ import { readTensor } from "./tensors.ts";
  *   for a name that several weights of different values have
  */
 export async function openOnnxHost(input: SourceInput, options: ModelOptions = {}): Promise<WeightHost> {
-  checkOptions("openOnnxHost", options, ["external", "signal", ...FETCH_OPTIONS]);
+  checkOptions("openOnnxHost", options, ["onProgress", "external", "signal", ...FETCH_OPTIONS]);
   return onnxHost(await readModel(input, options));
 }
 

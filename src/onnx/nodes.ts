@@ -241,6 +241,16 @@ export class Place {
   }
 }
 
+/** Frees the last dimension of outputs where it has one of these sizes, and forgets what the file says of values inside. */
+export function freeLast(graph: GraphProto, sizes: ReadonlySet<bigint>): void {
+  for (const { type } of graph.output) {
+    const dims = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
+    const last = dims[dims.length - 1];
+    if (last?.value.case === "dimValue" && sizes.has(last.value.value)) last.value = { case: undefined };
+  }
+  graph.valueInfo.length = 0;
+}
+
 /** Removes unused nodes and initializers of the main graph. */
 export function dropUnused(model: OnnxModel): void {
   const main = model.graph.proto;

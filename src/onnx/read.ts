@@ -2,13 +2,23 @@
  * Reads an ONNX model and the files beside it, as bytes. Their meaning is the concern of `model.ts`.
  */
 import { FormatError } from "../errors.ts";
-import { openSource } from "../open-source.ts";
-import { type ByteSource, type FetchOptions, type ReadOptions, readAll, type SourceInput } from "../source.ts";
+import { openSource, watchedOf } from "../open-source.ts";
+import type { OnProgress } from "../progress.ts";
+import {
+  type AbortOptions,
+  type ByteSource,
+  type FetchOptions,
+  type ReadOptions,
+  readAll,
+  type SourceInput,
+} from "../source.ts";
 import { type OnnxModel, parseModel } from "./model.ts";
 import type { OpenExternal } from "./tensors.ts";
 
 /** Options for reading a model and the files beside it. */
-export interface ModelOptions extends FetchOptions, ReadOptions {
+export interface ModelOptions extends FetchOptions, AbortOptions {
+  /** Told how far each file is read; takes a function for `progress_callback` of transformers.js. Bytes in memory are not told. */
+  readonly onProgress?: OnProgress | undefined;
   /**
    * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name beside a model given as a path
    * or URL.
@@ -49,7 +59,7 @@ export async function readModel(
   input: SourceInput,
   options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
 ): Promise<ModelFile> {
-  const source = await openSource(input, options, "model");
+  const source = await openTold(input, options, "model");
   const apart = options.weightsApart === true && !options.external && source.folder !== undefined;
   const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
   const model = await parsed(bytes, source.name);
@@ -58,7 +68,7 @@ export async function readModel(
   const external = (location: string): Promise<ByteSource> => {
     let file = files.get(location);
     if (!file) {
-      file = Promise.resolve(locate!(location)).then((found) => openSource(found, options, "external"));
+      file = Promise.resolve(locate!(location)).then((found) => openTold(found, options, "external"));
       files.set(location, file);
       // A failure is not kept: the next read may find the file.
       file.catch(() => files.delete(location));
@@ -76,6 +86,11 @@ export async function readModel(
       await Promise.all(opened.map((file) => file.status === "fulfilled" && file.value.close?.()));
     },
   };
+}
+
+async function openTold(input: SourceInput, options: ModelOptions, where: string): Promise<ByteSource> {
+  const source = await openSource(input, options, where);
+  return (await watchedOf(source, "model", options.onProgress)) ?? source;
 }
 
 async function readBytes(source: ByteSource, options: ReadOptions, apart: boolean): Promise<Uint8Array> {

@@ -21,6 +21,8 @@ export interface Active {
   readonly feeds: Tensors;
   /** Bytes of the feeds that a run carries from the CPU's memory. */
   readonly bytes: number;
+  /** Bytes that the switch wrote to a device. Default: 0. */
+  readonly written?: number | undefined;
   /** The state that caches of its runs belong to, where the model has caches. */
   readonly state?: CacheState | undefined;
   /** Called once nothing runs on it any more: another selection may use its memory. */

@@ -8,7 +8,7 @@ export interface InputValue {
   readonly data: Float32Array | BigInt64Array;
 }
 
-/** The value of an input for cores while it is filled: each core of a module has its place on the diagonal. */
+/** The value of an input for cores while it is filled: each core of a module has its place. */
 export class CoreSpace {
   readonly name: string;
   /** Targets in the order of the blocks, with names of modules. */
@@ -25,11 +25,8 @@ export class CoreSpace {
     this.#blocks = cores;
     const data = old?.data as Float32Array | undefined;
     this.#data = data?.length === height * width ? data : new Float32Array(height * width);
-    let next = 0;
-    this.targets = cores.map(({ module, KA, KB }) => {
-      const at = next;
-      next += KA * width + KB;
-      return [module, { out: this.#data, at, stride: width }];
+    this.targets = cores.map(({ module, row, column }) => {
+      return [module, { out: this.#data, at: row * width + column, stride: width }];
     });
   }
 

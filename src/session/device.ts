@@ -13,12 +13,10 @@ import type { ModelFile } from "../onnx/read.ts";
 import type { WeightInput } from "../onnx/replaceable.ts";
 import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
+import { roundUp16, USAGE } from "./placed.ts";
 import { withFeeds } from "./probe.ts";
 import type { ProbeReport } from "./probe-term.ts";
 import { type InputValues, inputNamesOf, TaskEvaluator, toFeeds } from "./values.ts";
-
-/** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
-const USAGE = 128 | 4 | 8;
 
 /** A parameter on the device. */
 type Placed = DeviceTensor & { buffer: GPUBuffer };
@@ -98,7 +96,6 @@ async function place(
   for (const { name, dtype, shape } of fed) {
     const view = (await host.read(name)) as CpuView;
     const count = shape.reduce((a, b) => a * b, 1);
-    // Whole vectors of four words, which kernels of runtimes read.
     const bytes = new Uint8Array(roundUp16(count * (dtype === "f32" ? 4 : 2)));
     if (dtype === view.dtype) bytes.set(view.data.subarray(view.byteOffset, view.byteOffset + byteLengthOf(view)));
     else viewValues(view, new Float32Array(bytes.buffer));
@@ -159,8 +156,4 @@ async function probeBuffers(
   } finally {
     zeros.destroy();
   }
-}
-
-function roundUp16(bytes: number): number {
-  return Math.max(16, Math.ceil(bytes / 16) * 16);
 }

@@ -6,16 +6,20 @@ import { checkArgument, checkChoice, checkOptions, checkPack, described } from "
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { partOf } from "../core/part.ts";
 import { cannotPutBack, copySelection, type MemoryReport, memoryReport, type Selection } from "../core/selection.ts";
+import { Switching } from "../core/switching.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
+import type { DetailedEvent } from "../events.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
+import { tellReady } from "../open-source.ts";
 import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
+import { sessionOn } from "./create-session.ts";
 import type { Engine } from "./engine.ts";
 import { ModelMatcher } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { broughtBy } from "./plan.ts";
-import { type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
+import type { Session, SessionSwitchReport, SessionTypes } from "./session.ts";
 
 /** Options of `createSessions`: of all sessions. */
 export interface GroupOptions extends Omit<SessionOptions, "trainable"> {
@@ -81,10 +85,12 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
 ): Promise<SessionGroup<T, Name>> {
   const sessions = new Map<Name, Session<T>>();
   const lacking: Lacking = new Map();
+  let told: [model: string, onProgress: SessionOptions["onProgress"]] | undefined;
   try {
     for (const { name, engine, model, options, before } of files) {
       checkChoice("mode", options.mode ?? "auto", ["auto", "core", "factors", "folded"]);
       const file = await readModel(model, { ...options, weightsApart: engine.readsFiles });
+      told = [file.model.name, options.onProgress];
       let modules: ((module: string) => boolean) | undefined;
       try {
         modules = await residentsOf(file, name, pack, options, lacking, empty);
@@ -98,7 +104,9 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
     }
     refuseHomeless(lacking, empty);
     if (sessions.size === 0) throw new BaseMismatchError(`nothing of ${pack.name} lives in the files`, { module: "" });
-    return new SessionGroup<T, Name>(pack, sessions);
+    const group = new SessionGroup<T, Name>(pack, sessions);
+    await tellReady(...told!);
+    return group;
   } catch (error) {
     for (const session of sessions.values()) await session.close();
     throw error;
@@ -106,7 +114,10 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
 }
 
 /** Sessions on the files of one model. Made by `createSessions`, or the function of a binding. */
-export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends string = string> {
+export class SessionGroup<
+  T extends SessionTypes = SessionTypes,
+  Name extends string = string,
+> extends Switching<SessionSwitchReport> {
   readonly pack: Pack;
   /** Sessions by the names that the files were given. Switch tasks here, not there. */
   readonly sessions: Readonly<Record<Name, Session<T>>>;
@@ -119,6 +130,7 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
 
   /** @internal Use `createSessions`, or the function of a binding. */
   constructor(pack: Pack, sessions: ReadonlyMap<Name, Session<T>>) {
+    super();
     this.pack = pack;
     this.sessions = Object.fromEntries(sessions) as Record<Name, Session<T>>;
     this.#all = [...sessions.values()];
@@ -143,21 +155,35 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head", "keepCache"]);
     const asked = copySelection(selection);
-    return this.#queue.alone(async () => {
-      const [task, how] = [this.task, this.#how];
-      const reports: SessionSwitchReport[] = [];
-      try {
-        for (const session of this.#all) reports.push(await session.switchTask(asked, options));
-      } catch (error) {
-        // The one that failed has kept what it had.
-        for (const session of this.#all.slice(0, reports.length)) await this.#putBack(session, task, how, error);
-        throw error;
-      }
-      const { signal: _, ...others } = options;
-      this.#how = others;
-      this.#task = asked;
-      return sumOf(reports);
-    });
+    return this.#queue.alone(() => this.switching(asked, () => this.#switch(asked, options)));
+  }
+
+  async #switch(asked: Selection, options: SessionSwitchOptions): Promise<SessionSwitchReport> {
+    const [task, how] = [this.task, this.#how];
+    const reports: SessionSwitchReport[] = [];
+    try {
+      for (const session of this.#all) reports.push(await session.switchTask(asked, options));
+    } catch (error) {
+      // The one that failed has kept what it had.
+      for (const session of this.#all.slice(0, reports.length)) await this.#putBack(session, task, how, error);
+      throw error;
+    }
+    const { signal: _, ...others } = options;
+    this.#how = others;
+    this.#task = asked;
+    return sumOf(reports);
+  }
+
+  /** @internal */
+  override heard(type: string): void {
+    if (type !== "devicelost") return;
+    // Sessions of one runtime have one device: the first that tells is enough.
+    const once = new AbortController();
+    const tell = ({ detail }: DetailedEvent<{ readonly message: string }>): void => {
+      once.abort();
+      this.tell("devicelost", detail);
+    };
+    for (const session of this.#all) session.addEventListener("devicelost", tell, { signal: once.signal });
   }
 
   async #putBack(session: Session<T>, task: Selection, how: SessionSwitchOptions, error: unknown): Promise<void> {

@@ -9,6 +9,7 @@ import { createUnfolding, type SessionRuntime } from "../core/session-runtime.ts
 import type { AdaptedLayer } from "../onnx/adapted.ts";
 import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { Engine, LoadedModel } from "./engine.ts";
+import type { Placer } from "./placed.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { probeParity } from "./probe.ts";
 import { type InputValues, TaskEvaluator, toFeeds } from "./values.ts";
@@ -26,12 +27,14 @@ export async function inputCarrier(parts: CarrierParts, bases: Uint8Array): Prom
   try {
     const evaluator = new TaskEvaluator(prepared, runtime);
     model = await engine.load(parts.detached, parts.load);
-    // Runs fail once the device is lost, where the engine tells which one it has.
-    await engine.gpu?.device().catch(() => undefined);
+    // Not every engine tells which device it has. Where one does, runs fail once it is lost.
+    const device = (await engine.gpu?.device().catch(() => undefined))?.device;
+    const { Placer } = device ? await import("./placed.ts") : {};
+    const placer = Placer && new Placer(engine, engine.gpu!, device!, prepared.inputs);
     const none = (await evaluator.read(null)).inputs;
     const probe = await probeParity(parts, model, none);
     return {
-      ...carry(engine, prepared.inputs, model, runtime, evaluator, none),
+      ...carry(engine, prepared.inputs, model, runtime, evaluator, none, placer),
       probe,
       rows: rowsOf(parts, model),
     };
@@ -47,7 +50,7 @@ function isExpanded({ name, components, factors, over }: AdaptedLayer, { modules
   const bringsRows = ({ brings }: TaskInfo): boolean => brings?.some((one) => /^own-[AB] /.test(one)) ?? true;
   if (components) return factors && [...tasks.values()].some(bringsRows);
   const module = modules.find((one) => one.name === name)!;
-  return !over || (module.A.length > 0 && !over.A) || (module.B.length > 0 && !over.B);
+  return (module.A.length > 0 && !over?.A) || (module.B.length > 0 && !over?.B);
 }
 
 // What stays is made by functions that know the little they need: a closure above would keep the prepared model, and its components.
@@ -59,6 +62,7 @@ function carry(
   runtime: SessionRuntime,
   evaluator: TaskEvaluator,
   none: InputValues,
+  placer: Placer | undefined,
 ): Omit<Carrier, "probe"> {
   const terms = inputs.filter(({ kind }) => kind === "core" || kind === "A" || kind === "B").map(({ name }) => name);
   const bytesOf = (values: InputValues): number =>
@@ -68,11 +72,15 @@ function carry(
   // The most that these have been: tasks differ in rank.
   let room = bytesOf(none);
   const active = (task: Selection, values: InputValues): Active => {
-    const retire = (): void => {
+    const keep = (): void => {
       spare = new Map(terms.map((name) => [name, values.get(name)!]));
       room = Math.max(room, bytesOf(spare));
     };
-    return { model, task, ...toFeeds(engine, inputs, [values]), retire };
+    if (!placer) return { model, task, ...toFeeds(engine, inputs, [values]), retire: keep };
+    const placed = placer.place(values);
+    // They are on the device: the next selection may write over them at once.
+    keep();
+    return { model, task, ...placed };
   };
   return {
     evaluator,
@@ -85,9 +93,12 @@ function carry(
     },
     memory() {
       const { scratch, pristine } = runtime.memory();
-      return { scratch: scratch + room, pristine, active: 0 };
+      return { scratch: scratch + room, pristine, active: placer?.byteLength ?? 0 };
     },
-    close: () => runtime.close(),
+    async close() {
+      placer?.close();
+      await runtime.close();
+    },
   };
 }
 

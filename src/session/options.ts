@@ -80,4 +80,5 @@ export const SESSION_OPTIONS = [
   "retries",
   "maxWholeBytes",
   "signal",
+  "onProgress",
 ] as const;

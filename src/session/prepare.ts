@@ -40,6 +40,8 @@ export interface PrepareOptions extends SessionOptions {
   readonly foldedInputs?: boolean | undefined;
   /** How the model's runtime multiplies by integers: components that are integers stay so. Default: they become floats. */
   readonly integers?: IntegerProducts | undefined;
+  /** Whether cores come in as few inputs as can be. Default: one for each layer, or layers with one x. */
+  readonly joinCores?: boolean | undefined;
   /** Whether the graph gets outputs for the parity probe. Default: true. */
   readonly probeOutputs?: boolean | undefined;
 }
@@ -75,8 +77,8 @@ export async function prepareModel(
   const apart = takeApart?.(file.model, wanted.modules, wanted.biases);
   const hasForms = wanted.modules.some(({ form }) => form) || wanted.vectors.length > 0;
   const forms = hasForms ? await import("../onnx/graft-forms.ts") : undefined;
-  const { probeOutputs: probe = true, integers } = options;
-  const grafted = graft(file.model, { ...wanted, ...apart }, { probe, integers, forms });
+  const { probeOutputs: probe = true, integers, joinCores: join } = options;
+  const grafted = graft(file.model, { ...wanted, ...apart }, { probe, integers, forms, join });
   return {
     ...{ ...plan, ...grafted, pack, view, keep, outputNames, folded },
     inputNames: own.map(({ name }) => name),

@@ -1,7 +1,7 @@
 /**
  * A loaded model that switches tasks. It owns the order of runs and switches; the carrier brings tasks to the model, the engine runs it.
  */
-import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
+import { checkOptions, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import {
   copySelection,
@@ -10,22 +10,20 @@ import {
   type Selection,
   type SwitchReport,
 } from "../core/selection.ts";
-import type { TaskTrust } from "../core/trust.ts";
+import { Switching } from "../core/switching.ts";
+import type { AddTaskOptions } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
-import { type ModelFile, readModel } from "../onnx/read.ts";
-import type { ModelInput } from "../onnx/whole.ts";
-import { detachWeights } from "../onnx/write.ts";
 import { now } from "../pace.ts";
 import { Queue } from "../queue.ts";
-import type { SourceInput } from "../source.ts";
+import { type SourceInput, unlessAborted } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
-import type { Active, Carrier, CarrierParts } from "./carrier.ts";
+import type { Active, Carrier } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import { inputCarrier } from "./inputs.ts";
-import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
-import { type PreparedModel, prepareModel } from "./prepare.ts";
+import type { Mode, SessionSwitchOptions } from "./options.ts";
+import type { PreparedModel } from "./prepare.ts";
 import type { ProbeReport } from "./probe-term.ts";
 import type { RowTasks } from "./rows.ts";
+import type { EncodeOptions, Tokenizer } from "./tokens.ts";
 import type { Trainable } from "./training.ts";
 
 /** What a switch did and what it cost. */
@@ -40,6 +38,8 @@ export interface SessionRunOptions {
   readonly tasks?: readonly (string | null)[] | undefined;
   /** Whether this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
   readonly keepCache?: boolean | undefined;
+  /** Aborted, a run that waits does not begin; one that is under way goes on, and nobody waits for its answer. */
+  readonly signal?: AbortSignal | undefined;
   /** Everything else goes to the engine. */
   readonly [option: string]: unknown;
 }
@@ -60,97 +60,8 @@ export interface SessionTypes {
   readonly results: unknown;
 }
 
-/**
- * Prepares a model for all tasks of a pack and loads it once.
- * @param engine runs the model
- * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`. To train,
- *   two files too: `{ encoder, decoder }`
- * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
- *   asked for cannot do what the tasks bring: the message names one that can
- * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
- * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
- */
-export async function createSession<T extends SessionTypes>(
-  engine: Engine,
-  source: ModelInput,
-  pack: Pack,
-  options: SessionOptions = {},
-): Promise<Session<T>> {
-  checkArgument("createSession", engine, "an engine (createEngine(ort))", "load");
-  checkPack("createSession", pack);
-  checkOptions("createSession", options, SESSION_OPTIONS);
-  const { trainable = false, mode = "auto" } = options;
-  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
-  checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
-  if (trainable && mode !== "auto" && mode !== "factors") {
-    throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
-  }
-  const read = trainable || isPlain(source) ? (await import("../onnx/whole.ts")).readWhole : readModel;
-  const file = await read(source as SourceInput, { ...options, trainable, weightsApart: engine.readsFiles });
-  return sessionOn<T>(engine, file, pack, options);
-}
-
-/**
- * Makes a session on a model that has been read, and closes that.
- * @param options checked already
- */
-export async function sessionOn<T extends SessionTypes>(
-  engine: Engine,
-  file: ModelFile,
-  pack: Pack,
-  options: SessionOptions,
-): Promise<Session<T>> {
-  const { trainable = false } = options;
-  let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
-  try {
-    bases = await pack.bases(options);
-    const how = {
-      ...options,
-      foldedInputs: engine.gpu !== undefined,
-      integers: options.components === "f32" ? undefined : engine.integers,
-      ...(trainable && { mode: "factors" as const }),
-    };
-    const learning = trainable ? await import("./training.ts") : undefined;
-    learning?.refuseParts(file, pack, options.modules);
-    const prepared = await prepareModel(file, pack, bases.bytes, how);
-    const training = await learning?.addTraining(engine, file, prepared, trainable);
-    const { folded } = prepared;
-    const supplied = folded && "places" in folded ? [folded.path] : [];
-    const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
-    const parts = {
-      engine,
-      prepared,
-      detached,
-      probe: options.probe,
-      load: training?.load ?? {},
-      idle: training?.idle ?? {},
-    };
-    const { inputNames, outputNames } = prepared;
-    const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
-    const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
-    const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
-    const carrier = await carrierOf(parts, file, bases.bytes);
-    return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph, caches);
-  } catch (error) {
-    await file.close();
-    throw error;
-  } finally {
-    bases?.close();
-  }
-}
-
-async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array): Promise<Carrier> {
-  const { folded } = parts.prepared;
-  if (!folded) {
-    await file.close();
-    return inputCarrier(parts, bases);
-  }
-  if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
-  return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
-}
-
 /** A model that switches tasks. Made by `createSession`, or the function of a binding. */
-export class Session<T extends SessionTypes = SessionTypes> {
+export class Session<T extends SessionTypes = SessionTypes> extends Switching<SessionSwitchReport> {
   readonly pack: Pack;
   /** How tasks reach the model, and why so. */
   readonly mode: Mode;
@@ -179,10 +90,14 @@ export class Session<T extends SessionTypes = SessionTypes> {
   /** Runs and switches. A run under way keeps the model and feeds that it began with. */
   readonly #queue = new Queue();
   readonly #components: number;
+  /** The model's inputs that take int32. */
+  readonly #short: ReadonlySet<string>;
   /** Set where the model has caches. */
   readonly #caches: CacheWatch | undefined;
   /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
+  /** Whether the device is watched. */
+  #watched = false;
   #active: Active;
   /** The selection that a switch under way leads to. */
   #coming: Selection = null;
@@ -197,6 +112,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     graph: Trainable["graph"] | undefined,
     caches: CacheWatch | undefined,
   ) {
+    super();
     // Not the prepared model itself: it holds the components, which the engine has now.
     const { pack, view, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
     this.pack = pack;
@@ -217,6 +133,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const { first, ...others } = carrier;
     this.#carrier = others;
     this.#active = first;
+    const { feeds = [] } = prepared;
+    this.#short = new Set([...feeds].flatMap(([name, { data }]) => (data instanceof Int32Array ? name : [])));
     this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
     this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
@@ -233,6 +151,20 @@ export class Session<T extends SessionTypes = SessionTypes> {
         return this.#queue.call(() => this.#engine.run(this.#active.model, { ...this.#idle, ...feeds }, fetches));
       },
     };
+  }
+
+  /** @internal */
+  override heard(type: string): void {
+    if (type !== "devicelost" || this.#watched) return;
+    this.#watched = true;
+    const { gpu } = this.#engine;
+    const watch = async (): Promise<void> => {
+      const { device } = await gpu!.device();
+      const { message } = await (device as unknown as { readonly lost: Promise<{ readonly message: string }> }).lost;
+      this.tell("devicelost", { message });
+    };
+    // A runtime that does not tell its device tells of no loss.
+    if (gpu) watch().catch(() => undefined);
   }
 
   /** What runs now belong to. */
@@ -259,36 +191,53 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const started = now();
     const before = { ...this.pack.reads };
     let read = started;
-    const change = this.#queue.change(
+    let [old, next]: Active[] = [];
+    const change = async (): Promise<SessionSwitchReport> => {
+      options.signal?.throwIfAborted();
+      this.#coming = asked;
+      try {
+        const state = this.#caches?.stateOf(asked, options);
+        const tasks = await this.#carrier.evaluator.load(asked, how);
+        read = now();
+        next = await this.#carrier.make(tasks, how.signal);
+        old = this.#active;
+        this.#active = { ...next, state };
+      } finally {
+        this.#coming = null;
+      }
+      const done = now();
+      return {
+        task: next.task,
+        bytesRead: this.pack.reads.bytes - before.bytes,
+        requests: this.pack.reads.requests - before.requests,
+        bytesFed: next.bytes + (next.written ?? 0) + this.#carrier.bytesWritten,
+        milliseconds: { read: read - started, compute: done - read, total: done - started },
+      };
+    };
+    return this.#queue.change(
+      () => this.switching(asked, change),
       async () => {
-        options.signal?.throwIfAborted();
-        this.#coming = asked;
-        try {
-          const state = this.#caches?.stateOf(asked, options);
-          const tasks = await this.#carrier.evaluator.load(asked, how);
-          read = now();
-          const next = await this.#carrier.make(tasks, how.signal);
-          const old = this.#active;
-          this.#active = { ...next, state };
-          return { old, next };
-        } finally {
-          this.#coming = null;
-        }
-      },
-      async ({ old, next }) => {
-        if (old.model !== next.model) await this.#engine.release(old.model);
-        old.retire?.();
+        if (old!.model !== next!.model) await this.#engine.release(old!.model);
+        old!.retire?.();
       },
     );
-    const { task, bytes } = (await change).next;
-    const done = now();
-    return {
-      task,
-      bytesRead: this.pack.reads.bytes - before.bytes,
-      requests: this.pack.reads.requests - before.requests,
-      bytesFed: bytes + this.#carrier.bytesWritten,
-      milliseconds: { read: read - started, compute: done - read, total: done - started },
-    };
+  }
+
+  /**
+   * Makes feeds of texts, one row each, padded to the longest: ids, masks and token types, as far as the model takes them. Inputs of other
+   * kinds stay the caller's to add.
+   * @param tokenizer of transformers.js or @huggingface/tokenizers, as it is; or a function
+   * @throws TypeError for texts that are none, something else than a tokenizer, or one that gives nothing that the model takes
+   * @example
+   * const { logits } = await session.run(await session.encode("a fast mail reader", tokenizer));
+   */
+  async encode(
+    texts: string | readonly string[],
+    tokenizer: Tokenizer,
+    options: EncodeOptions = {},
+  ): Promise<T["feeds"]> {
+    const { feedsOfTexts } = await import("./tokens.ts");
+    return feedsOfTexts(texts, tokenizer, options, this.inputNames, this.#engine, this.#short);
   }
 
   /**
@@ -308,7 +257,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   ): Promise<T["results"] & ValidColumns> {
     this.#live();
     const fetched = isFetches(second, this.outputNames);
-    const { tasks, keepCache, ...options } = (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
+    const { tasks, keepCache, signal, ...options } =
+      (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
     const fetches = fetched ? second : this.outputNames;
     const own = feeds as Tensors;
     if (typeof own !== "object" || !own || "then" in own)
@@ -316,7 +266,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     for (const { name } of this.#inputs) {
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
-    return this.#queue.call(async () => {
+    const run = this.#queue.call(async () => {
+      signal?.throwIfAborted();
       const active = this.#active;
       this.#carrier.check?.();
       const rowTasks = tasks && (await this.#rowTasks());
@@ -328,6 +279,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       made?.(result, fetches);
       return rows ? Object.defineProperty(result, "validColumns", { value: rows.valid, enumerable: false }) : result;
     });
+    return unlessAborted(run, signal);
   }
 
   async #rowTasks(): Promise<RowTasks> {
@@ -340,7 +292,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * Adds a task that came as a file of its own, for this pack in memory.
    * @throws as `Pack.addTask`; `switchTask` throws BaseMismatchError when it changes what no task did before
    */
-  async addTask(id: string, file: SourceInput, options?: TaskTrust): Promise<void> {
+  async addTask(id: string, file: SourceInput, options?: AddTaskOptions): Promise<void> {
     this.#live();
     await this.pack.addTask(id, file, options);
   }

@@ -10,11 +10,11 @@ import {
   f32ToF16,
   isQuantized,
   type QuantizedDtype,
-  quantizedAt,
   rowBytes,
   scaleBytes,
   setInteger,
   tensorBytes,
+  unpackRow,
 } from "./dtypes.ts";
 
 /** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
@@ -284,15 +284,10 @@ export function narrowed(tensors: readonly Integers[]): { dtype: QuantizedDtype;
 
 /** The integers of a quantised tensor [rows, width], row-major. */
 export function decodeIntegers(type: QuantizedDtype, bytes: Uint8Array, rows: number, width: number): Int8Array {
-  const [start, stride] = [scaleBytes(type, rows), rowBytes(type, width)];
-  if (type === "int8") return new Int8Array(bytes.slice(start, start + rows * width).buffer);
   const out = new Int8Array(rows * width);
   for (let row = 0; row < rows; row++) {
-    const at = start + row * stride;
-    for (let i = 0; i < width; i++) {
-      const four = (bytes[at + (i >> 1)]! << (i & 1 ? 24 : 28)) >> 28;
-      out[row * width + i] = type === "int4" ? four : quantizedAt(bytes, type, at, i);
-    }
+    const start = scaleBytes(type, rows) + row * rowBytes(type, width);
+    unpackRow(type, bytes, start, out.subarray(row * width, (row + 1) * width));
   }
   return out;
 }

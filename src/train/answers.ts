@@ -6,8 +6,8 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { TaskError } from "../errors.ts";
 import type { Session } from "../session/session.ts";
+import type { BatchFeeds } from "../session/tokens.ts";
 import type { Term } from "../tensor/term.ts";
-import type { BatchFeeds } from "./batch-feeds.ts";
 import type { Example, Row, Unlabelled } from "./examples.ts";
 import { layersOf, zerosOf } from "./head.ts";
 import { answers } from "./objective.ts";

@@ -5,12 +5,8 @@
 
 import type { Feed } from "../onnx/feeds.ts";
 import type { Engine, EngineTensor } from "../session/engine.ts";
+import type { BatchFeeds } from "../session/tokens.ts";
 import type { Tokens } from "./examples.ts";
-
-/** Inputs of a batch by name: tensors of the runtime, or objects with their fields (transformers.js). */
-export type BatchFeeds = Readonly<
-  Record<string, { readonly type?: string; readonly dims: readonly number[]; readonly data: unknown }>
->;
 
 /** @throws TypeError naming the input that is no tensor */
 export function batchTensors(engine: Engine, batch: BatchFeeds): Record<string, EngineTensor> {
@@ -134,7 +130,7 @@ export function followsFromTokens(name: string): boolean {
 }
 
 /**
- * Adds inputs that the tokenizer did not give.
+ * Adds inputs that the tokenizer did not give, and drops what the model does not take.
  * @param feeds hold at least "input_ids" [batch, length] where something is missing
  * @throws TypeError as `fillInputs`
  */
@@ -144,12 +140,13 @@ export function completeInputs(
   feeds: BatchFeeds,
 ): BatchFeeds {
   const missing = names.filter((name) => !(name in feeds));
+  const taken = Object.fromEntries(Object.entries(feeds).filter(([name]) => names.includes(name)));
   const { dims, data } = feeds["input_ids"] ?? {};
-  if (missing.length === 0 || !dims || !data) return feeds;
+  if (missing.length === 0 || !dims || !data) return taken;
   const [rows, width] = dims as [number, number];
   const ids = Array.from(data as ArrayLike<bigint | number>, Number);
   const all = Array.from({ length: rows }, (_, row) => ({ ids: ids.slice(row * width, (row + 1) * width) }));
-  return { ...fillInputs(example, missing, all), ...feeds };
+  return { ...fillInputs(example, missing, all), ...taken };
 }
 
 /** Pads rows with 0 to the longest. @param short whether the model takes int32 instead of int64 */

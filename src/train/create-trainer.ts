@@ -6,10 +6,12 @@
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { type PackModule, type Side, sharedBases } from "../format/format.ts";
+import type { OnProgress } from "../progress.ts";
 import type { Session } from "../session/session.ts";
-import type { BatchFeeds } from "./batch-feeds.ts";
+import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
+import type { AbortOptions } from "../source.ts";
 import { checkNumbers, checkSession } from "./checks.ts";
-import { createBatcher, type Encode } from "./encoding.ts";
+import { createBatcher } from "./encoding.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import { usualRank } from "./start.ts";
 import { labelSupervision, type Supervision } from "./supervision.ts";
@@ -19,11 +21,12 @@ import { sharedRows, type TrainedModule, TrainedTerms } from "./trained-terms.ts
 import { Trainer, type TrainerOptions } from "./trainer.ts";
 
 /** Options of `createTrainer`. */
-export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
+export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, AbortOptions {
   /**
-   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js works as it is. Not needed for examples with feeds.
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, or a function.
+   * Not needed for examples with feeds.
    */
-  readonly encode?: Encode | undefined;
+  readonly encode?: Tokenizer | undefined;
   /**
    * "coefficients": over the pack's components. "components": the components too, for a pack of its own. "lora": factors of every module,
    * which begin as without a pack, or from its components if `init` says so. Default: "coefficients".
@@ -45,12 +48,14 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
    * `false`: none. Default: all. One of them has a row for each label.
    */
   readonly head?: string | readonly string[] | false | undefined;
+  /** Told how far the pack's components are read, where they are not in memory. */
+  readonly onProgress?: OnProgress | undefined;
 }
 
 /**
  * Makes a trainer on a session.
  * @param session created with `trainable: true`
- * @throws TypeError for a session that is not trainable; RangeError for impossible labels, ranks, modules or heads
+ * @throws TypeError for a session that is not trainable, or an `encode` that cannot encode texts; RangeError for impossible labels, ranks, modules or heads
  * @example
  * const trainer = await createTrainer(session, { labels: ["spam", "fine"], encode: tokenizer });
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
@@ -60,10 +65,11 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
   checkSession("createTrainer", session);
   checkOptions("createTrainer", options, [
     ...(["labels", "init", "seed", "encode", "train", "rank", "privateTerms", "modules", "head"] as const),
-    ...(["end", "decoderStart"] as const),
+    ...(["end", "decoderStart", "signal", "onProgress"] as const),
   ]);
   if (options.labels !== undefined || !session.trainable!.graph.tokens)
     checkList("createTrainer: labels", options.labels!, 'names, such as ["spam", "fine"]');
+  if (options.encode !== undefined) checkTokenizer("createTrainer: encode", options.encode);
   return makeTrainer(session, options, supervisionOf(session, options));
 }
 
@@ -109,7 +115,7 @@ export async function makeTrainer(
 /** Lists what is trained of each module, over the pack's components. */
 async function trainedModules(
   pack: Pack,
-  { modules, init, privateTerms, ...options }: CreateTrainerOptions,
+  { modules, init, privateTerms, signal, onProgress, ...options }: CreateTrainerOptions,
   components: boolean,
 ): Promise<TrainedModule[]> {
   const { rank = await usualRank(pack) } = options;
@@ -123,8 +129,8 @@ async function trainedModules(
   if (components && flat)
     throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const follows = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task);
-  const first = follows ? await pack.load(init.task) : undefined;
-  const section = await pack.bases();
+  const first = follows ? await pack.load(init.task, { signal }) : undefined;
+  const section = await pack.bases({ signal, onProgress });
   try {
     return pack.modules.flatMap((module, index): TrainedModule[] => {
       const { name, in: inputs, out } = module;

@@ -11,8 +11,8 @@ import type { Subspace } from "../extract/subspace.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { gaugeOf, storedModule } from "../pack/add.ts";
 import type { Session } from "../session/session.ts";
+import type { BatchFeeds } from "../session/tokens.ts";
 import { type AskOptions, adapterWeights } from "./answers.ts";
-import type { BatchFeeds } from "./batch-feeds.ts";
 import type { Row } from "./examples.ts";
 import { drawnFrom } from "./probabilities.ts";
 

@@ -3,22 +3,9 @@
  * pads. Its padding is learned from the shortest and the longest text, encoded together. Where one value does not explain the padding
  * (positions that go on through it, say), batches are encoded by the tokenizer as they come.
  */
-import { type BatchFeeds, checkShapes, joinFeeds, shapesOf } from "./batch-feeds.ts";
+import { type BatchFeeds, encoderOf, type Tokenizer } from "../session/tokens.ts";
+import { checkShapes, joinFeeds, shapesOf } from "./batch-feeds.ts";
 import type { Unlabelled } from "./examples.ts";
-
-/**
- * Turns texts into a model's inputs, one row each, padded to the longest. A tokenizer of transformers.js works as it is, since `how`
- * holds its options.
- * @param inputs names of the model's inputs
- */
-export type Encode = (
-  texts: string[],
-  how: { readonly padding: true; readonly truncation: true; readonly add_special_tokens?: boolean },
-  inputs: readonly string[],
-) => BatchFeeds | Promise<BatchFeeds>;
-
-/** Options for the tokenizer. */
-export const PADDED = { padding: true, truncation: true } as const;
 
 /** Puts rows into batches. `Feeds` are one batch of a model's inputs. */
 export interface Batcher<Feeds> {
@@ -42,9 +29,10 @@ interface Padding {
 }
 
 /** @param names of the model's inputs; other outputs of a tokenizer are dropped */
-export function createBatcher(encodeTexts: Encode | undefined, names: readonly string[]): Batcher<BatchFeeds> {
+export function createBatcher(tokenizer: Tokenizer | undefined, names: readonly string[]): Batcher<BatchFeeds> {
+  const encodeTexts = tokenizer && encoderOf(tokenizer, names);
   const encode = async (texts: string[]): Promise<BatchFeeds> => {
-    const feeds = await encodeTexts!(texts, PADDED, names);
+    const feeds = await encodeTexts!(texts);
     return Object.fromEntries(Object.entries(feeds).filter(([name]) => names.includes(name)));
   };
   /** Encoded texts, as batches of one. */

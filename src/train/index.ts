@@ -3,13 +3,12 @@
  * packs judged by their answers.
  */
 
+export type { BatchFeeds, Encode, EncodeHow, PlainTokenizer, Tokenizer } from "../session/tokens.ts";
 export type { TaskDtypes } from "../tensor/dtypes.ts";
 export type { AnsweringTask, ByAnswersOptions, ByAnswersProgress, FinishedOutcomes } from "./answering.ts";
 export type { Questions } from "./answers.ts";
-export type { BatchFeeds } from "./batch-feeds.ts";
 export { type CreateTrainerOptions, createTrainer } from "./create-trainer.ts";
 export { type Distilled, type DistillOptions, distill } from "./distill.ts";
-export type { Encode } from "./encoding.ts";
 export type { Example, Message, Unlabelled } from "./examples.ts";
 export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
 export { inputMoments, type MomentsOptions } from "./moments.ts";

@@ -10,13 +10,13 @@ import { BackendError } from "../errors.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { Queue } from "../queue.ts";
+import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
-import { createSession, type Session } from "../session/session.ts";
+import type { Session } from "../session/session.ts";
+import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
-import type { BatchFeeds } from "./batch-feeds.ts";
 import { supervisionOf } from "./create-trainer.ts";
-import type { Encode } from "./encoding.ts";
 import type { Example, Row } from "./examples.ts";
 import { madeUpTexts, wordsOf } from "./made-up.ts";
 import { type Distribution, MeanDivergence } from "./probabilities.ts";
@@ -28,7 +28,7 @@ export interface JudgeOptions extends Omit<Questions, "feeds">, SequenceOptions 
   /** The adapters that were packed. Stay open. */
   readonly adapters: readonly Adapter[];
   /** Turns texts into the model's inputs, which are named, one row each: a tokenizer. */
-  readonly encode: Encode;
+  readonly encode: Tokenizer;
   /** Names of weights, or of their initializers in the model, by module name, for weights that are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;
   /** Largest number of texts for each task. Default: 64; with many tasks fewer, 1280 in all but at least 16 a task. */
@@ -70,6 +70,7 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
   const { adapters, names, seed = 0, signal } = options;
   const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
   checkAdapters("createJudge: adapters", adapters);
+  checkTokenizer("createJudge: encode", options.encode);
   const all = questionsIn(options, most, seed);
   if (all.length === 0) throw new RangeError("createJudge: no texts");
   const asked = shuffle([...all], uniform(seed)).slice(0, most);

@@ -5,9 +5,9 @@
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Session } from "../session/session.ts";
+import type { BatchFeeds } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
 import { type AskOptions, adapterWeights } from "./answers.ts";
-import type { BatchFeeds } from "./batch-feeds.ts";
 import type { Example, Row, Tokens } from "./examples.ts";
 import { answers } from "./objective.ts";
 import { type Distribution, drawnFrom, likeliest } from "./probabilities.ts";

@@ -17,16 +17,17 @@ import { makeValue } from "../onnx/nodes.ts";
 import { type ModelInput, readWhole } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { dataOf, type Engine } from "../session/engine.ts";
+import { checkTokenizer, encoderOf, type Tokenizer } from "../session/tokens.ts";
+import type { AbortOptions } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { batchTensors, completeInputs } from "./batch-feeds.ts";
-import { type Encode, PADDED } from "./encoding.ts";
 
 /** Options of `inputMoments`. */
-export interface MomentsOptions {
+export interface MomentsOptions extends AbortOptions {
   readonly adapters: readonly Adapter[];
   readonly texts: readonly string[];
   /** Turns texts into the model's inputs, which are named, one row each: a tokenizer. */
-  readonly encode: Encode;
+  readonly encode: Tokenizer;
   /** Names of weights in the model, by module name, for weights that are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;
   /** Input that marks padding, which is left out of the moments. Default: "attention_mask". */
@@ -51,11 +52,12 @@ export async function inputMoments(
   options: MomentsOptions,
 ): Promise<Map<string, Float64Array>> {
   checkArgument("inputMoments", engine, "an engine (createEngine(ort))", "load");
-  checkOptions("inputMoments", options, ["adapters", "texts", "encode", "names", "mask", "most", "batch"]);
-  const { adapters, texts, encode, names, mask = "attention_mask", most = 256, batch = 16 } = options;
+  checkOptions("inputMoments", options, ["adapters", "texts", "encode", "names", "mask", "most", "batch", "signal"]);
+  const { adapters, texts, encode, names, mask = "attention_mask", most = 256, batch = 16, signal } = options;
   checkAdapters("inputMoments: adapters", adapters);
+  checkTokenizer("inputMoments: encode", encode);
   if (texts.length === 0) throw new RangeError("inputMoments: no texts");
-  const file = await readWhole(model);
+  const file = await readWhole(model, { signal });
   try {
     const main = file.model.graph.proto;
     const own = main.input.filter(({ name }) => !file.model.graph.initializers.has(name));
@@ -69,12 +71,14 @@ export async function inputMoments(
       [...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width) }]),
     );
     for (const x of sums.keys()) if (!there.has(x)) main.output.push(makeValue(x, FLOAT));
-    const loaded = await engine.load(await detachWeights(file, []));
+    const loaded = await engine.load(await detachWeights(file, [], { signal }));
     try {
       let count = 0;
+      const encodeTexts = encoderOf(encode, loaded.inputNames);
       const some = shuffle([...texts], uniform(0)).slice(0, most);
       for (let at = 0; at < some.length; at += batch) {
-        const given = await encode(some.slice(at, at + batch), PADDED, loaded.inputNames);
+        signal?.throwIfAborted();
+        const given = await encodeTexts(some.slice(at, at + batch));
         const feeds = completeInputs(example, loaded.inputNames, given);
         const found = await engine.run(loaded, batchTensors(engine, feeds), loaded.outputNames);
         const kept = feeds[mask] && Array.from(feeds[mask].data as ArrayLike<bigint | number>, Number);

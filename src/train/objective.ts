@@ -5,6 +5,7 @@
 
 import type { Pack } from "../core/pack.ts";
 import { BackendError, type EigenLoraError } from "../errors.ts";
+import type { AbortOptions } from "../source.ts";
 import type { TaskDtypes } from "../tensor/dtypes.ts";
 import { normal, uniform } from "../tensor/random.ts";
 import type { Row } from "./examples.ts";
@@ -79,11 +80,11 @@ export async function score<Feeds>(
   setup: TrainingSetup<Feeds>,
   rows: readonly Row<Feeds>[],
   state: State,
-  { temperature = 1, dtype = {}, stored }: ObjectiveOptions & Stepped,
+  { temperature = 1, dtype = {}, stored, signal }: ObjectiveOptions & Stepped & AbortOptions,
 ): Promise<Score> {
   const weights = weightsOf(setup, rounded(setup, state, dtype, stored), temperature);
   let [loss, count, right] = [0, 0, 0];
-  for await (const { row, logits } of answers(setup, rows, weights)) {
+  for await (const { row, logits } of answers(setup, rows, weights, signal)) {
     const wanted = setup.supervision.wanted(row);
     for (const [i, one] of wanted.entries()) loss += crossEntropy(one, logits[i]!);
     count += wanted.length;

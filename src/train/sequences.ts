@@ -3,13 +3,12 @@
  * the learned tokens are those that generation will need.
  */
 
-import { type Encode, PADDED } from "./encoding.ts";
+import { type EncodeTexts, encoderOf, endOf, type Tokenizer } from "../session/tokens.ts";
 import type { Example, Message, Tokens } from "./examples.ts";
 import type { Distribution } from "./probabilities.ts";
 
-/** The parts of a tokenizer beyond ids. */
-interface Tokenizer {
-  readonly eos_token?: unknown;
+/** What a tokenizer of transformers.js does beside encoding. */
+interface Templated {
   readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
 }
 
@@ -23,14 +22,16 @@ export interface SequenceOptions {
 
 /** Encodes examples. */
 export class Sequences {
-  readonly #encode: Encode | undefined;
+  readonly #tokenizer: Tokenizer | undefined;
+  readonly #encode: EncodeTexts | undefined;
   readonly #names: readonly string[];
   readonly #options: SequenceOptions;
   readonly #known = new Map<string, readonly number[]>();
 
   /** @param names of the model's inputs */
-  constructor(encode: Encode | undefined, names: readonly string[], options: SequenceOptions) {
-    this.#encode = encode;
+  constructor(tokenizer: Tokenizer | undefined, names: readonly string[], options: SequenceOptions) {
+    this.#tokenizer = tokenizer;
+    this.#encode = tokenizer && encoderOf(tokenizer, names);
     this.#names = names;
     this.#options = options;
   }
@@ -48,14 +49,14 @@ export class Sequences {
    * @throws TypeError without a template, RangeError when the last message is not the assistant's
    */
   async chat(messages: readonly Message[], at: string): Promise<Tokens> {
-    const { apply_chat_template: template } = (this.#encode ?? {}) as Tokenizer;
+    const { apply_chat_template: template } = (this.#tokenizer ?? {}) as Templated;
     if (!template)
       throw new TypeError(`${at}: messages need a tokenizer with a chat template; give \`prompt\` and \`completion\``);
     const last = messages.at(-1);
     if (last?.role !== "assistant")
       throw new RangeError(`${at}: expected the assistant's message at the end, got ${JSON.stringify(last?.role)}`);
     const written = async (some: readonly Message[], more: boolean): Promise<string> =>
-      String(await template.call(this.#encode, some, { tokenize: false, add_generation_prompt: more }));
+      String(await template.call(this.#tokenizer, some, { tokenize: false, add_generation_prompt: more }));
     const [prompt, whole] = [await written(messages.slice(0, -1), true), await written(messages, false)];
     if (!whole.startsWith(prompt))
       throw new RangeError(`${at}: the chat template does not put the answer behind the messages before it`);
@@ -123,8 +124,8 @@ export class Sequences {
   #end(at: string): string {
     const { end } = this.#options;
     if (end !== undefined) return end === false ? "" : end;
-    const { eos_token: token } = (this.#encode ?? {}) as Tokenizer;
-    if (typeof token === "string") return token;
+    const token = endOf(this.#tokenizer);
+    if (token !== undefined) return token;
     throw new TypeError(
       `${at}: what ends a completion is not known: the tokenizer has no \`eos_token\`; pass \`end\`, such as "</s>", or false`,
     );
@@ -135,8 +136,7 @@ export class Sequences {
     const known = this.#known.get(key);
     if (known) return known;
     if (!this.#encode) throw new TypeError("texts need `encode`, a tokenizer");
-    const how = special ? PADDED : ({ ...PADDED, add_special_tokens: false } as const);
-    const { input_ids: found } = text === "" ? {} : await this.#encode([text], how, this.#names);
+    const { input_ids: found } = text === "" ? {} : await this.#encode([text], special);
     const ids = Array.from((found?.data ?? []) as ArrayLike<number | bigint>, Number);
     this.#known.set(key, ids);
     return ids;

@@ -7,11 +7,10 @@ import type { TaskInfo } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
 import type { TaskBlob } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
+import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, type Questions, questionsOf } from "./answers.ts";
-import type { BatchFeeds } from "./batch-feeds.ts";
 import { supervisionOf } from "./create-trainer.ts";
-import type { Encode } from "./encoding.ts";
 import type { Row } from "./examples.ts";
 import { madeUpQuestions, wordsOf } from "./made-up.ts";
 import type { Distribution } from "./probabilities.ts";
@@ -31,10 +30,10 @@ export interface Distillable {
 /** What is asked, and how much of it. */
 export interface TeachOptions extends Questions, SequenceOptions {
   /**
-   * Turns texts into the model's inputs, one row each: a tokenizer. One of transformers.js or @huggingface/tokenizers tells its words
-   * (`get_vocab`, `decode`).
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, which tells its
+   * words too, or a function.
    */
-  readonly encode?: Encode | undefined;
+  readonly encode?: Tokenizer | undefined;
   /** Texts per step. Default: 8. Many small steps gain more than few large ones. */
   readonly batch?: number | undefined;
   /** Number of steps. Default: 240. 0: coefficients are solved once, nothing is trained. */
@@ -122,7 +121,8 @@ function isGiven({ texts, feeds, examples }: TeachOptions): boolean {
 
 /** Checks the questions, where there are some. @throws TypeError, RangeError when they are too few or empty */
 export function checkQuestions(options: TeachOptions): void {
-  if (!options.feeds && !options.encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
+  if (options.encode !== undefined) checkTokenizer("distill: encode", options.encode);
+  else if (!options.feeds) throw new TypeError("distill: texts need `encode`, a tokenizer");
   if (!isGiven(options)) return;
   const all = questionsOf("distill", options);
   if (all.length < LEAST_TEXTS)

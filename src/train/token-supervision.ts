@@ -4,16 +4,16 @@
  */
 import { checkList } from "../arguments.ts";
 import type { Feed } from "../onnx/feeds.ts";
+import type { BatchFeeds, Tokenizer } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
-import { type BatchFeeds, fillInputs, joinFeeds } from "./batch-feeds.ts";
-import type { Encode } from "./encoding.ts";
+import { fillInputs, joinFeeds } from "./batch-feeds.ts";
 import type { Example, Row, Tokens } from "./examples.ts";
 import { type Distribution, logSumExp } from "./probabilities.ts";
 import { type SequenceOptions, Sequences } from "./sequences.ts";
 import type { MicroBatch, Supervision, Targets } from "./supervision.ts";
 
 export interface TokenSupervisionOptions extends SequenceOptions {
-  readonly encode: Encode | undefined;
+  readonly encode: Tokenizer | undefined;
   /** Names of the model's inputs. */
   readonly names: readonly string[];
   readonly example: ReadonlyMap<string, Feed> | undefined;

@@ -4,10 +4,11 @@
 import type { TrainingGraph } from "../autodiff/graph.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
+import type { BatchFeeds } from "../session/tokens.ts";
 import type { Trainable } from "../session/training.ts";
 import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
-import { type BatchFeeds, batchTensors } from "./batch-feeds.ts";
+import { batchTensors } from "./batch-feeds.ts";
 import { type HeadLayer, layersOf, zerosOf } from "./head.ts";
 import type { Targets } from "./supervision.ts";
 import type { TrainedModule, TrainedTerms } from "./trained-terms.ts";

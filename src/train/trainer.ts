@@ -6,6 +6,7 @@ import { checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import type { TaskBlob, TaskMetadata } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
+import type { AbortOptions } from "../source.ts";
 import { uniform } from "../tensor/random.ts";
 import { checkNumbers } from "./checks.ts";
 import { type Example, type Row, toBatches, type Unlabelled } from "./examples.ts";
@@ -247,10 +248,10 @@ export class Trainer<Feeds = unknown> {
    * @throws FormatError when the file is damaged
    * @throws TypeError while `fit` or another `begin` is running
    */
-  async begin(task: string | Uint8Array<ArrayBuffer>): Promise<void> {
+  async begin(task: string | Uint8Array<ArrayBuffer>, { signal }: AbortOptions = {}): Promise<void> {
     this.#occupy("begin");
     try {
-      this.#state = await startState(this.#setup, await readDonor(this.#setup.pack, task), this.#random);
+      this.#state = await startState(this.#setup, await readDonor(this.#setup.pack, task), this.#random, signal);
     } finally {
       this.#busy = false;
     }
@@ -261,9 +262,9 @@ export class Trainer<Feeds = unknown> {
    * answer. A completion is right if all its tokens are.
    * @throws RangeError, TypeError as `fit`
    */
-  async score(examples: readonly Example<Feeds>[]): Promise<Score> {
+  async score(examples: readonly Example<Feeds>[], { signal }: AbortOptions = {}): Promise<Score> {
     const rows = await this.#setup.supervision.check(examples);
-    return score(this.#setup, rows, this.#learned(), {});
+    return score(this.#setup, rows, this.#learned(), { signal });
   }
 
   /** @internal Replaces coefficients [rows, K]. */
@@ -291,7 +292,7 @@ export class Trainer<Feeds = unknown> {
    * Predicts probabilities [labels] of each text or feed with the current task.
    * @throws TypeError for models that answer token by token: `score` judges them, and a session with the task answers
    */
-  async predict(examples: readonly Unlabelled<Feeds>[]): Promise<Float32Array[]> {
+  async predict(examples: readonly Unlabelled<Feeds>[], { signal }: AbortOptions = {}): Promise<Float32Array[]> {
     checkList("predict", examples, "examples");
     const { supervision } = this.#setup;
     if (supervision.tokens)
@@ -299,7 +300,8 @@ export class Trainer<Feeds = unknown> {
     const weights = weightsOf(this.#setup, this.#learned());
     const rows = await supervision.ask(examples, "predict");
     const found = new Map<Row<Feeds>, Float32Array>();
-    for await (const { row, logits } of answers(this.#setup, rows, weights)) found.set(row, softmax(logits[0]!));
+    for await (const { row, logits } of answers(this.#setup, rows, weights, signal))
+      found.set(row, softmax(logits[0]!));
     return rows.map((row) => found.get(row)!);
   }
 

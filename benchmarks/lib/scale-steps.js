@@ -1,0 +1,158 @@
+/** Parts of benchmarks/scale.js, each for a process of its own. */
+import { readFile } from "node:fs/promises";
+import { openPack } from "eigenlora";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-node";
+import { median } from "simple-statistics";
+import { clocked, inFreshProcess, peakMemory, settledMemory } from "./process.js";
+
+/** @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running */
+
+const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1, executionProviders: ["cpu"] };
+const [PROMPT, TOKENS] = [32, 24];
+
+ort.env.logLevel = "error";
+
+/**
+ * Packs a folder by the command line, in this process.
+ * @param {string} adapters
+ * @param {string} pack
+ * @param {string} options
+ */
+export async function packed(adapters, pack, options) {
+  const main = new URL("../../dist/src/cli/main.js", import.meta.url).pathname;
+  process.argv = [
+    process.execPath,
+    main,
+    "pack",
+    adapters,
+    "-o",
+    pack,
+    "--quiet",
+    ...options.split(" ").filter(Boolean),
+  ];
+  const { cpu } = await clocked(async () => {
+    await import(main);
+    await new Promise((resolve) => process.once("beforeExit", resolve));
+  });
+  return { "CPU, s": cpu / 1000, "peak, MB": (await peakMemory()) / 1e6 };
+}
+
+/**
+ * Creates a session, switches to every skill and makes a token.
+ * @param {string} model
+ * @param {string} pack "" for the plain model
+ */
+export async function holdModel(model, pack) {
+  const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
+  if (!pack) {
+    const { ms, result } = await clocked(() => ort.InferenceSession.create(model, ONE_THREAD));
+    await generation(result, config, PROMPT).next();
+    return {
+      "creation, s": ms / 1000,
+      "peak, MB": (await peakMemory()) / 1e6,
+      "resident, MB": (await settledMemory()).rss / 1e6,
+    };
+  }
+  const plain = inFreshProcess(new URL(import.meta.url), "holdModel", [model, ""]);
+  const { ms, result } = await clocked(async () => {
+    const opened = await openPack(pack);
+    return createEigenSession(ort, model, opened, { session: ONE_THREAD });
+  });
+  const peak = await peakMemory();
+  const [first, ...others] = result.tasks.keys();
+  const veryFirst = await clocked(() => result.switchTask(/** @type {string} */ (first)));
+  const fromFile = [];
+  for (const id of others) fromFile.push((await clocked(() => result.switchTask(id))).ms);
+  await generation(result, config, PROMPT).next();
+  return {
+    "creation, s": ms / 1000,
+    "÷ plain": ms / 1000 / plain["creation, s"],
+    "peak, MB": peak / 1e6,
+    "peak ÷ plain": peak / 1e6 / plain["peak, MB"],
+    "resident, MB": (await settledMemory()).rss / 1e6 - plain["resident, MB"],
+    "very first, ms": veryFirst.ms,
+    "first, from the file, ms": median(fromFile),
+    mode: result.mode,
+  };
+}
+
+/**
+ * Switches and tokens, in turns with the plain model.
+ * @param {string} model
+ * @param {string} pack
+ * @param {number} rounds
+ */
+export async function timeSteps(model, pack, rounds) {
+  const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
+  const plain = await ort.InferenceSession.create(model, ONE_THREAD);
+  const opened = await openPack(pack);
+  const session = await createEigenSession(ort, model, opened, { session: ONE_THREAD, probe: false });
+  await opened.prefetch(session.tasks.keys());
+  const ids = [...session.tasks.keys()];
+  const cpuOf = async (/** @type {() => Promise<unknown>} */ work) => (await clocked(work)).cpu;
+  const firsts = [];
+  for (const id of ids) firsts.push(await cpuOf(() => session.switchTask(id)));
+  /** @type {Record<"again" | "prompt" | "token" | "plain", number[]>} */
+  const found = { again: [], prompt: [], token: [], plain: [] };
+  for (let round = 0; round <= rounds; round++) {
+    const into = round === 0 ? { again: [], prompt: [], token: [], plain: [] } : found;
+    for (const id of ids.slice(0, 5)) into.again.push(await cpuOf(() => session.switchTask(id)));
+    // Token by token in turns: machines change their speed within a second.
+    const texts = [plain, session].map((one) => generation(one, config, PROMPT));
+    for (let step = 0; step <= TOKENS; step++) {
+      const took = [0, 0];
+      for (const which of step % 2 ? [0, 1] : [1, 0]) took[which] = await cpuOf(() => texts[which].next());
+      (step === 0 ? into.prompt : into.token).push(took[1] / took[0]);
+      if (step > 0) into.plain.push(took[0]);
+    }
+  }
+  return {
+    "first, ms": median(firsts.slice(1)),
+    "again, ms": median(found.again),
+    "plain token, ms": median(found.plain),
+    "prompt ÷ plain": median(found.prompt),
+    "token ÷ plain": median(found.token),
+  };
+}
+
+/**
+ * Greedy tokens behind a prompt, each cache fed to the next step.
+ * @param {Running} session
+ * @param {any} config of onnxruntime-genai
+ * @param {number} length of the prompt
+ */
+async function* generation(session, config, length) {
+  const { num_key_value_heads: heads, head_size: width } = config.model.decoder;
+  let tokens = Array.from({ length }, (_, i) => 500 + ((i * 37) % 4000));
+  /** @type {Record<string, any> | undefined} */
+  let cache;
+  let past = 0;
+  while (true) {
+    const mask = new BigInt64Array(past + tokens.length).fill(1n);
+    /** @type {Record<string, any>} */
+    const feeds = {
+      input_ids: new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]),
+      attention_mask: new ort.Tensor("int64", mask, [1, mask.length]),
+    };
+    if (session.inputNames.includes("position_ids"))
+      feeds.position_ids = new ort.Tensor(
+        "int64",
+        BigInt64Array.from(tokens, (_, j) => BigInt(past + j)),
+        [1, tokens.length],
+      );
+    for (const name of session.inputNames.filter((one) => one.startsWith("past")))
+      feeds[name] =
+        cache?.[name.replace("past_key_values", "present")] ??
+        new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, width]);
+    const results = await session.run(feeds);
+    past += tokens.length;
+    cache = results;
+    const { data, dims } = results.logits;
+    const last = data.subarray(data.length - dims[2]);
+    let largest = 0;
+    for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;
+    tokens = [largest];
+    yield largest;
+  }
+}

@@ -1,0 +1,78 @@
+/**
+ * What do tasks cost on a model of the size that people ship? Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16
+ * on all linear layers: packing, creation, memory, switches and tokens beside the plain model, one thread, onnxruntime-node.
+ *
+ * Needs a Python (PYTHON) with onnxruntime-genai, onnx-ir, onnx, torch and transformers, which makes the model and the adapters once.
+ */
+import { spawnSync } from "node:child_process";
+import { existsSync } from "node:fs";
+import { mkdir, stat } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { choice, number, readArguments, text } from "./lib/arguments.js";
+import { inFreshProcess } from "./lib/process.js";
+import { print, progress } from "./lib/report.js";
+
+const given = readArguments("What do tasks cost on a model of the size that people ship?", {
+  size: choice(["0.5b", "1.5b", "3b"], "of the model", "0.5b"),
+  folder: text("FOLDER", "where models, adapters and packs are kept", join(tmpdir(), "eigenlora-scale")),
+  only: choice(["core", "shared", "apart"], "this pack alone"),
+  rounds: number("rounds of steps", 5, 1),
+});
+const folder = join(given.folder, given.size);
+const model = join(folder, "model", "model.onnx");
+
+/** Packs by name: the adapters, what the command is told, and what it gives. */
+const PACKS = /** @type {const} */ ({
+  core: ["shared", ["--k", "32", "--dtype", "int4"], "both sides shared, K 32, int4"],
+  shared: ["shared", [], "A shared, default"],
+  apart: ["apart", [], "nothing shared, default"],
+});
+
+await mkdir(folder, { recursive: true });
+if (!existsSync(join(folder, "apart", "19", "adapter_config.json"))) {
+  progress(`making a model of ${given.size} and its adapters`);
+  const script = fileURLToPath(new URL("lib/scale-model.py", import.meta.url));
+  const { status } = spawnSync(process.env.PYTHON ?? "python3", [script, folder, given.size], {
+    stdio: ["ignore", "ignore", "inherit"],
+  });
+  if (status !== 0) process.exit(2);
+}
+
+const steps = new URL("lib/scale-steps.js", import.meta.url);
+const [packing, memory, times] = [[], [], []].map((rows) => /** @type {import("./lib/report.js").Row[]} */ (rows));
+memory.push({ name: "plain", ...inFreshProcess(steps, "holdModel", [model, ""]) });
+for (const [name, [adapters, options, what]] of Object.entries(PACKS)) {
+  if (given.only && given.only !== name) continue;
+  const pack = join(folder, `${name}.eigen`);
+  if (!existsSync(pack)) {
+    progress(`packing: ${what}`);
+    packing.push({ name: what, ...inFreshProcess(steps, "packed", [join(folder, adapters), pack, options.join(" ")]) });
+  }
+  progress(what);
+  const { size } = await stat(pack);
+  memory.push({ name: what, "pack, MB": size / 1e6, ...inFreshProcess(steps, "holdModel", [model, pack]) });
+  times.push({ name: what, ...inFreshProcess(steps, "timeSteps", [model, pack, given.rounds]) });
+}
+print(given.json, [
+  {
+    question: "What does packing 20 adapters take?",
+    rows: packing,
+    notes: ["Packs are kept: remove them to pack again."],
+  },
+  {
+    question: "How long does creation take, and what does a process hold? Each in a process of its own.",
+    rows: memory,
+    notes: [
+      "resident: after a switch to each of 20 skills and a token, above the plain model. very first: switch, from the file.",
+    ],
+  },
+  {
+    question: `What do switches and tokens take? In turns with the plain model in one process, medians of ${given.rounds} rounds.`,
+    rows: times,
+    notes: [
+      "CPU time. first: to a skill whose bytes are in memory, but were never used. again: to one that was used before.",
+    ],
+  },
+]);

@@ -1,0 +1,62 @@
+/**
+ * Events of packs and sessions, in the platform's own way: each is an `EventTarget` with typed listeners. Until somebody listens an event
+ * costs nothing.
+ */
+
+/** An event, as listeners get it: a `CustomEvent`. */
+export interface DetailedEvent<Detail> {
+  readonly type: string;
+  readonly detail: Detail;
+}
+
+/** What listens: a function, or an object with a method of this name. */
+export type Listener<Detail> =
+  | ((event: DetailedEvent<Detail>) => void)
+  | { handleEvent(event: DetailedEvent<Detail>): void };
+
+/** Options of `addEventListener`. */
+export interface ListenOptions {
+  readonly once?: boolean | undefined;
+  /** Ends listening when it is aborted. */
+  readonly signal?: AbortSignal | undefined;
+  readonly capture?: boolean | undefined;
+  readonly passive?: boolean | undefined;
+}
+
+/** What has events: an `EventTarget`, where the engine has those. `Events` names the detail of each. */
+export interface Observable<Events extends object> {
+  addEventListener<Type extends keyof Events & string>(
+    type: Type,
+    listener: Listener<Events[Type]> | null,
+    options?: boolean | ListenOptions,
+  ): void;
+  removeEventListener<Type extends keyof Events & string>(
+    type: Type,
+    listener: Listener<Events[Type]> | null,
+    options?: boolean | ListenOptions,
+  ): void;
+  /** @internal Called when somebody begins to listen. */
+  heard(type: string): void;
+  /** @internal */
+  tell<Type extends keyof Events & string>(type: Type, detail: Events[Type]): void;
+}
+
+// Bare engines have no events; nobody can listen there.
+class Platform extends (globalThis.EventTarget ?? (Object as never)) {
+  #heard = false;
+
+  override addEventListener(...listener: Parameters<EventTarget["addEventListener"]>): void {
+    super.addEventListener(...listener);
+    this.#heard = true;
+    this.heard(listener[0]);
+  }
+
+  heard(_type: string): void {}
+
+  tell(type: string, detail: unknown): void {
+    if (this.#heard) this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+}
+
+/** Base of what has events. */
+export const Observable: new <Events extends object>() => Observable<Events> = Platform as never;

@@ -1,0 +1,123 @@
+/**
+ * How far files are read, told in the shape that `progress_callback` of transformers.js is given. Loaded where somebody asks.
+ */
+import { described } from "./arguments.ts";
+import type { ByteSource, ReadOptions } from "./source.ts";
+
+/** How far one file is. */
+export interface FileProgress {
+  /** "initiate": it will be read; "download": its bytes are asked for; "progress": some have arrived; "done": no more are needed. */
+  readonly status: "initiate" | "download" | "progress" | "done";
+  /** What the file is. */
+  readonly stage: "pack" | "model";
+  /** Folder of the file, or what its address has in front of its name. */
+  readonly name: string;
+  /** Name of the file. */
+  readonly file: string;
+  /** Bytes that have arrived. */
+  readonly loaded: number;
+  /** Bytes that are needed: of a pack, those of its directory and components. 0 as long as that is unknown. */
+  readonly total: number;
+  /** `loaded` in percent of `total`. */
+  readonly progress: number;
+}
+
+/** All is loaded, and the session is made. */
+export interface ReadyProgress extends Omit<FileProgress, "status" | "stage"> {
+  readonly status: "ready";
+  readonly stage: "session";
+  /** Empty: the base is active. */
+  readonly task: string;
+  /** The model's path or address. */
+  readonly model: string;
+}
+
+/** What `onProgress` is given. A function for `progress_callback` of transformers.js takes it as well. */
+export type Progress = FileProgress | ReadyProgress;
+
+/** Is told how loading goes. */
+export type OnProgress = (progress: Progress) => void;
+
+/** A source whose reads are told. */
+export interface WatchedSource extends ByteSource {
+  /** Tells that no more is read. */
+  done(): void;
+}
+
+/**
+ * Tells of the reads of a source.
+ * @param total bytes that are needed, by those that have arrived; undefined as long as that is unknown: nothing is told meanwhile
+ * @throws TypeError when `onProgress` is no function
+ */
+export function watch(
+  source: ByteSource,
+  stage: FileProgress["stage"],
+  onProgress: OnProgress,
+  total: (loaded: number) => number | undefined = (loaded) => Math.max(source.byteLength ?? 0, loaded),
+): WatchedSource {
+  if (typeof onProgress !== "function")
+    throw new TypeError(`onProgress: expected a function, got ${described(onProgress)}`);
+  let loaded = 0;
+  let status: FileProgress["status"] = "initiate";
+  const tell = (): void => {
+    const needed = total(loaded) ?? 0;
+    const arrived = Math.min(loaded, needed);
+    const progress = needed === 0 ? 0 : (100 * arrived) / needed;
+    onProgress({ status, stage, ...placeOf(source.name), loaded: arrived, total: needed, progress });
+  };
+  const add = (count: number): void => {
+    loaded += count;
+    if (status === "done" || count === 0 || total(loaded) === undefined) return;
+    status = "progress";
+    tell();
+  };
+  const done = (): void => {
+    if (status === "done") return;
+    status = "done";
+    tell();
+  };
+  const reading = async (read: (options: ReadOptions) => Promise<Uint8Array>, options?: ReadOptions) => {
+    if (status === "initiate") {
+      status = "download";
+      tell();
+    }
+    let told = 0;
+    const onBytes = (count: number): void => {
+      told += count;
+      add(count);
+    };
+    const bytes = await read({ ...options, onBytes });
+    // Sources that say nothing have read all at once.
+    add(Math.max(0, bytes.length - told));
+    if (loaded >= (total(loaded) ?? Infinity)) done();
+    return bytes;
+  };
+  tell();
+  const { readAll } = source;
+  return {
+    name: source.name,
+    get byteLength() {
+      return source.byteLength;
+    },
+    folder: source.folder,
+    read: (offset, length, options) => reading((how) => source.read(offset, length, how), options),
+    ...(readAll && { readAll: (options) => reading((how) => readAll.call(source, how), options) }),
+    done,
+    async close() {
+      done();
+      await source.close?.();
+    },
+  };
+}
+
+/** Tells that a session is made. @param model path or address of its model */
+export function ready(model: string, onProgress: OnProgress): void {
+  const place = placeOf(model);
+  onProgress({ status: "ready", stage: "session", ...place, loaded: 0, total: 0, progress: 100, task: "", model });
+}
+
+/** Folder and name of a file by its path or address. */
+function placeOf(path: string): { readonly name: string; readonly file: string } {
+  const [file = path] = /[^/\\]+$/.exec(path) ?? [];
+  return { name: path.slice(0, -file.length).replace(/[/\\]$/, ""), file };
+}

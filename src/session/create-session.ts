@@ -1,0 +1,108 @@
+/**
+ * Makes a session: the model is read, planned, changed and loaded once.
+ */
+import { checkArgument, checkChoice, checkOptions, checkPack, isPlain } from "../arguments.ts";
+import type { Pack } from "../core/pack.ts";
+import { type ModelFile, readModel } from "../onnx/read.ts";
+import type { ModelInput } from "../onnx/whole.ts";
+import { detachWeights } from "../onnx/write.ts";
+import { tellReady } from "../open-source.ts";
+import type { SourceInput } from "../source.ts";
+import type { Carrier, CarrierParts } from "./carrier.ts";
+import type { Engine } from "./engine.ts";
+import { inputCarrier } from "./inputs.ts";
+import { SESSION_OPTIONS, type SessionOptions } from "./options.ts";
+import { prepareModel } from "./prepare.ts";
+import { Session, type SessionTypes } from "./session.ts";
+
+/**
+ * Prepares a model for all tasks of a pack and loads it once.
+ * @param engine runs the model
+ * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`. To train,
+ *   two files too: `{ encoder, decoder }`
+ * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
+ *   asked for cannot do what the tasks bring: the message names one that can
+ * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
+ * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
+ */
+export async function createSession<T extends SessionTypes>(
+  engine: Engine,
+  source: ModelInput,
+  pack: Pack,
+  options: SessionOptions = {},
+): Promise<Session<T>> {
+  checkArgument("createSession", engine, "an engine (createEngine(ort))", "load");
+  checkPack("createSession", pack);
+  checkOptions("createSession", options, SESSION_OPTIONS);
+  const { trainable = false, mode = "auto" } = options;
+  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
+  checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
+  if (trainable && mode !== "auto" && mode !== "factors") {
+    throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
+  }
+  const read = trainable || isPlain(source) ? (await import("../onnx/whole.ts")).readWhole : readModel;
+  const file = await read(source as SourceInput, { ...options, trainable, weightsApart: engine.readsFiles });
+  const session = await sessionOn<T>(engine, file, pack, options);
+  await tellReady(file.model.name, options.onProgress);
+  return session;
+}
+
+/**
+ * Makes a session on a model that has been read, and closes that.
+ * @param options checked already
+ */
+export async function sessionOn<T extends SessionTypes>(
+  engine: Engine,
+  file: ModelFile,
+  pack: Pack,
+  options: SessionOptions,
+): Promise<Session<T>> {
+  const { trainable = false } = options;
+  let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
+  try {
+    bases = await pack.bases(options);
+    const how = {
+      ...options,
+      foldedInputs: engine.gpu !== undefined,
+      joinCores: engine.gpu === undefined,
+      integers: options.components === "f32" ? undefined : engine.integers,
+      ...(trainable && { mode: "factors" as const }),
+    };
+    const learning = trainable ? await import("./training.ts") : undefined;
+    learning?.refuseParts(file, pack, options.modules);
+    const prepared = await prepareModel(file, pack, bases.bytes, how);
+    const training = await learning?.addTraining(engine, file, prepared, trainable);
+    const { folded } = prepared;
+    const supplied = folded && "places" in folded ? [folded.path] : [];
+    const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
+    const parts = {
+      engine,
+      prepared,
+      detached,
+      probe: options.probe,
+      load: training?.load ?? {},
+      idle: training?.idle ?? {},
+    };
+    const { inputNames, outputNames } = prepared;
+    const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
+    const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
+    const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
+    const carrier = await carrierOf(parts, file, bases.bytes);
+    return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph, caches);
+  } catch (error) {
+    await file.close();
+    throw error;
+  } finally {
+    bases?.close();
+  }
+}
+
+async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array): Promise<Carrier> {
+  const { folded } = parts.prepared;
+  if (!folded) {
+    await file.close();
+    return inputCarrier(parts, bases);
+  }
+  if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
+  return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
+}

@@ -1,0 +1,147 @@
+/**
+ * What people hand over to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
+ * shares. Each is taken, or named as what it is.
+ */
+import { cp, mkdir, mkdtemp, readFile, stat, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { openPack } from "eigenlora";
+import t, { type Test } from "tap";
+import { json, run, workIn } from "./command-line.ts";
+import { data } from "./packs.ts";
+
+/** A folder with two adapters in `ad/`. */
+async function workplace(t: Test): Promise<void> {
+  workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-given-")));
+  for (const id of ["two", "three"]) await cp(data(`sessions/adapters/${id}`), join("ad", id), { recursive: true });
+}
+
+/** The message of a command that fails. */
+async function refusal(...args: string[]): Promise<string> {
+  const { status, stderr } = await run(...args);
+  return status === 0 ? "" : stderr.replaceAll(/\s+/g, " ");
+}
+
+t.test("--base takes a model's folder; one without weights is warned of, once", async (t) => {
+  await workplace(t);
+  await mkdir("base");
+  await cp(data("sessions/base.safetensors"), "base/model.safetensors");
+  const fingerprints = async (file: string): Promise<number> => {
+    const pack = await openPack(file);
+    await pack.close();
+    return pack.modules.filter(({ fingerprint }) => fingerprint).length;
+  };
+  const { notes } = await json(0, "pack", "ad", "--base", "base", "-o", "folder.eigen");
+  t.same(notes, []);
+  await json(0, "pack", "ad", "--base", "base/model.safetensors", "-o", "file.eigen");
+  t.ok((await fingerprints("folder.eigen")) > 0);
+  t.equal(await fingerprints("folder.eigen"), await fingerprints("file.eigen"));
+
+  // Weights in several files, with an index.
+  await mkdir("sharded");
+  await cp("base/model.safetensors", "sharded/model-00001-of-00001.safetensors");
+  const index = { weight_map: { a: "model-00001-of-00001.safetensors", b: "model-00001-of-00001.safetensors" } };
+  await writeFile("sharded/model.safetensors.index.json", JSON.stringify(index));
+  await json(0, "pack", "ad", "--base", "sharded", "-o", "sharded.eigen");
+  t.equal(await fingerprints("sharded.eigen"), await fingerprints("file.eigen"));
+
+  await mkdir("config");
+  await writeFile("config/config.json", '{"num_attention_heads":4,"model_type":"bert"}');
+  const { status, stdout, stderr } = await run("pack", "ad", "--base", "config", "-o", "config.eigen");
+  t.equal(status, 0);
+  t.match(
+    stderr,
+    /--base config: has no weights in safetensors, so no fingerprints are stored: give model\.safetensors/,
+  );
+  t.notMatch(stdout, /pass --base/);
+});
+
+t.test("what is no adapter is named as what it is", async (t) => {
+  await workplace(t);
+  const pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+  await mkdir("lfs/x", { recursive: true });
+  await cp("ad/two/adapter_config.json", "lfs/x/adapter_config.json");
+  await writeFile("lfs/x/adapter_model.safetensors", pointer);
+  t.match(
+    await refusal("pack", "lfs", "-o", "x"),
+    /adapter_model\.safetensors, header: this is a Git LFS pointer.* git lfs pull/,
+  );
+  await writeFile("tasks.eigen", pointer);
+  t.match(
+    await refusal("inspect", "tasks.eigen"),
+    /this is a Git LFS pointer, expected an EigenLoRA pack; .* git lfs pull/,
+  );
+  await writeFile("model.onnx", pointer);
+  await json(0, "pack", "ad", "-o", "ok.eigen");
+  t.match(await refusal("check", "model.onnx", "ok.eigen"), /this is a Git LFS pointer, expected an ONNX model/);
+
+  await writeFile("adapters.zip", "PK\u0003\u0004");
+  t.match(
+    await refusal("pack", "adapters.zip", "-o", "x"),
+    /adapters\.zip: is an archive; unpack it, and give its folder/,
+  );
+  await mkdir("down");
+  await writeFile("down/adapters.tar.gz", "x");
+  t.match(await refusal("pack", "down", "-o", "x"), /holds no adapter; .* It holds adapters\.tar\.gz: unpack that/);
+
+  await mkdir("whole");
+  await writeFile("whole/pytorch_model.bin", "x");
+  t.match(
+    await refusal("pack", "whole", "-o", "x"),
+    /It holds pytorch_model\.bin\. A whole model is no adapter: give what PEFT/,
+  );
+  await mkdir("full");
+  await cp(data("sessions/base.safetensors"), "full/model.safetensors");
+  t.match(await refusal("pack", "full", "-o", "x"), /It holds model\.safetensors\. A whole model is no adapter/);
+  t.match(
+    await refusal("pack", "full/model.safetensors", "-o", "x"),
+    /holds no LoRA, but \d+ tensors such as bert\.[\w.]+\. A whole model is no adapter/,
+  );
+});
+
+t.test("other spellings of sizes, number formats and shares", async (t) => {
+  await workplace(t);
+  const packed = (...more: string[]) => json(0, "pack", "ad", "-o", "x.eigen", "--force", ...more);
+  const sizes = ["9kB", "9KB", "9k", "9 kb", "9000", "0.009mb", "9000B"];
+  const made = new Set<number>();
+  for (const size of sizes) made.add((await packed("--bytes", size))["bytes"]);
+  t.equal(made.size, 1, sizes.join(" = "));
+  t.ok([...made][0]! <= 9000);
+  t.match(await refusal("pack", "ad", "-o", "y", "--bytes", "9x"), /expected a size such as 300000, 300kB or 1\.5MB/);
+  const formats = ["f16", "fp16", "float16", "half", "FP16"];
+  const files: string[] = [];
+  for (const format of formats) {
+    await packed("--k", "2", "--dtype", format);
+    files.push((await readFile("x.eigen")).toString("base64"));
+  }
+  t.equal(new Set(files).size, 1, formats.join(" = "));
+  await packed("--k", "2", "--dtype", "basis=float32,coefficients=bfloat16,head=half");
+  t.match(await refusal("pack", "ad", "-o", "y", "--dtype", "fp17"), /"fp17" is not one of f32, f16/);
+  t.same((await packed("--error", "15%"))["errors"], (await packed("--error", "0.15"))["errors"]);
+  t.match(
+    await refusal("pack", "ad", "-o", "y", "--error", "15"),
+    /--error 15: expected a share between 0 and 1, such as 0\.15 or 15%; did you mean 0\.15\?/,
+  );
+});
+
+t.test("export makes the folders on the way; a line for a model card", async (t) => {
+  await workplace(t);
+  const { stdout } = await run("pack", "ad", "-o", "tasks.eigen");
+  t.match(
+    stdout,
+    /^For a model card: 2 LoRA adapters of [\w-]+ in one file of [\d.]+ kB \([\d.]+× smaller than they are\); the ΔW of each is off by [\d.]+ % at most\. Made with \[eigenlora\]\(https:\/\/www\.npmjs\.com\/package\/eigenlora\) \d+\.\d+\.\d+\.$/m,
+  );
+  await json(0, "export", "tasks.eigen", "--task", "two", "-o", "a/b/two");
+  t.ok((await stat("a/b/two/adapter_model.safetensors")).isFile());
+  const { stderr } = await run(
+    "export",
+    "tasks.eigen",
+    "--task",
+    "two",
+    "-o",
+    "c/two.onnx_adapter",
+    "--format",
+    "kohya",
+  );
+  t.notMatch(stderr, /there is no folder/);
+});

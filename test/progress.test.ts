@@ -1,0 +1,201 @@
+/**
+ * Progress of packs and models in the shape that transformers.js's `progress_callback` takes, and what an abort ends.
+ */
+import { existsSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { pathToFileURL } from "node:url";
+import { openPack, type Progress } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { cachedSource, type RangeStore } from "eigenlora/cache";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
+import { attachPack } from "eigenlora/transformers";
+import t, { type Test } from "tap";
+import { examples, LABELS, tiny } from "./learning.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
+import { serve } from "./range-server.ts";
+import { required } from "./required.ts";
+import { feeds, model, modelBytes, NODE, open, packBytes, packFor } from "./sessions.ts";
+
+const pack = await packBytes(["adapters"], "base");
+
+/** What transformers.js 4.3 calls `ProgressInfo`, as its declarations have it. */
+type Theirs =
+  | { status: "initiate"; name: string; file: string }
+  | { status: "download"; name: string; file: string }
+  | { status: "progress"; name: string; file: string; progress: number; loaded: number; total: number }
+  | { status: "progress_total"; name: string; progress: number; loaded: number; total: number; files: object }
+  | { status: "done"; name: string; file: string }
+  | { status: "ready"; task: string; model: string };
+
+/** Collects what is told, by a function with the types of transformers.js. */
+function collector(): { told: Progress[]; onProgress: (info: Theirs) => void } {
+  const told: Progress[] = [];
+  return { told, onProgress: (info) => void told.push(info as Progress) };
+}
+
+/** Checks the story of one file: from "initiate" to "done", with bytes that only grow. */
+function checkFile(t: Test, told: readonly Progress[], file: string, bytes: number | undefined): void {
+  const own = told.filter((one) => one.file === file && one.status !== "ready");
+  const statuses = own.map(({ status }) => status);
+  t.same(statuses.slice(0, 2), ["initiate", "download"], `${file}: begins`);
+  t.equal(statuses.at(-1), "done", `${file}: ends`);
+  t.same(new Set(statuses.slice(2, -1)), new Set(["progress"]), `${file}: bytes between`);
+  const loaded = own.map((one) => one.loaded);
+  t.same(
+    loaded,
+    [...loaded].sort((a, b) => a - b),
+  );
+  const last = own.at(-1)!;
+  t.match(last, { loaded: last.total, progress: 100 });
+  if (bytes !== undefined) t.equal(last.total, bytes, `${file}: ${bytes} bytes`);
+}
+
+t.test("a pack from a server with ranges, and from one without", async (t) => {
+  const server = await serve(new Map([["some/tasks.eigen", pack]]));
+  t.teardown(() => server.close());
+  server.faults = [undefined, "slow"];
+  const { told, onProgress } = collector();
+  const opened = await openPack(server.url("some/tasks.eigen"), { onProgress });
+  checkFile(t, told, "tasks.eigen", opened.reads.bytes);
+  t.ok(told.length > 5, "told while bytes arrive");
+  t.match(told[0], { stage: "pack", name: server.url("some") });
+  const count = told.length;
+  await opened.prefetch(opened.tasks.keys());
+  t.equal(told.length, count, "tasks are told as events");
+  await opened.close();
+
+  const late = await openPack(server.url("some/tasks.eigen"), { bases: "later" });
+  const bases = collector();
+  (await late.bases({ onProgress: bases.onProgress })).close();
+  checkFile(t, bases.told, "tasks.eigen", late.directory.bases.length);
+  await late.close();
+
+  const whole = collector();
+  const store: RangeStore = memoryStore();
+  for (const where of ["server", "store"]) {
+    const cached = cachedSource(server.url("some/tasks.eigen"), store);
+    const from = await openPack(cached, { onProgress: whole.onProgress });
+    checkFile(t, whole.told.splice(0), "tasks.eigen", undefined);
+    t.equal(cached.counts.hits > 0, where === "store");
+    await from.close();
+  }
+});
+
+function memoryStore(): RangeStore {
+  const kept = new Map<string, Uint8Array>();
+  return {
+    get: async (key) => kept.get(key),
+    put: async (key, bytes) => void kept.set(key, bytes.slice()),
+    delete: async (key) => void kept.delete(key),
+    keys: async () => [...kept.keys()],
+  };
+}
+
+t.test("a model, the files beside it, and that all is ready", async (t) => {
+  const server = await serve(new Map([["onnx/model.onnx", modelBytes("torchscript")]]));
+  t.teardown(() => server.close());
+  const { told, onProgress } = collector();
+  const opened = await openPack(pack, { onProgress });
+  t.same(told, [], "bytes in memory have nothing to tell");
+  const session = await createEigenSession(NODE, server.url("onnx/model.onnx"), opened, { onProgress });
+  checkFile(t, told, "model.onnx", modelBytes("torchscript").length);
+  t.match(told.at(-1), { status: "ready", stage: "session", model: server.url("onnx/model.onnx"), task: "" });
+  t.equal(told.filter(({ status }) => status === "ready").length, 1);
+  await session.close();
+
+  const path = collector();
+  await (await open(NODE, model("torchscript"), opened, { onProgress: path.onProgress })).close();
+  t.match(path.told[0], { file: "torchscript.onnx", name: data("sessions"), stage: "model" });
+  t.match(path.told.at(-2), { status: "done" });
+  await opened.close();
+});
+
+t.test("files of one model end with one `ready`", async (t) => {
+  const { told, onProgress } = collector();
+  const adapters = await readAdapters([data("seq2seq/adapters")]);
+  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base: data("seq2seq/base.safetensors") });
+  const skills = await openPack(new Uint8Array(Buffer.concat(chunks)));
+  const files = { encoder: data("seq2seq/onnx/encoder_model.onnx"), decoder: data("seq2seq/decoder.onnx") };
+  const models = await createEigenSessions(NODE, files, skills, { onProgress });
+  t.same(new Set(told.map(({ file }) => file)), new Set(["encoder_model.onnx", "decoder.onnx"]));
+  t.same(
+    told.filter(({ status }) => status === "ready").map(({ status }) => status),
+    ["ready"],
+  );
+  t.equal(told.at(-1)!.status, "ready");
+  await models.close();
+  await skills.close();
+});
+
+t.test("weights in a file beside the model are told by their own name", async (t) => {
+  const [graph, weights] = [await readFile(model("external")), await readFile(data("sessions/external.onnx.data"))];
+  const server = await serve(
+    new Map<string, Uint8Array>([
+      ["model.onnx", graph],
+      ["external.onnx.data", weights],
+    ]),
+  );
+  t.teardown(() => server.close());
+  const { told, onProgress } = collector();
+  const session = await createEigenSession(NODE, server.url("model.onnx"), await packFor("base"), { onProgress });
+  checkFile(t, told, "model.onnx", graph.length);
+  checkFile(t, told, "external.onnx.data", undefined);
+  t.equal(told.at(-1)!.status, "ready");
+  await session.close();
+});
+
+t.test("`onProgress` is a function", async (t) => {
+  const refused = { name: "TypeError", message: /onProgress: expected a function, got "bar"/ };
+  const path = data("sessions/torchscript.onnx");
+  await t.rejects(openPack(path, { onProgress: "bar" as never }), refused);
+  await t.rejects(createEigenSession(NODE, path, await packFor("base"), { onProgress: "bar" as never }), refused);
+});
+
+t.test("an abort ends what waits", async (t) => {
+  const server = await serve(new Map([["tasks.eigen", pack]]));
+  t.teardown(() => server.close());
+  const reason = new Error("no longer wanted");
+  const stopped = AbortSignal.abort(reason);
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  await t.rejects(session.run(feeds(NODE, session), { signal: stopped }), reason);
+  const during = new AbortController();
+  const run = session.run(feeds(NODE, session), { signal: during.signal });
+  during.abort(reason);
+  await t.rejects(run, reason);
+  t.ok((await session.run(feeds(NODE, session), { signal: new AbortController().signal }))["logits"]);
+  await t.rejects(createTrainer(session, { labels: LABELS, init: { task: "two" }, signal: stopped }), reason);
+  const trainer = await createTrainer(session, { labels: LABELS });
+  const known = examples(NODE, session, 8, 1);
+  for await (const _ of trainer.fit(known, { steps: 1 }));
+  await t.rejects(trainer.score(known, { signal: stopped }), reason);
+  await t.rejects(trainer.predict(known, { signal: stopped }), reason);
+  await t.rejects(session.addTask("mine", server.url("tasks.eigen"), { signal: stopped }), reason);
+  t.notOk(session.tasks.has("mine"));
+});
+
+const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
+const skip = !existsSync(folder) && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES";
+
+t.test("a pipeline of transformers.js: what it reads, what is read here, and its switches", { skip }, async (t) => {
+  const { env, pipeline } = await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href);
+  Object.assign(env, { localModelPath: data("."), allowRemoteModels: false });
+  const pipe = await pipeline("text-classification", "minilm", { dtype: "fp16", subfolder: "" });
+  const { bytes } = await packOf(["adapters/own-seed/debtags-role"], LOSSLESS);
+  const roles = await openPack(bytes);
+  const { told, onProgress } = collector();
+  const pretrained = { subfolder: "" };
+  const tasks = await attachPack(pipe, roles, { model: "minilm", pretrained, onProgress });
+  t.ok(told.every(({ stage, loaded, total }) => stage && loaded <= total));
+  t.ok(told.some(({ status, file }) => status === "done" && /model_fp16\.onnx$/.test(file)));
+  t.equal(told.at(-1)!.status, "ready");
+  const labels: unknown[] = [];
+  tasks.addEventListener("switchend", ({ detail }) => labels.push(detail.task, pipe.model.config.id2label[0]));
+  await tasks.switchTask("debtags-role");
+  t.same(labels, ["debtags-role", roles.tasks.get("debtags-role")!.metadata.labels![0]]);
+  await pipe.dispose();
+  await roles.close();
+});
