@@ -4,7 +4,7 @@
 import { openPath } from "#files";
 import { described } from "./arguments.ts";
 import type { FileProgress, OnProgress, WatchedSource } from "./progress.ts";
-import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";
+import { type AbortOptions, type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";
 
 /** Names of sources that are bytes. */
 const IN_MEMORY = ["Uint8Array", "ArrayBuffer"];
@@ -17,7 +17,7 @@ const IN_MEMORY = ["Uint8Array", "ArrayBuffer"];
  */
 export async function openSource(
   input: SourceInput,
-  options: FetchOptions = {},
+  options: FetchOptions & AbortOptions = {},
   where = "source",
 ): Promise<ByteSource> {
   if (input instanceof ArrayBuffer || input instanceof Uint8Array) {
@@ -34,7 +34,7 @@ export async function openSource(
   const text = (input as Partial<URL> | undefined)?.href ?? input;
   if (typeof text === "string") {
     const url = addressOf(text, where);
-    if (!url) return openPath!(text);
+    if (!url) return openPath!(text, options);
     // Loaded late: apps that have the bytes, a Blob or a file do without.
     const { UrlSource } = await import("./http/url-source.ts");
     return new UrlSource(url, options);

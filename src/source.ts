@@ -59,7 +59,10 @@ export interface ByteSource {
   close?(): Promise<void>;
 }
 
-/** What `openSource`, and so `openPack`, accepts. A string is a path where there are files, else a URL. */
+/**
+ * What `openSource`, and so `openPack`, accepts. A string is a path where there are files, else a URL; in both `hf:org/name@revision/file` is a
+ * file on the Hugging Face Hub.
+ */
 export type SourceInput = string | URL | Blob | ArrayBuffer | Uint8Array | ByteSource;
 
 /** How URLs are read. */

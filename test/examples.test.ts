@@ -143,6 +143,15 @@ t.test("examples compile", async (t) => {
   }
 });
 
+/** Puts a repository into the Hub's cache, as if it had been downloaded. @param files of the folder by path in the repository */
+async function cacheOfHub(place: string, name: string, files: ReadonlyMap<string, string>): Promise<void> {
+  const store = join(place, "hf/hub", `models--${name.replace("/", "--")}`);
+  const commit = "a".repeat(40);
+  await mkdir(join(store, "refs"), { recursive: true });
+  await writeFile(join(store, "refs/main"), commit);
+  for (const [path, file] of files) await cp(join(place, file), join(store, "snapshots", commit, path));
+}
+
 /** Makes a folder with the files that examples name. */
 async function workplace(): Promise<string> {
   const place = await mkdtemp(join(tmpdir(), "eigenlora-examples-"));
@@ -193,6 +202,9 @@ async function workplace(): Promise<string> {
   await cp(data("decoder/onnx/model.onnx"), join(place, "llm.onnx"));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
+  await cacheOfHub(place, "org/name", new Map([["tasks.eigen", "tasks.eigen"]]));
+  const model = ["onnx/model.onnx", "onnx/model_q4.onnx"].map((path) => [path, "model.onnx"] as const);
+  await cacheOfHub(place, "org/model", new Map(model));
   return place;
 }
 
@@ -210,7 +222,8 @@ t.test("examples run", async (t) => {
     listed.push({ file, names });
   }
   await writeFile(join(place, "examples.json"), JSON.stringify(listed));
-  const { stdout } = await promisify(execFile)(process.execPath, [join(folder, "run.js")], { cwd: place });
+  const env = { ...process.env, HF_HOME: join(place, "hf"), HF_HUB_OFFLINE: "1" };
+  const { stdout } = await promisify(execFile)(process.execPath, [join(folder, "run.js")], { cwd: place, env });
   const results = JSON.parse(stdout.trimEnd().split("\n").at(-1)!) as { error?: string; absent?: string }[];
   for (const [i, { error, absent }] of results.entries()) {
     const { place, packages, code } = modules[i]!;

@@ -1,20 +1,21 @@
 /**
- * Opens adapters on disk under given paths, in the order of their ids, each with the reader of its format. This file and find.ts are the
+ * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file, find.ts and tree.ts are the
  * only adapter code that needs a file system.
  */
 import { join, resolve } from "node:path";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
+import { openDisk } from "../disk.ts";
 import { TaskError } from "../errors.ts";
-import { openPath } from "../files-node.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { TaskMetadata } from "../format/format.ts";
-import type { ByteSource } from "../source.ts";
+import type { HubOptions } from "../http/hub.ts";
+import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { describeBase } from "./describe-base.ts";
 import { readDiffusers } from "./diffusers.ts";
 import { withTextModel } from "./diffusers-keys.ts";
-import { type AdapterLocation, CONFIG, findAdapters, kind } from "./find.ts";
+import { type AdapterLocation, CONFIG, findAdapters, TASK } from "./find.ts";
 import { readGguf } from "./gguf.ts";
 import { readJson } from "./json-file.ts";
 import { readKohya } from "./kohya.ts";
@@ -23,35 +24,35 @@ import { readMlx } from "./mlx.ts";
 import { compare } from "./modules.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
 import { readPeft } from "./peft.ts";
-
-const TASK = "task.json";
+import { kind } from "./tree.ts";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
 
-/** Options of `readAdapters`. */
-export interface ReadAdaptersOptions {
-  /** New ids, by old id or by path. */
+/** Options of `readAdapters`. Those of `HubOptions` are for names of the Hugging Face Hub. */
+export interface ReadAdaptersOptions extends HubOptions {
+  /** New ids, by old id, or by path or name of the Hub. */
   readonly rename?: ReadonlyMap<string, string> | undefined;
   /**
    * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder, config.json, safetensors
-   * file or index, list of names in JSON, or GGUF file. Read when an adapter needs it. Default: none.
+   * file or index, list of names in JSON, or GGUF file; or a name of the Hub. Read when an adapter needs it. Default: none.
    */
   readonly base?: string | undefined;
 }
 
 /**
- * Opens the adapters under some paths, sorted by id. Close each when it is no longer needed: it may hold a file open.
+ * Opens the adapters under some paths, sorted by id. Close each when it is no longer needed: it may hold a file open. A path may be a name
+ * of the Hugging Face Hub, as `findAdapters` takes it.
  * @throws AdapterError as `findAdapters`, `readPeft` and the readers of other formats; FormatError and SourceError as these
  * @throws TaskError when two adapters have one id, an id is not allowed, or a rename matches none or several
  */
 export async function readAdapters(paths: readonly string[], options: ReadAdaptersOptions = {}): Promise<Adapter[]> {
-  checkOptions("readAdapters", options, ["rename", "base"]);
+  checkOptions("readAdapters", options, ["rename", "base", "onProgress", "signal", ...FETCH_OPTIONS]);
   checkList("readAdapters", paths, "paths");
   const { base } = options;
-  const locations = rename(await findAdapters(paths), options.rename ?? new Map());
+  const locations = rename(await findAdapters(paths, options), options.rename ?? new Map());
   let facts: Promise<BaseFacts> | undefined;
-  const files = new Files(async () => (base === undefined ? {} : (facts ??= describeBase(base))));
+  const files = new Files(async () => (base === undefined ? {} : (facts ??= describeBase(base, options))));
   const adapters: Adapter[] = [];
   try {
     for (const location of locations) adapters.push(await files.read(location));
@@ -89,7 +90,7 @@ class Files {
   }
 
   async #open(path: string): Promise<ByteSource> {
-    const source = this.#sources.length < MAX_HELD ? await openPath(path) : await openOnDemand(path);
+    const source = this.#sources.length < MAX_HELD ? await openDisk(path) : await openOnDemand(path);
     this.#sources.push(source);
     return source;
   }
@@ -103,7 +104,8 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
   const ids = new Map(found.map((location) => [location, location.id]));
   for (const [old, id] of names) {
     const at = resolve(old);
-    const byPath = found.filter(({ path, tensors }) => path === at || tensors === at);
+    const onHub = old.replace(/^hf:(\/\/)?/, "").replace(/@[^/]*/, "");
+    const byPath = found.filter(({ path, tensors, hub }) => path === at || tensors === at || hub === onHub);
     const meant = byPath.length > 0 ? byPath : found.filter((location) => location.id === old);
     if (meant.length !== 1) {
       const paths = meant.map(({ path }) => path).join(", ");
@@ -139,13 +141,13 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
 
 /** Opens a file anew for every read. */
 async function openOnDemand(path: string): Promise<ByteSource> {
-  const probe = await openPath(path);
+  const probe = await openDisk(path);
   await probe.close?.();
   return {
     name: path,
     byteLength: probe.byteLength,
     async read(offset, length, options) {
-      const source = await openPath(path);
+      const source = await openDisk(path);
       try {
         return await source.read(offset, length, options);
       } finally {

@@ -54,6 +54,7 @@ export const attach: Attach = command({
     revoked,
     ...match,
   },
+  reads: ["model", "file"],
   async run([modelPath, packPath]: [string, string], { output: target, force, mode, task, ...options }, run, out) {
     await refuseSwapped(modelPath, packPath, run);
     checkTarget(target, { force, inputs: [modelPath, packPath] });

@@ -1,30 +1,49 @@
 /**
  * The weights of a base model in its folder, as transformers saves them: one file, or several with an index.
  */
-import { join } from "node:path";
-import { kind } from "../adapters/find.ts";
+import { extname, join } from "node:path";
 import { readJson } from "../adapters/json-file.ts";
+import { kind, type Tree, treeAt } from "../adapters/tree.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
+import type { HubOptions } from "../http/hub.ts";
+import { hubName } from "../http/hub-name.ts";
+
+/**
+ * Opens a base model's weights, which are only read. On the Hub their files are downloaded.
+ * @returns undefined where names are all there is: a folder without safetensors of a model, a list in JSON, a GGUF file
+ * @throws AdapterError, SourceError, FormatError when they cannot be read
+ */
+export async function openWeights(given: string, options: HubOptions): Promise<WeightHost | undefined> {
+  // An address is read by ranges; what is missing is refused where it is opened.
+  if (!hubName(given) && (await kind(given)) === undefined) return namesAlone(given) ? undefined : openHost(given);
+  const { tree, path } = await treeAt(given, options);
+  const files = (await tree.kind(path)) === "folder" ? await weightFiles(path, tree) : namesAlone(path) ? [] : [path];
+  await tree.get(files);
+  return files.length === 0 ? undefined : openHosts(files, tree);
+}
+
+const namesAlone = (path: string): boolean => [".json", ".gguf"].includes(extname(path));
 
 /** Paths of the files with a model's weights; none where the folder has no safetensors of a model. */
-export async function weightFiles(folder: string): Promise<string[]> {
+async function weightFiles(folder: string, tree: Tree): Promise<string[]> {
   const whole = join(folder, "model.safetensors");
-  if ((await kind(whole)) === "file") return [whole];
+  if ((await tree.kind(whole)) === "file") return [whole];
   const index = join(folder, "model.safetensors.index.json");
-  if ((await kind(index)) !== "file") return [];
+  if ((await tree.kind(index)) !== "file") return [];
+  await tree.get([index]);
   const { weight_map: map } = (await readJson(index)) as { weight_map?: Readonly<Record<string, string>> };
   return [...new Set(Object.values(map ?? {}))].map((file) => join(folder, file));
 }
 
-/** Opens the files of one model as one base, which is only read. */
-export async function openHosts(files: readonly string[]): Promise<WeightHost> {
+/** Opens the files of one model as one base. */
+async function openHosts(files: readonly string[], tree: Tree): Promise<WeightHost> {
   const hosts: WeightHost[] = [];
   const close = async (): Promise<void> => {
     for (const host of hosts) await host.close?.();
   };
   try {
-    for (const file of files) hosts.push(await openHost(file));
+    for (const file of files) hosts.push(await openHost(await tree.open(file)));
   } catch (error) {
     await close();
     throw error;

@@ -9,6 +9,7 @@ import { refuseBases } from "../adapters/modules.ts";
 import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/layout.ts";
+import { hubName } from "../http/hub-name.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import { createSigner } from "../pack/keys.ts";
 import { MUCH, type TaskLoss } from "../pack/report.ts";
@@ -16,7 +17,20 @@ import { freshPack, planAppend } from "../pack/write.ts";
 import { addedByAnswers, judged as judgedOptions } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { append, readText, writeWhole } from "./files.ts";
-import { anyBase, as, given, group, key, number, readFor, revoked, SHARE, text, UsageError } from "./options.ts";
+import {
+  anyBase,
+  as,
+  given,
+  group,
+  key,
+  number,
+  readFor,
+  reading,
+  revoked,
+  SHARE,
+  text,
+  UsageError,
+} from "./options.ts";
 import { bytes, count, counting, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 
@@ -46,12 +60,16 @@ export const add: Attach = command({
     revoked,
     ...group("Judged by answers", {
       ...judgedOptions,
-      model: text(
-        "MODEL.onnx",
-        "Distil adapters onto what the pack's tasks share, until they answer as the adapters do. Needs onnxruntime-node.",
+      model: reading(
+        "model",
+        text(
+          "MODEL.onnx",
+          "Distil adapters onto what the pack's tasks share, until they answer as the adapters do. Needs onnxruntime-node.",
+        ),
       ),
     }),
   },
+  reads: ["own", "repository"],
   async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key, ...asked }, run, out) {
     const { model } = asked;
     checkJudged(asked, maxLoss);
@@ -142,8 +160,10 @@ function refuseLoss(residual: readonly TaskLoss[], most: number, pack: string): 
 
 /** Goes by what a file begins with, or by its name: a damaged task file is to be refused as one. */
 export async function isTaskFile(path: string, run: Run): Promise<boolean> {
-  if (!(await stat(path).catch(() => undefined))?.isFile()) return false;
+  const onHub = hubName(path) !== undefined;
+  if (!onHub && !(await stat(path).catch(() => undefined))?.isFile()) return false;
   if (path.endsWith(".eigentask")) return true;
+  if (onHub) return false;
   return (await run.kindOf(path)) === "an EigenLoRA task file";
 }
 
@@ -191,6 +211,7 @@ export const remove: Attach = command({
   details: "Other tasks are not changed.",
   example: "remove tasks.eigen reviews",
   options: { key },
+  reads: ["own", undefined],
   async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
     const sign = await signerOf(key);
     await run.lock(file);
@@ -213,6 +234,7 @@ export const compact: Attach = command({
   details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
   example: "compact tasks.eigen",
   options: { key, revoked },
+  reads: ["own"],
   async run([file]: [string], { key }, run, out) {
     const sign = await signerOf(key);
     await run.lock(file);

@@ -24,13 +24,16 @@ import {
 } from "./check-text.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { inFlags, match, refuseSwapped, refuseUnknown } from "./matching.ts";
-import { list, toggle, UsageError } from "./options.ts";
+import { list, reading, toggle, UsageError } from "./options.ts";
 
 const OPTIONS = {
   ...match,
-  beside: list(
-    "OTHER.onnx",
-    "Another file of the same model: the decoder of an encoder, a text encoder of a UNet. May be given again.",
+  beside: reading(
+    "model",
+    list(
+      "OTHER.onnx",
+      "Another file of the same model: the decoder of an encoder, a text encoder of a UNet. May be given again.",
+    ),
   ),
   filesOnly: toggle("Look at the files only, even if onnxruntime-node is installed."),
 };
@@ -42,11 +45,13 @@ export const check: Attach = command({
     "Exit code 0 if a session works. If onnxruntime-node is installed, a session is made and run on made-up inputs.",
   example: "check model.onnx tasks.eigen",
   options: OPTIONS,
+  reads: ["model", "file"],
   async run([modelPath, packPath]: [string, string], { filesOnly, beside, ...options }, run) {
     await refuseSwapped(modelPath, packPath, run);
     const pack = await run.pack(packPath);
     refuseUnknown(options.names, pack.modules, packPath);
-    const named = { ...options, filesOnly, packPath };
+    const shown = (path: string): string => run.shown(path);
+    const named = { ...options, filesOnly, packPath, shown };
     return beside.length === 0
       ? checkOne(modelPath, pack, named)
       : checkFiles(namesOf([modelPath, ...beside]), pack, named);
@@ -56,20 +61,26 @@ export const check: Attach = command({
 interface CheckOptions extends Omit<SessionOptions, "probe"> {
   readonly filesOnly: boolean;
   readonly packPath: string;
+  /** How people know a path. */
+  readonly shown: (path: string) => string;
 }
 
-async function checkOne(model: string, pack: Pack, { filesOnly, packPath, ...options }: CheckOptions): Promise<Result> {
+async function checkOne(
+  model: string,
+  pack: Pack,
+  { filesOnly, packPath, shown, ...options }: CheckOptions,
+): Promise<Result> {
   const survey = inWords(await surveyModel(() => readModel(model), pack, options));
   const ran = filesOnly || survey.mode === null ? undefined : runInWords(await tryOut(model, pack, options));
   const works = survey.mode !== null && ran?.session.works !== false;
-  const next = works ? callOf(model, packPath, options) : adviceOf(survey, ran, await strangersOf(pack, survey));
+  const next = works ? callOf(shown(model), packPath, options) : adviceOf(survey, ran, await strangersOf(pack, survey));
   const verdict = works
     ? `It works, in mode "${survey.mode}" (${survey.reason}).`
     : `It does not work: ${whyNot(survey, ran)}`;
   return {
-    json: { model, pack: packPath, works, ...survey, run: ran ?? null, next },
+    json: { model: shown(model), pack: packPath, works, ...survey, run: ran ?? null, next },
     text: [
-      modelText(model, survey),
+      modelText(shown(model), survey),
       packText(packPath, pack, survey.largestTask),
       "",
       ...modulesText(survey),
@@ -101,8 +112,9 @@ function namesOf(paths: readonly string[]): Map<string, string> {
 async function checkFiles(
   models: ReadonlyMap<string, string>,
   pack: Pack,
-  { filesOnly, packPath, ...options }: CheckOptions,
+  { filesOnly, packPath, shown, ...options }: CheckOptions,
 ): Promise<Result> {
+  const known = new Map([...models].map(([name, path]) => [name, shown(path)]));
   const reads = [...models].map(([name, path]) => [name, () => readModel(path)] as const);
   const survey = await surveyFiles(new Map(reads), pack, options);
   const files = [...survey.files].map(
@@ -114,11 +126,11 @@ async function checkFiles(
   const planned = survey.homeless === null ? stopped.find((why) => why !== false) : inFlags(survey.homeless, OPTIONS);
   const ran = filesOnly || planned !== undefined ? undefined : runInWords(await tryFiles(models, pack, options));
   const why = planned ?? (ran?.session.works === false ? ran.session.says : undefined);
-  const next = why === undefined ? callOf(models, packPath, options) : filesAdvice(files, survey.homeless, ran);
+  const next = why === undefined ? callOf(known, packPath, options) : filesAdvice(files, survey.homeless, ran);
   const largest = Math.max(...[...pack.tasks.values()].map((task) => task.bytes));
   return {
     json: {
-      models: Object.fromEntries(models),
+      models: Object.fromEntries(known),
       pack: packPath,
       works: why === undefined,
       files: Object.fromEntries(files),
@@ -127,7 +139,7 @@ async function checkFiles(
     },
     text: [
       packText(packPath, pack, largest),
-      ...files.flatMap(([name, one]) => fileText(models.get(name)!, one)),
+      ...files.flatMap(([name, one]) => fileText(known.get(name)!, one)),
       "",
       ...runText(ran, filesOnly || planned !== undefined),
       why === undefined ? "It works." : `It does not work: ${why}`,

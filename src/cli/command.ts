@@ -1,9 +1,10 @@
 /**
  * How a command is declared: its arguments, its options and what it does, in one place. main.ts attaches it to the program.
  */
+import { SourceError } from "../errors.ts";
 import { type Command, Option } from "./commander.ts";
 import { inFlags } from "./matching.ts";
-import { flagOf, type OptionSpec, type Options, UsageError, type Values } from "./options.ts";
+import { flagOf, type OptionSpec, type Options, type ReadAs, UsageError, type Values } from "./options.ts";
 import type { Output } from "./output.ts";
 import { Run } from "./run.ts";
 
@@ -27,6 +28,8 @@ interface Declaration<A extends readonly string[], O extends Options> {
   /** A call of it, without "eigenlora". */
   readonly example: string;
   readonly options: O;
+  /** What is read of each argument that names a file; the last holds for all that follow. */
+  readonly reads?: readonly (ReadAs | undefined)[];
   run(args: A, options: Values<O>, run: Run, out: Output): Promise<Result>;
 }
 
@@ -44,19 +47,21 @@ export function command<A extends readonly string[], O extends Options>(declared
     for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
     made.addHelpText("after", () => {
       const rare = made.options.filter(({ hidden }) => hidden).length;
-      const more = rare > 0 ? `\n${rare} more options: --help --all\n` : "";
-      return `${more}\nExample:\n  eigenlora ${example}`;
+      const more = rare > 0 ? [`\n${rare} more options: --help --all`] : [];
+      return [...hubText(declared), ...more, `\nExample:\n  eigenlora ${example}`].join("\n");
     });
     made.option("--json", "Print one JSON object.").action(async () => {
       const run = new Run(out, made.opts()["revoked"]);
       let result: Result;
       try {
         // The parser has seen to it that there are as many arguments as `usage` says.
-        result = await declared.run(made.args as string[] & A, valuesOf(options, made.opts()), run, out);
+        const args = (await takeArguments(made.args, declared.reads, run)) as string[] & A;
+        const values = await takeOptions(options, valuesOf(options, made.opts()), run);
+        result = await declared.run(args, values, run, out);
       } catch (error) {
         run.fail();
         // The library speaks of its own options.
-        if (error instanceof Error) error.message = inFlags(error.message, options);
+        if (error instanceof Error) error.message = inFlags(error.message, options) + hintOf(error, run);
         throw error;
       } finally {
         await run.close();
@@ -80,6 +85,55 @@ function toOption(
     if (text.startsWith("--")) throw new UsageError(`${flag} needs a value, got the option ${text}`);
     return parse(text, flag, before);
   });
+}
+
+/** What help says of names of the Hugging Face Hub. */
+function hubText<O extends Options>({
+  options,
+  reads = [],
+}: Pick<Declaration<never, O>, "options" | "reads">): string[] {
+  const all = [...reads, ...Object.values(options).map((spec) => spec.reads)];
+  if (all.includes("repository") || all.includes("model"))
+    return ["\nAdapters and models may lie on the Hugging Face Hub: org/name, or", "hf:org/name@revision/path."];
+  return all.includes("file") ? ["\nIt may lie on the Hugging Face Hub: hf:org/name@revision/file."] : [];
+}
+
+/** Files and repositories that were named, as the command reads them. */
+function takeArguments(
+  given: readonly string[],
+  reads: readonly (ReadAs | undefined)[] = [],
+  run: Run,
+): Promise<string[]> {
+  const what = (i: number): ReadAs | undefined => reads[Math.min(i, reads.length - 1)];
+  return inTurn(given, (one, i) => taken(one, what(i), run));
+}
+
+async function takeOptions<O extends Options>(options: O, values: Values<O>, run: Run): Promise<Values<O>> {
+  const entries = await inTurn(Object.entries(values), async ([name, value]) => {
+    const { reads } = options[name]!;
+    const all = Array.isArray(value)
+      ? await inTurn(value, (one) => taken(one, reads, run))
+      : await taken(value, reads, run);
+    return [name, all];
+  });
+  return Object.fromEntries(entries) as Values<O>;
+}
+
+async function taken<T>(value: T, reads: ReadAs | undefined, run: Run): Promise<T> {
+  return typeof value === "string" && reads ? ((await run.take(value, reads)) as T) : value;
+}
+
+/** One after the other, so that progress and errors are of one. */
+async function inTurn<T, R>(all: readonly T[], step: (one: T, i: number) => Promise<R>): Promise<R[]> {
+  const done: R[] = [];
+  for (const [i, one] of all.entries()) done.push(await step(one, i));
+  return done;
+}
+
+/** Says what a mistyped path was taken for. */
+function hintOf(error: Error, { guessed }: Run): string {
+  const name = guessed.find((one) => error instanceof SourceError && error.message.includes(one.replace(/@.*/, "")));
+  return name === undefined ? "" : `. There is no file or folder ${name} here, so the Hub was asked`;
 }
 
 function valuesOf<O extends Options>(options: O, given: Readonly<Record<string, unknown>>): Values<O> {

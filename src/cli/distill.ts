@@ -52,7 +52,10 @@ const OPTIONS = {
   revoked: option.revoked,
   ...option.group("The model", {
     model: option.required(
-      option.text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node."),
+      option.reading(
+        "model",
+        option.text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node."),
+      ),
     ),
     decoder,
     tokens,
@@ -71,6 +74,7 @@ export const distill: Attach = command({
   details: "Adapters that are not in the pack yet are added first. Other tasks are not changed.",
   example: "distill tasks.eigen my-adapters/ --model model.onnx -o new.eigen",
   options: OPTIONS,
+  reads: ["file", "repository"],
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
     const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer } = options;
     const [foreign] = options.part ? option.given(options, "key") : option.given(options, "dtype");

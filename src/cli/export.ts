@@ -11,7 +11,7 @@ import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { jsonFile, writeTogether, writeWhole } from "./files.ts";
-import { byDefault, choice, output, revoked, task, text, toggle } from "./options.ts";
+import { byDefault, choice, output, reading, revoked, task, text, toggle } from "./options.ts";
 import { bytes, count } from "./output.ts";
 import type { Run } from "./run.ts";
 import { checkExport, checkExportFile, EXPORTED } from "./target.ts";
@@ -49,9 +49,13 @@ export const exportTask: Attach = command({
       ...choice(FORMATS, `Layout of the files: ${FORMATS.join(", ")}.`),
       value: "FORMAT",
     }),
-    base: text("MODEL", "For gguf: the base model's folder, config.json or GGUF file, for its architecture and heads."),
+    base: reading(
+      "repository",
+      text("MODEL", "For gguf: the base model's folder, config.json or GGUF file, for its architecture and heads."),
+    ),
     revoked,
   },
+  reads: ["file"],
   async run([path]: [string], { output: to, force, task, format, base }, run) {
     const target = { path: to, force, run };
     if (format === "peft") {

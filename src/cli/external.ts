@@ -6,10 +6,8 @@ import { existsSync, rmSync } from "node:fs";
 import { realpath } from "node:fs/promises";
 import { dirname, isAbsolute, join, relative, resolve, sep } from "node:path";
 import { SourceError } from "../errors.ts";
-import { nestedGraphs } from "../onnx/model.ts";
-import type { GraphProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { EXTERNAL } from "../onnx/tensors.ts";
+import { externalLocations } from "../onnx/tensors.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource } from "../source.ts";
 import { writeWhole } from "./files.ts";
@@ -74,16 +72,6 @@ export async function copyAll(file: ModelFile, places: readonly Placed[], run: R
     if (resolve(source.name) !== resolve(path)) await copyTo(path, source, run);
   }
   return places.map(({ path }) => path);
-}
-
-/** What the model's initializers call the files beside it. */
-function externalLocations(graph: GraphProto, found: Set<string> = new Set()): Set<string> {
-  for (const { dataLocation, externalData } of graph.initializer) {
-    const location = externalData.find(({ key }) => key === "location")?.value;
-    if (dataLocation === EXTERNAL && location !== undefined) found.add(location);
-  }
-  for (const node of graph.node) for (const nested of nestedGraphs(node)) externalLocations(nested, found);
-  return found;
 }
 
 /**

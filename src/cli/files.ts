@@ -1,6 +1,6 @@
 /**
  * Files of the command line: written beside the target and renamed, or appended so that a crash at any byte leaves the old
- * content (SPEC.md, section 9). The only code of the package that writes to disk. All in synchronous steps: see undo.ts. What
+ * content (SPEC.md, section 9). Beside the caches the only code of the package that writes to disk. All in synchronous steps: see undo.ts. What
  * others may change at the same time is written under its lock (`Run.lock`).
  */
 import { randomUUID } from "node:crypto";
@@ -20,8 +20,8 @@ import {
 } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
+import { reasonOf, refuseOtherKinds } from "../disk.ts";
 import { SourceError } from "../errors.ts";
-import { reasonOf, refuseOtherKinds } from "../files-node.ts";
 import type { Append } from "../format/layout.ts";
 import type { Scratch } from "../pack/write.ts";
 import { realTarget } from "./lock.ts";

@@ -8,7 +8,7 @@ import { openSafetensors } from "../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
 import { match, refuseUnknown } from "./matching.ts";
-import { force, output, required, task, text } from "./options.ts";
+import { force, output, reading, required, task, text } from "./options.ts";
 import { bytes, count } from "./output.ts";
 
 const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
@@ -21,9 +21,10 @@ export const fold: Attach = command({
     output: output("OUT.safetensors", "The file to write."),
     force,
     task,
-    base: required(text("MODEL.safetensors", "The base model.")),
+    base: required(reading("file", text("MODEL.safetensors", "The base model."))),
     ...match,
   },
+  reads: ["file"],
   async run([path]: [string], { output: file, force, task, base: basePath, ...options }, run) {
     const target = await run.target(file, { force, inputs: [path, basePath] });
     const pack = await run.pack(path);

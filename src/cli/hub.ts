@@ -42,6 +42,7 @@ const shard: Attach = command({
     anyBase: option.anyBase,
     base: option.readFor,
   },
+  reads: ["repository"],
   async run(paths, { output: file, force, gauge = "as-trained", rank, normalize, as, anyBase, base }, run, out) {
     checkTarget(file, { force: true });
     const adapters = await run.adapters(paths, as, base);
@@ -118,6 +119,7 @@ const project: Attach = command({
     anyBase: option.anyBase,
     base: option.readFor,
   },
+  reads: ["file", "repository"],
   async run([basisPath, ...paths]: [string, ...string[]], { output: file, force, dtype, as, anyBase, base }, run, out) {
     checkTarget(file, { force: true, inputs: [basisPath] });
     const types = completeDtypes(dtype);

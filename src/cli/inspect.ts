@@ -14,6 +14,7 @@ export const inspect: Attach = command({
   does: "Show what a pack holds: sections, tasks, modules and components.",
   example: "inspect tasks.eigen",
   options: {},
+  reads: ["file"],
   async run([path]: [string], _, run) {
     const pack = await run.pack(path, { bases: "later", maxResidentBytes: 0 });
     const { version, basisId, directory } = pack;

@@ -26,6 +26,7 @@ import {
   type OptionSpec,
   output,
   POSITIVE,
+  reading,
   required,
   text,
   UsageError,
@@ -52,7 +53,9 @@ const OPTIONS = {
   id: text("ID", "Name of the task. Default: that of the file."),
   labels,
   ...group("The model", {
-    model: required(text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
+    model: required(
+      reading("model", text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
+    ),
     decoder,
     tokens,
     tokenizer,
@@ -112,6 +115,7 @@ export const learn: Attach = command({
     "components, or with --train lora, whole factors. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
   example: "learn tasks.eigen lines.jsonl --model model.onnx -o mine.eigentask",
   options: OPTIONS,
+  reads: ["file", undefined],
   async run([packPath, examplesPath]: [string, string], options, run, out) {
     const { output: file, model, id = basename(file, extname(file)) } = options;
     if (!isTaskId(id))

@@ -19,8 +19,8 @@ import {
 import { hostname } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import { reasonOf } from "../disk.ts";
 import { SourceError } from "../errors.ts";
-import { reasonOf } from "../files-node.ts";
 import { undoOnExit } from "./undo.ts";
 
 /** Who holds a lock. */

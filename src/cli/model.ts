@@ -15,7 +15,7 @@ import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.t
 import { followsFromTokens } from "../train/batch-feeds.ts";
 import { readJson, readText } from "./files.ts";
 import { type match, refuseUnknown } from "./matching.ts";
-import { from, number, type OptionSpec, text, type Values } from "./options.ts";
+import { from, number, type OptionSpec, reading, text, type Values } from "./options.ts";
 import type { Run } from "./run.ts";
 
 interface ModelOptions {
@@ -31,9 +31,12 @@ export interface OpenedModel {
 }
 
 /** Option of commands that train on a model, or distil with it. */
-export const decoder: OptionSpec<string | undefined> = text(
-  "DECODER.onnx",
-  "The model's decoder, where it lies in a file of its own, as decoder_model_merged.onnx; --model is the encoder then.",
+export const decoder: OptionSpec<string | undefined> = reading(
+  "model",
+  text(
+    "DECODER.onnx",
+    "The model's decoder, where it lies in a file of its own, as decoder_model_merged.onnx; --model is the encoder then.",
+  ),
 );
 export const tokens: OptionSpec<number | undefined> = number(
   "N",

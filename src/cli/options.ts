@@ -14,6 +14,13 @@ export class UsageError extends Error {
   readonly tag = "usage";
 }
 
+/**
+ * What a command reads of a name, which may be one of the Hugging Face Hub: one file, by its path in a repository; adapters or a base,
+ * which a repository's name alone stands for, too; or a model to be run, with all that lies beside it. A file that the command changes is
+ * one's own: it may not lie there.
+ */
+export type ReadAs = "file" | "repository" | "model" | "own";
+
 /** An option; its name is that of the property which holds it, in kebab case. */
 export interface OptionSpec<T> {
   readonly help: string;
@@ -26,6 +33,8 @@ export interface OptionSpec<T> {
   /** Seldom needed: in the help of `--help --all` alone. */
   readonly rare?: boolean;
   readonly required?: boolean;
+  /** What is read of the file or repository that it names, which may lie on the Hugging Face Hub. */
+  readonly reads?: ReadAs;
   /** What it is when it is not given. */
   readonly otherwise?: T;
   /** @throws UsageError saying what was expected */
@@ -71,6 +80,11 @@ export function toggle(help: string): OptionSpec<boolean> {
 
 export function text(value: string, help: string): Maybe<string> {
   return { value, help, parse: (given) => given };
+}
+
+/** The option, as a name of what the command reads. */
+export function reading<T>(reads: ReadAs, spec: OptionSpec<T>): OptionSpec<T> {
+  return { ...spec, reads };
 }
 
 /** Where a command writes to. */
@@ -180,12 +194,15 @@ export const key: Maybe<string> = text("KEY.pem", "Sign what is written with thi
 const READ_FOR =
   "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file.";
 /** Belongs to commands that check the base of adapters. */
-export const base: Maybe<string> = text(
-  "MODEL",
-  `The base model. Of a safetensors file names and shapes are checked, and fingerprints stored. ${READ_FOR}`,
+export const base: Maybe<string> = reading(
+  "repository",
+  text(
+    "MODEL",
+    `The base model. Of a safetensors file names and shapes are checked, and fingerprints stored. ${READ_FOR}`,
+  ),
 );
 /** Belongs to commands that only read adapters. */
-export const readFor: Maybe<string> = text("MODEL", `The base model. ${READ_FOR}`);
+export const readFor: Maybe<string> = reading("repository", text("MODEL", `The base model. ${READ_FOR}`));
 export const gauge: Maybe<Gauge> = choice(
   ["as-trained", "balanced"],
   "Balanced: rewrite each pair as U√S, √SVᵀ first. Default: as-trained, or balanced where another option needs it.",

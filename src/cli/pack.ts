@@ -119,9 +119,12 @@ const OPTIONS = {
     }),
   }),
   ...option.group("Judged by answers", {
-    model: option.text(
-      "MODEL.onnx",
-      "The smallest pack whose tasks answer as their adapters do; with a size, the one whose answers are closest. Needs onnxruntime-node.",
+    model: option.reading(
+      "model",
+      option.text(
+        "MODEL.onnx",
+        "The smallest pack whose tasks answer as their adapters do; with a size, the one whose answers are closest. Needs onnxruntime-node.",
+      ),
     ),
     ...judged,
     ...option.rarely({
@@ -160,6 +163,7 @@ export const pack: Attach = command({
   details: "The report says what the tasks lost, and how much smaller the pack is than the adapters.",
   example: "pack my-adapters/ -o tasks.eigen --base my-base/",
   options: OPTIONS,
+  reads: ["repository"],
   async run(paths, options, run, out) {
     checkOptions(options);
     const { output: file, force, scores, minGain, base, model, decoder, text, tokenizer } = options;

@@ -3,8 +3,8 @@
  * own.
  */
 
+import { reasonOf } from "../disk.ts";
 import { EigenLoraError } from "../errors.ts";
-import { reasonOf } from "../files-node.ts";
 import { VERSION } from "../version.ts";
 import { attach } from "./attach.ts";
 import { bench } from "./bench.ts";

@@ -1,10 +1,8 @@
 /**
  * What a command opens while it runs: all is closed when it ends, however it ends.
  */
-import { extname } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/describe-base.ts";
-import { kind } from "../adapters/find.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { type OpenOptions, openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
@@ -12,12 +10,14 @@ import { renamedHost } from "../core/renamed.ts";
 import { readTask } from "../core/task-file.ts";
 import type { TaskFile } from "../format/format.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
+import type { HubOptions } from "../http/hub.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
-
-import { openHosts, weightFiles } from "./base-files.ts";
+import { openWeights } from "./base-files.ts";
 import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
+import { downloading, named } from "./on-hub.ts";
+import type { ReadAs } from "./options.ts";
 import type { Output } from "./output.ts";
 import { checkTarget, type TargetOptions } from "./target.ts";
 import { onInterrupt, undoOnExit } from "./undo.ts";
@@ -37,13 +37,30 @@ export interface Target {
 export class Run {
   /** Hashes of tasks that no pack may give. */
   readonly revoked: readonly string[];
+  /** Names that were taken for those of repositories on the Hub, since nothing on the disk is called so. */
+  readonly guessed: string[] = [];
   readonly #opened: Closable[] = [];
+  /** Names as they are shown, by the paths that they became. */
+  readonly #shown = new Map<string, string>();
   #failed = false;
   readonly #out: Output;
 
   constructor(out: Output, revoked: readonly string[] = []) {
     this.revoked = revoked;
     this.#out = out;
+  }
+
+  /** What a name of the command line becomes: a path, or a name that the library takes. */
+  async take(given: string, reads: ReadAs): Promise<string> {
+    const { path, shown, guessed } = await named(given, reads, this.#out);
+    this.#shown.set(path, shown);
+    if (guessed) this.guessed.push(given);
+    return path;
+  }
+
+  /** How people know a path. */
+  shown(path: string): string {
+    return this.#shown.get(path) ?? path;
   }
 
   /** Closes `thing` when the command ends; what was opened last goes first. */
@@ -130,7 +147,7 @@ export class Run {
     rename: ReadonlyMap<string, string>,
     base: string | undefined,
   ): Promise<Adapter[]> {
-    const adapters = await readAdapters(paths, { rename, base });
+    const adapters = await readAdapters(paths, { rename, base, onProgress: downloading(this.#out) });
     return adapters.map((adapter) => this.closing(adapter));
   }
 
@@ -140,16 +157,18 @@ export class Run {
    */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
     if (path === undefined) return {};
-    const folder = (await kind(path)) === "folder";
-    const files = folder ? await weightFiles(path) : /^\.(json|gguf)$/.test(extname(path)) ? [] : [path];
-    if (files.length === 0) {
+    const how: HubOptions = { onProgress: downloading(this.#out) };
+    const host = await openWeights(path, how);
+    if (host === undefined) {
       // These say what its parts are called, and give no weights to take fingerprints of.
-      await describeBase(path);
+      await describeBase(path, how);
       const advice = "give model.safetensors, or a folder with it, so that apps know the right model";
-      this.#out.warn(`--base ${path}: has no weights in safetensors, so no fingerprints are stored: ${advice}`);
+      this.#out.warn(
+        `--base ${this.shown(path)}: has no weights in safetensors, so no fingerprints are stored: ${advice}`,
+      );
       return {};
     }
-    const host = this.closing(await openHosts(files));
+    this.closing(host);
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
 

@@ -53,6 +53,7 @@ export const sign: Attach = command({
   details: "Readers that are given the public key then accept nothing else. The root of a pack does not change.",
   example: "sign tasks.eigen --key me.pem",
   options: { key: required(key) },
+  reads: ["own"],
   async run(files: string[], { key }, run) {
     const signer = (await signerOf(key))!;
     const signed: { file: string; integrity: string }[] = [];

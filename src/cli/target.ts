@@ -9,7 +9,7 @@ import { dirname, extname, join } from "node:path";
 
 import type { Adapter } from "../adapters/adapter.ts";
 import { MODELS } from "../adapters/diffusers-keys.ts";
-import { kindInWords } from "../files-node.ts";
+import { kindInWords } from "../disk.ts";
 import { openSource } from "../open-source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";

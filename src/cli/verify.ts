@@ -27,7 +27,7 @@ import { isTaskFile } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readText } from "./files.ts";
 
-import { as, list, readFor, revoked, text, UsageError } from "./options.ts";
+import { as, list, readFor, reading, revoked, text, UsageError } from "./options.ts";
 
 import { type Output, percent, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
@@ -48,7 +48,10 @@ export const verify: Attach = command({
     "of a module can be at most (docs/packing.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
-    against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
+    against: reading(
+      "repository",
+      list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
+    ),
     as,
     base: readFor,
     key: list(
@@ -58,6 +61,7 @@ export const verify: Attach = command({
     integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
     revoked,
   },
+  reads: ["file"],
   async run([path]: [string], { against, as, base, key, integrity }, run, out) {
     const keys = await Promise.all(key.map(publicKey));
     if (await isTaskFile(path, run)) {

@@ -27,7 +27,7 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
 
 /**
  * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
- * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
+ * @param input path, URL (read by HTTP ranges), name on the Hugging Face Hub (`hf:org/name/tasks.eigen`), Blob, ArrayBuffer or any ByteSource
  * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version, TrustError when they
  *   are not what `integrity` and `keys` ask for
  * @example

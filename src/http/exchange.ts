@@ -263,7 +263,7 @@ export function checkNumber(name: string, value: unknown): void {
 /** The address without what may be secret, and without the content of a data: URL. */
 export function nameOf({ protocol, origin, pathname, search, href }: URL): string {
   if (protocol === "data:") return "data: URL";
-  return protocol === "blob:" ? href : `${origin}${pathname}${search && "?…"}`;
+  return /^(blob|hf):/.test(protocol) ? href : `${origin}${pathname}${search && "?…"}`;
 }
 
 /** The same error, with how often it was tried. */

@@ -38,7 +38,7 @@ export class UrlSource implements ByteSource {
 
   /** @throws RangeError, TypeError for options or an address that make no sense */
   constructor(url: URL, options: FetchOptions) {
-    this.#exchange = new Exchange(url, options);
+    this.#exchange = new Exchange(onHub(url), options);
     const { maxWholeBytes = 2 ** 28 } = options;
     checkNumber("maxWholeBytes", maxWholeBytes);
     this.#maxWholeBytes = maxWholeBytes;
@@ -209,6 +209,12 @@ export class UrlSource implements ByteSource {
     checkRange(this.name, offset, length, whole.length);
     return whole.subarray(offset, offset + length);
   }
+}
+
+/** The address of `hf:org/name@revision/file`: all that is known of the Hugging Face Hub where there are no files; see `hub.ts`. */
+function onHub({ href }: URL): URL {
+  const [, name, revision, path] = /^hf:\/*([^/]+\/[^/@]+)@?([^/]*)\/(.+)/i.exec(href) ?? [];
+  return new URL(name ? `https://huggingface.co/${name}/resolve/${revision || "main"}/${path}` : href);
 }
 
 function versionOf({ headers }: Answer, size: number | undefined): Version {

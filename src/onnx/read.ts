@@ -122,13 +122,15 @@ async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
 /** Finds files beside a model on disk or at a URL; undefined for bytes, blobs and sources, which have no place. */
 function besides(input: SourceInput, model: string): ((location: string) => SourceInput) | undefined {
   if (!(typeof input === "string" || input instanceof URL) || /^(blob|data):/i.test(String(input))) return undefined;
+  // The name of a file on the Hub says the commit that it is of.
+  const place = /^hf:/.test(model) ? model : input;
   return (location) => {
     // The model's author chooses the file: it must not lie outside the model's folder.
     if (/^[/\\]|^[a-z]+:|(^|[/\\])\.\.([/\\]|$)/i.test(location)) {
       const message = `lie at "${location}", outside the model's folder; give them with the option \`external\``;
       throw new FormatError(message, { file: model, part: "external data" });
     }
-    const isUrl = input instanceof URL || /^https?:/i.test(input);
-    return isUrl ? new URL(encodeURI(location), input) : input.replace(/[^/\\]*$/, "") + location;
+    const isUrl = place instanceof URL || /^https?:/i.test(place);
+    return isUrl ? new URL(encodeURI(location), place) : place.replace(/[^/\\]*$/, "") + location;
   };
 }

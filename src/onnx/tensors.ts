@@ -6,7 +6,8 @@
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
-import type { TensorProto } from "./onnx_pb.ts";
+import { nestedGraphs } from "./model.ts";
+import type { GraphProto, TensorProto } from "./onnx_pb.ts";
 
 /** `TensorProto.DataType` of the float types that weights may have. */
 const FLOATS: ReadonlyMap<number, FloatDtype> = new Map([
@@ -27,6 +28,16 @@ const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
 
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
+
+/** What the initializers of a graph, and of those inside it, call the files beside the model. */
+export function externalLocations(graph: GraphProto, found: Set<string> = new Set()): Set<string> {
+  for (const { dataLocation, externalData } of graph.initializer) {
+    const location = externalData.find(({ key }) => key === "location")?.value;
+    if (dataLocation === EXTERNAL && location !== undefined) found.add(location);
+  }
+  for (const node of graph.node) for (const nested of nestedGraphs(node)) externalLocations(nested, found);
+  return found;
+}
 
 /** Type and shape of an initializer. */
 export interface OnnxTensorType {

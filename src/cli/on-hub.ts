@@ -1,0 +1,84 @@
+/**
+ * What commands read may lie on the Hugging Face Hub: names become paths here, once what they need is downloaded, or names that the
+ * library takes. No command knows of it.
+ */
+import { existsSync } from "node:fs";
+import { dirname, posix } from "node:path";
+import { SourceError } from "../errors.ts";
+import { type HubOptions, openSnapshot, type Snapshot } from "../http/hub.ts";
+import { type HubName, hubName, hubText } from "../http/hub-name.ts";
+import { readModel } from "../onnx/read.ts";
+import { externalLocations } from "../onnx/tensors.ts";
+import { type ReadAs, UsageError } from "./options.ts";
+import { bytes, type Output } from "./output.ts";
+
+/** A name as the command gets it, and as it is shown to people. */
+export interface Named {
+  readonly path: string;
+  readonly shown: string;
+  /** Whether it was taken for a name of the Hub since nothing on the disk is called so. */
+  readonly guessed: boolean;
+}
+
+/** @throws TypeError for a name of the Hub that is not well formed, SourceError for a model that cannot be had */
+export async function named(given: string, reads: ReadAs, out: Output): Promise<Named> {
+  const short = (reads === "repository" || reads === "model") && isShort(given);
+  const name = hubName(short ? `hf:${given}` : given);
+  if (!name) return { path: given, shown: given, guessed: false };
+  if (reads === "own")
+    throw new UsageError(`${given} lies on the Hugging Face Hub, and the file is to be changed: download it first`);
+  if (reads !== "model") return { path: hubText(name), shown: hubText(name), guessed: short };
+  const snapshot = await openSnapshot(name, { onProgress: downloading(out) });
+  const model = modelIn(snapshot, name);
+  return { path: await download(snapshot, model), shown: hubText({ ...name, path: model }), guessed: short };
+}
+
+/** A listener that shows how much of a file has arrived. */
+export function downloading(out: Output): NonNullable<HubOptions["onProgress"]> {
+  const megabytes = (n: number): number => Math.ceil(n / 1e6);
+  return ({ file, loaded, total }) => out.progress(`${file}, MB`, megabytes(loaded), megabytes(total));
+}
+
+/** Endings that files have, and repositories seldom. */
+const FILE = /\.(onnx|onnx_adapter|safetensors|gguf|json|eigen|eigentask|bin)$/;
+
+/** `org/name`, where a path is not meant: neither that nor a folder `org` is here. */
+function isShort(given: string): boolean {
+  if (!/^\w[\w.-]*\/\w[\w.-]*(@[^/]+)?$/.test(given) || FILE.test(given)) return false;
+  return !existsSync(given) && !existsSync(dirname(given));
+}
+
+/** The model that a name stands for. @throws SourceError when there is none, or several */
+function modelIn(snapshot: Snapshot, { path }: HubName): string {
+  if (path.endsWith(".onnx") || snapshot.files.has(path)) return path;
+  const inside = [...snapshot.files.keys()].filter((file) => path === "" || file.startsWith(`${path}/`));
+  const models = inside.filter((file) => file.endsWith(".onnx"));
+  if (models.length === 1) return models[0]!;
+  const size = (file: string): string => {
+    const found = snapshot.files.get(file)?.size;
+    return found === undefined ? file : `${file} (${bytes(found)})`;
+  };
+  const message =
+    models.length === 0
+      ? "holds no ONNX model; export one from it (docs/export.md)"
+      : `holds several models; name one of ${models.map(size).join(", ")}`;
+  throw new SourceError(message, { file: snapshot.nameOf(path) });
+}
+
+/** What a tokenizer consists of. */
+const TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+
+/** Downloads a model, the files that hold its weights, and its tokenizer, beside it or one folder above. @returns its path */
+async function download(snapshot: Snapshot, model: string): Promise<string> {
+  const [path] = await snapshot.get([model]);
+  const folder = posix.dirname(model);
+  const file = await readModel(path!);
+  await file.close();
+  const weights = [...externalLocations(file.model.graph.proto)].map((location) => posix.join(folder, location));
+  const places = [folder, posix.dirname(folder)];
+  const home = places.find((place) => snapshot.files.has(posix.join(place, TOKENIZER[0]!)));
+  const tokenizer = home === undefined ? [] : TOKENIZER.map((name) => posix.join(home, name));
+  // What is missing is missed in better words when it is read.
+  await snapshot.get([...weights, ...tokenizer].filter((one) => snapshot.files.has(one)));
+  return path!;
+}

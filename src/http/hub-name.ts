@@ -1,0 +1,90 @@
+/**
+ * Names of what lies on the Hugging Face Hub: `hf:org/name@revision/folder/file`, as `hf://…` too, which is how huggingface_hub writes
+ * them, and the addresses of the Hub's pages. A browser knows the first form alone: see `url-source.ts`.
+ */
+
+/** A repository of the Hub, or a file or folder in it. */
+export interface HubName {
+  /** "org/name". */
+  readonly repository: string;
+  /** A branch, tag or commit; "main" where none is named. */
+  readonly revision: string;
+  /** Path in the repository; "" is its root. */
+  readonly path: string;
+}
+
+/** Address of the Hub, or of the mirror that HF_ENDPOINT names. @throws TypeError when that is no address */
+export function hubEndpoint(): string {
+  const endpoint = process.env["HF_ENDPOINT"] || "https://huggingface.co";
+  if (/^https?:\/\/[^/]/.test(endpoint)) return endpoint.replace(/\/+$/, "");
+  throw new TypeError(`HF_ENDPOINT is "${endpoint}", expected an address such as https://huggingface.co`);
+}
+
+/** Hosts whose pages show repositories. */
+const PAGES = /^https?:\/\/(?:www\.)?(?:huggingface\.co|hf\.co)(?=\/)/i;
+/** What a page shows of a repository, in front of revision and path. */
+const SHOWN = /^(blob|tree|resolve|raw|blame)$/;
+/** What else than models the Hub holds, in front of org/name. */
+const OTHERS = /^(datasets|spaces|kernels|buckets|collections|papers)\//;
+/** org/name, @revision, /path. A revision with a slash is spelt %2F, but for those of pull requests and conversions. */
+const NAME = /^([^/@]+\/[^/@]+)(?:@(refs\/(?:pr|convert)\/[^/]+|[^/]*))?(?:\/(.*))?$/;
+
+/**
+ * Reads a name by its form: nothing is asked.
+ * @returns undefined for what is no name of the Hub, such as a path
+ * @throws TypeError for one that is not well formed
+ */
+export function hubName(text: string): HubName | undefined {
+  const body = /^hf:/i.test(text) ? text.replace(/^hf:(\/\/(models\/)?)?/i, "") : bodyOfPage(text);
+  if (body === undefined) return undefined;
+  const refuse = (problem: string): never => {
+    throw new TypeError(`${text}: ${problem}; expected hf:org/name, hf:org/name@revision or hf:org/name/folder/file`);
+  };
+  const [other] = OTHERS.exec(body) ?? [];
+  if (other) refuse(`names one of the Hub's ${other.slice(0, -1)}, not the repository of a model`);
+  const [, repository = "", given = "main", trail = ""] = NAME.exec(body) ?? [];
+  const path = trail.replace(/\/+$/, "");
+  const revision = decoded(given);
+  // They become paths in the cache.
+  if (!/^\w[\w.-]*\/\w[\w.-]*$/.test(repository) || repository.includes("..")) refuse("names no repository");
+  if (!/^[^\s~^:?*[\\/.][^\s~^:?*[\\]*$/.test(revision) || /\.\.|\/[/.]|\/$/.test(revision))
+    refuse("names no revision");
+  if (path !== "" && !isInside(path)) refuse("names no file of the repository");
+  return { repository, revision, path };
+}
+
+/** How a name is written. */
+export function hubText({ repository, revision, path }: HubName): string {
+  const at = revision === "main" ? "" : `@${/^refs\/(pr|convert)\//.test(revision) ? revision : encoded(revision)}`;
+  return `hf:${repository}${at}${path && `/${path}`}`;
+}
+
+/** Whether a path stays below where it begins. Names of a repository become paths on this disk: its owner chooses them. */
+export function isInside(path: string): boolean {
+  return path.split("/").every((part) => !/^\.{0,2}$|[\\\0]|^[a-z]:/i.test(part));
+}
+
+/** What follows `hf:` in the name that an address of a page stands for. */
+function bodyOfPage(text: string): string | undefined {
+  const endpoint = hubEndpoint();
+  const rest = text.startsWith(`${endpoint}/`) ? text.slice(endpoint.length) : text.replace(PAGES, "");
+  if (rest === text) return undefined;
+  const parts = rest
+    .replace(/[?#].*$/, "")
+    .split("/")
+    .filter(Boolean)
+    .map(decoded);
+  const [org, name, shown, revision, ...path] = parts;
+  if (revision === undefined || !SHOWN.test(shown!)) return parts.join("/");
+  return [`${org}/${name}@${encoded(revision)}`, ...path].join("/");
+}
+
+const encoded = (part: string): string => part.replaceAll("%", "%25").replaceAll("/", "%2F");
+
+function decoded(part: string): string {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
