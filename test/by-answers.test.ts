@@ -22,18 +22,12 @@ import {
   readTask,
   runBatches,
   toBatches,
-  vocabulary,
 } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
 import { data } from "./packs.ts";
 
 ort.env.logLevel = "error";
 const ROLE = "debtags-role";
-
-/** The model's tokenizer, which tells its words. */
-async function tokenizer(): Promise<Encode> {
-  return Object.assign((await createEncoder(ort)) as unknown as Encode, await vocabulary());
-}
 
 async function adaptersOf(t: Test, ids: readonly string[]): Promise<Adapter[]> {
   const adapters = await readAdapters(ids.map((id) => data(`adapters/own-seed/${id}`)));
@@ -42,7 +36,8 @@ async function adaptersOf(t: Test, ids: readonly string[]): Promise<Adapter[]> {
 }
 
 t.test("without text, questions are made of the tokenizer's words", async (t) => {
-  const encode = await tokenizer();
+  const tokens = await createEncoder(ort);
+  const encode = tokens as unknown as Encode;
   const adapters = await adaptersOf(t, [ROLE, "debtags-scope", "debtags-use", "debtags-game"]);
   const adapter = adapters.find(({ id }) => id === ROLE)!;
   const options = { gauge: "balanced", step: 0.08, select: { kind: "k", k: 12 } } as const;
@@ -59,7 +54,7 @@ t.test("without text, questions are made of the tokenizer's words", async (t) =>
   // The program has never seen these rows.
   const { test } = await readTask(ROLE);
   const batches = toBatches(
-    await createEncoder(ort),
+    tokens,
     test.map(([text]) => text),
   );
   const peft = (await readReference("own-seed")).get(ROLE)!.predictions;
