@@ -26,7 +26,6 @@ import {
   readTask,
   runBatches,
   toBatches,
-  vocabulary,
 } from "./minilm.js";
 
 /** Test rows per task, without `--all`. */
@@ -81,10 +80,9 @@ if (!identical || lost > MAX_ACCURACY_LOST || same < MIN_SAME || learned < MIN_L
 
 /** What `eigenlora pack` does with a model: the smallest pack whose tasks answer as their adapters do. */
 async function packedAnew() {
-  const tokenizer = Object.assign(encode, await vocabulary());
   const onProgress = (/** @type {import("eigenlora/train").ByAnswersProgress} */ { stage, task, done, of }) =>
     console.error(`${stage} ${task}, ${done} of ${of}`);
-  const { chunks } = await packByAnswers(createEngine(ort), model, { adapters, encode: tokenizer, onProgress });
+  const { chunks } = await packByAnswers(createEngine(ort), model, { adapters, encode, onProgress });
   return /** @type {BlobPart[]} */ (chunks);
 }
 

@@ -55,14 +55,16 @@ export async function readReference(suite) {
 }
 
 /**
- * Makes the function from texts to inputs [texts, longest of them in tokens].
+ * Makes the function from texts to inputs [texts, longest of them in tokens]. It tells the tokenizer's words, for what makes text of them.
  * @template T
  * @param {{ Tensor: new (type: "int64", data: BigInt64Array, dims: number[]) => T }} ort onnxruntime-web or -node
- * @returns {Promise<Encoder<T>>}
+ * @returns {Promise<Encoder<T> & Pick<Tokenizer, "get_vocab" | "decode">>}
  */
 export async function createEncoder(ort) {
-  const tokenizer = await readTokenizer();
-  return (texts) => {
+  const [rules, config] = [await readJson("minilm/tokenizer.json"), await readJson("minilm/tokenizer_config.json")];
+  const tokenizer = new Tokenizer(rules, config);
+  /** @type {Encoder<T>} */
+  const encode = (texts) => {
     const tokens = texts.map((text) => {
       const { ids } = tokenizer.encode(text);
       // The last token closes the sentence, wherever it is cut.
@@ -82,19 +84,10 @@ export async function createEncoder(ort) {
       token_type_ids: new ort.Tensor("int64", new BigInt64Array(ids.length), dims),
     };
   };
-}
-
-async function readTokenizer() {
-  return new Tokenizer(await readJson("minilm/tokenizer.json"), await readJson("minilm/tokenizer_config.json"));
-}
-
-/** The words of the tokenizer, for what makes text of them. */
-export async function vocabulary() {
-  const tokenizer = await readTokenizer();
-  return {
-    get_vocab: () => tokenizer.get_vocab(false),
-    decode: (/** @type {number[]} */ ids) => tokenizer.decode(ids),
-  };
+  return Object.assign(encode, {
+    get_vocab: tokenizer.get_vocab.bind(tokenizer),
+    decode: tokenizer.decode.bind(tokenizer),
+  });
 }
 
 /**

@@ -210,7 +210,7 @@ t.test("the public functions of building and training", async (t) => {
     await t.rejects(async () => void (await call()), new TypeError(message), message);
   await t.rejects(
     searchPack(adapters, { goal: wrong({ kind: "size", max: 1 }) }),
-    new RangeError('goal.kind: expected "bytes", "error", "divergence" or "score", got "size"'),
+    new RangeError('goal.kind: expected "bytes", "error" or "score", got "size"'),
   );
   const [first] = open.tasks.keys();
   await open.prefetch(first!);

@@ -6,7 +6,7 @@ import { once } from "node:events";
 import { existsSync } from "node:fs";
 import { mkdtemp, readdir, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { openPack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -14,26 +14,13 @@ import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
 import { type ByAnswersOptions, createJudge, distill, type Encode, packByAnswers } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
-import {
-  createEncoder,
-  labelOf,
-  model,
-  readReference,
-  readTask,
-  runBatches,
-  toBatches,
-  vocabulary,
-} from "../examples/minilm.js";
+import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
 import { data } from "./packs.ts";
+import { soak } from "./required.ts";
 
 ort.env.logLevel = "error";
 const ROLE = "debtags-role";
-
-/** The model's tokenizer, which tells its words. */
-async function tokenizer(): Promise<Encode> {
-  return Object.assign((await createEncoder(ort)) as unknown as Encode, await vocabulary());
-}
 
 async function adaptersOf(t: Test, ids: readonly string[]): Promise<Adapter[]> {
   const adapters = await readAdapters(ids.map((id) => data(`adapters/own-seed/${id}`)));
@@ -42,7 +29,8 @@ async function adaptersOf(t: Test, ids: readonly string[]): Promise<Adapter[]> {
 }
 
 t.test("without text, questions are made of the tokenizer's words", async (t) => {
-  const encode = await tokenizer();
+  const tokens = await createEncoder(ort);
+  const encode = tokens as unknown as Encode;
   const adapters = await adaptersOf(t, [ROLE, "debtags-scope", "debtags-use", "debtags-game"]);
   const adapter = adapters.find(({ id }) => id === ROLE)!;
   const options = { gauge: "balanced", step: 0.08, select: { kind: "k", k: 12 } } as const;
@@ -59,7 +47,7 @@ t.test("without text, questions are made of the tokenizer's words", async (t) =>
   // The program has never seen these rows.
   const { test } = await readTask(ROLE);
   const batches = toBatches(
-    await createEncoder(ort),
+    tokens,
     test.map(([text]) => text),
   );
   const peft = (await readReference("own-seed")).get(ROLE)!.predictions;
@@ -104,23 +92,41 @@ const tiny: Encode = Object.assign(
   },
 );
 
-t.test("eight tasks share components; what is finished is not done again; a stopped call loses nothing", async (t) => {
-  const paths = ["two", "three", "five"].map((name) => data(`sessions/adapters/${name}`));
-  const copies: Adapter[] = [];
-  for (const round of [1, 2, 3]) {
-    const rename = new Map(["two", "three", "five"].map((name) => [name, `${name}-${round}`]));
-    copies.push(...(await readAdapters(paths, { rename })));
+/** A model of 64 tokens; more threads than one would wait for each other. */
+const file = data("sessions/torchscript.onnx");
+const engine = createEngine(ort, { intraOpNumThreads: 1 });
+const LINES = Array.from({ length: 48 }, (_, i) =>
+  Array.from({ length: 5 + (i % 7) }, (_, k) =>
+    "abcdefghijklmnop"[(3 * i + 5 * k * k) % 16]!.repeat(1 + ((i + k) % 4)),
+  ).join(" "),
+);
+
+/** Adapters of a model of 64 tokens, under several names. */
+async function tinyAdapters(t: Test, count: number): Promise<Adapter[]> {
+  const names = ["two", "three", "five"];
+  const adapters: Adapter[] = [];
+  for (let round = 1; adapters.length < count; round++) {
+    const some = names.slice(0, count - adapters.length);
+    const rename = new Map(some.map((name) => [name, `${name}-${round}`]));
+    adapters.push(
+      ...(await readAdapters(
+        some.map((name) => data(`sessions/adapters/${name}`)),
+        { rename },
+      )),
+    );
   }
-  t.teardown(() => Promise.all(copies.map((adapter) => adapter.close())));
-  const adapters = copies.slice(0, 8);
+  t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
+  return adapters;
+}
+
+t.test("eight tasks share components; what is finished is not done again; a stopped call loses nothing", async (t) => {
+  const adapters = await tinyAdapters(t, 8);
   const kept = new Map<string, string>();
   let written = 0;
   const finished: ByAnswersOptions["finished"] = {
     read: async (key) => kept.get(key),
     write: async (key, outcome) => void (written++, kept.set(key, outcome)),
   };
-  const engine = createEngine(ort);
-  const file = data("sessions/torchscript.onnx");
   const stages = new Set<string>();
   const onProgress = ({ stage }: { stage: string }): void => void stages.add(stage);
   const options = { adapters, encode: tiny, steps: 24, agreement: 0.9, finished, onProgress };
@@ -152,7 +158,7 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   const stopped = await packByAnswers(engine, file, afresh);
   t.equal(stopped.report.stopped, true);
   t.same(
-    stopped.report.answers.map((one) => one.kept === "whole"),
+    stopped.report.answers.map((one) => one.kept === "undistilled"),
     adapters.map((_, i) => i === 3 || i === 7),
     "those that were neither tried nor distilled are stored as without a model",
   );
@@ -160,7 +166,7 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   t.equal(half.tasks.size, 8);
   await half.close();
 
-  const few = await packByAnswers(engine, file, { ...options, adapters: copies.slice(0, 6), finished: undefined });
+  const few = await packByAnswers(engine, file, { ...options, adapters: adapters.slice(0, 6), finished: undefined });
   t.equal(few.report.answers.length, 6, "few tasks that share both sides in groups are distilled too");
 
   const strict = await packByAnswers(engine, file, { ...options, agreement: 0.9999, finished: undefined });
@@ -176,40 +182,85 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   await t.rejects(packByAnswers(engine, file, { ...options, adapters: [] }), { message: /no adapters/ });
 });
 
-t.test("the command line: two tasks, a third added, a Ctrl-C", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-by-answers-"));
-  workIn(t, folder);
-  const own = (id: string): string => data(`adapters/own-seed/${id}`);
-  const asked = ["--model", model, "--tokens", "32"];
-  const made = await json(0, "pack", own(ROLE), own("debtags-scope"), "-o", "two.eigen", ...asked, "--distill", "0");
-  t.match(made, { file: "two.eigen", tasks: 2, stopped: false, answers: [{ id: ROLE }, { id: "debtags-scope" }] });
-  t.same(await readdir("."), ["two.eigen"], "nothing is left beside it");
-  t.equal((await json(0, "verify", "two.eigen")).ok, true);
+t.test("a size is kept to, whatever distilling adds", async (t) => {
+  const adapters = await tinyAdapters(t, 8);
+  const options = { adapters, encode: tiny, texts: LINES, steps: 8 };
+  const made = async (bytes: number, more: Partial<ByAnswersOptions> = {}) => {
+    const { chunks, report } = await packByAnswers(engine, file, { ...options, ...more, bytes });
+    t.equal(report.bytes, Buffer.concat(chunks).length);
+    t.ok(report.bytes <= bytes, `${report.bytes} ≤ ${bytes}`);
+    return report;
+  };
+  const refused = await packByAnswers(engine, file, { ...options, bytes: 100 }).catch((error: Error) => error);
+  t.match(refused, { name: "RangeError", message: /^100 bytes are too few: the least is \d+$/ });
+  const least = Number(/\d+$/.exec((refused as Error).message)![0]);
+  const coarse = await made(least);
+  t.ok(coarse.answers.every(({ kept, agreement }) => kept !== "closer" && agreement! > 0));
+  const fine = await made(1.4 * least);
+  t.ok(fine.bytes > 1.25 * least, `${fine.bytes} of ${1.4 * least}`);
+  for (const [i, { total }] of fine.errors.entries()) t.ok(total < 0.8 * coarse.errors[i]!.total, `${total}`);
 
-  const added = await json(0, "add", "two.eigen", own("debtags-game"), ...asked, "--minutes", "1");
-  t.match(added, { added: ["debtags-game"], answers: [{ id: "debtags-game" }] });
-  t.ok(added["answers"][0].agreement >= 0.95, `agreement ${added["answers"][0].agreement}`);
-  t.equal((await json(0, "verify", "two.eigen")).ok, true);
+  const stopped = await made(1.4 * least, { signal: AbortSignal.abort() });
+  t.ok(stopped.stopped && stopped.answers.every(({ kept }) => kept === "undistilled"));
+  await t.rejects(made(least, { agreement: 0.9 }), { message: /agreement or bytes: give one of them/ });
+});
 
-  await writeFile("lines.txt", "one\n");
-  for (const [args, message] of [
-    [["--text", "lines.txt"], /--text needs --model/],
-    [["--max-loss", "0.5", "--model", model], /--max-loss is about ΔW/],
-  ] as const)
-    t.match(await json(2, "add", "two.eigen", own("debtags-use"), ...args), { error: { tag: "usage", message } });
-  for (const [args, message] of [
-    [["--text", "lines.txt"], /--text needs --model/],
-    [["--minutes", "3"], /--minutes needs --model/],
-    [["--model", model, "--error", "0.1"], /--error is about ΔW/],
-    [["--model", model, "--ratio", "30", "--minutes", "3"], /--minutes is for packs without a size/],
-    [["--model", model, "--k", "4", "--agreement", "0.9"], /--agreement is for --mode auto/],
-  ] as const)
-    t.match(await json(2, "pack", own(ROLE), "-o", "x.eigen", ...args), { error: { tag: "usage", message } });
-  const short = await json(1, "pack", own(ROLE), "-o", "x.eigen", ...asked, "--text", "lines.txt");
-  t.match(short, { error: { message: /expected 8 texts at least/ } });
+/** A model with its tokenizer, and three adapters, that commands are tried on. */
+interface Case {
+  readonly with: readonly string[];
+  readonly adapters: readonly [string, string, string];
+}
 
+/** The model of 64 tokens, with a tokenizer of made-up words in the current folder. */
+async function tinyCase(): Promise<Case> {
+  const words = ["[PAD]", ...[..."abcdefghijklmno"].flatMap((a) => [..."pqrs"].map((b) => a + b + a))];
+  const tokenizer = {
+    ...{ version: "1.0", truncation: null, padding: null, added_tokens: [], normalizer: null, decoder: null },
+    pre_tokenizer: { type: "WhitespaceSplit" },
+    post_processor: null,
+    model: { type: "WordLevel", vocab: Object.fromEntries(words.map((word, i) => [word, i])), unk_token: "[PAD]" },
+  };
+  await writeFile("tokenizer.json", JSON.stringify(tokenizer));
+  const [two, three, five] = ["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`));
+  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json", "--threads", "1"];
+  return { with: how, adapters: [two!, three!, five!] };
+}
+
+async function minilmCase(): Promise<Case> {
+  const [role, scope, game] = [ROLE, "debtags-scope", "debtags-game"].map((id) => data(`adapters/own-seed/${id}`));
+  return { with: ["--model", model, "--tokens", "32"], adapters: [role!, scope!, game!] };
+}
+
+for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM", minilmCase] as const] : [])] as const)
+  t.test(`the command line on ${name}: two tasks, a third added, a Ctrl-C`, async (t) => {
+    workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-by-answers-")));
+    const { with: how, adapters } = await caseOf();
+    const [first, second, third] = adapters;
+    const ids = adapters.map((path) => basename(path));
+    const made = await json(0, "pack", first, second, "-o", "two.eigen", ...how, "--distill", "0");
+    t.match(made, { file: "two.eigen", tasks: 2, stopped: false, answers: [{ id: ids[0] }, { id: ids[1] }] });
+    t.notOk(existsSync("two.eigen.partial"), "nothing is left beside it");
+    t.equal((await json(0, "verify", "two.eigen"))["ok"], true);
+
+    const added = await json(0, "add", "two.eigen", third, ...how, "--minutes", "0.5");
+    t.match(added, { added: [ids[2]], answers: [{ id: ids[2] }] });
+    t.ok(added["answers"][0].agreement >= 0.95, `agreement ${added["answers"][0].agreement}`);
+    t.equal((await json(0, "verify", "two.eigen"))["ok"], true);
+
+    const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--ratio"];
+    const ratio = Math.floor(1.1 * made["ratio"]);
+    t.ok((await json(0, ...sized, `${ratio}`))["ratio"] >= ratio);
+    const few = (await json(1, ...sized, "5000", "--force"))["error"].message;
+    t.match(few, /^--ratio 5000: a pack of these adapters can be at most [\d.]+× smaller/);
+
+    await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "240"]);
+    if (name === "MiniLM") return;
+    await refusals(t, first, how);
+  });
+
+/** Stops a command, and runs it again. */
+async function interrupted(t: Test, command: readonly string[]): Promise<void> {
   const main = new URL("../dist/src/cli/main.js", import.meta.url).pathname;
-  const command = ["pack", own(ROLE), own("debtags-game"), "-o", "stopped.eigen", ...asked, "--distill", "8"];
   const child = spawn(process.execPath, [main, ...command, "--json"], { stdio: ["ignore", "pipe", "inherit"] });
   let said = "";
   child.stdout.on("data", (text) => (said += text));
@@ -219,11 +270,31 @@ t.test("the command line: two tasks, a third added, a Ctrl-C", async (t) => {
   child.kill("SIGINT");
   t.same(await gone, [0, null], "Ctrl-C ends it with a pack");
   t.match(JSON.parse(said), { stopped: true });
-  t.equal((await json(0, "verify", "stopped.eigen")).ok, true);
+  t.equal((await json(0, "verify", "stopped.eigen"))["ok"], true);
   t.ok(existsSync("stopped.eigen.partial"), "what is finished waits");
   const text = await run(...command, "--force");
   t.equal(text.status, 0, text.stderr);
-  t.match(text.stdout, /Too few tasks to share components|as without a model/);
+  t.match(text.stdout, /^(Shared: |Nothing is shared|Distilled, tasks would take no fewer bytes)/m);
   t.match(text.stdout, /answers like the adapter's, mean \/ least/);
   t.notOk(existsSync("stopped.eigen.partial"), "and is gone at the end");
-});
+}
+
+async function refusals(t: Test, adapter: string, how: readonly string[]): Promise<void> {
+  await writeFile("lines.txt", "one\n");
+  for (const [args, message] of [
+    [["--text", "lines.txt"], /--text needs --model/],
+    [["--max-loss", "0.5", ...how], /--max-loss is about ΔW/],
+  ] as const)
+    t.match(await json(2, "add", "two.eigen", adapter, ...args), { error: { tag: "usage", message } });
+  for (const [args, message] of [
+    [["--text", "lines.txt"], /--text needs --model/],
+    [["--minutes", "3"], /--minutes needs --model/],
+    [[...how, "--error", "0.1"], /--error is about ΔW/],
+    [[...how, "--dtype", "int4"], /--dtype is for packs without --model/],
+    [[...how, "--ratio", "30", "--agreement", "0.9"], /--agreement is for packs without a size: leave --ratio out/],
+    [[...how, "--k", "4", "--agreement", "0.9"], /--agreement is for --mode auto/],
+  ] as const)
+    t.match(await json(2, "pack", adapter, "-o", "x.eigen", ...args), { error: { tag: "usage", message } });
+  const short = await json(1, "pack", adapter, "-o", "x.eigen", ...how, "--text", "lines.txt");
+  t.match(short, { error: { message: /expected 8 texts at least/ } });
+}

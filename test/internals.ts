@@ -209,7 +209,6 @@ export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 
 // The command line in this process, with its disk, clock or output replaced.
 
-export { distilled } from "../dist/src/cli/distilled.js";
 export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
 export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
 export { takeLock } from "../dist/src/cli/lock.js";

@@ -20,6 +20,7 @@ const TESTS = [
   "peft-mutants",
   "pairs",
   "hub",
+  "by-answers",
 ];
 
 const names = process.argv.slice(2);

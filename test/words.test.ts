@@ -27,7 +27,6 @@ const SEVERAL: Readonly<Record<string, string>> = {
   Slice: "core and sessions: a range of a block, a part of a packed layer",
   Held: "core and sessions",
   Tried: "packing and CLI",
-  Asked: "CLI",
   Target: "packing and CLI",
   Components: "packing and ONNX: the graft takes it by that name",
   Answer: "packing and HTTP",

@@ -11,7 +11,7 @@ import { TASK } from "./torch.js";
 
 /**
  * @typedef {{ ids: number[][], mask: number[][], labels: number[] }} Batch for the peer
- * @typedef {Awaited<ReturnType<typeof createEncoder<import("onnxruntime-node").Tensor>>>} Encoder
+ * @typedef {import("../../examples/minilm.js").Encoder<import("onnxruntime-node").Tensor>} Encoder
  * @typedef {ReturnType<Encoder>} Feeds
  * @typedef {{ feeds: Feeds, texts: readonly string[] }} Asked
  */

@@ -24,7 +24,6 @@ import {
   readTask,
   runBatches,
   toBatches,
-  vocabulary,
 } from "../../examples/minilm.js";
 import { bytesOfAdapter, folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";
 import { choice, number, readArguments, text } from "../lib/arguments.js";
@@ -75,7 +74,7 @@ const settings = JSON.stringify({
   BESIDE: given.beside,
 });
 const reference = await readReference(suite);
-const encode = Object.assign(await createEncoder(ort), await vocabulary());
+const encode = await createEncoder(ort);
 
 await withAdapters([folderOf(suite)], async (adapters) => {
   const tasks = await Promise.all(adapters.map(({ id }) => readTask(id)));

@@ -90,15 +90,6 @@ async function measureWays() {
   for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b))
     for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
   for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
-  for (const suite of suites)
-    await run(
-      suite,
-      suite.adapters.length,
-      found(suite.adapters.length)
-        .slice(1)
-        .map((way) => ({ ...way, judged: true })),
-      true,
-    );
 }
 
 /** @param {import("./size/curve.js").Curve} curve */

@@ -1,5 +1,6 @@
 /**
- * Packing with a model and nothing else: the smallest pack whose tasks still answer as their adapters do (src/train/pack-by-answers.ts).
+ * Packing with a model: the smallest pack whose tasks still answer as their adapters do, or the one of a size whose tasks answer most like
+ * them (src/train/pack-by-answers.ts).
  * What is finished is kept beside the target, so that a command which was stopped goes on.
  */
 import { createHash } from "node:crypto";
@@ -22,7 +23,7 @@ import { readText, writeWhole } from "./files.ts";
 import { decoder, engineOf, openModel, runsOn, tokenizer, tokens, wholeOf } from "./model.ts";
 import { number, type OptionSpec, POSITIVE, rarely, SHARE, text, type Values } from "./options.ts";
 import { bytes, count, mean, type Output, percent, smaller, table } from "./output.ts";
-import { reportText } from "./pack-text.ts";
+import { reportText, sharedText } from "./pack-text.ts";
 import type { Run } from "./run.ts";
 
 /** Options of commands that judge tasks by answers. */
@@ -80,9 +81,9 @@ export async function packedByAnswers(
   signal.addEventListener("abort", () =>
     out.phase("stopping: what is finished is written, the rest as without a model; Ctrl-C again ends it at once"),
   );
-  const { texts, examples, agreement, steps, names = [] } = options;
+  const { texts, examples, agreement, bytes, steps, names = [] } = options;
   const sizes = await Promise.all(inputs.map(async (path) => path && [resolve(path), (await stat(path)).size]));
-  const settings = JSON.stringify({ sizes, tokens, names: [...names], texts, examples, agreement, steps });
+  const settings = JSON.stringify({ sizes, tokens, names: [...names], texts, examples, agreement, bytes, steps });
   out.phase("packing, loading the model");
   const built = await packByAnswers(engine, model, {
     ...options,
@@ -137,7 +138,7 @@ export function agreementText({ answers }: ByAnswersReport): string | undefined 
 
 /** The report for people. */
 export function byAnswersText(file: string, report: ByAnswersReport): string[] {
-  const { tasks, adapterBytes, answers, ratio, components, steps, stopped } = report;
+  const { tasks, adapterBytes, answers, ratio, components, shared, steps, stopped } = report;
   if (answers.length === 0)
     return [
       ...reportText(file, report),
@@ -150,7 +151,7 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
   const kept = (...names: string[]): number => answers.filter((one) => names.includes(one.kept)).length;
   const blobs = mean(answers.map((one) => one.bytes));
   const refused = answers.filter(({ reason }) => reason !== undefined);
-  const whole = kept("whole") - refused.length;
+  const left = kept("undistilled") - refused.length;
   return [
     `${file}: ${count(tasks, "task")}, ${bytes(report.bytes)}`,
     ...table([
@@ -167,15 +168,17 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
           ]
         : []),
     ]),
-    components.max > 0
-      ? `All tasks share ${count(components.max, "component")} of what each layer reads and writes, stored once; a task is how it mixes them.`
-      : "Too few tasks to share components: each is stored by itself.",
+    ...(shared
+      ? sharedText(shared, report)
+      : [
+          `All tasks share ${count(components.max, "component")} of what each layer reads and writes, stored once; a task is how it mixes them.`,
+        ]),
     `${count(kept("distilled", "projected"), "task")} distilled, in ${count(steps, "training step")} each` +
       `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
-    ...refused.map(({ reason }) => `${reason}. It is stored as without a model.`),
-    ...(stopped && whole > 0
+    ...refused.map(({ reason }) => `${reason}. It is stored by its ΔW alone.`),
+    ...(stopped && left > 0
       ? [
-          `${count(whole, "task")} stored as without a model, for want of time: run the command again and it goes on, or give it more --minutes.`,
+          `${count(left, "task")} not distilled, for want of time: run the command again and it goes on, or give it more --minutes.`,
         ]
       : []),
     "Answers are those to questions held back. What they cost you in right answers, your own test data tells.",

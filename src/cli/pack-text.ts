@@ -39,7 +39,7 @@ export function cardText(report: BuildReport, baseModel: string | undefined, ans
 }
 
 /** What tasks share, and what that saves. */
-function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
+export function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
   if (tasks === 1) return [];
   const side = (name: string, one: SharedReport["A"]): string[] =>
     one.tasks > 0 ? [`${name}, by ${one.tasks} of ${tasks} tasks in ${one.modules} of ${modules} modules`] : [];
@@ -55,19 +55,15 @@ function codedTerms({ privateTerms }: BuildReport): [string, number][] {
 }
 
 /** What was decided, and what else was tried. */
-export function autoText({ judgedBy, divergence, decisions, tried }: SearchReport): string[] {
-  const judged = judgedBy === "divergence";
-  const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
+export function autoText({ decisions, tried }: SearchReport): string[] {
+  const rows = tried.map(({ name, bytes: size, error }) => [
     name,
     size === undefined ? "out of reach" : bytes(size),
     error === undefined ? "" : percent(error),
-    ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
   ]);
   return [
     ...decisions,
-    ...(tried.length > 1 ? table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]) : []),
-    judged
-      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}.`
-      : "ΔW error is a proxy: with --model answers decide.",
+    ...(tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : []),
+    "ΔW error is a proxy: with --model answers decide.",
   ];
 }

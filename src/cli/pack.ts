@@ -1,6 +1,6 @@
 /**
- * The command pack: makes a pack from adapters, with a number of components or by a criterion: a budget of bytes, an error, or a
- * divergence between the answers of adapters and pack.
+ * The command pack: makes a pack from adapters, with a number of components or by a criterion: a budget of bytes, an error, or the
+ * answers of adapters and pack.
  */
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
@@ -13,18 +13,18 @@ import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { buildStreamed, type Streamed } from "../pack/build.ts";
 import type { SearchOptions, Tried } from "../pack/goal.ts";
+import type { BuildOptions } from "../pack/recipe.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { buildWithin, type SearchReport, searchPack, searchStreamed } from "../pack/search.ts";
+import { buildWithin, type SearchReport, searchStreamed } from "../pack/search.ts";
 import { Unreachable } from "../pack/seek.ts";
 import type { Engine } from "../session/engine.ts";
+import type { Tokenizer } from "../session/tokens.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
-import { createJudge, type JudgeOptions } from "../train/judge.ts";
-import { inputMoments, type MomentsOptions } from "../train/moments.ts";
+import { inputMoments } from "../train/moments.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
 import { agreementText, byAnswersText, judged, packedByAnswers } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
-import { distilled } from "./distilled.ts";
-import { type Completion, readQuestions } from "./examples.ts";
+import { type Asked, type Completion, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
 import { removeFinished } from "./finished.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
@@ -73,11 +73,6 @@ const OPTIONS = {
         ...option.amount.energy,
         help: "As many components as keep this share of the squared singular values.",
       },
-      divergence: option.number(
-        "D",
-        "With --mode auto: the fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
-        { ...option.POSITIVE, expected: "nats above 0" },
-      ),
     }),
   }),
   ...option.group("How", {
@@ -85,9 +80,9 @@ const OPTIONS = {
     ...option.rarely({
       mode: option.choice(
         ["auto", "column", "flat", "joint"],
-        "Auto: the best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
-          "vector for a whole factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, " +
-          "--gauge, --rank, --private-terms, --centering, --normalize or --step.",
+        "Auto: the best for --bytes, --ratio or --error. Column: coefficients for every row of a factor. Flat: one vector for a whole " +
+          "factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, --gauge, --rank, " +
+          "--private-terms, --centering, --normalize or --step.",
       ),
       dtype: option.dtypeOrChosen,
       gauge: option.gauge,
@@ -123,7 +118,7 @@ const OPTIONS = {
       "model",
       option.text(
         "MODEL.onnx",
-        "The smallest pack whose tasks answer as their adapters do; with a size, the one whose answers are closest. Needs onnxruntime-node.",
+        "The smallest pack whose tasks answer as their adapters do; with a size, the one whose tasks do so most. Needs onnxruntime-node.",
       ),
     ),
     ...judged,
@@ -134,7 +129,7 @@ const OPTIONS = {
         option.from(0),
       ),
       calibrate: option.toggle(
-        "Weight errors by the inputs of the modules on --text, with --model; mode auto tries this too.",
+        "With --mode column or joint, --model and --text: weight errors by the inputs of the modules on the text.",
       ),
     }),
   }),
@@ -205,7 +200,7 @@ const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "n
 
 /** The flag that says how much is kept. */
 function budgetOf(options: PackOptions): string | undefined {
-  return option.exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
+  return option.exclusive(options, "bytes", "ratio", "error", "k", "energy");
 }
 
 function modeOf(options: PackOptions): BasisMode | "auto" {
@@ -226,8 +221,12 @@ function checkOptions(options: PackOptions): void {
       throw new option.UsageError(
         "--error is about ΔW, with --model answers decide: leave it out, or take --agreement",
       );
+    if (asked > 0 && options.dtype)
+      throw new option.UsageError(
+        "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
+      );
+    if (options.calibrate) throw new option.UsageError("--calibrate is for --mode column or joint");
   } else {
-    if (budget === "--divergence") throw new option.UsageError("--divergence is for --mode auto");
     const [own] = option.given(options, "minutes", "agreement", "distill");
     if (own !== undefined) throw new option.UsageError(`${own} is for --mode auto`);
     const [foreign] = option.given(options, "model", "decoder", "text", "tokenizer", "tokens");
@@ -235,11 +234,10 @@ function checkOptions(options: PackOptions): void {
       throw new option.UsageError(`${foreign} is for --mode auto and --calibrate`);
   }
   if (options.calibrate && asked < 2) throw new option.UsageError("--calibrate needs --model and --text");
-  const [needs] = option.given(options, "divergence", "distill", "minutes", "agreement", "provider", "threads");
+  const [needs] = option.given(options, "distill", "minutes", "agreement", "provider", "threads");
   if (needs !== undefined && options.model === undefined) throw new option.UsageError(`${needs} needs --model`);
-  const [plain] = option.given(options, "minutes", "agreement");
-  if (plain !== undefined && budget !== undefined)
-    throw new option.UsageError(`${plain} is for packs without a size: leave ${budget} out`);
+  if (options.agreement !== undefined && budget !== undefined)
+    throw new option.UsageError(`--agreement is for packs without a size: leave ${budget} out`);
   if (options.decoder !== undefined && options.model === undefined)
     throw new option.UsageError("--decoder needs --model");
   if (options.minGain !== undefined && options.scores === undefined)
@@ -258,46 +256,33 @@ async function build(
   run: Run,
   out: Output,
 ): Promise<Streamed<BuildReport | SearchReport | ByAnswersReport> & { readonly finished?: string }> {
-  const { rank, privateTerms, centering, step, headStep, bytes, ratio, error, divergence } = options;
-  const { dtype = {}, normalize, anyBase } = options;
+  const { rank, privateTerms, centering, step, headStep, ratio, error = DEFAULT_ERROR, dtype = {} } = options;
   const mode = modeOf(options);
-  const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
-  const moments = asked && options.calibrate ? await inputMoments(asked.engine, asked.model, asked.moments) : undefined;
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
+  const bytes = ratio === undefined ? options.bytes : Math.floor(adapterBytes / ratio);
   freeWith(collectGarbage);
   const { workers = workersFor(adapterBytes) } = options;
-  const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base, options.names)) };
-  const most = ratio === undefined ? bytes : Math.floor(adapterBytes / ratio);
-  if (mode === "auto") {
-    const max = divergence ?? most ?? error ?? DEFAULT_ERROR;
-    const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
-    const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
-    const search: SearchOptions = { ...common, workers, goal: { kind, max }, onTry };
-    if (!asked)
-      return searchStreamed(adapters, search, { held: false, scratch: run.closing(openScratch(options.output)) });
-    const { engine, model, judge: about } = asked;
-    if (budgetOf(options) === undefined) {
-      const { minutes, agreement, distill: steps, names, output: file, decoder, text, tokenizer, tokens } = options;
-      const { encode, texts, examples } = about;
-      const inputs = [options.model, decoder, text, tokenizer];
-      const build = { workers, anyBase, base: common.base };
-      const how = { adapters, encode, texts, examples, names, minutes, agreement, steps, tokens };
-      return packedByAnswers({ engine, model, build, file, inputs, ...how }, run, out);
-    }
-    const judge = run.closing(createJudge(engine, model, about));
-    const found = await searchPack(adapters, { ...search, judge: judge.judge });
-    const { distill: steps = 240 } = options;
-    return steps === 0 ? found : distilled(found, search, { engine, model, options: about, judge }, steps, out);
+  const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
+  if (mode === "auto" && options.model !== undefined) {
+    const { model, questions } = await askedOf(options);
+    const { minutes, agreement, distill: steps, names, output: file, decoder, text, tokenizer, tokens } = options;
+    const inputs = [options.model, decoder, text, tokenizer];
+    const how = { adapters, ...questions, names, minutes, agreement, bytes, steps, tokens };
+    return packedByAnswers({ ...model, build: common, file, inputs, ...how }, run, out);
   }
-  const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced" } = options;
-  const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}), ...common };
-  if (most !== undefined) return buildWithin(adapters, { ...all, workers }, most);
-  return buildStreamed(adapters, {
-    ...all,
-    workers,
-    select: option.selection(options),
-    onProgress: counting(out, "module"),
-  });
+  if (mode === "auto") {
+    const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
+    const goal: SearchOptions["goal"] =
+      bytes === undefined ? { kind: "error", max: error } : { kind: "bytes", max: bytes };
+    const scratch = run.closing(openScratch(options.output));
+    return searchStreamed(adapters, { ...common, dtype, goal, onTry }, { held: false, scratch });
+  }
+  const moments = options.calibrate ? await momentsOf(adapters, options) : undefined;
+  const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced", normalize } = options;
+  const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}) };
+  const how = { ...common, ...all, dtype, normalize, moments };
+  if (bytes !== undefined) return buildWithin(adapters, how, bytes);
+  return buildStreamed(adapters, { ...how, select: option.selection(options), onProgress: counting(out, "module") });
 }
 
 /** Small packs are made before threads have started, and each thread holds memory. */
@@ -305,17 +290,24 @@ function workersFor(adapterBytes: number): number {
   return Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6));
 }
 
-/** A runtime, the model, and what it is asked. */
-async function askedOf(
-  { model, decoder, text, tokenizer, tokens, names, ...runtime }: PackOptions,
-  adapters: readonly Adapter[],
-): Promise<{ engine: Engine; model: ModelInput; judge: JudgeOptions; moments: MomentsOptions }> {
-  const { texts, examples } = text === undefined ? {} : await readQuestions(text);
-  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, examples !== undefined);
-  const about = { adapters, encode, names };
-  const moments = { ...about, texts: texts ?? examples?.map(textOf) ?? [] };
-  const engine = engineOf(ort, runtime);
-  return { engine, model: wholeOf(model!, decoder), judge: { ...about, texts, examples }, moments };
+/** A runtime and the model, and what it is asked. */
+async function askedOf({ model, decoder, text, tokenizer, tokens, ...runtime }: PackOptions): Promise<{
+  readonly model: { readonly engine: Engine; readonly model: ModelInput };
+  readonly questions: Partial<Asked> & { readonly encode: Tokenizer };
+}> {
+  const asked = text === undefined ? {} : await readQuestions(text);
+  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, "examples" in asked);
+  return {
+    model: { engine: engineOf(ort, runtime), model: wholeOf(model!, decoder) },
+    questions: { ...asked, encode },
+  };
+}
+
+/** Second moments of what enters the modules on the text. */
+async function momentsOf(adapters: readonly Adapter[], options: PackOptions): Promise<BuildOptions["moments"]> {
+  const { model, questions } = await askedOf(options);
+  const { texts = questions.examples?.map(textOf) ?? [], encode } = questions;
+  return inputMoments(model.engine, model.model, { adapters, texts, encode, names: options.names });
 }
 
 /** All that a model reads of an example. */

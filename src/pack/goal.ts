@@ -21,8 +21,6 @@ export type Goal =
    * module of every task.
    */
   | { readonly kind: "error"; readonly max: number }
-  /** The smallest pack whose mean divergence, as `judge` says, is at most `max`. */
-  | { readonly kind: "divergence"; readonly max: number }
   /** The smallest pack that keeps the scores that `judge` gives. */
   | {
       readonly kind: "score";
@@ -35,11 +33,10 @@ export type Goal =
     };
 
 /**
- * What is made of an open pack: for a score the score of each task, larger is better; otherwise how much behaviour differs from the
- * adapters', for each task or as a mean, 0 is alike. Called for one pack at a time. The pack is closed afterwards, so close sessions
- * on it first. Ask the same rows in the same way each time: figures then differ by what the packs do alone.
+ * The score of each task of an open pack, larger is better. Called for one pack at a time. The pack is closed afterwards, so close sessions
+ * on it first. Ask the same rows in the same way each time: scores then differ by what the packs do alone.
  */
-export type Judge = (pack: Pack, ids: readonly string[]) => number | PerTask | Promise<number | PerTask>;
+export type Judge = (pack: Pack, ids: readonly string[]) => PerTask | Promise<PerTask>;
 
 /** A pack that was made, or a way that does not reach the goal. */
 export interface Tried {
@@ -50,8 +47,6 @@ export interface Tried {
   readonly bytes?: number | undefined;
   /** Mean ΔW error. */
   readonly error?: number | undefined;
-  /** Mean over the tasks. */
-  readonly divergence?: number | undefined;
   readonly scores?: ReadonlyMap<string, number> | undefined;
   /** Reference − score: the largest of the tasks, or of the means. */
   readonly loss?: number | undefined;
@@ -68,20 +63,14 @@ export interface SearchOptions
   extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase" | "workers"> {
   /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
   readonly goal?: Goal | undefined;
-  /**
-   * Decides which of two packs is better. Goals of divergence and score need one; `createJudge` of `eigenlora/train` makes one of
-   * divergence. Default: the mean ΔW error decides, which is a proxy.
-   */
+  /** Gives the scores that a goal of scores is about. Other goals take none: the mean ΔW error decides there, which is a proxy. */
   readonly judge?: Judge | undefined;
   /**
    * Where to look. With a score the one that is likely best comes first: of the others only packs smaller than the best so far are
-   * made. Default: without a judge private terms alone, and beside shared components where those save bytes; for a score column mode
-   * in int4, int8 and f16; otherwise private terms, column mode as trained and balanced with less and less rank, joint and flat mode,
-   * in the number formats that `dtype` leaves open.
+   * made. Default: for a score column mode in int4, int8 and f16; otherwise private terms alone, and beside shared components where
+   * those save bytes.
    */
   readonly ways?: readonly Way[];
-  /** Second moments, as of `buildPack`: where a judge decides, one of the default ways is calibrated by them. */
-  readonly moments?: BuildOptions["moments"];
   /** Numbers of components to look among for a score, from few to many. Default: from 1 to all in steps of a fifth to a half. */
   readonly ladder?: readonly ComponentSelection[];
   /** Called when a way has been tried, with a score after each pack that was judged; `done` of the `of` ways have been begun. */
@@ -93,7 +82,6 @@ const OPTIONS = [
   "goal",
   "judge",
   "ways",
-  "moments",
   "ladder",
   "onTry",
   "dtype",
@@ -108,25 +96,21 @@ const OPTIONS = [
 /** @throws RangeError for options that do not go together; TypeError for one that is not known */
 export function checkSearch(options: SearchOptions & { goal: Goal }): void {
   checkOptions("searchPack", options, OPTIONS);
-  const { goal, judge, moments, ways, ladder } = options;
+  const { goal, judge, ways, ladder } = options;
   checkArgument("searchPack: goal", goal, 'a goal, such as { kind: "bytes", max: 300_000 }', "kind");
-  checkChoice("goal.kind", goal.kind, ["bytes", "error", "divergence", "score"]);
+  checkChoice("goal.kind", goal.kind, ["bytes", "error", "score"]);
   const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
   if (goal.kind === "score" && !(goal.tolerance >= 0))
     throw refuse(`tolerance must be 0 or more, got ${goal.tolerance}`);
   if (goal.kind !== "score" && !(goal.max > 0))
     throw refuse(`${goal.kind}: expected a number above 0, got ${goal.max}`);
-  if (!judge && (goal.kind === "divergence" || goal.kind === "score"))
-    throw refuse(`a ${goal.kind} needs a judge, a model and text`);
-  if (moments && !judge && !ways)
-    throw refuse(
-      "moments: errors with and without them do not compare; give a judge, or ways with moments of their own",
-    );
+  if ((goal.kind === "score") !== (judge !== undefined))
+    throw refuse(judge ? `a judge is for a goal of scores, not for ${goal.kind}` : "a score needs a judge");
   if (ways?.length === 0 || ladder?.length === 0) throw refuse("ways and ladder must not be empty");
 }
 
 /** @throws TypeError when a task is left out, or has no finite number */
-export function figuresOf(given: number | PerTask, ids: readonly string[], who: string): Map<string, number> {
+export function figuresOf(given: PerTask, ids: readonly string[], who: string): Map<string, number> {
   const figures = given instanceof Map ? given : new Map(Object.entries(given ?? {}));
   return new Map(
     ids.map((id) => {
@@ -141,10 +125,8 @@ export function figuresOf(given: number | PerTask, ids: readonly string[], who: 
 
 /** Whether the goal prefers one pack to another. */
 export function better(one: Tried, other: Tried, { kind }: Goal): boolean {
-  const cost = ({ bytes = Infinity, loss, divergence, error = Infinity }: Tried): [number, number] => {
-    const lost = loss ?? divergence ?? error;
-    return kind === "bytes" ? [lost, bytes] : [bytes, lost];
-  };
+  const cost = ({ bytes = Infinity, error = Infinity, loss = error }: Tried): [number, number] =>
+    kind === "bytes" ? [loss, bytes] : [bytes, loss];
   const [a, b] = [cost(one), cost(other)];
   return a[0] !== b[0] ? a[0] < b[0] : a[1] < b[1];
 }

@@ -9,25 +9,15 @@ import type { ComponentSelection } from "../extract/options.ts";
 import { DEFAULT_ERROR, type Survey, survey } from "./allocate.ts";
 import { type Built, gathered, type Keeping, type Streamed, withExtractor } from "./build.ts";
 import { type Adapters, isUnstorable, openAdapters } from "./encode.ts";
-import {
-  better,
-  checkSearch,
-  figuresOf,
-  type Goal,
-  type Judge,
-  outOfReach,
-  type PerTask,
-  type SearchOptions,
-  type Tried,
-} from "./goal.ts";
+import { better, checkSearch, figuresOf, type Goal, outOfReach, type SearchOptions, type Tried } from "./goal.ts";
 import type { BuildOptions } from "./recipe.ts";
 import type { BuildReport } from "./report.ts";
 import { lowestPassing, partition, Unreachable } from "./seek.ts";
-import { allOf, defaultWays, judgedWays, kindOf, type Lent, ladderOf, nameOf, type Way } from "./ways.ts";
+import { allOf, defaultWays, kindOf, type Lent, nameOf, scoredWays, type Way } from "./ways.ts";
 
 /** The pack that was chosen, what it was chosen by, and what else was tried. */
 export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error" | "reason" | "least"> {
-  readonly judgedBy: "error" | "divergence" | "score";
+  readonly judgedBy: "error" | "score";
   /** Scores that were compared with. */
   readonly reference?: ReadonlyMap<string, number> | undefined;
   /** All that was tried, in order; without the pack that gave the reference. */
@@ -116,11 +106,11 @@ export async function buildWithin(adapters: readonly Adapter[], options: BuildOp
 
 async function searchWith(
   opened: Adapters,
-  { goal, ways, moments, onTry, ...options }: SearchOptions & { readonly goal: Goal },
+  { goal, ways, onTry, ...options }: SearchOptions & { readonly goal: Goal },
   keeping: Keeping,
 ): Promise<Streamed<SearchReport>> {
   const { adapters } = opened;
-  const { judge, dtype = {} } = options;
+  const { dtype = {} } = options;
   const tried: Tried[] = [];
   const decisions: string[] = [];
   let best: Candidate | undefined;
@@ -141,58 +131,40 @@ async function searchWith(
     survey: () => (found ??= survey(opened, dtype.coefficients && [dtype.coefficients])),
   };
   const search = goal.kind === "score" ? { ...start, reference: await referenceOf(start, goal) } : start;
-  const isJudged = goal.kind === "score" || goal.kind === "divergence" || (judge && goal.kind !== "error");
-  const groups =
-    ways?.map((way) => [way]) ??
-    (isJudged ? judgedWays(adapters, dtype, moments, goal.kind) : defaultWays(search, goal, decisions));
-  of = groups.flat().length;
-  for (const group of groups) {
-    let before: Candidate | undefined;
-    for (const [i, way] of group.entries()) {
-      done++;
-      if (way.fallback && best) continue;
-      const made = await attempt(search, way, best?.tried.bytes);
-      if (!made) continue;
-      if (!best || better(made.tried, best.tried, goal)) best = made;
-      // Once more bits have made it worse, still more bits do too.
-      if (before && better(before.tried, made.tried, goal)) {
-        done += group.length - 1 - i;
-        break;
-      }
-      before = made;
-    }
+  const all = ways ?? (goal.kind === "score" ? scoredWays(dtype) : defaultWays(search, goal, decisions));
+  of = all.length;
+  for (const way of all) {
+    done++;
+    if (way.fallback && best) continue;
+    const made = await attempt(search, way, best?.tried.bytes);
+    if (made && !(best && !better(made.tried, best.tried, goal))) best = made;
   }
   if (!best) throw search.unstorable[0] ?? outOfReach(goal, tried);
   const { chunks, report } = await best.built();
   const { bytes, error, ...chosen } = best.tried;
-  const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
+  const judgedBy = goal.kind === "score" ? "score" : "error";
   return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried, decisions } };
 }
 
-/** Asks the judge, if there is one. */
+/** Asks the judge, for a goal of scores. */
 async function judged(search: Search, way: Way, built: Streamed, select?: ComponentSelection): Promise<Candidate> {
-  const { goal, judge, ids, reference } = search;
+  const { goal, reference } = search;
   const { bytes, errors } = built.report;
   const tried: Tried = { name: nameOf(way), way, select, bytes, error: mean(errors.map(({ total }) => total)) };
-  if (!judge) return { tried, built: async () => built };
-  const found = await ask(search, judge, built);
-  if (goal.kind !== "score") {
-    const divergence = typeof found === "number" ? found : mean([...figuresOf(found, ids, "judge").values()]);
-    return { tried: { ...tried, divergence }, built: async () => built };
-  }
-  const scores = figuresOf(found, ids, "judge");
+  if (goal.kind !== "score") return { tried, built: async () => built };
+  const scores = await ask(search, built);
   const losses = [...reference!].map(([id, score]) => score - scores.get(id)!);
   const loss = goal.keep === "mean" ? mean(losses) : Math.max(...losses);
   const passes = loss <= goal.tolerance;
   return { tried: { ...tried, scores, loss, passes }, built: () => kindOf(way).make(search, way, select!) };
 }
 
-async function ask({ ids, signal }: Search, judge: Judge, built: Streamed): Promise<number | PerTask> {
+async function ask({ ids, judge, signal }: Search, built: Streamed): Promise<Map<string, number>> {
   signal?.throwIfAborted();
   const { chunks } = await gathered(built);
   const pack = await openPack(new Blob(chunks as BlobPart[]));
   try {
-    return await judge(pack, ids);
+    return figuresOf(await judge!(pack, ids), ids, "judge");
   } finally {
     await pack.close();
   }
@@ -204,8 +176,7 @@ async function referenceOf(
 ): Promise<ReadonlyMap<string, number>> {
   if (reference) return figuresOf(reference, search.ids, "reference");
   const way = { dtype: allOf("f32") };
-  const lossless = await kindOf(way).make(search, way, { kind: "energy", share: 1 });
-  return figuresOf(await ask(search, search.judge!, lossless), search.ids, "judge");
+  return ask(search, await kindOf(way).make(search, way, { kind: "energy", share: 1 }));
 }
 
 /** One way at its best; undefined where it does not reach the goal, or cannot store an adapter, which is noted. */
@@ -214,14 +185,8 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
   try {
     if (goal.kind === "score") return await seekScore(search, way, smallest);
     const kind = kindOf(way);
-    const made =
-      goal.kind === "divergence"
-        ? await seekDivergence(search, way, goal.max)
-        : await judged(
-            search,
-            way,
-            await (goal.kind === "error" ? kind.make(search, way, goal) : kind.within(search, way, goal.max)),
-          );
+    const built = await (goal.kind === "error" ? kind.make(search, way, goal) : kind.within(search, way, goal.max));
+    const made = await judged(search, way, built);
     note(made.tried);
     return made;
   } catch (error) {
@@ -233,36 +198,12 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
   }
 }
 
-/** Behaviour gets better with more of it, but not with every one more: doubled until it is good, then halved. */
-async function seekDivergence(search: Search, way: Way, max: number): Promise<Candidate> {
-  const kind = kindOf(way);
-  const most = kind.most(search.opened.adapters, way);
-  const show = async (n: number): Promise<Candidate> =>
-    judged(search, way, await kind.make(search, way, kind.amount(n)));
-  let low = 0;
-  let high = 1;
-  let found = await show(1);
-  while (found.tried.divergence! > max) {
-    if (high >= most) throw new Unreachable(`a divergence of ${found.tried.divergence!.toPrecision(3)} is the least`);
-    low = high;
-    high = Math.min(2 * high, most);
-    found = await show(high);
-  }
-  while (high - low > Math.max(1, high >> 4)) {
-    const middle = (low + high) >> 1;
-    const next = await show(middle);
-    if (next.tried.divergence! <= max) [high, found] = [middle, next];
-    else low = middle;
-  }
-  return found;
-}
-
 /** The smallest pack of a way that passes together with the next larger one, and is smaller than `smallest` bytes. */
 async function seekScore(search: Search, way: Way, smallest: number): Promise<Candidate | undefined> {
   const { adapters } = search.opened;
   const kind = kindOf(way);
   const make = (rung: number): Promise<Streamed> => kind.make(search, way, ladder[rung]!);
-  const ladder = kind.ladder ?? search.ladder ?? ladderOf(kind.most(adapters, way));
+  const ladder = kind.ladder(adapters, way, search.ladder);
   const asked = new Map<number, Candidate>();
   const passes = async (rung: number): Promise<boolean> => {
     const known = asked.get(rung) ?? (await judged(search, way, await make(rung), ladder[rung]!));

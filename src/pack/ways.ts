@@ -41,12 +41,12 @@ export interface Lent extends Pick<BuildOptions, "dtype" | "centering" | "normal
 interface Kind {
   is(way: Way): boolean;
   nameOf(way: Way): string;
-  /** How much the n-th pack stores, from 1 on. */
-  amount(n: number): ComponentSelection;
-  /** How many such packs there are. */
-  most(adapters: readonly Adapter[], way: Way): number;
-  /** Amounts to show to a judge of scores. Default: those that the search is given. */
-  readonly ladder?: readonly ComponentSelection[];
+  /** Amounts to show to a judge of scores. @param given what the search says of it */
+  ladder(
+    adapters: readonly Adapter[],
+    way: Way,
+    given: readonly ComponentSelection[] | undefined,
+  ): readonly ComponentSelection[];
   /** @throws Unreachable */
   make(lent: Lent, way: Way, amount: ComponentSelection): Promise<Streamed>;
   /** The best pack of at most `max` bytes. @throws Unreachable */
@@ -65,23 +65,24 @@ const COMPONENTS: Kind = {
   is: () => true,
   nameOf: ({ mode = "column", gauge = "as-trained", rank, step, dtype }) =>
     [mode, gauge, rank && `rank ${rank}`, step ? `step ${step}` : dtype?.basis].filter(Boolean).join(", "),
-  amount: (k) => ({ kind: "k", k }),
-  most(adapters, { mode, centering, rank: kept = Infinity }) {
-    const modules = adapters.flatMap((adapter) => [...adapter.modules.values()]);
-    if (mode === "flat") return Math.max(1, adapters.length - (centering === "none" ? 0 : 1));
-    const rows = new Map<string, number>();
-    for (const { name, rank } of modules) rows.set(name, (rows.get(name) ?? 0) + Math.min(rank, kept));
-    const least = modules.map((module) => Math.min(rows.get(module.name)!, Math.max(module.in, module.out)));
-    return Math.min(MOST_COMPONENTS, Math.max(...least));
-  },
+  ladder: (adapters, way, given) => given ?? ladderOf(mostComponents(adapters, way)),
   make: (lent, way, select) => plainPack(lent, { ...lentOptions(lent), ...optionsOf(way), select }),
   within(lent, way, max) {
-    const made = (k: number): Promise<Streamed> => this.make(lent, way, this.amount(k));
-    return grow(made, sizeOf, max, this.most(lent.opened.adapters, way));
+    const made = (k: number): Promise<Streamed> => this.make(lent, way, { kind: "k", k });
+    return grow(made, sizeOf, max, mostComponents(lent.opened.adapters, way));
   },
 };
 
 const MOST_COMPONENTS = 65_535;
+
+function mostComponents(adapters: readonly Adapter[], { mode, centering, rank: kept = Infinity }: Way): number {
+  const modules = adapters.flatMap((adapter) => [...adapter.modules.values()]);
+  if (mode === "flat") return Math.max(1, adapters.length - (centering === "none" ? 0 : 1));
+  const rows = new Map<string, number>();
+  for (const { name, rank } of modules) rows.set(name, (rows.get(name) ?? 0) + Math.min(rank, kept));
+  const least = modules.map((module) => Math.min(rows.get(module.name)!, Math.max(module.in, module.out)));
+  return Math.min(MOST_COMPONENTS, Math.max(...least));
+}
 
 function lentOptions({ dtype, centering, normalize }: Lent): BuildOptions {
   return { dtype, centering, normalize };
@@ -97,7 +98,7 @@ async function plainPack({ opened }: Lent, options: BuildOptions): Promise<Strea
   }
 }
 
-/** Errors that are tried where behaviour decides how much private terms hold. */
+/** Errors that are tried where scores decide how much private terms hold. */
 const ERRORS: readonly ComponentSelection[] = Array.from({ length: 12 }, (_, i) => ({
   kind: "error",
   max: 0.6 * 0.75 ** i,
@@ -107,9 +108,7 @@ const ERRORS: readonly ComponentSelection[] = Array.from({ length: 12 }, (_, i) 
 const ALLOCATED: Kind = {
   is: ({ grows }) => grows === "terms",
   nameOf: () => "private terms alone",
-  amount: (n) => ERRORS[n - 1]!,
-  most: () => ERRORS.length,
-  ladder: ERRORS,
+  ladder: () => ERRORS,
   async make(lent, way, amount) {
     if (amount.kind !== "error")
       throw new Unreachable(`private terms are allocated for an error or a size, not for ${amount.kind}`);
@@ -138,8 +137,7 @@ async function allocating(lent: Lent, way: Way): Promise<{ found: Survey; draft:
 const CODED: Kind = {
   is: ({ grows }) => grows === "steps",
   nameOf: () => "each side shared where that pays, coded",
-  amount: (k) => ({ kind: "k", k }),
-  most: () => STEPS,
+  ladder: (_, __, given) => given ?? ladderOf(STEPS),
   async make(lent, way, amount) {
     if (amount.kind === "error") return codedWithin(lent, way, amount.max);
     if (amount.kind !== "k") throw new Unreachable(`steps are sought for an error or a size, not for ${amount.kind}`);
@@ -153,7 +151,7 @@ const CODED: Kind = {
     return write(opened, whole, await encode(opened, whole), { held: true });
   },
   async within(lent, way, max) {
-    const made = (n: number): Promise<Streamed> => this.make(lent, way, this.amount(n));
+    const made = (k: number): Promise<Streamed> => this.make(lent, way, { kind: "k", k });
     const finest = await refine(made, sizeOf, max, STEPS);
     // A step so coarse that nothing is left of a task.
     const idle = finest.report.errors.find(({ total }) => total >= 1);
@@ -208,7 +206,7 @@ export function nameOf(way: Way): string {
 }
 
 /** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most that there can be. */
-export function ladderOf(most: number): ComponentSelection[] {
+function ladderOf(most: number): ComponentSelection[] {
   const steps: number[] = [];
   for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
   return [...steps, most].map((k) => ({ kind: "k", k }));
@@ -229,6 +227,11 @@ function codedWay(head?: Dtype): Way {
   return { gauge: "balanced", grows: "steps", ...(head ? { dtype: { head } } : {}) };
 }
 
+/** The ways where scores decide. @param fixed number formats that are not to be varied */
+export function scoredWays(fixed: Partial<Dtypes>): Way[] {
+  return (["int4", "int8", "f16"] as const).map((dtype) => ({ dtype: { ...allOf(dtype), ...fixed } }));
+}
+
 /**
  * The ways where ΔW errors decide.
  * @param decisions takes what was decided, a sentence each
@@ -237,16 +240,16 @@ export function defaultWays(
   { opened: { adapters }, dtype = {} }: Pick<Lent, "opened" | "dtype">,
   goal: { readonly kind: "error" | "bytes"; readonly max: number },
   decisions: string[],
-): Way[][] {
+): Way[] {
   const exact = goal.kind === "error";
   const head = dtype.head ?? (exact ? headWithin(goal.max) : headFor(adapters, goal.max));
   const coded = dtype.coefficients === undefined;
   if (adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1)))
     decisions.push(`heads are stored in ${head}${exact || dtype.head || !coded ? "" : ", where they are not coded"}`);
   const alone = allocatedWay(head);
-  if (!coded) return [[alone]];
+  if (!coded) return [alone];
   // Within an error integers with a step take fewer bytes wherever they reach it.
-  return exact ? [[codedWay(head)], [{ ...alone, fallback: true }]] : [[alone], [codedWay(dtype.head)]];
+  return exact ? [codedWay(head), { ...alone, fallback: true }] : [alone, codedWay(dtype.head)];
 }
 
 /** Number format of heads that loses far less than `error` of them. */
@@ -265,65 +268,4 @@ function headFor(adapters: readonly Adapter[], max: number): Dtype {
     0,
   );
   return bytes <= HEADS_SHARE * max ? "int8" : "int4";
-}
-
-/** Steps from few bits to many: more bits leave room for fewer components. */
-const CODED_STEPS = [0.1, 0.07, 0.05, 0.035, 0.025, 0.017] as const;
-
-/** A head needs more bits than what it reads. */
-const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;
-
-/**
- * Which ways are worth asking a judge about: of each shape the number formats, fewest bits first.
- * @param fixed number formats that are not to be varied
- * @param moments adds a calibrated way
- */
-export function judgedWays(
-  adapters: readonly Adapter[],
-  fixed: Partial<Dtypes>,
-  moments: Way["moments"],
-  goal: "bytes" | "divergence" | "score",
-): Way[][] {
-  if (goal === "score")
-    return (["int4", "int8", "f16"] as const).map((dtype) => [{ dtype: { ...allOf(dtype), ...fixed } }]);
-  const whole = Math.max(...adapters.flatMap(({ modules }) => [...modules.values()].map(({ rank }) => rank)));
-  const half = Math.ceil(whole / 2);
-  const shape = (name: string, way: Way): Way[] => {
-    if (fixed.basis || fixed.coefficients) return [{ name, ...way, dtype: fixed }];
-    return (Object.keys(HEADS) as (keyof typeof HEADS)[]).map((basis) => ({
-      name: `${name}, ${basis}`,
-      ...way,
-      dtype: { basis, coefficients: basis, head: fixed.head ?? HEADS[basis] },
-    }));
-  };
-  const gauge = "balanced";
-  const heads = fixed.head ? [fixed.head] : (["int4", "int8"] as const);
-  const alone = heads.map((head) => ({ ...allocatedWay(head), name: `private terms alone, heads ${head}` }));
-  const free = !fixed.basis && !fixed.coefficients;
-  const head = fixed.head ? { dtype: { head: fixed.head } } : {};
-  const coded: Way[] = free ? [codedWay(fixed.head)] : [];
-  if (adapters.length === 1) return [alone, coded];
-  const stepped = (rank: number): Way[] =>
-    free
-      ? CODED_STEPS.map((step) => ({
-          name: `column, balanced, rank ${rank}, step ${step}`,
-          gauge,
-          rank,
-          step,
-          ...head,
-        }))
-      : [];
-  return [
-    alone,
-    coded,
-    stepped(half),
-    stepped(Math.ceil((3 * whole) / 8)),
-    shape("column, as trained", {}),
-    ...[...new Set([whole, half, Math.ceil((3 * whole) / 8)])].map((rank) =>
-      shape(`column, balanced, rank ${rank}`, { gauge, rank }),
-    ),
-    ...(moments ? [shape(`column, balanced, rank ${half}, calibrated`, { gauge, rank: half, moments })] : []),
-    shape(`joint, rank ${half}`, { mode: "joint", gauge, rank: half }),
-    ...(adapters.length > 2 ? [shape("flat, balanced", { mode: "flat", gauge })] : []),
-  ];
 }

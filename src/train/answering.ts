@@ -7,6 +7,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { FormatError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
+import type { TaskToWrite } from "../format/layout.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { taskAdapter } from "../pack/expand.ts";
@@ -32,6 +33,8 @@ export interface ByAnswersOptions
    * likelier the adapter finds that than the second. Default: 0.96.
    */
   readonly agreement?: number | undefined;
+  /** Most bytes of the pack, which is then the one whose tasks agree most; instead of `agreement`. Not for `tasksByAnswers`. */
+  readonly bytes?: number | undefined;
   /**
    * About how long it may take. Steps are as many as that allows, 240 at most. Default: 10, or a quarter of a minute for each task where that
    * is more.
@@ -67,11 +70,11 @@ export interface AnsweringTask {
   /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
   readonly agreement: number | undefined;
   /**
-   * "distilled" onto the components; "projected" where that was no worse; "closer", with terms of its own, where that agreed better; "whole"
-   * where time ran out, or it cannot be distilled: as a pack without a model has it.
+   * "distilled" onto the components; "projected" where that was no worse, or `bytes` were too few; "closer", with terms of its own, where that
+   * agreed better; "undistilled" where time ran out, or it cannot be distilled: as a pack without a model has it, or with `bytes` as projected.
    */
-  readonly kept: "distilled" | "projected" | "closer" | "whole";
-  /** Why it cannot be distilled, and is "whole" whatever time there is. */
+  readonly kept: "distilled" | "projected" | "closer" | "undistilled";
+  /** Why it cannot be distilled, whatever time there is. */
   readonly reason?: string | undefined;
   readonly bytes: number;
 }
@@ -224,21 +227,21 @@ export class Answering {
     const key = JSON.stringify([level.pack.basisId, adapter.id, adapter.file, adapter.byteLength, steps, differ]);
     const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key));
     if (known) return known;
-    if (this.late) return this.#closer(level, adapter, DEFAULT_ERROR);
+    if (this.late) return this.#undistilled(level, adapter);
     const reason = await refusal(level, adapter);
-    if (reason !== undefined) return { ...(await this.#closer(level, adapter, DEFAULT_ERROR)), reason };
+    if (reason !== undefined) return { ...(await this.#undistilled(level, adapter)), reason };
     const outcome = await this.#judged(level, adapter, steps, differ).catch(async (cause: unknown) => {
       if (!this.#options.signal?.aborted) throw cause;
-      return this.#closer(level, adapter, DEFAULT_ERROR);
+      return this.#undistilled(level, adapter);
     });
-    if (outcome.kept === "whole") return outcome;
+    if (outcome.kept === "undistilled") return outcome;
     this.#outcomes.set(key, outcome);
     await finished?.write(key, written(outcome));
     return outcome;
   }
 
   async #judged(level: Open, adapter: Adapter, steps: number, differ: number): Promise<Outcome> {
-    const { agreement: wanted = DEFAULT_AGREEMENT } = this.#options;
+    const { bytes: most, agreement: wanted = most === undefined ? DEFAULT_AGREEMENT : 0 } = this.#options;
     const least = 1 - differ * (1 - wanted);
     const { id, file, kept, agreement } = await this.#distil(level, adapter, steps);
     let best: Outcome = { id, file, kept, agreement, bytes: parseTaskFile(file, id).blob.length };
@@ -251,12 +254,21 @@ export class Answering {
     return best;
   }
 
+  #undistilled(level: Open, adapter: Adapter): Promise<Outcome> {
+    const { bytes } = this.#options;
+    return bytes === undefined ? this.#closer(level, adapter, DEFAULT_ERROR) : projected(level, adapter);
+  }
+
+  /** The task as the pack has it, where what it was distilled to is too large. */
+  async projected(level: Open, adapter: Adapter): Promise<Outcome> {
+    const made = await projected(level, adapter);
+    return { ...made, kept: "projected", agreement: await this.#agreement(level, adapter, made.file) };
+  }
+
   /** The task on the pack's components, with terms of its own for what they lack. */
   async #closer({ pack }: Open, adapter: Adapter, error: number): Promise<Outcome> {
     const [task] = await projectAdapters(pack, [adapter], await storedDtypes(pack), { error });
-    const { entry, blob } = storedTask(pack, task!);
-    const file = encodeTaskFile(entry, pack.basisId, blob);
-    return { id: adapter.id, file, bytes: blob.length, agreement: undefined, kept: "whole" };
+    return asStored(pack, storedTask(pack, task!));
   }
 
   /** The agreement of a task file with its adapter. */
@@ -279,6 +291,15 @@ export class Answering {
     }
     return found.agreement;
   }
+}
+
+async function projected({ pack }: Open, { id }: Adapter): Promise<Outcome> {
+  return asStored(pack, { entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
+}
+
+function asStored({ basisId }: Pack, { entry, blob }: TaskToWrite): Outcome {
+  const file = encodeTaskFile(entry, basisId, blob);
+  return { id: entry.id, file, bytes: blob.length, agreement: undefined, kept: "undistilled" };
 }
 
 /** Why a task cannot be distilled, if it cannot. */

@@ -1,7 +1,8 @@
 /**
  * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, each
  * task distilled onto them, its answers judged by questions that were held back. How coarse numbers may be is tried on a few tasks. A task
- * that does not come close enough is stored closer to its adapter; where time runs out, as a pack without a model stores it.
+ * that does not come close enough is stored closer to its adapter; where time runs out, as a pack without a model stores it. Where bytes are
+ * given, they decide how coarse numbers are, and the few tasks whether components are shared.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
@@ -13,16 +14,17 @@ import { encodeTaskFile } from "../format/encode.ts";
 import { placeOf } from "../format/layout.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import { DEFAULT_ERROR } from "../pack/allocate.ts";
-import { type Built, buildPack } from "../pack/build.ts";
+import type { Built } from "../pack/build.ts";
 import type { BuildReport } from "../pack/report.ts";
 import { searchPack } from "../pack/search.ts";
+import { tooFew } from "../pack/seek.ts";
 import { spread } from "../pack/sharing.ts";
 import { allOf, freshPack } from "../pack/write.ts";
 import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
-import { Answering, type AnsweringTask, type ByAnswersOptions, type Open } from "./answering.ts";
+import { Answering, type AnsweringTask, type ByAnswersOptions, type Open, type Outcome } from "./answering.ts";
 import { checkNumbers } from "./checks.ts";
+import { kindsOf, type SizedPacks } from "./sized-packs.ts";
 import { checkQuestions } from "./taught.ts";
 
 /** Report of `packByAnswers`. What it says of ΔW and terms is from before tasks were distilled. */
@@ -35,28 +37,23 @@ export interface ByAnswersReport extends BuildReport {
   readonly stopped: boolean;
 }
 
+/** Which pack of a kind. */
+interface Sized {
+  readonly kind: SizedPacks;
+  readonly at: number;
+}
+
 /** A pack that was made for some size. */
-interface Level extends Open {
-  readonly size: number;
+interface Level extends Open, Sized {
   readonly report: BuildReport;
   readonly close: () => Promise<void>;
 }
 
 const OPTIONS = [
   ...(["adapters", "encode", "texts", "examples", "end", "decoderStart", "names", "base", "anyBase"] as const),
-  ...(["agreement", "minutes", "steps", "seed", "signal", "onProgress", "finished", "workers"] as const),
+  ...(["agreement", "bytes", "minutes", "steps", "seed", "signal", "onProgress", "finished", "workers"] as const),
 ] as const;
 
-/** Fewer tasks than this share too little for components of all. */
-const FEW = 8;
-/** Components of a side: of 20 to 40, on two suites of 20 and 53 adapters, those whose answers lost least for their bytes. */
-const COMPONENTS = 36;
-/** Steps of numbers, from few bytes to many: each pack is about a fifth larger than the one before. */
-const STEPS = [0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018] as const;
-/** The same for tasks by themselves: shares of ΔW that may be lost. */
-const ERRORS = [0.6, 0.45, 0.34, 0.25, DEFAULT_ERROR] as const;
-/** Where trying begins. */
-const FIRST = { shared: 3, alone: 2 };
 /** Sizes that are expected to be tried. */
 const EXPECTED = 3;
 /** Tasks that sizes are tried on. */
@@ -105,6 +102,7 @@ export async function tasksByAnswers(
  * Packs adapters for a model, judged by answers.
  * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
+ * @throws RangeError for fewer `bytes` than any such pack takes, with the least
  * @throws TypeError without texts where the tokenizer does not tell its words
  * @throws AdapterError, BaseMismatchError as `buildPack` and `createSession`
  * @example
@@ -130,7 +128,9 @@ function check(where: string, options: ByAnswersOptions): void {
   checkOptions(where, options, OPTIONS);
   checkAdapters(`${where}: adapters`, options.adapters);
   if (options.adapters.length === 0) throw new RangeError(`${where}: no adapters`);
-  checkNumbers(where, options, { agreement: "between", minutes: "positive", steps: "count" });
+  checkNumbers(where, options, { agreement: "between", bytes: "positive", minutes: "positive", steps: "count" });
+  if (options.bytes !== undefined && options.agreement !== undefined)
+    throw new RangeError(`${where}: agreement or bytes: give one of them`);
   checkQuestions(options);
 }
 
@@ -140,6 +140,7 @@ class Making {
   readonly #model: ModelInput;
   readonly #options: ByAnswersOptions;
   readonly #answering: Answering;
+  readonly #kinds: readonly SizedPacks[];
   #level: Level | undefined;
 
   constructor(engine: Engine, model: ModelInput, options: ByAnswersOptions) {
@@ -147,18 +148,35 @@ class Making {
     this.#model = model;
     this.#options = options;
     this.#answering = new Answering(options);
+    const { adapters, base, anyBase, workers } = options;
+    this.#kinds = kindsOf(adapters, { base, anyBase, workers });
   }
 
   async made(): Promise<Built<ByAnswersReport>> {
-    const { adapters, base, anyBase, workers } = this.#options;
-    const { size, expected } = await this.#chosen();
-    const plain = await searchPack(adapters, { base, anyBase, workers });
-    if (expected >= plain.report.bytes)
-      return { ...plain, report: { ...plain.report, answers: [], steps: 0, stopped: this.#answering.late } };
-    const level = await this.#open(size);
+    const { adapters, bytes: most, base, anyBase, workers } = this.#options;
+    const { sized, expected } = await (most === undefined ? this.#smallest() : this.#within(most));
+    if (most === undefined) {
+      const plain = await searchPack(adapters, { base, anyBase, workers });
+      if (expected >= plain.report.bytes)
+        return { ...plain, report: { ...plain.report, answers: [], steps: 0, stopped: this.#answering.late } };
+    }
+    const level = await this.#open(sized);
     // Trying tells better how long all will take.
     if (!this.#answering.late) await this.#answering.plan(level);
     const outcomes = await this.#answering.all(level);
+    let made = await this.#packed(level, outcomes);
+    while (most !== undefined && made.report.bytes > most) {
+      // What has grown more than was expected is stored as it was.
+      const grown = outcomes.map(({ id, bytes }) => bytes - level.pack.tasks.get(id)!.bytes);
+      const i = grown.indexOf(Math.max(...grown));
+      if (grown[i]! <= 0) throw tooFew(most, made.report.bytes);
+      outcomes[i] = await this.#answering.projected(level, adapters[i]!);
+      made = await this.#packed(level, outcomes);
+    }
+    return made;
+  }
+
+  async #packed(level: Level, outcomes: readonly Outcome[]): Promise<Built<ByAnswersReport>> {
     const places = await Promise.all(
       outcomes.map(({ file }) => {
         const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
@@ -168,7 +186,7 @@ class Making {
     const { bytes, chunks } = await freshPack(level.pack, places);
     const answers = outcomes.map(({ file, ...outcome }) => outcome);
     const ratio = level.report.adapterBytes / bytes;
-    const stopped = outcomes.some(({ kept, reason }) => kept === "whole" && reason === undefined);
+    const stopped = outcomes.some(({ kept, reason }) => kept === "undistilled" && reason === undefined);
     return {
       chunks: await allOf(chunks),
       report: { ...level.report, bytes, ratio, answers, steps: this.#answering.steps, stopped },
@@ -180,21 +198,19 @@ class Making {
     this.#level = undefined;
   }
 
-  /** The size at which all tasks are expected to take least, from what becomes of some of them. */
-  async #chosen(): Promise<{ readonly size: number; readonly expected: number }> {
-    const { adapters } = this.#options;
-    const sizes = adapters.length < FEW ? ERRORS.length : STEPS.length;
-    const some = spread(adapters, TRIED);
-    let at = adapters.length < FEW ? FIRST.alone : FIRST.shared;
-    await this.#answering.plan(await this.#open(at), EXPECTED * some.length);
+  /** The pack in which all tasks are expected to take least, from what becomes of some of them. */
+  async #smallest(): Promise<{ readonly sized: Sized; readonly expected: number }> {
+    const kind = this.#kinds[0]!;
+    let at = kind.first;
+    await this.#answering.plan(await this.#open({ kind, at }), EXPECTED * this.#some.length);
     const known = new Map<number, number>();
-    const expected = async (size: number): Promise<number> => {
-      if (!known.has(size)) known.set(size, await this.#expected(size, some));
-      return known.get(size)!;
+    const expected = async (at: number): Promise<number> => {
+      if (!known.has(at)) known.set(at, (await this.#tried({ kind, at })).bytes);
+      return known.get(at)!;
     };
     for (const direction of [-1, 1]) {
       const from = at;
-      while (!this.#answering.late && at + direction >= 0 && at + direction < sizes) {
+      while (!this.#answering.late && at + direction >= 0 && at + direction <= kind.last) {
         // The pack of this size is open.
         const here = await expected(at);
         if ((await expected(at + direction)) >= here) break;
@@ -203,40 +219,62 @@ class Making {
       // Smaller ones were better: larger ones are not.
       if (at !== from) break;
     }
-    return { size: at, expected: await expected(at) };
+    return { sized: { kind, at }, expected: await expected(at) };
   }
 
-  /** Bytes of a pack of this size, once its tasks are as they will be. */
-  async #expected(size: number, some: readonly Adapter[]): Promise<number> {
-    const level = await this.#open(size);
-    let grown = 0;
+  /** The finest pack of so many bytes, of the kind in which some tasks agree most. */
+  async #within(most: number): Promise<{ readonly sized: Sized; readonly expected: number }> {
+    let best: { sized: Sized; expected: number; agreement: number } | undefined;
+    for (const kind of this.#kinds) {
+      const at = await kind.within(most);
+      if (at === undefined) continue;
+      const tasks = this.#kinds.length * this.#some.length;
+      if (!best) await this.#answering.plan(await this.#open({ kind, at }), tasks);
+      const { bytes, agreement } = await this.#tried({ kind, at });
+      if (best && agreement <= best.agreement) continue;
+      // Tasks take more when they are distilled.
+      const grown = bytes / (await kind.bytes(at));
+      best = { sized: { kind, at: (await kind.within(most / grown)) ?? 0 }, expected: most, agreement };
+    }
+    if (best) return best;
+    throw tooFew(most, Math.min(...(await Promise.all(this.#kinds.map((kind) => kind.bytes(0))))));
+  }
+
+  /** Tasks that sizes are tried on. */
+  get #some(): readonly Adapter[] {
+    return spread(this.#options.adapters, TRIED);
+  }
+
+  /** Bytes of a pack, once its tasks are as they will be, and how far they agree; from some of them. */
+  async #tried(sized: Sized): Promise<{ readonly bytes: number; readonly agreement: number }> {
+    const level = await this.#open(sized);
+    const some = this.#some;
+    let [grown, agreed] = [0, 0];
     for (const [i, adapter] of some.entries()) {
       this.#answering.tell("trying", adapter.id, i, some.length);
-      const { bytes } = await this.#answering.tried(level, adapter);
+      const { bytes, agreement = 0 } = await this.#answering.tried(level, adapter);
       grown += bytes - level.pack.tasks.get(adapter.id)!.bytes;
+      agreed += agreement;
     }
-    return level.report.bytes + (grown / some.length) * this.#options.adapters.length;
+    const bytes = level.report.bytes + (grown / some.length) * this.#options.adapters.length;
+    return { bytes, agreement: agreed / some.length };
   }
 
-  /** The pack of a size, with a session. There is one at a time. */
-  async #open(size: number): Promise<Level> {
-    if (this.#level?.size === size) return this.#level;
+  /** A pack with a session. There is one at a time. */
+  async #open(sized: Sized): Promise<Level> {
+    if (this.#level?.kind === sized.kind && this.#level.at === sized.at) return this.#level;
     await this.close();
-    const { adapters, base, anyBase, workers, names } = this.#options;
-    const common = { base, anyBase, workers };
-    const { chunks, report } =
-      adapters.length < FEW
-        ? await searchPack(adapters, { ...common, goal: { kind: "error", max: ERRORS[size]! } })
-        : await buildPack(adapters, {
-            ...{ ...common, gauge: "balanced", step: STEPS[size]!, select: { kind: "k", k: COMPONENTS } },
-          });
+    const { chunks, report } = await sized.kind.make(sized.at);
     const pack = await openPack(new Blob(chunks as BlobPart[]));
-    const session = await createSession(this.#engine, this.#model, pack, { trainable: true, names });
+    const session = await createSession(this.#engine, this.#model, pack, {
+      trainable: true,
+      names: this.#options.names,
+    });
     const close = async (): Promise<void> => {
       await session.close();
       await pack.close();
     };
-    this.#level = { size, pack, session, report, close };
+    this.#level = { ...sized, pack, session, report, close };
     return this.#level;
   }
 }

@@ -89,7 +89,7 @@ export async function measure(suite, n, way, asks, peers, most) {
  * @returns {Promise<Stored>}
  */
 async function store(suite, adapters, way, peers, asks, most) {
-  if (way.kind === "auto") return search(suite, adapters, way, most);
+  if (way.kind === "auto") return search(adapters, way, most);
   if (way.kind === "pack") {
     const { chunks, report } = await build(suite, adapters, way);
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), chunks };
@@ -107,18 +107,15 @@ async function store(suite, adapters, way, peers, asks, most) {
 
 /**
  * The best pack within some bytes.
- * @param {Suite} suite
  * @param {Adapter[]} adapters
  * @param {import("./ways.js").Auto | import("./ways.js").Within} way
  * @param {number} [most]
  * @returns {Promise<Stored>}
  */
-async function search(suite, adapters, way, most) {
-  const judge = "judged" in way && way.judged ? await suite.judge(adapters) : undefined;
+async function search(adapters, way, most) {
   const max = "ratio" in way ? budget(adapters, way.ratio) : (most ?? NaN);
   const goal = /** @type {const} */ ({ kind: "bytes", max });
-  const { chunks, report } = await searchPack(adapters, { goal, ...(judge ? { judge: judge.judge } : {}) });
-  await judge?.close();
+  const { chunks, report } = await searchPack(adapters, { goal });
   const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);
   return {
     bytes: report.bytes,

@@ -6,7 +6,7 @@
  * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean }} Packed a pack of
  *   all adapters; with a ratio, as many components as fit into the bytes of the f32 adapters ÷ ratio. Entropy-coded with
  *   a step; without components it then equals every adapter by itself, cut by its own SVD
- * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack in the bytes of the f32 adapters ÷ ratio, by answers to plain text or by ΔW error
+ * @typedef {{ kind: "auto", ratio: number }} Auto the best pack in the bytes of the f32 adapters ÷ ratio, by ΔW error
  * @typedef {{ kind: "auto", within: Each | Peer }} Within the best pack that is no larger than what another way stores, by ΔW error
  * @typedef {{ kind: "each", rank?: number, type: Dtype, head: Dtype }} Each every adapter by itself, cut to a rank by its own SVD
  * @typedef {{ kind: "heads", type: Dtype }} Heads heads without adapters
@@ -42,7 +42,7 @@ export function nameOf(way) {
     return `${what}, ${typesOf({ basis: way.type, coefficients: way.type, head: way.head })}`;
   }
   if (way.kind === "auto" && "within" in way) return `auto, within the bytes of ${nameOf(way.within)}`;
-  if (way.kind === "auto") return `auto, ${way.ratio} times fewer bytes, by ${way.judged ? "answers" : "ΔW error"}`;
+  if (way.kind === "auto") return `auto, ${way.ratio} times fewer bytes, by ΔW error`;
   if (way.kind !== "pack") return `${way.kind} K ${way.k}${way.packed ? ", NF4" : ""}`;
   if (way.options.step !== undefined) return nameOfCoded(way.options);
   const { mode, gauge, select, dtype, ...more } = way.options;
