@@ -221,6 +221,7 @@ async function tinyCase(): Promise<Case> {
     model: { type: "WordLevel", vocab: Object.fromEntries(words.map((word, i) => [word, i])), unk_token: "[PAD]" },
   };
   await writeFile("tokenizer.json", JSON.stringify(tokenizer));
+  await writeFile("tokenizer_config.json", JSON.stringify({ unk_token: "[PAD]" }));
   const [two, three, five] = ["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`));
   const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json", "--threads", "1"];
   return { with: how, adapters: [two!, three!, five!] };
@@ -238,7 +239,15 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     const [first, second, third] = adapters;
     const ids = adapters.map((path) => basename(path));
     const made = await json(0, "pack", first, second, "-o", "two.eigen", ...how, "--distill", "0");
-    t.match(made, { file: "two.eigen", tasks: 2, stopped: false, answers: [{ id: ids[0] }, { id: ids[1] }] });
+    t.match(made, {
+      file: "two.eigen",
+      tasks: 2,
+      stopped: false,
+      answers: ids
+        .slice(0, 2)
+        .sort()
+        .map((id) => ({ id })),
+    });
     t.notOk(existsSync("two.eigen.partial"), "nothing is left beside it");
     t.equal((await json(0, "verify", "two.eigen"))["ok"], true);
 

@@ -4,8 +4,10 @@ import { cp, mkdir, mkdtemp } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t, { type Test } from "tap";
+import { bytesOf } from "./adapters.ts";
 import { json, run, workIn } from "./command-line.ts";
 import { filesBelow, hubFor } from "./huggingface-server.ts";
+import { openSafetensors, openSource, type SafetensorsEntry } from "./internals.ts";
 import { data } from "./packs.ts";
 import { packBytes } from "./sessions.ts";
 
@@ -148,6 +150,18 @@ t.test("a base is taken from the Hub: a file, a folder's weights in one file or 
     [],
     "once downloaded, they are in the cache",
   );
+  const whole = await openSafetensors(await openSource(session("base.safetensors")));
+  const shards: SafetensorsEntry[][] = [[], []];
+  const index: { weight_map: Record<string, string> } = { weight_map: {} };
+  for (const [i, [name, { dtype, shape }]] of [...whole.tensors].entries()) {
+    shards[i % 2]!.push({ name, dtype, shape, read: () => whole.read(name) });
+    index.weight_map[name] = `model-${i % 2}.safetensors`;
+  }
+  const files = new Map([["model.safetensors.index.json", text(JSON.stringify(index))]]);
+  for (const [i, entries] of shards.entries()) files.set(`model-${i}.safetensors`, await bytesOf(entries));
+  hub.push("org/sharded", files);
+  await json(0, "pack", "org/two", "--base", "org/sharded", "--k", "1", "-o", "sharded.eigen");
+  t.ok(readFileSync("sharded.eigen").equals(readFileSync("local.eigen")), "of several files, too");
   hub.push("org/names", new Map([["config.json", text('{"num_attention_heads": 2}')]]));
   const { notes } = await json(0, "pack", "org/two", "--base", "org/names", "--k", "1", "-o", "names.eigen");
   t.ok(notes);

@@ -118,7 +118,7 @@ async function startHub(t: Test): Promise<Hub> {
   hub = await listen(t, (request, response) => answer(handle, storage, note("hub", request), request, response));
   storage = await listen(t, (request, response) => {
     const path = note("storage", request);
-    // Signed: the address says what is meant, and whoever has it may read.
+    // A signed address needs no token: it names repository, commit and file.
     const [, name, commit, file] = /^\/signed\/([^/]+\/[^/]+)\/([^/]+)\/(.*)$/.exec(path)!;
     const bytes = repositories.get(name!)!.commits.get(commit!)!.get(file!)!;
     const sent = handle.instead?.(file!, bytes) ?? bytes;

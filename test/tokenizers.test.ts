@@ -79,6 +79,19 @@ t.test("a text that is too long loses its own tokens, and padding is as the toke
   t.same(other["attention_mask"]![1], [...Array(width - 3).fill(0), 1, 1, 1]);
 });
 
+t.test("a word that a tokenizer of whole words does not know is its unk_token, or refused", async (t) => {
+  const session = await minilm();
+  const rules = {
+    ...{ version: "1.0", truncation: null, padding: null, added_tokens: [], normalizer: null, decoder: null },
+    ...{ pre_tokenizer: { type: "WhitespaceSplit" }, post_processor: null },
+    model: { type: "WordLevel", vocab: { mail: 4, "[UNK]": 7 }, unk_token: "[UNK]" },
+  };
+  const told = new Tokenizer(rules, { unk_token: { content: "[UNK]" } });
+  t.same(rowsOf(await session.encode("mail reader", told))["input_ids"], [[4, 7]]);
+  const untold = session.encode("mail reader", new Tokenizer(rules, {}));
+  await t.rejects(untold, { name: "TypeError", message: /no number for a word of "mail reader", and no unk_token/ });
+});
+
 t.test("inputs are what the model takes: their names, and int32 where it says so", async (t) => {
   const proto = fromBinary(ModelProtoSchema, new Uint8Array(await readFile(data("sessions/torchscript.onnx"))));
   const graph = proto.graph!;

@@ -125,11 +125,23 @@ interface PlainRow {
   readonly types: readonly number[];
 }
 
-/** Encodes a text; one that is too long loses tokens of its own at the end, no special ones. */
+/**
+ * Encodes a text; one that is too long loses tokens of its own at the end, no special ones.
+ * @throws TypeError for a word without a number: tokenizers of whole words give none, in spite of their `unk_token`
+ */
 function plainRow(tokenizer: PlainTokenizer, text: string, special: boolean, most: number): PlainRow {
+  const { token_to_id: find } = tokenizer as { token_to_id?(token: string): number | undefined };
+  const known = (id: number | undefined): number => {
+    const found = id ?? find?.call(tokenizer, textOf(configOf(tokenizer)["unk_token"]) ?? "");
+    if (found !== undefined) return found;
+    const part = JSON.stringify(text.slice(0, 40));
+    throw new TypeError(
+      `encode: the tokenizer has no number for a word of ${part}, and no unk_token in its configuration`,
+    );
+  };
   const tokens = (add_special_tokens: boolean): PlainRow => {
     const { ids, token_type_ids } = tokenizer.encode(text, { add_special_tokens, return_token_type_ids: true });
-    return { ids, types: token_type_ids ?? ids.map(() => 0) };
+    return { ids: ids.map(known), types: token_type_ids ?? ids.map(() => 0) };
   };
   const row = tokens(special);
   if (row.ids.length <= most) return row;

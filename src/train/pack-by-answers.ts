@@ -222,7 +222,7 @@ class Making {
     return { sized: { kind, at }, expected: await expected(at) };
   }
 
-  /** The finest pack of so many bytes, of the kind in which some tasks agree most. */
+  /** The finest pack that the bytes allow, in the kind in which a few tasks agree most. */
   async #within(most: number): Promise<{ readonly sized: Sized; readonly expected: number }> {
     let best: { sized: Sized; expected: number; agreement: number } | undefined;
     for (const kind of this.#kinds) {
