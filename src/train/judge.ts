@@ -45,7 +45,7 @@ export type DivergenceByTask = ReadonlyMap<string, number>;
 export interface PackJudge {
   /** @throws BackendError after `close` */
   byTask(pack: Pack): Promise<DivergenceByTask>;
-  /** The mean over tasks, as `searchPack` takes it. */
+  /** The mean over tasks. */
   judge(pack: Pack): Promise<number>;
   /** Frees the session after the answers that were asked for before. */
   close(): Promise<void>;
@@ -59,7 +59,7 @@ export interface PackJudge {
  * @throws RangeError when there is no text
  * @example
  * const { judge, close } = createJudge(createEngine(ort), "model.onnx", { adapters, texts, encode });
- * const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: 300_000 }, judge });
+ * const nats = await judge(pack); // a pack of these adapters
  * await close();
  */
 export function createJudge(engine: Engine, model: ModelInput, options: JudgeOptions): PackJudge {
