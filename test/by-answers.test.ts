@@ -7,7 +7,7 @@ import { existsSync } from "node:fs";
 import { mkdtemp, readdir, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
-import { openPack } from "eigenlora";
+import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
@@ -16,6 +16,7 @@ import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
 import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
+import { modelBase } from "./internals.ts";
 import { data } from "./packs.ts";
 import { soak } from "./required.ts";
 
@@ -92,6 +93,12 @@ const tiny: Encode = Object.assign(
   },
 );
 
+/** Fingerprints by module. */
+async function fingerprintsOf(pack: Pack): Promise<Map<string, Uint8Array>> {
+  const { bytes } = await pack.bases();
+  return new Map(pack.modules.map(({ name, fingerprint: at = NaN }) => [name, bytes.slice(at, at + 256)]));
+}
+
 /** A model of 64 tokens; more threads than one would wait for each other. */
 const file = data("sessions/torchscript.onnx");
 const engine = createEngine(ort, { intraOpNumThreads: 1 });
@@ -143,6 +150,18 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   const pack = await openPack(new Blob(chunks as BlobPart[]));
   t.same([...pack.tasks.keys()], [...report.answers.map(({ id }) => id)]);
   for (const { id, bytes } of report.answers) t.equal((await pack.stored(id)).length, bytes);
+  t.same(report.notes, [], "apps recognise the model");
+  const based = await buildPack(adapters, { base: data("sessions/base.safetensors"), select: { kind: "k", k: 1 } });
+  t.same(
+    await fingerprintsOf(pack),
+    await fingerprintsOf(await openPack(new Blob(based.chunks as BlobPart[]))),
+    "by its own weights, which are those of the checkpoint",
+  );
+  for (const [path, names] of [
+    [data("sessions/int8.onnx"), undefined],
+    [file, new Map([["layer", "nowhere"]])],
+  ] as const)
+    t.equal(await modelBase(path, adapters, names), undefined, "a model is no base where names or floats are missing");
   await pack.close();
 
   const before = written;
@@ -285,6 +304,7 @@ async function interrupted(t: Test, command: readonly string[]): Promise<void> {
   t.equal(text.status, 0, text.stderr);
   t.match(text.stdout, /^(Shared: |Nothing is shared|Distilled, tasks would take no fewer bytes)/m);
   t.match(text.stdout, /answers like the adapter's, mean \/ least/);
+  t.notMatch(text.stdout, /--base/, "fingerprints are of the model");
   t.notOk(existsSync("stopped.eigen.partial"), "and is gone at the end");
 }
 

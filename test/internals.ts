@@ -197,6 +197,7 @@ export { takeUntransposed } from "../dist/src/autodiff/transposed.js";
 export { AdamW } from "../dist/src/train/adamw.js";
 export { createBatcher } from "../dist/src/train/encoding.js";
 export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
+export { modelBase } from "../dist/src/train/model-base.js";
 export { MeanDivergence } from "../dist/src/train/probabilities.js";
 export { headInputs } from "../dist/src/train/trainable-model.js";
 export { type SharedBasis, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";

@@ -20,6 +20,7 @@ import { Unreachable } from "../pack/seek.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Tokenizer } from "../session/tokens.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
+import { modelBase } from "../train/model-base.ts";
 import { inputMoments } from "../train/moments.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
 import { agreementText, byAnswersText, judged, packedByAnswers } from "./by-answers.ts";
@@ -277,10 +278,10 @@ async function build(
     const scratch = run.closing(openScratch(options.output));
     return searchStreamed(adapters, { ...common, dtype, goal, onTry }, { held: false, scratch });
   }
-  const moments = options.calibrate ? await momentsOf(adapters, options) : undefined;
+  const calibrated = options.calibrate ? await calibration(adapters, options, run) : {};
   const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced", normalize } = options;
   const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}) };
-  const how = { ...common, ...all, dtype, normalize, moments };
+  const how = { ...calibrated, ...common, ...all, dtype, normalize };
   if (bytes !== undefined) return buildWithin(adapters, how, bytes);
   return buildStreamed(adapters, { ...how, select: option.selection(options), onProgress: counting(out, "module") });
 }
@@ -303,11 +304,18 @@ async function askedOf({ model, decoder, text, tokenizer, tokens, ...runtime }: 
   };
 }
 
-/** Second moments of what enters the modules on the text. */
-async function momentsOf(adapters: readonly Adapter[], options: PackOptions): Promise<BuildOptions["moments"]> {
+/** Second moments of what enters the modules on the text, and the model as the base. */
+async function calibration(
+  adapters: readonly Adapter[],
+  options: PackOptions,
+  run: Run,
+): Promise<Pick<BuildOptions, "moments" | "base">> {
+  const { names } = options;
   const { model, questions } = await askedOf(options);
   const { texts = questions.examples?.map(textOf) ?? [], encode } = questions;
-  return inputMoments(model.engine, model.model, { adapters, texts, encode, names: options.names });
+  const moments = await inputMoments(model.engine, model.model, { adapters, texts, encode, names });
+  const base = await modelBase(model.model, adapters, names);
+  return { moments, base: base && run.closing(base) };
 }
 
 /** All that a model reads of an example. */

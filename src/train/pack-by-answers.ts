@@ -24,6 +24,7 @@ import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
 import { Answering, type AnsweringTask, type ByAnswersOptions, type Open, type Outcome } from "./answering.ts";
 import { checkNumbers } from "./checks.ts";
+import { modelBase } from "./model-base.ts";
 import { kindsOf, type SizedPacks } from "./sized-packs.ts";
 import { checkQuestions } from "./taught.ts";
 
@@ -99,7 +100,8 @@ export async function tasksByAnswers(
 }
 
 /**
- * Packs adapters for a model, judged by answers.
+ * Packs adapters for a model, judged by answers. Without `base`, fingerprints are of the model, where its weights are floats under the
+ * adapters' names.
  * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
  * @throws RangeError for fewer `bytes` than any such pack takes, with the least
@@ -115,11 +117,13 @@ export async function packByAnswers(
 ): Promise<Built<ByAnswersReport>> {
   checkArgument("packByAnswers", engine, "an engine (createEngine(ort))", "load");
   check("packByAnswers", options);
-  const making = new Making(engine, model, options);
+  const own = options.base === undefined ? await modelBase(model, options.adapters, options.names) : undefined;
+  const making = new Making(engine, model, own ? { ...options, base: own } : options);
   try {
     return await making.made();
   } finally {
     await making.close();
+    await own?.close?.();
   }
 }
 
