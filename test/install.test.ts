@@ -8,6 +8,7 @@ import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { gzipSync } from "node:zlib";
 import { createRuntime, openPack } from "eigenlora";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
@@ -346,9 +347,14 @@ openTasks(files, "file:///tasks.eigen")
   t.match(await readFile(whole, "utf8"), /Choose a task/, "the app is a bundle that Hermes compiles");
 });
 
-/** Chooses each task in an app's page. */
-async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<void>): Promise<void> {
+/** Chooses each task in an app's page. @returns the scripts that it loaded */
+async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<void>): Promise<string[]> {
   const page = await (await launch(t)).newPage();
+  const scripts: string[] = [];
+  page.on("request", (request) => {
+    const { pathname } = new URL(request.url());
+    if (/\.m?js$/.test(pathname)) scripts.push(pathname);
+  });
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
   await route?.(page);
   await page.goto(url);
@@ -359,6 +365,7 @@ async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<voi
     await page.locator("output").getByText(label, { exact: true }).waitFor();
     t.pass(`${task}: ${label}`);
   }
+  return scripts;
 }
 
 const VITE = join(RUNTIMES, "vite/bin/vite.js");
@@ -368,7 +375,13 @@ t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
   run(app, process.execPath, VITE, "build", "--logLevel", "error");
   const server = await serveFolder(join(app, "dist"));
   t.teardown(() => server.close());
-  await tryPage(t, server.url);
+  const scripts = await tryPage(t, server.url);
+  t.ok(scripts.length > 1 && scripts.length <= 15, `${scripts.length} scripts`);
+  const sizes = await Promise.all(
+    scripts.map(async (path) => gzipSync(await readFile(join(app, "dist", path))).length),
+  );
+  const bytes = sizes.reduce((sum, size) => sum + size, 0);
+  t.ok(bytes <= 140e3, `${bytes} bytes of scripts after gzip, onnxruntime's among them`);
 });
 
 /** Answers for the CDN with packages from a folder. */
