@@ -134,6 +134,28 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
   t.ok(inPage[0]![0]! > 0.8 && inPage[1]![1]! > 0.8, `it has learned: ${inPage}`);
   const said = page.locator('.card[data-task="sky-or-lab"] .said');
 
+  t.test("the address carries it to another visitor, who checks it", async (t) => {
+    const link = page.url();
+    t.match(link, /#take=sky-or-lab\/[\w-]+$/);
+    const { page: theirs } = await visit(link);
+    t.equal(await theirs.locator("#active-name").textContent(), "sky-or-lab");
+    t.same(await type(theirs, sentences[2]!), inPage[2], "the same numbers");
+    const [before, changed] = [link.slice(0, -20), link.at(-20) === "A" ? "B" : "A"];
+    const damaged = "It is not a task, or it was damaged";
+    for (const [name, url, expected] of [
+      ["changed", `${before}${changed}${link.slice(-19)}`, damaged],
+      ["cut", before, damaged],
+      ["nothing", `${server.url}#take=sky-or-lab/%%`, damaged],
+      ["game", link, "There is a task called game already"],
+    ] as const) {
+      await theirs.evaluate((to) => void (location.href = to), url.replace("=sky-or-lab/", `=${name}/`));
+      await note(theirs, new RegExp(`^${name}\\.eigentask was not opened\\. ${expected}`));
+      await settled(theirs);
+      t.equal(await theirs.locator("#active-name").textContent(), "sky-or-lab", name);
+    }
+    await theirs.close();
+  });
+
   t.test("its file answers alike in Node", async (t) => {
     const download = page.waitForEvent("download");
     await page.locator("#download").click();

@@ -94,7 +94,7 @@ t.test("skills answer as PEFT does, token by token, alone and all at once", { sk
     );
     t.match(
       await page.locator("#tasks-note").textContent(),
-      /^2 answers, 2[34] tokens in .*: a skill per row of one batch$/,
+      /^2 answers, 2[34] tokens in .*: a skill per row of a batch$/,
     );
   }
   const seen = await page.evaluate(() => (globalThis as unknown as { seen: string[] }).seen);

@@ -269,6 +269,17 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
     await page.waitForTimeout(750);
     await next(["1", "7"], "sections-0");
 
+    await page.evaluate(() => (document.activeElement as HTMLElement).blur());
+    await next(["ArrowLeft"], "debtags-works-with");
+    await page.evaluate(() => (document.activeElement as HTMLElement).blur());
+    await next(["1", "7"], "sections-0");
+    await page.evaluate(() => (document.activeElement as HTMLElement).blur());
+    await page.locator("#keys").uncheck();
+    await page.waitForTimeout(750);
+    await page.keyboard.press("3");
+    t.equal(await active(), "sections-0", "who speaks to the browser turns them off");
+    await page.locator("#keys").check();
+
     const reached = new Set<string>();
     await page.locator('#providers [value="wasm"]').focus();
     for (let presses = 0; presses < 25; presses++) {
@@ -280,7 +291,7 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
       await page.keyboard.press("Tab");
     }
     const expected =
-      "wasm theme sentence example sections-0 strength task-file astronomy remove task-name teach-button add-label";
+      "wasm theme sentence example keys sections-0 strength task-file astronomy remove task-name teach-button add-label";
     t.same(
       expected.split(" ").filter((one) => !reached.has(one)),
       [],
@@ -304,6 +315,25 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
   });
 
   t.same(complaints, []);
+});
+
+t.test("names at once; a task picked while the model loads answers first", { skip }, async (t) => {
+  const page = await newPage();
+  let letIn = (): void => {};
+  const waiting = new Promise<void>((resolve) => (letIn = resolve));
+  await page.route("**/model_fp16.onnx", async (route) => {
+    await waiting;
+    await route.continue();
+  });
+  await page.goto(server.url);
+  await cardOf(page, "debtags-game").click();
+  t.equal(await page.locator(".card").count(), 20);
+  t.match(await page.locator("#promise").textContent(), /^20 tasks of [\d.]+ kB each$/);
+  letIn();
+  await settled(page);
+  t.equal(await page.locator("#active-name").textContent(), "game");
+  t.match(await page.locator("#switch-time").textContent(), / ms$/);
+  await page.close();
 });
 
 t.test("a phone, in the dark, without motion", { skip }, async (t) => {

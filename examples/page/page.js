@@ -3,6 +3,8 @@
  * them changes. Drawing is in views.js, computing in worker.js.
  */
 import { startWorker } from "./client.js";
+import { pickByKeys } from "./keys.js";
+import { linkTo, nameIn, taskOf } from "./link.js";
 import { keepOffline } from "./offline.js";
 import { setUpTeaching } from "./teach.js";
 import {
@@ -16,6 +18,7 @@ import {
   drawPicture,
   drawProgress,
   drawResident,
+  drawSwitch,
   drawUnusable,
   logCost,
   nameOf,
@@ -27,8 +30,6 @@ import {
 
 /** Tasks per call for the overview: few, so that a key pressed meanwhile is answered soon. */
 const ROWS = 5;
-/** Longest pause in milliseconds between two keys of one name or number. */
-const TYPE_AHEAD = 700;
 
 /** @type {HTMLTextAreaElement} */
 const sentence = byId("sentence");
@@ -37,7 +38,7 @@ const strength = byId("strength");
 /** @type {HTMLButtonElement} */
 const example = byId("example");
 
-const worker = startWorker("worker.js", { progress: drawProgress, step: (step) => drawStep(step) });
+const worker = startWorker("worker.js", { progress: drawProgress, opened: showTasks, step: (step) => drawStep(step) });
 
 /** @type {import("./views.js").Facts} */
 let facts;
@@ -52,6 +53,8 @@ const unreadable = new Set();
 /** What Debian says of a sentence, by task. @type {{ text: string, labels: Record<string, string> }} */
 let truth = { text: "", labels: {} };
 let active = "";
+/** The task that the visitor picked while the model was still loading. */
+let picked = "";
 let started = false;
 let teaching = false;
 
@@ -64,8 +67,20 @@ async function main() {
   facts = await response.json();
   truth = facts.first;
   void offerWebGpu();
-  await start("wasm", decodeURIComponent(location.hash.slice(1)) || undefined);
+  const carried = taskOf(location.hash);
+  await start("wasm", carried ? undefined : nameIn(location.hash));
+  if (carried) await openTask(carried);
   byId("offline").textContent = await keepOffline();
+}
+
+/** Names and sizes, which are known long before the model. @param {import("./worker.js").Task[]} opened */
+function showTasks(opened) {
+  tasks = new Map(opened.map((task) => [task.id, task]));
+  const rows = Math.max(...opened.map(({ labels }) => labels.length));
+  document.documentElement.style.setProperty("--label-rows", String(rows));
+  const mean = opened.reduce((sum, { bytes }) => sum + bytes, 0) / tasks.size;
+  byId("promise").textContent = `${tasks.size} tasks of ${size(Math.round(mean))} each`;
+  opened.forEach(addCard);
 }
 
 async function offerWebGpu() {
@@ -83,17 +98,11 @@ async function start(provider, task) {
   setBusy(true);
   drawProgress({ what: "starting" });
   const begun = await worker.call("start", provider, task);
-  active = begun.task;
-  if (tasks.size === 0) {
-    tasks = new Map(begun.tasks.map((task) => [task.id, task]));
-    const rows = Math.max(...begun.tasks.map(({ labels }) => labels.length));
-    document.documentElement.style.setProperty("--label-rows", String(rows));
-    const mean = begun.tasks.reduce((sum, { bytes }) => sum + bytes, 0) / tasks.size;
-    byId("promise").textContent = `${tasks.size} tasks of ${size(Math.round(mean))} each`;
+  if (active === "") {
     const { requests, bytes } = begun.reads;
     byId("cold").textContent = `Cold start: ${requests} requests and ${size(bytes)} of a pack of ${size(facts.pack)}`;
-    begun.tasks.forEach(addCard);
   }
+  active = begun.task;
   strength.value = "1";
   keep([[active, begun.coefficients]], begun.memory);
   showTask();
@@ -101,8 +110,12 @@ async function start(provider, task) {
   logCost(`start on ${name}`, { ...begun.reads, milliseconds: begun.milliseconds });
   const folded = "a switch writes the task into the weights, which never leave the GPU";
   byId("mode").textContent = `Runs on ${name}, mode ${begun.mode}: ${begun.mode === "folded" ? folded : begun.reason}.`;
+  drawSwitch(begun.switched);
   drawProgress(undefined);
   setBusy(false);
+  const wanted = picked;
+  picked = "";
+  if (wanted !== "" && wanted !== active) return switchTo(wanted);
   await ask();
   await loadRest();
 }
@@ -183,6 +196,15 @@ function showTask() {
   drawPicture(/** @type {import("./worker.js").Coefficients} */ (resident.get(active)));
   byId("strength-value").textContent = percent(Number(strength.value));
   history.replaceState(null, "", `#${encodeURIComponent(active)}`);
+  if (own) void showLink(active);
+}
+
+/** The address carries a task that was taught here, if it is small enough: it survives a reload, and friends can have it. @param {string} id */
+async function showLink(id) {
+  const link = linkTo(id, await worker.call("file", id));
+  if (id !== active) return;
+  byId("link").hidden = link === undefined || !navigator.clipboard;
+  if (link !== undefined) history.replaceState(null, "", link);
 }
 
 /** The latest request; calls during a switch only replace it. */
@@ -195,6 +217,7 @@ let switching = false;
  */
 async function switchTo(task, amount = 1) {
   wish = { task, strength: amount };
+  if (!started) picked = task;
   if (switching || !started) return;
   switching = true;
   showBusy();
@@ -209,8 +232,7 @@ async function switchTo(task, amount = 1) {
       byId("failure").hidden = true;
       keep([[active, report.coefficients]], report.memory);
       showTask();
-      byId("switch-time").textContent = time(report.milliseconds);
-      byId("switch-bytes").textContent = size(report.bytes);
+      drawSwitch(report);
       logCost(goal.strength === 1 ? active : `${active} at ${percent(goal.strength)}`, report);
     }
   } catch (error) {
@@ -358,7 +380,7 @@ sentence.addEventListener("input", () => {
   ask().catch(fail);
 });
 sentence.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" && event.key !== "Enter") return;
+  if (event.key !== "Enter") return;
   event.preventDefault();
   if (active) radioOf(active).focus();
 });
@@ -371,23 +393,24 @@ strength.addEventListener("input", () => {
   switchTo(active, Number(strength.value)).catch(fail);
 });
 
-let typed = "";
-let typedAt = 0;
-
-// On the cards only: elsewhere single letters belong to browsers, screen readers and voice control.
-byId("cards").addEventListener("keydown", ({ key, ctrlKey, metaKey, altKey, timeStamp }) => {
-  if (ctrlKey || metaKey || altKey || !/^[a-z0-9:+-]$/i.test(key)) return;
-  typed = timeStamp - typedAt < TYPE_AHEAD ? typed + key.toLowerCase() : key.toLowerCase();
-  typedAt = timeStamp;
-  const ids = [...tasks.keys()];
-  const begins = (/** @type {string} */ name) => name.startsWith(typed);
-  const found = ids[Number(typed) - 1] ?? ids.find((id) => begins(nameOf(id)[1])) ?? ids.find(begins);
-  if (found === undefined) return;
-  radioOf(found).focus();
-  if (found !== active) switchTo(found).catch(fail);
+pickByKeys({
+  cards: byId("cards"),
+  everywhere: byId("keys"),
+  ids: () => [...tasks.keys()],
+  active: () => active,
+  namesOf: (id) => [nameOf(id)[1], id],
+  pick: (id) => void switchTo(id).catch(fail),
 });
 
-const drawStep = setUpTeaching(worker, {
+// A link that is pasted into the address of an open page.
+addEventListener("hashchange", () => {
+  const carried = taskOf(location.hash);
+  if (carried) return void openTask(carried).catch(fail);
+  const id = nameIn(location.hash);
+  if (tasks.has(id) && id !== active) switchTo(id).catch(fail);
+});
+
+const { drawStep, openTask } = setUpTeaching(worker, {
   tasks: () => [...tasks.values()],
   onBusy(busy) {
     teaching = busy;
@@ -407,6 +430,10 @@ const drawStep = setUpTeaching(worker, {
     if (cost) logCost(what, cost);
     await ask();
   },
+});
+
+byId("link").addEventListener("click", async () => {
+  await navigator.clipboard.writeText(location.href).then(() => say("The link is copied."), fail);
 });
 
 byId("download").addEventListener("click", async () => {

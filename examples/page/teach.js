@@ -60,7 +60,7 @@ const name = byId("task-name");
  * @param {() => import("./worker.js").Task[]} page.tasks
  * @param {(busy: boolean) => void} page.onBusy
  * @param {(added: Added, what: string, cost?: Cost) => Promise<void>} page.onAdded
- * @returns {(step: Step) => void} takes the steps that the worker reports
+ * @returns {{ drawStep(step: Step): void, openTask(file: File): Promise<void> }} `drawStep` takes the steps that the worker reports
  */
 export function setUpTeaching(worker, { tasks, onBusy, onAdded }) {
   /** @type {number[]} */
@@ -121,9 +121,8 @@ export function setUpTeaching(worker, { tasks, onBusy, onAdded }) {
     byId("add-label").focus();
   });
 
-  file.addEventListener("change", async () => {
-    const chosen = file.files?.item(0);
-    if (!chosen) return;
+  /** @param {File} chosen */
+  async function openTask(chosen) {
     const id = chosen.name.replace(/\.eigentask$/, "");
     try {
       const tooLarge = `A task takes a few kilobytes, and this file ${size(chosen.size)}.`;
@@ -135,19 +134,26 @@ export function setUpTeaching(worker, { tasks, onBusy, onAdded }) {
     } catch (error) {
       const { message, tag = "" } = /** @type {WorkerFailure} */ (error);
       note(`${chosen.name} was not opened. ${OPENING.get(tag) ?? ""}`, true, message);
-    } finally {
-      // So that the same file can be chosen again.
-      file.value = "";
     }
+  }
+
+  file.addEventListener("change", async () => {
+    const chosen = file.files?.item(0);
+    if (chosen) await openTask(chosen);
+    // So that the same file can be chosen again.
+    file.value = "";
   });
 
-  return ({ step, steps, loss }) => {
+  /** @param {Step} step */
+  function drawStep({ step, steps, loss }) {
     losses.push(loss);
     drawLoss(losses, steps);
     byId("teach-step").textContent = `Step ${step} of ${steps}, loss ${loss.toFixed(3)}`;
     // Screen readers need not hear every step.
     if (step % Math.ceil(steps / 4) === 0) note(`${percent(step / steps)} done`);
-  };
+  }
+
+  return { drawStep, openTask };
 }
 
 /** @param {string} label @param {string} examples */

@@ -192,6 +192,12 @@ function drawValues(canvas, width, height, values) {
   context.putImageData(image, 0, 0);
 }
 
+/** @param {{ milliseconds: number, bytes: number }} report */
+export function drawSwitch({ milliseconds, bytes }) {
+  byId("switch-time").textContent = time(milliseconds);
+  byId("switch-bytes").textContent = size(bytes);
+}
+
 /** @param {string} hex "#rrggbb" */
 const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.trim().slice(at, at + 2), 16));
 

@@ -92,11 +92,10 @@ const calls = {
     const session = await createEigenSession(ort, model, pack, { mode, session: options });
     running = { ort, session, options };
     const task = wanted !== undefined && pack.tasks.has(wanted) ? wanted : [...pack.tasks.keys()][0];
-    await session.switchTask(task);
+    const { bytesRead, milliseconds } = await session.switchTask(task);
     return {
       task,
-      tasks: [...pack.tasks.keys()].map(taskOf),
-      resident: residentIds(pack),
+      switched: { milliseconds: milliseconds.total, bytes: bytesRead },
       mode: session.mode,
       reason: session.reason,
       reads: since(before),
@@ -258,11 +257,9 @@ const calls = {
 
 /** @typedef {typeof calls} Calls */
 
-/** @param {string} id @returns {Task} */
-function taskOf(id) {
-  const { bytes, metadata } = /** @type {import("eigenlora").TaskInfo} */ (
-    /** @type {NonNullable<typeof files>} */ (files).pack.tasks.get(id)
-  );
+/** @param {import("eigenlora").TaskInfo | undefined} info @returns {Task} */
+function taskOf(info) {
+  const { id, bytes, metadata } = /** @type {import("eigenlora").TaskInfo} */ (info);
   return { id, bytes: own.get(id)?.length ?? bytes, labels: metadata.labels ?? [], own: own.has(id) };
 }
 
@@ -291,7 +288,7 @@ async function adopt(id, file) {
   own.set(id, file);
   await session.switchTask(id);
   const read = residentIds(session.pack).map(async (one) => /** @type {const} */ ([one, await coefficientsOf(one)]));
-  return { task: taskOf(id), coefficients: await Promise.all(read), memory: session.memory() };
+  return { task: taskOf(session.tasks.get(id)), coefficients: await Promise.all(read), memory: session.memory() };
 }
 
 /** @typedef {{ id: string, probabilities: number[], unusable?: string }} Row */
@@ -367,7 +364,12 @@ function live() {
 async function openFiles() {
   if (files) return files;
   const json = ["tokenizer.json", "tokenizer_config.json"].map(getJson);
-  const [pack, model, tokens, config] = await Promise.all([openPack(beside("tasks.eigen")), fetchModel(), ...json]);
+  // The page can name the tasks while the model is still on its way.
+  const opening = openPack(beside("tasks.eigen")).then((pack) => {
+    report("opened", [...pack.tasks.values()].map(taskOf));
+    return pack;
+  });
+  const [pack, model, tokens, config] = await Promise.all([opening, fetchModel(), ...json]);
   return (files = { pack, model, tokenizer: new Tokenizer(tokens, config) });
 }
 

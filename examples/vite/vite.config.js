@@ -1,4 +1,3 @@
-/** @type {import("vite").UserConfig} */
 export default {
   build: {
     rolldownOptions: {

@@ -3,6 +3,8 @@
  * one of them changes. Drawing is in views.js, computing in worker.js.
  */
 import { startWorker } from "../client.js";
+import { pickByKeys } from "../keys.js";
+import { nameIn } from "../link.js";
 import { keepOffline } from "../offline.js";
 import { byId, drawFailure, drawProgress, size, time } from "../views.js";
 import { setUpTeaching } from "./teach.js";
@@ -15,6 +17,7 @@ import {
   drawReply,
   drawSaid,
   drawSkill,
+  drawSwitch,
   drawUnusable,
   logMessage,
 } from "./views.js";
@@ -33,6 +36,7 @@ const buttons = /** @type {HTMLButtonElement[]} */ (["ask", "ask-all", "example"
 /** @type {import("../client.js").Caller<import("./worker.js").Calls>} */
 const worker = startWorker("worker.js", {
   progress: drawProgress,
+  opened: showSkills,
   text: drawText,
   step: (step) => drawStep(step),
 });
@@ -59,7 +63,7 @@ async function main() {
   facts = await response.json();
   const [first, words] = facts.first;
   // One that was taught here is gone after a reload.
-  const asked = decodeURIComponent(location.hash.slice(1));
+  const asked = nameIn(location.hash);
   const wanted = Object.hasOwn(facts.skills, asked) ? asked : first;
   sentence.value = wanted === first ? words : (facts.skills[wanted].examples[0]?.[0] ?? words);
   byId("model-name").textContent = facts.name;
@@ -86,6 +90,16 @@ async function work(what) {
   }
 }
 
+/** Names and sizes, which are known long before the model. @param {Skill[]} opened */
+function showSkills(opened) {
+  for (const one of opened) {
+    skills.set(one.id, one);
+    addCard(one);
+  }
+  const mean = opened.reduce((sum, one) => sum + one.bytes, 0) / skills.size;
+  byId("promise").textContent = `${skills.size} skills of ${size(Math.round(mean))} each`;
+}
+
 async function offerWebGpu() {
   const { adapter, reason } = await worker.call("webgpu");
   /** @type {HTMLInputElement} */ (document.querySelector('[value="webgpu"]')).disabled = !adapter;
@@ -100,17 +114,13 @@ async function start(provider, skill) {
   setStarted(false);
   drawProgress({ what: "starting" });
   const begun = await worker.call("start", provider, skill);
-  if (skills.size === 0) {
-    for (const one of begun.skills) {
-      skills.set(one.id, one);
-      addCard(one);
-    }
+  if (byId("cold").textContent?.trim() === "") {
     const { requests, bytes } = begun.reads;
     byId("cold").textContent = `Cold start: ${requests} requests and ${size(bytes)} of a pack of ${size(facts.pack)}`;
-    const mean = begun.skills.reduce((sum, one) => sum + one.bytes, 0) / skills.size;
-    byId("promise").textContent = `${skills.size} skills of ${size(Math.round(mean))} each`;
   }
-  active = begun.skill;
+  // Another one may have been picked while the model was loading.
+  if (active === "") active = begun.skill;
+  drawSwitch(begun.switched);
   const name = provider === "wasm" ? "WASM" : "WebGPU";
   byId("mode").textContent =
     `Runs on ${name}, mode ${begun.mode}: ${begun.reason}. Ready in ${time(begun.milliseconds)}.`;
@@ -191,7 +201,7 @@ async function askAll() {
   const all = await worker.call("answerAll", mine, ids, text);
   if (mine !== request || all.stopped) return;
   ids.forEach((id, row) => drawSaid(id, all.texts[row]));
-  const how = all.batch ? "a skill per row of one batch" : "one skill after the other";
+  const how = all.batch ? "a skill per row of a batch" : "one skill after the other";
   const note = `${ids.length} answers, ${all.tokens} tokens in ${time(all.milliseconds)}: ${how}`;
   byId("tasks-note").textContent = note;
   logMessage(`all ${ids.length}: ${text}`, all);
@@ -254,6 +264,19 @@ byId("cards").addEventListener("change", ({ target }) => {
   active = /** @type {HTMLInputElement} */ (target).value;
   showSkill();
   if (started) work(ask);
+});
+
+pickByKeys({
+  cards: byId("cards"),
+  everywhere: byId("keys"),
+  ids: () => [...skills.keys()],
+  active: () => active,
+  namesOf: (id) => [id.toLowerCase()],
+  pick(id) {
+    active = id;
+    showSkill();
+    if (started) work(ask);
+  },
 });
 
 /**

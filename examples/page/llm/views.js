@@ -79,13 +79,21 @@ export function drawReply(text, writing) {
   byId("reply").classList.toggle("writing", writing);
 }
 
-/** @typedef {{ switch: number, first: number, milliseconds: number, steps: number }} Cost times in milliseconds */
+/** @param {number} milliseconds */
+export function drawSwitch(milliseconds) {
+  byId("switch-time").textContent = time(milliseconds);
+}
+
+/**
+ * @typedef {{ switch?: number, first: number, milliseconds: number, steps: number }} Cost times in milliseconds; no switch where the skill
+ *   was active before
+ */
 
 /** @param {Cost | undefined} cost undefined: not known yet */
 export function drawCost(cost) {
   // The first token has a figure of its own: it reads the whole prompt.
   const pace = cost && cost.steps > 1 ? (((cost.steps - 1) * 1e3) / (cost.milliseconds - cost.first)).toFixed(1) : "–";
-  byId("switch-time").textContent = cost ? time(cost.switch) : "–";
+  if (cost?.switch !== undefined) drawSwitch(cost.switch);
   byId("first-time").textContent = cost && cost.first >= 0 ? time(cost.first) : "–";
   byId("pace").textContent = pace;
 }

@@ -52,6 +52,8 @@ import { decode } from "./decode.js";
  */
 const TEACHING = { init: /** @type {const} */ ("mean"), fit: { batch: 4, steps: 12, learningRates: { terms: 0.02 } } };
 
+/** Skills that answer at a time where all do: few, so that the first answers come soon. */
+const ROWS = 5;
 /** Most tokens of what a visitor writes. */
 const MOST_TOKENS = 48;
 /** Most characters of the words around it. */
@@ -92,10 +94,10 @@ const calls = {
     const session = await createEigenSession(ort, model, pack, { session: options });
     running = { ort, session, options };
     const id = skill !== undefined && pack.tasks.has(skill) ? skill : [...pack.tasks.keys()][0];
-    await session.switchTask(id);
+    const { milliseconds } = await session.switchTask(id);
     return {
       skill: id,
-      skills: [...pack.tasks.keys()].map(skillOf),
+      switched: milliseconds.total,
       mode: session.mode,
       reason: session.reason,
       reads: since(before),
@@ -139,39 +141,39 @@ const calls = {
   async answer(request, id, text) {
     const { session } = live();
     const before = { ...session.pack.reads };
-    const switched = await session.switchTask(id);
+    const switched = session.task === id ? undefined : (await session.switchTask(id)).milliseconds.total;
     const { texts, ...rest } = await stream(request, [id], text);
-    return { ...rest, ...since(before), text: texts[0], switch: switched.milliseconds.total, memory: session.memory() };
+    return { ...rest, ...since(before), text: texts[0], switch: switched, memory: session.memory() };
   },
 
   /**
-   * What each of several skills answers: a batch with a task of its own in each row. Where tasks are folded into the weights, one
-   * after the other.
+   * What each of several skills answers: batches with a task of its own in each row. Where tasks are folded into the weights, one after
+   * the other.
    * @param {number} request
    * @param {string[]} ids
    * @param {string} text
    */
   async answerAll(request, ids, text) {
     const { session } = live();
-    if (session.mode !== "folded") return { ...(await stream(request, ids, text, { tasks: ids })), batch: true };
     const { task } = session;
+    const batch = session.mode !== "folded";
+    const rows = batch ? ROWS : 1;
     /** @type {Awaited<ReturnType<typeof stream>>[]} */
     const all = [];
-    for (const id of ids) {
-      await session.switchTask(id);
-      all.push(await stream(request, [id], text));
+    for (let at = 0; at < ids.length && request === wanted; at += rows) {
+      const some = ids.slice(at, at + rows);
+      if (!batch) await session.switchTask(some[0]);
+      all.push(await stream(request, some, text, batch ? { tasks: some } : undefined));
     }
-    await session.switchTask(task);
+    if (!batch) await session.switchTask(task);
     const sum = (/** @type {"tokens" | "milliseconds"} */ what) => all.reduce((total, one) => total + one[what], 0);
-    const texts = all.flatMap((one) => one.texts);
-    const stopped = all.some((one) => one.stopped);
     return {
-      texts,
-      first: all[0].first,
+      texts: all.flatMap((one) => one.texts),
+      first: all[0]?.first ?? NaN,
       tokens: sum("tokens"),
       milliseconds: sum("milliseconds"),
-      stopped,
-      batch: false,
+      stopped: request !== wanted,
+      batch,
     };
   },
 
@@ -252,9 +254,12 @@ const calls = {
 
 /** @typedef {typeof calls} Calls */
 
-/** @param {string} id @returns {Skill} */
-function skillOf(id) {
-  const { facts, pack } = opened();
+/**
+ * @param {string} id
+ * @param {Pick<NonNullable<typeof files>, "facts" | "pack">} of
+ * @returns {Skill}
+ */
+function skillOf(id, { facts, pack } = opened()) {
   const { bytes, metadata } = /** @type {import("eigenlora").TaskInfo} */ (pack.tasks.get(id));
   const file = own.get(id);
   const known = file ? undefined : facts.skills[id];
@@ -387,11 +392,15 @@ async function openFiles() {
   /** @type {Facts} */
   const facts = await getJson("facts.json");
   const json = ["tokenizer.json", "tokenizer_config.json"].map(getJson);
-  const [pack, model, tokens, config] = await Promise.all([
-    openPack(beside("tasks.eigen")),
-    fetchModel(facts),
-    ...json,
-  ]);
+  // The page can name the skills while the model is still on its way.
+  const opening = openPack(beside("tasks.eigen")).then((pack) => {
+    report(
+      "opened",
+      [...pack.tasks.keys()].map((id) => skillOf(id, { facts, pack })),
+    );
+    return pack;
+  });
+  const [pack, model, tokens, config] = await Promise.all([opening, fetchModel(facts), ...json]);
   return (files = { facts, pack, model, tokenizer: new Tokenizer(tokens, config) });
 }
 
