@@ -8,4 +8,4 @@ export { describeBase } from "./adapters/describe-base.ts";
 export { type AdapterFormat, type AdapterLocation, findAdapters } from "./adapters/find.ts";
 export { type ReadAdaptersOptions, readAdapters } from "./adapters/folder.ts";
 export { folderStore } from "./cache/folder.ts";
-export type { HubOptions, HubProgress } from "./http/hub.ts";
+export type { HubOptions } from "./http/hub.ts";

@@ -9,7 +9,7 @@ export interface FileProgress {
   /** "initiate": it will be read; "download": its bytes are asked for; "progress": some have arrived; "done": no more are needed. */
   readonly status: "initiate" | "download" | "progress" | "done";
   /** What the file is. */
-  readonly stage: "pack" | "model";
+  readonly stage: "pack" | "model" | "adapter";
   /** Folder of the file, or what its address has in front of its name. */
   readonly name: string;
   /** Name of the file. */
@@ -59,12 +59,8 @@ export function watch(
     throw new TypeError(`onProgress: expected a function, got ${described(onProgress)}`);
   let loaded = 0;
   let status: FileProgress["status"] = "initiate";
-  const tell = (): void => {
-    const needed = total(loaded) ?? 0;
-    const arrived = Math.min(loaded, needed);
-    const progress = needed === 0 ? 0 : (100 * arrived) / needed;
-    onProgress({ status, stage, ...placeOf(source.name), loaded: arrived, total: needed, progress });
-  };
+  const tellOf = teller(source.name, stage, onProgress);
+  const tell = (): void => tellOf(status, loaded, total(loaded) ?? 0);
   const add = (count: number): void => {
     loaded += count;
     if (status === "done" || count === 0 || total(loaded) === undefined) return;
@@ -107,6 +103,19 @@ export function watch(
       done();
       await source.close?.();
     },
+  };
+}
+
+/** @param path of the file that is told of, or its address */
+export function teller(
+  path: string,
+  stage: FileProgress["stage"],
+  onProgress: OnProgress,
+): (status: FileProgress["status"], loaded: number, total: number) => void {
+  return (status, arrived, total) => {
+    const loaded = Math.min(arrived, total);
+    const progress = total === 0 ? 0 : (100 * loaded) / total;
+    onProgress({ status, stage, ...placeOf(path), loaded, total, progress });
   };
 }
 

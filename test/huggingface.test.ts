@@ -35,7 +35,8 @@ const QUICK = { retries: 0 };
 t.test("an adapter of a repository is the one on the disk, and nothing else is downloaded", async (t) => {
   const { hub, home } = await hubFor(t);
   const commit = hub.push("org/role", new Map([...TRAINING, ...seed("debtags-role")]));
-  const [found] = await readAdapters(["hf:org/role"]);
+  const told: Progress[] = [];
+  const [found] = await readAdapters(["hf:org/role"], { onProgress: (progress) => void told.push(progress) });
   const [expected] = await readAdapters([data("adapters/own-seed/debtags-role")]);
   t.equal(found!.id, "role", "it is called as the repository is");
   t.same([...found!.modules.keys()], [...expected!.modules.keys()]);
@@ -50,6 +51,11 @@ t.test("an adapter of a repository is the one on the disk, and nothing else is d
   t.equal(readFileSync(join(store, "refs/main"), "utf8"), commit);
   const names = ["adapter_config.json", "adapter_model.safetensors", "task.json"];
   t.same(readdirSync(found!.file).sort(), names);
+  for (const name of names) {
+    const own = told.filter(({ file }) => file === name);
+    t.same([...new Set(own.map(({ status }) => status))], ["initiate", "download", "progress", "done"], name);
+    t.match(own.at(-1), { stage: "adapter", name: `hf:org/role@${commit}`, progress: 100 });
+  }
   for (const name of names) {
     const bytes = seed("debtags-role").get(name)!;
     const hash = name.endsWith(".safetensors") ? sha256(bytes) : gitHash(bytes);

@@ -20,7 +20,7 @@ const CONFIG = "config.json";
  * @throws AdapterError for other files; FormatError and SourceError for files that cannot be read
  */
 export async function describeBase(given: string, options: HubOptions = {}): Promise<BaseFacts> {
-  const { tree, path } = await treeAt(given, options);
+  const { tree, path } = await treeAt(given, { ...options, stage: "model" });
   if ((await tree.kind(path)) === "folder") return describeFolder(path, tree);
   if (extname(path) === ".gguf") return describeGguf(path, tree);
   if (extname(path) === ".json") return describeJson(path, tree);

@@ -6,7 +6,7 @@ import { readdir, stat } from "node:fs/promises";
 import { join, relative, resolve, sep } from "node:path";
 import { openDisk, refuseOtherKinds } from "../disk.ts";
 import { AdapterError } from "../errors.ts";
-import { type HubOptions, openSnapshot, type Snapshot } from "../http/hub.ts";
+import { type HubOptions, openSnapshot, type Snapshot, type SnapshotOptions } from "../http/hub.ts";
 import { type HubName, hubName } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
 
@@ -54,7 +54,7 @@ export async function isFolder(given: string, options: HubOptions = {}): Promise
  * Finds what a path or a name of the Hub leads to.
  * @throws AdapterError when there is nothing, SourceError for a pipe, a device, or what the Hub refuses
  */
-export async function treeAt(given: string, options: HubOptions = {}): Promise<{ tree: Tree; path: string }> {
+export async function treeAt(given: string, options: SnapshotOptions = {}): Promise<{ tree: Tree; path: string }> {
   const name = hubName(given);
   if (name) return treeOnHub(name, options);
   if (/^https?:/i.test(given)) {
@@ -68,7 +68,7 @@ export async function treeAt(given: string, options: HubOptions = {}): Promise<{
   throw new AdapterError("does not exist or cannot be read; check the path", { file: path });
 }
 
-async function treeOnHub(name: HubName, options: HubOptions): Promise<{ tree: Tree; path: string }> {
+async function treeOnHub(name: HubName, options: SnapshotOptions): Promise<{ tree: Tree; path: string }> {
   const snapshot = await openSnapshot(name, options);
   const tree = treeOf(snapshot, name);
   const path = join(snapshot.folder, name.path);

@@ -17,7 +17,7 @@ import { hubName } from "../http/hub-name.ts";
 export async function openWeights(given: string, options: HubOptions): Promise<WeightHost | undefined> {
   // An address is read by ranges; what is missing is refused where it is opened.
   if (!hubName(given) && (await kind(given)) === undefined) return namesAlone(given) ? undefined : openHost(given);
-  const { tree, path } = await treeAt(given, options);
+  const { tree, path } = await treeAt(given, { ...options, stage: "model" });
   const files = (await tree.kind(path)) === "folder" ? await weightFiles(path, tree) : namesAlone(path) ? [] : [path];
   await tree.get(files);
   return files.length === 0 ? undefined : openHosts(files, tree);

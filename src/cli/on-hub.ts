@@ -5,10 +5,11 @@
 import { existsSync } from "node:fs";
 import { dirname, posix } from "node:path";
 import { SourceError } from "../errors.ts";
-import { type HubOptions, openSnapshot, type Snapshot } from "../http/hub.ts";
+import { openSnapshot, type Snapshot } from "../http/hub.ts";
 import { type HubName, hubName, hubText } from "../http/hub-name.ts";
 import { readModel } from "../onnx/read.ts";
 import { externalLocations } from "../onnx/tensors.ts";
+import type { OnProgress } from "../progress.ts";
 import { type ReadAs, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
 
@@ -28,15 +29,17 @@ export async function named(given: string, reads: ReadAs, out: Output): Promise<
   if (reads === "own")
     throw new UsageError(`${given} lies on the Hugging Face Hub, and the file is to be changed: download it first`);
   if (reads !== "model") return { path: hubText(name), shown: hubText(name), guessed: short };
-  const snapshot = await openSnapshot(name, { onProgress: downloading(out) });
+  const snapshot = await openSnapshot(name, { onProgress: downloading(out), stage: "model" });
   const model = modelIn(snapshot, name);
   return { path: await download(snapshot, model), shown: hubText({ ...name, path: model }), guessed: short };
 }
 
 /** A listener that shows how much of a file has arrived. */
-export function downloading(out: Output): NonNullable<HubOptions["onProgress"]> {
+export function downloading(out: Output): OnProgress {
   const megabytes = (n: number): number => Math.ceil(n / 1e6);
-  return ({ file, loaded, total }) => out.progress(`${file}, MB`, megabytes(loaded), megabytes(total));
+  return ({ status, file, loaded, total }) => {
+    if (status === "progress") out.progress(`${file}, MB`, megabytes(loaded), megabytes(total));
+  };
 }
 
 /** Endings that files have, and repositories seldom. */

@@ -11,25 +11,23 @@ import { join, sep } from "node:path";
 import { nearest } from "../arguments.ts";
 import { openDisk } from "../disk.ts";
 import { SourceError } from "../errors.ts";
+import { type FileProgress, type OnProgress, teller } from "../progress.ts";
 import { type AbortOptions, type ByteSource, type FetchOptions, type ReadOptions, SharedWork } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
 import { COMMIT, filesOf, HubCache, type HubFile, type HubFiles, hubHome, type TreeEntry } from "./hub-cache.ts";
 import { type HubName, hubEndpoint, hubName, hubText } from "./hub-name.ts";
 import { UrlSource } from "./url-source.ts";
 
-/** How much of a file is here. */
-export interface HubProgress {
-  /** Path in the repository. */
-  readonly file: string;
-  /** Bytes that are here, and of the whole file. */
-  readonly loaded: number;
-  readonly total: number;
-}
-
 /** How the Hub is asked. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
 export interface HubOptions extends FetchOptions, AbortOptions {
-  /** Called when bytes of a file arrive that was not here. */
-  readonly onProgress?: ((progress: HubProgress) => void) | undefined;
+  /** Told of the files that were not in the cache. */
+  readonly onProgress?: OnProgress | undefined;
+}
+
+/** @internal */
+export interface SnapshotOptions extends HubOptions {
+  /** What the files are. Default: "adapter" */
+  readonly stage?: FileProgress["stage"] | undefined;
 }
 
 const OFFLINE = "is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub";
@@ -53,7 +51,7 @@ export async function openHub(text: string, options: FetchOptions & AbortOptions
  * Finds out which commit a revision is and which files that has. A commit that was listed before costs no request.
  * @throws SourceError when the Hub has no such repository or revision, or does not show it
  */
-export async function openSnapshot(name: HubName, options: HubOptions = {}): Promise<Snapshot> {
+export async function openSnapshot(name: HubName, options: SnapshotOptions = {}): Promise<Snapshot> {
   const { repository, revision } = name;
   const cache = new HubCache(repository);
   const known = await cache.commitOf(revision);
@@ -170,16 +168,22 @@ export class Snapshot {
     const file = this.#find(path);
     const here = await this.#cache.find(this.#commit, path, file);
     if (here !== undefined) return here;
-    const { onProgress } = this.#client.options;
+    const { onProgress, stage = "adapter" } = this.#client.options;
+    const tell = onProgress && teller(this.nameOf(path), stage, onProgress);
+    const { size } = file!;
     const source = this.#remote(path);
     let before = 0;
     const onBytes = (loaded: number): void => {
       how.onBytes?.(loaded - before);
       before = loaded;
-      onProgress?.({ file: path, loaded, total: file!.size });
+      tell?.("progress", loaded, size);
     };
+    tell?.("initiate", 0, size);
+    tell?.("download", 0, size);
     try {
-      return await this.#cache.put(this.#commit, path, file!, source, { signal: how.signal, onBytes });
+      const place = await this.#cache.put(this.#commit, path, file!, source, { signal: how.signal, onBytes });
+      tell?.("done", size, size);
+      return place;
     } finally {
       await source.close();
     }
@@ -203,11 +207,11 @@ function some(paths: readonly string[]): string {
 /** What asks the Hub about one repository. */
 class HubClient {
   readonly name: HubName;
-  readonly options: HubOptions;
+  readonly options: SnapshotOptions;
   readonly #endpoint = hubEndpoint();
   #token: Promise<string | undefined> | undefined;
 
-  constructor(name: HubName, options: HubOptions) {
+  constructor(name: HubName, options: SnapshotOptions) {
     this.name = name;
     this.options = options;
   }
