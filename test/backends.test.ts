@@ -20,7 +20,7 @@ import {
   WASM_VARIANTS,
   type WasmVariant,
 } from "./internals.ts";
-import { required } from "./required.ts";
+import { required, runs } from "./required.ts";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
 if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-wasm-relaxed-simd");
@@ -139,7 +139,7 @@ t.test("heap: a random walk that ends empty ends in one range", (t) => {
       if (heap.allocate(held - 65536) !== 65536) throw new Error("freed memory is not one range");
       if (memory.buffer.byteLength !== held) throw new Error("memory grew though all of it was free");
     }),
-    { seed: 5, numRuns: 200 },
+    { seed: 5, numRuns: runs(200) },
   );
   t.end();
 });

@@ -16,9 +16,9 @@ for (const { env } of [all, webgpu]) {
  * @typedef {{ type: "float32" | "int64" | "bool", dims: number[], data: number[] }} Value
  * @typedef {{ name: string, feeds: Record<string, Value>[], turning: string[] }} Case
  * @param {Case[]} cases
- * @param {Record<string, string[]>} [onGpu] names of cases, by build; all where absent
+ * @param {Record<string, string[]>} [some] names of cases, by build and provider; all where absent
  */
-export async function learn(cases, onGpu) {
+export async function learn(cases, some) {
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
   const rows = [];
   for (const [build, ort, provider] of /** @type {const} */ ([
@@ -27,7 +27,7 @@ export async function learn(cases, onGpu) {
     ["jsep", all, "webgpu"],
   ])) {
     for (const one of cases) {
-      if (provider === "webgpu" && onGpu && !onGpu[build].includes(one.name)) continue;
+      if (some && !some[`${build}, ${provider}`].includes(one.name)) continue;
       const skipped = provider === "webgpu" && !adapter;
       rows.push({
         build,

@@ -17,6 +17,7 @@ import {
   rowSquares,
   transposeMatrix as transpose,
 } from "./internals.ts";
+import { runs } from "./required.ts";
 
 const ways: [string, Products][] = [
   ["js", PLAIN],
@@ -207,6 +208,6 @@ t.test("any shape, any fall", async () => {
         compare(`[${rows}, ${width}], ${k}, ${factor}`, x, rows, width, k, wasm);
       },
     ),
-    { seed: 5, numRuns: 25 },
+    { seed: 5, numRuns: runs(25) },
   );
 });

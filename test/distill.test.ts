@@ -384,7 +384,7 @@ t.test("the command line, on the real model", async (t) => {
   await writeFile(
     join(folder, "lines.txt"),
     train
-      .slice(0, 100)
+      .slice(0, 48)
       .map(([text]) => text)
       .join("\n"),
   );
@@ -394,11 +394,11 @@ t.test("the command line, on the real model", async (t) => {
     "--text",
     "lines.txt",
     "--steps",
-    "8",
+    "4",
     "--batch",
     "8",
     "--tokens",
-    "32",
+    "16",
   ];
   const command = ["distill", "p.eigen", own("debtags-role"), own("debtags-devel"), ...settings, "-o", "o.eigen"];
 
@@ -429,7 +429,7 @@ t.test("the command line, on the real model", async (t) => {
   await mkdir(join(folder, "q.eigen.partial"));
   await writeFile(join(folder, "q.eigen.partial", name!), whole.replace('"distilled"', '"projected"'));
   const nothing = await run("distill", "p.eigen", own("debtags-devel"), ...settings, "-o", "q.eigen");
-  t.match(nothing.stderr, /^warning: no task got better than it was, .* more than --steps 8, or more text$/m);
+  t.match(nothing.stderr, /^warning: no task got better than it was, .* more than --steps 4, or more text$/m);
   await rm(join(folder, "q.eigen"));
   await writeFile(join(partial, name!), whole);
   const made = await json(0, ...command);

@@ -11,6 +11,7 @@ import {
   uniform,
 } from "./internals.ts";
 import { data } from "./packs.ts";
+import { runs } from "./required.ts";
 
 t.test("f16 and bf16 agree with numpy and torch", async (t) => {
   const file = await openSafetensors(await openSource(await readFile(data("goldens/dtypes.safetensors"))));
@@ -75,7 +76,7 @@ t.test(
             return true;
           },
         ),
-        { seed: 1, numRuns: 600 },
+        { seed: 1, numRuns: runs(600) },
       ),
     );
   },
@@ -189,7 +190,7 @@ t.test("the least integer of a packed row is found wherever it stands", async (t
           return d.leastAt(bytes, type, start, values.length) === (first < 0 ? values.length : first);
         },
       ),
-      { numRuns: 2000 },
+      { numRuns: runs(2000) },
     ),
   );
 });

@@ -32,6 +32,7 @@ import {
   tensorBytes,
   uniform,
 } from "./internals.ts";
+import { runs } from "./required.ts";
 
 const DATA = new URL("data/", import.meta.url);
 
@@ -435,7 +436,7 @@ t.test("components are orthonormal and energy 1 is lossless", async () => {
       const clean = orthonormality(result.A) <= 1e-6 && orthonormality(result.B) <= 1e-6;
       return lossless && clean && result.tasks.every((task) => task.bound >= task.error - 1e-7);
     }),
-    { seed: 1, numRuns: 200 },
+    { seed: 1, numRuns: runs(200) },
   );
 });
 
@@ -464,7 +465,7 @@ t.test("reported errors are those of what is stored", async () => {
         });
       },
     ),
-    { seed: 2, numRuns: 200 },
+    { seed: 2, numRuns: runs(200) },
   );
 });
 
@@ -486,7 +487,7 @@ t.test("no coefficients of a task are better than those found", async () => {
       }
       return true;
     }),
-    { seed: 3, numRuns: 200 },
+    { seed: 3, numRuns: runs(200) },
   );
 });
 
@@ -530,7 +531,7 @@ t.test("an error selection is honoured, and no pair of fewer bytes would do", as
         return true;
       },
     ),
-    { seed: 4, numRuns: 60 },
+    { seed: 4, numRuns: runs(60) },
   );
 });
 
@@ -558,7 +559,7 @@ t.test("an error selection is honoured in few bits too", async () => {
         }
       },
     ),
-    { seed: 5, numRuns: 60 },
+    { seed: 5, numRuns: runs(60) },
   );
 });
 
@@ -640,7 +641,7 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
       const other = extractModule({ ...stack, members }, options);
       return one.tasks.every((task, i) => Math.abs(task.error - other.tasks[i]!.error) <= 1e-3);
     }),
-    { seed: 5, numRuns: 100 },
+    { seed: 5, numRuns: runs(100) },
   );
   for (const stack of real.slice(0, 2)) {
     for (const member of stack.members) {

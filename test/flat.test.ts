@@ -25,6 +25,7 @@ import {
   uniform,
 } from "./internals.ts";
 import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
+import { runs } from "./required.ts";
 import { difference, NODE, open } from "./sessions.ts";
 
 const F32: ExtractOptions = {
@@ -160,7 +161,7 @@ t.test("what is reported is what is stored; all components together lose nothing
       }
       return true;
     }),
-    { seed: 6, numRuns: 150 },
+    { seed: 6, numRuns: runs(150) },
   );
   t.pass("150 packs");
 });

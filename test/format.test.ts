@@ -7,6 +7,7 @@ import t from "tap";
 import { relativeDifference, tensorsOf } from "./compare.ts";
 import { crc32c, decodeTensor, encodeSuperblock, expandTerm, layoutAppend, parseTaskFile } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
+import { runs, soak } from "./required.ts";
 import { packBytes } from "./sessions.ts";
 
 const golden = new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen")));
@@ -112,7 +113,9 @@ t.test("the same adapters give the same bytes", async (t) => {
 });
 
 t.test("truncation at every length is refused", async (t) => {
-  for (let length = 0; length < golden.length; length++) {
+  // Structure is at the beginning; the rest are numbers.
+  const step = soak ? 1 : 3;
+  for (let length = 0; length < golden.length; length += length < 2000 ? 1 : step) {
     const result = await readAll(golden.slice(0, length)).catch((e: unknown) => e);
     if (!(result instanceof FormatError)) t.fail(`${length} bytes: ${String(result)}`);
   }
@@ -123,7 +126,7 @@ t.test("bytes behind the committed end are ignored", async (t) => {
   t.equal((await readAll(concat([golden, new Uint8Array(1000).fill(7)]))).tasks.size, 3);
 });
 
-t.test("4 000 mutants of real bytes: an error of ours, or content", { timeout: 120_000 }, async (t) => {
+t.test("mutants of real bytes: an error of ours, or content", { timeout: 120_000 }, async (t) => {
   const { bytes: real } = await packOf(["adapters/own-seed/debtags-game"], { select: { kind: "k", k: 2 } });
   let seed = 12345;
   const random = (n: number): number => {
@@ -132,9 +135,10 @@ t.test("4 000 mutants of real bytes: an error of ours, or content", { timeout: 1
     seed ^= seed << 5;
     return (seed >>> 0) % n;
   };
+  const count = runs(4_000);
   let refused = 0;
   let harmless = 0;
-  for (let i = 0; i < 4_000; i++) {
+  for (let i = 0; i < count; i++) {
     const source = i % 4 === 0 ? real : golden;
     let mutant = source.slice();
     const kind = random(6);
@@ -156,8 +160,8 @@ t.test("4 000 mutants of real bytes: an error of ours, or content", { timeout: 1
       refused++;
     }
   }
-  t.equal(refused + harmless, 4_000);
-  t.ok(refused > 2_400, `${refused} were refused`);
+  t.equal(refused + harmless, count);
+  t.ok(refused > 0.6 * count, `${refused} were refused`);
   t.comment(`${refused} refused, ${harmless} harmless`);
 });
 

@@ -19,7 +19,7 @@ const missing = spawnSync(python, ["-c", "import ray"]).status !== 0;
 const skip = missing && !required.has("ray") && "Ray is not here: pip install ray, and set PYTHON";
 
 // The soak takes all.
-const [count, shards] = soak ? [53, 7] : [14, 4];
+const [count, shards] = soak ? [53, 7] : [6, 3];
 
 t.test(`${count} adapters, ${shards} shards, two workers, one killed: the pack of one machine`, { skip }, async (t) => {
   if (missing) throw new Error("Ray is required but not installed");
@@ -39,7 +39,7 @@ t.test(`${count} adapters, ${shards} shards, two workers, one killed: the pack o
   await writeFile(
     text,
     train
-      .slice(0, 16)
+      .slice(0, 8)
       .map(([line]) => line)
       .join("\n"),
   );

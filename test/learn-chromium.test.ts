@@ -14,8 +14,12 @@ import { type Trained, train } from "./training.js";
 /** One case of each kind, the one with most gradients among them; test/learn-graph.test.ts has all, without a GPU. */
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
-/** Cases of the gate: software WebGPU is slow, so each build runs another kind. The soak runs all on both. */
-const GATE: Record<string, readonly string[]> = { webgpu: [BOTH], jsep: ["llama-dynamo"] };
+/** Cases of the gate, by build and provider: software WebGPU is slow, so each runs another kind. The soak runs all on all. */
+const GATE: Record<string, readonly string[]> = {
+  "webgpu, wasm": ["vit-dynamo"],
+  "webgpu, webgpu": [BOTH],
+  "jsep, webgpu": ["llama-dynamo"],
+};
 
 /** Tolerance of gradients. The older provider leaves sine and cosine, which rotate a LLaMA's positions, to WGSL: 2⁻¹¹. */
 const toleranceOf = (name: string, build: string): number =>
@@ -36,7 +40,7 @@ t.test(
     const files = new Map<string, Uint8Array>();
     const graphs = new Map<string, { of: Case; prepared: Prepared }>();
     const plan = [];
-    for (const name of [...CASES, BOTH]) {
+    for (const name of soak ? [...CASES, BOTH] : Object.values(GATE).flat()) {
       const of = await golden(name);
       const prepared = await prepare(of);
       const { file, graph, feeds } = prepared;
@@ -55,8 +59,8 @@ t.test(
     files.set(
       "page.js",
       await bundle(`import { learn } from "./browser-learn.js";
-    const onGpu = ${JSON.stringify(soak ? undefined : GATE)};
-    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then((plan) => learn(plan, onGpu));`),
+    const some = ${JSON.stringify(soak ? undefined : GATE)};
+    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then((plan) => learn(plan, some));`),
     );
     await addRuntimes(files, ["asyncify", "jsep"]);
     const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];

@@ -42,7 +42,7 @@ import {
   run,
   sessionOf,
 } from "./learning.ts";
-import { required } from "./required.ts";
+import { required, soak } from "./required.ts";
 import { model, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
@@ -64,7 +64,8 @@ t.test("loss and gradients are PyTorch's", async (t) => {
   for (const name of CASES) {
     const of = await golden(name);
     for (const { name: runtime, ort } of ORTS) {
-      for (const level of ["disabled", "all"] as const) {
+      // Levels change what ONNX Runtime makes of a graph, alike on both runtimes.
+      for (const level of soak || name === CASES[0] ? (["disabled", "all"] as const) : (["all"] as const)) {
         const { loss, gradients, worst } = await against(ort, level, of);
         const what = `${name}, ${runtime}, optimisations ${level}`;
         t.ok(loss <= TOLERANCE, `${what}: loss off by ${loss.toExponential(1)}`);

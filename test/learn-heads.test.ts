@@ -16,6 +16,7 @@ import { headInputs, uniform } from "./internals.ts";
 import { F32 } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
+import { soak } from "./required.ts";
 import { difference, MODES, NODE, ORTS, type Ort, open, outputOf, type Session } from "./sessions.ts";
 
 type Feeds = Parameters<Session["run"]>[0];
@@ -154,7 +155,7 @@ for (const name of NAMES) {
     t.equal((await both.score(rows)).loss, (await alone.score(rows)).loss, "the layer in front begins as the base's");
 
     const ours = await outputOf(session, feedsOf(NODE, (await goldens(name)).feeds));
-    await agrees(t, name, session.pack, "mine", ours);
+    if (soak || name === "roberta") await agrees(t, name, session.pack, "mine", ours);
   });
 }
 

@@ -32,6 +32,7 @@ import {
   uniform,
 } from "./internals.ts";
 import { type Level, probeOf, type Tensors, tensor } from "./learning.ts";
+import { runs } from "./required.ts";
 import { NODE } from "./sessions.ts";
 
 /** A dimension: fixed, or free by name. */
@@ -645,7 +646,7 @@ for (const [op, cases] of Object.entries(CASES)) {
         }
       },
     );
-    await fc.assert(property, { seed: 20261123, numRuns: 25 });
+    await fc.assert(property, { seed: 20261123, numRuns: runs(48) });
     t.pass(`off by ${worst.toExponential(1)} at most`);
   });
 }

@@ -13,6 +13,7 @@ import t, { type Test } from "tap";
 import { fromBinary, ModelProtoSchema, makeFloats, makeNode, makeValue, toBinary } from "./internals.ts";
 import { compare, golden, learning, noise, prepare, relative, run, sessionOf } from "./learning.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
+import { soak } from "./required.ts";
 import { modelBytes, NODE, ORTS, type Ort, open, type Session } from "./sessions.ts";
 
 const DECODER = data("decoder/onnx/model.onnx");
@@ -367,5 +368,5 @@ t.test("without text, a language model goes on from words of its tokenizer", asy
     asked.every((text) => text.split(" ").every((word) => [...words, "upper", "lower"].includes(word))),
     asked.slice(0, 3).join("; "),
   );
-  t.same((await distill(session, { adapter: adapter!, encode: telling, steps: 0 })).file, made.file);
+  if (soak) t.same((await distill(session, { adapter: adapter!, encode: telling, steps: 0 })).file, made.file);
 });

@@ -15,6 +15,7 @@ import {
   symmetricEigen,
   transposeMatrix as transpose,
 } from "./internals.ts";
+import { runs } from "./required.ts";
 
 /** Uniform in [-1, 1), seeded. */
 function noise(count: number, seed: number): Float64Array {
@@ -188,7 +189,7 @@ t.test("any symmetric matrix", async () => {
         values.slice(rank).every((value) => Math.abs(value) <= 1e-13 * scale)
       );
     }),
-    { seed: 3, numRuns: 150 },
+    { seed: 3, numRuns: runs(150) },
   );
 });
 

@@ -1,9 +1,10 @@
 import { readFile } from "node:fs/promises";
 import t from "tap";
 import { check, runMutants } from "./mutants/run.js";
+import { runs } from "./required.ts";
 
 /** Number of mutants; `npm run soak` makes 100 000, or another number. */
-const COUNT = 2_000;
+const COUNT = runs(2_000);
 
 t.test(`${COUNT} mutants with right checksums: refused by name, or what they mean`, { timeout: 280_000 }, async (t) => {
   const { taken, folded, refused, wrong } = await runMutants(1, COUNT);

@@ -3,7 +3,7 @@ import { execFileSync } from "node:child_process";
 import fc from "fast-check";
 import t from "tap";
 import { NamePatterns } from "./internals.ts";
-import { required } from "./required.ts";
+import { required, runs } from "./required.ts";
 
 const refuse = (pattern: string, why: string): Error => new SyntaxError(`${pattern} ${why}`);
 const patternsOf = <T>(...entries: [string, T][]): NamePatterns<T> => new NamePatterns(entries, refuse);
@@ -130,14 +130,14 @@ t.test("random patterns match what JavaScript's engine matches", async (t) => {
       }
       return true;
     }),
-    { numRuns: 4000, seed: 1 },
+    { numRuns: runs(4000), seed: 1 },
   );
   t.ok(both > 1000 && both < 12_000, `${both} of 16000 match`);
 });
 
 t.test("random patterns match what Python matches", async (t) => {
   const python = process.env["PYTHON"] ?? "python3";
-  const cases = fc.sample(fc.tuple(pattern, name), { numRuns: 4000, seed: 2 });
+  const cases = fc.sample(fc.tuple(pattern, name), { numRuns: runs(4000), seed: 2 });
   const script = `import json, re, sys
 print(json.dumps([bool(re.match(rf"(.*\\.)?({p})$", n)) for p, n in json.load(sys.stdin)]))`;
   let found: boolean[];
@@ -184,8 +184,10 @@ t.test("names of many modules, each a pattern, are found; more work than that is
   const names = Array.from({ length: 1024 }, (_, i) => `model.layers.${i >> 7}.mlp.experts.${i & 127}.down_proj`);
   const patterns = patternsOf(...names.map((name, i): [string, number] => [name, i]));
   t.ok(names.every((name, i) => patterns.find(`base.${name}`) === i));
-  const hostile = patternsOf(
-    ...Array.from({ length: 2000 }, (_, i): [string, number] => [`${".*".repeat(200)}y${i}x*`, i]),
+  const hostile = new NamePatterns(
+    Array.from({ length: 200 }, (_, i): [string, number] => [`${".*".repeat(200)}y${i}x*`, i]),
+    refuse,
+    1e7,
   );
   t.throws(
     () => {

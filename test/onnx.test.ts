@@ -19,6 +19,7 @@ import {
   parseModel,
   toBinary,
 } from "./internals.ts";
+import { runs } from "./required.ts";
 
 const DATA = resolve("test/data/onnx");
 const MINILM = resolve("test/data/minilm");
@@ -315,7 +316,7 @@ t.test("no bytes make it fail otherwise than with its own errors", async (t) => 
         if (!(error instanceof EigenLoraError)) throw error;
       }
     }),
-    { numRuns: 2000 },
+    { numRuns: runs(2000) },
   );
   // Branches whose values have names of the surrounding graph.
   const { proto } = parseModel(modelOf("by-hand"), "model");

@@ -11,6 +11,9 @@ export const required: ReadonlySet<string> = new Set(
 /** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak-tests.js. */
 export const soak: boolean = process.env["EIGENLORA_SOAK"] === "1";
 
+/** How many cases of a property, or mutants, are tried: `all` in the soak, a quarter in the gate. */
+export const runs = (all: number): number => (soak ? all : Math.ceil(all / 4));
+
 export const chromium: string | undefined = [
   "/usr/bin/chromium",
   "/usr/bin/chromium-browser",

@@ -4,6 +4,7 @@ import { type ByteSource, FormatError, SourceError } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
 import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "./internals.ts";
+import { runs } from "./required.ts";
 
 const golden = new Uint8Array(readFileSync(new URL("./data/goldens/peft/plain/base.safetensors", import.meta.url)));
 
@@ -248,7 +249,7 @@ t.test("mutants of a good file open or are refused, and never read out of place"
         }
       },
     ),
-    { numRuns: 3000, seed: 7 },
+    { numRuns: runs(3000), seed: 7 },
   );
   t.ok(opened > 0 && opened < 3000, `${opened} of 3000 opened`);
 });
@@ -286,7 +287,7 @@ t.test("what is written is read back, aligned", async (t) => {
         }
       },
     ),
-    { numRuns: 300, seed: 11 },
+    { numRuns: runs(300), seed: 11 },
   );
   t.pass();
 });

@@ -6,6 +6,7 @@ import { type ByteSource, openPack } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
 import { Queue } from "./internals.ts";
+import { runs } from "./required.ts";
 import {
   difference,
   feeds,
@@ -369,7 +370,7 @@ t.test("Queue: every call sees the changes asked for before it, and no other", a
         throw new Error(`retired ${retired}, replaced ${replaced}`);
       }
     }),
-    { numRuns: 200 },
+    { numRuns: runs(200) },
   );
   t.pass("200 sequences");
 });

@@ -40,6 +40,7 @@ import {
   writeStatistics,
 } from "./internals.ts";
 import { concat, data, packDifference } from "./packs.ts";
+import { runs } from "./required.ts";
 
 const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
 const K16 = { kind: "k", k: 16 } as const;
@@ -255,7 +256,7 @@ t.test("summaries: any split of a stack gives its Gram matrix, and the component
       }
       return true;
     }),
-    { numRuns: 100 },
+    { numRuns: runs(100) },
   );
   t.end();
 });

@@ -22,6 +22,7 @@ import {
   uniform,
 } from "./internals.ts";
 import { data, packOf } from "./packs.ts";
+import { runs } from "./required.ts";
 
 const skip = dawnMissing ?? false;
 
@@ -141,7 +142,7 @@ t.test(
         if (!(worst <= 1e-6)) throw new Error(`${worst} of the largest element apart`);
         if (units > 1) throw new Error(`${units} units in the last place apart`);
       }),
-      { seed: 20261124, numRuns: 320 },
+      { seed: 20261124, numRuns: runs(320) },
     );
     t.comment(`f32: ${worst} of the largest element; halves: ${units} unit(s) in the last place`);
   },

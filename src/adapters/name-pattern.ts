@@ -25,11 +25,16 @@ type RefusePattern = (pattern: string, why: string) => Error;
 export class NamePatterns<T> {
   readonly #patterns: { readonly pattern: string; readonly value: T; readonly automaton: Automaton }[];
   readonly #refuse: RefusePattern;
+  readonly #most: number;
   #steps = 0;
 
-  /** @throws the error that `refuse` makes, for a pattern that is invalid or not supported */
-  constructor(entries: readonly (readonly [pattern: string, value: T])[], refuse: RefusePattern) {
+  /**
+   * @param most steps for all names
+   * @throws the error that `refuse` makes, for a pattern that is invalid or not supported
+   */
+  constructor(entries: readonly (readonly [pattern: string, value: T])[], refuse: RefusePattern, most = MAX_STEPS) {
     this.#refuse = refuse;
+    this.#most = most;
     this.#patterns = entries.map(([pattern, value]) => ({ pattern, value, automaton: compile(pattern, refuse) }));
   }
 
@@ -44,7 +49,7 @@ export class NamePatterns<T> {
       const before = automaton.steps;
       const matched = automaton.matches(codes);
       this.#steps += automaton.steps - before;
-      if (this.#steps > MAX_STEPS)
+      if (this.#steps > this.#most)
         throw this.#refuse(pattern, "takes too long for the modules there are; write fewer patterns");
       if (!matched) continue;
       // JavaScript objects put numeric keys in front, wherever they were in the file.
