@@ -32,7 +32,11 @@ export class NamePatterns<T> {
    * @param most steps for all names
    * @throws the error that `refuse` makes, for a pattern that is invalid or not supported
    */
-  constructor(entries: readonly (readonly [pattern: string, value: T])[], refuse: RefusePattern, most = MAX_STEPS) {
+  constructor(
+    entries: readonly (readonly [pattern: string, value: T])[],
+    refuse: RefusePattern,
+    most: number = MAX_STEPS,
+  ) {
     this.#refuse = refuse;
     this.#most = most;
     this.#patterns = entries.map(([pattern, value]) => ({ pattern, value, automaton: compile(pattern, refuse) }));
@@ -86,33 +90,56 @@ class Automaton {
   readonly #start: number;
   /** The accepting state. */
   readonly #accept: number;
-  /** Round in which each state was last visited, so that it is followed once per round. */
-  readonly #visited: Int32Array;
+  /** Round in which each state was last put on a list, so that it is followed once per round. */
+  readonly #listed: Int32Array;
+  /** States of this round and of the next. */
+  #now: Int32Array;
+  #next: Int32Array;
   #round = 0;
 
   constructor(states: readonly State[], start: number, accept: number) {
     this.#states = states;
     this.#start = start;
     this.#accept = accept;
-    this.#visited = new Int32Array(states.length);
+    this.#listed = new Int32Array(states.length).fill(-1);
+    this.#now = new Int32Array(states.length);
+    this.#next = new Int32Array(states.length);
   }
 
   /** Whether all of a name, or the rest behind one of its dots, matches. */
   matches(codes: readonly number[]): boolean {
-    let [now, next]: number[][] = [[this.#start], []];
-    for (let index = codes.length; index >= 0 && now!.length > 0; index--) {
-      this.#round++;
-      for (let state = now!.pop(); state !== undefined; state = now!.pop()) {
-        if (this.#visited[state] === this.#round) continue;
-        this.#visited[state] = this.#round;
+    const listed = this.#listed;
+    let count = 1;
+    this.#now[0] = this.#start;
+    // The round before has listed states for one that never came.
+    listed[this.#start] = this.#round += 2;
+    for (let index = codes.length; index >= 0 && count > 0; index--) {
+      const [now, next, round] = [this.#now, this.#next, this.#round];
+      let following = 0;
+      while (count > 0) {
+        const state = now[--count]!;
         this.steps++;
         if (state === this.#accept && (index === 0 || codes[index - 1] === DOT)) return true;
         const { test, at, to } = this.#states[state]!;
-        if (test ? index > 0 && test(codes[index - 1]!) : !at || at(index, codes.length)) {
-          for (const following of to) (test ? next : now)!.push(following);
+        if (test) {
+          if (index === 0 || !test(codes[index - 1]!)) continue;
+          for (const one of to) {
+            if (listed[one] === round + 1) continue;
+            listed[one] = round + 1;
+            next[following++] = one;
+          }
+        } else if (!at || at(index, codes.length)) {
+          for (const one of to) {
+            if (listed[one] === round) continue;
+            listed[one] = round;
+            now[count++] = one;
+          }
         }
       }
-      [now, next] = [next, now];
+      this.#now = next;
+      this.#next = now;
+      this.#round++;
+      count = following;
     }
     return false;
   }
