@@ -17,7 +17,7 @@ import { F32 } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
 import { soak } from "./required.ts";
-import { difference, MODES, NODE, ORTS, type Ort, open, outputOf, type Session } from "./sessions.ts";
+import { difference, modesOn, NODE, ORTS, type Ort, open, outputOf, type Session } from "./sessions.ts";
 
 type Feeds = Parameters<Session["run"]>[0];
 
@@ -72,7 +72,7 @@ for (const name of NAMES) {
   for (const { name: runtime, ort } of ORTS) {
     t.test(`${name} on ${runtime}: tasks bring all layers of their heads, as in PyTorch`, async (t) => {
       const { feeds, logits } = await goldens(name);
-      for (const mode of MODES) {
+      for (const mode of modesOn(runtime)) {
         const session = await open(ort, model(name), await packOf(name), { mode });
         const run = feedsOf(ort, feeds);
         for (const task of ["two", "four", null]) {

@@ -10,7 +10,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { difference } from "./adapters.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { MODES, NODE, ORTS, type Ort, refusal, type Session } from "./sessions.ts";
+import { modesOn, NODE, ORTS, type Ort, refusal, type Session } from "./sessions.ts";
 
 const { rows: ROWS, logits } = JSON.parse(readFileSync(data("builder/goldens.json"), "utf8")) as {
   rows: number[][];
@@ -66,7 +66,7 @@ for (const { name, ort } of ORTS) {
     for (const [file, kind, tolerance] of FILES) {
       const pack = await packOf(t, kind);
       const quantised = file.endsWith("int4");
-      for (const mode of MODES) {
+      for (const mode of modesOn(name)) {
         // DoRA needs the float weight.
         if (quantised) pack.removeTask("dora");
         const session = await createEigenSession(ort, data(`builder/${file}.onnx`), pack, { mode });

@@ -9,7 +9,19 @@ import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { create, fromBinary, ModelProtoSchema, NodeProtoSchema, TensorProtoSchema, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { difference, type Feeds, MODES, type Mode, NODE, ORTS, type Ort, open, outputOf, refusal } from "./sessions.ts";
+import {
+  difference,
+  type Feeds,
+  MODES,
+  type Mode,
+  modesOn,
+  NODE,
+  ORTS,
+  type Ort,
+  open,
+  outputOf,
+  refusal,
+} from "./sessions.ts";
 
 type Nested = number | readonly Nested[];
 const GOLDENS = JSON.parse(readFileSync(data("forms/goldens.json"), "utf8")) as {
@@ -76,7 +88,7 @@ for (const { name: runtime, ort } of ORTS) {
       const tasks = [null, ...pack.tasks.keys(), null];
       const cells = [name];
       const rows: string[] = [];
-      for (const mode of MODES) {
+      for (const mode of modesOn(runtime)) {
         if (mode === "folded" && isQuantised(name)) {
           const error = await refusal(() => open(ort, path(name), pack, { mode }));
           t.match(error, { tag: "base", message: /quantised.*use mode "core" or "factors"/ }, `${name}, ${mode}`);

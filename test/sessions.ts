@@ -15,6 +15,7 @@ import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
+import { soak } from "./required.ts";
 
 export type Ort = typeof common;
 export type Session = EigenSession<Ort>;
@@ -41,6 +42,9 @@ export const RUNTIMES: readonly { name: string; ort: Runtime }[] = [
 export const NODE: Ort = node;
 export const WEB: Ort = web;
 export const MODES: readonly Mode[] = ["core", "factors", "folded"];
+/** Modes of tests on each runtime. A graph is the same on all; the gate takes one mode on those that are slow to open a model. */
+export const modesOn = (runtime: string): readonly Mode[] =>
+  soak || runtime !== "onnxruntime-web" ? MODES : MODES.slice(0, 1);
 
 interface Goldens {
   feeds: Record<string, number[][]> & { deep: boolean[] };

@@ -1,5 +1,5 @@
 /**
- * Tests that take a part of their cases in `npm test`, with all of them: each that asks `required.ts` for `soak` or `runs`. Some twenty
+ * Tests that take a part of their cases in `npm test`, with all of them: each that asks for `soak`, `runs` or `modesOn`. Some twenty
  * minutes.
  *
  * usage: node test/soak-tests.js [NAME...]      tests by name, such as session-gpu. Default: all of them
@@ -13,7 +13,7 @@ const ENDING = ".test.ts";
 const tests = readdirSync(here)
   .filter((file) => file.endsWith(ENDING))
   .filter((file) =>
-    /import \{[^}]*\b(soak|runs)\b[^}]*\} from "\.\/required\.ts"/.test(readFileSync(here + file, "utf8")),
+    /\b(soak|runs|modesOn)\b[^}]*\} from "\.\/(required|sessions)\.ts"/.test(readFileSync(here + file, "utf8")),
   )
   .map((file) => file.slice(0, -ENDING.length));
 
