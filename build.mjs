@@ -145,6 +145,19 @@ const REQUIRE = "import { createRequire } from 'node:module'; const require = cr
 
 const LICENCES = "/*! EigenLoRA Edge, Apache-2.0; contains @bufbuild/protobuf, Apache-2.0 */";
 
+/** The viewer of packs as one file: its script and its styles stand in it, and its policy allows them by their hashes. */
+async function viewer() {
+  const script = await bundle("examples/viewer/main.js", { minify: true, banner: { js: LICENCES } });
+  const { code: style } = await esbuild.transform(read("examples/viewer/viewer.css"), { loader: "css", minify: true });
+  /** @param {string} text */
+  const allowed = (text) => `'sha256-${createHash("sha256").update(text).digest("base64")}'`;
+  return read("examples/viewer/index.html")
+    .replace("SCRIPT_HASH", () => allowed(script))
+    .replace("STYLE_HASH", () => allowed(style))
+    .replace("<style>STYLE</style>", () => `<style>${style}</style>`)
+    .replace('<script type="module">SCRIPT</script>', () => `<script type="module">${script}</script>`);
+}
+
 /** Writes what differs in dist. @param {Iterable<readonly [path: string, content: string | Uint8Array]>} files */
 function write(files) {
   for (const [path, content] of files) {
@@ -178,6 +191,7 @@ files.set("src/cli/commander.js", await bundle("src/cli/commander.ts", { platfor
 write(files);
 // For pages without a bundler.
 files.set("browser.js", await bundle("dist/src/browser.js", { minify: true, banner: { js: LICENCES } }));
+files.set("viewer.html", await viewer());
 write(files);
 prune();
 // For use from a checkout; npm does that for installs.

@@ -34,7 +34,7 @@ const commands = list
 t.test("a short list, and help of each command that fits 80 columns", async (t) => {
   t.same(
     commands.sort(),
-    "add attach bench check compact distill export fold help hub inspect keygen learn pack remove sign verify".split(
+    "add attach bench check compact distill export fold help hub inspect keygen learn pack remove sign verify view".split(
       " ",
     ),
   );

@@ -16,6 +16,8 @@ export interface Result {
   readonly text: readonly string[];
   /** 1 when the command ran but its verdict is bad. Default: 0. */
   readonly exitCode?: number;
+  /** The command goes on after it has printed, until this is settled. */
+  readonly until?: Promise<unknown>;
 }
 
 interface Declaration<A extends readonly string[], O extends Options> {
@@ -58,6 +60,11 @@ export function command<A extends readonly string[], O extends Options>(declared
         const args = (await takeArguments(made.args, declared.reads, run)) as string[] & A;
         const values = await takeOptions(options, valuesOf(options, made.opts()), run);
         result = await declared.run(args, values, run, out);
+        if (result.until) {
+          done(result);
+          await result.until;
+          return;
+        }
       } catch (error) {
         run.fail();
         // The library speaks of its own options.
@@ -77,6 +84,8 @@ function toOption(
 ): Option {
   const says = ["string", "number"].includes(typeof otherwise) ? `${help} Default: ${otherwise}.` : help;
   const option = new Option(`${short}${flag}${value ? ` <${value}>` : ""}`, says);
+  // Else `--no-open` would be the way to switch `--open` off.
+  option.negate = false;
   if (rare) option.hideHelp();
   if (group) option.helpGroup(group);
   if (!value) return option;

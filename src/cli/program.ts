@@ -23,11 +23,13 @@ import { createOutput, paragraph, printable, type Stream } from "./output.ts";
 import { pack } from "./pack.ts";
 import { keygen, sign } from "./sign.ts";
 import { verify } from "./verify.ts";
+import { view } from "./view.ts";
 
 /** All commands, in the order of the help. */
 const COMMANDS = [
   pack,
   inspect,
+  view,
   verify,
   add,
   remove,

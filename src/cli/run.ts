@@ -7,7 +7,7 @@ import { readAdapters } from "../adapters/folder.ts";
 import { type OpenOptions, openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
 import { renamedHost } from "../core/renamed.ts";
-import { readTask } from "../core/task-file.ts";
+import { readTaskFile } from "../core/task-file.ts";
 import type { TaskFile } from "../format/format.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
@@ -130,7 +130,7 @@ export class Run {
 
   /** @throws FormatError when it is damaged, or another kind of file */
   async taskFile(path: string): Promise<TaskFile> {
-    return readTask(this.closing(await openSource(path)));
+    return readTaskFile(path);
   }
 
   async pack(path: string, options: OpenOptions = {}): Promise<Pack> {

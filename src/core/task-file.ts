@@ -47,6 +47,24 @@ export async function readTask(source: ByteSource, options?: ReadOptions): Promi
 }
 
 /**
+ * Reads a task file by itself: what it says of the task, and which basis it belongs to. Its numbers need the pack of that basis, which takes
+ * it by `addTask`.
+ * @param input path, URL, Blob, ArrayBuffer or any ByteSource
+ * @throws SourceError when it cannot be read, FormatError when it is damaged or another kind of file
+ * @example
+ * const { id, basisId } = await readTaskFile("mine.eigentask");
+ * if (basisId === pack.basisId) await pack.addTask(id, "mine.eigentask");
+ */
+export async function readTaskFile(input: SourceInput, options?: ReadOptions): Promise<TaskFile> {
+  const source = await openSource(input, {}, "readTaskFile");
+  try {
+    return await readTask(source, options);
+  } finally {
+    await source.close?.();
+  }
+}
+
+/**
  * Reads a task file for a pack. Its id is taken as soon as this begins.
  * @param id the task's in the pack
  * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change

@@ -1,0 +1,148 @@
+/**
+ * Opens what a visitor gives: packs and task files, and adapters with the JSON files beside them. Files say by their ending what they are.
+ */
+import { openPack } from "eigenlora";
+import { readDiffusers, readGguf, readKohya, readMlx, readOnnxAdapter, readPeft, readTaskFile } from "eigenlora/build";
+
+/**
+ * @typedef {import("eigenlora").Pack} Pack
+ * @typedef {import("eigenlora/build").Adapter} Adapter
+ * @typedef {import("eigenlora/build").TaskFile} TaskFile
+ *
+ * @typedef {object} Given
+ * @property {string} name of the file
+ * @property {string} folder that it lies in; empty where that is not known
+ * @property {File | string} input a file, or an address
+ * @property {(name: string) => Promise<unknown>} beside the JSON of a file in the same folder; undefined where there is none
+ *
+ * @typedef {{ given: Given } & ({ kind: "pack", pack: Pack } | { kind: "task file", file: TaskFile } | { kind: "adapter", adapter: Adapter })} Opened
+ */
+
+/** Readers of adapters that are one file, by its ending. @type {ReadonlyMap<string, typeof readGguf | typeof readOnnxAdapter>} */
+const READERS = new Map([
+  ["gguf", readGguf],
+  ["onnx_adapter", readOnnxAdapter],
+]);
+
+/**
+ * @param {Given} given
+ * @param {(loaded: number) => void} onBytes told how many bytes of a pack are read
+ * @returns {Promise<Opened>}
+ * @throws EigenLoraError in the words of the library
+ */
+export async function open(given, onBytes) {
+  const ending = /\.(\w+)$/.exec(given.name)?.[1]?.toLowerCase() ?? "";
+  if (ending === "eigentask") return { given, kind: "task file", file: await readTaskFile(given.input) };
+  if (ending === "safetensors" || READERS.has(ending))
+    return { given, kind: "adapter", adapter: await readAdapter(given, READERS.get(ending)) };
+  const onProgress = (/** @type {import("eigenlora").Progress} */ progress) => {
+    if ("loaded" in progress) onBytes(progress.loaded);
+  };
+  return { given, kind: "pack", pack: await openPack(given.input, { bases: "later", onProgress }) };
+}
+
+/**
+ * @param {Given} given
+ * @param {typeof readGguf | typeof readOnnxAdapter | undefined} read of its format; undefined for safetensors
+ * @returns {Promise<Adapter>}
+ */
+async function readAdapter(given, read) {
+  const { name, folder, input } = given;
+  const ofFolder = /^(adapter_model|adapters|pytorch_lora_weights)\.safetensors$/.test(name);
+  const id = (ofFolder && folder) || name.replace(/\.\w+$/, "");
+  const files = { id, file: name, tensors: input, task: await given.beside("task.json") };
+  if (read) return read(files);
+  const config = await given.beside("adapter_config.json");
+  if (config !== undefined) return (name === "adapters.safetensors" ? readMlx : readPeft)({ ...files, config });
+  if (name === "adapter_model.safetensors") throw new Error(`${name}: give adapter_config.json with it, both at once`);
+  try {
+    return await readDiffusers(files);
+  } catch (error) {
+    if (/** @type {{ tag?: string }} */ (error).tag !== "adapter") throw error;
+    return readKohya(files).catch((other) => {
+      throw new Error(`as of diffusers: ${/** @type {Error} */ (error).message}; as of kohya: ${other.message}`);
+    });
+  }
+}
+
+/**
+ * Sorts files into those to open and the JSON beside them.
+ * @param {readonly { file: File, folder: string }[]} files
+ * @returns {Given[]}
+ */
+export function givenFiles(files) {
+  const opened = files.filter(({ file }) => !file.name.endsWith(".json"));
+  return opened.map(({ file, folder }) => ({
+    name: file.name,
+    folder,
+    input: file,
+    beside: async (name) => {
+      const found = files.find((one) => one.folder === folder && one.file.name === name);
+      return found && parse(name, await found.file.text());
+    },
+  }));
+}
+
+/**
+ * @param {string} address relative ones are against the page
+ * @returns {Given}
+ * @throws TypeError for what is no address
+ */
+export function givenAddress(address) {
+  const hub = /^hf:/i.test(address);
+  const url = hub ? address : new URL(address, location.href).href;
+  const path = hub ? address : decodeURIComponent(new URL(url).pathname);
+  const [folder = "", name = ""] = path.split("/").slice(-2);
+  return {
+    name,
+    folder,
+    input: url,
+    beside: async (other) => {
+      const answer = hub ? undefined : await fetch(new URL(other, url)).catch(() => undefined);
+      return answer?.ok ? parse(other, await answer.text()) : undefined;
+    },
+  };
+}
+
+/** @param {string} name @param {string} text @returns {unknown} */
+function parse(name, text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new Error(`${name}: is not JSON: ${/** @type {Error} */ (error).message}`);
+  }
+}
+
+/**
+ * Files that were dropped, those of a folder too.
+ * @param {DataTransfer} dropped
+ * @returns {Promise<{ file: File, folder: string }[]>}
+ */
+export async function droppedFiles(dropped) {
+  const entries = Array.from(dropped.items, (item) => item.webkitGetAsEntry());
+  const files = await Promise.all(entries.map((entry) => (entry ? filesOf(entry, "") : [])));
+  return files.flat();
+}
+
+/**
+ * @param {FileSystemEntry} entry
+ * @param {string} folder
+ * @returns {Promise<{ file: File, folder: string }[]>}
+ */
+async function filesOf(entry, folder) {
+  if (entry.isFile) {
+    const one = /** @type {FileSystemFileEntry} */ (entry);
+    return [{ file: await new Promise((resolve, reject) => one.file(resolve, reject)), folder }];
+  }
+  const reader = /** @type {FileSystemDirectoryEntry} */ (entry).createReader();
+  /** @type {FileSystemEntry[]} */
+  const inside = [];
+  for (;;) {
+    // A browser gives a hundred at a time.
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (some.length === 0) break;
+    inside.push(...some);
+  }
+  const files = await Promise.all(inside.filter((one) => one.isFile).map((one) => filesOf(one, entry.name)));
+  return files.flat();
+}

@@ -1,0 +1,145 @@
+/** The command view: shows in a browser what packs, task files and adapters hold. */
+import { spawn } from "node:child_process";
+import { readFile, stat } from "node:fs/promises";
+import { basename, join } from "node:path";
+import { type AdapterLocation, CONFIG, findAdapters, TASK } from "../adapters/find.ts";
+import { kind } from "../adapters/tree.ts";
+import { reasonOf } from "../disk.ts";
+import { AdapterError } from "../errors.ts";
+import { openSource } from "../open-source.ts";
+import type { ByteSource } from "../source.ts";
+import { type Attach, command } from "./command.ts";
+import { downloading } from "./on-hub.ts";
+import { byDefault, number, type Range, toggle, UsageError } from "./options.ts";
+import type { Output } from "./output.ts";
+import type { Run } from "./run.ts";
+import { type ServedFile, serveViewer } from "./view-server.ts";
+
+/** The viewer, which the build makes of examples/viewer. */
+const PAGE = new URL("../../viewer.html", import.meta.url);
+
+const PORT: Range = {
+  expected: "a whole number up to 65535",
+  holds: (n) => Number.isSafeInteger(n) && n >= 0 && n < 65_536,
+};
+
+export const view: Attach = command({
+  usage: "view <FILE> [SECOND]",
+  does: "Show in a browser what a pack holds, or two packs side by side.",
+  details:
+    "Task files and adapters can be shown too. The page reads of the files what you look at, from a server on this machine " +
+    "that serves nothing else. Ctrl-C ends it.",
+  example: "view tasks.eigen",
+  options: {
+    port: byDefault(0, number("N", "Port of the server; 0 takes a free one.", PORT)),
+    noOpen: toggle("Print the address, and open no browser."),
+  },
+  reads: ["repository"],
+  async run(paths: string[], { port, noOpen }, run, out) {
+    const files = new Map<string, ServedFile>();
+    const shown: string[] = [];
+    for (const [i, path] of paths.entries()) {
+      const found = await filesOf(path, run, out);
+      const folder = ["/files", `${i + 1}`, ...found.folder.map(encodeURIComponent)].join("/");
+      for (const [name, file] of found.files) files.set(`${folder}/${encodeURIComponent(name)}`, file);
+      shown.push(`${folder}/${encodeURIComponent(found.name)}`);
+    }
+    const page = await readFile(PAGE);
+    const served = await serveViewer(page, files, port, ({ message }) => out.warn(message)).catch((cause) => {
+      throw new UsageError(`--port ${port}: ${reasonOf(cause)}; leave it out to take a free one`, { cause });
+    });
+    run.closing(served);
+    const query = new URLSearchParams([...shown.map((path) => ["url", path]), ["only", ""]]);
+    const url = `${served.url}?${query}`;
+    if (!noOpen) openBrowser(url);
+    const ended = run.interrupts();
+    return {
+      json: { url, files: paths.map((path) => run.shown(path)) },
+      text: [`${paths.map((path) => run.shown(path)).join(" and ")}: ${url} (Ctrl-C ends it)`],
+      until: new Promise<void>((resolve) => ended.addEventListener("abort", () => resolve())),
+    };
+  },
+});
+
+/** What the page opens, and the files that it may read. */
+interface Found {
+  /** Name of the adapter's folder, where it is one. */
+  readonly folder: readonly string[];
+  readonly name: string;
+  readonly files: ReadonlyMap<string, ServedFile>;
+}
+
+/** @throws SourceError, FormatError, AdapterError for what cannot be shown, before a browser is opened */
+async function filesOf(path: string, run: Run, out: Output): Promise<Found> {
+  const found = await run.kindOf(path);
+  if (found === "an EigenLoRA task file") {
+    await run.taskFile(path);
+    return one(named(path, ".eigentask"), path, run);
+  }
+  if (found === "an EigenLoRA pack" || /\.eigen(task)?$/.test(path) || /^https?:/i.test(path)) {
+    await (await run.pack(path, { bases: "later", maxResidentBytes: 0 })).close();
+    return one(named(path, ".eigen"), path, run);
+  }
+  const adapters = await findAdapters([path], { onProgress: downloading(out) });
+  const [adapter, second] = adapters;
+  if (second || !adapter || adapter.models) {
+    const all = adapters.flatMap(({ path, models }) => (models ? [...models.values()] : [{ path }]));
+    const names = all.slice(0, 5).map((one) => run.shown(one.path));
+    const more = all.length > names.length ? ", …" : "";
+    throw new AdapterError(`holds ${all.length} adapters; name one: ${names.join(", ")}${more}`, {
+      file: run.shown(path),
+    });
+  }
+  return adapterFiles(adapter, run);
+}
+
+async function adapterFiles({ id, path, tensors }: AdapterLocation, run: Run): Promise<Found> {
+  const files = new Map([[basename(tensors), served(tensors, run)]]);
+  for (const name of [CONFIG, TASK])
+    if ((await kind(join(path, name))) === "file") files.set(name, served(join(path, name), run));
+  return { folder: [id], name: basename(tensors), files };
+}
+
+function one(name: string, path: string, run: Run): Found {
+  return { folder: [], name, files: new Map([[name, served(path, run)]]) };
+}
+
+/** The name of a file as the page shows it; its ending says what it is. */
+function named(path: string, ending: string): string {
+  const name = basename(path.replace(/[?#].*/s, ""));
+  return name.endsWith(ending) ? name : `${name}${ending}`;
+}
+
+/** A file of the disk is opened for each answer, so that a reload shows it as it is by then. */
+function served(path: string, run: Run): ServedFile {
+  if (/^(https?|hf):/i.test(path)) {
+    let source: Promise<ByteSource> | undefined;
+    return {
+      open: () => (source ??= openSource(path).then((opened) => run.closing(opened))),
+      release: async () => {},
+      version: async () => undefined,
+    };
+  }
+  return {
+    open: () => openSource(path),
+    release: async (source) => source.close?.(),
+    async version() {
+      const { size, mtimeMs } = await stat(path);
+      return `${size.toString(36)}-${Math.round(mtimeMs).toString(36)}`;
+    },
+  };
+}
+
+/** Commands that open an address in the browser of one's choice. */
+const OPENERS: Readonly<Record<string, readonly [string, ...string[]]>> = {
+  darwin: ["open"],
+  win32: ["rundll32", "url.dll,FileProtocolHandler"],
+};
+
+/** Opens the browser where there is one; the address is printed in any case. */
+function openBrowser(url: string): void {
+  const [command, ...args] = OPENERS[process.platform] ?? ["xdg-open"];
+  spawn(command, [...args, url], { stdio: "ignore", detached: true })
+    .on("error", () => undefined)
+    .unref();
+}

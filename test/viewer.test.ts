@@ -1,0 +1,345 @@
+/**
+ * The viewer of packs: its page in Chromium and Firefox, and the command view, which serves it. Skipped by name without a browser, unless
+ * EIGENLORA_REQUIRE lists chromium, firefox.
+ */
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync } from "node:fs";
+import { mkdtemp, readFile, writeFile } from "node:fs/promises";
+import { get } from "node:http";
+import { createRequire } from "node:module";
+import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { fileURLToPath, pathToFileURL } from "node:url";
+import { openPack } from "eigenlora";
+import { type Adapter, buildPack, encodeTaskFile, readTaskFile, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import type { Page } from "playwright-core";
+import t, { type Test } from "tap";
+import { launch, noChromium } from "./browser.ts";
+import { json, run, workIn } from "./command-line.ts";
+import { concat, data, LOSSLESS, packOf } from "./packs.ts";
+import { complaintsOfAxe } from "./page-axe.ts";
+import { serve } from "./range-server.ts";
+import { required } from "./required.ts";
+
+const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+const viewer = fileURLToPath(new URL("../dist/viewer.html", import.meta.url));
+const demo = fileURLToPath(new URL("../examples/tasks.eigen", import.meta.url));
+const PUPPETEER = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/puppeteer-core");
+const FIREFOX = "/usr/bin/firefox-esr";
+const noFirefox = !(existsSync(FIREFOX) && existsSync(PUPPETEER)) && !required.has("firefox") && "firefox is not here";
+
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-viewer-"));
+workIn(t, folder);
+/** Large: without loss, in f32; signed. */
+await writeFile("large.eigen", (await packOf(["adapters/own-seed"], LOSSLESS)).bytes);
+await run("keygen", "-o", "me");
+await run("sign", "large.eigen", "--key", "me.pem");
+const browser = noChromium ? undefined! : await launch(t);
+
+/** Runs the command until the test ends. @returns the address that it prints, and its end by Ctrl-C */
+async function view(t: Test, ...files: string[]): Promise<{ url: string; end(): Promise<number | null> }> {
+  const child = spawn(process.execPath, [main, "view", ...files, "--no-open", "--json"], {
+    stdio: ["ignore", "pipe", "inherit"],
+  });
+  t.teardown(() => void child.kill("SIGKILL"));
+  for await (const line of createInterface({ input: child.stdout })) {
+    const end = async (): Promise<number | null> => {
+      const ended = once(child, "exit");
+      child.kill("SIGINT");
+      return (await ended)[0];
+    };
+    return { url: JSON.parse(line).url, end };
+  }
+  throw new Error("it printed nothing");
+}
+
+/** Opens a page, and collects what it complains of and whom it asks. */
+async function visit(t: Test, url: string): Promise<{ page: Page; complaints: string[]; asked: string[] }> {
+  const page = await browser.newPage({ viewport: { width: 1280, height: 900 } });
+  t.teardown(() => page.close());
+  page.setDefaultTimeout(60_000);
+  const complaints: string[] = [];
+  const asked: string[] = [];
+  page.on("console", (message) => void (message.type() === "error" && complaints.push(message.text())));
+  page.on("pageerror", (error) => complaints.push(error.message));
+  page.on("request", (request) => asked.push(request.url()));
+  await page.goto(url);
+  await settled(page);
+  return { page, complaints, asked };
+}
+
+const settled = (page: Page): Promise<void> => page.locator('body[aria-busy="false"]').waitFor();
+const sectionOf = (page: Page, title: string) =>
+  page.locator("section", { has: page.getByRole("heading", { name: title }) });
+const factOf = (page: Page, name: string) =>
+  page.locator("dl div", { has: page.locator("dt", { hasText: new RegExp(`^${name}$`) }) }).locator("dd");
+const readSoFar = async (page: Page): Promise<string> => (await page.locator('[data-part="reads"]').textContent())!;
+
+t.test("the command serves its page and the named files alone, until Ctrl-C", async (t) => {
+  const { url, end } = await view(t, "large.eigen", demo);
+  const { origin, searchParams } = new URL(url);
+  const [first] = searchParams.getAll("url");
+  const page = await fetch(origin);
+  t.match(page.headers.get("content-security-policy"), /connect-src 'self'; frame-ancestors 'none'/);
+  t.equal(await page.text(), await readFile(viewer, "utf8"));
+  const bytes = await readFile("large.eigen");
+  const part = await fetch(origin + first, { headers: { range: "bytes=10-19" } });
+  t.same([part.status, part.headers.get("content-range")], [206, `bytes 10-19/${bytes.length}`]);
+  t.same(Buffer.from(await part.arrayBuffer()), bytes.subarray(10, 20));
+  t.same(Buffer.from(await (await fetch(origin + first)).arrayBuffer()), bytes, "and whole");
+  for (const [status, path, init] of [
+    [404, "/files/3/large.eigen"],
+    [404, "/files/1/me.pem"],
+    [404, "/files/1/../../me.pem"],
+    [405, "/", { method: "POST" }],
+    [416, first, { headers: { range: `bytes=${bytes.length}-` } }],
+  ] as const)
+    t.equal((await fetch(origin + path, init)).status, status, `${path}`);
+  // A page of another site that has its name lead here.
+  const [stranger] = await once(get(origin, { headers: { host: "evil.example" } }), "response");
+  t.equal(stranger.statusCode, 403);
+  stranger.resume();
+  t.equal(await end(), 0);
+});
+
+t.test("what cannot be shown is said before a browser opens", async (t) => {
+  const taken = createServer().listen(0, "127.0.0.1");
+  await once(taken, "listening");
+  t.teardown(() => taken.close());
+  const { port } = taken.address() as { port: number };
+  await writeFile("notes.eigen", "{}");
+  for (const [args, status, message] of [
+    [["missing.eigen"], 1, /missing\.eigen: cannot be opened/],
+    [["notes.eigen"], 1, /this is JSON, expected an EigenLoRA pack/],
+    [[data("adapters/own-seed")], 1, /holds 20 adapters; name one: /],
+    [[demo, "--port", "70000"], 2, /expected a whole number up to 65535/],
+    [[demo, "--port", `${port}`], 2, /leave it out to take a free one/],
+  ] as const) {
+    const { error } = await json(status, "view", ...args, "--no-open");
+    t.match(error.message, message);
+  }
+});
+
+t.test("a large pack is read by what is looked at", { skip: noChromium }, async (t) => {
+  const { url } = await view(t, "large.eigen");
+  const pack = await openPack(await readFile("large.eigen"));
+  const { page, complaints, asked } = await visit(t, url);
+  const { directoryLength, committed } = pack.window.superblock;
+  const kB = (n: number): string => `${(n / 1e3).toFixed(n < 1e4 ? 2 : 1)} kB`;
+  t.equal(
+    await readSoFar(page),
+    `Read so far: ${kB(1536 + directoryLength)} of ${(committed / 1e6).toFixed(2)} MB, in 2 requests.`,
+    "the window and the directory",
+  );
+  t.match(await factOf(page, "root").textContent(), await pack.integrity());
+  t.match(await factOf(page, "signature").textContent(), /^by ed25519:\S+, and it is right/);
+  const tasks = [...pack.tasks.values()];
+  t.same(
+    await sectionOf(page, "Tasks").locator("tbody th").allTextContents(),
+    tasks.map(({ id }) => id),
+  );
+  const { id, bytes, integrity, metadata } = tasks[3]!;
+  const [button, details] = [page.getByRole("button", { name: id, exact: true }), page.locator(".task")];
+  await button.press("Enter");
+  await page.locator('[data-part="reads"]', { hasText: "in 3 requests" }).waitFor();
+  t.match(await readSoFar(page), kB(1536 + directoryLength + bytes), "and the task that was chosen");
+  t.match(await details.textContent(), integrity!);
+  t.match(await details.textContent(), metadata.labels!.join(", "));
+  await page.getByRole("button", { name: /^Read the components/ }).click();
+  await page.locator("figure", { hasText: "Components of A, the mean last, f32" }).waitFor();
+  t.match(
+    await sectionOf(page, "What is shared").locator(".caption").textContent(),
+    /^1 of 20 tasks read; 1 task takes/,
+  );
+  await page.getByRole("button", { name: /^Read all tasks/ }).click();
+  await page.locator(".caption", { hasText: "20 tasks take shared components" }).waitFor();
+  const shares = await sectionOf(page, "What is shared").locator("tbody tr:first-child td").allTextContents();
+  t.same(shares.slice(-3), ["20", "20", "0"], "of the first module all take both sides");
+  await page.getByRole("button", { name: /^Check every byte/ }).click();
+  await page.getByText("Components and 20 tasks are whole: they have the hashes that the directory names.").waitFor();
+  t.same(
+    asked.filter((one) => !one.startsWith(new URL(url).origin) && !one.startsWith("data:")),
+    [],
+    "nobody else is asked",
+  );
+  t.same(complaints, []);
+});
+
+/** ⟨ΔW, ΔW'⟩ over all modules, from whole matrices. */
+async function product(one: Adapter, other: Adapter): Promise<number> {
+  let sum = 0;
+  for (const [name, module] of one.modules) {
+    const [a, b] = await Promise.all([wholeOf(module), wholeOf(other.modules.get(name)!)]);
+    for (let i = 0; i < a.length; i++) sum += a[i]! * b[i]!;
+  }
+  return sum;
+}
+
+async function wholeOf(
+  module: Adapter["modules"] extends ReadonlyMap<string, infer M> ? M : never,
+): Promise<Float64Array> {
+  const { rank, A, Bt } = await module.read();
+  const whole = new Float64Array(module.out * module.in);
+  for (let r = 0; r < rank; r++)
+    for (let o = 0; o < module.out; o++)
+      for (let i = 0; i < module.in; i++) whole[o * module.in + i]! += Bt[r * module.out + o]! * A[r * module.in + i]!;
+  return whole;
+}
+
+t.test("likeness of tasks, and a task beside its adapter", { skip: noChromium }, async (t) => {
+  const id = "debtags-admin";
+  const { url } = await view(t, demo, data(`adapters/own-seed/${id}`));
+  const { page, complaints } = await visit(t, url);
+  t.equal(await page.locator("article").count(), 2);
+  await page.getByRole("button", { name: /^Compare the tasks/ }).click();
+  const rows = sectionOf(page, "How alike tasks are").locator("tbody tr");
+  await rows.first().waitFor();
+  const [one, other, said] = await rows.first().locator("th, td").allTextContents();
+  const pack = await openPack(await readFile(demo));
+  const [a, b] = [await taskAdapter(pack, one!), await taskAdapter(pack, other!)];
+  const cosine = (await product(a, b)) / Math.sqrt((await product(a, a)) * (await product(b, b)));
+  t.equal(said, cosine.toFixed(3), `${one} and ${other}`);
+  await page.getByRole("button", { name: "Compare the numbers of 1 task" }).click();
+  const row = sectionOf(page, "Both files").locator("tr", { hasText: id });
+  await row.getByText("%").waitFor();
+  const verified = await json(0, "verify", demo, "--against", data(`adapters/own-seed/${id}`));
+  const { total } = verified["tasks"].find((task: { id: string }) => task.id === id).error;
+  t.equal(await row.locator("td").last().textContent(), `${(100 * total).toFixed(1)} %`, "what verify says it lost");
+  t.same(complaints, []);
+});
+
+t.test("axe finds nothing, and phones need no scrolling sideways", { skip: noChromium }, async (t) => {
+  const { url } = await view(t, demo);
+  const { page } = await visit(t, url);
+  await page.locator("figure canvas").first().waitFor();
+  await page.getByRole("button", { name: /^Compare the tasks/ }).click();
+  await page.locator("rect").first().waitFor();
+  await page.locator("summary").click();
+  for (const [width, colorScheme] of [
+    [1280, "light"],
+    [390, "dark"],
+  ] as const) {
+    await page.setViewportSize({ width, height: 844 });
+    await page.emulateMedia({ colorScheme });
+    t.equal(await page.evaluate("document.documentElement.scrollWidth"), width);
+    t.same(await complaintsOfAxe(page), [], `${colorScheme}, ${width} px`);
+  }
+});
+
+/** A task with markup in all that it can say, beside one whose bytes are damaged. */
+async function hostilePack(): Promise<{ bytes: Uint8Array<ArrayBuffer>; id: string }> {
+  const id = `<img src=x onerror="document.title='taken'">`;
+  const adapters = await readAdapters([data("adapters/own-seed/debtags-role"), data("adapters/own-seed/sections-0")]);
+  const origin = "</script><script>document.title='taken'</script>\u202egpj.exe";
+  const [first, second] = adapters;
+  const given = [{ ...first!, id, metadata: { ...first!.metadata, origin } }, second!];
+  const bytes = concat((await buildPack(given)).chunks);
+  const { section } = (await openPack(bytes)).directory.tasks.find((task) => task.id === second!.id)!;
+  bytes[section.offset + section.length - 1]! ^= 1;
+  return { bytes, id };
+}
+
+t.test(
+  "from a disk: files that are chosen, hostile and wrong ones, and a task file",
+  { skip: noChromium },
+  async (t) => {
+    const { page, complaints, asked } = await visit(t, pathToFileURL(viewer).href);
+    const { bytes, id } = await hostilePack();
+    const choose = async (...files: { name: string; bytes: Uint8Array }[]): Promise<void> => {
+      const given = files.map(({ name, bytes }) => ({ name, mimeType: "", buffer: Buffer.from(bytes) }));
+      await page.locator("#choice").setInputFiles(given);
+      await page.locator("#status:empty").waitFor();
+      await settled(page);
+    };
+    await choose({ name: "<b>hostile</b>.eigen", bytes });
+    await page.locator(".task h4", { hasText: id }).waitFor();
+    t.match(await page.locator(".task").textContent(), "\\u202egpj.exe", "the turn of direction is spelt out");
+    t.equal(await page.locator("article img, article b, article script").count(), 0);
+    t.match(await page.title(), "<b>hostile</b>.eigen");
+    await page.locator(".caption", { hasText: /^1 of 2 tasks read/ }).waitFor();
+    await page.getByRole("button", { name: /^Check every byte/ }).click();
+    await page.locator(".work .wrong", { hasText: /1 part wrong: .*task "sections-0": .*checksum/ }).waitFor();
+
+    const failure = page.locator("#failure");
+    const safetensors = await readFile(data("adapters/own-seed/debtags-role/adapter_model.safetensors"));
+    await choose({ name: "tasks.eigen", bytes: safetensors });
+    t.match(await failure.textContent(), "tasks.eigen, window: this is a safetensors file, expected an EigenLoRA pack");
+    await choose({ name: "adapter_model.safetensors", bytes: safetensors });
+    t.match(await failure.textContent(), "give adapter_config.json with it");
+    await choose({ name: "tasks.eigen", bytes: (await readFile(demo)).subarray(0, 5000) });
+    t.match(await failure.textContent(), /ends at byte 5000|truncated/);
+    t.equal(await page.locator("article").count(), 1, "the page stays as it was");
+
+    await page.getByRole("button", { name: "Close <b>hostile</b>.eigen" }).click();
+    const pack = await openPack(await readFile(demo));
+    const [blob, { metadata }] = [await pack.stored("debtags-use"), pack.tasks.get("debtags-use")!];
+    const file = encodeTaskFile({ id: "debtags-use", adapterBytes: 0, metadata }, pack.basisId, blob);
+    t.match(await readTaskFile(file), { id: "debtags-use", basisId: pack.basisId, metadata, blob });
+    await choose({ name: "mine.eigentask", bytes: file });
+    t.equal(await factOf(page, "basis").textContent(), pack.basisId);
+    await choose({ name: "tasks.eigen", bytes: await readFile(demo) });
+    t.equal(await page.locator("article").count(), 1, "its pack takes it");
+    await page.getByRole("button", { name: "debtags-use, of mine.eigentask", exact: true }).click();
+    await page.locator(".task h4", { hasText: "of mine.eigentask" }).waitFor();
+    t.same(complaints, []);
+    t.same(
+      asked.filter((one) => /^https?:/.test(one)),
+      [],
+      "no request at all",
+    );
+  },
+);
+
+t.test("an address: without permission, without ranges, without an answer", { skip: noChromium }, async (t) => {
+  const page = await readFile(viewer);
+  const [here, there] = [
+    await serve(
+      new Map([
+        ["viewer.html", page],
+        ["tasks.eigen", await readFile(demo)],
+      ]),
+    ),
+    await serve(new Map([["tasks.eigen", await readFile(demo)]])),
+  ];
+  t.teardown(() => Promise.all([here.close(), there.close()]));
+  const failureAt = async (address: string): Promise<string> => {
+    const { page } = await visit(t, `${here.url("viewer.html")}?url=${encodeURIComponent(address)}`);
+    return (await page.locator("#failure").textContent())!;
+  };
+  t.match(
+    await failureAt(there.url("tasks.eigen")),
+    /does not let http:.* read it \(header Access-Control-Allow-Origin\)/,
+  );
+  t.match(await failureAt("nothing.eigen"), /answered 404; check the address/);
+  t.match(await failureAt("viewer.html"), /answered an HTML page/);
+  const { page: good } = await visit(t, `${here.url("viewer.html")}?url=tasks.eigen`);
+  t.match(await factOf(good, "holds").textContent(), "20 tasks over 12 modules");
+  t.ok(here.ranges.length > 2, "by ranges");
+});
+
+t.test("Firefox", { skip: noFirefox }, async (t) => {
+  const { url } = await view(t, demo);
+  const puppeteer = createRequire(join(PUPPETEER, "package.json"))("puppeteer-core");
+  const firefox = await puppeteer.launch({ browser: "firefox", executablePath: FIREFOX, headless: true });
+  t.teardown(() => firefox.close());
+  const page = await firefox.newPage();
+  await page.evaluateOnNewDocument(`globalThis.refused = [];
+    addEventListener("securitypolicyviolation", (event) => refused.push(event.violatedDirective));
+    addEventListener("error", (event) => refused.push(event.message));`);
+  await page.goto(url);
+  await page.waitForSelector("figure canvas");
+  await page.waitForSelector("svg path.group0");
+  const said = (selector: string): Promise<string> =>
+    page.evaluate(`document.querySelector(${JSON.stringify(selector)}).textContent`);
+  t.match(await said("article > dl"), "20 tasks over 12 modules");
+  t.match(await said('[data-part="reads"]'), /^Read so far: .* of 102\.6 kB/);
+  await page.evaluate(
+    `[...document.querySelectorAll("button")].find(({ textContent }) => /every byte/.test(textContent)).click()`,
+  );
+  await page.waitForFunction(`/20 tasks are whole/.test(document.body.textContent)`);
+  t.same(await page.evaluate("refused"), []);
+});
