@@ -1,4 +1,4 @@
-/** The command export: from a task of a pack back to an adapter that other tools load. */
+/** The command export: from a task of a pack back to an adapter that other tools load, or the pack's components for those who train. */
 import { rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { describeBase } from "../adapters/describe-base.ts";
@@ -7,11 +7,12 @@ import { ggufFile } from "../adapters/export-gguf.ts";
 import { onnxAdapterFile } from "../adapters/export-onnx-adapter.ts";
 import { diffusersFile, kohyaFile } from "../adapters/export-pipeline.ts";
 import type { Exportable } from "../adapters/factors.ts";
+import { componentsFile } from "../pack/components-file.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { jsonFile, writeTogether, writeWhole } from "./files.ts";
-import { byDefault, choice, output, reading, revoked, task, text, toggle } from "./options.ts";
+import { byDefault, choice, given, output, reading, revoked, text, toggle, UsageError } from "./options.ts";
 import { bytes, count } from "./output.ts";
 import type { Run } from "./run.ts";
 import { checkExport, checkExportFile, EXPORTED } from "./target.ts";
@@ -21,6 +22,8 @@ interface ExportTarget {
   readonly path: string;
   readonly force: boolean;
   readonly run: Run;
+  /** What the command reads. */
+  readonly inputs: readonly (string | undefined)[];
 }
 
 /** Formats of one file: its bytes. */
@@ -44,7 +47,10 @@ export const exportTask: Attach = command({
       "The folder to write for PEFT, a new or an empty one; the file for other formats. Folders on the way are made.",
     ),
     force: toggle("Replace an earlier export. An adapter that was trained is never replaced."),
-    task,
+    task: text("ID", "The task."),
+    components: toggle(
+      "Write the components of all tasks instead, to train a new one in PyTorch: one safetensors file.",
+    ),
     format: byDefault("peft", {
       ...choice(FORMATS, `Layout of the files: ${FORMATS.join(", ")}.`),
       value: "FORMAT",
@@ -56,22 +62,52 @@ export const exportTask: Attach = command({
     revoked,
   },
   reads: ["file"],
-  async run([path]: [string], { output: to, force, task, format, base }, run) {
-    const target = { path: to, force, run };
+  async run([path]: [string], { output: to, force, components, ...asked }, run) {
+    const { task, format, base } = asked;
+    const target = { path: to, force, run, inputs: [path, base] };
+    if (components) {
+      const [other = format === "peft" ? undefined : "--format"] = given(asked, "task", "base");
+      if (other) throw new UsageError(`${other} is of one task, --components are of all: leave out one of them`);
+      return writeComponents(path, target);
+    }
+    if (task === undefined) throw new UsageError("missing --task; or --components");
     if (format === "peft") {
       await checkExport(to, force);
       return writeFolder(await taskAdapter(await run.pack(path), task), target);
     }
-    await checkExportFile(to, force, [path, base]);
+    await checkExportFile(to, force, target.inputs);
     const adapter = await taskAdapter(await run.pack(path), task);
-    const chunks = await FILES[format](adapter, base);
-    run.folder(dirname(to));
-    await run.lock(to);
-    await checkExportFile(to, force, [path, base]);
-    const size = await writeWhole(to, chunks, force);
-    return said({ file: to }, adapter, size);
+    return said({ file: to }, adapter, await writeFile(await FILES[format](adapter, base), target));
   },
 });
+
+/** @returns the size of the file in bytes */
+async function writeFile(
+  chunks: Parameters<typeof writeWhole>[1],
+  { path, force, run, inputs }: ExportTarget,
+): Promise<number> {
+  run.folder(dirname(path));
+  await run.lock(path);
+  await checkExportFile(path, force, inputs);
+  return writeWhole(path, chunks, force);
+}
+
+/** @throws UsageError when tasks share no components */
+async function writeComponents(pack: string, target: ExportTarget): Promise<Result> {
+  const { path, force, inputs, run } = target;
+  await checkExportFile(path, force, inputs);
+  const { tensors, metadata, modules, sides } = run.closing(await componentsFile(await run.pack(pack)));
+  if (sides === 0)
+    throw new UsageError(
+      `--components: the tasks of ${pack} share none. Pack their adapters again with --k 32, or train a plain LoRA, which add takes as it is`,
+    );
+  const size = await writeFile(writeSafetensors(tensors, metadata), target);
+  const some = sides < 2 * modules ? `, on ${sides} of ${2 * modules} sides` : "";
+  return {
+    json: { file: path, modules, sides, bytes: size },
+    text: [`${path}: components of ${count(modules, "module")}${some}, ${bytes(size)}`],
+  };
+}
 
 function marksOf({ id }: Exportable): Map<string, string> {
   return new Map([

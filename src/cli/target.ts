@@ -11,6 +11,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { MODELS } from "../adapters/diffusers-keys.ts";
 import { kindInWords } from "../disk.ts";
 import { openSource } from "../open-source.ts";
+import { COMPONENTS } from "../pack/components-file.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
 import { realTarget } from "./lock.ts";
@@ -108,7 +109,8 @@ async function isExport(path: string): Promise<boolean> {
     const source = await openSource(stat(path)?.isDirectory() ? join(path, "adapter_model.safetensors") : path);
     try {
       if (extname(path) === ".gguf") return (await openGguf(source)).fields.has(EXPORTED);
-      return (await openSafetensors(source)).metadata.has(EXPORTED);
+      const { metadata } = await openSafetensors(source);
+      return metadata.has(EXPORTED) || metadata.has(COMPONENTS);
     } finally {
       await source.close?.();
     }

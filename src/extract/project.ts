@@ -167,9 +167,22 @@ export function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
   return gauge === "balanced" && fewBits(coefficientDtype);
 }
 
-/** The pair in the gauge of a pack, along the stored mean where there is one. */
+/** Largest sine at which a row counts as within the components: far above the rounding of f32, far below any row that was made elsewhere. */
+const WITHIN = 1e-4;
+
+/** Whether the pair is components, coefficients and mean as it is. */
+function liesIn({ A, B }: ModuleSpace, pair: Pair, most = Infinity): boolean {
+  if (pair.rank > most || (A.rank ?? pair.rank) !== pair.rank) return false;
+  return largestSine(A, targetOf(A, pair.A)) < WITHIN && largestSine(B, targetOf(B, pair.Bt)) < WITHIN;
+}
+
+/**
+ * The pair in the gauge of a pack, along the stored mean where there is one. About a mean, a pair that was trained within the components
+ * lies in them in its own gauge alone, and keeps it.
+ */
 export function gauged(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
   const { gauge, rank } = options;
+  if (gauge === "balanced" && (A.mean || B.mean) && liesIn({ A, B }, given, rank)) return given;
   const pair = gauge === "balanced" ? balance(given, rowWidth(B), rowWidth(A), A.products) : given;
   const mean = gauge === "balanced" && A.mean && B.mean && { A: A.mean, Bt: B.mean };
   if (A.rank === undefined) {
