@@ -1,8 +1,8 @@
-/** The documents: links lead somewhere, the index lists every page, and the API reference can be made of the doc comments. */
+/** The documents: links lead somewhere, pages are short, the index lists them all, and the API reference can be made of the doc comments. */
 import { execFile } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
@@ -13,12 +13,22 @@ import { subpaths } from "./tools/api.js";
 const root = fileURLToPath(new URL("..", import.meta.url));
 const read = (path: string): string => readFileSync(join(root, path), "utf8");
 
-/** Markdown files of a folder, by path from the root. */
+/** Markdown files of a folder and below, by path from the root. */
 function pagesIn(folder: string): string[] {
-  return readdirSync(join(root, folder))
-    .filter((file) => file.endsWith(".md"))
+  return readdirSync(join(root, folder), { recursive: true, encoding: "utf8" })
+    .filter((file) => file.endsWith(".md") && !/\bnode_modules\b/.test(file))
     .map((file) => join(folder, file));
 }
+
+/** Pages of `docs`, without the API reference, which is generated. */
+const docs = pagesIn("docs").filter((page) => !page.startsWith("docs/api/"));
+const examples = pagesIn("examples");
+const top = readdirSync(root).filter((file) => file.endsWith(".md"));
+
+/** Most words of a page, tables and code counted, so that it is read in five minutes. */
+const WORDS = 1200;
+/** Reference, made to be searched, and experiments. */
+const LONG = /^docs\/(research\/.*|api-report|glossary)\.md$/;
 
 /** Relative links of pages that lead to no file, or to no heading in it. @param from folder of the pages */
 function brokenLinks(pages: readonly string[], from: string): string[] {
@@ -37,7 +47,16 @@ function brokenLinks(pages: readonly string[], from: string): string[] {
 }
 
 t.test("relative links lead to a file, and to a heading in it", async (t) => {
-  t.same(brokenLinks([...pagesIn("."), ...pagesIn("docs")], root), []);
+  t.same(brokenLinks([...top, ...docs, ...examples], root), []);
+});
+
+t.test(`a page has at most ${WORDS} words; experiments are in docs/research`, async (t) => {
+  const counted = docs.filter((page) => !LONG.test(page)).map((page) => [page, read(page).trim().split(/\s+/).length]);
+  t.same(
+    counted.filter(([, words]) => Number(words) > WORDS),
+    [],
+  );
+  t.ok(counted.length > 30, `${counted.length} pages`);
 });
 
 /** Anchors of a page: its own, and those that GitHub makes of headings, where equal ones are numbered. */
@@ -65,9 +84,7 @@ t.test("commands of the documents exist, with their options", async (t) => {
     return stdout;
   };
   const wrong: string[] = [];
-  const apps = readdirSync(join(root, "examples")).map((app) => `examples/${app}/README.md`);
-  const pages = ["README.md", ...pagesIn("docs"), ...apps.filter((page) => existsSync(join(root, page)))];
-  for (const page of pages) {
+  for (const page of ["README.md", ...docs, ...examples]) {
     const text = read(page).replaceAll("\\\n", " ");
     for (const [line, command, rest] of text.matchAll(/(?:^|`|npx )eigenlora ((?:hub )?[a-z]+)\b([^\n`#]*)/gm)) {
       const flags = [...rest!.matchAll(/ (--?[a-z][a-z-]*)/g)].map(([, flag]) => flag!);
@@ -82,9 +99,9 @@ t.test("commands of the documents exist, with their options", async (t) => {
 
 t.test("docs/README.md lists every page", async (t) => {
   const index = read("docs/README.md");
-  const pages = readdirSync(join(root, "docs")).filter((file) => file.endsWith(".md") && file !== "README.md");
+  const pages = docs.map((page) => relative("docs", page)).filter((page) => page !== "README.md");
   t.same(
-    pages.filter((file) => !index.includes(`(${file})`)),
+    pages.filter((page) => !index.includes(`(${page})`)),
     [],
   );
 });

@@ -9,8 +9,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { openPack } from "eigenlora";
 import { buildPack, readGguf } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
+import { zeroShotTask } from "eigenlora/train";
 import t from "tap";
 import ts from "typescript";
 import { concat, data, LOSSLESS } from "./packs.ts";
@@ -47,7 +49,9 @@ for (const { subpath, name, examples: tags } of surface().exports) {
     examples.push({ place: `${subpath} ${name} ${i + 1}`, own, code: fenced.length > 0 ? fenced.join("\n") : text });
   });
 }
-const pages = readdirSync(join(root, "docs")).filter((file) => file.endsWith(".md") && file !== "api-report.md");
+const pages = readdirSync(join(root, "docs"), { recursive: true, encoding: "utf8" }).filter(
+  (file) => file.endsWith(".md") && file !== "api-report.md" && !file.startsWith("api/"),
+);
 for (const page of ["README.md", ...pages.map((file) => `docs/${file}`)]) {
   for (const { line, code } of blocks(readFileSync(join(root, page), "utf8"))) {
     examples.push({ place: `${page}:${line}`, code });
@@ -173,7 +177,9 @@ async function workplace(): Promise<string> {
   );
   const base = data("sessions/base.safetensors");
   const { chunks } = await buildPack(await readAdapters([join(place, "my-adapters")]), { ...LOSSLESS, base });
-  await writeFile(join(place, "tasks.eigen"), concat(chunks));
+  const pack = concat(chunks);
+  await writeFile(join(place, "tasks.eigen"), pack);
+  await writeFile(join(place, "sst2.eigentask"), await zeroShotTask(await openPack(pack), { init: "mean" }));
   await cp(fileURLToPath(new URL("vectors/valid/signed.eigen", import.meta.url)), join(place, "signed.eigen"));
   await writeFile(join(place, "key.pem"), SIGNER.pem);
   for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {

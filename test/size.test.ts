@@ -32,7 +32,7 @@ const suite = await Suite.open("own-seed");
 t.teardown(() => suite.close());
 
 t.test("sizes and sets of adapters", async (t) => {
-  // Curves leave out same-script: docs/packing.md has its sizes.
+  // Curves leave out same-script: docs/inside.md has its sizes.
   t.same([...SUITES, "same-script"].sort(), readdirSync(data("adapters")).sort());
   t.same(suite.sizes, [5, 10, 20]);
   const ids = (n: number) => suite.take(n).map(({ id }) => id);
@@ -220,9 +220,9 @@ t.test("tables and figures of curves", (t) => {
   t.end();
 });
 
-t.test("docs/size/curves.md is what was measured", async (t) => {
+t.test("docs/research/size/curves.md is what was measured", async (t) => {
   const kept = new URL("../benchmarks/research/results/size.jsonl", import.meta.url);
-  const page = readFileSync(new URL("../docs/size/curves.md", import.meta.url), "utf8");
+  const page = readFileSync(new URL("../docs/research/size/curves.md", import.meta.url), "utf8");
   const { length } = readFileSync(kept);
   const rows = await new Rows<Row>(kept, keyOf).load();
   t.equal(readFileSync(kept).length, length, "no half a line");

@@ -1,5 +1,5 @@
 /**
- * The paper's image table on real pictures: ten tasks of icons, a small ViT, adapters of PEFT. Docs: docs/paper.md.
+ * The paper's image table on real pictures: ten tasks of icons, a small ViT, adapters of PEFT. Docs: docs/research/paper.md.
  *
  * Measurements are kept in images.jsonl and not repeated; `--minutes 0` only makes the tables.
  */

@@ -1,5 +1,5 @@
 /**
- * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Docs: docs/paper.md.
+ * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Docs: docs/research/paper.md.
  *
  * Measurements are kept in cells.jsonl and not repeated; `--minutes 0` makes tables and figures of them.
  */

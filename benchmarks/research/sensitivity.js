@@ -27,7 +27,7 @@ import { print, progress } from "../lib/report.js";
  * @typedef {{ label: string, bytes: number, step: number, pack: Awaited<ReturnType<typeof openPack>> }} Made
  */
 
-/** The packs of docs/size.md. */
+/** The packs of docs/research/size.md. */
 const PACKS = {
   "own-seed": { k: 28, rank: 5, step: 0.033, headStep: 0.5 },
   "shared-seed": { k: 28, rank: 5, step: 0.033, headStep: 0.5 },
@@ -45,9 +45,9 @@ const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 
 const given = readArguments("Does it pay to store the modules that answers depend on more finely?", {
   suite: choice(SUITES, "which adapters", "own-seed"),
-  k: number("components. Default: as in docs/size.md", undefined, 1),
-  rank: number("strongest directions of each module that are kept. Default: as in docs/size.md", undefined, 1),
-  step: number("one step for all modules, whose bytes the others keep to. Default: as in docs/size.md"),
+  k: number("components. Default: as in docs/research/size.md", undefined, 1),
+  rank: number("strongest directions of each module that are kept. Default: as in docs/research/size.md", undefined, 1),
+  step: number("one step for all modules, whose bytes the others keep to. Default: as in docs/research/size.md"),
   texts: number("that sensitivities are found by, and as many others that judge", 48, 8),
   tasks: number("distil so many tasks, spread over the suite", 7),
   steps: number("of distilling", 240, 1),

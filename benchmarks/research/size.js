@@ -1,7 +1,7 @@
 /**
  * The fewest bytes for the same behaviour: real adapters of three suites, 5, 10, 20 or all of them, packed in every mode, gauge and
  * number format, beside each adapter by itself and beside PyPI's lorashare and vlora-dev (PYTHON). Bytes against ΔW error for all,
- * against accuracy on real test rows, through a live session of onnxruntime-node, for those that could be chosen. Docs: docs/size.md.
+ * against accuracy on real test rows, through a live session of onnxruntime-node, for those that could be chosen. Docs: docs/research/size.md.
  *
  * Then entropy-coded packs by bytes, with and without shared components (size/curve.js): what sharing gains beside the same coder. For
  * SmolLM2's adapters (EIGENLORA_SMOLLM2, --adapters) and published ones of Stable Diffusion (EIGENLORA_WILD) too.
@@ -43,7 +43,7 @@ const given = readArguments("The fewest bytes for the same behaviour", {
   minutes: number("measure for so long", Infinity),
   shapes: flag("also pack the paper's two settings by shape"),
   rows: text("FILE", "where rows are kept. Default: benchmarks/research/results/size.jsonl"),
-  figures: text("FOLDER", "where figures go. Default: docs/size"),
+  figures: text("FOLDER", "where figures go. Default: docs/research/size"),
 });
 const until = performance.now() + 60_000 * given.minutes;
 const file = given.rows ? pathToFileURL(resolve(given.rows)) : new URL("results/size.jsonl", import.meta.url);
@@ -65,7 +65,7 @@ const distilled = await readDistilled();
 const reader = new Reader(rows.all(), suites, distilled);
 const folder = given.figures
   ? pathToFileURL(`${resolve(given.figures)}/`)
-  : new URL("../../docs/size/", import.meta.url);
+  : new URL("../../docs/research/size/", import.meta.url);
 await mkdir(folder, { recursive: true });
 for (const [name, svg] of [...drawFigures(reader), ...drawCurves(rows.all(), distilled)])
   await writeFile(new URL(`${name}.svg`, folder), svg);

@@ -198,7 +198,7 @@ export const base: Maybe<string> = reading(
   "repository",
   text(
     "MODEL",
-    `The base model. Of a safetensors file names and shapes are checked, and fingerprints stored. ${READ_FOR}`,
+    `The base model. A safetensors file has its names and shapes checked, and its fingerprints stored. ${READ_FOR}`,
   ),
 );
 /** Belongs to commands that only read adapters. */

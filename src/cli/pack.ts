@@ -97,7 +97,7 @@ const OPTIONS = {
       normalize: option.normalize,
       step: option.number(
         "S",
-        "Store terms as entropy-coded integers: from one to the next ΔW of a module changes by S times the norm that it typically has. " +
+        "Store terms as entropy-coded integers. When one goes up by 1, its module's ΔW changes by S times the typical norm of ΔW. " +
           "0.05 takes about three bits a number, 0.1 two. Balanced gauge. Default: as --dtype says; mode auto tries some.",
         { ...option.POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
       ),

@@ -17,7 +17,7 @@ import { checkTarget } from "./target.ts";
 export const keygen: Attach = command({
   usage: "keygen",
   does: "Make an Ed25519 key pair to sign with.",
-  details: "Keep NAME.pem to yourself. Whoever checks your signatures needs NAME.pub.pem, or the line that is printed.",
+  details: "Keep NAME.pem to yourself. Readers of your packs need NAME.pub.pem, or the line that is printed.",
   example: "keygen -o me",
   options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem."), force },
   async run(_: [], { output: name, force }) {

@@ -44,8 +44,8 @@ export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
   does: "Verify checksums and limits, and with adapters the ΔW error of each task.",
   details:
-    "With --against, where tasks lie in components, δ says how far the factors of a task lie from these, and bound how large the ΔW error " +
-    "of a module can be at most (docs/packing.md).",
+    "Tasks in components have more columns with --against: δ, how far the factors of a task lie from the components, and bound, the largest " +
+    "ΔW error of a module that is possible (docs/packing.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: reading(

@@ -50,9 +50,9 @@ export interface BuildOptions {
   /** Default: f16 for each. */
   readonly dtype?: Partial<Dtypes> | undefined;
   /**
-   * Entropy-coded integers for coefficients, components and private terms: from one to the next, ΔW of a module changes by this share
-   * of the norm that ΔW of the adapter's modules typically has. Integers have as many bits as they are worth: 0.1 takes about two,
-   * half of it one more. In column or joint mode. Default: the number formats of `dtype`.
+   * Entropy-coded integers for coefficients, components and private terms. When an integer goes up by one, ΔW of its module changes by
+   * this share of the typical norm of the adapter's ΔW. A step of 0.1 takes about two bits a number, half of it one more. Needs column or
+   * joint mode. Default: the number formats of `dtype`.
    */
   readonly step?: number | undefined;
   /**

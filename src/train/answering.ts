@@ -95,7 +95,7 @@ export interface Open {
 const TRAINING = [240, 200, 160, 120, 80, 48, 24, 0] as const;
 /** Most steps where a size is tried. */
 const TRYING = 48;
-/** Answers that differ after so few steps ÷ those that do after all: as the root of KL, which is 1.5 times as large (docs/learning.md). */
+/** Answers that differ after so few steps ÷ those that do after all: as the root of KL, which is 1.5 times as large (docs/research/learning.md). */
 const MORE_DIFFER = 1.2;
 /** Shares of ΔW that a task may lose that is stored closer. */
 const CLOSER = [0.3, DEFAULT_ERROR, 0.05] as const;

@@ -11,7 +11,7 @@ import { LORA } from "./tables.js";
  */
 
 /**
- * Makes docs/size/curves.md.
+ * Makes docs/research/size/curves.md.
  * @param {readonly Row[]} rows
  * @returns {string} empty where no curve was measured
  */
