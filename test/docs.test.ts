@@ -59,6 +59,23 @@ t.test(`a page has at most ${WORDS} words; experiments are in docs/research`, as
   t.ok(counted.length > 30, `${counted.length} pages`);
 });
 
+t.test("an answer in docs/questions.md has at most 8 lines beside its code, and leads to a page", async (t) => {
+  const answers = read("docs/questions.md").split(/^## /m).slice(1);
+  const long = answers.filter((answer) => {
+    const lines = answer
+      .replace(/^```[\s\S]*?^```/gm, "")
+      .trim()
+      .split(/\n+/)
+      .slice(1);
+    return lines.length > 8 || !/→ \[/.test(answer);
+  });
+  t.same(
+    long.map((answer) => answer.split("\n")[0]),
+    [],
+  );
+  t.ok(answers.length > 10, `${answers.length} questions`);
+});
+
 /** Anchors of a page: its own, and those that GitHub makes of headings, where equal ones are numbered. */
 function anchorsOf(text: string): Set<string> {
   const anchors = new Set([...text.matchAll(/<a id="([^"]+)">/g)].map(([, id]) => id!));

@@ -52,8 +52,8 @@ export async function readTask(source: ByteSource, options?: ReadOptions): Promi
  * @param input path, URL, Blob, ArrayBuffer or any ByteSource
  * @throws SourceError when it cannot be read, FormatError when it is damaged or another kind of file
  * @example
- * const { id, basisId } = await readTaskFile("mine.eigentask");
- * if (basisId === pack.basisId) await pack.addTask(id, "mine.eigentask");
+ * const { basisId } = await readTaskFile("sst2.eigentask");
+ * if (basisId === pack.basisId) await pack.addTask("mine", "sst2.eigentask");
  */
 export async function readTaskFile(input: SourceInput, options?: ReadOptions): Promise<TaskFile> {
   const source = await openSource(input, {}, "readTaskFile");
