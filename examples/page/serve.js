@@ -2,7 +2,8 @@
  * A small static file server with correct HTTP ranges, for the page and its test. One range per request, entity tags; no
  * directory listings, no compression, no TLS. Any static host that answers ranges can replace it.
  *
- * node examples/page/serve.js [--model minilm|llm] [--port 8080]    builds the page, then serves it
+ * node examples/page/serve.js [--model llm|minilm] [--port 8080]    builds the page, then serves it; the one with a language model where
+ *   EIGENLORA_SMOLLM2 says where that is
  */
 import { createReadStream } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
@@ -125,13 +126,20 @@ async function plan(folder, path, { method, headers: asked }) {
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const { values } = parseArgs({
-    options: { port: { type: "string", default: "8080" }, model: { type: "string", default: "minilm" } },
+    options: {
+      port: { type: "string", default: "8080" },
+      model: { type: "string", default: process.env["EIGENLORA_SMOLLM2"] ? "llm" : "minilm" },
+    },
   });
   const folder = fileURLToPath(new URL(`../../dist/page${values.model === "llm" ? "-llm" : ""}`, import.meta.url));
   try {
     await buildOf(values.model)(folder);
     const { url } = await serveFolder(folder, { port: Number(values.port) });
     console.log(`The page is at ${url} (Ctrl+C ends it)`);
+    if (values.model === "minilm")
+      console.log(
+        "Another one has a language model: npm run smollm2 -- FOLDER, then EIGENLORA_SMOLLM2=FOLDER npm run page",
+      );
   } catch (error) {
     console.error(/** @type {Error} */ (error).message);
     process.exitCode = 1;
