@@ -9,7 +9,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
-import { buildPack, readGguf } from "eigenlora/build";
+import { openPack } from "eigenlora";
+import { buildPack, encodeTaskFile, readGguf } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import ts from "typescript";
@@ -174,6 +175,10 @@ async function workplace(): Promise<string> {
   const base = data("sessions/base.safetensors");
   const { chunks } = await buildPack(await readAdapters([join(place, "my-adapters")]), { ...LOSSLESS, base });
   await writeFile(join(place, "tasks.eigen"), concat(chunks));
+  const pack = await openPack(join(place, "tasks.eigen"));
+  const mine = { id: "mine", adapterBytes: 0, metadata: {} };
+  await writeFile(join(place, "mine.eigentask"), encodeTaskFile(mine, pack.basisId, await pack.stored("sst2")));
+  await pack.close();
   await cp(fileURLToPath(new URL("vectors/valid/signed.eigen", import.meta.url)), join(place, "signed.eigen"));
   await writeFile(join(place, "key.pem"), SIGNER.pem);
   for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {
