@@ -129,6 +129,7 @@ async function bundle(entry, options) {
   const { outputFiles } = await esbuild.build({
     entryPoints: [join(root, entry)],
     ...{ bundle: true, format: "esm", target: "es2022", logLevel: "warning", absWorkingDir: root, write: false },
+    minifyWhitespace: true,
     ...options,
   });
   return /** @type {esbuild.OutputFile[]} */ (outputFiles)[0].text;

@@ -143,6 +143,6 @@ t.test("the program that is installed", async (t) => {
 
 t.test("nothing but the bundled parser: the package has one dependency", async (t) => {
   const bundle = await readFile(new URL("commander.js", COMMAND_LINE), "utf8");
-  t.notMatch(bundle, /from "commander"/);
+  t.notMatch(bundle, /from ?"commander"/);
   t.match(bundle, /The MIT License[\s\S]*Copyright \(c\) 2011 TJ Holowaychuk/, "its licence comes with it");
 });
