@@ -27,10 +27,10 @@ const given = readArguments(QUESTION, {
   tasks: text("NAMES", "tasks that are left out, between commas", "sections-2,debtags-role,debtags-uitoolkit"),
   seeds: number("seeds", 3, 1),
   k: number("components of each side", 32, 1),
-  steps: number("steps", 120, 1),
+  steps: number("steps", 80, 1),
   batch: number("rows of a step", 16, 1),
-  rate: number("learning rate of coefficients and heads", 0.02),
-  "lora-rate": number("of heads beside a LoRA, whose factors learn at a tenth", 0.02),
+  rate: number("learning rate of coefficients and heads", 0.04),
+  "lora-rate": number("of heads beside a LoRA, whose factors learn at a tenth", 0.04),
   into: text("FILE", "lines of all runs", fileURLToPath(new URL("results/inside.jsonl", import.meta.url))),
 });
 ort.env.logLevel = "error";

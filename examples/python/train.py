@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from components import groups, inside
 
 
-def fit(tuned, data, collate, out, rate=0.02, **how):
+def fit(tuned, data, collate, out, rate=0.04, **how):
     """Trains with AdamW, the rate falling to 0, and saves the adapter."""
     args = TrainingArguments(out, logging_steps=20, save_strategy="no", report_to="none", **how)
     optimizer = torch.optim.AdamW(groups(tuned, rate), weight_decay=0.0)

@@ -26,7 +26,7 @@ def train(model, components, rows, out, steps=80, batch=16, seed=0):
         data.append({"input_ids": asked + said, "labels": [-100] * len(asked) + said})
     tuned = inside(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), components, "CAUSAL_LM", rank=4)
     tuned.print_trainable_parameters()
-    fit(tuned, data, DataCollatorForSeq2Seq(tokenizer), out, max_steps=steps, per_device_train_batch_size=batch, seed=seed)
+    fit(tuned, data, DataCollatorForSeq2Seq(tokenizer), out, 0.02, max_steps=steps, per_device_train_batch_size=batch, seed=seed)
     return tuned
 
 

@@ -30,7 +30,7 @@ npx eigenlora export tasks.eigen --components -o components.safetensors
 ```"""),
     ("code", code_of("components.py")),
     ("code", code_of("train.py")),
-    ("markdown", "The rate falls from 0.02 to 0. More steps help tasks with many rows."),
+    ("markdown", "The rate falls from 0.04 to 0. More steps help tasks with many rows."),
     ("code", 'tuned = train("my-model", "components.safetensors", "rows.jsonl", "adapters/mine", steps=240)'),
     ("markdown", "What the trained task says of one line:"),
     ("code", """tokenizer = AutoTokenizer.from_pretrained("my-model")
