@@ -16,6 +16,7 @@ import t from "tap";
 import { json, workIn } from "./command-line.ts";
 import {
   adapterStatistics,
+  allOf,
   assemblePack,
   type BasisOptions,
   buildBasis,
@@ -95,7 +96,7 @@ async function tree(parts: StatisticsPart[]): Promise<StatisticsPart> {
 }
 
 const basisOf = async (statistics: Statistics, options: BasisOptions): Promise<Pack> =>
-  openPack(concat((await buildBasis(statistics, options)).chunks));
+  openPack(concat(await allOf((await buildBasis(statistics, options)).chunks)));
 
 /** Makes a pack from parts: tasks spread over `count` of them, in any order. */
 async function assembled(
@@ -424,7 +425,7 @@ t.test("every damage of a part is found: each byte of the header, samples of the
   }
   await t.rejects(openStatistics(parts[1]![1]), { tag: "format", message: /holds tasks.*shard/ });
   await t.rejects(openTasks(parts[0]![1]), { tag: "format", message: /holds statistics.*project/ });
-  await t.rejects(openStatistics(concat((await buildBasis(statistics)).chunks)), {
+  await t.rejects(openStatistics(concat(await allOf((await buildBasis(statistics)).chunks))), {
     tag: "format",
     message: /this is an EigenLoRA pack, not a part/,
   });
