@@ -1,6 +1,6 @@
 /**
- * Extraction: the adapters of one module become two bases, stored once, and coefficients per task (paper, Algorithm 1;
- * DESIGN.md section 2). In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
+ * Extraction: the adapters of one module become two bases, stored once, and coefficients per task (paper, Algorithm 1).
+ * In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
  * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";

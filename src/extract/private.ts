@@ -1,5 +1,5 @@
 /**
- * Private terms: rank-1 terms of a task's own beside its shared part (paper, section 5; DESIGN.md 2.10d). They are what the shared
+ * Private terms: rank-1 terms of a task's own beside its shared part (paper, section 5). They are what the shared
  * components leave of ΔW, cut by its own SVD, so the two take turns: without its private terms a task has more in common with the
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
