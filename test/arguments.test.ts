@@ -16,19 +16,7 @@ import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { build } from "esbuild";
 import t from "tap";
-import {
-  adapterStatistics,
-  assemblePack,
-  buildBasis,
-  checkChoice,
-  checkOptions,
-  freshPack,
-  mergeStatistics,
-  nearest,
-  projectTasks,
-  tasksOf,
-  writeStatistics,
-} from "./internals.ts";
+import { checkChoice, checkOptions, nearest } from "./internals.ts";
 import { data } from "./packs.ts";
 
 const { createRuntime, openPack } = eigenlora;
@@ -148,10 +136,8 @@ t.test("the public functions of building and training", async (t) => {
   const forgotten = "a promise; did you forget await?";
   const list = `expected a list of adapters (await readAdapters(…)), got ${forgotten}`;
   const opened = `expected an open pack (await openPack(…)), got ${forgotten}`;
-  const counted = `expected statistics (await adapterStatistics(…) or openStatistics(…)), got ${forgotten}`;
   const later = wrong(Promise.resolve(adapters));
   const laterPack = wrong(pack());
-  const statistics = adapterStatistics(adapters);
   const dtypes = { basis: "f16", coefficients: "f16", head: "f16" } as const;
   for (const [call, message] of [
     [() => buildPack(later), `buildPack: ${list}`],
@@ -165,25 +151,9 @@ t.test("the public functions of building and training", async (t) => {
       () => searchPack(adapters, { goal: wrong("bytes") }),
       'searchPack: goal: expected a goal, such as { kind: "bytes", max: 300_000 }, got "bytes"',
     ],
-    [() => adapterStatistics(later), `adapterStatistics: ${list}`],
-    [() => buildBasis(wrong(statistics)), `buildBasis: ${counted}`],
-    [() => mergeStatistics([wrong(statistics)]), `mergeStatistics: ${counted}`],
-    [async () => writeStatistics(wrong(statistics), ""), `writeStatistics: ${counted}`],
     [() => projectAdapters(laterPack, adapters, dtypes), `projectAdapters: ${opened}`],
     [() => projectAdapters(open, later, dtypes), `projectAdapters: ${list}`],
-    [() => projectTasks(laterPack, adapters, ""), `projectTasks: ${opened}`],
-    [
-      () => projectTasks(open, adapters, "", wrong({ dtyp: 1 })),
-      'projectTasks: unknown option "dtyp"; did you mean "dtype"?',
-    ],
-    [() => assemblePack(laterPack, []), `assemblePack: ${opened}`],
-    [
-      () => assemblePack(open, [wrong(Promise.resolve())]),
-      `assemblePack: expected a part with tasks (await openTasks(…)), got ${forgotten}`,
-    ],
     [() => taskAdapter(laterPack, "x"), `taskAdapter: ${opened}`],
-    [() => freshPack(laterPack), `freshPack: ${opened}`],
-    [() => tasksOf(laterPack), `tasksOf: ${opened}`],
     [() => planAppend(laterPack, []), `planAppend: ${opened}`],
     [() => planSignature(laterPack, wrong(0)), `planSignature: ${opened}`],
     [() => createSigner(wrong(undefined)), "createSigner: expected an Ed25519 key pair or PEM, got undefined"],

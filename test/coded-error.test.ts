@@ -3,10 +3,12 @@ import { openPack, type Pack } from "eigenlora";
 import { type Adapter, planAppend, projectAdapters, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { deltaOf } from "./compare.ts";
 import {
   codedOptions,
   completeDtypes,
   createExtractor,
+  gathered,
   isCodedPack,
   openAdapters,
   recipeOf,
@@ -23,24 +25,15 @@ t.teardown(() => Promise.all(whole.map((adapter) => adapter.close())));
 /** Adapters with four modules of twelve. */
 const adapters = whole.map((adapter) => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, 4)) }));
 
-const product = (Bt: Float32Array, A: Float32Array, rank: number): Float64Array => {
-  const [out, width] = [Bt.length / rank, A.length / rank];
-  const all = new Float64Array(out * width);
-  for (let k = 0; k < rank; k++)
-    for (let o = 0; o < out; o++)
-      for (let i = 0; i < width; i++) all[o * width + i]! += Bt[k * out + o]! * A[k * width + i]!;
-  return all;
-};
-
 /** ‖ΔW − ΔW'‖ / ‖ΔW‖ from the matrices themselves. */
 async function lossOf(pack: Pack, { id, modules }: Adapter): Promise<number> {
   const task = await taskAdapter(pack, id);
   let [lost, all] = [0, 0];
   for (const [name, module] of modules) {
     const given = await module.read();
-    const exact = product(given.Bt, given.A, given.rank);
+    const exact = deltaOf(given);
     const stored = await task.modules.get(name)?.read();
-    const found = stored && product(stored.Bt, stored.A, stored.rank);
+    const found = stored && deltaOf(stored);
     for (const [i, value] of exact.entries()) {
       lost += (value - (found?.[i] ?? 0)) ** 2;
       all += value ** 2;
@@ -110,10 +103,10 @@ t.test("tasks that are made some at a time are the same", async (t) => {
   const opened = await openAdapters("buildPack", others, {}, extractor);
   const recipe = { ...recipeOf(others, codedOptions({ gauge: "balanced" }, 0.05)), error: 0.15 };
   const [together, ...apart] = await Promise.all(
-    [undefined, 1, 150_000].map((most) => writeApart(opened, recipe, seek, { held: true }, most)),
+    [undefined, 1, 150_000].map(async (most) => gathered(await writeApart(opened, recipe, seek, undefined, most))),
   );
   for (const { chunks, report } of apart) {
-    t.strictSame(concat(chunks as Uint8Array[]), concat(together!.chunks as Uint8Array[]));
+    t.strictSame(concat(chunks), concat(together!.chunks));
     t.strictSame(report, together!.report);
   }
 });

@@ -3,7 +3,7 @@
  * name files as the platform does: paths, or URLs.
  */
 import { type BackendOptions, createRuntime, openPack, type SourceInput, type View } from "eigenlora";
-import { decodeTensor, openHost, openSafetensors, openSource } from "./internals.ts";
+import { decodeTensor, openHost, openSafetensors, openSource, uniform } from "./internals.ts";
 import type { SuiteTest } from "./stand-in.ts";
 
 /** Tensors of a safetensors file as f32, by name. */
@@ -28,6 +28,25 @@ export function relativeDifference(found: ArrayLike<number>, expected: ArrayLike
     if (Number.isNaN(found[i])) return Infinity;
   }
   return found.length === expected.length ? difference / (largest || 1) : Infinity;
+}
+
+/** ΔW [out, in] of factors. */
+export function deltaOf(
+  { rank, A, Bt }: { readonly rank: number; readonly A: ArrayLike<number>; readonly Bt: ArrayLike<number> },
+  out: number = Bt.length / rank,
+  inputs: number = A.length / rank,
+): Float64Array {
+  const delta = new Float64Array(out * inputs);
+  for (let k = 0; k < rank; k++)
+    for (let o = 0; o < out; o++)
+      for (let i = 0; i < inputs; i++) delta[o * inputs + i]! += Bt[k * out + o]! * A[k * inputs + i]!;
+  return delta;
+}
+
+/** Uniform in [-1, 1), seeded. */
+export function noise(count: number, seed: number): Float64Array {
+  const random = uniform(seed);
+  return Float64Array.from({ length: count }, () => 2 * random() - 1);
 }
 
 export function floats(view: View): Float32Array {

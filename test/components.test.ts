@@ -4,6 +4,7 @@
  */
 import fc from "fast-check";
 import t from "tap";
+import { noise } from "./compare.ts";
 import {
   type Components,
   centred,
@@ -24,15 +25,6 @@ const ways: [string, Products][] = [
   ["wasm", await createWasmProducts()],
 ];
 const wasm = ways[1]![1];
-
-/** Uniform in [-1, 1), seeded. */
-function noise(count: number, seed: number): Float64Array {
-  let state = (seed * 2654435761) >>> 0;
-  return Float64Array.from({ length: count }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return state / 2 ** 31 - 1;
-  });
-}
 
 const rotations = new Map<string, Float64Array>();
 

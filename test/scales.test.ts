@@ -19,6 +19,7 @@ import {
 } from "eigenlora/build";
 import t, { type Test } from "tap";
 import { json } from "./command-line.ts";
+import { deltaOf } from "./compare.ts";
 import { allOf, completeDtypes, readTensor, uniform, writeSafetensors } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 
@@ -63,15 +64,6 @@ interface Factors {
   readonly Bt: ArrayLike<number>;
 }
 
-/** ΔW [out, in]. */
-function product({ rank, A, Bt }: Factors, out: number, inputs: number): Float64Array {
-  const delta = new Float64Array(out * inputs);
-  for (let r = 0; r < rank; r++)
-    for (let i = 0; i < out; i++)
-      for (let j = 0; j < inputs; j++) delta[i * inputs + j]! += Bt[r * out + i]! * A[r * inputs + j]!;
-  return delta;
-}
-
 /** A task's factors by SPEC.md, in f64: those of `taskAdapter` are rounded to f32. */
 async function factorsOf(pack: Pack, id: string): Promise<Map<string, Factors>> {
   const blob = await pack.load(id);
@@ -111,9 +103,9 @@ async function measured(pack: Pack, { id, modules }: Adapter): Promise<Omit<Task
   let [lost, whole] = [0, 0];
   const errors: number[] = [];
   for (const { name, out, in: inputs, read } of modules.values()) {
-    const exact = product(await read(), out, inputs);
+    const exact = deltaOf(await read(), out, inputs);
     const found = stored.get(name);
-    const left = found ? product(found, out, inputs).map((value, i) => value - exact[i]!) : exact;
+    const left = found ? deltaOf(found, out, inputs).map((value, i) => value - exact[i]!) : exact;
     const [off, norm] = [left, exact].map((values) => values.reduce((sum, value) => sum + value ** 2, 0)) as [
       number,
       number,

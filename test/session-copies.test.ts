@@ -8,6 +8,7 @@ import { type Adapter, buildPack } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
+import { deltaOf } from "./compare.ts";
 import {
   detachWeights,
   fromBinary,
@@ -56,16 +57,7 @@ async function packOn(base?: WeightHost): Promise<Pack> {
 }
 
 /** ΔW of a task, [out, in]. */
-function change(seed: number): Float64Array {
-  const { rank, A, Bt } = factors(seed);
-  const delta = new Float64Array(SIZE * SIZE);
-  for (let r = 0; r < rank; r++) {
-    for (let o = 0; o < SIZE; o++) {
-      for (let n = 0; n < SIZE; n++) delta[o * SIZE + n]! += Bt[r * SIZE + o]! * A[r * SIZE + n]!;
-    }
-  }
-  return delta;
-}
+const change = (seed: number): Float64Array => deltaOf(factors(seed));
 
 /** The model's result with ΔW in these initializers, `turned` ones [in, out]. */
 async function expected(bytes: Uint8Array, delta: Float64Array, names: Record<string, "turned" | "as it is">) {

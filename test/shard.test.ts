@@ -16,6 +16,7 @@ import t from "tap";
 import { json, workIn } from "./command-line.ts";
 import {
   adapterStatistics,
+  allOf,
   assemblePack,
   type BasisOptions,
   buildBasis,
@@ -96,7 +97,7 @@ async function tree(parts: StatisticsPart[]): Promise<StatisticsPart> {
 }
 
 const basisOf = async (statistics: Statistics, options: BasisOptions): Promise<Pack> =>
-  openPack(concat((await buildBasis(statistics, options)).chunks));
+  openPack(concat(await allOf((await buildBasis(statistics, options)).chunks)));
 
 /** Makes a pack from parts: tasks spread over `count` of them, in any order. */
 async function assembled(
@@ -107,7 +108,7 @@ async function assembled(
 ): Promise<Uint8Array> {
   const parts = [];
   for (const few of split(shuffled(adapters, count), count)) {
-    const { chunks } = await projectTasks(basis, few, "test", dtype ? { dtype } : {});
+    const chunks = await projectTasks(basis, few, "test", dtype ? { dtype } : {});
     parts.push(await openTasks(await collect(chunks)));
   }
   return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
@@ -314,8 +315,6 @@ t.test("what needs all adapters at once is refused by name", async (t) => {
 
 t.test("parts that do not belong together are refused by file and reason", async (t) => {
   const [a, b] = [await shard(own.slice(0, 3)), await shard(own.slice(3, 5))];
-  await t.rejects(mergeStatistics([]), RangeError);
-  await t.rejects(adapterStatistics([]), RangeError);
   await t.rejects(mergeStatistics([a, b, await shard(own.slice(2, 3))]), {
     tag: "task",
     task: own[2]!.id,
@@ -337,9 +336,8 @@ t.test("parts that do not belong together are refused by file and reason", async
   const basis = await basisOf(await mergeStatistics([a, b]), { select: K16 });
   const another = await basisOf(a, { select: K16 });
   const tasks = async (on: Pack, adapters: Adapter[], types = {}) =>
-    openTasks(await collect((await projectTasks(on, adapters, "test", { dtype: types })).chunks));
+    openTasks(await collect(await projectTasks(on, adapters, "test", { dtype: types })));
   const [first, second] = [await tasks(basis, own.slice(0, 2)), await tasks(basis, own.slice(2, 3))];
-  await t.rejects(assemblePack(basis, []), RangeError);
   await t.rejects(assemblePack(another, [first]), { tag: "adapter", field: "basis", message: /project it again/ });
   await t.rejects(assemblePack(basis, [first, second, first]), {
     tag: "task",
@@ -392,7 +390,7 @@ t.test("every damage of a part is found: each byte of the header, samples of the
     ],
     [
       "tasks",
-      await collect((await projectTasks(basis, few, "test")).chunks),
+      await collect(await projectTasks(basis, few, "test")),
       async (bytes) => collect((await assemblePack(basis, [await openTasks(bytes)])).chunks),
     ],
   ];
@@ -425,7 +423,7 @@ t.test("every damage of a part is found: each byte of the header, samples of the
   }
   await t.rejects(openStatistics(parts[1]![1]), { tag: "format", message: /holds tasks.*shard/ });
   await t.rejects(openTasks(parts[0]![1]), { tag: "format", message: /holds statistics.*project/ });
-  await t.rejects(openStatistics(concat((await buildBasis(statistics)).chunks)), {
+  await t.rejects(openStatistics(concat(await allOf((await buildBasis(statistics)).chunks))), {
     tag: "format",
     message: /this is an EigenLoRA pack, not a part/,
   });

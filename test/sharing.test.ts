@@ -17,7 +17,7 @@ import {
 import { readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
 import { json, run, workIn } from "./command-line.ts";
-import { completeDtypes, deltaError, relative } from "./internals.ts";
+import { completeDtypes, deltaError, normal as draw, relative, uniform } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { difference, feeds, model, open, outputOf, RUNTIMES } from "./sessions.ts";
 
@@ -26,17 +26,8 @@ const MAX = 0.15;
 
 /** Normally distributed numbers, the same for a seed. */
 function normal(seed: number, count: number): Float32Array {
-  let state = Math.imul(seed + 1, 0x9e3779b1) >>> 0;
-  const uniform = (): number => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let x = Math.imul(state ^ (state >>> 15), state | 1);
-    x ^= x + Math.imul(x ^ (x >>> 7), x | 61);
-    return (((x ^ (x >>> 14)) >>> 0) + 0.5) / 2 ** 32;
-  };
-  return Float32Array.from(
-    { length: count },
-    () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform()),
-  );
+  const random = uniform(Math.imul(seed + 1, 0x9e3779b1));
+  return Float32Array.from({ length: count }, () => draw(random));
 }
 
 const sum = (a: Float32Array, b: Float32Array, factor = 1): Float32Array => a.map((value, i) => value + factor * b[i]!);

@@ -71,9 +71,9 @@ t.test("and what is written piece by piece, with blobs elsewhere until then", as
       aside.push(blob);
       return async () => aside[aside.indexOf(blob)]!;
     };
-    const streamed = await searchStreamed(adapters, { goal, workers }, { held: false, scratch: { put } });
+    const streamed = await searchStreamed(adapters, { goal, workers }, { put });
     t.equal(aside.length, adapters.length, "blobs were put aside");
-    const whole = concat(await allOf(streamed.chunks as AsyncIterable<Uint8Array>));
+    const whole = concat(await allOf(streamed.chunks));
     t.ok(Buffer.from(whole).equals(concat(chunks)), `${workers} workers`);
     t.strictSame(streamed.report, report);
   }

@@ -11,15 +11,7 @@ import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
-import {
-  assembleLora,
-  type LoraParts,
-  listed,
-  type RefuseTensor,
-  readAlphas,
-  refuser,
-  sortTensors,
-} from "./named-lora.ts";
+import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
 import { openSafetensors } from "./safetensors.ts";
@@ -42,21 +34,16 @@ const [METADATA, ALPHAS] = ["lora_adapter_metadata", "network_alphas"];
 export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
   return readAdapterFile(files, openSafetensors, async (tensors, metadata) => {
     const bare = bareModel(tensors.tensors.keys());
-    const parts = sortTensors(tensors, (name) => parseDiffusersKey(name, bare), unknownError);
+    const parse = (name: string): LoraKey | undefined => parseDiffusersKey(name, bare);
+    const parts = sortTensors(tensors, parse, expectedOf, foreignName);
     const configs = configsOf(tensors, new Set([...parts.values()].map(({ prefix }) => prefix)));
     if (configs.size > 0) refuseAlphas(tensors, parts);
     checkDora(tensors, parts);
     const alphas = await readAlphas(tensors, parts);
-    const { modules, saved } = assembleLora(
-      tensors,
-      parts,
-      (_, { prefix }) => configs.get(prefix),
-      (name, rank) => (alphas.get(name) ?? rank) / rank,
-    );
+    const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
     const named = [...configs];
     return {
-      modules,
-      saved,
+      ...assembleLora(tensors, parts, scaleOf, ({ prefix }) => configs.get(prefix)),
       baseModel: common(named.map(([, { baseModel }]) => baseModel)),
       metadata: withRevision(metadata, common(named.map(([, { revision }]) => revision))),
       warnings: named.flatMap(([prefix, { warnings }]) =>
@@ -86,19 +73,13 @@ function common(values: readonly (string | undefined)[]): string | undefined {
 const withRevision = (metadata: TaskMetadata, revision: string | undefined): TaskMetadata =>
   revision === undefined ? metadata : { ...metadata, revision };
 
-function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterError {
-  const foreign = foreignName(keys);
-  if (foreign !== undefined) return refuse(foreign.name, `tensor ${foreign.name} ${foreign.message}`);
-  const shown = listed(keys);
-  const [known, bare] = [keys.filter((key) => prefixOf(key) !== ""), keys.filter((key) => prefixOf(key) === "")];
-  if (bare.length > 0 && known.length === 0) {
-    const expected = `expected names that begin with one of ${MODELS.join(", ")}`;
-    return refuse(keys[0]!, `${shown}: ${expected}, as save_lora_weights of diffusers writes them; rename the tensors`);
-  }
-  return refuse(
-    keys[0]!,
-    `${shown}: not a part of a LoRA; expected lora_A and lora_B, lora.down and lora.up, or to_q_lora.down and up, of each ` +
-      "module. Remove the tensors if the adapter works without them, or merge it into its base",
+/** What names should be instead of these. */
+function expectedOf(keys: readonly string[]): string {
+  if (keys.every((key) => prefixOf(key) === ""))
+    return `expected names that begin with one of ${MODELS.join(", ")}, as save_lora_weights of diffusers writes them; rename the tensors`;
+  return (
+    "not a part of a LoRA; expected lora_A and lora_B, lora.down and lora.up, or to_q_lora.down and up, of each module. Remove the " +
+    "tensors if the adapter works without them, or merge it into its base"
   );
 }
 

@@ -8,7 +8,7 @@ import { type Adapter, readAdapterFile } from "./adapter.ts";
 
 import type { BaseFacts } from "./base-facts.ts";
 import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic, permuteRows } from "./gguf-names.ts";
-import { assembleLora, type LoraKey, listed, refuser, sortTensors } from "./named-lora.ts";
+import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 import { openFile } from "./safetensors.ts";
 
@@ -34,19 +34,15 @@ export async function readGguf({ base = {}, ...files }: GgufFiles): Promise<Adap
     (found) => {
       const { name, architecture } = architectureOf(found);
       const tensors = asTransformers(found, name, architecture, base);
+      const expected = `no weight of ${name} that is known, with .weight.lora_a or .lora_b behind it`;
       const parts = sortTensors(
         tensors,
         (key) => parseKey(key, architecture),
-        (keys, refuse) =>
-          refuse(
-            keys[0]!,
-            `${listed(keys)}: no weight of ${name} that is known, with .weight.lora_a or .lora_b behind it`,
-          ),
+        () => expected,
       );
       const alpha = alphaOf(found);
       const scaleOf = (_: string, rank: number): number => (alpha === 0 ? 1 : alpha / rank);
-      const { modules, saved } = assembleLora(tensors, parts, () => undefined, scaleOf);
-      return { modules, saved, baseModel: textOf(found, "general.base_model.0.name") };
+      return { ...assembleLora(tensors, parts, scaleOf), baseModel: textOf(found, "general.base_model.0.name") };
     },
   );
 }

@@ -4,22 +4,13 @@
  * go over outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
  */
 
-import type { AdapterError } from "../errors.ts";
 import { type Derived, withDerived } from "../tensor/derived.ts";
 import type { TensorFile } from "../tensor/tensor-file.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-facts.ts";
 import { foreignName } from "./diffusers-keys.ts";
 import { splitPrefix, unflatten } from "./kohya-names.ts";
-import {
-  assembleLora,
-  type LoraKey,
-  listed,
-  type RefuseTensor,
-  readAlphas,
-  refuser,
-  sortTensors,
-} from "./named-lora.ts";
+import { assembleLora, type LoraKey, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import { openSafetensors } from "./safetensors.ts";
@@ -56,11 +47,11 @@ export async function readKohya({ base, ...files }: KohyaFiles): Promise<Adapter
   const names = base?.names && flatNames(base.names);
   return readAdapterFile(files, openSafetensors, async (found) => {
     const tensors = withPlainShapes(withoutTucker(found));
-    const parts = sortTensors(tensors, (name) => parseKey(name, names, found.name), unknownError);
+    const parse = (name: string): LoraKey | undefined => parseKey(name, names, found.name);
+    const parts = sortTensors(tensors, parse, () => EXPECTED, foreignOf);
     const alphas = await readAlphas(tensors, parts);
     const scaleOf = (name: string, rank: number): number => (alphas.get(name) ?? rank) / rank;
-    const { modules, saved } = assembleLora(tensors, parts, () => undefined, scaleOf);
-    return { modules, saved, baseModel: found.metadata.get("ss_sd_model_name") || undefined };
+    return { ...assembleLora(tensors, parts, scaleOf), baseModel: found.metadata.get("ss_sd_model_name") || undefined };
   });
 }
 
@@ -79,15 +70,12 @@ function named(model: string, flat: string, names: FlatNames, file: string): str
   return moduleOf(`${model}_${flat}`, names, file)?.slice(model.length + 1) ?? moduleOf(flat, names, file);
 }
 
-function unknownError(keys: readonly string[], refuse: RefuseTensor): AdapterError {
-  const foreign = foreignName(keys.filter((key) => !isKohyaName(key) || /\.(hada|lokr)_/.test(key)));
-  if (foreign !== undefined) return refuse(foreign.name, `tensor ${foreign.name} ${foreign.message}`);
-  return refuse(
-    keys[0]!,
-    `${listed(keys)}: the module is not known, since kohya's names leave out the dots between its parts. Give the base that the ` +
-      "adapter was trained on (--base, or base), whose modules have them",
-  );
-}
+const EXPECTED =
+  "the module is not known, since kohya's names leave out the dots between its parts. Give the base that the adapter was trained on " +
+  "(--base, or base), whose modules have them";
+
+const foreignOf: typeof foreignName = (names) =>
+  foreignName(names.filter((name) => !isKohyaName(name) || /\.(hada|lokr)_/.test(name)));
 
 const [DOWN, MID] = [".lora_down.weight", ".lora_mid.weight"];
 

@@ -6,7 +6,7 @@
 import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/tensor-file.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
-import { assembleLora, type LoraKey, listed, sortTensors, transposeMatrices } from "./named-lora.ts";
+import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 import { openSafetensors } from "./safetensors.ts";
 
@@ -23,14 +23,9 @@ export async function readMlx({ config, ...files }: MlxFiles): Promise<Adapter> 
   const { scale, baseModel } = readConfig(config, `${files.file}/adapter_config.json`);
   return readAdapterFile(files, openSafetensors, (found) => {
     const tensors = transposeMatrices(found, /\.lora_[ab]$/);
-    const parts = sortTensors(tensors, parseKey, (keys, refuse) =>
-      refuse(
-        keys[0]!,
-        `${listed(keys)}: expected lora_a, lora_b and m of each module, as MLX LM saves them; save the adapter again`,
-      ),
-    );
-    const scaleOf = (): number => scale;
-    return { ...assembleLora(tensors, parts, () => undefined, scaleOf), baseModel };
+    const expected = "expected lora_a, lora_b and m of each module, as MLX LM saves them; save the adapter again";
+    const parts = sortTensors(tensors, parseKey, () => expected);
+    return { ...assembleLora(tensors, parts, () => scale), baseModel };
   });
 }
 

@@ -32,23 +32,23 @@ export interface LoraParts {
   alpha?: string;
 }
 
-export type RefuseTensor = PeftTensors["refuse"];
-
 export const refuser =
-  (file: TensorFile): RefuseTensor =>
+  (file: TensorFile): PeftTensors["refuse"] =>
   (field, message) =>
     new AdapterError(message, { file: file.name, field });
 
 /**
  * Assigns every tensor to its module, sorted by name.
  * @param parse interprets a name; undefined where it is no name of the format
- * @param unknown makes the error for names that are none
+ * @param expected says what names should be, of those that are none
+ * @param foreign finds one of those that is of another format, which the error then names. Default: none is
  * @throws AdapterError for a tensor without a module, and for two that are the same
  */
 export function sortTensors(
   file: TensorFile,
   parse: (name: string) => LoraKey | undefined,
-  unknown: (names: readonly string[], refuse: RefuseTensor) => AdapterError,
+  expected: (names: readonly string[]) => string,
+  foreign: (names: readonly string[]) => { name: string; message: string } | undefined = () => undefined,
 ): Map<string, LoraParts> {
   const refuse = refuser(file);
   for (const key of file.tensors.keys()) checkName(key, refuse);
@@ -74,13 +74,15 @@ export function sortTensors(
     if (part === "alpha") found.alpha = key;
     else found.keys.set(part, key);
   }
-  if (others.length > 0) throw unknown(others, refuse);
+  const known = foreign(others);
+  if (known) throw refuse(known.name, `tensor ${known.name} ${known.message}`);
+  if (others.length > 0) throw refuse(others[0]!, `${listed(others)}: ${expected(others)}`);
   if (parts.size === 0) throw new AdapterError("holds no tensors; save the adapter again", { file: file.name });
   return new Map([...parts].sort(([a], [b]) => compare(a, b)));
 }
 
 /** The first few names, and the number of others. */
-export function listed(names: readonly string[]): string {
+function listed(names: readonly string[]): string {
   return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
 }
 
@@ -106,20 +108,20 @@ export async function readAlphas(
 
 /**
  * Makes modules of a file.
- * @param configOf the configuration of a module, where the file has one
- * @param scaleOf the scale of a module by its rank, otherwise
+ * @param scaleOf the scale of a module by its rank, where it has no configuration
+ * @param configOf the configuration of a module. Default: no module has one
  */
 export function assembleLora(
   file: TensorFile,
   parts: ReadonlyMap<string, LoraParts>,
-  configOf: (name: string, parts: LoraParts) => PeftConfig | undefined,
   scaleOf: (name: string, rank: number) => number,
+  configOf: (parts: LoraParts) => PeftConfig | undefined = () => undefined,
 ): { modules: Map<string, AdapterModule>; saved: SavedTensor[] } {
   const modules = new Map<string, AdapterModule>();
   const saved: SavedTensor[] = [];
   for (const [name, found] of parts) {
     const { local, keys } = found;
-    const config = configOf(name, found) ?? shownBy(file, keys, (rank) => scaleOf(name, rank));
+    const config = configOf(found) ?? shownBy(file, keys, (rank) => scaleOf(name, rank));
     const { scale } = config.forModule(local);
     const tensors = peftTensors(file, { ...config, forModule: () => config.forModule(local) });
     const module = readModule(name, keys, tensors);

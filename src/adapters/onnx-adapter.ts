@@ -5,7 +5,7 @@
  */
 import { openOnnxAdapter } from "../tensor/onnx-adapter.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
-import { assembleLora, type LoraKey, listed, sortTensors, transposeMatrices } from "./named-lora.ts";
+import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 import { parsePeftKeys } from "./peft-keys.ts";
 import { openFile } from "./safetensors.ts";
@@ -27,15 +27,11 @@ export async function readOnnxAdapter(files: OnnxAdapterFiles): Promise<Adapter>
     (input) => openFile(input, openOnnxAdapter, "an adapter of ONNX Runtime"),
     (found) => {
       const tensors = transposeMatrices(found, /./);
-      const parts = sortTensors(tensors, parseKey, (keys, refuse) =>
-        refuse(
-          keys[0]!,
-          `${listed(keys)}: expected names that end in lora_A.weight and lora_B.weight, with the module in front. Names of inputs ` +
-            "are up to who exported the model: give the adapter that the file was made from",
-        ),
-      );
-      const scaleOf = (): number => 1;
-      return assembleLora(tensors, parts, () => undefined, scaleOf);
+      const expected =
+        "expected names that end in lora_A.weight and lora_B.weight, with the module in front. Names of inputs are up to who " +
+        "exported the model: give the adapter that the file was made from";
+      const parts = sortTensors(tensors, parseKey, () => expected);
+      return assembleLora(tensors, parts, () => 1);
     },
   );
 }

@@ -6,7 +6,6 @@ import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
-import { checkAdapters } from "./modules.ts";
 
 /** Accuracy of an adapter with its head, and of that head alone with ΔW at zero; shares from 0 to 1. */
 export interface AdapterScore {
@@ -54,7 +53,6 @@ export function partByGain(
   minGain: number,
   file: string,
 ): { kept: Adapter[]; dropped: { id: string; gain: number }[] } {
-  checkAdapters("partByGain", adapters);
   const unknown = adapters.filter((adapter) => groupsOf(adapter, scores).length === 0).map(nameOf);
   if (unknown.length > 0) {
     const close = nearest(

@@ -43,13 +43,6 @@ const DISK: Tree = {
 
 export const kind: Tree["kind"] = DISK.kind;
 
-/** Whether a path, or a name of the Hub, leads to a folder. @throws as `treeAt` for names of the Hub */
-export async function isFolder(given: string, options: HubOptions = {}): Promise<boolean> {
-  if (!hubName(given)) return (await kind(given)) === "folder";
-  const { tree, path } = await treeAt(given, options);
-  return (await tree.kind(path)) === "folder";
-}
-
 /**
  * Finds what a path or a name of the Hub leads to.
  * @throws AdapterError when there is nothing, SourceError for a pipe, a device, or what the Hub refuses

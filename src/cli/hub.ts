@@ -137,9 +137,9 @@ const project: Attach = command({
     );
     const onProgress = counting(out, "module");
     const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
-    const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, async () => {
-      return (await projectTasks(basis, adapters, made, { dtype: types, onProgress })).chunks;
-    });
+    const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, () =>
+      projectTasks(basis, adapters, made, { dtype: types, onProgress }),
+    );
     const { tasks } = run.closing(await openTasks(file));
     return { json: { ...json, residual: tasks }, text: [...text, ...lossTable(tasks)] };
   },

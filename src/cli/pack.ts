@@ -11,7 +11,7 @@ import type { BasisMode } from "../extract/options.ts";
 import { collectGarbage } from "../extract/threads-node.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
-import { buildStreamed, type Streamed } from "../pack/build.ts";
+import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
 import type { SearchOptions, Tried } from "../pack/goal.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import type { BuildReport } from "../pack/report.ts";
@@ -256,13 +256,14 @@ async function build(
   options: PackOptions,
   run: Run,
   out: Output,
-): Promise<Streamed<BuildReport | SearchReport | ByAnswersReport> & { readonly finished?: string }> {
+): Promise<(Streamed<BuildReport | SearchReport> | Built<ByAnswersReport>) & { readonly finished?: string }> {
   const { rank, privateTerms, centering, step, headStep, ratio, error = DEFAULT_ERROR, dtype = {} } = options;
   const mode = modeOf(options);
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
   const bytes = ratio === undefined ? options.bytes : Math.floor(adapterBytes / ratio);
   freeWith(collectGarbage);
   const { workers = workersFor(adapterBytes) } = options;
+  const scratch = run.closing(openScratch(options.output));
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
   if (mode === "auto" && options.model !== undefined) {
     const { model, questions } = await askedOf(options);
@@ -275,15 +276,15 @@ async function build(
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const goal: SearchOptions["goal"] =
       bytes === undefined ? { kind: "error", max: error } : { kind: "bytes", max: bytes };
-    const scratch = run.closing(openScratch(options.output));
-    return searchStreamed(adapters, { ...common, dtype, goal, onTry }, { held: false, scratch });
+    return searchStreamed(adapters, { ...common, dtype, goal, onTry }, scratch);
   }
   const calibrated = options.calibrate ? await calibration(adapters, options, run) : {};
   const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced", normalize } = options;
   const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}) };
   const how = { ...calibrated, ...common, ...all, dtype, normalize };
   if (bytes !== undefined) return buildWithin(adapters, how, bytes);
-  return buildStreamed(adapters, { ...how, select: option.selection(options), onProgress: counting(out, "module") });
+  const building = { ...how, select: option.selection(options), onProgress: counting(out, "module") };
+  return buildStreamed(adapters, building, scratch);
 }
 
 /** Small packs are made before threads have started, and each thread holds memory. */

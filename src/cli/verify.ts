@@ -4,7 +4,7 @@ import type { Pack } from "../core/pack.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
-import { type ModuleLoss, measureModule, openModule } from "../extract/project.ts";
+import { type BoundedLoss, measureModule, openModule } from "../extract/project.ts";
 import { Fields } from "../format/fields.ts";
 import {
   encodedTensor,
@@ -18,7 +18,7 @@ import {
 } from "../format/format.ts";
 import { integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { openSource } from "../open-source.ts";
-import { storedModule } from "../pack/add.ts";
+import { gaugeOf, storedModule } from "../pack/add.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
 import type { ByteSource } from "../source.ts";
@@ -240,7 +240,7 @@ interface Figures {
 
 /** ΔW error, δ and bound of a task against the adapter it was made of. */
 async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: Adapter): Promise<Figures> {
-  const found: ModuleLoss[] = [];
+  const found: BoundedLoss[] = [];
   const terms = new Map(blob.terms.map((term) => [pack.modules[term.module]!.name, term]));
   const foreign = [...terms.keys()].find((name) => !adapter.modules.has(name));
   if (foreign !== undefined)
@@ -260,18 +260,17 @@ async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: A
     }
     const module = pack.modules[term.module]!;
     if (term.A && term.B && sharedBases(module) && !term.ownA && !term.ownBt && term.privateRank === 0) {
-      const gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const alphaA = encodedTensor(blob.bytes, term.A.tensor);
       const alphaB = encodedTensor(blob.bytes, term.B.tensor);
       const stored = { rank: term.rank, alphaA, alphaB };
       const space = openModule(storedModule(module, bases, adapter));
-      found.push(measureModule(space, member, stored, { gauge, coefficientDtype: term.A.tensor.dtype }));
+      found.push(measureModule(space, member, stored, { gauge: gaugeOf(pack), coefficientDtype: term.A.tensor.dtype }));
     } else {
       const { difference, bound, norm } = deltaError(exact(member), exact(expandTerm(blob, term, module, bases)));
       found.push({ error: relative(difference, norm), norm, bound: relative(bound, norm), deltaA: 0, deltaB: 0 });
     }
   }
-  const most = (figure: keyof ModuleLoss): number => Math.max(0, ...found.map((one) => one[figure]));
+  const most = (figure: keyof BoundedLoss): number => Math.max(0, ...found.map((one) => one[figure]));
   const mean = sum(found.map(({ error }) => error)) / Math.max(found.length, 1);
   return {
     error: { total: totalOf(found), mean, max: most("error") },

@@ -1,6 +1,6 @@
 /**
- * Extraction: the adapters of one module become two bases, stored once, and coefficients per task (paper, Algorithm 1;
- * DESIGN.md section 2). In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
+ * Extraction: the adapters of one module become two bases, stored once, and coefficients per task (paper, Algorithm 1).
+ * In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
  * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";
@@ -32,15 +32,10 @@ export interface ModuleStack {
 
 /** Everything a pack stores of one module, and its errors. */
 export interface ModuleExtraction {
-  name: string;
-  out: number;
-  in: number;
   A: SideBasis;
   B: SideBasis;
   /** Projected tasks, in the order of the stack. */
   tasks: ProjectedTask[];
-  /** Theorem 1's δ per side: the largest of the tasks'. */
-  delta: { A: number; B: number };
 }
 
 /** A module on its way to being stored. */
@@ -226,11 +221,7 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
       projectTargets(space, a[i]!, b[i]!, options.coefficientDtype, found.steps?.[i]),
     ),
   }));
-  const delta = {
-    A: Math.max(...tasks.map((task) => task.deltaA)),
-    B: Math.max(...tasks.map((task) => task.deltaB)),
-  };
-  return { name: stack.name, out: stack.out, in: stack.in, ...basis, tasks, delta };
+  return { ...basis, tasks };
 }
 
 /** Inputs that never occurred count a little all the same, since text is never all that a model will see. */

@@ -1,5 +1,5 @@
 /**
- * Joint mode (DESIGN.md 2.4): orthonormal bases P_A [kA, in] and P_B [kB, out] of one module that minimise
+ * Joint mode: orthonormal bases P_A [kA, in] and P_B [kB, out] of one module that minimise
  *
  *     Σ_t ‖ΔW_t − P_Bᵀ·C_t·P_A‖²,  whose best cores are C_t = P_B·ΔW_t·P_Aᵀ
  *

@@ -5,13 +5,13 @@ import type { Dtype } from "../tensor/dtypes.ts";
 import type { Products } from "./linalg.ts";
 
 /**
- * What has coefficients of its own: a row of a factor, or a whole factor (DESIGN.md 2.4). Joint mode is column mode with bases that
+ * What has coefficients of its own: a row of a factor, or a whole factor. Joint mode is column mode with bases that
  * lose least of ΔW instead of least of each factor.
  */
 export type BasisMode = "column" | "flat" | "joint";
 
 /**
- * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first (DESIGN.md 2.2). Flat mode also turns
+ * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first. Flat mode also turns
  * balanced pairs towards their mean, where it is kept.
  */
 export type Gauge = "as-trained" | "balanced";

@@ -1,5 +1,5 @@
 /**
- * Private terms: rank-1 terms of a task's own beside its shared part (paper, section 5; DESIGN.md 2.10d). They are what the shared
+ * Private terms: rank-1 terms of a task's own beside its shared part (paper, section 5). They are what the shared
  * components leave of ΔW, cut by its own SVD, so the two take turns: without its private terms a task has more in common with the
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
@@ -165,7 +165,7 @@ function better(one: Mixed, other: Mixed): boolean {
 
 const EMPTY = new Uint8Array(0);
 /** What a task that shares nothing has. */
-const NOTHING = { rank: 0, alphaA: EMPTY, alphaB: EMPTY, error: 1, norm: 0, bound: 1, deltaA: 1, deltaB: 1 };
+const NOTHING = { rank: 0, alphaA: EMPTY, alphaB: EMPTY, error: 1, norm: 0 };
 const NO_PAIR: Pair = { rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) };
 
 /** One more adapter on a stored basis, or on none, and what that leaves of it. */
@@ -197,17 +197,12 @@ export function finishMixed(begun: Begun, choice: PrivateChoice, step?: number):
 /** Column or joint mode, or nothing shared at all. */
 function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   if (options.select.kind !== "k" || options.select.k > 0) return extractModule(stack, options);
-  const { name, out, in: inputs, members } = stack;
   const none = { dtype: options.basisDtype, components: 0, mean: false, encoded: new Uint8Array(0), explained: 0 };
   const singular = new Float64Array(0);
   return {
-    name,
-    out,
-    in: inputs,
-    A: { ...none, width: inputs, singular },
-    B: { ...none, width: out, singular },
-    tasks: members.map(({ id }) => ({ id, ...NOTHING })),
-    delta: { A: 1, B: 1 },
+    A: { ...none, width: stack.in, singular },
+    B: { ...none, width: stack.out, singular },
+    tasks: stack.members.map(({ id }) => ({ id, ...NOTHING })),
   };
 }
 
@@ -245,13 +240,13 @@ function withPrivate(
     const approximation = stored.rank > 0 ? stored : nothing;
     // Where nothing is shared, what is stored is in the gauge of what is left.
     const differenceOf = shared.rank > 0 ? undefined : () => deltaError(rest, approximation, products).difference;
-    const { difference, norm, bound } = deltaError(given, approximation, products, differenceOf);
+    const { difference, norm } = deltaError(given, approximation, products, differenceOf);
     const found = relative(difference, norm);
     if (error !== undefined && found > error && q < most) continue;
     const whole = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
     const terms = whole && steps ? narrowPrivate(whole, { in: width, out: height }) : whole;
     return {
-      task: { ...task, error: found, norm, bound: relative(bound, norm), privateTerms: terms },
+      task: { ...task, error: found, norm, privateTerms: terms },
       terms: rows,
       lost: difference ** 2,
       reached: error === undefined || found <= error,

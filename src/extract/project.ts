@@ -37,6 +37,10 @@ export interface ModuleLoss {
   error: number;
   /** ‖ΔW‖. */
   norm: number;
+}
+
+/** The same, and what bounds it. */
+export interface BoundedLoss extends ModuleLoss {
   /** (‖B − B'‖·‖A‖ + ‖B'‖·‖A − A'‖) / ‖ΔW‖, an upper bound of `error`. */
   bound: number;
   /** Theorem 1's δ of the task's rows of A: the largest sine between a centred row and the stored span. */
@@ -98,7 +102,7 @@ export function measureModule(
   member: ModuleMember,
   task: TaskCoefficients,
   options: ProjectOptions,
-): ModuleLoss {
+): BoundedLoss {
   const given = toPair(member, rowWidth(space.B), rowWidth(space.A));
   const pair = gauged(given, space, options);
   const stored = storedPair(space, task, options.coefficientDtype);
@@ -131,16 +135,13 @@ export function projectTargets(
 ): TaskCoefficients & ModuleLoss {
   const A = projectSide(space.A, a, type, steps?.A);
   const B = projectSide(space.B, b, type, steps?.Bt);
-  const { difference, norm, bound } = pairError(A.loss, B.loss);
+  const { difference, norm } = pairError(A.loss, B.loss);
   return {
     rank: space.A.rank ?? a.kept,
     alphaA: A.encoded,
     alphaB: B.encoded,
     error: relative(difference, norm),
     norm,
-    bound: relative(bound, norm),
-    deltaA: largestSine(space.A, a),
-    deltaB: largestSine(space.B, b),
   };
 }
 

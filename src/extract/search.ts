@@ -1,5 +1,5 @@
 /**
- * Choosing K_A and K_B of a module by an allowed ΔW error (DESIGN.md section 4, `--error`): the pair of fewest stored
+ * Choosing K_A and K_B of a module by an allowed ΔW error (`--error`): the pair of fewest stored
  * bytes. Everything is computed in coordinates of the components, where one more component of one side changes the r×r
  * matrices of `error.ts` by products of two vectors, so that thousands of pairs cost less than one expansion.
  */

@@ -3,7 +3,7 @@
  * training needs.
  */
 import { FormatError } from "../errors.ts";
-import { attribute, nestedGraphs } from "./model.ts";
+import { attribute } from "./model.ts";
 import { makeNode } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 import { renameNodes, renameValues } from "./rename.ts";
@@ -69,29 +69,4 @@ function unfolded(graph: GraphProto, node: NodeProto, branch: GraphProto): NodeP
   for (const one of handed) one.input = one.input.map((value) => names.get(value) ?? value);
   renameNodes(branch.node, graph.node, "_first");
   return [...branch.node, ...handed];
-}
-
-/** Drops outputs and everything that only they need, in place. */
-export function keepOutputs(graph: GraphProto, keep: (output: string) => boolean): void {
-  graph.output = graph.output.filter(({ name }) => keep(name));
-  const needed = new Set(graph.output.map(({ name }) => name));
-  const kept = new Set<NodeProto>();
-  for (const node of graph.node.toReversed()) {
-    if (!node.output.some((value) => needed.has(value))) continue;
-    kept.add(node);
-    for (const value of readBy(node)) needed.add(value);
-  }
-  const isNeeded = ({ name }: { name: string }): boolean => needed.has(name);
-  graph.node = graph.node.filter((node) => kept.has(node));
-  graph.initializer = graph.initializer.filter(isNeeded);
-  graph.input = graph.input.filter(isNeeded);
-}
-
-/** Values that a node and the graphs in it read. */
-function* readBy(node: NodeProto): Generator<string> {
-  yield* node.input;
-  for (const { node: nodes, output } of nestedGraphs(node)) {
-    for (const one of nodes) yield* readBy(one);
-    for (const { name } of output) yield name;
-  }
 }

@@ -16,39 +16,14 @@
 import { transpose } from "../tensor/derived.ts";
 import type { AdaptedLayer, FormProbe } from "./adapted.ts";
 import type { Form, FormPlace, GraftVector, VectorPlace } from "./forms.ts";
+import type { GraftTools } from "./graft-tools.ts";
 import { FLOAT, INT64 } from "./linear.ts";
 import { attribute } from "./model.ts";
-import { type Attributes, type Place, PREFIX } from "./nodes.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import { type Place, PREFIX } from "./nodes.ts";
+import type { NodeProto } from "./onnx_pb.ts";
 
 /** A layer that is not linear. */
 type FormLayer = AdaptedLayer & { readonly form: Form };
-
-/** What a graph is changed with. */
-export interface GraftTools {
-  /** An initializer. */
-  add(name: string, dims: readonly number[], data: Float32Array): string;
-  input(of: string, kind: "A" | "B" | "scale" | "bias", dims: readonly (number | string)[]): string;
-  /** An input for the core of a module. */
-  core(of: string, KA: number, KB: number): string;
-  /** A constant int64 vector. */
-  ints(values: readonly number[]): string;
-  /** The shape of an input from one dimension to another, made once. */
-  dims(name: string, input: string, from: number, to: number): string;
-  /** The vector [tasks]. */
-  tasks(): string;
-  /** A node in front of all others, made once, that depends on inputs only. Its name is that of its result. */
-  first(name: string, opType: string, input: readonly string[], attributes?: Attributes): string;
-  /** rows [n, width] as [tasks, n / tasks, width]. */
-  rowsOf(place: Place, value: string, width: number): string;
-  /** Edits behind a node of the model. */
-  place(of: string, graph: GraphProto, node: NodeProto, type: number): Place;
-  /** Rank of a value in the main graph; undefined elsewhere, and where it cannot be told. */
-  rank(graph: GraphProto, value: string): number | undefined;
-  /** Whether values of this kind are to be outputs, which the next call of `probe` makes them. */
-  wantsProbe(graph: GraphProto, kind: FormProbe["kind"]): boolean;
-  probe(probe: FormProbe): unknown;
-}
 
 export function addModule(tools: GraftTools, module: FormLayer): void {
   if (module.form.kind === "embedding") addTable(tools, module);
@@ -56,14 +31,13 @@ export function addModule(tools: GraftTools, module: FormLayer): void {
 }
 
 /** The inputs of a module, made once for all of its places. */
-function inputsOf(
-  { input, core: coreInput }: GraftTools,
-  { name, in: width, out, components, factors, rowScale }: FormLayer,
-) {
-  const core = components && coreInput(name, components.A.rows, components.B.rows);
-  const A = factors ? input(name, "A", [width, "q"]) : undefined;
-  const B = factors ? input(name, "B", ["q", out]) : undefined;
-  const scale = rowScale ? input(name, "scale", [1, out]) : undefined;
+function inputsOf(tools: GraftTools, { name, in: width, out, components, factors, rowScale }: FormLayer) {
+  const [KA, KB] = [components?.A.rows ?? 0, components?.B.rows ?? 0];
+  const block = { module: name, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined };
+  const core = components && tools.input(name, "core", [KA, KB], { cores: [block] });
+  const A = factors ? tools.input(name, "A", [width, "q"]) : undefined;
+  const B = factors ? tools.input(name, "B", ["q", out]) : undefined;
+  const scale = rowScale ? tools.input(name, "scale", [1, out]) : undefined;
   return { core, A, B, scale };
 }
 
@@ -153,7 +127,7 @@ function convolve(tools: GraftTools, module: FormLayer, found: FormPlace, { shar
   const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
   if (tools.wantsProbe(graph, "convolution")) {
     const seen = place.op("Identity", [x]);
-    tools.probe({ kind: "convolution", module: name, x: seen, term, shape: form.shape, ...geometryOf(op) });
+    tools.formProbes.push({ kind: "convolution", module: name, x: seen, term, shape: form.shape, ...geometryOf(op) });
   }
   const whole = place.op("Shape", [y]);
   if (scale === undefined) {
@@ -222,7 +196,7 @@ function addTable(tools: GraftTools, module: FormLayer): void {
     const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
     if (tools.wantsProbe(graph, "embedding")) {
       const x = place.op("Cast", [ids], { to: FLOAT });
-      tools.probe({ kind: "embedding", module: name, x, term, ...NO_GEOMETRY });
+      tools.formProbes.push({ kind: "embedding", module: name, x, term, ...NO_GEOMETRY });
     }
     const asY = (value: string): string => (asIs ? value : place.op("Reshape", [value, place.op("Shape", [y])]));
     if (scale === undefined) place.end(place.op("Add", [y, place.down(asY(term))]));
@@ -292,7 +266,7 @@ function scaleDifferently(
   const term = place.op("Mul", [x, change]);
   if (tools.wantsProbe(graph, "weight")) {
     const seen = place.op("Identity", [plain]);
-    tools.probe({ kind: "weight", module: name, x: seen, term, ...NO_GEOMETRY });
+    tools.formProbes.push({ kind: "weight", module: name, x: seen, term, ...NO_GEOMETRY });
   }
   const back = rank === 3 ? term : place.op("Reshape", [term, place.op("Shape", [y])]);
   place.end(place.op("Add", [y, place.down(back)]));

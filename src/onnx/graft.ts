@@ -17,7 +17,6 @@
 import type {
   AdaptedLayer,
   CoreBlock,
-  FormProbe,
   Graft,
   GraftBias,
   Grafted,
@@ -28,24 +27,12 @@ import type {
   TaskInput,
 } from "./adapted.ts";
 import { ComponentProducts } from "./components.ts";
-import type { GraftTools } from "./graft-forms.ts";
+import { GraftTools } from "./graft-tools.ts";
 import { groupsOf, joinCores, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
-import {
-  type Added,
-  dropUnused,
-  freeLast,
-  importContributed,
-  makeInts,
-  makeNode,
-  makeValue,
-  NodeEdits,
-  Place,
-  PREFIX,
-} from "./nodes.ts";
+import { dropUnused, freeLast, importContributed, makeValue, type Place, PREFIX } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
-import { Ranks } from "./rank.ts";
 
 /**
  * Changes `model.proto` in place.
@@ -62,9 +49,8 @@ export function graft(
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
-  const tools = grafter.tools();
-  for (const vector of vectors) options.forms!.addVector(tools, vector);
-  for (const { form, ...module } of modules) if (form) options.forms!.addModule(tools, { ...module, form });
+  for (const vector of vectors) options.forms!.addVector(grafter, vector);
+  for (const { form, ...module } of modules) if (form) options.forms!.addModule(grafter, { ...module, form });
   for (const members of groupsOf(linear, ({ A }) => grafter.products.formOf(A))) grafter.group(members);
   for (const head of heads) grafter.head(head);
   if (options.join) grafter.joinCores();
@@ -92,28 +78,13 @@ interface RowsInto {
   readonly byTask: (value: string, width: number) => string;
 }
 
-class Grafter {
-  readonly #model: OnnxModel;
-  readonly #main: GraphProto;
-  readonly #ranks: Ranks;
-  #inputs: TaskInput[] = [];
-  readonly #added: Added[] = [];
-  /** Nodes that every place shares; they depend on a task input only and go first. */
-  readonly #first: NodeProto[] = [];
-  readonly #shared = new Set<string>();
-  readonly #edits = new NodeEdits();
+class Grafter extends GraftTools {
   readonly products: ComponentProducts;
-  readonly #wantsProbe: boolean;
   #probe: ProbeOutputs | undefined;
-  readonly #formProbes: FormProbe[] = [];
-  #count = 0;
 
-  constructor(model: OnnxModel, { probe = true, integers = [] }: GraftOptions, layers: readonly AdaptedLayer[]) {
-    this.#model = model;
-    this.products = new ComponentProducts(integers, this.#added, layers);
-    this.#wantsProbe = probe;
-    this.#main = model.graph.proto;
-    this.#ranks = new Ranks(model);
+  constructor(model: OnnxModel, options: GraftOptions, layers: readonly AdaptedLayer[]) {
+    super(model, options);
+    this.products = new ComponentProducts(options.integers ?? [], this.added, layers);
   }
 
   /** @param members which all have components, or one module */
@@ -122,9 +93,9 @@ class Grafter {
     const own = members.map(({ name, in: inputs, out, factors, over, rowScale }) => {
       const [A, B] = [this.products.under(over?.A), this.products.under(over?.B)];
       return {
-        A: factors ? this.#input(name, "A", [A?.K ?? inputs, "q"], { over: A }) : undefined,
-        B: factors ? this.#input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
-        scale: rowScale ? this.#input(name, "scale", [1, out]) : undefined,
+        A: factors ? this.input(name, "A", [A?.K ?? inputs, "q"], { over: A }) : undefined,
+        B: factors ? this.input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
+        scale: rowScale ? this.input(name, "scale", [1, out]) : undefined,
       };
     });
     for (const i of members[0]!.linears.keys()) {
@@ -151,8 +122,8 @@ class Grafter {
       [row, column] = [row + A.rows, column + B.rows];
       return block;
     });
-    this.#input(joined(cores.map(({ module }) => module)), "core", [row, column], { cores });
-    return this.#inputs[this.#inputs.length - 1]!;
+    this.input(joined(cores.map(({ module }) => module)), "core", [row, column], { cores });
+    return this.inputs[this.inputs.length - 1]!;
   }
 
   /** x·E_Aᵀ·core, in front of the first of the layers. @returns the columns of each */
@@ -160,14 +131,14 @@ class Grafter {
     const { graph, x, type } = linears[0]!;
     const nodes = new Set(linears.map(({ node }) => node));
     const first = nodes.size === 1 ? linears[0]!.node : graph.node.find((node) => nodes.has(node))!;
-    const place = new Place(this.#edits, graph, first, `${PREFIX}/${core.of}/${this.#count++}`, type);
+    const place = this.place(core.of, graph, first, type);
     const [, KA] = core.dims as [string, number];
     const { rows, byTask } = this.#rowsInto(place, graph, x);
     const sides = members.map(({ components }) => components!.A);
     const projected = this.products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
     const mixed = place.op("MatMul", [byTask(projected, KA), core.name]);
     const widths = core.cores!.map(({ KB }) => KB);
-    const parts = widths.length === 1 ? [mixed] : place.split(this.#model, mixed, widths);
+    const parts = widths.length === 1 ? [mixed] : place.split(this.model, mixed, widths);
     place.before();
     return parts.map((value) => ({ rows, value }));
   }
@@ -176,8 +147,8 @@ class Grafter {
   #addPacked(parts: Packed[]): void {
     const [{ member, linear, mixed }] = parts as [Packed];
     const { graph, type, x, node, slice } = linear;
-    const end = biasAdd(this.#model, linear) ?? node;
-    const place = new Place(this.#edits, graph, end, `${PREFIX}/packed/${this.#count++}`, type);
+    const end = biasAdd(this.model, linear) ?? node;
+    const place = this.place("packed", graph, end, type);
     const { rank } = this.#rowsInto(place, graph, x, mixed.rows);
     const terms = parts.map(({ member: { name, components }, mixed: { value } }) =>
       this.products.expand(place, value, components!.B, `${PREFIX}/${name}/E_B`),
@@ -193,11 +164,11 @@ class Grafter {
   /** A term in the shape of y. */
   #asY(place: Place, value: string, y: string, rank: number | undefined, out: number): string {
     if (rank === 3) return value;
-    return place.op("Reshape", [value, rank === 2 ? this.#ints([-1, out]) : place.op("Shape", [y])]);
+    return place.op("Reshape", [value, rank === 2 ? this.ints([-1, out]) : place.op("Shape", [y])]);
   }
 
   #probeAt(graph: GraphProto, module: string, x: string, term: string): void {
-    if (this.#wantsProbe && graph === this.#main) this.#probe ??= { module, x, term };
+    if (this.wantsProbe(graph)) this.#probe ??= { module, x, term };
   }
 
   #term(
@@ -207,8 +178,8 @@ class Grafter {
     mixed: Mixed | undefined,
   ): void {
     // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in front of it.
-    const end = scale === undefined ? (biasAdd(this.#model, linear) ?? linear.node) : linear.node;
-    const place = new Place(this.#edits, linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+    const end = scale === undefined ? (biasAdd(this.model, linear) ?? linear.node) : linear.node;
+    const place = this.place(name, linear.graph, end, linear.type);
     const { rank, rows, byTask } = this.#rowsInto(place, linear.graph, linear.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
@@ -239,35 +210,35 @@ class Grafter {
    * @param made what another place has made of it
    */
   #rowsInto(place: Place, graph: GraphProto, x: string, made?: string): RowsInto {
-    const rank = graph === this.#main ? this.#ranks.of(x) : undefined;
+    const rank = this.rank(graph, x);
     const flat = (): string =>
       rank === 3 || rank === 2 ? place.up(x) : place.op("Flatten", [place.up(x)], { axis: -1 });
-    const byTask = (value: string, width: number): string => (rank === 3 ? value : this.#rowsOf(place, value, width));
+    const byTask = (value: string, width: number): string => (rank === 3 ? value : this.rowsOf(place, value, width));
     return { rank, rows: made ?? flat(), byTask };
   }
 
   bias({ name, size, type, places }: GraftBias): void {
-    const change = this.#input(name, "bias", [1, size]);
+    const change = this.input(name, "bias", [1, size]);
     for (const { graph, node } of places) {
-      const place = new Place(this.#edits, graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
+      const place = this.place(name, graph, node, type);
       const y = place.begin();
-      const sum = place.op("Add", [this.#rowsOf(place, place.up(y), size), change]);
+      const sum = place.op("Add", [this.rowsOf(place, place.up(y), size), change]);
       place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
     }
   }
 
   rows({ name, width, type, places }: GraftRows): void {
-    const indices = this.#input(name, "indices", [1, "rows"]);
-    const change = this.#input(name, "rows", ["rows", width + 1]);
+    const indices = this.input(name, "indices", [1, "rows"]);
+    const change = this.input(name, "rows", ["rows", width + 1]);
     for (const { graph, node } of places) {
-      const place = new Place(this.#edits, graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
+      const place = this.place(name, graph, node, type);
       const y = place.begin();
-      const ids = this.#rowsOf(place, place.op("Cast", [node.input[1]!], { to: INT64 }), 1);
+      const ids = this.rowsOf(place, place.op("Cast", [node.input[1]!], { to: INT64 }), 1);
       const met = place.op("Cast", [place.op("Equal", [ids, indices])], { to: FLOAT });
       const found = place.op("MatMul", [met, change]);
       const part = (from: number, to: number): string =>
-        place.op("Slice", [found, this.#ints([from]), this.#ints([to]), this.#ints([-1])]);
-      const old = this.#rowsOf(place, place.up(y), width);
+        place.op("Slice", [found, this.ints([from]), this.ints([to]), this.ints([-1])]);
+      const old = this.rowsOf(place, place.up(y), width);
       const left = place.op("Sub", [old, place.op("Mul", [old, part(width, width + 1)])]);
       const sum = place.op("Add", [left, part(0, width)]);
       place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
@@ -275,126 +246,45 @@ class Grafter {
   }
 
   head({ name, in: inputs, bias: hasBias, places }: GraftHead): void {
-    const weight = this.#input(name, "headWeight", [inputs, "labels"]);
-    const bias = hasBias ? this.#input(name, "headBias", [1, "labels"]) : undefined;
-    const labels = this.#once("labels", "Slice", ["Shape", weight], [2, 3]);
+    const weight = this.input(name, "headWeight", [inputs, "labels"]);
+    const bias = hasBias ? this.input(name, "headBias", [1, "labels"]) : undefined;
+    const labels = this.dims("labels", weight, 2, 3);
     for (const { linear, end } of places) {
-      const place = new Place(this.#edits, linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+      const place = this.place(name, linear.graph, end, linear.type);
       const x = place.op("Flatten", [place.up(linear.x)], { axis: -1 });
-      let y = place.op("MatMul", [this.#rowsOf(place, x, inputs), weight]);
+      let y = place.op("MatMul", [this.rowsOf(place, x, inputs), weight]);
       if (bias !== undefined) y = place.op("Add", [y, bias]);
-      const leading = place.op("Slice", [place.op("Shape", [linear.x]), this.#ints([0]), this.#ints([-1])]);
+      const leading = place.op("Slice", [place.op("Shape", [linear.x]), this.ints([0]), this.ints([-1])]);
       const shape = place.op("Concat", [leading, labels], { axis: 0 });
       place.replace(place.down(place.op("Reshape", [y, shape])));
     }
   }
 
-  tools(): GraftTools {
-    return {
-      add: (name, dims, data) => {
-        if (!this.#shared.has(name)) this.#added.push({ name, type: FLOAT, dims, data });
-        return this.#shared.add(name) && name;
-      },
-      input: (...of) => this.#input(...of),
-      core: (of, KA, KB) =>
-        this.#input(of, "core", [KA, KB], {
-          cores: [{ module: of, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined }],
-        }),
-      ints: (values) => this.#ints(values),
-      dims: (name, input, from, to) => this.#once(name, "Slice", ["Shape", input], [from, to]),
-      tasks: () => this.#once("tasks", "Slice", ["Shape", this.#inputs[0]!.name], [0, 1]),
-      first: (name, opType, input, attributes) => {
-        if (!this.#shared.has(name)) this.#first.push(makeNode(opType, name, input, name, attributes));
-        return this.#shared.add(name) && name;
-      },
-      rowsOf: (place, value, width) => this.#rowsOf(place, value, width),
-      place: (of, graph, node, type) => new Place(this.#edits, graph, node, `${PREFIX}/${of}/${this.#count++}`, type),
-      rank: (graph, value) => (graph === this.#main ? this.#ranks.of(value) : undefined),
-      wantsProbe: (graph, kind) =>
-        this.#wantsProbe && graph === this.#main && !this.#formProbes.some((probe) => probe.kind === kind),
-      probe: (probe) => this.#formProbes.push(probe),
-    };
-  }
-
-  /** rows [n, width] as [tasks, n / tasks, width]. */
-  #rowsOf(place: Place, value: string, width: number): string {
-    return place.op("Reshape", [value, this.#taskRows(width)]);
-  }
-
-  /** The shape [tasks, -1, width] as a value. */
-  #taskRows(width: number): string {
-    const name = `${PREFIX}/rows/${width}`;
-    if (!this.#shared.has(name)) {
-      this.#shared.add(name);
-      const tasks = this.#once("tasks", "Slice", ["Shape", this.#inputs[0]!.name], [0, 1]);
-      this.#first.push(makeNode("Concat", name, [tasks, this.#ints([-1, width])], name, { axis: 0 }));
-    }
-    return name;
-  }
-
-  /** shape(value)[from:to], made once. */
-  #once(
-    name: string,
-    op: "Slice",
-    [, value]: readonly ["Shape", string],
-    [from, to]: readonly [number, number],
-  ): string {
-    const out = `${PREFIX}/${name}/${value}`;
-    if (!this.#shared.has(out)) {
-      this.#shared.add(out);
-      this.#first.push(makeNode("Shape", `${out}/shape`, [value], `${out}/shape`));
-      this.#first.push(makeNode(op, out, [`${out}/shape`, this.#ints([from]), this.#ints([to])], out));
-    }
-    return out;
-  }
-
-  /** A constant int64 vector. */
-  #ints(values: readonly number[]): string {
-    const name = `${PREFIX}/ints/${values.join(",")}`;
-    if (!this.#shared.has(name)) {
-      this.#shared.add(name);
-      this.#main.initializer.push(makeInts(name, values));
-    }
-    return name;
-  }
-
-  #input(
-    of: string,
-    kind: TaskInput["kind"],
-    dims: readonly (number | string)[],
-    more?: Pick<TaskInput, "cores" | "over">,
-  ): string {
-    const suffix = { headWeight: "weight", headBias: "bias", bias: "change" }[kind as string] ?? kind;
-    const name = `${PREFIX}.${of}.${suffix}`;
-    this.#inputs.push({ name, of, kind, dims: ["tasks", ...dims], ...more });
-    return name;
-  }
-
   /** Makes one input of those for cores that are equally wide: a runtime takes some microseconds for each input of each run. */
   joinCores(): void {
-    const { inputs, splits } = joinCores(this.#model, this.#inputs);
-    this.#inputs = inputs;
-    this.#first.unshift(...splits);
+    const { inputs, splits } = joinCores(this.model, this.inputs);
+    this.inputs = inputs;
+    this.shared.unshift(...splits);
   }
 
   finish(heads: readonly GraftHead[]): Grafted {
-    const main = this.#main;
-    this.#edits.apply();
+    const main = this.main;
+    this.edits.apply();
     // ONNX wants nodes behind those that make their inputs.
-    main.node.unshift(...this.#first);
-    for (const { name, kind, dims } of this.#inputs) {
+    main.node.unshift(...this.shared);
+    for (const { name, kind, dims } of this.inputs) {
       const free = dims.map((d) => (typeof d === "number" ? d : d === "tasks" ? `${PREFIX}.tasks` : ""));
       main.input.push(makeValue(name, kind === "indices" ? INT64 : FLOAT, free));
     }
     for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
-    for (const { x, term } of this.#formProbes)
-      for (const value of [x, term]) main.output.push(makeValue(value, FLOAT));
+    for (const { x, term } of this.formProbes) for (const value of [x, term]) main.output.push(makeValue(value, FLOAT));
     // Shapes written into the file hold the base's number of labels.
     if (heads.length > 0) freeLast(main, new Set(heads.map(({ out }) => BigInt(out))));
-    if (this.products.contributed) importContributed(this.#model);
+    if (this.products.contributed) importContributed(this.model);
     // Replaced heads, and the weights that folding has given a place of their own.
-    dropUnused(this.#model);
-    const [inputs, initializers] = [this.#inputs, this.#added];
-    return { inputs, initializers, probe: this.#probe, formProbes: this.#formProbes };
+    // Old exporters list initializers among the inputs; an input without its initializer would have to be fed.
+    dropUnused(this.main, ({ name }) => !this.model.graph.initializers.has(name));
+    const [inputs, initializers] = [this.inputs, this.added];
+    return { inputs, initializers, probe: this.#probe, formProbes: this.formProbes };
   }
 }

@@ -251,39 +251,21 @@ export function freeLast(graph: GraphProto, sizes: ReadonlySet<bigint>): void {
   graph.valueInfo.length = 0;
 }
 
-/** Removes unused nodes and initializers of the main graph. */
-export function dropUnused(model: OnnxModel): void {
-  const main = model.graph.proto;
-  /** How often a value is read; outputs of the graph count. */
-  const reads = new Map<string, number>();
-  const read = (value: string): unknown => reads.set(value, (reads.get(value) ?? 0) + 1);
-  for (const { name } of main.output) read(name);
-  for (const node of main.node) for (const value of readBy(node)) read(value);
-  const makers = new Map<string, NodeProto>();
-  /** Number of a node's outputs that are read. */
-  const wanted = new Map<NodeProto, number>();
-  for (const node of main.node) {
-    const outputs = node.output.filter((value) => reads.has(value));
-    for (const value of outputs) makers.set(value, node);
-    wanted.set(node, outputs.length);
+/** Removes what no output of a graph needs. @param stays whether an input stays that is not read */
+export function dropUnused(graph: GraphProto, stays: (input: ValueInfoProto) => boolean): void {
+  const makers = new Map(graph.node.flatMap((node) => node.output.map((value) => [value, node] as const)));
+  const kept = new Set<NodeProto>();
+  const read = new Set(graph.output.map(({ name }) => name));
+  // The set grows during the loop: what a node that is needed reads is needed too.
+  for (const value of read) {
+    const maker = makers.get(value);
+    if (!maker || kept.has(maker)) continue;
+    kept.add(maker);
+    for (const one of readBy(maker)) read.add(one);
   }
-  const unused = new Set(main.node.filter((node) => wanted.get(node) === 0));
-  // The list grows during the loop: nodes that only unused nodes read are unused too.
-  for (const node of unused) {
-    for (const value of readBy(node)) {
-      const left = reads.get(value)! - 1;
-      reads.set(value, left);
-      const maker = left === 0 ? makers.get(value) : undefined;
-      if (!maker) continue;
-      wanted.set(maker, wanted.get(maker)! - 1);
-      if (wanted.get(maker) === 0) unused.add(maker);
-    }
-  }
-  main.node = main.node.filter((node) => !unused.has(node));
-  const isRead = ({ name }: { name: string }): boolean => (reads.get(name) ?? 0) > 0;
-  main.initializer = main.initializer.filter(isRead);
-  // Old exporters list initializers among the inputs; an input without its initializer would have to be fed.
-  main.input = main.input.filter((input) => isRead(input) || !model.graph.initializers.has(input.name));
+  graph.node = graph.node.filter((node) => kept.has(node));
+  graph.initializer = graph.initializer.filter(({ name }) => read.has(name));
+  graph.input = graph.input.filter((input) => read.has(input.name) || stays(input));
 }
 
 /** Values that a node and the graphs in it read. */

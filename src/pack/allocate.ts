@@ -5,10 +5,9 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import type { SharedModule } from "../adapters/modules.ts";
 import { type Allocation, allocateBytes, allocateError, type Spectrum } from "../extract/allocation.ts";
-import type { ModuleStack } from "../extract/extract.ts";
 import { inOrder } from "../extract/extractor.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
-import type { Built } from "./build.ts";
+import type { Streamed } from "./build.ts";
 import { type Adapters, piecesOf, readStack } from "./encode.ts";
 import type { TaskLoss } from "./report.ts";
 import { tooFew, Unreachable } from "./seek.ts";
@@ -30,34 +29,26 @@ const CAREFUL = 0.004;
 const CLOSE = 0.99;
 
 /** Reads the spectra of all adapters. */
-export async function survey(opened: Adapters, only: readonly Dtype[] | undefined): Promise<Survey> {
-  const spectra = await eachMember(opened, opened.shared.flatMap(piecesOf), async (stack) => {
-    const { name: module, out, in: inputs } = stack;
-    const all = await opened.extractor.ask("spectra", stack, undefined);
+export async function survey(
+  { shared, extractor, signal }: Adapters,
+  only: readonly Dtype[] | undefined,
+): Promise<Survey> {
+  const read = async (piece: SharedModule<Adapter>): Promise<Spectrum[]> => {
+    signal?.throwIfAborted();
+    const { stack } = await readStack(piece);
+    const { name: module, out, in: inputs, members } = stack;
+    const all = await extractor.ask("spectra", stack, undefined);
     return all.map((singular, i) => {
       const square = singular.reduce((sum, value) => sum + value ** 2, 0);
-      return { task: stack.members[i]!.id, module, out, in: inputs, singular, square };
+      return { task: members[i]!.id, module, out, in: inputs, singular, square };
     });
-  });
-  return { spectra, only };
-}
-
-/** What `work` finds of each member of each module, modules and members in their order. */
-async function eachMember<T>(
-  { extractor, signal }: Adapters,
-  modules: readonly SharedModule<Adapter>[],
-  work: (stack: ModuleStack, module: SharedModule<Adapter>) => Promise<T[]>,
-): Promise<T[]> {
-  const found: T[] = [];
-  const read = async (module: SharedModule<Adapter>): Promise<T[]> => {
-    signal?.throwIfAborted();
-    return work((await readStack(module)).stack, module);
   };
-  for await (const members of inOrder(modules, extractor.size + 1, read)) {
+  const spectra: Spectrum[] = [];
+  for await (const found of inOrder(shared.flatMap(piecesOf), extractor.size + 1, read)) {
     signal?.throwIfAborted();
-    for (const one of members) found.push(one);
+    for (const one of found) spectra.push(one);
   }
-  return found;
+  return { spectra, only };
 }
 
 /**
@@ -96,10 +87,10 @@ export async function withinError<T>(
 export async function withinBytes(
   { spectra, only }: Survey,
   max: number,
-  build: (allocation: Allocation) => Promise<Built>,
-): Promise<Built> {
+  build: (allocation: Allocation) => Promise<Streamed>,
+): Promise<Streamed> {
   const tasks = tasksOf(spectra);
-  let best: Built | undefined;
+  let best: Streamed | undefined;
   // What a pack takes beside private terms is known when one has been made.
   let [room, spare] = [max, 0];
   for (let round = 0; round < ROUNDS; round++) {

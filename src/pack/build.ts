@@ -28,20 +28,12 @@ export interface Built<Report = BuildReport, Chunks = Uint8Array[]> {
   readonly report: Report;
 }
 
-/** A pack that may still be in the making: its chunks are asked for once. */
-export type Streamed<Report = BuildReport> = Built<Report, Uint8Array[] | AsyncIterable<Uint8Array>>;
-
-/** Where a pack is until it is written. */
-export interface Keeping {
-  /** Keeps the pack in memory; otherwise its tasks are in memory one at a time. */
-  readonly held: boolean;
-  /** Takes what is made and would take as long to make again, where the pack is not held. Default: memory. */
-  readonly scratch?: Scratch | undefined;
-}
+/** A pack whose chunks are asked for once, and may lie elsewhere until then. */
+export type Streamed<Report = BuildReport> = Built<Report, AsyncIterable<Uint8Array>>;
 
 /** The pack with all its chunks in memory. */
 export async function gathered<Report>({ chunks, report }: Streamed<Report>): Promise<Built<Report>> {
-  return { chunks: Array.isArray(chunks) ? chunks : await allOf(chunks), report };
+  return { chunks: await allOf(chunks), report };
 }
 
 /**
@@ -54,14 +46,14 @@ export async function gathered<Report>({ chunks, report }: Streamed<Report>): Pr
  * const { chunks, report } = await buildPack(adapters, { select: { kind: "k", k: 16 } });
  */
 export async function buildPack(adapters: readonly Adapter[], options: BuildOptions = {}): Promise<Built> {
-  return gathered(await buildStreamed(adapters, options, { held: true }));
+  return gathered(await buildStreamed(adapters, options));
 }
 
-/** `buildPack` for callers that write the pack and are done with it. */
+/** `buildPack` for callers that write the pack and are done with it. @param scratch takes blobs. Default: memory */
 export async function buildStreamed(
   adapters: readonly Adapter[],
   options: BuildOptions,
-  keeping: Keeping = { held: false },
+  scratch?: Scratch,
 ): Promise<Streamed> {
   return withExtractor("buildPack", options.workers, async (extractor) => {
     const opened = await openAdapters("buildPack", adapters, options, extractor);
@@ -69,7 +61,7 @@ export async function buildStreamed(
     const encoded = await encode(opened, recipe);
     // What is left to do needs memory, which threads would hold.
     await extractor.rest();
-    return write(opened, recipe, encoded, keeping);
+    return write(opened, recipe, encoded, scratch);
   });
 }
 
@@ -90,9 +82,15 @@ export async function withExtractor<T>(
 }
 
 /** The pack of what was encoded, which is used up. */
-export function write(opened: Adapters, recipe: Recipe, encoded: Encoded, keeping: Keeping): Promise<Streamed> {
-  const { terms } = encoded;
-  return writeTasks(opened, recipe, encoded, async (adapter) => terms.get(adapter) ?? [], { held: keeping.held });
+export function write(opened: Adapters, recipe: Recipe, encoded: Encoded, scratch?: Scratch): Promise<Streamed> {
+  return writeTasks(opened, recipe, encoded, async (adapter) => taken(encoded, adapter), { scratch });
+}
+
+/** What was encoded of an adapter, which is let go of. */
+function taken({ terms }: Pick<Encoded, "terms">, adapter: Adapter): TermInput[] {
+  const own = terms.get(adapter) ?? [];
+  terms.delete(adapter);
+  return own;
 }
 
 /** A recipe whose private terms or steps are still sought: it is encoded again and again, for less where little of it changes. */
@@ -121,8 +119,8 @@ export class Draft {
   }
 
   /** The pack, once after each time that it was encoded. */
-  write(keeping: Keeping): Promise<Streamed> {
-    return write(this.#opened, this.#recipe, this.encoded, keeping);
+  write(scratch?: Scratch): Promise<Streamed> {
+    return write(this.#opened, this.#recipe, this.encoded, scratch);
   }
 }
 
@@ -141,7 +139,7 @@ export function writeApart(
   opened: Adapters,
   recipe: Recipe,
   seek: Seek,
-  keeping: Keeping,
+  scratch: Scratch | undefined,
   most: number = GROUP,
 ): Promise<Streamed> {
   const { adapters, shared, fingerprints, extractor } = opened;
@@ -171,14 +169,12 @@ export function writeApart(
       encoded = new Map();
       encoded = await encodeGroup(groups[++at]!);
     }
-    const own = encoded.get(adapter) ?? [];
-    encoded.delete(adapter);
-    return own;
+    return taken({ terms: encoded }, adapter);
   };
-  return writeTasks(opened, recipe, { modules, errors }, termsOf, { ...keeping, extractor });
+  return writeTasks(opened, recipe, { modules, errors }, termsOf, { scratch, extractor });
 }
 
-/** @param termsOf is asked for the terms of each adapter in their order, twice where the pack is not held and has no step */
+/** @param termsOf is asked for the terms of each adapter in their order */
 async function writeTasks(
   { adapters, fingerprints }: Adapters,
   recipe: Recipe,

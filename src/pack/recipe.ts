@@ -2,7 +2,6 @@
  * The recipe of a pack: what is stored, for whom, and in which numbers. Plain data, made of options before any adapter is read;
  * `encode.ts` makes sections of it, `write.ts` a pack.
  */
-import type { Adapter } from "../adapters/adapter.ts";
 import { checkOptions } from "../arguments.ts";
 import type { BaseInput } from "../core/base.ts";
 import type { Allocation } from "../extract/allocation.ts";
@@ -96,8 +95,6 @@ const OPTIONS = [
 
 /** What is stored of each module, and of each task. */
 export interface Recipe {
-  /** Ids of the tasks, in the pack's order. */
-  readonly tasks: readonly string[];
   /** How the components of each module are found, and in which numbers they and coefficients are stored. */
   readonly extraction: Omit<ExtractOptions, "moments" | "steps" | "products"> & { readonly mode: BasisMode };
   readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
@@ -131,7 +128,7 @@ export function completeDtypes({ basis = "f16", coefficients = "f16", head = "f1
 }
 
 /** @throws RangeError for options that do not go together; TypeError for one that is not known */
-export function recipeOf(adapters: readonly Pick<Adapter, "id">[], options: BuildOptions): Recipe {
+export function recipeOf(adapters: readonly unknown[], options: BuildOptions): Recipe {
   checkOptions("buildPack", options, OPTIONS);
   const { mode = "column", gauge = "as-trained", select = { kind: "energy", share: 0.9 }, dtype, step } = options;
   const { centering = mode === "joint" ? "none" : "keep", rank, normalize, moments, privateTerms = 0 } = options;
@@ -147,8 +144,7 @@ export function recipeOf(adapters: readonly Pick<Adapter, "id">[], options: Buil
     : completeDtypes(dtype);
   const dtypes = { basisDtype: basis, coefficientDtype: coefficients };
   const extraction = { mode, gauge, rank, centering, normalize, select, ...dtypes };
-  const tasks = adapters.map(({ id }) => id);
-  return { tasks, extraction, moments, privateTerms, head: { type: head, step: headStep }, step };
+  return { extraction, moments, privateTerms, head: { type: head, step: headStep }, step };
 }
 
 /** @throws RangeError for a step that is no share */

@@ -7,13 +7,14 @@ import { openPack } from "../core/open-pack.ts";
 import type { AdapterError } from "../errors.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import { DEFAULT_ERROR, type Survey, survey } from "./allocate.ts";
-import { type Built, gathered, type Keeping, type Streamed, withExtractor } from "./build.ts";
+import { type Built, gathered, type Streamed, withExtractor } from "./build.ts";
 import { type Adapters, isUnstorable, openAdapters } from "./encode.ts";
 import { better, checkSearch, figuresOf, type Goal, outOfReach, type SearchOptions, type Tried } from "./goal.ts";
 import type { BuildOptions } from "./recipe.ts";
 import type { BuildReport } from "./report.ts";
 import { lowestPassing, partition, Unreachable } from "./seek.ts";
 import { allOf, defaultWays, kindOf, type Lent, nameOf, scoredWays, type Way } from "./ways.ts";
+import type { Scratch } from "./write.ts";
 
 /** The pack that was chosen, what it was chosen by, and what else was tried. */
 export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error" | "reason" | "least"> {
@@ -75,39 +76,38 @@ export async function searchPack(
   adapters: readonly Adapter[],
   options: SearchOptions = {},
 ): Promise<Built<SearchReport>> {
-  return gathered(await searchStreamed(adapters, options, { held: true }));
+  return gathered(await searchStreamed(adapters, options));
 }
 
 /**
  * `searchPack` for callers that write the pack and are done with it.
- * @param keeping counts where no judge and no size asks for whole packs
+ * @param scratch takes blobs where no judge and no size asks for whole packs. Default: memory
  */
 export async function searchStreamed(
   adapters: readonly Adapter[],
   { goal = { kind: "error", max: DEFAULT_ERROR }, ...options }: SearchOptions,
-  keeping: Keeping = { held: false },
+  scratch?: Scratch,
 ): Promise<Streamed<SearchReport>> {
   checkSearch({ ...options, goal });
-  const { held, scratch } = keeping;
-  const kept = { held: held || options.judge !== undefined, scratch };
+  const own = options.judge === undefined ? scratch : undefined;
   return withExtractor("searchPack", options.workers, async (extractor) =>
-    searchWith(await openAdapters("searchPack", adapters, options, extractor), { ...options, goal }, kept),
+    searchWith(await openAdapters("searchPack", adapters, options, extractor), { ...options, goal }, own),
   );
 }
 
 /** The best pack of at most `max` bytes with these options: of as many components on every side as there is room for. @throws Unreachable */
-export async function buildWithin(adapters: readonly Adapter[], options: BuildOptions, max: number): Promise<Built> {
+export async function buildWithin(adapters: readonly Adapter[], options: BuildOptions, max: number): Promise<Streamed> {
   return withExtractor("buildPack", options.workers, async (extractor) => {
     const opened = await openAdapters("buildPack", adapters, options, extractor);
-    const lent: Lent = { opened, keeping: { held: true }, survey: () => survey(opened, undefined) };
-    return gathered(await kindOf(options).within(lent, options, max));
+    const lent: Lent = { opened, survey: () => survey(opened, undefined) };
+    return kindOf(options).within(lent, options, max);
   });
 }
 
 async function searchWith(
   opened: Adapters,
   { goal, ways, onTry, ...options }: SearchOptions & { readonly goal: Goal },
-  keeping: Keeping,
+  scratch: Scratch | undefined,
 ): Promise<Streamed<SearchReport>> {
   const { adapters } = opened;
   const { dtype = {} } = options;
@@ -120,7 +120,7 @@ async function searchWith(
   const start: Search = {
     ...options,
     opened,
-    keeping,
+    scratch,
     goal,
     ids: adapters.map(({ id }) => id),
     note(one) {

@@ -7,13 +7,14 @@ import { type Allocation, byTask, type Spectrum } from "../extract/allocation.ts
 import type { ComponentSelection } from "../extract/options.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { type Survey, withinBytes, withinError } from "./allocate.ts";
-import { Draft, gathered, type Keeping, type Seek, type Streamed, write, writeApart } from "./build.ts";
+import { Draft, type Seek, type Streamed, write, writeApart } from "./build.ts";
 import { type Adapters, encode } from "./encode.ts";
 import { type BuildOptions, MOST_STEP, type Recipe, recipeOf } from "./recipe.ts";
 import type { TaskLoss } from "./report.ts";
 import { grow, refine, startSteps, stepsWithin, Unreachable } from "./seek.ts";
 import { findSharing } from "./sharing.ts";
 import { stepsOf } from "./tasks.ts";
+import type { Scratch } from "./write.ts";
 
 /** A way of packing. Its bytes grow with one number: of components, or of private terms. */
 export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "workers" | "onProgress" | "signal"> {
@@ -32,7 +33,8 @@ export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | 
 /** What a search lends to ways of packing. */
 export interface Lent extends Pick<BuildOptions, "dtype" | "centering" | "normalize"> {
   readonly opened: Adapters;
-  readonly keeping: Keeping;
+  /** Takes blobs of the pack that is wanted. Default: memory. */
+  readonly scratch?: Scratch | undefined;
   /** What private terms are to hold. */
   survey(): Promise<Survey>;
 }
@@ -92,7 +94,7 @@ function lentOptions({ dtype, centering, normalize }: Lent): BuildOptions {
 async function plainPack({ opened }: Lent, options: BuildOptions): Promise<Streamed> {
   try {
     const recipe = recipeOf(opened.adapters, options);
-    return await write(opened, recipe, await encode(opened, recipe), { held: true });
+    return await write(opened, recipe, await encode(opened, recipe));
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
@@ -116,13 +118,13 @@ const ALLOCATED: Kind = {
     const encoded = (privateTerms: Allocation): Promise<readonly TaskLoss[]> => draft.encode({ privateTerms });
     await withinError(found, amount.max, encoded, (losses) => losses);
     await lent.opened.extractor.rest();
-    return draft.write(lent.keeping);
+    return draft.write(lent.scratch);
   },
   async within(lent, way, max) {
     const { found, draft } = await allocating(lent, way);
     return withinBytes(found, max, async (privateTerms) => {
       await draft.encode({ privateTerms });
-      return gathered(await draft.write({ held: true }));
+      return draft.write();
     });
   },
 };
@@ -148,7 +150,7 @@ const CODED: Kind = {
     const { spectra } = await lent.survey();
     const { sides } = await findSharing(opened, spectra, await stepsOf(opened.adapters, step));
     const whole = { ...recipe, sides };
-    return write(opened, whole, await encode(opened, whole), { held: true });
+    return write(opened, whole, await encode(opened, whole));
   },
   async within(lent, way, max) {
     const made = (k: number): Promise<Streamed> => this.make(lent, way, { kind: "k", k });
@@ -171,7 +173,7 @@ export function codedOptions(options: BuildOptions, step: number): BuildOptions 
 }
 
 /** The coded pack with the coarsest steps that keep every task within an error. @throws Unreachable */
-async function codedWithin({ opened, dtype, keeping, survey }: Lent, way: Way, error: number): Promise<Streamed> {
+async function codedWithin({ opened, dtype, scratch, survey }: Lent, way: Way, error: number): Promise<Streamed> {
   const { spectra } = await survey();
   const { sides, steps: start } = await findSharing(opened, spectra, startSteps(spectra, error), true);
   // What follows takes less at a time, and the pack grows beside it.
@@ -182,7 +184,7 @@ async function codedWithin({ opened, dtype, keeping, survey }: Lent, way: Way, e
     const own = new Map(some.map(({ id }) => [id, start.get(id) ?? 1]));
     await stepsWithin(own, error, encode, (losses) => losses);
   };
-  return writeApart(opened, recipe, seek, keeping);
+  return writeApart(opened, recipe, seek, scratch);
 }
 
 /** What steps are, in geometric mean, of the norm that ΔW of an adapter's modules typically has. */

@@ -28,9 +28,6 @@ import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
 import { toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
 
-/** What a pack is made of: a task each. Where a pack has a step, it is asked for once. */
-type Make = () => Promise<TaskToWrite>;
-
 /** Where blobs lie until their pack is written, for who has no memory for all of them. */
 export interface Scratch {
   /** @returns what reads them again, once */
@@ -39,29 +36,18 @@ export interface Scratch {
 
 /** How a pack is made. */
 interface Making {
-  /** Default: true. Otherwise tasks are made a second time when they are to be written, so that one blob is in memory at a time. */
-  readonly held?: boolean | undefined;
   /** Codes tasks while the next ones are made. Default: they are coded here. */
   readonly extractor?: Extractor | undefined;
-  /** Takes coded blobs. Default: they are in memory. */
+  /** Takes blobs. Default: they are in memory. */
   readonly scratch?: Scratch | undefined;
 }
 
-/** A pack as consecutive chunks, its bytes and those of its blobs. Its sections are coded where it has a step. */
-export function newPack(
-  basis: Omit<BasisInput, "producer" | "header">,
-  tasks: readonly Make[],
-): Promise<{ bytes: number; chunks: Uint8Array[]; blobs: number[] }>;
-export function newPack(
-  basis: Omit<BasisInput, "producer" | "header">,
-  tasks: readonly Make[],
-  how: Making,
-): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }>;
+/** A pack as consecutive chunks, asked for once, its bytes and those of its blobs. Its sections are coded where it has a step. */
 export async function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
-  tasks: readonly Make[],
-  { held = true, extractor, scratch }: Making = {},
-): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }> {
+  tasks: readonly (() => Promise<TaskToWrite>)[],
+  { extractor, scratch }: Making = {},
+): Promise<{ bytes: number; chunks: AsyncIterable<Uint8Array>; blobs: number[] }> {
   const coding = basis.step !== undefined;
   let first = coding && tasks.length > 1 ? await tasks[0]!() : undefined;
   const header = first && headerOf(first);
@@ -71,7 +57,7 @@ export async function newPack(
   const coder = parsed && { modules: parsed.modules, description };
   const coded = coder ? codedBases(bases, coder) : undefined;
   let turn: Promise<unknown> = Promise.resolve();
-  const placed = async (make: Make): Promise<TaskPlace> => {
+  const placed = async (make: () => Promise<TaskToWrite>): Promise<TaskPlace> => {
     // One after the other, since each needs much memory.
     const made = turn.then(make);
     turn = made.catch(() => {});
@@ -87,15 +73,10 @@ export async function newPack(
   const makes = first ? [again, ...tasks.slice(1)] : tasks;
   const places: TaskPlace[] = [];
   for await (const place of inOrder(makes, Math.min(2, extractor?.size ?? 1), placed)) {
-    const make = tasks[places.length]!;
-    // Coding again would take as long.
-    if (coding) places.push(held || !scratch ? place : { ...place, read: await scratch.put(await place.read()) });
-    else places.push(held ? place : { ...place, read: async () => (await make()).blob });
+    places.push(scratch ? { ...place, read: await scratch.put(await place.read()) } : place);
   }
   const { bytes, chunks } = await streamFresh({ description, bases, coded, basisId }, places);
-  const blobs = places.map(({ length }) => length);
-  if (!held) return { bytes, chunks, blobs };
-  return { bytes, chunks: await allOf(chunks), blobs };
+  return { bytes, chunks, blobs: places.map(({ length }) => length) };
 }
 
 /** All chunks, in memory. */
@@ -111,7 +92,6 @@ export async function allOf(chunks: AsyncIterable<Uint8Array>): Promise<Uint8Arr
  * @param replaced other blobs, by id
  */
 export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Array> = new Map()): Promise<TaskPlace[]> {
-  checkPack("tasksOf", pack);
   const places: TaskPlace[] = [];
   for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
     const read = async (): Promise<Uint8Array> => replaced.get(id) ?? pack.stored(id);
@@ -131,7 +111,6 @@ export async function freshPack(
   tasks?: readonly TaskPlace[],
   sign?: Sign,
 ): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
-  checkPack("freshPack", pack);
   const places = tasks ?? (await tasksOf(pack));
   const bases = await pack.bases();
   const { basisBytes: description, bases: section } = pack.directory;

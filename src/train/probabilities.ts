@@ -24,11 +24,6 @@ export function softmax(logits: Float32Array): Float32Array {
   return powers.map((value) => value / total);
 }
 
-/** Rows of values [rows, width], as views. */
-export function rowsOf(values: Float32Array, width: number): Float32Array[] {
-  return Array.from({ length: values.length / width }, (_, row) => values.subarray(row * width, (row + 1) * width));
-}
-
 /** Index of the largest value; the first one of equals. */
 export function largest(values: ArrayLike<number>): number {
   let at = 0;

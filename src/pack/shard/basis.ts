@@ -5,7 +5,6 @@
 
 import type { ModuleShape } from "../../adapters/adapter.ts";
 import { baseModels } from "../../adapters/modules.ts";
-import { checkOptions } from "../../arguments.ts";
 import { AdapterError } from "../../errors.ts";
 import { checkSelection, type ExtractOptions, wanted } from "../../extract/options.ts";
 import { decompose, encodeSide, type SideBasis } from "../../extract/side.ts";
@@ -14,12 +13,12 @@ import { fastProducts } from "../../extract/wasm-products.ts";
 import type { ModuleInput, SideInput } from "../../format/encode.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
 import { storing, UnstorableError } from "../../tensor/encode.ts";
-import type { Built } from "../build.ts";
+import type { Streamed } from "../build.ts";
 import { peakOf, readFingerprints, refuseLarge, sideInput } from "../encode.ts";
 import type { BuildOptions } from "../recipe.ts";
 import { type BuildReport, baseNotes, baseWarnings, componentsOf, fewerWarnings } from "../report.ts";
 import { newPack } from "../write.ts";
-import { checkStatistics, factorsOf, type Statistics } from "./statistics.ts";
+import { factorsOf, type Statistics } from "./statistics.ts";
 
 /** How a basis is made. The selection is by `k` or `energy`. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {
@@ -46,9 +45,7 @@ export interface BasisReport
  * @throws BaseMismatchError when the base given does not have the modules
  * @returns a pack without tasks, and what was found
  */
-export async function buildBasis(statistics: Statistics, options: BasisOptions = {}): Promise<Built<BasisReport>> {
-  checkStatistics("buildBasis", statistics);
-  checkOptions("buildBasis", options, ["select", "centering", "base", "onProgress", "dtype"]);
+export async function buildBasis(statistics: Statistics, options: BasisOptions = {}): Promise<Streamed<BasisReport>> {
   const { select = { kind: "energy", share: 0.9 }, centering = "keep", dtype = "f16", base } = options;
   const { gauge, rank, normalize } = statistics;
   checkSelection(select);
@@ -87,7 +84,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     options.onProgress?.(modules.length, statistics.modules.size);
   }
   const baseModel = baseModels(statistics.adapters)[0];
-  const { chunks } = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);
+  const { chunks, bytes } = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);
   const components = componentsOf(modules);
   const report: BasisReport = {
     adapters: statistics.adapters.length,
@@ -96,7 +93,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     gauge,
     centering,
     dtype,
-    bytes: chunks.reduce((sum, chunk) => sum + chunk.length, 0),
+    bytes,
     components,
     warnings: [
       ...baseWarnings(statistics.adapters.map((adapter, i) => ({ ...adapter, modules: adapted[i]! }))),

@@ -61,7 +61,6 @@ export async function* writePart(
 export interface Part {
   /** Path, for messages. */
   readonly file: string;
-  readonly kind: PartKind;
   /** The digest given to `writePart`. */
   readonly made: string;
   readonly about: Value;
@@ -118,7 +117,6 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     };
     return {
       file,
-      kind: holds,
       made: about.get("made").string(64),
       about,
       tensors: tensors.tensors,

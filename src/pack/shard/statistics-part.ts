@@ -11,7 +11,7 @@ import { LAYOUTS } from "../../format/format.ts";
 import type { SourceInput } from "../../source.ts";
 import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
 import { oneOf, type Part, readPart, toBytes, toF64, writePart } from "./part.ts";
-import { type CountedAdapter, checkStatistics, type Statistics, type StatisticsModule } from "./statistics.ts";
+import type { CountedAdapter, Statistics, StatisticsModule } from "./statistics.ts";
 
 /** Statistics that hold a file open. */
 export interface StatisticsPart extends Statistics {
@@ -32,7 +32,6 @@ export function writeStatistics(
   made: string,
   onProgress?: (done: number, of: number) => void,
 ): AsyncGenerator<Uint8Array, void> {
-  checkStatistics("writeStatistics", statistics);
   const { gauge, rank, normalize, adapters, modules } = statistics;
   const entries: SafetensorsEntry[] = [];
   let done = 0;

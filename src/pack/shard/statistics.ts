@@ -4,8 +4,7 @@
  * at a time when it is asked for. From them comes a basis (`basis.ts`); adapters cannot be reconstructed.
  */
 import type { Adapter, ModuleShape } from "../../adapters/adapter.ts";
-import { checkAdapters, compare, refuseBases, type SharedModule, sharedModules } from "../../adapters/modules.ts";
-import { checkArgument, checkList, checkOptions } from "../../arguments.ts";
+import { compare, refuseBases, type SharedModule, sharedModules } from "../../adapters/modules.ts";
 import { AdapterError, TaskError } from "../../errors.ts";
 import { balance, leadingRows, pairOf } from "../../extract/gauge.ts";
 import { checkRank, type Gauge } from "../../extract/options.ts";
@@ -47,23 +46,25 @@ export interface Statistics {
 
 /**
  * Statistics of adapters.
+ * @param adapters one or more
  * @param options as of `buildPack`
  * @throws RangeError for a rank in another gauge than balanced
  * @throws AdapterError when two adapters do not agree about a module or the base model; TaskError when two have one id
  */
 export async function adapterStatistics(
   adapters: readonly Adapter[],
-  options: Pick<BuildOptions, "gauge" | "rank" | "normalize" | "anyBase"> = {},
+  {
+    gauge = "as-trained",
+    rank,
+    normalize = false,
+    anyBase,
+  }: Pick<BuildOptions, "gauge" | "rank" | "normalize" | "anyBase"> = {},
 ): Promise<Statistics> {
-  checkOptions("adapterStatistics", options, ["gauge", "rank", "normalize", "anyBase"]);
-  const { gauge = "as-trained", rank, normalize = false } = options;
-  checkAdapters("adapterStatistics", adapters);
-  if (adapters.length === 0) throw new RangeError("adapterStatistics: no adapters");
   checkRank({ gauge, rank });
   const most = rank ?? Infinity;
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   refuseTwice(sorted);
-  refuseBases(sorted, options.anyBase);
+  refuseBases(sorted, anyBase);
   const shared = sharedModules(sorted);
   const rowsOf = (adapter: Adapter, name: string): number => Math.min(adapter.modules.get(name)?.rank ?? 0, most);
   const products = await fastProducts();
@@ -96,11 +97,6 @@ export async function adapterStatistics(
   };
 }
 
-/** @throws TypeError when `value` is no statistics */
-export function checkStatistics(where: string, value: unknown): void {
-  checkArgument(where, value, "statistics (await adapterStatistics(…) or openStatistics(…))", "ranks");
-}
-
 /** Modules with their rows. */
 function counted<O>(
   shared: ReadonlyMap<string, SharedModule<O>>,
@@ -116,6 +112,7 @@ function counted<O>(
 /**
  * Statistics of all adapters of several parts. The order of the parts makes no difference, nor does who merged which before,
  * beyond rounding in f64; while a side is kept as rows, none at all.
+ * @param given one or more
  * @param options.anyBase as of `buildPack`
  * @throws TaskError for an adapter in two parts; AdapterError for parts of another gauge, base model or shapes
  */
@@ -123,10 +120,6 @@ export async function mergeStatistics(
   given: readonly Statistics[],
   options: { readonly anyBase?: boolean } = {},
 ): Promise<Statistics> {
-  checkOptions("mergeStatistics", options, ["anyBase"]);
-  checkList("mergeStatistics", given, "statistics");
-  for (const part of given) checkStatistics("mergeStatistics", part);
-  if (given.length === 0) throw new RangeError("mergeStatistics: no parts");
   const parts = [...given].sort((a, b) => compare(a.adapters[0]!.id, b.adapters[0]!.id));
   const { file, gauge, rank, normalize } = parts[0]!;
   const members = parts

@@ -3,8 +3,7 @@
  * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
 import type { Adapter } from "../../adapters/adapter.ts";
-import { checkAdapters, compare } from "../../adapters/modules.ts";
-import { checkArgument, checkList, checkOptions, checkPack } from "../../arguments.ts";
+import { compare } from "../../adapters/modules.ts";
 import type { Pack } from "../../core/pack.ts";
 import { parseTaskFile } from "../../core/task-file.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
@@ -26,23 +25,20 @@ const nameOf = (id: string): string => `task ${id}`;
  * @param basis a pack; its tasks, if it has any, are left alone
  * @param made a digest of what the part is made of
  * @throws AdapterError as `projectAdapters`; TaskError for two adapters of one id
- * @returns the bytes of the part, and what the tasks lost
+ * @returns the bytes of the part
  */
 export async function projectTasks(
   basis: Pack,
   adapters: readonly Adapter[],
   made: string,
   options: { dtype?: Partial<Dtypes>; onProgress?: (done: number, of: number) => void } = {},
-): Promise<{ chunks: AsyncGenerator<Uint8Array, void>; residual: TaskLoss[] }> {
-  checkPack("projectTasks", basis);
-  checkAdapters("projectTasks", adapters);
-  checkOptions("projectTasks", options, ["dtype", "onProgress"]);
+): Promise<AsyncGenerator<Uint8Array, void>> {
   const sorted = byId(adapters);
   const dtype = completeDtypes(options.dtype);
   const projected = await projectAdapters(basis, sorted, dtype, options);
-  const residual = projected.map((task) => task.residual);
+  const losses = projected.map(({ residual }) => residual);
   const files = projected.map(({ entry, blob }) => encodeTaskFile(entry, basis.basisId, blob));
-  return { chunks: writeTasks(basis, made, dtype, residual, files), residual };
+  return writeTasks(basis, made, dtype, losses, files);
 }
 
 /**
@@ -85,15 +81,12 @@ export interface AssembledPack {
  * Assembles a pack: the tasks of all parts, and those that the basis has already, by id, so that how they were spread over
  * parts makes no difference to a byte. Blobs are read twice, once to check them and once to be copied: parts and basis stay open
  * until the chunks have been written.
+ * @param parts one or more
  * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats; TaskError for a task that
  *   is there twice
  */
 export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Promise<AssembledPack> {
-  checkPack("assemblePack", basis);
-  checkList("assemblePack", parts, "parts with tasks");
-  for (const part of parts) checkArgument("assemblePack", part, "a part with tasks (await openTasks(…))", "basisId");
-  const first = parts[0];
-  if (!first) throw new RangeError("assemblePack: no parts");
+  const first = parts[0]!;
   const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
   const losses: (TaskLoss & { modules: number })[] = [];
   const places = await tasksOf(basis);
@@ -174,8 +167,6 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
 export interface TaskPart {
   /** Path, for messages. */
   readonly file: string;
-  /** The digest given to `projectTasks`. */
-  readonly made: string;
   /** Hexadecimal id of the basis. */
   readonly basisId: string;
   readonly dtype: TaskDtypes;
@@ -189,7 +180,7 @@ export interface TaskPart {
 /** Opens a part with tasks. @throws FormatError as `openPart`, and for a description that its tensors do not fit */
 export function openTasks(input: SourceInput): Promise<TaskPart> {
   return readPart(input, "tasks", (part) => {
-    const { file, made, tensors } = part;
+    const { file, tensors } = part;
     const about: Value = part.about;
     const listed: readonly Value[] = about.get("tasks").array(1_048_576);
     const tasks = listed.map((value: Value) => {
@@ -205,7 +196,6 @@ export function openTasks(input: SourceInput): Promise<TaskPart> {
     const types = about.get("types");
     return {
       file,
-      made,
       basisId: about.get("basisId").string(64),
       dtype: { coefficients: oneOf(types.get("coefficients"), DTYPES), head: oneOf(types.get("head"), DTYPES) },
       tasks,
