@@ -6,7 +6,7 @@ import { readdir, stat } from "node:fs/promises";
 import { join, relative, resolve, sep } from "node:path";
 import { openDisk, refuseOtherKinds } from "../disk.ts";
 import { AdapterError } from "../errors.ts";
-import { type HubOptions, openSnapshot, type Snapshot, type SnapshotOptions } from "../http/hub.ts";
+import { openSnapshot, type Snapshot, type SnapshotOptions } from "../http/hub.ts";
 import { type HubName, hubName } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
 
