@@ -21,6 +21,8 @@ warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 examples, jobs = sys.argv[1], json.load(open(sys.argv[2]))
 sys.path.insert(0, examples)
+# The folder of the examples is published as it is.
+sys.dont_write_bytecode = True
 from components import inside
 
 TYPES = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}

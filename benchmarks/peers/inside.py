@@ -5,7 +5,6 @@ EXAMPLES: the folder examples/python. Prints {"version"}, then answers one line 
 of which learn; or "lora": a LoRA of rank 8, alpha 16, on query and value. Accuracy on the test rows and logits of the first 16 are those
 of a fresh model with the adapter that was saved."""
 import contextlib, json, os, sys, time
-from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 import peft, torch, transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
@@ -13,6 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 torch.set_num_threads(1)
 examples, folder = sys.argv[1:]
 sys.path.insert(0, examples)
+# The folder of the examples is published as it is.
+sys.dont_write_bytecode = True
 from components import inside
 from train import fit
 
@@ -29,9 +30,8 @@ def train(task):
     started = time.process_time()
     # Whole factors learn at a tenth of this rate.
     how = {"max_steps": task["steps"], "per_device_train_batch_size": task["batch"], "seed": task["seed"], "disable_tqdm": True}
-    fit(tuned, data, DataCollatorWithPadding(tokenizer), task["out"], task["rate"], **how)
+    fit(tuned, data, DataCollatorWithPadding(tokenizer), task["out"], task["rate"], task["labels"], **how)
     seconds = time.process_time() - started
-    Path(task["out"], "task.json").write_text(json.dumps({"labels": task["labels"]}))
     saved = peft.PeftModel.from_pretrained(base(), task["out"]).eval()
     found = []
     with torch.no_grad():

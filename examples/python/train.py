@@ -14,14 +14,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from components import groups, inside
 
 
-def fit(tuned, data, collate, out, rate=0.04, **how):
-    """Trains with AdamW, the rate falling to 0, and saves the adapter."""
+def fit(tuned, data, collate, out, rate=0.04, labels=None, **how):
+    """Trains with AdamW, the rate falling to 0, and saves the adapter. One process of several writes."""
     args = TrainingArguments(out, logging_steps=20, save_strategy="no", report_to="none", **how)
     optimizer = torch.optim.AdamW(groups(tuned, rate), weight_decay=0.0)
     trainer = Trainer(tuned, args, train_dataset=data, data_collator=collate, optimizers=(optimizer, None))
     trainer.train()
     if trainer.is_world_process_zero():
         tuned.save_pretrained(out)
+        if labels:
+            Path(out, "task.json").write_text(json.dumps({"labels": labels}))
 
 
 def train(model, components, rows, out, steps=240, batch=32, seed=0):
@@ -34,8 +36,8 @@ def train(model, components, rows, out, steps=240, batch=32, seed=0):
     tuned.print_trainable_parameters()
     tokens = tokenizer([line["text"] for line in lines], truncation=True, max_length=128)["input_ids"]
     data = [{"input_ids": ids, "labels": labels.index(line["label"])} for ids, line in zip(tokens, lines)]
-    fit(tuned, data, DataCollatorWithPadding(tokenizer), out, max_steps=steps, per_device_train_batch_size=batch, seed=seed)
-    Path(out, "task.json").write_text(json.dumps({"labels": labels}))
+    how = dict(max_steps=steps, per_device_train_batch_size=batch, seed=seed)
+    fit(tuned, data, DataCollatorWithPadding(tokenizer), out, labels=labels, **how)
     return tuned
 
 
