@@ -6,7 +6,7 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
-import { get } from "node:http";
+import { createServer as createHttpServer, get } from "node:http";
 import { createRequire } from "node:module";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
@@ -344,6 +344,17 @@ t.test("an address: without permission, without ranges, without an answer", { sk
   const { page: good } = await visit(t, `${here.url("viewer.html")}?url=tasks.eigen`);
   t.match(await factOf(good, "holds").textContent(), "20 tasks over 12 modules");
   t.ok(here.ranges.length > 2, "by ranges");
+  const plain = createHttpServer(async ({ url }, response) => {
+    const name = url!.startsWith("/tasks") ? demo : viewer;
+    response.writeHead(200, name === viewer ? { "content-type": "text/html" } : {}).end(await readFile(name));
+  });
+  await once(plain.listen(0, "127.0.0.1"), "listening");
+  t.teardown(() => plain.close());
+  const { page: whole } = await visit(
+    t,
+    `http://127.0.0.1:${(plain.address() as { port: number }).port}/?url=tasks.eigen`,
+  );
+  await whole.getByText("Read whole (102.6 kB), since its server has no ranges.").waitFor();
 });
 
 t.test("Firefox", { skip: noFirefox }, async (t) => {
