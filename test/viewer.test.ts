@@ -6,7 +6,7 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
-import { get } from "node:http";
+import { createServer as createHttpServer, get } from "node:http";
 import { createRequire } from "node:module";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
@@ -20,6 +20,7 @@ import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import { launch, noChromium } from "./browser.ts";
 import { json, run, workIn } from "./command-line.ts";
+import { hubFor } from "./huggingface-server.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { complaintsOfAxe } from "./page-axe.ts";
 import { serve } from "./range-server.ts";
@@ -106,6 +107,17 @@ t.test("the command serves its page and the named files alone, until Ctrl-C", as
   t.equal(await end(), 0);
 });
 
+t.test("a file of the Hub is served by ranges", async (t) => {
+  const { hub } = await hubFor(t);
+  const bytes = await readFile(demo);
+  hub.push("org/name", new Map([["tasks.eigen", bytes]]));
+  const { url } = await view(t, "hf:org/name/tasks.eigen");
+  const { origin, searchParams } = new URL(url);
+  const part = await fetch(origin + searchParams.get("url"), { headers: { range: "bytes=100-199" } });
+  t.equal(part.status, 206);
+  t.same(Buffer.from(await part.arrayBuffer()), bytes.subarray(100, 200));
+});
+
 t.test("what cannot be shown is said before a browser opens", async (t) => {
   const taken = createServer().listen(0, "127.0.0.1");
   await once(taken, "listening");
@@ -135,8 +147,12 @@ t.test("a large pack is read by what is looked at", { skip: noChromium }, async 
     `Read so far: ${kB(1536 + directoryLength)} of ${(committed / 1e6).toFixed(2)} MB, in 2 requests.`,
     "the window and the directory",
   );
-  t.match(await factOf(page, "root").textContent(), await pack.integrity());
-  t.match(await factOf(page, "signature").textContent(), /^by ed25519:\S+, and it is right/);
+  await factOf(page, "root")
+    .getByText(await pack.integrity())
+    .waitFor();
+  await factOf(page, "signature")
+    .getByText(/^by ed25519:\S+, and it is right/)
+    .waitFor();
   const tasks = [...pack.tasks.values()];
   t.same(
     await sectionOf(page, "Tasks").locator("tbody th").allTextContents(),
@@ -209,6 +225,15 @@ t.test("likeness of tasks, and a task beside its adapter", { skip: noChromium },
   const verified = await json(0, "verify", demo, "--against", data(`adapters/own-seed/${id}`));
   const { total } = verified["tasks"].find((task: { id: string }) => task.id === id).error;
   t.equal(await row.locator("td").last().textContent(), `${(100 * total).toFixed(1)} %`, "what verify says it lost");
+  t.same(complaints, []);
+});
+
+t.test("what two packs say differently", { skip: noChromium }, async (t) => {
+  const { url } = await view(t, demo, "large.eigen");
+  const { page, complaints } = await visit(t, url);
+  const differing = page.getByRole("region", { name: "What differs" }).locator("tbody th");
+  t.same(await differing.allTextContents(), ["size", "made as", "components in", "coded", "format", "basis"]);
+  t.equal(await page.locator("article").count(), 2);
   t.same(complaints, []);
 });
 
@@ -319,6 +344,17 @@ t.test("an address: without permission, without ranges, without an answer", { sk
   const { page: good } = await visit(t, `${here.url("viewer.html")}?url=tasks.eigen`);
   t.match(await factOf(good, "holds").textContent(), "20 tasks over 12 modules");
   t.ok(here.ranges.length > 2, "by ranges");
+  const plain = createHttpServer(async ({ url }, response) => {
+    const name = url!.startsWith("/tasks") ? demo : viewer;
+    response.writeHead(200, name === viewer ? { "content-type": "text/html" } : {}).end(await readFile(name));
+  });
+  await once(plain.listen(0, "127.0.0.1"), "listening");
+  t.teardown(() => plain.close());
+  const { page: whole } = await visit(
+    t,
+    `http://127.0.0.1:${(plain.address() as { port: number }).port}/?url=tasks.eigen`,
+  );
+  await whole.getByText("Read whole (102.6 kB), since its server has no ranges.").waitFor();
 });
 
 t.test("Firefox", { skip: noFirefox }, async (t) => {

@@ -2,7 +2,7 @@
  * What a file says of itself, how many bytes its parts take, and whether they are the bytes that its directory names.
  */
 import { openPack } from "eigenlora";
-import { count, definitions, element, percent, section, size, table, workButton } from "./dom.js";
+import { count, definitions, element, percent, section, short, size, table, workButton } from "./dom.js";
 
 /**
  * @typedef {import("eigenlora").Pack} Pack
@@ -30,7 +30,7 @@ export function packFacts(pack) {
     ["shared", sharedFact(pack)],
     ["made as", `mode ${basis.mode}, ${basis.gauge}, centring ${basis.centering}`],
     ["components in", dtypes.join(", ") || "–"],
-    ["coded", basis.step === undefined ? "no" : `yes, in steps of ${basis.step}`],
+    ["coded", basis.step === undefined ? "no" : `yes, in steps of ${short(basis.step)}`],
     ["ΔW error", basis.error === undefined ? "not said" : `at most ${percent(basis.error)} of each task`],
     ["base model", basis.baseModel ?? "not said"],
     [
@@ -48,7 +48,7 @@ export function packFacts(pack) {
 function sharedFact({ modules }) {
   const [A, B] = [modules.filter((one) => one.A.length > 0).length, modules.filter((one) => one.B.length > 0).length];
   if (A + B === 0) return "nothing: each task has rows of its own";
-  return `components of A in ${ofAll(A, "module", modules.length)}, of B in ${B === A ? "as many" : B}`;
+  return `components of A in ${ofAll(A, "module", modules.length)}, of B in ${B === A ? "as many" : B || "none"}`;
 }
 
 /** @param {Extract<Opened, { kind: "task file" }>["file"]} file @returns {Fact[]} */

@@ -4,6 +4,7 @@
  */
 import { taskAdapter } from "eigenlora/build";
 import { count, element, pacer, percent, plain, scrolling, section, shape, size, table, workButton } from "./dom.js";
+import { packFacts } from "./facts.js";
 
 /**
  * @typedef {import("eigenlora").Pack} Pack
@@ -148,6 +149,27 @@ function likenessOf(ids, products) {
   return rows.length === 0 ? nodes : [...nodes, table("The most alike pairs", ["task", "and", "cosine"], rows)];
 }
 
+/** What two files are called beside each other. @param {...Opened} files */
+function namesOf(...files) {
+  const names = files.map(({ given }) => given.name);
+  return names[0] === names[1] ? names.map((name, i) => `${name} (${i === 0 ? "first" : "second"})`) : names;
+}
+
+/**
+ * What two packs say differently of themselves.
+ * @param {Pack} one
+ * @param {Pack} other
+ * @param {readonly string[]} names
+ */
+function differences(one, other, names) {
+  const said = new Map(packFacts(other));
+  const rows = packFacts(one).flatMap(([name, value]) =>
+    said.get(name) === value ? [] : [[name, value, said.get(name) ?? ""]],
+  );
+  if (rows.length === 0) return element("p", {}, "Both say the same of themselves.");
+  return table("What differs", ["", ...names], rows);
+}
+
 /**
  * The tasks of an opened file, as far as they have numbers.
  * @param {Opened} opened
@@ -171,6 +193,7 @@ function tasksOf(opened) {
  */
 export function comparisonSection(files, onRead) {
   const [first, second] = files[0].kind === "pack" && files[1].kind === "adapter" ? [files[1], files[0]] : files;
+  const names = namesOf(first, second);
   const [one, other] = [tasksOf(first), tasksOf(second)];
   if (!one || !other) return undefined;
   const both = [...one.ids.keys()].filter((id) => other.ids.has(id));
@@ -182,8 +205,6 @@ export function comparisonSection(files, onRead) {
       const bytes = [one.ids.get(id), other.ids.get(id)].map((n) => (n === undefined ? "not there" : size(n)));
       return [id, ...bytes, found ? found.cosine.toFixed(4) : "", found ? percent(found.difference) : ""];
     });
-    const same = first.given.name === second.given.name;
-    const names = [first, second].map(({ given }, i) => `${given.name}${same ? [" (first)", " (second)"][i] : ""}`);
     const head = ["task", ...names.map((name) => `bytes in ${name}`), "cosine of ΔW", `ΔW error against ${names[0]}`];
     shown.replaceChildren(table("Tasks of both files", head, rows));
   };
@@ -203,6 +224,7 @@ export function comparisonSection(files, onRead) {
     draw(measured);
     return "";
   });
-  const title = element("h2", {}, "Both files, task by task");
-  return element("section", {}, title, ...(both.length > 0 ? [work] : []), shown);
+  const title = element("h2", {}, "Both files");
+  const facts = first.kind === "pack" && second.kind === "pack" ? [differences(first.pack, second.pack, names)] : [];
+  return element("section", {}, title, ...facts, ...(both.length > 0 ? [work] : []), shown);
 }

@@ -49,8 +49,8 @@ export const view: Attach = command({
       throw new UsageError(`--port ${port}: ${reasonOf(cause)}; leave it out to take a free one`, { cause });
     });
     run.closing(served);
-    const query = new URLSearchParams([...shown.map((path) => ["url", path]), ["only", ""]]);
-    const url = `${served.url}?${query}`;
+    const query = shown.map((path) => `url=${encodeURIComponent(path).replaceAll("%2F", "/")}&`);
+    const url = `${served.url}?${query.join("")}only`;
     if (!noOpen) openBrowser(url);
     const ended = run.interrupts();
     return {
@@ -106,7 +106,7 @@ function one(name: string, path: string, run: Run): Found {
 
 /** The name of a file as the page shows it; its ending says what it is. */
 function named(path: string, ending: string): string {
-  const name = basename(path.replace(/[?#].*/s, ""));
+  const name = basename(/^https?:/i.test(path) ? path.replace(/[?#].*/s, "") : path);
   return name.endsWith(ending) ? name : `${name}${ending}`;
 }
 
