@@ -33,7 +33,7 @@ export interface Pair {
 }
 
 export function pairOf({ rank, A, Bt }: Pick<Term, "rank" | "A" | "Bt">): Pair {
-  return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
+  return { rank, A: new Float64Array(A), Bt: new Float64Array(Bt) };
 }
 
 /** How often the numbers of a pair are written to new arrays on their way to another that stays. */
