@@ -110,7 +110,8 @@ export class Tables {
     const used = this.#used[table]!;
     const slow = STEPS[used]! - (table < QUICK ? 0 : 2);
     if (used < STEPS.length - 1) this.#used[table] = used + 1;
-    const [at, to] = [table * (SYMBOLS + 1), symbol * SYMBOLS];
+    const at = table * (SYMBOLS + 1);
+    const to = symbol * SYMBOLS;
     for (let i = 1; i < SYMBOLS; i++) {
       const sum = sums[at + i]!;
       sums[at + i] = sum + ((TARGETS[to + i]! - sum) >> slow);

@@ -273,7 +273,8 @@ interface Integers {
 /** The same integers in the smallest type that all of these tensors fit. */
 export function narrowed(tensors: readonly Integers[]): { dtype: QuantizedDtype; encoded: Uint8Array[] } {
   const integers = tensors.map(({ dtype, encoded, rows, width }) => decodeIntegers(dtype, encoded, rows, width));
-  const peak = integers.reduce((most, all) => all.reduce((a, b) => Math.max(a, Math.abs(b)), most), 0);
+  let peak = 0;
+  for (const all of integers) for (let i = 0; i < all.length; i++) peak = Math.max(peak, Math.abs(all[i]!));
   const dtype = (["int3", "int4", "int8"] as const).find((type) => peak <= LARGEST[type])!;
   const encoded = tensors.map(({ rows, width, dtype: given, encoded: from }, i) => {
     if (given === dtype) return from;
