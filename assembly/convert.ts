@@ -80,13 +80,13 @@ function copyF32(from: usize, to: usize, count: i32): void {
 }
 
 /**
- * Adds four halves, extended with their signs, to `sums` if they are finite: a shift brings exponent and mantissa to their places and
+ * Adds four halves, in the high bits of each lane, to `sums` if they are finite: a shift brings exponent and mantissa to their places and
  * leaves the sign in its own, and scaling is as in `f16ToF32`. It is exact, so nothing depends on whether the machine rounds after it.
  */
 // @ts-ignore: decorator
 @inline
 export function finiteF16x4Plus(half: v128, sums: v128): v128 {
-  const bits = v128.and(i32x4.shl(half, 13), i32x4.splat(0x8fffe000));
+  const bits = v128.and(i32x4.shr_s(half, 3), i32x4.splat(0x8fffffff));
   return accumulate<v128>(sums, bits, i32x4.splat(0x77800000));
 }
 

@@ -5,12 +5,17 @@
 import { decode, encode, packedBytes, rowBytes, scaleBytes } from "./convert";
 import { accumulate, bytes, multiply, spread, total, zero } from "./lanes";
 import { F16, F32, PANEL, PANEL_VALUES, SUMS } from "./layout";
-import { multiplyAdd, tileOf } from "./multiply";
+import { multiplyAdd, multiplyAddHalves } from "./multiply";
 
-/** Columns of the basis that are decoded at a time: whole bytes in every type, whole tiles in every build. */
+/** Columns of the basis that are decoded at a time at least: whole bytes in every type, whole tiles in every build. */
 // @ts-ignore: decorator
 @inline
 const BASIS_COLUMNS: i32 = 32;
+
+/** Rows of the basis that are decoded at a time. */
+// @ts-ignore: decorator
+@inline
+const BASIS_ROWS: i32 = PANEL_VALUES / BASIS_COLUMNS;
 
 /** Rows and columns of a weight that are decoded at a time where it is not updated in place. */
 // @ts-ignore: decorator
@@ -25,35 +30,39 @@ const COLUMNS: i32 = 256;
 @inline
 const PANEL_STRIDE: usize = 4 * COLUMNS + 64;
 
-/** Decodes basis[k.., j..] into the panel: [part, columns] f32, BASIS_COLUMNS apart. */
-function decodePanel(type: i32, basis: usize, rows: i32, width: i32, k: i32, j: i32, part: i32, columns: i32): void {
+/** Decodes basis[k.., j..] into the panel: [part, columns] f32, `step` apart. */
+function decodePanel(
+  type: i32, basis: usize, rows: i32, width: i32, k: i32, j: i32, part: i32, columns: i32, step: i32,
+): void {
   const stride = rowBytes(type, width);
   let from = basis + scaleBytes(type, rows) + <usize>k * stride + packedBytes(type, j);
   let to = PANEL;
   for (let row = k; row < k + part; row++) {
     decode(type, from, basis + 2 * <usize>row, to, columns);
     from += stride;
-    to += 4 * BASIS_COLUMNS;
+    to += <usize>step << 2;
   }
 }
 
 /**
  * out[i, :] = Σ_k coefficients[i, k]·basis[k, :], i < rank, k < rows, or that much more with `add`. The basis is decoded
- * once, a panel of 32 columns at a time; bases of more than 256 rows are summed in parts of 256.
+ * once, in panels; bases of more than 256 rows are summed in parts of 256.
  */
 export function expand(
   type: i32, out: usize, coefficients: usize, basis: usize, rank: i32, rows: i32, width: i32, add: bool,
 ): void {
   if (!add) memory.fill(out, 0, (<usize>rank * <usize>width) << 2);
-  for (let j = 0; j < width; j += BASIS_COLUMNS) {
-    const columns = min(BASIS_COLUMNS, width - j);
+  // An odd number of cache lines, where there is room.
+  const step = max(BASIS_COLUMNS, (PANEL_VALUES / max(rows, 1) & -BASIS_COLUMNS) - 16), wide = step & -BASIS_COLUMNS;
+  for (let j = 0; j < width; j += wide) {
+    const columns = min(wide, width - j);
     const at = out + (<usize>j << 2);
-    for (let k = 0; k < rows; k += PANEL_VALUES / BASIS_COLUMNS) {
-      const part = min(PANEL_VALUES / BASIS_COLUMNS, rows - k);
-      decodePanel(type, basis, rows, width, k, j, part, columns);
+    for (let k = 0; k < rows; k += BASIS_ROWS) {
+      const part = min(BASIS_ROWS, rows - k);
+      decodePanel(type, basis, rows, width, k, j, part, columns, step);
       multiplyAdd(
-        at, <usize>width << 2, at, <usize>width << 2, coefficients + (<usize>k << 2), <usize>rows << 2, 4,
-        PANEL, 4 * BASIS_COLUMNS, part, rank, columns,
+        at, at, <usize>width << 2, coefficients + (<usize>k << 2), <usize>rows << 2, 4, PANEL, <usize>step << 2, part,
+        rank, columns,
       );
     }
   }
@@ -81,9 +90,9 @@ export function project(type: i32, out: usize, x: usize, basis: usize, count: i3
   for (let j = 0; j < width; j += BASIS_COLUMNS) {
     const columns = min(BASIS_COLUMNS, width - j);
     const whole = ASC_FEATURE_SIMD ? columns & ~3 : 0;
-    for (let k = 0; k < rows; k += PANEL_VALUES / BASIS_COLUMNS) {
-      const part = min(PANEL_VALUES / BASIS_COLUMNS, rows - k);
-      decodePanel(type, basis, rows, width, k, j, part, columns);
+    for (let k = 0; k < rows; k += BASIS_ROWS) {
+      const part = min(BASIS_ROWS, rows - k);
+      decodePanel(type, basis, rows, width, k, j, part, columns, BASIS_COLUMNS);
       for (let i = 0; i < count; i++) {
         const values = x + ((<usize>i * <usize>width + <usize>j) << 2);
         let to = out + ((<usize>i * <usize>rows + <usize>k) << 2);
@@ -111,7 +120,7 @@ function updatePanel(
     base += stride;
     to += PANEL_STRIDE;
   }
-  multiplyAdd(PANEL, PANEL_STRIDE, PANEL, PANEL_STRIDE, left, 4, leftStep, right, rightStep, rank, rows, columns);
+  multiplyAdd(PANEL, PANEL, PANEL_STRIDE, left, 4, leftStep, right, rightStep, rank, rows, columns);
 }
 
 /** values[j] = values[j]·row·columns[j]; a null pointer stands for ones. */
@@ -155,34 +164,6 @@ function foldPanels(
   }
 }
 
-/** Folds halves without scales, in tiles, down strips as in `multiplyAdd`. The rest beside the tiles is folded in panels. */
-function foldHalves(
-  out: usize, base: usize, step: usize, rows: i32, columns: i32, left: usize, leftStep: usize, right: usize,
-  rightStep: usize, rank: i32,
-): void {
-  const evenRows = rows & ~1, tiled = columns & ~15;
-  for (let i = 0; i < evenRows; i += ROWS) {
-    const end = min(i + ROWS, evenRows);
-    for (let j = 0; j < tiled; j += 16) {
-      const r = right + (<usize>j << 2);
-      let at = <usize>i * step + (<usize>j << 1), l = left + (<usize>i << 2);
-      for (let row = i; row < end; row += 2, at += 2 * step, l += 8) {
-        if (!tileOf<v128, u16>(out + at, step, base + at, step, l, 4, leftStep, r, rightStep, rank)) {
-          foldPanels(F16, out + at, base + at, step, 2, 16, l, leftStep, r, rightStep, rank, 0, 0);
-        }
-      }
-    }
-  }
-  if (tiled < columns) {
-    const at = <usize>tiled << 1, r = right + (<usize>tiled << 2);
-    foldPanels(F16, out + at, base + at, step, evenRows, columns - tiled, left, leftStep, r, rightStep, rank, 0, 0);
-  }
-  if (evenRows < rows) {
-    const at = <usize>evenRows * step, l = left + (<usize>evenRows << 2);
-    foldPanels(F16, out + at, base + at, step, 1, columns, l, leftStep, right, rightStep, rank, 0, 0);
-  }
-}
-
 /**
  * out[i, j] = (base[i, j] + Σ_k left[k, i]·right[k, j])·rowScale[i]·columnScale[j], rounded to `type` once. `stride` in
  * elements. Null scales stand for ones; with rank 0 and no scales bytes are copied as they are.
@@ -202,10 +183,15 @@ export function fold(
       return;
     }
     if (type == F32) {
-      return multiplyAdd(out, step, base, step, left, 4, leftStep, right, rightStep, rank, rows, columns);
+      return multiplyAdd(out, base, step, left, 4, leftStep, right, rightStep, rank, rows, columns);
     }
     if (ASC_FEATURE_SIMD && type == F16) {
-      return foldHalves(out, base, step, rows, columns, left, leftStep, right, rightStep, rank);
+      const done = multiplyAddHalves(out, base, step, left, leftStep, right, rightStep, rank, rows, columns);
+      const at = <usize>done << 1;
+      out += at;
+      base += at;
+      right += 2 * at;
+      columns -= done;
     }
   }
   foldPanels(

@@ -3,6 +3,12 @@
  * else. Defines also the codes shared with `src/backends/wasm.ts`.
  */
 
+/** Part of left of four rows, f32 [rank, 4]; and the most ranks that it has room for. */
+// @ts-ignore: decorator
+@inline export const LEFT: usize = 64;
+// @ts-ignore: decorator
+@inline export const MOST_RANK: i32 = 1020;
+
 /** Partial sums in f64: one per row or column of a panel. Address 0 stays free: it means "absent". */
 // @ts-ignore: decorator
 @inline export const SUMS: usize = 16384;

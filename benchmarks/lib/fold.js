@@ -1,6 +1,6 @@
 /** Fold on a CPU backend, and the peak speed of the machine. */
 import { setFlagsFromString } from "node:v8";
-import { median, min } from "simple-statistics";
+import { median, min, sum } from "simple-statistics";
 import { encodeTensor } from "../../dist/src/tensor/encode.js";
 import { smallNumbers } from "./adapters.js";
 
@@ -20,15 +20,23 @@ export const RANKS = [8, 16];
 /** Rounds of the peak loops: some milliseconds. */
 const ROUNDS = 1_000_000;
 
-/** @param {() => void} run @param {Often} often @returns {Seconds} */
-function time(run, { warmUp, runs }) {
-  const seconds = [];
-  for (let i = -warmUp; i < runs; i++) {
-    const start = performance.now();
-    run();
-    if (i >= 0) seconds.push((performance.now() - start) / 1000);
-  }
-  return { min: min(seconds), median: median(seconds) };
+/**
+ * Seconds of all parts together, each timed by itself: other programs rarely leave a machine alone for a whole run.
+ * @param {(part: number) => void} run
+ * @param {Often} often
+ * @param {number} [parts] Default: 1
+ * @returns {Seconds}
+ */
+function time(run, { warmUp, runs }, parts = 1) {
+  /** @type {number[][]} */
+  const seconds = Array.from({ length: parts }, () => []);
+  for (let i = -warmUp; i < runs; i++)
+    for (const [part, own] of seconds.entries()) {
+      const start = performance.now();
+      run(part);
+      if (i >= 0) own.push((performance.now() - start) / 1000);
+    }
+  return { min: sum(seconds.map(min)), median: sum(seconds.map(median)) };
 }
 
 /**
@@ -55,9 +63,7 @@ export async function measureMachine(variant, runs) {
   const often = { warmUp: 5, runs };
   const peak = [chained, crossed].map((loop) => (ROUNDS * perRound()) / time(() => loop(0, ROUNDS), often).min);
   return {
-    copy: time(() => {
-      for (let i = 0; i < MATRICES; i++) copy(65536 + bytes + i * length, 65536 + i * length, length);
-    }, often),
+    copy: time((i) => copy(65536 + bytes + i * length, 65536 + i * length, length), often, MATRICES),
     peak: Math.max(...peak),
     peakChained: peak[0],
   };
@@ -82,12 +88,11 @@ export function measureFold(backend, dtype, rank, often) {
   const job = { dtype, rank, rows: SIZE, columns: SIZE, stride: SIZE };
   const left = { block: factors, byteOffset: 0 };
   const right = { block: factors, byteOffset: rank * SIZE * 4 };
-  const result = time(() => {
-    for (let i = 0; i < MATRICES; i++) {
-      const byteOffset = i * byteLength;
-      backend.fold({ out: { block: out, byteOffset }, base: { block: base, byteOffset }, ...job, left, right });
-    }
-  }, often);
+  const fold = (/** @type {number} */ i) => {
+    const byteOffset = i * byteLength;
+    backend.fold({ out: { block: out, byteOffset }, base: { block: base, byteOffset }, ...job, left, right });
+  };
+  const result = time(fold, often, MATRICES);
   for (const block of [base, out, factors]) backend.free(block);
   return result;
 }

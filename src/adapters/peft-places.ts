@@ -31,19 +31,26 @@ export function peftTensors(file: TensorFile, config: PeftConfig): PeftTensors {
     refuse,
     async read(key, scale = 1) {
       const values = await file.readF32(key);
-      for (let i = 0; i < values.length; i++) {
-        values[i]! *= scale;
-        if (Number.isFinite(values[i])) continue;
-        const scaled = scale === 1 ? "" : ` times the scale ${scale}`;
-        throw refuse(
-          key,
-          `tensor ${key} [${shape(key).join(", ")}]: element ${i}${scaled} is ${values[i]}. Training diverged or the file ` +
-            "is damaged; take an earlier checkpoint",
-        );
-      }
-      return values;
+      const i = multiplied(values, scale);
+      if (i === values.length) return values;
+      const scaled = scale === 1 ? "" : ` times the scale ${scale}`;
+      throw refuse(
+        key,
+        `tensor ${key} [${shape(key).join(", ")}]: element ${i}${scaled} is ${values[i]}. Training diverged or the file ` +
+          "is damaged; take an earlier checkpoint",
+      );
     },
   };
+}
+
+/** Multiplies values in place until one is not finite. Returns how many are. Loops of an async function are compiled late. */
+function multiplied(values: Float32Array, scale: number): number {
+  let i = 0;
+  for (; i < values.length; i++) {
+    values[i] = values[i]! * scale;
+    if (!Number.isFinite(values[i])) break;
+  }
+  return i;
 }
 
 /** Assignment of a file's tensors: keys by the name of the module or parameter. */

@@ -41,8 +41,8 @@ const JOBS = {
       ? extractModule(stack, { ...options, products })
       : extractMixed(stack, { ...options, privateTerms, products }),
   /** Singular values of every member's ΔW. */
-  spectra: ({ members, out, in: inputs }: ModuleStack): number[][] =>
-    members.map((member) => singularValues(pairOf(member), out, inputs)),
+  spectra: ({ members, out, in: inputs }: ModuleStack, _: undefined, products: Products): number[][] =>
+    members.map((member) => singularValues(pairOf(member), out, inputs, products)),
   /** Runs `spansOf`. */
   spans: (
     stack: ModuleStack,

@@ -70,15 +70,26 @@ export function encodeSpans(
 
 /** Rows in units of their steps: the singular value over the step is the length of each. */
 function inSteps(pair: Pair, key: "A" | "Bt", step: number): Float64Array {
-  const own = rowSteps(pair, step)[key];
-  const width = pair[key].length / (pair.rank || 1);
-  return pair[key].map((value, i) => value / (own[Math.floor(i / width)]! || Infinity));
+  return divided(
+    pair[key],
+    rowSteps(pair, step)[key].map((own) => own || Infinity),
+  );
 }
 
 function unitRows(rows: Float64Array, rank: number): Float64Array {
-  const width = rows.length / rank;
-  const squares = rowSquares(rows, rank, width);
-  return rows.map((value, i) => value / (Math.sqrt(squares[Math.floor(i / width)]!) || 1));
+  return divided(
+    rows,
+    rowSquares(rows, rank, rows.length / rank).map((square) => Math.sqrt(square) || 1),
+  );
+}
+
+/** Rows, each by a divisor of its own. */
+function divided(rows: Float64Array, by: Float64Array): Float64Array {
+  const width = rows.length / by.length;
+  const found = new Float64Array(rows.length);
+  for (let row = 0; row < by.length; row++)
+    for (let i = row * width; i < (row + 1) * width; i++) found[i] = rows[i]! / by[row]!;
+  return found;
 }
 
 /** Members, what they share, and what all of it is expected to cost. */

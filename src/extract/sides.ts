@@ -10,7 +10,7 @@ import { deltaError, relative } from "./error.ts";
 import type { ModuleStack } from "./extract.ts";
 import { letGo } from "./garbage.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
-import { dot, type Products, rowSquares } from "./linalg.ts";
+import { addScaled, dot, type Products, rowSquares } from "./linalg.ts";
 import type { ModuleMember, TaskCoefficients } from "./project.ts";
 import { roundedBits, roundedSquare, rowSteps, worthRows } from "./row-steps.ts";
 import type { SideBasis } from "./side.ts";
@@ -200,9 +200,8 @@ const NOTHING = { alpha: new Uint8Array(0), K: 0 };
 
 function storeSide(rows: Float64Array, steps: Float64Array, basis: Subspace | undefined, own: boolean): StoredSide {
   if (steps.length === 0) return { ...NOTHING, values: rows };
-  const nothing = { ...NOTHING, values: new Float64Array(rows.length) };
-  const shared = basis ? onBasis(rows, steps, basis, 0)! : nothing;
-  return own ? withOwn(rows, steps, shared) : shared;
+  const shared = basis && onBasis(rows, steps, basis, 0);
+  return own ? withOwn(rows, steps, shared) : shared!;
 }
 
 /** The least share of rows' squares that coefficients must hold to be asked what they cost. */
@@ -225,12 +224,14 @@ function onBasis(
   return { alpha, K, values: expand(basis, values, count) };
 }
 
-/** The same with rows of the task's own for what the basis lacks. */
-function withOwn(rows: Float64Array, steps: Float64Array, { values, ...shared }: StoredSide): StoredSide {
+/** The same with rows of the task's own for what the basis lacks; or these alone. */
+function withOwn(rows: Float64Array, steps: Float64Array, shared?: StoredSide): StoredSide {
   const count = steps.length;
-  const rest = rows.map((value, i) => value - values[i]!);
-  const beside = rounded("int8", rest, count, rows.length / count, steps);
-  return { ...shared, own: beside.encoded, values: values.map((value, i) => value + beside.values[i]!) };
+  const rest = rows.slice();
+  if (shared) addScaled(-1, shared.values, 0, rest, 0, rest.length);
+  const { encoded: own, values } = rounded("int8", rest, count, rows.length / count, steps);
+  if (shared) addScaled(1, shared.values, 0, values, 0, values.length);
+  return { ...(shared ?? NOTHING), own, values };
 }
 
 /** What one side costs. Loss counts a row's length on the other side, which steps have. @param counted whether bits are asked for */
@@ -244,7 +245,10 @@ function sideCost(
   if (count === 0) return { bits: 0, lost: 0 };
   const width = rows.length / count;
   let lost = 0;
-  for (let i = 0; i < rows.length; i++) lost += ((rows[i]! - values[i]!) / steps[Math.floor(i / width)]!) ** 2;
+  for (let row = 0; row < count; row++) {
+    const step = steps[row]!;
+    for (let i = row * width; i < (row + 1) * width; i++) lost += ((rows[i]! - values[i]!) / step) ** 2;
+  }
   if (!counted) return { bits: 0, lost };
   const integers = (encoded: Uint8Array, width: number) => ({ dtype: "int8" as const, encoded, rows: count, width });
   const tensors = [...(K > 0 ? [integers(alpha, K)] : []), ...(own ? [integers(own, width)] : [])];

@@ -7,7 +7,7 @@
  * basis whose first k vectors span the first k components. In these coordinates errors are sums of squares, for any
  * number of components at once, and no row is ever expanded.
  */
-import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
 import { encodeTensor, type FindScale } from "../tensor/encode.ts";
 import { centred, ROUNDING } from "./components.ts";
 import { type SideError, sideError } from "./error.ts";
@@ -82,7 +82,7 @@ export interface Target {
 export function openSubspace(stored: StoredBasis, products: Products = PLAIN, metric?: Float64Array): Subspace {
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
-  const decoded = Float64Array.from(decodeTensor(stored.dtype, stored.encoded, rows, width));
+  const decoded = new Float64Array(decodeTensor(stored.dtype, stored.encoded, rows, width));
   const values = metric ? products.multiply(decoded, metric, rows, width, width) : decoded;
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
@@ -254,6 +254,10 @@ export function rounded(
   steps?: ArrayLike<number>,
   find?: FindScale,
 ): { encoded: Uint8Array<ArrayBuffer>; values: Float64Array } {
-  const encoded = encodeTensor(type, values, rows, width, steps, find);
-  return { encoded, values: Float64Array.from(decodeTensor(type, encoded, rows, width)) };
+  if (!isQuantized(type)) {
+    const encoded = encodeTensor(type, values, rows, width);
+    return { encoded, values: new Float64Array(decodeTensor(type, encoded, rows, width)) };
+  }
+  const seen = new Float64Array(rows * width);
+  return { encoded: encodeTensor(type, values, rows, width, steps, find, seen), values: seen };
 }

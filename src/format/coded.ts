@@ -78,6 +78,12 @@ const TABLES = LOW + 64;
 /** Where no mean is known. */
 const UNKNOWN_LEVEL = 7;
 
+/** Where the sums of a table move to by the use of a symbol: [symbol, i]. */
+const TARGETS: Int32Array = Int32Array.from({ length: SYMBOLS * SYMBOLS }, (_, at) => {
+  const [symbol, i] = [Math.floor(at / SYMBOLS), at % SYMBOLS];
+  return (i > symbol ? RAISED : 0) + i * LEAST;
+});
+
 /** What all tables begin with. */
 const FIRST_SUMS: Int32Array = Int32Array.from({ length: TABLES * (SYMBOLS + 1) }, (_, at) => {
   const [table, i] = [Math.floor(at / (SYMBOLS + 1)), at % (SYMBOLS + 1)];
@@ -105,9 +111,10 @@ export class Tables {
     const slow = STEPS[used]! - (table < QUICK ? 0 : 2);
     if (used < STEPS.length - 1) this.#used[table] = used + 1;
     const at = table * (SYMBOLS + 1);
+    const to = symbol * SYMBOLS;
     for (let i = 1; i < SYMBOLS; i++) {
       const sum = sums[at + i]!;
-      sums[at + i] = sum + (((i > symbol ? RAISED : 0) + i * LEAST - sum) >> slow);
+      sums[at + i] = sum + ((TARGETS[to + i]! - sum) >> slow);
     }
   }
 }
@@ -287,8 +294,7 @@ function* codeTensor(
   memory: Memory,
   refuse: Refuse,
 ): Generator<void> {
-  const [values, stride, bits] = [start + scaleBytes(dtype, rows), rowBytes(dtype, width), BITS[dtype]];
-  const largest = 2 ** (bits - 1) - 1;
+  const [values, stride] = [start + scaleBytes(dtype, rows), rowBytes(dtype, width)];
   let [before, likely] = [MEAN_UNIT, 0x3c];
   for (let row = 0; row < rows; row++) {
     if (row % ROWS === 0) yield;
@@ -297,21 +303,46 @@ function* codeTensor(
     memory.scales[row] = likely;
     section[lower] = coder.symbol(FINE, Number(section[lower] !== 0)) && coder.bits(8, section[lower]!);
     let mean = memory.rows[row]! < 0 ? before : memory.rows[row]!;
-    const from = values + row * stride;
-    for (let i = 0; i < width; i++) {
-      const at = row * width + i;
-      if (i % PIECE === PIECE - 1) yield;
-      const column = memory.columns?.[at] ?? -1;
-      const given = quantizedAt(section, dtype, from, i);
-      const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
-      if (value > largest) refuse(FAULT.magnitude, from + ((i * bits) >> 3));
-      if (value !== given) setInteger(section, bits, from, i, value);
-      const seen = Math.abs(value) * MEAN_UNIT;
-      if (memory.columns) memory.columns[at] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);
-      mean += (seen - mean) >> (i < 7 ? 3 : i < 15 ? 4 : 5);
+    const own = { dtype, from: values + row * stride, columns: memory.columns, column: row * width };
+    for (let i = 0; i < width; i += PIECE) {
+      if (i > 0) yield;
+      mean = codeIntegers(coder, section, own, i, Math.min(width, i + PIECE), mean, refuse);
     }
     before = memory.rows[row] = mean;
   }
+}
+
+/** A row, as far as its integers are concerned: where they begin, and where in `columns` what was seen of them. */
+interface Integers {
+  readonly dtype: QuantizedDtype;
+  readonly from: number;
+  readonly columns: Int32Array | undefined;
+  readonly column: number;
+}
+
+/** Integers `i` to `end` of a row. @param mean of their magnitudes, in 1/64 @returns the mean after them */
+function codeIntegers(
+  coder: Coder,
+  section: Uint8Array,
+  { dtype, from, columns, column: first }: Integers,
+  i: number,
+  end: number,
+  mean: number,
+  refuse: Refuse,
+): number {
+  const bits = BITS[dtype];
+  const largest = 2 ** (bits - 1) - 1;
+  for (; i < end; i++) {
+    const column = columns?.[first + i] ?? -1;
+    const given = bits === 8 ? (section[from + i]! << 24) >> 24 : quantizedAt(section, dtype, from, i);
+    const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
+    if (value > largest) refuse(FAULT.magnitude, from + ((i * bits) >> 3));
+    if (value !== given) setInteger(section, bits, from, i, value);
+    const seen = Math.abs(value) * MEAN_UNIT;
+    if (columns) columns[first + i] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);
+    mean += (seen - mean) >> (i < 7 ? 3 : i < 15 ? 4 : 5);
+  }
+  return mean;
 }
 
 /** The upper byte of a scale, by the difference to what is likely. */

@@ -229,7 +229,8 @@ export class Encoder implements Coder {
     const steps = new Int32Array(this.#length + 1);
     for (const block of this.#blocks.toReversed()) {
       for (let i = stepsOf(block, steps) - 1; i >= 0; i--) {
-        const [start, width] = [steps[i]! & 0xffff, steps[i]! >> WORD_BITS];
+        const start = steps[i]! & 0xffff;
+        const width = steps[i]! >> WORD_BITS;
         if (width <= 0) {
           if (width < 0 && state >>> (32 + width) > 0) word();
           state = ((state << -width) | start) >>> 0;
@@ -263,10 +264,10 @@ function stepsOf({ notes, tables, count }: Block, steps: Int32Array): number {
   for (let i = 0; i < count; i++) {
     const note = notes[i]!;
     if (note < BITS) {
-      const [table, symbol] = [Math.floor(note / SYMBOLS), note % SYMBOLS];
-      const at = table * (SYMBOLS + 1) + symbol;
-      steps[end++] = ((sums[at + 1]! - sums[at]!) << WORD_BITS) | sums[at]!;
-      tables.use(table, symbol);
+      const table = (note / SYMBOLS) | 0;
+      const start = sums[note + table]!;
+      steps[end++] = ((sums[note + table + 1]! - start) << WORD_BITS) | start;
+      tables.use(table, note % SYMBOLS);
       continue;
     }
     const value = note & (2 ** VALUE_BITS - 1);

@@ -75,6 +75,7 @@ export function storing<T>(
  * @param steps [rows]: wanted scales of rows as integers; coarser where a value would not fit. They become halves whose lower byte is
  *   0 (four of them lie between 1 and 2), since those take few bits where a section is coded
  * @param find in place of the plain loop
+ * @param seen gets the values of a quantised tensor as its reader will see them
  * @throws UnstorableError when a value is not finite or does not fit the type
  */
 export function encodeTensor(
@@ -84,6 +85,7 @@ export function encodeTensor(
   width: number,
   steps?: ArrayLike<number>,
   find: FindScale = findScale,
+  seen?: Float64Array,
 ): Uint8Array<ArrayBuffer> {
   if (values.length !== rows * width) {
     throw new RangeError(`encodeTensor: ${values.length} values, expected ${rows} rows of ${width}`);
@@ -91,7 +93,7 @@ export function encodeTensor(
   try {
     const bytes = new Uint8Array(tensorBytes(type, rows, width));
     return isQuantized(type)
-      ? encodeIntegers(type, values, rows, width, bytes, steps ?? find)
+      ? encodeIntegers(type, values, rows, width, bytes, steps ?? find, seen)
       : encodeFloats(type, values, bytes);
   } catch (cause) {
     const tooLarge = Array.prototype.every.call(values, Number.isFinite);
@@ -106,6 +108,7 @@ function encodeIntegers(
   width: number,
   bytes: Uint8Array<ArrayBuffer>,
   scales: ArrayLike<number> | FindScale,
+  seen: Float64Array | undefined,
 ): Uint8Array<ArrayBuffer> {
   const view = new DataView(bytes.buffer);
   const largest = LARGEST[type];
@@ -128,8 +131,10 @@ function encodeIntegers(
     if (scale === 0) continue;
     const start = scaleBytes(type, rows) + row * rowBytes(type, width);
     for (let i = 0; i < width; i++) {
-      const value = values[row * width + i]! / scale;
-      setInteger(bytes, bits, start, i, toNearest(value, largest));
+      const integer = toNearest(values[row * width + i]! / scale, largest);
+      if (bits === 8) bytes[start + i] = integer;
+      else setInteger(bytes, bits, start, i, integer);
+      if (seen) seen[row * width + i] = Math.fround(scale * integer);
     }
   }
   return bytes;
@@ -143,7 +148,8 @@ const UPWARDS = 0.42;
 
 /** The integer of a number in steps. @param largest in magnitude */
 export function toInteger(value: number, largest: number): number {
-  return Math.sign(value) * Math.min(largest, Math.floor(Math.abs(value) + UPWARDS));
+  const size = Math.min(largest, Math.floor(Math.abs(value) + UPWARDS));
+  return value < 0 ? -size : size;
 }
 
 function nearest(value: number, largest: number): number {
@@ -267,7 +273,8 @@ interface Integers {
 /** The same integers in the smallest type that all of these tensors fit. */
 export function narrowed(tensors: readonly Integers[]): { dtype: QuantizedDtype; encoded: Uint8Array[] } {
   const integers = tensors.map(({ dtype, encoded, rows, width }) => decodeIntegers(dtype, encoded, rows, width));
-  const peak = integers.reduce((most, all) => all.reduce((a, b) => Math.max(a, Math.abs(b)), most), 0);
+  let peak = 0;
+  for (const all of integers) for (let i = 0; i < all.length; i++) peak = Math.max(peak, Math.abs(all[i]!));
   const dtype = (["int3", "int4", "int8"] as const).find((type) => peak <= LARGEST[type])!;
   const encoded = tensors.map(({ rows, width, dtype: given, encoded: from }, i) => {
     if (given === dtype) return from;
