@@ -144,7 +144,7 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   };
   const stages = new Set<string>();
   const onProgress = ({ stage }: { stage: string }): void => void stages.add(stage);
-  const options = { adapters, encode: tiny, steps: 24, agreement: 0.9, finished, onProgress };
+  const options = { adapters, encode: tiny, steps: soak ? 24 : 12, agreement: 0.9, finished, onProgress };
   const { chunks, report } = await packByAnswers(engine, file, options);
   t.same([...stages], ["trying", "distilling"]);
   t.equal(report.bytes, Buffer.concat(chunks).length);
@@ -193,8 +193,10 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   t.equal(half.tasks.size, 8);
   await half.close();
 
-  const few = await packByAnswers(engine, file, { ...options, adapters: adapters.slice(0, 6), finished: undefined });
-  t.equal(few.report.answers.length, 6, "few tasks that share both sides in groups are distilled too");
+  if (soak) {
+    const few = await packByAnswers(engine, file, { ...options, adapters: adapters.slice(0, 6), finished: undefined });
+    t.equal(few.report.answers.length, 6, "few tasks that share both sides in groups are distilled too");
+  }
 
   const strict = await packByAnswers(engine, file, { ...options, agreement: 0.9999, finished: undefined });
   t.ok(

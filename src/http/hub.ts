@@ -24,7 +24,7 @@ export interface HubOptions extends FetchOptions, AbortOptions {
   readonly onProgress?: OnProgress | undefined;
 }
 
-/** @internal */
+/** What is asked of a snapshot beside. */
 export interface SnapshotOptions extends HubOptions {
   /** What the files are. Default: "adapter" */
   readonly stage?: FileProgress["stage"] | undefined;
