@@ -5,6 +5,8 @@
 
 /** Longest pause in milliseconds between two keys of one name or number. */
 const TYPE_AHEAD = 700;
+/** Keys of names and numbers. */
+const TYPED = /^[a-z0-9:+-]$/i;
 
 /**
  * Letters and numbers work on the cards, and anywhere but in a field while `everywhere` is checked: people who speak to their browser
@@ -41,6 +43,8 @@ export function pickByKeys({ cards, everywhere, ids, active, namesOf, pick }) {
     const { key, ctrlKey, metaKey, altKey, timeStamp } = event;
     const at = /** @type {Element} */ (event.target);
     if (ctrlKey || metaKey || altKey || event.defaultPrevented || active() === "") return;
+    // Any other key ends a name or number.
+    if (!TYPED.test(key)) typed = "";
     if (key === "Escape") return go(active());
     const onCards = cards.contains(at);
     if (!onCards && (at.matches("input, textarea") || !everywhere.checked)) return;
@@ -50,6 +54,6 @@ export function pickByKeys({ cards, everywhere, ids, active, namesOf, pick }) {
       const all = ids();
       go(all[(all.indexOf(active()) + step + all.length) % all.length]);
     }
-    if (/^[a-z0-9:+-]$/i.test(key)) go(typedTo(key, timeStamp));
+    if (TYPED.test(key)) go(typedTo(key, timeStamp));
   });
 }
