@@ -408,67 +408,69 @@ async function watchBus(page: Page): Promise<() => Promise<number>> {
     });
 }
 
-t.test("WebGPU", { skip, timeout: soak ? 580_000 : 240_000 }, async (t) => {
-  // Two tasks, not twenty: a software adapter is slow for each.
-  const url = await serveOther(t, (pack) => withTasks(pack, ["debtags-made-of", "debtags-implemented-in"]));
-  const { page, complaints } = await visit({}, `${url}#debtags-made-of`);
-  page.setDefaultTimeout(120_000);
-  await settled(page);
-  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-made-of", "the task of the address");
-  const reference = (await data("reference/predictions.json"))["own-seed"];
-  const cases = [
-    ["debtags-implemented-in", 7],
-    // Software takes seconds for a sentence. The soak switches back, too.
-    ...(soak ? ([["debtags-made-of", 1]] as const) : []),
-  ] as const;
-  await type(page, (await data("tasks/debtags-made-of.json")).test[0][0]);
-  const onWasm = await page.locator("#labels .value").allTextContents();
-  const note = (await page.locator("#provider-note").textContent())!;
-  t.comment(note);
-  const toggle = page.locator('#providers [value="webgpu"]');
-  if (await toggle.isDisabled()) {
-    t.match(note, /WebGPU is off: .+/, "says why");
-    return;
-  }
-  await page.locator('#providers label:has([value="webgpu"])').click();
-  const failed = page.locator("#provider-note", { hasText: "WebGPU failed here" });
-  const mode = page.locator("#mode", {
-    hasText: "WebGPU, mode folded: a switch writes the task into the weights, which never leave the GPU.",
-  });
-  await mode.or(failed).waitFor();
-  t.equal(await page.locator("#provider-note").textContent(), note, "it does not go back to WASM");
-  await settled(page);
-  t.same(await page.locator("#labels .value").allTextContents(), onWasm, "the same answer");
+// Software takes a minute for it. The other page runs on WebGPU in page-llm.test.ts.
+if (soak)
+  t.test("WebGPU", { skip, timeout: 580_000 }, async (t) => {
+    // Two tasks, not twenty: a software adapter is slow for each.
+    const url = await serveOther(t, (pack) => withTasks(pack, ["debtags-made-of", "debtags-implemented-in"]));
+    const { page, complaints } = await visit({}, `${url}#debtags-made-of`);
+    page.setDefaultTimeout(120_000);
+    await settled(page);
+    t.equal(await page.locator("#cards :checked").inputValue(), "debtags-made-of", "the task of the address");
+    const reference = (await data("reference/predictions.json"))["own-seed"];
+    const cases = [
+      ["debtags-implemented-in", 7],
+      // Software takes seconds for a sentence. The soak switches back, too.
+      ...(soak ? ([["debtags-made-of", 1]] as const) : []),
+    ] as const;
+    await type(page, (await data("tasks/debtags-made-of.json")).test[0][0]);
+    const onWasm = await page.locator("#labels .value").allTextContents();
+    const note = (await page.locator("#provider-note").textContent())!;
+    t.comment(note);
+    const toggle = page.locator('#providers [value="webgpu"]');
+    if (await toggle.isDisabled()) {
+      t.match(note, /WebGPU is off: .+/, "says why");
+      return;
+    }
+    await page.locator('#providers label:has([value="webgpu"])').click();
+    const failed = page.locator("#provider-note", { hasText: "WebGPU failed here" });
+    const mode = page.locator("#mode", {
+      hasText: "WebGPU, mode folded: a switch writes the task into the weights, which never leave the GPU.",
+    });
+    await mode.or(failed).waitFor();
+    t.equal(await page.locator("#provider-note").textContent(), note, "it does not go back to WASM");
+    await settled(page);
+    t.same(await page.locator("#labels .value").allTextContents(), onWasm, "the same answer");
 
-  const sentSince = await watchBus(page);
-  for (const [task, row] of cases) {
-    const { labels, test } = await data(`tasks/${task}.json`);
-    await choose(page, task);
-    await type(page, test[row][0]);
-    const expected = labels[reference[task].predictions[row]];
+    const sentSince = await watchBus(page);
+    for (const [task, row] of cases) {
+      const { labels, test } = await data(`tasks/${task}.json`);
+      await choose(page, task);
+      await type(page, test[row][0]);
+      const expected = labels[reference[task].predictions[row]];
+      t.same(
+        [await topOf(page), await cardOf(page, task).locator(".said b").textContent()],
+        [expected, expected],
+        `${task}: ${test[row][0]}`,
+      );
+      // Counts a switch there and back for each card too, and the runs.
+      const sent = await sentSince();
+      t.comment(`${task}: ${sent} bytes to the device`);
+      t.ok(sent > 0 && sent < WEIGHT_BYTES, `${sent} bytes were sent: no weights`);
+    }
+    t.match(await page.locator("#tasks-note").textContent(), /^2 answers in .*, one task after the other$/);
+    const [active, row] = cases.at(-1)!;
+    t.equal(await page.locator("#cards :checked").inputValue(), active);
+    const labels = await page.locator("#labels .value").allTextContents();
+    await type(page, "another sentence");
+    await type(page, (await data(`tasks/${active}.json`)).test[row][0]);
     t.same(
-      [await topOf(page), await cardOf(page, task).locator(".said b").textContent()],
-      [expected, expected],
-      `${task}: ${test[row][0]}`,
+      await page.locator("#labels .value").allTextContents(),
+      labels,
+      "back at the active task after the others had answered",
     );
-    // Counts a switch there and back for each card too, and the runs.
-    const sent = await sentSince();
-    t.comment(`${task}: ${sent} bytes to the device`);
-    t.ok(sent > 0 && sent < WEIGHT_BYTES, `${sent} bytes were sent: no weights`);
-  }
-  t.match(await page.locator("#tasks-note").textContent(), /^2 answers in .*, one task after the other$/);
-  const [active, row] = cases.at(-1)!;
-  t.equal(await page.locator("#cards :checked").inputValue(), active);
-  const labels = await page.locator("#labels .value").allTextContents();
-  await type(page, "another sentence");
-  await type(page, (await data(`tasks/${active}.json`)).test[row][0]);
-  t.same(
-    await page.locator("#labels .value").allTextContents(),
-    labels,
-    "back at the active task after the others had answered",
-  );
-  t.same(complaints, []);
-});
+    t.same(complaints, []);
+  });
 
 t.test("failures say what to do", { skip }, async (t) => {
   const failureOf = async (prepare: (page: Page) => Promise<unknown>): Promise<string> => {

@@ -20,7 +20,7 @@ import { createEncoder, readTask } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
 import { normal, openSafetensors, openSource, uniform } from "./internals.ts";
 import { data } from "./packs.ts";
-import { required } from "./required.ts";
+import { required, soak } from "./required.ts";
 
 type Session = EigenSession<typeof ort>;
 
@@ -290,38 +290,39 @@ async function lastLogits(session: Session, ids: readonly number[]): Promise<Flo
 
 const skip = smollm2 === undefined && !required.has("smollm2") && NO_SMOLLM2;
 
-t.test("so is a skill of a language model", { skip }, async (t) => {
-  t.setTimeout(240_000);
-  const donors = ["antonym", "camel-case", "past-tense", "time-24h"];
-  const skill = (await readSkills()).get("plural")!;
-  await json(0, "pack", ...donors.map((id) => data(`smollm2/adapters/${id}`)), "--k", "16", "-o", "llm.eigen");
-  await run("export", "llm.eigen", "--components", "-o", "llm.safetensors");
-  await writeFile("skill.jsonl", lines(examplesOf(skill, skill.train.slice(0, 32))));
-  const asked = examplesOf(skill, skill.test.slice(0, 4)).map(({ prompt }) => prompt);
-  const given = [smollm2File("."), "llm.safetensors", "skill.jsonl", "plural", 2, 4] as const;
-  const runs: Job[] = [{ script: "train_llm", given, asked }];
-  await writeFile("skill.json", JSON.stringify({ runs, notebook: null, wrong: [] }));
-  const found = await python(t, "training-oracle.py", EXAMPLES, "skill.json");
-  if (!found) return;
-  const [{ trained, logits, again }] = found.runs as [Trained];
-  const pack = await openPack("llm.eigen");
-  t.equal(trained, pack.modules.length * 2 * 4 * 16);
-  t.ok(again < 1e-2, `read as a checkpoint, ${again} off`);
-  await pack.close();
-  const { residual } = await json(0, "add", "llm.eigen", "plural", "--any-base");
-  t.ok(residual[0].total <= 1e-3, `loses ${residual[0].total} of its ΔW`);
-  const encode = await createEncode();
-  const opened = await openPack("llm.eigen");
-  const session = await createEigenSession(ort, smollm2File("onnx/model.onnx"), opened, { session: ONE_THREAD });
-  await session.switchTask("plural");
-  for (const [i, text] of asked.entries()) {
-    const found = await lastLogits(session, encode(text));
-    const off = logits[i]!.map((value, at) => Math.abs(value - found[at]!));
-    t.ok(Math.max(...off) <= 1e-3, `${text}: logits are ${Math.max(...off)} off`);
-  }
-  await session.close();
-  await opened.close();
-});
+if (soak)
+  t.test("so is a skill of a language model", { skip }, async (t) => {
+    t.setTimeout(240_000);
+    const donors = ["antonym", "camel-case", "past-tense", "time-24h"];
+    const skill = (await readSkills()).get("plural")!;
+    await json(0, "pack", ...donors.map((id) => data(`smollm2/adapters/${id}`)), "--k", "16", "-o", "llm.eigen");
+    await run("export", "llm.eigen", "--components", "-o", "llm.safetensors");
+    await writeFile("skill.jsonl", lines(examplesOf(skill, skill.train.slice(0, 32))));
+    const asked = examplesOf(skill, skill.test.slice(0, 4)).map(({ prompt }) => prompt);
+    const given = [smollm2File("."), "llm.safetensors", "skill.jsonl", "plural", 2, 4] as const;
+    const runs: Job[] = [{ script: "train_llm", given, asked }];
+    await writeFile("skill.json", JSON.stringify({ runs, notebook: null, wrong: [] }));
+    const found = await python(t, "training-oracle.py", EXAMPLES, "skill.json");
+    if (!found) return;
+    const [{ trained, logits, again }] = found.runs as [Trained];
+    const pack = await openPack("llm.eigen");
+    t.equal(trained, pack.modules.length * 2 * 4 * 16);
+    t.ok(again < 1e-2, `read as a checkpoint, ${again} off`);
+    await pack.close();
+    const { residual } = await json(0, "add", "llm.eigen", "plural", "--any-base");
+    t.ok(residual[0].total <= 1e-3, `loses ${residual[0].total} of its ΔW`);
+    const encode = await createEncode();
+    const opened = await openPack("llm.eigen");
+    const session = await createEigenSession(ort, smollm2File("onnx/model.onnx"), opened, { session: ONE_THREAD });
+    await session.switchTask("plural");
+    for (const [i, text] of asked.entries()) {
+      const found = await lastLogits(session, encode(text));
+      const off = logits[i]!.map((value, at) => Math.abs(value - found[at]!));
+      t.ok(Math.max(...off) <= 1e-3, `${text}: logits are ${Math.max(...off)} off`);
+    }
+    await session.close();
+    await opened.close();
+  });
 
 t.test("the notebook repeats the examples", async (t) => {
   const made = join(folder, "train.ipynb");
