@@ -390,7 +390,7 @@ function ignoring(ort: Ort, which: (name: string) => boolean): Ort {
 t.test("a provider that ignores inputs is found", async (t) => {
   for (const { name, ort } of ORTS) {
     const pack = await packFor("base");
-    const core = ignoring(ort, (input) => input.endsWith(".core"));
+    const core = ignoring(ort, (input) => /\.cores?\b/.test(input));
     const all = ignoring(ort, (input) => input.startsWith("eigenlora."));
     const half = ignoring(ort, (input) => input.endsWith(".B"));
     const cases = [

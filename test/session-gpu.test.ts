@@ -108,8 +108,12 @@ t.test("switches", options, async (t) => {
 
 for (const [build, mode] of [
   ["onnxruntime-web/webgpu", "core"],
-  ...(soak ? [["onnxruntime-web/webgpu", "factors"] as const] : []),
-  ["onnxruntime-web", "core"],
+  ...(soak
+    ? ([
+        ["onnxruntime-web/webgpu", "factors"],
+        ["onnxruntime-web", "core"],
+      ] as const)
+    : []),
 ] as const) {
   t.test(`${build}, mode "${mode}": a task is sent once a switch, and by no run`, options, async (t) => {
     const [report] = (await inBrowser(t, [`placed(feeds, "${build}", "${mode}")`])) ?? [];

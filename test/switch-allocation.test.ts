@@ -45,8 +45,8 @@ async function watched(t: Test, mode: "core" | "factors", isTerm: (dims: readonl
 }
 
 t.test("cores are written over those of a selection that is gone", (t) =>
-  // [1, K_A, K_B], K is 22 here.
-  watched(t, "core", ([, height]) => height === 22),
+  // [1, K_A of all layers, K_B], K is 22 here.
+  watched(t, "core", ([, , width]) => width === 22),
 );
 
 t.test("and so are factors", (t) =>
