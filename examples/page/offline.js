@@ -14,29 +14,15 @@ export async function keepOffline() {
     const registration = await serviceWorker.register("sw.js");
     // A worker that is there already is looked up only, not compared with the server's. Offline it stays.
     await registration.update().catch(() => {});
-    let worker, reason;
-    do {
-      worker = await newest(registration);
-      if (!worker) throw new Error("a file on the server is not the one that was built");
-      reason = await check(worker);
-      // A worker of another build may have come meanwhile, and its files are the server's.
-    } while (reason !== undefined && worker !== (await newest(registration)));
+    const { installing } = registration;
+    if (installing) await settled(installing);
+    const { active } = registration;
+    if (!active) throw new Error("a file on the server is not the one that was built");
+    const reason = await check(active);
     if (reason !== undefined) throw new Error(reason);
     return "Kept in this browser: works offline from now on, teaching too.";
   } catch (error) {
     return `Not kept for offline use: ${/** @type {Error} */ (error).message}.`;
-  }
-}
-
-/**
- * The worker in charge, once those that are on their way have come or failed.
- * @param {ServiceWorkerRegistration} registration
- */
-async function newest(registration) {
-  for (;;) {
-    const coming = registration.installing ?? registration.waiting;
-    if (!coming) return registration.active;
-    await settled(coming);
   }
 }
 
@@ -60,8 +46,6 @@ function check(worker) {
   const { port1, port2 } = new MessageChannel();
   return new Promise((resolve) => {
     port1.onmessage = ({ data }) => resolve(data);
-    // One that is replaced may never answer.
-    worker.addEventListener("statechange", () => worker.state === "redundant" && resolve("another build has come"));
     worker.postMessage("check", [port2]);
   });
 }
