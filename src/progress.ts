@@ -55,8 +55,6 @@ export function watch(
   onProgress: OnProgress,
   total: (loaded: number) => number | undefined = (loaded) => Math.max(source.byteLength ?? 0, loaded),
 ): WatchedSource {
-  if (typeof onProgress !== "function")
-    throw new TypeError(`onProgress: expected a function, got ${described(onProgress)}`);
   let loaded = 0;
   let status: FileProgress["status"] = "initiate";
   const tellOf = teller(source.name, stage, onProgress);
@@ -106,12 +104,18 @@ export function watch(
   };
 }
 
-/** @param path of the file that is told of, or its address */
+/**
+ * Makes what tells of one file.
+ * @param path of the file, or its address
+ * @throws TypeError when `onProgress` is no function
+ */
 export function teller(
   path: string,
   stage: FileProgress["stage"],
   onProgress: OnProgress,
 ): (status: FileProgress["status"], loaded: number, total: number) => void {
+  if (typeof onProgress !== "function")
+    throw new TypeError(`onProgress: expected a function, got ${described(onProgress)}`);
   return (status, arrived, total) => {
     const loaded = Math.min(arrived, total);
     const progress = total === 0 ? 0 : (100 * loaded) / total;

@@ -1,7 +1,7 @@
 /**
  * Extraction: the adapters of one module become two bases, stored once, and coefficients per task (paper, Algorithm 1).
- * In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
- * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
+ * Column mode gives each row of a factor coefficients of its own. Flat mode takes the whole factor as one vector.
+ * Works on one module at a time, on arrays only: no files, no pack.
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
