@@ -331,11 +331,13 @@ function integers(most: u32): void {
         x = (x << 16) | <u32>load<u16>(w);
         w += 2;
       }
-      const used = <i32>load<u8>(address);
-      store<u8>(address, used + i32(used < 40));
       const aims = i16x8.add(i16x8(16, 32, 48, 64, 80, 96, 112, -32768), v128.and(above, i16x8.splat(32640)));
-      const slow = 4 + i32(used > 3) + i32(used > 11) + i32(used > 39);
-      v128.store(address, i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), slow)), 16);
+      const step = i16x8.sub(aims, sums);
+      const used = <i32>load<u8>(address);
+      if (used < 40) {
+        store<u8>(address, used + 1);
+        v128.store(address, i16x8.add(sums, i16x8.shr_s(step, 4 + i32(used > 3) + i32(used > 11))), 16);
+      } else v128.store(address, i16x8.add(sums, i16x8.shr_s(step, 7)), 16);
       if (found == 7) {
         state = x;
         words = w;
@@ -345,15 +347,15 @@ function integers(most: u32): void {
       }
       sound(found <= largest, 8, byte);
     }
-    let value = found;
-    if (found) {
-      if (x & 1) value = 0 - found;
-      x >>>= 1;
-      if (x < 0x10000) {
-        sound(w < ends, 1, section);
-        x = (x << 16) | <u32>load<u16>(w);
-        w += 2;
-      }
+    // No branch decides on the sign, since no processor could predict it. Zero has none.
+    const signed = u32(found != 0);
+    const minus = 0 - (x & signed);
+    const value = (found ^ minus) - minus;
+    x >>>= signed;
+    if (x < 0x10000) {
+      sound(w < ends, 1, section);
+      x = (x << 16) | <u32>load<u16>(w);
+      w += 2;
     }
     packed |= (value & mask) << filled;
     for (filled += kind; filled >= 8; filled -= 8, packed >>= 8) store<u8>(byte++, packed);
