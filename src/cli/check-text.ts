@@ -80,13 +80,13 @@ export function parametersText({ parameters }: Survey): string[] {
 export function modesText({ modes, learning }: Survey, ran: Ran | undefined, alone = true): string[] {
   const size = (n: number): string => (n === 0 ? "" : bytes(n));
   const all = Object.entries(modes);
+  // What is in the way of all modes is said at the end.
+  const some = all.some(([, { works }]) => works);
   const rows = all.map(([name, { works, nodes, inputs, componentBytes, pristineBytes, fedBytes, writtenBytes }]) =>
     works
       ? [name, "yes", nodes, inputs, size(componentBytes), size(pristineBytes), size(fedBytes), size(writtenBytes)]
-      : [name, "no", "", "", "", "", "", ""],
+      : [name, some ? "not here" : "no", "", "", "", "", "", ""],
   );
-  // What is in the way of all modes is said at the end.
-  const some = all.some(([, { works }]) => works);
   return [
     ...table([["mode", "works", "nodes", "inputs", "components", "kept to fold", "fed to a run", "written"], ...rows]),
     ...all.flatMap(([name, { why }]) => (why === null || !some ? [] : [`  ${name}: ${why}`])),
