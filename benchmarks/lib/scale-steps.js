@@ -21,16 +21,7 @@ ort.env.logLevel = "error";
  */
 export async function packed(adapters, pack, options) {
   const main = new URL("../../dist/src/cli/main.js", import.meta.url).pathname;
-  process.argv = [
-    process.execPath,
-    main,
-    "pack",
-    adapters,
-    "-o",
-    pack,
-    "--quiet",
-    ...options.split(" ").filter(Boolean),
-  ];
+  process.argv = [process.execPath, main, "pack", adapters, "-o", pack, ...options.split(" ").filter(Boolean)];
   const { cpu } = await clocked(async () => {
     await import(main);
     await new Promise((resolve) => process.once("beforeExit", resolve));

@@ -40,7 +40,9 @@ export function sideError(
   width: number,
   { gram, multiplyTransposed }: Products = PLAIN,
 ): SideError {
-  const lost = rows.map((value, i) => value - approximation[i]!);
+  // A loop: a callback for each number takes ten times as long.
+  const lost = new Float64Array(rows.length);
+  for (let i = 0; i < lost.length; i++) lost[i] = rows[i]! - approximation[i]!;
   return {
     rank,
     rows: gram(rows, rank, width),

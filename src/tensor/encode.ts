@@ -113,7 +113,7 @@ function encodeIntegers(
   const view = new DataView(bytes.buffer);
   const largest = LARGEST[type];
   const bits = BITS[type];
-  const toNearest = typeof scales === "function" ? nearest : toInteger;
+  const coded = typeof scales !== "function";
   for (let row = 0; row < rows; row++) {
     let peak = 0;
     for (let i = 0; i < width; i++) {
@@ -131,7 +131,8 @@ function encodeIntegers(
     if (scale === 0) continue;
     const start = scaleBytes(type, rows) + row * rowBytes(type, width);
     for (let i = 0; i < width; i++) {
-      const integer = toNearest(values[row * width + i]! / scale, largest);
+      const value = values[row * width + i]! / scale;
+      const integer = coded ? toInteger(value, largest) : nearest(value, largest);
       if (bits === 8) bytes[start + i] = integer;
       else setInteger(bytes, bits, start, i, integer);
       if (seen) seen[row * width + i] = Math.fround(scale * integer);
