@@ -319,6 +319,22 @@ t.test(
   },
 );
 
+t.test("a file and a folder, dropped as a person does it", { skip: noChromium }, async (t) => {
+  const { page, complaints } = await visit(t, pathToFileURL(viewer).href);
+  const devtools = await page.context().newCDPSession(page);
+  const drop = async (...files: string[]): Promise<void> => {
+    const dragged = { x: 200, y: 200, data: { items: [], files, dragOperationsMask: 1 } };
+    for (const type of ["dragEnter", "dragOver", "drop"] as const)
+      await devtools.send("Input.dispatchDragEvent", { type, ...dragged });
+  };
+  await drop(demo);
+  await page.locator("article h2", { hasText: "tasks.eigen" }).waitFor();
+  await drop(data("adapters/own-seed/debtags-role"));
+  await page.locator("article h2", { hasText: "adapter_model.safetensors" }).waitFor();
+  t.equal(await page.locator("article").count(), 2, "the adapter stands beside the pack");
+  t.same(complaints, []);
+});
+
 t.test("an address: without permission, without ranges, without an answer", { skip: noChromium }, async (t) => {
   const page = await readFile(viewer);
   const [here, there] = [

@@ -114,27 +114,34 @@ function parse(name, text) {
 }
 
 /**
- * Files that were dropped, those of a folder too.
+ * Files that were dropped, and those in folders that were. Call it in the event: what is dropped is gone after it.
  * @param {DataTransfer} dropped
  * @returns {Promise<{ file: File, folder: string }[]>}
  */
 export async function droppedFiles(dropped) {
-  const entries = Array.from(dropped.items, (item) => item.webkitGetAsEntry());
-  const files = await Promise.all(entries.map((entry) => (entry ? filesOf(entry, "") : [])));
-  return files.flat();
+  const found = Array.from(dropped.items, (item) => {
+    const entry = item.webkitGetAsEntry();
+    const file = item.getAsFile();
+    if (!entry || !file) return [];
+    if (entry.isFile) return [{ file, folder: "" }];
+    // Chromium reads no files of entries in a page that comes from a disk; Firefox has no handles.
+    const handle = "getAsFileSystemHandle" in item && /** @type {any} */ (item).getAsFileSystemHandle();
+    const inside = handle ? filesOfHandle(handle) : filesOfEntry(/** @type {FileSystemDirectoryEntry} */ (entry));
+    return inside.then((files) => files.map((file) => ({ file, folder: entry.name })));
+  });
+  return (await Promise.all(found)).flat();
 }
 
-/**
- * @param {FileSystemEntry} entry
- * @param {string} folder
- * @returns {Promise<{ file: File, folder: string }[]>}
- */
-async function filesOf(entry, folder) {
-  if (entry.isFile) {
-    const one = /** @type {FileSystemFileEntry} */ (entry);
-    return [{ file: await new Promise((resolve, reject) => one.file(resolve, reject)), folder }];
-  }
-  const reader = /** @type {FileSystemDirectoryEntry} */ (entry).createReader();
+/** @param {Promise<any>} folder a FileSystemDirectoryHandle @returns {Promise<File[]>} */
+async function filesOfHandle(folder) {
+  const files = [];
+  for await (const one of (await folder).values()) if (one.kind === "file") files.push(await one.getFile());
+  return files;
+}
+
+/** @param {FileSystemDirectoryEntry} folder @returns {Promise<File[]>} */
+async function filesOfEntry(folder) {
+  const reader = folder.createReader();
   /** @type {FileSystemEntry[]} */
   const inside = [];
   for (;;) {
@@ -143,6 +150,6 @@ async function filesOf(entry, folder) {
     if (some.length === 0) break;
     inside.push(...some);
   }
-  const files = await Promise.all(inside.filter((one) => one.isFile).map((one) => filesOf(one, entry.name)));
-  return files.flat();
+  const files = /** @type {FileSystemFileEntry[]} */ (inside.filter((one) => one.isFile));
+  return Promise.all(files.map((one) => new Promise((resolve, reject) => one.file(resolve, reject))));
 }
