@@ -19,6 +19,8 @@ export interface Linear {
   readonly graph: GraphProto;
   /** Node that makes y, its first output. */
   readonly node: NodeProto;
+  /** Node that multiplies, where `node` hands on a part of its result, or joins several. */
+  readonly product?: NodeProto;
   /** Float input, rows of [in]. */
   readonly x: string;
   /** Type of x and y: `FLOAT` or `FLOAT16`. */
