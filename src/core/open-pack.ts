@@ -21,7 +21,10 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
    * directory only; the runtime fetches the bases when it starts. Default: `now`.
    */
   readonly bases?: "now" | "later";
-  /** Most bytes of task blobs to keep; those used least recently go first. Default: no limit. */
+  /**
+   * Most bytes of task blobs to keep; those used least recently go first. Default: 32 MB, or what four of the largest tasks take; what
+   * `prefetch` has read stays then.
+   */
   readonly maxResidentBytes?: number;
 }
 
@@ -80,7 +83,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
     if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
-    const { maxResidentBytes = Infinity } = options;
+    const { maxResidentBytes } = options;
     return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
   } catch (error) {
     const refused = await explain(error, inner, directoryBytes);

@@ -72,8 +72,14 @@ interface TaskSlot {
   /** The blob as its file has it, of tasks added at run time. */
   readonly stored?: Uint8Array;
   blob?: TaskBlob | undefined;
+  /** Whether it was prefetched, where no limit was asked for. */
+  stays?: boolean;
   loading?: SharedWork<TaskBlob> | undefined;
 }
+
+/** Bytes of tasks that are kept where no limit was asked for, or so many tasks. */
+const MOST_RESIDENT = 32e6;
+const RESIDENT_TASKS = 4;
 
 interface SharedBases {
   users: number;
@@ -107,7 +113,7 @@ export interface OpenedFile {
   readonly reads: Reads;
   readonly window: Window;
   readonly directory: Directory;
-  readonly maxResidentBytes: number;
+  readonly maxResidentBytes: number | undefined;
   readonly trust: Trust | undefined;
   /** The bases section, where it was read with the directory. */
   readonly bases: Uint8Array | undefined;
@@ -133,7 +139,9 @@ export class Pack extends Observable<PackEvents> {
   readonly #source: ByteSource;
   readonly #trust: Trust | undefined;
   readonly #slots = new Map<string, TaskSlot>();
-  readonly #maxResidentBytes: number;
+  /** Most bytes of the blobs in `#recent`: as asked for, or what tasks of this size call for. */
+  #most: number;
+  readonly #grows: boolean;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
   /** Bytes of the blobs in `#recent`. */
@@ -147,7 +155,8 @@ export class Pack extends Observable<PackEvents> {
   constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: OpenedFile) {
     super();
     this.#source = source;
-    this.#maxResidentBytes = maxResidentBytes;
+    this.#most = maxResidentBytes ?? MOST_RESIDENT;
+    this.#grows = maxResidentBytes === undefined;
     this.#trust = trust;
     this.name = source.name;
     this.reads = reads;
@@ -193,7 +202,14 @@ export class Pack extends Observable<PackEvents> {
    * @throws TaskError for an id that is not there
    */
   async prefetch(ids: Iterable<string>, options: ReadOptions = {}): Promise<void> {
-    await Promise.all([...(typeof ids === "string" ? [ids] : ids)].map((id) => this.load(id, options)));
+    const all = [...(typeof ids === "string" ? [ids] : ids)];
+    for (const id of this.#grows ? all : []) {
+      const slot = this.#slots.get(id);
+      if (!slot) continue;
+      slot.stays = true;
+      this.#uncount(slot);
+    }
+    await Promise.all(all.map((id) => this.load(id, options)));
   }
 
   /**
@@ -225,11 +241,13 @@ export class Pack extends Observable<PackEvents> {
     if (this.#slots.get(id) !== slot || slot.blob) return slot.blob ?? blob;
     slot.blob = blob;
     slot.loading = undefined;
+    this.tell("taskread", { task: id, bytes: slot.info.bytes });
+    if (slot.stays) return blob;
     this.#recent.add(slot);
     this.#held += blob.bytes.length;
-    this.tell("taskread", { task: id, bytes: slot.info.bytes });
+    if (this.#grows) this.#most = Math.max(this.#most, RESIDENT_TASKS * blob.bytes.length);
     for (const other of this.#recent) {
-      if (this.#held <= this.#maxResidentBytes || other === slot) break;
+      if (this.#held <= this.#most || other === slot) break;
       this.#forget(other);
     }
     return blob;
@@ -247,9 +265,14 @@ export class Pack extends Observable<PackEvents> {
   }
 
   #forget(slot: TaskSlot): void {
-    if (!this.#recent.delete(slot)) return;
-    this.#held -= slot.blob!.bytes.length;
-    slot.blob = undefined;
+    if (this.#uncount(slot)) slot.blob = undefined;
+  }
+
+  /** Counts a task no more among those that may go. @returns whether it was one */
+  #uncount(slot: TaskSlot): boolean {
+    const counted = this.#recent.delete(slot);
+    if (counted) this.#held -= slot.blob!.bytes.length;
+    return counted;
   }
 
   /**
