@@ -23,6 +23,9 @@ const TYPES = new Map<unknown, string>([
   [Uint8Array, "bool"],
 ]);
 
+/** Bytes that an address of WebAssembly reaches. */
+const WASM_BYTES = 2 ** 32;
+
 const queues = new WeakMap<object, Queue>();
 
 /**
@@ -68,6 +71,10 @@ class OrtEngine implements Engine<OrtSession> {
     if (this.gpu) return ["MatMulNBits"];
     // WebAssembly would unpack all blocks of 4 bits in each run, which takes longer than bytes do.
     return this.#ort.env.versions?.web === undefined ? ["MatMulNBits", "DequantizeLinear"] : ["DequantizeLinear"];
+  }
+
+  get room(): number | undefined {
+    return this.gpu || this.#ort.env.versions?.web === undefined ? undefined : WASM_BYTES;
   }
 
   get provider(): string {

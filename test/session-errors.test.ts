@@ -43,6 +43,7 @@ import {
   packBytes,
   packFor,
   refusal,
+  WEB,
 } from "./sessions.ts";
 
 const QUERY = "bert.encoder.layer.0.attention.self.query";
@@ -232,6 +233,18 @@ t.test("what tasks bring and the model lacks", async (t) => {
     await refused(t, model("encoder"), biased, { mode, ignore: ["classifier"] }, expected, mode);
     await works(t, model("encoder"), biased, { mode, ignore: ["classifier", "bert.pooler.dense"] }, "encoder", "bias");
   }
+});
+
+t.test("a model that WebAssembly has no room for is refused before its weights are read", async (t) => {
+  const large = changed("external", ({ graph }) => {
+    const { externalData } = graph!.initializer.findLast((tensor) => tensor.externalData.length > 0)!;
+    externalData.find(({ key }) => key === "offset")!.value = "5000000000";
+  });
+  const external = (): never => t.fail("its weights were read") as never;
+  const said = { tag: "backend", message: /weights take 5\.0 GB, and WebAssembly has room for 4\.3 GB.*fewer bits/ };
+  const pack = await packFor("base");
+  await t.rejects(createEigenSession(WEB, large, pack, { external }), said);
+  await pack.close();
 });
 
 t.test("external data", async (t) => {

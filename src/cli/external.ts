@@ -7,7 +7,7 @@ import { realpath } from "node:fs/promises";
 import { dirname, isAbsolute, join, relative, resolve, sep } from "node:path";
 import { SourceError } from "../errors.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { externalLocations } from "../onnx/tensors.ts";
+import { externalFiles } from "../onnx/tensors.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource } from "../source.ts";
 import { writeWhole } from "./files.ts";
@@ -42,7 +42,7 @@ export async function placesOf(
 ): Promise<Placed[]> {
   for (const folder of folders) await refuseLeaving(dirname(target), folder);
   const places: Placed[] = [];
-  for (const location of externalLocations(file.model.graph.proto)) {
+  for (const location of externalFiles(file.model.graph.proto).keys()) {
     // Refuses, in its own words, what is outside by its name.
     if (isAbsolute(location) || !isInside(resolve("."), resolve(location))) await file.external!(location);
     const path = join(dirname(target), location);

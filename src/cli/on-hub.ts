@@ -8,7 +8,7 @@ import { SourceError } from "../errors.ts";
 import { openSnapshot, type Snapshot } from "../http/hub.ts";
 import { type HubName, hubName, hubText } from "../http/hub-name.ts";
 import { readModel } from "../onnx/read.ts";
-import { externalLocations } from "../onnx/tensors.ts";
+import { externalFiles } from "../onnx/tensors.ts";
 import type { OnProgress } from "../progress.ts";
 import { type ReadAs, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
@@ -77,7 +77,7 @@ async function download(snapshot: Snapshot, model: string): Promise<string> {
   const folder = posix.dirname(model);
   const file = await readModel(path!);
   await file.close();
-  const weights = [...externalLocations(file.model.graph.proto)].map((location) => posix.join(folder, location));
+  const weights = [...externalFiles(file.model.graph.proto).keys()].map((location) => posix.join(folder, location));
   const places = [folder, posix.dirname(folder)];
   const home = places.find((place) => snapshot.files.has(posix.join(place, TOKENIZER[0]!)));
   const tokenizer = home === undefined ? [] : TOKENIZER.map((name) => posix.join(home, name));

@@ -29,13 +29,16 @@ const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
 
-/** What the initializers of a graph, and of those inside it, call the files beside the model. */
-export function externalLocations(graph: GraphProto, found: Set<string> = new Set()): Set<string> {
+/** Files beside the model that the initializers of a graph, and of those inside it, lie in: by the model's name for each, how far they reach. */
+export function externalFiles(graph: GraphProto, found: Map<string, number> = new Map()): Map<string, number> {
   for (const { dataLocation, externalData } of graph.initializer) {
-    const location = externalData.find(({ key }) => key === "location")?.value;
-    if (dataLocation === EXTERNAL && location !== undefined) found.add(location);
+    const valueOf = (wanted: string): string | undefined => externalData.find(({ key }) => key === wanted)?.value;
+    const location = valueOf("location");
+    if (dataLocation !== EXTERNAL || location === undefined) continue;
+    const end = Number(valueOf("offset") ?? 0) + Number(valueOf("length") ?? 0);
+    found.set(location, Math.max(found.get(location) ?? 0, end));
   }
-  for (const node of graph.node) for (const nested of nestedGraphs(node)) externalLocations(nested, found);
+  for (const node of graph.node) for (const nested of nestedGraphs(node)) externalFiles(nested, found);
   return found;
 }
 

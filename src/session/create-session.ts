@@ -3,7 +3,9 @@
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, isPlain } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
+import { BackendError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
+import { externalFiles } from "../onnx/tensors.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { tellReady } from "../open-source.ts";
@@ -23,7 +25,7 @@ import { Session, type SessionTypes } from "./session.ts";
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
- * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
+ * @throws BackendError when the engine refuses the model or has no room for it, or the probe finds that it computes something else
  */
 export async function createSession<T extends SessionTypes>(
   engine: Engine,
@@ -48,6 +50,21 @@ export async function createSession<T extends SessionTypes>(
 }
 
 /**
+ * Before weights beside the model are read: they take minutes.
+ * @throws BackendError when they are more than the engine has room for
+ */
+function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {
+  const apart = [...externalFiles(model.graph.proto).values()].reduce((sum, end) => sum + end, 0);
+  const size = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
+  if (bytes.length + apart < room) return;
+  throw new BackendError(
+    `the model's weights take ${size(bytes.length + apart)}, and WebAssembly has room for ${size(room)} (providers: ${provider}): take an export ` +
+      "of fewer bits, or the provider webgpu, which keeps weights on the device",
+    { backend: name },
+  );
+}
+
+/**
  * Makes a session on a model that has been read, and closes that.
  * @param options checked already
  */
@@ -60,6 +77,7 @@ export async function sessionOn<T extends SessionTypes>(
   const { trainable = false } = options;
   let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
   try {
+    refuseLarger(file, engine);
     bases = await pack.bases(options);
     const how = {
       ...options,

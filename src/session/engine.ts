@@ -78,6 +78,8 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   readonly readsFiles?: boolean | undefined;
   /** Operators by which it multiplies by integers, so that components can stay as small as their pack stores them. Default: none. */
   readonly integers?: readonly ("MatMulNBits" | "DequantizeLinear")[] | undefined;
+  /** Bytes that it has room for, weights and all. Default: no limit is known. */
+  readonly room?: number | undefined;
   /** Set where models run on a WebGPU device. */
   readonly gpu?: EngineGpu | undefined;
 }
