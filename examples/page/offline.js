@@ -15,10 +15,8 @@ export async function keepOffline() {
     // A worker that is there already is looked up only, not compared with the server's. Offline it stays.
     await registration.update().catch(() => {});
     const { installing } = registration;
-    if (installing) await settled(installing);
-    const { active } = registration;
-    if (!active) throw new Error("a file on the server is not the one that was built");
-    const reason = await check(active);
+    if (installing) await reached(installing, ["activated", "redundant"]);
+    const reason = await missing(registration);
     if (reason !== undefined) throw new Error(reason);
     return "Kept in this browser: works offline from now on, teaching too.";
   } catch (error) {
@@ -26,13 +24,37 @@ export async function keepOffline() {
   }
 }
 
+/** Milliseconds that the worker of another build has to take over. */
+const TAKEOVER = 10_000;
+
+/**
+ * Asks the worker in charge. The worker of another build may take over meanwhile, and then that one is asked.
+ * @param {ServiceWorkerRegistration} registration
+ * @returns {Promise<string | undefined>} what is missing and why
+ */
+async function missing(registration) {
+  for (;;) {
+    const { active } = registration;
+    if (!active) return "a file on the server is not the one that was built";
+    const replaced = reached(active, ["redundant"]);
+    const reason = await Promise.race([check(active), replaced]);
+    const coming = registration.installing ?? registration.waiting;
+    if (reason !== undefined && coming)
+      await Promise.race([replaced, new Promise((resolve) => setTimeout(resolve, TAKEOVER))]);
+    if (active.state !== "redundant") return reason;
+    // The registration names its new worker a moment later.
+    while (registration.active === active) await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
 /**
  * @param {ServiceWorker} worker
- * @returns {Promise<void>} when it is in charge, or has failed
+ * @param {readonly ServiceWorkerState[]} states
+ * @returns {Promise<undefined>} when it is in one of them
  */
-function settled(worker) {
+function reached(worker, states) {
   return new Promise((resolve) => {
-    const look = () => void (["activated", "redundant"].includes(worker.state) && resolve());
+    const look = () => states.includes(worker.state) && resolve(undefined);
     worker.addEventListener("statechange", look);
     look();
   });
