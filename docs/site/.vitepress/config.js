@@ -55,9 +55,9 @@ function relink(md) {
   });
 }
 
-/** Ranks guides above the reference and the changes, which use the same words. It runs in the page. @param {string} id address of a section */
+/** Ranks questions above guides, and these above the rest. It runs in the page. @param {string} id address of a section */
 const boostDocument = (id) =>
-  /^\/(docs\/api|CHANGELOG|CONTRIBUTING|SPEC)/.test(id) ? 0.5 : /\/questions/.test(id) ? 1.5 : 1;
+  /^\/(docs\/(api|research)|benchmarks|[A-Z])/.test(id) ? 0.5 : /\/questions/.test(id) ? 2 : 1;
 
 export default {
   title: "EigenLoRA Edge",
