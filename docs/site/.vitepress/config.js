@@ -24,7 +24,6 @@ const guide = read("docs/README.md")
   .slice(1)
   .map((section) => ({
     text: section.slice(0, section.indexOf("\n")),
-    collapsed: false,
     items: [...section.matchAll(/^\| \[[^\]]*\]\(([^)]*\.md)\)/gm)].map(([, page]) => itemOf(join("docs", page))),
   }));
 const api = readdirSync(join(root, "docs/api"), { recursive: true, encoding: "utf8" })
@@ -38,10 +37,14 @@ const slugify = (heading) =>
     .replaceAll(/[^\p{L}\p{N} _-]/gu, "")
     .replaceAll(" ", "-");
 
-/** Leads links to the pages of the site, and makes plain text of those to other files. @param {any} md markdown-it */
-function relink(md) {
-  md.core.ruler.push("relink", (/** @type {any} */ { tokens }) => {
-    for (const { children } of tokens) {
+/**
+ * Leads links to the pages of the site, and makes plain text of those to other files; gives pictures their size, and empty cells no head.
+ * @param {any} md markdown-it
+ */
+function adjust(md) {
+  md.core.ruler.push("adjust", (/** @type {any} */ { tokens, env }) => {
+    for (const [i, { children, type }] of tokens.entries()) {
+      if (type === "th_open" && !tokens[i + 1].content) tokens[i].tag = tokens[i + 2].tag = "td";
       let dropped = false;
       for (const token of children ?? []) {
         if (token.type === "link_open") {
@@ -49,28 +52,88 @@ function relink(md) {
           dropped = !/^([a-z]+:|#|[^#]*\.md(#|$))/.test(href);
           if (!/^[a-z]+:/.test(href)) token.attrSet("href", href.replace(/README\.md(?=#|$)/, "index.md"));
         }
+        if (token.type === "image" && token.attrGet("src").endsWith(".png")) {
+          const png = readFileSync(join(root, posix.dirname(env.relativePath), token.attrGet("src")));
+          token.attrSet("width", png.readUInt32BE(16));
+          token.attrSet("height", png.readUInt32BE(20));
+        }
         if (dropped && /^link_(open|close)$/.test(token.type)) Object.assign(token, { type: "text", content: "" });
       }
     }
   });
 }
 
-/** Ranks guides above the reference and the changes, which use the same words. It runs in the page. @param {string} id address of a section */
+/** Ranks questions above guides, and these above the rest. It runs in the page. @param {string} id address of a section */
 const boostDocument = (id) =>
-  /^\/(docs\/api|CHANGELOG|CONTRIBUTING|SPEC)/.test(id) ? 0.5 : /\/questions/.test(id) ? 1.5 : 1;
+  /^\/(docs\/(api|research)|benchmarks|[A-Z])/.test(id) ? 0.5 : /\/questions/.test(id) ? 2 : 1;
+
+/** @param {string} page path from the root @returns {string} its first sentences as plain text, up to what search engines show */
+function descriptionOf(page) {
+  const paragraph =
+    read(page)
+      .split(/\n\n+/)
+      .find((text) => /^(?!```)[\p{L}*`].*[.?]\s*$/su.test(text)) ?? "";
+  const text = paragraph.replaceAll(/\[([^\]]*)\]\([^)]*\)|[*`]/g, "$1").replaceAll("\n", " ");
+  return text.slice(0, 200).replace(/(?<=[.?]) [^.?]*$/, "");
+}
+
+/**
+ * Changes to files of VitePress 1.6.4. No fonts to load. In the search, for those who hear it: space between two words, a dialog that is no
+ * button, options that are links and hold none.
+ * @type {Record<string, [RegExp, string][]>}
+ */
+const MENDS = {
+  "fonts.css": [[/.+/s, ""]],
+  "VPNavBarSearchButton.vue": [[/(?=<span class="DocSearch-Button-Keys">)/, "{{ ' ' }}"]],
+  "VPLocalSearchBox.vue": [
+    [/role="button"\s+:aria-owns=[^>]*aria-haspopup="listbox"/, 'role="dialog"'],
+    [
+      /(:id="'localsearch-item-' \+ index"\s+:aria-selected="[^"]*")\s+role="option"(.*?):aria-label="[^"]*"/s,
+      'role="none"$2$1 role="option"',
+    ],
+    [/<kbd(?= :aria-label)/g, '<kbd role="img"'],
+  ],
+};
+const mend = {
+  name: "mend",
+  enforce: "pre",
+  /** @param {string} code @param {string} id */
+  transform(code, id) {
+    return MENDS[posix.basename(id)]?.reduce((text, [wrong, right]) => {
+      if (text.search(wrong) < 0) throw new Error(`${id} has nothing like ${wrong}`);
+      return text.replace(wrong, right);
+    }, code);
+  },
+};
 
 export default {
   title: "EigenLoRA Edge",
   description: "Many LoRA adapters of one model in one small file",
-  head: [["link", { rel: "icon", href: "data:," }]], // none; a browser would ask for one
+  head: [
+    ["link", { rel: "icon", href: "data:," }], // none; a browser would ask for one
+    ["style", {}, ":root { --vp-code-lang-color: var(--vp-c-text-2) }"], // dark enough to read
+  ],
+  appearance: { disableTransition: false }, // switching it off lays out the page three times more as it opens
   srcDir: root,
   outDir: join(root, ".site"),
   srcExclude: ["{test,dist,.tap}/**", "**/node_modules/**"],
   rewrites: { "README.md": "index.md", ":folder(.*)/README.md": ":folder/index.md" },
   cleanUrls: false,
-  markdown: { anchor: { slugify }, config: relink },
+  transformPageData: (/** @type {{ filePath: string }} */ { filePath }) => ({ description: descriptionOf(filePath) }),
+  markdown: {
+    anchor: { slugify },
+    config: adjust,
+    theme: { light: "github-light-high-contrast", dark: "github-dark-default" },
+  },
+  vite: { plugins: [mend] },
   themeConfig: {
-    search: { provider: "local", options: { miniSearch: { searchOptions: { boostDocument } } } },
+    search: {
+      provider: "local",
+      options: {
+        miniSearch: { searchOptions: { boostDocument } },
+        translations: { button: { buttonAriaLabel: "Search K" } }, // as it is to be seen, with the key
+      },
+    },
     outline: [2, 3],
     nav: [
       { text: "Guide", link: "/docs/" },
@@ -79,6 +142,6 @@ export default {
       { text: "Format", link: "/SPEC" },
       { text: "Changes", link: "/CHANGELOG" },
     ],
-    sidebar: [...guide, { text: "API", collapsed: true, items: api }],
+    sidebar: { "/docs/api/": api, "/": guide },
   },
 };
