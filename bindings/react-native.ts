@@ -5,6 +5,7 @@
 
 import { described } from "../src/arguments.ts";
 import { SourceError } from "../src/errors.ts";
+import { throwIfAborted } from "../src/pace.ts";
 import { type ByteSource, checkRange } from "../src/source.ts";
 import { fromBase64 as decode, toBase64 as encode } from "../src/text.ts";
 
@@ -60,11 +61,11 @@ export function fileSource(file: DeviceFile): ByteSource {
     name,
     byteLength,
     async read(offset, length, options) {
-      options?.signal?.throwIfAborted();
+      throwIfAborted(options?.signal);
       checkRange(name, offset, length, byteLength);
       if (length === 0) return new Uint8Array(0);
       const bytes = bytesOf(await readAs(file, offset, length), name);
-      options?.signal?.throwIfAborted();
+      throwIfAborted(options?.signal);
       if (bytes.length === length) return bytes;
       throw new SourceError(`its \`read\` gave ${bytes.length} bytes, ${length} from ${offset} were asked for`, {
         file: name,

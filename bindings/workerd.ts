@@ -2,10 +2,12 @@
  * `eigenlora/workerd`: packs in R2 for Workers. An isolate serves many requests, and what one request waits for another must not wait
  * for: when the first is cancelled, that never comes. So only whole packs are shared here, never reads under way.
  */
+
 import { checkOptions, described } from "../src/arguments.ts";
 import { type OpenOptions, openPack } from "../src/core/open-pack.ts";
 import type { Pack } from "../src/core/pack.ts";
 import { SourceError } from "../src/errors.ts";
+import { throwIfAborted } from "../src/pace.ts";
 import { type ByteSource, checkRange, type ReadOptions } from "../src/source.ts";
 
 /** An object of R2, as far as it is needed here. The body is absent where a condition was not met. */
@@ -43,7 +45,7 @@ export function r2Source(bucket: R2Bucket, key: string): ByteSource {
   checkBucket("r2Source", bucket);
   let known: { size: number; etag: string } | undefined;
   const get = async (range?: { offset: number; length: number }, options?: ReadOptions): Promise<Uint8Array> => {
-    options?.signal?.throwIfAborted();
+    throwIfAborted(options?.signal);
     const onlyIf = known && { etagMatches: known.etag };
     const object = await found(key, bucket.get(key, { ...(range && { range }), ...(onlyIf && { onlyIf }) }));
     if (!object.arrayBuffer || (known && known.etag !== object.etag))
@@ -52,7 +54,7 @@ export function r2Source(bucket: R2Bucket, key: string): ByteSource {
     known = { size, etag };
     if (range) checkRange(key, range.offset, range.length, size);
     const bytes = new Uint8Array(await object.arrayBuffer());
-    options?.signal?.throwIfAborted();
+    throwIfAborted(options?.signal);
     const length = range?.length ?? size;
     if (bytes.length === length) return bytes;
     throw new SourceError(`R2 gave ${bytes.length} bytes, ${length} were asked for`, { file: key });

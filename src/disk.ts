@@ -1,11 +1,13 @@
 /**
  * Files on a disk, for Node, Deno and Bun: ranged reads of one, what lies at a path, and why the system could not do something, in words.
  */
+
 import { fstatSync, type Stats } from "node:fs";
 import { open, realpath, stat } from "node:fs/promises";
 import { basename, dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import { SourceError } from "./errors.ts";
+import { throwIfAborted } from "./pace.ts";
 import type { ByteSource } from "./source.ts";
 
 /**
@@ -29,7 +31,7 @@ export async function openDisk(pathOrUrl: string, name?: string): Promise<ByteSo
       return size;
     },
     async read(offset, length, options) {
-      options?.signal?.throwIfAborted();
+      throwIfAborted(options?.signal);
       const bytes = new Uint8Array(length);
       // One read of Node is limited to 2 GiB.
       for (let done = 0; done < length; ) {
@@ -43,7 +45,7 @@ export async function openDisk(pathOrUrl: string, name?: string): Promise<ByteSo
         }
         done += bytesRead;
       }
-      options?.signal?.throwIfAborted();
+      throwIfAborted(options?.signal);
       return bytes;
     },
     close: () => handle.close(),

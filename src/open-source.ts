@@ -1,8 +1,10 @@
 /**
  * Sources of bytes from whatever names or holds them.
  */
+
 import { openPath } from "#files";
 import { described } from "./arguments.ts";
+import { throwIfAborted } from "./pace.ts";
 import type { FileProgress, OnProgress, WatchedSource } from "./progress.ts";
 import { type AbortOptions, type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";
 
@@ -87,10 +89,10 @@ function localSource(
     name,
     byteLength,
     async read(offset, length, options) {
-      options?.signal?.throwIfAborted();
+      throwIfAborted(options?.signal);
       checkRange(name, offset, length, byteLength);
       const bytes = await get(offset, offset + length);
-      options?.signal?.throwIfAborted();
+      throwIfAborted(options?.signal);
       return bytes;
     },
   };

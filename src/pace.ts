@@ -18,10 +18,20 @@ export function pacer(signal?: AbortSignal, share: number = SHARE): () => Promis
   return () => {
     if (now() - started < share) return undefined;
     return turn().then(() => {
-      signal?.throwIfAborted();
+      throwIfAborted(signal);
       started = now();
     });
   };
+}
+
+/** Throws the reason of a signal once it is aborted. React Native's signals have no such method. */
+export function throwIfAborted(signal: AbortSignal | undefined): void {
+  if (signal?.aborted) throw reasonOf(signal);
+}
+
+/** The reason of an aborted signal; an `AbortError` where it has none, as in React Native. */
+export function reasonOf({ reason }: AbortSignal): unknown {
+  return reason ?? Object.assign(new Error("This operation was aborted"), { name: "AbortError" });
 }
 
 /** Lets everything else that waits in the event loop have its turn. */

@@ -3,6 +3,7 @@
  * some sources a little more. Paths, blobs, buffers and URLs become sources in open-source.ts; a cache is eigenlora/cache.
  */
 import { SourceError } from "./errors.ts";
+import { reasonOf } from "./pace.ts";
 
 export type {} from "./globals.ts";
 
@@ -117,7 +118,7 @@ export async function readAll(source: ByteSource, options: ReadOptions = {}): Pr
 export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return promise;
   return new Promise<T>((resolve, reject) => {
-    const abort = (): void => reject(signal.reason as Error);
+    const abort = (): void => reject(reasonOf(signal) as Error);
     if (signal.aborted) abort();
     signal.addEventListener("abort", abort, { once: true });
     promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));

@@ -55,6 +55,19 @@ t.test("callers of one task share one request; an abort ends only its own wait",
   await t.rejects(pack.load("all", { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
 });
 
+t.test("a signal of React Native, which has neither a reason nor throwIfAborted", async (t) => {
+  const signal = Object.assign(new EventTarget(), { aborted: false }) as AbortSignal;
+  const pack = await openPack(path, { signal });
+  const loading = pack.load("mixed", { signal });
+  Object.assign(signal, { aborted: true }).dispatchEvent(new Event("abort"));
+  const stopped = { name: "AbortError", message: "This operation was aborted" };
+  await t.rejects(loading, stopped);
+  await t.rejects(pack.load("all", { signal }), stopped);
+  await t.rejects(openPack(path, { signal }), stopped);
+  t.ok((await pack.load("mixed")).bytes.length > 0);
+  await pack.close();
+});
+
 t.test("the least recently used blobs go first", async (t) => {
   const pack = await openPack(path, { maxResidentBytes: 1200 });
   await pack.load("mixed");

@@ -2,11 +2,13 @@
  * A source that keeps what it reads in a store, and reads it from there the next time. What a version of a file is, its server
  * says, or the caller who knows what the file must hold; bytes of different versions never meet.
  */
+
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 import { fromIntegrity } from "../format/hash.ts";
 import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
+import { throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,
   FETCH_OPTIONS,
@@ -139,7 +141,7 @@ class Cached implements CachedSource {
   /** Whole files need their size, which is kept beside their ranges: no server may be there to tell it. */
   async readAll(options: ReadOptions = {}): Promise<Uint8Array> {
     const { signal } = options;
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     this.#live();
     const place = await unlessAborted(this.#open(), signal);
     const file = await this.#sizeFile();
@@ -156,7 +158,7 @@ class Cached implements CachedSource {
   }
 
   async read(offset: number, length: number, { signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     this.#live();
     if (length === 0) return new Uint8Array(0);
     const place = await unlessAborted(this.#open(), signal);

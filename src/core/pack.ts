@@ -3,6 +3,7 @@
  * keeps task blobs. Computes nothing.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
+
 import { described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
 import { Observable } from "../events.ts";
@@ -10,6 +11,7 @@ import { Fields } from "../format/fields.ts";
 import type { Directory, PackModule, Section, TaskBlob, TaskEntry, TaskMetadata, Window } from "../format/format.ts";
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
 import { watchedOf } from "../open-source.ts";
+import { throwIfAborted } from "../pace.ts";
 import type { OnProgress } from "../progress.ts";
 import {
   type AbortOptions,
@@ -219,7 +221,7 @@ export class Pack extends Observable<PackEvents> {
   async load(id: string, options: ReadOptions = {}): Promise<TaskBlob> {
     const slot = this.#slots.get(id);
     if (!slot) throw this.#unknown(id);
-    options.signal?.throwIfAborted();
+    throwIfAborted(options.signal);
     if (slot.blob) {
       if (this.#recent.delete(slot)) this.#recent.add(slot);
       return slot.blob;

@@ -7,7 +7,7 @@
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
-import { now } from "../pace.ts";
+import { now, throwIfAborted } from "../pace.ts";
 import type { Applied, ApplyOptions } from "./apply.ts";
 import { type CpuView, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
 import type { Pack } from "./pack.ts";
@@ -167,11 +167,11 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     const started = now();
     const { signal, head } = options;
     await this.#ready();
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     const before = { ...this.pack.reads };
     const { resolved, change } = await this.#load(selection, options, tasks);
     const read = now();
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
 
     this.#bench.allocated = 0;
     this.#bench.dispatches = 0;

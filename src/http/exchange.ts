@@ -2,8 +2,10 @@
  * Requests for one address: limits of time, further tries after what may pass, bodies in memory that grows with what
  * arrives, and errors that name the cause. Does not know what the bytes are, or which range they should be.
  */
+
 import { described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
+import { throwIfAborted } from "../pace.ts";
 import { type FetchOptions, unlessAborted } from "../source.ts";
 
 /** What is asked for. */
@@ -80,11 +82,11 @@ export class Exchange {
   async ask<T>(request: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
     const { signal } = request;
     for (let tries = 1; ; tries++) {
-      signal?.throwIfAborted();
+      throwIfAborted(signal);
       try {
         return await this.#once(request, take);
       } catch (error) {
-        signal?.throwIfAborted();
+        throwIfAborted(signal);
         if (!(error instanceof SourceError && error.transient)) throw error;
         const { retryAfter = 0 } = error;
         if (tries > this.#options.retries || retryAfter > this.#options.timeout) throw tried(error, tries);
@@ -119,7 +121,7 @@ export class Exchange {
       this.#checkStatus(response);
       return await unlessAborted(take(this.#answer(response, pace, onBytes)), ended.signal);
     } catch (cause) {
-      signal?.throwIfAborted();
+      throwIfAborted(signal);
       if (cause instanceof SourceError) throw cause;
       if (ended.signal.aborted) return this.fail(pace.problem(), { transient: true, cause });
       const { message, transient } = causeOf(cause, this.#url);

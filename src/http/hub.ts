@@ -6,11 +6,13 @@
  * @huggingface/hub would cost more than it adds: it begins again when a download breaks off, checks no hash, and puts the files of one
  * revision below several commits.
  */
+
 import { readdir, readFile } from "node:fs/promises";
 import { join, sep } from "node:path";
 import { nearest } from "../arguments.ts";
 import { openDisk } from "../disk.ts";
 import { SourceError } from "../errors.ts";
+import { throwIfAborted } from "../pace.ts";
 import { type FileProgress, type OnProgress, teller } from "../progress.ts";
 import { type AbortOptions, type ByteSource, type FetchOptions, type ReadOptions, SharedWork } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
@@ -138,7 +140,7 @@ export class Snapshot {
     if (isOffline()) throw new SourceError(OFFLINE, { file: name });
     const download = async (options: ReadOptions): Promise<ByteSource> => {
       const [place] = await this.get([path], options);
-      options.signal?.throwIfAborted();
+      throwIfAborted(options.signal);
       return openDisk(place!, name);
     };
     let coming: SharedWork<ByteSource> | undefined;

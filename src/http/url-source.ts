@@ -1,6 +1,7 @@
 /**
  * Packs, models and adapters behind a URL, read by HTTP ranges; whole where the server has none. Loaded when a URL is opened.
  */
+import { throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,
   checkRange,
@@ -52,7 +53,7 @@ export class UrlSource implements ByteSource {
 
   async read(offset: number, length: number, options: ReadOptions = {}): Promise<Uint8Array> {
     const { signal } = options;
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     if (length === 0) return new Uint8Array(0);
     if (this.byteLength !== undefined) checkRange(this.name, offset, length, this.byteLength);
     for (;;) {
@@ -80,7 +81,7 @@ export class UrlSource implements ByteSource {
   }
 
   async readAll({ signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     const whole = await unlessAborted(this.#kept(), signal);
     if (whole) return whole;
     return this.#exchange.ask({ signal, onBytes }, (answer) => {

@@ -2,10 +2,12 @@
  * Private terms for a goal: reads what every adapter's modules hold, lets `allocation.ts` choose, and makes packs until what was
  * measured keeps to the goal too. Estimates are good to a few percent, so that takes two or three packs.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import type { SharedModule } from "../adapters/modules.ts";
 import { type Allocation, allocateBytes, allocateError, type Spectrum } from "../extract/allocation.ts";
 import { inOrder } from "../extract/extractor.ts";
+import { throwIfAborted } from "../pace.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
 import type { Streamed } from "./build.ts";
 import { type Adapters, piecesOf, readStack } from "./encode.ts";
@@ -34,7 +36,7 @@ export async function survey(
   only: readonly Dtype[] | undefined,
 ): Promise<Survey> {
   const read = async (piece: SharedModule<Adapter>): Promise<Spectrum[]> => {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     const { stack } = await readStack(piece);
     const { name: module, out, in: inputs, members } = stack;
     const all = await extractor.ask("spectra", stack, undefined);
@@ -45,7 +47,7 @@ export async function survey(
   };
   const spectra: Spectrum[] = [];
   for await (const found of inOrder(shared.flatMap(piecesOf), extractor.size + 1, read)) {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     for (const one of found) spectra.push(one);
   }
   return { spectra, only };

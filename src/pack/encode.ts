@@ -2,6 +2,7 @@
  * Encodes a recipe: module after module is read, extracted and encoded. Holds one stack for each thread, and one that
  * is read meanwhile; never all adapters.
  */
+
 import type { Adapter, ModuleShape } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBases, refuseBoth, type SharedModule, sharedModules } from "../adapters/modules.ts";
 import { type BaseInput, type Located, Locator } from "../core/base.ts";
@@ -19,6 +20,7 @@ import type { MixedExtraction } from "../extract/private.ts";
 import type { SideBasis } from "../extract/side.ts";
 import { APART, type SharedSides } from "../extract/sides.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
+import { throwIfAborted } from "../pace.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
@@ -100,12 +102,12 @@ export async function encode(
   const owners = shared.flatMap((module) => module.owners);
   const steps = recipe.steps ?? (recipe.step === undefined ? undefined : await stepsOf(owners, recipe.step));
   const extracted = (module: SharedModule<Adapter>): Promise<Extracted> => {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     return extract(extractor, { ...recipe, steps }, module, known);
   };
   // One more than are worked on: it is read meanwhile.
   for await (const found of inOrder(shared, extractor.size + 1, extracted)) {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     const index = modules.length;
     const { shape, owners } = shared[index]!;
     const { name } = shape;

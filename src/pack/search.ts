@@ -2,10 +2,12 @@
  * The smallest pack for a goal, or the best of a size: packs are made in several ways, and shown to a judge where there is one.
  * It knows no model and no data.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import { openPack } from "../core/open-pack.ts";
 import type { AdapterError } from "../errors.ts";
 import type { ComponentSelection } from "../extract/options.ts";
+import { throwIfAborted } from "../pace.ts";
 import { DEFAULT_ERROR, type Survey, survey } from "./allocate.ts";
 import { type Built, gathered, type Streamed, withExtractor } from "./build.ts";
 import { type Adapters, isUnstorable, openAdapters } from "./encode.ts";
@@ -160,7 +162,7 @@ async function judged(search: Search, way: Way, built: Streamed, select?: Compon
 }
 
 async function ask({ ids, judge, signal }: Search, built: Streamed): Promise<Map<string, number>> {
-  signal?.throwIfAborted();
+  throwIfAborted(signal);
   const { chunks } = await gathered(built);
   const pack = await openPack(new Blob(chunks as BlobPart[]));
   try {

@@ -2,6 +2,7 @@
  * What adapters share, found from their files alone: for each module and side, groups of tasks over components that they share. What
  * pays is kept: the components' bits and those of all tasks with them, as the coder counts them, against the tasks' alone.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import type { SharedModule } from "../adapters/modules.ts";
 import type { Spectrum } from "../extract/allocation.ts";
@@ -10,6 +11,7 @@ import { encodeSpans, type Spans } from "../extract/groups.ts";
 import { roundingLoss, usualBits } from "../extract/row-steps.ts";
 import type { SideBasis } from "../extract/side.ts";
 import { costOf, type SharedSides, type SideChoice, type SideCost } from "../extract/sides.ts";
+import { throwIfAborted } from "../pace.ts";
 import { type Adapters, naming, piecesOf, readStack } from "./encode.ts";
 import { SLOPE, type Steps } from "./seek.ts";
 
@@ -49,7 +51,7 @@ export async function findSharing(
     to.set(task, (to.get(task) ?? 0) + value);
   for (const spectrum of spectra) add(apart, spectrum.task, roundingLoss([spectrum], steps.get(spectrum.task)!));
   const ask = (module: SharedModule<Adapter>): Promise<Found | undefined> => {
-    opened.signal?.throwIfAborted();
+    throwIfAborted(opened.signal);
     return sharingOf(opened, module, steps, grows ? growth : () => 1);
   };
   const shared = opened.shared.filter(({ owners }) => owners.length > 1);

@@ -13,7 +13,7 @@ import {
 import { Switching } from "../core/switching.ts";
 import type { AddTaskOptions } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
-import { now } from "../pace.ts";
+import { now, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import { type SourceInput, unlessAborted } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
@@ -193,7 +193,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     let read = started;
     let [old, next]: Active[] = [];
     const change = async (): Promise<SessionSwitchReport> => {
-      options.signal?.throwIfAborted();
+      throwIfAborted(options.signal);
       this.#coming = asked;
       try {
         const state = this.#caches?.stateOf(asked, options);
@@ -267,7 +267,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
     const run = this.#queue.call(async () => {
-      signal?.throwIfAborted();
+      throwIfAborted(signal);
       const active = this.#active;
       this.#carrier.check?.();
       const rowTasks = tasks && (await this.#rowTasks());

@@ -19,7 +19,7 @@ import {
 } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
-import { pacer } from "../pace.ts";
+import { pacer, throwIfAborted } from "../pace.ts";
 import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
 import { CoreSpace, type InputValue, scaled } from "./component-values.ts";
@@ -132,7 +132,7 @@ export class TaskEvaluator {
         task: id,
       });
     }
-    options?.signal?.throwIfAborted();
+    throwIfAborted(options?.signal);
     return loaded;
   }
 

@@ -4,11 +4,13 @@
  * estimated from gradients at the adapter itself, for labels drawn from its own answers; there is one F for each side of a module, as in
  * K-FAC (J. Martens, R. Grosse, 2015). Each row is then a least squares problem: no steps, and no matrix of the size of F in memory.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
 import { gauged, openModule, toPair } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import type { TaskBlob } from "../format/format.ts";
+import { throwIfAborted } from "../pace.ts";
 import { gaugeOf, storedModule } from "../pack/add.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
@@ -94,7 +96,7 @@ export async function solvedCoefficients(
   if (sides.size === 0) return new Map();
   const { model, weights } = await adapterWeights(session, adapter, head);
   for (const rows of batches) {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     const drawn = rows.map((row) =>
       supervision.answered(
         row,

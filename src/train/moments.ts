@@ -16,6 +16,7 @@ import { findParameters } from "../onnx/modules.ts";
 import { makeValue } from "../onnx/nodes.ts";
 import { type ModelInput, readWhole } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
+import { throwIfAborted } from "../pace.ts";
 import { dataOf, type Engine } from "../session/engine.ts";
 import { checkTokenizer, encoderOf, type Tokenizer } from "../session/tokens.ts";
 import type { AbortOptions } from "../source.ts";
@@ -77,7 +78,7 @@ export async function inputMoments(
       const encodeTexts = encoderOf(encode, loaded.inputNames);
       const some = shuffle([...texts], uniform(0)).slice(0, most);
       for (let at = 0; at < some.length; at += batch) {
-        signal?.throwIfAborted();
+        throwIfAborted(signal);
         const given = await encodeTexts(some.slice(at, at + batch));
         const feeds = completeInputs(example, loaded.inputNames, given);
         const found = await engine.run(loaded, batchTensors(engine, feeds), loaded.outputNames);

@@ -5,6 +5,7 @@
 
 import type { Pack } from "../core/pack.ts";
 import { BackendError, type EigenLoraError } from "../errors.ts";
+import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
 import type { TaskDtypes } from "../tensor/dtypes.ts";
 import { normal, uniform } from "../tensor/random.ts";
@@ -103,7 +104,7 @@ export async function* answers<Feeds>(
   const lengths = await supervision.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
   for (const { rows: some } of supervision.microBatches(order, 0)) {
-    signal?.throwIfAborted();
+    throwIfAborted(signal);
     const logits = await model.answer(await supervision.feeds(some), weights);
     const counts = some.map((row) => supervision.wanted(row).length);
     const width = logits.length / counts.reduce((a, b) => a + b, 0);

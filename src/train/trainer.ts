@@ -2,10 +2,12 @@
  * The training loop: batches in, steps of AdamW, the best state kept. It knows numbers and examples; the setup brings the model and the
  * way from a batch to its inputs.
  */
+
 import { checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import type { TaskBlob, TaskMetadata } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
+import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
 import { uniform } from "../tensor/random.ts";
 import { checkNumbers } from "./checks.ts";
@@ -182,7 +184,7 @@ export class Trainer<Feeds = unknown> {
       for (let epoch = 1; step < steps; epoch++) {
         const batches = toBatches(train, batch, lengths, this.#random).slice(0, steps - step);
         for (const [at, some] of batches.entries()) {
-          signal?.throwIfAborted();
+          throwIfAborted(signal);
           const { loss, gradients } = await evaluate(this.#setup, some, state, options);
           first ??= loss;
           const sane = loss <= EXPLODED * (1 + first);
@@ -229,7 +231,7 @@ export class Trainer<Feeds = unknown> {
       const optimizer = optimizerOf(trial, terms, model.head, TRIAL_STEPS, how);
       let loss = Infinity;
       for (let i = 0; i < TRIAL_STEPS; i++) {
-        signal?.throwIfAborted();
+        throwIfAborted(signal);
         const count = Math.min(batch, train.length);
         const rows = Array.from({ length: count }, (_, at) => train[(i * batch + at) % train.length]!);
         const made = await evaluate(this.#setup, rows, trial, { temperature });
