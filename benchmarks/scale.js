@@ -10,7 +10,8 @@ import { mkdir, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { choice, number, readArguments, text } from "./lib/arguments.js";
+import { choice, flag, number, readArguments, text } from "./lib/arguments.js";
+import { peerLine, python } from "./lib/peers.js";
 import { inFreshProcess } from "./lib/process.js";
 import { print, progress } from "./lib/report.js";
 
@@ -18,6 +19,9 @@ const given = readArguments("What do tasks cost on a model of the size that peop
   size: choice(["0.5b", "1.5b", "3b"], "of the model", "0.5b"),
   folder: text("FOLDER", "where models, adapters and packs are kept", join(tmpdir(), "eigenlora-scale")),
   only: choice(["core", "shared", "apart"], "this pack alone"),
+  learn: flag(
+    "how long a step of learning takes beside PEFT's, and nothing else; with the pack whose sides are both shared",
+  ),
   rounds: number("rounds of steps", 5, 1),
 });
 const folder = join(given.folder, given.size);
@@ -41,15 +45,17 @@ if (!existsSync(join(folder, "apart", "19", "adapter_config.json"))) {
 }
 
 const steps = new URL("lib/scale-steps.js", import.meta.url);
+if (given.learn) {
+  learning();
+  process.exit();
+}
 const [packing, memory, times] = [[], [], []].map((rows) => /** @type {import("./lib/report.js").Row[]} */ (rows));
 memory.push({ name: "plain", ...inFreshProcess(steps, "holdModel", [model, ""]) });
-for (const [name, [adapters, options, what]] of Object.entries(PACKS)) {
+for (const name of /** @type {(keyof typeof PACKS)[]} */ (Object.keys(PACKS))) {
   if (given.only && given.only !== name) continue;
+  const [, , what] = PACKS[name];
   const pack = join(folder, `${name}.eigen`);
-  if (!existsSync(pack)) {
-    progress(`packing: ${what}`);
-    packing.push({ name: what, ...inFreshProcess(steps, "packed", [join(folder, adapters), pack, options.join(" ")]) });
-  }
+  if (!existsSync(pack)) packing.push({ name: what, ...packed(name) });
   progress(what);
   const { size } = await stat(pack);
   memory.push({ name: what, "pack, MB": size / 1e6, ...inFreshProcess(steps, "holdModel", [model, pack]) });
@@ -76,3 +82,39 @@ print(given.json, [
     ],
   },
 ]);
+
+/** @param {keyof typeof PACKS} name @returns {import("./lib/report.js").Row} */
+function packed(name) {
+  const [adapters, options, what] = PACKS[name];
+  progress(`packing: ${what}`);
+  return inFreshProcess(steps, "packed", [join(folder, adapters), join(folder, `${name}.eigen`), options.join(" ")]);
+}
+
+function learning() {
+  const pack = join(folder, "core.eigen");
+  if (!existsSync(pack)) packed("core");
+  progress("learning");
+  const ours = inFreshProcess(steps, "learnSteps", [model, pack, given.rounds]);
+  const serving = inFreshProcess(steps, "learnSteps", [model, pack, 0]);
+  progress("learning, PEFT");
+  const peer = python("scale_step.py", [given.size, String(given.rounds)], JSON.stringify(ours.rows));
+  const peft = "figures" in peer ? peer.figures : undefined;
+  /** @type {import("./lib/report.js").Row[]} */
+  const rows = [
+    {
+      name: "coefficients of all layers, 4 bits",
+      "creation, CPU s": ours.creation / 1000,
+      "until the first step, CPU s": ours.first / 1000,
+      "step, CPU s": ours.ms / 1000,
+      "step ÷ PEFT": peft ? ours.ms / peft.ms : null,
+      "peak, MB": ours.peak / 1e6,
+      "peak ÷ serving": ours.peak / serving.peak,
+    },
+  ];
+  if (peft) rows.push({ name: "PEFT, LoRA r 16, f32", "step, CPU s": peft.ms / 1000, "peak, MB": peft.peak / 1e6 });
+  const question = `What does a step of learning take? 8 rows of 32 tokens, 6 of them learned; one thread, fastest of ${given.rounds}.`;
+  const notes = [
+    "Until the first step, two starts are tried for six steps each, and gradients are checked. serving: a run of as many tokens.",
+  ];
+  print(given.json, [{ question, rows, notes }], [peerLine("PEFT", peer)]);
+}

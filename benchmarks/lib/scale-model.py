@@ -80,9 +80,10 @@ def write_adapters(folder, size, kind):
         (to / "adapter_config.json").write_text(json.dumps(config))
 
 
-folder, size = pathlib.Path(sys.argv[1]), sys.argv[2]
-if not (folder / "model").exists():
-    write_model(folder, size)
-for kind in ("shared", "apart"):
-    if not (folder / kind / f"{TASKS - 1:02}" / "adapter_config.json").exists():
-        write_adapters(folder, size, kind)
+if __name__ == "__main__":
+    folder, size = pathlib.Path(sys.argv[1]), sys.argv[2]
+    if not (folder / "model").exists():
+        write_model(folder, size)
+    for kind in ("shared", "apart"):
+        if not (folder / kind / f"{TASKS - 1:02}" / "adapter_config.json").exists():
+            write_adapters(folder, size, kind)

@@ -2,8 +2,9 @@
 import { readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
-import { median } from "simple-statistics";
+import { median, min } from "simple-statistics";
 import { clocked, inFreshProcess, peakMemory, settledMemory } from "./process.js";
 
 /** @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running */
@@ -66,6 +67,51 @@ export async function holdModel(model, pack) {
     "first, from the file, ms": median(fromFile),
     mode: result.mode,
   };
+}
+
+/** Rows to learn: how many, tokens, and how many of them are learned. */
+const [ROWS, LENGTH, LEARNED] = [8, 32, 6];
+
+/**
+ * Trains a task's coefficients.
+ * @param {string} model
+ * @param {string} pack
+ * @param {number} steps 0: a run of as many tokens in a session that cannot learn
+ */
+export async function learnSteps(model, pack, steps) {
+  const cpu = () => process.cpuUsage().user / 1000;
+  const rows = Array.from({ length: ROWS }, (_, i) =>
+    Array.from({ length: LENGTH }, (_, j) => 500 + ((i * 131 + j * 37) % 4000)),
+  );
+  const begun = cpu();
+  const session = await createEigenSession(ort, model, await openPack(pack), {
+    session: ONE_THREAD,
+    trainable: steps > 0,
+  });
+  const creation = cpu() - begun;
+  if (steps === 0) {
+    const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
+    await generation(session, config, ROWS * LENGTH).next();
+    return { peak: await peakMemory() };
+  }
+  /** @param {string[]} texts one */
+  const encode = ([one]) => {
+    const ids = BigInt64Array.from(one.split(" ").filter(Boolean), BigInt);
+    return { input_ids: { type: /** @type {const} */ ("int64"), dims: [1, ids.length], data: ids } };
+  };
+  const trainer = await createTrainer(session, { encode, end: false, seed: 1 });
+  const examples = rows.map((ids) => ({
+    prompt: ids.slice(0, -LEARNED).join(" "),
+    completion: ids.slice(-LEARNED).join(" "),
+  }));
+  const times = [];
+  let before = cpu();
+  for await (const _ of trainer.fit(examples, { steps: steps + 1, batch: ROWS })) {
+    times.push(cpu() - before);
+    before = cpu();
+  }
+  const [first, ...others] = times;
+  return { creation, first, ms: min(others), peak: await peakMemory(), rows: rows.map((ids) => [ids, LEARNED]) };
 }
 
 /**
