@@ -62,12 +62,12 @@ interface Page {
 /** Text of one of our pages, once it is there. */
 async function said(page: Page, name: keyof typeof PAGES): Promise<string> {
   await page.goto(new URL(`${name}.html`, server.url).href);
-  for (let i = 0; i < 600; i++) {
+  for (let i = 0; i < 1800; i++) {
     const text = (await page.evaluate("document.title")) as string;
     if (text !== "") return text;
     await pause(100);
   }
-  throw new Error(`${name}: nothing was said within a minute`);
+  throw new Error(`${name}: nothing was said within three minutes`);
 }
 
 t.test("firefox", { skip: noFirefox }, async (t) => {
