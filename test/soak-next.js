@@ -17,6 +17,8 @@ import { chromium } from "playwright-core";
 const root = fileURLToPath(new URL("..", import.meta.url));
 const executablePath = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
 const required = /\bnext\b/.test(process.env["EIGENLORA_REQUIRE"] ?? "");
+/** Milliseconds that a server or a page has to answer. */
+const WAIT = 120_000;
 /** Rows of test sets that PEFT is sure about. */
 const SURE = { "debtags-role": 15, "debtags-game": 7 };
 
@@ -65,24 +67,24 @@ async function tryApp(name, command) {
   const port = await freePort();
   const next = join(app, "node_modules/next/dist/bin/next");
   const args = [next, command, "--hostname", "127.0.0.1", "--port", `${port}`];
-  const server = spawn(process.execPath, args, { cwd: app, stdio: "ignore" });
+  const server = spawn(process.execPath, args, { cwd: app, stdio: ["ignore", "ignore", "inherit"] });
   const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
   try {
     const url = `http://127.0.0.1:${port}/`;
-    while (
-      !(await fetch(url).then(
-        ({ ok }) => ok,
-        () => false,
-      ))
-    )
-      await pause(200);
+    let status = 0;
+    for (const until = Date.now() + WAIT; status === 0 && Date.now() < until; await pause(200))
+      status = await fetch(url).then(
+        (answer) => answer.status,
+        () => 0,
+      );
+    if (status !== 200) throw new Error(`${name}: the page is answered by ${status}`);
     const part = await fetch(`${url}tasks.eigen`, { headers: { range: "bytes=0-9" } });
     console.log(
       `${name}: a range is answered by ${part.status}, a missing file by ${(await fetch(`${url}no-such.eigen`)).status}`,
     );
     if (part.status !== 206) throw new Error("no ranges, unlike docs/hosting.md says");
     const page = await browser.newPage();
-    page.setDefaultTimeout(120_000);
+    page.setDefaultTimeout(WAIT);
     await page.goto(url);
     await page.locator("output", { hasNotText: "Loading" }).waitFor();
     const reference = (await json("reference/predictions.json"))["own-seed"];

@@ -2,7 +2,6 @@
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import * as ort from "onnxruntime-web/wasm";
 
 async function read(file) {
   const answer = await fetch(file);
@@ -11,6 +10,8 @@ async function read(file) {
 }
 
 async function load() {
+  // Next.js also runs pages on the server, where onnxruntime-web finds no address of itself.
+  const ort = await import("onnxruntime-web/wasm");
   const tokenizer = new Tokenizer(await read("/tokenizer.json"), await read("/tokenizer_config.json"));
   const pack = await openPack("/tasks.eigen");
   return { tokenizer, pack, session: await createEigenSession(ort, "/model.onnx", pack) };
