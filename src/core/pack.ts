@@ -199,7 +199,7 @@ export class Pack extends Observable<PackEvents> {
   }
 
   /**
-   * Reads task blobs ahead, so that switching to them needs no request.
+   * Reads task blobs ahead, so that switching to them needs no request. They stay in memory where `maxResidentBytes` was not given.
    * @param ids of tasks, or the id of one
    * @throws TaskError for an id that is not there
    */

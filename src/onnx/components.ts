@@ -155,8 +155,8 @@ export class ComponentProducts {
   }
 
   /**
-   * Whether a product with bytes is one operator: a third of the time of unpacking them in each run. It rounds its inputs to 8 bits, so the
-   * model's layers must do so too; and few components must not grow much when they are padded to a block.
+   * Whether a product with bytes is one operator, instead of unpacking them in each run. It rounds its inputs to 8 bits, so the model's
+   * layers must do so too; and few components must not grow much when they are padded to a block.
    */
   #multipliesBytes(inner: number, padded: number): boolean {
     return this.#level === EIGHT_BITS && this.#by.includes("MatMulNBits") && 2 * padded <= 3 * inner;

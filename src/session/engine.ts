@@ -78,7 +78,7 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   readonly readsFiles?: boolean | undefined;
   /** Operators by which it multiplies by integers, so that components can stay as small as their pack stores them. Default: none. */
   readonly integers?: readonly ("MatMulNBits" | "DequantizeLinear")[] | undefined;
-  /** Bytes that it has room for, weights and all. Default: no limit is known. */
+  /** Bytes that WebAssembly leaves it for a model's weights, where it runs there. Default: no limit is known. */
   readonly room?: number | undefined;
   /** Set where models run on a WebGPU device. */
   readonly gpu?: EngineGpu | undefined;
