@@ -8,13 +8,21 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openPack, type TensorRef } from "eigenlora";
-import { type Adapter, searchPack } from "eigenlora/build";
+import { type Adapter, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, type DistillOptions, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { readTask } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
-import { decodeScales, MeanDivergence, parseTaskFile, shuffle, uniform } from "./internals.ts";
+import {
+  askAdapter,
+  decodeScales,
+  MeanDivergence,
+  parseTaskFile,
+  shuffle,
+  supervisionOf,
+  uniform,
+} from "./internals.ts";
 import { data, LOSSLESS } from "./packs.ts";
 import { soak } from "./required.ts";
 import { feeds, GOLDENS, model, NODE, type Ort, open, outputOf, packBytes, type Session, WEB } from "./sessions.ts";
@@ -156,6 +164,40 @@ t.test("a task that shares one side keeps to its share, and trains what is its o
   t.same(await forms("distilled"), await forms("three"));
   const other = await createTrainer(session, { labels: ["a", "b", "c"] });
   await t.rejects(other.begin("three"), /another share of the components .* make one with `init: { task: "three" }`/);
+});
+
+t.test("what the head reads comes closer to the adapter's, not the labels alone", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  const adapter = await adapterOf(t, "sessions/adapters/five");
+  const asked = inputs(NODE, session, 32);
+  const made = await distill(session, {
+    ...{ adapter, feeds: inputs(NODE, session, 256).slice(32), steps: 120 },
+    learningRates: { terms: 0.01, head: 0 },
+  });
+  await session.addTask("distilled", made.file);
+  const supervision = supervisionOf(session, {});
+  const rows = await supervision.ask(
+    asked.map((feeds) => ({ feeds })),
+    "test",
+  );
+  const featuresOf = async (of: Adapter): Promise<Map<unknown, Float32Array>> => {
+    const found = new Map<unknown, Float32Array>();
+    const how = { where: "test", supervision, features: true };
+    for await (const { row, features } of askAdapter(session, of, ["classifier"], rows, how)) found.set(row, features!);
+    return found;
+  };
+  const wanted = await featuresOf(adapter);
+  const off = async (id: string): Promise<number> => {
+    const task = await taskAdapter(session.pack, id);
+    let sum = 0;
+    for (const [row, own] of await featuresOf(task))
+      sum += own.reduce((all, value, i) => all + (value - wanted.get(row)![i]!) ** 2, 0);
+    await task.close();
+    return Math.sqrt(sum);
+  };
+  const [before, after] = [await off("five"), await off("distilled")];
+  t.ok(after < 0.8 * before, `${before} → ${after}`);
 });
 
 t.test("the hold-out is judged as the sessions judge it; the head is trained; the better is kept", async (t) => {

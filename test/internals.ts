@@ -195,6 +195,8 @@ export { RULES } from "../dist/src/autodiff/rules/index.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { takeUntransposed } from "../dist/src/autodiff/transposed.js";
 export { AdamW } from "../dist/src/train/adamw.js";
+export { askAdapter } from "../dist/src/train/answers.js";
+export { supervisionOf } from "../dist/src/train/create-trainer.js";
 export { createBatcher } from "../dist/src/train/encoding.js";
 export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
 export { modelBase } from "../dist/src/train/model-base.js";

@@ -109,24 +109,42 @@ async function learned(
   return { loss: Number(results[graph.lossOutput]!.data[0]), gradient };
 }
 
-t.test("factors and a head of another number of labels train together, of any rank", async (t) => {
+t.test("factors and a head of another number of labels train together, of any rank, beside features", async (t) => {
   const of = await golden("bert-eager-torchscript");
   const file = await readCase(of.name);
   const modules = [...of.modules.keys()].map((name) => layerOf(file, name));
   const { graph, inputs } = await graphOf(file, { modules, heads: [headLayerOf(file, "classifier")] });
   t.equal(graph.gradients.size, 2 * modules.length + 2);
   const session = await sessionOf(NODE, file, "all");
-  for (const [rank, labels] of [
-    [3, 3],
-    [1, 2],
+  for (const [rank, labels, features] of [
+    [3, 3, 0],
+    [1, 2, 0],
+    [2, 3, 4],
   ] as const) {
-    const targets = floats(
-      Float32Array.from({ length: 5 * labels }, (_, i) => Number(i % labels === (i >> 2) % labels)),
-      5,
-      labels,
+    const width = labels + features;
+    const wanted = Float32Array.from({ length: 5 * width }, (_, i) => {
+      const [row, column] = [Math.floor(i / width), i % width];
+      return column < labels ? Number(column === (4 * row) % labels) : Math.sin(i);
+    });
+    const squares = floats(
+      Float32Array.from({ length: width }, (_, i) => Number(i >= labels)),
+      1,
+      width,
     );
-    const at = new Map<string, Feed>([...of.feeds, ...noisy(inputs, rank, labels, 17), ...learning(graph, targets)]);
+    const targets = floats(wanted, 5, width);
+    const at = new Map<string, Feed>([...of.feeds, ...noisy(inputs, rank, width, 17), ...learning(graph, targets)]);
+    if (features > 0) at.set(graph.squaresInput, squares);
     const results = await run(session, NODE, at);
+    const logits = results[graph.logitsOutput]!.data as Float32Array;
+    let loss = 0;
+    for (let row = 0; row < 5; row++) {
+      const own = Array.from(logits.subarray(row * width, (row + 1) * width));
+      const total = own.slice(0, labels).reduce((sum, one) => sum + Math.exp(one), 0);
+      loss += (Math.log(total) - own[(4 * row) % labels]!) / 5;
+      for (let i = labels; i < width; i++) loss += (own[i]! - wanted[row * width + i]!) ** 2 / 10;
+    }
+    const told = Number(results[graph.lossOutput]!.data[0]);
+    t.ok(Math.abs(told - loss) < 1e-5 * loss, `loss ${told}, by the logits ${loss}`);
     for (const [input, output] of [...graph.gradients].filter((_, i) => i % 3 === 0 || i >= 2 * modules.length)) {
       const value = at.get(input)!;
       const direction = noise(value.data.length, 53);

@@ -240,8 +240,13 @@ export async function graphOf(
 export const floats = (data: Float32Array, ...dims: number[]): Feed => ({ dataType: 1, dims, data });
 
 /** Feeds of a graph's own inputs. */
-export function learning({ learnInput, targetsInput }: TrainingGraph, targets: Feed, learns = true): [string, Feed][] {
+export function learning(
+  { learnInput, targetsInput, squaresInput, tokens }: TrainingGraph,
+  targets: Feed,
+  learns = true,
+): [string, Feed][] {
   return [
+    ...(tokens ? [] : [[squaresInput, floats(new Float32Array(1), 1, 1)] satisfies [string, Feed]]),
     [targetsInput, targets],
     [learnInput, { dataType: 9, dims: [], data: Uint8Array.of(Number(learns)) }],
   ];

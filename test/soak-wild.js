@@ -15,7 +15,9 @@ import { fileURLToPath } from "node:url";
 import { createRuntime, openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { openSafetensors, openSource, writeSafetensors } from "./internals.ts";
+import "./load-typescript.js";
+
+const { openSafetensors, openSource, writeSafetensors } = await import("./internals.ts");
 
 const wild = process.env["EIGENLORA_WILD"];
 const oracle = fileURLToPath(new URL("wild-diffusers.py", import.meta.url));

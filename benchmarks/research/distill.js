@@ -15,6 +15,7 @@ import * as ort from "onnxruntime-node";
 import { mean, sum } from "simple-statistics";
 import { parseTaskFile } from "../../dist/src/core/task-file.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
+import { MeanDivergence, softmax } from "../../dist/src/train/probabilities.js";
 import {
   agreement,
   createEncoder,
@@ -33,9 +34,14 @@ import { print, progress } from "../lib/report.js";
 /**
  * @typedef {import("eigenlora/build").Adapter} Adapter
  * @typedef {import("../lib/report.js").Row} Row
+ * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  */
 
 const MOST_ROWS = 240;
+const LOSSLESS = /** @type {const} */ ({
+  select: { kind: "energy", share: 1 },
+  dtype: { basis: "f32", coefficients: "f32", head: "f32" },
+});
 
 const given = readArguments("What does distilling win back?", {
   suite: choice(SUITES, "which adapters", "own-seed"),
@@ -92,17 +98,19 @@ await withAdapters([folderOf(suite)], async (adapters) => {
     trainable: true,
     session: given.threads > 0 ? { intraOpNumThreads: given.threads } : {},
   });
+  const { chunks: whole } = await buildPack(adapters, LOSSLESS);
+  const exact = await createEigenSession(ort, model, await openPack(new Blob(/** @type {BlobPart[]} */ (whole))));
   const earlier = await readEarlier();
   /** @type {Row[]} */
   const rows = [];
   for (const [i, adapter] of adapters.slice(0, given.tasks).entries()) {
     const known = earlier.get(adapter.id);
-    const row = known ?? (await measure(session, adapter, tasks[i], texts));
+    const row = known ?? (await measure({ session, exact }, adapter, tasks[i], texts));
     if (into && !known) await appendFile(into, `${JSON.stringify({ settings, bytes: report.bytes, row })}\n`);
     rows.push(row);
     progress(JSON.stringify(row));
   }
-  await session.close();
+  await Promise.all([session.close(), exact.close()]);
   // Entropy-coded blobs grow or shrink.
   const bytes =
     report.bytes + sum(rows.map((row) => Number(row["blob after, bytes"]) - Number(row["blob before, bytes"])));
@@ -136,12 +144,12 @@ function meanOf(rows) {
 }
 
 /**
- * @param {import("eigenlora/onnxruntime").EigenSession<typeof ort>} session
+ * @param {{ session: Session, exact: Session }} sessions of the pack, and of the adapters as they are
  * @param {Adapter} adapter
  * @param {import("../../examples/minilm.js").Task} task
  * @param {{ tests: ReadonlySet<string>, pool: readonly string[] }} suite texts of all test splits, and others
  */
-async function measure(session, adapter, task, { tests, pool }) {
+async function measure({ session, exact }, adapter, task, { tests, pool }) {
   const { id } = adapter;
   const test = task.test.slice(0, MOST_ROWS);
   const labels = test.map(([, label]) => label);
@@ -177,6 +185,10 @@ async function measure(session, adapter, task, { tests, pool }) {
   const { pack } = session;
   const stored = parseTaskFile(made.file, id).blob;
   const [projected, distilled] = [await accuracy(id), await accuracy("distilled")];
+  await exact.switchTask(id);
+  const [wanted, found] = [await runBatches(exact, batches), await runBatches(session, batches)];
+  const between = new MeanDivergence();
+  for (const [i, logits] of found.entries()) between.add([{ probabilities: softmax(wanted[i]) }], [logits]);
   await session.switchTask(id);
   await session.removeTask("distilled");
   const beside =
@@ -191,6 +203,8 @@ async function measure(session, adapter, task, { tests, pool }) {
     "KL after": made.divergenceAfter,
     "projected, %": projected,
     "distilled, %": distilled,
+    "KL of test rows": between.mean,
+    "as LoRA, %": 100 * agreement(found.map(labelOf), wanted.map(labelOf)),
     kept: made.kept,
     "LoRA, %": 100 * agreement(reference.get(id)?.predictions ?? [], labels),
     s: ms / 1000,
@@ -201,7 +215,7 @@ async function measure(session, adapter, task, { tests, pool }) {
 
 /**
  * The same task with another number of steps.
- * @param {import("eigenlora/onnxruntime").EigenSession<typeof ort>} session
+ * @param {Session} session
  * @param {import("eigenlora/train").DistillOptions} options
  * @param {(task: string) => Promise<number>} accuracy
  */

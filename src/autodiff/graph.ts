@@ -51,6 +51,8 @@ export interface TrainingGraph {
   readonly learnInput: string;
   /** f32 [N, C]: N rows of logits, all leading dimensions flattened. Ignored in a run that does not learn. */
   readonly targetsInput: string;
+  /** f32 [1, C]: 1 for columns of the logits that are features, compared by squares. Not for a model that answers at every position. */
+  readonly squaresInput: string;
   /** Inputs of a model that answers at every position. */
   readonly tokens: TokenInputs | undefined;
   readonly logitsOutput: string;
@@ -77,9 +79,11 @@ export interface TokenInputs {
 const LEAST_OPSET = 13;
 
 const TARGETS = `${PREFIX}.targets`;
+const SQUARES = `${PREFIX}.squares`;
 const LEARN = `${PREFIX}.learn`;
 const LOSS = `${PREFIX}.loss`;
 const CLASSES = `${PREFIX}.classes`;
+const NAMES = { learnInput: LEARN, targetsInput: TARGETS, squaresInput: SQUARES, lossOutput: LOSS } as const;
 const BOOL = 9;
 
 /** Sizes of free dimensions in the two feeds: all differ. Most models have two. */
@@ -147,7 +151,9 @@ export async function buildTrainingGraph(
   emit.gathers = options.gathers ?? false;
   let loss = "";
   const seed = (): string => {
-    const made = picked ? sparseCrossEntropy(emit, logits, CLASSES, TARGETS) : crossEntropy(emit, logits, TARGETS);
+    const made = picked
+      ? sparseCrossEntropy(emit, logits, CLASSES, TARGETS)
+      : crossEntropy(emit, logits, TARGETS, SQUARES);
     loss = made.loss;
     return made.gradient;
   };
@@ -160,7 +166,7 @@ export async function buildTrainingGraph(
     ...trained.map(({ name, dims }) => ({ value: found.get(name)!, as: gradients.get(name)!, rank: dims.length })),
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
-  if (picked) main.input.push(makeValue(CLASSES, INT64, ["", ""]));
+  main.input.push(picked ? makeValue(CLASSES, INT64, ["", ""]) : makeValue(SQUARES, FLOAT, ["", ""]));
   const learning = branch(recompute(path, main, emit), results);
   picked?.choose();
   main.node.push(learning);
@@ -168,8 +174,7 @@ export async function buildTrainingGraph(
   takeUntransposed(indexGraph(main, model.name), model.opset);
   const logitsDims = namedDims(path.shapes, logits, ofTasks);
   const tokens = picked && { positions: POSITIONS, classes: CLASSES };
-  const names = { learnInput: LEARN, targetsInput: TARGETS, lossOutput: LOSS, logitsOutput: logits };
-  return { ...names, tokens, logitsDims, gradients };
+  return { ...NAMES, logitsOutput: logits, tokens, logitsDims, gradients };
 }
 
 /** Feeds for the runs that find shapes: two, with the model's own inputs and those of a task. */

@@ -106,10 +106,12 @@ export async function addTraining(
   const idle = {
     [graph.learnInput]: engine.tensor(Uint8Array.of(0), []),
     [graph.targetsInput]: engine.tensor(new Float32Array(1), [1, 1]),
-    ...(graph.tokens && {
-      [graph.tokens.positions]: engine.tensor(new BigInt64Array(0), [0]),
-      [graph.tokens.classes]: engine.tensor(new BigInt64Array(1), [1, 1]),
-    }),
+    ...(graph.tokens
+      ? {
+          [graph.tokens.positions]: engine.tensor(new BigInt64Array(0), [0]),
+          [graph.tokens.classes]: engine.tensor(new BigInt64Array(1), [1, 1]),
+        }
+      : { [graph.squaresInput]: engine.tensor(new Float32Array(1), [1, 1]) }),
   };
   // WGSL promises sine and cosine to 2⁻¹¹, too little for gradients. They turn positions: a few numbers.
   const exactNodes = file.model.graph.proto.node.flatMap(({ opType, name }) =>

@@ -111,7 +111,7 @@ const MINUTES = { all: 10, each: 0.25 };
 export class Answering {
   readonly #options: ByAnswersOptions;
   readonly #until: number;
-  /** Answers of adapters, by id: each is asked once. */
+  /** Answers of adapters, by id: each is asked once, as long as it is not done. */
   readonly #taught = new Map<string, Taught>();
   readonly #outcomes = new Map<string, Outcome>();
   #steps: number | undefined;
@@ -182,6 +182,8 @@ export class Answering {
     for (const adapter of adapters) {
       this.tell("distilling", adapter.id, outcomes.length, adapters.length);
       outcomes.push(await this.#outcome(level, adapter, this.steps));
+      // Answers of all adapters would be the most that is held.
+      this.#taught.delete(adapter.id);
     }
     this.tell("distilling", adapters.at(-1)!.id, adapters.length, adapters.length);
     return outcomes;

@@ -10,7 +10,7 @@ import type { BatchFeeds } from "../session/tokens.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Example, Row, Unlabelled } from "./examples.ts";
 import { layersOf, zerosOf } from "./head.ts";
-import { answers } from "./objective.ts";
+import { type AnsweredRow, answers } from "./objective.ts";
 import type { Distribution } from "./probabilities.ts";
 import type { Supervision } from "./supervision.ts";
 import { headInputs, sessionModel, type TaskWeights, type TrainableModel } from "./trainable-model.ts";
@@ -82,7 +82,7 @@ export async function adapterWeights(
 }
 
 /**
- * Logits of the adapter itself, row by row.
+ * Answers of the adapter itself, row by row.
  * @param head as in `adapterWeights`
  * @throws TaskError as `adapterWeights`
  */
@@ -91,10 +91,10 @@ export async function* askAdapter(
   adapter: Adapter,
   head: readonly string[],
   rows: readonly Row<BatchFeeds>[],
-  { where, supervision, signal }: AskOptions,
-): AsyncGenerator<{ readonly row: Row<BatchFeeds>; readonly logits: Float32Array[] }> {
+  { where, supervision, signal, features }: AskOptions & { readonly features?: boolean | undefined },
+): AsyncGenerator<AnsweredRow<BatchFeeds>> {
   const { model, weights } = await adapterWeights(session, adapter, head);
-  for await (const one of answers({ model, supervision }, rows, weights, signal)) {
+  for await (const one of answers({ model, supervision }, rows, weights, { signal, features })) {
     const each = one.logits[0]!.length;
     if (!Number.isInteger(each) || each < 2)
       throw new TypeError(`${where}: the model gives ${each} logits for a text, expected [texts, labels]`);
@@ -102,10 +102,17 @@ export async function* askAdapter(
   }
 }
 
-/** Answers of the adapter by row, as distributions small enough to keep. */
-export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row<BatchFeeds>, Distribution[]>> {
+/** An answer that is small enough to keep. */
+export interface AdapterAnswer {
+  readonly distributions: readonly Distribution[];
+  readonly features: Float32Array | undefined;
+}
+
+/** Answers of the adapter by row. */
+export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row<BatchFeeds>, AdapterAnswer>> {
   const { supervision } = of[4];
-  const found = new Map<Row<BatchFeeds>, Distribution[]>();
-  for await (const { row, logits } of askAdapter(...of)) found.set(row, logits.map(supervision.distribution));
+  const found = new Map<Row<BatchFeeds>, AdapterAnswer>();
+  for await (const { row, logits, features } of askAdapter(...of))
+    found.set(row, { distributions: logits.map(supervision.distribution), features });
   return found;
 }

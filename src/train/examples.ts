@@ -66,6 +66,8 @@ export interface Row<Feeds = unknown> {
   /** Number of the label; the most probable one of a target. */
   readonly label: number;
   readonly target?: ArrayLike<number> | undefined;
+  /** Wanted inputs of the head's last layer. */
+  readonly features?: Float32Array | undefined;
   readonly weight: number;
 }
 

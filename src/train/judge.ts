@@ -15,11 +15,11 @@ import type { Engine } from "../session/engine.ts";
 import type { Session } from "../session/session.ts";
 import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
+import { type AdapterAnswer, answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import type { Example, Row } from "./examples.ts";
 import { madeUpTexts, wordsOf } from "./made-up.ts";
-import { type Distribution, MeanDivergence } from "./probabilities.ts";
+import { MeanDivergence } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Supervision } from "./supervision.ts";
 
@@ -80,7 +80,7 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
   const queue = new Queue();
   let supervision: Supervision<BatchFeeds> | undefined;
   let rows: readonly Row<BatchFeeds>[] | undefined;
-  const expected = new Map<string, ReadonlyMap<Row<BatchFeeds>, Distribution[]>>();
+  const expected = new Map<string, ReadonlyMap<Row<BatchFeeds>, AdapterAnswer>>();
   const ask = async (pack: Pack): Promise<DivergenceByTask> => {
     if (closed) throw new BackendError("this judge is closed; make a new one", { backend: engine.name });
     const open = (session ??= await createSession(engine, model, pack, { trainable: true, names }));
@@ -95,7 +95,7 @@ export function createJudge(engine: Engine, model: ModelInput, options: JudgeOpt
       const task = await taskAdapter(pack, id);
       try {
         for await (const { row, logits } of askAdapter(open, task, head, rows, how)) {
-          between.add(expected.get(id)!.get(row)!, logits);
+          between.add(expected.get(id)!.get(row)!.distributions, logits);
         }
       } finally {
         await task.close();

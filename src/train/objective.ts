@@ -43,6 +43,12 @@ export interface ObjectiveOptions {
   readonly dtype?: Partial<TaskDtypes> | undefined;
 }
 
+/** @internal Options of rows with features. */
+export interface Featured {
+  /** What half the squared distance of a row's features counts in the loss. */
+  readonly featureWeight?: number | undefined;
+}
+
 export interface Evaluated {
   readonly loss: number;
   readonly gradients: State;
@@ -58,7 +64,7 @@ export async function evaluate<Feeds>(
   setup: TrainingSetup<Feeds>,
   rows: readonly Row<Feeds>[],
   state: State,
-  { smoothing = 0, temperature = 1, dtype = {}, stored }: ObjectiveOptions & Stepped,
+  { smoothing = 0, temperature = 1, dtype = {}, stored, featureWeight = 0 }: ObjectiveOptions & Stepped & Featured,
 ): Promise<Evaluated> {
   const { model, supervision, terms } = setup;
   const divide = dividedBy(model.head, temperature);
@@ -66,7 +72,10 @@ export async function evaluate<Feeds>(
   const gradients = stateLike(state);
   let loss = 0;
   for (const { rows: some, targets, share } of supervision.microBatches(rows, smoothing)) {
-    const made = await model.step(await supervision.feeds(some), weights, targets);
+    const values = some.flatMap(({ features }) => features ?? []);
+    const wanted =
+      values.length > 0 && featureWeight > 0 ? { ...targets, features: { values, weight: featureWeight } } : targets;
+    const made = await model.step(await supervision.feeds(some), weights, wanted);
     loss += share * made.loss;
     const { weight, bias } = divide(made.gradients);
     add(gradients.parameters, terms.pullBack(state.parameters, made.gradients.terms), share);
@@ -85,7 +94,7 @@ export async function score<Feeds>(
 ): Promise<Score> {
   const weights = weightsOf(setup, rounded(setup, state, dtype, stored), temperature);
   let [loss, count, right] = [0, 0, 0];
-  for await (const { row, logits } of answers(setup, rows, weights, signal)) {
+  for await (const { row, logits } of answers(setup, rows, weights, { signal })) {
     const wanted = setup.supervision.wanted(row);
     for (const [i, one] of wanted.entries()) loss += crossEntropy(one, logits[i]!);
     count += wanted.length;
@@ -94,23 +103,36 @@ export async function score<Feeds>(
   return { loss: loss / count, accuracy: right / rows.length };
 }
 
-/** Runs rows, those of similar lengths together. @returns the logits of each row, in that order */
+/** What the model answers to a row. */
+export interface AnsweredRow<Feeds> {
+  readonly row: Row<Feeds>;
+  readonly logits: Float32Array[];
+  /** Inputs of the head's last layer, if they were asked for and there is a head. */
+  readonly features: Float32Array | undefined;
+}
+
+/** Runs rows, those of similar lengths together, and yields answers in that order. */
 export async function* answers<Feeds>(
   { model, supervision }: { readonly model: TrainingSetup<Feeds>["model"]; readonly supervision: Supervision<Feeds> },
   rows: readonly Row<Feeds>[],
   weights: TaskWeights,
-  signal?: AbortSignal,
-): AsyncGenerator<{ readonly row: Row<Feeds>; readonly logits: Float32Array[] }> {
+  { signal, features = false }: AbortOptions & { readonly features?: boolean | undefined } = {},
+): AsyncGenerator<AnsweredRow<Feeds>> {
+  const last = model.head.find((layer) => layer.last);
+  const width = features && last ? last.in : 0;
   const lengths = await supervision.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
   for (const { rows: some } of supervision.microBatches(order, 0)) {
     throwIfAborted(signal);
-    const logits = await model.answer(await supervision.feeds(some), weights);
+    const found = await model.answer(await supervision.feeds(some), weights, width > 0);
     const counts = some.map((row) => supervision.wanted(row).length);
-    const width = logits.length / counts.reduce((a, b) => a + b, 0);
+    const each = found.length / counts.reduce((a, b) => a + b, 0);
     let at = 0;
-    for (const [i, row] of some.entries())
-      yield { row, logits: Array.from({ length: counts[i]! }, () => logits.subarray(at * width, ++at * width)) };
+    for (const [i, row] of some.entries()) {
+      const all = Array.from({ length: counts[i]! }, () => found.subarray(at * each, ++at * each));
+      const logits = all.map((one) => one.subarray(0, each - width));
+      yield { row, logits, features: width > 0 ? all[0]!.slice(each - width) : undefined };
+    }
   }
 }
 

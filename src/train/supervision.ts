@@ -15,6 +15,15 @@ export interface Targets {
   readonly rows: number;
   /** Classes of the values [rows, width]. Undefined: all classes in order. */
   readonly classes?: BigInt64Array<ArrayBuffer> | undefined;
+  readonly features?: Features | undefined;
+}
+
+/** Wanted inputs of the head's last layer, beside the logits. */
+export interface Features {
+  /** Values [rows, width]. */
+  readonly values: readonly Float32Array[];
+  /** What half the squared distance of a row counts in the loss. */
+  readonly weight: number;
 }
 
 /** Rows of a batch that run together; their gradients are added up. */

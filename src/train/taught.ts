@@ -9,11 +9,10 @@ import type { TaskBlob } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
 import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { answersOf, type Questions, questionsOf } from "./answers.ts";
+import { type AdapterAnswer, answersOf, type Questions, questionsOf } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import type { Row } from "./examples.ts";
 import { madeUpQuestions, wordsOf } from "./made-up.ts";
-import type { Distribution } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Supervision } from "./supervision.ts";
 import { headInputs } from "./trainable-model.ts";
@@ -56,13 +55,13 @@ export interface Taught {
   readonly made: boolean;
 }
 
-type Asked = Map<Row<BatchFeeds>, Distribution[]>;
+type Asked = Map<Row<BatchFeeds>, AdapterAnswer>;
 
 const LEAST_TEXTS = 8;
 /** Batches that show how answers depend on coefficients, before any step. */
 export const BATCHES_TO_SOLVE = 24;
 /** Most questions that are made to learn from: more of them taught no more. */
-const MOST_MADE = 512;
+const MOST_MADE = 1024;
 /** Questions that are made to judge by. */
 const MADE_TO_JUDGE = 128;
 
@@ -86,7 +85,7 @@ export async function taughtBy(
     const most = Math.max(LEAST_TEXTS, Math.ceil(seen / (1 - holdout)));
     const some = shuffle([...questionsOf("distill", options)], uniform(seed)).slice(0, most);
     const rows = await asking.ask(some, "distill");
-    const answers = await answersOf(session, adapter, head, rows, ask);
+    const answers = await answersOf(session, adapter, head, rows, { ...ask, features: true });
     const held = Math.min(Math.max(2, Math.round(holdout * rows.length)), rows.length - 2);
     const part = (from: number, to?: number): Asked =>
       new Map(rows.slice(from, to).map((row) => [row, answers.get(row)!]));
@@ -94,13 +93,13 @@ export async function taughtBy(
   } else {
     const words = wordsOf("distill", options.encode, [...session.pack.tasks.values(), adapter]);
     const made = (count: number, seed: number): Promise<Asked> =>
-      madeUpQuestions(session, adapter, head, { words, count, random: uniform(seed) }, ask);
+      madeUpQuestions(session, adapter, head, { words, count, random: uniform(seed) }, { ...ask, features: true });
     // Apart from each other, so that no line to judge by is crossed from one to learn from.
     train = await made(Math.min(seen, MOST_MADE), seed);
     judges = await made(MADE_TO_JUDGE, seed + 1);
   }
   const [some] = train!.values();
-  const count = asking.tokens ? 0 : some![0]!.probabilities.length;
+  const count = asking.tokens ? 0 : some!.distributions[0]!.probabilities.length;
   const last = headInputs(session.trainable!, head).find(({ out }) => out === undefined);
   const own = blob.parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
   if (own !== undefined && own !== count) {
@@ -111,7 +110,7 @@ export async function taughtBy(
   const labels = Array.from({ length: count }, (_, i) => String(i));
   const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
   const answered = (asked: Asked): Row<BatchFeeds>[] =>
-    [...asked].map(([row, answers]) => supervision.answered(row, answers));
+    [...asked].map(([row, { distributions, features }]) => ({ ...supervision.answered(row, distributions), features }));
   return { supervision, labels, train: answered(train!), judges: answered(judges!), made: !isGiven(options) };
 }
 

@@ -31,8 +31,11 @@ export interface LossAndGradients {
 export interface TrainableModel<Feeds> {
   /** Layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits. */
   readonly head: readonly HeadLayer[];
-  /** Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for. */
-  answer(batch: Feeds, weights: TaskWeights): Promise<Float32Array>;
+  /**
+   * Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for.
+   * @param features whether the inputs of the head's last layer follow the logits of each row
+   */
+  answer(batch: Feeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
   step(batch: Feeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
 }
 
@@ -169,9 +172,9 @@ class SessionModel implements TrainableModel<BatchFeeds> {
     this.#idle = idle;
   }
 
-  async answer(batch: BatchFeeds, weights: TaskWeights): Promise<Float32Array> {
+  async answer(batch: BatchFeeds, weights: TaskWeights, features = false): Promise<Float32Array> {
     const { logitsOutput } = this.#source.graph;
-    const results = await this.#source.run(this.#feeds(batch, weights), [logitsOutput]);
+    const results = await this.#source.run(this.#feeds(batch, weights, Number(features)), [logitsOutput]);
     return floatsOf(this.#logits(results, this.#rowsOf(batch)));
   }
 
@@ -181,13 +184,18 @@ class SessionModel implements TrainableModel<BatchFeeds> {
     return tokens ? batch[tokens.positions]!.dims[0]! : rowsOf(batch);
   }
 
-  async step(batch: BatchFeeds, weights: TaskWeights, { values, rows, classes }: Targets): Promise<LossAndGradients> {
+  async step(batch: BatchFeeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients> {
     const { engine, graph, run } = this.#source;
+    const { rows, classes, features } = targets;
+    const scale = Math.sqrt(features?.weight ?? 0);
+    const { values, squares } = withFeatures(targets, scale);
     const dims = [rows, values.length / rows];
     const learn = {
       [graph.learnInput]: engine.tensor(Uint8Array.of(1), []),
       [graph.targetsInput]: engine.tensor(values, dims),
-      ...(classes && { [graph.tokens!.classes]: engine.tensor(classes, dims) }),
+      ...(graph.tokens
+        ? { [graph.tokens.classes]: engine.tensor(classes!, dims) }
+        : { [graph.squaresInput]: engine.tensor(squares, [1, squares.length]) }),
     };
     const trained = [
       ...this.#modules.flatMap(({ inputA, inputB }) => [inputA, inputB]),
@@ -196,7 +204,7 @@ class SessionModel implements TrainableModel<BatchFeeds> {
     // Logits over a vocabulary are larger than all other results, so they are not fetched.
     const logits = graph.tokens ? [] : [graph.logitsOutput];
     const outputs = [graph.lossOutput, ...logits, ...trained.map((name) => graph.gradients.get(name)!)];
-    const results = await run({ ...this.#feeds(batch, weights), ...learn }, outputs);
+    const results = await run({ ...this.#feeds(batch, weights, scale), ...learn }, outputs);
     if (!graph.tokens) this.#checkLabels(results, rows, values.length);
     const loss = (await floatsOf(results[graph.lossOutput]!))[0]!;
     return { loss, gradients: await this.#gradients(results) };
@@ -218,8 +226,11 @@ class SessionModel implements TrainableModel<BatchFeeds> {
     return results[name]!;
   }
 
-  /** Tensors of all inputs, for a batch and a task. */
-  #feeds(batch: BatchFeeds, { terms, ...numbers }: TaskWeights): Tensors {
+  /**
+   * Tensors of all inputs, for a batch and a task.
+   * @param features factor of the last layer's inputs, which follow the logits; 0: they do not
+   */
+  #feeds(batch: BatchFeeds, { terms, ...numbers }: TaskWeights, features: number): Tensors {
     const { engine } = this.#source;
     const feeds = { ...batchTensors(engine, batch), ...this.#idle };
     for (const { name, in: inputs, out, inputA, inputB } of this.#modules) {
@@ -228,10 +239,16 @@ class SessionModel implements TrainableModel<BatchFeeds> {
       feeds[inputB] = engine.tensor(Bt, [1, rank, out]);
     }
     for (const [i, { weight, bias }] of layersOf(this.head, numbers).entries()) {
-      const { in: inputs, out, weightInput, biasInput } = this.head[i]!;
-      feeds[weightInput] = engine.tensor(transpose(weight, out, inputs), [1, inputs, out]);
+      const { in: inputs, out, last, weightInput, biasInput } = this.head[i]!;
+      const all = last && features > 0 ? out + inputs : out;
       // Copied: an engine may take the whole buffer behind a view.
-      if (biasInput !== undefined) feeds[biasInput] = engine.tensor(bias.slice(), [1, 1, out]);
+      const rows = new Float32Array(all * inputs);
+      rows.set(weight);
+      for (let j = 0; out + j < all; j++) rows[(out + j) * inputs + j] = features;
+      feeds[weightInput] = engine.tensor(transpose(rows, all, inputs), [1, inputs, all]);
+      const biases = new Float32Array(all);
+      biases.set(bias);
+      if (biasInput !== undefined) feeds[biasInput] = engine.tensor(biases, [1, 1, all]);
     }
     return feeds;
   }
@@ -248,11 +265,29 @@ class SessionModel implements TrainableModel<BatchFeeds> {
     const numbers = zerosOf(this.head);
     for (const [i, own] of layersOf(this.head, numbers).entries()) {
       const { in: inputs, out, weightInput, biasInput } = this.head[i]!;
-      own.weight.set(transpose(await of(weightInput), inputs, out));
-      if (biasInput !== undefined) own.bias.set(await of(biasInput));
+      const weight = await of(weightInput);
+      // Rows of features are behind those of labels, and stay as they are.
+      own.weight.set(transpose(weight, inputs, weight.length / inputs).subarray(0, out * inputs));
+      if (biasInput !== undefined) own.bias.set((await of(biasInput)).subarray(0, out));
     }
     return { terms: new Map(terms), ...numbers };
   }
+}
+
+/** Targets [rows, classes + features] with the marks of features [classes + features]. */
+function withFeatures({ values, rows, features }: Targets, scale: number) {
+  if (!features) return { values, squares: new Float32Array(1) };
+  const classes = values.length / rows;
+  const all = classes + features.values[0]!.length;
+  const both = new Float32Array(rows * all);
+  for (const [row, own] of features.values.entries()) {
+    both.set(values.subarray(row * classes, (row + 1) * classes), row * all);
+    both.set(
+      own.map((value) => scale * value),
+      row * all + classes,
+    );
+  }
+  return { values: both, squares: new Float32Array(all).fill(1, classes) };
 }
 
 function rowsOf(batch: BatchFeeds): number {

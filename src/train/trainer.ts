@@ -17,6 +17,7 @@ import {
   answers,
   checkGradients,
   evaluate,
+  type Featured,
   type ObjectiveOptions,
   score,
   stopped,
@@ -160,7 +161,7 @@ export class Trainer<Feeds = unknown> {
   /** @internal Trains with examples that were checked. */
   async *fitRows(
     rows: readonly Row<Feeds>[],
-    options: FitOptions & Stepped & Tested,
+    options: FitOptions & Stepped & Tested & Featured,
   ): AsyncGenerator<TrainingStep, void, void> {
     this.#occupy("fit");
     const { terms, supervision, model } = this.#setup;
@@ -302,7 +303,7 @@ export class Trainer<Feeds = unknown> {
     const weights = weightsOf(this.#setup, this.#learned());
     const rows = await supervision.ask(examples, "predict");
     const found = new Map<Row<Feeds>, Float32Array>();
-    for await (const { row, logits } of answers(this.#setup, rows, weights, signal))
+    for await (const { row, logits } of answers(this.#setup, rows, weights, { signal }))
       found.set(row, softmax(logits[0]!));
     return rows.map((row) => found.get(row)!);
   }

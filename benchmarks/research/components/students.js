@@ -53,7 +53,7 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
     "components",
   );
   const tests = new Map(asked.map((row, i) => [row, test[i]]));
-  const of = (/** @type {Row} */ row) => /** @type {any} */ (found.get(row));
+  const of = (/** @type {Row} */ row) => /** @type {any} */ (found.get(row))?.distributions;
   const labels = Array.from(of(rows[0])[0].probabilities, (_, i) => String(i));
   const supervision = supervisionOf(session, { encode, labels });
   const taught = rows.map((row) => supervision.answered(row, of(row)));
