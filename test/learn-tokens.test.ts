@@ -347,6 +347,57 @@ t.test("labels of words", async (t) => {
   await session.close();
 });
 
+t.test("a task with a head is distilled where each token has a label", async (t) => {
+  const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
+  const graph = proto.graph!;
+  graph.initializer.push(makeFloats("classifier.weight", Array.from(noise(64, 5)), [2, 32]));
+  graph.initializer.push(makeFloats("classifier.bias", [0.1, -0.1], [2]));
+  graph.node.push(makeNode("Transpose", "/classifier/Transpose", ["classifier.weight"], "turned", { perm: [1, 0] }));
+  graph.node.push(makeNode("MatMul", "/classifier/MatMul", ["last_hidden_state", "turned"], "product"));
+  graph.node.push(makeNode("Add", "/classifier/Add", ["product", "classifier.bias"], "logits"));
+  graph.output = [makeValue("logits", 1, ["batch", "length", 2])];
+  const model = toBinary(ModelProtoSchema, proto);
+  const of = async (how: Parameters<typeof packOf>[1]): Promise<Session> => {
+    const pack = await openPack((await packOf(["sessions/adapters"], how)).bytes);
+    return open(NODE, model, pack, { trainable: true, anyBase: true });
+  };
+  const [session, teacher] = [await of({ select: { kind: "k", k: 2 } }), await of(LOSSLESS)];
+  const [adapter] = await readAdapters([data("sessions/adapters/two")]);
+  t.teardown(() => Promise.all([session.close(), teacher.close(), adapter!.close()]));
+  const examples = Array.from({ length: 160 }, (_, i) => {
+    const ids = Array.from(noise(6, 20 + i), (value) => 3 + (Math.abs(Math.floor(1e4 * value)) % 50));
+    const int64 = (data: number[]) =>
+      ({ type: "int64", dims: [1, 6], data: BigInt64Array.from(data, BigInt) }) as const;
+    const all = { input_ids: int64(ids), attention_mask: int64(ids.map(() => 1)) };
+    const feeds: BatchFeeds = { ...all, token_type_ids: int64(ids.map(() => 0)) };
+    return { feeds, classes: ids.map(() => 0) };
+  });
+  const kept = examples.splice(0, 32);
+  const encode: Encode = () => ({});
+  const how = { steps: 120, batch: 32, learningRates: { terms: 0.005, head: 0.002 } };
+  const made = await distill(session, { adapter: adapter!, examples, encode, ...how });
+  t.equal(made.kept, "distilled");
+  await session.addTask("better", made.file);
+  const answers = async (by: Session, task: string): Promise<number[]> => {
+    await by.switchTask(task);
+    const found: number[] = [];
+    for (const { feeds } of kept) {
+      const inputs = Object.entries(feeds).map(([name, { data, dims }]) => [
+        name,
+        new NODE.Tensor("int64", data as BigInt64Array, [...dims]),
+      ]);
+      const { logits } = await by.run(Object.fromEntries(inputs));
+      const values = logits!.data as Float32Array;
+      for (let i = 0; i < values.length; i += 2) found.push(1 / (1 + Math.exp(values[i + 1]! - values[i]!)));
+    }
+    return found;
+  };
+  const wanted = await answers(teacher, "two");
+  const off = (found: number[]): number => Math.hypot(...found.map((value, i) => value - wanted[i]!));
+  const [before, after] = [off(await answers(session, "two")), off(await answers(session, "better"))];
+  t.ok(after < 0.95 * before, `probabilities by the session's own runs: ${before} → ${after}`);
+});
+
 t.test("without text, a language model goes on from words of its tokenizer", async (t) => {
   const [adapter] = await readAdapters([data("decoder/adapters/upper")]);
   t.teardown(() => adapter!.close());

@@ -179,7 +179,7 @@ export async function distilTask(
   const start = await betterStart(trainer, id, solved, { judges, before: before.mean, asStored });
   const begun = asStored();
   const targets = [...train, ...judges].map(({ target }) => target);
-  const sure = head.length > 0 ? sureTemperature(targets.map((target) => Float32Array.from(target!))) : 1;
+  const sure = head.length > 0 && !supervision.tokens ? sureTemperature(targets.map((target) => Float32Array.from(target!))) : 1;
   const { temperature = sure, weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions & Stepped & Tested & Featured = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },

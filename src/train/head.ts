@@ -17,6 +17,14 @@ export interface HeadLayer {
   readonly own: LayerNumbers | undefined;
 }
 
+/** Most features, the inputs of the last layer, that are asked for. Wide heads have thousands, and each step would carry their square. */
+const MOST_FEATURES = 1024;
+
+/** Number of the last layer's inputs that can follow the logits. */
+export function featuresOf(head: readonly HeadLayer[]): number {
+  return Math.min(head.find(({ last }) => last)?.in ?? 0, MOST_FEATURES);
+}
+
 /** Weight [out, in] and bias [out] of one layer. A layer without a bias has one here that is never read. */
 export interface LayerNumbers {
   readonly weight: Float32Array<ArrayBuffer>;

@@ -10,7 +10,7 @@ import type { AbortOptions } from "../source.ts";
 import type { TaskDtypes } from "../tensor/dtypes.ts";
 import { normal, uniform } from "../tensor/random.ts";
 import type { Row } from "./examples.ts";
-import { type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
+import { featuresOf, type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
 import { crossEntropy, largest, likeliest } from "./probabilities.ts";
 import { copyOf, type State, stateLike } from "./state.ts";
 import { type Stepped, type TaskSteps, toSteps } from "./stored-task.ts";
@@ -107,7 +107,7 @@ export async function score<Feeds>(
 export interface AnsweredRow<Feeds> {
   readonly row: Row<Feeds>;
   readonly logits: Float32Array[];
-  /** Inputs of the head's last layer, if they were asked for and there is a head. */
+  /** `featuresOf` the head, if they were asked for and there is a head. */
   readonly features: Float32Array | undefined;
 }
 
@@ -118,8 +118,8 @@ export async function* answers<Feeds>(
   weights: TaskWeights,
   { signal, features = false }: AbortOptions & { readonly features?: boolean | undefined } = {},
 ): AsyncGenerator<AnsweredRow<Feeds>> {
-  const last = model.head.find((layer) => layer.last);
-  const width = features && last ? last.in : 0;
+  // A model that answers at every position has them everywhere, and tells more by its answers.
+  const width = features && !supervision.tokens ? featuresOf(model.head) : 0;
   const lengths = await supervision.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
   for (const { rows: some } of supervision.microBatches(order, 0)) {

@@ -99,8 +99,10 @@ export async function taughtBy(
     judges = await made(MADE_TO_JUDGE, seed + 1);
   }
   const [some] = train!.values();
-  const count = asking.tokens ? 0 : some!.distributions[0]!.probabilities.length;
   const last = headInputs(session.trainable!, head).find(({ out }) => out === undefined);
+  const weight = adapter.saved.find(({ name }) => name === `${last?.module}.weight`);
+  // A language model has none.
+  const count = weight?.shape[0] ?? (asking.tokens ? 0 : some!.distributions[0]!.probabilities.length);
   const own = blob.parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
   if (own !== undefined && own !== count) {
     throw new TaskError(`task "${id}" has ${own} labels, ${adapter.file} ${count}: it was not made of this adapter`, {

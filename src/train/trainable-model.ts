@@ -9,7 +9,7 @@ import type { Trainable } from "../session/training.ts";
 import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
 import { batchTensors } from "./batch-feeds.ts";
-import { type HeadLayer, layersOf, zerosOf } from "./head.ts";
+import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./head.ts";
 import type { Targets } from "./supervision.ts";
 import type { TrainedModule, TrainedTerms } from "./trained-terms.ts";
 
@@ -33,7 +33,7 @@ export interface TrainableModel<Feeds> {
   readonly head: readonly HeadLayer[];
   /**
    * Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for.
-   * @param features whether the inputs of the head's last layer follow the logits of each row
+   * @param features whether `featuresOf` the head follow the logits of each row
    */
   answer(batch: Feeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
   step(batch: Feeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
@@ -240,7 +240,7 @@ class SessionModel implements TrainableModel<BatchFeeds> {
     }
     for (const [i, { weight, bias }] of layersOf(this.head, numbers).entries()) {
       const { in: inputs, out, last, weightInput, biasInput } = this.head[i]!;
-      const all = last && features > 0 ? out + inputs : out;
+      const all = last && features > 0 ? out + featuresOf(this.head) : out;
       // Copied: an engine may take the whole buffer behind a view.
       const rows = new Float32Array(all * inputs);
       rows.set(weight);
