@@ -18,7 +18,7 @@ import { fromBase64, toBase64 } from "../text.ts";
 import { askAdapter } from "./answers.ts";
 import { distillable, distilTask } from "./distill.ts";
 import { MeanDivergence } from "./probabilities.ts";
-import { type Taught, type TeachOptions, taughtBy } from "./taught.ts";
+import { seen, type Taught, type TeachOptions, taughtBy } from "./taught.ts";
 
 /** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
 export interface ByAnswersOptions
@@ -144,23 +144,27 @@ export class Answering {
     const adapter = await this.#firstOf(level);
     if (!adapter) return;
     const key = `steps, with ${tried} tried before`;
-    const before = await finished?.read(key);
-    if (before !== undefined) {
-      this.#steps = Number(before);
+    const planned = await finished?.read(key);
+    if (planned !== undefined) {
+      this.#steps = Number(planned);
       return;
     }
     const started = performance.now();
-    await this.#teach(level, adapter);
+    const { train, judges } = await this.#teach(level, adapter);
+    const asked = performance.now();
     let [first, last] = [0, 0];
     const onStep = (): void => {
       last = performance.now();
       first ||= last;
     };
     await this.#distil(level, adapter, PROBED, onStep);
-    const [fixed, each] = [first - started, (last - first) / (PROBED - 1)];
+    const [question, fixed] = [(asked - started) / (train.length + judges.length), first - asked];
+    const each = (last - first) / (PROBED - 1);
     const left = PLANNED * (this.#until - performance.now());
+    // Few steps see few questions.
+    const before = (steps: number): number => fixed + question * (Math.min(train.length, seen(steps)) + judges.length);
     const takes = (steps: number): number =>
-      adapters.length * (fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
+      adapters.length * (before(steps) + steps * each) + tried * (before(steps) + Math.min(steps, TRYING) * each);
     this.#steps = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
     // A call that goes on takes as many.
     await finished?.write(key, String(this.#steps));
@@ -197,7 +201,7 @@ export class Answering {
     const known = this.#taught.get(adapter.id);
     if (known) return known;
     const task = await distillable(session, adapter.id);
-    const taught = await taughtBy(session, adapter, task, { ...this.#questions, steps: TRAINING[0] });
+    const taught = await taughtBy(session, adapter, task, { ...this.#questions, steps: this.#steps ?? TRAINING[0] });
     this.#taught.set(adapter.id, taught);
     return taught;
   }

@@ -25,6 +25,7 @@ import type { Featured } from "./objective.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
 import type { Stepped } from "./stored-task.ts";
 import {
+  BATCH,
   BATCHES_TO_SOLVE,
   checkQuestions,
   type Distillable,
@@ -158,7 +159,7 @@ export async function distilTask(
   { supervision, labels, train, judges, made }: Taught,
   options: Omit<DistillOptions, "adapter" | "task">,
 ): Promise<Distilled> {
-  const { steps = 240, batch = 8, seed = 0, signal } = options;
+  const { steps = 240, batch = BATCH, seed = 0, signal } = options;
   const { pack } = session;
   const modules = blob.terms.map(({ module }) => pack.modules[module]!.name);
   const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head };
@@ -178,8 +179,7 @@ export async function distilTask(
   const solved = fixed ? undefined : await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
   const start = await betterStart(trainer, id, solved, { judges, before: before.mean, asStored });
   const begun = asStored();
-  const targets = [...train, ...judges].map(({ target }) => target);
-  const sure = head.length > 0 && !supervision.tokens ? sureTemperature(targets.map((target) => Float32Array.from(target!))) : 1;
+  const sure = head.length > 0 ? temperatureOf([...train, ...judges]) : 1;
   const { temperature = sure, weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions & Stepped & Tested & Featured = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
@@ -209,6 +209,12 @@ export async function distilTask(
   const { agreement } = better ? after : before;
   const figures = { divergenceBefore: before.mean, divergenceAfter: after.mean, agreement };
   return { id, file, ...figures, steps, kept: better ? "distilled" : "projected" };
+}
+
+/** The temperature at which the adapter is sure of its labels; 1 where tokens have them. */
+function temperatureOf(rows: readonly Row<BatchFeeds>[]): number {
+  const targets = rows.flatMap(({ target }) => (target ? [Float32Array.from(target)] : []));
+  return targets.length > 0 ? sureTemperature(targets) : 1;
 }
 
 /** What half the squared distance of features counts, from how far those of the rows lie apart; 0 where they are alike. */

@@ -58,6 +58,8 @@ export interface Taught {
 type Asked = Map<Row<BatchFeeds>, AdapterAnswer>;
 
 const LEAST_TEXTS = 8;
+/** Questions of a step. */
+export const BATCH = 8;
 /** Batches that show how answers depend on coefficients, before any step. */
 export const BATCHES_TO_SOLVE = 24;
 /** Most questions that are made to learn from: more of them taught no more. */
@@ -77,13 +79,13 @@ export async function taughtBy(
 ): Promise<Taught> {
   const asking = supervisionOf(session, options);
   const ask = { where: "distill", supervision: asking, signal: options.signal };
-  const { steps = 240, batch = 8, holdout = 0.125, seed = 0 } = options;
+  const { steps = 240, batch = BATCH, holdout = 0.125, seed = 0 } = options;
   // Texts that no step would use are not asked.
-  const seen = Math.max(steps, BATCHES_TO_SOLVE) * batch;
+  const most = seen(steps, batch);
   let [train, judges]: Asked[] = [];
   if (isGiven(options)) {
-    const most = Math.max(LEAST_TEXTS, Math.ceil(seen / (1 - holdout)));
-    const some = shuffle([...questionsOf("distill", options)], uniform(seed)).slice(0, most);
+    const count = Math.max(LEAST_TEXTS, Math.ceil(most / (1 - holdout)));
+    const some = shuffle([...questionsOf("distill", options)], uniform(seed)).slice(0, count);
     const rows = await asking.ask(some, "distill");
     const answers = await answersOf(session, adapter, head, rows, { ...ask, features: true });
     const held = Math.min(Math.max(2, Math.round(holdout * rows.length)), rows.length - 2);
@@ -95,7 +97,7 @@ export async function taughtBy(
     const made = (count: number, seed: number): Promise<Asked> =>
       madeUpQuestions(session, adapter, head, { words, count, random: uniform(seed) }, { ...ask, features: true });
     // Apart from each other, so that no line to judge by is crossed from one to learn from.
-    train = await made(Math.min(seen, MOST_MADE), seed);
+    train = await made(Math.min(most, MOST_MADE), seed);
     judges = await made(MADE_TO_JUDGE, seed + 1);
   }
   const [some] = train!.values();
@@ -114,6 +116,11 @@ export async function taughtBy(
   const answered = (asked: Asked): Row<BatchFeeds>[] =>
     [...asked].map(([row, { distributions, features }]) => ({ ...supervision.answered(row, distributions), features }));
   return { supervision, labels, train: answered(train!), judges: answered(judges!), made: !isGiven(options) };
+}
+
+/** Questions that so many steps see, and the batches before them that show how answers depend on coefficients. */
+export function seen(steps: number, batch: number = BATCH): number {
+  return Math.max(steps, BATCHES_TO_SOLVE) * batch;
 }
 
 function isGiven({ texts, feeds, examples }: TeachOptions): boolean {
