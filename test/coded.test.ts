@@ -200,7 +200,7 @@ function sparse(rows: number, width: number, share: number): Uint8Array {
 }
 
 t.test("long work is done in pieces, which a signal ends", async (t) => {
-  const bytes = sparse(4, 100_000, 0.09);
+  const bytes = sparse(16, 100_000, 0.09);
   const wrong = bytes.slice();
   wrong[wrong.length - 1]! ^= 1;
   for (const by of [undefined, () => undefined]) {

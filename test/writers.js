@@ -209,10 +209,10 @@ export async function raceWriters(pairs, say = () => {}, seed = 7) {
       await Promise.all(writers.map((writer) => writer.start()));
       const pair = [];
       for (const [w, command] of commands.entries()) {
-        const fate = random(20);
+        const fate = random(12);
         const signal = /** @type {const} */ (["SIGKILL", "SIGKILL", "SIGINT", "SIGTERM"])[fate];
         // Most of a command's time lies before and behind the moments that matter.
-        const stop = signal && { signal, after: random(60) };
+        const stop = signal && { signal, after: random(30) };
         pair.push(writers[w].run(command.argv, stop).then((outcome) => ({ command, outcome })));
       }
       const all = Promise.all(pair);

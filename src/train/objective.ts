@@ -43,7 +43,7 @@ export interface ObjectiveOptions {
   readonly dtype?: Partial<TaskDtypes> | undefined;
 }
 
-/** @internal Options of rows with features. */
+/** Options of rows with features. */
 export interface Featured {
   /** What half the squared distance of a row's features counts in the loss. */
   readonly featureWeight?: number | undefined;
