@@ -4,7 +4,7 @@
 /// <reference types="@webgpu/types" />
 
 /**
- * Dawn's entry point, for the life of the process: when it is collected, drivers may crash.
+ * Dawn's entry point, for the life of the process: when it is collected, drivers may crash or wait for ever.
  * @type {GPU | undefined}
  */
 let dawn;
