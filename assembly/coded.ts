@@ -7,10 +7,10 @@
  * come from, the section, and a word for each row of a run.
  */
 
-/** First tables of `coded-tables.ts`, nine i32 each. */
+/** First tables of `src/format/coded.ts`, nine i32 each. */
 // @ts-ignore: decorator
 @inline const FIRST: usize = 0;
-/** `LEVEL_OF` of `coded-tables.ts`, bytes. */
+/** `LEVEL_OF` of `src/format/coded.ts`, bytes. */
 // @ts-ignore: decorator
 @inline const LEVELS: usize = 5632;
 /**
@@ -27,7 +27,7 @@
 // @ts-ignore: decorator
 @inline const STORED: usize = 20480;
 
-/** Indices of the tables, in the order of `coded-tables.ts`. */
+/** Indices of the tables, in the order of `src/format/coded.ts`. */
 // @ts-ignore: decorator
 @inline const MORE: usize = 66;
 // @ts-ignore: decorator
@@ -57,6 +57,8 @@ export let fault: u32 = 0;
 export let place: u32 = 0;
 
 let state: u32 = 0;
+/** State of second rows; 0 until the first of them begins. */
+let other: u32 = 0;
 /** The next word, and the end of the words. */
 let words: usize = 0;
 let stop: usize = 0;
@@ -105,13 +107,18 @@ let start: usize = 0;
 let row: u32 = 0;
 let values: usize = 0;
 let next: u32 = 0;
-/** Mean magnitude of the row, in 1/64; upper byte of the scale before. */
+/** Whether the row below it is decoded with this row, in turns. */
+let paired: bool = false;
+/** Mean magnitude of the row, in 1/64, and of the one below it in a pair; upper byte of the scale before. */
 let mean: i32 = 0;
+let below: i32 = 0;
 let likely: u32 = 0;
 
 function refuse(why: u32, byte: usize): void {
-  fault = why;
-  place = <u32>(byte - section);
+  // Pairs of rows read on where words have ended.
+  const early = words > stop;
+  fault = early ? 1 : why;
+  place = early ? 0 : <u32>(byte - section);
   unreachable();
 }
 
@@ -140,22 +147,36 @@ function bits(count: u32): u32 {
   return found;
 }
 
-/** Decodes a symbol. Lanes are the sums S₁ to S₈. Those above the slot are those that a used table moves upwards. */
-function symbol(table: usize): u32 {
-  const address = TABLES + (table << 5);
+/**
+ * The symbol that a state decodes by a table, above the state behind it, which may be below 2^16. Moves the table. Lanes are the sums S₁ to
+ * S₈; those above the slot are those that a used table moves upwards. Tables of bytes are `quick`.
+ */
+// @ts-ignore: decorator
+@inline
+function pick(x: u32, address: usize, quick: i32): u64 {
   const sums = v128.load(address, 16);
-  const slot = state & 0x7fff;
+  const slot = x & 0x7fff;
   const above = i16x8.gt_s(sums, i16x8.splat(<i16>slot));
-  const value = <u32>(7 - popcnt(i16x8.bitmask(above)));
-  const sum = address + (value << 1);
+  const found = <u32>(7 - popcnt(i16x8.bitmask(above)));
+  const sum = address + (found << 1);
   const first = <u32>load<u16>(sum, 14);
-  take((<u32>load<u16>(sum, 16) - first) * (state >>> 15) + slot - first);
-  const used = <i32>load<u8>(address);
-  const slow = 4 + i32(used > 3) + i32(used > 11) + i32(used > 39) - (table < LITERALS ? 0 : 2);
-  store<u8>(address, used + i32(used < 40));
+  const next = (<u32>load<u16>(sum, 16) - first) * (x >>> 15) + slot - first;
   const aims = i16x8.add(i16x8(16, 32, 48, 64, 80, 96, 112, -32768), v128.and(above, i16x8.splat(32640)));
-  v128.store(address, i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), slow)), 16);
-  return value;
+  const step = i16x8.sub(aims, sums);
+  const used = <i32>load<u8>(address);
+  // A table that is used often moves by a constant.
+  if (used < 40) {
+    store<u8>(address, used + 1);
+    v128.store(address, i16x8.add(sums, i16x8.shr_s(step, 4 + i32(used > 3) + i32(used > 11) - quick)), 16);
+  } else v128.store(address, i16x8.add(sums, i16x8.shr_s(step, 7 - quick)), 16);
+  return (<u64>found << 32) | <u64>next;
+}
+
+/** Decodes a symbol. */
+function symbol(table: usize): u32 {
+  const picked = pick(state, TABLES + (table << 5), table < LITERALS ? 0 : 2);
+  take(<u32>picked);
+  return <u32>(picked >> 32);
 }
 
 /** Decodes a number below 2^31 − 1. */
@@ -250,8 +271,25 @@ function beginTensor(): void {
   phase = ROW;
 }
 
-/** Reads a row's scale. */
+/** Begins a row, or a pair of rows where there are too many integers to remember them. */
 function beginRow(): void {
+  const before = mean;
+  mean = head(row, before);
+  paired = !remember && row + 1 < rows;
+  if (paired) {
+    below = head(row + 1, before);
+    if (!other) {
+      other = word() << 16;
+      other |= word();
+      sound(other >= 0x10000, 2, section);
+    }
+  }
+  next = 0;
+  phase = INTEGER;
+}
+
+/** Reads a row's scale. Returns its mean, or where it has none yet the one that the rows before have reached. */
+function head(row: u32, before: i32): i32 {
   const memory = known + (<usize>row << 2);
   const scale = start + (<usize>row << 1);
   const known8 = <u32>load<u8>(memory, 2);
@@ -261,16 +299,11 @@ function beginRow(): void {
   store<u8>(scale, likely, 1);
   store<u8>(memory, likely, 2);
   if (symbol(FINE)) store<u8>(scale, bits(8));
-  // The mean that the row before has reached, where this row has none yet.
-  const before = <i32>load<i16>(memory);
-  if (before >= 0) mean = before;
-  next = 0;
-  phase = INTEGER;
+  const own = <i32>load<i16>(memory);
+  return own < 0 ? before : own;
 }
 
 /** Decodes an integer's magnitude. `expected`: the expected magnitude, in 1/64; `byte`: its destination. */
-// @ts-ignore: decorator
-@inline
 function magnitude(expected: u32, most: u32, byte: usize): u32 {
   let shift: u32 = 0;
   while (expected >> shift > 256) shift++;
@@ -291,89 +324,30 @@ function slowness(i: u32): i32 {
   return i < 7 ? 3 : i < 15 ? 4 : 5;
 }
 
-/**
- * Decodes at most `most` integers of a row. Equals `magnitude` and a bit for the sign, with the coder's state in registers: there are millions
- * of integers.
- */
+/** Decodes at most `most` integers of a row that has no pair. */
 function integers(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;
   const mask: u32 = 2 * largest + 1;
   const last = width - next > most ? next + most : width;
-  const ends = stop;
   let column = COLUMNS + ((<usize>row * width + next) << 1);
   let byte = values + ((<usize>next * kind) >> 3);
   let filled = (next * kind) & 7;
   let packed = filled ? <u32>load<u8>(byte) : 0;
-  let x = state;
-  let w = words;
-  let r = mean;
   for (let i = next; i < last; ) {
     const seen = remember ? <i32>load<i16>(column) : -1;
-    const expected = seen < 0 ? r : (r + seen) >> 1;
-    let found: u32;
-    if (expected > 256) {
-      state = x;
-      words = w;
-      found = magnitude(expected, largest, byte);
-      x = state;
-      w = words;
-    } else {
-      const address = TABLES + (<usize>load<u8>(LEVELS + expected) << 5);
-      const sums = v128.load(address, 16);
-      const slot = x & 0x7fff;
-      const above = i16x8.gt_s(sums, i16x8.splat(<i16>slot));
-      found = <u32>(7 - popcnt(i16x8.bitmask(above)));
-      const sum = address + (found << 1);
-      const begin = <u32>load<u16>(sum, 14);
-      x = (<u32>load<u16>(sum, 16) - begin) * (x >>> 15) + slot - begin;
-      if (x < 0x10000) {
-        sound(w < ends, 1, section);
-        x = (x << 16) | <u32>load<u16>(w);
-        w += 2;
-      }
-      const aims = i16x8.add(i16x8(16, 32, 48, 64, 80, 96, 112, -32768), v128.and(above, i16x8.splat(32640)));
-      const step = i16x8.sub(aims, sums);
-      const used = <i32>load<u8>(address);
-      if (used < 40) {
-        store<u8>(address, used + 1);
-        v128.store(address, i16x8.add(sums, i16x8.shr_s(step, 4 + i32(used > 3) + i32(used > 11))), 16);
-      } else v128.store(address, i16x8.add(sums, i16x8.shr_s(step, 7)), 16);
-      if (found == 7) {
-        state = x;
-        words = w;
-        found += number(MORE);
-        x = state;
-        w = words;
-      }
-      sound(found <= largest, 8, byte);
-    }
-    // No branch decides on the sign, since no processor could predict it. Zero has none.
-    const signed = u32(found != 0);
-    const minus = 0 - (x & signed);
-    const value = (found ^ minus) - minus;
-    x >>>= signed;
-    if (x < 0x10000) {
-      sound(w < ends, 1, section);
-      x = (x << 16) | <u32>load<u16>(w);
-      w += 2;
-    }
+    const found = magnitude(seen < 0 ? mean : (mean + seen) >> 1, largest, byte);
+    const value = found && bits(1) ? 0 - found : found;
     packed |= (value & mask) << filled;
     for (filled += kind; filled >= 8; filled -= 8, packed >>= 8) store<u8>(byte++, packed);
     const now = <i32>(found << 6);
     if (remember) {
-      store<i16>(column, seen < 0 ? (r + now) >> 1 : seen + ((now - seen) >> 3));
+      store<i16>(column, seen < 0 ? (mean + now) >> 1 : seen + ((now - seen) >> 3));
       column += 2;
     }
-    r += (now - r) >> slowness(i);
+    mean += (now - mean) >> slowness(i);
     i++;
-    if (found || r > 3) continue;
-    state = x;
-    words = w;
-    mean = r;
+    if (found || mean > 3) continue;
     const zeros = skipZeros(i, last, column);
-    x = state;
-    w = words;
-    r = mean;
     if (!zeros) continue;
     // The section was filled with zeros.
     if (filled) store<u8>(byte, packed);
@@ -384,19 +358,188 @@ function integers(most: u32): void {
     packed = filled ? <u32>load<u8>(byte) : 0;
   }
   if (filled) store<u8>(byte, packed);
-  state = x;
-  words = w;
-  mean = r;
   next = last;
-  if (next < width) return;
+  if (next == width) endRow();
+}
+
+/** Begins what follows a row, or a pair of them. */
+function endRow(): void {
+  const bytes = (<usize>width * kind + 7) >> 3;
   store<i16>(known + (<usize>row << 2), mean);
-  values += (<usize>width * kind + 7) >> 3;
-  if (++row < rows) phase = ROW;
+  row++;
+  values += bytes;
+  if (paired) {
+    mean = below;
+    store<i16>(known + (<usize>row << 2), mean);
+    row++;
+    values += bytes;
+  }
+  if (row < rows) phase = ROW;
   else if (more) {
     more--;
     start += stride;
     beginTensor();
   } else phase = at < end ? BYTES : END;
+}
+
+/**
+ * Decodes at most `most` integers of each of two rows, in turns: while one state waits for its table, the other goes on. The
+ * coder's state is in registers: there are millions of integers. No branch decides on the next word, which no processor could predict either: whether there was one is asked behind a turn.
+ */
+function pairs(most: u32): void {
+  const largest: u32 = (1 << (kind - 1)) - 1;
+  const mask: u32 = 2 * largest + 1;
+  const last = width - next > most ? next + most : width;
+  const apart = (<usize>width * kind + 7) >> 3;
+  let byte = values + ((<usize>next * kind) >> 3);
+  let filled = (next * kind) & 7;
+  let packed = filled ? <u32>load<u8>(byte) : 0;
+  let packedBelow = filled ? <u32>load<u8>(byte + apart) : 0;
+  let x = state;
+  let y = other;
+  let w = words;
+  let r = mean;
+  let q = below;
+  for (let i = next; i < last; ) {
+    let found: u32;
+    if (r > 256) {
+      state = x;
+      words = w;
+      found = magnitude(r, largest, byte);
+      x = state;
+      w = words;
+    } else {
+      const picked = pick(x, TABLES + (<usize>load<u8>(LEVELS + r) << 5), 0);
+      x = <u32>picked;
+      found = <u32>(picked >> 32);
+      const few = x < 0x10000;
+      x = select<u32>((x << 16) | <u32>load<u16>(w), x, few);
+      w += <usize>few << 1;
+      if (found == 7) {
+        state = x;
+        words = w;
+        found += number(MORE);
+        x = state;
+        w = words;
+      }
+      if (found > largest) {
+        words = w;
+        refuse(8, byte);
+      }
+    }
+    let signed = u32(found != 0);
+    let minus = 0 - (x & signed);
+    packed |= (((found ^ minus) - minus) & mask) << filled;
+    x >>>= signed;
+    let few = x < 0x10000;
+    x = select<u32>((x << 16) | <u32>load<u16>(w), x, few);
+    w += <usize>few << 1;
+    const slow = slowness(i);
+    r += (<i32>(found << 6) - r) >> slow;
+    let any = found;
+
+    if (q > 256) {
+      state = y;
+      words = w;
+      found = magnitude(q, largest, byte + apart);
+      y = state;
+      w = words;
+    } else {
+      const picked = pick(y, TABLES + (<usize>load<u8>(LEVELS + q) << 5), 0);
+      y = <u32>picked;
+      found = <u32>(picked >> 32);
+      const few = y < 0x10000;
+      y = select<u32>((y << 16) | <u32>load<u16>(w), y, few);
+      w += <usize>few << 1;
+      if (found == 7) {
+        state = y;
+        words = w;
+        found += number(MORE);
+        y = state;
+        w = words;
+      }
+      if (found > largest) {
+        words = w;
+        refuse(8, byte + apart);
+      }
+    }
+    signed = u32(found != 0);
+    minus = 0 - (y & signed);
+    packedBelow |= (((found ^ minus) - minus) & mask) << filled;
+    y >>>= signed;
+    few = y < 0x10000;
+    y = select<u32>((y << 16) | <u32>load<u16>(w), y, few);
+    w += <usize>few << 1;
+    q += (<i32>(found << 6) - q) >> slow;
+    any |= found;
+
+    if (w > stop) {
+      words = w;
+      refuse(1, section);
+    }
+    for (filled += kind; filled >= 8; filled -= 8, packed >>= 8, packedBelow >>= 8, byte++) {
+      store<u8>(byte, packed);
+      store<u8>(byte + apart, packedBelow);
+    }
+    i++;
+    if (any || max(r, q) > 3) continue;
+    state = x;
+    other = y;
+    words = w;
+    const zeros = skipZeroPairs(last - i);
+    x = state;
+    y = other;
+    w = words;
+    if (!zeros) continue;
+    // Each zero takes one from means as small as these.
+    r = max(r - zeros, 0);
+    q = max(q - zeros, 0);
+    if (filled) {
+      store<u8>(byte, packed);
+      store<u8>(byte + apart, packedBelow);
+    }
+    i += zeros;
+    byte = values + ((<usize>i * kind) >> 3);
+    filled = (i * kind) & 7;
+    packed = filled ? <u32>load<u8>(byte) : 0;
+    packedBelow = filled ? <u32>load<u8>(byte + apart) : 0;
+  }
+  if (filled) {
+    store<u8>(byte, packed);
+    store<u8>(byte + apart, packedBelow);
+  }
+  state = x;
+  other = y;
+  words = w;
+  mean = r;
+  below = q;
+  next = last;
+  if (next == width) endRow();
+}
+
+/** Counts pairs of zeros, as `skipZeros` does: at most `most`. */
+function skipZeroPairs(most: i32): i32 {
+  if (load<u8>(TABLES) < 40) return 0;
+  const aims = i16x8(32656, 32672, 32688, 32704, 32720, 32736, 32752, -32768);
+  let sums = v128.load(TABLES, 16);
+  let x = state;
+  let y = other;
+  let count = 0;
+  for (; count < most; count++) {
+    const zero = <u32>i16x8.extract_lane_u(sums, 0);
+    const moved = i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), 7));
+    const zeroBelow = <u32>i16x8.extract_lane_u(moved, 0);
+    if ((x & 0x7fff) >= zero || (y & 0x7fff) >= zeroBelow) break;
+    x = zero * (x >>> 15) + (x & 0x7fff);
+    if (x < 0x10000) x = (x << 16) | word();
+    y = zeroBelow * (y >>> 15) + (y & 0x7fff);
+    if (y < 0x10000) y = (y << 16) | word();
+    sums = i16x8.add(moved, i16x8.shr_s(i16x8.sub(aims, moved), 7));
+  }
+  v128.store(TABLES, sums, 16);
+  state = x;
+  other = y;
+  return count;
 }
 
 /**
@@ -460,6 +603,7 @@ export function begin(stored: usize, before: usize, size: usize): void {
   end = section + size;
   at = section;
   phase = size ? BYTES : END;
+  other = 0;
   state = word() << 16;
   state |= word();
   sound(state >= 0x10000, 2, section);
@@ -471,8 +615,10 @@ export function decode(most: u32): bool {
   for (let budget = <i32>most; budget > 0; ) {
     if (phase == INTEGER) {
       const from = next;
-      integers(budget);
-      budget -= <i32>(phase == INTEGER ? next - from : width - from) + 1;
+      if (paired) pairs((budget >> 1) + 1);
+      else integers(budget);
+      const read = <i32>(phase == INTEGER ? next - from : width - from) + 1;
+      budget -= paired ? 2 * read : read;
     } else if (phase == ROW) {
       beginRow();
       budget -= 4;
@@ -491,7 +637,7 @@ export function decode(most: u32): bool {
       beginBytes();
       budget -= 4;
     } else if (phase == END) {
-      sound(words == stop && state == 0x10000, 9, section);
+      sound(words == stop && state == 0x10000 && (!other || other == 0x10000), 9, section);
       return true;
     } else if (at < end) beginRun();
     else phase = END;

@@ -370,7 +370,7 @@ t.test("an address: without permission, without ranges, without an answer", { sk
     t,
     `http://127.0.0.1:${(plain.address() as { port: number }).port}/?url=tasks.eigen`,
   );
-  await whole.getByText("Read whole (102.6 kB), since its server has no ranges.").waitFor();
+  await whole.getByText("Read whole (102.7 kB), since its server has no ranges.").waitFor();
 });
 
 t.test("Firefox", { skip: noFirefox }, async (t) => {
@@ -388,7 +388,7 @@ t.test("Firefox", { skip: noFirefox }, async (t) => {
   const said = (selector: string): Promise<string> =>
     page.evaluate(`document.querySelector(${JSON.stringify(selector)}).textContent`);
   t.match(await said("article > dl"), "20 tasks over 12 modules");
-  t.match(await said('[data-part="reads"]'), /^Read so far: .* of 102\.6 kB/);
+  t.match(await said('[data-part="reads"]'), /^Read so far: .* of 102\.7 kB/);
   await page.evaluate(
     `[...document.querySelectorAll("button")].find(({ textContent }) => /every byte/.test(textContent)).click()`,
   );

@@ -12,7 +12,7 @@ import {
   setInteger,
   tensorBytes,
 } from "../tensor/dtypes.ts";
-import { CODED_MAGIC } from "./format.ts";
+import { CODED_MAGIC, CODED_MASK } from "./format.ts";
 
 /** Bits of a frequency, and of a word. */
 export const FREQUENCY_BITS = 15;
@@ -150,7 +150,7 @@ export type Refuse = (fault: number, at: number) => never;
 /** Types of integers, by their code here. */
 const TYPES: readonly QuantizedDtype[] = ["int8", "int4", "int3"];
 
-/** Columns of more numbers than this are not remembered. */
+/** Columns of more numbers than this are not remembered; their rows go in pairs. */
 const MOST_COLUMNS = 4096;
 /** Fewest bytes of a copy of earlier ones. */
 export const LEAST_COPY = 4;
@@ -161,6 +161,10 @@ export interface Coder {
   symbol(table: number, value: number): number;
   /** The lowest `count` bits, at most 16. */
   bits(count: number, value: number): number;
+  /** Begins the second of two states, where it has not begun. */
+  beginSecond(): void;
+  /** Which of the states codes what follows. */
+  state: 0 | 1;
 }
 
 /** Tensors of one shape and type, one behind the other. */
@@ -184,7 +188,9 @@ export interface Plan {
 
 /** Whether a task blob is coded. Its first bytes say so; of bases the section table does. */
 export function isCoded(blob: Uint8Array): boolean {
-  return blob.length >= 4 && new DataView(blob.buffer, blob.byteOffset).getUint32(0, true) === CODED_MAGIC;
+  if (blob.length < 4) return false;
+  const magic = new DataView(blob.buffer, blob.byteOffset).getUint32(0, true);
+  return (magic & CODED_MASK) === (CODED_MAGIC & CODED_MASK);
 }
 
 /**
@@ -296,19 +302,24 @@ function* codeTensor(
 ): Generator<void> {
   const [values, stride] = [start + scaleBytes(dtype, rows), rowBytes(dtype, width)];
   let [before, likely] = [MEAN_UNIT, 0x3c];
-  for (let row = 0; row < rows; row++) {
+  const together = memory.columns ? 1 : 2;
+  for (let row = 0; row < rows; row += together) {
     if (row % ROWS === 0) yield;
-    const [lower, upper] = [start + 2 * row, start + 2 * row + 1];
-    likely = section[upper] = codeUpper(coder, section[upper]!, memory.scales[row]! || likely);
-    memory.scales[row] = likely;
-    section[lower] = coder.symbol(FINE, Number(section[lower] !== 0)) && coder.bits(8, section[lower]!);
-    let mean = memory.rows[row]! < 0 ? before : memory.rows[row]!;
-    const own = { dtype, from: values + row * stride, columns: memory.columns, column: row * width };
+    const turns: Integers[] = [];
+    for (let r = row; r < Math.min(rows, row + together); r++) {
+      const [lower, upper] = [start + 2 * r, start + 2 * r + 1];
+      likely = section[upper] = codeUpper(coder, section[upper]!, memory.scales[r]! || likely);
+      memory.scales[r] = likely;
+      section[lower] = coder.symbol(FINE, Number(section[lower] !== 0)) && coder.bits(8, section[lower]!);
+      const mean = memory.rows[r]! < 0 ? before : memory.rows[r]!;
+      turns.push({ dtype, from: values + r * stride, columns: memory.columns, column: r * width, mean });
+    }
+    if (turns.length > 1) coder.beginSecond();
     for (let i = 0; i < width; i += PIECE) {
       if (i > 0) yield;
-      mean = codeIntegers(coder, section, own, i, Math.min(width, i + PIECE), mean, refuse);
+      codeIntegers(coder, section, turns, i, Math.min(width, i + PIECE), refuse);
     }
-    before = memory.rows[row] = mean;
+    for (const [turn, { mean }] of turns.entries()) before = memory.rows[row + turn] = mean;
   }
 }
 
@@ -318,31 +329,37 @@ interface Integers {
   readonly from: number;
   readonly columns: Int32Array | undefined;
   readonly column: number;
+  /** Mean of the magnitudes so far, in 1/64. */
+  mean: number;
 }
 
-/** Integers `i` to `end` of a row. @param mean of their magnitudes, in 1/64 @returns the mean after them */
+/** Integers `i` to `end` of one row, or of two in turns, with a state each. */
 function codeIntegers(
   coder: Coder,
   section: Uint8Array,
-  { dtype, from, columns, column: first }: Integers,
+  turns: readonly Integers[],
   i: number,
   end: number,
-  mean: number,
   refuse: Refuse,
-): number {
-  const bits = BITS[dtype];
-  const largest = 2 ** (bits - 1) - 1;
+): void {
+  const bits = BITS[turns[0]!.dtype];
+  const largest = (1 << (bits - 1)) - 1;
   for (; i < end; i++) {
-    const column = columns?.[first + i] ?? -1;
-    const given = bits === 8 ? (section[from + i]! << 24) >> 24 : quantizedAt(section, dtype, from, i);
-    const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
-    if (value > largest) refuse(FAULT.magnitude, from + ((i * bits) >> 3));
-    if (value !== given) setInteger(section, bits, from, i, value);
-    const seen = Math.abs(value) * MEAN_UNIT;
-    if (columns) columns[first + i] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);
-    mean += (seen - mean) >> (i < 7 ? 3 : i < 15 ? 4 : 5);
+    for (let turn = 0; turn < turns.length; turn++) {
+      coder.state = turn as 0 | 1;
+      const row = turns[turn]!;
+      const { dtype, from, columns, mean } = row;
+      const column = columns?.[row.column + i] ?? -1;
+      const given = bits === 8 ? (section[from + i]! << 24) >> 24 : quantizedAt(section, dtype, from, i);
+      const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
+      if (value > largest) refuse(FAULT.magnitude, from + ((i * bits) >> 3));
+      if (value !== given) setInteger(section, bits, from, i, value);
+      const seen = Math.abs(value) * MEAN_UNIT;
+      if (columns) columns[row.column + i] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);
+      row.mean += (seen - mean) >> (i < 7 ? 3 : i < 15 ? 4 : 5);
+    }
   }
-  return mean;
+  coder.state = 0;
 }
 
 /** The upper byte of a scale, by the difference to what is likely. */

@@ -108,7 +108,10 @@ export async function decodeSection(
     check(condition, file, part, () => `as it is coded, ${what}`);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const whole = bytes.length >= CODED_HEAD_BYTES + 4 && bytes.length % 2 === 0;
-  sound(whole && view.getUint32(0, true) === CODED_MAGIC, "it has no head: the file is damaged");
+  sound(whole, "it is not whole: the file is damaged");
+  const another =
+    "it begins otherwise: the file is damaged, or of another version, and its adapters must be packed again";
+  sound(view.getUint32(0, true) === CODED_MAGIC, another);
   const size = view.getUint32(4, true);
   sound(size <= mostDecoded(bytes.length), `it says that it becomes ${size} bytes, of ${bytes.length} that are stored`);
   sound(expected === undefined || size === expected, `it becomes ${size} bytes, its tensors need ${expected}`);
@@ -147,21 +150,30 @@ class Decoder implements Coder {
   readonly #view: DataView;
   readonly #refuse: Refuse;
   readonly #tables = new Tables();
-  /** An array, since engines keep numbers above 2^30 apart from objects. */
-  readonly #state = new Int32Array(1);
+  /** Both states; the second is 0 until it begins. An array, since engines keep numbers above 2^30 apart from objects. */
+  readonly #states = new Int32Array(2);
   #at = CODED_HEAD_BYTES;
+  state: 0 | 1 = 0;
 
   constructor(bytes: Uint8Array, refuse: Refuse) {
     this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
     this.#refuse = refuse;
-    this.#state[0] = (this.#word() << WORD_BITS) | this.#word();
-    if (this.#state[0] >>> WORD_BITS === 0) refuse(FAULT.state, 0);
+    this.#begin(0);
+  }
+
+  beginSecond(): void {
+    if (this.#states[1] === 0) this.#begin(1);
+  }
+
+  #begin(which: 0 | 1): void {
+    this.#states[which] = (this.#word() << WORD_BITS) | this.#word();
+    if (this.#states[which]! >>> WORD_BITS === 0) this.#refuse(FAULT.state, 0);
   }
 
   symbol(table: number): number {
     const { sums } = this.#tables;
     const at = table * (SYMBOLS + 1);
-    const state = this.#state[0]!;
+    const state = this.#states[this.state]!;
     const slot = state & ((1 << FREQUENCY_BITS) - 1);
     let symbol = 0;
     while (sums[at + symbol + 1]! <= slot) symbol++;
@@ -172,18 +184,20 @@ class Decoder implements Coder {
   }
 
   bits(count: number): number {
-    const state = this.#state[0]!;
+    const state = this.#states[this.state]!;
     this.#take((state >>> count) | 0);
     return state & ((1 << count) - 1);
   }
 
-  /** All words were read, and the encoder's first state is left. */
+  /** All words were read, and the encoder's first states are left. */
   end(): void {
-    if (this.#at !== this.#view.byteLength || this.#state[0] !== 1 << WORD_BITS) this.#refuse(FAULT.late, 0);
+    const [first, second] = this.#states;
+    const left = first !== 1 << WORD_BITS || (second !== 0 && second !== 1 << WORD_BITS);
+    if (left || this.#at !== this.#view.byteLength) this.#refuse(FAULT.late, 0);
   }
 
   #take(state: number): void {
-    this.#state[0] = state >>> WORD_BITS === 0 ? (state << WORD_BITS) | this.#word() : state;
+    this.#states[this.state] = state >>> WORD_BITS === 0 ? (state << WORD_BITS) | this.#word() : state;
   }
 
   #word(): number {

@@ -11,6 +11,7 @@ import {
   BLOCK_BYTES,
   BROUGHT,
   CODED_MAGIC,
+  CODED_MASK,
   DIRECTORY_HEAD_BYTES,
   type Directory,
   FINGERPRINT_SIZE,
@@ -124,7 +125,7 @@ export async function parseDirectory(
     () => `${stored.length} bytes of ${superblock.directoryLength}`,
   );
   f.crc(superblock.directoryCrc);
-  const coded = stored.length > 4 && f.u32(0) === CODED_MAGIC;
+  const coded = stored.length > 4 && (f.u32(0) & CODED_MASK) === (CODED_MAGIC & CODED_MASK);
   if (coded) f = await (await import("./decode-coded.ts")).plainDirectory(f, superblock, signal);
   const { bytes } = f;
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);

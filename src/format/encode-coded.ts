@@ -62,6 +62,7 @@ const BITS_OF: Float64Array = Float64Array.from(
 class Counter implements Coder {
   readonly #tables = new Tables();
   bitCount = 0;
+  state: 0 | 1 = 0;
 
   symbol(table: number, symbol: number): number {
     const { sums } = this.#tables;
@@ -73,8 +74,11 @@ class Counter implements Coder {
 
   bits(count: number, value: number): number {
     this.bitCount += count;
-    return value & (2 ** count - 1);
+    return value & ((1 << count) - 1);
   }
+
+  /** What a state takes is counted nowhere. */
+  beginSecond(): void {}
 }
 
 /** Bits that encoded tensors take once they are coded, one behind the other. */
@@ -152,10 +156,24 @@ const LEAST_BLOCK = 10;
 const MOST_BLOCK = 20;
 /** Notes of large blocks lie together in 32 MB, which allocators give back to the system as soon as they are free. */
 const TOGETHER = 2 ** 24;
-/** A note of bits: how many they are, above their value. The value of more than 11 is a note of its own behind one that says LONG. */
+/** A note of bits: how many they are, above their value. The value of more than 10 is a note of its own behind one that says LONG. */
 const BITS = 0x8000;
-const VALUE_BITS = 11;
+const VALUE_BITS = 10;
 const LONG = 15;
+/** Set in a note that the second state codes. */
+const SECOND_BIT = 14;
+const SECOND: number = 1 << SECOND_BIT;
+/** A note where the second state begins. */
+const BEGINS: number = BITS | SECOND | (LONG << VALUE_BITS);
+
+const START: number = (1 << FREQUENCY_BITS) - 1;
+/** Steps that are coded in one go. */
+const CHUNK = 1 << 12;
+
+/** Place of the bit that names the state in a step of bits. */
+const BITS_SECOND = 24;
+/** Number of bits that stands for a whole state. */
+const STATE = 32;
 
 /** Some notes, and the tables as the first of them found them. */
 interface Block {
@@ -175,6 +193,8 @@ export class Encoder implements Coder {
   readonly #length: number;
   /** Room for notes of the next blocks. */
   #room = new Uint16Array(0);
+  #second = false;
+  state: 0 | 1 = 0;
 
   /** @param size of the section, about. Default: small */
   constructor(size: number = 0) {
@@ -183,16 +203,22 @@ export class Encoder implements Coder {
   }
 
   symbol(table: number, symbol: number): number {
-    this.#note(table * SYMBOLS + symbol);
+    this.#note(this.state * SECOND + table * SYMBOLS + symbol);
     this.#tables.use(table, symbol);
     return symbol;
   }
 
   bits(count: number, value: number): number {
-    const low = value & (2 ** count - 1);
-    if (count <= VALUE_BITS) this.#note(BITS | (count << VALUE_BITS) | low);
-    else this.#note(BITS | (LONG << VALUE_BITS) | count, low);
+    const low = value & ((1 << count) - 1);
+    const kind = BITS + this.state * SECOND;
+    if (count <= VALUE_BITS) this.#note(kind | (count << VALUE_BITS) | low);
+    else this.#note(kind | (LONG << VALUE_BITS) | count, low);
     return low;
+  }
+
+  beginSecond(): void {
+    if (!this.#second) this.#note(BEGINS);
+    this.#second = true;
   }
 
   #note(note: number, value?: number): void {
@@ -213,36 +239,23 @@ export class Encoder implements Coder {
 
   /** @param size of the section */
   finish(size: number): Uint8Array<ArrayBuffer> {
-    let words = new Uint16Array(1 << 12);
+    let words = new Uint16Array(4 * CHUNK);
     let count = 0;
-    // An unsigned number of 32 bits.
-    let state = 2 ** WORD_BITS;
-    const word = (): void => {
-      if (count === words.length) {
-        const longer = new Uint16Array(2 * count);
-        longer.set(words);
-        words = longer;
-      }
-      words[count++] = state;
-      state >>>= WORD_BITS;
-    };
+    const states = Int32Array.of(2 ** WORD_BITS, 2 ** WORD_BITS);
     const steps = new Int32Array(this.#length + 1);
     for (const block of this.#blocks.toReversed()) {
-      for (let i = stepsOf(block, steps) - 1; i >= 0; i--) {
-        const start = steps[i]! & 0xffff;
-        const width = steps[i]! >> WORD_BITS;
-        if (width <= 0) {
-          if (width < 0 && state >>> (32 + width) > 0) word();
-          state = ((state << -width) | start) >>> 0;
-        } else {
-          if (state >>> (2 * WORD_BITS - FREQUENCY_BITS) >= width) word();
-          const whole = (state / width) >>> 0;
-          state = ((whole << FREQUENCY_BITS) >>> 0) + (state - whole * width) + start;
+      for (let end = stepsOf(block, steps); end > 0; end -= CHUNK) {
+        // A step writes one word at most; where a state begins, two.
+        if (words.length < count + CHUNK + 4) {
+          const longer = new Uint16Array(2 * words.length);
+          longer.set(words);
+          words = longer;
         }
+        count = codeSteps(steps.subarray(Math.max(0, end - CHUNK), end), states, words, count);
       }
     }
-    word();
-    word();
+    words[count++] = states[0]!;
+    words[count++] = states[0]! >>> WORD_BITS;
     const bytes = new Uint8Array(CODED_HEAD_BYTES + 2 * count);
     const view = new DataView(bytes.buffer);
     view.setUint32(0, CODED_MAGIC, true);
@@ -253,8 +266,42 @@ export class Encoder implements Coder {
 }
 
 /**
- * Steps of a block's notes: the start, and above it the frequency of each symbol; of bits their value, and how many they are as a
- * negative number. The block's tables move with them.
+ * Codes steps from the last to the first.
+ * @param states 32 bits each; they move
+ * @param words gets words from `count` on
+ * @returns how many words there are then
+ */
+function codeSteps(steps: Int32Array, states: Int32Array, words: Uint16Array, count: number): number {
+  for (let i = steps.length - 1; i >= 0; i--) {
+    const step = steps[i]!;
+    const which = (step >> (step < 0 ? BITS_SECOND : FREQUENCY_BITS)) & 1;
+    let state = states[which]!;
+    if (step < 0) {
+      const bits = (step >> WORD_BITS) & 0xff;
+      if (bits === STATE || (bits > 0 && state >>> (32 - bits) > 0)) {
+        words[count++] = state;
+        state >>>= WORD_BITS;
+      }
+      if (bits === STATE) words[count++] = state;
+      else state = (state << bits) | (step & 0xffff);
+    } else {
+      const width = step >> WORD_BITS;
+      if (state >>> (2 * WORD_BITS - FREQUENCY_BITS) >= width) {
+        words[count++] = state;
+        state >>>= WORD_BITS;
+      }
+      const whole = ((state >>> 0) / width) | 0;
+      const start = step & START;
+      state = ((whole << FREQUENCY_BITS) + (state - Math.imul(whole, width)) + start) | 0;
+    }
+    states[which] = state;
+  }
+  return count;
+}
+
+/**
+ * Steps of a block's notes. Of a symbol: its start, the state that codes it, and above them its frequency. Of bits, as a negative number:
+ * their value, how many they are, and the state. The block's tables move with them.
  * @param steps gets them
  * @returns how many there are
  */
@@ -263,16 +310,20 @@ function stepsOf({ notes, tables, count }: Block, steps: Int32Array): number {
   let end = 0;
   for (let i = 0; i < count; i++) {
     const note = notes[i]!;
+    const second = (note >> SECOND_BIT) & 1;
     if (note < BITS) {
-      const table = (note / SYMBOLS) | 0;
-      const start = sums[note + table]!;
-      steps[end++] = ((sums[note + table + 1]! - start) << WORD_BITS) | start;
-      tables.use(table, note % SYMBOLS);
+      const at = note & (SECOND - 1);
+      const table = (at / SYMBOLS) | 0;
+      const start = sums[at + table]!;
+      steps[end++] = ((sums[at + table + 1]! - start) << WORD_BITS) | (second << FREQUENCY_BITS) | start;
+      tables.use(table, at % SYMBOLS);
       continue;
     }
-    const value = note & (2 ** VALUE_BITS - 1);
+    const value = note & ((1 << VALUE_BITS) - 1);
     const bits = (note >> VALUE_BITS) & LONG;
-    steps[end++] = bits === LONG ? (-value << WORD_BITS) | notes[++i]! : (-bits << WORD_BITS) | value;
+    const many = bits < LONG ? bits : value > 0 ? value : STATE;
+    const low = bits < LONG ? value : value > 0 ? notes[++i]! : 0;
+    steps[end++] = (1 << 31) | (second << BITS_SECOND) | (many << WORD_BITS) | low;
   }
   return end;
 }

@@ -21,7 +21,7 @@ const LEVELS = [
 /** @param {Uint8Array} bytes @param {Uint8Array} [before] as `decodeSection` takes it @returns {Uint8Array} */
 export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (view.getUint32(0, true) !== 0x45444f43) throw new Error("no CODE");
+  if (view.getUint32(0, true) !== 0x32444f43) throw new Error("no COD2");
   const becomes = view.getUint32(4, true);
   if (becomes > 16 * bytes.length + 4096) throw new Error(`${becomes} bytes are too many for ${bytes.length}`);
   const out = new Uint8Array(becomes);
@@ -36,6 +36,11 @@ export function readCoded(bytes, before = new Uint8Array()) {
     return BigInt(view.getUint16(at - 2, true));
   };
   let x = (word() << 16n) | word();
+  /** The state that waits: of second rows, or of all else while one of these is read. */
+  let waits;
+  const swap = () => {
+    [x, waits] = [waits, x];
+  };
   const renew = () => {
     if (x < 65536n) x = (x << 16n) | word();
   };
@@ -117,28 +122,45 @@ export function readCoded(bytes, before = new Uint8Array()) {
     for (let n = 0; n < count; n++) {
       const tensor = start + n * Math.ceil(bytesOf / step) * step;
       let [above, last] = [64, 0x3c];
-      for (let row = 0; row < rows; row++) {
+      const scaleOf = (row) => {
         const u = number(scale);
         const d = u % 2 === 0 ? u / 2 : -(u + 1) / 2;
         last = ((uppers[row] || last) + d) & 255;
         uppers[row] = last;
         out[tensor + 2 * row + 1] = last;
         out[tensor + 2 * row] = symbol(fine) === 0 ? 0 : bits(8);
-        let r = means[row] ?? above;
-        for (let i = 0; i < width; i++) {
-          const c = places[row * width + i];
-          const value = integer(c === undefined || rows * width > 4096 ? r : Math.floor((r + c) / 2));
-          const first = 8 * (tensor + 4 * Math.ceil((2 * rows) / 4) + row * stride) + i * size;
-          for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3] |= 1 << ((first + b) & 7);
-          const seen = 64 * Math.abs(value);
+        means[row] ??= above;
+      };
+      const integerOf = (row, i) => {
+        const r = means[row];
+        const c = places[row * width + i];
+        const value = integer(c === undefined ? r : Math.floor((r + c) / 2));
+        const first = 8 * (tensor + 4 * Math.ceil((2 * rows) / 4) + row * stride) + i * size;
+        for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3] |= 1 << ((first + b) & 7);
+        const seen = 64 * Math.abs(value);
+        if (rows * width <= 4096)
           places[row * width + i] = c === undefined ? Math.floor((r + seen) / 2) : c + Math.floor((seen - c) / 8);
-          r += Math.floor((seen - r) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
+        means[row] += Math.floor((seen - r) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
+      };
+      for (let row = 0; row < rows; row++) {
+        const two = rows * width > 4096 && row + 1 < rows;
+        scaleOf(row);
+        if (two) scaleOf(row + 1);
+        if (two) waits ??= (word() << 16n) | word();
+        for (let i = 0; i < width; i++) {
+          integerOf(row, i);
+          if (!two) continue;
+          swap();
+          integerOf(row + 1, i);
+          swap();
         }
-        above = means[row] = r;
+        if (two) row++;
+        above = means[row];
       }
       end = tensor + bytesOf;
     }
   }
-  if (x !== 65536n || at !== bytes.length) throw new Error(`ends with ${x} at ${at} of ${bytes.length}`);
+  if (x !== 65536n || (waits ?? 65536n) !== 65536n || at !== bytes.length)
+    throw new Error(`ends with ${x} at ${at} of ${bytes.length}`);
   return out;
 }

@@ -23,11 +23,13 @@ const QUICK = /^(literals|length|distance|high|middle|low)/;
 /** Records the steps that a reader takes, in its order. */
 function recorder() {
   const steps = [];
+  /** What a step is coded by: the first state, or the second. */
+  const to = { steps, state: 0 };
   const tables = new Map();
   const symbol = (name, level, v) => {
     if (!tables.has(name)) tables.set(name, { sums: [0, ...LEVELS[level].slice(1), 32768], uses: 0 });
     const table = tables.get(name);
-    steps.push({ start: table.sums[v], width: table.sums[v + 1] - table.sums[v], of: 15 });
+    steps.push({ start: table.sums[v], width: table.sums[v + 1] - table.sums[v], of: 15, state: to.state });
     const q = (table.uses < 4 ? 4 : table.uses < 12 ? 5 : table.uses < 40 ? 6 : 7) - (QUICK.test(name) ? 2 : 0);
     for (let i = 1; i <= 7; i++) {
       const aim = i <= v ? 16 * i : 32768 - 16 * (8 - i);
@@ -35,7 +37,7 @@ function recorder() {
     }
     table.uses++;
   };
-  const bits = (count, value) => steps.push({ start: value, width: 1, of: count });
+  const bits = (count, value) => steps.push({ start: value, width: 1, of: count, state: to.state });
   const number = (name, value) => {
     const c = Math.floor(Math.log2(value + 1));
     symbol(name, 7, Math.min(c, 7));
@@ -44,31 +46,40 @@ function recorder() {
     bits(c - low, Math.floor((value + 1 - 2 ** c) / 2 ** low));
     bits(low, (value + 1) % 2 ** low);
   };
-  return { steps, symbol, bits, number };
+  const begin = () => {
+    if (!steps.some(({ begins }) => begins)) steps.push({ begins: true });
+  };
+  return Object.assign(to, { symbol, bits, number, begin });
 }
 
 /**
- * Words of steps: the state passes through them from the last to the first.
- * @param last the state behind the last, 2^16 in a valid section
- * @param low whether the first state is one below 2^16, from which a reader that accepts it reads the same
+ * Words of steps: each passes through its state, from the last to the first.
+ * @param last the states behind the last steps, 2^16 in a valid section
+ * @param low which state begins below 2^16, from which a reader that accepts it reads the same
  */
-function wordsOf(steps, last = 65536n, low = false) {
-  let x = last;
+function wordsOf(steps, last = [], low = undefined) {
+  const states = [last[0] ?? 65536n, last[1] ?? 65536n];
   const words = [];
-  for (const [i, { start, width, of }] of steps.toReversed().entries()) {
-    if (low && i === steps.length - 1) {
-      words.push(Number(x & 0xffffn));
-      x >>= 16n;
+  const lowest = steps.findIndex(({ state }) => state === low);
+  const put = (state) => {
+    words.push(Number(states[state] & 0xffffn));
+    states[state] >>= 16n;
+  };
+  for (let i = steps.length - 1; i >= 0; i--) {
+    const { start, width, of, state, begins } = steps[i];
+    if (begins) {
+      put(1);
+      put(1);
+      continue;
     }
+    if (i === lowest) put(state);
     const total = 1n << BigInt(of);
     const f = BigInt(width);
-    while (x >= (f << 32n) / total) {
-      words.push(Number(x & 0xffffn));
-      x >>= 16n;
-    }
-    x = (x / f) * total + (x % f) + BigInt(start);
+    while (states[state] >= (f << 32n) / total) put(state);
+    states[state] = (states[state] / f) * total + (states[state] % f) + BigInt(start);
   }
-  words.push(Number(x & 0xffffn), Number(x >> 16n));
+  put(0);
+  put(0);
   return words.reverse();
 }
 
@@ -77,8 +88,9 @@ function wordsOf(steps, last = 65536n, low = false) {
  * @param tensors of it in order, `{ at, type, rows, width }`; those of floats are stored as bytes
  * @param step each begins at a multiple of it
  * @param before bytes before the section: for bases and blobs the basis description
+ * @param how see `wordsOf`
  */
-export function coded(section, tensors, step, before = new Uint8Array()) {
+export function coded(section, tensors, step, before = new Uint8Array(), { last, low } = {}) {
   const to = recorder();
   const all = Uint8Array.of(...before, ...section);
   const copyTo = (at, end) => longestCopy(all, before.length + at, before.length + end);
@@ -108,7 +120,7 @@ export function coded(section, tensors, step, before = new Uint8Array()) {
     at = integers(to, section, start, BITS[type], rows, width);
   }
   if (at < section.length) plain(section.length);
-  return sectionOf(section.length, to.steps);
+  return sectionOf(section.length, to.steps, last, low);
 }
 
 /** Codes the steps that `tell` records, as a section that claims `size` bytes; for sections that no writer writes. */
@@ -122,7 +134,7 @@ function sectionOf(size, steps, last, low) {
   const words = wordsOf(steps, last, low);
   const bytes = new Uint8Array(8 + 2 * words.length);
   const view = new DataView(bytes.buffer);
-  view.setUint32(0, 0x45444f43, true);
+  view.setUint32(0, 0x32444f43, true);
   view.setUint32(4, size, true);
   words.forEach((word, i) => view.setUint16(8 + 2 * i, word, true));
   return bytes;
@@ -165,22 +177,33 @@ export function integer(to, mean, i, value) {
 function integers(to, section, start, size, rows, width) {
   const values = start + 4 * Math.ceil((2 * rows) / 4);
   const stride = Math.ceil((width * size) / 8);
-  let [upper, mean] = [0x3c, 64];
-  for (let row = 0; row < rows; row++) {
-    const [low, high] = [section[start + 2 * row], section[start + 2 * row + 1]];
-    const d = high - upper;
-    to.number("scale", d < 0 ? -2 * d - 1 : 2 * d);
-    upper = high;
-    to.symbol("fine", 7, low === 0 ? 0 : 1);
-    if (low !== 0) to.bits(8, low);
-    for (let i = 0; i < width; i++) {
-      let field = 0;
-      for (let b = 0; b < size; b++) {
-        const bit = 8 * (values + row * stride) + i * size + b;
-        field |= ((section[bit >> 3] >> (bit & 7)) & 1) << b;
-      }
-      mean = integer(to, mean, i, field >= 2 ** (size - 1) ? field - 2 ** size : field);
+  const together = rows * width > 4096 ? 2 : 1;
+  let [upper, before] = [0x3c, 64];
+  for (let first = 0; first < rows; first += together) {
+    const pair = Array.from({ length: Math.min(together, rows - first) }, (_, i) => first + i);
+    for (const row of pair) {
+      const [low, high] = [section[start + 2 * row], section[start + 2 * row + 1]];
+      const d = high - upper;
+      to.number("scale", d < 0 ? -2 * d - 1 : 2 * d);
+      upper = high;
+      to.symbol("fine", 7, low === 0 ? 0 : 1);
+      if (low !== 0) to.bits(8, low);
     }
+    if (pair.length === 2) to.begin();
+    const means = pair.map(() => before);
+    for (let i = 0; i < width; i++) {
+      for (const [state, row] of pair.entries()) {
+        let field = 0;
+        for (let b = 0; b < size; b++) {
+          const bit = 8 * (values + row * stride) + i * size + b;
+          field |= ((section[bit >> 3] >> (bit & 7)) & 1) << b;
+        }
+        to.state = state;
+        means[state] = integer(to, means[state], i, field >= 2 ** (size - 1) ? field - 2 ** size : field);
+      }
+    }
+    to.state = 0;
+    before = means.at(-1);
   }
   return values + 4 * Math.ceil((rows * stride) / 4);
 }

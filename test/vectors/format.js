@@ -193,9 +193,9 @@ export function blobOf({ header, tensors, magic = 0x4b534154 }) {
 }
 
 /** Makes a coded blob. @param basis whose description copies may come from */
-export function codedBlob(task, basis) {
+export function codedBlob(task, basis, how) {
   const start = 8 + msgpack(task.header).length;
-  return coded(blobOf(task), placesOf(task.tensors, 4, start), 4, msgpack(basis));
+  return coded(blobOf(task), placesOf(task.tensors, 4, start), 4, msgpack(basis), how);
 }
 
 const PREFIX = new Uint8Array([

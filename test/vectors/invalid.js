@@ -131,6 +131,16 @@ function integerRun(to, first) {
   for (let i = 0; i < 8; i++) mean = integer(to, mean, i, i === 0 ? first : 0);
 }
 
+/** Private rows in pairs, coded as `how` says and changed then. */
+function inPairs(how, change = (bytes) => bytes) {
+  return () => {
+    const model = createModel(9);
+    model.module({ name: "layer", out: 4, in: 2100 });
+    const task = model.task("task", [{ module: 0, q: 2, privateType: "int4" }]);
+    return packFile({ ...model.pack, code: () => change(codedBlob(task, model.pack.basis, how)) });
+  };
+}
+
 /** A head of zeros, its blob coded by `tell`. */
 function zeros(tell) {
   return edited(({ tasks }) => {
@@ -192,9 +202,12 @@ export const PACKS = {
   "coded-end": [
     "A",
     "another state at the end of a coded blob",
-    headAs((to, b) => bytesAsTheyAre(to, b), { last: 65537n }),
+    headAs((to, b) => bytesAsTheyAre(to, b), { last: [65537n] }),
   ],
-  "coded-state": ["A", "a first state below 2^16", headAs((to, b) => bytesAsTheyAre(to, b), { low: true })],
+  "coded-state": ["A", "a first state below 2^16", headAs((to, b) => bytesAsTheyAre(to, b), { low: 0 })],
+  "coded-second-state": ["A", "a second state that begins below 2^16", inPairs({ low: 1 })],
+  "coded-second-end": ["A", "a second state that ends as 2^16 + 1", inPairs({ last: [65536n, 65537n] })],
+  "coded-second-short": ["A", "a word of rows in pairs is missing", inPairs({}, (bytes) => bytes.slice(0, -2))],
   "coded-words": ["A", "a single word", recoded("head", (b) => b.slice(0, 10))],
   "coded-type": ["A", "a run of tensor type 3", tells((to) => run(to, 3, 1, 1, 1))],
   "coded-rows-0": [

@@ -549,7 +549,7 @@ Task = record("Task", "entry terms parameters")
 
 # ---- Appendix A. Coded sections ---------------------------------------------------------------------------------------
 
-CODE = 0x45444F43
+CODE = 0x32444F43
 LEVELS = [0, 4, 8, 15, 24, 38, 56, 83, 120, 174, 248]
 SUMS = [
     [31897, 32672, 32688, 32704, 32720, 32736, 32752],
@@ -567,13 +567,21 @@ SUMS = [
 
 
 class Words:
-    """The state and the tables; a table is named, and made when it is first used."""
+    """Two states and the tables; a table is named, and made when it is first used."""
 
     def __init__(self, raw):
         self.words = iter(struct.unpack(f"<{len(raw) // 2}H", raw))
         self.tables = {}
-        self.x = self.word() << 16 | self.word()
-        need(self.x >= 2**16, "A", "a first state below 2^16")
+        self.x, self.other = 0, None
+        self.x = self.first()
+
+    def first(self):
+        x = self.word() << 16 | self.word()
+        need(x >= 2**16, "A", "a state that begins below 2^16")
+        return x
+
+    def swap(self):
+        self.x, self.other = self.other, self.x
 
     def word(self):
         found = next(self.words, None)
@@ -658,9 +666,21 @@ def decoded(raw, coded, before=b""):
                     end += 1
         if end < size:
             end = decode_run(words, out, end)
-    need(words.x == 2**16, "A", "another last state")
+    need(words.x == 2**16 and words.other in (None, 2**16), "A", "another last state")
     need(next(words.words, None) is None, "A", "words that are left")
     return bytes(out)
+
+
+def decode_integer(words, means, places, row, i, size):
+    """The i-th integer of a row. Moves the row's mean, and that of its place where `places` remembers it."""
+    mean = means[row]
+    place = None if places is None else places.get((row, i))
+    value = words.coded_integer(mean if place is None else (mean + place) >> 1, 2 ** (size - 1) - 1)
+    seen = 64 * abs(value)
+    if places is not None:
+        places[row, i] = (mean + seen) >> 1 if place is None else place + ((seen - place) >> 3)
+    means[row] = mean + ((seen - mean) >> (3 if i < 7 else 4 if i < 15 else 5))
+    return value
 
 
 def decode_run(words, out, start):
@@ -679,25 +699,29 @@ def decode_run(words, out, start):
     for n in range(count):
         first = start + n * up(length, step)
         upper, mean = 0x3C, 64
-        for row in range(rows):
-            u = words.coded_number("scale")
-            upper = ((uppers[row] or upper) + (u // 2 if u % 2 == 0 else -(u + 1) // 2)) % 256
-            uppers[row] = upper
-            out[first + 2 * row + 1] = upper
-            out[first + 2 * row] = words.bits(8) if words.symbol("fine") else 0
-            mean = mean if means[row] is None else means[row]
-            values = 0
+        stride = row_size(tensor_type, width)
+        at = first + up(2 * rows, 4)
+        for row in range(0, rows, 1 if remembers else 2):
+            paired = not remembers and row + 1 < rows
+            for r in (row, row + 1) if paired else (row,):
+                u = words.coded_number("scale")
+                upper = ((uppers[r] or upper) + (u // 2 if u % 2 == 0 else -(u + 1) // 2)) % 256
+                uppers[r] = upper
+                out[first + 2 * r + 1] = upper
+                out[first + 2 * r] = words.bits(8) if words.symbol("fine") else 0
+                means[r] = mean if means[r] is None else means[r]
+            if paired and words.other is None:
+                words.other = words.first()
+            values = [0, 0]
             for i in range(width):
-                place = places.get((row, i))
-                value = words.coded_integer(mean if place is None else (mean + place) >> 1, 2 ** (size - 1) - 1)
-                values |= (value % 2**size) << (size * i)
-                seen = 64 * abs(value)
-                if remembers:
-                    places[row, i] = (mean + seen) >> 1 if place is None else place + ((seen - place) >> 3)
-                mean += (seen - mean) >> (3 if i < 7 else 4 if i < 15 else 5)
-            means[row] = mean
-            at = first + up(2 * rows, 4) + row * row_size(tensor_type, width)
-            out[at : at + row_size(tensor_type, width)] = values.to_bytes(row_size(tensor_type, width), "little")
+                values[0] |= (decode_integer(words, means, places if remembers else None, row, i, size) % 2**size) << (size * i)
+                if paired:
+                    words.swap()
+                    values[1] |= (decode_integer(words, means, None, row + 1, i, size) % 2**size) << (size * i)
+                    words.swap()
+            for r, packed in zip((row, row + 1) if paired else (row,), values):
+                out[at + r * stride : at + (r + 1) * stride] = packed.to_bytes(stride, "little")
+                mean = means[r]
     return first + length
 
 

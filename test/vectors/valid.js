@@ -183,6 +183,9 @@ function large() {
   const model = createModel(21);
   model.module({ name: "wide", out: 3, in: 2000, A: { K: 2, type: "int8" } });
   model.task("large", [{ module: 0, rank: 2, type: "int8" }]);
+  // An odd number of rows that go in pairs, of each type.
+  for (const [i, privateType] of ["int8", "int4", "int3"].entries())
+    model.task(privateType, [{ module: 0, q: 3 + i, privateType }]);
   return model;
 }
 
@@ -331,7 +334,7 @@ export const VALID = {
   },
   "coded-large.eigen": {
     ...file(large, { code: (bytes) => bytes }),
-    why: "coded sections with large integers and wide rows",
+    why: "coded sections with large integers and wide rows, which go in pairs",
   },
   "sides.eigen": { ...file(sides), why: "components on one side, several bases of a side, rows of a task's own" },
   "coded-sides.eigen": {
