@@ -1,11 +1,13 @@
 /**
  * Decodes coded sections (SPEC.md, appendix A): the twin of `src/format/coded.ts`, which defines the order of what is coded. A module of
  * its own, for `src/format/coded-wasm.ts`, and for SIMD only, since a table is one vector. It works in pieces, so that the caller can
- * give others a turn. A section that breaks a rule ends in a trap; `fault` and `place` then tell the error and its position.
+ * give others a turn. A section that breaks a rule ends in a trap; `fault` and `place` then tell the error and its position. What was
+ * decoded becomes floats here too (`floats`).
  *
  * Memory: FIRST and LEVELS, which the caller writes once; TABLES and COLUMNS; from STORED on the stored bytes, the bytes that copies may
  * come from, the section, and a word for each row of a run.
  */
+import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 
 /** First tables of `src/format/coded.ts`, nine i32 each. */
 // @ts-ignore: decorator
@@ -643,4 +645,45 @@ export function decode(most: u32): bool {
     else phase = END;
   }
   return false;
+}
+
+/** Decodes a tensor [rows, width] of integers at STORED to f32 at `to`. @param type as in `layout.ts` */
+export function floats(type: i32, rows: u32, width: u32, to: usize): void {
+  const stride = rowBytes(type, width);
+  let from = STORED + scaleBytes(type, rows);
+  for (let row: usize = 0; row < rows; row++, from += stride, to += <usize>width << 2)
+    decodeIntegers(type, from, f16ToF32(load<u16>(STORED + 2 * row)), to, width);
+}
+
+/** Turns f32 [rows, width] at `from` into [width, rows] at `to`: four rows and columns at a time, then what is left. */
+export function turn(rows: u32, width: u32, from: usize, to: usize): void {
+  const along = <usize>width << 2;
+  const down = <usize>rows << 2;
+  const fourRows = rows & ~3;
+  const four = width & ~3;
+  for (let i: u32 = 0; i < width; i += 4) {
+    const whole = i < four;
+    for (let row: u32 = 0; row < rows; row += 4) {
+      const source = from + <usize>row * along + (<usize>i << 2);
+      const target = to + <usize>i * down + (<usize>row << 2);
+      if (whole && row < fourRows) {
+        const a = v128.load(source);
+        const b = v128.load(source + along);
+        const c = v128.load(source + 2 * along);
+        const d = v128.load(source + 3 * along);
+        const ab = v128.shuffle<i32>(a, b, 0, 4, 1, 5);
+        const cd = v128.shuffle<i32>(c, d, 0, 4, 1, 5);
+        v128.store(target, v128.shuffle<i64>(ab, cd, 0, 2));
+        v128.store(target + down, v128.shuffle<i64>(ab, cd, 1, 3));
+        const above = v128.shuffle<i32>(a, b, 2, 6, 3, 7);
+        const below = v128.shuffle<i32>(c, d, 2, 6, 3, 7);
+        v128.store(target + 2 * down, v128.shuffle<i64>(above, below, 0, 2));
+        v128.store(target + 3 * down, v128.shuffle<i64>(above, below, 1, 3));
+        continue;
+      }
+      for (let r: usize = 0; r < min<u32>(4, rows - row); r++)
+        for (let k: usize = 0; k < min<u32>(4, width - i); k++)
+          store<f32>(target + k * down + (r << 2), load<f32>(source + r * along + (k << 2)));
+    }
+  }
 }

@@ -6,7 +6,7 @@ import { accumulate } from "./lanes";
 import { BF16, F16, F32, INT3, INT4, INT8 } from "./layout";
 
 /** The f32 of a half. Scaling by 2¹¹² moves the exponent's bias and normalises subnormals exactly. */
-function f16ToF32(half: u32): f32 {
+export function f16ToF32(half: u32): f32 {
   const magnitude = half & 0x7fff;
   let bits = reinterpret<u32>(reinterpret<f32>(magnitude << 13) * reinterpret<f32>(0x77800000));
   if (magnitude >= 0x7c00) bits |= 0x7f800000;
@@ -131,7 +131,7 @@ function decodeHalves(type: i32, from: usize, to: usize, count: i32): void {
 }
 
 /** Decodes `count` packed integers that begin at a whole byte: least significant bit first, two's complement. */
-function decodeIntegers(type: i32, from: usize, scale: f32, to: usize, count: i32): void {
+export function decodeIntegers(type: i32, from: usize, scale: f32, to: usize, count: i32): void {
   const bits = type == INT8 ? 8 : type == INT4 ? 4 : 3;
   let i = 0;
   if (ASC_FEATURE_SIMD) {

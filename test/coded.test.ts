@@ -26,6 +26,7 @@ import {
   normal,
   SHAPE,
   uniform,
+  wasmFloats,
 } from "./internals.ts";
 import { readCoded } from "./mutants/read-coded.js";
 
@@ -201,6 +202,25 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
     read > 400 && refused > 400 && pairs > 20,
     `${read} read, ${pairs} of them with pairs of rows, ${refused} refused`,
   );
+});
+
+t.test("floats of a decoded tensor by WebAssembly are those of decodeTensor, turned or not", (t) => {
+  const random = uniform(21);
+  const same = (a: Float32Array, b: Float32Array): boolean =>
+    Buffer.from(a.slice().buffer).equals(Buffer.from(b.buffer));
+  for (let i = 0; i < 300; i++) {
+    const dtype = (["int8", "int4", "int3"] as const)[i % 3]!;
+    const [rows, width] = [1 + Math.floor(random() * 20), 1 + Math.floor(random() ** 3 * 5000)];
+    const values = Float32Array.from({ length: rows * width }, () => normal(random));
+    const bytes = encodeTensor(dtype, values, rows, width);
+    const plain = decodeTensor(dtype, bytes, rows, width);
+    const turned = plain.map((_, at) => plain[(at % rows) * width + Math.floor(at / rows)]!);
+    if (!same(wasmFloats(dtype, bytes, rows, width, false)!, plain)) t.fail(`${dtype} [${rows}, ${width}]`);
+    if (!same(wasmFloats(dtype, bytes, rows, width, true)!, turned)) t.fail(`${dtype} [${rows}, ${width}], turned`);
+  }
+  t.ok(wasmFloats("int8", new Uint8Array(8), 1, 4, true)!.every((value) => value === 0));
+  t.equal(wasmFloats("int8", new Uint8Array(8), 2 ** 20, 2 ** 10, false), undefined, "more than it has memory for");
+  t.end();
 });
 
 t.test("a section larger than the memory that is kept", async (t) => {

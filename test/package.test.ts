@@ -12,7 +12,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
 
 /** Budgets of README, in bytes after gzip; 1 kB = 1000 B. 1.9 kB of WASM decode coded sections, and are loaded with the first one. */
-const BUDGET = { js: 22_300, wasm: 11_900 };
+const BUDGET = { js: 22_300, wasm: 12_600 };
 
 /**
  * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, the reader of task
@@ -142,7 +142,7 @@ t.test("a cache is portable, and no app pays for it that does not use it", async
 });
 
 /** Budget of `eigenlora/browser`: all of it, shaders, kernels and the trainer too. */
-const BROWSER_BUDGET = 227_000;
+const BROWSER_BUDGET = 228_000;
 
 t.test("the file for pages without a bundler imports nothing and keeps its budget", async (t) => {
   const bytes = await readFile(new URL("../dist/browser.js", import.meta.url));

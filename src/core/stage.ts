@@ -2,6 +2,7 @@
  * Decodes the coefficients of the tasks of one switch into one f32 array, with strengths applied, and lists the pieces of every
  * module's factors, or computes its core from them. Pure: no backend, no host. The staged array is all that a switch uploads.
  */
+
 import {
   type Coefficients,
   type PackModule,
@@ -11,7 +12,6 @@ import {
   type TaskBlob,
   type TensorRef,
 } from "../format/format.ts";
-import { placeTensor } from "../tensor/dtypes.ts";
 
 /** A task of a switch and its strength. */
 export interface ActiveTask {
@@ -172,24 +172,6 @@ function expansion(
     out[at + i * (K + 1) + K] = coefficients.mean ? strength : 0;
   }
   return { at, rows, basis, row, add };
-}
-
-/** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */
-export function readRows(
-  { at, row, rank: rows, stored }: Private,
-  staged: Float32Array,
-  out: Float32Array,
-  rank: number,
-  width: number,
-  turned: boolean,
-): void {
-  if (stored) {
-    const { blob, tensor, strength } = stored;
-    const { dtype, byteOffset, byteLength } = tensor;
-    const bytes = blob.bytes.subarray(byteOffset, byteOffset + byteLength);
-    const places = turned ? { at: row, down: 1, along: rank } : { at: row * width, down: width, along: 1 };
-    placeTensor(dtype, bytes, rows, width, out, places, strength);
-  } else put(staged.subarray(at, at + rows * width), out, row, rank, width, turned);
 }
 
 /** Writes rows [rows, width] into [rank, width] from `row` on; or, turned, into [width, rank]. */

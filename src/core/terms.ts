@@ -4,11 +4,13 @@
  */
 import { nearest } from "../arguments.ts";
 import type { Slice } from "../backends/backend.ts";
+import { wasmFloats } from "../format/coded-wasm.ts";
 import type { PackModule } from "../format/format.ts";
 import { pacer } from "../pace.ts";
+import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
-import { hasCore, type ModulePlan, put, readRows, reuse, writeCore } from "./stage.ts";
+import { hasCore, type ModulePlan, type Private, put, reuse, writeCore } from "./stage.ts";
 import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -242,6 +244,27 @@ function besideCore(plan: ModulePlan, bench: Workbench, { old, turned }: Wanted)
     row += piece.rank;
   }
   return { rank, A, Bt, core };
+}
+
+/** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */
+function readRows(
+  { at, row, rank: rows, stored }: Private,
+  staged: Float32Array,
+  out: Float32Array,
+  rank: number,
+  width: number,
+  turned: boolean,
+): void {
+  if (stored) {
+    const { blob, tensor, strength } = stored;
+    const { dtype, byteOffset, byteLength } = tensor;
+    const bytes = blob.bytes.subarray(byteOffset, byteOffset + byteLength);
+    const whole = strength === 1 && (!turned || rows === rank);
+    const fast = whole && isQuantized(dtype) && wasmFloats(dtype, bytes, rows, width, turned);
+    if (fast) return out.set(fast, turned ? 0 : row * width);
+    const places = turned ? { at: row, down: 1, along: rank } : { at: row * width, down: width, along: 1 };
+    placeTensor(dtype, bytes, rows, width, out, places, strength);
+  } else put(staged.subarray(at, at + rows * width), out, row, rank, width, turned);
 }
 
 /** Reads the factors that are not in a core from a device, by module: one read a round. */
