@@ -68,6 +68,12 @@ export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress
   readonly tokens: number | undefined;
 }
 
+const STAGES = {
+  planning: "finding out how long all takes, by",
+  trying: "trying sizes,",
+  distilling: "distilling",
+} as const;
+
 /** @returns the pack, and the folder of what is finished, which is to be removed when the pack is written unless it was stopped */
 export async function packedByAnswers(
   { engine, model, build, file, inputs, tokens, ...options }: ByAnswers,
@@ -90,8 +96,7 @@ export async function packedByAnswers(
     ...build,
     signal,
     finished: finishedIn(finished, settings),
-    onProgress: ({ stage, task, done, of }) =>
-      out.progress("task", done, of, stage === "trying" ? `trying sizes, ${task}` : `distilling ${task}`),
+    onProgress: ({ stage, task, done, of }) => out.progress("task", done, of, `${STAGES[stage]} ${task}`),
   });
   return { ...built, finished };
 }
@@ -108,8 +113,8 @@ export async function addedByAnswers(
   out.phase("loading the model");
   const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, "examples" in asked);
   const signal = run.interrupts();
-  const onProgress: ByAnswersOptions["onProgress"] = ({ task, done, of }) =>
-    out.progress("task", done, of, `distilling ${task}`);
+  const onProgress: ByAnswersOptions["onProgress"] = ({ stage, task, done, of }) =>
+    out.progress("task", done, of, `${STAGES[stage]} ${task}`);
   const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress };
   const made = await tasksByAnswers(engineOf(ort, on), wholeOf(model, decoder), pack, how);
   return made.map(({ file, agreement, reason }) => {

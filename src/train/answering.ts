@@ -50,8 +50,10 @@ export interface ByAnswersOptions
 
 /** How far `packByAnswers` is. */
 export interface ByAnswersProgress {
-  /** Sizes are tried on some tasks, then all tasks are distilled for the one that was chosen. */
-  readonly stage: "trying" | "distilling";
+  /**
+   * How long all will take is found out with one task, sizes are tried on some, then all tasks are distilled for the one that was chosen.
+   */
+  readonly stage: "planning" | "trying" | "distilling";
   readonly task: string;
   readonly done: number;
   readonly of: number;
@@ -149,6 +151,7 @@ export class Answering {
       this.#steps = Number(planned);
       return;
     }
+    this.tell("planning", adapter.id, 0, 1);
     const started = performance.now();
     const { train, judges } = await this.#teach(level, adapter);
     const asked = performance.now();
