@@ -6,7 +6,7 @@
 
 /** Bytes that may pile up in a thread before young arrays are collected, and before all are, which takes longer. */
 const YOUNG = 2 ** 23;
-const ALL = 2 ** 25;
+const ALL = 2 ** 27;
 
 let [young, all] = [0, 0];
 let collect: ((which: "young" | "all") => void) | undefined;

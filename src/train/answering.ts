@@ -18,7 +18,7 @@ import { fromBase64, toBase64 } from "../text.ts";
 import { askAdapter } from "./answers.ts";
 import { distillable, distilTask } from "./distill.ts";
 import { MeanDivergence } from "./probabilities.ts";
-import { seen, type Taught, type TeachOptions, taughtBy } from "./taught.ts";
+import { MOST_MADE, seen, type Taught, type TeachOptions, taughtBy } from "./taught.ts";
 
 /** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
 export interface ByAnswersOptions
@@ -113,8 +113,8 @@ const MINUTES = { all: 10, each: 0.25 };
 export class Answering {
   readonly #options: ByAnswersOptions;
   readonly #until: number;
-  /** Answers of adapters, by id: each is asked once, as long as it is not done. */
-  readonly #taught = new Map<string, Taught>();
+  /** Answers of adapters to questions for so many steps, by id: each is asked once, as long as it is not done. */
+  readonly #taught = new Map<string, Taught & { readonly steps: number }>();
   readonly #outcomes = new Map<string, Outcome>();
   #steps: number | undefined;
 
@@ -141,7 +141,7 @@ export class Answering {
    * @param tried tasks that will be distilled in trying sizes before all are
    */
   async plan(level: Open, tried: number = 0): Promise<void> {
-    const { finished, adapters, steps } = this.#options;
+    const { finished, adapters, steps, texts, examples } = this.#options;
     if (steps !== undefined) return;
     const adapter = await this.#firstOf(level);
     if (!adapter) return;
@@ -153,22 +153,26 @@ export class Answering {
     }
     this.tell("planning", adapter.id, 0, 1);
     const started = performance.now();
-    const { train, judges } = await this.#teach(level, adapter);
-    const asked = performance.now();
+    // As few questions as tell how long one takes.
+    const { train, judges } = await this.#teach(level, adapter, PROBED);
+    const began = performance.now();
     let [first, last] = [0, 0];
     const onStep = (): void => {
       last = performance.now();
       first ||= last;
     };
     await this.#distil(level, adapter, PROBED, onStep);
-    const [question, fixed] = [(asked - started) / (train.length + judges.length), first - asked];
+    const [question, fixed] = [(began - started) / (train.length + judges.length), first - began];
     const each = (last - first) / (PROBED - 1);
     const left = PLANNED * (this.#until - performance.now());
     // Few steps see few questions.
-    const before = (steps: number): number => fixed + question * (Math.min(train.length, seen(steps)) + judges.length);
+    const asked = (steps: number): number => Math.min((texts ?? examples)?.length ?? MOST_MADE, seen(steps));
+    const asking = (steps: number): number => question * (asked(steps) + judges.length);
+    // A task that sizes are tried on is asked once.
     const takes = (steps: number): number =>
-      adapters.length * (before(steps) + steps * each) + tried * (before(steps) + Math.min(steps, TRYING) * each);
+      adapters.length * (asking(steps) + fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
     this.#steps = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
+    for (const [id, { steps }] of this.#taught) if (seen(steps) < seen(this.#steps)) this.#taught.delete(id);
     // A call that goes on takes as many.
     await finished?.write(key, String(this.#steps));
   }
@@ -200,11 +204,12 @@ export class Answering {
     this.#options.onProgress?.({ stage, task, done, of });
   }
 
-  async #teach({ session }: Open, adapter: Adapter): Promise<Taught> {
+  /** @param steps that are planned */
+  async #teach({ session }: Open, adapter: Adapter, steps: number = this.steps): Promise<Taught> {
     const known = this.#taught.get(adapter.id);
     if (known) return known;
     const task = await distillable(session, adapter.id);
-    const taught = await taughtBy(session, adapter, task, { ...this.#questions, steps: this.#steps ?? TRAINING[0] });
+    const taught = { ...(await taughtBy(session, adapter, task, { ...this.#questions, steps })), steps };
     this.#taught.set(adapter.id, taught);
     return taught;
   }

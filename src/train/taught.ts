@@ -63,7 +63,7 @@ export const BATCH = 8;
 /** Batches that show how answers depend on coefficients, before any step. */
 export const BATCHES_TO_SOLVE = 24;
 /** Most questions that are made to learn from: more of them taught no more. */
-const MOST_MADE = 1024;
+export const MOST_MADE = 1024;
 /** Questions that are made to judge by. */
 const MADE_TO_JUDGE = 128;
 
