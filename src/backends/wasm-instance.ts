@@ -23,10 +23,10 @@ const RESERVED_PAGES = 1;
 /** Where the builds of a module are, best last. */
 export type Binaries<Variant extends string> = Record<Variant, () => Promise<{ default: Uint8Array<ArrayBuffer> }>>;
 
-/** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */
-export function claim({ heap, memory }: Instance<unknown>, byteLength: number, owner: Owner): number {
+/** Address of `byteLength` bytes, by default of zeros. @throws BackendError when there are none */
+export function claim({ heap, memory }: Instance<unknown>, byteLength: number, owner: Owner, zeroed?: boolean): number {
   checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
-  const start = heap.allocate(byteLength);
+  const start = heap.allocate(byteLength, zeroed);
   if (start !== undefined) return start;
   throw new BackendError(
     `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held: load fewer tasks, or use policy "reload"`,
@@ -79,8 +79,11 @@ const PAGE = 65536;
 
 /** Hands out ranges of a `WebAssembly.Memory`. */
 export interface Heap {
-  /** Address of `byteLength` zeroed bytes, or `undefined` when the memory cannot grow by what is missing. */
-  allocate(byteLength: number): number | undefined;
+  /**
+   * Address of `byteLength` bytes, or `undefined` when the memory cannot grow by what is missing.
+   * @param zeroed whether all of them are 0. Default: true
+   */
+  allocate(byteLength: number, zeroed?: boolean): number | undefined;
   /** Takes back what `allocate` gave for the same `byteLength`. */
   free(address: number, byteLength: number): void;
 }
@@ -97,7 +100,7 @@ export function createHeap(memory: WebAssembly.Memory, start: number): Heap {
   let top = start;
 
   return {
-    allocate(byteLength) {
+    allocate(byteLength, zeroed = true) {
       const size = roundUp(byteLength);
       const index = ranges.findIndex(({ start, end }) => end - start >= size);
       if (index >= 0) {
@@ -105,7 +108,7 @@ export function createHeap(memory: WebAssembly.Memory, start: number): Heap {
         const address = range.start;
         range.start += size;
         if (range.start === range.end) ranges.splice(index, 1);
-        new Uint8Array(memory.buffer, address, size).fill(0);
+        if (zeroed) new Uint8Array(memory.buffer, address, size).fill(0);
         return address;
       }
       // A free range that ends at the top is the beginning of the block; only the rest is new.

@@ -53,7 +53,7 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
     multiplyTransposed: product(0, 0),
     gram: (x, rows, width) => mirrored(lowerHalf(x, x, rows, rows, width), rows),
     hold(operand) {
-      const at = claim(instance, operand.byteLength, "scratch");
+      const at = claim(instance, operand.byteLength, "scratch", false);
       new Float64Array(memory.buffer, at, operand.length).set(operand);
       held.set(operand, at);
       return () => {
@@ -75,14 +75,14 @@ export async function fastProducts(): Promise<Products> {
   return typeof WebAssembly === "undefined" ? PLAIN : createWasmProducts();
 }
 
-/** Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. */
+/** Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. They hold any numbers. */
 function onBlocks<T>(
   instance: Instance<ExtractionKernels>,
   lengths: readonly number[],
   work: (addresses: number[], views: Float64Array[]) => T,
 ): T {
   const byteLength = 8 * lengths.reduce((sum, length) => sum + length, 0);
-  const start = claim(instance, byteLength, "scratch");
+  const start = claim(instance, byteLength, "scratch", false);
   let next = start;
   const addresses = lengths.map((length) => (next += 8 * length) - 8 * length);
   try {
@@ -99,6 +99,7 @@ function tridiagonalize(instance: Instance<ExtractionKernels>, a: Float64Array, 
   const { kernels } = instance;
   return onBlocks(instance, [n * n, n, n, 3 * n], ([at, diagonalAt, offAt, tausAt], [values, diagonal, off, taus]) => {
     values!.set(a);
+    for (const empty of [diagonal, off, taus]) empty!.fill(0);
     kernels.tridiagonalize(at!, n, diagonalAt!, offAt!, tausAt!);
     const [reflectors, factors] = [values!.slice(), taus!.slice(0, n)];
     const turn = (z: Float64Array, count: number): void =>
