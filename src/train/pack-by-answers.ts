@@ -57,8 +57,9 @@ const OPTIONS = [
 
 /** Sizes that are expected to be tried. */
 const EXPECTED = 3;
-/** Tasks that sizes are tried on. */
+/** Tasks that sizes are tried on, and where there is no time for a step. */
 const TRIED = 6;
+const TRIED_IN_HASTE = 3;
 
 /**
  * Distils adapters onto the components of a pack that exists. The pack stays as it is.
@@ -146,6 +147,7 @@ class Making {
   readonly #answering: Answering;
   readonly #kinds: readonly SizedPacks[];
   #level: Level | undefined;
+  #hasty = false;
 
   constructor(engine: Engine, model: ModelInput, options: ByAnswersOptions) {
     this.#engine = engine;
@@ -207,6 +209,7 @@ class Making {
     const kind = this.#kinds[0]!;
     let at = kind.first;
     await this.#answering.plan(await this.#open({ kind, at }), EXPECTED * this.#some.length);
+    this.#hasty = this.#options.steps === undefined && this.#answering.steps === 0;
     const known = new Map<number, number>();
     const expected = async (at: number): Promise<number> => {
       if (!known.has(at)) known.set(at, (await this.#tried({ kind, at })).bytes);
@@ -246,7 +249,7 @@ class Making {
 
   /** Tasks that sizes are tried on. */
   get #some(): readonly Adapter[] {
-    return spread(this.#options.adapters, TRIED);
+    return spread(this.#options.adapters, this.#hasty ? TRIED_IN_HASTE : TRIED);
   }
 
   /** Bytes of a pack, once its tasks are as they will be, and how far they agree; from some of them. */
