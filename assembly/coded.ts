@@ -385,8 +385,9 @@ function endRow(): void {
 }
 
 /**
- * Decodes at most `most` integers of each of two rows, in turns: while one state waits for its table, the other goes on. The
- * coder's state is in registers: there are millions of integers. No branch decides on the next word, which no processor could predict either: whether there was one is asked behind a turn.
+ * Decodes at most `most` integers of each of two rows, in turns: while one state waits for its table, the other goes on. States are in
+ * registers, since there are millions of integers. No branch decides on the next word, which no processor could predict: whether there
+ * was one is asked behind a turn.
  */
 function pairs(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;
