@@ -106,7 +106,7 @@ const PLANNED = 0.92;
 /** Steps that tell how long one takes. */
 const PROBED = 8;
 /**
- * Of a line's tokens most are foreseen by any model, so that the same agreement says less: twenty skills of SmolLM2 that agreed in 98.1 % of
+ * Any model foresees most tokens of a line, so that the same agreement says less of them: twenty skills of SmolLM2 that agreed in 98.1 % of
  * made-up lines' tokens answered 2.8 points fewer rows right.
  */
 const DEFAULT_AGREEMENT = { labels: 0.96, tokens: 0.99 };
@@ -157,7 +157,7 @@ export class Answering {
     }
     this.tell("planning", adapter.id, 0, 1);
     const started = performance.now();
-    // As few questions as tell how long one takes.
+    // Few questions tell how long one takes.
     const { train, judges } = await this.#teach(level, adapter, PROBED);
     const began = performance.now();
     let [first, last] = [0, 0];
