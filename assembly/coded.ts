@@ -387,7 +387,7 @@ function endRow(): void {
 /**
  * Decodes at most `most` integers of each of two rows, in turns: while one state waits for its table, the other goes on. States are in
  * registers, since there are millions of integers. No branch decides on the next word, which no processor could predict: whether there
- * was one is asked behind a turn.
+ * was one is asked behind a turn. Both halves are written out, since a function gives back one value, and here each half has five.
  */
 function pairs(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;

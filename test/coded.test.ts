@@ -131,6 +131,9 @@ t.test("damage is found, and nothing grows beyond bounds", async (t) => {
   t.ok(refused > 2700, `${refused} refused, ${other} read as something else, which the checksum of a section finds`);
   for (let length = 0; length < bytes.length; length += 7)
     await t.rejects(decode(bytes.subarray(0, length)), /file, part: as it is coded, /);
+  const former = Uint8Array.of(...new TextEncoder().encode("CODE"), ...bytes.subarray(4));
+  t.ok(isCoded(former), "a section of 1.1 is known as one");
+  await t.rejects(decode(former), /of another version, and its adapters must be packed again/);
   const bomb = bytes.slice();
   new DataView(bomb.buffer).setUint32(4, 0xffffffff, true);
   await t.rejects(decode(bomb, "bases"), /becomes 4294967295 bytes, of \d+ that are stored/);

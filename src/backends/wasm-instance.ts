@@ -124,7 +124,7 @@ export function createHeap(memory: WebAssembly.Memory, start: number): Heap {
       }
       if (address < top) {
         ranges.pop();
-        new Uint8Array(memory.buffer, address, top - address).fill(0);
+        if (zeroed) new Uint8Array(memory.buffer, address, top - address).fill(0);
       }
       top = address + size;
       return address;

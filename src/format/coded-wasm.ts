@@ -2,9 +2,9 @@
  * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: three to five times as fast as `coded.ts`, fifteen
  * times with the first section. And decoded integers as floats, six times as fast as `placeTensor`.
  *
- * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, those kernels are loaded
- * without it in the core of every app, and 3 kB may be compiled at once, without a promise. Where an engine has no WebAssembly, no SIMD, or a
- * policy against it, `coded.ts` decodes.
+ * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, and those kernels are
+ * loaded without it in the core of every app. Its 6 kB are compiled at once, without a promise. Where an engine has no WebAssembly, no SIMD,
+ * a policy against it, or a page's thread that compiles no more than 4 kB so, as Chromium's once did, `coded.ts` decodes.
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";

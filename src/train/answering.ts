@@ -135,6 +135,11 @@ export class Answering {
     return this.#steps ?? 0;
   }
 
+  /** Whether the plan has found no time for a step. */
+  get hasty(): boolean {
+    return this.#options.steps === undefined && this.#steps === 0;
+  }
+
   /** Whether what is not done must be left. */
   get late(): boolean {
     return this.#options.signal?.aborted === true || performance.now() > this.#until;
@@ -176,7 +181,7 @@ export class Answering {
     const takes = (steps: number): number =>
       adapters.length * (asking(steps) + fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
     this.#steps = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
-    for (const [id, { steps }] of this.#taught) if (seen(steps) < seen(this.#steps)) this.#taught.delete(id);
+    for (const [id, { steps }] of this.#taught) if (asked(steps) < asked(this.#steps)) this.#taught.delete(id);
     // A call that goes on takes as many.
     await finished?.write(key, String(this.#steps));
   }

@@ -147,7 +147,6 @@ class Making {
   readonly #answering: Answering;
   readonly #kinds: readonly SizedPacks[];
   #level: Level | undefined;
-  #hasty = false;
 
   constructor(engine: Engine, model: ModelInput, options: ByAnswersOptions) {
     this.#engine = engine;
@@ -209,7 +208,6 @@ class Making {
     const kind = this.#kinds[0]!;
     let at = kind.first;
     await this.#answering.plan(await this.#open({ kind, at }), EXPECTED * this.#some.length);
-    this.#hasty = this.#options.steps === undefined && this.#answering.steps === 0;
     const known = new Map<number, number>();
     const expected = async (at: number): Promise<number> => {
       if (!known.has(at)) known.set(at, (await this.#tried({ kind, at })).bytes);
@@ -249,7 +247,7 @@ class Making {
 
   /** Tasks that sizes are tried on. */
   get #some(): readonly Adapter[] {
-    return spread(this.#options.adapters, this.#hasty ? TRIED_IN_HASTE : TRIED);
+    return spread(this.#options.adapters, this.#answering.hasty ? TRIED_IN_HASTE : TRIED);
   }
 
   /** Bytes of a pack, once its tasks are as they will be, and how far they agree; from some of them. */
