@@ -14,5 +14,6 @@ const none = (backend: string) => async (): Promise<Backend> => {
 export const createWasmBackend: () => Promise<Backend> = none("wasm");
 /** @throws BackendError always */
 export const createWebgpuBackend: () => Promise<Backend> = none("webgpu");
-/** Nothing: sections are decoded in JavaScript. */
-export const wasmWork = (): undefined => undefined;
+/** Nothing: sections are decoded in JavaScript, and so are the numbers of tensors. */
+export const wasmWork = async (): Promise<undefined> => undefined;
+export const wasmFloats = (): undefined => undefined;

@@ -27,6 +27,7 @@ import {
   SHAPE,
   uniform,
   wasmFloats,
+  type wasmWork,
 } from "./internals.ts";
 import { readCoded } from "./mutants/read-coded.js";
 
@@ -39,7 +40,7 @@ const OWN_SEED = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url
 async function decode(bytes: Uint8Array, part = "part", before?: Uint8Array, expected?: number): Promise<Uint8Array> {
   const how = { file: "file", part, ...(before && { before }), expected };
   const said = await Promise.all(
-    [how, { ...how, by: () => undefined }].map((how) => decodeSection(bytes, how).catch((error: Error) => error)),
+    [how, { ...how, by: async () => undefined }].map((how) => decodeSection(bytes, how).catch((error: Error) => error)),
   );
   const [fast, plain] = said as [Uint8Array | Error, Uint8Array | Error];
   if (fast instanceof Error && plain instanceof Error && fast.message === plain.message) throw fast;
@@ -252,7 +253,7 @@ t.test("long work is done in pieces, which a signal ends", async (t) => {
   const bytes = sparse(16, 100_000, 0.09);
   const wrong = bytes.slice();
   wrong[wrong.length - 1]! ^= 1;
-  for (const by of [undefined, () => undefined]) {
+  for (const by of [undefined, async () => undefined]) {
     const how = { file: "file", part: "part", ...(by && { by }) };
     // Others have a turn while it is decoded, whether it is right or not.
     for (const [of, expected] of [
@@ -279,6 +280,37 @@ t.test("long work is done in pieces, which a signal ends", async (t) => {
     await (by ? t.rejects(work, /^enough$/) : work.catch(() => {}));
   }
 });
+
+t.test(
+  "an engine that compiles with a promise alone, as pages in older Chromium do, and one that does not compile",
+  async (t) => {
+    const { section, tensors, step } = randomSection(1);
+    const stored = encodeSection(section, tensors, step)!;
+    const { Module, Instance, compile } = WebAssembly;
+    t.teardown(() => Object.assign(WebAssembly, { Module, Instance, compile }));
+    const no = (): never => {
+      throw new RangeError("disallowed on the main thread, if the buffer size is larger than 4KB");
+    };
+    // A copy of the module, which has compiled nothing yet.
+    const fresh = async (): Promise<typeof import("../dist/src/format/coded-wasm.js")> =>
+      import(`../dist/src/format/coded-wasm.js?${Math.random()}`);
+    const work = async (by: typeof wasmWork): ReturnType<typeof wasmWork> =>
+      by(stored, new Uint8Array(), section.length, (fault) => t.fail(`${fault}`) as never);
+    Object.assign(WebAssembly, { Module: no, Instance: no });
+    const promised = await fresh();
+    t.equal(promised.wasmFloats("int8", new Uint8Array(8), 1, 4, false), undefined, "nothing is compiled yet");
+    for (let round = 0; round < 2; round++) {
+      const [one, two] = await Promise.all([work(promised.wasmWork), work(promised.wasmWork)]);
+      for (const found of [one!, two!]) {
+        while (!found.next());
+        t.ok(Buffer.from(found.section()).equals(section));
+      }
+    }
+    t.ok(promised.wasmFloats("int8", new Uint8Array(8), 1, 4, false), "what was compiled is there now");
+    Object.assign(WebAssembly, { compile: no });
+    t.equal(await work((await fresh()).wasmWork), undefined);
+  },
+);
 
 t.test("sections that are decoded at the same time", async (t) => {
   const sections = [1, 2, 3, 4].map((seed) => randomSection(seed));

@@ -38,7 +38,7 @@ export {
   mostDecoded,
   SHAPE,
 } from "../dist/src/format/coded.js";
-export { wasmFloats } from "../dist/src/format/coded-wasm.js";
+export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
 export { encodeBasis, encodeSignedTaskFile, encodeSuperblock, encodeTask } from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";

@@ -3,8 +3,8 @@
  * times with the first section. And decoded integers as floats, six times as fast as `placeTensor`.
  *
  * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, and those kernels are
- * loaded without it in the core of every app. Its 6 kB are compiled at once, without a promise. Where an engine has no WebAssembly, no SIMD,
- * a policy against it, or a page's thread that compiles no more than 4 kB so, as Chromium's once did, `coded.ts` decodes.
+ * loaded without it in the core of every app. Where an engine has no WebAssembly, no SIMD or a policy against it, `coded.ts` decodes.
+ * It is compiled at once, without a promise, where an engine does that: pages in older Chromium take no more than 4 kB so, and this is 6.
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
@@ -55,14 +55,14 @@ let refused = typeof WebAssembly === "undefined";
  * @param size bytes that it becomes
  * @param refuse throws for a fault, a place in `FAULTS` of `coded.ts`, at a byte of the section
  */
-export function wasmWork(
+export async function wasmWork(
   stored: Uint8Array,
   before: Uint8Array,
   size: number,
   refuse: (fault: number, at: number) => never,
-): Work | undefined {
+): Promise<Work | undefined> {
   const start = STORED + stored.length + before.length;
-  const decoder = decoderWith(start + size);
+  const decoder = withMemory(start + size, take() ?? another() ?? (await compiled()));
   if (!decoder) return undefined;
   const { memory, begin, decode, fault, place } = decoder;
   const bytes = new Uint8Array(memory.buffer);
@@ -91,7 +91,7 @@ export function wasmWork(
 
 /**
  * The numbers of an encoded tensor, as `decodeTensor` gives them, valid until anything else is decoded. Undefined where there is no
- * WebAssembly, or too little memory.
+ * WebAssembly or too little memory, and where compiling needs a promise and no section was decoded yet.
  * @param turned whether [width, rows] is wanted
  */
 export function wasmFloats(
@@ -103,7 +103,7 @@ export function wasmFloats(
 ): Float32Array | undefined {
   const size = 4 * rows * width;
   const start = Math.ceil((STORED + bytes.length) / 16) * 16;
-  const decoder = decoderWith(start + (turned ? 2 : 1) * size);
+  const decoder = withMemory(start + (turned ? 2 : 1) * size, take() ?? another());
   if (!decoder) return undefined;
   const { memory, floats, turn } = decoder;
   new Uint8Array(memory.buffer).set(bytes, STORED);
@@ -113,14 +113,22 @@ export function wasmFloats(
   return new Float32Array(memory.buffer, turned ? start + size : start, rows * width);
 }
 
-/** A decoder with that many bytes of memory, which nobody else has until it is kept: two sections may be decoded in turns. */
-function decoderWith(bytes: number): WasmDecoder | undefined {
-  if (bytes > MOST || !compiled()) return undefined;
-  let decoder = kept;
+/** A decoder that nobody else has until it is kept: two sections may be decoded in turns. */
+function take(): WasmDecoder | undefined {
+  const decoder = kept;
   kept = undefined;
+  return decoder;
+}
+
+function keep(decoder: WasmDecoder): void {
+  if (decoder.memory.buffer.byteLength <= MOST_KEPT) kept = decoder;
+}
+
+/** The decoder with that many bytes of memory. */
+function withMemory(bytes: number, decoder: WasmDecoder | undefined): WasmDecoder | undefined {
+  if (bytes > MOST || !decoder) return undefined;
+  const pages = Math.ceil((bytes - decoder.memory.buffer.byteLength) / PAGE);
   try {
-    decoder ??= instance();
-    const pages = Math.ceil((bytes - decoder.memory.buffer.byteLength) / PAGE);
     if (pages > 0) decoder.memory.grow(pages);
     return decoder;
   } catch {
@@ -128,23 +136,32 @@ function decoderWith(bytes: number): WasmDecoder | undefined {
   }
 }
 
-function keep(decoder: WasmDecoder): void {
-  if (decoder.memory.buffer.byteLength <= MOST_KEPT) kept = decoder;
+/** One more decoder at once; undefined where the engine has none, or wants a promise. */
+function another(): WasmDecoder | undefined {
+  if (refused) return undefined;
+  try {
+    module ??= new WebAssembly.Module(binary);
+    const memory = new WebAssembly.Memory({ initial: 1 });
+    return begun(memory, new WebAssembly.Instance(module, { env: { memory } }));
+  } catch {
+    return undefined;
+  }
 }
 
-function compiled(): boolean {
-  if (module || refused) return !refused;
+/** The same by a promise. */
+async function compiled(): Promise<WasmDecoder | undefined> {
+  if (refused) return undefined;
   try {
-    module = new WebAssembly.Module(binary);
+    module ??= await WebAssembly.compile(binary);
+    const memory = new WebAssembly.Memory({ initial: 1 });
+    return begun(memory, await WebAssembly.instantiate(module, { env: { memory } }));
   } catch {
     refused = true;
+    return undefined;
   }
-  return !refused;
 }
 
-function instance(): WasmDecoder {
-  const memory = new WebAssembly.Memory({ initial: 1 });
-  const { exports } = new WebAssembly.Instance(module!, { env: { memory } });
+function begun(memory: WebAssembly.Memory, { exports }: WebAssembly.Instance): WasmDecoder {
   new Int32Array(memory.buffer, FIRST).set(new Tables().sums);
   new Uint8Array(memory.buffer, LEVELS).set(LEVEL_OF);
   return { memory, ...exports } as unknown as WasmDecoder;

@@ -120,7 +120,7 @@ export async function decodeSection(
     sound(false, `${FAULTS[fault]}${where}: the file is damaged, fetch it again`);
     throw new RangeError();
   };
-  const work = by(bytes, before, size, refuse) ?? scriptWork(bytes, before, size, refuse);
+  const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
   const pause = pacer(signal, TURN);
   while (!work.next()) {
     const turn = pause();
