@@ -47,8 +47,8 @@ const AT_RANDOM = 0.2;
 const ROUNDS = 8;
 /** The share of a language model's lines that it does not go on from. */
 const ALONE = 0.5;
-/** Tokens that a language model goes on for, of lines cut to so many words. */
-const SAID = 16;
+/** Tokens that a language model goes on for, of lines cut to so many words. Twice as many take three times as long. */
+const SAID = 8;
 const BEGUN = 4;
 
 /**

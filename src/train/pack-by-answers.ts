@@ -1,8 +1,8 @@
 /**
- * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, each
- * task distilled onto them, its answers judged by questions that were held back. How coarse numbers may be is tried on a few tasks. A task
- * that does not come close enough is stored closer to its adapter; where time runs out, as a pack without a model stores it. Where bytes are
- * given, they decide how coarse numbers are, and the few tasks whether components are shared.
+ * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, or tasks
+ * by themselves; each task distilled, its answers judged by questions that were held back. Which of both, and how coarse numbers may be, is
+ * tried on a few tasks. A task that does not come close enough is stored closer to its adapter; where time runs out, as a pack without a
+ * model stores it. Where bytes are given, they decide how coarse numbers are.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
@@ -55,7 +55,7 @@ const OPTIONS = [
   ...(["agreement", "bytes", "minutes", "steps", "seed", "signal", "onProgress", "finished", "workers"] as const),
 ] as const;
 
-/** Sizes that are expected to be tried. */
+/** Sizes of one kind that are expected to be tried. */
 const EXPECTED = 3;
 /** Tasks that sizes are tried on, and where there is no time for a step. */
 const TRIED = 6;
@@ -205,26 +205,33 @@ class Making {
 
   /** The pack in which all tasks are expected to take least, from what becomes of some of them. */
   async #smallest(): Promise<{ readonly sized: Sized; readonly expected: number }> {
-    const kind = this.#kinds[0]!;
-    let at = kind.first;
-    await this.#answering.plan(await this.#open({ kind, at }), EXPECTED * this.#some.length);
-    const known = new Map<number, number>();
-    const expected = async (at: number): Promise<number> => {
-      if (!known.has(at)) known.set(at, (await this.#tried({ kind, at })).bytes);
-      return known.get(at)!;
+    const [kind, ...others] = this.#kinds;
+    let best: Sized = { kind: kind!, at: kind!.first };
+    await this.#answering.plan(await this.#open(best), (EXPECTED + others.length) * this.#some.length);
+    const known = new Map<SizedPacks, Map<number, number>>(this.#kinds.map((kind) => [kind, new Map()]));
+    const expected = async ({ kind, at }: Sized): Promise<number> => {
+      const bytes = known.get(kind)!;
+      if (!bytes.has(at)) bytes.set(at, (await this.#tried({ kind, at })).bytes);
+      return bytes.get(at)!;
     };
+    let least = await expected(best);
+    for (const other of others) {
+      if (this.#answering.late) break;
+      // Of as many bytes, before tasks that do not agree are stored closer.
+      const one = { kind: other, at: await other.largest(await best.kind.bytes(best.at)) };
+      if ((await expected(one)) < least) [best, least] = [one, await expected(one)];
+    }
     for (const direction of [-1, 1]) {
-      const from = at;
-      while (!this.#answering.late && at + direction >= 0 && at + direction <= kind.last) {
-        // The pack of this size is open.
-        const here = await expected(at);
-        if ((await expected(at + direction)) >= here) break;
-        at += direction;
+      const from = best.at;
+      while (!this.#answering.late && best.at + direction >= 0 && best.at + direction <= best.kind.last) {
+        const next = { ...best, at: best.at + direction };
+        if ((await expected(next)) >= least) break;
+        [best, least] = [next, await expected(next)];
       }
       // Smaller ones were better: larger ones are not.
-      if (at !== from) break;
+      if (best.at !== from) break;
     }
-    return { sized: { kind, at }, expected: await expected(at) };
+    return { sized: best, expected: least };
   }
 
   /** The finest pack that the bytes allow, in the kind in which a few tasks agree most. */

@@ -49,7 +49,12 @@ export class SizedPacks {
     return this.#bytes.get(at) ?? (await this.make(at)).report.bytes;
   }
 
-  /** The place of the largest of at most so many bytes; undefined where there is none. */
+  /** The whole place of the largest of at most so many bytes; the first where there is none. */
+  async largest(most: number): Promise<number> {
+    return Math.max(0, (await partition(this.last + 1, async (i) => (await this.bytes(i)) > most)) - 1);
+  }
+
+  /** The place of the largest of at most so many bytes, between two sizes too; undefined where there is none. */
   async within(most: number): Promise<number | undefined> {
     const first = await partition(BETWEEN * this.last + 1, async (i) => (await this.bytes(i / BETWEEN)) > most);
     return first > 0 ? (first - 1) / BETWEEN : undefined;
