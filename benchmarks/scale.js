@@ -5,7 +5,7 @@
  * Needs a Python (PYTHON) with onnxruntime-genai, onnx-ir, onnx, torch and transformers, which makes the model and the adapters once.
  */
 import { spawnSync } from "node:child_process";
-import { existsSync } from "node:fs";
+import { existsSync, rmSync } from "node:fs";
 import { mkdir, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -21,6 +21,11 @@ const given = readArguments("What do tasks cost on a model of the size that peop
   only: choice(["core", "shared", "apart"], "this pack alone"),
   learn: flag(
     "how long a step of learning takes beside PEFT's, and nothing else; with the pack whose sides are both shared",
+  ),
+  skills: number(
+    "what a process holds with so many of them, and nothing else; beyond 20 they are copies",
+    undefined,
+    1,
   ),
   rounds: number("rounds of steps", 5, 1),
 });
@@ -49,6 +54,10 @@ if (given.learn) {
   learning();
   process.exit();
 }
+if (given.skills) {
+  holding(given.skills);
+  process.exit();
+}
 const [packing, memory, times] = [[], [], []].map((rows) => /** @type {import("./lib/report.js").Row[]} */ (rows));
 memory.push({ name: "plain", ...inFreshProcess(steps, "holdModel", [model, ""]) });
 for (const name of /** @type {(keyof typeof PACKS)[]} */ (Object.keys(PACKS))) {
@@ -61,33 +70,69 @@ for (const name of /** @type {(keyof typeof PACKS)[]} */ (Object.keys(PACKS))) {
   memory.push({ name: what, "pack, MB": size / 1e6, ...inFreshProcess(steps, "holdModel", [model, pack]) });
   times.push({ name: what, ...inFreshProcess(steps, "timeSteps", [model, pack, given.rounds]) });
 }
-print(given.json, [
-  {
-    question: "What does packing 20 adapters take?",
-    rows: packing,
-    notes: ["Packs are kept: remove them to pack again."],
-  },
-  {
-    question: "How long does creation take, and what does a process hold? Each in a process of its own.",
-    rows: memory,
-    notes: [
-      "resident: after a switch to each of 20 skills and a token, above the plain model. very first: switch, from the file.",
-    ],
-  },
-  {
-    question: `What do switches and tokens take? In turns with the plain model in one process, medians of ${given.rounds} rounds.`,
-    rows: times,
-    notes: [
-      "CPU time. first: to a skill whose bytes are in memory, but were never used. again: to one that was used before.",
-    ],
-  },
-]);
+progress("PEFT");
+const peer = python("scale_hold.py", [given.size, join(folder, "apart"), String(given.rounds)]);
+if ("figures" in peer) {
+  const { resident, ...peft } = peer.figures;
+  memory.push({ name: "PEFT, f32", "resident, MB": resident / 1e6 });
+  times.push({
+    name: "PEFT, f32",
+    "again, ms": peft.switch,
+    "plain token, ms": peft.plain,
+    "token ÷ plain": peft.token,
+  });
+}
+print(
+  given.json,
+  [
+    {
+      question: "What does packing 20 adapters take?",
+      rows: packing,
+      notes: ["Packs are kept: remove them to pack again."],
+    },
+    {
+      question: "How long does creation take, and what does a process hold? Each in a process of its own.",
+      rows: memory,
+      notes: [
+        "resident: after a switch to each of 20 skills and a token, above the plain model. very first: switch, from the file.",
+      ],
+    },
+    {
+      question: `What do switches and tokens take? In turns with the plain model in one process, medians of ${given.rounds} rounds.`,
+      rows: times,
+      notes: [
+        "CPU time. first: to a skill whose bytes are in memory, but were never used. again: to one that was used before.",
+        "PEFT's are beside its own plain model: 20 adapters in memory, switched by set_adapter.",
+      ],
+    },
+  ],
+  [peerLine("PEFT", peer)],
+);
 
 /** @param {keyof typeof PACKS} name @returns {import("./lib/report.js").Row} */
 function packed(name) {
   const [adapters, options, what] = PACKS[name];
   progress(`packing: ${what}`);
   return inFreshProcess(steps, "packed", [join(folder, adapters), join(folder, `${name}.eigen`), options.join(" ")]);
+}
+
+/** @param {number} skills */
+function holding(skills) {
+  /** @type {import("./lib/report.js").Row[]} */
+  const rows = [];
+  for (const name of /** @type {(keyof typeof PACKS)[]} */ (Object.keys(PACKS))) {
+    if (given.only && given.only !== name) continue;
+    const [pack, more] = [join(folder, `${name}.eigen`), join(folder, `${name}, ${skills}.eigen`)];
+    if (!existsSync(pack)) packed(name);
+    progress(`${skills} skills: ${PACKS[name][2]}`);
+    const bytes = inFreshProcess(steps, "manySkills", [pack, more, skills]);
+    const [few, many] = [pack, more].map((one) => inFreshProcess(steps, "holdModel", [model, one])["resident, MB"]);
+    rmSync(more);
+    const columns = { "pack, MB": bytes / 1e6, "20 skills, MB": few, "all, MB": many, "÷ 20": many / few };
+    rows.push({ name: PACKS[name][2], ...columns });
+  }
+  const question = `What does a process hold of ${skills} skills above the plain model, after a switch to each and a token?`;
+  print(given.json, [{ question, rows, notes: [] }]);
 }
 
 function learning() {

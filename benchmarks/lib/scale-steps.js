@@ -1,10 +1,12 @@
 /** Parts of benchmarks/scale.js, each for a process of its own. */
-import { readFile } from "node:fs/promises";
+import { readFile, writeFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { median, min } from "simple-statistics";
+import { placeOf } from "../../dist/src/format/layout.js";
+import { freshPack } from "../../dist/src/pack/write.js";
 import { clocked, inFreshProcess, peakMemory, settledMemory } from "./process.js";
 
 /** @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running */
@@ -67,6 +69,25 @@ export async function holdModel(model, pack) {
     "first, from the file, ms": median(fromFile),
     mode: result.mode,
   };
+}
+
+/**
+ * Writes a pack with more tasks: those that are there, again and again under other names.
+ * @param {string} from
+ * @param {string} to
+ * @param {number} count
+ */
+export async function manySkills(from, to, count) {
+  const pack = await openPack(from);
+  const some = await Promise.all([...pack.tasks.keys()].map(async (id) => ({ id, blob: await pack.stored(id) })));
+  const places = Array.from({ length: count }, (_, i) => {
+    const { id, blob } = some[i % some.length];
+    return placeOf({ entry: { id: `${id} ${i}`, adapterBytes: 0, metadata: {} }, blob });
+  });
+  const { bytes, chunks } = await freshPack(pack, await Promise.all(places));
+  await writeFile(to, chunks);
+  await pack.close();
+  return bytes;
 }
 
 /** Rows to learn: how many, tokens, and how many of them are learned. */
