@@ -37,6 +37,8 @@ export interface TaskMetadata {
   license?: string;
   /** Where the adapter came from. */
   origin?: string;
+  /** How a language model is asked: `Opposite: {input} → {output}`, with what ends an answer behind it. */
+  template?: string;
   /** Other plain values: strings, numbers, booleans, null, arrays and objects of these. */
   [key: string]: unknown;
 }

@@ -30,7 +30,8 @@ export interface ByAnswersOptions
   readonly names?: ReadonlyMap<string, string> | undefined;
   /**
    * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class, each counted by how much
-   * likelier the adapter finds that than the second. Default: 0.96; 0.99 of a language model's tokens.
+   * likelier the adapter finds that than the second. Default: 0.96 of labels, 0.97 of a
+   * language model's answers, 0.99 of all tokens of texts.
    */
   readonly agreement?: number | undefined;
   /** Most bytes of the pack, which is then the one whose tasks agree most; instead of `agreement`. Not for `tasksByAnswers`. */
@@ -106,10 +107,10 @@ const PLANNED = 0.92;
 /** Steps that tell how long one takes. */
 const PROBED = 8;
 /**
- * Any model foresees most tokens of a line, so that the same agreement says less of them: twenty skills of SmolLM2 that agreed in 98.1 % of
- * made-up lines' tokens answered 2.8 points fewer rows right.
+ * Any model foresees most tokens of a text, so that the same agreement says less of them than of answers: twenty skills of SmolLM2 that
+ * agreed in 98.1 % of made-up lines' tokens answered 2.8 points fewer rows right.
  */
-const DEFAULT_AGREEMENT = { labels: 0.96, tokens: 0.99 };
+const DEFAULT_AGREEMENT = { labels: 0.96, answers: 0.97, texts: 0.99 };
 /** Minutes by default: for all tasks, or for each where there are many. */
 const MINUTES = { all: 10, each: 0.25 };
 
@@ -265,8 +266,8 @@ export class Answering {
 
   async #judged(level: Open, adapter: Adapter, steps: number, differ: number): Promise<Outcome> {
     const { bytes: most, agreement } = this.#options;
-    const { supervision } = await this.#teach(level, adapter);
-    const wanted = agreement ?? (most === undefined ? DEFAULT_AGREEMENT[supervision.tokens ? "tokens" : "labels"] : 0);
+    const { asked } = await this.#teach(level, adapter);
+    const wanted = agreement ?? (most === undefined ? DEFAULT_AGREEMENT[asked] : 0);
     const least = 1 - differ * (1 - wanted);
     const { id, file, kept, agreement: found } = await this.#distil(level, adapter, steps);
     let best: Outcome = { id, file, kept, agreement: found, bytes: parseTaskFile(file, id).blob.length };

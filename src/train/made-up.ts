@@ -1,16 +1,17 @@
 /**
  * Questions that the program makes, where a user gives no text: words of the tokenizer's vocabulary in no order, among them those of the
  * names of tasks and labels. Most of a classifier's are crossed, round by round, from the lines whose answers came closest to each label,
- * since lines at random hardly reach some. A language model goes on from half of them in its own words.
+ * since lines at random hardly reach some. Those of a language model: `made-up-tokens.ts`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
 import { type AdapterAnswer, type AskOptions, adapterWeights } from "./answers.ts";
-import type { Example, Row, Tokens } from "./examples.ts";
+import type { Example, Row } from "./examples.ts";
+import { tokenQuestions } from "./made-up-tokens.ts";
 import { answers } from "./objective.ts";
-import { type Distribution, drawnFrom, likeliest } from "./probabilities.ts";
+import type { Distribution } from "./probabilities.ts";
 
 /** A tokenizer of transformers.js or of @huggingface/tokenizers, as far as words are read from it. */
 interface Vocabulary {
@@ -45,12 +46,6 @@ const CLOSEST = 12;
  */
 const AT_RANDOM = 0.2;
 const ROUNDS = 8;
-/** The share of a language model's lines that it does not go on from. */
-const ALONE = 0.5;
-/** Tokens that a language model goes on for, of lines cut to so many words. Twice as many take three times as long. */
-const SAID = 8;
-const BEGUN = 4;
-
 /**
  * Words of a tokenizer, and of the names of tasks and their labels.
  * @throws TypeError for a tokenizer that does not tell its vocabulary
@@ -90,10 +85,15 @@ function labelsOf({ labels }: { readonly labels?: unknown }): string[] {
   return Array.isArray(labels) ? labels.filter((label) => typeof label === "string") : [];
 }
 
-/** Lines of words. */
-export function madeUpTexts(words: Words, count: number, random: () => number): string[] {
+/** Lines of words. @param length how many words a line has */
+export function madeUpTexts(
+  words: Words,
+  count: number,
+  random: () => number,
+  length: (random: () => number) => number = lengthOf,
+): string[] {
   return Array.from({ length: count }, () =>
-    Array.from({ length: lengthOf(random) }, () => draw(words, random)).join(" "),
+    Array.from({ length: length(random) }, () => draw(words, random)).join(" "),
   );
 }
 
@@ -138,23 +138,19 @@ export async function madeUpQuestions(
     throw new TypeError(
       `${where}: no text can be made for a model with a decoder of its own: give prompts and completions`,
     );
-  const first = await rowsOf(madeUpTexts(words, Math.ceil(count * (supervision.tokens ? ALONE : AT_RANDOM)), random));
-  await ask(first);
-  if (!supervision.tokens) {
-    for (let round = 0; round < ROUNDS; round++) {
-      const lines = Math.ceil((count - found.size) / (ROUNDS - round));
-      await ask(await rowsOf(crossed(found, words, lines, random)));
+  if (supervision.tokens) {
+    async function* next(rows: readonly Row<BatchFeeds>[]): AsyncGenerator<[Row<BatchFeeds>, Distribution]> {
+      for await (const { row, logits } of answers({ model, supervision }, rows, weights, how))
+        yield [row, supervision.distribution(logits[0]!)];
     }
+    await ask(await tokenQuestions(words, count, adapter.metadata, { rowsOf, next, random }));
     return found;
   }
-  let begun = (await rowsOf(madeUpTexts(words, count - first.length, random).map(beginning))) as TokenRow[];
-  for (let said = 0; said < SAID; said++) {
-    const next = new Map<Row<BatchFeeds>, number>();
-    for await (const { row, logits } of answers({ model, supervision }, begun.map(atEnd), weights, how))
-      next.set(row, likeliest(drawnFrom(supervision.distribution(logits[0]!), random)));
-    begun = [...next].map(([row, id]) => longer(row as TokenRow, id));
+  await ask(await rowsOf(madeUpTexts(words, Math.ceil(count * AT_RANDOM), random)));
+  for (let round = 0; round < ROUNDS; round++) {
+    const lines = Math.ceil((count - found.size) / (ROUNDS - round));
+    await ask(await rowsOf(crossed(found, words, lines, random)));
   }
-  await ask(begun.map(atAll));
   return found;
 }
 
@@ -182,43 +178,4 @@ function crossed(
     );
     return mixed.slice(0, lengthOf(random)).join(" ");
   });
-}
-
-type TokenRow = Row<BatchFeeds> & { readonly tokens: Tokens };
-
-const ANY: Distribution = { probabilities: [1], classes: [0] };
-
-function beginning(text: string): string {
-  return text.split(" ").slice(0, BEGUN).join(" ");
-}
-
-/** All ids of a row, with the last that is wanted. */
-function idsOf({ tokens: { ids, wanted } }: TokenRow): readonly number[] {
-  return [...ids, Number(wanted.at(-1)!.classes![0])];
-}
-
-function asking(row: TokenRow, ids: readonly number[], at: readonly number[]): TokenRow {
-  return { ...row, tokens: { ids, at, wanted: at.map((i) => ({ ...ANY, classes: [ids[i + 1] ?? 0] })) } };
-}
-
-/** The row asked what comes after its last token. */
-function atEnd(row: TokenRow): TokenRow {
-  const ids = idsOf(row);
-  return asking(row, ids, [ids.length - 1]);
-}
-
-/** The row that was asked for its end, with what was answered. */
-function longer(row: TokenRow, id: number): TokenRow {
-  const ids = [...row.tokens.ids, id];
-  return { ...row, tokens: { ids: ids.slice(0, -1), at: [ids.length - 2], wanted: [{ ...ANY, classes: [id] }] } };
-}
-
-/** The row asked at every token but the first. */
-function atAll(row: TokenRow): TokenRow {
-  const ids = idsOf(row);
-  const asked = ids.slice(0, -1);
-  return {
-    ...row,
-    tokens: { ids: asked, at: [...asked.keys()], wanted: asked.map((_, i) => ({ ...ANY, classes: [ids[i + 1]!] })) },
-  };
 }

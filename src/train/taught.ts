@@ -13,6 +13,7 @@ import { type AdapterAnswer, answersOf, type Questions, questionsOf } from "./an
 import { supervisionOf } from "./create-trainer.ts";
 import type { Row } from "./examples.ts";
 import { madeUpQuestions, wordsOf } from "./made-up.ts";
+import { templateOf } from "./made-up-tokens.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Supervision } from "./supervision.ts";
 import { headInputs } from "./trainable-model.ts";
@@ -53,6 +54,8 @@ export interface Taught {
   readonly judges: readonly Row<BatchFeeds>[];
   /** Whether questions were made, not given. */
   readonly made: boolean;
+  /** What is asked: labels, the tokens of answers, or all tokens of texts. */
+  readonly asked: "labels" | "answers" | "texts";
 }
 
 type Asked = Map<Row<BatchFeeds>, AdapterAnswer>;
@@ -115,7 +118,10 @@ export async function taughtBy(
   const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
   const answered = (asked: Asked): Row<BatchFeeds>[] =>
     [...asked].map(([row, { distributions, features }]) => ({ ...supervision.answered(row, distributions), features }));
-  return { supervision, labels, train: answered(train!), judges: answered(judges!), made: !isGiven(options) };
+  const made = !isGiven(options);
+  const wholeTexts = made ? !templateOf(adapter.metadata) : options.texts !== undefined;
+  const asked = !asking.tokens ? "labels" : wholeTexts ? "texts" : "answers";
+  return { supervision, labels, train: answered(train!), judges: answered(judges!), made, asked };
 }
 
 /** Questions that so many steps see, and the batches before them that show how answers depend on coefficients. */
