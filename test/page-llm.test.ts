@@ -47,9 +47,9 @@ const saidBy = (page: Page, id: string): Promise<string | null> =>
 const partReads = (): string[] => answers.map(({ path }) => path).filter((path) => path.endsWith(".part"));
 
 /** A task file with a skill's words, as from another visitor. */
-async function skillFile(prompt?: object): Promise<Uint8Array<ArrayBuffer>> {
+async function skillFile(template?: string): Promise<Uint8Array<ArrayBuffer>> {
   const pack = await openPack(await readFile(join(folder, "tasks.eigen")));
-  const bytes = await zeroShotTask(pack, { init: "random", seed: 5, ...(prompt && { metadata: { prompt } }) });
+  const bytes = await zeroShotTask(pack, { init: "random", seed: 5, ...(template && { metadata: { template } }) });
   await pack.close();
   return bytes;
 }
@@ -160,7 +160,7 @@ t.test("a skill from a friend: opened, downloaded, forgotten", { skip }, async (
     await page.locator("#open-note", { hasText: text }).waitFor();
     await settled(page);
   };
-  const bytes = await skillFile({ before: "<<", after: ">" });
+  const bytes = await skillFile("<<{input}> {output}");
   await give("theirs.eigentask", bytes);
   await said(/^theirs is open/);
   t.equal(await ask(page, "x = 3;"), await inNode(t, bytes, "<<x = 3;>"), "its words travel with it");
@@ -187,10 +187,10 @@ t.test("a skill from a friend: opened, downloaded, forgotten", { skip }, async (
   }
   t.equal(await page.locator(".card").count(), 3);
   // Words from a stranger's file are text, of limited length.
-  await give("long.eigentask", await skillFile({ before: "b".repeat(99), after: 7 }));
+  await give("long.eigentask", await skillFile(`${"b".repeat(99)}{input}`));
   await said(/^long is open/);
   t.match(await page.locator("#prompt").textContent(), /^The model reads: long: x = 3; →$/);
-  await give("markup.eigentask", await skillFile({ before: "<img src=x>", after: "" }));
+  await give("markup.eigentask", await skillFile("<img src=x>{input}"));
   await said(/^markup is open/);
   t.equal(await page.locator("img").count(), 0);
 

@@ -210,7 +210,10 @@ const calls = {
         if (!signal.aborted) throw error;
       }
       if (last.step === 0) return undefined;
-      const file = await trainer.task({ id, metadata: { prompt } });
+      const file = await trainer.task({
+        id,
+        metadata: { template: `${before}{input}${after} {output}${endOf() ?? ""}` },
+      });
       const added = await inQueue(() => addOwn(id, file));
       return { ...added, ...last, milliseconds: performance.now() - started };
     } finally {
@@ -263,9 +266,17 @@ function skillOf(id, { facts, pack } = opened()) {
   const { bytes, metadata } = /** @type {import("eigenlora").TaskInfo} */ (pack.tasks.get(id));
   const file = own.get(id);
   const known = file ? undefined : facts.skills[id];
-  const { before, after } = /** @type {Partial<Prompt>} */ (known?.prompt ?? metadata["prompt"] ?? {});
-  const prompt = isShort(before) && isShort(after) ? { before, after } : usualPrompt(id);
+  const prompt = known?.prompt ?? promptIn(metadata) ?? usualPrompt(id);
   return { id, what: known?.what ?? "", prompt, bytes: file?.length ?? bytes, own: file !== undefined };
+}
+
+/** The words of a skill's `template`. @param {import("eigenlora").TaskMetadata} metadata @returns {Prompt | undefined} */
+function promptIn({ template, ...facts }) {
+  if (typeof template !== "string") return undefined;
+  const [asked = ""] = template.split("{output}");
+  const filled = asked.replace(/\{(\w+)\}/g, (name, key) => (typeof facts[key] === "string" ? facts[key] : name));
+  const [before, after, ...others] = filled.trimEnd().split("{input}");
+  return isShort(before) && isShort(after) && others.length === 0 ? { before, after } : undefined;
 }
 
 /** Files may come from anybody. @param {unknown} words @returns {words is string} */
