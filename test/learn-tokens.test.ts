@@ -398,26 +398,42 @@ t.test("a task with a head is distilled where each token has a label", async (t)
   t.ok(after < 0.95 * before, `probabilities by the session's own runs: ${before} → ${after}`);
 });
 
+const WORDS = ["one", "two", "three", "four", "five"];
+
+/** A tokenizer that tells its words, and what it is asked to encode. */
+function telling(asked: string[]): Encode {
+  const told = (...[texts, ...rest]: Parameters<Encode>) => {
+    asked.push(...texts);
+    return encode(texts, ...rest);
+  };
+  return Object.assign(told, {
+    get_vocab: () => new Map(WORDS.map((word, id) => [word, id])),
+    decode: ([id]: number[]) => WORDS[id!]!,
+  });
+}
+
 t.test("without text, a language model goes on from words of its tokenizer", async (t) => {
   const [adapter] = await readAdapters([data("decoder/adapters/upper")]);
   t.teardown(() => adapter!.close());
   const session = await decoder(NODE, { gauge: "balanced", step: 0.3, select: { kind: "k", k: 6 } });
   t.teardown(() => session.close());
-  const words = ["one", "two", "three", "four", "five"];
   const asked: string[] = [];
-  const telling = Object.assign(
-    (...[texts, ...rest]: Parameters<Encode>) => {
-      asked.push(...texts);
-      return encode(texts, ...rest);
-    },
-    { get_vocab: () => new Map(words.map((word, id) => [word, id])), decode: ([id]: number[]) => words[id!]! },
-  );
-  const made = await distill(session, { adapter: adapter!, encode: telling, steps: 0 });
+  const how = { encode: telling(asked), steps: 0 };
+  const made = await distill(session, { adapter: adapter!, ...how });
   t.ok(made.agreement > 0 && made.divergenceBefore > 0, JSON.stringify({ ...made, file: undefined }));
   t.ok(made.divergenceAfter < made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
   t.ok(
-    asked.every((text) => text.split(" ").every((word) => [...words, "upper", "lower"].includes(word))),
+    asked.every((text) => text.split(" ").every((word) => [...WORDS, "upper", "lower"].includes(word))),
     asked.slice(0, 3).join("; "),
   );
-  if (soak) t.same((await distill(session, { adapter: adapter!, encode: telling, steps: 0 })).file, made.file);
+  if (soak) t.same((await distill(session, { adapter: adapter!, ...how })).file, made.file);
+
+  const template = "{how} this: {input} => {output};";
+  const prompts: string[] = [];
+  const metadata = { ...adapter!.metadata, template, how: "write" };
+  const written = await distill(session, { ...how, adapter: { ...adapter!, metadata }, encode: telling(prompts) });
+  t.ok(written.agreement > 0, JSON.stringify({ ...written, file: undefined }));
+  const others = new Set(prompts.filter((text) => !/^write this: (\w+ ){1,6}=>$/.test(text)));
+  t.same([...others].sort(), ["a a", "a a;"], "prompts, and what ends an answer");
+  t.ok(prompts.some((text) => / \d+ /.test(text)) && prompts.some((text) => / (one|two) /.test(text)));
 });
