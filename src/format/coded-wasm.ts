@@ -126,7 +126,11 @@ function keep(decoder: WasmDecoder): void {
 
 /** The decoder with that many bytes of memory. */
 function withMemory(bytes: number, decoder: WasmDecoder | undefined): WasmDecoder | undefined {
-  if (bytes > MOST || !decoder) return undefined;
+  if (!decoder) return undefined;
+  if (bytes > MOST) {
+    keep(decoder);
+    return undefined;
+  }
   const pages = Math.ceil((bytes - decoder.memory.buffer.byteLength) / PAGE);
   try {
     if (pages > 0) decoder.memory.grow(pages);
@@ -142,7 +146,7 @@ function another(): WasmDecoder | undefined {
   try {
     module ??= new WebAssembly.Module(binary);
     const memory = new WebAssembly.Memory({ initial: 1 });
-    return begun(memory, new WebAssembly.Instance(module, { env: { memory } }));
+    return prepared(memory, new WebAssembly.Instance(module, { env: { memory } }));
   } catch {
     return undefined;
   }
@@ -154,14 +158,14 @@ async function compiled(): Promise<WasmDecoder | undefined> {
   try {
     module ??= await WebAssembly.compile(binary);
     const memory = new WebAssembly.Memory({ initial: 1 });
-    return begun(memory, await WebAssembly.instantiate(module, { env: { memory } }));
+    return prepared(memory, await WebAssembly.instantiate(module, { env: { memory } }));
   } catch {
     refused = true;
     return undefined;
   }
 }
 
-function begun(memory: WebAssembly.Memory, { exports }: WebAssembly.Instance): WasmDecoder {
+function prepared(memory: WebAssembly.Memory, { exports }: WebAssembly.Instance): WasmDecoder {
   new Int32Array(memory.buffer, FIRST).set(new Tables().sums);
   new Uint8Array(memory.buffer, LEVELS).set(LEVEL_OF);
   return { memory, ...exports } as unknown as WasmDecoder;
