@@ -120,6 +120,7 @@ function packed(name) {
 function holding(skills) {
   /** @type {import("./lib/report.js").Row[]} */
   const rows = [];
+  const plain = inFreshProcess(steps, "holdModel", [model, ""])["resident, MB"];
   for (const name of /** @type {(keyof typeof PACKS)[]} */ (Object.keys(PACKS))) {
     if (given.only && given.only !== name) continue;
     const [pack, more] = [join(folder, `${name}.eigen`), join(folder, `${name}, ${skills}.eigen`)];
@@ -128,11 +129,16 @@ function holding(skills) {
     const bytes = inFreshProcess(steps, "manySkills", [pack, more, skills]);
     const [few, many] = [pack, more].map((one) => inFreshProcess(steps, "holdModel", [model, one])["resident, MB"]);
     rmSync(more);
-    const columns = { "pack, MB": bytes / 1e6, "20 skills, MB": few, "all, MB": many, "÷ 20": many / few };
-    rows.push({ name: PACKS[name][2], ...columns });
+    rows.push({
+      name: PACKS[name][2],
+      "pack, MB": bytes / 1e6,
+      "20 skills, MB": few,
+      "all, MB": many,
+      "with the model, ÷ 20": (plain + many) / (plain + few),
+    });
   }
   const question = `What does a process hold of ${skills} skills above the plain model, after a switch to each and a token?`;
-  print(given.json, [{ question, rows, notes: [] }]);
+  print(given.json, [{ question, rows, notes: [`The plain model takes ${Math.round(plain)} MB.`] }]);
 }
 
 function learning() {

@@ -100,7 +100,7 @@ t.test("large tasks: what stays where no limit was asked for", async (t) => {
   const ids = [...pack.tasks.keys()];
   const resident = (): string[] => ids.filter((id) => pack.tasks.get(id)!.resident);
   for (const id of ids) await pack.load(id);
-  t.same(resident(), ids.slice(2), "four of the largest, which take more than 32 MB");
+  t.same(resident(), ids.slice(2), "four of the largest, which take more than 8 MB");
   await pack.prefetch(ids.slice(0, 3));
   await pack.load(ids[3]!);
   t.same(resident(), ids, "what was prefetched stays beside them");

@@ -79,10 +79,15 @@ export async function holdModel(model, pack) {
  */
 export async function manySkills(from, to, count) {
   const pack = await openPack(from);
-  const some = await Promise.all([...pack.tasks.keys()].map(async (id) => ({ id, blob: await pack.stored(id) })));
+  const some = await Promise.all(
+    [...pack.tasks.values()].map(async ({ id, adapterBytes, metadata, brings }) => ({
+      entry: { id, adapterBytes, metadata, brings },
+      blob: await pack.stored(id),
+    })),
+  );
   const places = Array.from({ length: count }, (_, i) => {
-    const { id, blob } = some[i % some.length];
-    return placeOf({ entry: { id: `${id} ${i}`, adapterBytes: 0, metadata: {} }, blob });
+    const { entry, blob } = some[i % some.length];
+    return placeOf({ entry: { ...entry, id: `${entry.id} ${i}` }, blob });
   });
   const { bytes, chunks } = await freshPack(pack, await Promise.all(places));
   await writeFile(to, chunks);

@@ -22,7 +22,7 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
    */
   readonly bases?: "now" | "later";
   /**
-   * Most bytes of task blobs to keep; those used least recently go first. Default: 32 MB, or what four of the largest tasks take; what
+   * Most bytes of task blobs to keep; those used least recently go first. Default: 8 MB, or what four of the largest tasks take; what
    * `prefetch` has read stays then.
    */
   readonly maxResidentBytes?: number;

@@ -80,7 +80,7 @@ interface TaskSlot {
 }
 
 /** Bytes of tasks that are kept where no limit was asked for, or so many tasks. */
-const MOST_RESIDENT = 32e6;
+const MOST_RESIDENT = 8e6;
 const RESIDENT_TASKS = 4;
 
 interface SharedBases {
