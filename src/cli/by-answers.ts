@@ -46,7 +46,7 @@ export const judged: {
   ...rarely({
     agreement: number(
       "P",
-      "With --model: the least agreement of a task's answers with its adapter's; others are stored closer. Default: 0.96 of labels, 0.97 of a language model's answers, 0.99 of all tokens of texts.",
+      "With --model: the least agreement of a task's answers with its adapter's; others are stored closer. Default: 0.96 of labels, 0.98 of a language model's answers, 0.99 of all tokens of texts.",
       SHARE,
     ),
     decoder,

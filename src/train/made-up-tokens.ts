@@ -53,7 +53,7 @@ export async function tokenQuestions(
 }
 
 /** How a task is asked, and what ends its answers. */
-export interface Template {
+interface Template {
   readonly prompt: (input: string) => string;
   readonly end: string;
 }
@@ -61,10 +61,10 @@ export interface Template {
 /** The `template` of a task's metadata, with other strings of it filled in. */
 export function templateOf({ template, ...facts }: TaskMetadata): Template | undefined {
   if (typeof template !== "string" || !template.includes("{input}")) return undefined;
-  const [asked, end = ""] = template.split("{output}");
-  const filled = asked!.replace(/\{(\w+)\}/g, (name, key) => (typeof facts[key] === "string" ? facts[key] : name));
+  const filled = template.replace(/\{(\w+)\}/g, (name, key) => (typeof facts[key] === "string" ? facts[key] : name));
+  const [asked, end = ""] = filled.split("{output}");
   // A space before an answer belongs to its first token.
-  return { prompt: (input) => filled.trimEnd().replaceAll("{input}", () => input), end };
+  return { prompt: (input) => asked!.trimEnd().replaceAll("{input}", () => input), end };
 }
 
 function withNumbers(input: string, random: () => number): string {

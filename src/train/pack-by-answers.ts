@@ -1,7 +1,7 @@
 /**
- * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, or tasks
- * by themselves; each task distilled, its answers judged by questions that were held back. Which of both, and how coarse numbers may be, is
- * tried on a few tasks. A task that does not come close enough is stored closer to its adapter; where time runs out, as a pack without a
+ * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, each
+ * task distilled onto them, its answers judged by questions that were held back. How coarse numbers may be is tried on a few tasks, and of a
+ * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter; where time runs out, as a pack without a
  * model stores it. Where bytes are given, they decide how coarse numbers are.
  */
 import type { Adapter } from "../adapters/adapter.ts";
@@ -55,11 +55,10 @@ const OPTIONS = [
   ...(["agreement", "bytes", "minutes", "steps", "seed", "signal", "onProgress", "finished", "workers"] as const),
 ] as const;
 
-/** Sizes of one kind that are expected to be tried. */
+/** Sizes that are expected to be tried. */
 const EXPECTED = 3;
-/** Tasks that sizes are tried on, and where there is no time for a step. */
+/** Tasks that sizes are tried on. */
 const TRIED = 6;
-const TRIED_IN_HASTE = 3;
 
 /**
  * Distils adapters onto the components of a pack that exists. The pack stays as it is.
@@ -207,7 +206,7 @@ class Making {
   async #smallest(): Promise<{ readonly sized: Sized; readonly expected: number }> {
     const [kind, ...others] = this.#kinds;
     let best: Sized = { kind: kind!, at: kind!.first };
-    await this.#answering.plan(await this.#open(best), (EXPECTED + others.length) * this.#some.length);
+    await this.#answering.plan(await this.#open(best), EXPECTED * this.#some.length);
     const known = new Map<SizedPacks, Map<number, number>>(this.#kinds.map((kind) => [kind, new Map()]));
     const expected = async ({ kind, at }: Sized): Promise<number> => {
       const bytes = known.get(kind)!;
@@ -215,10 +214,11 @@ class Making {
       return bytes.get(at)!;
     };
     let least = await expected(best);
-    for (const other of others) {
+    // Components gain labels most at every size that was measured, and tokens little (docs/research/size.md).
+    for (const other of this.#answering.tokens ? others : []) {
       if (this.#answering.late) break;
-      // Of as many bytes, before tasks that do not agree are stored closer.
-      const one = { kind: other, at: await other.largest(await best.kind.bytes(best.at)) };
+      // One in which all tasks agree takes no more than its bytes.
+      const one = { kind: other, at: await other.largest(least) };
       if ((await expected(one)) < least) [best, least] = [one, await expected(one)];
     }
     for (const direction of [-1, 1]) {
@@ -254,7 +254,7 @@ class Making {
 
   /** Tasks that sizes are tried on. */
   get #some(): readonly Adapter[] {
-    return spread(this.#options.adapters, this.#answering.hasty ? TRIED_IN_HASTE : TRIED);
+    return spread(this.#options.adapters, TRIED);
   }
 
   /** Bytes of a pack, once its tasks are as they will be, and how far they agree; from some of them. */
