@@ -17,6 +17,7 @@ import {
   Encoder,
   encodeSection,
   encodeTensor,
+  freshDecoder,
   freshPack,
   isCoded,
   LENGTH,
@@ -291,13 +292,10 @@ t.test(
     const no = (): never => {
       throw new RangeError("disallowed on the main thread, if the buffer size is larger than 4KB");
     };
-    // A copy of the module, which has compiled nothing yet.
-    const fresh = async (): Promise<typeof import("../dist/src/format/coded-wasm.js")> =>
-      import(`../dist/src/format/coded-wasm.js?${Math.random()}`);
     const work = async (by: typeof wasmWork): ReturnType<typeof wasmWork> =>
       by(stored, new Uint8Array(), section.length, (fault) => t.fail(`${fault}`) as never);
     Object.assign(WebAssembly, { Module: no, Instance: no });
-    const promised = await fresh();
+    const promised = await freshDecoder();
     t.equal(promised.wasmFloats("int8", new Uint8Array(8), 1, 4, false), undefined, "nothing is compiled yet");
     for (let round = 0; round < 2; round++) {
       const [one, two] = await Promise.all([work(promised.wasmWork), work(promised.wasmWork)]);
@@ -308,7 +306,7 @@ t.test(
     }
     t.ok(promised.wasmFloats("int8", new Uint8Array(8), 1, 4, false), "what was compiled is there now");
     Object.assign(WebAssembly, { compile: no });
-    t.equal(await work((await fresh()).wasmWork), undefined);
+    t.equal(await work((await freshDecoder()).wasmWork), undefined);
   },
 );
 

@@ -240,3 +240,7 @@ export const GLOBALS = "dist/src/globals.d.ts";
 
 /** A file that a bundle is made of, to weigh it alone. */
 export const WEBGPU = "dist/src/backends/webgpu.js";
+
+/** The decoder as a module of its own that has compiled nothing yet: what engines refuse to compile is tried on it. */
+export const freshDecoder = async (): Promise<typeof import("../dist/src/format/coded-wasm.js")> =>
+  import(`../dist/src/format/coded-wasm.js?${Math.random()}`);

@@ -236,7 +236,7 @@ t.test("teaches a skill that answers beside the others, and leaves as a file", {
   t.not(answer, golden("upper", PROMPTS[0]));
   const pack = await openPack(await readFile(join(folder, "tasks.eigen")));
   await pack.addTask("turned", bytes);
-  t.same(pack.tasks.get("turned")!.metadata["prompt"], { before: "", after: " →" });
+  t.match(pack.tasks.get("turned")!.metadata.template, /^\{input\} → \{output\}/);
   await pack.close();
   await page.locator("#ask-all").click();
   await settled(page);

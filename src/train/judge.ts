@@ -18,7 +18,7 @@ import { shuffle, uniform } from "../tensor/random.ts";
 import { type AdapterAnswer, answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import type { Example, Row } from "./examples.ts";
-import { madeUpTexts, wordsOf } from "./made-up.ts";
+import { madeUpTexts, wordsOf } from "./made-up-lines.ts";
 import { MeanDivergence } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Supervision } from "./supervision.ts";

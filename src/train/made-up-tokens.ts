@@ -5,7 +5,7 @@
 import type { TaskMetadata } from "../format/format.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import type { Row, Tokens } from "./examples.ts";
-import { madeUpTexts, type Words } from "./made-up.ts";
+import { madeUpTexts, type Words } from "./made-up-lines.ts";
 import { type Distribution, drawnFrom, likeliest } from "./probabilities.ts";
 
 /** Words of an input that a template takes: few are likelier, since most inputs are names and terms. */
