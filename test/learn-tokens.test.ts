@@ -430,10 +430,13 @@ t.test("without text, a language model goes on from words of its tokenizer", asy
 
   const template = "{how} this: {input} => {output};";
   const prompts: string[] = [];
-  const metadata = { ...adapter!.metadata, template, how: "write" };
+  const metadata = { ...adapter!.metadata, template, how: "write", input: "no input" };
   const written = await distill(session, { ...how, adapter: { ...adapter!, metadata }, encode: telling(prompts) });
   t.ok(written.agreement > 0, JSON.stringify({ ...written, file: undefined }));
   const others = new Set(prompts.filter((text) => !/^write this: (\w+ ){1,6}=>$/.test(text)));
   t.same([...others].sort(), ["a a", "a a;"], "prompts, and what ends an answer");
+  const bare = { ...adapter!.metadata, template: "{input} {output}" };
+  const asLines = await distill(session, { ...how, adapter: { ...adapter!, metadata: bare } });
+  t.same(asLines.file, made.file, "a template of the input alone says nothing more than lines do");
   t.ok(prompts.some((text) => / \d+ /.test(text)) && prompts.some((text) => / (one|two) /.test(text)));
 });

@@ -58,11 +58,12 @@ interface Template {
   readonly end: string;
 }
 
-/** The `template` of a task's metadata, with other strings of it filled in. */
-export function templateOf({ template, ...facts }: TaskMetadata): Template | undefined {
-  if (typeof template !== "string" || !template.includes("{input}")) return undefined;
+/** The `template` of a task's metadata, with other strings of it filled in; undefined where it says nothing beside the input. */
+export function templateOf({ template, input: _, output: __, ...facts }: TaskMetadata): Template | undefined {
+  if (typeof template !== "string") return undefined;
   const filled = template.replace(/\{(\w+)\}/g, (name, key) => (typeof facts[key] === "string" ? facts[key] : name));
   const [asked, end = ""] = filled.split("{output}");
+  if (!asked!.includes("{input}") || asked!.trim() === "{input}") return undefined;
   // A space before an answer belongs to its first token.
   return { prompt: (input) => asked!.trimEnd().replaceAll("{input}", () => input), end };
 }
