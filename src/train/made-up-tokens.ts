@@ -10,8 +10,9 @@ import { type Distribution, drawnFrom, likeliest } from "./probabilities.ts";
 
 /** Words of an input that a template takes: few are likelier, since most inputs are names and terms. */
 const MOST_INPUT = 6;
-/** The share of such words that are numbers, of so many digits at most. */
+/** The share of such words that are numbers. */
 const NUMBERS = 0.1;
+/** Most digits of a number. */
 const DIGITS = 4;
 /** The share of lines that the model does not go on from, where no template is known. */
 const ALONE = 0.5;
