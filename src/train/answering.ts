@@ -16,6 +16,7 @@ import { storedTask } from "../pack/write.ts";
 import type { Session } from "../session/session.ts";
 import { fromBase64, toBase64 } from "../text.ts";
 import { askAdapter } from "./answers.ts";
+import { supervisionOf } from "./create-trainer.ts";
 import { distillable, distilTask } from "./distill.ts";
 import { MeanDivergence } from "./probabilities.ts";
 import { MOST_MADE, seen, type Taught, type TeachOptions, taughtBy } from "./taught.ts";
@@ -136,9 +137,9 @@ export class Answering {
     return this.#steps ?? 0;
   }
 
-  /** Whether tasks are judged by tokens, once one is. */
-  get tokens(): boolean {
-    return [...this.#taught.values()].some(({ supervision }) => supervision.tokens);
+  /** Whether the model answers token by token. */
+  asksTokens({ session }: Open): boolean {
+    return supervisionOf(session, this.#questions).tokens;
   }
 
   /** Whether what is not done must be left. */

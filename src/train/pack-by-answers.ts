@@ -1,8 +1,8 @@
 /**
  * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, each
  * task distilled onto them, its answers judged by questions that were held back. How coarse numbers may be is tried on a few tasks, and of a
- * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter; where time runs out, as a pack without a
- * model stores it. Where bytes are given, they decide how coarse numbers are.
+ * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter; where time
+ * runs out, as a pack without a model stores it. Where bytes are given, they decide how coarse numbers are.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
@@ -206,7 +206,10 @@ class Making {
   async #smallest(): Promise<{ readonly sized: Sized; readonly expected: number }> {
     const [kind, ...others] = this.#kinds;
     let best: Sized = { kind: kind!, at: kind!.first };
-    await this.#answering.plan(await this.#open(best), EXPECTED * this.#some.length);
+    const level = await this.#open(best);
+    await this.#answering.plan(level, EXPECTED * this.#some.length);
+    // Components gain labels most at every size that was measured, and tokens little (docs/research/size.md).
+    const rivals = this.#answering.asksTokens(level) ? others : [];
     const known = new Map<SizedPacks, Map<number, number>>(this.#kinds.map((kind) => [kind, new Map()]));
     const expected = async ({ kind, at }: Sized): Promise<number> => {
       const bytes = known.get(kind)!;
@@ -214,8 +217,7 @@ class Making {
       return bytes.get(at)!;
     };
     let least = await expected(best);
-    // Components gain labels most at every size that was measured, and tokens little (docs/research/size.md).
-    for (const other of this.#answering.tokens ? others : []) {
+    for (const other of rivals) {
       if (this.#answering.late) break;
       // One in which all tasks agree takes no more than its bytes.
       const one = { kind: other, at: await other.largest(least) };
