@@ -8,7 +8,15 @@ import { openPack, type Pack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
 import type { Feed } from "eigenlora/session";
-import { type BatchFeeds, createJudge, createTrainer, distill, type Encode } from "eigenlora/train";
+import {
+  type BatchFeeds,
+  type ByAnswersOptions,
+  createJudge,
+  createTrainer,
+  distill,
+  type Encode,
+  packByAnswers,
+} from "eigenlora/train";
 import t, { type Test } from "tap";
 import { fromBinary, ModelProtoSchema, makeFloats, makeNode, makeValue, toBinary } from "./internals.ts";
 import { compare, golden, learning, noise, prepare, relative, run, sessionOf } from "./learning.ts";
@@ -439,4 +447,39 @@ t.test("without text, a language model goes on from words of its tokenizer", asy
   const asLines = await distill(session, { ...how, adapter: { ...adapter!, metadata: bare } });
   t.same(asLines.file, made.file, "a template of the input alone says nothing more than lines do");
   t.ok(prompts.some((text) => / \d+ /.test(text)) && prompts.some((text) => / (one|two) /.test(text)));
+});
+
+t.test("eight tasks of a language model: what is tried is the same where all of it was finished before", async (t) => {
+  const paths = ["upper", "lower"].map((name) => data(`decoder/adapters/${name}`));
+  const some = await Promise.all(
+    [1, 2, 3, 4].map((i) =>
+      readAdapters(paths, {
+        rename: new Map([
+          ["upper", `upper-${i}`],
+          ["lower", `lower-${i}`],
+        ]),
+      }),
+    ),
+  );
+  const adapters = some
+    .flat()
+    .map((adapter) => ({ ...adapter, metadata: { template: "write: {input} => {output};" } }));
+  t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
+  const kept = new Map<string, string>();
+  const finished: ByAnswersOptions["finished"] = {
+    read: async (key) => kept.get(key),
+    write: async (key, outcome) => void kept.set(key, outcome),
+  };
+  const engine = createEngine(NODE, { intraOpNumThreads: 1 });
+  const pack = () =>
+    packByAnswers(engine, DECODER, { adapters, encode: telling([]), steps: 0, agreement: 0.8, minutes: 5, finished });
+  const { chunks, report } = await pack();
+  // Copies share everything without a model, too.
+  t.same(report.answers, []);
+  const bases = new Set([...kept.keys()].map((key) => key.split(",")[0]));
+  t.ok(bases.size >= 3, `${bases.size} packs were tried`);
+  const count = kept.size;
+  const again = await pack();
+  t.equal(kept.size, count, "nothing more was tried");
+  t.ok(Buffer.concat(again.chunks).equals(Buffer.concat(chunks)));
 });
