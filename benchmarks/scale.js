@@ -42,7 +42,7 @@ const PACKS = /** @type {const} */ ({
 await mkdir(folder, { recursive: true });
 if (!existsSync(join(folder, "apart", "19", "adapter_config.json"))) {
   progress(`making a model of ${given.size} and its adapters`);
-  const script = fileURLToPath(new URL("lib/scale-model.py", import.meta.url));
+  const script = fileURLToPath(new URL("lib/scale_model.py", import.meta.url));
   const { status } = spawnSync(process.env.PYTHON ?? "python3", [script, folder, given.size], {
     stdio: ["ignore", "ignore", "inherit"],
   });

@@ -1,15 +1,11 @@
 """What a model of a real shape with random weights in f32 and its adapters take in PEFT: memory, switches, tokens. One thread.
-usage: scale_hold.py SIZE FOLDER ROUNDS    (SIZE: as scale-model.py has it; FOLDER: of PEFT adapters)
+usage: scale_hold.py SIZE FOLDER ROUNDS    (SIZE: as scale_model.py has it; FOLDER: of PEFT adapters)
 Prints JSON: bytes resident above the plain model after all are loaded and used, CPU milliseconds of a switch, a token ÷ plain."""
-import importlib.util, json, pathlib, statistics, sys, time, torch, peft
-from transformers import Qwen2Config, Qwen2ForCausalLM
-path = pathlib.Path(__file__).parents[1] / "lib/scale-model.py"
-spec = importlib.util.spec_from_file_location("scale_model", path)
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+import json, pathlib, statistics, sys, time, torch, peft
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "lib"))
+import scale_model
 torch.set_num_threads(1)
-layers, hidden, heads, kv, inner, vocabulary = made.SHAPES[sys.argv[1]]
-m = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=True)).eval()
+m = scale_model.random_model(sys.argv[1]).eval()
 
 
 def clocked(work):

@@ -1,17 +1,13 @@
 """Training steps of a LoRA (r 16, all linear layers) as PEFT makes them, on a model of a real shape with random weights in f32.
-usage: scale_step.py SIZE STEPS < rows    (SIZE: as scale-model.py has it)
+usage: scale_step.py SIZE STEPS < rows    (SIZE: as scale_model.py has it)
 Rows: JSON [[ids, learned]]: token ids, and how many at the end are learned. Prints JSON: CPU milliseconds of the fastest step, peak bytes."""
-import importlib.util, json, pathlib, sys, time, torch, peft
-from transformers import Qwen2Config, Qwen2ForCausalLM
-path = pathlib.Path(__file__).parents[1] / "lib/scale-model.py"
-spec = importlib.util.spec_from_file_location("scale_model", path)
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+import json, pathlib, sys, time, torch, peft
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "lib"))
+import scale_model
 torch.set_num_threads(1)
-layers, hidden, heads, kv, inner, vocabulary = made.SHAPES[sys.argv[1]]
-m = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=True))
+m = scale_model.random_model(sys.argv[1])
 linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-m = peft.get_peft_model(m, peft.LoraConfig(r=made.RANK, lora_alpha=2 * made.RANK, target_modules=linear))
+m = peft.get_peft_model(m, peft.LoraConfig(r=scale_model.RANK, lora_alpha=2 * scale_model.RANK, target_modules=linear))
 rows = json.load(sys.stdin)
 ids = torch.tensor([r[0] for r in rows])
 labels = torch.tensor([[-100] * (len(r[0]) - r[1]) + r[0][-r[1] :] for r in rows])

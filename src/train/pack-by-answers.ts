@@ -210,26 +210,21 @@ class Making {
     await this.#answering.plan(level, EXPECTED * this.#some.length);
     // Components gain labels most at every size that was measured, and tokens little (docs/research/size.md).
     const rivals = this.#answering.asksTokens(level) ? others : [];
-    const known = new Map<SizedPacks, Map<number, number>>(this.#kinds.map((kind) => [kind, new Map()]));
-    const expected = async ({ kind, at }: Sized): Promise<number> => {
-      const bytes = known.get(kind)!;
-      if (!bytes.has(at)) bytes.set(at, (await this.#tried({ kind, at })).bytes);
-      return bytes.get(at)!;
+    let least = (await this.#tried(best)).bytes;
+    const isLess = async (one: Sized): Promise<boolean> => {
+      const { bytes } = await this.#tried(one);
+      if (bytes >= least) return false;
+      [best, least] = [one, bytes];
+      return true;
     };
-    let least = await expected(best);
     for (const other of rivals) {
-      if (this.#answering.late) break;
       // One in which all tasks agree takes no more than its bytes.
-      const one = { kind: other, at: await other.largest(least) };
-      if ((await expected(one)) < least) [best, least] = [one, await expected(one)];
+      if (!this.#answering.late) await isLess({ kind: other, at: await other.largest(least) });
     }
     for (const direction of [-1, 1]) {
       const from = best.at;
-      while (!this.#answering.late && best.at + direction >= 0 && best.at + direction <= best.kind.last) {
-        const next = { ...best, at: best.at + direction };
-        if ((await expected(next)) >= least) break;
-        [best, least] = [next, await expected(next)];
-      }
+      while (!this.#answering.late && best.at + direction >= 0 && best.at + direction <= best.kind.last)
+        if (!(await isLess({ ...best, at: best.at + direction }))) break;
       // Smaller ones were better: larger ones are not.
       if (best.at !== from) break;
     }

@@ -5,7 +5,7 @@ shared   A is one start that all tasks were trained from, moved by 3 % of its no
 apart    nothing is shared
 Singular values of B fall, as those of trained LoRAs do. A folder that is there is left alone.
 
-usage: python scale-model.py FOLDER SIZE    (onnxruntime-genai, onnx-ir, onnx, torch, transformers, safetensors; SIZE: 0.5b, 1.5b, 3b)
+usage: python scale_model.py FOLDER SIZE    (onnxruntime-genai, onnx-ir, onnx, torch, transformers, safetensors; SIZE: 0.5b, 1.5b, 3b)
 """
 import importlib.util, json, os, pathlib, runpy, shutil, sys, types
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
@@ -17,6 +17,13 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 # Qwen2.5's: layers, hidden, heads, heads of keys and values, intermediate, vocabulary.
 SHAPES = {"0.5b": (24, 896, 14, 2, 4864, 151936), "1.5b": (28, 1536, 12, 2, 8960, 151936), "3b": (36, 2048, 16, 2, 11008, 151936)}
 RANK, TASKS, MOVED = 16, 20, 0.03
+
+
+def random_model(size):
+    """The same shape in f32, with weights that transformers draws, for peers."""
+    layers, hidden, heads, kv, inner, vocabulary = SHAPES[size]
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                                        num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=True))
 
 
 def write_model(folder, size):
