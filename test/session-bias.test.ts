@@ -15,6 +15,8 @@ import { InferenceSession } from "onnxruntime-node";
 import t, { type Test } from "tap";
 import {
   create,
+  encodeTask,
+  encodeTensor,
   findParameters,
   fromBinary,
   type GraphProto,
@@ -186,6 +188,21 @@ t.test("a task that comes later with a bias that no input carries is refused", a
     pack.removeTask("head");
   }
   await adapter!.close();
+});
+
+t.test("a task that comes later with private terms on a head that others adapt is refused", async (t) => {
+  const pack = await openPack(await packed("same-head", "adapted-head"));
+  const index = pack.modules.findIndex(({ name }) => name === "classifier");
+  const { in: inputs, out } = pack.modules[index]!;
+  const row = (width: number) => encodeTensor("f32", new Float32Array(width).fill(0.1), 1, width);
+  const privateTerms = { rank: 1, dtype: "f32" as const, A: row(inputs), Bt: row(out) };
+  const blob = encodeTask([{ module: index, rank: 0, privateTerms }], []);
+  const session = await open(NODE, path("classifier.onnx"), pack, { mode: "core" });
+  await session.addTask("late", encodeTaskFile({ id: "late", adapterBytes: 0, metadata: {} }, pack.basisId, blob));
+  const message =
+    /brings "classifier" \(private\), which no task did when this session was made; .* privateTerms: true/;
+  await t.rejects(session.switchTask("late"), { tag: "base", message });
+  await session.close();
 });
 
 /** The model without the classifier's bias, as an optimiser that drops zeros leaves it. */

@@ -22,6 +22,8 @@ export interface AdaptedLayer {
   readonly factors: boolean;
   /** Components that rows of the factors are coefficients over, on the sides where they are. */
   readonly over?: Partial<Components> | undefined;
+  /** Whether a task's factors may have to be made of components: where no core and no coefficients stand for them. */
+  readonly expands?: boolean | undefined;
   /** Whether tasks scale the rows of W + ΔW (DoRA). */
   readonly rowScale: boolean;
 }

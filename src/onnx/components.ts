@@ -164,7 +164,7 @@ export class ComponentProducts {
 
   /** Scales of blocks, all 1; products of one shape share them. */
   #ones(count: number, dims: readonly number[] = [count]): string {
-    const name = `${PREFIX}/ones/${dims.join()}`;
+    const name = `${PREFIX}/scales/${dims.join()}`;
     if (!this.#shared.has(name)) {
       this.#shared.add(name);
       this.#add(name, FLOAT, dims, new Float32Array(count).fill(1));

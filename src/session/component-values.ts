@@ -55,6 +55,6 @@ export function scaled(
   count: number,
 ): InputValue {
   const { data } = value;
-  for (let i = 0; scales && i < data.length; i++) data[i]! *= scales[count === 1 ? Math.floor(i / every) : i % count]!;
+  for (let i = 0; scales && i < data.length; i++) data[i]! *= scales[Math.floor(i / every) % count]!;
   return value;
 }

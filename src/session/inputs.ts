@@ -2,11 +2,8 @@
  * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
  */
 
-import type { TaskInfo } from "../core/pack.ts";
-import type { PackView } from "../core/part.ts";
 import type { Selection } from "../core/selection.ts";
 import { createUnfolding, type SessionRuntime } from "../core/session-runtime.ts";
-import type { AdaptedLayer } from "../onnx/adapted.ts";
 import type { Active, Carrier, CarrierParts } from "./carrier.ts";
 import type { Engine, LoadedModel } from "./engine.ts";
 import type { Placer } from "./placed.ts";
@@ -21,7 +18,7 @@ import { type InputValues, TaskEvaluator, toFeeds } from "./values.ts";
 export async function inputCarrier(parts: CarrierParts, bases: Uint8Array): Promise<Carrier> {
   const { engine, prepared } = parts;
   const { view, mode, base, modules } = prepared;
-  const expands = base.weights.size > 0 || modules.some((module) => isExpanded(module, view));
+  const expands = base.weights.size > 0 || modules.some((module) => module.expands);
   const runtime = await createUnfolding(view, mode as "core" | "factors", expands ? bases : undefined, base);
   let model: LoadedModel | undefined;
   try {
@@ -43,14 +40,6 @@ export async function inputCarrier(parts: CarrierParts, bases: Uint8Array): Prom
     await runtime.close();
     throw error;
   }
-}
-
-/** Whether a task's factors of a layer are made of components: where no core and no coefficients stand for them. */
-function isExpanded({ name, components, factors, over }: AdaptedLayer, { modules, tasks }: PackView): boolean {
-  const bringsRows = ({ brings }: TaskInfo): boolean => brings?.some((one) => /^own-[AB] /.test(one)) ?? true;
-  if (components) return factors && [...tasks.values()].some(bringsRows);
-  const module = modules.find((one) => one.name === name)!;
-  return (module.A.length > 0 && !over?.A) || (module.B.length > 0 && !over?.B);
 }
 
 // What stays is made by functions that know the little they need: a closure above would keep the prepared model, and its components.

@@ -112,6 +112,7 @@ class Planner {
     const namesOf = (some: readonly Brought[]): ReadonlySet<string> => new Set(some.map(({ name }) => name));
     const scaled = namesOf(brought.filter(({ role }) => role === "magnitude"));
     const withFactors = namesOf(brought.filter(({ role }) => needsFactors(role)));
+    const withRows = namesOf(brought.filter(({ role }) => role === "own-A" || role === "own-B"));
     const parameters = brought.filter(({ role }) => !isOfModule(role));
     const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#matcher.ignores(name)));
     const wanted = parameters.filter(({ name }) => !ignored.has(name));
@@ -154,9 +155,11 @@ class Planner {
     const filled = grafts.map((module) => {
       const own = modules.find(({ name }) => name === module.name)!;
       const components = mode === "core" ? componentsOf(own, bases) : undefined;
-      const factors = !components || this.#options.reserve?.privateTerms === true || withFactors.has(module.name);
+      const { privateTerms: reserved = false } = this.#options.reserve ?? {};
+      const factors = !components || reserved || withFactors.has(module.name);
       const over = components || module.form ? undefined : componentsUnder(own, brought, bases, this.#options);
-      return { ...module, components, factors, over };
+      const expands = components ? reserved || withRows.has(module.name) : isExpanded(own, over);
+      return { ...module, components, factors, over, expands };
     });
     const all = { ...graft, modules: filled, biases: added, rows, vectors: changed };
     return { ...found, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
@@ -368,4 +371,9 @@ export async function broughtBy(pack: PackView, options: SessionOptions): Promis
     for (const one of own) all.add(one);
   }
   return [...all].map(parseBrought);
+}
+
+/** Whether factors of a module without a core are made of components: those that no coefficients stand for. */
+function isExpanded({ A, B }: PackModule, over: AdaptedLayer["over"]): boolean {
+  return (A.length > 0 && !over?.A) || (B.length > 0 && !over?.B);
 }

@@ -18,7 +18,7 @@ import {
   type TaskParameter,
 } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
-import type { TaskInput } from "../onnx/adapted.ts";
+import type { AdaptedLayer, TaskInput } from "../onnx/adapted.ts";
 import { pacer, throwIfAborted } from "../pace.ts";
 import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
@@ -66,6 +66,7 @@ interface EvaluatedModel {
   readonly view: PackView;
   readonly mode: Mode;
   readonly base: BaseValues;
+  readonly modules: readonly Pick<AdaptedLayer, "name" | "components" | "expands">[];
   readonly inputs: readonly TaskInput[];
 }
 
@@ -83,33 +84,38 @@ interface Evaluation {
 /** Pads a head with fewer columns than its neighbours: never the maximum, and 0 after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
+const FACTORS = ["A", "B"] as const;
+
 /** What a model with these inputs is ready for, in the form of a task's `brings`: rows of a side need an input of whole rows. */
-function readyFor(inputs: readonly TaskInput[]): Set<string> {
+function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules"]): Set<string> {
   const ready = new Set<string>();
   for (const { of, kind, over } of inputs) {
     if (kind === "scale") ready.add(`magnitude ${of}`);
     else if (kind === "A" || kind === "B") {
       if (!over) ready.add(`own-${kind} ${of}`);
-    } else if (kind !== "core") ready.add(of);
+    } else if (kind === "bias" || kind === "indices" || kind === "rows") ready.add(of);
   }
   for (const { of } of inputs) if (ready.has(`own-A ${of}`) && ready.has(`own-B ${of}`)) ready.add(`private ${of}`);
+  // Rows on one side need those that coefficients make on the other.
+  for (const { name, components, expands } of modules)
+    for (const side of components && !expands ? FACTORS : []) ready.delete(`own-${side} ${name}`);
   return ready;
 }
 
 /** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
-  readonly #model: EvaluatedModel;
+  readonly #model: Omit<EvaluatedModel, "modules">;
   readonly #runtime: SessionRuntime;
   /** Modules and parameters that have inputs, in the form of a task's `brings`. */
   readonly #ready: ReadonlySet<string>;
   /** Sides of modules whose factors lie over components. */
   readonly #over: ReadonlyMap<string, ReadonlySet<"A" | "B">>;
 
-  constructor({ view, mode, base, inputs }: EvaluatedModel, runtime: SessionRuntime) {
+  constructor({ view, mode, base, modules, inputs }: EvaluatedModel, runtime: SessionRuntime) {
     // Not all of the prepared model: its layers know the graph, and so the model's whole file.
     this.#model = { view, mode, base, inputs };
     this.#runtime = runtime;
-    this.#ready = readyFor(inputs);
+    this.#ready = readyFor(inputs, modules);
     const over = new Map<string, Set<"A" | "B">>();
     for (const input of inputs)
       if (input.over) over.set(input.of, (over.get(input.of) ?? new Set()).add(input.kind as "A" | "B"));
@@ -171,7 +177,7 @@ export class TaskEvaluator {
     for (const { id, blob } of tasks) {
       for (const brought of bringsOf(blob, pack.modules)) {
         const { role, name } = parseBrought(brought);
-        const head = base.heads.get(moduleOf(name));
+        const head = isOfModule(role) ? undefined : base.heads.get(moduleOf(name));
         if (this.#ready.has(brought) || this.#ready.has(name)) continue;
         const folds = mode === "folded" && (isOfModule(role) || base.wanted.has(name));
         if (head ? head.bias || !name.endsWith(".bias") : folds) continue;
@@ -219,7 +225,7 @@ export class TaskEvaluator {
       case "core":
         return cores.get(name)!;
       case "A":
-        return term ? scaled({ dims: [height, term.rank], data: term.A }, over?.scales, term.rank, 1) : zeros();
+        return term ? scaled({ dims: [height, term.rank], data: term.A }, over?.scales, term.rank, height) : zeros();
       case "B":
         return term ? scaled({ dims: [term.rank, width], data: term.Bt }, over?.scales, 1, width) : zeros();
       case "scale":
