@@ -257,7 +257,7 @@ function beginRun(): void {
   if (pages > 0 && memory.grow(pages) < 0) unreachable();
   for (let i: u32 = 0; i < rows; i++) store<u32>(known + (<usize>i << 2), 0xffff);
   remember = <u64>rows * width <= MOST_COLUMNS;
-  memory.fill(COLUMNS, 0xff, MOST_COLUMNS * 2);
+  if (remember) memory.fill(COLUMNS, 0xff, <usize>(rows * width) << 1);
   stride = <usize>between;
   more = count - 1;
   start = at;
@@ -642,8 +642,10 @@ export function decode(most: u32): bool {
     } else if (phase == END) {
       sound(words == stop && state == 0x10000 && (!other || other == 0x10000), 9, section);
       return true;
-    } else if (at < end) beginRun();
-    else phase = END;
+    } else if (at < end) {
+      beginRun();
+      budget -= 64;
+    } else phase = END;
   }
   return false;
 }

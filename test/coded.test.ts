@@ -310,6 +310,41 @@ t.test(
   },
 );
 
+t.test("where there is no memory for one section, the next is decoded by WebAssembly again", async (t) => {
+  const { section, tensors, step } = randomSection(1);
+  const stored = encodeSection(section, tensors, step)!;
+  const { Memory } = WebAssembly;
+  t.teardown(() => Object.assign(WebAssembly, { Memory }));
+  const { wasmWork } = await freshDecoder();
+  const work = () => wasmWork(stored, new Uint8Array(), section.length, (fault) => t.fail(`${fault}`) as never);
+  const none = (): never => {
+    throw new RangeError("could not allocate memory");
+  };
+  Object.assign(WebAssembly, { Memory: none });
+  t.equal(await work(), undefined);
+  Object.assign(WebAssembly, { Memory });
+  t.ok(await work());
+});
+
+t.test("many sections at the same time take one memory", async (t) => {
+  const { Memory } = WebAssembly;
+  t.teardown(() => Object.assign(WebAssembly, { Memory }));
+  let made = 0;
+  const counted = class extends Memory {
+    constructor(size: WebAssembly.MemoryDescriptor) {
+      super(size);
+      made++;
+    }
+  };
+  Object.assign(WebAssembly, { Memory: counted });
+  const { section, tensors, step } = randomSection(1);
+  const stored = encodeSection(section, tensors, step)!;
+  const how = { file: "file", part: "part" };
+  const found = await Promise.all(Array.from({ length: 50 }, () => decodeSection(stored, how)));
+  for (const one of found) t.ok(Buffer.from(one).equals(section));
+  t.ok(made <= 1, `${made}`);
+});
+
 t.test("sections that are decoded at the same time", async (t) => {
   const sections = [1, 2, 3, 4].map((seed) => randomSection(seed));
   const coded = sections.map(({ section, tensors, step }) => encodeSection(section, tensors, step));

@@ -172,6 +172,22 @@ t.test("rows put to their places, in either direction, are what is decoded, time
   );
 });
 
+t.test("integers of a row that has more bits than 32 bits count", (t) => {
+  for (const [type, index] of [
+    ["int8", 2 ** 28 + 5],
+    ["int4", 2 ** 29 + 5],
+    ["int3", 715_827_889],
+    ["int3", 2 ** 31 - 2],
+  ] as const) {
+    // Stands for a row of a quarter of a gigabyte.
+    const row: Record<number, number> = new Proxy({}, { get: (all, at) => Reflect.get(all, at) ?? 0 });
+    d.setInteger(row as unknown as Uint8Array, d.BITS[type], 0, index, -3);
+    t.same(Object.keys(row).map(Number), [Math.floor((index * d.BITS[type]) / 8)], type);
+    t.equal(d.quantizedAt(row as unknown as Uint8Array, type, 0, index), -3);
+  }
+  t.end();
+});
+
 t.test("the least integer of a packed row is found wherever it stands", async (t) => {
   t.doesNotThrow(() =>
     fc.assert(

@@ -157,10 +157,15 @@ async function compiled(): Promise<WasmDecoder | undefined> {
   if (refused) return undefined;
   try {
     module ??= await WebAssembly.compile(binary);
+  } catch {
+    refused = true;
+    return undefined;
+  }
+  try {
     const memory = new WebAssembly.Memory({ initial: 1 });
     return prepared(memory, await WebAssembly.instantiate(module, { env: { memory } }));
   } catch {
-    refused = true;
+    // There may be memory for one later.
     return undefined;
   }
 }

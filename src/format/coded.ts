@@ -352,7 +352,7 @@ function codeIntegers(
       const column = columns?.[row.column + i] ?? -1;
       const given = bits === 8 ? (section[from + i]! << 24) >> 24 : quantizedAt(section, dtype, from, i);
       const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
-      if (value > largest) refuse(FAULT.magnitude, from + ((i * bits) >> 3));
+      if (value > largest) refuse(FAULT.magnitude, from + Math.floor((i * bits) / 8));
       if (value !== given) setInteger(section, bits, from, i, value);
       const seen = Math.abs(value) * MEAN_UNIT;
       if (columns) columns[row.column + i] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);

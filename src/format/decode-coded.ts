@@ -2,7 +2,8 @@
  * The reading half of coded sections (`coded.ts`): in one pass, in pieces, by WebAssembly where there is some. Either decoder says the same
  * of a section that breaks a rule.
  */
-import { pacer } from "../pace.ts";
+import { pacer, throwIfAborted } from "../pace.ts";
+import { Queue } from "../queue.ts";
 import {
   CODED_HEAD_BYTES,
   type Coder,
@@ -120,14 +121,20 @@ export async function decodeSection(
     sound(false, `${FAULTS[fault]}${where}: the file is damaged, fetch it again`);
     throw new RangeError();
   };
-  const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
-  const pause = pacer(signal, TURN);
-  while (!work.next()) {
-    const turn = pause();
-    if (turn) await turn;
-  }
-  return work.section();
+  return decoding.change(async () => {
+    throwIfAborted(signal);
+    const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
+    const pause = pacer(signal, TURN);
+    while (!work.next()) {
+      const turn = pause();
+      if (turn) await turn;
+    }
+    return work.section();
+  });
 }
+
+/** One section after the other: side by side they would take as long, and a memory each. */
+const decoding = new Queue();
 
 /** The same as `wasmWork`, for engines without WebAssembly. */
 function scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse: Refuse): Work {

@@ -190,8 +190,9 @@ export function unpackRow(type: QuantizedDtype, bytes: Uint8Array, start: number
 /** The `index`-th integer of the packed row that begins at `byteOffset`: two's complement, least significant bit first. */
 export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset: number, index: number): number {
   const bits = BITS[type];
-  const bit = index * bits;
-  const at = byteOffset + (bit >> 3);
+  // Eight integers are whole bytes; bits of a long row are too many for 32.
+  const bit = (index & 7) * bits;
+  const at = byteOffset + (index >> 3) * bits + (bit >> 3);
   const pair = (bytes[at] ?? 0) | ((bytes[at + 1] ?? 0) << 8);
   return (pair << (32 - bits - (bit & 7))) >> (32 - bits);
 }
@@ -218,10 +219,11 @@ export function leastAt(bytes: Uint8Array, type: QuantizedDtype, start: number, 
 
 /** Writes the `index`-th integer of the packed row that begins at `start`, where zeros stand. */
 export function setInteger(bytes: Uint8Array, bits: number, start: number, index: number, value: number): void {
-  const bit = index * bits;
+  const bit = (index & 7) * bits;
+  const at = start + (index >> 3) * bits + (bit >> 3);
   const field = (value & ((1 << bits) - 1)) << (bit & 7);
-  bytes[start + (bit >> 3)]! |= field;
-  if (field > 255) bytes[start + (bit >> 3) + 1]! |= field >> 8;
+  bytes[at]! |= field;
+  if (field > 255) bytes[at + 1]! |= field >> 8;
 }
 
 /**
