@@ -461,9 +461,10 @@ t.test("eight tasks of a language model: what is tried is the same where all of 
       }),
     ),
   );
-  const adapters = some
-    .flat()
-    .map((adapter) => ({ ...adapter, metadata: { template: "write: {input} => {output};" } }));
+  const adapters = some.flat().map((adapter) => {
+    const input = adapter.id === "lower-4" ? "{instruction}" : "{input}";
+    return { ...adapter, metadata: { template: `write: ${input} => {output};` } };
+  });
   t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
   const kept = new Map<string, string>();
   const finished: ByAnswersOptions["finished"] = {
@@ -476,6 +477,7 @@ t.test("eight tasks of a language model: what is tried is the same where all of 
   const { chunks, report } = await pack();
   // Copies share everything without a model, too.
   t.same(report.answers, []);
+  t.same(report.warnings, ['lower-4: its template has no "{input}", so it was asked lines of words']);
   const bases = new Set([...kept.keys()].map((key) => key.split(",")[0]));
   t.ok(bases.size >= 3, `${bases.size} packs were tried`);
   const count = kept.size;

@@ -18,7 +18,7 @@ import type { Engine } from "../session/engine.ts";
 import { toUtf8 } from "../text.ts";
 import type { AnsweringTask, ByAnswersOptions, FinishedOutcomes } from "../train/answering.ts";
 import { type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
-import { readQuestions } from "./examples.ts";
+import { asksPrompts, readQuestions } from "./examples.ts";
 import { readText, writeWhole } from "./files.ts";
 import { decoder, engineOf, openModel, runsOn, tokenizer, tokens, wholeOf } from "./model.ts";
 import { number, type OptionSpec, POSITIVE, rarely, SHARE, text, type Values } from "./options.ts";
@@ -111,7 +111,7 @@ export async function addedByAnswers(
 ): Promise<(TaskToWrite & Pick<AnsweringTask, "agreement" | "reason">)[]> {
   const asked = text === undefined ? {} : await readQuestions(text);
   out.phase("loading the model");
-  const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, "examples" in asked);
+  const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, asksPrompts(asked, adapters));
   const signal = run.interrupts();
   const onProgress: ByAnswersOptions["onProgress"] = ({ stage, task, done, of }) =>
     out.progress("task", done, of, `${STAGES[stage]} ${task}`);
@@ -141,6 +141,8 @@ export function agreementText({ answers }: ByAnswersReport): string | undefined 
   return asked.length === 0 ? undefined : `on average ${percent(mean(asked))} of their answers are the adapters'`;
 }
 
+const AGAIN = "Run the same command again with --force, and it goes on";
+
 /** The report for people. */
 export function byAnswersText(file: string, report: ByAnswersReport): string[] {
   const { tasks, adapterBytes, answers, ratio, components, shared, steps, stopped } = report;
@@ -148,11 +150,11 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
     return [
       ...reportText(file, report),
       stopped
-        ? "Stopped before a task was distilled: the pack is as without a model. Run the command again and it goes on."
-        : "Distilled, tasks would take no fewer bytes: the pack is as without a model.",
+        ? `Stopped before enough tasks were distilled: the pack is as without a model. ${AGAIN}.`
+        : "By answers, it would take no fewer bytes: the pack is as without a model.",
     ];
   const asked = answers.flatMap(({ agreement }) => agreement ?? []);
-  const least = answers.reduce((a, b) => ((b.agreement ?? 1) < (a.agreement ?? 1) ? b : a));
+  const least = answers.reduce((a, b) => ((b.agreement ?? 2) < (a.agreement ?? 2) ? b : a));
   const kept = (...names: string[]): number => answers.filter((one) => names.includes(one.kept)).length;
   const blobs = mean(answers.map((one) => one.bytes));
   const refused = answers.filter(({ reason }) => reason !== undefined);
@@ -182,9 +184,7 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
       `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
     ...refused.map(({ reason }) => `${reason}. It is stored by its ΔW alone.`),
     ...(stopped && left > 0
-      ? [
-          `${count(left, "task")} not distilled, for want of time: run the command again and it goes on, or give it more --minutes.`,
-        ]
+      ? [`${count(left, "task")} not distilled, for want of time. ${AGAIN}; other --minutes begin anew.`]
       : []),
     "Answers are those to questions held back. What they cost you in right answers, your own test data tells.",
   ];

@@ -16,7 +16,7 @@ import { freshPack, tasksOf } from "../pack/write.ts";
 import type { DistillOptions } from "../train/distill.ts";
 import { refuseOtherBase, signerOf, warnUnsigned } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { readQuestions } from "./examples.ts";
+import { asksPrompts, readQuestions } from "./examples.ts";
 import { writeWhole } from "./files.ts";
 import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf } from "./finished.ts";
 import { contents, digest, facts, fileDigest, makePart } from "./hub-part.ts";
@@ -76,7 +76,7 @@ export const distill: Attach = command({
   options: OPTIONS,
   reads: ["file", "repository"],
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
-    const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer } = options;
+    const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
     const [foreign] = options.part ? option.given(options, "key") : option.given(options, "dtype");
     if (foreign !== undefined)
       throw new option.UsageError(
@@ -102,12 +102,23 @@ export const distill: Attach = command({
       pack,
       options,
       run,
-      questions.examples !== undefined,
+      asksPrompts(questions, adapters),
     );
     const modelBytes = (await stat(model)).size;
+    const words = { tokenizer: resolve(tokenizer), tokenizerBytes: (await stat(tokenizer)).size };
     const half = decoder && { decoder: resolve(decoder), decoderBytes: (await stat(decoder)).size };
     const matching = { names: [...options.names], ignore: options.ignore };
-    const settings = { model: resolve(model), modelBytes, ...half, steps, batch, tokens, ...questions, ...matching };
+    const settings = {
+      model: resolve(model),
+      modelBytes,
+      ...words,
+      ...half,
+      steps,
+      batch,
+      tokens,
+      ...questions,
+      ...matching,
+    };
     const finished = `${file}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);
@@ -204,7 +215,7 @@ async function distilPart(
   const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
   const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, async () => {
     const losses = (await addProjected(basis, adapters, types)).map(({ residual }) => residual);
-    const whole = questions.examples !== undefined;
+    const whole = asksPrompts(questions, adapters);
     const { session, encode } = await openTrainable("distill", model, basis, options, run, whole);
     run.folder(finished);
     done = await distilEach(basis, adapters, { session, encode, questions, steps, batch, settings, finished }, out);

@@ -2,9 +2,11 @@
  * Texts from a file: plain, one on each line; labelled, as JSON lines or a table of two columns; or prompts with completions, or
  * chats, as JSON lines. Every line is checked, and a wrong one named.
  */
+import type { Adapter } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 import type { Message } from "../train/examples.ts";
+import { templateOf } from "../train/made-up-tokens.ts";
 import { readText } from "./files.ts";
 
 /** Texts, one on each line or in `{"text": "…"}`, without what is there twice. @throws SourceError */
@@ -71,6 +73,15 @@ export async function readQuestions(path: string): Promise<Asked> {
 }
 
 /** What a language model learns from. */
+/** Whether prompts are asked, which must not be cut: those of examples, or of templates where questions are made. */
+export function asksPrompts(
+  { texts, examples }: { readonly texts?: unknown; readonly examples?: unknown },
+  adapters: readonly Pick<Adapter, "metadata">[],
+): boolean {
+  if (texts) return false;
+  return examples !== undefined || adapters.some(({ metadata }) => templateOf(metadata) !== undefined);
+}
+
 export type Completion = { readonly prompt: string; readonly completion: string } | { readonly messages: Message[] };
 
 /**

@@ -76,8 +76,8 @@ export async function distilEach(
 }
 
 /** A name for one task's outcome: of all it depends on. */
-async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, settings: object): Promise<string> {
-  const of = { basis: pack.basisId, id, file: resolve(file), byteLength, ...settings };
+async function keyOf(pack: Pack, { id, file, byteLength, metadata }: Adapter, settings: object): Promise<string> {
+  const of = { basis: pack.basisId, id, file: resolve(file), byteLength, metadata, ...settings };
   const { bytes: blob } = await pack.load(id);
   return createHash("sha256").update(JSON.stringify(of)).update(blob).digest("hex");
 }

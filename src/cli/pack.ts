@@ -25,11 +25,11 @@ import { inputMoments } from "../train/moments.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
 import { agreementText, byAnswersText, judged, packedByAnswers } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
-import { type Asked, type Completion, readQuestions } from "./examples.ts";
+import { type Asked, asksPrompts, type Completion, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
 import { removeFinished } from "./finished.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
-import { engineOf, openModel, wholeOf } from "./model.ts";
+import { engineOf, openModel, tokenizerOf, wholeOf } from "./model.ts";
 import * as option from "./options.ts";
 import { counting, type Output, resources, sum } from "./output.ts";
 import { autoText, cardText, reportText } from "./pack-text.ts";
@@ -266,9 +266,9 @@ async function build(
   const scratch = run.closing(openScratch(options.output));
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
   if (mode === "auto" && options.model !== undefined) {
-    const { model, questions } = await askedOf(options);
+    const { model, questions } = await askedOf(options, adapters);
     const { minutes, agreement, distill: steps, names, output: file, decoder, text, tokenizer, tokens } = options;
-    const inputs = [options.model, decoder, text, tokenizer];
+    const inputs = [options.model, decoder, text, tokenizer ?? tokenizerOf(options.model)];
     const how = { adapters, ...questions, names, minutes, agreement, bytes, steps, tokens };
     return packedByAnswers({ ...model, build: common, file, inputs, ...how }, run, out);
   }
@@ -293,12 +293,15 @@ function workersFor(adapterBytes: number): number {
 }
 
 /** A runtime and the model, and what it is asked. */
-async function askedOf({ model, decoder, text, tokenizer, tokens, ...runtime }: PackOptions): Promise<{
+async function askedOf(
+  { model, decoder, text, tokenizer, tokens, ...runtime }: PackOptions,
+  adapters: readonly Adapter[],
+): Promise<{
   readonly model: { readonly engine: Engine; readonly model: ModelInput };
   readonly questions: Partial<Asked> & { readonly encode: Tokenizer };
 }> {
   const asked = text === undefined ? {} : await readQuestions(text);
-  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, "examples" in asked);
+  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, asksPrompts(asked, adapters));
   return {
     model: { engine: engineOf(ort, runtime), model: wholeOf(model!, decoder) },
     questions: { ...asked, encode },
@@ -312,7 +315,7 @@ async function calibration(
   run: Run,
 ): Promise<Pick<BuildOptions, "moments" | "base">> {
   const { names } = options;
-  const { model, questions } = await askedOf(options);
+  const { model, questions } = await askedOf(options, adapters);
   const { texts = questions.examples?.map(textOf) ?? [], encode } = questions;
   const moments = await inputMoments(model.engine, model.model, { adapters, texts, encode, names });
   const base = await modelBase(model.model, adapters, names);

@@ -118,18 +118,23 @@ const MINUTES = { all: 10, each: 0.25 };
 /** Brings tasks close to the answers of their adapters. */
 export class Answering {
   readonly #options: ByAnswersOptions;
+  readonly #minutes: number;
   readonly #until: number;
   /** Answers of adapters to questions for so many steps, by id: each is asked once, as long as it is not done. */
   readonly #taught = new Map<string, Taught & { readonly steps: number }>();
   readonly #outcomes = new Map<string, Outcome>();
+  /** Why tasks cannot be distilled, by id. */
+  readonly #refused = new Map<string, string>();
   #steps: number | undefined;
+  /** How long a question takes, in milliseconds. */
+  #question = 0;
 
   constructor(options: ByAnswersOptions) {
     this.#options = options;
     this.#steps = options.steps;
     const { all, each } = MINUTES;
-    const { minutes = Math.max(all, each * options.adapters.length) } = options;
-    this.#until = performance.now() + 60_000 * minutes;
+    this.#minutes = options.minutes ?? Math.max(all, each * options.adapters.length);
+    this.#until = performance.now() + 60_000 * this.#minutes;
   }
 
   /** Steps of each task, once they are planned. */
@@ -147,25 +152,33 @@ export class Answering {
     return this.#options.signal?.aborted === true || performance.now() > this.#until;
   }
 
+  /** Why no task could be distilled, if none could. */
+  get refused(): readonly string[] {
+    return this.#outcomes.size > 0 ? [] : [...this.#refused.values()];
+  }
+
   /**
    * Decides how many steps there is time for, by how long one task takes now.
    * @param tried tasks that will be distilled in trying sizes before all are
    */
   async plan(level: Open, tried: number = 0): Promise<void> {
-    const { finished, adapters, steps, texts, examples } = this.#options;
+    const { finished, adapters, steps } = this.#options;
     if (steps !== undefined) return;
-    const adapter = await this.#firstOf(level);
-    if (!adapter) return;
-    const key = `steps, with ${tried} tried before`;
-    const planned = await finished?.read(key);
-    if (planned !== undefined) {
-      this.#steps = Number(planned);
-      return;
-    }
-    this.tell("planning", adapter.id, 0, 1);
-    const started = performance.now();
-    // Few questions tell how long one takes.
-    const { train, judges } = await this.#teach(level, adapter, PROBED);
+    // A call that goes on takes as many.
+    const key = `steps in ${this.#minutes} minutes for ${adapters.length} tasks, with ${tried} tried before`;
+    const known = await finished?.read(key);
+    const planned =
+      known === undefined ? await this.#unlessStopped(this.#planned(level, tried), undefined) : Number(known);
+    if (planned === undefined) return;
+    this.#steps = planned;
+    await finished?.write(key, String(planned));
+  }
+
+  async #planned(level: Open, tried: number): Promise<number | undefined> {
+    const { adapters, texts, examples } = this.#options;
+    const adapter = await this.#askedFirst(level);
+    if (!adapter) return undefined;
+    const { judges } = await this.#teach(level, adapter);
     const began = performance.now();
     let [first, last] = [0, 0];
     const onStep = (): void => {
@@ -173,28 +186,60 @@ export class Answering {
       first ||= last;
     };
     await this.#distil(level, adapter, PROBED, onStep);
-    const [question, fixed] = [(began - started) / (train.length + judges.length), first - began];
+    const fixed = first - began;
     const each = (last - first) / (PROBED - 1);
     const left = PLANNED * (this.#until - performance.now());
     // Few steps see few questions.
     const asked = (steps: number): number => Math.min((texts ?? examples)?.length ?? MOST_MADE, seen(steps));
-    const asking = (steps: number): number => question * (asked(steps) + judges.length);
-    // A task that sizes are tried on is asked once.
+    // An adapter is asked once, if it was asked enough.
+    const isKnown = ({ id }: Adapter, steps: number): boolean => {
+      const taught = this.#taught.get(id);
+      return taught !== undefined && asked(taught.steps) >= asked(steps);
+    };
+    const asking = (steps: number): number =>
+      adapters.filter((one) => !isKnown(one, steps)).length * this.#question * (asked(steps) + judges.length);
     const takes = (steps: number): number =>
-      adapters.length * (asking(steps) + fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
-    this.#steps = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
-    for (const [id, { steps }] of this.#taught) if (asked(steps) < asked(this.#steps)) this.#taught.delete(id);
-    // A call that goes on takes as many.
-    await finished?.write(key, String(this.#steps));
+      asking(steps) + adapters.length * (fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
+    const found = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
+    for (const one of adapters) if (!isKnown(one, found)) this.#taught.delete(one.id);
+    return found;
   }
 
-  /** An adapter that can be distilled. */
-  async #firstOf(level: Open): Promise<Adapter | undefined> {
+  /** An adapter that can be distilled, asked some questions, which tell how long one takes. */
+  async #askedFirst(level: Open): Promise<Adapter | undefined> {
     const { adapters } = this.#options;
-    // One that is still to be asked tells how long that takes, too.
     const unasked = adapters.filter(({ id }) => !this.#taught.has(id));
-    for (const adapter of [...unasked, ...adapters]) if ((await refusal(level, adapter)) === undefined) return adapter;
+    for (const adapter of [...unasked, ...adapters]) {
+      this.tell("planning", adapter.id, 0, 1);
+      const isNew = !this.#taught.has(adapter.id);
+      const started = performance.now();
+      const taught = await this.#unlessRefused(adapter, this.#teach(level, adapter, PROBED));
+      if (!taught) continue;
+      if (isNew) this.#question = (performance.now() - started) / (taught.train.length + taught.judges.length);
+      return adapter;
+    }
     return undefined;
+  }
+
+  /** What work gives; undefined where the task cannot be distilled, and why is known then. */
+  async #unlessRefused<T>({ id }: Adapter, work: Promise<T>): Promise<T | undefined> {
+    try {
+      const done = await work;
+      this.#refused.delete(id);
+      return done;
+    } catch (error) {
+      if (!(error instanceof TaskError)) throw error;
+      this.#refused.set(id, error.message);
+      return undefined;
+    }
+  }
+
+  /** What work gives; `otherwise` where the caller's signal ended it. */
+  async #unlessStopped<T>(work: Promise<T>, otherwise: T): Promise<T> {
+    return work.catch((cause: unknown) => {
+      if (!this.#options.signal?.aborted) throw cause;
+      return otherwise;
+    });
   }
 
   /** What becomes of all tasks. */
@@ -248,18 +293,17 @@ export class Answering {
 
   /** @param differ times the share of answers that may differ */
   async #outcome(level: Open, adapter: Adapter, steps: number, differ: number = 1): Promise<Outcome> {
-    const { finished } = this.#options;
-    const key = JSON.stringify([level.pack.basisId, adapter.id, adapter.file, adapter.byteLength, steps, differ]);
+    const { finished, agreement, bytes, seed, end, decoderStart } = this.#options;
+    const { id, file, byteLength, metadata } = adapter;
+    const asked = { agreement, bytes, seed, end, decoderStart };
+    const key = JSON.stringify([level.pack.basisId, id, file, byteLength, metadata, steps, differ, asked]);
     const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key));
+    if (known) this.#outcomes.set(key, known);
     if (known) return known;
     if (this.late) return this.#undistilled(level, adapter);
-    const reason = await refusal(level, adapter);
-    if (reason !== undefined) return { ...(await this.#undistilled(level, adapter)), reason };
-    const outcome = await this.#judged(level, adapter, steps, differ).catch(async (cause: unknown) => {
-      if (!this.#options.signal?.aborted) throw cause;
-      return this.#undistilled(level, adapter);
-    });
-    if (outcome.kept === "undistilled") return outcome;
+    const judged = this.#unlessRefused(adapter, this.#judged(level, adapter, steps, differ));
+    const outcome = await this.#unlessStopped(judged, undefined);
+    if (!outcome) return { ...(await this.#undistilled(level, adapter)), reason: this.#refused.get(adapter.id) };
     this.#outcomes.set(key, outcome);
     await finished?.write(key, written(outcome));
     return outcome;
@@ -288,8 +332,9 @@ export class Answering {
 
   /** The task as the pack has it, where what it was distilled to is too large. */
   async projected(level: Open, adapter: Adapter): Promise<Outcome> {
-    const made = await projected(level, adapter);
-    return { ...made, kept: "projected", agreement: await this.#agreement(level, adapter, made.file) };
+    const made = { ...(await projected(level, adapter)), kept: "projected" as const };
+    if (this.late) return made;
+    return { ...made, agreement: await this.#unlessStopped(this.#agreement(level, adapter, made.file), undefined) };
   }
 
   /** The task on the pack's components, with terms of its own for what they lack. */
@@ -327,17 +372,6 @@ async function projected({ pack }: Open, { id }: Adapter): Promise<Outcome> {
 function asStored({ basisId }: Pack, { entry, blob }: TaskToWrite): Outcome {
   const file = encodeTaskFile(entry, basisId, blob);
   return { id: entry.id, file, bytes: blob.length, agreement: undefined, kept: "undistilled" };
-}
-
-/** Why a task cannot be distilled, if it cannot. */
-async function refusal({ session }: Open, { id }: Adapter): Promise<string | undefined> {
-  try {
-    await distillable(session, id);
-    return undefined;
-  } catch (error) {
-    if (error instanceof TaskError) return error.message;
-    throw error;
-  }
 }
 
 function written({ file, ...outcome }: Outcome): string {

@@ -67,7 +67,7 @@ export async function madeUpQuestions(
   return found;
 }
 
-/** Lines for each label in turn, crossed from two of those whose answers came closest to it. */
+/** Lines for each label in turn, going on from the round before, crossed from two of those whose answers came closest to it. */
 function crossed(
   asked: ReadonlyMap<Row<BatchFeeds>, AdapterAnswer>,
   words: Words,
@@ -83,7 +83,7 @@ function crossed(
     [...all].sort((a, b) => b.probabilities[label]! - a.probabilities[label]!).slice(0, CLOSEST),
   );
   return Array.from({ length: count }, (_, i) => {
-    const near = closest[i % labels]!;
+    const near = closest[(asked.size + i) % labels]!;
     const both = [pick(near, random), pick(near, random)].flatMap(({ text }) => text.split(" "));
     const mixed = shuffle(
       both.map((word) => (random() < DRAWN ? draw(words, random) : word)),

@@ -24,6 +24,7 @@ import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
 import { Answering, type AnsweringTask, type ByAnswersOptions, type Open, type Outcome } from "./answering.ts";
 import { checkNumbers } from "./checks.ts";
+import { templateOf } from "./made-up-tokens.ts";
 import { modelBase } from "./model-base.ts";
 import { kindsOf, type SizedPacks } from "./sized-packs.ts";
 import { checkQuestions } from "./taught.ts";
@@ -146,6 +147,8 @@ class Making {
   readonly #answering: Answering;
   readonly #kinds: readonly SizedPacks[];
   #level: Level | undefined;
+  /** Says which templates ask nothing, where questions are made. */
+  #unused: readonly string[] = [];
 
   constructor(engine: Engine, model: ModelInput, options: ByAnswersOptions) {
     this.#engine = engine;
@@ -159,11 +162,9 @@ class Making {
   async made(): Promise<Built<ByAnswersReport>> {
     const { adapters, bytes: most, base, anyBase, workers } = this.#options;
     const { sized, expected } = await (most === undefined ? this.#smallest() : this.#within(most));
-    if (most === undefined) {
-      const plain = await searchPack(adapters, { base, anyBase, workers });
-      if (expected >= plain.report.bytes)
-        return { ...plain, report: { ...plain.report, answers: [], steps: 0, stopped: this.#answering.late } };
-    }
+    this.#unused = this.#unusedTemplates(this.#level!);
+    const plain = most === undefined ? await searchPack(adapters, { base, anyBase, workers }) : undefined;
+    if (plain && expected >= plain.report.bytes) return this.#undistilled(plain, this.#answering.late);
     const level = await this.#open(sized);
     // Trying tells better how long all will take.
     if (!this.#answering.late) await this.#answering.plan(level);
@@ -177,7 +178,14 @@ class Making {
       outcomes[i] = await this.#answering.projected(level, adapters[i]!);
       made = await this.#packed(level, outcomes);
     }
-    return made;
+    // Tasks may take more than some of them promised.
+    return plain && made.report.bytes >= plain.report.bytes ? this.#undistilled(plain, made.report.stopped) : made;
+  }
+
+  /** A pack without a model, which takes no more. */
+  #undistilled({ chunks, report }: Built<BuildReport>, stopped: boolean): Built<ByAnswersReport> {
+    const warnings = [...report.warnings, ...this.#unused, ...this.#answering.refused];
+    return { chunks, report: { ...report, warnings, answers: [], steps: 0, stopped } };
   }
 
   async #packed(level: Level, outcomes: readonly Outcome[]): Promise<Built<ByAnswersReport>> {
@@ -191,10 +199,19 @@ class Making {
     const answers = outcomes.map(({ file, ...outcome }) => outcome);
     const ratio = level.report.adapterBytes / bytes;
     const stopped = outcomes.some(({ kept, reason }) => kept === "undistilled" && reason === undefined);
+    const { steps } = this.#answering;
+    const warnings = [...level.report.warnings, ...this.#unused];
     return {
       chunks: await allOf(chunks),
-      report: { ...level.report, bytes, ratio, answers, steps: this.#answering.steps, stopped },
+      report: { ...level.report, bytes, ratio, warnings, answers, steps, stopped },
     };
+  }
+
+  #unusedTemplates(level: Level): string[] {
+    const { adapters, texts, examples } = this.#options;
+    if (texts || examples || !this.#answering.asksTokens(level)) return [];
+    const unused = adapters.filter(({ metadata }) => metadata["template"] !== undefined && !templateOf(metadata));
+    return unused.map(({ id }) => `${id}: its template has no "{input}", so it was asked lines of words`);
   }
 
   async close(): Promise<void> {

@@ -73,7 +73,7 @@ const MADE_TO_JUDGE = 128;
 
 /**
  * Asks the adapter and turns its answers into targets.
- * @throws TaskError when the task has other labels than the adapter
+ * @throws TaskError when the task has other labels than the adapter, or fewer than two
  */
 export async function taughtBy(
   session: Session,
@@ -109,6 +109,10 @@ export async function taughtBy(
   const weight = adapter.saved.find(({ name }) => name === `${last?.module}.weight`);
   // A language model has none.
   const count = weight?.shape[0] ?? (asking.tokens ? 0 : some!.distributions[0]!.probabilities.length);
+  if (count === 1) {
+    const message = `task "${id}" cannot be distilled: the model gives one number for a text, and answers are compared by two labels at least`;
+    throw new TaskError(message, { task: id });
+  }
   const own = blob.parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
   if (own !== undefined && own !== count) {
     throw new TaskError(`task "${id}" has ${own} labels, ${adapter.file} ${count}: it was not made of this adapter`, {
