@@ -74,13 +74,20 @@ function oneAddition(): Uint8Array {
  */
 export function whileAlive(device: DeviceHandle): <T>(work: () => Promise<T>) => Promise<T> {
   let loss: BackendError | undefined;
-  const lost = (device as GPUDevice).lost.then(({ reason, message }) => {
+  // Not a race with `lost`: that would keep the results of all runs as long as the device.
+  const waiting = new Set<(loss: BackendError) => void>();
+  void (device as GPUDevice).lost.then(({ reason, message }) => {
     const what = `onnxruntime's WebGPU device was lost (${reason}): ${message.replace(/\.+$/, "")}. Close this session and make a new one`;
-    throw (loss = new BackendError(what, { backend: "onnxruntime" }));
+    loss = new BackendError(what, { backend: "onnxruntime" });
+    for (const reject of waiting) reject(loss);
   });
-  lost.catch(() => undefined);
   return async (work) => {
     if (loss) throw loss;
-    return Promise.race([work(), lost]);
+    return new Promise((resolve, reject) => {
+      waiting.add(reject);
+      work()
+        .then(resolve, reject)
+        .finally(() => waiting.delete(reject));
+    });
   };
 }

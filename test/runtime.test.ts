@@ -2,15 +2,47 @@ import { createRuntime, openPack, type Runtime, type Tensor, type View, type Wei
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { loadTensors } from "./adapters.ts";
 import { backends } from "./backend-list.ts";
 import { bytesOf, checkGolden, relativeDifference, tensorsOf } from "./compare.ts";
 import { decodeTensor, memoryHost } from "./internals.ts";
 import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
+import { packFor } from "./sessions.ts";
 
 t.test("PEFT's goldens through pack and runtime", async (t) => {
   const goldens = await goldenPacks();
   t.ok(goldens.length >= 23, `${goldens.length} goldens`);
   for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
+});
+
+t.test("heads of other sizes come and go, and the caller's array is the head again", async (t) => {
+  const base = new Map<string, Tensor>();
+  for (const [name, { shape, data: values }] of await loadTensors(data("sessions/base.safetensors")))
+    base.set(name, { dtype: "f32", shape, data: Float32Array.from(values) });
+  const name = [...base.keys()].find((one) => one.endsWith("classifier.weight"))!;
+  // A base of two labels, as one of the tasks.
+  for (const one of [name, name.replace(".weight", ".bias")]) {
+    const { shape, data } = base.get(one)!;
+    const width = shape[1] ?? 1;
+    base.set(one, { dtype: "f32", shape: [2, ...shape.slice(1)], data: (data as Float32Array).slice(0, 2 * width) });
+  }
+  const own = base.get(name)!;
+  const [tensor, pristine] = [own.data as Float32Array, (own.data as Float32Array).slice()];
+  const runtime = await createRuntime(await packFor("base"), { base });
+  t.teardown(() => runtime.close());
+  const inPlace = async (task: string | null): Promise<boolean> => {
+    await runtime.switchTask(task);
+    return base.get(name) === own;
+  };
+  t.ok(await inPlace("two"));
+  const second = tensor.slice();
+  t.notSame(second, pristine);
+  t.notOk(await inPlace("five"), "five labels do not fit");
+  t.ok(await inPlace("two"));
+  t.same(tensor, second);
+  t.notOk(await inPlace("three"));
+  t.ok(await inPlace(null));
+  t.same(tensor, pristine);
 });
 
 const TASKS = ["debtags-role", "debtags-game", "sections-1", "debtags-use"];
@@ -41,6 +73,19 @@ const { bytes: smallPack } = await packOf(
   {},
   (m) => m.includes("layer.0.attention.self.v"),
 );
+
+t.test("what was read stays what it was", async (t) => {
+  const pack = await openPack(smallPack);
+  const { name } = pack.modules[0]!;
+  for (const options of backends()) {
+    const runtime = await createRuntime(await openPack(smallPack), { ...options, base: fakeBase(pack.modules, "f32") });
+    const before = await runtime.readWeight(name);
+    const bytes = Buffer.from(before.data);
+    await runtime.switchTask(TASKS[0]!);
+    t.ok(bytes.equals(before.data) && !bytes.equals((await runtime.readWeight(name)).data));
+    await runtime.close();
+  }
+});
 
 for (const options of backends()) {
   const label = options.wasm?.variant ?? options.backend;

@@ -28,9 +28,10 @@ const USAGE = 4 | 8 | 128;
 export class Blocks {
   readonly limits: Limits;
   readonly #recorder: Recorder;
-  /** Those without an owner are the caller's. */
-  readonly #held = new Map<Block, Held & { owner: Owner | undefined }>();
-  readonly #byBuffer = new Map<DeviceBuffer, Block>();
+  readonly #held = new Map<Block, Held & { readonly owner: Owner }>();
+  /** The caller's, kept as long as the caller does. */
+  readonly #adopted = new WeakMap<Block, Held>();
+  readonly #byBuffer = new WeakMap<DeviceBuffer, Block>();
 
   constructor(recorder: Recorder, limits: Limits) {
     this.#recorder = recorder;
@@ -49,17 +50,14 @@ export class Blocks {
     }
     const state = { refused: false };
     const created = this.#recorder.create(`eigenlora ${owner}`, size, () => (state.refused = true));
-    return this.#keep({ ...created, owner }, byteLength, state);
+    const block = this.#blockOf(created, byteLength, state);
+    this.#held.set(block, { ...created, owner });
+    return block;
   }
 
-  #keep(
-    held: Held & { owner: Owner | undefined },
-    byteLength: number,
-    state: { refused: boolean } = { refused: false },
-  ): Block {
-    const block: Block = Object.assign(state, { byteLength, device: held.buffer });
-    this.#held.set(block, held);
-    this.#byBuffer.set(held.buffer, block);
+  #blockOf({ buffer }: Held, byteLength: number, state: { refused: boolean } = { refused: false }): Block {
+    const block: Block = Object.assign(state, { byteLength, device: buffer });
+    this.#byBuffer.set(buffer, block);
     return block;
   }
 
@@ -74,21 +72,26 @@ export class Blocks {
           "expected a multiple of 4 and STORAGE | COPY_SRC | COPY_DST",
       );
     }
-    return this.#keep({ ...this.#recorder.adopt(buffer), owner: undefined }, size);
+    const adopted = this.#recorder.adopt(buffer);
+    const block = this.#blockOf(adopted, size);
+    this.#adopted.set(block, adopted);
+    return block;
   }
 
   free(block: Block): void {
-    const found = this.#held.get(block);
+    const own = this.#held.get(block);
+    const found = own ?? this.#adopted.get(block);
     if (!found) return;
     this.#held.delete(block);
+    this.#adopted.delete(block);
     this.#byBuffer.delete(found.buffer);
     this.#recorder.forget(found);
-    if (found.owner !== undefined) found.buffer.destroy();
+    own?.buffer.destroy();
   }
 
   /** @throws TypeError when the slice's block is none of these */
   held(name: string, { block }: Slice): Held {
-    const found = this.#held.get(block);
+    const found = this.#held.get(block) ?? this.#adopted.get(block);
     if (found === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
     return found;
   }
@@ -129,7 +132,6 @@ export class Blocks {
   memory(): Record<Owner | "reserved", number> {
     const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: this.#recorder.reserved };
     for (const [{ byteLength }, { owner }] of this.#held) {
-      if (owner === undefined) continue;
       total[owner] += byteLength;
       total.reserved += padded(byteLength) - byteLength;
     }
@@ -137,9 +139,8 @@ export class Blocks {
   }
 
   close(): void {
-    for (const { buffer, owner } of this.#held.values()) if (owner !== undefined) buffer.destroy();
+    for (const { buffer } of this.#held.values()) buffer.destroy();
     this.#held.clear();
-    this.#byBuffer.clear();
   }
 }
 

@@ -91,6 +91,8 @@ export class Faults {
   readonly #device: GPUDevice;
   readonly #timeout: number;
   readonly #open = new Set<Promise<void>>();
+  /** Ends waits for a device that is lost. Races with `lost` would add to it for as long as the device lives. */
+  readonly #waiting = new Set<() => void>();
   #first: BackendError | undefined;
   #loss: BackendError | undefined;
   #lose!: (loss: BackendError) => void;
@@ -99,7 +101,10 @@ export class Faults {
     this.#device = device as GPUDevice;
     this.#timeout = timeout;
     this.lost = new Promise((resolve) => {
-      this.#lose = (loss) => resolve((this.#loss ??= loss));
+      this.#lose = (loss) => {
+        resolve((this.#loss ??= loss));
+        for (const end of this.#waiting) end();
+      };
     });
     void this.#device.lost.then(({ reason, message }) => {
       this.#lose(fault(`the device was lost (${reason || "unknown"}): ${message.replace(/\.+$/, "")}. ${ADVICE}`));
@@ -144,10 +149,19 @@ export class Faults {
     const heard = work
       .catch((cause: Error) => void (refused = fault(cause.message, cause)))
       .then(() => Promise.all(this.#open));
+    let end = (): void => {};
+    const ended = new Promise<void>((resolve) => {
+      end = resolve;
+      void heard.then(() => resolve());
+    });
+    this.#waiting.add(end);
+    if (this.#loss) end();
     try {
-      await inTime(Promise.race([heard, this.lost]), this.#timeout, "the device");
+      await inTime(ended, this.#timeout, "the device");
     } catch (cause) {
       this.#lose(fault(`${(cause as Error).message}. ${ADVICE}`, cause));
+    } finally {
+      this.#waiting.delete(end);
     }
     // The fault behind a refusal is the better message.
     const found = this.#loss ?? this.#first ?? refused;

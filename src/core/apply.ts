@@ -8,7 +8,7 @@ import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { type PackModule, sharedBases } from "../format/format.ts";
 import { onDevice, type View } from "./base.ts";
 import type { PackView } from "./part.ts";
-import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
+import { loadParts, refuseMagnitudes } from "./selection.ts";
 import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -37,20 +37,20 @@ export interface Applied {
 }
 
 /**
- * @param head of a blend among the rows
+ * @param tasks by row. Default: those of the active selection for all
  * @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition
  */
 export async function partsOfRows(
-  pack: PackView,
-  rows: readonly Selection[],
+  { view, ignored }: { readonly view: PackView; readonly ignored: ReadonlySet<string> },
+  tasks: ApplyOptions["tasks"],
+  active: readonly ActiveTask[],
   index: number,
-  head: string | undefined,
-): Promise<ActiveTask[][]> {
-  checkArgument("apply: tasks", rows, "a list of one task per row", "map");
-  const known = new Map<Selection, ActiveTask[]>();
-  for (const row of rows) if (!known.has(row)) known.set(row, await loadParts(pack, row, { head }));
-  const parts = rows.map((row) => known.get(row)!);
-  refuseMagnitudes(parts.flat(), pack, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
+): Promise<(readonly ActiveTask[])[]> {
+  const known = new Map<string | null, ActiveTask[]>();
+  if (tasks) checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
+  for (const task of tasks ?? []) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored));
+  const parts = tasks?.map((task) => known.get(task)!) ?? [active];
+  refuseMagnitudes(parts.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
   return parts;
 }
 

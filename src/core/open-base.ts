@@ -41,6 +41,8 @@ export function memoryHost(tensors: Tensors): WeightHost {
     if (!tensor) throw new RangeError(`the base has no tensor "${name}"`);
     return viewOf(tensor);
   };
+  /** The caller's tensors that entries of another shape or number format stand for. */
+  const originals: Tensors = new Map();
   return {
     *list() {
       for (const [name, { dtype, shape, layout }] of tensors) yield { name, dtype, shape, ...(layout && { layout }) };
@@ -58,7 +60,7 @@ export function memoryHost(tensors: Tensors): WeightHost {
       refuseSharedMemory(tensors, names);
       const undo: (() => void)[] = [];
       return {
-        write: (name, value) => write(tensors, name, value, undo),
+        write: (name, value) => write(tensors, originals, name, value, undo),
         commit() {},
         // The runtime itself writes again what was written in place.
         rollback() {
@@ -131,8 +133,8 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
   return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
 }
 
-/** Writes in place where the value has the tensor's type and shape, else as a new entry. */
-function write(tensors: Tensors, name: string, value: View | null, undo: (() => void)[]): void {
+/** Writes in place where the value has the type and shape of the tensor, or of the caller's own, else as a new entry. */
+function write(tensors: Tensors, originals: Tensors, name: string, value: View | null, undo: (() => void)[]): void {
   const old = tensors.get(name);
   if (!value) {
     tensors.delete(name);
@@ -140,13 +142,19 @@ function write(tensors: Tensors, name: string, value: View | null, undo: (() => 
     return;
   }
   const { dtype, shape, data, byteOffset } = value;
-  const before = old && viewOf(old).data;
-  if (before && !onDevice(before) && !onDevice(data) && old.dtype === dtype && sameShape(old.shape, shape)) {
-    before.set(data);
+  for (const tensor of [old, originals.get(name)]) {
+    const place = tensor && viewOf(tensor).data;
+    if (!place || onDevice(place) || onDevice(data) || tensor.dtype !== dtype || !sameShape(tensor.shape, shape))
+      continue;
+    place.set(data);
+    if (tensor === old) return;
+    tensors.set(name, tensor);
+    undo.push(() => old && tensors.set(name, old));
     return;
   }
+  if (old && !originals.has(name)) originals.set(name, old);
   const place = onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() };
-  tensors.set(name, { dtype, shape: [...shape], ...place });
+  tensors.set(name, { dtype, shape: [...shape], ...place, ...(old?.layout && { layout: old.layout }) });
   undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
 }
 

@@ -8,13 +8,15 @@ import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
 import { now, throwIfAborted } from "../pace.ts";
+import { Queue } from "../queue.ts";
 import type { Applied, ApplyOptions } from "./apply.ts";
-import { type CpuView, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
+import { type CpuView, copyOf, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
 import type { Pack } from "./pack.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
 import type { PackView } from "./part.ts";
 import {
   copySelection,
+  type LoadedTasks,
   loadParts,
   type MemoryReport,
   memoryReport,
@@ -33,6 +35,7 @@ const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: []
 
 /** A selection, read: what it does to the model. Nothing is changed yet. */
 interface Loaded {
+  readonly parts: readonly ActiveTask[];
   readonly resolved: Resolved;
   readonly change: WeightChange;
 }
@@ -53,12 +56,11 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   readonly #parts: RuntimeParts;
   readonly #weights: FoldedWeights;
   #applied: Applied | undefined;
-  #task: Selection = null;
-  /** The option `head` that the active selection was made with. */
-  #head: string | undefined;
+  /** What is active, with its tasks: the pack may have others under their ids by now, or be out of reach. */
+  #now: LoadedTasks = { selection: null, head: undefined, tasks: [] };
   /** Why the device is gone, until another one is at work. */
   #loss: Error | undefined;
-  #queue: Promise<unknown> = Promise.resolve();
+  readonly #queue = new Queue();
   #closed = false;
 
   /** @internal Use `createRuntime`. */
@@ -95,12 +97,15 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   #watch(): void {
     const { backend } = this.#bench;
-    void backend.lost?.then((reason) => {
-      if (this.#closed || this.#bench.backend !== backend) return;
-      this.#loss = reason;
-      this.tell("devicelost", { message: reason.message });
-      if (!this.#parts.restart) return;
-      this.#enqueue(() => this.#recover()).catch(() => undefined);
+    if (!backend.lost) return;
+    // A device may live on after many runtimes, and would keep them.
+    const [runtime, used] = [new WeakRef(this), new WeakRef(backend)];
+    void backend.lost.then((reason) => {
+      const still = runtime.deref();
+      if (!still || still.#closed || still.#bench.backend !== used.deref()) return;
+      still.#loss = reason;
+      still.tell("devicelost", { message: reason.message });
+      if (still.#parts.restart) still.#queue.change(() => still.#recover()).catch(() => undefined);
     });
   }
 
@@ -116,12 +121,12 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     this.#applied = undefined;
     this.#loss = undefined;
     this.#watch();
-    await this.#switch(this.#task, { head: this.#head });
+    await this.#switch(this.#now.selection, this.#now, this.#now.tasks);
   }
 
   /** The active task. */
   get task(): Selection {
-    return this.#task;
+    return this.#now.selection;
   }
 
   /**
@@ -144,19 +149,13 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** @internal @param tasks of the selection, where they have been loaded */
   activate(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<RuntimeSwitchReport> {
-    return this.#enqueue(() => this.switching(selection, () => this.#switch(selection, options, tasks)));
+    return this.#queue.change(() => this.switching(selection, () => this.#switch(selection, options, tasks)));
   }
 
   /** @internal @throws BackendError while the weights are no task's */
   check(): void {
     this.#live();
     this.#weights.check();
-  }
-
-  #enqueue<T>(work: () => Promise<T>): Promise<T> {
-    const run = this.#queue.then(work);
-    this.#queue = run.catch(() => undefined);
-    return run;
   }
 
   async #switch(
@@ -169,10 +168,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     await this.#ready();
     throwIfAborted(signal);
     const before = { ...this.pack.reads };
-    const { resolved, change } = await this.#load(selection, options, tasks);
+    const { parts, resolved, change } = await this.#load(selection, options, tasks);
     const read = now();
     throwIfAborted(signal);
-
     this.#bench.allocated = 0;
     this.#bench.dispatches = 0;
     const { terms } = this.#parts;
@@ -183,11 +181,10 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     // No pause from here on: a reader in between would see one task's weights and another one's head.
     activate();
     this.#parameters?.activate(resolved);
-    this.#task = selection;
-    this.#head = head;
+    this.#now = { selection, head, tasks: parts };
     const done = now();
     return {
-      task: this.#task,
+      task: selection,
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
       modules: change.weights.size,
@@ -211,9 +208,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     if (terms) {
       const modules = new Set(plans.map(({ module }) => module));
       const read = await terms.prepare(plans, this.#host, signal);
-      return { resolved, change: { plans, modules, weights: read, parameters } };
+      return { parts, resolved, change: { plans, modules, weights: read, parameters } };
     }
-    return { resolved, change: await this.#weights.prepare(plans, weights, parameters, this.#host!, signal) };
+    return { parts, resolved, change: await this.#weights.prepare(plans, weights, parameters, this.#host!, signal) };
   }
 
   /** Parameters that the tasks bring beside their terms. */
@@ -232,7 +229,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   async #fold(change: WeightChange, signal: AbortSignal | undefined): Promise<() => void> {
     const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
-    const former = async (): Promise<WeightChange> => (await this.#load(this.#task, { head: this.#head })).change;
+    const { selection, tasks, ...how } = this.#now;
+    const former = async (): Promise<WeightChange> => (await this.#load(selection, how, tasks)).change;
     return this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
   }
 
@@ -278,9 +276,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
    * @throws RangeError, TypeError as `weight`; BackendError when the device fails
    */
   readWeight(name: string): Promise<CpuView> {
-    return this.#enqueue(async () => {
+    return this.#queue.change(async () => {
       const view = this.weight(name);
-      if (!onDevice(view.data)) return view as CpuView;
+      if (!onDevice(view.data)) return copyOf(view as CpuView);
       return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
     });
   }
@@ -316,12 +314,15 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
     checkOptions("apply", options, ["tasks"]);
     const { tasks } = options;
-    return this.#enqueue(async () => {
+    return this.#queue.change(async () => {
       await this.#ready();
       const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
-      const rows = await partsOfRows(this.#parts.view, tasks ?? [this.#task], index, tasks ? undefined : this.#head);
-      this.#applied = await apply(this.#bench, this.#parts.view.modules, index, rows, x, y, this.#applied);
+      const rows = await partsOfRows(this.#parts, tasks, this.#now.tasks, index);
+      // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
+      const known = this.#applied;
+      this.#applied = undefined;
+      this.#applied = await apply(this.#bench, this.#parts.view.modules, index, rows, x, y, known);
     });
   }
 
@@ -358,7 +359,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
   close(): Promise<void> {
-    return this.#enqueue(async () => {
+    return this.#queue.change(async () => {
       if (this.#closed) return;
       this.#closed = true;
       this.#bench.backend.close();

@@ -20,6 +20,14 @@ export interface SwitchOptions {
   readonly head?: string | undefined;
 }
 
+/** A selection as it was when it was read. */
+export interface LoadedTasks {
+  readonly selection: Selection;
+  readonly head: string | undefined;
+  /** Tasks with strengths; none for the base. */
+  readonly tasks: readonly ActiveTask[];
+}
+
 /** A selection that the caller's later changes do not reach. */
 export function copySelection(selection: Selection): Selection {
   return isPlain(selection) ? { ...selection } : selection;

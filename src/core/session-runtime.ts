@@ -18,20 +18,12 @@ import type { Term } from "../tensor/term.ts";
 import type { RuntimeOptions } from "./create.ts";
 import { type Merged, mergeAll } from "./merge.ts";
 import type { Runtime } from "./runtime.ts";
-import { loadParts, type Selection, type SwitchOptions } from "./selection.ts";
+import { type LoadedTasks, loadParts, type Selection, type SwitchOptions } from "./selection.ts";
 import { Workbench } from "./workbench.ts";
 
 export type { Merged } from "./merge.ts";
 export { copySelection, type Selection, type SwitchOptions } from "./selection.ts";
 export type { ActiveTask } from "./stage.ts";
-
-/** A selection as it was when it was read. */
-export interface LoadedTasks {
-  readonly selection: Selection;
-  readonly head: string | undefined;
-  /** Tasks with strengths; none for the base. */
-  readonly tasks: readonly ActiveTask[];
-}
 
 /** Memory for a core [K_A, K_B]: the index of its first number, and the distance of its rows. */
 export interface CoreTarget {

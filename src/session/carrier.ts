@@ -3,8 +3,7 @@
  * three kinds: inputs.ts (extra inputs), folded.ts (a model per task), device.ts (weights as buffers of a device).
  */
 
-import type { Selection } from "../core/selection.ts";
-import type { LoadedTasks } from "../core/session-runtime.ts";
+import type { LoadedTasks, Selection } from "../core/selection.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { DetachedModel } from "../onnx/write.ts";

@@ -5,8 +5,8 @@
 /// <reference types="@webgpu/types" />
 
 import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../core/base.ts";
-import type { Selection } from "../core/selection.ts";
-import { createFolding, type LoadedTasks, type SessionRuntime } from "../core/session-runtime.ts";
+import type { LoadedTasks, Selection } from "../core/selection.ts";
+import { createFolding, type SessionRuntime } from "../core/session-runtime.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -36,6 +36,7 @@ export async function deviceCarrier(
   const model = await engine.load(parts.detached, parts.load);
   const tensors = new Map<string, Placed>();
   const free = (): void => tensors.forEach(({ buffer }) => buffer.destroy());
+  let runtime: SessionRuntime | undefined;
   try {
     const { device, ignored } = await gpu.device();
     await place(file, fed, device as GPUDevice, tensors);
@@ -44,16 +45,17 @@ export async function deviceCarrier(
     const weights = Object.fromEntries(
       fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
     );
-    const runtime = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
+    const folding = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
       ...{ base: tensors, backend: "webgpu", webgpu: { device }, names, ...(keep && { modules: keep }) },
     });
-    const evaluator = new TaskEvaluator(parts.prepared, runtime);
+    runtime = folding;
+    const evaluator = new TaskEvaluator(parts.prepared, folding);
     const active = (task: Selection, values: InputValues): Active => {
       const { feeds, bytes } = toFeeds(engine, inputs, [values]);
       return { model, task, feeds: { ...weights, ...feeds }, bytes };
     };
     const none = (await evaluator.read(null)).inputs;
-    let before: Pick<LoadedTasks, "selection" | "head"> = { selection: null, head: undefined };
+    let before = await folding.load(null);
     const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice, gpu);
     const bytes = [...own.values()].reduce((sum, { size }) => sum + size, 0);
     return {
@@ -62,19 +64,19 @@ export async function deviceCarrier(
       async make(tasks, signal) {
         const { inputs } = await evaluator.evaluate(tasks, signal);
         // Runs that were asked for before are through by then, and none begins meanwhile.
-        await gpu.exclusive(() => foldInPlace(runtime, tasks, before, signal, fed, tensors, own));
-        const { selection, head } = tasks;
-        before = { selection, head };
-        return active(selection, inputs);
+        await gpu.exclusive(() => foldInPlace(folding, tasks, before, signal, fed, tensors, own));
+        before = tasks;
+        return active(tasks.selection, inputs);
       },
-      check: () => runtime.check(),
-      memory: () => ({ ...runtime.memory(), active: bytes }),
+      check: () => folding.check(),
+      memory: () => ({ ...folding.memory(), active: bytes }),
       async close() {
-        await runtime.close();
+        await folding.close();
         free();
       },
     };
   } catch (error) {
+    await runtime?.close();
     free();
     await engine.release(model);
     throw error;
@@ -113,7 +115,7 @@ async function place(
 async function foldInPlace(
   runtime: SessionRuntime,
   tasks: LoadedTasks,
-  before: Pick<LoadedTasks, "selection" | "head">,
+  before: LoadedTasks,
   signal: AbortSignal | undefined,
   fed: readonly WeightInput[],
   tensors: ReadonlyMap<string, Placed>,
@@ -124,7 +126,7 @@ async function foldInPlace(
   if (!misfit) return;
   const { name, shape } = misfit;
   const found = tensors.get(name)?.shape ?? [];
-  await runtime.fold(await runtime.load(before.selection, { head: before.head }));
+  await runtime.fold(before);
   const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
   throw new BaseMismatchError(message, { module: name, expected: shape, found });
 }

@@ -3,7 +3,8 @@
  */
 
 import type { View } from "../core/base.ts";
-import { createFolding, type LoadedTasks } from "../core/session-runtime.ts";
+import type { LoadedTasks } from "../core/selection.ts";
+import { createFolding } from "../core/session-runtime.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile } from "../onnx/replaceable.ts";

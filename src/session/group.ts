@@ -165,7 +165,9 @@ export class SessionGroup<
       for (const session of this.#all) reports.push(await session.switchTask(asked, options));
     } catch (error) {
       // The one that failed has kept what it had.
-      for (const session of this.#all.slice(0, reports.length)) await this.#putBack(session, task, how, error);
+      const back = this.#all.slice(0, reports.length).map((session) => session.switchTask(task, how));
+      const failed = (await Promise.allSettled(back)).find(({ status }) => status === "rejected");
+      if (failed?.status === "rejected") throw cannotPutBack(error, failed.reason, "sessions");
       throw error;
     }
     const { signal: _, ...others } = options;
@@ -184,14 +186,6 @@ export class SessionGroup<
       this.tell("devicelost", detail);
     };
     for (const session of this.#all) session.addEventListener("devicelost", tell, { signal: once.signal });
-  }
-
-  async #putBack(session: Session<T>, task: Selection, how: SessionSwitchOptions, error: unknown): Promise<void> {
-    try {
-      await session.switchTask(task, how);
-    } catch (again) {
-      throw cannotPutBack(error, again, "sessions");
-    }
   }
 
   /**

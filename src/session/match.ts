@@ -165,7 +165,8 @@ export class ModelMatcher {
     const unsure = new Map<string, { readonly name: string; readonly as: string }>();
     for (const module of modules) {
       try {
-        const weight = await this.#weight(module.name);
+        const whole = await this.#weight(module.name);
+        const weight = fitsShape(module, whole) ? whole : await this.#byHand(module.name, whole);
         checkShape(module, weight);
         const name = `${module.name}.weight`;
         const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));

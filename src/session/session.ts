@@ -188,12 +188,12 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     const { keepCache: _, ...how } = options;
     const asked = copySelection(selection);
     this.#live();
-    const started = now();
-    const before = { ...this.pack.reads };
-    let read = started;
     let [old, next]: Active[] = [];
     const change = async (): Promise<SessionSwitchReport> => {
       throwIfAborted(options.signal);
+      const started = now();
+      const before = { ...this.pack.reads };
+      let read = started;
       this.#coming = asked;
       try {
         const state = this.#caches?.stateOf(asked, options);

@@ -4,8 +4,8 @@
 
 import type { Merged } from "../core/merge.ts";
 import type { PackView } from "../core/part.ts";
-import type { Selection, SwitchOptions } from "../core/selection.ts";
-import type { LoadedTasks, SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
+import type { LoadedTasks, Selection, SwitchOptions } from "../core/selection.ts";
+import type { SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import {
   bringsOf,
