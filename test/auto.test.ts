@@ -278,6 +278,15 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
   t.ok(report.decisions.length >= 1 && report.tried.every(({ bytes }) => bytes! >= report.bytes));
 });
 
+t.test("what is added later keeps to the error of a pack in number formats that were asked for", async (t) => {
+  const dtype = { basis: "int8", coefficients: "int8", head: "int8" } as const;
+  const { chunks } = await searchPack(adapters.slice(1), { goal: { kind: "error", max: 0.05 }, dtype });
+  const pack = await openPack(concat(chunks).buffer);
+  t.equal(pack.directory.basis.step, undefined, "it is not coded");
+  const [later] = await projectAdapters(pack, adapters.slice(0, 1), completeDtypes(dtype));
+  t.ok(later!.residual.total <= 0.05, `${later!.residual.total}`);
+});
+
 t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {
   const all = await readAdapters([data("adapters/own-seed")]);
   t.teardown(() => Promise.all(all.map((adapter) => adapter.close())));

@@ -65,6 +65,27 @@ for (const [name, file, format, tolerance] of CASES) {
   });
 }
 
+t.test("an MLX adapter with an alpha is warned of: versions of MLX LM read it differently", async (t) => {
+  const folder = t.testdir();
+  cpSync(join(goldens, "mlx"), folder, { recursive: true });
+  const file = join(folder, "adapter_config.json");
+  const config = JSON.parse(readFileSync(file, "utf8"));
+  const { scale, rank = 8 } = config.lora_parameters;
+  for (const [alpha, warnings] of [
+    [rank, []],
+    [
+      2 * rank,
+      [new RegExp(`alpha is ${2 * rank}, .* the scale is ${scale}\\. .* set scale to ${2 * scale} and remove alpha`)],
+    ],
+  ] as const) {
+    writeFileSync(file, JSON.stringify({ ...config, lora_parameters: { ...config.lora_parameters, rank, alpha } }));
+    const adapter = await readOne(folder);
+    t.equal(adapter.warnings.length, warnings.length);
+    t.match(adapter.warnings, warnings);
+    await adapter.close();
+  }
+});
+
 t.test("q8_0 is decoded as gguf-py does: a scale and 32 integers", async (t) => {
   const [exact, coded] = await Promise.all(
     ["f32", "q8_0"].map((kind) => openGguf(sourceOf(readFileSync(join(goldens, "gguf", `adapter-${kind}.gguf`))))),

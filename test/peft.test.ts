@@ -6,10 +6,11 @@ import { execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { AdapterError, EigenLoraError, FormatError } from "eigenlora";
+import { AdapterError, EigenLoraError, FormatError, openPack, readTensor } from "eigenlora";
 import {
   type Adapter,
   type AdapterModule,
+  buildPack,
   type Exportable,
   peftFiles,
   readPeft,
@@ -19,6 +20,7 @@ import { findAdapters, readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
 import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
 import { openSource } from "./internals.ts";
+import { concat, LOSSLESS } from "./packs.ts";
 import { required } from "./required.ts";
 
 const data = fileURLToPath(new URL("./data", import.meta.url));
@@ -487,6 +489,11 @@ t.test("token rows", async (t) => {
     t.same(found, [["a.emb.weight", "rows", [2, 3], [5, 1]]]);
     t.same([...(await saved[0]!.read())], [7, 8, 9, 10, 11, 12]);
   }
+  const unordered = await read({ ...CONFIG, trainable_token_indices: [5, 1] }, spec);
+  const packed = await openPack(concat((await buildPack([unordered], LOSSLESS)).chunks));
+  const [rows] = (await packed.load(unordered.id)).parameters;
+  t.same(rows!.indices, [1, 5], "packs have them in order");
+  t.same([...readTensor((await packed.load(unordered.id)).bytes, rows!.tensor)], [10, 11, 12, 7, 8, 9]);
   for (const indices of [null, [5], { other: [5, 1] }]) {
     const message = /\[2, 3\], but trainable_token_indices names (no|1) rows of a.emb/;
     await refuses(t, message, { trainable_token_indices: indices }, spec);

@@ -3,6 +3,7 @@ import { cp, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { openPack } from "eigenlora";
 import t from "tap";
 import { bytesOf, entries, type Spec } from "./adapters.ts";
 import { runProgram, smaller } from "./internals.ts";
@@ -89,6 +90,39 @@ t.test("an adapter that changes nothing is not praised", async (t) => {
   const head = await adapter("head", BERT, { zero: true, head: true });
   const only = /task "head" changes only what it brings whole \(classifier\.weight\): all its updates are 0/;
   t.match((await ran("pack", head, "-o", at("head.eigen"))).err, only);
+});
+
+t.test("a module that no adapter changes makes a pack that opens, with a mean or without", async (t) => {
+  const quiet = await adapter("quiet", BERT, { zero: true });
+  for (const how of [
+    ["--mode", "joint"],
+    ["--k", "2", "--centering", "none"],
+    ["--k", "2"],
+  ]) {
+    await ran("pack", idle, quiet, "-o", at("idle.eigen"), "--force", ...how);
+    t.match((await ran("verify", at("idle.eigen"))).out, /task quiet +ok/);
+  }
+});
+
+t.test("verify compares a task that brings magnitudes alone for a module", async (t) => {
+  const spec: Spec = Object.fromEntries(
+    BERT.flatMap((name, i) => [
+      [`base_model.model.${name}.lora_A.weight`, [[2, 6], i + 1]] as const,
+      [`base_model.model.${name}.lora_B.weight`, [[8, 2], i + 3]] as const,
+      [`base_model.model.${name}.lora_magnitude_vector.weight`, [[8], 2]] as const,
+    ]),
+  );
+  const tensors = entries(spec).map((entry) =>
+    entry.name.includes(`${BERT[1]}.lora_B`) ? { ...entry, read: () => new Uint8Array(8 * 2 * 4) } : entry,
+  );
+  await mkdir(at("adapters", "scaled"), { recursive: true });
+  await writeFile(at("adapters", "scaled", "adapter_model.safetensors"), await bytesOf(tensors));
+  const config = { peft_type: "LORA", r: 2, lora_alpha: 2, use_dora: true };
+  await writeFile(at("adapters", "scaled", "adapter_config.json"), JSON.stringify(config));
+  await ran("pack", at("adapters", "scaled"), "-o", at("scaled.eigen"));
+  const { terms } = await (await openPack(at("scaled.eigen"))).load("scaled");
+  t.ok(terms.some(({ rank, privateRank, magnitude }) => rank + privateRank === 0 && magnitude));
+  await ran("verify", at("scaled.eigen"), "--against", at("adapters", "scaled"));
 });
 
 t.test("a report says what there is", async (t) => {

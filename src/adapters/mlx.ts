@@ -20,16 +20,20 @@ export type MlxFiles = PeftFiles;
  * @throws FormatError when the tensor file breaks the safetensors format; SourceError when it cannot be read
  */
 export async function readMlx({ config, ...files }: MlxFiles): Promise<Adapter> {
-  const { scale, baseModel } = readConfig(config, `${files.file}/adapter_config.json`);
+  const { scale, baseModel, warnings } = readConfig(config, `${files.file}/adapter_config.json`);
   return readAdapterFile(files, openSafetensors, (found) => {
     const tensors = transposeMatrices(found, /\.lora_[ab]$/);
     const expected = "expected lora_a, lora_b and m of each module, as MLX LM saves them; save the adapter again";
     const parts = sortTensors(tensors, parseKey, () => expected);
-    return { ...assembleLora(tensors, parts, () => scale), baseModel };
+    return { ...assembleLora(tensors, parts, () => scale), baseModel, warnings };
   });
 }
 
-function readConfig(config: unknown, file: string): { scale: number; baseModel: string | undefined } {
+interface MlxConfig extends Pick<Adapter, "baseModel" | "warnings"> {
+  readonly scale: number;
+}
+
+function readConfig(config: unknown, file: string): MlxConfig {
   const refuse = (field: string, message: string): AdapterError => new AdapterError(message, { file, field });
   const { fine_tune_type: type = "lora", lora_parameters, model } = (config ?? {}) as Record<string, unknown>;
   if (type !== "lora" && type !== "dora") {
@@ -38,11 +42,18 @@ function readConfig(config: unknown, file: string): { scale: number; baseModel: 
       `fine_tune_type is ${show(type)}, expected "lora" or "dora": whole weights do not fit into a pack`,
     );
   }
-  const scale = (lora_parameters as Record<string, unknown> | undefined | null)?.["scale"];
+  const { scale, alpha, rank } = (lora_parameters ?? {}) as Record<string, unknown>;
   if (typeof scale !== "number" || !Number.isFinite(scale)) {
     throw refuse("lora_parameters", `lora_parameters.scale is ${show(scale)}, expected a number, as MLX LM writes it`);
   }
-  return { scale, baseModel: typeof model === "string" && model !== "" ? model : undefined };
+  const warnings: string[] = [];
+  if (typeof alpha === "number" && typeof rank === "number" && alpha !== rank) {
+    const scaled = Number(((scale * alpha) / rank).toPrecision(6));
+    warnings.push(
+      `lora_parameters.alpha is ${alpha}, which MLX LM no longer reads: the scale is ${scale}. If a version trained it that did, set scale to ${scaled} and remove alpha`,
+    );
+  }
+  return { scale, baseModel: typeof model === "string" && model !== "" ? model : undefined, warnings };
 }
 
 /** Modules whose rows are tokens. */

@@ -15,6 +15,7 @@ import {
   type FetchOptions,
   type ReadOptions,
   type Reads,
+  readAll,
   unlessAborted,
 } from "../source.ts";
 import { digestOf, Shelf } from "./shelf.ts";
@@ -150,8 +151,10 @@ class Cached implements CachedSource {
     else {
       const source = await this.#source();
       if (source.byteLength === undefined) await source.read(0, 1, { signal });
+      // A server of another origin may not let it be seen.
+      if (source.byteLength === undefined) return readAll(source, options);
       const bytes = new Uint8Array(8);
-      new DataView(bytes.buffer).setFloat64(0, source.byteLength ?? 0);
+      new DataView(bytes.buffer).setFloat64(0, source.byteLength);
       if (place) await this.#unlessFailing(() => place.shelf.put(file, place.version, 0, bytes));
     }
     return this.read(0, this.byteLength!, options);

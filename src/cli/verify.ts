@@ -252,7 +252,7 @@ async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: A
     const { A, Bt } = await source.read();
     const member = { id: adapter.id, rank: source.rank, A, Bt };
     const term = terms.get(name);
-    if (!term) {
+    if (!term || term.rank + term.privateRank === 0) {
       // Too little of the task to be worth a byte.
       const { norm } = deltaError(exact(member), exact(member));
       found.push({ error: norm > 0 ? 1 : 0, norm, bound: norm > 0 ? 1 : 0, deltaA: 0, deltaB: 0 });

@@ -108,12 +108,8 @@ export interface StoredAs {
 }
 
 /** The first `count` components and the mean as they are stored. */
-export function encodeSide(
-  side: Omit<Side, "rows">,
-  most: number,
-  { type, steps, mixed = !steps && fewBits(type) }: StoredAs,
-  products?: Products,
-): SideBasis {
+export function encodeSide(side: Omit<Side, "rows">, most: number, stored: StoredAs, products?: Products): SideBasis {
+  const { type, steps, mixed = !steps && fewBits(type) } = stored;
   const { width, rank, mean, metric } = side;
   const { vectors, singular, total } = side.components;
   const first = vectors.subarray(0, most * width);
@@ -122,17 +118,22 @@ export function encodeSide(
   if (mean) all.set(mean, most * width);
   if (metric) backwardSolve(metric, width, width, all, all.length / width);
   const count = steps ? alive(all, most, width, steps) : most;
+  if (count === 0 && !mean) {
+    // No reader takes a side with neither components nor a mean.
+    const zeros = { ...side, mean: new Float64Array(width) };
+    return encodeSide(zeros, 0, { type, mixed, steps: steps && Float64Array.of(1) }, products);
+  }
   // The mean lies behind the components that are left.
   const values = all.copyWithin(count * width, most * width).subarray(0, all.length - (most - count) * width);
   const rows = values.length / width;
   let held = 0;
   for (let k = 0; k < count; k++) held += singular[k]! ** 2;
   const own = steps && [...steps.subarray(0, count), ...(mean ? [steps.at(-1)!] : [])];
-  const stored = own
+  const encoded = own
     ? encodeSteps(values, rows, width, own)
     : { dtype: type, encoded: encodeTensor(type, values, rows, width, undefined, products?.findScale) };
   return {
-    ...stored,
+    ...encoded,
     components: count,
     width,
     rank,

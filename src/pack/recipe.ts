@@ -144,7 +144,8 @@ export function recipeOf(adapters: readonly unknown[], options: BuildOptions): R
     : completeDtypes(dtype);
   const dtypes = { basisDtype: basis, coefficientDtype: coefficients };
   const extraction = { mode, gauge, rank, centering, normalize, select, ...dtypes };
-  return { extraction, moments, privateTerms, head: { type: head, step: headStep }, step };
+  const error = select.kind === "error" ? Math.min(1, select.max) : undefined;
+  return { extraction, moments, privateTerms, head: { type: head, step: headStep }, step, error };
 }
 
 /** @throws RangeError for a step that is no share */

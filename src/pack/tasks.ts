@@ -190,8 +190,8 @@ function blobOf(
 async function encodeParameters(adapter: Adapter, { type, step }: HeadFormat): Promise<ParameterInput[]> {
   const parameters: ParameterInput[] = [];
   for (const saved of adapter.saved) {
-    const { name, role, shape, indices } = saved;
-    const values = await saved.read();
+    const { name, role, shape } = saved;
+    const { indices, values } = ascending(saved, await saved.read());
     if (shape.length === 1) {
       parameters.push({ name, role, shape, ...vector(values, type, adapter, name) });
       continue;
@@ -206,6 +206,19 @@ async function encodeParameters(adapter: Adapter, { type, step }: HeadFormat): P
     parameters.push({ name, role, shape, indices, ...stored });
   }
   return parameters;
+}
+
+/** Rows of a table in the order of their indices, which adapters may have in any. */
+function ascending(
+  { shape, indices }: SavedTensor,
+  values: Float32Array,
+): { readonly indices: readonly number[] | undefined; readonly values: Float32Array } {
+  if (!indices || indices.every((index, i) => i === 0 || index > indices[i - 1]!)) return { indices, values };
+  const width = values.length / shape[0]!;
+  const order = [...indices.keys()].sort((a, b) => indices[a]! - indices[b]!);
+  const sorted = new Float32Array(values.length);
+  for (const [i, from] of order.entries()) sorted.set(values.subarray(from * width, (from + 1) * width), i * width);
+  return { indices: order.map((i) => indices[i]!), values: sorted };
 }
 
 function rootMeanSquare(values: Float32Array): number {

@@ -83,7 +83,7 @@ function mostComponents(adapters: readonly Adapter[], { mode, centering, rank: k
   const rows = new Map<string, number>();
   for (const { name, rank } of modules) rows.set(name, (rows.get(name) ?? 0) + Math.min(rank, kept));
   const least = modules.map((module) => Math.min(rows.get(module.name)!, Math.max(module.in, module.out)));
-  return Math.min(MOST_COMPONENTS, Math.max(...least));
+  return least.reduce((most, rows) => Math.min(MOST_COMPONENTS, Math.max(most, rows)), 0);
 }
 
 function lentOptions({ dtype, centering, normalize }: Lent): BuildOptions {
@@ -114,7 +114,7 @@ const ALLOCATED: Kind = {
   async make(lent, way, amount) {
     if (amount.kind !== "error")
       throw new Unreachable(`private terms are allocated for an error or a size, not for ${amount.kind}`);
-    const { found, draft } = await allocating(lent, way);
+    const { found, draft } = await allocating(lent, way, Math.min(1, amount.max));
     const encoded = (privateTerms: Allocation): Promise<readonly TaskLoss[]> => draft.encode({ privateTerms });
     await withinError(found, amount.max, encoded, (losses) => losses);
     await lent.opened.extractor.rest();
@@ -129,10 +129,15 @@ const ALLOCATED: Kind = {
   },
 };
 
-async function allocating(lent: Lent, way: Way): Promise<{ found: Survey; draft: Draft }> {
+/** @param error that the pack keeps, and tasks that are added later */
+async function allocating(lent: Lent, way: Way, error?: number): Promise<{ found: Survey; draft: Draft }> {
   const found = await lent.survey();
-  const options: BuildOptions = { dtype: lent.dtype, ...optionsOf(way), select: { kind: "k", k: 0 } };
-  return { found, draft: new Draft(lent.opened, recipeOf(lent.opened.adapters, options)) };
+  const options: BuildOptions = {
+    ...optionsOf(way),
+    dtype: { ...way.dtype, ...lent.dtype },
+    select: { kind: "k", k: 0 },
+  };
+  return { found, draft: new Draft(lent.opened, { ...recipeOf(lent.opened.adapters, options), error }) };
 }
 
 /** Steps get finer: every number has as many bits as it is worth, and what is shared is stored once. */
