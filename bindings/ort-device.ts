@@ -74,7 +74,7 @@ function oneAddition(): Uint8Array {
  */
 export function whileAlive(device: DeviceHandle): <T>(work: () => Promise<T>) => Promise<T> {
   let loss: BackendError | undefined;
-  // Not a race with `lost`: that would keep the results of all runs as long as the device.
+  // A race with the device's own promise would keep the results of all runs as long as the device.
   const waiting = new Set<(loss: BackendError) => void>();
   void (device as GPUDevice).lost.then(({ reason, message }) => {
     const what = `onnxruntime's WebGPU device was lost (${reason}): ${message.replace(/\.+$/, "")}. Close this session and make a new one`;
@@ -83,11 +83,13 @@ export function whileAlive(device: DeviceHandle): <T>(work: () => Promise<T>) =>
   });
   return async (work) => {
     if (loss) throw loss;
-    return new Promise((resolve, reject) => {
-      waiting.add(reject);
-      work()
-        .then(resolve, reject)
-        .finally(() => waiting.delete(reject));
-    });
+    let end!: (loss: BackendError) => void;
+    const lost = new Promise<never>((_, reject) => (end = reject));
+    waiting.add(end);
+    try {
+      return await Promise.race([work(), lost]);
+    } finally {
+      waiting.delete(end);
+    }
   };
 }

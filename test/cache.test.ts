@@ -297,7 +297,7 @@ t.test("other servers, other sources", async (t) => {
   t.same(await use(again), expected);
   t.equal(reads.length, 5);
   t.same({ ...again.reads }, { requests: 0, bytes: 0, whole: false });
-  // As of a server of another origin that hides Content-Range.
+  // A server of another origin may hide Content-Range.
   const hidden = { ...own, byteLength: undefined, readAll: async () => content };
   for (let round = 0; round < 2; round++) {
     const whole = cachedSource(hidden, folderStore(await folderOf(t)), { integrity: root });

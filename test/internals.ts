@@ -63,7 +63,7 @@ export { createBackend } from "../dist/src/backends/select.js";
 export { createWasmBackend } from "../dist/src/backends/wasm.js";
 export { createHeap, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
 export { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
-export { compile } from "../dist/src/backends/webgpu-device.js";
+export { compile, Faults } from "../dist/src/backends/webgpu-device.js";
 
 // Where a weight is: cases that no model of the tests has.
 
@@ -173,6 +173,7 @@ export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 // A session's decisions, without a runtime that would have to meet each case.
 
 export { hold } from "../dist/bindings/hold.js";
+export { whileAlive } from "../dist/bindings/ort-device.js";
 export { optionsFor } from "../dist/bindings/ort-engine.js";
 export { labelsOf } from "../dist/bindings/transformers-labels.js";
 export { CacheWatch } from "../dist/src/session/caches.js";

@@ -12,19 +12,60 @@ import { seededBase } from "./bases.ts";
 import { countingDevice } from "./counting-device.js";
 import {
   type Backend,
+  collectGarbage,
   compile,
   createBackend,
   createJsBackend,
   createWebgpuBackend,
   decodeTensor,
   encodeTensor,
+  Faults,
   type Slice,
   uniform,
+  whileAlive,
 } from "./internals.ts";
 import { data, packOf } from "./packs.ts";
 import { runs } from "./required.ts";
 
 const skip = dawnMissing ?? false;
+
+t.test("a device keeps nothing of what was waited for, and ends all waits when it is lost", async (t) => {
+  type Loss = Awaited<GPUDevice["lost"]>;
+  let lose!: (loss: Loss) => void;
+  // Stands for a device: what is waited for here needs none.
+  const device = { lost: new Promise<Loss>((resolve) => (lose = resolve)) } as GPUDevice;
+  const run = whileAlive(device);
+  const faults = new Faults(device);
+  const results: WeakRef<Uint8Array>[] = [];
+  const one = async (): Promise<void> => {
+    const result = await run(async () => new Uint8Array(1e5));
+    results.push(new WeakRef(result));
+    await faults.wait(Promise.resolve());
+  };
+  for (let i = 0; i < 50; i++) await one();
+  await t.rejects(
+    run(() => {
+      throw new Error("at once");
+    }),
+    { message: "at once" },
+  );
+  for (let round = 0; round < 20 && results.some((result) => result.deref()); round++) {
+    collectGarbage("all");
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  const kept = results.filter((result) => result.deref()).length;
+  t.ok(kept <= 1, `${kept} of ${results.length} are kept`);
+
+  const never = new Promise<never>(() => {});
+  const waits = [run(() => never), faults.wait(never)];
+  lose({ reason: "destroyed", message: "gone." } as Loss);
+  for (const wait of waits) await t.rejects(wait, { tag: "backend", message: /lost \(destroyed\): gone\. / });
+  await t.rejects(
+    run(async () => 1),
+    { message: /lost/ },
+  );
+  t.equal((await faults.lost).tag, "backend");
+});
 
 function put(backend: Backend, bytes: Uint8Array, byteOffset: number): Slice {
   const block = backend.allocate(byteOffset + bytes.byteLength, "scratch");

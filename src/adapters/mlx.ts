@@ -50,7 +50,7 @@ function readConfig(config: unknown, file: string): MlxConfig {
   if (typeof alpha === "number" && typeof rank === "number" && alpha !== rank) {
     const scaled = Number(((scale * alpha) / rank).toPrecision(6));
     warnings.push(
-      `lora_parameters.alpha is ${alpha}, which MLX LM no longer reads: the scale is ${scale}. If a version trained it that did, set scale to ${scaled} and remove alpha`,
+      `lora_parameters.alpha is ${alpha}, which MLX LM no longer reads: the scale is ${scale}. If an older version trained it, set scale to ${scaled} and remove alpha`,
     );
   }
   return { scale, baseModel: typeof model === "string" && model !== "" ? model : undefined, warnings };

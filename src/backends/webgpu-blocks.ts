@@ -29,8 +29,9 @@ export class Blocks {
   readonly limits: Limits;
   readonly #recorder: Recorder;
   readonly #held = new Map<Block, Held & { readonly owner: Owner }>();
-  /** The caller's, kept as long as the caller does. */
+  /** The caller's, kept as long as the caller keeps them. */
   readonly #adopted = new WeakMap<Block, Held>();
+  readonly #gone = new FinalizationRegistry<number>((id) => this.#recorder.forget({ id }));
   readonly #byBuffer = new WeakMap<DeviceBuffer, Block>();
 
   constructor(recorder: Recorder, limits: Limits) {
@@ -75,6 +76,7 @@ export class Blocks {
     const adopted = this.#recorder.adopt(buffer);
     const block = this.#blockOf(adopted, size);
     this.#adopted.set(block, adopted);
+    this.#gone.register(buffer, adopted.id);
     return block;
   }
 

@@ -91,7 +91,7 @@ export class Faults {
   readonly #device: GPUDevice;
   readonly #timeout: number;
   readonly #open = new Set<Promise<void>>();
-  /** Ends waits for a device that is lost. Races with `lost` would add to it for as long as the device lives. */
+  /** Ends waits when the device is lost. A race with `lost` would be kept as long as the device. */
   readonly #waiting = new Set<() => void>();
   #first: BackendError | undefined;
   #loss: BackendError | undefined;
@@ -149,15 +149,12 @@ export class Faults {
     const heard = work
       .catch((cause: Error) => void (refused = fault(cause.message, cause)))
       .then(() => Promise.all(this.#open));
-    let end = (): void => {};
-    const ended = new Promise<void>((resolve) => {
-      end = resolve;
-      void heard.then(() => resolve());
-    });
+    let end!: () => void;
+    const lost = new Promise<void>((resolve) => (end = resolve));
     this.#waiting.add(end);
     if (this.#loss) end();
     try {
-      await inTime(ended, this.#timeout, "the device");
+      await inTime(Promise.race([heard, lost]), this.#timeout, "the device");
     } catch (cause) {
       this.#lose(fault(`${(cause as Error).message}. ${ADVICE}`, cause));
     } finally {

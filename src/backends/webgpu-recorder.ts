@@ -132,7 +132,7 @@ export class Recorder {
   }
 
   /** Lets go of a buffer, once what is recorded with it is submitted. */
-  forget({ id }: Held): void {
+  forget({ id }: Pick<Held, "id">): void {
     if (this.#waiting.has(id)) this.submit();
     for (const [key, prepared] of this.#prepared) if (prepared.ids.includes(id)) this.#forget(key, prepared);
   }

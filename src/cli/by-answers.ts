@@ -184,7 +184,7 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
       `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
     ...refused.map(({ reason }) => `${reason}. It is stored by its ΔW alone.`),
     ...(stopped && left > 0
-      ? [`${count(left, "task")} not distilled, for want of time. ${AGAIN}; other --minutes begin anew.`]
+      ? [`${count(left, "task")} not distilled, for want of time. ${AGAIN}; other --minutes plan the steps anew.`]
       : []),
     "Answers are those to questions held back. What they cost you in right answers, your own test data tells.",
   ];

@@ -72,7 +72,6 @@ export async function readQuestions(path: string): Promise<Asked> {
   return examples ? { examples } : { texts: await readLines(path) };
 }
 
-/** What a language model learns from. */
 /** Whether prompts are asked, which must not be cut: those of examples, or of templates where questions are made. */
 export function asksPrompts(
   { texts, examples }: { readonly texts?: unknown; readonly examples?: unknown },
@@ -82,6 +81,7 @@ export function asksPrompts(
   return examples !== undefined || adapters.some(({ metadata }) => templateOf(metadata) !== undefined);
 }
 
+/** What a language model learns from. */
 export type Completion = { readonly prompt: string; readonly completion: string } | { readonly messages: Message[] };
 
 /**

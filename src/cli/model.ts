@@ -40,7 +40,7 @@ export const decoder: OptionSpec<string | undefined> = reading(
 );
 export const tokens: OptionSpec<number | undefined> = number(
   "N",
-  "Cut texts to N tokens; a prompt with its completion may not be longer. Default: 128; 512 for completions.",
+  "Cut texts to N tokens; a prompt with its completion may not be longer. Default: 128; 512 for completions and templates.",
   from(1),
 );
 export const tokenizer: OptionSpec<string | undefined> = text(

@@ -46,10 +46,13 @@ export async function partsOfRows(
   active: readonly ActiveTask[],
   index: number,
 ): Promise<(readonly ActiveTask[])[]> {
-  const known = new Map<string | null, ActiveTask[]>();
-  if (tasks) checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
-  for (const task of tasks ?? []) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored));
-  const parts = tasks?.map((task) => known.get(task)!) ?? [active];
+  let parts: (readonly ActiveTask[])[] = [active];
+  if (tasks) {
+    checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
+    const known = new Map<string | null, ActiveTask[]>();
+    for (const task of tasks) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored));
+    parts = tasks.map((task) => known.get(task)!);
+  }
   refuseMagnitudes(parts.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
   return parts;
 }

@@ -142,20 +142,19 @@ function write(tensors: Tensors, originals: Tensors, name: string, value: View |
     return;
   }
   const { dtype, shape, data, byteOffset } = value;
-  for (const tensor of [old, originals.get(name)]) {
-    const place = tensor && viewOf(tensor).data;
-    if (!place || onDevice(place) || onDevice(data) || tensor.dtype !== dtype || !sameShape(tensor.shape, shape))
-      continue;
-    place.set(data);
-    if (tensor === old) return;
-    tensors.set(name, tensor);
-    undo.push(() => old && tensors.set(name, old));
+  undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
+  const fits = (one: Tensor | DeviceTensor | undefined): one is Tensor =>
+    one !== undefined && !("buffer" in one) && one.dtype === dtype && sameShape(one.shape, shape);
+  // One that was transferred away is of no use any more.
+  const own = [old, originals.get(name)].filter(fits).find((one) => one.data.byteLength === byteLengthOf(one));
+  if (own && !onDevice(data)) {
+    (viewOf(own).data as Uint8Array).set(data);
+    tensors.set(name, own);
     return;
   }
   if (old && !originals.has(name)) originals.set(name, old);
   const place = onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() };
   tensors.set(name, { dtype, shape: [...shape], ...place, ...(old?.layout && { layout: old.layout }) });
-  undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
 }
 
 const DTYPES = new Map<string, FloatDtype>([

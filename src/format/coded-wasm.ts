@@ -46,7 +46,7 @@ const MOST = 1 << 28;
 const PIECE = 1 << 16;
 
 let module: WebAssembly.Module | undefined;
-let kept: WasmDecoder | undefined;
+const kept: WasmDecoder[] = [];
 let refused = typeof WebAssembly === "undefined";
 
 /**
@@ -115,13 +115,11 @@ export function wasmFloats(
 
 /** A decoder that nobody else has until it is kept: two sections may be decoded in turns. */
 function take(): WasmDecoder | undefined {
-  const decoder = kept;
-  kept = undefined;
-  return decoder;
+  return kept.pop();
 }
 
 function keep(decoder: WasmDecoder): void {
-  if (decoder.memory.buffer.byteLength <= MOST_KEPT) kept = decoder;
+  if (decoder.memory.buffer.byteLength <= MOST_KEPT) kept.push(decoder);
 }
 
 /** The decoder with that many bytes of memory. */

@@ -121,7 +121,7 @@ export async function decodeSection(
     sound(false, `${FAULTS[fault]}${where}: the file is damaged, fetch it again`);
     throw new RangeError();
   };
-  return decoding.change(async () => {
+  return (size < SMALL ? small : large).change(async () => {
     throwIfAborted(signal);
     const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
     const pause = pacer(signal, TURN);
@@ -133,8 +133,9 @@ export async function decodeSection(
   });
 }
 
-/** One section after the other: side by side they would take as long, and a memory each. */
-const decoding = new Queue();
+/** One section after the other: side by side they would take as long, and a memory each. Small ones do not wait for large ones. */
+const [small, large] = [new Queue(), new Queue()];
+const SMALL = 1 << 20;
 
 /** The same as `wasmWork`, for engines without WebAssembly. */
 function scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse: Refuse): Work {

@@ -106,7 +106,7 @@ export interface Recipe {
   readonly step?: number | undefined;
   /** Steps of ΔW by task id. Default: as `step` says. */
   readonly steps?: ReadonlyMap<string, number> | undefined;
-  /** What steps keep to, which the pack says. */
+  /** The share of ΔW that no task may lose. The pack says it, for tasks that come later. */
   readonly error?: number | undefined;
 }
 
@@ -144,7 +144,9 @@ export function recipeOf(adapters: readonly unknown[], options: BuildOptions): R
     : completeDtypes(dtype);
   const dtypes = { basisDtype: basis, coefficientDtype: coefficients };
   const extraction = { mode, gauge, rank, centering, normalize, select, ...dtypes };
-  const error = select.kind === "error" ? Math.min(1, select.max) : undefined;
+  // Components alone have nothing beside them that could keep to it, and with a step it would mean sides.
+  const keeps = select.kind === "error" && step === undefined && privateTerms !== 0;
+  const error = keeps ? Math.min(1, select.max) : undefined;
   return { extraction, moments, privateTerms, head: { type: head, step: headStep }, step, error };
 }
 

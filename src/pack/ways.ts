@@ -83,7 +83,7 @@ function mostComponents(adapters: readonly Adapter[], { mode, centering, rank: k
   const rows = new Map<string, number>();
   for (const { name, rank } of modules) rows.set(name, (rows.get(name) ?? 0) + Math.min(rank, kept));
   const least = modules.map((module) => Math.min(rows.get(module.name)!, Math.max(module.in, module.out)));
-  return least.reduce((most, rows) => Math.min(MOST_COMPONENTS, Math.max(most, rows)), 0);
+  return least.reduce((most, count) => Math.min(MOST_COMPONENTS, Math.max(most, count)), 0);
 }
 
 function lentOptions({ dtype, centering, normalize }: Lent): BuildOptions {
@@ -129,7 +129,7 @@ const ALLOCATED: Kind = {
   },
 };
 
-/** @param error that the pack keeps, and tasks that are added later */
+/** @param error that the pack's tasks keep to, and those added later */
 async function allocating(lent: Lent, way: Way, error?: number): Promise<{ found: Survey; draft: Draft }> {
   const found = await lent.survey();
   const options: BuildOptions = {

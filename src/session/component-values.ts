@@ -47,7 +47,7 @@ export class CoreSpace {
   }
 }
 
-/** Multiplies coefficients with the scales of their components, in place. @param every numbers, there is another one of `count` */
+/** Multiplies coefficients with the scales of their components, in place. @param every how many numbers in a row have one scale @param count of scales, which then begin again */
 export function scaled(
   value: InputValue & { readonly data: Float32Array },
   scales: Float32Array | undefined,

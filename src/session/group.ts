@@ -165,9 +165,10 @@ export class SessionGroup<
       for (const session of this.#all) reports.push(await session.switchTask(asked, options));
     } catch (error) {
       // The one that failed has kept what it had.
-      const back = this.#all.slice(0, reports.length).map((session) => session.switchTask(task, how));
-      const failed = (await Promise.allSettled(back)).find(({ status }) => status === "rejected");
-      if (failed?.status === "rejected") throw cannotPutBack(error, failed.reason, "sessions");
+      const failed: unknown[] = [];
+      for (const session of this.#all.slice(0, reports.length))
+        await session.switchTask(task, how).catch((again: unknown) => failed.push(again));
+      if (failed.length > 0) throw cannotPutBack(error, failed[0], "sessions");
       throw error;
     }
     const { signal: _, ...others } = options;

@@ -84,8 +84,6 @@ interface Evaluation {
 /** Pads a head with fewer columns than its neighbours: never the maximum, and 0 after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
-const FACTORS = ["A", "B"] as const;
-
 /** What a model with these inputs is ready for, in the form of a task's `brings`: rows of a side need an input of whole rows. */
 function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules"]): Set<string> {
   const ready = new Set<string>();
@@ -98,7 +96,7 @@ function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules
   for (const { of } of inputs) if (ready.has(`own-A ${of}`) && ready.has(`own-B ${of}`)) ready.add(`private ${of}`);
   // Rows on one side need those that coefficients make on the other.
   for (const { name, components, expands } of modules)
-    for (const side of components && !expands ? FACTORS : []) ready.delete(`own-${side} ${name}`);
+    if (components && !expands) for (const side of ["A", "B"]) ready.delete(`own-${side} ${name}`);
   return ready;
 }
 

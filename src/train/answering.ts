@@ -120,7 +120,7 @@ export class Answering {
   readonly #options: ByAnswersOptions;
   readonly #minutes: number;
   readonly #until: number;
-  /** Answers of adapters to questions for so many steps, by id: each is asked once, as long as it is not done. */
+  /** Answers of adapters by id, with the steps that they are for: each is asked once, as long as it is not done. */
   readonly #taught = new Map<string, Taught & { readonly steps: number }>();
   readonly #outcomes = new Map<string, Outcome>();
   /** Why tasks cannot be distilled, by id. */
@@ -171,7 +171,7 @@ export class Answering {
       known === undefined ? await this.#unlessStopped(this.#planned(level, tried), undefined) : Number(known);
     if (planned === undefined) return;
     this.#steps = planned;
-    await finished?.write(key, String(planned));
+    if (known === undefined) await finished?.write(key, String(planned));
   }
 
   async #planned(level: Open, tried: number): Promise<number | undefined> {
@@ -191,7 +191,7 @@ export class Answering {
     const left = PLANNED * (this.#until - performance.now());
     // Few steps see few questions.
     const asked = (steps: number): number => Math.min((texts ?? examples)?.length ?? MOST_MADE, seen(steps));
-    // An adapter is asked once, if it was asked enough.
+    // An adapter that was asked enough is not asked again.
     const isKnown = ({ id }: Adapter, steps: number): boolean => {
       const taught = this.#taught.get(id);
       return taught !== undefined && asked(taught.steps) >= asked(steps);
@@ -209,7 +209,7 @@ export class Answering {
   async #askedFirst(level: Open): Promise<Adapter | undefined> {
     const { adapters } = this.#options;
     const unasked = adapters.filter(({ id }) => !this.#taught.has(id));
-    for (const adapter of [...unasked, ...adapters]) {
+    for (const adapter of new Set([...unasked, ...adapters])) {
       this.tell("planning", adapter.id, 0, 1);
       const isNew = !this.#taught.has(adapter.id);
       const started = performance.now();
@@ -298,8 +298,10 @@ export class Answering {
     const asked = { agreement, bytes, seed, end, decoderStart };
     const key = JSON.stringify([level.pack.basisId, id, file, byteLength, metadata, steps, differ, asked]);
     const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key));
-    if (known) this.#outcomes.set(key, known);
-    if (known) return known;
+    if (known) {
+      this.#outcomes.set(key, known);
+      return known;
+    }
     if (this.late) return this.#undistilled(level, adapter);
     const judged = this.#unlessRefused(adapter, this.#judged(level, adapter, steps, differ));
     const outcome = await this.#unlessStopped(judged, undefined);
