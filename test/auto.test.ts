@@ -9,6 +9,7 @@ import {
   type BuildOptions,
   type Built,
   buildPack,
+  encodeTaskFile,
   type Goal,
   projectAdapters,
   searchPack,
@@ -20,7 +21,7 @@ import { createEngine } from "eigenlora/onnxruntime";
 import { createJudge, inputMoments } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
-import { completeDtypes, DEFAULT_ERROR, deltaError, relative } from "./internals.ts";
+import { completeDtypes, DEFAULT_ERROR, deltaError, normal, relative, uniform } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import {
   difference,
@@ -285,6 +286,41 @@ t.test("what is added later keeps to the error of a pack in number formats that 
   t.equal(pack.directory.basis.step, undefined, "it is not coded");
   const [later] = await projectAdapters(pack, adapters.slice(0, 1), completeDtypes(dtype));
   t.ok(later!.residual.total <= 0.05, `${later!.residual.total}`);
+});
+
+t.test("within an error, a newcomer takes components or private terms alone, whichever is smaller", async (t) => {
+  const scaled = (factor: number): Adapter => {
+    const modules = [...adapters[1]!.modules].map(([name, module]) => {
+      const read = async () => module.read().then((term) => ({ ...term, Bt: term.Bt.map((v) => factor * v) }));
+      return [name, { ...module, read }] as const;
+    });
+    return { ...adapters[1]!, id: `times ${factor}`, modules: new Map(modules) };
+  };
+  const options = { gauge: "balanced", step: 0.01, select: { kind: "k", k: 8 } } as const;
+  const { chunks } = await buildPack([1, 0.8, 1.2, 0.6].map(scaled), options);
+  const pack = await openPack(concat(chunks).buffer);
+  const random = uniform(5);
+  // One that has nothing in common with them: its rows are noise.
+  const stranger = {
+    ...adapters[0]!,
+    id: "stranger",
+    modules: new Map(
+      [...adapters[0]!.modules].map(([name, module]) => {
+        const noise = (count: number) => Float32Array.from({ length: count }, () => normal(random));
+        const { rank, in: inputs, out } = module;
+        return [name, { ...module, read: async () => ({ rank, A: noise(rank * inputs), Bt: noise(rank * out) }) }];
+      }),
+    ),
+  };
+  const kin = { ...scaled(1.1), id: "kin" };
+  const made = await projectAdapters(pack, [stranger, kin], completeDtypes({ head: "int8" }), { error: 0.3 });
+  for (const { entry, residual, blob } of made) {
+    t.ok(residual.total <= 0.3, `${residual.total}`);
+    await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
+  }
+  const ranksOf = async (id: string) => (await pack.load(id)).terms.map(({ rank, privateRank }) => [rank, privateRank]);
+  t.ok((await ranksOf("stranger")).every(([rank, privateRank]) => rank === 0 && privateRank! > 0));
+  t.ok((await ranksOf("kin")).every(([rank]) => rank! > 0));
 });
 
 t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {

@@ -44,8 +44,8 @@ export interface ProjectAdaptersOptions {
   /** Called after each module. */
   readonly onProgress?: ((done: number, of: number) => void) | undefined;
   /**
-   * The share of its ΔW that an adapter may lose: it has private terms for what the components lack. Default: as the pack's tasks, which
-   * may have none.
+   * The share of its ΔW that an adapter may lose: it has private terms for what the components lack, or for all of it where that takes
+   * fewer bytes. Default: as the pack's tasks, which may have none.
    */
   readonly error?: number | undefined;
 }
@@ -68,8 +68,14 @@ export async function projectAdapters(
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
   try {
-    const made = await onto({ pack, bases: bases.bytes, adapters, formats, onProgress, error });
-    return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
+    const all: Newcomers = { pack, bases: bases.bytes, adapters, formats, onProgress, error, apart: false };
+    const stored = async (how: Newcomers): Promise<ProjectedAdapter[]> =>
+      (await onto(how)).map((task) => ({ ...task, ...storedTask(pack, task) }));
+    const beside = await stored(all);
+    if (pack.directory.basis.step === undefined || error === undefined || sharesBySide(pack)) return beside;
+    // What components hold little of takes fewer bytes without them.
+    const apart = await stored({ ...all, apart: true });
+    return beside.map((task, i) => (apart[i]!.blob.length < task.blob.length ? apart[i]! : task));
   } finally {
     bases.close();
   }
@@ -93,6 +99,8 @@ interface Newcomers {
   readonly formats: Dtypes;
   readonly onProgress: ProjectAdaptersOptions["onProgress"];
   readonly error: number | undefined;
+  /** Whether components are left alone, and all of a task are private terms. */
+  readonly apart: boolean;
 }
 
 async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
@@ -235,7 +243,7 @@ interface Both {
 
 /** Goes through the modules of a pack, and in each through the adapters that have it. */
 async function eachModule(
-  { pack, bases, adapters, formats, onProgress }: Newcomers,
+  { pack, bases, adapters, formats, onProgress, apart }: Newcomers,
   steps: Steps | undefined,
   work: (both: Both, begun: Begun, space: ModuleSpace | undefined) => void,
 ): Promise<void> {
@@ -247,7 +255,7 @@ async function eachModule(
     for (const [i, adapter] of adapters.entries()) {
       const module = adapter.modules.get(stored.name);
       if (!module) continue;
-      if (sharedBases(stored)) space ??= openModule(storedModule(stored, bases, adapter), products);
+      if (!apart && sharedBases(stored)) space ??= openModule(storedModule(stored, bases, adapter), products);
       const { magnitude, ...term } = await module.read();
       const step = steps && stepFor(steps, adapter);
       const begin = (): Begun => beginMixed(space, { id: adapter.id, ...term }, { ...options, step });

@@ -102,7 +102,7 @@ const TRYING = 48;
 /** Answers that differ after so few steps ÷ those that do after all: as the root of KL, which is 1.5 times as large (docs/research/learning.md). */
 const MORE_DIFFER = 1.2;
 /** Shares of ΔW that a task may lose that is stored closer, down to what it loses in a pack without a model. */
-const CLOSER = [0.3, DEFAULT_ERROR] as const;
+const CLOSER = [0.45, 0.3, 0.2, DEFAULT_ERROR] as const;
 /** The share of the time that may be planned with. */
 const PLANNED = 0.92;
 /** Steps that tell how long one takes. */
