@@ -160,6 +160,14 @@ export function shownOf(own: OwnSessions): Map<string, Shown> {
   return new Map([...own].map(([name, session]) => [name, shown(session)]));
 }
 
+/** Ours that the pipeline has released. */
+const disposed = new WeakSet<Whole>();
+
+/** Whether the pipeline was disposed of, and our sessions with it. */
+export function isDisposed(whole: Whole): boolean {
+  return disposed.has(whole);
+}
+
 /** What the pipeline has in place of one of its own sessions. */
 export function standIn(
   shown: Shown,
@@ -171,6 +179,7 @@ export function standIn(
     ...shown,
     run: (feeds: Readonly<Record<string, never>>) => session.run(feeds),
     async release() {
+      disposed.add(whole);
       await whole.close();
       await kept?.release();
     },

@@ -33,6 +33,7 @@ import {
   checkEach,
   foundOnly,
   ignoredByAll,
+  isDisposed,
   makeOurs,
   type Rest,
   refuseOther,
@@ -257,9 +258,10 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     const { pipe, whole, shared, replaced, kept, find } = this.#parts;
     return shared.queue.alone(async () => {
       if (this.#closed) return;
-      const own = kept ? replaced : await remake(replaced, find);
+      // A pipeline that was disposed of has no use for sessions.
+      const own = kept || isDisposed(whole) ? replaced : await remake(replaced, find);
       for (const [name, session] of own) {
-        pipe.model.sessions[name] = session;
+        if (!isDisposed(whole)) pipe.model.sessions[name] = session;
         shared.taken.delete(name);
       }
       this.#closed = true;

@@ -3,11 +3,13 @@ import { cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "n
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
 import { run as eigenlora, json, workIn } from "./command-line.ts";
 import { fromBinary, ModelProtoSchema, openSafetensors, openSource, toBinary } from "./internals.ts";
-import { data, packOf } from "./packs.ts";
+import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 
 /**
@@ -140,6 +142,33 @@ for (const [model, tasks, ids, modes] of [
   ["gemm", mlp, ["a", "b"], ["core", "factors"]],
 ] as const) {
   for (const mode of modes) {
+    t.test(
+      "tasks that would be one file on disks that ignore case, and names that are too long, are refused",
+      async (t) => {
+        for (const [ids, message] of [
+          [
+            ["SST2", "sst2"],
+            /the tasks "SST2" and "sst2" would be one file on disks that ignore case: name others with --task/,
+          ],
+          [["short", "字".repeat(40)], /the name of task "字+" is too long for a file/],
+        ] as const) {
+          const rename = new Map([
+            ["two", ids[0]],
+            ["three", ids[1]],
+          ]);
+          const adapters = await readAdapters(
+            ["two", "three"].map((id) => sessions(`adapters/${id}`)),
+            { rename },
+          );
+          const { chunks } = await buildPack(adapters, LOSSLESS);
+          for (const adapter of adapters) await adapter.close();
+          await writeFile(join(folder, "names.eigen"), concat(chunks));
+          const refused = await json(2, "attach", sessions("torchscript.onnx"), "names.eigen", "-o", "names.onnx");
+          t.match(refused, { error: { tag: "usage", message } });
+        }
+      },
+    );
+
     t.test(`${model}, mode ${mode}`, async (t) => {
       const out = join(`${model}-${mode}`, "model.onnx");
       await mkdir(join(folder, dirname(out)));

@@ -1,5 +1,7 @@
 /** Keys, signatures and roots at the command line. Signatures are checked by Node's own crypto too. */
+import { spawn } from "node:child_process";
 import { createPublicKey, verify } from "node:crypto";
+import { once } from "node:events";
 import { copyFile, mkdtemp, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -66,6 +68,27 @@ t.test("verify: whose, which, and that every section has its hash", async (t) =>
   t.match((await run("verify", at("p.eigen"), "--key", at("me.pem"))).err, /a private key/);
   const old = await json("verify", vector("no-hashes.eigen"));
   t.match(old["checks"].find(({ name }: any) => name === "root").detail, /no hashes.*compact/);
+});
+
+t.test("a file that is named twice is signed once; a pack without hashes is not signed", async (t) => {
+  const { signed } = await json("sign", at("p.eigen"), at("p.eigen"), "--key", at("me.pem"));
+  t.equal(signed.length, 1);
+  await copyFile(vector("no-hashes.eigen"), at("bare.eigen"));
+  const before = await readFile(at("bare.eigen"));
+  const refused = await run("sign", at("bare.eigen"), "--key", at("me.pem"));
+  t.equal(refused.code, 1);
+  t.match(refused.err, /bare\.eigen: it has no hashes.*`eigenlora compact`/);
+  t.ok(before.equals(await readFile(at("bare.eigen"))));
+});
+
+t.test("output into a pipe that nobody reads ends no command", async (t) => {
+  const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+  const child = spawn(process.execPath, [main, "inspect", at("p.eigen")], { stdio: ["ignore", "pipe", "pipe"] });
+  child.stdout.destroy();
+  let said = "";
+  child.stderr.on("data", (text) => (said += text));
+  t.same(await once(child, "exit"), [0, null]);
+  t.equal(said, "");
 });
 
 t.test("what changes a pack drops its signature and says so, or signs anew", async (t) => {

@@ -209,10 +209,38 @@ t.test("where it begins: mean, random, a task; a task of the pack is a start tha
     const same = floats(ours).every((values, i) => difference(values, [...floats(theirs)[i]!]) < 1e-6);
     t.equal(same, typeof init === "object", id);
   }
+  await t.rejects(createTrainer(session, { labels: LABELS, init: task as "mean" }), {
+    name: "RangeError",
+    message: /init: expected "auto", "mean", "random" or "fresh", got "/,
+  });
   const other = await createTrainer(session, { labels: LABELS, init: { task: task! }, rank: 7 });
   await t.rejects(other.fit(known).next(), { tag: "task", message: /has rank \d+ on .*, the trainer 7/ });
   const trainer = await createTrainer(session, { labels: LABELS, init: { task: "nobody" } });
   await t.rejects(trainer.fit(known).next(), { tag: "task", message: /"nobody"/ });
+});
+
+t.test("a task to go on from: its labels by their names, and nothing of it is left out in silence", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  const known = examples(NODE, session, 12, 4);
+  const first = await createTrainer(session, { labels: LABELS, seed: 2, privateTerms: 1 });
+  for await (const _ of first.fit(known, { epochs: 2 }));
+  const mine = await first.task({ id: "mine", dtype: F32 });
+  const turned = [...LABELS].reverse();
+  const next = await createTrainer(session, { labels: turned, privateTerms: 1 });
+  await next.begin(mine);
+  const [before, after] = [await first.predict(known), await next.predict(known)];
+  for (const [i, row] of after.entries()) t.ok(difference(row, [...before[i]!].reverse()) < 1e-5, `${row}`);
+
+  const plain = await createTrainer(session, { labels: LABELS });
+  await t.rejects(plain.begin(mine), { tag: "task", message: /"mine" has private terms of ".*", which this trainer/ });
+  const lora = await createTrainer(session, { labels: LABELS, train: "lora", init: "mean", privateTerms: 2 });
+  for await (const { loss } of lora.fit(known, { steps: 1 })) t.ok(loss > 0);
+  await session.addTask("mine", mine);
+  const from = await createTrainer(session, { labels: LABELS, train: "lora", init: { task: "mine" } });
+  for await (const _ of from.fit(known, { steps: 1, learningRates: { terms: 0, head: 0 } }));
+  for (const [i, row] of (await from.predict(known)).entries())
+    t.ok(difference(row, [...before[i]!]) < 1e-4, "a LoRA of coefficients and private terms answers as they do");
 });
 
 t.test("examples that cannot be learned from are refused before anything runs", async (t) => {
@@ -264,6 +292,10 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   await t.rejects(fit(known, { epochs: 0 }), { name: "RangeError", message: /epochs/ });
   await t.rejects(fit(known, { holdout: 1 }), { name: "RangeError", message: /holdout/ });
   await t.rejects(fit(known, { temperature: 0 }), { name: "RangeError", message: /temperature/ });
+  await t.rejects(fit(known, { decay: "constant" }), {
+    name: "RangeError",
+    message: /decay: expected "none", "linear"/,
+  });
   const bare = await createTrainer(session, { labels: LABELS, head: false });
   await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), {
     name: "RangeError",

@@ -462,6 +462,12 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
   t.equal(first.tasks.session.mode, "factors", "options pass through");
   await answers(first.pipe, first.tasks);
   await first.pipe.dispose();
+  await first.tasks.close();
+  t.match(
+    await refusal(() => first.tasks.session.run({})),
+    { message: /closed/ },
+    "no model is loaded for a pipeline that is gone",
+  );
   const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
   const own = pipe.model.sessions["model"] as { release(): Promise<void> };
   const tasks = await attachPack(pipe, await pack("decoder"), { model: path, original: "keep" });
@@ -471,6 +477,7 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
   const second = await attachPack(pipe, await pack("decoder"), { model: path, original: "keep", mode: "folded" });
   await answers(pipe, second);
   await pipe.dispose();
+  await second.close();
   t.match(await refusal(() => own.release()), { message: /disposed/ }, "goes with the pipeline");
 });
 

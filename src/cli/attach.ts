@@ -3,7 +3,7 @@
  * that this package has no binding for (docs/attach.md). It prepares files and runs nothing. Tasks that need the
  * weights themselves changed are refused.
  */
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import type { Pack } from "../core/pack.ts";
 import { createUnfolding } from "../core/session-runtime.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
@@ -69,6 +69,7 @@ export const attach: Attach = command({
     const ids = task.length > 0 ? [...new Set(task)] : [...pack.tasks.keys()];
     // An unknown or damaged task is found before anything is written.
     await pack.prefetch(ids);
+    refuseNames(target, ids);
     for (const id of ids) checkTarget(taskFile(target, id), { force, output: target });
     const { mode: chosen, reason, inputs, modules, unconfirmed } = prepared;
     const marks: Marks = new Map([
@@ -153,6 +154,27 @@ function tasksFolder(target: string): string {
 function taskFile(target: string, id: string): string {
   // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.
   return join(tasksFolder(target), `${encodeURIComponent(id).replaceAll("*", "%2A")}.safetensors`);
+}
+
+/** Most bytes of a file's name, less what is written beside it. */
+const MOST_NAME = 230;
+
+/** @throws UsageError for ids that make one file on disks that ignore case, or a name that is too long */
+function refuseNames(target: string, ids: readonly string[]): void {
+  const seen = new Map<string, string>();
+  for (const id of ids) {
+    const name = basename(taskFile(target, id)).toLowerCase();
+    const other = seen.get(name);
+    if (other !== undefined)
+      throw new UsageError(
+        `the tasks "${other}" and "${id}" would be one file on disks that ignore case: name others with --task`,
+      );
+    if (name.length > MOST_NAME)
+      throw new UsageError(
+        `the name of task "${id}" is too long for a file: leave it out by naming the others with --task`,
+      );
+    seen.set(name, id);
+  }
 }
 
 /** The model with the components inside, and where it goes. */

@@ -5,8 +5,7 @@
  */
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { stat } from "node:fs/promises";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
@@ -61,9 +60,9 @@ export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress
   readonly engine: Engine;
   readonly model: ModelInput;
   readonly build: Pick<BuildOptions, "base" | "anyBase" | "workers">;
-  /** The pack to write, and the files that outcomes depend on. */
+  /** The pack to write, and what the files hold that outcomes depend on. */
   readonly file: string;
-  readonly inputs: readonly (string | undefined)[];
+  readonly inputs: readonly unknown[];
   /** Most tokens of a text. */
   readonly tokens: number | undefined;
 }
@@ -88,8 +87,7 @@ export async function packedByAnswers(
     out.phase("stopping: what is finished is written, the rest as without a model; Ctrl-C again ends it at once"),
   );
   const { texts, examples, agreement, bytes, steps, names = [] } = options;
-  const sizes = await Promise.all(inputs.map(async (path) => path && [resolve(path), (await stat(path)).size]));
-  const settings = JSON.stringify({ sizes, tokens, names: [...names], texts, examples, agreement, bytes, steps });
+  const settings = JSON.stringify({ inputs, tokens, names: [...names], texts, examples, agreement, bytes, steps });
   out.phase("packing, loading the model");
   const built = await packByAnswers(engine, model, {
     ...options,

@@ -2,8 +2,6 @@
  * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (src/train/distill.ts).
  * Finished tasks are kept beside the target until all are done, so that a run which was cut off goes on.
  */
-import { stat } from "node:fs/promises";
-import { resolve } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
@@ -19,7 +17,7 @@ import { type Attach, command, type Result } from "./command.ts";
 import { asksPrompts, readQuestions } from "./examples.ts";
 import { writeWhole } from "./files.ts";
 import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf } from "./finished.ts";
-import { contents, digest, facts, fileDigest, makePart } from "./hub-part.ts";
+import { contents, digest, facts, fileDigest, makePart, modelDigest } from "./hub-part.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
 import { decoder, openTrainable, runsOn, tokenizer, tokenizerOf, tokens } from "./model.ts";
@@ -104,21 +102,11 @@ export const distill: Attach = command({
       run,
       asksPrompts(questions, adapters),
     );
-    const modelBytes = (await stat(model)).size;
-    const words = { tokenizer: resolve(tokenizer), tokenizerBytes: (await stat(tokenizer)).size };
-    const half = decoder && { decoder: resolve(decoder), decoderBytes: (await stat(decoder)).size };
+    // Files count by their content: another model or adapter may have come to lie at the same place.
+    const half = decoder && { decoder: await modelDigest(decoder) };
+    const files = { model: await modelDigest(model), ...half, tokenizer: await fileDigest(tokenizer) };
     const matching = { names: [...options.names], ignore: options.ignore };
-    const settings = {
-      model: resolve(model),
-      modelBytes,
-      ...words,
-      ...half,
-      steps,
-      batch,
-      tokens,
-      ...questions,
-      ...matching,
-    };
+    const settings = { ...files, steps, batch, tokens, ...questions, ...matching };
     const finished = `${file}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);
@@ -205,8 +193,8 @@ async function distilPart(
   const { coefficients, head } = types;
   const matching = { names: [...options.names], ignore: options.ignore };
   // Files count by their content: other machines may have them elsewhere.
-  const asked = { model: await fileDigest(model), tokenizer: await fileDigest(tokenizer), steps, batch, tokens };
-  const half = decoder && { decoder: await fileDigest(decoder) };
+  const asked = { model: await modelDigest(model), tokenizer: await fileDigest(tokenizer), steps, batch, tokens };
+  const half = decoder && { decoder: await modelDigest(decoder) };
   const settings = { ...asked, ...half, ...questions, ...matching };
   const of = [basis.basisId, coefficients, head, await facts(options.base), await contents(adapters, out)];
   const made = digest("distill", ...of, settings);

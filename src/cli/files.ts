@@ -103,7 +103,7 @@ export async function writeWhole(path: string, chunks: Chunks, replace = true): 
  * @throws SourceError naming the one that cannot be written
  */
 export async function writeTogether(
-  files: readonly (readonly [path: string, chunks: Chunks])[],
+  files: readonly (readonly [path: string, chunks: Chunks, mode?: number])[],
   replace = true,
 ): Promise<number[]> {
   const written: Written[] = [];
@@ -115,12 +115,12 @@ export async function writeTogether(
   const sizes: number[] = [];
   let at = "";
   try {
-    for (const [path, chunks] of files) {
+    for (const [path, chunks, mode] of files) {
       at = path;
       const target = realTarget(path);
       const beside = besideOf(target);
       written.push({ path, target, beside });
-      sizes.push(await writeNew(beside, chunks, stat(target)?.mode));
+      sizes.push(await writeNew(beside, chunks, mode ?? stat(target)?.mode));
     }
     refuseTaken(written, replace);
     for (const { path, target, beside } of written) {

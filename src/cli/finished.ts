@@ -17,6 +17,7 @@ import type { Tokenizer } from "../session/tokens.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Distilled, type DistillOptions, distill } from "../train/distill.ts";
 import { jsonFile, readJson, writeWhole } from "./files.ts";
+import { adapterDigest } from "./hub-part.ts";
 import { type Output, table } from "./output.ts";
 
 export type Done = Distilled & { readonly resumed: boolean };
@@ -76,8 +77,10 @@ export async function distilEach(
 }
 
 /** A name for one task's outcome: of all it depends on. */
-async function keyOf(pack: Pack, { id, file, byteLength, metadata }: Adapter, settings: object): Promise<string> {
-  const of = { basis: pack.basisId, id, file: resolve(file), byteLength, metadata, ...settings };
+async function keyOf(pack: Pack, adapter: Adapter, settings: object): Promise<string> {
+  const { id, file, metadata } = adapter;
+  const content = await adapterDigest(adapter);
+  const of = { basis: pack.basisId, id, file: resolve(file), content, metadata, ...settings };
   const { bytes: blob } = await pack.load(id);
   return createHash("sha256").update(JSON.stringify(of)).update(blob).digest("hex");
 }

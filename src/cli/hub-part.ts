@@ -4,11 +4,13 @@
  */
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync } from "node:fs";
-import { relative } from "node:path";
+import { dirname, join, relative } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { BaseFacts } from "../adapters/base-facts.ts";
 import { describeBase } from "../adapters/describe-base.ts";
 import { FormatError, SourceError } from "../errors.ts";
+import { readModel } from "../onnx/read.ts";
+import { externalFiles } from "../onnx/tensors.ts";
 import { openPart, type PartKind } from "../pack/shard/part.ts";
 import { VERSION } from "../version.ts";
 import type { Result } from "./command.ts";
@@ -95,17 +97,30 @@ export async function facts(base: string | undefined): Promise<BaseFacts | null>
 export async function contents(adapters: readonly Adapter[], out: Output): Promise<[id: string, digest: string][]> {
   const digests: [string, string][] = [];
   for (const [i, adapter] of adapters.entries()) {
-    const { id } = adapter;
-    const hash = createHash("sha256");
-    for (const path of filesOf(adapter)) {
-      if (!stat(path)?.isFile()) continue;
-      hash.update(`${relative(adapter.file, path)}\n`);
-      for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
-    }
-    digests.push([id, hash.digest("hex")]);
+    digests.push([adapter.id, await adapterDigest(adapter)]);
     out.progress("adapter", i + 1, adapters.length);
   }
   return digests;
+}
+
+/** What the files of an adapter hold. */
+export async function adapterDigest(adapter: Adapter): Promise<string> {
+  const hash = createHash("sha256");
+  for (const path of filesOf(adapter)) {
+    if (!stat(path)?.isFile()) continue;
+    hash.update(`${relative(adapter.file, path)}\n`);
+    for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
+  }
+  return hash.digest("hex");
+}
+
+/** What a model holds, with the files of its weights. */
+export async function modelDigest(path: string): Promise<(string | null)[]> {
+  if (!stat(path)?.isFile()) return [null];
+  const file = await readModel(path);
+  await file.close();
+  const beside = [...externalFiles(file.model.graph.proto).keys()].sort().map((name) => join(dirname(path), name));
+  return Promise.all([path, ...beside].map(fileDigest));
 }
 
 /** What a file holds; null where there is none: what needs it says so. */

@@ -5,4 +5,10 @@
 import "./telemetry.ts";
 import { runProgram } from "./program.ts";
 
+// Who reads may have gone, as head does: the work goes on, and what is left to say is said to nobody.
+for (const stream of [process.stdout, process.stderr])
+  stream.on("error", (error: NodeJS.ErrnoException) => {
+    if (error.code !== "EPIPE") throw error;
+  });
+
 process.exitCode = await runProgram(process.argv.slice(2), process.stdout, process.stderr);

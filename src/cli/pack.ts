@@ -28,6 +28,7 @@ import { type Attach, command } from "./command.ts";
 import { type Asked, asksPrompts, type Completion, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
 import { removeFinished } from "./finished.ts";
+import { contents, fileDigest, modelDigest } from "./hub-part.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
 import { engineOf, openModel, tokenizerOf, wholeOf } from "./model.ts";
 import * as option from "./options.ts";
@@ -267,8 +268,13 @@ async function build(
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
   if (mode === "auto" && options.model !== undefined) {
     const { model, questions } = await askedOf(options, adapters);
-    const { minutes, agreement, distill: steps, names, output: file, decoder, text, tokenizer, tokens } = options;
-    const inputs = [options.model, decoder, text, tokenizer ?? tokenizerOf(options.model)];
+    const { minutes, agreement, distill: steps, names, output: file, decoder, tokenizer, tokens } = options;
+    const inputs = [
+      await modelDigest(options.model),
+      decoder && (await modelDigest(decoder)),
+      await fileDigest(tokenizer ?? tokenizerOf(options.model)),
+      await contents(adapters, out),
+    ];
     const how = { adapters, ...questions, names, minutes, agreement, bytes, steps, tokens };
     return packedByAnswers({ ...model, build: common, file, inputs, ...how }, run, out);
   }

@@ -1,5 +1,4 @@
 /** The commands keygen and sign: a key of one's own, and packs and task files that it vouches for. */
-import { chmodSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { parseTaskFile } from "../core/task-file.ts";
 import { keyName } from "../core/trust.ts";
@@ -10,6 +9,7 @@ import { toBase64 } from "../text.ts";
 import { isTaskFile, signerOf } from "./change.ts";
 import { type Attach, command } from "./command.ts";
 import { append, writeTogether, writeWhole } from "./files.ts";
+import { realTarget } from "./lock.ts";
 import { force, key, output, required, UsageError } from "./options.ts";
 import type { Run } from "./run.ts";
 import { checkTarget } from "./target.ts";
@@ -28,12 +28,11 @@ export const keygen: Attach = command({
     const raw = new Uint8Array(await crypto.subtle.exportKey("raw", pair.publicKey));
     await writeTogether(
       [
-        [secret, [await pem("PRIVATE KEY", "pkcs8", pair.privateKey)]],
+        [secret, [await pem("PRIVATE KEY", "pkcs8", pair.privateKey)], 0o600],
         [open, [await pem("PUBLIC KEY", "spki", pair.publicKey)]],
       ],
       force,
     );
-    chmodSync(secret, 0o600);
     return {
       json: { secret, public: open, key: keyName(raw) },
       text: [`${secret}: keep it to yourself`, `${open}: ${keyName(raw)}`],
@@ -57,7 +56,8 @@ export const sign: Attach = command({
   async run(files: string[], { key }, run) {
     const signer = (await signerOf(key))!;
     const signed: { file: string; integrity: string }[] = [];
-    for (const file of files) signed.push({ file, integrity: await signFile(file, signer, run) });
+    const once = new Map(files.map((file) => [realTarget(file), file]));
+    for (const file of once.values()) signed.push({ file, integrity: await signFile(file, signer, run) });
     return { json: { signed }, text: signed.map(({ file, integrity }) => `${file}: signed, ${integrity}`) };
   },
 });

@@ -1,6 +1,7 @@
 /**
  * Packs, models and adapters behind a URL, read by HTTP ranges; whole where the server has none. Loaded when a URL is opened.
  */
+import { SourceError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,
@@ -102,8 +103,12 @@ export class UrlSource implements ByteSource {
         this.#recognise(versionOf(answer, size));
         return true;
       };
-      // Addresses that are signed for GET refuse HEAD.
-      if (!(await this.#exchange.ask({ method: "HEAD", range, signal }, take))) await this.read(0, 1, { signal });
+      // Addresses that are signed for GET refuse HEAD. Where a server fails at it, what it says to GET counts.
+      const told = await this.#exchange.ask({ method: "HEAD", range, signal }, take).catch((error: unknown) => {
+        if (error instanceof SourceError && (error.status ?? 0) >= 500) return false;
+        throw error;
+      });
+      if (!told) await this.read(0, 1, { signal });
     }
     const known = this.#version;
     return (known.etag ?? known.modified) === undefined ? undefined : JSON.stringify(known);

@@ -5,6 +5,7 @@
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
+import { TrustError } from "../errors.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import { isCoded } from "../format/coded.ts";
@@ -134,6 +135,7 @@ export async function freshPack(
  */
 export async function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign?: Sign): Promise<Append> {
   checkPack("planAppend", pack);
+  if (sign) refuseBare(pack);
   return layoutAppend(pack, tasks, sign);
 }
 
@@ -201,7 +203,16 @@ function refsOf(tensors: Iterable<readonly [string, TensorRef | undefined, ...un
 /** What to write to a pack's file so that it is signed: a superblock, nothing else. @param sign made by `createSigner` */
 export async function planSignature(pack: Pack, sign: Sign): Promise<Append> {
   checkPack("planSignature", pack);
+  refuseBare(pack);
   return layoutSigned(pack, sign);
+}
+
+/** @throws TrustError for a pack whose root says nothing of its sections */
+function refuseBare({ directory, name }: Pack): void {
+  if (directory.bases.integrity !== undefined) return;
+  const message =
+    "it has no hashes, so a signature would say nothing of its tasks: write it anew with `eigenlora compact`";
+  throw new TrustError(message, { file: name });
 }
 
 /**

@@ -11,6 +11,7 @@
  * The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
  */
 
+import { checkChoice } from "../arguments.ts";
 import { checkNumbers } from "./checks.ts";
 
 /** Numbers with one learning rate and one weight decay. Parts of one vector become groups by `subarray`. */
@@ -70,6 +71,7 @@ export class AdamW {
     this.#options = { beta1, beta2, epsilon, clip, warmup, steps, decay };
     const limits = { beta1: "share", beta2: "share", epsilon: "positive", warmup: "count", clip: "unlimited" } as const;
     checkNumbers("AdamW", this.#options, limits);
+    checkChoice("decay", decay, ["none", "linear", "cosine"]);
     if (decay !== "none" && !(Number.isInteger(steps) && steps > warmup))
       throw new RangeError(`AdamW: steps: expected a whole number above \`warmup\`, got ${steps}`);
     this.#groups = groups.map(({ values, rate, weightDecay = 0 }) => {

@@ -80,7 +80,10 @@ export function supervisionOf(
 ): Supervision<BatchFeeds> {
   const { graph, example } = session.trainable!;
   const names = session.inputNames;
-  if (!graph.tokens) return labelSupervision(createBatcher(encode, names), labels);
+  if (!graph.tokens) {
+    const short = [...(example ?? [])].flatMap(([name, { data }]) => (data instanceof Int32Array ? [name] : []));
+    return labelSupervision(createBatcher(encode, names, new Set(short)), labels);
+  }
   return tokenSupervision({ ...options, encode, names, example, labels, positions: graph.tokens.positions });
 }
 
@@ -94,6 +97,7 @@ export async function makeTrainer(
   const source = trainable!;
   const { train = "coefficients", labels = [] } = options;
   checkChoice("train", train, ["coefficients", "components", "lora"]);
+  if (typeof options.init === "string") checkChoice("init", options.init, ["auto", "mean", "random", "fresh"]);
   checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count", decoderStart: "count" });
   // Language models have no head to train: their logits are over the vocabulary.
   const head = headInputs(source, labels.length === 0 ? false : options.head);
@@ -105,7 +109,7 @@ export async function makeTrainer(
   const origin = new TrainedTerms(modules);
   const factors = modules.map(({ shared, privateRank, ...one }) => ({
     ...one,
-    privateRank: Math.max(privateRank, shared?.rank ?? 0),
+    privateRank: privateRank + (shared?.rank ?? 0),
   }));
   const terms = train === "lora" ? new TrainedTerms(factors) : origin;
   const model = await sessionModel(source, terms, head, labels);
@@ -126,6 +130,11 @@ async function trainedModules(
   const apart = pack.modules.find((module) => bases(module).length > 0 && !sharedBases(module));
   if (components && apart)
     throw new RangeError(`train: the tasks do not share all components of "${apart.name}", so they cannot be trained`);
+  const rows = [...pack.tasks.values()].find(({ brings }) => brings?.some((one) => one.startsWith("own-")));
+  if (components && rows)
+    throw new RangeError(
+      `train: task "${rows.id}" has rows of its own in the place of components, so these cannot be trained`,
+    );
   if (components && flat)
     throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const follows = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task);

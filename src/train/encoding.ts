@@ -28,12 +28,25 @@ interface Padding {
   readonly values: ReadonlyMap<string, number>;
 }
 
-/** @param names of the model's inputs; other outputs of a tokenizer are dropped */
-export function createBatcher(tokenizer: Tokenizer | undefined, names: readonly string[]): Batcher<BatchFeeds> {
+/**
+ * @param names of the model's inputs; other outputs of a tokenizer are dropped
+ * @param short those that take int32
+ */
+export function createBatcher(
+  tokenizer: Tokenizer | undefined,
+  names: readonly string[],
+  short: ReadonlySet<string> = new Set(),
+): Batcher<BatchFeeds> {
   const encodeTexts = tokenizer && encoderOf(tokenizer, names);
   const encode = async (texts: string[]): Promise<BatchFeeds> => {
     const feeds = await encodeTexts!(texts);
-    return Object.fromEntries(Object.entries(feeds).filter(([name]) => names.includes(name)));
+    const taken = Object.entries(feeds).filter(([name]) => names.includes(name));
+    return Object.fromEntries(
+      taken.map(([name, feed]) => {
+        if (!short.has(name)) return [name, feed];
+        return [name, { ...feed, type: "int32", data: Int32Array.from(feed.data as BigInt64Array, Number) }];
+      }),
+    );
   };
   /** Encoded texts, as batches of one. */
   const encoded = new Map<string, BatchFeeds>();

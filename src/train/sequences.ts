@@ -111,6 +111,10 @@ export class Sequences {
     // Generation never gives a token that spans prompt and completion, so the two are encoded apart then.
     const joined = before.every((id, i) => id === all[i]);
     const ids = joined ? all : [...before, ...(await this.#ids(whole.slice(prompt.length), false))];
+    if (joined && (await this.#isCut(whole, special)))
+      throw new RangeError(
+        `${at}: its completion was cut off by the tokenizer: make the prompt shorter, or allow more tokens`,
+      );
     if (ids.length <= before.length) throw new RangeError(`${at}: its completion has no tokens, or was cut off`);
     return nextTokens(ids, before.length);
   }
@@ -129,6 +133,12 @@ export class Sequences {
     throw new TypeError(
       `${at}: what ends a completion is not known: the tokenizer has no \`eos_token\`; pass \`end\`, such as "</s>", or false`,
     );
+  }
+
+  /** Whether the tokenizer leaves out the end of a text: more text gives the same tokens then. */
+  async #isCut(text: string, special: boolean): Promise<boolean> {
+    const [all, longer] = [await this.#ids(text, special), await this.#ids(`${text} a a`, special)];
+    return longer.length === all.length && longer.every((id, i) => id === all[i]);
   }
 
   async #ids(text: string, special: boolean): Promise<readonly number[]> {

@@ -32,6 +32,8 @@ const SMALL = 0.02;
 export interface Donor {
   readonly id: string;
   readonly blob: TaskBlob;
+  /** Names of its head's rows, where it has some. */
+  readonly labels: readonly string[] | undefined;
 }
 
 /**
@@ -42,22 +44,30 @@ export interface Donor {
  */
 export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffer>): Promise<Donor> {
   if (typeof task === "string") {
-    if (pack.tasks.has(task)) return { id: task, blob: await pack.load(task) };
+    const labels = pack.tasks.get(task)?.metadata.labels;
+    if (pack.tasks.has(task)) return { id: task, blob: await pack.load(task), labels };
     throw new TaskError(`there is no task "${task}" to start from`, { task });
   }
   const file = "the task to begin with";
-  const { id, basisId, blob } = parseTaskFile(task, file);
+  const { id, basisId, blob, metadata } = parseTaskFile(task, file);
   if (basisId !== pack.basisId)
     throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
   const plain = await plainTask(blob, { file, part: file, before: pack.directory.basisBytes });
-  return { id, blob: parseTask(plain, pack.modules, file, { id }) };
+  return { id, blob: parseTask(plain, pack.modules, file, { id }), labels: metadata.labels };
 }
 
 /** @throws TaskError when a task takes a side of a module in another way than what is trained, which would leave out some of it */
 function refuseOtherSides(pack: Pack, { modules }: TrainedTerms, { id, blob }: Donor): void {
-  for (const { module, rank, A, B, ownA, ownBt } of blob.terms) {
+  for (const { module, rank, A, B, ownA, ownBt, privateRank, magnitude } of blob.terms) {
     const { name } = pack.modules[module]!;
     const trained = modules.find((one) => one.name === name);
+    const lost = magnitude
+      ? "a DoRA magnitude"
+      : privateRank > 0 && trained?.privateRank === 0
+        ? "private terms"
+        : undefined;
+    if (lost)
+      throw new TaskError(`task "${id}" has ${lost} of "${name}", which this trainer does not have`, { task: id });
     const isPlain = rank === 0 || (A?.basis === 0 && B?.basis === 0 && !ownA && !ownBt);
     if (!trained || isPlain) continue;
     const { shared } = trained;
@@ -74,17 +84,18 @@ function refuseOtherSides(pack: Pack, { modules }: TrainedTerms, { id, blob }: D
 
 /** Makes the state to start from. @throws TaskError when the task to start from has another rank */
 export async function startState<Feeds>(
-  { pack, terms, origin, model: { head } }: TrainingSetup<Feeds>,
+  { pack, terms, origin, model: { head }, labels }: TrainingSetup<Feeds>,
   start: "mean" | "random" | "fresh" | Donor,
   random: () => number,
   signal?: AbortSignal,
 ): Promise<State> {
   const state = stateLike({ parameters: { length: terms.size }, ...zerosOf(head) });
   if (typeof start === "object") refuseOtherSides(pack, origin, start);
-  await fillStart(pack, terms, start, state.parameters, random, signal);
-  const donor = typeof start === "object" ? start.blob : undefined;
+  const donor = typeof start === "object" ? start : undefined;
   // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
-  if (origin !== terms && start !== "fresh" && (!donor || donor.terms.some(({ rank }) => rank > 0))) {
+  const expands = origin !== terms && start !== "fresh" && (!donor || donor.blob.terms.some(({ rank }) => rank > 0));
+  await fillStart(pack, terms, expands ? "random" : start, state.parameters, random, signal);
+  if (expands) {
     const coefficients = new Float32Array(origin.size);
     await fillStart(pack, origin, start, coefficients, random, signal);
     for (const [module, { A, Bt }] of origin.expand(coefficients)) {
@@ -92,31 +103,46 @@ export async function startState<Feeds>(
       terms.part(state.parameters, module, "privateB")?.set(Bt);
     }
   }
-  startHead(head, donor, state, random);
+  startHead(head, donor, labels, state, random);
   return state;
 }
 
 /**
- * Copies each layer from the task to start from if the shapes agree. Otherwise the layer with the labels gets small random numbers, and
+ * Copies each layer from the task to start from if the shapes agree, row by row of the same label where the names agree. Otherwise the layer with the labels gets small random numbers, and
  * the layers in front of it the model's own.
  */
 function startHead(
   head: readonly HeadLayer[],
-  donor: TaskBlob | undefined,
+  donor: Donor | undefined,
+  labels: readonly string[],
   state: LayerNumbers,
   random: () => number,
 ): void {
   for (const { layer, weight, bias } of layersOf(head, state)) {
-    const { module, in: inputs, out, own } = layer;
-    const given = donor && savedTensor(donor, `${module}.weight`, [out, inputs]);
+    const { module, in: inputs, out, own, last } = layer;
+    const given = donor && savedTensor(donor.blob, `${module}.weight`, [out, inputs]);
     if (given) {
-      weight.set(given);
-      bias.set(savedTensor(donor, `${module}.bias`, [out]) ?? []);
+      const order = last ? orderOf(labels, donor.labels) : undefined;
+      weight.set(inOrder(given, order));
+      bias.set(inOrder(savedTensor(donor.blob, `${module}.bias`, [out]) ?? new Float32Array(0), order));
     } else if (own) {
       weight.set(own.weight);
       bias.set(own.bias);
     } else fillNormal(weight, random);
   }
+}
+
+/** Where each label is among others of the same names; undefined where names differ, or are in the same order. */
+function orderOf(labels: readonly string[], others: readonly string[] | undefined): number[] | undefined {
+  const order = labels.map((label) => others?.indexOf(label) ?? -1);
+  return others?.length === labels.length && !order.includes(-1) ? order : undefined;
+}
+
+/** Rows, one for each place in `order`. */
+function inOrder(values: Float32Array, order: readonly number[] | undefined): Float32Array {
+  const width = order && values.length / order.length;
+  if (!width) return values;
+  return Float32Array.from(values, (_, i) => values[order[Math.floor(i / width)]! * width + (i % width)]!);
 }
 
 function savedTensor({ parameters, bytes }: TaskBlob, name: string, shape: number[]): Float32Array | undefined {

@@ -3,13 +3,13 @@
  * way from a batch to its inputs.
  */
 
-import { checkList, checkOptions } from "../arguments.ts";
+import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import type { TaskBlob, TaskMetadata } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
-import { uniform } from "../tensor/random.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
 import { checkNumbers } from "./checks.ts";
 import { type Example, type Row, toBatches, type Unlabelled } from "./examples.ts";
 import { layersOf } from "./head.ts";
@@ -152,6 +152,7 @@ export class Trainer<Feeds = unknown> {
     });
     const rates = { terms: "rate", privateTerms: "rate", head: "rate", inner: "rate", components: "rate" } as const;
     checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
+    checkChoice("fit: decay", options.decay ?? "none", ["none", "linear", "cosine"]);
     if ((options.temperature ?? 1) !== 1 && !model.head.some(({ last }) => last))
       throw new RangeError("fit: a temperature needs a trainer with a head that makes the logits");
     if (examples?.length === 0) throw new RangeError("fit: there are no examples");
@@ -224,6 +225,8 @@ export class Trainer<Feeds = unknown> {
     };
     if (init !== "auto") return from(init);
     if (pack.tasks.size === 0 || !origin.modules.some(({ shared }) => shared)) return from("random");
+    // They come label by label. Apart from the trainer's own draws, so that a start by name is the same.
+    const mixed = shuffle([...train], uniform(0));
     let best: { loss: number; state: State } | undefined;
     for (const start of ["mean", "random"] as const) {
       const state = await from(start);
@@ -234,7 +237,7 @@ export class Trainer<Feeds = unknown> {
       for (let i = 0; i < TRIAL_STEPS; i++) {
         throwIfAborted(signal);
         const count = Math.min(batch, train.length);
-        const rows = Array.from({ length: count }, (_, at) => train[(i * batch + at) % train.length]!);
+        const rows = Array.from({ length: count }, (_, at) => mixed[(i * batch + at) % mixed.length]!);
         const made = await evaluate(this.#setup, rows, trial, { temperature });
         loss = made.loss;
         optimizer.step(made.gradients);
