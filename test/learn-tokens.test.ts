@@ -323,8 +323,8 @@ t.test("chats by the tokenizer's template: the assistant's last message is learn
   ];
   for await (const { loss } of trainer.fit([{ messages }, { messages }], { steps: 1 })) t.ok(loss > 0);
   t.same(
-    // A text is encoded twice in a row too, to see whether its end is cut off.
-    [...new Set(seen)].filter((text) => text.slice(0, text.length / 2) !== text.slice(text.length / 2)),
+    // Without its last character too, to see whether its end is cut off.
+    [...new Set(seen)].filter((text) => !text.endsWith("<|end|")),
     ["[user]hi<|end|>![assistant]", "[user]hi<|end|>![assistant]ho<|end|>"],
     "and nothing behind the end",
   );

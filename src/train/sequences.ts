@@ -135,10 +135,10 @@ export class Sequences {
     );
   }
 
-  /** Whether the tokenizer leaves out the end of a text: the same text twice gives the same tokens then. */
+  /** Whether the tokenizer leaves out the end of a text: without its last character it has the same tokens then. */
   async #isCut(text: string, special: boolean): Promise<boolean> {
-    const [all, longer] = [await this.#ids(text, special), await this.#ids(text + text, special)];
-    return longer.length === all.length && longer.every((id, i) => id === all[i]);
+    const [all, shorter] = [await this.#ids(text, special), await this.#ids(text.trimEnd().slice(0, -1), special)];
+    return shorter.length === all.length && shorter.every((id, i) => id === all[i]);
   }
 
   async #ids(text: string, special: boolean): Promise<readonly number[]> {

@@ -35,8 +35,8 @@ const TEXTS = [
 ];
 
 /** Encodes letters as tokens, for a model with 64 of them. */
-function encode(/** @type {readonly string[]} */ texts, most = LENGTH) {
-  const length = Math.min(most, Math.max(...texts.map((text) => text.length)));
+function encode(/** @type {readonly string[]} */ texts) {
+  const length = Math.min(LENGTH, Math.max(...texts.map((text) => text.length)));
   /** @param {(text: string, at: number) => number} value */
   const tensor = (value) => {
     const data = BigInt64Array.from(
@@ -97,8 +97,7 @@ export const values = {
     return readAdapters(["my-adapters"], { rename: new Map(known.map(({ id }) => [id, `new-${id}`])) });
   },
   tokenizer: () =>
-    // Completions must not be cut.
-    Object.assign((/** @type {string[]} */ texts) => encode(texts, 32), {
+    Object.assign((/** @type {string[]} */ texts) => encode(texts), {
       eos_token: "|",
       get_vocab: () => new Map(WORDS.map((word, id) => [word, id])),
       decode: (/** @type {number[]} */ [id]) => WORDS[Number(id)],
