@@ -323,7 +323,7 @@ t.test("chats by the tokenizer's template: the assistant's last message is learn
   ];
   for await (const { loss } of trainer.fit([{ messages }, { messages }], { steps: 1 })) t.ok(loss > 0);
   t.same(
-    // Without its last character too, to see whether its end is cut off.
+    // A text is encoded less its last character too, to see whether its end is cut off.
     [...new Set(seen)].filter((text) => !text.endsWith("<|end|")),
     ["[user]hi<|end|>![assistant]", "[user]hi<|end|>![assistant]ho<|end|>"],
     "and nothing behind the end",
