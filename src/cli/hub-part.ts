@@ -103,8 +103,17 @@ export async function contents(adapters: readonly Adapter[], out: Output): Promi
   return digests;
 }
 
+/** Digests by adapter: a part asks for those of all, and again for each. */
+const known = new WeakMap<Adapter, Promise<string>>();
+
 /** What the files of an adapter hold. */
-export async function adapterDigest(adapter: Adapter): Promise<string> {
+export function adapterDigest(adapter: Adapter): Promise<string> {
+  const digest = known.get(adapter) ?? hashed(adapter);
+  known.set(adapter, digest);
+  return digest;
+}
+
+async function hashed(adapter: Adapter): Promise<string> {
   const hash = createHash("sha256");
   for (const path of filesOf(adapter)) {
     if (!stat(path)?.isFile()) continue;

@@ -108,8 +108,8 @@ export async function startState<Feeds>(
 }
 
 /**
- * Copies each layer from the task to start from if the shapes agree, row by row of the same label where the names agree. Otherwise the layer with the labels gets small random numbers, and
- * the layers in front of it the model's own.
+ * Copies each layer from the task to start from if the shapes agree; rows go to the labels of their names, where those are the same. Otherwise
+ * the layer with the labels gets small random numbers, and the layers in front of it the model's own.
  */
 function startHead(
   head: readonly HeadLayer[],

@@ -225,7 +225,7 @@ export class Trainer<Feeds = unknown> {
     };
     if (init !== "auto") return from(init);
     if (pack.tasks.size === 0 || !origin.modules.some(({ shared }) => shared)) return from("random");
-    // They come label by label. Apart from the trainer's own draws, so that a start by name is the same.
+    // Rows come label by label. Their order is drawn apart from the trainer's own numbers, so that a start by name is the same.
     const mixed = shuffle([...train], uniform(0));
     let best: { loss: number; state: State } | undefined;
     for (const start of ["mean", "random"] as const) {
