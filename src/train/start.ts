@@ -90,10 +90,10 @@ export async function startState<Feeds>(
   signal?: AbortSignal,
 ): Promise<State> {
   const state = stateLike({ parameters: { length: terms.size }, ...zerosOf(head) });
-  if (typeof start === "object") refuseOtherSides(pack, origin, start);
   const donor = typeof start === "object" ? start : undefined;
   // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
   const expands = origin !== terms && start !== "fresh" && (!donor || donor.blob.terms.some(({ rank }) => rank > 0));
+  if (donor) refuseOtherSides(pack, expands ? origin : terms, donor);
   await fillStart(pack, terms, expands ? "random" : start, state.parameters, random, signal);
   if (expands) {
     const coefficients = new Float32Array(origin.size);
