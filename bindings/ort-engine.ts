@@ -85,7 +85,8 @@ class OrtEngine implements Engine<OrtSession> {
     const own = optionsFor(this.#options ?? {}, options);
     const given = folder === undefined ? { ...own, externalData: [...files] } : withFolder(own, folder);
     try {
-      return await this.#inTurn(() => this.#ort.InferenceSession.create(bytes, given as never));
+      const model = this.#handsOver ? bytes.slice() : bytes;
+      return await this.#inTurn(() => this.#ort.InferenceSession.create(model, given as never));
     } catch (cause) {
       const message = `onnxruntime cannot load the model (providers: ${this.provider}): ${(cause as Error).message}`;
       throw new BackendError(message, { backend: this.name, cause });
@@ -93,8 +94,24 @@ class OrtEngine implements Engine<OrtSession> {
   }
 
   run(session: OrtSession, feeds: Tensors, fetches: unknown, options: object = {}): Promise<Tensors> {
-    const run = () => session.run(feeds as never, fetches as never, options as never) as Promise<Tensors>;
+    const run = () => {
+      const given = this.#handsOver ? this.#copies(feeds) : feeds;
+      return session.run(given as never, fetches as never, options as never) as Promise<Tensors>;
+    };
     return this.#inTurn(() => this.#guarded(run));
+  }
+
+  /**
+   * Whether models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). What goes there is handed over: the array that holds it is
+   * empty from then on, with all else that lies in the same memory.
+   */
+  get #handsOver(): boolean {
+    return this.#ort.env.wasm?.proxy === true;
+  }
+
+  #copies(feeds: Tensors): Tensors {
+    const copy = ({ type, data, dims }: EngineTensor) => this.tensor((data as Feed["data"]).slice(), dims, type);
+    return Object.fromEntries(Object.entries(feeds).map(([name, tensor]) => [name, copy(tensor)]));
   }
 
   tensor(data: Feed["data"], dims: readonly number[], type?: string): EngineTensor {

@@ -20,6 +20,7 @@ export interface Ort {
   readonly env: {
     readonly versions?: { readonly web?: string | undefined; readonly node?: string | undefined };
     readonly webgpu?: object;
+    readonly wasm?: { readonly proxy?: boolean | undefined };
   };
 }
 

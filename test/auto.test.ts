@@ -206,6 +206,17 @@ t.test("an adapter a thousand times larger does not own the components when ever
   t.ok(alike < 0.9 * owned, `${owned} → ${alike}`);
 });
 
+t.test("an error is reached where one direction more loses far less than it allows", async (t) => {
+  const read = async () => ({ rank: 1, A: Float32Array.of(3, -1, 2, 5, 1), Bt: Float32Array.of(1, 4, -2, 6) });
+  const module = { name: "m", out: 4, in: 5, rank: 1, layout: "out-in" as const, read };
+  const one: Adapter = { ...adapters[0]!, id: "one", saved: [], modules: new Map([["m", module]]) };
+  const options = { gauge: "balanced", privateTerms: 8, dtype: F32 } as const;
+  for (const max of [0.15, 0.5]) {
+    const { report } = await buildPack([one], { ...options, select: { kind: "error", max } });
+    t.ok(report.error.max <= max, `${report.error.max}`);
+  }
+});
+
 t.test("a budget of bytes is filled, never broken", async (t) => {
   const options = { gauge: "balanced", rank: 4, dtype: INT4 } as const;
   for (const max of [30_000, 45_000]) {

@@ -13,9 +13,10 @@ ort.env.logLevel = "error";
 /**
  * @typedef {{ model: string, pack: string, ignore: string[], feeds: Record<string, { type: string, dims: number[], data: number[] }>, answers: Record<string, Record<string, number[]>> }} Case
  * @typedef {"core" | "factors" | "folded"} Mode
- * @param {{ cases: Case[], providers: Record<string, [model: string, modes: Mode[]][]> }} plan
+ * @param {{ cases: Case[], providers: Record<string, [model: string, modes: Mode[]][]>, proxy?: boolean }} plan
  */
-export async function matrix({ cases, providers }) {
+export async function matrix({ cases, providers, proxy = false }) {
+  ort.env.wasm.proxy = proxy;
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
   const rows = [];
   for (const [provider, models] of Object.entries(providers)) {

@@ -137,7 +137,7 @@ export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapte
 export { readVector } from "../dist/src/onnx/dequantize.js";
 export { readParts } from "../dist/src/onnx/encoder-decoder.js";
 export { graft } from "../dist/src/onnx/graft.js";
-export { biasAdd, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
+export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
 export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";

@@ -511,3 +511,20 @@ t.test("eight tasks of a language model: what is tried is the same where all of 
   t.equal(kept.size, count, "nothing more was tried");
   t.ok(Buffer.concat(again.chunks).equals(Buffer.concat(chunks)));
 });
+
+t.test("a model that takes one text at a time learns", async (t) => {
+  const proto = fromBinary(ModelProtoSchema, new Uint8Array(await readFile(DECODER)));
+  for (const { type } of proto.graph!.input) {
+    if (type?.value.case !== "tensorType") continue;
+    const [batch] = type.value.value.shape!.dim;
+    batch!.value = { case: "dimValue", value: 1n };
+  }
+  const pack = await openPack((await packOf(TASKS, LOSSLESS)).bytes);
+  const session = await open(NODE, toBinary(ModelProtoSchema, proto).slice(), pack, { trainable: true });
+  const trainer = await createTrainer(session, { encode });
+  const losses: number[] = [];
+  for await (const { loss } of trainer.fit(EXAMPLES, { steps: 6, batch: 1 })) losses.push(loss);
+  t.equal(losses.length, 6);
+  t.ok(losses.every(Number.isFinite), `${losses}`);
+  await session.close();
+});

@@ -8,10 +8,10 @@ import type { BatchFeeds, Example } from "eigenlora/train";
 import type * as common from "onnxruntime-common";
 import {
   type AdaptedLayer,
-  biasAdd,
   buildTrainingGraph,
   checkGraftable,
   detachWeights,
+  endOf,
   findParameters,
   findWeight,
   fixInnerHeads,
@@ -217,7 +217,7 @@ export function headLayerOf(file: ModelFile, module: string): GraftHead {
     in: inputs,
     out,
     bias: true,
-    places: linears.map((linear) => ({ linear, end: biasAdd(file.model, linear) ?? linear.node })),
+    places: linears.map((linear) => ({ linear, end: endOf(file.model, linear) })),
   };
 }
 

@@ -1,7 +1,7 @@
 /**
  * Sessions in a real browser: onnxruntime-web's wasm and WebGPU providers on every export, compared with the answers of PyTorch and PEFT.
  */
-import t from "tap";
+import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { required, soak } from "./required.ts";
 import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
@@ -46,40 +46,59 @@ interface Row {
   probe?: string;
 }
 
+/** What a page is given: models with their packs and answers. */
+async function served() {
+  const files = new Map<string, Uint8Array>();
+  const packs = {
+    main: packBytes(["adapters"], "base"),
+    tied: packBytes(["adapters/two", "adapters/three"], "base-tied"),
+    mlp: packBytes(["adapters-mlp"], "base-mlp"),
+  };
+  for (const [name, bytes] of Object.entries(packs)) files.set(`${name}.eigen`, await bytes);
+  const cases = Object.keys(MODELS).map((model) => {
+    files.set(`${model}.onnx`, modelBytes(model));
+    const answers = GOLDENS.models[`${model}.onnx`] ?? GOLDENS.models[model]!;
+    const tasks = Object.keys(GOLDENS.outputs[answers]!).filter((task) =>
+      ["base", "two", "three", "five", "a", "b"].includes(task),
+    );
+    const feeds: Record<string, { type: string; dims: number[]; data: number[] }> = {};
+    for (const [name, rows] of Object.entries(GOLDENS.feeds as Record<string, number[][]>)) {
+      if (!Array.isArray(rows[0])) continue;
+      feeds[name] = {
+        type: name === "x" ? "float32" : "int64",
+        dims: [rows.length, rows[0].length],
+        data: rows.flat(),
+      };
+    }
+    // The GPU runs one task: only the graph is at stake there.
+    const onGpu = tasks.filter((task) => ["base", "two", "a"].includes(task));
+    const pack = answers === "mlp" ? "mlp" : answers === "tied" ? "tied" : "main";
+    const ignore = answers === "encoder" ? ["classifier"] : [];
+    const of = (some: readonly string[]): object =>
+      Object.fromEntries(some.map((task) => [task, golden(answers, task)]));
+    return { model, pack, ignore, feeds, answers: { wasm: of(tasks), webgpu: of(onGpu) } };
+  });
+  return { files, cases };
+}
+
+/** Rows of a page that runs `browser-matrix.js`. */
+async function rowsOf(t: Test, files: Map<string, Uint8Array>, plan: object): Promise<Row[]> {
+  files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
+  // onnxruntime-web's worker runs the same script.
+  files.set(
+    "page.js",
+    await bundle(`import { matrix } from "./browser-matrix.js";
+  if (typeof document !== "undefined") globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(matrix);`),
+  );
+  await addRuntimes(files, ["asyncify"]);
+  return (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
+}
+
 t.test(
   "modes × providers × exports in Chromium",
   { skip: noChromium, timeout: soak ? 580_000 : 240_000 },
   async (t) => {
-    const files = new Map<string, Uint8Array>();
-    const packs = {
-      main: packBytes(["adapters"], "base"),
-      tied: packBytes(["adapters/two", "adapters/three"], "base-tied"),
-      mlp: packBytes(["adapters-mlp"], "base-mlp"),
-    };
-    for (const [name, bytes] of Object.entries(packs)) files.set(`${name}.eigen`, await bytes);
-    const cases = Object.keys(MODELS).map((model) => {
-      files.set(`${model}.onnx`, modelBytes(model));
-      const answers = GOLDENS.models[`${model}.onnx`] ?? GOLDENS.models[model]!;
-      const tasks = Object.keys(GOLDENS.outputs[answers]!).filter((task) =>
-        ["base", "two", "three", "five", "a", "b"].includes(task),
-      );
-      const feeds: Record<string, { type: string; dims: number[]; data: number[] }> = {};
-      for (const [name, rows] of Object.entries(GOLDENS.feeds as Record<string, number[][]>)) {
-        if (!Array.isArray(rows[0])) continue;
-        feeds[name] = {
-          type: name === "x" ? "float32" : "int64",
-          dims: [rows.length, rows[0].length],
-          data: rows.flat(),
-        };
-      }
-      // The GPU runs one task: only the graph is at stake there.
-      const onGpu = tasks.filter((task) => ["base", "two", "a"].includes(task));
-      const pack = answers === "mlp" ? "mlp" : answers === "tied" ? "tied" : "main";
-      const ignore = answers === "encoder" ? ["classifier"] : [];
-      const of = (some: readonly string[]): object =>
-        Object.fromEntries(some.map((task) => [task, golden(answers, task)]));
-      return { model, pack, ignore, feeds, answers: { wasm: of(tasks), webgpu: of(onGpu) } };
-    });
+    const { files, cases } = await served();
     const plan = {
       cases,
       providers: {
@@ -87,14 +106,7 @@ t.test(
         webgpu: ON_GPU.map((model) => [model, modesOnGpu(model)]),
       },
     };
-    files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
-    files.set(
-      "page.js",
-      await bundle(`import { matrix } from "./browser-matrix.js";
-    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(matrix);`),
-    );
-    await addRuntimes(files, ["asyncify"]);
-    const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
+    const rows = await rowsOf(t, files, plan);
     for (const { provider, model, mode, result, why, differences, probe } of rows) {
       const name = `${provider}, ${model}, ${mode}`;
       if (result === "no adapter") {
@@ -115,6 +127,25 @@ t.test(
       const rounded = mode === "folded" && provider === "wasm" && ["f16", "half"].includes(model) ? 5e-3 : 0;
       t.ok(worst <= Math.max(MODELS[model]!, rounded), `${name}: off by ${worst}`);
       if (mode !== "folded") t.equal(probe, "passed", name);
+    }
+  },
+);
+
+t.test(
+  "models run in onnxruntime-web's own worker (env.wasm.proxy)",
+  { skip: noChromium, timeout: 120_000 },
+  async (t) => {
+    const { files, cases } = await served();
+    const wasm = [
+      ["torchscript", MODES],
+      ["q4", ["core"]],
+    ];
+    const rows = await rowsOf(t, files, { cases, providers: { wasm }, proxy: true });
+    t.equal(rows.length, 4);
+    for (const { model, mode, result, why, differences } of rows) {
+      t.equal(result, "works", `${model}, ${mode}: ${why ?? ""}`);
+      const worst = Math.max(...Object.values(differences ?? { none: Infinity }));
+      t.ok(worst <= MODELS[model]!, `${model}, ${mode}: off by ${worst}`);
     }
   },
 );

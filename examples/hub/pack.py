@@ -49,6 +49,8 @@ def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f1
         merges = [(commands(group), f"merge-{level}-{i}.part") for i, group in enumerate(groups)]
         parts = [step(name, ["hub", "merge", *files, "--part"], *tasks) for (files, tasks), name in merges]
     files, tasks = commands(parts)
+    if base and pathlib.Path(base).exists():
+        base = str(pathlib.Path(base).absolute())
     settings = ["--k", str(k), "--dtype", dtype, "--centering", centering, *(["--base", base] if base else [])]
     basis, based = step("basis.eigen", ["hub", "merge", *files, *settings], *tasks)
     # Distilling begins with projecting: both write parts with tasks.

@@ -33,7 +33,11 @@ export function startWorker(url, on) {
   /** @type {Map<number, { resolve(value: any): void, reject(error: Error): void }>} */
   const waiting = new Map();
   let next = 0;
+  let heard = false;
+  /** Why no call will ever be answered. @type {WorkerFailure | undefined} */
+  let dead;
   worker.onmessage = ({ data }) => {
+    heard = true;
     if (data.event) return on[data.event](data.detail);
     const call = waiting.get(data.id);
     waiting.delete(data.id);
@@ -42,13 +46,15 @@ export function startWorker(url, on) {
   };
   // The script itself failed to load or to start; no call will ever be answered.
   worker.onerror = ({ message = "worker.js cannot be loaded" }) => {
-    for (const { reject } of waiting.values()) reject(new WorkerFailure({ message, tag: "worker" }));
+    const failure = new WorkerFailure({ message, tag: "worker" });
+    if (!heard) dead = failure;
+    for (const { reject } of waiting.values()) reject(failure);
     waiting.clear();
   };
   return {
     call(call, ...args) {
       const id = next++;
-      const answer = new Promise((resolve, reject) => waiting.set(id, { resolve, reject }));
+      const answer = new Promise((resolve, reject) => (dead ? reject(dead) : waiting.set(id, { resolve, reject })));
       worker.postMessage({ id, call, args });
       return /** @type {any} */ (answer);
     },

@@ -57,6 +57,8 @@ let active = "";
 let picked = "";
 let started = false;
 let teaching = false;
+/** Whether the address carries a task that is not open yet: until it is, only the address has it. */
+let carrying = false;
 
 main().catch(fail);
 
@@ -66,10 +68,11 @@ async function main() {
   if (!response.ok) throw new Error(`facts.json: the server answered ${response.status}`);
   facts = await response.json();
   truth = facts.first;
-  void offerWebGpu();
+  offerWebGpu().catch(fail);
   const carried = taskOf(location.hash);
+  carrying = carried !== undefined;
   await start("wasm", carried ? undefined : nameIn(location.hash));
-  if (carried) await openTask(carried);
+  if (carried) await openTask(carried).finally(() => (carrying = false));
   byId("offline").textContent = await keepOffline();
 }
 
@@ -125,6 +128,7 @@ function setBusy(busy) {
   started = !busy;
   showBusy();
   strength.disabled = example.disabled = busy;
+  /** @type {HTMLButtonElement} */ (byId("forget")).disabled = busy;
   setTeachable();
 }
 
@@ -195,8 +199,13 @@ function showTask() {
   checkCard();
   drawPicture(/** @type {import("./worker.js").Coefficients} */ (resident.get(active)));
   byId("strength-value").textContent = percent(Number(strength.value));
-  history.replaceState(null, "", `#${encodeURIComponent(active)}`);
-  if (own) void showLink(active);
+  if (own) showLink(active).catch(fail);
+  else showAddress(`#${encodeURIComponent(active)}`);
+}
+
+/** Browsers refuse a page that writes its address often. @param {string} address */
+function showAddress(address) {
+  if (!carrying && location.hash !== new URL(address, location.href).hash) history.replaceState(null, "", address);
 }
 
 /** The address carries a task that was taught here, if it is small enough: it survives a reload, and friends can have it. @param {string} id */
@@ -204,12 +213,13 @@ async function showLink(id) {
   const link = linkTo(id, await worker.call("file", id));
   if (id !== active) return;
   byId("link").hidden = link === undefined || !navigator.clipboard;
-  if (link !== undefined) history.replaceState(null, "", link);
+  showAddress(link ?? `#${encodeURIComponent(id)}`);
 }
 
 /** The latest request; calls during a switch only replace it. */
 let wish = { task: "", strength: 1 };
-let switching = false;
+/** The switches to it. @type {Promise<void> | undefined} */
+let switching;
 
 /**
  * @param {string} task
@@ -218,13 +228,29 @@ let switching = false;
 async function switchTo(task, amount = 1) {
   wish = { task, strength: amount };
   if (!started) picked = task;
-  if (switching || !started) return;
-  switching = true;
+  if (switching || !started) return switching;
+  switching = switchToWish();
   showBusy();
+  try {
+    await switching;
+  } finally {
+    switching = undefined;
+    showBusy();
+  }
+  await ask();
+  // Those that the server did not give before.
+  await loadRest();
+}
+
+async function switchToWish() {
   try {
     for (let done; done !== wish; ) {
       const goal = (done = wish);
-      const report = await worker.call("switchTask", goal.task, goal.strength);
+      const report = await worker.call("switchTask", goal.task, goal.strength).catch((error) => {
+        if (goal === wish) throw error;
+        fail(error);
+      });
+      if (!report) continue;
       // Another strength of the same task moves the bars; another task has its own labels.
       if (active !== goal.task) drawLabels(labelsOf(goal.task), undefined);
       active = goal.task;
@@ -238,13 +264,7 @@ async function switchTo(task, amount = 1) {
   } catch (error) {
     checkCard();
     throw error;
-  } finally {
-    switching = false;
-    showBusy();
   }
-  await ask();
-  // Those that the server did not give before.
-  await loadRest();
 }
 
 let asking = false;
@@ -252,7 +272,9 @@ let askAgain = false;
 
 /** Tells screen readers, and the test, to wait. */
 function showBusy() {
-  document.querySelector("main")?.setAttribute("aria-busy", String(!started || switching || asking || loading));
+  document
+    .querySelector("main")
+    ?.setAttribute("aria-busy", String(!started || switching !== undefined || asking || loading));
 }
 
 /** Updates answer and cards for the sentence and the task; starts over when one of them changes meanwhile. */

@@ -195,9 +195,9 @@ function probeFeeds(
   });
 }
 
-/** Positions that every feed has. */
+/** The first position, which every feed has: only shapes are wanted. */
 function somePositions(count: number): Feed {
-  return { dataType: INT64, dims: [count], data: BigInt64Array.from({ length: count }, (_, i) => BigInt(i % 10)) };
+  return { dataType: INT64, dims: [count], data: new BigInt64Array(count) };
 }
 
 /** If(learn): the backward nodes with their results; else empty results of the same types. Without a branch every run would learn. */
@@ -271,7 +271,10 @@ function madeUp(
   });
   const [first, second] = feeds;
   if (first && second) return [first, second];
-  problems.add("its inputs are of kinds that cannot be made up: pass two probe `feeds`");
+  const names = inputs.map(({ name }) => `"${name}"`).join(", ");
+  problems.add(
+    `values cannot be made up for all of its inputs (${names}): they must be tensors of floats, integers or bools, of few numbers`,
+  );
   return undefined;
 }
 

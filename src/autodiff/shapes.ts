@@ -133,7 +133,7 @@ export async function probeShapes(
     if (first.dims.length !== second.dims.length) problems.add("the rank of a value depends on the input", value);
     if (first.dims.some((size, axis) => size !== second.dims[axis] && (size === 1 || second.dims[axis] === 1))) {
       problems.add(
-        "a free dimension becomes 1 on the probe feeds, which looks like broadcasting: pass larger ones",
+        "a free dimension becomes 1 on the probe feeds, which looks like broadcasting: export the model so that it stays larger",
         value,
       );
     }

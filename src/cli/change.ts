@@ -88,9 +88,9 @@ export const add: Attach = command({
     refuseTaken(pack, named);
     refuseOtherBase(pack, adapters, anyBase);
     const onProgress = counting(out, "module");
-    const projected =
-      model === undefined ? await projectAdapters(pack, adapters, await storedDtypes(pack), { onProgress }) : [];
-    const judged = model === undefined ? [] : await addedByAnswers(pack, adapters, { ...asked, model }, run, out);
+    const isJudged = model !== undefined && adapters.length > 0;
+    const projected = isJudged ? [] : await projectAdapters(pack, adapters, await storedDtypes(pack), { onProgress });
+    const judged = isJudged ? await addedByAnswers(pack, adapters, { ...asked, model }, run, out) : [];
     const learned: TaskToWrite[] = [];
     for (const { path, id } of files) await pack.addTask(id, path);
     for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
@@ -118,7 +118,7 @@ export const add: Attach = command({
     return {
       json: {
         ...{ file, added, bytesBefore: before, bytesAfter, residual },
-        ...(model === undefined ? {} : { answers: judged.map(({ entry: { id }, agreement }) => ({ id, agreement })) }),
+        ...(isJudged && { answers: judged.map(({ entry: { id }, agreement }) => ({ id, agreement })) }),
       },
       text: [
         `${file}: ${count(added.length, "task")} added, ${bytes(before)} → ${bytes(bytesAfter)}`,

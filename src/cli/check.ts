@@ -127,7 +127,7 @@ async function checkFiles(
   const ran = filesOnly || planned !== undefined ? undefined : runInWords(await tryFiles(models, pack, options));
   const why = planned ?? (ran?.session.works === false ? ran.session.says : undefined);
   const next = why === undefined ? callOf(known, packPath, options) : filesAdvice(files, survey.homeless, ran);
-  const largest = Math.max(...[...pack.tasks.values()].map((task) => task.bytes));
+  const largest = Math.max(0, ...[...pack.tasks.values()].map((task) => task.bytes));
   return {
     json: {
       models: Object.fromEntries(known),

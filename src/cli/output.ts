@@ -24,6 +24,8 @@ export interface Output {
 export interface Stream {
   /** Whether somebody watches. */
   readonly isTTY?: boolean;
+  /** Width of a terminal, in characters. */
+  readonly columns?: number;
   write(text: string): unknown;
 }
 
@@ -48,7 +50,8 @@ export function createOutput(json: boolean, stderr: Stream = process.stderr, now
   const show = (line: string): void => {
     if (json || !stderr.isTTY || line === shown) return;
     shown = line;
-    stderr.write(`\r\u001b[K${line}`);
+    // What a terminal has wrapped stays when the line changes.
+    stderr.write(`\r\u001b[K${line.slice(0, (stderr.columns ?? 80) - 1)}`);
   };
   const clear = (): void => show("");
   return {

@@ -104,7 +104,10 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
   const out = createOutput(json, stderr);
   const print = (object: object, lines: readonly string[]): unknown =>
     stdout.write(`${(json ? [JSON.stringify(object)] : lines).map(printable).join("\n")}\n`);
+  const beat = setInterval(out.beat, 1000);
   const done = (result: Result | number): void => {
+    // What waits for Ctrl-C from here on has nothing more to say.
+    clearInterval(beat);
     out.clear();
     if (typeof result === "number") code = result;
     else {
@@ -115,7 +118,6 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
   for (const attach of COMMANDS) attach(program, out, done);
   // Words that are not known are compared with all options, those that are seldom needed too.
   if (argv.includes("--all") || !argv.some((word) => HELP.has(word))) listAll(program);
-  const beat = setInterval(out.beat, 1000);
   try {
     // Others print their version for either letter.
     await program.parseAsync(argv[0] === "-V" ? ["--version", ...argv.slice(1)] : argv, { from: "user" });

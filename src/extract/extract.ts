@@ -133,11 +133,10 @@ function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
   } = found;
   const most = Math.max(A.components.count, B.components.count);
   const alike = normalize
-    ? pairs.map(({ rank, A, Bt }) => ({
-        rank,
-        A: A.map((v) => v * reciprocal(A)),
-        Bt: Bt.map((v) => v * reciprocal(Bt)),
-      }))
+    ? pairs.map(({ rank, A, Bt }) => {
+        const [ofA, ofB] = [reciprocal(A), reciprocal(Bt)];
+        return { rank, A: A.map((v) => v * ofA), Bt: Bt.map((v) => v * ofB) };
+      })
     : pairs;
   const solve = (k: number): ModuleExtraction => {
     const [kA, kB] = [Math.min(k, A.components.count), Math.min(k, B.components.count)];

@@ -2,7 +2,8 @@
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
 
-import { type Binaries, claim, type Instance, instantiate } from "../backends/wasm-instance.ts";
+import { type Binaries, type Instance, instantiate } from "../backends/wasm-instance.ts";
+import { BackendError } from "../errors.ts";
 import { mirrored, PLAIN, type Products, type Tridiagonal } from "./linalg.ts";
 
 type Variant = "scalar" | "simd";
@@ -53,7 +54,7 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
     multiplyTransposed: product(0, 0),
     gram: (x, rows, width) => mirrored(lowerHalf(x, x, rows, rows, width), rows),
     hold(operand) {
-      const at = claim(instance, operand.byteLength, "scratch", false);
+      const at = claim(instance, operand.byteLength);
       new Float64Array(memory.buffer, at, operand.length).set(operand);
       held.set(operand, at);
       return () => {
@@ -75,6 +76,16 @@ export async function fastProducts(): Promise<Products> {
   return typeof WebAssembly === "undefined" ? PLAIN : createWasmProducts();
 }
 
+/** Address of `byteLength` bytes. @throws BackendError when there are none */
+function claim({ heap, memory }: Instance<ExtractionKernels>, byteLength: number): number {
+  const start = heap.allocate(byteLength, false);
+  if (start !== undefined) return start;
+  throw new BackendError(
+    `extraction: no memory for ${byteLength} bytes beside ${memory.buffer.byteLength} in WebAssembly: pack fewer adapters at once`,
+    { backend: "wasm" },
+  );
+}
+
 /** Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. They hold any numbers. */
 function onBlocks<T>(
   instance: Instance<ExtractionKernels>,
@@ -82,7 +93,7 @@ function onBlocks<T>(
   work: (addresses: number[], views: Float64Array[]) => T,
 ): T {
   const byteLength = 8 * lengths.reduce((sum, length) => sum + length, 0);
-  const start = claim(instance, byteLength, "scratch", false);
+  const start = claim(instance, byteLength);
   let next = start;
   const addresses = lengths.map((length) => (next += 8 * length) - 8 * length);
   try {

@@ -5,7 +5,7 @@
 import type { PackModule } from "../format/format.ts";
 import type { AdaptedLayer, GraftBias, GraftRows } from "./adapted.ts";
 import { SUMS } from "./claims.ts";
-import { FLOAT, FLOAT16, type Linear, linearsOf, NotLinear, origin, producer } from "./linear.ts";
+import { FLOAT, FLOAT16, type Linear, linearsOf, NotLinear, origin, producer, requantized } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize } from "./modules.ts";
 import type { GraphProto } from "./onnx_pb.ts";
@@ -22,8 +22,12 @@ export async function appliedAs(
 ): Promise<Pick<AdaptedLayer, "linears" | "form"> | string> {
   const linears = linearsOf(model, parameter);
   if (!(linears instanceof NotLinear)) {
-    const shared = rowScale && (parameter.slice ?? parameter.joined) && linears.some(({ addsBias }) => addsBias);
-    return shared ? `"${name}" has DoRA tasks, and its layer is packed or divided together with its bias` : { linears };
+    const biased = rowScale ? linears.filter(({ bias }) => bias !== undefined) : [];
+    if (biased.length > 0 && (parameter.slice ?? parameter.joined))
+      return `"${name}" has DoRA tasks, and its layer is packed or divided together with its bias`;
+    if (biased.some(({ node }) => node.opType !== "Gemm"))
+      return `"${name}" has DoRA tasks, and its layer's result is quantised together with its bias`;
+    return { linears };
   }
   const isForm = layout === "conv" || layout === "embedding";
   const form = isForm ? (await import("./forms.ts")).formOf(model, parameter) : linears.reason;
@@ -62,7 +66,8 @@ const LAST: Readonly<Record<string, number>> = {
 
 /** The node to whose result a change of the bias is added. */
 function placeOfBias(model: OnnxModel, { node, input, graph }: Use): Pick<Use, "node" | "graph"> | undefined {
-  if (node.opType === "Add" || LAST[node.opType] === input) return { node, graph };
+  if (node.opType === "Add" || LAST[node.opType] === input)
+    return { node: requantized(model, { node, graph }) ?? node, graph };
   // Operators of onnxruntime's optimiser add it to their first input, and go on from there.
   const [before = ""] = node.input;
   const isAlone = SUMS[node.opType] === input && model.graph.consumers.get(before)?.length === 1;
@@ -105,8 +110,8 @@ const FUSED_NORMS: Readonly<Record<string, number>> = {
  * between.
  * @param size of the bias
  */
-function addsVector(model: OnnxModel, { node, addsBias }: Linear, size: number): boolean {
-  if (addsBias) return true;
+function addsVector(model: OnnxModel, { node, bias }: Linear, size: number): boolean {
+  if (bias !== undefined) return true;
   const seen = new Set(node.output.slice(0, 1));
   // The set grows during the loop.
   for (const value of seen) {

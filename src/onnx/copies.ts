@@ -39,8 +39,12 @@ export class Copies {
    * @throws FormatError, SourceError when a weight that may be a copy cannot be read
    */
   of(parameter: OnnxParameter): Promise<OnnxParameter> {
-    const found = this.#found.get(parameter) ?? this.#find(parameter);
+    const known = this.#found.get(parameter);
+    if (known) return known;
+    const found = this.#find(parameter);
     this.#found.set(parameter, found);
+    // A failure is not kept: the next read may succeed.
+    found.catch(() => this.#found.delete(parameter));
     return found;
   }
 
@@ -82,7 +86,10 @@ export class Copies {
   async #alike(parameter: OnnxParameter): Promise<readonly Stored[]> {
     if (parameter.dtype === "other") return [];
     this.#nameless ??= this.#findNameless();
-    const nameless = await this.#nameless;
+    const nameless = await this.#nameless.catch((error: unknown) => {
+      this.#nameless = undefined;
+      throw error;
+    });
     return nameless.size === 0 ? [] : (nameless.get(await this.#keyOf(parameter)) ?? []);
   }
 

@@ -12,21 +12,10 @@ import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, partStart, type Stored } from "./modules.ts";
 import type { NodeProto } from "./onnx_pb.ts";
 import type { ModelFile } from "./read.ts";
-import { readTensor } from "./tensors.ts";
+import { INTEGERS, readTensor } from "./tensors.ts";
 
 /** Element i of a tensor, row-major. */
 type Values = (i: number) => number;
-
-/** Bits and signedness of `TensorProto.DataType`: uint8, int8, uint16, int16, int32, uint4, int4. */
-const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = new Map([
-  [2, { bits: 8, signed: false }],
-  [3, { bits: 8, signed: true }],
-  [4, { bits: 16, signed: false }],
-  [5, { bits: 16, signed: true }],
-  [6, { bits: 32, signed: true }],
-  [21, { bits: 4, signed: false }],
-  [22, { bits: 4, signed: true }],
-]);
 
 /**
  * @returns undefined when the weight is quantised in an unknown way
@@ -123,7 +112,7 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
   const half = 2 ** (bits - 1);
   return (i) => {
     const bit = i * bits;
-    const value = (view.getUint8(bit >> 3) >> (bit & 7)) & (2 ** bits - 1);
+    const value = (view.getUint8(Math.floor(bit / 8)) >> (bit & 7)) & (2 ** bits - 1);
     return signed && value >= half ? value - 2 * half : value;
   };
 }

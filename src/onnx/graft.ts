@@ -29,7 +29,7 @@ import type {
 import { ComponentProducts } from "./components.ts";
 import { GraftTools } from "./graft-tools.ts";
 import { groupsOf, joinCores, joined } from "./groups.ts";
-import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
+import { endOf, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
 import { dropUnused, freeLast, importContributed, makeValue, type Place, PREFIX } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
@@ -146,8 +146,8 @@ class Grafter extends GraftTools {
   /** @param parts all layers that are packed into one: one addition for all */
   #addPacked(parts: Packed[]): void {
     const [{ member, linear, mixed }] = parts as [Packed];
-    const { graph, type, x, node, slice } = linear;
-    const end = biasAdd(this.model, linear) ?? node;
+    const { graph, type, x, slice } = linear;
+    const end = endOf(this.model, linear);
     const place = this.place("packed", graph, end, type);
     const { rank } = this.#rowsInto(place, graph, x, mixed.rows);
     const terms = parts.map(({ member: { name, components }, mixed: { value } }) =>
@@ -178,7 +178,7 @@ class Grafter extends GraftTools {
     mixed: Mixed | undefined,
   ): void {
     // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in front of it.
-    const end = scale === undefined ? (biasAdd(this.model, linear) ?? linear.node) : linear.node;
+    const end = scale === undefined ? endOf(this.model, linear) : linear.node;
     const place = this.place(name, linear.graph, end, linear.type);
     const { rank, rows, byTask } = this.#rowsInto(place, linear.graph, linear.x, mixed?.rows);
     const terms: string[] = [];
@@ -190,9 +190,9 @@ class Grafter extends GraftTools {
     if (mixed) terms.push(this.products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
     this.#probeAt(linear.graph, name, rows, term);
-    const bias = scale && linear.addsBias ? linear.node.input[2]! : undefined;
+    const bias = scale && linear.bias;
     // y without its bias: DoRA scales it.
-    if (bias !== undefined) linear.node.input.length = 2;
+    if (bias) linear.node.input.length = 2;
     let y = place.begin();
     const asY = (value: string): string => this.#asY(place, value, y, rank, out);
     if (scale === undefined) {
@@ -201,7 +201,7 @@ class Grafter extends GraftTools {
     }
     const whole = place.op("Add", [byTask(place.up(y), out), term]);
     y = asY(place.op("Mul", [whole, scale]));
-    if (bias !== undefined) y = place.op("Add", [y, place.up(bias)]);
+    if (bias) y = place.op("Add", [y, place.up(bias)]);
     place.end(place.down(y));
   }
 
@@ -253,7 +253,9 @@ class Grafter extends GraftTools {
       const place = this.place(name, linear.graph, end, linear.type);
       const x = place.op("Flatten", [place.up(linear.x)], { axis: -1 });
       let y = place.op("MatMul", [this.rowsOf(place, x, inputs), weight]);
-      if (bias !== undefined) y = place.op("Add", [y, bias]);
+      // A task without a bias keeps the model's.
+      const added = bias ?? (linear.bias && place.up(linear.bias));
+      if (added) y = place.op("Add", [y, added]);
       const leading = place.op("Slice", [place.op("Shape", [linear.x]), this.ints([0]), this.ints([-1])]);
       const shape = place.op("Concat", [leading, labels], { axis: 0 });
       place.replace(place.down(place.op("Reshape", [y, shape])));

@@ -25,8 +25,8 @@ export interface Linear {
   readonly x: string;
   /** Type of x and y: `FLOAT` or `FLOAT16`. */
   readonly type: number;
-  /** Whether `node` adds the bias itself. */
-  readonly addsBias: boolean;
+  /** Value that the multiplying node adds itself, as bias. */
+  readonly bias?: string | undefined;
   /** Part of the node's result, where y is only a part. */
   readonly slice?: Slice;
   /** The layers whose results, one behind the other, are y; `node` belongs to the first one. */
@@ -46,9 +46,10 @@ export class NotLinear {
 function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   const { node, graph, input } = use;
   const refuse = (why: string): NotLinear => new NotLinear(`${node.opType} "${node.name}" ${why}`);
-  const simple = (type: number, addsBias = false): Linear => {
+  const simple = (type: number, bias?: number): Linear => {
     const end = requantized(model, use) ?? node;
-    return { graph, node: end, x: node.input[0]!, type, addsBias };
+    const value = bias === undefined ? "" : (node.input[bias] ?? "");
+    return { graph, node: end, x: node.input[0]!, type, ...(value && { bias: value }) };
   };
   switch (node.opType) {
     case "MatMul":
@@ -63,11 +64,12 @@ function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
     case "Gemm":
       if (input !== 1 || attribute(node, "transA")?.i) return refuse("multiplies from the left or transposed");
       if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
-      return simple(typeOf(model, graph, node.input[1]!), has(node, 2));
+      if (has(node, 2) && (attribute(node, "beta")?.f ?? 1) !== 1) return refuse("scales its bias");
+      return simple(typeOf(model, graph, node.input[1]!), 2);
     case "MatMulNBits":
-      return simple(typeOf(model, graph, node.input[2]!), has(node, 5));
+      return simple(typeOf(model, graph, node.input[2]!), 5);
     case "DynamicQuantizeMatMul":
-      return simple(FLOAT, has(node, 4));
+      return simple(FLOAT, 4);
     case "MatMulInteger":
       return dynamic(model, use) ?? refuse("is not the dynamic quantisation that onnxruntime writes");
     case "QLinearMatMul":
@@ -111,7 +113,7 @@ function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly numb
     );
     if (!isOne || lists.some((list) => list.length !== first.length))
       return new NotLinear("its parts in the file take different values");
-    made.push({ ...linear, addsBias: linears.some(({ addsBias }) => addsBias), joined: { linears, sizes } });
+    made.push({ ...linear, bias: linears.find(({ bias }) => bias !== undefined)?.bias, joined: { linears, sizes } });
   }
   return made;
 }
@@ -120,7 +122,7 @@ function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly numb
  * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair directly behind a node. Additions go behind it: the pair's range was
  * measured without a task and would clip one.
  */
-export function requantized(model: OnnxModel, { node, graph }: Use): NodeProto | undefined {
+export function requantized(model: OnnxModel, { node, graph }: Pick<Use, "node" | "graph">): NodeProto | undefined {
   const quantize = onlyConsumer(model, graph, node);
   const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, graph, quantize) : undefined;
   return dequantize?.opType === "DequantizeLinear" ? dequantize : undefined;
@@ -133,7 +135,7 @@ export function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefi
   const scaled = cast?.opType === "Cast" ? onlyConsumer(model, graph, cast) : undefined;
   if (before?.opType !== "DynamicQuantizeLinear" || scaled?.opType !== "Mul") return undefined;
   const type = Number(attribute(cast!, "to")?.i ?? FLOAT);
-  return { graph, node: scaled, x: before.input[0]!, type, addsBias: false };
+  return { graph, node: scaled, x: before.input[0]!, type };
 }
 
 /** QuantizeLinear → QLinearMatMul → DequantizeLinear. */
@@ -141,14 +143,14 @@ export function quantized(model: OnnxModel, { node, graph }: Use): Linear | unde
   const before = producer(model, graph, node.input[0]!);
   const after = onlyConsumer(model, graph, node);
   if (before?.opType !== "QuantizeLinear" || after?.opType !== "DequantizeLinear") return undefined;
-  return { graph, node: after, x: before.input[0]!, type: FLOAT, addsBias: false };
+  return { graph, node: after, x: before.input[0]!, type: FLOAT };
 }
 
 /**
  * The Add of a linear layer's bias: its output is the layer's whole result. Undefined when the layer has no bias, or its own node adds
  * it.
  */
-export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | undefined {
+function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | undefined {
   const next = onlyConsumer(model, graph, node);
   if (next?.opType !== "Add") return undefined;
   const [a, b] = next.input;
@@ -157,6 +159,12 @@ export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | 
   const { initializers, producers } = model.graph;
   const bias = initializers.get(other) ?? initializers.get(producers.get(other)?.input[0] ?? "");
   return bias?.dims.length === 1 ? next : undefined;
+}
+
+/** The node that makes a linear layer's whole result: behind its bias, and behind the quantised values of that. */
+export function endOf(model: OnnxModel, linear: Linear): NodeProto {
+  const add = biasAdd(model, linear);
+  return add ? (requantized(model, { node: add, graph: linear.graph }) ?? add) : linear.node;
 }
 
 /**

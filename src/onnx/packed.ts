@@ -190,10 +190,10 @@ export function takeApart(
       const { slice, joined, graph, node, x, type } = linear;
       if (joined) {
         touched.add(graph);
-        return { graph, node: unite(model, graph, joined, count++), product: node, x, type, addsBias: false };
+        return { graph, node: unite(model, graph, joined, count++), product: node, x, type };
       }
       if (!slice || whole.has(node)) return linear;
-      return { graph, node: piece(graph, node, slice), product: node, x, type, addsBias: false };
+      return { graph, node: piece(graph, node, slice), product: node, x, type };
     }),
   }));
   const added = biases.map(({ slice, ...bias }) => {

@@ -60,10 +60,10 @@ export async function readModel(
   options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
 ): Promise<ModelFile> {
   const source = await openTold(input, options, "model");
-  const apart = options.weightsApart === true && !options.external && source.folder !== undefined;
-  const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
-  const model = await parsed(bytes, source.name);
   const locate = options.external ?? besides(input, source.name);
+  const apart = options.weightsApart === true && !options.external && locate && source.folder !== undefined;
+  const bytes = await readBytes(source, options, apart === true).finally(() => source.close?.());
+  const model = await parsed(bytes, source.name);
   const files = new Map<string, Promise<ByteSource>>();
   const external = (location: string): Promise<ByteSource> => {
     let file = files.get(location);

@@ -17,13 +17,15 @@ const FLOATS: ReadonlyMap<number, FloatDtype> = new Map([
 ]);
 const BYTES: Record<FloatDtype, number> = { f32: 4, f16: 2, bf16: 2 };
 
-/** Element sizes of integers that may lie in `int32_data`: uint8, int8, uint16, int16, int32. */
-const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
-  [2, 1],
-  [3, 1],
-  [4, 2],
-  [5, 2],
-  [6, 4],
+/** Bits and signedness of `TensorProto.DataType`: uint8, int8, uint16, int16, int32, uint4, int4. */
+export const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = new Map([
+  [2, { bits: 8, signed: false }],
+  [3, { bits: 8, signed: true }],
+  [4, { bits: 16, signed: false }],
+  [5, { bits: 16, signed: true }],
+  [6, { bits: 32, signed: true }],
+  [21, { bits: 4, signed: false }],
+  [22, { bits: 4, signed: true }],
 ]);
 
 /** `TensorProto.DataLocation.EXTERNAL`. */
@@ -104,7 +106,9 @@ export async function readTensor(
     checkLength(data.length);
     return { ...type, data };
   }
-  const { location, offset, length } = placeOf(tensor, file, expected);
+  const bits = INTEGERS.get(tensor.dataType)?.bits;
+  const ofIntegers = bits && Math.ceil(type.shape.reduce((a, b) => a * b, bits) / 8);
+  const { location, offset, length } = placeOf(tensor, file, expected ?? ofIntegers);
   checkLength(length);
   if (!external) {
     const message = `${partOf(tensor)} lies in the file "${location}"; give that with the option \`external\``;
@@ -114,10 +118,16 @@ export async function readTensor(
   return { ...type, data: await source.read(offset, length, options) };
 }
 
+/** Bytes of an integer that may lie in `int32_data`; undefined for those of less than a byte. */
+function wholeBytes(type: number): number | undefined {
+  const bits = INTEGERS.get(type)?.bits ?? 0;
+  return bits < 8 ? undefined : bits / 8;
+}
+
 function embedded(tensor: TensorProto, file: string, { dtype, shape }: OnnxTensorType): Uint8Array {
   const { rawData, floatData, int32Data, dataType } = tensor;
   if (rawData.length > 0 || shape.includes(0)) return rawData;
-  const size = dtype === "other" ? INTEGER_BYTES.get(dataType) : BYTES[dtype];
+  const size = dtype === "other" ? wholeBytes(dataType) : BYTES[dtype];
   if (size === undefined) {
     const message = `its data type ${dataType} is read from raw_data only; save the model with ONNX's tools`;
     throw new FormatError(message, { file, part: partOf(tensor) });

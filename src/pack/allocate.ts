@@ -77,7 +77,7 @@ export async function withinError<T>(
     for (const { id, total } of lossesOf(made)) {
       // What was estimated too high is taken back once, what was too low until it fits.
       if (total <= max && (round > 0 || total > CLOSE * max || total === 0)) continue;
-      allowed.set(id, (allowed.get(id)! * max * (1 - CAREFUL * (round + 1))) / total);
+      allowed.set(id, Math.min(1, (allowed.get(id)! * max * (1 - CAREFUL * (round + 1))) / total));
       done = false;
     }
     if (done) return made;

@@ -147,17 +147,19 @@ export async function stepsWithin<T>(
   lossesOf: (made: T) => readonly TaskLoss[],
 ): Promise<T> {
   const found = new Map([...start].map(([task, step]) => [task, new Seeker(step, max)]));
+  let losses: readonly TaskLoss[] = [];
   for (let round = 0; round < ROUNDS; round++) {
     const made = await make(new Map([...found].map(([task, { step }]) => [task, step])));
     let done = true;
-    for (const { id, total } of lossesOf(made)) {
+    losses = lossesOf(made);
+    for (const { id, total } of losses) {
       const seeker = found.get(id)!;
       if (!seeker.isDone(total, round)) done = false;
       if (seeker.isStuck) throw tooFine(id, max);
     }
     if (done) return made;
   }
-  throw tooFine([...found].find(([, { passes }]) => !passes)![0], max);
+  throw tooFine(losses.find(({ id }) => !found.get(id)!.passes)!.id, max);
 }
 
 function tooFine(task: string, max: number): Unreachable {

@@ -32,7 +32,9 @@ export async function foldedCarrier(
     const values = await evaluator.evaluate(tasks, signal);
     const changed = await runtime.fold(tasks, signal);
     const content = await fillWeightFile(weights, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
-    const model = await engine.load({ ...detached, files: [...detached.files, content] }, load);
+    // Tasks that bring heads alone change no weight.
+    const files = content.data.byteLength > 0 ? [...detached.files, content] : detached.files;
+    const model = await engine.load({ ...detached, files }, load);
     return { model, task: tasks.selection, ...toFeeds(engine, inputs, [values.inputs]) };
   };
   const close = async (): Promise<void> => {

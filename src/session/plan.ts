@@ -18,7 +18,7 @@ import {
 import type { AdaptedLayer, Graft, GraftBias, GraftHead, GraftRows } from "../onnx/adapted.ts";
 import { appliedAs, biasOf, tableOf } from "../onnx/additions.ts";
 import type { GraftVector } from "../onnx/forms.ts";
-import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
+import { endOf, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import { checkGraftable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -223,15 +223,19 @@ class Planner {
       const parameter = await this.#matcher.parameter(weight, "saved");
       const shape = matrixShape(parameter);
       const linears = linearsOf(this.#file.model, parameter);
-      if (!shape || linears instanceof NotLinear) continue;
+      if (!shape || linears instanceof NotLinear || linears.some(({ slice, joined }) => slice ?? joined)) continue;
       const name = moduleOf(weight);
       const bias = saved.has(`${name}.bias`) ? `${name}.bias` : undefined;
       const places = linears.map((linear) => ({
         linear,
-        end: (bias && biasAdd(this.#file.model, linear)) || linear.node,
+        end: bias ? endOf(this.#file.model, linear) : linear.node,
       }));
       // A bias that is added somewhere else would be added to the task's own.
-      if (bias && !this.#dropped.has(bias) && places.some(({ linear, end }) => !linear.addsBias && end === linear.node))
+      if (
+        bias &&
+        !this.#dropped.has(bias) &&
+        places.some(({ linear, end }) => linear.bias === undefined && end === linear.node)
+      )
         continue;
       const graft = { name, in: shape[1], out: shape[0], bias: bias !== undefined, places };
       heads.push({ graft, weight, bias, parameter });

@@ -67,7 +67,7 @@ async function main() {
   const wanted = Object.hasOwn(facts.skills, asked) ? asked : first;
   sentence.value = wanted === first ? words : (facts.skills[wanted].examples[0]?.[0] ?? words);
   byId("model-name").textContent = facts.name;
-  void offerWebGpu();
+  offerWebGpu().catch(fail);
   await start("wasm", wanted);
   void keepOffline().then((how) => void (byId("offline").textContent = how));
 }
@@ -159,7 +159,8 @@ function skillNow() {
 
 function showSkill() {
   drawSkill(skillNow());
-  history.replaceState(null, "", `#${encodeURIComponent(active)}`);
+  const address = `#${encodeURIComponent(active)}`;
+  if (location.hash !== address) history.replaceState(null, "", address);
 }
 
 /** Forgets what was answered to other words. @returns the words, and the number of the request */
@@ -167,7 +168,9 @@ async function begin() {
   const mine = ++request;
   await worker.call("wish", mine);
   byId("failure").hidden = true;
-  return { mine, text: sentence.value.trim() };
+  const text = sentence.value.trim();
+  byId("ask-note").textContent = text ? "" : "Write a word first.";
+  return { mine, text };
 }
 
 /** The active skill answers. */
@@ -218,7 +221,7 @@ function drawText({ request: of, texts }) {
   if (texts.length === 1 && texts[0][0] === active) drawReply(texts[0][1], true);
 }
 
-/** @param {string} text for screen readers, and below the words */
+/** @param {string} text for screen readers */
 function say(text) {
   byId("status").textContent = text;
 }
@@ -260,10 +263,19 @@ byId("example").addEventListener("click", () => {
   work(ask);
 });
 
-byId("cards").addEventListener("change", ({ target }) => {
-  active = /** @type {HTMLInputElement} */ (target).value;
+/** @param {string} id */
+function pick(id) {
+  active = id;
   showSkill();
   if (started) work(ask);
+}
+
+byId("cards").addEventListener("change", ({ target }) => pick(/** @type {HTMLInputElement} */ (target).value));
+
+// A link that is pasted into the address of an open page.
+addEventListener("hashchange", () => {
+  const id = nameIn(location.hash);
+  if (skills.has(id) && id !== active) pick(id);
 });
 
 pickByKeys({
@@ -272,11 +284,7 @@ pickByKeys({
   ids: () => [...skills.keys()],
   active: () => active,
   namesOf: (id) => [id.toLowerCase()],
-  pick(id) {
-    active = id;
-    showSkill();
-    if (started) work(ask);
-  },
+  pick,
 });
 
 /**
@@ -347,7 +355,7 @@ byId("download").addEventListener("click", () =>
 byId("forget").addEventListener("click", () =>
   work(async () => {
     const id = active;
-    active = [...skills.keys()].find((one) => one !== id) ?? "";
+    active = [...skills.keys()].find((one) => one !== id && !unreadable.has(one)) ?? "";
     showSkill();
     await ask();
     showMemory(await worker.call("forget", id));

@@ -249,6 +249,8 @@ const calls = {
    * @param {string} id
    */
   async forget(id) {
+    // A switch away from it may have been refused, or be yet to come.
+    if (live().session.task === id) await live().session.switchTask(null);
     live().session.removeTask(id);
     own.delete(id);
     return live().session.memory();

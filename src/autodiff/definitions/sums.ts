@@ -17,7 +17,7 @@ function skipped(opType: string, weights: readonly number[], bias: number): Defi
   return (node) => {
     const whole = sum(node, [0, 1, bias]);
     const given = weights.filter((input) => node.has(input)).map((input) => node.x(input));
-    const epsilon = { float: node.float("epsilon", 1e-5) };
+    const epsilon = { float: node.float("epsilon", 1e-12) };
     node.give(0, node.emit.op(opType, [whole, ...given], { axis: -1, epsilon }));
     node.give(3, whole);
     return node.wants(1) || node.wants(2)
