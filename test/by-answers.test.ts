@@ -234,6 +234,13 @@ t.test("an adapter that cannot be distilled is said, and stops no other", async 
   const none = await packByAnswers(engine, file, { ...options, adapters: [lone] });
   t.same(none.report.answers, []);
   t.match(none.report.warnings, [/cannot be distilled: "classifier.weight" gives one number/]);
+
+  const [name, module] = [...first!.modules][0]!;
+  const tables = { ...first!, modules: new Map([[name, { ...module, layout: "embedding" as const }]]) };
+  await t.rejects(packByAnswers(engine, file, { ...options, adapters: [tables] }), {
+    tag: "adapter",
+    message: new RegExp(`"${name}" has the layout "embedding", which cannot be trained: pack without a model`),
+  });
 });
 
 t.test(

@@ -5,7 +5,7 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { FormatError, TaskError } from "../errors.ts";
+import { BackendError, FormatError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
@@ -228,8 +228,9 @@ export class Answering {
       this.#refused.delete(id);
       return done;
     } catch (error) {
-      if (!(error instanceof TaskError)) throw error;
-      this.#refused.set(id, error.message);
+      const isAstray = error instanceof BackendError && error.backend === "train";
+      if (!isAstray && !(error instanceof TaskError)) throw error;
+      this.#refused.set(id, isAstray ? `task "${id}" cannot be distilled: its training goes astray` : error.message);
       return undefined;
     }
   }

@@ -10,6 +10,7 @@ import { checkArgument, checkOptions, checkPack } from "../arguments.ts";
 import { openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
+import { AdapterError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { placeOf } from "../format/layout.ts";
 import type { ModelInput } from "../onnx/whole.ts";
@@ -133,6 +134,12 @@ function check(where: string, options: ByAnswersOptions): void {
   checkOptions(where, options, OPTIONS);
   checkAdapters(`${where}: adapters`, options.adapters);
   if (options.adapters.length === 0) throw new RangeError(`${where}: no adapters`);
+  for (const { file, modules } of options.adapters) {
+    const untrained = [...modules.values()].find(({ layout }) => layout === "conv" || layout === "embedding");
+    if (!untrained) continue;
+    const message = `"${untrained.name}" has the layout "${untrained.layout}", which cannot be trained: pack without a model`;
+    throw new AdapterError(message, { file, field: untrained.name });
+  }
   checkNumbers(where, options, { agreement: "between", bytes: "positive", minutes: "positive", steps: "count" });
   if (options.bytes !== undefined && options.agreement !== undefined)
     throw new RangeError(`${where}: agreement or bytes: give one of them`);
