@@ -41,31 +41,33 @@ async function compare() {
     return { bytes: await packOfK(adapters, 32), ids: adapters.map(({ id }) => id) };
   });
   const peer = python("switch.py", [data("minilm"), ...ids.map((id) => folderOf("own-seed", id))]);
-  const reference = "figures" in peer ? peer.figures.median : null;
   const onnx = await openOnnxHost(model);
-  /** @type {[string, () => Promise<RuntimeOptions>][]} */
+  /** What each does to a model's weights: PEFT's counterpart is what does the same. */
+  /** @type {[string, "folded" | "beside", () => Promise<RuntimeOptions>][]} */
   const ways = [
-    ["folded, runtime's memory", async () => ({ base: readOnly(weightsOf(onnx)) })],
-    ["folded, your arrays", async () => ({ base: weightsOf(onnx) })],
-    ["factors ready", async () => ({ mode: "factors" })],
-    ["core ready", async () => ({ mode: "core" })],
+    ["folded, runtime's memory", "folded", async () => ({ base: readOnly(weightsOf(onnx)) })],
+    ["folded, your arrays", "folded", async () => ({ base: weightsOf(onnx) })],
+    ["factors ready", "beside", async () => ({ mode: "factors" })],
+    ["core ready", "beside", async () => ({ mode: "core" })],
   ];
   /** @type {import("./lib/report.js").Row[]} */
   const rows = [];
   for (const [name, on] of BACKENDS) {
-    for (const [how, options] of ways) {
+    for (const [how, counterpart, options] of ways) {
       const found = await timesOf(bytes, { ...on, ...(await options()) });
       if (typeof found === "string") {
         if (how === ways[0][0]) rows.push({ name, how: `not run: ${found.slice(0, 80)}` });
         continue;
       }
       const row = { name, how, "ms, median": median(found), "ms, min": min(found) };
-      rows.push(reference === null ? row : { ...row, "× faster than PEFT": reference / median(found) });
+      const reference = "figures" in peer ? peer.figures[counterpart].median : undefined;
+      rows.push(reference === undefined ? row : { ...row, "× faster than PEFT": reference / median(found) });
     }
   }
   if ("figures" in peer) {
-    const times = { "ms, median": peer.figures.median, "ms, min": peer.figures.min };
-    rows.push({ name: "PEFT", how: "unmerge + set + merge", ...times, "× faster than PEFT": 1 });
+    const { folded, beside } = peer.figures;
+    for (const [how, times] of Object.entries({ "unmerge + set + merge": folded, set_adapter: beside }))
+      rows.push({ name: "PEFT", how, "ms, median": times.median, "ms, min": times.min, "× faster than PEFT": 1 });
   }
   const question = `How long does a switch among ${ids.length} resident tasks take (12 modules of 384×384, r 8, K 32)?`;
   print(json, [{ question, rows }], [peerLine("PEFT", peer)]);

@@ -64,6 +64,7 @@ t.test(
     );
     await addRuntimes(files, ["asyncify", "jsep"]);
     const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
+    t.ok(rows.length > 0);
     for (const { build, provider, name, why, runs } of rows) {
       const what = `${name}, ${build}, ${provider}`;
       if (why === "no adapter") {

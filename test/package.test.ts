@@ -12,7 +12,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
 
 /** Budgets of README, in bytes after gzip; 1 kB = 1000 B. 3.1 kB of WASM decode coded sections, and are loaded with the first one. */
-const BUDGET = { js: 22_650, wasm: 12_600 };
+const BUDGET = { js: 22_650, wasm: 12_600, url: 4_500 };
 
 /**
  * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, the reader of task
@@ -22,7 +22,7 @@ const LAZY =
   /^#wasm\/|\/(open-base|mismatch|url-source|task-file|decode-coded|part|trust|kind|js|webgpu|terms|device-host|apply|merge|parameters|progress)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
-const WEBGPU_BUDGET = 12_000;
+const WEBGPU_BUDGET = 10_900;
 
 /**
  * Files that a session loads only when they are used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks,
@@ -66,6 +66,8 @@ t.test("the run-time bundle for a browser keeps its budget", async (t) => {
     `JS ${js.gzip} B of ${BUDGET.js}; ${all.gzip} B with what is loaded on demand; WASM ${wasm} B of ${BUDGET.wasm}`,
   );
   t.ok(js.gzip <= BUDGET.js, `${js.gzip} B of JS`);
+  const urls = (await bundle(code, new RegExp(LAZY.source.replace("url-source|", "")))).gzip - js.gzip;
+  t.ok(urls > 1000 && urls <= BUDGET.url, `${urls} B to read by URL`);
   t.ok(wasm <= BUDGET.wasm, `${wasm} B of WASM, the three builds and the decoder together`);
   t.notMatch(all.text, /node:|readAdapters|extractModule/, "neither Node nor the build half");
   t.notMatch(js.text, /AGFzbQ/, "no kernel is compiled or even loaded before it is chosen");

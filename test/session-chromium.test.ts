@@ -107,6 +107,7 @@ t.test(
       },
     };
     const rows = await rowsOf(t, files, plan);
+    t.ok(rows.some(({ provider }) => provider === "wasm") && rows.some(({ provider }) => provider === "webgpu"));
     for (const { provider, model, mode, result, why, differences, probe } of rows) {
       const name = `${provider}, ${model}, ${mode}`;
       if (result === "no adapter") {
@@ -114,7 +115,7 @@ t.test(
         else t.comment(`${provider}: no adapter, skipped`);
         continue;
       }
-      const worst = Math.max(...Object.values(differences ?? {}));
+      const worst = Math.max(...Object.values(differences ?? { none: Infinity }));
       t.comment(`${name}: ${result} ${why ?? worst.toExponential(1)} ${probe ?? ""}`);
       const quantised = ["q4", "int8", "qdq"].includes(model);
       if (mode === "folded" && quantised) {

@@ -46,7 +46,8 @@ async function check(ort: Ort, mode: Mode, tasks: readonly string[], rows: numbe
       }
       t.same(found, predictions.slice(0, found.length), `${task}: ${found.length} predictions as PEFT's`);
     }
-    t.ok(largest <= 2e-3, `logits differ by ${largest} at most`);
+    // Folded weights are rounded to the model's f16.
+    t.ok(largest <= (mode === "folded" ? 2e-3 : 1e-5), `logits differ by ${largest} at most`);
     t.comment(`${tasks.length} tasks, logits by ${largest.toExponential(1)} at most`);
     await session.close();
   });

@@ -70,7 +70,7 @@ async function soak() {
     if (chosen === all) {
       const latents = await runPipelines(join(root, "pipelines"), failures);
       failures.push(...unmet());
-      if (values.write) write(rows, latents);
+      if (values.write && failures.length === 0) write(rows, latents);
     }
     for (const failure of failures) console.log(`FAILED ${failure}`);
     if (failures.length > 0) process.exitCode = 1;

@@ -108,6 +108,7 @@ async function main() {
   web.env.wasm.numThreads = 1;
   const casesOf = await readCases(Number(values.rows));
   const kinds = (await readdir(values.adapters)).filter((name) => /^adapters(-all-linear)?$/.test(name));
+  if (kinds.length === 0) throw new Error(`${values.adapters} has no adapters and no adapters-all-linear`);
   for (const way of positionals.length > 0 ? positionals : Object.keys(WAYS)) {
     if (way.startsWith("transformers") && !existsSync(transformers)) {
       console.log(`${way}: skipped (EIGENLORA_RUNTIMES has no transformers.js)`);

@@ -19,7 +19,8 @@ const SUITES = /** @type {("own-seed" | "shared-seed" | "hub")[]} */ (process.ar
 const BATCH = 64;
 /** Least share of equal predictions without loss. Sums of f32 in another order than PEFT's may decide close calls otherwise. */
 const LEAST_EQUAL = 0.998;
-const MOST_OFF = 2e-3;
+/** Largest difference of logits, by suite: hub's adapters are stored in f16. */
+const MOST_OFF = { "own-seed": 1e-5, "shared-seed": 1e-5, hub: 5e-4 };
 
 const encode = await createEncoder(ort);
 
@@ -73,7 +74,7 @@ for (const suite of SUITES.length > 0 ? SUITES : /** @type {const} */ (["own-see
     `${suite}: ${share.toFixed(3)} % of ${rows - before.rows} predictions of ${reference.size} tasks as PEFT's, ` +
       `logits within ${off.toExponential(1)} (${session.mode})`,
   );
-  if (!(off <= MOST_OFF)) failed = true;
+  if (!(off <= MOST_OFF[suite])) failed = true;
   await session.close();
 }
 console.log(`all: ${((100 * equal) / rows).toFixed(3)} % of ${rows}`);

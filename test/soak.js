@@ -17,7 +17,10 @@ import { countingDevice } from "./counting-device.js";
 if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-wasm-relaxed-simd");
 const data = (/** @type {string} */ path) => fileURLToPath(new URL(`data/${path}`, import.meta.url));
 const SWITCHES = Number(process.argv[2] ?? 10_000);
-const BACKENDS = process.argv.length > 3 ? process.argv.slice(3) : ["wasm", "js", "webgpu"];
+const ALL = ["wasm", "js", "webgpu"];
+const BACKENDS = process.argv.length > 3 ? process.argv.slice(3) : ALL;
+const unknown = BACKENDS.find((name) => !ALL.includes(name));
+if (unknown) throw new Error(`${unknown}: expected ${ALL.join(", ")}`);
 
 const adapters = await readAdapters([data("adapters/own-seed")]);
 const base = await openOnnxHost(data("minilm/model_fp16.onnx"));

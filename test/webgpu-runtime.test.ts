@@ -400,6 +400,11 @@ t.test(
     t.teardown(() => runtime.close());
     const random = uniform(4);
     const seen = new Map<string | null, Buffer>();
+    for (const task of [...TASKS, null]) {
+      await runtime.switchTask(task);
+      seen.set(task, await weights(runtime));
+    }
+    t.equal(new Set([...seen.values()].map((bytes) => bytes.toString("base64"))).size, seen.size, "each is its own");
     for (let round = 0; round < 20; round++) {
       const choices = Array.from({ length: 4 }, () => [...TASKS, null][Math.floor(random() * 4)]!);
       const reports = await Promise.all(choices.map((task) => runtime.switchTask(task)));
@@ -410,7 +415,6 @@ t.test(
       const last = choices.at(-1)!;
       t.equal(runtime.task, last);
       const now = await weights(runtime);
-      if (!seen.has(last)) seen.set(last, now);
       t.ok(seen.get(last)!.equals(now), String(last));
     }
   },

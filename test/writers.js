@@ -45,11 +45,13 @@ class Writer {
     await this.start();
     const running = /** @type {import("node:child_process").ChildProcess} */ (this.#process);
     /** @type {Promise<Outcome>} */
-    const ended = new Promise((resolve) => {
+    const ended = new Promise((resolve, reject) => {
       running.once("message", (message) => resolve(/** @type {{ code: number, said: string }} */ (message)));
-      running.once("exit", (_, signal) => {
+      running.once("exit", (code, signal) => {
         this.#process = undefined;
-        resolve(signal === "SIGKILL" ? "killed" : "stopped");
+        // Only a signal ends a writer that has not answered.
+        if (signal === null) reject(new Error(`${argv}: ended with ${code}`));
+        else resolve(signal === "SIGKILL" ? "killed" : "stopped");
       });
     });
     running.send(argv);

@@ -8,7 +8,7 @@ import { createTrainer } from "eigenlora/train";
 import { min } from "simple-statistics";
 import { ONE_THREAD } from "./llm-steps.js";
 import { peerLine, python } from "./peers.js";
-import { inFreshProcess, peakMemory } from "./process.js";
+import { cpu, inFreshProcess, peakMemory } from "./process.js";
 import { progress } from "./report.js";
 import { createEncode, encodeForTrainer, examplesOf, force, readSkills, smollm2File } from "./skills.js";
 
@@ -99,16 +99,16 @@ function next(all) {
 
 /** Trains steps of one file, in a fresh process. @param {string} model @param {string} pack @param {string} steps */
 export async function train(model, pack, steps) {
-  const begun = process.cpuUsage().user;
+  const begun = cpu();
   const { session } = await open(model, pack, true);
-  const creation = (process.cpuUsage().user - begun) / 1e3;
+  const creation = cpu() - begun;
   const { encode, examples } = await batch();
   const trainer = await createTrainer(session, { encode: /** @type {any} */ (encodeForTrainer(encode)), seed: 1 });
   const times = [];
-  let before = process.cpuUsage().user;
+  let before = cpu();
   for await (const _ of trainer.fit(examples, { steps: Number(steps) + 1, batch: BATCH })) {
-    times.push((process.cpuUsage().user - before) / 1e3);
-    before = process.cpuUsage().user;
+    times.push(cpu() - before);
+    before = cpu();
   }
   const rows = examples.map(({ prompt, completion }) => ({ prompt: encode(prompt), answer: encode(completion) }));
   const lengths = rows.map((row) => row.prompt.length + row.answer.length);

@@ -7,7 +7,7 @@ import * as ort from "onnxruntime-node";
 import { median, min } from "simple-statistics";
 import { placeOf } from "../../dist/src/format/layout.js";
 import { freshPack } from "../../dist/src/pack/write.js";
-import { clocked, inFreshProcess, peakMemory, settledMemory } from "./process.js";
+import { clocked, cpu, inFreshProcess, peakMemory, settledMemory } from "./process.js";
 
 /** @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running */
 
@@ -105,7 +105,6 @@ const [ROWS, LENGTH, LEARNED] = [8, 32, 6];
  * @param {number} steps 0: a run of as many tokens in a session that cannot learn
  */
 export async function learnSteps(model, pack, steps) {
-  const cpu = () => process.cpuUsage().user / 1000;
   const rows = Array.from({ length: ROWS }, (_, i) =>
     Array.from({ length: LENGTH }, (_, j) => 500 + ((i * 131 + j * 37) % 4000)),
   );

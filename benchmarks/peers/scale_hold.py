@@ -32,6 +32,9 @@ m = peft.PeftModel.from_pretrained(m, folders[0], adapter_name=folders[0].name)
 for folder in folders[1:]:
     m.load_adapter(folder, adapter_name=folder.name)
 switches, tokens = [], []
+# Each was used before, as in our own "again".
+for folder in folders:
+    m.set_adapter(folder.name)
 for i in range(max(rounds, len(folders))):
     switches.append(clocked(lambda: m.set_adapter(folders[i % len(folders)].name))[0])
     if i < rounds:

@@ -1,4 +1,5 @@
-"""PEFT's task switch on merged weights: unmerge_adapter + set_adapter + merge_adapter.  usage: switch.py MODEL_DIR ADAPTER_DIR...
+"""PEFT's task switch on merged weights (unmerge_adapter + set_adapter + merge_adapter), and beside them (set_adapter alone).
+usage: switch.py MODEL_DIR ADAPTER_DIR...
 Random weights of the model's shapes: the time does not depend on the values. Prints JSON: milliseconds per switch, one thread."""
 import json, pathlib, statistics, sys, time, torch, peft
 from transformers import BertConfig, BertForSequenceClassification
@@ -9,11 +10,15 @@ model = BertForSequenceClassification(BertConfig(**{**config, "num_labels": labe
 names = [pathlib.Path(f).name for f in folders]
 m = peft.PeftModel.from_pretrained(model, folders[0], adapter_name=names[0]).eval()
 for n, f in zip(names[1:], folders[1:]): m.load_adapter(f, adapter_name=n)
-m.merge_adapter(); times, active = [], []
-with torch.no_grad():
+def merged(n): m.unmerge_adapter(); m.set_adapter(n); m.merge_adapter()
+def timed(switch):
+    times = []
     for rounds in range(8):
         for n in names:
-            t = time.perf_counter(); m.unmerge_adapter(); m.set_adapter(n); m.merge_adapter(); d = 1e3 * (time.perf_counter() - t)
-            t = time.perf_counter(); m.set_adapter(n); a = 1e3 * (time.perf_counter() - t)
-            if rounds >= 2: times.append(d); active.append(a)
-print(json.dumps({"version": f"peft {peft.__version__}, torch {torch.__version__}", "median": statistics.median(times), "min": min(times), "setAdapter": statistics.median(active)}))
+            t = time.perf_counter(); switch(n); d = 1e3 * (time.perf_counter() - t)
+            if rounds >= 2: times.append(d)
+    return {"median": statistics.median(times), "min": min(times)}
+with torch.no_grad():
+    m.merge_adapter(); folded = timed(merged)
+    m.unmerge_adapter(); beside = timed(m.set_adapter)
+print(json.dumps({"version": f"peft {peft.__version__}, torch {torch.__version__}", "folded": folded, "beside": beside}))

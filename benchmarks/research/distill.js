@@ -38,6 +38,7 @@ import { print, progress } from "../lib/report.js";
  */
 
 const MOST_ROWS = 240;
+const DTYPE = "basis=f16";
 const LOSSLESS = /** @type {const} */ ({
   select: { kind: "energy", share: 1 },
   dtype: { basis: "f32", coefficients: "f32", head: "f32" },
@@ -50,7 +51,7 @@ const given = readArguments("What does distilling win back?", {
   rank: number("strongest directions of each module that are kept. Default: all"),
   step: number("entropy-coded integers of this step, instead of --dtype"),
   "head-step": number("the same of heads"),
-  dtype: text("PART=TYPE,…", "number formats of basis, coefficients and head", "basis=f16"),
+  dtype: text("PART=TYPE,…", "number formats of basis, coefficients and head", DTYPE),
   tasks: number("distil so many tasks", Infinity, 1),
   texts: number("of a task's own texts at most; 0: text made of the tokenizer's words", 512),
   steps: number("steps of each task", 240),
@@ -68,8 +69,11 @@ const dtype = Object.fromEntries(given.dtype.split(",").map((part) => part.split
 
 const settings = JSON.stringify({
   SUITE: suite,
-  ...(ratio === undefined ? { K: k } : { RATIO: ratio, RANK: rank, TYPES: dtype }),
-  ...(given.step === undefined ? {} : { STEP: given.step, HEAD_STEP: given["head-step"], RANK: rank }),
+  ...(ratio === undefined ? { K: k } : { RATIO: ratio }),
+  ...(given.step === undefined ? {} : { STEP: given.step, HEAD_STEP: given["head-step"] }),
+  // Rows that were kept before these were named have the defaults.
+  ...(ratio === undefined && rank === undefined ? {} : { RANK: rank }),
+  ...(ratio === undefined && (given.step !== undefined || given.dtype === DTYPE) ? {} : { TYPES: dtype }),
   TEXTS: MOST_TEXTS,
   STEPS: steps,
   BATCH: batch,

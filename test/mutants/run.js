@@ -72,6 +72,35 @@ function difference(runtime, modules, task, base) {
   return undefined;
 }
 
+/** Values of a parameter as a task has them, by its role: saved, bias, difference of a bias, rows. */
+function valuesOf({ role, shape, indices, values }, before) {
+  if (role < 2) return values;
+  if (role === 2) return values.map((value, i) => before[i] + value);
+  const all = Float64Array.from(before);
+  indices.forEach((index, row) => all.set(values.subarray(row * shape[1], (row + 1) * shape[1]), index * shape[1]));
+  return all;
+}
+
+/** Compares heads, biases and token rows after a switch, those of other tasks too. @returns the first difference, described */
+function otherDifference(runtime, modules, task, before, given) {
+  const brought = new Map(task?.parameters.map((one) => [one.name, one]));
+  const weights = new Set(modules.map(({ name }) => `${name}.weight`));
+  for (const name of new Set([...brought.keys(), ...before.keys()])) {
+    const [one, pristine] = [brought.get(name), before.get(name)?.data];
+    if (weights.has(name) || (!pristine && one.role !== 0)) continue;
+    const { data, byteOffset } = one ? runtime.weight(name) : given.get(name);
+    const expected = one ? valuesOf(one, pristine) : pristine;
+    const found = new Float32Array(data.buffer, data.byteOffset + (byteOffset ?? 0), expected.length);
+    for (const [i, value] of expected.entries()) {
+      const size = Math.abs(value) + (one?.role === 2 ? Math.abs(pristine[i]) : 0);
+      if (size > 3.4e38) continue;
+      if (!(Math.abs(found[i] - value) <= (one ? 2 ** -22 * size + 1e-38 : 0)))
+        return `${name}[${i}] is ${found[i]}, expected ${value}`;
+    }
+  }
+  return undefined;
+}
+
 /**
  * Does with a mutant everything a reader does. @returns a description of what is wrong; undefined where all is well
  * @param known the pack of a task file
@@ -89,13 +118,17 @@ export async function check(bytes, known, wasm, count, told = bytes) {
   if (size > 1e6) return undefined;
   const base = baseOf(truth);
   const backend = wasm ? "wasm" : "js";
-  const runtime = await createRuntime(pack, { base: new Map(base), backend, anyBase: true });
+  const given = new Map(base);
+  const runtime = await createRuntime(pack, { base: given, backend, anyBase: true });
   try {
     const pristine = new Map([...base].map(([name, { data }]) => [name, data.slice()]));
     for (const id of [...truth.tasks.keys(), null]) {
       await runtime.switchTask(id);
       const before = new Map([...base].map(([name, tensor]) => [name, { ...tensor, data: pristine.get(name) }]));
-      const wrong = difference(runtime, truth.modules, truth.tasks.get(id), before);
+      const task = truth.tasks.get(id);
+      const wrong =
+        difference(runtime, truth.modules, task, before) ??
+        otherDifference(runtime, truth.modules, task, before, given);
       if (wrong) return `${backend}, task ${id}: ${wrong}`;
     }
   } finally {
