@@ -203,8 +203,9 @@ export { createBatcher } from "../dist/src/train/encoding.js";
 export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
 export { modelBase } from "../dist/src/train/model-base.js";
 export { MeanDivergence } from "../dist/src/train/probabilities.js";
+export { readDonor, startState } from "../dist/src/train/start.js";
 export { headInputs } from "../dist/src/train/trainable-model.js";
-export { type SharedBasis, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
+export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
 
 // Small things with many cases.
 

@@ -50,6 +50,16 @@ export function refuseBoth({ file, modules, saved }: Pick<Adapter, "file" | "mod
   throw new AdapterError(message, { file, field: both.name });
 }
 
+/** @throws AdapterError when two adapters have one id */
+export function refuseTwins(adapters: readonly Pick<Adapter, "id" | "file">[]): void {
+  const files = new Map<string, string>();
+  for (const { id, file } of adapters) {
+    const other = files.get(id);
+    if (other !== undefined) throw new AdapterError(`it has the id "${id}", as ${other}: give it another`, { file });
+    files.set(id, file);
+  }
+}
+
 function checkSame(x: ModuleShape, file: string, y: ModuleShape, other: string): void {
   if (x.out === y.out && x.in === y.in && x.layout === y.layout && String(x.kernel) === String(y.kernel)) return;
   throw new AdapterError(

@@ -91,7 +91,8 @@ export function checkRank({
   if (moments && mode === "flat")
     throw new RangeError("moments: flat mode keeps whole factors; take column or joint mode");
   if (rank === undefined) return;
-  if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank must be a whole number from 1, got ${rank}`);
+  if (!(Number.isInteger(rank) && rank >= 1 && rank <= 65_535))
+    throw new RangeError(`rank must be a whole number from 1 to 65535, got ${rank}`);
   if (gauge !== "balanced")
     throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
   if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column or joint mode");

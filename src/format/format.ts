@@ -47,6 +47,14 @@ export const LAYOUTS: readonly Layout[] = ["out-in", "in-out", "conv", "embeddin
 export const ROLES: readonly ParameterRole[] = ["saved", "bias", "bias-delta", "rows"];
 export const FINGERPRINT_SIZE = 64;
 
+/**
+ * Most rows of the factors of a module [out, in] that a task may have: they take at most four times the weight's memory, however few bytes
+ * the coefficients have.
+ */
+export function mostRank(inputs: number, out: number): number {
+  return Math.max(256, 2 * Math.min(inputs, out));
+}
+
 /** Who vouches for a pack or a task file (SPEC.md, section 8). */
 export interface Signature {
   /** Ed25519 public key, 32 bytes. */

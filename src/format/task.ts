@@ -9,6 +9,7 @@ import {
   bringsOf,
   type Coefficients,
   FINGERPRINT_SIZE,
+  mostRank,
   type PackModule,
   ROLES,
   type Side,
@@ -155,8 +156,7 @@ function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceNex
   const ownA = sideA?.own?.maybe((type) => tensor(type, rank, inputs));
   const ownBt = sideB?.own?.maybe((type) => tensor(type, rank, out));
   const q = privateRankItem!.integer(0, 65_535);
-  // Factors take at most four times the weight's memory, however few bytes the coefficients have.
-  const most = Math.max(256, 2 * Math.min(inputs, out));
+  const most = mostRank(inputs, out);
   term.check(rank + q <= most, () => `"${name}" has rank ${rank + q}, at most ${most} is allowed`);
   privateTypeItem!.integer(0, q > 0 ? DTYPES.length - 1 : 0);
   term.check(rank + q > 0 || !magnitudeItem!.absent, () => `nothing is done to "${name}"`);

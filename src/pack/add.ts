@@ -23,7 +23,7 @@ import { fastProducts } from "../extract/wasm-products.ts";
 import type { TermInput } from "../format/encode.ts";
 import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
+import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import { completeDtypes } from "./recipe.ts";
@@ -81,13 +81,18 @@ export async function projectAdapters(
   }
 }
 
+/** Tasks that tell the number formats of a pack. */
+const MOST_ASKED = 16;
+
 /** The number formats that a pack's tasks are stored in, so that new ones are stored alike. */
 export async function storedDtypes(pack: Pack): Promise<Dtypes> {
-  const first = pack.tasks.keys().next().value;
-  if (first === undefined) return completeDtypes();
-  const { terms, parameters } = await pack.load(first);
-  const coefficients = terms.find((term) => term.A)?.A?.tensor.dtype;
-  const head = parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
+  let [coefficients, head]: (Dtype | undefined)[] = [];
+  for (const id of [...pack.tasks.keys()].slice(0, MOST_ASKED)) {
+    const { terms, parameters } = await pack.load(id);
+    coefficients ??= terms.find((term) => term.A)?.A?.tensor.dtype;
+    head ??= parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
+    if (coefficients && head) break;
+  }
   return completeDtypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head } : {}) });
 }
 
@@ -108,7 +113,7 @@ async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
   const error = all.error ?? all.pack.directory.basis.error;
   const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
   const choices = sharesBySide(all.pack) ? new Map<string, BySide<SideChoice>>() : undefined;
-  if (!choices && all.error === undefined && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);
+  if (!choices && error === undefined && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);
   const coded = (steps: Steps): Promise<ProjectedAdapter[]> =>
     choices ? placed(all, choices, steps) : project(all, new Map(), steps);
   // The step says which are worth it.
@@ -277,11 +282,11 @@ function sharesBySide({ directory, modules, tasks }: Pack): boolean {
 /** A module that shares nothing. */
 const NO_BASES = { A: { mean: undefined }, B: { mean: undefined } };
 
-/** Whether a pack's tasks keep to themselves what they do not share, or share nothing. */
+/** Whether most of a pack's tasks keep to themselves what they do not share, or share nothing. */
 function hasPrivateTerms({ tasks, modules }: Pack): boolean {
   if (!modules.every(sharedBases)) return true;
   const own = [...tasks.values()].map(({ brings }) => brings?.some((entry) => parseBrought(entry).role === "private"));
-  return own.length > 0 && own.every(Boolean);
+  return own.filter(Boolean).length > own.length / 2;
 }
 
 /** The gauge that a pack's tasks are in. */

@@ -4,7 +4,14 @@
  */
 
 import type { Adapter, ModuleShape } from "../adapters/adapter.ts";
-import { checkAdapters, refuseBases, refuseBoth, type SharedModule, sharedModules } from "../adapters/modules.ts";
+import {
+  checkAdapters,
+  refuseBases,
+  refuseBoth,
+  refuseTwins,
+  type SharedModule,
+  sharedModules,
+} from "../adapters/modules.ts";
 import { type BaseInput, type Located, Locator } from "../core/base.ts";
 import { AliasMatcher, fingerprint, locate, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
@@ -81,6 +88,7 @@ export async function openAdapters(
   checkAdapters(who, adapters);
   if (adapters.length === 0) throw new RangeError(`${who}: no adapters`);
   for (const adapter of adapters) refuseBoth(adapter);
+  refuseTwins(adapters);
   refuseBases(adapters, anyBase);
   const shared = [...sharedModules(adapters).values()];
   const shapes = shared.map(({ shape }) => shape);

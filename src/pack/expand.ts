@@ -79,14 +79,20 @@ export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
   for (const term of blob.terms) {
     const module = pack.modules[term.module]!;
     const { name, out, in: inputs, layout, kernel } = module;
+    // Adapter files have no LoRA without rows, which a magnitude alone would be.
+    const rank = Math.max(1, term.rank + term.privateRank);
+    const zeros = { rank: 1, A: new Float32Array(inputs), Bt: new Float32Array(out) };
     modules.set(name, {
       name,
       out,
       in: inputs,
-      rank: term.rank + term.privateRank,
+      rank,
       layout,
       kernel,
-      read: async () => expandTerm(blob, term, module, bases.bytes),
+      read: async () => {
+        const { magnitude, ...pair } = expandTerm(blob, term, module, bases.bytes);
+        return { ...(pair.rank > 0 ? pair : zeros), ...(magnitude && { magnitude }) };
+      },
     });
   }
   const saved = blob.parameters.map(

@@ -153,13 +153,15 @@ export async function stepsWithin<T>(
     let done = true;
     losses = lossesOf(made);
     for (const { id, total } of losses) {
-      const seeker = found.get(id)!;
+      // A task without modules has nothing to round.
+      const seeker = found.get(id);
+      if (!seeker) continue;
       if (!seeker.isDone(total, round)) done = false;
       if (seeker.isStuck) throw tooFine(id, max);
     }
     if (done) return made;
   }
-  throw tooFine(losses.find(({ id }) => !found.get(id)!.passes)!.id, max);
+  throw tooFine(losses.find(({ id }) => found.get(id)?.passes === false)!.id, max);
 }
 
 function tooFine(task: string, max: number): Unreachable {

@@ -9,7 +9,7 @@ import { narrowPrivate, type PrivateTerms } from "../extract/private.ts";
 import type { TaskCoefficients } from "../extract/project.ts";
 import type { SideChoice, SidesTask } from "../extract/sides.ts";
 import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { encodeBrings } from "../format/format.ts";
+import { encodeBrings, mostRank } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
@@ -167,6 +167,19 @@ export async function encodeAdapter(
   storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new AdapterError(misfit, { file: adapter.file, field: "labels" });
+  for (const { module, rank, privateTerms } of terms) {
+    const name = names[module]!;
+    const { in: inputs, out } = adapter.modules.get(name)!;
+    const [whole, most] = [rank + (privateTerms?.rank ?? 0), mostRank(inputs, out)];
+    if (whole > most)
+      throw new AdapterError(
+        `"${name}" has rank ${whole}, and a pack holds ${most} of [${out}, ${inputs}]: take gauge balanced`,
+        {
+          file: adapter.file,
+          field: name,
+        },
+      );
+  }
   const parameters = await encodeParameters(adapter, head);
   return { entry, blob: blobOf(adapter, terms, parameters, names) };
 }

@@ -117,7 +117,10 @@ export async function freshPack(
   const { basisBytes: description, bases: section } = pack.directory;
   const coded = section.coded ? codedBases(bases.bytes, { modules: pack.modules, description }) : undefined;
   const basis = { description, bases: bases.bytes, coded, basisId: pack.basisId };
-  const { bytes, chunks } = await streamFresh(basis, places, sign);
+  const { bytes, chunks } = await streamFresh(basis, places, sign).catch((error: unknown) => {
+    bases.close();
+    throw error;
+  });
   async function* written(): AsyncGenerator<Uint8Array, void> {
     try {
       yield* chunks;

@@ -89,6 +89,7 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
   try {
     for (const { name, engine, model, options, before } of files) {
       checkChoice("mode", options.mode ?? "auto", ["auto", "core", "factors", "folded"]);
+      checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
       const file = await readModel(model, { ...options, weightsApart: engine.readsFiles });
       told = [file.model.name, options.onProgress];
       let modules: ((module: string) => boolean) | undefined;
@@ -127,6 +128,7 @@ export class SessionGroup<
   #how: SessionSwitchOptions = {};
   #task: Selection = null;
   #closed: Promise<void> | undefined;
+  #watched = false;
 
   /** @internal Use `createSessions`, or the function of a binding. */
   constructor(pack: Pack, sessions: ReadonlyMap<Name, Session<T>>) {
@@ -179,7 +181,8 @@ export class SessionGroup<
 
   /** @internal */
   override heard(type: string): void {
-    if (type !== "devicelost") return;
+    if (type !== "devicelost" || this.#watched) return;
+    this.#watched = true;
     // Sessions of one runtime have one device: the first that tells is enough.
     const once = new AbortController();
     const tell = ({ detail }: DetailedEvent<{ readonly message: string }>): void => {

@@ -64,9 +64,9 @@ export class RowTasks {
 
   /** Values for each row of a batch; those of a task are computed once as long as runs go on asking for it. */
   async #values(tasks: readonly (string | null)[], feeds: Tensors, model: RowModel): Promise<TaskValues[]> {
-    const batch = Object.values(feeds).find(({ dims }) => dims.length > 0)?.dims[0];
-    if (tasks.length === 0 || tasks.length !== batch) {
-      throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
+    const batches = Object.values(feeds).flatMap(({ dims }) => dims[0] ?? []);
+    if (tasks.length === 0 || !batches.includes(tasks.length)) {
+      throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batches[0]}; give one per row`);
     }
     const { evaluator } = this.#carrier;
     const valuesOf = async (task: string | null): Promise<RowValues> => {

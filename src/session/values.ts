@@ -91,7 +91,8 @@ function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules
     if (kind === "scale") ready.add(`magnitude ${of}`);
     else if (kind === "A" || kind === "B") {
       if (!over) ready.add(`own-${kind} ${of}`);
-    } else if (kind === "bias" || kind === "indices" || kind === "rows") ready.add(of);
+    } else if (kind === "bias") ready.add(of);
+    else if (kind === "rows") ready.add(`rows ${of}`);
   }
   for (const { of } of inputs) if (ready.has(`own-A ${of}`) && ready.has(`own-B ${of}`)) ready.add(`private ${of}`);
   // Rows on one side need those that coefficients make on the other.
@@ -178,7 +179,7 @@ export class TaskEvaluator {
         const head = isOfModule(role) ? undefined : base.heads.get(moduleOf(name));
         if (this.#ready.has(brought) || this.#ready.has(name)) continue;
         const folds = mode === "folded" && (isOfModule(role) || base.wanted.has(name));
-        if (head ? head.bias || !name.endsWith(".bias") : folds) continue;
+        if (head ? role !== "rows" && (head.bias || !name.endsWith(".bias")) : folds) continue;
         const hint = needsFactors(role) ? " with reserve: { privateTerms: true }" : "";
         const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
         throw new BaseMismatchError(message, { module: name });

@@ -354,14 +354,15 @@ export class Answering {
     let id = "closer";
     while (pack.tasks.has(id)) id += "'";
     await pack.addTask(id, file);
-    const task = await taskAdapter(pack, id);
+    let task: Adapter | undefined;
     const found = new MeanDivergence();
     try {
+      task = await taskAdapter(pack, id);
       const how = { where: "packByAnswers", supervision, signal: this.#options.signal };
       for await (const { row, logits } of askAdapter(session, task, head, judges, how))
         found.add(supervision.wanted(row), logits);
     } finally {
-      await task.close();
+      await task?.close();
       await pack.removeTask(id);
     }
     return found.agreement;

@@ -26,10 +26,15 @@ export interface Questions {
   readonly examples?: readonly Example<BatchFeeds>[] | undefined;
 }
 
+/** How a function is given questions. */
+export function waysOf(where: string): string {
+  return where === "distill" ? "texts, feeds or examples" : "texts or examples";
+}
+
 /** @throws TypeError unless questions are given in one way */
 export function questionsOf(where: string, { texts, feeds, examples }: Questions): readonly Example<BatchFeeds>[] {
   if ([texts, feeds, examples].filter((one) => one !== undefined).length !== 1)
-    throw new TypeError(`${where}: expected texts, feeds or examples, one of them`);
+    throw new TypeError(`${where}: expected ${waysOf(where)}, one of them`);
   return examples ?? texts?.map((text) => ({ text })) ?? feeds!.map((own): Unlabelled<BatchFeeds> => ({ feeds: own }));
 }
 
@@ -62,9 +67,18 @@ export async function adapterWeights(
         task: adapter.id,
       });
     modules.push({ name, in: width, out, privateRank: rank });
-    const { A, Bt } = await one.read();
+    const { A, Bt, magnitude } = await one.read();
+    if (magnitude)
+      throw new TaskError(`${adapter.file} has a DoRA magnitude of "${name}": it cannot be asked here`, {
+        task: adapter.id,
+      });
     terms.set(name, { rank, A, Bt });
   }
+  const beside = adapter.saved.find(({ role }) => role !== "saved");
+  if (beside)
+    throw new TaskError(`${adapter.file} brings "${beside.name}" (${beside.role}): it cannot be asked here`, {
+      task: adapter.id,
+    });
   const layers = headInputs(trainable!, head);
   const saved = (module: string | undefined, part: string) =>
     adapter.saved.find(({ name }) => name === `${module}.${part}`);

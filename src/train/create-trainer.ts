@@ -41,7 +41,7 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, A
    * in the module, else none.
    */
   readonly privateTerms?: number | undefined;
-  /** Names of the modules to train. Default: all modules of the pack. */
+  /** Names of the modules to train. Default: those of the task to start from, else all modules of the pack. */
   readonly modules?: readonly string[] | undefined;
   /**
    * Layers to train whole, among those that the session was created to train: their names, or the name of a module that holds them.
@@ -102,7 +102,10 @@ export async function makeTrainer(
   // Language models have no head to train: their logits are over the vocabulary.
   const head = headInputs(source, labels.length === 0 ? false : options.head);
   const leftOut = new Set(session.leftOut);
-  const here = pack.modules.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
+  const own = typeof options.init === "object" && pack.tasks.has(options.init.task) ? options.init.task : undefined;
+  const first = own === undefined ? [] : (await pack.load(own, options)).terms;
+  const some = first.length > 0 ? first.map(({ module }) => pack.modules[module]!) : pack.modules;
+  const here = some.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
   const absent = options.modules?.find((name) => leftOut.has(name));
   if (absent !== undefined) throw new RangeError(`modules: "${absent}" was left out of this session`);
   const modules = await trainedModules(pack, { ...options, modules: options.modules ?? here }, train === "components");

@@ -289,9 +289,9 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
   if (terms.length === 0) throw refuse("it has no terms");
   if (pack.directory.basis.step === undefined) {
     if (terms.some(({ privateRank }) => privateRank > 0))
-      throw refuse("it has private terms, which keep their bytes in packs with a step alone: pack with --step");
+      throw refuse("it has private terms, which keep their bytes in packs with a `step` alone");
     if (terms.some(({ ownA, ownBt }) => ownA || ownBt))
-      throw refuse("it has rows of its own, which keep their bytes in packs with a step alone: pack with --step");
+      throw refuse("it has rows of its own, which keep their bytes in packs with a `step` alone");
   }
   for (const { module, magnitude, ...term } of terms) {
     const { name, ...bases } = pack.modules[module]!;

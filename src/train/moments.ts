@@ -69,12 +69,11 @@ export async function inputMoments(
     const there = new Set([...main.output, ...main.input].map(({ name }) => name));
     // Query, key and value have one input, whose moments are computed once.
     const sums = new Map(
-      [...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width) }]),
+      [...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width), rows: 0 }]),
     );
     for (const x of sums.keys()) if (!there.has(x)) main.output.push(makeValue(x, FLOAT));
     const loaded = await engine.load(await detachWeights(file, [], { signal }));
     try {
-      let count = 0;
       const encodeTexts = encoderOf(encode, loaded.inputNames);
       const some = shuffle([...texts], uniform(0)).slice(0, most);
       for (let at = 0; at < some.length; at += batch) {
@@ -83,13 +82,10 @@ export async function inputMoments(
         const feeds = completeInputs(example, loaded.inputNames, given);
         const found = await engine.run(loaded, batchTensors(engine, feeds), loaded.outputNames);
         const kept = feeds[mask] && Array.from(feeds[mask].data as ArrayLike<bigint | number>, Number);
-        let rows = 0;
-        for (const [x, { sum, width }] of sums) {
-          rows = add(sum, (await dataOf(found[x]!)) as Float32Array, width, kept);
-        }
-        count += rows;
+        for (const [x, one] of sums)
+          one.rows += add(one.sum, (await dataOf(found[x]!)) as Float32Array, one.width, kept);
       }
-      for (const { sum } of sums.values()) sum.forEach((value, i) => (sum[i] = value / count));
+      for (const { sum, rows } of sums.values()) sum.forEach((value, i) => (sum[i] = value / rows));
       return new Map([...entering].map(([name, { x }]) => [name, sums.get(x)!.sum]));
     } finally {
       await engine.release(loaded);

@@ -57,6 +57,9 @@ const OPTIONS = [
   ...(["agreement", "bytes", "minutes", "steps", "seed", "signal", "onProgress", "finished", "workers"] as const),
 ] as const;
 
+/** A pack that exists has its size. */
+const TASK_OPTIONS = OPTIONS.filter((name) => name !== "bytes");
+
 /** Sizes that are expected to be tried. */
 const EXPECTED = 3;
 /** Tasks that sizes are tried on. */
@@ -79,7 +82,7 @@ export async function tasksByAnswers(
 ): Promise<(AnsweringTask & { readonly file: Uint8Array<ArrayBuffer> })[]> {
   checkArgument("tasksByAnswers", engine, "an engine (createEngine(ort))", "load");
   checkPack("tasksByAnswers", pack);
-  check("tasksByAnswers", options);
+  check("tasksByAnswers", options, TASK_OPTIONS);
   const { adapters, names } = options;
   const projected = await projectAdapters(pack, adapters, await storedDtypes(pack));
   const added: string[] = [];
@@ -118,7 +121,7 @@ export async function packByAnswers(
   options: ByAnswersOptions,
 ): Promise<Built<ByAnswersReport>> {
   checkArgument("packByAnswers", engine, "an engine (createEngine(ort))", "load");
-  check("packByAnswers", options);
+  check("packByAnswers", options, OPTIONS);
   const own = options.base === undefined ? await modelBase(model, options.adapters, options.names) : undefined;
   const making = new Making(engine, model, own ? { ...options, base: own } : options);
   try {
@@ -130,8 +133,8 @@ export async function packByAnswers(
 }
 
 /** @throws TypeError, RangeError */
-function check(where: string, options: ByAnswersOptions): void {
-  checkOptions(where, options, OPTIONS);
+function check(where: string, options: ByAnswersOptions, known: readonly (keyof ByAnswersOptions)[]): void {
+  checkOptions(where, options, known);
   checkAdapters(`${where}: adapters`, options.adapters);
   if (options.adapters.length === 0) throw new RangeError(`${where}: no adapters`);
   for (const { file, modules } of options.adapters) {

@@ -8,7 +8,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/decode-coded.ts";
-import { readTensor, type TaskBlob } from "../format/format.ts";
+import { moduleOf, readTensor, type TaskBlob } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { normal } from "../tensor/random.ts";
 import { type HeadLayer, type LayerNumbers, layersOf, zerosOf } from "./head.ts";
@@ -56,18 +56,20 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   return { id, blob: parseTask(plain, pack.modules, file, { id }), labels: metadata.labels };
 }
 
-/** @throws TaskError when a task takes a side of a module in another way than what is trained, which would leave out some of it */
-function refuseOtherSides(pack: Pack, { modules }: TrainedTerms, { id, blob }: Donor): void {
+/** @throws TaskError when a task has what is not trained, or a side of a module in another way, which would leave out some of it */
+function refuseOthers(pack: Pack, { modules }: TrainedTerms, head: readonly HeadLayer[], { id, blob }: Donor): void {
+  const refuse = (what: string): never => {
+    throw new TaskError(`task "${id}" has ${what}, which this trainer does not have`, { task: id });
+  };
+  const layers = new Set(head.map(({ module }) => module));
+  const beside = blob.parameters.find(({ role, name }) => role !== "saved" || !layers.has(moduleOf(name)));
+  if (beside) refuse(`"${beside.name}" (${beside.role})`);
   for (const { module, rank, A, B, ownA, ownBt, privateRank, magnitude } of blob.terms) {
     const { name } = pack.modules[module]!;
     const trained = modules.find((one) => one.name === name);
-    const lost = magnitude
-      ? "a DoRA magnitude"
-      : privateRank > 0 && trained?.privateRank === 0
-        ? "private terms"
-        : undefined;
-    if (lost)
-      throw new TaskError(`task "${id}" has ${lost} of "${name}", which this trainer does not have`, { task: id });
+    if (!trained) refuse(`terms of "${name}"`);
+    if (magnitude) refuse(`a DoRA magnitude of "${name}"`);
+    if (privateRank > 0 && trained?.privateRank === 0) refuse(`private terms of "${name}"`);
     const isPlain = rank === 0 || (A?.basis === 0 && B?.basis === 0 && !ownA && !ownBt);
     if (!trained || isPlain) continue;
     const { shared } = trained;
@@ -77,8 +79,10 @@ function refuseOtherSides(pack: Pack, { modules }: TrainedTerms, { id, blob }: D
       shared?.own.A === (ownA !== undefined) &&
       shared.own.B === (ownBt !== undefined);
     if (isSame) continue;
-    const message = `task "${id}" has another share of the components of "${name}" than the trainer: make one with \`init: { task: "${id}" }\``;
-    throw new TaskError(message, { task: id });
+    const advice = pack.tasks.has(id) ? `: make one with \`init: { task: "${id}" }\`` : "";
+    throw new TaskError(`task "${id}" has another share of the components of "${name}" than the trainer${advice}`, {
+      task: id,
+    });
   }
 }
 
@@ -93,7 +97,7 @@ export async function startState<Feeds>(
   const donor = typeof start === "object" ? start : undefined;
   // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
   const expands = origin !== terms && start !== "fresh" && (!donor || donor.blob.terms.some(({ rank }) => rank > 0));
-  if (donor) refuseOtherSides(pack, expands ? origin : terms, donor);
+  if (donor) refuseOthers(pack, expands ? origin : terms, head, donor);
   await fillStart(pack, terms, expands ? "random" : start, state.parameters, random, signal);
   if (expands) {
     const coefficients = new Float32Array(origin.size);
@@ -185,9 +189,17 @@ export async function fillStart(
       }
       readTensor(start.blob.bytes, given, values);
     } else if (kind === "privateB" || kind === "ownB") values.fill(0);
+    // A module that the task leaves alone changes nothing at first.
+    else if (typeof start === "object" && isStill(terms, parameter)) values.fill(0);
     else if (kind === "privateA" || kind === "ownA") fillNormal(values, random);
     else fillCoefficients(values, moments.get(parameter), start === "mean", random);
   }
+}
+
+/** Whether zeros in the place of these coefficients leave a module alone: on one side, which has no mean. */
+function isStill({ modules }: TrainedTerms, { module, kind }: TrainedParameter): boolean {
+  const { A, B } = modules.find(({ name }) => name === module)!.shared!;
+  return kind === (B && !B.mean ? "alphaB" : A && !A.mean ? "alphaA" : undefined);
 }
 
 /** Statistics of one parameter [rank, K] over the pack's first tasks. */

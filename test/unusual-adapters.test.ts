@@ -1,0 +1,126 @@
+/**
+ * Adapters that are valid and seldom: heads alone, magnitudes alone, modules that others leave alone, more rows than a pack holds. What is
+ * packed is read back, and what is added keeps to what the pack says.
+ */
+import { openPack, type Pack } from "eigenlora";
+import {
+  type Adapter,
+  type BuildOptions,
+  buildPack,
+  encodeTaskFile,
+  projectAdapters,
+  searchPack,
+  taskAdapter,
+} from "eigenlora/build";
+import t from "tap";
+import { completeDtypes, readDonor, sharedRows, startState, TrainedTerms, uniform } from "./internals.ts";
+import { concat } from "./packs.ts";
+
+const [OUT, IN] = [32, 24];
+
+/** @param names of modules; "still" ones have B = 0. @param magnitude whether they are DoRA's */
+function adapter(
+  id: string,
+  seed: number,
+  names: readonly string[] = ["a", "b"],
+  { rank = 2, still = false, magnitude = false, saved = [] as Adapter["saved"] } = {},
+): Adapter {
+  const next = uniform(seed);
+  const values = (length: number, zero = false): Float32Array =>
+    Float32Array.from({ length }, () => (zero ? 0 : next() - 0.5));
+  const modules = names.map((name) => {
+    const term = {
+      rank,
+      A: values(rank * IN),
+      Bt: values(rank * OUT, still),
+      ...(magnitude && { magnitude: values(OUT).map((value) => 1 + value) }),
+    };
+    return [name, { name, out: OUT, in: IN, rank, layout: "out-in" as const, read: async () => term }] as const;
+  });
+  const rest = { baseModel: undefined, metadata: {}, warnings: [], close: async () => undefined };
+  return { id, file: id, byteLength: 1000, modules: new Map(modules), saved, ...rest };
+}
+
+const opened = async (chunks: readonly Uint8Array[]): Promise<Pack> => openPack(concat(chunks));
+const packed = async (adapters: readonly Adapter[], options?: BuildOptions): Promise<Pack> =>
+  opened((await buildPack(adapters, options)).chunks);
+
+t.test("what is added keeps to the error that a pack states, whatever its other tasks need", async (t) => {
+  const several = [1, 2, 3].map((seed) => adapter(`t${seed}`, seed, ["a", "b"], { rank: 4 }));
+  const still = adapter("still", 9, ["a", "b"], { rank: 4, still: true });
+  const options: BuildOptions = { gauge: "balanced", select: { kind: "error", max: 0.2 }, privateTerms: 8 };
+  const pack = await packed([...several, still], options);
+  t.equal(pack.directory.basis.error, 0.2);
+  const newcomer = adapter("new", 7, ["a", "b"], { rank: 4 });
+  const [made] = await projectAdapters(pack, [newcomer], completeDtypes());
+  t.ok(made!.residual.total <= 0.2, `${made!.residual.total}`);
+});
+
+t.test("a task without modules is added to a default pack", async (t) => {
+  const { chunks } = await searchPack([adapter("x", 3), adapter("y", 4)]);
+  const pack = await opened(chunks);
+  const read = async () => Float32Array.from({ length: 2 * IN }, (_, i) => i / 24);
+  const saved = [{ name: "classifier.weight", role: "saved" as const, shape: [2, IN], read }];
+  const [made] = await projectAdapters(pack, [adapter("head", 1, [], { saved })], completeDtypes());
+  await pack.addTask("head", encodeTaskFile(made!.entry, pack.basisId, made!.blob));
+  t.equal((await pack.load("head")).parameters.length, 1);
+});
+
+t.test("a magnitude alone comes back as an adapter that can be packed", async (t) => {
+  const alone = adapter("alone", 2, ["a", "b"], { still: true, magnitude: true });
+  const { chunks } = await searchPack([adapter("x", 1), alone, adapter("dora", 5, ["a", "b"], { magnitude: true })]);
+  const again = await taskAdapter(await opened(chunks), "alone");
+  for (const made of [await buildPack([again]), await searchPack([again])]) {
+    const { terms } = await (await opened(made.chunks)).load("alone");
+    t.ok(terms.length === 2 && terms.every(({ magnitude }) => magnitude));
+  }
+});
+
+t.test("what no reader would take is not packed", async (t) => {
+  const wide = adapter("wide", 1, ["a"], { rank: 300 });
+  await t.rejects(buildPack([wide]), {
+    tag: "adapter",
+    message: /"a" has rank 300, and a pack holds 256 of \[32, 24\]/,
+  });
+  await t.rejects(buildPack([adapter("x", 1)], { gauge: "balanced", rank: 70_000 }), RangeError);
+  await t.rejects(buildPack([adapter("x", 1), adapter("x", 2)]), {
+    tag: "adapter",
+    message: /it has the id "x", as x/,
+  });
+});
+
+t.test("training begins with the task itself, and loses nothing of it", async (t) => {
+  const bias = { name: "a.bias", role: "bias" as const, shape: [OUT], read: async () => new Float32Array(OUT).fill(1) };
+  const all = [
+    adapter("x", 1),
+    adapter("y", 2),
+    adapter("only a", 3, ["a"]),
+    adapter("biased", 4, ["a"], { saved: [bias] }),
+  ];
+  const pack = await packed(all, { gauge: "balanced", centering: "none", select: { kind: "k", k: 4 } });
+  const bases = await pack.bases();
+  const termsFor = (names: readonly string[]): TrainedTerms =>
+    new TrainedTerms(
+      pack.modules
+        .filter(({ name }) => names.includes(name))
+        .map((one) => ({
+          name: one.name,
+          in: one.in,
+          out: one.out,
+          privateRank: 0,
+          shared: sharedRows(one, bases.bytes, 2, false),
+        })),
+    );
+  const start = async (names: readonly string[], task: string) => {
+    const terms = termsFor(names);
+    const setup = { pack, terms, origin: terms, model: { head: [] }, labels: [] } as never;
+    return terms.expand((await startState(setup, await readDonor(pack, task), uniform(5))).parameters);
+  };
+  const norm = ({ A, Bt }: { A: Float32Array; Bt: Float32Array }): number => Math.hypot(...A) * Math.hypot(...Bt);
+  const found = await start(["a", "b"], "only a");
+  t.ok(norm(found.get("a")!) > 0.1);
+  t.equal(norm(found.get("b")!), 0, "a module that the task leaves alone");
+  await t.rejects(start(["a"], "x"), /task "x" has terms of "b", which this trainer does not have/);
+  await t.rejects(start(["a"], "biased"), /task "biased" has "a.bias" \(bias\), which this trainer does not have/);
+  bases.close();
+});
