@@ -194,7 +194,7 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   await half.close();
 
   if (soak) {
-    // Without a size, so few small tasks take fewer bytes in a pack without a model.
+    // A size is given: so few small tasks take fewer bytes in a pack without a model.
     const few = await packByAnswers(engine, file, {
       ...{ ...options, agreement: undefined, bytes: report.bytes },
       ...{ adapters: adapters.slice(0, 6), finished: undefined },
