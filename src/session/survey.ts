@@ -108,12 +108,14 @@ export async function surveyModel(
   pack: Pack,
   options: SessionOptions = {},
 ): Promise<Survey> {
-  const bases = (await pack.bases()).bytes;
-  const { modules } = options;
-  const view = modules === undefined ? pack : partOf(pack, modules);
   const file = await open();
+  const section = await pack.bases().catch(async (error: unknown) => {
+    await file.close();
+    throw error;
+  });
   try {
-    const { model } = file;
+    const [{ bytes: bases }, { modules }, { model }] = [section, options, file];
+    const view = modules === undefined ? pack : partOf(pack, modules);
     // A plan changes nothing.
     const planned = await attempt(() => planSession(file, view, bases, options));
     const plan = planned.made;
@@ -145,6 +147,7 @@ export async function surveyModel(
       largestTask: task?.bytes ?? 0,
     };
   } finally {
+    section.close();
     await file.close();
   }
 }
