@@ -124,7 +124,7 @@ t.test("an encoder without words, and a judge of made-up questions", async (t) =
   const silent: Encode = (...given) => tiny(...given);
   await t.rejects(distill(session, { adapter, encode: silent }), {
     name: "TypeError",
-    message: /texts, feeds or examples, or a tokenizer with get_vocab and decode/,
+    message: /texts or examples, or a tokenizer with get_vocab and decode/,
   });
   const wordless = Object.assign(silent, { get_vocab: () => new Map([["##a", 1]]), decode: () => "##a" });
   await t.rejects(distill(session, { adapter, encode: wordless }), { message: /has no words; give texts/ });

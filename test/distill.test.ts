@@ -403,7 +403,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
     message: /"three" cannot be distilled: it has private terms, .* packs with a `step` alone/,
   });
   await refused({ feeds: all.slice(0, 7) }, { name: "RangeError", message: /expected 8 texts at least, .* got 7/ });
-  await refused({ texts: ["a"] }, { name: "TypeError", message: /texts, feeds or examples, one of them/ });
+  await refused({ texts: ["a"] }, { name: "TypeError", message: /got texts and feeds, expected one of them/ });
   await refused({ feeds: undefined, texts: ["a"] }, { name: "TypeError", message: /need `encode`/ });
   await refused({ steps: 1.5 }, { name: "RangeError", message: /steps/ });
   await refused({ steps: -1 }, { name: "RangeError", message: /steps/ });

@@ -111,6 +111,9 @@ t.test("training begins with the task itself, and loses nothing of it", async (t
           shared: sharedRows(one, bases.bytes, 2, false),
         })),
     );
+  const factors = new TrainedTerms(
+    pack.modules.map(({ name, in: inputs, out }) => ({ name, in: inputs, out, privateRank: 2, shared: undefined })),
+  );
   const start = async (names: readonly string[], task: string) => {
     const terms = termsFor(names);
     const setup = { pack, terms, origin: terms, model: { head: [] }, labels: [] } as never;
@@ -120,6 +123,9 @@ t.test("training begins with the task itself, and loses nothing of it", async (t
   const found = await start(["a", "b"], "only a");
   t.ok(norm(found.get("a")!) > 0.1);
   t.equal(norm(found.get("b")!), 0, "a module that the task leaves alone");
+  const setup = { pack, terms: factors, origin: termsFor(["a", "b"]), model: { head: [] }, labels: [] } as never;
+  const lora = factors.expand((await startState(setup, await readDonor(pack, "only a"), uniform(5))).parameters);
+  t.ok(norm(lora.get("a")!) > 0.1 && norm(lora.get("b")!) === 0, "as a LoRA too");
   await t.rejects(start(["a"], "x"), /task "x" has terms of "b", which this trainer does not have/);
   await t.rejects(start(["a"], "biased"), /task "biased" has "a.bias" \(bias\), which this trainer does not have/);
   bases.close();

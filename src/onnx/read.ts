@@ -61,8 +61,9 @@ export async function readModel(
 ): Promise<ModelFile> {
   const source = await openTold(input, options, "model");
   const locate = options.external ?? besides(input, source.name);
-  const apart = options.weightsApart === true && !options.external && locate && source.folder !== undefined;
-  const bytes = await readBytes(source, options, apart === true).finally(() => source.close?.());
+  const apart =
+    options.weightsApart === true && !options.external && locate !== undefined && source.folder !== undefined;
+  const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
   const model = await parsed(bytes, source.name);
   const files = new Map<string, Promise<ByteSource>>();
   const external = (location: string): Promise<ByteSource> => {

@@ -26,15 +26,10 @@ export interface Questions {
   readonly examples?: readonly Example<BatchFeeds>[] | undefined;
 }
 
-/** How a function is given questions. */
-export function waysOf(where: string): string {
-  return where === "distill" ? "texts, feeds or examples" : "texts or examples";
-}
-
 /** @throws TypeError unless questions are given in one way */
 export function questionsOf(where: string, { texts, feeds, examples }: Questions): readonly Example<BatchFeeds>[] {
-  if ([texts, feeds, examples].filter((one) => one !== undefined).length !== 1)
-    throw new TypeError(`${where}: expected ${waysOf(where)}, one of them`);
+  const ways = Object.entries({ texts, feeds, examples }).flatMap(([name, one]) => (one === undefined ? [] : [name]));
+  if (ways.length !== 1) throw new TypeError(`${where}: got ${ways.join(" and ") || "no texts"}, expected one of them`);
   return examples ?? texts?.map((text) => ({ text })) ?? feeds!.map((own): Unlabelled<BatchFeeds> => ({ feeds: own }));
 }
 

@@ -41,7 +41,7 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, A
    * in the module, else none.
    */
   readonly privateTerms?: number | undefined;
-  /** Names of the modules to train. Default: those of the task to start from, else all modules of the pack. */
+  /** Names of the modules to train. Default: those of the task to start from, else, and with "components", all of the pack. */
   readonly modules?: readonly string[] | undefined;
   /**
    * Layers to train whole, among those that the session was created to train: their names, or the name of a module that holds them.
@@ -102,13 +102,10 @@ export async function makeTrainer(
   // Language models have no head to train: their logits are over the vocabulary.
   const head = headInputs(source, labels.length === 0 ? false : options.head);
   const leftOut = new Set(session.leftOut);
-  const own = typeof options.init === "object" && pack.tasks.has(options.init.task) ? options.init.task : undefined;
-  const first = own === undefined ? [] : (await pack.load(own, options)).terms;
-  const some = first.length > 0 ? first.map(({ module }) => pack.modules[module]!) : pack.modules;
-  const here = some.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
+  const here = pack.modules.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
   const absent = options.modules?.find((name) => leftOut.has(name));
   if (absent !== undefined) throw new RangeError(`modules: "${absent}" was left out of this session`);
-  const modules = await trainedModules(pack, { ...options, modules: options.modules ?? here }, train === "components");
+  const modules = await trainedModules(pack, options, here, train === "components");
   const origin = new TrainedTerms(modules);
   const factors = modules.map(({ shared, privateRank, ...one }) => ({
     ...one,
@@ -119,10 +116,11 @@ export async function makeTrainer(
   return new Trainer({ pack, model, supervision, terms, origin, labels: [...labels] }, options);
 }
 
-/** Lists what is trained of each module, over the pack's components. */
+/** Lists what is trained of each module, over the pack's components. @param here names of the modules that the session has */
 async function trainedModules(
   pack: Pack,
   { modules, init, privateTerms, signal, onProgress, ...options }: CreateTrainerOptions,
+  here: readonly string[],
   components: boolean,
 ): Promise<TrainedModule[]> {
   const { rank = await usualRank(pack) } = options;
@@ -140,13 +138,16 @@ async function trainedModules(
     );
   if (components && flat)
     throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
-  const follows = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task);
-  const first = follows ? await pack.load(init.task, { signal }) : undefined;
+  const from =
+    typeof init === "object" && pack.tasks.has(init.task) ? await pack.load(init.task, { signal }) : undefined;
+  const first = options.rank === undefined ? from : undefined;
+  const adapted = components ? [] : (from?.terms ?? []).map(({ module }) => pack.modules[module]!.name);
+  const some = modules ?? (adapted.length > 0 ? here.filter((name) => adapted.includes(name)) : here);
   const section = await pack.bases({ signal, onProgress });
   try {
     return pack.modules.flatMap((module, index): TrainedModule[] => {
       const { name, in: inputs, out } = module;
-      if (modules?.includes(name) === false) return [];
+      if (!some.includes(name)) return [];
       const own = first?.terms.find((term) => term.module === index);
       const shared = sharedRows(module, section.bytes, rank, components, own);
       const privateRank = privateTerms ?? own?.privateRank ?? 0;

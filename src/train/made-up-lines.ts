@@ -1,6 +1,5 @@
 /** Lines of words in no order: of the tokenizer's vocabulary, and of the names of tasks and labels. */
 import type { Adapter } from "../adapters/adapter.ts";
-import { waysOf } from "./answers.ts";
 
 /** A tokenizer of transformers.js or of @huggingface/tokenizers, as far as words are read from it. */
 interface Vocabulary {
@@ -44,7 +43,7 @@ function wholeWords(where: string, encode: unknown): string[] {
   const { get_vocab, decode } = (encode ?? {}) as Vocabulary;
   if (!get_vocab || !decode)
     throw new TypeError(
-      `${where}: expected ${waysOf(where)}, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
+      `${where}: expected texts or examples, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
     );
   const found = get_vocab.call(encode, false);
   const tokens = found instanceof Map ? [...found] : Object.entries(found as Readonly<Record<string, number>>);

@@ -189,9 +189,9 @@ export async function fillStart(
       }
       readTensor(start.blob.bytes, given, values);
     } else if (kind === "privateB" || kind === "ownB") values.fill(0);
+    else if (kind === "privateA" || kind === "ownA") fillNormal(values, random);
     // A module that the task leaves alone changes nothing at first.
     else if (typeof start === "object" && isStill(terms, parameter)) values.fill(0);
-    else if (kind === "privateA" || kind === "ownA") fillNormal(values, random);
     else fillCoefficients(values, moments.get(parameter), start === "mean", random);
   }
 }

@@ -169,7 +169,7 @@ async function begin() {
   await worker.call("wish", mine);
   byId("failure").hidden = true;
   const text = sentence.value.trim();
-  byId("ask-note").textContent = text ? "" : "Write a word first.";
+  byId("ask-empty").hidden = text !== "";
   return { mine, text };
 }
 
