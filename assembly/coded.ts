@@ -4,30 +4,49 @@
  * give others a turn. A section that breaks a rule ends in a trap; `fault` and `place` then tell the error and its position. What was
  * decoded becomes floats here too (`floats`).
  *
- * Memory: FIRST and LEVELS, which the caller writes once; TABLES and COLUMNS; from STORED on the stored bytes, the bytes that copies may
- * come from, the section, and a word for each row of a run.
+ * Memory: FIRST, LEVELS and GIVEN_LEVEL_OF, which the caller writes once; TABLES, PLACES and GIVEN; from STORED on the stored bytes, the bytes that copies
+ * may come from, the section, and two words for each row of a run.
  */
 import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 
-/** First tables of `src/format/coded.ts`, nine i32 each. */
+/** First tables of `src/format/coded-tables.ts`, nine i32 each. */
 // @ts-ignore: decorator
 @inline const FIRST: usize = 0;
-/** `LEVEL_OF` of `src/format/coded.ts`, bytes. */
+/** `LEVEL_OF` and `GIVEN_LEVEL_OF` of `src/format/coded-tables.ts`, bytes. */
 // @ts-ignore: decorator
 @inline const LEVELS: usize = 5632;
+// @ts-ignore: decorator
+@inline const GIVEN_LEVEL_OF: usize = 5904;
 /**
  * Tables of 32 bytes each: how often it was used (u8), from byte 14 on the nine sums (u16). The last, 2^15, is negative as an i16 and
  * never moves.
  */
 // @ts-ignore: decorator
-@inline const TABLES: usize = 6144;
-/** Means of the numbers of a tensor (i16); −1 where there is none yet. */
+@inline const TABLES: usize = 6432;
+/** Means of what was seen at each place of a tensor (i16); −1 where there is none yet. */
 // @ts-ignore: decorator
-@inline const COLUMNS: usize = 12288;
+@inline const PLACES: usize = 12288;
 // @ts-ignore: decorator
-@inline const MOST_COLUMNS: u32 = 4096;
+@inline const MOST_PLACES: u64 = 4096;
+/**
+ * Given frequencies, [levels, 2^11] words: in the highest five bits the symbol, in the lowest twelve its frequency, between them the
+ * distance to the first number that stands for it.
+ */
 // @ts-ignore: decorator
-@inline const STORED: usize = 20480;
+@inline const GIVEN: usize = 20480;
+// @ts-ignore: decorator
+@inline const GIVEN_LEVELS: usize = 15;
+// @ts-ignore: decorator
+@inline const MOST_GIVEN: u32 = 15;
+// @ts-ignore: decorator
+@inline const MOST_GIVEN_MEAN: i32 = 512;
+/** States of the second to fourth lane while they are not in registers, and symbols of four lanes. */
+// @ts-ignore: decorator
+@inline const LANES: usize = 143360;
+// @ts-ignore: decorator
+@inline const SYMBOLS: usize = 143376;
+// @ts-ignore: decorator
+@inline const STORED: usize = 143392;
 
 /** Indices of the tables, in the order of `src/format/coded.ts`. */
 // @ts-ignore: decorator
@@ -39,19 +58,21 @@ import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 // @ts-ignore: decorator
 @inline const SHAPE: usize = 69;
 // @ts-ignore: decorator
-@inline const LITERALS: usize = 70;
+@inline const FREQUENCY: usize = 70;
 // @ts-ignore: decorator
-@inline const LENGTH: usize = 71;
+@inline const LITERALS: usize = 71;
 // @ts-ignore: decorator
-@inline const DISTANCE: usize = 72;
+@inline const LENGTH: usize = 72;
 // @ts-ignore: decorator
-@inline const HIGH: usize = 73;
+@inline const DISTANCE: usize = 73;
 // @ts-ignore: decorator
-@inline const MIDDLE: usize = 81;
+@inline const HIGH: usize = 74;
 // @ts-ignore: decorator
-@inline const LOW: usize = 89;
+@inline const MIDDLE: usize = 82;
 // @ts-ignore: decorator
-@inline const COUNT: usize = 153;
+@inline const LOW: usize = 90;
+// @ts-ignore: decorator
+@inline const COUNT: usize = 154;
 
 /** Reason why a section is wrong, in the order of `FAULTS` in `coded.ts`; 0 while it is valid. */
 export let fault: u32 = 0;
@@ -59,8 +80,8 @@ export let fault: u32 = 0;
 export let place: u32 = 0;
 
 let state: u32 = 0;
-/** State of second rows; 0 until the first of them begins. */
-let other: u32 = 0;
+/** Whether the section has given its frequencies. */
+let given: bool = false;
 /** The next word, and the end of the words. */
 let words: usize = 0;
 let stop: usize = 0;
@@ -94,14 +115,14 @@ let until: usize = 0;
 let left: usize = 0;
 let distance: usize = 0;
 
-/** State of a run: its shape, bytes from one tensor to the next, tensors that follow this one, and whether each number is remembered. */
+/** State of a run: its shape, bytes from one tensor to the next, tensors that follow this one, and whether given frequencies code it. */
 let kind: u32 = 0;
 let rows: u32 = 0;
 let width: u32 = 0;
 let stride: usize = 0;
 let more: u32 = 0;
-let remember: bool = false;
-/** The words of its rows: the mean (i16) and the upper byte of the scale. */
+let many: bool = false;
+/** Two words for each of its rows: the mean, and the upper byte of the scale. */
 let known: usize = 0;
 
 /** State of a tensor: its begin, its row, the begin of that row's integers, and the next one of them. */
@@ -109,18 +130,13 @@ let start: usize = 0;
 let row: u32 = 0;
 let values: usize = 0;
 let next: u32 = 0;
-/** Whether the row below it is decoded with this row, in turns. */
-let paired: bool = false;
-/** Mean magnitude of the row, in 1/64, and of the one below it in a pair; upper byte of the scale before. */
+/** Mean magnitude of the row, in 1/64, or 1/1024 where frequencies are given; and the upper byte of the scale before. */
 let mean: i32 = 0;
-let below: i32 = 0;
 let likely: u32 = 0;
 
 function refuse(why: u32, byte: usize): void {
-  // Pairs of rows read on where words have ended.
-  const early = words > stop;
-  fault = early ? 1 : why;
-  place = early ? 0 : <u32>(byte - section);
+  fault = why;
+  place = <u32>(byte - section);
   unreachable();
 }
 
@@ -176,7 +192,7 @@ function pick(x: u32, address: usize, quick: i32): u64 {
 
 /** Decodes a symbol. */
 function symbol(table: usize): u32 {
-  const picked = pick(state, TABLES + (table << 5), table < LITERALS ? 0 : 2);
+  const picked = pick(state, TABLES + (table << 5), table < FREQUENCY ? 0 : 2);
   take(<u32>picked);
   return <u32>(picked >> 32);
 }
@@ -253,11 +269,13 @@ function beginRun(): void {
   const whole = (<u64>count - 1) * between + needed;
   sound(whole <= room, 7, at);
   known = (end + 3) & ~3;
-  const pages = <i32>((known + (<usize>rows << 2) + 0xffff) >> 16) - memory.size();
+  const pages = <i32>((known + (<usize>rows << 3) + 0xffff) >> 16) - memory.size();
   if (pages > 0 && memory.grow(pages) < 0) unreachable();
-  for (let i: u32 = 0; i < rows; i++) store<u32>(known + (<usize>i << 2), 0xffff);
-  remember = <u64>rows * width <= MOST_COLUMNS;
-  if (remember) memory.fill(COLUMNS, 0xff, <usize>(rows * width) << 1);
+  for (let i: u32 = 0; i < rows; i++) store<i64>(known + (<usize>i << 3), 0xffffffff);
+  many = <u64>rows * width > MOST_PLACES || bits(1) != 0;
+  if (many) {
+    if (!given) give();
+  } else memory.fill(PLACES, 0xff, <usize>(rows * width) << 1);
   stride = <usize>between;
   more = count - 1;
   start = at;
@@ -268,41 +286,55 @@ function beginRun(): void {
 function beginTensor(): void {
   row = 0;
   values = start + ((<usize>rows * 2 + 3) & ~3);
-  mean = 64;
+  mean = many ? 1024 : 64;
   likely = 0x3c;
   phase = ROW;
 }
 
-/** Begins a row, or a pair of rows where there are too many integers to remember them. */
-function beginRow(): void {
-  const before = mean;
-  mean = head(row, before);
-  paired = !remember && row + 1 < rows;
-  if (paired) {
-    below = head(row + 1, before);
-    if (!other) {
-      other = word() << 16;
-      other |= word();
-      sound(other >= 0x10000, 2, section);
+/** Reads the frequencies of all levels, and begins the states of the other lanes. */
+function give(): void {
+  for (let level: usize = 0; level < GIVEN_LEVELS; level++) {
+    let to = GIVEN + (level << 13);
+    let left: u32 = 2048;
+    for (let i: u32 = 0; i <= MOST_GIVEN && left; i++) {
+      const frequency = number(FREQUENCY);
+      const all: u32 = i ? 2 * frequency : frequency;
+      sound(frequency <= left && all <= left, 10, at);
+      left -= all;
+      to = stands(to, i, frequency);
+      if (i) to = stands(to, 0 - i, frequency);
     }
+    stands(to, 0 - MOST_GIVEN - 1, left);
   }
-  next = 0;
-  phase = INTEGER;
+  for (let lane: usize = 0; lane < 3; lane++) {
+    const first = word() << 16;
+    store<u32>(LANES + (lane << 2), first | word());
+    sound(first > 0, 2, section);
+  }
+  given = true;
 }
 
-/** Reads a row's scale. Returns its mean, or where it has none yet the one that the rows before have reached. */
-function head(row: u32, before: i32): i32 {
-  const memory = known + (<usize>row << 2);
+/** Lets a symbol stand for the next numbers of a level. @returns what is behind them */
+function stands(to: usize, symbol: u32, frequency: u32): usize {
+  for (let i: u32 = 0; i < frequency; i++, to += 4) store<u32>(to, (symbol << 27) | (i << 12) | frequency);
+  return to;
+}
+
+/** Begins a row: reads its scale. Its mean is what the row of the tensor before has reached, or else the row before it. */
+function beginRow(): void {
+  const memory = known + (<usize>row << 3);
   const scale = start + (<usize>row << 1);
-  const known8 = <u32>load<u8>(memory, 2);
+  const known8 = <u32>load<u8>(memory, 4);
   if (known8) likely = known8;
   const folded = number(SCALE);
   likely = (likely + (folded & 1 ? 0 - ((folded + 1) >> 1) : folded >> 1)) & 255;
   store<u8>(scale, likely, 1);
-  store<u8>(memory, likely, 2);
+  store<u8>(memory, likely, 4);
   if (symbol(FINE)) store<u8>(scale, bits(8));
-  const own = <i32>load<i16>(memory);
-  return own < 0 ? before : own;
+  const own = load<i32>(memory);
+  if (own >= 0) mean = own;
+  next = 0;
+  phase = INTEGER;
 }
 
 /** Decodes an integer's magnitude. `expected`: the expected magnitude, in 1/64; `byte`: its destination. */
@@ -322,60 +354,40 @@ function magnitude(expected: u32, most: u32, byte: usize): u32 {
 
 // @ts-ignore: decorator
 @inline
-function slowness(i: u32): i32 {
-  return i < 7 ? 3 : i < 15 ? 4 : 5;
+function slowness(i: u32, slow: i32): i32 {
+  return i < 7 ? 3 : i < 15 ? 4 : slow;
 }
 
-/** Decodes at most `most` integers of a row that has no pair. */
-function integers(most: u32): void {
+/** Decodes at most `most` integers of a row by tables that move. */
+function byOnes(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;
   const mask: u32 = 2 * largest + 1;
   const last = width - next > most ? next + most : width;
-  let column = COLUMNS + ((<usize>row * width + next) << 1);
+  let place = PLACES + ((<usize>row * width + next) << 1);
   let byte = values + ((<usize>next * kind) >> 3);
   let filled = (next * kind) & 7;
   let packed = filled ? <u32>load<u8>(byte) : 0;
-  for (let i = next; i < last; ) {
-    const seen = remember ? <i32>load<i16>(column) : -1;
+  for (let i = next; i < last; i++) {
+    const seen = <i32>load<i16>(place);
     const found = magnitude(seen < 0 ? mean : (mean + seen) >> 1, largest, byte);
     const value = found && bits(1) ? 0 - found : found;
     packed |= (value & mask) << filled;
     for (filled += kind; filled >= 8; filled -= 8, packed >>= 8) store<u8>(byte++, packed);
     const now = <i32>(found << 6);
-    if (remember) {
-      store<i16>(column, seen < 0 ? (mean + now) >> 1 : seen + ((now - seen) >> 3));
-      column += 2;
-    }
-    mean += (now - mean) >> slowness(i);
-    i++;
-    if (found || mean > 3) continue;
-    const zeros = skipZeros(i, last, column);
-    if (!zeros) continue;
-    // The section was filled with zeros.
-    if (filled) store<u8>(byte, packed);
-    i += zeros;
-    column += <usize>zeros << 1;
-    byte = values + ((<usize>i * kind) >> 3);
-    filled = (i * kind) & 7;
-    packed = filled ? <u32>load<u8>(byte) : 0;
+    store<i16>(place, seen < 0 ? (mean + now) >> 1 : seen + ((now - seen) >> 3));
+    place += 2;
+    mean += (now - mean) >> slowness(i, 5);
   }
   if (filled) store<u8>(byte, packed);
   next = last;
   if (next == width) endRow();
 }
 
-/** Begins what follows a row, or a pair of them. */
+/** Begins what follows a row. */
 function endRow(): void {
-  const bytes = (<usize>width * kind + 7) >> 3;
-  store<i16>(known + (<usize>row << 2), mean);
+  store<i32>(known + (<usize>row << 3), mean);
   row++;
-  values += bytes;
-  if (paired) {
-    mean = below;
-    store<i16>(known + (<usize>row << 2), mean);
-    row++;
-    values += bytes;
-  }
+  values += (<usize>width * kind + 7) >> 3;
   if (row < rows) phase = ROW;
   else if (more) {
     more--;
@@ -384,209 +396,160 @@ function endRow(): void {
   } else phase = at < end ? BYTES : END;
 }
 
+/** The word of a state's number in a table of given frequencies. */
+// @ts-ignore: decorator
+@inline
+function entry(table: usize, x: u32): u32 {
+  return load<u32>(table + ((x & 2047) << 2));
+}
+
+/** The state behind an entry, which may be below 2^16. */
+// @ts-ignore: decorator
+@inline
+function behind(entry: u32, x: u32): u32 {
+  return (entry & 0xfff) * (x >>> 11) + ((entry >>> 12) & 2047);
+}
+
+// @ts-ignore: decorator
+@inline
+function absolute(symbol: i32): i32 {
+  return (symbol ^ (symbol >> 31)) - (symbol >> 31);
+}
+
 /**
- * Decodes at most `most` integers of each of two rows, in turns: while one state waits for its table, the other goes on. States are in
- * registers, since there are millions of integers. No branch decides on the next word, which no processor could predict: whether there
- * was one is asked behind a turn. Both halves are written out, since a function gives back one value, and here each half has five.
+ * Decodes at most `most` integers of a row by given frequencies, four at a time: while one state waits for its entry, the others go on. States
+ * are in registers, since there are millions of integers. No branch decides on the next word, which no processor could predict: whether
+ * there was one is asked behind all four. All are written out, since a function gives back one value.
  */
-function pairs(most: u32): void {
+function byFours(most: u32): void {
   const largest: u32 = (1 << (kind - 1)) - 1;
-  const mask: u32 = 2 * largest + 1;
-  const last = width - next > most ? next + most : width;
-  const apart = (<usize>width * kind + 7) >> 3;
-  let byte = values + ((<usize>next * kind) >> 3);
-  let filled = (next * kind) & 7;
-  let packed = filled ? <u32>load<u8>(byte) : 0;
-  let packedBelow = filled ? <u32>load<u8>(byte + apart) : 0;
-  let x = state;
-  let y = other;
+  const mask: i32 = 2 * largest + 1;
+  // Larger symbols are refused, or say that more follows.
+  const plain = min(largest, MOST_GIVEN);
+  const last = min(width, next + (max<u32>(most, 4) & ~3));
+  let a = state;
+  let b = load<u32>(LANES);
+  let c = load<u32>(LANES, 4);
+  let d = load<u32>(LANES, 8);
   let w = words;
   let r = mean;
-  let q = below;
-  for (let i = next; i < last; ) {
-    let found: u32;
-    if (r > 256) {
-      state = x;
-      words = w;
-      found = magnitude(r, largest, byte);
-      x = state;
-      w = words;
-    } else {
-      const picked = pick(x, TABLES + (<usize>load<u8>(LEVELS + r) << 5), 0);
-      x = <u32>picked;
-      found = <u32>(picked >> 32);
-      const few = x < 0x10000;
-      x = select<u32>((x << 16) | <u32>load<u16>(w), x, few);
-      w += <usize>few << 1;
-      if (found == 7) {
-        state = x;
-        words = w;
-        found += number(MORE);
-        x = state;
-        w = words;
-      }
-      if (found > largest) {
-        words = w;
-        refuse(8, byte);
-      }
-    }
-    let signed = u32(found != 0);
-    let minus = 0 - (x & signed);
-    packed |= (((found ^ minus) - minus) & mask) << filled;
-    x >>>= signed;
-    let few = x < 0x10000;
-    x = select<u32>((x << 16) | <u32>load<u16>(w), x, few);
-    w += <usize>few << 1;
-    const slow = slowness(i);
-    r += (<i32>(found << 6) - r) >> slow;
-    let any = found;
-
-    if (q > 256) {
-      state = y;
-      words = w;
-      found = magnitude(q, largest, byte + apart);
-      y = state;
-      w = words;
-    } else {
-      const picked = pick(y, TABLES + (<usize>load<u8>(LEVELS + q) << 5), 0);
-      y = <u32>picked;
-      found = <u32>(picked >> 32);
-      const few = y < 0x10000;
-      y = select<u32>((y << 16) | <u32>load<u16>(w), y, few);
-      w += <usize>few << 1;
-      if (found == 7) {
-        state = y;
-        words = w;
-        found += number(MORE);
-        y = state;
-        w = words;
-      }
-      if (found > largest) {
-        words = w;
-        refuse(8, byte + apart);
+  let i = next;
+  while (i < last) {
+    if (i + 4 <= last && r >> 4 <= MOST_GIVEN_MEAN) {
+      const table = GIVEN + (<usize>load<u8>(GIVEN_LEVEL_OF + (r >> 4)) << 13);
+      const ea = entry(table, a);
+      const eb = entry(table, b);
+      const ec = entry(table, c);
+      const ed = entry(table, d);
+      const va = <i32>ea >> 27;
+      const vb = <i32>eb >> 27;
+      const vc = <i32>ec >> 27;
+      const vd = <i32>ed >> 27;
+      const ma = absolute(va);
+      const mb = absolute(vb);
+      const mc = absolute(vc);
+      const md = absolute(vd);
+      // Each may be as large as the most, which has all bits set.
+      if (<u32>(ma | mb | mc | md) <= plain) {
+        a = behind(ea, a);
+        let few = a < 0x10000;
+        a = select<u32>((a << 16) | <u32>load<u16>(w), a, few);
+        w += <usize>few << 1;
+        b = behind(eb, b);
+        few = b < 0x10000;
+        b = select<u32>((b << 16) | <u32>load<u16>(w), b, few);
+        w += <usize>few << 1;
+        c = behind(ec, c);
+        few = c < 0x10000;
+        c = select<u32>((c << 16) | <u32>load<u16>(w), c, few);
+        w += <usize>few << 1;
+        d = behind(ed, d);
+        few = d < 0x10000;
+        d = select<u32>((d << 16) | <u32>load<u16>(w), d, few);
+        w += <usize>few << 1;
+        if (w > stop) {
+          words = w;
+          refuse(1, section);
+        }
+        r += (((ma + mb + mc + md) << 10) - (r << 2)) >> slowness(i, 6);
+        // Zeros were there.
+        const byte = values + ((<usize>i * kind) >> 3);
+        const low = (va & mask) | ((vb & mask) << kind);
+        const high = (vc & mask) | ((vd & mask) << kind);
+        if (kind == 8) store<u32>(byte, low | (high << 16));
+        else if (kind == 4) store<u16>(byte, low | (high << 8));
+        else store<u16>(byte, load<u16>(byte) | ((low | (high << 6)) << ((i * 3) & 7)));
+        i += 4;
+        continue;
       }
     }
-    signed = u32(found != 0);
-    minus = 0 - (y & signed);
-    packedBelow |= (((found ^ minus) - minus) & mask) << filled;
-    y >>>= signed;
-    few = y < 0x10000;
-    y = select<u32>((y << 16) | <u32>load<u16>(w), y, few);
-    w += <usize>few << 1;
-    q += (<i32>(found << 6) - q) >> slow;
-    any |= found;
-
-    if (w > stop) {
-      words = w;
-      refuse(1, section);
-    }
-    for (filled += kind; filled >= 8; filled -= 8, packed >>= 8, packedBelow >>= 8, byte++) {
-      store<u8>(byte, packed);
-      store<u8>(byte + apart, packedBelow);
-    }
-    i++;
-    if (any || max(r, q) > 3) continue;
-    state = x;
-    other = y;
+    state = a;
+    store<u32>(LANES, b);
+    store<u32>(LANES, c, 4);
+    store<u32>(LANES, d, 8);
     words = w;
-    const zeros = skipZeroPairs(last - i);
-    x = state;
-    y = other;
+    mean = r;
+    const lanes = min<u32>(4, last - i);
+    rare(i, lanes, largest);
+    i += lanes;
+    a = state;
+    b = load<u32>(LANES);
+    c = load<u32>(LANES, 4);
+    d = load<u32>(LANES, 8);
     w = words;
-    if (!zeros) continue;
-    // Each zero takes one from means as small as these.
-    r = max(r - zeros, 0);
-    q = max(q - zeros, 0);
-    if (filled) {
-      store<u8>(byte, packed);
-      store<u8>(byte + apart, packedBelow);
-    }
-    i += zeros;
-    byte = values + ((<usize>i * kind) >> 3);
-    filled = (i * kind) & 7;
-    packed = filled ? <u32>load<u8>(byte) : 0;
-    packedBelow = filled ? <u32>load<u8>(byte + apart) : 0;
+    r = mean;
   }
-  if (filled) {
-    store<u8>(byte, packed);
-    store<u8>(byte + apart, packedBelow);
-  }
-  state = x;
-  other = y;
+  state = a;
+  store<u32>(LANES, b);
+  store<u32>(LANES, c, 4);
+  store<u32>(LANES, d, 8);
   words = w;
   mean = r;
-  below = q;
   next = last;
   if (next == width) endRow();
 }
 
-/** Counts pairs of zeros, as `skipZeros` does: at most `most`. */
-function skipZeroPairs(most: i32): i32 {
-  if (load<u8>(TABLES) < 40) return 0;
-  const aims = i16x8(32656, 32672, 32688, 32704, 32720, 32736, 32752, -32768);
-  let sums = v128.load(TABLES, 16);
-  let x = state;
-  let y = other;
-  let count = 0;
-  for (; count < most; count++) {
-    const zero = <u32>i16x8.extract_lane_u(sums, 0);
-    const moved = i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), 7));
-    const zeroBelow = <u32>i16x8.extract_lane_u(moved, 0);
-    if ((x & 0x7fff) >= zero || (y & 0x7fff) >= zeroBelow) break;
-    x = zero * (x >>> 15) + (x & 0x7fff);
-    if (x < 0x10000) x = (x << 16) | word();
-    y = zeroBelow * (y >>> 15) + (y & 0x7fff);
-    if (y < 0x10000) y = (y << 16) | word();
-    sums = i16x8.add(moved, i16x8.shr_s(i16x8.sub(aims, moved), 7));
+/** Decodes four integers where one is large, or the last ones of a row. */
+function rare(i: u32, lanes: u32, largest: u32): void {
+  let shift: u32 = 0;
+  while (mean >> (4 + shift) > MOST_GIVEN_MEAN) shift++;
+  const table = GIVEN + (<usize>load<u8>(GIVEN_LEVEL_OF + (mean >> (4 + shift))) << 13);
+  for (let lane: u32 = 0; lane < lanes; lane++) {
+    enter(lane);
+    const found = entry(table, state);
+    take(behind(found, state));
+    store<i32>(SYMBOLS + (<usize>lane << 2), <i32>found >> 27);
+    enter(lane);
   }
-  v128.store(TABLES, sums, 16);
-  state = x;
-  other = y;
-  return count;
+  let sum: u32 = 0;
+  for (let lane: u32 = 0; lane < lanes; lane++) {
+    enter(lane);
+    const symbol = load<i32>(SYMBOLS + (<usize>lane << 2));
+    const bit = (<usize>i + lane) * kind;
+    const byte = values + (bit >> 3);
+    let found = <u32>absolute(symbol);
+    const other = found > MOST_GIVEN;
+    if (other) found += number(MORE);
+    sound(found <= largest, 8, byte);
+    found = (found << shift) | bits(shift);
+    sound(found <= largest, 8, byte);
+    sum += found;
+    const minus = symbol && !other ? symbol < 0 : found ? bits(1) != 0 : false;
+    const field = ((minus ? 0 - found : found) & (2 * largest + 1)) << (<u32>bit & 7);
+    store<u8>(byte, <u32>load<u8>(byte) | field);
+    if (field > 255) store<u8>(byte, <u32>load<u8>(byte, 1) | (field >> 8), 1);
+    enter(lane);
+  }
+  mean += (<i32>(sum << 10) - <i32>lanes * mean) >> slowness(i, 6);
 }
 
-/**
- * Counts zeros where nothing else is expected, from integer `i` of a row on. Equals `symbol` of the first table, with the table in a
- * register: symbols that cost almost no bits must cost almost no time.
- */
-function skipZeros(i: u32, last: u32, column: usize): u32 {
-  if (load<u8>(TABLES) < 40) return 0;
-  const aims = i16x8(32656, 32672, 32688, 32704, 32720, 32736, 32752, -32768);
-  let sums = v128.load(TABLES, 16);
-  let x = state;
-  let r = mean;
-  const first = i;
-  while (i < last) {
-    const zero = <u32>i16x8.extract_lane_u(sums, 0);
-    const slot = x & 0x7fff;
-    if (slot >= zero) break;
-    if (remember) {
-      const seen = <i32>load<i16>(column);
-      if ((r + max(seen, 0)) >> 1 > 3) break;
-      store<i16>(column, seen < 0 ? r >> 1 : seen + ((0 - seen) >> 3));
-      column += 2;
-    }
-    x = zero * (x >>> 15) + slot;
-    if (x < 0x10000) x = (x << 16) | word();
-    sums = i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), 7));
-    if (r) r += (0 - r) >> slowness(i);
-    i++;
-    if (r || remember) continue;
-    // The common case, in as few steps as possible.
-    for (; i < last; i++) {
-      const zero = <u32>i16x8.extract_lane_u(sums, 0);
-      const slot = x & 0x7fff;
-      if (slot >= zero) break;
-      x = zero * (x >>> 15) + slot;
-      if (x < 0x10000) x = (x << 16) | word();
-      sums = i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), 7));
-    }
-    break;
-  }
-  v128.store(TABLES, sums, 16);
-  state = x;
-  mean = r;
-  return i - first;
+/** Lets a lane's state be the one that is read from, or puts it back: they change places with the first. */
+function enter(lane: u32): void {
+  if (!lane) return;
+  const waits = LANES + (<usize>(lane - 1) << 2);
+  const found = load<u32>(waits);
+  store<u32>(waits, state);
+  state = found;
 }
 
 /**
@@ -606,7 +569,8 @@ export function begin(stored: usize, before: usize, size: usize): void {
   end = section + size;
   at = section;
   phase = size ? BYTES : END;
-  other = 0;
+  given = false;
+  store<u32>(LANES, 0x10000, 12);
   state = word() << 16;
   state |= word();
   sound(state >= 0x10000, 2, section);
@@ -618,10 +582,9 @@ export function decode(most: u32): bool {
   for (let budget = <i32>most; budget > 0; ) {
     if (phase == INTEGER) {
       const from = next;
-      if (paired) pairs((budget >> 1) + 1);
-      else integers(budget);
-      const read = <i32>(phase == INTEGER ? next - from : width - from) + 1;
-      budget -= paired ? 2 * read : read;
+      if (many) byFours(budget);
+      else byOnes(budget);
+      budget -= <i32>(phase == INTEGER ? next - from : width - from) + 1;
     } else if (phase == ROW) {
       beginRow();
       budget -= 4;
@@ -640,7 +603,7 @@ export function decode(most: u32): bool {
       beginBytes();
       budget -= 4;
     } else if (phase == END) {
-      sound(words == stop && state == 0x10000 && (!other || other == 0x10000), 9, section);
+      sound(words == stop && state == 0x10000 && (!given || i32x4.all_true(i32x4.eq(v128.load(LANES), i32x4.splat(0x10000)))), 9, section);
       return true;
     } else if (at < end) {
       beginRun();

@@ -27,17 +27,8 @@ export { toHex } from "../dist/src/text.js";
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
 
 export { parseTaskFile } from "../dist/src/core/task-file.js";
-export {
-  type Coder,
-  code,
-  DISTANCE,
-  isCoded,
-  LENGTH,
-  LITERALS,
-  MORE,
-  mostDecoded,
-  SHAPE,
-} from "../dist/src/format/coded.js";
+export { type Coder, code, isCoded, mostDecoded } from "../dist/src/format/coded.js";
+export { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
 export { encodeBasis, encodeSignedTaskFile, encodeSuperblock, encodeTask } from "../dist/src/format/encode.js";

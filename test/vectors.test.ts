@@ -178,7 +178,7 @@ t.test("for each rule of that reader, some vector notices when it is off", { ski
 
 t.test("the decoder of SPEC.md, as it stands there, decodes every coded section", { skip: noPython }, async (t) => {
   const [, code] = /```python\n(.*?)\n```/s.exec(appendix!)!;
-  const [, example] = /(43 4F 44 32 .*?)\n```/s.exec(appendix!)!;
+  const [, example] = /(43 4F 44 33 .*?)\n```/s.exec(appendix!)!;
   const hex = (bytes: Uint8Array): string => Buffer.from(bytes).toString("hex");
   const stored = example!.replace(/ {3,}[a-zA-Z].*/g, "").replace(/\s/g, "");
   const cases = [[stored, "", "41424344003800000" + "1ff020041424344"]];

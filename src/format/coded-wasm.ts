@@ -8,7 +8,7 @@
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
-import { LEVEL_OF, Tables } from "./coded.ts";
+import { GIVEN_LEVEL_OF, LEVEL_OF, Tables } from "./coded-tables.ts";
 
 /** A decoder at work on one section. */
 export interface Work {
@@ -35,7 +35,8 @@ interface WasmDecoder {
 /** Addresses, as `assembly/coded.ts` has them. */
 const FIRST = 0;
 const LEVELS = 5632;
-const STORED = 20_480;
+const GIVEN_LEVELS = 5904;
+const STORED = 143_392;
 
 const PAGE = 65_536;
 /** Memory that is kept for the next section or tensor; that of larger ones is given back. */
@@ -143,7 +144,7 @@ function another(): WasmDecoder | undefined {
   if (refused) return undefined;
   try {
     module ??= new WebAssembly.Module(binary);
-    const memory = new WebAssembly.Memory({ initial: 1 });
+    const memory = new WebAssembly.Memory({ initial: 3 });
     return prepared(memory, new WebAssembly.Instance(module, { env: { memory } }));
   } catch {
     return undefined;
@@ -160,7 +161,7 @@ async function compiled(): Promise<WasmDecoder | undefined> {
     return undefined;
   }
   try {
-    const memory = new WebAssembly.Memory({ initial: 1 });
+    const memory = new WebAssembly.Memory({ initial: 3 });
     return prepared(memory, await WebAssembly.instantiate(module, { env: { memory } }));
   } catch {
     // There may be memory for one later.
@@ -171,5 +172,6 @@ async function compiled(): Promise<WasmDecoder | undefined> {
 function prepared(memory: WebAssembly.Memory, { exports }: WebAssembly.Instance): WasmDecoder {
   new Int32Array(memory.buffer, FIRST).set(new Tables().sums);
   new Uint8Array(memory.buffer, LEVELS).set(LEVEL_OF);
+  new Uint8Array(memory.buffer, GIVEN_LEVELS).set(GIVEN_LEVEL_OF);
   return { memory, ...exports } as unknown as WasmDecoder;
 }

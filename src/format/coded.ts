@@ -1,7 +1,7 @@
 /**
  * Entropy-coded sections (SPEC.md, appendix A): integers of tensors in as many bits as they are worth. Coding loses nothing: a
  * section is what it was, byte for byte, once decoded. The coder is rANS (J. Duda, "Asymmetric numeral systems", 2013) over
- * frequencies that adapt. `code` tells what is coded in which order, for both directions: `encode-coded.ts` and `decode-coded.ts`.
+ * frequencies that adapt, and for large tensors over those that the section gives. `code` tells what is coded in which order, for both directions: `encode-coded.ts` and `decode-coded.ts`.
  */
 import {
   BITS,
@@ -12,112 +12,35 @@ import {
   setInteger,
   tensorBytes,
 } from "../tensor/dtypes.ts";
+import {
+  DISTANCE,
+  ESCAPE,
+  FINE,
+  FINER,
+  FREQUENCY,
+  type Frequencies,
+  GIVEN,
+  GIVEN_BITS,
+  GIVEN_LEVEL_OF,
+  GIVEN_LEVELS,
+  HIGH,
+  LENGTH,
+  LEVEL_OF,
+  LITERALS,
+  LOW,
+  MEAN_UNIT,
+  MIDDLE,
+  MORE,
+  MOST_GIVEN,
+  MOST_GIVEN_MEAN,
+  MOST_MEAN,
+  OTHER,
+  SCALE,
+  SHAPE,
+  TABLES_OF_A_SHIFT,
+  WORD_BITS,
+} from "./coded-tables.ts";
 import { CODED_MAGIC, CODED_MASK } from "./format.ts";
-
-/** Bits of a frequency, and of a word. */
-export const FREQUENCY_BITS = 15;
-export const WORD_BITS = 16;
-/** Symbols of a table; the last of an integer's says that more follows. */
-export const SYMBOLS = 8;
-const ESCAPE: number = SYMBOLS - 1;
-/** No frequency falls below about this. */
-const LEAST = 16;
-/** How far a table moves by how often it was used before, this often at least: the share is a power of 2. */
-const STEPS: Uint8Array = Uint8Array.from({ length: 41 }, (_, used) =>
-  used < 4 ? 4 : used < 12 ? 5 : used < 40 ? 6 : 7,
-);
-
-/** What is above the likeliest symbol when all others have their least frequency. */
-const RAISED = (1 << FREQUENCY_BITS) - SYMBOLS * LEAST;
-
-/**
- * First tables, by the level of a mean magnitude (`LEVELS`): 2^15 times the probability that a value of a normal distribution with
- * such a mean magnitude, rounded, is at most 0, 1, … 6.
- */
-const FIRST: readonly (readonly number[])[] = [
-  [31897, 32672, 32688, 32704, 32720, 32736, 32752],
-  [29879, 32672, 32688, 32704, 32720, 32736, 32752],
-  [27029, 32672, 32688, 32704, 32720, 32736, 32752],
-  [23060, 32634, 32688, 32704, 32720, 32736, 32752],
-  [18047, 31955, 32688, 32704, 32720, 32736, 32752],
-  [13182, 29051, 32448, 32704, 32720, 32736, 32752],
-  [9338, 23833, 30543, 32399, 32706, 32736, 32752],
-  [6559, 18123, 26052, 30279, 32031, 32595, 32736],
-  [4582, 13198, 20365, 25637, 29067, 31041, 32046],
-  [3204, 9423, 15106, 19997, 23960, 26984, 29157],
-  [2247, 6674, 10909, 14843, 18390, 21496, 24136],
-];
-/** A level begins at this mean magnitude, in 1/64. */
-const LEVELS: readonly number[] = [4, 8, 15, 24, 38, 56, 83, 120, 174, 248];
-/** Means above this, in 1/64, have the lowest bits of their integers stored as they are. */
-const MOST_MEAN = 256;
-const MEAN_UNIT = 64;
-export const LEVEL_OF: Uint8Array = Uint8Array.from(
-  { length: MOST_MEAN + 1 },
-  (_, mean) => LEVELS.filter((begin) => begin <= mean).length,
-);
-
-/** Tables: of integers by level and bits left out, one for each other kind of number, and those of bytes. */
-const SHIFTS = 6;
-const TABLES_OF_A_SHIFT: number = FIRST.length;
-const INTEGERS = SHIFTS * FIRST.length;
-export const MORE: number = INTEGERS;
-const SCALE: number = INTEGERS + 1;
-const FINE: number = INTEGERS + 2;
-export const SHAPE: number = INTEGERS + 3;
-export const LITERALS: number = INTEGERS + 4;
-export const LENGTH: number = INTEGERS + 5;
-export const DISTANCE: number = INTEGERS + 6;
-/** Tables from this one on move four times as far, since their use is not known before. */
-const QUICK = LITERALS;
-/** A byte is coded in 3, 3 and 2 bits: after the byte before, by what is known of it. */
-const HIGH: number = DISTANCE + 1;
-const MIDDLE: number = HIGH + 8;
-const LOW: number = MIDDLE + 8;
-const TABLES = LOW + 64;
-/** Where no mean is known. */
-const UNKNOWN_LEVEL = 7;
-
-/** Where the sums of a table move to by the use of a symbol: [symbol, i]. */
-const TARGETS: Int32Array = Int32Array.from({ length: SYMBOLS * SYMBOLS }, (_, at) => {
-  const [symbol, i] = [Math.floor(at / SYMBOLS), at % SYMBOLS];
-  return (i > symbol ? RAISED : 0) + i * LEAST;
-});
-
-/** What all tables begin with. */
-const FIRST_SUMS: Int32Array = Int32Array.from({ length: TABLES * (SYMBOLS + 1) }, (_, at) => {
-  const [table, i] = [Math.floor(at / (SYMBOLS + 1)), at % (SYMBOLS + 1)];
-  const first = FIRST[table < INTEGERS ? table % FIRST.length : UNKNOWN_LEVEL]!;
-  return i === 0 ? 0 : (first[i - 1] ?? 1 << FREQUENCY_BITS);
-});
-
-/** Tables of cumulative frequencies that move towards what they are used for. */
-export class Tables {
-  /** [tables, 9]: of each, the sum of the frequencies of all symbols below the i-th. */
-  readonly sums: Int32Array = FIRST_SUMS.slice();
-  readonly #used = new Uint8Array(TABLES);
-
-  copy(): Tables {
-    const copy = new Tables();
-    copy.sums.set(this.sums);
-    copy.#used.set(this.#used);
-    return copy;
-  }
-
-  /** Makes `symbol` likelier. */
-  use(table: number, symbol: number): void {
-    const { sums } = this;
-    const used = this.#used[table]!;
-    const slow = STEPS[used]! - (table < QUICK ? 0 : 2);
-    if (used < STEPS.length - 1) this.#used[table] = used + 1;
-    const at = table * (SYMBOLS + 1);
-    const to = symbol * SYMBOLS;
-    for (let i = 1; i < SYMBOLS; i++) {
-      const sum = sums[at + i]!;
-      sums[at + i] = sum + ((TARGETS[to + i]! - sum) >> slow);
-    }
-  }
-}
 
 /** Bytes in front of the words: magic, and the length of the section once decoded. */
 export const CODED_HEAD_BYTES = 8;
@@ -142,6 +65,7 @@ export const FAULT = {
   tensors: 7,
   magnitude: 8,
   late: 9,
+  frequencies: 10,
 } as const;
 
 /** Throws for a fault at a byte of the section. */
@@ -150,8 +74,10 @@ export type Refuse = (fault: number, at: number) => never;
 /** Types of integers, by their code here. */
 const TYPES: readonly QuantizedDtype[] = ["int8", "int4", "int3"];
 
-/** Columns of more numbers than this are not remembered; their rows go in pairs. */
-const MOST_COLUMNS = 4096;
+/** Integers of a row that go together where tensors are large, each with a state of its own. */
+export const LANES = 4;
+/** What was seen at a place of a tensor is remembered where it has no more of them. Larger ones have given frequencies. */
+export const MOST_PLACES = 4096;
 /** Fewest bytes of a copy of earlier ones. */
 export const LEAST_COPY = 4;
 
@@ -161,10 +87,12 @@ export interface Coder {
   symbol(table: number, value: number): number;
   /** The lowest `count` bits, at most 16. */
   bits(count: number, value: number): number;
-  /** Begins the second of two states, where it has not begun. */
-  beginSecond(): void;
-  /** Which of the states codes what follows. */
-  state: 0 | 1;
+  /** An integer from −15 to 15, or OTHER, by the given frequencies of a level. */
+  given(level: number, value: number): number;
+  /** Takes the given frequencies, and begins the states of the second to fourth lane. */
+  give(frequencies: Frequencies): void;
+  /** The lane whose state codes what follows; 0 for all but the integers of large tensors. */
+  lane: number;
 }
 
 /** Tensors of one shape and type, one behind the other. */
@@ -175,13 +103,29 @@ export interface TensorRun {
   readonly count: number;
   /** Each begins at a multiple of it: 4 or 16. */
   readonly step: 4 | 16;
+  /** Whether given frequencies code their integers. */
+  readonly given: boolean;
   /** Where the first begins. */
   readonly byteOffset: number;
+}
+
+type Shape = Omit<TensorRun, "byteOffset" | "given">;
+
+/** Bytes from one tensor to the next. */
+function strideOf({ dtype, rows, width, step }: Shape): number {
+  return Math.ceil(tensorBytes(dtype, rows, width) / step) * step;
+}
+
+/** Bytes of all tensors. */
+export function runBytes(run: Shape): number {
+  return (run.count - 1) * strideOf(run) + tensorBytes(run.dtype, run.rows, run.width);
 }
 
 /** What an encoder knows of a section. */
 export interface Plan {
   readonly runs: readonly TensorRun[];
+  /** Frequencies to give where a tensor is large. Default: none are coded, since nothing is but counted. */
+  readonly frequencies?: Frequencies | undefined;
   /** Earlier bytes that are the same as those at `at`: how many, and how far back. Undefined where there are too few. */
   copyAt(at: number, end: number): { readonly length: number; readonly distance: number } | undefined;
 }
@@ -206,6 +150,7 @@ export function* code(
   plan?: Plan,
 ): Generator<void> {
   let at = 0;
+  let begun = false;
   for (let i = 0; at < section.length; i++) {
     const run = plan?.runs[i];
     at = yield* codeBytes(coder, section, at, run ? run.byteOffset : section.length, refuse, before, plan);
@@ -216,12 +161,15 @@ export function* code(
     const width = codeNumber(coder, SHAPE, run?.width ?? 0);
     const count = codeNumber(coder, SHAPE, run?.count ?? 0);
     const step = coder.bits(1, Number(run?.step === 16)) ? 16 : 4;
-    const bytes = Math.ceil(tensorBytes(dtype, rows, width) / step) * step;
-    const end = at + (count - 1) * bytes + tensorBytes(dtype, rows, width);
+    const found = { dtype, rows, width, count, step } as const;
+    const end = at + runBytes(found);
     if (!(count > 0 && rows > 0 && end <= section.length)) refuse(FAULT.tensors, at);
-    const memory = new Memory(rows, width);
-    for (let k = 0; k < count; k++)
-      yield* codeTensor(coder, section, at + k * bytes, { dtype, rows, width }, memory, refuse);
+    const given = rows * width > MOST_PLACES || coder.bits(1, Number(run?.given)) > 0;
+    if (given && !begun && (!plan || plan.frequencies))
+      coder.give(codeFrequencies(coder, plan?.frequencies, () => refuse(FAULT.frequencies, at)));
+    begun ||= given;
+    const memory = new Memory(rows, given ? undefined : rows * width);
+    for (let k = 0; k < count; k++) yield* codeTensor(coder, section, at + k * strideOf(found), found, memory, refuse);
     at = end;
   }
 }
@@ -234,6 +182,23 @@ function codeNumber(coder: Coder, table: number, value: number): number {
   const low = Math.min(count, WORD_BITS);
   const high = coder.bits(count - low, (value + 1) >>> low);
   return ((1 << count) | (high << low) | coder.bits(low, value + 1)) - 1;
+}
+
+/** The frequencies of each level: of 0, of 1, … until none are left. */
+function codeFrequencies(coder: Coder, given: Frequencies | undefined, refuse: () => never): Frequencies {
+  const found: Frequencies = new Uint16Array(GIVEN_LEVELS * GIVEN);
+  for (let at = 0; at < found.length; at += GIVEN) {
+    let left = 1 << GIVEN_BITS;
+    for (let i = 0; i <= MOST_GIVEN && left > 0; i++) {
+      const frequency = codeNumber(coder, FREQUENCY, given?.[at + i] ?? 0);
+      // Both signs have it.
+      left -= i > 0 ? 2 * frequency : frequency;
+      if (left < 0) refuse();
+      found[at + i] = frequency;
+    }
+    found[at + GIVEN - 1] = left;
+  }
+  return found;
 }
 
 /** Bytes as they are, and copies of earlier ones, in turns. */
@@ -279,16 +244,16 @@ function codeByte(coder: Coder, last: number, byte: number): number {
   return (high << 5) | (middle << 2) | (coder.symbol(LOW + 8 * high + middle, byte & 3) & 3);
 }
 
-/** What a run has seen: of each row the upper byte of the last scale, and the mean magnitude in 1/64; of each number where they are few. */
+/** What a run has seen: of each row the upper byte of the last scale, and the mean magnitude; of each place where they are few. */
 class Memory {
   readonly scales: Uint8Array;
   readonly rows: Int32Array;
-  readonly columns: Int32Array | undefined;
+  readonly places: Int32Array | undefined;
 
-  constructor(rows: number, width: number) {
+  constructor(rows: number, places: number | undefined) {
     this.scales = new Uint8Array(rows);
     this.rows = new Int32Array(rows).fill(-1);
-    this.columns = rows * width <= MOST_COLUMNS ? new Int32Array(rows * width).fill(-1) : undefined;
+    this.places = places === undefined ? undefined : new Int32Array(places).fill(-1);
   }
 }
 
@@ -301,65 +266,107 @@ function* codeTensor(
   refuse: Refuse,
 ): Generator<void> {
   const [values, stride] = [start + scaleBytes(dtype, rows), rowBytes(dtype, width)];
-  let [before, likely] = [MEAN_UNIT, 0x3c];
-  const together = memory.columns ? 1 : 2;
-  for (let row = 0; row < rows; row += together) {
+  const codeIntegers = memory.places ? codeFew : codeMany;
+  let [mean, likely] = [memory.places ? MEAN_UNIT : MEAN_UNIT << FINER, 0x3c];
+  for (let row = 0; row < rows; row++) {
     if (row % ROWS === 0) yield;
-    const turns: Integers[] = [];
-    for (let r = row; r < Math.min(rows, row + together); r++) {
-      const [lower, upper] = [start + 2 * r, start + 2 * r + 1];
-      likely = section[upper] = codeUpper(coder, section[upper]!, memory.scales[r]! || likely);
-      memory.scales[r] = likely;
-      section[lower] = coder.symbol(FINE, Number(section[lower] !== 0)) && coder.bits(8, section[lower]!);
-      const mean = memory.rows[r]! < 0 ? before : memory.rows[r]!;
-      turns.push({ dtype, from: values + r * stride, columns: memory.columns, column: r * width, mean });
-    }
-    if (turns.length > 1) coder.beginSecond();
+    const [lower, upper] = [start + 2 * row, start + 2 * row + 1];
+    likely = section[upper] = codeUpper(coder, section[upper]!, memory.scales[row]! || likely);
+    memory.scales[row] = likely;
+    section[lower] = coder.symbol(FINE, Number(section[lower] !== 0)) && coder.bits(8, section[lower]!);
+    if (memory.rows[row]! >= 0) mean = memory.rows[row]!;
+    const places = memory.places?.subarray(row * width);
+    const integers: Integers = { section, dtype, from: values + row * stride, places, mean, refuse };
     for (let i = 0; i < width; i += PIECE) {
       if (i > 0) yield;
-      codeIntegers(coder, section, turns, i, Math.min(width, i + PIECE), refuse);
+      codeIntegers(coder, integers, i, Math.min(width, i + PIECE));
     }
-    for (const [turn, { mean }] of turns.entries()) before = memory.rows[row + turn] = mean;
+    mean = memory.rows[row] = integers.mean;
   }
 }
 
-/** A row, as far as its integers are concerned: where they begin, and where in `columns` what was seen of them. */
+/** The integers of a row. */
 interface Integers {
+  readonly section: Uint8Array;
   readonly dtype: QuantizedDtype;
+  /** Where they begin in the section. */
   readonly from: number;
-  readonly columns: Int32Array | undefined;
-  readonly column: number;
-  /** Mean of the magnitudes so far, in 1/64. */
+  /** What was seen of each, in 1/64; −1 where nothing was. */
+  readonly places: Int32Array | undefined;
+  /** Mean of the magnitudes so far, in 1/64; in 1/1024 where frequencies are given. */
   mean: number;
+  readonly refuse: Refuse;
 }
 
-/** Integers `i` to `end` of one row, or of two in turns, with a state each. */
-function codeIntegers(
-  coder: Coder,
-  section: Uint8Array,
-  turns: readonly Integers[],
-  i: number,
-  end: number,
-  refuse: Refuse,
-): void {
-  const bits = BITS[turns[0]!.dtype];
-  const largest = (1 << (bits - 1)) - 1;
+/** Integers `i` to `end` of a row of a small tensor. */
+function codeFew(coder: Coder, row: Integers, i: number, end: number): void {
+  const places = row.places!;
   for (; i < end; i++) {
-    for (let turn = 0; turn < turns.length; turn++) {
-      coder.state = turn as 0 | 1;
-      const row = turns[turn]!;
-      const { dtype, from, columns, mean } = row;
-      const column = columns?.[row.column + i] ?? -1;
-      const given = bits === 8 ? (section[from + i]! << 24) >> 24 : quantizedAt(section, dtype, from, i);
-      const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
-      if (value > largest) refuse(FAULT.magnitude, from + Math.floor((i * bits) / 8));
-      if (value !== given) setInteger(section, bits, from, i, value);
-      const seen = Math.abs(value) * MEAN_UNIT;
-      if (columns) columns[row.column + i] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);
-      row.mean += (seen - mean) >> (i < 7 ? 3 : i < 15 ? 4 : 5);
-    }
+    const [mean, place] = [row.mean, places[i]!];
+    const value = codeInteger(coder, place < 0 ? mean : (mean + place) >> 1, row, i);
+    const seen = Math.abs(value) * MEAN_UNIT;
+    places[i] = place < 0 ? (mean + seen) >> 1 : place + ((seen - place) >> 3);
+    row.mean += (seen - mean) >> slowness(i, 5);
   }
-  coder.state = 0;
+}
+
+/** A mean moves by a share of 2 to the power of minus this: a larger one at the beginning of a row. */
+function slowness(i: number, slow: number): number {
+  return i < 7 ? 3 : i < 15 ? 4 : slow;
+}
+
+/** Integers `i` to `end` of a row of a large tensor: first symbols of all lanes, then what they do not say. */
+function codeMany(coder: Coder, row: Integers, i: number, end: number): void {
+  const symbols = [0, 0, 0, 0];
+  for (; i < end; i += LANES) {
+    const lanes = Math.min(LANES, end - i);
+    let shift = 0;
+    while (row.mean >> (FINER + shift) > MOST_GIVEN_MEAN) shift++;
+    const level = GIVEN_LEVEL_OF[row.mean >> (FINER + shift)]!;
+    for (let lane = 0; lane < lanes; lane++) {
+      coder.lane = lane;
+      const value = integerAt(row, i + lane);
+      const high = Math.abs(value) >> shift;
+      symbols[lane] = coder.given(level, high > MOST_GIVEN ? OTHER : value < 0 ? -high : high);
+    }
+    let sum = 0;
+    for (let lane = 0; lane < lanes; lane++) {
+      coder.lane = lane;
+      sum += Math.abs(codeRest(coder, row, i + lane, symbols[lane]!, shift));
+    }
+    row.mean += (sum * (MEAN_UNIT << FINER) - lanes * row.mean) >> slowness(i, 6);
+  }
+  coder.lane = 0;
+}
+
+/** What a symbol of given frequencies does not say of an integer. @param shift bits that it leaves out */
+function codeRest(coder: Coder, row: Integers, i: number, symbol: number, shift: number): number {
+  const value = integerAt(row, i);
+  const magnitude = Math.abs(value);
+  const other = symbol === OTHER;
+  let found = other ? -OTHER + codeNumber(coder, MORE, (magnitude >> shift) + OTHER) : Math.abs(symbol);
+  check(row, i, found);
+  found = (found << shift) | coder.bits(shift, magnitude);
+  check(row, i, found);
+  const signed = !other && symbol !== 0;
+  const negative = signed ? symbol < 0 : found > 0 && coder.bits(1, Number(value < 0)) > 0;
+  return put(row, i, negative ? -found : found, value);
+}
+
+function integerAt({ section, dtype, from }: Integers, i: number): number {
+  return dtype === "int8" ? (section[from + i]! << 24) >> 24 : quantizedAt(section, dtype, from, i);
+}
+
+/** Refuses a magnitude beyond the type's: before a shift, which takes the highest bits away, and behind it. */
+function check({ dtype, from, refuse }: Integers, i: number, magnitude: number): void {
+  const bits = BITS[dtype];
+  if (magnitude >= 1 << (bits - 1)) refuse(FAULT.magnitude, from + Math.floor((i * bits) / 8));
+}
+
+/** Writes an integer where another is. */
+function put({ section, dtype, from }: Integers, i: number, value: number, given: number): number {
+  if (value !== given) setInteger(section, BITS[dtype], from, i, value);
+  return value;
 }
 
 /** The upper byte of a scale, by the difference to what is likely. */
@@ -369,16 +376,16 @@ function codeUpper(coder: Coder, byte: number, likely: number): number {
   return (likely + (folded & 1 ? -(folded + 1) / 2 : folded / 2)) & 255;
 }
 
-/** @param mean expected of its magnitude, in 1/64 @returns one above `largest` for all whose magnitude is larger */
-function codeInteger(coder: Coder, mean: number, value: number, largest: number): number {
+/** @param mean expected of its magnitude, in 1/64 */
+function codeInteger(coder: Coder, mean: number, row: Integers, i: number): number {
+  const value = integerAt(row, i);
+  const magnitude = Math.abs(value);
   let shift = 0;
   while (mean >> shift > MOST_MEAN) shift++;
-  const magnitude = Math.abs(value);
   let found = coder.symbol(shift * TABLES_OF_A_SHIFT + LEVEL_OF[mean >> shift]!, Math.min(magnitude >> shift, ESCAPE));
   if (found === ESCAPE) found += codeNumber(coder, MORE, (magnitude >> shift) - ESCAPE);
-  // Checked before a shift takes the highest bits away.
-  if (found > largest) return largest + 1;
+  check(row, i, found);
   if (shift > 0) found = (found << shift) | coder.bits(shift, magnitude & ((1 << shift) - 1));
-  if (found > largest) return largest + 1;
-  return found && coder.bits(1, Number(value < 0)) ? -found : found;
+  check(row, i, found);
+  return put(row, i, found && coder.bits(1, Number(value < 0)) ? -found : found, value);
 }

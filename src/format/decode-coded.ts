@@ -4,19 +4,19 @@
  */
 import { pacer, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
+import { CODED_HEAD_BYTES, type Coder, code, FAULT, isCoded, LANES, mostDecoded, type Refuse } from "./coded.ts";
 import {
-  CODED_HEAD_BYTES,
-  type Coder,
-  code,
-  FAULT,
   FREQUENCY_BITS,
-  isCoded,
-  mostDecoded,
-  type Refuse,
+  type Frequencies,
+  GIVEN_BITS,
+  GIVEN_LEVELS,
+  GIVEN_SYMBOLS,
+  givenSums,
   SYMBOLS,
+  symbolAt,
   Tables,
   WORD_BITS,
-} from "./coded.ts";
+} from "./coded-tables.ts";
 import { type Work, wasmWork } from "./coded-wasm.ts";
 import { align64, check, Fields } from "./fields.ts";
 import {
@@ -44,6 +44,7 @@ const FAULTS = [
   "tensors do not fit at",
   "an integer is larger than its type allows at",
   "it does not end where its words do",
+  "too large frequencies are given at",
 ] as const;
 
 /** Where a section lies, for messages, and how it is decoded. */
@@ -158,10 +159,12 @@ class Decoder implements Coder {
   readonly #view: DataView;
   readonly #refuse: Refuse;
   readonly #tables = new Tables();
-  /** Both states; the second is 0 until it begins. An array, since engines keep numbers above 2^30 apart from objects. */
-  readonly #states = new Int32Array(2);
+  /** A state for each lane. An array, since engines keep numbers above 2^30 apart from objects. */
+  readonly #states = new Int32Array(LANES).fill(1 << WORD_BITS);
+  /** [levels, 2^11]: a symbol, above its frequency, above a number's distance to the first that stands for it. */
+  #given = new Int32Array(0);
   #at = CODED_HEAD_BYTES;
-  state: 0 | 1 = 0;
+  lane = 0;
 
   constructor(bytes: Uint8Array, refuse: Refuse) {
     this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -169,19 +172,35 @@ class Decoder implements Coder {
     this.#begin(0);
   }
 
-  beginSecond(): void {
-    if (this.#states[1] === 0) this.#begin(1);
+  #begin(lane: number): void {
+    this.#states[lane] = (this.#word() << WORD_BITS) | this.#word();
+    if (this.#states[lane]! >>> WORD_BITS === 0) this.#refuse(FAULT.state, 0);
   }
 
-  #begin(which: 0 | 1): void {
-    this.#states[which] = (this.#word() << WORD_BITS) | this.#word();
-    if (this.#states[which]! >>> WORD_BITS === 0) this.#refuse(FAULT.state, 0);
+  give(frequencies: Frequencies): void {
+    const sums = givenSums(frequencies);
+    this.#given = new Int32Array(GIVEN_LEVELS << GIVEN_BITS);
+    for (let level = 0, at = 0; level < GIVEN_LEVELS; level++, at++)
+      for (let i = 0; i < GIVEN_SYMBOLS; i++, at++) {
+        const [start, end] = [sums[at]!, sums[at + 1]!];
+        const entry = (symbolAt(i) << (2 * GIVEN_BITS + 1)) | ((end - start) << GIVEN_BITS);
+        for (let slot = start; slot < end; slot++) this.#given[(level << GIVEN_BITS) + slot] = entry | (slot - start);
+      }
+    for (let lane = 1; lane < LANES; lane++) this.#begin(lane);
+  }
+
+  given(level: number): number {
+    const state = this.#states[this.lane]!;
+    const entry = this.#given[(level << GIVEN_BITS) + (state & ((1 << GIVEN_BITS) - 1))]!;
+    const frequency = (entry >> GIVEN_BITS) & ((2 << GIVEN_BITS) - 1);
+    this.#take((Math.imul(frequency, state >>> GIVEN_BITS) + (entry & ((1 << GIVEN_BITS) - 1))) | 0);
+    return entry >> (2 * GIVEN_BITS + 1);
   }
 
   symbol(table: number): number {
     const { sums } = this.#tables;
     const at = table * (SYMBOLS + 1);
-    const state = this.#states[this.state]!;
+    const state = this.#states[this.lane]!;
     const slot = state & ((1 << FREQUENCY_BITS) - 1);
     let symbol = 0;
     while (sums[at + symbol + 1]! <= slot) symbol++;
@@ -192,20 +211,19 @@ class Decoder implements Coder {
   }
 
   bits(count: number): number {
-    const state = this.#states[this.state]!;
+    const state = this.#states[this.lane]!;
     this.#take((state >>> count) | 0);
     return state & ((1 << count) - 1);
   }
 
   /** All words were read, and the encoder's first states are left. */
   end(): void {
-    const [first, second] = this.#states;
-    const left = first !== 1 << WORD_BITS || (second !== 0 && second !== 1 << WORD_BITS);
-    if (left || this.#at !== this.#view.byteLength) this.#refuse(FAULT.late, 0);
+    if (this.#states.some((state) => state !== 1 << WORD_BITS) || this.#at !== this.#view.byteLength)
+      this.#refuse(FAULT.late, 0);
   }
 
   #take(state: number): void {
-    this.#states[this.state] = state >>> WORD_BITS === 0 ? (state << WORD_BITS) | this.#word() : state;
+    this.#states[this.lane] = state >>> WORD_BITS === 0 ? (state << WORD_BITS) | this.#word() : state;
   }
 
   #word(): number {

@@ -1,21 +1,19 @@
 /**
  * The writing half of coded sections (`coded.ts`).
  */
-import { isQuantized } from "../tensor/dtypes.ts";
+import { CODED_HEAD_BYTES, type Coder, LANES, LEAST_COPY, mostDecoded, type Plan, type TensorRun } from "./coded.ts";
 import {
-  CODED_HEAD_BYTES,
-  type Coder,
-  code,
   FREQUENCY_BITS,
-  LEAST_COPY,
-  mostDecoded,
-  type Plan,
+  type Frequencies,
+  GIVEN_BITS,
+  GIVEN_SYMBOLS,
+  givenSums,
+  placeOfGiven,
   SYMBOLS,
   Tables,
-  type TensorRun,
   WORD_BITS,
-} from "./coded.ts";
-import type { TensorInput } from "./encode.ts";
+} from "./coded-tables.ts";
+import { codeAll, frequenciesOf, NONE, runsOf } from "./count-coded.ts";
 import { CODED_MAGIC, type TensorRef } from "./format.ts";
 
 /** How far back copies are looked for, and at how many places. */
@@ -36,81 +34,17 @@ export function encodeSection(
   section: Uint8Array,
   tensors: readonly TensorRef[],
   step: TensorRun["step"],
-  before: Uint8Array = new Uint8Array(),
+  before: Uint8Array = NONE,
 ): Uint8Array<ArrayBuffer> | undefined {
   const encoder = new Encoder(section.length);
-  const refuse = (fault: number, at: number): never => {
-    throw new RangeError(`a section that cannot be coded: ${fault} at byte ${at}`);
-  };
-  // What is coded is read from the section, and written to it again as it is.
-  const pieces = code(encoder, section, refuse, before, {
-    runs: runsOf(tensors, step),
+  const runs = runsOf(tensors, step);
+  codeAll(encoder, section, before, {
+    runs,
+    frequencies: frequenciesOf(section, runs),
     copyAt: copies(before, section),
   });
-  while (!pieces.next().done);
   const bytes = encoder.finish(section.length);
   return bytes.length < section.length && section.length <= mostDecoded(bytes.length) ? bytes : undefined;
-}
-
-/** 15 − log2 of a frequency: the bits of a symbol that has it. */
-const BITS_OF: Float64Array = Float64Array.from(
-  { length: 2 ** FREQUENCY_BITS + 1 },
-  (_, frequency) => FREQUENCY_BITS - Math.log2(frequency),
-);
-
-/** Counts bits, and writes none. */
-class Counter implements Coder {
-  readonly #tables = new Tables();
-  bitCount = 0;
-  state: 0 | 1 = 0;
-
-  symbol(table: number, symbol: number): number {
-    const { sums } = this.#tables;
-    const at = table * (SYMBOLS + 1) + symbol;
-    this.bitCount += BITS_OF[sums[at + 1]! - sums[at]!]!;
-    this.#tables.use(table, symbol);
-    return symbol;
-  }
-
-  bits(count: number, value: number): number {
-    this.bitCount += count;
-    return value & ((1 << count) - 1);
-  }
-
-  /** What a state takes is counted nowhere. */
-  beginSecond(): void {}
-}
-
-/** Bits that encoded tensors take once they are coded, one behind the other. */
-export function codedBits(tensors: readonly (Omit<TensorRef, "byteOffset" | "byteLength"> & TensorInput)[]): number {
-  const counter = new Counter();
-  const refuse = (fault: number): never => {
-    throw new RangeError(`a tensor that cannot be coded: ${fault}`);
-  };
-  for (const { dtype, rows, width, encoded } of tensors) {
-    const runs = runsOf([{ dtype, rows, width, byteOffset: 0, byteLength: encoded.length }], 4);
-    const pieces = code(counter, encoded, refuse, NONE, { runs, copyAt: () => undefined });
-    while (!pieces.next().done);
-  }
-  return counter.bitCount;
-}
-
-const NONE = new Uint8Array();
-
-/** Neighbours of one shape and type, together. */
-function runsOf(tensors: readonly TensorRef[], step: TensorRun["step"]): TensorRun[] {
-  const runs: TensorRun[] = [];
-  let end = -1;
-  for (const { dtype, rows, width, byteOffset, byteLength } of tensors) {
-    if (!isQuantized(dtype) || rows === 0) continue;
-    const last = runs.at(-1);
-    const next = Math.ceil(end / step) * step === byteOffset;
-    if (last && next && last.dtype === dtype && last.rows === rows && last.width === width)
-      runs[runs.length - 1] = { ...last, count: last.count + 1 };
-    else runs.push({ dtype, rows, width, count: 1, step, byteOffset });
-    end = byteOffset + byteLength;
-  }
-  return runs;
 }
 
 /** Finds the longest copies at the last places that begin with the same bytes. Asked of ascending places. */
@@ -156,24 +90,40 @@ const LEAST_BLOCK = 10;
 const MOST_BLOCK = 20;
 /** Notes of large blocks lie together in 32 MB, which allocators give back to the system as soon as they are free. */
 const TOGETHER = 2 ** 24;
-/** A note of bits: how many they are, above their value. The value of more than 10 is a note of its own behind one that says LONG. */
-const BITS = 0x8000;
-const VALUE_BITS = 10;
+/** A note: above, its lane; below, a symbol with its table, a symbol of given frequencies with its level, or bits. */
+const LANE_SHIFT = 13;
+const GIVEN_NOTE = 1 << 12;
+const LEVEL_SHIFT = 6;
+/** A note of bits: how many they are, above their value. The value of more than 9 is a note of its own behind one that says LONG. */
+const BITS = 1 << 15;
+const VALUE_BITS = 9;
 const LONG = 15;
-/** Set in a note that the second state codes. */
-const SECOND_BIT = 14;
-const SECOND: number = 1 << SECOND_BIT;
-/** A note where the second state begins. */
-const BEGINS: number = BITS | SECOND | (LONG << VALUE_BITS);
+/** A note where the states of other lanes begin. */
+const BEGINS: number = BITS | (LONG << VALUE_BITS);
 
-const START: number = (1 << FREQUENCY_BITS) - 1;
 /** Steps that are coded in one go. */
 const CHUNK = 1 << 12;
+/** Kinds of steps. */
+const [SYMBOL, GIVEN_SYMBOL, SOME_BITS, BEGIN] = [0, 1, 2, 3];
 
-/** Place of the bit that names the state in a step of bits. */
-const BITS_SECOND = 24;
-/** Number of bits that stands for a whole state. */
-const STATE = 32;
+/** What passes through the states, in the order of reading. */
+class Steps {
+  /** A symbol's frequency, or how many bits they are, above the sum in front of it or their value. */
+  readonly what: Uint32Array;
+  /** The lane, above the kind. */
+  readonly how: Uint8Array;
+  count = 0;
+
+  constructor(most: number) {
+    this.what = new Uint32Array(most);
+    this.how = new Uint8Array(most);
+  }
+
+  add(lane: number, kind: number, high: number, low: number): void {
+    this.what[this.count] = (high << WORD_BITS) | low;
+    this.how[this.count++] = (lane << 2) | kind;
+  }
+}
 
 /** Some notes, and the tables as the first of them found them. */
 interface Block {
@@ -193,8 +143,8 @@ export class Encoder implements Coder {
   readonly #length: number;
   /** Room for notes of the next blocks. */
   #room = new Uint16Array(0);
-  #second = false;
-  state: 0 | 1 = 0;
+  #given: Uint16Array | undefined;
+  lane = 0;
 
   /** @param size of the section, about. Default: small */
   constructor(size: number = 0) {
@@ -203,22 +153,27 @@ export class Encoder implements Coder {
   }
 
   symbol(table: number, symbol: number): number {
-    this.#note(this.state * SECOND + table * SYMBOLS + symbol);
+    this.#note((this.lane << LANE_SHIFT) | (table * SYMBOLS + symbol));
     this.#tables.use(table, symbol);
     return symbol;
   }
 
   bits(count: number, value: number): number {
     const low = value & ((1 << count) - 1);
-    const kind = BITS + this.state * SECOND;
+    const kind = BITS | (this.lane << LANE_SHIFT);
     if (count <= VALUE_BITS) this.#note(kind | (count << VALUE_BITS) | low);
     else this.#note(kind | (LONG << VALUE_BITS) | count, low);
     return low;
   }
 
-  beginSecond(): void {
-    if (!this.#second) this.#note(BEGINS);
-    this.#second = true;
+  given(level: number, symbol: number): number {
+    this.#note((this.lane << LANE_SHIFT) | GIVEN_NOTE | (level << LEVEL_SHIFT) | placeOfGiven(symbol));
+    return symbol;
+  }
+
+  give(frequencies: Frequencies): void {
+    this.#given = givenSums(frequencies);
+    this.#note(BEGINS);
   }
 
   #note(note: number, value?: number): void {
@@ -241,17 +196,18 @@ export class Encoder implements Coder {
   finish(size: number): Uint8Array<ArrayBuffer> {
     let words = new Uint16Array(4 * CHUNK);
     let count = 0;
-    const states = Int32Array.of(2 ** WORD_BITS, 2 ** WORD_BITS);
-    const steps = new Int32Array(this.#length + 1);
+    const states = new Int32Array(LANES).fill(2 ** WORD_BITS);
+    const steps = new Steps(this.#length + 1);
     for (const block of this.#blocks.toReversed()) {
-      for (let end = stepsOf(block, steps); end > 0; end -= CHUNK) {
-        // A step writes one word at most; where a state begins, two.
-        if (words.length < count + CHUNK + 4) {
+      stepsOf(block, this.#given, steps);
+      for (let end = steps.count; end > 0; end -= CHUNK) {
+        // A step writes one word at most; where states begin, two for each.
+        if (words.length < count + CHUNK + 2 * LANES) {
           const longer = new Uint16Array(2 * words.length);
           longer.set(words);
           words = longer;
         }
-        count = codeSteps(steps.subarray(Math.max(0, end - CHUNK), end), states, words, count);
+        count = codeSteps(steps, Math.max(0, end - CHUNK), end, states, words, count);
       }
     }
     words[count++] = states[0]!;
@@ -271,59 +227,65 @@ export class Encoder implements Coder {
  * @param words gets words from `count` on
  * @returns how many words there are then
  */
-function codeSteps(steps: Int32Array, states: Int32Array, words: Uint16Array, count: number): number {
-  for (let i = steps.length - 1; i >= 0; i--) {
-    const step = steps[i]!;
-    const which = (step >> (step < 0 ? BITS_SECOND : FREQUENCY_BITS)) & 1;
-    let state = states[which]!;
-    if (step < 0) {
-      const bits = (step >> WORD_BITS) & 0xff;
-      if (bits === STATE || (bits > 0 && state >>> (32 - bits) > 0)) {
-        words[count++] = state;
-        state >>>= WORD_BITS;
+function codeSteps(
+  { what, how }: Steps,
+  begin: number,
+  end: number,
+  states: Int32Array,
+  words: Uint16Array,
+  count: number,
+): number {
+  for (let i = end - 1; i >= begin; i--) {
+    const [kind, lane] = [how[i]! & 3, how[i]! >> 2];
+    if (kind === BEGIN) {
+      for (let other = LANES - 1; other > 0; other--) {
+        words[count++] = states[other]!;
+        words[count++] = states[other]! >>> WORD_BITS;
       }
-      if (bits === STATE) words[count++] = state;
-      else state = (state << bits) | (step & 0xffff);
-    } else {
-      const width = step >> WORD_BITS;
-      if (state >>> (2 * WORD_BITS - FREQUENCY_BITS) >= width) {
-        words[count++] = state;
-        state >>>= WORD_BITS;
-      }
-      const whole = ((state >>> 0) / width) | 0;
-      const start = step & START;
-      state = ((whole << FREQUENCY_BITS) + (state - Math.imul(whole, width)) + start) | 0;
+      continue;
     }
-    states[which] = state;
+    const [high, low] = [what[i]! >>> WORD_BITS, what[i]! & 0xffff];
+    let state = states[lane]!;
+    const bits = kind === SYMBOL ? FREQUENCY_BITS : kind === GIVEN_SYMBOL ? GIVEN_BITS : high;
+    const width = kind === SOME_BITS ? 1 : high;
+    if (bits > 0 && state >>> (2 * WORD_BITS - bits) >= width) {
+      words[count++] = state;
+      state >>>= WORD_BITS;
+    }
+    const whole = kind === SOME_BITS ? state : ((state >>> 0) / width) | 0;
+    states[lane] = ((whole << bits) + (state - Math.imul(whole, width)) + low) | 0;
   }
   return count;
 }
 
 /**
- * Steps of a block's notes. Of a symbol: its start, the state that codes it, and above them its frequency. Of bits, as a negative number:
- * their value, how many they are, and the state. The block's tables move with them.
+ * Steps of a block's notes. The block's tables move with them.
+ * @param given sums of given frequencies
  * @param steps gets them
- * @returns how many there are
  */
-function stepsOf({ notes, tables, count }: Block, steps: Int32Array): number {
+function stepsOf({ notes, tables, count }: Block, given: Uint16Array | undefined, steps: Steps): void {
   const { sums } = tables;
-  let end = 0;
+  steps.count = 0;
   for (let i = 0; i < count; i++) {
     const note = notes[i]!;
-    const second = (note >> SECOND_BIT) & 1;
-    if (note < BITS) {
-      const at = note & (SECOND - 1);
-      const table = (at / SYMBOLS) | 0;
-      const start = sums[at + table]!;
-      steps[end++] = ((sums[at + table + 1]! - start) << WORD_BITS) | (second << FREQUENCY_BITS) | start;
-      tables.use(table, at % SYMBOLS);
+    const lane = (note >> LANE_SHIFT) & (LANES - 1);
+    if (note >= BITS) {
+      const value = note & ((1 << VALUE_BITS) - 1);
+      const bits = (note >> VALUE_BITS) & LONG;
+      if (bits < LONG) steps.add(lane, SOME_BITS, bits, value);
+      else if (value > 0) steps.add(lane, SOME_BITS, value, notes[++i]!);
+      else steps.add(0, BEGIN, 0, 0);
       continue;
     }
-    const value = note & ((1 << VALUE_BITS) - 1);
-    const bits = (note >> VALUE_BITS) & LONG;
-    const many = bits < LONG ? bits : value > 0 ? value : STATE;
-    const low = bits < LONG ? value : value > 0 ? notes[++i]! : 0;
-    steps[end++] = (1 << 31) | (second << BITS_SECOND) | (many << WORD_BITS) | low;
+    const at = note & (GIVEN_NOTE - 1);
+    if (note & GIVEN_NOTE) {
+      const place = (at >> LEVEL_SHIFT) * (GIVEN_SYMBOLS + 1) + (at & ((1 << LEVEL_SHIFT) - 1));
+      steps.add(lane, GIVEN_SYMBOL, given![place + 1]! - given![place]!, given![place]!);
+    } else {
+      const table = (at / SYMBOLS) | 0;
+      const start = sums[at + table]!;
+      steps.add(lane, SYMBOL, sums[at + table + 1]! - start, start);
+      tables.use(table, at % SYMBOLS);
+    }
   }
-  return end;
 }

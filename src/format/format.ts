@@ -91,8 +91,8 @@ export const SECTION_TASK = 2;
 export const SECTION_FREE = 3;
 /** Kind 4 is coded bases, kind 5 a coded task blob (`coded.ts`). */
 export const SECTION_CODED = 3;
-/** Coded sections and directories begin with it: "COD2". */
-export const CODED_MAGIC = 0x32444f43;
+/** Coded sections and directories begin with it: "COD3". */
+export const CODED_MAGIC = 0x33444f43;
 /** Letters that other versions of it share, so that one is refused for what it is. */
 export const CODED_MASK = 0xffffff;
 

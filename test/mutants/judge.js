@@ -6,8 +6,8 @@
 import { halfValue, TYPES } from "../vectors/format.js";
 import { readCoded } from "./read-coded.js";
 
-/** "COD2", in front of coded sections. */
-const CODE = 0x32444f43;
+/** "COD3", in front of coded sections. */
+const CODE = 0x33444f43;
 
 const BITS = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
 const up = (n, step) => Math.ceil(n / step) * step;

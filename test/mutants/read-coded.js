@@ -17,11 +17,14 @@ const LEVELS = [
   [248, [2247, 6674, 10909, 14843, 18390, 21496, 24136]],
 ];
 
+/** Levels of given frequencies begin at these means. */
+const GIVEN = [0, 3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380];
+
 /** Symbols of tables `{ sums, quick, uses }`: those of bytes are quick, which means they move faster. */
 /** @param {Uint8Array} bytes @param {Uint8Array} [before] as `decodeSection` takes it @returns {Uint8Array} */
 export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (view.getUint32(0, true) !== 0x32444f43) throw new Error("no COD2");
+  if (view.getUint32(0, true) !== 0x33444f43) throw new Error("no COD3");
   const becomes = view.getUint32(4, true);
   if (becomes > 16 * bytes.length + 4096) throw new Error(`${becomes} bytes are too many for ${bytes.length}`);
   const out = new Uint8Array(becomes);
@@ -36,10 +39,10 @@ export function readCoded(bytes, before = new Uint8Array()) {
     return BigInt(view.getUint16(at - 2, true));
   };
   let x = (word() << 16n) | word();
-  /** The state that waits: of second rows, or of all else while one of these is read. */
-  let waits;
-  const swap = () => {
-    [x, waits] = [waits, x];
+  /** The states that wait: of three lanes, or of all else while one of these is read. */
+  const waits = [];
+  const swap = (lane) => {
+    if (lane > 0) [x, waits[lane - 1]] = [waits[lane - 1], x];
   };
   const renew = () => {
     if (x < 65536n) x = (x << 16n) | word();
@@ -79,6 +82,46 @@ export function readCoded(bytes, before = new Uint8Array()) {
   const [literals, length, distance] = tables(3);
   const [highs, middles, lows] = [tables(8), tables(8), tables(64)];
 
+  /** Given frequencies by level: how many of 2^11 numbers stand for 0, for 1 and −1 each, … and for what is none of these. */
+  let given;
+  const give = () => {
+    const table = begin(7, true);
+    given = GIVEN.map(() => {
+      const counts = [];
+      let left = 2048;
+      while (counts.length < 16 && left > 0) {
+        const count = number(table);
+        left -= counts.length > 0 ? 2 * count : count;
+        if (left < 0) throw new Error("frequencies of more than 2048");
+        counts.push(count);
+      }
+      return { counts, left };
+    });
+    for (let lane = 1; lane < 4; lane++) waits.push((word() << 16n) | word());
+  };
+  /** A symbol, or undefined for any that has none. */
+  const givenSymbol = ({ counts, left }) => {
+    const order = counts.flatMap((count, a) =>
+      a > 0
+        ? [
+            { a, count },
+            { a: -a, count },
+          ]
+        : [{ a, count }],
+    );
+    let s = Number(x % 2048n);
+    for (const { a, count } of [...order, { a: undefined, count: left }]) {
+      if (s < count) {
+        x = BigInt(count) * (x / 2048n) + BigInt(s);
+        renew();
+        return a;
+      }
+      s -= count;
+    }
+    throw new Error("no symbol");
+  };
+  const slowness = (i, slow) => 2 ** (i < 7 ? 3 : i < 15 ? 4 : slow);
+
   const integer = (e) => {
     let k = 0;
     while (Math.floor(e / 2 ** k) > 256) k++;
@@ -113,6 +156,8 @@ export function readCoded(bytes, before = new Uint8Array()) {
     const start = end;
     fits(start + rows * width * (size / 8) + (count - 1) * step);
     fits(start + 2 * rows * count);
+    const fours = rows * width > 4096 || bits(1) === 1;
+    if (fours && !given) give();
     // A mutant may name more rows than memory has: values come as rows are read.
     const uppers = [];
     const means = [];
@@ -121,46 +166,55 @@ export function readCoded(bytes, before = new Uint8Array()) {
     const bytesOf = 4 * Math.ceil((2 * rows) / 4) + 4 * Math.ceil((rows * stride) / 4);
     for (let n = 0; n < count; n++) {
       const tensor = start + n * Math.ceil(bytesOf / step) * step;
-      let [above, last] = [64, 0x3c];
-      const scaleOf = (row) => {
+      let [above, last] = [fours ? 1024 : 64, 0x3c];
+      for (let row = 0; row < rows; row++) {
         const u = number(scale);
         const d = u % 2 === 0 ? u / 2 : -(u + 1) / 2;
         last = ((uppers[row] || last) + d) & 255;
         uppers[row] = last;
         out[tensor + 2 * row + 1] = last;
         out[tensor + 2 * row] = symbol(fine) === 0 ? 0 : bits(8);
-        means[row] ??= above;
-      };
-      const integerOf = (row, i) => {
-        const r = means[row];
-        const c = places[row * width + i];
-        const value = integer(c === undefined ? r : Math.floor((r + c) / 2));
-        const first = 8 * (tensor + 4 * Math.ceil((2 * rows) / 4) + row * stride) + i * size;
-        for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3] |= 1 << ((first + b) & 7);
-        const seen = 64 * Math.abs(value);
-        if (rows * width <= 4096)
-          places[row * width + i] = c === undefined ? Math.floor((r + seen) / 2) : c + Math.floor((seen - c) / 8);
-        means[row] += Math.floor((seen - r) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
-      };
-      for (let row = 0; row < rows; row++) {
-        const two = rows * width > 4096 && row + 1 < rows;
-        scaleOf(row);
-        if (two) scaleOf(row + 1);
-        if (two) waits ??= (word() << 16n) | word();
-        for (let i = 0; i < width; i++) {
-          integerOf(row, i);
-          if (!two) continue;
-          swap();
-          integerOf(row + 1, i);
-          swap();
+        let mean = means[row] ?? above;
+        const write = (i, value) => {
+          const first = 8 * (tensor + 4 * Math.ceil((2 * rows) / 4) + row * stride) + i * size;
+          for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3] |= 1 << ((first + b) & 7);
+        };
+        for (let i = 0; !fours && i < width; i++) {
+          const c = places[row * width + i];
+          const value = integer(c === undefined ? mean : Math.floor((mean + c) / 2));
+          write(i, value);
+          const seen = 64 * Math.abs(value);
+          places[row * width + i] = c === undefined ? Math.floor((mean + seen) / 2) : c + Math.floor((seen - c) / 8);
+          mean += Math.floor((seen - mean) / slowness(i, 5));
         }
-        if (two) row++;
-        above = means[row];
+        for (let i = 0; fours && i < width; i += 4) {
+          let k = 0;
+          while (Math.floor(mean / 2 ** (4 + k)) > 512) k++;
+          const level = GIVEN.findLastIndex((from) => from <= Math.floor(mean / 2 ** (4 + k)));
+          const symbols = [];
+          for (let lane = 0; lane < Math.min(4, width - i); lane++) {
+            swap(lane);
+            symbols.push(givenSymbol(given[level]));
+            swap(lane);
+          }
+          let sum = 0;
+          for (const [lane, found] of symbols.entries()) {
+            swap(lane);
+            const a = found === undefined ? 16 + number(more) : Math.abs(found);
+            const magnitude = a * 2 ** k + bits(k);
+            const negative = found ? found < 0 : magnitude > 0 && bits(1) === 1;
+            write(i + lane, negative ? -magnitude : magnitude);
+            sum += magnitude;
+            swap(lane);
+          }
+          mean += Math.floor((1024 * sum - symbols.length * mean) / slowness(i, 6));
+        }
+        means[row] = above = mean;
       }
       end = tensor + bytesOf;
     }
   }
-  if (x !== 65536n || (waits ?? 65536n) !== 65536n || at !== bytes.length)
+  if (x !== 65536n || waits.some((state) => state !== 65536n) || at !== bytes.length)
     throw new Error(`ends with ${x} at ${at} of ${bytes.length}`);
   return out;
 }

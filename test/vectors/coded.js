@@ -16,14 +16,16 @@ const LEVELS = [
   [174, 3204, 9423, 15106, 19997, 23960, 26984, 29157],
   [248, 2247, 6674, 10909, 14843, 18390, 21496, 24136],
 ];
+/** Levels of given frequencies begin at these means. */
+const GIVEN_LEVELS = [0, 3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380];
 
 /** Tables of bytes, which move faster. */
-const QUICK = /^(literals|length|distance|high|middle|low)/;
+const QUICK = /^(frequency|literals|length|distance|high|middle|low)/;
 
 /** Records the steps that a reader takes, in its order. */
 function recorder() {
   const steps = [];
-  /** What a step is coded by: the first state, or the second. */
+  /** The state that a step is coded by: of four. */
   const to = { steps, state: 0 };
   const tables = new Map();
   const symbol = (name, level, v) => {
@@ -46,11 +48,32 @@ function recorder() {
     bits(c - low, Math.floor((value + 1 - 2 ** c) / 2 ** low));
     bits(low, (value + 1) % 2 ** low);
   };
-  const begin = () => {
-    if (!steps.some(({ begins }) => begins)) steps.push({ begins: true });
+  /** A symbol of given frequencies: from −15 to 15, or undefined for any other. */
+  const given = (level, value) => {
+    let start = 0;
+    for (const one of GIVEN_ORDER) {
+      const width = to.frequencies[level][one === undefined ? 16 : Math.abs(one)];
+      if (one === value) steps.push({ start, width, of: 11, state: to.state });
+      start += width;
+    }
   };
-  return Object.assign(to, { symbol, bits, number, begin });
+  /** Gives frequencies, [level][0 to 15, all others], and begins the other states. */
+  const give = (frequencies) => {
+    if (to.frequencies) return;
+    to.frequencies = frequencies;
+    for (const level of frequencies) {
+      let left = 2048;
+      for (let a = 0; a < 16 && left > 0; a++) {
+        number("frequency", level[a]);
+        left -= (a > 0 ? 2 : 1) * level[a];
+      }
+    }
+    steps.push({ begins: true });
+  };
+  return Object.assign(to, { symbol, bits, number, given, give });
 }
+
+const GIVEN_ORDER = [0, ...Array.from({ length: 30 }, (_, i) => (i % 2 ? -1 : 1) * ((i >> 1) + 1)), undefined];
 
 /**
  * Words of steps: each passes through its state, from the last to the first.
@@ -58,7 +81,7 @@ function recorder() {
  * @param low which state begins below 2^16, from which a reader that accepts it reads the same
  */
 function wordsOf(steps, last = [], low = undefined) {
-  const states = [last[0] ?? 65536n, last[1] ?? 65536n];
+  const states = [0, 1, 2, 3].map((i) => last[i] ?? 65536n);
   const words = [];
   const lowest = steps.findIndex(({ state }) => state === low);
   const put = (state) => {
@@ -68,8 +91,7 @@ function wordsOf(steps, last = [], low = undefined) {
   for (let i = steps.length - 1; i >= 0; i--) {
     const { start, width, of, state, begins } = steps[i];
     if (begins) {
-      put(1);
-      put(1);
+      for (const state of [3, 3, 2, 2, 1, 1]) put(state);
       continue;
     }
     if (i === lowest) put(state);
@@ -88,9 +110,15 @@ function wordsOf(steps, last = [], low = undefined) {
  * @param tensors of it in order, `{ at, type, rows, width }`; those of floats are stored as bytes
  * @param step each begins at a multiple of it
  * @param before bytes before the section: for bases and blobs the basis description
- * @param how see `wordsOf`
+ * @param how see `wordsOf`; `alike`: whether tensors of few integers have given frequencies too; `first`: the first integer of a tensor, in the place of its own
  */
-export function coded(section, tensors, step, before = new Uint8Array(), { last, low } = {}) {
+export function coded(
+  section,
+  tensors,
+  step,
+  before = new Uint8Array(),
+  { last, low, alike = false, frequencies = everySymbol(), first } = {},
+) {
   const to = recorder();
   const all = Uint8Array.of(...before, ...section);
   const copyTo = (at, end) => longestCopy(all, before.length + at, before.length + end);
@@ -117,7 +145,10 @@ export function coded(section, tensors, step, before = new Uint8Array(), { last,
     to.bits(2, KINDS.indexOf(type));
     for (const n of [rows, width, 1]) to.number("shape", n);
     to.bits(1, step === 16 ? 1 : 0);
-    at = integers(to, section, start, BITS[type], rows, width);
+    if (rows * width <= 4096) to.bits(1, alike ? 1 : 0);
+    const fours = alike || rows * width > 4096;
+    if (fours) to.give(frequencies);
+    at = integers(to, section, start, BITS[type], rows, width, fours, first);
   }
   if (at < section.length) plain(section.length);
   return sectionOf(section.length, to.steps, last, low);
@@ -134,7 +165,7 @@ function sectionOf(size, steps, last, low) {
   const words = wordsOf(steps, last, low);
   const bytes = new Uint8Array(8 + 2 * words.length);
   const view = new DataView(bytes.buffer);
-  view.setUint32(0, 0x32444f43, true);
+  view.setUint32(0, 0x33444f43, true);
   view.setUint32(4, size, true);
   words.forEach((word, i) => view.setUint16(8 + 2 * i, word, true));
   return bytes;
@@ -159,6 +190,8 @@ function longestCopy(all, place, end) {
   return best;
 }
 
+const slowness = (i, slow) => 2 ** (i < 7 ? 3 : i < 15 ? 4 : slow);
+
 /** Records the i-th integer of a row without knowledge of its place. @returns the mean behind it */
 export function integer(to, mean, i, value) {
   const magnitude = Math.abs(value);
@@ -170,40 +203,66 @@ export function integer(to, mean, i, value) {
   if (a >= 7) to.number("more", a - 7);
   to.bits(k, magnitude % 2 ** k);
   if (magnitude > 0) to.bits(1, value < 0 ? 1 : 0);
-  return mean + Math.floor((64 * magnitude - mean) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
+  return mean + Math.floor((64 * magnitude - mean) / slowness(i, 5));
+}
+
+/** Records up to four integers of a row by given frequencies. @returns the mean behind them */
+function four(to, mean, i, values) {
+  let k = 0;
+  while (Math.floor(mean / 2 ** (4 + k)) > 512) k++;
+  const level = GIVEN_LEVELS.findLastIndex((from) => from <= Math.floor(mean / 2 ** (4 + k)));
+  const highs = values.map((value) => Math.floor(Math.abs(value) / 2 ** k));
+  for (const [state, high] of highs.entries()) {
+    to.state = state;
+    to.given(level, high > 15 ? undefined : values[state] < 0 && high > 0 ? -high : high);
+  }
+  for (const [state, high] of highs.entries()) {
+    to.state = state;
+    const magnitude = Math.abs(values[state]);
+    if (high > 15) to.number("more", high - 16);
+    to.bits(k, magnitude % 2 ** k);
+    if (magnitude > 0 && (high === 0 || high > 15)) to.bits(1, values[state] < 0 ? 1 : 0);
+  }
+  to.state = 0;
+  const sum = values.reduce((all, value) => all + Math.abs(value), 0);
+  return mean + Math.floor((1024 * sum - values.length * mean) / slowness(i, 6));
+}
+
+/** Frequencies that suit no level well, but every symbol. */
+export function everySymbol() {
+  return GIVEN_LEVELS.map((_, level) => {
+    const falling = Array.from({ length: 15 }, (_, i) => 1 + Math.floor((90 + level) * 0.7 ** i));
+    const others = 40 + level;
+    return [2048 - others - 2 * falling.reduce((a, b) => a + b), ...falling, others];
+  });
+}
+
+/** The integer at a place of a packed row. */
+function integerAt(section, start, size, i) {
+  let field = 0;
+  for (let b = 0; b < size; b++) {
+    const bit = 8 * start + i * size + b;
+    field |= ((section[bit >> 3] >> (bit & 7)) & 1) << b;
+  }
+  return field >= 2 ** (size - 1) ? field - 2 ** size : field;
 }
 
 /** Records the rows of one tensor, each a scale and integers. Returns its end. */
-function integers(to, section, start, size, rows, width) {
+function integers(to, section, start, size, rows, width, fours, first) {
   const values = start + 4 * Math.ceil((2 * rows) / 4);
   const stride = Math.ceil((width * size) / 8);
-  const together = rows * width > 4096 ? 2 : 1;
-  let [upper, before] = [0x3c, 64];
-  for (let first = 0; first < rows; first += together) {
-    const pair = Array.from({ length: Math.min(together, rows - first) }, (_, i) => first + i);
-    for (const row of pair) {
-      const [low, high] = [section[start + 2 * row], section[start + 2 * row + 1]];
-      const d = high - upper;
-      to.number("scale", d < 0 ? -2 * d - 1 : 2 * d);
-      upper = high;
-      to.symbol("fine", 7, low === 0 ? 0 : 1);
-      if (low !== 0) to.bits(8, low);
-    }
-    if (pair.length === 2) to.begin();
-    const means = pair.map(() => before);
-    for (let i = 0; i < width; i++) {
-      for (const [state, row] of pair.entries()) {
-        let field = 0;
-        for (let b = 0; b < size; b++) {
-          const bit = 8 * (values + row * stride) + i * size + b;
-          field |= ((section[bit >> 3] >> (bit & 7)) & 1) << b;
-        }
-        to.state = state;
-        means[state] = integer(to, means[state], i, field >= 2 ** (size - 1) ? field - 2 ** size : field);
-      }
-    }
-    to.state = 0;
-    before = means.at(-1);
+  let [upper, mean] = [0x3c, fours ? 1024 : 64];
+  for (let row = 0; row < rows; row++) {
+    const [low, high] = [section[start + 2 * row], section[start + 2 * row + 1]];
+    const d = high - upper;
+    to.number("scale", d < 0 ? -2 * d - 1 : 2 * d);
+    upper = high;
+    to.symbol("fine", 7, low === 0 ? 0 : 1);
+    if (low !== 0) to.bits(8, low);
+    const all = Array.from({ length: width }, (_, i) => integerAt(section, values + row * stride, size, i));
+    if (fours && row === 0 && first !== undefined) all[0] = first;
+    if (fours) for (let i = 0; i < width; i += 4) mean = four(to, mean, i, all.slice(i, i + 4));
+    else for (const [i, value] of all.entries()) mean = integer(to, mean, i, value);
   }
   return values + 4 * Math.ceil((rows * stride) / 4);
 }

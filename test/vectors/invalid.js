@@ -3,7 +3,7 @@
  * The invalid vectors: for each the section of SPEC.md that it breaks, and the reason. Checksums and hashes are right unless said
  * otherwise.
  */
-import { coded, integer, told } from "./coded.js";
+import { coded, everySymbol, integer, told } from "./coded.js";
 import {
   align,
   blobOf,
@@ -125,20 +125,29 @@ function integerRun(to, first) {
   to.bits(2, 1);
   for (const n of [1, 8, 1]) to.number("shape", n);
   to.bits(1, 0);
+  to.bits(1, 0);
   to.number("scale", 7);
   to.symbol("fine", 7, 0);
   let mean = 64;
   for (let i = 0; i < 8; i++) mean = integer(to, mean, i, i === 0 ? first : 0);
 }
 
-/** Private rows in pairs, coded as `how` says and changed then. */
-function inPairs(how, change = (bytes) => bytes) {
+/** Private rows that go by fours, coded as `how` says and changed then. @param first bytes of integers */
+function byFours(how, change = (bytes) => bytes, first = []) {
   return () => {
     const model = createModel(9);
     model.module({ name: "layer", out: 4, in: 2100 });
     const task = model.task("task", [{ module: 0, q: 2, privateType: "int4" }]);
-    return packFile({ ...model.pack, code: () => change(codedBlob(task, model.pack.basis, how)) });
+    task.tensors[0].set(first, 4);
+    const code = (_, name) => (name === "task" ? change(codedBlob(task, model.pack.basis, how)) : undefined);
+    return packFile({ ...model.pack, code });
   };
+}
+
+/** A state that begins below 2^16: it stays there with a first integer that is nearly certain. */
+function lowLane(low) {
+  const frequencies = everySymbol().map(() => [2017, ...Array(16).fill(1)]);
+  return byFours({ low, frequencies }, undefined, [0, 0]);
 }
 
 /** A head of zeros, its blob coded by `tell`. */
@@ -190,6 +199,7 @@ const run = (to, type, rows, width, count) => {
   to.bits(2, type);
   for (const n of [rows, width, count]) to.number("shape", n);
   to.bits(1, 0);
+  if (rows * width <= 4096) to.bits(1, 0);
 };
 
 /** Vectors: name → [section, why, make, given]. `given` holds the reader's trust options. */
@@ -205,9 +215,30 @@ export const PACKS = {
     headAs((to, b) => bytesAsTheyAre(to, b), { last: [65537n] }),
   ],
   "coded-state": ["A", "a first state below 2^16", headAs((to, b) => bytesAsTheyAre(to, b), { low: 0 })],
-  "coded-second-state": ["A", "a second state that begins below 2^16", inPairs({ low: 1 })],
-  "coded-second-end": ["A", "a second state that ends as 2^16 + 1", inPairs({ last: [65536n, 65537n] })],
-  "coded-second-short": ["A", "a word of rows in pairs is missing", inPairs({}, (bytes) => bytes.slice(0, -2))],
+  "coded-second-state": ["A", "a second state that begins below 2^16", lowLane(1)],
+  "coded-fourth-state": ["A", "a fourth state that begins below 2^16", lowLane(3)],
+  "coded-second-end": ["A", "a second state that ends as 2^16 + 1", byFours({ last: [65536n, 65537n] })],
+  "coded-fourth-end": [
+    "A",
+    "a fourth state that ends as 2^16 + 1",
+    byFours({ last: [65536n, 65536n, 65536n, 65537n] }),
+  ],
+  "coded-fours-short": ["A", "a word of rows by fours is missing", byFours({}, (bytes) => bytes.slice(0, -2))],
+  "coded-fours-value": [
+    "A",
+    "the integer 19 in an int4 tensor of given frequencies",
+    byFours({ first: 19 }, undefined, [3]),
+  ],
+  "coded-frequencies": [
+    "A",
+    "given frequencies of more than 2^11",
+    byFours({ frequencies: everySymbol().map((level) => [...level.slice(0, 15), 2000, 0]) }),
+  ],
+  "coded-frequencies-0": [
+    "A",
+    "a given frequency of 2^11 + 1 for 0",
+    byFours({ frequencies: everySymbol().map(([, ...others]) => [2049, ...others]) }),
+  ],
   "coded-words": ["A", "a single word", recoded("head", (b) => b.slice(0, 10))],
   "coded-type": ["A", "a run of tensor type 3", tells((to) => run(to, 3, 1, 1, 1))],
   "coded-rows-0": [
@@ -270,6 +301,7 @@ export const PACKS = {
       to.number("distance", 4);
       to.bits(2, 0);
       for (const n of [1, 0, 1]) to.number("shape", n);
+      to.bits(1, 0);
       to.bits(1, 0);
       to.number("scale", 0);
       to.symbol("fine", 7, 0);

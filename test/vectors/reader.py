@@ -549,8 +549,9 @@ Task = record("Task", "entry terms parameters")
 
 # ---- Appendix A. Coded sections ---------------------------------------------------------------------------------------
 
-CODE = 0x32444F43
+CODE = 0x33444F43
 LEVELS = [0, 4, 8, 15, 24, 38, 56, 83, 120, 174, 248]
+GIVEN_LEVELS = [0, 3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380]
 SUMS = [
     [31897, 32672, 32688, 32704, 32720, 32736, 32752],
     [29879, 32672, 32688, 32704, 32720, 32736, 32752],
@@ -567,12 +568,12 @@ SUMS = [
 
 
 class Words:
-    """Two states and the tables; a table is named, and made when it is first used."""
+    """Four states and the tables; a table is named, and made when it is first used."""
 
     def __init__(self, raw):
         self.words = iter(struct.unpack(f"<{len(raw) // 2}H", raw))
         self.tables = {}
-        self.x, self.other = 0, None
+        self.x, self.others, self.given = 0, [], None
         self.x = self.first()
 
     def first(self):
@@ -580,8 +581,32 @@ class Words:
         need(x >= 2**16, "A", "a state that begins below 2^16")
         return x
 
-    def swap(self):
-        self.x, self.other = self.other, self.x
+    def swap(self, lane):
+        if lane:
+            self.x, self.others[lane - 1] = self.others[lane - 1], self.x
+
+    def give(self):
+        """What each of 2^11 numbers stands for by level: a symbol (None: any other), its frequency, and the first such number."""
+        self.given = []
+        for _ in GIVEN_LEVELS:
+            numbers = []
+            for a in range(16):
+                if len(numbers) == 2**11:
+                    break
+                f = self.coded_number("frequency", 1)
+                need(len(numbers) + (2 * f if a else f) <= 2**11, "A", "frequencies that are too large")
+                for sign in (1, -1) if a else (1,):
+                    numbers += [(sign * a, f, len(numbers))] * min(f, 2**11 - len(numbers))
+            left = 2**11 - len(numbers)
+            self.given.append(numbers + [(None, left, len(numbers))] * left)
+        self.others = [self.first() for _ in range(3)]
+
+    def given_symbol(self, level):
+        s = self.x % 2**11
+        symbol, f, first = self.given[level][s]
+        self.x = f * (self.x >> 11) + s - first
+        self.renew()
+        return symbol
 
     def word(self):
         found = next(self.words, None)
@@ -666,21 +691,47 @@ def decoded(raw, coded, before=b""):
                     end += 1
         if end < size:
             end = decode_run(words, out, end)
-    need(words.x == 2**16 and words.other in (None, 2**16), "A", "another last state")
+    need(all(x == 2**16 for x in (words.x, *words.others)), "A", "another last state")
     need(next(words.words, None) is None, "A", "words that are left")
     return bytes(out)
 
 
-def decode_integer(words, means, places, row, i, size):
-    """The i-th integer of a row. Moves the row's mean, and that of its place where `places` remembers it."""
-    mean = means[row]
-    place = None if places is None else places.get((row, i))
-    value = words.coded_integer(mean if place is None else (mean + place) >> 1, 2 ** (size - 1) - 1)
-    seen = 64 * abs(value)
-    if places is not None:
+def decode_ones(words, mean, places, row, width, largest):
+    """A row by tables that move, and its mean. Moves what `places` knows."""
+    values = []
+    for i in range(width):
+        place = places.get((row, i))
+        values.append(words.coded_integer(mean if place is None else (mean + place) >> 1, largest))
+        seen = 64 * abs(values[-1])
         places[row, i] = (mean + seen) >> 1 if place is None else place + ((seen - place) >> 3)
-    means[row] = mean + ((seen - mean) >> (3 if i < 7 else 4 if i < 15 else 5))
-    return value
+        mean += (seen - mean) >> (3 if i < 7 else 4 if i < 15 else 5)
+    return values, mean
+
+
+def decode_fours(words, mean, places, row, width, largest):
+    """A row by given frequencies, and its mean."""
+    values = []
+    for i in range(0, width, 4):
+        k = 0
+        while mean >> (4 + k) > 512:
+            k += 1
+        level = max(n for n, start in enumerate(GIVEN_LEVELS) if start <= mean >> (4 + k))
+        symbols, sum = [], 0
+        for lane in range(min(4, width - i)):
+            words.swap(lane)
+            symbols.append(words.given_symbol(level))
+            words.swap(lane)
+        for lane, symbol in enumerate(symbols):
+            words.swap(lane)
+            a = 16 + words.coded_number("more") if symbol is None else abs(symbol)
+            magnitude = a * 2**k + words.bits(k)
+            need(magnitude <= largest, "A", "an integer beyond its type")
+            negative = symbol < 0 if symbol else magnitude and words.bits(1)
+            values.append(-magnitude if negative else magnitude)
+            sum += magnitude
+            words.swap(lane)
+        mean += (1024 * sum - len(symbols) * mean) >> (3 if i < 7 else 4 if i < 15 else 6)
+    return values, mean
 
 
 def decode_run(words, out, start):
@@ -694,34 +745,26 @@ def decode_run(words, out, start):
     need(count, "A", "a run without tensors")
     length = tensor_size(tensor_type, rows, width)
     need(start + (count - 1) * up(length, step) + length <= len(out), "A", "tensors that do not fit")
+    fours = rows * width > 4096 or words.bits(1)
+    if fours and words.given is None:
+        words.give()
     uppers, means, places = [0] * rows, [None] * rows, {}
-    remembers = rows * width <= 4096
     for n in range(count):
         first = start + n * up(length, step)
-        upper, mean = 0x3C, 64
+        upper, mean = 0x3C, 1024 if fours else 64
         stride = row_size(tensor_type, width)
         at = first + up(2 * rows, 4)
-        for row in range(0, rows, 1 if remembers else 2):
-            paired = not remembers and row + 1 < rows
-            for r in (row, row + 1) if paired else (row,):
-                u = words.coded_number("scale")
-                upper = ((uppers[r] or upper) + (u // 2 if u % 2 == 0 else -(u + 1) // 2)) % 256
-                uppers[r] = upper
-                out[first + 2 * r + 1] = upper
-                out[first + 2 * r] = words.bits(8) if words.symbol("fine") else 0
-                means[r] = mean if means[r] is None else means[r]
-            if paired and words.other is None:
-                words.other = words.first()
-            values = [0, 0]
-            for i in range(width):
-                values[0] |= (decode_integer(words, means, places if remembers else None, row, i, size) % 2**size) << (size * i)
-                if paired:
-                    words.swap()
-                    values[1] |= (decode_integer(words, means, None, row + 1, i, size) % 2**size) << (size * i)
-                    words.swap()
-            for r, packed in zip((row, row + 1) if paired else (row,), values):
-                out[at + r * stride : at + (r + 1) * stride] = packed.to_bytes(stride, "little")
-                mean = means[r]
+        for r in range(rows):
+            u = words.coded_number("scale")
+            upper = ((uppers[r] or upper) + (u // 2 if u % 2 == 0 else -(u + 1) // 2)) % 256
+            uppers[r] = upper
+            out[first + 2 * r + 1] = upper
+            out[first + 2 * r] = words.bits(8) if words.symbol("fine") else 0
+            mean = mean if means[r] is None else means[r]
+            values, mean = (decode_fours if fours else decode_ones)(words, mean, places, r, width, 2 ** (size - 1) - 1)
+            packed = sum((value % 2**size) << (size * i) for i, value in enumerate(values))
+            out[at + r * stride : at + (r + 1) * stride] = packed.to_bytes(stride, "little")
+            means[r] = mean
     return first + length
 
 

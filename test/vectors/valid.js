@@ -181,12 +181,19 @@ export function taskFileOf(signer, edit = (task) => task) {
 /** Rows that are too wide for their columns to be remembered, and integers of eight bits. */
 function large() {
   const model = createModel(21);
-  model.module({ name: "wide", out: 3, in: 2000, A: { K: 2, type: "int8" } });
+  model.module({ name: "wide", out: 3, in: 2002, A: { K: 2, type: "int8" } });
   model.task("large", [{ module: 0, rank: 2, type: "int8" }]);
-  // An odd number of rows that go in pairs, of each type.
+  // Rows that do not end with four integers, of each type.
   for (const [i, privateType] of ["int8", "int4", "int3"].entries())
     model.task(privateType, [{ module: 0, q: 3 + i, privateType }]);
   return model;
+}
+
+/** Tasks of everyKind whose rows go by fours, however few integers they have. */
+function byFours(_bytes, name) {
+  const { pack } = everyKind();
+  const task = pack.tasks.find(({ entry }) => entry.id === name);
+  return task && codedBlob(task, pack.basis, { alike: true });
 }
 
 /** The task of whole.eigentask, coded. */
@@ -334,7 +341,11 @@ export const VALID = {
   },
   "coded-large.eigen": {
     ...file(large, { code: (bytes) => bytes }),
-    why: "coded sections with large integers and wide rows, which go in pairs",
+    why: "coded sections with large integers and wide rows, which go by fours",
+  },
+  "coded-given.eigen": {
+    ...file(everyKind, { code: byFours }),
+    why: "short rows that go by fours",
   },
   "sides.eigen": { ...file(sides), why: "components on one side, several bases of a side, rows of a task's own" },
   "coded-sides.eigen": {
