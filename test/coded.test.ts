@@ -146,7 +146,7 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
   const random = uniform(11);
   const known = randomSection(2).section;
   let [read, refused, many] = [0, 0, 0];
-  // Of each level: 0, 1 to 15, and all others.
+  // A level has those of 0, of 1 to 15, and of all others.
   const frequencies = Uint16Array.from({ length: 15 * 17 }, (_, i) => (i % 17 === 0 ? 600 : i % 17 < 16 ? 40 : 248));
   for (let seed = 0; seed < 8000; seed++) {
     const encoder = new Encoder();
