@@ -2,7 +2,8 @@
  * What do tasks cost on a model of the size that people ship? Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16
  * on all linear layers: packing, creation, memory, switches and tokens beside the plain model, one thread, onnxruntime-node.
  *
- * Needs a Python (PYTHON) with onnxruntime-genai, onnx-ir, onnx, torch and transformers, which makes the model and the adapters once.
+ * Needs a Python (PYTHON) with onnxruntime-genai, onnx-ir, onnx, torch, transformers and gguf, which makes the models and the adapters once,
+ * and for llama.cpp a folder with llama/node_modules/node-llama-cpp (EIGENLORA_RUNTIMES).
  */
 import { spawnSync } from "node:child_process";
 import { existsSync, rmSync } from "node:fs";
@@ -11,8 +12,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { choice, flag, number, readArguments, text } from "./lib/arguments.js";
+import { findLlama } from "./lib/llm-llama.js";
 import { peerLine, python } from "./lib/peers.js";
-import { inFreshProcess } from "./lib/process.js";
+import { inFreshProcess, inScratch } from "./lib/process.js";
 import { print, progress } from "./lib/report.js";
 
 const given = readArguments("What do tasks cost on a model of the size that people ship?", {
@@ -42,11 +44,7 @@ const PACKS = /** @type {const} */ ({
 await mkdir(folder, { recursive: true });
 if (!existsSync(join(folder, "apart", "19", "adapter_config.json"))) {
   progress(`making a model of ${given.size} and its adapters`);
-  const script = fileURLToPath(new URL("lib/scale_model.py", import.meta.url));
-  const { status } = spawnSync(process.env.PYTHON ?? "python3", [script, folder, given.size], {
-    stdio: ["ignore", "ignore", "inherit"],
-  });
-  if (status !== 0) process.exit(2);
+  if (!made("scale_model.py")) process.exit(2);
 }
 
 const steps = new URL("lib/scale-steps.js", import.meta.url);
@@ -82,6 +80,7 @@ if ("figures" in peer) {
     "token ÷ plain": peft.token,
   });
 }
+const llama = await besideLlama();
 print(
   given.json,
   [
@@ -102,18 +101,45 @@ print(
       rows: times,
       notes: [
         "CPU time. first: to a skill whose bytes are in memory, but were never used. again: to one that was used before.",
-        "PEFT's are beside its own plain model: 20 adapters in memory, switched by set_adapter.",
+        "Peers' are beside their own plain models, 20 adapters in memory: PEFT's in f32, by set_adapter; llama.cpp's in Q4_0, by a method",
+        "that node-llama-cpp keeps to itself.",
       ],
     },
   ],
-  [peerLine("PEFT", peer)],
+  [peerLine("PEFT", peer), llama],
 );
+
+/** Whether a script has made its files for this size. @param {string} script */
+function made(script) {
+  const path = fileURLToPath(new URL(`lib/${script}`, import.meta.url));
+  const options = { stdio: /** @type {any} */ (["ignore", "ignore", "inherit"]) };
+  return spawnSync(process.env.PYTHON ?? "python3", [path, folder, given.size], options).status === 0;
+}
+
+/** Adds what llama.cpp takes with the same weights and adapters. @returns {Promise<import("./lib/report.js").Peer>} */
+async function besideLlama() {
+  progress("llama.cpp");
+  const gguf = join(folder, "model.gguf");
+  const peer = await findLlama(existsSync(gguf) || made("scale_gguf.py") ? gguf : undefined);
+  if ("reason" in peer) return peer;
+  const llama = new URL("lib/llm-llama.js", import.meta.url);
+  await inScratch(async (scratch) => {
+    const adapters = join(scratch, "adapters");
+    inFreshProcess(llama, "qwen2Adapters", [join(folder, "apart"), adapters]);
+    const [plain, held] = ["", adapters].map((one) => inFreshProcess(llama, "holdLlama", [gguf, one]));
+    memory.push({ name: "llama.cpp, plain", "peak, MB": plain.peak / 1e6, "resident, MB": plain.resident / 1e6 });
+    memory.push({ name: "llama.cpp", "resident, MB": (held.resident - plain.resident) / 1e6 });
+    times.push({ name: "llama.cpp", ...inFreshProcess(llama, "tokensLlama", [gguf, adapters, given.rounds]) });
+  });
+  return peer;
+}
 
 /** @param {keyof typeof PACKS} name @returns {import("./lib/report.js").Row} */
 function packed(name) {
   const [adapters, options, what] = PACKS[name];
   progress(`packing: ${what}`);
-  return inFreshProcess(steps, "packed", [join(folder, adapters), join(folder, `${name}.eigen`), options.join(" ")]);
+  const packing = new URL("lib/scale-packing.js", import.meta.url);
+  return inFreshProcess(packing, "packed", [join(folder, adapters), join(folder, `${name}.eigen`), options.join(" ")]);
 }
 
 /** @param {number} skills */

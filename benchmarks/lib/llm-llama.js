@@ -1,10 +1,11 @@
-/** llama.cpp (node-llama-cpp): switches and first tokens beside `llm-steps.js`, memory beside `llm-memory.js`. */
+/** llama.cpp (node-llama-cpp): switches and tokens beside `llm-steps.js` and `scale-steps.js`, memory beside `llm-memory.js`. */
 import { existsSync } from "node:fs";
 import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
 import { ggufFile, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { median } from "simple-statistics";
 import { IN_A_ROW } from "./llm-steps.js";
 import { clocked, inFreshProcess, inScratch, peakMemory, settledMemory } from "./process.js";
@@ -21,7 +22,7 @@ const library = join(process.env.EIGENLORA_RUNTIMES ?? "", "llama/node_modules/n
  * @returns {Promise<import("./report.js").Peer>}
  */
 export async function findLlama(gguf) {
-  if (!gguf) return { name: NAME, reason: "--gguf names no file of the base" };
+  if (!gguf) return { name: NAME, reason: "there is no GGUF file of the base (--gguf)" };
   if (!existsSync(library))
     return { name: NAME, reason: "EIGENLORA_RUNTIMES has no llama/node_modules/node-llama-cpp" };
   const { version } = JSON.parse(await readFile(join(library, "package.json"), "utf8"));
@@ -124,14 +125,65 @@ export async function ggufAdapters(path, count, folder) {
   const pack = await openPack(path);
   await mkdir(folder);
   const ids = [...pack.tasks.keys()].slice(0, count);
-  for (const [i, id] of ids.entries()) {
-    const base = { architecture: "llama", heads: 9, kvHeads: 3 };
-    const chunks = [];
-    for await (const chunk of await ggufFile(await taskAdapter(pack, id), base)) chunks.push(chunk);
-    await writeFile(join(folder, `${i}.gguf`), Buffer.concat(chunks));
-  }
+  const base = { architecture: "llama", heads: 9, kvHeads: 3 };
+  for (const [i, id] of ids.entries())
+    await writeFile(join(folder, `${i}.gguf`), await ggufFile(await taskAdapter(pack, id), base));
   for (let i = ids.length; i < count; i++) await symlink(`${i % ids.length}.gguf`, join(folder, `${i}.gguf`));
   await pack.close();
+}
+
+/**
+ * Writes PEFT adapters of Qwen2 in llama.cpp's format.
+ * @param {string} from a folder of folders
+ * @param {string} to
+ * @returns {Promise<number>} how many there are
+ */
+export async function qwen2Adapters(from, to) {
+  await mkdir(to);
+  const adapters = await readAdapters([from]);
+  for (const adapter of adapters) {
+    await writeFile(join(to, `${adapter.id}.gguf`), await ggufFile(adapter, { architecture: "qwen2" }));
+    await adapter.close();
+  }
+  return adapters.length;
+}
+
+/**
+ * Switches, and tokens behind a prompt of 32, in turns without an adapter and with one.
+ * @param {string} modelPath GGUF
+ * @param {string} folder of adapters, all in memory
+ * @param {number} rounds
+ */
+export async function tokensLlama(modelPath, folder, rounds) {
+  const model = await loadLlama(modelPath);
+  const context = await model.createContext({ contextSize: 128, threads: 1, flashAttention: false });
+  const sequence = context.getSequence();
+  const files = (await readdir(folder)).map((file) => join(folder, file));
+  const to = (/** @type {string[]} */ files) => context._setLoras(files.map((filePath) => ({ filePath, scale: 1 })));
+  const token = (/** @type {number} */ id) => sequence.controlledEvaluate([[id, { generateNext: { token: true } }]]);
+  for (const file of files) await to([file]);
+  /** @type {{ again: number[], plain: number[], ratio: number[] }} */
+  const found = { again: [], plain: [], ratio: [] };
+  // A context that got another adapter builds its graph anew.
+  const tokens = async (/** @type {string[]} */ files) => {
+    await to(files);
+    await sequence.clearHistory();
+    await sequence.controlledEvaluate(Array.from({ length: 32 }, (_, i) => 500 + ((i * 37) % 4000)));
+    const took = [];
+    for (let step = 0; step < 24; step++) took.push((await clocked(() => token(700 + step))).cpu);
+    return median(took);
+  };
+  for (let round = 0; round < rounds; round++) {
+    for (const file of files.slice(0, 5)) found.again.push((await clocked(() => to([file]))).cpu);
+    const [plain, ours] = [await tokens([]), await tokens(files.slice(0, 1))];
+    found.plain.push(plain);
+    found.ratio.push(ours / plain);
+  }
+  return {
+    "again, ms": median(found.again),
+    "plain token, ms": median(found.plain),
+    "token ÷ plain": median(found.ratio),
+  };
 }
 
 /**

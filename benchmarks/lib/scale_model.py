@@ -26,7 +26,8 @@ def random_model(size):
                                         num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=True))
 
 
-def write_model(folder, size):
+def seeded_model(size):
+    """The model in f16, with seeded random weights."""
     layers, hidden, heads, kv, inner, vocabulary = SHAPES[size]
     config = Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
                          num_key_value_heads=kv, max_position_embeddings=32768, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
@@ -37,10 +38,15 @@ def write_model(folder, size):
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.02)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def write_model(folder, size):
+    model, vocabulary = seeded_model(size), SHAPES[size][-1]
     source = folder / "checkpoint"
     model.save_pretrained(source)
     del model
-    torch.set_default_dtype(torch.float32)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t1", eos_token="t2", pad_token="t0").save_pretrained(source)
     # The package imports its native library, which the builder does without.

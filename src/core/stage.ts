@@ -202,9 +202,13 @@ export function hasCore({ A, core }: ModulePlan, mode: "core" | "factors"): bool
   return mode === "core" && core && A.shared.length > 0;
 }
 
-/** `old` when it has the right length, else a new array: a warm switch allocates nothing. */
+/** An array of this length: `old`, or in its memory where that is large enough and not twice as large. A warm switch allocates nothing. */
 export function reuse(old: Float32Array | undefined, length: number): Float32Array {
-  return old?.length === length ? old : new Float32Array(length);
+  if (old?.length === length) return old;
+  const room = old?.byteOffset === 0 ? old.buffer.byteLength / 4 : 0;
+  return old && room >= length && room <= 2 * length
+    ? new Float32Array(old.buffer, 0, length)
+    : new Float32Array(length);
 }
 
 /**

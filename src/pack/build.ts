@@ -208,8 +208,8 @@ async function writeTasks(
 /** How often the bytes of a blob are in arrays that are of no use once it is made. */
 const PASSING = 2;
 
-/** An adapter of rank 32 for SDXL has two thirds of it. */
-const GROUP = 2 ** 26;
+/** An adapter of rank 16 on all layers of half a billion numbers has half of it. */
+const GROUP = 2 ** 24;
 
 /** Adapters in their order, in groups of at most `most` numbers, or of one. */
 function groupsOf(adapters: readonly Adapter[], most: number): Adapter[][] {

@@ -197,18 +197,23 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset:
   return (pair << (32 - bits - (bit & 7))) >> (32 - bits);
 }
 
-/** Lowest and highest bits of the integers in 24 bits. */
-const FIELDS = { int8: [0x010101, 0x808080], int4: [0x111111, 0x888888], int3: [0x249249, 0x924924] } as const;
+/** Lowest and highest bits of the integers in so many bytes. */
+const FIELDS = {
+  int8: [0x01010101, 0x80808080, 4],
+  int4: [0x11111111, 0x88888888, 4],
+  int3: [0x249249, 0x924924, 3],
+} as const;
 
 /** Index of the first integer of a packed row that is the least of its type, as no encoder writes it; `width` where there is none. */
 export function leastAt(bytes: Uint8Array, type: QuantizedDtype, start: number, width: number): number {
-  const [lowest, highest] = FIELDS[type];
+  const [lowest, highest, step] = FIELDS[type];
   const bits = BITS[type];
-  // Three bytes at a time hold whole integers of every type. The least has its highest bit alone.
-  const end = start + rowBytes(type, width) - 2;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  // They hold whole integers. The least has its highest bit alone.
+  const end = start + rowBytes(type, width) - 3;
   let at = start;
-  for (; at < end; at += 3) {
-    const fields = (bytes[at]! | (bytes[at + 1]! << 8) | (bytes[at + 2]! << 16)) ^ highest;
+  for (; at < end; at += step) {
+    const fields = view.getInt32(at, true) ^ highest;
     // A field that has become 0 borrows when 1 is taken from it.
     if ((fields - lowest) & ~fields & highest) break;
   }
