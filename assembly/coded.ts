@@ -5,7 +5,7 @@
  * decoded becomes floats here too (`floats`).
  *
  * Memory: FIRST, LEVELS and GIVEN_LEVEL_OF, which the caller writes once; TABLES, PLACES and GIVEN; from STORED on the stored bytes, the bytes that copies
- * may come from, the section, and two words for each row of a run.
+ * may come from, the section, and a word for each row of a run.
  */
 import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 
@@ -122,7 +122,7 @@ let width: u32 = 0;
 let stride: usize = 0;
 let more: u32 = 0;
 let many: bool = false;
-/** Two words for each of its rows: the mean, and the upper byte of the scale. */
+/** The words of its rows: in the lowest byte that of the scale before, above it the mean and 1; 0 where there is none yet. */
 let known: usize = 0;
 
 /** State of a tensor: its begin, its row, the begin of that row's integers, and the next one of them. */
@@ -269,9 +269,9 @@ function beginRun(): void {
   const whole = (<u64>count - 1) * between + needed;
   sound(whole <= room, 7, at);
   known = (end + 3) & ~3;
-  const pages = <i32>((known + (<usize>rows << 3) + 0xffff) >> 16) - memory.size();
+  const pages = <i32>((known + (<usize>rows << 2) + 0xffff) >> 16) - memory.size();
   if (pages > 0 && memory.grow(pages) < 0) unreachable();
-  for (let i: u32 = 0; i < rows; i++) store<i64>(known + (<usize>i << 3), 0xffffffff);
+  memory.fill(known, 0, <usize>rows << 2);
   many = <u64>rows * width > MOST_PLACES || bits(1) != 0;
   if (many) {
     if (!given) give();
@@ -322,17 +322,14 @@ function stands(to: usize, symbol: u32, frequency: u32): usize {
 
 /** Begins a row: reads its scale. Its mean is what the row of the tensor before has reached, or else the row before it. */
 function beginRow(): void {
-  const memory = known + (<usize>row << 3);
+  const memory = load<u32>(known + (<usize>row << 2));
   const scale = start + (<usize>row << 1);
-  const known8 = <u32>load<u8>(memory, 4);
-  if (known8) likely = known8;
+  if (memory & 255) likely = memory & 255;
   const folded = number(SCALE);
   likely = (likely + (folded & 1 ? 0 - ((folded + 1) >> 1) : folded >> 1)) & 255;
   store<u8>(scale, likely, 1);
-  store<u8>(memory, likely, 4);
   if (symbol(FINE)) store<u8>(scale, bits(8));
-  const own = load<i32>(memory);
-  if (own >= 0) mean = own;
+  if (memory >> 8) mean = (memory >> 8) - 1;
   next = 0;
   phase = INTEGER;
 }
@@ -385,7 +382,7 @@ function byOnes(most: u32): void {
 
 /** Begins what follows a row. */
 function endRow(): void {
-  store<i32>(known + (<usize>row << 3), mean);
+  store<u32>(known + (<usize>row << 2), (<u32>(mean + 1) << 8) | likely);
   row++;
   values += (<usize>width * kind + 7) >> 3;
   if (row < rows) phase = ROW;

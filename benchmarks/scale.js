@@ -19,6 +19,7 @@ import { print, progress } from "./lib/report.js";
 
 const given = readArguments("What do tasks cost on a model of the size that people ship?", {
   size: choice(["0.5b", "1.5b", "3b"], "of the model", "0.5b"),
+  form: choice(["q4", "q4f16"], "of the model: what is not in 4 bits is f32 or f16", "q4"),
   folder: text("FOLDER", "where models, adapters and packs are kept", join(tmpdir(), "eigenlora-scale")),
   only: choice(["core", "shared", "apart"], "this pack alone"),
   learn: flag(
@@ -29,10 +30,11 @@ const given = readArguments("What do tasks cost on a model of the size that peop
     undefined,
     1,
   ),
+  tab: flag("what a tab of Chromium takes with onnxruntime-web on WebAssembly, and nothing else"),
   rounds: number("rounds of steps", 5, 1),
 });
 const folder = join(given.folder, given.size);
-const model = join(folder, "model", "model.onnx");
+const model = join(folder, given.form === "q4" ? "model" : "model-q4f16", "model.onnx");
 
 /** Packs by name: the adapters, what the command is told, and what it gives. */
 const PACKS = /** @type {const} */ ({
@@ -42,7 +44,7 @@ const PACKS = /** @type {const} */ ({
 });
 
 await mkdir(folder, { recursive: true });
-if (!existsSync(join(folder, "apart", "19", "adapter_config.json"))) {
+if (!existsSync(join(folder, "apart", "19", "adapter_config.json")) || !existsSync(model)) {
   progress(`making a model of ${given.size} and its adapters`);
   if (!made("scale_model.py")) process.exit(2);
 }
@@ -54,6 +56,10 @@ if (given.learn) {
 }
 if (given.skills) {
   holding(given.skills);
+  process.exit();
+}
+if (given.tab) {
+  tabs();
   process.exit();
 }
 const [packing, memory, times] = [[], [], []].map((rows) => /** @type {import("./lib/report.js").Row[]} */ (rows));
@@ -113,7 +119,7 @@ print(
 function made(script) {
   const path = fileURLToPath(new URL(`lib/${script}`, import.meta.url));
   const options = { stdio: /** @type {any} */ (["ignore", "ignore", "inherit"]) };
-  return spawnSync(process.env.PYTHON ?? "python3", [path, folder, given.size], options).status === 0;
+  return spawnSync(process.env.PYTHON ?? "python3", [path, folder, given.size, given.form], options).status === 0;
 }
 
 /** Adds what llama.cpp takes with the same weights and adapters. @returns {Promise<import("./lib/report.js").Peer>} */
@@ -165,6 +171,26 @@ function holding(skills) {
   }
   const question = `What does a process hold of ${skills} skills above the plain model, after a switch to each and a token?`;
   print(given.json, [{ question, rows, notes: [`The plain model takes ${Math.round(plain)} MB.`] }]);
+}
+
+function tabs() {
+  const tab = new URL("lib/scale-tab.js", import.meta.url);
+  progress("the plain model in a tab");
+  const plain = inFreshProcess(tab, "holdInTab", [model, ""]);
+  /** @type {import("./lib/report.js").Row[]} */
+  const rows = [{ name: "plain", ...plain }];
+  for (const name of /** @type {(keyof typeof PACKS)[]} */ (Object.keys(PACKS))) {
+    if (given.only && given.only !== name) continue;
+    const pack = join(folder, `${name}.eigen`);
+    if (!existsSync(pack)) packed(name);
+    progress(PACKS[name][2]);
+    const found = inFreshProcess(tab, "holdInTab", [model, pack]);
+    const [creation, peak] = ["creation, s", "peak, MB"].map((key) => found[key] / plain[key]);
+    rows.push({ name: PACKS[name][2], ...found, "creation ÷ plain": creation, "peak ÷ plain": peak });
+  }
+  const question =
+    "What does a tab take, with a switch to each of 20 skills and tokens? A browser each, WebAssembly, one thread.";
+  print(given.json, [{ question, rows, notes: ["Peak resident set of the tab's process. Times by the clock."] }]);
 }
 
 function learning() {

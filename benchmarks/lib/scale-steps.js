@@ -7,14 +7,19 @@ import * as ort from "onnxruntime-node";
 import { median, min } from "simple-statistics";
 import { placeOf } from "../../dist/src/format/layout.js";
 import { freshPack } from "../../dist/src/pack/write.js";
+import { generation } from "./generation.js";
 import { clocked, cpu, inFreshProcess, peakMemory, settledMemory } from "./process.js";
-
-/** @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running */
 
 const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1, executionProviders: ["cpu"] };
 const [PROMPT, TOKENS] = [32, 24];
 
 ort.env.logLevel = "error";
+
+/** What onnxruntime-genai's builder says of a model, and whether its caches are f16. @param {string} model */
+async function decoderOf(model) {
+  const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
+  return { ...config.model.decoder, halves: model.includes("f16") };
+}
 
 /**
  * Creates a session, switches to every skill and makes a token.
@@ -22,10 +27,10 @@ ort.env.logLevel = "error";
  * @param {string} pack "" for the plain model
  */
 export async function holdModel(model, pack) {
-  const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
+  const decoder = await decoderOf(model);
   if (!pack) {
     const { ms, result } = await clocked(() => ort.InferenceSession.create(model, ONE_THREAD));
-    await generation(result, config, PROMPT).next();
+    await generation(ort, result, decoder, PROMPT).next();
     return {
       "creation, s": ms / 1000,
       "peak, MB": (await peakMemory()) / 1e6,
@@ -42,7 +47,7 @@ export async function holdModel(model, pack) {
   const veryFirst = await clocked(() => result.switchTask(/** @type {string} */ (first)));
   const fromFile = [];
   for (const id of others) fromFile.push((await clocked(() => result.switchTask(id))).ms);
-  await generation(result, config, PROMPT).next();
+  await generation(ort, result, decoder, PROMPT).next();
   return {
     "creation, s": ms / 1000,
     "÷ plain": ms / 1000 / plain["creation, s"],
@@ -99,8 +104,7 @@ export async function learnSteps(model, pack, steps) {
   });
   const creation = cpu() - begun;
   if (steps === 0) {
-    const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
-    await generation(session, config, ROWS * LENGTH).next();
+    await generation(ort, session, await decoderOf(model), ROWS * LENGTH).next();
     return { peak: await peakMemory() };
   }
   /** @param {string[]} texts one */
@@ -130,7 +134,7 @@ export async function learnSteps(model, pack, steps) {
  * @param {number} rounds
  */
 export async function timeSteps(model, pack, rounds) {
-  const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
+  const decoder = await decoderOf(model);
   const plain = await ort.InferenceSession.create(model, ONE_THREAD);
   const opened = await openPack(pack);
   const session = await createEigenSession(ort, model, opened, { session: ONE_THREAD, probe: false });
@@ -145,7 +149,7 @@ export async function timeSteps(model, pack, rounds) {
     const into = round === 0 ? { again: [], prompt: [], token: [], plain: [] } : found;
     for (const id of ids.slice(0, 5)) into.again.push(await cpuOf(() => session.switchTask(id)));
     // Token by token in turns: machines change their speed within a second.
-    const texts = [plain, session].map((one) => generation(one, config, PROMPT));
+    const texts = [plain, session].map((one) => generation(ort, one, decoder, PROMPT));
     for (let step = 0; step <= TOKENS; step++) {
       const took = [0, 0];
       for (const which of step % 2 ? [0, 1] : [1, 0]) took[which] = await cpuOf(() => texts[which].next());
@@ -160,45 +164,4 @@ export async function timeSteps(model, pack, rounds) {
     "prompt ÷ plain": median(found.prompt),
     "token ÷ plain": median(found.token),
   };
-}
-
-/**
- * Greedy tokens behind a prompt, each cache fed to the next step.
- * @param {Running} session
- * @param {any} config of onnxruntime-genai
- * @param {number} length of the prompt
- */
-async function* generation(session, config, length) {
-  const { num_key_value_heads: heads, head_size: width } = config.model.decoder;
-  let tokens = Array.from({ length }, (_, i) => 500 + ((i * 37) % 4000));
-  /** @type {Record<string, any> | undefined} */
-  let cache;
-  let past = 0;
-  while (true) {
-    const mask = new BigInt64Array(past + tokens.length).fill(1n);
-    /** @type {Record<string, any>} */
-    const feeds = {
-      input_ids: new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]),
-      attention_mask: new ort.Tensor("int64", mask, [1, mask.length]),
-    };
-    if (session.inputNames.includes("position_ids"))
-      feeds.position_ids = new ort.Tensor(
-        "int64",
-        BigInt64Array.from(tokens, (_, j) => BigInt(past + j)),
-        [1, tokens.length],
-      );
-    for (const name of session.inputNames.filter((one) => one.startsWith("past")))
-      feeds[name] =
-        cache?.[name.replace("past_key_values", "present")] ??
-        new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, width]);
-    const results = await session.run(feeds);
-    past += tokens.length;
-    cache = results;
-    const { data, dims } = results.logits;
-    const last = data.subarray(data.length - dims[2]);
-    let largest = 0;
-    for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;
-    tokens = [largest];
-    yield largest;
-  }
 }

@@ -1,6 +1,6 @@
 """The model of scale_model.py as llama.cpp reads it: the same weights in blocks of 4 bits (Q4_0), norms in f32.
 
-usage: scale_gguf.py FOLDER SIZE    (gguf, torch, transformers; writes FOLDER/model.gguf)
+usage: scale_gguf.py FOLDER SIZE FORM    (FORM is of no account here; gguf, torch, transformers; writes FOLDER/model.gguf)
 """
 import pathlib, sys
 import gguf, numpy as np, torch

@@ -5,7 +5,8 @@ shared   A is one start that all tasks were trained from, moved by 3 % of its no
 apart    nothing is shared
 Singular values of B fall, as those of trained LoRAs do. A folder that is there is left alone.
 
-usage: python scale_model.py FOLDER SIZE    (onnxruntime-genai, onnx-ir, onnx, torch, transformers, safetensors; SIZE: 0.5b, 1.5b, 3b)
+usage: python scale_model.py FOLDER SIZE FORM    (onnxruntime-genai, onnx-ir, onnx, torch, transformers, safetensors)
+SIZE: 0.5b, 1.5b, 3b. FORM: q4, with all else in f32; q4f16
 """
 import importlib.util, json, os, pathlib, runpy, shutil, sys, types
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 # Qwen2.5's: layers, hidden, heads, heads of keys and values, intermediate, vocabulary.
 SHAPES = {"0.5b": (24, 896, 14, 2, 4864, 151936), "1.5b": (28, 1536, 12, 2, 8960, 151936), "3b": (36, 2048, 16, 2, 11008, 151936)}
 RANK, TASKS, MOVED = 16, 20, 0.03
+# Folders by what is not in 4 bits, and providers that the builder writes such files for: f32, or f16.
+FORMS = {"q4": ("model", "cpu"), "q4f16": ("model-q4f16", "webgpu")}
 
 
 def random_model(size):
@@ -42,7 +45,7 @@ def seeded_model(size):
     return model
 
 
-def write_model(folder, size):
+def write_model(folder, size, form):
     model, vocabulary = seeded_model(size), SHAPES[size][-1]
     source = folder / "checkpoint"
     model.save_pretrained(source)
@@ -54,11 +57,11 @@ def write_model(folder, size):
     package.__path__ = list(importlib.util.find_spec("onnxruntime_genai").submodule_search_locations)
     sys.modules["onnxruntime_genai"] = package
     made = folder / "made"
-    sys.argv = ["builder", "-i", str(source), "-o", str(made), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache")]
+    sys.argv = ["builder", "-i", str(source), "-o", str(made), "-p", "int4", "-e", FORMS[form][1], "-c", str(folder / "cache")]
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
     shutil.rmtree(source)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    made.rename(folder / "model")
+    made.rename(folder / FORMS[form][0])
 
 
 def modules(size):
@@ -94,9 +97,9 @@ def write_adapters(folder, size, kind):
 
 
 if __name__ == "__main__":
-    folder, size = pathlib.Path(sys.argv[1]), sys.argv[2]
-    if not (folder / "model").exists():
-        write_model(folder, size)
+    folder, size, form = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+    if not (folder / FORMS[form][0]).exists():
+        write_model(folder, size, form)
     for kind in ("shared", "apart"):
         if not (folder / kind / f"{TASKS - 1:02}" / "adapter_config.json").exists():
             write_adapters(folder, size, kind)

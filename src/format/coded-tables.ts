@@ -1,4 +1,4 @@
-/** Tables of coded sections (SPEC.md, appendix A): frequencies that adapt, and those that a section gives for its large tensors. */
+/** Tables of coded sections (SPEC.md, appendix A): frequencies that adapt, and those that a section gives where integers are many. */
 
 /** Bits of a frequency, and of a word. */
 export const FREQUENCY_BITS = 15;

@@ -1,7 +1,8 @@
 /**
  * Entropy-coded sections (SPEC.md, appendix A): integers of tensors in as many bits as they are worth. Coding loses nothing: a
  * section is what it was, byte for byte, once decoded. The coder is rANS (J. Duda, "Asymmetric numeral systems", 2013) over
- * frequencies that adapt, and for large tensors over those that the section gives. `code` tells what is coded in which order, for both directions: `encode-coded.ts` and `decode-coded.ts`.
+ * frequencies that adapt, or that the section gives where integers are many. `code` tells what is coded in which order, for both
+ * directions: `encode-coded.ts` and `decode-coded.ts`.
  */
 import {
   BITS,
@@ -74,9 +75,9 @@ export type Refuse = (fault: number, at: number) => never;
 /** Types of integers, by their code here. */
 const TYPES: readonly QuantizedDtype[] = ["int8", "int4", "int3"];
 
-/** Integers of a row that go together where tensors are large, each with a state of its own. */
+/** Integers of a row that go together where frequencies are given, each with a state of its own. */
 export const LANES = 4;
-/** What was seen at a place of a tensor is remembered where it has no more of them. Larger ones have given frequencies. */
+/** Places of a tensor where what was seen is remembered. Larger ones have given frequencies. */
 export const MOST_PLACES = 4096;
 /** Fewest bytes of a copy of earlier ones. */
 export const LEAST_COPY = 4;
@@ -91,7 +92,7 @@ export interface Coder {
   given(level: number, value: number): number;
   /** Takes the given frequencies, and begins the states of the second to fourth lane. */
   give(frequencies: Frequencies): void;
-  /** The lane whose state codes what follows; 0 for all but the integers of large tensors. */
+  /** The lane whose state codes what follows; 0 for all but integers of given frequencies. */
   lane: number;
 }
 
@@ -124,7 +125,7 @@ export function runBytes(run: Shape): number {
 /** What an encoder knows of a section. */
 export interface Plan {
   readonly runs: readonly TensorRun[];
-  /** Frequencies to give where a tensor is large. Default: none are coded, since nothing is but counted. */
+  /** Frequencies of the runs that want them. Default: none are coded, since all is only counted. */
   readonly frequencies?: Frequencies | undefined;
   /** Earlier bytes that are the same as those at `at`: how many, and how far back. Undefined where there are too few. */
   copyAt(at: number, end: number): { readonly length: number; readonly distance: number } | undefined;
@@ -266,7 +267,7 @@ function* codeTensor(
   refuse: Refuse,
 ): Generator<void> {
   const [values, stride] = [start + scaleBytes(dtype, rows), rowBytes(dtype, width)];
-  const codeIntegers = memory.places ? codeFew : codeMany;
+  const codeIntegers = memory.places ? codeOnes : codeFours;
   let [mean, likely] = [memory.places ? MEAN_UNIT : MEAN_UNIT << FINER, 0x3c];
   for (let row = 0; row < rows; row++) {
     if (row % ROWS === 0) yield;
@@ -298,8 +299,8 @@ interface Integers {
   readonly refuse: Refuse;
 }
 
-/** Integers `i` to `end` of a row of a small tensor. */
-function codeFew(coder: Coder, row: Integers, i: number, end: number): void {
+/** Integers `i` to `end` of a row by tables that move, each after what was seen at its place. */
+function codeOnes(coder: Coder, row: Integers, i: number, end: number): void {
   const places = row.places!;
   for (; i < end; i++) {
     const [mean, place] = [row.mean, places[i]!];
@@ -315,8 +316,8 @@ function slowness(i: number, slow: number): number {
   return i < 7 ? 3 : i < 15 ? 4 : slow;
 }
 
-/** Integers `i` to `end` of a row of a large tensor: first symbols of all lanes, then what they do not say. */
-function codeMany(coder: Coder, row: Integers, i: number, end: number): void {
+/** Integers `i` to `end` of a row by given frequencies, four at a time: first the symbols of all lanes, then what they do not say. */
+function codeFours(coder: Coder, row: Integers, i: number, end: number): void {
   const symbols = [0, 0, 0, 0];
   for (; i < end; i += LANES) {
     const lanes = Math.min(LANES, end - i);
