@@ -31,8 +31,11 @@ export async function holdInTab(model, pack) {
       const browser = await chromium.connect(server.wsEndpoint());
       const page = await browser.newPage();
       await page.goto(served.url);
-      const found = await page.evaluate(hold, pack !== "");
-      return { ...found, "peak, MB": (await peakOfTab(server.process().pid ?? 0)) / 1e6 };
+      const peak = async () => (await peakOfTab(server.process().pid ?? 0)) / 1e6;
+      const creation = await page.evaluate(create, pack !== "");
+      const created = await peak();
+      const used = await page.evaluate(use, pack !== "");
+      return { "creation, s": creation, "peak, MB": created, ...used, "peak in use, MB": await peak() };
     } finally {
       await server.close();
       await served.close();
@@ -40,21 +43,28 @@ export async function holdInTab(model, pack) {
   });
 }
 
-/** Runs in the page. @param {boolean} skilled */
-async function hold(skilled) {
-  const [ortFile, ours, texts] = ["/ort/ort.wasm.bundle.min.js", "/eigenlora.js", "/generation.js"];
-  const [ort, { createEigenSession, openPack }, { generation }] = await Promise.all(
-    [ortFile, ours, texts].map((file) => import(file)),
-  );
+/** Runs in the page: creates a session, which stays. Returns the seconds. @param {boolean} skilled */
+async function create(skilled) {
+  const files = ["/ort/ort.wasm.bundle.min.js", "/eigenlora.js"];
+  const [ort, { createEigenSession, openPack }] = await Promise.all(files.map((file) => import(file)));
   ort.env.wasm.numThreads = 1;
-  ort.env.wasm.wasmPaths = "/ort/";
-  const config = await (await fetch("/model/genai_config.json")).json();
+  ort.env.wasm.wasmPaths = { wasm: "/ort/ort-wasm-simd-threaded.wasm" };
   const begun = performance.now();
   const externalData = [{ path: "model.onnx.data", data: "/model/model.onnx.data" }];
   const session = skilled
     ? await createEigenSession(ort, "/model/model.onnx", await openPack("/pack.eigen"))
     : await ort.InferenceSession.create("/model/model.onnx", { externalData });
-  const creation = (performance.now() - begun) / 1000;
+  const seconds = (performance.now() - begun) / 1000;
+  Object.assign(globalThis, { ort, session });
+  return seconds;
+}
+
+/** Runs in the page: switches to every skill and makes tokens. @param {boolean} skilled */
+async function use(skilled) {
+  const { ort, session } = /** @type {any} */ (globalThis);
+  const file = "/generation.js";
+  const { generation } = await import(file);
+  const config = await (await fetch("/model/genai_config.json")).json();
   /** @type {number[]} */
   const switches = [];
   for (const id of skilled ? session.tasks.keys() : []) {
@@ -73,7 +83,6 @@ async function hold(skilled) {
   }
   const middle = (/** @type {number[]} */ all) => all.sort((a, b) => a - b)[all.length >> 1];
   return {
-    "creation, s": creation,
     ...(skilled && { "first, from the URL, ms": middle(switches) }),
     "token, ms": middle(tokens),
   };
