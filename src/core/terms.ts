@@ -89,7 +89,7 @@ export class ActiveTerms {
   get byteLength(): number {
     let bytes = 0;
     for (const { core, A, Bt, rowScale } of [...this.#active.values(), ...this.#spare.values()]) {
-      for (const array of [core, A, Bt, rowScale]) bytes += array?.byteLength ?? 0;
+      for (const array of [core, A, Bt, rowScale]) bytes += array?.buffer.byteLength ?? 0;
     }
     return bytes;
   }

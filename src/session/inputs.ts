@@ -55,7 +55,7 @@ function carry(
 ): Omit<Carrier, "probe"> {
   const terms = inputs.filter(({ kind }) => kind === "core" || kind === "A" || kind === "B").map(({ name }) => name);
   const bytesOf = (values: InputValues): number =>
-    terms.reduce((sum, name) => sum + values.get(name)!.data.byteLength, 0);
+    terms.reduce((sum, name) => sum + values.get(name)!.data.buffer.byteLength, 0);
   // Cores and factors of a past selection, which the next one is written over: garbage of switches would have to be collected.
   let spare: InputValues | undefined;
   // The most that these have been: tasks differ in rank.
