@@ -4,8 +4,8 @@
  * give others a turn. A section that breaks a rule ends in a trap; `fault` and `place` then tell the error and its position. What was
  * decoded becomes floats here too (`floats`).
  *
- * Memory: FIRST, LEVELS and GIVEN_LEVEL_OF, which the caller writes once; TABLES, PLACES and GIVEN; from STORED on the stored bytes, the bytes that copies
- * may come from, the section, and a word for each row of a run.
+ * Memory: FIRST, LEVELS and GIVEN_LEVEL_OF, which the caller writes once; TABLES, PLACES, GIVEN, LANES and SYMBOLS; from STORED on the
+ * stored bytes, the bytes that copies may come from, the section, and a word for each row of a run.
  */
 import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 
@@ -48,7 +48,7 @@ import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 // @ts-ignore: decorator
 @inline const STORED: usize = 143392;
 
-/** Indices of the tables, in the order of `src/format/coded.ts`. */
+/** Indices of the tables, in the order of `src/format/coded-tables.ts`. */
 // @ts-ignore: decorator
 @inline const MORE: usize = 66;
 // @ts-ignore: decorator
@@ -74,14 +74,14 @@ import { decodeIntegers, f16ToF32, rowBytes, scaleBytes } from "./convert";
 // @ts-ignore: decorator
 @inline const COUNT: usize = 154;
 
-/** Reason why a section is wrong, in the order of `FAULTS` in `coded.ts`; 0 while it is valid. */
+/** Reason why a section is wrong, a `FAULT` of `coded.ts`; 0 while it is valid. */
 export let fault: u32 = 0;
 /** Byte of the section at which it is wrong. */
 export let place: u32 = 0;
 
 let state: u32 = 0;
 /** Whether the section has given its frequencies. */
-let given: bool = false;
+let begun: bool = false;
 /** The next word, and the end of the words. */
 let words: usize = 0;
 let stop: usize = 0;
@@ -121,7 +121,7 @@ let rows: u32 = 0;
 let width: u32 = 0;
 let stride: usize = 0;
 let more: u32 = 0;
-let many: bool = false;
+let given: bool = false;
 /** The words of its rows: in the lowest byte that of the scale before, above it the mean and 1; 0 where there is none yet. */
 let known: usize = 0;
 
@@ -167,7 +167,7 @@ function bits(count: u32): u32 {
 
 /**
  * The symbol that a state decodes by a table, above the state behind it, which may be below 2^16. Moves the table. Lanes are the sums S₁ to
- * S₈; those above the slot are those that a used table moves upwards. Tables of bytes are `quick`.
+ * S₈; those above the slot are those that a used table moves upwards. `quick`: 2 for tables that move faster.
  */
 // @ts-ignore: decorator
 @inline
@@ -272,9 +272,9 @@ function beginRun(): void {
   const pages = <i32>((known + (<usize>rows << 2) + 0xffff) >> 16) - memory.size();
   if (pages > 0 && memory.grow(pages) < 0) unreachable();
   memory.fill(known, 0, <usize>rows << 2);
-  many = <u64>rows * width > MOST_PLACES || bits(1) != 0;
-  if (many) {
-    if (!given) give();
+  given = <u64>rows * width > MOST_PLACES || bits(1) != 0;
+  if (given) {
+    if (!begun) give();
   } else memory.fill(PLACES, 0xff, <usize>(rows * width) << 1);
   stride = <usize>between;
   more = count - 1;
@@ -286,7 +286,7 @@ function beginRun(): void {
 function beginTensor(): void {
   row = 0;
   values = start + ((<usize>rows * 2 + 3) & ~3);
-  mean = many ? 1024 : 64;
+  mean = given ? 1024 : 64;
   likely = 0x3c;
   phase = ROW;
 }
@@ -311,7 +311,7 @@ function give(): void {
     store<u32>(LANES + (lane << 2), first | word());
     sound(first > 0, 2, section);
   }
-  given = true;
+  begun = true;
 }
 
 /** Lets a symbol stand for the next numbers of a level. @returns what is behind them */
@@ -566,7 +566,7 @@ export function begin(stored: usize, before: usize, size: usize): void {
   end = section + size;
   at = section;
   phase = size ? BYTES : END;
-  given = false;
+  begun = false;
   store<u32>(LANES, 0x10000, 12);
   state = word() << 16;
   state |= word();
@@ -579,7 +579,7 @@ export function decode(most: u32): bool {
   for (let budget = <i32>most; budget > 0; ) {
     if (phase == INTEGER) {
       const from = next;
-      if (many) byFours(budget);
+      if (given) byFours(budget);
       else byOnes(budget);
       budget -= <i32>(phase == INTEGER ? next - from : width - from) + 1;
     } else if (phase == ROW) {
@@ -600,7 +600,7 @@ export function decode(most: u32): bool {
       beginBytes();
       budget -= 4;
     } else if (phase == END) {
-      sound(words == stop && state == 0x10000 && (!given || i32x4.all_true(i32x4.eq(v128.load(LANES), i32x4.splat(0x10000)))), 9, section);
+      sound(words == stop && state == 0x10000 && (!begun || i32x4.all_true(i32x4.eq(v128.load(LANES), i32x4.splat(0x10000)))), 9, section);
       return true;
     } else if (at < end) {
       beginRun();

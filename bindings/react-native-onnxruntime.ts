@@ -109,7 +109,8 @@ class NativeEngine implements Engine<OrtSession> {
   }
 
   tensor(data: Parameters<Engine["tensor"]>[0], dims: readonly number[], type?: string): EngineTensor {
-    return this.#engine.tensor(data, dims, type);
+    // Here once, instead of in each run.
+    return this.#engine.tensor(ArrayBuffer.isView(data) ? alone(data as Uint8Array) : data, dims, type);
   }
 
   async release(session: OrtSession): Promise<void> {

@@ -26,6 +26,7 @@ export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
 
+export { reuse } from "../dist/src/core/stage.js";
 export { parseTaskFile } from "../dist/src/core/task-file.js";
 export { type Coder, code, isCoded, mostDecoded } from "../dist/src/format/coded.js";
 export { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";

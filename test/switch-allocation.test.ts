@@ -4,6 +4,7 @@
  */
 import type { EngineTensor } from "eigenlora/session";
 import t, { type Test } from "tap";
+import { reuse } from "./internals.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { difference, feeds, golden, model, type Ort, open, outputOf, packFor } from "./sessions.ts";
 
@@ -43,6 +44,32 @@ async function watched(t: Test, mode: "core" | "factors", isTerm: (dims: readonl
   t.ok(difference(await early, golden("base", "two")) < 1e-4, "a run under way has what it began with");
   await session.close();
 }
+
+t.test("factors of a lower rank lie in the memory of those before them", async (t) => {
+  const [sixteen, seven] = [reuse(undefined, 16), reuse(undefined, 7)];
+  const eight = reuse(sixteen, 8);
+  t.equal(eight.length, 8);
+  t.equal(eight.buffer, sixteen.buffer);
+  t.equal(reuse(eight, 16).buffer, sixteen.buffer, "and grow again in it");
+  t.not(reuse(eight, 7).buffer, sixteen.buffer, "more than half of it would be of no use");
+  t.not(reuse(seven, 8).buffer, seven.buffer);
+  t.not(reuse(sixteen.subarray(8), 6).buffer, sixteen.buffer, "a part of another array is not written over");
+
+  // Memory counts all of an array that a task uses in part.
+  const session = await open(
+    { Tensor: PlainTensor as unknown as Ort["Tensor"], engine: new PlainEngine() },
+    model("torchscript"),
+    await packFor("base"),
+    { mode: "factors" },
+  );
+  t.teardown(() => session.close());
+  const scratch: number[] = [];
+  for (const task of ["five", "two", "five", "two", "five", "two"]) {
+    await session.switchTask(task);
+    scratch.push(session.memory().scratch);
+  }
+  t.same(scratch.slice(3), [scratch[3], scratch[3], scratch[3]], "switches between ranks hold no more");
+});
 
 t.test("cores are written over those of a selection that is gone", (t) =>
   // [1, K_A of all layers, K_B], K is 22 here.

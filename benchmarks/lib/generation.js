@@ -1,4 +1,4 @@
-/** Text of a language model without texts, in Node and in pages. */
+/** Tokens of a language model behind made-up ids. Runs in Node and in pages. */
 
 /**
  * Greedy tokens behind a prompt, each cache fed to the next step.
@@ -14,6 +14,8 @@ export async function* generation(ort, session, decoder, length) {
   /** @type {Record<string, any> | undefined} */
   let cache;
   let past = 0;
+  // Bits of f16, where there is no Float16Array, in the order of their numbers.
+  const order = (/** @type {number} */ value) => (halves && value >= 0x8000 ? 0x8000 - value : value);
   while (true) {
     const mask = new BigInt64Array(past + tokens.length).fill(1n);
     /** @type {Record<string, any>} */
@@ -37,7 +39,7 @@ export async function* generation(ort, session, decoder, length) {
     const { data, dims } = results.logits;
     const last = data.subarray(data.length - dims[2]);
     let largest = 0;
-    for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;
+    for (let j = 1; j < last.length; j++) if (order(last[j]) > order(last[largest])) largest = j;
     tokens = [largest];
     yield largest;
   }

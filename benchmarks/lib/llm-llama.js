@@ -17,16 +17,17 @@ const NAME = "llama.cpp (node-llama-cpp)";
 const library = join(process.env.EIGENLORA_RUNTIMES ?? "", "llama/node_modules/node-llama-cpp");
 
 /**
- * The library's version, or the reason why it is missing.
- * @param {string | undefined} gguf the base
- * @returns {Promise<import("./report.js").Peer>}
+ * The library's version and its base, or the reason why one is missing.
+ * @param {() => string | undefined} gguf makes or names the base; asked where the library is there
+ * @returns {Promise<{ name: string, version: string, base: string } | { name: string, reason: string }>}
  */
 export async function findLlama(gguf) {
-  if (!gguf) return { name: NAME, reason: "there is no GGUF file of the base (--gguf)" };
   if (!existsSync(library))
     return { name: NAME, reason: "EIGENLORA_RUNTIMES has no llama/node_modules/node-llama-cpp" };
+  const base = gguf();
+  if (!base) return { name: NAME, reason: "there is no GGUF file of the base" };
   const { version } = JSON.parse(await readFile(join(library, "package.json"), "utf8"));
-  return { name: NAME, version };
+  return { name: NAME, version, base };
 }
 
 /** The base, loaded. @param {string} modelPath GGUF */
@@ -43,13 +44,13 @@ async function loadLlama(modelPath) {
  * @returns {Promise<{ parts: import("./report.js").Part[], peers: import("./report.js").Peer[] }>}
  */
 export async function llamaSteps(pack, gguf, rounds) {
-  const peer = await findLlama(gguf);
-  if (!gguf || "reason" in peer) return { parts: [], peers: [peer] };
+  const peer = await findLlama(() => gguf);
+  if ("reason" in peer) return { parts: [], peers: [peer] };
   progress("llama.cpp");
   const rows = await inScratch(async (scratch) => {
     const folder = join(scratch, "gguf");
     await ggufAdapters(pack, 6, folder);
-    return inFreshProcess(new URL(import.meta.url), "measureLlama", [gguf, folder, rounds]);
+    return inFreshProcess(new URL(import.meta.url), "measureLlama", [peer.base, folder, rounds]);
   });
   const question = `What do a switch and the first token behind 32 take in llama.cpp? One thread, medians of ${rounds} rounds.`;
   const notes = [
@@ -173,9 +174,12 @@ export async function tokensLlama(modelPath, folder, rounds) {
     for (let step = 0; step < 24; step++) took.push((await clocked(() => token(700 + step))).cpu);
     return median(took);
   };
-  for (let round = 0; round < rounds; round++) {
+  for (let round = 0; round <= rounds; round++) {
     for (const file of files.slice(0, 5)) found.again.push((await clocked(() => to([file]))).cpu);
-    const [plain, ours] = [await tokens([]), await tokens(files.slice(0, 1))];
+    const early = round % 2 === 0 ? await tokens([]) : undefined;
+    const ours = await tokens(files.slice(0, 1));
+    const plain = early ?? (await tokens([]));
+    if (round === 0) continue;
     found.plain.push(plain);
     found.ratio.push(ours / plain);
   }

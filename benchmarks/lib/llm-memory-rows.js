@@ -92,7 +92,7 @@ async function ofPeft({ adapters }, counts) {
 
 /** @param {What} what @param {readonly number[]} counts @returns {Promise<{ rows: Row[], peer: Peer }>} */
 async function ofLlama({ pack, gguf, scratch }, counts) {
-  const peer = await findLlama(gguf);
+  const peer = await findLlama(() => gguf);
   if (!gguf || "reason" in peer) return { rows: [], peer };
   progress("memory: llama.cpp");
   const base = inProcess("holdLlama", [gguf, ""], "llm-llama.js");

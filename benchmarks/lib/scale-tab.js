@@ -35,7 +35,7 @@ export async function holdInTab(model, pack) {
       const creation = await page.evaluate(create, pack !== "");
       const created = await peak();
       const used = await page.evaluate(use, pack !== "");
-      return { "creation, s": creation, "peak, MB": created, ...used, "peak in use, MB": await peak() };
+      return { "creation, s": creation, "peak, MB": created, ...used, "peak of all, MB": await peak() };
     } finally {
       await server.close();
       await served.close();

@@ -1,8 +1,8 @@
 """The model of scale_model.py as llama.cpp reads it: the same weights in blocks of 4 bits (Q4_0), norms in f32.
 
-usage: scale_gguf.py FOLDER SIZE FORM    (FORM is of no account here; gguf, torch, transformers; writes FOLDER/model.gguf)
+usage: python scale_gguf.py FOLDER SIZE    (gguf, torch, transformers; writes FOLDER/model.gguf)
 """
-import pathlib, sys
+import os, pathlib, sys
 import gguf, numpy as np, torch
 import scale_model
 
@@ -52,4 +52,6 @@ def write_gguf(path, size):
 
 
 if __name__ == "__main__":
-    write_gguf(pathlib.Path(sys.argv[1]) / "model.gguf", sys.argv[2])
+    path = pathlib.Path(sys.argv[1]) / "model.gguf"
+    write_gguf(f"{path}.part", sys.argv[2])
+    os.replace(f"{path}.part", path)

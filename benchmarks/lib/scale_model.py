@@ -1,6 +1,7 @@
 """A language model of a real shape with seeded random weights, as onnxruntime-genai's model builder writes it in 4 bits, and LoRAs of it.
 
-Makes FOLDER/model/{model.onnx, model.onnx.data} and FOLDER/KIND/00 to 19, PEFT adapters of rank 16 on all seven kinds of linear layers, f16:
+Makes FOLDER/model (FORM q4) or FOLDER/model-q4f16, each with model.onnx and model.onnx.data, and FOLDER/KIND/00 to 19, PEFT adapters of rank 16
+on all seven kinds of linear layers, f16:
 shared   A is one start that all tasks were trained from, moved by 3 % of its norm; B is each task's own
 apart    nothing is shared
 Singular values of B fall, as those of trained LoRAs do. A folder that is there is left alone.

@@ -202,7 +202,10 @@ export function hasCore({ A, core }: ModulePlan, mode: "core" | "factors"): bool
   return mode === "core" && core && A.shared.length > 0;
 }
 
-/** An array of this length: `old`, or in its memory where that is large enough and not twice as large. A warm switch allocates nothing. */
+/**
+ * An array of this length: `old`, or in its memory where that is large enough, and at most twice as large. Switches between tasks of like
+ * ranks allocate nothing once they are warm.
+ */
 export function reuse(old: Float32Array | undefined, length: number): Float32Array {
   if (old?.length === length) return old;
   const room = old?.byteOffset === 0 ? old.buffer.byteLength / 4 : 0;

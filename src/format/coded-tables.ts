@@ -39,10 +39,11 @@ const LEVELS: readonly number[] = [4, 8, 15, 24, 38, 56, 83, 120, 174, 248];
 export const MOST_MEAN = 256;
 export const MEAN_UNIT = 64;
 
-/** The same for given frequencies, whose means are finer: in 1/1024, and 2^4 of these are 1/64. */
+/** The same for given frequencies. */
 const GIVEN_FROM: readonly number[] = [3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380];
 export const GIVEN_LEVELS: number = GIVEN_FROM.length + 1;
 export const MOST_GIVEN_MEAN = 512;
+/** Means of rows are finer there, in 1/1024: 2^4 of these are 1/64. */
 export const FINER = 4;
 /** Bits of a given frequency. */
 export const GIVEN_BITS = 11;

@@ -1,10 +1,10 @@
 /**
- * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: three to five times as fast as `coded.ts`, fifteen
- * times with the first section. And decoded integers as floats, six times as fast as `placeTensor`.
+ * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: several times as fast as `coded.ts`, most with the
+ * first section. And decoded integers as floats, six times as fast as `placeTensor`.
  *
  * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, and those kernels are
  * loaded without it in the core of every app. Where an engine has no WebAssembly, no SIMD or a policy against it, `coded.ts` decodes.
- * It is compiled at once, without a promise, where an engine does that: pages in older Chromium take no more than 4 kB so, and this is 6.
+ * It is compiled at once, without a promise, where an engine does that: pages in older Chromium take no more than 4 kB so, and this is more.
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
@@ -54,7 +54,7 @@ let refused = typeof WebAssembly === "undefined";
  * A decoder by WebAssembly; undefined where there is none, or too little memory.
  * @param stored with a head that was checked
  * @param size bytes that it becomes
- * @param refuse throws for a fault, a place in `FAULTS` of `coded.ts`, at a byte of the section
+ * @param refuse throws for a fault, a `FAULT` of `coded.ts`, at a byte of the section
  */
 export async function wasmWork(
   stored: Uint8Array,

@@ -347,7 +347,7 @@ function codeRest(coder: Coder, row: Integers, i: number, symbol: number, shift:
   const other = symbol === OTHER;
   let found = other ? -OTHER + codeNumber(coder, MORE, (magnitude >> shift) + OTHER) : Math.abs(symbol);
   check(row, i, found);
-  found = (found << shift) | coder.bits(shift, magnitude);
+  if (shift > 0) found = (found << shift) | coder.bits(shift, magnitude);
   check(row, i, found);
   const signed = !other && symbol !== 0;
   const negative = signed ? symbol < 0 : found > 0 && coder.bits(1, Number(value < 0)) > 0;

@@ -133,7 +133,7 @@ function sum(numbers: Float64Array): number {
   return numbers.reduce((a, b) => a + b, 0);
 }
 
-/** Bits that encoded tensors take once they are coded, one behind the other. */
+/** Bits that encoded tensors take about, one behind the other: each as if it were all that its section has. */
 export function codedBits(tensors: readonly (Omit<TensorRef, "byteOffset" | "byteLength"> & TensorInput)[]): number {
   const counter = new Counter();
   for (const { dtype, rows, width, encoded } of tensors)

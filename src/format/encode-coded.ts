@@ -159,6 +159,7 @@ export class Encoder implements Coder {
   }
 
   bits(count: number, value: number): number {
+    if (count === 0) return 0;
     const low = value & ((1 << count) - 1);
     const kind = BITS | (this.lane << LANE_SHIFT);
     if (count <= VALUE_BITS) this.#note(kind | (count << VALUE_BITS) | low);

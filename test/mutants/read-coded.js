@@ -20,7 +20,6 @@ const LEVELS = [
 /** Levels of given frequencies begin at these means. */
 const GIVEN = [0, 3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380];
 
-/** Symbols of tables `{ sums, quick, uses }`: those of bytes are quick, which means they move faster. */
 /** @param {Uint8Array} bytes @param {Uint8Array} [before] as `decodeSection` takes it @returns {Uint8Array} */
 export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -38,7 +37,12 @@ export function readCoded(bytes, before = new Uint8Array()) {
     at += 2;
     return BigInt(view.getUint16(at - 2, true));
   };
-  let x = (word() << 16n) | word();
+  const state = () => {
+    const found = (word() << 16n) | word();
+    if (found < 65536n) throw new Error(`a state begins as ${found}`);
+    return found;
+  };
+  let x = state();
   /** The states that wait: of three lanes, or of all else while one of these is read. */
   const waits = [];
   const swap = (lane) => {
@@ -53,6 +57,7 @@ export function readCoded(bytes, before = new Uint8Array()) {
     renew();
     return value;
   };
+  /** A table; quick ones move faster. */
   const begin = (level, quick = false) => ({ sums: [0, ...LEVELS[level][1], 32768], quick, uses: 0 });
   const symbol = (table) => {
     const s = Number(x % 32768n);
@@ -97,7 +102,7 @@ export function readCoded(bytes, before = new Uint8Array()) {
       }
       return { counts, left };
     });
-    for (let lane = 1; lane < 4; lane++) waits.push((word() << 16n) | word());
+    for (let lane = 1; lane < 4; lane++) waits.push(state());
   };
   /** A symbol, or undefined for any that has none. */
   const givenSymbol = ({ counts, left }) => {
@@ -176,6 +181,7 @@ export function readCoded(bytes, before = new Uint8Array()) {
         out[tensor + 2 * row] = symbol(fine) === 0 ? 0 : bits(8);
         let mean = means[row] ?? above;
         const write = (i, value) => {
+          if (Math.abs(value) >= 2 ** (size - 1)) throw new Error(`${value} in ${size} bits`);
           const first = 8 * (tensor + 4 * Math.ceil((2 * rows) / 4) + row * stride) + i * size;
           for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3] |= 1 << ((first + b) & 7);
         };

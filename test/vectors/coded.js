@@ -19,7 +19,7 @@ const LEVELS = [
 /** Levels of given frequencies begin at these means. */
 const GIVEN_LEVELS = [0, 3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380];
 
-/** Tables of bytes, which move faster. */
+/** Tables that move faster. */
 const QUICK = /^(frequency|literals|length|distance|high|middle|low)/;
 
 /** Records the steps that a reader takes, in its order. */

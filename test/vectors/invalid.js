@@ -234,6 +234,11 @@ export const PACKS = {
     "given frequencies of more than 2^11",
     byFours({ frequencies: everySymbol().map((level) => [...level.slice(0, 15), 2000, 0]) }),
   ],
+  "coded-frequencies-huge": [
+    "A",
+    "a given frequency of 2^31 − 2 for 0",
+    byFours({ frequencies: everySymbol().map(([, ...others]) => [2 ** 31 - 2, ...others]) }),
+  ],
   "coded-frequencies-0": [
     "A",
     "a given frequency of 2^11 + 1 for 0",

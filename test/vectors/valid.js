@@ -178,7 +178,7 @@ export function taskFileOf(signer, edit = (task) => task) {
   return { bytes, expected: new Map([...expected].filter(([name]) => name.startsWith("whole/"))) };
 }
 
-/** Rows that are too wide for their columns to be remembered, and integers of eight bits. */
+/** Rows that are too wide for their places to be remembered, and integers of eight bits. */
 function large() {
   const model = createModel(21);
   model.module({ name: "wide", out: 3, in: 2002, A: { K: 2, type: "int8" } });
