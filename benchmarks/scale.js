@@ -23,7 +23,6 @@ const { adapters, model, packs, gguf } = await scaleFiles(given);
 const steps = new URL("lib/scale-steps.js", import.meta.url);
 const llama = new URL("lib/llm-llama.js", import.meta.url);
 const [packing, memory, times] = [[], [], []].map((rows) => /** @type {import("./lib/report.js").Row[]} */ (rows));
-
 memory.push({ name: "plain", ...inFreshProcess(steps, "holdModel", [model, ""]) });
 for (const { what, path, packed } of packs) {
   const row = packed();
@@ -34,7 +33,6 @@ for (const { what, path, packed } of packs) {
   times.push({ name: what, ...inFreshProcess(steps, "timeSteps", [model, path, given.rounds]) });
 }
 const peers = [besidePeft(), await besideLlama()];
-
 const form = `${given.size}, ${given.form}`;
 print(
   given.json,

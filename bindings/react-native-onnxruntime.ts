@@ -109,7 +109,7 @@ class NativeEngine implements Engine<OrtSession> {
   }
 
   tensor(data: Parameters<Engine["tensor"]>[0], dims: readonly number[], type?: string): EngineTensor {
-    // Here once, instead of in each run.
+    // A view is copied here once, instead of in each run.
     return this.#engine.tensor(ArrayBuffer.isView(data) ? alone(data as Uint8Array) : data, dims, type);
   }
 

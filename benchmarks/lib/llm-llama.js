@@ -12,6 +12,7 @@ import { clocked, inFreshProcess, inScratch, peakMemory, settledMemory } from ".
 import { progress } from "./report.js";
 
 const NAME = "llama.cpp (node-llama-cpp)";
+const PROMPT = Array.from({ length: 32 }, (_, i) => 500 + ((i * 37) % 4000));
 
 /** Folder of the library. */
 const library = join(process.env.EIGENLORA_RUNTIMES ?? "", "llama/node_modules/node-llama-cpp");
@@ -71,10 +72,9 @@ export async function measureLlama(modelPath, folder, rounds) {
   const context = await model.createContext({ contextSize: 64, threads: 1, flashAttention: false });
   const sequence = context.getSequence();
   const files = (await readdir(folder)).map((file) => join(folder, file));
-  const prompt = Array.from({ length: 32 }, (_, i) => 500 + ((i * 37) % 4000));
   const first = async () => {
     await sequence.clearHistory();
-    await sequence.controlledEvaluate([...prompt.slice(0, -1), [prompt[31], { generateNext: { token: true } }]]);
+    await sequence.controlledEvaluate([...PROMPT.slice(0, -1), [PROMPT[31], { generateNext: { token: true } }]]);
   };
   let next = 0;
   const switched = () => context._setLoras([{ filePath: files[next++ % files.length], scale: 1 }]);
@@ -169,7 +169,7 @@ export async function tokensLlama(modelPath, folder, rounds) {
   const tokens = async (/** @type {string[]} */ files) => {
     await to(files);
     await sequence.clearHistory();
-    await sequence.controlledEvaluate(Array.from({ length: 32 }, (_, i) => 500 + ((i * 37) % 4000)));
+    await sequence.controlledEvaluate(PROMPT);
     const took = [];
     for (let step = 0; step < 24; step++) took.push((await clocked(() => token(700 + step))).cpu);
     return median(took);

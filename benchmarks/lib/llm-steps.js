@@ -4,6 +4,7 @@ import { readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { median } from "simple-statistics";
+import { generation } from "./generation.js";
 import { clocked, inFreshProcess } from "./process.js";
 import { progress } from "./report.js";
 import { smollm2File } from "./skills.js";
@@ -168,25 +169,15 @@ function rowOf(way, times) {
 }
 
 /**
- * Greedy, each cache fed to the next step.
+ * Makes tokens behind a prompt, greedily.
  * @param {Ort} ort
  * @param {Running} session
  * @param {number} length of the prompt
  * @param {number} count tokens
  */
 async function generate(ort, session, length, count) {
-  let tokens = Array.from({ length }, (_, i) => 500 + ((i * 37) % 4000));
-  /** @type {Record<string, any> | undefined} */
-  let cache;
-  for (let i = 0; i < count; i++) {
-    const past = cache;
-    cache = await session.run(feedsOf(ort, session, [tokens], tokens.length, past));
-    const { data, dims } = /** @type {Record<string, any>} */ (cache).logits;
-    const last = data.subarray(data.length - dims[2]);
-    let largest = 0;
-    for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;
-    tokens = [largest];
-  }
+  const tokens = generation(ort, session, { num_key_value_heads: 3, head_size: 64 }, length);
+  for (let i = 0; i < count; i++) await tokens.next();
 }
 
 /**

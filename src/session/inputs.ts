@@ -9,7 +9,7 @@ import type { Engine, LoadedModel } from "./engine.ts";
 import type { Placer } from "./placed.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { probeParity } from "./probe.ts";
-import { type InputValues, TaskEvaluator, toFeeds } from "./values.ts";
+import { type InputValues, isTerm, TaskEvaluator, toFeeds } from "./values.ts";
 
 /**
  * @param bases of the pack
@@ -53,7 +53,7 @@ function carry(
   none: InputValues,
   placer: Placer | undefined,
 ): Omit<Carrier, "probe"> {
-  const terms = inputs.filter(({ kind }) => kind === "core" || kind === "A" || kind === "B").map(({ name }) => name);
+  const terms = inputs.filter(isTerm).map(({ name }) => name);
   const bytesOf = (values: InputValues): number =>
     terms.reduce((sum, name) => sum + values.get(name)!.data.buffer.byteLength, 0);
   // Cores and factors of a past selection, which the next one is written over: garbage of switches would have to be collected.

@@ -336,7 +336,15 @@ export function stackValues(input: TaskInput, rows: readonly InputValue[]): Inpu
   return { dims: stacked, data };
 }
 
-/** Tensors of the inputs that carry tasks, for one task or one per row. */
+/** Whether an input holds a task's core or factors, whose arrays the next selection is written into. */
+export function isTerm({ kind }: TaskInput): boolean {
+  return kind === "core" || kind === "A" || kind === "B";
+}
+
+/**
+ * Tensors of the inputs that carry tasks, for one task or one per row.
+ * @returns with what their arrays take; terms may fill theirs in part
+ */
 export function toFeeds(
   engine: Engine,
   inputs: readonly TaskInput[],
@@ -350,7 +358,7 @@ export function toFeeds(
       rows.map((row) => row.get(input.name)!),
     );
     feeds[input.name] = engine.tensor(data, dims);
-    bytes += data.byteLength;
+    bytes += isTerm(input) ? data.buffer.byteLength : data.byteLength;
   }
   return { feeds, bytes };
 }

@@ -197,7 +197,7 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset:
   return (pair << (32 - bits - (bit & 7))) >> (32 - bits);
 }
 
-/** Lowest and highest bits of the integers in so many bytes. */
+/** Lowest and highest bits of the integers in three or four bytes, and how many bytes these are. */
 const FIELDS = {
   int8: [0x01010101, 0x80808080, 4],
   int4: [0x11111111, 0x88888888, 4],
@@ -209,7 +209,7 @@ export function leastAt(bytes: Uint8Array, type: QuantizedDtype, start: number, 
   const [lowest, highest, step] = FIELDS[type];
   const bits = BITS[type];
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  // They hold whole integers. The least has its highest bit alone.
+  // These bytes hold whole integers. The least has its highest bit alone.
   const end = start + rowBytes(type, width) - 3;
   let at = start;
   for (; at < end; at += step) {
