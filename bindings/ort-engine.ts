@@ -185,7 +185,7 @@ export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: Lo
 
 /**
  * Options under which products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them;
- * what comes back takes them in another one. A product of many rows is hardly slower without.
+ * gradients take them in another one. Products of many rows with floats are hardly slower without.
  */
 function unpacked(options: { readonly extra?: { readonly session?: object } } & Record<string, unknown>): object {
   const session = { disable_prepacking: "1", ...options.extra?.session };

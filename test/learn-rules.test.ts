@@ -30,6 +30,7 @@ import {
   TensorProtoSchema,
   toBinary,
   uniform,
+  unpackProducts,
 } from "./internals.ts";
 import { type Level, probeOf, type Tensors, tensor } from "./learning.ts";
 import { runs } from "./required.ts";
@@ -521,7 +522,7 @@ async function differentiated(
   return [forward, both];
 }
 
-/** A model without and with the gradients of inputs, from a fed gradient of the value `whole`. */
+/** A model without and with the gradients of inputs, from a fed gradient of the value `whole`. Weights in blocks are unpacked in the latter. */
 async function derive(
   name: string,
   graph: GraphProto,
@@ -561,6 +562,7 @@ async function derive(
     main.node.push(makeNode("Identity", `d${source}`, [gradients.get(source)!], `d${source}`));
     main.output.push(makeValue(`d${source}`, 1));
   }
+  if (!gathers) unpackProducts(indexGraph(main, name), opset, (value) => path.shapes.freeAxis(value));
   return { forward, both: embedWeights(file, []), path };
 }
 
@@ -607,12 +609,17 @@ for (const [op, cases] of Object.entries(CASES)) {
           for (const [name, feed] of given) feeds[name] = tensor(NODE, feed);
           const outputs = async (): Promise<Float32Array> => (await session.run(feeds))["whole"]!.data as Float32Array;
           const weights = Float32Array.from(await outputs(), () => 2 * next() - 1);
+          const answers = await outputs();
           const loss = async (): Promise<number> =>
             (await outputs()).reduce((sum, value, i) => sum + value * weights[i]!, 0);
           const results = await gradients.run({
             ...feeds,
             seed: new NODE.Tensor("float32", weights, [1, weights.length]),
           });
+          const again = results["whole"]!.data as Float32Array;
+          const largest = answers.reduce((most, value) => Math.max(most, Math.abs(value)), 1);
+          const apart = answers.reduce((most, value, at) => Math.max(most, Math.abs(value - again[at]!)), 0) / largest;
+          if (!(apart <= 1e-5)) throw new Error(`it answers ${[...again]} instead of ${[...answers]}`);
           for (const [i, { dims }] of one.inputs.entries()) {
             if (!dims) continue;
             const gradient = results[`dx${i}`]!;
@@ -650,6 +657,51 @@ for (const [op, cases] of Object.entries(CASES)) {
     t.pass(`off by ${worst.toExponential(1)} at most`);
   });
 }
+
+t.test("a weight in blocks that is unpacked in parts", async (t) => {
+  // Two whole parts and a rest.
+  const [K, N] = [32, 2 ** 19 + 7];
+  const scales = Float32Array.from({ length: N }, (_, i) => 0.01 + (i % 13) / 1000);
+  const one: Case = {
+    opset: 17,
+    inputs: [
+      { dims: ["n", K] },
+      { constant: bytes(3, N, 1, 16) },
+      {
+        constant: (name) => ({
+          ...makeFloats(name, [], []),
+          dims: [BigInt(N), 1n],
+          rawData: new Uint8Array(scales.buffer),
+        }),
+      },
+    ],
+    attributes: { K, N, bits: 4, block_size: 32 },
+  };
+  const feeds = PROBED.map((sizes) => feedsOf(one, sizes, uniform(1)));
+  const [forward, both] = await differentiated("com.microsoft.MatMulNBits", one, feeds);
+  const unit = Float32Array.from({ length: K * K }, (_, i) => Number(i % (K + 1) === 0));
+  const x0 = new NODE.Tensor("float32", unit, [K, K]);
+  const own = await NODE.InferenceSession.create(forward);
+  const session = await NODE.InferenceSession.create(both, { extra: { session: { disable_prepacking: "1" } } });
+  // Rows of units give the columns of the weight.
+  const columns = (await own.run({ x0 }))["whole"]!.data as Float32Array;
+  const g = Float32Array.from({ length: K * N }, (_, i) => ((7 * i) % 11) - 5);
+  const results = await session.run({ x0, seed: new NODE.Tensor("float32", g, [1, K * N]) });
+  const found = results["whole"]!.data as Float32Array;
+  t.ok(columns.every((value, i) => Math.abs(value - found[i]!) < 1e-6));
+  const gradient = results["dx0"]!.data as Float32Array;
+  const last = (K - 1) * N;
+  for (let k = 0; k < K; k++) {
+    let [sum, size] = [0, 0];
+    for (let i = 0; i < N; i++) {
+      sum += columns[k * N + i]! * g[last + i]!;
+      size += Math.abs(columns[k * N + i]! * g[last + i]!);
+    }
+    t.ok(Math.abs(sum - gradient[(K - 1) * K + k]!) < 1e-6 * size, `column ${k}`);
+  }
+  await own.release();
+  await session.release();
+});
 
 t.test("equal maxima share a gradient", async (t) => {
   const one: Case = { opset: 17, inputs: [{ dims: ["n", "m"] }], attributes: { axes: [1], keepdims: 0 } };

@@ -225,7 +225,7 @@ export class Emitter {
     const of =
       axis === undefined
         ? this.op("Cast", [this.slice(this.op("Reshape", [value, this.ints([-1])]), 0, 0, 1)], { to: INT64 })
-        : this.unsqueeze(this.op("Gather", [this.op("Shape", [value]), this.int(axis)], { axis: 0 }), [0]);
+        : this.slice(this.op("Shape", [value]), 0, axis, axis + 1);
     const zero = this.mul(of, this.ints([0]));
     return this.op("Slice", [this.ints(numbers), zero, this.ints([numbers.length]), this.ints([0])]);
   }

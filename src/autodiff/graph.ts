@@ -13,6 +13,7 @@ import { makeFloats, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import { flattenScales, unpackProducts } from "./block-weights.ts";
 import { Emitter } from "./emit.ts";
 import { crossEntropy, sparseCrossEntropy } from "./loss.ts";
 import { probePath } from "./path.ts";
@@ -135,6 +136,7 @@ export async function buildTrainingGraph(
   const own = main.input.filter(({ name }) => !ofTasks.has(name) && !model.graph.initializers.has(name));
   const trained = grafted.inputs.filter(({ kind }) => TRAINED.has(kind));
   if (trained.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
+  flattenScales(indexGraph(main, model.name));
   // Declared shapes need not hold for other heads.
   main.valueInfo.length = 0;
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
@@ -172,9 +174,9 @@ export async function buildTrainingGraph(
   main.node.push(learning);
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   takeUntransposed(indexGraph(main, model.name), model.opset);
-  const logitsDims = namedDims(path.shapes, logits, ofTasks);
+  if (!emit.gathers) unpackProducts(indexGraph(main, model.name), model.opset, (value) => path.shapes.freeAxis(value));
   const tokens = picked && { positions: POSITIONS, classes: CLASSES };
-  return { ...NAMES, logitsOutput: logits, tokens, logitsDims, gradients };
+  return { ...NAMES, logitsOutput: logits, tokens, logitsDims: namedDims(path.shapes, logits, ofTasks), gradients };
 }
 
 /** Feeds for the runs that find shapes: two, with the model's own inputs and those of a task. */
@@ -210,7 +212,7 @@ function branch(
   const learning = create(GraphProtoSchema, {
     name: `${PREFIX}/learning`,
     node: [
-      ...nodes,
+      ...leavesLast(nodes),
       ...results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as))),
     ],
     output: given("then"),
@@ -225,6 +227,16 @@ function branch(
   });
   const outputs = results.map(({ as }) => as);
   return makeNode("If", `${PREFIX}/learn`, [LEARN], outputs, { then_branch: learning, else_branch: answering });
+}
+
+/**
+ * Moves nodes that no other reads to the end, the first ones last. onnxruntime begins with the last of such nodes and what it needs. In the
+ * order of the backward pass that would be the first layer's gradients, and all that the other layers' need would wait until the end.
+ */
+function leavesLast(nodes: readonly NodeProto[]): NodeProto[] {
+  const read = new Set(nodes.flatMap(({ input }) => input));
+  const isLeaf = ({ output }: NodeProto): boolean => !output.some((value) => read.has(value));
+  return [...nodes.filter((node) => !isLeaf(node)), ...nodes.filter(isLeaf).reverse()];
 }
 
 /** Names the dimensions of a value by the inputs they come from. */

@@ -105,8 +105,7 @@ export class NodeGradient {
   /** Moment at which this node's gradient is available. */
   moment(): Moment {
     const value = this.proto.output.find((output) => this.gradient(output) !== undefined)!;
-    const free = this.dims(value).indexOf(undefined);
-    return { value: this.gradient(value)!, axis: free < 0 ? undefined : free };
+    return { value: this.gradient(value)!, axis: this.#walk.shapes.freeAxis(value) };
   }
 
   /** The elements of a small value that no input changes. */

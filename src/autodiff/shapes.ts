@@ -269,6 +269,12 @@ export class Shapes {
     return first.dims.map((size, axis) => (size === second.dims[axis] ? size : undefined));
   }
 
+  /** An axis whose size only a run tells; undefined where there is none, or the value was not probed. */
+  freeAxis(value: string): number | undefined {
+    const free = this.has(value) ? this.dims(value).indexOf(undefined) : -1;
+    return free < 0 ? undefined : free;
+  }
+
   type(value: string): string {
     return this.#found.get(value)![0]!.type;
   }

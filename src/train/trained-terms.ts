@@ -160,12 +160,16 @@ export class TrainedTerms {
     const shared = this.#shared(values, module, side);
     if (shared) {
       const { K, mean, width, E, alpha, count } = shared;
-      const sums = new Float64Array(width);
-      for (let row = 0; row < count; row++) {
-        if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
-        else sums.fill(0);
-        accumulate(sums, alpha.subarray(row * K, (row + 1) * K), E);
-        rows.set(sums, row * width);
+      const alphaOf = (row: number): Float32Array => alpha.subarray(row * K, (row + 1) * K);
+      const sums = new Float64Array(2 * width);
+      for (const [row, next] of pairsOf(count)) {
+        for (const at of [0, width]) {
+          if (mean) sums.set(E.subarray(K * width, (K + 1) * width), at);
+          else sums.fill(0, at, at + width);
+        }
+        accumulate(sums, alphaOf(row), alphaOf(next), E);
+        rows.set(sums.subarray(0, width), row * width);
+        rows.set(sums.subarray(width), next * width);
       }
     }
     const own = this.part(values, module.name, `own${side}`);
@@ -210,14 +214,18 @@ export class TrainedTerms {
     const { K, mean, width, E, alpha, count } = shared;
     const ofAlpha = this.part(gradients, module.name, `alpha${side}`)!;
     const ofE = this.part(gradients, module.name, `components${side}`);
-    for (let row = 0; row < count; row++) {
-      const g = rows.subarray(row * width, (row + 1) * width);
-      products(ofAlpha.subarray(row * K, (row + 1) * K), g, E);
-      for (let k = 0; k < (ofE ? K : 0); k++) {
+    const gOf = (row: number): Float32Array => rows.subarray(row * width, (row + 1) * width);
+    for (const [row, next] of pairsOf(count)) {
+      const [one, other] = [row, next].map((at) => ofAlpha.subarray(at * K, (at + 1) * K)) as [Values, Values];
+      products(one, other, gOf(row), gOf(next), E);
+    }
+    for (let row = 0; row < (ofE ? count : 0); row++) {
+      const g = gOf(row);
+      for (let k = 0; k < K; k++) {
         const [from, a] = [k * width, alpha[row * K + k]!];
         for (let i = 0; i < width; i++) ofE![from + i]! += a * g[i]!;
       }
-      if (ofE && mean) for (let i = 0; i < width; i++) ofE[K * width + i]! += g[i]!;
+      if (mean) for (let i = 0; i < width; i++) ofE![K * width + i]! += g[i]!;
     }
   }
 }
@@ -232,39 +240,72 @@ export function storingTrained<T>(what: string, encode: () => T): T {
   return storing(what, undefined, encode, "take a smaller learning rate");
 }
 
-/** Adds a [K] · E [K, width] to sums [width], four rows at a time: training steps wait for this product. */
-function accumulate(sums: Float64Array, a: Float32Array, E: Float32Array): void {
-  const width = sums.length;
+/** Rows in twos; an odd last one twice. */
+function pairsOf(rows: number): (readonly [number, number])[] {
+  return Array.from({ length: Math.ceil(rows / 2) }, (_, i) => [2 * i, Math.min(2 * i + 1, rows - 1)] as const);
+}
+
+/**
+ * Adds a [K] · E [K, width] and b [K] · E to the halves of sums [2, width]. Steps of training wait for this product: four rows of E are
+ * read once for both.
+ */
+function accumulate(sums: Float64Array, a: Float32Array, b: Float32Array, E: Float32Array): void {
+  const width = sums.length / 2;
   let k = 0;
   for (; k + 4 <= a.length; k += 4) {
     const [a0, a1, a2, a3] = [a[k]!, a[k + 1]!, a[k + 2]!, a[k + 3]!];
+    const [b0, b1, b2, b3] = [b[k]!, b[k + 1]!, b[k + 2]!, b[k + 3]!];
     const [at0, at1, at2, at3] = [k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width];
-    for (let i = 0; i < width; i++)
-      sums[i]! += a0 * E[at0 + i]! + a1 * E[at1 + i]! + (a2 * E[at2 + i]! + a3 * E[at3 + i]!);
+    for (let i = 0; i < width; i++) {
+      const e0 = E[at0 + i]!;
+      const e1 = E[at1 + i]!;
+      const e2 = E[at2 + i]!;
+      const e3 = E[at3 + i]!;
+      sums[i]! += a0 * e0 + a1 * e1 + (a2 * e2 + a3 * e3);
+      sums[width + i]! += b0 * e0 + b1 * e1 + (b2 * e2 + b3 * e3);
+    }
   }
-  for (; k < a.length; k++) for (let i = 0, at = k * width; i < width; i++) sums[i]! += a[k]! * E[at + i]!;
+  for (; k < a.length; k++) {
+    for (let i = 0, at = k * width; i < width; i++) {
+      sums[i]! += a[k]! * E[at + i]!;
+      sums[width + i]! += b[k]! * E[at + i]!;
+    }
+  }
 }
 
-/** out [K] = E [K, width] · g [width]. */
-function products(out: Float32Array, g: Float32Array, E: Float32Array): void {
-  const width = g.length;
+/** of1 [K] = E [K, width] · g1 [width], and of2 the same of g2. */
+function products(of1: Float32Array, of2: Float32Array, g1: Float32Array, g2: Float32Array, E: Float32Array): void {
+  const width = g1.length;
   let k = 0;
-  for (; k + 4 <= out.length; k += 4) {
+  for (; k + 4 <= of1.length; k += 4) {
     const [at0, at1, at2, at3] = [k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width];
-    let [s0, s1, s2, s3] = [0, 0, 0, 0];
+    let [s0, s1, s2, s3, t0, t1, t2, t3] = [0, 0, 0, 0, 0, 0, 0, 0];
     for (let i = 0; i < width; i++) {
-      const one = g[i]!;
-      s0 += one * E[at0 + i]!;
-      s1 += one * E[at1 + i]!;
-      s2 += one * E[at2 + i]!;
-      s3 += one * E[at3 + i]!;
+      const x = g1[i]!;
+      const y = g2[i]!;
+      const e0 = E[at0 + i]!;
+      const e1 = E[at1 + i]!;
+      const e2 = E[at2 + i]!;
+      const e3 = E[at3 + i]!;
+      s0 += x * e0;
+      s1 += x * e1;
+      s2 += x * e2;
+      s3 += x * e3;
+      t0 += y * e0;
+      t1 += y * e1;
+      t2 += y * e2;
+      t3 += y * e3;
     }
-    out.set([s0, s1, s2, s3], k);
+    of1.set([s0, s1, s2, s3], k);
+    of2.set([t0, t1, t2, t3], k);
   }
-  for (; k < out.length; k++) {
-    let sum = 0;
-    for (let i = 0, at = k * width; i < width; i++) sum += g[i]! * E[at + i]!;
-    out[k] = sum;
+  for (; k < of1.length; k++) {
+    let [s, t] = [0, 0];
+    for (let i = 0, at = k * width; i < width; i++) {
+      s += g1[i]! * E[at + i]!;
+      t += g2[i]! * E[at + i]!;
+    }
+    [of1[k], of2[k]] = [s, t];
   }
 }
 
