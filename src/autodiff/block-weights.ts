@@ -83,7 +83,13 @@ export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: n
     return emit.op("Reshape", [made, late([rows, count * width])]);
   };
   if (bits === 8) return [floats(bytes, 128)];
-  return [floats(bytes, 16 * 8 + 8), floats(emit.shift(bytes, emit.byte(4), "RIGHT"), 8)];
+  return [floats(bytes, 16 * 8 + 8), floats(upperHalves(emit, bytes), 8)];
+}
+
+/** Upper halves of bytes: (w − 7.5) / 16, rounded, which is exact. BitShift takes five times as long. */
+function upperHalves(emit: Emitter, bytes: string): string {
+  const [zero, fifteen] = [emit.byte(0), emit.byte(15)];
+  return emit.op("QLinearAdd", [bytes, 1, zero, zero, 0.5, fifteen, 16, zero], {}, CONTRIBUTED);
 }
 
 /** Scales in another shape. */
@@ -104,7 +110,7 @@ function integersOf(emit: Emitter, { N, count, bits, zeros }: BlockWeight): stri
   const bytes = emit.op("Reshape", [zeros!.name, emit.ints([N, Math.ceil((count * bits) / 8), 1])]);
   const all = emit.toFloat(bytes);
   if (bits === 8) return emit.op("Flatten", [all], { axis: 1 });
-  const upper = emit.toFloat(emit.shift(bytes, emit.byte(4), "RIGHT"));
+  const upper = emit.toFloat(upperHalves(emit, bytes));
   const both = emit.concat([emit.sub(all, emit.mul(16, upper)), upper], 2);
   return emit.slice(emit.op("Flatten", [both], { axis: 1 }), 1, 0, count);
 }

@@ -252,10 +252,6 @@ export class Emitter {
     );
   }
 
-  shift(value: string, by: string, direction: "LEFT" | "RIGHT"): string {
-    return this.op("BitShift", [value, by], { direction });
-  }
-
   /** A constant f32 scalar. */
   float(value: number): string {
     return this.#constant(`float/${value}`, (name) => makeFloats(name, [value], []));

@@ -40,8 +40,8 @@ export interface TrainingGraphOptions {
    */
   readonly feeds?: readonly [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>] | undefined;
   /**
-   * Whether the backward pass unpacks weights of 4 bits with onnxruntime's own operator instead of shifts, which WebGPU lacks. Default:
-   * false.
+   * Whether the backward pass unpacks weights of 4 bits with onnxruntime's `GatherBlockQuantized`, since WebGPU lacks other operators on
+   * bytes. Default: false.
    */
   readonly gathers?: boolean | undefined;
 }

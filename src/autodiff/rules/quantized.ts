@@ -57,8 +57,8 @@ function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
 }
 
 /**
- * Unpacks with onnxruntime's operator, which knows of zeros that are bytes; for devices without shifts of bits. On processors it takes
- * several times as long.
+ * Unpacks with onnxruntime's operator, which knows of zeros that are bytes; for devices without other operators on bytes. On
+ * processors it takes several times as long.
  * @returns [rows of g, count · block]
  */
 function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
