@@ -223,7 +223,7 @@ export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Ar
   plan.A.shared.forEach(({ at: a0, rows, basis }, i) => {
     const B = plan.Bt.shared[i]!;
     const sizes: Sizes = [a0, basis.tensor.rows, B.at, B.basis.tensor.rows, rows];
-    for (let r = 0; r < rows; r += 4) addRows(staged, sizes, r, out, at, stride, i + r === 0);
+    addProduct(staged, sizes, out, at, stride, i === 0);
   });
 }
 
@@ -231,47 +231,58 @@ export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Ar
 type Sizes = readonly [a0: number, rowsA: number, b0: number, rowsB: number, rows: number];
 
 /**
- * Adds four r in one pass over the core, two of its rows side by side, so that each value of α_B is read once for both. Sums keep the order
- * of a plain loop. @param first whether `out` is overwritten
+ * Adds the product of a task's coefficients to a core, in tiles of 2 × 4 whose sums stay in registers. Rows and columns at an edge stand in for
+ * those beyond it. @param first whether `out` is overwritten
  */
-function addRows(
+function addProduct(
   staged: Float32Array,
   [a0, rowsA, b0, rowsB, rows]: Sizes,
-  r: number,
   out: Float32Array,
   at: number,
   stride: number,
   first: boolean,
 ): void {
-  // Beyond the last r the last one stands in, times 0.
-  const x = (k: number, a: number): number => (r + k < rows ? staged[a0 + (r + k) * rowsA + a]! : 0);
-  const y = (k: number): number => b0 + Math.min(r + k, rows - 1) * rowsB;
-  const y0 = y(0);
-  const y1 = y(1);
-  const y2 = y(2);
-  const y3 = y(3);
   for (let a = 0; a < rowsA; a += 2) {
-    // An odd row at the end is its own neighbour.
-    const next = Math.min(a + 1, rowsA - 1);
-    const x0 = x(0, a);
-    const x1 = x(1, a);
-    const x2 = x(2, a);
-    const x3 = x(3, a);
-    const z0 = x(0, next);
-    const z1 = x(1, next);
-    const z2 = x(2, next);
-    const z3 = x(3, next);
-    for (let b = 0; b < rowsB; b++) {
+    const below = Math.min(1, rowsA - 1 - a);
+    for (let b = 0; b < rowsB; b += 4) {
+      const left = rowsB - 1 - b;
+      const c1 = Math.min(1, left);
+      const c2 = Math.min(2, left);
+      const c3 = Math.min(3, left);
       const o = at + a * stride + b;
-      const p = at + next * stride + b;
-      const s0 = staged[y0 + b]!;
-      const s1 = staged[y1 + b]!;
-      const s2 = staged[y2 + b]!;
-      const s3 = staged[y3 + b]!;
-      const one = first ? 0 : out[o]!;
-      const two = first ? 0 : out[p]!;
-      out[o] = one + (x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3);
-      out[p] = two + (z0 * s0 + z1 * s1 + z2 * s2 + z3 * s3);
+      const p = o + below * stride;
+      let s0 = first ? 0 : out[o]!;
+      let s1 = first ? 0 : out[o + c1]!;
+      let s2 = first ? 0 : out[o + c2]!;
+      let s3 = first ? 0 : out[o + c3]!;
+      let t0 = first ? 0 : out[p]!;
+      let t1 = first ? 0 : out[p + c1]!;
+      let t2 = first ? 0 : out[p + c2]!;
+      let t3 = first ? 0 : out[p + c3]!;
+      for (let r = 0, i = a0 + a, j = b0 + b; r < rows; r++, i += rowsA, j += rowsB) {
+        const x = staged[i]!;
+        const y = staged[i + below]!;
+        const z0 = staged[j]!;
+        const z1 = staged[j + c1]!;
+        const z2 = staged[j + c2]!;
+        const z3 = staged[j + c3]!;
+        s0 += x * z0;
+        s1 += x * z1;
+        s2 += x * z2;
+        s3 += x * z3;
+        t0 += y * z0;
+        t1 += y * z1;
+        t2 += y * z2;
+        t3 += y * z3;
+      }
+      out[p + c3] = t3;
+      out[p + c2] = t2;
+      out[p + c1] = t1;
+      out[p] = t0;
+      out[o + c3] = s3;
+      out[o + c2] = s2;
+      out[o + c1] = s1;
+      out[o] = s0;
     }
   }
 }

@@ -36,11 +36,12 @@ export class CoreSpace {
     for (const [i, { module, KA, KB, scalesA, scalesB }] of this.#blocks.entries()) {
       const { at, stride } = this.targets[i]![1];
       const written = isWritten(module);
-      for (let a = 0; (scalesA || scalesB || !written) && a < KA; a++) {
-        for (let b = 0; b < KB; b++) {
-          const place = at + a * stride + b;
-          data[place] = written ? (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * data[place]! : 0;
-        }
+      if (written && !scalesA && !scalesB) continue;
+      const across = scalesB ?? new Float32Array(KB).fill(1);
+      for (let a = 0, from = at; a < KA; a++, from += stride) {
+        const scale = scalesA ? scalesA[a]! : 1;
+        if (!written) data.fill(0, from, from + KB);
+        else for (let b = 0; b < KB; b++) data[from + b]! *= scale * across[b]!;
       }
     }
     return { dims: this.#dims, data };
