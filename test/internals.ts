@@ -178,7 +178,7 @@ export type { Trainable } from "../dist/src/session/training.js";
 
 // Gradients rule by rule, and training step by step, against PyTorch.
 
-export { unpackProducts } from "../dist/src/autodiff/block-weights.js";
+export { flattenScales, unpackProducts } from "../dist/src/autodiff/block-weights.js";
 export { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions/index.js";
 export { Emitter } from "../dist/src/autodiff/emit.js";
 export { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";

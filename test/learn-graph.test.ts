@@ -402,6 +402,26 @@ t.test("where one position is looked at, the last layer works on that one alone"
   t.same(positions(whole), [], "somebody else looks at all of them");
 });
 
+t.test("gradients of the last layer come last, where onnxruntime begins", async (t) => {
+  for (const name of ["bert-all-linear", "bert-sdpa-dynamo"]) {
+    const { file } = await prepare(await golden(name), { probe: probeOf(NODE) });
+    const learning = file.model.graph.proto.node.findLast(({ opType }) => opType === "If")!;
+    const { node } = learning.attribute.find((one) => one.name === "then_branch")!.g!;
+    const places = new Map(node.flatMap(({ output }, i) => output.map((value) => [value, i] as const)));
+    const layers = node.flatMap(({ opType, input, output }) => {
+      const layer = opType === "Identity" && /layer\.(\d+)\..*gradient/.exec(output[0]!)?.[1];
+      return layer ? [[places.get(input[0]!)!, Number(layer)] as const] : [];
+    });
+    const order = layers.sort(([a], [b]) => a - b).map(([, layer]) => layer);
+    t.ok(new Set(order).size > 1, `${name}: ${new Set(order).size} layers`);
+    t.same(
+      order,
+      order.toSorted((a, b) => a - b),
+      name,
+    );
+  }
+});
+
 t.test("the graph is found out with two runs, and written without the weights", async (t) => {
   const of = await golden("vit-torchscript");
   const probe = probeOf(NODE);

@@ -12,6 +12,7 @@ import {
   differentiate,
   Emitter,
   embedWeights,
+  flattenScales,
   type GraphProto,
   GraphProtoSchema,
   indexGraph,
@@ -73,6 +74,8 @@ interface Case {
   readonly used?: readonly number[];
   /** Whether blocks of integers are unpacked by onnxruntime's own operator. */
   readonly gathers?: boolean;
+  /** Whether the free dimensions are not told when weights in blocks are unpacked. */
+  readonly untold?: boolean;
 }
 
 const opset = (least = 13): fc.Arbitrary<number> => fc.integer({ min: least, max: Math.max(21, least) });
@@ -331,12 +334,14 @@ const blocks: fc.Arbitrary<Case> = fc
     N: fc.constantFrom(5, 40),
     zeros: fc.constantFrom("none", "bytes", "floats"),
     bias: fc.boolean(),
+    flat: fc.boolean(),
     gathers: fc.boolean(),
+    untold: fc.boolean(),
     seed: fc.nat({ max: 99 }),
   })
   // onnxruntime has no floats for 8 bits.
   .filter(({ bits, zeros }) => bits === 4 || zeros !== "floats")
-  .map(({ opset, leading, bits, K, N, zeros, bias, gathers, seed }) => {
+  .map(({ opset, leading, bits, K, N, zeros, bias, flat, gathers, untold, seed }) => {
     const block = 16;
     const many = Math.ceil(K / block);
     const next = uniform(seed);
@@ -350,11 +355,11 @@ const blocks: fc.Arbitrary<Case> = fc
     const inputs: Input[] = [
       { dims: [...leading, K] },
       { constant: bytes(seed, N, many, (block * bits) / 8) },
-      { constant: floats(some(0.02, 0.02, N * many), [N * many]) },
+      { constant: floats(some(0.02, 0.02, N * many), flat ? [N * many] : [N, many]) },
       zero[zeros]!,
       ...(bias ? [{ absent: true as const }, { constant: floats(some(0, 1, N), [N]) }] : []),
     ];
-    return { opset, gathers, inputs, attributes: { K, N, bits, block_size: block } };
+    return { opset, gathers, untold, inputs, attributes: { K, N, bits, block_size: block } };
   });
 
 const CASES: Record<string, fc.Arbitrary<Case>> = {
@@ -484,7 +489,7 @@ function feedsOf({ inputs }: Case, sizes: Sizes, next: () => number): Map<string
 /** A model of one node, without and with the gradients of its inputs for a gradient fed as `seed`. */
 async function differentiated(
   op: string,
-  { inputs, attributes = {}, text = {}, outputs = 1, used = [0], opset, gathers = false }: Case,
+  { inputs, attributes = {}, text = {}, outputs = 1, used = [0], opset, gathers = false, untold = false }: Case,
   feeds: readonly Map<string, Feed>[],
 ): Promise<[forward: Uint8Array, both: Uint8Array]> {
   const [opType, domain] = op.startsWith("com.") ? [op.split(".").at(-1)!, "com.microsoft"] : [op, ""];
@@ -518,7 +523,7 @@ async function differentiated(
       );
   }
   const sources = inputs.flatMap(({ dims }, i) => (dims ? [`x${i}`] : []));
-  const { forward, both } = await derive(op, graph, opset, sources, feeds, gathers);
+  const { forward, both } = await derive(op, graph, opset, sources, feeds, { gathers, untold });
   return [forward, both];
 }
 
@@ -529,7 +534,7 @@ async function derive(
   opset: number,
   sources: readonly string[],
   feeds: readonly Map<string, Feed>[],
-  gathers = false,
+  { gathers = false, untold = false } = {},
 ): Promise<{ forward: Uint8Array; both: Uint8Array; path: ProbedPath }> {
   graph.output.push(makeValue("whole", 1));
   const $typeName = "onnx.OperatorSetIdProto" as const;
@@ -550,6 +555,7 @@ async function derive(
     external: undefined,
     close: async () => undefined,
   };
+  if (!gathers) flattenScales(file.model.graph);
   const emit = new Emitter(main, opset);
   emit.gathers = gathers;
   const problems = new Problems();
@@ -562,7 +568,8 @@ async function derive(
     main.node.push(makeNode("Identity", `d${source}`, [gradients.get(source)!], `d${source}`));
     main.output.push(makeValue(`d${source}`, 1));
   }
-  if (!gathers) unpackProducts(indexGraph(main, name), opset, (value) => path.shapes.freeAxis(value));
+  if (!gathers)
+    unpackProducts(indexGraph(main, name), opset, (value) => (untold ? undefined : path.shapes.freeAxis(value)));
   return { forward, both: embedWeights(file, []), path };
 }
 
@@ -657,6 +664,48 @@ for (const [op, cases] of Object.entries(CASES)) {
     t.pass(`off by ${worst.toExponential(1)} at most`);
   });
 }
+
+t.test("weights in blocks: no rows, and what is left alone", async (t) => {
+  const scales = floats([1, 2, 3, 4, 5], [5, 1]);
+  const attributes = { K: 16, N: 5, bits: 4, block_size: 16 };
+  const packed: Input[] = [{ dims: ["n", 16] }, { constant: bytes(1, 5, 1, 8) }, { constant: scales }];
+  for (const untold of [false, true]) {
+    const one: Case = { opset: 17, inputs: packed, attributes, untold };
+    const feeds = PROBED.map((sizes) => feedsOf(one, sizes, uniform(1)));
+    const [, both] = await differentiated("com.microsoft.MatMulNBits", one, feeds);
+    t.notOk(parseModel(both, "both").graph.proto.node.some(({ opType }) => opType === "MatMulNBits"));
+    const session = await NODE.InferenceSession.create(both);
+    const none = new NODE.Tensor("float32", new Float32Array(0), [0, 16]);
+    const seed = new NODE.Tensor("float32", new Float32Array(0), [1, 0]);
+    const results = await session.run({ x0: none, seed });
+    t.same(results["whole"]!.dims.at(-1), 0);
+    t.same(results["dx0"]!.dims, [0, 16]);
+    await session.release();
+  }
+  const unpackedOf = (zeros: TensorProto | undefined, declared: boolean): GraphProto => {
+    const inputs = ["x", "W", "scales", ...(zeros || declared ? ["zeros"] : [])];
+    const node = [makeNode("MatMulNBits", "y", inputs, "y", attributes, "com.microsoft")];
+    const graph = create(GraphProtoSchema, {
+      name: "one",
+      node,
+      initializer: [bytes(1, 5, 1, 8)("W"), scales("scales")],
+    });
+    if (zeros) graph.initializer.push(zeros);
+    graph.input.push(makeValue("x", 1, ["n", 16]), ...(declared ? [makeValue("scales", 1, [5, 1])] : []));
+    flattenScales(indexGraph(graph, "one"));
+    unpackProducts(indexGraph(graph, "one"), 17, () => 0);
+    return graph;
+  };
+  const products = ({ node }: GraphProto): number => node.filter(({ opType }) => opType === "MatMulNBits").length;
+  const half: TensorProto = { ...makeFloats("zeros", [], []), dataType: 10, dims: [5n], rawData: new Uint8Array(10) };
+  t.equal(products(unpackedOf(half, false)), 1, "zeros in f16");
+  t.equal(products(unpackedOf(undefined, true)), 1, "zeros that another node makes");
+  const declared = unpackedOf(floats([8, 8, 8, 8, 8], [5])("zeros"), true);
+  t.equal(products(declared), 0);
+  const dims = (graph: GraphProto) => graph.initializer.find(({ name }) => name === "scales")!.dims.join();
+  t.equal(dims(declared), "5,1", "the shape of an input stays");
+  t.equal(dims(unpackedOf(half, false)), "5");
+});
 
 t.test("a weight in blocks that is unpacked in parts", async (t) => {
   // Two whole parts and a rest.

@@ -3,13 +3,16 @@
  * rows one part at a time, and frees each part before the next.
  *
  * A byte of 4-bit weights w = 16 · u + l holds two neighbouring columns, l first. Bytes become floats in one pass, and so do upper halves; the
- * lower ones are w − 16 · u. Either side of a product can take that difference, so that they are never unpacked.
+ * lower ones are w − 16 · u. Either side of a product can take that difference, so that they are never unpacked; it costs a digit of f32.
  */
 import { FLOAT } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { CONTRIBUTED, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import { Emitter } from "./emit.ts";
+
+/** `TensorProto.DataType` */
+const UINT8 = 2;
 
 /** Most elements unpacked at once: 32 MB. That is all of a layer, or a part of a vocabulary. */
 const MOST_UNPACKED = 2 ** 23;
@@ -20,7 +23,7 @@ export interface BlockWeight {
   readonly K: number;
   readonly bits: 4 | 8;
   readonly block: number;
-  /** BlockWeight in a row; the last one may be padded. */
+  /** Blocks in a row; the last one may be padded. */
   readonly count: number;
   readonly packed: string;
   readonly scales: string;
@@ -30,7 +33,7 @@ export interface BlockWeight {
   readonly zeros: { readonly name: string; readonly bytes: boolean } | undefined;
 }
 
-/** An int64 vector that becomes available during the run. Runtimes would unpack constant weights when they load them. */
+/** An int64 vector that becomes available during the run. Runtimes would copy weights when they load them, or unpack all of them first. */
 type Late = (numbers: readonly number[]) => string;
 
 /**
@@ -101,7 +104,8 @@ function scalesOf(emit: Emitter, { scales, shape }: BlockWeight, to: readonly nu
 export function offsetsOf(emit: Emitter, blocks: BlockWeight): string | undefined {
   const { N, count, bits, zeros } = blocks;
   if (!zeros) return undefined;
-  const values = zeros.bytes ? integersOf(emit, blocks) : emit.op("Reshape", [zeros.name, emit.ints([N, count])]);
+  const shape = emit.ints([N, count]);
+  const values = zeros.bytes ? integersOf(emit, blocks) : emit.toFloat(emit.op("Reshape", [zeros.name, shape]));
   return emit.mul(emit.sub(2 ** (bits - 1), values), scalesOf(emit, blocks, [N, count]));
 }
 
@@ -110,15 +114,18 @@ function integersOf(emit: Emitter, { N, count, bits, zeros }: BlockWeight): stri
   const bytes = emit.op("Reshape", [zeros!.name, emit.ints([N, Math.ceil((count * bits) / 8), 1])]);
   const all = emit.toFloat(bytes);
   if (bits === 8) return emit.op("Flatten", [all], { axis: 1 });
-  const upper = emit.toFloat(upperHalves(emit, bytes));
+  // Runtimes compute these when they load them, which they do not with QLinearAdd.
+  const upper = emit.op("Floor", [emit.mul(all, 1 / 16)]);
   const both = emit.concat([emit.sub(all, emit.mul(16, upper)), upper], 2);
   return emit.slice(emit.op("Flatten", [both], { axis: 1 }), 1, 0, count);
 }
 
 /** Makes vectors of scales that only such products read, in place. They take both shapes; reshaped ones would be second copies. */
 export function flattenScales({ proto: main, initializers, consumers }: Graph): void {
+  // The shape of an input is declared.
+  const declared = new Set(main.input.map(({ name }) => name));
   for (const { opType, input } of main.node) {
-    const scales = opType === "MatMulNBits" ? initializers.get(input[2]!) : undefined;
+    const scales = opType === "MatMulNBits" && !declared.has(input[2]!) ? initializers.get(input[2]!) : undefined;
     const users = consumers.get(input[2] ?? "") ?? [];
     if (!scales || !users.every((use) => use.node.opType === "MatMulNBits" && use.input === 2)) continue;
     scales.dims = [scales.dims.reduce((a, b) => a * b, 1n)];
@@ -139,11 +146,13 @@ export function unpackProducts(
   const emit = new Emitter(main, opset, `${PREFIX}/unpacked`);
   main.node = main.node.flatMap((node) => {
     if (node.opType !== "MatMulNBits" || node.domain !== CONTRIBUTED) return [node];
-    const blocks = blocksOf(node, (value) => {
-      const { dims, dataType } = initializers.get(value) ?? { dims: [], dataType: 0 };
-      return { dims: dims.map(Number), bytes: dataType !== FLOAT };
-    });
-    if (typeof blocks === "string" || initializers.get(blocks.scales)?.dataType !== FLOAT) return [node];
+    const typeOf = (value: string): number | undefined => initializers.get(value)?.dataType;
+    const blocks = blocksOf(node, (value) => ({
+      dims: initializers.get(value)?.dims.map(Number) ?? [],
+      bytes: typeOf(value) === UINT8,
+    }));
+    if (typeof blocks === "string" || typeOf(blocks.scales) !== FLOAT) return [node];
+    if (blocks.zeros && ![UINT8, FLOAT].includes(typeOf(blocks.zeros.name) ?? 0)) return [node];
     const written = emit.nodes.length;
     const [x] = node.input as [string];
     const made = product(emit, x, blocks, freeAxis(x));

@@ -221,13 +221,21 @@ export class Emitter {
    * @param axis of a dimension of `value` that only the run tells; undefined where all are fixed
    */
   late(numbers: readonly number[], value: string, axis: number | undefined): string {
-    // Sizes cost nothing. Where all are fixed an element is read instead, since runtimes compute what they can when they load.
+    // Sizes cost nothing. Where all are fixed an element is read instead, since runtimes compute what they can when they load; 0 follows,
+    // for where there are no elements.
+    const elements = (): string =>
+      this.concat([this.#first(this.op("Reshape", [value, this.ints([-1])])), this.unsqueeze(this.float(0), [0])], 0);
     const of =
       axis === undefined
-        ? this.op("Cast", [this.slice(this.op("Reshape", [value, this.ints([-1])]), 0, 0, 1)], { to: INT64 })
+        ? this.op("Cast", [this.#first(elements())], { to: INT64 })
         : this.slice(this.op("Shape", [value]), 0, axis, axis + 1);
     const zero = this.mul(of, this.ints([0]));
     return this.op("Slice", [this.ints(numbers), zero, this.ints([numbers.length]), this.ints([0])]);
+  }
+
+  /** The first element of a vector; none where it has none. */
+  #first(vector: string): string {
+    return this.slice(vector, 0, 0, 1);
   }
 
   /** Slice value[from:to] along one axis. */

@@ -1,7 +1,7 @@
 /**
  * The training graph: a model that answers with any task, extended to learn one too. Inputs that `graft` has added (factors of layers,
- * heads) get gradients in a branch that runs only on demand. It uses standard operators, so that every build of ONNX Runtime runs it,
- * including those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes
+ * heads) get gradients in a branch that runs only on demand. It uses standard operators, and for weights in blocks the
+ * runtime's own, so that every build of ONNX Runtime runs it, including those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes
  * the steps.
  */
 import { FormatError } from "../errors.ts";
@@ -136,7 +136,7 @@ export async function buildTrainingGraph(
   const own = main.input.filter(({ name }) => !ofTasks.has(name) && !model.graph.initializers.has(name));
   const trained = grafted.inputs.filter(({ kind }) => TRAINED.has(kind));
   if (trained.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
-  flattenScales(indexGraph(main, model.name));
+  if (!options.gathers) flattenScales(indexGraph(main, model.name));
   // Declared shapes need not hold for other heads.
   main.valueInfo.length = 0;
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;

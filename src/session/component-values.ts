@@ -37,10 +37,10 @@ export class CoreSpace {
       const { at, stride } = this.targets[i]![1];
       const written = isWritten(module);
       if (written && !scalesA && !scalesB) continue;
-      const across = scalesB ?? new Float32Array(KB).fill(1);
+      const across = written && (scalesB ?? new Float32Array(KB).fill(1));
       for (let a = 0, from = at; a < KA; a++, from += stride) {
-        const scale = scalesA ? scalesA[a]! : 1;
-        if (!written) data.fill(0, from, from + KB);
+        const scale = scalesA?.[a] ?? 1;
+        if (!across) data.fill(0, from, from + KB);
         else for (let b = 0; b < KB; b++) data[from + b]! *= scale * across[b]!;
       }
     }

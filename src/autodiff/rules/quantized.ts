@@ -27,7 +27,7 @@ function columns(emit: Emitter, g: string, { N }: BlockWeight, from: number, to:
 }
 
 /**
- * Unpacks with operators that all processors have.
+ * Unpacks as the forward product does, for processors.
  * @returns [rows of g, count · block]
  */
 function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
