@@ -5,14 +5,11 @@
  * A byte of 4-bit weights w = 16 · u + l holds two neighbouring columns, l first. Bytes become floats in one pass, and so do upper halves; the
  * lower ones are w − 16 · u. Either side of a product can take that difference, so that they are never unpacked; it costs a digit of f32.
  */
-import { FLOAT } from "../onnx/linear.ts";
+import { FLOAT, UINT8 } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { CONTRIBUTED, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import { Emitter } from "./emit.ts";
-
-/** `TensorProto.DataType` */
-const UINT8 = 2;
 
 /** Most elements unpacked at once: 32 MB. That is all of a layer, or a part of a vocabulary. */
 const MOST_UNPACKED = 2 ** 23;
@@ -44,15 +41,12 @@ export function blocksOf(
   node: NodeProto,
   known: (value: string) => { readonly dims: readonly (number | undefined)[]; readonly bytes: boolean },
 ): BlockWeight | string {
-  const int = (name: string): number | undefined => {
-    const found = attribute(node, name)?.i;
-    return found === undefined ? undefined : Number(found);
-  };
+  const int = (name: string, otherwise = 0): number => Number(attribute(node, name)?.i ?? otherwise);
   const [, packed, scales, zeros = "", order = ""] = node.input as [string, string, string, string?, string?];
   if (order !== "") return "has its columns in another order (g_idx)";
-  const bits = int("bits") ?? 4;
+  const bits = int("bits", 4);
   if (bits !== 4 && bits !== 8) return `has weights of ${bits} bits`;
-  const [K, N, block] = [int("K")!, int("N")!, int("block_size")!];
+  const [K, N, block] = [int("K"), int("N"), int("block_size")];
   return {
     ...{ N, K, bits, block, count: Math.ceil(K / block), packed, scales, shape: known(scales).dims },
     zeros: zeros === "" ? undefined : { name: zeros, bytes: known(zeros).bytes },

@@ -1,12 +1,10 @@
 /**
  * Writes nodes of standard operators in the form that the model's opset needs. A node is never written twice. Knows nothing of gradients.
  */
-import { FLOAT, INT64 } from "../onnx/linear.ts";
+import { FLOAT, INT64, UINT8 } from "../onnx/linear.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import { create, TensorProtoSchema } from "../onnx/protobuf.ts";
-
-const UINT8 = 2;
 
 /** A value by name, or a number as a constant. */
 export type Operand = string | number;
@@ -223,19 +221,17 @@ export class Emitter {
   late(numbers: readonly number[], value: string, axis: number | undefined): string {
     // Sizes cost nothing. Where all are fixed an element is read instead, since runtimes compute what they can when they load; 0 follows,
     // for where there are no elements.
-    const elements = (): string =>
-      this.concat([this.#first(this.op("Reshape", [value, this.ints([-1])])), this.unsqueeze(this.float(0), [0])], 0);
     const of =
       axis === undefined
-        ? this.op("Cast", [this.#first(elements())], { to: INT64 })
+        ? this.op("Cast", [this.#firstOrZero(this.op("Reshape", [value, this.ints([-1])]))], { to: INT64 })
         : this.slice(this.op("Shape", [value]), 0, axis, axis + 1);
     const zero = this.mul(of, this.ints([0]));
     return this.op("Slice", [this.ints(numbers), zero, this.ints([numbers.length]), this.ints([0])]);
   }
 
-  /** The first element of a vector; none where it has none. */
-  #first(vector: string): string {
-    return this.slice(vector, 0, 0, 1);
+  #firstOrZero(vector: string): string {
+    const zero = this.unsqueeze(this.float(0), [0]);
+    return this.slice(this.concat([this.slice(vector, 0, 0, 1), zero], 0), 0, 0, 1);
   }
 
   /** Slice value[from:to] along one axis. */
