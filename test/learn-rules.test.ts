@@ -569,7 +569,7 @@ async function derive(
     main.output.push(makeValue(`d${source}`, 1));
   }
   if (!gathers)
-    unpackProducts(indexGraph(main, name), opset, (value) => (untold ? undefined : path.shapes.freeAxis(value)));
+    unpackProducts(indexGraph(main, name), opset, (value) => (untold ? undefined : path.shapes.rank(value)));
   return { forward, both: embedWeights(file, []), path };
 }
 
@@ -693,7 +693,7 @@ t.test("weights in blocks: no rows, and what is left alone", async (t) => {
     if (zeros) graph.initializer.push(zeros);
     graph.input.push(makeValue("x", 1, ["n", 16]), ...(declared ? [makeValue("scales", 1, [5, 1])] : []));
     flattenScales(indexGraph(graph, "one"));
-    unpackProducts(indexGraph(graph, "one"), 17, () => 0);
+    unpackProducts(indexGraph(graph, "one"), 17, () => 2);
     return graph;
   };
   const products = ({ node }: GraphProto): number => node.filter(({ opType }) => opType === "MatMulNBits").length;

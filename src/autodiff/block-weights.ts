@@ -62,7 +62,7 @@ export function inParts<T>({ N, K }: BlockWeight, take: (from: number, to: numbe
 }
 
 /**
- * Unpacks rows of a weight, as if all zeros were the middle.
+ * Unpacks rows of a weight, as if zeros that are floats were the middle.
  * @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each
  */
 export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: number, late: Late): readonly string[] {
@@ -71,16 +71,32 @@ export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: n
   const part = rows < N;
   const some = part ? emit.op("Slice", [blocks.packed, late([from]), emit.ints([to]), emit.ints([0])]) : blocks.packed;
   // A block is a row, so that bytes, zero and scale become floats in one pass.
-  const bytes = emit.op("Reshape", [some, late([rows * count, width])]);
+  const bytes = emit.op("Reshape", [some, late([-1, width])]);
   const all = scalesOf(emit, blocks, [N * count]);
   const scales = part ? emit.slice(all, 0, from * count, to * count) : all;
-  const floats = (values: string, zero: number): string => {
-    const zeros = emit.op("Expand", [emit.byte(zero), emit.ints([rows * count])]);
+  const floats = (values: string, each: number): string => {
+    const of = zerosOf(emit, blocks, each, rows);
+    const zeros = part && blocks.zeros?.bytes ? emit.slice(of, 0, from * count, to * count) : of;
     const made = emit.op("DequantizeLinear", [values, scales, zeros], { axis: 0 });
-    return emit.op("Reshape", [made, late([rows, count * width])]);
+    return emit.op("Reshape", [made, late([-1, count * width])]);
   };
-  if (bits === 8) return [floats(bytes, 128)];
-  return [floats(bytes, 16 * 8 + 8), floats(upperHalves(emit, bytes), 8)];
+  // A byte's zero is 16 · z + z.
+  return bits === 8 ? [floats(bytes, 1)] : [floats(bytes, 17), floats(upperHalves(emit, bytes), 1)];
+}
+
+/**
+ * Zeros of blocks as bytes, times a number. Those that are floats are taken for the middle.
+ * @returns [N · count], or [rows · count] where all are equal
+ */
+function zerosOf(emit: Emitter, { N, count, bits, zeros }: BlockWeight, each: number, rows: number): string {
+  if (!zeros?.bytes) return emit.op("Expand", [emit.byte(each * 2 ** (bits - 1)), emit.ints([rows * count])]);
+  if (bits === 8) return emit.op("Reshape", [zeros.name, emit.ints([N * count])]);
+  // Runtimes compute this when they load it, which they do not with QLinearAdd.
+  const bytes = emit.toFloat(emit.op("Reshape", [zeros.name, emit.ints([N, Math.ceil(count / 2), 1])]));
+  const upper = emit.op("Floor", [emit.mul(bytes, 1 / 16)]);
+  const both = emit.concat([emit.sub(bytes, emit.mul(16, upper)), upper], 2);
+  const own = emit.slice(emit.op("Flatten", [both], { axis: 1 }), 1, 0, count);
+  return emit.op("Reshape", [emit.op("Cast", [emit.mul(each, own)], { to: UINT8 }), emit.ints([N * count])]);
 }
 
 /** Upper halves of bytes: (w − 7.5) / 16, rounded, which is exact. BitShift takes five times as long. */
@@ -94,24 +110,12 @@ function scalesOf(emit: Emitter, { scales, shape }: BlockWeight, to: readonly nu
   return String(shape) === String(to) ? scales : emit.op("Reshape", [scales, emit.ints(to)]);
 }
 
-/** What zeros off the middle add to all weights of a block: f32 [N, count]; undefined where none are. */
+/** What zeros that are floats add to all weights of a block: f32 [N, count]; undefined for others. */
 export function offsetsOf(emit: Emitter, blocks: BlockWeight): string | undefined {
   const { N, count, bits, zeros } = blocks;
-  if (!zeros) return undefined;
-  const shape = emit.ints([N, count]);
-  const values = zeros.bytes ? integersOf(emit, blocks) : emit.toFloat(emit.op("Reshape", [zeros.name, shape]));
+  if (!zeros || zeros.bytes) return undefined;
+  const values = emit.toFloat(emit.op("Reshape", [zeros.name, emit.ints([N, count])]));
   return emit.mul(emit.sub(2 ** (bits - 1), values), scalesOf(emit, blocks, [N, count]));
-}
-
-/** Zeros [N, count] as floats, of bytes. */
-function integersOf(emit: Emitter, { N, count, bits, zeros }: BlockWeight): string {
-  const bytes = emit.op("Reshape", [zeros!.name, emit.ints([N, Math.ceil((count * bits) / 8), 1])]);
-  const all = emit.toFloat(bytes);
-  if (bits === 8) return emit.op("Flatten", [all], { axis: 1 });
-  // Runtimes compute these when they load them, which they do not with QLinearAdd.
-  const upper = emit.op("Floor", [emit.mul(all, 1 / 16)]);
-  const both = emit.concat([emit.sub(all, emit.mul(16, upper)), upper], 2);
-  return emit.slice(emit.op("Flatten", [both], { axis: 1 }), 1, 0, count);
 }
 
 /** Makes vectors of scales that only such products read, in place. They take both shapes; reshaped ones would be second copies. */
@@ -130,12 +134,12 @@ export function flattenScales({ proto: main, initializers, consumers }: Graph): 
  * Writes products with weights in blocks as products with floats, in place. onnxruntime's own make a second copy of each weight, and
  * gradients need the first one too. Without that copy they unpack a whole vocabulary at once, and take one and a half times as long.
  * @param graph indexed in its current state
- * @param freeAxis an axis of a value that only the run tells; undefined where none is known
+ * @param rankOf number of dimensions of a value; undefined where it is not known
  */
 export function unpackProducts(
   { proto: main, initializers }: Graph,
   opset: number,
-  freeAxis: (value: string) => number | undefined,
+  rankOf: (value: string) => number | undefined,
 ): void {
   const emit = new Emitter(main, opset, `${PREFIX}/unpacked`);
   main.node = main.node.flatMap((node) => {
@@ -149,42 +153,41 @@ export function unpackProducts(
     if (blocks.zeros && ![UINT8, FLOAT].includes(typeOf(blocks.zeros.name) ?? 0)) return [node];
     const written = emit.nodes.length;
     const [x] = node.input as [string];
-    const made = product(emit, x, blocks, freeAxis(x));
+    const rank = rankOf(x);
+    if (rank === undefined && (blocks.count * blocks.block > blocks.K || blocks.zeros?.bytes === false)) return [node];
+    const made = product(emit, x, blocks, rank);
     const bias = node.input[5] ?? "";
-    const shape = emit.concat([emit.slice(emit.op("Shape", [x]), 0, 0, -1), emit.ints([blocks.N])], 0);
-    [node.opType, node.domain, node.attribute] = ["Reshape", "", []];
-    node.input = [bias === "" ? made : emit.add(made, bias), shape];
-    return [...emit.nodes.slice(written), node];
+    const result = bias === "" ? made : emit.add(made, bias);
+    const fresh = emit.nodes.slice(written);
+    emit.rename(result, node.output[0]!, fresh);
+    return fresh;
   });
 }
 
-/** The product of all rows of x with a weight: [rows, N]. */
-function product(emit: Emitter, x: string, blocks: BlockWeight, axis: number | undefined): string {
+/** The product of x with a weight: [… , N]. @param rank of x, which padded weights and zeros that are floats need */
+function product(emit: Emitter, x: string, blocks: BlockWeight, rank = 1): string {
   const { K, block, bits, count } = blocks;
   const missing = count * block - K;
-  const flat = emit.rows(x);
-  const all = missing > 0 ? emit.op("Pad", [flat, emit.ints([0, 0, 0, missing])]) : flat;
+  const before = Array<number>(rank - 1).fill(0);
+  const all = missing > 0 ? emit.op("Pad", [x, emit.ints([...before, 0, ...before, missing])]) : x;
   const sides = bits === 8 ? [all] : pairs(emit, all, count * block);
+  const by = (side: string, weight: string): string =>
+    emit.op("FusedMatMul", [side, weight], { transB: 1 }, CONTRIBUTED);
   const parts = inParts<readonly string[]>(blocks, (from, to, before = []) => {
-    const last = before.at(-1);
-    const rows = axis === undefined ? undefined : 0;
-    const late: Late = (numbers) => (last === undefined ? emit.late(numbers, x, axis) : emit.late(numbers, last, rows));
-    const weights = unpacked(emit, blocks, from, to, late);
-    let sum: string | undefined;
-    for (const [i, weight] of weights.entries())
-      sum = emit.op("Gemm", [sides[i]!, weight, sum ?? []].flat(), { transB: 1 });
-    return [...before, sum!];
+    const weights = unpacked(emit, blocks, from, to, (numbers) => emit.late(numbers, before.at(-1) ?? x));
+    return [...before, weights.map((weight, i) => by(sides[i]!, weight)).reduce((a, b) => emit.add(a, b))];
   });
-  const product = emit.concat(parts, 1);
+  const product = emit.concat(parts, -1);
   const offsets = offsetsOf(emit, blocks);
   if (offsets === undefined) return product;
-  const sums = emit.sum(emit.op("Reshape", [all, emit.ints([0, count, block])]), [2], false);
-  return emit.op("Gemm", [sums, offsets, product], { transB: 1 });
+  const sums = emit.sum(emit.op("Reshape", [all, emit.ints([...before, count, block])]), [rank], false);
+  return emit.add(product, by(sums, offsets));
 }
 
-/** What x [rows, K] multiplies bytes by, and upper halves: l · x + u · y = w · x + u · (y − 16 · x) for columns x and y. */
+/** What x multiplies bytes by, and upper halves: l · x + u · y = w · x + u · (y − 16 · x) for columns x and y. */
 function pairs(emit: Emitter, x: string, K: number): readonly string[] {
-  const each = emit.op("Reshape", [x, emit.ints([0, K / 2, 2])]);
-  const [even, odd] = [0, 1].map((at) => emit.op("Gather", [each, emit.int(at)], { axis: 2 })) as [string, string];
+  const column = (from: number): string =>
+    emit.op("Slice", [x, emit.ints([from]), emit.ints([K]), emit.ints([-1]), emit.ints([2])]);
+  const [even, odd] = [column(0), column(1)];
   return [even, emit.sub(odd, emit.mul(16, even))];
 }

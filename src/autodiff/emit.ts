@@ -215,23 +215,24 @@ export class Emitter {
    * An int64 vector of these numbers. The runtime learns its numbers and its length only once `value` is there.
    *
    * A tensor with a shape of unknown length has unknown rank. onnxruntime then skips its search for reusable memory while it loads the
-   * graph: that search compares every value of known rank with all values needed before.
-   * @param axis of a dimension of `value` that only the run tells; undefined where all are fixed
+   * graph: that search compares every value of known rank with all values needed before. It skips scalars, too.
+   * @param axis of a dimension of `value` that only the run tells, where there is one: WebGPU asks for it
    */
-  late(numbers: readonly number[], value: string, axis: number | undefined): string {
-    // Sizes cost nothing. Where all are fixed an element is read instead, since runtimes compute what they can when they load; 0 follows,
-    // for where there are no elements.
-    const of =
-      axis === undefined
-        ? this.op("Cast", [this.#firstOrZero(this.op("Reshape", [value, this.ints([-1])]))], { to: INT64 })
-        : this.slice(this.op("Shape", [value]), 0, axis, axis + 1);
-    const zero = this.mul(of, this.ints([0]));
+  late(numbers: readonly number[], value: string, axis?: number): string {
+    const zero = this.mul(this.#someNumber(value, axis), this.ints([0]));
     return this.op("Slice", [this.ints(numbers), zero, this.ints([numbers.length]), this.ints([0])]);
   }
 
-  #firstOrZero(vector: string): string {
-    const zero = this.unsqueeze(this.float(0), [0]);
-    return this.slice(this.concat([this.slice(vector, 0, 0, 1), zero], 0), 0, 0, 1);
+  /** Any int64 scalar that is known only once `value` is there. */
+  #someNumber(value: string, axis: number | undefined): string {
+    // WebGPU does not compute Size, so the whole value would be copied to the processor.
+    if (!this.gathers) return this.op("Size", [value]);
+    if (axis !== undefined) return this.op("Gather", [this.op("Shape", [value]), this.int(axis)], { axis: 0 });
+    // Where all sizes are fixed an element is read instead, since runtimes compute what they can when they load; 0 stands behind it, for
+    // where there are no elements.
+    const first = this.slice(this.op("Reshape", [value, this.ints([-1])]), 0, 0, 1);
+    const orZero = this.concat([first, this.unsqueeze(this.float(0), [0])], 0);
+    return this.op("Cast", [this.op("Gather", [orZero, this.int(0)], { axis: 0 })], { to: INT64 });
   }
 
   /** Slice value[from:to] along one axis. */

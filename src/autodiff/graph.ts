@@ -9,11 +9,11 @@ import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
-import { makeFloats, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
-import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
-import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
+import { makeValue, PREFIX } from "../onnx/nodes.ts";
+import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
+import { BOOL, branch } from "./branch.ts";
 import { Emitter } from "./emit.ts";
 import { crossEntropy, sparseCrossEntropy } from "./loss.ts";
 import { probePath } from "./path.ts";
@@ -85,7 +85,6 @@ const LEARN = `${PREFIX}.learn`;
 const LOSS = `${PREFIX}.loss`;
 const CLASSES = `${PREFIX}.classes`;
 const NAMES = { learnInput: LEARN, targetsInput: TARGETS, squaresInput: SQUARES, lossOutput: LOSS } as const;
-const BOOL = 9;
 
 /** Sizes of free dimensions in the two feeds: all differ. Most models have two. */
 const SIZES = [
@@ -169,12 +168,14 @@ export async function buildTrainingGraph(
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
   main.input.push(picked ? makeValue(CLASSES, INT64, ["", ""]) : makeValue(SQUARES, FLOAT, ["", ""]));
-  const learning = branch(recompute(path, main, emit), results);
+  const nodes = recompute(path, main, emit);
+  const constants = new Map(main.initializer.map(({ name, dataType }) => [name, dataType]));
+  const learning = branch(LEARN, nodes, results, (value) => constants.get(value) ?? path.shapes.dataType(value));
   picked?.choose();
   main.node.push(learning);
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   takeUntransposed(indexGraph(main, model.name), model.opset);
-  if (!emit.gathers) unpackProducts(indexGraph(main, model.name), model.opset, (value) => path.shapes.freeAxis(value));
+  if (!emit.gathers) unpackProducts(indexGraph(main, model.name), model.opset, (value) => path.shapes.rank(value));
   const tokens = picked && { positions: POSITIONS, classes: CLASSES };
   return { ...NAMES, logitsOutput: logits, tokens, logitsDims: namedDims(path.shapes, logits, ofTasks), gradients };
 }
@@ -200,43 +201,6 @@ function probeFeeds(
 /** The first position, which every feed has: only shapes are wanted. */
 function somePositions(count: number): Feed {
   return { dataType: INT64, dims: [count], data: new BigInt64Array(count) };
-}
-
-/** If(learn): the backward nodes with their results; else empty results of the same types. Without a branch every run would learn. */
-function branch(
-  nodes: readonly NodeProto[],
-  results: readonly { value: string; as: string; rank: number }[],
-): NodeProto {
-  const inner = (of: string, as: string): string => `${as}/${of}`;
-  const given = (of: string): ValueInfoProto[] => results.map(({ as }) => makeValue(inner(of, as), FLOAT));
-  const learning = create(GraphProtoSchema, {
-    name: `${PREFIX}/learning`,
-    node: [
-      ...leavesLast(nodes),
-      ...results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as))),
-    ],
-    output: given("then"),
-  });
-  const answering = create(GraphProtoSchema, {
-    name: `${PREFIX}/answering`,
-    node: results.map(({ as }) => makeNode("Identity", inner("else", as), [inner("empty", as)], inner("else", as))),
-    initializer: results.map(({ as, rank }) =>
-      makeFloats(inner("empty", as), rank === 0 ? [0] : [], Array<number>(rank).fill(0)),
-    ),
-    output: given("else"),
-  });
-  const outputs = results.map(({ as }) => as);
-  return makeNode("If", `${PREFIX}/learn`, [LEARN], outputs, { then_branch: learning, else_branch: answering });
-}
-
-/**
- * Moves nodes that no other reads to the end, the first ones last. onnxruntime begins with the last of such nodes and what it needs. In the
- * order of the backward pass that would be the first layer's gradients, and all that the other layers' need would wait until the end.
- */
-function leavesLast(nodes: readonly NodeProto[]): NodeProto[] {
-  const read = new Set(nodes.flatMap(({ input }) => input));
-  const isLeaf = ({ output }: NodeProto): boolean => !output.some((value) => read.has(value));
-  return [...nodes.filter((node) => !isLeaf(node)), ...nodes.filter(isLeaf).reverse()];
 }
 
 /** Names the dimensions of a value by the inputs they come from. */

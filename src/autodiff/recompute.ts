@@ -12,6 +12,9 @@ import { minCut, type NetworkNode } from "./min-cut.ts";
 import type { ProbedPath } from "./path.ts";
 import type { Shapes } from "./shapes.ts";
 
+/** First letters of the names of values that are made again. */
+export const AGAIN: string = `${PREFIX}/again/`;
+
 /**
  * Adds the nodes that make values again.
  * @param path forward nodes
@@ -126,7 +129,7 @@ class Again {
   }
 
   #make(node: NodeProto, moment: Moment | undefined): void {
-    const again = (value: string): string => `${PREFIX}/again/${value}`;
+    const again = (value: string): string => AGAIN + value;
     const inputs = node.input.map((value) =>
       value === "" ? "" : (this.#done.get(value) ?? this.#late(value, moment)),
     );

@@ -275,6 +275,17 @@ export class Shapes {
     return free < 0 ? undefined : free;
   }
 
+  /** Number of dimensions; undefined where the probing runs did not tell. */
+  rank(value: string): number | undefined {
+    return this.has(value) ? this.dims(value).length : undefined;
+  }
+
+  /** `TensorProto.DataType`; undefined where the probing runs did not tell. */
+  dataType(value: string): number | undefined {
+    const type = this.has(value) ? this.type(value) : undefined;
+    return [...TYPES].find(([, name]) => name === type)?.[0];
+  }
+
   type(value: string): string {
     return this.#found.get(value)![0]!.type;
   }

@@ -15,7 +15,7 @@ const matMulNBits: Rule = {
     const { K, block, count } = blocks;
     const g = node.rank(node.y) === 2 ? node.g : emit.rows(node.g);
     const product = (emit.gathers ? byGather : byBytes)(node, g, blocks);
-    const sum = emit.gathers && blocks.zeros?.bytes ? product : withOffsets(node, g, product, blocks);
+    const sum = withOffsets(node, g, product, blocks);
     const own = count * block > K ? emit.slice(sum, 1, 0, K) : sum;
     node.rank(node.y) === 2 ? node.give(0, own) : node.giveReshaped(0, own);
   },
@@ -32,19 +32,17 @@ function columns(emit: Emitter, g: string, { N }: BlockWeight, from: number, to:
  */
 function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
   const { emit } = node;
-  // Rows are free where anything of the gradient is.
-  const axis = node.moment().axis === undefined ? undefined : 0;
   const [whole, upper] = inParts<readonly string[]>(blocks, (from, to, before = []) => {
     const last = before.at(-1);
     const weights = unpacked(emit, blocks, from, to, (numbers) =>
-      last === undefined ? node.late(numbers) : emit.late(numbers, last, axis),
+      last === undefined ? node.late(numbers) : emit.late(numbers, last),
     );
     const products: string[] = [];
     for (const [i, weight] of weights.entries()) {
       const gradient = columns(emit, g, blocks, from, to);
       // One after the other, where there are many: what waits for its product takes memory.
       const waits = i > 0 && gradient !== g;
-      const late = waits ? emit.op("Reshape", [gradient, emit.late([0, 0], products[i - 1]!, axis)]) : gradient;
+      const late = waits ? emit.op("Reshape", [gradient, emit.late([0, 0], products[i - 1]!)]) : gradient;
       const product = emit.op("MatMul", [late, weight]);
       products.push(before[i] === undefined ? product : emit.add(before[i], product));
     }
@@ -77,7 +75,7 @@ function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
   });
 }
 
-/** Adds what zeros off the middle give, which is equal within a block. @param sum [rows of g, count · block] */
+/** Adds what zeros that are floats give, which is equal within a block. @param sum [rows of g, count · block] */
 function withOffsets(node: NodeGradient, g: string, sum: string, blocks: BlockWeight): string {
   const { emit } = node;
   const offsets = offsetsOf(emit, blocks);
