@@ -9,6 +9,7 @@ import {
   type Components,
   centred,
   columnMeans,
+  coordinates,
   createWasmProducts,
   lq,
   PLAIN,
@@ -119,6 +120,34 @@ t.test("a spectrum that falls off: found alone, the same subspace", async () => 
       t.ok(largest(one.map((value, i) => value - other[i]!)) <= 1e-7, "vector by vector");
     }
   }
+});
+
+t.test("a stack on its components: coordinates first, components on demand", async (t) => {
+  for (const [name, products] of ways) {
+    for (const [rows, width, rank] of [
+      [60, 90, 60],
+      [90, 60, 60],
+      [60, 90, 20],
+      [90, 60, 20],
+    ] as const) {
+      const x = withSingular(falling(rank, 0.9, 0), rows, width);
+      const { singular, along, count, strongest, total } = coordinates(x, rows, width, products);
+      t.equal(count, rank, `${name} ${rows} × ${width}, rank ${rank}`);
+      const whole = principalComponents(x, rows, width, floorsOf(x, rows, width), () => rank, products);
+      t.ok(Math.abs(total / whole.total - 1) <= 1e-12);
+      const found = strongest(12);
+      t.same([found.count, found.vectors.length], [12, 12 * width]);
+      t.ok(largest(found.vectors.map((value, i) => value - whole.vectors[i]!)) <= 1e-8, "the same components");
+      const product = products.multiplyTransposed(x, found.vectors, rows, 12, width);
+      for (let i = 0; i < rows; i++)
+        for (let k = 0; k < 12; k++) {
+          const [one, other] = [along[i * count + k]!, product[i * 12 + k]!];
+          if (!(Math.abs(Math.abs(one) - Math.abs(other)) <= 1e-9 * singular[0]!)) t.fail(`row ${i} along ${k}`);
+        }
+    }
+  }
+  const none = coordinates(new Float64Array(12), 3, 4);
+  t.same([none.count, none.total, none.along.length], [0, 0, 0]);
 });
 
 t.test("noise in all directions: nothing falls off, the whole eigenproblem is solved", async () => {

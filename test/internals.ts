@@ -71,6 +71,7 @@ export {
   type Components,
   centred,
   columnMeans,
+  coordinates,
   principalComponents,
   ROUNDING,
 } from "../dist/src/extract/components.js";

@@ -128,6 +128,44 @@ export function principalComponents(
   return { count, vectors: vectors.slice(0, count * width), singular: singular.sort().reverse(), total };
 }
 
+/** A stack on its components, which are made on demand: how far each row lies along each of them says how many are worth it. */
+export interface Coordinates extends Pick<Components, "singular" | "total"> {
+  /** How many components there are; those below 2⁻¹⁶ of the strongest are not among them. */
+  readonly count: number;
+  /** [rows, count]. */
+  readonly along: Float64Array;
+  /** The strongest `count` components. */
+  strongest(count: number): Components;
+}
+
+/** X [rows, width] on its components. */
+export function coordinates(x: Float64Array, rows: number, width: number, products: Products = PLAIN): Coordinates {
+  const n = Math.min(rows, width);
+  const eigen = symmetricEigen(smallerGram(x, rows, width, products), n, products.tridiagonalize);
+  const singular = eigen.values.map((value) => Math.sqrt(Math.max(0, value)));
+  const total = rowSquares(x, rows, width).reduce((sum, square) => sum + square, 0);
+  const count = eigen.values.filter((value) => value > RESOLVED * eigen.values[0]!).length;
+  const found = eigen.vectors(count);
+  const across = rows <= width;
+  // The smaller Gram matrix of X = U·S·Vᵀ has U or V.
+  const along = across
+    ? transpose(
+        found.map((value, at) => value * singular[Math.floor(at / rows)]!),
+        count,
+        rows,
+      )
+    : products.multiplyTransposed(x, found, rows, count, width);
+  const strongest = (count: number): Components => {
+    const own = found.slice(0, count * n);
+    const vectors = across ? products.multiply(own, x, count, width, rows) : own;
+    for (let k = 0; across && k < count; k++) scale(1 / singular[k]!, vectors, k * width, width);
+    orthonormalize(vectors, 0, count, width, singular);
+    fixSigns(vectors, count, width);
+    return { count, vectors, singular, total };
+  };
+  return { count, singular, total, along, strongest };
+}
+
 /**
  * Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way.
  * @param few so many are enough, where they are found alone for less

@@ -4,7 +4,7 @@
  */
 import { codedBits } from "../format/count-coded.ts";
 import { FACTORS } from "../tensor/term.ts";
-import { principalComponents } from "./components.ts";
+import { coordinates } from "./components.ts";
 import type { ModuleStack } from "./extract.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { type Products, rowSquares } from "./linalg.ts";
@@ -170,28 +170,26 @@ function costOfRows(squares: ArrayLike<number>, width: number): number {
   return cost;
 }
 
-/** A row shorter than this, in steps, is nothing. */
-const FLOOR = 0.05;
-
 /** The components of rows in steps that cost least, with coefficients and what is left of each row, and what that is. */
 function bestSpan(rows: Float64Array, width: number, products: Products): Omit<Group, "members"> {
+  if (rows.length === 0) return { cost: 0 };
   const count = rows.length / width;
-  const floors = new Float64Array(count).fill(FLOOR);
-  const all = principalComponents(rows, count, width, floors, Math.min(count, width), products);
-  const most = all.count;
-  const along = products.multiplyTransposed(rows, all.vectors, count, most, width);
+  const { singular, along, count: most, strongest } = coordinates(rows, count, width, products);
   const left = rowSquares(rows, count, width);
   let [K, least, shared] = [0, costOfRows(left, width), 0];
   for (let k = 0; k < most; k++) {
-    const square = all.singular[k]! ** 2;
+    const square = singular[k]! ** 2;
     shared += width * usualCost(square / width) + count * usualCost(square / count);
     for (let i = 0; i < count; i++) left[i] = Math.max(0, left[i]! - along[i * most + k]! ** 2);
     const cost = shared + costOfRows(left, width);
     if (cost < least) [K, least] = [k + 1, cost];
   }
   if (K === 0) return { cost: least };
-  const vectors = all.vectors.slice(0, K * width);
-  const side = { width, rank: undefined, mean: undefined, components: { ...all, count: K, vectors } };
+  const components = strongest(K);
+  const side = { width, rank: undefined, mean: undefined, components };
   const own = new Float64Array(count).fill(1);
-  return { span: { ...side, steps: componentSteps({ ...side, rows }, vectors, own, 1, products) }, cost: least };
+  return {
+    span: { ...side, steps: componentSteps({ ...side, rows }, components.vectors, own, 1, products) },
+    cost: least,
+  };
 }

@@ -11,7 +11,7 @@ import { Draft, type Seek, type Streamed, write, writeApart } from "./build.ts";
 import { type Adapters, encode } from "./encode.ts";
 import { type BuildOptions, MOST_STEP, type Recipe, recipeOf } from "./recipe.ts";
 import type { TaskLoss } from "./report.ts";
-import { grow, refine, startSteps, stepsWithin, Unreachable } from "./seek.ts";
+import { grow, refine, type Steps, startSteps, stepsWithin, Unreachable } from "./seek.ts";
 import { findSharing } from "./sharing.ts";
 import { stepsOf } from "./tasks.ts";
 import type { Scratch } from "./write.ts";
@@ -185,9 +185,19 @@ async function codedWithin({ opened, dtype, scratch, survey }: Lent, way: Way, e
   await opened.extractor.rest();
   const options = codedOptions({ dtype, ...optionsOf(way) }, typicalStep(spectra, start));
   const recipe: Recipe = { ...recipeOf(opened.adapters, options), sides, error: Math.min(1, error) };
+  // Adapters of one model are alike: where the steps of earlier ones came to beside their starts, in logarithms, later ones begin.
+  let [moved, count] = [0, 0];
   const seek: Seek = async (some, encode) => {
-    const own = new Map(some.map(({ id }) => [id, start.get(id) ?? 1]));
-    await stepsWithin(own, error, encode, (losses) => losses);
+    const factor = Math.exp(moved / (count || 1));
+    let last: Steps = new Map(some.map(({ id }) => [id, factor * (start.get(id) ?? 1)]));
+    await stepsWithin(
+      last,
+      error,
+      (steps) => encode((last = steps)),
+      (losses) => losses,
+    );
+    for (const [id, step] of last) moved += Math.log(step / (start.get(id) ?? step));
+    count += some.length;
   };
   return writeApart(opened, recipe, seek, scratch);
 }
