@@ -696,6 +696,21 @@ t.test("weights in blocks: no rows, and what is left alone", async (t) => {
     unpackProducts(indexGraph(graph, "one"), 17, () => 2);
     return graph;
   };
+  const twins = create(GraphProtoSchema, {
+    name: "twins",
+    node: ["b", "", ""].map((bias, i) =>
+      makeNode("MatMulNBits", `y${i}`, ["x", "W", "scales", "", "", bias], `y${i}`, attributes, "com.microsoft"),
+    ),
+    initializer: [bytes(1, 5, 1, 8)("W"), scales("scales"), floats([1, 2, 3, 4, 5], [5])("b")],
+  });
+  unpackProducts(indexGraph(twins, "twins"), 17, () => 2);
+  const made = twins.node.flatMap(({ output }) => output);
+  t.equal(new Set(made).size, made.length);
+  t.same(
+    ["y0", "y1", "y2"].filter((value) => !made.includes(value)),
+    [],
+    "the same product again has its own name",
+  );
   const products = ({ node }: GraphProto): number => node.filter(({ opType }) => opType === "MatMulNBits").length;
   const half: TensorProto = { ...makeFloats("zeros", [], []), dataType: 10, dims: [5n], rawData: new Uint8Array(10) };
   t.equal(products(unpackedOf(half, false)), 1, "zeros in f16");

@@ -7,7 +7,7 @@
  */
 import { FLOAT, UINT8 } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
-import { CONTRIBUTED, PREFIX } from "../onnx/nodes.ts";
+import { CONTRIBUTED, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import { Emitter } from "./emit.ts";
 
@@ -62,7 +62,7 @@ export function inParts<T>({ N, K }: BlockWeight, take: (from: number, to: numbe
 }
 
 /**
- * Unpacks rows of a weight, as if zeros that are floats were the middle.
+ * Unpacks rows of a weight. Zeros that are bytes are taken off; those that are floats count as the middle, and `offsetsOf` has the rest.
  * @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each
  */
 export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: number, late: Late): readonly string[] {
@@ -85,8 +85,8 @@ export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: n
 }
 
 /**
- * Zeros of blocks as bytes, times a number. Those that are floats are taken for the middle.
- * @returns [N · count], or [rows · count] where all are equal
+ * Zeros of blocks as bytes, `each` times. Those that are floats are taken for the middle.
+ * @returns [N · count]; [rows · count] of middles
  */
 function zerosOf(emit: Emitter, { N, count, bits, zeros }: BlockWeight, each: number, rows: number): string {
   if (!zeros?.bytes) return emit.op("Expand", [emit.byte(each * 2 ** (bits - 1)), emit.ints([rows * count])]);
@@ -154,18 +154,25 @@ export function unpackProducts(
     const written = emit.nodes.length;
     const [x] = node.input as [string];
     const rank = rankOf(x);
-    if (rank === undefined && (blocks.count * blocks.block > blocks.K || blocks.zeros?.bytes === false)) return [node];
-    const made = product(emit, x, blocks, rank);
+    const made = rank === undefined ? productOfRows(emit, x, blocks) : product(emit, x, rank, blocks);
     const bias = node.input[5] ?? "";
     const result = bias === "" ? made : emit.add(made, bias);
     const fresh = emit.nodes.slice(written);
-    emit.rename(result, node.output[0]!, fresh);
+    const name = node.output[0]!;
+    // An earlier product may be the same.
+    if (!emit.rename(result, name, fresh)) fresh.push(makeNode("Identity", name, [result], name));
     return fresh;
   });
 }
 
-/** The product of x with a weight: [… , N]. @param rank of x, which padded weights and zeros that are floats need */
-function product(emit: Emitter, x: string, blocks: BlockWeight, rank = 1): string {
+/** The same where the rank of x is not known. */
+function productOfRows(emit: Emitter, x: string, blocks: BlockWeight): string {
+  const shape = emit.concat([emit.slice(emit.op("Shape", [x]), 0, 0, -1), emit.ints([blocks.N])], 0);
+  return emit.op("Reshape", [product(emit, emit.rows(x), 2, blocks), shape]);
+}
+
+/** The product of x, of some rank, with a weight: [… , N]. */
+function product(emit: Emitter, x: string, rank: number, blocks: BlockWeight): string {
   const { K, block, bits, count } = blocks;
   const missing = count * block - K;
   const before = Array<number>(rank - 1).fill(0);

@@ -12,7 +12,7 @@ import { AGAIN } from "./recompute.ts";
 /** `TensorProto.DataType` of a truth value. */
 export const BOOL = 9;
 
-/** Least nodes of a part: about those of one layer. */
+/** Least nodes of a part but the last: about those of one layer. */
 const PART = 400;
 
 /** A result of the branch: f32 of some rank, or an element of no dimensions. */
@@ -36,40 +36,45 @@ interface Output {
  * @param learn the condition
  * @param nodes in an order in which they can run; they are changed
  * @param typeOf `TensorProto.DataType` of a value from outside; undefined where it is not known
+ * @param part least nodes of a part
  */
 export function branch(
   learn: string,
   nodes: readonly NodeProto[],
   results: readonly BranchResult[],
   typeOf: (value: string) => number | undefined,
+  part: number = PART,
 ): NodeProto {
   const types = typesOf(nodes, typeOf);
   for (const { value } of results) types.set(value, FLOAT);
   const needed = new Set(results.map(({ value }) => value));
   const parts: NodeProto[] = [];
-  for (const [i, part] of [...partsOf(nodes, types).entries()].reverse()) {
-    const leaving = part.flatMap(({ output }) => output.filter((value) => needed.has(value)));
+  for (const [i, own] of [...partsOf(nodes, types, part).entries()].reverse()) {
+    const leaving = own.flatMap(outputsOf).filter((value) => needed.has(value));
     if (leaving.length === 0) continue;
-    for (const { input } of part) for (const value of input) needed.add(value);
+    for (const { input } of own) for (const value of input) needed.add(value);
     const outputs = leaving.map((name) => ({ name, type: types.get(name)!, none: [0] }));
-    parts.unshift(choice(learn, `${PREFIX}/learn/${i}`, renamed(leavesLast(part), leaving), outputs));
+    parts.unshift(choice(learn, `${PREFIX}/learn/${i}`, renamed(leavesLast(own), leaving), outputs));
   }
-  const made = results.map(({ value, as }) => makeNode("Identity", inner(as), [value], inner(as)));
-  const outputs = results.map(({ as, rank }) => ({
-    ...{ name: as, type: FLOAT, none: rank === 0 ? [] : Array<number>(rank).fill(0) },
-  }));
+  const made = results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as)));
+  const outputs = results.map(({ as, rank }): Output => ({ name: as, type: FLOAT, none: Array(rank).fill(0) }));
   return choice(learn, `${PREFIX}/learn`, [...parts, ...made], outputs);
 }
 
-/** Name of an output inside the graph that makes it: no two values of nested graphs may have the same name. */
-function inner(output: string): string {
-  return `${output}/then`;
+/** Outputs that have a name: others are left out. */
+function outputsOf({ output }: NodeProto): string[] {
+  return output.filter((value) => value !== "");
 }
 
-/** If(learn): nodes that make `inner` of each output; else constants. */
+/** Name of an output inside a graph that makes it: no two values of nested graphs may have the same name. */
+function inner(graph: "then" | "else", output: string): string {
+  return `${PREFIX}/${graph}/${output}`;
+}
+
+/** If(learn): nodes that make the inner names of outputs; else constants. */
 function choice(learn: string, name: string, nodes: NodeProto[], outputs: readonly Output[]): NodeProto {
   const graph = (of: "then" | "else", node: NodeProto[], more: Partial<GraphProto> = {}): GraphProto => {
-    const output = outputs.map((one) => makeValue(`${one.name}/${of}`, one.type));
+    const output = outputs.map((one) => makeValue(inner(of, one.name), one.type));
     return create(GraphProtoSchema, { ...more, name: `${name}/${of}`, node, output });
   };
   const none = ({ type, none }: Output): string => `${name}/none/${[type, ...none].join("/")}`;
@@ -79,7 +84,9 @@ function choice(learn: string, name: string, nodes: NodeProto[], outputs: readon
       ...{ name, dataType: type, dims: none.map(BigInt), rawData: new Uint8Array(none.length === 0 ? 4 : 0) },
     }),
   );
-  const others = outputs.map((one) => makeNode("Identity", `${one.name}/else`, [none(one)], `${one.name}/else`));
+  const others = outputs.map((one) =>
+    makeNode("Identity", inner("else", one.name), [none(one)], inner("else", one.name)),
+  );
   return makeNode(
     "If",
     name,
@@ -89,22 +96,27 @@ function choice(learn: string, name: string, nodes: NodeProto[], outputs: readon
   );
 }
 
-/** Divides nodes where each value that is still needed has a known type. */
-function partsOf(nodes: readonly NodeProto[], types: ReadonlyMap<string, number | undefined>): NodeProto[][] {
+/** Divides nodes where each value that is still needed has a known type, which the output of a graph declares. */
+function partsOf(
+  nodes: readonly NodeProto[],
+  types: ReadonlyMap<string, number | undefined>,
+  least: number,
+): NodeProto[][] {
   const last = new Map(nodes.flatMap(({ input }, i) => input.map((value) => [value, i] as const)));
   const parts: NodeProto[][] = [[]];
   let until = 0;
   for (const [i, node] of nodes.entries()) {
     parts.at(-1)!.push(node);
-    for (const value of node.output) if (types.get(value) === undefined) until = Math.max(until, last.get(value) ?? i);
-    if (parts.at(-1)!.length >= PART && until <= i) parts.push([]);
+    for (const value of outputsOf(node))
+      if (types.get(value) === undefined) until = Math.max(until, last.get(value) ?? i);
+    if (parts.at(-1)!.length >= least && until <= i) parts.push([]);
   }
   return parts;
 }
 
 /** Nodes with the inner names of values that leave them. */
 function renamed(nodes: NodeProto[], leaving: readonly string[]): NodeProto[] {
-  const names = new Map(leaving.map((value) => [value, inner(value)]));
+  const names = new Map(leaving.map((value) => [value, inner("then", value)]));
   const rename = (value: string): string => names.get(value) ?? value;
   for (const node of nodes) [node.input, node.output] = [node.input.map(rename), node.output.map(rename)];
   return nodes;
@@ -119,7 +131,7 @@ function typesOf(
   const at = (value = ""): number | undefined => (types.has(value) ? types.get(value) : typeOf(value));
   for (const node of nodes) {
     // The model's own operators are of any kind, and what they make was probed; others are the emitter's.
-    for (const value of node.output)
+    for (const value of outputsOf(node))
       types.set(value, value.startsWith(AGAIN) ? typeOf(value.slice(AGAIN.length)) : typeOfResult(node, at));
   }
   return types;

@@ -215,8 +215,9 @@ export class Emitter {
    * An int64 vector of these numbers. The runtime learns its numbers and its length only once `value` is there.
    *
    * A tensor with a shape of unknown length has unknown rank. onnxruntime then skips its search for reusable memory while it loads the
-   * graph: that search compares every value of known rank with all values needed before. It skips scalars, too.
-   * @param axis of a dimension of `value` that only the run tells, where there is one: WebGPU asks for it
+   * graph: that search compares every value of known rank with all values needed before. It skips scalars, too, so the
+   * number that this begins with is one.
+   * @param axis of a dimension of `value` that only the run tells, if any; it is read where `gathers` is set
    */
   late(numbers: readonly number[], value: string, axis?: number): string {
     const zero = this.mul(this.#someNumber(value, axis), this.ints([0]));

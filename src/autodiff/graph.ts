@@ -44,6 +44,8 @@ export interface TrainingGraphOptions {
    * bytes. Default: false.
    */
   readonly gathers?: boolean | undefined;
+  /** Least nodes of each part of the branch that learns. Default: those of a layer, about. */
+  readonly part?: number | undefined;
 }
 
 /** Names of a training graph's additional inputs and outputs. */
@@ -125,11 +127,7 @@ export async function buildTrainingGraph(
   const { model } = file;
   const main = model.graph.proto;
   const problems = new Problems();
-  if (model.opset < LEAST_OPSET) {
-    problems.add(
-      `its opset is ${model.opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`,
-    );
-  }
+  checkOpset(model, problems);
   const logits = logitsOf(model, grafted, options.logits);
   const ofTasks = new Set(grafted.inputs.map(({ name }) => name));
   const own = main.input.filter(({ name }) => !ofTasks.has(name) && !model.graph.initializers.has(name));
@@ -170,7 +168,8 @@ export async function buildTrainingGraph(
   main.input.push(picked ? makeValue(CLASSES, INT64, ["", ""]) : makeValue(SQUARES, FLOAT, ["", ""]));
   const nodes = recompute(path, main, emit);
   const constants = new Map(main.initializer.map(({ name, dataType }) => [name, dataType]));
-  const learning = branch(LEARN, nodes, results, (value) => constants.get(value) ?? path.shapes.dataType(value));
+  const typeOf = (value: string): number | undefined => constants.get(value) ?? path.shapes.dataType(value);
+  const learning = branch(LEARN, nodes, results, typeOf, options.part);
   picked?.choose();
   main.node.push(learning);
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
@@ -178,6 +177,11 @@ export async function buildTrainingGraph(
   if (!emit.gathers) unpackProducts(indexGraph(main, model.name), model.opset, (value) => path.shapes.rank(value));
   const tokens = picked && { positions: POSITIONS, classes: CLASSES };
   return { ...NAMES, logitsOutput: logits, tokens, logitsDims: namedDims(path.shapes, logits, ofTasks), gradients };
+}
+
+function checkOpset({ opset }: OnnxModel, problems: Problems): void {
+  if (opset >= LEAST_OPSET) return;
+  problems.add(`its opset is ${opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`);
 }
 
 /** Feeds for the runs that find shapes: two, with the model's own inputs and those of a task. */

@@ -128,7 +128,7 @@ export function principalComponents(
   return { count, vectors: vectors.slice(0, count * width), singular: singular.sort().reverse(), total };
 }
 
-/** A stack on its components, which are made on demand: how far each row lies along each of them says how many are worth it. */
+/** A stack on its components: how far each row lies along each of them says how many are worth it, before any is made. */
 export interface Coordinates extends Pick<Components, "singular" | "total"> {
   /** How many components there are; those below 2⁻¹⁶ of the strongest are not among them. */
   readonly count: number;

@@ -177,6 +177,9 @@ export function codedOptions(options: BuildOptions, step: number): BuildOptions 
   return { ...options, normalize: undefined, step, privateTerms: MOST_PRIVATE, select: { kind: "k", k: 0 } };
 }
 
+/** How far steps of earlier adapters move the first ones of later adapters, at most. */
+const MOST_MOVED = 1.25;
+
 /** The coded pack with the coarsest steps that keep every task within an error. @throws Unreachable */
 async function codedWithin({ opened, dtype, scratch, survey }: Lent, way: Way, error: number): Promise<Streamed> {
   const { spectra } = await survey();
@@ -185,19 +188,28 @@ async function codedWithin({ opened, dtype, scratch, survey }: Lent, way: Way, e
   await opened.extractor.rest();
   const options = codedOptions({ dtype, ...optionsOf(way) }, typicalStep(spectra, start));
   const recipe: Recipe = { ...recipeOf(opened.adapters, options), sides, error: Math.min(1, error) };
-  // Adapters of one model are alike: where the steps of earlier ones came to beside their starts, in logarithms, later ones begin.
+  // Adapters of one model are alike. Mean of the logarithm of found ÷ expected steps; later adapters begin at what they expect times that.
   let [moved, count] = [0, 0];
   const seek: Seek = async (some, encode) => {
-    const factor = Math.exp(moved / (count || 1));
-    let last: Steps = new Map(some.map(({ id }) => [id, factor * (start.get(id) ?? 1)]));
-    await stepsWithin(
-      last,
-      error,
-      (steps) => encode((last = steps)),
-      (losses) => losses,
-    );
-    for (const [id, step] of last) moved += Math.log(step / (start.get(id) ?? step));
-    count += some.length;
+    let last: Steps = new Map();
+    const from = (factor: number): Promise<unknown> =>
+      stepsWithin(
+        new Map(some.map(({ id }) => [id, factor * (start.get(id) ?? 1)])),
+        error,
+        (steps) => encode((last = steps)),
+        (losses) => losses,
+      );
+    const factor = Math.min(MOST_MOVED, Math.max(1 / MOST_MOVED, Math.exp(moved / (count || 1))));
+    await from(factor).catch((failure) => {
+      if (factor === 1 || !(failure instanceof Unreachable)) throw failure;
+      return from(1);
+    });
+    for (const [id, step] of last) {
+      const expected = start.get(id);
+      if (expected === undefined) continue;
+      moved += Math.log(step / expected);
+      count++;
+    }
   };
   return writeApart(opened, recipe, seek, scratch);
 }
