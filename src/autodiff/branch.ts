@@ -12,8 +12,8 @@ import { AGAIN } from "./recompute.ts";
 /** `TensorProto.DataType` of a truth value. */
 export const BOOL = 9;
 
-/** Least nodes of a part but the last: about those of one layer. */
-const PART = 400;
+/** Nodes of a part, give or take half of them: about those of one layer. */
+const PART = 300;
 
 /** A result of the branch: f32 of some rank, or an element of no dimensions. */
 export interface BranchResult {
@@ -36,20 +36,20 @@ interface Output {
  * @param learn the condition
  * @param nodes in an order in which they can run; they are changed
  * @param typeOf `TensorProto.DataType` of a value from outside; undefined where it is not known
- * @param part least nodes of a part
+ * @param size nodes of a part, about
  */
 export function branch(
   learn: string,
   nodes: readonly NodeProto[],
   results: readonly BranchResult[],
   typeOf: (value: string) => number | undefined,
-  part: number = PART,
+  size: number = PART,
 ): NodeProto {
   const types = typesOf(nodes, typeOf);
   for (const { value } of results) types.set(value, FLOAT);
   const needed = new Set(results.map(({ value }) => value));
   const parts: NodeProto[] = [];
-  for (const [i, own] of [...partsOf(nodes, types, part).entries()].reverse()) {
+  for (const [i, own] of [...partsOf(nodes, types, size).entries()].reverse()) {
     const leaving = own.flatMap(outputsOf).filter((value) => needed.has(value));
     if (leaving.length === 0) continue;
     for (const { input } of own) for (const value of input) needed.add(value);
@@ -96,22 +96,34 @@ function choice(learn: string, name: string, nodes: NodeProto[], outputs: readon
   );
 }
 
-/** Divides nodes where each value that is still needed has a known type, which the output of a graph declares. */
+/** Weight of a value of unknown type, which must not leave a part: the output of a graph declares its type. */
+const UNKNOWN = 1e6;
+
+/** Divides nodes where the fewest values are still needed, since these stay in memory until the next part has run. */
 function partsOf(
   nodes: readonly NodeProto[],
   types: ReadonlyMap<string, number | undefined>,
-  least: number,
+  size: number,
 ): NodeProto[][] {
   const last = new Map(nodes.flatMap(({ input }, i) => input.map((value) => [value, i] as const)));
-  const parts: NodeProto[][] = [[]];
-  let until = 0;
-  for (const [i, node] of nodes.entries()) {
-    parts.at(-1)!.push(node);
-    for (const value of outputsOf(node))
-      if (types.get(value) === undefined) until = Math.max(until, last.get(value) ?? i);
-    if (parts.at(-1)!.length >= least && until <= i) parts.push([]);
+  const needed = new Float64Array(nodes.length);
+  for (const [i, node] of nodes.entries())
+    for (const value of outputsOf(node)) {
+      const weight = types.get(value) === undefined ? UNKNOWN : 1;
+      needed[i]! += weight;
+      needed[last.get(value) ?? i]! -= weight;
+    }
+  for (let i = 1; i < nodes.length; i++) needed[i]! += needed[i - 1]!;
+  const parts: NodeProto[][] = [];
+  let from = 0;
+  while (nodes.length - from > 1.5 * size) {
+    let best = from + (size >> 1);
+    for (let i = best + 1; i < nodes.length && (i < from + 1.5 * size || needed[best]! >= UNKNOWN); i++)
+      if (needed[i]! < needed[best]!) best = i;
+    parts.push(nodes.slice(from, best + 1));
+    from = best + 1;
   }
-  return parts;
+  return [...parts, nodes.slice(from)];
 }
 
 /** Nodes with the inner names of values that leave them. */

@@ -44,7 +44,7 @@ export interface TrainingGraphOptions {
    * bytes. Default: false.
    */
   readonly gathers?: boolean | undefined;
-  /** Least nodes of each part of the branch that learns. Default: those of a layer, about. */
+  /** Nodes of each part of the branch that learns, about. Default: those of a layer. */
   readonly part?: number | undefined;
 }
 
