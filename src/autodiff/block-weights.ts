@@ -7,7 +7,7 @@
  */
 import { FLOAT, UINT8 } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
-import { CONTRIBUTED, makeNode, PREFIX } from "../onnx/nodes.ts";
+import { CONTRIBUTED, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import { Emitter } from "./emit.ts";
 
@@ -158,10 +158,8 @@ export function unpackProducts(
     const bias = node.input[5] ?? "";
     const result = bias === "" ? made : emit.add(made, bias);
     const fresh = emit.nodes.slice(written);
-    const name = node.output[0]!;
     // An earlier product may be the same.
-    if (!emit.rename(result, name, fresh)) fresh.push(makeNode("Identity", name, [result], name));
-    return fresh;
+    return [...fresh, ...emit.rename(result, node.output[0]!, fresh)];
   });
 }
 

@@ -1,16 +1,13 @@
 /**
  * The nodes that only learning runs: a branch of the graph, in parts that are graphs of their own. onnxruntime takes a time to plan a graph's
- * memory that grows with the square of its nodes, and a model of 30 layers has 10,000 of them here.
+ * memory that grows with the square of its nodes, and a language model has thousands of them here.
  */
-import { FLOAT, INT64 } from "../onnx/linear.ts";
+import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
 import { attribute } from "../onnx/model.ts";
 import { makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import { AGAIN } from "./recompute.ts";
-
-/** `TensorProto.DataType` of a truth value. */
-export const BOOL = 9;
 
 /** Nodes of a part, give or take half of them: about those of one layer. */
 const PART = 300;

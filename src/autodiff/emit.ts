@@ -90,14 +90,17 @@ export class Emitter {
     return this.#write("Split", [value, this.ints(sizes)], { axis }, "", sizes.length);
   }
 
-  /** Renames a value that one of these nodes makes; false where none does. It must not be written again. */
-  rename(value: string, name: string, nodes: readonly NodeProto[]): boolean {
+  /**
+   * Gives a value another name: where one of these nodes makes it, by renaming.
+   * @returns what has to be added to them where none does
+   */
+  rename(value: string, name: string, nodes: readonly NodeProto[]): readonly NodeProto[] {
     const maker = nodes.find(({ output }) => output.length === 1 && output[0] === value);
-    if (!maker) return false;
+    if (!maker) return [makeNode("Identity", `${PREFIX}/as/${name}`, [value], name)];
     maker.output[0] = name;
     for (const { input } of nodes) for (const [i, one] of input.entries()) if (one === value) input[i] = name;
     for (const [key, made] of this.#made) if (made === value) this.#made.delete(key);
-    return true;
+    return [];
   }
 
   add(a: Operand, b: Operand): string {

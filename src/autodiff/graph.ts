@@ -7,13 +7,13 @@
 import { FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
-import { FLOAT, INT64 } from "../onnx/linear.ts";
+import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeValue, PREFIX } from "../onnx/nodes.ts";
 import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
-import { BOOL, branch } from "./branch.ts";
+import { branch } from "./branch.ts";
 import { Emitter } from "./emit.ts";
 import { crossEntropy, sparseCrossEntropy } from "./loss.ts";
 import { probePath } from "./path.ts";

@@ -2,7 +2,7 @@
  * Made-up inputs for any model, from its declared inputs: token ids 1, masks 1, no past. Their values mean nothing; they only make the
  * model run.
  */
-import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
+import { BOOL, FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { attribute, type OnnxModel } from "./model.ts";
 import { makeValue } from "./nodes.ts";
 import type { ValueInfoProto } from "./onnx_pb.ts";
@@ -14,7 +14,6 @@ export interface Feed {
   readonly data: Float32Array | Uint16Array | BigInt64Array | Int32Array | Uint8Array;
 }
 
-const BOOL = 9;
 const INT32 = 6;
 
 /** Most elements of all inputs together: enough for a few images. A file may declare any size. */

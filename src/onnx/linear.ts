@@ -12,6 +12,7 @@ export const FLOAT16 = 10;
 export const INT64 = 7;
 export const UINT8 = 2;
 export const INT8 = 3;
+export const BOOL = 9;
 
 /** One application of a linear layer: y = x · Wᵀ, with the bias where the same node adds it. */
 export interface Linear {

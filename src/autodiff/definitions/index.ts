@@ -3,7 +3,7 @@
  * definitions in place of the fused nodes, which the model itself keeps.
  */
 import { type Graph, indexGraph, type OnnxModel } from "../../onnx/model.ts";
-import { makeNode, PREFIX } from "../../onnx/nodes.ts";
+import { PREFIX } from "../../onnx/nodes.ts";
 import type { NodeProto } from "../../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema, ModelProtoSchema } from "../../onnx/protobuf.ts";
 import { Emitter } from "../emit.ts";
@@ -45,10 +45,7 @@ export function shadowOf(model: OnnxModel): Shadow {
       shadow.node.push(node);
       continue;
     }
-    for (const [name, value] of fused.given) {
-      if (!emit.rename(value, name, fresh))
-        shadow.node.push(makeNode("Identity", `${PREFIX}/as/${name}`, [value], name));
-    }
+    for (const [name, value] of fused.given) shadow.node.push(...emit.rename(value, name, fresh));
     for (const [value, rank] of fused.ranks) ranks.set(value, rank);
   }
   if (emit.nodes.length === 0) return { model, refused, ranks };
