@@ -10,7 +10,7 @@ import t, { type Test } from "tap";
 import { run as eigenlora, json, workIn } from "./command-line.ts";
 import { fromBinary, ModelProtoSchema, openSafetensors, openSource, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
-import { required } from "./required.ts";
+import { python, pythonLacks, skip } from "./required.ts";
 
 /**
  * `eigenlora attach`: onnxruntime runs its output without anything of this package, compared with answers of PyTorch and PEFT
@@ -414,15 +414,8 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
 });
 
 t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async (t) => {
-  const python = process.env["PYTHON"] ?? "python3";
-  const check = spawnSync(python, ["-c", "import numpy, onnxruntime, safetensors.numpy"], { encoding: "utf8" });
-  if (check.status !== 0) {
-    const why = check.error?.message ?? check.stderr.trim().split("\n").at(-1);
-    const reason = `${python} lacks onnxruntime, numpy or safetensors: ${why}`;
-    if (required.has("onnxruntime-python")) t.fail(reason);
-    else t.pass("Python runs attached models", { skip: reason });
-    return;
-  }
+  const reason = pythonLacks("numpy", "onnxruntime", "safetensors.numpy");
+  if (reason) return skip(t, "onnxruntime-python", reason);
   const text = await readFile(new URL("../docs/attach.md", import.meta.url), "utf8");
   const [command = ""] = /(?<=npx eigenlora ).*/.exec(text) ?? [];
   const code = [...text.matchAll(/```python\n(.*?)```/gs)].map(([, block]) => block).join("\n");

@@ -10,7 +10,7 @@ import type { Entry } from "./backends-browser.ts";
 import { bundle, noChromium, openPage } from "./browser.ts";
 import type { Golden } from "./compare.ts";
 import { goldenPacks } from "./packs.ts";
-import { required, soak } from "./required.ts";
+import { lacking, soak } from "./required.ts";
 import { type Finding, record } from "./stand-in.ts";
 
 /** A window or worker in which the entry's functions can be called. */
@@ -130,8 +130,7 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
     }
     for (const options of BACKENDS) {
       const name = `${options.wasm?.variant ?? options.backend} in a ${where}`;
-      const skip =
-        options.backend === "webgpu" && !gpu && !required.has("chromium") && "this Chromium has no WebGPU adapter";
+      const skip = options.backend === "webgpu" && !gpu && lacking("chromium", "this Chromium has no WebGPU adapter");
       for (const what of ["suite", "goldens"] as const) {
         if (!soak && !GATE[where]![what].includes(options.wasm?.variant ?? options.backend!)) continue;
         await t.test(`${what}: ${name}`, { skip }, async (t) => {

@@ -6,10 +6,10 @@ import { build } from "esbuild";
 import { type Browser, chromium, type Page } from "playwright-core";
 import type { Test } from "tap";
 import { serve } from "./range-server.ts";
-import { chromium as executablePath, required } from "./required.ts";
+import { chromium as executablePath, lacking } from "./required.ts";
 
 /** Reason why tests in Chromium are skipped; false where they run, or must fail. */
-export const noChromium = !executablePath && !required.has("chromium") && "chromium is not here";
+export const noChromium = lacking("chromium", executablePath ? undefined : "chromium is not here");
 
 /** A browser until the test ends. WebGPU needs `--enable-unsafe-webgpu`. @throws Error without Chromium */
 export async function launch(t: Test, args: readonly string[] = []): Promise<Browser> {

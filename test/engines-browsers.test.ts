@@ -13,14 +13,14 @@ import t, { type Test } from "tap";
 import { serveFolder } from "../examples/page/serve.js";
 import { caseCode, outcomesOf, prepareCase, WASM } from "./engine-material.ts";
 import { scriptOf } from "./engines.ts";
-import { required } from "./required.ts";
+import { packages, skip, without } from "./required.ts";
 
-const PUPPETEER = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/puppeteer-core");
+const PUPPETEER = packages("puppeteer-core");
 const FIREFOX = "/usr/bin/firefox-esr";
 const DRIVER = "/usr/bin/WebKitWebDriver";
-const noFirefox = !(existsSync(FIREFOX) && existsSync(PUPPETEER)) && !required.has("firefox") && "firefox is not here";
-const noWebkit =
-  !(existsSync(DRIVER) && existsSync("/usr/bin/Xvfb")) && !required.has("webkit") && "webkit is not here";
+const noFirefox = without("firefox", FIREFOX, PUPPETEER);
+const XVFB = "/usr/bin/Xvfb";
+const noWebkit = without("webkit", DRIVER, XVFB);
 
 const { project, check } = await prepareCase(t);
 const site = join(project, "site");
@@ -83,8 +83,7 @@ t.test("firefox", { skip: noFirefox }, async (t) => {
   const gpu = await said(page, "webgpu");
   const halves = (await page.evaluate("globalThis.halves()")) as string;
   t.comment(`WebGPU: ${gpu.slice(0, 60)}; halves: ${halves}`);
-  if (/no WebGPU|no adapter/.test(gpu) && !required.has("firefox-webgpu"))
-    return void t.pass("no adapter", { skip: gpu });
+  if (/no WebGPU|no adapter/.test(gpu)) return skip(t, "firefox-webgpu", gpu);
   check(t, outcomesOf(gpu), [/^webgpu/]);
   t.match(halves, /^(compiles|no halves)$/, "the kernel for halves");
 });
@@ -100,7 +99,7 @@ async function webdriver(t: Test): Promise<string> {
     t.teardown(() => void (child.pid !== undefined && process.kill(-child.pid, "SIGKILL")));
     return child;
   };
-  start("/usr/bin/Xvfb", display, "-screen", "0", "800x600x24");
+  start(XVFB, display, "-screen", "0", "800x600x24");
   await pause(500);
   start("/usr/bin/dbus-run-session", "--", DRIVER, `--port=${port}`);
   const url = `http://127.0.0.1:${port}`;

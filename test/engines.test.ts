@@ -8,7 +8,7 @@ import { join } from "node:path";
 import t from "tap";
 import type { Outcome } from "./engine-case.js";
 import { caseCode, outcomesOf, prepareCase, WASM } from "./engine-material.ts";
-import { bundleWorker, metro, outputOf, type Program, scriptOf, without, workerd } from "./engines.ts";
+import { bundleWorker, metro, noProgram, outputOf, type Program, scriptOf, workerd } from "./engines.ts";
 
 const { project, given, engineCase, check } = await prepareCase(t);
 
@@ -32,7 +32,7 @@ ${caseCode(options, "(text) => (globalThis.print(text), loop.quit())")}
 loop.run();
 `;
 for (const [program, args, wasm] of SHELLS) {
-  t.test(program, { skip: without(program) }, async (t) => {
+  t.test(program, { skip: noProgram(program) }, async (t) => {
     const file = join(project, `${program}.js`);
     const options = [{ backend: "js" }, { backend: "auto" }, ...(wasm ? WASM : [])];
     const code = program === "gjs" ? IN_A_LOOP(options) : caseCode(options, "globalThis.print");
@@ -46,7 +46,7 @@ for (const [program, args, wasm] of SHELLS) {
 const AUTO = { backend: "auto" };
 for (const exports of [true, false]) {
   const how = exports ? "with package exports" : "without package exports";
-  t.test(`hermes, bundled by Metro ${how}`, { skip: without("hermes", "hermesc", "metro") }, async (t) => {
+  t.test(`hermes, bundled by Metro ${how}`, { skip: noProgram("hermes", "hermesc", "metro") }, async (t) => {
     await writeFile(
       join(project, "app.js"),
       caseCode(exports ? [{ backend: "js" }, AUTO] : [AUTO], "globalThis.print"),
@@ -131,7 +131,7 @@ export default {
 };
 `;
 
-t.test("workerd: js, modules of wasm, a bucket", { skip: without("workerd") }, async (t) => {
+t.test("workerd: js, modules of wasm, a bucket", { skip: noProgram("workerd") }, async (t) => {
   const folder = join(project, "worker");
   await mkdir(folder);
   for (const name of ["scalar", "simd", "relaxed"])

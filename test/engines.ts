@@ -3,7 +3,6 @@
  * `node_modules` may have hermes-engine-cli, hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
  */
 import { execFile, spawn } from "node:child_process";
-import { existsSync } from "node:fs";
 import { cp, mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -12,29 +11,26 @@ import { promisify } from "node:util";
 import { build } from "esbuild";
 import type { Test } from "tap";
 import { bundleForHermes } from "../benchmarks/lib/metro.js";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 
 const execute = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
-const tools = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules");
 
 /** Programs by the name of EIGENLORA_REQUIRE. */
 export const PROGRAMS = {
-  hermes: join(tools, "hermes-engine-cli/linux64-bin/hermes"),
-  hermesc: join(tools, "hermes-compiler/hermesc/linux64-bin/hermesc"),
-  metro: join(tools, "@react-native/metro-babel-transformer/package.json"),
-  workerd: join(tools, ".bin/workerd"),
+  hermes: packages("hermes-engine-cli/linux64-bin/hermes"),
+  hermesc: packages("hermes-compiler/hermesc/linux64-bin/hermesc"),
+  metro: packages("@react-native/metro-babel-transformer/package.json"),
+  workerd: packages(".bin/workerd"),
   quickjs: "/usr/bin/qjs",
   jsc: "/usr/bin/jsc",
   gjs: "/usr/bin/gjs",
 } as const;
 export type Program = keyof typeof PROGRAMS;
 
-/** Reason why a test that needs these is skipped; false where it runs, or must fail since they are required. */
-export function without(...programs: Program[]): string | false {
-  const missing = programs.filter((name) => !existsSync(PROGRAMS[name]) && !required.has(name));
-  return missing.length > 0 && `${missing.join(", ")} not here; see test/engines.ts`;
-}
+/** Reason to skip a test that needs these; false where they are here, or must be. */
+export const noProgram = (...programs: Program[]): string | false =>
+  programs.map((name) => without(name, PROGRAMS[name])).find((reason) => reason) ?? false;
 
 /** Installs the package in a project. @returns its folder */
 export async function projectWith(t: Test): Promise<string> {
@@ -78,7 +74,7 @@ export const metro = (
   project: string,
   entry: string,
   options?: { exports?: boolean; minify?: boolean },
-): Promise<string> => bundleForHermes(tools, project, entry, options);
+): Promise<string> => bundleForHermes(packages(), project, entry, options);
 
 /** Bundles a worker as worker.bundle.js of a folder. Compiled modules and data stay modules of their own, as with Wrangler. */
 export async function bundleWorker(project: string, entry: string, folder: string = project): Promise<void> {

@@ -13,7 +13,7 @@ import t from "tap";
 import { difference } from "./adapters.ts";
 import { deltaOf } from "./compare.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { required } from "./required.ts";
+import { lacking, python, pythonLacks, runtimes, skip, without } from "./required.ts";
 
 const goldens = data("goldens/formats");
 const cli = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
@@ -72,7 +72,6 @@ t.test("format → lossless pack → format: the same modules and updates", asyn
 
 t.test("each tool loads what was exported and makes the golden weights of it", async (t) => {
   t.setTimeout(120_000);
-  const python = process.env["PYTHON"] ?? "python3";
   const oracle = fileURLToPath(new URL("export-oracle.py", import.meta.url));
   let output: string;
   try {
@@ -80,24 +79,20 @@ t.test("each tool loads what was exported and makes the golden weights of it", a
   } catch (error) {
     const { status, stderr, message } = error as Error & { status: number | null; stderr?: string };
     if (status !== 3 && (error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
-    const reason = `${python} lacks a package: ${stderr || message}`;
-    if (required.has("diffusers")) t.fail(reason);
-    else t.pass("tools load the exported adapters", { skip: reason });
-    return;
+    return skip(t, "diffusers", `${python} lacks a package: ${stderr || message}`);
   }
   const found = new Map<string, unknown>(Object.entries(JSON.parse(output)));
   t.same([...found.keys()].sort(), CASES.map(([, name]) => name).sort());
   for (const [name, off] of found) t.ok(typeof off === "number" && off <= 1e-6, `${name}: ${off}`);
 });
 
-const LLAMA = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "llama/node_modules/node-llama-cpp");
-const noLlama =
-  !existsSync(LLAMA) && !required.has("llama") && "EIGENLORA_RUNTIMES has no llama/node_modules/node-llama-cpp";
+const LLAMA = runtimes("llama/node_modules/node-llama-cpp");
+const noLlama = without("llama", LLAMA) || lacking("peft", pythonLacks("gguf"));
 
 t.test("llama.cpp answers with what was exported as with PEFT's merged weights", { skip: noLlama }, (t) => {
   const folder = t.testdir();
   const script = (name: string): string => fileURLToPath(new URL(name, import.meta.url));
-  execFileSync(process.env["PYTHON"] ?? "python3", [script("llama-base.py"), join(goldens, "gguf"), folder]);
+  execFileSync(python, [script("llama-base.py"), join(goldens, "gguf"), folder]);
   const [base, merged] = [join(folder, "base.gguf"), join(folder, "merged.gguf")];
   const pairs = [base, "", merged, "", base, join(exported, "adapter.gguf")];
   const answers = JSON.parse(

@@ -1,20 +1,15 @@
 /** Suites of frameworks in Chromium. */
-import { join } from "node:path";
 import type { Test } from "tap";
 import { bundle, openPage } from "./browser.ts";
+import { packages } from "./required.ts";
 import type { Finding } from "./stand-in.ts";
-
-/** Folder with packages of frameworks; "" where none is named. */
-export const PACKAGES: string = process.env["EIGENLORA_RUNTIMES"]
-  ? join(process.env["EIGENLORA_RUNTIMES"], "node_modules")
-  : "";
 
 /**
  * Runs a suite once for each of `backends`, on software adapters where there is no GPU.
  * @param script of a module that sets `globalThis.run`, a function from a backend's name to the findings
  */
 export async function inChromium(t: Test, script: string, backends: readonly string[]): Promise<void> {
-  const files = new Map([["page.js", await bundle(script, { nodePaths: [PACKAGES] })]]);
+  const files = new Map([["page.js", await bundle(script, { nodePaths: [packages()] })]]);
   const page = await openPage(t, files, ["--enable-unsafe-webgpu", "--enable-unsafe-swiftshader"]);
   await page.waitForFunction(() => "run" in globalThis);
   for (const backend of backends) {

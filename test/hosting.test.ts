@@ -4,7 +4,6 @@
  * missing server is skipped by name, and fails when EIGENLORA_REQUIRE lists it. `npm run soak` tries Next.js.
  */
 import { execFile, spawn } from "node:child_process";
-import { existsSync } from "node:fs";
 import { copyFile, cp, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { createServer as createHttpServer } from "node:http";
 import { createRequire } from "node:module";
@@ -18,12 +17,10 @@ import t, { type Test } from "tap";
 import { answerOf, launch, noChromium } from "./browser.ts";
 import { serve } from "./range-server.ts";
 import { MODULE } from "./readme.ts";
-import { required } from "./required.ts";
+import { lacking, packages, python, pythonLacks, without } from "./required.ts";
 import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
-/** A file of a package that only tests need. */
-const tool = (path: string): string => join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules", path);
 
 /** The page, which also reports what the test asks beside the answer. */
 const PAGE = `import { openPack } from "eigenlora";
@@ -146,7 +143,7 @@ function command(path: string, argumentsOf: (port: number, place: string) => str
   };
 }
 
-const VITE = tool("vite/bin/vite.js");
+const VITE = packages("vite/bin/vite.js");
 const vite = (...args: string[]): Start =>
   command(process.execPath, (port) => [VITE, ...args, "--host", "127.0.0.1", "--port", `${port}`, "--strictPort"]);
 
@@ -156,7 +153,7 @@ const vitePreview: Start = async (t, project) => {
 };
 
 const webpackDevServer: Start = async (t, project) => {
-  const require = createRequire(tool("index.js"));
+  const require = createRequire(packages("index.js"));
   await writeFile(join(project, "public/index.html"), '<!doctype html><script src="/main.js"></script>');
   const quiet = { stats: "none", infrastructureLogging: { level: "none" } };
   const compiler = require("webpack")({ mode: "development", context: project, entry: "./main.js", ...quiet });
@@ -184,8 +181,8 @@ const NOT_FOUND = /the server answered 404; check the address/;
 interface Server {
   readonly name: string;
   readonly start: Start;
-  /** The program it needs; undefined for those on every test machine. */
-  readonly needs?: { name: string; file: string };
+  /** Reason to skip it. */
+  readonly lacks: string | false;
   /** Whether it serves a bundler's project. */
   readonly project: boolean;
   /** Whether it answers ranges. */
@@ -200,7 +197,7 @@ const SERVERS: readonly Server[] = [
   {
     name: "vite",
     start: vite(),
-    needs: { name: "vite", file: VITE },
+    lacks: without("vite", VITE),
     project: true,
     ranges: true,
     mjs: "text/javascript",
@@ -209,7 +206,7 @@ const SERVERS: readonly Server[] = [
   {
     name: "vite preview",
     start: vitePreview,
-    needs: { name: "vite", file: VITE },
+    lacks: without("vite", VITE),
     project: true,
     ranges: true,
     mjs: "text/javascript",
@@ -218,7 +215,7 @@ const SERVERS: readonly Server[] = [
   {
     name: "webpack-dev-server",
     start: webpackDevServer,
-    needs: { name: "webpack", file: tool("webpack-dev-server/package.json") },
+    lacks: without("webpack", packages("webpack-dev-server/package.json")),
     project: true,
     ranges: true,
     mjs: "application/javascript",
@@ -226,13 +223,8 @@ const SERVERS: readonly Server[] = [
   },
   {
     name: "python3 -m http.server",
-    start: command(process.env["PYTHON"] ?? "python3", (port) => [
-      "-m",
-      "http.server",
-      `${port}`,
-      "--bind",
-      "127.0.0.1",
-    ]),
+    start: command(python, (port) => ["-m", "http.server", `${port}`, "--bind", "127.0.0.1"]),
+    lacks: lacking("python", pythonLacks("http.server")),
     project: false,
     ranges: false,
     mjs: "text/javascript",
@@ -241,13 +233,13 @@ const SERVERS: readonly Server[] = [
   {
     name: "serve",
     start: command(process.execPath, (port) => [
-      tool("serve/build/main.js"),
+      packages("serve/build/main.js"),
       "-l",
       `tcp://127.0.0.1:${port}`,
       "-n",
       "-L",
     ]),
-    needs: { name: "serve", file: tool("serve/build/main.js") },
+    lacks: without("serve", packages("serve/build/main.js")),
     project: false,
     ranges: true,
     mjs: "application/javascript",
@@ -256,7 +248,7 @@ const SERVERS: readonly Server[] = [
   {
     name: "nginx",
     start: nginx,
-    needs: { name: "nginx", file: "/usr/sbin/nginx" },
+    lacks: without("nginx", "/usr/sbin/nginx"),
     project: false,
     ranges: true,
     mjs: "application/octet-stream",
@@ -267,9 +259,8 @@ const SERVERS: readonly Server[] = [
 const [project, folder] = [await makeProject(), await makeFolder()];
 const browser = noChromium ? undefined : await launch(t);
 
-for (const { name, start, needs, project: bundled, ranges, mjs, missing } of SERVERS) {
-  const absent = needs && !existsSync(needs.file) && !required.has(needs.name) && `${needs.name} is not here`;
-  t.test(name, { skip: noChromium || absent || false, timeout: 120_000 }, async (t) => {
+for (const { name, start, lacks, project: bundled, ranges, mjs, missing } of SERVERS) {
+  t.test(name, { skip: noChromium || lacks, timeout: 120_000 }, async (t) => {
     const url = await start(t, bundled ? project : folder);
     const page = await browser!.newPage();
     page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));

@@ -2,7 +2,7 @@
  * Runs examples/hub on a real Ray cluster of two workers on this machine and kills one in the middle (hub.py beside this file). Needs a
  * PYTHON with Ray; fails without it where EIGENLORA_REQUIRE lists "ray".
  */
-import { execFile, spawnSync } from "node:child_process";
+import { execFile } from "node:child_process";
 import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -12,17 +12,14 @@ import { openPack } from "eigenlora";
 import t from "tap";
 import { readTask } from "../examples/minilm.js";
 import { data, packDifference, packOf } from "./packs.ts";
-import { required, soak } from "./required.ts";
+import { lacking, python, pythonLacks, soak } from "./required.ts";
 
-const python = process.env["PYTHON"] ?? "python3";
-const missing = spawnSync(python, ["-c", "import ray"]).status !== 0;
-const skip = missing && !required.has("ray") && "Ray is not here: pip install ray, and set PYTHON";
+const skip = lacking("ray", pythonLacks("ray"));
 
 // The soak takes all. The worker that makes the fourth shard is killed.
 const [count, shards] = soak ? [53, 7] : [6, 4];
 
 t.test(`${count} adapters, ${shards} shards, two workers, one killed: the pack of one machine`, { skip }, async (t) => {
-  if (missing) throw new Error("Ray is required but not installed");
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-hub-"));
   t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
   const [script, main] = ["./hub.py", "../dist/src/cli/main.js"].map((path) =>

@@ -15,7 +15,7 @@ import t from "tap";
 import { type Asked, type Files, filesBelow, gitHash, type Hub, hubFor, sha256 } from "./huggingface-server.ts";
 import { openSource } from "./internals.ts";
 import { data } from "./packs.ts";
-import { required } from "./required.ts";
+import { python, skip } from "./required.ts";
 import { difference, feeds, golden, NODE, packBytes } from "./sessions.ts";
 
 const text = (content: string): Uint8Array => new TextEncoder().encode(content);
@@ -464,7 +464,7 @@ t.test("a browser reads the Hub's address by ranges", async (t) => {
   }
 });
 
-const PYTHON = `
+const CODE = `
 import sys
 from huggingface_hub import hf_hub_download, snapshot_download
 name, file, offline = sys.argv[1:4]
@@ -476,11 +476,11 @@ print(snapshot_download(name, allow_patterns=["adapter_*", "task.json"], **how))
 t.test("Python's huggingface_hub shares the cache", async (t) => {
   const { hub, home } = await hubFor(t);
   const commit = hub.push("org/role", new Map([...TRAINING, ...seed("debtags-role")]));
-  const python = (how: string) =>
+  const inPython = (how: string) =>
     new Promise<{ status: number | null; lines: string[]; said: string }>((resolve) => {
       const env = { ...process.env, HF_HUB_DISABLE_XET: "1", HF_HUB_DISABLE_PROGRESS_BARS: "1" };
-      const args = ["-c", PYTHON, "org/role", "adapter_model.safetensors", how];
-      const child = spawn(process.env["PYTHON"] ?? "python3", args, { env });
+      const args = ["-c", CODE, "org/role", "adapter_model.safetensors", how];
+      const child = spawn(python, args, { env });
       let [out, said] = ["", ""];
       child.stdout.on("data", (chunk) => (out += chunk));
       child.stderr.on("data", (chunk) => (said += chunk));
@@ -489,12 +489,9 @@ t.test("Python's huggingface_hub shares the cache", async (t) => {
     });
   for (const adapter of await readAdapters(["hf:org/role"])) await adapter.close();
   const folder = join(home, "hub/models--org--role/snapshots", commit);
-  const { status, lines, said } = await python("offline");
+  const { status, lines, said } = await inPython("offline");
   if (status === -1 || /No module named/.test(said)) {
-    const reason = `huggingface_hub is not here: ${said.trim().split("\n").at(-1)}`;
-    if (required.has("peft")) t.fail(reason);
-    else t.pass(reason, { skip: reason });
-    return;
+    return skip(t, "peft", `huggingface_hub is not here: ${said.trim().split("\n").at(-1)}`);
   }
   t.equal(status, 0, said);
   t.same(
@@ -504,7 +501,7 @@ t.test("Python's huggingface_hub shares the cache", async (t) => {
   );
 
   await rm(join(home, "hub"), { recursive: true });
-  const theirs = await python("online");
+  const theirs = await inPython("online");
   t.equal(theirs.status, 0, theirs.said);
   hub.take();
   process.env["HF_HUB_OFFLINE"] = "1";

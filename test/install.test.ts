@@ -15,12 +15,12 @@ import t, { type Test } from "tap";
 import ts from "typescript";
 import { serveFolder } from "../examples/page/serve.js";
 import { answerOf, launch, noChromium } from "./browser.ts";
-import { bundleWorker, metro, outputOf, without, workerd } from "./engines.ts";
+import { bundleWorker, metro, noProgram, outputOf, workerd } from "./engines.ts";
 import { GLOBALS, MSGPACKR } from "./internals.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { textOf } from "./page-llm.ts";
 import { MODULE } from "./readme.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -43,7 +43,6 @@ await mkdir(project);
 await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
 // Offline: nothing has to be fetched.
 run(project, "npm", "install", "--offline", "--no-audit", "--no-fund", join(folder, filename));
-// Packages that the examples need are added below.
 const installed = await readdir(join(project, "node_modules"));
 
 t.test("an install brings the package alone, and that packs", async (t) => {
@@ -188,13 +187,17 @@ globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main
 /** Test sentences that PEFT is sure about, by row. */
 const SURE = { "debtags-role": 15, "debtags-game": 7 };
 
-/** Prepares packages and files of a model for the apps of examples/, beside the installed package. */
+/** A project with the package and what the apps of examples/ need beside it. */
+const apps = join(folder, "apps");
+
+/** Makes that project. @returns what its tasks answer */
 async function prepare(): Promise<{ task: string; text: string; label: string }[]> {
-  const modules = join(project, "node_modules");
+  await cp(project, apps, { recursive: true });
+  const modules = join(apps, "node_modules");
   await mkdir(join(modules, "@huggingface"));
   for (const name of ["@huggingface/tokenizers", "onnxruntime-node", "onnxruntime-web", "onnxruntime-common"])
     await symlink(join(root, "node_modules", name), join(modules, name));
-  const files = join(project, "files");
+  const files = join(apps, "files");
   await mkdir(files);
   await symlink(data("minilm/model_fp16.onnx"), join(files, "model.onnx"));
   for (const file of ["tokenizer.json", "tokenizer_config.json"])
@@ -214,27 +217,25 @@ async function prepare(): Promise<{ task: string; text: string; label: string }[
   );
 }
 
-/** Copies an app of examples/ into the project, or into a folder of it. @returns its folder */
+/** Copies an app of examples/ into that project, or into a folder of it. @returns its folder */
 async function copyExample(name: string, place = "."): Promise<string> {
-  const app = join(project, name);
+  const app = join(apps, name);
   await cp(join(root, "examples", name), app, { recursive: true });
-  await cp(join(project, "files"), join(app, place), { recursive: true });
+  await cp(join(apps, "files"), join(app, place), { recursive: true });
   return app;
 }
 
 const cases = await prepare();
 
-const RUNTIMES = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules");
 for (const [name, extra] of [["node"], ["transformers", "@huggingface/transformers"]] as const) {
-  const from = extra && join(RUNTIMES, extra);
-  const absent = from && !existsSync(from) && !required.has(name) && `${extra} is not here; see EIGENLORA_RUNTIMES`;
-  t.test(`examples/${name}`, { skip: absent || false }, async (t) => {
+  const from = extra && packages(extra);
+  t.test(`examples/${name}`, { skip: from !== undefined && without(name, from) }, async (t) => {
     const app = await copyExample(name);
     if (from) {
-      await symlink(from, join(project, "node_modules", extra));
+      await symlink(from, join(apps, "node_modules", extra));
       const model = join(app, "models/my-model");
       await mkdir(join(model, "onnx"), { recursive: true });
-      await cp(join(project, "files/model.onnx"), join(model, "onnx/model_fp16.onnx"));
+      await cp(join(apps, "files/model.onnx"), join(model, "onnx/model_fp16.onnx"));
       for (const file of ["config.json", "tokenizer.json", "tokenizer_config.json"])
         await cp(data(`minilm/${file}`), join(model, file));
     }
@@ -251,9 +252,9 @@ for (const [name, extra] of [["node"], ["transformers", "@huggingface/transforme
 }
 
 /** The pack of the apps. */
-const packOfApp = () => readFile(join(project, "files/tasks.eigen"));
+const packOfApp = () => readFile(join(apps, "files/tasks.eigen"));
 
-t.test("examples/workerd", { skip: without("workerd") }, async (t) => {
+t.test("examples/workerd", { skip: noProgram("workerd") }, async (t) => {
   const app = await copyExample("workerd");
   const bytes = await packOfApp();
   const tasks = [...(await openPack(new Uint8Array(bytes))).tasks.keys()];
@@ -293,7 +294,7 @@ export default {
   t.match(answers.at(-1), { status: 404, tasks });
 });
 
-t.test("examples/react-native", { skip: without("hermes", "hermesc", "metro") }, async (t) => {
+t.test("examples/react-native", { skip: noProgram("hermes", "hermesc", "metro") }, async (t) => {
   // Kept apart from the other apps: Metro looks through all of its project.
   const native = join(folder, "native");
   const app = join(native, "app");
@@ -368,8 +369,8 @@ async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<voi
   return scripts;
 }
 
-const VITE = join(RUNTIMES, "vite/bin/vite.js");
-const noVite = !existsSync(VITE) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES";
+const VITE = packages("vite/bin/vite.js");
+const noVite = without("vite", VITE);
 t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
   const app = await copyExample("vite", "public");
   run(app, process.execPath, VITE, "build", "--logLevel", "error");
@@ -400,19 +401,16 @@ async function beTheCdn(t: Test, page: Page, packages: string): Promise<void> {
 t.test("examples/html, with what the CDN has", { skip: noChromium }, async (t) => {
   const server = await serveFolder(await copyExample("html"));
   t.teardown(() => server.close());
-  await tryPage(t, server.url, (page) => beTheCdn(t, page, join(project, "node_modules")));
+  await tryPage(t, server.url, (page) => beTheCdn(t, page, join(apps, "node_modules")));
 });
 
 const TRANSFORMERS = "@huggingface/transformers";
-const noTransformers =
-  !existsSync(join(RUNTIMES, TRANSFORMERS)) &&
-  !required.has("transformers") &&
-  `${TRANSFORMERS} is not here; see EIGENLORA_RUNTIMES`;
+const noTransformers = without("transformers", packages(TRANSFORMERS));
 t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || noChromium || noVite }, async (t) => {
-  const app = join(project, "llm");
+  const app = join(apps, "llm");
   await cp(join(root, "examples/llm"), app, { recursive: true });
-  const linked = join(project, "node_modules", TRANSFORMERS);
-  if (!existsSync(linked)) await symlink(join(RUNTIMES, TRANSFORMERS), linked);
+  const linked = join(apps, "node_modules", TRANSFORMERS);
+  if (!existsSync(linked)) await symlink(packages(TRANSFORMERS), linked);
   const model = join(app, "public/models/smollm2");
   await mkdir(join(model, "onnx"), { recursive: true });
   for (const file of ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -433,7 +431,7 @@ t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || 
   t.teardown(() => server.close());
   const page = await (await launch(t)).newPage();
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
-  await beTheCdn(t, page, RUNTIMES);
+  await beTheCdn(t, page, packages());
   await page.goto(server.url);
   await page.locator("#cost", { hasText: "Switched" }).waitFor();
   await page.getByLabel("Words").fill(prompt);

@@ -2,18 +2,16 @@
  * jax-js as published: cpu and wasm in Node, webgl and webgpu in Chromium. EIGENLORA_RUNTIMES names a folder in which
  * `npm install @jax-js/jax@0.1.25` was run. Without it tests are skipped by name, or fail when EIGENLORA_REQUIRE lists "jax".
  */
-import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import t from "tap";
 import { noChromium } from "./browser.ts";
-import { inChromium, PACKAGES } from "./framework-browser.ts";
+import { inChromium } from "./framework-browser.ts";
 import { jaxSuite, type Module } from "./jax-suite.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 
-const folder = join(PACKAGES, "@jax-js/jax");
-const present = existsSync(folder);
-const skip = !present && !required.has("jax") && "jax-js is not here; see EIGENLORA_RUNTIMES in this file";
+const folder = packages("@jax-js/jax");
+const skip = without("jax", folder);
 
 for (const device of ["cpu", "wasm"]) {
   t.test(`jax-js, ${device}`, { skip }, async (t) => {

@@ -7,7 +7,7 @@ import t from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { embedWeights, uniform } from "./internals.ts";
 import { asJson, type Case, compare, floats, golden, learning, type Prepared, prepare, relative } from "./learning.ts";
-import { required, soak } from "./required.ts";
+import { skip, soak } from "./required.ts";
 import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";
 import { type Trained, train } from "./training.js";
 
@@ -68,8 +68,7 @@ t.test(
     for (const { build, provider, name, why, runs } of rows) {
       const what = `${name}, ${build}, ${provider}`;
       if (why === "no adapter") {
-        if (required.has("chromium")) t.fail(`${what}: no adapter`);
-        else t.comment(`${what}: no adapter, skipped`);
+        skip(t, "chromium", `${what}: no adapter`);
         continue;
       }
       const { of, prepared } = graphs.get(name)!;
@@ -129,8 +128,7 @@ if (soak)
       >;
       for (const [provider, found] of Object.entries(taught)) {
         if (found === "no adapter") {
-          if (required.has("chromium")) t.fail(`${provider}: no adapter`);
-          else t.comment(`${provider}: no adapter, skipped`);
+          skip(t, "chromium", `${provider}: no adapter`);
           continue;
         }
         const { losses, logits } = found;

@@ -43,7 +43,7 @@ import {
   run,
   sessionOf,
 } from "./learning.ts";
-import { required, soak } from "./required.ts";
+import { python, pythonLacks, skip, soak } from "./required.ts";
 import { model, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
@@ -361,14 +361,8 @@ t.test("a head alone learns its targets", async (t) => {
 });
 
 t.test("Python's onnxruntime runs the file as well", async (t) => {
-  const python = process.env["PYTHON"] ?? "python3";
-  const check = spawnSync(python, ["-c", "import numpy, onnxruntime"], { encoding: "utf8" });
-  if (check.status !== 0) {
-    const reason = `${python} lacks onnxruntime or numpy: ${check.error?.message ?? check.stderr.trim().split("\n").at(-1)}`;
-    if (required.has("onnxruntime-python")) t.fail(reason);
-    else t.pass("Python runs training graphs", { skip: reason });
-    return;
-  }
+  const reason = pythonLacks("numpy", "onnxruntime");
+  if (reason) return skip(t, "onnxruntime-python", reason);
   const of = await golden("llama-torchscript");
   const prepared = await prepare(of);
   const { file, feeds } = prepared;

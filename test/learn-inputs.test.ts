@@ -1,7 +1,6 @@
 /**
  * Texts as batches: each text is tokenised once, and batches equal the tokenizer's own to the bit.
  */
-import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { type BatchFeeds, createTrainer, type Encode } from "eigenlora/train";
@@ -10,7 +9,7 @@ import { createEncoder, readTask } from "../examples/minilm.js";
 import { createBatcher, uniform } from "./internals.ts";
 import { LABELS, tiny } from "./learning.ts";
 import { data } from "./packs.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 import { GOLDENS, NODE } from "./sessions.ts";
 
 interface Style {
@@ -141,8 +140,8 @@ t.test("MiniLM's tokenizer: batches are what it makes of their texts", async (t)
   t.equal(count, rows.length + 2);
 });
 
-const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
-const skip = !existsSync(folder) && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES";
+const folder = packages("@huggingface/transformers");
+const skip = without("transformers", folder);
 
 t.test(
   "a tokenizer of transformers.js, as it is; one that is not told to pad is refused with what to do",

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import t from "tap";
 import { compare, golden, prepare, run, sessionOf } from "./learning.ts";
 import { data } from "./packs.ts";
-import { required, soak } from "./required.ts";
+import { gradients, python, skip, soak } from "./required.ts";
 import { ORTS } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
@@ -17,17 +17,16 @@ const KINDS = ["qwen2", "qwen3", "gemma2", "gemma3", "t5-relu", "t5-gated-gelu"]
 
 /** Makes the cases; a folder that has them already may be given. */
 function made(folder: string): { cases: string[]; missing?: string } {
-  const given = process.env["EIGENLORA_GRADIENTS"];
-  if (given === undefined) {
+  if (gradients === undefined) {
     const env = { ...process.env, LLM: "1", ONLY: "qwen,gemma,t5", OMP_NUM_THREADS: "1" };
     const script = data("make/make_gradient_goldens.py");
-    const { status, stderr, error } = spawnSync(process.env["PYTHON"] ?? "python3", [script, folder], {
+    const { status, stderr, error } = spawnSync(python, [script, folder], {
       ...{ encoding: "utf8", cwd: folder, env },
       maxBuffer: 1e8,
     });
     if (error || status !== 0) return { cases: [], missing: `${error?.message ?? stderr.trim().split("\n").at(-1)}` };
   }
-  const from = given ?? folder;
+  const from = gradients ?? folder;
   return {
     cases: readdirSync(from)
       .sort()
@@ -40,12 +39,7 @@ t.test(
   { skip: soak ? false : "a soak: node test/soak-tests.js learn-llm", timeout: 1_800_000 },
   async (t) => {
     const { cases, missing } = made(t.testdir());
-    if (missing !== undefined) {
-      const reason = `the cases cannot be made: ${missing}`;
-      if (required.has("peft")) t.fail(reason);
-      else t.pass(reason, { skip: reason });
-      return;
-    }
+    if (missing !== undefined) return skip(t, "peft", `the cases cannot be made: ${missing}`);
     for (const kind of KINDS)
       t.ok(
         cases.some((path) => path.endsWith(`/${kind}-torchscript`)),

@@ -1,7 +1,7 @@
 import { spawnSync } from "node:child_process";
 import { readdirSync } from "node:fs";
-import { readFile } from "node:fs/promises";
-import { posix } from "node:path";
+import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
+import { join, posix } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
@@ -241,6 +241,25 @@ t.test("what is published", async (t) => {
   const examples = files.filter(({ path }) => path.startsWith("examples/"));
   const size = examples.reduce((sum, one) => sum + one.size, 0);
   t.ok(size <= 200_000, `examples take ${size} bytes`);
+});
+
+t.test("no archive without what is built", async (t) => {
+  const clone = t.testdir();
+  for (const file of ["package.json", ".npmrc", "README.md"]) await cp(join(root, file), join(clone, file));
+  // An npm that started the tests would hand its settings on.
+  const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^npm_/i.test(name)));
+  const pack = () => spawnSync("npm", ["pack", "--json"], { cwd: clone, encoding: "utf8", env });
+  const { status, stderr } = pack();
+  t.not(status, 0);
+  t.match(stderr, /ENOENT.*dist/);
+  t.same(readdirSync(clone).sort(), [".npmrc", "README.md", "package.json"]);
+  await mkdir(join(clone, "dist/src"), { recursive: true });
+  await writeFile(join(clone, "dist/src/index.js"), "");
+  for (const _ of ["first", "again"]) {
+    const [{ files }] = JSON.parse(pack().stdout) as [{ files: { path: string }[] }];
+    t.same(files.map(({ path }) => path).sort(), ["README.md", "dist/src/index.js", "package.json"]);
+  }
+  t.same(readdirSync(join(clone, "dist")).sort(), [`eigenlora-${manifest.version}.tgz`, "src"]);
 });
 
 t.test("the archive of test vectors", async (t) => {

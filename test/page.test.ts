@@ -10,7 +10,7 @@ import { type Answered, serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
 import { complaintsOfAxe } from "./page-axe.ts";
 import { freshBytes, withTasks } from "./page-pack.ts";
-import { soak } from "./required.ts";
+import { lacking, python, pythonLacks, soak } from "./required.ts";
 
 /**
  * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
@@ -40,16 +40,16 @@ const packReads = (): Answered[] => answers.filter(({ path }) => path === "/task
 /** A server without ranges, such as Python's. */
 async function servePlainly(folder: string): Promise<{ url: string; close(): Promise<void> }> {
   const args = ["-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", folder];
-  const python = spawn(process.env["PYTHON"] ?? "python3", args, { stdio: ["ignore", "pipe", "ignore"] });
+  const server = spawn(python, args, { stdio: ["ignore", "pipe", "ignore"] });
   const port = await new Promise<string>((resolve, reject) => {
-    python.once("error", reject);
+    server.once("error", reject);
     let said = "";
-    python.stdout.on("data", (text) => {
+    server.stdout.on("data", (text) => {
       const found = /port (\d+) /.exec((said += text));
       if (found) resolve(found[1]!);
     });
   });
-  return { url: `http://127.0.0.1:${port}/`, close: async () => void python.kill() };
+  return { url: `http://127.0.0.1:${port}/`, close: async () => void server.kill() };
 }
 
 /** Serves the page with a pack made from its own. @returns its address, until the test ends */
@@ -515,7 +515,8 @@ t.test("failures say what to do", { skip }, async (t) => {
   await page.close();
 });
 
-t.test("a static host without ranges, and tasks that are unusable", { skip }, async (t) => {
+const noPython = lacking("python", pythonLacks("http.server"));
+t.test("a static host without ranges, and tasks that are unusable", { skip: skip || noPython }, async (t) => {
   const [bad, damaged] = ["debtags-game", "debtags-field"] as const;
   const change = async (pack: Pack): Promise<Buffer> => {
     pack.tasks.get(bad)!.metadata.labels!.pop();

@@ -5,7 +5,7 @@ import { fileURLToPath } from "node:url";
 import type { peftFiles } from "eigenlora/build";
 import type { Test } from "tap";
 import { writeSafetensors } from "./internals.ts";
-import { required } from "./required.ts";
+import { python, skip } from "./required.ts";
 import { difference } from "./sessions.ts";
 
 /**
@@ -25,13 +25,8 @@ export async function peftAgrees(
   await writeFile(`${folder}/adapter/adapter_config.json`, JSON.stringify(config));
   const script = fileURLToPath(new URL("trained-oracle.py", import.meta.url));
   const given = [script, base, `${folder}/adapter`, `${folder}/feeds.json`];
-  const { status, stdout, stderr, error } = spawnSync(process.env["PYTHON"] ?? "python3", given, { encoding: "utf8" });
-  if (error || status === 3) {
-    const reason = `PEFT is not here: ${error?.message ?? stderr.trim()}`;
-    if (required.has("peft")) t.fail(reason);
-    else t.pass(reason, { skip: reason });
-    return;
-  }
+  const { status, stdout, stderr, error } = spawnSync(python, given, { encoding: "utf8" });
+  if (error || status === 3) return skip(t, "peft", `PEFT is not here: ${error?.message ?? stderr.trim()}`);
   t.equal(status, 0, stderr);
   const theirs = (JSON.parse(stdout) as number[][]).flat();
   t.ok(difference(ours, theirs) <= 1e-4, `${ours} instead of ${theirs}`);

@@ -21,7 +21,7 @@ import t, { type Test } from "tap";
 import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
 import { openSource } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
-import { required } from "./required.ts";
+import { python, skip } from "./required.ts";
 
 const data = fileURLToPath(new URL("./data", import.meta.url));
 const goldens = join(data, "goldens/peft");
@@ -765,7 +765,6 @@ t.test("PEFT loads what was exported and merges it to the golden weights", async
     await exportTo(join(root, name), adapter!);
     await adapter!.close();
   }
-  const python = process.env.PYTHON ?? "python3";
   let output: string;
   try {
     const script = join(data, "../peft-oracle.py");
@@ -774,10 +773,7 @@ t.test("PEFT loads what was exported and merges it to the golden weights", async
     const { status, stderr, message } = error as Error & { status: number | null; stderr?: string };
     const absent = status === 3 || (error as NodeJS.ErrnoException).code === "ENOENT";
     if (!absent) throw error;
-    const reason = `${python} has no PEFT: ${stderr || message}`;
-    if (required.has("peft")) t.fail(reason);
-    else t.pass("PEFT loads the exported adapters", { skip: reason });
-    return;
+    return skip(t, "peft", `${python} has no PEFT: ${stderr || message}`);
   }
   const differences = new Map<string, unknown>(Object.entries(JSON.parse(output)));
   t.same([...differences.keys()].sort(), loadable);

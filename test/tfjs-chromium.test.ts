@@ -1,13 +1,10 @@
 /** TF.js as published, on its backends webgl and webgpu in Chromium. Skipped like `tfjs.test.ts`. */
-import { existsSync } from "node:fs";
-import { join } from "node:path";
 import t from "tap";
 import { noChromium } from "./browser.ts";
-import { inChromium, PACKAGES } from "./framework-browser.ts";
-import { required } from "./required.ts";
+import { inChromium } from "./framework-browser.ts";
+import { packages, without } from "./required.ts";
 
-const present = existsSync(join(PACKAGES, "@tensorflow/tfjs-core"));
-const skip = !present && !required.has("tfjs") && "TF.js is not here; see tfjs.test.ts";
+const skip = without("tfjs", packages("@tensorflow/tfjs-core"));
 
 const SCRIPT = `import * as tf from "@tensorflow/tfjs-core";
   import * as layers from "@tensorflow/tfjs-layers";

@@ -3,7 +3,6 @@
  * install` has put `@tensorflow/tfjs-core`, -layers, -converter and the backends, 4.22, and `basic-pitch` is the package
  * `@spotify/basic-pitch` 1.0, unpacked. Tests that need them are skipped by name without, and fail when EIGENLORA_REQUIRE lists "tfjs".
  */
-import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -11,18 +10,16 @@ import { createRuntime, openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { tfjsHost } from "eigenlora/tfjs";
 import t from "tap";
-import { PACKAGES } from "./framework-browser.ts";
 import { asKernel, inputs, largestDifference } from "./frameworks.ts";
 import { concat, LOSSLESS } from "./packs.ts";
-import { required } from "./required.ts";
+import { packages, runtimes, without } from "./required.ts";
 import { type Modules, tfjsSuite } from "./tfjs-suite.ts";
 
-const present = existsSync(join(PACKAGES, "@tensorflow/tfjs-core"));
-const skip = !present && !required.has("tfjs") && "TF.js is not here; see EIGENLORA_RUNTIMES in this file";
+const skip = without("tfjs", packages("@tensorflow/tfjs-core"));
 
 for (const backend of ["cpu", "wasm"]) {
   t.test(`TF.js, ${backend}`, { skip }, async (t) => {
-    const require = createRequire(join(PACKAGES, "of.js"));
+    const require = createRequire(packages("of.js"));
     const tf = require("@tensorflow/tfjs-core") as Modules["tf"] & { setBackend(name: string): Promise<boolean> };
     require(`@tensorflow/tfjs-backend-${backend}`);
     t.ok(await tf.setBackend(backend));
@@ -31,13 +28,12 @@ for (const backend of ["cpu", "wasm"]) {
   });
 }
 
-const pitch = join(PACKAGES, "../basic-pitch/model");
-const noPitch =
-  !existsSync(pitch) && !required.has("tfjs") && "basic-pitch is not here; see EIGENLORA_RUNTIMES in this file";
+const pitch = runtimes("basic-pitch/model");
+const noPitch = without("tfjs", pitch);
 
 /** Spotify's published transcriber of music: convolutions of 3 × 39 and 5 × 5 in a graph of 400 nodes. */
 t.test("a GraphModel that others have converted", { skip: skip || noPitch }, async (t) => {
-  const require = createRequire(join(PACKAGES, "of.js"));
+  const require = createRequire(packages("of.js"));
   const tf = require("@tensorflow/tfjs-core");
   require("@tensorflow/tfjs-backend-wasm");
   t.ok(await tf.setBackend("wasm"));

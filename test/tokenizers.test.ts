@@ -1,7 +1,6 @@
 /**
  * Tokenizers as they are: of @huggingface/tokenizers and of transformers.js. They make feeds for a session, and learn in a trainer.
  */
-import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -15,7 +14,7 @@ import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { fromBinary, ModelProtoSchema, makeNode, toBinary } from "./internals.ts";
 import { LABELS, tiny } from "./learning.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 import { type Feeds, NODE, type Options, open, packFor, WEB } from "./sessions.ts";
 
 const json = async (path: string) => JSON.parse(await readFile(data(path), "utf8"));
@@ -178,8 +177,8 @@ t.test("a function that gives something else than tensors is refused with what w
   }
 });
 
-const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
-const skip = !existsSync(folder) && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES";
+const folder = packages("@huggingface/transformers");
+const skip = without("transformers", folder);
 
 t.test("a tokenizer of transformers.js makes the same feeds", { skip }, async (t) => {
   const { AutoTokenizer, env } = await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href);

@@ -2,7 +2,6 @@
  * Packs on pipelines of transformers.js whose model has several sessions, compared with PEFT's answers: a tiny FLAN-T5
  * (test/data/seq2seq). Needs what `transformers.test.ts` needs.
  */
-import { existsSync } from "node:fs";
 import { cp, mkdtemp, readFile, rename, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -14,15 +13,11 @@ import { type AttachedPack, type AttachOptions, attachPack, type TransformersPip
 import t from "tap";
 import { difference } from "./adapters.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 import { MODES, refusal } from "./sessions.ts";
 
-const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
-const present = process.env["EIGENLORA_RUNTIMES"] !== undefined && existsSync(folder);
-const skip =
-  !present &&
-  !required.has("transformers") &&
-  "transformers is not here; see EIGENLORA_RUNTIMES in transformers.test.ts";
+const folder = packages("@huggingface/transformers");
+const skip = without("transformers", folder);
 
 interface Own {
   release(): Promise<void>;
@@ -84,7 +79,6 @@ await symlink(data("seq2seq"), join(models, "seq2seq"));
 let loaded: Transformers | undefined;
 async function load(): Promise<Transformers> {
   if (loaded) return loaded;
-  if (!present) throw new Error("transformers is required but not installed");
   loaded = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
   Object.assign(loaded.env, { localModelPath: models, allowRemoteModels: false });
   return loaded;

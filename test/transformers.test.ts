@@ -17,15 +17,12 @@ import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { fromBinary, hold, labelsOf, ModelProtoSchema, Queue, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "./sessions.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
-const runtimes = process.env["EIGENLORA_RUNTIMES"] ?? "";
-const folder = join(runtimes, "node_modules/@huggingface/transformers");
-const present = runtimes !== "" && existsSync(folder);
-const skip =
-  !present && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES in this file";
+const folder = packages("@huggingface/transformers");
+const skip = without("transformers", folder);
 
 /** The parts of transformers.js' tokens that are used here. */
 interface Tokens {
@@ -170,7 +167,6 @@ async function makeModels(): Promise<void> {
 let loaded: Transformers | undefined;
 async function load(): Promise<Transformers> {
   if (loaded) return loaded;
-  if (!present) throw new Error("transformers is required but not installed");
   const transformers = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
   Object.assign(transformers.env, { localModelPath: models, allowRemoteModels: false });
   return (loaded = transformers);
@@ -642,7 +638,6 @@ function judge(t: Test, { generated, answered, labelled, probe, detached, logits
 }
 
 t.test("onnxruntime-web in Node", { skip }, async (t) => {
-  if (!present) throw new Error("transformers is required but not installed");
   const plan = join(models, "plan.json");
   await writeFile(plan, JSON.stringify({ ...PLAN, device: "auto", browser: false }));
   const { stdout } = await promisify(execFile)(process.execPath, [
@@ -654,7 +649,6 @@ t.test("onnxruntime-web in Node", { skip }, async (t) => {
 });
 
 t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => {
-  if (!present) throw new Error("transformers is required but not installed");
   const files = new Map<string, Uint8Array>();
   for (const name of ["decoder", "seq2seq", "minilm", "external"]) {
     for (const file of await readdir(join(models, name), { recursive: true })) {
@@ -665,7 +659,7 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
   for (const name of ["decoder", "seq2seq", "minilm", "tiny"])
     files.set(`${name}.eigen`, await readFile(join(models, `${name}.eigen`)));
   // The build that transformers.js 4 imports. Where its pinned version is not hoisted, it lies below.
-  const dist = [join(folder, "node_modules"), join(runtimes, "node_modules")]
+  const dist = [join(folder, "node_modules"), packages()]
     .map((n) => join(n, "onnxruntime-web/dist"))
     .find((d) => existsSync(d))!;
   for (const suffix of ["mjs", "wasm"])
@@ -683,7 +677,7 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
     env.backends.onnx.wasm.numThreads = 1;
     const read = async (file) => new Uint8Array(await (await fetch("/" + file)).arrayBuffer());
     globalThis.answer = smoke(transformers, { openPack, attachPack }, { ...${JSON.stringify(PLAN)}, device: "wasm", browser: true, read });`;
-  files.set("page.js", await bundle(contents, { nodePaths: [join(runtimes, "node_modules")] }));
+  files.set("page.js", await bundle(contents, { nodePaths: [packages()] }));
   const found = (await answerOf(await openPage(t, files))) as Smoke;
   t.ok(found.logits, "a model with a second file");
   judge(t, found);

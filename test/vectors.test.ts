@@ -5,7 +5,7 @@ import { EigenLoraError, type OpenOptions, openPack, type Pack } from "eigenlora
 import t from "tap";
 import { run } from "./command-line.ts";
 import { decodeSection, decodeTensor, expandTerm, isCoded, openSafetensors, openSource } from "./internals.ts";
-import { required } from "./required.ts";
+import { lacking, python, pythonLacks } from "./required.ts";
 import { vectors } from "./vectors/make.js";
 
 interface Vector {
@@ -152,11 +152,9 @@ t.test("the example of SPEC.md is the file, byte for byte", async (t) => {
   t.ok(lines > 35, `${lines} lines`);
 });
 
-const python = process.env["PYTHON"] ?? "python3";
 // Threads for so few numbers would only wait for each other.
 const env = { ...process.env, OPENBLAS_NUM_THREADS: "1" };
-const noPython =
-  spawnSync(python, ["-c", "import numpy"]).status !== 0 && !required.has("peft") && "numpy is not here: set PYTHON";
+const noPython = lacking("peft", pythonLacks("numpy"));
 
 t.test("a second reader, in Python and from SPEC.md alone, agrees", { skip: noPython }, (t) => {
   const folder = fileURLToPath(at(""));

@@ -4,7 +4,6 @@
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { existsSync } from "node:fs";
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { createServer as createHttpServer, get } from "node:http";
 import { createRequire } from "node:module";
@@ -24,14 +23,14 @@ import { hubFor } from "./huggingface-server.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { complaintsOfAxe } from "./page-axe.ts";
 import { serve } from "./range-server.ts";
-import { required } from "./required.ts";
+import { packages, without } from "./required.ts";
 
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const viewer = fileURLToPath(new URL("../dist/viewer.html", import.meta.url));
 const demo = fileURLToPath(new URL("../examples/tasks.eigen", import.meta.url));
-const PUPPETEER = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/puppeteer-core");
+const PUPPETEER = packages("puppeteer-core");
 const FIREFOX = "/usr/bin/firefox-esr";
-const noFirefox = !(existsSync(FIREFOX) && existsSync(PUPPETEER)) && !required.has("firefox") && "firefox is not here";
+const noFirefox = without("firefox", FIREFOX, PUPPETEER);
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-viewer-"));
 workIn(t, folder);

@@ -3,7 +3,7 @@
  * EIGENLORA_WILD names a folder with `sd15`, `sd2` (diffusers) and `peft`, and is skipped by name elsewhere.
  */
 import { execFileSync } from "node:child_process";
-import { existsSync, mkdirSync, writeFileSync } from "node:fs";
+import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { type Adapter, buildPack } from "eigenlora/build";
@@ -11,8 +11,8 @@ import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { bytesOf } from "./adapters.ts";
 import { LOSSLESS } from "./packs.ts";
+import { find, python, wild } from "./required.ts";
 
-const wild = process.env["EIGENLORA_WILD"];
 const oracle = fileURLToPath(new URL("wild-oracle.py", import.meta.url));
 
 /** Adapters in each folder, and the first module of those of diffusers. */
@@ -34,17 +34,15 @@ async function writeFactors(adapter: Adapter, file: string): Promise<void> {
 }
 
 for (const [suite, count, first] of SUITES) {
-  const missing = wild === undefined || !existsSync(join(wild, suite));
-  const skip = missing && `EIGENLORA_WILD names no folder with ${suite}`;
+  const skip = !find(join(wild, suite)) && `EIGENLORA_WILD names no folder with ${suite}`;
   t.test(`adapters from the wild: ${suite}`, { skip }, async (t) => {
     t.setTimeout(300_000);
-    const adapters = await readAdapters([join(wild!, suite)]);
+    const adapters = await readAdapters([join(wild, suite)]);
     t.equal(adapters.length, count);
     const factors = join(t.testdir(), "factors");
     mkdirSync(factors);
     for (const adapter of adapters) await writeFactors(adapter, join(factors, `${adapter.id}.safetensors`));
-    const python = process.env["PYTHON"] ?? "python3";
-    const output = execFileSync(python, [oracle, join(wild!, suite), factors], { encoding: "utf8" });
+    const output = execFileSync(python, [oracle, join(wild, suite), factors], { encoding: "utf8" });
     const judged: [string, { modules: number; norm: number; worst: number }][] = Object.entries(JSON.parse(output));
     t.same(judged.map(([id]) => id).sort(), adapters.map(({ id }) => id).sort());
     for (const [id, { modules, norm, worst }] of judged) {

@@ -4,6 +4,7 @@ import { setTimeout as after } from "node:timers/promises";
 import type { Selection } from "eigenlora";
 import type { Test } from "tap";
 import { uniform } from "../internals.ts";
+import { soak } from "../required.ts";
 
 export type Call<O> = (on: O) => unknown;
 /** Calls by name. A list where a signal may come in time or not: the call, and the calls whose result it may equal. */
@@ -25,7 +26,7 @@ export interface Kind<O> {
 }
 
 /** Interleavings of two calls in each order. */
-const TIMES = process.env["EIGENLORA_SOAK"] ? 10 : 1;
+const TIMES = soak ? 10 : 1;
 
 /** Delays answers by a random number of turns of the event loop. */
 let random: (() => number) | undefined;
