@@ -70,7 +70,10 @@ export type SourceInput = string | URL | Blob | ArrayBuffer | Uint8Array | ByteS
 export interface FetchOptions {
   /** Used in place of the global `fetch`. */
   readonly fetch?: (url: string, init: RequestInit) => Promise<Response>;
-  /** Sent with every request, for instance `Authorization`. */
+  /**
+   * Sent with every request to the host of the address, for instance `Authorization`; another host that a redirect leads to gets none.
+   * With others than `Authorization`, browsers, which hide redirects, refuse them.
+   */
   readonly headers?: Record<string, string>;
   /** Milliseconds that a server has to answer, and to send what `minRate` asks for. Default: 30 000. */
   readonly timeout?: number;

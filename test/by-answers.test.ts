@@ -258,6 +258,28 @@ t.test(
     };
     const options = { encode: tiny, steps: 0, texts: LINES, agreement: 0.01, finished };
     await packByAnswers(engine, file, { ...options, adapters });
+    const [key, whole] = [...kept].find(([, json]) => json.startsWith("{"))!;
+    const outcome = JSON.parse(whole) as { file: string };
+    for (const damaged of [
+      whole.slice(0, 100),
+      JSON.stringify({ ...outcome, file: 5 }),
+      JSON.stringify({ ...outcome, file: outcome.file.slice(0, 40) }),
+      JSON.stringify({ ...outcome, kept: ["distilled"] }),
+      JSON.stringify({ ...outcome, agreement: "1" }),
+      "null",
+    ]) {
+      kept.set(key, damaged);
+      const named = { ...finished, nameOf: (one: string) => (one === key ? "folder/outcome" : "another") };
+      await t.rejects(
+        packByAnswers(engine, file, { ...options, adapters, finished: named }),
+        {
+          tag: "format",
+          message: /^folder\/outcome, finished task: is damaged: delete it, and the task is distilled again/,
+        },
+        damaged.slice(0, 60),
+      );
+    }
+    kept.set(key, whole);
     const before = kept.size;
     const renamed = adapters.map((one) => ({ ...one, metadata: { ...one.metadata, licence: "CC0" } }));
     const { chunks } = await packByAnswers(engine, file, { ...options, adapters: renamed });

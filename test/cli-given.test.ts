@@ -44,6 +44,13 @@ t.test("--base takes a model's folder; one without weights is warned of, once", 
   await writeFile("sharded/model.safetensors.index.json", JSON.stringify(index));
   await json(0, "pack", "ad", "--base", "sharded", "-o", "sharded.eigen");
   t.equal(await fingerprints("sharded.eigen"), await fingerprints("file.eigen"));
+  for (const file of ["../base/model.safetensors", 5, ["model-00001-of-00001.safetensors"]]) {
+    await writeFile("sharded/model.safetensors.index.json", JSON.stringify({ weight_map: { a: file } }));
+    t.match(
+      await refusal("pack", "ad", "--base", "sharded", "-o", "strayed.eigen"),
+      /index\.json: "weight_map" names .*, expected a file of its folder/,
+    );
+  }
 
   await mkdir("config");
   await writeFile("config/config.json", '{"num_attention_heads":4,"model_type":"bert"}');

@@ -126,6 +126,10 @@ t.test("names: revisions, folders, files, addresses of pages; new ids by name", 
     ["hf:org/many/../../../etc/passwd", /names no file/],
     ["hf:../many", /names no repository/],
     ["hf:org/many\\..", /names no repository/],
+    ["hf:org--many/x", /names no repository/],
+    ["hf:org/many@a\0b", /names no revision/],
+    ["hf:org/many@\ud800", /names no revision/],
+    ["hf:org/many/\ud800", /names no file/],
     ["hf:datasets/org/many", /names one of the Hub's datasets, not the repository of a model/],
     ["https://huggingface.co/collections/org/skills-1234", /names one of the Hub's collections/],
   ] as const) {
@@ -221,6 +225,18 @@ t.test("gated, missing, another revision, another file, no Hub, no network", asy
       /"a" has the size -1/,
     ],
     [(json: object) => ({ ...json, siblings: [{ rfilename: "a", size: 1, blobId: "../x" }] }), /and the hash ..\/x/],
+    [
+      (json: { sha: string }) => ({ ...json, sha: [json.sha] }),
+      /does not answer as the Hub does \("sha" is [0-9a-f]{40}\)/,
+    ],
+    [
+      (json: object) => ({ ...json, siblings: [{ rfilename: "a", size: 1, blobId: ["a".repeat(40)] }] }),
+      /"a" has the size 1 and the hash a{40}/,
+    ],
+    [
+      (json: object) => ({ ...json, siblings: [{ rfilename: "\ud800/task.json", size: 1, blobId: "a".repeat(40) }] }),
+      /"\\ud800\/task.json" has the size 1/,
+    ],
   ] as const) {
     hub.listing = listing as Hub["listing"];
     hub.push("org/gated", new Map([["a", text(String(message))]]));

@@ -47,6 +47,10 @@ export { unflatten } from "../dist/src/adapters/kohya-names.js";
 export { openGguf } from "../dist/src/tensor/gguf.js";
 export { openOnnxAdapter } from "../dist/src/tensor/onnx-adapter.js";
 
+// Names that no server would be asked by.
+
+export { type HubName, hubName, hubUrl } from "../dist/src/http/hub-name.js";
+
 // Every backend on the same numbers, and kernels that the chosen backend would hide.
 
 export type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";

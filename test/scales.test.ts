@@ -36,11 +36,11 @@ const SCALES = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1e3, 1e4];
 type Split = "B" | "both";
 
 /** Adapters that have something in common. */
-function adaptersOf(seed: number, split: Split): Adapter[] {
+function adaptersOf(seed: number, split: Split, scales: readonly number[] = SCALES): Adapter[] {
   const random = uniform(seed);
   const values = (count: number): Float64Array => Float64Array.from({ length: count }, () => random() - 0.5);
   const common = SHAPES.map(([, out, inputs, rank]) => ({ A: values(rank * inputs), Bt: values(rank * out) }));
-  return SCALES.map((scale, i) => {
+  return scales.map((scale, i) => {
     const [a, b] = split === "B" ? [1, scale] : [Math.sqrt(scale), Math.sqrt(scale)];
     const modules = SHAPES.map(([name, out, inputs, rank], m): [string, AdapterModule] => {
       const near = (factor: number, of: Float64Array): Float32Array => {
@@ -180,6 +180,41 @@ for (const split of ["B", "both"] as const) {
     }
   });
 }
+
+t.test("a pack that loses nothing loses nothing of a task, whatever lies beside it", async (t) => {
+  const apart = (split: Split): Adapter[] => {
+    // One small task among large ones, a thousand million times as large, and one in between.
+    const picked = adaptersOf(7, split, [1e-5, 1e4, 1e4, 1e4, 1e4, 1e4, 1e4, 1e-1]);
+    return picked.map((adapter, i) => ({ ...adapter, id: `task ${i}` }));
+  };
+  for (const split of ["B", "both"] as const)
+    for (const [name, options] of Object.entries(WAYS).filter(([name]) => name.includes("lossless"))) {
+      const adapters = apart(split);
+      const { chunks, report } = await buildPack(adapters, options);
+      const pack = await openPack(concat(chunks));
+      for (const [i, adapter] of adapters.entries()) {
+        const { max } = await measured(pack, adapter);
+        t.ok(max <= 1e-6 && report.errors[i]!.max <= 1e-6, `${split}, ${name}, ${adapter.id}: ${max}`);
+      }
+      const later = adapters.map((adapter) => ({ ...adapter, id: `later ${adapter.id}` }));
+      for (const { entry, residual } of await projectAdapters(pack, later, completeDtypes(options.dtype)))
+        t.ok(residual.max <= 1e-6, `${split}, ${name}, ${entry.id}: ${residual.max}`);
+    }
+});
+
+t.test("few components cost a small task beside large ones no more than without a mean", async (t) => {
+  const adapters = adaptersOf(9, "B", [1e-4, 1e4, 1e4, 1e-4, 1e4]);
+  const errors = async (options: BuildOptions): Promise<number[]> =>
+    (await buildPack(adapters, options)).report.errors.map(({ max }) => max);
+  const kept = await errors({ select: { kind: "k", k: 6 } });
+  const none = await errors({ select: { kind: "k", k: 6 }, centering: "none" });
+  for (const [i, error] of kept.entries()) t.ok(error <= 1.05 * none[i]!, `${error}, without ${none[i]}`);
+  const within = await errors({ select: { kind: "error", max: 0.01 } });
+  t.ok(
+    within.every((error) => error <= 0.01),
+    `${within}`,
+  );
+});
 
 t.test("verify says the same of adapters and their pack", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-scales-"));

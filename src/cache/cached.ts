@@ -89,7 +89,9 @@ export function cachedSource(
   const own = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
   if (!url && !own)
     throw new TypeError(`cachedSource: expected a URL or a ByteSource, got ${described(source)}; files need no cache`);
-  return new Cached(url ?? own!, url ? nameOf(url) : own!.name, store, options);
+  // A relative address is resolved now; a name of the Hub is read as it was given.
+  const input = url && (url.protocol === "hf:" ? String(source) : url.href);
+  return new Cached(input ?? own!, url ? nameOf(url) : own!.name, store, options);
 }
 
 /** A file in the store. */
@@ -103,7 +105,7 @@ class Cached implements CachedSource {
   readonly name: string;
   readonly counts = { hits: 0, misses: 0, damaged: 0, failures: 0, lastFailure: undefined as unknown };
   readonly reads: Reads;
-  readonly #input: URL | ByteSource;
+  readonly #input: string | ByteSource;
   readonly #store: RangeStore;
   readonly #options: CacheOptions;
   /** Counts for sources that do not count themselves. */
@@ -116,7 +118,7 @@ class Cached implements CachedSource {
   #closed = false;
   #place: Promise<CachedFile | undefined> | undefined;
 
-  constructor(input: URL | ByteSource, name: string, store: RangeStore, options: CacheOptions) {
+  constructor(input: string | ByteSource, name: string, store: RangeStore, options: CacheOptions) {
     this.name = name;
     this.#input = input;
     this.#store = store;
@@ -238,7 +240,7 @@ class Cached implements CachedSource {
   /** What stands for the file in keys. */
   #file(): Promise<string> {
     const { integrity } = this.#options;
-    const address = this.#input instanceof URL ? this.#input.href : this.#input.name;
+    const address = typeof this.#input === "string" ? this.#input : this.#input.name;
     return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
   }
 

@@ -4,10 +4,12 @@
 import { extname, join } from "node:path";
 import { readJson } from "../adapters/json-file.ts";
 import { kind, type Tree, treeAt } from "../adapters/tree.ts";
+import { described } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
+import { AdapterError } from "../errors.ts";
 import type { HubOptions } from "../http/hub.ts";
-import { hubName } from "../http/hub-name.ts";
+import { hubName, isInside } from "../http/hub-name.ts";
 
 /**
  * Opens a base model's weights, which are only read. On the Hub their files are downloaded.
@@ -32,8 +34,13 @@ async function weightFiles(folder: string, tree: Tree): Promise<string[]> {
   const index = join(folder, "model.safetensors.index.json");
   if ((await tree.kind(index)) !== "file") return [];
   await tree.get([index]);
-  const { weight_map: map } = (await readJson(index)) as { weight_map?: Readonly<Record<string, string>> };
-  return [...new Set(Object.values(map ?? {}))].map((file) => join(folder, file));
+  const { weight_map: map } = ((await readJson(index)) ?? {}) as { weight_map?: Readonly<Record<string, unknown>> };
+  return [...new Set(Object.values(map ?? {}))].map((file) => {
+    if (typeof file === "string" && isInside(file)) return join(folder, file);
+    throw new AdapterError(`"weight_map" names ${described(file)}, expected a file of its folder`, {
+      file: tree.nameOf(index),
+    });
+  });
 }
 
 /** Opens the files of one model as one base. */

@@ -123,13 +123,14 @@ export async function addedByAnswers(
 
 /** Outcomes as files of a folder. */
 function finishedIn(folder: string, settings: string): FinishedOutcomes {
-  const pathOf = (key: string): string => join(folder, createHash("sha256").update(settings).update(key).digest("hex"));
+  const nameOf = (key: string): string => join(folder, createHash("sha256").update(settings).update(key).digest("hex"));
   return {
+    nameOf,
     async read(key) {
-      const path = pathOf(key);
+      const path = nameOf(key);
       return existsSync(path) ? readText(path) : undefined;
     },
-    write: async (key, json) => void (await writeWhole(pathOf(key), [toUtf8(json)])),
+    write: async (key, json) => void (await writeWhole(nameOf(key), [toUtf8(json)])),
   };
 }
 

@@ -6,7 +6,7 @@
 import { storing, UnstorableError } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
-import { cholesky, multiply, norm } from "./linalg.ts";
+import { cholesky, multiply, norm, scale } from "./linalg.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
 import {
   type ModuleMember,
@@ -19,7 +19,7 @@ import {
 } from "./project.ts";
 import { componentSteps, type RowSteps, rowSteps } from "./row-steps.ts";
 import { pairsWithin, type SearchSide } from "./search.ts";
-import { decompose, encodeSide, reciprocal, type Side, type SideBasis } from "./side.ts";
+import { decompose, encodeSide, meanWeights, reciprocal, type Side, type SideBasis } from "./side.ts";
 import { targetsOf } from "./subspace.ts";
 
 /** All adapters that adapt one module. Ranks may differ. */
@@ -85,7 +85,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
 /** The pairs of a stack in the gauge asked for, and what is kept of them as views; in flat mode all of one `rank`. */
 function gaugedPairs(
   stack: ModuleStack,
-  { mode, gauge, centering, moments, rank: most = Infinity, products }: ExtractOptions,
+  { mode, gauge, centering, normalize, moments, rank: most = Infinity, products }: ExtractOptions,
 ): { pairs: Pair[]; kept: Pair[]; rank: number | undefined; metric: Float64Array | undefined } {
   const metric = moments && metricOf(moments, stack.in);
   const given = toPairs(stack.members, stack.out, stack.in).map((pair) => {
@@ -96,9 +96,19 @@ function gaugedPairs(
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
   const kept = pairs.map((pair) => leadingRows(pair, most));
   // A sign cancels between component and coefficient unless a mean is kept, which depends on it.
-  if (gauge === "balanced" && centering === "keep")
+  if (gauge === "balanced" && centering === "keep") {
+    const factors = kept.map(({ A }) => A);
+    const weights = meanWeights(factors, stack.in * (rank ?? 1), normalize);
+    // Turned towards the mean that is stored, in which rows count by weights.
+    for (const [i, pair] of kept.entries()) scalePair(pair, weights?.[i] || 1);
     (rank === undefined ? alignSigns : turnTogether)(kept, stack.out, stack.in);
+    for (const [i, pair] of kept.entries()) scalePair(pair, 1 / (weights?.[i] || 1));
+  }
   return { pairs, kept, rank, metric };
+}
+
+function scalePair({ A, Bt }: Pair, factor: number): void {
+  for (const side of factor === 1 ? [] : [A, Bt]) scale(factor, side, 0, side.length);
 }
 
 /** The fewest bytes for which no task loses more than `max` of its ΔW. */

@@ -4,6 +4,7 @@
  */
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
+import { ROUNDING } from "./components.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignTo, balance, fewBits, leadingRows, mirror, type Pair, turnTo } from "./gauge.ts";
 import { lengthened, type Products } from "./linalg.ts";
@@ -171,19 +172,26 @@ export function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
 /** Largest sine at which a row counts as within the components: far above the rounding of f32, far below any row that was made elsewhere. */
 const WITHIN = 1e-4;
 
-/** Whether the pair is components, coefficients and mean as it is. */
-function liesIn({ A, B }: ModuleSpace, pair: Pair, most = Infinity): boolean {
-  if (pair.rank > most || (A.rank ?? pair.rank) !== pair.rank) return false;
-  return largestSine(A, targetOf(A, pair.A)) < WITHIN && largestSine(B, targetOf(B, pair.Bt)) < WITHIN;
+/** How far a pair is from components, coefficients and mean as it is: the largest sine; Infinity where its rank is not that of the pack. */
+function distanceFrom({ A, B }: ModuleSpace, pair: Pair, most = Infinity): number {
+  if (pair.rank > most || (A.rank ?? pair.rank) !== pair.rank) return Infinity;
+  return Math.max(largestSine(A, targetOf(A, pair.A)), largestSine(B, targetOf(B, pair.Bt)));
 }
 
 /**
  * The pair in the gauge of a pack, along the stored mean where there is one. About a mean, a pair that was trained within the components
  * lies in them in its own gauge alone, and keeps it.
  */
-export function gauged(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
+export function gauged(given: Pair, space: ModuleSpace, options: ProjectOptions): Pair {
+  const pair = inGauge(given, space, options);
+  if (options.gauge !== "balanced" || !(space.A.mean || space.B.mean)) return pair;
+  const own = distanceFrom(space, given, options.rank);
+  // A task that was packed may lie nearly within as it was, too: about a short mean, or in all the width.
+  return own < WITHIN && distanceFrom(space, pair) > Math.max(own, 8 * ROUNDING) ? given : pair;
+}
+
+function inGauge(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
   const { gauge, rank } = options;
-  if (gauge === "balanced" && (A.mean || B.mean) && liesIn({ A, B }, given, rank)) return given;
   const pair = gauge === "balanced" ? balance(given, rowWidth(B), rowWidth(A), A.products) : given;
   const mean = gauge === "balanced" && A.mean && B.mean && { A: A.mean, Bt: B.mean };
   if (A.rank === undefined) {

@@ -57,10 +57,10 @@ export function decompose(
       for (const end = at + factor.length / width; at < end; at++) own[at] = own[at]! > 0 ? first ** 2 / own[at]! : 0;
     }
   }
-  const weights = options.normalize
-    ? factors.flatMap((factor) => Array<number>(factor.length / width).fill(reciprocal(factor)))
-    : undefined;
-  const mean = options.centering === "keep" ? columnMeans(rows, count, width, weights) : undefined;
+  const weights = options.normalize ? ofRows(factors.map(reciprocal), factors, width) : undefined;
+  const apart = meanWeights(factors, width, options.normalize);
+  const counted = apart && ofRows(apart, factors, width);
+  const mean = options.centering === "keep" ? columnMeans(rows, count, width, counted) : undefined;
   const x = centred(rows, count, width, mean);
   // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
   const left = rowSquares(x, count, width);
@@ -71,6 +71,34 @@ export function decompose(
   });
   const components = principalComponents(x, count, width, floors, wanted(options), options.products);
   return { width, rank, rows: options.rank === undefined ? rows : stacked(all, view), mean, components };
+}
+
+/** Tasks whose rows are so many times as long as those of others: a mean of both would take digits from the shorter ones. */
+const FAR_APART = 8;
+
+/**
+ * What the rows of each factor count in their mean. All rows count alike, as in the paper, unless tasks are to count alike, or a mean would
+ * be much longer than the rows of some: coefficients cancel it to the digits of f32 of the longer one.
+ * @returns undefined where all count alike
+ */
+export function meanWeights(
+  factors: readonly Float64Array[],
+  width: number,
+  normalize: boolean | undefined,
+): number[] | undefined {
+  let [shortest, longest] = [Infinity, 0];
+  for (const factor of factors) {
+    const length = norm(factor) / Math.sqrt(factor.length / width);
+    if (length > 0) [shortest, longest] = [Math.min(shortest, length), Math.max(longest, length)];
+  }
+  if (!normalize && longest <= FAR_APART * shortest) return undefined;
+  // Least squares of factors that are scaled to one length.
+  return factors.map((factor) => reciprocal(factor) ** 2);
+}
+
+/** A number of each factor, for each of its rows. */
+function ofRows(numbers: readonly number[], factors: readonly Float64Array[], width: number): number[] {
+  return factors.flatMap((factor, i) => Array<number>(factor.length / width).fill(numbers[i]!));
 }
 
 /** Reciprocal of a factor's length; 0 where the length is 0. */

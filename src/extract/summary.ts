@@ -16,7 +16,7 @@ export type Summary = { readonly width: number; readonly count: number } & (
       readonly kind: "gram";
       /** The lower triangle of YᵀY, row by row: entry (i, j) at i·(i + 1)/2 + j. Rows of Y are those of X times their weights w. */
       readonly gram: Float64Array;
-      /** Sums for the mean and its subtraction, [2, width + 1]: Σ y, Σ w; Σ w·y, Σ w². */
+      /** Sums for the mean and its subtraction [width + 1]: Σ w·y, Σ w². */
       readonly sums: Float64Array;
     }
 );
@@ -57,7 +57,7 @@ export function collectSummary(count: number, width: number, products: Products 
   /** All rows, or those that wait for the next product. */
   const values = new Float64Array(held * width);
   const gram = new Float64Array(kind === "gram" ? triangle(width) : 0);
-  const sums = new Float64Array(kind === "gram" ? 2 * (width + 1) : 0);
+  const sums = new Float64Array(kind === "gram" ? width + 1 : 0);
   let [waiting, placed] = [0, 0];
   const place = (rows: number, allowed: boolean = placed + rows <= count): void => {
     placed += rows;
@@ -75,14 +75,12 @@ export function collectSummary(count: number, width: number, products: Products 
         return;
       }
       for (let at = 0; at < rows * width; at += width) {
-        sums[width]! += weight;
-        sums[2 * width + 1]! += weight ** 2;
+        sums[width]! += weight ** 2;
         // A row of zeros counts in the mean and changes nothing else.
         if (at >= given.length) continue;
         const row = waiting * width;
         for (let j = 0; j < width; j++) values[row + j] = weight * given[at + j]!;
-        addScaled(1, values, row, sums, 0, width);
-        addScaled(weight, values, row, sums, width + 1, width);
+        addScaled(weight, values, row, sums, 0, width);
         if (++waiting === held) multiplyWaiting();
       }
     },
@@ -133,9 +131,8 @@ export function gramComponents(
   products: Products = PLAIN,
 ): { mean: Float64Array | undefined; components: Components } {
   // Rounded as `columnMeans` does: a pack in f32 stores exactly the mean that was taken off.
-  const [sum, turned] = [sums.subarray(0, width), sums.subarray(width + 1, 2 * width + 1)];
-  const [weight, squares] = [sums[width]! || 1, sums[2 * width + 1]!];
-  const mean = centering === "keep" ? sum.map((value) => Math.fround(value / weight)) : undefined;
+  const [turned, squares] = [sums.subarray(0, width), sums[width]!];
+  const mean = centering === "keep" ? turned.map((value) => Math.fround(value / (squares || 1))) : undefined;
   const square = new Float64Array(width * width);
   let total = 0;
   for (let i = 0; i < width; i++) {

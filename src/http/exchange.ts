@@ -47,6 +47,8 @@ const PAUSE = 250;
 const LONGEST_PAUSE = 8000;
 /** Memory that is taken before a byte of a body has arrived. */
 const FIRST_BYTES = 2 ** 20;
+/** Queries of addresses, which may be secret; a redirect leads to signed ones. */
+const QUERIES = /(\bhttps?:\/\/[^\s?]*\?)[^\s)"']+/g;
 /** A longer time is no time for `setTimeout`. */
 const LONGEST_TIMER = 2 ** 31 - 1;
 
@@ -57,7 +59,7 @@ export class Exchange {
   /** Counts, see `Reads`. */
   readonly reads: { requests: number; bytes: number; whole: boolean } = { requests: 0, bytes: 0, whole: false };
   readonly #url: URL;
-  readonly #options: Required<Omit<FetchOptions, "headers" | "maxWholeBytes">> & Pick<FetchOptions, "headers">;
+  readonly #options: Required<Omit<FetchOptions, "maxWholeBytes">>;
 
   /** @throws RangeError for options that are no numbers in their range, TypeError for headers that are none, or an address with a password */
   constructor(url: URL, { fetch: ask, headers = {}, timeout = 30_000, minRate = 500, retries = 3 }: FetchOptions) {
@@ -106,7 +108,7 @@ export class Exchange {
   }
 
   async #once<T>({ method, range, signal, onBytes }: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
-    const { fetch: ask, headers, timeout, minRate } = this.#options;
+    const { timeout, minRate } = this.#options;
     const ended = new AbortController();
     const stop = (): void => ended.abort();
     const pace = new Pace(timeout, minRate, stop);
@@ -114,9 +116,10 @@ export class Exchange {
     let response: Response | undefined;
     try {
       this.reads.requests++;
-      const init = { method: method ?? "GET", headers: { ...headers, ...(range !== undefined && { Range: range }) } };
+      const headers: Record<string, string> = range === undefined ? {} : { Range: range };
+      const init = { method: method ?? "GET", headers, signal: ended.signal };
       // The race ends a `fetch` that does not heed the signal.
-      response = await unlessAborted(ask(this.#url.href, { ...init, signal: ended.signal }), ended.signal);
+      response = await unlessAborted(this.#send(init), ended.signal);
       pace.answered();
       this.#checkStatus(response);
       return await unlessAborted(take(this.#answer(response, pace, onBytes)), ended.signal);
@@ -125,13 +128,25 @@ export class Exchange {
       if (cause instanceof SourceError) throw cause;
       if (ended.signal.aborted) return this.fail(pace.problem(), { transient: true, cause });
       const { message, transient } = causeOf(cause, this.#url);
-      return this.fail(`cannot be fetched: ${message.replaceAll(this.#url.href, this.name)}`, { transient, cause });
+      const named = message.replaceAll(this.#url.href, this.name).replace(QUERIES, "$1…");
+      return this.fail(`cannot be fetched: ${named}`, { transient, cause });
     } finally {
       pace.end();
       // What was not read is not wanted.
       void response?.body?.cancel().catch(() => undefined);
       signal?.removeEventListener("abort", stop);
     }
+  }
+
+  /** Sends `headers` to the host of the address alone. */
+  async #send(init: RequestInit): Promise<Response> {
+    const { fetch: ask, headers } = this.#options;
+    const own = { ...init, headers: { ...headers, ...init.headers } };
+    // Every `fetch` keeps authorization from other hosts.
+    if (Object.keys(headers).every((name) => /^authorization$/i.test(name))) return ask(this.#url.href, own);
+    const { follow } = await import("./redirects.ts");
+    const hop = (url: URL, stayed: boolean) => ask(url.href, { ...(stayed ? own : init), redirect: "manual" });
+    return follow(this.#url, hop, (message) => this.fail(message));
   }
 
   #checkStatus({ status, headers }: Response): void {

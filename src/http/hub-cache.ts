@@ -154,7 +154,7 @@ export function filesOf(entries: Iterable<readonly [path: string, entry: TreeEnt
   for (const [path, { size, blob_id, lfs_sha256, lfs_size = size }] of entries) {
     const hash = lfs_sha256 ?? blob_id;
     const known = isInside(path) && Number.isSafeInteger(lfs_size) && lfs_size >= 0;
-    if (!known || !/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(hash))
+    if (!known || typeof hash !== "string" || !/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(hash))
       throw new TypeError(`${JSON.stringify(path)} has the size ${lfs_size} and the hash ${hash}`);
     files.set(path, { size: lfs_size, hash });
   }

@@ -1,6 +1,6 @@
 /**
  * Names of what lies on the Hugging Face Hub: `hf:org/name@revision/folder/file`, as `hf://…` too, which is how huggingface_hub writes
- * them, and the addresses of the Hub's pages. A browser knows the first form alone: see `url-source.ts`.
+ * them, and the addresses of the Hub's pages. A browser knows the first two forms, as addresses of files.
  */
 
 /** A repository of the Hub, or a file or folder in it. */
@@ -13,11 +13,13 @@ export interface HubName {
   readonly path: string;
 }
 
+const HUB = "https://huggingface.co";
+
 /** Address of the Hub, or of the mirror that HF_ENDPOINT names. @throws TypeError when that is no address */
 export function hubEndpoint(): string {
-  const endpoint = process.env["HF_ENDPOINT"] || "https://huggingface.co";
+  const endpoint = process.env["HF_ENDPOINT"] || HUB;
   if (/^https?:\/\/[^/]/.test(endpoint)) return endpoint.replace(/\/+$/, "");
-  throw new TypeError(`HF_ENDPOINT is "${endpoint}", expected an address such as https://huggingface.co`);
+  throw new TypeError(`HF_ENDPOINT is "${endpoint}", expected an address such as ${HUB}`);
 }
 
 /** Hosts whose pages show repositories. */
@@ -35,20 +37,46 @@ const NAME = /^([^/@]+\/[^/@]+)(?:@(refs\/(?:pr|convert)\/[^/]+|[^/]*))?(?:\/(.*
  * @throws TypeError for one that is not well formed
  */
 export function hubName(text: string): HubName | undefined {
-  const body = /^hf:/i.test(text) ? text.replace(/^hf:(\/\/(models\/)?)?/i, "") : bodyOfPage(text);
-  if (body === undefined) return undefined;
+  const body = /^hf:/i.test(text) ? text : bodyOfPage(text);
+  return body === undefined ? undefined : parsed(body, text);
+}
+
+/**
+ * The address that `hf:org/name@revision/file` stands for where there is no cache of the Hub: in browsers.
+ * @throws TypeError for a name that is not well formed, or that names no file
+ */
+export function hubFile(text: string): URL {
+  const name = parsed(text, text);
+  if (name.path === "") throw new TypeError(`${text}: names a repository, and a file of it is needed`);
+  return hubUrl(HUB, name);
+}
+
+/**
+ * The address of a file.
+ * @param endpoint of the Hub or of a mirror
+ * @throws TypeError when a parser of addresses would leave the repository
+ */
+export function hubUrl(endpoint: string, { repository, revision, path }: HubName): URL {
+  const home = `${endpoint}/${repository}/resolve/`;
+  const url = new URL(home + [revision, ...path.split("/")].map(encodeURIComponent).join("/"));
+  if (!url.href.startsWith(new URL(home).href)) throw new TypeError(`${url.href}: lies outside ${home}`);
+  return url;
+}
+
+/** @param body a name with or without `hf:`; `text` is what messages quote @throws TypeError when it is not well formed */
+function parsed(body: string, text: string): HubName {
   const refuse = (problem: string): never => {
     throw new TypeError(`${text}: ${problem}; expected hf:org/name, hf:org/name@revision or hf:org/name/folder/file`);
   };
-  const [other] = OTHERS.exec(body) ?? [];
+  const name = body.replace(/^hf:(\/\/(models\/)?)?/i, "");
+  const [other] = OTHERS.exec(name) ?? [];
   if (other) refuse(`names one of the Hub's ${other.slice(0, -1)}, not the repository of a model`);
-  const [, repository = "", given = "main", trail = ""] = NAME.exec(body) ?? [];
+  const [, repository = "", given = "main", trail = ""] = NAME.exec(name) ?? [];
   const path = trail.replace(/\/+$/, "");
   const revision = decoded(given);
-  // They become paths in the cache.
-  if (!/^\w[\w.-]*\/\w[\w.-]*$/.test(repository) || repository.includes("..")) refuse("names no repository");
-  if (!/^[^\s~^:?*[\\/.][^\s~^:?*[\\]*$/.test(revision) || /\.\.|\/[/.]|\/$/.test(revision))
-    refuse("names no revision");
+  // They become paths in the cache, where -- stands for the slash.
+  if (!/^\w[\w.-]*\/\w[\w.-]*$/.test(repository) || /\.\.|--/.test(repository)) refuse("names no repository");
+  if (/^[/.]|[\s\p{Cc}\p{Cs}~^:?*[\\]|\.\.|\/[/.]|\/$|^$/u.test(revision)) refuse("names no revision");
   if (path !== "" && !isInside(path)) refuse("names no file of the repository");
   return { repository, revision, path };
 }
@@ -59,9 +87,12 @@ export function hubText({ repository, revision, path }: HubName): string {
   return `hf:${repository}${at}${path && `/${path}`}`;
 }
 
-/** Whether a path stays below where it begins. Names of a repository become paths on this disk: its owner chooses them. */
+/**
+ * Whether a path stays below where it begins. Names of a repository become paths on this disk and in addresses, where half a character
+ * has no spelling: its owner chooses them.
+ */
 export function isInside(path: string): boolean {
-  return path.split("/").every((part) => !/^\.{0,2}$|[\\\0]|^[a-z]:/i.test(part));
+  return path.split("/").every((part) => !/^\.{0,2}$|[\\\0\p{Cs}]|^[a-z]:/iu.test(part));
 }
 
 /** What follows `hf:` in the name that an address of a page stands for. */

@@ -17,7 +17,8 @@ import { type FileProgress, type OnProgress, teller } from "../progress.ts";
 import { type AbortOptions, type ByteSource, type FetchOptions, type ReadOptions, SharedWork } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
 import { COMMIT, filesOf, HubCache, type HubFile, type HubFiles, hubHome, type TreeEntry } from "./hub-cache.ts";
-import { type HubName, hubEndpoint, hubName, hubText } from "./hub-name.ts";
+import { type HubName, hubEndpoint, hubName, hubText, hubUrl } from "./hub-name.ts";
+import { follow } from "./redirects.ts";
 import { UrlSource } from "./url-source.ts";
 
 /** How the Hub is asked. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
@@ -33,7 +34,6 @@ export interface SnapshotOptions extends HubOptions {
 }
 
 const OFFLINE = "is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub";
-const MOST_REDIRECTS = 10;
 /** Files that are downloaded at a time: most of an adapter's are small, and wait for answers. */
 const AT_A_TIME = 4;
 
@@ -222,11 +222,11 @@ class HubClient {
   async listing(): Promise<{ commit: string; tree: ReadonlyMap<string, TreeEntry>; files: HubFiles }> {
     const { repository, revision } = this.name;
     const address = `${this.#endpoint}/api/models/${repository}/revision/${encodeURIComponent(revision)}?blobs=true`;
-    const source = this.#source(address);
+    const source = this.#source(new URL(address));
     const bytes = await source.readAll({ signal: this.options.signal });
     try {
       const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
-      if (!COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
+      if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
       const tree = new Map(siblings.map(entryOf));
       return { commit: sha, tree, files: filesOf(tree) };
     } catch (cause) {
@@ -236,33 +236,26 @@ class HubClient {
   }
 
   open(path: string, commit: string): UrlSource {
-    const parts = path.split("/").map(encodeURIComponent).join("/");
-    return this.#source(`${this.#endpoint}/${this.name.repository}/resolve/${commit}/${parts}`);
+    return this.#source(hubUrl(this.#endpoint, { ...this.name, revision: commit, path }));
   }
 
-  #source(address: string): UrlSource {
+  #source(address: URL): UrlSource {
     const { headers: _, ...options } = this.options;
-    return new UrlSource(new URL(address), { ...options, fetch: (url, init) => this.#ask(url, init) });
+    return new UrlSource(address, { ...options, fetch: (url, init) => this.#ask(url, init) });
   }
 
   /** Asks, and follows redirects itself: files lie on servers of others, and they must not see the token. */
   async #ask(address: string, init: RequestInit): Promise<Response> {
     const { fetch: ask = (url, how) => fetch(url, how) } = this.options;
-    let at = new URL(address);
-    for (let hops = 0; hops < MOST_REDIRECTS; hops++) {
-      const own = at.origin === new URL(this.#endpoint).origin;
+    const hop = async (url: URL, own: boolean): Promise<Response> => {
       const headers = own ? await this.#headers(init.headers) : init.headers!;
-      const response = await ask(at.href, { ...init, headers, redirect: "manual" });
-      const location = [301, 302, 303, 307, 308].includes(response.status) ? response.headers.get("location") : null;
+      const response = await ask(url.href, { ...init, headers, redirect: "manual" });
       if (own) await this.#refuse(response, address.includes("/resolve/"));
-      if (location === null) return response;
-      void response.body?.cancel().catch(() => undefined);
-      const next = new URL(location, at);
-      if (at.protocol === "https:" && next.protocol !== "https:") break;
-      at = next;
-    }
-    const message = "leads on and on, or from https to http; check HF_ENDPOINT";
-    throw new SourceError(message, { file: hubText(this.name) });
+      return response;
+    };
+    return follow(new URL(address), hop, (message) => {
+      throw new SourceError(`${message}; check HF_ENDPOINT`, { file: hubText(this.name) });
+    });
   }
 
   /** Adds what only the Hub may see. */

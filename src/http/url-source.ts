@@ -26,6 +26,16 @@ interface Version {
 const HTML_START = /^(\xef\xbb\xbf)?\s*<(!doctype html|html[\s>])/i;
 
 /**
+ * Opens an address, or a name of the Hub where there are no files.
+ * @param text what `url` was made of: making it may have changed a name
+ * @throws RangeError, TypeError for options, an address or a name that make no sense
+ */
+export async function openUrl(url: URL, options: FetchOptions, text: string): Promise<UrlSource> {
+  const address = /^hf:/i.test(text) ? (await import("./hub-name.ts")).hubFile(text) : url;
+  return new UrlSource(address, options);
+}
+
+/**
  * A file behind a URL. Every answer is held against what was asked and against the answers before: status, range, total size,
  * entity tag or date, and number of bytes, so that a file that changes between two reads is noticed and never mixed.
  */
@@ -40,7 +50,7 @@ export class UrlSource implements ByteSource {
 
   /** @throws RangeError, TypeError for options or an address that make no sense */
   constructor(url: URL, options: FetchOptions) {
-    this.#exchange = new Exchange(onHub(url), options);
+    this.#exchange = new Exchange(url, options);
     const { maxWholeBytes = 2 ** 28 } = options;
     checkNumber("maxWholeBytes", maxWholeBytes);
     this.#maxWholeBytes = maxWholeBytes;
@@ -215,12 +225,6 @@ export class UrlSource implements ByteSource {
     checkRange(this.name, offset, length, whole.length);
     return whole.subarray(offset, offset + length);
   }
-}
-
-/** The address of `hf:org/name@revision/file`: all that is known of the Hugging Face Hub where there are no files; see `hub.ts`. */
-function onHub({ href }: URL): URL {
-  const [, name, revision, path] = /^hf:\/*([^/]+\/[^/@]+)@?([^/]*)\/(.+)/i.exec(href) ?? [];
-  return new URL(name ? `https://huggingface.co/${name}/resolve/${revision || "main"}/${path}` : href);
 }
 
 function versionOf({ headers }: Answer, size: number | undefined): Version {

@@ -2,7 +2,7 @@
  * Reads an ONNX model and the files beside it, as bytes. Their meaning is the concern of `model.ts`.
  */
 import { FormatError } from "../errors.ts";
-import { openSource, watchedOf } from "../open-source.ts";
+import { addressOf, openSource, watchedOf } from "../open-source.ts";
 import type { OnProgress } from "../progress.ts";
 import {
   type AbortOptions,
@@ -131,7 +131,9 @@ function besides(input: SourceInput, model: string): ((location: string) => Sour
       const message = `lie at "${location}", outside the model's folder; give them with the option \`external\``;
       throw new FormatError(message, { file: model, part: "external data" });
     }
-    const isUrl = place instanceof URL || /^https?:/i.test(place);
-    return isUrl ? new URL(encodeURI(location), place) : place.replace(/[^/\\]*$/, "") + location;
+    const url = place instanceof URL || /^hf:/i.test(place) ? place : (addressOf(place, "model") ?? place);
+    if (!(url instanceof URL)) return url.replace(/[^/\\]*$/, "") + location;
+    // An address would read escapes, tabs and queries into the name.
+    return new URL(location.split("/").map(encodeURIComponent).join("/"), url);
   };
 }

@@ -66,6 +66,8 @@ export interface FinishedOutcomes {
   /** @returns undefined for what was never written */
   read(key: string): Promise<string | undefined>;
   write(key: string, json: string): Promise<void>;
+  /** Names an entry in messages: the path of its file. Default: the key. */
+  nameOf?(key: string): string;
 }
 
 /** What became of a task. */
@@ -298,7 +300,7 @@ export class Answering {
     const { id, file, byteLength, metadata } = adapter;
     const asked = { agreement, bytes, seed, end, decoderStart };
     const key = JSON.stringify([level.pack.basisId, id, file, byteLength, metadata, steps, differ, asked]);
-    const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key));
+    const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key), finished?.nameOf?.(key) ?? key);
     if (known) {
       this.#outcomes.set(key, known);
       return known;
@@ -382,17 +384,20 @@ function written({ file, ...outcome }: Outcome): string {
   return JSON.stringify({ ...outcome, file: toBase64(file) });
 }
 
-/** @throws FormatError where it is damaged */
-function outcomeOf(json: string | undefined): Outcome | undefined {
+/** @param name for messages @throws FormatError where it is damaged */
+function outcomeOf(json: string | undefined, name: string): Outcome | undefined {
   if (json === undefined) return undefined;
   try {
     const { file, ...outcome } = JSON.parse(json) as Omit<Outcome, "file"> & { readonly file: string };
-    return { ...outcome, file: fromBase64(file) };
+    const { id, bytes, agreement = 0, kept } = outcome;
+    const known = ["projected", "distilled", "closer", "undistilled"].includes(kept);
+    if (typeof id !== "string" || !known || !Number.isFinite(bytes) || !Number.isFinite(agreement))
+      throw new TypeError("it is not what packByAnswers writes");
+    const task = fromBase64(file);
+    parseTaskFile(task, name);
+    return { ...outcome, file: task };
   } catch (cause) {
-    throw new FormatError(`it is damaged: delete it, and the task is distilled again (${(cause as Error).message})`, {
-      file: "what was finished before",
-      part: "finished task",
-      cause,
-    });
+    const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
+    throw new FormatError(message, { file: name, part: "finished task", cause });
   }
 }

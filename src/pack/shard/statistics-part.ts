@@ -73,7 +73,7 @@ function tensorsOf({ name, rows, ...module }: StatisticsModule, side: "A" | "B")
   const width = side === "A" ? module.in : module.out;
   const tensor = (what: string, ...shape: number[]) => ({ name: `${name}.${side}.${what}`, shape });
   if (summaryKind(rows, width) === "rows") return [tensor("rows", rows, width)];
-  return [tensor("gram", triangle(width)), tensor("sums", 2, width + 1)];
+  return [tensor("gram", triangle(width)), tensor("sums", width + 1)];
 }
 
 /**
