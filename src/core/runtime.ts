@@ -198,12 +198,13 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** Reads everything that a switch needs, before anything is changed. */
   async #load(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<Loaded> {
-    const parts = tasks ?? (await loadParts(this.#parts.view, selection, options, this.#parts.ignored));
-    if (!this.#host) refuseMagnitudes(parts, this.#parts.view, () => true, "pass `base`");
+    const { view, ignored } = this.#parts;
+    const parts = tasks ?? (await loadParts(view, selection, options, ignored, this.#unbounded));
+    if (!this.#host) refuseMagnitudes(parts, view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
     const { parameters, weights } = resolved;
-    const plans = stage(parts, this.#parts.view.modules, this.#bench.staging);
+    const plans = stage(parts, view.modules, this.#bench.staging);
     const { terms } = this.#parts;
     if (terms) {
       const modules = new Set(plans.map(({ module }) => module));
@@ -295,6 +296,11 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
   }
 
+  /** The mode, where no base bounds the shapes of terms. */
+  get #unbounded(): "core" | "factors" | undefined {
+    return this.mode === "folded" || this.#host ? undefined : this.mode;
+  }
+
   get #terms(): ActiveTerms {
     if (this.#parts.terms) return this.#parts.terms;
     throw new TypeError('mode "folded" has no terms; use weight()');
@@ -318,7 +324,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
       await this.#ready();
       const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
-      const rows = await partsOfRows(this.#parts, tasks, this.#now.tasks, index);
+      const rows = await partsOfRows(this.#parts, tasks, this.#now.tasks, index, this.#unbounded);
       // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
       const known = this.#applied;
       this.#applied = undefined;

@@ -7,9 +7,11 @@ import {
   type Coefficients,
   type PackModule,
   readTensor,
+  type SharedBases,
   type Side,
   sharedBases,
   type TaskBlob,
+  type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
 
@@ -133,8 +135,7 @@ export function stage(
         if (B) plan.Bt.shared.push(expansion(blob, B, module.B[B.basis]!, strength, plan.rank, !!ownBt, staging));
         if (ownA) plan.A.own.push(own(ownA, 1, module.A));
         if (ownBt) plan.Bt.own.push(own(ownBt, strength, module.B));
-        const bases = sharedBases(module);
-        plan.core &&= !ownA && !ownBt && bases?.A.kind === "column" && bases.B.kind === "column";
+        plan.core &&= coreBases(term, module) !== undefined;
         plan.rank += rank;
       }
       if (term.privateA && term.privateBt) {
@@ -146,6 +147,12 @@ export function stage(
     }
   }
   return [...plans.values()];
+}
+
+/** The column bases between which a term has a core; undefined where it has none. */
+export function coreBases({ rank, ownA, ownBt }: TaskTerm, module: PackModule): SharedBases | undefined {
+  const bases = rank > 0 && !ownA && !ownBt ? sharedBases(module) : undefined;
+  return bases?.A.kind === "column" && bases.B.kind === "column" ? bases : undefined;
 }
 
 function none(): Draft["A"] {

@@ -6,6 +6,7 @@
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
+import { checkExpansion } from "../core/selection.ts";
 import {
   type Coefficients,
   type PackModule,
@@ -67,13 +68,15 @@ function expandSide(
 
 /**
  * A task of a pack as an adapter, as the readers of adapter files give them. Holds the pack's bases until it is closed.
- * @throws TaskError when there is no such task; SourceError, FormatError when it cannot be read
+ * @throws TaskError when there is no such task, or its factors would become more than the pack was opened for; SourceError, FormatError when
+ *   it cannot be read
  */
 export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
   checkPack("taskAdapter", pack);
   // Before anything is awaited: the task may be removed or replaced meanwhile.
   const info = pack.tasks.get(id);
   const blob = await pack.load(id);
+  checkExpansion(pack, id, blob, "factors");
   const bases = await pack.bases();
   const modules = new Map<string, AdapterModule>();
   for (const term of blob.terms) {
