@@ -3,7 +3,7 @@
  * called. Of the three builds the best runs that the engine compiles.
  */
 
-import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, rowBytes } from "../tensor/dtypes.ts";
 import {
   type Backend,
   CpuBackend,
@@ -14,6 +14,7 @@ import {
   type ExpandJob,
   type FoldJob,
   type Owner,
+  partsOf,
   type ProjectJob,
   type ScaleJob,
   type Slice,
@@ -42,6 +43,8 @@ export interface WasmKernels {
     rows: number,
     width: number,
     add: number,
+    from: number,
+    to: number,
   ): void;
   project(type: number, out: number, x: number, basis: number, count: number, rows: number, width: number): void;
   fold(
@@ -56,10 +59,15 @@ export interface WasmKernels {
     rank: number,
     rowScale: number,
     columnScale: number,
+    leftStride: number,
+    rightStride: number,
   ): void;
   scaleRows: ScaleKernel;
   scaleColumns: ScaleKernel;
 }
+
+/** Products of a piece of work: a millisecond with SIMD, five or more without. */
+const PIECE = 2 ** 22;
 
 type ScaleKernel = (
   type: number,
@@ -72,6 +80,8 @@ type ScaleKernel = (
   left: number,
   right: number,
   rank: number,
+  leftStride: number,
+  rightStride: number,
 ) => void;
 
 /** Literal specifiers, so that bundlers see them; three, so that only the build that runs is loaded. */
@@ -127,11 +137,22 @@ class WasmBackend extends CpuBackend<number> {
     }) as { -readonly [I in keyof Names]: number };
   }
 
-  expand(job: ExpandJob): void {
+  *expanding(job: ExpandJob): Generator<void> {
     checkExpand(job);
     const { rank, rows, width, add } = job;
-    const places = this.#at(job, "out", "coefficients", "basis");
-    this.#instance.kernels.expand(code(job), ...places, rank, rows, width, add ? 1 : 0);
+    const [out, coefficients, basis] = this.#at(job, "out", "coefficients", "basis");
+    // All rows of some columns, where these are few enough: each piece decodes its columns of the basis.
+    const wide = 32 * Math.max(1, Math.floor(PIECE / Math.max(1, rank * rows) / 32));
+    const high = Math.max(4, Math.floor(PIECE / Math.max(1, rows) / wide));
+    for (let j = 0; j < width; j += wide) {
+      for (let i = 0; i < rank; i += high) {
+        const [to, from] = [out + 4 * i * width, coefficients + 4 * i * rows];
+        const places = [code(job), to, from, basis] as const;
+        const part = [Math.min(high, rank - i), rows, width, add ? 1 : 0, j, Math.min(j + wide, width)] as const;
+        this.#instance.kernels.expand(...places, ...part);
+        yield;
+      }
+    }
   }
 
   project(job: ProjectJob): void {
@@ -140,24 +161,43 @@ class WasmBackend extends CpuBackend<number> {
     this.#instance.kernels.project(code(job), ...this.#at(job, "out", "x", "basis"), count, rows, width);
   }
 
-  fold(job: FoldJob): void {
+  *folding(job: FoldJob): Generator<void> {
     checkFold(job);
     const { stride, rows, columns, rank } = job;
     const [out, base, left, right, rowScale, columnScale] = this.#at(
       job,
       ...(["out", "base", "left", "right", "rowScale", "columnScale"] as const),
     );
-    const { fold } = this.#instance.kernels;
-    fold(code(job), out, base, stride, rows, columns, left, right, rank, rowScale, columnScale);
+    for (const [i, m, j, n] of partsOf(rows, columns, rank, PIECE)) {
+      const at = (i * stride + j) * rowBytes(job.dtype, 1);
+      this.#instance.kernels.fold(
+        ...([code(job), out + at, base + at, stride, m, n, left + 4 * i, right + 4 * j, rank] as const),
+        ...([rowScale && rowScale + 4 * i, columnScale && columnScale + 4 * j, rows, columns] as const),
+      );
+      yield;
+    }
   }
 
-  scale(job: ScaleJob): void {
+  *scaling(job: ScaleJob): Generator<void> {
     checkScale(job);
-    const { stride, rows, columns, rank, axis } = job;
-    const places = this.#at(job, "out", "magnitude", "base");
+    const { dtype, stride, rows, columns, rank, axis } = job;
+    const [out, magnitude, base] = this.#at(job, "out", "magnitude", "base");
+    const [left, right] = this.#at(job, "left", "right");
     const { scaleRows, scaleColumns } = this.#instance.kernels;
-    const kernel = axis === "rows" ? scaleRows : scaleColumns;
-    kernel(code(job), ...places, stride, rows, columns, ...this.#at(job, "left", "right"), rank);
+    const byRow = axis === "rows";
+    // A norm is made at once: parts are whole along the other axis.
+    const [length, across] = byRow ? [rows, columns] : [columns, rows];
+    const step = 32 * Math.max(1, Math.floor(PIECE / Math.max(8, rank) / across / 32));
+    for (let at = 0; at < length; at += step) {
+      const n = Math.min(step, length - at);
+      const [i, m, j, w] = byRow ? [at, n, 0, columns] : [0, rows, at, n];
+      const from = base + (i * stride + j) * rowBytes(dtype, 1);
+      (byRow ? scaleRows : scaleColumns)(
+        ...([code(job), out + 4 * at, magnitude + 4 * at, from, stride, m, w] as const),
+        ...([left + 4 * i, right + 4 * j, rank, rows, columns] as const),
+      );
+      yield;
+    }
   }
 }
 

@@ -82,7 +82,7 @@ interface TaskSlot {
 /** Bytes of tasks that are kept where no limit was asked for, or so many tasks. */
 const MOST_RESIDENT = 8e6;
 const RESIDENT_TASKS = 4;
-/** Times that a task may expand where nothing else was asked for. Of real packs the most is some 200. */
+/** Times that a task may expand where nothing else was asked for. Rank 64 over one int3 component comes to 683. */
 const MAX_EXPANSION = 1024;
 
 interface SharedBases {

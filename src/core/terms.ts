@@ -6,7 +6,7 @@ import { nearest } from "../arguments.ts";
 import type { Slice } from "../backends/backend.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
 import type { PackModule } from "../format/format.ts";
-import { pacer } from "../pace.ts";
+import { paced, pacer, whole } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
@@ -133,9 +133,11 @@ export async function unfold(
   const terms = new Map<number, Term>();
   const pause = pacer(signal);
   for (const plan of plans) {
+    const made = !fetched && isExpanded(plan) ? paced(bench.expand(plan), pause) : undefined;
+    if (made) await made;
     const expanded = (): Factors => {
       if (fetched) return fetched.get(plan.module)!;
-      const { A, Bt } = bench.expand(plan);
+      const { A, Bt } = bench.factors(plan);
       const { in: inputs, out } = bench.modules[plan.module]!;
       return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
     };
@@ -144,28 +146,19 @@ export async function unfold(
     const turn = pause();
     if (turn) await turn;
   }
-  for (const [module, scale, out] of scales(plans, bench, weightOf)) {
-    const rowScale = onDevice ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
-    terms.set(module, { ...terms.get(module)!, rowScale });
-    const turn = pause();
-    if (turn) await turn;
-  }
-  return terms;
-}
-
-/** DoRA's scale [out] of each plan that has magnitudes, in scratch memory until the next is asked for. */
-function* scales(
-  plans: readonly ModulePlan[],
-  bench: Workbench,
-  weightOf: (module: number) => PristineWeight,
-): Iterable<[module: number, scale: Slice, out: number]> {
   for (const plan of plans) {
     if (plan.magnitude === undefined) continue;
     const { data, dtype, transposed = false } = weightOf(plan.module);
     const base = bench.reserve("weight", data.length);
     bench.backend.upload(base, data);
-    yield [plan.module, bench.rowScale(plan, { dtype, transposed }, base), bench.modules[plan.module]!.out];
+    // DoRA's scale [out], in scratch memory until the next is made.
+    const turn = paced(bench.rowScale(plan, { dtype, transposed }, base), pause);
+    if (turn) await turn;
+    const [scale, { out }] = [bench.reserved("scale"), bench.modules[plan.module]!];
+    const rowScale = onDevice ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
+    terms.set(plan.module, { ...terms.get(plan.module)!, rowScale });
   }
+  return terms;
 }
 
 /** How the arrays of a term are wanted. */
@@ -276,7 +269,8 @@ async function fetchFactors(
   for (const round of bench.rounds) {
     const wanted = round.filter(isExpanded);
     if (wanted.length === 0) continue;
-    const places = wanted.map((plan) => bench.expand(plan));
+    for (const plan of wanted) whole(bench.expand(plan));
+    const places = wanted.map((plan) => bench.factors(plan));
     const { block } = places[0]!.A;
     const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
     for (const [i, { module, rank }] of wanted.entries()) {
