@@ -29,14 +29,15 @@ export function pacer(signal?: AbortSignal): Pause {
 
 /**
  * Does work that yields between its pieces, with pauses.
- * @returns what to wait for; undefined where all is done already
+ * @returns its result, or a promise of it once there was a pause
  */
-export function paced(work: Iterator<void, unknown>, pause: Pause): Promise<void> | undefined {
-  while (!work.next().done) {
+export function paced<T>(work: Iterator<void, T>, pause: Pause): T | Promise<T> {
+  for (;;) {
+    const step = work.next();
+    if (step.done) return step.value;
     const turn = pause();
     if (turn) return turn.then(() => paced(work, pause));
   }
-  return undefined;
 }
 
 /** Does all of such work at once. @returns its result */

@@ -14,6 +14,9 @@ import { hasCore, type ModulePlan, type Private, put, reuse, writeCore } from ".
 import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
+/** Numbers that are copied at a time. */
+const PIECE = 2 ** 20;
+
 /** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface ModuleTerm extends Term {
   /** [out], the layer's whole bias, where the task changes it. */
@@ -142,7 +145,9 @@ export async function unfold(
       return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
     };
     const how = { old: old?.get(plan.module), over: over?.(plan.module), turned };
-    terms.set(plan.module, hasCore(plan, mode) ? besideCore(plan, bench, how) : placed(plan, bench, how, expanded));
+    const work = hasCore(plan, mode) ? besideCore(plan, bench, how) : placed(plan, bench, how, expanded);
+    const term = paced(work, pause);
+    terms.set(plan.module, term instanceof Promise ? await term : term);
     const turn = pause();
     if (turn) await turn;
   }
@@ -174,13 +179,18 @@ function sidesToExpand(plan: ModulePlan, over: Wanted["over"]): ("A" | "B")[] {
 }
 
 /** A term whose sides are taken each by itself: coefficients over all components of the side, rows of the tasks' own, expanded rows. */
-function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wanted, expanded: () => Factors): Term {
+function* placed(
+  plan: ModulePlan,
+  bench: Workbench,
+  { old, over, turned }: Wanted,
+  expanded: () => Factors,
+): Generator<void, Term> {
   const module = bench.modules[plan.module]!;
   const staged = bench.staging.values;
   const rank = Math.max(plan.rank, 1);
   const toExpand = sidesToExpand(plan, over);
-  const whole = toExpand.length > 0 ? expanded() : undefined;
-  const side = (which: "A" | "B", width: number, turned: boolean): Float32Array => {
+  const made = toExpand.length > 0 ? expanded() : undefined;
+  function* side(which: "A" | "B", width: number, turned: boolean): Generator<void, Float32Array> {
     const key = FACTORS[which];
     const { shared, own, private: apart } = plan[key];
     const bases = module[which];
@@ -196,11 +206,15 @@ function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wante
         putAt(staged, at, rows, basis.tensor.rows, out, row, start, coefficients);
       }
     } else if (toExpand.includes(which)) {
-      if (whole) put(whole[key], out, 0, rank, width, turned);
+      const rows = Math.max(1, Math.floor(PIECE / width));
+      for (let row = 0; row < rank; row += rows) {
+        put(made![key].subarray(row * width, (row + rows) * width), out, row, rank, width, turned);
+        yield;
+      }
     } else for (const piece of [...own, ...apart]) readRows(piece, staged, out, rank, width, turned);
     return out;
-  };
-  return { rank, A: side("A", module.in, turned), Bt: side("B", module.out, false) };
+  }
+  return { rank, A: yield* side("A", module.in, turned), Bt: yield* side("B", module.out, false) };
 }
 
 /** Writes rows [rows, count] of `values` from `at` on into [rank, width] from `row` and `column` on; or, turned, into [width, rank]. */
@@ -220,12 +234,12 @@ function putAt(
 }
 
 /** The term of a plan that has a core, and the private rows of all its tasks beside it. */
-function besideCore(plan: ModulePlan, bench: Workbench, { old, turned }: Wanted): Term {
+function* besideCore(plan: ModulePlan, bench: Workbench, { old, turned }: Wanted): Generator<void, Term> {
   const { in: inputs, out } = bench.modules[plan.module]!;
   const staged = bench.staging.values;
   const [KA, KB] = [plan.A.shared[0]!.basis.tensor.rows, plan.Bt.shared[0]!.basis.tensor.rows];
   const core = reuse(old?.core, KA * KB);
-  writeCore(plan, staged, core, 0, KB);
+  yield* writeCore(plan, staged, core, 0, KB);
   const own = plan.A.private.reduce((sum, piece) => sum + piece.rank, 0);
   const rank = Math.max(own, 1);
   const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
