@@ -26,8 +26,8 @@ import {
   type ExpandJob,
   type FoldJob,
   type Owner,
-  partsOf,
   type ProjectJob,
+  partsOf,
   type ScaleJob,
   type Slice,
 } from "./backend.ts";
@@ -35,7 +35,7 @@ import {
 const { fround } = Math;
 
 /** Products of a piece of work: some milliseconds. */
-const PIECE = 2 ** 20;
+const PIECE = 2 ** 19;
 
 /** A backend whose blocks are `ArrayBuffer`s. Operations run when called. */
 export function createJsBackend(): Backend {

@@ -14,8 +14,8 @@ import {
   type ExpandJob,
   type FoldJob,
   type Owner,
-  partsOf,
   type ProjectJob,
+  partsOf,
   type ScaleJob,
   type Slice,
 } from "./backend.ts";
@@ -141,11 +141,11 @@ class WasmBackend extends CpuBackend<number> {
     checkExpand(job);
     const { rank, rows, width, add } = job;
     const [out, coefficients, basis] = this.#at(job, "out", "coefficients", "basis");
-    // All rows of some columns, where these are few enough: each piece decodes its columns of the basis.
-    const wide = 32 * Math.max(1, Math.floor(PIECE / Math.max(1, rank * rows) / 32));
-    const high = Math.max(4, Math.floor(PIECE / Math.max(1, rows) / wide));
-    for (let j = 0; j < width; j += wide) {
-      for (let i = 0; i < rank; i += high) {
+    // Each piece decodes its columns of the basis, for many rows but not for all: they may lie on as many pages that are new.
+    const high = Math.min(rank, 256);
+    const wide = 32 * Math.max(1, Math.floor(PIECE / Math.max(1, high * rows) / 32));
+    for (let i = 0; i < rank; i += high) {
+      for (let j = 0; j < width; j += wide) {
         const [to, from] = [out + 4 * i * width, coefficients + 4 * i * rows];
         const places = [code(job), to, from, basis] as const;
         const part = [Math.min(high, rank - i), rows, width, add ? 1 : 0, j, Math.min(j + wide, width)] as const;

@@ -53,7 +53,8 @@ export async function partsOfRows(
   if (tasks) {
     checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
     const known = new Map<string | null, ActiveTask[]>();
-    for (const task of tasks) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored, unbounded));
+    for (const task of tasks)
+      if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored, unbounded));
     parts = tasks.map((task) => known.get(task)!);
   }
   refuseMagnitudes(parts.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');

@@ -7,7 +7,7 @@
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
-import { now, throwIfAborted } from "../pace.ts";
+import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import type { Applied, ApplyOptions } from "./apply.ts";
 import { type CpuView, copyOf, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
@@ -199,12 +199,15 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** Reads everything that a switch needs, before anything is changed. */
   async #load(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<Loaded> {
     const { view, ignored } = this.#parts;
+    const pause = pacer(options.signal);
     const parts = tasks ?? (await loadParts(view, selection, options, ignored, this.#unbounded));
     if (!this.#host) refuseMagnitudes(parts, view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
     const { parameters, weights } = resolved;
     const plans = stage(parts, view.modules, this.#bench.staging);
+    const turn = pause();
+    if (turn) await turn;
     const { terms } = this.#parts;
     if (terms) {
       const modules = new Set(plans.map(({ module }) => module));

@@ -15,7 +15,7 @@ import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** Numbers that are copied at a time. */
-const PIECE = 2 ** 20;
+const PIECE = 2 ** 18;
 
 /** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface ModuleTerm extends Term {
@@ -127,6 +127,7 @@ export async function unfold(
   weightOf: (module: number) => PristineWeight,
   { old, over, turned = false, signal }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
+  const pause = pacer(signal);
   const isExpanded = (plan: ModulePlan): boolean =>
     !hasCore(plan, mode) && sidesToExpand(plan, over?.(plan.module)).length > 0;
   const computed = plans.filter((plan) => plan.magnitude !== undefined || isExpanded(plan));
@@ -134,7 +135,6 @@ export async function unfold(
   const onDevice = !bench.backend.view;
   const fetched = onDevice && computed.length > 0 ? await fetchFactors(bench, isExpanded) : undefined;
   const terms = new Map<number, Term>();
-  const pause = pacer(signal);
   for (const plan of plans) {
     const made = !fetched && isExpanded(plan) ? paced(bench.expand(plan), pause) : undefined;
     if (made) await made;

@@ -24,7 +24,7 @@ import { decodePart } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Numbers of a piece of work: some milliseconds. */
-const PIECE = 2 ** 20;
+const PIECE = 2 ** 19;
 
 /** Expands one term of a task: its rank counts shared and private rows. */
 export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): Term {
