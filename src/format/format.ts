@@ -223,14 +223,8 @@ export interface TaskBlob {
   readonly terms: readonly TaskTerm[];
   readonly parameters: readonly TaskParameter[];
   readonly bytes: Uint8Array;
-  /** Bounds what its terms become (SPEC.md, section 10). Undefined for tasks made here. */
-  readonly limit?: ExpansionLimit | undefined;
-}
-
-/** Bytes that files have for a task, its bases included, and how many times as many its terms may become. */
-export interface ExpansionLimit {
-  readonly stored: number;
-  readonly times: number;
+  /** Bytes that files have for it, its bases included, and how many times as many its terms may become. Undefined for tasks made here. */
+  readonly limit?: { readonly stored: number; readonly times: number } | undefined;
 }
 
 /** A parsed task file (SPEC.md, section 7). */
