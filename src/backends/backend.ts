@@ -282,9 +282,13 @@ export type Part = readonly [row: number, rows: number, column: number, columns:
  * Divides a matrix, row by row, into parts that take at most `most` products where each of its numbers takes `depth`: whole rows where four
  * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are whole bytes in every type.
  */
-export function* partsOf(rows: number, columns: number, depth: number, most: number): Generator<Part> {
+export function partsOf(rows: number, columns: number, depth: number, most: number): Iterable<Part> {
   // Without products there are still numbers to move.
   const each = Math.max(8, depth);
+  return rows * columns * each <= most ? [[0, rows, 0, columns]] : manyParts(rows, columns, each, most);
+}
+
+function* manyParts(rows: number, columns: number, each: number, most: number): Generator<Part> {
   const wide = 4 * columns * each <= most ? columns : Math.max(32, 32 * Math.floor(most / each / 128));
   const high = Math.max(4, 4 * Math.floor(most / each / wide / 4));
   for (let i = 0; i < rows; i += high)

@@ -144,13 +144,13 @@ class WasmBackend extends CpuBackend<number> {
     // Each piece decodes its columns of the basis, for many rows but not for all: they may lie on as many pages that are new.
     const high = Math.min(rank, 256);
     const wide = 32 * Math.max(1, Math.floor(PIECE / Math.max(1, high * rows) / 32));
+    const { expand } = this.#instance.kernels;
     for (let i = 0; i < rank; i += high) {
       for (let j = 0; j < width; j += wide) {
+        if (i + j > 0) yield;
         const [to, from] = [out + 4 * i * width, coefficients + 4 * i * rows];
-        const places = [code(job), to, from, basis] as const;
-        const part = [Math.min(high, rank - i), rows, width, add ? 1 : 0, j, Math.min(j + wide, width)] as const;
-        this.#instance.kernels.expand(...places, ...part);
-        yield;
+        const [m, end] = [Math.min(high, rank - i), Math.min(j + wide, width)];
+        expand(code(job), to, from, basis, m, rows, width, add ? 1 : 0, j, end);
       }
     }
   }
@@ -168,13 +168,13 @@ class WasmBackend extends CpuBackend<number> {
       job,
       ...(["out", "base", "left", "right", "rowScale", "columnScale"] as const),
     );
+    const { fold } = this.#instance.kernels;
     for (const [i, m, j, n] of partsOf(rows, columns, rank, PIECE)) {
+      if (i + j > 0) yield;
       const at = (i * stride + j) * rowBytes(job.dtype, 1);
-      this.#instance.kernels.fold(
-        ...([code(job), out + at, base + at, stride, m, n, left + 4 * i, right + 4 * j, rank] as const),
-        ...([rowScale && rowScale + 4 * i, columnScale && columnScale + 4 * j, rows, columns] as const),
-      );
-      yield;
+      const [a, b] = [left + 4 * i, right + 4 * j];
+      const [r, c] = [rowScale && rowScale + 4 * i, columnScale && columnScale + 4 * j];
+      fold(code(job), out + at, base + at, stride, m, n, a, b, rank, r, c, rows, columns);
     }
   }
 
@@ -191,12 +191,10 @@ class WasmBackend extends CpuBackend<number> {
     for (let at = 0; at < length; at += step) {
       const n = Math.min(step, length - at);
       const [i, m, j, w] = byRow ? [at, n, 0, columns] : [0, rows, at, n];
+      if (at > 0) yield;
       const from = base + (i * stride + j) * rowBytes(dtype, 1);
-      (byRow ? scaleRows : scaleColumns)(
-        ...([code(job), out + 4 * at, magnitude + 4 * at, from, stride, m, w] as const),
-        ...([left + 4 * i, right + 4 * j, rank, rows, columns] as const),
-      );
-      yield;
+      const [to, m0, a, b] = [out + 4 * at, magnitude + 4 * at, left + 4 * i, right + 4 * j];
+      (byRow ? scaleRows : scaleColumns)(code(job), to, m0, from, stride, m, w, a, b, rank, rows, columns);
     }
   }
 }

@@ -1,7 +1,7 @@
 /** The command verify: whether a pack is whole, and how far its tasks are from the adapters they were made of. */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { checkExpansion } from "../core/selection.ts";
+import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";

@@ -39,22 +39,19 @@ export interface Applied {
 
 /**
  * @param tasks by row. Default: those of the active selection for all
- * @param unbounded as in `loadParts`
- * @throws TaskError for an unknown task, one that `loadParts` refuses, or one with DoRA on the module, which is no addition
+ * @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition
  */
 export async function partsOfRows(
   { view, ignored }: { readonly view: PackView; readonly ignored: ReadonlySet<string> },
   tasks: ApplyOptions["tasks"],
   active: readonly ActiveTask[],
   index: number,
-  unbounded: "core" | "factors" | undefined,
 ): Promise<(readonly ActiveTask[])[]> {
   let parts: (readonly ActiveTask[])[] = [active];
   if (tasks) {
     checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
     const known = new Map<string | null, ActiveTask[]>();
-    for (const task of tasks)
-      if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored, unbounded));
+    for (const task of tasks) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored));
     parts = tasks.map((task) => known.get(task)!);
   }
   refuseMagnitudes(parts.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');

@@ -200,7 +200,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   async #load(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<Loaded> {
     const { view, ignored } = this.#parts;
     const pause = pacer(options.signal);
-    const parts = tasks ?? (await loadParts(view, selection, options, ignored, this.#unbounded));
+    const parts = tasks ?? (await loadParts(view, selection, options, ignored));
+    // A base bounds the shapes of terms.
+    if (!this.#host) this.#parts.terms?.check(view, parts);
     if (!this.#host) refuseMagnitudes(parts, view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
@@ -299,11 +301,6 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
   }
 
-  /** The mode, where no base bounds the shapes of terms. */
-  get #unbounded(): "core" | "factors" | undefined {
-    return this.mode === "folded" || this.#host ? undefined : this.mode;
-  }
-
   get #terms(): ActiveTerms {
     if (this.#parts.terms) return this.#parts.terms;
     throw new TypeError('mode "folded" has no terms; use weight()');
@@ -327,7 +324,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
       await this.#ready();
       const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
-      const rows = await partsOfRows(this.#parts, tasks, this.#now.tasks, index, this.#unbounded);
+      const rows = await partsOfRows(this.#parts, tasks, this.#now.tasks, index);
+      if (!this.#host) this.#terms.check(this.#parts.view, new Set(rows.flat()));
       // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
       const known = this.#applied;
       this.#applied = undefined;

@@ -4,9 +4,8 @@
 import { described, isPlain } from "../arguments.ts";
 import type { Owner } from "../backends/backend.ts";
 import { BackendError, TaskError } from "../errors.ts";
-import type { TaskBlob } from "../format/format.ts";
 import type { PackView } from "./part.ts";
-import { type ActiveTask, coreBases } from "./stage.ts";
+import type { ActiveTask } from "./stage.ts";
 
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
@@ -34,55 +33,21 @@ export function copySelection(selection: Selection): Selection {
   return isPlain(selection) ? { ...selection } : selection;
 }
 
-/** Bytes that the terms of any task may become. */
-const ALWAYS = 2 ** 24;
-
-/**
- * Refuses a task whose terms would become many times the bytes that are stored for it, before memory is taken for them (SPEC.md, section 10).
- * @param mode "core" where products of coefficients are wanted instead of the factors that have them
- * @throws TaskError naming what is allowed
- */
-export function checkExpansion(
-  { name, modules }: Pick<PackView, "name" | "modules">,
-  id: string,
-  { terms, limit }: TaskBlob,
-  mode: "core" | "factors",
-): void {
-  if (!limit) return;
-  const { stored, times } = limit;
-  let bytes = 0;
-  for (const term of terms) {
-    const module = modules[term.module]!;
-    const bases = mode === "core" ? coreBases(term, module) : undefined;
-    const rank = term.privateRank + (bases ? 0 : term.rank);
-    bytes += 4 * rank * (module.in + module.out) + (bases ? 4 * bases.A.tensor.rows * bases.B.tensor.rows : 0);
-  }
-  if (bytes <= Math.max(ALWAYS, times * stored)) return;
-  throw new TaskError(
-    `${name}: task "${id}" expands from ${stored} bytes to ${bytes}; expected at most ${times} times as many, or ${ALWAYS}. ` +
-      `If you trust it, open the pack with maxExpansion: ${Math.ceil(bytes / stored)}`,
-    { task: id },
-  );
-}
-
 /**
  * Reads the tasks of a selection, as they go together.
  * @param ignored parameters that are left out of the tasks, by the pack's names
- * @param unbounded the mode that terms are made for, where no base bounds their shapes
  * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA, tasks that bring and change
- *   the same parameter, a task that `checkExpansion` refuses
+ *   the same parameter
  */
 export async function loadParts(
   pack: PackView,
   selection: Selection,
   { head, signal }: SwitchOptions = {},
   ignored: ReadonlySet<string> = new Set(),
-  unbounded?: "core" | "factors",
 ): Promise<ActiveTask[]> {
   const parts: ActiveTask[] = await Promise.all(
     toStrengths(selection).map(async ([id, strength]) => {
       const blob = await pack.load(id, { signal });
-      if (unbounded) checkExpansion(pack, id, blob, unbounded);
       const parameters = blob.parameters.filter(({ name }) => !ignored.has(name));
       return { id, strength, blob: { ...blob, parameters } };
     }),

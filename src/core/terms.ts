@@ -4,13 +4,15 @@
  */
 import { nearest } from "../arguments.ts";
 import type { Slice } from "../backends/backend.ts";
+import { TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
-import type { PackModule } from "../format/format.ts";
+import type { PackModule, TaskBlob } from "../format/format.ts";
 import { paced, pacer, whole } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
-import { hasCore, type ModulePlan, type Private, put, reuse, writeCore } from "./stage.ts";
+import type { PackView } from "./part.ts";
+import { type ActiveTask, coreBases, hasCore, type ModulePlan, type Private, put, reuse, writeCore } from "./stage.ts";
 import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -21,6 +23,37 @@ const PIECE = 2 ** 18;
 export interface ModuleTerm extends Term {
   /** [out], the layer's whole bias, where the task changes it. */
   readonly bias?: Float32Array | undefined;
+}
+
+/** Bytes that the terms of any task may become. */
+const ALWAYS = 2 ** 24;
+
+/**
+ * Refuses a task whose terms would become many times the bytes that are stored for it, before memory is taken for them (SPEC.md, section 10).
+ * @param mode "core" where products of coefficients are wanted instead of the factors that have them
+ * @throws TaskError naming what is allowed
+ */
+export function checkExpansion(
+  { name, modules }: Pick<PackView, "name" | "modules">,
+  id: string,
+  { terms, limit }: TaskBlob,
+  mode: "core" | "factors",
+): void {
+  if (!limit) return;
+  const { stored, times } = limit;
+  let bytes = 0;
+  for (const term of terms) {
+    const module = modules[term.module]!;
+    const bases = mode === "core" ? coreBases(term, module) : undefined;
+    const rank = term.privateRank + (bases ? 0 : term.rank);
+    bytes += 4 * rank * (module.in + module.out) + (bases ? 4 * bases.A.tensor.rows * bases.B.tensor.rows : 0);
+  }
+  if (bytes <= Math.max(ALWAYS, times * stored)) return;
+  throw new TaskError(
+    `${name}: task "${id}" expands from ${stored} bytes to ${bytes}; expected at most ${times} times as many, or ${ALWAYS}. ` +
+      `If you trust it, open the pack with maxExpansion: ${Math.ceil(bytes / stored)}`,
+    { task: id },
+  );
 }
 
 export class ActiveTerms {
@@ -35,6 +68,11 @@ export class ActiveTerms {
     this.#mode = mode;
     this.#modules = modules;
     this.#slots = slots;
+  }
+
+  /** @throws TaskError as `checkExpansion` */
+  check(pack: Pick<PackView, "name" | "modules">, tasks: Iterable<ActiveTask>): void {
+    for (const { id, blob } of tasks) checkExpansion(pack, id, blob, this.#mode);
   }
 
   /** Modules whose terms change, with the pristine weights that DoRA's scales need. */

@@ -7,7 +7,7 @@ import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts
 import { checkOptions, checkPack } from "../arguments.ts";
 import { partsOf } from "../backends/backend.ts";
 import type { Pack } from "../core/pack.ts";
-import { checkExpansion } from "../core/selection.ts";
+import { checkExpansion } from "../core/terms.ts";
 import {
   type Coefficients,
   encodedTensor,

@@ -13,9 +13,10 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createRuntime, openPack } from "eigenlora";
 import { peftFiles, taskAdapter } from "eigenlora/build";
-import { encodeSection } from "../../dist/src/format/encode-coded.js";
-import { setInteger } from "../../dist/src/tensor/dtypes.js";
+import "../load-typescript.js";
 import { packFile } from "../vectors/format.js";
+
+const { encodeSection, dtypes } = await import("../internals.ts");
 
 const LIMITS = { refused: 50, block: 16, memory: 64e6 };
 /** Runs of a case: the best counts, since threads of the engine spend CPU too. */
@@ -34,7 +35,7 @@ function sparse(rows, width) {
     bytes[2 * i + 1] = 0x20;
     for (let at = 0; at < width; at += 12) {
       seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
-      setInteger(bytes, 3, start + i * row, at, ((seed >>> 29) % 7) - 3);
+      dtypes.setInteger(bytes, 3, start + i * row, at, ((seed >>> 29) % 7) - 3);
     }
   }
   return bytes;
