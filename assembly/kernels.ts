@@ -45,17 +45,19 @@ function decodePanel(
 }
 
 /**
- * out[i, :] = Σ_k coefficients[i, k]·basis[k, :], i < rank, k < rows, or that much more with `add`. The basis is decoded
- * once, in panels; bases of more than 256 rows are summed in parts of 256.
+ * out[i, j] = Σ_k coefficients[i, k]·basis[k, j], i < rank, k < rows, from ≤ j < to, or that much more with `add`. `from` is a multiple
+ * of 32. The basis is decoded once, in panels; bases of more than 256 rows are summed in parts of 256.
  */
 export function expand(
-  type: i32, out: usize, coefficients: usize, basis: usize, rank: i32, rows: i32, width: i32, add: bool,
+  type: i32, out: usize, coefficients: usize, basis: usize, rank: i32, rows: i32, width: i32, add: bool, from: i32,
+  to: i32,
 ): void {
-  if (!add) memory.fill(out, 0, (<usize>rank * <usize>width) << 2);
+  for (let i = 0; !add && i < rank; i++)
+    memory.fill(out + (<usize>i * <usize>width + <usize>from << 2), 0, <usize>(to - from) << 2);
   // An odd number of cache lines, where there is room.
   const step = max(BASIS_COLUMNS, (PANEL_VALUES / max(rows, 1) & -BASIS_COLUMNS) - 16), wide = step & -BASIS_COLUMNS;
-  for (let j = 0; j < width; j += wide) {
-    const columns = min(wide, width - j);
+  for (let j = from; j < to; j += wide) {
+    const columns = min(wide, to - j);
     const at = out + (<usize>j << 2);
     for (let k = 0; k < rows; k += BASIS_ROWS) {
       const part = min(BASIS_ROWS, rows - k);
@@ -165,15 +167,15 @@ function foldPanels(
 }
 
 /**
- * out[i, j] = (base[i, j] + Σ_k left[k, i]·right[k, j])·rowScale[i]·columnScale[j], rounded to `type` once. `stride` in
+ * out[i, j] = (base[i, j] + Σ_k left[k, i]·right[k, j])·rowScale[i]·columnScale[j], rounded to `type` once. Strides in
  * elements. Null scales stand for ones; with rank 0 and no scales bytes are copied as they are.
  */
 export function fold(
   type: i32, out: usize, base: usize, stride: i32, rows: i32, columns: i32, left: usize, right: usize, rank: i32,
-  rowScale: usize, columnScale: usize,
+  rowScale: usize, columnScale: usize, leftStride: i32, rightStride: i32,
 ): void {
   const step = packedBytes(type, stride);
-  const leftStep = <usize>rows << 2, rightStep = <usize>columns << 2;
+  const leftStep = <usize>leftStride << 2, rightStep = <usize>rightStride << 2;
   if (!rowScale && !columnScale) {
     if (rank == 0) {
       if (out == base) return;
@@ -226,10 +228,10 @@ function squares(values: usize, count: i32): f64 {
 /** out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖. */
 export function scaleRows(
   type: i32, out: usize, magnitude: usize, base: usize, stride: i32, rows: i32, columns: i32, left: usize, right: usize,
-  rank: i32,
+  rank: i32, leftStride: i32, rightStride: i32,
 ): void {
   const step = packedBytes(type, stride);
-  const leftStep = <usize>rows << 2, rightStep = <usize>columns << 2;
+  const leftStep = <usize>leftStride << 2, rightStep = <usize>rightStride << 2;
   for (let i = 0; i < rows; i += ROWS) {
     const m = min(ROWS, rows - i), at = <usize>i << 2;
     memory.fill(SUMS, 0, 8 * ROWS);
@@ -251,10 +253,10 @@ export function scaleRows(
 /** out[j] = magnitude[j] / ‖(base + leftᵀ·right)[:, j]‖. */
 export function scaleColumns(
   type: i32, out: usize, magnitude: usize, base: usize, stride: i32, rows: i32, columns: i32, left: usize, right: usize,
-  rank: i32,
+  rank: i32, leftStride: i32, rightStride: i32,
 ): void {
   const step = packedBytes(type, stride);
-  const leftStep = <usize>rows << 2, rightStep = <usize>columns << 2;
+  const leftStep = <usize>leftStride << 2, rightStep = <usize>rightStride << 2;
   for (let j = 0; j < columns; j += COLUMNS) {
     const n = min(COLUMNS, columns - j), at = <usize>j << 2;
     memory.fill(SUMS, 0, 8 * COLUMNS);

@@ -3,25 +3,48 @@
  * things are done.
  */
 
-/** Milliseconds of work after which the others have a turn, where nothing else is said. */
-const SHARE = 30;
+/** Milliseconds of work after which the others have a turn: with the piece that is under way then, less than a frame. */
+const SHARE = 5;
 
 /** Milliseconds since some time: by a clock that is never set, where the engine has one. */
 export const now = (): number => (globalThis.performance ?? Date).now();
+
+/** Asked between two pieces of work. */
+export type Pause = () => Promise<void> | undefined;
 
 /**
  * What to ask between two pieces of work: undefined, or what to wait for before the next one. Short work is never held up.
  * @returns a function whose promises are rejected once `signal` is aborted
  */
-export function pacer(signal?: AbortSignal, share: number = SHARE): () => Promise<void> | undefined {
+export function pacer(signal?: AbortSignal): Pause {
   let started = now();
   return () => {
-    if (now() - started < share) return undefined;
+    if (now() - started < SHARE) return undefined;
     return turn().then(() => {
       throwIfAborted(signal);
       started = now();
     });
   };
+}
+
+/**
+ * Does work that yields between its pieces, with pauses.
+ * @returns its result, or a promise of it once there was a pause
+ */
+export function paced<T>(work: Iterator<void, T>, pause: Pause): T | Promise<T> {
+  for (;;) {
+    const step = work.next();
+    if (step.done) return step.value;
+    const turn = pause();
+    if (turn) return turn.then(() => paced(work, pause));
+  }
+}
+
+/** Does all of such work at once. @returns its result */
+export function whole<T>(work: Iterator<void, T>): T {
+  let step = work.next();
+  while (!step.done) step = work.next();
+  return step.value;
 }
 
 /** Throws the reason of a signal once it is aborted. React Native's signals have no such method. */

@@ -22,6 +22,7 @@ for (const [script, ...args] of [
   ["soak-builder.js"],
   ["soak-llm.js"],
   ["soak-page.js"],
+  ["attacks/expand.js"],
   ["soak-fuzz.js", fuzz],
 ]) {
   console.log(`\n${script} ${args.join(" ")}`);

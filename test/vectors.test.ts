@@ -70,7 +70,11 @@ t.test("the files are what their script makes", async (t) => {
 
 t.test("valid vectors: every value is found, with and without a root and keys", async (t) => {
   for (const vector of index.filter(({ valid }) => valid)) {
-    const expected = await valuesOf(vector.values!);
+    if (!vector.values) {
+      await readAll(vector);
+      continue;
+    }
+    const expected = await valuesOf(vector.values);
     for (const options of [{}, trustOf(vector)]) {
       const pack = await readAll(vector, options);
       const only = vector.pack ? ["whole"] : [...pack.tasks.keys()];

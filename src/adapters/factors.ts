@@ -1,5 +1,6 @@
 /** Factors of a module in the shapes of LoRA files, for the writers of all formats. */
 import { AdapterError } from "../errors.ts";
+import { pacer } from "../pace.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
 
@@ -33,7 +34,12 @@ export async function factorsOf(module: AdapterModule): Promise<AdapterFactors> 
   const { A, Bt, magnitude } = await module.read();
   const rank = rankOf(module);
   const b = new Float32Array(out * rank);
-  for (let k = 0; k < module.rank; k++) for (let i = 0; i < out; i++) b[i * rank + k] = Bt[k * out + i]!;
+  const pause = pacer();
+  for (let k = 0; k < module.rank; k++) {
+    for (let i = 0; i < out; i++) b[i * rank + k] = Bt[k * out + i]!;
+    const turn = pause();
+    if (turn) await turn;
+  }
   const channels = inputs / kernel.reduce((product, size) => product * size, 1);
   return {
     A: { shape: [rank, channels, ...kernel], values: module.rank === 0 ? new Float32Array(inputs) : A },

@@ -6,6 +6,7 @@
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
+import { whole } from "../pace.ts";
 import { DTYPES, type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 
 /** Counts bytes by what they are for, as `runtime.memory()` reports them. */
@@ -137,6 +138,10 @@ export interface Backend {
   project(job: ProjectJob): void;
   fold(job: FoldJob): void;
   scale(job: ScaleJob): void;
+  /** The operations in pieces of some milliseconds: they yield where others may have a turn. CPU backends have them. */
+  expanding?(job: ExpandJob): Generator<void>;
+  folding?(job: FoldJob): Generator<void>;
+  scaling?(job: ScaleJob): Generator<void>;
   /** Hands what is recorded to the device and does not wait; what goes wrong is told by `finish`. CPU backends do not have it. */
   submit?(): void;
   /** Resolves when all operations so far have taken effect. CPU backends return nothing. */
@@ -270,16 +275,48 @@ export function checkApart(
   }
 }
 
+/** A part of a matrix: its first row, how many rows, its first column, how many columns. */
+export type Part = readonly [row: number, rows: number, column: number, columns: number];
+
+/**
+ * Divides a matrix, row by row, into parts that take at most `most` products where each of its numbers takes `depth`: whole rows where four
+ * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are whole bytes in every type.
+ */
+export function partsOf(rows: number, columns: number, depth: number, most: number): Iterable<Part> {
+  // Without products there are still numbers to move.
+  const each = Math.max(8, depth);
+  return rows * columns * each <= most ? [[0, rows, 0, columns]] : manyParts(rows, columns, each, most);
+}
+
+function* manyParts(rows: number, columns: number, each: number, most: number): Generator<Part> {
+  const wide = 4 * columns * each <= most ? columns : Math.max(32, 32 * Math.floor(most / each / 128));
+  const high = Math.max(4, 4 * Math.floor(most / each / wide / 4));
+  for (let i = 0; i < rows; i += high)
+    for (let j = 0; j < columns; j += wide) yield [i, Math.min(high, rows - i), j, Math.min(wide, columns - j)];
+}
+
 /** A backend whose blocks each have a `Address` in the CPU's memory. */
 export abstract class CpuBackend<Address> implements Backend {
   abstract readonly name: "js" | "wasm";
   abstract readonly variant: string;
   readonly #blocks = new Map<Block, { readonly place: Address; readonly owner: Owner }>();
 
-  abstract expand(job: ExpandJob): void;
+  abstract expanding(job: ExpandJob): Generator<void>;
   abstract project(job: ProjectJob): void;
-  abstract fold(job: FoldJob): void;
-  abstract scale(job: ScaleJob): void;
+  abstract folding(job: FoldJob): Generator<void>;
+  abstract scaling(job: ScaleJob): Generator<void>;
+
+  expand(job: ExpandJob): void {
+    whole(this.expanding(job));
+  }
+
+  fold(job: FoldJob): void {
+    whole(this.folding(job));
+  }
+
+  scale(job: ScaleJob): void {
+    whole(this.scaling(job));
+  }
 
   /** Zeroed bytes. @throws BackendError when there are none */
   protected abstract claim(byteLength: number, owner: Owner): Address;

@@ -7,6 +7,7 @@
 import { BackendError } from "../errors.ts";
 import {
   bf16ToF32,
+  decodePart,
   decodeTensor,
   type FloatDtype,
   f16ToF32,
@@ -26,11 +27,15 @@ import {
   type FoldJob,
   type Owner,
   type ProjectJob,
+  partsOf,
   type ScaleJob,
   type Slice,
 } from "./backend.ts";
 
 const { fround } = Math;
+
+/** Products of a piece of work: some milliseconds. */
+const PIECE = 2 ** 19;
 
 /** A backend whose blocks are `ArrayBuffer`s. Operations run when called. */
 export function createJsBackend(): Backend {
@@ -67,10 +72,10 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     this.#decoded = new Float32Array(0);
   }
 
-  #decode({ dtype, basis, rows, width }: ExpandJob | ProjectJob): Float32Array {
-    const encoded = this.bytes("basis", basis, tensorBytes(dtype, rows, width));
-    if (this.#decoded.length < rows * width) this.#decoded = new Float32Array(rows * width);
-    return decodeTensor(dtype, encoded, rows, width, this.#decoded);
+  /** Memory for a decoded basis. */
+  #room(length: number): Float32Array {
+    if (this.#decoded.length < length) this.#decoded = new Float32Array(length);
+    return this.#decoded;
   }
 
   #floats(name: string, slice: Slice, length: number): Float32Array {
@@ -90,19 +95,30 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     };
   }
 
-  expand(job: ExpandJob): void {
+  *expanding(job: ExpandJob): Generator<void> {
     checkExpand(job);
-    const { rank, rows, width } = job;
+    const { dtype, rank, rows, width, add } = job;
     const out = this.#floats("out", job.out, rank * width);
     const coefficients = this.#floats("coefficients", job.coefficients, rank * rows);
-    const basis = this.#decode(job);
-    const before = job.add ? out.slice() : undefined;
-    out.fill(0);
-    for (let i = 0; i < rank; i++) {
-      addProduct(out.subarray(i * width, (i + 1) * width), coefficients, i * rows, 1, basis, rows);
+    const encoded = this.bytes("basis", job.basis, tensorBytes(dtype, rows, width));
+    const basis = this.#room(rows * width);
+    for (const part of partsOf(rows, width, 0, PIECE)) {
+      decodePart(dtype, encoded, rows, width, part, basis);
+      yield;
     }
-    // Added last, so that a small sum is made at its own magnitude.
-    before?.forEach((value, i) => (out[i]! += value));
+    const sums = new Float32Array(width);
+    for (const [i, m, j, n] of partsOf(rank, width, rows, PIECE)) {
+      const update = sums.subarray(0, n);
+      for (let row = i; row < i + m; row++) {
+        const to = out.subarray(row * width + j, row * width + j + n);
+        update.fill(0);
+        addProduct(update, coefficients, row * rows, 1, basis.subarray(j), width, rows);
+        // What is there is added last, so that a small sum is made at its own magnitude.
+        if (add) for (let c = 0; c < n; c++) to[c]! += update[c]!;
+        else to.set(update);
+      }
+      yield;
+    }
   }
 
   project(job: ProjectJob): void {
@@ -110,7 +126,8 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     const { count, rows, width } = job;
     const out = this.#floats("out", job.out, count * rows);
     const x = this.#floats("x", job.x, count * width);
-    const basis = this.#decode(job);
+    const encoded = this.bytes("basis", job.basis, tensorBytes(job.dtype, rows, width));
+    const basis = decodeTensor(job.dtype, encoded, rows, width, this.#room(rows * width));
     for (let i = 0; i < count; i++) {
       for (let k = 0; k < rows; k++) {
         let sum = 0;
@@ -120,7 +137,7 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     }
   }
 
-  fold(job: FoldJob): void {
+  *folding(job: FoldJob): Generator<void> {
     checkFold(job);
     const { rows, columns, stride, rowScale, columnScale } = job;
     const from = this.#product(job);
@@ -132,23 +149,22 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
       for (let at = 0; at < rows * stride; at += stride) out.raw.set(source.subarray(at, at + columns), at);
       return;
     }
-    forEachRow(from, (row, i) => {
-      if (scaleOfRow) for (let j = 0; j < columns; j++) row[j]! *= scaleOfRow[i]!;
-      if (scaleOfColumn) for (let j = 0; j < columns; j++) row[j]! *= scaleOfColumn[j]!;
-      out.write(i * stride, row);
+    yield* forEachRow(from, (row, i, j) => {
+      if (scaleOfRow) for (let c = 0; c < row.length; c++) row[c]! *= scaleOfRow[i]!;
+      if (scaleOfColumn) for (let c = 0; c < row.length; c++) row[c]! *= scaleOfColumn[j + c]!;
+      out.write(i * stride + j, row);
     });
   }
 
-  scale(job: ScaleJob): void {
+  *scaling(job: ScaleJob): Generator<void> {
     checkScale(job);
-    const { rows, columns } = job;
     const byRow = job.axis === "rows";
-    const length = byRow ? rows : columns;
+    const length = byRow ? job.rows : job.columns;
     const magnitude = this.#floats("magnitude", job.magnitude, length);
     const out = this.#floats("out", job.out, length);
     const sums = new Float64Array(length);
-    forEachRow(this.#product(job), (row, i) => {
-      for (let j = 0; j < columns; j++) sums[byRow ? i : j]! += row[j]! * row[j]!;
+    yield* forEachRow(this.#product(job), (row, i, j) => {
+      for (let c = 0; c < row.length; c++) sums[byRow ? i : j + c]! += row[c]! * row[c]!;
     });
     for (let i = 0; i < length; i++) out[i] = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
   }
@@ -197,27 +213,32 @@ function elements(
   };
 }
 
-/** Calls `use` with each row of base + leftᵀ·right in f32. The array is the same each time. */
-function forEachRow(product: Product, use: (row: Float32Array, i: number) => void): void {
+/** Calls `use` with all rows of base + leftᵀ·right in f32, or parts of them from column j on. The array is the same each time. */
+function* forEachRow(product: Product, use: (row: Float32Array, i: number, j: number) => void): Generator<void> {
   const { base, left, right, rank, rows, columns, stride } = product;
-  const row = new Float32Array(columns);
-  const update = new Float32Array(columns);
-  for (let i = 0; i < rows; i++) {
-    base.read(i * stride, row);
-    update.fill(0);
-    addProduct(update, left, i, rows, right, rank);
-    for (let j = 0; j < columns; j++) row[j]! += update[j]!;
-    use(row, i);
+  const values = new Float32Array(columns);
+  const sums = new Float32Array(columns);
+  for (const [first, m, j, n] of partsOf(rows, columns, rank, PIECE)) {
+    const [row, update] = [values.subarray(0, n), sums.subarray(0, n)];
+    for (let i = first; i < first + m; i++) {
+      base.read(i * stride + j, row);
+      update.fill(0);
+      addProduct(update, left, i, rows, right.subarray(j), columns, rank);
+      for (let c = 0; c < n; c++) row[c]! += update[c]!;
+      use(row, i, j);
+    }
+    yield;
   }
 }
 
-/** out[j] += Σ_k left[start + k·step]·right[k, j], four columns at a time so that their sums stay in registers. */
+/** out[j] += Σ_k left[start + k·step]·right[k·stride + j], four columns at a time so that their sums stay in registers. */
 function addProduct(
   out: Float32Array,
   left: Float32Array,
   start: number,
   step: number,
   right: Float32Array,
+  stride: number,
   rank: number,
 ): void {
   const width = out.length;
@@ -227,7 +248,7 @@ function addProduct(
     let b = out[j + 1]!;
     let c = out[j + 2]!;
     let d = out[j + 3]!;
-    for (let k = 0, l = start, r = j; k < rank; k++, l += step, r += width) {
+    for (let k = 0, l = start, r = j; k < rank; k++, l += step, r += stride) {
       const x = left[l]!;
       a = fround(a + fround(x * right[r]!));
       b = fround(b + fround(x * right[r + 1]!));
@@ -241,7 +262,7 @@ function addProduct(
   }
   for (; j < width; j++) {
     let sum = out[j]!;
-    for (let k = 0; k < rank; k++) sum = fround(sum + fround(left[start + k * step]! * right[k * width + j]!));
+    for (let k = 0; k < rank; k++) sum = fround(sum + fround(left[start + k * step]! * right[k * stride + j]!));
     out[j] = sum;
   }
 }

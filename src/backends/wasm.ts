@@ -3,7 +3,7 @@
  * called. Of the three builds the best runs that the engine compiles.
  */
 
-import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, rowBytes } from "../tensor/dtypes.ts";
 import {
   type Backend,
   CpuBackend,
@@ -15,6 +15,7 @@ import {
   type FoldJob,
   type Owner,
   type ProjectJob,
+  partsOf,
   type ScaleJob,
   type Slice,
 } from "./backend.ts";
@@ -42,6 +43,8 @@ export interface WasmKernels {
     rows: number,
     width: number,
     add: number,
+    from: number,
+    to: number,
   ): void;
   project(type: number, out: number, x: number, basis: number, count: number, rows: number, width: number): void;
   fold(
@@ -56,10 +59,15 @@ export interface WasmKernels {
     rank: number,
     rowScale: number,
     columnScale: number,
+    leftStride: number,
+    rightStride: number,
   ): void;
   scaleRows: ScaleKernel;
   scaleColumns: ScaleKernel;
 }
+
+/** Products of a piece of work: a millisecond with SIMD, five or more without. */
+const PIECE = 2 ** 22;
 
 type ScaleKernel = (
   type: number,
@@ -72,6 +80,8 @@ type ScaleKernel = (
   left: number,
   right: number,
   rank: number,
+  leftStride: number,
+  rightStride: number,
 ) => void;
 
 /** Literal specifiers, so that bundlers see them; three, so that only the build that runs is loaded. */
@@ -127,11 +137,22 @@ class WasmBackend extends CpuBackend<number> {
     }) as { -readonly [I in keyof Names]: number };
   }
 
-  expand(job: ExpandJob): void {
+  *expanding(job: ExpandJob): Generator<void> {
     checkExpand(job);
     const { rank, rows, width, add } = job;
-    const places = this.#at(job, "out", "coefficients", "basis");
-    this.#instance.kernels.expand(code(job), ...places, rank, rows, width, add ? 1 : 0);
+    const [out, coefficients, basis] = this.#at(job, "out", "coefficients", "basis");
+    // Each piece decodes its columns of the basis, for many rows but not for all: they may lie on as many pages that are new.
+    const high = Math.min(rank, 256);
+    const wide = 32 * Math.max(1, Math.floor(PIECE / Math.max(1, high * rows) / 32));
+    const { expand } = this.#instance.kernels;
+    for (let i = 0; i < rank; i += high) {
+      for (let j = 0; j < width; j += wide) {
+        if (i + j > 0) yield;
+        const [to, from] = [out + 4 * i * width, coefficients + 4 * i * rows];
+        const [m, end] = [Math.min(high, rank - i), Math.min(j + wide, width)];
+        expand(code(job), to, from, basis, m, rows, width, add ? 1 : 0, j, end);
+      }
+    }
   }
 
   project(job: ProjectJob): void {
@@ -140,7 +161,7 @@ class WasmBackend extends CpuBackend<number> {
     this.#instance.kernels.project(code(job), ...this.#at(job, "out", "x", "basis"), count, rows, width);
   }
 
-  fold(job: FoldJob): void {
+  *folding(job: FoldJob): Generator<void> {
     checkFold(job);
     const { stride, rows, columns, rank } = job;
     const [out, base, left, right, rowScale, columnScale] = this.#at(
@@ -148,16 +169,33 @@ class WasmBackend extends CpuBackend<number> {
       ...(["out", "base", "left", "right", "rowScale", "columnScale"] as const),
     );
     const { fold } = this.#instance.kernels;
-    fold(code(job), out, base, stride, rows, columns, left, right, rank, rowScale, columnScale);
+    for (const [i, m, j, n] of partsOf(rows, columns, rank, PIECE)) {
+      if (i + j > 0) yield;
+      const at = (i * stride + j) * rowBytes(job.dtype, 1);
+      const [a, b] = [left + 4 * i, right + 4 * j];
+      const [r, c] = [rowScale && rowScale + 4 * i, columnScale && columnScale + 4 * j];
+      fold(code(job), out + at, base + at, stride, m, n, a, b, rank, r, c, rows, columns);
+    }
   }
 
-  scale(job: ScaleJob): void {
+  *scaling(job: ScaleJob): Generator<void> {
     checkScale(job);
-    const { stride, rows, columns, rank, axis } = job;
-    const places = this.#at(job, "out", "magnitude", "base");
+    const { dtype, stride, rows, columns, rank, axis } = job;
+    const [out, magnitude, base] = this.#at(job, "out", "magnitude", "base");
+    const [left, right] = this.#at(job, "left", "right");
     const { scaleRows, scaleColumns } = this.#instance.kernels;
-    const kernel = axis === "rows" ? scaleRows : scaleColumns;
-    kernel(code(job), ...places, stride, rows, columns, ...this.#at(job, "left", "right"), rank);
+    const byRow = axis === "rows";
+    // A norm is made at once: parts are whole along the other axis.
+    const [length, across] = byRow ? [rows, columns] : [columns, rows];
+    const step = 32 * Math.max(1, Math.floor(PIECE / Math.max(8, rank) / across / 32));
+    for (let at = 0; at < length; at += step) {
+      const n = Math.min(step, length - at);
+      const [i, m, j, w] = byRow ? [at, n, 0, columns] : [0, rows, at, n];
+      if (at > 0) yield;
+      const from = base + (i * stride + j) * rowBytes(dtype, 1);
+      const [to, m0, a, b] = [out + 4 * at, magnitude + 4 * at, left + 4 * i, right + 4 * j];
+      (byRow ? scaleRows : scaleColumns)(code(job), to, m0, from, stride, m, w, a, b, rank, rows, columns);
+    }
   }
 }
 

@@ -53,7 +53,7 @@ export function command<A extends readonly string[], O extends Options>(declared
       return [...hubText(declared), ...more, `\nExample:\n  eigenlora ${example}`].join("\n");
     });
     made.option("--json", "Print one JSON object.").action(async () => {
-      const run = new Run(out, made.opts()["revoked"]);
+      const run = new Run(out, made.opts());
       let result: Result;
       try {
         // The parser has seen to it that there are as many arguments as `usage` says.

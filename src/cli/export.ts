@@ -12,7 +12,18 @@ import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { jsonFile, writeTogether, writeWhole } from "./files.ts";
-import { byDefault, choice, given, output, reading, revoked, text, toggle, UsageError } from "./options.ts";
+import {
+  byDefault,
+  choice,
+  given,
+  maxExpansion,
+  output,
+  reading,
+  revoked,
+  text,
+  toggle,
+  UsageError,
+} from "./options.ts";
 import { bytes, count } from "./output.ts";
 import type { Run } from "./run.ts";
 import { checkExport, checkExportFile, EXPORTED } from "./target.ts";
@@ -60,6 +71,7 @@ export const exportTask: Attach = command({
       text("MODEL", "For gguf: the base model's folder, config.json or GGUF file, for its architecture and heads."),
     ),
     revoked,
+    maxExpansion,
   },
   reads: ["file"],
   async run([path]: [string], { output: to, force, components, ...asked }, run) {

@@ -55,6 +55,7 @@ const WORDS: readonly (readonly [option: string, said: RegExp, flag: string])[] 
   ["ignore", /ignore: \["([^"]*)"\]/g, "--ignore $1"],
   ["anyBase", /anyBase: true/g, "--any-base"],
   ["base", /pass `base`/g, "pass --base"],
+  ["maxExpansion", /open the pack with maxExpansion: /g, "give --max-expansion "],
   ["as", /with rename/g, "with --as"],
   ["beside", /, or leave it out with the option `modules`/g, ""],
   ["key", /and `keys` were given/g, "and --key was given"],

@@ -141,6 +141,15 @@ export function number(value: string, help: string, { expected, holds }: Range):
   return { value, help, parse };
 }
 
+/** Belongs to commands that expand tasks without a base. `Run` sees to it. */
+export const maxExpansion: Maybe<number> = {
+  ...number("N", "How many times the bytes stored for it a task may become. Default: 1024.", {
+    expected: "a number above 0",
+    holds: (n) => n > 0,
+  }),
+  rare: true,
+};
+
 export function choice<const T extends string>(choices: readonly T[], help: string): Maybe<T> {
   const parse = (given: string, flag: string): T => {
     const found = choices.find((one) => one === given);

@@ -1,6 +1,7 @@
 /** The command verify: whether a pack is whole, and how far its tasks are from the adapters they were made of. */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
+import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
@@ -27,7 +28,7 @@ import { isTaskFile } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readText } from "./files.ts";
 
-import { as, list, readFor, reading, revoked, text, UsageError } from "./options.ts";
+import { as, list, maxExpansion, readFor, reading, revoked, text, UsageError } from "./options.ts";
 
 import { type Output, percent, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
@@ -60,6 +61,7 @@ export const verify: Attach = command({
     ),
     integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
     revoked,
+    maxExpansion,
   },
   reads: ["file"],
   async run([path]: [string], { against, as, base, key, integrity }, run, out) {
@@ -240,6 +242,7 @@ interface Figures {
 
 /** ΔW error, δ and bound of a task against the adapter it was made of. */
 async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: Adapter): Promise<Figures> {
+  checkExpansion(pack, adapter.id, blob, "factors");
   const found: BoundedLoss[] = [];
   const terms = new Map(blob.terms.map((term) => [pack.modules[term.module]!.name, term]));
   const foreign = [...terms.keys()].find((name) => !adapter.modules.has(name));

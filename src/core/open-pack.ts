@@ -26,6 +26,11 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
    * `prefetch` has read stays then.
    */
   readonly maxResidentBytes?: number;
+  /**
+   * How many times the bytes stored for it a task may become in memory, as factors or as an exported adapter (SPEC.md, section 10); 16 MiB
+   * are always allowed. Set it higher for a pack that you trust. Default: 1024.
+   */
+  readonly maxExpansion?: number | undefined;
 }
 
 /**
@@ -39,7 +44,7 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
  */
 export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
   checkOptions("openPack", options, [
-    ...(["signal", "onProgress", "bases", "maxResidentBytes", "integrity", "keys", "revoked"] as const),
+    ...(["signal", "onProgress", "bases", "maxResidentBytes", "maxExpansion", "integrity", "keys", "revoked"] as const),
     ...FETCH_OPTIONS,
   ]);
   checkChoice("bases", options.bases ?? "now", ["now", "later"]);
@@ -83,8 +88,8 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
     if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
-    const { maxResidentBytes } = options;
-    return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
+    const { maxResidentBytes, maxExpansion } = options;
+    return new Pack({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases });
   } catch (error) {
     const refused = await explain(error, inner, directoryBytes);
     await inner.close?.();

@@ -82,6 +82,8 @@ interface TaskSlot {
 /** Bytes of tasks that are kept where no limit was asked for, or so many tasks. */
 const MOST_RESIDENT = 8e6;
 const RESIDENT_TASKS = 4;
+/** Times that a task may expand where nothing else was asked for. Rank 64 over one int3 component comes to 683. */
+const MAX_EXPANSION = 1024;
 
 interface SharedBases {
   users: number;
@@ -116,6 +118,7 @@ export interface OpenedFile {
   readonly window: Window;
   readonly directory: Directory;
   readonly maxResidentBytes: number | undefined;
+  readonly maxExpansion: number | undefined;
   readonly trust: Trust | undefined;
   /** The bases section, where it was read with the directory. */
   readonly bases: Uint8Array | undefined;
@@ -144,6 +147,7 @@ export class Pack extends Observable<PackEvents> {
   /** Most bytes of the blobs in `#recent`: as asked for, or what tasks of this size call for. */
   #most: number;
   readonly #grows: boolean;
+  readonly #maxExpansion: number;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
   /** Bytes of the blobs in `#recent`. */
@@ -154,11 +158,12 @@ export class Pack extends Observable<PackEvents> {
   #bases: SharedBases | undefined;
 
   /** @internal Use `openPack`. */
-  constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: OpenedFile) {
+  constructor({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases }: OpenedFile) {
     super();
     this.#source = source;
     this.#most = maxResidentBytes ?? MOST_RESIDENT;
     this.#grows = maxResidentBytes === undefined;
+    this.#maxExpansion = maxExpansion ?? MAX_EXPANSION;
     this.#trust = trust;
     this.name = source.name;
     this.reads = reads;
@@ -237,7 +242,7 @@ export class Pack extends Observable<PackEvents> {
     const part = `task "${id}"`;
     const blob = await this.#checked(slot.section!, part, { signal }, undefined, async (bytes, coded) => {
       if (coded) await this.#trust?.checkDecoded(bytes, part);
-      return parseTask(bytes, this.modules, this.name, slot.info);
+      return this.#bounded(parseTask(bytes, this.modules, this.name, slot.info), slot.info.bytes);
     });
     // The task may have been removed meanwhile, or read by a later request.
     if (this.#slots.get(id) !== slot || slot.blob) return slot.blob ?? blob;
@@ -253,6 +258,11 @@ export class Pack extends Observable<PackEvents> {
       this.#forget(other);
     }
     return blob;
+  }
+
+  /** @param bytes of the blob in its file */
+  #bounded(blob: TaskBlob, bytes: number): TaskBlob {
+    return { ...blob, limit: { stored: this.directory.bases.length + bytes, times: this.#maxExpansion } };
   }
 
   /**
@@ -361,7 +371,7 @@ export class Pack extends Observable<PackEvents> {
   async addTask(id: string, file: SourceInput, options: AddTaskOptions = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
     await addTaskFile(file, id, this, this.#slots, this.#trust, options, (entry, integrity, stored, blob) => {
-      this.#add(entry, stored.length, integrity, { stored, blob });
+      this.#add(entry, stored.length, integrity, { stored, blob: this.#bounded(blob, stored.length) });
     });
   }
 

@@ -7,7 +7,7 @@
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
-import { now, throwIfAborted } from "../pace.ts";
+import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import type { Applied, ApplyOptions } from "./apply.ts";
 import { type CpuView, copyOf, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
@@ -198,12 +198,18 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** Reads everything that a switch needs, before anything is changed. */
   async #load(selection: Selection, options: SwitchOptions, tasks?: readonly ActiveTask[]): Promise<Loaded> {
-    const parts = tasks ?? (await loadParts(this.#parts.view, selection, options, this.#parts.ignored));
-    if (!this.#host) refuseMagnitudes(parts, this.#parts.view, () => true, "pass `base`");
+    const { view, ignored } = this.#parts;
+    const pause = pacer(options.signal);
+    const parts = tasks ?? (await loadParts(view, selection, options, ignored));
+    // A base bounds the shapes of terms.
+    if (!this.#host) this.#parts.terms?.check(view, parts);
+    if (!this.#host) refuseMagnitudes(parts, view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
     const { parameters, weights } = resolved;
-    const plans = stage(parts, this.#parts.view.modules, this.#bench.staging);
+    const plans = stage(parts, view.modules, this.#bench.staging);
+    const turn = pause();
+    if (turn) await turn;
     const { terms } = this.#parts;
     if (terms) {
       const modules = new Set(plans.map(({ module }) => module));
@@ -319,6 +325,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
       const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
       const rows = await partsOfRows(this.#parts, tasks, this.#now.tasks, index);
+      if (!this.#host) this.#terms.check(this.#parts.view, new Set(rows.flat()));
       // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
       const known = this.#applied;
       this.#applied = undefined;

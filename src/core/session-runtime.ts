@@ -12,7 +12,7 @@ import type { PristineWeight } from "./terms.ts";
 
 export { type MemoryReport, memoryReport, type SwitchReport } from "./selection.ts";
 
-import { pacer } from "../pace.ts";
+import { paced, pacer } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
 import type { RuntimeOptions } from "./create.ts";
@@ -167,10 +167,9 @@ async function makeTerms(
     const core = hasCore(plan, mode);
     const target = core && cores.get(nameOf(plan.module));
     if (target) {
-      writeCore(plan, staging.values, target.out, target.at, target.stride);
-      written.add(nameOf(plan.module));
-      const turn = pause();
+      const turn = paced(writeCore(plan, staging.values, target.out, target.at, target.stride), pause);
       if (turn) await turn;
+      written.add(nameOf(plan.module));
     }
     if (!core || plan.A.private.length > 0 || plan.magnitude !== undefined) others.push(plan);
   }

@@ -7,9 +7,11 @@ import {
   type Coefficients,
   type PackModule,
   readTensor,
+  type SharedBases,
   type Side,
   sharedBases,
   type TaskBlob,
+  type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
 
@@ -133,8 +135,7 @@ export function stage(
         if (B) plan.Bt.shared.push(expansion(blob, B, module.B[B.basis]!, strength, plan.rank, !!ownBt, staging));
         if (ownA) plan.A.own.push(own(ownA, 1, module.A));
         if (ownBt) plan.Bt.own.push(own(ownBt, strength, module.B));
-        const bases = sharedBases(module);
-        plan.core &&= !ownA && !ownBt && bases?.A.kind === "column" && bases.B.kind === "column";
+        plan.core &&= coreBases(term, module) !== undefined;
         plan.rank += rank;
       }
       if (term.privateA && term.privateBt) {
@@ -146,6 +147,12 @@ export function stage(
     }
   }
   return [...plans.values()];
+}
+
+/** The column bases between which a term has a core; undefined where it has none. */
+export function coreBases({ rank, ownA, ownBt }: TaskTerm, module: PackModule): SharedBases | undefined {
+  const bases = rank > 0 && !ownA && !ownBt ? sharedBases(module) : undefined;
+  return bases?.A.kind === "column" && bases.B.kind === "column" ? bases : undefined;
 }
 
 function none(): Draft["A"] {
@@ -215,34 +222,48 @@ export function reuse(old: Float32Array | undefined, length: number): Float32Arr
 }
 
 /**
- * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks.
+ * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks. Yields between pieces of work.
  * @param staged coefficients, as `stage` has left them
  * @param at where in `out` the core begins, its rows `stride` apart
  */
-export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Array, at: number, stride: number): void {
-  plan.A.shared.forEach(({ at: a0, rows, basis }, i) => {
+export function* writeCore(
+  plan: ModulePlan,
+  staged: Float32Array,
+  out: Float32Array,
+  at: number,
+  stride: number,
+): Generator<void> {
+  for (const [i, { at: a0, rows, basis }] of plan.A.shared.entries()) {
     const B = plan.Bt.shared[i]!;
-    const sizes: Sizes = [a0, basis.tensor.rows, B.at, B.basis.tensor.rows, rows];
-    addProduct(staged, sizes, out, at, stride, i === 0);
-  });
+    const [KA, KB] = [basis.tensor.rows, B.basis.tensor.rows];
+    const high = 2 * Math.ceil(PIECE / Math.max(1, rows) / KB / 2);
+    for (let a = 0; a < KA; a += high) {
+      addProduct(staged, [a0, KA, B.at, KB, rows], [a, Math.min(a + high, KA)], out, at, stride, i === 0);
+      yield;
+    }
+  }
 }
+
+/** Products of a piece of work: a millisecond. */
+const PIECE = 2 ** 20;
 
 /** First coefficient of A and how many a row has, the same for B, and the number of rows. */
 type Sizes = readonly [a0: number, rowsA: number, b0: number, rowsB: number, rows: number];
 
 /**
- * Adds the product of a task's coefficients to a core, in tiles of 2 × 4 whose sums stay in registers. Rows and columns at an edge stand in for
+ * Adds the product of a task's coefficients to rows of a core, in tiles of 2 × 4 whose sums stay in registers. Rows and columns at an edge stand in for
  * those beyond it. @param first whether `out` is overwritten
  */
 function addProduct(
   staged: Float32Array,
   [a0, rowsA, b0, rowsB, rows]: Sizes,
+  [from, to]: readonly [from: number, to: number],
   out: Float32Array,
   at: number,
   stride: number,
   first: boolean,
 ): void {
-  for (let a = 0; a < rowsA; a += 2) {
+  for (let a = from; a < to; a += 2) {
     const below = Math.min(1, rowsA - 1 - a);
     for (let b = 0; b < rowsB; b += 4) {
       const left = rowsB - 1 - b;

@@ -4,20 +4,56 @@
  */
 import { nearest } from "../arguments.ts";
 import type { Slice } from "../backends/backend.ts";
+import { TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
-import type { PackModule } from "../format/format.ts";
-import { pacer } from "../pace.ts";
+import type { PackModule, TaskBlob } from "../format/format.ts";
+import { paced, pacer, whole } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
-import { hasCore, type ModulePlan, type Private, put, reuse, writeCore } from "./stage.ts";
+import type { PackView } from "./part.ts";
+import { type ActiveTask, coreBases, hasCore, type ModulePlan, type Private, put, reuse, writeCore } from "./stage.ts";
 import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
+
+/** Numbers that are copied at a time. */
+const PIECE = 2 ** 18;
 
 /** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface ModuleTerm extends Term {
   /** [out], the layer's whole bias, where the task changes it. */
   readonly bias?: Float32Array | undefined;
+}
+
+/** Bytes that the terms of any task may become. */
+const ALWAYS = 2 ** 24;
+
+/**
+ * Refuses a task whose terms would become many times the bytes that are stored for it, before memory is taken for them (SPEC.md, section 10).
+ * @param mode "core" where products of coefficients are wanted instead of the factors that have them
+ * @throws TaskError naming what is allowed
+ */
+export function checkExpansion(
+  { name, modules }: Pick<PackView, "name" | "modules">,
+  id: string,
+  { terms, limit }: TaskBlob,
+  mode: "core" | "factors",
+): void {
+  if (!limit) return;
+  const { stored, times } = limit;
+  let bytes = 0;
+  for (const term of terms) {
+    const module = modules[term.module]!;
+    const bases = mode === "core" ? coreBases(term, module) : undefined;
+    const rank = term.privateRank + (bases ? 0 : term.rank);
+    bytes += 4 * rank * (module.in + module.out) + (bases ? 4 * bases.A.tensor.rows * bases.B.tensor.rows : 0);
+  }
+  if (bytes <= Math.max(ALWAYS, times * stored)) return;
+  throw new TaskError(
+    `${name}: task "${id}" expands from ${stored} bytes to ${bytes}; expected at most ${times} times as many, or ${ALWAYS}. ` +
+      `If you trust it, open the pack with maxExpansion: ${Math.ceil(bytes / stored)}`,
+    { task: id },
+  );
 }
 
 export class ActiveTerms {
@@ -32,6 +68,11 @@ export class ActiveTerms {
     this.#mode = mode;
     this.#modules = modules;
     this.#slots = slots;
+  }
+
+  /** @throws TaskError as `checkExpansion` */
+  check(pack: Pick<PackView, "name" | "modules">, tasks: Iterable<ActiveTask>): void {
+    for (const { id, blob } of tasks) checkExpansion(pack, id, blob, this.#mode);
   }
 
   /** Modules whose terms change, with the pristine weights that DoRA's scales need. */
@@ -124,6 +165,7 @@ export async function unfold(
   weightOf: (module: number) => PristineWeight,
   { old, over, turned = false, signal }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
+  const pause = pacer(signal);
   const isExpanded = (plan: ModulePlan): boolean =>
     !hasCore(plan, mode) && sidesToExpand(plan, over?.(plan.module)).length > 0;
   const computed = plans.filter((plan) => plan.magnitude !== undefined || isExpanded(plan));
@@ -131,41 +173,35 @@ export async function unfold(
   const onDevice = !bench.backend.view;
   const fetched = onDevice && computed.length > 0 ? await fetchFactors(bench, isExpanded) : undefined;
   const terms = new Map<number, Term>();
-  const pause = pacer(signal);
   for (const plan of plans) {
+    const made = !fetched && isExpanded(plan) ? paced(bench.expand(plan), pause) : undefined;
+    if (made) await made;
     const expanded = (): Factors => {
       if (fetched) return fetched.get(plan.module)!;
-      const { A, Bt } = bench.expand(plan);
+      const { A, Bt } = bench.factors(plan);
       const { in: inputs, out } = bench.modules[plan.module]!;
       return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
     };
     const how = { old: old?.get(plan.module), over: over?.(plan.module), turned };
-    terms.set(plan.module, hasCore(plan, mode) ? besideCore(plan, bench, how) : placed(plan, bench, how, expanded));
+    const work = hasCore(plan, mode) ? besideCore(plan, bench, how) : placed(plan, bench, how, expanded);
+    const term = paced(work, pause);
+    terms.set(plan.module, term instanceof Promise ? await term : term);
     const turn = pause();
     if (turn) await turn;
   }
-  for (const [module, scale, out] of scales(plans, bench, weightOf)) {
-    const rowScale = onDevice ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
-    terms.set(module, { ...terms.get(module)!, rowScale });
-    const turn = pause();
-    if (turn) await turn;
-  }
-  return terms;
-}
-
-/** DoRA's scale [out] of each plan that has magnitudes, in scratch memory until the next is asked for. */
-function* scales(
-  plans: readonly ModulePlan[],
-  bench: Workbench,
-  weightOf: (module: number) => PristineWeight,
-): Iterable<[module: number, scale: Slice, out: number]> {
   for (const plan of plans) {
     if (plan.magnitude === undefined) continue;
     const { data, dtype, transposed = false } = weightOf(plan.module);
     const base = bench.reserve("weight", data.length);
     bench.backend.upload(base, data);
-    yield [plan.module, bench.rowScale(plan, { dtype, transposed }, base), bench.modules[plan.module]!.out];
+    // DoRA's scale [out], in scratch memory until the next is made.
+    const turn = paced(bench.rowScale(plan, { dtype, transposed }, base), pause);
+    if (turn) await turn;
+    const [scale, { out }] = [bench.reserved("scale"), bench.modules[plan.module]!];
+    const rowScale = onDevice ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
+    terms.set(plan.module, { ...terms.get(plan.module)!, rowScale });
   }
+  return terms;
 }
 
 /** How the arrays of a term are wanted. */
@@ -181,13 +217,18 @@ function sidesToExpand(plan: ModulePlan, over: Wanted["over"]): ("A" | "B")[] {
 }
 
 /** A term whose sides are taken each by itself: coefficients over all components of the side, rows of the tasks' own, expanded rows. */
-function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wanted, expanded: () => Factors): Term {
+function* placed(
+  plan: ModulePlan,
+  bench: Workbench,
+  { old, over, turned }: Wanted,
+  expanded: () => Factors,
+): Generator<void, Term> {
   const module = bench.modules[plan.module]!;
   const staged = bench.staging.values;
   const rank = Math.max(plan.rank, 1);
   const toExpand = sidesToExpand(plan, over);
-  const whole = toExpand.length > 0 ? expanded() : undefined;
-  const side = (which: "A" | "B", width: number, turned: boolean): Float32Array => {
+  const made = toExpand.length > 0 ? expanded() : undefined;
+  function* side(which: "A" | "B", width: number, turned: boolean): Generator<void, Float32Array> {
     const key = FACTORS[which];
     const { shared, own, private: apart } = plan[key];
     const bases = module[which];
@@ -203,11 +244,15 @@ function placed(plan: ModulePlan, bench: Workbench, { old, over, turned }: Wante
         putAt(staged, at, rows, basis.tensor.rows, out, row, start, coefficients);
       }
     } else if (toExpand.includes(which)) {
-      if (whole) put(whole[key], out, 0, rank, width, turned);
+      const rows = Math.max(1, Math.floor(PIECE / width));
+      for (let row = 0; row < rank; row += rows) {
+        put(made![key].subarray(row * width, (row + rows) * width), out, row, rank, width, turned);
+        yield;
+      }
     } else for (const piece of [...own, ...apart]) readRows(piece, staged, out, rank, width, turned);
     return out;
-  };
-  return { rank, A: side("A", module.in, turned), Bt: side("B", module.out, false) };
+  }
+  return { rank, A: yield* side("A", module.in, turned), Bt: yield* side("B", module.out, false) };
 }
 
 /** Writes rows [rows, count] of `values` from `at` on into [rank, width] from `row` and `column` on; or, turned, into [width, rank]. */
@@ -227,12 +272,12 @@ function putAt(
 }
 
 /** The term of a plan that has a core, and the private rows of all its tasks beside it. */
-function besideCore(plan: ModulePlan, bench: Workbench, { old, turned }: Wanted): Term {
+function* besideCore(plan: ModulePlan, bench: Workbench, { old, turned }: Wanted): Generator<void, Term> {
   const { in: inputs, out } = bench.modules[plan.module]!;
   const staged = bench.staging.values;
   const [KA, KB] = [plan.A.shared[0]!.basis.tensor.rows, plan.Bt.shared[0]!.basis.tensor.rows];
   const core = reuse(old?.core, KA * KB);
-  writeCore(plan, staged, core, 0, KB);
+  yield* writeCore(plan, staged, core, 0, KB);
   const own = plan.A.private.reduce((sum, piece) => sum + piece.rank, 0);
   const rank = Math.max(own, 1);
   const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
@@ -276,7 +321,8 @@ async function fetchFactors(
   for (const round of bench.rounds) {
     const wanted = round.filter(isExpanded);
     if (wanted.length === 0) continue;
-    const places = wanted.map((plan) => bench.expand(plan));
+    for (const plan of wanted) whole(bench.expand(plan));
+    const places = wanted.map((plan) => bench.factors(plan));
     const { block } = places[0]!.A;
     const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
     for (const [i, { module, rank }] of wanted.entries()) {

@@ -6,7 +6,7 @@
 import { at, type Block, type Slice } from "../backends/backend.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
-import { pacer } from "../pace.ts";
+import { type Pause, paced, pacer, whole } from "../pace.ts";
 import type { ReadOptions } from "../source.ts";
 import {
   type CpuView,
@@ -148,8 +148,10 @@ interface Fold {
   /** Other parameters that are written. */
   readonly names: ReadonlySet<string>;
   readonly transaction: Transaction | undefined;
-  /** Folds a weight. @returns where it is; valid until the next one for those of `passing` */
-  weight(index: number): Slice;
+  /** Folds a weight. Yields between pieces of work. */
+  weight(index: number): Generator<void>;
+  /** The place of a weight that is folded; valid until the next one for those of `passing`. */
+  place(index: number): Slice;
 }
 
 /** Modules and other parameters that may differ from the base. */
@@ -247,15 +249,17 @@ export class FoldedWeights {
     return {
       ...{ passing, held: touched.filter((index) => slots[index]!.active), names },
       transaction: host.begin?.([...touched.map((index) => slots[index]!.weight.name), ...names]),
-      weight(index) {
+      place: (index) => slots[index]!.active ?? passage,
+      *weight(index) {
         const { weight, pristine, active: out = passage } = slots[index]!;
         const fresh = weights.get(index);
         if (fresh) bench.backend.upload(out, fresh);
         const base = fresh ? out : at(pristine!);
         const plan = planOf.get(index);
-        if (plan) bench.fold(plan, weight, base, out);
+        if (plan) yield* bench.fold(plan, weight, base, out);
         else if (!fresh) bench.copy(base, out, weight.byteLength);
-        return out;
+        // A pause may follow.
+        yield;
       },
     };
   }
@@ -278,8 +282,7 @@ export class FoldedWeights {
           bench,
         );
       for (const index of held) {
-        fold.weight(index);
-        const turn = pause();
+        const turn = paced(fold.weight(index), pause);
         if (turn) await turn;
       }
       if (transaction) await this.#pass(fold, transaction, bench, pause);
@@ -304,22 +307,26 @@ export class FoldedWeights {
 
   /** Passes weights into a host, one by one. */
   async #pass(
-    { passing, weight }: Fold,
+    { passing, weight, place }: Fold,
     transaction: Transaction,
     { backend }: Workbench,
-    pause: () => Promise<void> | undefined,
+    pause: Pause,
   ): Promise<void> {
     // A device gives all of them first, since a host takes them without a pause once the device is waited for.
     const fetched = new Map<number, Uint8Array>();
-    for (const index of backend.read ? passing : [])
-      fetched.set(index, await backend.read!(weight(index), this.#slots[index]!.weight.byteLength));
+    for (const index of backend.read ? passing : []) {
+      whole(weight(index));
+      fetched.set(index, await backend.read!(place(index), this.#slots[index]!.weight.byteLength));
+    }
     if (backend.read) await backend.finish();
     for (const index of passing) {
       const { name, dtype, shape, byteLength } = this.#slots[index]!.weight;
-      const data = fetched.get(index) ?? backend.view!(weight(index), byteLength);
       // Await only what pauses: short work in the caller's own memory is done in one go.
-      const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
+      const turn = fetched.has(index) ? undefined : paced(weight(index), pause);
       if (turn) await turn;
+      const data = fetched.get(index) ?? backend.view!(place(index), byteLength);
+      const written = transaction.write(name, { dtype, shape, data, byteOffset: 0 });
+      if (written) await written;
     }
   }
 

@@ -14,6 +14,7 @@ import {
   type ExpandJob,
   type FoldJob,
   type Owner,
+  type ScaleJob,
   type Slice,
 } from "../backends/backend.ts";
 import type { PackModule, Side } from "../format/format.ts";
@@ -125,68 +126,81 @@ export class Workbench {
     return largest;
   }
 
-  /** A [rank, in] and Bt [rank, out] of a plan that was prepared, in scratch memory until another round's are asked for. */
-  expand(plan: ModulePlan): { A: Slice; Bt: Slice } {
-    const { A, Bt, round } = this.#places.get(plan)!;
+  /** Makes the factors of the round of a plan that was prepared, where they are not there. Yields between pieces of work. */
+  *expand(plan: ModulePlan): Generator<void> {
+    const { round } = this.#places.get(plan)!;
+    if (this.#expanded === round) return;
     const { block } = this.reserved("factors");
-    if (this.#expanded !== round) {
-      this.#expanded = round;
-      const staged = this.reserved("coefficients");
-      for (const kind of ORDER) {
-        for (const each of this.rounds[round]!) {
-          const module = this.modules[each.module]!;
-          const place = this.#places.get(each)!;
-          this.#fill(each.A[kind], staged, at(block, place.A), module.in);
-          this.#fill(each.Bt[kind], staged, at(block, place.Bt), module.out);
-        }
+    const staged = this.reserved("coefficients");
+    for (const kind of ORDER) {
+      for (const each of this.rounds[round]!) {
+        const module = this.modules[each.module]!;
+        const place = this.#places.get(each)!;
+        yield* this.#fill(each.A[kind], staged, at(block, place.A), module.in);
+        yield* this.#fill(each.Bt[kind], staged, at(block, place.Bt), module.out);
       }
     }
+    this.#expanded = round;
+  }
+
+  /** A [rank, in] and Bt [rank, out] of a plan once they are made, in scratch memory until another round's are. */
+  factors(plan: ModulePlan): { A: Slice; Bt: Slice } {
+    const { A, Bt } = this.#places.get(plan)!;
+    const { block } = this.reserved("factors");
     return { A: at(block, A), Bt: at(block, Bt) };
   }
 
   /** Makes one factor [rank, width] of its pieces. @param staged where what they count from is */
-  fill(pieces: Pieces, staged: Slice, out: Slice, width: number): void {
-    for (const kind of ORDER) this.#fill(pieces[kind], staged, out, width);
+  *fill(pieces: Pieces, staged: Slice, out: Slice, width: number): Generator<void> {
+    for (const kind of ORDER) yield* this.#fill(pieces[kind], staged, out, width);
   }
 
-  #fill(pieces: Pieces[keyof Pieces], staged: Slice, place: Slice, width: number): void {
+  *#fill(pieces: Pieces[keyof Pieces], staged: Slice, place: Slice, width: number): Generator<void> {
+    const { backend } = this;
     for (const piece of pieces) {
       const coefficients = after(staged, 4 * piece.at);
       const out = after(place, 4 * piece.row * width);
       if ("basis" in piece) {
         const { basis, rows: rank, add } = piece;
-        this.backend.expand({ out, coefficients, ...this.components(basis), rank, add });
+        const job: ExpandJob = { out, coefficients, ...this.components(basis), rank, add };
+        if (backend.expanding) yield* backend.expanding(job);
+        else backend.expand(job);
         this.dispatches++;
       } else if (!piece.stored) this.copy(coefficients, out, 4 * piece.rank * width);
     }
   }
 
-  /** out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. */
-  fold(plan: ModulePlan, weight: Stored, base: Slice, out: Slice): void {
-    const job = this.#job(plan, weight, base);
-    const scale = plan.magnitude === undefined ? undefined : this.#scale(plan, weight, job);
-    this.backend.fold({ ...job, out, ...(weight.transposed ? { columnScale: scale } : { rowScale: scale }) });
+  /** out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. Yields between pieces of work. */
+  *fold(plan: ModulePlan, weight: Stored, base: Slice, out: Slice): Generator<void> {
+    const { backend } = this;
+    yield* this.expand(plan);
+    const scale = plan.magnitude === undefined ? undefined : yield* this.rowScale(plan, weight, base);
+    const scaled = weight.transposed ? { columnScale: scale } : { rowScale: scale };
+    const job: FoldJob = { ...this.#job(plan, weight, base), out, ...scaled };
+    if (backend.folding) yield* backend.folding(job);
+    else backend.fold(job);
     this.dispatches++;
   }
 
-  /** DoRA's scale [out] of a plan with magnitudes, f32. */
-  rowScale(plan: ModulePlan, weight: Stored, base: Slice): Slice {
-    return this.#scale(plan, weight, this.#job(plan, weight, base));
+  /** DoRA's scale [out] of a plan with magnitudes, f32. Yields between pieces of work. */
+  *rowScale(plan: ModulePlan, weight: Stored, base: Slice): Generator<void, Slice> {
+    const { backend } = this;
+    yield* this.expand(plan);
+    const out = this.reserved("scale");
+    const magnitude = at(this.reserved("coefficients").block, 4 * plan.magnitude!);
+    const axis = weight.transposed ? "columns" : "rows";
+    const job: ScaleJob = { ...this.#job(plan, weight, base), out, magnitude, axis };
+    if (backend.scaling) yield* backend.scaling(job);
+    else backend.scale(job);
+    this.dispatches++;
+    return out;
   }
 
   #job(plan: ModulePlan, { transposed, dtype }: Stored, base: Slice): Omit<FoldJob, "out"> {
     const { in: inputs, out } = this.modules[plan.module]!;
-    const { A, Bt } = this.expand(plan);
+    const { A, Bt } = this.factors(plan);
     const [rows, columns, left, right] = transposed ? [inputs, out, A, Bt] : [out, inputs, Bt, A];
     return { base, dtype, rows, columns, stride: columns, left, right, rank: plan.rank };
-  }
-
-  #scale(plan: ModulePlan, { transposed }: Stored, job: Omit<FoldJob, "out">): Slice {
-    const out = this.reserved("scale");
-    const magnitude = at(this.reserved("coefficients").block, 4 * plan.magnitude!);
-    this.backend.scale({ ...job, out, magnitude, axis: transposed ? "columns" : "rows" });
-    this.dispatches++;
-    return out;
   }
 
   copy(from: Slice, to: Slice, byteLength: number): void {

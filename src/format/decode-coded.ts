@@ -29,9 +29,6 @@ import {
   WINDOW_BYTES,
 } from "./format.ts";
 
-/** Milliseconds of decoding after which the others have a turn: half of what a page may take for a frame. */
-const TURN = 8;
-
 /** The same in words, by number; those that have a place end before it. */
 const FAULTS = [
   "",
@@ -125,7 +122,7 @@ export async function decodeSection(
   return (size < SMALL ? small : large).change(async () => {
     throwIfAborted(signal);
     const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
-    const pause = pacer(signal, TURN);
+    const pause = pacer(signal);
     while (!work.next()) {
       const turn = pause();
       if (turn) await turn;

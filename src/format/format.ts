@@ -52,7 +52,7 @@ export const FINGERPRINT_SIZE = 64;
  * the coefficients have.
  */
 export function mostRank(inputs: number, out: number): number {
-  return Math.max(256, 2 * Math.min(inputs, out));
+  return Math.min(65_535, Math.max(256, 2 * Math.min(inputs, out)));
 }
 
 /** Who vouches for a pack or a task file (SPEC.md, section 8). */
@@ -223,6 +223,8 @@ export interface TaskBlob {
   readonly terms: readonly TaskTerm[];
   readonly parameters: readonly TaskParameter[];
   readonly bytes: Uint8Array;
+  /** Bytes that files have for it, its bases included, and how many times as many its terms may become. Undefined for tasks made here. */
+  readonly limit?: { readonly stored: number; readonly times: number } | undefined;
 }
 
 /** A parsed task file (SPEC.md, section 7). */

@@ -128,6 +128,35 @@ export function decodeTensor(
   return out;
 }
 
+/**
+ * Decodes a part of an encoded tensor [rows, width] to its places in all of it.
+ * @param column a multiple of 8, where integers are whole bytes
+ */
+export function decodePart(
+  type: Dtype,
+  bytes: Uint8Array,
+  rows: number,
+  width: number,
+  [row, height, column, columns]: readonly [row: number, rows: number, column: number, columns: number],
+  out: Float32Array,
+): void {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const integers = new Int8Array(columns);
+  for (let i = row; i < row + height; i++) {
+    const start = scaleBytes(type, rows) + i * rowBytes(type, width) + rowBytes(type, column);
+    const to = out.subarray(i * width + column, i * width + column + columns);
+    if (isQuantized(type)) {
+      const scale = f16ToF32(view.getUint16(2 * i, true));
+      unpackRow(type, bytes, start, integers);
+      for (let c = 0; c < columns; c++) to[c] = scale * integers[c]!;
+    } else if (type === "f32") for (let c = 0; c < columns; c++) to[c] = view.getFloat32(start + 4 * c, true);
+    else {
+      const float = type === "f16" ? f16ToF32 : bf16ToF32;
+      for (let c = 0; c < columns; c++) to[c] = float(view.getUint16(start + 2 * c, true));
+    }
+  }
+}
+
 /** Where rows are put: the value `column` of `row` at `at + row · down + column · along`. */
 export interface RowPlaces {
   readonly at: number;

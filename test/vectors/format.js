@@ -259,7 +259,7 @@ function superblockOf(generation, committed, directory, bases, directoryBytes, s
  * A pack file.
  * @param pack `{ basis, tensors, tasks, appended, hashed, signer, minor, extra }`: basis description, bases' tensors as stored, tasks as
  *   `{ entry, header, tensors }`, tasks of a second generation, whether there are hashes, who signs, sections of other kinds, and
- *   what is made of coded sections (undefined: they are not coded), how the directory is coded, or else what is made of it, and a hole
+ *   what is made of coded sections (undefined: they are not coded), the bases where another writer has coded them, how the directory is coded, or else what is made of it, and a hole
  *   before each blob
  */
 export function packFile({
@@ -272,6 +272,7 @@ export function packFile({
   minor = 0,
   extra = [],
   code,
+  codedBases,
   codeDirectory,
   editDirectory = (directory) => directory,
   gap = 0,
@@ -287,7 +288,7 @@ export function packFile({
   head.set(sha256(description, basesBytes), 16);
 
   const list = msgpack(tasks.map(({ entry }) => entry));
-  const codedBases = code?.(coded(basesBytes, placesOf(tensors, 16), 16, description), "bases");
+  codedBases ??= code?.(coded(basesBytes, placesOf(tensors, 16), 16, description), "bases");
   const contents = [
     codedBases ? { kind: 4, content: codedBases } : { kind: 1, content: basesBytes },
     ...tasks.map((task) => {

@@ -19,7 +19,7 @@ import {
   sha256,
 } from "./format.js";
 import { createModel } from "./model.js";
-import { everyKind, SIGNER, STRANGER, sides, taskFileOf, VALID } from "./valid.js";
+import { everyKind, ranked, SIGNER, STRANGER, sides, taskFileOf, VALID } from "./valid.js";
 
 /** Edits `everyKind`. */
 const edited = (edit) => () => {
@@ -832,6 +832,7 @@ export const PACKS = {
     term(1, (x) => void ((x[1] = 1), (x[2] = 1), (x[3] = 1)), 1),
   ],
   "term-rank-large": ["6.1", "rank 257 where 256 is allowed, at no cost of bytes", term(12, (x) => void (x[1] = 257))],
+  "term-rank-65536": ["6.1", "rank 65 536, for a module whose shape allows it", () => packFile(ranked(65_536).pack)],
   "term-private-type": ["6.1", "a private type without private terms", term(0, (x) => void (x[5] = 1))],
   "term-type": ["6.1", "coefficients of type 6", term(0, (x) => void (x[2] = 1 + 4 + 48))],
   "parameter-items": ["6.2", "a saved parameter with numbers of rows", parameter(0, (x) => void x.push([0, 1]))],

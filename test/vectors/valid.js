@@ -306,6 +306,22 @@ function odd() {
   return model;
 }
 
+/** Rows of a mean alone, which take no byte each, for a module whose shape allows 65 536 of them. */
+export function ranked(rank) {
+  const side = { kind: 1, K: 0, mean: true, type: 5, explained: 0 };
+  const pack = createModel().pack;
+  pack.basis.modules.push({ name: "layer", out: 32_768, in: 32_768, layout: 0, A: side, B: side });
+  const mean = new Uint8Array(4 + (3 * 32_768) / 8);
+  pack.tensors.push(mean, mean);
+  const none = new Uint8Array(0);
+  pack.tasks.push({
+    entry: { id: "task", adapterBytes: 0 },
+    header: [[[0, rank, 5, 5, 0, 0, null]], []],
+    tensors: [none, none],
+  });
+  return { pack };
+}
+
 const coded = (directory) => codedSection(directory, [], 4);
 
 /** Vectors by name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
@@ -352,6 +368,7 @@ export const VALID = {
     ...file(sides, { code: (bytes) => bytes, codeDirectory: coded }),
     why: "the same, coded",
   },
+  "ranked.eigen": { ...file(() => ranked(65_535)), why: "rank 65 535" },
   "mixed.eigen": { ...mixed(), why: "bases and a task that are not coded, beside tasks that are" },
   "no-explained.eigen": { ...file(unexplained), why: "a side without `explained`" },
   "empty-first.eigen": { ...emptyFirst(), why: "empty bases where the directory begins" },
