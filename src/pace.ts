@@ -24,6 +24,28 @@ export function pacer(signal?: AbortSignal, share: number = SHARE): () => Promis
   };
 }
 
+/** Milliseconds of reading after which the others have a turn: half of what a page may take for a frame. */
+const FRAME = 8;
+
+/** Does work in pieces; the others have a turn between them. Rejected with the reason of `signal` once it is aborted. */
+export async function paced<T>(pieces: Generator<void, T>, signal?: AbortSignal): Promise<T> {
+  const pause = pacer(signal, FRAME);
+  for (;;) {
+    const { done, value } = pieces.next();
+    if (done) return value;
+    const turn = pause();
+    if (turn) await turn;
+  }
+}
+
+/** Does work that could be done in pieces. */
+export function atOnce<T>(pieces: Generator<void, T>): T {
+  for (;;) {
+    const { done, value } = pieces.next();
+    if (done) return value;
+  }
+}
+
 /** Throws the reason of a signal once it is aborted. React Native's signals have no such method. */
 export function throwIfAborted(signal: AbortSignal | undefined): void {
   if (signal?.aborted) throw reasonOf(signal);

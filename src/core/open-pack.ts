@@ -82,7 +82,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const bases = together ? bytes.subarray(basesAt) : undefined;
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
-    if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
+    if (bases) await checkSection(bases, directory.bases, "bases", name, trust, signal);
     const { maxResidentBytes } = options;
     return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
   } catch (error) {

@@ -20,6 +20,7 @@ import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
+import { atOnce, paced } from "../pace.ts";
 import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { toHex } from "../text.ts";
 import type { AddTaskOptions, Trust } from "./trust.ts";
@@ -112,7 +113,7 @@ export async function addTaskFile(
     if (plain !== blob) await checks?.checkDecoded(plain, part, name);
     // Pages without https have no SHA-256; a caller cannot have asked for a hash there.
     const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
-    put({ ...entry, id }, hash, blob, parseTask(plain, modules, name, { ...entry, id }));
+    put({ ...entry, id }, hash, blob, await paced(parseTask(plain, modules, name, { ...entry, id }), signal));
   } finally {
     ids.delete(id);
     await source?.close?.();
@@ -128,7 +129,7 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
   f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
   f.version();
-  f.crc(f.u32(60), 60);
+  atOnce(f.crc(f.u32(60), 60));
   const start = align64(64 + f.u32(12));
   const end = start + f.u32(48);
   const signatureAt = align64(end);
@@ -142,12 +143,12 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
     () => "its checksum does not match: it is damaged",
   );
   // The entry may nest as deep as in the list of a pack, no deeper.
-  const parsed = parseEntry(decode(entry, file, f.part, "entry", 15), []);
+  const parsed = atOnce(parseEntry(atOnce(decode(entry, file, f.part, "entry", 15)), []));
   let signature: Signature | undefined;
   if (signed) {
     f.zero(end, signatureAt);
     const behind: Fields = new Fields(bytes.subarray(signatureAt), file, "signature");
-    behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4);
+    atOnce(behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4));
     signature = signatureOf(behind.bytes);
   }
   return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob, content: bytes.subarray(0, end), signature };

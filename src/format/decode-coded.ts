@@ -2,7 +2,7 @@
  * The reading half of coded sections (`coded.ts`): in one pass, in pieces, by WebAssembly where there is some. Either decoder says the same
  * of a section that breaks a rule.
  */
-import { pacer, throwIfAborted } from "../pace.ts";
+import { paced, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import { CODED_HEAD_BYTES, type Coder, code, FAULT, isCoded, LANES, mostDecoded, type Refuse } from "./coded.ts";
 import {
@@ -28,9 +28,6 @@ import {
   type Superblock,
   WINDOW_BYTES,
 } from "./format.ts";
-
-/** Milliseconds of decoding after which the others have a turn: half of what a page may take for a frame. */
-const TURN = 8;
 
 /** The same in words, by number; those that have a place end before it. */
 const FAULTS = [
@@ -125,11 +122,10 @@ export async function decodeSection(
   return (size < SMALL ? small : large).change(async () => {
     throwIfAborted(signal);
     const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
-    const pause = pacer(signal, TURN);
-    while (!work.next()) {
-      const turn = pause();
-      if (turn) await turn;
-    }
+    const pieces = function* (): Generator<void> {
+      while (!work.next()) yield;
+    };
+    await paced(pieces(), signal);
     return work.section();
   });
 }

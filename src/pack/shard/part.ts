@@ -4,9 +4,11 @@
  * a part says what it was made from, and its owner decides what to make again.
  */
 import { FormatError } from "../../errors.ts";
-import { crc32c, Value } from "../../format/fields.ts";
+import { crc32c, decode, type Value } from "../../format/fields.ts";
 import { kindOfSource } from "../../format/kind.ts";
+import { pack } from "../../format/msgpackr.ts";
 import { openSource } from "../../open-source.ts";
+import { atOnce } from "../../pace.ts";
 import type { SourceInput } from "../../source.ts";
 import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
@@ -144,20 +146,13 @@ export async function readPart<T>(input: SourceInput, kind: PartKind, read: (par
   }
 }
 
-/** JSON as a `Value`, whose maps have only the keys of the text. */
+/** JSON as a `Value`. A part may list more tasks than a pack. */
 function describe(text: string, file: string): Value {
   try {
-    return new Value(toMaps(parseJson(text)), file, "header", "description");
+    return atOnce(decode(pack(parseJson(text)), file, "header", "description", 64, Infinity));
   } catch (cause) {
     throw new FormatError(`its description ${(cause as Error).message}`, { file, part: "header", cause });
   }
-}
-
-/** Parsed JSON, with maps for objects. */
-function toMaps(value: unknown): unknown {
-  if (Array.isArray(value)) return value.map(toMaps);
-  if (typeof value !== "object" || value === null) return value;
-  return new Map(Object.entries(value).map(([key, item]) => [key, toMaps(item)]));
 }
 
 /** A word of the description. @throws FormatError when it is none of `words` */
