@@ -159,9 +159,7 @@ function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Gen
   }
   const bases = basesOf(f, sections, superblock);
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
-  const described = bytes.subarray(start, start + basisLength);
-  // A copy, so that the decoded directory is not kept by it.
-  const basisBytes = bytes === stored ? described : described.slice();
+  const basisBytes = bytes.subarray(start, start + basisLength);
   const { basis, size } = yield* parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;
   const root = yield* decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");

@@ -128,6 +128,7 @@ export function check(condition: boolean, file: string, part: string, message: (
 /** Most maps and arrays of one MessagePack value, and most values in it, keys included (SPEC.md, section 10). */
 const MOST_COLLECTIONS = 1e6;
 const MOST_VALUES = 3e6;
+const MOST_KEYS = 65_536;
 /** Values, or bytes of a string, between two looks at the clock. */
 const PIECE = 1 << 13;
 /** Maps and arrays of more bytes are skipped in one step. */
@@ -301,6 +302,7 @@ class Reader {
     if (!map || (map.left === 1 && !map.keys)) return;
     const key = fromLatin1(this.#bytes.subarray(start, this.at));
     map.keys ??= new Set();
+    if (map.keys.size === MOST_KEYS) throw new RangeError(`a map has more than ${MOST_KEYS} keys`);
     if (map.keys.has(key)) throw new RangeError(`the key ${JSON.stringify(key.slice(0, 80))} is there twice`);
     map.keys.add(key);
   }
@@ -312,7 +314,9 @@ export class Value {
   readonly kind: Kind | undefined;
   readonly file: string;
   readonly part: string;
-  readonly path: string;
+  /** What it is a part of, and by which name: paths are made when they are told. */
+  readonly #around: Value | undefined;
+  readonly #name: string | number;
   readonly #reader: Reader;
   /** Where it begins, and where that begins which follows its head. */
   readonly #start: number;
@@ -322,7 +326,14 @@ export class Value {
   /** Where the values of a map are. */
   #places: Map<string, number> | undefined;
 
-  constructor(reader: Reader, start: number | undefined, file: string, part: string, path: string) {
+  constructor(
+    reader: Reader,
+    start: number | undefined,
+    file: string,
+    part: string,
+    name: string | number,
+    around?: Value,
+  ) {
     reader.at = start ?? 0;
     this.kind = start === undefined ? start : reader.next();
     this.#reader = reader;
@@ -331,7 +342,13 @@ export class Value {
     this.count = reader.count;
     this.file = file;
     this.part = part;
-    this.path = path;
+    this.#name = name;
+    this.#around = around;
+  }
+
+  get path(): string {
+    const name = this.#name;
+    return this.#around ? this.#around.path + (typeof name === "number" ? `[${name}]` : `.${name}`) : `${name}`;
   }
 
   get absent(): boolean {
@@ -355,8 +372,8 @@ export class Value {
     });
   }
 
-  #part(start: number | undefined, key: string): Value {
-    return new Value(this.#reader, start, this.file, this.part, this.path + key);
+  #part(start: number | undefined, name: string | number): Value {
+    return new Value(this.#reader, start, this.file, this.part, name, this);
   }
 
   get(key: string): Value {
@@ -371,14 +388,14 @@ export class Value {
         reader.skip(reader.at);
       }
     }
-    return this.#part(this.#places.get(key), `.${key}`);
+    return this.#part(this.#places.get(key), key);
   }
 
   /** The items of an array, one after the other. */
   *each(max: number): Generator<Value, void> {
     this.#expect(this.kind === "array", "an array");
     this.check(this.count <= max, () => `${this.count} items, at most ${max} are allowed`);
-    for (let i = 0, at = this.#inside; i < this.count; i++, at = this.#reader.skip(at)) yield this.#part(at, `[${i}]`);
+    for (let i = 0, at = this.#inside; i < this.count; i++, at = this.#reader.skip(at)) yield this.#part(at, i);
   }
 
   array(max: number): Value[] {
