@@ -12,9 +12,12 @@ export function toUtf8(text: string): Uint8Array<ArrayBuffer> {
 
 /**
  * The text of UTF-8; a byte order mark is a character like any other.
- * @throws URIError when it is not UTF-8
+ * @throws URIError or TypeError when it is not UTF-8
  */
 export function fromUtf8(bytes: Uint8Array): string {
+  // What is long an engine reads ten times as fast, where it can.
+  if (bytes.length > PIECE && typeof TextDecoder !== "undefined")
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
   const text = fromLatin1(bytes);
   return utf8Until(bytes, 0, bytes.length, 0x80) === bytes.length ? text : decodeURIComponent(escape(text));
 }

@@ -32,6 +32,9 @@ interface Target {
   readonly directory: Pick<Directory, "basisBytes">;
 }
 
+/** Bytes of a task file in front of its entry. */
+const HEAD_BYTES = 64;
+
 /** Ids of the tasks whose files are being read, by the tasks of their pack. */
 const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
 
@@ -40,11 +43,22 @@ const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
  * @throws FormatError when it is damaged, or another kind of file
  */
 export async function readTask(source: ByteSource, options?: ReadOptions): Promise<TaskFile> {
+  const { name } = source;
+  const bytes = await readAll(source, { ...options, most: mostBytes });
   try {
-    return parseTaskFile(await readAll(source, options), source.name);
+    return parseTaskFile(bytes, name);
   } catch (error) {
-    throw await wrongKind(error, source, "an EigenLoRA task file");
+    // What was read says the kind: the rest may have no end.
+    const read = async (_: number, length: number): Promise<Uint8Array> => bytes.subarray(0, length);
+    throw await wrongKind(error, { name, byteLength: bytes.length, read }, "an EigenLoRA task file");
   }
+}
+
+/** Most bytes of a task file that begins so: as many as it says, and a signature. */
+function mostBytes(first: Uint8Array): number {
+  const f: Fields = new Fields(first, "", "");
+  const isTask = first.length >= HEAD_BYTES && TASK_FILE_MAGIC.every((byte, i) => byte === first[i]);
+  return isTask ? align64(align64(HEAD_BYTES + f.u32(12)) + f.u32(48)) + SIGNATURE_BYTES : HEAD_BYTES;
 }
 
 /**

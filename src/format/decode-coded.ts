@@ -166,6 +166,7 @@ function scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse:
       return done;
     },
     *section() {
+      yield;
       return section;
     },
   };

@@ -17,6 +17,8 @@ import { parseJson } from "../../tensor/tensor-file.ts";
 /** What a part holds: statistics of adapters, or tasks on a basis. */
 export type PartKind = "statistics" | "tasks";
 
+/** A part may list as many tasks as a pack, each with a tensor of its own. */
+const MOST_HEADER = 100_000_000;
 /** Key of the description in the file's metadata. */
 const ABOUT = "eigenlora part";
 /** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
@@ -93,7 +95,7 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     if (found === "an EigenLoRA task file") fail("header", "this is a task file, not a part: add it to a pack");
     if (found !== undefined && found !== "a safetensors file")
       fail("header", `this is ${found}, not a part${kind ? `: ${USES[kind]}` : ""}`);
-    const tensors = await openSafetensors(source);
+    const tensors = await openSafetensors(source, { maxHeaderBytes: MOST_HEADER });
     const text = tensors.metadata.get(ABOUT);
     if (text === undefined) fail("header", `this is not a part${kind ? `: ${USES[kind]}` : ""}`);
     const places = [...tensors.tensors].sort(
