@@ -11,11 +11,11 @@ import { createServer } from "node:http";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
-import { Worker, isMainThread } from "node:worker_threads";
 import { parseArgs } from "node:util";
+import { isMainThread, Worker } from "node:worker_threads";
 import { code } from "../../dist/src/format/coded.js";
 import { Encoder } from "../../dist/src/format/encode-coded.js";
-import { align, blobOf, joined, msgpack, packFile, sha256, taskFile, tensor } from "../vectors/format.js";
+import { align, blobOf, joined, msgpack, packFile, tensor } from "../vectors/format.js";
 
 /** Seconds of CPU, megabytes of the whole process, and milliseconds without a turn for others. */
 const MOST = { cpu: 1, memory: 256, block: 16 };
@@ -30,10 +30,12 @@ const bytesOf = (...parts) => new Uint8Array(Buffer.concat(parts.map((part) => U
 const times = (piece, count) => new Uint8Array(Buffer.alloc(piece.length * count, Buffer.from(piece)));
 const array = (items, count) => bytesOf(head(0xdd, count), items);
 const map = (items, count) => bytesOf(head(0xdf, count), items);
-const string = (length, byte) => bytesOf(head(0xdb, length), new Uint8Array(length).fill(byte));
+const _string = (length, byte) => bytesOf(head(0xdb, length), new Uint8Array(length).fill(byte));
 /** So many different strings of three letters and more. */
 const numbered = (count, make) =>
-  new Uint8Array(Buffer.concat(Array.from({ length: count }, (_, i) => Buffer.from(make(i.toString(36).padStart(4, "0"))))));
+  new Uint8Array(
+    Buffer.concat(Array.from({ length: count }, (_, i) => Buffer.from(make(i.toString(36).padStart(4, "0"))))),
+  );
 const short = (text) => bytesOf([0xa0 + text.length], ascii(text));
 /** Bytes that no coder makes smaller. */
 function noise(length) {
@@ -115,7 +117,12 @@ function packOf({ description = [[msgpack(basis)]], list = [[msgpack([])]], blob
   const pieces = (places) => [
     [start],
     ...(places.free ? [[entry(3, 0, 64, 0), free]] : []),
-    [Buffer.concat([entry(1, places.bases, bases.length, crc32c(bases)), ...blobs.map((b, i) => entry(2, places.blobs[i], b.length, crc32c(b)))])],
+    [
+      Buffer.concat([
+        entry(1, places.bases, bases.length, crc32c(bases)),
+        ...blobs.map((b, i) => entry(2, places.blobs[i], b.length, crc32c(b))),
+      ]),
+    ],
     ...description,
     ...list,
   ];
@@ -143,7 +150,9 @@ function packOf({ description = [[msgpack(basis)]], list = [[msgpack([])]], blob
   view.setUint32(8, 1, true);
   view.setUint32(12, 1536, true);
   view.setUint32(48, crc32c(file.subarray(0, 48)), true);
-  [1, end, at, directory.length, offsets[0], bases.length].forEach((value, i) => view.setBigUint64(1024 + 8 * i, BigInt(value), true));
+  [1, end, at, directory.length, offsets[0], bases.length].forEach((value, i) =>
+    view.setBigUint64(1024 + 8 * i, BigInt(value), true),
+  );
   view.setUint32(1024 + 48, crc32c(directory), true);
   view.setUint32(1024 + 60, crc32c(file.subarray(1024, 1084)), true);
   file.set(directory, at);
@@ -158,13 +167,18 @@ function described(key, pieces, padded) {
   const pad = padded ? [[bytesOf(short("x-pad"), head(0xdb, padded), noise(padded))]] : [];
   return [[bytes], ...pad, [short(key)], ...pieces];
 }
-const inHeader = (pieces, padded = 0) => packOf({ description: described("header", pieces, padded), coded: padded > 0 });
+const inHeader = (pieces, padded = 0) =>
+  packOf({ description: described("header", pieces, padded), coded: padded > 0 });
 /** A task list of one task with metadata in pieces. */
 function inMetadata(pieces, padded = 0) {
   const bytes = msgpack([task("a").entry]);
   bytes[1] += padded ? 2 : 1;
   const pad = padded ? [[bytesOf(short("x-pad"), head(0xdb, padded), noise(padded))]] : [];
-  return packOf({ list: [[bytes], ...pad, [short("metadata")], ...pieces], blobs: [blobOf(task("a"))], coded: padded > 0 });
+  return packOf({
+    list: [[bytes], ...pad, [short("metadata")], ...pieces],
+    blobs: [blobOf(task("a"))],
+    coded: padded > 0,
+  });
 }
 const EMPTY_MAPS = Uint8Array.of(0x81, 0xa0, 0x80);
 const TWO_BYTES = Uint8Array.of(0xa2, 0xc3, 0xa4);
@@ -194,22 +208,52 @@ const CASES = {
   "coded: 32 MB of small maps in metadata": () => [inMetadata(nested(EMPTY_MAPS, 10_000_000), 2_400_000)],
   "62 MB of small maps in `header`": () => [inHeader(nested(EMPTY_MAPS, 20_000_000))],
   "62 MB of small maps in metadata": () => [inMetadata(nested(EMPTY_MAPS, 20_000_000))],
-  "coded: as many maps as are allowed": () => [inHeader(nested(Uint8Array.of(0x82, 0xa0, 0x01, 0xa1, 0x61, 0x80), 499_000), 300_000)],
+  "coded: as many maps as are allowed": () => [
+    inHeader(nested(Uint8Array.of(0x82, 0xa0, 0x01, 0xa1, 0x61, 0x80), 499_000), 300_000),
+  ],
   "coded: as many values as are allowed": () => [inHeader(nested(TWO_BYTES, 2_999_000), 700_000)],
-  "as many maps in metadata as are allowed": () => [inMetadata([[Uint8Array.of(0x81, 0xa0)], ...nested(EMPTY_MAPS, 349_000)])],
+  "as many maps in metadata as are allowed": () => [
+    inMetadata([[Uint8Array.of(0x81, 0xa0)], ...nested(EMPTY_MAPS, 349_000)]),
+  ],
   "maps of different keys in metadata": () => [
-    inMetadata([[Uint8Array.of(0x81, 0xa0)], [array(numbered(149_000, (key) => bytesOf([0x81], short(key), [0xc0])), 149_000)]]),
+    inMetadata([
+      [Uint8Array.of(0x81, 0xa0)],
+      [
+        array(
+          numbered(149_000, (key) => bytesOf([0x81], short(key), [0xc0])),
+          149_000,
+        ),
+      ],
+    ]),
   ],
   "60 MB of one string in `header`": () => [inHeader([[head(0xdb, 60_000_000)], [Uint8Array.of(97), 60_000_000]])],
-  "60 MB of a string of two bytes a letter": () => [inHeader([[head(0xdb, 60_000_000)], [Uint8Array.of(0xc3, 0xa4), 30_000_000]])],
+  "60 MB of a string of two bytes a letter": () => [
+    inHeader([[head(0xdb, 60_000_000)], [Uint8Array.of(0xc3, 0xa4), 30_000_000]]),
+  ],
   "20 000 000 strings in `header`": () => [inHeader(nested(TWO_BYTES, 20_000_000))],
-  "60 000 000 nils in metadata": () => [inMetadata([[Uint8Array.of(0x81, 0xa0)], ...nested(Uint8Array.of(0xc0), 60_000_000)])],
-  "1 400 000 keys of a map": () => [inHeader([[map(numbered(1_400_000, (key) => bytesOf(short(key), [0xc0])), 1_400_000)]])],
+  "60 000 000 nils in metadata": () => [
+    inMetadata([[Uint8Array.of(0x81, 0xa0)], ...nested(Uint8Array.of(0xc0), 60_000_000)]),
+  ],
+  "1 400 000 keys of a map": () => [
+    inHeader([
+      [
+        map(
+          numbered(1_400_000, (key) => bytesOf(short(key), [0xc0])),
+          1_400_000,
+        ),
+      ],
+    ]),
+  ],
   "60 MB of a name": () => {
     const { producer, ...others } = basis;
     const bytes = msgpack(others);
     bytes[0]++;
-    return [packOf({ description: [[bytes], [short("producer")], [head(0xdb, 60_000_000)], [Uint8Array.of(97), 60_000_000]], coded: false })];
+    return [
+      packOf({
+        description: [[bytes], [short("producer")], [head(0xdb, 60_000_000)], [Uint8Array.of(97), 60_000_000]],
+        coded: false,
+      }),
+    ];
   },
   "lists of `brings` of 2 900 000 names": () => {
     const tasks = Array.from({ length: 45 }, (_, i) => task(`task ${i}`));
@@ -226,45 +270,112 @@ const CASES = {
     const bytes = msgpack(tasks[0].entry);
     bytes[0]++;
     const names = numbered(65_536, (key) => short(`rows ${key}`));
-    const entries = [bytesOf(bytes, short("brings"), head(0xdd, 65_536), names), ...tasks.slice(1).map(({ entry }) => msgpack(entry))];
-    return [packOf({ list: [[bytesOf([0xdc, 2000 >> 8, 2000 & 255], ...entries)]], blobs: tasks.map(blobOf), coded: false }), "load"];
+    const entries = [
+      bytesOf(bytes, short("brings"), head(0xdd, 65_536), names),
+      ...tasks.slice(1).map(({ entry }) => msgpack(entry)),
+    ];
+    return [
+      packOf({ list: [[bytesOf([0xdc, 2000 >> 8, 2000 & 255], ...entries)]], blobs: tasks.map(blobOf), coded: false }),
+      "load",
+    ];
   },
   "65 536 modules of long names": () => {
-    const modules = Array.from({ length: 65_536 }, (_, i) => msgpack({ name: `${"x".repeat(200)}${i}`, out: 2, in: 2, layout: 0, "x-more": [1, 2, 3] }));
+    const modules = Array.from({ length: 65_536 }, (_, i) =>
+      msgpack({ name: `${"x".repeat(200)}${i}`, out: 2, in: 2, layout: 0, "x-more": [1, 2, 3] }),
+    );
     const bytes = msgpack({ ...basis, modules: undefined });
     bytes[0]++;
-    return [packOf({ description: [[bytesOf(bytes, short("modules"), head(0xdd, 65_536), ...modules)]], coded: false })];
+    return [
+      packOf({ description: [[bytesOf(bytes, short("modules"), head(0xdd, 65_536), ...modules)]], coded: false }),
+    ];
   },
   "900 000 bases": () => {
     const sides = array(times(msgpack({ kind: 1, K: 1, type: 0 }), 65_536), 65_536);
-    const module = (i) => bytesOf(msgpack({ name: `m${i}`, out: 1, in: 1, layout: 0 }).map((b, j) => (j === 0 ? b + 1 : b)), short("A"), sides);
+    const module = (i) =>
+      bytesOf(
+        msgpack({ name: `m${i}`, out: 1, in: 1, layout: 0 }).map((b, j) => (j === 0 ? b + 1 : b)),
+        short("A"),
+        sides,
+      );
     const bytes = msgpack({ ...basis, modules: undefined });
     bytes[0]++;
-    return [packOf({ description: [[bytesOf(bytes, short("modules"), [0x9d], ...Array.from({ length: 13 }, (_, i) => module(i)))]], coded: false })];
+    return [
+      packOf({
+        description: [[bytesOf(bytes, short("modules"), [0x9d], ...Array.from({ length: 13 }, (_, i) => module(i)))]],
+        coded: false,
+      }),
+    ];
   },
-  "920 000 free sections": () => [packOf({ free: 920_000, description: described("x", [[Uint8Array.of(1)]], 2_500_000) })],
+  "920 000 free sections": () => [
+    packOf({ free: 920_000, description: described("x", [[Uint8Array.of(1)]], 2_500_000) }),
+  ],
   "300 000 tasks": () => {
     const blob = blobOf(task(""));
     const list = numbered(300_000, (key) => bytesOf([0x82], short("id"), short(key), short("adapterBytes"), [0]));
-    return [packOf({ list: [[array(list, 300_000)]], blobs: Array.from({ length: 300_000 }, () => blob), coded: false })];
+    return [
+      packOf({ list: [[array(list, 300_000)]], blobs: Array.from({ length: 300_000 }, () => blob), coded: false }),
+    ];
   },
   "60 MB of bases": () => {
     return [bigPack(), "bases"];
   },
-  "header of 60 MB in a task file": () => [fileOf([[head(0xdd, 2)], [head(0xdd, 20_000_000)], [Uint8Array.of(0xa2, 0xc3, 0xa4), 20_000_000], [Uint8Array.of(0x90)]]), "add"],
-  "header of 3 000 000 numbers in a task file": () => [fileOf([[Uint8Array.of(0x92, 0x90, 0x91, 0x95)], [short("w")], [Uint8Array.of(3, 0, 0x92)], [Uint8Array.of(0xce, ...u32(2_999_000), 1)], [head(0xdd, 2_999_000)], [Uint8Array.of(1), 2_999_000]]), "add"],
+  "header of 60 MB in a task file": () => [
+    fileOf([
+      [head(0xdd, 2)],
+      [head(0xdd, 20_000_000)],
+      [Uint8Array.of(0xa2, 0xc3, 0xa4), 20_000_000],
+      [Uint8Array.of(0x90)],
+    ]),
+    "add",
+  ],
+  "header of 3 000 000 numbers in a task file": () => [
+    fileOf([
+      [Uint8Array.of(0x92, 0x90, 0x91, 0x95)],
+      [short("w")],
+      [Uint8Array.of(3, 0, 0x92)],
+      [Uint8Array.of(0xce, ...u32(2_999_000), 1)],
+      [head(0xdd, 2_999_000)],
+      [Uint8Array.of(1), 2_999_000],
+    ]),
+    "add",
+  ],
   "60 MB of maps in an entry": () => {
     const bytes = msgpack({ id: "a", adapterBytes: 0 });
     bytes[0]++;
-    return [taskBytes(bytesOf(bytes, short("x"), ...nested(Uint8Array.of(0x81, 0xa0, 0x80), 19_000_000).map(([b, n = 1]) => times(b, n))), blobOf(task("a"))), "add"];
+    return [
+      taskBytes(
+        bytesOf(
+          bytes,
+          short("x"),
+          ...nested(Uint8Array.of(0x81, 0xa0, 0x80), 19_000_000).map(([b, n = 1]) => times(b, n)),
+        ),
+        blobOf(task("a")),
+      ),
+      "add",
+    ];
   },
-  "safetensors: 60 MB of header": () => [safetensors(`{${Array.from({ length: 1_000_000 }, (_, i) => `"${i}":${empty}`).join(",")}}`), "weights"],
-  "safetensors: 10 MB of tensors": () => [safetensors(`{${Array.from({ length: 170_000 }, (_, i) => `"${i}":${empty}`).join(",")}}`), "weights"],
+  "safetensors: 60 MB of header": () => [
+    safetensors(`{${Array.from({ length: 1_000_000 }, (_, i) => `"${i}":${empty}`).join(",")}}`),
+    "weights",
+  ],
+  "safetensors: 10 MB of tensors": () => [
+    safetensors(`{${Array.from({ length: 170_000 }, (_, i) => `"${i}":${empty}`).join(",")}}`),
+    "weights",
+  ],
   "safetensors: 10 MB of tensors, shuffled": () => [shuffled(145_000), "weights"],
-  "safetensors: 10 MB of one shape": () => [safetensors(`{"a":{"dtype":"F32","shape":[${"0,".repeat(4_900_000)}0],"data_offsets":[0,0]}}`), "weights"],
+  "safetensors: 10 MB of one shape": () => [
+    safetensors(`{"a":{"dtype":"F32","shape":[${"0,".repeat(4_900_000)}0],"data_offsets":[0,0]}}`),
+    "weights",
+  ],
   "safetensors: 10 MB of objects": () => [safetensors(`{"a":[${"{},".repeat(3_300_000)}{}]}`), "weights"],
-  "safetensors: 10 MB of metadata": () => [safetensors(`{"__metadata__":{"a":"${"\\u00e4".repeat(1_650_000)}"}}`), "weights"],
-  "safetensors: 10 MB of short metadata": () => [safetensors(`{"__metadata__":{${Array.from({ length: 800_000 }, (_, i) => `"${i}":"a"`).join(",")}}}`), "weights"],
+  "safetensors: 10 MB of metadata": () => [
+    safetensors(`{"__metadata__":{"a":"${"\\u00e4".repeat(1_650_000)}"}}`),
+    "weights",
+  ],
+  "safetensors: 10 MB of short metadata": () => [
+    safetensors(`{"__metadata__":{${Array.from({ length: 800_000 }, (_, i) => `"${i}":"a"`).join(",")}}}`),
+    "weights",
+  ],
   "a task file without end": () => [undefined, "endless-task"],
   "a task file that is none, without end": () => [undefined, "endless-bytes"],
   "a listing of the Hub without end": () => [undefined, "endless-listing"],
@@ -293,7 +404,10 @@ function fileOf(header) {
   const start = new Uint8Array(8);
   new DataView(start.buffer).setUint32(0, 0x4b534154, true);
   new DataView(start.buffer).setUint32(4, length, true);
-  return taskBytes(msgpack({ id: "a", adapterBytes: 0 }), bytesOf(start, ...header.map(([b, n = 1]) => times(b, n)), new Uint8Array(4)));
+  return taskBytes(
+    msgpack({ id: "a", adapterBytes: 0 }),
+    bytesOf(start, ...header.map(([b, n = 1]) => times(b, n)), new Uint8Array(4)),
+  );
 }
 
 /** A pack with one basis of 60 MB. */
@@ -320,9 +434,11 @@ function peak() {
 /** Reads in a process of its own, and prints what that took. */
 async function child(mode, path, dist) {
   const load = (file) => import(pathToFileURL(join(dist, file)).href);
-  const [{ openPack }, build, { openBytes }] = [await load("src/index.js"), await load("src/build.js"), {}];
+  const [{ openPack }, build] = [await load("src/index.js"), await load("src/build.js")];
   const { openSafetensors } = build.openSafetensors ? build : await load("src/adapters/safetensors.js");
   const { signal } = new AbortController();
+  // What is loaded late is loaded: files take no part in that.
+  await openPack(packOf({})).then((pack) => pack.close());
   let said = "taken";
   let counted = false;
   const before = process.cpuUsage();
@@ -348,7 +464,8 @@ async function child(mode, path, dist) {
     } else {
       const pack = await openPack(path, { signal });
       if (mode === "bases") (await pack.bases({ signal })).close();
-      for (const id of mode === "load" ? pack.tasks.keys() : []) await pack.load(id, { signal }).catch((error) => (said = error.message));
+      for (const id of mode === "load" ? pack.tasks.keys() : [])
+        await pack.load(id, { signal }).catch((error) => (said = error.message));
       tick();
       clearInterval(ticks);
       counted = true;
@@ -370,7 +487,9 @@ async function child(mode, path, dist) {
 /** A server whose answers never end, in a thread of its own. @returns its address */
 function endless() {
   const thread = new Worker(fileURLToPath(import.meta.url));
-  return new Promise((resolve) => thread.once("message", (port) => resolve({ thread, address: `http://127.0.0.1:${port}` })));
+  return new Promise((resolve) =>
+    thread.once("message", (port) => resolve({ thread, address: `http://127.0.0.1:${port}` })),
+  );
 }
 
 async function serveEndless() {
@@ -394,7 +513,11 @@ async function serveEndless() {
 if (!isMainThread) await serveEndless();
 else {
   const { values, positionals } = parseArgs({
-    options: { keep: { type: "boolean", default: false }, child: { type: "string" }, dist: { type: "string", default: fileURLToPath(new URL("../../dist", import.meta.url)) } },
+    options: {
+      keep: { type: "boolean", default: false },
+      child: { type: "string" },
+      dist: { type: "string", default: fileURLToPath(new URL("../../dist", import.meta.url)) },
+    },
     allowPositionals: true,
   });
   if (values.child) await child(values.child, positionals[0], values.dist);
@@ -410,9 +533,17 @@ else {
       let best;
       for (let run = 0; run < RUNS; run++) {
         const args = [fileURLToPath(import.meta.url), "--child", mode, "--dist", values.dist, path];
-        const { stdout, stderr, status, signal } = spawnSync(process.execPath, args, { encoding: "utf8", timeout: 120_000 });
+        const { stdout, stderr, status, signal } = spawnSync(process.execPath, args, {
+          encoding: "utf8",
+          timeout: 120_000,
+        });
         if (status !== 0) {
-          best = { cpu: Infinity, memory: Infinity, block: Infinity, said: `ended: ${signal ?? status}, ${stderr.slice(0, 100)}` };
+          best = {
+            cpu: Infinity,
+            memory: Infinity,
+            block: Infinity,
+            said: `ended: ${signal ?? status}, ${stderr.slice(0, 100)}`,
+          };
           break;
         }
         const found = JSON.parse(stdout);
