@@ -41,7 +41,7 @@ export function paced<T>(work: Iterator<void, T>, pause: Pause): T | Promise<T> 
 }
 
 /** Does all of such work at once. @returns its result */
-export function whole<T>(work: Iterator<void, T>): T {
+export function atOnce<T>(work: Iterator<void, T>): T {
   let step = work.next();
   while (!step.done) step = work.next();
   return step.value;

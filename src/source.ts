@@ -19,6 +19,15 @@ export interface ReadOptions extends AbortOptions {
   readonly onBytes?: ((count: number) => void) | undefined;
 }
 
+/** Options of reading a file whole. */
+export interface WholeOptions extends ReadOptions {
+  /**
+   * Told the first bytes, at least 64 or all that there are: how many the file may have. No more than one byte beyond is taken, since an
+   * answer may have no end.
+   */
+  readonly most?: ((first: Uint8Array) => number) | undefined;
+}
+
 /** What reading has cost. */
 export interface Reads {
   /** Requests made; those of other sources than URLs count as one for each read. */
@@ -48,7 +57,7 @@ export interface ByteSource {
    * The whole file, in one request where `read` would need two.
    * @throws SourceError when the bytes cannot be had
    */
-  readAll?(options?: ReadOptions): Promise<Uint8Array>;
+  readAll?(options?: WholeOptions): Promise<Uint8Array>;
   /**
    * What tells this version of the file from all others, without its bytes; undefined where nothing does.
    * @throws SourceError when that cannot be found out
@@ -103,8 +112,11 @@ export function checkRange(name: string, offset: number, length: number, size: n
   }
 }
 
+/** Bytes by which a file says how long it is. */
+export const FIRST_BYTES = 64;
+
 /** @throws SourceError when the source cannot say how large it is */
-export async function readAll(source: ByteSource, options: ReadOptions = {}): Promise<Uint8Array> {
+export async function readAll(source: ByteSource, options: WholeOptions = {}): Promise<Uint8Array> {
   if (source.readAll) return source.readAll(options);
   // The size may be known only after the first read.
   if (source.byteLength === undefined) await source.read(0, 1, options);
@@ -114,7 +126,17 @@ export async function readAll(source: ByteSource, options: ReadOptions = {}): Pr
       file: source.name,
     });
   }
-  return source.read(0, byteLength, options);
+  return readBeginning(source, byteLength, options);
+}
+
+/** All bytes of a source, or as many as `most` allows. */
+export async function readBeginning(
+  source: ByteSource,
+  byteLength: number,
+  { most, ...options }: WholeOptions,
+): Promise<Uint8Array> {
+  const first = most && (await source.read(0, Math.min(FIRST_BYTES, byteLength), options));
+  return source.read(0, Math.min(byteLength, first ? most(first) + 1 : Infinity), options);
 }
 
 /** Waits for a promise, or throws the signal's reason as soon as it is aborted; the work behind the promise goes on. */

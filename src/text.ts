@@ -12,15 +12,46 @@ export function toUtf8(text: string): Uint8Array<ArrayBuffer> {
 
 /**
  * The text of UTF-8; a byte order mark is a character like any other.
- * @throws URIError when it is not UTF-8
+ * @throws URIError or TypeError when it is not UTF-8
  */
 export function fromUtf8(bytes: Uint8Array): string {
-  return decodeURIComponent(escape(fromLatin1(bytes)));
+  // What is long an engine reads ten times as fast, where it can.
+  if (bytes.length > PIECE && typeof TextDecoder !== "undefined")
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+  const text = fromLatin1(bytes);
+  return utf8Until(bytes, 0, bytes.length, 0x80) === bytes.length ? text : decodeURIComponent(escape(text));
 }
 
 /** A character for each byte, of the same number. */
 export function fromLatin1(bytes: Uint8Array): string {
-  return Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+  let text = "";
+  // In pieces, since engines limit the arguments of a call.
+  for (let at = 0; at < bytes.length; at += PIECE)
+    text += String.fromCharCode.apply(null, bytes.subarray(at, at + PIECE) as unknown as number[]);
+  return text;
+}
+
+const PIECE = 1 << 12;
+
+/**
+ * Reads UTF-8 without making a text of it.
+ * @param most of a first byte. Default: all that there are
+ * @returns where the first character begins that is wrong or not whole; `end` where there is none
+ */
+export function utf8Until(bytes: Uint8Array, at: number, end: number, most = 0xf5): number {
+  while (at < end) {
+    const lead = bytes[at]!;
+    const more = lead < 0x80 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : 3;
+    if (lead >= most || (lead >= 0x80 && lead < 0xc2) || at + more >= end) return at;
+    // Overlong forms, halves of pairs, and what is beyond U+10FFFF are told by the second byte.
+    const second = more > 0 ? bytes[at + 1]! : 0x80;
+    const low = lead === 0xe0 ? 0xa0 : lead === 0xf0 ? 0x90 : 0x80;
+    const high = lead === 0xed ? 0x9f : lead === 0xf4 ? 0x8f : 0xbf;
+    if (second < low || second > high) return at;
+    for (let i = 2; i <= more; i++) if ((bytes[at + i]! & 0xc0) !== 0x80) return at;
+    at += more + 1;
+  }
+  return at;
 }
 
 const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";

@@ -7,6 +7,7 @@
 
 export { openHost } from "../dist/src/core/open-base.js";
 export { openSource } from "../dist/src/open-source.js";
+export { atOnce } from "../dist/src/pace.js";
 export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
 export { transpose } from "../dist/src/tensor/derived.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";

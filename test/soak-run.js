@@ -1,11 +1,12 @@
 /**
  * Runs what takes too long for the tests, one after the other: switches on every backend, the whole matrices of some tests, sessions,
  * pairs of writers, Next.js, families of models, files of the model builder, a real language model and the page with it, LoRAs from
- * strangers, and mutants.
+ * strangers, files that attack what reads them, and mutants.
  *
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
  */
 import { spawnSync } from "node:child_process";
+import { readdirSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 
@@ -22,7 +23,9 @@ for (const [script, ...args] of [
   ["soak-builder.js"],
   ["soak-llm.js"],
   ["soak-page.js"],
-  ["attacks/expand.js"],
+  ...readdirSync(new URL("attacks", import.meta.url))
+    .filter((file) => file.endsWith(".js"))
+    .map((file) => [`attacks/${file}`]),
   ["soak-fuzz.js", fuzz],
 ]) {
   console.log(`\n${script} ${args.join(" ")}`);

@@ -1,8 +1,8 @@
 /** Opens safetensors files from a path, URL, Blob, buffer or ByteSource. */
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
-import { openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
+import type { ByteSource, FetchOptions, SourceInput } from "../source.ts";
+import { type HeaderOptions, openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
 
 /** A safetensors file that is open until it is closed. */
 export interface OpenSafetensors extends SafetensorsFile {
@@ -22,7 +22,7 @@ export interface OpenSafetensors extends SafetensorsFile {
  */
 export async function openSafetensors(
   input: SourceInput,
-  options: FetchOptions & ReadOptions = {},
+  options: FetchOptions & HeaderOptions = {},
 ): Promise<OpenSafetensors> {
   const file = await openFile(input, readHeader, "a safetensors file", options, "openSafetensors");
   return { ...file, [Symbol.asyncDispose]: file.close };
@@ -35,9 +35,9 @@ export async function openSafetensors(
  */
 export async function openFile<F>(
   input: SourceInput,
-  read: (source: ByteSource, options: ReadOptions) => Promise<F>,
+  read: (source: ByteSource, options: HeaderOptions) => Promise<F>,
   expected: string,
-  options: FetchOptions & ReadOptions = {},
+  options: FetchOptions & HeaderOptions = {},
   where?: string,
 ): Promise<F & Pick<OpenSafetensors, "close">> {
   const source = await openSource(input, options, where);

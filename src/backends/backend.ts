@@ -1,12 +1,12 @@
 /**
  * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the argument checks that all share,
  * and what backends of the CPU share. A backend knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is
- * called; a GPU backend records it, and `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
+ * called; a GPU backend records it, and `finish` submits the atOnce switch at once. Either way operations take effect in the order of the calls.
  *
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
-import { whole } from "../pace.ts";
+import { atOnce } from "../pace.ts";
 import { DTYPES, type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 
 /** Counts bytes by what they are for, as `runtime.memory()` reports them. */
@@ -160,10 +160,10 @@ const MAX_COUNT = 0x7fffffff;
 
 const FLOAT_TYPES: readonly Dtype[] = ["f32", "f16", "bf16"];
 
-/** @throws RangeError unless `value` is a whole number from 0 to `max` */
+/** @throws RangeError unless `value` is a atOnce number from 0 to `max` */
 export function checkCount(name: string, value: number, max: number = MAX_COUNT): void {
   if (!Number.isInteger(value) || value < 0 || value > max) {
-    throw new RangeError(`${name} must be a whole number from 0 to ${max}, got ${value}`);
+    throw new RangeError(`${name} must be a atOnce number from 0 to ${max}, got ${value}`);
   }
 }
 
@@ -279,8 +279,8 @@ export function checkApart(
 export type Part = readonly [row: number, rows: number, column: number, columns: number];
 
 /**
- * Divides a matrix, row by row, into parts that take at most `most` products where each of its numbers takes `depth`: whole rows where four
- * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are whole bytes in every type.
+ * Divides a matrix, row by row, into parts that take at most `most` products where each of its numbers takes `depth`: atOnce rows where four
+ * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are atOnce bytes in every type.
  */
 export function partsOf(rows: number, columns: number, depth: number, most: number): Iterable<Part> {
   // Without products there are still numbers to move.
@@ -307,15 +307,15 @@ export abstract class CpuBackend<Address> implements Backend {
   abstract scaling(job: ScaleJob): Generator<void>;
 
   expand(job: ExpandJob): void {
-    whole(this.expanding(job));
+    atOnce(this.expanding(job));
   }
 
   fold(job: FoldJob): void {
-    whole(this.folding(job));
+    atOnce(this.folding(job));
   }
 
   scale(job: ScaleJob): void {
-    whole(this.scaling(job));
+    atOnce(this.scaling(job));
   }
 
   /** Zeroed bytes. @throws BackendError when there are none */

@@ -16,7 +16,9 @@ import {
   type ReadOptions,
   type Reads,
   readAll,
+  readBeginning,
   unlessAborted,
+  type WholeOptions,
 } from "../source.ts";
 import { digestOf, Shelf } from "./shelf.ts";
 import type { RangeStore } from "./store.ts";
@@ -142,7 +144,7 @@ class Cached implements CachedSource {
   }
 
   /** Whole files need their size, which is kept beside their ranges: no server may be there to tell it. */
-  async readAll(options: ReadOptions = {}): Promise<Uint8Array> {
+  async readAll(options: WholeOptions = {}): Promise<Uint8Array> {
     const { signal } = options;
     throwIfAborted(signal);
     this.#live();
@@ -159,7 +161,7 @@ class Cached implements CachedSource {
       new DataView(bytes.buffer).setFloat64(0, source.byteLength);
       if (place) await this.#unlessFailing(() => place.shelf.put(file, place.version, 0, bytes));
     }
-    return this.read(0, this.byteLength!, options);
+    return readBeginning(this, this.byteLength!, options);
   }
 
   async read(offset: number, length: number, { signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {

@@ -19,6 +19,7 @@ import {
 } from "../format/format.ts";
 import { integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { openSource } from "../open-source.ts";
+import { paced, pacer } from "../pace.ts";
 import { gaugeOf, storedModule } from "../pack/add.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
@@ -212,7 +213,7 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
 async function checkUnknown(source: ByteSource, section: Section, index: number): Promise<void> {
   const bytes = await source.read(section.offset, section.length);
   const f: Fields = new Fields(bytes, source.name, `section ${index}`);
-  f.crc(section.crc);
+  await paced(f.crc(section.crc), pacer());
   const found = await integrityOf(bytes);
   f.check(
     section.integrity === undefined || section.integrity === found,

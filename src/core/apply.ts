@@ -6,7 +6,7 @@
 import { checkArgument } from "../arguments.ts";
 import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { type PackModule, sharedBases } from "../format/format.ts";
-import { whole } from "../pace.ts";
+import { atOnce } from "../pace.ts";
 import { onDevice, type View } from "./base.ts";
 import type { PackView } from "./part.ts";
 import { loadParts, refuseMagnitudes } from "./selection.ts";
@@ -231,7 +231,7 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
   }
   const factors = bench.reserve("factors", 4 * rank * (inputs + out));
   const second = after(factors, 4 * rank * inputs);
-  whole(bench.fill(A, staged(0), factors, inputs));
-  whole(bench.fill(Bt, staged(0), second, out));
+  atOnce(bench.fill(A, staged(0), factors, inputs));
+  atOnce(bench.fill(Bt, staged(0), second, out));
   add(factors, second, rank);
 }

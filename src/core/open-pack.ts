@@ -11,6 +11,9 @@ import { type ByteSource, FETCH_OPTIONS, type FetchOptions, type SourceInput } f
 import { checkSection, explain, Pack } from "./pack.ts";
 import type { TrustOptions } from "./trust.ts";
 
+/** Larger directories are read by themselves, since copying them out of what was read with them takes too long. */
+const MOST_TOGETHER = 2 ** 22;
+
 /** Options of `openPack`. */
 export interface OpenOptions extends FetchOptions, TrustOptions {
   readonly signal?: AbortSignal;
@@ -71,7 +74,8 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
     const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
     const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
-    const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
+    const behind = basesOffset === align64(directoryOffset + directoryLength);
+    const together = options.bases !== "later" && behind && directoryLength < MOST_TOGETHER;
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
     needed = head + length;
     const bytes = await read(directoryOffset, length, { signal });
@@ -80,14 +84,14 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const basesAt = together ? basesOffset - directoryOffset : directoryLength;
     new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
     // A copy: as a view the directory would keep the bases in memory.
-    directoryBytes = bytes.slice(0, directoryLength);
+    directoryBytes = together ? bytes.slice(0, directoryLength) : bytes;
     await trust?.checkRoot(window, directoryBytes);
     const directory = await parseDirectory(directoryBytes, window.superblock, name, signal);
     trust?.checkHashes(directory);
     const bases = together ? bytes.subarray(basesAt) : undefined;
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
-    if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
+    if (bases) await checkSection(bases, directory.bases, "bases", name, trust, signal);
     const { maxResidentBytes, maxExpansion } = options;
     return new Pack({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases });
   } catch (error) {

@@ -11,7 +11,7 @@ import { Fields } from "../format/fields.ts";
 import type { Directory, PackModule, Section, TaskBlob, TaskEntry, TaskMetadata, Window } from "../format/format.ts";
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
 import { watchedOf } from "../open-source.ts";
-import { throwIfAborted } from "../pace.ts";
+import { paced, pacer, throwIfAborted } from "../pace.ts";
 import type { OnProgress } from "../progress.ts";
 import {
   type AbortOptions,
@@ -106,8 +106,9 @@ export async function checkSection(
   part: string,
   file: string,
   trust: Trust | undefined,
+  signal: AbortSignal | undefined,
 ): Promise<void> {
-  new Fields(bytes, file, part).crc(section.crc);
+  await paced(new Fields(bytes, file, part).crc(section.crc), pacer(signal));
   await trust?.checkSection(section, bytes, part);
 }
 
@@ -173,14 +174,19 @@ export class Pack extends Observable<PackEvents> {
     this.directory = directory;
     this.modules = directory.basis.modules;
     if (bases) this.#bases = { users: 0, bytes: bases };
-    for (const { section, ...entry } of directory.tasks)
+    for (const entry of directory.tasks) {
+      const { section } = entry;
       this.#add(entry, section.length, section.integrity, { section });
+    }
   }
 
   #add(entry: TaskEntry, bytes: number, integrity: string | undefined, held: Omit<TaskSlot, "info">): void {
-    const { id, adapterBytes, metadata, brings } = entry;
+    const { id, adapterBytes, brings } = entry;
     const info = {
-      ...{ id, bytes, adapterBytes, metadata, brings, integrity },
+      ...{ id, bytes, adapterBytes, brings, integrity },
+      get metadata() {
+        return entry.metadata;
+      },
       get resident() {
         return slot.blob !== undefined;
       },
@@ -242,7 +248,8 @@ export class Pack extends Observable<PackEvents> {
     const part = `task "${id}"`;
     const blob = await this.#checked(slot.section!, part, { signal }, undefined, async (bytes, coded) => {
       if (coded) await this.#trust?.checkDecoded(bytes, part);
-      return this.#bounded(parseTask(bytes, this.modules, this.name, slot.info), slot.info.bytes);
+      const blob = await paced(parseTask(bytes, this.modules, this.name, slot.info), pacer(signal));
+      return this.#bounded(blob, slot.info.bytes);
     });
     // The task may have been removed meanwhile, or read by a later request.
     if (this.#slots.get(id) !== slot || slot.blob) return slot.blob ?? blob;
@@ -312,7 +319,7 @@ export class Pack extends Observable<PackEvents> {
 
   async #checkedBases(shared: SharedBases, options: BasesOptions): Promise<Uint8Array> {
     return this.#checked(this.directory.bases, "bases", options, shared.bytes, async (bytes) => {
-      checkTensors(bytes, 0, basesTensors(this.modules), this.name, "bases");
+      await paced(checkTensors(bytes, 0, basesTensors(this.modules), this.name, "bases"), pacer(options.signal));
       return (shared.bytes = bytes);
     });
   }
@@ -322,7 +329,7 @@ export class Pack extends Observable<PackEvents> {
     const watched = await watchedOf(this.#source, "pack", onProgress, () => section.length);
     const bytes = await (watched ?? this.#source).read(section.offset, section.length, { signal });
     watched?.done();
-    await checkSection(bytes, section, part, this.name, this.#trust);
+    await checkSection(bytes, section, part, this.name, this.#trust, signal);
     return bytes;
   }
 

@@ -20,6 +20,7 @@ import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
+import { atOnce, paced, pacer } from "../pace.ts";
 import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { toHex } from "../text.ts";
 import type { AddTaskOptions, Trust } from "./trust.ts";
@@ -31,6 +32,9 @@ interface Target {
   readonly directory: Pick<Directory, "basisBytes">;
 }
 
+/** Bytes of a task file in front of its entry. */
+const HEAD_BYTES = 64;
+
 /** Ids of the tasks whose files are being read, by the tasks of their pack. */
 const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
 
@@ -39,11 +43,22 @@ const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
  * @throws FormatError when it is damaged, or another kind of file
  */
 export async function readTask(source: ByteSource, options?: ReadOptions): Promise<TaskFile> {
+  const { name } = source;
+  const bytes = await readAll(source, { ...options, most: mostBytes });
   try {
-    return parseTaskFile(await readAll(source, options), source.name);
+    return parseTaskFile(bytes, name);
   } catch (error) {
-    throw await wrongKind(error, source, "an EigenLoRA task file");
+    // What was read says the kind: the rest may have no end.
+    const read = async (_: number, length: number): Promise<Uint8Array> => bytes.subarray(0, length);
+    throw await wrongKind(error, { name, byteLength: bytes.length, read }, "an EigenLoRA task file");
   }
+}
+
+/** Most bytes of a task file that begins so: as many as it says, and a signature. */
+function mostBytes(first: Uint8Array): number {
+  const f: Fields = new Fields(first, "", "");
+  const isTask = first.length >= HEAD_BYTES && TASK_FILE_MAGIC.every((byte, i) => byte === first[i]);
+  return isTask ? align64(align64(HEAD_BYTES + f.u32(12)) + f.u32(48)) + SIGNATURE_BYTES : HEAD_BYTES;
 }
 
 /**
@@ -112,7 +127,7 @@ export async function addTaskFile(
     if (plain !== blob) await checks?.checkDecoded(plain, part, name);
     // Pages without https have no SHA-256; a caller cannot have asked for a hash there.
     const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
-    put({ ...entry, id }, hash, blob, parseTask(plain, modules, name, { ...entry, id }));
+    put({ ...entry, id }, hash, blob, await paced(parseTask(plain, modules, name, { ...entry, id }), pacer(signal)));
   } finally {
     ids.delete(id);
     await source?.close?.();
@@ -128,7 +143,7 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
   f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
   f.version();
-  f.crc(f.u32(60), 60);
+  atOnce(f.crc(f.u32(60), 60));
   const start = align64(64 + f.u32(12));
   const end = start + f.u32(48);
   const signatureAt = align64(end);
@@ -142,12 +157,12 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
     () => "its checksum does not match: it is damaged",
   );
   // The entry may nest as deep as in the list of a pack, no deeper.
-  const parsed = parseEntry(decode(entry, file, f.part, "entry", 15), []);
+  const parsed = atOnce(parseEntry(atOnce(decode(entry, file, f.part, "entry", 15)), []));
   let signature: Signature | undefined;
   if (signed) {
     f.zero(end, signatureAt);
     const behind: Fields = new Fields(bytes.subarray(signatureAt), file, "signature");
-    behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4);
+    atOnce(behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4));
     signature = signatureOf(behind.bytes);
   }
   return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob, content: bytes.subarray(0, end), signature };

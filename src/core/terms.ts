@@ -7,7 +7,7 @@ import type { Slice } from "../backends/backend.ts";
 import { TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
 import type { PackModule, TaskBlob } from "../format/format.ts";
-import { paced, pacer, whole } from "../pace.ts";
+import { atOnce, paced, pacer } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
@@ -21,7 +21,7 @@ const PIECE = 2 ** 18;
 
 /** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface ModuleTerm extends Term {
-  /** [out], the layer's whole bias, where the task changes it. */
+  /** [out], the layer's atOnce bias, where the task changes it. */
   readonly bias?: Float32Array | undefined;
 }
 
@@ -61,7 +61,7 @@ export class ActiveTerms {
   readonly #modules: readonly PackModule[];
   readonly #slots: readonly Slot[];
   #active: ReadonlyMap<number, Term> = new Map();
-  /** ActiveTerms of the task before. The next task's are written there, so that the active ones stay whole until all are made. */
+  /** ActiveTerms of the task before. The next task's are written there, so that the active ones stay atOnce until all are made. */
   #spare: ReadonlyMap<number, Term> = new Map();
 
   constructor(mode: "core" | "factors", modules: readonly PackModule[], slots: readonly Slot[]) {
@@ -304,8 +304,8 @@ function readRows(
     const { blob, tensor, strength } = stored;
     const { dtype, byteOffset, byteLength } = tensor;
     const bytes = blob.bytes.subarray(byteOffset, byteOffset + byteLength);
-    const whole = strength === 1 && (!turned || rows === rank);
-    const fast = whole && isQuantized(dtype) && wasmFloats(dtype, bytes, rows, width, turned);
+    const atOnce = strength === 1 && (!turned || rows === rank);
+    const fast = atOnce && isQuantized(dtype) && wasmFloats(dtype, bytes, rows, width, turned);
     if (fast) return out.set(fast, turned ? 0 : row * width);
     const places = turned ? { at: row, down: 1, along: rank } : { at: row * width, down: width, along: 1 };
     placeTensor(dtype, bytes, rows, width, out, places, strength);
@@ -321,7 +321,7 @@ async function fetchFactors(
   for (const round of bench.rounds) {
     const wanted = round.filter(isExpanded);
     if (wanted.length === 0) continue;
-    for (const plan of wanted) whole(bench.expand(plan));
+    for (const plan of wanted) atOnce(bench.expand(plan));
     const places = wanted.map((plan) => bench.factors(plan));
     const { block } = places[0]!.A;
     const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));

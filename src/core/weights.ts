@@ -6,7 +6,7 @@
 import { at, type Block, type Slice } from "../backends/backend.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
-import { type Pause, paced, pacer, whole } from "../pace.ts";
+import { atOnce, type Pause, paced, pacer } from "../pace.ts";
 import type { ReadOptions } from "../source.ts";
 import {
   type CpuView,
@@ -315,7 +315,7 @@ export class FoldedWeights {
     // A device gives all of them first, since a host takes them without a pause once the device is waited for.
     const fetched = new Map<number, Uint8Array>();
     for (const index of backend.read ? passing : []) {
-      whole(weight(index));
+      atOnce(weight(index));
       fetched.set(index, await backend.read!(place(index), this.#slots[index]!.weight.byteLength));
     }
     if (backend.read) await backend.finish();

@@ -18,8 +18,8 @@ export interface Work {
    * @throws FormatError when the section breaks a rule
    */
   next(): boolean;
-  /** The section, once all is done. */
-  section(): Uint8Array<ArrayBuffer>;
+  /** The section, once all is done; taken over in pieces. */
+  section(): Generator<void, Uint8Array<ArrayBuffer>>;
 }
 
 interface WasmDecoder {
@@ -45,6 +45,9 @@ const MOST_KEPT = 32 * PAGE;
 const MOST = 1 << 28;
 /** Symbols of a piece: one or two milliseconds. */
 const PIECE = 1 << 16;
+
+/** Bytes that are taken over in one piece: a millisecond or two. */
+const COPIED = 1 << 22;
 
 let module: WebAssembly.Module | undefined;
 const kept: WasmDecoder[] = [];
@@ -81,9 +84,13 @@ export async function wasmWork(
         throw new RangeError(`no memory is left to decode ${size} bytes`, { cause: error });
       }
     },
-    section() {
-      // Decoding may have moved the memory.
-      const section = new Uint8Array(memory.buffer).slice(start, start + size);
+    *section() {
+      const section = new Uint8Array(size);
+      for (let at = 0; at < size; at += COPIED) {
+        if (at > 0) yield;
+        // Decoding may have moved the memory.
+        section.set(new Uint8Array(memory.buffer, start + at, Math.min(COPIED, size - at)), at);
+      }
       keep(decoder);
       return section;
     },

@@ -50,6 +50,9 @@ export function mostDecoded(stored: number): number {
   return 16 * stored + 4096;
 }
 
+/** What a coded directory has at most once decoded; a larger one is stored as it is. */
+export const MOST_CODED_DIRECTORY: number = 2 ** 25;
+
 /** Symbols, or bytes of copies, between two looks at the clock where there is no WebAssembly. */
 const PIECE = 1 << 12;
 /** Rows, which may be short, between two such looks. */

@@ -2,9 +2,19 @@
  * The reading half of coded sections (`coded.ts`): in one pass, in pieces, by WebAssembly where there is some. Either decoder says the same
  * of a section that breaks a rule.
  */
-import { pacer, throwIfAborted } from "../pace.ts";
+import { paced, pacer, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
-import { CODED_HEAD_BYTES, type Coder, code, FAULT, isCoded, LANES, mostDecoded, type Refuse } from "./coded.ts";
+import {
+  CODED_HEAD_BYTES,
+  type Coder,
+  code,
+  FAULT,
+  isCoded,
+  LANES,
+  MOST_CODED_DIRECTORY,
+  mostDecoded,
+  type Refuse,
+} from "./coded.ts";
 import {
   FREQUENCY_BITS,
   type Frequencies,
@@ -76,6 +86,14 @@ export async function plainDirectory(
   superblock: Superblock,
   signal?: AbortSignal,
 ): Promise<Fields> {
+  // All of a directory is read at once, so that it may not grow as bases and tasks may.
+  const size = bytes.length < CODED_HEAD_BYTES ? 0 : new Fields(bytes, file, part).u32(4);
+  check(
+    size <= MOST_CODED_DIRECTORY,
+    file,
+    part,
+    () => `it is coded, and becomes ${size} bytes, at most ${MOST_CODED_DIRECTORY} are allowed`,
+  );
   const f: Fields = new Fields(await decodeSection(bytes, { file, part, signal }), file, part);
   const view = new DataView(f.bytes.buffer);
   const { directoryOffset, directoryLength, basesOffset } = superblock;
@@ -122,12 +140,11 @@ export async function decodeSection(
   return (size < SMALL ? small : large).change(async () => {
     throwIfAborted(signal);
     const work = (await by(bytes, before, size, refuse)) ?? scriptWork(bytes, before, size, refuse);
-    const pause = pacer(signal);
-    while (!work.next()) {
-      const turn = pause();
-      if (turn) await turn;
-    }
-    return work.section();
+    const pieces = function* (): Generator<void, Uint8Array<ArrayBuffer>> {
+      while (!work.next()) yield;
+      return yield* work.section();
+    };
+    return paced(pieces(), pacer(signal));
   });
 }
 
@@ -148,7 +165,10 @@ function scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse:
       if (done) decoder.end();
       return done;
     },
-    section: () => section,
+    *section() {
+      yield;
+      return section;
+    },
   };
 }
 

@@ -3,6 +3,7 @@
  * basis description, task list (section 4).
  */
 
+import { atOnce, paced, pacer } from "../pace.ts";
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import { toHex, toUtf8 } from "../text.ts";
 import { align64, crc32c, decode, Fields, placing, type Value } from "./fields.ts";
@@ -39,6 +40,9 @@ import {
 } from "./format.ts";
 import { toIntegrity } from "./hash.ts";
 
+/** Most bytes of a task's metadata: the names of 20 000 classes take half of them. */
+const METADATA_BYTES = 2 ** 20;
+
 /**
  * Checks the window and picks the current superblock.
  * @param bytes the first 1 536 bytes of the file
@@ -51,7 +55,7 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
   f.check(bytes.length >= WINDOW_BYTES, () => `truncated: ${bytes.length} bytes, the window alone has ${WINDOW_BYTES}`);
   const version = f.version();
   f.check(f.u32(12) === WINDOW_BYTES, () => `window of ${f.u32(12)} bytes, expected ${WINDOW_BYTES}`);
-  f.crc(f.u32(HEAD_BYTES), HEAD_BYTES);
+  atOnce(f.crc(f.u32(HEAD_BYTES), HEAD_BYTES));
   f.zero(HEAD_BYTES + 4, 512);
   const whole = [0, 1]
     .map(
@@ -124,10 +128,14 @@ export async function parseDirectory(
     stored.length === superblock.directoryLength,
     () => `${stored.length} bytes of ${superblock.directoryLength}`,
   );
-  f.crc(superblock.directoryCrc);
+  await paced(f.crc(superblock.directoryCrc), pacer(signal));
   const coded = stored.length > 4 && (f.u32(0) & CODED_MASK) === (CODED_MAGIC & CODED_MASK);
   if (coded) f = await (await import("./decode-coded.ts")).plainDirectory(f, superblock, signal);
-  const { bytes } = f;
+  return paced(parseParts(f, superblock, stored), pacer(signal));
+}
+
+function* parseParts(f: Fields, superblock: Superblock, stored: Uint8Array): Generator<void, Directory> {
+  const { bytes, file } = f;
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
   const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];
   f.limit(count, 1_048_576, "sections");
@@ -138,7 +146,10 @@ export async function parseDirectory(
   const parts = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
   f.check(parts === bytes.length, () => `${bytes.length} bytes, but its parts add up to ${parts}`);
   const sections: Section[] = [];
-  for (let i = 0; i < count; i++) sections.push(parseSection(f, i, hashes && bytes.length - hashes));
+  for (let i = 0; i < count; i++) {
+    sections.push(parseSection(f, i, hashes && bytes.length - hashes));
+    if (i % 256 === 255) yield;
+  }
   checkTiling(f, sections, superblock);
   for (const { kind, required } of sections) {
     f.check(
@@ -148,25 +159,23 @@ export async function parseDirectory(
   }
   const bases = basesOf(f, sections, superblock);
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
-  const described = bytes.subarray(start, start + basisLength);
-  // A copy, so that the decoded directory is not kept beside the stored one.
-  const basisBytes = coded ? described.slice() : described;
-  const { basis, size } = parseBasis(basisBytes, bases, file);
+  const basisBytes = bytes.subarray(start, start + basisLength);
+  const { basis, size } = yield* parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;
-  const root = decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
+  const root = yield* decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
   const blobs = sections.filter((s) => s.kind === SECTION_TASK);
-  const list = root.array(1_048_576);
-  f.check(
-    list.length === blobs.length,
-    () => `${list.length} tasks are listed, but there are ${blobs.length} task blobs`,
-  );
   const seen = new Set<string>();
   const tasks: (TaskEntry & { section: Section })[] = [];
-  for (const [i, value] of list.entries()) {
-    const entry = parseEntry(value, tasks);
+  f.check(
+    root.kind !== "array" || root.count === blobs.length,
+    () => `${root.count} tasks are listed, but there are ${blobs.length} task blobs`,
+  );
+  for (const value of root.each(1_048_576)) {
+    const entry = yield* parseEntry(value, tasks);
     f.check(!seen.has(entry.id), () => `two tasks are named "${entry.id}"`);
     seen.add(entry.id);
-    tasks.push({ ...entry, section: blobs[i]! });
+    tasks.push(Object.assign(entry, { section: blobs[tasks.length]! }));
+    if (tasks.length % 256 === 0) yield;
   }
   return { sections, bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks };
 }
@@ -231,43 +240,22 @@ function checkTiling(f: Fields, sections: readonly Section[], superblock: Superb
 }
 
 /** @returns what it says, and how many bytes the bases have, once decoded where they are coded */
-export function parseBasis(
+export function* parseBasis(
   bytes: Uint8Array,
   { coded, length }: Pick<Section, "coded" | "length">,
   file: string,
-): { basis: BasisDescription; size: number } {
-  const root: Value = decode(bytes, file, "basis description", "basis");
+): Generator<void, { basis: BasisDescription; size: number }> {
+  const root: Value = yield* decode(bytes, file, "basis description", "basis");
   const { place: tensor, full, end } = placing(16, 0, coded ? Infinity : length, file, root.part);
   const names = new Set<string>();
-  const modules = root
-    .get("modules")
-    .array(65_536)
-    .map((m: Value): PackModule => {
-      const name = m.get("name").string(1024);
-      m.check(!names.has(name), () => `two modules are named "${name}"`);
-      names.add(name);
-      const out = m.get("out").integer(1, 2 ** 31 - 1);
-      const inputs = m.get("in").integer(1, 2 ** 31 - 1);
-      const A = parseSides(m.get("A"), inputs, tensor);
-      const B = parseSides(m.get("B"), out, tensor);
-      const layout = LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!;
-      const kernel = m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535)));
-      const size = kernel?.reduce((a, b) => a * b, 1);
-      m.check(
-        layout === "conv" ? size !== undefined && kernel!.length > 0 && inputs % size === 0 : !kernel,
-        () => `"${name}" has layout ${layout}, in ${inputs} and kernel ${kernel ? `[${kernel}]` : "none"}`,
-      );
-      return {
-        name,
-        out,
-        in: inputs,
-        layout,
-        kernel,
-        A,
-        B,
-        fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
-      };
-    });
+  const modules: PackModule[] = [];
+  for (const value of root.get("modules").each(65_536)) {
+    const module = yield* parseModule(value, tensor);
+    root.check(!names.has(module.name), () => `two modules are named "${module.name}"`);
+    names.add(module.name);
+    modules.push(module);
+    yield;
+  }
   if (!coded) full();
   const basis = {
     producer: root.get("producer").string(1024),
@@ -283,6 +271,23 @@ export function parseBasis(
   return { basis, size: end() };
 }
 
+function* parseModule(m: Value, tensor: PlaceTensor): Generator<void, PackModule> {
+  const name = m.get("name").string(1024);
+  const out = m.get("out").integer(1, 2 ** 31 - 1);
+  const inputs = m.get("in").integer(1, 2 ** 31 - 1);
+  const A = yield* parseSides(m.get("A"), inputs, tensor);
+  const B = yield* parseSides(m.get("B"), out, tensor);
+  const layout = LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!;
+  const kernel = m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535)));
+  const size = kernel?.reduce((a, b) => a * b, 1);
+  m.check(
+    layout === "conv" ? size !== undefined && kernel!.length > 0 && inputs % size === 0 : !kernel,
+    () => `"${name}" has layout ${layout}, in ${inputs} and kernel ${kernel ? `[${kernel}]` : "none"}`,
+  );
+  const fingerprint = m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined;
+  return { name, out, in: inputs, layout, kernel, A, B, fingerprint };
+}
+
 /** A number above 0. */
 function share(value: Value, most: number): number {
   const found = value.number(0, most);
@@ -293,10 +298,10 @@ function share(value: Value, most: number): number {
 /** The place of the next tensor. */
 type PlaceTensor = (type: Dtype, rows: number, width: number) => TensorRef;
 
-function parseSides(value: Value, dimension: number, tensor: PlaceTensor): Side[] {
+function* parseSides(value: Value, dimension: number, tensor: PlaceTensor): Generator<void, Side[]> {
   if (value.absent) return [];
-  if (!Array.isArray(value.value)) return [parseSide(value, dimension, tensor)];
-  const sides = value.array(65_536).map((side: Value) => parseSide(side, dimension, tensor));
+  if (value.kind !== "array") return [parseSide(value, dimension, tensor)];
+  const sides = yield* value.list(65_536, (side: Value) => parseSide(side, dimension, tensor));
   value.check(sides.length > 0, () => "no basis is in it");
   return sides;
 }
@@ -314,22 +319,28 @@ function parseSide(value: Value, dimension: number, tensor: PlaceTensor): Side {
 }
 
 /** @param earlier entries of the list before this one */
-export function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEntry {
+export function* parseEntry(value: Value, earlier: readonly TaskEntry[]): Generator<void, TaskEntry> {
   const id = value.get("id").string(255);
   value.check(isTaskId(id), () => `the task id ${JSON.stringify(id)} is empty or has control characters`);
+  const metadata: Value = value.get("metadata");
+  let plain: TaskMetadata | undefined;
+  yield* checkMetadata(metadata);
   return {
     id,
     adapterBytes: value.get("adapterBytes").integer(0, Number.MAX_SAFE_INTEGER),
-    metadata: parseMetadata(value.get("metadata")) as TaskMetadata,
-    brings: parseBrings(value.get("brings"), earlier),
+    // Made when it is asked for: a list has the metadata of many tasks, and few of them are used.
+    get metadata() {
+      return (plain ??= metadata.absent ? {} : (metadata.plain() as TaskMetadata));
+    },
+    brings: yield* parseBrings(value.get("brings"), earlier),
   };
 }
 
-function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly string[] | undefined {
+function* parseBrings(value: Value, earlier: readonly TaskEntry[]): Generator<void, readonly string[] | undefined> {
   if (value.absent) return undefined;
-  if (typeof value.value === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
+  if (value.kind === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
   // "bias-delta", a space, a name of 1 024 bytes.
-  return value.array(65_536).map((name: Value) => {
+  return yield* value.list(65_536, (name: Value) => {
     const text = name.string(1035);
     name.check(BROUGHT.test(text), () => `no role and name, but ${JSON.stringify(text.slice(0, 80))}`);
     return text;
@@ -344,16 +355,13 @@ export function isTaskId(id: string): boolean {
 }
 
 /** @throws FormatError naming the field that is not what it must be */
-function parseMetadata(value: Value): Record<string, unknown> {
-  const metadata = value.plain();
-  for (const key of Object.keys(metadata)) {
-    const field: Value = value.get(key);
-    // Nil is as good as nothing, here as everywhere in a map.
-    if (field.absent) continue;
-    if (key === "license" || key === "origin") field.string(4096);
-    if (key !== "labels") continue;
-    const labels = field.array(65_536).map((label) => label.string(1024));
-    field.check(labels.length > 0, () => "no names, expected 1 to 65536");
-  }
-  return metadata;
+function* checkMetadata(value: Value): Generator<void> {
+  // Nil is as good as nothing, here as everywhere in a map.
+  if (value.absent) return;
+  for (const key of ["license", "origin"]) value.get(key).maybe((field: Value) => field.string(4096));
+  value.within(METADATA_BYTES);
+  const labels: Value = value.get("labels");
+  if (labels.absent) return;
+  const { length } = yield* labels.list(65_536, (label) => label.string(1024));
+  labels.check(length > 0, () => "no names, expected 1 to 65536");
 }

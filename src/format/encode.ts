@@ -3,6 +3,7 @@
  * limits are checked there, so a writer ends by parsing what it wrote.
  */
 
+import { atOnce } from "../pace.ts";
 import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { fromHex } from "../text.ts";
@@ -324,8 +325,8 @@ export function encodeHead(basisId: string): Bytes {
  */
 export function checkEntry(entry: TaskEntry, file: string): void {
   // The list around the entry is as deep as that of a pack.
-  const [read] = decode(pack([entryMap(entry)]), file, "task", "tasks").array(1);
-  parseEntry(read!, []);
+  const [read] = atOnce(decode(pack([entryMap(entry)]), file, "task", "tasks")).array(1);
+  atOnce(parseEntry(read!, []));
 }
 
 /** The window of a file with a single superblock. */

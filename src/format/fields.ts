@@ -4,7 +4,7 @@
  */
 import { FormatError } from "../errors.ts";
 import { type Dtype, tensorBytes } from "../tensor/dtypes.ts";
-import { fromUtf8, toUtf8 } from "../text.ts";
+import { fromLatin1, fromUtf8, utf8Until } from "../text.ts";
 import type { TensorRef } from "./format.ts";
 
 let tables: Uint32Array | undefined;
@@ -46,6 +46,9 @@ export function crc32c(bytes: Uint8Array, crc = 0): number {
   for (; i < bytes.length; i++) c = (c >>> 8) ^ t[(c ^ bytes[i]!) & 255]!;
   return ~c >>> 0;
 }
+
+/** Bytes of a checksum between two looks at the clock: one or two milliseconds. */
+const CRC_PIECE = 1 << 20;
 
 /** The least multiple of 64 that is ≥ n: sections start there. */
 export function align64(n: number): number {
@@ -90,9 +93,13 @@ export class Fields {
     return text;
   }
 
-  /** The first `length` bytes, Default: all, against their checksum. */
-  crc(expected: number, length?: number): void {
-    const found = crc32c(this.bytes.subarray(0, length));
+  /** Holds the first `length` bytes, Default: all, against their checksum, in pieces. */
+  *crc(expected: number, length: number = this.bytes.length): Generator<void> {
+    let found = 0;
+    for (let at = 0; at < length; at += CRC_PIECE) {
+      if (at > 0) yield;
+      found = crc32c(this.bytes.subarray(at, Math.min(length, at + CRC_PIECE)), found);
+    }
     this.check(found === expected, () => "its checksum does not match: the file is damaged, fetch it again");
   }
 
@@ -118,59 +125,87 @@ export function check(condition: boolean, file: string, part: string, message: (
   if (!condition) throw new FormatError(message(), { file, part });
 }
 
+/** Most maps and arrays of one MessagePack value, and most values in it, keys included (SPEC.md, section 10). */
+const MOST_COLLECTIONS = 1e6;
+const MOST_VALUES = 3e6;
+const MOST_KEYS = 65_536;
+/** Values, or bytes of a string, between two looks at the clock. */
+const PIECE = 1 << 13;
+/** Maps and arrays of more bytes are skipped in one step. */
+const LONG = 1 << 10;
+
 /**
- * Decodes one value that fills `bytes` exactly; maps become `Map`s.
+ * Checks one MessagePack value that fills `bytes` exactly, in pieces. Nothing is made of it before it is asked for.
  * @param path what the value is called in errors
  * @param depth of maps and arrays that it may have
+ * @param most values that it may hold
  * @throws FormatError when it is malformed or not plain
  */
-export function decode(bytes: Uint8Array, file: string, part: string, path: string, depth = 16): Value {
+export function* decode(
+  bytes: Uint8Array,
+  file: string,
+  part: string,
+  path: string,
+  depth = 16,
+  most: number = MOST_VALUES,
+): Generator<void, Value> {
   const reader = new Reader(bytes);
   try {
-    const value = reader.value(depth);
-    if (reader.at !== bytes.length) throw new RangeError(`${bytes.length - reader.at} bytes are left over`);
-    return new Value(value, file, part, path);
+    yield* reader.check(depth, most);
   } catch (cause) {
     throw new FormatError(`its MessagePack is malformed: ${(cause as Error).message}`, { file, part, cause });
   }
+  return new Value(reader, 0, file, part, path);
 }
 
-/** Reads values one after the other. A DataView does the bounds checks; counts are held against the bytes that are left. */
+/** What a MessagePack value is. */
+type Kind = "nil" | "boolean" | "number" | "string" | "array" | "map";
+
+/** A map or array whose items are being checked. */
+interface Frame {
+  readonly start: number;
+  readonly isMap: boolean;
+  /** Items that are still to come; keys and values of a map. */
+  left: number;
+  keys?: Set<string>;
+}
+
+/** Reads values one after the other. */
 class Reader {
   at = 0;
-  /** Maps and arrays that may still come: in memory each is a hundred times the byte that an empty one takes in the file. */
-  #collections: number;
+  /** What the head says that was read last: the number, the boolean as 0 or 1, or how many bytes, items or pairs follow. */
+  count = 0;
   readonly #bytes: Uint8Array;
   readonly #view: DataView;
+  /** Ends of long maps and arrays, by where they begin. */
+  readonly #ends = new Map<number, number>();
 
   constructor(bytes: Uint8Array) {
     this.#bytes = bytes;
     this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-    this.#collections = 1024 + bytes.length / 3;
   }
 
-  /** @param depth levels of nesting still allowed */
-  value(depth: number): unknown {
-    if (depth < 0) throw new RangeError("it is nested deeper than 16 levels");
+  /** Reads a head. */
+  next(): Kind {
     const code = this.#number(1);
-    if (code <= 0x7f) return code;
-    if (code <= 0x8f) return this.#map(code & 15, depth);
-    if (code <= 0x9f) return this.#array(code & 15, depth);
-    if (code <= 0xbf) return this.#string(code & 31);
-    if (code >= 0xe0) return code - 256;
+    if (code <= 0x7f || code >= 0xe0) return this.#is("number", (code << 24) >> 24);
+    if (code <= 0x8f) return this.#is("map", code & 15);
+    if (code <= 0x9f) return this.#is("array", code & 15);
+    if (code <= 0xbf) return this.#is("string", code & 31);
     // The low bits of the code say how many bytes follow, 1, 2, 4 or 8, from 0xcc on and for lengths.
-    if (code >= 0xcc && code <= 0xcf) return this.#number(1 << (code & 3));
-    if (code >= 0xd0 && code <= 0xd3) return this.#number(1 << (code & 3), true);
-    if (code >= 0xd9 && code <= 0xdb) return this.#string(this.#number(1 << (code - 0xd9)));
-    if (code >= 0xdc) {
-      const items = this.#number(2 << (code & 1));
-      return code < 0xde ? this.#array(items, depth) : this.#map(items, depth);
-    }
-    if (code === 0xc0) return null;
-    if (code === 0xc2 || code === 0xc3) return code === 0xc3;
-    if (code === 0xca) return this.#view.getFloat32(this.#skip(4));
-    if (code === 0xcb) return this.#view.getFloat64(this.#skip(8));
+    if (code >= 0xcc && code <= 0xd3) return this.#is("number", this.#number(1 << (code & 3), code >= 0xd0));
+    if (code >= 0xd9 && code <= 0xdb) return this.#is("string", this.#number(1 << (code - 0xd9)));
+    if (code >= 0xdc) return this.#is(code < 0xde ? "array" : "map", this.#number(2 << (code & 1)));
+    if (code === 0xc0) return this.#is("nil", 0);
+    if (code === 0xc2 || code === 0xc3) return this.#is("boolean", code & 1);
+    if (code === 0xca) return this.#is("number", this.#view.getFloat32(this.#skip(4)));
+    if (code === 0xcb) return this.#is("number", this.#view.getFloat64(this.#skip(8)));
     throw new RangeError(`it uses bytes or an extension type (0x${code.toString(16)})`);
+  }
+
+  #is(kind: Kind, count: number): Kind {
+    this.count = count;
+    return kind;
   }
 
   #skip(count: number): number {
@@ -187,51 +222,137 @@ class Reader {
     return value;
   }
 
-  #string(length: number): string {
-    const at = this.#skip(length);
-    return fromUtf8(this.#bytes.subarray(at, at + length));
+  /** The string whose head was read last. */
+  text(): string {
+    const start = this.#skip(this.count);
+    return fromUtf8(this.#bytes.subarray(start, this.at));
   }
 
-  /** Every item takes a byte or more, so a count can be checked before anything is made of it. */
-  #count(items: number): number {
-    const left = this.#bytes.length - this.at;
-    if (items > left) throw new RangeError(`it declares ${items} items with ${left} bytes left`);
-    if (--this.#collections < 0) throw new RangeError("it has more maps and arrays than a third of its bytes");
-    return items;
-  }
-
-  #array(items: number, depth: number): unknown[] {
-    return Array.from({ length: this.#count(items) }, () => this.value(depth - 1));
-  }
-
-  #map(items: number, depth: number): Map<string, unknown> {
-    const map = new Map<string, unknown>();
-    for (let i = this.#count(items); i > 0; i--) {
-      const key = this.value(depth - 1);
-      if (typeof key !== "string") throw new RangeError("a key is not a string");
-      if (map.has(key)) throw new RangeError(`the key ${JSON.stringify(key.slice(0, 80))} is there twice`);
-      map.set(key, this.value(depth - 1));
+  /** Moves behind the value at `at`. */
+  skip(at: number): number {
+    this.at = at;
+    for (let left = 1; left > 0; left--) {
+      const end = this.#ends.get(this.at);
+      const kind = end === undefined ? this.next() : "nil";
+      if (end !== undefined) this.at = end;
+      if (kind === "string") this.at += this.count;
+      if (kind === "array") left += this.count;
+      if (kind === "map") left += 2 * this.count;
     }
-    return map;
+    return this.at;
+  }
+
+  /** The next value, whatever is in it. */
+  plain(): unknown {
+    const kind = this.next();
+    const { count } = this;
+    if (kind === "nil") return null;
+    if (kind === "boolean") return count > 0;
+    if (kind === "number") return count;
+    if (kind === "string") return this.text();
+    const items = Array.from({ length: count }, () => (kind === "map" ? [this.plain(), this.plain()] : this.plain()));
+    return kind === "map" ? Object.fromEntries(items as [string, unknown][]) : items;
+  }
+
+  /** Checks all that there is, without making anything of it. */
+  *check(depth: number, most: number): Generator<void> {
+    const { length } = this.#bytes;
+    let left = Math.min(MOST_COLLECTIONS, 1024 + length / 3);
+    const around: Frame[] = [];
+    let frame: Frame = { start: 0, isMap: false, left: 1 };
+    for (let values = 1; frame.left > 0; values++) {
+      if (values % PIECE === 0) yield;
+      if (around.length > depth) throw new RangeError("it is nested deeper than 16 levels");
+      if (values > most) throw new RangeError(`it has more than ${most} values`);
+      const isKey = frame.isMap && frame.left % 2 === 0;
+      frame.left--;
+      const start = this.at;
+      const kind = this.next();
+      if (isKey && kind !== "string") throw new RangeError("a key is not a string");
+      if (kind === "string") yield* this.#checkText(isKey ? frame : undefined);
+      if (kind === "array" || kind === "map") {
+        // Every item takes a byte or more.
+        const [items, bytes] = [this.count, length - this.at];
+        if (items > bytes) throw new RangeError(`it declares ${items} items with ${bytes} bytes left`);
+        if (--left < 0)
+          throw new RangeError(`it has more maps and arrays than a third of its bytes, or than ${MOST_COLLECTIONS}`);
+        around.push(frame);
+        frame = { start, isMap: kind === "map", left: kind === "map" ? 2 * items : items };
+      }
+      while (frame.left === 0 && around.length > 0) {
+        if (this.at - frame.start > LONG) this.#ends.set(frame.start, this.at);
+        frame = around.pop()!;
+      }
+    }
+    if (this.at < length) throw new RangeError(`${length - this.at} bytes are left over`);
+  }
+
+  /** @param map that has the string as a key */
+  *#checkText(map: Frame | undefined): Generator<void> {
+    const start = this.#skip(this.count);
+    for (let at = start; at < this.at; ) {
+      const end = Math.min(this.at, at + PIECE);
+      const sound = utf8Until(this.#bytes, at, end);
+      // A character may reach into the next piece.
+      if (sound < end && (end === this.at || sound < end - 3)) throw new RangeError("a string is not UTF-8");
+      at = sound;
+      if (at < this.at) yield;
+    }
+    // The last key of a map of one is like no other.
+    if (!map || (map.left === 1 && !map.keys)) return;
+    const key = fromLatin1(this.#bytes.subarray(start, this.at));
+    map.keys ??= new Set();
+    if (map.keys.size === MOST_KEYS) throw new RangeError(`a map has more than ${MOST_KEYS} keys`);
+    if (map.keys.has(key)) throw new RangeError(`the key ${JSON.stringify(key.slice(0, 80))} is there twice`);
+    map.keys.add(key);
   }
 }
 
-/** A decoded MessagePack value that knows where it stands, so that every mismatch names its place. */
+/** A MessagePack value in its file: made when it is asked for, so that its size is compared first. Every mismatch names its place. */
 export class Value {
-  readonly value: unknown;
+  /** Undefined where a map lacks it. */
+  readonly kind: Kind | undefined;
   readonly file: string;
   readonly part: string;
-  readonly path: string;
+  /** What it is a part of, and by which name: paths are made when they are told. */
+  readonly #around: Value | undefined;
+  readonly #name: string | number;
+  readonly #reader: Reader;
+  /** Where it begins, and where that begins which follows its head. */
+  readonly #start: number;
+  readonly #inside: number;
+  /** The number, the boolean as 0 or 1, or how many bytes, items or pairs there are. */
+  readonly count: number;
+  /** Where the values of a map are. */
+  #places: Map<string, number> | undefined;
 
-  constructor(value: unknown, file: string, part: string, path: string) {
-    this.value = value;
+  constructor(
+    reader: Reader,
+    start: number | undefined,
+    file: string,
+    part: string,
+    name: string | number,
+    around?: Value,
+  ) {
+    reader.at = start ?? 0;
+    this.kind = start === undefined ? start : reader.next();
+    this.#reader = reader;
+    this.#start = start ?? 0;
+    this.#inside = reader.at;
+    this.count = reader.count;
     this.file = file;
     this.part = part;
-    this.path = path;
+    this.#name = name;
+    this.#around = around;
+  }
+
+  get path(): string {
+    const name = this.#name;
+    return this.#around ? this.#around.path + (typeof name === "number" ? `[${name}]` : `.${name}`) : `${name}`;
   }
 
   get absent(): boolean {
-    return this.value === undefined || this.value === null;
+    return this.kind === undefined || this.kind === "nil";
   }
 
   check(condition: boolean, message: () => string): asserts condition {
@@ -243,21 +364,42 @@ export class Value {
     return this.absent ? undefined : read(this);
   }
 
-  #expected(what: string): never {
-    const found = this.absent ? "nothing" : typeof this.value === "object" ? "a collection" : String(this.value);
-    throw new FormatError(`${this.path}: expected ${what}, found ${found.slice(0, 80)}`, {
-      file: this.file,
-      part: this.part,
+  #expect(condition: boolean, what: string): void {
+    this.check(condition, () => {
+      const long = this.kind === "array" || this.kind === "map" || (this.kind === "string" && this.count > 1024);
+      const found = this.absent ? "nothing" : long ? `a ${this.kind} of ${this.count}` : String(this.plain());
+      return `expected ${what}, found ${found.slice(0, 80)}`;
     });
   }
 
-  #part(value: unknown, key: string): Value {
-    return new Value(value, this.file, this.part, this.path + key);
+  #part(start: number | undefined, name: string | number): Value {
+    return new Value(this.#reader, start, this.file, this.part, name, this);
   }
 
-  /** Puts another value in its place. */
-  of(value: unknown): Value {
-    return this.#part(value, "");
+  get(key: string): Value {
+    this.#expect(this.kind === "map", "a map");
+    if (!this.#places) {
+      this.#places = new Map();
+      const reader = this.#reader;
+      reader.at = this.#inside;
+      for (let i = 0; i < this.count; i++) {
+        reader.next();
+        this.#places.set(reader.text(), reader.at);
+        reader.skip(reader.at);
+      }
+    }
+    return this.#part(this.#places.get(key), key);
+  }
+
+  /** The items of an array, one after the other. */
+  *each(max: number): Generator<Value, void> {
+    this.#expect(this.kind === "array", "an array");
+    this.check(this.count <= max, () => `${this.count} items, at most ${max} are allowed`);
+    for (let i = 0, at = this.#inside; i < this.count; i++, at = this.#reader.skip(at)) yield this.#part(at, i);
+  }
+
+  array(max: number): Value[] {
+    return [...this.each(max)];
   }
 
   /** An array of exactly `count` items: one more would mean something that this reader does not know. */
@@ -267,15 +409,11 @@ export class Value {
     return items;
   }
 
-  get(key: string): Value {
-    if (!(this.value instanceof Map)) this.#expected("a map");
-    return this.#part(this.value.get(key), `.${key}`);
-  }
-
-  array(max: number): Value[] {
-    if (!Array.isArray(this.value)) this.#expected("an array");
-    this.check(this.value.length <= max, () => `${(this.value as unknown[]).length} items, at most ${max} are allowed`);
-    return this.value.map((v, i) => this.#part(v, `[${i}]`));
+  /** What `read` makes of the items of an array, in pieces. */
+  *list<T>(max: number, read: (item: Value) => T): Generator<void, T[]> {
+    const found: T[] = [];
+    for (const item of this.each(max)) if (found.push(read(item)) % 256 === 0) yield;
+    return found;
   }
 
   integer(min: number, max: number): number {
@@ -283,33 +421,34 @@ export class Value {
   }
 
   number(min: number, max: number, whole = false): number {
-    const v = this.value;
-    if (typeof v === "number" && v >= min && v <= max && (!whole || Number.isInteger(v))) return v;
-    return this.#expected(`${whole ? "an integer" : "a number"} from ${min} to ${max}`);
+    const v = this.count;
+    const good = this.kind === "number" && v >= min && v <= max && (!whole || Number.isInteger(v));
+    this.#expect(good, `${whole ? "an integer" : "a number"} from ${min} to ${max}`);
+    return v;
   }
 
   boolean(): boolean {
-    if (this.absent) return false;
-    if (typeof this.value !== "boolean") this.#expected("true or false");
-    return this.value;
+    this.#expect(this.absent || this.kind === "boolean", "true or false");
+    return this.kind === "boolean" && this.count > 0;
   }
 
   string(maxBytes: number): string {
-    if (typeof this.value !== "string") this.#expected("a string");
-    const bytes = toUtf8(this.value).length;
+    this.#expect(this.kind === "string", "a string");
+    const bytes = this.count;
     this.check(bytes > 0 && bytes <= maxBytes, () => `a string of ${bytes} bytes, expected 1 to ${maxBytes}`);
-    return this.value;
+    return this.plain() as string;
   }
 
-  /** A map of plain values as an object, own properties only, whatever the keys are called. */
-  plain(): Record<string, unknown> {
-    if (this.absent) return {};
-    if (!(this.value instanceof Map)) this.#expected("a map");
-    const convert = (v: unknown): unknown => {
-      if (v instanceof Map) return Object.fromEntries([...v].map(([k, x]) => [k, convert(x)]));
-      return Array.isArray(v) ? v.map(convert) : v;
-    };
-    return convert(this.value) as Record<string, unknown>;
+  /** Checks that it takes at most so many bytes of MessagePack. */
+  within(maxBytes: number): void {
+    const bytes = this.#reader.skip(this.#start) - this.#start;
+    this.check(bytes <= maxBytes, () => `${bytes} bytes, at most ${maxBytes} are allowed`);
+  }
+
+  /** All of it; maps become objects of own properties, whatever their keys are called. */
+  plain(): unknown {
+    this.#reader.at = this.#start;
+    return this.#reader.plain();
   }
 }
 

@@ -2,7 +2,7 @@
  * Where the parts of a pack go: a fresh file as a stream of chunks, and an append as a list of writes. Pure; the file
  * system is the caller's (SPEC.md, section 9).
  */
-import { isCoded } from "./coded.ts";
+import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
 import {
   directoryBytes,
   encodeDirectory,
@@ -155,8 +155,12 @@ function codedDirectory(
   tasks: Uint8Array,
 ): Uint8Array | undefined {
   if (!sections.some(({ coded }) => coded)) return undefined;
-  const nowhere = sections.map((section) => ({ ...section, offset: 0 }));
-  return encodeSection(encodeDirectory(nowhere, description, tasks), [], 4);
+  const directory = encodeDirectory(
+    sections.map((section) => ({ ...section, offset: 0 })),
+    description,
+    tasks,
+  );
+  return directory.length > MOST_CODED_DIRECTORY ? undefined : encodeSection(directory, [], 4);
 }
 
 /** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */

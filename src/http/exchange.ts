@@ -6,7 +6,7 @@
 import { described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
-import { type FetchOptions, unlessAborted } from "../source.ts";
+import { type FetchOptions, FIRST_BYTES, unlessAborted, type WholeOptions } from "../source.ts";
 
 /** What is asked for. */
 export interface Ask {
@@ -28,8 +28,9 @@ export interface Answer {
    * @param length of the body in bytes; undefined when it is not known
    * @param most bytes of a body of unknown length
    * @param excess what to say when more arrive
+   * @param told of `WholeOptions`: where it allows fewer, the rest is left
    */
-  body(length: number | undefined, most: number, excess: string): Promise<Uint8Array>;
+  body(length: number | undefined, most: number, excess: string, told?: WholeOptions["most"]): Promise<Uint8Array>;
 }
 
 /** Statuses that pass: RFC 9110 and RFC 6585. */
@@ -46,7 +47,7 @@ const PASSING: ReadonlyMap<number, string> = new Map([
 const PAUSE = 250;
 const LONGEST_PAUSE = 8000;
 /** Memory that is taken before a byte of a body has arrived. */
-const FIRST_BYTES = 2 ** 20;
+const FIRST_MEMORY = 2 ** 20;
 /** Queries of addresses, which may be secret; a redirect leads to signed ones. */
 const QUERIES = /(\bhttps?:\/\/[^\s?]*\?)[^\s)"']+/g;
 /** A longer time is no time for `setTimeout`. */
@@ -165,15 +166,17 @@ export class Exchange {
       this.reads.bytes += count;
       onBytes?.(count);
     };
-    const body = async (length: number | undefined, most: number, excess: string): Promise<Uint8Array> => {
-      const limit = length ?? most;
+    const body: Answer["body"] = async (length, most, excess, told) => {
+      const limit = Math.min(length ?? most, most);
       let bytes: Uint8Array | undefined;
-      if (response.body) bytes = await stream(response.body.getReader(), limit, arrived);
+      if (response.body) bytes = await stream(response.body.getReader(), limit, arrived, told);
       else {
         // Runtimes without streaming bodies, React Native among them.
         bytes = new Uint8Array(await pace.allowing(limit, response.arrayBuffer()));
         arrived(bytes.length);
       }
+      const wanted = told && bytes ? told(bytes) + 1 : Infinity;
+      if (bytes && bytes.length >= wanted) return bytes.subarray(0, wanted);
       if (!bytes || bytes.length > limit) return this.fail(excess);
       if (bytes.length < (length ?? 0)) {
         const message = `the connection ended after ${bytes.length} of ${length} bytes; try again`;
@@ -187,14 +190,15 @@ export class Exchange {
 
 /**
  * A body in memory of at most twice of what has arrived: what a server promises is not to be believed.
- * @returns undefined when it is longer than `most`
+ * @returns undefined when it is longer than `most`; what has arrived once that is more than `told` allows
  */
 async function stream(
   reader: ReadableStreamDefaultReader<Uint8Array>,
   most: number,
   arrived: (count: number) => void,
+  told?: WholeOptions["most"],
 ): Promise<Uint8Array | undefined> {
-  let bytes = new Uint8Array(Math.min(most, FIRST_BYTES));
+  let bytes = new Uint8Array(Math.min(most, FIRST_MEMORY));
   let done = 0;
   for (;;) {
     const { value, done: end } = await reader.read();
@@ -212,6 +216,10 @@ async function stream(
     }
     bytes.set(value, done);
     done = wanted;
+    if (told && done >= FIRST_BYTES && done > told(bytes)) {
+      void reader.cancel().catch(() => undefined);
+      break;
+    }
   }
   return done === bytes.length ? bytes : bytes.slice(0, done);
 }

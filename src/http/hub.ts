@@ -34,6 +34,8 @@ export interface SnapshotOptions extends HubOptions {
 }
 
 const OFFLINE = "is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub";
+/** Most bytes of the list of a repository's files: some 60 000 files. */
+const MOST_LISTING = 2 ** 24;
 /** Files that are downloaded at a time: most of an adapter's are small, and wait for answers. */
 const AT_A_TIME = 4;
 
@@ -223,7 +225,11 @@ class HubClient {
     const { repository, revision } = this.name;
     const address = `${this.#endpoint}/api/models/${repository}/revision/${encodeURIComponent(revision)}?blobs=true`;
     const source = this.#source(new URL(address));
-    const bytes = await source.readAll({ signal: this.options.signal });
+    const bytes = await source.readAll({ signal: this.options.signal, most: () => MOST_LISTING });
+    if (bytes.length > MOST_LISTING) {
+      const message = `lists more files than fit into ${MOST_LISTING} bytes; download what you need, and give its folder`;
+      throw new SourceError(message, { file: source.name });
+    }
     try {
       const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
       if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);

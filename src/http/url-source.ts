@@ -10,9 +10,13 @@ import {
   type ReadOptions,
   type Reads,
   unlessAborted,
+  type WholeOptions,
 } from "../source.ts";
 import { fromLatin1 } from "../text.ts";
 import { type Answer, checkNumber, Exchange } from "./exchange.ts";
+
+/** Most bytes of a file that was asked for whole: no message of protobuf, and so no ONNX model, is larger. */
+const MOST_WHOLE = 2 ** 31;
 
 /** What an answer says about the file. What it does not say is undefined: servers differ, and browsers hide headers. */
 interface Version {
@@ -91,13 +95,13 @@ export class UrlSource implements ByteSource {
     });
   }
 
-  async readAll({ signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
+  async readAll({ signal, onBytes, most }: WholeOptions = {}): Promise<Uint8Array> {
     throwIfAborted(signal);
     const whole = await unlessAborted(this.#kept(), signal);
     if (whole) return whole;
     return this.#exchange.ask({ signal, onBytes }, (answer) => {
       this.#checkStatus(answer, [200], "the file");
-      return this.#everything(answer, Infinity);
+      return this.#everything(answer, MOST_WHOLE, most);
     });
   }
 
@@ -207,16 +211,22 @@ export class UrlSource implements ByteSource {
     }
   }
 
-  async #everything(answer: Answer, most: number): Promise<Uint8Array> {
+  async #everything(answer: Answer, most: number, told?: WholeOptions["most"]): Promise<Uint8Array> {
     const { status } = answer;
     // An answer of another origin does not show whether it was compressed on the way.
     const size = answer.hidden ? undefined : sizeOf(answer);
     const advice = `above \`maxWholeBytes\`, ${most}; use a server with ranges, or raise it`;
-    const excess = `the server ignores ranges (status 200), and the file has ${size ?? "more"} bytes, ${advice}`;
+    const excess =
+      most === MOST_WHOLE
+        ? `the file has ${size ?? "more"} bytes, at most ${most} can be read whole`
+        : `the server ignores ranges (status 200), and the file has ${size ?? "more"} bytes, ${advice}`;
     if ((size ?? 0) > most) this.#exchange.fail(excess, { status });
     this.#recognise(versionOf(answer, size));
-    const bytes = await answer.body(size, most, size === undefined ? excess : `more than ${size} bytes arrived`);
+    const sent = size === undefined ? excess : `more than ${size} bytes arrived`;
+    const bytes = await answer.body(size, most, sent, told);
     this.#checkStart(bytes, status);
+    // A part of the file does not tell its size.
+    if (told && bytes.length > told(bytes)) return bytes;
     this.#recognise(versionOf(answer, bytes.length));
     return bytes;
   }

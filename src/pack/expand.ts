@@ -18,7 +18,7 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
-import { paced, pacer, whole } from "../pace.ts";
+import { atOnce, paced, pacer } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
 import { decodePart } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
@@ -28,7 +28,7 @@ const PIECE = 2 ** 19;
 
 /** Expands one term of a task: its rank counts shared and private rows. */
 export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): Term {
-  return whole(expanding(blob, term, module, bases));
+  return atOnce(expanding(blob, term, module, bases));
 }
 
 /** The same, yielding between pieces of work. */

@@ -26,6 +26,7 @@ import {
   type TaskToWrite,
 } from "../format/layout.ts";
 import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
+import { atOnce } from "../pace.ts";
 import { toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
 
@@ -54,7 +55,8 @@ export async function newPack(
   const header = first && headerOf(first);
   const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
   const basisId = toHex(await sha256(description, bases));
-  const parsed = coding && parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
+  const parsed =
+    coding && atOnce(parseBasis(description, { coded: false, length: bases.length }, "the new pack")).basis;
   const coder = parsed && { modules: parsed.modules, description };
   const coded = coder ? codedBases(bases, coder) : undefined;
   let turn: Promise<unknown> = Promise.resolve();
@@ -176,7 +178,7 @@ async function codedBy(extractor: Extractor, task: TaskToWrite, { modules, descr
 
 /** Tensors of a task's blob. */
 function tensorsOf({ entry, blob }: TaskToWrite, modules: readonly PackModule[]): TensorRef[] {
-  const { terms, parameters } = parseTask(blob, modules, entry.id, entry);
+  const { terms, parameters } = atOnce(parseTask(blob, modules, entry.id, entry));
   return refsOf(taskTensors(terms, parameters, modules));
 }
 
@@ -185,7 +187,7 @@ function headerOf({ blob }: TaskToWrite): unknown {
   const length = new DataView(blob.buffer, blob.byteOffset).getUint32(4, true);
   return length > MOST_HEADER
     ? undefined
-    : decode(blob.subarray(8, 8 + length), "the new pack", "task", "header").value;
+    : atOnce(decode(blob.subarray(8, 8 + length), "the new pack", "task", "header")).plain();
 }
 
 /** Whether a pack's sections are coded, as those will be that are added to it. */

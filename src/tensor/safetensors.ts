@@ -5,6 +5,7 @@
  */
 
 import { FormatError, SourceError } from "../errors.ts";
+import { paced, pacer } from "../pace.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { fromUtf8 } from "../text.ts";
 import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
@@ -30,8 +31,17 @@ export interface SafetensorsFile extends TensorFile {
   read(name: string, options?: ReadOptions): Promise<Uint8Array>;
 }
 
-/** Cap of the reference implementation; guards against allocating what a damaged length field asks for. */
-const MAX_HEADER_BYTES = 100_000_000;
+/** How a header is read. */
+export interface HeaderOptions extends ReadOptions {
+  /** Most bytes of the header. Default: 10 000 000, some 70 000 tensors; the format allows 100 000 000. */
+  readonly maxHeaderBytes?: number | undefined;
+}
+
+const MAX_HEADER_BYTES = 10_000_000;
+/** Cap of the format. */
+const FORMAT_BYTES = 100_000_000;
+/** Most bytes of what the header says of a tensor. A text of its metadata may take half of it. */
+const MAX_ENTRY_BYTES = 2 ** 16;
 
 /** Bits of one element, by dtype. */
 export const SAFETENSORS_BITS: ReadonlyMap<string, number> = new Map([
@@ -59,8 +69,9 @@ export function tensorByteLength(bits: number, shape: readonly number[]): number
  * @throws FormatError when a rule of the format is broken, naming the tensor, what was expected and what was found
  * @throws SourceError when the bytes cannot be had
  */
-export async function openSafetensors(source: ByteSource, options?: ReadOptions): Promise<SafetensorsFile> {
+export async function openSafetensors(source: ByteSource, options: HeaderOptions = {}): Promise<SafetensorsFile> {
   const file = source.name;
+  const { maxHeaderBytes = MAX_HEADER_BYTES } = options;
   const fail = (part: string, message: string, cause?: unknown): FormatError =>
     new FormatError(message, { file, part, cause });
 
@@ -73,23 +84,22 @@ export async function openSafetensors(source: ByteSource, options?: ReadOptions)
 
   const prefixView = new DataView(prefix.buffer, prefix.byteOffset, 8);
   const headerLength = prefixView.getUint32(0, true) + prefixView.getUint32(4, true) * 2 ** 32;
-  if (headerLength > MAX_HEADER_BYTES) {
-    throw fail("header", `is larger than the ${MAX_HEADER_BYTES} bytes that are allowed; not a safetensors file`);
+  if (headerLength > FORMAT_BYTES) {
+    throw fail("header", `is larger than the ${FORMAT_BYTES} bytes that are allowed; not a safetensors file`);
   }
   if (8 + headerLength > byteLength) {
     const end = 8 + headerLength;
     throw fail("header", `ends at byte ${end}, but the file has ${byteLength}; truncated, download it again`);
   }
-  const header = parseHeader(await source.read(8, headerLength, options), fail);
-
-  const dataStart = 8 + headerLength;
-  const tensors = new Map<string, SafetensorsTensor>();
-  let metadata: ReadonlyMap<string, string> = new Map();
-  for (const [name, value] of Object.entries(header)) {
-    if (name === "__metadata__") metadata = checkMetadata(value, fail);
-    else tensors.set(name, checkTensor(name, value, dataStart, fail));
+  if (headerLength > maxHeaderBytes) {
+    const most = `at most ${maxHeaderBytes} are read; if you trust the file, open it with a larger \`maxHeaderBytes\``;
+    throw fail("header", `has ${headerLength} bytes, ${most}`);
   }
-  checkCoverage(tensors, dataStart, byteLength, fail);
+  const header = await source.read(8, headerLength, options);
+  const { tensors, metadata } = await paced(
+    parseHeader(header, byteLength, maxHeaderBytes / 2, fail),
+    pacer(options.signal),
+  );
 
   const find = (name: string): SafetensorsTensor => {
     const tensor = tensors.get(name);
@@ -122,32 +132,123 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-function parseHeader(bytes: Uint8Array, fail: Fail): Record<string, unknown> {
+/** Reads what there is of each tensor by itself, in pieces: all at once 10 MB would take 100 ms. */
+function* parseHeader(
+  bytes: Uint8Array,
+  byteLength: number,
+  mostText: number,
+  fail: Fail,
+): Generator<void, Pick<SafetensorsFile, "tensors" | "metadata">> {
+  const tensors = new Map<string, SafetensorsTensor>();
+  const metadata = new Map<string, string>();
+  const dataStart = 8 + bytes.length;
   if (bytes[0] !== 0x7b) throw fail("header", `does not begin with "{"; not a safetensors file`);
-  let text: string;
-  try {
-    text = fromUtf8(bytes);
-  } catch (cause) {
-    throw fail("header", "is not UTF-8; damaged, download it again", cause);
+  const text = new JsonBytes(bytes, fail);
+  for (const name of text.members()) {
+    if (name === "__metadata__") {
+      if (text.next() !== "{") throw fail(name, "is not a JSON object");
+      for (const key of text.members()) {
+        yield;
+        const value = text.value(mostText, `${name}, ${key}`);
+        if (typeof value !== "string") throw fail(name, `${key} is ${show(value)}, expected a string`);
+        if (metadata.has(key)) throw fail("header", `names ${show(key)} twice; damaged, download it again`);
+        metadata.set(key, value);
+      }
+    } else {
+      if (tensors.has(name)) throw fail("header", `names ${show(name)} twice; damaged, download it again`);
+      tensors.set(name, checkTensor(name, text.value(MAX_ENTRY_BYTES, `tensor ${name}`), dataStart, fail));
+    }
+    yield;
   }
-  let header: unknown;
-  try {
-    header = parseJson(text);
-  } catch (cause) {
-    throw fail("header", `${(cause as Error).message}; damaged, download it again`, cause);
-  }
-  if (!isObject(header)) throw fail("header", "is not a JSON object; not a safetensors file");
-  return header;
+  text.end();
+  yield* checkCoverage(tensors, dataStart, byteLength, fail);
+  return { tensors, metadata };
 }
 
-function checkMetadata(value: unknown, fail: Fail): Map<string, string> {
-  const metadata = new Map<string, string>();
-  if (!isObject(value)) throw fail("__metadata__", "is not a JSON object");
-  for (const [key, text] of Object.entries(value)) {
-    if (typeof text !== "string") throw fail("__metadata__", `${key} is ${show(text)}, expected a string`);
-    metadata.set(key, text);
+/** A JSON text of which one value after the other is parsed. */
+class JsonBytes {
+  #at = 0;
+  readonly #bytes: Uint8Array;
+  readonly #fail: Fail;
+
+  constructor(bytes: Uint8Array, fail: Fail) {
+    this.#bytes = bytes;
+    this.#fail = fail;
   }
-  return metadata;
+
+  /** The letter that comes next; "" at the end. */
+  next(): string {
+    while ([0x20, 0x09, 0x0a, 0x0d].includes(this.#bytes[this.#at]!)) this.#at++;
+    return this.#at < this.#bytes.length ? String.fromCharCode(this.#bytes[this.#at]!) : "";
+  }
+
+  /** The names in an object. The caller takes the value of each. */
+  *members(): Generator<string> {
+    this.#take("{");
+    if (this.next() !== "}") {
+      for (;;) {
+        if (this.next() !== '"') this.#invalid(`a name in quotes is missing at byte ${this.#at}`);
+        const name = this.value(MAX_ENTRY_BYTES, "a name") as string;
+        this.#take(":");
+        yield name;
+        if (this.next() !== ",") break;
+        this.#take(",");
+      }
+    }
+    this.#take("}");
+  }
+
+  /** Nothing but white space is left. */
+  end(): void {
+    if (this.next() !== "") this.#invalid(`it goes on behind its object, at byte ${this.#at}`);
+  }
+
+  /** The next value. @param what it is called where it has more than `most` bytes */
+  value(most: number, what: string): unknown {
+    this.next();
+    const start = this.#at;
+    const end = this.#endOf(Math.min(this.#bytes.length, start + most + 1));
+    if (end - start > most)
+      throw this.#fail(what, `takes more than ${most} bytes of the header; not a safetensors file`);
+    this.#at = end;
+    let text: string;
+    try {
+      text = fromUtf8(this.#bytes.subarray(start, end));
+    } catch (cause) {
+      throw this.#fail("header", "is not UTF-8; damaged, download it again", cause);
+    }
+    try {
+      return parseJson(text);
+    } catch (cause) {
+      throw this.#fail("header", `${(cause as Error).message}; damaged, download it again`, cause);
+    }
+  }
+
+  /** Where the value ends that begins here: its brackets close, or what is around it goes on. */
+  #endOf(stop: number): number {
+    let depth = 0;
+    for (let at = this.#at; at < stop; at++) {
+      const byte = this.#bytes[at]!;
+      if (byte === 0x22) {
+        for (at++; at < stop && this.#bytes[at] !== 0x22; at++) if (this.#bytes[at] === 0x5c) at++;
+        if (depth === 0) return Math.min(stop, at + 1);
+      } else if (byte === 0x7b || byte === 0x5b) depth++;
+      else if (byte === 0x7d || byte === 0x5d) {
+        if (depth < 2) return at + depth;
+        depth--;
+      } else if (depth === 0 && (byte === 0x2c || byte === 0x3a || byte <= 0x20)) return at;
+    }
+    return stop;
+  }
+
+  #take(letter: string): void {
+    if (this.next() !== letter) this.#invalid(`"${letter}" is missing at byte ${this.#at}`);
+    this.#at++;
+  }
+
+  #invalid(message: string): never {
+    throw this.#fail("header", `is not valid JSON: ${message}; damaged, download it again`);
+  }
 }
 
 export function isSize(value: unknown): value is number {
@@ -180,22 +281,34 @@ function checkTensor(name: string, value: unknown, dataStart: number, fail: Fail
 }
 
 /** Tensors lie one after another, without overlap or hole, up to the last byte: no byte is hidden or read twice. */
-function checkCoverage(
+function* checkCoverage(
   tensors: ReadonlyMap<string, SafetensorsTensor>,
   dataStart: number,
   byteLength: number,
   fail: Fail,
-): void {
-  const inOrder = [...tensors].sort(([, a], [, b]) => a.byteOffset - b.byteOffset || a.byteLength - b.byteLength);
-  let end = dataStart;
-  for (const [name, tensor] of inOrder) {
-    if (tensor.byteOffset !== end) {
-      const what = tensor.byteOffset < end ? "it overlaps the one before" : "there is a hole before it";
-      const begins = `begins at byte ${tensor.byteOffset}, expected ${end}`;
-      throw fail(`tensor ${name}`, `${begins}: ${what}; save the file again`);
-    }
-    end += tensor.byteLength;
+): Generator<void> {
+  // Sorted as numbers, which is ten times as fast as sorting tensors: each must begin where another ends.
+  const all = [...tensors.values()].filter((tensor) => tensor.byteLength > 0);
+  const begins = Float64Array.from(all, ({ byteOffset }) => byteOffset);
+  yield;
+  begins.sort();
+  yield;
+  const ends = new Float64Array(all.length + 1);
+  all.forEach((tensor, i) => (ends[i] = tensor.byteOffset + tensor.byteLength));
+  ends[all.length] = dataStart;
+  yield;
+  ends.sort();
+  const wrong = begins.findIndex((begin, i) => begin !== ends[i]);
+  let count = 0;
+  for (const [name, { byteOffset, byteLength: length }] of tensors) {
+    if (++count % 256 === 0) yield;
+    const at = length > 0 ? wrong : placeIn(ends, byteOffset);
+    if (length > 0 ? at < 0 || byteOffset !== begins[at] : ends[at] === byteOffset) continue;
+    const end = ends[length > 0 ? at : at - 1] ?? dataStart;
+    const what = byteOffset < end || length === 0 ? "it overlaps the one before" : "there is a hole before it";
+    throw fail(`tensor ${name}`, `begins at byte ${byteOffset}, expected ${end}: ${what}; save the file again`);
   }
+  const end = ends[all.length]!;
   if (end > byteLength) {
     throw fail("tensors", `end at byte ${end}, but the file has ${byteLength}; truncated, download it again`);
   }
@@ -203,6 +316,17 @@ function checkCoverage(
     const extra = byteLength - end;
     throw fail("tensors", `end at byte ${end}, but ${extra} more bytes follow; damaged, download the file again`);
   }
+}
+
+/** Index of the first of sorted numbers that is at least `least`. */
+function placeIn(sorted: Float64Array, least: number): number {
+  let [low, high] = [0, sorted.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle]! < least) low = middle + 1;
+    else high = middle;
+  }
+  return low;
 }
 
 /** Little-endian F32, F64, F16 or BF16 as f32. */

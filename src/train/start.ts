@@ -10,6 +10,7 @@ import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/decode-coded.ts";
 import { moduleOf, readTensor, type TaskBlob } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
+import { paced, pacer } from "../pace.ts";
 import { normal } from "../tensor/random.ts";
 import { type HeadLayer, type LayerNumbers, layersOf, zerosOf } from "./head.ts";
 import type { TrainingSetup } from "./objective.ts";
@@ -53,7 +54,7 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   if (basisId !== pack.basisId)
     throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
   const plain = await plainTask(blob, { file, part: file, before: pack.directory.basisBytes });
-  return { id, blob: parseTask(plain, pack.modules, file, { id }), labels: metadata.labels };
+  return { id, blob: await paced(parseTask(plain, pack.modules, file, { id }), pacer()), labels: metadata.labels };
 }
 
 /** @throws TaskError when a task has what is not trained, or a side of a module in another way, which would leave out some of it */

@@ -9,6 +9,7 @@ import { bringsOf, encodedTensor, type TaskBlob, type TaskMetadata } from "../fo
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
+import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
 import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
@@ -92,7 +93,7 @@ export function learnedTask(
   if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
   const blob = encodeTask(stored ? narrowTerms(terms, pack.modules) : terms, saved);
   // The written task is read back: parsing checks it.
-  const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
+  const brings = bringsOf(atOnce(parseTask(blob, pack.modules, "the trained task", { id })), pack.modules);
   return { entry: { id, adapterBytes: 0, metadata, brings }, blob };
 }
 

@@ -4,9 +4,11 @@
  * a part says what it was made from, and its owner decides what to make again.
  */
 import { FormatError } from "../../errors.ts";
-import { crc32c, Value } from "../../format/fields.ts";
+import { crc32c, decode, type Value } from "../../format/fields.ts";
 import { kindOfSource } from "../../format/kind.ts";
+import { pack } from "../../format/msgpackr.ts";
 import { openSource } from "../../open-source.ts";
+import { atOnce } from "../../pace.ts";
 import type { SourceInput } from "../../source.ts";
 import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
@@ -15,6 +17,8 @@ import { parseJson } from "../../tensor/tensor-file.ts";
 /** What a part holds: statistics of adapters, or tasks on a basis. */
 export type PartKind = "statistics" | "tasks";
 
+/** A part may list as many tasks as a pack, each with a tensor of its own. */
+const MOST_HEADER = 100_000_000;
 /** Key of the description in the file's metadata. */
 const ABOUT = "eigenlora part";
 /** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
@@ -91,7 +95,7 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     if (found === "an EigenLoRA task file") fail("header", "this is a task file, not a part: add it to a pack");
     if (found !== undefined && found !== "a safetensors file")
       fail("header", `this is ${found}, not a part${kind ? `: ${USES[kind]}` : ""}`);
-    const tensors = await openSafetensors(source);
+    const tensors = await openSafetensors(source, { maxHeaderBytes: MOST_HEADER });
     const text = tensors.metadata.get(ABOUT);
     if (text === undefined) fail("header", `this is not a part${kind ? `: ${USES[kind]}` : ""}`);
     const places = [...tensors.tensors].sort(
@@ -144,20 +148,13 @@ export async function readPart<T>(input: SourceInput, kind: PartKind, read: (par
   }
 }
 
-/** JSON as a `Value`, whose maps have only the keys of the text. */
+/** JSON as a `Value`. A part may list more tasks than a pack. */
 function describe(text: string, file: string): Value {
   try {
-    return new Value(toMaps(parseJson(text)), file, "header", "description");
+    return atOnce(decode(pack(parseJson(text)), file, "header", "description", 64, Infinity));
   } catch (cause) {
     throw new FormatError(`its description ${(cause as Error).message}`, { file, part: "header", cause });
   }
-}
-
-/** Parsed JSON, with maps for objects. */
-function toMaps(value: unknown): unknown {
-  if (Array.isArray(value)) return value.map(toMaps);
-  if (typeof value !== "object" || value === null) return value;
-  return new Map(Object.entries(value).map(([key, item]) => [key, toMaps(item)]));
 }
 
 /** A word of the description. @throws FormatError when it is none of `words` */
