@@ -126,6 +126,7 @@ export const add: Attach = command({
         ...judged.map(agreementText),
         ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
       ],
+      ...(judged.some(({ agreement, reason }) => agreement === undefined && !reason) && { exitCode: run.unfinished }),
     };
   },
 });
@@ -142,7 +143,7 @@ function checkJudged(asked: Partial<Record<(typeof JUDGED)[number] | "model", un
 }
 
 function agreementText({ entry, blob, agreement, reason }: Awaited<ReturnType<typeof addedByAnswers>>[number]): string {
-  const unasked = `stored as without a model${reason === undefined ? ", for want of time" : `: ${reason}`}`;
+  const unasked = `stored as without a model${reason === undefined ? ", since the command was stopped" : `: ${reason}`}`;
   const said = agreement === undefined ? unasked : `answers ${percent(agreement)} like the adapter`;
   return `${entry.id}: ${bytes(blob.length)}, ${said}`;
 }

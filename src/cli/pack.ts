@@ -2,6 +2,7 @@
  * The command pack: makes a pack from adapters, with a number of components or by a criterion: a budget of bytes, an error, or the
  * answers of adapters and pack.
  */
+import { rmdir } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels } from "../adapters/modules.ts";
@@ -127,7 +128,7 @@ const OPTIONS = {
     ...option.rarely({
       distill: option.number(
         "STEPS",
-        "With --model: distillation steps per task; 0 for none. Default: as many as there is time for, 240 at most.",
+        "With --model: most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 240; 24 of a language model.",
         option.from(0),
       ),
       calibrate: option.toggle(
@@ -178,7 +179,8 @@ export const pack: Attach = command({
     const { chunks, report, finished } = await build(kept, options, run, out).catch(addWaysOut(options, adapterBytes));
     await target.write(chunks);
     const byAnswers = "answers" in report;
-    if (finished !== undefined && byAnswers && !report.stopped) await removeFinished(finished);
+    const left = byAnswers && report.left.length > 0;
+    if (finished !== undefined) await (left ? rmdir(finished).catch(() => undefined) : removeFinished(finished));
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
     // A base without weights was warned of.
@@ -193,6 +195,7 @@ export const pack: Attach = command({
         cardText(report, baseModels(kept)[0], byAnswers ? agreementText(report) : undefined),
         `${took.seconds.toFixed(2)} s`,
       ],
+      ...(left && { exitCode: run.unfinished }),
     };
   },
 });
