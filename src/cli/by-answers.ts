@@ -69,7 +69,7 @@ export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress
 
 const STAGES = {
   planning: "finding out how long all takes, by",
-  trying: "trying sizes,",
+  trying: "trying sizes on",
   distilling: "distilling",
 } as const;
 
@@ -94,7 +94,8 @@ export async function packedByAnswers(
     ...build,
     signal,
     finished: finishedIn(finished, settings),
-    onProgress: ({ stage, task, done, of }) => out.progress("task", done, of, `${STAGES[stage]} ${task}`),
+    onProgress: ({ stage, task, done, of }) =>
+      out.progress({ stage: STAGES[stage], done, total: of, unit: "tasks", detail: task }),
   });
   return { ...built, finished };
 }
@@ -112,7 +113,7 @@ export async function addedByAnswers(
   const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, asksPrompts(asked, adapters));
   const signal = run.interrupts();
   const onProgress: ByAnswersOptions["onProgress"] = ({ stage, task, done, of }) =>
-    out.progress("task", done, of, `${STAGES[stage]} ${task}`);
+    out.progress({ stage: STAGES[stage], done, total: of, unit: "tasks", detail: task });
   const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress };
   const made = await tasksByAnswers(engineOf(ort, on), wholeOf(model, decoder), pack, how);
   return made.map(({ file, agreement, reason }) => {

@@ -31,7 +31,7 @@ import {
   text,
   UsageError,
 } from "./options.ts";
-import { bytes, count, counting, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
+import { bytes, count, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 
 /** A task file that was named, and what its task is to be called. */
@@ -87,7 +87,7 @@ export const add: Attach = command({
     const pack = await run.pack(file);
     refuseTaken(pack, named);
     refuseOtherBase(pack, adapters, anyBase);
-    const onProgress = counting(out, "module");
+    const { progress: onProgress } = out;
     const isJudged = model !== undefined && adapters.length > 0;
     const projected = isJudged ? [] : await projectAdapters(pack, adapters, await storedDtypes(pack), { onProgress });
     const judged = isJudged ? await addedByAnswers(pack, adapters, { ...asked, model }, run, out) : [];

@@ -64,12 +64,12 @@ export async function distilEach(
     if (!earlier) out.phase(`${which}: asking the adapter, solving coefficients`);
     const onStep = ({ step }: { step: number }): void => {
       const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
-      out.progress("step of all tasks", gone, of, which);
+      out.progress({ stage: "distilling", done: gone, total: of, unit: "steps", detail: adapter.id });
     };
     const made = earlier ?? (await distill(session, { adapter, ...questions, encode, steps, batch, onStep }));
     if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
     done.push({ ...made, resumed: earlier !== undefined });
-    if (steps === 0) out.progress("task", i + 1, adapters.length, adapter.id);
+    if (steps === 0) out.progress({ stage: "solving", done: i + 1, total: adapters.length, unit: "tasks" });
   }
   if (done.every(({ kept }) => kept === "projected"))
     out.warn(`no task got better than it was, so all stay as projected: try more than --steps ${steps}, or more text`);

@@ -36,9 +36,8 @@ export async function named(given: string, reads: ReadAs, out: Output): Promise<
 
 /** A listener that shows how much of a file has arrived. */
 export function downloading(out: Output): OnProgress {
-  const megabytes = (n: number): number => Math.ceil(n / 1e6);
   return ({ status, file, loaded, total }) => {
-    if (status === "progress") out.progress(`${file}, MB`, megabytes(loaded), megabytes(total));
+    if (status === "progress") out.progress({ stage: `downloading ${file}`, done: loaded, total, unit: "bytes" });
   };
 }
 

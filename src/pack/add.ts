@@ -25,6 +25,7 @@ import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } 
 import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
+import { Meter, type OnWork, ROUND } from "../work.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import { completeDtypes } from "./recipe.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
@@ -41,8 +42,8 @@ export interface ProjectedAdapter extends TaskToWrite {
 
 /** Options of `projectAdapters`. */
 export interface ProjectAdaptersOptions {
-  /** Called after each module. */
-  readonly onProgress?: ((done: number, of: number) => void) | undefined;
+  /** Called as the work goes on, with the share that is done, in percent. */
+  readonly onProgress?: OnWork | undefined;
   /**
    * The share of its ΔW that an adapter may lose: it has private terms for what the components lack, or for all of it where that takes
    * fewer bytes. Default: as the pack's tasks, which may have none.
@@ -68,13 +69,27 @@ export async function projectAdapters(
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
   try {
-    const all: Newcomers = { pack, bases: bases.bytes, adapters, formats, onProgress, error, apart: false };
+    const meter = Meter.of("adding", onProgress);
+    const twice = pack.directory.basis.step !== undefined && error !== undefined && !sharesBySide(pack);
+    const first = meter.part(twice ? 0.5 : 1);
+    const all: Newcomers = {
+      pack,
+      bases: bases.bytes,
+      adapters,
+      formats,
+      meter: first,
+      share: ROUND,
+      error,
+      apart: false,
+    };
     const stored = async (how: Newcomers): Promise<ProjectedAdapter[]> =>
       (await onto(how)).map((task) => ({ ...task, ...storedTask(pack, task) }));
     const beside = await stored(all);
-    if (pack.directory.basis.step === undefined || error === undefined || sharesBySide(pack)) return beside;
+    first.reach(1);
+    if (!twice) return beside;
     // What components hold little of takes fewer bytes without them.
-    const apart = await stored({ ...all, apart: true });
+    const apart = await stored({ ...all, meter: meter.part(1), apart: true });
+    meter.reach(1);
     return beside.map((task, i) => (apart[i]!.blob.length < task.blob.length ? apart[i]! : task));
   } finally {
     bases.close();
@@ -102,7 +117,9 @@ interface Newcomers {
   readonly bases: Uint8Array;
   readonly adapters: readonly Adapter[];
   readonly formats: Dtypes;
-  readonly onProgress: ProjectAdaptersOptions["onProgress"];
+  readonly meter: Meter;
+  /** The share of what is left that one pass through all modules takes. */
+  readonly share: number;
   readonly error: number | undefined;
   /** Whether components are left alone, and all of a task are private terms. */
   readonly apart: boolean;
@@ -113,7 +130,8 @@ async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
   const error = all.error ?? all.pack.directory.basis.error;
   const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
   const choices = sharesBySide(all.pack) ? new Map<string, BySide<SideChoice>>() : undefined;
-  if (!choices && error === undefined && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);
+  if (!choices && error === undefined && !hasPrivateTerms(all.pack))
+    return project({ ...all, share: 1 }, undefined, usual);
   const coded = (steps: Steps): Promise<ProjectedAdapter[]> =>
     choices ? placed(all, choices, steps) : project(all, new Map(), steps);
   // The step says which are worth it.
@@ -139,7 +157,8 @@ async function placed(
   choices: Map<string, BySide<SideChoice>>,
   steps: Steps,
 ): Promise<ProjectedAdapter[]> {
-  const { pack, bases, adapters, onProgress } = all;
+  const { pack, bases, adapters } = all;
+  const meter = all.meter.part(all.share);
   const products = await fastProducts();
   const errors: ModuleError[] = [];
   const terms = adapters.map((): TermInput[] => []);
@@ -163,7 +182,7 @@ async function placed(
       const made = sidesTerm(name, { ...task, magnitude }, adapter);
       if (changes(made)) terms[i]!.push({ module: index, ...made });
     }
-    onProgress?.(index + 1, pack.modules.length);
+    meter.reach((index + 1) / pack.modules.length);
   }
   return finished(all, terms, errors, true);
 }
@@ -248,10 +267,11 @@ interface Both {
 
 /** Goes through the modules of a pack, and in each through the adapters that have it. */
 async function eachModule(
-  { pack, bases, adapters, formats, onProgress, apart }: Newcomers,
+  { pack, bases, adapters, formats, meter: whole, share, apart }: Newcomers,
   steps: Steps | undefined,
   work: (both: Both, begun: Begun, space: ModuleSpace | undefined) => void,
 ): Promise<void> {
+  const meter = whole.part(share);
   const products = await fastProducts();
   const coefficientDtype = steps ? "int8" : formats.coefficients;
   const options = { gauge: gaugeOf(pack), rank: pack.directory.basis.rank, coefficientDtype };
@@ -266,7 +286,7 @@ async function eachModule(
       const begin = (): Begun => beginMixed(space, { id: adapter.id, ...term }, { ...options, step });
       work({ index, stored, i, adapter, magnitude }, storable(adapter, stored, begin, SCALE_DOWN), space);
     }
-    onProgress?.(index + 1, pack.modules.length);
+    meter.reach((index + 1) / pack.modules.length);
   }
 }
 

@@ -81,7 +81,8 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
       }
     };
     modules.push({ ...shape, A: [await side("A")], B: [await side("B")], fingerprint: fingerprints?.get(name) });
-    options.onProgress?.(modules.length, statistics.modules.size);
+    const total = statistics.modules.size;
+    options.onProgress?.({ stage: "merging", done: modules.length, total, unit: "modules" });
   }
   const baseModel = baseModels(statistics.adapters)[0];
   const { chunks, bytes } = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);

@@ -12,6 +12,7 @@ import type { Value } from "../../format/fields.ts";
 import { placeOf, type TaskPlace } from "../../format/layout.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import { DTYPES, type Dtypes, type TaskDtypes } from "../../tensor/dtypes.ts";
+import type { OnWork } from "../../work.ts";
 import { projectAdapters } from "../add.ts";
 import { completeDtypes } from "../recipe.ts";
 import { type BuildReport, sizes, type TaskLoss } from "../report.ts";
@@ -31,7 +32,7 @@ export async function projectTasks(
   basis: Pack,
   adapters: readonly Adapter[],
   made: string,
-  options: { dtype?: Partial<Dtypes>; onProgress?: (done: number, of: number) => void } = {},
+  options: { dtype?: Partial<Dtypes>; onProgress?: OnWork } = {},
 ): Promise<AsyncGenerator<Uint8Array, void>> {
   const sorted = byId(adapters);
   const dtype = completeDtypes(options.dtype);
