@@ -15,7 +15,7 @@ import { better, checkSearch, figuresOf, type Goal, outOfReach, type SearchOptio
 import type { BuildOptions } from "./recipe.ts";
 import type { BuildReport } from "./report.ts";
 import { lowestPassing, partition, Unreachable } from "./seek.ts";
-import { allOf, defaultWays, kindOf, type Lent, nameOf, scoredWays, trying, type Way } from "./ways.ts";
+import { allOf, costOf, defaultWays, kindOf, type Lent, nameOf, scoredWays, trying, type Way } from "./ways.ts";
 import type { Scratch } from "./write.ts";
 
 /** The pack that was chosen, what it was chosen by, and what else was tried. */
@@ -139,8 +139,8 @@ async function searchWith(
   const all = ways ?? (goal.kind === "score" ? scoredWays(dtype) : defaultWays(search, goal, decisions));
   for (const [i, way] of all.entries()) {
     if (way.fallback && best) continue;
-    const others = all.slice(i + 1).filter(({ fallback }) => !fallback).length;
-    const lent = { ...search, opened: partOf(opened, 1 / (1 + others)) };
+    const left = all.slice(i).reduce((sum, one) => sum + costOf(one), 0);
+    const lent = { ...search, opened: partOf(opened, costOf(way) / left || 1) };
     const made = await attempt(lent, way, best?.tried.bytes);
     if (made && !(best && !better(made.tried, best.tried, goal))) best = made;
   }

@@ -40,9 +40,14 @@ export interface Lent extends Pick<BuildOptions, "dtype" | "centering" | "normal
   survey(opened: Adapters): Promise<Survey>;
 }
 
-/** For one of the packs that are made to find the best. */
-export function trying<L extends Lent>(lent: L): L {
-  return { ...lent, opened: partOf(lent.opened, ROUND) };
+/** For one of the packs that are made to find the best. @param share of what is left to do */
+export function trying<L extends Lent>(lent: L, share: number = ROUND): L {
+  return { ...lent, opened: partOf(lent.opened, share) };
+}
+
+/** How long a way takes, with private terms alone as 1, where a search has several; fallbacks are seldom needed. */
+export function costOf({ grows, fallback }: Way): number {
+  return fallback ? 0 : grows === "steps" ? 8 : 1;
 }
 
 /** A kind of way: how packs of it are made, and what their bytes grow with. */
@@ -164,7 +169,7 @@ const CODED: Kind = {
     return write(opened, whole, await encode(partOf(opened, EXTRACTING), whole));
   },
   async within(lent, way, max) {
-    const made = (k: number): Promise<Streamed> => this.make(trying(lent), way, { kind: "k", k });
+    const made = (k: number): Promise<Streamed> => this.make(trying(lent, 0.15), way, { kind: "k", k });
     const finest = await refine(made, sizeOf, max, STEPS);
     // A step so coarse that nothing is left of a task.
     const idle = finest.report.errors.find(({ total }) => total >= 1);
