@@ -142,7 +142,9 @@ async function inTurn<T, R>(all: readonly T[], step: (one: T, i: number) => Prom
 /** Says what a mistyped path was taken for. */
 function hintOf(error: Error, { guessed }: Run): string {
   const name = guessed.find((one) => error instanceof SourceError && error.message.includes(one.replace(/@.*/, "")));
-  return name === undefined ? "" : `. There is no file or folder ${name} here, so the Hub was asked`;
+  return name === undefined
+    ? ""
+    : `. There is no file or folder ${name} here, so it was taken for a repository of the Hugging Face Hub`;
 }
 
 function valuesOf<O extends Options>(options: O, given: Readonly<Record<string, unknown>>): Values<O> {

@@ -40,9 +40,10 @@ export async function addProjected(
   pack: Pack,
   adapters: readonly Adapter[],
   formats: Dtypes,
+  { progress: onProgress }: Output,
 ): Promise<ProjectedAdapter[]> {
   if (adapters.length === 0) return [];
-  const projected = await projectAdapters(pack, adapters, formats);
+  const projected = await projectAdapters(pack, adapters, formats, { onProgress });
   for (const { entry, blob } of projected) await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
   return projected;
 }

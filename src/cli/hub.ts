@@ -142,12 +142,12 @@ const assemble: Attach = command({
   does: "Make one pack of the tasks in all parts, sorted by id.",
   example: "hub assemble basis.eigen 1.tasks 2.tasks -o tasks.eigen",
   options: { output: option.output("PACK", "The pack to write."), force: option.force },
-  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run) {
+  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run, out) {
     const target = await run.target(file, { force, inputs: [basisPath, ...paths] });
     const basis = await run.pack(basisPath);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openTasks(path)));
-    const { chunks, report } = await assemblePack(basis, parts);
+    const { chunks, report } = await assemblePack(basis, parts, out.progress);
     await target.write(chunks);
     const { dtype, ...rest } = report;
     const { tasks, modules, ratio, error, breakEvenTasks, adapterBytes } = rest;

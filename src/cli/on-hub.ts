@@ -11,7 +11,7 @@ import { readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
 import type { OnProgress } from "../progress.ts";
 import { type ReadAs, UsageError } from "./options.ts";
-import { bytes, type Output } from "./output.ts";
+import { bytes, type Output, sum } from "./output.ts";
 
 /** A name as the command gets it, and as it is shown to people. */
 export interface Named {
@@ -34,10 +34,18 @@ export async function named(given: string, reads: ReadAs, out: Output): Promise<
   return { path: await download(snapshot, model), shown: hubText({ ...name, path: model }), guessed: short };
 }
 
-/** A listener that shows how much of a file has arrived. */
+/** A listener that shows how much has arrived of all files that are downloaded together. */
 export function downloading(out: Output): OnProgress {
-  return ({ status, file, loaded, total }) => {
-    if (status === "progress") out.progress({ stage: `downloading ${file}`, done: loaded, total, unit: "bytes" });
+  let files = new Map<string, { readonly loaded: number; readonly total: number }>();
+  return ({ status, name, file, loaded, total }) => {
+    const all = [...files.values()];
+    // All of them are told of before the first arrives.
+    if (status === "initiate" && all.every((one) => one.loaded === one.total)) files = new Map();
+    files.set(`${name}/${file}`, { loaded, total });
+    if (status !== "progress") return;
+    const what = files.size === 1 ? file : `${files.size} files of ${name.replace(/@[0-9a-f]{40}/, "")}`;
+    const [done, whole] = (["loaded", "total"] as const).map((key) => sum([...files.values()].map((one) => one[key])));
+    out.progress({ stage: `downloading ${what}`, done: done!, total: whole!, unit: "bytes" });
   };
 }
 

@@ -86,11 +86,16 @@ export interface AssembledPack {
  * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats; TaskError for a task that
  *   is there twice
  */
-export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Promise<AssembledPack> {
+export async function assemblePack(
+  basis: Pack,
+  parts: readonly TaskPart[],
+  onProgress?: OnWork,
+): Promise<AssembledPack> {
   const first = parts[0]!;
   const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
   const losses: (TaskLoss & { modules: number })[] = [];
   const places = await tasksOf(basis);
+  const total = parts.reduce((sum, { tasks }) => sum + tasks.length, 0);
   for (const part of parts) {
     refuseOther(basis, first, part);
     for (const loss of part.tasks) {
@@ -103,6 +108,7 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
       const { place, modules } = await checkTask(basis, part, loss.id);
       places.push(place);
       losses.push({ ...loss, modules });
+      onProgress?.({ stage: "assembling", done: losses.length, total, unit: "tasks" });
     }
   }
   places.sort((a, b) => compare(a.entry.id, b.entry.id));
