@@ -43,7 +43,7 @@ export async function addProjected(
   { progress: onProgress }: Output,
 ): Promise<ProjectedAdapter[]> {
   if (adapters.length === 0) return [];
-  const projected = await projectAdapters(pack, adapters, formats, { onProgress });
+  const projected = await projectAdapters(pack, adapters, formats, { onProgress, maxLoss: 1 });
   for (const { entry, blob } of projected) await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
   return projected;
 }

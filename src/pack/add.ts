@@ -3,7 +3,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, TaskError } from "../errors.ts";
 import type { Allocation, Spectrum } from "../extract/allocation.ts";
 import { balance, pairOf, singularValues } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
@@ -49,7 +49,12 @@ export interface ProjectAdaptersOptions {
    * fewer bytes. Default: as the pack's tasks, which may have none.
    */
   readonly error?: number | undefined;
+  /** The share of its ΔW from which on an adapter is refused; 1 refuses none. Default: 0.5, or `error` where that is more. */
+  readonly maxLoss?: number | undefined;
 }
+
+/** A task that loses more of its ΔW does something else than its adapter. */
+export const MAX_LOSS = 0.5;
 
 /**
  * Brings adapters into a pack that exists, in its gauge and to its rank: coefficients on its components; and where its tasks have
@@ -57,15 +62,19 @@ export interface ProjectAdaptersOptions {
  * within `DEFAULT_ERROR`. Where tasks share each side by itself, an adapter takes of each what costs it least, and has beside it what
  * the others' components lack. A pack whose step was made for no error has its step. Module by module, so that each basis is opened once.
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
+ * @throws TaskError for one that would lose more than `maxLoss`, with the `loss`
+ * @throws RangeError for a `maxLoss` that is no share
  */
 export async function projectAdapters(
   pack: Pack,
   adapters: readonly Adapter[],
   formats: Dtypes,
-  { onProgress, error }: ProjectAdaptersOptions = {},
+  { onProgress, error, maxLoss = Math.max(MAX_LOSS, error ?? 0) }: ProjectAdaptersOptions = {},
 ): Promise<ProjectedAdapter[]> {
   checkPack("projectAdapters", pack);
   checkAdapters("projectAdapters", adapters);
+  if (!(maxLoss >= 0 && maxLoss <= 1))
+    throw new RangeError(`projectAdapters: maxLoss: expected a share from 0 to 1, got ${maxLoss}`);
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
   try {
@@ -82,8 +91,11 @@ export async function projectAdapters(
       error,
       apart: false,
     };
-    const stored = async (how: Newcomers): Promise<ProjectedAdapter[]> =>
-      (await onto(how)).map((task) => ({ ...task, ...storedTask(pack, task) }));
+    const stored = async (how: Newcomers): Promise<ProjectedAdapter[]> => {
+      const made = await onto(how);
+      refuseLoss(made, maxLoss, pack.name);
+      return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
+    };
     const beside = await stored(all);
     first.reach(1);
     if (!twice) return beside;
@@ -94,6 +106,20 @@ export async function projectAdapters(
   } finally {
     bases.close();
   }
+}
+
+/** @throws TaskError naming the task that loses most, when that is more than it may */
+function refuseLoss(tasks: readonly ProjectedAdapter[], most: number, pack: string): void {
+  const worst = { id: "", total: 0 };
+  const { id, total } = tasks.reduce((a, { residual }) => (residual.total > a.total ? residual : a), worst);
+  if (total <= most || most === 1) return;
+  const percent = (share: number): string => `${Math.round(1000 * share) / 10} %`;
+  const enough = Math.min(1, Math.ceil(100 * total) / 100);
+  throw new TaskError(
+    `task "${id}" would lose ${percent(total)} of its ΔW, which the components of ${pack} lack, and ${percent(most)} is the most: ` +
+      `nothing was added. Pack all adapters again, with this one; or pass \`maxLoss: ${enough}\``,
+    { task: id, loss: total },
+  );
 }
 
 /** Tasks that tell the number formats of a pack. */

@@ -36,7 +36,7 @@ export async function projectTasks(
 ): Promise<AsyncGenerator<Uint8Array, void>> {
   const sorted = byId(adapters);
   const dtype = completeDtypes(options.dtype);
-  const projected = await projectAdapters(basis, sorted, dtype, options);
+  const projected = await projectAdapters(basis, sorted, dtype, { ...options, maxLoss: 1 });
   const losses = projected.map(({ residual }) => residual);
   const files = projected.map(({ entry, blob }) => encodeTaskFile(entry, basis.basisId, blob));
   return writeTasks(basis, made, dtype, losses, files);
