@@ -104,7 +104,9 @@ function hubText<O extends Options>({
   const all = [...reads, ...Object.values(options).map((spec) => spec.reads)];
   if (all.includes("repository") || all.includes("model"))
     return ["\nAdapters and models may lie on the Hugging Face Hub: org/name, or", "hf:org/name@revision/path."];
-  return all.includes("file") ? ["\nIt may lie on the Hugging Face Hub: hf:org/name@revision/file."] : [];
+  return all.includes("file") || all.includes("weights")
+    ? ["\nIt may lie on the Hugging Face Hub: hf:org/name@revision/file."]
+    : [];
 }
 
 /** Files and repositories that were named, as the command reads them. */

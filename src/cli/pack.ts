@@ -4,7 +4,7 @@
  */
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels } from "../adapters/modules.ts";
+import { commonBase } from "../adapters/modules.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
 import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
@@ -183,6 +183,8 @@ export const pack: Attach = command({
     const took = resources();
     // A base without weights was warned of.
     const notes = base === undefined ? report.notes.map((note) => inFlags(note, OPTIONS)) : [];
+    // A card that names a base speaks for all adapters.
+    const cardBase = kept.every(({ baseModel }) => baseModel !== undefined) ? commonBase(kept) : undefined;
     return {
       json: { file, ...report, notes, dtype: nameOf(report.dtype), dropped, ...took },
       text: [
@@ -190,7 +192,7 @@ export const pack: Attach = command({
         ...(byAnswers ? byAnswersText(file, report) : reportText(file, report)),
         ...("tried" in report ? autoText(report) : []),
         ...notes,
-        cardText(report, baseModels(kept)[0], byAnswers ? agreementText(report) : undefined),
+        cardText(report, cardBase, byAnswers ? agreementText(report) : undefined),
         `${took.seconds.toFixed(2)} s`,
       ],
     };

@@ -3,7 +3,7 @@
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels, type SharedModule } from "../adapters/modules.ts";
+import { commonBase, type SharedModule } from "../adapters/modules.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import type { TermInput } from "../format/encode.ts";
@@ -212,7 +212,7 @@ async function writeTasks(
     return task;
   });
   const { mode, gauge, centering, rank } = extraction;
-  const baseModel = baseModels(adapters)[0];
+  const baseModel = commonBase(adapters);
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
   const basis = { mode, gauge, centering, rank, step, error, baseModel, modules: modules.splice(0) };
   const { bytes, chunks, blobs } = await newPack(basis, tasks, how);
