@@ -80,8 +80,8 @@ if (!identical || lost > MAX_ACCURACY_LOST || same < MIN_SAME || learned < MIN_L
 
 /** What `eigenlora pack` does with a model: the smallest pack whose tasks answer as their adapters do. */
 async function packedAnew() {
-  const onProgress = (/** @type {import("eigenlora/train").ByAnswersProgress} */ { stage, task, done, total }) =>
-    console.error(`${stage} ${task}, step ${done} of ${total}`);
+  const onProgress = (/** @type {import("eigenlora/build").WorkProgress} */ { stage, detail, done, total }) =>
+    console.error(`${stage} ${detail}, step ${done} of ${total}`);
   const { chunks } = await packByAnswers(createEngine(ort), model, { adapters, encode, onProgress });
   return /** @type {BlobPart[]} */ (chunks);
 }

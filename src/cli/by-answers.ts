@@ -72,14 +72,6 @@ export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress
   readonly tokens: number | undefined;
 }
 
-const STAGES = { trying: "trying sizes", distilling: "distilling" } as const;
-
-/** Shows the training steps of all tasks. */
-const stepping =
-  (out: Output): NonNullable<ByAnswersOptions["onProgress"]> =>
-  ({ stage, task, done, total }) =>
-    out.progress("step", done, total, `${STAGES[stage]}, ${task}`);
-
 /** @returns the pack, and the folder of what is finished, which is to be removed when the pack is written unless it was stopped */
 export async function packedByAnswers(
   { engine, model, build, file, inputs, tokens, ...options }: ByAnswers,
@@ -101,7 +93,7 @@ export async function packedByAnswers(
     ...build,
     signal,
     finished: finishedIn(finished, settings),
-    onProgress: stepping(out),
+    onProgress: out.progress,
   });
   return { ...built, finished };
 }
@@ -118,7 +110,7 @@ export async function addedByAnswers(
   out.phase("loading the model");
   const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, asksPrompts(asked, adapters));
   const signal = run.interrupts();
-  const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress: stepping(out) };
+  const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress: out.progress };
   const made = await tasksByAnswers(engineOf(ort, on), wholeOf(model, decoder), pack, how);
   return made.map(({ file, agreement, reason }) => {
     const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");

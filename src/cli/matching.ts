@@ -56,6 +56,7 @@ const WORDS: readonly (readonly [option: string, said: RegExp, flag: string])[] 
   ["anyBase", /anyBase: true/g, "--any-base"],
   ["base", /pass `base`/g, "pass --base"],
   ["as", /with rename/g, "with --as"],
+  ["maxLoss", /pass `maxLoss: ([\d.]+)`/g, "allow it with --max-loss $1"],
   ["beside", /, or leave it out with the option `modules`/g, ""],
   ["key", /and `keys` were given/g, "and --key was given"],
   ["key", /none of `keys`/g, "none of those given with --key"],

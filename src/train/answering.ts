@@ -15,6 +15,7 @@ import type { BuildOptions } from "../pack/recipe.ts";
 import { storedTask } from "../pack/write.ts";
 import type { Session } from "../session/session.ts";
 import { fromBase64, toBase64 } from "../text.ts";
+import type { OnWork } from "../work.ts";
 import { askAdapter } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import { distillable, distilTask } from "./distill.ts";
@@ -41,20 +42,10 @@ export interface ByAnswersOptions
   readonly steps?: number | undefined;
   /** Minutes after which no further task is begun. Those left are stored as without a model, and the report says so. Default: no limit. */
   readonly minutes?: number | undefined;
-  /** Called when there is something new to say of a task. */
-  readonly onProgress?: ((progress: ByAnswersProgress) => void) | undefined;
+  /** Called after each training step of a task, with the steps of all tasks. */
+  readonly onProgress?: OnWork | undefined;
   /** Where outcomes are kept, so that a call that was stopped goes on: by a key that holds all they depend on but the model and questions. */
   readonly finished?: FinishedOutcomes | undefined;
-}
-
-/** Progress of `packByAnswers` and `tasksByAnswers`. */
-export interface ByAnswersProgress {
-  /** Sizes are tried on some tasks; then all tasks are distilled for the size that was chosen. */
-  readonly stage: "trying" | "distilling";
-  readonly task: string;
-  /** Training steps, of those that all tasks may take. Never less than before. */
-  readonly done: number;
-  readonly total: number;
 }
 
 /** What is finished, by key: JSON. */
@@ -178,20 +169,20 @@ export class Answering {
     const outcomes: Outcome[] = [];
     for (const adapter of adapters) {
       const before = this.#trying + outcomes.length * steps;
-      const onStep = (step: number): void => this.#tell("distilling", level, adapter, before + step);
+      const onStep = (step: number): void => this.#tell(level, adapter.id, before + step);
       onStep(0);
       outcomes.push(await this.#outcome(level, adapter, { steps, onStep }));
       // Answers of all adapters together would be the most that is held.
       this.#taught.delete(adapter.id);
     }
-    this.#tell("distilling", level, adapters.at(-1)!, Infinity);
+    this.#tell(level, adapters.at(-1)!.id, Infinity);
     return outcomes;
   }
 
-  #tell(stage: ByAnswersProgress["stage"], level: Open, { id }: Adapter, done: number): void {
+  #tell(level: Open, detail: string, done: number): void {
     const total = this.#trying + this.#options.adapters.length * Math.max(this.stepsOf(level), 1);
     this.#done = Math.max(this.#done, Math.min(done, total));
-    this.#options.onProgress?.({ stage, task: id, done: this.#done, total });
+    this.#options.onProgress?.({ stage: "distilling", done: this.#done, total, unit: "steps", detail });
   }
 
   async #teach(level: Open, adapter: Adapter): Promise<Taught> {
@@ -231,7 +222,8 @@ export class Answering {
     const outcomes: Outcome[] = [];
     for (const [i, adapter] of adapters.entries()) {
       const done = (before * adapters.length + i) * each;
-      const onStep = (step: number): void => this.#tell("trying", level, adapter, Math.min(done + step, this.#trying));
+      const onStep = (step: number): void =>
+        this.#tell(level, `${adapter.id} to try a size`, Math.min(done + step, this.#trying));
       onStep(0);
       outcomes.push(await this.#outcome(level, adapter, { steps, onStep }, steps < all ? MORE_DIFFER : 1));
     }

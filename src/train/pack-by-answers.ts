@@ -84,7 +84,7 @@ export async function tasksByAnswers(
   checkPack("tasksByAnswers", pack);
   check("tasksByAnswers", options, TASK_OPTIONS);
   const { adapters, names } = options;
-  const projected = await projectAdapters(pack, adapters, await storedDtypes(pack));
+  const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), { maxLoss: 1 });
   const added: string[] = [];
   try {
     for (const { entry, blob } of projected) {
