@@ -3,7 +3,7 @@
  * while switching tasks, compares the answers with PEFT's, learns a new task, shows memory, and returns to the base bit for bit.
  * Exits 1 if the base is not restored or the answers are not close enough to PEFT's.
  *
- * The pack, tasks.eigen, was made by one command, which takes some ten minutes; `npm run demo -- --pack` makes one anew and shows that.
+ * The pack, tasks.eigen, was made by one command, which takes a quarter of an hour; `npm run demo -- --pack` makes one anew and shows that.
  * Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in test/data.
  *
  *   eigenlora pack test/data/adapters/own-seed --model test/data/minilm/model_fp16.onnx --tokens 32 -o examples/tasks.eigen
@@ -80,8 +80,8 @@ if (!identical || lost > MAX_ACCURACY_LOST || same < MIN_SAME || learned < MIN_L
 
 /** What `eigenlora pack` does with a model: the smallest pack whose tasks answer as their adapters do. */
 async function packedAnew() {
-  const onProgress = (/** @type {import("eigenlora/train").ByAnswersProgress} */ { stage, task, done, of }) =>
-    console.error(`${stage} ${task}, ${done} of ${of}`);
+  const onProgress = (/** @type {import("eigenlora/build").WorkProgress} */ { stage, detail, done, total }) =>
+    console.error(`${stage} ${detail}, step ${done} of ${total}`);
   const { chunks } = await packByAnswers(createEngine(ort), model, { adapters, encode, onProgress });
   return /** @type {BlobPart[]} */ (chunks);
 }

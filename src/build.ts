@@ -33,3 +33,4 @@ export type { Way } from "./pack/ways.ts";
 export { planAppend, planSignature, signTaskFile } from "./pack/write.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";
 export type { SafetensorsEntry } from "./tensor/safetensors-writer.ts";
+export type { OnWork, WorkProgress } from "./work.ts";

@@ -114,8 +114,10 @@ export class TaskError extends EigenLoraError {
   declare readonly task: string;
   /** Ids of the tasks most like the one asked for, nearest first. */
   declare readonly nearest?: readonly string[];
+  /** The share of its ΔW that the task would lose, where that is too much. */
+  declare readonly loss?: number;
 
-  constructor(message: string, at: { task: string; nearest?: readonly string[]; cause?: unknown }) {
+  constructor(message: string, at: { task: string; nearest?: readonly string[]; loss?: number; cause?: unknown }) {
     super(message, at);
   }
 }

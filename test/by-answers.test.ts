@@ -8,7 +8,7 @@ import { cp, mkdtemp, readdir, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
-import { type Adapter, buildPack } from "eigenlora/build";
+import { type Adapter, buildPack, type WorkProgress } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
 import { type ByAnswersOptions, createJudge, distill, type Encode, packByAnswers } from "eigenlora/train";
@@ -142,13 +142,19 @@ t.test("eight tasks share components; what is finished is not done again; a stop
     read: async (key) => kept.get(key),
     write: async (key, outcome) => void (written++, kept.set(key, outcome)),
   };
-  const stages = new Set<string>();
-  const onProgress = ({ stage }: { stage: string }): void => void stages.add(stage);
+  const told: WorkProgress[] = [];
+  const onProgress = (progress: WorkProgress): void => void told.push(progress);
   const options = { adapters, encode: tiny, steps: soak ? 24 : 12, agreement: 0.9, finished, onProgress };
   const { chunks, report } = await packByAnswers(engine, file, options);
-  t.same([...stages], ["trying", "distilling"]);
+  t.ok(told.some(({ detail }) => detail?.endsWith("to try a size")));
+  t.equal(new Set(told.map(({ total }) => total)).size, 1, "one total");
+  t.ok(
+    told.every(({ done }, i) => i === 0 || done >= told[i - 1]!.done),
+    "no step back",
+  );
+  t.match(told.at(-1), { done: told[0]!.total }, "all of it at the end");
   t.equal(report.bytes, Buffer.concat(chunks).length);
-  t.equal(report.stopped, false);
+  t.same(report.left, []);
   t.same(
     report.answers.map(({ id }) => id),
     adapters.map(({ id }) => id),
@@ -178,15 +184,14 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   t.ok(Buffer.concat(again.chunks).equals(Buffer.concat(chunks)));
 
   const controller = new AbortController();
-  const stop = ({ done, stage }: { done: number; stage: string }): void => {
-    if (stage === "distilling" && done === 3) controller.abort();
+  const stop = ({ detail }: WorkProgress): void => {
+    if (detail === adapters[3]!.id) controller.abort();
   };
   const afresh = { ...options, onProgress: stop, signal: controller.signal, finished: undefined, seed: 1 };
   const stopped = await packByAnswers(engine, file, afresh);
-  t.equal(stopped.report.stopped, true);
   t.same(
-    stopped.report.answers.map((one) => one.kept === "undistilled"),
-    adapters.map((_, i) => i === 3 || i === 7),
+    stopped.report.left,
+    adapters.filter((_, i) => i === 3 || i === 7).map(({ id }) => id),
     "those that were neither tried nor distilled are stored as without a model",
   );
   const half = await openPack(new Blob(stopped.chunks as BlobPart[]));
@@ -228,7 +233,7 @@ t.test("an adapter that cannot be distilled is said, and stops no other", async 
   const options = { encode: tiny, steps: 0, texts: LINES };
   const lone = withOneLabel(second!);
   const { report } = await packByAnswers(engine, file, { ...options, adapters: [first!, lone], agreement: 0.01 });
-  t.equal(report.stopped, false);
+  t.same(report.left, []);
   const [distilled, refused] = report.answers;
   t.ok(distilled!.agreement! > 0.01 && distilled!.reason === undefined);
   t.match(refused, {
@@ -247,61 +252,85 @@ t.test("an adapter that cannot be distilled is said, and stops no other", async 
   });
 });
 
-t.test(
-  "what is finished is done again for other metadata; a call that is stopped as it plans gives a pack",
-  async (t) => {
-    const adapters = await tinyAdapters(t, 2);
-    const kept = new Map<string, string>();
-    const finished: ByAnswersOptions["finished"] = {
-      read: async (key) => kept.get(key),
-      write: async (key, outcome) => void kept.set(key, outcome),
-    };
-    const options = { encode: tiny, steps: 0, texts: LINES, agreement: 0.01, finished };
-    await packByAnswers(engine, file, { ...options, adapters });
-    const [key, whole] = [...kept].find(([, json]) => json.startsWith("{"))!;
-    const outcome = JSON.parse(whole) as { file: string };
-    for (const damaged of [
-      whole.slice(0, 100),
-      JSON.stringify({ ...outcome, file: 5 }),
-      JSON.stringify({ ...outcome, file: outcome.file.slice(0, 40) }),
-      JSON.stringify({ ...outcome, kept: ["distilled"] }),
-      JSON.stringify({ ...outcome, agreement: "1" }),
-      "null",
-    ]) {
-      kept.set(key, damaged);
-      const named = { ...finished, nameOf: (one: string) => (one === key ? "folder/outcome" : "another") };
-      await t.rejects(
-        packByAnswers(engine, file, { ...options, adapters, finished: named }),
-        {
-          tag: "format",
-          message: /^folder\/outcome, finished task: is damaged: delete it, and the task is distilled again/,
-        },
-        damaged.slice(0, 60),
-      );
-    }
-    kept.set(key, whole);
-    const before = kept.size;
-    const renamed = adapters.map((one) => ({ ...one, metadata: { ...one.metadata, licence: "CC0" } }));
-    const { chunks } = await packByAnswers(engine, file, { ...options, adapters: renamed });
-    t.ok(kept.size > before);
-    const pack = await openPack(new Blob(chunks as BlobPart[]));
-    for (const { metadata } of pack.tasks.values()) t.equal(metadata["licence"], "CC0");
-    await pack.close();
-
-    const controller = new AbortController();
-    const stages: string[] = [];
-    const stopped = await packByAnswers(engine, file, {
-      ...{ adapters, encode: tiny, texts: LINES, signal: controller.signal },
-      onProgress({ stage }) {
-        stages.push(stage);
-        controller.abort();
+t.test("what is finished is done again for other metadata; a call that is stopped at once gives a pack", async (t) => {
+  const adapters = await tinyAdapters(t, 2);
+  const kept = new Map<string, string>();
+  const finished: ByAnswersOptions["finished"] = {
+    read: async (key) => kept.get(key),
+    write: async (key, outcome) => void kept.set(key, outcome),
+  };
+  const options = { encode: tiny, steps: 0, texts: LINES, agreement: 0.01, finished };
+  await packByAnswers(engine, file, { ...options, adapters });
+  const [key, whole] = [...kept].find(([, json]) => json.startsWith("{"))!;
+  const outcome = JSON.parse(whole) as { file: string };
+  for (const damaged of [
+    whole.slice(0, 100),
+    JSON.stringify({ ...outcome, file: 5 }),
+    JSON.stringify({ ...outcome, file: outcome.file.slice(0, 40) }),
+    JSON.stringify({ ...outcome, kept: ["distilled"] }),
+    JSON.stringify({ ...outcome, agreement: "1" }),
+    "null",
+  ]) {
+    kept.set(key, damaged);
+    const named = { ...finished, nameOf: (one: string) => (one === key ? "folder/outcome" : "another") };
+    await t.rejects(
+      packByAnswers(engine, file, { ...options, adapters, finished: named }),
+      {
+        tag: "format",
+        message: /^folder\/outcome, finished task: is damaged: delete it, and the task is distilled again/,
       },
-    });
-    t.equal(stages[0], "planning");
-    t.equal(stopped.report.stopped, true);
-    t.equal((await openPack(new Blob(stopped.chunks as BlobPart[]))).tasks.size, 2);
-  },
-);
+      damaged.slice(0, 60),
+    );
+  }
+  kept.set(key, whole);
+  const before = kept.size;
+  const renamed = adapters.map((one) => ({ ...one, metadata: { ...one.metadata, licence: "CC0" } }));
+  const { chunks } = await packByAnswers(engine, file, { ...options, adapters: renamed });
+  t.ok(kept.size > before);
+  const pack = await openPack(new Blob(chunks as BlobPart[]));
+  for (const { metadata } of pack.tasks.values()) t.equal(metadata["licence"], "CC0");
+  await pack.close();
+
+  const controller = new AbortController();
+  const details: (string | undefined)[] = [];
+  const stopped = await packByAnswers(engine, file, {
+    ...{ adapters, encode: tiny, texts: LINES, signal: controller.signal },
+    onProgress({ detail }) {
+      details.push(detail);
+      controller.abort();
+    },
+  });
+  t.match(details[0], /to try a size/);
+  t.same(
+    stopped.report.left,
+    adapters.map(({ id }) => id),
+  );
+  t.equal((await openPack(new Blob(stopped.chunks as BlobPart[]))).tasks.size, 2);
+});
+
+t.test("a clock decides nothing, unless minutes are given", async (t) => {
+  const adapters = await tinyAdapters(t, 2);
+  const made = async (more: Partial<ByAnswersOptions> = {}) => {
+    const { chunks, report } = await packByAnswers(engine, file, { adapters, encode: tiny, steps: 6, ...more });
+    return { bytes: Buffer.concat(chunks), left: report.left };
+  };
+  const before = await made();
+  // Each look at the clock shows an hour more.
+  let looks = 0;
+  const { now } = performance;
+  t.teardown(() => (performance.now = now));
+  performance.now = () => now.call(performance) + 3_600_000 * looks++;
+  const late = await made();
+  t.ok(late.bytes.equals(before.bytes), "the same pack");
+  t.same(late.left, []);
+  const limited = await made({ minutes: 10 });
+  t.same(
+    limited.left,
+    adapters.map(({ id }) => id),
+    "tasks without a turn are named",
+  );
+  t.ok(looks > 0);
+});
 
 t.test("a size is kept to, whatever distilling adds", async (t) => {
   const adapters = await tinyAdapters(t, 8);
@@ -322,7 +351,8 @@ t.test("a size is kept to, whatever distilling adds", async (t) => {
   for (const [i, { total }] of fine.errors.entries()) t.ok(total < 0.8 * coarse.errors[i]!.total, `${total}`);
 
   const stopped = await made(1.4 * least, { signal: AbortSignal.abort() });
-  t.ok(stopped.stopped && stopped.answers.every(({ kept }) => kept === "undistilled"));
+  t.equal(stopped.left.length, 8);
+  t.ok(stopped.answers.every(({ kept }) => kept === "undistilled"));
   await t.rejects(made(least, { agreement: 0.9 }), { message: /agreement or bytes: give one of them/ });
 });
 
@@ -363,7 +393,7 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     t.match(made, {
       file: "two.eigen",
       tasks: 2,
-      stopped: false,
+      left: [],
       answers: ids
         .slice(0, 2)
         .sort()
@@ -376,6 +406,11 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     t.match(added, { added: [ids[2]], answers: [{ id: ids[2] }] });
     t.ok(added["answers"][0].agreement >= 0.95, `agreement ${added["answers"][0].agreement}`);
     t.equal((await json(0, "verify", "two.eigen"))["ok"], true);
+
+    const hurried = ["pack", first, second, "-o", "hurried.eigen", ...how, "--minutes", "1e-6"];
+    t.match(await json(3, ...hurried), { left: ids.slice(0, 2).sort() }, "the exit code says that tasks had no turn");
+    t.notOk(existsSync("hurried.eigen.partial"), "an empty folder does not stay");
+    t.match((await run(...hurried, "--force")).stdout, /the pack is as without a model|tasks not distilled/);
 
     const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--ratio"];
     const ratio = Math.floor(1.1 * made["ratio"]);
@@ -414,8 +449,8 @@ async function interrupted(t: Test, command: readonly string[]): Promise<void> {
   const some = async (): Promise<number> => (await readdir("stopped.eigen.partial").catch(() => [])).length;
   while ((await some()) < 1 && child.exitCode === null) await new Promise((resolve) => setTimeout(resolve, 20));
   child.kill("SIGINT");
-  t.same(await gone, [0, null], "Ctrl-C ends it with a pack");
-  t.match(JSON.parse(said), { stopped: true });
+  t.same(await gone, [130, null], "Ctrl-C ends it with a pack");
+  t.ok(JSON.parse(said).left.length > 0, "and says what is not done");
   t.equal((await json(0, "verify", "stopped.eigen"))["ok"], true);
   t.ok(existsSync("stopped.eigen.partial"), "what is finished waits");
   const text = await run(...command, "--force");

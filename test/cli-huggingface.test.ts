@@ -67,7 +67,7 @@ t.test("a path on the disk wins, and what is mistyped is told", async (t) => {
   const far = await run("pack", "orgs/role", "-o", "b.eigen");
   t.match(
     far.stderr.replace(/\s+/g, " "),
-    /hf:orgs\/role: the Hub has no such repository.*There is no file or folder orgs\/role here, so the Hub was asked/,
+    /hf:orgs\/role: the Hub has no such repository.*There is no file or folder orgs\/role here, so it was taken for a repository of the Hugging Face Hub/,
   );
   t.equal(far.status, 1);
   t.match(await run("pack", "hf:role", "-o", "b.eigen"), { status: 1, stderr: /expected hf:org\/name/ });

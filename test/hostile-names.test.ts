@@ -113,7 +113,7 @@ t.test("warnings", async (t) => {
   t.equal(status, 0);
   t.match(
     stderr,
-    /^warning: the adapters name their base model in several ways, taken for one: a\\u001b\[2J\\u009b2J\\u000d\n {2}warning: forged/m,
+    /^warning: the adapters name different base models, so the pack names none: a\\u001b\[2J\\u009b2J\\u000d\n {2}warning: forged/m,
   );
   t.notMatch(stderr, dangerous);
 });

@@ -219,8 +219,8 @@ export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js
 export { takeLock } from "../dist/src/cli/lock.js";
 export { openModel } from "../dist/src/cli/model.js";
 export {
-  createEstimate,
   createOutput,
+  leftOf,
   lossTable,
   paragraph,
   printable,

@@ -159,7 +159,7 @@ t.test("inspect tells components where there are some, and private terms where t
   });
 });
 
-t.test("add refuses what would be lost, if it is told to", async (t) => {
+t.test("add refuses a task that would lose more than half of its ΔW, or than it is told", async (t) => {
   await cp(at("k.eigen"), at("limit.eigen"));
   const before = await readFile(at("limit.eigen"));
   const stranger = data("adapters/own-seed/sections-0");
@@ -173,16 +173,26 @@ t.test("add refuses what would be lost, if it is told to", async (t) => {
     "4",
   );
   const packed = await readFile(at("p.eigen"));
-  const refused = await run("add", at("p.eigen"), stranger, "--max-loss", "0.5");
-  t.match(refused, {
-    status: 1,
-    err: /task "sections-0" would lose [\d.]+ % of its ΔW in .*--max-loss 0\.5: nothing was added/,
-  });
+  for (const [flags, most] of [
+    [[], "50 %"],
+    [["--max-loss", "40%"], "40 %"],
+  ] as const) {
+    const { status, err } = await run("add", at("p.eigen"), stranger, ...flags);
+    t.equal(status, 1);
+    t.match(
+      err,
+      new RegExp(
+        `task "sections-0" would lose [\\d.]+ % of its ΔW, which the components of .*p\\.eigen lack, and ${most}`,
+      ),
+    );
+    t.match(err, /: nothing was added\. Pack all adapters again, with this one; or allow it with --max-loss 0\.\d+\n$/);
+  }
+  const { error } = JSON.parse((await run("add", at("p.eigen"), stranger, "--json")).out);
+  t.match(error, { tag: "task", task: "sections-0" });
+  t.ok(error.loss > 0.5 && error.loss <= 1);
   t.ok(packed.equals(await readFile(at("p.eigen"))));
-  t.match(
-    (await ran("add", at("p.eigen"), stranger)).err,
-    /loses [\d.]+ % of its ΔW.*--max-loss refuses such adapters/,
-  );
+  const allowed = await ran("add", at("p.eigen"), stranger, "--max-loss", "1");
+  t.match(allowed.err, /loses [\d.]+ % of its ΔW, which the pack's components lack: pack all adapters again/);
   t.match((await ran("add", at("limit.eigen"), one, "--as", "one=again", "--max-loss", "0.5")).out, /1 task added/);
   t.notOk(before.equals(await readFile(at("limit.eigen"))));
 });

@@ -1,9 +1,17 @@
 /** Threads that extract: the same pack, the same errors, and no thread is left behind. */
-import { type Adapter, type BuildOptions, buildPack, type SearchOptions, searchPack } from "eigenlora/build";
+import {
+  type Adapter,
+  type BuildOptions,
+  buildPack,
+  type SearchOptions,
+  searchPack,
+  type WorkProgress,
+} from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { allOf, openThread, searchStreamed } from "./internals.ts";
 import { concat, data } from "./packs.ts";
+import { checkWork } from "./work.ts";
 
 const names = ["debtags-role", "debtags-use", "debtags-interface"];
 const adapters = await readAdapters(names.map((name) => data(`adapters/own-seed/${name}`)));
@@ -39,22 +47,25 @@ t.test("a pack is the same, whoever extracts", async (t) => {
   };
   for (const [name, options] of Object.entries(ways)) {
     const alone = await buildPack(adapters, options);
-    const [done, counted]: number[][] = [[], []];
-    const onProgress = (i: number, of: number): void => void (done!.push(i), counted!.push(of));
-    const beside = await buildPack(adapters, { ...options, workers: 2, onProgress });
+    const told: WorkProgress[] = [];
+    const beside = await buildPack(adapters, { ...options, workers: 2, onProgress: (at) => told.push(at) });
     t.ok(Buffer.from(concat(beside.chunks)).equals(concat(alone.chunks)), name);
     t.strictSame(beside.report, alone.report, `${name}: the report`);
-    const modules = first.modules.size;
-    t.strictSame([done, counted], [Array.from({ length: modules }, (_, i) => i + 1), Array(modules).fill(modules)]);
+    checkWork(t, told, "packing");
   }
   t.equal(running(), 0, "threads have ended");
 });
 
 t.test("so is what a search finds", async (t) => {
   for (const goal of [{ kind: "error", max: 0.3 } as const, { kind: "bytes", max: 60_000 } as const]) {
+    const told: WorkProgress[][] = [[], [], []];
     const found = await Promise.all(
-      [1, 2].map((workers) => searchPack(adapters, { goal, workers } satisfies SearchOptions)),
+      [1, 2].map((workers) => {
+        const onProgress = (at: WorkProgress): void => void told[workers]!.push(at);
+        return searchPack(adapters, { goal, workers, onProgress } satisfies SearchOptions);
+      }),
     );
+    for (const workers of [1, 2]) checkWork(t, told[workers]!, "packing");
     const [alone, beside] = found as [(typeof found)[0], (typeof found)[0]];
     t.ok(Buffer.from(concat(beside.chunks)).equals(concat(alone.chunks)), goal.kind);
     t.strictSame(beside.report, alone.report);

@@ -61,7 +61,7 @@ export async function packSetting(name, dtype) {
     select: { kind: "k", k: SETTINGS[name].components },
     dtype: { basis: dtype, coefficients: dtype, head: dtype },
     ...(process.stderr.isTTY
-      ? { onProgress: (done, of) => process.stderr.write(`\r${name} ${dtype}: module ${done} of ${of} `) }
+      ? { onProgress: ({ done }) => process.stderr.write(`\r${name} ${dtype}: ${done} % `) }
       : {}),
   });
   const seconds = (performance.now() - start - making) / 1000;

@@ -22,7 +22,6 @@ const QUESTION = "What does one command make of a suite?";
 const given = readArguments(QUESTION, {
   suite: choice(SUITES, "adapters of the repository", "hub"),
   ratio: number("how many times smaller than the adapters' files. Default: as small as answers allow", undefined, 1),
-  minutes: number("about how long it may take. Default: the command's own"),
   texts: number("training texts of each task; 0: text that the command makes", 0),
 });
 const suite = await Suite.open(given.suite);
@@ -33,7 +32,6 @@ await inScratch(async (scratch) => {
     ...["--model", model, "--tokens", "32", "--json"],
     ...(given.texts > 0 ? ["--text", text] : []),
     ...(given.ratio === undefined ? [] : ["--ratio", String(given.ratio)]),
-    ...(given.minutes === undefined ? [] : ["--minutes", String(given.minutes)]),
   ];
   const started = performance.now();
   const { status, stdout } = spawnSync(process.execPath, [CLI, "pack", folderOf(given.suite), "-o", file, ...options], {

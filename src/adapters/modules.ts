@@ -123,6 +123,12 @@ function lastPart(name: string): string {
   return (cached ?? name.split(/[/\\]/).findLast(Boolean) ?? "").toLowerCase();
 }
 
+/** The base model that all adapters name that name one; undefined where there is none, or they name different ones. */
+export function commonBase(adapters: readonly { readonly baseModel: string | undefined }[]): string | undefined {
+  const named = baseModels(adapters);
+  return new Set(named.map(lastPart)).size === 1 ? named[0] : undefined;
+}
+
 /** Base models that adapters name, in the order of the adapters. */
 export function baseModels(adapters: readonly { readonly baseModel: string | undefined }[]): string[] {
   return [...new Set(adapters.map(({ baseModel }) => baseModel).filter((name) => name !== undefined))];

@@ -196,7 +196,7 @@ async function writeAll(
   run.folder(folder);
   const base = baseFile(target);
   const files = ids.map((id, i) => {
-    const done = (): void => out.progress("task", i + 1, ids.length);
+    const done = (): void => out.progress({ stage: "writing", done: i + 1, total: ids.length, unit: "tasks" });
     return { id, file: taskFile(target, id), chunks: valuesOf(attached, id, done) };
   });
   const [baseSize, ...sizes] = await writeTogether(

@@ -36,7 +36,12 @@ export const judged: {
   tokens: OptionSpec<number | undefined>;
   tokenizer: OptionSpec<string | undefined>;
 } = {
-  minutes: number("N", "With --model: about how long it may take. Default: 10, or a quarter for each task.", POSITIVE),
+  minutes: number(
+    "N",
+    "With --model: begin no further task after so many minutes. Tasks that are left are stored as without a model, and the exit code is 3. " +
+      "Default: no limit.",
+    POSITIVE,
+  ),
   text: text(
     "LINES.txt",
     "Text like that of the tasks, one on each line, or JSON lines as learn takes them; never your test data. Default: made of the " +
@@ -67,12 +72,6 @@ export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress
   readonly tokens: number | undefined;
 }
 
-const STAGES = {
-  planning: "finding out how long all takes, by",
-  trying: "trying sizes,",
-  distilling: "distilling",
-} as const;
-
 /** @returns the pack, and the folder of what is finished, which is to be removed when the pack is written unless it was stopped */
 export async function packedByAnswers(
   { engine, model, build, file, inputs, tokens, ...options }: ByAnswers,
@@ -94,7 +93,7 @@ export async function packedByAnswers(
     ...build,
     signal,
     finished: finishedIn(finished, settings),
-    onProgress: ({ stage, task, done, of }) => out.progress("task", done, of, `${STAGES[stage]} ${task}`),
+    onProgress: out.progress,
   });
   return { ...built, finished };
 }
@@ -111,9 +110,7 @@ export async function addedByAnswers(
   out.phase("loading the model");
   const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, asksPrompts(asked, adapters));
   const signal = run.interrupts();
-  const onProgress: ByAnswersOptions["onProgress"] = ({ stage, task, done, of }) =>
-    out.progress("task", done, of, `${STAGES[stage]} ${task}`);
-  const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress };
+  const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress: out.progress };
   const made = await tasksByAnswers(engineOf(ort, on), wholeOf(model, decoder), pack, how);
   return made.map(({ file, agreement, reason }) => {
     const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
@@ -140,15 +137,15 @@ export function agreementText({ answers }: ByAnswersReport): string | undefined 
   return asked.length === 0 ? undefined : `on average ${percent(mean(asked))} of their answers are the adapters'`;
 }
 
-const AGAIN = "Run the same command again with --force, and it goes on";
+const AGAIN = "Run the same command again with --force, and it goes on from there";
 
 /** The report for people. */
 export function byAnswersText(file: string, report: ByAnswersReport): string[] {
-  const { tasks, adapterBytes, answers, ratio, components, shared, steps, stopped } = report;
+  const { tasks, adapterBytes, answers, ratio, components, shared, steps, left } = report;
   if (answers.length === 0)
     return [
       ...reportText(file, report),
-      stopped
+      left.length > 0
         ? `Stopped before enough tasks were distilled: the pack is as without a model. ${AGAIN}.`
         : "By answers, it would take no fewer bytes: the pack is as without a model.",
     ];
@@ -157,7 +154,6 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
   const kept = (...names: string[]): number => answers.filter((one) => names.includes(one.kept)).length;
   const blobs = mean(answers.map((one) => one.bytes));
   const refused = answers.filter(({ reason }) => reason !== undefined);
-  const left = kept("undistilled") - refused.length;
   return [
     `${file}: ${count(tasks, "task")}, ${bytes(report.bytes)}`,
     ...table([
@@ -179,11 +175,11 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
       : [
           `All tasks share ${count(components.max, "component")} of what each layer reads and writes, stored once; a task is how it mixes them.`,
         ]),
-    `${count(kept("distilled", "projected"), "task")} distilled, in ${count(steps, "training step")} each` +
+    `${count(kept("distilled", "projected"), "task")} ${steps > 0 ? `distilled, in ${count(steps, "training step")} at most` : "solved for answers, without training"}` +
       `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
     ...refused.map(({ reason }) => `${reason}. It is stored by its ΔW alone.`),
-    ...(stopped && left > 0
-      ? [`${count(left, "task")} not distilled, for want of time. ${AGAIN}; other --minutes plan the steps anew.`]
+    ...(left.length > 0
+      ? [`${count(left.length, "task")} not distilled, since the command was stopped: ${left.join(", ")}. ${AGAIN}.`]
       : []),
     "Answers are those to questions held back. What they cost you in right answers, your own test data tells.",
   ];

@@ -10,28 +10,15 @@ import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/layout.ts";
 import { hubName } from "../http/hub-name.ts";
-import { projectAdapters, storedDtypes } from "../pack/add.ts";
+import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { createSigner } from "../pack/keys.ts";
-import { MUCH, type TaskLoss } from "../pack/report.ts";
+import { MUCH } from "../pack/report.ts";
 import { freshPack, planAppend } from "../pack/write.ts";
 import { addedByAnswers, judged as judgedOptions } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { append, readText, writeWhole } from "./files.ts";
-import {
-  anyBase,
-  as,
-  given,
-  group,
-  key,
-  number,
-  readFor,
-  reading,
-  revoked,
-  SHARE,
-  text,
-  UsageError,
-} from "./options.ts";
-import { bytes, count, counting, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
+import { anyBase, as, given, group, key, number, readFor, reading, revoked, text, UsageError } from "./options.ts";
+import { bytes, count, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 
 /** A task file that was named, and what its task is to be called. */
@@ -51,9 +38,9 @@ export const add: Attach = command({
     as,
     anyBase,
     maxLoss: number(
-      "E",
-      "Add nothing if a new task would lose more than this share of its ΔW. Default: no limit.",
-      SHARE,
+      "P",
+      `Add nothing if a new task would lose more than this share of its ΔW; 1 allows any loss. Default: ${MAX_LOSS}.`,
+      { expected: "a share from 0 to 1, such as 0.5 or 50%", holds: (n) => n >= 0 && n <= 1 },
     ),
     base: readFor,
     key,
@@ -87,15 +74,15 @@ export const add: Attach = command({
     const pack = await run.pack(file);
     refuseTaken(pack, named);
     refuseOtherBase(pack, adapters, anyBase);
-    const onProgress = counting(out, "module");
     const isJudged = model !== undefined && adapters.length > 0;
-    const projected = isJudged ? [] : await projectAdapters(pack, adapters, await storedDtypes(pack), { onProgress });
+    const projected = isJudged
+      ? []
+      : await projectAdapters(pack, adapters, await storedDtypes(pack), { maxLoss, onProgress: out.progress });
     const judged = isJudged ? await addedByAnswers(pack, adapters, { ...asked, model }, run, out) : [];
     const learned: TaskToWrite[] = [];
     for (const { path, id } of files) await pack.addTask(id, path);
     for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
     const residual = projected.map((task) => task.residual);
-    if (maxLoss !== undefined) refuseLoss(residual, maxLoss, file);
     await run.lock(file);
     // Others may have written since.
     const now = await run.pack(file, { bases: "later" });
@@ -108,8 +95,7 @@ export const add: Attach = command({
     for (const { id, total } of residual)
       if (total > MUCH)
         out.warn(
-          `task "${id}" loses ${percent(total)} of its ΔW, which the pack's components lack: pack all adapters again, with this ` +
-            "one; --max-loss refuses such adapters",
+          `task "${id}" loses ${percent(total)} of its ΔW, which the pack's components lack: pack all adapters again, with this one`,
         );
     warnUnsigned(now, sign, out);
     const before = now.window.superblock.committed;
@@ -126,6 +112,7 @@ export const add: Attach = command({
         ...judged.map(agreementText),
         ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
       ],
+      ...(judged.some(({ agreement, reason }) => agreement === undefined && !reason) && { exitCode: run.unfinished }),
     };
   },
 });
@@ -142,20 +129,9 @@ function checkJudged(asked: Partial<Record<(typeof JUDGED)[number] | "model", un
 }
 
 function agreementText({ entry, blob, agreement, reason }: Awaited<ReturnType<typeof addedByAnswers>>[number]): string {
-  const unasked = `stored as without a model${reason === undefined ? ", for want of time" : `: ${reason}`}`;
+  const unasked = `stored as without a model${reason === undefined ? ", since the command was stopped" : `: ${reason}`}`;
   const said = agreement === undefined ? unasked : `answers ${percent(agreement)} like the adapter`;
   return `${entry.id}: ${bytes(blob.length)}, ${said}`;
-}
-
-/** @throws TaskError naming the task that loses most, when that is more than it may */
-function refuseLoss(residual: readonly TaskLoss[], most: number, pack: string): void {
-  const worst = residual.reduce<TaskLoss | undefined>((a, b) => (a && a.total >= b.total ? a : b), undefined);
-  if (!worst || worst.total <= most) return;
-  throw new TaskError(
-    `task "${worst.id}" would lose ${percent(worst.total)} of its ΔW in ${pack}, more than --max-loss ${most}: nothing was added; ` +
-      "pack all adapters again, with this one",
-    { task: worst.id },
-  );
 }
 
 /** Goes by what a file begins with, or by its name: a damaged task file is to be refused as one. */

@@ -3,6 +3,7 @@ import type { Pack } from "../core/pack.ts";
 import type { SessionOptions } from "../session/options.ts";
 import type { Survey } from "../session/survey.ts";
 import type { Ran, RanFiles, Tried } from "./check-run.ts";
+import { WITHOUT_NUGET } from "./model.ts";
 import { bytes, count, table } from "./output.ts";
 
 /** Modules that text tells of; `--json` has all. */
@@ -96,7 +97,10 @@ export function modesText({ modes, learning }: Survey, ran: Ran | undefined, alo
 
 /** @param unasked whether nothing was to be run */
 export function runText(ran: Ran | RanFiles | undefined, unasked: boolean): string[] {
-  if (!ran) return unasked ? [] : ["Not run: onnxruntime-node is not installed (npm install onnxruntime-node)."];
+  if (!ran)
+    return unasked
+      ? []
+      : [`Not run: onnxruntime-node is not installed (npm install onnxruntime-node; ${WITHOUT_NUGET}).`];
   if (ran.session.works === false) return [`onnxruntime-node: ${ran.session.says}`];
   const line = (what: string, { works, says }: Tried): string =>
     `${what}: ${works === null ? "unknown" : works ? "yes" : "no"}, ${says}`;

@@ -104,7 +104,9 @@ function hubText<O extends Options>({
   const all = [...reads, ...Object.values(options).map((spec) => spec.reads)];
   if (all.includes("repository") || all.includes("model"))
     return ["\nAdapters and models may lie on the Hugging Face Hub: org/name, or", "hf:org/name@revision/path."];
-  return all.includes("file") ? ["\nIt may lie on the Hugging Face Hub: hf:org/name@revision/file."] : [];
+  return all.includes("file") || all.includes("weights")
+    ? ["\nIt may lie on the Hugging Face Hub: hf:org/name@revision/file."]
+    : [];
 }
 
 /** Files and repositories that were named, as the command reads them. */
@@ -142,7 +144,9 @@ async function inTurn<T, R>(all: readonly T[], step: (one: T, i: number) => Prom
 /** Says what a mistyped path was taken for. */
 function hintOf(error: Error, { guessed }: Run): string {
   const name = guessed.find((one) => error instanceof SourceError && error.message.includes(one.replace(/@.*/, "")));
-  return name === undefined ? "" : `. There is no file or folder ${name} here, so the Hub was asked`;
+  return name === undefined
+    ? ""
+    : `. There is no file or folder ${name} here, so it was taken for a repository of the Hugging Face Hub`;
 }
 
 function valuesOf<O extends Options>(options: O, given: Readonly<Record<string, unknown>>): Values<O> {

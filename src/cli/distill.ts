@@ -92,8 +92,8 @@ export const distill: Attach = command({
     const before = new Set(pack.tasks.keys());
     refuseOtherBase(pack, adapters, options.anyBase);
     const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
+    await addProjected(pack, missing, await storedDtypes(pack), out);
     out.phase("loading the model");
-    await addProjected(pack, missing, await storedDtypes(pack));
     const { session, encode } = await openTrainable(
       "distill",
       model,
@@ -202,7 +202,7 @@ async function distilPart(
   let done: readonly Done[] | undefined;
   const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
   const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, async () => {
-    const losses = (await addProjected(basis, adapters, types)).map(({ residual }) => residual);
+    const losses = (await addProjected(basis, adapters, types, out)).map(({ residual }) => residual);
     const whole = asksPrompts(questions, adapters);
     const { session, encode } = await openTrainable("distill", model, basis, options, run, whole);
     run.folder(finished);

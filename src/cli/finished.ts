@@ -40,9 +40,10 @@ export async function addProjected(
   pack: Pack,
   adapters: readonly Adapter[],
   formats: Dtypes,
+  { progress: onProgress }: Output,
 ): Promise<ProjectedAdapter[]> {
   if (adapters.length === 0) return [];
-  const projected = await projectAdapters(pack, adapters, formats);
+  const projected = await projectAdapters(pack, adapters, formats, { onProgress, maxLoss: 1 });
   for (const { entry, blob } of projected) await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
   return projected;
 }
@@ -54,22 +55,35 @@ export async function distilEach(
   { session, encode, questions, steps, batch, settings, finished }: Distilling,
   out: Output,
 ): Promise<Done[]> {
-  const done: Done[] = [];
-  let resumed = 0;
-  for (const [i, adapter] of adapters.entries()) {
+  const earlier = new Map<Adapter, Distilled>();
+  const paths: string[] = [];
+  for (const adapter of adapters) {
     const path = join(finished, await keyOf(pack, adapter, settings));
-    const earlier = await readFinished(path);
-    if (earlier) resumed++;
-    const which = `task ${i + 1} of ${adapters.length}, ${adapter.id}`;
-    if (!earlier) out.phase(`${which}: asking the adapter, solving coefficients`);
-    const onStep = ({ step }: { step: number }): void => {
-      const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
-      out.progress("step of all tasks", gone, of, which);
-    };
-    const made = earlier ?? (await distill(session, { adapter, ...questions, encode, steps, batch, onStep }));
-    if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
-    done.push({ ...made, resumed: earlier !== undefined });
-    if (steps === 0) out.progress("task", i + 1, adapters.length, adapter.id);
+    const found = await readFinished(path);
+    if (found) earlier.set(adapter, found);
+    paths.push(path);
+  }
+  const done: Done[] = [];
+  // Where nothing is trained, tasks are counted.
+  const [each, unit] = steps > 0 ? [steps, "steps"] : [1, "tasks"];
+  const total = each * (adapters.length - earlier.size);
+  let before = 0;
+  for (const [i, adapter] of adapters.entries()) {
+    const there = earlier.get(adapter);
+    if (there) {
+      done.push({ ...there, resumed: true });
+      continue;
+    }
+    const tell = (step: number): void =>
+      out.progress({ stage: "distilling", done: before + step, total, unit, detail: adapter.id });
+    // Asking the adapter and solving coefficients come before the first step.
+    tell(0);
+    const onStep = ({ step }: { step: number }): void => tell(step);
+    const made = await distill(session, { adapter, ...questions, encode, steps, batch, onStep });
+    await writeWhole(paths[i]!, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
+    done.push({ ...made, resumed: false });
+    tell(each);
+    before += each;
   }
   if (done.every(({ kept }) => kept === "projected"))
     out.warn(`no task got better than it was, so all stay as projected: try more than --steps ${steps}, or more text`);

@@ -21,7 +21,7 @@ export const fold: Attach = command({
     output: output("OUT.safetensors", "The file to write."),
     force,
     task,
-    base: required(reading("file", text("MODEL.safetensors", "The base model."))),
+    base: required(reading("weights", text("MODEL.safetensors", "The base model."))),
     ...match,
   },
   reads: ["file"],

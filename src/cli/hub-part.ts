@@ -98,7 +98,7 @@ export async function contents(adapters: readonly Adapter[], out: Output): Promi
   const digests: [string, string][] = [];
   for (const [i, adapter] of adapters.entries()) {
     digests.push([adapter.id, await adapterDigest(adapter)]);
-    out.progress("adapter", i + 1, adapters.length);
+    out.progress({ stage: "reading", done: i + 1, total: adapters.length, unit: "adapters" });
   }
   return digests;
 }

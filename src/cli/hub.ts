@@ -13,19 +13,7 @@ import { type Attach, command, type Result } from "./command.ts";
 import { contents, digest, facts, makePart, part } from "./hub-part.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
 import * as option from "./options.ts";
-import {
-  bytes,
-  count,
-  counting,
-  lossTable,
-  type Output,
-  percent,
-  range,
-  resources,
-  sharing,
-  smaller,
-  warnOf,
-} from "./output.ts";
+import { bytes, count, lossTable, type Output, percent, range, resources, sharing, smaller, warnOf } from "./output.ts";
 import { checkTarget, filesOf } from "./target.ts";
 
 const shard: Attach = command({
@@ -91,8 +79,13 @@ const merge: Attach = command({
     }
     const { centering = "keep" } = options;
     const dtype = completeDtypes(options.dtype).basis;
-    const onProgress = counting(out, "module");
-    const { chunks, report } = await buildBasis(statistics, { select, centering, dtype, ...opened, onProgress });
+    const { chunks, report } = await buildBasis(statistics, {
+      select,
+      centering,
+      dtype,
+      ...opened,
+      onProgress: out.progress,
+    });
     await target.write(chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { adapters, modules, components } = report;
@@ -135,10 +128,9 @@ const project: Attach = command({
       await facts(base),
       await contents(adapters, out),
     );
-    const onProgress = counting(out, "module");
     const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
     const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, () =>
-      projectTasks(basis, adapters, made, { dtype: types, onProgress }),
+      projectTasks(basis, adapters, made, { dtype: types, onProgress: out.progress }),
     );
     const { tasks } = run.closing(await openTasks(file));
     return { json: { ...json, residual: tasks }, text: [...text, ...lossTable(tasks)] };
@@ -150,12 +142,12 @@ const assemble: Attach = command({
   does: "Make one pack of the tasks in all parts, sorted by id.",
   example: "hub assemble basis.eigen 1.tasks 2.tasks -o tasks.eigen",
   options: { output: option.output("PACK", "The pack to write."), force: option.force },
-  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run) {
+  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run, out) {
     const target = await run.target(file, { force, inputs: [basisPath, ...paths] });
     const basis = await run.pack(basisPath);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openTasks(path)));
-    const { chunks, report } = await assemblePack(basis, parts);
+    const { chunks, report } = await assemblePack(basis, parts, out.progress);
     await target.write(chunks);
     const { dtype, ...rest } = report;
     const { tasks, modules, ratio, error, breakEvenTasks, adapterBytes } = rest;
@@ -180,7 +172,7 @@ function writePart(
   const { adapters, modules, gauge } = statistics;
   const figures = { adapters: adapters.length, modules: modules.size, gauge, warnings };
   return makePart({ ...part, kind: "statistics" }, figures, async () =>
-    writeStatistics(statistics, part.made, counting(out, "side")),
+    writeStatistics(statistics, part.made, out.progress),
   );
 }
 

@@ -144,7 +144,8 @@ export const learn: Attach = command({
       const learningRates = rate === undefined ? undefined : { terms: rate, head: rate };
       for await (const step of trainer.fit(examples, { epochs, batch, holdout, learningRates, signal })) {
         steps.push(step);
-        out.progress("step", step.step, step.steps, `epoch ${step.epoch}, loss ${step.loss.toFixed(3)}`);
+        const detail = `(epoch ${step.epoch}, loss ${step.loss.toFixed(3)})`;
+        out.progress({ stage: "learning", done: step.step, total: step.steps, unit: "steps", detail });
       }
     } catch (error) {
       if (error !== signal.reason) throw error;

@@ -57,6 +57,7 @@ const WORDS: readonly (readonly [option: string, said: RegExp, flag: string])[] 
   ["base", /pass `base`/g, "pass --base"],
   ["maxExpansion", /open the pack with maxExpansion: /g, "give --max-expansion "],
   ["as", /with rename/g, "with --as"],
+  ["maxLoss", /pass `maxLoss: ([\d.]+)`/g, "allow it with --max-loss $1"],
   ["beside", /, or leave it out with the option `modules`/g, ""],
   ["key", /and `keys` were given/g, "and --key was given"],
   ["key", /none of `keys`/g, "none of those given with --key"],

@@ -181,10 +181,15 @@ export async function openTrainable(
   return { session, encode };
 }
 
+/** The installation fetches files for GPUs, which a proxy may keep from it; it fails then. */
+export const WITHOUT_NUGET =
+  "where that cannot reach NuGet: ONNXRUNTIME_NODE_INSTALL=skip npm install onnxruntime-node";
+
 /** A package that only some commands need. @throws BackendError naming it */
 async function peer<T>(command: string, name: string, load: () => Promise<unknown>): Promise<T> {
   const found = await load().catch((cause: Error) => {
-    const message = `${command} needs the package ${name}: npm install ${name} (${cause.message})`;
+    const skip = name === "onnxruntime-node" ? `; ${WITHOUT_NUGET}` : "";
+    const message = `${command} needs the package ${name}: npm install ${name}${skip} (${cause.message})`;
     throw new BackendError(message, { backend: name, cause });
   });
   return found as T;

@@ -1,9 +1,11 @@
 /**
- * What commands read may lie on the Hugging Face Hub: names become paths here, once what they need is downloaded, or names that the
- * library takes. No command knows of it.
+ * What commands read may lie on the Hugging Face Hub, or be a folder with the file in it: names become paths here, once what they need is
+ * downloaded, or names that the library takes. No command knows of it.
  */
 import { existsSync } from "node:fs";
-import { dirname, posix } from "node:path";
+import { readdir } from "node:fs/promises";
+import { dirname, join, posix } from "node:path";
+import { kind } from "../adapters/tree.ts";
 import { SourceError } from "../errors.ts";
 import { openSnapshot, type Snapshot } from "../http/hub.ts";
 import { type HubName, hubName, hubText } from "../http/hub-name.ts";
@@ -11,7 +13,7 @@ import { readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
 import type { OnProgress } from "../progress.ts";
 import { type ReadAs, UsageError } from "./options.ts";
-import { bytes, type Output } from "./output.ts";
+import { bytes, type Output, sum } from "./output.ts";
 
 /** A name as the command gets it, and as it is shown to people. */
 export interface Named {
@@ -25,7 +27,10 @@ export interface Named {
 export async function named(given: string, reads: ReadAs, out: Output): Promise<Named> {
   const short = (reads === "repository" || reads === "model") && isShort(given);
   const name = hubName(short ? `hf:${given}` : given);
-  if (!name) return { path: given, shown: given, guessed: false };
+  if (!name) {
+    const path = ENDING.has(reads) && (await kind(given)) === "folder" ? await fileIn(given, reads) : given;
+    return { path, shown: path, guessed: false };
+  }
   if (reads === "own")
     throw new UsageError(`${given} lies on the Hugging Face Hub, and the file is to be changed: download it first`);
   if (reads !== "model") return { path: hubText(name), shown: hubText(name), guessed: short };
@@ -34,11 +39,51 @@ export async function named(given: string, reads: ReadAs, out: Output): Promise<
   return { path: await download(snapshot, model), shown: hubText({ ...name, path: model }), guessed: short };
 }
 
-/** A listener that shows how much of a file has arrived. */
+/** What a folder is searched for that stands for a file. */
+const ENDING: ReadonlyMap<ReadAs, string> = new Map([
+  ["model", ".onnx"],
+  ["weights", ".safetensors"],
+]);
+
+/** The model in a folder of the disk, or in its folder onnx, where exporters put it. @throws SourceError when there is none, or several */
+async function fileIn(folder: string, reads: ReadAs): Promise<string> {
+  const ending = ENDING.get(reads)!;
+  for (const place of [folder, join(folder, "onnx")]) {
+    const names = await readdir(place).catch((): string[] => []);
+    const files = names.filter((name) => name.endsWith(ending)).sort();
+    if (files.length > 0)
+      return onlyOne(
+        files.map((name) => join(place, name)),
+        ending,
+        folder,
+      );
+  }
+  return onlyOne([], ending, folder);
+}
+
+/** @throws SourceError unless there is one file */
+function onlyOne(files: readonly string[], ending: string, where: string, sizeOf?: (file: string) => string): string {
+  if (files.length === 1) return files[0]!;
+  const [none, all] =
+    ending === ".onnx"
+      ? ["no ONNX model; export one from it (docs/export.md)", "models"]
+      : [`no file *${ending}`, `files *${ending}`];
+  const several = `several ${all}; name one of ${files.map(sizeOf ?? String).join(", ")}`;
+  throw new SourceError(`holds ${files.length === 0 ? none : several}`, { file: where });
+}
+
+/** A listener that shows how much has arrived of all files that are downloaded together. */
 export function downloading(out: Output): OnProgress {
-  const megabytes = (n: number): number => Math.ceil(n / 1e6);
-  return ({ status, file, loaded, total }) => {
-    if (status === "progress") out.progress(`${file}, MB`, megabytes(loaded), megabytes(total));
+  let files = new Map<string, { readonly loaded: number; readonly total: number }>();
+  return ({ status, name, file, loaded, total }) => {
+    const all = [...files.values()];
+    // All of them are told of before the first arrives.
+    if (status === "initiate" && all.every((one) => one.loaded === one.total)) files = new Map();
+    files.set(`${name}/${file}`, { loaded, total });
+    if (status !== "progress") return;
+    const what = files.size === 1 ? file : `${files.size} files of ${name.replace(/@[0-9a-f]{40}/, "")}`;
+    const [done, whole] = (["loaded", "total"] as const).map((key) => sum([...files.values()].map((one) => one[key])));
+    out.progress({ stage: `downloading ${what}`, done: done!, total: whole!, unit: "bytes" });
   };
 }
 
@@ -56,16 +101,11 @@ function modelIn(snapshot: Snapshot, { path }: HubName): string {
   if (path.endsWith(".onnx") || snapshot.files.has(path)) return path;
   const inside = [...snapshot.files.keys()].filter((file) => path === "" || file.startsWith(`${path}/`));
   const models = inside.filter((file) => file.endsWith(".onnx"));
-  if (models.length === 1) return models[0]!;
-  const size = (file: string): string => {
+  const sized = (file: string): string => {
     const found = snapshot.files.get(file)?.size;
     return found === undefined ? file : `${file} (${bytes(found)})`;
   };
-  const message =
-    models.length === 0
-      ? "holds no ONNX model; export one from it (docs/export.md)"
-      : `holds several models; name one of ${models.map(size).join(", ")}`;
-  throw new SourceError(message, { file: snapshot.nameOf(path) });
+  return onlyOne(models, ".onnx", snapshot.nameOf(path), sized);
 }
 
 /** What a tokenizer consists of. */

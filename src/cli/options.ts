@@ -16,10 +16,10 @@ export class UsageError extends Error {
 
 /**
  * What a command reads of a name, which may be one of the Hugging Face Hub: one file, by its path in a repository; adapters or a base,
- * which a repository's name alone stands for, too; or a model to be run, with all that lies beside it. A file that the command changes is
- * one's own: it may not lie there.
+ * which a repository's name alone stands for, too; or a model to be run, with all that lies beside it, or the weights of one, which a folder
+ * that holds them stands for. A file that the command changes is one's own: it may not lie there.
  */
-export type ReadAs = "file" | "repository" | "model" | "own";
+export type ReadAs = "file" | "repository" | "model" | "weights" | "own";
 
 /** An option; its name is that of the property which holds it, in kebab case. */
 export interface OptionSpec<T> {

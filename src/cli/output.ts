@@ -3,17 +3,15 @@
  * that is no terminal, as a line now and then. All of it goes through `printable`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import type { WorkProgress } from "../work.ts";
 
 /** Where a command's output goes. */
 export interface Output {
-  /**
-   * Shows how far a long piece of work is, and how long it will still take.
-   * @param detail what there is to say besides, which may change from call to call
-   */
-  progress(what: string, done: number, of: number, ...detail: string[]): void;
+  /** Shows how far a long piece of work is, and how long it will still take. */
+  progress(at: WorkProgress): void;
   /** Says what is being done, where nothing can be counted. */
   phase(what: string): void;
-  /** Says that the work goes on if `progress` has been silent for long. Call it now and then. */
+  /** Shows how long that has taken, or tells it where there is no terminal. Call it each second. */
   beat(): void;
   warn(message: string): void;
   /** Takes away the line that changes, before anything else is printed. */
@@ -29,53 +27,76 @@ export interface Stream {
   write(text: string): unknown;
 }
 
-/** Milliseconds after which a file or pipe hears again that the work goes on. */
-const SILENCE = 5000;
+/** Milliseconds that work takes before a file or pipe hears of it, and a terminal. */
+const LONG = 5000;
+const SHORT = 500;
+/** Lines of one stage in a file or pipe. */
+const LINES = 10;
 
 /**
- * @param stderr takes warnings and progress
+ * @param stderr takes warnings and progress: in a terminal one line that changes, elsewhere a line each tenth
  * @param json nothing of them is printed: the object says what there is to say
  * @param now milliseconds
  */
 export function createOutput(json: boolean, stderr: Stream = process.stderr, now: () => number = Date.now): Output {
-  const started = now();
-  const estimate = createEstimate(now);
-  let [told, last] = [started, "working"];
+  const begun = now();
+  // `told`: the last tenth that a file or pipe heard of, −1 while there is none.
+  let stage = { name: "", line: "working", since: begun, before: 0, told: -1 };
+  const enter = (name: string, before: number): number => {
+    if (name !== stage.name) stage = { name, line: printable(name), since: now(), before, told: -1 };
+    return now() - stage.since;
+  };
   const tell = (line: string): void => {
-    if (json || stderr.isTTY || now() - told < SILENCE) return;
-    told = now();
-    stderr.write(`${line}\n`);
+    if (!json) stderr.write(`${line}\n`);
   };
   let shown = "";
   const show = (line: string): void => {
     if (json || !stderr.isTTY || line === shown) return;
     shown = line;
-    // What a terminal has wrapped stays when the line changes.
-    stderr.write(`\r\u001b[K${line.slice(0, (stderr.columns ?? 80) - 1)}`);
+    // What a terminal has wrapped stays when the line changes. One that does not know its width says 0.
+    stderr.write(`\r\u001b[K${line.slice(0, (stderr.columns || 80) - 1)}`);
   };
   const clear = (): void => show("");
   return {
     clear,
-    progress(what, done, of, ...detail) {
-      const left = estimate(what, done, of);
-      last = printable([...detail, `${what} ${done} of ${of}`].join(", "));
-      const line = [last, ...left].join(", ");
-      tell(line);
-      if (done >= of) clear();
-      else if (now() - started >= 500) show(line);
+    progress(at) {
+      const { done, total } = at;
+      const gone = enter(at.stage, done);
+      stage.line = printable([progressText(at), ...leftOf(at, stage.before, gone)].join(", "));
+      if (done >= total && total > 0) clear();
+      else if (now() - begun >= SHORT) show(stage.line);
+      const tenth = total > 0 ? Math.floor((LINES * done) / total) : 0;
+      if (stderr.isTTY || tenth <= stage.told || (stage.told < 0 && gone < LONG)) return;
+      stage.told = tenth;
+      tell(stage.line);
     },
     phase(what) {
-      last = printable(what);
-      show(last);
+      enter(what, 0);
+      show(stage.line);
     },
     beat() {
-      tell(`${last}, ${Math.round((now() - started) / 1000)} s so far`);
+      const gone = now() - stage.since;
+      if (stderr.isTTY || stage.told >= 0 || gone < LONG) return;
+      stage.told = 0;
+      tell(stage.line);
     },
     warn(message) {
       clear();
-      if (!json) stderr.write(`${paragraph(`warning: ${message}`)}\n`);
+      tell(paragraph(`warning: ${message}`));
     },
   };
+}
+
+/** "distilling sst2: 12 of 480 steps, 2 %" */
+function progressText({ stage, done, total, unit, detail }: WorkProgress): string {
+  const what = detail === undefined ? stage : `${stage} ${detail}`;
+  const share = `${Math.floor((100 * done) / (total || 1))} %`;
+  if (unit === "%") return `${what}: ${share}`;
+  const amount = (n: number): string => (unit === "bytes" ? bytes(n) : `${n}`);
+  const named = unit === "bytes" ? "" : ` ${unit}`;
+  return total > 0
+    ? `${what}: ${amount(done)} of ${amount(total)}${named}, ${share}`
+    : `${what}: ${amount(done)}${named}`;
 }
 
 /**
@@ -101,27 +122,18 @@ export function warnOf(adapters: readonly Adapter[], out: Output): string[] {
   return all;
 }
 
-/** A listener that shows how many of something are done. */
-export function counting(out: Output, what: string): (done: number, of: number) => void {
-  return (done, of) => out.progress(what, done, of);
-}
-
 /** An estimate from less than this is not shown. */
 const SHORTEST = 2000;
 
 /**
- * What says how long the rest of a piece of work takes, at the rate since its first report.
- * @param now milliseconds
- * @returns a function of reports → [] or [the time left]; a new `what` is a new piece
+ * The time left, at the rate since the first report of a stage.
+ * @param before what was done at that report
+ * @param gone milliseconds since then
+ * @returns nothing as long as it is not known
  */
-export function createEstimate(now: () => number = Date.now): (what: string, done: number, of: number) => string[] {
-  let [piece, since, before] = ["", 0, 0];
-  return (what, done, of) => {
-    if (what !== piece) [piece, since, before] = [what, now(), done];
-    const gone = now() - since;
-    if (done <= before || gone < SHORTEST) return [];
-    return [timeLeft((gone / 1000 / (done - before)) * (of - done))];
-  };
+export function leftOf({ done, total }: Pick<WorkProgress, "done" | "total">, before: number, gone: number): string[] {
+  if (done <= before || gone < SHORTEST || total === 0 || done >= total) return [];
+  return [timeLeft((gone / 1000 / (done - before)) * (total - done))];
 }
 
 /** Seconds as people read them. */

@@ -2,9 +2,10 @@
  * The command pack: makes a pack from adapters, with a number of components or by a criterion: a budget of bytes, an error, or the
  * answers of adapters and pack.
  */
+import { rmdir } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels } from "../adapters/modules.ts";
+import { commonBase } from "../adapters/modules.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
 import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
@@ -12,7 +13,7 @@ import { collectGarbage } from "../extract/threads-node.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
-import type { SearchOptions, Tried } from "../pack/goal.ts";
+import type { SearchOptions } from "../pack/goal.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import type { BuildReport } from "../pack/report.ts";
 import { buildWithin, type SearchReport, searchStreamed } from "../pack/search.ts";
@@ -32,7 +33,7 @@ import { contents, fileDigest, modelDigest } from "./hub-part.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
 import { engineOf, openModel, tokenizerOf, wholeOf } from "./model.ts";
 import * as option from "./options.ts";
-import { counting, type Output, resources, sum } from "./output.ts";
+import { type Output, resources, sum } from "./output.ts";
 import { autoText, cardText, reportText } from "./pack-text.ts";
 import type { Run } from "./run.ts";
 import { filesOf } from "./target.ts";
@@ -127,7 +128,7 @@ const OPTIONS = {
     ...option.rarely({
       distill: option.number(
         "STEPS",
-        "With --model: distillation steps per task; 0 for none. Default: as many as there is time for, 240 at most.",
+        "With --model: most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 240; 24 of a language model.",
         option.from(0),
       ),
       calibrate: option.toggle(
@@ -178,11 +179,14 @@ export const pack: Attach = command({
     const { chunks, report, finished } = await build(kept, options, run, out).catch(addWaysOut(options, adapterBytes));
     await target.write(chunks);
     const byAnswers = "answers" in report;
-    if (finished !== undefined && byAnswers && !report.stopped) await removeFinished(finished);
+    const left = byAnswers && report.left.length > 0;
+    if (finished !== undefined) await (left ? rmdir(finished).catch(() => undefined) : removeFinished(finished));
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
     // A base without weights was warned of.
     const notes = base === undefined ? report.notes.map((note) => inFlags(note, OPTIONS)) : [];
+    // A card that names a base speaks for all adapters.
+    const cardBase = kept.every(({ baseModel }) => baseModel !== undefined) ? commonBase(kept) : undefined;
     return {
       json: { file, ...report, notes, dtype: nameOf(report.dtype), dropped, ...took },
       text: [
@@ -190,9 +194,10 @@ export const pack: Attach = command({
         ...(byAnswers ? byAnswersText(file, report) : reportText(file, report)),
         ...("tried" in report ? autoText(report) : []),
         ...notes,
-        cardText(report, baseModels(kept)[0], byAnswers ? agreementText(report) : undefined),
+        cardText(report, cardBase, byAnswers ? agreementText(report) : undefined),
         `${took.seconds.toFixed(2)} s`,
       ],
+      ...(left && { exitCode: run.unfinished }),
     };
   },
 });
@@ -279,18 +284,16 @@ async function build(
     return packedByAnswers({ ...model, build: common, file, inputs, ...how }, run, out);
   }
   if (mode === "auto") {
-    const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const goal: SearchOptions["goal"] =
       bytes === undefined ? { kind: "error", max: error } : { kind: "bytes", max: bytes };
-    return searchStreamed(adapters, { ...common, dtype, goal, onTry }, scratch);
+    return searchStreamed(adapters, { ...common, dtype, goal, onProgress: out.progress }, scratch);
   }
   const calibrated = options.calibrate ? await calibration(adapters, options, run) : {};
   const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced", normalize } = options;
   const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}) };
-  const how = { ...calibrated, ...common, ...all, dtype, normalize };
+  const how = { ...calibrated, ...common, onProgress: out.progress, ...all, dtype, normalize };
   if (bytes !== undefined) return buildWithin(adapters, how, bytes);
-  const building = { ...how, select: option.selection(options), onProgress: counting(out, "module") };
-  return buildStreamed(adapters, building, scratch);
+  return buildStreamed(adapters, { ...how, select: option.selection(options) }, scratch);
 }
 
 /** Small packs are made before threads have started, and each thread holds memory. */

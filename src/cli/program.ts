@@ -143,7 +143,10 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
 }
 
 /** What the parser says, in our words. */
-function wordsOf({ message }: CommanderError): string {
+function wordsOf({ message, code }: CommanderError, command: Command | undefined): string {
+  const excess = command?.args.slice(command.registeredArguments.length).join(" --task ");
+  if (code === "commander.excessArguments" && command?.options.some(({ long }) => long === "--task"))
+    return `too many arguments; did you mean --task ${excess}?`;
   return message
     .replace(/^error: /, "")
     .replace(/required argument '(.*)'/, "$1")
@@ -157,7 +160,7 @@ function failure(error: unknown, command: Command | undefined): { object: object
   const { path } = error as NodeJS.ErrnoException;
   const known = usage || ours || path !== undefined || error instanceof RangeError || error instanceof TypeError;
   const system = path === undefined ? (error as Error).message : `${path}: ${reasonOf(error)}`;
-  const said = error instanceof CommanderError ? wordsOf(error) : system;
+  const said = error instanceof CommanderError ? wordsOf(error, command) : system;
   const name = command?.parent?.parent ? `${command.parent.name()} ${command.name()}` : command?.name();
   const message = usage && name ? `${name}: ${said}` : said;
   const advice = usage ? `See eigenlora ${name ? `${name} ` : ""}--help.\n` : "";

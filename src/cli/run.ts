@@ -43,6 +43,7 @@ export class Run {
   readonly #opened: Closable[] = [];
   /** Names as they are shown, by the paths that they became. */
   readonly #shown = new Map<string, string>();
+  readonly #interrupted = new AbortController();
   #failed = false;
   readonly #out: Output;
 
@@ -119,9 +120,13 @@ export class Run {
 
   /** Aborted by the first Ctrl-C; a second ends the process. */
   interrupts(): AbortSignal {
-    const controller = new AbortController();
-    this.closing({ close: onInterrupt(() => controller.abort()) });
-    return controller.signal;
+    this.closing({ close: onInterrupt(() => this.#interrupted.abort()) });
+    return this.#interrupted.signal;
+  }
+
+  /** Exit code of a command that wrote its output before all work was done: 130 after Ctrl-C, as shells have it; 3 where time ran out. */
+  get unfinished(): number {
+    return this.#interrupted.signal.aborted ? 130 : 3;
   }
 
   /** What a file is, by how it begins; undefined for what is no file, or of no known kind. */

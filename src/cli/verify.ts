@@ -87,7 +87,7 @@ export const verify: Attach = command({
         if (!blob)
           throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
         figures.set(id, await compare(pack, bases, blob, adapter));
-        out.progress("adapter", i + 1, adapters.length);
+        out.progress({ stage: "comparing", done: i + 1, total: adapters.length, unit: "adapters" });
       }
     }
     // Tasks of their own are no distance from components.
@@ -191,7 +191,7 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
   for (const [i, id] of ids.entries()) {
     const blob = await checked(`task ${id}`, () => pack.load(id));
     if (blob) blobs.set(id, blob);
-    out.progress("task", i + 1, ids.length);
+    out.progress({ stage: "checking", done: i + 1, total: ids.length, unit: "tasks" });
   }
   if (bases) {
     const found = toHex(await sha256(pack.directory.basisBytes, bases));

@@ -33,7 +33,7 @@ export interface SnapshotOptions extends HubOptions {
   readonly stage?: FileProgress["stage"] | undefined;
 }
 
-const OFFLINE = "is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub";
+const OFFLINE = "is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: unset it to download";
 /** Most bytes of the list of a repository's files: some 60 000 files. */
 const MOST_LISTING = 2 ** 24;
 /** Files that are downloaded at a time: most of an adapter's are small, and wait for answers. */
@@ -107,15 +107,23 @@ export class Snapshot {
    * @throws SourceError when one is not in the repository, or cannot be had
    */
   async get(paths: readonly string[], options: ReadOptions = this.#client.options): Promise<string[]> {
-    const places = new Array<string>(paths.length);
+    const here = paths.map((path) => this.#cache.find(this.#commit, path, this.#find(path)));
+    const places: (string | undefined)[] = await Promise.all(here);
+    const missing = [...paths.entries()].filter(([i]) => places[i] === undefined);
+    const { onProgress, stage = "adapter" } = this.#client.options;
+    // All are told of before the first is asked for, so that a listener knows how much there is.
+    const tells = missing.map(([, path]) => onProgress && teller(this.nameOf(path), stage, onProgress));
+    for (const [n, [, path]] of missing.entries()) tells[n]?.("initiate", 0, this.#find(path)?.size ?? 0);
     const { signal, onBytes } = options;
     const stop = new AbortController();
     const all = signal ? AbortSignal.any([signal, stop.signal]) : stop.signal;
-    const waiting = [...paths.entries()];
+    const waiting = [...missing.entries()];
     const failures: unknown[] = [];
     const work = async (): Promise<void> => {
-      for (let next = waiting.shift(); next && failures.length === 0; next = waiting.shift())
-        places[next[0]] = await this.#get(next[1], { signal: all, onBytes });
+      for (let next = waiting.shift(); next && failures.length === 0; next = waiting.shift()) {
+        const [n, [i, path]] = next;
+        places[i] = await this.#get(path, { signal: all, onBytes }, tells[n]);
+      }
     };
     const fail = (error: unknown): void => {
       failures.push(error);
@@ -123,7 +131,7 @@ export class Snapshot {
     };
     await Promise.all(Array.from({ length: AT_A_TIME }, () => work().catch(fail)));
     if (failures.length > 0) throw failures[0];
-    return places;
+    return places as string[];
   }
 
   /** Opens a file for reads of parts, without downloading it as a whole. @throws SourceError as `get` */
@@ -168,24 +176,19 @@ export class Snapshot {
     throw new SourceError(OFFLINE, { file: this.nameOf(path) });
   }
 
-  async #get(path: string, how: ReadOptions): Promise<string> {
-    const file = this.#find(path);
-    const here = await this.#cache.find(this.#commit, path, file);
-    if (here !== undefined) return here;
-    const { onProgress, stage = "adapter" } = this.#client.options;
-    const tell = onProgress && teller(this.nameOf(path), stage, onProgress);
-    const { size } = file!;
+  async #get(path: string, how: ReadOptions, tell: ReturnType<typeof teller> | undefined): Promise<string> {
     const source = this.#remote(path);
+    const file = this.#find(path)!;
+    const { size } = file;
     let before = 0;
     const onBytes = (loaded: number): void => {
       how.onBytes?.(loaded - before);
       before = loaded;
       tell?.("progress", loaded, size);
     };
-    tell?.("initiate", 0, size);
     tell?.("download", 0, size);
     try {
-      const place = await this.#cache.put(this.#commit, path, file!, source, { signal: how.signal, onBytes });
+      const place = await this.#cache.put(this.#commit, path, file, source, { signal: how.signal, onBytes });
       tell?.("done", size, size);
       return place;
     } finally {

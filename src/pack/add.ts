@@ -3,7 +3,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, TaskError } from "../errors.ts";
 import type { Allocation, Spectrum } from "../extract/allocation.ts";
 import { balance, pairOf, singularValues } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
@@ -25,6 +25,7 @@ import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } 
 import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
+import { Meter, type OnWork, ROUND } from "../work.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import { completeDtypes } from "./recipe.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
@@ -41,14 +42,19 @@ export interface ProjectedAdapter extends TaskToWrite {
 
 /** Options of `projectAdapters`. */
 export interface ProjectAdaptersOptions {
-  /** Called after each module. */
-  readonly onProgress?: ((done: number, of: number) => void) | undefined;
+  /** Called as the work goes on, with the share that is done, in percent. */
+  readonly onProgress?: OnWork | undefined;
   /**
    * The share of its ΔW that an adapter may lose: it has private terms for what the components lack, or for all of it where that takes
    * fewer bytes. Default: as the pack's tasks, which may have none.
    */
   readonly error?: number | undefined;
+  /** The share of its ΔW from which on an adapter is refused; 1 refuses none. Default: 0.5, or `error` where that is more. */
+  readonly maxLoss?: number | undefined;
 }
+
+/** A task that loses more of its ΔW does something else than its adapter. */
+export const MAX_LOSS = 0.5;
 
 /**
  * Brings adapters into a pack that exists, in its gauge and to its rank: coefficients on its components; and where its tasks have
@@ -56,29 +62,64 @@ export interface ProjectAdaptersOptions {
  * within `DEFAULT_ERROR`. Where tasks share each side by itself, an adapter takes of each what costs it least, and has beside it what
  * the others' components lack. A pack whose step was made for no error has its step. Module by module, so that each basis is opened once.
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
+ * @throws TaskError for one that would lose more than `maxLoss`, with the `loss`
+ * @throws RangeError for a `maxLoss` that is no share
  */
 export async function projectAdapters(
   pack: Pack,
   adapters: readonly Adapter[],
   formats: Dtypes,
-  { onProgress, error }: ProjectAdaptersOptions = {},
+  { onProgress, error, maxLoss = Math.max(MAX_LOSS, error ?? 0) }: ProjectAdaptersOptions = {},
 ): Promise<ProjectedAdapter[]> {
   checkPack("projectAdapters", pack);
   checkAdapters("projectAdapters", adapters);
+  if (!(maxLoss >= 0 && maxLoss <= 1))
+    throw new RangeError(`projectAdapters: maxLoss: expected a share from 0 to 1, got ${maxLoss}`);
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
   try {
-    const all: Newcomers = { pack, bases: bases.bytes, adapters, formats, onProgress, error, apart: false };
-    const stored = async (how: Newcomers): Promise<ProjectedAdapter[]> =>
-      (await onto(how)).map((task) => ({ ...task, ...storedTask(pack, task) }));
+    const meter = Meter.of("adding", onProgress);
+    const twice = pack.directory.basis.step !== undefined && error !== undefined && !sharesBySide(pack);
+    const first = meter.part(twice ? 0.5 : 1);
+    const all: Newcomers = {
+      pack,
+      bases: bases.bytes,
+      adapters,
+      formats,
+      meter: first,
+      share: ROUND,
+      error,
+      apart: false,
+    };
+    const stored = async (how: Newcomers): Promise<ProjectedAdapter[]> => {
+      const made = await onto(how);
+      refuseLoss(made, maxLoss, pack.name);
+      return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
+    };
     const beside = await stored(all);
-    if (pack.directory.basis.step === undefined || error === undefined || sharesBySide(pack)) return beside;
+    first.reach(1);
+    if (!twice) return beside;
     // What components hold little of takes fewer bytes without them.
-    const apart = await stored({ ...all, apart: true });
+    const apart = await stored({ ...all, meter: meter.part(1), apart: true });
+    meter.reach(1);
     return beside.map((task, i) => (apart[i]!.blob.length < task.blob.length ? apart[i]! : task));
   } finally {
     bases.close();
   }
+}
+
+/** @throws TaskError naming the task that loses most, when that is more than it may */
+function refuseLoss(tasks: readonly ProjectedAdapter[], most: number, pack: string): void {
+  const worst = { id: "", total: 0 };
+  const { id, total } = tasks.reduce((a, { residual }) => (residual.total > a.total ? residual : a), worst);
+  if (total <= most || most === 1) return;
+  const percent = (share: number): string => `${Math.round(1000 * share) / 10} %`;
+  const enough = Math.min(1, Math.ceil(100 * total) / 100);
+  throw new TaskError(
+    `task "${id}" would lose ${percent(total)} of its ΔW, which the components of ${pack} lack, and ${percent(most)} is the most: ` +
+      `nothing was added. Pack all adapters again, with this one; or pass \`maxLoss: ${enough}\``,
+    { task: id, loss: total },
+  );
 }
 
 /** Tasks that tell the number formats of a pack. */
@@ -102,7 +143,9 @@ interface Newcomers {
   readonly bases: Uint8Array;
   readonly adapters: readonly Adapter[];
   readonly formats: Dtypes;
-  readonly onProgress: ProjectAdaptersOptions["onProgress"];
+  readonly meter: Meter;
+  /** The share of what is left that one pass through all modules takes. */
+  readonly share: number;
   readonly error: number | undefined;
   /** Whether components are left alone, and all of a task are private terms. */
   readonly apart: boolean;
@@ -113,7 +156,8 @@ async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
   const error = all.error ?? all.pack.directory.basis.error;
   const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
   const choices = sharesBySide(all.pack) ? new Map<string, BySide<SideChoice>>() : undefined;
-  if (!choices && error === undefined && !hasPrivateTerms(all.pack)) return project(all, undefined, usual);
+  if (!choices && error === undefined && !hasPrivateTerms(all.pack))
+    return project({ ...all, share: 1 }, undefined, usual);
   const coded = (steps: Steps): Promise<ProjectedAdapter[]> =>
     choices ? placed(all, choices, steps) : project(all, new Map(), steps);
   // The step says which are worth it.
@@ -139,7 +183,8 @@ async function placed(
   choices: Map<string, BySide<SideChoice>>,
   steps: Steps,
 ): Promise<ProjectedAdapter[]> {
-  const { pack, bases, adapters, onProgress } = all;
+  const { pack, bases, adapters } = all;
+  const meter = all.meter.part(all.share);
   const products = await fastProducts();
   const errors: ModuleError[] = [];
   const terms = adapters.map((): TermInput[] => []);
@@ -163,7 +208,7 @@ async function placed(
       const made = sidesTerm(name, { ...task, magnitude }, adapter);
       if (changes(made)) terms[i]!.push({ module: index, ...made });
     }
-    onProgress?.(index + 1, pack.modules.length);
+    meter.reach((index + 1) / pack.modules.length);
   }
   return finished(all, terms, errors, true);
 }
@@ -248,10 +293,11 @@ interface Both {
 
 /** Goes through the modules of a pack, and in each through the adapters that have it. */
 async function eachModule(
-  { pack, bases, adapters, formats, onProgress, apart }: Newcomers,
+  { pack, bases, adapters, formats, meter: whole, share, apart }: Newcomers,
   steps: Steps | undefined,
   work: (both: Both, begun: Begun, space: ModuleSpace | undefined) => void,
 ): Promise<void> {
+  const meter = whole.part(share);
   const products = await fastProducts();
   const coefficientDtype = steps ? "int8" : formats.coefficients;
   const options = { gauge: gaugeOf(pack), rank: pack.directory.basis.rank, coefficientDtype };
@@ -266,7 +312,7 @@ async function eachModule(
       const begin = (): Begun => beginMixed(space, { id: adapter.id, ...term }, { ...options, step });
       work({ index, stored, i, adapter, magnitude }, storable(adapter, stored, begin, SCALE_DOWN), space);
     }
-    onProgress?.(index + 1, pack.modules.length);
+    meter.reach((index + 1) / pack.modules.length);
   }
 }
 

@@ -32,7 +32,7 @@ const CLOSE = 0.99;
 
 /** Reads the spectra of all adapters. */
 export async function survey(
-  { shared, extractor, signal }: Adapters,
+  { shared, extractor, meter, signal }: Adapters,
   only: readonly Dtype[] | undefined,
 ): Promise<Survey> {
   const read = async (piece: SharedModule<Adapter>): Promise<Spectrum[]> => {
@@ -46,9 +46,12 @@ export async function survey(
     });
   };
   const spectra: Spectrum[] = [];
-  for await (const found of inOrder(shared.flatMap(piecesOf), extractor.size + 1, read)) {
+  const pieces = shared.flatMap(piecesOf);
+  let done = 0;
+  for await (const found of inOrder(pieces, extractor.size + 1, read)) {
     throwIfAborted(signal);
     for (const one of found) spectra.push(one);
+    meter.reach(++done / pieces.length);
   }
   return { spectra, only };
 }

@@ -3,11 +3,12 @@
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels, type SharedModule } from "../adapters/modules.ts";
+import { commonBase, type SharedModule } from "../adapters/modules.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import type { TermInput } from "../format/encode.ts";
-import { type Adapters, type Encoded, encode, type Known, openAdapters, sideInput } from "./encode.ts";
+import { ROUND } from "../work.ts";
+import { type Adapters, type Encoded, encode, type Known, openAdapters, partOf, sideInput } from "./encode.ts";
 import { type BuildOptions, type Recipe, recipeOf } from "./recipe.ts";
 import {
   type BuildReport,
@@ -58,12 +59,15 @@ export async function buildStreamed(
   return withExtractor("buildPack", options.workers, async (extractor) => {
     const opened = await openAdapters("buildPack", adapters, options, extractor);
     const recipe = recipeOf(adapters, options);
-    const encoded = await encode(opened, recipe);
+    const encoded = await encode(partOf(opened, EXTRACTING), recipe);
     // What is left to do needs memory, which threads would hold.
     await extractor.rest();
     return write(opened, recipe, encoded, scratch);
   });
 }
+
+/** The share of the work that extraction is; coding tasks is the rest. About: it depends on how many there are. */
+export const EXTRACTING = 0.8;
 
 /** Does work that extracts, in this number of threads. @throws RangeError for a number that is none */
 export async function withExtractor<T>(
@@ -83,7 +87,14 @@ export async function withExtractor<T>(
 
 /** The pack of what was encoded, which is used up. */
 export function write(opened: Adapters, recipe: Recipe, encoded: Encoded, scratch?: Scratch): Promise<Streamed> {
-  return writeTasks(opened, recipe, encoded, async (adapter) => taken(encoded, adapter), { scratch });
+  const { adapters, meter } = opened;
+  const rest = meter.part(1);
+  let count = 0;
+  const termsOf = async (adapter: Adapter): Promise<TermInput[]> => {
+    rest.reach(count++ / adapters.length);
+    return taken(encoded, adapter);
+  };
+  return writeTasks(opened, recipe, encoded, termsOf, { scratch });
 }
 
 /** What was encoded of an adapter, which is let go of. */
@@ -114,7 +125,7 @@ export class Draft {
   async encode(change: Pick<Partial<Recipe>, "privateTerms" | "steps">): Promise<readonly TaskLoss[]> {
     // What was made before is let go of first.
     this.#encoded = undefined;
-    this.#encoded = await encode(this.#opened, { ...this.#recipe, ...change }, this.#known);
+    this.#encoded = await encode(partOf(this.#opened, ROUND), { ...this.#recipe, ...change }, this.#known);
     return lossesOf(this.#encoded.errors);
   }
 
@@ -151,7 +162,7 @@ export function writeApart(
   const errors: ModuleError[] = [];
   const encodeGroup = async (group: readonly Adapter[]): Promise<Encoded["terms"]> => {
     const own = onlyOf(shared, group);
-    const draft = new Draft({ ...opened, shared: own }, recipe);
+    const draft = new Draft({ ...partOf(part, EXTRACTING), shared: own }, recipe);
     await seek(group, (steps) => draft.encode({ steps }));
     const found = draft.encoded;
     for (const error of found.errors) errors.push(error);
@@ -162,13 +173,17 @@ export function writeApart(
   };
   const groups = groupsOf(adapters, most);
   let at = -1;
+  let part = opened;
   let encoded: Encoded["terms"] = new Map();
   const termsOf = async (adapter: Adapter): Promise<TermInput[]> => {
     if (!groups[at]?.includes(adapter)) {
       // What was encoded before is let go of first.
       encoded = new Map();
-      encoded = await encodeGroup(groups[++at]!);
+      part = partOf(opened, 1 / (groups.length - ++at));
+      encoded = await encodeGroup(groups[at]!);
+      part.meter.reach(EXTRACTING);
     }
+    part.meter.reach(1 - (1 - EXTRACTING) * (encoded.size / groups[at]!.length));
     return taken({ terms: encoded }, adapter);
   };
   return writeTasks(opened, recipe, { modules, errors }, termsOf, { scratch, extractor });
@@ -176,7 +191,7 @@ export function writeApart(
 
 /** @param termsOf is asked for the terms of each adapter in their order */
 async function writeTasks(
-  { adapters, fingerprints }: Adapters,
+  { adapters, fingerprints, meter }: Adapters,
   recipe: Recipe,
   { modules, errors }: Pick<Encoded, "modules" | "errors">,
   termsOf: (adapter: Adapter) => Promise<readonly TermInput[]>,
@@ -197,10 +212,11 @@ async function writeTasks(
     return task;
   });
   const { mode, gauge, centering, rank } = extraction;
-  const baseModel = baseModels(adapters)[0];
+  const baseModel = commonBase(adapters);
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
   const basis = { mode, gauge, centering, rank, step, error, baseModel, modules: modules.splice(0) };
   const { bytes, chunks, blobs } = await newPack(basis, tasks, how);
+  meter.reach(1);
   const sized = { bytes, blobs, modules: names.length, components };
   return { chunks, report: buildReport(adapters, recipe, sized, { errors, terms }, fingerprints !== undefined) };
 }

@@ -30,6 +30,7 @@ import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from ".
 import { throwIfAborted } from "../pace.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
+import { Meter } from "../work.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 import type { ModuleError } from "./report.ts";
 import { changes, encodeTerm, sidesTerm, stepsOf } from "./tasks.ts";
@@ -42,8 +43,14 @@ export interface Adapters {
   /** Samples of the base model's weights, by module; undefined where no base was given. */
   readonly fingerprints: ReadonlyMap<string, Float32Array> | undefined;
   readonly extractor: Extractor;
-  readonly onProgress?: BuildOptions["onProgress"];
+  /** Is told what is done. */
+  readonly meter: Meter;
   readonly signal?: AbortSignal | undefined;
+}
+
+/** The same, with the next part of the work to tell of. @param share of what is left */
+export function partOf(opened: Adapters, share: number): Adapters {
+  return { ...opened, meter: opened.meter.part(share) };
 }
 
 /** What a pack stores: all modules, and what each adapter has of them. */
@@ -93,7 +100,7 @@ export async function openAdapters(
   const shared = [...sharedModules(adapters).values()];
   const shapes = shared.map(({ shape }) => shape);
   const fingerprints = base === undefined ? undefined : await readFingerprints(base, shapes);
-  return { adapters, shared, fingerprints, extractor, onProgress, signal };
+  return { adapters, shared, fingerprints, extractor, meter: Meter.of("packing", onProgress), signal };
 }
 
 /**
@@ -101,7 +108,7 @@ export async function openAdapters(
  * @param known with it a recipe that differs in private terms or steps alone is encoded again for less; it is brought up to date
  */
 export async function encode(
-  { shared, fingerprints, extractor, onProgress, signal }: Omit<Adapters, "adapters">,
+  { shared, fingerprints, extractor, meter, signal }: Omit<Adapters, "adapters">,
   recipe: Recipe,
   known?: Known,
 ): Promise<Encoded> {
@@ -127,7 +134,7 @@ export async function encode(
       terms.get(owner)!.push({ module: index, ...term });
     }
     modules.push({ ...shape, A: found.A, B: found.B, fingerprint: fingerprints?.get(name) });
-    onProgress?.(modules.length, shared.length);
+    meter.reach(modules.length / shared.length);
   }
   return encoded;
 }

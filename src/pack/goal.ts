@@ -60,7 +60,7 @@ export interface Tried {
 
 /** What is sought, who judges, and where to look. */
 export interface SearchOptions
-  extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase" | "workers"> {
+  extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase" | "workers" | "onProgress"> {
   /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
   readonly goal?: Goal | undefined;
   /** Gives the scores that a goal of scores is about. Other goals take none: the mean ΔW error decides there, which is a proxy. */
@@ -73,8 +73,8 @@ export interface SearchOptions
   readonly ways?: readonly Way[];
   /** Numbers of components to look among for a score, from few to many. Default: from 1 to all in steps of a fifth to a half. */
   readonly ladder?: readonly ComponentSelection[];
-  /** Called when a way has been tried, with a score after each pack that was judged; `done` of the `of` ways have been begun. */
-  readonly onTry?: (tried: Tried, done: number, of: number) => void;
+  /** Called when a way has been tried; with a score after each pack that was judged. */
+  readonly onTry?: (tried: Tried) => void;
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -90,6 +90,7 @@ const OPTIONS = [
   "base",
   "anyBase",
   "workers",
+  "onProgress",
   "signal",
 ] as const;
 

@@ -8,6 +8,7 @@ import type { Allocation } from "../extract/allocation.ts";
 import type { BasisMode, ComponentSelection, ExtractOptions } from "../extract/options.ts";
 import type { SharedSides } from "../extract/sides.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
+import type { OnWork } from "../work.ts";
 
 /** How adapters are packed. */
 export interface BuildOptions {
@@ -69,8 +70,8 @@ export interface BuildOptions {
    * second to start: for adapters of 100 MB and more. One where the platform starts none: they need Node, Deno or Bun. Default: 1.
    */
   readonly workers?: number | undefined;
-  /** Called after each module. */
-  readonly onProgress?: ((done: number, of: number) => void) | undefined;
+  /** Called as the work goes on, with the share that is done, in percent. */
+  readonly onProgress?: OnWork | undefined;
   readonly signal?: AbortSignal | undefined;
 }
 

@@ -2,7 +2,7 @@
  * What a pack says about itself when it has been made: one shape for every way to make one.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels } from "../adapters/modules.ts";
+import { baseModels, commonBase } from "../adapters/modules.ts";
 import type { PrivateChoice } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import type { ModuleInput, TermInput } from "../format/encode.ts";
@@ -193,12 +193,11 @@ interface Owner {
 /** What to say of the base model of adapters that were packed together. */
 export function baseWarnings(adapters: readonly Owner[]): string[] {
   const named = baseModels(adapters);
-  return [
-    ...(named.length > 1
-      ? [`the adapters name their base model in several ways, taken for one: ${named.join(", ")}`]
-      : []),
-    ...strangerWarnings(adapters),
-  ];
+  const said =
+    commonBase(adapters) === undefined
+      ? "the adapters name different base models, so the pack names none"
+      : "the adapters name their base model in several ways, taken for one";
+  return [...(named.length > 1 ? [`${said}: ${named.join(", ")}`] : []), ...strangerWarnings(adapters)];
 }
 
 /**

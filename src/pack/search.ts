@@ -10,12 +10,12 @@ import type { ComponentSelection } from "../extract/options.ts";
 import { throwIfAborted } from "../pace.ts";
 import { DEFAULT_ERROR, type Survey, survey } from "./allocate.ts";
 import { type Built, gathered, type Streamed, withExtractor } from "./build.ts";
-import { type Adapters, isUnstorable, openAdapters } from "./encode.ts";
+import { type Adapters, isUnstorable, openAdapters, partOf } from "./encode.ts";
 import { better, checkSearch, figuresOf, type Goal, outOfReach, type SearchOptions, type Tried } from "./goal.ts";
 import type { BuildOptions } from "./recipe.ts";
 import type { BuildReport } from "./report.ts";
 import { lowestPassing, partition, Unreachable } from "./seek.ts";
-import { allOf, defaultWays, kindOf, type Lent, nameOf, scoredWays, type Way } from "./ways.ts";
+import { allOf, costOf, defaultWays, kindOf, type Lent, nameOf, scoredWays, trying, type Way } from "./ways.ts";
 import type { Scratch } from "./write.ts";
 
 /** The pack that was chosen, what it was chosen by, and what else was tried. */
@@ -35,6 +35,9 @@ interface Candidate {
   /** Packs that were judged by scores are made again rather than kept, since they may be large and there is one of each asked. */
   built(): Promise<Streamed>;
 }
+
+/** The share of what is left that reading spectra takes. */
+const SURVEY = 0.15;
 
 /** What all steps of one search share. */
 interface Search extends Lent, Pick<SearchOptions, "judge" | "ladder" | "signal"> {
@@ -101,8 +104,10 @@ export async function searchStreamed(
 export async function buildWithin(adapters: readonly Adapter[], options: BuildOptions, max: number): Promise<Streamed> {
   return withExtractor("buildPack", options.workers, async (extractor) => {
     const opened = await openAdapters("buildPack", adapters, options, extractor);
-    const lent: Lent = { opened, survey: () => survey(opened, undefined) };
-    return kindOf(options).within(lent, options, max);
+    const lent: Lent = { opened, survey: (from) => survey(partOf(from, SURVEY), undefined) };
+    const built = await kindOf(options).within(lent, options, max);
+    opened.meter.reach(1);
+    return built;
   });
 }
 
@@ -116,8 +121,6 @@ async function searchWith(
   const tried: Tried[] = [];
   const decisions: string[] = [];
   let best: Candidate | undefined;
-  let done = 0;
-  let of = 0;
   let found: Promise<Survey> | undefined;
   const start: Search = {
     ...options,
@@ -127,22 +130,23 @@ async function searchWith(
     ids: adapters.map(({ id }) => id),
     note(one) {
       tried.push(one);
-      onTry?.(one, done, of);
+      onTry?.(one);
     },
     unstorable: [],
-    survey: () => (found ??= survey(opened, dtype.coefficients && [dtype.coefficients])),
+    survey: (from) => (found ??= survey(partOf(from, SURVEY), dtype.coefficients && [dtype.coefficients])),
   };
   const search = goal.kind === "score" ? { ...start, reference: await referenceOf(start, goal) } : start;
   const all = ways ?? (goal.kind === "score" ? scoredWays(dtype) : defaultWays(search, goal, decisions));
-  of = all.length;
-  for (const way of all) {
-    done++;
+  for (const [i, way] of all.entries()) {
     if (way.fallback && best) continue;
-    const made = await attempt(search, way, best?.tried.bytes);
+    const left = all.slice(i).reduce((sum, one) => sum + costOf(one), 0);
+    const lent = { ...search, opened: partOf(opened, costOf(way) / left || 1) };
+    const made = await attempt(lent, way, best?.tried.bytes);
     if (made && !(best && !better(made.tried, best.tried, goal))) best = made;
   }
   if (!best) throw search.unstorable[0] ?? outOfReach(goal, tried);
   const { chunks, report } = await best.built();
+  opened.meter.reach(1);
   const { bytes, error, ...chosen } = best.tried;
   const judgedBy = goal.kind === "score" ? "score" : "error";
   return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried, decisions } };
@@ -204,7 +208,7 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
 async function seekScore(search: Search, way: Way, smallest: number): Promise<Candidate | undefined> {
   const { adapters } = search.opened;
   const kind = kindOf(way);
-  const make = (rung: number): Promise<Streamed> => kind.make(search, way, ladder[rung]!);
+  const make = (rung: number): Promise<Streamed> => kind.make(trying(search), way, ladder[rung]!);
   const ladder = kind.ladder(adapters, way, search.ladder);
   const asked = new Map<number, Candidate>();
   const passes = async (rung: number): Promise<boolean> => {

@@ -58,6 +58,7 @@ export async function findSharing(
   let at = 0;
   for await (const found of inOrder(shared, opened.extractor.size + 1, ask)) {
     const { name } = shared[at++]!.shape;
+    opened.meter.reach(at / shared.length);
     if (!found) continue;
     sides.set(name, found);
     for (const [task, { apart, shared }] of found.losses) add(gains, task, apart - shared);

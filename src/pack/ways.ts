@@ -6,9 +6,10 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { type Allocation, byTask, type Spectrum } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
+import { ROUND } from "../work.ts";
 import { type Survey, withinBytes, withinError } from "./allocate.ts";
-import { Draft, type Seek, type Streamed, write, writeApart } from "./build.ts";
-import { type Adapters, encode } from "./encode.ts";
+import { Draft, EXTRACTING, type Seek, type Streamed, write, writeApart } from "./build.ts";
+import { type Adapters, encode, partOf } from "./encode.ts";
 import { type BuildOptions, MOST_STEP, type Recipe, recipeOf } from "./recipe.ts";
 import type { TaskLoss } from "./report.ts";
 import { grow, refine, type Steps, startSteps, stepsWithin, Unreachable } from "./seek.ts";
@@ -35,8 +36,18 @@ export interface Lent extends Pick<BuildOptions, "dtype" | "centering" | "normal
   readonly opened: Adapters;
   /** Takes blobs of the pack that is wanted. Default: memory. */
   readonly scratch?: Scratch | undefined;
-  /** What private terms are to hold. */
-  survey(): Promise<Survey>;
+  /** What private terms are to hold. @param opened the adapters of the search, with what is told of them by now */
+  survey(opened: Adapters): Promise<Survey>;
+}
+
+/** For one of the packs that are made to find the best. @param share of what is left to do */
+export function trying<L extends Lent>(lent: L, share: number = ROUND): L {
+  return { ...lent, opened: partOf(lent.opened, share) };
+}
+
+/** How long a way takes, with private terms alone as 1, where a search has several; fallbacks are seldom needed. */
+export function costOf({ grows, fallback }: Way): number {
+  return fallback ? 0 : grows === "steps" ? 8 : 1;
 }
 
 /** A kind of way: how packs of it are made, and what their bytes grow with. */
@@ -70,7 +81,7 @@ const COMPONENTS: Kind = {
   ladder: (adapters, way, given) => given ?? ladderOf(mostComponents(adapters, way)),
   make: (lent, way, select) => plainPack(lent, { ...lentOptions(lent), ...optionsOf(way), select }),
   within(lent, way, max) {
-    const made = (k: number): Promise<Streamed> => this.make(lent, way, { kind: "k", k });
+    const made = (k: number): Promise<Streamed> => this.make(trying(lent), way, { kind: "k", k });
     return grow(made, sizeOf, max, mostComponents(lent.opened.adapters, way));
   },
 };
@@ -94,7 +105,7 @@ function lentOptions({ dtype, centering, normalize }: Lent): BuildOptions {
 async function plainPack({ opened }: Lent, options: BuildOptions): Promise<Streamed> {
   try {
     const recipe = recipeOf(opened.adapters, options);
-    return await write(opened, recipe, await encode(opened, recipe));
+    return await write(opened, recipe, await encode(partOf(opened, EXTRACTING), recipe));
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
@@ -131,7 +142,7 @@ const ALLOCATED: Kind = {
 
 /** @param error that the pack's tasks keep to, and those added later */
 async function allocating(lent: Lent, way: Way, error?: number): Promise<{ found: Survey; draft: Draft }> {
-  const found = await lent.survey();
+  const found = await lent.survey(lent.opened);
   const options: BuildOptions = {
     ...optionsOf(way),
     dtype: { ...way.dtype, ...lent.dtype },
@@ -152,13 +163,13 @@ const CODED: Kind = {
     // Each step is a thirty-second of an octave finer than the one before.
     const step = 2 ** (-amount.k / 32);
     const recipe = recipeOf(opened.adapters, codedOptions({ ...lentOptions(lent), ...optionsOf(way) }, step));
-    const { spectra } = await lent.survey();
-    const { sides } = await findSharing(opened, spectra, await stepsOf(opened.adapters, step));
+    const { spectra } = await lent.survey(opened);
+    const { sides } = await findSharing(partOf(opened, SHARING), spectra, await stepsOf(opened.adapters, step));
     const whole = { ...recipe, sides };
-    return write(opened, whole, await encode(opened, whole));
+    return write(opened, whole, await encode(partOf(opened, EXTRACTING), whole));
   },
   async within(lent, way, max) {
-    const made = (k: number): Promise<Streamed> => this.make(lent, way, { kind: "k", k });
+    const made = (k: number): Promise<Streamed> => this.make(trying(lent, 0.15), way, { kind: "k", k });
     const finest = await refine(made, sizeOf, max, STEPS);
     // A step so coarse that nothing is left of a task.
     const idle = finest.report.errors.find(({ total }) => total >= 1);
@@ -169,6 +180,8 @@ const CODED: Kind = {
 
 /** Steps that are tried, from coarse to fine. */
 const STEPS = 384;
+/** The share of what is left that finding out what is shared takes. */
+const SHARING = 0.4;
 /** Private terms that a step may find worth their bytes. */
 const MOST_PRIVATE = 255;
 
@@ -182,8 +195,8 @@ const MOST_MOVED = 1.25;
 
 /** The coded pack with the coarsest steps that keep every task within an error. @throws Unreachable */
 async function codedWithin({ opened, dtype, scratch, survey }: Lent, way: Way, error: number): Promise<Streamed> {
-  const { spectra } = await survey();
-  const { sides, steps: start } = await findSharing(opened, spectra, startSteps(spectra, error), true);
+  const { spectra } = await survey(opened);
+  const { sides, steps: start } = await findSharing(partOf(opened, SHARING), spectra, startSteps(spectra, error), true);
   // What follows takes less at a time, and the pack grows beside it.
   await opened.extractor.rest();
   const options = codedOptions({ dtype, ...optionsOf(way) }, typicalStep(spectra, start));

@@ -15,11 +15,12 @@ import type { BuildOptions } from "../pack/recipe.ts";
 import { storedTask } from "../pack/write.ts";
 import type { Session } from "../session/session.ts";
 import { fromBase64, toBase64 } from "../text.ts";
+import type { OnWork } from "../work.ts";
 import { askAdapter } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import { distillable, distilTask } from "./distill.ts";
 import { MeanDivergence } from "./probabilities.ts";
-import { MOST_MADE, seen, type Taught, type TeachOptions, taughtBy } from "./taught.ts";
+import { type Taught, type TeachOptions, taughtBy } from "./taught.ts";
 
 /** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
 export interface ByAnswersOptions
@@ -37,28 +38,14 @@ export interface ByAnswersOptions
   readonly agreement?: number | undefined;
   /** Most bytes of the pack, which is then the one whose tasks agree most; instead of `agreement`. Not for `tasksByAnswers`. */
   readonly bytes?: number | undefined;
-  /**
-   * About how long it may take. Steps are as many as that allows, 240 at most. Default: 10, or a quarter of a minute for each task where that
-   * is more.
-   */
-  readonly minutes?: number | undefined;
-  /** Steps of each task, instead of as many as time allows. */
+  /** Most training steps of a task; they end earlier where the answers held back gain no more. Default: 240 of labels, 24 token by token. */
   readonly steps?: number | undefined;
-  /** Called when there is something new to say of a task. */
-  readonly onProgress?: ((progress: ByAnswersProgress) => void) | undefined;
+  /** Minutes after which no further task is begun. Those left are stored as without a model, and the report says so. Default: no limit. */
+  readonly minutes?: number | undefined;
+  /** Called after each training step of a task, with the steps of all tasks. */
+  readonly onProgress?: OnWork | undefined;
   /** Where outcomes are kept, so that a call that was stopped goes on: by a key that holds all they depend on but the model and questions. */
   readonly finished?: FinishedOutcomes | undefined;
-}
-
-/** How far `packByAnswers` is. */
-export interface ByAnswersProgress {
-  /**
-   * How long all will take is found out with one task, sizes are tried on some, then all tasks are distilled for the one that was chosen.
-   */
-  readonly stage: "planning" | "trying" | "distilling";
-  readonly task: string;
-  readonly done: number;
-  readonly of: number;
 }
 
 /** What is finished, by key: JSON. */
@@ -97,51 +84,47 @@ export interface Open {
   readonly session: Session;
 }
 
-/** Steps that training may take. */
-const TRAINING = [240, 200, 160, 120, 80, 48, 24, 0] as const;
+interface Training {
+  /** Most steps. */
+  readonly steps: number;
+  readonly onStep: (step: number) => void;
+}
+
+/** Most training steps of a task by default: more gain no right answers (docs/research/size.md). Steps of tokens take far longer. */
+const STEPS = { labels: 240, tokens: 24 };
 /** Most steps where a size is tried. */
 const TRYING = 48;
 /** Answers that differ after so few steps ÷ those that do after all: as the root of KL, which is 1.5 times as large (docs/research/learning.md). */
 const MORE_DIFFER = 1.2;
 /** Shares of ΔW that a task may lose that is stored closer, down to what it loses in a pack without a model. */
 const CLOSER = [0.45, 0.3, 0.2, DEFAULT_ERROR] as const;
-/** The share of the time that may be planned with. */
-const PLANNED = 0.92;
-/** Steps that tell how long one takes. */
-const PROBED = 8;
 /**
  * A word's tokens are foreseen from each other, those of a text even more, so that the same agreement says less of them. Of twenty skills
  * of SmolLM2, three that agreed in 97.0 to 97.6 % of answers' tokens had 3 points fewer answers right, six above 99 % had 0.3.
  */
 const DEFAULT_AGREEMENT = { labels: 0.96, answers: 0.98, texts: 0.99 };
-/** Minutes by default: for all tasks, or for each where there are many. */
-const MINUTES = { all: 10, each: 0.25 };
 
 /** Brings tasks close to the answers of their adapters. */
 export class Answering {
   readonly #options: ByAnswersOptions;
-  readonly #minutes: number;
   readonly #until: number;
-  /** Answers of adapters by id, with the steps that they are for: each is asked once, as long as it is not done. */
-  readonly #taught = new Map<string, Taught & { readonly steps: number }>();
+  /** Answers of adapters by id: each adapter is asked once, and forgotten once its task is done. */
+  readonly #taught = new Map<string, Taught>();
   readonly #outcomes = new Map<string, Outcome>();
   /** Why tasks cannot be distilled, by id. */
   readonly #refused = new Map<string, string>();
-  #steps: number | undefined;
-  /** How long a question takes, in milliseconds. */
-  #question = 0;
+  /** Steps that trying sizes counts for, whatever it takes: in advance nobody knows how many sizes are tried. */
+  #trying = 0;
+  #done = 0;
 
   constructor(options: ByAnswersOptions) {
     this.#options = options;
-    this.#steps = options.steps;
-    const { all, each } = MINUTES;
-    this.#minutes = options.minutes ?? Math.max(all, each * options.adapters.length);
-    this.#until = performance.now() + 60_000 * this.#minutes;
+    this.#until = performance.now() + 60_000 * (options.minutes ?? Infinity);
   }
 
-  /** Steps of each task, once they are planned. */
-  get steps(): number {
-    return this.#steps ?? 0;
+  /** Most training steps of a task. */
+  stepsOf(level: Open): number {
+    return this.#options.steps ?? STEPS[this.asksTokens(level) ? "tokens" : "labels"];
   }
 
   /** Whether the model answers token by token. */
@@ -157,70 +140,6 @@ export class Answering {
   /** Why no task could be distilled, if none could. */
   get refused(): readonly string[] {
     return this.#outcomes.size > 0 ? [] : [...this.#refused.values()];
-  }
-
-  /**
-   * Decides how many steps there is time for, by how long one task takes now.
-   * @param tried tasks that will be distilled in trying sizes before all are
-   */
-  async plan(level: Open, tried: number = 0): Promise<void> {
-    const { finished, adapters, steps } = this.#options;
-    if (steps !== undefined) return;
-    // A call that goes on takes as many.
-    const key = `steps in ${this.#minutes} minutes for ${adapters.length} tasks, with ${tried} tried before`;
-    const known = await finished?.read(key);
-    const planned =
-      known === undefined ? await this.#unlessStopped(this.#planned(level, tried), undefined) : Number(known);
-    if (planned === undefined) return;
-    this.#steps = planned;
-    if (known === undefined) await finished?.write(key, String(planned));
-  }
-
-  async #planned(level: Open, tried: number): Promise<number | undefined> {
-    const { adapters, texts, examples } = this.#options;
-    const adapter = await this.#askedFirst(level);
-    if (!adapter) return undefined;
-    const { judges } = await this.#teach(level, adapter);
-    const began = performance.now();
-    let [first, last] = [0, 0];
-    const onStep = (): void => {
-      last = performance.now();
-      first ||= last;
-    };
-    await this.#distil(level, adapter, PROBED, onStep);
-    const fixed = first - began;
-    const each = (last - first) / (PROBED - 1);
-    const left = PLANNED * (this.#until - performance.now());
-    // Few steps see few questions.
-    const asked = (steps: number): number => Math.min((texts ?? examples)?.length ?? MOST_MADE, seen(steps));
-    // An adapter that was asked enough is not asked again.
-    const isKnown = ({ id }: Adapter, steps: number): boolean => {
-      const taught = this.#taught.get(id);
-      return taught !== undefined && asked(taught.steps) >= asked(steps);
-    };
-    const asking = (steps: number): number =>
-      adapters.filter((one) => !isKnown(one, steps)).length * this.#question * (asked(steps) + judges.length);
-    const takes = (steps: number): number =>
-      asking(steps) + adapters.length * (fixed + steps * each) + tried * (fixed + Math.min(steps, TRYING) * each);
-    const found = TRAINING.find((steps) => takes(steps) <= left) ?? 0;
-    for (const one of adapters) if (!isKnown(one, found)) this.#taught.delete(one.id);
-    return found;
-  }
-
-  /** An adapter that can be distilled, asked some questions, which tell how long one takes. */
-  async #askedFirst(level: Open): Promise<Adapter | undefined> {
-    const { adapters } = this.#options;
-    const unasked = adapters.filter(({ id }) => !this.#taught.has(id));
-    for (const adapter of new Set([...unasked, ...adapters])) {
-      this.tell("planning", adapter.id, 0, 1);
-      const isNew = !this.#taught.has(adapter.id);
-      const started = performance.now();
-      const taught = await this.#unlessRefused(adapter, this.#teach(level, adapter, PROBED));
-      if (!taught) continue;
-      if (isNew) this.#question = (performance.now() - started) / (taught.train.length + taught.judges.length);
-      return adapter;
-    }
-    return undefined;
   }
 
   /** What work gives; undefined where the task cannot be distilled, and why is known then. */
@@ -245,30 +164,34 @@ export class Answering {
     });
   }
 
-  /** What becomes of all tasks. */
+  /** Distils all tasks. */
   async all(level: Open): Promise<Outcome[]> {
     const { adapters } = this.#options;
+    const steps = this.stepsOf(level);
     const outcomes: Outcome[] = [];
     for (const adapter of adapters) {
-      this.tell("distilling", adapter.id, outcomes.length, adapters.length);
-      outcomes.push(await this.#outcome(level, adapter, this.steps));
-      // Answers of all adapters would be the most that is held.
+      const before = this.#trying + outcomes.length * steps;
+      const onStep = (step: number): void => this.#tell(level, adapter.id, before + step);
+      onStep(0);
+      outcomes.push(await this.#outcome(level, adapter, { steps, onStep }));
+      // Answers of all adapters together would be the most that is held.
       this.#taught.delete(adapter.id);
     }
-    this.tell("distilling", adapters.at(-1)!.id, adapters.length, adapters.length);
+    this.#tell(level, adapters.at(-1)!.id, Infinity);
     return outcomes;
   }
 
-  tell(stage: ByAnswersProgress["stage"], task: string, done: number, of: number): void {
-    this.#options.onProgress?.({ stage, task, done, of });
+  #tell(level: Open, detail: string, done: number): void {
+    const total = this.#trying + this.#options.adapters.length * Math.max(this.stepsOf(level), 1);
+    this.#done = Math.max(this.#done, Math.min(done, total));
+    this.#options.onProgress?.({ stage: "distilling", done: this.#done, total, unit: "steps", detail });
   }
 
-  /** @param steps that are planned */
-  async #teach({ session }: Open, adapter: Adapter, steps: number = this.steps): Promise<Taught> {
+  async #teach(level: Open, adapter: Adapter): Promise<Taught> {
     const known = this.#taught.get(adapter.id);
     if (known) return known;
-    const task = await distillable(session, adapter.id);
-    const taught = { ...(await taughtBy(session, adapter, task, { ...this.#questions, steps })), steps };
+    const task = await distillable(level.session, adapter.id);
+    const taught = await taughtBy(level.session, adapter, task, { ...this.#questions, steps: this.stepsOf(level) });
     this.#taught.set(adapter.id, taught);
     return taught;
   }
@@ -278,35 +201,50 @@ export class Answering {
     return { encode, texts, examples, end, decoderStart, seed, signal };
   }
 
-  async #distil(level: Open, adapter: Adapter, steps: number, onStep?: () => void) {
+  async #distil(level: Open, adapter: Adapter, steps: number, onStep: (step: number) => void) {
     const { session } = level;
     const taught = await this.#teach(level, adapter);
     return distilTask(session, adapter, await distillable(session, adapter.id), taught, {
       ...this.#questions,
       steps,
-      onStep,
+      onStep: ({ step }) => onStep(step),
     });
   }
 
-  /** What is expected to become of a task, from fewer steps. */
-  tried(level: Open, adapter: Adapter): Promise<Outcome> {
-    const all = this.steps <= TRYING;
-    return this.#outcome(level, adapter, all ? this.steps : TRYING, all ? 1 : MORE_DIFFER);
+  /**
+   * Foresees from fewer steps how tasks are stored.
+   * @param before sizes that were tried
+   * @param expected sizes that are tried in all, if nothing surprises
+   */
+  async tried(level: Open, adapters: readonly Adapter[], before: number, expected: number): Promise<Outcome[]> {
+    const all = this.stepsOf(level);
+    const steps = Math.min(all, TRYING);
+    const each = Math.max(steps, 1);
+    this.#trying = expected * adapters.length * each;
+    const outcomes: Outcome[] = [];
+    for (const [i, adapter] of adapters.entries()) {
+      const done = (before * adapters.length + i) * each;
+      const onStep = (step: number): void =>
+        this.#tell(level, `${adapter.id} to try a size`, Math.min(done + step, this.#trying));
+      onStep(0);
+      outcomes.push(await this.#outcome(level, adapter, { steps, onStep }, steps < all ? MORE_DIFFER : 1));
+    }
+    return outcomes;
   }
 
   /** @param differ times the share of answers that may differ */
-  async #outcome(level: Open, adapter: Adapter, steps: number, differ: number = 1): Promise<Outcome> {
+  async #outcome(level: Open, adapter: Adapter, training: Training, differ: number = 1): Promise<Outcome> {
     const { finished, agreement, bytes, seed, end, decoderStart } = this.#options;
     const { id, file, byteLength, metadata } = adapter;
     const asked = { agreement, bytes, seed, end, decoderStart };
-    const key = JSON.stringify([level.pack.basisId, id, file, byteLength, metadata, steps, differ, asked]);
+    const key = JSON.stringify([level.pack.basisId, id, file, byteLength, metadata, training.steps, differ, asked]);
     const known = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key), finished?.nameOf?.(key) ?? key);
     if (known) {
       this.#outcomes.set(key, known);
       return known;
     }
     if (this.late) return this.#undistilled(level, adapter);
-    const judged = this.#unlessRefused(adapter, this.#judged(level, adapter, steps, differ));
+    const judged = this.#unlessRefused(adapter, this.#judged(level, adapter, training, differ));
     const outcome = await this.#unlessStopped(judged, undefined);
     if (!outcome) return { ...(await this.#undistilled(level, adapter)), reason: this.#refused.get(adapter.id) };
     this.#outcomes.set(key, outcome);
@@ -314,12 +252,12 @@ export class Answering {
     return outcome;
   }
 
-  async #judged(level: Open, adapter: Adapter, steps: number, differ: number): Promise<Outcome> {
+  async #judged(level: Open, adapter: Adapter, { steps, onStep }: Training, differ: number): Promise<Outcome> {
     const { bytes: most, agreement } = this.#options;
     const { asked } = await this.#teach(level, adapter);
     const wanted = agreement ?? (most === undefined ? DEFAULT_AGREEMENT[asked] : 0);
     const least = 1 - differ * (1 - wanted);
-    const { id, file, kept, agreement: found } = await this.#distil(level, adapter, steps);
+    const { id, file, kept, agreement: found } = await this.#distil(level, adapter, steps, onStep);
     let best: Outcome = { id, file, kept, agreement: found, bytes: parseTaskFile(file, id).blob.length };
     for (const error of CLOSER) {
       if (best.agreement! >= least) break;

@@ -5,7 +5,7 @@
 
 export type { BatchFeeds, Encode, EncodeHow, PlainTokenizer, Tokenizer } from "../session/tokens.ts";
 export type { TaskDtypes } from "../tensor/dtypes.ts";
-export type { AnsweringTask, ByAnswersOptions, ByAnswersProgress, FinishedOutcomes } from "./answering.ts";
+export type { AnsweringTask, ByAnswersOptions, FinishedOutcomes } from "./answering.ts";
 export type { Questions } from "./answers.ts";
 export { type CreateTrainerOptions, createTrainer } from "./create-trainer.ts";
 export { type Distilled, type DistillOptions, distill } from "./distill.ts";

@@ -1,8 +1,8 @@
 /**
  * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, each
  * task distilled onto them, its answers judged by questions that were held back. How coarse numbers may be is tried on a few tasks, and of a
- * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter; where time
- * runs out, as a pack without a model stores it. Where bytes are given, they decide how coarse numbers are.
+ * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter. Where
+ * bytes are given, they decide how coarse numbers are. Input and seed decide all; a clock only where the caller sets `minutes`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
@@ -34,10 +34,10 @@ import { checkQuestions } from "./taught.ts";
 export interface ByAnswersReport extends BuildReport {
   /** Empty where tasks would take no fewer bytes than in a pack without a model, which it is then. */
   readonly answers: readonly AnsweringTask[];
-  /** Steps of each task. */
+  /** Most training steps of a task. */
   readonly steps: number;
-  /** Whether it was stopped before all tasks were done. */
-  readonly stopped: boolean;
+  /** Ids of tasks that were stored as without a model, since `signal` or `minutes` left them no turn. */
+  readonly left: readonly string[];
 }
 
 /** Which pack of a kind. */
@@ -84,7 +84,7 @@ export async function tasksByAnswers(
   checkPack("tasksByAnswers", pack);
   check("tasksByAnswers", options, TASK_OPTIONS);
   const { adapters, names } = options;
-  const projected = await projectAdapters(pack, adapters, await storedDtypes(pack));
+  const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), { maxLoss: 1 });
   const added: string[] = [];
   try {
     for (const { entry, blob } of projected) {
@@ -93,9 +93,7 @@ export async function tasksByAnswers(
     }
     const session = await createSession(engine, model, pack, { trainable: true, names });
     try {
-      const answering = new Answering(options);
-      await answering.plan({ pack, session });
-      return await answering.all({ pack, session });
+      return await new Answering(options).all({ pack, session });
     } finally {
       await session.close();
     }
@@ -157,6 +155,8 @@ class Making {
   readonly #answering: Answering;
   readonly #kinds: readonly SizedPacks[];
   #level: Level | undefined;
+  /** Sizes that were tried. */
+  #sizes = 0;
   /** Says which templates ask nothing, where questions are made. */
   #unused: readonly string[] = [];
 
@@ -174,10 +174,8 @@ class Making {
     const { sized, expected } = await (most === undefined ? this.#smallest() : this.#within(most));
     this.#unused = this.#unusedTemplates(this.#level!);
     const plain = most === undefined ? await searchPack(adapters, { base, anyBase, workers }) : undefined;
-    if (plain && expected >= plain.report.bytes) return this.#undistilled(plain, this.#answering.late);
+    if (plain && expected >= plain.report.bytes) return this.#undistilled(plain);
     const level = await this.#open(sized);
-    // Trying tells better how long all will take.
-    if (!this.#answering.late) await this.#answering.plan(level);
     const outcomes = await this.#answering.all(level);
     let made = await this.#packed(level, outcomes);
     while (most !== undefined && made.report.bytes > most) {
@@ -189,13 +187,13 @@ class Making {
       made = await this.#packed(level, outcomes);
     }
     // Tasks may take more than some of them promised.
-    return plain && made.report.bytes >= plain.report.bytes ? this.#undistilled(plain, made.report.stopped) : made;
+    return plain && made.report.bytes >= plain.report.bytes ? this.#undistilled(plain, made.report.left) : made;
   }
 
   /** A pack without a model, which takes no more. */
-  #undistilled({ chunks, report }: Built<BuildReport>, stopped: boolean): Built<ByAnswersReport> {
+  #undistilled({ chunks, report }: Built<BuildReport>, left = this.#unturned): Built<ByAnswersReport> {
     const warnings = [...report.warnings, ...this.#unused, ...this.#answering.refused];
-    return { chunks, report: { ...report, warnings, answers: [], steps: 0, stopped } };
+    return { chunks, report: { ...report, warnings, answers: [], steps: 0, left } };
   }
 
   async #packed(level: Level, outcomes: readonly Outcome[]): Promise<Built<ByAnswersReport>> {
@@ -208,13 +206,18 @@ class Making {
     const { bytes, chunks } = await freshPack(level.pack, places);
     const answers = outcomes.map(({ file, ...outcome }) => outcome);
     const ratio = level.report.adapterBytes / bytes;
-    const stopped = outcomes.some(({ kept, reason }) => kept === "undistilled" && reason === undefined);
-    const { steps } = this.#answering;
+    const left = outcomes.flatMap(({ id, kept, reason }) => (kept === "undistilled" && !reason ? [id] : []));
+    const steps = this.#answering.stepsOf(level);
     const warnings = [...level.report.warnings, ...this.#unused];
     return {
       chunks: await allOf(chunks),
-      report: { ...level.report, bytes, ratio, warnings, answers, steps, stopped },
+      report: { ...level.report, bytes, ratio, warnings, answers, steps, left },
     };
+  }
+
+  /** Ids of all adapters, where time is over. */
+  get #unturned(): readonly string[] {
+    return this.#answering.late ? this.#options.adapters.map(({ id }) => id) : [];
   }
 
   #unusedTemplates(level: Level): string[] {
@@ -234,7 +237,6 @@ class Making {
     const [kind, ...others] = this.#kinds;
     let best: Sized = { kind: kind!, at: kind!.first };
     const level = await this.#open(best);
-    await this.#answering.plan(level, EXPECTED * this.#some.length);
     // Components gain labels most at every size that was measured, and tokens little (docs/research/size.md).
     const rivals = this.#answering.asksTokens(level) ? others : [];
     let least = (await this.#tried(best)).bytes;
@@ -264,8 +266,6 @@ class Making {
     for (const kind of this.#kinds) {
       const at = await kind.within(most);
       if (at === undefined) continue;
-      const tasks = this.#kinds.length * this.#some.length;
-      if (!best) await this.#answering.plan(await this.#open({ kind, at }), tasks);
       const { bytes, agreement } = await this.#tried({ kind, at });
       if (best && agreement <= best.agreement) continue;
       // Tasks take more when they are distilled.
@@ -286,10 +286,9 @@ class Making {
     const level = await this.#open(sized);
     const some = this.#some;
     let [grown, agreed] = [0, 0];
-    for (const [i, adapter] of some.entries()) {
-      this.#answering.tell("trying", adapter.id, i, some.length);
-      const { bytes, agreement = 0 } = await this.#answering.tried(level, adapter);
-      grown += bytes - level.pack.tasks.get(adapter.id)!.bytes;
+    const expected = this.#options.bytes === undefined ? EXPECTED : this.#kinds.length;
+    for (const { id, bytes, agreement = 0 } of await this.#answering.tried(level, some, this.#sizes++, expected)) {
+      grown += bytes - level.pack.tasks.get(id)!.bytes;
       agreed += agreement;
     }
     const bytes = level.report.bytes + (grown / some.length) * this.#options.adapters.length;

@@ -37,7 +37,7 @@ export interface TeachOptions extends Questions, SequenceOptions {
   readonly encode?: Tokenizer | undefined;
   /** Texts per step. Default: 8. Many small steps gain more than few large ones. */
   readonly batch?: number | undefined;
-  /** Number of steps. Default: 240. 0: coefficients are solved once, nothing is trained. */
+  /** Most steps; they end earlier where questions held back gain no more. Default: 240. 0: coefficients are solved once, nothing is trained. */
   readonly steps?: number | undefined;
   /** Share of the texts held back to judge by. Default: an eighth. */
   readonly holdout?: number | undefined;
@@ -67,7 +67,7 @@ export const BATCH = 8;
 /** Batches that show how answers depend on coefficients, before any step. */
 export const BATCHES_TO_SOLVE = 24;
 /** Most questions that are made to learn from: more of them taught no more. */
-export const MOST_MADE = 1024;
+const MOST_MADE = 1024;
 /** Questions that are made to judge by. */
 const MADE_TO_JUDGE = 128;
 
@@ -85,7 +85,7 @@ export async function taughtBy(
   const ask = { where: "distill", supervision: asking, signal: options.signal };
   const { steps = 240, batch = BATCH, holdout = 0.125, seed = 0 } = options;
   // Texts that no step would use are not asked.
-  const most = seen(steps, batch);
+  const most = Math.max(steps, BATCHES_TO_SOLVE) * batch;
   let [train, judges]: Asked[] = [];
   if (isGiven(options)) {
     const count = Math.max(LEAST_TEXTS, Math.ceil(most / (1 - holdout)));
@@ -127,11 +127,6 @@ export async function taughtBy(
   const wholeTexts = made ? !templateOf(adapter.metadata) : options.texts !== undefined;
   const asked = !asking.tokens ? "labels" : wholeTexts ? "texts" : "answers";
   return { supervision, labels, train: answered(train!), judges: answered(judges!), made, asked };
-}
-
-/** Questions that so many steps see, and the batches before them that show how answers depend on coefficients. */
-export function seen(steps: number, batch: number = BATCH): number {
-  return Math.max(steps, BATCHES_TO_SOLVE) * batch;
 }
 
 function isGiven({ texts, feeds, examples }: TeachOptions): boolean {

@@ -4,7 +4,7 @@
  */
 
 import type { ModuleShape } from "../../adapters/adapter.ts";
-import { baseModels } from "../../adapters/modules.ts";
+import { commonBase } from "../../adapters/modules.ts";
 import { AdapterError } from "../../errors.ts";
 import { checkSelection, type ExtractOptions, wanted } from "../../extract/options.ts";
 import { decompose, encodeSide, type SideBasis } from "../../extract/side.ts";
@@ -81,9 +81,10 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
       }
     };
     modules.push({ ...shape, A: [await side("A")], B: [await side("B")], fingerprint: fingerprints?.get(name) });
-    options.onProgress?.(modules.length, statistics.modules.size);
+    const total = statistics.modules.size;
+    options.onProgress?.({ stage: "merging", done: modules.length, total, unit: "modules" });
   }
-  const baseModel = baseModels(statistics.adapters)[0];
+  const baseModel = commonBase(statistics.adapters);
   const { chunks, bytes } = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);
   const components = componentsOf(modules);
   const report: BasisReport = {

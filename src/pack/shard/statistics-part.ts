@@ -10,6 +10,7 @@ import type { Value } from "../../format/fields.ts";
 import { LAYOUTS } from "../../format/format.ts";
 import type { SourceInput } from "../../source.ts";
 import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
+import type { OnWork } from "../../work.ts";
 import { oneOf, type Part, readPart, toBytes, toF64, writePart } from "./part.ts";
 import type { CountedAdapter, Statistics, StatisticsModule } from "./statistics.ts";
 
@@ -30,7 +31,7 @@ const LIMIT = 2 ** 31 - 1;
 export function writeStatistics(
   statistics: Statistics,
   made: string,
-  onProgress?: (done: number, of: number) => void,
+  onProgress?: OnWork,
 ): AsyncGenerator<Uint8Array, void> {
   const { gauge, rank, normalize, adapters, modules } = statistics;
   const entries: SafetensorsEntry[] = [];
@@ -51,7 +52,7 @@ export function writeStatistics(
             const bytes = toBytes(summary.kind === "rows" ? summary.values : i === 0 ? summary.gram : summary.sums);
             if (i === tensors.length - 1) {
               summary = undefined;
-              onProgress?.(++done, 2 * modules.size);
+              onProgress?.({ stage: "collecting", done: ++done, total: 2 * modules.size, unit: "sides" });
             }
             return bytes;
           },

@@ -12,6 +12,7 @@ import type { Value } from "../../format/fields.ts";
 import { placeOf, type TaskPlace } from "../../format/layout.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import { DTYPES, type Dtypes, type TaskDtypes } from "../../tensor/dtypes.ts";
+import type { OnWork } from "../../work.ts";
 import { projectAdapters } from "../add.ts";
 import { completeDtypes } from "../recipe.ts";
 import { type BuildReport, sizes, type TaskLoss } from "../report.ts";
@@ -31,11 +32,11 @@ export async function projectTasks(
   basis: Pack,
   adapters: readonly Adapter[],
   made: string,
-  options: { dtype?: Partial<Dtypes>; onProgress?: (done: number, of: number) => void } = {},
+  options: { dtype?: Partial<Dtypes>; onProgress?: OnWork } = {},
 ): Promise<AsyncGenerator<Uint8Array, void>> {
   const sorted = byId(adapters);
   const dtype = completeDtypes(options.dtype);
-  const projected = await projectAdapters(basis, sorted, dtype, options);
+  const projected = await projectAdapters(basis, sorted, dtype, { ...options, maxLoss: 1 });
   const losses = projected.map(({ residual }) => residual);
   const files = projected.map(({ entry, blob }) => encodeTaskFile(entry, basis.basisId, blob));
   return writeTasks(basis, made, dtype, losses, files);
@@ -85,11 +86,16 @@ export interface AssembledPack {
  * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats; TaskError for a task that
  *   is there twice
  */
-export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Promise<AssembledPack> {
+export async function assemblePack(
+  basis: Pack,
+  parts: readonly TaskPart[],
+  onProgress?: OnWork,
+): Promise<AssembledPack> {
   const first = parts[0]!;
   const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
   const losses: (TaskLoss & { modules: number })[] = [];
   const places = await tasksOf(basis);
+  const total = parts.reduce((sum, { tasks }) => sum + tasks.length, 0);
   for (const part of parts) {
     refuseOther(basis, first, part);
     for (const loss of part.tasks) {
@@ -102,6 +108,7 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
       const { place, modules } = await checkTask(basis, part, loss.id);
       places.push(place);
       losses.push({ ...loss, modules });
+      onProgress?.({ stage: "assembling", done: losses.length, total, unit: "tasks" });
     }
   }
   places.sort((a, b) => compare(a.entry.id, b.entry.id));
