@@ -392,7 +392,7 @@ async function interrupted(t: Test, command: readonly string[]): Promise<void> {
   const some = async (): Promise<number> => (await readdir("stopped.eigen.partial").catch(() => [])).length;
   while ((await some()) < 1 && child.exitCode === null) await new Promise((resolve) => setTimeout(resolve, 20));
   child.kill("SIGINT");
-  t.same(await gone, [0, null], "Ctrl-C ends it with a pack");
+  t.same(await gone, [130, null], "Ctrl-C ends it with a pack");
   t.match(JSON.parse(said), { stopped: true });
   t.equal((await json(0, "verify", "stopped.eigen"))["ok"], true);
   t.ok(existsSync("stopped.eigen.partial"), "what is finished waits");

@@ -179,7 +179,7 @@ export function byAnswersText(file: string, report: ByAnswersReport): string[] {
       : [
           `All tasks share ${count(components.max, "component")} of what each layer reads and writes, stored once; a task is how it mixes them.`,
         ]),
-    `${count(kept("distilled", "projected"), "task")} distilled, in ${count(steps, "training step")} each` +
+    `${count(kept("distilled", "projected"), "task")} ${steps === 0 ? "with coefficients solved on the model, not trained" : `distilled, in ${count(steps, "training step")} each`}` +
       `${kept("closer") > 0 ? `; ${kept("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
     ...refused.map(({ reason }) => `${reason}. It is stored by its ΔW alone.`),
     ...(stopped && left > 0

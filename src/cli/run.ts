@@ -43,6 +43,7 @@ export class Run {
   /** Names as they are shown, by the paths that they became. */
   readonly #shown = new Map<string, string>();
   #failed = false;
+  #interrupted = false;
   readonly #out: Output;
 
   constructor(out: Output, revoked: readonly string[] = []) {
@@ -118,8 +119,17 @@ export class Run {
   /** Aborted by the first Ctrl-C; a second ends the process. */
   interrupts(): AbortSignal {
     const controller = new AbortController();
-    this.closing({ close: onInterrupt(() => controller.abort()) });
+    const first = (): void => {
+      this.#interrupted = true;
+      controller.abort();
+    };
+    this.closing({ close: onInterrupt(first) });
     return controller.signal;
+  }
+
+  /** Whether there was a Ctrl-C. */
+  get interrupted(): boolean {
+    return this.#interrupted;
   }
 
   /** What a file is, by how it begins; undefined for what is no file, or of no known kind. */
