@@ -6,9 +6,9 @@
 export interface WorkProgress {
   /** What is done, such as "packing". */
   readonly stage: string;
-  /** From 0 to `total`. */
+  /** Rises to `total`. */
   readonly done: number;
-  /** 0 as long as it is unknown. */
+  /** Is 0 as long as it is unknown. */
   readonly total: number;
   /** What is counted, in the plural, such as "steps"; "bytes"; or "%" of work whose parts cannot be counted beforehand: `total` is 100. */
   readonly unit: string;

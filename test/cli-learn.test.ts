@@ -134,12 +134,16 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     import { learn } from ${JSON.stringify(new URL("learn.js", COMMAND_LINE).href)};
     const [at, ...words] = process.argv.slice(1);
     const interrupt = () => process.kill(process.pid, "SIGINT");
-    const progress = (what, done) => done === Number(at) && interrupt();
+    const progress = ({ done }) => done === Number(at) && interrupt();
     const program = new Command();
-    learn(program, { progress, phase() {}, warn() {} }, (result) => console.log(JSON.stringify(result)));
+    let code;
+    learn(program, { progress, phase() {}, warn() {} }, (result) => {
+      if (typeof result === "number") code = result;
+      else console.log(JSON.stringify(result));
+    });
     const work = program.parseAsync(words, { from: "user" });
     if (at === "0") interrupt();
-    await work.catch(({ tag, message }) => console.log(JSON.stringify({ tag, message })));
+    await work.catch(({ tag, message }) => console.log(JSON.stringify({ tag, message, code })));
   `;
   const stopAt = (step: number): Record<string, any> => {
     const words = [...learn, "-o", "stopped.eigentask", "--force"];
@@ -151,10 +155,14 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     if (signal || stdout === "") throw new Error(`${signal} ${stderr}`);
     return JSON.parse(stdout);
   };
-  t.match(stopAt(0), { tag: "task", message: "stopped before the first step: nothing was learned, nothing written" });
+  t.match(stopAt(0), {
+    tag: "task",
+    message: "stopped before the first step: nothing was learned, nothing written",
+    code: 130,
+  });
   t.notOk((await readdir(folder)).includes("stopped.eigentask"));
   const { json: made, exitCode, text } = stopAt(1);
-  t.equal(exitCode ?? 0, 0, "a task was written");
+  t.equal(exitCode, 130, "a task was written, and not the one that was asked for");
   t.match(made, { interrupted: true, file: "stopped.eigentask", holdout: null });
   // A signal arrives slightly later than it was sent.
   t.ok(made.steps >= 1 && made.steps < 4, `${made.steps} steps`);

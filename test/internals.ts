@@ -218,6 +218,7 @@ export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
 export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
 export { takeLock } from "../dist/src/cli/lock.js";
 export { openModel } from "../dist/src/cli/model.js";
+export { downloading } from "../dist/src/cli/on-hub.js";
 export {
   createOutput,
   leftOf,

@@ -21,6 +21,7 @@ const LAYERS: readonly (readonly string[])[] = [
     "src/text.ts",
     "src/pace.ts",
     "src/queue.ts",
+    "src/work.ts",
   ],
   [
     "src/source.ts",

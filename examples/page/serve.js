@@ -52,7 +52,15 @@ export async function serveFolder(folder, { port = 0, cacheControl = "no-cache",
     pipeline(createReadStream(join(folder, path), range), response, () => {});
   });
   await new Promise((resolve, reject) => {
-    server.once("error", reject).listen(port, "127.0.0.1", () => resolve(undefined));
+    const refused = (/** @type {NodeJS.ErrnoException} */ error) =>
+      reject(
+        error.code === "EADDRINUSE"
+          ? new Error(
+              `port ${port} is taken, perhaps by this page: end that with Ctrl-C, or take another with --port N`,
+            )
+          : error,
+      );
+    server.once("error", refused).listen(port, "127.0.0.1", () => resolve(undefined));
   });
   const address = /** @type {import("node:net").AddressInfo} */ (server.address());
   return {

@@ -6,7 +6,7 @@ import { spawnSync } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import type { Attach } from "./command.ts";
+import { type Attach, INTERRUPTED } from "./command.ts";
 import { UsageError } from "./options.ts";
 
 export const bench: Attach = (program, _, done) => {
@@ -26,10 +26,14 @@ export const bench: Attach = (program, _, done) => {
         );
       const script = scripts.get(name);
       if (!script) throw new UsageError(`${name}: expected ${names}`);
-      const { status } = spawnSync(process.execPath, ["--expose-gc", script, ...options, ...(json ? ["--json"] : [])], {
-        stdio: "inherit",
-      });
-      done(status ?? 1);
+      const { status, signal } = spawnSync(
+        process.execPath,
+        ["--expose-gc", script, ...options, ...(json ? ["--json"] : [])],
+        {
+          stdio: "inherit",
+        },
+      );
+      done(status ?? (signal === "SIGINT" ? INTERRUPTED : 1));
     });
 };
 

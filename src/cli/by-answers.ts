@@ -137,6 +137,9 @@ export function agreementText({ answers }: ByAnswersReport): string | undefined 
   return asked.length === 0 ? undefined : `on average ${percent(mean(asked))} of their answers are the adapters'`;
 }
 
+/** Exit code where `--minutes` left tasks without a turn. */
+export const OUT_OF_TIME = 3;
+
 const AGAIN = "Run the same command again with --force, and it goes on from there";
 
 /** The report for people. */

@@ -14,7 +14,7 @@ import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { createSigner } from "../pack/keys.ts";
 import { MUCH } from "../pack/report.ts";
 import { freshPack, planAppend } from "../pack/write.ts";
-import { addedByAnswers, judged as judgedOptions } from "./by-answers.ts";
+import { addedByAnswers, judged as judgedOptions, OUT_OF_TIME } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { append, readText, writeWhole } from "./files.ts";
 import { anyBase, as, given, group, key, number, readFor, reading, revoked, text, UsageError } from "./options.ts";
@@ -112,7 +112,7 @@ export const add: Attach = command({
         ...judged.map(agreementText),
         ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
       ],
-      ...(judged.some(({ agreement, reason }) => agreement === undefined && !reason) && { exitCode: run.unfinished }),
+      ...(judged.some(({ agreement, reason }) => agreement === undefined && !reason) && { exitCode: OUT_OF_TIME }),
     };
   },
 });

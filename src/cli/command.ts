@@ -14,11 +14,14 @@ export interface Result {
   readonly json: Readonly<Record<string, unknown>>;
   /** Lines for people, each of them one. */
   readonly text: readonly string[];
-  /** 1 when the command ran but its verdict is bad. Default: 0. */
+  /** 1 when the command ran but its verdict is bad. Default: 0, or 130 after a Ctrl-C. */
   readonly exitCode?: number;
   /** The command goes on after it has printed, until this is settled. */
   readonly until?: Promise<unknown>;
 }
+
+/** The exit code after a Ctrl-C, as shells have it: 128 and the number of the signal. */
+export const INTERRUPTED = 130;
 
 interface Declaration<A extends readonly string[], O extends Options> {
   /** Name and arguments, as `add <PACK> <ADAPTER...>`. */
@@ -36,8 +39,8 @@ interface Declaration<A extends readonly string[], O extends Options> {
 }
 
 /**
- * Adds a command to the program. `done` gets its result once all is closed, or the exit code of a process that has printed for
- * itself.
+ * Adds a command to the program. `done` gets its result once all is closed, or an exit code where nothing is left to
+ * print, or an error is still to come.
  */
 export type Attach = (program: Command, out: Output, done: (result: Result | number) => void) => void;
 
@@ -67,13 +70,14 @@ export function command<A extends readonly string[], O extends Options>(declared
         }
       } catch (error) {
         run.fail();
+        if (run.interrupted) done(INTERRUPTED);
         // The library speaks of its own options.
         if (error instanceof Error) error.message = inFlags(error.message, options) + hintOf(error, run);
         throw error;
       } finally {
         await run.close();
       }
-      done(result);
+      done(run.interrupted ? { ...result, exitCode: INTERRUPTED } : result);
     });
   };
 }

@@ -47,7 +47,7 @@ const OPTIONS = {
   output: output(
     "TASK.eigentask",
     "The task file to write. Ctrl-C ends the training and writes the best epoch so far, or before the first has ended the last step; " +
-      "the exit code is 0 then, and 1 where nothing was written.",
+      "the exit code is 130 either way, and a message says if nothing was written.",
   ),
   force,
   id: text("ID", "Name of the task. Default: that of the file."),

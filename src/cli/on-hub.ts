@@ -61,14 +61,21 @@ async function fileIn(folder: string, reads: ReadAs): Promise<string> {
   return onlyOne([], ending, folder);
 }
 
+/** Files of a kind that a message lists. */
+const LISTED = 8;
+
 /** @throws SourceError unless there is one file */
 function onlyOne(files: readonly string[], ending: string, where: string, sizeOf?: (file: string) => string): string {
   if (files.length === 1) return files[0]!;
+  const more = files.length > LISTED ? ` and ${files.length - LISTED} more` : "";
   const [none, all] =
     ending === ".onnx"
       ? ["no ONNX model; export one from it (docs/export.md)", "models"]
       : [`no file *${ending}`, `files *${ending}`];
-  const several = `several ${all}; name one of ${files.map(sizeOf ?? String).join(", ")}`;
+  const several = `several ${all}; name one of ${files
+    .slice(0, LISTED)
+    .map(sizeOf ?? String)
+    .join(", ")}${more}`;
   throw new SourceError(`holds ${files.length === 0 ? none : several}`, { file: where });
 }
 

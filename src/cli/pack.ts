@@ -24,7 +24,7 @@ import type { Dtypes } from "../tensor/dtypes.ts";
 import { modelBase } from "../train/model-base.ts";
 import { inputMoments } from "../train/moments.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
-import { agreementText, byAnswersText, judged, packedByAnswers } from "./by-answers.ts";
+import { agreementText, byAnswersText, judged, OUT_OF_TIME, packedByAnswers } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { type Asked, asksPrompts, type Completion, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
@@ -197,7 +197,7 @@ export const pack: Attach = command({
         cardText(report, cardBase, byAnswers ? agreementText(report) : undefined),
         `${took.seconds.toFixed(2)} s`,
       ],
-      ...(left && { exitCode: run.unfinished }),
+      ...(left && { exitCode: OUT_OF_TIME }),
     };
   },
 });

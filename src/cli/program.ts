@@ -56,7 +56,10 @@ function createProgram(print: (text: string) => void): Command {
     .option("--json", "Print one JSON object, even on errors.")
     .helpOption("-h, --help", "Print this help.")
     .helpCommand(false)
-    .addHelpText("after", "\nHelp for a command: eigenlora COMMAND --help. Exit codes: 0, 1 failed, 2 usage.")
+    .addHelpText(
+      "after",
+      "\nHelp for a command: eigenlora COMMAND --help.\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 interrupted.",
+    )
     // Options behind a command are the command's own.
     .enablePositionalOptions()
     .configureHelp({ helpWidth: 80, subcommandTerm: (command) => command.name() })
@@ -92,7 +95,7 @@ function listAll(command: Command): void {
 /**
  * Runs a command line.
  * @param argv what comes behind `eigenlora`
- * @returns the exit code: 0, 1 (failed) or 2 (usage)
+ * @returns the exit code: 0, 1 (failed), 2 (usage) or 130 (interrupted)
  */
 export async function runProgram(argv: readonly string[], stdout: Stream, stderr: Stream): Promise<number> {
   const json = argv.includes("--json");
@@ -130,7 +133,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
       out.clear();
       if (json) print({ error: object }, []);
       else stderr.write(text);
-      return exitCode;
+      return code || exitCode;
     }
     const answer = error.code === "commander.version" ? { version: VERSION } : { help: printed };
     // Help that nobody asked for: there was no command.

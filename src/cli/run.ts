@@ -43,8 +43,8 @@ export class Run {
   readonly #opened: Closable[] = [];
   /** Names as they are shown, by the paths that they became. */
   readonly #shown = new Map<string, string>();
-  readonly #interrupted = new AbortController();
   #failed = false;
+  #interrupted = false;
   readonly #out: Output;
 
   constructor(out: Output, { revoked = [], maxExpansion }: Pick<OpenOptions, "revoked" | "maxExpansion"> = {}) {
@@ -120,13 +120,18 @@ export class Run {
 
   /** Aborted by the first Ctrl-C; a second ends the process. */
   interrupts(): AbortSignal {
-    this.closing({ close: onInterrupt(() => this.#interrupted.abort()) });
-    return this.#interrupted.signal;
+    const controller = new AbortController();
+    const first = (): void => {
+      this.#interrupted = true;
+      controller.abort();
+    };
+    this.closing({ close: onInterrupt(first) });
+    return controller.signal;
   }
 
-  /** Exit code of a command that wrote its output before all work was done: 130 after Ctrl-C, as shells have it; 3 where time ran out. */
-  get unfinished(): number {
-    return this.#interrupted.signal.aborted ? 130 : 3;
+  /** Whether there was a Ctrl-C. */
+  get interrupted(): boolean {
+    return this.#interrupted;
   }
 
   /** What a file is, by how it begins; undefined for what is no file, or of no known kind. */

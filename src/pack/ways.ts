@@ -40,7 +40,7 @@ export interface Lent extends Pick<BuildOptions, "dtype" | "centering" | "normal
   survey(opened: Adapters): Promise<Survey>;
 }
 
-/** For one of the packs that are made to find the best. @param share of what is left to do */
+/** Lends the next share of the work to one of the packs that are made to find the best. @param share of what is left to do */
 export function trying<L extends Lent>(lent: L, share: number = ROUND): L {
   return { ...lent, opened: partOf(lent.opened, share) };
 }

@@ -1,0 +1,145 @@
+/** Messages that newcomers stumbled over, each as it should be. */
+import { cp, mkdir, mkdtemp, readFile, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import t from "tap";
+import { serveFolder } from "../examples/page/serve.js";
+import { json, run, workIn } from "./command-line.ts";
+import { createOutput, downloading } from "./internals.ts";
+import { data } from "./packs.ts";
+
+const MODEL = data("sessions/torchscript.onnx");
+const adapters = ["two", "five"].map((id) => data(`sessions/adapters/${id}`));
+
+t.beforeEach(async (t) => workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-first-hour-"))));
+
+t.test("a folder stands for the model in it, or in its folder onnx", async (t) => {
+  await json(0, "pack", ...adapters, "-o", "p.eigen", "--k", "2", "--base", data("sessions/base.safetensors"));
+  await mkdir("plain");
+  await mkdir("exported/onnx", { recursive: true });
+  await mkdir("bare");
+  for (const path of ["plain/m.onnx", "exported/onnx/model.onnx", "model.onnx"]) await cp(MODEL, path);
+  for (const [folder, file] of [
+    ["plain", "plain/m.onnx"],
+    ["exported", "exported/onnx/model.onnx"],
+  ] as const) {
+    const found = await run("check", folder, "p.eigen", "--files-only");
+    t.equal(found.status, 0, found.stderr);
+    t.ok(found.stdout.startsWith(`${file}: `), file);
+    const attached = await run("attach", folder, "p.eigen", "-o", `${folder}.onnx`);
+    t.equal(attached.status, 0, attached.stderr);
+    // Only what comes after the model was found is missing.
+    const learn = await run("learn", "p.eigen", "lines.tsv", "--model", folder, "-o", "t.eigentask");
+    t.match(learn.stderr, /lines\.tsv: cannot be read/);
+  }
+  const refused = async (folder: string): Promise<string> =>
+    (await json(1, "check", folder, "p.eigen"))["error"].message;
+  t.equal(await refused("bare"), "bare: holds no ONNX model; export one from it (docs/export.md)");
+  await cp(MODEL, "plain/n.onnx");
+  t.equal(await refused("plain"), "plain: holds several models; name one of plain/m.onnx, plain/n.onnx");
+  await cp(data("sessions/base.safetensors"), "bare/model.safetensors");
+  await json(0, "fold", "p.eigen", "--task", "two", "--base", "bare", "-o", "folded.safetensors");
+});
+
+t.test("adapters of two base models: a warning, and a card that names none", async (t) => {
+  for (const [id, base] of [
+    ["two", "org/one"],
+    ["five", "org/other"],
+  ]) {
+    await cp(data(`sessions/adapters/${id}`), id!, { recursive: true });
+    const path = join(id!, "adapter_config.json");
+    const config = JSON.parse(await readFile(path, "utf8"));
+    await writeFile(path, JSON.stringify({ ...config, base_model_name_or_path: base }));
+  }
+  const { stderr, stdout } = await run("pack", "two", "five", "-o", "p.eigen", "--any-base");
+  t.match(stderr, /^warning: the adapters name different base models, so the pack names none: org\/other, org\/one$/m);
+  t.match(stdout, /^For a model card: 2 LoRA adapters in one file/m);
+  t.equal((await json(0, "inspect", "p.eigen"))["baseModel"], null);
+  // One that names its base does not speak for another that does not.
+  await writeFile(
+    "five/adapter_config.json",
+    JSON.stringify({
+      ...JSON.parse(await readFile("five/adapter_config.json", "utf8")),
+      base_model_name_or_path: null,
+    }),
+  );
+  t.match(
+    (await run("pack", "two", "five", "-o", "q.eigen")).stdout,
+    /^For a model card: 2 LoRA adapters in one file/m,
+  );
+  t.match(
+    (await run("pack", "two", "-o", "r.eigen")).stdout,
+    /^For a model card: 1 LoRA adapter of org\/one in one file/m,
+  );
+});
+
+t.test("a task where an option is meant", async (t) => {
+  for (const command of ["export", "fold"]) {
+    const { status, stderr } = await run(command, "p.eigen", "sst2", "-o", "x");
+    t.equal(status, 2);
+    t.match(stderr, /too many arguments; did you mean --task sst2\?/);
+  }
+});
+
+t.test("what is mistyped was not asked of a Hub that must not be asked", async (t) => {
+  const { HF_HUB_OFFLINE, HF_HOME } = process.env;
+  t.teardown(() => {
+    for (const [name, value] of Object.entries({ HF_HUB_OFFLINE, HF_HOME }))
+      if (value === undefined) delete process.env[name];
+      else process.env[name] = value;
+  });
+  Object.assign(process.env, { HF_HUB_OFFLINE: "1", HF_HOME: process.cwd() });
+  t.match(await run("pack", "my/adapters", "-o", "p.eigen"), {
+    status: 1,
+    stderr:
+      "eigenlora: hf:my/adapters: is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: unset it to download. There is no file " +
+      "or folder my/adapters here, so it was taken for a repository of the Hugging Face Hub\n",
+  });
+});
+
+t.test("the page's port is taken", async (t) => {
+  const { url, close } = await serveFolder(".");
+  t.teardown(close);
+  const port = Number(new URL(url).port);
+  await t.rejects(serveFolder(".", { port }), {
+    message: `port ${port} is taken, perhaps by this page: end that with Ctrl-C, or take another with --port N`,
+  });
+});
+
+t.test("the exit codes are in the help", async (t) => {
+  t.match((await run("--help")).stdout, /^Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted\.$/m);
+});
+
+t.test("files that are downloaded together are one sum of bytes", async (t) => {
+  const said: string[] = [];
+  let now = 0;
+  const out = createOutput(false, { isTTY: true, write: (text: string) => said.push(text.slice(4)) }, () => now);
+  const tell = downloading(out);
+  const at = (status: "initiate" | "progress" | "done", file: string, loaded: number, total: number): void => {
+    now += 1000;
+    tell({
+      status,
+      stage: "adapter",
+      name: "hf:org/role@0123456789012345678901234567890123456789",
+      file,
+      loaded,
+      total,
+      progress: 0,
+    });
+  };
+  at("initiate", "a", 0, 100);
+  at("initiate", "b", 0, 300);
+  at("progress", "a", 100, 100);
+  at("done", "a", 100, 100);
+  at("progress", "b", 100, 300);
+  at("progress", "b", 300, 300);
+  at("done", "b", 300, 300);
+  at("initiate", "c", 0, 1000);
+  at("progress", "c", 500, 1000);
+  t.same(said, [
+    "downloading 2 files of hf:org/role: 100 B of 400 B, 25 %",
+    "downloading 2 files of hf:org/role: 200 B of 400 B, 50 %, 4 s left",
+    "",
+    "downloading c: 500 B of 1.00 kB, 50 %",
+  ]);
+});
