@@ -88,8 +88,15 @@ class OrtEngine implements Engine<OrtSession> {
       const model = this.#handsOver ? bytes.slice() : bytes;
       return await this.#inTurn(() => this.#ort.InferenceSession.create(model, given as never));
     } catch (cause) {
-      const message = `onnxruntime cannot load the model (providers: ${this.provider}): ${(cause as Error).message}`;
-      throw new BackendError(message, { backend: this.name, cause });
+      const { message } = cause as Error;
+      // onnxruntime-web's own entry alone has a build for Node.
+      const hint = message.includes('Dynamic require of "node:')
+        ? "; in Node import onnxruntime-node, or onnxruntime-web itself in place of onnxruntime-web/wasm or /webgpu"
+        : "";
+      throw new BackendError(`onnxruntime cannot load the model (providers: ${this.provider}): ${message}${hint}`, {
+        backend: this.name,
+        cause,
+      });
     }
   }
 
