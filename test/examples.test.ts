@@ -12,7 +12,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { openPack } from "eigenlora";
-import { buildPack, readGguf } from "eigenlora/build";
+import { type BuildOptions, buildPack, readGguf } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { zeroShotTask } from "eigenlora/train";
 import { build } from "esbuild";
@@ -34,7 +34,7 @@ const values = join(folder, "values.js");
 interface Example {
   /** Place of the example. */
   readonly place: string;
-  /** Of a page. */
+  /** Block that holds the example, where a page has it. */
   readonly block?: Block;
   /** Names that come from the example's own subpath, although others export them too. */
   readonly own?: ReadonlyMap<string, string>;
@@ -162,6 +162,14 @@ async function cacheOfHub(place: string, name: string, files: ReadonlyMap<string
   for (const [path, file] of files) await cp(join(place, file), join(store, "snapshots", commit, path));
 }
 
+/** Packs a folder of adapters into a file. */
+async function packInto(file: string, adapters: string, options: BuildOptions = {}): Promise<void> {
+  const read = await readAdapters([adapters]);
+  const { chunks } = await buildPack(read, options);
+  await writeFile(file, concat(chunks));
+  await Promise.all(read.map((adapter) => adapter.close()));
+}
+
 /** Puts the packages that pages name into a folder. */
 async function linkPackages(place: string): Promise<void> {
   const modules = join(place, "node_modules");
@@ -198,10 +206,10 @@ async function tinyPlace(t: Test): Promise<string> {
     JSON.stringify(Object.fromEntries(Object.keys(copies).map((id) => [id, gain]))),
   );
   const base = data("sessions/base.safetensors");
-  const { chunks } = await buildPack(await readAdapters([join(place, "my-adapters")]), { ...LOSSLESS, base });
-  const pack = concat(chunks);
-  await writeFile(join(place, "tasks.eigen"), pack);
-  await writeFile(join(place, "sst2.eigentask"), await zeroShotTask(await openPack(pack), { init: "mean" }));
+  await packInto(join(place, "tasks.eigen"), join(place, "my-adapters"), { ...LOSSLESS, base });
+  const pack = await openPack(join(place, "tasks.eigen"));
+  await writeFile(join(place, "sst2.eigentask"), await zeroShotTask(pack, { init: "mean" }));
+  await pack.close();
   await cp(fileURLToPath(new URL("vectors/valid/signed.eigen", import.meta.url)), join(place, "signed.eigen"));
   await writeFile(join(place, "key.pem"), SIGNER.pem);
   for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {
@@ -217,16 +225,11 @@ async function tinyPlace(t: Test): Promise<string> {
   const gguf = join(place, "rhymes.gguf");
   const skill = await readGguf({ id: "rhymes", file: gguf, tensors: gguf, base: { heads: 4, kvHeads: 2 } });
   await writeFile(join(place, "rhymes.eigen"), concat((await buildPack([skill], LOSSLESS)).chunks));
-  const skills = await readAdapters([data("seq2seq/adapters")]);
   const textToText = data("seq2seq/base.safetensors");
-  await writeFile(
-    join(place, "skills.eigen"),
-    concat((await buildPack(skills, { ...LOSSLESS, base: textToText })).chunks),
-  );
+  await packInto(join(place, "skills.eigen"), data("seq2seq/adapters"), { ...LOSSLESS, base: textToText });
   await cp(data("seq2seq/onnx/encoder_model.onnx"), join(place, "encoder.onnx"));
   await cp(data("seq2seq/decoder.onnx"), join(place, "decoder.onnx"));
-  const spoken = await readAdapters([data("decoder/adapters")]);
-  await writeFile(join(place, "llm.eigen"), concat((await buildPack(spoken, LOSSLESS)).chunks));
+  await packInto(join(place, "llm.eigen"), data("decoder/adapters"), LOSSLESS);
   await cp(data("decoder/onnx/model.onnx"), join(place, "llm.onnx"));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
@@ -247,10 +250,7 @@ async function realPlace(t: Test, packed: readonly string[] = ["spam", "topic"])
       await cp(data(`adapters/own-seed/${sources[i % 2]}`), join(place, folder, id), { recursive: true });
   }
   await cp(data("adapters/own-seed/debtags-game"), join(place, "new-adapter"), { recursive: true });
-  const own = await readAdapters([join(place, "packed")]);
-  const { chunks } = await buildPack(own, {});
-  await Promise.all(own.map((adapter) => adapter.close()));
-  await writeFile(join(place, "tasks.eigen"), concat(chunks));
+  await packInto(join(place, "tasks.eigen"), join(place, "packed"));
   for (const folder of [".", "onnx", "models/my-model/onnx", "models/minilm/onnx"]) {
     await mkdir(join(place, folder), { recursive: true });
     const model = folder.startsWith("models") ? "model_fp16.onnx" : "model.onnx";
@@ -265,8 +265,7 @@ async function realPlace(t: Test, packed: readonly string[] = ["spam", "topic"])
   await copyFile(data("seq2seq/onnx/encoder_model.onnx"), join(place, "onnx/encoder_model.onnx"));
   await copyFile(data("seq2seq/onnx/decoder_model_merged.onnx"), join(place, "onnx/decoder_model_merged.onnx"));
   const base = data("seq2seq/base.safetensors");
-  const skills = await buildPack(await readAdapters([data("seq2seq/adapters")]), { ...LOSSLESS, base });
-  await writeFile(join(place, "seq2seq.eigen"), concat(skills.chunks));
+  await packInto(join(place, "seq2seq.eigen"), data("seq2seq/adapters"), { ...LOSSLESS, base });
   const language = join(place, "models/smollm2");
   await mkdir(join(language, "onnx"), { recursive: true });
   for (const file of ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -275,8 +274,7 @@ async function realPlace(t: Test, packed: readonly string[] = ["spam", "topic"])
     await cp(data("decoder/onnx/model.onnx"), join(language, "onnx", name));
   await cp(data("decoder/adapters"), join(place, "skills"), { recursive: true });
   await cp(data("decoder/adapters/upper"), join(place, "skills/past-tense"), { recursive: true });
-  const spoken = await buildPack(await readAdapters([join(place, "skills")]), LOSSLESS);
-  await writeFile(join(place, "skills.eigen"), concat(spoken.chunks));
+  await packInto(join(place, "skills.eigen"), join(place, "skills"), LOSSLESS);
   const plurals = [..."abcdefgh"].map((prompt) => JSON.stringify({ prompt, completion: ` ${prompt}s` }));
   await writeFile(join(place, "plurals.jsonl"), plurals.join("\n"));
   const rowsOf = (value: number) =>
