@@ -89,9 +89,9 @@ class OrtEngine implements Engine<OrtSession> {
       return await this.#inTurn(() => this.#ort.InferenceSession.create(model, given as never));
     } catch (cause) {
       const { message } = cause as Error;
-      // onnxruntime-web's own entry alone has a build for Node.
-      const hint = message.includes('Dynamic require of "node:')
-        ? "; in Node import onnxruntime-node, or onnxruntime-web itself in place of onnxruntime-web/wasm or /webgpu"
+      // The main entry of onnxruntime-web alone has a build for Node.
+      const hint = message.includes("Dynamic require")
+        ? "; in Node use onnxruntime-node, or import plain onnxruntime-web"
         : "";
       throw new BackendError(`onnxruntime cannot load the model (providers: ${this.provider}): ${message}${hint}`, {
         backend: this.name,

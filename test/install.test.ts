@@ -410,7 +410,7 @@ t.test("examples/html, with what the CDN has", { skip: noChromium }, async (t) =
   await tryPage(t, server.url, (page) => beTheCdn(t, page, join(project, "node_modules")));
 });
 
-t.test("examples/html, with its files beside it", { skip: noChromium }, async (t) => {
+t.test("examples/html, with the three files from its own server", { skip: noChromium }, async (t) => {
   const app = await copyExample("html", ".", "html-alone");
   const page = await readFile(join(app, "index.html"), "utf8");
   const addresses = [...page.matchAll(/https:\/\/cdn\.jsdelivr\.net\/npm\/((?:@[^/]+\/)?[^@/]+)@[^/]+\/([^"]*)/g)];
