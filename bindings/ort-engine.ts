@@ -88,8 +88,15 @@ class OrtEngine implements Engine<OrtSession> {
       const model = this.#handsOver ? bytes.slice() : bytes;
       return await this.#inTurn(() => this.#ort.InferenceSession.create(model, given as never));
     } catch (cause) {
-      const message = `onnxruntime cannot load the model (providers: ${this.provider}): ${(cause as Error).message}`;
-      throw new BackendError(message, { backend: this.name, cause });
+      const { message } = cause as Error;
+      // The main entry of onnxruntime-web alone has a build for Node.
+      const hint = message.includes("Dynamic require")
+        ? "; in Node use onnxruntime-node, or import plain onnxruntime-web"
+        : "";
+      throw new BackendError(`onnxruntime cannot load the model (providers: ${this.provider}): ${message}${hint}`, {
+        backend: this.name,
+        cause,
+      });
     }
   }
 

@@ -1,9 +1,10 @@
 /** Chromium for tests: files over HTTP, a page of them, and the page's results. */
 
 import { readFile } from "node:fs/promises";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
-import { type Browser, chromium, type Page } from "playwright-core";
+import { type Browser, type BrowserContext, chromium, type Page } from "playwright-core";
 import type { Test } from "tap";
 import { serve } from "./range-server.ts";
 import { chromium as executablePath, lacking } from "./required.ts";
@@ -59,7 +60,7 @@ export async function addRuntimes(files: Map<string, Uint8Array>, builds: readon
 export async function openPage(
   t: Test,
   files: ReadonlyMap<string, Uint8Array>,
-  by: Browser | readonly string[] = [],
+  by: Browser | BrowserContext | readonly string[] = [],
 ): Promise<Page> {
   const blank = new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>');
   const server = await serve(new Map([["index.html", blank], ...files]));
@@ -71,6 +72,19 @@ export async function openPage(
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
   await page.goto(server.url("index.html"));
   return page;
+}
+
+/** Answers for the CDN with packages from a folder. */
+export async function beTheCdn(t: Test, page: Page | BrowserContext, packages: string): Promise<void> {
+  const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };
+  await page.route(/^https:/, async (route) => {
+    const [, name, version, path] = /\/npm\/((?:@[^/]+\/)?[^@/]+)@([^/]+)\/(.*)$/.exec(route.request().url())!;
+    const installed = join(packages, name!);
+    const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
+    t.equal(version, manifest.version, `${name} ${path}`);
+    const headers = { "access-control-allow-origin": "*", "content-type": TYPES[path!.split(".").at(-1)!]! };
+    await route.fulfill({ body: await readFile(join(installed, path!)), headers });
+  });
 }
 
 /** Value of `globalThis.answer`, or of its promise. */

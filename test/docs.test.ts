@@ -6,6 +6,7 @@ import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
+import { pagesIn } from "./blocks.ts";
 import { run } from "./command-line.ts";
 import { soak } from "./required.ts";
 import { subpaths } from "./tools/api.js";
@@ -13,19 +14,12 @@ import { subpaths } from "./tools/api.js";
 const root = fileURLToPath(new URL("..", import.meta.url));
 const read = (path: string): string => readFileSync(join(root, path), "utf8");
 
-/** Markdown files of a folder and below, by path from the root. */
-function pagesIn(folder: string): string[] {
-  return readdirSync(join(root, folder), { recursive: true, encoding: "utf8" })
-    .filter((file) => file.endsWith(".md") && !/\bnode_modules\b/.test(file))
-    .map((file) => join(folder, file));
-}
-
 /** Pages of `docs`, without the API reference, which is generated. */
 const docs = pagesIn("docs").filter((page) => !page.startsWith("docs/api/"));
 const examples = pagesIn("examples");
 const top = readdirSync(root).filter((file) => file.endsWith(".md"));
 
-/** Most words of a page, tables and code counted, so that it is read in five minutes. */
+/** Most words of a page, tables and code counted but not comments, so that it is read in five minutes. */
 const WORDS = 1200;
 /** Reference, made to be searched, and experiments. */
 const LONG = /^docs\/(research\/.*|api-report|glossary)\.md$/;
@@ -50,8 +44,14 @@ t.test("relative links lead to a file, and to a heading in it", async (t) => {
   t.same(brokenLinks([...top, ...docs, ...examples], root), []);
 });
 
+const wordsOf = (text: string): number =>
+  text
+    .replace(/<!--.*?-->/g, "")
+    .trim()
+    .split(/\s+/).length;
+
 t.test(`a page has at most ${WORDS} words; experiments are in docs/research`, async (t) => {
-  const counted = docs.filter((page) => !LONG.test(page)).map((page) => [page, read(page).trim().split(/\s+/).length]);
+  const counted = docs.filter((page) => !LONG.test(page)).map((page) => [page, wordsOf(read(page))]);
   t.same(
     counted.filter(([, words]) => Number(words) > WORDS),
     [],
@@ -63,7 +63,7 @@ t.test("an answer in docs/questions.md has at most 8 lines beside its code, and 
   const answers = read("docs/questions.md").split(/^## /m).slice(1);
   const long = answers.filter((answer) => {
     const lines = answer
-      .replace(/^```[\s\S]*?^```/gm, "")
+      .replace(/^```[\s\S]*?^```|^<!--.*-->$/gm, "")
       .trim()
       .split(/\n+/)
       .slice(1);

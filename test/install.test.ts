@@ -7,14 +7,14 @@ import { existsSync } from "node:fs";
 import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
+import { fileURLToPath, pathToFileURL } from "node:url";
 import { gzipSync } from "node:zlib";
 import { createRuntime, openPack } from "eigenlora";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import ts from "typescript";
 import { serveFolder } from "../examples/page/serve.js";
-import { answerOf, launch, noChromium } from "./browser.ts";
+import { answerOf, beTheCdn, launch, noChromium } from "./browser.ts";
 import { bundleWorker, metro, noProgram, outputOf, workerd } from "./engines.ts";
 import { GLOBALS, MSGPACKR } from "./internals.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
@@ -218,8 +218,8 @@ async function prepare(): Promise<{ task: string; text: string; label: string }[
 }
 
 /** Copies an app of examples/ into that project, or into a folder of it. @returns its folder */
-async function copyExample(name: string, place = "."): Promise<string> {
-  const app = join(apps, name);
+async function copyExample(name: string, place = ".", as = name): Promise<string> {
+  const app = join(apps, as);
   await cp(join(root, "examples", name), app, { recursive: true });
   await cp(join(apps, "files"), join(app, place), { recursive: true });
   return app;
@@ -348,8 +348,17 @@ openTasks(files, "file:///tasks.eigen")
   t.match(await readFile(whole, "utf8"), /Choose a task/, "the app is a bundle that Hermes compiles");
 });
 
-/** Chooses each task in an app's page. @returns the scripts that it loaded */
-async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<void>): Promise<string[]> {
+/** Keeps what the page's output says, one text after another. */
+const keepSaid = (page: Page): Promise<unknown> =>
+  page.addInitScript(() => {
+    const said: string[] = [];
+    Object.assign(globalThis, { said });
+    const keep = () => said.push(document.querySelector("output")?.textContent ?? "");
+    new MutationObserver(keep).observe(document, { childList: true, characterData: true, subtree: true });
+  });
+
+/** Chooses each task in an app's page, which says how much of the model has come. @returns the scripts that it loaded */
+async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<unknown>): Promise<string[]> {
   const page = await (await launch(t)).newPage();
   const scripts: string[] = [];
   page.on("request", (request) => {
@@ -358,8 +367,11 @@ async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<voi
   });
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
   await route?.(page);
+  await keepSaid(page);
   await page.goto(url);
   await page.locator("output", { hasNotText: "Loading" }).waitFor();
+  const said = await page.evaluate(() => (globalThis as unknown as { said: string[] }).said);
+  t.ok(said.includes("Loading model.onnx: 100 %"), [...new Set(said)].join(", "));
   for (const { task, text, label } of cases) {
     await page.getByLabel("Sentence").fill(text);
     await page.getByLabel("Task").selectOption(task);
@@ -385,23 +397,62 @@ t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
   t.ok(bytes <= 140e3, `${bytes} bytes of scripts after gzip, onnxruntime's among them`);
 });
 
-/** Answers for the CDN with packages from a folder. */
-async function beTheCdn(t: Test, page: Page, packages: string): Promise<void> {
-  const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };
-  await page.route(/^https:/, async (route) => {
-    const [, name, version, path] = /\/npm\/((?:@[^/]+\/)?[^@/]+)@([^/]+)\/(.*)$/.exec(route.request().url())!;
-    const installed = join(packages, name!);
-    const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
-    t.equal(version, manifest.version, `${name} ${path}`);
-    const headers = { "access-control-allow-origin": "*", "content-type": TYPES[path!.split(".").at(-1)!]! };
-    await route.fulfill({ body: await readFile(join(installed, path!)), headers });
-  });
-}
+t.test("examples/worker", { skip: noChromium || noVite }, async (t) => {
+  const app = await copyExample("worker", "public");
+  run(app, process.execPath, VITE, "build", "--logLevel", "error");
+  const server = await serveFolder(join(app, "dist"));
+  t.teardown(() => server.close());
+  await tryPage(t, server.url);
+});
 
 t.test("examples/html, with what the CDN has", { skip: noChromium }, async (t) => {
   const server = await serveFolder(await copyExample("html"));
   t.teardown(() => server.close());
   await tryPage(t, server.url, (page) => beTheCdn(t, page, join(apps, "node_modules")));
+});
+
+t.test("examples/html, with the three files from its own server", { skip: noChromium }, async (t) => {
+  const app = await copyExample("html", ".", "html-alone");
+  const page = await readFile(join(app, "index.html"), "utf8");
+  const addresses = [...page.matchAll(/https:\/\/cdn\.jsdelivr\.net\/npm\/((?:@[^/]+\/)?[^@/]+)@[^/]+\/([^"]*)/g)];
+  t.equal(addresses.length, 3);
+  let changed = page;
+  for (const [address, name, path] of addresses) {
+    const file = path!.split("/").at(-1)!;
+    await copyFile(join(apps, "node_modules", name!, path!), join(app, file));
+    changed = changed.replace(address, `./${file}`);
+  }
+  const wasm = "ort-wasm-simd-threaded.wasm";
+  await copyFile(join(apps, "node_modules/onnxruntime-web/dist", wasm), join(app, wasm));
+  await writeFile(join(app, "index.html"), changed);
+  const server = await serveFolder(app);
+  t.teardown(() => server.close());
+  await tryPage(t, server.url, (page) => page.route(/^https:/, (route) => route.abort()));
+});
+
+t.test("examples/html says why it cannot load", { skip: noChromium }, async (t) => {
+  const app = await copyExample("html", ".", "html-fails");
+  const server = await serveFolder(app);
+  t.teardown(() => server.close());
+  const browser = await launch(t);
+  const says = async (url: string, cdn: boolean): Promise<string | null> => {
+    const page = await browser.newPage();
+    if (cdn) await beTheCdn(t, page, join(apps, "node_modules"));
+    else await page.route(/^https:/, (route) => route.abort());
+    await page.goto(url);
+    const output = page.locator("output", { hasNotText: "Loading" });
+    await output.waitFor();
+    return output.textContent();
+  };
+  t.match(await says(server.url, false), /CDN cannot be loaded\. Go online, or put/);
+  for (const cdn of [true, false]) {
+    t.match(
+      await says(pathToFileURL(join(app, "index.html")).href, cdn),
+      /opened from the disk .*python3 -m http\.server/,
+    );
+  }
+  await rm(join(app, "model.onnx"));
+  t.match(await says(server.url, true), /model\.onnx.*404/);
 });
 
 const TRANSFORMERS = "@huggingface/transformers";

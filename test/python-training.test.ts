@@ -221,13 +221,16 @@ t.test("adapters that PEFT trains within the components are added without loss",
   const notebook = { folder: join(folder, "book"), steps: 2, asked };
   const other = await otherModel();
   const wrong = [[other, "column.safetensors"]];
-  await writeFile("jobs.json", JSON.stringify({ runs, notebook, wrong }));
+  const bases = [model, "column.safetensors", "rows.jsonl", "mine/bases"];
+  await writeFile("jobs.json", JSON.stringify({ runs, notebook, wrong, bases }));
   const found = await inPython(t, "training-oracle.py", EXAMPLES, "jobs.json");
   if (!found) return;
   t.match(
     found.wrong[0],
     /column\.safetensors: bert\.encoder\.layer\.0\.attention\.self\.\w+\.A is 384 wide, expected 32/,
   );
+  t.match(found.bases, { float16: true, bfloat16: true, saved: false }, "half a float in the file, f32 in training");
+  t.match(found.bases.nan, /^step 1: expected a finite loss, found nan; nothing is saved/);
   const encode = await createEncoder(ort);
   for (const [i, name] of names.entries()) {
     const { trained, logits, again } = found.runs[i] as Trained;
@@ -299,7 +302,7 @@ if (soak)
     const asked = examplesOf(skill, skill.test.slice(0, 4)).map(({ prompt }) => prompt);
     const given = [smollm2File("."), "llm.safetensors", "skill.jsonl", "plural", 2, 4] as const;
     const runs: Job[] = [{ script: "train_llm", given, asked }];
-    await writeFile("skill.json", JSON.stringify({ runs, notebook: null, wrong: [] }));
+    await writeFile("skill.json", JSON.stringify({ runs, notebook: null, wrong: [], bases: null }));
     const found = await inPython(t, "training-oracle.py", EXAMPLES, "skill.json");
     if (!found) return;
     const [{ trained, logits, again }] = found.runs as [Trained];

@@ -495,3 +495,14 @@ t.test("where the probe cannot tell, it says so, and the session works", async (
     await session.close();
   }
 });
+
+t.test("builds of onnxruntime-web for browsers are told apart in Node", async (t) => {
+  const pack = await openPack(await packBytes(["adapters"], "base"));
+  for (const build of ["wasm", "webgpu"]) {
+    const ort = (await import(`onnxruntime-web/${build}`)) as Ort;
+    await t.rejects(createEigenSession(ort, modelBytes("torchscript"), pack), {
+      name: "BackendError",
+      message: /Dynamic require of "node:os".*; in Node use onnxruntime-node, or import plain onnxruntime-web/,
+    });
+  }
+});

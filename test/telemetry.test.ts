@@ -1,6 +1,6 @@
 /**
  * Work on the device stays there: the command line and the demo leave nothing in the user's home. Without src/cli/telemetry.ts
- * onnxruntime-node keeps a device id and events there. getting-started.test.ts runs the commands and the app of docs/getting-started.md
+ * onnxruntime-node keeps a device id and events there. examples.test.ts runs the commands of all pages
  * with such a home, too.
  */
 import { execFile, spawn } from "node:child_process";

@@ -2,7 +2,8 @@
 
 usage: training-oracle.py EXAMPLES JOBS.json
 JOBS: {"wrong": [[MODEL, COMPONENTS]], "runs": [{"script": "train" or "train_llm", "given": [MODEL, COMPONENTS, ROWS, OUT, STEPS, BATCH], "asked": […]}],
-"notebook": {"folder": …, "steps": …, "asked": […]} or null}. Prints {"runs": [{"trained", "logits", "again"}], "notebook": {"logits"}, "wrong": [messages]}:
+"notebook": {"folder": …, "steps": …, "asked": […]} or null, "bases": [MODEL, COMPONENTS, ROWS, OUT] or null}. Prints {"runs": [{"trained", "logits", "again"}],
+"notebook": {"logits"}, "wrong": [messages], "bases": {"float16" and "bfloat16": whether what was saved is finite f32, "nan": message, "saved": whether there is a file}}:
 how many numbers learn; logits of a fresh base with the saved adapter, of a language model those of the last token; how far a model is off
 that has read the adapter as a checkpoint. Exits with 3 when torch, transformers, peft or safetensors cannot be imported.
 """
@@ -12,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 try:
     import torch
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 except ImportError as missing:
     print(missing, file=sys.stderr)
     sys.exit(3)
@@ -72,10 +74,29 @@ def refusal(model, components):
         return str(error)
 
 
+def bases(model, components, rows, out):
+    """Trains on the model as f16 and as bf16 checkpoints hold it, and on one whose loss is not a number."""
+    train, found = importlib.import_module("train").train, {}
+    for name in ("float16", "bfloat16", "nan"):
+        copy = AutoModel.from_pretrained(model, dtype=torch.float32)
+        if name == "nan":
+            copy.encoder.layer[0].output.dense.weight.data[:] = float("nan")
+        (copy if name == "nan" else copy.to(getattr(torch, name))).save_pretrained(name)
+        AutoTokenizer.from_pretrained(model).save_pretrained(name)
+        try:
+            train(name, components, rows, f"{out}/{name}", 2, 8)
+            saved = load_file(f"{out}/{name}/adapter_model.safetensors").values()
+            found[name] = all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in saved)
+        except FloatingPointError as error:
+            found[name] = str(error)
+    return {**found, "saved": os.path.exists(f"{out}/nan/adapter_model.safetensors")}
+
+
 with contextlib.redirect_stdout(sys.stderr):
     result = {
         "runs": [run(**job) for job in jobs["runs"]],
         "wrong": [refusal(*pair) for pair in jobs["wrong"]],
+        "bases": jobs["bases"] and bases(*jobs["bases"]),
         "notebook": jobs["notebook"] and notebook(**jobs["notebook"]),
     }
 print(json.dumps(result))

@@ -14,12 +14,24 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from components import groups, inside
 
 
+class FiniteTrainer(Trainer):
+    """Stops at a loss that is not finite, before anything is saved. Trainer itself would leave such a loss out of its log and go on."""
+
+    def training_step(self, *given, **named):
+        loss = super().training_step(*given, **named)
+        if not loss.isfinite():
+            raise FloatingPointError(f"step {self.state.global_step + 1}: expected a finite loss, found {loss.item()}; nothing is saved. Load the base with dtype=torch.float32, or lower the rate")
+        return loss
+
+
 def fit(tuned, data, collate, out, rate=0.04, labels=None, **how):
     """Trains with AdamW, the rate falling to 0, and saves the adapter. One process of several writes."""
     args = TrainingArguments(out, logging_steps=20, save_strategy="no", report_to="none", **how)
     optimizer = torch.optim.AdamW(groups(tuned, rate), weight_decay=0.0)
-    trainer = Trainer(tuned, args, train_dataset=data, data_collator=collate, optimizers=(optimizer, None))
+    trainer = FiniteTrainer(tuned, args, train_dataset=data, data_collator=collate, optimizers=(optimizer, None))
     trainer.train()
+    if wrong := [name for name, value in tuned.named_parameters() if value.requires_grad and not value.isfinite().all()]:
+        raise FloatingPointError(f"{wrong[0]}: expected finite values after the last step; nothing is saved. Lower the rate")
     if trainer.is_world_process_zero():
         tuned.save_pretrained(out)
         if labels:
@@ -31,7 +43,7 @@ def train(model, components, rows, out, steps=240, batch=32, seed=0):
     lines = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     labels = sorted({line["label"] for line in lines})
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(labels))
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(labels), dtype=torch.float32)
     tuned = inside(base, components, "SEQ_CLS")
     tuned.print_trainable_parameters()
     tokens = tokenizer([line["text"] for line in lines], truncation=True, max_length=128)["input_ids"]

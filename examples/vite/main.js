@@ -18,8 +18,13 @@ async function read(/** @type {string} */ file) {
   return answer.json();
 }
 const tokenizer = new Tokenizer(await read("tokenizer.json"), await read("tokenizer_config.json"));
-const pack = await openPack("tasks.eigen");
-const session = await createEigenSession(ort, "model.onnx", pack);
+
+/** @type {NonNullable<import("eigenlora").OpenOptions["onProgress"]>} */
+const onProgress = ({ status, file, progress }) => {
+  if (status === "progress") output.value = `Loading ${file}: ${Math.round(progress)} %`;
+};
+const pack = await openPack("tasks.eigen", { onProgress });
+const session = await createEigenSession(ort, "model.onnx", pack, { onProgress });
 
 async function answer() {
   const task = list.value;

@@ -61,9 +61,5 @@ export function autoText({ decisions, tried }: SearchReport): string[] {
     size === undefined ? "out of reach" : bytes(size),
     error === undefined ? "" : percent(error),
   ]);
-  return [
-    ...decisions,
-    ...(tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : []),
-    "ΔW error is a proxy: with --model answers decide.",
-  ];
+  return [...decisions, ...(tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : [])];
 }

@@ -193,6 +193,7 @@ export const pack: Attach = command({
         ...dropped.map(({ id, gain }) => `left out ${id}: ${points(gain)} over its head`),
         ...(byAnswers ? byAnswersText(file, report) : reportText(file, report)),
         ...("tried" in report ? autoText(report) : []),
+        ...(byAnswers ? [] : ["ΔW error is a proxy: with --model answers decide."]),
         ...notes,
         cardText(report, cardBase, byAnswers ? agreementText(report) : undefined),
         `${took.seconds.toFixed(2)} s`,

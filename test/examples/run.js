@@ -1,7 +1,7 @@
 /** Runs examples in the current folder, each a module with a function of the values it assumes. Started by test/examples.test.ts. */
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
-import { Absent, values } from "./values.js";
+import { Absent, forget, values } from "./values.js";
 
 // The server that examples read from.
 const files = globalThis.fetch;
@@ -28,6 +28,7 @@ const examples = JSON.parse(readFileSync("examples.json", "utf8"));
 /** @type {{ error?: string, absent?: string }[]} */
 const results = [];
 for (const { file, names } of examples) {
+  forget();
   try {
     /** @type {Record<string, unknown>} */
     const given = {};
@@ -36,7 +37,10 @@ for (const { file, names } of examples) {
     results.push({});
   } catch (error) {
     const { stack, message } = /** @type {Error} */ (error);
-    results.push(error instanceof Absent ? { absent: message } : { error: stack ?? message });
+    if (error instanceof Absent) results.push({ absent: message });
+    else if (/Cannot find package '@huggingface\/transformers'/.test(message))
+      results.push({ absent: "transformers.js" });
+    else results.push({ error: stack ?? message });
   }
 }
 process.stdout.write(`\n${JSON.stringify(results)}\n`, () => process.exit());

@@ -1,12 +1,15 @@
 /**
  * Values that examples in doc comments and documents assume, by name: "the pack", "your tokenizer". Each is made when an example uses it,
- * in a folder with the files that `test/examples.test.ts` puts there. Examples with absent values are only type-checked.
+ * in a folder with the files that `test/examples.test.ts` puts there. Examples in doc comments whose values
+ * are absent are only type-checked; a page marks such a block.
  */
 import { readFileSync } from "node:fs";
+import { pathToFileURL } from "node:url";
 import { createRuntime, openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
+import { attachPack } from "eigenlora/transformers";
 import * as onnxruntime from "onnxruntime-node";
 
 /** Thrown for values that a test machine lacks. */
@@ -68,6 +71,26 @@ function rows() {
 
 const session = async () =>
   createEigenSession(onnxruntime, "model.onnx", await openPack("tasks.eigen"), { trainable: true });
+
+/** transformers.js, with the models of the current folder. @returns {Promise<any>} */
+async function transformers() {
+  const name = "@huggingface/transformers";
+  const found = await import(
+    pathToFileURL(`${process.cwd()}/node_modules/${name}/dist/transformers.node.mjs`).href
+  ).catch(() => absent("transformers.js"));
+  Object.assign(found.env, { localModelPath: "models/", allowRemoteModels: false });
+  return found;
+}
+
+/** @type {Promise<any> | undefined} */
+let opened;
+/** The pipeline of one example. @returns {Promise<any>} */
+function pipe() {
+  opened ??= transformers().then(({ pipeline }) => pipeline("text-classification", "my-model", { dtype: "fp16" }));
+  return opened;
+}
+/** Forgets what belongs to one example. */
+export const forget = () => (opened = undefined);
 
 export const values = {
   ort: () => onnxruntime,
@@ -145,12 +168,10 @@ export const values = {
   question: () => absent("a language model"),
   /** @returns {any} */
   pastOf: () => absent("a language model"),
-  /** @returns {any} */
-  pipeline: () => absent("transformers.js"),
-  /** The environment of transformers.js, or of a Worker. @returns {any} */
-  env: () => absent("transformers.js"),
-  /** @returns {any} */
-  pipe: () => absent("transformers.js"),
-  /** @returns {import("eigenlora/transformers").AttachedPack} */
-  tasks: () => absent("transformers.js"),
+  /** The environment of a worker. @returns {any} */
+  env: () => absent("a worker"),
+  /** @returns {Promise<any>} */
+  pipeline: async () => (await transformers()).pipeline,
+  pipe,
+  tasks: async () => attachPack(await pipe(), await openPack("tasks.eigen"), { model: "my-model" }),
 };

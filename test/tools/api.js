@@ -121,7 +121,7 @@ function examplesOf(node) {
 /** The report as Markdown. */
 export function report(/** @type {Surface} */ { exports }) {
   const parts = [
-    "# API report\n\nEvery export of every subpath, made by `npm run api` from the published declarations. Explanations are in the doc " +
+    "<!-- not run: declarations, compared with the sources by test/api.test.ts -->\n\n# API report\n\nEvery export of every subpath, made by `npm run api` from the published declarations. Explanations are in the doc " +
       "comments, which editors show, and which `npm run docs` makes pages of.\n",
   ];
   for (const subpath of new Set(exports.map((e) => e.subpath))) {

@@ -9,16 +9,16 @@ async function read(file) {
   return answer.json();
 }
 
-async function load() {
+async function load(onProgress) {
   // Next.js also runs pages on the server, where onnxruntime-web finds no address of itself.
   const ort = await import("onnxruntime-web/wasm");
   const tokenizer = new Tokenizer(await read("/tokenizer.json"), await read("/tokenizer_config.json"));
-  const pack = await openPack("/tasks.eigen");
-  return { tokenizer, pack, session: await createEigenSession(ort, "/model.onnx", pack) };
+  const pack = await openPack("/tasks.eigen", { onProgress });
+  return { tokenizer, pack, session: await createEigenSession(ort, "/model.onnx", pack, { onProgress }) };
 }
 
 let loaded;
-export const loadModel = () => (loaded ??= load());
+export const loadModel = (onProgress) => (loaded ??= load(onProgress));
 
 /** The label that a task gives a sentence. */
 export async function classify(task, text) {

@@ -10,7 +10,10 @@ export default function Page() {
   const [answer, setAnswer] = useState("Loading …");
 
   useEffect(() => {
-    loadModel().then(
+    const onProgress = ({ status, file, progress }) => {
+      if (status === "progress") setAnswer(`Loading ${file}: ${Math.round(progress)} %`);
+    };
+    loadModel(onProgress).then(
       ({ pack }) => {
         setTasks([...pack.tasks.keys()]);
         setTask([...pack.tasks.keys()][0]);
