@@ -216,8 +216,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** Parameters that the tasks bring beside their terms. */
   async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
     if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
-    const { locator, slots } = this.#parts;
-    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots);
+    const { locator, slots, ignored } = this.#parts;
+    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots, ignored);
     const base = { host: this.#host, bench: this.#bench, folded: !this.#parts.terms };
     return this.#parameters.resolve(parts, this.#parts.view, base, signal);
   }

@@ -242,6 +242,11 @@ export class ModelMatcher {
     );
   }
 
+  /** Parameters that are tied to an embedding's table, but for those that the user wants left out. */
+  async tiedTo(table: OnnxParameter): Promise<OnnxParameter[]> {
+    return (await this.#copies.tiedTo(table)).filter(({ name }) => !this.ignores(name));
+  }
+
   /** @throws BaseMismatchError where the file has another number for a normalisation's weight than the checkpoint */
   async #refuseShifted(name: string): Promise<void> {
     if (!(await import("../onnx/built.ts")).addsOneToNorms(this.#file.model)) return;
