@@ -5,9 +5,11 @@ import { join } from "node:path";
 import { createRuntime, openPack, type Pack, type RuntimeOptions, type Tensor } from "eigenlora";
 import { buildPack, projectAdapters, readPeft } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
+import { createEngine } from "eigenlora/onnxruntime";
+import { createSessions } from "eigenlora/session";
 import t, { type Test } from "tap";
 import { json, run, workIn } from "./command-line.ts";
-import { openSafetensors, openSource } from "./internals.ts";
+import { fromBinary, ModelProtoSchema, openSafetensors, openSource, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { MODES, type Mode, NODE, ORTS, open, type Session } from "./sessions.ts";
 
@@ -129,6 +131,38 @@ t.test("sessions: a head that is not tied, or is said not to be, stays as it is"
     agrees(t, await logitsOf(left, NODE.Tensor), forward(changed, weights.get(TABLE)!), `ignored, ${mode}`);
     await left.close();
   }
+});
+
+t.test("sessions: an embedding under another name, and two files of one model", async (t) => {
+  const pack = await packOf(t, ["rows", "rows-more"]);
+  const model = fromBinary(ModelProtoSchema, await readFile(at("torchscript.onnx")));
+  for (const node of model.graph!.node) {
+    if (!node.input.includes(TABLE)) continue;
+    node.name = "/LookUp";
+    node.input[node.input.indexOf(TABLE)] = "weight";
+  }
+  for (const tensor of model.graph!.initializer) if (tensor.name === TABLE) tensor.name = "weight";
+  const renamed = toBinary(ModelProtoSchema, model);
+  const names = new Map([["model.embed_tokens", "weight"]]);
+  for (const mode of ["factors", "folded"] as const) {
+    const session = await open(NODE, renamed, pack, { mode, names });
+    await session.switchTask("rows");
+    agrees(t, await logitsOf(session, NODE.Tensor), goldens.tied["rows"], `named by hand, ${mode}`);
+    await session.close();
+  }
+  const engine = createEngine(NODE);
+  const models = { whole: at("torchscript.onnx"), other: renamed };
+  const message = /rows of "model.embed_tokens.weight", and ".*" of other, .*may be tied to it.*`names`.*ignore/;
+  await t.rejects(createSessions(engine, models, pack, { mode: "factors" }), { tag: "base", message });
+  const both = await createSessions(engine, models, pack, {
+    mode: "factors",
+    each: { other: { mode: "factors", names } },
+  });
+  await both.switchTask("rows");
+  agrees(t, await logitsOf(both.sessions.other as Session, NODE.Tensor), goldens.tied["rows"], "mapped in its file");
+  await both.close();
+  const ignore = ["weight", "lm_head"];
+  await (await createSessions(engine, models, pack, { each: { other: { ignore } } })).close();
 });
 
 // ---- own weights
@@ -263,6 +297,41 @@ t.test("own weights: a head that equals the embedding and is not tied, or has a 
   });
 });
 
+t.test("own weights: an embedding that changes without its head", async (t) => {
+  const weights = await tensorsOf();
+  const table = weights.get(TABLE)!;
+  const pack = await packOf(t, ["rows-head", "lora-embedding", "saved-embedding"]);
+  const ensured = await packOf(t, ["lora-ensured", "saved-ensured"]);
+  const two = (head: Tensor): Map<string, Tensor> => new Map([...weights, [HEAD, head]]);
+  const apart = (): Map<string, Tensor> => two({ ...table, data: table.data.slice() as Float32Array });
+  for (const [from, tasks] of [
+    [pack, ["lora-embedding", "saved-embedding"]],
+    [ensured, ["lora-ensured", "saved-ensured"]],
+  ] as const) {
+    for (const task of tasks) {
+      const changed = await changedBy(from, task, { base: apart() });
+      agrees(t, forward(changed, changed.get(HEAD)!), goldens.tied[task], task);
+    }
+  }
+  for (const task of ["rows-head", "lora-embedding", "saved-embedding"]) {
+    const message = /"(lm_head|model.embed_tokens).weight" and .* share their memory, and .* alone is to be changed/;
+    await t.rejects(changedBy(pack, task, { base: two({ ...table }) }), { tag: "base", message }, task);
+  }
+  t.same(table.data, (await tensorsOf()).get(TABLE)!.data, "nothing has changed");
+  for (const [task, said] of [
+    ["lora-embedding", 1],
+    ["saved-embedding", 1],
+    ["lora-ensured", 0],
+    ["saved-ensured", 0],
+    ["rows", 0],
+  ] as const) {
+    const [adapter] = await readAdapters([at(`adapters/${task}`)]);
+    t.equal(adapter!.warnings.filter((text) => text.includes("and no head with it")).length, said, task);
+    t.notMatch(adapter!.warnings.join(), /ensure_weight_tying/);
+    await adapter!.close();
+  }
+});
+
 t.test("commands: fold, export, attach", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-tied-"));
   workIn(t, folder);
@@ -360,6 +429,6 @@ t.test("starts: added to a pack, read by hand, and refused", async (t) => {
   }
   const absent = new Map([...weights].filter(([name]) => !name.includes("v_proj")));
   const adapter = await readPeft({ ...files, base: absent });
-  await t.rejects(adapter.modules.get("model.layers.0.self_attn.v_proj")!.read(), { tag: "base" });
+  await t.rejects(adapter.modules.get("model.layers.0.self_attn.v_proj")!.read(), { tag: "base", message: /v_proj/ });
   await adapter.close();
 });

@@ -65,7 +65,10 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
         saved,
         baseModel: config.baseModel,
         metadata: withIdentity(metadata, config),
-        warnings: [...config.warnings, ...warnings, ...labelWarnings(metadata.labels, saved)],
+        warnings: [
+          ...[...config.warnings, ...warnings, ...labelWarnings(metadata.labels, saved)],
+          ...tieWarnings([...modules.keys()], saved),
+        ],
       };
     });
     return base === undefined ? adapter : { ...adapter, close: () => adapter.close().then(close) };
@@ -80,6 +83,22 @@ function labelWarnings(labels: readonly string[] | undefined, saved: readonly Sa
   const layers = saved.filter(({ role, shape }) => role === "saved" && shape.length === 2);
   if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return [];
   return [`task.json has ${labels.length} labels, but no saved layer has as many rows: check that they are the base's`];
+}
+
+/** Embeddings that heads are tied to in many language models, and the heads, by the last part of their name. */
+const TIED = /(^|\.)(embed_tokens|wte|shared|embed_in)$/;
+const HEADS = /(^|\.)(lm_head|embed_out)$/;
+
+/** Warns of an embedding that changes without its head. PEFT leaves a tied head as it was then, which one weight for both cannot do. */
+function tieWarnings(modules: readonly string[], saved: readonly SavedTensor[]): string[] {
+  const whole = saved.flatMap(({ name, role }) => (role === "saved" ? name.replace(/\.weight$/, "") : []));
+  const changed = [...modules, ...whole];
+  const embedding = changed.find((name) => TIED.test(name));
+  if (embedding === undefined || changed.some((name) => HEADS.test(name))) return [];
+  return [
+    `${embedding} changes, and no head with it: PEFT leaves a head that is tied to it as it was. Where the base has one weight for both, ` +
+      "give the head one of its own",
+  ];
 }
 
 function withIdentity(metadata: TaskMetadata, config: PeftConfig): TaskMetadata {

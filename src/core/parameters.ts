@@ -37,6 +37,8 @@ export interface Resolved {
   readonly parameters: ReadonlyMap<string, Replacement>;
   /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
   readonly weights: ReadonlyMap<number, Uint8Array<ArrayBuffer>>;
+  /** Names of embeddings whose rows change: whatever lies in the same memory is tied to them, and changes as well. */
+  readonly tables: ReadonlySet<string>;
   /** Names of all of them that the base lacks, and of the others. */
   readonly added: readonly string[];
   readonly replaced: readonly string[];
@@ -123,6 +125,7 @@ export class Parameters {
       this.#baseName(parameter, part.id, alone, base.host !== undefined),
     );
     for (const [name, list] of [...changes]) await this.#tie(changes, name, list, base, signal);
+    const tables = new Set<string>();
     const parameters = new Map<string, Replacement>();
     const weights = new Map<number, Uint8Array<ArrayBuffer>>();
     const [added, replaced]: string[][] = [[], []];
@@ -131,6 +134,7 @@ export class Parameters {
       const slot = this.#slots[index];
       const known = this.#base.parameters.get(name);
       const whole = isWhole(name, list);
+      if (known && leads(known) && list.every(({ parameter }) => parameter.role === "rows")) tables.add(name);
       const original = slot && whole ? undefined : await this.#original(name, slot, base, signal);
       const merged = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
@@ -145,7 +149,7 @@ export class Parameters {
       if (slot && base.folded) weights.set(index, replacement.view.data);
       else parameters.set(name, replacement);
     }
-    return { parameters, weights, added: added!, replaced: replaced! };
+    return { parameters, weights, tables, added: added!, replaced: replaced! };
   }
 
   /** The base's values with what tasks change of them; rows of a weight that is stored as [in, out] are its columns. */

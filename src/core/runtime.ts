@@ -31,7 +31,7 @@ import type { ActiveTerms, ModuleTerm } from "./terms.ts";
 import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
 import type { Started, Workbench } from "./workbench.ts";
 
-const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: [], replaced: [] };
+const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
 
 /** A selection, read: what it does to the model. Nothing is changed yet. */
 interface Loaded {
@@ -202,15 +202,15 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     if (!this.#host) refuseMagnitudes(parts, this.#parts.view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
-    const { parameters, weights } = resolved;
+    const { parameters } = resolved;
     const plans = stage(parts, this.#parts.view.modules, this.#bench.staging);
     const { terms } = this.#parts;
     if (terms) {
       const modules = new Set(plans.map(({ module }) => module));
       const read = await terms.prepare(plans, this.#host, signal);
-      return { parts, resolved, change: { plans, modules, weights: read, parameters } };
+      return { parts, resolved, change: { plans, modules, weights: read, parameters, tables: new Set() } };
     }
-    return { parts, resolved, change: await this.#weights.prepare(plans, weights, parameters, this.#host!, signal) };
+    return { parts, resolved, change: await this.#weights.prepare(plans, resolved, this.#host!, signal) };
   }
 
   /** Parameters that the tasks bring beside their terms. */

@@ -17,6 +17,7 @@ import {
   type View,
   type WeightHost,
 } from "./base.ts";
+import type { Resolved } from "./parameters.ts";
 import { cannotPutBack } from "./selection.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
@@ -130,6 +131,8 @@ export interface WeightChange {
   readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
   /** Other parameters, by the base's names. */
   readonly parameters: ReadonlyMap<string, { readonly view: View }>;
+  /** Names of those that change together with whatever lies in the same memory. */
+  readonly tables: ReadonlySet<string>;
 }
 
 /** The backend and host that a change is made in. */
@@ -190,12 +193,11 @@ export class FoldedWeights {
 
   /**
    * Reads the pristine weights that a change needs and memory does not hold, all of them before anything is changed.
-   * @param replaced bytes of adapted weights that the tasks bring whole
+   * @param resolved with the bytes of adapted weights that the tasks bring whole, or rows of which
    */
   async prepare(
     plans: readonly ModulePlan[],
-    replaced: ReadonlyMap<number, Uint8Array>,
-    parameters: WeightChange["parameters"],
+    { weights: replaced, parameters, tables }: Pick<Resolved, "weights" | "parameters" | "tables">,
     host: WeightHost,
     signal: AbortSignal | undefined,
   ): Promise<WeightChange> {
@@ -206,7 +208,7 @@ export class FoldedWeights {
       const kept = replaced.has(index) || slot.pristine;
       weights.set(index, kept ? replaced.get(index) : await readWeight(host, slot, undefined, { signal }));
     }
-    return { plans, modules, weights, parameters };
+    return { plans, modules, weights, parameters, tables };
   }
 
   /**
@@ -236,7 +238,7 @@ export class FoldedWeights {
   }
 
   /** Does all that can fail before something is changed: takes memory, uploads coefficients, asks the host. */
-  #begin({ plans, weights, parameters }: WeightChange, { bench, host }: FoldContext): Fold {
+  #begin({ plans, modules, weights, parameters, tables }: WeightChange, { bench, host }: FoldContext): Fold {
     const slots = this.#slots;
     bench.prepare(plans);
     const touched = [...weights.keys()];
@@ -244,9 +246,13 @@ export class FoldedWeights {
     const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
     const planOf = new Map(plans.map((plan) => [plan.module, plan]));
     const names = new Set([...this.#touched.names, ...parameters.keys()]);
+    const weightOf = (index: number): string => slots[index]!.weight.name;
+    // What goes back to the base's value does so for all that share its memory.
+    const changed = [...[...modules].map(weightOf), ...parameters.keys()].filter((name) => !tables.has(name));
+    const alone = [...plans.map(({ module }) => weightOf(module)), ...changed];
     return {
       ...{ passing, held: touched.filter((index) => slots[index]!.active), names },
-      transaction: host.begin?.([...touched.map((index) => slots[index]!.weight.name), ...names]),
+      transaction: host.begin?.([...touched.map(weightOf), ...names], alone),
       weight(index) {
         const { weight, pristine, active: out = passage } = slots[index]!;
         const fresh = weights.get(index);

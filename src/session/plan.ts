@@ -36,7 +36,7 @@ export interface Plan {
   readonly reason: string;
   readonly base: BaseValues;
   readonly graft: Graft;
-  /** The model's names of the adapted weights, by module name of the pack. */
+  /** The model's names of the adapted weights, by module name of the pack, and of weights that are mapped by hand. */
   readonly names: ReadonlyMap<string, string>;
   /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
   readonly unconfirmed: readonly string[];
@@ -129,7 +129,10 @@ class Planner {
     const { mode, reason } = this.#choose();
     const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
-    const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
+    const names = new Map([
+      ...this.#matcher.byHand(),
+      ...modules.map(({ name }, i) => [name, weights[i]!.name] as const),
+    ]);
     const found = { mode, reason, names, unconfirmed, dropped: [...this.#dropped.keys()] };
     // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
     const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
