@@ -17,7 +17,6 @@ import {
   type View,
   type WeightHost,
 } from "./base.ts";
-import type { Resolved } from "./parameters.ts";
 import { cannotPutBack } from "./selection.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
@@ -197,7 +196,11 @@ export class FoldedWeights {
    */
   async prepare(
     plans: readonly ModulePlan[],
-    { weights: replaced, parameters, tables }: Pick<Resolved, "weights" | "parameters" | "tables">,
+    {
+      weights: replaced,
+      parameters,
+      tables,
+    }: Pick<WeightChange, "parameters" | "tables"> & { readonly weights: ReadonlyMap<number, Uint8Array> },
     host: WeightHost,
     signal: AbortSignal | undefined,
   ): Promise<WeightChange> {
