@@ -170,12 +170,12 @@ t.test("lora_adapter_metadata: a LoraConfig for each model", async (t) => {
     ...fields,
     "unet.base_model_name_or_path": "base",
     "unet.revision": "v2",
-    "unet.init_lora_weights": "olora",
+    "unet.use_novelty": true,
   });
   const adapter = await read(both, named, { licence: "MIT" });
   t.equal(adapter.baseModel, "base");
   t.same(adapter.metadata, { licence: "MIT", revision: "v2" });
-  t.match(adapter.warnings, [/^unet: init_lora_weights is "olora"/]);
+  t.match(adapter.warnings, [/^unet: use_novelty is true/]);
 });
 
 async function refuses(t: Test, message: RegExp, spec: Spec, metadata: Record<string, unknown> = {}): Promise<void> {
@@ -254,6 +254,8 @@ t.test("what is refused of a header", async (t) => {
     x,
     config({ "unet.trainable_token_indices": [1] }),
   );
+  const olora = config({ "unet.r": 2, "unet.init_lora_weights": "olora" });
+  await refuses(t, /init_lora_weights is "olora".*out of the base.*Convert it in PEFT/, x, olora);
   await refuses(t, /use_dora is true, but the file has no/, x, config({ "unet.r": 2, "unet.use_dora": true }));
   await refuses(
     t,

@@ -13,11 +13,11 @@ import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
 import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
-import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
+import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 import { openSafetensors } from "./safetensors.ts";
 
 /** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
-export type DiffusersFiles = Omit<PeftFiles, "config">;
+export type DiffusersFiles = Omit<PeftFiles, "config" | "base">;
 
 /** Fields of the header. The second is an argument of diffusers' functions; in files, tensors named "….alpha" hold it. */
 const [METADATA, ALPHAS] = ["lora_adapter_metadata", "network_alphas"];
@@ -115,6 +115,10 @@ function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<st
     [...fields].map(([prefix, found]) => {
       const where = `${file.name}, ${METADATA}${prefix && ` of ${prefix}`}`;
       const config = readPeftConfig({ peft_type: "LORA", ...Object.fromEntries(found) }, where);
+      if (config.start) {
+        const field = "init_lora_weights";
+        throw new AdapterError(`${withoutBase(config.start)}. ${CONVERT}`, { file: where, field });
+      }
       if (config.tokenRows.length > 0) {
         throw new AdapterError(
           "trainable_token_indices is set, but there are no rows in the file; save the adapter again",

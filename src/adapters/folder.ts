@@ -4,6 +4,7 @@
  */
 import { join, resolve } from "node:path";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
+import type { WeightHost } from "../core/base.ts";
 import { openDisk } from "../disk.ts";
 import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
@@ -12,6 +13,7 @@ import type { HubOptions } from "../http/hub.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
+import { openWeights } from "./base-files.ts";
 import { describeBase } from "./describe-base.ts";
 import { readDiffusers } from "./diffusers.ts";
 import { withTextModel } from "./diffusers-keys.ts";
@@ -23,7 +25,8 @@ import { readTaskMetadata } from "./metadata.ts";
 import { readMlx } from "./mlx.ts";
 import { compare } from "./modules.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
-import { readPeft } from "./peft.ts";
+import { type PeftFiles, readPeft } from "./peft.ts";
+import { readPeftConfig } from "./peft-config.ts";
 import { kind } from "./tree.ts";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
@@ -35,7 +38,8 @@ export interface ReadAdaptersOptions extends HubOptions {
   readonly rename?: ReadonlyMap<string, string> | undefined;
   /**
    * Path of a file that names the base's modules (for files of kohya) or its heads (for GGUF files): its folder, config.json, safetensors
-   * file or index, list of names in JSON, or GGUF file; or a name of the Hub. Read when an adapter needs it. Default: none.
+   * file or index, list of names in JSON, or GGUF file; or a name of the Hub. An adapter that began as PiSSA or OLoRA needs its weights:
+   * its folder or safetensors file. Read when an adapter needs it. Default: none.
    */
   readonly base?: string | undefined;
 }
@@ -52,7 +56,10 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   const { base } = options;
   const locations = rename(await findAdapters(paths, options), options.rename ?? new Map());
   let facts: Promise<BaseFacts> | undefined;
-  const files = new Files(async () => (base === undefined ? {} : (facts ??= describeBase(base, options))));
+  const files = new Files(
+    async () => (base === undefined ? {} : (facts ??= describeBase(base, options))),
+    async () => (base === undefined ? undefined : openWeights(base, options)),
+  );
   const adapters: Adapter[] = [];
   try {
     for (const location of locations) adapters.push(await files.read(location));
@@ -67,9 +74,14 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
 class Files {
   readonly #sources: ByteSource[] = [];
   readonly #base: () => Promise<BaseFacts>;
+  readonly #openWeights: () => Promise<WeightHost | undefined>;
+  /** The base's weights, opened for the first adapter that needs them and closed with the last. */
+  #weights: Promise<WeightHost | undefined> | undefined;
+  #users = 0;
 
-  constructor(base: () => Promise<BaseFacts>) {
+  constructor(base: () => Promise<BaseFacts>, openWeights: () => Promise<WeightHost | undefined>) {
     this.#base = base;
+    this.#openWeights = openWeights;
   }
 
   async read(location: AdapterLocation): Promise<Adapter> {
@@ -82,11 +94,23 @@ class Files {
       return joinModels({ id, file: path }, read, readTaskMetadata(task, about));
     }
     const files = { id, file: path, tensors: await this.#open(file), task };
-    if (format === "peft") return readPeft({ ...files, config: await readJson(join(path, CONFIG)) });
+    if (format === "peft") return this.#peft({ ...files, config: await readJson(join(path, CONFIG)) });
     if (format === "mlx") return readMlx({ ...files, config: await readJson(join(path, CONFIG)) });
     if (format === "kohya") return readKohya({ ...files, base: await this.#base() });
     if (format === "gguf") return readGguf({ ...files, base: await this.#base() });
     return format === "onnx_adapter" ? readOnnxAdapter(files) : readDiffusers(files);
+  }
+
+  async #peft(files: PeftFiles): Promise<Adapter> {
+    if (readPeftConfig(files.config, `${files.file}/${CONFIG}`).start === undefined) return readPeft(files);
+    const base = await (this.#weights ??= this.#openWeights());
+    const adapter = await readPeft({ ...files, base });
+    this.#users++;
+    const close = async (): Promise<void> => {
+      await adapter.close();
+      if (--this.#users === 0) await base?.close?.();
+    };
+    return { ...adapter, close };
   }
 
   async #open(path: string): Promise<ByteSource> {
@@ -97,6 +121,7 @@ class Files {
 
   async close(): Promise<void> {
     for (const source of this.#sources) await source.close?.();
+    await (await this.#weights)?.close?.();
   }
 }
 

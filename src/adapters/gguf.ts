@@ -13,7 +13,7 @@ import type { PeftFiles } from "./peft.ts";
 import { openFile } from "./safetensors.ts";
 
 /** The file of one LoRA of llama.cpp; `tensors` is the GGUF file. */
-export interface GgufFiles extends Omit<PeftFiles, "config"> {
+export interface GgufFiles extends Omit<PeftFiles, "config" | "base"> {
   /** Heads of the base. Files of Llama's architecture need them, since they do not contain them. */
   readonly base?: BaseFacts | undefined;
 }

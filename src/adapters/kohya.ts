@@ -16,7 +16,7 @@ import type { KeyRole } from "./peft-keys.ts";
 import { openSafetensors } from "./safetensors.ts";
 
 /** The file of one LoRA of kohya or LyCORIS; `tensors` is the safetensors file. */
-export interface KohyaFiles extends Omit<PeftFiles, "config"> {
+export interface KohyaFiles extends Omit<PeftFiles, "config" | "base"> {
   /** Names of the base's modules. Default: names are read as those of Stable Diffusion's UNets and of CLIP. */
   readonly base?: BaseFacts | undefined;
 }

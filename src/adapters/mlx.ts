@@ -11,7 +11,7 @@ import type { PeftFiles } from "./peft.ts";
 import { openSafetensors } from "./safetensors.ts";
 
 /** The files of one adapter of MLX LM: adapter_config.json and, as `tensors`, adapters.safetensors. */
-export type MlxFiles = PeftFiles;
+export type MlxFiles = Omit<PeftFiles, "base">;
 
 /**
  * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and checked, when a

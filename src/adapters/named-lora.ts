@@ -146,6 +146,7 @@ function shownBy(file: TensorFile, keys: ReadonlyMap<KeyRole, string>, scaleOf: 
     bias: "none",
     loraBias: keys.has("loraBias"),
     dora: keys.has("magnitude"),
+    start: undefined,
     modulesToSave: [],
     tokenRows: [],
     forModule: () => ({ rank, scale: scaleOf(rank) }),

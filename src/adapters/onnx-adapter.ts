@@ -11,7 +11,7 @@ import { parsePeftKeys } from "./peft-keys.ts";
 import { openFile } from "./safetensors.ts";
 
 /** The file of one adapter of ONNX Runtime; `tensors` is the .onnx_adapter file. */
-export type OnnxAdapterFiles = Omit<PeftFiles, "config">;
+export type OnnxAdapterFiles = Omit<PeftFiles, "config" | "base">;
 
 /**
  * Opens an adapter: checks the names, shapes and types of all parameters. Values are read, and checked, when a module's `read` is

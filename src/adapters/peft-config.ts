@@ -6,6 +6,7 @@
 import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/tensor-file.ts";
 import { NamePatterns } from "./name-pattern.ts";
+import type { Start } from "./start.ts";
 
 /** Facts that a configuration gives about the tensors beside it. */
 export interface PeftConfig {
@@ -18,6 +19,8 @@ export interface PeftConfig {
   readonly bias: "none" | "all" | "lora_only";
   readonly loraBias: boolean;
   readonly dora: boolean;
+  /** Set where PEFT changes the weights of linear layers before it loads the factors (start.ts). */
+  readonly start: Start | undefined;
   /** A module is saved when its name ends in one of these. Includes the heads that PEFT saves for the task type. */
   readonly modulesToSave: readonly string[];
   /** Rows replaced by trainable_token_indices: [ending of the embedding's name, indices]; "" matches any. */
@@ -29,6 +32,15 @@ export interface PeftConfig {
 
 /** Most characters of a text: a pack holds 4096 bytes (SPEC.md, section 4.2), and a character takes at most three. */
 const MAX_TEXT = 1365;
+
+/** PEFT's own way to an adapter of the original base. */
+export const CONVERT: string =
+  "Convert it in PEFT, where it was trained: save_pretrained(path, path_initial_model_for_weight_conversion=initial_adapter)";
+
+/** Says why an adapter with a start is refused without its base. */
+export function withoutBase(start: Start): string {
+  return `init_lora_weights is "${start}": PEFT takes the start out of the base when it loads the adapter`;
+}
 
 const PLAIN = "Train a plain LoRA, or merge it with PEFT and use the merged model";
 
@@ -97,8 +109,8 @@ export function headsOf(taskType: string | undefined): readonly string[] {
   return HEADS.get(taskType ?? "") ?? [];
 }
 
-/** Initialisations that change the base's weights before training: the update alone does not give the model. */
-const MUTATING = /^(pissa|corda|olora$|lora_ga$)/;
+/** Initialisations that change the base by more than its weights tell: by data, gradients, or numbers drawn at random. */
+const MUTATING = /^(pissa|corda|lora_ga$)/;
 const UNTOUCHED: ReadonlySet<unknown> = new Set([
   undefined,
   null,
@@ -133,12 +145,10 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   const modulesToSave = field("modules_to_save", [], isNames, "an array of module names");
   const taskType = text("task_type");
 
-  warnings.push(...initWarnings(config.init_lora_weights));
-  if (flag("ensure_weight_tying")) {
-    warnings.push(
-      "ensure_weight_tying is set: a layer tied to the embedding follows it where the base stores one weight for both",
-    );
-  }
+  const { start, warnings: unsure } = startOf(config.init_lora_weights, refuse);
+  warnings.push(...unsure);
+  // The file holds what it ties, but for rows of tokens, which reach tied layers with it and without.
+  flag("ensure_weight_tying");
   return {
     baseModel: text("base_model_name_or_path"),
     revision: text("revision"),
@@ -147,6 +157,7 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
     bias,
     loraBias: flag("lora_bias"),
     dora: flag("use_dora"),
+    start,
     modulesToSave: [...new Set([...modulesToSave, ...headsOf(taskType)])],
     tokenRows: tokenRows(config.trainable_token_indices, (message) => refuse("trainable_token_indices", message)),
     forModule(name) {
@@ -222,22 +233,26 @@ function isOff(value: unknown): boolean {
   return !value || (Array.isArray(value) && value.length === 0);
 }
 
-function initWarnings(init: unknown): string[] {
-  if (UNTOUCHED.has(init)) return [];
+/** @throws AdapterError for a start that changes the base in a way that cannot be computed again */
+function startOf(init: unknown, refuse: Refuse): Pick<PeftConfig, "start" | "warnings"> {
+  if (UNTOUCHED.has(init)) return { start: undefined, warnings: [] };
   const name = typeof init === "string" ? init.toLowerCase() : "";
+  if (name === "pissa" || name === "olora") return { start: name, warnings: [] };
   if (MUTATING.test(name)) {
-    return [
-      `init_lora_weights is ${show(init)}: the adapter was trained against a modified base and does not fit the ` +
-        "original. Convert it in PEFT: save_pretrained(path, path_initial_model_for_weight_conversion=initial_adapter)",
-    ];
+    throw refuse(
+      "init_lora_weights",
+      `is ${show(init)}: the adapter was trained against a changed base, which the original does not determine. ${CONVERT}`,
+    );
   }
   if (name === "loftq") {
-    return [
-      'init_lora_weights is "loftq": the adapter was trained against the quantised base that LoftQ made. ' +
-        "Use it with that base, not with the original weights",
-    ];
+    throw refuse(
+      "init_lora_weights",
+      'is "loftq": the adapter was trained against the quantised base that LoftQ made. Save that base ' +
+        "(model.get_base_model().save_pretrained), use it, and set init_lora_weights to true in the file",
+    );
   }
-  return [`init_lora_weights is ${show(init)}, which PEFT 0.21 does not know: check that it leaves the base as it was`];
+  const unknown = `init_lora_weights is ${show(init)}, which PEFT 0.21 does not know: check that it leaves the base as it was`;
+  return { start: undefined, warnings: [unknown] };
 }
 
 function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [string, number[]][] {

@@ -3,9 +3,12 @@
  */
 import type { Layout } from "../format/format.ts";
 import { transpose } from "../tensor/derived.ts";
+import type { Term } from "../tensor/term.ts";
 import type { AdapterModule } from "./adapter.ts";
+import { CONVERT, withoutBase } from "./peft-config.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import type { PeftTensors } from "./peft-places.ts";
+import type { Start } from "./start.ts";
 
 /** @throws AdapterError when its tensors do not fit each other or the configuration */
 export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, given: PeftTensors): AdapterModule {
@@ -36,7 +39,7 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
       : config.fanInFanOut
         ? "in-out"
         : "out-in";
-  return {
+  const module: AdapterModule = {
     name,
     out,
     in: kernel.reduce((a, b) => a * b, inputs),
@@ -49,6 +52,26 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
       return { rank, A, Bt, magnitude: magnitude === undefined ? undefined : await read(magnitude) };
     },
   };
+  // Embeddings begin as they are, whatever the start of linear layers.
+  return config.start === undefined || embedding ? module : started(module, config.start, scale, tensors);
+}
+
+/** The module relative to the base as it was before training. */
+function started(
+  module: AdapterModule,
+  start: Start,
+  scale: number,
+  { base, file, refuse }: PeftTensors,
+): AdapterModule {
+  if (module.layout === "conv") throw refuse("init_lora_weights", `init_lora_weights is "${start}", for a convolution`);
+  if (base === undefined) {
+    const advice = `Give the base's weights, as \`base\` (--base). Or: ${CONVERT}`;
+    throw refuse("init_lora_weights", `${withoutBase(start)}. ${advice}`);
+  }
+  const rank = module.rank + Math.min(module.rank, module.in, module.out);
+  const read = async (): Promise<Term> =>
+    (await import("./start.ts")).fromBase(start, module, await module.read(), scale, base, file.name);
+  return { ...module, rank, read };
 }
 
 /** Largest rank and kernel that a pack holds. */

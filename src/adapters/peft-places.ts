@@ -1,6 +1,7 @@
 /**
  * Assigns every tensor of a PEFT file to its module or parameter; a file with a tensor left over is refused. Reads no values.
  */
+import type { WeightHost } from "../core/base.ts";
 import { AdapterError } from "../errors.ts";
 import { isFloatDtype, show, type TensorFile } from "../tensor/tensor-file.ts";
 import type { PeftConfig } from "./peft-config.ts";
@@ -10,6 +11,8 @@ import { type KeyRole, type PeftKey, parsePeftKeys } from "./peft-keys.ts";
 export interface PeftTensors {
   readonly file: TensorFile;
   readonly config: PeftConfig;
+  /** The base, where it was given and the adapter's training began from a changed one. */
+  readonly base?: WeightHost | undefined;
   shape(key: string): readonly number[];
   /** "KEY is [SHAPE]". */
   describe(key: string): string;
@@ -19,13 +22,14 @@ export interface PeftTensors {
   read(key: string, scale?: number): Promise<Float32Array<ArrayBuffer>>;
 }
 
-export function peftTensors(file: TensorFile, config: PeftConfig): PeftTensors {
+export function peftTensors(file: TensorFile, config: PeftConfig, base?: WeightHost): PeftTensors {
   const shape = (key: string): readonly number[] => file.tensors.get(key)!.shape;
   const refuse = (field: string, message: string): AdapterError =>
     new AdapterError(message, { file: file.name, field });
   return {
     file,
     config,
+    base,
     shape,
     describe: (key) => `${key} is [${shape(key).join(", ")}]`,
     refuse,

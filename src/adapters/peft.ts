@@ -4,6 +4,8 @@
  * Portable: folders are read in folder.ts.
  */
 import { checkOptions } from "../arguments.ts";
+import type { BaseInput } from "../core/base.ts";
+import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
@@ -27,6 +29,11 @@ export interface PeftFiles {
   readonly tensors: SourceInput;
   /** Parsed task.json, where there is one. */
   readonly task?: unknown;
+  /**
+   * Weights of the base model, for an adapter that began as PiSSA or OLoRA: ΔW then is relative to these. A host is the caller's to
+   * close, after the adapter. Default: none; such an adapter is refused.
+   */
+  readonly base?: BaseInput | undefined;
 }
 
 /**
@@ -40,24 +47,35 @@ export interface PeftFiles {
  * const adapter = await readPeft({ id: "sst2", file: at, config, tensors: `${at}/adapter_model.safetensors` });
  */
 export async function readPeft(files: PeftFiles): Promise<Adapter> {
-  checkOptions("readPeft", files, ["id", "file", "config", "tensors", "task"]);
-  const { config: json, ...others } = files;
+  checkOptions("readPeft", files, ["id", "file", "config", "tensors", "task", "base"]);
+  const { config: json, base: given, ...others } = files;
   const config = readPeftConfig(json, `${files.file}/adapter_config.json`);
-  return readAdapterFile(others, openSafetensors, (tensors, metadata) => {
-    const { modules, saved, warnings } = assemble(peftTensors(tensors, config));
-    const misfit = misfitLabels(metadata.labels, saved);
-    if (misfit !== undefined) {
-      const advice = "list one name for each row, in their order";
-      throw new AdapterError(`${misfit}; ${advice}`, { file: `${files.file}/task.json`, field: "labels" });
-    }
-    return {
-      modules,
-      saved,
-      baseModel: config.baseModel,
-      metadata: withIdentity(metadata, config),
-      warnings: [...config.warnings, ...warnings, ...labelWarnings(metadata.labels, saved)],
-    };
-  });
+  const base = config.start && given !== undefined ? await openHost(given) : undefined;
+  const close = async (): Promise<void> => (base === given ? undefined : base?.close?.());
+  try {
+    const adapter = await readAdapterFile(others, openSafetensors, (tensors, metadata) => {
+      const { modules, saved, warnings } = assemble(peftTensors(tensors, config, base));
+      const misfit = misfitLabels(metadata.labels, saved);
+      if (misfit !== undefined) {
+        const advice = "list one name for each row, in their order";
+        throw new AdapterError(`${misfit}; ${advice}`, { file: `${files.file}/task.json`, field: "labels" });
+      }
+      return {
+        modules,
+        saved,
+        baseModel: config.baseModel,
+        metadata: withIdentity(metadata, config),
+        warnings: [
+          ...[...config.warnings, ...warnings, ...labelWarnings(metadata.labels, saved)],
+          ...tieWarnings([...modules.keys()], saved),
+        ],
+      };
+    });
+    return base === undefined ? adapter : { ...adapter, close: () => adapter.close().then(close) };
+  } catch (error) {
+    await close();
+    throw error;
+  }
 }
 
 /** Warns where labels may not fit: an unknown layer need not be the head that they belong to. */
@@ -65,6 +83,22 @@ function labelWarnings(labels: readonly string[] | undefined, saved: readonly Sa
   const layers = saved.filter(({ role, shape }) => role === "saved" && shape.length === 2);
   if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return [];
   return [`task.json has ${labels.length} labels, but no saved layer has as many rows: check that they are the base's`];
+}
+
+/** Embeddings that heads are tied to in many language models, and the heads, by the last part of their name. */
+const TIED = /(^|\.)(embed_tokens|wte|shared|embed_in)$/;
+const HEADS = /(^|\.)(lm_head|embed_out)$/;
+
+/** Warns of an embedding that changes without its head. PEFT leaves a tied head as it was then, which one weight for both cannot do. */
+function tieWarnings(modules: readonly string[], saved: readonly SavedTensor[]): string[] {
+  const whole = saved.flatMap(({ name, role }) => (role === "saved" ? name.replace(/\.weight$/, "") : []));
+  const changed = [...modules, ...whole];
+  const embedding = changed.find((name) => TIED.test(name));
+  if (embedding === undefined || changed.some((name) => HEADS.test(name))) return [];
+  return [
+    `${embedding} changes, and no head with it: PEFT leaves a head that is tied to it as it was. Where the base has one weight for both, ` +
+      "give the head one of its own",
+  ];
 }
 
 function withIdentity(metadata: TaskMetadata, config: PeftConfig): TaskMetadata {

@@ -201,7 +201,7 @@ export const task: OptionSpec<string> = required(text("ID", "The task."));
 /** Belongs to commands that write packs. */
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 const READ_FOR =
-  "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file.";
+  "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file. PiSSA and OLoRA need weights.";
 /** Belongs to commands that check the base of adapters. */
 export const base: Maybe<string> = reading(
   "repository",

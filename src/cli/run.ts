@@ -2,6 +2,7 @@
  * What a command opens while it runs: all is closed when it ends, however it ends.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import { openWeights } from "../adapters/base-files.ts";
 import { describeBase } from "../adapters/describe-base.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { type OpenOptions, openPack } from "../core/open-pack.ts";
@@ -13,7 +14,6 @@ import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
-import { openWeights } from "./base-files.ts";
 import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import { downloading, named } from "./on-hub.ts";

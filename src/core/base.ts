@@ -66,8 +66,9 @@ export interface WeightHost {
   /**
    * Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`.
    * @param names of all parameters that will change; what speaks against it is best said here, before anything has changed
+   * @param alone those of them whose new values are meant for no other parameter that may lie in the same memory
    */
-  begin?(names: Iterable<string>): Transaction;
+  begin?(names: Iterable<string>, alone?: Iterable<string>): Transaction;
   close?(): Promise<void>;
 }
 

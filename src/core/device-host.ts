@@ -54,7 +54,10 @@ export function deviceHost(base: BaseInput, host: WeightHost, backend: Backend):
       return fetchView(backend, view);
     },
     view: (name) => host.view!(name),
-    ...(host.begin && { begin: (names: Iterable<string>) => transaction(host.begin!(names), backend, originals) }),
+    ...(host.begin && {
+      begin: (names: Iterable<string>, alone?: Iterable<string>) =>
+        transaction(host.begin!(names, alone), backend, originals),
+    }),
     ...(host.close && { close: () => host.close!() }),
   };
 }

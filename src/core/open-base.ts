@@ -54,10 +54,10 @@ export function memoryHost(tensors: Tensors): WeightHost {
       return { ...found, data: into };
     },
     view,
-    begin(names = []) {
+    begin(names = [], alone = []) {
       // The one way a write in place can fail is an array that was transferred away: find it before the first write.
       checkSizes(tensors);
-      refuseSharedMemory(tensors, names);
+      refuseSharedMemory(tensors, names, new Set(alone));
       const undo: (() => void)[] = [];
       return {
         write: (name, value) => write(tensors, originals, name, value, undo),
@@ -106,19 +106,29 @@ function checkSizes(tensors: Tensors): void {
   }
 }
 
-/** @throws BaseMismatchError when two parameters that change share their memory, as tied weights do: one would undo the other */
-function refuseSharedMemory(tensors: Tensors, names: Iterable<string>): void {
+/**
+ * @param alone of the parameters that change
+ * @throws BaseMismatchError when one that changes shares its memory, as tied weights do, with another that changes, or that is to stay
+ */
+function refuseSharedMemory(tensors: Tensors, names: Iterable<string>, alone: ReadonlySet<string>): void {
   const taken = new Map<object, { readonly name: string; readonly start: number; readonly end: number }[]>();
-  for (const name of names) {
+  const changing = new Set(names);
+  // Those that stay come last: each is held against those that change.
+  const staying = alone.size > 0 ? [...tensors.keys()].filter((name) => !changing.has(name)) : [];
+  for (const name of [...changing, ...staying]) {
     const tensor = tensors.get(name);
     if (!tensor) continue;
     const { data, byteOffset } = viewOf(tensor);
     const [memory, start] = onDevice(data) ? [data, byteOffset] : [data.buffer, data.byteOffset];
     const end = start + byteLengthOf(tensor);
+    const stays = !changing.has(name);
     const others = taken.get(memory) ?? [];
-    const other = others.find((one) => one.start < end && start < one.end);
+    const other = others.find(
+      (one) => one.start < end && start < one.end && (stays ? alone.has(one.name) : changing.has(one.name)),
+    );
     if (other) {
-      const message = `the base's "${other.name}" and "${name}" share their memory, and both are to be changed: give each its own`;
+      const which = stays ? `"${other.name}" alone is` : "both are";
+      const message = `the base's "${other.name}" and "${name}" share their memory, and ${which} to be changed: give each its own`;
       throw new BaseMismatchError(message, { module: name });
     }
     others.push({ name, start, end });

@@ -11,6 +11,7 @@ import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import {
   type CpuView,
   type Locator,
+  onDevice,
   type Parameter,
   sameShape,
   type View,
@@ -21,6 +22,7 @@ import { addDifferences, blendHeads, changesOf, decode, type Merged, type Parame
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
+import { biasedRows, isTied, leads, mayBeTied } from "./tied.ts";
 import { readWeight, type Slot } from "./weights.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -35,6 +37,8 @@ export interface Resolved {
   readonly parameters: ReadonlyMap<string, Replacement>;
   /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
   readonly weights: ReadonlyMap<number, Uint8Array<ArrayBuffer>>;
+  /** Names of embeddings whose rows change: whatever lies in the same memory is tied to them, and changes as well. */
+  readonly tables: ReadonlySet<string>;
   /** Names of all of them that the base lacks, and of the others. */
   readonly added: readonly string[];
   readonly replaced: readonly string[];
@@ -61,10 +65,15 @@ export class Parameters {
   readonly #slots: readonly Slot[];
   /** Pristine values of parameters; those of adapted weights are in the slots. */
   readonly #pristine = new Map<string, CpuView>();
+  /** Names of parameters that are tied to an embedding, by its name. */
+  readonly #tied = new Map<string, readonly string[]>();
+  readonly #ignored: ReadonlySet<string>;
 
-  constructor(base: Locator, slots: readonly Slot[]) {
+  /** @param ignored names of parameters that are left as they are */
+  constructor(base: Locator, slots: readonly Slot[], ignored: ReadonlySet<string>) {
     this.#base = base;
     this.#slots = slots;
+    this.#ignored = ignored;
   }
 
   /** Makes what `resolve` returned the active parameters. */
@@ -115,6 +124,8 @@ export class Parameters {
     const changes = changesOf(parts, ({ part, parameter }) =>
       this.#baseName(parameter, part.id, alone, base.host !== undefined),
     );
+    for (const [name, list] of [...changes]) await this.#tie(changes, name, list, base, signal);
+    const tables = new Set<string>();
     const parameters = new Map<string, Replacement>();
     const weights = new Map<number, Uint8Array<ArrayBuffer>>();
     const [added, replaced]: string[][] = [[], []];
@@ -123,10 +134,11 @@ export class Parameters {
       const slot = this.#slots[index];
       const known = this.#base.parameters.get(name);
       const whole = isWhole(name, list);
+      if (known && leads(known) && list.every(({ parameter }) => parameter.role === "rows")) tables.add(name);
       const original = slot && whole ? undefined : await this.#original(name, slot, base, signal);
       const merged = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
-        : addDifferences(name, list, original && { shape: original.shape, values: viewValues(original) });
+        : this.#changed(name, slot, list, original);
       const stored = slot
         ? asStored(slot, list, merged)
         : whole && known
@@ -137,7 +149,63 @@ export class Parameters {
       if (slot && base.folded) weights.set(index, replacement.view.data);
       else parameters.set(name, replacement);
     }
-    return { parameters, weights, added: added!, replaced: replaced! };
+    return { parameters, weights, tables, added: added!, replaced: replaced! };
+  }
+
+  /** The base's values with what tasks change of them; rows of a weight that is stored as [in, out] are its columns. */
+  #changed(
+    name: string,
+    slot: Slot | undefined,
+    list: readonly ParameterChange[],
+    original: CpuView | undefined,
+  ): Merged {
+    const base = original && { shape: original.shape, values: viewValues(original) };
+    const { layout = slot?.module.layout } = slot?.weight ?? this.#base.parameters.get(name) ?? {};
+    const across = base && layout === "in-out" && list.some(({ parameter }) => parameter.role === "rows");
+    return across ? turn(addDifferences(name, list, turn(base))) : addDifferences(name, list, base);
+  }
+
+  /** Adds to `changes` the same rows of whatever is tied to an embedding, where a task has no rows of its own for it. */
+  async #tie(
+    changes: Map<string, ParameterChange[]>,
+    name: string,
+    list: readonly ParameterChange[],
+    base: BaseValues,
+    signal: AbortSignal | undefined,
+  ): Promise<void> {
+    const rows = list.filter(({ parameter }) => parameter.role === "rows");
+    const known = this.#base.parameters.get(name);
+    for (const tied of rows.length > 0 && known && leads(known) ? await this.#tiedTo(name, base, signal) : []) {
+      const others = changes.get(tied) ?? [];
+      const slot = this.#slots.find(({ weight }) => weight.name === tied);
+      const own = slot ? `${slot.module.name}.weight` : tied;
+      const following = rows
+        .filter(({ part }) => others.every((other) => other.part !== part))
+        .map(({ part, parameter }) => ({ part, parameter: { ...parameter, name: own } }));
+      if (following.length > 0) changes.set(tied, [...others, ...following]);
+    }
+  }
+
+  /** Names of what is tied to an embedding and lies in memory of its own. */
+  async #tiedTo(name: string, base: BaseValues, signal: AbortSignal | undefined): Promise<readonly string[]> {
+    const known = this.#tied.get(name);
+    if (known) return known;
+    const slotOf = (of: string): Slot | undefined => this.#slots.find(({ weight }) => weight.name === of);
+    const table = (await this.#original(name, slotOf(name), base, signal))!;
+    const found: string[] = [];
+    for (const one of this.#base.parameters.values()) {
+      const { name: other, layout } = one;
+      if (other === name || this.#ignored.has(other) || !mayBeTied(one, table.shape)) continue;
+      if (base.host!.begin && isOnePlace(base.host!, name, other)) continue;
+      const slot = slotOf(other);
+      const kept = this.#pristine.get(other);
+      const view = kept ?? (slot ? await this.#original(other, slot, base, signal) : await base.host!.read(other));
+      if (!isTied({ ...(view as CpuView), ...(layout && { layout }) }, table)) continue;
+      if (this.#base.parameters.has(other.replace(/weight$/, "bias"))) throw biasedRows(other);
+      found.push(other);
+    }
+    this.#tied.set(name, found);
+    return found;
   }
 
   /** The base's value of a parameter; undefined where it has none. */
@@ -237,8 +305,8 @@ function asStored({ module, weight }: Slot, changes: readonly ParameterChange[],
     throw refuse(alias.part.id, why);
   }
   const { part, parameter } = changes[0]!;
-  const turned = weight.transposed !== (module.layout === "in-out" || module.layout === "embedding");
-  if (turned && parameter.role === "rows") throw refuse(part.id, "rows need it stored as [rows, width]");
+  const turned =
+    parameter.role !== "rows" && weight.transposed !== (module.layout === "in-out" || module.layout === "embedding");
   const stored = turned ? [...shape].reverse() : shape;
   if (!sameShape(stored, weight.shape)) {
     const why = `it is [${stored.join(", ")}], the base's [${weight.shape.join(", ")}]; leave it out with \`ignore\``;
@@ -261,6 +329,14 @@ function headAsStored({ name, shape: stored, layout }: Parameter, { part }: Para
     `task "${part.id}" brings "${name}" as [out ${out}, in ${inputs}], but the base's is [${stored.join(", ")}] ` +
     "(stored as [in, out]); leave it out with `ignore`";
   throw new BaseMismatchError(message, { module: name, expected: stored, found: head.shape });
+}
+
+/** Whether a host has two parameters in the same memory, so that one write changes both. */
+function isOnePlace(host: WeightHost, name: string, other: string): boolean {
+  const [one, two] = [host.view?.(name), host.view?.(other)];
+  if (!one || !two || one.byteOffset !== two.byteOffset) return false;
+  if (onDevice(one.data) || onDevice(two.data)) return one.data === two.data;
+  return one.data.buffer === two.data.buffer && one.data.byteOffset === two.data.byteOffset;
 }
 
 /** A matrix, transposed. */

@@ -31,7 +31,7 @@ import type { ActiveTerms, ModuleTerm } from "./terms.ts";
 import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
 import type { Started, Workbench } from "./workbench.ts";
 
-const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: [], replaced: [] };
+const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
 
 /** A selection, read: what it does to the model. Nothing is changed yet. */
 interface Loaded {
@@ -206,7 +206,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     if (!this.#host) refuseMagnitudes(parts, view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
-    const { parameters, weights } = resolved;
+    const { parameters } = resolved;
     const plans = stage(parts, view.modules, this.#bench.staging);
     const turn = pause();
     if (turn) await turn;
@@ -214,16 +214,16 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     if (terms) {
       const modules = new Set(plans.map(({ module }) => module));
       const read = await terms.prepare(plans, this.#host, signal);
-      return { parts, resolved, change: { plans, modules, weights: read, parameters } };
+      return { parts, resolved, change: { plans, modules, weights: read, parameters, tables: new Set() } };
     }
-    return { parts, resolved, change: await this.#weights.prepare(plans, weights, parameters, this.#host!, signal) };
+    return { parts, resolved, change: await this.#weights.prepare(plans, resolved, this.#host!, signal) };
   }
 
   /** Parameters that the tasks bring beside their terms. */
   async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
     if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
-    const { locator, slots } = this.#parts;
-    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots);
+    const { locator, slots, ignored } = this.#parts;
+    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots, ignored);
     const base = { host: this.#host, bench: this.#bench, folded: !this.#parts.terms };
     return this.#parameters.resolve(parts, this.#parts.view, base, signal);
   }

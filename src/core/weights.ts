@@ -130,6 +130,8 @@ export interface WeightChange {
   readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
   /** Other parameters, by the base's names. */
   readonly parameters: ReadonlyMap<string, { readonly view: View }>;
+  /** Names of those that change together with whatever lies in the same memory. */
+  readonly tables: ReadonlySet<string>;
 }
 
 /** The backend and host that a change is made in. */
@@ -192,12 +194,15 @@ export class FoldedWeights {
 
   /**
    * Reads the pristine weights that a change needs and memory does not hold, all of them before anything is changed.
-   * @param replaced bytes of adapted weights that the tasks bring whole
+   * @param resolved with the bytes of adapted weights that the tasks bring whole, or rows of which
    */
   async prepare(
     plans: readonly ModulePlan[],
-    replaced: ReadonlyMap<number, Uint8Array>,
-    parameters: WeightChange["parameters"],
+    {
+      weights: replaced,
+      parameters,
+      tables,
+    }: Pick<WeightChange, "parameters" | "tables"> & { readonly weights: ReadonlyMap<number, Uint8Array> },
     host: WeightHost,
     signal: AbortSignal | undefined,
   ): Promise<WeightChange> {
@@ -208,7 +213,7 @@ export class FoldedWeights {
       const kept = replaced.has(index) || slot.pristine;
       weights.set(index, kept ? replaced.get(index) : await readWeight(host, slot, undefined, { signal }));
     }
-    return { plans, modules, weights, parameters };
+    return { plans, modules, weights, parameters, tables };
   }
 
   /**
@@ -238,7 +243,7 @@ export class FoldedWeights {
   }
 
   /** Does all that can fail before something is changed: takes memory, uploads coefficients, asks the host. */
-  #begin({ plans, weights, parameters }: WeightChange, { bench, host }: FoldContext): Fold {
+  #begin({ plans, modules, weights, parameters, tables }: WeightChange, { bench, host }: FoldContext): Fold {
     const slots = this.#slots;
     bench.prepare(plans);
     const touched = [...weights.keys()];
@@ -246,9 +251,13 @@ export class FoldedWeights {
     const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
     const planOf = new Map(plans.map((plan) => [plan.module, plan]));
     const names = new Set([...this.#touched.names, ...parameters.keys()]);
+    const weightOf = (index: number): string => slots[index]!.weight.name;
+    // What goes back to the base's value does so for all that share its memory.
+    const changed = [...[...modules].map(weightOf), ...parameters.keys()].filter((name) => !tables.has(name));
+    const alone = [...plans.map(({ module }) => weightOf(module)), ...changed];
     return {
       ...{ passing, held: touched.filter((index) => slots[index]!.active), names },
-      transaction: host.begin?.([...touched.map((index) => slots[index]!.weight.name), ...names]),
+      transaction: host.begin?.([...touched.map(weightOf), ...names], alone),
       place: (index) => slots[index]!.active ?? passage,
       *weight(index) {
         const { weight, pristine, active: out = passage } = slots[index]!;

@@ -40,16 +40,23 @@ export interface GraftBias {
 }
 
 /**
- * Rows of an embedding that tasks replace. Where an index is met, y' = (1 − s)·y + s·row, with the strength s behind the
- * values of the row: so the base's rows need not be known.
+ * Rows of an embedding that tasks replace, or of a linear layer's weight, which has one for each output. Where an index is met,
+ * y' = (1 − s)·y + s·row, and at the output of a linear layer y' = (1 − s)·y + s·x·row, with the strength s behind the values of the row:
+ * so the base's rows need not be known.
  */
 export interface GraftRows {
   /** Name of the parameter. */
   readonly name: string;
+  /** How many rows the parameter has, and how many numbers each. */
+  readonly count: number;
   readonly width: number;
   readonly type: number;
   /** Gather nodes. */
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
+  /** Applications of a linear layer. */
+  readonly linears: readonly Linear[];
+  /** The pack's name of an embedding that the parameter is tied to: its rows are taken where a task has none for this one. */
+  readonly follows?: string | undefined;
 }
 
 /** A layer that each task brings whole, with a number of outputs of its own. */

@@ -2,10 +2,11 @@
  * Finds the nodes of a graph at which something can be added: to the result of an adapted layer, to a bias, to rows of a table. Knows
  * graphs and names; reads no weight and changes nothing.
  */
+import { biasedRows } from "../core/tied.ts";
 import type { PackModule } from "../format/format.ts";
 import type { AdaptedLayer, GraftBias, GraftRows } from "./adapted.ts";
 import { SUMS } from "./claims.ts";
-import { FLOAT, FLOAT16, type Linear, linearsOf, NotLinear, origin, producer, requantized } from "./linear.ts";
+import { endOf, FLOAT, FLOAT16, type Linear, linearsOf, NotLinear, origin, producer, requantized } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize } from "./modules.ts";
 import type { GraphProto } from "./onnx_pb.ts";
@@ -47,12 +48,26 @@ export function biasOf(model: OnnxModel, name: string, parameter: OnnxParameter)
   return { name, size, type: typeWhereUsed(parameter), places, ...(slice && { slice }) };
 }
 
-/** A table of an embedding; undefined where it is used as something else. */
-export function tableOf(name: string, parameter: OnnxParameter): GraftRows | undefined {
-  const places = parameter.uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
-  if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length)
-    return undefined;
-  return { name, width: parameter.shape[1]!, type: typeWhereUsed(parameter), places };
+/**
+ * Rows of a parameter that tasks replace.
+ * @returns the reason where it is neither an embedding's table nor the weight of a linear layer
+ * @throws BaseMismatchError for a layer with a bias
+ */
+export function rowsOf(model: OnnxModel, name: string, parameter: OnnxParameter): GraftRows | string {
+  const { dtype, layout, shape, uses } = parameter;
+  const type = typeWhereUsed(parameter);
+  if (layout === "embedding") {
+    const places = uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
+    if (dtype === "other") return "which is quantised here";
+    if (places.length === 0 || places.length < uses.length) return "which is no plain table of rows here";
+    return { name, count: shape[0]!, width: shape[1]!, type, places, linears: [] };
+  }
+  const linears = linearsOf(model, parameter);
+  if (linears instanceof NotLinear) return `which has no rows here: ${linears.reason}`;
+  const biased = linears.some((linear) => linear.bias !== undefined || endOf(model, linear) !== linear.node);
+  if (biased) throw biasedRows(name);
+  const [count, width] = matrixShape(parameter)!;
+  return { name, count, width, type, places: [], linears };
 }
 
 /** Inputs that are added to the last dimension of what the node makes. */

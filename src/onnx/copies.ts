@@ -4,10 +4,19 @@
  * which weights may be the same (modules.ts); here their values decide, whichever way round they are stored.
  */
 
-import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt } from "../core/mismatch.ts";
+import { fingerprint, type WeightAt } from "../core/mismatch.ts";
+import { type Matrix, sameValues } from "../core/tied.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
-import { type Candidate, isMatrix, isNameless, matrixShape, type OnnxParameter, type Stored } from "./modules.ts";
+import {
+  asMatrix,
+  type Candidate,
+  isMatrix,
+  isNameless,
+  matrixShape,
+  type OnnxParameter,
+  type Stored,
+} from "./modules.ts";
 import type { ModelFile } from "./read.ts";
 import { readLinearWeight } from "./weights.ts";
 
@@ -48,6 +57,35 @@ export class Copies {
     return found;
   }
 
+  /** Parameters that are one with a table [rows, width] in the model, wherever the exporter has put them. */
+  async tiedTo(table: OnnxParameter): Promise<OnnxParameter[]> {
+    const [rows = 0, width = 0] = table.shape;
+    const isWeight = ({ uses, layout, dtype }: OnnxParameter): boolean =>
+      uses.length > 0 && (layout !== undefined || dtype === "other");
+    const found: OnnxParameter[] = [];
+    let own: Matrix | undefined;
+    for (const one of this.#parameters) {
+      const matrix = one.layout === "embedding" ? one.shape : matrixShape(one);
+      if (!isWeight(one) || matrix?.join() !== `${rows},${width}`) continue;
+      // Names of one initializer share no use, but for the initializer's own.
+      if (one.uses.some((use) => table.uses.some(({ node, input }) => node === use.node && input === use.input)))
+        continue;
+      own ??= await this.#table(table);
+      if (one.initializer === table.initializer || sameValues(await this.#table(one), own, rows, width))
+        found.push(await this.of(one));
+    }
+    const copies = new Set(found.flatMap((one) => one.copies.map(({ initializer }) => initializer)));
+    return found.filter(({ initializer }) => !copies.has(initializer));
+  }
+
+  /** A weight by rows of tokens. */
+  async #table(stored: Stored): Promise<Matrix> {
+    const { dtype } = stored;
+    if (stored.layout !== "embedding") return { at: await this.#values(stored), dtype };
+    const at = await this.#values(asMatrix(stored));
+    return { at: (o, n) => at(n, o), dtype };
+  }
+
   async #find(parameter: OnnxParameter): Promise<OnnxParameter> {
     if (parameter.uses.length === 0 || !isMatrix(parameter)) return parameter;
     if (!this.#open && parameter.candidates.length === 0) return parameter;
@@ -68,13 +106,12 @@ export class Copies {
   async #isSame(a: Stored, b: Stored): Promise<boolean> {
     const [out, inputs] = matrixShape(a)!;
     if (!isMatrix(b) || matrixShape(b)!.join() !== `${out},${inputs}`) return false;
-    const [left, right] = [await this.#values(a), await this.#values(b)];
-    const likeness = correlation(fingerprint("", out, inputs, left), fingerprint("", out, inputs, right));
-    if (a.dtype === "other" || b.dtype === "other") return likeness >= SAME_QUANTIZED;
-    if (a.dtype !== b.dtype || likeness < SAME_FLOAT) return likeness >= SAME_FLOAT;
-    for (let o = 0; o < out; o++)
-      for (let n = 0; n < inputs; n++) if (!Object.is(left(o, n), right(o, n))) return false;
-    return true;
+    return sameValues(
+      { at: await this.#values(a), dtype: a.dtype },
+      { at: await this.#values(b), dtype: b.dtype },
+      out,
+      inputs,
+    );
   }
 
   async #values(stored: Stored): Promise<WeightAt> {

@@ -55,6 +55,12 @@ export class GraftTools {
     return name;
   }
 
+  /** The numbers from 0 to `count` − 1, made once. */
+  range(count: number): string {
+    const scalars = [0, count, 1].map((n) => this.first(`${PREFIX}/scalar/${n}`, "Squeeze", [this.ints([n])]));
+    return this.first(`${PREFIX}/range/${count}`, "Range", scalars);
+  }
+
   /** The shape of an input from one dimension to another, made once. */
   dims(name: string, input: string, from: number, to: number): string {
     const out = `${PREFIX}/${name}/${input}`;

@@ -52,6 +52,8 @@ export function graft(
   for (const vector of vectors) options.forms!.addVector(grafter, vector);
   for (const { form, ...module } of modules) if (form) options.forms!.addModule(grafter, { ...module, form });
   for (const members of groupsOf(linear, ({ A }) => grafter.products.formOf(A))) grafter.group(members);
+  // Terms are added to what replaced rows make.
+  for (const table of rows) grafter.rowsOfLayer(table);
   for (const head of heads) grafter.head(head);
   if (options.join) grafter.joinCores();
   return grafter.finish(heads);
@@ -228,6 +230,7 @@ class Grafter extends GraftTools {
   }
 
   rows({ name, width, type, places }: GraftRows): void {
+    if (places.length === 0) return;
     const indices = this.input(name, "indices", [1, "rows"]);
     const change = this.input(name, "rows", ["rows", width + 1]);
     for (const { graph, node } of places) {
@@ -242,6 +245,32 @@ class Grafter extends GraftTools {
       const left = place.op("Sub", [old, place.op("Mul", [old, part(width, width + 1)])]);
       const sum = place.op("Add", [left, part(0, width)]);
       place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
+    }
+  }
+
+  rowsOfLayer({ name, count: out, width, linears }: GraftRows): void {
+    if (linears.length === 0) return;
+    const indices = this.input(name, "indices", [1, "rows"]);
+    const change = this.input(name, "rows", ["rows", width + 1]);
+    const columns = (value: string): string =>
+      this.first(`${value}/columns`, "Transpose", [value], { perm: [0, 2, 1] });
+    const outputs = this.range(out);
+    const isMet = this.first(`${indices}/met`, "Equal", [columns(indices), outputs]);
+    const met = this.first(`${isMet}/float`, "Cast", [isMet], { to: FLOAT });
+    const part = (from: number, to: number): string => {
+      const bounds = [this.ints([from]), this.ints([to]), this.ints([-1])];
+      return columns(this.first(`${change}/${from}`, "Slice", [change, ...bounds]));
+    };
+    const strength = this.first(`${change}/strength`, "MatMul", [part(width, width + 1), met]);
+    for (const { graph, node, x, type } of linears) {
+      const place = this.place(name, graph, node, type);
+      const { rank, rows, byTask } = this.#rowsInto(place, graph, x);
+      const found = place.op("MatMul", [byTask(rows, width), part(0, width)]);
+      const y = place.begin();
+      const old = byTask(place.up(y), out);
+      const left = place.op("Sub", [old, place.op("Mul", [old, strength])]);
+      const sum = place.op("Add", [left, place.op("MatMul", [found, met])]);
+      place.end(place.down(this.#asY(place, sum, y, rank, out)));
     }
   }
 

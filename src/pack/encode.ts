@@ -12,8 +12,9 @@ import {
   type SharedModule,
   sharedModules,
 } from "../adapters/modules.ts";
-import { type BaseInput, type Located, Locator } from "../core/base.ts";
-import { AliasMatcher, fingerprint, locate, weightAt } from "../core/mismatch.ts";
+import { inBase } from "../adapters/start.ts";
+import { type BaseInput, Locator } from "../core/base.ts";
+import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import type { PrivateChoice } from "../extract/allocation.ts";
@@ -353,19 +354,5 @@ export async function readFingerprints(
   } finally {
     // The caller's own source may be read again.
     if (typeof base === "string" || base instanceof URL) await host.close?.();
-  }
-}
-
-/** Says how names are mapped here: packing has no option `names`. */
-function inBase(locator: Locator, module: ModuleShape): Located {
-  try {
-    return locate(locator, module);
-  } catch (error) {
-    const { message } = error as Error;
-    (error as Error).message = message.replace(
-      "map them with the option `names`",
-      "let the base list them by the module's",
-    );
-    throw error;
   }
 }

@@ -16,7 +16,7 @@ import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
 import { sessionOn } from "./create-session.ts";
 import type { Engine } from "./engine.ts";
-import { ModelMatcher } from "./match.ts";
+import { ModelMatcher, type Table } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { broughtBy } from "./plan.ts";
 import type { Session, SessionSwitchReport, SessionTypes } from "./session.ts";
@@ -84,7 +84,7 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
   empty: "refuse" | "skip",
 ): Promise<SessionGroup<T, Name>> {
   const sessions = new Map<Name, Session<T>>();
-  const lacking: Lacking = new Map();
+  const lacking = lackingNothing();
   let told: [model: string, onProgress: SessionOptions["onProgress"]] | undefined;
   try {
     for (const { name, engine, model, options, before } of files) {
@@ -240,8 +240,18 @@ function sumOf(reports: readonly SessionSwitchReport[]): SessionSwitchReport {
   };
 }
 
-/** Modules and parameters of a pack that files lack, and why, by file; undefined once a file has them. */
-export type Lacking = Map<string, Map<string, string> | undefined>;
+/** Modules and parameters of a pack that files lack. */
+export interface Lacking {
+  /** Reasons by file; undefined once a file has them. */
+  readonly reasons: Map<string, Map<string, string> | undefined>;
+  /** Embeddings whose rows tasks replace: their shapes, and weights of files that lack them. */
+  readonly tables: Map<
+    string,
+    { shape?: string | undefined; readonly elsewhere: { readonly file: string; readonly weight: Table }[] }
+  >;
+}
+
+export const lackingNothing = (): Lacking => ({ reasons: new Map(), tables: new Map() });
 
 /** The filter for what lives in a file, undefined where nothing does and that is no error. Notes what does not live there in `lacking`. */
 export async function residentsOf(
@@ -264,9 +274,16 @@ export async function residentsOf(
     for (const [one, why] of residents) {
       const module = parameters.has(one) ? moduleOf(one) : one;
       (why === undefined ? here : elsewhere).add(module);
-      if (why === undefined) lacking.set(one, undefined);
-      else if (lacking.has(one)) lacking.get(one)?.set(name, why);
-      else lacking.set(one, new Map([[name, why]]));
+      const { reasons } = lacking;
+      if (why === undefined) reasons.set(one, undefined);
+      else if (reasons.has(one)) reasons.get(one)?.set(name, why);
+      else reasons.set(one, new Map([[name, why]]));
+    }
+    for (const { name: table } of brought.filter(({ role, name }) => role === "rows" && parameters.has(name))) {
+      const known = lacking.tables.get(table) ?? { elsewhere: [] };
+      lacking.tables.set(table, known);
+      if (residents.get(table) === undefined) known.shape ??= matcher.shapeOfTable(table);
+      else for (const weight of matcher.tables()) known.elsewhere.push({ file: name, weight });
     }
     if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, wanted);
     // A file that has only a head is not skipped: the head would be lost.
@@ -294,8 +311,17 @@ function filterOf(
 }
 
 /** @throws BaseMismatchError for what lives in none of the files whose options ask for it */
-export function refuseHomeless(lacking: Lacking, empty: "refuse" | "skip"): void {
-  for (const [name, reasons] of lacking) {
+export function refuseHomeless({ reasons: all, tables }: Lacking, empty: "refuse" | "skip"): void {
+  for (const [name, { shape, elsewhere }] of tables) {
+    const alike = elsewhere.find(({ weight }) => weight.shape === shape);
+    if (!alike) continue;
+    const { file, weight } = alike;
+    const module = moduleOf(name);
+    const advice = `Say so with \`names\` of that file, "${module}" to "${weight.name}"; or leave it as it is, with ignore: ["${weight.name}"]`;
+    const message = `tasks replace rows of "${name}", and "${weight.name}" of ${file}, which has the same shape, may be tied to it`;
+    throw new BaseMismatchError(`${message}: there is no telling across files. ${advice}`, { module });
+  }
+  for (const [name, reasons] of all) {
     if (!reasons) continue;
     const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
     const [places, advice] =

@@ -24,6 +24,13 @@ import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { SessionOptions } from "./options.ts";
 
+/** A weight of a model that may be an embedding's, or tied to one. */
+export interface Table {
+  readonly name: string;
+  /** "ROWS,WIDTH". */
+  readonly shape: string;
+}
+
 export class ModelMatcher {
   readonly #file: ModelFile;
   readonly #options: SessionOptions;
@@ -94,6 +101,26 @@ export class ModelMatcher {
     this.#hasAliases = true;
     this.#names = new AliasMatcher(this.#parameters.keys());
     return this.#names.find(name);
+  }
+
+  /** The name that the user has for a weight that tasks bring. */
+  #byName(name: string): string | undefined {
+    return name.endsWith(".weight") ? this.#options.names?.get(moduleOf(name)) : undefined;
+  }
+
+  /** The model's names of weights that are mapped by hand, by module. */
+  *byHand(): Generator<[module: string, name: string]> {
+    for (const [module, weight] of this.#options.names ?? []) {
+      const [held, ...others] = this.#byInitializer.get(weight) ?? [];
+      const name = held && others.length === 0 ? held.name : nameOf(this.#names.find(weight));
+      if (name !== undefined) yield [module, name];
+    }
+  }
+
+  async #findParameter(name: string): Promise<ReturnType<NameMatcher["find"]>> {
+    const byHand = this.#byName(name);
+    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
+    return held && others.length === 0 ? held : this.#find(byHand ?? name);
   }
 
   /** A layer that lies in a packed one, or in several. */
@@ -180,14 +207,14 @@ export class ModelMatcher {
     }
     const fits = (name: string, as: string): boolean => name === as || confirmed.has(inFront(name, as));
     for (const name of parameters) {
-      const parameter = await this.#find(name);
+      const parameter = await this.#findParameter(name);
       const layer = this.#names.find(`${moduleOf(name)}.weight`);
       if (!("name" in parameter)) {
         // The exporter may have dropped it from a layer that is here.
         const dropped =
           "name" in layer && fits(`${moduleOf(name)}.weight`, layer.name) && (await this.dropped(name)) !== undefined;
         found.set(name, dropped ? undefined : "is not in it");
-      } else if (parameter.name === name) found.set(name, undefined);
+      } else if (parameter.name === name || this.#byName(name)) found.set(name, undefined);
       else unsure.set(name, { name, as: parameter.name });
     }
     for (const [key, { name, as }] of unsure) {
@@ -225,9 +252,9 @@ export class ModelMatcher {
    * @throws BaseMismatchError when the model does not have it, or several match
    */
   async parameter(name: string, role: string): Promise<OnnxParameter> {
-    const found = await this.#find(name);
+    const found = await this.#findParameter(name);
     if ("name" in found) {
-      this.#note(name, found.name);
+      if (!this.#byName(name)) this.#note(name, found.name);
       const parameter = this.#parameters.get(found.name)!;
       if (role === "saved" && parameter.shape.length === 1 && name.endsWith(".weight")) await this.#refuseShifted(name);
       return this.#copies.of(parameter);
@@ -240,6 +267,26 @@ export class ModelMatcher {
         `candidates: ${found.candidates().join(", ") || "none"}. Export the model with that layer; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
       { module: name, candidates: found.candidates() },
     );
+  }
+
+  /** All weights with rows, but for those that the user wants left out. */
+  *tables(): Generator<Table> {
+    for (const one of this.#parameters.values()) {
+      const shape = one.layout === "embedding" ? one.shape : matrixShape(one);
+      if (shape && one.uses.length > 0 && !this.ignores(one.name)) yield { name: one.name, shape: shape.join() };
+    }
+  }
+
+  /** The shape of an embedding's table; undefined where the model uses the parameter as something else. */
+  shapeOfTable(name: string): string | undefined {
+    const found = nameOf(this.#names.find(this.#byName(name) ?? name));
+    const { layout, shape } = (found !== undefined && this.#parameters.get(found)) || {};
+    return layout === "embedding" ? shape!.join() : undefined;
+  }
+
+  /** Parameters that are tied to an embedding's table, but for those that the user wants left out. */
+  async tiedTo(table: OnnxParameter): Promise<OnnxParameter[]> {
+    return (await this.#copies.tiedTo(table)).filter(({ name }) => !this.ignores(name));
   }
 
   /** @throws BaseMismatchError where the file has another number for a normalisation's weight than the checkpoint */

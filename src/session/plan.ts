@@ -16,7 +16,7 @@ import {
   sharedBases,
 } from "../format/format.ts";
 import type { AdaptedLayer, Graft, GraftBias, GraftHead, GraftRows } from "../onnx/adapted.ts";
-import { appliedAs, biasOf, tableOf } from "../onnx/additions.ts";
+import { appliedAs, biasOf, rowsOf } from "../onnx/additions.ts";
 import type { GraftVector } from "../onnx/forms.ts";
 import { endOf, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
@@ -36,7 +36,7 @@ export interface Plan {
   readonly reason: string;
   readonly base: BaseValues;
   readonly graft: Graft;
-  /** The model's names of the adapted weights, by module name of the pack. */
+  /** The model's names of the adapted weights, by module name of the pack, and of weights that are mapped by hand. */
   readonly names: ReadonlyMap<string, string>;
   /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
   readonly unconfirmed: readonly string[];
@@ -129,13 +129,19 @@ class Planner {
     const { mode, reason } = this.#choose();
     const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
-    const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
+    const names = new Map([
+      ...this.#matcher.byHand(),
+      ...modules.map(({ name }, i) => [name, weights[i]!.name] as const),
+    ]);
     const found = { mode, reason, names, unconfirmed, dropped: [...this.#dropped.keys()] };
     // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
     const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
     const baseHeads = new Map<string, BaseHead>();
     for (const head of fed) baseHeads.set(head.graft.name, await this.#baseHead(head, adapted.has(head)));
-    const base = { ignored, wanted: new Set(wanted.map(({ name }) => name)), heads: baseHeads };
+    const tied = new Map(
+      rows.flatMap(({ name, follows }) => (follows === undefined ? [] : [[name, follows] as const])),
+    );
+    const base = { ignored, wanted: new Set(wanted.map(({ name }) => name)), heads: baseHeads, tied };
     const graft = { modules: [], biases: [], rows: [], vectors: [], heads: fed.map((head) => head.graft) };
     // No weight holds a bias that the model lacks.
     const lacking = [...biases.map(({ name }) => name), ...[...adapted.keys()].map(({ bias = "" }) => bias)];
@@ -179,7 +185,7 @@ class Planner {
   async #beside(wanted: readonly Brought[], heads: readonly SavedHead[]): Promise<Beside> {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases = new Map<string, GraftBias>();
-    const rows: GraftRows[] = [];
+    const rows = new Map<OnnxParameter, GraftRows | undefined>();
     const vectors: GraftVector[] = [];
     const others: OnnxParameter[] = [];
     for (const { role, name } of wanted) {
@@ -193,19 +199,40 @@ class Planner {
       others.push(parameter);
       const quantised = parameter.dtype === "other";
       this.#checkFoldable(name, `"${name}"`, parameter);
+      if (role === "rows") {
+        rows.set(parameter, this.#rows(name, parameter));
+        continue;
+      }
       const bias =
         quantised || (role === "saved" && !name.endsWith(".bias"))
           ? undefined
           : biasOf(this.#file.model, name, parameter);
-      const table = quantised || role !== "rows" ? undefined : tableOf(name, parameter);
       const why = quantised ? "which is quantised here" : "no linear layer's head, bias or weight of a normalisation";
-      const vector = bias || table || role === "rows" ? undefined : await this.#vectorOf(name, parameter);
+      const vector = bias ? undefined : await this.#vectorOf(name, parameter);
       if (bias) biases.set(name, bias);
-      else if (table) rows.push(table);
       else if (vector) vectors.push(vector);
       else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
     }
-    return { biases: [...biases.values()], rows, vectors, others };
+    for (const [table, { name } = { name: "" }] of [...rows]) {
+      if (table.layout !== "embedding") continue;
+      for (const tied of await this.#matcher.tiedTo(table)) {
+        const own = rows.has(tied) ? rows.get(tied) : this.#rows(tied.name, tied);
+        if (!rows.has(tied)) this.#checkFoldable(name, `"${tied.name}", which is tied to "${name}",`, tied);
+        rows.set(tied, own && { ...own, follows: name });
+        others.push(tied);
+        const head = heads.find(({ parameter }) => parameter.name === tied.name);
+        const why = `tasks bring rows of "${name}", which "${tied.name}" is tied to, and others bring that whole`;
+        if (head) this.#notUnfolded.push({ module: name, why });
+      }
+    }
+    return { biases: [...biases.values()], rows: [...rows.values()].flatMap((one) => one ?? []), vectors, others };
+  }
+
+  #rows(name: string, parameter: OnnxParameter): GraftRows | undefined {
+    const rows = rowsOf(this.#file.model, name, parameter);
+    if (typeof rows !== "string") return rows;
+    this.#notUnfolded.push({ module: name, why: `tasks bring rows of "${name}", ${rows}` });
+    return undefined;
   }
 
   async #vectorOf(name: string, parameter: OnnxParameter): Promise<GraftVector | undefined> {

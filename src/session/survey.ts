@@ -14,7 +14,7 @@ import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { type Lacking, refuseHomeless, residentsOf } from "./group.ts";
+import { lackingNothing, refuseHomeless, residentsOf } from "./group.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
 import { broughtBy, type Plan, planSession } from "./plan.ts";
@@ -162,7 +162,7 @@ export async function surveyFiles(
   pack: Pack,
   options: SessionOptions = {},
 ): Promise<FilesSurvey> {
-  const lacking: Lacking = new Map();
+  const lacking = lackingNothing();
   const files = new Map<string, Survey | string>();
   for (const [name, read] of open) {
     const file = await read();

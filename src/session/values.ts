@@ -55,6 +55,8 @@ export interface BaseValues {
   readonly biases: ReadonlyMap<string, Float32Array>;
   /** Float weights of modules with DoRA, f32 [out, in], by module name. */
   readonly weights: ReadonlyMap<string, Float32Array>;
+  /** The pack's names of embeddings, by the parameters with inputs of their own that take their rows too. */
+  readonly tied: ReadonlyMap<string, string>;
   /** Parameters that tasks may bring, by the pack's names: for these the model is prepared. */
   readonly wanted: ReadonlySet<string>;
   /** Parameters of tasks that are left out. */
@@ -232,9 +234,9 @@ export class TaskEvaluator {
       case "bias":
         return { dims: fixed, data: this.#change(of, merged, width) };
       case "indices":
-        return indicesOf(broughtRows(of, tasks));
+        return indicesOf(this.#brought(of, tasks));
       case "rows":
-        return rowsOf(of, broughtRows(of, tasks), width - 1) ?? zeros();
+        return rowsOf(of, this.#brought(of, tasks), width - 1) ?? zeros();
       case "headWeight":
         return this.#headWeight(of, merged, height);
       case "headBias": {
@@ -243,6 +245,15 @@ export class TaskEvaluator {
         return { dims: [1, head?.shape[0] ?? base.labels], data: head?.values ?? base.bias! };
       }
     }
+  }
+
+  /** Rows of a parameter, or of what it is tied to: by task, since one may have rows of its own for both. */
+  #brought(of: string, tasks: LoadedTasks["tasks"]): BroughtRows[] {
+    const follows = this.#model.base.tied.get(of);
+    return tasks.flatMap((task) => {
+      const own = broughtRows(of, task);
+      return own.length === 0 && follows !== undefined ? broughtRows(follows, task) : own;
+    });
   }
 
   #headWeight(of: string, merged: Evaluation["merged"], inputs: number): InputValue {
@@ -274,13 +285,11 @@ interface BroughtRows {
   readonly indices: readonly number[];
 }
 
-function broughtRows(name: string, tasks: LoadedTasks["tasks"]): BroughtRows[] {
-  return tasks.flatMap(({ strength, blob }) =>
-    blob.parameters.flatMap((parameter) => {
-      const { indices } = parameter;
-      return parameter.name === name && indices ? [{ strength, blob, parameter, indices }] : [];
-    }),
-  );
+function broughtRows(name: string, { strength, blob }: LoadedTasks["tasks"][number]): BroughtRows[] {
+  return blob.parameters.flatMap((parameter) => {
+    const { indices } = parameter;
+    return parameter.name === name && indices ? [{ strength, blob, parameter, indices }] : [];
+  });
 }
 
 /** Indices of all rows; where there is no row, an index that embeddings never see. */

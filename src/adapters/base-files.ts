@@ -2,14 +2,14 @@
  * The weights of a base model in its folder, as transformers saves them: one file, or several with an index.
  */
 import { extname, join } from "node:path";
-import { readJson } from "../adapters/json-file.ts";
-import { kind, type Tree, treeAt } from "../adapters/tree.ts";
 import { described } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { hubName, isInside } from "../http/hub-name.ts";
+import { readJson } from "./json-file.ts";
+import { kind, type Tree, treeAt } from "./tree.ts";
 
 /**
  * Opens a base model's weights, which are only read. On the Hub their files are downloaded.
