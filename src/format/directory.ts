@@ -329,11 +329,14 @@ function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly stri
   if (value.absent) return undefined;
   if (typeof value.value === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
   // "bias-delta", a space, a name of 1 024 bytes.
-  return value.array(65_536).map((name: Value) => {
+  const names = new Set<string>();
+  value.array(65_536).forEach((name: Value) => {
     const text = name.string(1035);
     name.check(BROUGHT.test(text), () => `no role and name, but ${JSON.stringify(text.slice(0, 80))}`);
-    return text;
+    name.check(!names.has(text), () => `${JSON.stringify(text.slice(0, 80))} is there twice`);
+    names.add(text);
   });
+  return [...names];
 }
 
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */

@@ -60,7 +60,7 @@ function difference(runtime, modules, task, base) {
         const expected = row[i] * scale;
         const share = term?.magnitude ? (2 * off) / norm + 2 ** -20 : 0;
         const allowed = term
-          ? slack[i] * Math.abs(scale) * (1 + 2 ** -10) + Math.abs(term.magnitude?.[o] ?? 0) * share + 1e-38
+          ? slack[i] * Math.abs(scale) * (1 + 2 ** -10) + Math.abs(term.magnitude?.[o] ?? 0) * share + 2 ** -125
           : 0;
         const value = weights[at(module, o, i)];
         if (Number.isFinite(expected) && Math.abs(expected) > 3.4e38) continue;
@@ -94,7 +94,7 @@ function otherDifference(runtime, modules, task, before, given) {
     for (const [i, value] of expected.entries()) {
       const size = Math.abs(value) + (one?.role === 2 ? Math.abs(pristine[i]) : 0);
       if (size > 3.4e38) continue;
-      if (!(Math.abs(found[i] - value) <= (one ? 2 ** -22 * size + 1e-38 : 0)))
+      if (!(Math.abs(found[i] - value) <= (one ? 2 ** -22 * size + 2 ** -125 : 0)))
         return `${name}[${i}] is ${found[i]}, expected ${value}`;
     }
   }

@@ -1,7 +1,7 @@
 // @ts-nocheck: it writes what no type allows
 /** Writes the vectors: `node test/vectors/make.js`. The files are committed, and a test compares them. */
 import { mkdir, rm, writeFile } from "node:fs/promises";
-import { integrity, KEYS, PACKS, TASK_FILES } from "./invalid.js";
+import { integrity, KEYS, PACKS, stepOf, TASK_FILES } from "./invalid.js";
 import { safetensors } from "./model.js";
 import { VALID } from "./valid.js";
 
@@ -23,12 +23,12 @@ export function vectors() {
     });
   }
   const refuse = (list, ending, pack) => {
-    for (const [name, [section, why, make, given = {}]] of Object.entries(list)) {
+    for (const [name, [section, why, make, { step = stepOf(name, section), ...given } = {}]] of Object.entries(list)) {
       const file = `invalid/${name}.${ending}`;
       const bytes = make();
       files.set(file, bytes);
       const trust = given.integrity === "own" ? { ...given, integrity: integrity(bytes) } : given;
-      index.push({ file, valid: false, section, why, ...pack, ...trust });
+      index.push({ file, valid: false, section, step, why, ...pack, ...trust });
     }
   };
   refuse(PACKS, "eigen", {});

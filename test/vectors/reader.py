@@ -471,9 +471,6 @@ def open_pack(data, integrity=None, keys=None, revoked=()):
     need(h or (integrity is None and keys is None), "8", "no hashes, though a root or keys were given")
     sections = read_table(raw, n, h > 0, superblock, coded_directory)
     bases = next(s for s in sections if s.kind == BASES)
-    if bases.offset == up(offset + length, 64):  # one range covers both
-        # Implied for who verifies all padding.
-        need(not any(data[offset + length : bases.offset]), "1", "padding before the bases is not zero")
     description = raw[16 + 32 * n :][:d]
     modules = read_description(description)
     entries = read_task_list(raw[16 + 32 * n + d :][:t], [s for s in sections if s.kind == BLOB])
@@ -549,7 +546,7 @@ Task = record("Task", "entry terms parameters")
 
 # ---- Appendix A. Coded sections ---------------------------------------------------------------------------------------
 
-CODE = 0x33444F43
+CODE, TASK = 0x33444F43, 0x4B534154
 LEVELS = [0, 4, 8, 15, 24, 38, 56, 83, 120, 174, 248]
 GIVEN_LEVELS = [0, 3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380]
 SUMS = [
@@ -823,7 +820,7 @@ def read_parameter(value):
 
 def read_blob(raw, modules):
     """Terms and parameters. All sizes are held against the blob before a tensor is decoded."""
-    need(len(raw) >= 8 and u32(raw, 0) == 0x4B534154, "6", "not a task blob")
+    need(len(raw) >= 8 and u32(raw, 0) == TASK, "6", "not a task blob")
     end = 8 + u32(raw, 4)
     # Implied: the tensors do not fill such a blob.
     need(end <= len(raw), "6", "a header longer than the blob")
@@ -928,11 +925,11 @@ def bound(term):
 # ---- 7. Task file -----------------------------------------------------------------------------------------------------
 
 
-def load_task_file(pack, data, keys=None, verifies=False):
+def read_task_file(data, keys=None, verifies=False, revoked=()):
+    """What can be checked without the pack: the basis id, the entry and the blob."""
     need(data[:8] == TASK_MAGIC, "7", "another magic")
     need(u16(data, 8) == 1, "7", "another major version")
     need(crc32c(data[:60]) == u32(data, 60), "7", "the CRC of the head")
-    need(data[16:48] == pack.basis_id, "7", "a task of another basis")
     entry_end = 64 + u32(data, 12)
     start = up(entry_end, 64)
     end = start + u32(data, 48)
@@ -951,8 +948,18 @@ def load_task_file(pack, data, keys=None, verifies=False):
     check_signature(signature, keys, message)
     if verifies and signature:
         need(ed25519_verify(*signature, message), "8", "a wrong signature")
-    entry = read_entry(MessagePack.decode(data[64:entry_end], 1), None)
-    return make_task(pack, entry, data[start:end])
+    raw = data[start:end]
+    # Implied where the task is loaded with its pack.
+    need(len(raw) >= 8 and u32(raw, 0) in (TASK, CODE), "7", "no task blob")
+    # Implied where the task is loaded with its pack.
+    need(hashlib.sha256(raw).digest() not in frozenset(map(hash_of, revoked)), "8", "a revoked task")
+    return data[16:48], read_entry(MessagePack.decode(data[64:entry_end], 1), None), raw
+
+
+def load_task_file(pack, data, keys=None, verifies=False):
+    basis_id, entry, raw = read_task_file(data, keys, verifies)
+    need(basis_id == pack.basis_id, "7", "a task of another basis")
+    return make_task(pack, entry, raw)
 
 
 # ---- 8. Hashes and signatures -----------------------------------------------------------------------------------------
@@ -1040,18 +1047,25 @@ def read_safetensors(raw):
     }
 
 
-def read_all(folder, entry, trusted):
-    """Everything that an entry's file holds: the tasks. What only verifiers need to find is looked for where the entry says so."""
+def read_all(folder, entry, trusted, at=[None]):
+    """Everything that an entry's file holds, step by step: `at` says which it has come to."""
     data = (folder / entry["file"]).read_bytes()
-    keys = entry.get("keys") if trusted else None
-    verifies = entry["valid"] or entry.get("by") == "verify"
+    keys, revoked = (entry.get("keys"), entry.get("revoked", ())) if trusted else (None, ())
+    at[0] = "open"
     if "pack" in entry:
-        pack = open_pack((folder / entry["pack"]).read_bytes(), None, keys, entry.get("revoked", ()) if trusted else ())
-        return [load_task_file(pack, data, keys, verifies)]
-    revoked = entry.get("revoked", ()) if trusted else ()
+        pack = open_pack((folder / entry["pack"]).read_bytes(), None, keys, revoked)
+        read_task_file(data, keys, False, revoked)
+        at[0] = "task"
+        tasks = [load_task_file(pack, data, keys)]
+        at[0] = "verify"
+        if entry.get("step", at[0]) == at[0]:
+            read_task_file(data, keys, True)
+        return tasks
     pack = open_pack(data, entry.get("integrity") if trusted else None, keys, revoked)
+    at[0] = "task"
     tasks = [load_task(pack, i) for i in range(len(pack.entries))]
-    if verifies:
+    at[0] = "verify"
+    if entry.get("step", at[0]) == at[0]:
         verify(pack)
     return tasks
 
@@ -1088,9 +1102,12 @@ def check_entry(folder, entry):
         if "integrity" in entry or "keys" in entry:
             yield from disagreements(read_all(folder, entry, False), expected)
         return
+    at = [None]
     try:
-        read_all(folder, entry, True)
+        read_all(folder, entry, True, at)
     except Refused as refused:
+        if at[0] != entry["step"]:
+            yield f"refused at the step {at[0]!r} ({refused}); the index says {entry['step']!r}"
         if refused.section != entry["section"]:
             yield f"refused by {refused}; the index says section {entry['section']}"
     else:
