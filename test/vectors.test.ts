@@ -71,9 +71,9 @@ async function readTasks(vector: Vector, pack: Pack): Promise<Pack> {
 t.test("the files are what their script makes", async (t) => {
   const made = vectors();
   const kept = (
-    await Promise.all(["valid", "invalid"].map(async (f) => (await readdir(at(f))).map((n) => `${f}/${n}`)))
+    await Promise.all(["valid", "invalid", "apply"].map(async (f) => (await readdir(at(f))).map((n) => `${f}/${n}`)))
   ).flat();
-  t.same(new Set([...kept, "index.json"]), new Set(made.keys()));
+  t.same(new Set([...kept, "index.json", "apply.json"]), new Set(made.keys()));
   for (const [path, bytes] of made) if (!Buffer.from(bytes).equals(await readFile(at(path)))) t.fail(`${path} differs`);
   t.ok(index.filter(({ valid }) => !valid).length >= 260, "at least 260 are invalid");
 });
@@ -200,7 +200,7 @@ t.test("a second reader, in Python and from SPEC.md alone, agrees", { skip: noPy
   const folder = fileURLToPath(at(""));
   const { status, stdout, stderr } = spawnSync(python, [`${folder}reader.py`, folder], { encoding: "utf8", env });
   t.equal(status, 0, `${stdout}${stderr}`);
-  t.match(stdout, /\d\d valid and \d{3} invalid files: \d+ agree, 0 do not/);
+  t.match(stdout, /\d\d valid and \d{3} invalid files, \d+ bases: \d+ agree, 0 do not/);
   t.end();
 });
 

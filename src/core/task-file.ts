@@ -24,6 +24,7 @@ import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
 import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { toHex } from "../text.ts";
+import type { Pack } from "./pack.ts";
 import type { AddTaskOptions, Trust } from "./trust.ts";
 
 /** The open pack. */
@@ -51,7 +52,7 @@ export async function readTask(source: ByteSource, options?: ReadOptions): Promi
 /** Options of `readTaskFile`. */
 export interface ReadTaskFileOptions extends ReadOptions {
   /** The pack that the task belongs to: the blob is held against it too, as `pack.addTask` does. Default: the blob is not looked into. */
-  readonly pack?: Target;
+  readonly pack?: Pack;
 }
 
 /**

@@ -1,6 +1,7 @@
 // @ts-nocheck: it writes what no type allows
 /** Writes the vectors: `node test/vectors/make.js`. The files are committed, and a test compares them. */
 import { mkdir, rm, writeFile } from "node:fs/promises";
+import { applyVectors } from "./apply.js";
 import { integrity, KEYS, PACKS, stepOf, TASK_FILES } from "./invalid.js";
 import { safetensors } from "./model.js";
 import { VALID } from "./valid.js";
@@ -35,11 +36,11 @@ export function vectors() {
   refuse(TASK_FILES, "eigentask", { pack: "valid/signed.eigen" });
   const lines = index.map((entry) => `  ${JSON.stringify(entry)}`);
   files.set("index.json", new TextEncoder().encode(`[\n${lines.join(",\n")}\n]\n`));
-  return files;
+  return new Map([...files, ...applyVectors()]);
 }
 
 if (process.argv[1] === new URL(import.meta.url).pathname) {
-  for (const folder of ["valid", "invalid"]) {
+  for (const folder of ["valid", "invalid", "apply"]) {
     await rm(new URL(folder, import.meta.url), { recursive: true, force: true });
     await mkdir(new URL(folder, import.meta.url));
   }
