@@ -531,6 +531,11 @@ export const PACKS = {
     { step: "verify" },
   ],
   "section-flags": ["4.1", "flag bit 1 of a section", changed(EVERY, (_, v) => v.setUint32(section(1) + 4, 3, true))],
+  "section-flags-unknown": [
+    "4.1",
+    "a section of unknown kind that is required = 2",
+    edited(() => ({ extra: [{ kind: 0, required: 2, content: Uint8Array.of(1) }] })),
+  ],
   "section-optional": [
     "4.1",
     "a task blob that is not required",
@@ -694,6 +699,7 @@ export const PACKS = {
   "bases-short": ["4.4", "K asks for more than the bases hold", module(0, (m) => void (m.A.K = 65_535))],
   "mean-1": ["4.2", "`mean` is 1", module(14, (m) => void (m.A.mean = 1))],
   "fingerprint-1": ["4.2", "`fingerprint` is 1", module(0, (m) => void (m.fingerprint = 1))],
+  "k-true": ["4.2", "K is true", module(14, (m) => void (m.A.K = true))],
   "k-large": ["4.2", "K 65 536", module(14, (m) => void (m.A.K = 65_536))],
   "k-negative": [
     "4.2",
