@@ -46,6 +46,13 @@ function trustOf({ integrity, keys, revoked }: Vector): OpenOptions {
   };
 }
 
+/** What a promise is rejected with. */
+const failure = (work: Promise<unknown>): Promise<unknown> =>
+  work.then(
+    () => undefined,
+    (error: unknown) => error,
+  );
+
 /** Opens a vector: a pack with its bases, or a task file by itself with its signature. */
 async function open(vector: Vector, options: OpenOptions = trustOf(vector)): Promise<Pack> {
   const bytes = await bytesOf(vector.file);
@@ -124,11 +131,6 @@ t.test("valid vectors: every value is found, with and without a root and keys", 
 });
 
 t.test("invalid vectors are refused by name, at the step that the index says", async (t) => {
-  const failure = (work: Promise<unknown>): Promise<unknown> =>
-    work.then(
-      () => undefined,
-      (error: unknown) => error,
-    );
   for (const vector of index.filter(({ valid }) => !valid)) {
     const says = `${vector.file} (${vector.section}, ${vector.step}): ${vector.why}`;
     const opened = open(vector);
@@ -152,6 +154,23 @@ t.test("a task that is refused takes no other with it", async (t) => {
       `${vector.file}: ${refused} of ${loaded.length}`,
     );
   }
+});
+
+t.test("a task file is held against its pack where it is read with it", async (t) => {
+  for (const { file, valid, step, pack, revoked } of index.filter(({ pack }) => pack)) {
+    if (revoked || step === "verify") continue;
+    const read = async (of: string): Promise<unknown> =>
+      readTaskFile(await bytesOf(file), { pack: await openPack(await bytesOf(of)) });
+    const trusted = step === "open" && !(await failure(readTaskFile(await bytesOf(file))));
+    if (valid || trusted) t.match(await read(pack!), { id: "whole" }, file);
+    else t.ok((await failure(read(pack!))) instanceof EigenLoraError, file);
+    if (valid)
+      await t.rejects(read("valid/sides.eigen"), {
+        tag: "task",
+        message: /belongs to the basis c9071.*, this pack has c21f5/,
+      });
+  }
+  await t.rejects(readTaskFile(await bytesOf("valid/whole.eigentask"), { packs: "" } as never), { name: "TypeError" });
 });
 
 t.test("verify says of each file what SPEC.md says, of a task file with its pack", async (t) => {
