@@ -24,11 +24,10 @@ import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
 import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { toHex } from "../text.ts";
-import type { Pack } from "./pack.ts";
 import type { AddTaskOptions, Trust } from "./trust.ts";
 
-/** The open pack. */
-interface Target {
+/** What is needed of the pack that a task file belongs to; an open pack has it. */
+export interface TaskBasis {
   readonly basisId: string;
   readonly modules: readonly PackModule[];
   readonly directory: Pick<Directory, "basisBytes">;
@@ -52,7 +51,7 @@ export async function readTask(source: ByteSource, options?: ReadOptions): Promi
 /** Options of `readTaskFile`. */
 export interface ReadTaskFileOptions extends ReadOptions {
   /** The pack that the task belongs to: the blob is held against it too, as `pack.addTask` does. Default: the blob is not looked into. */
-  readonly pack?: Pack;
+  readonly pack?: TaskBasis;
 }
 
 /**
@@ -89,7 +88,7 @@ export async function readTaskFile(input: SourceInput, options: ReadTaskFileOpti
 export async function addTaskFile(
   file: SourceInput,
   id: string,
-  pack: Target,
+  pack: TaskBasis,
   tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
   options: AddTaskOptions,
@@ -134,7 +133,7 @@ export async function readBlob(
   { blob, basisId, brings }: TaskFile,
   id: string,
   file: string,
-  pack: Target,
+  pack: TaskBasis,
   trust: Trust | undefined,
   signal?: AbortSignal,
 ): Promise<TaskBlob> {

@@ -161,7 +161,7 @@ export function createModel(seed = 7) {
       }),
     ];
     const made = { entry: { id, adapterBytes: 0, ...entry }, header, tensors };
-    // For those who apply the task: two roles of a parameter have one name.
+    // Values in the order of the header, since two roles of a parameter share a name in `expected`.
     Object.defineProperty(made, "values", { value: values });
     pack.tasks.push(made);
     return made;
