@@ -15,7 +15,7 @@ export { type KohyaFiles, readKohya } from "./adapters/kohya.ts";
 export { type MlxFiles, readMlx } from "./adapters/mlx.ts";
 export { type OnnxAdapterFiles, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
 export { type PeftFiles, readPeft } from "./adapters/peft.ts";
-export { readTaskFile } from "./core/task-file.ts";
+export { type ReadTaskFileOptions, readTaskFile, type TaskBasis } from "./core/task-file.ts";
 export type { Allocation, PrivateChoice } from "./extract/allocation.ts";
 export type { ComponentSelection } from "./extract/options.ts";
 export { encodeTaskFile } from "./format/encode.ts";

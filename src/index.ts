@@ -55,7 +55,15 @@ export {
   type Window,
 } from "./format/format.ts";
 export type { FileProgress, OnProgress, Progress, ReadyProgress } from "./progress.ts";
-export type { AbortOptions, ByteSource, FetchOptions, ReadOptions, Reads, SourceInput } from "./source.ts";
+export type {
+  AbortOptions,
+  ByteSource,
+  FetchOptions,
+  ReadOptions,
+  Reads,
+  SourceInput,
+  WholeOptions,
+} from "./source.ts";
 export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";
 export { VERSION } from "./version.ts";

@@ -29,6 +29,7 @@ export { toHex } from "../dist/src/text.js";
 
 export { reuse } from "../dist/src/core/stage.js";
 export { parseTaskFile } from "../dist/src/core/task-file.js";
+export { Trust } from "../dist/src/core/trust.js";
 export { type Coder, code, isCoded, mostDecoded } from "../dist/src/format/coded.js";
 export { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";

@@ -3,14 +3,14 @@
  * pairs of writers, Next.js, families of models, files of the model builder, a real language model and the page with it, LoRAs from
  * strangers, files that attack what reads them, and mutants.
  *
- * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
+ * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 1 000 000
  */
 import { spawnSync } from "node:child_process";
 import { readdirSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 
-const { fuzz } = parseArgs({ options: { fuzz: { type: "string", default: "100000" } } }).values;
+const { fuzz } = parseArgs({ options: { fuzz: { type: "string", default: "1000000" } } }).values;
 
 for (const [script, ...args] of [
   ["soak.js"],

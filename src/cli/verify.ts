@@ -1,6 +1,7 @@
 /** The command verify: whether a pack is whole, and how far its tasks are from the adapters they were made of. */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
+import { readBlob } from "../core/task-file.ts";
 import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
@@ -56,6 +57,10 @@ export const verify: Attach = command({
     ),
     as,
     base: readFor,
+    pack: reading(
+      "file",
+      text("PACK", "Pack of a task file, so that the terms, parameters and numbers of the task are checked too."),
+    ),
     key: list(
       "PUBLIC.pem",
       "Fail unless one of these public keys has signed the file: a file, or ed25519:… as keygen prints it. May be given again.",
@@ -65,15 +70,16 @@ export const verify: Attach = command({
     maxExpansion,
   },
   reads: ["file"],
-  async run([path]: [string], { against, as, base, key, integrity }, run, out) {
+  async run([path]: [string], { against, as, base, pack: home, key, integrity }, run, out) {
     const keys = await Promise.all(key.map(publicKey));
     if (await isTaskFile(path, run)) {
       if (against.length > 0)
         throw new UsageError(
           `--against needs a pack: ${path} is a task file, which holds no components; add it to its pack first`,
         );
-      return verifyTaskFile(path, keys, integrity, run);
+      return verifyTaskFile(path, keys, integrity, home, run);
     }
+    if (home !== undefined) throw new UsageError(`--pack is for task files: ${path} is a pack`);
     const trust = { ...(keys.length > 0 ? { keys } : {}), ...(integrity === undefined ? {} : { integrity }) };
     const pack = await openHashed(path, trust, run);
     const { checks, bases, blobs } = await checkSections(path, pack, run, out);
@@ -118,8 +124,14 @@ function checksTable(checks: readonly Check[]): string[] {
   return table([["check", "", ""], ...checks.map((check) => [check.name, words(check), check.detail])]);
 }
 
-/** What can be checked of a task without the pack that it belongs to. */
-async function verifyTaskFile(path: string, keys: string[], integrity: string | undefined, run: Run): Promise<Result> {
+/** @param home the pack that the task belongs to. Without it nothing but sums, entry and signature can be checked */
+async function verifyTaskFile(
+  path: string,
+  keys: string[],
+  integrity: string | undefined,
+  home: string | undefined,
+  run: Run,
+): Promise<Result> {
   // Parsing checks the sums of head, entry and blob: a file that fails them is an error.
   const file = await run.taskFile(path);
   const trust = await Trust.create(path, { revoked: run.revoked, ...(keys.length > 0 ? { keys } : {}) });
@@ -134,7 +146,11 @@ async function verifyTaskFile(path: string, keys: string[], integrity: string | 
   note("hash of the task", null, `${task}, which --revoked and \`revoked\` take`);
   if (!signature) note("signature", null, "not signed");
   else note("signature", await isSigned("task", hash, signature, path), keyName(signature.key));
-  note("basis", null, `${basisId.slice(0, 16)}; its pack checks the terms when the task is added`);
+  if (home === undefined) note("terms and numbers", null, `give the pack of basis ${basisId.slice(0, 16)} with --pack`);
+  else {
+    await readBlob(file, id, path, await run.pack(home, { bases: "later" }), trust);
+    note("terms and numbers", true, `of basis ${basisId.slice(0, 16)}, as in ${home}`);
+  }
   const ok = checks.every((check) => check.ok);
   return { json: { ok, checks, id, basisId, task }, text: checksTable(checks), exitCode: ok ? 0 : 1 };
 }

@@ -183,7 +183,7 @@ function* suffixesOf(name: string): Generator<string, void> {
 }
 
 /** Fields of a module that identify its weight in the base. */
-export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout">;
+export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout"> & Partial<Pick<PackModule, "kernel">>;
 
 /** A weight of the base that a module adapts. */
 export interface Located extends Parameter {
@@ -228,6 +228,8 @@ export class Locator {
 export function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefined {
   const { shape, layout = module.layout } = parameter;
   const transposed = layout === "in-out" || layout === "embedding";
+  const window = shape.slice(2);
+  if (module.kernel?.length === window.length && !sameShape(module.kernel, window)) return undefined;
   const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
   if (!sameShape(transposed ? [module.in, module.out] : [module.out, module.in], matrix)) return undefined;
   return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };

@@ -129,7 +129,8 @@ export function blendHeads(
 }
 
 /**
- * Biases and token rows: base + Σ strength · (task − base); exactly the task's values for one task at strength 1.
+ * Biases and token rows: base + Σ strength · (task − base), and differences of biases behind that; exactly the task's values, and its
+ * difference, for one task at strength 1.
  * @param base the pristine parameter, where there is a base
  * @throws BaseMismatchError when a task's parameter does not fit the base's
  */
@@ -138,7 +139,10 @@ export function addDifferences(name: string, changes: readonly ParameterChange[]
   const width = shape[shape.length - 1]!;
   const original = base?.values ?? new Float32Array(shape.reduce((a, b) => a * b, 1));
   const values = original.slice();
-  for (const change of changes) {
+  const [deltas, others] = [true, false].map((delta) =>
+    changes.filter(({ parameter }) => (parameter.role === "bias-delta") === delta),
+  ) as [ParameterChange[], ParameterChange[]];
+  for (const change of [...others, ...deltas]) {
     const { part, parameter } = change;
     const { indices } = parameter;
     const fits = indices
@@ -153,7 +157,7 @@ export function addDifferences(name: string, changes: readonly ParameterChange[]
     decode(change).forEach((v, i) => {
       const at = indices ? indices[Math.floor(i / width)]! * width + (i % width) : i;
       if (parameter.role === "bias-delta") values[at]! += part.strength * v;
-      else if (part.strength === 1 && changes.length === 1) values[at] = v;
+      else if (part.strength === 1 && others.length === 1) values[at] = v;
       else values[at]! += part.strength * (v - original[at]!);
     });
   }

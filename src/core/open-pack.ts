@@ -3,7 +3,7 @@
  */
 import { checkChoice, checkOptions } from "../arguments.ts";
 import { parseDirectory, parseWindow } from "../format/directory.ts";
-import { align64, Fields } from "../format/fields.ts";
+import { align64 } from "../format/fields.ts";
 import { WINDOW_BYTES } from "../format/format.ts";
 import { openSource, watchedOf } from "../open-source.ts";
 import type { OnProgress } from "../progress.ts";
@@ -82,7 +82,6 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     watched?.done();
     watched = undefined;
     const basesAt = together ? basesOffset - directoryOffset : directoryLength;
-    new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
     // A copy: as a view the directory would keep the bases in memory.
     directoryBytes = together ? bytes.slice(0, directoryLength) : bytes;
     await trust?.checkRoot(window, directoryBytes);

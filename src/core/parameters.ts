@@ -280,11 +280,17 @@ export class Parameters {
   }
 }
 
-/** Says whether tasks bring a parameter whole. @throws BaseMismatchError when some do, and others change it under another name */
+/**
+ * Says whether tasks bring a parameter whole.
+ * @throws BaseMismatchError when some do, and others change it under another name; or when two names of one task mean it, in one role
+ */
 function isWhole(name: string, changes: readonly ParameterChange[]): boolean {
   const [first] = changes as [ParameterChange];
   const whole = first.parameter.role === "saved";
-  const other = changes.find(({ parameter }) => (parameter.role === "saved") !== whole);
+  const other = changes.find(({ part, parameter: { role } }, i) => {
+    const again = changes.slice(0, i).some((one) => one.part === part && one.parameter.role === role);
+    return again || (role === "saved") !== whole;
+  });
   if (!other) return whole;
   const names = [first, other].map(({ part, parameter }) => `task "${part.id}" calls it "${parameter.name}"`);
   throw new BaseMismatchError(`"${name}": ${names.join(", ")}; pack the adapters under one name`, { module: name });

@@ -3,6 +3,7 @@
  */
 import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
+import { isCoded } from "../format/coded.ts";
 import { plainTask } from "../format/decode-coded.ts";
 import { isTaskId, parseEntry, signatureOf } from "../format/directory.ts";
 import { align64, crc32c, decode, Fields } from "../format/fields.ts";
@@ -11,6 +12,7 @@ import {
   type PackModule,
   SIGNATURE_BYTES,
   type Signature,
+  TASK_BLOB_MAGIC,
   TASK_FILE_MAGIC,
   type TaskBlob,
   type TaskEntry,
@@ -25,8 +27,8 @@ import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "..
 import { toHex } from "../text.ts";
 import type { AddTaskOptions, Trust } from "./trust.ts";
 
-/** The open pack. */
-interface Target {
+/** What is needed of the pack that a task file belongs to; an open pack has it. */
+export interface TaskBasis {
   readonly basisId: string;
   readonly modules: readonly PackModule[];
   readonly directory: Pick<Directory, "basisBytes">;
@@ -61,19 +63,28 @@ function mostBytes(first: Uint8Array): number {
   return isTask ? align64(align64(HEAD_BYTES + f.u32(12)) + f.u32(48)) + SIGNATURE_BYTES : HEAD_BYTES;
 }
 
+/** Options of `readTaskFile`. */
+export interface ReadTaskFileOptions extends ReadOptions {
+  /** The pack that the task belongs to: the blob is held against it too, as `pack.addTask` does. Default: the blob is not looked into. */
+  readonly pack?: TaskBasis;
+}
+
 /**
- * Reads a task file by itself: what it says of the task, and which basis it belongs to. Its numbers need the pack of that basis, which takes
- * it by `addTask`.
+ * Reads a task file: what it says of the task, and which basis it belongs to. Terms, parameters and their numbers need the pack of that basis.
  * @param input path, URL, Blob, ArrayBuffer or any ByteSource
- * @throws SourceError when it cannot be read, FormatError when it is damaged or another kind of file
+ * @throws SourceError when it cannot be read, FormatError when it is damaged or another kind of file, TaskError when it belongs to another
+ *   basis than that of `pack`
  * @example
  * const { basisId } = await readTaskFile("sst2.eigentask");
  * if (basisId === pack.basisId) await pack.addTask("mine", "sst2.eigentask");
  */
-export async function readTaskFile(input: SourceInput, options?: ReadOptions): Promise<TaskFile> {
+export async function readTaskFile(input: SourceInput, options: ReadTaskFileOptions = {}): Promise<TaskFile> {
+  checkOptions("readTaskFile", options, ["pack", "onBytes", "signal"]);
   const source = await openSource(input, {}, "readTaskFile");
   try {
-    return await readTask(source, options);
+    const task = await readTask(source, options);
+    if (options.pack) await readBlob(task, task.id, source.name, options.pack, undefined, options.signal);
+    return task;
   } finally {
     await source.close?.();
   }
@@ -92,7 +103,7 @@ export async function readTaskFile(input: SourceInput, options?: ReadOptions): P
 export async function addTaskFile(
   file: SourceInput,
   id: string,
-  { basisId, modules, directory }: Target,
+  pack: TaskBasis,
   tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
   options: AddTaskOptions,
@@ -116,22 +127,43 @@ export async function addTaskFile(
     const checks =
       trust ?? (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(name, {}));
     await checks?.checkTaskFile(parsed, name, integrity);
-    const { blob, basisId: found, content: _, signature: __, ...entry } = parsed;
-    if (found !== basisId) {
-      throw new TaskError(`${name} belongs to the basis ${found}, this pack has ${basisId}; make it for this pack`, {
-        task: id,
-      });
-    }
-    const part = `task "${id}"`;
-    const plain = await plainTask(blob, { file: name, part, before: directory.basisBytes, signal });
-    if (plain !== blob) await checks?.checkDecoded(plain, part, name);
+    const { blob, basisId: _, content: __, signature: ___, ...entry } = parsed;
+    const read = await readBlob(parsed, id, name, pack, checks, signal);
     // Pages without https have no SHA-256; a caller cannot have asked for a hash there.
     const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
-    put({ ...entry, id }, hash, blob, await paced(parseTask(plain, modules, name, { ...entry, id }), pacer(signal)));
+    put({ ...entry, id }, hash, blob, read);
   } finally {
     ids.delete(id);
     await source?.close?.();
   }
+}
+
+/**
+ * Holds the blob of a task file against its pack.
+ * @param id the task's in the pack
+ * @param trust refuses what a coded blob becomes where that is revoked
+ * @throws TaskError when it belongs to another basis, FormatError when it breaks a rule, TrustError when it is revoked
+ */
+export async function readBlob(
+  { blob, basisId, brings }: TaskFile,
+  id: string,
+  file: string,
+  pack: TaskBasis,
+  trust: Trust | undefined,
+  signal?: AbortSignal,
+): Promise<TaskBlob> {
+  if (basisId !== pack.basisId) {
+    throw new TaskError(
+      `${file} belongs to the basis ${basisId}, this pack has ${pack.basisId}; make it for this pack`,
+      {
+        task: id,
+      },
+    );
+  }
+  const part = `task "${id}"`;
+  const plain = await plainTask(blob, { file, part, before: pack.directory.basisBytes, signal });
+  if (plain !== blob) await trust?.checkDecoded(plain, part, file);
+  return paced(parseTask(plain, pack.modules, file, { id, brings }), pacer(signal));
 }
 
 /**
@@ -155,6 +187,10 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   f.check(
     crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
     () => "its checksum does not match: it is damaged",
+  );
+  f.check(
+    isCoded(blob) || (blob.length >= 8 && f.u32(start) === TASK_BLOB_MAGIC),
+    () => `the ${blob.length} bytes behind its entry are no task blob`,
   );
   // The entry may nest as deep as in the list of a pack, no deeper.
   const parsed = atOnce(parseEntry(atOnce(decode(entry, file, f.part, "entry", 15)), []));

@@ -340,11 +340,14 @@ function* parseBrings(value: Value, earlier: readonly TaskEntry[]): Generator<vo
   if (value.absent) return undefined;
   if (value.kind === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
   // "bias-delta", a space, a name of 1 024 bytes.
-  return yield* value.list(65_536, (name: Value) => {
+  const names = new Set<string>();
+  yield* value.list(65_536, (name: Value) => {
     const text = name.string(1035);
     name.check(BROUGHT.test(text), () => `no role and name, but ${JSON.stringify(text.slice(0, 80))}`);
-    return text;
+    name.check(!names.has(text), () => `${JSON.stringify(text.slice(0, 80))} is there twice`);
+    names.add(text);
   });
+  return [...names];
 }
 
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */

@@ -79,7 +79,7 @@ function tensor(bytes, at, type, rows, width) {
 
 /**
  * The tasks of a pack by id: terms by module with ΔW and its bound, magnitudes, and parameters.
- * @returns `{ modules, description, tasks: Map<id, { terms: Map<name, { out, in, delta, bound, magnitude }>, parameters }> }`
+ * @returns `{ modules, description, coded, tasks: Map<id, { terms: Map<name, { out, in, sides, delta, bound, magnitude }>, parameters }> }`
  */
 export function judge(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
@@ -96,7 +96,7 @@ export function judge(bytes) {
   const blobs = sections.filter(({ kind }) => kind === 2 || kind === 5);
   const entries = messagepack(list);
   const tasks = new Map(entries.map((entry, i) => [entry.get("id"), readTask(content(blobs[i]), modules)]));
-  return { modules, description, tasks };
+  return { modules, description, tasks, coded: sections.some(({ kind }) => kind === 4 || kind === 5) };
 }
 
 /** Sections, basis description and task list. In a coded directory, sections lie one behind the other around it, at multiples of 64. */
@@ -206,6 +206,7 @@ function readTask(bytes, modules) {
     const term = {
       out: module.out,
       in: module.in,
+      sides,
       delta: new Float64Array(module.out * module.in),
       bound: new Float64Array(module.out * module.in),
     };

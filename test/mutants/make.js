@@ -204,7 +204,8 @@ function codedPack(pack, roll) {
     return bytes;
   };
   const code = (content, name) => {
-    const bytes = changed(content);
+    const task = pack.tasks.find(({ entry }) => entry.id === name);
+    const bytes = changed(task && roll(2) ? codedBlob(task, pack.basis, { alike: true }) : content);
     if (name === "bases") bases = bytes;
     return bytes;
   };
@@ -224,10 +225,37 @@ function codedPack(pack, roll) {
   return bytes;
 }
 
+/** Bit patterns at the edges of what a tensor may hold, and just beyond: zeros, subnormals, 2^16 and its neighbours. */
+const EDGES = {
+  f32: [0, 0x80000000, 1, 0x807fffff, 0x00800000, 0x0d800000, 0x477fffff, 0xc77fffff, 0x47800000, 0x7f7fffff],
+  f16: [0, 0x8000, 1, 0x83ff, 0x0400, 0x3c00, 0x7bff, 0xfbff, 0x7c00, 0xfe00],
+  bf16: [0, 0x8000, 1, 0x807f, 0x0080, 0x0d80, 0x477f, 0xc77f, 0x4780, 0x7f7f],
+  // Scales. 516 · 127 lies below 2^16.
+  int8: [0, 0x8000, 1, 0x83ff, 0x0400, 0x6008, 0xe008, 0x6009],
+  int4: [0, 0x8000, 1, 0x83ff, 0x0400, 0x7092, 0xf092, 0x7093],
+  int3: [0, 0x8000, 1, 0x83ff, 0x0400, 0x7555, 0xf555, 0x7556],
+};
+
+/** Puts numbers at the edges into some tensors. Patterns near the end of each list are rare, since most are refused. */
+function toEdges({ tensors, tasks }, roll) {
+  for (const bytes of [tensors, ...tasks.map((task) => task.tensors)].flat()) {
+    if (!bytes.of?.rows || !bytes.of.width || roll(3)) continue;
+    const { type, rows, width } = bytes.of;
+    const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+    const count = type.startsWith("int") ? rows : rows * width;
+    for (let i = 0; i <= roll(4); i++) {
+      const pattern = EDGES[type][roll(roll(30) ? 7 : EDGES[type].length)];
+      if (type === "f32") view.setUint32(4 * roll(count), pattern, true);
+      else view.setUint16(2 * roll(count), pattern, true);
+    }
+  }
+}
+
 /** Makes the mutant of a number: `{ kind: "pack" | "task file", bytes, pack }`; a task file comes with its pack. */
 export function mutant(seed) {
   const roll = dice(seed);
   const pack = sample(seed, roll);
+  if (roll(3) === 0) toEdges(pack, roll);
   const kind = roll(9);
   if (kind === 0 && pack.tasks.length > 0) {
     const whole = packFile(pack);

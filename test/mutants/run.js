@@ -60,7 +60,7 @@ function difference(runtime, modules, task, base) {
         const expected = row[i] * scale;
         const share = term?.magnitude ? (2 * off) / norm + 2 ** -20 : 0;
         const allowed = term
-          ? slack[i] * Math.abs(scale) * (1 + 2 ** -10) + Math.abs(term.magnitude?.[o] ?? 0) * share + 1e-38
+          ? slack[i] * Math.abs(scale) * (1 + 2 ** -10) + Math.abs(term.magnitude?.[o] ?? 0) * share + 2 ** -125
           : 0;
         const value = weights[at(module, o, i)];
         if (Number.isFinite(expected) && Math.abs(expected) > 3.4e38) continue;
@@ -94,12 +94,29 @@ function otherDifference(runtime, modules, task, before, given) {
     for (const [i, value] of expected.entries()) {
       const size = Math.abs(value) + (one?.role === 2 ? Math.abs(pristine[i]) : 0);
       if (size > 3.4e38) continue;
-      if (!(Math.abs(found[i] - value) <= (one ? 2 ** -22 * size + 1e-38 : 0)))
+      if (!(Math.abs(found[i] - value) <= (one ? 2 ** -22 * size + 2 ** -125 : 0)))
         return `${name}[${i}] is ${found[i]}, expected ${value}`;
     }
   }
   return undefined;
 }
+
+/** Forms of a pack that are counted, to show that mutants of each were folded. */
+const FORMS = {
+  "coded sections": ({ coded }) => coded,
+  "several bases of a side": ({ modules }) => modules.some(({ A, B }) => A.length > 1 || B.length > 1),
+  "a basis on one side": ({ modules }) => modules.some(({ A, B }) => (A.length === 0) !== (B.length === 0)),
+  "rows over components": ({ tasks }) => anySide(tasks, ({ basis, rows }) => basis && rows),
+  "rows alone": ({ tasks }) => anySide(tasks, ({ basis, rows }) => !basis && rows),
+  magnitudes: ({ tasks }) => anyTerm(tasks, ({ magnitude }) => magnitude),
+};
+const anyTerm = (tasks, holds) => [...tasks.values()].some(({ terms }) => [...terms.values()].some(holds));
+const anySide = (tasks, holds) => anyTerm(tasks, ({ sides }) => sides.some(holds));
+
+/** Counts of mutants, all zero. */
+export const tally = () => {
+  return { taken: 0, folded: 0, refused: 0, forms: Object.fromEntries(Object.keys(FORMS).map((form) => [form, 0])) };
+};
 
 /**
  * Does with a mutant everything a reader does. @returns a description of what is wrong; undefined where all is well
@@ -135,6 +152,7 @@ export async function check(bytes, known, wasm, count, told = bytes) {
     await runtime.close();
   }
   count.folded++;
+  for (const [form, holds] of Object.entries(FORMS)) if (holds(truth)) count.forms[form]++;
   return undefined;
 }
 
@@ -144,13 +162,12 @@ export async function check(bytes, known, wasm, count, told = bytes) {
  * @returns counts, and failures by number
  */
 export async function runMutants(from, howMany, onProgress = () => {}) {
-  const count = { taken: 0, folded: 0, refused: 0 };
+  const count = tally();
   const wrong = [];
   const warm = 50;
   for (let seed = from; seed < from + howMany; seed++) {
     const { kind, bytes, pack } = mutant(seed);
-    const cpu = process.cpuUsage();
-    const peak = process.resourceUsage().maxRSS;
+    const before = process.resourceUsage();
     let message;
     try {
       message = await check(bytes, kind === "pack" ? undefined : pack, seed % 3 === 0, count);
@@ -158,9 +175,10 @@ export async function runMutants(from, howMany, onProgress = () => {}) {
       if (!error?.tag) message = error?.stack ?? String(error);
       count.refused++;
     }
-    const { user, system } = process.cpuUsage(cpu);
-    if (user + system > MOST.seconds * 1e6) message ??= `it took ${(user + system) / 1e6} s`;
-    const grown = (process.resourceUsage().maxRSS - peak) / 1024;
+    const after = process.resourceUsage();
+    const took = (after.userCPUTime + after.systemCPUTime - before.userCPUTime - before.systemCPUTime) / 1e6;
+    if (took > MOST.seconds) message ??= `it took ${took} s`;
+    const grown = (after.maxRSS - before.maxRSS) / 1024;
     if (seed - from > warm && grown > MOST.megabytes) message ??= `it took ${grown.toFixed(0)} MB`;
     if (message) wrong.push({ seed, message });
     onProgress(seed - from + 1, wrong);

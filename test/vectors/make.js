@@ -1,7 +1,8 @@
 // @ts-nocheck: it writes what no type allows
 /** Writes the vectors: `node test/vectors/make.js`. The files are committed, and a test compares them. */
 import { mkdir, rm, writeFile } from "node:fs/promises";
-import { integrity, KEYS, PACKS, TASK_FILES } from "./invalid.js";
+import { applyVectors } from "./apply.js";
+import { integrity, KEYS, PACKS, stepOf, TASK_FILES } from "./invalid.js";
 import { safetensors } from "./model.js";
 import { VALID } from "./valid.js";
 
@@ -25,23 +26,23 @@ export function vectors() {
     });
   }
   const refuse = (list, ending, pack) => {
-    for (const [name, [section, why, make, given = {}]] of Object.entries(list)) {
+    for (const [name, [section, why, make, { step = stepOf(name, section), ...given } = {}]] of Object.entries(list)) {
       const file = `invalid/${name}.${ending}`;
       const bytes = make();
       files.set(file, bytes);
       const trust = given.integrity === "own" ? { ...given, integrity: integrity(bytes) } : given;
-      index.push({ file, valid: false, section, why, ...pack, ...trust });
+      index.push({ file, valid: false, section, step, why, ...pack, ...trust });
     }
   };
   refuse(PACKS, "eigen", {});
   refuse(TASK_FILES, "eigentask", { pack: "valid/signed.eigen" });
   const lines = index.map((entry) => `  ${JSON.stringify(entry)}`);
   files.set("index.json", new TextEncoder().encode(`[\n${lines.join(",\n")}\n]\n`));
-  return files;
+  return new Map([...files, ...applyVectors()]);
 }
 
 if (process.argv[1] === new URL(import.meta.url).pathname) {
-  for (const folder of ["valid", "invalid"]) {
+  for (const folder of ["valid", "invalid", "apply"]) {
     await rm(new URL(folder, import.meta.url), { recursive: true, force: true });
     await mkdir(new URL(folder, import.meta.url));
   }

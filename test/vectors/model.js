@@ -82,6 +82,7 @@ export function createModel(seed = 7) {
    */
   function task(id, terms, parameters = [], entry = {}) {
     const tensors = [];
+    const values = [];
     const store = (type, rows, width) => {
       const stored = tensor(type, rows, width, numbers(rows * width));
       tensors.push(stored.bytes);
@@ -154,11 +155,14 @@ export function createModel(seed = 7) {
       parameters.map(({ name, role, type = "f32", shape, indices }) => {
         const [rows, width] =
           shape.length === 1 ? [1, shape[0]] : [shape[0], shape.slice(1).reduce((a, b) => a * b, 1)];
-        expected.set(`${id}/${name}`, { shape, values: store(type, rows, width) });
+        values.push(store(type, rows, width));
+        expected.set(`${id}/${name}`, { shape, values: values.at(-1) });
         return [name, role, TYPES.indexOf(type), shape, ...(indices ? [indices] : [])];
       }),
     ];
     const made = { entry: { id, adapterBytes: 0, ...entry }, header, tensors };
+    // Values in the order of the header, since two roles of a parameter share a name in `expected`.
+    Object.defineProperty(made, "values", { value: values });
     pack.tasks.push(made);
     return made;
   }
@@ -179,12 +183,16 @@ export function bringsOf({ header: [terms, parameters] }, { basis }) {
   ];
 }
 
-/** Named arrays as a safetensors file of F64. */
+/** Named arrays as a safetensors file, of F64 where they have no type and bytes. */
 export function safetensors(tensors) {
   const header = {};
   let end = 0;
-  for (const [name, { shape, values }] of tensors) {
-    header[name] = { dtype: "F64", shape, data_offsets: [end, (end += 8 * values.length)] };
+  for (const [name, { shape, values, type = "f64", bytes }] of tensors) {
+    header[name] = {
+      dtype: type.toUpperCase(),
+      shape,
+      data_offsets: [end, (end += bytes?.length ?? 8 * values.length)],
+    };
   }
   let text = JSON.stringify(header);
   while (text.length % 8) text += " ";
@@ -194,6 +202,9 @@ export function safetensors(tensors) {
   view.setUint32(0, head.length, true);
   bytes.set(head, 8);
   let at = 8 + head.length;
-  for (const { values } of tensors.values()) for (const value of values) view.setFloat64(at, value, true), (at += 8);
+  for (const { values, bytes: stored } of tensors.values()) {
+    if (stored) bytes.set(stored, at), (at += stored.length);
+    else for (const value of values) view.setFloat64(at, value, true), (at += 8);
+  }
   return bytes;
 }

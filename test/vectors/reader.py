@@ -7,8 +7,9 @@ leaves a choice, a comment that begins with "Reading:" says which one was made. 
     task = load_task(pack, 0)                                          # a task of the pack
     task = load_task_file(pack, data, keys=[…])                        # or of a file of its own
     delta(task.terms[0])                                               # ΔW [out, in]
+    apply_task(task, base)                                             # the base's parameters with the task
 
-    reader.py INDEX_DIR             checks every entry of INDEX_DIR/index.json; exit code 0 when all agree
+    reader.py INDEX_DIR             checks every entry of INDEX_DIR/index.json and apply.json; exit code 0 when all agree
     reader.py INDEX_DIR --musts     switches off one rule after the other; exit code 0 when some entry notices each
 """
 
@@ -21,6 +22,7 @@ import struct
 import sys
 import unicodedata
 from dataclasses import make_dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -471,9 +473,6 @@ def open_pack(data, integrity=None, keys=None, revoked=()):
     need(h or (integrity is None and keys is None), "8", "no hashes, though a root or keys were given")
     sections = read_table(raw, n, h > 0, superblock, coded_directory)
     bases = next(s for s in sections if s.kind == BASES)
-    if bases.offset == up(offset + length, 64):  # one range covers both
-        # Implied for who verifies all padding.
-        need(not any(data[offset + length : bases.offset]), "1", "padding before the bases is not zero")
     description = raw[16 + 32 * n :][:d]
     modules = read_description(description)
     entries = read_task_list(raw[16 + 32 * n + d :][:t], [s for s in sections if s.kind == BLOB])
@@ -549,7 +548,7 @@ Task = record("Task", "entry terms parameters")
 
 # ---- Appendix A. Coded sections ---------------------------------------------------------------------------------------
 
-CODE = 0x33444F43
+CODE, TASK = 0x33444F43, 0x4B534154
 LEVELS = [0, 4, 8, 15, 24, 38, 56, 83, 120, 174, 248]
 GIVEN_LEVELS = [0, 3, 6, 10, 16, 24, 34, 46, 62, 83, 112, 150, 205, 280, 380]
 SUMS = [
@@ -823,7 +822,7 @@ def read_parameter(value):
 
 def read_blob(raw, modules):
     """Terms and parameters. All sizes are held against the blob before a tensor is decoded."""
-    need(len(raw) >= 8 and u32(raw, 0) == 0x4B534154, "6", "not a task blob")
+    need(len(raw) >= 8 and u32(raw, 0) == TASK, "6", "not a task blob")
     end = 8 + u32(raw, 4)
     # Implied: the tensors do not fill such a blob.
     need(end <= len(raw), "6", "a header longer than the blob")
@@ -925,14 +924,88 @@ def bound(term):
     return 2.0**-24 * (K + term.rank + term.q + 16) * (Bt.T @ A)
 
 
+def place(name, base):
+    """Section 6.3: the parameter of the base that a name fits; None where there is none."""
+    if name in base:
+        return name
+    segments = name.count(".") + 1
+    longer = [x for x in base if x.endswith(f".{name}") and x.count(".") + 1 - segments <= 64]
+    need(len(longer) <= 1, "6.3", f"{name} fits several parameters")
+    if longer:
+        return longer[0]
+    # A shorter name has two segments at least; the longest goes first.
+    for dropped in range(1, min(64, segments - 2) + 1):
+        shorter = name.split(".", dropped)[dropped]
+        if shorter in base:
+            return shorter
+    return None
+
+
+def stored_shape(module):
+    if module.layout == 2:
+        return [module.out, module.inner // math.prod(module.kernel), *module.kernel]
+    return [module.inner, module.out] if module.layout in (1, 3) else [module.out, module.inner]
+
+
+def rounded(values, dtype):
+    if dtype == "BF16":
+        bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+        upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return (upper.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float64)
+
+
+def apply_task(task, base):
+    """
+    Section 6.3: the parameters with a task. `base` gives type and values by name; new weights, and sums with role 2, are in 64 bits.
+    Parameters of the other roles are rounded.
+    """
+    result = {name: values for name, (_, values) in base.items()}
+    taken = {}  # roles by the base's name; a term is one too
+
+    def claim(name, role):
+        found = place(name, base)
+        need(found is not None or role == 0, "6.3", f"the base lacks {name}")
+        others = taken.setdefault(found or name, [])
+        need(not others or {role, *others} == {1, 2} and len(others) == 1, "6.3", f"two items fit {found}")
+        others.append(role)
+        return found
+
+    for term in task.terms:
+        name = claim(f"{term.module.name}.weight", "term")
+        weight = base[name][1]
+        need(list(weight.shape) == stored_shape(term.module), "6.3", f"{name} is {list(weight.shape)}")
+        turned = term.module.layout in (1, 3)
+        matrix = weight.T if turned else weight.reshape(term.module.out, term.module.inner)
+        new = matrix + delta(term)
+        if term.magnitude_type is not None:
+            norms = np.sqrt((new**2).sum(1))
+            new = new * np.divide(term.tensors["magnitude"][0], norms, out=np.zeros_like(norms), where=norms > 0)[:, None]
+        result[name] = new.T if turned else new.reshape(weight.shape)
+    for p in sorted(task.parameters, key=lambda p: p.role == 2):
+        name = claim(p.name, p.role)
+        dtype, before = base[name] if name else ("F32", None)
+        if p.role == 0:
+            result[name or p.name] = rounded(p.values, dtype)
+        elif p.role == 3:
+            need(before.ndim == 2 and before.shape[1] == p.shape[1], "6.3", f"rows of {name} are of another width")
+            need(p.indices[-1] < before.shape[0], "6.3", f"a row beyond {name}")
+            result[name] = before.copy()
+            result[name][p.indices] = rounded(p.values, dtype)
+        else:
+            need(before.shape == p.values.shape, "6.3", f"{name} is {list(before.shape)}")
+            result[name] = rounded(p.values, dtype) if p.role == 1 else result[name] + p.values
+    return result
+
+
 # ---- 7. Task file -----------------------------------------------------------------------------------------------------
 
 
-def load_task_file(pack, data, keys=None, verifies=False):
+def read_task_file(data, keys=None, verifies=False, revoked=()):
+    """What can be checked without the pack: the basis id, the entry and the blob."""
     need(data[:8] == TASK_MAGIC, "7", "another magic")
     need(u16(data, 8) == 1, "7", "another major version")
     need(crc32c(data[:60]) == u32(data, 60), "7", "the CRC of the head")
-    need(data[16:48] == pack.basis_id, "7", "a task of another basis")
     entry_end = 64 + u32(data, 12)
     start = up(entry_end, 64)
     end = start + u32(data, 48)
@@ -951,8 +1024,18 @@ def load_task_file(pack, data, keys=None, verifies=False):
     check_signature(signature, keys, message)
     if verifies and signature:
         need(ed25519_verify(*signature, message), "8", "a wrong signature")
-    entry = read_entry(MessagePack.decode(data[64:entry_end], 1), None)
-    return make_task(pack, entry, data[start:end])
+    raw = data[start:end]
+    # Implied where the task is loaded with its pack.
+    need(len(raw) >= 8 and u32(raw, 0) in (TASK, CODE), "7", "no task blob")
+    # Implied where the task is loaded with its pack.
+    need(hashlib.sha256(raw).digest() not in frozenset(map(hash_of, revoked)), "8", "a revoked task")
+    return data[16:48], read_entry(MessagePack.decode(data[64:entry_end], 1), None), raw
+
+
+def load_task_file(pack, data, keys=None, verifies=False):
+    basis_id, entry, raw = read_task_file(data, keys, verifies)
+    need(basis_id == pack.basis_id, "7", "a task of another basis")
+    return make_task(pack, entry, raw)
 
 
 # ---- 8. Hashes and signatures -----------------------------------------------------------------------------------------
@@ -1030,28 +1113,44 @@ def ed25519_verify(key, signature, message):
 
 
 def read_safetensors(raw):
+    """Type and values in 64 bits by name."""
     n = u64(raw, 0)
     header = json.loads(raw[8 : 8 + n])
     header.pop("__metadata__", None)
-    assert all(x["dtype"] == "F64" for x in header.values())
-    return {
-        name: np.frombuffer(raw[8 + n + x["data_offsets"][0] : 8 + n + x["data_offsets"][1]], "<f8").reshape(x["shape"])
-        for name, x in header.items()
-    }
+    forms = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+    def values(dtype, shape, data_offsets):
+        found = np.frombuffer(raw[8 + n + data_offsets[0] : 8 + n + data_offsets[1]], forms[dtype])
+        if dtype == "BF16":
+            found = (found.astype(np.uint32) << 16).view(np.float32)
+        return dtype, found.astype(np.float64).reshape(shape)
+
+    return {name: values(**x) for name, x in header.items()}
 
 
-def read_all(folder, entry, trusted):
-    """Everything that an entry's file holds: the tasks. What only verifiers need to find is looked for where the entry says so."""
+def read_values(path):
+    return {name: values for name, (_, values) in read_safetensors(path.read_bytes()).items()}
+
+
+def read_all(folder, entry, trusted, at=[None]):
+    """Everything that an entry's file holds, step by step: `at` says which it has come to."""
     data = (folder / entry["file"]).read_bytes()
-    keys = entry.get("keys") if trusted else None
-    verifies = entry["valid"] or entry.get("by") == "verify"
+    keys, revoked = (entry.get("keys"), entry.get("revoked", ())) if trusted else (None, ())
+    at[0] = "open"
     if "pack" in entry:
-        pack = open_pack((folder / entry["pack"]).read_bytes(), None, keys, entry.get("revoked", ()) if trusted else ())
-        return [load_task_file(pack, data, keys, verifies)]
-    revoked = entry.get("revoked", ()) if trusted else ()
+        pack = open_pack((folder / entry["pack"]).read_bytes(), None, keys, revoked)
+        read_task_file(data, keys, False, revoked)
+        at[0] = "task"
+        tasks = [load_task_file(pack, data, keys)]
+        at[0] = "verify"
+        if entry.get("step", at[0]) == at[0]:
+            read_task_file(data, keys, True)
+        return tasks
     pack = open_pack(data, entry.get("integrity") if trusted else None, keys, revoked)
+    at[0] = "task"
     tasks = [load_task(pack, i) for i in range(len(pack.entries))]
-    if verifies:
+    at[0] = "verify"
+    if entry.get("step", at[0]) == at[0]:
         verify(pack)
     return tasks
 
@@ -1086,18 +1185,52 @@ def check_entry(folder, entry):
         if "values" not in entry:
             read_all(folder, entry, True)
             return
-        expected = read_safetensors((folder / entry["values"]).read_bytes())
+        expected = read_values(folder / entry["values"])
         yield from disagreements(read_all(folder, entry, True), expected)
         if "integrity" in entry or "keys" in entry:
             yield from disagreements(read_all(folder, entry, False), expected)
         return
+    at = [None]
     try:
-        read_all(folder, entry, True)
+        read_all(folder, entry, True, at)
     except Refused as refused:
+        if at[0] != entry["step"]:
+            yield f"refused at the step {at[0]!r} ({refused}); the index says {entry['step']!r}"
         if refused.section != entry["section"]:
             yield f"refused by {refused}; the index says section {entry['section']}"
     else:
         yield f"taken, though it breaks a rule of section {entry['section']}"
+
+
+def check_application(folder, entry):
+    """An entry of apply.json: what the tasks make of the base, and which are refused."""
+    pack = open_pack((folder / entry["pack"]).read_bytes())
+    base = read_safetensors((folder / entry["base"]).read_bytes())
+    expected = read_values(folder / entry["values"]) if "values" in entry else {}
+    tasks = {e.id: load_task(pack, i) for i, e in enumerate(pack.entries)}
+    seen = set()
+    for name in entry.get("tasks", ()):
+        for parameter, mine in apply_task(tasks[name], base).items():
+            key = f"{name}/{parameter}"
+            seen |= {key, f"{key}/bound"}
+            # Where there is no bound the values are exact. 64 bits of another order of sums differ by less than any bound.
+            off = 1e-12 if f"{key}/bound" in expected else 0
+            if key not in expected or mine.shape != expected[key].shape or not (np.abs(mine - expected[key]) <= off).all():
+                yield f"{key} differs"
+    yield from (f"{key} is not reached" for key in expected.keys() - seen)
+    for name, why in entry.get("refused", {}).items():
+        if said_of_application(folder, entry, name) is None:
+            yield f"{name}: taken, though {why}"
+
+
+def said_of_application(folder, entry, name):
+    """Which rule refuses a task on a base; None where none does."""
+    try:
+        pack = open_pack((folder / entry["pack"]).read_bytes())
+        base = read_safetensors((folder / entry["base"]).read_bytes())
+        apply_task(load_task(pack, [e.id for e in pack.entries].index(name)), base)
+    except Refused as refused:
+        return refused.rule
 
 
 def rules():
@@ -1129,14 +1262,19 @@ def musts(folder):
     refused = {}
     for entry in json.loads((folder / "index.json").read_text()):
         if not entry["valid"]:
-            refused.setdefault(said(folder, entry), []).append(entry)
+            ask = partial(said, folder, entry)
+            refused.setdefault(ask(), []).append(ask)
+    for entry in json.loads((folder / "apply.json").read_text()):
+        for name in entry.get("refused", ()):
+            ask = partial(said_of_application, folder, entry, name)
+            refused.setdefault(ask(), []).append(ask)
     source = Path(__file__).read_text().splitlines()
     unnoticed = []
     for off in sorted(rules()):
         notices = False
-        for entry in refused.get(off, ()):
+        for ask in refused.get(off, ()):
             try:
-                notices = said(folder, entry) is None
+                notices = ask() is None
             except Exception:  # what follows relied on the rule
                 notices = True
             if notices:
@@ -1152,19 +1290,20 @@ def musts(folder):
 
 def main(folder):
     index = json.loads((folder / "index.json").read_text())
+    applications = json.loads((folder / "apply.json").read_text())
     wrong = 0
-    for entry in index:
+    for entry in index + applications:
         try:
-            found = list(check_entry(folder, entry))
+            found = list((check_entry if "file" in entry else check_application)(folder, entry))
         except Refused as refused:
             found = [f"refused: {refused}"]
         except Exception as error:  # a fault of this reader
             found = [f"a raw error: {error!r}"]
         wrong += bool(found)
         for line in found:
-            print(f"{entry['file']} ({entry['why']}): {line if len(line) < 240 else line[:80] + ' … ' + line[-80:]}")
+            print(f"{entry.get('file') or entry['base']} ({entry['why']}): {line if len(line) < 240 else line[:80] + ' … ' + line[-80:]}")
     valid = sum(entry["valid"] for entry in index)
-    print(f"{valid} valid and {len(index) - valid} invalid files: {len(index) - wrong} agree, {wrong} do not")
+    print(f"{valid} valid and {len(index) - valid} invalid files, {len(applications)} bases: {len(index) + len(applications) - wrong} agree, {wrong} do not")
     return 1 if wrong else 0
 
 

@@ -322,6 +322,15 @@ export function ranked(rank) {
   return { pack };
 }
 
+/** A difference of a bias whose name is as long as a name may be: with its role, 1 035 bytes. */
+function longBrings() {
+  const model = createModel(18);
+  const name = "x".repeat(1024);
+  const task = model.task("long", [], [{ name, role: 2, shape: [1] }]);
+  task.entry.brings = bringsOf(task, model.pack);
+  return model;
+}
+
 const coded = (directory) => codedSection(directory, [], 4);
 
 /** Vectors by name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
@@ -335,6 +344,11 @@ export const VALID = {
     why: "long names, a byte order mark, integers in other formats, the largest ranks",
   },
   "later.eigen": { ...later(), why: "minor version 7: unknown keys and an unknown section that is not required" },
+  "unread.eigen": {
+    ...file(everyKind, { extra: [{ kind: 0, required: 0, content: Uint8Array.of(1, 2, 3) }] }),
+    why: "a section of kind 0, which is unknown like any other",
+  },
+  "long-brings.eigen": { ...file(longBrings), why: "`brings` names the longest parameter there may be" },
   "no-hashes.eigen": { ...file(everyKind, { hashed: false }), why: "as written before 1.0" },
   "basis.eigen": { ...file(basisAlone), why: "no tasks" },
   "bare.eigen": { ...file(bare), why: "no modules: the bases are empty" },
