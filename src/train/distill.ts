@@ -248,7 +248,8 @@ async function fitWhileItGains(
     onStep?.(step);
     taken = step.step;
     if (taken % CHECKED !== 0 && taken < fit.steps!) continue;
-    const { mean } = await trainer.compare(some);
+    // As they are stored: coarse steps train numbers that answer well once they are rounded.
+    const { mean } = await trainer.compare(some, fit);
     idle = mean > (1 - GAIN) * least ? idle + 1 : 0;
     if (mean < least) [least, fitted] = [mean, asStored()];
     if (idle === IDLE) break;

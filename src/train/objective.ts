@@ -159,7 +159,7 @@ export function weightsOf<Feeds>(
 }
 
 /** Rounds a state to the numbers that a task file would hold. */
-function rounded<Feeds>(
+export function rounded<Feeds>(
   { terms, model }: TrainingSetup<Feeds>,
   state: State,
   { coefficients, head }: Partial<TaskDtypes>,

@@ -19,7 +19,7 @@ import {
   evaluate,
   type Featured,
   type ObjectiveOptions,
-  score,
+  rounded, score,
   stopped,
   type TrainingSetup,
   weightsOf,
@@ -284,10 +284,13 @@ export class Trainer<Feeds = unknown> {
     return stepsOf(pack, terms, blob, model.head);
   }
 
-  /** @internal How far the task's answers are from the targets of rows. */
-  async compare(rows: readonly Row<Feeds>[]): Promise<Pick<MeanDivergence, "mean" | "agreement">> {
+  /** @internal How far the task's answers are from the targets of rows. @param how its numbers are rounded first; not where it is empty */
+  async compare(
+    rows: readonly Row<Feeds>[],
+    { dtype = {}, stored }: Pick<ObjectiveOptions, "dtype"> & Stepped = {},
+  ): Promise<Pick<MeanDivergence, "mean" | "agreement">> {
     const found = new MeanDivergence();
-    const weights = weightsOf(this.#setup, this.#learned());
+    const weights = weightsOf(this.#setup, rounded(this.#setup, this.#learned(), dtype, stored));
     for await (const { row, logits } of answers(this.#setup, rows, weights)) {
       found.add(this.#setup.supervision.wanted(row), logits);
     }
