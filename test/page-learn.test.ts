@@ -1,6 +1,6 @@
 /**
  * Teaching in the visitors' page: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU takes minutes
- * for it: learn-chromium.test.ts trains a smaller model there. benchmarks/research/few-shot.js measures cost and quality.
+ * for it: learn-chromium.test.ts trains a smaller model there.
  */
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";

@@ -14,9 +14,8 @@ import { data } from "../../examples/minilm.js";
 /** @type {readonly SuiteName[]} */
 export const SUITES = ["own-seed", "hub", "shared-seed"];
 
-/** Folder of a suite, or of one of its adapters. @param {SuiteName | "icons"} suite @param {string} [id] */
-export const folderOf = (suite, id = "") =>
-  data(suite === "icons" ? `icons/adapters/${id}` : `adapters/${suite}/${id}`);
+/** Folder of a suite, or of one of its adapters. @param {SuiteName} suite @param {string} [id] */
+export const folderOf = (suite, id = "") => data(`adapters/${suite}/${id}`);
 
 /**
  * Reads adapters, and closes them after the work.

@@ -54,7 +54,7 @@ import {
 /** Adapters were trained on lines of at most so many tokens. */
 const MAX_TOKENS = 32;
 
-/** For a handful of examples (benchmarks/research/few-shot.js). @type {Lessons} */
+/** For a handful of examples (docs/research/learning.md). @type {Lessons} */
 const TEACHING = {
   trainer: { init: "mean" },
   fit: { batch: 16, steps: 20, learningRates: { terms: 0.005, head: 0.02 } },

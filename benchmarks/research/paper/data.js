@@ -9,9 +9,9 @@ import { data, readTask } from "../../../examples/minilm.js";
 
 /** @typedef {import("../../../examples/minilm.js").Task} Task */
 /** @typedef {"sections" | "debtags" | "hub"} TextDomain */
-/** @typedef {TextDomain | "icons"} Domain icons: docs/research/paper.md's pictures, see icons.js */
+/** @typedef {TextDomain} Domain */
 /**
- * @typedef {{ domain: Domain, suite: "shared-seed" | "hub" | "icons", start: "mean" | "random", test: string[], donors: (id: string) => string[] }} Experiment
+ * @typedef {{ domain: Domain, suite: "shared-seed" | "hub", start: "mean" | "random", test: string[], donors: (id: string) => string[] }} Experiment
  *   the tasks that are left out, and the donors of each; start: where coefficients begin, since rows of adapters that were
  *   trained from one seed correspond, and a mean of others says nothing
  */
