@@ -2,14 +2,10 @@
  * `eigenlora/build`: from adapters to packs and back, in any JavaScript runtime. Not for run-time bundles. Adapters in folders are
  * read by `eigenlora/node`.
  */
-export type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
+export type { Adapter, AdapterModule, Exportable, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
 export type { BaseFacts } from "./adapters/base-facts.ts";
 export { type DiffusersFiles, readDiffusers } from "./adapters/diffusers.ts";
-export { peftFiles } from "./adapters/export.ts";
-export { ggufFile } from "./adapters/export-gguf.ts";
-export { onnxAdapterFile } from "./adapters/export-onnx-adapter.ts";
-export { diffusersFile, kohyaFile } from "./adapters/export-pipeline.ts";
-export type { Exportable } from "./adapters/factors.ts";
+export { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "./adapters/export.ts";
 export { type GgufFiles, readGguf } from "./adapters/gguf.ts";
 export { type KohyaFiles, readKohya } from "./adapters/kohya.ts";
 export { type MlxFiles, readMlx } from "./adapters/mlx.ts";
@@ -24,13 +20,11 @@ export type { Append, Sign, TaskToWrite } from "./format/layout.ts";
 export { type ProjectAdaptersOptions, type ProjectedAdapter, projectAdapters } from "./pack/add.ts";
 export { type Built, buildPack } from "./pack/build.ts";
 export { taskAdapter } from "./pack/expand.ts";
-export type { Goal, Judge, PerTask, SearchOptions, Tried } from "./pack/goal.ts";
-export { createSigner, type SigningKey } from "./pack/keys.ts";
 export type { BuildOptions } from "./pack/recipe.ts";
 export type { BuildReport, SharedReport, TaskLoss } from "./pack/report.ts";
+export type { Goal, Judge, PerTask, SearchOptions, Tried, Way } from "./pack/search.ts";
 export { type SearchReport, searchPack } from "./pack/search.ts";
-export type { Way } from "./pack/ways.ts";
-export { planAppend, planSignature, signTaskFile } from "./pack/write.ts";
+export { createSigner, planAppend, planSignature, type SigningKey, signTaskFile } from "./pack/write.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";
 export type { SafetensorsEntry } from "./tensor/safetensors-writer.ts";
 export type { OnWork, WorkProgress } from "./work.ts";

@@ -21,8 +21,15 @@ export type { TaskInfo } from "./core/pack.ts";
 export { type Bases, type BasesOptions, Pack, type PackEvents } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
 export { Runtime } from "./core/runtime.ts";
-export type { MemoryReport, RuntimeSwitchReport, Selection, SwitchOptions, SwitchReport } from "./core/selection.ts";
-export type { SwitchEvents, Switching } from "./core/switching.ts";
+export type {
+  MemoryReport,
+  RuntimeSwitchReport,
+  Selection,
+  SwitchEvents,
+  Switching,
+  SwitchOptions,
+  SwitchReport,
+} from "./core/selection.ts";
 export type { ModuleTerm } from "./core/terms.ts";
 export type { AddTaskOptions, PublicKey, TrustOptions } from "./core/trust.ts";
 export {

@@ -5,7 +5,12 @@
 export type { Adapter } from "./adapters/adapter.ts";
 export type { BaseFacts } from "./adapters/base-facts.ts";
 export { describeBase } from "./adapters/describe-base.ts";
-export { type AdapterFormat, type AdapterLocation, findAdapters } from "./adapters/find.ts";
-export { type ReadAdaptersOptions, readAdapters } from "./adapters/folder.ts";
+export {
+  type AdapterFormat,
+  type AdapterLocation,
+  findAdapters,
+  type ReadAdaptersOptions,
+  readAdapters,
+} from "./adapters/folder.ts";
 export { folderStore } from "./cache/folder.ts";
 export type { HubOptions } from "./http/hub.ts";

@@ -30,8 +30,17 @@ export { toHex } from "../dist/src/text.js";
 export { reuse } from "../dist/src/core/stage.js";
 export { parseTaskFile } from "../dist/src/core/task-file.js";
 export { Trust } from "../dist/src/core/trust.js";
-export { type Coder, code, isCoded, mostDecoded } from "../dist/src/format/coded.js";
-export { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";
+export {
+  type Coder,
+  code,
+  DISTANCE,
+  isCoded,
+  LENGTH,
+  LITERALS,
+  MORE,
+  mostDecoded,
+  SHAPE,
+} from "../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
 export { encodeBasis, encodeSignedTaskFile, encodeSuperblock, encodeTask } from "../dist/src/format/encode.js";
@@ -45,9 +54,9 @@ export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
 // Files of other projects that packs are never made from in one call, or whose readers see through a folder only.
 
-export { unflatten } from "../dist/src/adapters/kohya-names.js";
+export { unflatten } from "../dist/src/adapters/kohya.js";
+export { openOnnxAdapter } from "../dist/src/adapters/onnx-adapter.js";
 export { openGguf } from "../dist/src/tensor/gguf.js";
-export { openOnnxAdapter } from "../dist/src/tensor/onnx-adapter.js";
 
 // Names that no server would be asked by.
 
@@ -61,11 +70,11 @@ export { createBackend } from "../dist/src/backends/select.js";
 export { createWasmBackend } from "../dist/src/backends/wasm.js";
 export { createHeap, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
 export { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
-export { compile, Faults } from "../dist/src/backends/webgpu-device.js";
+export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
 
 // Where a weight is: cases that no model of the tests has.
 
-export { sharedModules } from "../dist/src/adapters/modules.js";
+export { sharedModules } from "../dist/src/adapters/adapter.js";
 export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
 export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
@@ -103,7 +112,13 @@ export {
 export type { ExtractOptions, Gauge } from "../dist/src/extract/options.js";
 export { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
 export type { SideBasis } from "../dist/src/extract/side.js";
-export { collectSummary, gramComponents, type Summary, summaryKind, triangle } from "../dist/src/extract/summary.js";
+export {
+  collectSummary,
+  gramComponents,
+  type Summary,
+  summaryKind,
+  triangle,
+} from "../dist/src/pack/shard/statistics.js";
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
@@ -117,24 +132,29 @@ export { openAdapters, piecesOf } from "../dist/src/pack/encode.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
 export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
 export { lossesOf } from "../dist/src/pack/report.js";
-export { searchStreamed } from "../dist/src/pack/search.js";
+export { codedOptions, searchStreamed } from "../dist/src/pack/search.js";
 export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
-export { codedOptions } from "../dist/src/pack/ways.js";
 export { allOf, freshPack, tasksOf } from "../dist/src/pack/write.js";
 
 // What the command line makes packs of: parts of machines, scores of a folder of adapters.
 
-export { partByGain, readScores } from "../dist/src/adapters/scores.js";
+export { partByGain, readScores } from "../dist/src/cli/pack.js";
 export { type BasisOptions, buildBasis } from "../dist/src/pack/shard/basis.js";
-export { adapterStatistics, mergeStatistics, type Statistics } from "../dist/src/pack/shard/statistics.js";
-export { openStatistics, type StatisticsPart, writeStatistics } from "../dist/src/pack/shard/statistics-part.js";
+export {
+  adapterStatistics,
+  mergeStatistics,
+  openStatistics,
+  type Statistics,
+  type StatisticsPart,
+  writeStatistics,
+} from "../dist/src/pack/shard/statistics.js";
 export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/tasks.js";
 
 // ONNX graphs, made and changed node by node.
 
 export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
-export { readParts } from "../dist/src/onnx/encoder-decoder.js";
+export { readParts, renameValues } from "../dist/src/onnx/encoder-decoder.js";
 export { graft } from "../dist/src/onnx/graft.js";
 export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
@@ -161,7 +181,6 @@ export {
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../dist/src/onnx/read.js";
-export { renameValues } from "../dist/src/onnx/rename.js";
 export { replaceByFile, type WeightInput } from "../dist/src/onnx/replaceable.js";
 export { skeletonOf } from "../dist/src/onnx/skeleton.js";
 export { readTensor as readOnnxTensor } from "../dist/src/onnx/tensors.js";
@@ -171,10 +190,9 @@ export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
-export { hold } from "../dist/bindings/hold.js";
 export { whileAlive } from "../dist/bindings/ort-device.js";
 export { optionsFor } from "../dist/bindings/ort-engine.js";
-export { labelsOf } from "../dist/bindings/transformers-labels.js";
+export { hold, labelsOf } from "../dist/bindings/transformers-shared.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
 export { ModelMatcher } from "../dist/src/session/match.js";
 export { planSession } from "../dist/src/session/plan.js";
@@ -188,22 +206,26 @@ export type { Trainable } from "../dist/src/session/training.js";
 export { flattenScales, unpackProducts } from "../dist/src/autodiff/block-weights.js";
 export { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions/index.js";
 export { Emitter } from "../dist/src/autodiff/emit.js";
-export { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
-export { fixInnerHeads } from "../dist/src/autodiff/inner-heads.js";
+export {
+  buildTrainingGraph,
+  differentiate,
+  type TrainingGraph,
+  type TrainingGraphOptions,
+  takeUntransposed,
+} from "../dist/src/autodiff/graph.js";
 export { type ProbedPath, probePath } from "../dist/src/autodiff/path.js";
-export { Problems } from "../dist/src/autodiff/problems.js";
-export { differentiate } from "../dist/src/autodiff/reverse.js";
 export { RULES } from "../dist/src/autodiff/rules/index.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
-export { takeUntransposed } from "../dist/src/autodiff/transposed.js";
-export { AdamW } from "../dist/src/train/adamw.js";
+export { Problems } from "../dist/src/autodiff/shapes.js";
+export { fixInnerHeads } from "../dist/src/session/training.js";
 export { askAdapter } from "../dist/src/train/answers.js";
 export { supervisionOf } from "../dist/src/train/create-trainer.js";
-export { createBatcher } from "../dist/src/train/encoding.js";
 export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
-export { modelBase } from "../dist/src/train/model-base.js";
+export { modelBase } from "../dist/src/train/pack-by-answers.js";
 export { MeanDivergence } from "../dist/src/train/probabilities.js";
 export { readDonor, startState } from "../dist/src/train/start.js";
+export { AdamW } from "../dist/src/train/state.js";
+export { createBatcher } from "../dist/src/train/supervision.js";
 export { headInputs } from "../dist/src/train/trainable-model.js";
 export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
 
@@ -219,7 +241,6 @@ export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
 export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
 export { takeLock } from "../dist/src/cli/lock.js";
 export { openModel } from "../dist/src/cli/model.js";
-export { downloading } from "../dist/src/cli/on-hub.js";
 export {
   createOutput,
   leftOf,
@@ -230,7 +251,7 @@ export {
   timeLeft,
 } from "../dist/src/cli/output.js";
 export { runProgram } from "../dist/src/cli/program.js";
-export { Run } from "../dist/src/cli/run.js";
+export { downloading, Run } from "../dist/src/cli/run.js";
 
 /** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */
 export const COMMAND_LINE: URL = new URL("../dist/src/cli/", import.meta.url);

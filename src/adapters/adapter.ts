@@ -4,11 +4,15 @@
  *
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
+
+import { checkArgument, checkList } from "../arguments.ts";
+import { AdapterError } from "../errors.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
+import { pacer } from "../pace.ts";
 import type { SourceInput } from "../source.ts";
-import type { TensorFile } from "../tensor/tensor-file.ts";
+import { encodeTensor } from "../tensor/encode.ts";
+import { show, type TensorFile } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
-import { readTaskMetadata } from "./metadata.ts";
 
 /** An adapted layer of the base model. */
 export interface ModuleShape {
@@ -103,4 +107,260 @@ export async function readAdapterFile<F extends TensorFile & { close(): Promise<
     await close();
     throw error;
   }
+}
+
+// Reads `task.json`, the file beside an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
+// become the task's metadata. It is not the adapter's own configuration.
+
+/** Metadata is read with a pack's directory, before any task: it must stay small. */
+const MAX_METADATA_BYTES = 64 * 1024;
+
+/** Levels left in a pack (SPEC.md, section 1): 16, less three for the task list, its entries and their metadata. */
+const MAX_DEPTH = 13;
+/** Most bytes of a class name, and of licence and origin (SPEC.md, section 4.3). */
+const [MAX_LABEL_BYTES, MAX_TEXT_BYTES] = [1024, 4096];
+
+/**
+ * Checks the contents of a task.json.
+ * @param task parsed JSON; undefined when there is no such file
+ * @param file its path, for messages
+ * @throws AdapterError naming the invalid field
+ */
+export function readTaskMetadata(task: unknown, file: string): TaskMetadata {
+  if (task === undefined) return {};
+  const refuse = (field: string, message: string): AdapterError =>
+    new AdapterError(`${field} ${message}`, { file, field });
+  if (typeof task !== "object" || task === null || Array.isArray(task)) {
+    throw new AdapterError(`is not a JSON object; write {"labels": [...]} or remove it`, { file });
+  }
+  for (const [field, value] of Object.entries(task)) {
+    if (!isPlain(value, MAX_DEPTH)) {
+      throw refuse(field, `is not plain JSON with finite numbers, nested ${MAX_DEPTH} deep at most; simplify it`);
+    }
+  }
+  const bytes = bytesOf(JSON.stringify(task));
+  if (bytes > MAX_METADATA_BYTES) {
+    throw new AdapterError(`has ${bytes} bytes, ${MAX_METADATA_BYTES} at most are kept; shorten it`, { file });
+  }
+  const { labels, license, origin } = task as Record<string, unknown>;
+  const isLabel = (label: unknown): boolean => isText(label, MAX_LABEL_BYTES);
+  if (labels !== undefined && !(Array.isArray(labels) && labels.length > 0 && labels.every(isLabel))) {
+    throw refuse(
+      "labels",
+      `is ${show(labels)}, expected an array of strings of 1 to ${MAX_LABEL_BYTES} bytes: the class names in the order of the head's rows`,
+    );
+  }
+  for (const [field, text] of Object.entries({ license, origin })) {
+    if (text === undefined || isText(text, MAX_TEXT_BYTES)) continue;
+    throw refuse(field, `is ${show(text)}, expected a string of 1 to ${MAX_TEXT_BYTES} bytes; correct or remove it`);
+  }
+  return { ...task };
+}
+
+const bytesOf = (text: string): number => new TextEncoder().encode(text).length;
+
+function isText(value: unknown, maxBytes: number): boolean {
+  return typeof value === "string" && value !== "" && bytesOf(value) <= maxBytes;
+}
+
+function isPlain(value: unknown, depth: number): boolean {
+  if (value === null || typeof value === "string" || typeof value === "boolean") return true;
+  if (typeof value === "number") return Number.isFinite(value);
+  return typeof value === "object" && depth > 0 && Object.values(value).every((item) => isPlain(item, depth - 1));
+}
+
+// Modules that several adapters, or parts made of adapters, have in common: a layer must be the same in all of them.
+
+/** Compares by code units, so that the order is the same on every machine. */
+export function compare(a: string, b: string): number {
+  return a < b ? -1 : a > b ? 1 : 0;
+}
+
+/** An owner of modules, and its file. */
+interface Owner<M extends ModuleShape> {
+  readonly file: string;
+  readonly modules: ReadonlyMap<string, M>;
+}
+
+/** A module with all its owners. */
+export interface SharedModule<O> {
+  readonly shape: ModuleShape;
+  readonly owners: readonly O[];
+}
+
+/**
+ * All modules that occur, sorted by name.
+ * @throws AdapterError naming the second file when two mean different modules by one name
+ */
+export function sharedModules<M extends ModuleShape, O extends Owner<M>>(
+  all: readonly (O & Owner<M>)[],
+): Map<string, SharedModule<O>> {
+  const names = [...new Set(all.flatMap(({ modules }) => [...modules.keys()]))].sort();
+  return new Map(
+    names.map((name) => {
+      const owners = all.filter(({ modules }) => modules.has(name));
+      const { out, in: inputs, layout, kernel } = owners[0]!.modules.get(name)!;
+      const shape = { name, out, in: inputs, layout, kernel };
+      for (const { file, modules } of owners) checkSame(shape, owners[0]!.file, modules.get(name)!, file);
+      return [name, { shape, owners }];
+    }),
+  );
+}
+
+/** @throws AdapterError when an adapter both replaces a weight (or rows of it) and adapts it; PEFT makes no such adapter */
+export function refuseBoth({ file, modules, saved }: Pick<Adapter, "file" | "modules" | "saved">): void {
+  const adapted = new Set([...modules.keys()].map((name) => `${name}.weight`));
+  const both = saved.find(({ name, role }) => adapted.has(name) && (role === "saved" || role === "rows"));
+  if (!both) return;
+  const message = `it brings "${both.name}" (${both.role}) and adapts it as well: which of the two is meant? Leave one out`;
+  throw new AdapterError(message, { file, field: both.name });
+}
+
+/** @throws AdapterError when two adapters have one id */
+export function refuseTwins(adapters: readonly Pick<Adapter, "id" | "file">[]): void {
+  const files = new Map<string, string>();
+  for (const { id, file } of adapters) {
+    const other = files.get(id);
+    if (other !== undefined) throw new AdapterError(`it has the id "${id}", as ${other}: give it another`, { file });
+    files.set(id, file);
+  }
+}
+
+function checkSame(x: ModuleShape, file: string, y: ModuleShape, other: string): void {
+  if (x.out === y.out && x.in === y.in && x.layout === y.layout && String(x.kernel) === String(y.kernel)) return;
+  throw new AdapterError(
+    `"${y.name}" is [${y.out}, ${y.in}] ${y.layout} here, but [${x.out}, ${x.in}] ${x.layout} in ${file}: adapters of ` +
+      "different base models cannot share a pack",
+    { file: other, field: y.name },
+  );
+}
+
+/** @throws TypeError when `value` is no adapter */
+export function checkAdapter(where: string, value: unknown): void {
+  checkArgument(where, value, "an adapter (readAdapters of eigenlora/node, or readPeft)", "saved");
+}
+
+/** @throws TypeError when `value` is no list of adapters */
+export function checkAdapters(where: string, value: unknown): void {
+  checkList(where, value, "adapters (await readAdapters(…))");
+  for (const one of value as unknown[]) checkAdapter(where, one);
+}
+
+/** What an adapter says of its base model. */
+interface Based {
+  readonly id: string;
+  readonly file: string;
+  readonly baseModel: string | undefined;
+}
+
+/** Adapters of one base model that a message lists. */
+const LISTED = 3;
+
+/**
+ * Refuses adapters of different base models, which cannot share a pack. One model goes by several names, as a hub's id and as a folder,
+ * so names with the same end count as one. An adapter without a name fits any.
+ * @param anyBase accept them all the same
+ * @throws AdapterError when adapters name different base models, listing them
+ */
+export function refuseBases(adapters: readonly Based[], anyBase = false): void {
+  const byEnd = new Map<string, Based[]>();
+  for (const adapter of adapters) {
+    if (adapter.baseModel === undefined) continue;
+    const end = lastPart(adapter.baseModel);
+    byEnd.set(end, [...(byEnd.get(end) ?? []), adapter]);
+  }
+  if (anyBase || byEnd.size < 2) return;
+  const groups = [...byEnd.values()].sort((a, b) => b.length - a.length);
+  const listed = groups.map((group) => {
+    const ids = group.slice(0, LISTED).map(({ id }) => id);
+    const more = group.length > LISTED ? ` and ${group.length - LISTED} more` : "";
+    return `${group[0]!.baseModel} (${ids.join(", ")}${more})`;
+  });
+  throw new AdapterError(
+    `the adapters name different base models: ${listed.join("; ")}. Take those of one model; if these are names of one, pass ` +
+      "anyBase: true",
+    { file: groups.at(-1)![0]!.file, field: "base_model_name_or_path" },
+  );
+}
+
+/** The end of a base model's name: of a hub's id, of a path, or of a folder in the hub's cache. */
+function lastPart(name: string): string {
+  const cached = /models--(?:[^/\\]+?--)?([^/\\]+)[/\\]snapshots[/\\]/.exec(name)?.[1];
+  return (cached ?? name.split(/[/\\]/).findLast(Boolean) ?? "").toLowerCase();
+}
+
+/** The base model that all adapters name that name one; undefined where there is none, or they name different ones. */
+export function commonBase(adapters: readonly { readonly baseModel: string | undefined }[]): string | undefined {
+  const named = baseModels(adapters);
+  return new Set(named.map(lastPart)).size === 1 ? named[0] : undefined;
+}
+
+/** Base models that adapters name, in the order of the adapters. */
+export function baseModels(adapters: readonly { readonly baseModel: string | undefined }[]): string[] {
+  return [...new Set(adapters.map(({ baseModel }) => baseModel).filter((name) => name !== undefined))];
+}
+
+// Factors of a module in the shapes of LoRA files, for the writers of all formats.
+
+/** The parts of an adapter that are needed to write it. A task of a pack can be given in this form. */
+export type Exportable = Pick<Adapter, "id" | "baseModel" | "modules" | "saved" | "metadata">;
+
+/** A tensor, row-major. */
+export interface FactorMatrix {
+  readonly shape: readonly number[];
+  readonly values: Float32Array;
+}
+
+/** The factors of one module, scale in B. */
+export interface AdapterFactors {
+  /** A [r, in], or [r, in, k…] of a convolution. */
+  readonly A: FactorMatrix;
+  /** B [out, r], or [out, r, 1…]. */
+  readonly B: FactorMatrix;
+  /** DoRA magnitude [out]. */
+  readonly magnitude: Float32Array | undefined;
+}
+
+/** Rank to write. No format has a rank of 0: a module whose update is zero gets one component of zeros. */
+export function rankOf({ rank }: AdapterModule): number {
+  return Math.max(1, rank);
+}
+
+/** Reads the factors of a module. @throws as the module's `read` */
+export async function factorsOf(module: AdapterModule): Promise<AdapterFactors> {
+  const { out, in: inputs, kernel = [] } = module;
+  const { A, Bt, magnitude } = await module.read();
+  const rank = rankOf(module);
+  const b = new Float32Array(out * rank);
+  const pause = pacer();
+  for (let k = 0; k < module.rank; k++) {
+    for (let i = 0; i < out; i++) b[i * rank + k] = Bt[k * out + i]!;
+    const turn = pause();
+    if (turn) await turn;
+  }
+  const channels = inputs / kernel.reduce((product, size) => product * size, 1);
+  return {
+    A: { shape: [rank, channels, ...kernel], values: module.rank === 0 ? new Float32Array(inputs) : A },
+    B: { shape: [out, rank, ...kernel.map(() => 1)], values: b },
+    magnitude,
+  };
+}
+
+export function f32Bytes(values: Float32Array): Uint8Array {
+  return encodeTensor("f32", values, 1, values.length);
+}
+
+/** @throws AdapterError when an adapter brings more than factors, which the format cannot hold */
+export function refuseSaved({ id, saved }: Exportable, format: string): void {
+  const [first] = saved;
+  if (first === undefined) return;
+  const message =
+    `${first.name} (${first.role}) has no place in ${format}, which holds factors of LoRA alone: export as PEFT, or fold the task ` +
+    "into its base";
+  throw new AdapterError(message, { file: id, field: first.name });
+}
+
+/** Makes the error for a module that the format cannot hold. */
+export function refuseModule({ id }: Exportable, name: string, why: string): AdapterError {
+  return new AdapterError(`${name} ${why}: export as PEFT, or fold the task into its base`, { file: id, field: name });
 }

@@ -7,10 +7,9 @@ import { AdapterError } from "../errors.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { type BaseFacts, factsOfConfig, isCount } from "./base-facts.ts";
-import { MODELS } from "./diffusers-keys.ts";
-import { readJson } from "./json-file.ts";
+import { MODELS } from "./diffusers.ts";
 import { openSafetensors } from "./safetensors.ts";
-import { type Tree, treeAt } from "./tree.ts";
+import { readJson, type Tree, treeAt } from "./tree.ts";
 
 const CONFIG = "config.json";
 

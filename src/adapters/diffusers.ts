@@ -10,10 +10,9 @@ import type { TaskMetadata } from "../format/format.ts";
 import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
-import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
 import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
-import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
+import { CONVERT, type KeyRole, type PeftConfig, parsePeftKeys, readPeftConfig, withoutBase } from "./peft.ts";
 import { openSafetensors } from "./safetensors.ts";
 
 /** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
@@ -146,4 +145,156 @@ function checkDora(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): voi
     const message = `module ${name} has no lora_magnitude_vector, but there is ${other}: the file is incomplete; save it again`;
     throw refuser(file)(other, message);
   }
+}
+
+// Names of the tensors in a LoRA file of diffusers: the model of a pipeline and the module that each belongs to. Uses names only. Three
+// generations are read, and give one name for one module:
+// unet.down_blocks.0.….attn1.processor.to_out_lora.down.weight    2023, written by attention processors
+// unet.down_blocks.0.….attn1.to_out.0.lora.down.weight            after it; text encoders have lora_linear_layer
+// unet.down_blocks.0.….attn1.to_out.0.lora_A.weight               since PEFT
+// unet.down_blocks.0.….attn1.to_out.0                             the module
+// The mapping is that of diffusers 0.42 (utils/state_dict_utils.py, loaders/lora_base.py).
+
+/** Models of a pipeline that diffusers loads LoRA into (`_lora_loadable_modules` of its pipelines). */
+export const MODELS: readonly string[] = [
+  "unet",
+  "transformer",
+  "transformer_2",
+  "transformer_ref",
+  "text_encoder",
+  "text_encoder_2",
+  "text_encoder_3",
+  "text_conditioner",
+  "connectors",
+];
+
+/** First segments that tell the model in names without one, as `save_attn_procs` and `save_lora_adapter` write them. */
+const BARE: readonly (readonly [RegExp, string])[] = [
+  [/^(down_blocks|mid_block|up_blocks)\./, "unet"],
+  [/^(single_)?transformer_blocks\./, "transformer"],
+];
+
+/** Projections of attention in a UNet, and in CLIP, whose modules have other names than their processors had. */
+const UNET: ReadonlyMap<string, string> = new Map([
+  ["q", "to_q"],
+  ["k", "to_k"],
+  ["v", "to_v"],
+  ["out", "to_out.0"],
+]);
+const CLIP: ReadonlyMap<string, string> = new Map([
+  ["q", "q_proj"],
+  ["k", "k_proj"],
+  ["v", "v_proj"],
+  ["out", "out_proj"],
+]);
+
+/** Copies of the base's own parameters, which no LoRA of diffusers holds. */
+const COPIES: ReadonlySet<KeyRole> = new Set(["baseWeight", "baseBias"]);
+
+/** The model that a name begins with; "" where it is unknown. */
+export function prefixOf(name: string): string {
+  return MODELS.find((model) => name.startsWith(`${model}.`)) ?? "";
+}
+
+/** The model of a file whose names do not contain one; undefined where they do, or where none tells it. */
+export function bareModel(names: Iterable<string>): string | undefined {
+  const all = [...names];
+  if (all.some((name) => prefixOf(name) !== "")) return undefined;
+  return BARE.find(([pattern]) => all.some((name) => pattern.test(name)))?.[1];
+}
+
+/**
+ * Parses a tensor's name; undefined where diffusers gives no such name to a tensor of a LoRA.
+ * @param bare the model of names without one
+ */
+function parseDiffusersKey(name: string, bare: string | undefined): LoraKey | undefined {
+  const prefix = prefixOf(name);
+  const model = prefix || bare;
+  if (model === undefined) return undefined;
+  const inner = prefix === "" ? name : name.slice(prefix.length + 1);
+  if (!inner.endsWith(".alpha")) return parsePart(inner, prefix, model);
+  // "module.alpha", or, from `network_alphas`, the name of the whole tensor with ".alpha" behind it.
+  const owner = inner.slice(0, -".alpha".length);
+  const spellings = [owner, `${owner}.down.weight`, `${owner}.lora_A.weight`];
+  const known = spellings.map((spelling) => parsePart(spelling, prefix, model)).find((key) => key !== undefined);
+  return known && { ...known, part: "alpha" };
+}
+
+function parsePart(name: string, prefix: string, model: string): LoraKey | undefined {
+  const modern = modernName(name, model);
+  const key = parsePeftKeys([modern]).get(modern)!;
+  if (key.kind !== "part" || COPIES.has(key.part)) return undefined;
+  const { module: local, part } = key;
+  return { prefix, local, module: `${model}.${withTextModel(local, model)}`, part };
+}
+
+/** Name of the tensor in diffusers since it uses PEFT. */
+function modernName(name: string, model: string): string {
+  const plain = name.replaceAll(".processor.", ".");
+  const [, attention, projection, oldSide] = /^(.+)\.to_(q|k|v|out)_lora\.(down|up)\.weight$/.exec(plain) ?? [];
+  if (attention !== undefined) {
+    const names = model.startsWith("text_encoder") ? CLIP : UNET;
+    return `${attention}.${names.get(projection!)!}.${factor(oldSide!)}`;
+  }
+  const [, module, side] = /^(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight$/.exec(plain) ?? [];
+  if (module !== undefined) return `${module}.${factor(side!)}`;
+  return plain.replace(/\.to_out\.lora_magnitude_vector(?=\.|$)/, ".to_out.0.lora_magnitude_vector");
+}
+
+const factor = (side: string): string => (side === "down" ? "lora_A.weight" : "lora_B.weight");
+
+/** Adds the level of CLIP's names that transformers 5 has dropped. With it, a name is found in models of both kinds. */
+export function withTextModel(module: string, model: string): string {
+  const flat = model.startsWith("text_encoder") && /^encoder\.layers\.\d+\.(self_attn|mlp\.fc[12])\b/.test(module);
+  return flat ? `text_model.${module}` : module;
+}
+
+/** Whether names show a LoRA, in whatever format. */
+export function holdsLora(names: Iterable<string>): boolean {
+  for (const name of names) {
+    if (
+      /[._]lora_(A|B|down|up|mid|embedding_A)\b|[._]lora(_linear_layer)?\.(down|up)\.|\.(hada_w|lokr_w)\d/.test(name)
+    ) {
+      return true;
+    }
+  }
+  return false;
+}
+
+const PLAIN = "Train a plain LoRA, or merge it into its base";
+
+/** Names of other formats and of other kinds of adapter, the narrower first, with advice. */
+const FOREIGN: readonly (readonly [RegExp, string])[] = [
+  [/\.(hada_w|lokr_w|lokr_t|hada_t)\d/, `is of LyCORIS (LoHa or LoKr), which is no product of two factors. ${PLAIN}`],
+  [
+    /\.dora_scale$/,
+    "is a DoRA scale of LyCORIS or kohya, which does not say over which side its norms go; diffusers leaves it out, and " +
+      `then the result is another. ${PLAIN}`,
+  ],
+  [/\.(diff|diff_b|w_norm|b_norm|set_weight)$/, `is the difference of a whole parameter, not a LoRA of it. ${PLAIN}`],
+  [
+    /^(lora|lycoris)_[a-z0-9]+_|\.lora_(down|up|mid)\.weight$/,
+    "is a name of kohya's, of no model that is known. Its names begin with lora_unet_, lora_te_, lora_te1_ or lora_te2_; readKohya reads " +
+      "them",
+  ],
+  [/_custom_diffusion\./, "is of Custom Diffusion, which trains whole projections. Train a LoRA"],
+  [/_lora\.(down|up)\.weight$/, "is of a projection that diffusers 0.42 does not load either. Leave it out"],
+  [
+    /^(model\.)?diffusion_model\./,
+    "has the names of the model's original code. Load the file into its pipeline with diffusers and save it with " +
+      "save_lora_weights",
+  ],
+  [
+    /^base_model\.model\./,
+    "is of PEFT. Put adapter_config.json beside the file, and call the file adapter_model.safetensors",
+  ],
+];
+
+/** Finds a name that another format is known by, and the advice for it. */
+export function foreignName(names: readonly string[]): { name: string; message: string } | undefined {
+  for (const [pattern, message] of FOREIGN) {
+    const name = names.find((candidate) => pattern.test(candidate));
+    if (name !== undefined) return { name, message };
+  }
+  return undefined;
 }

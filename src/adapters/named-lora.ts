@@ -6,11 +6,9 @@ import { AdapterError } from "../errors.ts";
 import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
 import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
 import type { AdapterModule, SavedTensor } from "./adapter.ts";
-import { compare } from "./modules.ts";
-import type { PeftConfig } from "./peft-config.ts";
-import type { KeyRole } from "./peft-keys.ts";
-import { readModule } from "./peft-module.ts";
-import { checkName, type PeftTensors, peftTensors } from "./peft-places.ts";
+import { compare } from "./adapter.ts";
+import type { KeyRole, PeftConfig } from "./peft.ts";
+import { checkName, type PeftTensors, peftTensors, readModule } from "./peft.ts";
 
 /** Meaning of a tensor's name. */
 export interface LoraKey {

@@ -3,11 +3,15 @@
  * exporter's names; names that end in `lora_A.weight` and `lora_B.weight`, as Olive and PEFT write them, are read. The format has no
  * scale, which is part of a factor. Portable: folders are read in folder.ts.
  */
-import { openOnnxAdapter } from "../tensor/onnx-adapter.ts";
+
+import { FormatError } from "../errors.ts";
+import type { ByteSource, ReadOptions } from "../source.ts";
+import { decodeFloats } from "../tensor/safetensors.ts";
+import { isFloatDtype, type TensorFile, type TensorInfo } from "../tensor/tensor-file.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
-import { parsePeftKeys } from "./peft-keys.ts";
+import { parsePeftKeys } from "./peft.ts";
 import { openFile } from "./safetensors.ts";
 
 /** The file of one adapter of ONNX Runtime; `tensors` is the .onnx_adapter file. */
@@ -40,4 +44,153 @@ function parseKey(name: string): LoraKey | undefined {
   const key = parsePeftKeys([name]).get(name)!;
   if (key.kind !== "part" || (key.part !== "A" && key.part !== "B")) return undefined;
   return { prefix: "", local: key.module, module: key.module, part: key.part };
+}
+
+// The `.onnx_adapter` format of ONNX Runtime (onnxruntime/lora/adapter_format/adapter_schema.fbs): a FlatBuffer of named tensors,
+// which are inputs of a model. Trusts nothing: every offset is checked against the file before it is followed. Writing is
+// `onnx-adapter-writer.ts`.
+
+/** "TORT", of every file; versions that are read. */
+export const IDENTIFIER = "TORT";
+const VERSION = 1;
+const MOST_DIMS = 8;
+const MOST_NAME_BYTES = 4096;
+
+/** Names of ONNX's tensor types, as safetensors has them, and bytes of an element. */
+const TYPES: ReadonlyMap<number, readonly [dtype: string, bytes: number]> = new Map([
+  [1, ["F32", 4]],
+  [10, ["F16", 2]],
+  [11, ["F64", 8]],
+  [16, ["BF16", 2]],
+]);
+
+/** Fields of the tables, in the order of the schema. */
+const [FORMAT_VERSION, , , PARAMETERS] = [0, 1, 2, 3];
+const [NAME, DIMS, TYPE, DATA] = [0, 1, 2, 3];
+
+interface Parameter extends TensorInfo {
+  readonly byteOffset: number;
+  readonly byteLength: number;
+}
+
+/** Follows offsets in a file. */
+class FlatBuffer {
+  readonly #source: ByteSource;
+  readonly #byteLength: number;
+  readonly #options: ReadOptions | undefined;
+
+  constructor(source: ByteSource, byteLength: number, options: ReadOptions | undefined) {
+    this.#source = source;
+    this.#byteLength = byteLength;
+    this.#options = options;
+  }
+
+  fail(message: string): FormatError {
+    return new FormatError(`${message}; damaged, save the adapter again`, {
+      file: this.#source.name,
+      part: "FlatBuffer",
+    });
+  }
+
+  async bytes(at: number, length: number): Promise<DataView> {
+    if (!(at >= 0 && at + length <= this.#byteLength))
+      throw this.fail(`points at byte ${at}, but the file has ${this.#byteLength}`);
+    const found = length === 0 ? new Uint8Array(0) : await this.#source.read(at, length, this.#options);
+    return new DataView(found.buffer, found.byteOffset, found.byteLength);
+  }
+
+  async u32(at: number): Promise<number> {
+    return (await this.bytes(at, 4)).getUint32(0, true);
+  }
+
+  /** What an offset at `at` points to. */
+  async follow(at: number): Promise<number> {
+    return at + (await this.u32(at));
+  }
+
+  /** Places of a table's fields; undefined for one that is left out. */
+  async fields(table: number): Promise<(field: number) => number | undefined> {
+    const vtable = table - (await this.bytes(table, 4)).getInt32(0, true);
+    const size = (await this.bytes(vtable, 2)).getUint16(0, true);
+    if (size < 4 || size % 2 !== 0) throw this.fail(`the table at byte ${table} has a wrong list of fields`);
+    const list = await this.bytes(vtable, size);
+    return (field) => {
+      const at = 4 + 2 * field;
+      const offset = at + 2 <= size ? list.getUint16(at, true) : 0;
+      return offset === 0 ? undefined : table + offset;
+    };
+  }
+
+  /** A vector's elements: their number, and where the first is. */
+  async vector(at: number | undefined, size: number): Promise<{ length: number; first: number }> {
+    if (at === undefined) return { length: 0, first: 0 };
+    const start = await this.follow(at);
+    const length = await this.u32(start);
+    if (start + 4 + length * size > this.#byteLength) throw this.fail(`a list at byte ${start} ends behind the file`);
+    return { length, first: start + 4 };
+  }
+}
+
+/**
+ * Reads and checks everything but the values.
+ * @throws FormatError when a rule of the format is broken, SourceError when the bytes cannot be had
+ */
+export async function openOnnxAdapter(source: ByteSource, options?: ReadOptions): Promise<TensorFile> {
+  const { name, byteLength = 0 } = source;
+  const file = new FlatBuffer(source, byteLength, options);
+  const refuse = (part: string, message: string): FormatError => new FormatError(message, { file: name, part });
+  const start = byteLength < 8 ? undefined : await file.bytes(0, 8);
+  const mark = start && String.fromCharCode(...[4, 5, 6, 7].map((at) => start.getUint8(at)));
+  if (mark !== IDENTIFIER)
+    throw refuse("header", `does not have "${IDENTIFIER}" at byte 4; not an adapter of ONNX Runtime`);
+  const root = await file.fields(await file.follow(0));
+  const version = root(FORMAT_VERSION) === undefined ? 0 : await file.u32(root(FORMAT_VERSION)!);
+  if (version !== VERSION) throw refuse("header", `is of format version ${version}, expected ${VERSION}`);
+  const list = await file.vector(root(PARAMETERS), 4);
+  const tensors = new Map<string, Parameter>();
+  for (let i = 0; i < list.length; i++) {
+    const [key, parameter] = await readParameter(file, await file.follow(list.first + 4 * i), refuse);
+    if (tensors.has(key)) throw refuse(`parameter ${key}`, "is there twice; save the adapter again");
+    tensors.set(key, parameter);
+  }
+  return {
+    name,
+    byteLength,
+    tensors,
+    async readF32(key, readOptions) {
+      const tensor = tensors.get(key);
+      if (tensor === undefined) throw refuse(`parameter ${key}`, `is not in the file, which holds ${tensors.size}`);
+      const { dtype, byteOffset, byteLength: length } = tensor;
+      if (!isFloatDtype(dtype))
+        throw refuse(`parameter ${key}`, `is of ${dtype}, expected FLOAT, FLOAT16, BFLOAT16 or DOUBLE; convert it`);
+      return decodeFloats(dtype, length === 0 ? new Uint8Array(0) : await source.read(byteOffset, length, readOptions));
+    },
+  };
+}
+
+async function readParameter(
+  file: FlatBuffer,
+  table: number,
+  refuse: (part: string, message: string) => FormatError,
+): Promise<[string, Parameter]> {
+  const field = await file.fields(table);
+  const text = await file.vector(field(NAME), 1);
+  if (text.length === 0 || text.length > MOST_NAME_BYTES)
+    throw file.fail(`a name has ${text.length} bytes, expected 1 to ${MOST_NAME_BYTES}`);
+  const key = new TextDecoder().decode(await file.bytes(text.first, text.length));
+  const dims = await file.vector(field(DIMS), 8);
+  if (dims.length > MOST_DIMS)
+    throw refuse(`parameter ${key}`, `has ${dims.length} dimensions, expected ${MOST_DIMS} at most`);
+  const sizes = await file.bytes(dims.first, 8 * dims.length);
+  const shape = Array.from({ length: dims.length }, (_, i) => Number(sizes.getBigInt64(8 * i, true)));
+  const type = field(TYPE) === undefined ? 0 : await file.u32(field(TYPE)!);
+  const data = await file.vector(field(DATA), 1);
+  const [dtype, bytes] = TYPES.get(type) ?? [`ONNX type ${type}`, NaN];
+  const expected = shape.reduce((a, b) => a * b, 1) * bytes;
+  if (shape.some((size) => !Number.isSafeInteger(size) || size < 0) || (TYPES.has(type) && expected !== data.length))
+    throw refuse(
+      `parameter ${key}`,
+      `${dtype} [${shape.join(", ")}] takes ${expected} bytes, but ${data.length} are there; save the adapter again`,
+    );
+  return [key, { dtype, shape, byteOffset: data.first, byteLength: data.length }];
 }

@@ -2,13 +2,17 @@
  * Where adapters and bases are looked for: folders on the disk, or a repository of the Hugging Face Hub. Paths are absolute ones on the
  * disk in both: those of a repository are where its files lie once they are downloaded.
  */
-import { readdir, stat } from "node:fs/promises";
-import { join, relative, resolve, sep } from "node:path";
+import { readdir, readFile, stat } from "node:fs/promises";
+import { extname, join, relative, resolve, sep } from "node:path";
+import { described } from "../arguments.ts";
+import type { WeightHost } from "../core/base.ts";
+import { openHost } from "../core/open-base.ts";
 import { openDisk, refuseOtherKinds } from "../disk.ts";
 import { AdapterError } from "../errors.ts";
-import { openSnapshot, type Snapshot, type SnapshotOptions } from "../http/hub.ts";
-import { type HubName, hubName } from "../http/hub-name.ts";
+import { type HubOptions, openSnapshot, type Snapshot, type SnapshotOptions } from "../http/hub.ts";
+import { type HubName, hubName, isInside } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
+import { parseJson } from "../tensor/tensor-file.ts";
 
 /** What a path leads to. */
 export type PathKind = "file" | "folder" | undefined;
@@ -86,5 +90,83 @@ function treeOf(snapshot: Snapshot, name: HubName): Tree {
     get: async (paths) => void (await snapshot.get(paths.map(within))),
     nameOf: (path) => snapshot.nameOf(within(path)),
     hub: { name, root },
+  };
+}
+
+// Reads JSON files beside adapters and models.
+
+/** Room for a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
+const MAX_JSON_BYTES = 16 * 1024 * 1024;
+
+/** @throws AdapterError when there is no such file, it is too large, or holds what `parseJson` refuses */
+export async function readJson(path: string): Promise<unknown> {
+  const bytes = (await stat(path).catch(() => undefined))?.size ?? 0;
+  if (bytes > MAX_JSON_BYTES) {
+    throw new AdapterError(`has ${bytes} bytes, ${MAX_JSON_BYTES} at most are read; shorten it`, { file: path });
+  }
+  const text = await readFile(path, "utf8").catch((cause: unknown) => {
+    throw new AdapterError(`cannot be read: ${(cause as Error).message}`, { file: path, cause });
+  });
+  try {
+    return parseJson(text);
+  } catch (cause) {
+    throw new AdapterError(`${(cause as Error).message}; correct it or save it again`, { file: path, cause });
+  }
+}
+
+// The weights of a base model in its folder, as transformers saves them: one file, or several with an index.
+
+/**
+ * Opens a base model's weights, which are only read. On the Hub their files are downloaded.
+ * @returns undefined where names are all there is: a folder without safetensors of a model, a list in JSON, a GGUF file
+ * @throws AdapterError, SourceError, FormatError when they cannot be read
+ */
+export async function openWeights(given: string, options: HubOptions): Promise<WeightHost | undefined> {
+  // An address is read by ranges; what is missing is refused where it is opened.
+  if (!hubName(given) && (await kind(given)) === undefined) return namesAlone(given) ? undefined : openHost(given);
+  const { tree, path } = await treeAt(given, { ...options, stage: "model" });
+  const files = (await tree.kind(path)) === "folder" ? await weightFiles(path, tree) : namesAlone(path) ? [] : [path];
+  await tree.get(files);
+  return files.length === 0 ? undefined : openHosts(files, tree);
+}
+
+const namesAlone = (path: string): boolean => [".json", ".gguf"].includes(extname(path));
+
+/** Paths of the files with a model's weights; none where the folder has no safetensors of a model. */
+async function weightFiles(folder: string, tree: Tree): Promise<string[]> {
+  const whole = join(folder, "model.safetensors");
+  if ((await tree.kind(whole)) === "file") return [whole];
+  const index = join(folder, "model.safetensors.index.json");
+  if ((await tree.kind(index)) !== "file") return [];
+  await tree.get([index]);
+  const { weight_map: map } = ((await readJson(index)) ?? {}) as { weight_map?: Readonly<Record<string, unknown>> };
+  return [...new Set(Object.values(map ?? {}))].map((file) => {
+    if (typeof file === "string" && isInside(file)) return join(folder, file);
+    throw new AdapterError(`"weight_map" names ${described(file)}, expected a file of its folder`, {
+      file: tree.nameOf(index),
+    });
+  });
+}
+
+/** Opens the files of one model as one base. */
+async function openHosts(files: readonly string[], tree: Tree): Promise<WeightHost> {
+  const hosts: WeightHost[] = [];
+  const close = async (): Promise<void> => {
+    for (const host of hosts) await host.close?.();
+  };
+  try {
+    for (const file of files) hosts.push(await openHost(await tree.open(file)));
+  } catch (error) {
+    await close();
+    throw error;
+  }
+  if (hosts.length === 1) return hosts[0]!;
+  const owners = new Map(hosts.flatMap((host) => [...host.list()].map(({ name }) => [name, host] as const)));
+  return {
+    *list() {
+      for (const host of hosts) yield* host.list();
+    },
+    read: (name, into, options) => (owners.get(name) ?? hosts[0]!).read(name, into, options),
+    close,
   };
 }

@@ -8,21 +8,19 @@ import { FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
-import { indexGraph, type OnnxModel } from "../onnx/model.ts";
-import { makeValue, PREFIX } from "../onnx/nodes.ts";
-import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
+import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
+import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
+import type { GraphProto, NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
+import { create, GraphProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
-import { branch } from "./branch.ts";
+import { operatorOf } from "./definitions/index.ts";
 import { Emitter } from "./emit.ts";
-import { crossEntropy, sparseCrossEntropy } from "./loss.ts";
-import { probePath } from "./path.ts";
-import { POSITIONS, pickPositions } from "./positions.ts";
-import { Problems } from "./problems.ts";
-import { recompute } from "./recompute.ts";
-import { differentiate } from "./reverse.ts";
-import { checkFeeds, type ShapeProbe, type Shapes } from "./shapes.ts";
-import { takeUntransposed } from "./transposed.ts";
+import { NodeGradient, type Walk } from "./node-gradient.ts";
+import { type ProbedPath, probePath } from "./path.ts";
+import { AGAIN, farUsed, recompute } from "./recompute.ts";
+import { RULES } from "./rules/index.ts";
+import { checkFeeds, Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
@@ -268,4 +266,429 @@ function taskFeeds(inputs: readonly TaskInput[], sizes: Readonly<Record<string, 
     for (let i = 0; i < (TRAINED.has(kind) ? count : 0); i++) data[i] = 0.1 * (((7 * i + 1) % 11) / 5 - 1);
     return [name, { dataType: FLOAT, dims, data }];
   });
+}
+
+// The nodes that only learning runs: a branch of the graph, in parts that are graphs of their own. onnxruntime takes a time to plan a graph's
+// memory that grows with the square of its nodes, and a language model has thousands of them here.
+
+/** Nodes of a part, give or take half of them: about those of one layer. */
+const PART = 300;
+
+/** A result of the branch: f32 of some rank, or an element of no dimensions. */
+interface BranchResult {
+  readonly value: string;
+  /** Its name outside of the branch. */
+  readonly as: string;
+  readonly rank: number;
+}
+
+/** A value that leaves a graph of the branch. */
+interface Output {
+  readonly name: string;
+  readonly type: number;
+  /** Dimensions where nothing is learned. */
+  readonly none: readonly number[];
+}
+
+/**
+ * If(learn): nodes with their results; else empty results of the same types. Without a branch every run would learn.
+ * @param learn the condition
+ * @param nodes in an order in which they can run; they are changed
+ * @param typeOf `TensorProto.DataType` of a value from outside; undefined where it is not known
+ * @param size nodes of a part, about
+ */
+function branch(
+  learn: string,
+  nodes: readonly NodeProto[],
+  results: readonly BranchResult[],
+  typeOf: (value: string) => number | undefined,
+  size: number = PART,
+): NodeProto {
+  const types = typesOf(nodes, typeOf);
+  for (const { value } of results) types.set(value, FLOAT);
+  const needed = new Set(results.map(({ value }) => value));
+  const parts: NodeProto[] = [];
+  for (const [i, own] of [...partsOf(nodes, types, size).entries()].reverse()) {
+    const leaving = own.flatMap(outputsOf).filter((value) => needed.has(value));
+    if (leaving.length === 0) continue;
+    for (const { input } of own) for (const value of input) needed.add(value);
+    const outputs = leaving.map((name) => ({ name, type: types.get(name)!, none: [0] }));
+    parts.unshift(choice(learn, `${PREFIX}/learn/${i}`, renamed(leavesLast(own), leaving), outputs));
+  }
+  const made = results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as)));
+  const outputs = results.map(({ as, rank }): Output => ({ name: as, type: FLOAT, none: Array(rank).fill(0) }));
+  return choice(learn, `${PREFIX}/learn`, [...parts, ...made], outputs);
+}
+
+/** Outputs that have a name: others are left out. */
+function outputsOf({ output }: NodeProto): string[] {
+  return output.filter((value) => value !== "");
+}
+
+/** Name of an output inside a graph that makes it: no two values of nested graphs may have the same name. */
+function inner(graph: "then" | "else", output: string): string {
+  return `${PREFIX}/${graph}/${output}`;
+}
+
+/** If(learn): nodes that make the inner names of outputs; else constants. */
+function choice(learn: string, name: string, nodes: NodeProto[], outputs: readonly Output[]): NodeProto {
+  const graph = (of: "then" | "else", node: NodeProto[], more: Partial<GraphProto> = {}): GraphProto => {
+    const output = outputs.map((one) => makeValue(inner(of, one.name), one.type));
+    return create(GraphProtoSchema, { ...more, name: `${name}/${of}`, node, output });
+  };
+  const none = ({ type, none }: Output): string => `${name}/none/${[type, ...none].join("/")}`;
+  const constants = new Map(outputs.map((one) => [none(one), one]));
+  const initializer = [...constants].map(([name, { type, none }]) =>
+    create(TensorProtoSchema, {
+      ...{ name, dataType: type, dims: none.map(BigInt), rawData: new Uint8Array(none.length === 0 ? 4 : 0) },
+    }),
+  );
+  const others = outputs.map((one) =>
+    makeNode("Identity", inner("else", one.name), [none(one)], inner("else", one.name)),
+  );
+  return makeNode(
+    "If",
+    name,
+    [learn],
+    outputs.map(({ name }) => name),
+    { then_branch: graph("then", nodes), else_branch: graph("else", others, { initializer }) },
+  );
+}
+
+/** Weight of a value of unknown type, which must not leave a part: the output of a graph declares its type. */
+const UNKNOWN = 1e6;
+
+/** Divides nodes where the fewest values are still needed, since these stay in memory until the next part has run. */
+function partsOf(
+  nodes: readonly NodeProto[],
+  types: ReadonlyMap<string, number | undefined>,
+  size: number,
+): NodeProto[][] {
+  const last = new Map(nodes.flatMap(({ input }, i) => input.map((value) => [value, i] as const)));
+  const needed = new Float64Array(nodes.length);
+  for (const [i, node] of nodes.entries())
+    for (const value of outputsOf(node)) {
+      const weight = types.get(value) === undefined ? UNKNOWN : 1;
+      needed[i]! += weight;
+      needed[last.get(value) ?? i]! -= weight;
+    }
+  for (let i = 1; i < nodes.length; i++) needed[i]! += needed[i - 1]!;
+  const parts: NodeProto[][] = [];
+  let from = 0;
+  while (nodes.length - from > 1.5 * size) {
+    let best = from + (size >> 1);
+    for (let i = best + 1; i < nodes.length && (i < from + 1.5 * size || needed[best]! >= UNKNOWN); i++)
+      if (needed[i]! < needed[best]!) best = i;
+    parts.push(nodes.slice(from, best + 1));
+    from = best + 1;
+  }
+  return [...parts, nodes.slice(from)];
+}
+
+/** Nodes with the inner names of values that leave them. */
+function renamed(nodes: NodeProto[], leaving: readonly string[]): NodeProto[] {
+  const names = new Map(leaving.map((value) => [value, inner("then", value)]));
+  const rename = (value: string): string => names.get(value) ?? value;
+  for (const node of nodes) [node.input, node.output] = [node.input.map(rename), node.output.map(rename)];
+  return nodes;
+}
+
+/** Types of what nodes make. */
+function typesOf(
+  nodes: readonly NodeProto[],
+  typeOf: (value: string) => number | undefined,
+): Map<string, number | undefined> {
+  const types = new Map<string, number | undefined>();
+  const at = (value = ""): number | undefined => (types.has(value) ? types.get(value) : typeOf(value));
+  for (const node of nodes) {
+    // The model's own operators are of any kind, and what they make was probed; others are the emitter's.
+    for (const value of outputsOf(node))
+      types.set(value, value.startsWith(AGAIN) ? typeOf(value.slice(AGAIN.length)) : typeOfResult(node, at));
+  }
+  return types;
+}
+
+function typeOfResult(node: NodeProto, at: (value?: string) => number | undefined): number | undefined {
+  const { opType, input } = node;
+  if (opType === "Cast") return Number(attribute(node, "to")?.i);
+  if (/^(Shape|Size)$/.test(opType)) return INT64;
+  if (/^(Equal|Less|Greater|LessOrEqual|And)$/.test(opType)) return BOOL;
+  if (opType === "GatherBlockQuantized") return at(input[2]);
+  return at(input[Number(/^(Where|DequantizeLinear)$/.test(opType))]);
+}
+
+/**
+ * Moves nodes that no other reads to the end, the first ones last. onnxruntime begins with the last of such nodes and what it needs. In the
+ * order of the backward pass that would be the first layer's gradients, and all that the other layers' need would wait until the end.
+ */
+function leavesLast(nodes: readonly NodeProto[]): NodeProto[] {
+  const read = new Set(nodes.flatMap(({ input }) => input));
+  const isLeaf = ({ output }: NodeProto): boolean => !output.some((value) => read.has(value));
+  return [...nodes.filter((node) => !isLeaf(node)), ...nodes.filter(isLeaf).reverse()];
+}
+
+// Restricts the last product of a model that answers at every position to some of them. Only positions of an answer meet a target, not
+// those of its prompt, and the last product, with a vocabulary of tens of thousands, is by far the widest.
+
+/** int64 [N]: positions among all rows of all texts, batch · length. Empty: every position is answered. */
+const POSITIONS: string = `${PREFIX}.positions`;
+
+const PICKED = `${PREFIX}/positions`;
+
+/** Operators on each element by itself that may follow the product of the logits. */
+const BEHIND = /^(Add|Sub|Mul|Div|Tanh|Identity|Cast)$/;
+
+const PRODUCTS = /^(MatMul|Gemm|FusedMatMul|MatMulNBits)$/;
+
+/**
+ * Restricts the product that gives the logits to rows at the positions, in place. At first it does so always, so that the graph can be
+ * differentiated.
+ * @param graph indexed in its current state
+ * @returns `choose`, which makes it a choice: all rows where no positions are given. Undefined where no product gives the logits
+ */
+function pickPositions(graph: Graph, logits: string): { readonly choose: () => void } | undefined {
+  const main = graph.proto;
+  const x = rowsBefore(graph, logits);
+  if (x === undefined) return undefined;
+  const before = ancestors(graph, logits);
+  const uses = (graph.consumers.get(x) ?? []).filter(({ node }) => before.has(node));
+  const [flat, some, picked] = [`${PICKED}/flat`, `${PICKED}/some`, `${PICKED}/picked`];
+  const nodes = [
+    makeNode("Flatten", flat, [x], flat, { axis: -1 }),
+    makeNode("Gather", some, [flat, POSITIONS], some, { axis: 0 }),
+    makeNode("Unsqueeze", picked, [some, `${PICKED}/front`], picked),
+  ];
+  main.initializer.push(makeInts(`${PICKED}/front`, [0]));
+  main.input.push(makeValue(POSITIONS, INT64, [`${PICKED}/count`]));
+  const at = Math.min(...uses.map(({ node }) => main.node.indexOf(node)));
+  main.node.splice(at, 0, ...nodes);
+  const read = (value: string): void => {
+    for (const { node, input } of uses) node.input[input] = value;
+  };
+  read(picked);
+  const choose = (): void => {
+    const rows = `${PICKED}/rows`;
+    main.initializer.push(makeInts(`${PICKED}/none`, [0], []));
+    const choice = [
+      makeNode("Size", `${PICKED}/size`, [POSITIONS], `${PICKED}/size`),
+      makeNode("Greater", `${PICKED}/any`, [`${PICKED}/size`, `${PICKED}/none`], `${PICKED}/any`),
+      makeNode("If", rows, [`${PICKED}/any`], rows, {
+        then_branch: only(picked, "some"),
+        else_branch: only(x, "all"),
+      }),
+    ];
+    main.node.splice(main.node.indexOf(nodes.at(-1)!) + 1, 0, ...choice);
+    read(rows);
+  };
+  return { choose };
+}
+
+function only(value: string, name: string): GraphProto {
+  const output = `${PICKED}/${name}/rows`;
+  return create(GraphProtoSchema, {
+    name: `${PICKED}/${name}`,
+    node: [makeNode("Identity", output, [value], output)],
+    output: [makeValue(output, FLOAT)],
+  });
+}
+
+/** Input of the product that gives the logits; undefined where there is no such product, or several with different rows. */
+function rowsBefore({ producers }: Graph, logits: string): string | undefined {
+  const found = new Set<string>();
+  const pending = [logits];
+  for (const value of pending) {
+    const node = producers.get(value);
+    if (!node) continue;
+    if (PRODUCTS.test(node.opType)) found.add(beforeOwn(producers, node.input[0]!));
+    else if (BEHIND.test(node.opType)) pending.push(...node.input);
+    else if (node.opType === "Reshape" && isOwn(node)) pending.push(node.input[0]!);
+  }
+  return found.size === 1 ? [...found][0] : undefined;
+}
+
+/** The rows from which terms and heads of tasks have made a value. */
+function beforeOwn(producers: Graph["producers"], value: string): string {
+  const node = producers.get(value);
+  return node && isOwn(node) && /^(MatMul|Reshape|Flatten)$/.test(node.opType)
+    ? beforeOwn(producers, node.input[0]!)
+    : value;
+}
+
+function isOwn({ name }: NodeProto): boolean {
+  return name.startsWith(`${PREFIX}/`);
+}
+
+/** All nodes that a value depends on. */
+function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> {
+  const found = new Set<NodeProto>();
+  const pending = [value];
+  for (const one of pending) {
+    const node = producers.get(one);
+    if (!node || found.has(node)) continue;
+    found.add(node);
+    pending.push(...node.input);
+  }
+  return found;
+}
+
+// Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
+// weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
+
+/**
+ * Removes Transposes of weights that only products read, in place.
+ * @param graph indexed in its current state
+ */
+export function takeUntransposed(graph: Graph, opset: number): void {
+  const { proto: main, consumers, outputs } = graph;
+  const emit = new Emitter(main, opset, `${PREFIX}/untransposed`);
+  const gone = new Set<NodeProto>();
+  /** Nodes to put in front of a product. */
+  const before = new Map<NodeProto, readonly NodeProto[]>();
+  for (const node of main.node) {
+    const turned = node.output[0] ?? "";
+    const weight = transposedWeight(graph, node);
+    const uses = consumers.get(turned) ?? [];
+    if (weight === undefined || outputs.has(turned)) continue;
+    if (!uses.every((use) => use.node.opType === "MatMul" && use.input === 1 && use.graph === main)) continue;
+    gone.add(node);
+    for (const { node: product } of uses) {
+      const written = emit.nodes.length;
+      const [x] = product.input as [string];
+      const rows = emit.op("Gemm", [emit.rows(x), weight.name], { transB: 1 });
+      const shape = emit.concat([emit.slice(emit.op("Shape", [x]), 0, 0, -1), emit.ints([weight.rows])], 0);
+      before.set(product, emit.nodes.slice(written));
+      product.opType = "Reshape";
+      product.input = [rows, shape];
+    }
+  }
+  main.node = main.node.flatMap((node) => (gone.has(node) ? [] : [...(before.get(node) ?? []), node]));
+}
+
+/** The f32 weight [rows, columns] that a Transpose takes, also behind a Cast; undefined for other nodes. */
+function transposedWeight(
+  { initializers, producers }: Graph,
+  node: NodeProto,
+): { readonly name: string; readonly rows: number } | undefined {
+  if (node.opType !== "Transpose" || attribute(node, "perm")?.ints.join() === "0,1") return undefined;
+  const [name] = node.input as [string];
+  const cast = producers.get(name);
+  const tensor = initializers.get(cast?.opType === "Cast" ? cast.input[0]! : name);
+  const type = cast ? Number(attribute(cast, "to")?.i ?? 0n) : tensor?.dataType;
+  return tensor?.dims.length === 2 && type === FLOAT ? { name, rows: Number(tensor.dims[0]) } : undefined;
+}
+
+// Cross entropy between the softmax of the logits and numeric targets: labels, smoothed or weighted ones, rows of zeros for padding,
+// answers of another model. Columns that are marked hold features instead, which are compared by squares. N rows, C classes:
+// loss = −1/N · Σ targets · log softmax(logits) + 1/2N · Σ (features − targets)²
+// dloss/dlogits = (softmax(logits) · Σ_C targets − targets) / N
+// dloss/dfeatures = (features − targets) / N
+// A row counts by the sum of its targets; a row of zeros counts only in N.
+
+/** Takes a column out of a softmax. */
+const NEVER = 1e30;
+
+/**
+ * @param logits [… , C + features], all leading dimensions are rows
+ * @param targets f32 [N, C + features]
+ * @param squares f32 [1, C + features]: 1 for features, 0 for classes; [1, 1] where all are alike
+ */
+function crossEntropy(
+  emit: Emitter,
+  logits: string,
+  targets: string,
+  squares: string,
+): { loss: string; gradient: string } {
+  const rows = emit.rows(logits);
+  const classes = emit.sub(emit.float(1), squares);
+  const among = emit.sub(emit.mul(rows, classes), emit.mul(squares, emit.float(NEVER)));
+  const wanted = emit.mul(targets, classes);
+  // The maximum is subtracted first, so that no exponential overflows.
+  const shifted = emit.sub(among, emit.max(among, [1]));
+  const powers = emit.op("Exp", [shifted]);
+  const total = emit.sum(powers, [1], true);
+  const logs = emit.sub(shifted, emit.op("Log", [total]));
+  const count = emit.toFloat(emit.size(rows, 0));
+  const off = emit.mul(emit.sub(rows, targets), squares);
+  const entropy = emit.neg(emit.div(emit.sum(emit.mul(wanted, logs), [0, 1], false), count));
+  const halves = emit.div(emit.sum(emit.mul(off, off), [0, 1], false), emit.mul(count, emit.float(2)));
+  const weights = emit.sum(wanted, [1], true);
+  const expected = emit.mul(emit.div(powers, total), weights);
+  const beyond = emit.add(emit.sub(expected, wanted), off);
+  const gradient = emit.reshapeAs(emit.div(beyond, count), logits);
+  return { loss: emit.add(entropy, halves), gradient };
+}
+
+/**
+ * Cross entropy over many classes, such as a vocabulary, with targets for a few of them.
+ * @param classes int64 [N, k], the classes of the targets; those of a row all differ
+ * @param targets f32 [N, k]
+ */
+function sparseCrossEntropy(
+  emit: Emitter,
+  logits: string,
+  classes: string,
+  targets: string,
+): { loss: string; gradient: string } {
+  const rows = emit.rows(logits);
+  const shifted = emit.sub(rows, emit.max(rows, [1]));
+  const at = (values: string): string => emit.op("GatherElements", [values, classes], { axis: 1 });
+  const powers = emit.op("Exp", [shifted]);
+  const total = emit.sum(powers, [1], true);
+  // Only logarithms of the few targets: a table of all would be as large as the logits.
+  const logs = emit.sub(at(shifted), emit.op("Log", [total]));
+  const count = emit.toFloat(emit.size(rows, 0));
+  const loss = emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));
+  const weights = emit.sum(targets, [1], true);
+  const expected = emit.mul(powers, emit.div(weights, emit.mul(total, count)));
+  const wanted = emit.sub(at(expected), emit.div(targets, count));
+  const rest = emit.op("ScatterElements", [expected, classes, wanted], { axis: 1 });
+  return { loss, gradient: emit.reshapeAs(rest, logits) };
+}
+
+// Reverse-mode differentiation of a graph: from the gradient of one value, with one rule per operator, to those of the trained values.
+
+/**
+ * Emits the nodes that compute gradients.
+ * @param end the value whose gradient `seed` emits
+ * @param problems receives what gradients do not pass
+ * @returns the gradients by value
+ */
+export function differentiate(
+  { graph, nodes, active, shapes }: ProbedPath,
+  end: string,
+  seed: () => string,
+  emit: Emitter,
+  problems: Problems,
+): ReadonlyMap<string, string> {
+  for (const node of nodes) {
+    const half = node.output.filter((value) => active.has(value)).find((value) => shapes.type(value) !== "float32");
+    if (half !== undefined)
+      problems.node(node, `computes in ${shapes.type(half)}, which is not trained in (export in float32)`);
+  }
+  emit.dimensions = (value) => shapes.dimensions(value);
+  const gradients = new Map([[end, seed()]]);
+  const walk: Walk = {
+    ...{ graph, active, shapes, emit, problems },
+    gradient: (value) => gradients.get(value),
+    add(value, gradient) {
+      const other = gradients.get(value);
+      gradients.set(value, other === undefined ? gradient : emit.add(other, gradient));
+    },
+  };
+  const far = farUsed({ graph, active });
+  for (const node of nodes.toReversed()) {
+    const came = node.output.map((value) => gradients.has(value));
+    if (!came.includes(true)) continue;
+    const rule = RULES.get(operatorOf(node))!;
+    if (!rule.manyOutputs && came.lastIndexOf(true) > 0) {
+      problems.node(node, "is used by more than its first output, which gradients do not come back from");
+    } else {
+      const at = new NodeGradient(node, walk);
+      // One moment per layer is enough: values made again within a layer are made about when they are needed anyway.
+      if (emit.moment === undefined || node.output.some((value) => far.has(value))) emit.moment = at.moment();
+      rule.backward(at);
+    }
+  }
+  emit.moment = undefined;
+  return gradients;
 }

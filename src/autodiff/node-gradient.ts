@@ -4,7 +4,7 @@
 import { attribute, type Graph } from "../onnx/model.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import type { Emitter, Moment } from "./emit.ts";
-import type { Problems } from "./problems.ts";
+import type { Problems } from "./shapes.ts";
 import { type Dims, fromFront, type Shapes } from "./shapes.ts";
 
 /** Rule to differentiate one operator. */

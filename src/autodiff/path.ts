@@ -3,16 +3,13 @@
  */
 
 import type { Feed } from "../onnx/feeds.ts";
-import { attribute, type Graph, nestedGraphs } from "../onnx/model.ts";
-import type { Added } from "../onnx/nodes.ts";
+import { attribute, type Graph, indexGraph, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
+import { type Added, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { operatorOf, shadowOf } from "./definitions/index.ts";
-import { asGelu } from "./gelu.ts";
-import { lift } from "./lift.ts";
-import type { Problems } from "./problems.ts";
 import { RULES, STOPS } from "./rules/index.ts";
-import { probeShapes, type ShapeProbe, type Shapes } from "./shapes.ts";
+import { fromFront, type Problems, probeShapes, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 /** `TensorProto.DataType` of float, float16, double, bfloat16. */
 const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
@@ -153,4 +150,239 @@ export async function probePath(
   const { nodes, active } = graph ? findPath(graph, sources, end, problems, refused) : path;
   const found = graph ?? model.graph;
   return { graph: found, shapes, active, nodes: asGelu(nodes, found, shapes) };
+}
+
+// Recognises GELU as exporters before opset 20 write it: x · (1 + erf(x/√2)) · ½ in five nodes. The derivative of the single operator
+// takes fewer passes over the elements than that of the five, and keeps only x.
+
+/**
+ * @param nodes in order
+ * @returns the nodes with a Gelu in place of the last of each five, and without the other four; the graph stays as it is
+ */
+function asGelu(nodes: readonly NodeProto[], { producers, consumers }: Graph, shapes: Shapes): readonly NodeProto[] {
+  const outputs = new Map<NodeProto, NodeProto>();
+  const inner = new Set<NodeProto>();
+  const only = (value: string, opType: string): NodeProto | undefined => {
+    const [use, ...more] = consumers.get(value) ?? [];
+    return more.length === 0 && use?.node.opType === opType ? use.node : undefined;
+  };
+  /** The other operand where one equals this number. */
+  const beside = (node: NodeProto | undefined, opType: string, number: number): string | undefined => {
+    if (node?.opType !== opType) return undefined;
+    const at = node.input.findIndex((value) => {
+      const known = shapes.has(value) ? shapes.constant(value) : undefined;
+      return known?.length === 1 && Math.abs(known[0]! / number - 1) < 1e-6;
+    });
+    return at < 0 || (opType === "Div" && at === 0) ? undefined : node.input[1 - at];
+  };
+  for (const erf of nodes.filter(({ opType }) => opType === "Erf")) {
+    const scaled = producers.get(erf.input[0]!);
+    const x = beside(scaled, "Div", Math.SQRT2) ?? beside(scaled, "Mul", Math.SQRT1_2);
+    const add = only(erf.output[0]!, "Add");
+    const product = beside(add, "Add", 1) === erf.output[0] ? only(add!.output[0]!, "Mul") : undefined;
+    if (x === undefined || !product || only(scaled!.output[0]!, "Erf") === undefined) continue;
+    const factor = product.input[product.input[0] === add!.output[0] ? 1 : 0]!;
+    // The factor ½ stands in front or behind.
+    const half = factor === x ? only(product.output[0]!, "Mul") : producers.get(factor);
+    const last = factor === x ? half : product;
+    const right =
+      factor === x
+        ? beside(half, "Mul", 0.5) === product.output[0]
+        : beside(half, "Mul", 0.5) === x && only(factor, "Mul") === product;
+    if (!right || !last) continue;
+    outputs.set(last, makeNode("Gelu", last.name, [x], last.output[0]!));
+    for (const node of [scaled!, erf, add!, product, half!]) if (node !== last) inner.add(node);
+  }
+  return nodes.filter((node) => !inner.has(node)).map((node) => outputs.get(node) ?? node);
+}
+
+// Takes the position that a classifier looks at ([CLS], say) as early as possible. The last layer computes all positions, but most of its
+// operators need only that position of their input; keys and values are the exception. The numbers stay the same, for one position of
+// each text. The forward run saves most of a layer, the backward run work on zeros.
+
+/** Operators on each element by itself, with broadcasting. */
+const ELEMENTWISE =
+  /^(Add|Sub|Mul|Div|Pow|Erf|Tanh|Sigmoid|Relu|Gelu|Sqrt|Reciprocal|Neg|Exp|Identity|Cast|Where|IsNaN)$/;
+
+/** Operators over all elements along the dimensions from `axis` on, or along `axis`. */
+const ALONG = /^(LogSoftmax|Softmax|(Simplified)?LayerNormalization|RMSNormalization)$/;
+
+/** Operators that make shapes for a Reshape. */
+const SHAPES = /^(Shape|Gather|Slice|Cast|Squeeze|Unsqueeze|Concat)$/;
+
+/** Most Gathers of a position that are examined, each with all nodes in front of it. Classifiers have one. */
+const MOST_GATHERS = 64;
+
+/** A node that computes one position only. */
+interface Lifted {
+  /** Dimension of the positions in the output. */
+  readonly at: number;
+  /** Inputs with positions, and their dimension of the positions. */
+  readonly carried: ReadonlyMap<number, number>;
+}
+
+/**
+ * Takes positions as early as shapes allow, in place.
+ * @param shapes of the values that gradients flow through; updated with what changes
+ * @returns the graph indexed anew; undefined where no product is saved
+ */
+function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
+  const nodes = graph.proto.node.filter(({ input, output }) =>
+    [...input, ...output].every((value) => value === "" || shapes.has(value)),
+  );
+  let lifted: Graph | undefined;
+  let left = MOST_GATHERS;
+  for (const gather of nodes.filter(({ opType }) => opType === "Gather")) {
+    const [all, index] = gather.input as [string, string];
+    if (shapes.constant(index)?.length !== 1 || shapes.dims(index).length > 1 || shapes.dims(all).length < 2) continue;
+    if (--left < 0) break;
+    const axis = fromFront(Number(attribute(gather, "axis")?.i ?? 0n), shapes.dims(all).length);
+    const found = liftable(lifted ?? graph, gather, axis, nodes, shapes);
+    if (![...found.keys()].some(({ opType }) => opType === "MatMul")) continue;
+    takeEarly(lifted ?? graph, gather, axis, found, shapes);
+    lifted = indexGraph(graph.proto, name);
+  }
+  return lifted;
+}
+
+/**
+ * Finds the nodes in front of a Gather of one position that need to compute no other.
+ * @param nodes those with known shapes, in order
+ */
+function liftable(
+  { proto: main, consumers }: Graph,
+  gather: NodeProto,
+  axis: number,
+  nodes: readonly NodeProto[],
+  shapes: Shapes,
+): ReadonlyMap<NodeProto, Lifted> {
+  const outputs = new Set(main.output.map(({ name }) => name));
+  const users = (value: string): readonly Use[] => consumers.get(value) ?? [];
+  /** Dimensions along which only one position of a value is needed. */
+  const wanted = new Map([[gather.input[0]!, new Set([axis])]]);
+  const found = new Map<NodeProto, Lifted>();
+  /** Whether a shape is used only by a Reshape that will get another one. */
+  const vanishes = (shape: Use): boolean => {
+    const seen = new Set<NodeProto>();
+    const pending = [shape];
+    for (const { node, input } of pending) {
+      const dropped = found.has(node) && node.opType === "Reshape" && input === 1;
+      if (dropped || seen.has(node)) continue;
+      if (found.has(node) || !SHAPES.test(node.opType) || outputs.has(node.output[0]!)) return false;
+      seen.add(node);
+      for (const use of users(node.output[0]!)) pending.push(use);
+    }
+    return true;
+  };
+  // A value that another node needs whole stays, together with the nodes before it.
+  const alone = (use: Use): boolean | undefined => {
+    if (use.node === gather) return use.input === 0;
+    return use.node.opType === "Shape" ? vanishes(use) : found.get(use.node)?.carried.has(use.input);
+  };
+  for (const node of nodes.toReversed()) {
+    const [made, ...more] = node.output.filter((value) => value !== "");
+    const [at, ...others] = wanted.get(made!) ?? [];
+    if (at === undefined || others.length > 0 || more.length > 0 || outputs.has(made!)) continue;
+    if (!users(made!).every(alone)) continue;
+    const carried = carriedBy(node, at, shapes);
+    if (!carried) continue;
+    found.set(node, { at, carried });
+    for (const [input, along] of carried) {
+      const value = node.input[input]!;
+      wanted.set(value, (wanted.get(value) ?? new Set()).add(along));
+    }
+  }
+  return found;
+}
+
+/** Puts a Gather of the position in front of the found nodes, in place; the old Gather has nothing left to do. */
+function takeEarly(
+  { proto: main, producers }: Graph,
+  gather: NodeProto,
+  axis: number,
+  found: ReadonlyMap<NodeProto, Lifted>,
+  shapes: Shapes,
+): void {
+  const prefix = `${PREFIX}/lift/${gather.output[0]}`;
+  const index = gather.input[1]!;
+  const places = shapes.constant(index)!;
+  const constant = (name: string, values: readonly number[]): string => {
+    main.initializer.push(makeInts(`${prefix}/${name}`, values));
+    return `${prefix}/${name}`;
+  };
+  const place = constant("index", places);
+  shapes.addInts(place, places);
+  const taken = new Map<string, string>();
+  for (const node of main.node.filter((one) => found.has(one))) {
+    const { at, carried } = found.get(node)!;
+    for (const [input, along] of carried) {
+      const value = node.input[input]!;
+      if (found.has(producers.get(value)!)) continue;
+      const key = `${value} ${along}`;
+      const name = taken.get(key) ?? `${prefix}/position_${taken.size}`;
+      if (!taken.has(key)) {
+        const take = makeNode("Gather", name, [value, place], name, { axis: along });
+        main.node.splice(main.node.indexOf(node), 0, take);
+        shapes.narrow(value, along, name);
+      }
+      taken.set(key, name);
+      node.input[input] = name;
+    }
+    const [made] = node.output as [string];
+    shapes.narrow(made, at, made);
+    if (node.opType !== "Reshape") continue;
+    const sizes = shapes.dims(made).map((size) => size ?? -1);
+    node.input[1] = constant(`shape/${made}`, sizes);
+  }
+  // One position remains in the dimension that the node would take.
+  const scalar = shapes.dims(index).length === 0;
+  gather.opType = scalar ? "Squeeze" : "Identity";
+  gather.attribute.length = 0;
+  const axes = constant("axis", [axis]);
+  gather.input.splice(1, 1, ...(scalar ? [axes] : []));
+}
+
+/** Inputs that need only one position too if the output needs position `at`; undefined where all of an input may be needed. */
+function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried"] | undefined {
+  const { opType, input, output } = node;
+  const made = shapes.sizes(output[0]!);
+  const rank = made.length;
+  const ints = (name: string): readonly number[] | undefined => attribute(node, name)?.ints.map(Number);
+  const int = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
+  const first = shapes.sizes(input[0]!);
+  if (ELEMENTWISE.test(opType)) {
+    const carried = input.flatMap((value, i) => {
+      const sizes = value === "" ? [] : shapes.sizes(value);
+      const along = at - (rank - sizes.length);
+      return along >= 0 && sizes[along]![0] !== 1 ? [[i, along] as const] : [];
+    });
+    return new Map(carried);
+  }
+  /** Reduces the first input only. */
+  const one = (along: number | undefined): Lifted["carried"] | undefined =>
+    along === undefined ? undefined : new Map([[0, along]]);
+  if (ALONG.test(opType)) return one(at < fromFront(int("axis", -1), rank) ? at : undefined);
+  switch (opType) {
+    case "MatMul":
+      return one(at === rank - 2 && first.length >= 2 ? first.length - 2 : undefined);
+    case "Transpose":
+      return one(ints("perm")?.[at]);
+    case "ReduceMean": {
+      const axes = ints("axes") ?? shapes.constant(input[1] ?? "");
+      const apart = axes !== undefined && axes.length > 0 && !axes.some((axis) => fromFront(axis, rank) === at);
+      return one(apart && int("keepdims", 1) === 1 ? at : undefined);
+    }
+    case "Reshape": {
+      // The dimension with as many elements in front of it and as many positions, so that the rest moves as a whole. One may be free.
+      const before = (sizes: typeof made, axis: number): string =>
+        String([0, 1].map((run) => sizes.slice(0, axis).reduce((product, size) => product * size[run]!, 1)));
+      const along = first.findIndex(
+        (size, axis) => String(size) === String(made[at]) && before(first, axis) === before(made, at),
+      );
+      const free = made.filter(([one, other], axis) => axis !== at && one !== other).length;
+      return one(along >= 0 && free <= 1 ? along : undefined);
+    }
+    default:
+      return undefined;
+  }
 }

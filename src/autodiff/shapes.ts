@@ -2,15 +2,16 @@
  * Ranks, types and fixed dimensions of a graph's values, found by running it twice instead of by shape inference. Free dimensions differ
  * between the two feeds, so a size that is equal in both runs is fixed.
  */
+
+import { FormatError } from "../errors.ts";
 import { type Feed, presentNames } from "../onnx/feeds.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
-import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
+import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { type DetachedModel, detachWeights } from "../onnx/write.ts";
 import type { Dimension } from "./emit.ts";
-import type { Problems } from "./problems.ts";
 
 /** The parts of an onnxruntime tensor that are used here. */
 export interface Probed {
@@ -319,5 +320,42 @@ export class Shapes {
       }
     }
     return this.#fixed.get(value)!;
+  }
+}
+
+// Reasons why a model cannot be trained: collected during the search and reported all at once.
+
+/** Nodes that a message names for each problem. */
+const NAMED = 3;
+
+export class Problems {
+  /** Names of affected nodes or values, by problem. */
+  readonly #found = new Map<string, Set<string>>();
+
+  /** Adds a problem of a node's operator. */
+  node({ opType, name, output }: NodeProto, why: string): void {
+    this.add(`${opType} ${why}`, name === "" ? (output[0] ?? "") : name);
+  }
+
+  /** @param of name of an affected node or value, where there is one */
+  add(problem: string, of?: string): void {
+    const names = this.#found.get(problem) ?? new Set();
+    if (of !== undefined) names.add(of);
+    this.#found.set(problem, names);
+  }
+
+  get any(): boolean {
+    return this.#found.size > 0;
+  }
+
+  /** @throws FormatError with all problems, if there are any */
+  throwIfAny(file: string): void {
+    if (!this.any) return;
+    const told = [...this.#found].map(([problem, names]) => {
+      const more = names.size > NAMED ? ` and ${names.size - NAMED} more` : "";
+      const named = [...names].slice(0, NAMED).map((name) => `"${name}"`);
+      return names.size === 0 ? problem : `${problem}: ${named.join(", ")}${more}`;
+    });
+    throw new FormatError(`no training graph can be made of it; ${told.join("; ")}`, { file, part: "graph" });
   }
 }

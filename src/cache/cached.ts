@@ -5,7 +5,7 @@
 
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
-import { fromIntegrity } from "../format/hash.ts";
+import { fromIntegrity, sha256 } from "../format/hash.ts";
 import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import { throwIfAborted } from "../pace.ts";
@@ -20,8 +20,7 @@ import {
   unlessAborted,
   type WholeOptions,
 } from "../source.ts";
-import { digestOf, Shelf } from "./shelf.ts";
-import type { RangeStore } from "./store.ts";
+import { toHex } from "../text.ts";
 
 /** Options of `cachedSource`. */
 export interface CacheOptions extends FetchOptions {
@@ -285,4 +284,257 @@ class Cached implements CachedSource {
 
 function fetchOptionsOf({ integrity: _, maxBytes: __, ...options }: CacheOptions): FetchOptions {
   return options;
+}
+
+// The ranges of files in a store: found, checked, limited in size. Knows keys and checksums, and nothing of where bytes come
+// from.
+// An entry is a range, followed by its SHA-256. Its key says which file, which version, which bytes: the store's list of keys is
+// all there is to know, so nothing can disagree with it. One more entry, the order of use, is a hint: without it, or with an old
+// one, other entries go first.
+
+/** A range that is kept. */
+interface Kept {
+  readonly key: string;
+  readonly file: string;
+  readonly version: string;
+  readonly offset: number;
+  readonly length: number;
+}
+
+const KEY = /^([0-9a-f]{32})\.([0-9a-f]{32})\.(\d{1,16})-(\d{1,16})$/;
+/** Key of the order of use: keys, the least recent first. */
+const ORDER = "order";
+/** Keys in it: of those that were used longer ago, any may go first. */
+const ORDER_LENGTH = 1000;
+const CHECKSUM_BYTES = 32;
+
+/** What a store holds, as of when it was opened and what happened here since. */
+class Shelf {
+  readonly #store: RangeStore;
+  readonly #maxBytes: number;
+  /** Entries in the order of use, the least recent first. */
+  readonly #kept: Map<string, Kept>;
+  /** The order is being written; true when it has changed meanwhile. */
+  #writing: { again: boolean; done: Promise<void> } | undefined;
+
+  private constructor(store: RangeStore, maxBytes: number, kept: Map<string, Kept>) {
+    this.#store = store;
+    this.#maxBytes = maxBytes;
+    this.#kept = kept;
+  }
+
+  static async open(store: RangeStore, maxBytes: number): Promise<Shelf> {
+    const order = orderOf(await store.get(ORDER));
+    const found: Kept[] = [];
+    for (const key of await store.keys()) {
+      const [, file, version, offset, length] = KEY.exec(key) ?? [];
+      if (file && version) found.push({ key, file, version, offset: Number(offset), length: Number(length) });
+    }
+    found.sort((a, b) => (order.get(a.key) ?? -1) - (order.get(b.key) ?? -1));
+    const shelf = new Shelf(store, maxBytes, new Map(found.map((kept) => [kept.key, kept])));
+    await shelf.#evict();
+    return shelf;
+  }
+
+  /**
+   * The bytes of a range that lie in one that is kept.
+   * @returns "damaged" when they did, and are gone now; undefined when there are none
+   */
+  async get(
+    file: string,
+    version: string,
+    offset: number,
+    length: number,
+  ): Promise<Uint8Array | "damaged" | undefined> {
+    for (const kept of this.#kept.values()) {
+      const from = offset - kept.offset;
+      if (kept.file !== file || kept.version !== version || from < 0 || from + length > kept.length) continue;
+      const entry = await this.#store.get(kept.key);
+      // Another program has deleted it.
+      if (!entry) {
+        if (this.#kept.get(kept.key) === kept) this.#kept.delete(kept.key);
+        return undefined;
+      }
+      const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
+      const good = bytes.length === kept.length && same(await sha256(bytes), entry.subarray(bytes.length));
+      if (!good) {
+        await this.#delete(kept.key);
+        return "damaged";
+      }
+      if (this.#kept.get(kept.key) === kept) this.#use(kept);
+      return bytes.subarray(from, from + length);
+    }
+    return undefined;
+  }
+
+  /** Keeps a range; a range above the limit is not kept. */
+  async put(file: string, version: string, offset: number, bytes: Uint8Array): Promise<void> {
+    const kept = { key: `${file}.${version}.${offset}-${bytes.length}`, file, version, offset, length: bytes.length };
+    if (sizeOf(kept) > this.#maxBytes) return;
+    const entry = new Uint8Array(sizeOf(kept));
+    entry.set(bytes);
+    entry.set(await sha256(bytes), bytes.length);
+    // Room first: the store may have a limit of its own.
+    await this.#evict(entry.length);
+    await this.#store.put(kept.key, entry);
+    // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
+    this.#use(kept);
+    await this.#evict();
+  }
+
+  /** Forgets the ranges of a file, except those of one version. */
+  async forget(file: string, except?: string): Promise<void> {
+    for (const kept of [...this.#kept.values()])
+      if (kept.file === file && kept.version !== except) await this.#delete(kept.key);
+  }
+
+  /** Waits until the order of use is written. */
+  async close(): Promise<void> {
+    await this.#writing?.done;
+  }
+
+  #use(kept: Kept): void {
+    this.#kept.delete(kept.key);
+    this.#kept.set(kept.key, kept);
+    if (this.#writing) this.#writing.again = true;
+    else {
+      const writing = { again: true, done: Promise.resolve() };
+      this.#writing = writing;
+      writing.done = this.#writeOrder(writing);
+    }
+  }
+
+  async #writeOrder(writing: { again: boolean }): Promise<void> {
+    while (writing.again) {
+      writing.again = false;
+      const order = new TextEncoder().encode(JSON.stringify([...this.#kept.keys()].slice(-ORDER_LENGTH)));
+      // A hint: a failure to write it does no harm.
+      await this.#store.put(ORDER, order).catch(() => undefined);
+    }
+    this.#writing = undefined;
+  }
+
+  /** @param coming bytes that there is to be room for beside those that are kept */
+  async #evict(coming = 0): Promise<void> {
+    let total = coming;
+    for (const kept of this.#kept.values()) total += sizeOf(kept);
+    for (const kept of [...this.#kept.values()]) {
+      if (total <= this.#maxBytes) break;
+      total -= sizeOf(kept);
+      await this.#delete(kept.key);
+    }
+  }
+
+  async #delete(key: string): Promise<void> {
+    this.#kept.delete(key);
+    await this.#store.delete(key);
+  }
+}
+
+const sizeOf = ({ length }: Kept): number => length + CHECKSUM_BYTES;
+
+/** Place of each key; empty for what is no list of keys. */
+function orderOf(entry: Uint8Array | undefined): Map<unknown, number> {
+  try {
+    const keys: unknown = JSON.parse(new TextDecoder().decode(entry));
+    return new Map(Array.isArray(keys) ? keys.map((key, i) => [key, i]) : []);
+  } catch {
+    return new Map();
+  }
+}
+
+function same(a: Uint8Array, b: Uint8Array): boolean {
+  return a.length === b.length && a.every((byte, i) => byte === b[i]);
+}
+
+/** What stands for a text in keys: 128 bits of its SHA-256. */
+async function digestOf(text: string): Promise<string> {
+  return toHex((await sha256(new TextEncoder().encode(text))).subarray(0, 16));
+}
+
+// Where ranges are kept.
+
+/**
+ * Bytes under names. Entries may vanish or be damaged at any time: they are checked when they are read. Keys are up to 120
+ * letters, digits, dots and hyphens.
+ */
+export interface RangeStore {
+  /** The bytes; undefined when there are none. */
+  get(key: string): Promise<Uint8Array | undefined>;
+  /** Keeps bytes, in place of those that were there. They must not be changed afterwards. */
+  put(key: string, bytes: Uint8Array): Promise<void>;
+  /** Forgets bytes, if there are any. */
+  delete(key: string): Promise<void>;
+  /** The keys of all entries; others may be among them. */
+  keys(): Promise<Iterable<string>>;
+}
+
+// Stores of browsers. Both need a secure context: https, or localhost.
+
+/** Cache API keys are addresses; no server has these. */
+const ORIGIN = "https://eigenlora.invalid/";
+
+/**
+ * The Cache API, in windows and in workers.
+ * @param name of the cache, yours alone; `caches.delete(name)` removes all of it
+ * @example
+ * const pack = await openPack(cachedSource("https://example.org/tasks.eigen", cacheStore("packs")));
+ */
+export function cacheStore(name: string): RangeStore {
+  const open = (): Promise<Cache> => {
+    if (!globalThis.caches) throw new TypeError("cacheStore: there is no Cache API here; a page needs https for it");
+    return caches.open(name);
+  };
+  return {
+    async get(key) {
+      const found = await (await open()).match(ORIGIN + key);
+      return found && new Uint8Array(await found.arrayBuffer());
+    },
+    async put(key, bytes) {
+      await (await open()).put(ORIGIN + key, new Response(bytes as Uint8Array<ArrayBuffer>));
+    },
+    async delete(key) {
+      await (await open()).delete(ORIGIN + key);
+    },
+    async keys() {
+      return (await (await open()).keys()).map(({ url }) => url.slice(ORIGIN.length));
+    },
+  };
+}
+
+/**
+ * A folder of the origin private file system, where files can be written by `createWritable`.
+ * @param folder name of the folder, yours alone
+ */
+export function opfsStore(folder: string): RangeStore {
+  const open = async (): Promise<FileSystemDirectoryHandle> => {
+    const root = await globalThis.navigator?.storage?.getDirectory?.();
+    if (!root) throw new TypeError("opfsStore: there is no private file system here; a page needs https for it");
+    return root.getDirectoryHandle(folder, { create: true });
+  };
+  const unlessMissing = (error: unknown): undefined => {
+    if ((error as Error).name !== "NotFoundError") throw error;
+  };
+  return {
+    async get(key) {
+      const handle = await (await open()).getFileHandle(key).catch(unlessMissing);
+      return handle && new Uint8Array(await (await handle.getFile()).arrayBuffer());
+    },
+    async put(key, bytes) {
+      const handle = await (await open()).getFileHandle(key, { create: true });
+      const file = await handle.createWritable();
+      await file.write(bytes as Uint8Array<ArrayBuffer>);
+      await file.close();
+    },
+    async delete(key) {
+      await (await open()).removeEntry(key).catch(unlessMissing);
+    },
+    async keys() {
+      const found: string[] = [];
+      // Not in the declarations of TypeScript 5.9.
+      const names = (await open()) as unknown as { keys(): AsyncIterable<string> };
+      for await (const name of names.keys()) found.push(name);
+      return found;
+    },
+  };
 }

@@ -3,7 +3,7 @@ import { randomUUID } from "node:crypto";
 import { mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { described } from "../arguments.ts";
-import type { RangeStore } from "./store.ts";
+import type { RangeStore } from "./cached.ts";
 
 /** Names of files that are being written, and the age in milliseconds from which their writer is gone. */
 const UNFINISHED = ".tmp";

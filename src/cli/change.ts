@@ -5,15 +5,14 @@
 import { stat } from "node:fs/promises";
 import { resolve } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
-import { refuseBases } from "../adapters/modules.ts";
+import { refuseBases } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/layout.ts";
 import { hubName } from "../http/hub-name.ts";
 import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
-import { createSigner } from "../pack/keys.ts";
 import { MUCH } from "../pack/report.ts";
-import { freshPack, planAppend } from "../pack/write.ts";
+import { createSigner, freshPack, planAppend } from "../pack/write.ts";
 import { addedByAnswers, judged as judgedOptions, OUT_OF_TIME } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
 import { append, readText, writeWhole } from "./files.ts";

@@ -6,7 +6,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 import type { Message } from "../train/examples.ts";
-import { templateOf } from "../train/made-up-tokens.ts";
+import { templateOf } from "../train/made-up.ts";
 import { readText } from "./files.ts";
 
 /** Texts, one on each line or in `{"text": "…"}`, without what is there twice. @throws SourceError */

@@ -1,12 +1,9 @@
 /** The command export: from a task of a pack back to an adapter that other tools load, or the pack's components for those who train. */
 import { rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
+import type { Exportable } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/describe-base.ts";
-import { peftFiles } from "../adapters/export.ts";
-import { ggufFile } from "../adapters/export-gguf.ts";
-import { onnxAdapterFile } from "../adapters/export-onnx-adapter.ts";
-import { diffusersFile, kohyaFile } from "../adapters/export-pipeline.ts";
-import type { Exportable } from "../adapters/factors.ts";
+import { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "../adapters/export.ts";
 import { componentsFile } from "../pack/components-file.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";

@@ -24,9 +24,8 @@ import { reasonOf, refuseOtherKinds } from "../disk.ts";
 import { SourceError } from "../errors.ts";
 import type { Append } from "../format/layout.ts";
 import type { Scratch } from "../pack/write.ts";
-import { realTarget } from "./lock.ts";
+import { realTarget, undoOnExit } from "./lock.ts";
 import { stat } from "./target.ts";
-import { undoOnExit } from "./undo.ts";
 
 type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
 

@@ -5,8 +5,13 @@
  */
 import { completeDtypes } from "../pack/recipe.ts";
 import { buildBasis } from "../pack/shard/basis.ts";
-import { adapterStatistics, mergeStatistics, type Statistics } from "../pack/shard/statistics.ts";
-import { openStatistics, writeStatistics } from "../pack/shard/statistics-part.ts";
+import {
+  adapterStatistics,
+  mergeStatistics,
+  openStatistics,
+  type Statistics,
+  writeStatistics,
+} from "../pack/shard/statistics.ts";
 import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
 import { refuseOtherBase } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";

@@ -8,7 +8,7 @@ import { readdir } from "node:fs/promises";
 import { dirname, extname, join } from "node:path";
 
 import type { Adapter } from "../adapters/adapter.ts";
-import { MODELS } from "../adapters/diffusers-keys.ts";
+import { MODELS } from "../adapters/diffusers.ts";
 import { kindInWords } from "../disk.ts";
 import { openSource } from "../open-source.ts";
 import { COMPONENTS } from "../pack/components-file.ts";

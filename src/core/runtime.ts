@@ -23,10 +23,10 @@ import {
   type RuntimeSwitchReport,
   refuseMagnitudes,
   type Selection,
+  Switching,
   type SwitchOptions,
 } from "./selection.ts";
 import { type ActiveTask, stage } from "./stage.ts";
-import { Switching } from "./switching.ts";
 import type { ActiveTerms, ModuleTerm } from "./terms.ts";
 import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
 import type { Started, Workbench } from "./workbench.ts";

@@ -4,6 +4,7 @@
 import { described, isPlain } from "../arguments.ts";
 import type { Owner } from "../backends/backend.ts";
 import { BackendError, TaskError } from "../errors.ts";
+import { Observable } from "../events.ts";
 import type { PackView } from "./part.ts";
 import type { ActiveTask } from "./stage.ts";
 
@@ -142,4 +143,32 @@ export function cannotPutBack(first: unknown, second: unknown, backend: string):
     `${why}; and what was there before could not be put back: ${then}. The weights are a mixture until a switch succeeds: ` +
     "switch again, null writes the base's";
   return new BackendError(message, { backend, cause: new AggregateError([first, second], why) });
+}
+
+// Events of what switches tasks: runtimes, sessions, pipelines.
+
+/** Events of what switches tasks. */
+export interface SwitchEvents<Report extends SwitchReport = SwitchReport> {
+  /** A switch begins: those asked for before are done. */
+  readonly switchstart: { readonly task: Selection };
+  /** A switch has ended. `task` is what was asked for; `error` says why that is not active. */
+  readonly switchend: { readonly task: Selection; readonly report?: Report; readonly error?: unknown };
+  /** The device that the model runs on is gone. */
+  readonly devicelost: { readonly message: string };
+}
+
+/** Base of what switches tasks. */
+export class Switching<Report extends SwitchReport = SwitchReport> extends Observable<SwitchEvents<Report>> {
+  /** @internal Tells of a switch while it is made. */
+  async switching(task: Selection, make: () => Promise<Report>): Promise<Report> {
+    this.tell("switchstart", { task });
+    try {
+      const report = await make();
+      this.tell("switchend", { task, report });
+      return report;
+    } catch (error) {
+      this.tell("switchend", { task, error });
+      throw error;
+    }
+  }
 }

@@ -3,9 +3,8 @@
  * many as asked but never a direction that is only rounding error. In f64, from whichever Gram matrix is smaller. Knows
  * nothing of tasks, gauges or stored types.
  */
-import { type Eigen, symmetricEigen } from "./eigen.ts";
+import { type Eigen, largestEigen, type Operator, symmetricEigen } from "./eigen.ts";
 import { letGo } from "./garbage.ts";
-import { largestEigen, type Operator } from "./lanczos.ts";
 import { addScaled, norm, PLAIN, type Products, rowSquares, scale, straighten, transpose } from "./linalg.ts";
 
 /** The singular value decomposition of a stack as far as it was asked for. */

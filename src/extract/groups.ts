@@ -2,7 +2,7 @@
  * What the tasks of a module may share, side by side: tasks fall into groups by overlaps of their row spaces, and each group's
  * components are as many as would pay for themselves. Whether they do is asked of every task afterwards (`sideCosts`).
  */
-import { codedBits } from "../format/count-coded.ts";
+import { codedBits } from "../format/encode-coded.ts";
 import { FACTORS } from "../tensor/term.ts";
 import { coordinates } from "./components.ts";
 import type { ModuleStack } from "./extract.ts";

@@ -3,7 +3,7 @@
  * own rows are then what the basis lacks. Bits and loss together decide which it is: bits as the coder counts them, loss at the price
  * that rounding pays for a bit.
  */
-import { codedBits } from "../format/count-coded.ts";
+import { codedBits } from "../format/encode-coded.ts";
 import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
 import { deltaError, relative } from "./error.ts";

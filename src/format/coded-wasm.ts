@@ -8,7 +8,7 @@
  */
 import binary from "#wasm/coded";
 import { DTYPES, type QuantizedDtype } from "../tensor/dtypes.ts";
-import { GIVEN_LEVEL_OF, LEVEL_OF, Tables } from "./coded-tables.ts";
+import { GIVEN_LEVEL_OF, LEVEL_OF, Tables } from "./coded.ts";
 
 /** A decoder at work on one section. */
 export interface Work {

@@ -9,24 +9,22 @@ import {
   type Coder,
   code,
   FAULT,
-  isCoded,
-  LANES,
-  MOST_CODED_DIRECTORY,
-  mostDecoded,
-  type Refuse,
-} from "./coded.ts";
-import {
   FREQUENCY_BITS,
   type Frequencies,
   GIVEN_BITS,
   GIVEN_LEVELS,
   GIVEN_SYMBOLS,
   givenSums,
+  isCoded,
+  LANES,
+  MOST_CODED_DIRECTORY,
+  mostDecoded,
+  type Refuse,
   SYMBOLS,
   symbolAt,
   Tables,
   WORD_BITS,
-} from "./coded-tables.ts";
+} from "./coded.ts";
 import { type Work, wasmWork } from "./coded-wasm.ts";
 import { align64, check, Fields } from "./fields.ts";
 import {

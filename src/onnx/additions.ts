@@ -5,10 +5,9 @@
 import { biasedRows } from "../core/tied.ts";
 import type { PackModule } from "../format/format.ts";
 import type { AdaptedLayer, GraftBias, GraftRows } from "./adapted.ts";
-import { SUMS } from "./claims.ts";
 import { endOf, FLOAT, FLOAT16, type Linear, linearsOf, NotLinear, origin, producer, requantized } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
-import { matrixShape, type OnnxParameter, partSize } from "./modules.ts";
+import { matrixShape, type OnnxParameter, partSize, SUMS } from "./modules.ts";
 import type { GraphProto } from "./onnx_pb.ts";
 
 /**

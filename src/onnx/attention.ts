@@ -3,9 +3,10 @@
  * in one matrix. The parts are the product, its bias, a Split, and `MultiHeadAttention`, the same kernel without the product; packed.ts
  * then adapts the packed layer. An attention that these operators cannot express stays as it is. Loaded only for models with one.
  */
-import { isParameterName, modulePathOf } from "./claims.ts";
+
 import { FLOAT16, INT64 } from "./linear.ts";
 import { attribute, indexGraph, type OnnxModel } from "./model.ts";
+import { isParameterName, modulePathOf } from "./modules.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits } from "./nodes.ts";
 import type { NodeProto } from "./onnx_pb.ts";
 import { Ranks } from "./rank.ts";

@@ -6,13 +6,11 @@ import { checkOptions } from "../arguments.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { openSource } from "../open-source.ts";
 import type { ReadOptions } from "../source.ts";
-import { takeFirstRun } from "./branch.ts";
-import { isParameterName } from "./claims.ts";
-import { indexGraph, type OnnxModel } from "./model.ts";
-import { dropUnused } from "./nodes.ts";
-import type { GraphProto, ModelProto, ValueInfoProto } from "./onnx_pb.ts";
+import { attribute, indexGraph, nestedGraphs, type OnnxModel } from "./model.ts";
+import { isParameterName, SCOPES, writtenPath } from "./modules.ts";
+import { dropUnused, makeNode } from "./nodes.ts";
+import type { GraphProto, ModelProto, NodeProto, ValueInfoProto } from "./onnx_pb.ts";
 import { type ModelFile, type ModelParts, readModel } from "./read.ts";
-import { halvesOf, nameHalf, renameNodes } from "./rename.ts";
 import { EXTERNAL, type OpenExternal, readTensor, tensorType } from "./tensors.ts";
 import { LEAST_DETACHED, point } from "./write.ts";
 
@@ -294,4 +292,180 @@ function besideBoth(encoder: ModelFile, decoder: ModelFile): OpenExternal {
     const message = `some weights lie in the file "${name}"; give that with the option \`external\``;
     throw new SourceError(message, { file: model.name });
   };
+}
+
+// Renames the values and nodes of a graph so that two graphs can be joined. Names keep the module that a layer belongs to, and also tell
+// its side of the model.
+
+/** The halves of a model, as module names tell them: "encoder.block.0", "model.decoder.layers.0". */
+type Half = "encoder" | "decoder";
+
+/** Renames values, also in nested graphs. */
+export function renameValues(graph: GraphProto, name: (value: string) => string): void {
+  for (const one of [...graph.initializer, ...graph.input, ...graph.output, ...graph.valueInfo])
+    one.name = name(one.name);
+  for (const node of graph.node) {
+    node.input = node.input.map((value) => value && name(value));
+    node.output = node.output.map((value) => value && name(value));
+    for (const nested of nestedGraphs(node)) renameValues(nested, name);
+  }
+}
+
+/** Renames nodes whose names are taken, within the same module: runtimes want names to differ. */
+export function renameNodes(nodes: readonly NodeProto[], others: readonly NodeProto[], ending: string): void {
+  const taken = new Set(others.map(({ name }) => name).filter((name) => name !== ""));
+  for (const node of nodes) {
+    while (taken.has(node.name)) node.name += ending;
+    if (node.name !== "") taken.add(node.name);
+  }
+}
+
+function* nodesOf(graph: GraphProto): Generator<NodeProto> {
+  for (const node of graph.node) {
+    yield node;
+    for (const nested of nestedGraphs(node)) yield* nodesOf(nested);
+  }
+}
+
+/** Names of modules and parameters, as the exporter wrote them. */
+function* pathsOf(graph: GraphProto): Generator<string> {
+  for (const { name } of graph.initializer) if (isParameterName(name)) yield name;
+  for (const node of nodesOf(graph)) {
+    const module = writtenPath(node);
+    if (module) yield module;
+  }
+}
+
+/** Segments of a path behind the one that names its half; all of them where none does. */
+function inside(path: string, half: Half): string[] {
+  const segments = path.split(".");
+  return segments.slice(segments.indexOf(half) + 1);
+}
+
+/** Facts that both halves need to know of each other's names. */
+interface Halves {
+  /** Segments in front of the half's own: "model" in "model.decoder.layers.0". */
+  readonly lead: string;
+  /** First segments of names in the encoder: names of the decoder that begin so would be taken for the encoder's. */
+  readonly common: ReadonlySet<string>;
+}
+
+function halvesOf(encoder: GraphProto, decoder: GraphProto): Halves {
+  const [own, other] = [[...pathsOf(encoder)], [...pathsOf(decoder)]];
+  const leadOf = (paths: readonly string[], half: Half): string | undefined => {
+    const segments = paths.map((path) => path.split(".")).find((path) => path.includes(half));
+    return segments?.slice(0, segments.indexOf(half)).join(".");
+  };
+  return {
+    lead: leadOf(other, "decoder") ?? leadOf(own, "encoder") ?? "",
+    common: new Set(own.map((path) => inside(path, "encoder")[0]!)),
+  };
+}
+
+/**
+ * Renames one half, in place. Its modules and parameters get the half's name in front where they lack it. In a decoder only names that
+ * also occur in the encoder change, so that "lm_head" stays. Other values change where their name is taken.
+ * @param fixed values that get a name of their own, or keep theirs
+ * @param taken names already given; those of this half are added
+ */
+function nameHalf(
+  graph: GraphProto,
+  half: Half,
+  { lead, common }: Halves,
+  fixed: ReadonlyMap<string, string>,
+  taken: Set<string>,
+): void {
+  const before = lead === "" ? "" : `${lead}.`;
+  /** Segments to put in front of a path. */
+  const front = (path: string): string => {
+    const segments = path.split(".");
+    // Nodes may lack modules that initializers name: an exporter sees only the modules that ran.
+    if (segments[0] === half) return before;
+    const stays = segments.includes(half) || (half === "decoder" && !common.has(segments[0]!));
+    return stays ? "" : `${before}${half}${path === "" ? "" : "."}`;
+  };
+  const names = new Map(fixed);
+  for (const value of fixed.values()) taken.add(value);
+  renameValues(graph, (value) => {
+    let name = names.get(value);
+    if (name !== undefined) return name;
+    name = isParameterName(value) ? front(value) + value : value;
+    while (taken.has(name)) name = `${half}/${name}`;
+    taken.add(name);
+    names.set(value, name);
+    return name;
+  });
+  for (const node of nodesOf(graph)) {
+    const module = writtenPath(node);
+    if (module === undefined || front(module) === "") continue;
+    const scopes = node.metadataProps.find(({ key }) => key === SCOPES);
+    if (scopes) scopes.value = `['${front(module)}${module}', '']`;
+    else node.name = `/${front(module).replace(/\.$/, "").replaceAll(".", "/")}${node.name}`;
+  }
+}
+
+// Takes one branch of a decoder that has two, as Optimum merges them: the branch that reads no cache and computes all tokens at once, as
+// training needs.
+
+/** The input that chooses the branch. */
+const CHOICE = "use_cache_branch";
+
+/** Operators that pass a condition on unchanged. */
+const SAME = new Set(["Cast", "Identity", "Reshape", "Squeeze"]);
+
+/**
+ * Replaces each `If` on that input by the nodes of its branch without a cache, in place.
+ * @param file for messages
+ * @throws FormatError when a branch and its `If` differ in outputs
+ */
+function takeFirstRun(graph: GraphProto, file: string): void {
+  for (let at = graph.node.findIndex((node) => isChoice(graph, node)); at >= 0; ) {
+    const node = graph.node[at]!;
+    const branch = attribute(node, "else_branch")?.g;
+    if (!branch || branch.output.length !== node.output.length) {
+      const message = `expected a branch with ${node.output.length} outputs for use_cache_branch = false, found ${branch?.output.length ?? "none"}: damaged, export the model again`;
+      throw new FormatError(message, { file, part: `node ${node.name}` });
+    }
+    graph.node.splice(at, 1, ...unfolded(graph, node, branch));
+    graph.initializer.push(...branch.initializer);
+    graph.valueInfo.push(...branch.valueInfo);
+    at = graph.node.findIndex((one) => isChoice(graph, one));
+  }
+}
+
+function isChoice(graph: GraphProto, { opType, input }: NodeProto): boolean {
+  if (opType !== "If") return false;
+  let value = input[0];
+  for (let i = 0; value !== CHOICE && i < SAME.size; i++) {
+    const origin = graph.node.find(({ output }) => output.includes(value!));
+    if (!origin || !SAME.has(origin.opType)) return false;
+    value = origin.input[0];
+  }
+  return value === CHOICE;
+}
+
+/** Nodes of a branch, renamed so that no name of the surrounding graph is taken twice, with the results of the `If`. */
+function unfolded(graph: GraphProto, node: NodeProto, branch: GraphProto): NodeProto[] {
+  const around = [...graph.initializer, ...graph.input].map(({ name }) => name);
+  const taken = new Set([...around, ...graph.node.flatMap(({ output }) => output)]);
+  const own = new Set([...branch.initializer.map(({ name }) => name), ...branch.node.flatMap(({ output }) => output)]);
+  const names = new Map<string, string>();
+  const handed: NodeProto[] = [];
+  for (const [i, result] of node.output.entries()) {
+    if (result === "") continue;
+    const { name } = branch.output[i]!;
+    if (own.has(name) && !names.has(name)) names.set(name, result);
+    else handed.push(makeNode("Identity", result, [name], result));
+  }
+  renameValues(branch, (value) => {
+    let name = names.get(value) ?? value;
+    if (names.has(value) || !own.has(value)) return name;
+    while (taken.has(name)) name = `first/${name}`;
+    taken.add(name);
+    names.set(value, name);
+    return name;
+  });
+  for (const one of handed) one.input = one.input.map((value) => names.get(value) ?? value);
+  renameNodes(branch.node, graph.node, "_first");
+  return [...branch.node, ...handed];
 }

@@ -8,10 +8,10 @@ import type { View, WeightHost } from "../core/base.ts";
 import { SourceError } from "../errors.ts";
 import { FETCH_OPTIONS, type SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
-import { Copies } from "./copies.ts";
 import { findParameters, type OnnxParameter, pieceShape } from "./modules.ts";
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
+import { Copies } from "./weights.ts";
 
 /**
  * Opens a model and finds its parameters. The file is read whole and stays in memory; files beside it are read when a weight in them is.

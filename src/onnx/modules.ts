@@ -4,9 +4,10 @@
  * an initializer. Names and orientation only: nothing here reads a value (copies.ts does).
  */
 import { sameShape } from "../core/base.ts";
+import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
-import { type Claim, Claims, EVIDENCE, isParameterName, variants } from "./claims.ts";
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
+import type { NodeProto } from "./onnx_pb.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
 /** Rows of a packed weight that a layer has: the `index`-th of parts whose sizes are `sizes`. */
@@ -221,4 +222,354 @@ export function isNameless(parameter: OnnxParameter): boolean {
 
 function isSameMatrix(a: Stored, b: Stored): boolean {
   return isMatrix(a) && isMatrix(b) && sameShape(matrixShape(a)!, matrixShape(b)!);
+}
+
+// Finds which parameters of the PyTorch model an initializer may be, from its own name and from the modules that use it. Looks at names
+// and orientation only: it reads no value, and does not decide between two claims to one name.
+
+/** Operators that pass their first input on, as it is or transposed. */
+const PASSES = new Set(["Cast", "CastLike", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"]);
+
+/** Normalisations whose second input is a weight and whose third a bias. */
+const NORMS = new Set([
+  "BatchNormalization",
+  "GroupNormalization",
+  "InstanceNormalization",
+  "LayerNormalization",
+  "RMSNormalization",
+  "SimplifiedLayerNormalization",
+]);
+
+/** Index of the bias in operators of onnxruntime's optimiser; their first input is the result of the biased layer. */
+export const SUMS: Readonly<Record<string, number>> = {
+  BiasGelu: 1,
+  FastGelu: 1,
+  SkipLayerNormalization: 4,
+  SkipSimplifiedLayerNormalization: 3,
+};
+
+/** Words that tools append to the name of a parameter they have changed. */
+const MADE_BY_TOOLS = /^(quantized|fp16|f16|bf16|Transposed|Q[248](G\d+)?)$/;
+
+/** Evidence for a name, weakest first. If several initializers claim one name, the best evidence decides. */
+const EVIDENCE = {
+  nothing: 0,
+  /** The name of the bias behind the layer, which other layers use too: it may have been merged. */
+  guessed: 1,
+  /** The initializer's own name, though all its uses are in other modules: a leftover of merged parameters. */
+  namedElsewhere: 2,
+  /** The module that uses the initializer. */
+  used: 3,
+  /** The initializer's own name, and no use contradicts it. */
+  named: 4,
+} as const;
+
+/** A name that an initializer may have, and the uses that support it. */
+interface Claim {
+  name: string;
+  evidence: number;
+  readonly initializer: string;
+  layout: Layout | undefined;
+  readonly uses: Use[];
+  /** Layers that use the bias this name was inferred from; more than one makes it a guess. */
+  shared: number;
+}
+
+/** Most segments of a module's name that are looked at, since a file may contain any names. */
+const MOST_SEGMENTS = 64;
+
+/** Most operators in a row that a value is followed through. Exporters and quantisers write three. */
+export const MOST_PASSED = 16;
+
+/** Most uses that are followed, for each use in the graph: nested graphs may reuse names of values and so multiply them. */
+const MOST_FOLLOWED = 32;
+
+/** The module that a node belongs to. */
+interface ModulePath {
+  readonly path: string;
+  /** How many layers use the bias this path was inferred from; more than one makes it a guess. */
+  readonly shared: number;
+}
+
+/** Finds the claims of the initializers of one graph. */
+class Claims {
+  readonly #graph: Graph;
+  readonly #file: string;
+  /** Whether the names follow onnxruntime-genai's model builder. */
+  readonly #built: boolean;
+  readonly #paths = new Map<NodeProto, ModulePath | undefined>();
+  readonly #segments = new Map<string, readonly string[]>();
+  #left = 100_000;
+
+  constructor({ graph, name, proto }: OnnxModel) {
+    this.#graph = graph;
+    this.#file = name;
+    this.#built = proto.producerName === "onnxruntime-genai";
+    for (const uses of graph.consumers.values()) this.#left += MOST_FOLLOWED * uses.length;
+  }
+
+  /**
+   * Names supported by an initializer's own name and its uses: at least one.
+   * @throws FormatError when nested graphs multiply its uses
+   */
+  of(initializer: string, { shape }: OnnxTensorType): Claim[] {
+    const claims = new Map<string, Claim>();
+    const within = new Map<string, Claim>();
+    const own = this.#asCheckpoint(ownName(initializer));
+    const reached = this.#reach(initializer, own);
+    const claim = (name: string, evidence: number, layout: Layout | undefined, use?: Use, shared = 1): void => {
+      let found = claims.get(name);
+      if (!found) {
+        claims.set(name, (found = { name, evidence, initializer, layout, uses: [], shared }));
+        if (reached.length > 1) this.#index(found, within);
+      }
+      found.evidence = Math.max(found.evidence, evidence);
+      found.layout ??= layout;
+      if (use) found.uses.push(use);
+    };
+    for (const { use, name, transposed } of reached) {
+      const role = roleOf(use, shape.length, transposed);
+      const place = this.#modulePathOf(use.node);
+      const path = place?.path;
+      if (name !== undefined && (!role || path === undefined || this.#isWithin(name, path))) {
+        claim(name, EVIDENCE.named, role?.layout, use);
+      } else if (role && path) {
+        const again = variants(path).flatMap((one) => within.get(`${role.suffix} ${one}`) ?? [])[0];
+        const evidence = place.shared === 1 ? EVIDENCE.used : EVIDENCE.guessed;
+        claim(again?.name ?? `${path}.${role.suffix}`, evidence, role.layout, use, place.shared);
+      } else {
+        claim(initializer, EVIDENCE.nothing, role?.layout, use);
+      }
+    }
+    // Own names are kept even if every use is in another module.
+    for (const { use, name, transposed } of reached) {
+      if (name === undefined || (claims.get(name)?.evidence ?? 0) > EVIDENCE.namedElsewhere) continue;
+      claim(name, EVIDENCE.namedElsewhere, roleOf(use, shape.length, transposed)?.layout, use);
+    }
+    if (claims.size === 0) claim(own ?? initializer, own === undefined ? EVIDENCE.nothing : EVIDENCE.named, undefined);
+    return [...claims.values()];
+  }
+
+  /** Name in the checkpoint. */
+  #asCheckpoint(name: string | undefined): string | undefined {
+    return this.#built && name !== undefined ? unbuilt(name) : name;
+  }
+
+  /** Indexes a claim under each module that contains it. */
+  #index(claim: Claim, within: Map<string, Claim>): void {
+    const segments = this.#split(claim.name);
+    const suffix = segments[segments.length - 1]!;
+    for (let depth = 1; depth < Math.min(segments.length, MOST_SEGMENTS); depth++) {
+      const key = `${suffix} ${segments.slice(0, depth).join(".")}`;
+      if (!within.has(key)) within.set(key, claim);
+    }
+  }
+
+  /** Uses of an initializer, also behind operators that only pass it on. `name` is its own. */
+  #reach(initializer: string, name: string | undefined): Reached[] {
+    const reached: Reached[] = [];
+    const values = [{ value: initializer, name, transposed: false, passed: 0 }];
+    // Nested graphs may reuse a name of the graph around them, which would lead round in circles in a hostile file.
+    const seen = new Set([initializer]);
+    for (const { value, name, transposed, passed } of values) {
+      for (const use of this.#graph.consumers.get(value) ?? []) {
+        if (--this.#left < 0) {
+          const message = "its nested graphs name their values alike, so that none can be told: export the model again";
+          throw new FormatError(message, { file: this.#file, part: `initializer ${initializer}` });
+        }
+        const { node, input } = use;
+        const output = node.output[0];
+        if (input !== 0 || !PASSES.has(node.opType) || output === undefined || passed === MOST_PASSED) {
+          reached.push({ use, name, transposed });
+        } else if (!seen.has(output)) {
+          seen.add(output);
+          // Tools lengthen names: of NAME_f16 and NAME the shorter one is the checkpoint's. A different name behind an Identity belongs
+          // to a merged parameter.
+          const renamed = isParameterName(output) && !(name !== undefined && output.startsWith(name));
+          const turns = node.opType === "Transpose" && turnsMatrix(node);
+          values.push({
+            value: output,
+            name: renamed ? output : name,
+            transposed: transposed !== turns,
+            passed: passed + 1,
+          });
+        }
+      }
+    }
+    return reached;
+  }
+
+  #modulePathOf(node: NodeProto): ModulePath | undefined {
+    if (!this.#paths.has(node)) {
+      const place = modulePathOf(this.#graph, node);
+      this.#paths.set(node, place && { ...place, path: this.#asCheckpoint(place.path)! });
+    }
+    return this.#paths.get(node);
+  }
+
+  #split(name: string): readonly string[] {
+    const segments = this.#segments.get(name) ?? name.split(".");
+    this.#segments.set(name, segments);
+    return segments;
+  }
+
+  /**
+   * Whether a parameter belongs to the module at `path` or to one inside it. The TorchScript exporter numbers the calls
+   * of a module that runs more than once: the second call of "layer.query" is "layer.query_1".
+   */
+  #isWithin(name: string, path: string): boolean {
+    if (path === "") return true;
+    const segments = this.#split(name);
+    return this.#split(path).every((segment, i) => {
+      const own = segments[i];
+      return own !== undefined && i < segments.length - 1 && (segment === own || unnumbered(segment) === own);
+    });
+  }
+}
+
+interface Reached {
+  use: Use;
+  /** The checkpoint's name, if it was kept. */
+  name: string | undefined;
+  transposed: boolean;
+}
+
+/** Paths of the modules that a path may be a call of: the path itself, and without the numbers of repeated calls. */
+function variants(path: string): string[] {
+  const segments = path.split(".", MOST_SEGMENTS + 1);
+  if (segments.length > MOST_SEGMENTS) return [path];
+  const found = new Set([path, segments.map(unnumbered).join(".")]);
+  for (const [i, segment] of segments.entries()) {
+    if (unnumbered(segment) !== segment) found.add(segments.with(i, unnumbered(segment)).join("."));
+  }
+  return [...found];
+}
+
+/** Drops the number of a repeated call: "query" from "query_1". */
+function unnumbered(segment: string): string {
+  const at = segment.lastIndexOf("_");
+  return at > 0 && /^\d+$/.test(segment.slice(at + 1)) ? segment.slice(0, at) : segment;
+}
+
+/** Translates the model builder's names to transformers': "layers.0.attn.q_proj.MatMul.weight" is "layers.0.self_attn.q_proj.weight". */
+function unbuilt(name: string): string {
+  return name
+    .replace(/\.(?:MatMul|Add|layernorm)\.(weight|bias)$/, ".$1")
+    .replace(/\.layers\.(\d+)\.attn\./, ".layers.$1.self_attn.")
+    .replace(/\.layers\.\d+\.final_norm_layernorm\b/, ".norm");
+}
+
+/** The checkpoint's name within an initializer's name, which tools lengthen. */
+function ownName(initializer: string): string | undefined {
+  let end = initializer.length;
+  for (let at = initializer.lastIndexOf("_"); at > 0; at = initializer.lastIndexOf("_", end - 1)) {
+    const word = initializer.slice(at + 1, end);
+    // "NAME.weight_T" is NAME's weight, transposed.
+    if (!MADE_BY_TOOLS.test(word) && !(word === "T" && initializer.endsWith(".weight", at))) break;
+    end = at;
+  }
+  const stem = initializer.slice(0, end);
+  return isParameterName(stem) ? stem : undefined;
+}
+
+/** Whether a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
+export function isParameterName(name: string): boolean {
+  return name.includes(".") && !/[/:]/.test(name);
+}
+
+/** Whether a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
+function turnsMatrix(node: NodeProto): boolean {
+  const perm = attribute(node, "perm")?.ints;
+  return perm === undefined || (perm.length === 2 && perm[0] === 1n);
+}
+
+interface Role {
+  suffix: "weight" | "bias";
+  layout?: Layout | undefined;
+}
+
+/** Role of an initializer of this rank in the node that uses it. */
+function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role | undefined {
+  const matrix = (layout: "in-out" | "out-in"): Role => {
+    const turned = layout === "in-out" ? "out-in" : "in-out";
+    return { suffix: "weight", layout: rank !== 2 ? undefined : transposed ? turned : layout };
+  };
+  switch (node.opType) {
+    case "MatMul":
+    case "MatMulInteger":
+    case "FusedMatMul":
+      return input === 1 && attribute(node, "transB")?.i
+        ? matrix("out-in")
+        : input === 1
+          ? matrix("in-out")
+          : input === 0
+            ? matrix("out-in")
+            : undefined;
+    case "QLinearMatMul":
+      return input === 3 ? matrix("in-out") : undefined;
+    case "MatMulNBits":
+      // [out, blocks, bytes]: packed along the rows of an out-in weight.
+      return input === 1 ? { suffix: "weight", layout: "out-in" } : undefined;
+    case "Gemm":
+      if (input === 1) return matrix(attribute(node, "transB")?.i ? "out-in" : "in-out");
+      return input === 2 ? { suffix: "bias" } : undefined;
+    case "Conv":
+    case "ConvInteger":
+      if (input === 1) return { suffix: "weight", layout: "conv" };
+      return input === 2 && node.opType === "Conv" ? { suffix: "bias" } : undefined;
+    case "ConvTranspose":
+      return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
+    case "Gather":
+    case "GatherBlockQuantized":
+      if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;
+      return { suffix: "weight", layout: transposed ? undefined : "embedding" };
+    case "Add":
+      return rank === 1 ? { suffix: "bias" } : undefined;
+    case "Mul":
+      return rank === 1 ? { suffix: "weight" } : undefined;
+    case "EmbedLayerNormalization":
+      // Tables of tokens, positions and segments; then scale and shift.
+      if (input >= 2 && input <= 4) return { suffix: "weight", layout: rank === 2 ? "embedding" : undefined };
+      return input === 5 ? { suffix: "weight" } : input === 6 ? { suffix: "bias" } : undefined;
+    case "BiasGelu":
+    case "FastGelu":
+    case "SkipLayerNormalization":
+    case "SkipSimplifiedLayerNormalization":
+      if (input === SUMS[node.opType]) return { suffix: "bias" };
+      return input === 2 ? { suffix: "weight" } : input === 3 ? { suffix: "bias" } : undefined;
+    default:
+      if (!NORMS.has(node.opType)) return undefined;
+      return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
+  }
+}
+
+/** Metadata key under which the dynamo exporter writes the modules around a node. */
+export const SCOPES = "pkg.torch.onnx.name_scopes";
+
+/** The module whose `forward` made a node, as the exporter wrote it: dynamo into the node's metadata, TorchScript into its name. */
+export function writtenPath({ name, metadataProps }: NodeProto): string | undefined {
+  const scopes = metadataProps.find(({ key }) => key === SCOPES)?.value;
+  // A Python list of modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
+  if (scopes !== undefined) return [...scopes.matchAll(/'([^']*)'/g)].at(-2)?.[1];
+  return name.startsWith("/") ? name.slice(1, name.lastIndexOf("/")).replaceAll("/", ".") : undefined;
+}
+
+/**
+ * The module whose `forward` made a node, dotted; "" for the model itself. If no exporter wrote it, or it is lost, the name of a linear
+ * layer's bias often tells. A bias that several layers use is no proof: one layer may run twice, or equal biases were merged.
+ */
+export function modulePathOf(graph: Graph, node: NodeProto): ModulePath | undefined {
+  const path = writtenPath(node);
+  if (path !== undefined) return { path, shared: 1 };
+  let result = /^(Fused)?MatMul(NBits|Integer)?$/.test(node.opType) ? node.output[0] : undefined;
+  // A Cast, and a Mul by the scales, come first.
+  for (let i = 0; i < 2 && node.opType === "MatMulInteger"; i++)
+    result = graph.consumers.get(result ?? "")?.[0]?.node.output[0];
+  for (const { node: next } of graph.consumers.get(result ?? "") ?? []) {
+    const fused = SUMS[next.opType];
+    const bias = next.opType === "Add" ? next.input.find((value) => value !== result) : next.input[fused ?? -1];
+    if (!bias?.endsWith(".bias") || !isParameterName(bias)) continue;
+    return { path: bias.slice(0, -".bias".length), shared: graph.consumers.get(bias)!.length };
+  }
+  return undefined;
 }

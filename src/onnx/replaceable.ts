@@ -5,10 +5,9 @@
 
 import type { View } from "../core/base.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
-import { MOST_PASSED } from "./claims.ts";
 import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
-import { type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
+import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 import { create, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";

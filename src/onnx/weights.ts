@@ -1,10 +1,20 @@
 /**
  * Values of a model's weights. The reader of quantised weights is loaded only for models that have some.
  */
-import { type WeightAt, weightAt } from "../core/mismatch.ts";
-import { FormatError } from "../errors.ts";
+import { fingerprint, type WeightAt, weightAt } from "../core/mismatch.ts";
+import { type Matrix, sameValues } from "../core/tied.ts";
+import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
-import { matrixShape, partStart, type Stored } from "./modules.ts";
+import {
+  asMatrix,
+  type Candidate,
+  isMatrix,
+  isNameless,
+  matrixShape,
+  type OnnxParameter,
+  partStart,
+  type Stored,
+} from "./modules.ts";
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
@@ -67,4 +77,152 @@ async function readJoined(
     quantized ||= read.quantized;
   }
   return { at: (o, n) => rows[o]!(o, n), quantized };
+}
+
+// Finds weights that a model contains more than once. An exporter copies a layer that is applied in several ways, for instance to inputs
+// of two and of three dimensions: one initializer for a Gemm and a transposed one for a MatMul. A task must change all copies. Names tell
+// which weights may be the same (modules.ts); here their values decide, whichever way round they are stored.
+
+/** Candidates that a message lists. */
+const TOLD = 3;
+
+/** Finds the copies of weights. */
+export class Copies {
+  readonly #file: ModelFile;
+  readonly #parameters: readonly OnnxParameter[];
+  readonly #options: ReadOptions | undefined;
+  /** Whether some weights have no name, so that each may be a copy of any other. */
+  readonly #open: boolean;
+  readonly #found = new Map<OnnxParameter, Promise<OnnxParameter>>();
+  /** Float weights of linear layers without a name, by type, shape and some values; made when first needed. */
+  #nameless: Promise<ReadonlyMap<string, readonly Stored[]>> | undefined;
+
+  /** @param parameters of the file, as `findParameters` gives them */
+  constructor(file: ModelFile, parameters: readonly OnnxParameter[], options?: ReadOptions) {
+    this.#file = file;
+    this.#parameters = parameters;
+    this.#options = options;
+    this.#open = parameters.some(isNameless);
+  }
+
+  /**
+   * The parameter with its copies, each time the same object.
+   * @throws BaseMismatchError when several weights have an equal claim to its name, and their values differ
+   * @throws FormatError, SourceError when a weight that may be a copy cannot be read
+   */
+  of(parameter: OnnxParameter): Promise<OnnxParameter> {
+    const known = this.#found.get(parameter);
+    if (known) return known;
+    const found = this.#find(parameter);
+    this.#found.set(parameter, found);
+    // A failure is not kept: the next read may succeed.
+    found.catch(() => this.#found.delete(parameter));
+    return found;
+  }
+
+  /** Parameters that are one with a table [rows, width] in the model, wherever the exporter has put them. */
+  async tiedTo(table: OnnxParameter): Promise<OnnxParameter[]> {
+    const [rows = 0, width = 0] = table.shape;
+    const isWeight = ({ uses, layout, dtype }: OnnxParameter): boolean =>
+      uses.length > 0 && (layout !== undefined || dtype === "other");
+    const found: OnnxParameter[] = [];
+    let own: Matrix | undefined;
+    for (const one of this.#parameters) {
+      const matrix = one.layout === "embedding" ? one.shape : matrixShape(one);
+      if (!isWeight(one) || matrix?.join() !== `${rows},${width}`) continue;
+      // Names of one initializer share no use, but for the initializer's own.
+      if (one.uses.some((use) => table.uses.some(({ node, input }) => node === use.node && input === use.input)))
+        continue;
+      own ??= await this.#table(table);
+      if (one.initializer === table.initializer || sameValues(await this.#table(one), own, rows, width))
+        found.push(await this.of(one));
+    }
+    const copies = new Set(found.flatMap((one) => one.copies.map(({ initializer }) => initializer)));
+    return found.filter(({ initializer }) => !copies.has(initializer));
+  }
+
+  /** A weight by rows of tokens. */
+  async #table(stored: Stored): Promise<Matrix> {
+    const { dtype } = stored;
+    if (stored.layout !== "embedding") return { at: await this.#values(stored), dtype };
+    const at = await this.#values(asMatrix(stored));
+    return { at: (o, n) => at(n, o), dtype };
+  }
+
+  async #find(parameter: OnnxParameter): Promise<OnnxParameter> {
+    if (parameter.uses.length === 0 || !isMatrix(parameter)) return parameter;
+    if (!this.#open && parameter.candidates.length === 0) return parameter;
+    const copies: Stored[] = [];
+    for (const candidate of parameter.candidates) {
+      if (candidate.initializer === parameter.initializer) continue;
+      if (await this.#isSame(parameter, candidate)) copies.push(candidate);
+      else if (candidate.equal) throw ambiguous(this.#file, parameter);
+    }
+    const known = new Set([parameter, ...copies].map(({ initializer }) => initializer));
+    for (const one of await this.#alike(parameter)) {
+      if (!known.has(one.initializer) && (await this.#isSame(parameter, one))) copies.push(one);
+    }
+    return { ...parameter, copies };
+  }
+
+  /** Whether two weights are equal, up to orientation and, between different number formats, up to rounding. */
+  async #isSame(a: Stored, b: Stored): Promise<boolean> {
+    const [out, inputs] = matrixShape(a)!;
+    if (!isMatrix(b) || matrixShape(b)!.join() !== `${out},${inputs}`) return false;
+    return sameValues(
+      { at: await this.#values(a), dtype: a.dtype },
+      { at: await this.#values(b), dtype: b.dtype },
+      out,
+      inputs,
+    );
+  }
+
+  async #values(stored: Stored): Promise<WeightAt> {
+    const { at } = await readLinearWeight(this.#file, { ...stored, name: stored.initializer }, this.#options);
+    return matrixShape(stored)!.includes(0) ? () => 0 : at;
+  }
+
+  /** Weights without a name that may have the same values. */
+  async #alike(parameter: OnnxParameter): Promise<readonly Stored[]> {
+    if (parameter.dtype === "other") return [];
+    this.#nameless ??= this.#findNameless();
+    const nameless = await this.#nameless.catch((error: unknown) => {
+      this.#nameless = undefined;
+      throw error;
+    });
+    return nameless.size === 0 ? [] : (nameless.get(await this.#keyOf(parameter)) ?? []);
+  }
+
+  async #findNameless(): Promise<ReadonlyMap<string, readonly Stored[]>> {
+    const found = new Map<string, Stored[]>();
+    const named = new Set(this.#parameters.flatMap((one) => (isNameless(one) ? [] : one.initializer)));
+    for (const one of this.#parameters) {
+      if (!isNameless(one) || named.has(one.initializer)) continue;
+      const key = await this.#keyOf(one);
+      const others = found.get(key);
+      if (others) others.push(one);
+      else found.set(key, [one]);
+    }
+    return found;
+  }
+
+  /** Key of a weight: type, shape and some values. */
+  async #keyOf(stored: Stored): Promise<string> {
+    const [out, inputs] = matrixShape(stored)!;
+    return `${stored.dtype} ${out} ${inputs} ${fingerprint("", out, inputs, await this.#values(stored)).join()}`;
+  }
+}
+
+function ambiguous({ model }: ModelFile, parameter: OnnxParameter): BaseMismatchError {
+  const told = (stored: Stored): string => {
+    const nodes = stored.uses.map(({ node }) => `${node.opType} "${node.name || node.output[0]}"`);
+    return `"${stored.initializer}" of ${nodes.slice(0, TOLD).join(", ")}`;
+  };
+  const equal: readonly Stored[] = [parameter, ...parameter.candidates.filter((one: Candidate) => one.equal)];
+  const more = equal.length > TOLD ? ` and ${equal.length - TOLD} more` : "";
+  return new BaseMismatchError(
+    `${model.name}: "${parameter.name}" may be any of several weights, which differ: ` +
+      `${equal.slice(0, TOLD).map(told).join("; ")}${more}. Say which with the option \`names\``,
+    { module: parameter.name, candidates: equal.slice(0, TOLD).map(({ initializer }) => initializer) },
+  );
 }

@@ -1,6 +1,6 @@
 /** New tasks for a pack that exists: adapters are brought onto its basis. */
 import type { Adapter } from "../adapters/adapter.ts";
-import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
+import { checkAdapters, refuseBoth } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { AdapterError, TaskError } from "../errors.ts";

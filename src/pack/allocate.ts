@@ -3,8 +3,7 @@
  * measured keeps to the goal too. Estimates are good to a few percent, so that takes two or three packs.
  */
 
-import type { Adapter } from "../adapters/adapter.ts";
-import type { SharedModule } from "../adapters/modules.ts";
+import type { Adapter, SharedModule } from "../adapters/adapter.ts";
 import { type Allocation, allocateBytes, allocateError, type Spectrum } from "../extract/allocation.ts";
 import { inOrder } from "../extract/extractor.ts";
 import { throwIfAborted } from "../pace.ts";

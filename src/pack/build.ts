@@ -3,7 +3,7 @@
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { commonBase, type SharedModule } from "../adapters/modules.ts";
+import { commonBase, type SharedModule } from "../adapters/adapter.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import type { TermInput } from "../format/encode.ts";

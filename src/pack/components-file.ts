@@ -2,7 +2,7 @@
  * The components of a pack as a safetensors file, for those who train elsewhere: a LoRA whose rows are coefficients over these components
  * loses nothing when it is added. Makes the contents only; the caller writes them.
  */
-import { f32Bytes } from "../adapters/factors.ts";
+import { f32Bytes } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { type PackModule, readTensor, type Side } from "../format/format.ts";

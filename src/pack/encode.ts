@@ -11,7 +11,7 @@ import {
   refuseTwins,
   type SharedModule,
   sharedModules,
-} from "../adapters/modules.ts";
+} from "../adapters/adapter.ts";
 import { inBase } from "../adapters/start.ts";
 import { type BaseInput, Locator } from "../core/base.ts";
 import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";

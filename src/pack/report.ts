@@ -2,7 +2,7 @@
  * What a pack says about itself when it has been made: one shape for every way to make one.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels, commonBase } from "../adapters/modules.ts";
+import { baseModels, commonBase } from "../adapters/adapter.ts";
 import type { PrivateChoice } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import type { ModuleInput, TermInput } from "../format/encode.ts";

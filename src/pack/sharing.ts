@@ -3,8 +3,7 @@
  * pays is kept: the components' bits and those of all tasks with them, as the coder counts them, against the tasks' alone.
  */
 
-import type { Adapter } from "../adapters/adapter.ts";
-import type { SharedModule } from "../adapters/modules.ts";
+import type { Adapter, SharedModule } from "../adapters/adapter.ts";
 import type { Spectrum } from "../extract/allocation.ts";
 import { inOrder } from "../extract/extractor.ts";
 import { encodeSpans, type Spans } from "../extract/groups.ts";

@@ -2,9 +2,10 @@
  * Writing packs: fresh ones of a new basis or of the basis of an open pack, appends, signatures; with the entropy coding of what is
  * stored (SPEC.md, appendix A), where it takes fewer bytes.
  */
-import { checkPack } from "../arguments.ts";
+import { checkPack, described } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
+import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/trust.ts";
 import { TrustError } from "../errors.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
@@ -27,7 +28,7 @@ import {
 } from "../format/layout.ts";
 import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
 import { atOnce } from "../pace.ts";
-import { toHex } from "../text.ts";
+import { fromBase64, toHex } from "../text.ts";
 import { VERSION } from "../version.ts";
 
 /** Where blobs lie until their pack is written, for who has no memory for all of them. */
@@ -228,4 +229,41 @@ function refuseBare({ directory, name }: Pack): void {
 export async function signTaskFile(file: Uint8Array, sign: Sign): Promise<Uint8Array<ArrayBuffer>> {
   const { content } = parseTaskFile(file, "the task file");
   return encodeSignedTaskFile({ content, signature: await sign("task", await sha256(content)) });
+}
+
+// Ed25519 keys to sign with, by the platform's WebCrypto (SPEC.md, section 8). Signatures are checked in `core/trust.ts`.
+
+/** An Ed25519 key to sign with: PEM (PKCS#8), or a pair of `CryptoKey`s. */
+export type SigningKey = string | CryptoKeyPair;
+
+/**
+ * What signs with a key: pass it to `planSignature`, `planAppend`, `freshPack` and `signTaskFile`.
+ * @throws TypeError when it is no such key; TrustError where the platform has no Ed25519
+ * @example
+ * import { readFile } from "node:fs/promises";
+ * const sign = await createSigner(await readFile("key.pem", "utf8"));
+ */
+export async function createSigner(key: SigningKey): Promise<Sign> {
+  const { privateKey, publicKey } = typeof key === "string" ? await pairOf(key) : { ...key };
+  if (privateKey?.algorithm?.name !== ALGORITHM) {
+    throw new TypeError(`createSigner: expected an Ed25519 key pair or PEM, got ${described(key)}`);
+  }
+  const name = publicKey instanceof Uint8Array ? publicKey : await publicKeyBytes(publicKey, "publicKey");
+  return async (kind, hash) => {
+    const signature = await crypto.subtle.sign(ALGORITHM, privateKey, signedMessage(kind, hash));
+    return { key: name, bytes: new Uint8Array(signature) };
+  };
+}
+
+async function pairOf(pem: string): Promise<{ privateKey: CryptoKey; publicKey: Uint8Array }> {
+  const body = /-----BEGIN PRIVATE KEY-----([A-Za-z0-9+/=\s]+)-----END PRIVATE KEY-----/.exec(pem)?.[1];
+  if (body === undefined) {
+    throw new TypeError("the key to sign with: expected PEM, -----BEGIN PRIVATE KEY----- (eigenlora keygen makes one)");
+  }
+  const der = fromBase64(body.replace(/\s/g, ""));
+  const privateKey = await importKey("the key to sign with", () =>
+    crypto.subtle.importKey("pkcs8", der, ALGORITHM, true, ["sign"]),
+  );
+  const { x } = await crypto.subtle.exportKey("jwk", privateKey);
+  return { privateKey, publicKey: fromBase64(x!.replaceAll("-", "+").replaceAll("_", "/")) };
 }

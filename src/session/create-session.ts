@@ -121,6 +121,6 @@ async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array
     await file.close();
     return inputCarrier(parts, bases);
   }
-  if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
+  if ("places" in folded) return (await import("./device.ts")).foldedCarrier(parts, file, folded);
   return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
 }

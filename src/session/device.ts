@@ -4,19 +4,20 @@
  */
 /// <reference types="@webgpu/types" />
 
-import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../core/base.ts";
+import type { DeviceHandle } from "../backends/backend.ts";
+import { byteLengthOf, type CpuView, type DeviceTensor, type View, viewValues } from "../core/base.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
 import { createFolding, type SessionRuntime } from "../core/session-runtime.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
+import type { TaskInput } from "../onnx/adapted.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { WeightInput } from "../onnx/replaceable.ts";
+import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
 import type { Active, Carrier, CarrierParts } from "./carrier.ts";
-import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
-import { roundUp16, USAGE } from "./placed.ts";
+import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
 import { withFeeds } from "./probe.ts";
 import type { ProbeReport } from "./probe-term.ts";
-import { type InputValues, inputNamesOf, TaskEvaluator, toFeeds } from "./values.ts";
+import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
 /** A parameter on the device. */
 type Placed = DeviceTensor & { buffer: GPUBuffer };
@@ -157,5 +158,146 @@ async function probeBuffers(
     });
   } finally {
     zeros.destroy();
+  }
+}
+
+/**
+ * Inputs of tasks as buffers of the device that the engine computes on: written once a switch, they cost a run nothing. Loaded where there
+ * is such a device.
+ */
+/// <reference types="@webgpu/types" />
+
+/** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
+export const USAGE: number = 128 | 4 | 8;
+
+/** Bytes of a buffer: whole vectors of four words, which kernels of runtimes read. */
+export function roundUp16(bytes: number): number {
+  return Math.max(16, Math.ceil(bytes / 16) * 16);
+}
+
+/** Feeds whose values lie on the device. */
+export interface PlacedFeeds {
+  readonly feeds: Readonly<Record<string, EngineTensor>>;
+  /** Bytes that a run carries from the CPU's memory all the same: indices are 64-bit integers. */
+  readonly bytes: number;
+  /** Bytes that were written to the device. */
+  readonly written: number;
+  /** Called once no run reads them any more: their buffers are used again. */
+  readonly retire: () => void;
+}
+
+/** Places tasks on a device. */
+export class Placer {
+  readonly #engine: Engine;
+  readonly #gpu: EngineGpu;
+  readonly #device: GPUDevice;
+  readonly #inputs: readonly TaskInput[];
+  /** Buffers of tasks that were active before, by input. */
+  readonly #spare = new Map<string, GPUBuffer[]>();
+  readonly #all = new Set<GPUBuffer>();
+
+  constructor(engine: Engine, gpu: EngineGpu, device: DeviceHandle, inputs: readonly TaskInput[]) {
+    this.#engine = engine;
+    this.#gpu = gpu;
+    this.#device = device as unknown as GPUDevice;
+    this.#inputs = inputs;
+  }
+
+  place(values: InputValues): PlacedFeeds {
+    const feeds: Record<string, EngineTensor> = {};
+    const used: (readonly [name: string, buffer: GPUBuffer])[] = [];
+    let [bytes, written] = [0, 0];
+    for (const input of this.#inputs) {
+      const { name } = input;
+      const { dims, data } = stackValues(input, [values.get(name)!]);
+      if (data instanceof BigInt64Array) {
+        feeds[name] = this.#engine.tensor(data, dims);
+        bytes += data.byteLength;
+        continue;
+      }
+      const buffer = this.#bufferFor(name, roundUp16(data.byteLength));
+      this.#device.queue.writeBuffer(buffer, 0, data as Float32Array<ArrayBuffer>);
+      feeds[name] = this.#gpu.tensor(buffer, "f32", dims);
+      used.push([name, buffer]);
+      written += data.byteLength;
+    }
+    const retire = (): void => {
+      for (const [name, buffer] of used) this.#spare.set(name, [...(this.#spare.get(name) ?? []), buffer]);
+    };
+    return { feeds, bytes, written, retire };
+  }
+
+  /** A buffer that nothing reads: tasks differ in rank, and so in size. */
+  #bufferFor(name: string, size: number): GPUBuffer {
+    const spare = this.#spare.get(name)?.pop();
+    if (spare?.size === size) return spare;
+    if (spare) this.#free(spare);
+    const buffer = this.#device.createBuffer({ label: `eigenlora ${name}`, size, usage: USAGE });
+    this.#all.add(buffer);
+    return buffer;
+  }
+
+  #free(buffer: GPUBuffer): void {
+    this.#all.delete(buffer);
+    buffer.destroy();
+  }
+
+  get byteLength(): number {
+    return [...this.#all].reduce((sum, { size }) => sum + size, 0);
+  }
+
+  close(): void {
+    for (const buffer of this.#all) this.#free(buffer);
+  }
+}
+
+// Mode "folded" without a device: weights change inside the model, which an engine takes only when it loads one. Each switch loads a model.
+
+/**
+ * @param file stays open: weights are folded from it
+ * @throws BackendError when the engine refuses the model
+ */
+export async function foldedCarrier(
+  { engine, prepared, detached, load }: CarrierParts,
+  file: ModelFile,
+  weights: WeightFile,
+): Promise<Carrier> {
+  const { pack, view, inputs, names, keep, base } = prepared;
+  const host = onnxHost(file, weights.pieces);
+  const runtime = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
+    // The file is in memory anyway: no second copy of its weights.
+    ...{ base: host, webgpu: false, policy: "reload", names, ...(keep && { modules: keep }) },
+  });
+  const evaluator = new TaskEvaluator(prepared, runtime);
+  const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
+  const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {
+    const values = await evaluator.evaluate(tasks, signal);
+    const changed = await runtime.fold(tasks, signal);
+    const content = await fillWeightFile(weights, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
+    // Tasks that bring heads alone change no weight.
+    const files = content.data.byteLength > 0 ? [...detached.files, content] : detached.files;
+    const model = await engine.load({ ...detached, files }, load);
+    return { model, task: tasks.selection, ...toFeeds(engine, inputs, [values.inputs]) };
+  };
+  const close = async (): Promise<void> => {
+    await runtime.close();
+    await file.close();
+  };
+  try {
+    return {
+      evaluator,
+      first: await make(await runtime.load(null)),
+      probe: { result: "not needed: the weights themselves change" },
+      bytesWritten: weights.byteLength,
+      make,
+      memory() {
+        const held = runtime.memory();
+        return { scratch: held.scratch + held.pristine, pristine, active: 0 };
+      },
+      close,
+    };
+  } catch (error) {
+    await close();
+    throw error;
   }
 }

@@ -5,8 +5,14 @@
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { partOf } from "../core/part.ts";
-import { cannotPutBack, copySelection, type MemoryReport, memoryReport, type Selection } from "../core/selection.ts";
-import { Switching } from "../core/switching.ts";
+import {
+  cannotPutBack,
+  copySelection,
+  type MemoryReport,
+  memoryReport,
+  type Selection,
+  Switching,
+} from "../core/selection.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import type { DetailedEvent } from "../events.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";

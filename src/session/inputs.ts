@@ -5,8 +5,8 @@
 import type { Selection } from "../core/selection.ts";
 import { createUnfolding, type SessionRuntime } from "../core/session-runtime.ts";
 import type { Active, Carrier, CarrierParts } from "./carrier.ts";
+import type { Placer } from "./device.ts";
 import type { Engine, LoadedModel } from "./engine.ts";
-import type { Placer } from "./placed.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { probeParity } from "./probe.ts";
 import { type InputValues, isTerm, TaskEvaluator, toFeeds } from "./values.ts";
@@ -26,7 +26,7 @@ export async function inputCarrier(parts: CarrierParts, bases: Uint8Array): Prom
     model = await engine.load(parts.detached, parts.load);
     // Not every engine tells which device it has. Where one does, runs fail once it is lost.
     const device = (await engine.gpu?.device().catch(() => undefined))?.device;
-    const { Placer } = device ? await import("./placed.ts") : {};
+    const { Placer } = device ? await import("./device.ts") : {};
     const placer = Placer && new Placer(engine, engine.gpu!, device!, prepared.inputs);
     const none = (await evaluator.read(null)).inputs;
     const probe = await probeParity(parts, model, none);

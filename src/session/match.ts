@@ -17,11 +17,10 @@ import { BaseMismatchError } from "../errors.ts";
 import { moduleOf, type PackModule } from "../format/format.ts";
 import type { GraftBias } from "../onnx/adapted.ts";
 import { droppedBias } from "../onnx/additions.ts";
-import { Copies } from "../onnx/copies.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { asMatrix, findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { readLinearWeight } from "../onnx/weights.ts";
+import { Copies, readLinearWeight } from "../onnx/weights.ts";
 import type { SessionOptions } from "./options.ts";
 
 /** A weight of a model that may be an embedding's, or tied to one. */
@@ -291,7 +290,7 @@ export class ModelMatcher {
 
   /** @throws BaseMismatchError where the file has another number for a normalisation's weight than the checkpoint */
   async #refuseShifted(name: string): Promise<void> {
-    if (!(await import("../onnx/built.ts")).addsOneToNorms(this.#file.model)) return;
+    if (!(await import("../onnx/packed.ts")).addsOneToNorms(this.#file.model)) return;
     throw new BaseMismatchError(
       `tasks bring "${name}", which onnxruntime-genai's builder has stored with 1 added, as it does for Gemma: export the model ` +
         `with Optimum; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,

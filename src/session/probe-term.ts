@@ -1,7 +1,7 @@
 /** Made-up tasks and their terms by plain arithmetic, for the probe. */
 import type { AdaptedLayer, TaskInput } from "../onnx/adapted.ts";
 import { transpose } from "../tensor/derived.ts";
-import { CoreSpace, type InputValue } from "./component-values.ts";
+import { CoreSpace, type InputValue } from "./components.ts";
 import type { InputValues } from "./values.ts";
 
 /** What the probe found out. */

@@ -6,7 +6,7 @@
 import { BackendError } from "../errors.ts";
 import type { ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
 import type { CarrierParts } from "./carrier.ts";
-import type { InputValue } from "./component-values.ts";
+import type { InputValue } from "./components.ts";
 import { dataOf, type Engine, type LoadedModel, type Tensors, toTensors } from "./engine.ts";
 import { madeUpCores, type ProbeReport, type ProbeValue, termOf, waves } from "./probe-term.ts";
 import { type InputValues, toFeeds } from "./values.ts";

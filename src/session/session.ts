@@ -8,9 +8,9 @@ import {
   type MemoryReport,
   memoryReport,
   type Selection,
+  Switching,
   type SwitchReport,
 } from "../core/selection.ts";
-import { Switching } from "../core/switching.ts";
 import type { AddTaskOptions } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { now, throwIfAborted } from "../pace.ts";

@@ -3,13 +3,14 @@
  * when a session is made `trainable`.
  */
 import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
-import { fixInnerHeads } from "../autodiff/inner-heads.ts";
 import { LARGEST_CONSTANT, type ShapeProbe } from "../autodiff/shapes.ts";
 import type { Pack } from "../core/pack.ts";
 import type { ModuleFilter } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
+import { nestedGraphs } from "../onnx/model.ts";
+import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { SessionOptions } from "./options.ts";
@@ -144,4 +145,41 @@ function probeOf(engine: Engine): ShapeProbe {
       await engine.release(model);
     }
   };
+}
+
+// Layers that tasks bring whole are trained with any number of outputs, one for each label. In a head of several layers that holds for
+// the last one only; the layers in front of it keep the model's number of outputs. Uses graphs and names only.
+
+/**
+ * Fixes the number of outputs of inner layers of heads (those with another product behind them) in the inputs' dimensions, in place.
+ * @param main the grafted graph
+ * @param outputsOf number of outputs of the model's own layer, by module name
+ */
+export function fixInnerHeads(
+  main: GraphProto,
+  inputs: readonly TaskInput[],
+  outputsOf: (module: string) => number | undefined,
+): void {
+  for (const { name, of, kind } of inputs) {
+    const out = outputsOf(of);
+    if (kind !== "headWeight" || out === undefined || !isMultiplied(main, name)) continue;
+    for (const input of inputs)
+      if (input.of === of && /^head/.test(input.kind)) (input.dims as (number | string)[])[2] = out;
+  }
+}
+
+/** Whether another product follows the one with `weight`. */
+function isMultiplied(main: GraphProto, weight: string): boolean {
+  const reached = new Set<string>();
+  const passes = (node: NodeProto): boolean => {
+    const inside = nestedGraphs(node).flatMap((graph) => graph.node);
+    const found = inside.some(passes);
+    const own = node.input.includes(weight);
+    const entering = [...node.input, ...inside.flatMap(({ output }) => output)];
+    // Shape reads only how many outputs the weight has.
+    if (node.opType === "Shape" || !(own || entering.some((value) => reached.has(value)))) return found;
+    for (const value of node.output) reached.add(value);
+    return found || (!own && /MatMul|Gemm|Conv/.test(node.opType));
+  };
+  return main.node.some(passes);
 }

@@ -10,6 +10,7 @@ import { BaseMismatchError, TaskError } from "../errors.ts";
 import {
   bringsOf,
   isOfModule,
+  misfitLabels,
   moduleOf,
   needsFactors,
   parseBrought,
@@ -17,12 +18,11 @@ import {
   type TaskBlob,
   type TaskParameter,
 } from "../format/format.ts";
-import { misfitLabels } from "../format/heads.ts";
 import type { AdaptedLayer, TaskInput } from "../onnx/adapted.ts";
 import { pacer, throwIfAborted } from "../pace.ts";
 import { transpose } from "../tensor/derived.ts";
 import type { Term } from "../tensor/term.ts";
-import { CoreSpace, type InputValue, scaled } from "./component-values.ts";
+import { CoreSpace, type InputValue, scaled } from "./components.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { Mode } from "./options.ts";
 

@@ -14,11 +14,11 @@ export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge }
 export { inputMoments, type MomentsOptions } from "./moments.ts";
 export type { ObjectiveOptions } from "./objective.ts";
 export { type ByAnswersReport, packByAnswers, tasksByAnswers } from "./pack-by-answers.ts";
-export type { SequenceOptions } from "./sequences.ts";
 export type { Start } from "./start.ts";
 export type { OptimizerOptions } from "./state.ts";
 export type { LearnedTaskOptions, TaskFileOptions } from "./stored-task.ts";
 export type { Score } from "./supervision.ts";
 export type { TeachOptions } from "./taught.ts";
+export type { SequenceOptions } from "./token-supervision.ts";
 export { type FitOptions, Trainer, type TrainerOptions, type TrainingStep } from "./trainer.ts";
 export { type ZeroShotOptions, zeroShotTask } from "./zero-shot.ts";

@@ -3,7 +3,7 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
-import { checkAdapters } from "../adapters/modules.ts";
+import { checkAdapters } from "../adapters/adapter.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
@@ -18,10 +18,10 @@ import { shuffle, uniform } from "../tensor/random.ts";
 import { type AdapterAnswer, answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import type { Example, Row } from "./examples.ts";
-import { madeUpTexts, wordsOf } from "./made-up-lines.ts";
+import { madeUpTexts, wordsOf } from "./made-up.ts";
 import { MeanDivergence } from "./probabilities.ts";
-import type { SequenceOptions } from "./sequences.ts";
 import type { Supervision } from "./supervision.ts";
+import type { SequenceOptions } from "./token-supervision.ts";
 
 /** Options of `createJudge`. Without texts or examples, lines are made of the tokenizer's words, which it must tell. */
 export interface JudgeOptions extends Omit<Questions, "feeds">, SequenceOptions {

@@ -4,15 +4,14 @@
  * since lines at random hardly reach some. Those of a language model: `made-up-tokens.ts`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import type { TaskMetadata } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
 import { type AdapterAnswer, type AskOptions, adapterWeights } from "./answers.ts";
-import type { Example, Row } from "./examples.ts";
-import { draw, lengthOf, madeUpTexts, pick, type Words } from "./made-up-lines.ts";
-import { tokenQuestions } from "./made-up-tokens.ts";
+import type { Example, Row, Tokens } from "./examples.ts";
 import { answers } from "./objective.ts";
-import type { Distribution } from "./probabilities.ts";
+import { type Distribution, drawnFrom, likeliest } from "./probabilities.ts";
 
 /** The share of a crossed line's words that are drawn anew. */
 const DRAWN = 0.3;
@@ -91,4 +90,227 @@ function crossed(
     );
     return mixed.slice(0, lengthOf(random)).join(" ");
   });
+}
+
+// Lines of words in no order: of the tokenizer's vocabulary, and of the names of tasks and labels.
+
+/** A tokenizer of transformers.js or of @huggingface/tokenizers, as far as words are read from it. */
+interface Vocabulary {
+  get_vocab?(withAdded?: boolean): ReadonlyMap<string, number> | Readonly<Record<string, number>>;
+  decode?(ids: number[]): string;
+}
+
+/** Words to make questions of. */
+export interface Words {
+  /** Whole words of the vocabulary, by number: vocabularies are made from frequent words to rare ones. */
+  readonly all: readonly string[];
+  /** Words of names. */
+  readonly names: readonly string[];
+}
+
+/** Words of a line. */
+const [SHORTEST, LONGEST] = [3, 12];
+/**
+ * A word of rank r is drawn in proportion to 1 ÷ (r + FREQUENT): as in text (B. Mandelbrot, 1953), but less steeply, so that lines are not
+ * made of articles and prepositions.
+ */
+const FREQUENT = 30;
+/** The share of words that are taken from names. */
+const NAMED = 0.1;
+
+/**
+ * Words of a tokenizer, and of the names of tasks and their labels.
+ * @throws TypeError for a tokenizer that does not tell its vocabulary
+ */
+export function wordsOf(where: string, encode: unknown, known: readonly Pick<Adapter, "id" | "metadata">[]): Words {
+  const all = vocabularies.get(encode as object) ?? wholeWords(where, encode);
+  vocabularies.set(encode as object, all);
+  const names = known.flatMap(({ id, metadata }) => [id, ...labelsOf(metadata)]);
+  return { all, names: [...new Set(names.flatMap((name) => name.match(/\p{Lu}?[\p{Ll}\p{Lo}]+|\p{Lu}{2,}/gu) ?? []))] };
+}
+
+/** Words by tokenizer: each adapter of a pack asks for them. */
+const vocabularies = new WeakMap<object, readonly string[]>();
+
+function wholeWords(where: string, encode: unknown): string[] {
+  const { get_vocab, decode } = (encode ?? {}) as Vocabulary;
+  if (!get_vocab || !decode)
+    throw new TypeError(
+      `${where}: expected texts or examples, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
+    );
+  const found = get_vocab.call(encode, false);
+  const tokens = found instanceof Map ? [...found] : Object.entries(found as Readonly<Record<string, number>>);
+  tokens.sort(([, a], [, b]) => a - b);
+  // Byte-level and SentencePiece vocabularies mark where a word begins.
+  const marked = tokens.filter(([token]) => /^[Ġ▁]/.test(token));
+  const whole = marked.length > 0 ? marked : tokens;
+  const all = whole.flatMap(([token, id]) => {
+    if (!/\p{L}{2}/u.test(token)) return [];
+    const word = decode.call(encode, [id]).trim();
+    return /^[\p{L}\p{M}]{2,}$/u.test(word) ? [word] : [];
+  });
+  if (all.length === 0) throw new TypeError(`${where}: the vocabulary of \`encode\` has no words; give texts`);
+  return all;
+}
+
+function labelsOf({ labels }: { readonly labels?: unknown }): string[] {
+  return Array.isArray(labels) ? labels.filter((label) => typeof label === "string") : [];
+}
+
+/** Lines of words. @param length how many words a line has */
+export function madeUpTexts(
+  words: Words,
+  count: number,
+  random: () => number,
+  length: (random: () => number) => number = lengthOf,
+): string[] {
+  return Array.from({ length: count }, () =>
+    Array.from({ length: length(random) }, () => draw(words, random)).join(" "),
+  );
+}
+
+function draw({ all, names }: Words, random: () => number): string {
+  if (names.length > 0 && random() < NAMED) return pick(names, random);
+  // The inverse of the distribution: log(rank + FREQUENT) is uniform.
+  const rank = FREQUENT * ((all.length + FREQUENT) / FREQUENT) ** random() - FREQUENT;
+  return all[Math.min(all.length - 1, Math.floor(rank))]!;
+}
+
+function pick<T>(all: readonly T[], random: () => number): T {
+  return all[Math.floor(random() * all.length)]!;
+}
+
+function lengthOf(random: () => number): number {
+  return SHORTEST + Math.floor(random() * (LONGEST - SHORTEST + 1));
+}
+
+// Questions for a language model, made of words. Where the task says how it is asked (`template` of its metadata), they are written so, and
+// the model's answers are what it is asked for. Where it does not, half of them are lines of words, and the model goes on from the others.
+
+/** Words of an input that a template takes: few are likelier, since most inputs are names and terms. */
+const MOST_INPUT = 6;
+/** The share of such words that are numbers. */
+const NUMBERS = 0.1;
+/** Most digits of a number. */
+const DIGITS = 4;
+/** The share of lines that the model does not go on from, where no template is known. */
+const ALONE = 0.5;
+/** Words of a line that it goes on from. */
+const BEGUN = 4;
+/** Tokens that it says at most. Twice as many take three times as long. */
+const SAID = 8;
+
+type TokenRow = Row<BatchFeeds> & { readonly tokens: Tokens };
+
+interface Asking {
+  /** Rows of texts, asked at every token but the first. */
+  readonly rowsOf: (texts: readonly string[]) => Promise<Row<BatchFeeds>[]>;
+  /** What comes after rows that are asked at their last token. */
+  readonly next: (rows: readonly Row<BatchFeeds>[]) => AsyncIterable<[Row<BatchFeeds>, Distribution]>;
+  readonly random: () => number;
+}
+
+/** Makes questions, with the positions that are asked. */
+async function tokenQuestions(
+  words: Words,
+  count: number,
+  metadata: TaskMetadata,
+  asking: Asking,
+): Promise<Row<BatchFeeds>[]> {
+  const { random } = asking;
+  const rowsOf = asking.rowsOf as (texts: readonly string[]) => Promise<TokenRow[]>;
+  const template = templateOf(metadata);
+  if (template) {
+    const inputs = madeUpTexts(words, count, random, () => 1 + Math.floor(MOST_INPUT * random() ** 2));
+    const prompts = await rowsOf(inputs.map((input) => template.prompt(withNumbers(input, random))));
+    const said = await goOn(prompts, asking, likeliest, await lastOf(template, rowsOf));
+    return said.map((row, i) => askedFrom(row, idsOf(prompts[i]!).length - 1));
+  }
+  const lines = await rowsOf(madeUpTexts(words, Math.ceil(ALONE * count), random));
+  const begun = await rowsOf(madeUpTexts(words, count - lines.length, random).map(beginning));
+  const said = await goOn(begun, asking, (answer) => likeliest(drawnFrom(answer, random)));
+  return [...lines, ...said.map((row) => askedFrom(row, 0))];
+}
+
+/** How a task is asked, and what ends its answers. */
+interface Template {
+  readonly prompt: (input: string) => string;
+  readonly end: string;
+}
+
+/** The `template` of a task's metadata, with other strings of it filled in; undefined where it says nothing beside the input. */
+export function templateOf({ template, input: _, output: __, ...facts }: TaskMetadata): Template | undefined {
+  if (typeof template !== "string") return undefined;
+  const filled = template.replace(/\{(\w+)\}/g, (name, key) => (typeof facts[key] === "string" ? facts[key] : name));
+  const [asked, end = ""] = filled.split("{output}");
+  if (!asked!.includes("{input}") || asked!.trim() === "{input}") return undefined;
+  // A space before an answer belongs to its first token.
+  return { prompt: (input) => asked!.trimEnd().replaceAll("{input}", () => input), end };
+}
+
+function withNumbers(input: string, random: () => number): string {
+  const number = (): string => String(Math.floor(10 ** (DIGITS * random())));
+  return input.replace(/\S+/g, (word) => (random() < NUMBERS ? number() : word));
+}
+
+/** The token that ends an answer; undefined where the template names none. */
+async function lastOf({ end }: Template, rowsOf: (texts: readonly string[]) => Promise<TokenRow[]>) {
+  if (end.trim() === "") return undefined;
+  const [without, whole] = await rowsOf(["a a", `a a${end}`]);
+  return idsOf(whole!)[idsOf(without!).length];
+}
+
+function beginning(text: string): string {
+  return text.split(" ").slice(0, BEGUN).join(" ");
+}
+
+/** Rows with what the model says after them, until it ends. @param choose the token that is said */
+async function goOn(
+  begun: readonly TokenRow[],
+  { next }: Asking,
+  choose: (answer: Distribution) => number,
+  end?: number,
+): Promise<TokenRow[]> {
+  const rows = [...begun];
+  for (let said = 0; said < SAID; said++) {
+    const open = [...rows.entries()].filter(([, row]) => said === 0 || idsOf(row).at(-1) !== end);
+    if (open.length === 0) break;
+    const asked = new Map<Row<BatchFeeds>, number>(open.map(([i, row]) => [atEnd(row), i]));
+    for await (const [row, answer] of next([...asked.keys()]))
+      rows[asked.get(row)!] = longer(row as TokenRow, choose(answer));
+  }
+  return rows;
+}
+
+const ANY: Distribution = { probabilities: [1], classes: [0] };
+
+/** All ids of a row, with the last that is wanted. */
+function idsOf({ tokens: { ids, wanted } }: TokenRow): readonly number[] {
+  return [...ids, Number(wanted.at(-1)!.classes![0])];
+}
+
+function askedAt(row: TokenRow, ids: readonly number[], at: readonly number[]): TokenRow {
+  return { ...row, tokens: { ids, at, wanted: at.map((i) => ({ ...ANY, classes: [ids[i + 1] ?? 0] })) } };
+}
+
+/** The row asked what comes after its last token. */
+function atEnd(row: TokenRow): TokenRow {
+  const ids = idsOf(row);
+  return askedAt(row, ids, [ids.length - 1]);
+}
+
+/** The row that was asked for its end, with what was answered. */
+function longer(row: TokenRow, id: number): TokenRow {
+  const ids = [...row.tokens.ids, id];
+  return { ...row, tokens: { ids: ids.slice(0, -1), at: [ids.length - 2], wanted: [{ ...ANY, classes: [id] }] } };
+}
+
+/** The row asked for every token behind the one at `from`. */
+function askedFrom(row: TokenRow, from: number): TokenRow {
+  const ids = idsOf(row).slice(0, -1);
+  return askedAt(
+    row,
+    ids,
+    [...ids.keys()].filter((i) => i >= from),
+  );
 }

@@ -4,7 +4,7 @@
  */
 
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
-import { checkAdapters } from "../adapters/modules.ts";
+import { checkAdapters } from "../adapters/adapter.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
 import { Locator } from "../core/base.ts";
 import { AliasMatcher, locate } from "../core/mismatch.ts";

@@ -4,18 +4,21 @@
  * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter. Where
  * bytes are given, they decide how coarse numbers are. Input and seed decide all; a clock only where the caller sets `minutes`.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { checkAdapters } from "../adapters/modules.ts";
+import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
 import { checkArgument, checkOptions, checkPack } from "../arguments.ts";
+import type { WeightHost } from "../core/base.ts";
+import { renamedHost } from "../core/open-base.ts";
 import { openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { AdapterError } from "../errors.ts";
+import { AdapterError, BaseMismatchError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { placeOf } from "../format/layout.ts";
-import type { ModelInput } from "../onnx/whole.ts";
+import { onnxHost } from "../onnx/host.ts";
+import { type ModelInput, readWhole } from "../onnx/whole.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import type { Built } from "../pack/build.ts";
+import { readFingerprints } from "../pack/encode.ts";
 import type { BuildReport } from "../pack/report.ts";
 import { searchPack } from "../pack/search.ts";
 import { tooFew } from "../pack/seek.ts";
@@ -23,11 +26,17 @@ import { spread } from "../pack/sharing.ts";
 import { allOf, freshPack } from "../pack/write.ts";
 import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
-import { Answering, type AnsweringTask, type ByAnswersOptions, type Open, type Outcome } from "./answering.ts";
+import {
+  Answering,
+  type AnsweringTask,
+  type ByAnswersOptions,
+  kindsOf,
+  type Open,
+  type Outcome,
+  type SizedPacks,
+} from "./answering.ts";
 import { checkNumbers } from "./checks.ts";
-import { templateOf } from "./made-up-tokens.ts";
-import { modelBase } from "./model-base.ts";
-import { kindsOf, type SizedPacks } from "./sized-packs.ts";
+import { templateOf } from "./made-up.ts";
 import { checkQuestions } from "./taught.ts";
 
 /** Report of `packByAnswers`. What it says of ΔW and terms is from before tasks were distilled. */
@@ -311,5 +320,30 @@ class Making {
     };
     this.#level = { ...sized, pack, session, report, close };
     return this.#level;
+  }
+}
+
+// The model that a pack is made with as its base: apps recognise it by fingerprints of its weights.
+
+/**
+ * The weights of a model; undefined where they are not all in it in floats, under the names that the adapters have for them.
+ * @param names of weights, by module name
+ * @throws FormatError, SourceError where it cannot be read; AdapterError for adapters that do not agree about a module
+ */
+export async function modelBase(
+  model: ModelInput,
+  adapters: readonly Adapter[],
+  names: ReadonlyMap<string, string> = new Map(),
+): Promise<WeightHost | undefined> {
+  const shapes = [...sharedModules(adapters).values()].map(({ shape }) => shape);
+  const whole = onnxHost(await readWhole(model, { weightsApart: true }));
+  try {
+    const host = names.size > 0 ? renamedHost(whole, names) : whole;
+    await readFingerprints(host, shapes);
+    return host;
+  } catch (error) {
+    await whole.close!();
+    if (error instanceof BaseMismatchError) return undefined;
+    throw error;
   }
 }

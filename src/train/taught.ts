@@ -12,11 +12,9 @@ import { shuffle, uniform } from "../tensor/random.ts";
 import { type AdapterAnswer, answersOf, type Questions, questionsOf } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
 import type { Row } from "./examples.ts";
-import { madeUpQuestions } from "./made-up.ts";
-import { wordsOf } from "./made-up-lines.ts";
-import { templateOf } from "./made-up-tokens.ts";
-import type { SequenceOptions } from "./sequences.ts";
+import { madeUpQuestions, templateOf, wordsOf } from "./made-up.ts";
 import type { Supervision } from "./supervision.ts";
+import type { SequenceOptions } from "./token-supervision.ts";
 import { headInputs } from "./trainable-model.ts";
 
 /** A task of the pack that can be distilled, with the layers of its head. */

@@ -1,13 +1,547 @@
 /**
  * All operators that gradients pass, and those at which they end.
  */
-import type { Rule } from "../node-gradient.ts";
-import { ELEMENTWISE } from "./elementwise.ts";
-import { PRODUCTS } from "./matmul.ts";
-import { NORMALIZATIONS } from "./normalization.ts";
-import { QUANTIZED } from "./quantized.ts";
-import { REDUCTIONS } from "./reduce.ts";
-import { MOVES } from "./shape.ts";
+
+import { attribute, type Use } from "../../onnx/model.ts";
+import { CONTRIBUTED } from "../../onnx/nodes.ts";
+import { type BlockWeight, blocksOf, inParts, offsetsOf, unpacked } from "../block-weights.ts";
+import type { Emitter } from "../emit.ts";
+import { broadcast, type NodeGradient, type Rule } from "../node-gradient.ts";
+import { fromFront } from "../shapes.ts";
+
+// Operators that move elements and compute nothing: their gradients move back.
+
+/** Rule of operators that keep the elements and change the shape. */
+const reshape: Rule = { inputs: [0], backward: (node) => node.giveReshaped(0, node.g) };
+
+const transpose: Rule = {
+  backward(node) {
+    const rank = node.rank(node.x(0));
+    const perm = node.ints("perm") ?? [...Array(rank).keys()].reverse();
+    const inverse = perm.map((_, axis) => perm.indexOf(axis));
+    node.give(0, node.emit.op("Transpose", [node.g], { perm: inverse }));
+  },
+};
+
+const concat: Rule = {
+  backward(node) {
+    const { emit, g } = node;
+    const axis = node.axis(0, node.rank(node.y));
+    // A number while all sizes before are fixed.
+    let from: number | string = 0;
+    for (const [input, value] of node.proto.input.entries()) {
+      const size = node.dims(value)[axis];
+      const at: string = typeof from === "number" ? emit.ints([from]) : from;
+      const to: number | string =
+        typeof from === "number" && size !== undefined
+          ? from + size
+          : emit.add(at, emit.slice(emit.shape(value), 0, axis, axis + 1));
+      if (node.wants(input)) {
+        node.give(input, emit.op("Slice", [g, at, typeof to === "number" ? emit.ints([to]) : to, emit.ints([axis])]));
+      }
+      from = to;
+    }
+  },
+};
+
+const split: Rule = {
+  inputs: [0],
+  manyOutputs: true,
+  backward(node) {
+    const { emit } = node;
+    const pieces = node.proto.output.map((output) => node.gradient(output) ?? emit.zerosLike(output));
+    node.give(0, emit.concat(pieces, node.axis(0, node.rank(node.x(0)))));
+  },
+};
+
+/** Gather of one index of a dimension, or of rows of a matrix. */
+const gather: Rule = {
+  inputs: [0],
+  backward(node) {
+    const { emit } = node;
+    const [x, index] = [node.x(0), node.x(1)];
+    const dims = node.dims(index);
+    const rank = node.rank(x);
+    const axis = node.axis(0, rank);
+    const rows = rank === 2 && axis === 0 && dims.length === 1;
+    if (!rows && dims.some((size) => size !== 1))
+      return node.refuse("takes several places at once, which gradients do not come back from");
+    const size = emit.size(x, axis);
+    const at = emit.op("Reshape", [emit.op("Cast", [index], { to: 7 }), emit.ints([-1])]);
+    const place = emit.op("Where", [emit.op("Less", [at, emit.int(0)]), emit.add(at, size), at]);
+    const places = emit.op("Range", [emit.int(0), size, emit.int(1)]);
+    if (rows) {
+      // Each row gets the sum of the gradients of its copies.
+      const met = emit.toFloat(emit.op("Equal", [emit.unsqueeze(place, [1]), places]));
+      return node.give(0, emit.op("Gemm", [met, node.g], { transA: 1 }));
+    }
+    const met = emit.toFloat(emit.op("Equal", [places, place]));
+    const trailing = Array.from({ length: rank - axis - 1 }, (_, i) => i + 1);
+    // The index replaces one dimension by all of its own.
+    let { g } = node;
+    if (dims.length === 0) g = emit.unsqueeze(g, [axis]);
+    if (dims.length > 1) g = emit.op("Squeeze", [g, emit.ints(dims.slice(1).map((_, i) => axis + i))]);
+    node.give(0, emit.mul(g, emit.unsqueeze(met, trailing)));
+  },
+};
+
+/** Puts zeros where nothing was taken. */
+const slice: Rule = {
+  inputs: [0],
+  backward(node) {
+    const { emit } = node;
+    const [x, starts, ends] = [node.x(0), node.x(1), node.x(2)];
+    const dims = node.dims(x);
+    const rank = dims.length;
+    const [from, to] = [node.constant(starts), node.constant(ends)];
+    const count = node.dims(starts)[0];
+    const axes = (
+      node.has(3) ? node.constant(node.x(3)) : count === undefined ? undefined : [...Array(count).keys()]
+    )?.map((axis) => fromFront(axis, rank));
+    const steps = node.has(4) ? node.constant(node.x(4)) : axes?.map(() => 1);
+    if (!axes || !steps) return node.refuse("takes axes or steps that depend on the input");
+    if (steps.some((by) => by !== 1)) return node.refuse("takes steps other than 1");
+    const [before, after] = [Array<number | string>(rank).fill(0), Array<number | string>(rank).fill(0)];
+    for (const [i, axis] of axes.entries()) {
+      const size = dims[axis];
+      if (from && to && size !== undefined) {
+        const at = (end: number): number => Math.min(Math.max(end < 0 ? end + size : end, 0), size);
+        before[axis] = at(from[i]!);
+        after[axis] = size - Math.max(at(to[i]!), at(from[i]!));
+      } else {
+        // Running the operator on 0, 1, 2, … shows which elements it takes.
+        const all = emit.size(x, axis);
+        const one = (value: string): string => emit.slice(value, 0, i, i + 1);
+        const taken = emit.op("Slice", [
+          emit.op("Range", [emit.int(0), all, emit.int(1)]),
+          one(starts),
+          one(ends),
+          emit.ints([0]),
+        ]);
+        before[axis] = emit.slice(taken, 0, 0, 1);
+        after[axis] = emit.sub(emit.sub(all, emit.int(1)), emit.slice(taken, 0, -1, 2 ** 31));
+      }
+    }
+    node.give(0, padded(node, [...before, ...after]));
+  },
+};
+
+function padded({ emit, g }: NodeGradient, pads: readonly (number | string)[]): string {
+  if (pads.every((pad) => pad === 0)) return g;
+  if (pads.every((pad) => typeof pad === "number")) return emit.op("Pad", [g, emit.ints(pads)]);
+  const parts = pads.map((pad) => (typeof pad === "number" ? emit.ints([pad]) : pad));
+  return emit.op("Pad", [g, emit.concat(parts, 0)]);
+}
+
+const MOVES: readonly (readonly [string, Rule])[] = [
+  ["Reshape", reshape],
+  ["Flatten", reshape],
+  ["Squeeze", reshape],
+  ["Unsqueeze", reshape],
+  ["Transpose", transpose],
+  ["Expand", broadcast({ 0: ({ g }) => g })],
+  ["Concat", concat],
+  ["Split", split],
+  ["Gather", gather],
+  ["Slice", slice],
+];
+
+// Sums, means and maxima over dimensions.
+
+/** @param derive turns the gradient with kept dimensions into that of the input, which may still have to be repeated */
+function reduction(derive: (node: NodeGradient, g: string, axes: readonly number[]) => string): Rule {
+  return {
+    inputs: [0],
+    backward(node) {
+      const axes = axesOf(node);
+      if (!axes) return node.refuse("reduces over axes that depend on the input");
+      if (axes.length === 0) return node.give(0, node.g);
+      const kept = node.int("keepdims") === 0 ? node.emit.unsqueeze(node.g, axes) : node.g;
+      node.give(0, derive(node, kept, axes));
+    },
+  };
+}
+
+/** Axes counted from the front; undefined where they are not fixed. */
+function axesOf(node: NodeGradient): readonly number[] | undefined {
+  const rank = node.rank(node.x());
+  const given = node.has(1) ? node.constant(node.x(1)) : (node.ints("axes") ?? []);
+  if (given?.length === 0) return node.int("noop_with_empty_axes") ? [] : [...Array(rank).keys()];
+  return given?.map((axis) => fromFront(axis, rank)).sort((a, b) => a - b);
+}
+
+function repeated(node: NodeGradient, g: string): string {
+  return node.emit.op("Expand", [g, node.emit.shape(node.x())]);
+}
+
+const sum = reduction(repeated);
+
+const mean = reduction((node, g, axes) => {
+  const { emit } = node;
+  const x = node.x();
+  const sizes = axes.map((axis) => node.dims(x)[axis]);
+  const count = sizes.every((size) => size !== undefined)
+    ? sizes.reduce((a, b) => a * b, 1)
+    : emit.toFloat(axes.map((axis) => emit.size(x, axis)).reduce((a, b) => emit.mul(a, b)));
+  return repeated(node, emit.div(g, count));
+});
+
+/** Shares the gradient evenly where several elements are the largest. */
+const max = reduction((node, g, axes) => {
+  const { emit } = node;
+  const y = node.int("keepdims") === 0 ? emit.unsqueeze(node.y, axes) : node.y;
+  const met = emit.toFloat(emit.op("Equal", [node.x(), y]));
+  return emit.mul(met, emit.div(g, emit.sum(met, axes, true)));
+});
+
+const REDUCTIONS: readonly (readonly [string, Rule])[] = [
+  ["ReduceSum", sum],
+  ["ReduceMean", mean],
+  ["ReduceMax", max],
+];
+
+// Products with weights in blocks of 4 or 8 bits.
+
+const matMulNBits: Rule = {
+  inputs: [0],
+  backward(node) {
+    const { emit } = node;
+    const blocks = blocksOf(node.proto, (value) => ({ dims: node.dims(value), bytes: node.type(value) === "uint8" }));
+    if (typeof blocks === "string") return node.refuse(`${blocks}, which gradients do not pass`);
+    const { K, block, count } = blocks;
+    const g = node.rank(node.y) === 2 ? node.g : emit.rows(node.g);
+    const product = (emit.gathers ? byGather : byBytes)(node, g, blocks);
+    const sum = withOffsets(node, g, product, blocks);
+    const own = count * block > K ? emit.slice(sum, 1, 0, K) : sum;
+    node.rank(node.y) === 2 ? node.give(0, own) : node.giveReshaped(0, own);
+  },
+};
+
+/** Columns of g for rows of the weight. */
+function columns(emit: Emitter, g: string, { N }: BlockWeight, from: number, to: number): string {
+  return to - from < N ? emit.slice(g, 1, from, to) : g;
+}
+
+/**
+ * Unpacks as the forward product does, for processors.
+ * @returns [rows of g, count · block]
+ */
+function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
+  const { emit } = node;
+  const [whole, upper] = inParts<readonly string[]>(blocks, (from, to, before = []) => {
+    const last = before.at(-1);
+    const weights = unpacked(emit, blocks, from, to, (numbers) =>
+      last === undefined ? node.late(numbers) : emit.late(numbers, last),
+    );
+    const products: string[] = [];
+    for (const [i, weight] of weights.entries()) {
+      const gradient = columns(emit, g, blocks, from, to);
+      // One after the other, where there are many: what waits for its product takes memory.
+      const waits = i > 0 && gradient !== g;
+      const late = waits ? emit.op("Reshape", [gradient, emit.late([0, 0], products[i - 1]!)]) : gradient;
+      const product = emit.op("MatMul", [late, weight]);
+      products.push(before[i] === undefined ? product : emit.add(before[i], product));
+    }
+    return products;
+  }) as [string, string | undefined];
+  if (upper === undefined) return whole;
+  const halves = [emit.sub(whole, emit.mul(16, upper)), upper].map((half) => emit.unsqueeze(half, [0]));
+  const inPlace = emit.op("Transpose", [emit.concat(halves, 0)], { perm: [1, 2, 0] });
+  return emit.op("Flatten", [inPlace], { axis: 1 });
+}
+
+/**
+ * Unpacks with onnxruntime's operator, which knows of zeros that are bytes; for devices without other operators on bytes. On
+ * processors it takes several times as long.
+ * @returns [rows of g, count · block]
+ */
+function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
+  const { emit } = node;
+  const { bits, block, count, N } = blocks;
+  const packed = emit.op("Reshape", [blocks.packed, emit.ints([N, (count * block * bits) / 8])]);
+  const scales = emit.op("Reshape", [blocks.scales, emit.ints([N, count])]);
+  const { zeros: { name, bytes } = { name: "", bytes: false } } = blocks;
+  const zeros = bytes ? [emit.op("Reshape", [name, emit.ints([N, Math.ceil((count * bits) / 8)])])] : [];
+  const attributes = { bits, block_size: block, gather_axis: 0, quantize_axis: 1 };
+  return inParts<string>(blocks, (from, to, before) => {
+    const places = emit.op("Range", [emit.int(from), emit.int(to), emit.int(1)]);
+    const late = emit.add(places, before === undefined ? node.late([0]) : emit.late([0], before, 0));
+    const rows = emit.op("GatherBlockQuantized", [packed, late, scales, ...zeros], attributes, CONTRIBUTED);
+    return emit.op("Gemm", [columns(emit, g, blocks, from, to), rows, before ?? []].flat());
+  });
+}
+
+/** Adds what zeros that are floats give, which is equal within a block. @param sum [rows of g, count · block] */
+function withOffsets(node: NodeGradient, g: string, sum: string, blocks: BlockWeight): string {
+  const { emit } = node;
+  const offsets = offsetsOf(emit, blocks);
+  if (offsets === undefined) return sum;
+  const apart = emit.op("Reshape", [sum, emit.ints([0, blocks.count, blocks.block])]);
+  const by = emit.unsqueeze(emit.op("Gemm", [g, offsets]), [2]);
+  return emit.op("Flatten", [emit.add(apart, by)], { axis: 1 });
+}
+
+const QUANTIZED: readonly (readonly [string, Rule])[] = [[`${CONTRIBUTED}.MatMulNBits`, matMulNBits]];
+
+// Softmax and the normalisations. Intermediate results that a forward operator does not return are computed again.
+
+const softmax: Rule = {
+  backward(node) {
+    const { emit, g } = node;
+    const axes = [node.axis(-1, node.rank(node.y))];
+    const y = guarded(node);
+    const along = emit.sum(emit.mul(g, y), axes, true);
+    node.give(0, emit.mul(y, emit.sub(g, along)));
+  },
+};
+
+/**
+ * The gradient through Where(IsNaN(y), 0, y), which exporters of scaled dot-product attention put behind the softmax for rows that see
+ * nothing. Their gradient is 0 as well, and 0 · NaN would spoil all others.
+ */
+function guarded({ graph, y }: NodeGradient): string {
+  const users = (value: string): readonly Use[] => graph.consumers.get(value) ?? [];
+  const guards = users(y)
+    .filter(({ node }) => node.opType === "IsNaN")
+    .flatMap(({ node }) => users(node.output[0]!).filter((use) => use.node.opType === "Where" && use.input === 0));
+  return guards.find(({ node }) => node.input[2] === y)?.node.output[0] ?? y;
+}
+
+const logSoftmax: Rule = {
+  backward(node) {
+    const { emit, g, y } = node;
+    const axes = [node.axis(-1, node.rank(y))];
+    node.give(0, emit.sub(g, emit.mul(emit.op("Exp", [y]), emit.sum(g, axes, true))));
+  },
+};
+
+/** y = x̂ · scale + bias, x̂ = (x − mean) / √(variance + ε) over the last dimensions; `centred`: false has no mean. */
+function normalization(centred: boolean): Rule {
+  return {
+    backward(node) {
+      const { emit, g } = node;
+      const [x, rank] = [node.x(0), node.rank(node.x(0))];
+      const first = node.axis(-1, rank);
+      const axes = Array.from({ length: rank - first }, (_, i) => first + i);
+      const deviation = centred ? emit.sub(x, emit.mean(x, axes)) : x;
+      const variance = emit.mean(emit.mul(deviation, deviation), axes);
+      const inverse = emit.op("Reciprocal", [emit.op("Sqrt", [emit.add(variance, node.float("epsilon", 1e-5))])]);
+      const normal = emit.mul(deviation, inverse);
+      if (node.wants(0)) {
+        const scaled = node.has(1) ? emit.mul(g, node.x(1)) : g;
+        const along = emit.mul(normal, emit.mean(emit.mul(scaled, normal), axes));
+        const across = centred ? emit.sub(scaled, emit.mean(scaled, axes)) : scaled;
+        node.give(0, emit.mul(inverse, emit.sub(across, along)));
+      }
+      node.giveSummed(1, () => emit.mul(g, normal));
+      node.giveSummed(2, () => g);
+    },
+  };
+}
+
+const NORMALIZATIONS: readonly (readonly [string, Rule])[] = [
+  ["Softmax", softmax],
+  ["LogSoftmax", logSoftmax],
+  ["LayerNormalization", normalization(true)],
+  ["RMSNormalization", normalization(false)],
+  // onnxruntime's own operators, which it accepts in the standard domain at any opset.
+  ["SimplifiedLayerNormalization", normalization(false)],
+];
+
+// Products of matrices. The transpose of a weight is never written as a node of its own: runtimes would fold it into a
+// second copy of the weight when they load the graph.
+
+const matMul: Rule = {
+  backward(node) {
+    const { emit } = node;
+    let { g } = node;
+    let [a, b] = [node.x(0), node.x(1)];
+    let [aDims, bDims] = [node.dims(a), node.dims(b)];
+    const single = bDims.length === 3 && bDims[0] === 1;
+    if (aDims.length >= 2 && (bDims.length === 2 || single)) {
+      // The weight is a matrix: all rows of the other side are joined, so that no batch remains to sum over.
+      const rows = (value: string): string => (node.rank(node.y) === 2 ? value : emit.rows(value));
+      const da = (): string => {
+        const matrix = single ? emit.op("Squeeze", [b, emit.ints([0])]) : gemmOf(node, b);
+        return emit.op("Gemm", [rows(g), matrix], { transB: !single && turned(node, b) ? 0 : 1 });
+      };
+      if (node.wants(0)) node.rank(node.y) === 2 ? node.give(0, da()) : node.giveReshaped(0, da());
+      const x = (): string => (aDims.length === 2 ? a : emit.rows(a));
+      const db = (): string => emit.op("Gemm", [x(), rows(g)], { transA: 1 });
+      // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since products are fast for
+      // long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
+      const thin = (): string =>
+        emit.op("Transpose", [emit.unsqueeze(emit.op("Gemm", [rows(g), x()], { transA: 1 }), [0])], {
+          perm: [0, 2, 1],
+        });
+      if (node.wants(1))
+        node.give(
+          1,
+          !single ? db() : bDims[1] !== undefined && bDims[2] === undefined ? thin() : emit.unsqueeze(db(), [0]),
+        );
+      return;
+    }
+    // A vector is a matrix of one row or column.
+    if (aDims.length === 1) [a, aDims, g] = [emit.unsqueeze(a, [0]), [1, ...aDims], emit.unsqueeze(g, [-2])];
+    if (bDims.length === 1) [b, bDims, g] = [emit.unsqueeze(b, [1]), [...bDims, 1], emit.unsqueeze(g, [-1])];
+    const yDims = node.dims(node.y);
+    const vectors = (node.rank(node.x(0)) === 1 ? 1 : 0) + (node.rank(node.x(1)) === 1 ? 1 : 0);
+    const batch = yDims.slice(0, yDims.length - 2 + vectors);
+    const swapped = (value: string, rank: number): string => swapLast(node, value, rank);
+    const one = (input: number, product: string, to: typeof aDims): void => {
+      const summed = node.summed(product, [...batch, ...to.slice(-2)], to);
+      if (node.rank(node.x(input)) === 1) node.giveReshaped(input, summed);
+      else node.give(input, summed);
+    };
+    if (node.wants(0)) one(0, emit.op("MatMul", [g, swapped(b, bDims.length)]), aDims);
+    if (node.wants(1)) one(1, emit.op("MatMul", [swapped(a, aDims.length), g]), bDims);
+  },
+};
+
+const gemm: Rule = {
+  backward(node) {
+    const { emit, g } = node;
+    const [a, b] = [node.x(0), node.x(1)];
+    const [transA, transB] = [node.int("transA") ?? 0, node.int("transB") ?? 0];
+    const alpha = { float: node.float("alpha", 1) };
+    if (node.wants(0)) {
+      node.give(
+        0,
+        transA
+          ? emit.op("Gemm", [b, g], { alpha, transA: transB, transB: 1 })
+          : emit.op("Gemm", [g, b], { alpha, transB: transB ? 0 : 1 }),
+      );
+    }
+    if (node.wants(1)) {
+      node.give(
+        1,
+        transB
+          ? emit.op("Gemm", [g, a], { alpha, transA: 1, transB: transA })
+          : emit.op("Gemm", [a, g], { alpha, transA: transA ? 0 : 1 }),
+      );
+    }
+    const beta = node.float("beta", 1);
+    node.giveSummed(2, () => (beta === 1 ? g : emit.mul(g, beta)));
+  },
+};
+
+/** Whether a matrix is the Transpose of another, which is then used instead. */
+function turned({ graph }: NodeGradient, value: string): boolean {
+  const node = graph.producers.get(value);
+  return node?.opType === "Transpose" && attribute(node, "perm")?.ints.join() !== "0,1";
+}
+
+function gemmOf(node: NodeGradient, matrix: string): string {
+  return turned(node, matrix) ? node.graph.producers.get(matrix)!.input[0]! : matrix;
+}
+
+/** Swaps the last two dimensions. */
+function swapLast({ emit }: NodeGradient, value: string, rank: number): string {
+  return emit.op("Transpose", [value], { perm: [...Array(rank - 2).keys(), rank - 1, rank - 2] });
+}
+
+const PRODUCTS: readonly (readonly [string, Rule])[] = [
+  ["MatMul", matMul],
+  ["Gemm", gemm],
+];
+
+// Operators that work on each element by itself, and those that broadcast two or more inputs.
+
+/** Rule of one input: `derive` gives g · dy/dx. */
+function unary(derive: (emit: Emitter, g: string, x: string, y: string, node: NodeGradient) => string): Rule {
+  return broadcast({ 0: (node) => derive(node.emit, node.g, node.x(), node.y, node) });
+}
+
+const pass = unary((_, g) => g);
+
+const add: Rule = {
+  backward(node) {
+    for (const input of node.proto.input.keys()) node.giveSummed(input, () => node.g);
+  },
+};
+
+const pow: Rule = {
+  backward(node) {
+    const { emit, g, y } = node;
+    if (node.wants(1)) return node.refuse("has a trained exponent, which gradients do not flow to");
+    const [x, exponent] = [node.x(0), node.x(1)];
+    const known = node.constant(exponent);
+    const [e] = known?.length === 1 ? known : [];
+    node.giveSummed(0, () => {
+      if (e === 2) return emit.mul(g, emit.mul(x, 2));
+      if (e === 3) return emit.mul(g, emit.mul(emit.mul(x, x), 3));
+      if (e === 0.5) return emit.div(emit.mul(g, 0.5), y);
+      if (e !== undefined) return emit.mul(g, emit.mul(emit.op("Pow", [x, e - 1]), e));
+      return emit.mul(g, emit.mul(exponent, emit.op("Pow", [x, emit.sub(exponent, 1)])));
+    });
+  },
+};
+
+/** 2/√π · exp(−x²), the derivative of erf, in the fewest passes over the elements. */
+const erfSlope = (emit: Emitter, x: string): string =>
+  emit.op("Exp", [emit.sub(Math.log(2 / Math.sqrt(Math.PI)), emit.mul(x, x))]);
+
+const SQRT_2_BY_PI = Math.sqrt(2 / Math.PI);
+/** Coefficient in the approximation of GELU by a hyperbolic tangent. */
+const CUBIC = 0.044715;
+
+/** x · Φ(x), or its approximation. */
+const gelu = unary((emit, g, x, _, node) => {
+  if (node.proto.opType !== "FastGelu" && node.text("approximate") !== "tanh") {
+    const u = emit.mul(x, Math.SQRT1_2);
+    return emit.mul(emit.mul(g, 0.5), emit.add(emit.add(emit.op("Erf", [u]), emit.mul(u, erfSlope(emit, u))), 1));
+  }
+  const square = emit.mul(x, x);
+  const t = emit.op("Tanh", [emit.mul(emit.mul(x, emit.add(emit.mul(square, CUBIC), 1)), SQRT_2_BY_PI)]);
+  const inner = emit.mul(emit.add(emit.mul(square, 3 * CUBIC), 1), SQRT_2_BY_PI);
+  const slope = emit.mul(emit.mul(x, emit.sub(1, emit.mul(t, t))), inner);
+  return emit.mul(g, emit.mul(emit.add(emit.add(t, 1), slope), 0.5));
+});
+
+/** Rules by operator. Where no gradient passes it is exactly 0, never 0 · NaN. */
+const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
+  ["Identity", pass],
+  ["Cast", pass],
+  ["Dropout", pass],
+  ["Add", add],
+  ["Sum", add],
+  ["Sub", broadcast({ 0: ({ g }) => g, 1: ({ emit, g }) => emit.neg(g) })],
+  ["Mul", broadcast({ 0: (node) => node.emit.mul(node.g, node.x(1)), 1: (node) => node.emit.mul(node.g, node.x(0)) })],
+  [
+    "Div",
+    broadcast({
+      0(node) {
+        // Multiplication is faster.
+        const known = node.constant(node.x(1));
+        return known?.length === 1 ? node.emit.mul(node.g, 1 / known[0]!) : node.emit.div(node.g, node.x(1));
+      },
+      1: (node) => node.emit.neg(node.emit.div(node.emit.mul(node.g, node.y), node.x(1))),
+    }),
+  ],
+  ["Pow", pow],
+  [
+    "Where",
+    broadcast({
+      1: (node) => node.emit.op("Where", [node.x(0), node.g, 0]),
+      2: (node) => node.emit.op("Where", [node.x(0), 0, node.g]),
+    }),
+  ],
+  ["Gelu", gelu],
+  ["com.microsoft.Gelu", gelu],
+  ["com.microsoft.FastGelu", gelu],
+  ["Neg", unary((emit, g) => emit.neg(g))],
+  ["Reciprocal", unary((emit, g, _, y) => emit.neg(emit.mul(g, emit.mul(y, y))))],
+  ["Sqrt", unary((emit, g, _, y) => emit.div(emit.mul(g, 0.5), y))],
+  ["Exp", unary((emit, g, _, y) => emit.mul(g, y))],
+  ["Log", unary((emit, g, x) => emit.div(g, x))],
+  ["Erf", unary((emit, g, x) => emit.mul(g, erfSlope(emit, x)))],
+  ["Tanh", unary((emit, g, _, y) => emit.mul(g, emit.sub(1, emit.mul(y, y))))],
+  ["Sigmoid", unary((emit, g, _, y) => emit.mul(g, emit.mul(y, emit.sub(1, y))))],
+  ["Softplus", unary((emit, g, x) => emit.mul(g, emit.op("Sigmoid", [x])))],
+  ["Relu", unary((emit, g, _, y) => emit.op("Where", [emit.op("Less", [0, y]), g, 0]))],
+  // The gradient passes where nothing was clipped.
+  ["Clip", unary((emit, g, x, y) => emit.op("Where", [emit.op("Equal", [x, y]), g, 0]))],
+];
 
 /** Rules by operator, with the domain in front where it is not the standard one. */
 export const RULES: ReadonlyMap<string, Rule> = new Map([

@@ -4,11 +4,10 @@
  */
 
 import type { ModuleShape } from "../../adapters/adapter.ts";
-import { commonBase } from "../../adapters/modules.ts";
+import { commonBase } from "../../adapters/adapter.ts";
 import { AdapterError } from "../../errors.ts";
 import { checkSelection, type ExtractOptions, wanted } from "../../extract/options.ts";
 import { decompose, encodeSide, type SideBasis } from "../../extract/side.ts";
-import { gramComponents, type Summary } from "../../extract/summary.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
 import type { ModuleInput, SideInput } from "../../format/encode.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
@@ -18,7 +17,7 @@ import { peakOf, readFingerprints, refuseLarge, sideInput } from "../encode.ts";
 import type { BuildOptions } from "../recipe.ts";
 import { type BuildReport, baseNotes, baseWarnings, componentsOf, fewerWarnings } from "../report.ts";
 import { newPack } from "../write.ts";
-import { factorsOf, type Statistics } from "./statistics.ts";
+import { factorsOf, gramComponents, type Statistics, type Summary } from "./statistics.ts";
 
 /** How a basis is made. The selection is by `k` or `energy`. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {

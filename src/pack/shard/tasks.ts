@@ -3,7 +3,7 @@
  * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
 import type { Adapter } from "../../adapters/adapter.ts";
-import { compare } from "../../adapters/modules.ts";
+import { compare } from "../../adapters/adapter.ts";
 import type { Pack } from "../../core/pack.ts";
 import { parseTaskFile } from "../../core/task-file.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
