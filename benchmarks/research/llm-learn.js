@@ -260,7 +260,7 @@ async function make(session, left, way, seed, examples) {
   }
   const adapter = adapters.find(({ id }) => id === left);
   if (!adapter) throw new Error(`${given.adapters} has no adapter "${left}"`);
-  const [{ entry, blob }] = await projectAdapters(pack, [adapter], DTYPES);
+  const [{ entry, blob }] = await projectAdapters(pack, [adapter], DTYPES, { maxLoss: 1 });
   await session.addTask(task, encodeTaskFile(entry, pack.basisId, blob));
   if (way === "analytical") return { task, trained: 0 };
   const { file } = await distill(session, { adapter, task, examples, encode, seed, steps, batch });
