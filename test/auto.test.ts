@@ -278,7 +278,8 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
   for (const [i, { total }] of (await lossesOf(chunks, mixed)).entries())
     t.ok(Math.abs(total - report.errors[i]!.total) < 1e-4, `${total}, ${report.errors[i]!.total}`);
   const { report: plain } = await buildPack(mixed);
-  t.ok(plain.errors[0]!.total > 0.9, "the energy of all together forgets it");
+  const [least, ...others] = plain.errors.map(({ total }) => total);
+  t.ok(least! > 0.8 && others.every((total) => total < 0.3), "the energy of all together is that of the large ones");
   t.match(plain.warnings.join("\n"), /task "debtags-admin" loses \d+ % of its ΔW, half of the tasks \d+ % at most/);
   t.notMatch(report.warnings.join("\n"), /loses/);
   const later = await projectAdapters(

@@ -128,7 +128,7 @@ t.test("the same seed gives the same file; tables as JSON lines; a LoRA of anoth
 });
 
 t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
-  // A process of its own that signals itself at a known moment: after a step, or before anything is loaded.
+  // A process of its own that signals itself at a known moment: after a step, or before the model is loaded.
   const program = `
     import { Command } from ${JSON.stringify(new URL("commander.js", COMMAND_LINE).href)};
     import { learn } from ${JSON.stringify(new URL("learn.js", COMMAND_LINE).href)};
@@ -137,13 +137,12 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     const progress = ({ done }) => done === Number(at) && interrupt();
     const program = new Command();
     let code;
-    learn(program, { progress, phase() {}, warn() {} }, (result) => {
+    const phase = () => at === "0" && interrupt();
+    learn(program, { progress, phase, warn() {} }, (result) => {
       if (typeof result === "number") code = result;
       else console.log(JSON.stringify(result));
     });
-    const work = program.parseAsync(words, { from: "user" });
-    if (at === "0") interrupt();
-    await work.catch(({ tag, message }) => console.log(JSON.stringify({ tag, message, code })));
+    await program.parseAsync(words, { from: "user" }).catch(({ tag, message }) => console.log(JSON.stringify({ tag, message, code })));
   `;
   const stopAt = (step: number): Record<string, any> => {
     const words = [...learn, "-o", "stopped.eigentask", "--force"];

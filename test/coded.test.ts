@@ -456,7 +456,8 @@ t.test("packs made with a step", async (t) => {
     const chunks: Uint8Array[] = [];
     for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
     t.ok(Buffer.concat(chunks).equals(Buffer.concat(coded.chunks)));
-    const [late] = await projectAdapters(pack, [adapters[15]!], { basis: "f16", coefficients: "f16", head: "int4" });
+    const dtype = { basis: "f16", coefficients: "f16", head: "int4" } as const;
+    const [late] = await projectAdapters(pack, [adapters[15]!], dtype, { maxLoss: 1 });
     const append = await planAppend(pack, [late!]);
     t.ok(isCoded(append.body.find((part) => part.length > 64)!));
     const bytes = Buffer.concat([Buffer.concat(coded.chunks), ...append.body]);

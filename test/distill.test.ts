@@ -579,7 +579,7 @@ async function distillInPlace(
   await again();
   const ended = await meanwhile(async () => {
     await json(0, "remove", "q.eigen", "debtags-game");
-    await json(0, "add", "q.eigen", own("debtags-admin"));
+    await json(0, "add", "q.eigen", own("debtags-admin"), "--max-loss", "1");
   });
   t.same(ended, [0, null]);
   t.equal((await json(0, "verify", "q.eigen")).ok, true);

@@ -23,7 +23,7 @@ import { BLOCKS, type Block, blocksIn, PAGES } from "./blocks.ts";
 import { answerOf, beTheCdn, launch, noChromium, openPage } from "./browser.ts";
 import { emptyHome } from "./empty-home.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { required } from "./required.ts";
+import { packages, python, required } from "./required.ts";
 import { surface } from "./tools/api.js";
 import { SIGNER } from "./vectors/valid.js";
 
@@ -84,7 +84,6 @@ function freeNames(source: ts.SourceFile): Set<string> {
 }
 
 const known = new Set(Object.keys((await import(values)).values));
-const RUNTIMES = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules");
 
 /** Turns an example into a module: its imports, then a function of the values it assumes. */
 function moduleOf({ code, own }: Example): { text: string; names: string[]; packages: string[] } {
@@ -178,8 +177,7 @@ async function linkPackages(place: string): Promise<void> {
   for (const name of ["onnxruntime-node", "onnxruntime-web", "onnxruntime-common", "@huggingface/tokenizers"])
     await symlink(join(root, "node_modules", name), join(modules, name));
   const transformers = "@huggingface/transformers";
-  if (existsSync(join(RUNTIMES, transformers)))
-    await symlink(join(RUNTIMES, transformers), join(modules, transformers));
+  if (existsSync(packages(transformers))) await symlink(packages(transformers), join(modules, transformers));
   await writeFile(join(place, "package.json"), JSON.stringify({ type: "module" }));
 }
 
@@ -249,7 +247,8 @@ async function realPlace(t: Test, packed: readonly string[] = ["spam", "topic"])
     for (const [i, id] of ids.entries())
       await cp(data(`adapters/own-seed/${sources[i % 2]}`), join(place, folder, id), { recursive: true });
   }
-  await cp(data("adapters/own-seed/debtags-game"), join(place, "new-adapter"), { recursive: true });
+  // Components of two adapters hold little of another one than these.
+  await cp(join(place, "packed", packed[0]!), join(place, "new-adapter"), { recursive: true });
   await packInto(join(place, "tasks.eigen"), join(place, "packed"));
   for (const folder of [".", "onnx", "models/my-model/onnx", "models/minilm/onnx"]) {
     await mkdir(join(place, folder), { recursive: true });
@@ -469,7 +468,6 @@ t.test("Python runs", async (t) => {
     const cwd = places.get(page) ?? (await emptyPlace(t));
     await cp(data("minilm"), join(cwd, "minilm"), { recursive: true });
     await writeFile(join(cwd, "blocks.json"), JSON.stringify(those));
-    const python = process.env["PYTHON"] ?? "python3";
     const { stdout, stderr, error } = spawnSync(python, [join(folder, "run.py")], { cwd, encoding: "utf8" });
     const results = error
       ? []

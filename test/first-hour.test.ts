@@ -107,7 +107,10 @@ t.test("the page's port is taken", async (t) => {
 });
 
 t.test("the exit codes are in the help", async (t) => {
-  t.match((await run("--help")).stdout, /^Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted\.$/m);
+  t.match(
+    (await run("--help")).stdout,
+    /^Exit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 Ctrl-C\.$/m,
+  );
 });
 
 t.test("files that are downloaded together are one sum of bytes", async (t) => {

@@ -11,7 +11,7 @@ import { packFor } from "./sessions.ts";
 
 t.test("PEFT's goldens through pack and runtime", async (t) => {
   const goldens = await goldenPacks();
-  t.ok(goldens.length >= 23, `${goldens.length} goldens`);
+  t.ok(goldens.length >= 22, `${goldens.length} goldens`);
   for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
 });
 

@@ -163,7 +163,7 @@ for (const split of ["B", "both"] as const) {
       if (options.step !== undefined || options.privateTerms !== undefined) continue;
       const later = adapters.map((adapter) => ({ ...adapter, id: `later ${adapter.id}` }));
       for (const [i, { entry, blob, residual }] of (
-        await projectAdapters(pack, later, completeDtypes(options.dtype))
+        await projectAdapters(pack, later, completeDtypes(options.dtype), { maxLoss: 1 })
       ).entries()) {
         await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
         agree(t, residual, await measured(pack, later[i]!), `${name}, ${entry.id}`);

@@ -50,10 +50,16 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
       what,
     );
   const large = scaled(use, "A", 1e9);
-  // Components have length 1, so the large part is the mean of all, because of the largest adapter.
-  await refuse([role, large], "basis A of", file);
-  await refuse([scaled(large, "Bt", 1e9), role], "basis A of", file, { gauge: "balanced" });
-  await refuse([role, large], "basis A of", file, { workers: 2 });
+  // Components have length 1, so the large part is the mean where all are large, because of the largest adapter.
+  const larger = [scaled(role, "A", 4e8), large];
+  const largest = larger.map((adapter) => scaled(adapter, "Bt", 1e9));
+  await refuse(larger, "basis A of", file);
+  await refuse(largest, "basis A of", file, { gauge: "balanced" });
+  await refuse(larger, "basis A of", file, { workers: 2 });
+  // The mean stays short beside a task that is not: coefficients hold the large part.
+  await refuse([role, large], "coefficients of", file);
+  await refuse([scaled(large, "Bt", 1e9), role], "coefficients of", file, { gauge: "balanced" });
+  await refuse([role, large], "coefficients of", file, { workers: 2 });
   await refuse([role, large], "coefficients of", file, { centering: "none", select: { kind: "error", max: 0.5 } });
   await refuse([role, large], "coefficients of", file, { centering: "none" });
   await refuse([role, large], "coefficients of", file, { centering: "none", dtype: { coefficients: "int8" } });
@@ -62,8 +68,8 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
   // Factors that are multiplied by others have a limit of their own, so that no ΔW leaves binary32.
   const f32 = { select: { kind: "k", k: 4 }, dtype: { basis: "f32", coefficients: "f32" } } as const;
   for (const [gauge, all] of [
-    ["as-trained", [role, large]],
-    ["balanced", [role, scaled(large, "Bt", 1e9)]],
+    ["as-trained", larger],
+    ["balanced", largest],
   ] as const) {
     const message = new RegExp(`^${file}: basis A of "${module}" has a value of 65536 or more, which no pack can hold`);
     await t.rejects(buildPack(all, { ...f32, gauge }), {
@@ -85,7 +91,7 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
     file,
     message: new RegExp(`^${file}: ${module} cannot be stored: .* too large for f16; scale the adapter down`),
   });
-  const statistics = await adapterStatistics([role, large], { gauge: "as-trained" });
+  const statistics = await adapterStatistics(larger, { gauge: "as-trained" });
   for (const [dtype, what] of [
     ["f16", "cannot be stored: .*scale the adapter down"],
     ["f32", "has a value of 65536 or more, which no pack can hold: scale the adapter down"],
@@ -163,7 +169,7 @@ t.test("the command line says whose values they are", async (t) => {
   await writeFile(weights, bytes);
   await json(0, "pack", role.file, "-o", join(folder, "p.eigen"));
   await json(0, "pack", role.file, "-o", join(folder, "k.eigen"), "--k", "2");
-  await json(0, "hub", "shard", role.file, path, "-o", join(folder, "s.part"));
+  await json(0, "hub", "shard", path, "-o", join(folder, "s.part"));
   await json(0, "hub", "shard", role.file, "-o", join(folder, "t.part"));
   await json(0, "hub", "merge", join(folder, "t.part"), "--k", "2", "-o", join(folder, "b.eigen"));
   const pack = ["pack", role.file, path, "-o", join(folder, "q.eigen")];

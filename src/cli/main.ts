@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /**
- * The command line: `eigenlora COMMAND …`. Exits 0, 1 (failed), 2 (usage) or 130 (interrupted).
+ * The command line: `eigenlora COMMAND …`. Exits 0, 1 (failed), 2 (usage), 3 (out of time) or 130 (interrupted).
  */
 import "./telemetry.ts";
 import { runProgram } from "./program.ts";

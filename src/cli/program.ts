@@ -58,7 +58,7 @@ function createProgram(print: (text: string) => void): Command {
     .helpCommand(false)
     .addHelpText(
       "after",
-      "\nHelp for a command: eigenlora COMMAND --help.\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 interrupted.",
+      "\nHelp for a command: eigenlora COMMAND --help.\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 Ctrl-C.",
     )
     // Options behind a command are the command's own.
     .enablePositionalOptions()
@@ -95,7 +95,7 @@ function listAll(command: Command): void {
 /**
  * Runs a command line.
  * @param argv what comes behind `eigenlora`
- * @returns the exit code: 0, 1 (failed), 2 (usage) or 130 (interrupted)
+ * @returns the exit code: 0, 1 (failed), 2 (usage), 3 (out of time) or 130 (interrupted)
  */
 export async function runProgram(argv: readonly string[], stdout: Stream, stderr: Stream): Promise<number> {
   const json = argv.includes("--json");

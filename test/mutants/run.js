@@ -7,10 +7,11 @@ import { mutant } from "./make.js";
 /** Most CPU seconds and megabytes that a mutant may take; all are a few kilobytes. */
 const MOST = { seconds: 2, megabytes: 100 };
 
-/** A base of distinct numbers for the modules and parameters that a pack changes. */
+/** A base of distinct numbers for the modules and parameters that a pack changes: equal weights would be tied. */
 function baseOf({ modules, tasks }) {
   const base = new Map();
-  const fill = (count) => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1));
+  let filled = 0;
+  const fill = (count) => Float32Array.from({ length: count }, () => Math.sin(++filled));
   for (const { name, out, in: inputs, layout, kernel } of modules) {
     const shapes = [
       [out, inputs],

@@ -185,7 +185,7 @@ export class Bench {
     const given = folderOf(this.experiments[domainOf(cell.task)].suite, cell.task);
     const work = async (/** @type {Session} */ session, /** @type {Adapter} */ adapter) => {
       const { pack } = session;
-      const [{ entry, blob }] = await projectAdapters(pack, [adapter], DTYPES);
+      const [{ entry, blob }] = await projectAdapters(pack, [adapter], DTYPES, { maxLoss: 1 });
       await session.addTask(cell.task, encodeTaskFile(entry, pack.basisId, blob));
       let task = cell.task;
       if (cell.method === "distilled") {

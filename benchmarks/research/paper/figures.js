@@ -115,7 +115,7 @@ async function errorsOf(pack, adapter) {
   for (const [name, module] of adapter.modules) {
     const [, layer, kind] = /** @type {RegExpExecArray} */ (/layer\.(\d+)\..*\.(\w+)$/.exec(name));
     const alone = { ...adapter, saved: [], modules: new Map([[name, module]]) };
-    const [{ residual }] = await projectAdapters(pack, [alone], DTYPES);
+    const [{ residual }] = await projectAdapters(pack, [alone], DTYPES, { maxLoss: 1 });
     errors.push({ layer: Number(layer), kind, error: residual.mean });
   }
   return errors;
