@@ -14,12 +14,12 @@ import type { GraphProto, NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
-import { operatorOf } from "./definitions/index.ts";
+import { operatorOf } from "./definitions.ts";
 import { Emitter } from "./emit.ts";
 import { NodeGradient, type Walk } from "./node-gradient.ts";
 import { type ProbedPath, probePath } from "./path.ts";
 import { AGAIN, farUsed, recompute } from "./recompute.ts";
-import { RULES } from "./rules/index.ts";
+import { RULES } from "./rules.ts";
 import { checkFeeds, Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface TrainingGraphOptions {

@@ -7,8 +7,8 @@ import { attribute, type Graph, indexGraph, nestedGraphs, type OnnxModel, type U
 import { type Added, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { operatorOf, shadowOf } from "./definitions/index.ts";
-import { RULES, STOPS } from "./rules/index.ts";
+import { operatorOf, shadowOf } from "./definitions.ts";
+import { RULES, STOPS } from "./rules.ts";
 import { fromFront, type Problems, probeShapes, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 /** `TensorProto.DataType` of float, float16, double, bfloat16. */

@@ -2,12 +2,12 @@
  * All operators that gradients pass, and those at which they end.
  */
 
-import { attribute, type Use } from "../../onnx/model.ts";
-import { CONTRIBUTED } from "../../onnx/nodes.ts";
-import { type BlockWeight, blocksOf, inParts, offsetsOf, unpacked } from "../block-weights.ts";
-import type { Emitter } from "../emit.ts";
-import { broadcast, type NodeGradient, type Rule } from "../node-gradient.ts";
-import { fromFront } from "../shapes.ts";
+import { attribute, type Use } from "../onnx/model.ts";
+import { CONTRIBUTED } from "../onnx/nodes.ts";
+import { type BlockWeight, blocksOf, inParts, offsetsOf, unpacked } from "./block-weights.ts";
+import type { Emitter } from "./emit.ts";
+import { broadcast, type NodeGradient, type Rule } from "./node-gradient.ts";
+import { fromFront } from "./shapes.ts";
 
 // Operators that move elements and compute nothing: their gradients move back.
 

@@ -3,12 +3,12 @@
  * definitions in place of the fused nodes, which the model itself keeps.
  */
 
-import { INT64 } from "../../onnx/linear.ts";
-import { attribute, type Graph, indexGraph, type OnnxModel } from "../../onnx/model.ts";
-import { PREFIX } from "../../onnx/nodes.ts";
-import type { NodeProto } from "../../onnx/onnx_pb.ts";
-import { create, GraphProtoSchema, ModelProtoSchema } from "../../onnx/protobuf.ts";
-import { Emitter } from "../emit.ts";
+import { INT64 } from "../onnx/linear.ts";
+import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
+import { PREFIX } from "../onnx/nodes.ts";
+import type { NodeProto } from "../onnx/onnx_pb.ts";
+import { create, GraphProtoSchema, ModelProtoSchema } from "../onnx/protobuf.ts";
+import { Emitter } from "./emit.ts";
 
 // Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no past, so there are
 // as many keys as queries; a graph with more keys has shapes that do not fit, and its run fails.
