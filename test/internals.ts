@@ -204,7 +204,7 @@ export type { Trainable } from "../dist/src/session/training.js";
 // Gradients rule by rule, and training step by step, against PyTorch.
 
 export { flattenScales, unpackProducts } from "../dist/src/autodiff/block-weights.js";
-export { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions/index.js";
+export { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions.js";
 export { Emitter } from "../dist/src/autodiff/emit.js";
 export {
   buildTrainingGraph,
@@ -214,7 +214,7 @@ export {
   takeUntransposed,
 } from "../dist/src/autodiff/graph.js";
 export { type ProbedPath, probePath } from "../dist/src/autodiff/path.js";
-export { RULES } from "../dist/src/autodiff/rules/index.js";
+export { RULES } from "../dist/src/autodiff/rules.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { Problems } from "../dist/src/autodiff/shapes.js";
 export { fixInnerHeads } from "../dist/src/session/training.js";
