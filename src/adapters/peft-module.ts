@@ -8,7 +8,7 @@ import type { AdapterModule } from "./adapter.ts";
 import { CONVERT, withoutBase } from "./peft-config.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import type { PeftTensors } from "./peft-places.ts";
-import type { Start } from "./start.ts";
+import type { BaseStart } from "./start.ts";
 
 /** @throws AdapterError when its tensors do not fit each other or the configuration */
 export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, given: PeftTensors): AdapterModule {
@@ -59,7 +59,7 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
 /** The module relative to the base as it was before training. */
 function started(
   module: AdapterModule,
-  start: Start,
+  start: BaseStart,
   scale: number,
   { base, file, refuse }: PeftTensors,
 ): AdapterModule {
