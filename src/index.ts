@@ -66,10 +66,10 @@ export type {
   AbortOptions,
   ByteSource,
   FetchOptions,
+  ReadAllOptions,
   ReadOptions,
   Reads,
   SourceInput,
-  WholeOptions,
 } from "./source.ts";
 export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";

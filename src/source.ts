@@ -20,7 +20,7 @@ export interface ReadOptions extends AbortOptions {
 }
 
 /** Options of reading a file whole. */
-export interface WholeOptions extends ReadOptions {
+export interface ReadAllOptions extends ReadOptions {
   /**
    * Told the first bytes, at least 64 or all that there are: how many the file may have. No more than one byte beyond is taken, since an
    * answer may have no end.
@@ -57,7 +57,7 @@ export interface ByteSource {
    * The whole file, in one request where `read` would need two.
    * @throws SourceError when the bytes cannot be had
    */
-  readAll?(options?: WholeOptions): Promise<Uint8Array>;
+  readAll?(options?: ReadAllOptions): Promise<Uint8Array>;
   /**
    * What tells this version of the file from all others, without its bytes; undefined where nothing does.
    * @throws SourceError when that cannot be found out
@@ -116,7 +116,7 @@ export function checkRange(name: string, offset: number, length: number, size: n
 export const FIRST_BYTES = 64;
 
 /** @throws SourceError when the source cannot say how large it is */
-export async function readAll(source: ByteSource, options: WholeOptions = {}): Promise<Uint8Array> {
+export async function readAll(source: ByteSource, options: ReadAllOptions = {}): Promise<Uint8Array> {
   if (source.readAll) return source.readAll(options);
   // The size may be known only after the first read.
   if (source.byteLength === undefined) await source.read(0, 1, options);
@@ -133,7 +133,7 @@ export async function readAll(source: ByteSource, options: WholeOptions = {}): P
 export async function readBeginning(
   source: ByteSource,
   byteLength: number,
-  { most, ...options }: WholeOptions,
+  { most, ...options }: ReadAllOptions,
 ): Promise<Uint8Array> {
   const first = most && (await source.read(0, Math.min(FIRST_BYTES, byteLength), options));
   return source.read(0, Math.min(byteLength, first ? most(first) + 1 : Infinity), options);

@@ -25,7 +25,7 @@ export function fromUtf8(bytes: Uint8Array): string {
 /** A character for each byte, of the same number. */
 export function fromLatin1(bytes: Uint8Array): string {
   let text = "";
-  // In pieces, since engines limit the arguments of a call.
+  // Engines limit the arguments of a call.
   for (let at = 0; at < bytes.length; at += PIECE)
     text += String.fromCharCode.apply(null, bytes.subarray(at, at + PIECE) as unknown as number[]);
   return text;

@@ -21,7 +21,7 @@ const task = (id: string, more: object = {}) => ({
 const pack = (more: object, ...tasks: ReturnType<typeof task>[]): Uint8Array<ArrayBuffer> =>
   writePack({ basis: { ...about, ...more, modules }, tensors: [f32(1), f32(1)], tasks });
 
-/** MessagePack of so many pieces of it, `code` being that of an array, a map or a string of 32 bits. */
+/** MessagePack of `count` pieces; `code` is that of an array, a map or a string of 32 bits. */
 function many(code: number, count: number, pieces: Iterable<readonly number[]>): object {
   const raw = new Raw(code, count >>> 24, (count >> 16) & 255, (count >> 8) & 255, count & 255);
   for (const piece of pieces) for (const byte of piece) raw.bytes.push(byte);

@@ -12,7 +12,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
 
 /** Budgets of README, in bytes after gzip; 1 kB = 1000 B. 3.1 kB of WASM decode coded sections, and are loaded with the first one. */
-const BUDGET = { js: 24_900, wasm: 12_600, url: 4_800 };
+const BUDGET = { js: 24_900, wasm: 12_600, url: 4_600 };
 
 /**
  * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, names of the Hub, redirects, the reader of task
@@ -32,7 +32,7 @@ const SESSION_LAZY =
   /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|skeleton|attention|blocks|forms|graft-forms|probe-forms|js|dequantize|replaceable|rows|caches|webgpu|device|ort-device|device-host|create|terms|training|whole|apply|progress|tokens)\.js$/;
 
 /** Budget of an app that runs an ONNX model: the runtime, the protobuf, the graph surgery, the session. */
-const SESSION_BUDGET = 74_000;
+const SESSION_BUDGET = 74_700;
 
 /** Budget of `eigenlora/cache`, with its shared part of the run time. */
 const CACHE_BUDGET = 5_000;
@@ -82,7 +82,7 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
 });
 
 /** Budget of a React Native app that opens a pack from bytes: the runtime and its js backend, in code for Hermes. */
-const HERMES_BUDGET = 30_900;
+const HERMES_BUDGET = 33_300;
 
 /**
  * Files loaded there when they are used: addresses, files of weights, missing parameters of a base, trust, task files, weights on a
@@ -158,7 +158,7 @@ t.test("a cache is portable, and no app pays for it that does not use it", async
 });
 
 /** Budget of `eigenlora/browser`: all of it, shaders, kernels and the trainer too. */
-const BROWSER_BUDGET = 238_000;
+const BROWSER_BUDGET = 241_100;
 
 t.test("the file for pages without a bundler imports nothing and keeps its budget", async (t) => {
   const bytes = await readFile(new URL("../dist/browser.js", import.meta.url));
@@ -217,7 +217,7 @@ t.test("what is published", async (t) => {
     [],
     "no sources, maps, tests or data",
   );
-  t.ok(unpackedSize <= 5_000_000, `${unpackedSize} bytes`);
+  t.ok(unpackedSize <= 5_150_000, `${unpackedSize} bytes`);
   for (const path of paths.filter((p) => p.endsWith(".d.ts"))) {
     const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
     t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface|@bufbuild|msgpackr)/, path);

@@ -15,7 +15,7 @@ import type { Term } from "../tensor/term.ts";
 import { type Adapter, type AdapterModule, compare, readAdapterFile, type SavedTensor } from "./adapter.ts";
 import { NamePatterns } from "./name-pattern.ts";
 import { openSafetensors } from "./safetensors.ts";
-import type { Start } from "./start.ts";
+import type { BaseStart } from "./start.ts";
 
 /** The files of one PEFT adapter. */
 export interface PeftFiles {
@@ -254,7 +254,7 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
 /** The module relative to the base as it was before training. */
 function started(
   module: AdapterModule,
-  start: Start,
+  start: BaseStart,
   scale: number,
   { base, file, refuse }: PeftTensors,
 ): AdapterModule {
@@ -632,7 +632,7 @@ export interface PeftConfig {
   readonly loraBias: boolean;
   readonly dora: boolean;
   /** Set where PEFT changes the weights of linear layers before it loads the factors (start.ts). */
-  readonly start: Start | undefined;
+  readonly start: BaseStart | undefined;
   /** A module is saved when its name ends in one of these. Includes the heads that PEFT saves for the task type. */
   readonly modulesToSave: readonly string[];
   /** Rows replaced by trainable_token_indices: [ending of the embedding's name, indices]; "" matches any. */
@@ -650,7 +650,7 @@ export const CONVERT: string =
   "Convert it in PEFT, where it was trained: save_pretrained(path, path_initial_model_for_weight_conversion=initial_adapter)";
 
 /** Says why an adapter with a start is refused without its base. */
-export function withoutBase(start: Start): string {
+export function withoutBase(start: BaseStart): string {
   return `init_lora_weights is "${start}": PEFT takes the start out of the base when it loads the adapter`;
 }
 

@@ -13,7 +13,7 @@ import type { Term } from "../tensor/term.ts";
 import type { ModuleShape } from "./adapter.ts";
 
 /** Starts that follow from the base's weight alone. */
-export type Start = "pissa" | "olora";
+export type BaseStart = "pissa" | "olora";
 
 /** Factors that a start takes out of a weight: A [rank, in], Bt [rank, out]. OLoRA's are to be multiplied with the adapter's scale. */
 type Factors = Record<"A" | "Bt", Float64Array>;
@@ -28,7 +28,7 @@ const known = new WeakMap<WeightHost, Map<string, Promise<Factors>>>();
  * @throws BaseMismatchError when the base does not have the module; AdapterError where the base does not determine the start
  */
 export async function fromBase(
-  start: Start,
+  start: BaseStart,
   module: ModuleShape,
   term: Term,
   scale: number,
@@ -62,7 +62,7 @@ function joined(first: Float32Array, second: Float64Array): Float32Array {
 }
 
 async function factorsOf(
-  start: Start,
+  start: BaseStart,
   module: ModuleShape,
   rank: number,
   host: WeightHost,
@@ -74,7 +74,7 @@ async function factorsOf(
   const [rows, columns] = transposed ? [module.in, module.out] : [module.out, module.in];
   const stored = Float64Array.from(viewValues((await host.read(weight)) as CpuView));
   const products = await fastProducts();
-  // As it is stored: a singular value decomposition is the same either way, and PEFT's OLoRA does not turn a weight.
+  // The weight keeps the order it is stored in: a singular value decomposition is the same either way, and PEFT's OLoRA does not turn a weight.
   const found = (start === "pissa" ? strongest : firstColumns)(stored, rows, columns, rank, products);
   if (found) return transposed ? { A: found.Bt, Bt: found.A } : found;
   throw new AdapterError(

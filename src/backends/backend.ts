@@ -1,7 +1,7 @@
 /**
  * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the argument checks that all share,
  * and what backends of the CPU share. A backend knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is
- * called; a GPU backend records it, and `finish` submits the atOnce switch at once. Either way operations take effect in the order of the calls.
+ * called; a GPU backend records it, and `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
  *
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
@@ -160,10 +160,10 @@ const MAX_COUNT = 0x7fffffff;
 
 const FLOAT_TYPES: readonly Dtype[] = ["f32", "f16", "bf16"];
 
-/** @throws RangeError unless `value` is a atOnce number from 0 to `max` */
+/** @throws RangeError unless `value` is a whole number from 0 to `max` */
 export function checkCount(name: string, value: number, max: number = MAX_COUNT): void {
   if (!Number.isInteger(value) || value < 0 || value > max) {
-    throw new RangeError(`${name} must be a atOnce number from 0 to ${max}, got ${value}`);
+    throw new RangeError(`${name} must be a whole number from 0 to ${max}, got ${value}`);
   }
 }
 
@@ -275,20 +275,20 @@ export function checkApart(
   }
 }
 
-/** A part of a matrix: its first row, how many rows, its first column, how many columns. */
-export type Part = readonly [row: number, rows: number, column: number, columns: number];
+/** A tile of a matrix: its first row, how many rows, its first column, how many columns. */
+export type Tile = readonly [row: number, rows: number, column: number, columns: number];
 
 /**
- * Divides a matrix, row by row, into parts that take at most `most` products where each of its numbers takes `depth`: atOnce rows where four
- * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are atOnce bytes in every type.
+ * Divides a matrix, row by row, into tiles that take at most `most` products where each of its numbers takes `depth`: whole rows where four
+ * of them are few enough, since kernels work on four at a time, else 32 columns and more, which are whole bytes in every type.
  */
-export function partsOf(rows: number, columns: number, depth: number, most: number): Iterable<Part> {
-  // Without products there are still numbers to move.
+export function tilesOf(rows: number, columns: number, depth: number, most: number): Iterable<Tile> {
+  // Numbers are moved where there are no products, too.
   const each = Math.max(8, depth);
-  return rows * columns * each <= most ? [[0, rows, 0, columns]] : manyParts(rows, columns, each, most);
+  return rows * columns * each <= most ? [[0, rows, 0, columns]] : manyTiles(rows, columns, each, most);
 }
 
-function* manyParts(rows: number, columns: number, each: number, most: number): Generator<Part> {
+function* manyTiles(rows: number, columns: number, each: number, most: number): Generator<Tile> {
   const wide = 4 * columns * each <= most ? columns : Math.max(32, 32 * Math.floor(most / each / 128));
   const high = Math.max(4, 4 * Math.floor(most / each / wide / 4));
   for (let i = 0; i < rows; i += high)

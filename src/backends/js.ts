@@ -27,9 +27,9 @@ import {
   type FoldJob,
   type Owner,
   type ProjectJob,
-  partsOf,
   type ScaleJob,
   type Slice,
+  tilesOf,
 } from "./backend.ts";
 
 const { fround } = Math;
@@ -102,12 +102,12 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     const coefficients = this.#floats("coefficients", job.coefficients, rank * rows);
     const encoded = this.bytes("basis", job.basis, tensorBytes(dtype, rows, width));
     const basis = this.#room(rows * width);
-    for (const part of partsOf(rows, width, 0, PIECE)) {
+    for (const part of tilesOf(rows, width, 0, PIECE)) {
       decodePart(dtype, encoded, rows, width, part, basis);
       yield;
     }
     const sums = new Float32Array(width);
-    for (const [i, m, j, n] of partsOf(rank, width, rows, PIECE)) {
+    for (const [i, m, j, n] of tilesOf(rank, width, rows, PIECE)) {
       const update = sums.subarray(0, n);
       for (let row = i; row < i + m; row++) {
         const to = out.subarray(row * width + j, row * width + j + n);
@@ -218,7 +218,7 @@ function* forEachRow(product: Product, use: (row: Float32Array, i: number, j: nu
   const { base, left, right, rank, rows, columns, stride } = product;
   const values = new Float32Array(columns);
   const sums = new Float32Array(columns);
-  for (const [first, m, j, n] of partsOf(rows, columns, rank, PIECE)) {
+  for (const [first, m, j, n] of tilesOf(rows, columns, rank, PIECE)) {
     const [row, update] = [values.subarray(0, n), sums.subarray(0, n)];
     for (let i = first; i < first + m; i++) {
       base.read(i * stride + j, row);

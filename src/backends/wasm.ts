@@ -15,9 +15,9 @@ import {
   type FoldJob,
   type Owner,
   type ProjectJob,
-  partsOf,
   type ScaleJob,
   type Slice,
+  tilesOf,
 } from "./backend.ts";
 import { type Binaries, claim, type Instance, instantiate, type WasmVariant } from "./wasm-instance.ts";
 
@@ -169,7 +169,7 @@ class WasmBackend extends CpuBackend<number> {
       ...(["out", "base", "left", "right", "rowScale", "columnScale"] as const),
     );
     const { fold } = this.#instance.kernels;
-    for (const [i, m, j, n] of partsOf(rows, columns, rank, PIECE)) {
+    for (const [i, m, j, n] of tilesOf(rows, columns, rank, PIECE)) {
       if (i + j > 0) yield;
       const at = (i * stride + j) * rowBytes(job.dtype, 1);
       const [a, b] = [left + 4 * i, right + 4 * j];

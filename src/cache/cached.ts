@@ -13,12 +13,12 @@ import {
   type ByteSource,
   FETCH_OPTIONS,
   type FetchOptions,
+  type ReadAllOptions,
   type ReadOptions,
   type Reads,
   readAll,
   readBeginning,
   unlessAborted,
-  type WholeOptions,
 } from "../source.ts";
 import { toHex } from "../text.ts";
 
@@ -143,7 +143,7 @@ class Cached implements CachedSource {
   }
 
   /** Whole files need their size, which is kept beside their ranges: no server may be there to tell it. */
-  async readAll(options: WholeOptions = {}): Promise<Uint8Array> {
+  async readAll(options: ReadAllOptions = {}): Promise<Uint8Array> {
     const { signal } = options;
     throwIfAborted(signal);
     this.#live();

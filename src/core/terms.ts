@@ -21,7 +21,7 @@ const PIECE = 2 ** 18;
 
 /** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface ModuleTerm extends Term {
-  /** [out], the layer's atOnce bias, where the task changes it. */
+  /** [out], the layer's whole bias, where the task changes it. */
   readonly bias?: Float32Array | undefined;
 }
 
@@ -61,7 +61,7 @@ export class ActiveTerms {
   readonly #modules: readonly PackModule[];
   readonly #slots: readonly Slot[];
   #active: ReadonlyMap<number, Term> = new Map();
-  /** ActiveTerms of the task before. The next task's are written there, so that the active ones stay atOnce until all are made. */
+  /** ActiveTerms of the task before. The next task's are written there, so that the active ones stay whole until all are made. */
   #spare: ReadonlyMap<number, Term> = new Map();
 
   constructor(mode: "core" | "factors", modules: readonly PackModule[], slots: readonly Slot[]) {
@@ -304,8 +304,8 @@ function readRows(
     const { blob, tensor, strength } = stored;
     const { dtype, byteOffset, byteLength } = tensor;
     const bytes = blob.bytes.subarray(byteOffset, byteOffset + byteLength);
-    const atOnce = strength === 1 && (!turned || rows === rank);
-    const fast = atOnce && isQuantized(dtype) && wasmFloats(dtype, bytes, rows, width, turned);
+    const whole = strength === 1 && (!turned || rows === rank);
+    const fast = whole && isQuantized(dtype) && wasmFloats(dtype, bytes, rows, width, turned);
     if (fast) return out.set(fast, turned ? 0 : row * width);
     const places = turned ? { at: row, down: 1, along: rank } : { at: row * width, down: width, along: 1 };
     placeTensor(dtype, bytes, rows, width, out, places, strength);

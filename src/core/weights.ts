@@ -194,7 +194,7 @@ export class FoldedWeights {
 
   /**
    * Reads the pristine weights that a change needs and memory does not hold, all of them before anything is changed.
-   * @param resolved with the bytes of adapted weights that the tasks bring whole, or rows of which
+   * @param resolved with the bytes of adapted weights that the tasks bring whole or by rows
    */
   async prepare(
     plans: readonly ModulePlan[],

@@ -6,7 +6,7 @@
 import { described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
-import { type FetchOptions, FIRST_BYTES, unlessAborted, type WholeOptions } from "../source.ts";
+import { type FetchOptions, FIRST_BYTES, type ReadAllOptions, unlessAborted } from "../source.ts";
 
 /** What is asked for. */
 export interface Ask {
@@ -28,9 +28,9 @@ export interface Answer {
    * @param length of the body in bytes; undefined when it is not known
    * @param most bytes of a body of unknown length
    * @param excess what to say when more arrive
-   * @param told of `WholeOptions`: where it allows fewer, the rest is left
+   * @param told of `ReadAllOptions`: where it allows fewer, the rest is left
    */
-  body(length: number | undefined, most: number, excess: string, told?: WholeOptions["most"]): Promise<Uint8Array>;
+  body(length: number | undefined, most: number, excess: string, told?: ReadAllOptions["most"]): Promise<Uint8Array>;
 }
 
 /** Statuses that pass: RFC 9110 and RFC 6585. */
@@ -196,7 +196,7 @@ async function stream(
   reader: ReadableStreamDefaultReader<Uint8Array>,
   most: number,
   arrived: (count: number) => void,
-  told?: WholeOptions["most"],
+  told?: ReadAllOptions["most"],
 ): Promise<Uint8Array | undefined> {
   let bytes = new Uint8Array(Math.min(most, FIRST_MEMORY));
   let done = 0;

@@ -7,10 +7,10 @@ import {
   type ByteSource,
   checkRange,
   type FetchOptions,
+  type ReadAllOptions,
   type ReadOptions,
   type Reads,
   unlessAborted,
-  type WholeOptions,
 } from "../source.ts";
 import { fromLatin1 } from "../text.ts";
 import { type Answer, checkNumber, Exchange } from "./exchange.ts";
@@ -95,7 +95,7 @@ export class UrlSource implements ByteSource {
     });
   }
 
-  async readAll({ signal, onBytes, most }: WholeOptions = {}): Promise<Uint8Array> {
+  async readAll({ signal, onBytes, most }: ReadAllOptions = {}): Promise<Uint8Array> {
     throwIfAborted(signal);
     const whole = await unlessAborted(this.#kept(), signal);
     if (whole) return whole;
@@ -211,7 +211,7 @@ export class UrlSource implements ByteSource {
     }
   }
 
-  async #everything(answer: Answer, most: number, told?: WholeOptions["most"]): Promise<Uint8Array> {
+  async #everything(answer: Answer, most: number, told?: ReadAllOptions["most"]): Promise<Uint8Array> {
     const { status } = answer;
     // An answer of another origin does not show whether it was compressed on the way.
     const size = answer.hidden ? undefined : sizeOf(answer);

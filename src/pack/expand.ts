@@ -5,7 +5,7 @@
 
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import { checkOptions, checkPack } from "../arguments.ts";
-import { partsOf } from "../backends/backend.ts";
+import { tilesOf } from "../backends/backend.ts";
 import type { Pack } from "../core/pack.ts";
 import { checkExpansion } from "../core/terms.ts";
 import {
@@ -57,7 +57,7 @@ function* expanding(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: U
 
 /** Reads a tensor, yielding between pieces of work. */
 function* reading(section: Uint8Array, ref: TensorRef, out: Float32Array): Generator<void, Float32Array> {
-  for (const part of partsOf(ref.rows, ref.width, 0, PIECE)) {
+  for (const part of tilesOf(ref.rows, ref.width, 0, PIECE)) {
     decodePart(ref.dtype, encodedTensor(section, ref), ref.rows, ref.width, part, out);
     yield;
   }
@@ -76,7 +76,7 @@ function* expandSide(
   const components = yield* reading(bases, basis, new Float32Array(basis.rows * width));
   const alpha = yield* reading(blob.bytes, tensor, new Float32Array(tensor.rows * K));
   const sums = new Float64Array(width);
-  for (const [first, rows, column, columns] of partsOf(tensor.rows, width, K, PIECE)) {
+  for (const [first, rows, column, columns] of tilesOf(tensor.rows, width, K, PIECE)) {
     for (let row = first; row < first + rows; row++) {
       for (let i = 0; i < columns; i++) sums[i] = mean ? components[K * width + column + i]! : 0;
       for (let k = 0; k < K; k++) {

@@ -165,7 +165,7 @@ function* parseHeader(
   return { tensors, metadata };
 }
 
-/** A JSON text of which one value after the other is parsed. */
+/** A JSON text whose values are parsed one after the other. */
 class JsonBytes {
   #at = 0;
   readonly #bytes: Uint8Array;

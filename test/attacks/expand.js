@@ -87,7 +87,7 @@ const folded = (backend) => async (opened, signal) => {
 };
 
 const ALLOWED = { maxExpansion: Infinity };
-/** By name: the file, what is done with it, and how it is opened. */
+/** Cases by name: the file, what is done with it, and how it is opened. */
 const CASES = {
   "factors, width 100 000, rank 256": [{ width: 100_000, rank: 256 }, factors()],
   "factors, width 100 000, rank 2 048": [{ width: 100_000, rank: 2048 }, factors()],

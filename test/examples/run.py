@@ -19,14 +19,22 @@ def base():
     tokenizer.save_pretrained("my-base")
 
 
+missing = None
+
+
 def run(code, names):
+    global missing
     try:
         if "my-base" in code and not os.path.exists("my-base"):
             base()
         exec(code, names)
-    except ModuleNotFoundError as missing:
-        return {"absent": missing.name}
-    except Exception:
+    except ModuleNotFoundError as error:
+        missing = error.name
+        return {"absent": missing}
+    except Exception as error:
+        # The block before it that could not run makes the names that it needs.
+        if missing and isinstance(error, NameError):
+            return {"absent": missing}
         return {"error": traceback.format_exc()}
     return {}
 
