@@ -98,7 +98,6 @@ for (const [name, options] of Object.entries({
   "rank 3, int4": { rank: 3, select: { kind: "k", k: 12 }, dtype: INT4 },
   "rank 4, an error": { rank: 4, select: { kind: "error", max: 0.6 } },
   "rank 4, no mean": { rank: 4, centering: "none", select: { kind: "k", k: 12 }, dtype: F32 },
-  "rank 4, joint": { mode: "joint", rank: 4, select: { kind: "k", k: 8 } },
   "private terms beside components": { privateTerms: 2, rank: 4, select: { kind: "k", k: 6 } },
   "private terms alone": { privateTerms: 2, select: { kind: "k", k: 0 }, dtype: INT4 },
   "private terms and an error": { privateTerms: 8, rank: 4, select: { kind: "error", max: 0.4 }, dtype: INT4 },
@@ -365,7 +364,6 @@ async function singles(goal: Goal): Promise<{ bytes: number; error: number }[]> 
     {},
     { gauge: "balanced" },
     { gauge: "balanced", rank: 4 },
-    { mode: "joint" },
     { mode: "flat", gauge: "balanced" },
     ...(goal.kind === "error" ? [{ gauge: "balanced", privateTerms: 8 } as const] : []),
   ];
@@ -449,7 +447,7 @@ t.test("what cannot be done is refused, with what can", async (t) => {
   await t.rejects(buildPack(adapters, { rank: 4, gauge: "balanced", mode: "flat" }), /flat mode keeps whole factors/);
   await t.rejects(buildPack(adapters, { rank: 0.5, gauge: "balanced" }), /whole number/);
   await t.rejects(buildPack(adapters, { privateTerms: 1 }), /gauge balanced/);
-  await t.rejects(buildPack(adapters, { privateTerms: 1, gauge: "balanced", mode: "flat" }), /column or joint/);
+  await t.rejects(buildPack(adapters, { privateTerms: 1, gauge: "balanced", mode: "flat" }), /column mode/);
   await t.rejects(buildPack(adapters, { select: { kind: "k", k: 0 } }), /whole number from 1/);
 });
 

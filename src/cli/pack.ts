@@ -82,9 +82,9 @@ const OPTIONS = {
     base: option.base,
     ...option.rarely({
       mode: option.choice(
-        ["auto", "column", "flat", "joint"],
+        ["auto", "column", "flat"],
         "Auto: the best for --bytes, --ratio or --error. Column: coefficients for every row of a factor. Flat: one vector for a whole " +
-          "factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, --gauge, --rank, " +
+          "factor. Default: auto; column with --k, --energy, --gauge, --rank, " +
           "--private-terms, --centering, --normalize or --step.",
       ),
       dtype: option.dtypeOrChosen,
@@ -132,7 +132,7 @@ const OPTIONS = {
         option.from(0),
       ),
       calibrate: option.toggle(
-        "With --mode column or joint, --model and --text: weight errors by the inputs of the modules on the text.",
+        "With --mode column, --model and --text: weight errors by the inputs of the modules on the text.",
       ),
     }),
   }),
@@ -233,7 +233,7 @@ function checkOptions(options: PackOptions): void {
       throw new option.UsageError(
         "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
       );
-    if (options.calibrate) throw new option.UsageError("--calibrate is for --mode column or joint");
+    if (options.calibrate) throw new option.UsageError("--calibrate is for --mode column");
   } else {
     const [own] = option.given(options, "minutes", "agreement", "distill");
     if (own !== undefined) throw new option.UsageError(`${own} is for --mode auto`);

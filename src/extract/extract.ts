@@ -5,7 +5,6 @@
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
-import { jointComponents } from "./joint.ts";
 import { cholesky, multiply, norm, scale } from "./linalg.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
 import {
@@ -19,7 +18,7 @@ import {
 } from "./project.ts";
 import { componentSteps, type RowSteps, rowSteps } from "./row-steps.ts";
 import { pairsWithin, type SearchSide } from "./search.ts";
-import { decompose, encodeSide, meanWeights, reciprocal, type Side, type SideBasis } from "./side.ts";
+import { decompose, encodeSide, meanWeights, type Side, type SideBasis } from "./side.ts";
 import { targetsOf } from "./subspace.ts";
 
 /** All adapters that adapt one module. Ranks may differ. */
@@ -77,7 +76,6 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     mirror(A.rows, ranks, stack.in, options.rank);
     mirror(B.rows, ranks, stack.out, options.rank);
   }
-  if (options.mode === "joint") return storeJoint(found, kept);
   if (options.select.kind === "error") return storeWithin(found, options.select.max);
   return store(found, A.components.count, B.components.count);
 }
@@ -131,48 +129,6 @@ function storeWithin(found: Found, max: number): ModuleExtraction {
     throw cause instanceof RangeError ? new RangeError(`${stack.name}: ${cause.message}`, { cause }) : cause;
   }
   throw new RangeError(`${stack.name}: an error of ${max} is just out of reach of the stored types; allow more`);
-}
-
-/** Stores as many components on both sides as the selection asks for. They are components of ΔW, so both numbers are judged together. */
-function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
-  const {
-    stack: { name, out, in: inputs },
-    options: { select, products, normalize },
-    A,
-    B,
-  } = found;
-  const most = Math.max(A.components.count, B.components.count);
-  const alike = normalize
-    ? pairs.map(({ rank, A, Bt }) => {
-        const [ofA, ofB] = [reciprocal(A), reciprocal(Bt)];
-        return { rank, A: A.map((v) => v * ofA), Bt: Bt.map((v) => v * ofB) };
-      })
-    : pairs;
-  const solve = (k: number): ModuleExtraction => {
-    const [kA, kB] = [Math.min(k, A.components.count), Math.min(k, B.components.count)];
-    const made =
-      kA * kB > 0 ? jointComponents(alike, kA, kB, out, inputs, products) : { A: A.components, B: B.components };
-    return store(
-      { ...found, A: { ...A, components: made.A }, B: { ...B, components: made.B } },
-      made.A.count,
-      made.B.count,
-    );
-  };
-  if (select.kind === "k" || (select.kind === "energy" && select.share === 1)) return solve(most);
-  const enough = ({ A: { explained }, tasks }: ModuleExtraction): boolean =>
-    select.kind === "energy" ? explained >= select.share : tasks.every(({ error }) => error <= select.max);
-  let [low, high, best] = [1, most, solve(most)];
-  if (!enough(best)) {
-    if (select.kind === "energy") return best;
-    throw new RangeError(`${name}: an error of ${select.max} is out of reach of the stored types; allow more`);
-  }
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    const tried = solve(middle);
-    if (enough(tried)) [high, best] = [middle, tried];
-    else low = middle + 1;
-  }
-  return best;
 }
 
 function encodeModule(found: Found, kA: number, kB: number, mixed?: boolean): { A: SideBasis; B: SideBasis } {

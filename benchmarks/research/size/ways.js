@@ -119,7 +119,6 @@ export function frontier(n) {
     ...[2, 3].map((rank) => pack({ gauge: "balanced", rank, ratio: ratiosOf(n)[1], type: "int3", head: "int4" })),
     pack({ gauge: "balanced", rank: 4, privateTerms: 1, k: 24, type: "int4" }),
     pack({ k: 32, type: "f16" }),
-    pack({ mode: "joint", k: 32, type: "int4" }),
     pack({ mode: "flat", gauge: "balanced", k: n - 1, type: "int4" }),
     { kind: "vlora", k: 16 },
   ];
@@ -176,7 +175,6 @@ function peers(n) {
 }
 
 const TYPES = /** @type {const} */ (["f32", "f16", "int8", "int4", "int3"]);
-const FEW = /** @type {const} */ (["f32", "int8", "int4"]);
 const SMALL = /** @type {const} */ (["int4", "int3"]);
 const GAUGES = /** @type {const} */ (["as-trained", "balanced"]);
 
@@ -196,8 +194,6 @@ export function grid(n) {
     ...GAUGES.flatMap((gauge) =>
       TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) })),
     ),
-    // Joint mode takes ten times as long as the others.
-    ...FEW.map((type) => pack({ mode: "joint", k: 32, type })),
   ];
   return ways.filter((way) => fits(way, n));
 }
