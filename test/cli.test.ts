@@ -68,7 +68,6 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
   t.match(await refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
   t.match(await refused("--mode", "auto", "--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
-  t.match(await refused("--calibrate"), /--calibrate is for --mode column/);
   t.match(await refused("--text", "lines.txt", "--k", "4"), /--text is for --mode auto/);
   t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
   t.match(await refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);

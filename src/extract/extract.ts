@@ -5,7 +5,7 @@
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
-import { cholesky, multiply, norm, scale } from "./linalg.ts";
+import { scale } from "./linalg.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
 import {
   type ModuleMember,
@@ -59,7 +59,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   checkRank(options);
   checkSteps(options);
   if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
-  const { pairs, kept, rank, metric } = gaugedPairs(stack, options);
+  const { pairs, kept, rank } = gaugedPairs(stack, options);
   const side = (which: "A" | "Bt", width: number): Side =>
     decompose(
       pairs.map((pair) => pair[which]),
@@ -69,7 +69,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
       options,
     );
   const ranks = pairs.map((pair) => (rank === undefined ? pair.rank : 1));
-  const [A, B] = [{ ...side("A", stack.in), metric }, side("Bt", stack.out)];
+  const [A, B] = [side("A", stack.in), side("Bt", stack.out)];
   const steps = options.steps && kept.map((pair, i) => rowSteps(pair, options.steps![i]!));
   const found: Found = { stack, options, ranks, A, B, steps };
   if (rank === undefined && !steps && mirrors(options)) {
@@ -83,12 +83,9 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
 /** The pairs of a stack in the gauge asked for, and what is kept of them as views; in flat mode all of one `rank`. */
 function gaugedPairs(
   stack: ModuleStack,
-  { mode, gauge, centering, normalize, moments, rank: most = Infinity, products }: ExtractOptions,
-): { pairs: Pair[]; kept: Pair[]; rank: number | undefined; metric: Float64Array | undefined } {
-  const metric = moments && metricOf(moments, stack.in);
-  const given = toPairs(stack.members, stack.out, stack.in).map((pair) => {
-    return metric ? { ...pair, A: multiply(pair.A, metric, pair.rank, stack.in, stack.in) } : pair;
-  });
+  { mode, gauge, centering, normalize, rank: most = Infinity, products }: ExtractOptions,
+): { pairs: Pair[]; kept: Pair[]; rank: number | undefined } {
+  const given = toPairs(stack.members, stack.out, stack.in);
   const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in, products)) : given;
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
@@ -102,7 +99,7 @@ function gaugedPairs(
     (rank === undefined ? alignSigns : turnTogether)(kept, stack.out, stack.in);
     for (const [i, pair] of kept.entries()) scalePair(pair, 1 / (weights?.[i] || 1));
   }
-  return { pairs, kept, rank, metric };
+  return { pairs, kept, rank };
 }
 
 function scalePair({ A, Bt }: Pair, factor: number): void {
@@ -113,7 +110,7 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
 function storeWithin(found: Found, max: number): ModuleExtraction {
   const { stack, options, ranks, A, B } = found;
   const all = encodeModule(found, A.components.count, B.components.count, false);
-  const space = openModule(all, options.products, A.metric);
+  const space = openModule(all, options.products);
   const named: SearchSide["named"] = (task, encode) =>
     storing(`coefficients of "${stack.name}"`, stack.members[task]!.id, encode);
   const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank), named };
@@ -169,15 +166,14 @@ function stepsOf(
     own.set(steps[i]![which].subarray(0, rank), at);
     at += rank;
   }
-  const { width, metric, components } = side;
-  const spread = metric ? norm(metric) / Math.sqrt(width) : 1;
-  return componentSteps(side, components.vectors.subarray(0, k * width), own, spread, products);
+  const { width, components } = side;
+  return componentSteps(side, components.vectors.subarray(0, k * width), own, products);
 }
 
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const { stack, options, ranks } = found;
   const basis = encodeModule(found, kA, kB);
-  const space = openModule(basis, options.products, found.A.metric);
+  const space = openModule(basis, options.products);
   const a = targetsOf(space.A, found.A.rows, ranks, options.rank);
   const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
   const tasks = stack.members.map(({ id }, i) => ({
@@ -187,20 +183,4 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
     ),
   }));
   return { ...basis, tasks };
-}
-
-/** Inputs that never occurred count a little all the same, since text is never all that a model will see. */
-const UNSEEN = 1e-3;
-
-/** L with E[x·xᵀ] = L·Lᵀ. */
-function metricOf(moments: Float64Array, width: number): Float64Array {
-  if (moments.length !== width * width)
-    throw new RangeError(`moments: expected [${width}, ${width}], got ${moments.length} values`);
-  const square = moments.slice();
-  let trace = 0;
-  for (let i = 0; i < width; i++) trace += square[i * width + i]!;
-  if (!(trace > 0 && trace < Infinity))
-    throw new RangeError("moments: no second moments of any input, they are zero or no numbers");
-  for (let i = 0; i < width; i++) square[i * width + i]! += (UNSEEN * trace) / width;
-  return cholesky(square, width);
 }

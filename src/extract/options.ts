@@ -39,11 +39,6 @@ export interface ExtractOptions {
    * others would have them to itself. Default: false.
    */
   readonly normalize?: boolean | undefined;
-  /**
-   * Second moments E[x·xᵀ] [in, in] of what enters the module. Errors are then those of its outputs, ‖(ΔW − ΔW')·x‖, and components
-   * are the best for them. Not in flat mode, nor with private terms.
-   */
-  readonly moments?: Float64Array | undefined;
   readonly select: ComponentSelection;
   readonly basisDtype: Dtype;
   readonly coefficientDtype: Dtype;
@@ -77,14 +72,8 @@ export function wanted({
   };
 }
 
-/** @throws RangeError for a rank that cannot be kept, or moments where they mean nothing */
-export function checkRank({
-  rank,
-  gauge,
-  mode,
-  moments,
-}: Pick<ExtractOptions, "rank" | "gauge" | "mode" | "moments">): void {
-  if (moments && mode === "flat") throw new RangeError("moments: flat mode keeps whole factors; take column mode");
+/** @throws RangeError for a rank that cannot be kept */
+export function checkRank({ rank, gauge, mode }: Pick<ExtractOptions, "rank" | "gauge" | "mode">): void {
   if (rank === undefined) return;
   if (!(Number.isInteger(rank) && rank >= 1 && rank <= 65_535))
     throw new RangeError(`rank must be a whole number from 1 to 65535, got ${rank}`);

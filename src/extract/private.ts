@@ -80,7 +80,6 @@ export function extractMixed(stack: ModuleStack, options: PrivateOptions): Mixed
       "an error decides how many private terms there are: give their greatest number, no allocation",
     );
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
-  if (options.moments) throw new RangeError("private terms are not found by moments; leave one of them out");
   if (options.mode === "flat") throw new RangeError("private terms stand beside shared rows; take column mode");
   const given = stack.members.map(pairOf);
   if (select.kind !== "error") return alternate(stack, given, options).found;

@@ -29,11 +29,6 @@ export interface BuildOptions {
   readonly select?: ComponentSelection | undefined;
   /** Every task counts alike when components are sought, however large its update is. Default: false. */
   readonly normalize?: boolean | undefined;
-  /**
-   * Second moments [in, in] of what enters each module, by name (`inputMoments` of `eigenlora/train`): errors are then those of the
-   * modules' outputs, in choosing and in the report.
-   */
-  readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
 
   // What each task has.
   /** The most rank that a task keeps of each module, with gauge "balanced": the weakest directions of an adapter are noise. Default: all. */
@@ -80,7 +75,6 @@ const OPTIONS = [
   "centering",
   "select",
   "normalize",
-  "moments",
   "rank",
   "privateTerms",
   "dtype",
@@ -96,8 +90,7 @@ const OPTIONS = [
 /** What is stored of each module, and of each task. */
 export interface Recipe {
   /** How the components of each module are found, and in which numbers they and coefficients are stored. */
-  readonly extraction: Omit<ExtractOptions, "moments" | "steps" | "products"> & { readonly mode: BasisMode };
-  readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
+  readonly extraction: Omit<ExtractOptions, "steps" | "products"> & { readonly mode: BasisMode };
   readonly privateTerms: number | Allocation;
   /** Bases that are made already, and who takes which, by module. Default: none. */
   readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
@@ -131,7 +124,7 @@ export function completeDtypes({ basis = "f16", coefficients = "f16", head = "f1
 export function recipeOf(adapters: readonly unknown[], options: BuildOptions): Recipe {
   checkOptions("buildPack", options, OPTIONS);
   const { mode = "column", gauge = "as-trained", select = { kind: "energy", share: 0.9 }, dtype, step } = options;
-  const { centering = "keep", rank, normalize, moments, privateTerms = 0 } = options;
+  const { centering = "keep", rank, normalize, privateTerms = 0 } = options;
   const { headStep = step === undefined || dtype?.head ? undefined : HEAD_STEP } = options;
   checkStep("step", step);
   checkStep("headStep", options.headStep);
@@ -146,7 +139,7 @@ export function recipeOf(adapters: readonly unknown[], options: BuildOptions): R
   // Components alone have nothing beside them that could keep to it, and with a step it would mean sides.
   const keeps = select.kind === "error" && step === undefined && privateTerms !== 0;
   const error = keeps ? Math.min(1, select.max) : undefined;
-  return { extraction, moments, privateTerms, head: { type: head, step: headStep }, step, error };
+  return { extraction, privateTerms, head: { type: head, step: headStep }, step, error };
 }
 
 /** @throws RangeError for a step that is no share */
