@@ -29,7 +29,7 @@ const WASM_BYTES = 2 ** 32;
 const queues = new WeakMap<object, Queue>();
 
 /**
- * Makes an engine of onnxruntime, for what takes one: `createJudge` and `inputMoments` of `eigenlora/train`.
+ * Makes an engine of onnxruntime, for what takes one: `createJudge` of `eigenlora/train`.
  * @param ort the module that is to run models
  * @param session passed to `InferenceSession.create`: `executionProviders`, `graphOptimizationLevel`, …
  * @throws TypeError when `ort` is not such a module

@@ -18,7 +18,7 @@ import {
 } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
-import { createJudge, inputMoments } from "eigenlora/train";
+import { createJudge } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { completeDtypes, DEFAULT_ERROR, deltaError, normal, relative, uniform } from "./internals.ts";
@@ -98,7 +98,6 @@ for (const [name, options] of Object.entries({
   "rank 3, int4": { rank: 3, select: { kind: "k", k: 12 }, dtype: INT4 },
   "rank 4, an error": { rank: 4, select: { kind: "error", max: 0.6 } },
   "rank 4, no mean": { rank: 4, centering: "none", select: { kind: "k", k: 12 }, dtype: F32 },
-  "rank 4, joint": { mode: "joint", rank: 4, select: { kind: "k", k: 8 } },
   "private terms beside components": { privateTerms: 2, rank: 4, select: { kind: "k", k: 6 } },
   "private terms alone": { privateTerms: 2, select: { kind: "k", k: 0 }, dtype: INT4 },
   "private terms and an error": { privateTerms: 8, rank: 4, select: { kind: "error", max: 0.4 }, dtype: INT4 },
@@ -366,7 +365,6 @@ async function singles(goal: Goal): Promise<{ bytes: number; error: number }[]> 
     {},
     { gauge: "balanced" },
     { gauge: "balanced", rank: 4 },
-    { mode: "joint" },
     { mode: "flat", gauge: "balanced" },
     ...(goal.kind === "error" ? [{ gauge: "balanced", privateTerms: 8 } as const] : []),
   ];
@@ -450,7 +448,7 @@ t.test("what cannot be done is refused, with what can", async (t) => {
   await t.rejects(buildPack(adapters, { rank: 4, gauge: "balanced", mode: "flat" }), /flat mode keeps whole factors/);
   await t.rejects(buildPack(adapters, { rank: 0.5, gauge: "balanced" }), /whole number/);
   await t.rejects(buildPack(adapters, { privateTerms: 1 }), /gauge balanced/);
-  await t.rejects(buildPack(adapters, { privateTerms: 1, gauge: "balanced", mode: "flat" }), /column or joint/);
+  await t.rejects(buildPack(adapters, { privateTerms: 1, gauge: "balanced", mode: "flat" }), /column mode/);
   await t.rejects(buildPack(adapters, { select: { kind: "k", k: 0 } }), /whole number from 1/);
 });
 
@@ -474,68 +472,3 @@ t.test("one adapter, adapters that are alike, and one that changes nothing", asy
   const { chunks } = await searchPack([still, ...adapters.slice(1, 3)], { goal: { kind: "error", max: 0.3 } });
   for (const { total } of await lossesOf(chunks, adapters.slice(1, 3))) t.ok(total <= 0.3);
 });
-
-t.test("second moments: those of the inputs, and less lost of the modules' outputs", async (t) => {
-  const encode = await createEncoder(NODE);
-  const { train } = await readTask("debtags-role");
-  const texts = train.slice(0, 24).map(([text]) => text);
-  const moments = await inputMoments(createEngine(NODE), model, { adapters, texts, encode, batch: 5 });
-  const alone = await inputMoments(createEngine(NODE), model, { adapters, texts, encode, batch: 1 });
-  const [query, value] = ["query", "value"].map((name) => `bert.encoder.layer.0.attention.self.${name}`);
-  t.same([...moments.keys()], [...adapters[0]!.modules.keys()]);
-  t.same(moments.get(query!), moments.get(value!), "what enters both");
-  for (const [name, square] of moments) {
-    const [one, scale] = [alone.get(name)!, square.reduce((a, b) => Math.max(a, b), 0)];
-    t.ok(square.length === 384 * 384 && difference(square, one) < 1e-4 * scale, "padding does not count");
-    t.ok([3, 90, 200].every((i) => square[i * 384 + 7] === square[7 * 384 + i] && square[i * 385]! > 0));
-  }
-
-  /** ‖(ΔW − ΔW')·x‖ / ‖ΔW·x‖ over the texts: √tr(D·C·Dᵀ). */
-  const lostOf = async (options: BuildOptions): Promise<number> => {
-    const pack = await openPack(
-      concat(
-        (await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 6 }, dtype: F32, ...options })).chunks,
-      ).buffer,
-    );
-    const square = moments.get(query!)!;
-    const measure = (W: Float64Array): number => {
-      let sum = 0;
-      for (let o = 0; o < 384; o++) {
-        for (let i = 0; i < 384; i++)
-          for (let j = 0; j < 384; j++) sum += W[o * 384 + i]! * square[i * 384 + j]! * W[o * 384 + j]!;
-      }
-      return Math.sqrt(sum);
-    };
-    let total = 0;
-    for (const { id, modules } of adapters.slice(0, 3)) {
-      const full = update(await modules.get(query!)!.read());
-      const stored = update(await (await taskAdapter(pack, id)).modules.get(query!)!.read());
-      total += measure(full.map((w, i) => w - stored[i]!)) / measure(full);
-    }
-    return total;
-  };
-  const [plain, calibrated] = [await lostOf({}), await lostOf({ moments })];
-  t.ok(calibrated < 0.95 * plain, `${plain} → ${calibrated}`);
-  t.equal(
-    (await lostOf({ moments, select: { kind: "energy", share: 1 } })) < 1e-3,
-    true,
-    "what is stored is not weighted",
-  );
-
-  await t.rejects(buildPack(adapters, { moments, mode: "flat" }), /flat mode keeps whole factors/);
-  await t.rejects(buildPack(adapters, { moments, gauge: "balanced", privateTerms: 1 }), /not found by moments/);
-  await t.rejects(buildPack(whole, { moments }), /there are no moments of "bert.encoder.layer/);
-  await t.rejects(
-    buildPack(adapters, { moments: new Map([...moments.keys()].map((name) => [name, new Float64Array(9)])) }),
-    /expected \[384, 384\]/,
-  );
-});
-
-/** ΔW [384, 384]. */
-function update({ A, Bt }: { A: Float32Array; Bt: Float32Array }): Float64Array {
-  const W = new Float64Array(384 * 384);
-  for (let r = 0; r < A.length / 384; r++) {
-    for (let o = 0; o < 384; o++) for (let i = 0; i < 384; i++) W[o * 384 + i]! += Bt[r * 384 + o]! * A[r * 384 + i]!;
-  }
-  return W;
-}

@@ -70,7 +70,6 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
   t.match(await refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
   t.match(await refused("--mode", "auto", "--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
-  t.match(await refused("--calibrate"), /--calibrate is for --mode column or joint/);
   t.match(await refused("--text", "lines.txt", "--k", "4"), /--text is for --mode auto/);
   t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
   t.match(await refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
@@ -299,21 +298,6 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
   t.match(await json(1, "add", "two.eigen", "noise.eigentask"), {
     error: { tag: "format", message: /noise.eigentask/ },
   });
-});
-
-t.test("joint packs: a smaller error of ΔW, the same commands", async (t) => {
-  const some = ["debtags-admin", "debtags-devel", "sections-0"].map((id) => data(`adapters/own-seed/${id}`));
-  const of = [...some, "--k", "8", "--dtype", "f32"];
-  const joint = await json(0, "pack", ...of, "-o", "joint.eigen", "--mode", "joint");
-  const column = await json(0, "pack", ...of, "-o", "column.eigen", "--centering", "none");
-  t.match(joint, { mode: "joint", centering: "none", components: { min: 8, max: 8 } });
-  t.ok(joint["error"].mean < 0.95 * column["error"].mean, `${joint["error"].mean}, column ${column["error"].mean}`);
-  const verified = await json(0, "verify", "joint.eigen", ...some.flatMap((path) => ["--against", path]));
-  t.ok(verified["tasks"].every((task: any) => task.error.max <= joint["error"].max + 1e-6));
-  await json(0, "add", "joint.eigen", data("adapters/own-seed/sections-1"), ...LOSSY);
-  t.equal((await json(0, "inspect", "joint.eigen"))["tasks"].length, 4);
-  const refused = await run("pack", ...of, "-o", "x", "--mode", "joint", "--centering", "keep");
-  t.match(refused.stderr, /joint mode has no mean/);
 });
 
 t.test("flat mode: pack, inspect, verify, add, remove, export", async (t) => {
@@ -596,7 +580,7 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected auto, column, flat or joint/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected auto, column or flat/],
     [["pack", own, "-o", "x", "--gage", "balanced"], /unknown option .--gage.; did you mean --gauge\?/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /remove: missing TASK/],

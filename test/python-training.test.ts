@@ -34,11 +34,10 @@ const DONORS = ["debtags-admin", "debtags-game", "debtags-use", "sections-0", "s
 const own = DONORS.map((id) => data(`adapters/own-seed/${id}`));
 const script = ["debtags-admin", "debtags-field", "debtags-game", "debtags-use", "sections-0", "sections-1"];
 
-/** Packs whose tasks share components of both sides. Joint mode has no mean, a flat one has vectors of whole factors. */
+/** Packs whose tasks share components of both sides. A flat pack has vectors of whole factors. */
 const SHARED: Readonly<Record<string, readonly string[]>> = {
   column: ["--k", "16"],
   balanced: ["--k", "16", "--gauge", "balanced"],
-  joint: ["--k", "16", "--mode", "joint", "--dtype", "f32"],
   flat: ["--k", "4", "--mode", "flat", "--dtype", "f32"],
   few: ["--k", "16", "--rank", "4", "--dtype", "int4"],
   coded: ["--k", "16", "--rank", "4", "--step", "0.05"],
@@ -89,7 +88,7 @@ t.test("components of every kind of pack, as Python reads them", async (t) => {
     const K = pack.modules.find((module) => module.name === query)!.A[0]!.K;
     await pack.close();
     t.same(shapes[`${query}.A.components`], name === "flat" ? [4, 8, 384] : [K, 384], name);
-    t.same(shapes[`${query}.A.mean`], name === "joint" ? undefined : name === "flat" ? [8, 384] : [384], name);
+    t.same(shapes[`${query}.A.mean`], name === "flat" ? [8, 384] : [384], name);
   }
   t.equal(found.few.about.rank, "4");
   t.equal(found.column.about.coefficients, "f16");
@@ -125,7 +124,6 @@ t.test("rows made of the file's components are added without loss, in either gau
   for (const [name, coefficients, most] of [
     ["column", "f16", 1e-3],
     ["balanced", "f16", 1e-3],
-    ["joint", "f32", 1e-6],
     ["flat", "f32", 1e-6],
   ] as const) {
     const file = `made-${name}.safetensors`;
@@ -186,7 +184,6 @@ const coefficients = (perModule: number): number => 12 * perModule + 8 * 385;
 const COUNTS: Readonly<Record<string, number>> = {
   column: coefficients(2 * 8 * 16),
   balanced: coefficients(2 * 8 * 16),
-  joint: coefficients(2 * 8 * 16),
   flat: coefficients(2 * 4),
 };
 

@@ -95,7 +95,6 @@ t.test("an adapter that changes nothing is not praised", async (t) => {
 t.test("a module that no adapter changes makes a pack that opens, with a mean or without", async (t) => {
   const quiet = await adapter("quiet", BERT, { zero: true });
   for (const how of [
-    ["--mode", "joint"],
     ["--k", "2", "--centering", "none"],
     ["--k", "2"],
   ]) {

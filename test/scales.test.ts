@@ -143,8 +143,6 @@ const WAYS: Readonly<Record<string, BuildOptions>> = {
   "an error of 0.1": { select: { kind: "error", max: 0.1 }, centering: "none", dtype: F32 },
   "flat, lossless": { ...LOSSLESS, mode: "flat" },
   "flat, k 2": { mode: "flat", select: { kind: "k", k: 2 } },
-  "joint, lossless": { ...LOSSLESS, mode: "joint" },
-  "joint, k 8": { mode: "joint", select: { kind: "k", k: 8 } },
   "private, f32": { gauge: "balanced", privateTerms: 8, select: { kind: "k", k: 0 }, dtype: F32 },
   "private beside 4, f32": { gauge: "balanced", privateTerms: 8, select: { kind: "k", k: 4 }, dtype: F32 },
   "private beside 4": { gauge: "balanced", privateTerms: 2, select: { kind: "k", k: 4 } },

@@ -8,7 +8,7 @@ import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
-import { createJudge, createTrainer, distill, type Encode, inputMoments } from "eigenlora/train";
+import { createJudge, createTrainer, distill, type Encode } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { fromBinary, ModelProtoSchema, makeNode, toBinary } from "./internals.ts";
@@ -143,10 +143,6 @@ t.test("what cannot encode is refused when it is given", async (t) => {
     await t.rejects(session.encode("a", encode), refused);
     await t.rejects(distill(session, { adapter: adapters[0]!, encode, texts: ["a"] }), refused);
     t.throws(() => createJudge(engine, data("sessions/torchscript.onnx"), { adapters, encode, texts: ["a"] }), refused);
-    await t.rejects(
-      inputMoments(engine, data("sessions/torchscript.onnx"), { adapters, encode, texts: ["a"] }),
-      refused,
-    );
   }
   await t.rejects(createTrainer(session, { labels: LABELS, encode: Promise.resolve(5) as never }), {
     message: /a promise; did you forget await\?/,

@@ -38,7 +38,6 @@ t.test("a pack is the same, whoever extracts", async (t) => {
   const ways: Record<string, BuildOptions> = {
     "column, as trained": { select: { kind: "k", k: 3 } },
     "an error": { select: { kind: "error", max: 0.3 }, gauge: "balanced" },
-    joint: { mode: "joint", gauge: "balanced", rank: 2, select: { kind: "k", k: 2 } },
     "components and private terms, int4": {
       ...balanced,
       select: { kind: "k", k: 2 },

@@ -226,7 +226,7 @@ export const normalize: OptionSpec<boolean> = toggle(
 );
 export const centering: Maybe<"keep" | "none"> = choice(
   ["keep", "none"],
-  "Store the mean of the rows, or use none. Default: keep, but none in joint mode.",
+  "Store the mean of the rows, or use none. Default: keep.",
 );
 /** Belongs to commands that bring adapters together. */
 export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");

@@ -14,7 +14,6 @@ import { collectGarbage } from "../extract/threads-node.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
-import type { BuildOptions } from "../pack/recipe.ts";
 import type { BuildReport } from "../pack/report.ts";
 import { buildWithin, type SearchOptions, type SearchReport, searchStreamed } from "../pack/search.ts";
 import { Unreachable } from "../pack/seek.ts";
@@ -22,11 +21,10 @@ import type { Engine } from "../session/engine.ts";
 import type { Tokenizer } from "../session/tokens.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { show } from "../tensor/tensor-file.ts";
-import { inputMoments } from "../train/moments.ts";
-import { type ByAnswersReport, modelBase } from "../train/pack-by-answers.ts";
+import type { ByAnswersReport } from "../train/pack-by-answers.ts";
 import { agreementText, byAnswersText, judged, OUT_OF_TIME, packedByAnswers } from "./by-answers.ts";
 import { type Attach, command } from "./command.ts";
-import { type Asked, asksPrompts, type Completion, readQuestions } from "./examples.ts";
+import { type Asked, asksPrompts, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
 import { removeFinished } from "./finished.ts";
 import { contents, fileDigest, modelDigest } from "./hub-part.ts";
@@ -82,9 +80,9 @@ const OPTIONS = {
     base: option.base,
     ...option.rarely({
       mode: option.choice(
-        ["auto", "column", "flat", "joint"],
+        ["auto", "column", "flat"],
         "Auto: the best for --bytes, --ratio or --error. Column: coefficients for every row of a factor. Flat: one vector for a whole " +
-          "factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, --gauge, --rank, " +
+          "factor. Default: auto; column with --k, --energy, --gauge, --rank, " +
           "--private-terms, --centering, --normalize or --step.",
       ),
       dtype: option.dtypeOrChosen,
@@ -130,9 +128,6 @@ const OPTIONS = {
         "STEPS",
         "With --model: most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 240; 24 of a language model.",
         option.from(0),
-      ),
-      calibrate: option.toggle(
-        "With --mode column or joint, --model and --text: weight errors by the inputs of the modules on the text.",
       ),
     }),
   }),
@@ -206,6 +201,20 @@ export const pack: Attach = command({
 /** What --mode auto would choose; who names one of them has settled for a mode. */
 const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize", "step"] as const;
 
+/** What asks a model; other modes than auto know none. */
+const BY_ANSWERS = [
+  "model",
+  "decoder",
+  "text",
+  "tokenizer",
+  "tokens",
+  "minutes",
+  "agreement",
+  "distill",
+  "provider",
+  "threads",
+] as const;
+
 /** The flag that says how much is kept. */
 function budgetOf(options: PackOptions): string | undefined {
   return option.exclusive(options, "bytes", "ratio", "error", "k", "energy");
@@ -233,15 +242,10 @@ function checkOptions(options: PackOptions): void {
       throw new option.UsageError(
         "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
       );
-    if (options.calibrate) throw new option.UsageError("--calibrate is for --mode column or joint");
   } else {
-    const [own] = option.given(options, "minutes", "agreement", "distill");
+    const [own] = option.given(options, ...BY_ANSWERS);
     if (own !== undefined) throw new option.UsageError(`${own} is for --mode auto`);
-    const [foreign] = option.given(options, "model", "decoder", "text", "tokenizer", "tokens");
-    if (foreign !== undefined && !options.calibrate)
-      throw new option.UsageError(`${foreign} is for --mode auto and --calibrate`);
   }
-  if (options.calibrate && asked < 2) throw new option.UsageError("--calibrate needs --model and --text");
   const [needs] = option.given(options, "distill", "minutes", "agreement", "provider", "threads");
   if (needs !== undefined && options.model === undefined) throw new option.UsageError(`${needs} needs --model`);
   if (options.agreement !== undefined && budget !== undefined)
@@ -289,10 +293,9 @@ async function build(
       bytes === undefined ? { kind: "error", max: error } : { kind: "bytes", max: bytes };
     return searchStreamed(adapters, { ...common, dtype, goal, onProgress: out.progress }, scratch);
   }
-  const calibrated = options.calibrate ? await calibration(adapters, options, run) : {};
   const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced", normalize } = options;
   const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}) };
-  const how = { ...calibrated, ...common, onProgress: out.progress, ...all, dtype, normalize };
+  const how = { ...common, onProgress: out.progress, ...all, dtype, normalize };
   if (bytes !== undefined) return buildWithin(adapters, how, bytes);
   return buildStreamed(adapters, { ...how, select: option.selection(options) }, scratch);
 }
@@ -316,26 +319,6 @@ async function askedOf(
     model: { engine: engineOf(ort, runtime), model: wholeOf(model!, decoder) },
     questions: { ...asked, encode },
   };
-}
-
-/** Second moments of what enters the modules on the text, and the model as the base. */
-async function calibration(
-  adapters: readonly Adapter[],
-  options: PackOptions,
-  run: Run,
-): Promise<Pick<BuildOptions, "moments" | "base">> {
-  const { names } = options;
-  const { model, questions } = await askedOf(options, adapters);
-  const { texts = questions.examples?.map(textOf) ?? [], encode } = questions;
-  const moments = await inputMoments(model.engine, model.model, { adapters, texts, encode, names });
-  const base = await modelBase(model.model, adapters, names);
-  return { moments, base: base && run.closing(base) };
-}
-
-/** All that a model reads of an example. */
-function textOf(example: Completion): string {
-  if ("messages" in example) return example.messages.map(({ content }) => content).join("\n");
-  return example.prompt + example.completion;
 }
 
 function nameOf({ basis, coefficients, head }: Dtypes): string {

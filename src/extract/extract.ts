@@ -5,8 +5,7 @@
  */
 import { storing, UnstorableError } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
-import { jointComponents } from "./joint.ts";
-import { cholesky, multiply, norm, scale } from "./linalg.ts";
+import { scale } from "./linalg.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
 import {
   type ModuleMember,
@@ -19,7 +18,7 @@ import {
 } from "./project.ts";
 import { componentSteps, type RowSteps, rowSteps } from "./row-steps.ts";
 import { pairsWithin, type SearchSide } from "./search.ts";
-import { decompose, encodeSide, meanWeights, reciprocal, type Side, type SideBasis } from "./side.ts";
+import { decompose, encodeSide, meanWeights, type Side, type SideBasis } from "./side.ts";
 import { targetsOf } from "./subspace.ts";
 
 /** All adapters that adapt one module. Ranks may differ. */
@@ -60,7 +59,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   checkRank(options);
   checkSteps(options);
   if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
-  const { pairs, kept, rank, metric } = gaugedPairs(stack, options);
+  const { pairs, kept, rank } = gaugedPairs(stack, options);
   const side = (which: "A" | "Bt", width: number): Side =>
     decompose(
       pairs.map((pair) => pair[which]),
@@ -70,14 +69,13 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
       options,
     );
   const ranks = pairs.map((pair) => (rank === undefined ? pair.rank : 1));
-  const [A, B] = [{ ...side("A", stack.in), metric }, side("Bt", stack.out)];
+  const [A, B] = [side("A", stack.in), side("Bt", stack.out)];
   const steps = options.steps && kept.map((pair, i) => rowSteps(pair, options.steps![i]!));
   const found: Found = { stack, options, ranks, A, B, steps };
   if (rank === undefined && !steps && mirrors(options)) {
     mirror(A.rows, ranks, stack.in, options.rank);
     mirror(B.rows, ranks, stack.out, options.rank);
   }
-  if (options.mode === "joint") return storeJoint(found, kept);
   if (options.select.kind === "error") return storeWithin(found, options.select.max);
   return store(found, A.components.count, B.components.count);
 }
@@ -85,12 +83,9 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
 /** The pairs of a stack in the gauge asked for, and what is kept of them as views; in flat mode all of one `rank`. */
 function gaugedPairs(
   stack: ModuleStack,
-  { mode, gauge, centering, normalize, moments, rank: most = Infinity, products }: ExtractOptions,
-): { pairs: Pair[]; kept: Pair[]; rank: number | undefined; metric: Float64Array | undefined } {
-  const metric = moments && metricOf(moments, stack.in);
-  const given = toPairs(stack.members, stack.out, stack.in).map((pair) => {
-    return metric ? { ...pair, A: multiply(pair.A, metric, pair.rank, stack.in, stack.in) } : pair;
-  });
+  { mode, gauge, centering, normalize, rank: most = Infinity, products }: ExtractOptions,
+): { pairs: Pair[]; kept: Pair[]; rank: number | undefined } {
+  const given = toPairs(stack.members, stack.out, stack.in);
   const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in, products)) : given;
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
@@ -104,7 +99,7 @@ function gaugedPairs(
     (rank === undefined ? alignSigns : turnTogether)(kept, stack.out, stack.in);
     for (const [i, pair] of kept.entries()) scalePair(pair, 1 / (weights?.[i] || 1));
   }
-  return { pairs, kept, rank, metric };
+  return { pairs, kept, rank };
 }
 
 function scalePair({ A, Bt }: Pair, factor: number): void {
@@ -115,7 +110,7 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
 function storeWithin(found: Found, max: number): ModuleExtraction {
   const { stack, options, ranks, A, B } = found;
   const all = encodeModule(found, A.components.count, B.components.count, false);
-  const space = openModule(all, options.products, A.metric);
+  const space = openModule(all, options.products);
   const named: SearchSide["named"] = (task, encode) =>
     storing(`coefficients of "${stack.name}"`, stack.members[task]!.id, encode);
   const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank), named };
@@ -131,48 +126,6 @@ function storeWithin(found: Found, max: number): ModuleExtraction {
     throw cause instanceof RangeError ? new RangeError(`${stack.name}: ${cause.message}`, { cause }) : cause;
   }
   throw new RangeError(`${stack.name}: an error of ${max} is just out of reach of the stored types; allow more`);
-}
-
-/** Stores as many components on both sides as the selection asks for. They are components of ΔW, so both numbers are judged together. */
-function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
-  const {
-    stack: { name, out, in: inputs },
-    options: { select, products, normalize },
-    A,
-    B,
-  } = found;
-  const most = Math.max(A.components.count, B.components.count);
-  const alike = normalize
-    ? pairs.map(({ rank, A, Bt }) => {
-        const [ofA, ofB] = [reciprocal(A), reciprocal(Bt)];
-        return { rank, A: A.map((v) => v * ofA), Bt: Bt.map((v) => v * ofB) };
-      })
-    : pairs;
-  const solve = (k: number): ModuleExtraction => {
-    const [kA, kB] = [Math.min(k, A.components.count), Math.min(k, B.components.count)];
-    const made =
-      kA * kB > 0 ? jointComponents(alike, kA, kB, out, inputs, products) : { A: A.components, B: B.components };
-    return store(
-      { ...found, A: { ...A, components: made.A }, B: { ...B, components: made.B } },
-      made.A.count,
-      made.B.count,
-    );
-  };
-  if (select.kind === "k" || (select.kind === "energy" && select.share === 1)) return solve(most);
-  const enough = ({ A: { explained }, tasks }: ModuleExtraction): boolean =>
-    select.kind === "energy" ? explained >= select.share : tasks.every(({ error }) => error <= select.max);
-  let [low, high, best] = [1, most, solve(most)];
-  if (!enough(best)) {
-    if (select.kind === "energy") return best;
-    throw new RangeError(`${name}: an error of ${select.max} is out of reach of the stored types; allow more`);
-  }
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    const tried = solve(middle);
-    if (enough(tried)) [high, best] = [middle, tried];
-    else low = middle + 1;
-  }
-  return best;
 }
 
 function encodeModule(found: Found, kA: number, kB: number, mixed?: boolean): { A: SideBasis; B: SideBasis } {
@@ -213,15 +166,14 @@ function stepsOf(
     own.set(steps[i]![which].subarray(0, rank), at);
     at += rank;
   }
-  const { width, metric, components } = side;
-  const spread = metric ? norm(metric) / Math.sqrt(width) : 1;
-  return componentSteps(side, components.vectors.subarray(0, k * width), own, spread, products);
+  const { width, components } = side;
+  return componentSteps(side, components.vectors.subarray(0, k * width), own, products);
 }
 
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const { stack, options, ranks } = found;
   const basis = encodeModule(found, kA, kB);
-  const space = openModule(basis, options.products, found.A.metric);
+  const space = openModule(basis, options.products);
   const a = targetsOf(space.A, found.A.rows, ranks, options.rank);
   const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
   const tasks = stack.members.map(({ id }, i) => ({
@@ -231,20 +183,4 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
     ),
   }));
   return { ...basis, tasks };
-}
-
-/** Inputs that never occurred count a little all the same, since text is never all that a model will see. */
-const UNSEEN = 1e-3;
-
-/** L with E[x·xᵀ] = L·Lᵀ. */
-function metricOf(moments: Float64Array, width: number): Float64Array {
-  if (moments.length !== width * width)
-    throw new RangeError(`moments: expected [${width}, ${width}], got ${moments.length} values`);
-  const square = moments.slice();
-  let trace = 0;
-  for (let i = 0; i < width; i++) trace += square[i * width + i]!;
-  if (!(trace > 0 && trace < Infinity))
-    throw new RangeError("moments: no second moments of any input, they are zero or no numbers");
-  for (let i = 0; i < width; i++) square[i * width + i]! += (UNSEEN * trace) / width;
-  return cholesky(square, width);
 }

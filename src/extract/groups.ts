@@ -189,7 +189,7 @@ function bestSpan(rows: Float64Array, width: number, products: Products): Omit<G
   const side = { width, rank: undefined, mean: undefined, components };
   const own = new Float64Array(count).fill(1);
   return {
-    span: { ...side, steps: componentSteps({ ...side, rows }, components.vectors, own, 1, products) },
+    span: { ...side, steps: componentSteps({ ...side, rows }, components.vectors, own, products) },
     cost: least,
   };
 }

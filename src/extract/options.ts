@@ -4,11 +4,8 @@
 import type { Dtype } from "../tensor/dtypes.ts";
 import type { Products } from "./linalg.ts";
 
-/**
- * What has coefficients of its own: a row of a factor, or a whole factor. Joint mode is column mode with bases that
- * lose least of ΔW instead of least of each factor.
- */
-export type BasisMode = "column" | "flat" | "joint";
+/** What has coefficients of its own: a row of a factor, or a whole factor. */
+export type BasisMode = "column" | "flat";
 
 /**
  * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first. Flat mode also turns
@@ -42,18 +39,13 @@ export interface ExtractOptions {
    * others would have them to itself. Default: false.
    */
   readonly normalize?: boolean | undefined;
-  /**
-   * Second moments E[x·xᵀ] [in, in] of what enters the module. Errors are then those of its outputs, ‖(ΔW − ΔW')·x‖, and components
-   * are the best for them. Not in flat mode, nor with private terms.
-   */
-  readonly moments?: Float64Array | undefined;
   readonly select: ComponentSelection;
   readonly basisDtype: Dtype;
   readonly coefficientDtype: Dtype;
   /**
    * Steps, one for each member of a stack: how much ΔW changes from one integer of a coefficient, a component or a private term to
    * the next. All are then integers with steps that make them equally coarse for ΔW, whatever the types say: coefficients int8, components
-   * as many bits as they need. Column or joint mode.
+   * as many bits as they need. Column mode.
    */
   readonly steps?: readonly number[] | undefined;
   /** What multiplies large matrices: half the time of an extraction is spent there. Default: the plain loops. */
@@ -69,10 +61,9 @@ export interface ProjectOptions extends Pick<ExtractOptions, "gauge" | "coeffici
 /** How many components a selection asks for, or what says so, given the singular values; an error is judged on all of them later. */
 export function wanted({
   select,
-  mode,
-}: Pick<ExtractOptions, "select" | "mode">): number | ((singular: Float64Array, total: number) => number) {
+}: Pick<ExtractOptions, "select">): number | ((singular: Float64Array, total: number) => number) {
   if (select.kind === "k") return select.k;
-  if (select.kind === "error" || mode === "joint" || select.share === 1) return (singular) => singular.length;
+  if (select.kind === "error" || select.share === 1) return (singular) => singular.length;
   return (singular, total) => {
     let held = 0;
     let k = 0;
@@ -81,28 +72,20 @@ export function wanted({
   };
 }
 
-/** @throws RangeError for a rank that cannot be kept, or moments where they mean nothing */
-export function checkRank({
-  rank,
-  gauge,
-  mode,
-  moments,
-}: Pick<ExtractOptions, "rank" | "gauge" | "mode" | "moments">): void {
-  if (moments && mode === "flat")
-    throw new RangeError("moments: flat mode keeps whole factors; take column or joint mode");
+/** @throws RangeError for a rank that cannot be kept */
+export function checkRank({ rank, gauge, mode }: Pick<ExtractOptions, "rank" | "gauge" | "mode">): void {
   if (rank === undefined) return;
   if (!(Number.isInteger(rank) && rank >= 1 && rank <= 65_535))
     throw new RangeError(`rank must be a whole number from 1 to 65535, got ${rank}`);
   if (gauge !== "balanced")
     throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
-  if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column or joint mode");
+  if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column mode");
 }
 
 /** @throws RangeError for steps where they mean nothing */
 export function checkSteps({ steps, mode, select }: Pick<ExtractOptions, "steps" | "mode" | "select">): void {
   if (!steps) return;
-  if (mode === "flat")
-    throw new RangeError("step: flat mode has one vector of coefficients; take column or joint mode");
+  if (mode === "flat") throw new RangeError("step: flat mode has one vector of coefficients; take column mode");
   if (select.kind === "error") throw new RangeError("step: it decides what is lost; leave the error out");
 }
 

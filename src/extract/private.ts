@@ -80,9 +80,7 @@ export function extractMixed(stack: ModuleStack, options: PrivateOptions): Mixed
       "an error decides how many private terms there are: give their greatest number, no allocation",
     );
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
-  if (options.moments) throw new RangeError("private terms are not found by moments; leave one of them out");
-  if (options.mode === "flat")
-    throw new RangeError("private terms stand beside shared rows; take column or joint mode");
+  if (options.mode === "flat") throw new RangeError("private terms stand beside shared rows; take column mode");
   const given = stack.members.map(pairOf);
   if (select.kind !== "error") return alternate(stack, given, options).found;
 
@@ -194,7 +192,7 @@ export function finishMixed(begun: Begun, choice: PrivateChoice, step?: number):
   return withPrivate(begun, choice, { step }).task;
 }
 
-/** Column or joint mode, or nothing shared at all. */
+/** Column mode, or nothing shared at all. */
 function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   if (options.select.kind !== "k" || options.select.k > 0) return extractModule(stack, options);
   const none = { dtype: options.basisDtype, components: 0, mean: false, encoded: new Uint8Array(0), explained: 0 };

@@ -72,12 +72,8 @@ export interface ModuleSpace {
 }
 
 /** Opens both bases of a module for `projectModule` and `measureModule`. */
-export function openModule(
-  basis: { A: StoredBasis; B: StoredBasis },
-  products?: Products,
-  metric?: Float64Array,
-): ModuleSpace {
-  return { A: openSubspace(basis.A, products, metric), B: openSubspace(basis.B, products) };
+export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?: Products): ModuleSpace {
+  return { A: openSubspace(basis.A, products), B: openSubspace(basis.B, products) };
 }
 
 /**

@@ -26,7 +26,6 @@ export function rowSteps({ rank, A, Bt }: Pair, step: number): RowSteps {
  * Steps of the components [count] and, last, of the mean, so that they weigh as coefficients do.
  * @param rows [Σ ranks, width] whose coefficients are stored
  * @param own steps of their coefficients; 0 where there are none
- * @param spread by how much longer a row is in the metric that lengths are taken in
  */
 export function componentSteps(
   {
@@ -36,7 +35,6 @@ export function componentSteps(
   }: { readonly rows: Float64Array; readonly mean: Float64Array | undefined; readonly width: number },
   components: Float64Array,
   own: Float64Array,
-  spread: number,
   products: Products = PLAIN,
 ): Float64Array {
   const [total, count] = [rows.length / width, components.length / width];
@@ -48,7 +46,7 @@ export function componentSteps(
     for (let k = 0; k < count; k++) weights[k]! += (at[i * count + k]! / own[i]!) ** 2;
     weights[count]! += own[i]! ** -2;
   }
-  return weights.map((weight) => (weight > 0 ? 1 / (spread * Math.sqrt(weight)) : 0));
+  return weights.map((weight) => (weight > 0 ? 1 / Math.sqrt(weight) : 0));
 }
 
 /**

@@ -5,7 +5,7 @@ import type { Dtype } from "../tensor/dtypes.ts";
 import { encodeSteps, encodeTensor, toInteger } from "../tensor/encode.ts";
 import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
 import { fewBits, mix } from "./gauge.ts";
-import { backwardSolve, norm, type Products, rowSquares, scale } from "./linalg.ts";
+import { norm, type Products, rowSquares, scale } from "./linalg.ts";
 import { type ExtractOptions, wanted } from "./options.ts";
 import type { StoredBasis } from "./subspace.ts";
 
@@ -26,8 +26,6 @@ export interface Side {
   rows: Float64Array;
   mean: Float64Array | undefined;
   components: Components;
-  /** L: everything here is of rows·L, what is stored is not. */
-  metric?: Float64Array | undefined;
 }
 
 /**
@@ -138,13 +136,12 @@ export interface StoredAs {
 /** The first `count` components and the mean as they are stored. */
 export function encodeSide(side: Omit<Side, "rows">, most: number, stored: StoredAs, products?: Products): SideBasis {
   const { type, steps, mixed = !steps && fewBits(type) } = stored;
-  const { width, rank, mean, metric } = side;
+  const { width, rank, mean } = side;
   const { vectors, singular, total } = side.components;
   const first = vectors.subarray(0, most * width);
   const all = new Float64Array((most + (mean ? 1 : 0)) * width);
   all.set(mixed ? mix(first, most, width, products) : first);
   if (mean) all.set(mean, most * width);
-  if (metric) backwardSolve(metric, width, width, all, all.length / width);
   const count = steps ? alive(all, most, width, steps) : most;
   if (count === 0 && !mean) {
     // No reader takes a side with neither components nor a mean.

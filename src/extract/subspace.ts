@@ -75,15 +75,11 @@ export interface Target {
   rowsOutside: Float64Array;
 }
 
-/**
- * Decodes and factors a basis.
- * @param metric L [width, width]: lengths are those of rows·L (`metricOf`)
- */
-export function openSubspace(stored: StoredBasis, products: Products = PLAIN, metric?: Float64Array): Subspace {
+/** Decodes and factors a basis. */
+export function openSubspace(stored: StoredBasis, products: Products = PLAIN): Subspace {
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
-  const decoded = new Float64Array(decodeTensor(stored.dtype, stored.encoded, rows, width));
-  const values = metric ? products.multiply(decoded, metric, rows, width, width) : decoded;
+  const values = new Float64Array(decodeTensor(stored.dtype, stored.encoded, rows, width));
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
   const factor = cholesky(products.gram(vectors, components, width), components);

@@ -148,10 +148,6 @@ async function extract(
   known: Known | undefined,
 ): Promise<Extracted> {
   const { shape, owners } = module;
-  if (recipe.moments && !recipe.moments.has(shape.name))
-    throw new RangeError(
-      `there are no moments of "${shape.name}"; collect them for all adapted modules, or leave them out`,
-    );
   const before = known?.get(shape.name);
   const wanted = owners.map((owner) => wantedOf(recipe, shape.name, owner));
   const all = [...owners.keys()];
@@ -190,7 +186,7 @@ function alike(one: Wanted, other: Wanted): boolean {
 
 async function extractPiece(
   extractor: Extractor,
-  { extraction, moments, privateTerms, steps }: Recipe,
+  { extraction, privateTerms, steps }: Recipe,
   module: SharedModule<Adapter>,
   wanted: readonly Wanted[],
 ): Promise<Extracted> {
@@ -198,7 +194,6 @@ async function extractPiece(
   return naming(module, async () => {
     const found = await extractor.ask("extract", stack, {
       ...extraction,
-      moments: moments?.get(stack.name),
       steps: steps && wanted.map(({ step }) => step!),
       privateTerms: typeof privateTerms === "number" ? privateTerms : wanted.map(({ choice }) => choice),
     });

@@ -2,7 +2,7 @@
  * The recipe of a pack: what is stored, for whom, and in which numbers. Plain data, made of options before any adapter is read;
  * `encode.ts` makes sections of it, `write.ts` a pack.
  */
-import { checkOptions } from "../arguments.ts";
+import { checkChoice, checkOptions } from "../arguments.ts";
 import type { BaseInput } from "../core/base.ts";
 import type { Allocation } from "../extract/allocation.ts";
 import type { BasisMode, ComponentSelection, ExtractOptions } from "../extract/options.ts";
@@ -15,26 +15,20 @@ export interface BuildOptions {
   // What is shared.
   /**
    * "column": every row of a factor has coefficients of its own. "flat": one vector of coefficients for each factor, so
-   * that a task is much smaller and the components are larger; there are fewer components than tasks. "joint": as column, with
-   * components that lose least of ΔW itself. Default: "column".
+   * that a task is much smaller and the components are larger; there are fewer components than tasks. Default: "column".
    */
-  readonly mode?: "column" | "flat" | "joint" | undefined;
+  readonly mode?: "column" | "flat" | undefined;
   /**
    * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first. Flat mode also turns balanced pairs towards
    * their mean, where it is kept. Default: "as-trained".
    */
   readonly gauge?: "as-trained" | "balanced" | undefined;
-  /** Whether the mean of the rows is subtracted and stored, or not used at all. Default: "keep", in joint mode "none". */
+  /** Whether the mean of the rows is subtracted and stored, or not used at all. Default: "keep". */
   readonly centering?: "keep" | "none" | undefined;
   /** How many components. Default: those with 90 % of the squared singular values, by module and side. */
   readonly select?: ComponentSelection | undefined;
   /** Every task counts alike when components are sought, however large its update is. Default: false. */
   readonly normalize?: boolean | undefined;
-  /**
-   * Second moments [in, in] of what enters each module, by name (`inputMoments` of `eigenlora/train`): errors are then those of the
-   * modules' outputs, in choosing and in the report.
-   */
-  readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
 
   // What each task has.
   /** The most rank that a task keeps of each module, with gauge "balanced": the weakest directions of an adapter are noise. Default: all. */
@@ -51,8 +45,8 @@ export interface BuildOptions {
   readonly dtype?: Partial<Dtypes> | undefined;
   /**
    * Entropy-coded integers for coefficients, components and private terms. When an integer goes up by one, ΔW of its module changes by
-   * this share of the typical norm of the adapter's ΔW. A step of 0.1 takes about two bits a number, half of it one more. Needs column or
-   * joint mode. Default: the number formats of `dtype`.
+   * this share of the typical norm of the adapter's ΔW. A step of 0.1 takes about two bits a number, half of it one more. Needs column
+   * mode. Default: the number formats of `dtype`.
    */
   readonly step?: number | undefined;
   /**
@@ -81,7 +75,6 @@ const OPTIONS = [
   "centering",
   "select",
   "normalize",
-  "moments",
   "rank",
   "privateTerms",
   "dtype",
@@ -97,8 +90,7 @@ const OPTIONS = [
 /** What is stored of each module, and of each task. */
 export interface Recipe {
   /** How the components of each module are found, and in which numbers they and coefficients are stored. */
-  readonly extraction: Omit<ExtractOptions, "moments" | "steps" | "products"> & { readonly mode: BasisMode };
-  readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
+  readonly extraction: Omit<ExtractOptions, "steps" | "products"> & { readonly mode: BasisMode };
   readonly privateTerms: number | Allocation;
   /** Bases that are made already, and who takes which, by module. Default: none. */
   readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
@@ -132,12 +124,11 @@ export function completeDtypes({ basis = "f16", coefficients = "f16", head = "f1
 export function recipeOf(adapters: readonly unknown[], options: BuildOptions): Recipe {
   checkOptions("buildPack", options, OPTIONS);
   const { mode = "column", gauge = "as-trained", select = { kind: "energy", share: 0.9 }, dtype, step } = options;
-  const { centering = mode === "joint" ? "none" : "keep", rank, normalize, moments, privateTerms = 0 } = options;
+  const { centering = "keep", rank, normalize, privateTerms = 0 } = options;
   const { headStep = step === undefined || dtype?.head ? undefined : HEAD_STEP } = options;
   checkStep("step", step);
   checkStep("headStep", options.headStep);
-  if (mode === "joint" && centering === "keep")
-    throw new RangeError('joint mode has no mean: leave centering out, or take mode "column"');
+  checkChoice("buildPack: mode", mode, ["column", "flat"]);
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   // Coefficients with a step are integers, made smaller later where they fit.
   const { basis, coefficients, head }: Dtypes = step
@@ -148,7 +139,7 @@ export function recipeOf(adapters: readonly unknown[], options: BuildOptions): R
   // Components alone have nothing beside them that could keep to it, and with a step it would mean sides.
   const keeps = select.kind === "error" && step === undefined && privateTerms !== 0;
   const error = keeps ? Math.min(1, select.max) : undefined;
-  return { extraction, moments, privateTerms, head: { type: head, step: headStep }, step, error };
+  return { extraction, privateTerms, head: { type: head, step: headStep }, step, error };
 }
 
 /** @throws RangeError for a step that is no share */

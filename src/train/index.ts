@@ -11,7 +11,6 @@ export { type CreateTrainerOptions, createTrainer } from "./create-trainer.ts";
 export { type Distilled, type DistillOptions, distill } from "./distill.ts";
 export type { Example, Message, Unlabelled } from "./examples.ts";
 export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
-export { inputMoments, type MomentsOptions } from "./moments.ts";
 export type { ObjectiveOptions } from "./objective.ts";
 export { type ByAnswersReport, packByAnswers, tasksByAnswers } from "./pack-by-answers.ts";
 export type { Start } from "./start.ts";

@@ -58,7 +58,7 @@ export const keyOf = ({ suite, n, way }) => [suite, n, way].join(", ");
 export async function measure(suite, n, way, asks, peers, most) {
   const started = performance.now();
   const adapters = suite.take(n);
-  const found = await store(suite, adapters, way, peers, asks, most);
+  const found = await store(adapters, way, peers, asks, most);
   const { chunks, strength = 1, ...figures } = found;
   /** @type {import("./suite.js").Answers[]} */
   const answers = [];
@@ -80,7 +80,6 @@ export async function measure(suite, n, way, asks, peers, most) {
 }
 
 /**
- * @param {Suite} suite
  * @param {Adapter[]} adapters
  * @param {Way} way
  * @param {Peers} peers
@@ -88,10 +87,10 @@ export async function measure(suite, n, way, asks, peers, most) {
  * @param {number} [most]
  * @returns {Promise<Stored>}
  */
-async function store(suite, adapters, way, peers, asks, most) {
+async function store(adapters, way, peers, asks, most) {
   if (way.kind === "auto") return search(adapters, way, most);
   if (way.kind === "pack") {
-    const { chunks, report } = await build(suite, adapters, way);
+    const { chunks, report } = await build(adapters, way);
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), chunks };
   }
   if (way.kind === "heads" || way.kind === "each") return storeEach(adapters, way, asks);
@@ -152,12 +151,11 @@ async function storeEach(adapters, way, asks) {
   };
 }
 
-/** @param {Suite} suite @param {Adapter[]} adapters @param {import("./ways.js").Packed} way */
-async function build(suite, adapters, { options, ratio, calibrated }) {
-  const all = calibrated ? { ...options, moments: await suite.moments(adapters) } : options;
+/** @param {Adapter[]} adapters @param {import("./ways.js").Packed} way */
+function build(adapters, { options, ratio }) {
   return ratio === undefined
-    ? buildPack(adapters, all)
-    : searchPack(adapters, { goal: { kind: "bytes", max: budget(adapters, ratio) }, ways: [all] });
+    ? buildPack(adapters, options)
+    : searchPack(adapters, { goal: { kind: "bytes", max: budget(adapters, ratio) }, ways: [options] });
 }
 
 /** Bytes at a ratio to the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */

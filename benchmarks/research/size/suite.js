@@ -5,7 +5,7 @@
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
-import { createJudge, inputMoments } from "eigenlora/train";
+import { createJudge } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../../../dist/src/tensor/random.js";
 import {
@@ -113,12 +113,6 @@ export class Suite {
   async judge(adapters) {
     const encode = /** @type {any} */ (await this.encode());
     return createJudge(createEngine(ort), model, { adapters, texts: await this.texts(), encode, most: JUDGED });
-  }
-
-  /** Second moments of the adapted modules' inputs over plain texts. @param {Adapter[]} adapters */
-  async moments(adapters) {
-    const encode = /** @type {any} */ (await this.encode());
-    return inputMoments(createEngine(ort), model, { adapters, texts: await this.texts(), encode });
   }
 
   /**

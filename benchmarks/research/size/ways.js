@@ -3,7 +3,7 @@
  *
  * @typedef {import("eigenlora").Dtype} Dtype
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
- * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean }} Packed a pack of
+ * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number }} Packed a pack of
  *   all adapters; with a ratio, as many components as fit into the bytes of the f32 adapters ÷ ratio. Entropy-coded with
  *   a step; without components it then equals every adapter by itself, cut by its own SVD
  * @typedef {{ kind: "auto", ratio: number }} Auto the best pack in the bytes of the f32 adapters ÷ ratio, by ΔW error
@@ -16,10 +16,10 @@
 
 /**
  * A pack; more options are any of `buildPack`.
- * @param {Omit<BuildOptions, "dtype"> & { k?: number, ratio?: number, type?: Dtype, head?: Dtype, calibrated?: boolean }} options
+ * @param {Omit<BuildOptions, "dtype"> & { k?: number, ratio?: number, type?: Dtype, head?: Dtype }} options
  * @returns {Packed}
  */
-function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, calibrated, ...more }) {
+function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, ...more }) {
   const select = /** @type {BuildOptions["select"]} */ (k === undefined ? more.select : { kind: "k", k });
   const options = {
     mode,
@@ -28,7 +28,7 @@ function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", h
     ...(select ? { select } : {}),
     dtype: { basis: type, coefficients: type, head },
   };
-  return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}) };
+  return { kind: "pack", options, ...(ratio ? { ratio } : {}) };
 }
 
 /** Options with shorter names in tables. */
@@ -58,7 +58,6 @@ export function nameOf(way) {
     ...rest,
     typesOf(dtype),
     ...(way.ratio ? [`${way.ratio} times fewer bytes`] : []),
-    ...(way.calibrated ? ["calibrated"] : []),
   ].join(", ");
 }
 
@@ -114,12 +113,10 @@ export function codedSeries(coarsest, octave, shapes) {
 export function frontier(n) {
   return [
     pack({ k: 32, type: "int4" }),
-    pack({ gauge: "balanced", rank: 4, ratio: ratiosOf(n)[1], type: "int3", head: "int4", calibrated: true }),
     pack({ gauge: "balanced", rank: 3, ratio: ratiosOf(n)[1], type: "int3" }),
     ...[2, 3].map((rank) => pack({ gauge: "balanced", rank, ratio: ratiosOf(n)[1], type: "int3", head: "int4" })),
     pack({ gauge: "balanced", rank: 4, privateTerms: 1, k: 24, type: "int4" }),
     pack({ k: 32, type: "f16" }),
-    pack({ mode: "joint", k: 32, type: "int4" }),
     pack({ mode: "flat", gauge: "balanced", k: n - 1, type: "int4" }),
     { kind: "vlora", k: 16 },
   ];
@@ -176,7 +173,6 @@ function peers(n) {
 }
 
 const TYPES = /** @type {const} */ (["f32", "f16", "int8", "int4", "int3"]);
-const FEW = /** @type {const} */ (["f32", "int8", "int4"]);
 const SMALL = /** @type {const} */ (["int4", "int3"]);
 const GAUGES = /** @type {const} */ (["as-trained", "balanced"]);
 
@@ -196,8 +192,6 @@ export function grid(n) {
     ...GAUGES.flatMap((gauge) =>
       TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) })),
     ),
-    // Joint mode takes ten times as long as the others.
-    ...FEW.map((type) => pack({ mode: "joint", k: 32, type })),
   ];
   return ways.filter((way) => fits(way, n));
 }
