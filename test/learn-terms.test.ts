@@ -5,7 +5,7 @@
 import { openPack, type Term } from "eigenlora";
 import { type Adapter, buildPack, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createTrainer, zeroShotTask } from "eigenlora/train";
+import { createTrainer } from "eigenlora/train";
 import fc from "fast-check";
 import t from "tap";
 import { deltaError, expandTerm, type SharedBasis, type TrainedModule, TrainedTerms, uniform } from "./internals.ts";
@@ -187,52 +187,6 @@ t.test("a LoRA that was learned beside coded components keeps what these lack", 
   await session.addTask("small", await trainer.task({ error: 0.2 }));
   const loss = await lossOf(await taskAdapter(pack, "whole"), await taskAdapter(pack, "small"));
   t.ok(loss <= 0.2, `${loss}`);
-});
-
-t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones are of their spread", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const { pack } = session;
-  const ids = [...session.tasks.keys()];
-  const coefficients = async (id: string): Promise<Float32Array[]> => {
-    const blob = await pack.load(id);
-    return blob.terms.flatMap(({ A, B }) =>
-      [A!, B!].map(
-        ({ tensor: { byteOffset, byteLength } }) =>
-          new Float32Array(blob.bytes.slice(byteOffset, byteOffset + byteLength).buffer),
-      ),
-    );
-  };
-  const given = await Promise.all(ids.map(coefficients));
-  const mean = (values: number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
-  await session.addTask("mean", await zeroShotTask(pack, { dtype: F32 }));
-  for (const [i, values] of (await coefficients("mean")).entries()) {
-    t.ok(
-      difference(
-        values,
-        [...values].map((_, at) => mean(given.flatMap((one) => one[i]![at] ?? []))),
-      ) < 1e-6,
-      `tensor ${i}`,
-    );
-  }
-  const [one, other] = [
-    await zeroShotTask(pack, { init: "random", seed: 1 }),
-    await zeroShotTask(pack, { init: "random", seed: 2 }),
-  ];
-  t.notSame(one, other, "another seed gives another task");
-  t.same(one, await zeroShotTask(pack, { init: "random", seed: 1 }), "the same seed the same bytes");
-  await session.addTask("random", one);
-  const of = feeds(NODE, session);
-  const base = await outputOf(session, of);
-  for (const id of ["mean", "random"]) {
-    await session.switchTask(id);
-    t.ok(
-      difference(await outputOf(session, of), [...base]) > 1e-4,
-      `${id} changes the answers, and the base's head stays`,
-    );
-  }
-  await t.rejects(zeroShotTask(pack, { rank: 0 }), { name: "RangeError", message: /rank/ });
-  await t.rejects(zeroShotTask(pack, { init: "median" as "mean" }), { name: "RangeError", message: /"median"/ });
 });
 
 t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", async (t) => {

@@ -3,7 +3,7 @@
  */
 import { openPack } from "eigenlora";
 import { peftFiles, taskAdapter } from "eigenlora/build";
-import { type BatchFeeds, createJudge, createTrainer, type Example, inputMoments, zeroShotTask } from "eigenlora/train";
+import { type BatchFeeds, createJudge, createTrainer, type Example, inputMoments } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readTask } from "../examples/minilm.js";
 import { optionsFor, splitHoldout, targetsOf, toBatches, uniform } from "./internals.ts";
@@ -90,8 +90,8 @@ t.test("a LoRA without components, for comparison", async (t) => {
   const wrong = (options: object): never => options as never;
   const refusals: [() => Promise<unknown>, string][] = [
     [() => createTrainer(session, wrong({ labels: LABELS, terms: 2 })), 'createTrainer: unknown option "terms"'],
+    [() => createTrainer(session, wrong({ sede: 1 })), 'createTrainer: unknown option "sede"; did you mean "seed"?'],
     [() => trainer.fit(known, wrong({ rates: {} })).next(), 'fit: unknown option "rates"'],
-    [() => zeroShotTask(session.pack, wrong({ sede: 1 })), 'zeroShotTask: unknown option "sede"; did you mean "seed"?'],
     [() => session.switchTask("two", wrong({ haed: "two" })), 'switchTask: unknown option "haed"'],
     [() => createTrainer(Promise.resolve(session) as never, { labels: LABELS }), "createTrainer: expected a session"],
     [
