@@ -17,7 +17,7 @@ export async function zeroShotTask(opened, { seed, rank }) {
   const bases = await pack.bases();
   const terms = new TrainedTerms(
     opened.modules.flatMap((module) => {
-      const shared = sharedRows(module, bases.bytes, rank, false);
+      const shared = sharedRows(module, bases.bytes, rank);
       return shared ? [{ name: module.name, in: module.in, out: module.out, privateRank: 0, shared }] : [];
     }),
   );
