@@ -1,11 +1,10 @@
 /**
- * Training beside plain coefficients: the arithmetic of terms, factors that begin from components, components trained into a pack of
- * their own, tasks without training.
+ * Training of more than coefficients: the arithmetic of terms, factors that begin from components, what a stored task keeps of them.
  */
 import { openPack, type Term } from "eigenlora";
 import { type Adapter, buildPack, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createTrainer, zeroShotTask } from "eigenlora/train";
+import { createTrainer } from "eigenlora/train";
 import fc from "fast-check";
 import t from "tap";
 import { deltaError, expandTerm, type SharedBasis, type TrainedModule, TrainedTerms, uniform } from "./internals.ts";
@@ -36,24 +35,22 @@ const anyModule: fc.Arbitrary<TrainedModule> = fc
       meanA: fc.boolean(),
       meanB: fc.boolean(),
     },
-    ...{ flat: fc.boolean(), trained: fc.boolean(), shared: fc.boolean(), seed: fc.integer({ min: 1, max: 1e6 }) },
+    ...{ flat: fc.boolean(), shared: fc.boolean(), seed: fc.integer({ min: 1, max: 1e6 }) },
     /** How rows take each side: over components, of their own, or both. */
     takes: fc.tuple(fc.constantFrom("over", "own", "both"), fc.constantFrom("over", "own", "both")),
   })
-  .map(({ in: inputs, out, privateRank, rank, KA, KB, meanA, meanB, flat, trained: all, shared, seed, takes }) => {
+  .map(({ in: inputs, out, privateRank, rank, KA, KB, meanA, meanB, flat, shared, seed, takes }) => {
     const [kind, times] = flat ? (["flat", rank] as const) : (["column", 1] as const);
     const [ofA, ofB] = takes;
     const A = ofA === "own" ? undefined : basis(kind, KA, meanA, times * inputs, seed);
     const B = ofB === "own" ? undefined : basis(kind, KB, meanB, times * out, seed + 1);
     const own = { A: ofA !== "over", B: ofB !== "over" };
-    // Only components of both sides are trained.
-    const trained = all && A !== undefined && B !== undefined;
     return {
       name: `module ${seed}`,
       in: inputs,
       out,
       privateRank: shared ? privateRank : privateRank + 1,
-      shared: shared ? { rank, A, B, own, trained } : undefined,
+      shared: shared ? { rank, A, B, own } : undefined,
     };
   });
 
@@ -64,7 +61,6 @@ t.test("factors are what the formula says", async (_t) => {
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
       const terms = new TrainedTerms(all);
       const values = new Float32Array(noise(terms.size, seed));
-      terms.fillComponents(values);
       const found = terms.expand(values);
       for (const { name, in: inputs, out, shared, privateRank: own } of all) {
         for (const [side, factor, d] of [
@@ -114,7 +110,7 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
             term[factor].forEach((v, i) => (sum += v * weights.get(name)![factor][i]!));
         return sum;
       };
-      const gradient = terms.pullBack(values, weights);
+      const gradient = terms.pullBack(weights);
       for (let i = 0; i < terms.size; i++) {
         const [up, down] = [0.5, -0.5].map((by) => loss(values.map((v, at) => (at === i ? v + by : v))));
         if (Math.abs(up! - down! - gradient[i]!) > 2e-6 * (1 + Math.abs(gradient[i]!)))
@@ -189,52 +185,6 @@ t.test("a LoRA that was learned beside coded components keeps what these lack", 
   t.ok(loss <= 0.2, `${loss}`);
 });
 
-t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones are of their spread", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const { pack } = session;
-  const ids = [...session.tasks.keys()];
-  const coefficients = async (id: string): Promise<Float32Array[]> => {
-    const blob = await pack.load(id);
-    return blob.terms.flatMap(({ A, B }) =>
-      [A!, B!].map(
-        ({ tensor: { byteOffset, byteLength } }) =>
-          new Float32Array(blob.bytes.slice(byteOffset, byteOffset + byteLength).buffer),
-      ),
-    );
-  };
-  const given = await Promise.all(ids.map(coefficients));
-  const mean = (values: number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
-  await session.addTask("mean", await zeroShotTask(pack, { dtype: F32 }));
-  for (const [i, values] of (await coefficients("mean")).entries()) {
-    t.ok(
-      difference(
-        values,
-        [...values].map((_, at) => mean(given.flatMap((one) => one[i]![at] ?? []))),
-      ) < 1e-6,
-      `tensor ${i}`,
-    );
-  }
-  const [one, other] = [
-    await zeroShotTask(pack, { init: "random", seed: 1 }),
-    await zeroShotTask(pack, { init: "random", seed: 2 }),
-  ];
-  t.notSame(one, other, "another seed gives another task");
-  t.same(one, await zeroShotTask(pack, { init: "random", seed: 1 }), "the same seed the same bytes");
-  await session.addTask("random", one);
-  const of = feeds(NODE, session);
-  const base = await outputOf(session, of);
-  for (const id of ["mean", "random"]) {
-    await session.switchTask(id);
-    t.ok(
-      difference(await outputOf(session, of), [...base]) > 1e-4,
-      `${id} changes the answers, and the base's head stays`,
-    );
-  }
-  await t.rejects(zeroShotTask(pack, { rank: 0 }), { name: "RangeError", message: /rank/ });
-  await t.rejects(zeroShotTask(pack, { init: "median" as "mean" }), { name: "RangeError", message: /"median"/ });
-});
-
 t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", async (t) => {
   const session = await tiny(NODE);
   t.teardown(() => session.close());
@@ -276,76 +226,4 @@ t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", asyn
   }
   const wrong = createTrainer(session, { labels: LABELS, init: "fresh" });
   await t.rejects(wrong, { name: "RangeError", message: /"fresh" is for factors/ });
-});
-
-t.test("coefficients first, components last: a pack of its own, the old tasks in it", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const trainer = await createTrainer(session, { labels: LABELS, train: "components", seed: 3, init: "random" });
-  t.ok(trainer.size.components > trainer.size.terms);
-  const known = examples(NODE, session, 48, 1);
-  const fit = async (learningRates: object): Promise<number[]> => {
-    const losses = [];
-    for await (const { loss } of trainer.fit(known, { epochs: 4, batch: 16, learningRates })) losses.push(loss);
-    return losses;
-  };
-  const first = await fit({ components: 0 });
-  const small = await trainer.task({ dtype: F32 });
-  t.ok(small.length > 0, "so far it is a task of the pack");
-  const last = await fit({ terms: 0.005, components: 0.005 });
-  t.ok(last.at(-1)! < first.at(-1)!, `${first.at(-1)} → ${last.at(-1)}`);
-  await t.rejects(trainer.task(), { name: "TypeError", message: /components were trained too.*trainer\.pack\(\)/ });
-  await t.rejects(trainer.pack({ id: [...session.tasks.keys()][0]! }), { tag: "task", message: /already/ });
-
-  const probabilities = await trainer.predict(known.slice(0, 4));
-  const pack = await openPack(await trainer.pack({ id: "mine", dtype: F32 }));
-  t.not(pack.basisId, session.pack.basisId);
-  t.same([...pack.tasks.keys()], [...session.tasks.keys(), "mine"]);
-  const own = await open(NODE, model("torchscript"), pack);
-  t.teardown(() => own.close());
-  await own.switchTask("mine");
-  for (const [i, { feeds: row }] of known.slice(0, 4).entries()) {
-    const logits = await outputOf(own, row as never);
-    const exps = [...logits].map(Math.exp);
-    t.ok(
-      difference(
-        probabilities[i]!,
-        exps.map((v) => v / exps.reduce((a, b) => a + b, 0)),
-      ) < 1e-5,
-      `row ${i} as the trainer answers it`,
-    );
-  }
-  // The old tasks lose only what the new components cannot express.
-  const bases = (await session.pack.bases()).bytes;
-  const others = (await pack.bases()).bytes;
-  for (const id of session.tasks.keys()) {
-    const [before, after] = [await session.pack.load(id), await pack.load(id)];
-    for (const [i, term] of before.terms.entries()) {
-      const module = session.pack.modules[term.module]!;
-      const [a, b] = [
-        expandTerm(before, term, module, bases),
-        expandTerm(after, after.terms[i]!, pack.modules[term.module]!, others),
-      ];
-      const off = Math.max(relative(b.A, a.A), relative(b.Bt, a.Bt));
-      t.ok(off < 0.3, `${id}, ${module.name}: ${off}`);
-      t.equal(after.terms[i]!.privateRank, term.privateRank);
-    }
-    t.same(
-      after.parameters.map(({ tensor: { byteOffset, byteLength } }) =>
-        after.bytes.slice(byteOffset, byteOffset + byteLength),
-      ),
-      before.parameters.map(({ tensor: { byteOffset, byteLength } }) =>
-        before.bytes.slice(byteOffset, byteOffset + byteLength),
-      ),
-      `${id}: what it brings beside`,
-    );
-  }
-  for (const {
-    A: [A],
-    B: [B],
-  } of pack.modules)
-    t.ok(
-      [A!, B!].every(({ explained }) => explained > 0.5 && explained <= 1),
-      `explained ${A!.explained}, ${B!.explained}`,
-    );
 });

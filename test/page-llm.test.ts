@@ -9,7 +9,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { openPack } from "eigenlora";
-import { zeroShotTask } from "eigenlora/train";
+import { encodeTaskFile } from "eigenlora/build";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import { buildLlmPage } from "../examples/page/llm/build.js";
@@ -46,10 +46,11 @@ const saidBy = (page: Page, id: string): Promise<string | null> =>
   page.locator(`.card[data-task="${id}"] .said b`).textContent();
 const partReads = (): string[] => answers.map(({ path }) => path).filter((path) => path.endsWith(".part"));
 
-/** A task file with a skill's words, as from another visitor. */
-async function skillFile(template?: string): Promise<Uint8Array<ArrayBuffer>> {
+/** A task file with a template of its own, as from another visitor. */
+async function skillFile(template: string): Promise<Uint8Array<ArrayBuffer>> {
   const pack = await openPack(await readFile(join(folder, "tasks.eigen")));
-  const bytes = await zeroShotTask(pack, { init: "random", seed: 5, ...(template && { metadata: { template } }) });
+  const entry = { ...pack.tasks.get("upper")!, id: "theirs", metadata: { template } };
+  const bytes = encodeTaskFile(entry, pack.basisId, await pack.stored("upper"));
   await pack.close();
   return bytes;
 }

@@ -108,7 +108,7 @@ t.test("training begins with the task itself, and loses nothing of it", async (t
           in: one.in,
           out: one.out,
           privateRank: 0,
-          shared: sharedRows(one, bases.bytes, 2, false),
+          shared: sharedRows(one, bases.bytes, 2),
         })),
     );
   const factors = new TrainedTerms(

@@ -5,7 +5,6 @@
 
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
-import { type PackModule, type Side, sharedBases } from "../format/format.ts";
 import type { OnProgress } from "../progress.ts";
 import type { Session } from "../session/session.ts";
 import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
@@ -27,10 +26,10 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, A
    */
   readonly encode?: Tokenizer | undefined;
   /**
-   * "coefficients": over the pack's components. "components": the components too, for a pack of its own. "lora": factors of every module,
-   * which begin as without a pack, or from its components if `init` says so. Default: "coefficients".
+   * "coefficients": over the pack's components. "lora": factors of every module, which begin as without a pack, or from its components
+   * if `init` says so. Default: "coefficients".
    */
-  readonly train?: "coefficients" | "components" | "lora" | undefined;
+  readonly train?: "coefficients" | "lora" | undefined;
   /**
    * Rows of coefficients of each side, or rank of the factors. Default: as in the task to start from, or most of the pack's first tasks.
    */
@@ -40,7 +39,7 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, A
    * in the module, else none.
    */
   readonly privateTerms?: number | undefined;
-  /** Names of the modules to train. Default: those of the task to start from, else, and with "components", all of the pack. */
+  /** Names of the modules to train. Default: those of the task to start from, else all of the pack. */
   readonly modules?: readonly string[] | undefined;
   /**
    * Layers to train whole, among those that the session was created to train: their names, or the name of a module that holds them.
@@ -95,7 +94,7 @@ export async function makeTrainer(
   const { pack, trainable } = session;
   const source = trainable!;
   const { train = "coefficients", labels = [] } = options;
-  checkChoice("train", train, ["coefficients", "components", "lora"]);
+  checkChoice("train", train, ["coefficients", "lora"]);
   if (typeof options.init === "string") checkChoice("init", options.init, ["auto", "mean", "random", "fresh"]);
   checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count", decoderStart: "count" });
   // Language models have no head to train: their logits are over the vocabulary.
@@ -104,7 +103,7 @@ export async function makeTrainer(
   const here = pack.modules.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
   const absent = options.modules?.find((name) => leftOut.has(name));
   if (absent !== undefined) throw new RangeError(`modules: "${absent}" was left out of this session`);
-  const modules = await trainedModules(pack, options, here, train === "components");
+  const modules = await trainedModules(pack, options, here);
   const origin = new TrainedTerms(modules);
   const factors = modules.map(({ shared, privateRank, ...one }) => ({
     ...one,
@@ -120,27 +119,14 @@ async function trainedModules(
   pack: Pack,
   { modules, init, privateTerms, signal, onProgress, ...options }: CreateTrainerOptions,
   here: readonly string[],
-  components: boolean,
 ): Promise<TrainedModule[]> {
   const { rank = await usualRank(pack) } = options;
   const unknown = modules?.find((name) => !pack.modules.some((module) => module.name === name));
   if (unknown !== undefined) throw new RangeError(`modules: the pack has no "${unknown}"`);
-  const bases = ({ A, B }: PackModule): Side[] => [...A, ...B];
-  const flat = pack.modules.find((module) => bases(module).some(({ kind }) => kind === "flat"));
-  const apart = pack.modules.find((module) => bases(module).length > 0 && !sharedBases(module));
-  if (components && apart)
-    throw new RangeError(`train: the tasks do not share all components of "${apart.name}", so they cannot be trained`);
-  const rows = [...pack.tasks.values()].find(({ brings }) => brings?.some((one) => one.startsWith("own-")));
-  if (components && rows)
-    throw new RangeError(
-      `train: task "${rows.id}" has rows of its own in the place of components, so these cannot be trained`,
-    );
-  if (components && flat)
-    throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const from =
     typeof init === "object" && pack.tasks.has(init.task) ? await pack.load(init.task, { signal }) : undefined;
   const first = options.rank === undefined ? from : undefined;
-  const adapted = components ? [] : (from?.terms ?? []).map(({ module }) => pack.modules[module]!.name);
+  const adapted = (from?.terms ?? []).map(({ module }) => pack.modules[module]!.name);
   const some = modules ?? (adapted.length > 0 ? here.filter((name) => adapted.includes(name)) : here);
   const section = await pack.bases({ signal, onProgress });
   try {
@@ -148,7 +134,7 @@ async function trainedModules(
       const { name, in: inputs, out } = module;
       if (!some.includes(name)) return [];
       const own = first?.terms.find((term) => term.module === index);
-      const shared = sharedRows(module, section.bytes, rank, components, own);
+      const shared = sharedRows(module, section.bytes, rank, own);
       const privateRank = privateTerms ?? own?.privateRank ?? 0;
       return [
         { name, in: inputs, out, shared, privateRank: shared ? privateRank : Math.max(privateRank, own ? 0 : rank) },

@@ -20,4 +20,3 @@ export type { Score } from "./supervision.ts";
 export type { TeachOptions } from "./taught.ts";
 export type { SequenceOptions } from "./token-supervision.ts";
 export { type FitOptions, Trainer, type TrainerOptions, type TrainingStep } from "./trainer.ts";
-export { type ZeroShotOptions, zeroShotTask } from "./zero-shot.ts";

@@ -78,7 +78,7 @@ export async function evaluate<Feeds>(
     const made = await model.step(await supervision.feeds(some), weights, wanted);
     loss += share * made.loss;
     const { weight, bias } = divide(made.gradients);
-    add(gradients.parameters, terms.pullBack(state.parameters, made.gradients.terms), share);
+    add(gradients.parameters, terms.pullBack(made.gradients.terms), share);
     add(gradients.weight, weight, share);
     add(gradients.bias, bias, share);
   }

@@ -174,10 +174,8 @@ export async function fillStart(
   signal?: AbortSignal,
 ): Promise<void> {
   const moments = await momentsOf(pack, terms, signal);
-  terms.fillComponents(out);
   for (const parameter of terms.parameters) {
     const { module, kind, dims } = parameter;
-    if (kind === "componentsA" || kind === "componentsB") continue;
     const values = terms.part(out, module, kind)!;
     const given = typeof start === "object" ? tensorOf(pack, start.blob, parameter) : undefined;
     if (given && typeof start === "object") {

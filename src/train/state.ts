@@ -32,7 +32,7 @@ export function copyOf(state: State): State {
 export interface OptimizerOptions {
   /**
    * Learning rates. Default for terms, and for the head's layer with the labels: 0.02. Private terms, which make up a LoRA: `terms`, or
-   * 0.002 where that is not given. Components: 0.001. Layers of a head in front of the one with the labels (`inner`): `head` divided by
+   * 0.002 where that is not given. Layers of a head in front of the one with the labels (`inner`): `head` divided by
    * the number of inputs of the layer. Numbers with a rate of 0 stay as they are.
    */
   readonly learningRates?:
@@ -41,7 +41,6 @@ export interface OptimizerOptions {
         readonly privateTerms?: number;
         readonly head?: number;
         readonly inner?: number;
-        readonly components?: number;
       }
     | undefined;
   /** Weight decay of terms and of the head's weight. Default: 0. */
@@ -66,13 +65,7 @@ export function optimizerOf(
   steps: number,
   { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
 ): { step(gradients: State): { readonly norm: number; readonly applied: boolean } } {
-  const {
-    terms = 0.02,
-    privateTerms = learningRates.terms ?? 0.002,
-    head = 0.02,
-    inner,
-    components = 0.001,
-  } = learningRates;
+  const { terms = 0.02, privateTerms = learningRates.terms ?? 0.002, head = 0.02, inner } = learningRates;
   // Adam moves each number by the rate, and the inputs of an inner layer add up: the rate of a wide matrix must fall with 1 / inputs
   // (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat training the last layer alone on three tasks of three;
   // a tenth of the head's rate was best on one and overfitted on two.
@@ -83,16 +76,13 @@ export function optimizerOf(
       { of: (state: State) => layersOf(layers, state)[i]!.bias, rate },
     ];
   });
-  const ofTerms = trained.parameters
-    .filter(({ offset }) => offset < trained.ofTasks)
-    .map(({ kind, offset, dims: [rows, columns] }) => ({
-      of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
-      rate: kind.startsWith("alpha") ? terms : privateTerms,
-      weightDecay,
-    }));
+  const ofTerms = trained.parameters.map(({ kind, offset, dims: [rows, columns] }) => ({
+    of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
+    rate: kind.startsWith("alpha") ? terms : privateTerms,
+    weightDecay,
+  }));
   const groups = [
     ...ofTerms,
-    { of: ({ parameters }: State) => parameters.subarray(trained.ofTasks), rate: components },
     ...ofHead,
     // Numbers that are not trained must not count in the norm that is clipped.
   ].filter(({ rate }) => rate !== 0);

@@ -1,7 +1,6 @@
 /**
- * The meaning of the trained numbers: coefficients over a pack's components, the components themselves, rows of the task's own beside
- * them or in their place, private terms. They become the terms that a model is fed with, and gradients of terms become gradients of the
- * numbers. One side of a module, whose rows are d wide (A: d = in; B: d = out, its rows are those of Bt):
+ * The meaning of the trained numbers: coefficients over a pack's components, rows of the task's own added to these or in their place,
+ * private terms. They become the terms that a model is fed with, and gradients of terms become gradients of the numbers. One side of a module, whose rows are d wide (A: d = in; B: d = out, its rows are those of Bt):
  *
  *     column    row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
  *     flat      all rows in one = mean + Σ_k alpha[k] · E[k]               alpha [1, K], E [K, rank·d]
@@ -44,8 +43,6 @@ export interface SharedRows {
   readonly A: SharedBasis | undefined;
   readonly B: SharedBasis | undefined;
   readonly own: Readonly<Record<SideName, boolean>>;
-  /** Whether the components are trained too. */
-  readonly trained: boolean;
 }
 
 /** What is trained of one module. */
@@ -64,7 +61,7 @@ const SIDES: readonly SideName[] = ["A", "B"];
 /** One matrix among the trained numbers. */
 export interface TrainedParameter {
   readonly module: string;
-  readonly kind: `${"alpha" | "components" | "own" | "private"}${SideName}`;
+  readonly kind: `${"alpha" | "own" | "private"}${SideName}`;
   readonly dims: readonly [rows: number, columns: number];
   /** Index of its first element. */
   readonly offset: number;
@@ -76,12 +73,9 @@ type Values = Float32Array<ArrayBuffer>;
 /** Layout and arithmetic of the trained numbers of some modules. */
 export class TrainedTerms {
   readonly modules: readonly TrainedModule[];
-  /** Coefficients and private rows first, then components. */
   readonly parameters: readonly TrainedParameter[];
   /** Total count of numbers. */
   readonly size: number;
-  /** Count of coefficients and private rows; components follow. */
-  readonly ofTasks: number;
   readonly #at = new Map<string, TrainedParameter>();
 
   constructor(modules: readonly TrainedModule[]) {
@@ -102,13 +96,6 @@ export class TrainedTerms {
       for (const side of privateRank > 0 ? SIDES : [])
         add(name, `private${side}`, privateRank, side === "A" ? inputs : out);
     }
-    this.ofTasks = offset;
-    for (const { name, shared } of modules) {
-      for (const side of shared?.trained ? SIDES : []) {
-        const { K, mean, width } = shared![side]!;
-        add(name, `components${side}`, K + Number(mean), width);
-      }
-    }
     this.parameters = [...this.#at.values()];
     this.size = offset;
   }
@@ -123,18 +110,10 @@ export class TrainedTerms {
     return found && values.subarray(found.offset, found.offset + found.dims[0] * found.dims[1]);
   }
 
-  /** Writes the stored components into the trained ones. */
-  fillComponents(values: Values): void {
-    for (const { name, shared } of this.modules) {
-      for (const side of SIDES) this.part(values, name, `components${side}`)?.set(shared![side]!.values);
-    }
-  }
-
-  /** Rounds the numbers as a file of this type would; components belong to no task and stay exact. */
+  /** Rounds the numbers as a file of this type would. */
   rounded(values: Values, dtype: Dtype): Values {
     const stored = values.slice();
     for (const { module, kind, dims } of this.parameters) {
-      if (kind === "componentsA" || kind === "componentsB") continue;
       const part = this.part(stored, module, kind)!;
       part.set(storingTrained(`${kind} of "${module}"`, () => asStored(part, dtype, ...dims)));
     }
@@ -157,12 +136,13 @@ export class TrainedTerms {
 
   /** @param rows [rank, d], receives the result */
   #expand(values: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
-    const shared = this.#shared(values, module, side);
-    if (shared) {
-      const { K, mean, width, E, alpha, count } = shared;
+    const basis = module.shared?.[side];
+    if (basis) {
+      const { K, mean, width, values: E } = basis;
+      const alpha = this.part(values, module.name, `alpha${side}`)!;
       const alphaOf = (row: number): Float32Array => alpha.subarray(row * K, (row + 1) * K);
       const sums = new Float64Array(2 * width);
-      for (const [row, next] of pairsOf(count)) {
+      for (const [row, next] of pairsOf(this.#rows(module.name, side))) {
         for (const at of [0, width]) {
           if (mean) sums.set(E.subarray(K * width, (K + 1) * width), at);
           else sums.fill(0, at, at + width);
@@ -178,54 +158,36 @@ export class TrainedTerms {
     if (apart) rows.set(apart, rows.length - apart.length);
   }
 
-  /** What the shared rows of one side are made of. */
-  #shared(values: Values, { name, shared }: TrainedModule, side: SideName) {
-    const basis = shared?.[side];
-    return (
-      basis && {
-        ...basis,
-        E: this.part(values, name, `components${side}`) ?? basis.values,
-        alpha: this.part(values, name, `alpha${side}`)!,
-        /** Rows of alpha. Even without components there are rows, made of the mean alone. */
-        count: this.parameter(name, `alpha${side}`)!.dims[0],
-      }
-    );
+  /** Rows of coefficients. Even without components there are rows, made of the mean alone. */
+  #rows(module: string, side: SideName): number {
+    return this.parameter(module, `alpha${side}`)!.dims[0];
   }
 
   /** Turns gradients of terms into gradients of all parameters. */
-  pullBack(values: Values, terms: ReadonlyMap<string, Term>): Values {
+  pullBack(terms: ReadonlyMap<string, Term>): Values {
     const gradients = new Float32Array(this.size);
     for (const module of this.modules) {
       const { A, Bt } = terms.get(module.name)!;
-      this.#pullBack(values, gradients, module, "A", A);
-      this.#pullBack(values, gradients, module, "B", Bt);
+      this.#pullBack(gradients, module, "A", A);
+      this.#pullBack(gradients, module, "B", Bt);
     }
     return gradients;
   }
 
   /** @param rows the gradient of one side [rank, d] */
-  #pullBack(values: Values, gradients: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
+  #pullBack(gradients: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
     const own = this.part(gradients, module.name, `own${side}`);
     own?.set(rows.subarray(0, own.length));
     const apart = this.part(gradients, module.name, `private${side}`);
     apart?.set(rows.subarray(rows.length - apart.length));
-    const shared = this.#shared(values, module, side);
-    if (!shared) return;
-    const { K, mean, width, E, alpha, count } = shared;
+    const basis = module.shared?.[side];
+    if (!basis) return;
+    const { K, width, values: E } = basis;
     const ofAlpha = this.part(gradients, module.name, `alpha${side}`)!;
-    const ofE = this.part(gradients, module.name, `components${side}`);
     const gOf = (row: number): Float32Array => rows.subarray(row * width, (row + 1) * width);
-    for (const [row, next] of pairsOf(count)) {
+    for (const [row, next] of pairsOf(this.#rows(module.name, side))) {
       const [one, other] = [row, next].map((at) => ofAlpha.subarray(at * K, (at + 1) * K)) as [Values, Values];
       products(one, other, gOf(row), gOf(next), E);
-    }
-    for (let row = 0; row < (ofE ? count : 0); row++) {
-      const g = gOf(row);
-      for (let k = 0; k < K; k++) {
-        const [from, a] = [k * width, alpha[row * K + k]!];
-        for (let i = 0; i < width; i++) ofE![from + i]! += a * g[i]!;
-      }
-      if (mean) for (let i = 0; i < width; i++) ofE![K * width + i]! += g[i]!;
     }
   }
 }
@@ -319,7 +281,6 @@ export function sharedRows(
   module: PackModule,
   bases: Uint8Array,
   rank: number,
-  trained: boolean,
   own?: TaskTerm,
 ): SharedRows | undefined {
   const read = (sides: readonly Side[], index: number | undefined): SharedBasis | undefined => {
@@ -330,12 +291,12 @@ export function sharedRows(
   if (own) {
     if (own.rank === 0) return undefined;
     const [A, B] = [read(module.A, own.A?.basis), read(module.B, own.B?.basis)];
-    return { rank: own.rank, A, B, own: { A: own.ownA !== undefined, B: own.ownBt !== undefined }, trained };
+    return { rank: own.rank, A, B, own: { A: own.ownA !== undefined, B: own.ownBt !== undefined } };
   }
   const { A, B } = sharedBases(module) ?? {};
   if (!A || !B || A.K === 0 || B.K === 0) return undefined;
   const none = { A: false, B: false };
-  return { rank: A.rank ?? rank, A: read(module.A, 0), B: read(module.B, 0), own: none, trained };
+  return { rank: A.rank ?? rank, A: read(module.A, 0), B: read(module.B, 0), own: none };
 }
 
 /** Finds the tensor of a parameter in a task. */

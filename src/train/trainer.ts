@@ -4,9 +4,7 @@
  */
 
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
-import { TaskError } from "../errors.ts";
 import type { TaskBlob, TaskMetadata } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
 import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
@@ -129,11 +127,11 @@ export class Trainer<Feeds = unknown> {
     return this.#setup.labels;
   }
 
-  /** Counts of trained numbers: in terms, in the head, in components. */
-  get size(): { readonly terms: number; readonly head: number; readonly components: number } {
+  /** Counts of trained numbers: in terms, in the head. */
+  get size(): { readonly terms: number; readonly head: number } {
     const { model, terms } = this.#setup;
     const head = model.head.reduce((sum, { in: inputs, out, bias }) => sum + out * (inputs + Number(bias)), 0);
-    return { terms: terms.ofTasks, head, components: terms.size - terms.ofTasks };
+    return { terms: terms.size, head };
   }
 
   /**
@@ -151,7 +149,7 @@ export class Trainer<Feeds = unknown> {
       ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
       ...({ temperature: "positive", weightDecay: "rate", clip: "unlimited", warmup: "count" } as const),
     });
-    const rates = { terms: "rate", privateTerms: "rate", head: "rate", inner: "rate", components: "rate" } as const;
+    const rates = { terms: "rate", privateTerms: "rate", head: "rate", inner: "rate" } as const;
     checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
     checkChoice("fit: decay", options.decay ?? "none", ["none", "linear", "cosine"]);
     if ((options.temperature ?? 1) !== 1 && !model.head.some(({ last }) => last))
@@ -321,13 +319,6 @@ export class Trainer<Feeds = unknown> {
     if (!(error > 0 && error < 1)) throw new RangeError(`task: error: expected a number between 0 and 1, got ${error}`);
     const { parameters } = this.#learned();
     const { terms } = this.#setup;
-    const stored = new Float32Array(terms.size);
-    terms.fillComponents(stored);
-    if (parameters.some((value, i) => i >= terms.ofTasks && value !== stored[i])) {
-      throw new TypeError(
-        "task: components were trained too, so that the task is of no use beside the pack's; take trainer.pack()",
-      );
-    }
     const { pack } = this.#setup;
     if (options.dtype || pack.directory.basis.step === undefined) return this.taskFile(options);
     const { smallTask } = await import("./small-task.ts");
@@ -343,29 +334,9 @@ export class Trainer<Feeds = unknown> {
 
   /** @internal Writes the task as a file, with integers of given steps. */
   taskFile(options: TaskFileOptions & Stepped): Uint8Array<ArrayBuffer> {
-    return taskFile(this.#setup.pack, this.#task(options));
-  }
-
-  /**
-   * Makes a pack of its own, where components were trained: the old tasks, solved again for the new components, and the new one behind
-   * them. Old tasks lose a little by it: `eigenlora verify --against` tells how much.
-   * @throws TaskError when there is a task of that id
-   */
-  async pack(options: TaskFileOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
-    checkOptions("pack", options, TASK_OPTIONS);
-    const { pack, terms } = this.#setup;
-    const { id = "task" } = options;
-    const { repack } = await import("./repack.ts");
-    // The state is copied now: steps may be taken, and tasks added, while the pack is read.
-    if (pack.tasks.has(id))
-      throw new TaskError(`a task "${id}" already exists: give the new one another \`id\``, { task: id });
-    return repack(pack, terms, this.#learned().parameters.slice(), this.#task(options));
-  }
-
-  #task(options: TaskFileOptions & Stepped): TaskToWrite {
     const { pack, terms, model } = this.#setup;
     const named = { ...options, metadata: this.#metadata(options) };
-    return learnedTask(pack, terms, this.#learned(), model.head, named);
+    return taskFile(pack, learnedTask(pack, terms, this.#learned(), model.head, named));
   }
 
   #metadata({ metadata }: TaskFileOptions): TaskMetadata {

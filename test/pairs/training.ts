@@ -42,10 +42,9 @@ async function endOf({ session, pack }: Learning): Promise<unknown> {
 interface Training extends Learning {
   readonly trainer: Trainer<BatchFeeds>;
 }
-type Train = "coefficients" | "components";
 const EXAMPLES = [0, 1].map((at) => ({ feeds: row(at) as unknown as BatchFeeds, label: at }));
-const trainerOn = (session: Session, train: Train = "coefficients"): Promise<Trainer<BatchFeeds>> =>
-  createTrainer(session, { labels: ["x", "y"], init: "mean", train });
+const trainerOn = (session: Session): Promise<Trainer<BatchFeeds>> =>
+  createTrainer(session, { labels: ["x", "y"], init: "mean" });
 async function* fit(trainer: Trainer<BatchFeeds>, steps = 2): AsyncGenerator<string, void, void> {
   for await (const { loss } of trainer.fit(EXAMPLES, { steps, batch: 2 })) yield loss.toFixed(3);
 }
@@ -57,7 +56,6 @@ const trainerCalls: Calls<Training> = {
   score: ({ trainer }) => trainer.score(EXAMPLES).then(({ loss }) => loss.toFixed(3)),
   predict: ({ trainer }) => trainer.predict(EXAMPLES).then((rows) => rows.map(digits)),
   task: ({ trainer }) => trainer.task().then(digits),
-  pack: ({ trainer }) => trainer.pack().then(digits),
   "another trainer": async function* ({ session }) {
     const trainer = await trainerOn(session);
     yield "made";
@@ -69,35 +67,23 @@ const trainerCalls: Calls<Training> = {
   close: ({ session }) => closed(session.close(), [() => trainerOn(session).then((other) => fit(other).next())]),
 };
 
-const trainer = (how: string, train: Train, begins: boolean, calls: Calls<Training>): Kind<Training> => ({
+const trainer = (how: string, begins: boolean, calls: Calls<Training>): Kind<Training> => ({
   name: `a trainer ${how}`,
   calls,
   refused: /this trainer is at work/,
   async open() {
     const { session, pack } = await learning();
-    const trainer = await trainerOn(session, train);
+    const trainer = await trainerOn(session);
     if (begins) await trainer.begin("a");
     return { session, pack, trainer };
   },
   async look({ trainer, ...on }) {
-    const learned = train === "components" ? trainer.pack({ id: "z" }) : trainer.task();
-    return [await learned.then(digits, refusalOf), await outcome(() => fit(trainer, 1)), await endOf(on)];
+    return [await trainer.task().then(digits, refusalOf), await outcome(() => fit(trainer, 1)), await endOf(on)];
   },
 });
 const trainers = [
-  trainer(
-    "that is new",
-    "coefficients",
-    false,
-    some(trainerCalls, "fit", "begin as a", "another trainer", "removeTask a", "close"),
-  ),
-  trainer("that has begun", "coefficients", true, without(trainerCalls, "begin as a", "pack", "another trainer")),
-  trainer(
-    "of components",
-    "components",
-    true,
-    some(trainerCalls, "fit", "begin as a file", "pack", "addTask task", "removeTask a"),
-  ),
+  trainer("that is new", false, some(trainerCalls, "fit", "begin as a", "another trainer", "removeTask a", "close")),
+  trainer("that has begun", true, without(trainerCalls, "begin as a", "another trainer")),
 ];
 
 const asked = Array.from({ length: 8 }, (_, i) => {

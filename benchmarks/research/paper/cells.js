@@ -6,7 +6,7 @@
 import { openPack } from "eigenlora";
 import { encodeTaskFile, projectAdapters } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { createTrainer, distill, zeroShotTask } from "eigenlora/train";
+import { createTrainer, distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
 import { uniform } from "../../../dist/src/tensor/random.js";
@@ -17,6 +17,7 @@ import { Rows } from "../../lib/rows.js";
 import { domainOf } from "./data.js";
 import { headTrainer, readFeatures } from "./frozen.js";
 import { runPeer } from "./peers.js";
+import { zeroShotTask } from "./zero-shot.js";
 
 /**
  * @typedef {{ task: string, method: Method, k?: number | undefined, within?: boolean | undefined, rates: Rates, seed: number }} Cell
@@ -280,10 +281,7 @@ export class Bench {
         let blend = {};
         if (method === "mean adapter") blend = Object.fromEntries(ids.map((id) => [id, 1 / ids.length]));
         if (ZERO_SHOT.has(method)) {
-          await session.addTask(
-            "zero-shot",
-            await zeroShotTask(session.pack, { init: "random", seed, rank: RANK, dtype: { coefficients: "f32" } }),
-          );
+          await session.addTask("zero-shot", await zeroShotTask(session.pack, { seed, rank: RANK }));
           blend = { "zero-shot": 1 };
         }
         return readFeatures(session, this.encode, all, blend, this.subject.width);

@@ -56,7 +56,7 @@ export function headTrainer(features, { labels, seed }) {
   const none = new TrainedTerms([]);
   const [first] = features.values();
   const model = headModel(labels.length, first.length);
-  /** @type {import("../../../dist/src/train/encoding.js").Batcher<Float32Array[]>} */
+  /** @type {Parameters<typeof labelSupervision<Float32Array[]>>[0]} */
   const inputs = {
     encodes: true,
     lengths: async (rows) => new Map(rows.map((row) => [row, row.text?.length ?? 0])),
