@@ -119,5 +119,6 @@ function column(k, type, more) {
 
 /** @param {number} k @param {number} step @param {number} [rank] @returns {import("eigenlora/build").BuildOptions} */
 function coded(k, step, rank) {
-  return { gauge: "balanced", select: { kind: "k", k }, ...(rank ? { rank } : {}), step, headStep: 0.5 };
+  const shape = { ...(k === 0 ? { privateTerms: 255 } : {}), ...(rank ? { rank } : {}) };
+  return { gauge: "balanced", select: { kind: "k", k }, ...shape, step, headStep: 0.5 };
 }
