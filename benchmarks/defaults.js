@@ -10,7 +10,7 @@ import { mean } from "simple-statistics";
 import { folderOf, SUITES, withAdapters } from "./lib/adapters.js";
 import { flag, number, readArguments, text } from "./lib/arguments.js";
 import { print, progress } from "./lib/report.js";
-import { Suite } from "./research/size/suite.js";
+import { LOSSLESS, Suite } from "./lib/suite.js";
 
 /** @typedef {import("eigenlora/build").Adapter} Adapter */
 /** @typedef {{ built: import("eigenlora/build").Built, seconds: number }} Timed */
@@ -23,8 +23,6 @@ const given = readArguments(QUESTION, {
   accuracy: flag("also ask the test rows of the repository's suites"),
 });
 const folders = given.folders?.split(",").map((path) => resolve(path)) ?? SUITES.map((name) => folderOf(name));
-/** @type {import("eigenlora/build").BuildOptions} */
-const LOSSLESS = { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } };
 
 /** @type {import("./lib/report.js").Row[]} */
 const rows = [];
@@ -70,22 +68,10 @@ async function rowsOf(adapters, name, suite) {
       components: built.report.components.max,
       "s ÷ paper's": seconds / paper.seconds,
       s: seconds,
-      ...(suite ? { "accuracy, %": 100 * (await accuracyOf(suite, built.chunks)) } : {}),
+      ...(suite ? { "accuracy, %": 100 * mean((await suite.answers(built.chunks)).map(({ right }) => right)) } : {}),
     });
   }
   return found;
-}
-
-/** Mean over the tasks. @param {Suite} suite @param {Uint8Array[]} chunks */
-function accuracyOf(suite, chunks) {
-  return suite.withSession(chunks, async (session) => {
-    const shares = [];
-    for (const { id } of suite.adapters) {
-      const rows = (await suite.questions()).get(id)?.labels.length ?? NaN;
-      shares.push((await suite.ask(session, id)).right / rows);
-    }
-    return mean(shares);
-  });
 }
 
 /** @param {readonly Adapter[]} adapters @param {number} all bytes of the adapters */

@@ -12,7 +12,7 @@ import { placeOf } from "../dist/src/format/layout.js";
 import { freshPack } from "../dist/src/pack/write.js";
 import { data } from "../examples/minilm.js";
 import { folderOf, packOfK, withAdapters } from "./lib/adapters.js";
-import { number, readArguments, text } from "./lib/arguments.js";
+import { number, readArguments } from "./lib/arguments.js";
 import { WAYS } from "./lib/holding.js";
 import { peerLine, python } from "./lib/peers.js";
 import { inFreshProcess, inScratch } from "./lib/process.js";
@@ -23,13 +23,9 @@ const COUNTS = [1, 5, 20, 100, 300, 1000];
 const PEFT_UP_TO = 100;
 const SUITE = folderOf("own-seed");
 
-const { json, svg, most } = readArguments(
-  "How much resident memory do N LoRA adapters take, by the way they are held?",
-  {
-    svg: text("FILE", "draw a chart"),
-    most: number("adapters at most", 1000),
-  },
-);
+const { json, most } = readArguments("How much resident memory do N LoRA adapters take, by the way they are held?", {
+  most: number("adapters at most", 1000),
+});
 const counts = COUNTS.filter((count) => count <= most);
 /** @type {import("./lib/report.js").Peer[]} */
 const peers = [];
@@ -45,7 +41,6 @@ await inScratch(async (scratch) => {
     rows.push({ name: `${count} adapters`, ...held(file, count) });
   }
 });
-if (svg) await writeFile(svg, await draw());
 print(
   json,
   [
@@ -85,15 +80,4 @@ function held(file, count) {
   if ("figures" in peer) row["PEFT, all adapters, MB"] = peer.figures.bytes / 1e6;
   peers.push(peerLine("PEFT", peer));
   return row;
-}
-
-async function draw() {
-  const { drawLines } = await import("./lib/charts.js");
-  const series = Object.keys(rows[0])
-    .filter((key) => key !== "name")
-    .map((key) => ({
-      name: key.replace(", MB", ""),
-      points: rows.map((row, i) => [counts[i], Number(row[key] ?? 0)]),
-    }));
-  return drawLines({ title: "Resident memory of N adapters", x: "adapters", y: "MB", series });
 }

@@ -10,11 +10,10 @@ import { median, min } from "simple-statistics";
 import { folderOf } from "./lib/adapters.js";
 import { flag, readArguments, text } from "./lib/arguments.js";
 import { SETTINGS } from "./lib/packing.js";
-import { packingRows } from "./lib/packing-files.js";
 import { peerLine, python } from "./lib/peers.js";
 import { inFreshProcess, inScratch } from "./lib/process.js";
 import { print } from "./lib/report.js";
-import { writeSetting } from "./lib/setting-files.js";
+import { packingRows, writeSetting } from "./lib/setting-files.js";
 
 const { json, sdxl, folder, ...rest } = readArguments("How long does packing take, from adapter files to one file?", {
   sdxl: flag(

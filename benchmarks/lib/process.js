@@ -3,9 +3,11 @@ import { spawnSync } from "node:child_process";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 
-const CALL = fileURLToPath(new URL("call.js", import.meta.url));
+/** Exits at once, since threads of a runtime would keep the process alive. */
+const CALL = `const [module, name, args] = process.argv.slice(1);
+console.log(JSON.stringify(await (await import(module))[name](...JSON.parse(args))));
+process.exit();`;
 
 /**
  * Calls an exported function of a module in a process of its own, with garbage collection exposed.
@@ -18,7 +20,7 @@ const CALL = fileURLToPath(new URL("call.js", import.meta.url));
 export function inFreshProcess(module, name, args) {
   const { status, stdout } = spawnSync(
     process.execPath,
-    ["--expose-gc", CALL, module.href, name, JSON.stringify(args)],
+    ["--expose-gc", "--input-type=module", "-e", CALL, module.href, name, JSON.stringify(args)],
     {
       encoding: "utf8",
       stdio: ["ignore", "pipe", "inherit"],

@@ -5,9 +5,9 @@ import { mkdir } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
-import { choice, text } from "./arguments.js";
-import { inFreshProcess } from "./process.js";
 import { progress } from "./report.js";
+
+const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 
 /** Packs by name: the adapters, what the command is told, and what it gives. */
 const PACKS = /** @type {const} */ ({
@@ -19,13 +19,8 @@ const PACKS = /** @type {const} */ ({
 /** Folders of models. */
 const FORMS = { q4: "model", q4f16: "model-q4f16" };
 
-/** Options that name the files. */
-export const FILES = {
-  size: choice(["0.5b", "1.5b", "3b"], "of the model", "0.5b"),
-  folder: text("FOLDER", "where models, adapters and packs are kept", join(tmpdir(), "eigenlora-scale")),
-  only: choice(["core", "shared", "apart"], "this pack alone"),
-};
-export const FORM = choice(["q4", "q4f16"], "of the model: what is not in 4 bits is f32 or f16", "q4");
+/** Files are kept here by default. */
+export const FOLDER = join(tmpdir(), "eigenlora-scale");
 
 /**
  * Makes what is missing: Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16 on all linear layers of two kinds.
@@ -71,8 +66,15 @@ function packFile(folder, name, [adapters, options, what]) {
     packed() {
       if (existsSync(path)) return undefined;
       progress(`packing: ${what}`);
-      const packing = new URL("scale-packing.js", import.meta.url);
-      return { name: what, ...inFreshProcess(packing, "packed", [join(folder, adapters), path, options.join(" ")]) };
+      const args = [CLI, "pack", join(folder, adapters), "-o", path, "--json", ...options];
+      const { status, stdout } = spawnSync(process.execPath, args, {
+        encoding: "utf8",
+        stdio: ["ignore", "pipe", "inherit"],
+        maxBuffer: 2 ** 28,
+      });
+      if (status !== 0) throw new Error(`pack failed: ${what}`);
+      const { coreSeconds, peakMemoryBytes } = JSON.parse(stdout);
+      return { name: what, "CPU, s": coreSeconds, "peak, MB": peakMemoryBytes / 1e6 };
     },
   };
 }

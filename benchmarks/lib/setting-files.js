@@ -1,8 +1,47 @@
-/** Writes the adapters of a setting as files in PEFT's format, for programs that read them from a disk. */
+/** The adapters of a setting as files in PEFT's format, and the command line that packs them in a process of its own. */
+
+import { spawnSync } from "node:child_process";
 import { mkdir, open, writeFile } from "node:fs/promises";
+import { availableParallelism } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { writeSafetensors } from "../../dist/src/tensor/safetensors-writer.js";
-import { adaptersOf } from "./settings.js";
+import { adaptersOf, SETTINGS } from "./settings.js";
+
+const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
+
+/**
+ * Time and memory with each number of workers.
+ * @param {import("./settings.js").SettingName} name
+ * @param {string} folder holds its adapters
+ * @param {string} scratch where packs go
+ * @param {readonly string[][]} ways options of `eigenlora pack`
+ * @returns {import("./report.js").Row[]}
+ */
+export function packingRows(name, folder, scratch, ways = [["--k", String(SETTINGS[name].components)]]) {
+  const cores = availableParallelism();
+  return ways.flatMap((way) =>
+    (cores > 1 ? [1, cores] : [1]).map((workers) => {
+      const output = join(scratch, "setting.eigen");
+      const args = [CLI, "pack", folder, "-o", output, "--force", "--json", "--workers", String(workers), ...way];
+      const { status, stdout } = spawnSync(process.execPath, args, {
+        encoding: "utf8",
+        stdio: ["ignore", "pipe", "inherit"],
+        maxBuffer: 2 ** 28,
+      });
+      if (status !== 0) throw new Error(`pack ${way.join(" ")} failed`);
+      const made = JSON.parse(stdout);
+      return {
+        name: `pack ${way.join(" ") || "(default)"}, workers ${workers}`,
+        "adapters, MB": made.adapterBytes / 1e6,
+        "pack, MB": made.bytes / 1e6,
+        minutes: made.seconds / 60,
+        "CPU minutes, all threads": made.coreSeconds / 60,
+        "peak memory, MB": made.peakMemoryBytes / 1e6,
+      };
+    }),
+  );
+}
 
 /**
  * Writes a folder for each adapter, in f32; holds one module of each.

@@ -30,6 +30,7 @@ import { bytesOfAdapter, folderOf, plainTexts, SUITES, testTexts, withAdapters }
 import { choice, number, readArguments, text } from "../lib/arguments.js";
 import { clocked } from "../lib/process.js";
 import { print, progress } from "../lib/report.js";
+import { LOSSLESS } from "../lib/suite.js";
 
 /**
  * @typedef {import("eigenlora/build").Adapter} Adapter
@@ -39,10 +40,6 @@ import { print, progress } from "../lib/report.js";
 
 const MOST_ROWS = 240;
 const DTYPE = "basis=f16";
-const LOSSLESS = /** @type {const} */ ({
-  select: { kind: "energy", share: 1 },
-  dtype: { basis: "f32", coefficients: "f32", head: "f32" },
-});
 
 const given = readArguments("What does distilling win back?", {
   suite: choice(SUITES, "which adapters", "own-seed"),

@@ -26,7 +26,7 @@ import {
   smollm2,
   smollm2File,
 } from "../lib/skills.js";
-import { storeOne } from "./size/measure.js";
+import { LOSSLESS, storeOne } from "../lib/suite.js";
 
 const QUESTION = "How well does a pack answer the twenty tasks of SmolLM2?";
 const given = readArguments(QUESTION, {
@@ -84,18 +84,10 @@ async function score(name) {
 /** Packs adapters without further loss, and counts their own bytes. */
 async function ofAdapters() {
   return withAdapters([String(given.adapters)], async (adapters) => {
-    const stored = await Promise.all(
-      adapters.map((one) =>
-        storeOne(one, { kind: "each", type: given.dtype, head: "f16", ...(given.rank ? { rank: given.rank } : {}) }),
-      ),
-    );
-    const lossless = /** @type {const} */ ({
-      select: { kind: "energy", share: 1 },
-      dtype: { basis: "f32", coefficients: "f32", head: "f32" },
-    });
+    const stored = await Promise.all(adapters.map((one) => storeOne(one, { type: given.dtype, rank: given.rank })));
     const source = await packOf(
       stored.map(({ adapter }) => adapter),
-      lossless,
+      LOSSLESS,
     );
     return { source, bytes: sum(stored.map((one) => one.bytes)) };
   });

@@ -15,7 +15,7 @@ import { bytesOfAdapter, folderOf, SUITES, testTexts } from "../lib/adapters.js"
 import { choice, number, readArguments } from "../lib/arguments.js";
 import { inScratch } from "../lib/process.js";
 import { print } from "../lib/report.js";
-import { Suite } from "./size/suite.js";
+import { Suite } from "../lib/suite.js";
 
 const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
 const QUESTION = "What does one command make of a suite?";
@@ -43,7 +43,9 @@ await inScratch(async (scratch) => {
   const found = JSON.parse(stdout);
   const pack = new Uint8Array(await readFile(file));
   const numbers = sum(suite.adapters.map(bytesOfAdapter));
-  const answers = await answersOf(pack);
+  const answers = (await suite.answers([pack])).map(({ id, right, same, peft }) => ({
+    ...{ id, right: 100 * right, same: 100 * same, peft: 100 * peft },
+  }));
   const same = answers.map((one) => one.same);
   const row = {
     name: "pack",
@@ -81,20 +83,5 @@ async function textsOf({ adapters }) {
   return tasks.flatMap(({ train }) => {
     const own = [...new Set(train.map(([text]) => text))].filter((text) => !tests.has(text));
     return shuffle(own, uniform(2)).slice(0, given.texts);
-  });
-}
-
-/** Right answers to the test rows, and answers as PEFT gives them, by task, in %. @param {Uint8Array} pack */
-function answersOf(pack) {
-  return suite.withSession([pack], async (session) => {
-    const found = [];
-    for (const { id } of suite.adapters) {
-      const { labels, peft } = /** @type {import("./size/suite.js").Questions} */ ((await suite.questions()).get(id));
-      const share = (/** @type {number} */ rows) => (100 * rows) / labels.length;
-      const { right, same } = await suite.ask(session, id);
-      const own = peft.filter((label, i) => label === labels[i]).length;
-      found.push({ id, right: share(right), same: share(same), peft: share(own) });
-    }
-    return found;
   });
 }

@@ -1,67 +1,102 @@
 /**
- * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Docs: docs/research/paper.md.
- *
- * Measurements are kept in cells.jsonl and not repeated; `--minutes 0` makes tables and figures of them.
+ * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Prints the tables that stand
+ * in results/paper; with `--task`, trains one left-out task again, as coefficients and head and as a LoRA. Docs: docs/research/paper.md.
  */
-import { mkdir, writeFile } from "node:fs/promises";
-import { resolve } from "node:path";
-import { pathToFileURL } from "node:url";
-import { readReference } from "../../examples/minilm.js";
-import { flag, number, readArguments, text } from "../lib/arguments.js";
-import { environment, progress } from "../lib/report.js";
-import { Bench, keyOf, Results } from "./paper/cells.js";
-import { domainOf, experiments, HUB_SPLIT, HUB_TEST, readHubSplit, readTasks, searchSplit } from "./paper/data.js";
-import { drawFigures } from "./paper/figures.js";
-import { reasonAgainst } from "./paper/peers.js";
-import { nextCells } from "./paper/plan.js";
-import { claimTable, methodTable, Reader, rateTable, taskTable, toMarkdown } from "./paper/tables.js";
+import { readdir, readFile } from "node:fs/promises";
+import { openPack } from "eigenlora";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
+import * as ort from "onnxruntime-node";
+import { mean } from "simple-statistics";
+import { uniform } from "../../dist/src/tensor/random.js";
+import { splitHoldout } from "../../dist/src/train/examples.js";
+import { createEncoder, data, labelOf, model, readTask, runBatches, toBatches } from "../../examples/minilm.js";
+import { folderOf, packOf, withAdapters } from "../lib/adapters.js";
+import { number, readArguments, text } from "../lib/arguments.js";
+import { print } from "../lib/report.js";
+
+/** 2048 texts, one pass over the largest tasks. */
+const FIT = { steps: 256, batch: 8 };
+/** Share of a task's training rows that rates were chosen on, with a maximum. Nothing is trained on these rows. */
+const HELD = 0.15;
+const MOST_HELD = 256;
+/** Components: 2 · 15 · 8 coefficients on each of 12 modules are 25.6 times fewer than a LoRA of rank 8 has. */
+const K = 15;
+/** The rates that were chosen. */
+const METHODS = /** @type {const} */ ({
+  ours: { train: "coefficients", learningRates: { terms: 0.01, head: 0.03 } },
+  "LoRA r 8": { train: "lora", learningRates: { terms: 0.002, head: 0.02 } },
+});
+/** Number formats that round nothing. */
+const DTYPES = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });
 
 const given = readArguments("The paper's experiments on real text", {
-  results: text("FOLDER", "where cells, tables and figures are. Default: benchmarks/research/results/paper"),
-  minutes: number("measure for so long", Infinity),
-  split: flag("find the hub's split again"),
+  task: text("NAME", "train this left-out task again, instead of printing the tables"),
+  seed: number("seed of that training", 1, 1),
 });
-const folder = given.results ? pathToFileURL(`${resolve(given.results)}/`) : new URL("results/paper/", import.meta.url);
-const until = performance.now() + 60_000 * given.minutes;
+print(given.json, given.task ? [await measure(given.task)] : await stored());
 
-const tasks = await readTasks();
-if (given.split) {
-  const found = searchSplit(new Map([...tasks].filter(([id]) => domainOf(id) === "hub")), { count: HUB_TEST });
-  await writeFile(HUB_SPLIT, `${JSON.stringify(found, null, 2)}\n`);
+/** @returns {Promise<import("../lib/report.js").Part[]>} */
+async function stored() {
+  const { tables } = JSON.parse(await readFile(new URL("results/paper/tables.json", import.meta.url), "utf8"));
+  return tables.map((/** @type {any} */ { title, lines, notes }) => ({ question: title, rows: lines, notes }));
 }
-await mkdir(folder, { recursive: true });
-const suites = experiments(tasks, await readHubSplit());
-const results = await Results.open(new URL("cells.jsonl", folder));
-const bench = await Bench.create(tasks, suites);
-const reason = reasonAgainst();
-const next = () => nextCells(results, suites, { peers: !reason });
-for (let cells = next(); cells.length > 0 && performance.now() < until; cells = next()) {
-  for (const cell of cells) {
-    if (performance.now() >= until) break;
-    const row = await bench.run(cell);
-    await results.add(row);
-    progress(`${keyOf(cell)}: ${row.seconds} s, validation ${row.validation?.accuracy}`);
+
+/** @param {string} id @returns {Promise<import("../lib/report.js").Part>} */
+async function measure(id) {
+  ort.env.logLevel = "error";
+  const { suite, donors } = await donorsOf(id);
+  const [task, others, encode] = await Promise.all([
+    readTask(id),
+    Promise.all(donors.map(readTask)),
+    createEncoder(ort),
+  ]);
+  const bytes = await withAdapters(
+    donors.map((donor) => folderOf(suite, donor)),
+    (adapters) => packOf(adapters, { mode: "column", gauge: "balanced", select: { kind: "k", k: K }, dtype: DTYPES }),
+  );
+  const { train, test, labels } = task;
+  const examples = train.map(([text, label]) => ({ text, label }));
+  const kept = splitHoldout(examples, Math.min(HELD, MOST_HELD / train.length), uniform(1)).train;
+  // A row that a donor has trained on says nothing of the task.
+  const seen = new Set([task, ...others].flatMap(({ train }) => train.map(([text]) => text)));
+  const unseen = test.filter(([text]) => !seen.has(text));
+  const batches = toBatches(
+    encode,
+    unseen.map(([text]) => text),
+  );
+  const rows = [];
+  for (const [name, { train, learningRates }] of Object.entries(METHODS)) {
+    const pack = await openPack(bytes);
+    const session = await createEigenSession(ort, model, pack, {
+      trainable: true,
+      session: { intraOpNumThreads: 1, interOpNumThreads: 1 },
+    });
+    const own = suite === "hub" ? "random" : "mean";
+    const init = train === "lora" ? "fresh" : own;
+    const trainer = await createTrainer(session, { labels, encode, seed: given.seed, init, rank: 8, train });
+    for await (const _ of trainer.fit(kept, { ...FIT, learningRates }));
+    await session.addTask("new", await trainer.task({ dtype: { coefficients: "f32", head: "f32" } }));
+    await session.switchTask("new");
+    const right = (await runBatches(session, batches)).map((logits, row) => Number(labelOf(logits) === unseen[row][1]));
+    rows.push({ name, "trained beside the head": trainer.size.terms, "unseen rows, %": 100 * mean(right) });
+    await session.close();
+    await pack.close();
   }
+  return { question: `${id}, left out: ${unseen.length} unseen rows of ${test.length}, seed ${given.seed}.`, rows };
 }
 
-if (reason && nextCells(results, suites, { peers: true }).length > 0)
-  progress(`VeRA and PiSSA are not measured: ${reason}`);
-const references = { "shared-seed": await readReference("shared-seed"), hub: await readReference("hub") };
-const reader = new Reader(results, tasks, suites, references);
-const tables = [
-  claimTable(reader),
-  methodTable(reader, suites.sections, "Aligned domain: sections, leave one out"),
-  methodTable(reader, suites.debtags, "Diverse domain: debtags, leave one out"),
-  methodTable(reader, suites.hub, "Hub: 42 adapters to extract, 11 to test"),
-  ...Object.values(suites).map((experiment) => taskTable(reader, experiment)),
-  rateTable(reader),
-];
-const json = { environment: environment(), tables };
-await writeFile(
-  new URL("tables.json", folder),
-  `${JSON.stringify(json, (_, value) => (typeof value === "number" ? Number(value.toFixed(4)) : value), 1)}\n`,
-);
-const markdown = tables.map(toMarkdown).join("\n");
-await writeFile(new URL("tables.md", folder), markdown);
-for (const [name, svg] of await drawFigures(reader)) await writeFile(new URL(`${name}.svg`, folder), svg);
-console.log(given.json ? JSON.stringify(json) : markdown);
+/** Adapters that the components are made of. @param {string} id of the left-out task */
+async function donorsOf(id) {
+  const ids = (await readdir(data("tasks"))).flatMap((name) => (name.endsWith(".json") ? [name.slice(0, -5)] : []));
+  if (!ids.includes(id)) {
+    process.stderr.write(`paper: ${id}: expected ${ids.join(", ")}\n`);
+    process.exit(2);
+  }
+  const isHub = (/** @type {string} */ one) => one.startsWith("hub-");
+  const { test } = JSON.parse(await readFile(new URL("results/hub-split.json", import.meta.url), "utf8"));
+  const donors = ids.filter((one) => one !== id && isHub(one) === isHub(id) && !(isHub(id) && test.includes(one)));
+  /** @type {"hub" | "shared-seed"} */
+  const suite = isHub(id) ? "hub" : "shared-seed";
+  return { suite, donors };
+}

@@ -1,171 +1,124 @@
 /**
- * The fewest bytes for the same behaviour: real adapters of three suites, 5, 10, 20 or all of them, packed in every mode, gauge and
- * number format, beside each adapter by itself and beside PyPI's lorashare and vlora-dev (PYTHON). Bytes against ΔW error for all,
- * against accuracy on real test rows, through a live session of onnxruntime-node, for those that could be chosen. Docs: docs/research/size.md.
- *
- * Then entropy-coded packs by bytes, with and without shared components (size/curve.js): what sharing gains beside the same coder. For
- * SmolLM2's adapters (EIGENLORA_SMOLLM2, --adapters) and published ones of Stable Diffusion (EIGENLORA_WILD) too.
- *
- * What is measured is kept in results/size.jsonl and not measured again; `--minutes 0` makes tables and figures of what there is.
- * After a change of the format, `--recode --part sizes` takes the bytes of coded packs again and keeps what their tasks answered.
- * What distilling wins back is read from results/distill.jsonl, where `bench distill --into` has put it.
+ * The fewest bytes for the same behaviour: prints what version 0.3.0 measured of all ways to store a suite's adapters, from
+ * results/size.jsonl, and of distilled packs, from results/distill.jsonl. With `--measure`, the main ways are packed again and asked the
+ * test rows. Docs: docs/research/size.md.
  */
-import { mkdir, readFile, writeFile } from "node:fs/promises";
-import { join, resolve } from "node:path";
-import { pathToFileURL } from "node:url";
+import { readFile } from "node:fs/promises";
+import { buildPack, searchPack } from "eigenlora/build";
 import { mean, sum } from "simple-statistics";
-import { SUITES } from "../lib/adapters.js";
-import { choice, flag, number, readArguments, text } from "../lib/arguments.js";
+import { bytesOfAdapter, SUITES } from "../lib/adapters.js";
+import { choice, flag, readArguments } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";
-import { Rows } from "../lib/rows.js";
-import { SETTINGS } from "../lib/settings.js";
-import { shapesPart } from "../lib/shapes.js";
-import { NO_SMOLLM2, smollm2 } from "../lib/skills.js";
-import { askCurve, CURVES, measureSizes } from "./size/curve.js";
-import { curvePage, curveTables, published } from "./size/curve-tables.js";
-import { drawCurves, drawFigures } from "./size/figures.js";
-import { keyOf, measure } from "./size/measure.js";
-import { Peers } from "./size/peers.js";
-import { Skills } from "./size/skills.js";
-import { Suite } from "./size/suite.js";
-import { Reader, tables } from "./size/tables.js";
-import { byThemselves, found, frontier, grid, nameOf, small, within } from "./size/ways.js";
+import { LOSSLESS, Suite } from "../lib/suite.js";
 
-/** @typedef {import("./size/measure.js").Row} Row */
+/** @typedef {import("../lib/report.js").Row} Row */
 
-const given = readArguments("The fewest bytes for the same behaviour", {
-  suite: choice([...SUITES, "smollm2", "sd15"], "this one alone"),
-  part: choice(["ways", "sizes", "answers"], "this part alone; the last two are of coded packs"),
-  adapters: text("FOLDER", "those of the suite smollm2"),
-  recode: flag(
-    "measure coded packs' bytes again, since their format has changed; what the same numbers answer is kept",
-  ),
-  minutes: number("measure for so long", Infinity),
-  shapes: flag("also pack the paper's two settings by shape"),
-  rows: text("FILE", "where rows are kept. Default: benchmarks/research/results/size.jsonl"),
-  figures: text("FOLDER", "where figures go. Default: docs/research/size"),
+/** Main ways by their names in the results. @type {Record<string, import("eigenlora/build").BuildOptions>} */
+const WAYS = {
+  "LoRA, f32": LOSSLESS,
+  "column K 32, f16": column(32, "f16", {}),
+  "balanced column K 32, rank 4, int4": column(32, "int4", { gauge: "balanced", rank: 4 }),
+  "balanced column K 48, rank 4, int3, heads int4": column(48, "int3", { gauge: "balanced", rank: 4 }),
+  "SVD-cut, coded, step 0.0283": coded(0, 0.0283),
+  "coded K 48, rank 2, step 0.0421": coded(48, 0.0421, 2),
+};
+
+const QUESTION = "The fewest bytes for the same behaviour";
+const given = readArguments(QUESTION, {
+  suite: choice(SUITES, "this one alone"),
+  measure: flag("pack the main ways again, instead of printing all that were measured"),
 });
-const until = performance.now() + 60_000 * given.minutes;
-const file = given.rows ? pathToFileURL(resolve(given.rows)) : new URL("results/size.jsonl", import.meta.url);
-/** @type {Rows<Row, Parameters<typeof keyOf>[0]>} */
-const rows = new Rows(file, keyOf);
-await rows.load();
-const names = SUITES.filter((name) => given.suite === undefined || name === given.suite);
-const suites = await Promise.all(names.map((name) => Suite.open(name)));
-const peers = await Peers.start();
-/** Missing suites. @type {{ name: string, reason: string }[]} */
-const absent = [];
+const parts = [];
+for (const name of SUITES) if (!given.suite || given.suite === name) parts.push(await partOf(name));
+print(given.json, parts);
 
-if (given.part === undefined || given.part === "ways") await measureWays();
-if (given.part !== "ways") for (const curve of CURVES) await measureCurve(curve);
-if (given.recode) await rows.save();
-peers.stop();
-
-const distilled = await readDistilled();
-const reader = new Reader(rows.all(), suites, distilled);
-const folder = given.figures
-  ? pathToFileURL(`${resolve(given.figures)}/`)
-  : new URL("../../docs/research/size/", import.meta.url);
-await mkdir(folder, { recursive: true });
-for (const [name, svg] of [...drawFigures(reader), ...drawCurves(rows.all(), distilled)])
-  await writeFile(new URL(`${name}.svg`, folder), svg);
-const page = curvePage(rows.all());
-if (page) await writeFile(new URL("curves.md", folder), page);
-const settings = /** @type {import("../lib/settings.js").SettingName[]} */ (given.shapes ? Object.keys(SETTINGS) : []);
-const others = /** @type {const} */ (["lorashare", "vlora"]).map((name) => ({
-  name,
-  ...(peers.reason ? { reason: peers.reason } : { version: peers.versions[name] }),
-}));
-const parts = [...tables(reader), ...curveTables(rows.all()), published()];
-print(given.json, [...parts, ...settings.map((name) => shapesPart(name))], [...others, ...absent]);
-for (const suite of suites) await suite.close();
-
-/** Measures every way on bundled suites, the most informative ones first, so that a run of a few minutes is useful. */
-async function measureWays() {
-  for (const suite of suites)
-    await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
-  for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
-  for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
-  for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
-  for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b))
-    for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
-  for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
+/** @param {typeof SUITES[number]} name @returns {Promise<import("../lib/report.js").Part>} */
+async function partOf(name) {
+  const stored = (await readLines("size.jsonl")).filter((row) => row.suite === name);
+  const all = Math.max(...stored.map(({ n }) => n));
+  const lora = stored.find(({ n, way }) => n === all && way === "LoRA, f32");
+  const question = `${name}, ${all} adapters: what do the tasks still answer, for how many bytes? (MiniLM, r 8)`;
+  if (given.measure) return { question, rows: await measure(name) };
+  // Of rows that were measured twice the last one counts.
+  const asked = new Map(stored.filter(({ n, accuracy }) => n === all && accuracy).map((row) => [row.way, row]));
+  const rows = [...asked.values(), ...(await readDistilled(name))].sort((a, b) => a.bytes - b.bytes);
+  return {
+    question,
+    rows: rows.map(({ way, bytes, error, accuracy }) => rowOf(way, bytes, lora.bytes, error, accuracy)),
+    notes: [
+      "Means over tasks, at most 240 test rows each. kB: 1 kB = 1000 B, all tasks with their heads. × fewer: than f32.",
+    ],
+  };
 }
 
-/** @param {import("./size/curve.js").Curve} curve */
-async function measureCurve(curve) {
-  const suite = suites.find(({ name }) => name === curve.suite) ?? (await openOther(curve.suite));
-  if (!suite) return;
-  const measuring = { suite, rows, keep, due: () => performance.now() >= until, peers, again: given.recode };
-  if (given.part !== "answers") await measureSizes(curve, measuring);
-  if (given.part !== "sizes") await askCurve(curve, measuring);
-  if (!suites.includes(suite)) await suite.close();
+/**
+ * @param {string} name
+ * @param {number} bytes
+ * @param {number} whole bytes of the adapters in f32
+ * @param {number | undefined} error
+ * @param {readonly number[]} accuracy of each task
+ * @returns {Row}
+ */
+function rowOf(name, bytes, whole, error, accuracy) {
+  const fewer = whole / bytes;
+  return {
+    name,
+    kB: bytes / 1000,
+    "× fewer": fewer,
+    "ΔW error": error ?? null,
+    "accuracy, %": 100 * mean([...accuracy]),
+  };
 }
 
-/** @param {Suite} suite @param {number} n @param {readonly import("./size/ways.js").Way[]} ways @param {boolean} asks */
-async function run(suite, n, ways, asks) {
-  for (const way of ways) {
-    if (performance.now() >= until) return;
-    const known = rows.get({ suite: suite.name, n, way: nameOf(way) });
-    if (known && (known.accuracy || !asks)) continue;
-    if ((way.kind === "lorashare" || way.kind === "vlora") && peers.reason) continue;
-    const most =
-      way.kind === "auto" && "within" in way
-        ? new Reader(rows.all(), suites).fileBytes(suite, n, nameOf(way.within))
-        : undefined;
-    if (Number.isNaN(most)) continue;
-    await keep(await measure(suite, n, way, asks, peers, most));
+/** @param {typeof SUITES[number]} name */
+async function measure(name) {
+  const suite = await Suite.open(name);
+  const whole = sum(suite.adapters.map(bytesOfAdapter));
+  /** @type {Row[]} */
+  const rows = [];
+  for (const way of [...Object.keys(WAYS), "default"]) {
+    progress(way);
+    const { chunks, report } = await (way in WAYS ? buildPack(suite.adapters, WAYS[way]) : searchPack(suite.adapters));
+    const right = (await suite.answers(chunks)).map((one) => one.right);
+    rows.push(rowOf(way, report.bytes, whole, mean(report.errors.map(({ total }) => total)), right));
   }
+  await suite.close();
+  return rows;
 }
 
-/** Opens a suite that is not bundled, or reports why it is missing. @param {string} name */
-async function openOther(name) {
-  if (given.suite !== undefined && given.suite !== name) return undefined;
-  const wild = process.env["EIGENLORA_WILD"];
-  if (name === "smollm2" && given.adapters && smollm2) return Skills.open(name, given.adapters);
-  if (name === "sd15" && wild) return Suite.open(name, join(wild, name));
-  if (name === "smollm2") absent.push({ name, reason: smollm2 ? "--adapters names no folder" : NO_SMOLLM2 });
-  if (name === "sd15") absent.push({ name, reason: `EIGENLORA_WILD names no folder with ${name}` });
-  return undefined;
-}
-
-/** @param {Row} row */
-async function keep(row) {
-  await rows.add(row);
-  const accuracy = row.accuracy ? `accuracy ${mean(row.accuracy).toFixed(4)}, ` : "";
-  progress(`${keyOf(row)}: ${row.bytes} B, error ${row.error}, ${accuracy}${row.seconds} s`);
-}
-
-/** Packs of a size, all tasks distilled. @returns {Promise<import("./size/tables.js").Distilled[]>} */
-async function readDistilled() {
-  const text = await readFile(new URL("results/distill.jsonl", import.meta.url), "utf8").catch(() => "");
-  const lines = text
-    .split("\n")
-    .filter(Boolean)
-    .map((line) => JSON.parse(line))
-    .filter(({ bytes }) => bytes);
+/** Packs whose tasks are all distilled. @param {string} suite */
+async function readDistilled(suite) {
+  const lines = (await readLines("distill.jsonl")).filter(
+    ({ bytes, settings }) => bytes && JSON.parse(settings).SUITE === suite,
+  );
   return [...new Set(lines.map(({ settings }) => settings))].map((settings) => {
-    const { SUITE: suite, RATIO, K, RANK, TYPES, GAUGE, STEP, HEAD_STEP } = JSON.parse(settings);
-    const own = lines.filter((line) => line.settings === settings);
-    const size = RATIO === undefined ? `K ${K}` : `${RATIO} times fewer bytes`;
-    const types = Object.entries(TYPES ?? { basis: "f16" }).map((part) => part.join(" "));
-    const way = [
-      `${GAUGE} column`,
-      ...(RANK ? [`rank ${RANK}`] : []),
-      ...(STEP ? [`step ${STEP}`, `heads ${HEAD_STEP}`] : types),
-      size,
-      "distilled",
-    ].join(", ");
-    // Coded blobs grow or shrink.
-    const grown = (/** @type {{ row: Record<string, number> }} */ { row }) =>
-      (row["blob after, bytes"] ?? 0) - (row["blob before, bytes"] ?? 0);
-    const share = (/** @type {string} */ what) => own.map(({ row }) => row[what] / 100);
-    return {
-      suite,
-      way,
-      bytes: own[0].bytes + sum(own.map(grown)),
-      accuracy: share("distilled, %"),
-      ...(STEP ? { before: { bytes: own[0].bytes, accuracy: share("projected, %") } } : {}),
-    };
+    const { SUITE: _, ...options } = JSON.parse(settings);
+    const rows = lines.filter((line) => line.settings === settings).map(({ row }) => row);
+    const grown = rows.map((row) => (row["blob after, bytes"] ?? 0) - (row["blob before, bytes"] ?? 0));
+    const { bytes } = lines.find((line) => line.settings === settings);
+    const names = ["K", "RATIO", "RANK", "STEP", "HEAD_STEP", "STEPS"].filter((key) => options[key] !== undefined);
+    const way = `distilled, ${names.map((key) => `${key.toLowerCase().replace("_", "-")} ${options[key]}`).join(", ")}`;
+    return { way, bytes: bytes + sum(grown), error: undefined, accuracy: rows.map((row) => row["distilled, %"] / 100) };
   });
+}
+
+/** @param {string} name @returns {Promise<any[]>} */
+async function readLines(name) {
+  const text = await readFile(new URL(`results/${name}`, import.meta.url), "utf8");
+  return text
+    .trim()
+    .split("\n")
+    .map((line) => JSON.parse(line));
+}
+
+/** @param {number} k @param {"f16" | "int4" | "int3"} type @param {import("eigenlora/build").BuildOptions} more @returns {import("eigenlora/build").BuildOptions} */
+function column(k, type, more) {
+  const head = type === "int3" ? "int4" : type;
+  return { mode: "column", select: { kind: "k", k }, dtype: { basis: type, coefficients: type, head }, ...more };
+}
+
+/** @param {number} k @param {number} step @param {number} [rank] @returns {import("eigenlora/build").BuildOptions} */
+function coded(k, step, rank) {
+  const shape = { ...(k === 0 ? { privateTerms: 255 } : {}), ...(rank ? { rank } : {}) };
+  return { gauge: "balanced", select: { kind: "k", k }, ...shape, step, headStep: 0.5 };
 }
