@@ -93,7 +93,7 @@ export {
 export { symmetricEigen } from "../dist/src/extract/eigen.js";
 export { deltaError, relative } from "../dist/src/extract/error.js";
 export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-export { alignSigns, balance, mirror, mix, mixColumns, type Pair, turnTo } from "../dist/src/extract/gauge.js";
+export { alignSigns, balance, mirror, mix, type Pair, turnTo } from "../dist/src/extract/gauge.js";
 export {
   backwardSolve,
   cholesky,

@@ -243,6 +243,10 @@ function checkOptions(options: PackOptions): void {
         "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
       );
   } else {
+    if (budget === "--error")
+      throw new option.UsageError(
+        "--error is for --mode auto, which holds every task to it; leave --mode out, or say --k, --energy, --bytes or --ratio",
+      );
     const [own] = option.given(options, ...BY_ANSWERS);
     if (own !== undefined) throw new option.UsageError(`${own} is for --mode auto`);
   }

@@ -284,11 +284,6 @@ export function mix(values: Float64Array, rows: number, width: number, products:
   return products.multiply(hartley(rows), values, rows, width, rows);
 }
 
-/** Coefficients [rows, k] of k components after `mix`, from those before, or the other way. */
-export function mixColumns(values: Float64Array, rows: number, k: number): Float64Array {
-  return multiplyTransposed(values, hartley(k), rows, k, k);
-}
-
 /**
  * The first `kept` rows of each rank, in place: twice their mean less what they were, the reflection that leaves the mean of a stack, and
  * what is stored of it, where it is. Rows of a balanced pair, long and short, become nearly alike; of four exactly so.

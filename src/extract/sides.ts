@@ -183,7 +183,7 @@ function widthOf(a: number, b: number, basisA: Subspace | undefined, basisB: Sub
 /** The rows of a factor as far as a basis reaches them. */
 function within(basis: Subspace, rows: Float64Array, rank: number): Float64Array {
   const [target] = targetsOf(basis, rows, [rank]);
-  return expand(basis, solve(basis, target!, basis.components), rank);
+  return expand(basis, solve(basis, target!), rank);
 }
 
 /** One side of a task as stored. */
@@ -220,7 +220,7 @@ function onBasis(
   let total = 0;
   for (let i = 0; i < count; i++) total += squares[i * count + i]!;
   if (dot(at, 0, at, 0, at.length) < least * total) return undefined;
-  const { encoded: alpha, values } = rounded("int8", solve(basis, target, K), count, K, steps);
+  const { encoded: alpha, values } = rounded("int8", solve(basis, target), count, K, steps);
   return { alpha, K, values: expand(basis, values, count) };
 }
 
