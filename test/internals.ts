@@ -124,7 +124,7 @@ export {
 
 export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
 export { createExtractor } from "../dist/src/extract/extractor.js";
-export { collectGarbage, openThread } from "../dist/src/extract/threads-node.js";
+export { openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
 export { buildStreamed, Draft, gathered, type Seek, writeApart } from "../dist/src/pack/build.js";

@@ -8,9 +8,7 @@ import { availableParallelism } from "node:os";
 import { type Adapter, commonBase } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
-import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
-import { collectGarbage } from "../extract/threads-node.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
@@ -276,7 +274,6 @@ async function build(
   const mode = modeOf(options);
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
   const bytes = ratio === undefined ? options.bytes : Math.floor(adapterBytes / ratio);
-  freeWith(collectGarbage);
   const { workers = workersFor(adapterBytes) } = options;
   const scratch = run.closing(openScratch(options.output));
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };

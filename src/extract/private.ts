@@ -9,7 +9,6 @@ import { narrowed, storing } from "../tensor/encode.ts";
 import type { PrivateChoice } from "./allocation.ts";
 import { deltaError, relative, stackedPairs } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
-import { letGo } from "./garbage.ts";
 import { balance, leadingRows, mix, type Pair, pairOf, singularValues } from "./gauge.ts";
 import type { Products } from "./linalg.ts";
 import type { ExtractOptions, ProjectOptions } from "./options.ts";
@@ -81,9 +80,6 @@ function choiceOf({ privateTerms, coefficientDtype: dtype }: PrivateOptions, mem
     : (privateTerms[member] ?? { rank: 0, dtype });
 }
 
-/** How often the numbers of a task are written to new arrays on their way from a balanced pair. */
-const PASSING = 4;
-
 /** Takes turns until a round loses no less of the tasks' ΔW. */
 function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateOptions): MixedExtraction {
   let best: { found: MixedExtraction; bytes: number; lost: number } | undefined;
@@ -94,15 +90,14 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
       { ...options, rank: options.rank ?? Math.max(...given.map(({ rank }) => rank)) },
     );
     const parts = expanded(shared, options);
-    const tasks = shared.tasks.map((task, i) => {
-      letGo(PASSING * (given[i]!.A.byteLength + given[i]!.Bt.byteLength));
-      return storing(`a private term of "${stack.name}"`, task.id, () =>
+    const tasks = shared.tasks.map((task, i) =>
+      storing(`a private term of "${stack.name}"`, task.id, () =>
         withPrivate({ task, given: given[i]!, shared: parts[i]! }, choiceOf(options, i), {
           products: options.products,
           step: options.steps?.[i],
         }),
-      );
-    });
+      ),
+    );
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
     const [bytes, lost] = [bytesOf(found), tasks.reduce((sum, { lost }) => sum + lost, 0)];
     if (best && (bytes !== best.bytes ? bytes > best.bytes : lost >= best.lost)) break;

@@ -8,7 +8,6 @@ import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
 import { deltaError, relative } from "./error.ts";
 import type { ModuleStack } from "./extract.ts";
-import { letGo } from "./garbage.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { addScaled, dot, type Products, rowSquares } from "./linalg.ts";
 import type { ModuleMember, TaskCoefficients } from "./project.ts";
@@ -84,9 +83,6 @@ export function openSides({ A, B }: BySide<readonly StoredBasis[]>, products: Pr
   return { A: A.map(open), B: B.map(open) };
 }
 
-/** How often the numbers of a task are written to new arrays on their way from a balanced pair. */
-const PASSING = 8;
-
 /**
  * A task as it is stored.
  * @param step by how much ΔW changes from one integer to the next
@@ -101,7 +97,6 @@ export function takeSides(
   products: Products,
 ): SidesTask {
   const given = pairOf(member);
-  letGo(PASSING * (given.A.byteLength + given.Bt.byteLength));
   const { A, B } = choice;
   const [basisA, basisB] = [bases.A[A.basis ?? -1], bases.B[B.basis ?? -1]];
   // What is not stored of a side is left out first, so that the other side makes the best of it.
