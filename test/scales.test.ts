@@ -224,7 +224,7 @@ t.test("verify says the same of adapters and their pack", async (t) => {
     ["--energy", "1", "--dtype", "f32"],
     ["--energy", "1", "--dtype", "f32", "--gauge", "balanced"],
     ["--mode", "flat", "--energy", "1", "--dtype", "f32"],
-    ["--k", "4", "--private-terms", "4", "--gauge", "balanced"],
+    ["--k", "4", "--rank", "4"],
     ["--k", "6"],
     [],
   ]) {

@@ -80,29 +80,16 @@ const OPTIONS = {
       mode: option.choice(
         ["auto", "column", "flat"],
         "Auto: the best for --bytes, --ratio or --error. Column: coefficients for every row of a factor. Flat: one vector for a whole " +
-          "factor. Default: auto; column with --k, --energy, --gauge, --rank, " +
-          "--private-terms, --centering, --normalize or --step.",
+          "factor. Default: auto; column with --k, --energy, --gauge, --rank or --step.",
       ),
       dtype: option.dtypeOrChosen,
       gauge: option.gauge,
       rank: option.rank,
-      privateTerms: option.number(
-        "N",
-        "Give each task N rank-1 terms of its own beside the components, or with --error at most N; needs the balanced gauge.",
-        option.from(1),
-      ),
-      centering: option.centering,
-      normalize: option.normalize,
       step: option.number(
         "S",
         "Store terms as entropy-coded integers. When one goes up by 1, its module's ΔW changes by S times the typical norm of ΔW. " +
           "0.05 takes about three bits a number, 0.1 two. Balanced gauge. Default: as --dtype says; mode auto tries some.",
         { ...option.POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
-      ),
-      headStep: option.number(
-        "S",
-        "The same for heads, as a share of the root mean square of a head. Default: with --step 0.5.",
-        { ...option.POSITIVE, expected: "a share of a head's root mean square, such as 0.5" },
       ),
       names,
       workers: option.number(
@@ -197,7 +184,7 @@ export const pack: Attach = command({
 });
 
 /** What --mode auto would choose; who names one of them has settled for a mode. */
-const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize", "step"] as const;
+const SETTLED = ["k", "energy", "gauge", "rank", "step"] as const;
 
 /** What asks a model; other modes than auto know none. */
 const BY_ANSWERS = [
@@ -260,8 +247,6 @@ function checkOptions(options: PackOptions): void {
     throw new option.UsageError(
       "--step decides how many bits components and coefficients have; leave them out of --dtype",
     );
-  if (options.headStep !== undefined && options.step === undefined)
-    throw new option.UsageError("--head-step needs --step");
 }
 
 async function build(
@@ -270,7 +255,7 @@ async function build(
   run: Run,
   out: Output,
 ): Promise<(Streamed<BuildReport | SearchReport> | Built<ByAnswersReport>) & { readonly finished?: string }> {
-  const { rank, privateTerms, centering, step, headStep, ratio, error = DEFAULT_ERROR, dtype = {} } = options;
+  const { rank, step, ratio, error = DEFAULT_ERROR, dtype = {} } = options;
   const mode = modeOf(options);
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
   const bytes = ratio === undefined ? options.bytes : Math.floor(adapterBytes / ratio);
@@ -294,9 +279,8 @@ async function build(
       bytes === undefined ? { kind: "error", max: error } : { kind: "bytes", max: bytes };
     return searchStreamed(adapters, { ...common, dtype, goal, onProgress: out.progress }, scratch);
   }
-  const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced", normalize } = options;
-  const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}) };
-  const how = { ...common, onProgress: out.progress, ...all, dtype, normalize };
+  const { gauge = (rank ?? step) === undefined ? "as-trained" : "balanced" } = options;
+  const how = { ...common, onProgress: out.progress, mode, gauge, rank, step, dtype };
   if (bytes !== undefined) return buildWithin(adapters, how, bytes);
   return buildStreamed(adapters, { ...how, select: option.selection(options) }, scratch);
 }
