@@ -22,7 +22,7 @@ export { type Built, buildPack } from "./pack/build.ts";
 export { taskAdapter } from "./pack/expand.ts";
 export type { BuildOptions } from "./pack/recipe.ts";
 export type { BuildReport, SharedReport, TaskLoss } from "./pack/report.ts";
-export type { Goal, Judge, PerTask, SearchOptions, Tried, Way } from "./pack/search.ts";
+export type { Amount, Goal, Judge, PerTask, SearchOptions, Tried, Way } from "./pack/search.ts";
 export { type SearchReport, searchPack } from "./pack/search.ts";
 export { createSigner, planAppend, planSignature, type SigningKey, signTaskFile } from "./pack/write.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";

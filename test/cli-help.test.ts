@@ -107,7 +107,7 @@ t.test("what is missing, unknown or too much is named, with the nearest", async 
     [["pakc", "x"], "unknown command 'pakc'; did you mean pack?"],
     [["help", "pakc"], "unknown command 'pakc'; did you mean pack?"],
     [["xyzzy"], "unknown command 'xyzzy'"],
-    [["pack", "x", "--centring", "none"], "pack: unknown option '--centring'; did you mean --centering?"],
+    [["pack", "x", "--guage", "none"], "pack: unknown option '--guage'; did you mean --gauge?"],
     [["verify", "p.eigen", "--jsn"], "verify: unknown option '--jsn'; did you mean --json?"],
     [["inspect", "a", "b"], "inspect: too many arguments for 'inspect'. Expected 1 argument but got 2."],
     [["pack", "x", "-o"], "pack: option '-o, --output <PACK>' argument missing"],

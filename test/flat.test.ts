@@ -209,26 +209,6 @@ t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real ada
   t.ok(turned < 0.96 * trained, `as trained ${trained}, balanced and turned ${turned}`);
 });
 
-t.test("an error selection holds for every task, with fewer bytes than all components", async (t) => {
-  const [stack] = (await stacksOf(["debtags-admin", "debtags-devel", "debtags-role", "sections-0", "sections-1"])) as [
-    ModuleStack,
-  ];
-  for (const [max, most] of [
-    [0.3, 8],
-    [0.8, 7],
-  ] as const) {
-    const result = extractModule(stack, { ...F32, select: { kind: "error", max } });
-    t.ok(result.tasks.every(({ error }) => error <= max));
-    const [kA, kB] = [result.A.components, result.B.components];
-    t.ok(kA + kB <= most, `${kA} and ${kB} components`);
-    const fewer = extractModule(stack, { ...F32, select: { kind: "k", k: kA === kB ? kA - 1 : Math.min(kA, kB) } });
-    t.ok(
-      fewer.tasks.some(({ error }) => error > max),
-      "fewer on both sides are too few",
-    );
-  }
-});
-
 t.test("other ranks: padded, or refused by name", async (t) => {
   const adapters = [adapterOf("a", 3, 1), adapterOf("b", 2, 2), adapterOf("c", 3, 3)];
   const { chunks } = await buildPack(adapters, { mode: "flat", ...LOSSLESS });

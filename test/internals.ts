@@ -93,7 +93,7 @@ export {
 export { symmetricEigen } from "../dist/src/extract/eigen.js";
 export { deltaError, relative } from "../dist/src/extract/error.js";
 export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-export { alignSigns, balance, mirror, mix, mixColumns, type Pair, turnTo } from "../dist/src/extract/gauge.js";
+export { alignSigns, balance, mirror, mix, type Pair, turnTo } from "../dist/src/extract/gauge.js";
 export {
   backwardSolve,
   cholesky,
@@ -124,7 +124,7 @@ export {
 
 export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
 export { createExtractor } from "../dist/src/extract/extractor.js";
-export { collectGarbage, openThread } from "../dist/src/extract/threads-node.js";
+export { openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
 export { buildStreamed, Draft, gathered, type Seek, writeApart } from "../dist/src/pack/build.js";

@@ -48,8 +48,8 @@ const packed = async (adapters: readonly Adapter[], options?: BuildOptions): Pro
 t.test("what is added keeps to the error that a pack states, whatever its other tasks need", async (t) => {
   const several = [1, 2, 3].map((seed) => adapter(`t${seed}`, seed, ["a", "b"], { rank: 4 }));
   const still = adapter("still", 9, ["a", "b"], { rank: 4, still: true });
-  const options: BuildOptions = { gauge: "balanced", select: { kind: "error", max: 0.2 }, privateTerms: 8 };
-  const pack = await packed([...several, still], options);
+  const { chunks } = await searchPack([...several, still], { goal: { kind: "error", max: 0.2 } });
+  const pack = await opened(chunks);
   t.equal(pack.directory.basis.error, 0.2);
   const newcomer = adapter("new", 7, ["a", "b"], { rank: 4 });
   const [made] = await projectAdapters(pack, [newcomer], completeDtypes());

@@ -10,9 +10,9 @@ import { dawnMissing } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
 import { seededBase } from "./bases.ts";
 import { countingDevice } from "./counting-device.js";
+import { collectGarbage } from "./garbage.ts";
 import {
   type Backend,
-  collectGarbage,
   compile,
   createBackend,
   createJsBackend,
@@ -50,7 +50,7 @@ t.test("a device keeps nothing of what was waited for, and ends all waits when i
     { message: "at once" },
   );
   for (let round = 0; round < 20 && results.some((result) => result.deref()); round++) {
-    collectGarbage("all");
+    collectGarbage();
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
   const kept = results.filter((result) => result.deref()).length;

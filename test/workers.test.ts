@@ -37,7 +37,6 @@ const balanced = { gauge: "balanced", privateTerms: 2 } as const;
 t.test("a pack is the same, whoever extracts", async (t) => {
   const ways: Record<string, BuildOptions> = {
     "column, as trained": { select: { kind: "k", k: 3 } },
-    "an error": { select: { kind: "error", max: 0.3 }, gauge: "balanced" },
     "components and private terms, int4": {
       ...balanced,
       select: { kind: "k", k: 2 },
@@ -103,12 +102,6 @@ t.test("an error says the same, wherever it happens", async (t) => {
       [first, changed(second, () => NaN)],
       { select: { kind: "k", k: 3 } },
       { name: "RangeError", message: new RegExp(`adapter ${second.id}: value 0 of A is NaN`) },
-    ],
-    [
-      "an error that is out of reach",
-      adapters,
-      { select: { kind: "error", max: 1e-9 }, dtype: { basis: "int4", coefficients: "int4" } },
-      { name: "RangeError" },
     ],
     [
       "a reader's error",

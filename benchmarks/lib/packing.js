@@ -13,7 +13,6 @@ export const SETTINGS = {
   "K 16": { select: { kind: "k", k: 16 } },
   "energy 0.9 (default)": {},
   "energy 1, f32": { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } },
-  "error 0.3": { select: { kind: "error", max: 0.3 } },
 };
 
 /** @param {string} setting @param {string} folder where the pack goes */

@@ -278,9 +278,8 @@ export const amount: { k: Maybe<number>; energy: Maybe<number>; error: Maybe<num
 };
 
 /** @throws UsageError for two of them */
-export function selection(options: Partial<Values<typeof amount>>): ComponentSelection {
-  exclusive(options, "k", "energy", "error");
-  const { k, energy = 0.9, error } = options;
-  if (k !== undefined) return { kind: "k", k };
-  return error === undefined ? { kind: "energy", share: energy } : { kind: "error", max: error };
+export function selection(options: Partial<Values<Pick<typeof amount, "k" | "energy">>>): ComponentSelection {
+  exclusive(options, "k", "energy");
+  const { k, energy = 0.9 } = options;
+  return k === undefined ? { kind: "energy", share: energy } : { kind: "k", k };
 }

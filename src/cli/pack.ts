@@ -8,9 +8,7 @@ import { availableParallelism } from "node:os";
 import { type Adapter, commonBase } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
-import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
-import { collectGarbage } from "../extract/threads-node.ts";
 import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
@@ -82,29 +80,16 @@ const OPTIONS = {
       mode: option.choice(
         ["auto", "column", "flat"],
         "Auto: the best for --bytes, --ratio or --error. Column: coefficients for every row of a factor. Flat: one vector for a whole " +
-          "factor. Default: auto; column with --k, --energy, --gauge, --rank, " +
-          "--private-terms, --centering, --normalize or --step.",
+          "factor. Default: auto; column with --k, --energy, --gauge, --rank or --step.",
       ),
       dtype: option.dtypeOrChosen,
       gauge: option.gauge,
       rank: option.rank,
-      privateTerms: option.number(
-        "N",
-        "Give each task N rank-1 terms of its own beside the components, or with --error at most N; needs the balanced gauge.",
-        option.from(1),
-      ),
-      centering: option.centering,
-      normalize: option.normalize,
       step: option.number(
         "S",
         "Store terms as entropy-coded integers. When one goes up by 1, its module's ΔW changes by S times the typical norm of ΔW. " +
           "0.05 takes about three bits a number, 0.1 two. Balanced gauge. Default: as --dtype says; mode auto tries some.",
         { ...option.POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
-      ),
-      headStep: option.number(
-        "S",
-        "The same for heads, as a share of the root mean square of a head. Default: with --step 0.5.",
-        { ...option.POSITIVE, expected: "a share of a head's root mean square, such as 0.5" },
       ),
       names,
       workers: option.number(
@@ -199,7 +184,7 @@ export const pack: Attach = command({
 });
 
 /** What --mode auto would choose; who names one of them has settled for a mode. */
-const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize", "step"] as const;
+const SETTLED = ["k", "energy", "gauge", "rank", "step"] as const;
 
 /** What asks a model; other modes than auto know none. */
 const BY_ANSWERS = [
@@ -243,6 +228,10 @@ function checkOptions(options: PackOptions): void {
         "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
       );
   } else {
+    if (budget === "--error")
+      throw new option.UsageError(
+        "--error is for --mode auto, which holds every task to it; leave --mode out, or say --k, --energy, --bytes or --ratio",
+      );
     const [own] = option.given(options, ...BY_ANSWERS);
     if (own !== undefined) throw new option.UsageError(`${own} is for --mode auto`);
   }
@@ -258,8 +247,6 @@ function checkOptions(options: PackOptions): void {
     throw new option.UsageError(
       "--step decides how many bits components and coefficients have; leave them out of --dtype",
     );
-  if (options.headStep !== undefined && options.step === undefined)
-    throw new option.UsageError("--head-step needs --step");
 }
 
 async function build(
@@ -268,11 +255,10 @@ async function build(
   run: Run,
   out: Output,
 ): Promise<(Streamed<BuildReport | SearchReport> | Built<ByAnswersReport>) & { readonly finished?: string }> {
-  const { rank, privateTerms, centering, step, headStep, ratio, error = DEFAULT_ERROR, dtype = {} } = options;
+  const { rank, step, ratio, error = DEFAULT_ERROR, dtype = {} } = options;
   const mode = modeOf(options);
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
   const bytes = ratio === undefined ? options.bytes : Math.floor(adapterBytes / ratio);
-  freeWith(collectGarbage);
   const { workers = workersFor(adapterBytes) } = options;
   const scratch = run.closing(openScratch(options.output));
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
@@ -293,9 +279,8 @@ async function build(
       bytes === undefined ? { kind: "error", max: error } : { kind: "bytes", max: bytes };
     return searchStreamed(adapters, { ...common, dtype, goal, onProgress: out.progress }, scratch);
   }
-  const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced", normalize } = options;
-  const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}) };
-  const how = { ...common, onProgress: out.progress, ...all, dtype, normalize };
+  const { gauge = (rank ?? step) === undefined ? "as-trained" : "balanced" } = options;
+  const how = { ...common, onProgress: out.progress, mode, gauge, rank, step, dtype };
   if (bytes !== undefined) return buildWithin(adapters, how, bytes);
   return buildStreamed(adapters, { ...how, select: option.selection(options) }, scratch);
 }

@@ -4,7 +4,6 @@
  * nothing of tasks, gauges or stored types.
  */
 import { type Eigen, largestEigen, type Operator, symmetricEigen } from "./eigen.ts";
-import { letGo } from "./garbage.ts";
 import { addScaled, norm, PLAIN, type Products, rowSquares, scale, straighten, transpose } from "./linalg.ts";
 
 /** The singular value decomposition of a stack as far as it was asked for. */
@@ -205,7 +204,6 @@ function fewEigen(x: Float64Array, rows: number, width: number, few: number, pro
         k,
       ),
   };
-  letGo(x.byteLength);
   const release = products.hold?.(x);
   try {
     const found = largestEigen(operator, few, products);

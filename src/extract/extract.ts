@@ -3,7 +3,7 @@
  * Column mode gives each row of a factor coefficients of its own. Flat mode takes the whole factor as one vector.
  * Works on one module at a time, on arrays only: no files, no pack.
  */
-import { storing, UnstorableError } from "../tensor/encode.ts";
+import { storing } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
 import { scale } from "./linalg.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
@@ -17,7 +17,6 @@ import {
   toPairs,
 } from "./project.ts";
 import { componentSteps, type RowSteps, rowSteps } from "./row-steps.ts";
-import { pairsWithin, type SearchSide } from "./search.ts";
 import { decompose, encodeSide, meanWeights, type Side, type SideBasis } from "./side.ts";
 import { targetsOf } from "./subspace.ts";
 
@@ -51,8 +50,7 @@ interface Found {
 
 /**
  * Extracts one module.
- * @throws RangeError for wrong shapes, NaN or infinity, options out of range, values that do not fit the stored types,
- *   and an `error` selection that the stored types cannot reach
+ * @throws RangeError for wrong shapes, NaN or infinity, options out of range, and values that do not fit the stored types
  */
 export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   checkSelection(options.select);
@@ -76,7 +74,6 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     mirror(A.rows, ranks, stack.in, options.rank);
     mirror(B.rows, ranks, stack.out, options.rank);
   }
-  if (options.select.kind === "error") return storeWithin(found, options.select.max);
   return store(found, A.components.count, B.components.count);
 }
 
@@ -106,29 +103,7 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
   for (const side of factor === 1 ? [] : [A, Bt]) scale(factor, side, 0, side.length);
 }
 
-/** The fewest bytes for which no task loses more than `max` of its ΔW. */
-function storeWithin(found: Found, max: number): ModuleExtraction {
-  const { stack, options, ranks, A, B } = found;
-  const all = encodeModule(found, A.components.count, B.components.count, false);
-  const space = openModule(all, options.products);
-  const named: SearchSide["named"] = (task, encode) =>
-    storing(`coefficients of "${stack.name}"`, stack.members[task]!.id, encode);
-  const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank), named };
-  const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks, options.rank), named };
-  try {
-    for (const [kA, kB] of pairsWithin(max, sideA, sideB, options)) {
-      const result = store(found, kA, kB);
-      // The last digits differ between a basis cut short and one computed short.
-      if (result.tasks.every((task) => task.error <= max)) return result;
-    }
-  } catch (cause) {
-    if (cause instanceof UnstorableError) throw cause;
-    throw cause instanceof RangeError ? new RangeError(`${stack.name}: ${cause.message}`, { cause }) : cause;
-  }
-  throw new RangeError(`${stack.name}: an error of ${max} is just out of reach of the stored types; allow more`);
-}
-
-function encodeModule(found: Found, kA: number, kB: number, mixed?: boolean): { A: SideBasis; B: SideBasis } {
+function encodeModule(found: Found, kA: number, kB: number): { A: SideBasis; B: SideBasis } {
   const { stack, A, B, options } = found;
   const { basisDtype: type, products } = options;
   const encoded = (which: "A" | "B", side: Side, k: number): SideBasis => {
@@ -136,7 +111,7 @@ function encodeModule(found: Found, kA: number, kB: number, mixed?: boolean): { 
     return storing(
       `basis ${which} of "${stack.name}"`,
       () => largestOf(found, side),
-      () => encodeSide(side, k, { type, mixed, steps }, products),
+      () => encodeSide(side, k, { type, steps }, products),
     );
   };
   return { A: encoded("A", A, kA), B: encoded("B", B, kB) };

@@ -191,11 +191,6 @@ export async function createAnswerer(): Promise<(question: unknown) => Promise<A
   };
 }
 
-/** Bytes of the arrays that a question holds. */
-export function bytesOf(question: unknown): number {
-  return arraysOf((question as Question).subject).reduce((sum, { byteLength }) => sum + byteLength, 0);
-}
-
 function arraysOf(subject: Subject): readonly (Uint8Array | Float32Array)[] {
   return subject instanceof Uint8Array ? [subject] : subject.members.flatMap(({ A, Bt }) => [A, Bt]);
 }

@@ -7,7 +7,6 @@
 import type { Dtype } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { dominant, ROUNDING } from "./components.ts";
-import { letGo } from "./garbage.ts";
 import {
   addScaled,
   backwardSolve,
@@ -72,9 +71,6 @@ function factored(x: Float64Array, rows: number, width: number, products: Produc
   return { L, size, across: (u, count) => products.multiply(u, Q, count, width, size) };
 }
 
-/** How often the numbers of a pair are written to new arrays on their way to another that stays. */
-const PASSING = 3;
-
 /**
  * The balanced pair of the same ΔW = U·S·Vᵀ: B = U·√S, A = √S·Vᵀ, strongest first. Singular values below one f32 step
  * of the largest are dropped: a rank trim that loses nothing. At least one is kept, so that a zero adapter is a pair
@@ -90,13 +86,11 @@ export function balance(pair: Pair, outputs: number, inputs: number, products: P
     scale(factor, A, i * inputs, inputs);
     scale(factor, Bt, i * outputs, outputs);
   }
-  letGo(PASSING * (pair.A.byteLength + pair.Bt.byteLength));
   return { rank, A, Bt };
 }
 
 /** The singular values of ΔW that `balance` keeps, without the pair. */
 export function singularValues(pair: Pair, outputs: number, inputs: number, products: Products = PLAIN): number[] {
-  letGo(pair.A.byteLength + pair.Bt.byteLength);
   const a = factored(pair.A, pair.rank, inputs, products, false);
   const b = factored(pair.Bt, pair.rank, outputs, products, false);
   const { S, rank } = core(pair.rank, a, b);
@@ -282,11 +276,6 @@ export function fewBits(type: Dtype): boolean {
 /** Rows [rows, width] mixed evenly, each with each. Twice is as before. */
 export function mix(values: Float64Array, rows: number, width: number, products: Products = PLAIN): Float64Array {
   return products.multiply(hartley(rows), values, rows, width, rows);
-}
-
-/** Coefficients [rows, k] of k components after `mix`, from those before, or the other way. */
-export function mixColumns(values: Float64Array, rows: number, k: number): Float64Array {
-  return multiplyTransposed(values, hartley(k), rows, k, k);
 }
 
 /**

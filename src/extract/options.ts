@@ -16,15 +16,10 @@ export type Gauge = "as-trained" | "balanced";
 /** Whether the mean of the rows is subtracted and stored, or not used at all. */
 export type Centering = "keep" | "none";
 
-/**
- * How many components a side keeps, never more than its numerical rank:
- * `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them; `error` per
- * module the numbers of fewest stored bytes for which no task's ΔW error, after rounding, is above `max`.
- */
+/** How many components a side keeps, never more than its numerical rank: `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them. */
 export type ComponentSelection =
   | { readonly kind: "k"; readonly k: number }
-  | { readonly kind: "energy"; readonly share: number }
-  | { readonly kind: "error"; readonly max: number };
+  | { readonly kind: "energy"; readonly share: number };
 
 /** How the components of one module are found. */
 export interface ExtractOptions {
@@ -58,12 +53,12 @@ export interface ProjectOptions extends Pick<ExtractOptions, "gauge" | "coeffici
   readonly step?: number | undefined;
 }
 
-/** How many components a selection asks for, or what says so, given the singular values; an error is judged on all of them later. */
+/** How many components a selection asks for, or what says so, given the singular values. */
 export function wanted({
   select,
 }: Pick<ExtractOptions, "select">): number | ((singular: Float64Array, total: number) => number) {
   if (select.kind === "k") return select.k;
-  if (select.kind === "error" || select.share === 1) return (singular) => singular.length;
+  if (select.share === 1) return (singular) => singular.length;
   return (singular, total) => {
     let held = 0;
     let k = 0;
@@ -83,21 +78,20 @@ export function checkRank({ rank, gauge, mode }: Pick<ExtractOptions, "rank" | "
 }
 
 /** @throws RangeError for steps where they mean nothing */
-export function checkSteps({ steps, mode, select }: Pick<ExtractOptions, "steps" | "mode" | "select">): void {
+export function checkSteps({ steps, mode }: Pick<ExtractOptions, "steps" | "mode">): void {
   if (!steps) return;
   if (mode === "flat") throw new RangeError("step: flat mode has one vector of coefficients; take column mode");
-  if (select.kind === "error") throw new RangeError("step: it decides what is lost; leave the error out");
 }
 
 /** @throws RangeError for a number out of range */
 export function checkSelection(select: ComponentSelection): void {
+  const { kind }: { readonly kind: string } = select;
+  if (kind !== "k" && kind !== "energy")
+    throw new RangeError(`select.kind must be "k" or "energy", got "${kind}"; for an error or a size take searchPack`);
   if (select.kind === "k" && !(Number.isInteger(select.k) && select.k >= 1)) {
     throw new RangeError(`select.k must be a whole number from 1, got ${select.k}`);
   }
   if (select.kind === "energy" && !(select.share > 0 && select.share <= 1)) {
     throw new RangeError(`select.share must be above 0 and at most 1, got ${select.share}`);
-  }
-  if (select.kind === "error" && !(select.max > 0)) {
-    throw new RangeError(`select.max must be above 0, got ${select.max}`);
   }
 }

@@ -7,9 +7,8 @@
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { narrowed, storing } from "../tensor/encode.ts";
 import type { PrivateChoice } from "./allocation.ts";
-import { deltaError, pairNorm, relative, stackedPairs } from "./error.ts";
+import { deltaError, relative, stackedPairs } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
-import { letGo } from "./garbage.ts";
 import { balance, leadingRows, mix, type Pair, pairOf, singularValues } from "./gauge.ts";
 import type { Products } from "./linalg.ts";
 import type { ExtractOptions, ProjectOptions } from "./options.ts";
@@ -26,9 +25,6 @@ import { rounded } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */
 const ROUNDS = 3;
-
-/** Numbers of components that are tried where an error decides; between them the bytes change little. */
-const TRIED = [0, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128];
 
 /** Private terms, encoded: A [q, in], Bᵀ [q, out]. */
 export interface PrivateTerms {
@@ -51,10 +47,7 @@ export function narrowPrivate(
 }
 
 export interface PrivateOptions extends ExtractOptions {
-  /**
-   * Rank of the private part: of every task with `select` by number or energy, the most with an error, where each task has as few as
-   * do. Or what each member of the stack has, in its order, in a number format of its own.
-   */
+  /** Rank of the private part of every task; or what each member of the stack has, in its order, in a number format of its own. */
   readonly privateTerms: number | readonly (PrivateChoice | undefined)[];
 }
 
@@ -69,35 +62,15 @@ export interface MixedExtraction extends ModuleExtraction {
 
 /**
  * Extracts one module, private terms beside shared ones.
- * @throws RangeError as `extractModule`; also for another gauge than balanced, and when an error is out of reach
+ * @throws RangeError as `extractModule`; also for another gauge than balanced
  */
 export function extractMixed(stack: ModuleStack, options: PrivateOptions): MixedExtraction {
-  const { select, gauge, privateTerms: terms } = options;
+  const { gauge, privateTerms: terms } = options;
   if (typeof terms === "number" && !(Number.isInteger(terms) && terms >= 1))
     throw new RangeError(`privateTerms must be a whole number from 1, got ${terms}`);
-  if (typeof terms === "object" && select.kind === "error")
-    throw new RangeError(
-      "an error decides how many private terms there are: give their greatest number, no allocation",
-    );
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
   if (options.mode === "flat") throw new RangeError("private terms stand beside shared rows; take column mode");
-  const given = stack.members.map(pairOf);
-  if (select.kind !== "error") return alternate(stack, given, options).found;
-
-  const rows = given.reduce((sum, { rank }) => sum + Math.min(rank, options.rank ?? rank), 0);
-  const most = Math.min(rows, stack.in, stack.out);
-  let best: Mixed | undefined;
-  for (const k of TRIED) {
-    if (k > most) break;
-    const tried = alternate(stack, given, { ...options, select: { kind: "k", k } }, select.max);
-    if (tried.reached && !(best && best.bytes <= tried.bytes)) best = tried;
-    // Where more components cost more than the private terms that they save, still more do too.
-    else if (best && tried.bytes > 1.2 * best.bytes) break;
-  }
-  if (best) return best.found;
-  throw new RangeError(
-    `${stack.name}: an error of ${select.max} is out of reach of ${options.privateTerms} private terms in ${options.coefficientDtype}; allow more`,
-  );
+  return alternate(stack, stack.members.map(pairOf), options);
 }
 
 /** What one member may have for itself. */
@@ -107,22 +80,9 @@ function choiceOf({ privateTerms, coefficientDtype: dtype }: PrivateOptions, mem
     : (privateTerms[member] ?? { rank: 0, dtype });
 }
 
-interface Mixed {
-  found: MixedExtraction;
-  /** Bytes of everything that is stored of the module. */
-  bytes: number;
-  /** Σ‖ΔW − ΔW'‖². */
-  lost: number;
-  /** Whether every task is within the error asked for. */
-  reached: boolean;
-}
-
-/** How often the numbers of a task are written to new arrays on their way from a balanced pair. */
-const PASSING = 4;
-
-/** @param error each task has as few private terms as keep it within; undefined: all that there may be */
-function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateOptions, error?: number): Mixed {
-  let best: Mixed | undefined;
+/** Takes turns until a round loses no less of the tasks' ΔW. */
+function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateOptions): MixedExtraction {
+  let best: { found: MixedExtraction; bytes: number; lost: number } | undefined;
   let members = stack.members;
   for (let round = 0; round < ROUNDS; round++) {
     const shared = extractShared(
@@ -130,35 +90,23 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
       { ...options, rank: options.rank ?? Math.max(...given.map(({ rank }) => rank)) },
     );
     const parts = expanded(shared, options);
-    const tasks = shared.tasks.map((task, i) => {
-      letGo(PASSING * (given[i]!.A.byteLength + given[i]!.Bt.byteLength));
-      return storing(`a private term of "${stack.name}"`, task.id, () =>
+    const tasks = shared.tasks.map((task, i) =>
+      storing(`a private term of "${stack.name}"`, task.id, () =>
         withPrivate({ task, given: given[i]!, shared: parts[i]! }, choiceOf(options, i), {
-          error,
           products: options.products,
           step: options.steps?.[i],
         }),
-      );
-    });
+      ),
+    );
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
-    const mixed: Mixed = {
-      found,
-      bytes: bytesOf(found),
-      lost: tasks.reduce((sum, { lost }) => sum + lost, 0),
-      reached: tasks.every(({ reached }) => reached),
-    };
-    if (best && !better(mixed, best)) break;
-    best = mixed;
+    const [bytes, lost] = [bytesOf(found), tasks.reduce((sum, { lost }) => sum + lost, 0)];
+    if (best && (bytes !== best.bytes ? bytes > best.bytes : lost >= best.lost)) break;
+    best = { found, bytes, lost };
     const none = options.select.kind === "k" && options.select.k === 0;
     if (none || tasks.every(({ terms }) => terms.rank === 0)) break;
     members = stack.members.map((member, i) => without(member, tasks[i]!.terms));
   }
-  return best!;
-}
-
-function better(one: Mixed, other: Mixed): boolean {
-  if (one.reached !== other.reached) return one.reached;
-  return one.bytes !== other.bytes ? one.bytes < other.bytes : one.lost < other.lost;
+  return best!.found;
 }
 
 const EMPTY = new Uint8Array(0);
@@ -211,61 +159,38 @@ function expanded({ A, B, tasks }: ModuleExtraction, { coefficientDtype, product
   return tasks.map((task) => storedPair(space, task, coefficientDtype));
 }
 
-/** The fewest private terms that reach the error, or all that are allowed. */
+/** The strongest private terms, as many as are allowed and worth their bits. */
 function withPrivate(
   { task, given, shared }: Begun,
   { rank: limit, dtype }: PrivateChoice,
-  { error, products, step }: { error?: number | undefined; products?: Products | undefined; step?: number | undefined },
-): { task: MixedTask; terms: Pair; lost: number; reached: boolean } {
+  { products, step }: { products?: Products | undefined; step?: number | undefined },
+): { task: MixedTask; terms: Pair; lost: number } {
   const width = given.A.length / given.rank;
   const height = given.Bt.length / given.rank;
   const rest = balance(stackedPairs(given, shared, -1), height, width, products);
   const most = Math.min(limit, rest.rank);
-  const worth = step === undefined ? most : Math.min(most, worthRows(rest, step, (width + height) / 2));
-  let least = error === undefined ? worth : leastRank(rest, error, pairNorm(given));
-  for (; ; least++) {
-    const q = Math.min(least, most);
-    const leading = leadingRows(rest, q);
-    const steps = step === undefined ? undefined : rowSteps(leading, step);
-    const mixed = !steps && isQuantized(dtype);
-    const even = mixed ? { A: mix(leading.A, q, width), Bt: mix(leading.Bt, q, height) } : leading;
-    const find = products?.findScale;
-    const A = rounded(dtype, even.A, q, width, steps?.A, find);
-    const Bt = rounded(dtype, even.Bt, q, height, steps?.Bt, find);
-    const rows = { rank: q, A: A.values, Bt: Bt.values };
-    const stored = stackedPairs(shared, rows, 1);
-    const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
-    const approximation = stored.rank > 0 ? stored : nothing;
-    // Where nothing is shared, what is stored is in the gauge of what is left.
-    const differenceOf = shared.rank > 0 ? undefined : () => deltaError(rest, approximation, products).difference;
-    const { difference, norm } = deltaError(given, approximation, products, differenceOf);
-    const found = relative(difference, norm);
-    if (error !== undefined && found > error && q < most) continue;
-    const whole = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
-    const terms = whole && steps ? narrowPrivate(whole, { in: width, out: height }) : whole;
-    return {
-      task: { ...task, error: found, norm, privateTerms: terms },
-      terms: rows,
-      lost: difference ** 2,
-      reached: error === undefined || found <= error,
-    };
-  }
-}
-
-/** How many singular values of what is left must be taken away, before rounding. */
-function leastRank(rest: Pair, error: number, norm: number): number {
-  let left = 0;
-  for (let q = rest.rank; q > 0; q--) {
-    left += squareOf(rest, q - 1);
-    if (Math.sqrt(left) > error * norm) return q;
-  }
-  return 0;
-}
-
-/** The square of a singular value: of a balanced pair a row of A is √s long. */
-function squareOf({ rank, A }: Pair, row: number): number {
-  const width = A.length / rank;
-  return A.subarray(row * width, (row + 1) * width).reduce((sum, value) => sum + value ** 2, 0) ** 2;
+  const q = step === undefined ? most : Math.min(most, worthRows(rest, step, (width + height) / 2));
+  const leading = leadingRows(rest, q);
+  const steps = step === undefined ? undefined : rowSteps(leading, step);
+  const mixed = !steps && isQuantized(dtype);
+  const even = mixed ? { A: mix(leading.A, q, width), Bt: mix(leading.Bt, q, height) } : leading;
+  const find = products?.findScale;
+  const A = rounded(dtype, even.A, q, width, steps?.A, find);
+  const Bt = rounded(dtype, even.Bt, q, height, steps?.Bt, find);
+  const rows = { rank: q, A: A.values, Bt: Bt.values };
+  const stored = stackedPairs(shared, rows, 1);
+  const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
+  const approximation = stored.rank > 0 ? stored : nothing;
+  // Where nothing is shared, what is stored is in the gauge of what is left.
+  const differenceOf = shared.rank > 0 ? undefined : () => deltaError(rest, approximation, products).difference;
+  const { difference, norm } = deltaError(given, approximation, products, differenceOf);
+  const whole = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
+  const terms = whole && steps ? narrowPrivate(whole, { in: width, out: height }) : whole;
+  return {
+    task: { ...task, error: relative(difference, norm), norm, privateTerms: terms },
+    terms: rows,
+    lost: difference ** 2,
+  };
 }
 
 /** The member without a part of it. */

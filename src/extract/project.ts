@@ -151,13 +151,13 @@ function projectSide(
   const { components } = space;
   const { encoded, values } = rounded(
     type,
-    solve(space, target, components),
+    solve(space, target),
     target.kept,
     components,
     steps,
     space.products.findScale,
   );
-  return { encoded, loss: lossOf(space, target, values, components) };
+  return { encoded, loss: lossOf(space, target, values) };
 }
 
 /** Whether rows of unlike length would be rounded to few bits. */

@@ -127,15 +127,14 @@ export function stacked(factors: readonly Float64Array[], view: boolean = false)
 /** How components are stored. */
 export interface StoredAs {
   readonly type: Dtype;
-  /** Whether they are mixed. Default: of few bits. */
-  readonly mixed?: boolean | undefined;
-  /** Steps of their integers and of the mean's; those that would be all zeros are left out. `type` and `mixed` then mean nothing. */
+  /** Steps of their integers and of the mean's; those that would be all zeros are left out. `type` then means nothing. */
   readonly steps?: Float64Array | undefined;
 }
 
 /** The first `count` components and the mean as they are stored. */
 export function encodeSide(side: Omit<Side, "rows">, most: number, stored: StoredAs, products?: Products): SideBasis {
-  const { type, steps, mixed = !steps && fewBits(type) } = stored;
+  const { type, steps } = stored;
+  const mixed = !steps && fewBits(type);
   const { width, rank, mean } = side;
   const { vectors, singular, total } = side.components;
   const first = vectors.subarray(0, most * width);
@@ -146,7 +145,7 @@ export function encodeSide(side: Omit<Side, "rows">, most: number, stored: Store
   if (count === 0 && !mean) {
     // No reader takes a side with neither components nor a mean.
     const zeros = { ...side, mean: new Float64Array(width) };
-    return encodeSide(zeros, 0, { type, mixed, steps: steps && Float64Array.of(1) }, products);
+    return encodeSide(zeros, 0, { type, steps: steps && Float64Array.of(1) }, products);
   }
   // The mean lies behind the components that are left.
   const values = all.copyWithin(count * width, most * width).subarray(0, all.length - (most - count) * width);

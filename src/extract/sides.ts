@@ -8,7 +8,6 @@ import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
 import { deltaError, relative } from "./error.ts";
 import type { ModuleStack } from "./extract.ts";
-import { letGo } from "./garbage.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { addScaled, dot, type Products, rowSquares } from "./linalg.ts";
 import type { ModuleMember, TaskCoefficients } from "./project.ts";
@@ -84,9 +83,6 @@ export function openSides({ A, B }: BySide<readonly StoredBasis[]>, products: Pr
   return { A: A.map(open), B: B.map(open) };
 }
 
-/** How often the numbers of a task are written to new arrays on their way from a balanced pair. */
-const PASSING = 8;
-
 /**
  * A task as it is stored.
  * @param step by how much ΔW changes from one integer to the next
@@ -101,7 +97,6 @@ export function takeSides(
   products: Products,
 ): SidesTask {
   const given = pairOf(member);
-  letGo(PASSING * (given.A.byteLength + given.Bt.byteLength));
   const { A, B } = choice;
   const [basisA, basisB] = [bases.A[A.basis ?? -1], bases.B[B.basis ?? -1]];
   // What is not stored of a side is left out first, so that the other side makes the best of it.
@@ -183,7 +178,7 @@ function widthOf(a: number, b: number, basisA: Subspace | undefined, basisB: Sub
 /** The rows of a factor as far as a basis reaches them. */
 function within(basis: Subspace, rows: Float64Array, rank: number): Float64Array {
   const [target] = targetsOf(basis, rows, [rank]);
-  return expand(basis, solve(basis, target!, basis.components), rank);
+  return expand(basis, solve(basis, target!), rank);
 }
 
 /** One side of a task as stored. */
@@ -220,7 +215,7 @@ function onBasis(
   let total = 0;
   for (let i = 0; i < count; i++) total += squares[i * count + i]!;
   if (dot(at, 0, at, 0, at.length) < least * total) return undefined;
-  const { encoded: alpha, values } = rounded("int8", solve(basis, target, K), count, K, steps);
+  const { encoded: alpha, values } = rounded("int8", solve(basis, target), count, K, steps);
   return { alpha, K, values: expand(basis, values, count) };
 }
 

@@ -4,8 +4,7 @@
  * off by products (DESIGN.md 2.5).
  *
  * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal
- * basis whose first k vectors span the first k components. In these coordinates errors are sums of squares, for any
- * number of components at once, and no row is ever expanded.
+ * basis of the same span. In these coordinates errors are sums of squares, and no row is ever expanded.
  */
 import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
 import { encodeTensor, type FindScale } from "../tensor/encode.ts";
@@ -146,7 +145,7 @@ function outsideOf(
     if (left[i]! <= ROUNDING ** 2 * square) left[i] = 0;
   }
   if (space.rank === undefined && isLost) {
-    const all = expand(space, solve(space, { at, kept: rank }, components), rank);
+    const all = expand(space, solve(space, { at, kept: rank }), rank);
     const { lost, cross } = sideError(values, all, rank, width, products);
     return { outside: lost, rowsOutside: cross };
   }
@@ -167,12 +166,10 @@ function outsideOf(
   return { outside, rowsOutside };
 }
 
-/** Least squares coefficients [kept, k] of a target on the first k components as stored, about the mean as stored. */
-export function solve(space: Subspace, { at, kept }: Pick<Target, "at" | "kept">, k: number): Float64Array {
-  const { components } = space;
-  const out = new Float64Array(kept * k);
-  for (let i = 0; i < kept; i++) out.set(at.subarray(i * components, i * components + k), i * k);
-  backwardSolve(space.factor, components, k, out, kept);
+/** Least squares coefficients [kept, components] of a target on the components as stored, about the mean as stored. */
+export function solve({ components, factor }: Subspace, { at, kept }: Pick<Target, "at" | "kept">): Float64Array {
+  const out = at.slice(0, kept * components);
+  backwardSolve(factor, components, components, out, kept);
   return out;
 }
 
@@ -190,22 +187,18 @@ export function largestSine(space: Subspace, target: Target): number {
 }
 
 /**
- * What coefficients α [kept, k] make of a target: the part outside the span, and what α·L misses inside it. In flat mode the rows of
+ * What coefficients α [kept, components] make of a target: the part outside the span, and what α·L misses inside it. In flat mode the rows of
  * a factor share coefficients, and what they lose is seen on the expanded factor only.
  */
-export function lossOf(space: Subspace, target: Target, coefficients: Float64Array, k: number): SideError {
+export function lossOf(space: Subspace, target: Target, coefficients: Float64Array): SideError {
   const { components, factor, meanAt } = space;
-  if (space.rank !== undefined) {
-    const all = new Float64Array(components);
-    all.set(coefficients);
-    return sideError(target.values, expand(space, all, 1), space.rank, space.width / space.rank);
-  }
+  if (space.rank !== undefined)
+    return sideError(target.values, expand(space, coefficients, 1), space.rank, space.width / space.rank);
   const { rank, kept, rows, at, outside, rowsOutside } = target;
-  // A component without a coefficient is missed entirely.
   const missed = at.slice(0, kept * components);
   for (let i = 0; i < kept; i++)
-    for (let n = 0; n < k; n++)
-      addScaled(-coefficients[i * k + n]!, factor, n * components, missed, i * components, n + 1);
+    for (let n = 0; n < components; n++)
+      addScaled(-coefficients[i * components + n]!, factor, n * components, missed, i * components, n + 1);
   const lost = new Float64Array(rank * rank);
   const cross = new Float64Array(rank * rank);
   for (let j = 0; j < kept; j++) {
@@ -224,7 +217,7 @@ export function lossOf(space: Subspace, target: Target, coefficients: Float64Arr
 }
 
 /** Fills in what rows without coefficients lose: themselves, mean and all. */
-export function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): void {
+function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): void {
   for (let i = 0; i < rank; i++) {
     for (let j = kept; j < rank; j++) {
       cross[i * rank + j] = rows[i * rank + j]!;

@@ -1,8 +1,6 @@
 /**
  * Threads of Node, Deno and Bun: what `#threads` of package.json is where the condition `node` is set.
  */
-import { setFlagsFromString } from "node:v8";
-import { runInNewContext } from "node:vm";
 import type { Thread } from "./threads-web.ts";
 
 /** Starts a thread for extraction. @throws Error when it cannot be started; from `ask` when it ends before it has answered */
@@ -30,24 +28,4 @@ export async function openThread(): Promise<Thread> {
       }),
     close: async () => void (await worker.terminate()),
   };
-}
-
-/** V8's collector; undefined until it is first asked for, null where there is none. */
-let collector: ((options?: { type: "minor" }) => void) | null | undefined;
-
-/** Frees unused arrays, all of them or the young ones. Does nothing in engines without such a function. */
-export function collectGarbage(which: "young" | "all"): void {
-  if (collector === undefined) {
-    collector = null;
-    try {
-      // The flag gives new contexts the function, and no others.
-      setFlagsFromString("--expose-gc");
-      collector = runInNewContext("gc") as NonNullable<typeof collector>;
-      setFlagsFromString("--no-expose-gc");
-    } catch {
-      // Another engine: it keeps its own time.
-    }
-  }
-  if (which === "young") collector?.({ type: "minor" });
-  else collector?.();
 }

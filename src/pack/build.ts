@@ -5,7 +5,6 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { commonBase, type SharedModule } from "../adapters/adapter.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
-import { letGo } from "../extract/garbage.ts";
 import type { TermInput } from "../format/encode.ts";
 import { ROUND } from "../work.ts";
 import { type Adapters, type Encoded, encode, type Known, openAdapters, partOf, sideInput } from "./encode.ts";
@@ -207,9 +206,7 @@ async function writeTasks(
     terms.set(adapter, own.map(termSummary));
     // Private terms are as narrow as they can be.
     const narrow = step !== undefined && (recipe.sides || own.some(({ rank }) => rank > 0));
-    const task = await encodeAdapter(adapter, narrow ? narrowTerms(own, widths) : own, names, head);
-    letGo(PASSING * task.blob.length);
-    return task;
+    return encodeAdapter(adapter, narrow ? narrowTerms(own, widths) : own, names, head);
   });
   const { mode, gauge, centering, rank } = extraction;
   const baseModel = commonBase(adapters);
@@ -220,9 +217,6 @@ async function writeTasks(
   const sized = { bytes, blobs, modules: names.length, components };
   return { chunks, report: buildReport(adapters, recipe, sized, { errors, terms }, fingerprints !== undefined) };
 }
-
-/** How often the bytes of a blob are in arrays that are of no use once it is made. */
-const PASSING = 2;
 
 /** An adapter of rank 16 on all layers of half a billion numbers has half of it. */
 const GROUP = 2 ** 24;

@@ -21,7 +21,6 @@ import type { PrivateChoice } from "../extract/allocation.ts";
 import { pairNorm } from "../extract/error.ts";
 import type { ModuleStack } from "../extract/extract.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
-import { letGo } from "../extract/garbage.ts";
 import { pairOf } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
 import type { MixedExtraction } from "../extract/private.ts";
@@ -257,8 +256,6 @@ export async function readStack({
     terms.push(...(await Promise.all(some.map(({ modules }) => modules.get(shape.name)!.read()))));
   }
   const members = terms.map((term, i) => ({ ...term, id: owners[i]!.id }));
-  // Each number lies in the file's bytes, decoded, turned, and as sent to a thread.
-  letGo(4 * 4 * members.reduce((sum, { A, Bt }) => sum + A.length + Bt.length, 0));
   return { stack: { ...shape, members }, terms };
 }
 

@@ -35,8 +35,7 @@ export interface BuildOptions {
   readonly rank?: number | undefined;
   /**
    * Rank-1 terms that each task has to itself in every module, with gauge "balanced", beside the components or, with `select` k 0,
-   * instead of them. With an error to keep, an upper limit; each task uses as few as it needs. Or how many, and their number format,
-   * by task and module (`searchPack` finds that). Default: 0.
+   * instead of them. Or how many, and their number format, by task and module (`searchPack` finds that). Default: 0.
    */
   readonly privateTerms?: number | Allocation | undefined;
 
@@ -136,10 +135,7 @@ export function recipeOf(adapters: readonly unknown[], options: BuildOptions): R
     : completeDtypes(dtype);
   const dtypes = { basisDtype: basis, coefficientDtype: coefficients };
   const extraction = { mode, gauge, rank, centering, normalize, select, ...dtypes };
-  // Components alone have nothing beside them that could keep to it, and with a step it would mean sides.
-  const keeps = select.kind === "error" && step === undefined && privateTerms !== 0;
-  const error = keeps ? Math.min(1, select.max) : undefined;
-  return { extraction, privateTerms, head: { type: head, step: headStep }, step, error };
+  return { extraction, privateTerms, head: { type: head, step: headStep }, step };
 }
 
 /** @throws RangeError for a step that is no share */

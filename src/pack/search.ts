@@ -168,7 +168,7 @@ async function searchWith(
 }
 
 /** Asks the judge, for a goal of scores. */
-async function judged(search: Search, way: Way, built: Streamed, select?: ComponentSelection): Promise<Candidate> {
+async function judged(search: Search, way: Way, built: Streamed, select?: Amount): Promise<Candidate> {
   const { goal, reference } = search;
   const { bytes, errors } = built.report;
   const tried: Tried = { name: nameOf(way), way, select, bytes, error: mean(errors.map(({ total }) => total)) };
@@ -248,13 +248,15 @@ function mean(figures: readonly number[]): number {
 /** A figure of each task, by id. */
 export type PerTask = ReadonlyMap<string, number> | Readonly<Record<string, number>>;
 
+/** How much is stored: components, or what an error takes of private terms. */
+export type Amount = ComponentSelection | { readonly kind: "error"; readonly max: number };
+
 /** What a pack must keep to. */
 export type Goal =
   /** The best pack of at most so many bytes. */
   | { readonly kind: "bytes"; readonly max: number }
   /**
-   * The smallest pack with ‖ΔW − ΔW'‖ / ‖ΔW‖ at most `max`: of every task over all its modules; in ways whose components grow, of every
-   * module of every task.
+   * The smallest pack with ‖ΔW − ΔW'‖ / ‖ΔW‖ of every task, over all its modules, at most `max`. Ways whose components grow take none.
    */
   | { readonly kind: "error"; readonly max: number }
   /** The smallest pack that keeps the scores that `judge` gives. */
@@ -278,7 +280,7 @@ export type Judge = (pack: Pack, ids: readonly string[]) => PerTask | Promise<Pe
 export interface Tried {
   readonly name: string;
   readonly way: Way;
-  readonly select?: ComponentSelection | undefined;
+  readonly select?: Amount | undefined;
   /** Undefined where the goal is out of reach. */
   readonly bytes?: number | undefined;
   /** Mean ΔW error. */
@@ -308,7 +310,7 @@ export interface SearchOptions
    */
   readonly ways?: readonly Way[];
   /** Numbers of components to look among for a score, from few to many. Default: from 1 to all in steps of a fifth to a half. */
-  readonly ladder?: readonly ComponentSelection[];
+  readonly ladder?: readonly Amount[];
   /** Called when a way has been tried; with a score after each pack that was judged. */
   readonly onTry?: (tried: Tried) => void;
   readonly signal?: AbortSignal | undefined;
@@ -429,13 +431,9 @@ interface Kind {
   is(way: Way): boolean;
   nameOf(way: Way): string;
   /** Amounts to show to a judge of scores. @param given what the search says of it */
-  ladder(
-    adapters: readonly Adapter[],
-    way: Way,
-    given: readonly ComponentSelection[] | undefined,
-  ): readonly ComponentSelection[];
+  ladder(adapters: readonly Adapter[], way: Way, given: readonly Amount[] | undefined): readonly Amount[];
   /** @throws Unreachable */
-  make(lent: Lent, way: Way, amount: ComponentSelection): Promise<Streamed>;
+  make(lent: Lent, way: Way, amount: Amount): Promise<Streamed>;
   /** The best pack of at most `max` bytes. @throws Unreachable */
   within(lent: Lent, way: Way, max: number): Promise<Streamed>;
 }
@@ -453,7 +451,10 @@ const COMPONENTS: Kind = {
   nameOf: ({ mode = "column", gauge = "as-trained", rank, step, dtype }) =>
     [mode, gauge, rank && `rank ${rank}`, step ? `step ${step}` : dtype?.basis].filter(Boolean).join(", "),
   ladder: (adapters, way, given) => given ?? ladderOf(mostComponents(adapters, way)),
-  make: (lent, way, select) => plainPack(lent, { ...lentOptions(lent), ...optionsOf(way), select }),
+  make(lent, way, select) {
+    if (select.kind === "error") throw new Unreachable("components are sought for a size or a score, not for an error");
+    return plainPack(lent, { ...lentOptions(lent), ...optionsOf(way), select });
+  },
   within(lent, way, max) {
     const made = (k: number): Promise<Streamed> => this.make(trying(lent), way, { kind: "k", k });
     return grow(made, sizeOf, max, mostComponents(lent.opened.adapters, way));
@@ -486,7 +487,7 @@ async function plainPack({ opened }: Lent, options: BuildOptions): Promise<Strea
 }
 
 /** Errors that are tried where scores decide how much private terms hold. */
-const ERRORS: readonly ComponentSelection[] = Array.from({ length: 12 }, (_, i) => ({
+const ERRORS: readonly Amount[] = Array.from({ length: 12 }, (_, i) => ({
   kind: "error",
   max: 0.6 * 0.75 ** i,
 }));
@@ -622,7 +623,7 @@ function nameOf(way: Way): string {
 }
 
 /** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most that there can be. */
-function ladderOf(most: number): ComponentSelection[] {
+function ladderOf(most: number): Amount[] {
   const steps: number[] = [];
   for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
   return [...steps, most].map((k) => ({ kind: "k", k }));

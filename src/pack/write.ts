@@ -8,7 +8,6 @@ import { parseTaskFile } from "../core/task-file.ts";
 import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/trust.ts";
 import { TrustError } from "../errors.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
-import { letGo } from "../extract/garbage.ts";
 import { isCoded } from "../format/coded.ts";
 import { parseBasis } from "../format/directory.ts";
 import { type BasisInput, encodeBasis, encodeSignedTaskFile } from "../format/encode.ts";
@@ -148,9 +147,6 @@ export async function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign
 /** A longer header, as one with numbers of rows, is a task's own. In bytes. */
 const MOST_HEADER = 16_384;
 
-/** How often the bytes of a blob are written to arrays that are of no use once it is coded. */
-const PASSING = 6;
-
 /** The basis that sections are coded for. */
 interface Basis {
   readonly modules: readonly PackModule[];
@@ -167,7 +163,6 @@ export function codedBases(bases: Uint8Array, { modules, description }: Basis): 
 export function codedTask(task: TaskToWrite, { modules, description }: Basis): TaskToWrite {
   const { entry, blob } = task;
   const coded = encodeSection(blob, tensorsOf(task, modules), 4, description);
-  letGo(PASSING * blob.length);
   return { entry, blob: coded ?? blob };
 }
 

@@ -19,7 +19,7 @@ import { type BuildReport, baseNotes, baseWarnings, componentsOf, fewerWarnings 
 import { newPack } from "../write.ts";
 import { factorsOf, gramComponents, type Statistics, type Summary } from "./statistics.ts";
 
-/** How a basis is made. The selection is by `k` or `energy`. */
+/** How a basis is made. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {
   /** Number format of components and means. Default: f16. */
   readonly dtype?: Dtype;
@@ -39,7 +39,7 @@ export interface BasisReport
 /**
  * The basis of all adapters that were counted: what `buildPack` finds in column mode with the same settings, to the bit where
  * a side's rows were kept, and else up to rounding.
- * @throws RangeError for a selection by error, and for the balanced gauge with the mean kept: both need all adapters at once
+ * @throws RangeError for the balanced gauge with the mean kept, which needs all adapters at once
  * @throws AdapterError for components that cannot be stored
  * @throws BaseMismatchError when the base given does not have the modules
  * @returns a pack without tasks, and what was found
@@ -48,11 +48,6 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   const { select = { kind: "energy", share: 0.9 }, centering = "keep", dtype = "f16", base } = options;
   const { gauge, rank, normalize } = statistics;
   checkSelection(select);
-  if (select.kind === "error") {
-    throw new RangeError(
-      "a largest error is judged on all adapters at once: select by k or energy, or pack on one machine",
-    );
-  }
   if (gauge === "balanced" && centering === "keep") {
     throw new RangeError(
       'balanced pairs settle their signs by the mean of all adapters at once: take centering "none", or statistics in gauge "as-trained"',
