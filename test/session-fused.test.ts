@@ -1,11 +1,10 @@
 /**
- * Models as onnxruntime's optimiser fuses them (test/data/fused): queries, keys and values inside one operator, biases inside the norms
- * and activations behind them. Compared with PEFT's logits.
+ * Models with fused layers: as onnxruntime's optimiser makes them (test/data/fused), with queries, keys and values inside one operator and
+ * biases inside the norms and activations behind them; and as onnxruntime-genai's model builder writes them (test/data/builder), in 4 bits
+ * too. Compared with PEFT's logits, in 4 bits on the dequantised base.
  */
 import { readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { difference } from "./adapters.ts";
@@ -23,50 +22,88 @@ import {
   readModel,
   toBinary,
 } from "./internals.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
-import { MODES, modesOn, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
+import * as packs from "./packs.ts";
+import { data, LOSSLESS } from "./packs.ts";
+import { type Feeds, MODES, modesOn, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
-const { rows, mask, logits } = JSON.parse(readFileSync(data("fused/goldens.json"), "utf8")) as {
-  rows: number[][];
-  mask: number[][];
-  logits: Record<string, Record<string, number[]>>;
-};
-const FILES = [
-  ["bert", "bert"],
-  ["bert-mask", "bert"],
-  ["roberta", "roberta"],
-  ["distilbert", "distilbert"],
-] as const;
+type Folder = "fused" | "builder";
+interface Golden {
+  readonly rows: readonly (readonly number[])[];
+  readonly mask?: readonly (readonly number[])[];
+  /** By what answers and task. */
+  readonly logits: Readonly<Record<string, Readonly<Record<string, readonly number[]>>>>;
+}
+const read = (folder: Folder): Golden => JSON.parse(readFileSync(data(`${folder}/goldens.json`), "utf8"));
+const GOLDENS: Readonly<Record<Folder, Golden>> = { fused: read("fused"), builder: read("builder") };
+const { logits } = GOLDENS.fused;
+
+/** Folder, file, the model of its pack, and what its answers are called. */
+const FILES: readonly (readonly [Folder, file: string, kind: string, answers: string])[] = [
+  ["fused", "bert", "bert", "bert"],
+  ["fused", "bert-mask", "bert", "bert"],
+  ["fused", "roberta", "roberta", "roberta"],
+  ["fused", "distilbert", "distilbert", "distilbert"],
+  ["builder", "llama", "llama", "llama"],
+  ["builder", "llama-apart", "llama", "llama-apart"],
+  ["builder", "llama-int4", "llama", "llama-int4"],
+  ["builder", "qwen2", "qwen2", "qwen2"],
+  ["builder", "qwen3", "qwen3", "qwen3"],
+  // Gate and up in one layer.
+  ["builder", "small-gates", "small", "small-gates"],
+  // Layers packed in the checkpoint, as they are, and as the builder divides them.
+  ["builder", "phi3", "phi3", "phi3"],
+  ["builder", "phi3-apart", "phi3", "phi3-apart"],
+];
 
 /** A lossless pack of the adapters of a model, with its fingerprints. */
-async function packOf(t: Test, kind: string, withBase = true): Promise<Pack> {
-  const adapters = await readAdapters([data(`fused/adapters/${kind}`)]);
-  const base = withBase ? data(`fused/${kind}.safetensors`) : undefined;
-  const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...(base && { base }) });
-  for (const adapter of adapters) await adapter.close();
-  const pack = await openPack(concat(chunks));
+async function packOf(t: Test, kind: string, folder: Folder = "fused", withBase = true): Promise<Pack> {
+  const base = withBase && { base: data(`${folder}/${kind}.safetensors`) };
+  const { bytes } = await packs.packOf([`${folder}/adapters/${kind}`], { ...LOSSLESS, ...base });
+  const pack = await openPack(bytes);
   t.teardown(() => pack.close());
   return pack;
 }
 
-function feeds(ort: Ort): Record<string, InstanceType<Ort["Tensor"]>> {
-  const tensor = (of: number[][]) =>
+/** The golden rows, without a cache. */
+function feeds(ort: Ort, folder: Folder = "fused", names = ["input_ids", "attention_mask"], heads = 0): Feeds {
+  const { rows, mask = rows.map((row) => row.map(() => 1)) } = GOLDENS[folder];
+  const tensor = (of: readonly (readonly number[])[]) =>
     new ort.Tensor("int64", BigInt64Array.from(of.flat(), BigInt), [of.length, of[0]!.length]);
-  return { input_ids: tensor(rows), attention_mask: tensor(mask) };
+  const cache = () => new ort.Tensor("float32", new Float32Array(0), [rows.length, heads, 0, 16]);
+  const known: Feeds = { input_ids: tensor(rows), attention_mask: tensor(mask) };
+  return Object.fromEntries(names.map((name) => [name, known[name] ?? cache()]));
 }
 
 for (const { name, ort } of ORTS) {
   t.test(`${name}: every task as PEFT has it`, async (t) => {
-    for (const [file, kind] of FILES) {
-      const pack = await packOf(t, kind);
+    for (const [folder, file, kind, answers] of FILES) {
+      const pack = await packOf(t, kind, folder);
+      const expected = GOLDENS[folder].logits[answers]!;
+      const quantised = file.endsWith("int4");
+      // DoRA needs the float weight.
+      if (quantised) pack.removeTask("dora");
       for (const mode of modesOn(name)) {
-        const session = await createEigenSession(ort, data(`fused/${file}.onnx`), pack, { mode });
-        t.same(session.unconfirmed, [], file);
-        for (const task of [...Object.keys(logits[kind]!).filter((id) => id !== "base"), null]) {
+        const opening = () => createEigenSession(ort, data(`${folder}/${file}.onnx`), pack, { mode });
+        if (quantised && mode === "folded") {
+          const message = /mode "folded": the weight of "[^"]*_proj" is quantised.*use mode "core" or "factors"/;
+          t.match(await refusal(opening), { name: "BaseMismatchError", message });
+          continue;
+        }
+        const session = await opening();
+        if (!quantised) t.same(session.unconfirmed, [], file);
+        const given = feeds(ort, folder, [...session.inputNames], kind === "small" ? 1 : 2);
+        const holds = async (task: string | null, wanted: readonly number[], rows?: { tasks: string[] }) => {
+          const off = difference((await session.run(given, rows))["logits"]!.data as Float32Array, wanted);
+          t.ok(off < 1e-5, `${file}, ${mode}, ${rows?.tasks ?? task}: off by ${off}`);
+        };
+        for (const task of [...pack.tasks.keys(), null]) {
           await session.switchTask(task);
-          const found = (await session.run(feeds(ort)))["logits"]!.data as Float32Array;
-          const off = difference(found, logits[kind]![task ?? "base"]!);
-          t.ok(off < 1e-5, `${file}, ${mode}, ${task}: off by ${off}`);
+          await holds(task, expected[task ?? "base"]!);
+        }
+        if (folder === "builder" && mode !== "folded") {
+          const half = expected["all"]!.length / 2;
+          const mixed = [...expected["few"]!.slice(0, half), ...expected["all"]!.slice(half)];
+          await holds(null, mixed, { tasks: ["few", "all"] });
         }
         await session.close();
       }
@@ -214,15 +251,23 @@ t.test("what cannot be taken apart is refused by name, with a way out", async (t
 });
 
 t.test("without fingerprints names alone tell, and a pack of another model is refused", async (t) => {
-  const mute = await packOf(t, "bert", false);
+  const mute = await packOf(t, "bert", "fused", false);
   const session = await createEigenSession(NODE, data("fused/bert.onnx"), mute, { mode: "factors" });
   t.equal(session.unconfirmed.length, mute.modules.length);
   await session.switchTask("few");
   const found = (await session.run(feeds(NODE)))["logits"]!.data as Float32Array;
   t.ok(difference(found, logits["bert"]!["few"]!) < 1e-5);
   await session.close();
-  const other = await packOf(t, "roberta");
-  t.match(await refusal(() => createEigenSession(NODE, data("fused/bert.onnx"), other)), { name: "BaseMismatchError" });
+  for (const [file, kind, folder, message] of [
+    ["fused/bert", "roberta", "fused", /is not in the base/],
+    ["builder/llama", "qwen2", "builder", /fingerprint|another model/],
+  ] as const) {
+    const other = await packOf(t, kind, folder);
+    t.match(await refusal(() => createEigenSession(NODE, data(`${file}.onnx`), other)), {
+      name: "BaseMismatchError",
+      message,
+    });
+  }
 });
 
 t.test("a packed weight can be named by hand", async (t) => {

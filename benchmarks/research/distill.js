@@ -39,6 +39,8 @@ import { LOSSLESS } from "../lib/suite.js";
  */
 
 const MOST_ROWS = 240;
+/** Texts of a step. */
+const BATCH = 8;
 const DTYPE = "basis=f16";
 
 const given = readArguments("What does distilling win back?", {
@@ -52,16 +54,12 @@ const given = readArguments("What does distilling win back?", {
   tasks: number("distil so many tasks", Infinity, 1),
   texts: number("of a task's own texts at most; 0: text made of the tokenizer's words", 512),
   steps: number("steps of each task", 240),
-  beside: number("distil each task with so many steps too, in turn, to compare"),
-  batch: number("texts of a step", 8, 1),
   rate: number("learning rate of coefficients. Default: distill's own"),
   "head-rate": number("learning rate of the head. Default: distill's own"),
   gauge: choice(["balanced", "as-trained"], "gauge of the pack", "balanced"),
-  temperature: number("of the answers. Default: distill's own"),
-  threads: number("of the session; 0: as many as the runtime takes by itself", 0),
   into: text("FILE", "keep rows there, and go on from those that are there"),
 });
-const { suite, k, ratio, rank, gauge, texts: MOST_TEXTS, steps, batch, rate, temperature, into } = given;
+const { suite, k, ratio, rank, gauge, texts: MOST_TEXTS, steps, rate, into } = given;
 const dtype = Object.fromEntries(given.dtype.split(",").map((part) => part.split("=")));
 
 const settings = JSON.stringify({
@@ -73,12 +71,11 @@ const settings = JSON.stringify({
   ...(ratio === undefined && (given.step !== undefined || given.dtype === DTYPE) ? {} : { TYPES: dtype }),
   TEXTS: MOST_TEXTS,
   STEPS: steps,
-  BATCH: batch,
+  BATCH,
   RATE: rate ?? "own",
   HEAD: given["head-rate"] ?? "own",
   GAUGE: gauge,
-  TEMPERATURE: temperature ?? "own",
-  BESIDE: given.beside,
+  TEMPERATURE: "own",
 });
 const reference = await readReference(suite);
 const encode = await createEncoder(ort);
@@ -97,7 +94,6 @@ await withAdapters([folderOf(suite)], async (adapters) => {
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
   const session = await createEigenSession(ort, model, pack, {
     trainable: true,
-    session: given.threads > 0 ? { intraOpNumThreads: given.threads } : {},
   });
   const { chunks: whole } = await buildPack(adapters, LOSSLESS);
   const exact = await createEigenSession(ort, model, await openPack(new Blob(/** @type {BlobPart[]} */ (whole))));
@@ -117,7 +113,7 @@ await withAdapters([folderOf(suite)], async (adapters) => {
     report.bytes + sum(rows.map((row) => Number(row["blob after, bytes"]) - Number(row["blob before, bytes"])));
   const question = `What does distilling win back (MiniLM, ${suite}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${report.step ? `step ${report.step}` : Object.values(report.dtype).join("/")}, ${bytes} bytes, ${(adapterBytes / bytes).toFixed(1)}× fewer than f32)?`;
   const notes = [
-    `${steps} steps of ${batch} texts without labels, ${MOST_TEXTS > 0 ? `${MOST_TEXTS} of the task's own at most, filled up to ${MOST_TEXTS / 2}` : "made of the tokenizer's words"}; some are held back for KL(adapter ‖ pack), in nats.`,
+    `${steps} steps of ${BATCH} texts without labels, ${MOST_TEXTS > 0 ? `${MOST_TEXTS} of the task's own at most, filled up to ${MOST_TEXTS / 2}` : "made of the tokenizer's words"}; some are held back for KL(adapter ‖ pack), in nats.`,
     `Accuracy on ${MOST_ROWS} test rows of each task at most. LoRA: PEFT's answers. s: to distil one task.`,
   ];
   print(given.json, [{ question, rows: [...rows, meanOf(rows)], notes }]);
@@ -177,9 +173,8 @@ async function measure({ session, exact }, adapter, task, { tests, pool }) {
     ...(MOST_TEXTS > 0 ? { texts } : {}),
     encode: /** @type {any} */ (encode),
     steps,
-    batch,
+    batch: BATCH,
     learningRates: rates,
-    temperature,
   };
   const { ms, cpu, result: made } = await clocked(() => distill(session, options));
   await session.addTask("distilled", made.file);
@@ -192,8 +187,6 @@ async function measure({ session, exact }, adapter, task, { tests, pool }) {
   for (const [i, logits] of found.entries()) between.add([{ probabilities: softmax(wanted[i]) }], [logits]);
   await session.switchTask(id);
   await session.removeTask("distilled");
-  const beside =
-    given.beside === undefined ? {} : await besideOf(session, { ...options, steps: given.beside }, accuracy);
   return {
     name: id,
     texts: texts.length,
@@ -210,22 +203,5 @@ async function measure({ session, exact }, adapter, task, { tests, pool }) {
     "LoRA, %": 100 * agreement(reference.get(id)?.predictions ?? [], labels),
     s: ms / 1000,
     "s of a core": cpu / 1000,
-    ...beside,
   };
-}
-
-/**
- * The same task with another number of steps.
- * @param {Session} session
- * @param {import("eigenlora/train").DistillOptions} options
- * @param {(task: string) => Promise<number>} accuracy
- */
-async function besideOf(session, options, accuracy) {
-  const { cpu, result } = await clocked(() => distill(session, options));
-  await session.addTask("beside", result.file);
-  const right = await accuracy("beside");
-  await session.switchTask(result.id);
-  await session.removeTask("beside");
-  const { steps, divergenceAfter } = result;
-  return { [`${steps} steps: KL`]: divergenceAfter, [`${steps}: %`]: right, [`${steps}: s of a core`]: cpu / 1000 };
 }

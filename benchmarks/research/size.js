@@ -13,9 +13,9 @@ import { LOSSLESS, Suite } from "../lib/suite.js";
 
 /** @typedef {import("../lib/report.js").Row} Row */
 
-/** Main ways by their names in the results. @type {Record<string, import("eigenlora/build").BuildOptions>} */
+/** Main ways, named as in the results. @type {Record<string, import("eigenlora/build").BuildOptions>} */
 const WAYS = {
-  "LoRA, f32": LOSSLESS,
+  "lossless pack, f32": LOSSLESS,
   "column K 32, f16": column(32, "f16", {}),
   "balanced column K 32, rank 4, int4": column(32, "int4", { gauge: "balanced", rank: 4 }),
   "balanced column K 48, rank 4, int3, heads int4": column(48, "int3", { gauge: "balanced", rank: 4 }),
@@ -38,7 +38,10 @@ async function partOf(name) {
   const all = Math.max(...stored.map(({ n }) => n));
   const lora = stored.find(({ n, way }) => n === all && way === "LoRA, f32");
   const question = `${name}, ${all} adapters: what do the tasks still answer, for how many bytes? (MiniLM, r 8)`;
-  if (given.measure) return { question, rows: await measure(name) };
+  if (given.measure) {
+    const notes = ["ΔW error: of all modules of a task together; in stored results the mean over modules."];
+    return { question, rows: await measure(name), notes };
+  }
   // Of rows that were measured twice the last one counts.
   const asked = new Map(stored.filter(({ n, accuracy }) => n === all && accuracy).map((row) => [row.way, row]));
   const rows = [...asked.values(), ...(await readDistilled(name))].sort((a, b) => a.bytes - b.bytes);
