@@ -60,7 +60,7 @@ export async function createSessions<T extends SessionTypes, Name extends string
     const own: SessionOptions = { ...common, ...each[name] };
     checkOptions(`createSessions: each.${name}`, own, SESSION_OPTIONS);
     if (own.trainable) {
-      const advice = "use createSession, with { encoder, decoder } as its model where two files belong together";
+      const advice = "use createSession on one file";
       throw new TypeError(`createSessions: trainable: one session learns at a time; ${advice}`);
     }
     return { name, engine, model: models[name], options: own };

@@ -14,12 +14,12 @@ import { onnxHost } from "../onnx/host.ts";
 import { FLOAT, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { findParameters } from "../onnx/modules.ts";
 import { makeValue } from "../onnx/nodes.ts";
-import { type ModelInput, readWhole } from "../onnx/whole.ts";
+import { readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { throwIfAborted } from "../pace.ts";
 import { dataOf, type Engine } from "../session/engine.ts";
 import { checkTokenizer, encoderOf, type Tokenizer } from "../session/tokens.ts";
-import type { AbortOptions } from "../source.ts";
+import type { AbortOptions, SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { batchTensors, completeInputs } from "./batch-feeds.ts";
 
@@ -43,13 +43,13 @@ export interface MomentsOptions extends AbortOptions {
  * Computes second moments E[x·xᵀ] [in, in], row-major, of the inputs x of each module that the adapters change, on the model without
  * adapters.
  * @param engine runs the model: `createEngine` of a binding makes one
- * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
+ * @param model path, URL, Blob or bytes of the ONNX model
  * @throws BaseMismatchError when a module is not in the model, or no float linear layer of its main graph
  * @throws RangeError when there is no text
  */
 export async function inputMoments(
   engine: Engine,
-  model: ModelInput,
+  model: SourceInput,
   options: MomentsOptions,
 ): Promise<Map<string, Float64Array>> {
   checkArgument("inputMoments", engine, "an engine (createEngine(ort))", "load");
@@ -58,7 +58,7 @@ export async function inputMoments(
   checkAdapters("inputMoments: adapters", adapters);
   checkTokenizer("inputMoments: encode", encode);
   if (texts.length === 0) throw new RangeError("inputMoments: no texts");
-  const file = await readWhole(model, { signal });
+  const file = await readModel(model, { signal });
   try {
     const main = file.model.graph.proto;
     const own = main.input.filter(({ name }) => !file.model.graph.initializers.has(name));
