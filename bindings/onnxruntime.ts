@@ -3,7 +3,6 @@
  */
 import { checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
-import type { ModelInput } from "../src/onnx/whole.ts";
 import { createSession } from "../src/session/create-session.ts";
 import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
 import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
@@ -14,8 +13,6 @@ import { createEngine } from "./ort-engine.ts";
 
 export type { ModuleFilter } from "../src/core/part.ts";
 export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
-export type { ModelParts } from "../src/onnx/read.ts";
-export type { ModelInput } from "../src/onnx/whole.ts";
 export type { Engine } from "../src/session/engine.ts";
 export type { Mode, SessionSwitchOptions } from "../src/session/options.ts";
 export type { ProbeReport } from "../src/session/probe-term.ts";
@@ -53,8 +50,7 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
  * stays the caller's, since other sessions may use it.
  *
  * @param ort the module that is to run the model
- * @param model bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`. With
- *   `trainable` also `{ encoder, decoder }`, two files that are joined in memory
+ * @param model bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
@@ -69,7 +65,7 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
  */
 export async function createEigenSession<O extends Ort>(
   ort: O,
-  model: ModelInput,
+  model: SourceInput,
   pack: Pack,
   given: EigenSessionOptions<O> = {},
 ): Promise<EigenSession<O>> {

@@ -6,11 +6,11 @@
 import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
 import { BackendError } from "../src/errors.ts";
-import type { ModelInput } from "../src/onnx/whole.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
 import { createSession } from "../src/session/create-session.ts";
 import type { Engine, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "../src/session/options.ts";
+import type { SourceInput } from "../src/source.ts";
 import type { EigenSession, EigenSessionOptions } from "./onnxruntime.ts";
 import type { Ort, OrtSession } from "./ort.ts";
 import { createEngine, optionsFor } from "./ort-engine.ts";
@@ -32,7 +32,7 @@ export interface NativeSessionOptions<O extends Ort = Ort> extends EigenSessionO
 /**
  * Prepares a model for all tasks of a pack and loads it once.
  * @param ort the module onnxruntime-react-native
- * @param model bytes of the ONNX file, or a source of them (`fileSource`); with `trainable` also `{ encoder, decoder }`
+ * @param model bytes of the ONNX file, or a source of them (`fileSource`)
  * @throws as `createEigenSession` of `eigenlora/onnxruntime`; BackendError also when the model's file cannot be written
  * @example
  * const session = await createEigenSession(ort, model, pack, { files });
@@ -40,7 +40,7 @@ export interface NativeSessionOptions<O extends Ort = Ort> extends EigenSessionO
  */
 export async function createEigenSession<O extends Ort>(
   ort: O,
-  model: ModelInput,
+  model: SourceInput,
   pack: Pack,
   given: NativeSessionOptions<O>,
 ): Promise<EigenSession<O>> {

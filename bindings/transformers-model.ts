@@ -168,8 +168,8 @@ export async function remake(own: OwnSessions, find: Find | undefined): Promise<
   const made = new Map<string, PipelineSession>();
   if (own.size === 0) return made;
   if (!find) {
-    const why = "the pipeline's own session was released, and `model` was a file";
-    const message = `${why}: pass original: "keep" to attachPack, or dispose of the pipeline`;
+    const message =
+      "the pipeline's own session was released, and `model` was a file: dispose of the pipeline, or attach with an id";
     throw new BackendError(message, { backend: "transformers.js" });
   }
   const found = await find();

@@ -28,7 +28,6 @@ import {
   type PipelineSession,
   remake,
 } from "./transformers-model.ts";
-import type { Taken } from "./transformers-shared.ts";
 
 /** One session of ours, or several that switch together. */
 export type Whole = EigenSession<PipelineOrt> | EigenSessions<PipelineOrt>;
@@ -62,18 +61,9 @@ export function ignoredByAll(names: readonly string[], ignore: Rest["ignore"], e
   return first.filter((one) => others.every((list) => list.includes(one)));
 }
 
-/** What becomes of the pipeline's sessions. */
-interface Before {
-  /** Its own, where they are released first. */
-  readonly first: OwnSessions | undefined;
-  /** Those that have a pack, by the pipeline's names; files of theirs are first among those found. */
-  readonly taken: ReadonlyMap<string, Taken>;
-}
-
 /**
  * One session for one model; for several, one for each in which modules of the pack live.
  * @param found emptied: nothing of a model is held longer than it takes to load it
- * @throws TypeError when modules live in a session that has a pack
  */
 export async function makeOurs(
   ort: PipelineOrt,
@@ -81,12 +71,10 @@ export async function makeOurs(
   pack: Pack,
   options: Rest,
   each: Each,
-  before: Before,
 ): Promise<Whole> {
   const files = optionsOf(found, options, each);
-  if (found.size > 1) return groupOf<OrtTypes<PipelineOrt>, string>(engines(files, ort, pack, before), pack, "skip");
+  if (found.size > 1) return groupOf<OrtTypes<PipelineOrt>, string>(engines(files, ort), pack, "skip");
   const [{ name, model, given }] = files as Iterable<Given> as [Given];
-  await before.first?.get(name)?.release();
   try {
     return await createEigenSession(ort, model, pack, given);
   } catch (error) {
@@ -113,27 +101,11 @@ function* optionsOf(found: Map<string, Found>, options: Rest, each: Each): Gener
   }
 }
 
-function* engines(
-  files: Iterable<Given>,
-  ort: PipelineOrt,
-  pack: Pack,
-  { first, taken }: Before,
-): Generator<GroupFile<string>> {
+function* engines(files: Iterable<Given>, ort: PipelineOrt): Generator<GroupFile<string>> {
   for (const { name, model, given } of files) {
     const { session, ...options } = given;
-    const release = first && ((): Promise<void> => first.get(name)!.release());
-    const before = taken.has(name) ? refuseTaken(name, pack, taken.get(name)!) : release;
-    yield { name, engine: createEngine(ort, session), model, options: options as GroupFile<string>["options"], before };
+    yield { name, engine: createEngine(ort, session), model, options: options as GroupFile<string>["options"] };
   }
-}
-
-function refuseTaken(name: string, pack: Pack, taken: Taken): () => Promise<never> {
-  const message =
-    `attachPack: modules of ${pack.name} live in the session "${name}", which has the pack ${taken.pack}. Close that ` +
-    "first, or leave those modules out with the option `modules`; adapters for one session belong in one pack";
-  return async () => {
-    throw new TypeError(message);
-  };
 }
 
 /** The one model that was handed over. */
@@ -169,19 +141,13 @@ export function isDisposed(whole: Whole): boolean {
 }
 
 /** What the pipeline has in place of one of its own sessions. */
-export function standIn(
-  shown: Shown,
-  session: EigenSession<PipelineOrt>,
-  whole: Whole,
-  kept: PipelineSession | undefined,
-): object {
+export function standIn(shown: Shown, session: EigenSession<PipelineOrt>, whole: Whole): object {
   return {
     ...shown,
     run: (feeds: Readonly<Record<string, never>>) => session.run(feeds),
     async release() {
       disposed.add(whole);
       await whole.close();
-      await kept?.release();
     },
   };
 }

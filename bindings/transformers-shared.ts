@@ -1,6 +1,5 @@
 /**
- * State that all packs on one model of transformers.js share: the order of its calls and their switches, which of its sessions has
- * which pack, and the label names in its configuration. Part of `eigenlora/transformers`, without an entry of its own.
+ * A pipeline of transformers.js with a pack: the order of its calls and switches, and the label names in its configuration. Part of `eigenlora/transformers`, without an entry of its own.
  */
 
 import type { PackView } from "../src/core/part.ts";
@@ -8,7 +7,7 @@ import type { Selection } from "../src/core/selection.ts";
 import { bringsOf, parseBrought } from "../src/format/format.ts";
 import { Queue } from "../src/queue.ts";
 import { isIgnored } from "../src/session/match.ts";
-import type { PipelineModel, PipelineSession } from "./transformers-model.ts";
+import type { PipelineModel } from "./transformers-model.ts";
 
 /** What `pipeline()` of transformers.js gives, as far as it is needed here. */
 export interface TransformersPipeline {
@@ -16,61 +15,40 @@ export interface TransformersPipeline {
   readonly tokenizer?: unknown;
 }
 
-/** One of the pipeline's sessions that a pack is on. */
-export interface Taken {
-  /** The pack's name. */
-  readonly pack: string;
-  /** The pipeline's own, released or not: it tells what to make another of. */
-  readonly own: PipelineSession;
-}
-
-/** Models that have packs. */
-const models = new WeakMap<object, Shared>();
+/** Names of packs by the models that have them. */
+const packs = new WeakMap<object, string>();
 
 // Functions of their own make what stays while a pack is attached: a closure keeps all that the function around it has given to
 // any closure, and that must not be a model's bytes.
 
-/** The state that packs on a pipeline's model share. Every `join` needs a `leave`. */
-export function join(pipe: TransformersPipeline): Shared {
-  const { model } = pipe;
-  const shared = models.get(model) ?? new Shared(model);
-  models.set(model, shared);
-  shared.enter(pipe);
-  return shared;
-}
-
-/** Made by `join`. */
-export class Shared {
-  /** Calls of the pipelines, and switches of all packs. */
+/** A pipeline whose calls wait for a pack's switches. Every one needs a `free`. */
+export class HeldPipeline {
+  /** Calls of the pipeline, and switches. */
   readonly queue: Queue = new Queue();
-  /** Sessions that have a pack, by the pipeline's names. */
-  readonly taken: Map<string, Taken> = new Map();
   readonly labels: ConfigLabels;
   readonly #model: PipelineModel;
-  readonly #inner: Held<PipelineModel>;
-  readonly #outer = new Map<TransformersPipeline, Held<TransformersPipeline>>();
-  #packs = 0;
+  readonly #held: readonly Held<object>[];
 
-  constructor(model: PipelineModel) {
+  /** @throws TypeError when the pipeline's model has a pack */
+  constructor(pipe: TransformersPipeline, pack: string) {
+    const { model } = pipe;
+    const other = packs.get(model);
+    if (other !== undefined) {
+      const message = `attachPack: the pipeline has the pack ${other}; close that first, or put all adapters into one pack`;
+      throw new TypeError(message);
+    }
+    packs.set(model, pack);
     this.#model = model;
     this.labels = new ConfigLabels(model.config);
-    this.#inner = hold(model, ["_call", "forward", "generate"], this.#enter);
+    const enter: Queue["call"] = (work) => this.queue.call(work);
+    const inner = hold(model, ["_call", "forward", "generate"], enter);
+    this.#held = [hold<object>(pipe, ["_call"], enter, { model: inner.inside }), inner];
   }
 
-  readonly #enter: Queue["call"] = (work) => this.queue.call(work);
-
-  enter(pipe: TransformersPipeline): void {
-    this.#packs++;
-    if (this.#outer.has(pipe)) return;
-    this.#outer.set(pipe, hold(pipe, ["_call"], this.#enter, { model: this.#inner.inside }));
-  }
-
-  /** The last one out gives the model and its pipelines their methods back. */
-  leave(): void {
-    if (--this.#packs > 0) return;
-    for (const { free } of this.#outer.values()) free();
-    this.#inner.free();
-    models.delete(this.#model);
+  /** Gives the pipeline and its model their methods back. */
+  free(): void {
+    for (const { free } of this.#held) free();
+    packs.delete(this.#model);
   }
 }
 
@@ -164,8 +142,6 @@ export async function labelsOf(
 class ConfigLabels {
   readonly #config: Record<string, unknown>;
   readonly #own: Readonly<Record<string, unknown>>;
-  /** What each pack's task asks for, the latest last. */
-  readonly #asked = new Map<object, Labels>();
 
   constructor(config: object) {
     this.#config = config as Record<string, unknown>;
@@ -173,11 +149,7 @@ class ConfigLabels {
     this.#own = { id2label, label2id, num_labels };
   }
 
-  /** @param pack on whose behalf; of several packs that have names, the latest switch tells */
-  set(pack: object, asked: Labels): void {
-    this.#asked.delete(pack);
-    if (asked !== "base") this.#asked.set(pack, asked);
-    const labels = [...this.#asked.values()].at(-1) ?? "base";
+  set(labels: Labels): void {
     const named = (names: readonly string[]): object => ({
       id2label: Object.fromEntries(names.entries()),
       label2id: Object.fromEntries(names.map((name, id) => [name, id])),

@@ -3,7 +3,7 @@
  * switch tasks; the pipeline stays what it is, and so do its tokenizer, generation and post-processing. Nothing of
  * transformers.js or onnxruntime is imported here: both are reached through the pipeline.
  */
-import { checkChoice, checkOptions, checkPack, described } from "../src/arguments.ts";
+import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack, TaskInfo } from "../src/core/pack.ts";
 import { copySelection, type Selection, Switching } from "../src/core/selection.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
@@ -40,7 +40,7 @@ import {
   standIn,
   type Whole,
 } from "./transformers-sessions.ts";
-import { join, labelsOf, type Shared, type Taken, type TransformersPipeline } from "./transformers-shared.ts";
+import { HeldPipeline, labelsOf, type TransformersPipeline } from "./transformers-shared.ts";
 
 export type { PipelineModel, PipelineOrt, PipelineSession, TransformersPipeline };
 
@@ -59,12 +59,6 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
   /** Options of one session, by the pipeline's name for it, in place of those of all. */
   each?: Readonly<Record<string, Omit<EigenSessionOptions<PipelineOrt>, "trainable">>> | undefined;
   /**
-   * What becomes of the pipeline's own sessions that ours replace. Default: "release", they go once ours are made, so
-   * that for a moment both are in memory. "release-first": each goes before ours is made; when making ours fails, the
-   * pipeline is of no use any more. "keep": they stay in memory for `close`.
-   */
-  original?: "release" | "release-first" | "keep" | undefined;
-  /**
    * Options that were given to `pipeline()` and say where an id's files are or how to run them: `revision`,
    * `subfolder`, `model_file_name`, `cache_dir`, `session_options`, … `device` and `dtype` are known; a `dtype` by part
    * is needed here where the files that one part's type names are not all there.
@@ -74,7 +68,7 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
   Tensor?: (abstract new (...of: never[]) => object) | undefined;
 }
 
-const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "each", "original", "pretrained", "Tensor"] as const;
+const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "each", "pretrained", "Tensor"] as const;
 
 /**
  * Puts a pack on a pipeline: `pipe` answers as before, until `switchTask`. Call it while no call of `pipe` is running;
@@ -83,16 +77,13 @@ const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "each", "origin
  *
  * The model is loaded again, with the components inside; an encoder and its decoder each with the modules that live
  * there. By id, transformers.js finds the files as it did before: a path in Node, its cache in browsers. This costs the
- * time to load the model once more and, unless `original` is "release-first", the memory of both, the pipeline's own
- * sessions and ours, until its own are released.
- *
- * A pipeline of several sessions takes several packs, one after the other, each on sessions that have none: one for the
- * encoder and one for the decoder, say. They switch apart, and close in any order.
+ * time to load the model once more, and the memory of both, the pipeline's own sessions and ours, until its own are
+ * released.
  *
  * The pack stays the caller's: close it after `close` or `pipe.dispose()`.
  *
- * @throws TypeError when `pipe` is no pipeline, when a session in which modules of the pack live has a pack already, when
- *   `model` is another model, or one file for several sessions without `part`
+ * @throws TypeError when `pipe` is no pipeline, when it has a pack already, when `model` is another model, or one file for
+ *   several sessions without `part`
  * @throws SourceError when the model's files are not found again: the message says what to pass
  * @throws as `createEigenSession`: BaseMismatchError for another base, BackendError when onnxruntime refuses the model;
  *   as `createEigenSessions` for several sessions: BaseMismatchError when a module lives in none of them
@@ -113,50 +104,40 @@ export async function attachPack(
   checkPack("attachPack", pack);
   // Options are checked before anything of the pipeline is given up.
   checkOptions("attachPack", options ?? {}, OPTIONS);
-  const { model, part, each = {}, original = "release", pretrained = {}, Tensor, ...rest } = options ?? {};
+  const { model, part, each = {}, pretrained = {}, Tensor, ...rest } = options ?? {};
   if (model === undefined) {
     const what = "pass { model }, the id as given to pipeline(), or the ONNX file";
     throw new TypeError(`attachPack: a pipeline does not keep its model; ${what}`);
   }
-  checkChoice("original", original, ["release", "release-first", "keep"]);
   const names = sessionNames(pipe, part);
   refuseForSeveral(names, model, rest);
   checkEach(each, names);
   const ort = { Tensor: tensorClass(pipe, Tensor), env: ENV };
   const loading = { ...(rest.onProgress && { progress_callback: staged(rest.onProgress) }), ...pretrained };
-  const shared = join(pipe);
+  const held = new HeldPipeline(pipe, pack.name);
   try {
-    return await shared.queue.alone(async () => {
-      const { own, taken } = ownSessions(pipe.model, names, shared.taken);
+    return await held.queue.alone(async () => {
+      const own = ownSessions(pipe.model, names);
       const [{ constructor }] = own.values() as Iterable<PipelineSession> as [PipelineSession];
-      const all = new Map([...[...taken].map(([name, one]): [string, PipelineSession] => [name, one.own]), ...own]);
-      const found = isId(model) ? await finder(pipe.model, all, model, loading)() : foundOnly(own, model);
+      const found = isId(model) ? await finder(pipe.model, own, model, loading)() : foundOnly(own, model);
       const find = isId(model) ? finder(pipe.model, own, model, pretrained) : undefined;
       const shown = shownOf(own);
-      const first = original === "release-first" ? own : undefined;
-      const whole = await makeOurs({ ...ort, InferenceSession: constructor as never }, found, pack, rest, each, {
-        first,
-        taken,
-      });
+      const whole = await makeOurs({ ...ort, InferenceSession: constructor as never }, found, pack, rest, each);
       const sessions = byName(names, whole);
       const replaced = new Map([...own].filter(([name]) => sessions[name]));
-      const kept = original === "keep";
       try {
         for (const name of replaced.keys()) refuseOther(sessions[name]!, shown.get(name)!);
-        if (original === "release") await releaseAll(pipe.model, replaced, find);
+        await releaseAll(pipe.model, replaced, find);
       } catch (error) {
         await whole.close();
         throw error;
       }
-      for (const [name, session] of replaced) {
-        pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, whole, kept ? session : undefined);
-        shared.taken.set(name, { pack: pack.name, own: session });
-      }
+      for (const name of replaced.keys()) pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, whole);
       const ignore = ignoredByAll([...replaced.keys()], rest.ignore, each);
-      return new AttachedPack({ pipe, whole, sessions, shared, replaced, kept, find, ignore });
+      return new AttachedPack({ pipe, whole, sessions, held, replaced, find, ignore });
     });
   } catch (error) {
-    shared.leave();
+    held.free();
     throw error;
   }
 }
@@ -165,10 +146,9 @@ interface Parts {
   pipe: TransformersPipeline;
   whole: Whole;
   sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
-  shared: Shared;
-  /** The pipeline's own sessions that ours replace, and whether they were kept. */
+  held: HeldPipeline;
+  /** The pipeline's own sessions that ours replace, released: each tells what to make another of. */
   replaced: OwnSessions;
-  kept: boolean;
   /** Finds the model again, where it was given by id. */
   find: Find | undefined;
   ignore: readonly string[] | undefined;
@@ -222,15 +202,15 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
    * @throws as `EigenSession.switchTask`
    */
   switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
-    const { whole, shared, ignore } = this.#parts;
+    const { whole, held, ignore } = this.#parts;
     const asked = copySelection(selection);
     const change = async (): Promise<SessionSwitchReport> => {
       const labels = await labelsOf(whole.pack, asked, options.head, ignore);
       const report = await whole.switchTask(asked, options);
-      shared.labels.set(this, labels);
+      held.labels.set(labels);
       return report;
     };
-    return shared.queue.alone(() => this.switching(asked, change));
+    return held.queue.alone(() => this.switching(asked, change));
   }
 
   /** @internal */
@@ -246,24 +226,20 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
 
   /**
    * Gives the pipeline its own sessions, labels and methods back, after the calls that are running, and releases ours.
-   * Sessions that were not kept are made anew, from the id.
-   * @throws BackendError when they were not kept and `model` was a file: pass `original: "keep"` to `attachPack`, or
-   *   dispose of the pipeline. Nothing has changed then
+   * Its sessions are made anew, from the id.
+   * @throws BackendError when `model` was a file, which is not kept: dispose of the pipeline instead. Nothing has changed then
    * @throws SourceError when the model's files are not found any more
    */
   close(): Promise<void> {
-    const { pipe, whole, shared, replaced, kept, find } = this.#parts;
-    return shared.queue.alone(async () => {
+    const { pipe, whole, held, replaced, find } = this.#parts;
+    return held.queue.alone(async () => {
       if (this.#closed) return;
       // A pipeline that was disposed of has no use for sessions.
-      const own = kept || isDisposed(whole) ? replaced : await remake(replaced, find);
-      for (const [name, session] of own) {
-        if (!isDisposed(whole)) pipe.model.sessions[name] = session;
-        shared.taken.delete(name);
-      }
+      const own = isDisposed(whole) ? new Map<string, PipelineSession>() : await remake(replaced, find);
+      for (const [name, session] of own) pipe.model.sessions[name] = session;
       this.#closed = true;
-      shared.labels.set(this, "base");
-      shared.leave();
+      held.labels.set("base");
+      held.free();
       await whole.close();
     });
   }
@@ -294,26 +270,17 @@ function sessionNames(pipe: TransformersPipeline, part: string | undefined): rea
 }
 
 /**
- * The sessions that are the pipeline's own, and those that have a pack.
- * @throws TypeError when none is its own, or something else has replaced one
+ * The pipeline's own sessions, by name.
+ * @throws TypeError when something else has replaced one
  */
-function ownSessions(
-  model: PipelineModel,
-  names: readonly string[],
-  packs: ReadonlyMap<string, Taken>,
-): { own: OwnSessions; taken: ReadonlyMap<string, Taken> } {
-  const taken = new Map(names.filter((name) => packs.has(name)).map((name) => [name, packs.get(name)!]));
-  const own = new Map<string, PipelineSession>();
-  for (const name of names.filter((name) => !taken.has(name))) {
-    const session = model.sessions[name] as PipelineSession;
-    if (typeof (session.constructor as { create?: unknown }).create !== "function") {
+function ownSessions(model: PipelineModel, names: readonly string[]): OwnSessions {
+  return new Map(
+    names.map((name) => {
+      const session = model.sessions[name] as PipelineSession;
+      if (typeof (session.constructor as { create?: unknown }).create === "function") return [name, session];
       throw new TypeError(`attachPack: the session "${name}" is not onnxruntime's own; something else has replaced it`);
-    }
-    own.set(name, session);
-  }
-  if (own.size > 0) return { own, taken };
-  const which = [...taken].map(([name, { pack }]) => `the session "${name}" has the pack ${pack}`).join(", ");
-  throw new TypeError(`attachPack: ${which}; close that first`);
+    }),
+  );
 }
 
 /** @throws TypeError for what only one session can be given */

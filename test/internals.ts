@@ -154,7 +154,6 @@ export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/ta
 
 export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
-export { readParts, renameValues } from "../dist/src/onnx/encoder-decoder.js";
 export { graft } from "../dist/src/onnx/graft.js";
 export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
@@ -185,7 +184,6 @@ export { replaceByFile, type WeightInput } from "../dist/src/onnx/replaceable.js
 export { skeletonOf } from "../dist/src/onnx/skeleton.js";
 export { readTensor as readOnnxTensor } from "../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../dist/src/onnx/weights.js";
-export { readWhole } from "../dist/src/onnx/whole.js";
 export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.

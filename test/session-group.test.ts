@@ -167,7 +167,7 @@ t.test("options of all and of each", async (t) => {
   const refused: [object, RegExp][] = [
     [{ each: { third: {} } }, /each: there is no file "third", only encoder, decoder/],
     [{ each: { encoder: { mod: 1 } } }, /unknown option "mod"; did you mean "mode"/],
-    [{ trainable: true }, /trainable: one session learns at a time; use createSession, with \{ encoder, decoder \}/],
+    [{ trainable: true }, /trainable: one session learns at a time; use createSession on one file/],
     [{ part: 1 }, /unknown option "part"/],
   ];
   for (const [options, message] of refused)

@@ -1,14 +1,9 @@
 /** Shared by the tests of sessions: the runtimes, the tiny models of test/data/sessions, packs for them, their answers. */
 import { readdirSync, readFileSync } from "node:fs";
-import { type OpenOptions, openPack, type Pack } from "eigenlora";
+import { type OpenOptions, openPack, type Pack, type SourceInput } from "eigenlora";
 import { type BuildOptions, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import {
-  createEigenSession,
-  type EigenSession,
-  type EigenSessionOptions,
-  type ModelInput,
-} from "eigenlora/onnxruntime";
+import { createEigenSession, type EigenSession, type EigenSessionOptions } from "eigenlora/onnxruntime";
 import { createSession, type Engine, type SessionOptions } from "eigenlora/session";
 import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
@@ -133,7 +128,7 @@ export function feeds(
   return made;
 }
 
-export function open(ort: Runtime, input: ModelInput, pack: Pack, options: Options = {}): Promise<Session> {
+export function open(ort: Runtime, input: SourceInput, pack: Pack, options: Options = {}): Promise<Session> {
   if (!("engine" in ort)) return createEigenSession(ort, input, pack, options);
   return createSession(ort.engine, input, pack, options as SessionOptions);
 }

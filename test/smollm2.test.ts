@@ -58,7 +58,6 @@ t.test("greedy answers of transformers.js are PEFT's", { skip: skip || noTransfo
   const tasks = await attachPack(pipe, pack, {
     model: MODEL,
     mode: "factors",
-    original: "release-first",
     session: ONE_THREAD,
   });
   for (const task of TASKS.slice(1)) {

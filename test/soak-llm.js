@@ -56,7 +56,6 @@ async function onTransformers(pack) {
   const options = /** @type {const} */ ({
     model: MODEL,
     mode: "factors",
-    original: "release-first",
     session: ONE_THREAD,
   });
   const tasks = await attachPack(pipe, pack, options);

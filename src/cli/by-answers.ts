@@ -10,7 +10,6 @@ import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import type { TaskToWrite } from "../format/layout.ts";
-import type { ModelInput } from "../onnx/whole.ts";
 import type { Built } from "../pack/build.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import type { Engine } from "../session/engine.ts";
@@ -19,7 +18,7 @@ import type { AnsweringTask, ByAnswersOptions, FinishedOutcomes } from "../train
 import { type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
 import { asksPrompts, readQuestions } from "./examples.ts";
 import { readText, writeWhole } from "./files.ts";
-import { decoder, engineOf, openModel, runsOn, tokenizer, tokens, wholeOf } from "./model.ts";
+import { engineOf, openModel, runsOn, tokenizer, tokens } from "./model.ts";
 import { number, type OptionSpec, POSITIVE, rarely, SHARE, text, type Values } from "./options.ts";
 import { bytes, count, mean, type Output, percent, smaller, table } from "./output.ts";
 import { reportText, sharedText } from "./pack-text.ts";
@@ -30,7 +29,6 @@ export const judged: {
   minutes: OptionSpec<number | undefined>;
   text: OptionSpec<string | undefined>;
   agreement: OptionSpec<number | undefined>;
-  decoder: OptionSpec<string | undefined>;
   provider: OptionSpec<string | undefined>;
   threads: OptionSpec<number | undefined>;
   tokens: OptionSpec<number | undefined>;
@@ -53,7 +51,6 @@ export const judged: {
       "With --model: the least agreement of a task's answers with its adapter's; others are stored closer. Default: 0.96 of labels, 0.98 of a language model's answers, 0.99 of all tokens of texts.",
       SHARE,
     ),
-    decoder,
     ...runsOn,
     tokens,
     tokenizer,
@@ -63,7 +60,7 @@ export const judged: {
 /** What is packed by answers. */
 export interface ByAnswers extends Omit<ByAnswersOptions, "signal" | "onProgress" | "finished" | keyof BuildOptions> {
   readonly engine: Engine;
-  readonly model: ModelInput;
+  readonly model: string;
   readonly build: Pick<BuildOptions, "base" | "anyBase" | "workers">;
   /** The pack to write, and what the files hold that outcomes depend on. */
   readonly file: string;
@@ -102,7 +99,7 @@ export async function packedByAnswers(
 export async function addedByAnswers(
   pack: Pack,
   adapters: readonly Adapter[],
-  { model, decoder, text, tokens, tokenizer, minutes, agreement, ...on }: Values<typeof judged> & { model: string },
+  { model, text, tokens, tokenizer, minutes, agreement, ...on }: Values<typeof judged> & { model: string },
   run: Run,
   out: Output,
 ): Promise<(TaskToWrite & Pick<AnsweringTask, "agreement" | "reason">)[]> {
@@ -111,7 +108,7 @@ export async function addedByAnswers(
   const { ort, encode } = await openModel("add", model, { tokens, tokenizer }, asksPrompts(asked, adapters));
   const signal = run.interrupts();
   const how = { adapters, encode, ...asked, minutes, agreement, signal, onProgress: out.progress };
-  const made = await tasksByAnswers(engineOf(ort, on), wholeOf(model, decoder), pack, how);
+  const made = await tasksByAnswers(engineOf(ort, on), model, pack, how);
   return made.map(({ file, agreement, reason }) => {
     const { id, adapterBytes, metadata, brings, blob } = parseTaskFile(file, "a distilled task");
     return { entry: { id, adapterBytes, metadata, brings }, blob, agreement, reason };

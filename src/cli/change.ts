@@ -117,7 +117,7 @@ export const add: Attach = command({
 });
 
 /** Options that a model is needed for. */
-const JUDGED = ["minutes", "text", "agreement", "decoder", "provider", "threads", "tokens", "tokenizer"] as const;
+const JUDGED = ["minutes", "text", "agreement", "provider", "threads", "tokens", "tokenizer"] as const;
 
 /** @throws UsageError for options that do not go together */
 function checkJudged(asked: Partial<Record<(typeof JUDGED)[number] | "model", unknown>>, maxLoss?: number): void {

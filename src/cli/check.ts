@@ -10,7 +10,6 @@ import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import { feedsOfRows, knownSizes, plainInputs, tableRows } from "../onnx/feeds.ts";
 import { readModel } from "../onnx/read.ts";
-import type { ModelInput } from "../onnx/whole.ts";
 import { toTensors } from "../session/engine.ts";
 import type { SessionOptions } from "../session/options.ts";
 import { type Survey, surveyFiles, surveyModel } from "../session/survey.ts";
@@ -227,11 +226,7 @@ async function tryFiles(
     const group = await createEigenSessions(ort, Object.fromEntries(models), pack, options);
     const probes = Object.entries(group.sessions).map(([name, session]) => [name, session.probe.result] as const);
     await group.close();
-    const [encoder, decoder, ...more] = models.values();
-    const learning =
-      decoder === undefined || more.length > 0
-        ? { works: null, says: "an encoder and a decoder learn together, no other files" }
-        : await tryLearning(ort, { encoder: encoder!, decoder }, pack, options);
+    const learning = { works: false, says: "gradients do not pass from file to file: one graph can learn" };
     return { session: { works: true, says: "made and run" }, probes: Object.fromEntries(probes), learning };
   } catch (error) {
     const says = (error as Error).message;
@@ -275,7 +270,7 @@ async function tryRows(ort: Ort, model: string, session: EigenSession): Promise<
 
 async function tryLearning(
   ort: Ort,
-  model: ModelInput,
+  model: string,
   pack: Pack,
   options: Omit<SessionOptions, "probe">,
 ): Promise<Tried> {

@@ -20,7 +20,7 @@ import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf
 import { contents, digest, facts, fileDigest, makePart, modelDigest } from "./hub-part.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
-import { decoder, openTrainable, runsOn, tokenizer, tokenizerOf, tokens } from "./model.ts";
+import { openTrainable, runsOn, tokenizer, tokenizerOf, tokens } from "./model.ts";
 import * as option from "./options.ts";
 import { bytes, count, type Output, resources, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
@@ -55,7 +55,6 @@ const OPTIONS = {
         option.text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node."),
       ),
     ),
-    decoder,
     tokens,
     tokenizer,
     ...runsOn,
@@ -74,7 +73,7 @@ export const distill: Attach = command({
   options: OPTIONS,
   reads: ["file", "repository"],
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
-    const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
+    const { output: file, force, model, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
     const [foreign] = options.part ? option.given(options, "key") : option.given(options, "dtype");
     if (foreign !== undefined)
       throw new option.UsageError(
@@ -84,7 +83,7 @@ export const distill: Attach = command({
       );
     if (options.part) return distilPart([packPath, ...paths], options, run, out);
     const sign = await signerOf(options.key);
-    const target = await run.target(file, { force, inputs: [model, decoder, options.text, tokenizer] });
+    const target = await run.target(file, { force, inputs: [model, options.text, tokenizer] });
     const questions = await askedIn(options.text);
     const adapters = await run.adapters(paths, options.as, options.base);
     target.refuse(adapters.flatMap(filesOf));
@@ -103,8 +102,7 @@ export const distill: Attach = command({
       asksPrompts(questions, adapters),
     );
     // Files count by their content: another model or adapter may have come to lie at the same place.
-    const half = decoder && { decoder: await modelDigest(decoder) };
-    const files = { model: await modelDigest(model), ...half, tokenizer: await fileDigest(tokenizer) };
+    const files = { model: await modelDigest(model), tokenizer: await fileDigest(tokenizer) };
     const matching = { names: [...options.names], ignore: options.ignore };
     const settings = { ...files, steps, batch, tokens, ...questions, ...matching };
     const finished = `${file}.partial`;
@@ -181,9 +179,9 @@ async function distilPart(
   run: Run,
   out: Output,
 ): Promise<Result> {
-  const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
+  const { output: file, force, model, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
   const questions = await askedIn(options.text);
-  checkTarget(file, { force: true, inputs: [basisPath, model, decoder, options.text, tokenizer] });
+  checkTarget(file, { force: true, inputs: [basisPath, model, options.text, tokenizer] });
   const adapters = byId(await run.adapters(paths, options.as, options.base));
   checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
   const basis = await run.pack(basisPath);
@@ -194,8 +192,7 @@ async function distilPart(
   const matching = { names: [...options.names], ignore: options.ignore };
   // Files count by their content: other machines may have them elsewhere.
   const asked = { model: await modelDigest(model), tokenizer: await fileDigest(tokenizer), steps, batch, tokens };
-  const half = decoder && { decoder: await modelDigest(decoder) };
-  const settings = { ...asked, ...half, ...questions, ...matching };
+  const settings = { ...asked, ...questions, ...matching };
   const of = [basis.basisId, coefficients, head, await facts(options.base), await contents(adapters, out)];
   const made = digest("distill", ...of, settings);
   const finished = `${file}.partial`;

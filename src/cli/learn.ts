@@ -15,7 +15,7 @@ import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { readCompletions, readExamples } from "./examples.ts";
 import { match } from "./matching.ts";
-import { decoder, openTrainable, runsOn, tokenizer, tokens } from "./model.ts";
+import { openTrainable, runsOn, tokenizer, tokens } from "./model.ts";
 import {
   byDefault,
   choice,
@@ -56,7 +56,6 @@ const OPTIONS = {
     model: required(
       reading("model", text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
     ),
-    decoder,
     tokens,
     tokenizer,
     ...runsOn,
@@ -120,8 +119,8 @@ export const learn: Attach = command({
     const { output: file, model, id = basename(file, extname(file)) } = options;
     if (!isTaskId(id))
       throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
-    const { force, decoder, tokenizer } = options;
-    const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, decoder, tokenizer] });
+    const { force, tokenizer } = options;
+    const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, tokenizer] });
     const signal = run.interrupts();
     const { examples, labels } = await readLessons(examplesPath, options.labels);
     const pack = await run.pack(packPath);

@@ -9,13 +9,12 @@ import type { Ort } from "../../bindings/ort.ts";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
-import type { ModelInput } from "../onnx/whole.ts";
 import type { Engine } from "../session/engine.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
 import { followsFromTokens } from "../train/batch-feeds.ts";
 import { readJson, readText } from "./files.ts";
 import { type match, refuseUnknown } from "./matching.ts";
-import { from, number, type OptionSpec, reading, text, type Values } from "./options.ts";
+import { from, number, type OptionSpec, text, type Values } from "./options.ts";
 import type { Run } from "./run.ts";
 
 interface ModelOptions {
@@ -30,14 +29,6 @@ export interface OpenedModel {
   readonly encode: Encode;
 }
 
-/** Option of commands that train on a model, or distil with it. */
-export const decoder: OptionSpec<string | undefined> = reading(
-  "model",
-  text(
-    "DECODER.onnx",
-    "The model's decoder, where it lies in a file of its own, as decoder_model_merged.onnx; --model is the encoder then.",
-  ),
-);
 export const tokens: OptionSpec<number | undefined> = number(
   "N",
   "Cut texts to N tokens; a prompt with its completion may not be longer. Default: 128; 512 for completions and templates.",
@@ -157,26 +148,21 @@ export function tokenizerOf(model: string): string {
   return !existsSync(beside!) && existsSync(above!) ? above! : beside!;
 }
 
-/** A model to train on, of one file or two. */
-export function wholeOf(model: string, decoder: string | undefined): ModelInput {
-  return decoder === undefined ? model : { encoder: model, decoder };
-}
-
-/** The same with a session that can be trained, and the encoder of its model. */
+/** A session that can be trained, and the encoder of texts for its model. */
 export async function openTrainable(
   command: string,
   model: string,
   pack: Pack,
-  options: ModelOptions & Values<typeof match> & Values<typeof runsOn> & { readonly decoder: string | undefined },
+  options: ModelOptions & Values<typeof match> & Values<typeof runsOn>,
   run: Run,
   whole = false,
 ): Promise<{ session: EigenSession; encode: Encode }> {
-  const { decoder, names, ignore, anyBase } = options;
+  const { names, ignore, anyBase } = options;
   const { ort, encode } = await openModel(command, model, options, whole);
   refuseUnknown(names, pack.modules, pack.name);
   const matching = { names, ignore, anyBase };
   const how = { trainable: true, session: sessionOf(options), ...matching };
-  const session = await createEigenSession(ort, wholeOf(model, decoder), pack, how);
+  const session = await createEigenSession(ort, model, pack, how);
   run.closing(session);
   return { session, encode };
 }

@@ -9,7 +9,6 @@ import { type Adapter, commonBase } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { BasisMode } from "../extract/options.ts";
-import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
 import type { BuildReport } from "../pack/report.ts";
@@ -27,7 +26,7 @@ import { openScratch, readJson } from "./files.ts";
 import { removeFinished } from "./finished.ts";
 import { contents, fileDigest, modelDigest } from "./hub-part.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
-import { engineOf, openModel, tokenizerOf, wholeOf } from "./model.ts";
+import { engineOf, openModel, tokenizerOf } from "./model.ts";
 import * as option from "./options.ts";
 import { type Output, resources, sum } from "./output.ts";
 import { autoText, cardText, reportText } from "./pack-text.ts";
@@ -144,8 +143,8 @@ export const pack: Attach = command({
   reads: ["repository"],
   async run(paths, options, run, out) {
     checkOptions(options);
-    const { output: file, force, scores, minGain, base, model, decoder, text, tokenizer } = options;
-    const target = await run.target(file, { force, inputs: [scores, base, model, decoder, text, tokenizer] });
+    const { output: file, force, scores, minGain, base, model, text, tokenizer } = options;
+    const target = await run.target(file, { force, inputs: [scores, base, model, text, tokenizer] });
     // Read before any adapter is.
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
     const adapters = await run.adapters(paths, options.as, base);
@@ -189,7 +188,6 @@ const SETTLED = ["k", "energy", "gauge", "rank", "step"] as const;
 /** What asks a model; other modes than auto know none. */
 const BY_ANSWERS = [
   "model",
-  "decoder",
   "text",
   "tokenizer",
   "tokens",
@@ -239,8 +237,6 @@ function checkOptions(options: PackOptions): void {
   if (needs !== undefined && options.model === undefined) throw new option.UsageError(`${needs} needs --model`);
   if (options.agreement !== undefined && budget !== undefined)
     throw new option.UsageError(`--agreement is for packs without a size: leave ${budget} out`);
-  if (options.decoder !== undefined && options.model === undefined)
-    throw new option.UsageError("--decoder needs --model");
   if (options.minGain !== undefined && options.scores === undefined)
     throw new option.UsageError("--min-gain needs --scores SCORES.json");
   if (options.step !== undefined && (options.dtype?.basis ?? options.dtype?.coefficients) !== undefined)
@@ -264,10 +260,9 @@ async function build(
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
   if (mode === "auto" && options.model !== undefined) {
     const { model, questions } = await askedOf(options, adapters);
-    const { minutes, agreement, distill: steps, names, output: file, decoder, tokenizer, tokens } = options;
+    const { minutes, agreement, distill: steps, names, output: file, tokenizer, tokens } = options;
     const inputs = [
       await modelDigest(options.model),
-      decoder && (await modelDigest(decoder)),
       await fileDigest(tokenizer ?? tokenizerOf(options.model)),
       await contents(adapters, out),
     ];
@@ -292,16 +287,16 @@ function workersFor(adapterBytes: number): number {
 
 /** A runtime and the model, and what it is asked. */
 async function askedOf(
-  { model, decoder, text, tokenizer, tokens, ...runtime }: PackOptions,
+  { model, text, tokenizer, tokens, ...runtime }: PackOptions,
   adapters: readonly Adapter[],
 ): Promise<{
-  readonly model: { readonly engine: Engine; readonly model: ModelInput };
+  readonly model: { readonly engine: Engine; readonly model: string };
   readonly questions: Partial<Asked> & { readonly encode: Tokenizer };
 }> {
   const asked = text === undefined ? {} : await readQuestions(text);
   const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, asksPrompts(asked, adapters));
   return {
-    model: { engine: engineOf(ort, runtime), model: wholeOf(model!, decoder) },
+    model: { engine: engineOf(ort, runtime), model: model! },
     questions: { ...asked, encode },
   };
 }

@@ -39,13 +39,6 @@ export interface ModelFile {
   close(): Promise<void>;
 }
 
-/** A model whose encoder and decoder are separate files, such as `encoder_model.onnx` and `decoder_model_merged.onnx`. */
-export interface ModelParts {
-  readonly encoder: SourceInput;
-  /** The decoder: with a branch for each use of its cache, or without caches. */
-  readonly decoder: SourceInput;
-}
-
 /** Smaller files are read at once. */
 const LEAST_APART = 2 ** 23;
 

@@ -1,12 +1,11 @@
 /**
  * Makes a session: the model is read, planned, changed and loaded once.
  */
-import { checkArgument, checkChoice, checkOptions, checkPack, isPlain } from "../arguments.ts";
+import { checkArgument, checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
-import type { ModelInput } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { tellReady } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
@@ -20,8 +19,7 @@ import { Session, type SessionTypes } from "./session.ts";
 /**
  * Prepares a model for all tasks of a pack and loads it once.
  * @param engine runs the model
- * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`. To train,
- *   two files too: `{ encoder, decoder }`
+ * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
@@ -29,7 +27,7 @@ import { Session, type SessionTypes } from "./session.ts";
  */
 export async function createSession<T extends SessionTypes>(
   engine: Engine,
-  source: ModelInput,
+  source: SourceInput,
   pack: Pack,
   options: SessionOptions = {},
 ): Promise<Session<T>> {
@@ -42,8 +40,7 @@ export async function createSession<T extends SessionTypes>(
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
-  const read = trainable || isPlain(source) ? (await import("../onnx/whole.ts")).readWhole : readModel;
-  const file = await read(source as SourceInput, { ...options, trainable, weightsApart: engine.readsFiles });
+  const file = await readModel(source, { ...options, weightsApart: engine.readsFiles });
   const session = await sessionOn<T>(engine, file, pack, options);
   await tellReady(file.model.name, options.onProgress);
   return session;

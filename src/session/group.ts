@@ -60,7 +60,7 @@ export async function createSessions<T extends SessionTypes, Name extends string
     const own: SessionOptions = { ...common, ...each[name] };
     checkOptions(`createSessions: each.${name}`, own, SESSION_OPTIONS);
     if (own.trainable) {
-      const advice = "use createSession, with { encoder, decoder } as its model where two files belong together";
+      const advice = "use createSession on one file";
       throw new TypeError(`createSessions: trainable: one session learns at a time; ${advice}`);
     }
     return { name, engine, model: models[name], options: own };
@@ -75,8 +75,6 @@ export interface GroupFile<Name extends string> {
   readonly model: SourceInput;
   /** Checked already. */
   readonly options: SessionOptions;
-  /** Called once it is known that something of the pack lives in the file, before it is loaded. */
-  readonly before?: (() => Promise<void>) | undefined;
 }
 
 /**
@@ -93,7 +91,7 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
   const lacking = lackingNothing();
   let told: [model: string, onProgress: SessionOptions["onProgress"]] | undefined;
   try {
-    for (const { name, engine, model, options, before } of files) {
+    for (const { name, engine, model, options } of files) {
       checkChoice("mode", options.mode ?? "auto", ["auto", "core", "factors", "folded"]);
       checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
       const file = await readModel(model, { ...options, weightsApart: engine.readsFiles });
@@ -101,7 +99,6 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
       let modules: ((module: string) => boolean) | undefined;
       try {
         modules = await residentsOf(file, name, pack, options, lacking, empty);
-        if (modules) await before?.();
       } catch (error) {
         await file.close();
         throw error;

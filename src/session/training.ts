@@ -62,9 +62,8 @@ export function refuseParts(
     elsewhere === undefined
       ? "it has a branch for each use of its cache, which gradients do not pass"
       : `tasks adapt "${elsewhere}" in the other, and gradients do not pass from file to file`;
-  const both = "make a session with both files as its model, { encoder, decoder }, which joins them in memory";
-  const alone = elsewhere === undefined ? "" : "; or train this file's layers alone, with the option `modules`";
-  const message = `${model.name} is the ${half} of a model in two files, which cannot be trained by itself: ${why}. To learn, ${both}${alone}; the task then serves the separate files`;
+  const alone = elsewhere === undefined ? "" : ", or train this file's layers alone, with the option `modules`";
+  const message = `${model.name} is the ${half} of a model in two files, which cannot be trained by itself: ${why}. To learn, export encoder and decoder as one graph${alone}; the task then serves the separate files`;
   throw new BaseMismatchError(message, { module: elsewhere ?? "" });
 }
 

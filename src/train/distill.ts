@@ -252,7 +252,7 @@ async function fitWhileItGains(
     onStep?.(step);
     taken = step.step;
     if (taken % CHECKED !== 0 && taken < fit.steps!) continue;
-    // As they are stored: coarse steps train numbers that answer well once they are rounded.
+    // Rounded, since coarse steps train numbers that answer well once they are stored.
     const { mean } = await trainer.compare(some, fit);
     idle = mean > (1 - GAIN) * least ? idle + 1 : 0;
     if (mean < least) [least, fitted] = [mean, asStored()];

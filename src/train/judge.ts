@@ -7,13 +7,13 @@ import { checkAdapters } from "../adapters/adapter.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
-import type { ModelInput } from "../onnx/whole.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { Queue } from "../queue.ts";
 import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Session } from "../session/session.ts";
 import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
+import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { type AdapterAnswer, answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import { supervisionOf } from "./create-trainer.ts";
@@ -55,14 +55,14 @@ export interface PackJudge {
 /**
  * Makes a judge of packs. One session runs adapters and tasks alike, so that nothing but the numbers differs.
  * @param engine runs the model: `createEngine` of a binding makes one
- * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
+ * @param model path, URL, Blob or bytes of the ONNX model
  * @throws RangeError when there is no text
  * @example
  * const { judge, close } = createJudge(createEngine(ort), "model.onnx", { adapters, texts, encode });
  * const nats = await judge(pack); // a pack of these adapters
  * await close();
  */
-export function createJudge(engine: Engine, model: ModelInput, options: JudgeOptions): PackJudge {
+export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
   checkArgument("createJudge", engine, "an engine (createEngine(ort))", "load");
   checkOptions("createJudge", options, [
     ...(["adapters", "texts", "examples", "encode", "end", "decoderStart", "names", "most", "seed", "signal"] as const),

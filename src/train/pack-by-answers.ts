@@ -15,7 +15,7 @@ import { AdapterError, BaseMismatchError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { placeOf } from "../format/layout.ts";
 import { onnxHost } from "../onnx/host.ts";
-import { type ModelInput, readWhole } from "../onnx/whole.ts";
+import { readModel } from "../onnx/read.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
 import type { Built } from "../pack/build.ts";
 import { readFingerprints } from "../pack/encode.ts";
@@ -26,6 +26,7 @@ import { spread } from "../pack/sharing.ts";
 import { allOf, freshPack } from "../pack/write.ts";
 import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
+import type { SourceInput } from "../source.ts";
 import {
   Answering,
   type AnsweringTask,
@@ -88,7 +89,7 @@ const TRIED = { labels: 16, tokens: 6 };
  */
 export async function tasksByAnswers(
   engine: Engine,
-  model: ModelInput,
+  model: SourceInput,
   pack: Pack,
   options: ByAnswersOptions,
 ): Promise<(AnsweringTask & { readonly file: Uint8Array<ArrayBuffer> })[]> {
@@ -118,7 +119,7 @@ export async function tasksByAnswers(
  * Packs adapters for a model, judged by answers. Without `base`, fingerprints are of the model, where its weights are floats under the
  * adapters' names.
  * @param engine runs the model: `createEngine` of a binding makes one
- * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
+ * @param model path, URL, Blob or bytes of the ONNX model
  * @throws RangeError for fewer `bytes` than any such pack takes, with the least
  * @throws TypeError without texts where the tokenizer does not tell its words
  * @throws AdapterError, BaseMismatchError as `buildPack` and `createSession`
@@ -127,7 +128,7 @@ export async function tasksByAnswers(
  */
 export async function packByAnswers(
   engine: Engine,
-  model: ModelInput,
+  model: SourceInput,
   options: ByAnswersOptions,
 ): Promise<Built<ByAnswersReport>> {
   checkArgument("packByAnswers", engine, "an engine (createEngine(ort))", "load");
@@ -162,7 +163,7 @@ function check(where: string, options: ByAnswersOptions, known: readonly (keyof 
 /** Packs of different sizes, one at a time. */
 class Making {
   readonly #engine: Engine;
-  readonly #model: ModelInput;
+  readonly #model: SourceInput;
   readonly #options: ByAnswersOptions;
   readonly #answering: Answering;
   readonly #kinds: readonly SizedPacks[];
@@ -172,7 +173,7 @@ class Making {
   /** Says which templates ask nothing, where questions are made. */
   #unused: readonly string[] = [];
 
-  constructor(engine: Engine, model: ModelInput, options: ByAnswersOptions) {
+  constructor(engine: Engine, model: SourceInput, options: ByAnswersOptions) {
     this.#engine = engine;
     this.#model = model;
     this.#options = options;
@@ -329,12 +330,12 @@ class Making {
  * @throws FormatError, SourceError where it cannot be read; AdapterError for adapters that do not agree about a module
  */
 export async function modelBase(
-  model: ModelInput,
+  model: SourceInput,
   adapters: readonly Adapter[],
   names: ReadonlyMap<string, string> = new Map(),
 ): Promise<WeightHost | undefined> {
   const shapes = [...sharedModules(adapters).values()].map(({ shape }) => shape);
-  const whole = onnxHost(await readWhole(model, { weightsApart: true }));
+  const whole = onnxHost(await readModel(model, { weightsApart: true }));
   try {
     const host = names.size > 0 ? renamedHost(whole, names) : whole;
     await readFingerprints(host, shapes);

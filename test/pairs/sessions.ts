@@ -5,7 +5,7 @@ import { createSession, createSessions, type Engine } from "eigenlora/session";
 import { type AttachedPack, attachPack, type TransformersPipeline } from "eigenlora/transformers";
 import { data, LOSSLESS, packOf as packOfAdapters } from "../packs.ts";
 import { PlainEngine } from "../plain-engine.ts";
-import { type Feeds, feeds, modelBytes, model as modelPath, NODE, type Ort, type Session } from "../sessions.ts";
+import { type Feeds, feeds, modelBytes, NODE, type Ort, type Session } from "../sessions.ts";
 import { aborted, type Calls, changing, closed, digits, type Kind, late, must, refusalOf, to } from "./harness.ts";
 import { checkCounts, file, fileOf, NATIVE, packOf, type Slowly, slow, slowly } from "./material.ts";
 
@@ -177,13 +177,18 @@ interface Attached {
   readonly pack: Pack;
   tasks: AttachedPack;
 }
-/** The pipeline's own session. */
-let own: Promise<Awaited<ReturnType<Ort["InferenceSession"]["create"]>>> | undefined;
+type OwnSessions = Record<string, Awaited<ReturnType<Ort["InferenceSession"]["create"]>>>;
+/** Sessions as transformers.js makes them. */
+async function loaded({ session_options = {} }: { session_options?: object } = {}): Promise<OwnSessions> {
+  return { model: await NODE.InferenceSession.create(MODEL, { ...NATIVE, ...session_options }) };
+}
 
 async function pipeline(): Promise<Attached["pipe"]> {
-  own ??= NODE.InferenceSession.create(MODEL, NATIVE);
   const model = {
-    sessions: { model: await own } as Record<string, Awaited<NonNullable<typeof own>>>,
+    constructor: {
+      from_pretrained: async (_id: string, options: object) => ({ sessions: await loaded(options) }),
+    },
+    sessions: await loaded(),
     config: { id2label: { 0: "base" } },
     async forward(): Promise<string> {
       await late();
@@ -199,7 +204,7 @@ async function pipeline(): Promise<Attached["pipe"]> {
 }
 const attach = (pipe: Attached["pipe"], pack: Pack): Promise<AttachedPack> =>
   attachPack(pipe, pack, {
-    ...{ model: modelPath("gemm"), original: "keep", probe: false, Tensor: NODE.Tensor, session: NATIVE },
+    ...{ model: "gemm", probe: false, Tensor: NODE.Tensor, session: NATIVE },
   });
 
 const attached: Kind<Attached> = {
