@@ -134,7 +134,7 @@ export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
 export { lossesOf } from "../dist/src/pack/report.js";
 export { codedOptions, searchStreamed } from "../dist/src/pack/search.js";
 export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
-export { allOf, freshPack, tasksOf } from "../dist/src/pack/write.js";
+export { allOf, freshPack } from "../dist/src/pack/write.js";
 
 // What the command line makes packs of: parts of machines, scores of a folder of adapters.
 

@@ -14,7 +14,7 @@ import t, { type Test } from "tap";
 import { json, workIn } from "./command-line.ts";
 import { headInputs, uniform } from "./internals.ts";
 import { F32 } from "./learning.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { concat, data, LOSSLESS, packOf as packed } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
 import { soak } from "./required.ts";
 import { difference, modesOn, NODE, ORTS, type Ort, open, outputOf, type Session } from "./sessions.ts";
@@ -36,10 +36,8 @@ const adaptersOf = (name: Name, ...ids: string[]) =>
   readAdapters(ids.map((id) => data(`heads/${name}/adapters/${id}`)));
 
 async function packOf(name: Name, options: BuildOptions = LOSSLESS, ids = ["two", "four"]): Promise<Pack> {
-  const adapters = await adaptersOf(name, ...ids);
-  const { chunks } = await buildPack(adapters, options);
-  for (const adapter of adapters) await adapter.close();
-  return openPack(concat(chunks));
+  const paths = ids.map((id) => `heads/${name}/adapters/${id}`);
+  return openPack((await packed(paths, options)).bytes);
 }
 
 async function trainable(t: Test, name: Name, pack?: Pack, more: Parameters<typeof open>[3] = {}): Promise<Session> {

@@ -2,27 +2,22 @@
  * Single files of an encoder and a decoder: refused by name before anything runs, with advice.
  */
 import { openPack, type Pack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer } from "eigenlora/train";
 import t from "tap";
 import { readModel, surveyModel } from "./internals.ts";
 import { noise } from "./learning.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
 import { NODE, open, refusal } from "./sessions.ts";
 
-async function packOf(): Promise<Pack> {
-  const adapters = await readAdapters([data("seq2seq/adapters/answers")]);
+async function opened(): Promise<Pack> {
   const base = data("seq2seq/base.safetensors");
-  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base });
-  for (const adapter of adapters) await adapter.close();
-  return openPack(concat(chunks));
+  return openPack((await packOf(["seq2seq/adapters/answers"], { ...LOSSLESS, base })).bytes);
 }
 
 const of = (side: string) => (module: string) => module.startsWith(`${side}.`);
 
 t.test("one of several files is refused, with what to do", async (t) => {
-  const pack = await packOf();
+  const pack = await opened();
   const refused = (file: string, modules?: (module: string) => boolean) =>
     refusal(() => open(NODE, data(`seq2seq/${file}`), pack, { trainable: true, modules }));
   const decoder = await refused("decoder.onnx");
@@ -54,7 +49,7 @@ function feeds(): BatchFeeds {
 }
 
 t.test("the decoder's own layers learn alone where that is asked for", async (t) => {
-  const pack = await packOf();
+  const pack = await opened();
   const session = await open(NODE, data("seq2seq/decoder.onnx"), pack, { trainable: true, modules: of("decoder") });
   t.ok(session.leftOut.length > 0 && session.leftOut.every((name) => !name.startsWith("decoder.")));
   const trainer = await createTrainer(session, { seed: 1 });

@@ -6,11 +6,9 @@ import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { openPack, type Pack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
 import type { PipelineModel } from "eigenlora/transformers";
 import type { Test } from "tap";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
 import { packages, without } from "./required.ts";
 import { difference } from "./sessions.ts";
 
@@ -68,12 +66,8 @@ export async function packBytes(
   model: string,
   only: (module: string) => boolean = () => true,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  const adapters = await readAdapters([data(`pipelines/${model}/adapters`)]);
-  const some = adapters.map((one) => ({ ...one, modules: new Map([...one.modules].filter(([name]) => only(name))) }));
   const base = data(`pipelines/${model}/base.safetensors`);
-  const { chunks } = await buildPack(some, { ...LOSSLESS, base });
-  for (const adapter of adapters) await adapter.close();
-  return concat(chunks);
+  return (await packOf([`pipelines/${model}/adapters`], { ...LOSSLESS, base }, only)).bytes;
 }
 
 export async function packOn(model: string, only?: (module: string) => boolean): Promise<Pack> {

@@ -7,7 +7,6 @@ const example = /```js\n([^`]*createEigenSession[^`]*)```/.exec(readme)?.[1];
 if (!example) throw new Error("README.md has no example with createEigenSession");
 
 /** The example as printed: a page with the files that it reads beside it. */
-export const EXAMPLE = example;
 
 const lines = example.split("\n").filter((line) => !/\bTokenizer\b|"tokenizer\.json"|files\.map/.test(line));
 const isImport = (line: string): boolean => line.startsWith("import ");

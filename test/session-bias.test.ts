@@ -33,7 +33,7 @@ import {
   runProgram,
   toBinary,
 } from "./internals.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import * as sessions from "./sessions.ts";
 import { difference, type Feeds, MODES, NODE, ORTS, open, outputOf, refusal } from "./sessions.ts";
 
@@ -54,11 +54,8 @@ const answer = (file: string, task: string | null): number[] => goldens.outputs[
 
 /** Bytes of a pack that keeps its adapters whole. */
 async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
-  const read = await readAdapters(adapters.map((name) => path(`adapters/${name}`)));
-  const base = path("base.safetensors");
-  const { chunks } = await buildPack(read, { ...LOSSLESS, base });
-  for (const adapter of read) await adapter.close();
-  return concat(chunks);
+  const paths = adapters.map((name) => `exports/adapters/${name}`);
+  return (await packOf(paths, { ...LOSSLESS, base: path("base.safetensors") })).bytes;
 }
 
 /** Sets by what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */

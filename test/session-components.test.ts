@@ -27,7 +27,19 @@ import {
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak } from "./required.ts";
-import { difference, feeds, model, NODE, ORTS, type Ort, open, outputOf, refusal, type Session } from "./sessions.ts";
+import {
+  difference,
+  feeds,
+  model,
+  NODE,
+  ORTS,
+  type Ort,
+  open,
+  outputOf,
+  packBytes,
+  refusal,
+  type Session,
+} from "./sessions.ts";
 import { inOtherWords } from "./sides.ts";
 
 /** Tasks with LoRA of different ranks, DoRA, private terms; not lossless: components of three bits cannot be. */
@@ -37,12 +49,8 @@ async function packAs(
   basis: "f32" | "f16" | "int8" | "int4" | "int3",
   more: object = {},
 ): Promise<Pack> {
-  const read = await readAdapters(adapters.map((path) => data(`sessions/${path}`)));
-  const host = data(`sessions/${base}.safetensors`);
   const dtype = { basis, coefficients: "f32", head: "f32" } as const;
-  const { chunks } = await buildPack(read, { select: { kind: "k", k: 6 }, dtype, base: host, ...more });
-  for (const adapter of read) await adapter.close();
-  return openPack(concat(chunks));
+  return openPack(await packBytes(adapters, base, { select: { kind: "k", k: 6 }, dtype, ...more }));
 }
 
 const largest = (values: ArrayLike<number>): number => Array.from(values).reduce((m, v) => Math.max(m, Math.abs(v)), 0);

@@ -4,11 +4,9 @@
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { openPack, type Pack, type Selection } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { create, fromBinary, ModelProtoSchema, NodeProtoSchema, TensorProtoSchema, toBinary } from "./internals.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { data, LOSSLESS, packOf as packed } from "./packs.ts";
 import {
   difference,
   type Feeds,
@@ -55,14 +53,11 @@ function feedsOf(ort: Pick<Ort, "Tensor">, kind: string): Feeds {
 /** @param folders of adapters under test/data/forms, each one adapter or a folder of several */
 async function packOf(kind: string, folders: readonly string[], options = {}): Promise<Pack> {
   const paths = folders.flatMap((folder) => {
-    const at = data(`forms/${folder}`);
-    return existsSync(`${at}/task.json`) ? [at] : readdirSync(at).map((name) => `${at}/${name}`);
+    const at = `forms/${folder}`;
+    return existsSync(data(`${at}/task.json`)) ? [at] : readdirSync(data(at)).map((name) => `${at}/${name}`);
   });
-  const adapters = await readAdapters(paths);
   const base = data(`forms/${kind}.safetensors`);
-  const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...options, base });
-  for (const adapter of adapters) await adapter.close();
-  return openPack(concat(chunks));
+  return openPack((await packed(paths, { ...LOSSLESS, ...options, base })).bytes);
 }
 
 const packs = new Map<string, Promise<Pack>>();

@@ -30,7 +30,7 @@ type Folder = "fused" | "builder";
 interface Golden {
   readonly rows: readonly (readonly number[])[];
   readonly mask?: readonly (readonly number[])[];
-  /** By what answers and task. */
+  /** Answers of a model, by task. */
   readonly logits: Readonly<Record<string, Readonly<Record<string, readonly number[]>>>>;
 }
 const read = (folder: Folder): Golden => JSON.parse(readFileSync(data(`${folder}/goldens.json`), "utf8"));

@@ -6,13 +6,12 @@ import { readFileSync } from "node:fs";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { createRuntime, openPack, type Pack } from "eigenlora";
-import { buildPack, encodeTaskFile } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
+import { encodeTaskFile } from "eigenlora/build";
 import { createEigenSession, createEigenSessions, type EigenSessions } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { difference } from "./adapters.ts";
 import { openSafetensors, openSource } from "./internals.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
 import { MODES, modesOn, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
 interface Golden {
@@ -29,11 +28,9 @@ type Models = EigenSessions<Ort, keyof typeof FILES>;
 
 /** A lossless pack of adapters; with the base's fingerprints unless told otherwise. */
 async function packBytes(ids: readonly string[], fingerprints = true): Promise<Uint8Array<ArrayBuffer>> {
-  const adapters = await readAdapters(ids.map((id) => data(`seq2seq/adapters/${id}`)));
-  const base = fingerprints ? data("seq2seq/base.safetensors") : undefined;
-  const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...(base && { base }) });
-  for (const adapter of adapters) await adapter.close();
-  return concat(chunks);
+  const paths = ids.map((id) => `seq2seq/adapters/${id}`);
+  const base = fingerprints && { base: data("seq2seq/base.safetensors") };
+  return (await packOf(paths, { ...LOSSLESS, ...base })).bytes;
 }
 const whole = await packBytes(["answers", "titles"]);
 const opened = (t: Test, bytes = whole): Promise<Pack> =>

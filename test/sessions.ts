@@ -1,14 +1,31 @@
 /** Shared by the tests of sessions: the runtimes, the tiny models of test/data/sessions, packs for them, their answers. */
 import { readdirSync, readFileSync } from "node:fs";
+
+<<<<<<< HEAD
+
 import { type OpenOptions, openPack, type Pack, type SourceInput } from "eigenlora";
 import { type BuildOptions, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, type EigenSession, type EigenSessionOptions } from "eigenlora/onnxruntime";
+
+=======
+
+import { type OpenOptions, openPack, type Pack } from "eigenlora";
+import type { BuildOptions } from "eigenlora/build";
+import {
+  createEigenSession,
+  type EigenSession,
+  type EigenSessionOptions,
+  type ModelInput,
+} from "eigenlora/onnxruntime";
+
+>>>>>>> d3
+
 import { createSession, type Engine, type SessionOptions } from "eigenlora/session";
 import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak } from "./required.ts";
 
@@ -77,11 +94,9 @@ export async function packBytes(
   base?: string,
   options: BuildOptions = LOSSLESS,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  const read = await readAdapters(adapters.map((path) => data(`sessions/${path}`)));
-  const host = base === undefined ? undefined : data(`sessions/${base}.safetensors`);
-  const { chunks } = await buildPack(read, host ? { ...options, base: host } : options);
-  for (const adapter of read) await adapter.close();
-  return concat(chunks);
+  const paths = adapters.map((path) => `sessions/${path}`);
+  const host = base === undefined ? {} : { base: data(`sessions/${base}.safetensors`) };
+  return (await packOf(paths, { ...options, ...host })).bytes;
 }
 
 /** The pack of each of the tiny models, by the key of its answers. */

@@ -42,7 +42,7 @@ async function partOf(name) {
     const notes = ["ΔW error: of all modules of a task together; in stored results the mean over modules."];
     return { question, rows: await measure(name), notes };
   }
-  // Of rows that were measured twice the last one counts.
+  // The last of two measurements counts.
   const asked = new Map(stored.filter(({ n, accuracy }) => n === all && accuracy).map((row) => [row.way, row]));
   const rows = [...asked.values(), ...(await readDistilled(name))].sort((a, b) => a.bytes - b.bytes);
   return {
