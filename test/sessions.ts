@@ -1,25 +1,9 @@
 /** Shared by the tests of sessions: the runtimes, the tiny models of test/data/sessions, packs for them, their answers. */
 import { readdirSync, readFileSync } from "node:fs";
 
-<<<<<<< HEAD
-
 import { type OpenOptions, openPack, type Pack, type SourceInput } from "eigenlora";
-import { type BuildOptions, buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
-import { createEigenSession, type EigenSession, type EigenSessionOptions } from "eigenlora/onnxruntime";
-
-=======
-
-import { type OpenOptions, openPack, type Pack } from "eigenlora";
 import type { BuildOptions } from "eigenlora/build";
-import {
-  createEigenSession,
-  type EigenSession,
-  type EigenSessionOptions,
-  type ModelInput,
-} from "eigenlora/onnxruntime";
-
->>>>>>> d3
+import { createEigenSession, type EigenSession, type EigenSessionOptions } from "eigenlora/onnxruntime";
 
 import { createSession, type Engine, type SessionOptions } from "eigenlora/session";
 import type * as common from "onnxruntime-common";
