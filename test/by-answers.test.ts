@@ -185,14 +185,14 @@ t.test("eight tasks share components; what is finished is not done again; a stop
 
   const controller = new AbortController();
   const stop = ({ detail }: WorkProgress): void => {
-    if (detail === adapters[3]!.id) controller.abort();
+    if (detail === `${adapters[5]!.id} to try a size`) controller.abort();
   };
   const afresh = { ...options, onProgress: stop, signal: controller.signal, finished: undefined, seed: 1 };
   const stopped = await packByAnswers(engine, file, afresh);
-  t.same(
-    stopped.report.left,
-    adapters.filter((_, i) => i === 3 || i === 7).map(({ id }) => id),
-    "those that were neither tried nor distilled are stored as without a model",
+  const left = new Set(stopped.report.left);
+  t.ok(
+    adapters.slice(5).every(({ id }) => left.has(id)),
+    "those that had no turn are stored as without a model, and named",
   );
   const half = await openPack(new Blob(stopped.chunks as BlobPart[]));
   t.equal(half.tasks.size, 8);
@@ -474,7 +474,7 @@ async function refusals(t: Test, adapter: string, how: readonly string[]): Promi
     [[...how, "--error", "0.1"], /--error is about ΔW/],
     [[...how, "--dtype", "int4"], /--dtype is for packs without --model/],
     [[...how, "--ratio", "30", "--agreement", "0.9"], /--agreement is for packs without a size: leave --ratio out/],
-    [[...how, "--k", "4", "--agreement", "0.9"], /--agreement is for --mode auto/],
+    [[...how, "--k", "4", "--agreement", "0.9"], /--model is for --mode auto/],
   ] as const)
     t.match(await json(2, "pack", adapter, "-o", "x.eigen", ...args), { error: { tag: "usage", message } });
   const short = await json(1, "pack", adapter, "-o", "x.eigen", ...how, "--text", "lines.txt");
