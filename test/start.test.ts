@@ -47,7 +47,7 @@ import { find, packages, python, pythonLacks, without } from ${JSON.stringify(jo
 t.comment(JSON.stringify([find(process.execPath), without("node", process.execPath), pythonLacks("sys"), packages(), "EIGENLORA_SMOLLM2" in process.env]));`;
   const given = { PYTHON: "python-of-mine", EIGENLORA_RUNTIMES: "/runtimes", EIGENLORA_SMOLLM2: "/smollm2" };
   const told = (env: object): unknown => JSON.parse(/\[.*\]/.exec(started(t, code, { ...given, ...env }).stdout)![0]);
-  t.match(told({}), [process.execPath, false, /^python-of-mine /, "/runtimes/node_modules", true]);
+  t.match(told({ EIGENLORA_BARE: "" }), [process.execPath, false, /^python-of-mine /, "/runtimes/node_modules", true]);
   t.match(told({ EIGENLORA_BARE: "1" }), [null, /^node is not here/, /^\/bare\//, "/bare/node_modules", false]);
 });
 
