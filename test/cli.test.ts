@@ -52,7 +52,7 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
   for (const task of verified["tasks"])
     t.ok(Math.abs(task.error.max - owned["errors"].find(({ id }: any) => id === task.id).max) < 1e-4);
 
-  const auto = await json(0, "pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB");
+  const auto = await json(0, "pack", ...some, "-o", "auto.eigen", "--bytes", "70kB");
   t.ok(auto["bytes"] <= 70_000 && auto["tried"].length >= 1 && auto["judgedBy"] === "error");
   const safe = await json(0, "pack", ...some, "-o", "safe.eigen");
   for (const { id, total } of safe["errors"]) t.ok(total <= 0.15 && total > 0.1, `${id}: ${total}`);
@@ -68,9 +68,8 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
 
   const refused = async (...args: string[]): Promise<string> =>
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
-  t.match(await refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
-  t.match(await refused("--mode", "auto", "--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
-  t.match(await refused("--text", "lines.txt", "--k", "4"), /--text is for --mode auto/);
+  t.match(await refused("--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
+  t.match(await refused("--k", "4", "--model", "model.onnx"), /--k and --model exclude each other: .*answers decide/);
   t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
   t.match(await refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
   t.match(
@@ -154,10 +153,7 @@ t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (
   for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
   for (const mode of ["column", "flat"]) {
     const { error } = await json(2, "pack", ...some, "-o", "x", "--mode", mode, "--error", "0.1");
-    t.match(
-      error.message,
-      /--error is for --mode auto, .*; leave --mode out, or say --k, --energy, --bytes or --ratio/,
-    );
+    t.match(error.message, /--mode and --error exclude each other: without it all ways of packing are tried/);
   }
   const lossless = await json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
   t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
@@ -583,12 +579,11 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected auto, column or flat/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column or flat/],
     [["pack", own, "-o", "x", "--gage", "balanced"], /unknown option .--gage.; did you mean --gauge\?/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /remove: missing TASK/],
     [["pack", own, "-o", "no/such/folder/x"], /there is no folder no.such.folder; make it first/],
-    [["bench", "everything"], /expected .*memory/],
   ];
   for (const [args, message] of usage)
     t.match(await json(2, ...args), { error: { tag: "usage", message } }, args.join(" "));

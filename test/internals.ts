@@ -138,7 +138,6 @@ export { allOf, freshPack } from "../dist/src/pack/write.js";
 
 // What the command line makes packs of: parts of machines, scores of a folder of adapters.
 
-export { partByGain, readScores } from "../dist/src/cli/pack.js";
 export { type BasisOptions, buildBasis } from "../dist/src/pack/shard/basis.js";
 export {
   adapterStatistics,
@@ -235,10 +234,9 @@ export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 
 // The command line in this process, with its disk, clock or output replaced.
 
-export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
-export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
-export { takeLock } from "../dist/src/cli/lock.js";
-export { openModel } from "../dist/src/cli/model.js";
+export { downloading, Run } from "../dist/src/cli/command.js";
+export { openScratch, takeLock, writeTogether, writeWhole } from "../dist/src/cli/files.js";
+export { openModel, readExamples, readQuestions } from "../dist/src/cli/model.js";
 export {
   createOutput,
   leftOf,
@@ -249,7 +247,6 @@ export {
   timeLeft,
 } from "../dist/src/cli/output.js";
 export { runProgram } from "../dist/src/cli/program.js";
-export { downloading, Run } from "../dist/src/cli/run.js";
 
 /** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */
 export const COMMAND_LINE: URL = new URL("../dist/src/cli/", import.meta.url);

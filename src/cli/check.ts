@@ -14,33 +14,28 @@ import { toTensors } from "../session/engine.ts";
 import type { SessionOptions } from "../session/options.ts";
 import { type Survey, surveyFiles, surveyModel } from "../session/survey.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { inFlags, match, refuseSwapped, refuseUnknown } from "./matching.ts";
 import { WITHOUT_NUGET } from "./model.ts";
-import { list, reading, toggle, UsageError } from "./options.ts";
+import { inFlags, list, match, refuseUnknown, toggle, UsageError } from "./options.ts";
 import { bytes, count, table } from "./output.ts";
 
 const OPTIONS = {
   ...match,
-  beside: reading(
-    "model",
-    list(
-      "OTHER.onnx",
-      "Another file of the same model: the decoder of an encoder, a text encoder of a UNet. May be given again.",
-    ),
-  ),
+  beside: {
+    ...list("OTHER.onnx", "Another file of the same model: the decoder of an encoder, a text encoder of a UNet."),
+    reads: "model" as const,
+  },
   filesOnly: toggle("Look at the files only, even if onnxruntime-node is installed."),
 };
 
 export const check: Attach = command({
   usage: "check <MODEL.onnx> <PACK>",
-  does: "Say whether a pack works on a model, in which modes, and what it costs.",
   details:
     "Exit code 0 if a session works. If onnxruntime-node is installed, a session is made and run on made-up inputs.",
   example: "check model.onnx tasks.eigen",
   options: OPTIONS,
   reads: ["model", "file"],
   async run([modelPath, packPath]: [string, string], { filesOnly, beside, ...options }, run) {
-    await refuseSwapped(modelPath, packPath, run);
+    await run.refuseSwapped(modelPath, packPath);
     const pack = await run.pack(packPath);
     refuseUnknown(options.names, pack.modules, packPath);
     const shown = (path: string): string => run.shown(path);
