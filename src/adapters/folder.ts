@@ -152,7 +152,9 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     }
     const other = owners.get(id)?.path;
     if (other !== undefined) {
-      throw new TaskError(`${other} and ${path} are both called ${id}; give one a new id with \`rename\``, { task: id });
+      throw new TaskError(`${other} and ${path} are both called ${id}; give one a new id with \`rename\``, {
+        task: id,
+      });
     }
     owners.set(id, location);
   }
