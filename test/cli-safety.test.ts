@@ -162,7 +162,6 @@ t.test("pipes, devices and sockets are refused before they are opened", async (t
       ["verify", pack, "--key", path],
       ["pack", path, "-o", at("never")],
       ["pack", role, "--base", path, "-o", at("never")],
-      ["pack", role, "--scores", path, "-o", at("never")],
       ["add", pack, path],
       ["add", pack, role, "--key", path],
       ["export", path, "--task", "x", "-o", at("never")],

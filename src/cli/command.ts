@@ -234,7 +234,6 @@ export class Run {
     }
     const [path] = await snapshot.get([model]);
     const folder = posix.dirname(model);
-    const { weightFiles } = await import("./model.ts");
     const weights = (await weightFiles(path!)).map((location) => posix.join(folder, location));
     const home = [folder, posix.dirname(folder)].find((place) => files.has(posix.join(place, TOKENIZER[0]!)));
     const tokenizer = home === undefined ? [] : TOKENIZER.map((file) => posix.join(home, file));
@@ -427,6 +426,15 @@ function onlyOne(
     .join(", ");
   const several = `several ${onnx ? "models" : `files *${ending}`}; name one of ${listed}${more}`;
   throw new SourceError(`holds ${files.length === 0 ? none : several}`, { file: where });
+}
+
+/** Locations of the files that hold weights of a model, relative to its folder. */
+export async function weightFiles(model: string): Promise<string[]> {
+  const { readModel } = await import("../onnx/read.ts");
+  const { externalFiles } = await import("../onnx/tensors.ts");
+  const file = await readModel(model);
+  await file.close();
+  return [...externalFiles(file.model.graph.proto).keys()];
 }
 
 /** A listener that shows how much has arrived of all files that are downloaded together. */

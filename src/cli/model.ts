@@ -13,8 +13,6 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
-import { readModel } from "../onnx/read.ts";
-import { externalFiles } from "../onnx/tensors.ts";
 import type { Engine } from "../session/engine.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
 import { toUtf8 } from "../text.ts";
@@ -22,7 +20,7 @@ import type { FinishedOutcomes } from "../train/answering.ts";
 import { followsFromTokens } from "../train/batch-feeds.ts";
 import type { Message } from "../train/examples.ts";
 import { templateOf } from "../train/made-up.ts";
-import type { Run } from "./command.ts";
+import { type Run, weightFiles } from "./command.ts";
 import { filesOf, readJson, readText, stat, writeWhole } from "./files.ts";
 import { type match, refuseUnknown, type runsOn, type Values } from "./options.ts";
 import type { Output } from "./output.ts";
@@ -232,13 +230,6 @@ export async function modelDigests(
   const files = stat(model)?.isFile() ? (await weightFiles(model)).sort() : [];
   const paths = [model, ...files.map((name) => join(dirname(model), name))];
   return { model: await Promise.all(paths.map(fileDigest)), tokenizer: await fileDigest(tokenizer) };
-}
-
-/** Locations of the files that hold weights of a model, relative to its folder. */
-export async function weightFiles(model: string): Promise<string[]> {
-  const file = await readModel(model);
-  await file.close();
-  return [...externalFiles(file.model.graph.proto).keys()];
 }
 
 /** Null where there is no file: whatever needs it reports that. */
