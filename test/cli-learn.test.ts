@@ -138,7 +138,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     const program = new Command();
     let code;
     const phase = () => at === "0" && interrupt();
-    learn(program, { progress, phase, warn() {} }, (result) => {
+    learn(program, "", { progress, phase, warn() {} }, (result) => {
       if (typeof result === "number") code = result;
       else console.log(JSON.stringify(result));
     });

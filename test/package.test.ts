@@ -296,7 +296,7 @@ t.test("names the package exports", async (t) => {
     "readTensor",
   ]);
   t.ok("buildPack" in (await import("eigenlora/build")));
-  t.same(Object.keys(await import("eigenlora/cache")).sort(), ["cacheStore", "cachedSource", "opfsStore"]);
+  t.same(Object.keys(await import("eigenlora/cache")).sort(), ["cacheStore", "cachedSource"]);
   t.same(Object.keys(await import("eigenlora/react-native")).sort(), ["fileSource", "fromBase64", "toBase64"]);
   t.same(Object.keys(await import("eigenlora/react-native/onnxruntime")), ["createEigenSession"]);
   t.same(Object.keys(await import("eigenlora/workerd")).sort(), ["keptPack", "r2Source"]);
