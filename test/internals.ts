@@ -159,24 +159,22 @@ export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
 export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-export {
-  type GraphProto,
-  type ModelProto,
-  type NodeProto,
-  type TensorProto,
-  TensorShapeProto_DimensionSchema,
-  type ValueInfoProto,
-} from "../dist/src/onnx/onnx_pb.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
 export {
   AttributeProtoSchema,
   create,
+  DimensionSchema,
   fromBinary,
+  type GraphProto,
   GraphProtoSchema,
+  type ModelProto,
   ModelProtoSchema,
+  type NodeProto,
   NodeProtoSchema,
+  type TensorProto,
   TensorProtoSchema,
   toBinary,
+  type ValueInfoProto,
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../dist/src/onnx/read.js";

@@ -7,6 +7,7 @@ import t from "tap";
 import {
   AttributeProtoSchema,
   create,
+  DimensionSchema,
   findParameters,
   fromBinary,
   type GraphProto,
@@ -26,7 +27,6 @@ import {
   replaceByFile,
   type TensorProto,
   TensorProtoSchema,
-  TensorShapeProto_DimensionSchema,
   takeApart,
   toBinary,
   ValueInfoProtoSchema,
@@ -231,8 +231,7 @@ function sequences(first: "batch" | "sequence"): Uint8Array {
   return changed("transposed", (graph) => {
     const free = { value: { case: undefined } };
     const { value } = graph.input[0]!.type!;
-    if (value.case === "tensorType")
-      value.value.shape!.dim.splice(1, 0, create(TensorShapeProto_DimensionSchema, free));
+    if (value.case === "tensorType") value.value.shape!.dim.splice(1, 0, create(DimensionSchema, free));
     delete (graph.output[0]!.type!.value.value as { shape?: unknown }).shape;
     graph.valueInfo.length = 0;
     if (first === "batch") return;

@@ -10,7 +10,7 @@ import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
 import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto, NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto, NodeProto, ValueInfoProto } from "../onnx/protobuf.ts";
 import { create, GraphProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";

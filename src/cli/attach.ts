@@ -130,7 +130,7 @@ function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
 /** @throws FormatError when it becomes too large for a single file */
 function serialise(file: ModelFile, { initializers }: Grafted, marks: Marks, target: string): Uint8Array {
   const { metadataProps } = file.model.proto;
-  for (const [key, value] of marks) metadataProps.push({ $typeName: "onnx.StringStringEntryProto", key, value });
+  for (const [key, value] of marks) metadataProps.push({ key, value });
   const model = embedWeights(file, initializers);
   if (model.length <= MOST_MODEL_BYTES) return model;
   throw new FormatError(

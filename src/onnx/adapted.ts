@@ -4,7 +4,7 @@ import type { Form, GraftVector } from "./forms.ts";
 import type { Linear } from "./linear.ts";
 import type { Slice } from "./modules.ts";
 import type { Added } from "./nodes.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import type { GraphProto, NodeProto } from "./protobuf.ts";
 
 /** A layer of the model that gets a term: the one record of it between a pack's module and the inputs of the graph. */
 export interface AdaptedLayer {

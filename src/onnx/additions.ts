@@ -8,7 +8,7 @@ import type { AdaptedLayer, GraftBias, GraftRows } from "./adapted.ts";
 import { endOf, FLOAT, FLOAT16, type Linear, linearsOf, NotLinear, origin, producer, requantized } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, SUMS } from "./modules.ts";
-import type { GraphProto } from "./onnx_pb.ts";
+import type { GraphProto } from "./protobuf.ts";
 
 /**
  * Finds the applications of an adapted weight: as a linear layer, or as one of the forms that are loaded on demand.

@@ -8,7 +8,7 @@ import { FLOAT16, INT64 } from "./linear.ts";
 import { attribute, indexGraph, type OnnxModel } from "./model.ts";
 import { isParameterName, modulePathOf } from "./modules.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits } from "./nodes.ts";
-import type { NodeProto } from "./onnx_pb.ts";
+import type { NodeProto } from "./protobuf.ts";
 import { Ranks } from "./rank.ts";
 
 /** Attributes with the same meaning in both operators. */

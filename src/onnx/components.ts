@@ -5,7 +5,7 @@
 import { FLOAT, INT8, type Linear, UINT8 } from "./linear.ts";
 import { attribute } from "./model.ts";
 import { type Added, CONTRIBUTED, type Place, PREFIX } from "./nodes.ts";
-import type { NodeProto } from "./onnx_pb.ts";
+import type { NodeProto } from "./protobuf.ts";
 
 /** The components of one side of a module, [rows, width]. */
 export interface ComponentRows {

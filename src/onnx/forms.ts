@@ -5,7 +5,7 @@
 import { dynamic, FLOAT, FLOAT16, onlyConsumer, quantized, requantized, typeOf } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import type { OnnxParameter } from "./modules.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import type { GraphProto, NodeProto } from "./protobuf.ts";
 
 /** One application of a convolution or of a table. */
 export interface FormPlace {

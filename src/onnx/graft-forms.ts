@@ -20,7 +20,7 @@ import type { GraftTools } from "./graft-tools.ts";
 import { FLOAT, INT64 } from "./linear.ts";
 import { attribute } from "./model.ts";
 import { type Place, PREFIX } from "./nodes.ts";
-import type { NodeProto } from "./onnx_pb.ts";
+import type { NodeProto } from "./protobuf.ts";
 
 /** A layer that is not linear. */
 type FormLayer = AdaptedLayer & { readonly form: Form };

@@ -6,7 +6,7 @@ import type { FormProbe, GraftOptions, TaskInput } from "./adapted.ts";
 import { FLOAT } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
 import { type Added, type Attributes, makeInts, makeNode, NodeEdits, Place, PREFIX } from "./nodes.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import type { GraphProto, NodeProto } from "./protobuf.ts";
 import { Ranks } from "./rank.ts";
 
 export class GraftTools {

@@ -31,7 +31,7 @@ import { GraftTools } from "./graft-tools.ts";
 import { endOf, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
 import { dropUnused, freeLast, importContributed, makeSplit, makeValue, type Place, PREFIX } from "./nodes.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import type { GraphProto, NodeProto } from "./protobuf.ts";
 
 /**
  * Changes `model.proto` in place.

@@ -4,7 +4,7 @@
  */
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, type Slice } from "./modules.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import type { GraphProto, NodeProto } from "./protobuf.ts";
 
 /** `TensorProto.DataType`. */
 export const FLOAT = 1;

@@ -3,7 +3,7 @@
  * copies. It executes nothing and infers no shapes; only the runtime knows the values.
  */
 import { FormatError } from "../errors.ts";
-import type { AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto } from "./onnx_pb.ts";
+import type { AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto } from "./protobuf.ts";
 import { fromBinary, ModelProtoSchema } from "./protobuf.ts";
 
 /** Where a value enters a node. */

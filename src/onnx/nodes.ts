@@ -5,7 +5,7 @@
 import { FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { nestedGraphs, type OnnxModel } from "./model.ts";
-import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./onnx_pb.ts";
+import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./protobuf.ts";
 import {
   AttributeProtoSchema,
   create,

@@ -8,7 +8,7 @@ import type { Linear } from "./linear.ts";
 import { attribute, type Graph, type OnnxModel } from "./model.ts";
 import { matrixShape, type OnnxParameter } from "./modules.ts";
 import { makeNode, makeSplit, PREFIX, readBy } from "./nodes.ts";
-import type { GraphProto, NodeProto, TensorProto } from "./onnx_pb.ts";
+import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
 
 /** Packed layers, and the layers in them in order. "qkv" is the name that attention.ts gives to that of an `Attention`. */
 const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [

@@ -3,7 +3,7 @@
  * and its linear layers. Unknown ranks are undefined.
  */
 import { attribute, type OnnxModel } from "./model.ts";
-import type { NodeProto, ValueInfoProto } from "./onnx_pb.ts";
+import type { NodeProto, ValueInfoProto } from "./protobuf.ts";
 
 /** Operators whose result has as many dimensions as their first input. */
 const KEEPS = new Set([

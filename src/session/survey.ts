@@ -12,7 +12,7 @@ import { isOfModule } from "../format/format.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
-import type { GraphProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { lackingNothing, refuseHomeless, residentsOf } from "./group.ts";
 import { ModelMatcher } from "./match.ts";

@@ -10,7 +10,7 @@ import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import { nestedGraphs } from "../onnx/model.ts";
-import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto, NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { SessionOptions } from "./options.ts";
