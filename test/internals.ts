@@ -152,13 +152,12 @@ export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/ta
 
 // ONNX graphs, made and changed node by node.
 
-export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
-export { graft } from "../dist/src/onnx/graft.js";
-export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
+export { inject, type TaskInput } from "../dist/src/onnx/inject.js";
+export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
-export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+export { type Attributes, checkInjectable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
 export {
   AttributeProtoSchema,
@@ -191,8 +190,7 @@ export { optionsFor } from "../dist/bindings/ort-engine.js";
 export { hold, labelsOf } from "../dist/bindings/transformers-shared.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
 export { ModelMatcher } from "../dist/src/session/match.js";
-export { planSession } from "../dist/src/session/plan.js";
-export { prepareModel } from "../dist/src/session/prepare.js";
+export { planSession, prepareModel } from "../dist/src/session/prepare.js";
 export { compareRows } from "../dist/src/session/rows.js";
 export { type Survey, surveyModel } from "../dist/src/session/survey.js";
 export type { Trainable } from "../dist/src/session/training.js";

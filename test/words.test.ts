@@ -24,7 +24,7 @@ const SEVERAL: Readonly<Record<string, string>> = {
   Slice: "core and sessions: a range of a block, a part of a packed layer",
   Tried: "packing and CLI",
   Target: "packing and CLI",
-  Components: "packing and ONNX: the graft takes it by that name",
+  Components: "packing and ONNX: `inject` takes it by that name",
   Answer: "packing and HTTP",
   Side: "packing and format",
   Plan: "format and sessions",

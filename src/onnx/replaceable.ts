@@ -283,7 +283,7 @@ export async function fillWeightFile(
     }
     data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
   }
-  const { copyPart } = parts.length > 0 ? await import("./blocks.ts") : {};
+  const { copyPart } = parts.length > 0 ? await import("./packed.ts") : {};
   for (const { name, into, axis, from, to, count } of parts) {
     const [view, { offset, shape, width }] = [await value(name), places.get(into)!];
     const source = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset), start: from };

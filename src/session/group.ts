@@ -24,7 +24,7 @@ import { sessionOn } from "./create-session.ts";
 import type { Engine } from "./engine.ts";
 import { ModelMatcher, type Table } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
-import { broughtBy } from "./plan.ts";
+import { broughtBy } from "./prepare.ts";
 import type { Session, SessionSwitchReport, SessionTypes } from "./session.ts";
 
 /** Options of `createSessions`: of all sessions. */

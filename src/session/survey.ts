@@ -17,8 +17,7 @@ import type { ModelFile } from "../onnx/read.ts";
 import { lackingNothing, refuseHomeless, residentsOf } from "./group.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
-import { broughtBy, type Plan, planSession } from "./plan.ts";
-import { type PreparedModel, prepareModel } from "./prepare.ts";
+import { broughtBy, type Plan, type PreparedModel, planSession, prepareModel } from "./prepare.ts";
 import { stackValues, TaskEvaluator } from "./values.ts";
 
 /** A module of the pack in the model. */
@@ -128,7 +127,7 @@ export async function surveyModel(
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
     const { halfOf, refuseParts } = await import("./training.ts");
     const parts = await attempt(async () => refuseParts(file, pack, modules));
-    const form = plan?.graft.modules.find((module) => module.form);
+    const form = plan?.changes.modules.find((module) => module.form);
     const why =
       parts.why ??
       (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
@@ -226,7 +225,7 @@ async function surveyParameters(
   plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
   const matcher = new ModelMatcher(file, options);
-  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.graft ?? {};
+  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.changes ?? {};
   const fed = new Set([
     ...heads.flatMap(({ name }) => [`${name}.weight`, `${name}.bias`]),
     ...[...biases, ...rows, ...vectors].map(({ name }) => name),
