@@ -185,9 +185,8 @@ export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
-export { whileAlive } from "../dist/bindings/ort-device.js";
-export { optionsFor } from "../dist/bindings/ort-engine.js";
-export { hold, labelsOf } from "../dist/bindings/transformers-shared.js";
+export { optionsFor, whileAlive } from "../dist/bindings/ort-engine.js";
+export { hold, labelsOf } from "../dist/bindings/pipeline.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
 export { ModelMatcher } from "../dist/src/session/match.js";
 export { planSession, prepareModel } from "../dist/src/session/prepare.js";

@@ -116,10 +116,10 @@ async function checkFiles(
   const stopped = files.map(([name, one]) =>
     typeof one === "string" ? one : one.mode === null && `${name}: ${one.reason}`,
   );
-  const planned = survey.homeless === null ? stopped.find((why) => why !== false) : inFlags(survey.homeless, OPTIONS);
+  const planned = survey.unmatched === null ? stopped.find((why) => why !== false) : inFlags(survey.unmatched, OPTIONS);
   const ran = filesOnly || planned !== undefined ? undefined : runInWords(await tryFiles(models, pack, options));
   const why = planned ?? (ran?.session.works === false ? ran.session.says : undefined);
-  const next = why === undefined ? callOf(known, packPath, options) : filesAdvice(files, survey.homeless, ran);
+  const next = why === undefined ? callOf(known, packPath, options) : filesAdvice(files, survey.unmatched, ran);
   const largest = Math.max(0, ...[...pack.tasks.values()].map((task) => task.bytes));
   return {
     json: {
@@ -438,10 +438,10 @@ async function strangersOf(pack: Pack, { modules }: Survey): Promise<string[]> {
 /** What to do about files that do not work together. @param files as `surveyFiles` found them */
 function filesAdvice(
   files: readonly (readonly [name: string, survey: Survey | string])[],
-  homeless: string | null,
+  unmatched: string | null,
   ran: Pick<Ran, "session"> | undefined,
 ): string {
-  if (homeless !== null) return "give the file that has it with --beside, or use the model that the adapters are for.";
+  if (unmatched !== null) return "give the file that has it with --beside, or use the model that the adapters are for.";
   const idle = files.find(([, one]) => typeof one === "string");
   if (idle) return `leave ${idle[0]} out: the pack changes nothing there.`;
   const surveys = files.flatMap(([, one]) => (typeof one === "string" ? [] : [one]));

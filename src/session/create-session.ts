@@ -35,8 +35,7 @@ export async function createSession<T extends SessionTypes>(
   checkPack("createSession", pack);
   checkOptions("createSession", options, SESSION_OPTIONS);
   const { trainable = false, mode = "auto" } = options;
-  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
-  checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
+  checkModes(options);
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
@@ -46,8 +45,14 @@ export async function createSession<T extends SessionTypes>(
   return session;
 }
 
+/** @throws RangeError for another mode or form of components than there are */
+export function checkModes({ mode = "auto", components = "stored" }: SessionOptions): void {
+  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
+  checkChoice("components", components, ["stored", "f32"]);
+}
+
 /**
- * Before weights beside the model are read: they take minutes.
+ * Before weights in files of their own are read: they take minutes.
  * @throws BackendError when they are more than the engine has room for
  */
 function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {

@@ -58,7 +58,7 @@ export interface RowModel {
   readonly outputNames: readonly string[];
   /** Values of inputs that are neither the model's own nor a task's. */
   readonly idle: Tensors;
-  /** Kinds of modules that are no linear layer, by name. */
+  /** Kinds of modules and vectors that are no linear layer, by name. */
   readonly forms: ReadonlyMap<string, string>;
   /** Whether what enters a layer is quantised by a range that all rows share. */
   readonly sharesRanges: boolean;
@@ -155,11 +155,10 @@ function deliver(
 }
 
 function rowsOf({ engine, idle, probe, prepared }: SessionParts, model: LoadedModel): RowModel {
-  const { inputs, feedsOfRows, outputNames, sharesRanges, modules } = prepared;
+  const { inputs, feedsOfRows, outputNames, sharesRanges, forms } = prepared;
   return {
-    ...{ engine, model, inputs, outputNames, idle, sharesRanges },
+    ...{ engine, model, inputs, outputNames, idle, sharesRanges, forms },
     // Feeds of the caller's own mean that the model does not run on made-up ones.
     made: typeof probe === "object" ? () => undefined : feedsOfRows,
-    forms: new Map(modules.flatMap(({ name, form }) => (form ? [[name, form.kind] as const] : []))),
   };
 }

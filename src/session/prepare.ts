@@ -59,6 +59,8 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly outputNames: readonly string[];
   /** The layers that get a term. Empty in mode "folded". */
   readonly modules: readonly AdaptedLayer[];
+  /** Kinds of adapted modules and vectors that are no linear layer, by name. */
+  readonly forms: ReadonlyMap<string, string>;
   /** Whether some layer's input is quantised by a range that all rows of a batch share. */
   readonly sharesRanges: boolean;
   /** Made-up values of the model's own inputs, for a run; undefined where they are of kinds that cannot be made up. */
@@ -109,7 +111,10 @@ export async function prepareModel(
   const packed =
     changes.biases.some(({ slice }) => slice) || changes.modules.some(({ linears }) => linears.some(inPieces));
   const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
-  const hasForms = changes.modules.some(({ form }) => form) || changes.vectors.length > 0;
+  const forms = new Map([
+    ...changes.modules.flatMap(({ name, form }) => (form ? [[name, form.kind] as const] : [])),
+    ...changes.vectors.map(({ name }) => [name, "vector"] as const),
+  ]);
   const injected = inject(
     file.model,
     { ...changes, ...takeApart?.(file.model, changes.modules, changes.biases) },
@@ -117,11 +122,11 @@ export async function prepareModel(
       probe: options.probeOutputs,
       integers: options.integers,
       join: options.joinCores,
-      forms: hasForms ? await import("../onnx/forms.ts") : undefined,
+      forms: forms.size > 0 ? await import("../onnx/forms.ts") : undefined,
     },
   );
   return {
-    ...{ ...plan, ...injected, pack, view, keep, outputNames, folded },
+    ...{ ...plan, ...injected, pack, view, keep, outputNames, folded, forms },
     inputNames: own.map(({ name }) => name),
     modules: changes.modules,
     sharesRanges: graphs.some(({ node }) => node.some(({ opType }) => opType.startsWith("DynamicQuantize"))),

@@ -1,7 +1,7 @@
 /**
  * The parity probe: a tiny run of a made-up task right after a model is loaded. The term of the first adapted linear layer is compared with
- * plain arithmetic on what enters that layer; where it is out of reach, the outputs with the base's. Some providers ignore our inputs
- * without a word; better to know before the first answer.
+ * plain arithmetic on what enters that layer. The first layer of each other kind must change the outputs, and so must a task where no
+ * term is within reach. Some providers ignore our inputs without a word; better to know before the first answer.
  */
 import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
@@ -44,31 +44,42 @@ const TOLERANCE = 0.1;
  * @throws BackendError when the provider ignores the inputs or computes something else
  */
 export async function probeParity(parts: SessionParts, model: LoadedModel, base: InputValues): Promise<ProbeReport> {
-  const { engine, prepared } = parts;
-  const { modules, inputs, probe, outputNames } = prepared;
-  if (parts.probe !== false && modules.length === 0) return { result: "skipped: no layer is adapted in the graph" };
+  const { prepared } = parts;
+  const { modules, inputs, forms, probe } = prepared;
+  if (parts.probe !== false && modules.length + forms.size === 0)
+    return { result: "skipped: no layer is adapted in the graph" };
   return withFeeds(parts, model, async (run) => {
-    const task = madeUpTask(base, inputs);
-    if (!probe)
-      return compareOutputs(
-        engine,
-        outputNames[0]!,
-        "task",
-        (name) => run(task, name),
-        (name) => run(base, name),
-      );
-    const [x, term] = (await run(task, [probe.x, probe.term])) as [Float32Array, Float32Array];
-    const { module } = probe;
-    const expected = termOf(modules.find(({ name }) => name === module)!, x, inputs, task);
-    const largest = expected.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
-    if (!(largest > 0))
-      return { result: `skipped: nothing enters "${module}" on made-up inputs; pass \`probe: feeds\`` };
-    const difference = expected.reduce((most, v, i) => Math.max(most, Math.abs(v - term[i]!)), 0) / largest;
-    // Not ≤: NaN must fail.
-    if (difference < TOLERANCE) return { result: "passed", module, difference };
-    const off = `is off by ${difference.toPrecision(2)} of the largest value in the term of "${module}"`;
-    throw wrong(engine, `${off} (it may ignore inputs)`);
+    const linear = probe && (await compareTerm(parts, base, run));
+    const others = new Map([...forms].reverse().map(([module, form]) => [form, module]));
+    for (const module of others.values()) {
+      const its = inputs.filter(({ of, cores }) => of === module || cores?.some((block) => block.module === module));
+      await compareOutputs(parts, `whether a task changes "${module}" or not`, [
+        (fetches) => run(madeUpTask(base, its), fetches),
+        (fetches) => run(base, fetches),
+      ]);
+    }
+    if (linear || others.size > 0) return linear ?? { result: "passed" };
+    return compareOutputs(parts, "with and without a task", [
+      (fetches) => run(madeUpTask(base, inputs), fetches),
+      (fetches) => run(base, fetches),
+    ]);
   });
+}
+
+/** Compares the term of the first adapted linear layer with plain arithmetic. */
+async function compareTerm({ engine, prepared }: SessionParts, base: InputValues, run: ProbeRun): Promise<ProbeReport> {
+  const { modules, inputs, probe } = prepared;
+  const { module } = probe!;
+  const task = madeUpTask(base, inputs);
+  const [x, term] = (await run(task, [probe!.x, probe!.term])) as [Float32Array, Float32Array];
+  const expected = termOf(modules.find(({ name }) => name === module)!, x, inputs, task);
+  const largest = expected.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
+  if (!(largest > 0)) return { result: `skipped: nothing enters "${module}" on made-up inputs; pass \`probe: feeds\`` };
+  const difference = expected.reduce((most, v, i) => Math.max(most, Math.abs(v - term[i]!)), 0) / largest;
+  // Not ≤: NaN must fail.
+  if (difference < TOLERANCE) return { result: "passed", module, difference };
+  const off = `is off by ${difference.toPrecision(2)} of the largest value in the term of "${module}"`;
+  throw wrong(engine, `${off} (it may ignore inputs)`);
 }
 
 /**
@@ -104,25 +115,23 @@ export async function withFeeds(
 }
 
 /**
- * Compares an output of two runs that must not be the same.
- * @param what the runs differ in
+ * Compares the first output of two runs that must not be the same.
+ * @param when the output would be the same, for the message
  * @throws BackendError when it is
  */
 export async function compareOutputs(
-  engine: Engine,
-  output: string,
-  what: "task" | "weights",
-  ...runs: readonly [Run, Run]
+  { engine, prepared }: SessionParts,
+  when: string,
+  runs: readonly ((fetches: readonly string[]) => Promise<readonly Float32Array[]>)[],
 ): Promise<ProbeReport> {
-  const [[after], [before]] = [await runs[0]([output]), await runs[1]([output])];
-  if (after!.length !== before!.length || after!.some((value, i) => value !== before![i])) return { result: "passed" };
-  throw wrong(
-    engine,
-    `gives the same "${output}" ${what === "task" ? "with and without a task" : "whatever the weights"}`,
-  );
+  const [output] = prepared.outputNames as [string];
+  const [first, second] = (await Promise.all(runs.map(async (run) => (await run([output]))[0]))) as [
+    Float32Array,
+    Float32Array,
+  ];
+  if (first.length !== second.length || first.some((value, i) => value !== second[i])) return { result: "passed" };
+  throw wrong(engine, `gives the same "${output}" ${when}`);
 }
-
-type Run = (fetches: readonly string[]) => Promise<readonly Float32Array[]>;
 
 function wrong({ provider }: Engine, what: string): BackendError {
   const advice = 'Use another provider; on WebGPU the module "onnxruntime-web/webgpu", or mode "core"';
@@ -137,7 +146,7 @@ function madeUpTask(base: InputValues, inputs: readonly TaskInput[]): Map<string
   for (const input of inputs) {
     const { name, kind } = input;
     if (kind === "core") values.set(name, madeUpCores(input));
-    if (kind !== "A" && kind !== "B") continue;
+    if (kind !== "A" && kind !== "B" && kind !== "bias") continue;
     const { dims, data } = base.get(name)!;
     values.set(name, { dims, data: waves(data.length) });
   }
