@@ -151,31 +151,28 @@ export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/ta
 
 // ONNX graphs, made and changed node by node.
 
-export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
-export { graft } from "../dist/src/onnx/graft.js";
-export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
+export { inject, type TaskInput } from "../dist/src/onnx/inject.js";
+export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
-export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-export {
-  type GraphProto,
-  type ModelProto,
-  type NodeProto,
-  type TensorProto,
-  TensorShapeProto_DimensionSchema,
-  type ValueInfoProto,
-} from "../dist/src/onnx/onnx_pb.js";
+export { type Attributes, checkInjectable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
 export {
   AttributeProtoSchema,
   create,
+  DimensionSchema,
   fromBinary,
+  type GraphProto,
   GraphProtoSchema,
+  type ModelProto,
   ModelProtoSchema,
+  type NodeProto,
   NodeProtoSchema,
+  type TensorProto,
   TensorProtoSchema,
   toBinary,
+  type ValueInfoProto,
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../dist/src/onnx/read.js";
@@ -187,13 +184,11 @@ export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
-export { whileAlive } from "../dist/bindings/ort-device.js";
-export { optionsFor } from "../dist/bindings/ort-engine.js";
-export { hold, labelsOf } from "../dist/bindings/transformers-shared.js";
+export { optionsFor, whileAlive } from "../dist/bindings/ort-engine.js";
+export { hold, labelsOf } from "../dist/bindings/pipeline.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
 export { ModelMatcher } from "../dist/src/session/match.js";
-export { planSession } from "../dist/src/session/plan.js";
-export { prepareModel } from "../dist/src/session/prepare.js";
+export { planSession, prepareModel } from "../dist/src/session/prepare.js";
 export { compareRows } from "../dist/src/session/rows.js";
 export { type Survey, surveyModel } from "../dist/src/session/survey.js";
 export type { Trainable } from "../dist/src/session/training.js";

@@ -1,5 +1,5 @@
 /**
- * Changes of sessions to graphs, and what they read from them: the graft keeps a model sound, adapted layers in branches and layers that
+ * Changes of sessions to graphs, and what they read from them: task inputs keep a model sound, adapted layers in branches and layers that
  * run twice, and the values of quantised weights, compared with ONNX Runtime's own results.
  */
 import { InferenceSession, Tensor } from "onnxruntime-node";
@@ -7,11 +7,12 @@ import t from "tap";
 import {
   AttributeProtoSchema,
   create,
+  DimensionSchema,
   findParameters,
   fromBinary,
   type GraphProto,
   GraphProtoSchema,
-  graft,
+  inject,
   type ModelFile,
   type ModelProto,
   ModelProtoSchema,
@@ -26,7 +27,6 @@ import {
   replaceByFile,
   type TensorProto,
   TensorProtoSchema,
-  TensorShapeProto_DimensionSchema,
   takeApart,
   toBinary,
   ValueInfoProtoSchema,
@@ -75,7 +75,7 @@ function faults(graph: GraphProto, outer: ReadonlySet<string> = new Set(), nodes
   return found;
 }
 
-t.test("a graft keeps a model sound", async (t) => {
+t.test("task inputs keep a model sound", async (t) => {
   for (const [name, answers] of Object.entries(GOLDENS.models)) {
     for (const mode of MODES) {
       if (mode === "folded" && ["q4", "int8", "qdq"].includes(name)) continue;
@@ -85,11 +85,11 @@ t.test("a graft keeps a model sound", async (t) => {
       const options = { mode, ...(answers === "encoder" && { ignore: ["classifier"] }) };
       const plan = await planSession(file, pack, (await pack.bases()).bytes, options);
       if (mode === "folded") replaceByFile(file.model, plan.folded);
-      const { modules, biases } = plan.graft;
-      const grafted = graft(file.model, { ...plan.graft, ...takeApart(file.model, modules, biases) });
+      const { modules, biases } = plan.changes;
+      const injected = inject(file.model, { ...plan.changes, ...takeApart(file.model, modules, biases) });
       const after = file.model.proto.graph!;
       // The writer places initializers so.
-      const added = grafted.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
+      const added = injected.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
       const whole = { ...after, initializer: [...after.initializer, ...added] };
       const was = faults(before);
       t.same(
@@ -114,15 +114,15 @@ t.test("a graft keeps a model sound", async (t) => {
       const inputs = after.input.map((input) => input.name).slice(before.input.length);
       t.same(
         inputs,
-        grafted.inputs.map((input) => input.name),
+        injected.inputs.map((input) => input.name),
       );
       const outputs = before.output.map((output) => output.name);
-      const probes = grafted.probe ? [grafted.probe.x, grafted.probe.term] : [];
+      const probes = injected.probe ? [injected.probe.x, injected.probe.term] : [];
       t.same(
         after.output.map((output) => output.name),
         [...outputs, ...probes],
       );
-      t.equal(grafted.probe === undefined, mode === "folded");
+      t.equal(injected.probe === undefined, mode === "folded");
       await file.close();
     }
   }
@@ -132,8 +132,8 @@ t.test("beside [batch, sequence, in] terms need no reshapes, whoever exported th
   for (const name of ["torchscript", "dynamo", "f16", "external"]) {
     const pack = await packFor(GOLDENS.models[name]!);
     const file = await readModel(model(name));
-    const { graft: wanted } = await planSession(file, pack, (await pack.bases()).bytes, { mode: "factors" });
-    graft(file.model, wanted);
+    const { changes: wanted } = await planSession(file, pack, (await pack.bases()).bytes, { mode: "factors" });
+    inject(file.model, wanted);
     const added = file.model.proto.graph!.node.filter(
       (node) =>
         node.name.startsWith("eigenlora/") && wanted.modules.some(({ name }) => node.name.includes(`/${name}/`)),
@@ -231,8 +231,7 @@ function sequences(first: "batch" | "sequence"): Uint8Array {
   return changed("transposed", (graph) => {
     const free = { value: { case: undefined } };
     const { value } = graph.input[0]!.type!;
-    if (value.case === "tensorType")
-      value.value.shape!.dim.splice(1, 0, create(TensorShapeProto_DimensionSchema, free));
+    if (value.case === "tensorType") value.value.shape!.dim.splice(1, 0, create(DimensionSchema, free));
     delete (graph.output[0]!.type!.value.value as { shape?: unknown }).shape;
     graph.valueInfo.length = 0;
     if (first === "batch") return;

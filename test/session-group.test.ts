@@ -162,7 +162,7 @@ t.test("options of all and of each", async (t) => {
   await holds(t, NODE, models, "titles", "modes mixed");
   await models.close();
   const refused: [object, RegExp][] = [
-    [{ each: { third: {} } }, /each: there is no file "third", only encoder, decoder/],
+    [{ each: { third: {} } }, /each: there is no session "third", only "encoder", "decoder"/],
     [{ each: { encoder: { mod: 1 } } }, /unknown option "mod"; did you mean "mode"/],
     [{ trainable: true }, /trainable: one session learns at a time; use createSession on one file/],
     [{ part: 1 }, /unknown option "part"/],
