@@ -48,7 +48,7 @@ export const verify: Attach = command({
   does: "Verify checksums and limits, and with adapters the ΔW error of each task.",
   details:
     "Tasks in components have more columns with --against: δ, how far the factors of a task lie from the components, and bound, the largest " +
-    "ΔW error of a module that is possible (docs/packing.md).",
+    "ΔW error of a module that is possible (docs/pack.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: reading(

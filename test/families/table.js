@@ -1,4 +1,4 @@
-/** Writes docs/families.md from the findings of a run. */
+/** Writes docs/research/families.md from the findings of a run. */
 
 /**
  * @typedef {import("./run.js").Outcome} Outcome
