@@ -46,7 +46,7 @@ export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
   details:
     "Tasks in components have more columns with --against: δ, how far the factors of a task lie from the components, and bound, the largest " +
-    "ΔW error of a module that is possible (docs/packing.md).",
+    "ΔW error of a module that is possible (docs/pack.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: {
