@@ -13,7 +13,7 @@ const { env } = process;
 const bare = env["EIGENLORA_BARE"] === "1";
 if (bare) {
   // Benchmarks, drivers and child processes read these themselves. test/start.ts comes here before they do.
-  for (const name of ["RUNTIMES", "SMOLLM2", "WILD", "BUILDER", "GRADIENTS"]) delete env[`EIGENLORA_${name}`];
+  for (const name of ["RUNTIMES", "SMOLLM2", "GRADIENTS"]) delete env[`EIGENLORA_${name}`];
   Object.assign(env, { PYTHON: "/bare/python3", VK_DRIVER_FILES: "/bare/vulkan" });
 }
 
@@ -32,9 +32,6 @@ export const runtimes = (path: string): string => join(env["EIGENLORA_RUNTIMES"]
 
 /** Path of a file in the node_modules of EIGENLORA_RUNTIMES. */
 export const packages = (path = ""): string => runtimes(join("node_modules", path));
-
-/** Folder of adapters of strangers, which may not be copied. */
-export const wild: string = env["EIGENLORA_WILD"] ?? "/bare";
 
 /** Folder of gradient cases that were made before; undefined where they have to be made. */
 export const gradients: string | undefined = env["EIGENLORA_GRADIENTS"];

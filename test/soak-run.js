@@ -1,7 +1,6 @@
 /**
  * Runs what takes too long for the tests, one after the other: switches on every backend, the whole matrices of some tests, sessions,
- * pairs of writers, Next.js, families of models, files of the model builder, a real language model and the page with it, LoRAs from
- * strangers, files that attack what reads them, and mutants.
+ * pairs of writers, Next.js, families of models, a real language model, files that attack what reads them, and mutants.
  *
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 1 000 000
  */
@@ -19,10 +18,7 @@ for (const [script, ...args] of [
   ["soak-writers.js"],
   ["soak-next.js"],
   ["soak-families.js"],
-  ["soak-wild.js"],
-  ["soak-builder.js"],
   ["soak-llm.js"],
-  ["soak-page.js"],
   ...readdirSync(new URL("attacks", import.meta.url))
     .filter((file) => file.endsWith(".js"))
     .map((file) => [`attacks/${file}`]),
