@@ -109,24 +109,6 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   for (const pack of [before, after, again]) await pack.close();
 });
 
-t.test("the same seed gives the same file; tables as JSON lines; a LoRA of another rank", async (t) => {
-  const few = [...learn, "--epochs", "1", "--holdout", "0", "--seed", "7", "--id", "x"];
-  const made = await json(0, ...few, "-o", "a.eigentask");
-  t.equal(made["holdout"], null);
-  await json(0, ...few.map((word) => (word === "rows.jsonl" ? "rows.tsv" : word)), "-o", "b.eigentask");
-  const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
-  t.ok(a.equals(b));
-  t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
-  const lora = await json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
-  t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
-
-  await writeFile(join(folder, "two.tsv"), `${names[0]}\tone text\n${names[1]}\tanother text\n`);
-  const two = ["learn", "p.eigen", "two.tsv", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
-  const unjudged = (await run(...two, "e.eigentask")).stdout;
-  t.match(unjudged, /There are too few examples to hold some back: all were trained on, and the last epoch is kept/);
-  t.match(unjudged, /^ +2 +[\d.]+ +kept$/m);
-});
-
 t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   // A process of its own that signals itself at a known moment: after a step, or before the model is loaded.
   const program = `

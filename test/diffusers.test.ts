@@ -51,14 +51,6 @@ for (const name of cases) {
   });
 }
 
-t.test("one LoRA under the names of two generations is one adapter", async (t) => {
-  const [now, old] = [await readFile(golden("diffusers-no-metadata")), await readFile(golden("diffusers-old"))];
-  t.equal(old.modules.size, 32);
-  for (const [name, module] of old.modules) t.same(await module.read(), await now.modules.get(name)!.read(), name);
-  await now.close();
-  await old.close();
-});
-
 const A = [2, 3];
 const B = [4, 2];
 
@@ -123,31 +115,6 @@ t.test("names", async (t) => {
 
 const scaleOf = async (spec: Spec, metadata = {}, module = "unet.x"): Promise<number> =>
   (await (await read(spec, metadata)).modules.get(module)!.read()).Bt[0]! / 2;
-
-t.test("alphas: of each module, by any of their names; without one alpha is the rank", async (t) => {
-  const x = { ...peft("unet.x"), ...peft("unet.y") };
-  t.equal(await scaleOf(x), 1);
-  t.equal(await scaleOf({ ...x, "unet.y.alpha": [[], 8] }), 1, "another module's");
-  for (const shape of [[], [1], [1, 1]]) t.equal(await scaleOf({ ...x, "unet.x.alpha": [shape, 8] }), 4);
-  t.equal(await scaleOf({ ...x, "unet.x.alpha": [[], 3, "F16"] }), 1.5);
-  for (const alpha of [
-    "to_q_lora.alpha",
-    "to_q_lora.down.weight.alpha",
-    "processor.to_q_lora.down.weight.alpha",
-    "to_q.alpha",
-  ]) {
-    const spec = pair("unet.a.processor.to_q_lora.down.weight", "unet.a.processor.to_q_lora.up.weight");
-    t.equal(await scaleOf({ ...spec, [`unet.a.${alpha}`]: [[], 6] }, {}, "unet.a.to_q"), 3, alpha);
-  }
-});
-
-t.test("number formats: F16, BF16 and F64 as they are", async (t) => {
-  for (const type of ["F16", "BF16", "F64"] as const) {
-    const adapter = await read({ "unet.x.lora_A.weight": [A, 1, type], "unet.x.lora_B.weight": [B, 2, type] });
-    const { A: a, Bt } = await adapter.modules.get("unet.x")!.read();
-    t.same([...a, ...Bt], [1, 2, 3, 4, 5, 6, 2, 4, 6, 8, 3, 5, 7, 9]);
-  }
-});
 
 t.test("lora_adapter_metadata: a LoraConfig for each model", async (t) => {
   const config = (fields: object): Record<string, unknown> => ({ lora_adapter_metadata: fields });

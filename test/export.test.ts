@@ -125,19 +125,6 @@ t.test("what a format has no place for is refused by name", async (t) => {
   for (const [make, message] of refused) await t.rejects(make, { message, constructor: AdapterError });
 });
 
-t.test("GGUF by names of other architectures, with more in front", async (t) => {
-  const adapter = await readOne(data("goldens/peft/plain/adapter"));
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of await ggufFile(adapter, { architecture: "bert" })) chunks.push(chunk);
-  const file = join(t.testdir(), "bert.gguf");
-  writeFileSync(file, Buffer.concat(chunks));
-  const again = await readOne(file);
-  t.same(
-    [...again.modules.keys()],
-    [...adapter.modules.keys()].map((name) => name.replace("bert.", "")),
-  );
-});
-
 t.test("command line: an adapter that was trained is never replaced, an export only when asked", async (t) => {
   const folder = exported;
   const run = (format: string, to: string, ...more: string[]) => {

@@ -1,8 +1,8 @@
 import { readFile } from "node:fs/promises";
 import t from "tap";
 import { check, meaningsOf, runMutants } from "./mutants/run.js";
-import { repair } from "./vectors/format.js";
 import { lacking, pythonLacks, runs } from "./required.ts";
+import { repair } from "./vectors/format.js";
 
 /** Number of mutants; `npm run soak` makes a million, or another number. */
 const COUNT = runs(2_000);
@@ -26,7 +26,11 @@ t.test("mutants that are accepted mean what SPEC.md says", { skip: lacking("peft
       const other = bytes.slice();
       other[at]! ^= 1;
       repair(other);
-      t.match(await check({ bytes }, meaningsOf([{ bytes: other }])[0], wasm), /layer\[\d, \d\] is .*expected/, `byte ${at}`);
+      t.match(
+        await check({ bytes }, meaningsOf([{ bytes: other }])[0], wasm),
+        /layer\[\d, \d\] is .*expected/,
+        `byte ${at}`,
+      );
     }
   }
 });

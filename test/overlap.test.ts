@@ -10,14 +10,7 @@ import {
   type Selection,
   type Tensor,
 } from "eigenlora";
-import {
-  type Adapter,
-  type AdapterModule,
-  buildPack,
-  peftFiles,
-  projectAdapters,
-  type SavedTensor,
-} from "eigenlora/build";
+import { type Adapter, type AdapterModule, buildPack, type SavedTensor } from "eigenlora/build";
 import t from "tap";
 import { floats, relativeDifference } from "./compare.ts";
 import { concat, LOSSLESS } from "./packs.ts";
@@ -219,24 +212,6 @@ t.test("what is not folded adds up to the same", async (t) => {
   }
 });
 
-t.test("a weight that the base stores the other way round", async (t) => {
-  const base = baseOf();
-  const { data } = base.get("layer.weight")!;
-  const turn = (values: ArrayLike<number>): Float32Array =>
-    Float32Array.from({ length: OUT * IN }, (_, i) => values[(i % OUT) * IN + Math.floor(i / OUT)]!);
-  base.set("layer.weight", { dtype: "f32", shape: [IN, OUT], data: turn(data as Float32Array), layout: "in-out" });
-  const runtime = await createRuntime(await packOf(whole, adapts), { backend: "js", base });
-  await runtime.switchTask("whole");
-  t.same(base.get("layer.weight")!.data, turn(await values(whole, "layer.weight")));
-  await runtime.switchTask("adapts");
-  const off = relativeDifference(
-    turn(base.get("layer.weight")!.data as Float32Array),
-    await folded(adapts, "layer", data as Float32Array),
-  );
-  t.ok(off < 1e-6, `adapted: off by ${off}`);
-  await runtime.close();
-});
-
 t.test("what cannot be is refused by name, and changes nothing", async (t) => {
   const open = async (adapters: Adapter[], more: RuntimeOptions = {}): Promise<Runtime> => {
     const runtime = await createRuntime(await packOf(...adapters), { backend: "js", base: baseOf(), ...more });
@@ -281,17 +256,4 @@ t.test("what cannot be is refused by name, and changes nothing", async (t) => {
   t.equal(one.task, null);
   t.same(tied.get("layer.weight")!.data, before, "refused before anything has changed");
   await one.close();
-});
-
-t.test("one task that does both is no adapter: PEFT makes none, and nothing here writes one", async (t) => {
-  for (const saved of [save("layer.weight", "saved", [OUT, IN]), save("layer.weight", "rows", [1, IN], [2])]) {
-    const impossible = task("impossible", [lora("layer", OUT, IN)], [saved]);
-    const refused = {
-      tag: "adapter",
-      message: `impossible: it brings "layer.weight" (${saved.role}) and adapts it as well: which of the two is meant? Leave one out`,
-    };
-    await t.rejects(buildPack([adapts, impossible], LOSSLESS), refused);
-    await t.rejects(projectAdapters(await packOf(adapts), [impossible], LOSSLESS.dtype), refused);
-    await t.rejects(peftFiles(impossible), refused);
-  }
 });

@@ -12,10 +12,8 @@ import {
   encodeTensor,
   gathered,
   openAdapters,
-  piecesOf,
   recipeOf,
   searchStreamed,
-  sharedModules,
 } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
@@ -138,21 +136,3 @@ function counting(adapter: Adapter, read: Map<string, number>): Adapter {
   ]);
   return { ...adapter, modules: new Map(all) };
 }
-
-t.test("pieces of a module are its owners in their order, a few at a time", async (t) => {
-  const many = Array.from({ length: 100 }, (_, i) => ({ ...adapters[i % 3]!, id: `${i}` }));
-  const [module] = sharedModules(many).values();
-  const pieces = piecesOf(module!);
-  t.ok(pieces.length > 1);
-  t.strictSame(
-    pieces.flatMap(({ owners }) => owners.map(({ id }) => id)),
-    many.map(({ id }) => id),
-  );
-  const all = { select: { kind: "k", k: 0 }, gauge: "balanced", privateTerms: 1 } as const;
-  const extractor = await createExtractor();
-  const lossesAlone = async (some: readonly Adapter[]) =>
-    new Draft(await openAdapters("buildPack", some, {}, extractor), recipeOf(some, all)).encode({});
-  const alone = await lossesAlone(many.slice(0, 3));
-  t.strictSame((await lossesAlone(many)).slice(0, 3), alone, "what one loses does not depend on the others");
-  await extractor.close();
-});

@@ -146,13 +146,6 @@ t.test("weights in a file beside the model are told by their own name", async (t
   await session.close();
 });
 
-t.test("`onProgress` is a function", async (t) => {
-  const refused = { name: "TypeError", message: /onProgress: expected a function, got "bar"/ };
-  const path = data("sessions/torchscript.onnx");
-  await t.rejects(openPack(path, { onProgress: "bar" as never }), refused);
-  await t.rejects(createEigenSession(NODE, path, await packFor("base"), { onProgress: "bar" as never }), refused);
-});
-
 t.test("an abort ends what waits", async (t) => {
   const server = await serve(new Map([["tasks.eigen", pack]]));
   t.teardown(() => server.close());

@@ -178,36 +178,6 @@ for (const split of ["B", "both"] as const) {
   });
 }
 
-t.test("a pack that loses nothing loses nothing of a task, whatever lies beside it", async (t) => {
-  const apart = (split: Split): Adapter[] => {
-    // One small task among large ones, a thousand million times as large, and one in between.
-    const picked = adaptersOf(7, split, [1e-5, 1e4, 1e4, 1e4, 1e4, 1e4, 1e4, 1e-1]);
-    return picked.map((adapter, i) => ({ ...adapter, id: `task ${i}` }));
-  };
-  for (const split of ["B", "both"] as const)
-    for (const [name, options] of Object.entries(WAYS).filter(([name]) => name.includes("lossless"))) {
-      const adapters = apart(split);
-      const { chunks, report } = await buildPack(adapters, options);
-      const pack = await openPack(concat(chunks));
-      for (const [i, adapter] of adapters.entries()) {
-        const { max } = await measured(pack, adapter);
-        t.ok(max <= 1e-6 && report.errors[i]!.max <= 1e-6, `${split}, ${name}, ${adapter.id}: ${max}`);
-      }
-      const later = adapters.map((adapter) => ({ ...adapter, id: `later ${adapter.id}` }));
-      for (const { entry, residual } of await projectAdapters(pack, later, completeDtypes(options.dtype)))
-        t.ok(residual.max <= 1e-6, `${split}, ${name}, ${entry.id}: ${residual.max}`);
-    }
-});
-
-t.test("few components cost a small task beside large ones no more than without a mean", async (t) => {
-  const adapters = adaptersOf(9, "B", [1e-4, 1e4, 1e4, 1e-4, 1e4]);
-  const errors = async (options: BuildOptions): Promise<number[]> =>
-    (await buildPack(adapters, options)).report.errors.map(({ max }) => max);
-  const kept = await errors({ select: { kind: "k", k: 6 } });
-  const none = await errors({ select: { kind: "k", k: 6 }, centering: "none" });
-  for (const [i, error] of kept.entries()) t.ok(error <= 1.05 * none[i]!, `${error}, without ${none[i]}`);
-});
-
 t.test("verify says the same of adapters and their pack", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-scales-"));
   t.teardown(() => rm(folder, { recursive: true }));

@@ -3,16 +3,12 @@
  * and layers with one input, which share a product and an input for their cores.
  */
 import { readFile } from "node:fs/promises";
-import { openPack, type Pack, type TensorRef } from "eigenlora";
-import { type Adapter, buildPack, encodeTaskFile } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
+import { openPack, type Pack } from "eigenlora";
+import { type Adapter, buildPack } from "eigenlora/build";
 import { createSession } from "eigenlora/session";
 import t from "tap";
 import {
   create,
-  encodeTask,
-  encodeTensor,
-  expandTerm,
   fromBinary,
   GraphProtoSchema,
   ModelProtoSchema,
@@ -24,22 +20,10 @@ import {
   readModel,
   toBinary,
 } from "./internals.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { concat, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak } from "./required.ts";
-import {
-  difference,
-  feeds,
-  model,
-  NODE,
-  ORTS,
-  type Ort,
-  open,
-  outputOf,
-  packBytes,
-  refusal,
-  type Session,
-} from "./sessions.ts";
+import { difference, feeds, model, NODE, ORTS, type Ort, open, outputOf, packBytes, type Session } from "./sessions.ts";
 import { inOtherWords } from "./sides.ts";
 
 /** Tasks with LoRA of different ranks, DoRA, private terms; not lossless: components of three bits cannot be. */
@@ -123,44 +107,6 @@ t.test("one component on a side, with coefficients of several ranks and blends",
   for (const one of [unfolded, folded]) await one.close();
 });
 
-t.test("a task with rows of its own that comes to a session with cores", async (t) => {
-  const pack = await packAs(["adapters/two", "adapters/three"], "base", "int8");
-  const bases = await pack.bases();
-  const blob = await pack.load("two");
-  const tensorOf = ({ dtype, byteOffset, byteLength }: TensorRef) => {
-    return { dtype, encoded: blob.bytes.slice(byteOffset, byteOffset + byteLength) };
-  };
-  // The same task, its A as rows.
-  const own = blob.terms.map((term) => {
-    const { in: inputs } = pack.modules[term.module]!;
-    const { rank, A } = expandTerm(blob, term, pack.modules[term.module]!, bases.bytes);
-    const B = { kind: "column" as const, mean: term.B!.mean, ...tensorOf(term.B!.tensor) };
-    return {
-      module: term.module,
-      rank,
-      ownA: { dtype: "f32" as const, encoded: encodeTensor("f32", A, rank, inputs) },
-      B,
-    };
-  });
-  bases.close();
-  const saved = blob.parameters.map(({ name, role, shape, tensor }) => ({ name, role, shape, ...tensorOf(tensor) }));
-  const entry = { id: "late", adapterBytes: 0, metadata: {} };
-  const file = encodeTaskFile(entry, pack.basisId, encodeTask(own, saved));
-  const [bare, roomy] = [
-    await open(NODE, model("torchscript"), pack, { mode: "core" }),
-    await open(NODE, model("torchscript"), pack, { mode: "core", reserve: { privateTerms: true } }),
-  ];
-  await bare.addTask("late", file);
-  await t.rejects(bare.switchTask("late"), { tag: "base", message: /own-A.*reserve: \{ privateTerms: true \}/ });
-  const found = [];
-  for (const task of ["two", "late"]) {
-    await roomy.switchTask(task);
-    found.push((await outputOf(roomy, feeds(NODE, roomy))).slice());
-  }
-  t.ok(difference(found[0]!, found[1]!) < 1e-5);
-  for (const one of [bare, roomy]) await one.close();
-});
-
 t.test("products with integers round their inputs where all of the model's layers do", async (t) => {
   const built = fromBinary(ModelProtoSchema, await readFile(model("q4")));
   const layers = built.graph!.node.filter(({ opType }) => opType === "MatMulNBits");
@@ -229,32 +175,6 @@ t.test("by either operator, held against arithmetic in f64", async (t) => {
     t.ok(bytes[2]! * 3.9 < bytes[0]! + 64, `${basis} as bytes: ${bytes[2]} of ${bytes[0]}`);
     for (const session of sessions) await session.close();
   }
-});
-
-t.test("what they take on layers of usual width", async (t) => {
-  const read = await readAdapters([data("adapters/own-seed")]);
-  const limits = [
-    ["int4", 0.2],
-    ["int8", 0.26],
-  ] as const;
-  for (const [basis, most] of limits) {
-    const dtype = { basis, coefficients: "f16", head: "f16" } as const;
-    const { chunks } = await buildPack(read, { select: { kind: "k", k: 32 }, dtype });
-    const pack = await openPack(concat(chunks));
-    const sizes: number[] = [];
-    for (const components of ["stored", "f32"] as const) {
-      const session = await open(NODE, data("minilm/model_fp16.onnx"), pack, {
-        mode: "core",
-        components,
-        probe: false,
-      });
-      sizes.push(session.memory().basis);
-      await session.close();
-    }
-    await pack.close();
-    t.ok(sizes[0]! <= most * sizes[1]!, `${basis}: ${sizes[0]} bytes of ${sizes[1]}`);
-  }
-  for (const adapter of read) await adapter.close();
 });
 
 t.test("layers with one input share an input for their cores", async (t) => {
@@ -345,10 +265,4 @@ t.test("packed layers side by side, all of their parts adapted or some", async (
     const [a, b] = answers.get("folded")!;
     t.ok(difference(a!, b!) > 0.01, "tasks differ");
   }
-});
-
-t.test("an option that is none of the two", async (t) => {
-  const pack = await packAs(["adapters/two"], "base", "int4");
-  const error = await refusal(() => open(NODE, model("torchscript"), pack, { components: "int4" as "f32" }));
-  t.match(error.message, /components: expected "stored" or "f32", got "int4"/);
 });

@@ -2,7 +2,7 @@
  * Impossible sessions: wrong models, packs, options and providers are each refused with advice; and the probe finds a provider that
  * ignores its inputs.
  */
-import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { cpSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack, type Pack, type TaskMetadata } from "eigenlora";
@@ -266,40 +266,6 @@ t.test("external data", async (t) => {
   }
 });
 
-t.test("arguments", async (t) => {
-  const pack = await packFor("base");
-  for (const ort of [undefined, {}, { default: NODE }, { InferenceSession: {} }]) {
-    const error = await refusal(() => createEigenSession(ort as unknown as Ort, model("torchscript"), pack));
-    t.match(error, { name: "TypeError", message: /onnxruntime-web or onnxruntime-node/ });
-  }
-  const none = { name: "RangeError", message: /"fused"/ };
-  await refused(t, model("torchscript"), pack, { mode: "fused" as "core" }, none, "no mode");
-  for (const { name, ort } of ORTS) {
-    for (const mode of MODES) {
-      const session = { executionProviders: ["abacus"] };
-      const error = await refusal(() => open(ort, model("torchscript"), pack, { mode, session }));
-      t.match(error, { tag: "backend", message: /providers: \["abacus"\]/, cause: Error }, `${name}: ${error.message}`);
-    }
-    const session = await open(ort, model("torchscript"), pack);
-    const mine = { ...feeds(ort, session), "eigenlora.classifier.weight": new ort.Tensor("float32", [0], [1]) };
-    await t.rejects(session.run(mine), { name: "TypeError", message: /eigenlora.*is the session's own input/ });
-    await session.close();
-  }
-});
-
-t.test("files are closed whatever happens", { skip: !existsSync("/proc/self/fd") && "no /proc" }, async (t) => {
-  const files = (): number => readdirSync("/proc/self/fd").length;
-  const pack = await packFor("base");
-  const before = files();
-  const tied = await openPack(await packBytes(["adapters/two"], "base-tied"));
-  for (const mode of MODES) {
-    await refusal(() => open(NODE, model("external"), tied, { mode }));
-    await refusal(() => open(NODE, model("external"), pack, { mode, session: { executionProviders: ["abacus"] } }));
-    await works(t, model("external"), pack, { mode });
-  }
-  t.ok(files() <= before, `${files()} open, ${before} before`);
-});
-
 t.test("tasks that were added later", async (t) => {
   const adapters = await readAdapters(["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`)));
   const two = adapters.find(({ id }) => id === "two")!;
@@ -493,16 +459,5 @@ t.test("where the probe cannot tell, it says so, and the session works", async (
     const session = await open(ort, nothing, pack);
     t.match(session.probe.result, /^skipped: /);
     await session.close();
-  }
-});
-
-t.test("builds of onnxruntime-web for browsers are told apart in Node", async (t) => {
-  const pack = await openPack(await packBytes(["adapters"], "base"));
-  for (const build of ["wasm", "webgpu"]) {
-    const ort = (await import(`onnxruntime-web/${build}`)) as Ort;
-    await t.rejects(createEigenSession(ort, modelBytes("torchscript"), pack), {
-      name: "BackendError",
-      message: /Dynamic require of "node:os".*; in Node use onnxruntime-node, or import plain onnxruntime-web/,
-    });
   }
 });

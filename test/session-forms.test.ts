@@ -3,7 +3,7 @@
  * models in test/data/forms, quantised too, compared with PEFT's answers.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
-import { openPack, type Pack, type Selection } from "eigenlora";
+import { openPack, type Pack } from "eigenlora";
 import t from "tap";
 import { create, fromBinary, ModelProtoSchema, NodeProtoSchema, TensorProtoSchema, toBinary } from "./internals.ts";
 import { data, LOSSLESS, packOf as packed } from "./packs.ts";
@@ -158,57 +158,6 @@ t.test("biases of convolutions, DoRA on convolutions and embeddings, a norm by i
   }
 });
 
-t.test("without a task the model is the one that it was", async (t) => {
-  for (const { name: runtime, ort } of ORTS) {
-    for (const [name, answers] of Object.entries(GOLDENS.models)) {
-      const pack = await packFor(kindOf(name));
-      const plain = await ort.InferenceSession.create(new Uint8Array(readFileSync(path(name))));
-      const feeds = feedsOf(ort, kindOf(name));
-      const expected = (await plain.run(feeds))["logits"]!.data as Float32Array;
-      await plain.release();
-      for (const mode of ["core", "factors"] as const) {
-        // A head as an input is computed by another product than the model's.
-        const session = await open(ort, path(name), pack, { mode, ignore: ["classifier"] });
-        const first = await outputOf(session, feeds);
-        const off = difference(first, expected);
-        const allowed = name.endsWith("half") ? 2e-3 : 1e-6;
-        t.ok(off <= allowed, `${runtime}, ${name}, ${mode}: ${off} off the plain model of ${answers}`);
-        await session.switchTask("a");
-        await session.switchTask(null);
-        t.same(await outputOf(session, feeds), first, "and again after a switch");
-        await session.close();
-      }
-    }
-  }
-});
-
-t.test("few components, private terms beside them, blends", async (t) => {
-  for (const kind of ["vision", "text"]) {
-    const pack = await packOf(kind, [`adapters-${kind}`], {
-      select: { kind: "k", k: 3 },
-      privateTerms: 2,
-      gauge: "balanced",
-    });
-    const selections: Selection[] = [...pack.tasks.keys(), { a: 0.5, b: 0.75 }, { a: 1, c: -0.5 }];
-    const found = new Map<Mode, Float32Array[]>();
-    const feeds = feedsOf(NODE, kind);
-    for (const mode of MODES) {
-      const session = await open(NODE, path(kind), pack, { mode, reserve: { privateTerms: true } });
-      const outputs: Float32Array[] = [];
-      for (const selection of selections) {
-        await session.switchTask(selection, typeof selection === "string" ? {} : { head: "a" });
-        outputs.push(await outputOf(session, feeds));
-      }
-      found.set(mode, outputs);
-      await session.close();
-    }
-    for (const mode of ["core", "factors"] as const) {
-      const off = found.get(mode)!.map((output, i) => difference(output, found.get("folded")![i]!));
-      t.ok(Math.max(...off) <= 1e-5, `${kind}, ${mode}: off by ${off} from what is folded`);
-    }
-  }
-});
-
 t.test("what only weights can take is refused by name, and so is what would mix rows", async (t) => {
   const whole = await packOf("vision", ["adapters-vision-whole"]);
   for (const mode of ["core", "factors"] as const) {
@@ -266,51 +215,4 @@ t.test("norms of Gemma, as onnxruntime-genai's builder stores them", async (t) =
   const without = await open(NODE, toBinary(ModelProtoSchema, built), pack, { ignore: ["norm", "rms"] });
   t.equal(without.probe.result, "passed");
   await without.close();
-});
-
-/** A runtime that ignores an input of the graph: its node gets zeros. */
-function ignoring(ort: Ort, which: (input: string) => boolean): Ort {
-  const create = async (...given: Parameters<Ort["InferenceSession"]["create"]>) => {
-    const session = await ort.InferenceSession.create(...given);
-    return new Proxy(session, {
-      get(target, key) {
-        const value = Reflect.get(target, key, target);
-        if (key !== "run") return typeof value === "function" ? value.bind(target) : value;
-        return (run: Feeds, ...rest: never[]) => {
-          const zeroed = Object.entries(run).map(([name, tensor]) =>
-            which(name)
-              ? [name, new ort.Tensor("float32", new Float32Array(tensor.size), tensor.dims)]
-              : [name, tensor],
-          );
-          return target.run(Object.fromEntries(zeroed), ...rest);
-        };
-      },
-    });
-  };
-  return { ...ort, InferenceSession: { create } } as unknown as Ort;
-}
-
-t.test("a provider that ignores inputs of a form is found, whichever it is", async (t) => {
-  const cases = [
-    ["vision", "core", "eigenlora.cores.", ""],
-    ["vision", "factors", "eigenlora.odd.A", "odd"],
-    ["vision", "factors", "eigenlora.odd.B", "odd"],
-    ["vision", "core", "eigenlora.norm.weight.change", "norm.weight"],
-    ["vision-padded", "factors", "eigenlora.odd.A", "odd"],
-    ["signal", "factors", "eigenlora.cube.A", "cube"],
-    ["text", "core", "eigenlora.cores.", ""],
-    ["text", "factors", "eigenlora.places.A", "places"],
-    ["text-simplified", "core", "eigenlora.norm.weight.change", "norm.weight"],
-  ] as const;
-  for (const [name, mode, input, module] of cases) {
-    // Those of several layers come as one.
-    const fake = ignoring(NODE, (one) => one === input || (input.endsWith(".") && one.startsWith(input)));
-    const pack = await packFor(kindOf(name));
-    const error = await refusal(() => open(fake, path(name), pack, { mode }));
-    t.match(
-      error,
-      { tag: "backend", message: `in the term of "${module}${module && '" (it may ignore inputs)'}` },
-      `${name}, ${input}`,
-    );
-  }
 });

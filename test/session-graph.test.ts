@@ -128,22 +128,6 @@ t.test("a graft keeps a model sound", async (t) => {
   }
 });
 
-t.test("beside [batch, sequence, in] terms need no reshapes, whoever exported the model", async (t) => {
-  for (const name of ["torchscript", "dynamo", "f16", "external"]) {
-    const pack = await packFor(GOLDENS.models[name]!);
-    const file = await readModel(model(name));
-    const { graft: wanted } = await planSession(file, pack, (await pack.bases()).bytes, { mode: "factors" });
-    graft(file.model, wanted);
-    const added = file.model.proto.graph!.node.filter(
-      (node) =>
-        node.name.startsWith("eigenlora/") && wanted.modules.some(({ name }) => node.name.includes(`/${name}/`)),
-    );
-    t.same([...new Set(added.map(({ opType }) => opType))].sort(), ["Add", "MatMul"], name);
-    t.equal(added.length, 3 * wanted.modules.length);
-    await file.close();
-  }
-});
-
 t.test("a layer in a branch, once or twice", async (t) => {
   t.equal(parseModel(modelBytes("branches"), "branches").opset, 11);
   t.equal(parseModel(modelBytes("twice"), "twice").opset, 11);
@@ -177,54 +161,6 @@ function changed(name: string, change: (graph: GraphProto, proto: ModelProto) =>
   change(proto.graph!, proto);
   return toBinary(ModelProtoSchema, proto);
 }
-
-t.test("what else reads a layer's result", async (t) => {
-  // The product itself is an output of the model, and must show the task too.
-  const exposed = changed("transposed", (graph) => {
-    const type = { value: { case: "tensorType" as const, value: { elemType: 1 } } };
-    graph.output.push(create(ValueInfoProtoSchema, { name: "/mid/MatMul_output_0", type }));
-  });
-  const products: Float32Array[] = [];
-  for (const mode of MODES) {
-    const session = await open(NODE, exposed, await packFor("mlp"), { mode });
-    t.same(session.outputNames, ["logits", "/mid/MatMul_output_0"]);
-    await session.switchTask("b");
-    const results = await session.run(feeds(NODE, session));
-    t.ok(difference(results["logits"]!.data as Float32Array, golden("mlp", "b")) <= 1e-5);
-    products.push(results["/mid/MatMul_output_0"]!.data as Float32Array);
-    await session.close();
-  }
-  for (const product of products) t.ok(difference(product, products[2]!) <= 1e-5, "as folded weights give it");
-
-  // The head's bias comes where it cannot be seen: it must not be added to the task's own.
-  const apart = changed("transposed", (graph) => {
-    const at = graph.node.findIndex((node) => node.name === "/classifier/Add");
-    const add = graph.node[at]!;
-    add.input = add.input.map((value) => (value === "/classifier/MatMul_output_0" ? "apart" : value));
-    graph.node.splice(at, 0, node("Identity", "apart", ["/classifier/MatMul_output_0"], "apart"));
-  });
-  for (const mode of ["core", "factors"] as const) {
-    const error = await refusal(async () => open(NODE, apart, await packFor("mlp"), { mode }));
-    t.match(error, { tag: "base", module: "classifier.weight", message: /use mode "folded"$/ });
-  }
-  const session = await open(NODE, apart, await packFor("mlp"), { mode: "folded" });
-  const error = await refusal(() => session.switchTask("a"));
-  const message = /brings "classifier\.(bias" of \[2\]|weight" of \[2, 16\])/;
-  t.match(error, { tag: "base", module: /^classifier/, message });
-  t.equal(session.task, null);
-  t.ok(difference(await outputOf(session, feeds(NODE, session)), golden("mlp", null)) <= 1e-5);
-  await session.close();
-
-  // A product that is scaled later would change by another amount than the adapter's.
-  const scaled = changed("gemm", (graph) => {
-    const node = graph.node.find(({ name }) => name === "/mid/Gemm")!;
-    node.attribute.find(({ name }) => name === "alpha")!.f = 0.5;
-  });
-  t.match(await refusal(async () => open(NODE, scaled, await packFor("mlp"), { mode: "core" })), {
-    tag: "base",
-    message: /Gemm "\/mid\/Gemm" scales the product; use mode "folded"/,
-  });
-});
 
 /** The MLP on x [batch, sequence, 12]; inside, the sequence may come first. */
 function sequences(first: "batch" | "sequence"): Uint8Array {

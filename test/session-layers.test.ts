@@ -19,7 +19,7 @@ import {
   toBinary,
 } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
-import { difference, NODE, type Options, open, outputOf, refusal } from "./sessions.ts";
+import { NODE, type Options, open, outputOf, refusal } from "./sessions.ts";
 
 const FLOAT = 1;
 const UINT8 = 2;
@@ -75,18 +75,6 @@ const head: Adapter = {
   ],
 };
 
-/** Adds 100 · x₀ to all of y. @param magnitude of DoRA */
-function lora(magnitude?: number[]): Adapter {
-  const read = async () => ({
-    rank: 1,
-    A: Float32Array.of(1, 0, 0),
-    Bt: Float32Array.of(100, 100, 100),
-    ...(magnitude && { magnitude: Float32Array.from(magnitude) }),
-  });
-  const module = { name: "classifier", out: 3, in: 3, rank: 1, layout: "out-in" as const, read };
-  return { ...rest, id: "lora", file: "lora", modules: new Map([["classifier", module]]) };
-}
-
 async function packed(adapter: Adapter): Promise<Pack> {
   return openPack(concat((await buildPack([adapter], LOSSLESS)).chunks));
 }
@@ -119,34 +107,6 @@ t.test("a task that brings a weight without its bias keeps the model's", async (
   const [base, found] = await answers(modelOf(gemm("s"), ...requantized("s", "y")), head, { mode: "factors" });
   t.same(base, [11, 22, 33]);
   t.same(found, [12, 24, 36], "behind quantised values too");
-});
-
-t.test("terms are added behind the quantised values of a bias, whose range has no task in it", async (t) => {
-  const product = makeNode("MatMul", "/classifier/MatMul", ["x", "classifier.weight"], "p");
-  const add = makeNode("Add", "/classifier/Add", ["p/dq", "c"], "s");
-  const nodes = [product, ...requantized("p", "p/dq"), add, ...requantized("s", "y")];
-  const [base, found] = await answers(modelOf(...nodes), lora(), { mode: "factors" });
-  t.same(base, [11, 22, 33]);
-  t.ok(difference(found!, [111, 122, 133]) < 1e-4, `${found}`);
-});
-
-t.test("DoRA where a result is quantised together with its bias", async (t) => {
-  const model = modelOf(gemm("s"), ...requantized("s", "y"));
-  const adapter = lora([1, 2, 3]);
-  const error = await refusal(async () => open(NODE, model, await packed(adapter), { mode: "factors" }));
-  t.match(error.message, /"classifier" has DoRA tasks, and its layer's result is quantised together with its bias/);
-  const [, found] = await answers(modelOf(gemm("y")), adapter, { mode: "factors" });
-  const [, folded] = await answers(modelOf(gemm("y")), adapter, { mode: "folded" });
-  t.ok(difference(found!, folded!) < 1e-4, `${found}, ${folded}`);
-});
-
-t.test("a Gemm that scales its bias is no linear layer", async (t) => {
-  const scaled = makeNode("Gemm", "/classifier/Gemm", ["x", "classifier.weight", "c"], "y", {
-    transB: 1,
-    beta: { float: 0.5 },
-  });
-  const error = await refusal(async () => open(NODE, modelOf(scaled), await packed(lora()), { mode: "factors" }));
-  t.match(error.message, /scales its bias/);
 });
 
 t.test(

@@ -30,7 +30,6 @@ import {
   type SafetensorsEntry,
   type Statistics,
   type StatisticsPart,
-  type Summary,
   shuffle,
   summaryKind,
   svd,
@@ -114,12 +113,6 @@ async function assembled(
   return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
 }
 
-function largestDifference(a: ArrayLike<number>, b: ArrayLike<number>): number {
-  let largest = a.length === b.length ? 0 : Infinity;
-  for (let i = 0; i < a.length; i++) largest = Math.max(largest, Math.abs(a[i]! - b[i]!));
-  return largest;
-}
-
 t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machine's pack", async (t) => {
   const settings: (BuildOptions & { gauge: Gauge; centering: "keep" | "none" })[] = [
     { gauge: "as-trained", centering: "keep", select: K16, dtype: F32 },
@@ -191,21 +184,6 @@ t.test("Gram matrices kept: the same basis and tasks up to 1e-6", async (t) => {
   );
 });
 
-t.test("modules that only some adapters adapt, different ranks, embeddings, magnitudes, saved modules", async (t) => {
-  const mixed: Adapter[] = [];
-  for (const id of ["dora", "embedding", "patterns", "plain", "rank-1"]) {
-    const [adapter] = await readAdapters([data(`goldens/peft/${id}/adapter`)]);
-    mixed.push({ ...adapter!, id });
-  }
-  const { chunks } = await buildPack(mixed, { select: K16, dtype: F32 });
-  for (const count of [2, 5]) {
-    const parts = await Promise.all(split(mixed, count).map((few) => shard(few)));
-    const basis = await basisOf(await tree(parts), { select: K16, dtype: "f32" });
-    t.ok(Buffer.from(await assembled(basis, mixed, 3, F32)).equals(concat(chunks)), `${count} shards`);
-  }
-  await Promise.all(mixed.map((adapter) => adapter.close()));
-});
-
 t.test("summaries: any split of a stack gives its Gram matrix, and the components of its SVD", (t) => {
   const shape = fc.record({
     width: fc.integer({ min: 1, max: 24 }),
@@ -259,47 +237,6 @@ t.test("summaries: any split of a stack gives its Gram matrix, and the component
     }),
     { numRuns: runs(100) },
   );
-  t.end();
-});
-
-t.test("summaries of stacks without a direction: equal rows, zeros, a mean that outweighs all", (t) => {
-  const summaryOf = (rows: Float64Array, width: number): Summary & { kind: "gram" } => {
-    const builder = collectSummary(rows.length / width, width);
-    builder.add(rows, rows.length / width);
-    const summary = builder.finish();
-    if (summary.kind !== "gram") throw new Error("expected a Gram matrix");
-    return summary;
-  };
-  const all = (singular: Float64Array): number => singular.length;
-  const equal = Float64Array.from({ length: 40 * 7 }, (_, i) => Math.fround(Math.sin(1 + (i % 7))));
-  t.equal(gramComponents(summaryOf(equal, 7), "keep", all).components.count, 0, "equal rows");
-  t.equal(gramComponents(summaryOf(equal, 7), "none", all).components.count, 1);
-  t.equal(gramComponents(summaryOf(new Float64Array(40 * 7), 7), "none", all).components.count, 0, "zeros");
-  const random = uniform(5);
-  const far = Float64Array.from({ length: 40 * 7 }, (_, i) => (i % 7 < 2 ? 1e-3 * (random() - 0.5) : 0) + 1);
-  const { components } = gramComponents(summaryOf(far, 7), "keep", all);
-  t.equal(components.count, 2, "what varies under a mean that is a thousand times larger");
-  for (let k = 0; k < 2; k++) t.ok(Math.hypot(components.vectors[7 * k]!, components.vectors[7 * k + 1]!) > 1 - 1e-6);
-  t.throws(() => collectSummary(2, 3).finish(), RangeError);
-  t.throws(() => collectSummary(1, 3).add(new Float64Array(6), 2), RangeError);
-  t.end();
-});
-
-t.test("the strongest components alone are those among all", (t) => {
-  const [width, count] = [300, 400];
-  const random = uniform(9);
-  const rows = Float64Array.from(
-    { length: count * width },
-    (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5),
-  );
-  const builder = collectSummary(count, width);
-  builder.add(rows, count);
-  const summary = builder.finish() as Summary & { kind: "gram" };
-  const few = gramComponents(summary, "keep", 6).components;
-  const all = gramComponents(summary, "keep", () => 6).components;
-  t.same([few.singular.length, all.singular.length], [6, width], "found without the others");
-  t.ok(few.total === all.total && largestDifference(few.singular, all.singular.subarray(0, 6)) < 1e-9);
-  t.ok(largestDifference(few.vectors, all.vectors) < 1e-7, `${largestDifference(few.vectors, all.vectors)}`);
   t.end();
 });
 

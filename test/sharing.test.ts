@@ -8,7 +8,6 @@ import { createRuntime, openPack, type Pack, type Term } from "eigenlora";
 import {
   type Adapter,
   encodeTaskFile,
-  planAppend,
   projectAdapters,
   type SearchReport,
   searchPack,
@@ -172,41 +171,6 @@ t.test("near copies: two checkpoints of one run", async (t) => {
   const { pack, alone } = await packed(t, made(2, near, nearB));
   t.same(counts(pack), ["1 1", "1 1"]);
   t.ok(stored(pack) < 0.65 * alone, `${stored(pack)} of ${alone}`);
-});
-
-t.test("ranks that differ, and one module alone", async (t) => {
-  const rank = (task: number): number => [2, 4, 8][task % 3]!;
-  const nested: Rows = (task, module) => (module === 0 ? sameA : ownA)(task, module).subarray(0, rank(task) * INPUTS);
-  const own: Rows = (task, module) => ownB(task, module).subarray(0, rank(task) * OUT);
-  const { pack, report } = await packed(t, made(9, nested, own));
-  t.same(counts(pack), ["1 0", "0 0"]);
-  t.same(report.shared!.A, { tasks: 9, modules: 1 });
-});
-
-t.test("nothing at all: as if it had not been asked", async (t) => {
-  const { pack, report, alone } = await packed(t, made(6, ownA, ownB));
-  t.same(counts(pack), ["0 0", "0 0"]);
-  t.same([report.shared!.saved, report.shared!.bytes, report.components.max], [0, 0, 0]);
-  t.ok(stored(pack) <= alone, "bytes that they have in common are copied");
-});
-
-t.test("a newcomer finds its group, and loses no more than the others", async (t) => {
-  const group: Rows = (task, module) => (task < 8 ? sameA : ownA)(task, module);
-  const all = made(10, group, ownB);
-  const stranger = all[8]!;
-  const kin = { ...made(12, sameA, ownB)[11]!, id: "kin" };
-  const { pack, bytes } = await packed(t, all.slice(0, 8));
-  const later = await projectAdapters(pack, [kin, stranger], completeDtypes({ head: "int8" }));
-  for (const { residual } of later) t.ok(residual.total <= MAX && residual.total > 0.6 * MAX, `${residual.total}`);
-  t.ok(later[0]!.blob.length < 0.75 * later[1]!.blob.length, "rows of A are not stored again");
-  const append = await planAppend(pack, later);
-  const grown = concat([bytes, ...append.body]);
-  grown.set(append.superblock, append.superblockOffset);
-  const again = await openPack(grown);
-  for (const adapter of [...all.slice(0, 8), kin, stranger]) t.ok((await lossOf(again, adapter)) <= MAX, adapter.id);
-  t.ok(
-    again.tasks.get("kin")!.brings!.includes("own-B first") && !again.tasks.get("kin")!.brings!.includes("own-A first"),
-  );
 });
 
 t.test("DoRA, blends and a switch on such a pack", async (t) => {

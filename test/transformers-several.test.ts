@@ -53,29 +53,6 @@ t.test("calls and switches take turns, whichever object has the model", { skip }
   await pipe.dispose();
 });
 
-t.test("a second pack is refused by name", { skip }, async (t) => {
-  const pipe = await whisper();
-  const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
-  const listening = await attach(pipe, first);
-  await listening.switchTask("court");
-  const now = { ...pipe.model.sessions };
-  const ids = await tokens(pipe);
-  const has = {
-    name: "TypeError",
-    message: /the pipeline has the pack .*; close that first, or put all adapters into/,
-  };
-  for (const options of [{}, { part: DECODER }]) t.match(await refusal(() => attach(pipe, second, options)), has);
-  t.match(await refusal(() => attachPack({ model: pipe.model }, second, { model: "whisper" })), has, "the same model");
-  t.ok(Object.entries(now).every(([name, session]) => pipe.model.sessions[name] === session));
-  t.same(await tokens(pipe), ids, "as it was");
-  await listening.close();
-  t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
-  const saying = await attach(pipe, second);
-  await saying.switchTask("court");
-  t.same(Object.keys(saying.sessions), [DECODER], "free again");
-  await pipe.dispose();
-});
-
 t.test("options of one session", { skip }, async (t) => {
   const pipe = await whisper();
   const pack = await opened();

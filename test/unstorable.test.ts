@@ -3,15 +3,7 @@ import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
-import {
-  type Adapter,
-  type BuildOptions,
-  buildPack,
-  projectAdapters,
-  type SavedTensor,
-  type SearchOptions,
-  searchPack,
-} from "eigenlora/build";
+import { type Adapter, type BuildOptions, buildPack, projectAdapters, type SavedTensor } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { json } from "./command-line.ts";
@@ -130,27 +122,6 @@ t.test("of heads, of vectors, and what is no number", async (t) => {
     head!.name,
     "not a finite number",
   );
-});
-
-t.test("in a search, which leaves ways that cannot store an adapter for others", async (t) => {
-  const { file } = use;
-  const only = (one: Adapter): Adapter => ({ ...one, modules: new Map([[module, one.modules.get(module)!]]) });
-  const [first, second] = [only(role), only(use)];
-  // Whether sharing pays is computed first, which these values make impossible.
-  for (const by of [1e12, 1e35])
-    for (const options of [{}, { workers: 2 }, { goal: { kind: "bytes", max: 20_000 } }] as const)
-      await t.rejects(searchPack([first, scaled(second, "A", by)], options), {
-        ...{ name: "AdapterError", tag: "adapter", file, field: module },
-        message: new RegExp(`a private term of "${module}" .*scale the adapter down$`),
-      });
-  // Balancing makes both factors equally large.
-  const large = scaled(second, "A", 4e5);
-  const ways = [{ dtype: { coefficients: "f16" } }, { gauge: "balanced" }] as const;
-  const search = (some: SearchOptions["ways"]): ReturnType<typeof searchPack> =>
-    searchPack([first, large], { goal: { kind: "bytes", max: 100_000 }, centering: "none", ways: some });
-  await t.rejects(search(ways.slice(0, 1)), { tag: "adapter", file, message: /cannot be stored/ });
-  const { report } = await search(ways);
-  t.match(report.tried, [{ reason: /cannot be stored: .*too large for f16/ }, { way: ways[1], bytes: Number }]);
 });
 
 t.test("the command line says whose values they are", async (t) => {

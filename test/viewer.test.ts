@@ -19,7 +19,6 @@ import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import { launch, noChromium } from "./browser.ts";
 import { json, run, workIn } from "./command-line.ts";
-import { hubFor } from "./huggingface-server.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { complaintsOfAxe } from "./page-axe.ts";
 import { serve } from "./range-server.ts";
@@ -104,17 +103,6 @@ t.test("the command serves its page and the named files alone, until Ctrl-C", as
   t.equal(stranger.statusCode, 403);
   stranger.resume();
   t.equal(await end(), 0);
-});
-
-t.test("a file of the Hub is served by ranges", async (t) => {
-  const { hub } = await hubFor(t);
-  const bytes = await readFile(demo);
-  hub.push("org/name", new Map([["tasks.eigen", bytes]]));
-  const { url } = await view(t, "hf:org/name/tasks.eigen");
-  const { origin, searchParams } = new URL(url);
-  const part = await fetch(origin + searchParams.get("url"), { headers: { range: "bytes=100-199" } });
-  t.equal(part.status, 206);
-  t.same(Buffer.from(await part.arrayBuffer()), bytes.subarray(100, 200));
 });
 
 t.test("what cannot be shown is said before a browser opens", async (t) => {
@@ -224,15 +212,6 @@ t.test("likeness of tasks, and a task beside its adapter", { skip: noChromium },
   const verified = await json(0, "verify", demo, "--against", data(`adapters/own-seed/${id}`));
   const { total } = verified["tasks"].find((task: { id: string }) => task.id === id).error;
   t.equal(await row.locator("td").last().textContent(), `${(100 * total).toFixed(1)} %`, "what verify says it lost");
-  t.same(complaints, []);
-});
-
-t.test("what two packs say differently", { skip: noChromium }, async (t) => {
-  const { url } = await view(t, demo, "large.eigen");
-  const { page, complaints } = await visit(t, url);
-  const differing = page.getByRole("region", { name: "What differs" }).locator("tbody th");
-  t.same(await differing.allTextContents(), ["size", "made as", "components in", "coded", "format", "basis"]);
-  t.equal(await page.locator("article").count(), 2);
   t.same(complaints, []);
 });
 

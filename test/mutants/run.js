@@ -109,18 +109,23 @@ const READER = fileURLToPath(new URL("../vectors/reader.py", import.meta.url));
 /** Meaning of accepted files in 64 bits, in their order; null where a pack is too large to be folded. */
 export function meaningsOf(files) {
   const base64 = (bytes) => bytes && Buffer.from(bytes).toString("base64");
-  const input = files.map(({ bytes, known }) => JSON.stringify({ pack: base64(known ?? bytes), task: known && base64(bytes) }));
+  const input = files.map(({ bytes, known }) =>
+    JSON.stringify({ pack: base64(known ?? bytes), task: known && base64(bytes) }),
+  );
   const options = { input: input.join("\n"), encoding: "utf8", maxBuffer: 2 ** 30 };
   const { status, stdout, stderr } = spawnSync(python, ["-W", "ignore", READER, "--meanings"], options);
   if (status !== 0) throw new Error(stderr);
-  return stdout.trim().split("\n").map((line) => {
-    const truth = JSON.parse(line);
-    if (!truth?.tasks) return truth;
-    const tasks = Object.entries(truth.tasks).map(([id, { terms, parameters }]) => {
-      return [id, { terms: new Map(Object.entries(terms)), parameters }];
+  return stdout
+    .trim()
+    .split("\n")
+    .map((line) => {
+      const truth = JSON.parse(line);
+      if (!truth?.tasks) return truth;
+      const tasks = Object.entries(truth.tasks).map(([id, { terms, parameters }]) => {
+        return [id, { terms: new Map(Object.entries(terms)), parameters }];
+      });
+      return { modules: truth.modules, tasks: new Map(tasks) };
     });
-    return { modules: truth.modules, tasks: new Map(tasks) };
-  });
 }
 
 /** Opens a file and reads all of it. @param known the pack of a task file */
