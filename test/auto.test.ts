@@ -8,18 +8,14 @@ import {
   type BuildOptions,
   type Built,
   buildPack,
-  encodeTaskFile,
   projectAdapters,
   searchPack,
   taskAdapter,
   type Way,
 } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createEngine } from "eigenlora/onnxruntime";
-import { createJudge } from "eigenlora/train";
 import t from "tap";
-import { createEncoder, model, readTask } from "../examples/minilm.js";
-import { completeDtypes, DEFAULT_ERROR, deltaError, normal, relative, uniform } from "./internals.ts";
+import { completeDtypes, DEFAULT_ERROR, deltaError, relative } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import {
   difference,
@@ -80,9 +76,6 @@ async function lossesOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): 
     }),
   );
 }
-
-const meanTotal = ({ errors }: { errors: readonly { total: number }[] }): number =>
-  errors.reduce((sum, { total }) => sum + total, 0) / errors.length;
 
 /** The largest pack of one way that fits. */
 const packWithin = (of: readonly Adapter[], way: Way, max: number): Promise<Built> =>
@@ -199,41 +192,6 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
   t.ok(report.decisions.length >= 1 && report.tried.every(({ bytes }) => bytes! >= report.bytes));
 });
 
-t.test("within an error, a newcomer takes components or private terms alone, whichever is smaller", async (t) => {
-  const scaled = (factor: number): Adapter => {
-    const modules = [...adapters[1]!.modules].map(([name, module]) => {
-      const read = async () => module.read().then((term) => ({ ...term, Bt: term.Bt.map((v) => factor * v) }));
-      return [name, { ...module, read }] as const;
-    });
-    return { ...adapters[1]!, id: `times ${factor}`, modules: new Map(modules) };
-  };
-  const options = { gauge: "balanced", step: 0.01, select: { kind: "k", k: 8 } } as const;
-  const { chunks } = await buildPack([1, 0.8, 1.2, 0.6].map(scaled), options);
-  const pack = await openPack(concat(chunks).buffer);
-  const random = uniform(5);
-  // One that has nothing in common with them: its rows are noise.
-  const stranger = {
-    ...adapters[0]!,
-    id: "stranger",
-    modules: new Map(
-      [...adapters[0]!.modules].map(([name, module]) => {
-        const noise = (count: number) => Float32Array.from({ length: count }, () => normal(random));
-        const { rank, in: inputs, out } = module;
-        return [name, { ...module, read: async () => ({ rank, A: noise(rank * inputs), Bt: noise(rank * out) }) }];
-      }),
-    ),
-  };
-  const kin = { ...scaled(1.1), id: "kin" };
-  const made = await projectAdapters(pack, [stranger, kin], completeDtypes({ head: "int8" }), { error: 0.3 });
-  for (const { entry, residual, blob } of made) {
-    t.ok(residual.total <= 0.3, `${residual.total}`);
-    await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
-  }
-  const ranksOf = async (id: string) => (await pack.load(id)).terms.map(({ rank, privateRank }) => [rank, privateRank]);
-  t.ok((await ranksOf("stranger")).every(([rank, privateRank]) => rank === 0 && privateRank! > 0));
-  t.ok((await ranksOf("kin")).every(([rank]) => rank! > 0));
-});
-
 t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {
   const all = await readAdapters([data("adapters/own-seed")]);
   t.teardown(() => Promise.all(all.map((adapter) => adapter.close())));
@@ -257,59 +215,6 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
     const head = parameters.reduce((sum, { tensor }) => sum + tensor.byteLength, 0);
     t.ok(bytes.length - head <= 7000, `${bytes.length} bytes, ${head} of them its head`);
   }
-});
-
-/** Results of each way by itself. */
-async function singles(max: number): Promise<{ bytes: number; error: number }[]> {
-  const ways: BuildOptions[] = [
-    {},
-    { gauge: "balanced" },
-    { gauge: "balanced", rank: 4 },
-    { mode: "flat", gauge: "balanced" },
-  ];
-  const made = [];
-  for (const way of ways) {
-    for (const dtype of [
-      INT4,
-      { basis: "int8", coefficients: "int8", head: "int8" },
-      { basis: "f16", coefficients: "f16", head: "f16" },
-    ] as const) {
-      const options = { ...way, dtype };
-      const built = await packWithin(adapters, options, max).catch((error: unknown) => {
-        if (error instanceof RangeError) return undefined;
-        throw error;
-      });
-      if (built) made.push({ bytes: built.report.bytes, error: meanTotal(built.report) });
-    }
-  }
-  return made;
-}
-
-t.test("auto loses no more than any single way within the same bytes", async (t) => {
-  const goal = { kind: "bytes", max: 40_000 } as const;
-  const { report } = await searchPack(adapters, { goal });
-  t.ok(report.bytes <= 40_000);
-  for (const { error } of await singles(goal.max))
-    t.ok(meanTotal(report) <= error + 1e-12, `${meanTotal(report)} ≤ ${error}`);
-});
-
-t.test("a judge hears how far the answers of a pack are from the adapters'", async (t) => {
-  const some = adapters.slice(0, 3);
-  const encode = await createEncoder(NODE);
-  const { train } = await readTask("debtags-role");
-  const options = { adapters: some, texts: train.map(([text]) => text), encode, most: 8 };
-  const { judge, byTask, close } = createJudge(createEngine(NODE), model, options);
-  t.teardown(close);
-  const packed = async (options: BuildOptions) => openPack(concat((await buildPack(some, options)).chunks).buffer);
-  const [lossless, coarse] = [await packed(LOSSLESS), await packed({ select: { kind: "k", k: 2 } })];
-  const [none, much] = [await judge(lossless), await judge(coarse)];
-  t.ok(none < 1e-5 && much > 1e-4, `${none}, ${much}`);
-  const found = await byTask(coarse);
-  t.same(
-    [...found.keys()],
-    some.map(({ id }) => id),
-  );
-  t.equal(much, [...found.values()].reduce((a, b) => a + b, 0) / 3);
 });
 
 t.test("what cannot be done is refused, with what can", async (t) => {

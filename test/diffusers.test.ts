@@ -2,15 +2,13 @@
  * LoRA files of diffusers: every golden case, names of three generations, alphas and configurations, refusals, files in folders, and the
  * command line. Golden cases go through a pack and a runtime too. The goldens come from diffusers' own loading and PEFT's merge.
  */
-import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
-import { AdapterError, openPack } from "eigenlora";
+import { AdapterError } from "eigenlora";
 import { type Adapter, buildPack, readDiffusers } from "eigenlora/build";
 import { findAdapters, readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
 import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
-import { json as command, workIn } from "./command-line.ts";
 import { checkGolden } from "./compare.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
@@ -302,47 +300,4 @@ t.test("folders and files", async (t) => {
     tag: "adapter",
     message: /holds no LoRA, but \d+ tensors such as text_encoder.*A whole model is no adapter/,
   });
-});
-
-t.test("the command line: pack, inspect, verify, add, export", async (t) => {
-  const root = mkdtempSync(join(tmpdir(), "eigenlora-diffusers-"));
-  workIn(t, root);
-  const json = (...args: string[]): Promise<Record<string, any>> => command(0, ...args);
-  const scaled = golden("diffusers");
-  mkdirSync(join(root, "styles/old"), { recursive: true });
-  cpSync(golden("diffusers-old"), join(root, "styles/old", NAME));
-  cpSync(scaled, join(root, "styles/scaled.safetensors"));
-  const lossless = ["--mode", "column", "--energy", "1", "--dtype", "f32"];
-  const packed = await json("pack", "styles", "-o", "p.eigen", "--as", "old=2023", ...lossless);
-  t.match(packed, {
-    tasks: 2,
-    modules: 44,
-    adapterBytes: statSync(scaled).size + statSync(golden("diffusers-old")).size,
-  });
-  const { modules } = await json("inspect", "p.eigen");
-  t.match(modules[0], { name: "unet.down_blocks.0.attentions.0.proj_in", out: 16, in: 16 });
-
-  await json("add", "p.eigen", scaled, "--as", "adapter=again");
-  const against = ["styles", scaled].flatMap((path) => ["--against", path]);
-  const verified = await json("verify", "p.eigen", ...against, "--as", "old=2023", "--as", "adapter=again");
-  t.same(verified["tasks"].map(({ id }: { id: string }) => id).sort(), ["2023", "again", "scaled"]);
-  for (const { id, error } of verified["tasks"]) t.ok(error.max < 1e-5, `${id}: ${error.max}`);
-
-  // Parts are identified by the adapters' content: another adapter makes another part.
-  t.equal((await json("hub", "shard", scaled, "-o", "a.part"))["present"], false);
-  t.equal((await json("hub", "shard", scaled, "-o", "a.part"))["present"], true);
-  t.equal((await json("hub", "shard", "styles/old", "-o", "a.part", "--force"))["present"], false);
-
-  await json("export", "p.eigen", "--task", "scaled", "-o", "scaled");
-  const [exported, original] = [await readFile(join(root, "scaled")), await readFile(scaled)];
-  t.same([...exported.modules.keys()], [...original.modules.keys()]);
-  const base = await loadTensors(join(goldens, "diffusers/base.safetensors"));
-  const [back, expected] = [await apply(exported, base), await apply(original, base)];
-  const worst = Math.max(...[...expected].map(([name, values]) => difference(back.get(name)!, values)));
-  t.ok(worst < 1e-5, `exported: ${worst}`);
-  for (const adapter of [exported, original]) await adapter.close();
-
-  const pack = await openPack(join(root, "p.eigen"));
-  t.equal(pack.tasks.get("again")!.adapterBytes, statSync(scaled).size);
-  await pack.close();
 });

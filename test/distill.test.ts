@@ -205,21 +205,6 @@ t.test("the hold-out is judged as the sessions judge it; the head is trained; th
   t.equal(alike.mean, 0, "never below 0, whose root would be no rate");
 });
 
-t.test("private terms of an entropy-coded pack are distilled, as many as each module has", async (t) => {
-  const alone = { select: { kind: "k", k: 0 }, privateTerms: 255, gauge: "balanced", step: 0.14 } as const;
-  const session = await tiny(NODE, alone);
-  t.teardown(() => session.close());
-  const adapter = await adapterOf(t, "sessions/adapters/five");
-  const ranksOf = async (id: string): Promise<number[]> =>
-    (await session.pack.load(id)).terms.map(({ privateRank }) => privateRank);
-  t.ok(new Set(await ranksOf("five")).size > 1, `ranks ${await ranksOf("five")}`);
-  const made = await distill(session, { adapter, feeds: inputs(NODE, session, 64), steps: 40, batch: 16 });
-  t.equal(made.kept, "distilled");
-  t.ok(made.divergenceAfter < 0.85 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
-  await session.addTask("distilled", made.file);
-  t.same(await ranksOf("distilled"), await ranksOf("five"));
-});
-
 t.test("what cannot be distilled is refused by name", async (t) => {
   const session = await tiny(NODE, SMALL, ["adapters/three", "adapters-more/dora", "adapters-more/bias-lora"]);
   t.teardown(() => session.close());

@@ -10,21 +10,17 @@ import {
   balance,
   decodeTensor,
   deltaError,
-  dot,
   type ExtractOptions,
   extractModule,
   type ModuleExtraction,
   type ModuleMember,
   type ModuleStack,
   measureModule,
-  mirror,
-  mix,
   multiplyTransposed,
   openModule,
   type Pair,
   projectModule,
   type SideBasis,
-  uniform,
 } from "./internals.ts";
 import { runs } from "./required.ts";
 
@@ -411,32 +407,6 @@ t.test("reported errors are those of what is stored", async () => {
     ),
     { seed: 2, numRuns: runs(200) },
   );
-});
-
-t.test("of few bits rows are turned, which changes no ΔW and loses less of it", (t) => {
-  const random = uniform(21);
-  const rows = Float64Array.from({ length: 7 * 12 }, () => random() - 0.5);
-  const same = (a: Float64Array, b: Float64Array): void => {
-    t.ok(a.every((value, i) => Math.abs(value - b[i]!) < 1e-12) && a.length === b.length);
-  };
-  same(mix(mix(rows, 7, 12), 7, 12), rows);
-  const mixed = mix(rows.slice(0, 24), 2, 12);
-  t.ok(Math.abs(dot(mixed, 0, mixed, 0, 24) - dot(rows, 0, rows, 0, 24)) < 1e-12, "lengths stay");
-  // Ranks are 4 and 3, two components are kept: the other rows stay, and so does each mean.
-  const turned = rows.slice();
-  mirror(turned, [4, 3], 12, 2);
-  same(turned.slice(24, 48), rows.slice(24, 48));
-  for (const at of [0, 48])
-    for (let i = at; i < at + 12; i++) t.ok(Math.abs(turned[i]! + turned[i + 12]! - rows[i]! - rows[i + 12]!) < 1e-12);
-  mirror(turned, [4, 3], 12, 2);
-  same(turned, rows);
-  const long = Float64Array.of(8, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1);
-  mirror(long, [4], 4);
-  t.ok(
-    [0, 1, 2, 3].every((i) => Math.hypot(...long.subarray(4 * i, 4 * i + 4)) > 4),
-    "of one long row and three short ones four long ones",
-  );
-  t.end();
 });
 
 t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it came in", async () => {

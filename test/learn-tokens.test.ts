@@ -260,41 +260,6 @@ t.test("what a language model cannot learn from is refused by name", async (t) =
   await session.close();
 });
 
-t.test("chats by the tokenizer's template: the assistant's last message is learned", async (t) => {
-  const session = await decoder(NODE);
-  const write = (
-    messages: { role: string; content: string }[],
-    { add_generation_prompt: more }: { add_generation_prompt: boolean },
-  ) => `${messages.map(({ role, content }) => `[${role}]${content}<|end|>!`).join("")}${more ? "[assistant]" : ""}`;
-  const seen: string[] = [];
-  const chatty = Object.assign(
-    (...[texts, how, inputs]: Parameters<Encode>) => {
-      seen.push(...texts);
-      t.equal(how.add_special_tokens, false, "the template has written them");
-      return encode(texts, how, inputs);
-    },
-    { eos_token: "<|end|>", apply_chat_template: write },
-  );
-  const trainer = await createTrainer(session, { encode: chatty as never, seed: 1 });
-  const messages = [
-    { role: "user", content: "hi" },
-    { role: "assistant", content: "ho" },
-  ];
-  for await (const { loss } of trainer.fit([{ messages }, { messages }], { steps: 1 })) t.ok(loss > 0);
-  t.same(
-    // A text is encoded less its last character too, to see whether its end is cut off.
-    [...new Set(seen)].filter((text) => !text.endsWith("<|end|")),
-    ["[user]hi<|end|>![assistant]", "[user]hi<|end|>![assistant]ho<|end|>"],
-    "and nothing behind the end",
-  );
-  const turned = [...messages].reverse();
-  const fit = async (): Promise<void> => {
-    for await (const _ of trainer.fit([{ messages: turned }], { steps: 1 }));
-  };
-  await refuses(t, fit, { name: "RangeError", message: /expected the assistant's message at the end, got "user"/ });
-  await session.close();
-});
-
 /** The encoder with three classes for each token. */
 function tagger(): Uint8Array {
   const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));

@@ -1,17 +1,15 @@
 /**
  * The trainer: a task learned on a tiny model and on the real one, its file, its guards. learn-graph.test.ts checks gradients.
  */
-import { openPack } from "eigenlora";
 import { peftFiles, taskAdapter } from "eigenlora/build";
 import { type BatchFeeds, createJudge, createTrainer, type Example } from "eigenlora/train";
 import t from "tap";
-import { createEncoder, readTask } from "../examples/minilm.js";
 import { optionsFor } from "./internals.ts";
 import { examples, F32, LABELS, tiny } from "./learning.ts";
-import { data, packOf } from "./packs.ts";
+import { data } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
 import { soak } from "./required.ts";
-import { difference, feeds, GOLDENS, NODE, type Ort, open, outputOf, WEB } from "./sessions.ts";
+import { difference, feeds, GOLDENS, NODE, type Ort, outputOf, WEB } from "./sessions.ts";
 
 for (const [name, ort] of [
   ["onnxruntime-node", NODE],
@@ -349,61 +347,23 @@ t.test("a provider whose gradients are wrong is found before the first step", as
 
 // A visitor teaches that model in page-learn.test.ts.
 if (soak)
-  t.test("the real model: a few lines for each of two labels, on a pack that has not seen the task", async (t) => {
-    const others = ["debtags-role", "debtags-game", "sections-0", "debtags-scope", "debtags-use", "debtags-interface"];
-    const { bytes } = await packOf(
-      others.map((task) => `adapters/own-seed/${task}`),
-      { select: { kind: "k", k: 16 } },
-    );
-    const session = await open(NODE, data("minilm/model_fp16.onnx"), await openPack(bytes), { trainable: true });
-    const encode = await createEncoder(NODE);
-    const { labels, train, test } = await readTask("debtags-devel");
-    const count = (label: number): number => train.filter(([, of]) => of === label).length;
-    const [a, b] = labels.map((_, i) => i).sort((x, y) => count(y) - count(x)) as [number, number];
-    const pick = (rows: readonly (readonly [string, number])[], label: number, most: number): Example<BatchFeeds>[] =>
-      rows
-        .filter(([, of]) => of === label)
-        .slice(0, most)
-        .map(([text]) => ({ text, label: label === a ? 0 : 1 }));
-    const trainer = await createTrainer(session, {
-      labels: [labels[a]!, labels[b]!],
-      encode: encode as never,
-      seed: 1,
+  t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
+    const options = { executionProviders: ["webgpu", "wasm"], graphOptimizationLevel: "all" };
+    t.same(optionsFor(options, { exactNodes: ["a", "b"] }), {
+      ...options,
+      executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"],
     });
-    t.teardown(() => session.close());
-    t.same(trainer.size, { terms: 12 * 8 * 2 * 16, head: 2 * 385 });
-    for await (const _ of trainer.fit([...pick(train, a, 24), ...pick(train, b, 24)], { epochs: 6 }));
-    const asked = [...pick(test, a, 40), ...pick(test, b, 40)];
-    const answers = await trainer.predict(asked);
-    const right = answers.filter(([first, second], i) => (first! > second! ? 0 : 1) === asked[i]!.label).length;
-    t.ok(right >= 0.75 * asked.length, `${right} of ${asked.length}`);
-    const file = await trainer.task();
-    t.ok(file.length < 10_000, `${file.length} bytes`);
-    await session.addTask("mine", file);
-    await session.switchTask("mine");
-    const { logits } = await session.run(encode(asked.slice(0, 8).map(({ text }) => text!)) as never);
-    const values = (logits as { data: Float32Array }).data;
-    asked
-      .slice(0, 8)
-      .forEach((_, i) => t.equal(values[2 * i]! > values[2 * i + 1]!, answers[i]![0]! > answers[i]![1]!, `row ${i}`));
+    const given = { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c"] }] };
+    t.same(optionsFor(given, { exactNodes: ["a"] }), {
+      executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }],
+    });
+    for (const other of [{}, { executionProviders: ["wasm"] }])
+      t.equal(optionsFor(other, { exactNodes: ["a"] }), other);
+    t.equal(optionsFor(options, {}), options);
+    // Weights are not packed a second time.
+    const extra = { session: { disable_prepacking: "1" } };
+    t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options, extra });
+    const inspecting = { graphOptimizationLevel: "disabled", enableCpuMemArena: false, extra };
+    t.same(optionsFor(options, { purpose: "inspect" }), inspecting);
+    t.end();
   });
-
-t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
-  const options = { executionProviders: ["webgpu", "wasm"], graphOptimizationLevel: "all" };
-  t.same(optionsFor(options, { exactNodes: ["a", "b"] }), {
-    ...options,
-    executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"],
-  });
-  const given = { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c"] }] };
-  t.same(optionsFor(given, { exactNodes: ["a"] }), {
-    executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }],
-  });
-  for (const other of [{}, { executionProviders: ["wasm"] }]) t.equal(optionsFor(other, { exactNodes: ["a"] }), other);
-  t.equal(optionsFor(options, {}), options);
-  // Weights are not packed a second time.
-  const extra = { session: { disable_prepacking: "1" } };
-  t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options, extra });
-  const inspecting = { graphOptimizationLevel: "disabled", enableCpuMemArena: false, extra };
-  t.same(optionsFor(options, { purpose: "inspect" }), inspecting);
-  t.end();
-});

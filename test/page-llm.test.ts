@@ -312,67 +312,6 @@ t.test("kept for offline use: parts of the model once, and first", { skip }, asy
   t.equal(await page.locator("#reply").textContent(), golden("upper", PROMPTS[0]), "what was not kept is gone");
 });
 
-t.test("another build takes over the parts that it shares", { skip }, async (t) => {
-  const other = await mkdtemp(join(tmpdir(), "eigenlora-llm-"));
-  await buildLlmPage(other, material);
-  const own = await serveFolder(other, { onAnswer: (answered) => answers.push(answered) });
-  const context = await browser.newContext();
-  t.teardown(async () => {
-    await context.close();
-    await own.close();
-    await rm(other, { recursive: true });
-  });
-  const page = await context.newPage();
-  page.setDefaultTimeout(100_000);
-  const offline = page.locator("#offline", { hasText: "works offline" });
-  await page.goto(own.url);
-  await offline.waitFor();
-  const { length } = partReads();
-  await buildLlmPage(other, { ...material, first: ["lower", PROMPTS[1]] });
-  await page.reload();
-  await settled(page);
-  await offline.waitFor();
-  t.equal(await page.locator("#active-name").textContent(), "upper", "of the address");
-  await page.goto("about:blank");
-  await page.goto(own.url);
-  await settled(page);
-  t.equal(await page.locator("#reply").textContent(), golden("lower", PROMPTS[1]));
-  await offline.waitFor();
-  t.equal(partReads().length, length, "no part is fetched again");
-  t.equal(await page.evaluate(async () => (await caches.keys()).length), 1);
-});
-
-t.test("WebGPU gives the same tokens", { skip, timeout: 120_000 }, async (t) => {
-  const { page, complaints } = await visit(browser, server.url, { serviceWorkers: "block" });
-  page.setDefaultTimeout(100_000);
-  const note = (await page.locator("#provider-note").textContent())!;
-  t.comment(note);
-  if (await page.locator('#providers [value="webgpu"]').isDisabled()) {
-    t.match(note, /WebGPU is off: .+/, "says why");
-    return;
-  }
-  await page.locator('#providers label:has([value="webgpu"])').click();
-  await page.locator("#mode", { hasText: "Runs on WebGPU" }).waitFor();
-  await settled(page);
-  t.equal(await page.locator("#provider-note").textContent(), note, "it does not go back to WASM");
-  t.equal(await page.locator("#reply").textContent(), golden("upper", PROMPTS[0]));
-  t.equal(await pick(page, "lower"), golden("lower", PROMPTS[0]));
-  await page.locator("#ask-all").click();
-  await settled(page);
-  t.same(
-    await Promise.all(SKILLS.map((id) => saidBy(page, id))),
-    SKILLS.map((id) => golden(id, PROMPTS[0])),
-  );
-  t.same(complaints, []);
-});
-
-t.test("its policy is as strict as the other page's", async (t) => {
-  const policyOf = (html: string): string => /"Content-Security-Policy" content="([^"]+)"/.exec(html)![1]!;
-  const other = await readFile(new URL("../examples/page/index.html", import.meta.url), "utf8");
-  t.equal(policyOf(await readFile(join(folder, "index.html"), "utf8")), policyOf(other));
-  t.equal((await fetch(server.url)).headers.get("content-security-policy"), policyOf(other));
-});
-
 t.test("without the model, the command says how to make it", async (t) => {
   const serve = fileURLToPath(new URL("../examples/page/serve.js", import.meta.url));
   const refused = async (model: string, env: NodeJS.ProcessEnv): Promise<string> => {

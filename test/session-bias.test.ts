@@ -3,12 +3,9 @@
  * `attach`. A real export of torch, compared with PEFT (test/data/exports), and the models of test/data/sessions without the classifier's
  * bias.
  */
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readFileSync } from "node:fs";
 import { openPack } from "eigenlora";
 import { createTrainer } from "eigenlora/train";
-import { InferenceSession } from "onnxruntime-node";
 import t, { type Test } from "tap";
 import {
   atOnce,
@@ -18,11 +15,8 @@ import {
   ModelProtoSchema,
   type NodeProto,
   NodeProtoSchema,
-  openSafetensors,
-  openSource,
   parseTask,
   parseTaskFile,
-  runProgram,
   toBinary,
 } from "./internals.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
@@ -165,49 +159,3 @@ t.test("learned on such a model, a task has the bias too", async (t) => {
   t.same(names.sort(), ["classifier.bias", "classifier.weight"]);
   await session.close();
 });
-
-t.test("eigenlora attach brings the biases back", async (t) => {
-  const folder = mkdtempSync(join(tmpdir(), "eigenlora-bias-"));
-  t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
-  const target = join(folder, "out.onnx");
-  for (const tasks of SETS) {
-    writeFileSync(join(folder, "tasks.eigen"), await packed(...tasks));
-    for (const mode of ["core", "factors"]) {
-      const stream = { write: () => undefined };
-      const args = [
-        "attach",
-        "--force",
-        path("classifier.onnx"),
-        join(folder, "tasks.eigen"),
-        "-o",
-        target,
-        "--mode",
-        mode,
-      ];
-      t.equal(await runProgram(args, stream, stream), 0, `${tasks.join(", ")}, ${mode}`);
-      const session = await InferenceSession.create(target, { logSeverityLevel: 3 });
-      const files = readdirSync(join(folder, "out.tasks")).map((name) => `out.tasks/${name}`);
-      for (const task of [null, ...tasks]) {
-        const file =
-          task === null ? "out.base.safetensors" : files.find((name) => name.endsWith(`/${task}.safetensors`))!;
-        const { logits } = await session.run({ ...ints(NODE), ...(await tensorsOf(join(folder, file))) });
-        const off = difference(logits!.data as Float32Array, answer("classifier", task));
-        t.ok(off <= TOLERANCE, `${task ?? "base"}, ${mode}: off by ${off}`);
-      }
-      await session.release();
-      rmSync(join(folder, "out.tasks"), { recursive: true });
-    }
-  }
-});
-
-async function tensorsOf(file: string): Promise<Feeds> {
-  const source = await openSource(file);
-  const { tensors, read } = await openSafetensors(source);
-  const feeds: Feeds = {};
-  for (const [name, { shape }] of tensors) {
-    const { buffer } = Uint8Array.from(await read(name));
-    feeds[name] = new NODE.Tensor("float32", new Float32Array(buffer), shape);
-  }
-  await source.close?.();
-  return feeds;
-}

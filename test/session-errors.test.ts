@@ -181,41 +181,6 @@ t.test("names by hand", async (t) => {
   await refused(t, nameless, pack, twice, both, "two on one");
 });
 
-t.test("a layer that is found by the end of its name only must be confirmed", async (t) => {
-  // An encoder in a file of its own names its layers like this: the decoder's names in the same place have the same end.
-  const cut = changed("torchscript", ({ graph }) => {
-    for (const node of graph!.node) {
-      node.name = node.name.replace(/^\/bert\/encoder\//, "/");
-      node.input = node.input.map((value) => value.replace(/^bert\.encoder\./, ""));
-    }
-    for (const tensor of graph!.initializer) tensor.name = tensor.name.replace(/^bert\.encoder\./, "");
-  });
-  const names = [QUERY, VALUE].flatMap((name) => [name, name.replace("layer.0", "layer.1")]);
-  const mute = await openPack(await packBytes(["adapters/two"]));
-  const sure = await openPack(await packBytes(["adapters/two"], "base"));
-  const other = await openPack(await packBytes(["adapters/two"], "base-tied"));
-  const byHand = new Map(names.map((name) => [name, `${name.slice("bert.encoder.".length)}.weight`]));
-  for (const mode of MODES) {
-    const message =
-      /by the end of its name only, as "layer\.0\.attention.*no fingerprint.*`names`, or pass anyBase: true/;
-    await refused(t, cut, mute, { mode }, { tag: "base", module: QUERY, message }, mode);
-    await refused(t, cut, other, { mode }, { tag: "base", message: /fingerprints correlate/ }, mode);
-    for (const [pack, options, unconfirmed] of [
-      [sure, {}, []],
-      [mute, { anyBase: true }, names],
-      [mute, { names: byHand }, names],
-    ] as const) {
-      await works(t, cut, pack, { mode, ...options });
-      const session = await open(NODE, cut, pack, { mode, ...options });
-      t.same([...session.unconfirmed].sort(), [...unconfirmed].sort(), "what no fingerprint was held against is told");
-      await session.close();
-    }
-    const whole = await open(NODE, model("torchscript"), mute, { mode });
-    t.equal(whole.unconfirmed.length, names.length, "whole names do without, and that is told");
-    await whole.close();
-  }
-});
-
 t.test("what tasks bring and the model lacks", async (t) => {
   const pack = await packFor("encoder");
   for (const mode of MODES) {

@@ -5,7 +5,6 @@
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";
 import {
-  AttributeProtoSchema,
   create,
   findParameters,
   fromBinary,
@@ -22,11 +21,9 @@ import {
   planSession,
   readLinearWeight,
   readModel,
-  readVector,
   replaceByFile,
   type TensorProto,
   TensorProtoSchema,
-  TensorShapeProto_DimensionSchema,
   takeApart,
   toBinary,
   ValueInfoProtoSchema,
@@ -36,16 +33,13 @@ import {
   feeds,
   GOLDENS,
   golden,
-  goldenRow,
   MODES,
   model,
   modelBytes,
-  NODE,
   ORTS,
   open,
   outputOf,
   packFor,
-  refusal,
 } from "./sessions.ts";
 
 /** Graphs in the attributes of a node. */
@@ -156,81 +150,15 @@ t.test("a layer in a branch, once or twice", async (t) => {
 });
 
 /** One of the tiny models, changed. */
-function changed(name: string, change: (graph: GraphProto, proto: ModelProto) => void): Uint8Array {
+function _changed(name: string, change: (graph: GraphProto, proto: ModelProto) => void): Uint8Array {
   const proto = fromBinary(ModelProtoSchema, modelBytes(name));
   change(proto.graph!, proto);
   return toBinary(ModelProtoSchema, proto);
 }
 
-/** The MLP on x [batch, sequence, 12]; inside, the sequence may come first. */
-function sequences(first: "batch" | "sequence"): Uint8Array {
-  return changed("transposed", (graph) => {
-    const free = { value: { case: undefined } };
-    const { value } = graph.input[0]!.type!;
-    if (value.case === "tensorType")
-      value.value.shape!.dim.splice(1, 0, create(TensorShapeProto_DimensionSchema, free));
-    delete (graph.output[0]!.type!.value.value as { shape?: unknown }).shape;
-    graph.valueInfo.length = 0;
-    if (first === "batch") return;
-    const turn = (from: string, to: string): NodeProto => {
-      const turned = node("Transpose", `turn/${from}`, [from], to);
-      turned.attribute.push(create(AttributeProtoSchema, { name: "perm", ints: [1n, 0n, 2n], type: 7 }));
-      return turned;
-    };
-    for (const one of graph.node) {
-      one.input = one.input.map((name) => (name === "x" ? "x/turned" : name));
-      one.output = one.output.map((name) => (name === "logits" ? "logits/turned" : name));
-    }
-    graph.node.unshift(turn("x", "x/turned"));
-    graph.node.push(turn("logits/turned", "logits"));
-  });
-}
-
-t.test("one task per row where the batch is not the first dimension is refused, not mixed up", async (t) => {
-  const x = new Tensor(
-    "float32",
-    Float32Array.from(GOLDENS.feeds["x"]!.flat().slice(0, 24).concat(GOLDENS.feeds["x"]!.flat().slice(12, 36))),
-    [2, 2, 12],
-  );
-  for (const mode of ["core", "factors"] as const) {
-    const rows = await open(NODE, sequences("batch"), await packFor("mlp"), { mode });
-    const found = await outputOf(rows, { x }, { tasks: ["a", "b"] });
-    // Rows 0 and 1 of the goldens with a, which has two labels of three columns, rows 1 and 2 with b.
-    const columns = found.length / 4;
-    for (const [at, task, row] of [
-      [0, "a", 0],
-      [1, "a", 1],
-      [2, "b", 1],
-      [3, "b", 2],
-    ] as const) {
-      const expected = goldenRow("mlp", task, row);
-      t.ok(
-        difference(found.subarray(at * columns, at * columns + expected.length), expected) <= 1e-5,
-        `${mode}, ${task}`,
-      );
-    }
-    await rows.close();
-    const mixed = await open(NODE, sequences("sequence"), await packFor("mlp"), { mode });
-    for (const task of ["a", "b"]) {
-      await mixed.switchTask(task);
-      const alone = await outputOf(mixed, { x });
-      t.ok(
-        difference(alone.subarray(0, alone.length / 4), goldenRow("mlp", task, 0)) <= 1e-5,
-        `${mode}: ${task} alone`,
-      );
-    }
-    const error = await refusal(() => outputOf(mixed, { x }, { tasks: ["a", "b"] }));
-    t.match(error, {
-      tag: "backend",
-      message: /the batch is not the first dimension of some adapted layer.*; run them one by one/,
-    });
-    await mixed.close();
-  }
-});
-
 // ---- quantised weights
 
-const [FLOAT, UINT8, INT8, INT32, FLOAT16, UINT4, INT4] = [1, 2, 3, 6, 10, 21, 22];
+const [FLOAT, UINT8, INT8, INT32, _FLOAT16, UINT4, INT4] = [1, 2, 3, 6, 10, 21, 22];
 
 let seed = 5;
 function random(count: number, least: number, most: number): number[] {
@@ -387,71 +315,4 @@ t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes the
     const off = await disagreement(layer(K, nodes, tensors), N, K);
     t.ok(off <= 1e-5, `MatMulInteger, a scale per column ${perColumn}: off by ${off}`);
   }
-});
-
-t.test("quantised vectors, and what cannot be read", async (t) => {
-  const values = integers(6, -1000, 1000);
-  const scales = random(6, 0.001, 0.01);
-  const gemm = node("Gemm", "/layer/Gemm", ["x", "layer.weight", "b"], "y", { transB: 1 });
-  const weight = tensor("layer.weight", FLOAT, [6, 8], random(48, -1, 1));
-  const bias = async (nodes: NodeProto[], tensors: TensorProto[]): Promise<Float32Array> => {
-    const file = await readModel(layer(8, nodes, [weight, ...tensors]));
-    return readVector(file, findParameters(file.model).find(({ initializer }) => initializer === "B")!);
-  };
-  const dequantize = (input: string[]): NodeProto => node("DequantizeLinear", "d", input, "b", { axis: 0 });
-  const own = [tensor("B", INT32, [6], values), tensor("s", FLOAT, [6], scales)];
-  const each = await bias([dequantize(["B", "s"]), gemm], own);
-  t.ok(
-    difference(
-      each,
-      values.map((v, i) => v * scales[i]!),
-    ) < 1e-6,
-    "a scale each",
-  );
-  const bytes = integers(6, 0, 255);
-  const one = [tensor("B", UINT8, [6], bytes), tensor("s", FLOAT, [], [0.5]), tensor("z", UINT8, [], [100])];
-  t.same(
-    [...(await bias([dequantize(["B", "s", "z"]), gemm], one))],
-    bytes.map((v) => (v - 100) * 0.5),
-    "one for all",
-  );
-  const halves = tensor("B", FLOAT16, [6], []);
-  halves.rawData = new Uint8Array(Uint16Array.of(0x3c00, 0x4000, 0xbc00, 0x3800, 0, 0x4200).buffer);
-  const cast = node("Cast", "cast", ["B"], "b", { to: 1 });
-  t.same([...(await bias([cast, gemm], [halves]))], [1, 2, -1, 0.5, 0, 3], "f16");
-
-  const nBits = async (
-    tensors: TensorProto[],
-    inputs: string[],
-    attributes: Record<string, number>,
-  ): Promise<unknown> => {
-    const product = node("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
-    const { file, weight: found } = await opened(layer(32, [product], tensors));
-    return readLinearWeight(file, found);
-  };
-  const packed = tensor("W", UINT8, [4, 2, 8], integers(64, 0, 255));
-  const scale = tensor("s", FLOAT, [8], random(8, 0.1, 1));
-  const attributes = { K: 32, N: 4, bits: 4, block_size: 16 };
-  t.ok(await nBits([packed, scale], ["x", "W", "s"], attributes));
-  const order = tensor("g", INT32, [32], new Array<number>(32).fill(0));
-  const message = /not known here \(used by MatMulNBits "\/layer\/MatMul"\).*anyBase/;
-  const unknown = { tag: "format", part: "initializer W", message };
-  const grouped = await refusal(() => nBits([packed, scale, order], ["x", "W", "s", "", "g"], attributes));
-  t.match(grouped, unknown, "groups in another order");
-  t.match(await refusal(() => nBits([packed, scale], ["x", "W", "s"], { ...attributes, bits: 3 })), unknown, "3 bits");
-  t.match(await refusal(() => nBits([packed], ["x", "W", "s"], attributes)), unknown, "no scales");
-  const short = tensor("W", UINT8, [4, 2, 8], integers(60, 0, 255));
-  const cut = await refusal(() => nBits([short, scale], ["x", "W", "s"], attributes));
-  t.match(cut, { tag: "format", message: /needs 64 bytes, found 60: damaged/ });
-  const few = tensor("s", FLOAT, [7], random(7, 0.1, 1));
-  t.match(await refusal(() => nBits([packed, few], ["x", "W", "s"], attributes)), unknown, "too few scales");
-  const fewer = tensor("z", UINT8, [3], integers(3, 0, 255));
-  const baseless = await refusal(() => nBits([packed, scale, fewer], ["x", "W", "s", "z"], attributes));
-  t.match(baseless, unknown, "too few zero points");
-  const mismatched = [tensor("W", INT8, [8, 6], integers(48, -128, 127)), tensor("s", FLOAT, [5], random(5, 0.1, 1))];
-  const product = node("MatMul", "/layer/MatMul", ["x", "w"], "y");
-  const nodes = [node("DequantizeLinear", "d", ["W", "s"], "w", { axis: 1 }), product];
-  const { file, weight: found } = await opened(layer(8, nodes, mismatched));
-  const unfit = await refusal(() => readLinearWeight(file, found));
-  t.match(unfit, { tag: "format", message: /not known here/ }, "scales that do not fit");
 });

@@ -5,7 +5,6 @@
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 1 000 000
  */
 import { spawnSync } from "node:child_process";
-import { readdirSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 
@@ -19,9 +18,6 @@ for (const [script, ...args] of [
   ["soak-next.js"],
   ["soak-families.js"],
   ["soak-llm.js"],
-  ...readdirSync(new URL("attacks", import.meta.url))
-    .filter((file) => file.endsWith(".js"))
-    .map((file) => [`attacks/${file}`]),
   ["soak-fuzz.js", fuzz],
 ]) {
   console.log(`\n${script} ${args.join(" ")}`);

@@ -261,26 +261,6 @@ t.test("own weights: one weight, two, shared memory, stored as [in, out]", async
   t.same(weights.get(TABLE)!.data, (await tensorsOf()).get(TABLE)!.data, "the base is put back");
 });
 
-t.test("own weights: a head that equals the embedding and is not tied, or has a bias", async (t) => {
-  const weights = await tensorsOf();
-  const pack = await packOf(t, ["rows"]);
-  const base = (): Map<string, Tensor> => {
-    const head = { ...weights.get(TABLE)!, data: weights.get(TABLE)!.data.slice() as Float32Array };
-    return new Map([...weights, [HEAD, head]]);
-  };
-  const left = await changedBy(pack, "rows", { base: base(), ignore: [HEAD] });
-  t.same(left.get(HEAD)!.data, weights.get(TABLE)!.data, "ignored: untouched");
-  const other = base();
-  other.get(HEAD)!.data[0]! += 1e-3;
-  const kept = other.get(HEAD)!.data.slice();
-  t.same((await changedBy(pack, "rows", { base: other })).get(HEAD)!.data, kept, "not equal: untouched");
-  const biased = base().set("lm_head.bias", { dtype: "f32", shape: [40], data: new Float32Array(40) });
-  await t.rejects(changedBy(pack, "rows", { base: biased }), {
-    tag: "base",
-    message: /of a layer with a bias.*ignore/,
-  });
-});
-
 t.test("own weights: an embedding that changes without its head", async (t) => {
   const weights = await tensorsOf();
   const table = weights.get(TABLE)!;

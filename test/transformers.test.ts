@@ -366,53 +366,6 @@ t.test("feature-extraction", { skip }, async (t) => {
   await pipe.dispose();
 });
 
-t.test("text-generation keeps one task from its first token to its last", { skip }, async (t) => {
-  const { pipe, tasks } = await attach("text-generation", "decoder");
-  const generate = async (prompt: string): Promise<number[]> => {
-    const tokens = pipe.tokenizer(prompt);
-    const ids = await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false });
-    return ids.tolist()[0]!.map(Number).slice(tokens["input_ids"]!.dims[1]);
-  };
-  const of = (task: string | null, prompt: string): Generation =>
-    GENERATIONS.find((g) => g.task === (task ?? "base") && g.prompt === prompt)!;
-  for (const task of [null, "upper", "lower", "upper", null, "lower"]) {
-    await tasks.switchTask(task);
-    for (const prompt of PROMPTS) {
-      t.same(await generate(prompt), of(task, prompt).ids, `${task}: ${prompt}`);
-      const { logits } = await pipe.model(pipe.tokenizer(prompt));
-      t.ok(difference(Array.from(logits!.data).slice(-96), of(task, prompt).logits) < 1e-4);
-    }
-  }
-  // Prompts of different lengths in one batch are padded on the left.
-  const options = { max_new_tokens: 12, do_sample: false, return_full_text: false };
-  const decode = (ids: number[]): string =>
-    ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id))).join("");
-  for (const task of ["upper", null]) {
-    await tasks.switchTask(task);
-    const batch = (await pipe(PROMPTS, options)) as { generated_text: string }[][];
-    t.same(
-      batch.map(([{ generated_text }]) => generated_text),
-      PROMPTS.map((prompt) => decode(of(task, prompt).ids)),
-      `${task}: batch`,
-    );
-  }
-  const work: Promise<void>[] = [];
-  let active: string | null = null;
-  for (let i = 0; i < 40; i++) {
-    if (i % 2 === 0) {
-      active = [null, "upper", "lower"][(i * 7) % 3]!;
-      void tasks.switchTask(active);
-    }
-    const [task, prompt] = [active, PROMPTS[i % PROMPTS.length]!];
-    work.push(generate(prompt).then((ids) => void t.same(ids, of(task, prompt).ids, `overlapping, ${task}`)));
-    if (i % 5 === 0) await new Promise((resolve) => setTimeout(resolve, 3));
-  }
-  await Promise.all(work);
-  await tasks.close();
-  t.same(await generate(PROMPTS[0]!), of(null, PROMPTS[0]!).ids);
-  await pipe.dispose();
-});
-
 t.test("the model handed over, and what becomes of the pipeline's own session", { skip }, async (t) => {
   const { pipeline } = await load();
   const answers = async (pipe: Pipe, tasks: AttachedPack): Promise<void> => {
@@ -529,29 +482,6 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
     { name: "TypeError", message: /input_ids.* → last_hidden_state\) is not what the pipeline runs \(.* → logits\)/ },
   );
   await other.dispose();
-});
-
-t.test("several pipelines at once take their own files", { skip }, async (t) => {
-  const { pipeline } = await load();
-  const pipes = await Promise.all([1, 2, 3].map(() => pipeline("text-generation", "decoder", { dtype: "fp32" })));
-  const create = pipes[0]!.model.sessions["model"]!.constructor as unknown as { create: unknown };
-  const before = create.create;
-  const attached = await Promise.all(
-    pipes.map(async (pipe) => attachPack(pipe, await pack("decoder"), { model: "decoder" })),
-  );
-  t.equal(create.create, before, "onnxruntime is left as it was");
-  await Promise.all(attached.map((tasks, i) => tasks.switchTask([null, "upper", "lower"][i]!)));
-  const ids = await Promise.all(
-    pipes.map(async (pipe) =>
-      (await pipe.model.generate({ ...pipe.tokenizer(PROMPTS[1]!), max_new_tokens: 12, do_sample: false }))
-        .tolist()[0]!
-        .map(Number),
-    ),
-  );
-  for (const [i, task] of ["base", "upper", "lower"].entries()) {
-    t.same(ids[i]!.slice(6), GENERATIONS.find((g) => g.task === task && g.prompt === PROMPTS[1])!.ids);
-  }
-  await Promise.all(pipes.map((pipe) => pipe.dispose()));
 });
 
 interface Smoke {
