@@ -8,18 +8,15 @@ import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createEigenSessions } from "eigenlora/onnxruntime";
 import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
 import {
-  create,
   fromBinary,
   ModelProtoSchema,
   readModel,
   runProgram,
   type Survey,
   surveyModel,
-  TensorProtoSchema,
   toBinary,
 } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
@@ -220,75 +217,6 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(convolutions["run"], { rows: { works: true }, learning: { works: false, says: /"odd" is a convolution/ } });
   t.match(convolutions.learning, { works: false, why: /"odd" is no linear layer/ });
   t.match(await asked("sessions/gemm.onnx", bert), { works: false, mode: null, run: null });
-});
-
-t.test("an encoder and a decoder in files of their own", async (t) => {
-  const names = ["seq2seq/adapters/answers", "seq2seq/adapters/titles"];
-  const seq2seq = await pack("seq2seq.eigen", names, "seq2seq/base.safetensors");
-  const [encoder, decoder] = [data("seq2seq/onnx/encoder_model.onnx"), data("seq2seq/onnx/decoder_model_merged.onnx")];
-  const { code, out } = await run("check", encoder, seq2seq, "--beside", decoder, "--json");
-  t.equal(code, 0);
-  const says = JSON.parse(out) as Record<string, any>;
-  t.match(says, { works: true, models: { encoder_model: encoder, decoder_model_merged: decoder } });
-  t.match(says["next"], /^createEigenSessions\(ort, \{"encoder_model":/);
-  t.same(says["run"].probes, { encoder_model: "passed", decoder_model_merged: "passed" });
-  t.match(says["run"].learning, { works: false, says: /gradients do not pass from file to file/ });
-  const opened = await openPack(seq2seq);
-  const sessions = await createEigenSessions(NODE, { encoder, decoder }, opened);
-  for (const [file, session] of [
-    ["encoder_model", sessions.sessions.encoder],
-    ["decoder_model_merged", sessions.sessions.decoder],
-  ] as const) {
-    const { mode, modules } = says["files"][file] as Survey;
-    t.equal(mode, session.mode, `${file}: the mode of the session`);
-    const here = new Set(modules.map(({ module }) => module));
-    const elsewhere = opened.modules.filter(({ name }) => !here.has(name));
-    t.same(
-      session.leftOut,
-      elsewhere.map(({ name }) => name),
-      `${file}: its modules`,
-    );
-  }
-  await sessions.close();
-  await opened.close();
-
-  const one = await run("check", encoder, seq2seq, "--files-only");
-  t.match(one, { code: 1, out: /Next: give the decoder of the model, too: --beside decoder_model_merged\.onnx/ });
-  const other = await run("check", decoder, seq2seq, "--files-only");
-  t.match(other, { code: 1, out: /Next: give the encoder of the model, too: --beside encoder_model\.onnx/ });
-  const stranger = await run("check", decoder, seq2seq, "--beside", data("sessions/encoder.onnx"));
-  t.match(stranger, {
-    code: 1,
-    out: /encoder\..*lives in none of the files.*\nNext: give the file that has it with --beside/,
-  });
-  t.notMatch(stranger.out, /option `modules`/);
-  const idle = await run("check", encoder, seq2seq, "--beside", decoder, "--beside", data("sessions/encoder.onnx"));
-  t.match(idle, { code: 1, out: /Next: leave encoder out: the pack changes nothing there/ });
-  t.match(await run("check", encoder, seq2seq, "--beside", encoder), { code: 2, err: /this file is given twice/ });
-  const bare = await pack("bare.eigen", names);
-  const unsure = await run("check", encoder, bare, "--beside", decoder);
-  t.match(unsure, { code: 1, out: /by the end of its name only.*make the pack with its base/ });
-});
-
-t.test("a model of which half was exported in f16: onnxruntime refuses it, and check says what to do", async (t) => {
-  const { model } = await readModel(data("sessions/torchscript.onnx"));
-  const { node, initializer } = model.proto.graph!;
-  const norms = node.filter(({ opType }) => opType === "LayerNormalization").flatMap(({ input }) => input.slice(1));
-  for (const [i, { name, dims }] of initializer.entries())
-    if (norms.includes(name))
-      // Scale and shift in f16, zero.
-      initializer[i] = create(TensorProtoSchema, {
-        name,
-        dims,
-        dataType: 10,
-        rawData: new Uint8Array(2 * Number(dims[0])),
-      });
-  const mixed = join(folder, "mixed.onnx");
-  writeFileSync(mixed, toBinary(ModelProtoSchema, model.proto));
-  const { code, out } = await run("check", mixed, bert);
-  t.equal(code, 1);
-  t.match(out, /It does not work: onnxruntime cannot load the model .*bound to different types/);
-  t.match(out, /Next: export the model in float32: .*dtype=torch\.float32/);
 });
 
 t.test("tasks of another model are named, and no quantiser is blamed", async (t) => {

@@ -2,7 +2,7 @@
  * What people hand over to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
  * shares. Each is taken, or named as what it is.
  */
-import { cp, mkdir, mkdtemp, stat, writeFile } from "node:fs/promises";
+import { cp, mkdir, mkdtemp, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
@@ -104,26 +104,4 @@ t.test("what is no adapter is named as what it is", async (t) => {
     await refusal("pack", "full/model.safetensors", "-o", "x"),
     /holds no LoRA, but \d+ tensors such as bert\.[\w.]+\. A whole model is no adapter/,
   );
-});
-
-t.test("export makes the folders on the way; a line for a model card", async (t) => {
-  await workplace(t);
-  const { stdout } = await run("pack", "ad", "-o", "tasks.eigen");
-  t.match(
-    stdout,
-    /^For a model card: 2 LoRA adapters of [\w-]+ in one file of [\d.]+ kB \([\d.]+× smaller than they are\); the ΔW of each is off by [\d.]+ % at most\. Made with \[eigenlora\]\(https:\/\/www\.npmjs\.com\/package\/eigenlora\) \d+\.\d+\.\d+\.$/m,
-  );
-  await json(0, "export", "tasks.eigen", "--task", "two", "-o", "a/b/two");
-  t.ok((await stat("a/b/two/adapter_model.safetensors")).isFile());
-  const { stderr } = await run(
-    "export",
-    "tasks.eigen",
-    "--task",
-    "two",
-    "-o",
-    "c/two.onnx_adapter",
-    "--format",
-    "kohya",
-  );
-  t.notMatch(stderr, /there is no folder/);
 });

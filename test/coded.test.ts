@@ -320,7 +320,6 @@ t.test("packs made with a step", async (t) => {
   const open = async (chunks: readonly Uint8Array[]): Promise<Pack> => openPack(new Uint8Array(Buffer.concat(chunks)));
   const some = adapters.slice(0, 12);
   const how = { gauge: "balanced", rank: 3, select: { kind: "k", k: 16 } } as const;
-  const _plain = await buildPack(some, { ...how, dtype: { basis: "int3", coefficients: "int3", head: "int4" } });
   const coded = await buildPack(some, { ...how, step: 0.025 });
 
   await t.test("a finer step takes more bytes and loses less", async (t) => {

@@ -3,15 +3,12 @@
  * a new task trains all layers, with its own number of labels, and is exported as an adapter that answers alike in PyTorch. Gradients are
  * compared with PyTorch's in learn-graph.test.ts.
  */
-import { mkdtemp, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";
 import { type BuildOptions, peftFiles, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, distill, type Example, type FitOptions } from "eigenlora/train";
 import t, { type Test } from "tap";
-import { json, workIn } from "./command-line.ts";
 import { uniform } from "./internals.ts";
 import { F32 } from "./learning.ts";
 import { data, LOSSLESS, packOf as packed } from "./packs.ts";
@@ -193,43 +190,3 @@ for (const name of NAMES) {
     }
   });
 }
-
-t.test("the command line learns a task with such a head", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-heads-"));
-  workIn(t, folder);
-  const words = ["<s>", "<pad>", "</s>", ...Array.from({ length: 61 }, (_, i) => `w${i}`)];
-  const vocab = Object.fromEntries(words.map((word, i) => [word, i]));
-  const tokenizer = {
-    ...{ version: "1.0", truncation: null, padding: null, added_tokens: [], normalizer: null, decoder: null },
-    pre_tokenizer: { type: "WhitespaceSplit" },
-    post_processor: null,
-    model: { type: "WordLevel", vocab, unk_token: "<s>" },
-  };
-  await writeFile("tokenizer.json", JSON.stringify(tokenizer));
-  const random = uniform(3);
-  const rows = Array.from({ length: 36 }, () => {
-    const ids = Array.from({ length: 4 + Math.floor(4 * random()) }, () => Math.floor(random() * 61));
-    return { text: ids.map((id) => `w${id}`).join(" "), label: COLOURS[ids[0]! % 3]! };
-  });
-  await writeFile("rows.jsonl", rows.map((row) => JSON.stringify(row)).join("\n"));
-  for (const name of NAMES) {
-    const adapters = ["two", "four"].map((id) => data(`heads/${name}/adapters/${id}`));
-    const files = [`${name}.eigen`, `${name}.eigentask`] as const;
-    await json(0, "pack", ...adapters, "-o", files[0], "--energy", "1");
-    const how = ["--model", model(name), "--tokenizer", "tokenizer.json", "--epochs", "4", "--rate", "0.05"];
-    const made = await json(0, "learn", files[0], "rows.jsonl", ...how, "--holdout", "0", "-o", files[1]);
-    t.same(made["trained"].head, WIDTH * (WIDTH + 1) + 3 * (WIDTH + 1), name);
-    t.ok(made["epochs"].at(-1).loss < 0.9 * made["epochs"][0].loss, JSON.stringify(made["epochs"]));
-    await json(0, "add", files[0], files[1]);
-    const pack = await openPack(join(folder, files[0]));
-    const brings = MODELS[name].flatMap((layer) => [`saved ${layer}.weight`, `saved ${layer}.bias`]);
-    t.same(
-      pack.tasks
-        .get(name)!
-        .brings?.filter((one) => one.startsWith("saved"))
-        .sort(),
-      brings.sort(),
-    );
-    await pack.close();
-  }
-});

@@ -50,37 +50,7 @@ async function adapter(id: string, modules: readonly string[], { base = "", head
 }
 
 const BERT = ["bert.layer.0.query", "bert.layer.0.value"];
-const UNET = ["unet.down.0.to_q", "unet.down.0.to_v"];
 const one = await adapter("one", BERT, { base: "bert" });
-const two = await adapter("two", BERT, { head: true });
-const other = await adapter("other", UNET);
-const idle = await adapter("idle", BERT, { zero: true });
-
-t.test("adapters of another base model are named, though none contradicts the others", async (t) => {
-  const stranger = /warning: "other" adapts none of the modules that the others adapt: is it of another base model\?/;
-  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"))).err, stranger);
-  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"), "--k", "2", "--force")).err, stranger);
-  for (const [i, path] of [one, two, other].entries()) await ran("hub", "shard", path, "-o", at(`${i}.part`));
-  t.match(
-    (await ran("hub", "merge", at("0.part"), at("1.part"), at("2.part"), "--k", "2", "-o", at("b.eigen"))).err,
-    stranger,
-  );
-  t.equal((await ran("pack", one, two, "-o", at("bert.eigen"), "--k", "1")).err, "");
-  const named = await adapter("named", UNET, { base: "bert" });
-  t.equal(
-    (await ran("pack", one, two, named, "-o", at("n.eigen"))).err,
-    "",
-    "adapters that name one base are believed",
-  );
-  const more = await adapter("more", UNET);
-  const others = /"more", "other" adapt none of the modules that the others adapt: are they/;
-  t.match((await ran("pack", one, two, idle, other, more, "-o", at("m.eigen"))).err, others);
-  const refused = await run("add", at("bert.eigen"), other);
-  t.match(refused, {
-    status: 1,
-    err: /none of the modules that the tasks of .* adapt, but unet.*another base model\?/,
-  });
-});
 
 t.test("add refuses a task that would lose more than half of its ΔW, or than it is told", async (t) => {
   await cp(at("k.eigen"), at("limit.eigen"));

@@ -21,7 +21,7 @@ export const required: ReadonlySet<string> = new Set(
   (env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""),
 );
 
-/** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak-tests.js. */
+/** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak-run.js. */
 export const soak: boolean = env["EIGENLORA_SOAK"] === "1";
 
 /** How many cases of a property, or mutants, are tried: `all` in the soak, a quarter in the gate. */

@@ -24,7 +24,6 @@ import { concat, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak } from "./required.ts";
 import { difference, feeds, model, NODE, ORTS, type Ort, open, outputOf, packBytes, type Session } from "./sessions.ts";
-import { inOtherWords } from "./sides.ts";
 
 /** Tasks with LoRA of different ranks, DoRA, private terms; not lossless: components of three bits cannot be. */
 async function packAs(
@@ -84,28 +83,6 @@ for (const { name, ort } of ORTS) {
     }
   });
 }
-
-t.test("one component on a side, with coefficients of several ranks and blends", async (t) => {
-  const bytes = await inOtherWords(
-    await packAs(["adapters"], "base", "int8", { select: { kind: "k", k: 1 }, centering: "none" }),
-  );
-  const pack = await openPack(bytes);
-  t.ok(pack.modules.some(({ A, B }) => A.length === 0 && B[0]?.tensor.rows === 1));
-  const [unfolded, folded] = [
-    await open(NODE, model("torchscript"), pack, { mode: "factors" }),
-    await open(NODE, model("torchscript"), pack, { mode: "folded" }),
-  ];
-  for (const task of ["three", { two: 0.5, three: 0.5 }]) {
-    const found = [];
-    for (const one of [unfolded, folded]) {
-      await one.switchTask(task, typeof task === "string" ? {} : { head: "two" });
-      found.push((await outputOf(one, feeds(NODE, one))).slice());
-    }
-    const off = difference(found[0]!, found[1]!);
-    t.ok(off < 1e-5, `${JSON.stringify(task)}: off by ${off}`);
-  }
-  for (const one of [unfolded, folded]) await one.close();
-});
 
 t.test("products with integers round their inputs where all of the model's layers do", async (t) => {
   const built = fromBinary(ModelProtoSchema, await readFile(model("q4")));
@@ -175,25 +152,6 @@ t.test("by either operator, held against arithmetic in f64", async (t) => {
     t.ok(bytes[2]! * 3.9 < bytes[0]! + 64, `${basis} as bytes: ${bytes[2]} of ${bytes[0]}`);
     for (const session of sessions) await session.close();
   }
-});
-
-t.test("layers with one input share an input for their cores", async (t) => {
-  const pack = await packAs(["adapters/two", "adapters/three"], "base", "f32");
-  const file = await readModel(model("torchscript"));
-  const { inputs } = await prepareModel(file, pack, (await pack.bases()).bytes, { mode: "core" });
-  const cores = inputs.filter(({ kind }) => kind === "core");
-  t.strictSame(
-    cores.map(({ of, cores }) => [of.replace(/^.*layer\./, ""), cores!.length]),
-    [
-      ["0.attention.self.query+value", 2],
-      ["1.attention.self.query+value", 2],
-    ],
-  );
-  for (const { dims, cores: blocks } of cores) {
-    const sums = [blocks!.reduce((sum, { KA }) => sum + KA, 0), blocks!.reduce((sum, { KB }) => sum + KB, 0)];
-    t.strictSame(dims, ["tasks", ...sums]);
-  }
-  await file.close();
 });
 
 /** Two packed layers with one input, as where attention and perceptron lie side by side. The result shows all parts. */

@@ -12,7 +12,6 @@ import {
   GraphProtoSchema,
   graft,
   type ModelFile,
-  type ModelProto,
   ModelProtoSchema,
   type NodeProto,
   NodeProtoSchema,
@@ -148,13 +147,6 @@ t.test("a layer in a branch, once or twice", async (t) => {
     }
   }
 });
-
-/** One of the tiny models, changed. */
-function _changed(name: string, change: (graph: GraphProto, proto: ModelProto) => void): Uint8Array {
-  const proto = fromBinary(ModelProtoSchema, modelBytes(name));
-  change(proto.graph!, proto);
-  return toBinary(ModelProtoSchema, proto);
-}
 
 // ---- quantised weights
 
