@@ -328,7 +328,7 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
   t.match(await refuse(2, torchscript, bert, "--mode", "folded"), { tag: "usage", message: /eigenlora fold/ });
   t.match(await refuse(2, torchscript, bert, "--mode", "fast"), { tag: "usage", message: /core/ });
   t.match(await refuse(1, torchscript, bert, "--task", "too"), { tag: "task", nearest: ["two"] });
-  t.match(await refuse(1, "more.onnx", bert), { tag: "format", message: /task inputs already/ });
+  t.match(await refuse(1, "odd.onnx", bert), { tag: "format", message: /task inputs already/ });
   t.match(await refuse(1, bert, bert), { tag: "format", message: /this is an EigenLoRA pack, expected an ONNX model/ });
   t.match(await refuse(1, torchscript, torchscript), { tag: "format" });
   t.same(await readdir(join(folder, "refused")), []);

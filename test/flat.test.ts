@@ -1,28 +1,18 @@
 /**
  * Flat mode, compared with numpy's f64 values and with ΔW formed here, on every backend, and in a session of the real model.
  */
-import { readdirSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { type Dtype, openPack } from "eigenlora";
 import { buildPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { openOnnxHost } from "eigenlora/onnx";
 import fc from "fast-check";
 import t from "tap";
-import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { backends } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
-import { checkGolden, deltaOf, relativeDifference } from "./compare.ts";
-import {
-  type ExtractOptions,
-  extractModule,
-  type ModuleMember,
-  type ModuleStack,
-  turnTo,
-  uniform,
-} from "./internals.ts";
-import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
+import { checkGolden, deltaOf } from "./compare.ts";
+import { type ExtractOptions, extractModule, type ModuleMember, type ModuleStack, uniform } from "./internals.ts";
+import { concat, data, goldenPacks, LOSSLESS } from "./packs.ts";
 import { runs } from "./required.ts";
-import { difference, NODE, open } from "./sessions.ts";
 
 const F32: ExtractOptions = {
   mode: "flat",
@@ -150,76 +140,10 @@ t.test("what is reported is what is stored; all components together lose nothing
   t.pass("150 packs");
 });
 
-t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real adapters", async (t) => {
-  const random = uniform(3);
-  for (const zero of [0, 1, 3]) {
-    const fill = (width: number): Float64Array =>
-      Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);
-    const pair = { rank: 4, A: fill(9), Bt: fill(7) };
-    const [A, Bt] = [Float64Array.from(values(36, random)), Float64Array.from(values(28, random))];
-    // Makes it orthogonal to all but one row: a rotation of the others must not lose it.
-    if (zero === 1) [A, Bt].forEach((side) => side.fill(0, side.length / 4));
-    // Zero rows among the others, as in a pair that was rotated before.
-    turnTo(pair, { A: Float64Array.from(values(36, random)), Bt: Float64Array.from(values(28, random)) }, 7, 9);
-    const before = deltaOf(pair);
-    const far = (x: Float64Array, y: Float64Array): number => norm(x.map((value, i) => value - y[i]!)) ** 2;
-    const distance = (): number => far(pair.A, A) + far(pair.Bt, Bt);
-    const start = distance();
-    turnTo(pair, { A, Bt }, 7, 9);
-    t.ok(relativeDifference(deltaOf(pair), before) <= 1e-12, `${zero} zero rows: ΔW stays`);
-    t.ok(distance() <= start + 1e-12);
-    const end = distance();
-    turnTo(pair, { A, Bt }, 7, 9);
-    t.ok(Math.abs(distance() - end) <= 1e-12, "nothing is left to turn");
-  }
-  const ids = readdirSync(data("adapters/own-seed")).filter((name) => !name.startsWith("."));
-  const [stack] = (await stacksOf(ids)) as [ModuleStack];
-  const mean = (gauge: "as-trained" | "balanced"): number => {
-    const { tasks } = extractModule(stack, { ...F32, gauge, select: { kind: "k", k: 8 } });
-    return tasks.reduce((sum, { error }) => sum + error, 0) / tasks.length;
-  };
-  const [trained, turned] = [mean("as-trained"), mean("balanced")];
-  t.ok(turned < 0.96 * trained, `as trained ${trained}, balanced and turned ${turned}`);
-});
-
 t.test("PEFT's goldens through flat packs and every backend", async (t) => {
   for (const centering of ["keep", "none"] as const) {
     const goldens = await goldenPacks({ mode: "flat", centering });
     t.ok(goldens.length >= 22, `${goldens.length} goldens`);
     for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
-  }
-});
-
-const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
-
-t.test("a session of the real model: factors, folded, and PEFT", async (t) => {
-  const model = data("minilm/model_fp16.onnx");
-  const base = await openOnnxHost(model);
-  const paths = TASKS.map((id) => `adapters/own-seed/${id}`);
-  const { bytes } = await packOf(paths, { ...LOSSLESS, mode: "flat", base });
-  const { bytes: few } = await packOf(paths, { mode: "flat", select: { kind: "k", k: 2 }, base });
-  await base.close?.();
-  const reference = await readReference("own-seed");
-  const encode = await createEncoder(NODE);
-  const answers = async (
-    pack: Uint8Array,
-    mode: "auto" | "factors" | "folded",
-    task: string,
-  ): Promise<Float32Array> => {
-    const session = await open(NODE, model, await openPack(new Uint8Array(pack)), mode === "auto" ? {} : { mode });
-    if (mode === "auto") t.equal(session.mode, "factors", "no core between flat components");
-    await session.switchTask(task);
-    const { test } = await readTask(task);
-    const { logits } = await session.run(encode(test.slice(0, 16).map(([text]) => text)));
-    await session.close();
-    return logits!.data as Float32Array;
-  };
-  for (const task of TASKS.slice(0, 2)) {
-    const lossless = await answers(bytes, "auto", task);
-    const off = difference(lossless, reference.get(task)!.logits16.flat());
-    t.ok(off <= 2e-3, `${task}: PEFT's logits, off by ${off}`);
-    const [factors, folded] = [await answers(few, "factors", task), await answers(few, "folded", task)];
-    t.ok(difference(factors, folded) <= 2e-3, `${task}: factors and fold, off by ${difference(factors, folded)}`);
-    t.ok(difference(factors, lossless) > 1e-2, "two of three components are not all");
   }
 });

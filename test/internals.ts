@@ -85,7 +85,7 @@ export {
 export { symmetricEigen } from "../dist/src/extract/eigen.js";
 export { deltaError, relative } from "../dist/src/extract/error.js";
 export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-export { balance, mix, type Pair, turnTo } from "../dist/src/extract/gauge.js";
+export { balance, mix, type Pair } from "../dist/src/extract/gauge.js";
 export {
   backwardSolve,
   cholesky,
@@ -109,16 +109,12 @@ export { summaryKind } from "../dist/src/pack/shard/statistics.js";
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
 export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
-export { createExtractor } from "../dist/src/extract/extractor.js";
 export { openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
-export { buildStreamed, Draft, gathered } from "../dist/src/pack/build.js";
-export { openAdapters } from "../dist/src/pack/encode.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
-export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
+export { completeDtypes } from "../dist/src/pack/recipe.js";
 export { lossesOf } from "../dist/src/pack/report.js";
-export { searchStreamed } from "../dist/src/pack/search.js";
 export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
 export { allOf, freshPack } from "../dist/src/pack/write.js";
 
@@ -144,7 +140,7 @@ export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
 export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-export type { GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto } from "../dist/src/onnx/onnx_pb.js";
+export type { GraphProto, ModelProto, NodeProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
 export {
   AttributeProtoSchema,
@@ -185,7 +181,6 @@ export {
   differentiate,
   type TrainingGraph,
   type TrainingGraphOptions,
-  takeUntransposed,
 } from "../dist/src/autodiff/graph.js";
 export { type ProbedPath, probePath } from "../dist/src/autodiff/path.js";
 export { RULES } from "../dist/src/autodiff/rules.js";

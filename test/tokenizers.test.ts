@@ -115,26 +115,6 @@ t.test("what cannot encode is refused when it is given", async (t) => {
     await t.rejects(session.encode("a", tokenizer, { maxTokens }), { name: "RangeError", message: /whole number ≥ 1/ });
 });
 
-t.test("a function that gives something else than tensors is refused with what was expected", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const examples = ["a", "b", "c", "d"].map((text, i) => ({ text, label: i % 2 }));
-  for (const wrong of [
-    undefined,
-    [],
-    { input_ids: [1, 2] },
-    { input_ids: undefined },
-    { input_ids: { dims: [1, 1] } },
-  ]) {
-    const trainer = await createTrainer(session, { labels: LABELS, encode: () => wrong as never });
-    await t.rejects(trainer.fit(examples).next(), {
-      name: "TypeError",
-      message:
-        /encode: expected the model's inputs by name, each \{ dims: \[texts, tokens\], data: a typed array \}, got /,
-    });
-  }
-});
-
 const folder = packages("@huggingface/transformers");
 const skip = without("transformers", folder);
 
