@@ -35,7 +35,7 @@ function addTerm(
   }
 }
 
-for (const options of backends()) {
+for (const options of await backends()) {
   const name = options.wasm?.variant ?? options.backend!;
   t.test(`${name}: every kind of term, one task and one per row`, async (t) => {
     const pack = await openPack(data("goldens/pack/every-kind.eigen"));
@@ -151,7 +151,7 @@ t.test("shapes and types that do not fit are refused", async (t) => {
 
 t.test(
   "buffers of a device: a few dispatches whatever the tasks, nothing but coefficients over the bus",
-  { skip: dawnMissing ?? false },
+  { skip: (await dawnMissing()) ?? false },
   async (t) => {
     const { device, counts, close } = await countingDevice();
     t.teardown(close);

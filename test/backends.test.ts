@@ -40,7 +40,7 @@ t.test("js", (t) => (backendSuite(t, createJsBackend), t.end()));
 for (const variant of available) {
   t.test(variant, (t) => (backendSuite(t, () => createWasmBackend({ variant })), t.end()));
 }
-if (dawnMissing === undefined) {
+if ((await dawnMissing()) === undefined) {
   t.test("dawn", (t) => (backendSuite(t, () => createWebgpuBackend()), t.end()));
   t.test("dawn without shader-f16", async (t) => {
     const { device, close } = await countingDevice();

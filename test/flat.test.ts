@@ -144,6 +144,6 @@ t.test("PEFT's goldens through flat packs and every backend", async (t) => {
   for (const centering of ["keep", "none"] as const) {
     const goldens = await goldenPacks({ mode: "flat", centering });
     t.ok(goldens.length >= 22, `${goldens.length} goldens`);
-    for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
+    for (const golden of goldens) for (const options of await backends()) await checkGolden(t, golden, options);
   }
 });

@@ -10,7 +10,8 @@ import type { Test } from "tap";
 
 const { env } = process;
 
-const bare = env["EIGENLORA_BARE"] === "1";
+/** Whether tools are hidden, as on a machine that has nothing but Node. */
+export const bare: boolean = env["EIGENLORA_BARE"] === "1";
 if (bare) {
   // Benchmarks, drivers and child processes read these themselves. test/start.ts comes here before they do.
   for (const name of ["RUNTIMES", "SMOLLM2", "GRADIENTS"]) delete env[`EIGENLORA_${name}`];

@@ -13,7 +13,7 @@ import { packFor } from "./sessions.ts";
 t.test("PEFT's goldens through pack and runtime", async (t) => {
   const goldens = await goldenPacks();
   t.ok(goldens.length >= 22, `${goldens.length} goldens`);
-  for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
+  for (const golden of goldens) for (const options of await backends()) await checkGolden(t, golden, options);
 });
 
 t.test("heads of other sizes come and go, and the caller's array is the head again", async (t) => {
@@ -75,7 +75,7 @@ const { bytes: smallPack } = await packOf(
   (m) => m.includes("layer.0.attention.self.v"),
 );
 
-for (const options of backends()) {
+for (const options of await backends()) {
   const label = options.wasm?.variant ?? options.backend;
   // A device reads everything back for a host that is written; webgpu.test.ts has 500 on weights that stay there.
   const switches = soak ? 10_000 : options.backend === "webgpu" ? 60 : 500;

@@ -37,7 +37,7 @@ t.test("the pack says what it holds", async (t) => {
   t.ok(pack.tasks.get(TASKS[0]!)!.brings!.includes(`own-B ${pack.modules[0]!.name}`));
 });
 
-for (const options of backends()) {
+for (const options of await backends()) {
   const label = options.wasm?.variant ?? options.backend;
   t.test(`${label}: folded, and back to the bit`, async (t) => {
     const [plain, other] = [await openPack(bytes), await openPack(words)];

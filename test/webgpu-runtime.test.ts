@@ -10,7 +10,7 @@ import { countingDevice } from "./counting-device.js";
 import { uniform } from "./internals.ts";
 import { packOf } from "./packs.ts";
 
-const skip = dawnMissing ?? false;
+const skip = (await dawnMissing()) ?? false;
 
 /** STORAGE | COPY_SRC | COPY_DST, the usage that a base's buffer needs. */
 const USAGE = 128 | 4 | 8;

@@ -26,7 +26,7 @@ import {
 import { data, packOf } from "./packs.ts";
 import { runs } from "./required.ts";
 
-const skip = dawnMissing ?? false;
+const skip = (await dawnMissing()) ?? false;
 
 t.test("a device keeps nothing of what was waited for, and ends all waits when it is lost", async (t) => {
   type Loss = Awaited<GPUDevice["lost"]>;

@@ -159,7 +159,7 @@ const inMemoryFailing: Make = async (pack, base, options) => {
   };
 };
 
-const gpu = dawnMissing === undefined ? await countingDevice() : undefined;
+const gpu = (await dawnMissing()) === undefined ? await countingDevice() : undefined;
 t.teardown(() => gpu?.close());
 
 /** STORAGE | COPY_SRC | COPY_DST. */
@@ -359,7 +359,7 @@ async function walk(make: Make, options: BackendOptions, seed: number, steps: nu
   return counts;
 }
 
-for (const options of backends()) {
+for (const options of await backends()) {
   const label = options.wasm?.variant ?? options.backend;
   t.test(`${label}: any sequence ends as its last switch alone`, async (t) => {
     const hosts = {
