@@ -144,7 +144,7 @@ t.test("eight tasks share components; what is finished is not done again; a stop
   };
   const told: WorkProgress[] = [];
   const onProgress = (progress: WorkProgress): void => void told.push(progress);
-  const options = { adapters, encode: tiny, steps: soak ? 24 : 12, agreement: 0.9, finished, onProgress };
+  const options = { adapters, encode: tiny, steps: soak ? 24 : 6, agreement: 0.9, finished, onProgress };
   const { chunks, report } = await packByAnswers(engine, file, options);
   t.ok(told.some(({ detail }) => detail?.endsWith("to try a size")));
   t.equal(new Set(told.map(({ total }) => total)).size, 1, "one total");

@@ -65,7 +65,7 @@ for (const [name, file, format, tolerance] of CASES) {
 
 t.test("q8_0 is decoded as gguf-py does: a scale and 32 integers", async (t) => {
   const [exact, coded] = await Promise.all(
-    ["q8_0"].map((kind) => openGguf(sourceOf(readFileSync(join(goldens, "gguf", `adapter-${kind}.gguf`))))),
+    ["f32", "q8_0"].map((kind) => openGguf(sourceOf(readFileSync(join(goldens, "gguf", `adapter-${kind}.gguf`))))),
   );
   let [blocks, worst] = [0, 0];
   for (const [name, { dtype }] of coded!.tensors) {

@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
 import { bytesOf, entries, type Spec } from "./adapters.ts";
-import { runProgram } from "./internals.ts";
+import { runProgram, smaller } from "./internals.ts";
 import { data } from "./packs.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-reports-"));
@@ -50,7 +50,55 @@ async function adapter(id: string, modules: readonly string[], { base = "", head
 }
 
 const BERT = ["bert.layer.0.query", "bert.layer.0.value"];
+const UNET = ["unet.down.0.to_q", "unet.down.0.to_v"];
 const one = await adapter("one", BERT, { base: "bert" });
+const two = await adapter("two", BERT, { head: true });
+const other = await adapter("other", UNET);
+const idle = await adapter("idle", BERT, { zero: true });
+
+t.test("adapters of another base model are named, though none contradicts the others", async (t) => {
+  const stranger = /warning: "other" adapts none of the modules that the others adapt: is it of another base model\?/;
+  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"))).err, stranger);
+  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"), "--k", "2", "--force")).err, stranger);
+  for (const [i, path] of [one, two, other].entries()) await ran("hub", "shard", path, "-o", at(`${i}.part`));
+  t.match(
+    (await ran("hub", "merge", at("0.part"), at("1.part"), at("2.part"), "--k", "2", "-o", at("b.eigen"))).err,
+    stranger,
+  );
+  t.equal((await ran("pack", one, two, "-o", at("bert.eigen"), "--k", "1")).err, "");
+  const named = await adapter("named", UNET, { base: "bert" });
+  t.equal(
+    (await ran("pack", one, two, named, "-o", at("n.eigen"))).err,
+    "",
+    "adapters that name one base are believed",
+  );
+  const more = await adapter("more", UNET);
+  const others = /"more", "other" adapt none of the modules that the others adapt: are they/;
+  t.match((await ran("pack", one, two, idle, other, more, "-o", at("m.eigen"))).err, others);
+  const refused = await run("add", at("bert.eigen"), other);
+  t.match(refused, {
+    status: 1,
+    err: /none of the modules that the tasks of .* adapt, but unet.*another base model\?/,
+  });
+});
+
+t.test("a report says what there is", async (t) => {
+  const alone = await ran("pack", one, "-o", at("alone.eigen"));
+  t.match(alone.out, /: 1 task, 2 modules, /);
+  t.match(alone.out, /× larger\)/);
+  t.notMatch(alone.out, /heads are stored|nothing is shared|× smaller/);
+  t.match(alone.out, /not whether it is the right one: pass --base to store fingerprints/);
+  t.equal(alone.err, "", "which is no warning");
+  const both = await ran("pack", one, two, "-o", at("both.eigen"));
+  t.match(both.out, /heads are stored in int8/);
+  t.match(both.out, /^Nothing is shared: |^Shared: what layers read \(A\)/m);
+  const { out } = await ran("pack", one, two, "-o", at("k.eigen"), "--k", "1");
+  t.match(out, /components per side +1$[\s\S]*^ΔW error is a proxy: with --model answers decide\.$/m);
+  t.same(
+    [smaller(17.52), smaller(0.7), smaller(0.98), smaller(1)],
+    ["17.5× smaller", "1.4× larger", "as large", "as large"],
+  );
+});
 
 t.test("add refuses a task that would lose more than half of its ΔW, or than it is told", async (t) => {
   await cp(at("k.eigen"), at("limit.eigen"));
