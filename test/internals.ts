@@ -27,7 +27,7 @@ export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
 
-export { reuse } from "../dist/src/core/stage.js";
+export { reuse } from "../dist/src/core/kernel-session.js";
 export { parseTaskFile } from "../dist/src/core/task-file.js";
 export { Trust } from "../dist/src/core/trust.js";
 export {

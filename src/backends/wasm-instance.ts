@@ -2,7 +2,7 @@
  * A build of `assembly/` at work on a linear memory of its own: the best that the engine compiles, and blocks in that memory.
  */
 import { BackendError } from "../errors.ts";
-import { checkCount, type Owner } from "./backend.ts";
+import { checkLength, type Owner } from "./backend.ts";
 
 /** The builds, best last; a build's index is the value of its export `variant`. */
 export const WASM_VARIANTS = ["scalar", "simd", "relaxed-simd"] as const;
@@ -25,7 +25,7 @@ export type Binaries<Variant extends string> = Record<Variant, () => Promise<{ d
 
 /** Address of `byteLength` bytes, by default of zeros. @throws BackendError when there are none */
 export function claim({ heap, memory }: Instance<unknown>, byteLength: number, owner: Owner, zeroed?: boolean): number {
-  checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
+  checkLength(byteLength);
   const start = heap.allocate(byteLength, zeroed);
   if (start !== undefined) return start;
   throw new BackendError(
@@ -131,19 +131,13 @@ export function createHeap(memory: WebAssembly.Memory, start: number): Heap {
     },
 
     free(address, byteLength) {
-      const end = address + roundUp(byteLength);
-      let index = ranges.findIndex((range) => range.start > address);
-      if (index < 0) index = ranges.length;
-      const before = ranges[index - 1];
-      const after = ranges[index];
-      const joinsAfter = after?.start === end;
-      if (before?.end === address) {
-        before.end = joinsAfter ? after.end : end;
-        if (joinsAfter) ranges.splice(index, 1);
-      } else if (joinsAfter) {
-        after.start = address;
-      } else {
-        ranges.splice(index, 0, { start: address, end });
+      ranges.push({ start: address, end: address + roundUp(byteLength) });
+      ranges.sort((a, b) => a.start - b.start);
+      for (let i = ranges.length - 1; i > 0; i--) {
+        const [range, following] = [ranges[i - 1]!, ranges[i]!];
+        if (range.end < following.start) continue;
+        range.end = following.end;
+        ranges.splice(i, 1);
       }
     },
   };

@@ -180,21 +180,23 @@ class WasmBackend extends CpuBackend<number> {
 
   *scaling(job: ScaleJob): Generator<void> {
     checkScale(job);
-    const { dtype, stride, rows, columns, rank, axis } = job;
-    const [out, magnitude, base] = this.#at(job, "out", "magnitude", "base");
-    const [left, right] = this.#at(job, "left", "right");
+    const { dtype, stride, rows, columns, rank } = job;
+    const [out, magnitude, base, left, right] = this.#at(
+      job,
+      ...(["out", "magnitude", "base", "left", "right"] as const),
+    );
     const { scaleRows, scaleColumns } = this.#instance.kernels;
-    const byRow = axis === "rows";
-    // A norm is made at once: parts are whole along the other axis.
-    const [length, across] = byRow ? [rows, columns] : [columns, rows];
-    const step = 32 * Math.max(1, Math.floor(PIECE / Math.max(8, rank) / across / 32));
-    for (let at = 0; at < length; at += step) {
-      const n = Math.min(step, length - at);
-      const [i, m, j, w] = byRow ? [at, n, 0, columns] : [0, rows, at, n];
-      if (at > 0) yield;
+    const byRow = job.axis === "rows";
+    // A norm is made at once: tiles are whole along the other axis.
+    const depth = Math.max(8, rank) * (byRow ? columns : rows);
+    for (const [i, m, j, n] of tilesOf(byRow ? rows : 1, byRow ? 1 : columns, depth, PIECE)) {
+      if (i + j > 0) yield;
       const from = base + (i * stride + j) * rowBytes(dtype, 1);
-      const [to, m0, a, b] = [out + 4 * at, magnitude + 4 * at, left + 4 * i, right + 4 * j];
-      (byRow ? scaleRows : scaleColumns)(code(job), to, m0, from, stride, m, w, a, b, rank, rows, columns);
+      const to = 4 * (i + j);
+      const [height, width] = byRow ? [m, columns] : [rows, n];
+      const kernel = byRow ? scaleRows : scaleColumns;
+      const factors = [left + 4 * i, right + 4 * j] as const;
+      kernel(code(job), out + to, magnitude + to, from, stride, height, width, ...factors, rank, rows, columns);
     }
   }
 }

@@ -6,12 +6,12 @@ import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Backend } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import { type BaseInput, Locator, onDevice, type WeightHost } from "./base.ts";
+import { type BaseInput, Locator, onDevice } from "./base.ts";
+import { KernelSession, type Started } from "./kernel-session.ts";
 import type { Pack } from "./pack.ts";
-import type { ModuleFilter, PackView } from "./part.ts";
+import type { ModuleFilter } from "./part.ts";
 import { Runtime } from "./runtime.ts";
 import { findSlots, loadSlots } from "./weights.ts";
-import { type Started, Workbench } from "./workbench.ts";
 
 /** Options of `createRuntime`. */
 export interface RuntimeOptions extends BackendOptions, FetchOptions {
@@ -67,58 +67,47 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   // A host that the caller made is the caller's to close.
   const closeHost = host === base ? undefined : async () => host?.close?.();
   try {
-    const { locator, slots, start, restart } = await attach(view, host, mode === "folded", policy, options);
+    const folded = mode === "folded";
+    const locator = new Locator(host, options.names);
+    const placed = [...locator.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
+    if (policy === "reload" && (host?.begin || placed !== undefined)) {
+      throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
+    }
+    const gpu = options.webgpu || {};
+    const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
+    device?.refuseHost(gpu, host, placed);
+    const slots = host ? await findSlots(view.modules, locator) : [];
+    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
+    const stays = folded && (!host?.begin || placed !== undefined);
+    const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
+
+    const start = async (how: BackendOptions, signal?: AbortSignal): Promise<Started> => {
+      const bases = await view.bases({ signal });
+      let backend: Backend | undefined;
+      try {
+        const made = await createBackend(device && placed !== undefined ? device.onWebgpu(how) : how, onCpu);
+        backend = made.backend;
+        const readable = placed === undefined ? host : device!.deviceHost(base!, host!, backend);
+        const kernels = new KernelSession(backend, view.modules, bases.bytes);
+        if (host) await loadSlots(slots, host, kernels, bases.bytes, keep, { signal, anyBase: options.anyBase });
+        // A device that has no memory left says so only now.
+        await backend.finish();
+        return { kernels, passedOver: made.passedOver, host: readable };
+      } catch (error) {
+        backend?.close();
+        throw error;
+      } finally {
+        bases.close();
+      }
+    };
+
+    const terms = folded ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, slots);
+    const restart = gpu.recreate ? device!.restarting(start, options) : undefined;
     const ignored = new Set(options.ignore);
-    const terms =
-      mode === "folded" ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, slots);
-    const started = await start(options, options.signal);
-    return new Runtime({ pack, view, mode, policy, slots, locator, ignored, terms, closeHost, restart }, started);
+    const parts = { pack, view, mode, policy, slots, locator, ignored, terms, closeHost, restart };
+    return new Runtime(parts, await start(options, options.signal));
   } catch (error) {
     await closeHost?.();
     throw error;
   }
-}
-
-/** Finds the adapted weights in the base. @returns what a runtime has whatever its backend, and how it starts one */
-async function attach(
-  pack: PackView,
-  host: WeightHost | undefined,
-  folded: boolean,
-  policy: Runtime["policy"],
-  options: RuntimeOptions,
-) {
-  const locator = new Locator(host, options.names);
-  const placed = [...locator.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
-  if (policy === "reload" && (host?.begin || placed !== undefined)) {
-    throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
-  }
-  const gpu = options.webgpu || {};
-  const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
-  device?.refuseHost(gpu, host, placed);
-  const slots = host ? await findSlots(pack.modules, locator) : [];
-  const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-  const stays = folded && (!host?.begin || placed !== undefined);
-  const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
-
-  async function start(how: BackendOptions, signal?: AbortSignal): Promise<Started> {
-    const bases = await pack.bases({ signal });
-    let backend: Backend | undefined;
-    try {
-      const made = await createBackend(device && placed !== undefined ? device.onWebgpu(how) : how, onCpu);
-      backend = made.backend;
-      const readable = placed === undefined ? host : device!.deviceHost(options.base!, host!, backend);
-      const bench = new Workbench(backend, pack.modules, bases.bytes);
-      if (host) await loadSlots(slots, host, bench, bases.bytes, keep, { signal, anyBase: options.anyBase });
-      // A device that has no memory left says so only now.
-      await backend.finish();
-      return { bench, passedOver: made.passedOver, host: readable };
-    } catch (error) {
-      backend?.close();
-      throw error;
-    } finally {
-      bases.close();
-    }
-  }
-
-  return { locator, slots, start, restart: gpu.recreate ? device!.restarting(start, options) : undefined };
 }

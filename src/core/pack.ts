@@ -142,30 +142,22 @@ export class Pack extends Observable<PackEvents> {
   /** Requests made and bytes read so far, and whether the server made it read the file whole. */
   readonly reads: Reads;
 
-  readonly #source: ByteSource;
-  readonly #trust: Trust | undefined;
+  readonly #file: OpenedFile;
   readonly #slots = new Map<string, TaskSlot>();
-  /** Most bytes of the blobs in `#recent`: as asked for, or what tasks of this size call for. */
-  #most: number;
-  readonly #grows: boolean;
-  readonly #maxExpansion: number;
-  /** Resident blobs that could be read again, least recently used first. */
+  /** Most bytes of the blobs in `#recent` where no limit was asked for: tasks of this size call for it. */
+  #most = MOST_RESIDENT;
+  /** Slots whose blobs could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
-  /** Bytes of the blobs in `#recent`. */
-  #held = 0;
   /** What `tasks` gave last; undefined once a task was added or removed. */
   #tasks: ReadonlyMap<string, TaskInfo> | undefined;
   /** The bases section while it is in use, and until its first use. */
   #bases: SharedBases | undefined;
 
   /** @internal Use `openPack`. */
-  constructor({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases }: OpenedFile) {
+  constructor(file: OpenedFile) {
     super();
-    this.#source = source;
-    this.#most = maxResidentBytes ?? MOST_RESIDENT;
-    this.#grows = maxResidentBytes === undefined;
-    this.#maxExpansion = maxExpansion ?? MAX_EXPANSION;
-    this.#trust = trust;
+    const { source, reads, window, directory, bases } = file;
+    this.#file = file;
     this.name = source.name;
     this.reads = reads;
     this.window = window;
@@ -216,11 +208,11 @@ export class Pack extends Observable<PackEvents> {
    */
   async prefetch(ids: Iterable<string>, options: ReadOptions = {}): Promise<void> {
     const all = [...(typeof ids === "string" ? [ids] : ids)];
-    for (const id of this.#grows ? all : []) {
+    for (const id of this.#file.maxResidentBytes === undefined ? all : []) {
       const slot = this.#slots.get(id);
       if (!slot) continue;
       slot.stays = true;
-      this.#uncount(slot);
+      this.#recent.delete(slot);
     }
     await Promise.all(all.map((id) => this.load(id, options)));
   }
@@ -247,7 +239,7 @@ export class Pack extends Observable<PackEvents> {
     const { id } = slot.info;
     const part = `task "${id}"`;
     const blob = await this.#checked(slot.section!, part, { signal }, undefined, async (bytes, coded) => {
-      if (coded) await this.#trust?.checkDecoded(bytes, part);
+      if (coded) await this.#file.trust?.checkDecoded(bytes, part);
       const blob = await paced(parseTask(bytes, this.modules, this.name, slot.info), pacer(signal));
       return this.#bounded(blob, slot.info.bytes);
     });
@@ -258,18 +250,22 @@ export class Pack extends Observable<PackEvents> {
     this.tell("taskread", { task: id, bytes: slot.info.bytes });
     if (slot.stays) return blob;
     this.#recent.add(slot);
-    this.#held += blob.bytes.length;
-    if (this.#grows) this.#most = Math.max(this.#most, RESIDENT_TASKS * blob.bytes.length);
+    this.#most = Math.max(this.#most, RESIDENT_TASKS * blob.bytes.length);
+    let held = 0;
+    for (const { blob } of this.#recent) held += blob!.bytes.length;
     for (const other of this.#recent) {
-      if (this.#held <= this.#most || other === slot) break;
-      this.#forget(other);
+      if (held <= (this.#file.maxResidentBytes ?? this.#most) || other === slot) break;
+      held -= other.blob!.bytes.length;
+      other.blob = undefined;
+      this.#recent.delete(other);
     }
     return blob;
   }
 
   /** @param bytes of the blob in its file */
   #bounded(blob: TaskBlob, bytes: number): TaskBlob {
-    return { ...blob, limit: { stored: this.directory.bases.length + bytes, times: this.#maxExpansion } };
+    const times = this.#file.maxExpansion ?? MAX_EXPANSION;
+    return { ...blob, limit: { stored: this.directory.bases.length + bytes, times } };
   }
 
   /**
@@ -281,17 +277,6 @@ export class Pack extends Observable<PackEvents> {
     // A copy passes the same checks as a task that is used.
     await this.load(id, options);
     return slot!.stored ?? this.#read(slot!.section!, `task "${id}"`, options);
-  }
-
-  #forget(slot: TaskSlot): void {
-    if (this.#uncount(slot)) slot.blob = undefined;
-  }
-
-  /** Counts a task no more among those that may go. @returns whether it was one */
-  #uncount(slot: TaskSlot): boolean {
-    const counted = this.#recent.delete(slot);
-    if (counted) this.#held -= slot.blob!.bytes.length;
-    return counted;
   }
 
   /**
@@ -326,10 +311,10 @@ export class Pack extends Observable<PackEvents> {
 
   /** Reads a section as the file has it, and checks it. */
   async #read(section: Section, part: string, { signal, onProgress }: BasesOptions): Promise<Uint8Array> {
-    const watched = await watchedOf(this.#source, "pack", onProgress, () => section.length);
-    const bytes = await (watched ?? this.#source).read(section.offset, section.length, { signal });
+    const watched = await watchedOf(this.#file.source, "pack", onProgress, () => section.length);
+    const bytes = await (watched ?? this.#file.source).read(section.offset, section.length, { signal });
     watched?.done();
-    await checkSection(bytes, section, part, this.name, this.#trust, signal);
+    await checkSection(bytes, section, part, this.name, this.#file.trust, signal);
     return bytes;
   }
 
@@ -357,7 +342,7 @@ export class Pack extends Observable<PackEvents> {
       };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
-      throw await explain(error, this.#source, this.directory.bytes);
+      throw await explain(error, this.#file.source, this.directory.bytes);
     }
   }
 
@@ -377,7 +362,7 @@ export class Pack extends Observable<PackEvents> {
    */
   async addTask(id: string, file: SourceInput, options: AddTaskOptions = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
-    await addTaskFile(file, id, this, this.#slots, this.#trust, options, (entry, integrity, stored, blob) => {
+    await addTaskFile(file, id, this, this.#slots, this.#file.trust, options, (entry, integrity, stored, blob) => {
       this.#add(entry, stored.length, integrity, { stored, blob: this.#bounded(blob, stored.length) });
     });
   }
@@ -389,7 +374,7 @@ export class Pack extends Observable<PackEvents> {
   removeTask(id: string): void {
     const slot = this.#slots.get(id);
     if (!slot) throw this.#unknown(id);
-    this.#forget(slot);
+    this.#recent.delete(slot);
     this.#tasks = undefined;
     this.#slots.delete(id);
   }
@@ -403,7 +388,7 @@ export class Pack extends Observable<PackEvents> {
 
   /** Closes the file. Resident tasks stay usable. */
   async close(): Promise<void> {
-    await this.#source.close?.();
+    await this.#file.source.close?.();
   }
 
   /** Closes it at the end of a block, with `await using`. Engines without the symbol never call it. */

@@ -214,7 +214,7 @@ const CASES = {
   "coded: as many maps as are allowed": () => [
     inHeader(nested(Uint8Array.of(0x82, 0xa0, 0x01, 0xa1, 0x61, 0x80), 499_000), 300_000),
   ],
-  "coded: as many values as are allowed": () => [inHeader(nested(TWO_BYTES, 2_999_000), 700_000)],
+  "coded: as many values as are allowed": () => [inHeader(nested(TWO_BYTES, 1_999_000), 700_000)],
   "as many maps in metadata as are allowed": () => [
     inMetadata([[Uint8Array.of(0x81, 0xa0)], ...nested(EMPTY_MAPS, 349_000)]),
   ],
@@ -258,15 +258,15 @@ const CASES = {
       }),
     ];
   },
-  "lists of `brings` of 2 900 000 names": () => {
-    const tasks = Array.from({ length: 45 }, (_, i) => task(`task ${i}`));
+  "lists of `brings` of 1 900 000 names": () => {
+    const tasks = Array.from({ length: 29 }, (_, i) => task(`task ${i}`));
     const names = numbered(64_000, (key) => short(`rows ${key}`));
     const entries = tasks.map(({ entry }) => {
       const bytes = msgpack(entry);
       bytes[0]++;
       return bytesOf(bytes, short("brings"), head(0xdd, 64_000), names);
     });
-    return [packOf({ list: [[bytesOf([0xdc, 0, 45], ...entries)]], blobs: tasks.map(blobOf), coded: false })];
+    return [packOf({ list: [[bytesOf([0xdc, 0, 29], ...entries)]], blobs: tasks.map(blobOf), coded: false })];
   },
   "2 000 tasks that share 65 536 names": () => {
     const tasks = Array.from({ length: 2000 }, (_, i) => task(`task ${i}`, i > 0 ? { brings: 0 } : {}));
@@ -331,14 +331,14 @@ const CASES = {
     ]),
     "add",
   ],
-  "header of 3 000 000 numbers in a task file": () => [
+  "header of 2 000 000 numbers in a task file": () => [
     fileOf([
       [Uint8Array.of(0x92, 0x90, 0x91, 0x95)],
       [short("w")],
       [Uint8Array.of(3, 0, 0x92)],
-      [Uint8Array.of(0xce, ...u32(2_999_000), 1)],
-      [head(0xdd, 2_999_000)],
-      [Uint8Array.of(1), 2_999_000],
+      [Uint8Array.of(0xce, ...u32(1_999_000), 1)],
+      [head(0xdd, 1_999_000)],
+      [Uint8Array.of(1), 1_999_000],
     ]),
     "add",
   ],
@@ -435,13 +435,14 @@ function peak() {
 }
 
 /** Reads in a process of its own, and prints what that took. */
-async function child(mode, path, dist) {
+async function child(mode, path, dist, first) {
   const load = (file) => import(pathToFileURL(join(dist, file)).href);
   const [{ openPack }, build] = [await load("src/index.js"), await load("src/build.js")];
   const { openSafetensors } = build.openSafetensors ? build : await load("src/adapters/safetensors.js");
   const { signal } = new AbortController();
   // What is loaded late is loaded: files take no part in that.
-  await openPack(packOf({})).then((pack) => pack.close());
+  await openPack(first).then((pack) => pack.close());
+  await fetch("data:,");
   let said = "taken";
   let counted = false;
   const before = process.cpuUsage();
@@ -519,13 +520,16 @@ else {
     options: {
       keep: { type: "boolean", default: false },
       child: { type: "string" },
+      first: { type: "string" },
       dist: { type: "string", default: fileURLToPath(new URL("../../dist", import.meta.url)) },
     },
     allowPositionals: true,
   });
-  if (values.child) await child(values.child, positionals[0], values.dist);
+  if (values.child) await child(values.child, positionals[0], values.dist, values.first);
   const folder = mkdtempSync(join(tmpdir(), "eigenlora-attacks-"));
   const { thread, address } = await endless();
+  const first = join(folder, "first");
+  writeFileSync(first, packOf({ description: described("x", [[Uint8Array.of(1)]], 1000) }));
   let failed = 0;
   try {
     for (const [name, make] of Object.entries(CASES)) {
@@ -535,7 +539,7 @@ else {
       if (bytes) writeFileSync(path, bytes);
       let best;
       for (let run = 0; run < RUNS; run++) {
-        const args = [fileURLToPath(import.meta.url), "--child", mode, "--dist", values.dist, path];
+        const args = [fileURLToPath(import.meta.url), "--child", mode, "--dist", values.dist, "--first", first, path];
         const { stdout, stderr, status, signal } = spawnSync(process.execPath, args, {
           encoding: "utf8",
           timeout: 120_000,
