@@ -202,7 +202,7 @@ export function checkScale(job: ScaleJob): void {
   checkSlices(job, { left: 4 * rank * rows, right: 4 * rank * columns, magnitude: out, out });
 }
 
-/** From the first to the last element, gaps between rows included. */
+/** Checks weights from the first to the last element, gaps between rows included. */
 function checkWeights(job: FoldJob | ScaleJob, ...names: readonly ("out" | "base")[]): void {
   const { dtype, rows, columns, stride } = job;
   const size = rowBytes(dtype, 1);

@@ -8,7 +8,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { refuseBases } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { SourceError, TaskError } from "../errors.ts";
-import type { Sign, TaskToWrite } from "../format/layout.ts";
+import type { Sign, TaskToWrite } from "../format/encode.ts";
 import { hubName } from "../http/hub-name.ts";
 import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { MUCH } from "../pack/report.ts";

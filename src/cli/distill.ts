@@ -6,7 +6,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { SourceError, TaskError } from "../errors.ts";
-import type { Sign } from "../format/layout.ts";
+import type { Sign } from "../format/encode.ts";
 import { storedDtypes } from "../pack/add.ts";
 import { completeDtypes } from "../pack/recipe.ts";
 import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";

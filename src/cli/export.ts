@@ -6,7 +6,7 @@ import { describeBase } from "../adapters/describe-base.ts";
 import { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "../adapters/export.ts";
 import { componentsFile } from "../pack/components-file.ts";
 import { taskAdapter } from "../pack/expand.ts";
-import { writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { jsonFile, writeTogether, writeWhole } from "./files.ts";
 import {

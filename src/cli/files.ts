@@ -22,7 +22,7 @@ import { readFile } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
 import { reasonOf, refuseOtherKinds } from "../disk.ts";
 import { SourceError } from "../errors.ts";
-import type { Append } from "../format/layout.ts";
+import type { Append } from "../format/encode.ts";
 import type { Scratch } from "../pack/write.ts";
 import { realTarget, undoOnExit } from "./lock.ts";
 import { stat } from "./target.ts";

@@ -1,11 +1,10 @@
 /** The command fold: weights of a base model with a task merged into them. */
 
-import { createRuntime } from "../core/create.ts";
 import { safetensorsHost } from "../core/open-base.ts";
+import { createRuntime } from "../core/runtime.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import { openSafetensors } from "../tensor/safetensors.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
 import { match, refuseUnknown } from "./matching.ts";
 import { force, output, reading, required, task, text } from "./options.ts";

@@ -3,7 +3,7 @@
  */
 
 import type { ComponentSelection, Gauge } from "../extract/options.ts";
-import { fromIntegrity } from "../format/hash.ts";
+import { fromIntegrity } from "../format/fields.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
 
 /** "a, b or c" */

@@ -2,8 +2,8 @@
 import { readFile } from "node:fs/promises";
 import { parseTaskFile } from "../core/task-file.ts";
 import { keyName } from "../core/trust.ts";
-import { integrityOf } from "../format/hash.ts";
-import type { Sign } from "../format/layout.ts";
+import type { Sign } from "../format/encode.ts";
+import { integrityOf } from "../format/fields.ts";
 import { planSignature, signTaskFile } from "../pack/write.ts";
 import { toBase64 } from "../text.ts";
 import { isTaskFile, signerOf } from "./change.ts";

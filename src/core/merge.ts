@@ -9,7 +9,6 @@ import { readTensor, type TaskParameter, type TaskTerm } from "../format/format.
 import { sameShape } from "./base.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";
-import type { Selection } from "./selection.ts";
 
 /** A task's version of a parameter. */
 export interface ParameterChange {
@@ -18,7 +17,7 @@ export interface ParameterChange {
 }
 
 /** The strengths of a blend by id. @throws TypeError, RangeError for what is none */
-export function strengthsOf(selection: Exclude<Selection, string | null>): [string, number][] {
+export function strengthsOf(selection: Readonly<Record<string, number>>): [string, number][] {
   if (!isPlain(selection)) {
     throw new TypeError(`task: expected an id, null for the base, or strengths by id, got ${described(selection)}`);
   }

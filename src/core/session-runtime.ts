@@ -15,10 +15,9 @@ export { type MemoryReport, memoryReport, type SwitchReport } from "./selection.
 import { paced, pacer } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
-import type { RuntimeOptions } from "./create.ts";
 import { KernelSession } from "./kernel-session.ts";
 import { type Merged, mergeAll } from "./merge.ts";
-import type { Runtime } from "./runtime.ts";
+import type { Runtime, RuntimeOptions } from "./runtime.ts";
 import { type LoadedTasks, loadParts, type Selection, type SwitchOptions } from "./selection.ts";
 
 export type { ActiveTask } from "./kernel-session.ts";
@@ -228,7 +227,7 @@ export async function createFolding(
   inputs: ReadonlySet<string>,
   options: RuntimeOptions,
 ): Promise<SessionRuntime> {
-  const { createRuntime } = await import("./create.ts");
+  const { createRuntime } = await import("./runtime.ts");
   const runtime = await createRuntime(pack, { ...options, anyBase: true, ignore: [...ignored, ...inputs] });
   return new SessionRuntime(view, { ignored, folding: { runtime, inputs } });
 }

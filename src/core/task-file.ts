@@ -6,7 +6,7 @@ import { TaskError } from "../errors.ts";
 import { isCoded } from "../format/coded.ts";
 import { plainTask } from "../format/decode-coded.ts";
 import { isTaskId, parseEntry, signatureOf } from "../format/directory.ts";
-import { align64, decode, Fields } from "../format/fields.ts";
+import { align64, decode, Fields, integrityOf } from "../format/fields.ts";
 import {
   type Directory,
   type PackModule,
@@ -18,7 +18,6 @@ import {
   type TaskEntry,
   type TaskFile,
 } from "../format/format.ts";
-import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";

@@ -68,8 +68,8 @@ export interface TiedBase {
 }
 
 /**
- * Adds to `changes` the same rows of whatever is tied to an embedding, where a task has no rows of its own for it.
- * @returns names of embeddings of which nothing but rows changes: whatever lies in the same memory changes as well
+ * Adds to `changes` the same rows of parameters tied to an embedding, for tasks that bring none for them.
+ * @returns names of embeddings of which nothing but rows changes: parameters in the same memory change as well
  * @throws BaseMismatchError for rows of a layer with a bias
  */
 export async function tieRows(changes: Map<string, ParameterChange[]>, base: TiedBase): Promise<Set<string>> {

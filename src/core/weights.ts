@@ -150,7 +150,7 @@ const NOTHING: Changed = { modules: new Set(), names: new Set() };
 export class FoldedWeights implements TaskWriter {
   readonly #slots: readonly Slot[];
   #changed = NOTHING;
-  /** The error for whoever reads the weights while they are not those of one task. */
+  /** Thrown at readers while the weights are not those of one task. */
   #inconsistent: Error | undefined;
 
   constructor(slots: readonly Slot[]) {

@@ -62,7 +62,7 @@ export interface Decoding {
   /** Bytes that it must become. Default: what it says. */
   readonly expected?: number | undefined;
   readonly signal?: AbortSignal | undefined;
-  /** Of the work that this is a part of, so that its pieces are counted together. Default: one of its own. */
+  /** Pauses of the work around it, so that its pieces are counted together. Default: its own. */
   readonly pause?: Pause | undefined;
   /** Default: WebAssembly where there is some. */
   readonly by?: typeof wasmWork;

@@ -6,7 +6,7 @@
 import { atOnce, paced, pacer } from "../pace.ts";
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import { toHex, toUtf8 } from "../text.ts";
-import { align64, crc32c, decode, Fields, placing, type Value } from "./fields.ts";
+import { align64, crc32c, decode, Fields, placing, toIntegrity, type Value } from "./fields.ts";
 import {
   type BasisDescription,
   BLOCK_BYTES,
@@ -38,7 +38,6 @@ import {
   WINDOW_BYTES,
   type Window,
 } from "./format.ts";
-import { toIntegrity } from "./hash.ts";
 
 /** Most names in all lists of `brings` together. */
 const MOST_BROUGHT = 1_000_000;

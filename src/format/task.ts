@@ -71,7 +71,7 @@ export function* parseTask(
     if (found.length !== brings.length)
       f.fail(`it brings ${found.length} parameters and modules, the directory says ${brings.length}`);
     const said = new Set(brings);
-    // As many as are said: another that is said is missing then.
+    // The lists are equally long, so an unsaid entry means that a said one is missing.
     for (const entry of found)
       if (!said.delete(entry)) f.fail(`it brings "${entry}", which the directory does not say`);
   }

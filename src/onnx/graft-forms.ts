@@ -13,7 +13,7 @@
  * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
  * what it makes with ones for its weight.
  */
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { AdaptedLayer, FormProbe } from "./adapted.ts";
 import type { Form, FormPlace, GraftVector, VectorPlace } from "./forms.ts";
 import type { GraftTools } from "./graft-tools.ts";

@@ -8,9 +8,15 @@ import { pairOf } from "../extract/gauge.ts";
 import { narrowPrivate, type PrivateTerms } from "../extract/private.ts";
 import type { TaskCoefficients } from "../extract/project.ts";
 import type { SideChoice, SidesTask } from "../extract/sides.ts";
-import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
+import {
+  checkEntry,
+  encodeTask,
+  type ParameterInput,
+  type TaskToWrite,
+  type TensorInput,
+  type TermInput,
+} from "../format/encode.ts";
 import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";

@@ -23,7 +23,7 @@ import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import { checkGraftable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import { componentsOf, componentsUnder, MOST_COMPONENTS, sharedReason } from "./components.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";

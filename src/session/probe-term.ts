@@ -1,6 +1,6 @@
 /** Made-up tasks and their terms by plain arithmetic, for the probe. */
 import type { AdaptedLayer, TaskInput } from "../onnx/adapted.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import { CoreSpace, type InputValue } from "./components.ts";
 import type { InputValues } from "./values.ts";
 

@@ -20,7 +20,7 @@ import {
 } from "../format/format.ts";
 import type { AdaptedLayer, TaskInput } from "../onnx/adapted.ts";
 import { pacer, throwIfAborted } from "../pace.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import { CoreSpace, type InputValue, scaled } from "./components.ts";
 import type { Engine, Tensors } from "./engine.ts";

@@ -10,8 +10,12 @@ import { pack } from "../../format/msgpackr.ts";
 import { openSource } from "../../open-source.ts";
 import { atOnce } from "../../pace.ts";
 import type { SourceInput } from "../../source.ts";
-import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
+import {
+  openSafetensors,
+  type SafetensorsEntry,
+  type SafetensorsFile,
+  writeSafetensors,
+} from "../../tensor/safetensors.ts";
 import { parseJson } from "../../tensor/tensor-file.ts";
 
 /** What a part holds: statistics of adapters, or tasks on a basis. */

@@ -23,7 +23,7 @@ import { isTaskId } from "../../format/directory.ts";
 import type { Value } from "../../format/fields.ts";
 import { LAYOUTS } from "../../format/format.ts";
 import type { SourceInput } from "../../source.ts";
-import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
+import type { SafetensorsEntry } from "../../tensor/safetensors.ts";
 import type { OnWork } from "../../work.ts";
 import type { BuildOptions } from "../recipe.ts";
 import { oneOf, type Part, readPart, toBytes, toF64, writePart } from "./part.ts";
