@@ -4,8 +4,7 @@
  * of 768×768, the attention and MLP weights of a small encoder. `--backend webgpu` measures a GPU instead.
  */
 import { createJsBackend } from "../dist/src/backends/js.js";
-import { createWasmBackend } from "../dist/src/backends/wasm.js";
-import { WASM_VARIANTS } from "../dist/src/backends/wasm-instance.js";
+import { createWasmBackend, WASM_VARIANTS } from "../dist/src/backends/wasm.js";
 import { choice, number, readArguments } from "./lib/arguments.js";
 import { MATRICES, measureFold, measureMachine, RANKS, SIZE } from "./lib/fold.js";
 import { python } from "./lib/peers.js";

@@ -8,7 +8,7 @@ import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { findAdapters } from "eigenlora/node";
-import { placeOf } from "../dist/src/format/layout.js";
+import { placeOf } from "../dist/src/format/encode.js";
 import { freshPack } from "../dist/src/pack/write.js";
 import { data } from "../examples/minilm.js";
 import { folderOf, packOfK, withAdapters } from "./lib/adapters.js";

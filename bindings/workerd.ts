@@ -4,8 +4,7 @@
  */
 
 import { checkOptions, described } from "../src/arguments.ts";
-import { type OpenOptions, openPack } from "../src/core/open-pack.ts";
-import type { Pack } from "../src/core/pack.ts";
+import { type OpenOptions, openPack, type Pack } from "../src/core/pack.ts";
 import { SourceError } from "../src/errors.ts";
 import { throwIfAborted } from "../src/pace.ts";
 import { type ByteSource, checkRange, type ReadOptions } from "../src/source.ts";

@@ -14,9 +14,9 @@ export { type PeftFiles, readPeft } from "./adapters/peft.ts";
 export { type ReadTaskFileOptions, readTaskFile, type TaskBasis } from "./core/task-file.ts";
 export type { Allocation, PrivateChoice } from "./extract/allocation.ts";
 export type { ComponentSelection } from "./extract/options.ts";
+export type { Append, Sign, TaskToWrite } from "./format/encode.ts";
 export { encodeTaskFile } from "./format/encode.ts";
 export type { ParameterRole, TaskEntry, TaskFile } from "./format/format.ts";
-export type { Append, Sign, TaskToWrite } from "./format/layout.ts";
 export { type ProjectAdaptersOptions, type ProjectedAdapter, projectAdapters } from "./pack/add.ts";
 export { type Built, buildPack } from "./pack/build.ts";
 export { taskAdapter } from "./pack/expand.ts";
@@ -26,5 +26,5 @@ export type { Amount, Goal, Judge, PerTask, SearchOptions, Tried, Way } from "./
 export { type SearchReport, searchPack } from "./pack/search.ts";
 export { createSigner, planAppend, planSignature, type SigningKey, signTaskFile } from "./pack/write.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";
-export type { SafetensorsEntry } from "./tensor/safetensors-writer.ts";
+export type { SafetensorsEntry } from "./tensor/safetensors.ts";
 export type { OnWork, WorkProgress } from "./work.ts";

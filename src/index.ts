@@ -15,12 +15,10 @@ export type {
   View,
   WeightHost,
 } from "./core/base.ts";
-export { createRuntime, type RuntimeOptions } from "./core/create.ts";
-export { type OpenOptions, openPack } from "./core/open-pack.ts";
 export type { TaskInfo } from "./core/pack.ts";
-export { type Bases, type BasesOptions, Pack, type PackEvents } from "./core/pack.ts";
+export { type Bases, type BasesOptions, type OpenOptions, openPack, Pack, type PackEvents } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
-export { Runtime } from "./core/runtime.ts";
+export { createRuntime, Runtime, type RuntimeOptions } from "./core/runtime.ts";
 export type {
   MemoryReport,
   RuntimeSwitchReport,

@@ -9,18 +9,17 @@ export { openHost } from "../dist/src/core/open-base.js";
 export { openSource } from "../dist/src/open-source.js";
 export { atOnce } from "../dist/src/pace.js";
 export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
-export { transpose } from "../dist/src/tensor/derived.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
 export { DTYPES, decodeTensor, f16ToF32, f32ToBf16, f32ToF16, tensorBytes } from "../dist/src/tensor/dtypes.js";
 export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
-export { openSafetensors } from "../dist/src/tensor/safetensors.js";
-export { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
+export { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors.js";
+export { transpose } from "../dist/src/tensor/tensor-file.js";
 export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
 
-export { reuse } from "../dist/src/core/stage.js";
+export { reuse } from "../dist/src/core/kernel-session.js";
 export { parseTaskFile } from "../dist/src/core/task-file.js";
 export { Trust } from "../dist/src/core/trust.js";
 export {
@@ -36,12 +35,18 @@ export {
 } from "../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
-export { encodeBasis, encodeSignedTaskFile, encodeTask } from "../dist/src/format/encode.js";
+export {
+  encodeBasis,
+  encodeSignedTaskFile,
+  encodeSuperblock,
+  encodeTask,
+  layoutAppend,
+  layoutFresh,
+  layoutSigned,
+} from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
-export { crc32c } from "../dist/src/format/fields.js";
+export { crc32c, integrityOf, sha256 } from "../dist/src/format/fields.js";
 export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/format.js";
-export { integrityOf, sha256 } from "../dist/src/format/hash.js";
-export { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layout.js";
 export { parseTask } from "../dist/src/format/task.js";
 export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
@@ -60,8 +65,7 @@ export { type HubName, hubName } from "../dist/src/http/hub-name.js";
 export type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
 export { createJsBackend } from "../dist/src/backends/js.js";
 export { createBackend } from "../dist/src/backends/select.js";
-export { createWasmBackend } from "../dist/src/backends/wasm.js";
-export { createHeap, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
+export { createHeap, createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
 export { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
 

@@ -2,7 +2,7 @@
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
-import { writeSafetensors } from "../../dist/src/tensor/safetensors-writer.js";
+import { writeSafetensors } from "../../dist/src/tensor/safetensors.js";
 import { data } from "../../examples/minilm.js";
 
 /**

@@ -41,7 +41,7 @@ function time(run, { warmUp, runs }, parts = 1) {
 
 /**
  * Seconds to copy the matrices, and multiply-adds per second of the better loop on registers.
- * @param {import("../../dist/src/backends/wasm-instance.js").WasmVariant} variant
+ * @param {import("../../dist/src/backends/wasm.js").WasmVariant} variant
  * @param {number} runs
  * @returns {Promise<Machine>}
  */

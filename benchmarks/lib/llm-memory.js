@@ -5,7 +5,7 @@
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
-import { placeOf } from "../../dist/src/format/layout.js";
+import { placeOf } from "../../dist/src/format/encode.js";
 import { freshPack } from "../../dist/src/pack/write.js";
 import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../../dist/src/tensor/encode.js";

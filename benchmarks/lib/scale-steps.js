@@ -6,7 +6,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { median, min } from "simple-statistics";
-import { placeOf } from "../../dist/src/format/layout.js";
+import { placeOf } from "../../dist/src/format/encode.js";
 import { freshPack } from "../../dist/src/pack/write.js";
 import { generation } from "./generation.js";
 import { clocked, cpu, inFreshProcess, peakMemory, settledMemory } from "./process.js";

@@ -5,8 +5,8 @@
 
 import { AdapterError } from "../errors.ts";
 import { isHead } from "../format/format.ts";
-import { transpose } from "../tensor/derived.ts";
-import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
+import type { SafetensorsEntry } from "../tensor/safetensors.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import {
   type AdapterFactors,
   type AdapterModule,

@@ -2,8 +2,9 @@
  * Reads a LoRA that llama.cpp's convert_lora_to_gguf.py wrote into the canonical form: names, orientation, and the order of rows that
  * llama.cpp changes for rotary embedding are those of transformers again. Portable: folders are read in folder.ts.
  */
-import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
+
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
+import { type Derived, transposed, withDerived } from "../tensor/tensor-file.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";

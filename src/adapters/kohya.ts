@@ -4,8 +4,7 @@
  * go over outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
  */
 
-import { type Derived, withDerived } from "../tensor/derived.ts";
-import type { TensorFile } from "../tensor/tensor-file.ts";
+import { type Derived, type TensorFile, withDerived } from "../tensor/tensor-file.ts";
 import { type Adapter, readAdapterFile } from "./adapter.ts";
 import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-facts.ts";
 import { foreignName } from "./diffusers.ts";

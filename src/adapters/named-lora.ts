@@ -3,8 +3,7 @@
  * Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
  */
 import { AdapterError } from "../errors.ts";
-import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
-import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
+import { type Derived, isFloatDtype, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
 import type { AdapterModule, SavedTensor } from "./adapter.ts";
 import { compare } from "./adapter.ts";
 import type { KeyRole, PeftConfig } from "./peft.ts";

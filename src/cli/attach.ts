@@ -19,7 +19,7 @@ import { openSource } from "../open-source.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, TaskEvaluator } from "../session/values.ts";
 import type { ByteSource } from "../source.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command, type Run } from "./command.ts";
 import { checkTarget, writeTogether, writeWhole } from "./files.ts";
 import { byDefault, choice, force, list, match, output, refuseUnknown, revoked, UsageError } from "./options.ts";

@@ -9,7 +9,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { FormatError, SourceError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
-import { sha256 } from "../format/hash.ts";
+import { sha256 } from "../format/fields.ts";
 import { type ProjectedAdapter, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { completeDtypes } from "../pack/recipe.ts";
 import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";

@@ -7,15 +7,14 @@ import { dirname, extname, join } from "node:path";
 import type { Exportable } from "../adapters/adapter.ts";
 import { describeBase } from "../adapters/describe-base.ts";
 import { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "../adapters/export.ts";
-import { createRuntime } from "../core/create.ts";
 import { safetensorsHost } from "../core/open-base.ts";
+import { createRuntime } from "../core/runtime.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import { COMPONENTS, componentsFile } from "../pack/components-file.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import { openSafetensors } from "../tensor/safetensors.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { checkTarget, isLink, jsonFile, stat, writeTogether, writeWhole } from "./files.ts";
 import {

@@ -3,7 +3,7 @@
  */
 import { nearest } from "../arguments.ts";
 import type { ComponentSelection, Gauge } from "../extract/options.ts";
-import { fromIntegrity } from "../format/hash.ts";
+import { fromIntegrity } from "../format/fields.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
 
 /** A wrong command line: exit code 2. */

@@ -7,11 +7,19 @@ import { checkArgument } from "../arguments.ts";
 import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { type PackModule, sharedBases } from "../format/format.ts";
 import { atOnce } from "../pace.ts";
-import { onDevice, type View } from "./base.ts";
+import { onDevice, type View, type WeightHost } from "./base.ts";
+import {
+  type ActiveTask,
+  type Expansion,
+  type KernelSession,
+  type ModulePlan,
+  planTasks,
+  UploadBuffer,
+} from "./kernel-session.ts";
+import { refuseMagnitudes } from "./merge.ts";
 import type { PackView } from "./part.ts";
-import { loadParts, refuseMagnitudes } from "./selection.ts";
-import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
-import type { Workbench } from "./workbench.ts";
+import { loadParts } from "./selection.ts";
+import type { ActiveTerms } from "./terms.ts";
 
 /** Options of `apply`. */
 export interface ApplyOptions {
@@ -30,70 +38,73 @@ interface Run {
   readonly count: number;
 }
 
-/** Coefficients of the tasks of a batch, as the backend has them. Kept for the next layer, which usually asks for the same. */
-export interface Applied {
+/** Coefficients of the tasks of a batch, as the backend has them. */
+interface Applied {
   readonly parts: readonly (readonly ActiveTask[])[];
   readonly plans: readonly ReadonlyMap<number, ModulePlan>[];
   readonly starts: readonly number[];
 }
 
+/** Kept for the next layer, which usually asks for the same. */
+const applied = new WeakMap<KernelSession, Applied>();
+
 /**
- * @param tasks by row. Default: those of the active selection for all
+ * Adds the term of a module for a batch.
+ * @param host of the base, where there is one
+ * @param active tasks of all rows, where `tasks` does not say them by row
+ * @param x f32 [rows, …, in]
+ * @param y f32 [rows, …, out], added to
  * @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition
+ * @throws TypeError, RangeError when shapes or types do not fit
  */
-export async function partsOfRows(
-  { view, ignored }: { readonly view: PackView; readonly ignored: ReadonlySet<string> },
-  tasks: ApplyOptions["tasks"],
+export async function apply(
+  {
+    view,
+    ignored,
+    terms,
+  }: { readonly view: PackView; readonly ignored: ReadonlySet<string>; readonly terms: ActiveTerms },
+  kernels: KernelSession,
+  host: WeightHost | undefined,
   active: readonly ActiveTask[],
-  index: number,
-): Promise<(readonly ActiveTask[])[]> {
-  let parts: (readonly ActiveTask[])[] = [active];
+  name: string,
+  x: View,
+  y: View,
+  tasks: ApplyOptions["tasks"],
+): Promise<void> {
+  const index = terms.indexOf(name);
+  let rows: (readonly ActiveTask[])[] = [active];
   if (tasks) {
     checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
     const known = new Map<string | null, ActiveTask[]>();
     for (const task of tasks) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored));
-    parts = tasks.map((task) => known.get(task)!);
+    rows = tasks.map((task) => known.get(task)!);
   }
-  refuseMagnitudes(parts.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
-  return parts;
-}
-
-/**
- * @param rows the parts of each row's task; one for all rows, or one for each
- * @param x f32 [rows, …, in]
- * @param y f32 [rows, …, out], added to
- * @param known what the call before returned
- * @throws TypeError, RangeError when shapes or types do not fit
- */
-export async function apply(
-  bench: Workbench,
-  modules: readonly PackModule[],
-  index: number,
-  rows: readonly (readonly ActiveTask[])[],
-  x: View,
-  y: View,
-  known: Applied | undefined,
-): Promise<Applied> {
+  refuseMagnitudes(rows.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
+  if (!host) terms.checkUnbased(view, new Set(rows.flat()), false);
+  const { modules } = view;
   const module = modules[index]!;
   const count = checkShapes(module, rows.length, x, y);
-  const applied = known && same(known, rows) ? known : uploadCoefficients(bench, modules, rows);
-  const { backend } = bench;
-  const input = placeOf(bench, "x", x, count * module.in);
-  const output = placeOf(bench, "y", y, count * module.out);
+  const known = applied.get(kernels);
+  // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
+  applied.delete(kernels);
+  const { parts, plans, starts } = known && same(known, rows) ? known : uploadCoefficients(kernels, modules, rows);
+  const { backend } = kernels;
+  const input = placeOf(kernels, "x", x, count * module.in);
+  const output = placeOf(kernels, "y", y, count * module.out);
   const vectors = count / rows.length;
-  const runs = rows.map((parts, i): Run => {
-    const task = applied.parts.findIndex((one) => one === parts || sameParts(one, parts));
-    return { plan: applied.plans[task]!.get(index), start: applied.starts[task]!, row: i * vectors, count: vectors };
+  const runs = rows.map((row, i): Run => {
+    const task = parts.findIndex((one) => one === row || sameParts(one, row));
+    return { plan: plans[task]!.get(index), start: starts[task]!, row: i * vectors, count: vectors };
   });
-  applyColumns(bench, module, runs, input, output, count);
-  for (const run of runs) if (run.plan) applyFactors(bench, module, run, input, output);
+  applyColumns(kernels, module, runs, input, output, count);
+  for (const run of runs) if (run.plan) applyFactors(kernels, module, run, input, output);
   if (onDevice(y.data)) backend.submit!();
   else
     y.data.set(
       backend.view ? backend.view(output, 4 * count * module.out) : await backend.read!(output, 4 * count * module.out),
       y.byteOffset,
     );
-  return applied;
+  applied.set(kernels, { parts, plans, starts });
 }
 
 /** Vectors in the batch. */
@@ -132,36 +143,38 @@ function sameParts(a: readonly ActiveTask[], b: readonly ActiveTask[]): boolean 
 }
 
 function uploadCoefficients(
-  bench: Workbench,
+  kernels: KernelSession,
   modules: readonly PackModule[],
   rows: readonly (readonly ActiveTask[])[],
 ): Applied {
   const parts: (readonly ActiveTask[])[] = [];
   for (const row of rows) if (!parts.some((one) => sameParts(one, row))) parts.push(row);
-  const stagings = parts.map(() => new Staging());
-  const plans = parts.map((one, i) => new Map(stage(one, modules, stagings[i]!).map((plan) => [plan.module, plan])));
+  const buffers = parts.map(() => new UploadBuffer());
+  const plans = parts.map(
+    (tasks, i) => new Map(planTasks(tasks, modules, buffers[i]!).map((plan) => [plan.module, plan])),
+  );
   const starts: number[] = [];
   let used = 0;
-  for (const staging of stagings) {
+  for (const buffer of buffers) {
     starts.push(used);
-    used += staging.used;
+    used += buffer.used;
   }
   const all = new Float32Array(used);
-  for (const [i, { values, used: count }] of stagings.entries()) all.set(values.subarray(0, count), starts[i]);
-  bench.backend.upload(bench.reserve("applied", all.byteLength), new Uint8Array(all.buffer));
+  for (const [i, { values, used: count }] of buffers.entries()) all.set(values.subarray(0, count), starts[i]);
+  kernels.backend.upload(kernels.reserve("applied", all.byteLength), new Uint8Array(all.buffer));
   return { parts, plans, starts };
 }
 
 /** The vectors where the backend reads and writes them. */
-function placeOf(bench: Workbench, name: "x" | "y", { data, byteOffset }: View, length: number): Slice {
+function placeOf(kernels: KernelSession, name: "x" | "y", { data, byteOffset }: View, length: number): Slice {
   if (onDevice(data)) {
-    if (bench.backend.adopt) return { block: bench.backend.adopt(data), byteOffset };
+    if (kernels.backend.adopt) return { block: kernels.backend.adopt(data), byteOffset };
     throw new TypeError(
-      `apply: ${name} lies on a device, and the backend is ${bench.backend.name}: pass webgpu: { device }`,
+      `apply: ${name} lies on a device, and the backend is ${kernels.backend.name}: pass webgpu: { device }`,
     );
   }
-  const place = bench.reserve(name, 4 * length);
-  bench.backend.upload(place, data.subarray(byteOffset, byteOffset + 4 * length));
+  const place = kernels.reserve(name, 4 * length);
+  kernels.backend.upload(place, data.subarray(byteOffset, byteOffset + 4 * length));
   return place;
 }
 
@@ -170,7 +183,7 @@ type Factor = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
 
 /** Terms between components: y += ((x·E_Aᵀ)·α_Aᵀ·α_B)·E_B, the products with components once for all tasks. */
 function applyColumns(
-  bench: Workbench,
+  kernels: KernelSession,
   module: PackModule,
   runs: readonly Run[],
   x: Slice,
@@ -178,23 +191,23 @@ function applyColumns(
   count: number,
 ): void {
   const pieces = runs.map(({ plan }) =>
-    (plan?.core ? plan.A.shared : []).map((a, i): [Expansion, Expansion] => [a, plan!.Bt.shared[i]!]),
+    (plan?.core ? plan.A.expansions : []).map((a, i): [Expansion, Expansion] => [a, plan!.Bt.expansions[i]!]),
   );
   const most = Math.max(...pieces.map(({ length }) => length));
   if (most === 0) return;
-  const { backend } = bench;
+  const { backend } = kernels;
   const { A, B } = sharedBases(module)!;
   const [KA, KB] = [A.tensor.rows, B.tensor.rows];
   const ranks = Math.max(...pieces.flat().map(([{ rows }]) => rows));
-  const onA = bench.reserve("onA", 4 * count * KA);
-  const inner = bench.reserve("inner", 4 * count * ranks);
-  const onB = bench.reserve("onB", 4 * count * KB);
-  const { block } = bench.reserved("applied");
+  const onA = kernels.reserve("onA", 4 * count * KA);
+  const inner = kernels.reserve("inner", 4 * count * ranks);
+  const onB = kernels.reserve("onB", 4 * count * KB);
+  const { block } = kernels.reserved("applied");
   const factor = (run: Run, piece: Expansion | undefined, width: number): Factor => {
     // No rows make zeros, for rows of the batch without a task.
     return { basis: at(block, piece && 4 * (run.start + piece.at)), dtype: "f32", rows: piece?.rows ?? 0, width };
   };
-  backend.project({ out: onA, x, ...bench.components(A), count });
+  backend.project({ out: onA, x, ...kernels.components(A), count });
   // Piece by piece, so that a device does each step for all rows at once.
   for (let piece = 0; piece < most; piece++) {
     for (const [i, run] of runs.entries()) {
@@ -209,16 +222,16 @@ function applyColumns(
       backend.expand({ out, coefficients, ...factor(run, b, KB), rank: run.count, add: piece > 0 });
     }
   }
-  backend.expand({ out: y, coefficients: onB, ...bench.components(B), rank: count, add: true });
+  backend.expand({ out: y, coefficients: onB, ...kernels.components(B), rank: count, add: true });
 }
 
-/** Terms of factors: private ones, and where no core lies between components all rows, expanded: y += (x·Aᵀ)·Bt. */
-function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Run, x: Slice, y: Slice): void {
-  const { backend } = bench;
-  const { block } = bench.reserved("applied");
-  const staged = (first: number): Slice => at(block, 4 * (run.start + first));
+/** Terms of factors: residual pairs, and where no core lies between components all rows, expanded: y += (x·Aᵀ)·Bt. */
+function applyFactors(kernels: KernelSession, { in: inputs, out }: PackModule, run: Run, x: Slice, y: Slice): void {
+  const { backend } = kernels;
+  const { block } = kernels.reserved("applied");
+  const uploaded = (first: number): Slice => at(block, 4 * (run.start + first));
   const add = (A: Slice, Bt: Slice, rank: number): void => {
-    const between = bench.reserve("inner", 4 * run.count * rank);
+    const between = kernels.reserve("inner", 4 * run.count * rank);
     const of = { dtype: "f32", rows: rank } as const;
     const [rowsOfX, rowsOfY] = [after(x, 4 * run.row * inputs), after(y, 4 * run.row * out)];
     backend.project({ out: between, x: rowsOfX, basis: A, ...of, count: run.count, width: inputs });
@@ -226,12 +239,12 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
   };
   const { A, Bt, core, rank } = run.plan!;
   if (core) {
-    for (const [i, { at: a, rank }] of A.private.entries()) add(staged(a), staged(Bt.private[i]!.at), rank);
+    for (const [i, { at: a, rank }] of A.residual.entries()) add(uploaded(a), uploaded(Bt.residual[i]!.at), rank);
     return;
   }
-  const factors = bench.reserve("factors", 4 * rank * (inputs + out));
+  const factors = kernels.reserve("factors", 4 * rank * (inputs + out));
   const second = after(factors, 4 * rank * inputs);
-  atOnce(bench.fill(A, staged(0), factors, inputs));
-  atOnce(bench.fill(Bt, staged(0), second, out));
+  atOnce(kernels.fill(A, uploaded(0), factors, inputs));
+  atOnce(kernels.fill(Bt, uploaded(0), second, out));
   add(factors, second, rank);
 }

@@ -99,12 +99,6 @@ export function onDevice(data: View["data"] | undefined): data is DeviceBuffer {
   return data !== undefined && !ArrayBuffer.isView(data);
 }
 
-/** A view of the CPU's memory, in memory of its own. */
-export function copyOf(view: CpuView): CpuView {
-  const { data, byteOffset } = view;
-  return { ...view, data: data.slice(byteOffset, byteOffset + byteLengthOf(view)), byteOffset: 0 };
-}
-
 /** Bytes of a parameter. */
 export function byteLengthOf({ dtype, shape }: Pick<Parameter, "dtype" | "shape">): number {
   return shape.reduce((a, b) => a * b, rowBytes(dtype, 1));

@@ -239,6 +239,12 @@ export function fingerprint(name: string, out: number, inputs: number, at: Weigh
   return values;
 }
 
+/** @throws BaseMismatchError as `checkFingerprint` */
+export function checkWeight(module: PackModule, weight: Located, bytes: Uint8Array, bases: Uint8Array): void {
+  const values = weightAt(bytes, weight.dtype, module.out, module.in, weight.transposed);
+  checkFingerprint(module, weight.name, values, bases, SAME_FLOAT);
+}
+
 /**
  * @param least correlation to accept
  * @param name of the weight in the base

@@ -11,20 +11,18 @@ import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import {
   type CpuView,
   type Locator,
-  onDevice,
   type Parameter,
   sameShape,
   type View,
   viewValues,
   type WeightHost,
 } from "./base.ts";
+import type { ActiveTask, KernelSession } from "./kernel-session.ts";
 import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
-import type { ActiveTask } from "./stage.ts";
-import { biasedRows, isTied, leads, mayBeTied } from "./tied.ts";
+import type { TiedBase } from "./tied.ts";
 import { readWeight, type Slot } from "./weights.ts";
-import type { Workbench } from "./workbench.ts";
 
 /** A parameter of the active task that differs from the base's. */
 export interface Replacement {
@@ -47,7 +45,7 @@ export interface Resolved {
 /** Sources of the base's values. */
 export interface BaseValues {
   readonly host: WeightHost | undefined;
-  readonly bench: Workbench;
+  readonly kernels: KernelSession;
   readonly folded: boolean;
 }
 
@@ -124,8 +122,9 @@ export class Parameters {
     const changes = changesOf(parts, ({ part, parameter }) =>
       this.#baseName(parameter, part.id, alone, base.host !== undefined),
     );
-    for (const [name, list] of [...changes]) await this.#tie(changes, name, list, base, signal);
-    const tables = new Set<string>();
+    const tables = [...changes.values()].flat().some(({ parameter }) => parameter.role === "rows")
+      ? await (await import("./tied.ts")).tieRows(changes, this.#tiedBase(base, signal))
+      : new Set<string>();
     const parameters = new Map<string, Replacement>();
     const weights = new Map<number, Uint8Array<ArrayBuffer>>();
     const [added, replaced]: string[][] = [[], []];
@@ -134,7 +133,6 @@ export class Parameters {
       const slot = this.#slots[index];
       const known = this.#base.parameters.get(name);
       const whole = isWhole(name, list);
-      if (known && leads(known) && list.every(({ parameter }) => parameter.role === "rows")) tables.add(name);
       const original = slot && whole ? undefined : await this.#original(name, slot, base, signal);
       const merged = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
@@ -165,54 +163,27 @@ export class Parameters {
     return across ? turn(addDifferences(name, list, turn(base))) : addDifferences(name, list, base);
   }
 
-  /** Adds to `changes` the same rows of whatever is tied to an embedding, where a task has no rows of its own for it. */
-  async #tie(
-    changes: Map<string, ParameterChange[]>,
-    name: string,
-    list: readonly ParameterChange[],
-    base: BaseValues,
-    signal: AbortSignal | undefined,
-  ): Promise<void> {
-    const rows = list.filter(({ parameter }) => parameter.role === "rows");
-    const known = this.#base.parameters.get(name);
-    for (const tied of rows.length > 0 && known && leads(known) ? await this.#tiedTo(name, base, signal) : []) {
-      const others = changes.get(tied) ?? [];
-      const slot = this.#slots.find(({ weight }) => weight.name === tied);
-      const own = slot ? `${slot.module.name}.weight` : tied;
-      const following = rows
-        .filter(({ part }) => others.every((other) => other.part !== part))
-        .map(({ part, parameter }) => ({ part, parameter: { ...parameter, name: own } }));
-      if (following.length > 0) changes.set(tied, [...others, ...following]);
-    }
-  }
-
-  /** Names of what is tied to an embedding and lies in memory of its own. */
-  async #tiedTo(name: string, base: BaseValues, signal: AbortSignal | undefined): Promise<readonly string[]> {
-    const known = this.#tied.get(name);
-    if (known) return known;
-    const slotOf = (of: string): Slot | undefined => this.#slots.find(({ weight }) => weight.name === of);
-    const table = (await this.#original(name, slotOf(name), base, signal))!;
-    const found: string[] = [];
-    for (const one of this.#base.parameters.values()) {
-      const { name: other, layout } = one;
-      if (other === name || this.#ignored.has(other) || !mayBeTied(one, table.shape)) continue;
-      if (base.host!.begin && isOnePlace(base.host!, name, other)) continue;
-      const slot = slotOf(other);
-      const kept = this.#pristine.get(other);
-      const view = kept ?? (slot ? await this.#original(other, slot, base, signal) : await base.host!.read(other));
-      if (!isTied({ ...(view as CpuView), ...(layout && { layout }) }, table)) continue;
-      if (this.#base.parameters.has(other.replace(/weight$/, "bias"))) throw biasedRows(other);
-      found.push(other);
-    }
-    this.#tied.set(name, found);
-    return found;
+  /** The base as `tied.ts` looks for what is tied in it. */
+  #tiedBase(base: BaseValues, signal: AbortSignal | undefined): TiedBase {
+    const slotOf = (name: string): Slot | undefined => this.#slots.find(({ weight }) => weight.name === name);
+    const { parameters } = this.#base;
+    return {
+      ...{ parameters, host: base.host, ignored: this.#ignored, tied: this.#tied },
+      moduleOf: (name) => slotOf(name)?.module.name,
+      table: async (name) => (await this.#original(name, slotOf(name), base, signal))!,
+      read: async (name) => {
+        const slot = slotOf(name);
+        const kept = this.#pristine.get(name) ?? (slot && (await this.#original(name, slot, base, signal)));
+        return kept ?? ((await base.host!.read(name, undefined, { signal })) as CpuView);
+      },
+    };
   }
 
   /** The base's value of a parameter; undefined where it has none. */
   async #original(
     name: string,
     slot: Slot | undefined,
-    { host, bench: { backend } }: BaseValues,
+    { host, kernels: { backend } }: BaseValues,
     signal: AbortSignal | undefined,
   ): Promise<CpuView | undefined> {
     if (slot) {
@@ -335,14 +306,6 @@ function headAsStored({ name, shape: stored, layout }: Parameter, { part }: Para
     `task "${part.id}" brings "${name}" as [out ${out}, in ${inputs}], but the base's is [${stored.join(", ")}] ` +
     "(stored as [in, out]); leave it out with `ignore`";
   throw new BaseMismatchError(message, { module: name, expected: stored, found: head.shape });
-}
-
-/** Whether a host has two parameters in the same memory, so that one write changes both. */
-function isOnePlace(host: WeightHost, name: string, other: string): boolean {
-  const [one, two] = [host.view?.(name), host.view?.(other)];
-  if (!one || !two || one.byteOffset !== two.byteOffset) return false;
-  if (onDevice(one.data) || onDevice(two.data)) return one.data === two.data;
-  return one.data.buffer === two.data.buffer && one.data.byteOffset === two.data.byteOffset;
 }
 
 /** A matrix, transposed. */

@@ -11,10 +11,20 @@ import { atOnce, paced, pacer } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
+import type { KernelSession } from "./kernel-session.ts";
+import {
+  type ActiveTask,
+  coreBases,
+  hasCore,
+  type ModulePlan,
+  put,
+  type ResidualRows,
+  reuse,
+  writeCore,
+} from "./kernel-session.ts";
+import { refuseMagnitudes } from "./merge.ts";
 import type { PackView } from "./part.ts";
-import { type ActiveTask, coreBases, hasCore, type ModulePlan, type Private, put, reuse, writeCore } from "./stage.ts";
-import { readWeight, type Slot } from "./weights.ts";
-import type { Workbench } from "./workbench.ts";
+import { type FoldContext, readWeight, type Slot, type TaskWriter, type WeightChange } from "./weights.ts";
 
 /** Numbers that are copied at a time. */
 const PIECE = 2 ** 18;
@@ -56,12 +66,13 @@ export function checkExpansion(
   );
 }
 
-export class ActiveTerms {
+/** The terms of the active task. */
+export class ActiveTerms implements TaskWriter {
   readonly #mode: "core" | "factors";
   readonly #modules: readonly PackModule[];
   readonly #slots: readonly Slot[];
   #active: ReadonlyMap<number, Term> = new Map();
-  /** ActiveTerms of the task before. The next task's are written there, so that the active ones stay whole until all are made. */
+  /** Terms of the previous task. The next task's are written there, so that the active ones stay whole until all are made. */
   #spare: ReadonlyMap<number, Term> = new Map();
 
   constructor(mode: "core" | "factors", modules: readonly PackModule[], slots: readonly Slot[]) {
@@ -70,39 +81,45 @@ export class ActiveTerms {
     this.#slots = slots;
   }
 
-  /** @throws TaskError as `checkExpansion` */
-  check(pack: Pick<PackView, "name" | "modules">, tasks: Iterable<ActiveTask>): void {
+  /**
+   * Refuses what only a base bounds, the shapes of terms, or what needs its weights, where there is none.
+   * @param scaled whether scales of DoRA are wanted
+   * @throws TaskError as `checkExpansion`, and for DoRA
+   */
+  checkUnbased(pack: PackView, tasks: Iterable<ActiveTask>, scaled = true): void {
     for (const { id, blob } of tasks) checkExpansion(pack, id, blob, this.#mode);
+    if (scaled) refuseMagnitudes([...tasks], pack, () => true, "pass `base`");
   }
 
   /** Modules whose terms change, with the pristine weights that DoRA's scales need. */
   async prepare(
     plans: readonly ModulePlan[],
-    host: WeightHost | undefined,
+    { parameters }: Pick<WeightChange, "parameters">,
+    host: WeightHost,
     signal: AbortSignal | undefined,
-  ): Promise<Map<number, Uint8Array | undefined>> {
+  ): Promise<WeightChange> {
     const weights = new Map<number, Uint8Array | undefined>(
       [...this.#active.keys()].map((module) => [module, undefined]),
     );
     for (const { module, magnitude } of plans) {
       const scaled = magnitude !== undefined;
-      weights.set(module, scaled ? await readWeight(host!, this.#slots[module]!, undefined, { signal }) : undefined);
+      weights.set(module, scaled ? await readWeight(host, this.#slots[module]!, undefined, { signal }) : undefined);
     }
-    return weights;
+    const modules = new Set(plans.map(({ module }) => module));
+    return { plans, modules, weights, parameters, tables: new Set() };
   }
 
-  /** Makes the terms of the plans. @returns makes them the active ones; call it together with what else the task changes */
-  async make(
-    plans: readonly ModulePlan[],
-    weights: ReadonlyMap<number, Uint8Array | undefined>,
-    bench: Workbench,
+  async write(
+    { plans, weights }: WeightChange,
+    { kernels }: FoldContext,
+    _former: unknown,
     signal: AbortSignal | undefined,
   ): Promise<() => void> {
     const weightOf = (module: number): PristineWeight => {
       return { ...this.#slots[module]!.weight, data: weights.get(module)!, byteOffset: 0 };
     };
-    const made = await unfold(plans, bench, this.#mode, weightOf, { old: this.#spare, signal });
-    await bench.backend.finish();
+    const made = await unfold(plans, kernels, this.#mode, weightOf, { old: this.#spare, signal });
+    await kernels.backend.finish();
     return () => {
       this.#spare = this.#active;
       this.#active = made;
@@ -143,7 +160,7 @@ export type Factors = Pick<Term, "A" | "Bt">;
 export type PristineWeight = CpuView & { readonly transposed?: boolean };
 
 interface UnfoldOptions {
-  /** ActiveTerms that are no longer read: their arrays are used again where they fit. */
+  /** Terms that are no longer read: their arrays are used again where they fit. */
   readonly old?: ReadonlyMap<number, Pick<Term, "A" | "Bt" | "core">> | undefined;
   /** Sides of a module whose factors are wanted as coefficients over all its components. Default: none. */
   readonly over?: ((module: number) => ReadonlySet<"A" | "B"> | undefined) | undefined;
@@ -153,14 +170,14 @@ interface UnfoldOptions {
 }
 
 /**
- * ActiveTerms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
+ * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
  * `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors. Long work lets others have a turn.
  * @param weightOf a module of a plan with magnitudes
  * @throws the reason of `signal`, once it is aborted
  */
 export async function unfold(
   plans: readonly ModulePlan[],
-  bench: Workbench,
+  kernels: KernelSession,
   mode: "core" | "factors",
   weightOf: (module: number) => PristineWeight,
   { old, over, turned = false, signal }: UnfoldOptions = {},
@@ -169,21 +186,21 @@ export async function unfold(
   const isExpanded = (plan: ModulePlan): boolean =>
     !hasCore(plan, mode) && sidesToExpand(plan, over?.(plan.module)).length > 0;
   const computed = plans.filter((plan) => plan.magnitude !== undefined || isExpanded(plan));
-  if (computed.length > 0) bench.prepare(computed);
-  const onDevice = !bench.backend.view;
-  const fetched = onDevice && computed.length > 0 ? await fetchFactors(bench, isExpanded) : undefined;
+  if (computed.length > 0) kernels.prepare(computed);
+  const onDevice = !kernels.backend.view;
+  const fetched = onDevice && computed.length > 0 ? await fetchFactors(kernels, isExpanded) : undefined;
   const terms = new Map<number, Term>();
   for (const plan of plans) {
-    const made = !fetched && isExpanded(plan) ? paced(bench.expand(plan), pause) : undefined;
+    const made = !fetched && isExpanded(plan) ? paced(kernels.expand(plan), pause) : undefined;
     if (made) await made;
     const expanded = (): Factors => {
       if (fetched) return fetched.get(plan.module)!;
-      const { A, Bt } = bench.factors(plan);
-      const { in: inputs, out } = bench.modules[plan.module]!;
-      return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
+      const { A, Bt } = kernels.factors(plan);
+      const { in: inputs, out } = kernels.modules[plan.module]!;
+      return { A: floatsAt(kernels, A, plan.rank * inputs), Bt: floatsAt(kernels, Bt, plan.rank * out) };
     };
     const how = { old: old?.get(plan.module), over: over?.(plan.module), turned };
-    const work = hasCore(plan, mode) ? besideCore(plan, bench, how) : placed(plan, bench, how, expanded);
+    const work = hasCore(plan, mode) ? besideCore(plan, kernels, how) : placed(plan, kernels, how, expanded);
     const term = paced(work, pause);
     terms.set(plan.module, term instanceof Promise ? await term : term);
     const turn = pause();
@@ -192,13 +209,13 @@ export async function unfold(
   for (const plan of plans) {
     if (plan.magnitude === undefined) continue;
     const { data, dtype, transposed = false } = weightOf(plan.module);
-    const base = bench.reserve("weight", data.length);
-    bench.backend.upload(base, data);
+    const base = kernels.reserve("weight", data.length);
+    kernels.backend.upload(base, data);
     // DoRA's scale [out], in scratch memory until the next is made.
-    const turn = paced(bench.rowScale(plan, { dtype, transposed }, base), pause);
+    const turn = paced(kernels.rowScale(plan, { dtype, transposed }, base), pause);
     if (turn) await turn;
-    const [scale, { out }] = [bench.reserved("scale"), bench.modules[plan.module]!];
-    const rowScale = onDevice ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
+    const [scale, { out }] = [kernels.reserved("scale"), kernels.modules[plan.module]!];
+    const rowScale = onDevice ? await fetchFloats(kernels, scale, out) : floatsAt(kernels, scale, out).slice();
     terms.set(plan.module, { ...terms.get(plan.module)!, rowScale });
   }
   return terms;
@@ -213,46 +230,49 @@ interface Wanted {
 
 /** Sides with rows of components that are not wanted as coefficients. */
 function sidesToExpand(plan: ModulePlan, over: Wanted["over"]): ("A" | "B")[] {
-  return (["A", "B"] as const).filter((side) => !over?.has(side) && plan[FACTORS[side]].shared.length > 0);
+  return (["A", "B"] as const).filter((side) => !over?.has(side) && plan[FACTORS[side]].expansions.length > 0);
 }
 
 /** A term whose sides are taken each by itself: coefficients over all components of the side, rows of the tasks' own, expanded rows. */
 function* placed(
   plan: ModulePlan,
-  bench: Workbench,
+  kernels: KernelSession,
   { old, over, turned }: Wanted,
   expanded: () => Factors,
 ): Generator<void, Term> {
-  const module = bench.modules[plan.module]!;
-  const staged = bench.staging.values;
+  const module = kernels.modules[plan.module]!;
+  const uploaded = kernels.buffer.values;
   const rank = Math.max(plan.rank, 1);
   const toExpand = sidesToExpand(plan, over);
   const made = toExpand.length > 0 ? expanded() : undefined;
-  function* side(which: "A" | "B", width: number, turned: boolean): Generator<void, Float32Array> {
+  const arrays: { A?: Float32Array; Bt?: Float32Array } = {};
+  for (const which of ["A", "B"] as const) {
     const key = FACTORS[which];
-    const { shared, own, private: apart } = plan[key];
+    const turn = turned && which === "A";
+    const width = which === "A" ? module.in : module.out;
+    const { expansions, residual } = plan[key];
     const bases = module[which];
     const K = bases.reduce((sum, { tensor }) => sum + tensor.rows, 0);
     const out = reuse(old?.[key], rank * (over?.has(which) ? K : width));
-    // Rows of the task's own and expanded ones fill all of it.
+    arrays[key] = out;
+    // Residual rows and expanded ones fill all of it.
     if (over?.has(which) || plan.rank === 0) out.fill(0);
     if (over?.has(which)) {
-      const coefficients = { rank, width: K, turned };
-      for (const { at, rows, basis, row } of shared) {
+      const coefficients = { rank, width: K, turned: turn };
+      for (const { at, rows, basis, row } of expansions) {
         let start = 0;
         for (const other of bases.slice(0, bases.indexOf(basis))) start += other.tensor.rows;
-        putAt(staged, at, rows, basis.tensor.rows, out, row, start, coefficients);
+        putAt(uploaded, at, rows, basis.tensor.rows, out, row, start, coefficients);
       }
     } else if (toExpand.includes(which)) {
       const rows = Math.max(1, Math.floor(PIECE / width));
       for (let row = 0; row < rank; row += rows) {
-        put(made![key].subarray(row * width, (row + rows) * width), out, row, rank, width, turned);
-        yield;
+        if (row > 0) yield;
+        put(made![key].subarray(row * width, (row + rows) * width), out, row, rank, width, turn);
       }
-    } else for (const piece of [...own, ...apart]) readRows(piece, staged, out, rank, width, turned);
-    return out;
+    } else for (const rows of residual) readRows(rows, uploaded, out, rank, width, turn);
   }
-  return { rank, A: yield* side("A", module.in, turned), Bt: yield* side("B", module.out, false) };
+  return { rank, A: arrays.A!, Bt: arrays.Bt! };
 }
 
 /** Writes rows [rows, count] of `values` from `at` on into [rank, width] from `row` and `column` on; or, turned, into [width, rank]. */
@@ -272,29 +292,29 @@ function putAt(
 }
 
 /** The term of a plan that has a core, and the private rows of all its tasks beside it. */
-function* besideCore(plan: ModulePlan, bench: Workbench, { old, turned }: Wanted): Generator<void, Term> {
-  const { in: inputs, out } = bench.modules[plan.module]!;
-  const staged = bench.staging.values;
-  const [KA, KB] = [plan.A.shared[0]!.basis.tensor.rows, plan.Bt.shared[0]!.basis.tensor.rows];
+function* besideCore(plan: ModulePlan, kernels: KernelSession, { old, turned }: Wanted): Generator<void, Term> {
+  const { in: inputs, out } = kernels.modules[plan.module]!;
+  const uploaded = kernels.buffer.values;
+  const [KA, KB] = [plan.A.expansions[0]!.basis.tensor.rows, plan.Bt.expansions[0]!.basis.tensor.rows];
   const core = reuse(old?.core, KA * KB);
-  yield* writeCore(plan, staged, core, 0, KB);
-  const own = plan.A.private.reduce((sum, piece) => sum + piece.rank, 0);
-  const rank = Math.max(own, 1);
+  yield* writeCore(plan, uploaded, core, 0, KB);
+  const stored = plan.A.residual.reduce((sum, rows) => sum + rows.rank, 0);
+  const rank = Math.max(stored, 1);
   const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
-  if (own === 0) for (const array of [A, Bt]) array.fill(0);
+  if (stored === 0) for (const array of [A, Bt]) array.fill(0);
   let row = 0;
-  for (const [i, piece] of plan.A.private.entries()) {
-    readRows({ ...piece, row }, staged, A, rank, inputs, turned);
-    readRows({ ...plan.Bt.private[i]!, row }, staged, Bt, rank, out, false);
-    row += piece.rank;
+  for (const [i, rows] of plan.A.residual.entries()) {
+    readRows({ ...rows, row }, uploaded, A, rank, inputs, turned);
+    readRows({ ...plan.Bt.residual[i]!, row }, uploaded, Bt, rank, out, false);
+    row += rows.rank;
   }
   return { rank, A, Bt, core };
 }
 
 /** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */
 function readRows(
-  { at, row, rank: rows, stored }: Private,
-  staged: Float32Array,
+  { at, row, rank: rows, stored }: ResidualRows,
+  uploaded: Float32Array,
   out: Float32Array,
   rank: number,
   width: number,
@@ -309,34 +329,40 @@ function readRows(
     if (fast) return out.set(fast, turned ? 0 : row * width);
     const places = turned ? { at: row, down: 1, along: rank } : { at: row * width, down: width, along: 1 };
     placeTensor(dtype, bytes, rows, width, out, places, strength);
-  } else put(staged.subarray(at, at + rows * width), out, row, rank, width, turned);
+  } else put(uploaded.subarray(at, at + rows * width), out, row, rank, width, turned);
 }
 
 /** Reads the factors that are not in a core from a device, by module: one read a round. */
 async function fetchFactors(
-  bench: Workbench,
+  kernels: KernelSession,
   isExpanded: (plan: ModulePlan) => boolean,
 ): Promise<Map<number, Factors>> {
   const factors = new Map<number, Factors>();
-  for (const round of bench.rounds) {
+  for (const round of kernels.rounds) {
     const wanted = round.filter(isExpanded);
     if (wanted.length === 0) continue;
-    for (const plan of wanted) atOnce(bench.expand(plan));
-    const places = wanted.map((plan) => bench.factors(plan));
+    for (const plan of wanted) atOnce(kernels.expand(plan));
+    const places = wanted.map((plan) => kernels.factors(plan));
     const { block } = places[0]!.A;
-    const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
+    const all = await fetchFloats(kernels, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
     for (const [i, { module, rank }] of wanted.entries()) {
       const part = ({ byteOffset }: Slice, width: number): Float32Array =>
         all.subarray(byteOffset / 4, byteOffset / 4 + rank * width);
-      const { in: inputs, out } = bench.modules[module]!;
+      const { in: inputs, out } = kernels.modules[module]!;
       factors.set(module, { A: part(places[i]!.A, inputs), Bt: part(places[i]!.Bt, out) });
     }
   }
   return factors;
 }
 
+/** f32 values as they lie in the CPU's memory; valid until memory is allocated. */
+function floatsAt({ backend }: KernelSession, slice: Slice, count: number): Float32Array {
+  const { buffer, byteOffset } = backend.view!(slice, 4 * count);
+  return new Float32Array(buffer, byteOffset, count);
+}
+
 /** `count` f32 values, once everything recorded before has taken effect. */
-async function fetchFloats({ backend }: Workbench, slice: Slice, count: number): Promise<Float32Array> {
+async function fetchFloats({ backend }: KernelSession, slice: Slice, count: number): Promise<Float32Array> {
   const { buffer, byteOffset } = await backend.read!(slice, 4 * count);
   return new Float32Array(buffer, byteOffset, count);
 }

@@ -2,7 +2,7 @@
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
 
-import { type Binaries, type Instance, instantiate } from "../backends/wasm-instance.ts";
+import { type Binaries, type Instance, instantiate } from "../backends/wasm.ts";
 import { BackendError } from "../errors.ts";
 import { mirrored, PLAIN, type Products, type Tridiagonal } from "./linalg.ts";
 

@@ -34,15 +34,15 @@ export function* parseTask(
   { id, brings }: Pick<TaskEntry, "id" | "brings">,
 ): Generator<void, TaskBlob> {
   const f: Fields = new Fields(bytes, file, `task "${id}"`);
-  f.check(bytes.length >= 8 && f.u32(0) === TASK_BLOB_MAGIC, () => "this is not a task blob");
+  if (bytes.length < 8 || f.u32(0) !== TASK_BLOB_MAGIC) f.fail("this is not a task blob");
   const headerLength = f.u32(4);
-  f.check(headerLength <= bytes.length - 8, () => `a header of ${headerLength} bytes in a blob of ${bytes.length}`);
+  if (headerLength > bytes.length - 8) f.fail(`a header of ${headerLength} bytes in a blob of ${bytes.length}`);
   const root = (yield* decode(bytes.subarray(8, 8 + headerLength), file, f.part, "header")).items(2);
   const { place: tensor, full } = placing(4, 8 + headerLength, bytes.length, file, f.part);
   let last = -1;
   const terms = yield* root[0]!.list(65_536, (term: Value) => {
     const parsed = parseTerm(term, modules, tensor);
-    term.check(parsed.module > last, () => "terms are not sorted by module");
+    if (parsed.module <= last) term.fail("terms are not sorted by module");
     last = parsed.module;
     return parsed;
   });
@@ -51,7 +51,7 @@ export function* parseTask(
   for (const parameter of root[1]!.each(65_536)) {
     const parsed = yield* parseParameter(parameter, tensor);
     const key = `${parsed.role} ${parsed.name}`;
-    f.check(!names.has(key), () => `"${parsed.name}" is there twice`);
+    if (names.has(key)) f.fail(`"${parsed.name}" is there twice`);
     names.add(key);
     parameters.push(parsed);
     yield;
@@ -60,7 +60,7 @@ export function* parseTask(
   for (const { name, role } of parameters) {
     const twice =
       ((role === "saved" || role === "rows") && adapted.has(name)) || (role !== "saved" && names.has(`saved ${name}`));
-    f.check(!twice, () => `it changes "${name}" in two ways`);
+    if (twice) f.fail(`it changes "${name}" in two ways`);
   }
   full();
   yield* checkTensors(bytes, 8 + headerLength, taskTensors(terms, parameters, modules), file, f.part);
@@ -68,17 +68,26 @@ export function* parseTask(
   if (brings) {
     // Models are prepared for what the directory says. Many tasks may share one list, so it is not gone through where the count differs.
     const found = bringsOf(blob, modules);
-    f.check(
-      found.length === brings.length,
-      () => `it brings ${found.length} parameters and modules, the directory says ${brings.length}`,
-    );
+    if (found.length !== brings.length)
+      f.fail(`it brings ${found.length} parameters and modules, the directory says ${brings.length}`);
     const said = new Set(brings);
-    const unsaid = found.find((entry) => !said.delete(entry));
-    f.check(unsaid === undefined, () => `it brings "${unsaid}", which the directory does not say`);
-    for (const entry of said) f.check(false, () => `it does not bring "${entry}", which the directory says`);
+    // The lists are equally long, so an unsaid entry means that a said one is missing.
+    for (const entry of found)
+      if (!said.delete(entry)) f.fail(`it brings "${entry}", which the directory does not say`);
   }
   return blob;
 }
+
+/** The tensors of a term in the order of the blob, and what they are called in errors. */
+const TENSORS = {
+  A: "A",
+  B: "B",
+  ownA: "own A",
+  ownBt: "own B",
+  privateA: "private A",
+  privateBt: "private B",
+  magnitude: "magnitude",
+} as const;
 
 /** Lists tensors in the order of the blob, with what they are called in errors. */
 export function* taskTensors(
@@ -86,15 +95,12 @@ export function* taskTensors(
   parameters: readonly TaskParameter[],
   modules: readonly PackModule[],
 ): Generator<Checked> {
-  for (const { module, A, B, ownA, ownBt, privateA, privateBt, magnitude } of terms) {
-    const { name } = modules[module]!;
-    if (A) yield [`A of "${name}"`, A.tensor, true];
-    if (B) yield [`B of "${name}"`, B.tensor, true];
-    if (ownA) yield [`own A of "${name}"`, ownA, true];
-    if (ownBt) yield [`own B of "${name}"`, ownBt, true];
-    if (privateA) yield [`private A of "${name}"`, privateA, true];
-    if (privateBt) yield [`private B of "${name}"`, privateBt, true];
-    if (magnitude) yield [`magnitude of "${name}"`, magnitude, true];
+  for (const term of terms) {
+    for (const [key, what] of Object.entries(TENSORS)) {
+      const found = term[key as keyof typeof TENSORS];
+      const tensor = found && "tensor" in found ? found.tensor : found;
+      yield [`${what} of "${modules[term.module]!.name}"`, tensor, true];
+    }
   }
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }
@@ -102,51 +108,31 @@ export function* taskTensors(
 /** Says where the next tensor lies. */
 type PlaceNext = (dtype: Dtype, rows: number, width: number) => TensorRef;
 
-const typeOf = (code: Value): Dtype => DTYPES[code.integer(0, DTYPES.length - 1)]!;
-
-/** A factor as a term gives it: its coefficients, the number of their basis, and the type of rows of its own. */
-interface Given {
-  readonly coefficients: Value;
-  readonly basis?: Value | undefined;
-  readonly own?: Value | undefined;
-}
-
-/** Undefined where there is none. A code alone stands for coefficients over the first basis. */
-function givenOf(item: Value): Given | undefined {
-  if (item.absent) return undefined;
-  if (item.kind !== "array") return { coefficients: item };
-  const [coefficients, basis, own] = item.items(3);
-  return { coefficients: coefficients!, basis, own };
-}
-
+/**
+ * @param given coefficients, the number of their basis, the type of residual rows; coefficients alone are over the first basis
+ */
 function coefficientsOf(
-  given: Given,
+  [item, which, own]: readonly Value[],
   bases: readonly Side[],
   rank: number,
   tensor: PlaceNext,
 ): Coefficients | undefined {
-  const item: Value = given.coefficients;
-  const { basis: which, own } = given;
-  const index = which === undefined ? 0 : which.integer(0, item.absent ? 0 : 65_535);
-  if (item.absent) {
-    item.check(own !== undefined && !own.absent, () => "it has neither coefficients nor rows of its own");
+  const code: Value = item!;
+  const index = which?.integer(0, code.absent ? 0 : 65_535) ?? 0;
+  if (code.absent) {
+    if (!own || own.absent) code.fail("it has neither coefficients nor rows of its own");
     return undefined;
   }
-  const code = item.integer(0, 8 * DTYPES.length - 1);
-  const kind = code & 3;
+  const bits = code.integer(0, 8 * DTYPES.length - 1);
+  const kind = bits & 3;
   const basis = bases[index];
-  item.check(
-    basis !== undefined && kind === (basis.kind === "column" ? 1 : 2),
-    () => `coefficients of kind ${kind} for a basis of kind ${basis?.kind ?? "none"}`,
-  );
-  const mean = (code & 4) !== 0;
-  item.check(!mean || basis.mean, () => "a mean is asked for, but the basis has none");
-  item.check(
-    basis.rank === undefined || rank === basis.rank,
-    () => `rank ${rank}, but the basis is ${basis.kind} of rank ${basis.rank}`,
-  );
-  const rows = basis.kind === "column" ? rank : 1;
-  return { basis: index, mean, tensor: tensor(DTYPES[code >> 3]!, rows, basis.K) };
+  if (!basis || kind !== (basis.kind === "column" ? 1 : 2))
+    code.fail(`coefficients of kind ${kind} for a basis of kind ${basis?.kind ?? "none"}`);
+  const mean = (bits & 4) !== 0;
+  if (mean && !basis.mean) code.fail("a mean is asked for, but the basis has none");
+  if (basis.rank !== undefined && rank !== basis.rank)
+    code.fail(`rank ${rank}, but the basis is ${basis.kind} of rank ${basis.rank}`);
+  return { basis: index, mean, tensor: tensor(DTYPES[bits >> 3]!, basis.kind === "column" ? rank : 1, basis.K) };
 }
 
 function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceNext): TaskTerm {
@@ -154,56 +140,44 @@ function parseTerm(term: Value, modules: readonly PackModule[], tensor: PlaceNex
   const index = moduleItem!.integer(0, modules.length - 1);
   const { name, in: inputs, out, A: basesA, B: basesB } = modules[index]!;
   const rank = rankItem!.integer(0, 65_535);
-  const sideA = givenOf(itemA!);
-  const sideB = givenOf(itemB!);
-  term.check(!sideA === !sideB, () => `"${name}" has a factor on one side only`);
-  term.check(!sideA === (rank === 0), () => `"${name}" has rank ${rank} and ${sideA ? "two factors" : "no factor"}`);
+  const [sideA, sideB] = [itemA!, itemB!].map((item) =>
+    item.absent ? undefined : item.kind === "array" ? item.items(3) : [item],
+  );
+  if (!sideA !== !sideB) term.fail(`"${name}" has a factor on one side only`);
+  if (!sideA !== (rank === 0)) term.fail(`"${name}" has rank ${rank} and ${sideA ? "two factors" : "no factor"}`);
   const A = sideA && coefficientsOf(sideA, basesA, rank, tensor);
   const B = sideB && coefficientsOf(sideB, basesB, rank, tensor);
-  const ownA = sideA?.own?.maybe((type) => tensor(typeOf(type), rank, inputs));
-  const ownBt = sideB?.own?.maybe((type) => tensor(typeOf(type), rank, out));
+  const ownA = sideA?.[2]?.maybe((type) => tensor(type.choice(DTYPES), rank, inputs));
+  const ownBt = sideB?.[2]?.maybe((type) => tensor(type.choice(DTYPES), rank, out));
   const q = privateRankItem!.integer(0, 65_535);
   const most = mostRank(inputs, out);
-  term.check(rank + q <= most, () => `"${name}" has rank ${rank + q}, at most ${most} is allowed`);
-  privateTypeItem!.integer(0, q > 0 ? DTYPES.length - 1 : 0);
-  term.check(rank + q > 0 || !magnitudeItem!.absent, () => `nothing is done to "${name}"`);
-  const privateA = q > 0 ? tensor(typeOf(privateTypeItem!), q, inputs) : undefined;
-  const privateBt = q > 0 ? tensor(typeOf(privateTypeItem!), q, out) : undefined;
-  const magnitude = magnitudeItem!.maybe((code) => tensor(typeOf(code), 1, out));
+  if (rank + q > most) term.fail(`"${name}" has rank ${rank + q}, at most ${most} is allowed`);
+  const type = privateTypeItem!.choice(q > 0 ? DTYPES : DTYPES.slice(0, 1));
+  if (rank + q === 0 && magnitudeItem!.absent) term.fail(`nothing is done to "${name}"`);
+  const privateA = q > 0 ? tensor(type, q, inputs) : undefined;
+  const privateBt = q > 0 ? tensor(type, q, out) : undefined;
+  const magnitude = magnitudeItem!.maybe((code) => tensor(code.choice(DTYPES), 1, out));
   return { module: index, rank, A, B, ownA, ownBt, privateRank: q, privateA, privateBt, magnitude };
 }
 
 function* parseParameter(parameter: Value, tensor: PlaceNext): Generator<void, TaskParameter> {
   const [nameItem, roleItem, typeItem, shapeItem, indicesItem] = parameter.array(5);
-  parameter.check(shapeItem !== undefined, () => "it has fewer than 4 items");
+  if (shapeItem === undefined) parameter.fail("it has fewer than 4 items");
   const name = nameItem!.string(1024);
-  const role = ROLES[roleItem!.integer(0, ROLES.length - 1)]!;
-  parameter.check(
-    (role === "rows") === (indicesItem !== undefined),
-    () => `"${name}": numbers of rows belong to role 3, this is ${role}`,
-  );
+  const role = roleItem!.choice(ROLES);
+  if ((role === "rows") !== (indicesItem !== undefined))
+    parameter.fail(`"${name}": numbers of rows belong to role 3, this is ${role}`);
   const shape = shapeItem.array(8).map((d) => d.integer(1, 2 ** 31 - 1));
-  parameter.check(shape.length > 0, () => `"${name}" has no shape`);
-  parameter.check(role !== "rows" || shape.length === 2, () => `"${name}" needs two dimensions, got [${shape}]`);
-  parameter.check(
-    (role !== "bias" && role !== "bias-delta") || shape.length === 1,
-    () => `"${name}" is a bias, expected one dimension, got [${shape}]`,
-  );
+  const dimensions = role === "saved" ? shape.length : role === "rows" ? 2 : 1;
+  if (shape.length === 0 || shape.length !== dimensions)
+    parameter.fail(`"${name}" (${role}) has the shape [${shape}], expected ${dimensions || "1 to 8"} dimensions`);
   const rows = shape.length === 1 ? 1 : shape[0]!;
   const width = shape.slice(shape.length === 1 ? 0 : 1).reduce((a, b) => a * b, 1);
-  parameter.check(Number.isSafeInteger(rows * width), () => `"${name}" is too large: [${shape}]`);
-  const indices = indicesItem && (yield* indicesItem.list(shape[0]!, (i) => i.integer(0, 2 ** 31 - 1)));
-  if (indices) {
-    parameter.check(
-      indices.length === shape[0],
-      () => `"${name}": ${indices.length} rows are named, ${shape[0]} stored`,
-    );
-    parameter.check(
-      indices.every((v, i) => i === 0 || v > indices[i - 1]!),
-      () => `"${name}": rows are not ascending`,
-    );
-  }
-  return { name, role, shape, indices, tensor: tensor(typeOf(typeItem!), rows, width) };
+  if (!Number.isSafeInteger(rows * width)) parameter.fail(`"${name}" is too large: [${shape}]`);
+  const indices = indicesItem && (yield* indicesItem.list(rows, (i) => i.integer(0, 2 ** 31 - 1)));
+  if (indices && (indices.length !== rows || indices.some((v, i) => i > 0 && v <= indices[i - 1]!)))
+    parameter.fail(`"${name}": ${indices.length} rows are named, expected ${rows} in ascending order`);
+  return { name, role, shape, indices, tensor: tensor(typeItem!.choice(DTYPES), rows, width) };
 }
 
 /** A tensor, what it is called in errors, and whether its values are multiplied by others. */
@@ -284,18 +258,13 @@ function* checkTensor(
     for (let from = 0; from < width; from += PIECE) {
       const count = Math.min(PIECE, width - from);
       const found = leastAt(f.bytes, dtype, at + (from / 8) * BITS[dtype], count);
-      f.check(
-        found === count,
-        () => `${name}: integer ${from + found} of row ${row} is ${least}, which is not allowed`,
-      );
+      if (found !== count) f.fail(`${name}: integer ${from + found} of row ${row} is ${least}, which is not allowed`);
       if ((done += count) < PIECE) continue;
       done = 0;
       yield;
     }
-    f.check(
-      f.bytes[at + stride - 1]! >> (8 - spare) === 0,
-      () => `${name}: bits behind the last integer of row ${row} are not zero`,
-    );
+    if (f.bytes[at + stride - 1]! >> (8 - spare) !== 0)
+      f.fail(`${name}: bits behind the last integer of row ${row} are not zero`);
     // A row may have no integer.
     done++;
   }

@@ -20,9 +20,8 @@ import {
 } from "../extract/sides.ts";
 import type { StoredBasis } from "../extract/subspace.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
-import type { TermInput } from "../format/encode.ts";
+import type { TaskToWrite, TermInput } from "../format/encode.ts";
 import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
 import { Meter, type OnWork, ROUND } from "../work.ts";

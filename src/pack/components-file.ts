@@ -6,7 +6,7 @@ import { f32Bytes } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { type PackModule, readTensor, type Side } from "../format/format.ts";
-import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
+import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { storedDtypes } from "./add.ts";
 
 /** The key in the file's metadata by which it is known; its value is the basis id of the pack. */

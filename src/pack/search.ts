@@ -5,8 +5,7 @@
 
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
-import { openPack } from "../core/open-pack.ts";
-import type { Pack } from "../core/pack.ts";
+import { openPack, type Pack } from "../core/pack.ts";
 import type { AdapterError } from "../errors.ts";
 import { type Allocation, byTask, type Spectrum } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";

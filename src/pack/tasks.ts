@@ -8,9 +8,15 @@ import { pairOf } from "../extract/gauge.ts";
 import { narrowPrivate, type PrivateTerms } from "../extract/private.ts";
 import type { TaskCoefficients } from "../extract/project.ts";
 import type { SideChoice, SidesTask } from "../extract/sides.ts";
-import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { encodeBrings, misfitLabels, mostRank } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
+import {
+  checkEntry,
+  encodeTask,
+  type ParameterInput,
+  type TaskToWrite,
+  type TensorInput,
+  type TermInput,
+} from "../format/encode.ts";
+import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";
@@ -155,13 +161,10 @@ export async function encodeAdapter(
   head: HeadFormat,
 ): Promise<TaskToWrite> {
   const { id, byteLength, metadata, saved } = adapter;
-  const named = (which: readonly TermInput[]): string[] => which.map(({ module }) => names[module]!);
-  const brings = encodeBrings(saved, {
-    magnitude: named(terms.filter(({ magnitude }) => magnitude)),
-    private: named(terms.filter(({ privateTerms }) => privateTerms)),
-    "own-A": named(terms.filter(({ ownA }) => ownA)),
-    "own-B": named(terms.filter(({ ownBt }) => ownBt)),
-  });
+  const brings = bringsOf(
+    { parameters: saved, terms: terms.map((term) => ({ ...term, privateA: term.privateTerms })) },
+    names.map((name) => ({ name })),
+  );
   const entry = { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
   storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));
   const misfit = misfitLabels(metadata.labels, saved);

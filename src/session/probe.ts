@@ -7,7 +7,7 @@ import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer } from "../onnx/linear.ts";
 import type { DetachedModel } from "../onnx/write.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { CoreSpace, type InputValue, type InputValues, toFeeds } from "./values.ts";

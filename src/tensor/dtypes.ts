@@ -116,15 +116,10 @@ export function decodeTensor(
     const found = `got ${bytes.byteLength} for ${out.length} values`;
     throw new RangeError(`decodeTensor: ${type} [${rows}, ${width}] needs ${need} bytes, ${found}`);
   }
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (type === "f32") {
     const aligned = bytes.byteOffset % 4 ? new Uint8Array(bytes) : bytes;
     out.set(new Float32Array(aligned.buffer, aligned.byteOffset, count));
-  } else if (type === "f16") {
-    for (let i = 0; i < count; i++) out[i] = f16ToF32(view.getUint16(2 * i, true));
-  } else if (type === "bf16") {
-    for (let i = 0; i < count; i++) out[i] = bf16ToF32(view.getUint16(2 * i, true));
-  } else placeTensor(type, bytes, rows, width, out, { at: 0, down: width, along: 1 });
+  } else decodePart(type, bytes, rows, width, [0, rows, 0, width], out);
   return out;
 }
 
@@ -144,15 +139,15 @@ export function decodePart(
   const integers = new Int8Array(columns);
   for (let i = row; i < row + height; i++) {
     const start = scaleBytes(type, rows) + i * rowBytes(type, width) + rowBytes(type, column);
-    const to = out.subarray(i * width + column, i * width + column + columns);
+    const to = i * width + column;
     if (isQuantized(type)) {
       const scale = f16ToF32(view.getUint16(2 * i, true));
       unpackRow(type, bytes, start, integers);
-      for (let c = 0; c < columns; c++) to[c] = scale * integers[c]!;
-    } else if (type === "f32") for (let c = 0; c < columns; c++) to[c] = view.getFloat32(start + 4 * c, true);
+      for (let c = 0; c < columns; c++) out[to + c] = scale * integers[c]!;
+    } else if (type === "f32") for (let c = 0; c < columns; c++) out[to + c] = view.getFloat32(start + 4 * c, true);
     else {
       const float = type === "f16" ? f16ToF32 : bf16ToF32;
-      for (let c = 0; c < columns; c++) to[c] = float(view.getUint16(start + 2 * c, true));
+      for (let c = 0; c < columns; c++) out[to + c] = float(view.getUint16(start + 2 * c, true));
     }
   }
 }

@@ -8,12 +8,10 @@ import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.
 import { checkArgument, checkOptions, checkPack } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { renamedHost } from "../core/open-base.ts";
-import { openPack } from "../core/open-pack.ts";
-import type { Pack } from "../core/pack.ts";
+import { openPack, type Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { AdapterError, BaseMismatchError } from "../errors.ts";
-import { encodeTaskFile } from "../format/encode.ts";
-import { placeOf } from "../format/layout.ts";
+import { encodeTaskFile, placeOf } from "../format/encode.ts";
 import { onnxHost } from "../onnx/host.ts";
 import { readModel } from "../onnx/read.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";

@@ -4,9 +4,15 @@
  */
 
 import type { Pack } from "../core/pack.ts";
-import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
+import {
+  encodeTask,
+  encodeTaskFile,
+  type ParameterInput,
+  type TaskToWrite,
+  type TensorInput,
+  type TermInput,
+} from "../format/encode.ts";
 import { bringsOf, encodedTensor, misfitLabels, type TaskBlob, type TaskMetadata } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
 import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";

@@ -6,7 +6,7 @@ import { BaseMismatchError } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import type { Trainable } from "../session/training.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import { batchTensors } from "./batch-feeds.ts";
 import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./head.ts";

@@ -10,8 +10,12 @@ import { pack } from "../../format/msgpackr.ts";
 import { openSource } from "../../open-source.ts";
 import { atOnce } from "../../pace.ts";
 import type { SourceInput } from "../../source.ts";
-import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
+import {
+  openSafetensors,
+  type SafetensorsEntry,
+  type SafetensorsFile,
+  writeSafetensors,
+} from "../../tensor/safetensors.ts";
 import { parseJson } from "../../tensor/tensor-file.ts";
 
 /** What a part holds: statistics of adapters, or tasks on a basis. */
@@ -112,7 +116,7 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     const about: Value = describe(text!, file);
     const holds = oneOf(about.get("kind"), ["statistics", "tasks"]);
     const version = about.get("version").integer(1, Number.MAX_SAFE_INTEGER);
-    about.check(version === 1, () => `version ${version}, but this reader knows version 1; update eigenlora`);
+    if (version !== 1) about.fail(`version ${version}, but this reader knows version 1; update eigenlora`);
     if (kind && kind !== holds) fail("header", `it holds ${holds} (${USES[holds]}), expected ${kind}: ${USES[kind]}`);
     const read = async (tensor: string): Promise<Uint8Array> => {
       const bytes = await tensors.read(tensor);
@@ -162,10 +166,7 @@ export function oneOf<T extends string>(value: Value, words: readonly T[]): T {
   const found = value.string(64);
   const known = words.find((word) => word === found);
   if (known !== undefined) return known;
-  throw new FormatError(`${value.path}: "${found}" is unknown here; update eigenlora`, {
-    file: value.file,
-    part: value.part,
-  });
+  return value.fail(`"${found}" is unknown here; update eigenlora`);
 }
 
 /** A tensor's values. @param bytes of a little-endian F64 tensor, at any alignment */

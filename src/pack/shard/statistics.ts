@@ -23,7 +23,7 @@ import { isTaskId } from "../../format/directory.ts";
 import type { Value } from "../../format/fields.ts";
 import { LAYOUTS } from "../../format/format.ts";
 import type { SourceInput } from "../../source.ts";
-import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
+import type { SafetensorsEntry } from "../../tensor/safetensors.ts";
 import type { OnWork } from "../../work.ts";
 import type { BuildOptions } from "../recipe.ts";
 import { oneOf, type Part, readPart, toBytes, toF64, writePart } from "./part.ts";
@@ -465,16 +465,14 @@ function readStatistics(part: Part): StatisticsPart {
   const { file, made } = part;
   const about: Value = part.about;
   const adapters = about.get("adapters").array(1_048_576).map(parseAdapter);
-  about.check(adapters.length > 0, () => "it has no adapters");
-  about.check(
-    adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0),
-    () => "its adapters are not sorted, or one is there twice",
-  );
+  if (adapters.length === 0) about.fail("it has no adapters");
+  if (!adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0))
+    about.fail("its adapters are not sorted, or one is there twice");
   const modules = new Map<string, StatisticsModule>();
   const described: readonly Value[] = about.get("modules").array(65_536);
   for (const value of described) {
     const module = parseModule(value, part, adapters.length);
-    value.check(!modules.has(module.name), () => `two modules are named "${module.name}"`);
+    if (modules.has(module.name)) value.fail(`two modules are named "${module.name}"`);
     modules.set(module.name, module);
   }
   const values = async (name: string): Promise<Float64Array> => {
@@ -497,7 +495,7 @@ function readStatistics(part: Part): StatisticsPart {
       const ranks = Uint32Array.from(adapters, (_, i) => view.getUint32(4 * i, true));
       const rows = ranks.reduce((sum, rank) => sum + rank, 0);
       const expected = modules.get(name)!.rows;
-      about.check(rows === expected, () => `the ranks of ${name} add up to ${rows}, expected ${expected}`);
+      if (rows !== expected) about.fail(`the ranks of ${name} add up to ${rows}, expected ${expected}`);
       return ranks;
     },
     async side(name, side) {
@@ -514,7 +512,7 @@ function readStatistics(part: Part): StatisticsPart {
 
 function parseAdapter(value: Value): CountedAdapter {
   const id = value.get("id").string(255);
-  value.check(isTaskId(id), () => `${JSON.stringify(id)} cannot name a task`);
+  if (!isTaskId(id)) value.fail(`${JSON.stringify(id)} cannot name a task`);
   const baseModel = value.get("baseModel");
   return { id, baseModel: baseModel.absent ? undefined : baseModel.string(4096) };
 }
@@ -534,7 +532,7 @@ function parseModule(value: Value, { tensors }: Part, adapters: number): Statist
     const found = tensors.get(name);
     const is = found && `${found.dtype} [${found.shape}]`;
     const expected = `${dtype} [${shape}]`;
-    value.check(is === expected, () => `${name} is ${is ?? "missing"}, expected ${expected}`);
+    if (is !== expected) value.fail(`${name} is ${is ?? "missing"}, expected ${expected}`);
   };
   for (const side of SIDES) for (const tensor of tensorsOf(module, side)) place(tensor, "F64");
   place({ name: `${module.name}.ranks`, shape: [adapters] }, "U32");

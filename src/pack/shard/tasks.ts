@@ -7,9 +7,8 @@ import { compare } from "../../adapters/adapter.ts";
 import type { Pack } from "../../core/pack.ts";
 import { parseTaskFile } from "../../core/task-file.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
-import { encodeTaskFile } from "../../format/encode.ts";
+import { encodeTaskFile, placeOf, type TaskPlace } from "../../format/encode.ts";
 import type { Value } from "../../format/fields.ts";
-import { placeOf, type TaskPlace } from "../../format/layout.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import { DTYPES, type Dtypes, type TaskDtypes } from "../../tensor/dtypes.ts";
 import type { OnWork } from "../../work.ts";
@@ -192,14 +191,12 @@ export function openTasks(input: SourceInput): Promise<TaskPart> {
     const listed: readonly Value[] = about.get("tasks").array(1_048_576);
     const tasks = listed.map((value: Value) => {
       const id = value.get("id").string(255);
-      value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
+      if (!tensors.has(nameOf(id))) value.fail(`the task "${id}" is missing`);
       const figure = (name: string): number => value.get(name).number(0, Infinity);
       return { id, total: figure("total"), mean: figure("mean"), max: figure("max") };
     });
-    about.check(
-      tasks.length > 0 && tasks.length === tensors.size - 1,
-      () => `${tasks.length} tasks are listed, but there are ${tensors.size - 1}`,
-    );
+    if (tasks.length === 0 || tasks.length !== tensors.size - 1)
+      about.fail(`${tasks.length} tasks are listed, but there are ${tensors.size - 1}`);
     const types = about.get("types");
     return {
       file,
