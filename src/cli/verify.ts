@@ -6,22 +6,18 @@ import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
-import { type BoundedLoss, measureModule, openModule } from "../extract/project.ts";
 import { Fields } from "../format/fields.ts";
 import {
-  encodedTensor,
   SECTION_BASES,
   SECTION_FREE,
   SECTION_TASK,
   type Section,
-  sharedBases,
   type TaskBlob,
   WINDOW_BYTES,
 } from "../format/format.ts";
 import { integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { openSource } from "../open-source.ts";
 import { paced, pacer } from "../pace.ts";
-import { gaugeOf, storedModule } from "../pack/add.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
 import type { ByteSource } from "../source.ts";
@@ -32,7 +28,7 @@ import { readText } from "./files.ts";
 
 import { as, list, maxExpansion, readFor, revoked, text, UsageError } from "./options.ts";
 
-import { type Output, percent, sum, table } from "./output.ts";
+import { lossTable, type Output, sum, table } from "./output.ts";
 
 interface Check {
   readonly name: string;
@@ -44,9 +40,6 @@ interface Check {
 
 export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
-  details:
-    "Tasks in components have more columns with --against: δ, how far the factors of a task lie from the components, and bound, the largest " +
-    "ΔW error of a module that is possible (docs/packing.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: {
@@ -83,7 +76,7 @@ export const verify: Attach = command({
     const pack = await openHashed(path, trust, run);
     const { checks, bases, blobs } = await checkSections(path, pack, run, out);
     const ok = checks.every((check) => check.ok);
-    const figures = new Map<string, Figures>();
+    const errors = new Map<string, Omit<TaskLoss, "id">>();
     if (against.length > 0 && bases && ok) {
       const adapters = await run.adapters(against, as, base);
       for (const [i, adapter] of adapters.entries()) {
@@ -91,21 +84,14 @@ export const verify: Attach = command({
         const blob = blobs.get(id);
         if (!blob)
           throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
-        figures.set(id, await compare(pack, bases, blob, adapter));
+        errors.set(id, await errorOf(pack, bases, blob, adapter));
         out.progress({ stage: "comparing", done: i + 1, total: adapters.length, unit: "adapters" });
       }
     }
-    // Tasks of their own are no distance from components.
-    const apart = [...figures.values()].some(({ delta }) => Math.max(delta.A, delta.B) > 0);
-    const rows = [...figures].map(([id, { error, delta, bound }]) => [
-      id,
-      ...[error.total, error.max].map(percent),
-      ...(apart ? [delta.A, delta.B, bound].map((n) => n.toFixed(3)) : []),
-    ]);
-    const columns = ["task", "ΔW error", "largest module", ...(apart ? ["δ of A", "δ of B", "bound"] : [])];
+    const losses = [...errors].map(([id, error]) => ({ id, ...error }));
     return {
-      json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, ...figures.get(id) })) },
-      text: [...checksTable(checks), ...(rows.length ? ["", ...table([columns, ...rows])] : [])],
+      json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, error: errors.get(id) })) },
+      text: [...checksTable(checks), ...(losses.length > 0 ? ["", ...lossTable(losses)] : [])],
       exitCode: ok ? 0 : 1,
     };
   },
@@ -250,52 +236,30 @@ async function unpadded(source: ByteSource, { window, directory }: Pack): Promis
   return undefined;
 }
 
-interface Figures {
-  readonly error: Omit<TaskLoss, "id">;
-  readonly delta: { readonly A: number; readonly B: number };
-  readonly bound: number;
-}
-
-/** ΔW error, δ and bound of a task against the adapter it was made of. */
-async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: Adapter): Promise<Figures> {
-  checkExpansion(pack, adapter.id, blob, "factors");
-  const found: BoundedLoss[] = [];
+/** ΔW error of a task against the adapter it was made of. */
+async function errorOf(
+  pack: Pack,
+  bases: Uint8Array,
+  blob: TaskBlob,
+  { id, file, modules }: Adapter,
+): Promise<Omit<TaskLoss, "id">> {
+  checkExpansion(pack, id, blob, "factors");
   const terms = new Map(blob.terms.map((term) => [pack.modules[term.module]!.name, term]));
-  const foreign = [...terms.keys()].find((name) => !adapter.modules.has(name));
+  const foreign = [...terms.keys()].find((name) => !modules.has(name));
   if (foreign !== undefined)
-    throw new AdapterError(`it does not adapt "${foreign}", the task of the pack does`, {
-      file: adapter.file,
-      field: foreign,
-    });
-  for (const [name, source] of adapter.modules) {
-    const { A, Bt } = await source.read();
-    const member = { id: adapter.id, rank: source.rank, A, Bt };
+    throw new AdapterError(`it does not adapt "${foreign}", the task of the pack does`, { file, field: foreign });
+  const losses: { error: number; norm: number }[] = [];
+  for (const [name, source] of modules) {
+    const factors = exact(await source.read());
     const term = terms.get(name);
-    if (!term || term.rank + term.privateRank === 0) {
-      // Too little of the task to be worth a byte.
-      const { norm } = deltaError(exact(member), exact(member));
-      found.push({ error: norm > 0 ? 1 : 0, norm, bound: norm > 0 ? 1 : 0, deltaA: 0, deltaB: 0 });
-      continue;
-    }
-    const module = pack.modules[term.module]!;
-    if (term.A && term.B && sharedBases(module) && !term.ownA && !term.ownBt && term.privateRank === 0) {
-      const alphaA = encodedTensor(blob.bytes, term.A.tensor);
-      const alphaB = encodedTensor(blob.bytes, term.B.tensor);
-      const stored = { rank: term.rank, alphaA, alphaB };
-      const space = openModule(storedModule(module, bases, adapter));
-      found.push(measureModule(space, member, stored, { gauge: gaugeOf(pack), coefficientDtype: term.A.tensor.dtype }));
-    } else {
-      const { difference, bound, norm } = deltaError(exact(member), exact(expandTerm(blob, term, module, bases)));
-      found.push({ error: relative(difference, norm), norm, bound: relative(bound, norm), deltaA: 0, deltaB: 0 });
-    }
+    // Too small a part of the task is worth no byte.
+    const isStored = term && term.rank + term.privateRank > 0;
+    const stored = isStored ? exact(expandTerm(blob, term, pack.modules[term.module]!, bases)) : factors;
+    const { difference, norm } = deltaError(factors, stored);
+    losses.push({ error: isStored ? relative(difference, norm) : norm > 0 ? 1 : 0, norm });
   }
-  const most = (figure: keyof BoundedLoss): number => Math.max(0, ...found.map((one) => one[figure]));
-  const mean = sum(found.map(({ error }) => error)) / Math.max(found.length, 1);
-  return {
-    error: { total: totalOf(found), mean, max: most("error") },
-    delta: { A: most("deltaA"), B: most("deltaB") },
-    bound: most("bound"),
-  };
+  const errors = losses.map(({ error }) => error);
+  return { total: totalOf(losses), mean: sum(errors) / Math.max(errors.length, 1), max: Math.max(0, ...errors) };
 }
 
 function exact({ rank, A, Bt }: { rank: number; A: ArrayLike<number>; Bt: ArrayLike<number> }) {
