@@ -375,8 +375,8 @@ t.test("the other commands have the options that their messages name", async (t)
   const unknown = await run("pack", adapters, "-o", target, "--force", "--base", mlp, "--names", "bert.nothing=x");
   t.match(unknown, { code: 2, err: /--names bert\.nothing=…: .* adapts no such module/ });
 
-  const lines = join(folder, "lines.tsv");
-  writeFileSync(lines, "one\ta\ntwo\tb\n");
+  const lines = join(folder, "lines.jsonl");
+  writeFileSync(lines, '{"text":"a","label":"one"}\n{"text":"b","label":"two"}\n');
   writeFileSync(join(folder, "tokenizer.json"), readFileSync(data("minilm/tokenizer.json")));
   const learn = ["learn", bert, lines, "--model", data("sessions/gemm.onnx"), "-o", join(folder, "x.eigentask")];
   const tokens = ["--tokenizer", join(folder, "tokenizer.json")];

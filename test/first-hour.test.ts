@@ -29,8 +29,8 @@ t.test("a folder stands for the model in it, or in its folder onnx", async (t) =
     const attached = await run("attach", folder, "p.eigen", "-o", `${folder}.onnx`);
     t.equal(attached.status, 0, attached.stderr);
     // Only what comes after the model was found is missing.
-    const learn = await run("learn", "p.eigen", "lines.tsv", "--model", folder, "-o", "t.eigentask");
-    t.match(learn.stderr, /lines\.tsv: cannot be read/);
+    const learn = await run("learn", "p.eigen", "lines.jsonl", "--model", folder, "-o", "t.eigentask");
+    t.match(learn.stderr, /lines\.jsonl: cannot be read/);
   }
   const refused = async (folder: string): Promise<string> =>
     (await json(1, "check", folder, "p.eigen"))["error"].message;

@@ -275,8 +275,8 @@ t.test("a folder that is not there is refused by every command that writes a fil
     ["hub", "assemble", at("b.eigen"), at("0.part")],
     ["fold", at("k.eigen"), "--task", "one", "--base", data("sessions/base.safetensors")],
     ["attach", data("sessions/gemm.onnx"), at("k.eigen")],
-    ["learn", at("k.eigen"), at("rows.tsv"), "--model", data("sessions/gemm.onnx")],
-    ["distill", at("k.eigen"), one, "--text", at("rows.tsv"), "--model", data("sessions/gemm.onnx")],
+    ["learn", at("k.eigen"), at("rows.jsonl"), "--model", data("sessions/gemm.onnx")],
+    ["distill", at("k.eigen"), one, "--text", at("rows.jsonl"), "--model", data("sessions/gemm.onnx")],
     ["keygen"],
   ];
   for (const command of commands)

@@ -350,7 +350,11 @@ const ALIASES: ReadonlyMap<string, string> = new Map([
 /** A message of the library, with flags of a command in place of its options: `` `name` ``, `` `name: value` `` or `name: value`. */
 export function inFlags(message: string, options: Options): string {
   const option = /(?:the option )?`(\w+)(?:: ([\w.]+))?`|\b(\w+): (true|[\d.]+|\["[^"]*"\])/g;
-  return message.replaceAll(option, (said, quoted?: string, first?: string, plain = quoted, value = first) => {
+  // The library has no such option for a base.
+  const said = options["names"]
+    ? message.replace("let the base list them by the module's", "map them with `names`")
+    : message;
+  return said.replaceAll(option, (said, quoted?: string, first?: string, plain = quoted, value = first) => {
     const name = ALIASES.get(plain) ?? plain;
     const spec = options[name];
     if (!spec) return said;
