@@ -16,7 +16,7 @@ import {
 } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
-import { json, run, workIn } from "./command-line.ts";
+import { json, workIn } from "./command-line.ts";
 import { completeDtypes, deltaError, normal as draw, relative, uniform } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { difference, feeds, model, open, outputOf, RUNTIMES } from "./sessions.ts";
