@@ -198,14 +198,14 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
   // Small packs are made before threads have started, and each thread holds memory.
   const { workers = Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6)) } = options;
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
-  if (options.model !== undefined) {
-    const { packedByAnswers } = await import("./by-answers.ts");
-    return packedByAnswers(adapters, { ...options, model: options.model, bytes: most }, common, run, out);
-  }
   const scratch = run.closing(openScratch(options.output));
   const chosen = [options.mode, k, energy, options.gauge, rank, step].every((value) => value === undefined);
   const mode: BasisMode | undefined = chosen ? undefined : (options.mode ?? "column");
   try {
+    if (options.model !== undefined) {
+      const { packedByAnswers } = await import("./by-answers.ts");
+      return await packedByAnswers(adapters, { ...options, model: options.model, bytes: most }, common, run, out);
+    }
     if (mode === undefined) {
       const goal: SearchOptions["goal"] =
         most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
