@@ -187,24 +187,6 @@ t.test("damaged, cut and lost entries are read again", async (t) => {
   );
 });
 
-t.test("wrong bytes with a right checksum do not stay", async (t) => {
-  const broken = content.slice();
-  broken[opened.directory.tasks[1]!.section.offset + 3]! ^= 1;
-  const { server: origin, files, url } = await server(t, broken);
-  const store = folderStore(await folderOf(t));
-  const open = () => use(cachedSource(url, store, { integrity: root }));
-  await t.rejects(open(), { tag: "format", message: /CRC|checksum/ });
-  files.set("a.eigen", new Uint8Array([...content.slice(0, 8), 9, ...content.slice(9)]));
-  await t.rejects(open(), { tag: "format", message: /./ });
-  files.set("a.eigen", new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen"))));
-  const trusting = () => use(cachedSource(url, store, { integrity: root }), root);
-  await t.rejects(trusting(), { tag: "trust", message: /./ }, "another pack, a good one");
-  files.set("a.eigen", content);
-  origin.ranges.length = 0;
-  t.same(await trusting(), expected);
-  t.equal(origin.ranges.length, 5);
-});
-
 t.test("the limit holds, and what is used stays", async (t) => {
   const large = new Uint8Array(1000).map((_, i) => i % 251);
   const { server: origin, url } = await server(t, large);
@@ -255,56 +237,6 @@ t.test("a store that fails costs requests, and nothing else", async (t) => {
       t.equal(source.counts.lastFailure, full);
     }
   }
-});
-
-t.test("an aborted read ends its own wait only", async (t) => {
-  const { server: origin, url } = await server(t);
-  const source = cachedSource(url, folderStore(await folderOf(t)));
-  const aborted = new AbortController();
-  const first = source.read(0, 64, { signal: aborted.signal });
-  const second = source.read(0, 64);
-  aborted.abort(new Error("enough"));
-  await t.rejects(first, { message: "enough" });
-  t.same(await second, content.slice(0, 64));
-  await t.rejects(source.read(0, 64, { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
-  await source.close();
-  t.equal(origin.methods.filter((method) => method === "HEAD").length, 1);
-});
-
-t.test("other servers, other sources", async (t) => {
-  const { server: origin, url } = await server(t);
-  const store = folderStore(await folderOf(t));
-  origin.refuse = "HEAD";
-  t.same(await use(cachedSource(url, store)), expected, "a server without HEAD");
-  t.same(origin.ranges[0], [0, 1]);
-  const reads: number[] = [];
-  const own = {
-    name: "mine",
-    byteLength: content.length,
-    identify: async () => "version 1",
-    read: async (offset: number, length: number) => {
-      reads.push(offset);
-      return content.subarray(offset, offset + length);
-    },
-  };
-  t.same(await use(cachedSource(own, store)), expected);
-  t.equal(reads.length, 5);
-  const again = cachedSource(own, store);
-  t.same(await use(again), expected);
-  t.equal(reads.length, 5);
-  t.same({ ...again.reads }, { requests: 0, bytes: 0, whole: false });
-  // A server of another origin may hide Content-Range.
-  const hidden = { ...own, byteLength: undefined, readAll: async () => content };
-  for (let round = 0; round < 2; round++) {
-    const whole = cachedSource(hidden, folderStore(await folderOf(t)), { integrity: root });
-    t.ok(Buffer.from(await whole.readAll!()).equals(content));
-  }
-  const { identify: _, ...nameless } = own;
-  await t.rejects(use(cachedSource(nameless, store)), { tag: "source", message: /nothing tells its version/ });
-  t.throws(() => cachedSource("/a/path.eigen", store), { name: "TypeError", message: /files need no cache/ });
-  t.throws(() => cachedSource(url, "folder" as never), { name: "TypeError", message: /expected a store/ });
-  t.throws(() => cachedSource(url, store, { integrity: "" }), { name: "TypeError", message: /sha256-/ });
-  t.throws(() => cachedSource(url, store, { maxByte: 1 } as never), /did you mean "maxBytes"/);
 });
 
 t.test("in Chromium, after a reload", { skip: noChromium }, async (t) => {

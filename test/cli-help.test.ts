@@ -1,9 +1,7 @@
 /** The command line's own texts: help of every command, versions, and unknown words. */
-import { spawnSync } from "node:child_process";
 import { mkdtemp, readFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t from "tap";
 import { workIn } from "./command-line.ts";
 import { COMMAND_LINE, runProgram } from "./internals.ts";
@@ -88,13 +86,6 @@ t.test("every way to ask for help and version", async (t) => {
   t.same(JSON.parse((await run("--version", "--json")).stdout), { version });
 });
 
-t.test("without a command: the list, and exit code 2", async (t) => {
-  t.match(await run(), { status: 2, stdout: list });
-  const { status, stdout } = await run("--json");
-  t.equal(status, 2);
-  t.match(JSON.parse(stdout), { error: { tag: "usage", message: "missing COMMAND" } });
-});
-
 t.test("what is missing, unknown or too much is named, with the nearest", async (t) => {
   const cases: [string[], string][] = [
     [["pack"], "pack: missing ADAPTER_OR_FOLDER"],
@@ -126,16 +117,6 @@ t.test("what is missing, unknown or too much is named, with the nearest", async 
     t.match({ status: json.status, stderr: json.stderr }, { status: 2, stderr: "" }, args.join(" "));
     t.same(JSON.parse(json.stdout), { error: { tag: "usage", message } });
   }
-});
-
-t.test("the program that is installed", async (t) => {
-  const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
-  const { status, stdout, stderr } = spawnSync(process.execPath, [main, "pack"], { encoding: "utf8" });
-  t.match(
-    { status, stdout, stderr },
-    { status: 2, stdout: "", stderr: "eigenlora: pack: missing ADAPTER_OR_FOLDER\nSee eigenlora pack --help.\n" },
-  );
-  t.equal(spawnSync(process.execPath, [main, "--help"], { encoding: "utf8" }).stdout, list);
 });
 
 t.test("nothing but the bundled parser: the package has one dependency", async (t) => {

@@ -103,17 +103,6 @@ t.test(
   },
 );
 
-t.test("a lucky score alone decides nothing", async (t) => {
-  const lucky = 4;
-  const { report } = await searchPack(adapters, {
-    goal: { kind: "score", tolerance: 0.1, reference: evenly(1) },
-    ladder: [1, 2, 4, 6, 8, 16, 32].map((k) => ({ kind: "k", k })),
-    ways: [{}],
-    judge: async (pack) => evenly(pack.modules[0]!.A[0]!.K === lucky || pack.modules[0]!.A[0]!.K >= 16 ? 0.95 : 0.5),
-  });
-  t.same(report.select, { kind: "k", k: 16 });
-});
-
 t.test("of several ways the smallest pack; of one that cannot win the largest alone is asked", async (t) => {
   const types = (type: "f16" | "int4") => ({ basis: type, coefficients: type, head: "int4" as const });
   const judge: Judge = async (pack) => evenly(pack.modules[0]!.A[0]!.K >= 8 ? 1 : 0);

@@ -8,7 +8,7 @@ import { basename, dirname, join } from "node:path";
 import type { Pack } from "../core/pack.ts";
 import { createUnfolding } from "../core/session-runtime.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
-import type { Grafted, TaskInput } from "../onnx/adapted.ts";
+import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
@@ -142,9 +142,9 @@ function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
 }
 
 /** @throws FormatError when it becomes too large for a single file */
-function serialise(file: ModelFile, { initializers }: Grafted, marks: Marks, target: string): Uint8Array {
+function serialise(file: ModelFile, { initializers }: Injected, marks: Marks, target: string): Uint8Array {
   const { metadataProps } = file.model.proto;
-  for (const [key, value] of marks) metadataProps.push({ $typeName: "onnx.StringStringEntryProto", key, value });
+  for (const [key, value] of marks) metadataProps.push({ key, value });
   const model = embedWeights(file, initializers);
   if (model.length <= MOST_MODEL_BYTES) return model;
   throw new FormatError(

@@ -107,8 +107,8 @@ async function survey(
   const reads = [...models].map(([name, path]) => [name, () => readModel(path)] as const);
   const [[name, read]] = reads as [(typeof reads)[number]];
   if (models.size === 1) return { files: [[name, inWords(await surveyModel(read, pack, options))]], lost: undefined };
-  const { files, homeless } = await surveyFiles(new Map(reads), pack, options);
-  return { files: [...files].map(([name, found]) => [name, inWords(found)]), lost: inWords(homeless ?? undefined) };
+  const { files, unmatched } = await surveyFiles(new Map(reads), pack, options);
+  return { files: [...files].map(([name, found]) => [name, inWords(found)]), lost: inWords(unmatched ?? undefined) };
 }
 
 /** The same with flags in place of the library's options, in all texts. */
