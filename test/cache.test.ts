@@ -225,14 +225,16 @@ t.test("a long read that was broken off goes on where it was", async (t) => {
 
 t.test("a store that fails costs requests, and nothing else", async (t) => {
   const { url } = await server(t);
-  const good = folderStore(await folderOf(t));
   const full = new Error("QuotaExceededError");
   for (const member of ["get", "put", "keys"] as const) {
+    const good = folderStore(await folderOf(t));
     const store: RangeStore = { ...good, [member]: () => Promise.reject(full) };
     for (const round of [1, 2]) {
       const source = cachedSource(url, store);
       t.same(await use(source), expected, `${member}, round ${round}`);
       t.equal(source.counts.misses, 5);
+      // Nothing is kept yet that could be got.
+      if (member === "get" && round === 1) continue;
       t.ok(source.counts.failures > 0);
       t.equal(source.counts.lastFailure, full);
     }
