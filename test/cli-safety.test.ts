@@ -55,7 +55,7 @@ t.test("what is there already is replaced by --force alone, by every command tha
   await succeed("hub", "merge", at("role.part"), "--k", "2", "-o", at("basis.eigen"));
   await succeed("hub", "project", at("basis.eigen"), role, "-o", at("role.tasks"));
   await writeFile(at("lines.txt"), "a line\n");
-  await writeFile(at("rows.tsv"), "a\tone\nb\ttwo\n");
+  await writeFile(at("rows.jsonl"), '{"text":"one","label":"a"}\n{"text":"two","label":"b"}\n');
   const commands: string[][] = [
     ["pack", at("adapters"), "--k", "2"],
     ["hub", "shard", role],
@@ -65,7 +65,7 @@ t.test("what is there already is replaced by --force alone, by every command tha
     ["hub", "assemble", at("basis.eigen"), at("role.tasks")],
     ["fold", at("p.eigen"), "--task", "sections-0", "--base", data("sessions/base.safetensors")],
     ["attach", data("sessions/torchscript.onnx"), at("p.eigen")],
-    ["learn", at("p.eigen"), at("rows.tsv"), "--model", data("sessions/torchscript.onnx")],
+    ["learn", at("p.eigen"), at("rows.jsonl"), "--model", data("sessions/torchscript.onnx")],
     ["distill", at("p.eigen"), role, "--text", at("lines.txt"), "--model", data("sessions/torchscript.onnx")],
   ];
   await writeFile(at("mine"), "work of hours");
@@ -128,7 +128,7 @@ t.test("folders, devices, pipes, links and what the command reads", async (t) =>
     ["hub", "merge", at("role.part"), "-o", at("role.part")],
     ["fold", at("p.eigen"), "--task", "x", "--base", at("p.eigen"), "-o", at("p.eigen")],
     ["attach", data("sessions/torchscript.onnx"), at("p.eigen"), "-o", at("p.eigen")],
-    ["learn", at("p.eigen"), at("rows.tsv"), "--model", "m", "-o", at("rows.tsv")],
+    ["learn", at("p.eigen"), at("rows.jsonl"), "--model", "m", "-o", at("rows.jsonl")],
   ])
     t.match(await refusal(...command, "--force"), /would overwrite what it is made of/, command[0]!);
 });
@@ -326,8 +326,8 @@ t.test("what a pack without components, or with too few, does to a task is said"
   t.match(added.stderr, /task "debtags-use" loses \d\d\.\d % of its ΔW, which the pack's components lack/);
   await succeed("pack", at("adapters"), "-o", at("none.eigen"));
   t.equal((await run("add", at("none.eigen"), data("adapters/own-seed/debtags-use"))).stderr, "");
-  await writeFile(at("taught.tsv"), "a\tone\nb\ttwo\n");
-  const learn = ["learn", at("none.eigen"), at("taught.tsv"), "--model", at("nowhere.onnx"), "-o", at("t.eigentask")];
+  await writeFile(at("taught.jsonl"), '{"text":"one","label":"a"}\n{"text":"two","label":"b"}\n');
+  const learn = ["learn", at("none.eigen"), at("taught.jsonl"), "--model", at("nowhere.onnx"), "-o", at("t.eigentask")];
   t.notMatch((await run(...learn)).stderr, /LoRA of its own/);
   await succeed("pack", at("adapters"), "-o", at("none.eigen"), "--force", "--dtype", "int8");
   t.match((await run(...learn)).stderr, /the pack has no shared components, so the task becomes a LoRA of its own/);

@@ -121,7 +121,6 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   t.equal(verified["tasks"].length, 20);
   const worst = Math.max(...verified["tasks"].map((x: any) => x.error.max));
   t.ok(Math.abs(worst - packed["error"].max) < 1e-6, "packer and verifier agree");
-  for (const task of verified["tasks"]) t.ok(task.bound >= task.error.max && task.delta.A <= 1 && task.delta.B > 0);
   const damaged = await readFile(join(folder, "own.eigen"));
   for (const { name, offset } of inspected["sections"])
     if (/task (debtags-game|sections-2)|bases/.test(name)) damaged[offset + 20]! ^= 1;

@@ -114,7 +114,10 @@ async function survey(
 /** The same with flags in place of the library's options, in all texts. */
 function inWords<T>(value: T): T {
   if (value === undefined) return value;
-  return JSON.parse(JSON.stringify(value), (_, field) => (typeof field === "string" ? inFlags(field, OPTIONS) : field));
+  // No command trains a part of a model.
+  const words = (text: string): string =>
+    inFlags(text, OPTIONS).replace(", or train this file's layers alone, with the option `modules`", "");
+  return JSON.parse(JSON.stringify(value), (_, field) => (typeof field === "string" ? words(field) : field));
 }
 
 /** Outcome of a trial; null where it could not be made. */

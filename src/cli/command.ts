@@ -255,10 +255,11 @@ export class Run {
   }
 
   /**
-   * Calls `step` when the command fails or is stopped, once everything later is undone.
-   * @param step synchronous
+   * Makes a folder, and those that it lies in. New ones go again when the command fails, unless something is in them by then.
+   * @throws SourceError when there cannot be one
    */
-  undoing(step: () => void): void {
+  folder(path: string): void {
+    const step = makeFolder(path);
     const forget = undoOnExit(step);
     this.closing({
       close: () => {
@@ -266,14 +267,6 @@ export class Run {
         forget();
       },
     });
-  }
-
-  /**
-   * Makes a folder, and those that it lies in. New ones go again when the command fails, unless something is in them by then.
-   * @throws SourceError when there cannot be one
-   */
-  folder(path: string): void {
-    this.undoing(makeFolder(path));
   }
 
   /**

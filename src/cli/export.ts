@@ -58,7 +58,7 @@ const FILES = {
 const FORMATS = ["peft", "diffusers", "kohya", "gguf", "onnx_adapter"] as const;
 const OF_ALL = "components are of all tasks";
 
-export const exportTask: Attach = command({
+const exportTask: Attach = command({
   usage: "export <PACK>",
   example: "export tasks.eigen --task reviews -o adapters/reviews",
   options: {
@@ -211,6 +211,8 @@ async function isExport(path: string): Promise<boolean> {
     return false;
   }
 }
+
+export { exportTask as export };
 
 const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
 

@@ -3,7 +3,7 @@
  * answers of adapters and pack. Without a model no session, ONNX or trainer is loaded.
  */
 import { availableParallelism } from "node:os";
-import { type Adapter, commonBase } from "../adapters/adapter.ts";
+import type { Adapter } from "../adapters/adapter.ts";
 import type { BasisMode } from "../extract/options.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
@@ -12,7 +12,6 @@ import { buildWithin, type SearchOptions, type SearchReport, searchStreamed } fr
 import { Unreachable } from "../pack/seek.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
-import { VERSION } from "../version.ts";
 import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
 import { filesOf, openScratch } from "./files.ts";
 import * as option from "./options.ts";
@@ -168,8 +167,6 @@ export const pack: Attach = command({
     const took = resources();
     // A base without weights was warned of.
     const notes = base === undefined ? report.notes.map((note) => option.inFlags(note, OPTIONS)) : [];
-    // A card that names a base speaks for all adapters.
-    const cardBase = adapters.every(({ baseModel }) => baseModel !== undefined) ? commonBase(adapters) : undefined;
     return {
       json: { file, ...report, notes, dtype: nameOf(report.dtype), ...took },
       text: [
@@ -177,7 +174,6 @@ export const pack: Attach = command({
         ...("tried" in report ? triedText(report) : []),
         ...(byAnswers ? [] : ["ΔW error is a proxy: with --model answers decide."]),
         ...notes,
-        cardText(report, cardBase, byAnswers ? agreementOf(report) : undefined),
         `${took.seconds.toFixed(2)} s`,
       ],
       ...(left && { exitCode: OUT_OF_TIME }),
@@ -198,14 +194,14 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
   // Small packs are made before threads have started, and each thread holds memory.
   const { workers = Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6)) } = options;
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
-  if (options.model !== undefined) {
-    const { packedByAnswers } = await import("./by-answers.ts");
-    return packedByAnswers(adapters, { ...options, model: options.model, bytes: most }, common, run, out);
-  }
   const scratch = run.closing(openScratch(options.output));
   const chosen = [options.mode, k, energy, options.gauge, rank, step].every((value) => value === undefined);
   const mode: BasisMode | undefined = chosen ? undefined : (options.mode ?? "column");
   try {
+    if (options.model !== undefined) {
+      const { packedByAnswers } = await import("./by-answers.ts");
+      return await packedByAnswers(adapters, { ...options, model: options.model, bytes: most }, common, run, out);
+    }
     if (mode === undefined) {
       const goal: SearchOptions["goal"] =
         most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
@@ -279,16 +275,6 @@ function reportText(file: string, report: BuildReport): string[] {
   ];
 }
 
-/** A line about a pack to paste into a model card, in Markdown. @param answers its agreement, in place of the ΔW error */
-function cardText(report: BuildReport, baseModel: string | undefined, answers: string | undefined): string {
-  const { tasks, bytes: size, ratio, errors } = report;
-  const largest = Math.max(0, ...errors.map(({ total }) => total));
-  const lost = answers ?? `the ΔW of each is off by ${percent(largest)} at most`;
-  const adapters = `${count(tasks, "LoRA adapter")}${baseModel === undefined ? "" : ` of ${baseModel}`}`;
-  const by = `[eigenlora](https://www.npmjs.com/package/eigenlora) ${VERSION}`;
-  return `For a model card: ${adapters} in one file of ${bytes(size)} (${smaller(ratio)} than they are); ${lost}. Made with ${by}.`;
-}
-
 /** What tasks share, and the bytes that it saves. */
 function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
   if (tasks === 1) return [];
@@ -307,12 +293,6 @@ function triedText({ decisions, tried }: SearchReport): string[] {
     error === undefined ? "" : percent(error),
   ]);
   return [...decisions, ...(tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : [])];
-}
-
-/** Mean agreement with the adapters; undefined where tasks were not distilled. */
-function agreementOf({ answers }: ByAnswersReport): string | undefined {
-  const asked = answers.flatMap(({ agreement }) => agreement ?? []);
-  return asked.length === 0 ? undefined : `on average ${percent(mean(asked))} of their answers are the adapters'`;
 }
 
 const AGAIN = "Run the same command again with --force, and it goes on from there";

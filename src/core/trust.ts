@@ -123,7 +123,7 @@ export class Trust {
     file: string,
   ): Promise<void> {
     if (!this.#keys) return;
-    if (!signature) this.#refuse("it is not signed, and `keys` were given", file);
+    if (!signature) this.#refuse("it is not signed by any of `keys`", file);
     const name = keyName(signature.key);
     if (!this.#keys.includes(name)) this.#refuse(`it is signed by ${name}, which is none of \`keys\``, file);
     if (!(await isSigned(kind, hash, signature, file)))

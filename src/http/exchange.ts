@@ -85,7 +85,10 @@ export class Exchange {
         throwIfAborted(signal);
         if (!(error instanceof SourceError && error.transient)) throw error;
         const { retryAfter = 0 } = error;
-        if (tries > this.#options.retries || retryAfter > this.#options.timeout) throw tried(error, tries);
+        if (tries > this.#options.retries || retryAfter > this.#options.timeout) {
+          if (tries > 1) error.message += ` (tried ${tries} times)`;
+          throw error;
+        }
         // Spread out, so that many clients of a server that was down do not come back all at once.
         const own = Math.min(LONGEST_PAUSE, PAUSE * 2 ** (tries - 1)) * (0.5 + Math.random() / 2);
         await pause(Math.max(own, retryAfter), signal);
@@ -282,18 +285,6 @@ export function checkNumber(name: string, value: unknown): void {
 export function nameOf({ protocol, origin, pathname, search, href }: URL): string {
   if (protocol === "data:") return "data: URL";
   return /^(blob|hf):/.test(protocol) ? href : `${origin}${pathname}${search && "?…"}`;
-}
-
-/** The same error, with how often it was tried. */
-function tried(error: SourceError, tries: number): SourceError {
-  if (tries === 1) return error;
-  const { file, message, status, transient, retryAfter, cause } = error;
-  const more = {
-    ...(status !== undefined && { status }),
-    ...(transient !== undefined && { transient }),
-    ...(retryAfter !== undefined && { retryAfter }),
-  };
-  return new SourceError(`${message.slice(file.length + 2)} (tried ${tries} times)`, { file, cause, ...more });
 }
 
 /** Milliseconds of a header Retry-After: seconds, or a date. */
