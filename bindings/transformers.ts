@@ -23,7 +23,6 @@ import {
   foundOnly,
   HeldPipeline,
   ignoredByAll,
-  isDisposed,
   isId,
   labelsOf,
   makeOurs,
@@ -121,7 +120,7 @@ export async function attachPack(
       const [{ constructor }] = own.values() as Iterable<PipelineSession> as [PipelineSession];
       const found = isId(model) ? await finder(pipe.model, own, model, loading)() : foundOnly(own, model);
       const find = isId(model) ? finder(pipe.model, own, model, pretrained) : undefined;
-      const shown = shownOf(own);
+      const shown = new Map([...own].map(([name, session]) => [name, shownOf(session)]));
       const whole = await makeOurs({ ...ort, InferenceSession: constructor as never }, found, pack, rest, each);
       const sessions = byName(names, whole);
       const replaced = new Map([...own].filter(([name]) => sessions[name]));
@@ -132,9 +131,12 @@ export async function attachPack(
         await whole.close();
         throw error;
       }
-      for (const name of replaced.keys()) pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, whole);
       const ignore = ignoredByAll([...replaced.keys()], rest.ignore, each);
-      return new AttachedPack({ pipe, whole, sessions, held, replaced, find, ignore });
+      const attached = new AttachedPack({ pipe, whole, sessions, held, replaced, find, ignore });
+      const release = (): Promise<void> => attached.release();
+      for (const name of replaced.keys())
+        pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, release);
+      return attached;
     });
   } catch (error) {
     held.free();
@@ -164,6 +166,8 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
   readonly sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
   readonly #parts: Parts;
   #closed = false;
+  /** Whether the pipeline was disposed of, and our sessions with it. */
+  #disposed = false;
 
   /** @internal */
   constructor(parts: Parts) {
@@ -235,13 +239,19 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     return held.queue.alone(async () => {
       if (this.#closed) return;
       // A pipeline that was disposed of has no use for sessions.
-      const own = isDisposed(whole) ? new Map<string, PipelineSession>() : await remake(replaced, find);
+      const own = this.#disposed ? new Map<string, PipelineSession>() : await remake(replaced, find);
       for (const [name, session] of own) pipe.model.sessions[name] = session;
       this.#closed = true;
       held.labels.set("base");
       held.free();
       await whole.close();
     });
+  }
+
+  /** @internal The pipeline is disposed of. */
+  release(): Promise<void> {
+    this.#disposed = true;
+    return this.#parts.whole.close();
   }
 
   [Symbol.asyncDispose](): Promise<void> {
