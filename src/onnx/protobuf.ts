@@ -13,7 +13,6 @@ interface Proto {
 export interface ModelProto extends Proto {
   irVersion: bigint;
   producerName: string;
-  producerVersion: string;
   graph?: GraphProto | undefined;
   opsetImport: OperatorSetIdProto[];
   metadataProps: StringStringEntryProto[];
@@ -45,9 +44,7 @@ export interface AttributeProto extends Proto {
   s: Uint8Array;
   t?: TensorProto | undefined;
   g?: GraphProto | undefined;
-  floats: number[];
   ints: bigint[];
-  strings: Uint8Array[];
   graphs: GraphProto[];
   type: number;
 }
@@ -172,9 +169,7 @@ export const AttributeProtoSchema: Schema<AttributeProto> = schema({
   s: [4, "bytes"],
   t: [5, () => TensorProtoSchema],
   g: [6, () => GraphProtoSchema],
-  floats: [7, "float", "list"],
   ints: [8, "int64", "list"],
-  strings: [9, "bytes", "list"],
   graphs: [11, () => GraphProtoSchema, "list"],
   type: [20, "int32"],
 });
@@ -201,7 +196,6 @@ export const GraphProtoSchema: Schema<GraphProto> = schema({
 export const ModelProtoSchema: Schema<ModelProto> = schema({
   irVersion: [1, "int64"],
   producerName: [2, "string"],
-  producerVersion: [3, "string"],
   graph: [7, () => GraphProtoSchema],
   opsetImport: [8, () => OperatorSetIdProtoSchema, "list"],
   metadataProps: [14, () => EntrySchema, "list"],

@@ -127,11 +127,11 @@ export async function surveyModel(
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
     const { halfOf, refuseParts } = await import("./training.ts");
     const parts = await attempt(async () => refuseParts(file, pack, modules));
-    const form = plan?.changes.modules.find((module) => module.form);
+    const form = plan?.changes.modules.find(({ kind }) => kind !== "linear");
     const why =
       parts.why ??
       (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
-      (form ? `"${form.name}" is no linear layer (${form.form!.kind})` : null);
+      (form ? `"${form.name}" is no linear layer (${form.kind})` : null);
     return {
       mode: plan?.mode ?? null,
       reason: plan?.reason ?? planned.why!,

@@ -86,9 +86,9 @@ export async function addTraining(
     const message = `tasks bring "${both}" whole and others adapt it, which cannot be trained; pass ignore: ["${both}"], or a pack without`;
     throw new BaseMismatchError(message, { module: both });
   }
-  for (const { name, form } of prepared.modules) {
-    if (!form) continue;
-    const what = `${form.kind === "embedding" ? "an" : "a"} ${form.kind}`;
+  for (const { name, kind } of prepared.modules) {
+    if (kind === "linear") continue;
+    const what = `${kind === "embedding" ? "an" : "a"} ${kind}`;
     const message = `"${name}" is ${what}, whose term cannot be trained; pass \`modules\` without it`;
     throw new BaseMismatchError(message, { module: name });
   }
