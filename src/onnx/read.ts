@@ -98,11 +98,7 @@ async function readBytes(source: ByteSource, options: ReadOptions, apart: boolea
 
 async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
   try {
-    const model = parseModel(bytes, name);
-    const isFused = model.proto.graph!.node.some(
-      ({ domain, opType }) => opType === "Attention" && domain === "com.microsoft",
-    );
-    return isFused ? (await import("./packed.ts")).unfuse(model) : model;
+    return parseModel(bytes, name);
   } catch (error) {
     const { wrongKind } = await import("../format/kind.ts");
     throw await wrongKind(

@@ -61,9 +61,8 @@ export class ModelMatcher {
     const weights: OnnxParameter[] = [];
     for (const module of modules) {
       const parameter = await this.#weight(module.name);
-      const part = fitsShape(module, parameter) ? parameter : await this.#byHand(module.name, parameter);
-      checkShape(module, part);
-      weights.push(part);
+      checkShape(module, parameter);
+      weights.push(parameter);
     }
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
@@ -84,11 +83,11 @@ export class ModelMatcher {
     const part = await this.#piece(byHand?.replace(/\.weight$/, "") ?? module, "weight");
     if (part) return part;
     const error = notFound(module, found);
-    const { model } = this.#file;
-    const fused = fusedNode(model);
+    const fused = fusedNode(this.#file.model);
     if (!fused) throw error;
-    const what = (await import("../onnx/packed.ts")).whyFused(model, fused);
-    throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
+    const which = `${fused.opType} "${fused.name || fused.output[0]}"`;
+    const why = `the model is fused already: ${which} holds several layers. Pass the unoptimised export, which onnxruntime fuses when it loads it`;
+    throw new BaseMismatchError(`${why}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
   /** Finds a name, by those of other versions too: these are loaded for the first name that is not found without. */
@@ -129,13 +128,6 @@ export class ModelMatcher {
     });
     if (found) this.#note(`${module}.${suffix}`, found.name);
     return found;
-  }
-
-  /** Its part of a packed weight that was named by hand; what was named, where it is none. */
-  async #byHand(module: string, weight: OnnxParameter): Promise<OnnxParameter> {
-    if (!this.#options.names?.has(module) || weight.slice || weight.joined) return weight;
-    const { partByHand } = await import("../onnx/packed.ts");
-    return partByHand(this.#file.model, module, await this.#copies.of(weight)) ?? weight;
   }
 
   #note(name: string, found: string): void {
@@ -189,8 +181,7 @@ export class ModelMatcher {
     const unsure = new Map<string, { readonly name: string; readonly as: string }>();
     for (const module of modules) {
       try {
-        const whole = await this.#weight(module.name);
-        const weight = fitsShape(module, whole) ? whole : await this.#byHand(module.name, whole);
+        const weight = await this.#weight(module.name);
         checkShape(module, weight);
         const name = `${module.name}.weight`;
         const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));
