@@ -28,7 +28,7 @@ export { createEngine } from "./ort-engine.ts";
 /** A session of this module. */
 export type NativeSession<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
 
-/** What this module's own sessions take and give. */
+/** Arguments and results of this module's own sessions. */
 export interface OrtTypes<O extends Ort> {
   readonly feeds: Parameters<NativeSession<O>["run"]>[0];
   readonly fetches: Parameters<NativeSession<O>["run"]>[1];
@@ -50,7 +50,7 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
  * stays the caller's, since other sessions may use it.
  *
  * @param ort the module that is to run the model
- * @param model bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
+ * @param model bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by `external`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11

@@ -114,7 +114,7 @@ class OrtEngine implements Engine<OrtSession> {
   }
 
   /**
-   * Whether models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). What goes there is handed over: the array that holds it is
+   * True if models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). Memory that goes there is handed over: the array that holds it is
    * empty from then on, with all else that lies in the same memory.
    */
   get #handsOver(): boolean {
@@ -168,7 +168,7 @@ function withFolder(options: { extra?: { session?: object } }, folder: string): 
   return { ...options, extra: { ...options.extra, session } };
 }
 
-/** Whether a session's options put the model on WebGPU. */
+/** True if a session's options put the model on WebGPU. */
 function onWebgpu(options: KnownOptions | undefined): boolean {
   const [first] = options?.executionProviders ?? [];
   return (typeof first === "string" ? first : first?.name) === "webgpu";
@@ -181,7 +181,7 @@ export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: Lo
     // An arena grows by doubling, and gives nothing back while anything of it is there.
     return unpacked({ ...rest, graphOptimizationLevel: "disabled", enableCpuMemArena: false });
   }
-  // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
+  // Patterns of memory are worth little to lengths that change, and each is memory of its own, on top of the rest.
   const options =
     purpose === "train" ? unpacked({ enableMemPattern: false, ...given } as Record<string, unknown>) : given;
   if (!onWebgpu(given) || exactNodes.length === 0) return options;
@@ -236,7 +236,7 @@ async function findDevice(
   });
 }
 
-/** Whether what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
+/** True if what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
 async function computesOn(
   engineOf: (options: object) => Engine<OrtSession>,
   device: GPUDevice,

@@ -1,5 +1,5 @@
 /**
- * What is used of onnxruntime. The module is the caller's own import; types are structural, so that neither onnxruntime-web nor
+ * The part of onnxruntime that is used. The module is the caller's own import; types are structural, so that neither onnxruntime-web nor
  * onnxruntime-node is needed to compile against this package.
  */
 

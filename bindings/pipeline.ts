@@ -33,7 +33,7 @@ export interface PipelineModel {
 
 /** A session in a pipeline. */
 export interface PipelineSession extends OrtSession {
-  /** What transformers.js adds. */
+  /** Added by transformers.js. */
   config?: { device?: string; dtype?: string } | undefined;
   run(
     feeds: Readonly<Record<string, EngineTensor>>,
@@ -47,7 +47,7 @@ export interface PipelineOrt extends Ort {
   readonly InferenceSession: { create(model: Uint8Array, options?: object): Promise<PipelineSession> };
 }
 
-/** How to make a session of the pipeline's model. */
+/** A model and options that make a session of the pipeline's. */
 export interface Found {
   readonly model: SourceInput;
   readonly session: Readonly<Record<string, unknown>>;
@@ -63,7 +63,7 @@ interface ModelClass {
   from_pretrained(id: string, options: object): Promise<PipelineModel>;
 }
 
-/** Whether a model is given by its id at a hub or in a folder of models, instead of as a file. */
+/** True if a model is given by its id at a hub or in a folder of models, instead of as a file. */
 export function isId(model: SourceInput): model is string {
   return typeof model === "string" && !/^[a-z]{2,}:/i.test(model) && !/\.onnx([?#].*)?$/i.test(model);
 }
@@ -127,7 +127,7 @@ export function finder(
     for (const [name, { constructor, config: { device, dtype } = {} }] of own) {
       if (found.has(name)) continue;
       const parts = await takeParts(constructor as never, model, id, { device, dtype, ...pretrained });
-      // What runs elsewhere or in another type was found for this one's, and is of no use.
+      // Files for another device or another type are of no use.
       for (const [other, { config }] of own)
         if (other === name || (config?.device === device && config?.dtype === dtype)) found.set(other, parts(other));
     }
@@ -137,7 +137,7 @@ export function finder(
   return () => taking.change(take);
 }
 
-/** @returns what the session of a name would be made of */
+/** @returns gives the model and options of the session of a name */
 async function takeParts(
   Session: SessionClass,
   model: PipelineModel,
@@ -266,7 +266,7 @@ export function byName(names: readonly string[], whole: Whole): Readonly<Record<
   return "sessions" in whole ? whole.sessions : { [names[0]!]: whole };
 }
 
-/** What the pipeline has in place of one of its own sessions. @param release called when the pipeline is disposed of */
+/** Stands in for one of the pipeline's own sessions. @param release called when the pipeline is disposed of */
 export function standIn(own: Shown, session: EigenSession<PipelineOrt>, release: () => Promise<void>): object {
   return { ...own, run: (feeds: Readonly<Record<string, never>>) => session.run(feeds), release };
 }
@@ -305,7 +305,7 @@ export function refuseOther(session: Signature, own: Signature): void {
 
 // Calls and labels.
 
-/** What `pipeline()` of transformers.js gives, as far as it is needed here. */
+/** A pipeline of transformers.js, as far as it is needed here. */
 export interface TransformersPipeline {
   readonly model: PipelineModel;
   readonly tokenizer?: unknown;
@@ -369,7 +369,7 @@ type Members = Record<PropertyKey, unknown>;
  * @param methods names; unknown ones are passed over. A function that is called itself goes through its method `_call`, as callable
  *   objects of transformers.js do
  * @param enter calls what it is given, now or later
- * @param others what `inside` has in place of some of the object's other properties
+ * @param others properties that `inside` has in place of some of the object's other properties
  */
 export function hold<Target extends object>(
   target: Target,

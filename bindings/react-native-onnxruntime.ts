@@ -1,7 +1,7 @@
 /**
  * `eigenlora/react-native/onnxruntime`: sessions on onnxruntime-react-native, whose native half differs from the other builds. A model given
  * as bytes is taken as the whole ArrayBuffer, without the options; so the model is written to a file and its path given. A tensor
- * and a file beside a model are taken from the beginning of their buffers, wherever their arrays begin; so they get buffers of their own.
+ * and a file next to a model are taken from the beginning of their buffers, wherever their arrays begin; so they get buffers of their own.
  */
 import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
@@ -62,7 +62,7 @@ class NativeEngine implements Engine<OrtSession> {
   readonly #ort: Ort;
   readonly #files: ModelFiles;
   readonly #options: object;
-  /** What runs, releases and makes tensors. */
+  /** Runs, releases and makes tensors. */
   readonly #engine: Engine<OrtSession>;
   readonly #paths = new WeakMap<OrtSession, string>();
   readonly #loading = new Set<object>();

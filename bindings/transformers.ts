@@ -159,14 +159,14 @@ interface Parts {
 /** A pack on a pipeline. Made by `attachPack`. */
 export class AttachedPack extends Switching<SessionSwitchReport> {
   /**
-   * What the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are not here. For
+   * Sessions that the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are not here. For
    * reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to here instead of by
    * `switchTask` does not bring its labels, and does not wait for calls.
    */
   readonly sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
   readonly #parts: Parts;
   #closed = false;
-  /** Whether the pipeline was disposed of, and our sessions with it. */
+  /** True if the pipeline was disposed of, and our sessions with it. */
   #disposed = false;
 
   /** @internal */
@@ -187,7 +187,7 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     throw new TypeError(`session: the pack is on several sessions, ${names}; take one of \`sessions\``);
   }
 
-  /** What calls of the pipeline now belong to. */
+  /** The selection that calls of the pipeline now belong to. */
   get task(): Selection {
     return this.#parts.whole.task;
   }

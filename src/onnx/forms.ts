@@ -52,7 +52,7 @@ export function formOf(
   return { kind, shape, sites };
 }
 
-/** Whether a node reads more than the weight's shape, which is all that some exporters ask for. */
+/** True if a node reads more than the weight's shape, which is all that some exporters ask for. */
 function readsValues({ node }: Use): boolean {
   return node.opType !== "Shape";
 }
@@ -130,7 +130,7 @@ function inputsOf(tools: GraphTools, { name, in: width, out, components, factors
 
 // ---- convolutions
 
-/** What a term is made of: the weight of the convolution that enters it, and what its channels are multiplied with. */
+/** Parts of a term: the weight of the convolution that enters it, and what its channels are multiplied with. */
 interface Pieces {
   /** E_A [K_A, channels, …] and coreᵀ [tasks, 1, K_B, K_A] and E_Bᵀ [out, K_B]. */
   readonly shared: { readonly EA: string; readonly core: string; readonly EB: string; readonly KA: number } | undefined;

@@ -55,13 +55,13 @@ export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
 /** Options of `inject`. */
 export interface InjectOptions {
-  /** Whether it adds outputs for a probe. Default: true. */
+  /** Adds outputs for a probe. Default: true. */
   readonly probe?: boolean | undefined;
   /** Operators for components that are integers. Default: none, they become floats. */
   readonly integers?: IntegerProducts | undefined;
   /** Needed for modules with a form, and for vectors. */
   readonly forms?: FormInjection | undefined;
-  /** Whether cores come in as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
+  /** Joins cores to as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
   readonly join?: boolean | undefined;
 }
 
@@ -78,7 +78,7 @@ export interface TaskInput {
   readonly of: string;
   readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
   readonly dims: readonly (number | string)[];
-  /** Cores of the modules in it; zeros lie beside them. */
+  /** Cores of the modules in it; zeros lie between them. */
   readonly cores?: readonly CoreBlock[];
   /** Set where a factor's rows are coefficients over components, which the graph has: of A [K, q], of B [q, K]. */
   readonly over?: { readonly K: number; readonly scales: Float32Array | undefined } | undefined;
@@ -235,7 +235,7 @@ interface Mixed {
   readonly value: string;
 }
 
-/** How the x of a layer multiplies with task inputs. */
+/** The x of a layer in the shape that multiplies with task inputs. */
 interface RowsInto {
   readonly rank: number | undefined;
   readonly rows: string;
@@ -363,7 +363,7 @@ class Injector extends GraphTools {
 
   /**
    * x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes.
-   * @param made what another place has made of it
+   * @param made the result of another place
    */
   #rowsInto(place: Place, graph: GraphProto, x: string, made?: string): RowsInto {
     const rank = this.rank(graph, x);
@@ -508,7 +508,7 @@ class ComponentProducts {
   readonly #added: Added[];
   readonly #level: number;
   readonly #shared = new Set<string>();
-  /** Whether an operator of onnxruntime's own domain was used. */
+  /** True if an operator of onnxruntime's own domain was used. */
   contributed = false;
 
   /**
@@ -534,7 +534,7 @@ class ComponentProducts {
     return this.formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
   }
 
-  /** What an input has to know of components that its rows are coefficients over. */
+  /** Facts of components for an input whose rows are coefficients over them. */
   under(
     rows: ComponentRows | undefined,
   ): { readonly K: number; readonly scales: Float32Array | undefined } | undefined {
@@ -613,7 +613,7 @@ class ComponentProducts {
   }
 
   /**
-   * Whether a product with bytes is one operator, instead of unpacking them in each run. It rounds its inputs to 8 bits, so the model's
+   * True if a product with bytes is one operator, instead of unpacking them in each run. It rounds its inputs to 8 bits, so the model's
    * layers must do so too; and few components must not grow much when they are padded to a block.
    */
   #multipliesBytes(inner: number, padded: number): boolean {

@@ -73,13 +73,13 @@ export interface AdaptedLayer {
   readonly shape?: readonly number[] | undefined;
   /** Components for a core between them. */
   readonly components?: Components | undefined;
-  /** Whether tasks bring factors: expanded ones, or private ones next to a core. True without components. */
+  /** True if tasks bring factors: expanded ones, or private ones next to a core. True without components. */
   readonly factors: boolean;
   /** Components that rows of the factors are coefficients over, on the sides where they are. */
   readonly over?: Partial<Components> | undefined;
-  /** Whether a task's factors may have to be made of components: where no core and no coefficients stand for them. */
+  /** True if a task's factors may have to be made of components: where no core and no coefficients stand for them. */
   readonly expands?: boolean | undefined;
-  /** Whether tasks scale the rows of W + ΔW (DoRA). */
+  /** True if tasks scale the rows of W + ΔW (DoRA). */
   readonly rowScale: boolean;
 }
 
@@ -122,7 +122,7 @@ export interface VectorPlace {
 export interface AdaptedRows {
   /** Name of the parameter. */
   readonly name: string;
-  /** How many rows the parameter has, and how many numbers each. */
+  /** Number of rows, and of numbers in each. */
   readonly count: number;
   readonly width: number;
   readonly type: number;
@@ -436,7 +436,7 @@ const FUSED_NORMS: Readonly<Record<string, number>> = {
 };
 
 /**
- * Whether a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
+ * True if a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
  * between.
  * @param size of the bias
  */
@@ -456,7 +456,7 @@ function addsVector(model: OnnxModel, { node, bias }: Site, size: number): boole
   return false;
 }
 
-/** How many numbers a constant has; undefined where a value is none. */
+/** Number of a constant's elements; undefined where a value is none. */
 function constantSize(model: OnnxModel, graph: GraphProto, value: string): number | undefined {
   const seen = new Set<string>();
   for (let at = value; !seen.has(at); ) {

@@ -21,7 +21,7 @@ export interface Slice {
 /** An initializer that holds a parameter. */
 export interface Stored extends OnnxTensorType {
   readonly initializer: string;
-  /** How a weight lies in the initializer. Absent for vectors and where the use does not tell. */
+  /** Orientation of a weight in the initializer. Absent for vectors and where the use does not tell. */
   readonly layout?: Layout;
   /** Set where the parameter is a part of the initializer: several layers packed into one. */
   readonly slice?: Slice;
@@ -33,7 +33,7 @@ export interface Stored extends OnnxTensorType {
 
 /** Another initializer that may hold the same parameter. */
 export interface Candidate extends Stored {
-  /** Whether it has as good a claim to the name: if its values differ, there is no telling which of the two it is. */
+  /** True if it has as good a claim to the name: if its values differ, there is no telling which of the two it is. */
   readonly equal: boolean;
 }
 
@@ -54,7 +54,7 @@ const QUANTISED = new Set([2, 3, 17, 18, 19, 20, 21, 22, 23, 25, 26]);
 interface Rivals {
   /** The one that has it; undefined where none can be said to. */
   readonly winner: Claim | undefined;
-  /** Whether others have as good a claim. */
+  /** True if others have as good a claim. */
   readonly tied: boolean;
   /** Those that its values must be compared with; the winner may be among them. */
   readonly candidates: Candidate[];
@@ -80,7 +80,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
     return { initializer, ...types.get(initializer)!, ...(layout ? { layout } : {}), uses };
   };
   const rivals = settle(all.flat(), stored);
-  /** What the rivals for a name are to one that is listed by its initializer. */
+  /** Rivals for a name, as candidates of one that is listed by its initializer. */
   const others = new Map<Rivals, Candidate[]>();
   return all.flatMap((own) => {
     const won = own.filter((claim) => rivals.get(claim.name)!.winner === claim);
@@ -100,7 +100,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
   });
 }
 
-/** Whether integers are a parameter's: a bias of a quantised layer is int32, as much else is. */
+/** True if integers are a parameter's: a bias of a quantised layer is int32, as much else is. */
 function isDequantised(graph: Graph, initializer: string): boolean {
   const uses = graph.consumers.get(initializer) ?? [];
   return uses.some(({ node, input }) => node.opType === "DequantizeLinear" && input === 0);
@@ -165,7 +165,7 @@ export function matrixShape(
   return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
 }
 
-/** How many outputs a parameter has. */
+/** Number of outputs of a parameter. */
 export function partSize(stored: Stored): number {
   const { slice, shape } = stored;
   if (shape.length === 1) return slice ? slice.sizes[slice.index]! : shape[0]!;
@@ -209,12 +209,12 @@ function wholeShape({
   return layout === "in-out" ? [columns, rows] : [rows, columns];
 }
 
-/** Whether a linear layer multiplies with it. */
+/** True if a linear layer multiplies with it. */
 export function isMatrix(stored: Stored): boolean {
   return (stored.layout === "in-out" || stored.layout === "out-in") && matrixShape(stored) !== undefined;
 }
 
-/** Whether it is a float matrix that goes by an exporter's name, so that any layer may be its own. */
+/** True if it is a float matrix that goes by an exporter's name, so that any layer may be its own. */
 export function isNameless(parameter: OnnxParameter): boolean {
   const { name, initializer, dtype } = parameter;
   return name === initializer && !isParameterName(name) && dtype !== "other" && isMatrix(parameter);
@@ -287,7 +287,7 @@ const MOST_FOLLOWED = 32;
 /** The module that a node belongs to. */
 interface ModulePath {
   readonly path: string;
-  /** How many layers use the bias this path was inferred from; more than one makes it a guess. */
+  /** Number of layers that use the bias this path was inferred from; more than one makes it a guess. */
   readonly shared: number;
 }
 
@@ -295,7 +295,7 @@ interface ModulePath {
 class Claims {
   readonly #graph: Graph;
   readonly #file: string;
-  /** Whether the names follow onnxruntime-genai's model builder. */
+  /** True if the names follow onnxruntime-genai's model builder. */
   readonly #built: boolean;
   readonly #paths = new Map<NodeProto, ModulePath | undefined>();
   readonly #segments = new Map<string, readonly string[]>();
@@ -414,7 +414,7 @@ class Claims {
   }
 
   /**
-   * Whether a parameter belongs to the module at `path` or to one inside it. The TorchScript exporter numbers the calls
+   * True if a parameter belongs to the module at `path` or to one inside it. The TorchScript exporter numbers the calls
    * of a module that runs more than once: the second call of "layer.query" is "layer.query_1".
    */
   #isWithin(name: string, path: string): boolean {
@@ -472,12 +472,12 @@ function ownName(initializer: string): string | undefined {
   return isParameterName(stem) ? stem : undefined;
 }
 
-/** Whether a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
+/** True if a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
 export function isParameterName(name: string): boolean {
   return name.includes(".") && !/[/:]/.test(name);
 }
 
-/** Whether a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
+/** True if a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
 function turnsMatrix(node: NodeProto): boolean {
   const perm = attribute(node, "perm")?.ints;
   return perm === undefined || (perm.length === 2 && perm[0] === 1n);

@@ -251,7 +251,7 @@ export function freeLast(graph: GraphProto, sizes: ReadonlySet<bigint>): void {
   graph.valueInfo.length = 0;
 }
 
-/** Removes what no output of a graph needs. @param stays whether an input stays that is not read */
+/** Removes nodes and values that no output of a graph needs. @param stays tells if an input stays that is not read */
 export function dropUnused(graph: GraphProto, stays: (input: ValueInfoProto) => boolean): void {
   const makers = new Map(graph.node.flatMap((node) => node.output.map((value) => [value, node] as const)));
   const kept = new Set<NodeProto>();

@@ -409,7 +409,7 @@ class Writer {
     this.#at = bytes?.length ?? 0;
   }
 
-  /** @returns how many bytes it takes */
+  /** @returns the number of bytes that it takes */
   message({ fields }: Schema, from: Proto): number {
     const end = this.#at;
     const message = from as Fields;

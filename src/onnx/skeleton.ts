@@ -115,7 +115,7 @@ async function assembled(source: ByteSource, pieces: readonly Piece[], options: 
 
 /** Reads the fields of messages, a window at a time. */
 class FieldReader {
-  /** Whether the bytes are no protobuf, or end too early. */
+  /** True if the bytes are no protobuf, or end too early. */
   damaged = false;
   readonly #source: ByteSource;
   readonly #options: ReadOptions;

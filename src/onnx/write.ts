@@ -32,7 +32,7 @@ const ADDED_FILE = "eigenlora-components";
 /**
  * Serialises a model without its weights. The tensors of `model.proto` keep their data.
  * @param supplied files that the caller provides itself
- * @throws SourceError when a file beside the model cannot be read
+ * @throws SourceError when a file next to the model cannot be read
  */
 export async function detachWeights(
   file: ModelFile,
@@ -77,7 +77,7 @@ export async function detachWeights(
 }
 
 /**
- * Whether all files that a model points into lie in a folder or below it: runtimes follow no links out of it.
+ * True if all files that a model points into lie in a folder or below it: runtimes follow no links out of it.
  * @throws SourceError when one of them cannot be opened; FormatError when it is said to lie elsewhere
  */
 async function allIn(folder: string, { model, external }: ModelFile): Promise<boolean> {

@@ -19,7 +19,7 @@ export interface CacheState {
   readonly name: string;
   /** The first task of it. */
   readonly task: string;
-  /** Whether runs take caches of any other state. */
+  /** True if runs take caches of any other state. */
   readonly keeps?: boolean | undefined;
 }
 
@@ -75,7 +75,7 @@ export class CacheWatch {
   /**
    * @param active state of the session; undefined for the base that it begins with
    * @param tasks of the rows, where they have tasks of their own
-   * @param keep whether this run takes caches of any other state
+   * @param keep true if this run takes caches of any other state
    * @returns a function to call with the results of the run, and with its fetches
    * @throws TaskError when a cache among the feeds was made under another state
    */
@@ -91,7 +91,8 @@ export class CacheWatch {
       const found = holdsSome(tensor) ? (makers.get(tensor) ?? makers.get(memoryOf(tensor))) : undefined;
       for (let row = 0; found && row < Math.max(found.length, states.length); row++) {
         const [there, here] = [ofRow(found, row), ofRow(states, row)];
-        if (there?.key !== here?.key) throw refusal(name, row, there ?? BASE, here ?? BASE, found.length + states.length > 2);
+        if (there?.key !== here?.key)
+          throw refusal(name, row, there ?? BASE, here ?? BASE, found.length + states.length > 2);
       }
     }
     return (results, fetches) => {

@@ -19,7 +19,7 @@ import { Session, type SessionTypes } from "./session.ts";
 /**
  * Prepares a model for all tasks of a pack and loads it once.
  * @param engine runs the model
- * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
+ * @param source bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by `external`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11

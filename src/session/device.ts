@@ -111,7 +111,7 @@ async function place(
 }
 
 /**
- * @param before what is active, which comes back where it fails
+ * @param before the active tasks, which come back where it fails
  * @throws BaseMismatchError when the task brings a parameter of another shape, which no input can take
  */
 async function foldInPlace(

@@ -61,7 +61,7 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly modules: readonly AdaptedLayer[];
   /** Kinds of adapted modules and vectors that are no linear layer, by name. */
   readonly forms: ReadonlyMap<string, string>;
-  /** Whether some layer's input is quantised by a range that all rows of a batch share. */
+  /** True if some layer's input is quantised by a range that all rows of a batch share. */
   readonly sharesRanges: boolean;
   /** Made-up values of the model's own inputs, for a run; undefined where they are of kinds that cannot be made up. */
   readonly feeds: ReadonlyMap<string, Feed> | undefined;
@@ -76,9 +76,9 @@ export interface PrepareOptions extends SessionOptions {
   readonly foldedInputs?: boolean | undefined;
   /** Operators of the model's runtime for integers: components that are integers stay so. Default: they become floats. */
   readonly integers?: IntegerProducts | undefined;
-  /** Whether cores come in as few inputs as can be. Default: one for each layer, or layers with one x. */
+  /** Joins cores to as few inputs as can be. Default: one for each layer, or layers with one x. */
   readonly joinCores?: boolean | undefined;
-  /** Whether the graph gets outputs for the parity probe. Default: true. */
+  /** Gives the graph outputs for the parity probe. Default: true. */
   readonly probeOutputs?: boolean | undefined;
 }
 
@@ -173,7 +173,7 @@ export async function planSession(
   return new Planner(file, pack, options).plan(bases);
 }
 
-/** What a mode cannot do. */
+/** A task that a mode cannot bring. */
 interface Obstacle {
   /** A module or a parameter of the pack. */
   readonly module: string;

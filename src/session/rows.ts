@@ -25,7 +25,7 @@ export class RowTasks {
   readonly #delivery: Pick<Delivery, "rows" | "evaluator">;
   /** Values of the tasks of the last run: the next one usually asks for the same. */
   #known: ReadonlyMap<string | null, RowValues> = new Map();
-  /** Whether a task per row is known to reach its row. */
+  /** True if a task per row is known to reach its row. */
   #sure = false;
   #check: ReturnType<typeof rowCheck> | undefined;
 
@@ -122,8 +122,8 @@ async function checkMadeUp(model: RowModel, base: InputValues): Promise<boolean>
 /**
  * Runs a batch with a made-up task in all rows, in none, and in every second: each row must be as it is alone. Heads, linear layers and
  * convolutions are changed one after the other: a large effect of one would hide mixing in another.
- * @param own whether the feeds are the caller's own, which the model takes as they are meant
- * @returns whether a task was seen to reach its rows alone; false where tasks change no output, or no two rows differ
+ * @param own true if the feeds are the caller's own, which the model takes as they are meant
+ * @returns true if a task was seen to reach its rows alone; false where tasks change no output, or no two rows differ
  * @throws BackendError when tasks are mixed, or no output of the caller's own batch tells
  */
 async function checkRows(
@@ -167,7 +167,7 @@ async function checkRows(
   return seen && (await differ(feeds, rows));
 }
 
-/** How much a made-up task changes, and whether its rows are as they are alone, and the others as without it. */
+/** The effect of a made-up task; `apart` if its rows are as they are alone, and the others as without it. */
 interface Seen {
   readonly effect: number;
   readonly apart: boolean;
@@ -243,7 +243,7 @@ function mixed(why: string, cause?: unknown): BackendError {
   return new BackendError(message, { backend: "session", ...(cause === undefined ? {} : { cause }) });
 }
 
-/** @param joined whether rows may be joined with the dimension behind them */
+/** @param joined true if rows may be joined with the dimension behind them */
 function isOfRows(tensor: EngineTensor | undefined, rows: number, joined = false): boolean {
   const first = tensor?.dims[0] ?? 0;
   return /^float(16|32)$/.test(tensor?.type ?? "") && (first === rows || (joined && first > 0 && first % rows === 0));
@@ -259,7 +259,7 @@ function apart(a: number, b: number): number {
   return a === b || Number.isNaN(a - b) ? 0 : Math.abs(a - b);
 }
 
-/** Whether the rows of some input are not all the same. */
+/** True if the rows of some input are not all the same. */
 async function differ(feeds: Tensors, rows: number): Promise<boolean> {
   for (const tensor of Object.values(feeds)) {
     if (tensor.dims[0] !== rows) continue;

@@ -26,7 +26,7 @@ import type { RowTasks } from "./rows.ts";
 import type { EncodeOptions, Tokenizer } from "./tokens.ts";
 import type { Trainable } from "./training.ts";
 
-/** What a switch did and what it cost. */
+/** Effect and cost of a switch. */
 export interface SessionSwitchReport extends SwitchReport {
   /** Bytes of the inputs that carry the task; mode "folded": of the weights that were written. */
   readonly bytesFed: number;
@@ -36,7 +36,7 @@ export interface SessionSwitchReport extends SwitchReport {
 export interface SessionRunOptions {
   /** One task id per row of the batch, or null for the base; instead of the active task. */
   readonly tasks?: readonly (string | null)[] | undefined;
-  /** Whether this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
+  /** True if this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
   readonly keepCache?: boolean | undefined;
   /** Aborted, a run that waits does not begin; one that is under way goes on, and nobody waits for its answer. */
   readonly signal?: AbortSignal | undefined;
@@ -47,13 +47,13 @@ export interface SessionRunOptions {
 /** Addition to the outputs of a run with `tasks`. */
 export interface ValidColumns {
   /**
-   * How many columns of each row of a head's result are the task's own, by module name of the head. The columns behind them hold
+   * Number of columns of each row of a head's result that are the task's own, by module name of the head. The columns behind them hold
    * the lowest number, or 0 where the head has no bias. Not enumerable.
    */
   readonly validColumns?: ReadonlyMap<string, readonly number[]>;
 }
 
-/** What an engine's own runs take and give. */
+/** Arguments and results of an engine's own runs. */
 export interface SessionTypes {
   readonly feeds: unknown;
   readonly fetches: unknown;
@@ -63,13 +63,13 @@ export interface SessionTypes {
 /** A model that switches tasks. Made by `createSession`, or the function of a binding. */
 export class Session<T extends SessionTypes = SessionTypes> extends Switching<SessionSwitchReport> {
   readonly pack: Pack;
-  /** How tasks reach the model, and why so. */
+  /** The form in which tasks reach the model, and its reason. */
   readonly mode: Mode;
   readonly reason: string;
   /** The model's own inputs and outputs. */
   readonly inputNames: readonly string[];
   readonly outputNames: readonly string[];
-  /** What the parity probe found. */
+  /** The result of the parity probe. */
   readonly probe: ProbeReport;
   /**
    * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`).
@@ -96,7 +96,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly #caches: CacheWatch | undefined;
   /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
-  /** Whether the device is watched. */
+  /** True if the device is watched. */
   #watched = false;
   #active: Active;
   /** The selection that a switch under way leads to. */
@@ -167,7 +167,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     if (gpu) watch().catch(() => undefined);
   }
 
-  /** What runs now belong to. */
+  /** The selection that runs now belong to. */
   get task(): Selection {
     return this.#active.task;
   }

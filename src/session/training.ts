@@ -1,5 +1,5 @@
 /**
- * What a session needs to learn beside answering: a training graph in the same model, and a way for a trainer to run it. Loaded
+ * Learning on a session: a training graph in the same model, and a way for a trainer to run it. Loaded
  * when a session is made `trainable`.
  */
 import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
@@ -17,7 +17,7 @@ import type { SessionOptions } from "./options.ts";
 import type { PreparedModel } from "./prepare.ts";
 import type { InputValues } from "./values.ts";
 
-/** What a session that can learn lends to a trainer. */
+/** Parts that a session that can learn lends to a trainer. */
 export interface Trainable {
   readonly engine: Engine;
   readonly graph: TrainingGraph;
@@ -43,7 +43,7 @@ export function halfOf({ model }: ModelFile): "encoder" | "decoder" | undefined 
 /**
  * One file of a model whose encoder and decoder lie in files of their own does not learn by itself: what the encoder's tasks have to
  * learn would have to come out of the decoder's file.
- * @param pack what of it is to be trained here
+ * @param pack the part of it that is to be trained here
  * @throws BaseMismatchError for one of such files, where the other is adapted too, or where it has a branch for each use of its cache
  */
 export function refuseParts(
@@ -167,7 +167,7 @@ export function fixInnerHeads(
   }
 }
 
-/** Whether another product follows the one with `weight`. */
+/** True if another product follows the one with `weight`. */
 function isMultiplied(main: GraphProto, weight: string): boolean {
   const reached = new Set<string>();
   const passes = (node: NodeProto): boolean => {
