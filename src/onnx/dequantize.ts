@@ -200,7 +200,6 @@ interface Quantization {
   block: number;
 }
 
-/** Finds the scales of an integer weight. */
 function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
   const direct = model.graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
   if (direct) {

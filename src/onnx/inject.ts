@@ -53,7 +53,6 @@ import type { GraphProto, NodeProto } from "./protobuf.ts";
  */
 export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
-/** Options of `inject`. */
 export interface InjectOptions {
   /** Adds outputs for a probe. Default: true. */
   readonly probe?: boolean | undefined;
@@ -78,13 +77,11 @@ export interface TaskInput {
   readonly of: string;
   readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
   readonly dims: readonly (number | string)[];
-  /** Cores of the modules in it; zeros lie between them. */
   readonly cores?: readonly CoreBlock[];
   /** Set where a factor's rows are coefficients over components, which the graph has: of A [K, q], of B [q, K]. */
   readonly over?: { readonly K: number; readonly scales: Float32Array | undefined } | undefined;
 }
 
-/** The core of one module in the input of several. */
 export interface CoreBlock {
   readonly module: string;
   /** Place of its first number. */
@@ -97,7 +94,6 @@ export interface CoreBlock {
   readonly scalesB: Float32Array | undefined;
 }
 
-/** Inputs, initializers and outputs that were added to a model. */
 export interface Injected {
   readonly inputs: readonly TaskInput[];
   readonly initializers: readonly Added[];
@@ -155,7 +151,6 @@ export class GraphTools {
     this.#ranks = new Ranks(model);
   }
 
-  /** Adds an initializer, once. */
   add(name: string, dims: readonly number[], data: Float32Array): string {
     if (this.#isNew(name)) this.added.push({ name, type: FLOAT, dims, data });
     return name;
@@ -218,7 +213,6 @@ export class GraphTools {
     return place.op("Reshape", [value, this.first(`${PREFIX}/rows/${width}`, "Concat", shape, { axis: 0 })]);
   }
 
-  /** Edits behind a node of the model. */
   place(of: string, graph: GraphProto, node: NodeProto, type: number): Place {
     return new Place(this.edits, graph, node, `${PREFIX}/${of}/${this.#count++}`, type);
   }
@@ -290,7 +284,6 @@ class Injector extends GraphTools {
     }
   }
 
-  /** The input that holds the cores of modules. */
   #core(members: readonly AdaptedLayer[]): TaskInput {
     let row = 0;
     let column = 0;

@@ -18,7 +18,6 @@ export const BOOL = 9;
 
 /** One application of an adapted layer. Linear: y = x · Wᵀ, with the bias where the same node adds it. */
 export interface Site {
-  /** The graph that holds the nodes. */
   readonly graph: GraphProto;
   /** Node that makes y, its first output. */
   readonly node: NodeProto;
@@ -54,7 +53,6 @@ export interface StoredIntegers {
   values(): Int8Array;
 }
 
-/** Components of one module. */
 export interface Components {
   readonly A: ComponentRows;
   readonly B: ComponentRows;
@@ -67,11 +65,9 @@ export interface AdaptedLayer {
   readonly in: number;
   readonly out: number;
   readonly kind: "linear" | "convolution" | "embedding";
-  /** Each application of the weight. */
   readonly sites: readonly Site[];
   /** Shape of a convolution's weight: [out, channels, …]. */
   readonly shape?: readonly number[] | undefined;
-  /** Components for a core between them. */
   readonly components?: Components | undefined;
   /** True if tasks bring factors: expanded ones, or private ones next to a core. True without components. */
   readonly factors: boolean;
@@ -85,7 +81,6 @@ export interface AdaptedLayer {
 
 /** A bias that tasks change, of any layer: the change is added to the node's result. */
 export interface AdaptedBias {
-  /** Name of the parameter. */
   readonly name: string;
   readonly size: number;
   readonly type: number;
@@ -96,7 +91,6 @@ export interface AdaptedBias {
 
 /** A vector that tasks change and that is not added to the last dimension of a node's result. */
 export interface AdaptedVector {
-  /** Name of the parameter. */
   readonly name: string;
   readonly size: number;
   readonly places: readonly VectorPlace[];
@@ -109,7 +103,6 @@ export interface VectorPlace {
   readonly op: NodeProto;
   /** Index of the vector among the node's inputs. */
   readonly input: number;
-  /** Node that makes the result, its first output. */
   readonly node: NodeProto;
   readonly type: number;
 }
@@ -120,7 +113,6 @@ export interface VectorPlace {
  * so the base's rows need not be known.
  */
 export interface AdaptedRows {
-  /** Name of the parameter. */
   readonly name: string;
   /** Number of rows, and of numbers in each. */
   readonly count: number;
@@ -128,7 +120,6 @@ export interface AdaptedRows {
   readonly type: number;
   /** Gather nodes. */
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
-  /** Applications of a linear layer. */
   readonly sites: readonly Site[];
   /** The pack's name of an embedding that the parameter is tied to: its rows are taken where a task has none for this one. */
   readonly follows?: string | undefined;
@@ -136,16 +127,13 @@ export interface AdaptedRows {
 
 /** A layer that each task brings whole, with a number of outputs of its own. */
 export interface AdaptedHead {
-  /** Name of the module. */
   readonly name: string;
   readonly in: number;
   readonly out: number;
   readonly bias: boolean;
-  /** `end` makes the layer's result, bias included. */
   readonly places: readonly { site: Site; end: NodeProto }[];
 }
 
-/** All that tasks change in a graph. */
 export interface Changes {
   readonly modules: readonly AdaptedLayer[];
   readonly biases: readonly AdaptedBias[];

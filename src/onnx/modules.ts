@@ -18,7 +18,6 @@ export interface Slice {
   readonly of: string;
 }
 
-/** An initializer that holds a parameter. */
 export interface Stored extends OnnxTensorType {
   readonly initializer: string;
   /** Orientation of a weight in the initializer. Absent for vectors and where the use does not tell. */
@@ -50,7 +49,6 @@ export interface OnnxParameter extends Stored {
 /** `TensorProto.DataType` of quantised weights: (u)int8, float8, (u)int4, float4, (u)int2. */
 const QUANTISED = new Set([2, 3, 17, 18, 19, 20, 21, 22, 23, 25, 26]);
 
-/** Claims of one name. */
 interface Rivals {
   /** The one that has it; undefined where none can be said to. */
   readonly winner: Claim | undefined;
@@ -165,7 +163,6 @@ export function matrixShape(
   return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
 }
 
-/** Number of outputs of a parameter. */
 export function partSize(stored: Stored): number {
   const { slice, shape } = stored;
   if (shape.length === 1) return slice ? slice.sizes[slice.index]! : shape[0]!;
@@ -284,7 +281,6 @@ export const MOST_PASSED = 16;
 /** Most uses that are followed, for each use in the graph: nested graphs may reuse names of values and so multiply them. */
 const MOST_FOLLOWED = 32;
 
-/** The module that a node belongs to. */
 interface ModulePath {
   readonly path: string;
   /** Number of layers that use the bias this path was inferred from; more than one makes it a guess. */
@@ -350,7 +346,6 @@ class Claims {
     return [...claims.values()];
   }
 
-  /** Name in the checkpoint. */
   #asCheckpoint(name: string | undefined): string | undefined {
     return this.#built && name !== undefined ? unbuilt(name) : name;
   }

@@ -27,7 +27,6 @@ export interface PlaceInPacked {
   readonly count: number;
 }
 
-/** The packed layers that may hold a layer of this name. */
 function packedNames(module: string): PlaceInPacked[] {
   return PACKED.flatMap(([whole, ...parts]) => {
     const index = parts.findIndex((part) => module === part || module.endsWith(`.${part}`));

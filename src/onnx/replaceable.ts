@@ -108,9 +108,7 @@ function refuseOverlaps(parameters: readonly OnnxParameter[]): void {
   }
 }
 
-/** A parameter that comes as an input. */
 export interface WeightInput {
-  /** Name of the parameter, and of the input. */
   readonly name: string;
   readonly input: string;
   /** `f32` too where the model stores f16 or bf16 and computes in f32: no run casts it then, and nothing is rounded twice. */

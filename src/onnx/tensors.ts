@@ -44,7 +44,6 @@ export function externalFiles(graph: GraphProto, found: Map<string, number> = ne
   return found;
 }
 
-/** Type and shape of an initializer. */
 export interface OnnxTensorType {
   /** "other" for integers, quantised and all further types. */
   readonly dtype: FloatDtype | "other";

@@ -18,7 +18,6 @@ import {
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
-/** A weight of a linear layer, float or quantised. */
 export interface ReadWeight {
   readonly at: WeightAt;
   readonly quantized: boolean;
@@ -86,7 +85,6 @@ async function readJoined(
 /** Candidates that a message lists. */
 const TOLD = 3;
 
-/** Finds the copies of weights. */
 export class Copies {
   readonly #file: ModelFile;
   readonly #parameters: readonly OnnxParameter[];

@@ -15,7 +15,6 @@ import type { SessionSwitchOptions } from "./options.ts";
 export interface CacheState {
   /** The same for states that may take each other's caches. */
   readonly key: string;
-  /** Name for messages. */
   readonly name: string;
   /** The first task of it. */
   readonly task: string;
@@ -41,7 +40,6 @@ function numberOf(entry: TaskInfo["metadata"] | undefined): number {
   return numbers.get(entry)!;
 }
 
-/** Watches the runs of one session. */
 export class CacheWatch {
   readonly #pack: Pick<Pack, "tasks">;
   /** Inputs and outputs of the first layer: keys, values, and what else it has. */

@@ -28,13 +28,11 @@ export interface Active {
   readonly retire?: (() => void) | undefined;
 }
 
-/** Delivers the tasks of one session. */
 export interface Delivery {
   readonly evaluator: TaskEvaluator;
   /** The base. */
   readonly first: Active;
   readonly probe: ProbeReport;
-  /** A remark for people on how tasks reach the model. */
   readonly note?: string;
   /** Bytes of weights that each switch writes. */
   readonly bytesWritten: number;

@@ -19,7 +19,6 @@ import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./en
 import { compareOutputs, type ProbeReport, type SessionParts, withFeeds } from "./probe.ts";
 import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
-/** A parameter on the device. */
 type Placed = DeviceTensor & { buffer: GPUBuffer };
 
 /**

@@ -71,10 +71,16 @@ export class ModelMatcher {
     return found;
   }
 
+  /** The only parameter that an initializer holds. */
+  #heldBy(initializer = ""): OnnxParameter | undefined {
+    const [held, ...others] = this.#byInitializer.get(initializer) ?? [];
+    return others.length === 0 ? held : undefined;
+  }
+
   async #weight(module: string): Promise<OnnxParameter> {
     const byHand = this.#options.names?.get(module);
-    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
-    if (held && others.length === 0) return held;
+    const held = this.#heldBy(byHand);
+    if (held) return held;
     const found = await this.#find(byHand ?? `${module}.weight`);
     if ("name" in found) {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
@@ -107,16 +113,14 @@ export class ModelMatcher {
   /** The model's names of weights that are mapped by hand, by module. */
   *byHand(): Generator<[module: string, name: string]> {
     for (const [module, weight] of this.#options.names ?? []) {
-      const [held, ...others] = this.#byInitializer.get(weight) ?? [];
-      const name = held && others.length === 0 ? held.name : nameOf(this.#names.find(weight));
+      const name = this.#heldBy(weight)?.name ?? nameOf(this.#names.find(weight));
       if (name !== undefined) yield [module, name];
     }
   }
 
   async #findParameter(name: string): Promise<ReturnType<NameMatcher["find"]>> {
     const byHand = this.#byName(name);
-    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
-    return held && others.length === 0 ? held : this.#find(byHand ?? name);
+    return this.#heldBy(byHand) ?? this.#find(byHand ?? name);
   }
 
   /** A layer that lies in a packed one, or in several. */
@@ -230,7 +234,6 @@ export class ModelMatcher {
     return true;
   }
 
-  /** True if the model has a parameter by this name. */
   has(name: string): boolean {
     return "name" in this.#names.find(name);
   }
@@ -306,7 +309,6 @@ export class ModelMatcher {
     return found;
   }
 
-  /** True if the user wants a parameter left out. */
   ignores(name: string): boolean {
     return isIgnored(name, this.#options.ignore);
   }

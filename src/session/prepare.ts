@@ -139,7 +139,6 @@ function rowMaker(...of: Parameters<typeof feedsOfRows>): PreparedModel["feedsOf
   return () => feedsOfRows(...of);
 }
 
-/** The changes that a model needs. */
 export interface Plan {
   readonly mode: Mode;
   /** Why this mode, for people. */
@@ -175,7 +174,6 @@ export async function planSession(
 
 /** A task that a mode cannot bring. */
 interface Obstacle {
-  /** A module or a parameter of the pack. */
   readonly module: string;
   readonly why: string;
 }

@@ -12,7 +12,6 @@ import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, 
 import type { PreparedModel } from "./prepare.ts";
 import { CoreSpace, type InputValue, type InputValues, toFeeds } from "./values.ts";
 
-/** The parts that a session is made of. */
 export interface SessionParts {
   readonly engine: Engine;
   readonly prepared: PreparedModel;

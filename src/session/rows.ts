@@ -19,7 +19,6 @@ interface RowValues {
   readonly values: TaskValues;
 }
 
-/** Makes feeds for the batches of one session. */
 export class RowTasks {
   readonly #pack: Pick<Pack, "tasks">;
   readonly #delivery: Pick<Delivery, "rows" | "evaluator">;

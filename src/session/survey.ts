@@ -20,7 +20,6 @@ import type { Mode, SessionOptions } from "./options.ts";
 import { broughtBy, type Plan, type PreparedModel, planSession, prepareModel } from "./prepare.ts";
 import { stackValues, TaskEvaluator } from "./values.ts";
 
-/** A module of the pack in the model. */
 export interface SurveyedModule {
   readonly module: string;
   /** The model's name of its weight; null where it is not found or does not fit. */
@@ -28,13 +27,11 @@ export interface SurveyedModule {
   /** The initializer that holds it, and its type there: "quantised" for integers. */
   readonly initializer: string | null;
   readonly type: string | null;
-  /** Names of the nodes that multiply with it. */
   readonly nodes: readonly string[];
   /** True if the pack's fingerprint is the weight's. Null: there is none, or it was not asked for. */
   readonly confirmed: boolean | null;
   /** The fault, if there is one. */
   readonly why: string | null;
-  /** True if its weight was found, of another shape. */
   readonly misfit: boolean;
   /** Names in the model that are like it. */
   readonly candidates: readonly string[];
@@ -54,7 +51,6 @@ export interface SurveyedParameter {
 /** A mode that works, and what it costs. */
 export interface SurveyedMode {
   readonly works: boolean;
-  /** Why it does not. */
   readonly why: string | null;
   /** Nodes and inputs that a session adds to the model. */
   readonly nodes: number;
@@ -88,7 +84,6 @@ export interface Survey {
   readonly largestTask: number;
 }
 
-/** Several files of one model. */
 export interface FilesSurvey {
   /** The survey of each file with the part of the pack that lives there, by name; a reason where none does. */
   readonly files: ReadonlyMap<string, Survey | string>;

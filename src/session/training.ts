@@ -21,7 +21,6 @@ import type { InputValues } from "./values.ts";
 export interface Trainable {
   readonly engine: Engine;
   readonly graph: TrainingGraph;
-  /** The inputs that carry a task. */
   readonly inputs: readonly TaskInput[];
   /** Made-up values of the model's own inputs, for their types and what is fixed of their dimensions; undefined where none fit. */
   readonly example: ReadonlyMap<string, Feed> | undefined;

@@ -32,7 +32,6 @@ export interface InputValue {
   readonly data: Float32Array | BigInt64Array;
 }
 
-/** Values of inputs by name. */
 export type InputValues = ReadonlyMap<string, InputValue>;
 
 /** The values of all inputs, and how many columns each head has. */
@@ -55,7 +54,6 @@ export interface BaseHead {
 
 /** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
 export interface BaseValues {
-  /** Heads by module name of the pack. */
   readonly heads: ReadonlyMap<string, BaseHead>;
   /** Values of the biases that tasks change, by the pack's name of the parameter. */
   readonly biases: ReadonlyMap<string, Float32Array>;
@@ -69,7 +67,6 @@ export interface BaseValues {
   readonly ignored: ReadonlySet<string>;
 }
 
-/** The model whose inputs get values. */
 interface EvaluatedModel {
   readonly view: PackView;
   readonly mode: Mode;
@@ -78,12 +75,9 @@ interface EvaluatedModel {
   readonly inputs: readonly TaskInput[];
 }
 
-/** Parts that the values of one selection are made of. */
 interface Evaluation {
   readonly tasks: LoadedTasks["tasks"];
-  /** Values of core inputs, by name of the input. */
   readonly cores: InputValues;
-  /** Factors by module name. */
   readonly factors: UnfoldedTerms["factors"];
   /** Saved modules and biases as the tasks have them, by name. */
   readonly merged: ReadonlyMap<string, Merged>;
@@ -109,7 +103,6 @@ function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules
   return ready;
 }
 
-/** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
   readonly #model: Omit<EvaluatedModel, "modules">;
   readonly #runtime: SessionRuntime;
@@ -283,7 +276,6 @@ export class TaskEvaluator {
   }
 }
 
-/** Rows of an embedding that a task brings. */
 interface BroughtRows {
   readonly strength: number;
   readonly blob: TaskBlob;
