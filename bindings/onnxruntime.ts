@@ -3,13 +3,11 @@
  */
 import { checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
-import { createSession } from "../src/session/create-session.ts";
 import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
 import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
-import type { Session } from "../src/session/session.ts";
+import { createSession, type Session } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
-import type { Ort, SessionOptions } from "./ort.ts";
-import { createEngine } from "./ort-engine.ts";
+import { createEngine, type Ort, type SessionOptions } from "./ort-engine.ts";
 
 export type { ModuleFilter } from "../src/core/part.ts";
 export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
@@ -22,8 +20,7 @@ export type {
   SessionSwitchReport,
   ValidColumns,
 } from "../src/session/session.ts";
-export type { Ort, OrtSession, SessionOptions } from "./ort.ts";
-export { createEngine } from "./ort-engine.ts";
+export { createEngine, type Ort, type OrtSession, type SessionOptions } from "./ort-engine.ts";
 
 /** A session of this module. */
 export type NativeSession<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;

@@ -9,10 +9,10 @@ import { BackendError, BaseMismatchError, SourceError } from "../src/errors.ts";
 import { bringsOf, parseBrought } from "../src/format/format.ts";
 import type { OnProgress, Progress } from "../src/progress.ts";
 import { Queue } from "../src/queue.ts";
-import { createSession } from "../src/session/create-session.ts";
 import type { EngineTensor } from "../src/session/engine.ts";
 import { type GroupFile, groupOf } from "../src/session/group.ts";
 import { isIgnored } from "../src/session/match.ts";
+import { createSession } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
 import {
   createEngine,

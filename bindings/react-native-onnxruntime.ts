@@ -7,13 +7,12 @@ import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
 import { BackendError } from "../src/errors.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
-import { createSession } from "../src/session/create-session.ts";
 import type { Engine, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "../src/session/options.ts";
+import { createSession } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
 import type { EigenSession, EigenSessionOptions } from "./onnxruntime.ts";
-import type { Ort, OrtSession } from "./ort.ts";
-import { createEngine, optionsFor } from "./ort-engine.ts";
+import { createEngine, type Ort, type OrtSession, optionsFor } from "./ort-engine.ts";
 
 /** A folder of the app's, through the app's library for files. */
 export interface ModelFiles {

@@ -5,8 +5,7 @@
 import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
-import { createEngine } from "../../bindings/ort-engine.ts";
+import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { Engine } from "../session/engine.ts";

@@ -227,9 +227,10 @@ function isSameMatrix(a: Stored, b: Stored): boolean {
 /** Operators that pass their first input on, as it is or transposed. */
 const PASSES = new Set(["Cast", "CastLike", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"]);
 
-/** Normalisations whose second input is a weight and whose third a bias. */
+/** Operators whose second input is a weight and whose third a bias. */
 const NORMS = new Set([
   "BatchNormalization",
+  "ConvTranspose",
   "GroupNormalization",
   "InstanceNormalization",
   "LayerNormalization",
@@ -493,13 +494,8 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "MatMul":
     case "MatMulInteger":
     case "FusedMatMul":
-      return input === 1 && attribute(node, "transB")?.i
-        ? matrix("out-in")
-        : input === 1
-          ? matrix("in-out")
-          : input === 0
-            ? matrix("out-in")
-            : undefined;
+      if (input > 1) return undefined;
+      return matrix(input === 0 || attribute(node, "transB")?.i ? "out-in" : "in-out");
     case "QLinearMatMul":
       return input === 3 ? matrix("in-out") : undefined;
     case "MatMulNBits":
@@ -512,8 +508,6 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "ConvInteger":
       if (input === 1) return { suffix: "weight", layout: "conv" };
       return input === 2 && node.opType === "Conv" ? { suffix: "bias" } : undefined;
-    case "ConvTranspose":
-      return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
     case "Gather":
     case "GatherBlockQuantized":
       if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;
