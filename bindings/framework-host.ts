@@ -100,7 +100,7 @@ function refuseMore(name: string): never {
 /** A weight as adapters know it. */
 export interface Called {
   readonly name: string;
-  /** How it is stored, where its name tells; else as in the checkpoint. */
+  /** Its orientation, where the name tells; else as in the checkpoint. */
   readonly layout: Layout | undefined;
 }
 

@@ -91,7 +91,7 @@ export async function keptPack(
   checkOptions("keptPack", options, ["integrity"]);
   let packs = kept.get(bucket);
   if (!packs) kept.set(bucket, (packs = new Map()));
-  // What was asked of one caller's pack was not asked of another's.
+  // Checks that one caller asked for were not asked for by another.
   const name = JSON.stringify([key, options.integrity]);
   const there = packs.get(name);
   if (there) return there;

@@ -4,8 +4,7 @@
  */
 import { basename, extname } from "node:path";
 import { createEigenSession, createEigenSessions } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
-import { createEngine } from "../../bindings/ort-engine.ts";
+import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import { feedsOfRows, knownSizes, plainInputs, tableRows } from "../onnx/feeds.ts";

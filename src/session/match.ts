@@ -36,7 +36,7 @@ export class ModelMatcher {
   #names: NameMatcher;
   #hasAliases = false;
   readonly #copies: Copies;
-  /** What was found by the end of its name only, by the pack's name, and the model's name for it. */
+  /** The model's names of parameters that were found by the end of their names only, by the pack's names. */
   readonly #bySuffix = new Map<string, string>();
 
   constructor(file: ModelFile, options: SessionOptions) {
@@ -61,9 +61,8 @@ export class ModelMatcher {
     const weights: OnnxParameter[] = [];
     for (const module of modules) {
       const parameter = await this.#weight(module.name);
-      const part = fitsShape(module, parameter) ? parameter : await this.#byHand(module.name, parameter);
-      checkShape(module, part);
-      weights.push(part);
+      checkShape(module, parameter);
+      weights.push(parameter);
     }
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
@@ -72,10 +71,16 @@ export class ModelMatcher {
     return found;
   }
 
+  /** The only parameter that an initializer holds. */
+  #heldBy(initializer = ""): OnnxParameter | undefined {
+    const [held, ...others] = this.#byInitializer.get(initializer) ?? [];
+    return others.length === 0 ? held : undefined;
+  }
+
   async #weight(module: string): Promise<OnnxParameter> {
     const byHand = this.#options.names?.get(module);
-    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
-    if (held && others.length === 0) return held;
+    const held = this.#heldBy(byHand);
+    if (held) return held;
     const found = await this.#find(byHand ?? `${module}.weight`);
     if ("name" in found) {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
@@ -84,11 +89,11 @@ export class ModelMatcher {
     const part = await this.#piece(byHand?.replace(/\.weight$/, "") ?? module, "weight");
     if (part) return part;
     const error = notFound(module, found);
-    const { model } = this.#file;
-    const fused = fusedNode(model);
+    const fused = fusedNode(this.#file.model);
     if (!fused) throw error;
-    const what = (await import("../onnx/packed.ts")).whyFused(model, fused);
-    throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
+    const which = `${fused.opType} "${fused.name || fused.output[0]}"`;
+    const why = `the model is fused already: ${which} holds several layers. Pass the unoptimised export, which onnxruntime fuses when it loads it`;
+    throw new BaseMismatchError(`${why}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
   /** Finds a name, by those of other versions too: these are loaded for the first name that is not found without. */
@@ -108,16 +113,14 @@ export class ModelMatcher {
   /** The model's names of weights that are mapped by hand, by module. */
   *byHand(): Generator<[module: string, name: string]> {
     for (const [module, weight] of this.#options.names ?? []) {
-      const [held, ...others] = this.#byInitializer.get(weight) ?? [];
-      const name = held && others.length === 0 ? held.name : nameOf(this.#names.find(weight));
+      const name = this.#heldBy(weight)?.name ?? nameOf(this.#names.find(weight));
       if (name !== undefined) yield [module, name];
     }
   }
 
   async #findParameter(name: string): Promise<ReturnType<NameMatcher["find"]>> {
     const byHand = this.#byName(name);
-    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
-    return held && others.length === 0 ? held : this.#find(byHand ?? name);
+    return this.#heldBy(byHand) ?? this.#find(byHand ?? name);
   }
 
   /** A layer that lies in a packed one, or in several. */
@@ -129,13 +132,6 @@ export class ModelMatcher {
     });
     if (found) this.#note(`${module}.${suffix}`, found.name);
     return found;
-  }
-
-  /** Its part of a packed weight that was named by hand; what was named, where it is none. */
-  async #byHand(module: string, weight: OnnxParameter): Promise<OnnxParameter> {
-    if (!this.#options.names?.has(module) || weight.slice || weight.joined) return weight;
-    const { partByHand } = await import("../onnx/packed.ts");
-    return partByHand(this.#file.model, module, await this.#copies.of(weight)) ?? weight;
   }
 
   #note(name: string, found: string): void {
@@ -174,10 +170,10 @@ export class ModelMatcher {
   }
 
   /**
-   * What of a pack lives in this model, where it is one of several files: that whose fingerprint fits, that of the whole name, and
-   * what is called as something that fits but for the segments in front.
+   * The modules and parameters of a pack that live in this model, where it is one of several files: those whose fingerprint fits, those of
+   * the whole name, and those whose names differ from such by the same segments in front.
    * @param parameters that tasks bring, by the pack's names
-   * @returns the reason why not, by name, for what does not; undefined for what does
+   * @returns by name, the reason why a module or parameter is not there; undefined where it is
    */
   async residents(
     modules: readonly PackModule[],
@@ -189,8 +185,7 @@ export class ModelMatcher {
     const unsure = new Map<string, { readonly name: string; readonly as: string }>();
     for (const module of modules) {
       try {
-        const whole = await this.#weight(module.name);
-        const weight = fitsShape(module, whole) ? whole : await this.#byHand(module.name, whole);
+        const weight = await this.#weight(module.name);
         checkShape(module, weight);
         const name = `${module.name}.weight`;
         const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));
@@ -226,7 +221,7 @@ export class ModelMatcher {
   }
 
   /**
-   * Whether the pack's fingerprint of a module is the weight's; false where there is none to tell.
+   * True if the pack's fingerprint of a module is the weight's; false where there is none to tell.
    * @throws BaseMismatchError when it is another model's
    */
   async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
@@ -239,7 +234,6 @@ export class ModelMatcher {
     return true;
   }
 
-  /** Whether the model has a parameter by this name. */
   has(name: string): boolean {
     return "name" in this.#names.find(name);
   }
@@ -315,7 +309,6 @@ export class ModelMatcher {
     return found;
   }
 
-  /** Whether the user wants a parameter left out. */
   ignores(name: string): boolean {
     return isIgnored(name, this.#options.ignore);
   }
@@ -325,7 +318,7 @@ function nameOf(found: ReturnType<NameMatcher["find"]>): string | undefined {
   return "name" in found ? found.name : undefined;
 }
 
-/** Whether a list of parameters and modules names this parameter. */
+/** True if a list of parameters and modules names this parameter. */
 export function isIgnored(parameter: string, ignore: readonly string[] = []): boolean {
   return ignore.includes(parameter) || ignore.includes(moduleOf(parameter));
 }
@@ -339,7 +332,7 @@ function fitsShape(module: PackModule, parameter: OnnxParameter): boolean {
     : found?.every((n, i) => n === expected[i]) === true;
 }
 
-/** What a module's weight must be like, and what it is. */
+/** The shape that a module's weight must have, and the one that it has. */
 function shapesOf(
   module: PackModule,
   parameter: OnnxParameter,

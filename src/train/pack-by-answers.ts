@@ -22,8 +22,8 @@ import { searchPack } from "../pack/search.ts";
 import { tooFew } from "../pack/seek.ts";
 import { spread } from "../pack/sharing.ts";
 import { allOf, freshPack } from "../pack/write.ts";
-import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
+import { createSession } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
 import {
   Answering,
