@@ -92,8 +92,8 @@ const CASES: Readonly<Record<string, Case>> = {
     next: /\{ ignore: \["classifier"\] \}/,
   },
   fused: {
-    ...{ model: "sessions/fused.onnx", pack: bert, modes: [], mode: null },
-    next: /without onnxruntime's transformer optimiser/,
+    ...{ model: "sessions/fused.onnx", pack: bert, modes: MODES, mode: "core" },
+    next: /createEigenSession/,
   },
   "fused, and quantised after that": {
     ...{ model: "QAttention", pack: bert, modes: [], mode: null },

@@ -98,7 +98,11 @@ async function readBytes(source: ByteSource, options: ReadOptions, apart: boolea
 
 async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
   try {
-    return parseModel(bytes, name);
+    const model = parseModel(bytes, name);
+    const isFused = model.proto.graph!.node.some(
+      ({ domain, opType }) => opType === "Attention" && domain === "com.microsoft",
+    );
+    return isFused ? (await import("./packed.ts")).unfuse(model) : model;
   } catch (error) {
     const { wrongKind } = await import("../format/kind.ts");
     throw await wrongKind(

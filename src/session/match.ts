@@ -61,8 +61,9 @@ export class ModelMatcher {
     const weights: OnnxParameter[] = [];
     for (const module of modules) {
       const parameter = await this.#weight(module.name);
-      checkShape(module, parameter);
-      weights.push(parameter);
+      const part = fitsShape(module, parameter) ? parameter : await this.#byHand(module.name, parameter);
+      checkShape(module, part);
+      weights.push(part);
     }
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
@@ -89,11 +90,11 @@ export class ModelMatcher {
     const part = await this.#piece(byHand?.replace(/\.weight$/, "") ?? module, "weight");
     if (part) return part;
     const error = notFound(module, found);
-    const fused = fusedNode(this.#file.model);
+    const { model } = this.#file;
+    const fused = fusedNode(model);
     if (!fused) throw error;
-    const which = `${fused.opType} "${fused.name || fused.output[0]}"`;
-    const why = `the model is fused already: ${which} holds several layers. Pass the unoptimised export, which onnxruntime fuses when it loads it`;
-    throw new BaseMismatchError(`${why}; ${error.message}`, { module, candidates: error.candidates ?? [] });
+    const what = (await import("../onnx/packed.ts")).whyFused(model, fused);
+    throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
   /** Finds a name, by those of other versions too: these are loaded for the first name that is not found without. */
@@ -132,6 +133,13 @@ export class ModelMatcher {
     });
     if (found) this.#note(`${module}.${suffix}`, found.name);
     return found;
+  }
+
+  /** Its part of a packed weight that was named by hand; what was named, where it is none. */
+  async #byHand(module: string, weight: OnnxParameter): Promise<OnnxParameter> {
+    if (!this.#options.names?.has(module) || weight.slice || weight.joined) return weight;
+    const { partByHand } = await import("../onnx/packed.ts");
+    return partByHand(this.#file.model, module, await this.#copies.of(weight)) ?? weight;
   }
 
   #note(name: string, found: string): void {
@@ -185,7 +193,8 @@ export class ModelMatcher {
     const unsure = new Map<string, { readonly name: string; readonly as: string }>();
     for (const module of modules) {
       try {
-        const weight = await this.#weight(module.name);
+        const whole = await this.#weight(module.name);
+        const weight = fitsShape(module, whole) ? whole : await this.#byHand(module.name, whole);
         checkShape(module, weight);
         const name = `${module.name}.weight`;
         const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));
