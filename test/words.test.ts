@@ -39,7 +39,7 @@ const SEVERAL: Readonly<Record<string, string>> = {
 };
 
 /** Folders whose comments are checked. */
-const FOLDERS = ["src", "bindings", "assembly", "kernels", "test", "benchmarks"];
+const FOLDERS = ["src", "bindings", "assembly", "kernels", "examples", "test", "benchmarks"];
 
 const PREPOSITION = /^(as|at|beside|by|for|from|in|of|on|to|with|without)\b/i;
 const RIDDLE = /\b(whoever|of which|of so many)\b/i;
@@ -192,7 +192,7 @@ function messagesOf(source: ts.SourceFile): { file: string; line: number; text: 
 const messages = sources.flatMap(messagesOf);
 
 /** A text without code: names of options, fields and files are what they are. */
-const prose = (text: string): string => text.replace(/```[\s\S]*?```|`[^`]*`|\]\([^)]*\)|--[\w-]+|@\w+ \w+/g, " ");
+const prose = (text: string): string => text.replace(/```[\s\S]*?```|`[^`]*`|\]\([^)]*\)|--[\w-]+|@\w+ (\{[^}]*\} )?\w+/g, " ");
 
 /** Places of a kind, by folder, for a comment: who mends a folder sees what is left. */
 function byFolder(places: readonly { file: string }[]): string {
@@ -218,7 +218,7 @@ const RULES: readonly Rule[] = [
   },
   {
     title: 'nothing is "beside" in comments',
-    ceiling: 158,
+    ceiling: 157,
     places: comments.filter(({ text }) => /\bbesides?\b/i.test(prose(text))),
   },
   {
