@@ -192,7 +192,8 @@ function messagesOf(source: ts.SourceFile): { file: string; line: number; text: 
 const messages = sources.flatMap(messagesOf);
 
 /** A text without code: names of options, fields and files are what they are. */
-const prose = (text: string): string => text.replace(/```[\s\S]*?```|`[^`]*`|\]\([^)]*\)|--[\w-]+|@\w+ (\{[^}]*\} )?\w+/g, " ");
+const prose = (text: string): string =>
+  text.replace(/```[\s\S]*?```|`[^`]*`|\]\([^)]*\)|--[\w-]+|@\w+ (\{[^}]*\} )?\w+/g, " ");
 
 /** Places of a kind, by folder, for a comment: who mends a folder sees what is left. */
 function byFolder(places: readonly { file: string }[]): string {
