@@ -284,8 +284,6 @@ async function realPlace(t: Test, packed: readonly string[] = ["spam", "topic"])
     token_type_ids: rowsOf(0).map((row) => row.map(() => 0)),
   };
   await writeFile(join(place, "feeds.json"), JSON.stringify(feeds));
-  const scores = BLOCKS.find(({ language, code }) => language === "json" && code.includes("accuracy_head_only"))!;
-  await writeFile(join(place, "scores.json"), scores.code);
   return place;
 }
 

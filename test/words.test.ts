@@ -11,9 +11,6 @@ import { PAGES } from "./blocks.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 
-/** Generated from ONNX's schema. */
-const GENERATED = "src/onnx/onnx_pb.ts";
-
 /** Names of types that several files have used for different things: one declaration each, exported or not. */
 const WORDS = ["Place", "Part", "Prepared", "Terms", "Score"];
 
@@ -28,11 +25,10 @@ const SEVERAL: Readonly<Record<string, string>> = {
   Slice: "core and sessions: a range of a block, a part of a packed layer",
   Tried: "packing and CLI",
   Target: "packing and CLI",
-  Components: "packing and ONNX: the graft takes it by that name",
+  Components: "packing and ONNX: `inject` takes it by that name",
   Answer: "packing and HTTP",
   Side: "packing and format",
   Plan: "format and sessions",
-  Message: "the generated code of ONNX's schema imports protobuf's under this name; the other is a message of a chat",
   Survey: "packing and sessions",
   BaseValues: "core and sessions",
   SessionOptions: "bindings and sessions",
@@ -54,7 +50,7 @@ const PRIVATE =
 function filesIn(folder: string, ending: RegExp): string[] {
   return readdirSync(join(root, folder), { recursive: true, encoding: "utf8" })
     .map((file) => `${folder}/${file.replaceAll("\\", "/")}`)
-    .filter((file) => ending.test(file) && !/node_modules|\/data\//.test(file) && file !== GENERATED);
+    .filter((file) => ending.test(file) && !/node_modules|\/data\//.test(file));
 }
 
 function parse(file: string): ts.SourceFile {
