@@ -23,7 +23,6 @@ const VAGUE = ["fill.ts", "lessons.ts", "limits.ts", "machine.ts", "subject.ts"]
 /** Names and file names that still have several declarations, with the reason. */
 const SEVERAL: Readonly<Record<string, string>> = {
   Slice: "core and sessions: a range of a block, a part of a packed layer",
-  Tried: "packing and CLI",
   Target: "packing and CLI",
   Components: "packing and ONNX: `inject` takes it by that name",
   Answer: "packing and HTTP",

@@ -214,7 +214,7 @@ async function distilEach(
     const json = await finished.read(key);
     tasks.push({ adapter, key, earlier: json === undefined ? undefined : parseFinished(json, finished.nameOf(key)) });
   }
-  // Without training, tasks are counted.
+  // The unit is a task where nothing is trained.
   const each = Math.max(steps, 1);
   const unit = steps > 0 ? "steps" : "tasks";
   const total = each * tasks.filter(({ earlier }) => !earlier).length;

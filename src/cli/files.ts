@@ -72,7 +72,7 @@ function attempt<T>(path: string, what: string, work: () => T): T {
   }
 }
 
-/** For steps whose failure does no harm. */
+/** Runs a step whose failure does no harm. */
 function quietly(step: () => void): void {
   try {
     step();
@@ -229,7 +229,7 @@ export async function writeTogether(
       const target = realTarget(path);
       const temporary = temporaryOf(target);
       written.push({ path, target, temporary });
-      // Whoever may not read the old file may not read the new one.
+      // The new file keeps the permissions of the old one.
       sizes.push(await writeNew(temporary, chunks, mode ?? stat(target)?.mode));
     }
     refuseTaken(written, replace);
@@ -482,7 +482,7 @@ function take(lock: string, token: string): Owner | typeof NAMELESS | undefined 
     const holder = holderOf(lock);
     if (holder === undefined) continue;
     if (holder === NAMELESS || !isGone(holder)) return holder;
-    // Of two that see the same dead lock, the second would remove the first one's new lock. So the removal has a lock, named after the dead
+    // Two processes may see the same dead lock, and the second would remove the first one's new lock. So the removal has a lock, named after the dead
     // one, whose token never comes again.
     const turn = `${lock}.${holder.token}`;
     const other = take(turn, token);

@@ -62,7 +62,7 @@ export function group<O extends Options>(heading: string, options: O): O {
   return each({ group: `${heading}:` }, options);
 }
 
-/** Options of which at most one is given. */
+/** Options that exclude each other. */
 export function oneOf<O extends Options>(options: O): O {
   const excludes = Object.fromEntries(Object.keys(options).map((name) => [name, ""]));
   const entries = Object.entries(options).map(([name, spec]) => {
@@ -176,13 +176,13 @@ export const task: Maybe<string> = text("ID", "The task.");
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 const READ_FOR =
   "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file. PiSSA and OLoRA need weights.";
-/** For commands that store fingerprints of the base. */
+/** Names the base whose fingerprints a command stores. */
 export const base: Maybe<string> = text(
   "MODEL",
   `The base model. A safetensors file has its names and shapes checked, and its fingerprints stored. ${READ_FOR}`,
   "repository",
 );
-/** For commands that only read adapters. */
+/** Names the base that adapters are read with. */
 export const readFor: Maybe<string> = text("MODEL", `The base model. ${READ_FOR}`, "repository");
 export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");
 
