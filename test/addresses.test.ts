@@ -11,7 +11,7 @@ import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { type HubName, hubName, openSource, uniform } from "./internals.ts";
 import { data } from "./packs.ts";
 
-/** What browsers get of the package, for this process. */
+/** The package's entry for browsers, in this process. */
 async function browserBuild(
   t: Test,
 ): Promise<typeof import("eigenlora") & typeof import("eigenlora/cache") & typeof import("eigenlora/onnx")> {

@@ -1,5 +1,5 @@
 /**
- * Memory of a process with a language model and N skills: a pack beside the model. Each way runs in a process of its own. Skills beyond
+ * Memory of a process with a language model and N skills: a pack and the model. Each way runs in a process of its own. Skills beyond
  * the real ones are blends of these.
  */
 import { openPack } from "eigenlora";
