@@ -48,8 +48,11 @@ export {
   encodeSuperblock,
   encodeTask,
   layoutAppend,
-  layoutFresh,
   layoutSigned,
+  placeOf,
+  type Sign,
+  streamFresh,
+  type TaskToWrite,
 } from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
 export { crc32c, integrityOf, sha256 } from "../dist/src/format/fields.js";

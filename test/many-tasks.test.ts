@@ -12,7 +12,6 @@ import {
   encodeBasis,
   encodeTask,
   encodeTensor,
-  layoutFresh,
   lossesOf,
   lossTable,
   openTasks,
@@ -22,7 +21,7 @@ import {
   writePart,
   writeWhole,
 } from "./internals.ts";
-import { concat } from "./packs.ts";
+import { concat, freshChunks } from "./packs.ts";
 import { soak } from "./required.ts";
 
 const COUNT = soak ? 10_000 : 4000;
@@ -40,7 +39,7 @@ const coefficients = { kind: "column", mean: false, dtype: "f32", encoded: encod
 const blob = encodeTask([{ module: 0, rank: 1, A: coefficients, B: coefficients }], []);
 const entry = (i: number) => ({ id: `task ${i}`, adapterBytes: 100, metadata: {} });
 const tasks = Array.from({ length: COUNT }, (_, i) => ({ entry: entry(i), blob }));
-await writeFile(path, Buffer.concat(await layoutFresh({ description, bases, basisId, tasks })));
+await writeFile(path, Buffer.concat(await freshChunks({ description, bases, basisId, tasks })));
 const taskFile = (i: number): Uint8Array<ArrayBuffer> => encodeTaskFile(entry(i), basisId, blob);
 
 /** Limits processor time, so that a machine shared with others does not fail it. @param most seconds for ten thousand tasks */
@@ -96,7 +95,7 @@ t.test("large tasks: what stays where no limit was asked for", async (t) => {
   const head = { name: "head.weight", role: "saved", shape: [1 << 21], dtype: "f32" } as const;
   const large = encodeTask([], [{ ...head, encoded: encodeTensor("f32", new Float32Array(1 << 21), 1, 1 << 21) }]);
   const tasks = Array.from({ length: 6 }, (_, i) => ({ entry: entry(i), blob: large }));
-  const pack = await openPack(concat(await layoutFresh({ description, bases, basisId, tasks })));
+  const pack = await openPack(concat(await freshChunks({ description, bases, basisId, tasks })));
   const ids = [...pack.tasks.keys()];
   const resident = (): string[] => ids.filter((id) => pack.tasks.get(id)!.resident);
   for (const id of ids) await pack.load(id);

@@ -29,7 +29,7 @@ const WEBGPU_BUDGET = 10_900;
  * layers that are not linear, `apply`, trust, URLs, files of another kind, progress, tokenizers.
  */
 const SESSION_LAZY =
-  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|skeleton|attention|blocks|forms|graft-forms|probe-forms|js|dequantize|replaceable|rows|caches|webgpu|device|ort-device|device-host|create|terms|training|whole|apply|progress|tokens)\.js$/;
+  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|skeleton|attention|blocks|forms|graft-forms|probe-forms|js|dequantize|replaceable|rows|caches|webgpu|device|ort-device|device-host|runtime|terms|training|whole|apply|progress|tokens)\.js$/;
 
 /** Budget of an app that runs an ONNX model: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 73_950;
