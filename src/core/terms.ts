@@ -7,7 +7,7 @@ import type { Slice } from "../backends/backend.ts";
 import { TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
 import type { PackModule, TaskBlob } from "../format/format.ts";
-import { atOnce, paced, pacer } from "../pace.ts";
+import { paced, pacer } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
 import type { CpuView, WeightHost } from "./base.ts";
@@ -153,16 +153,16 @@ export class ActiveTerms implements TaskWriter {
   }
 }
 
-/** A [rank, in] and Bt [rank, out] of a plan. */
-export type Factors = Pick<Term, "A" | "Bt">;
-
 /** The pristine weight of a module, [in, out] where it is `transposed`. */
 export type PristineWeight = CpuView & { readonly transposed?: boolean };
 
+/** The arrays of a term that are used again where they fit. */
+type OldArrays = Partial<Pick<Term, "A" | "Bt" | "core">>;
+
 interface UnfoldOptions {
   /** Terms that are no longer read: their arrays are used again where they fit. */
-  readonly old?: ReadonlyMap<number, Pick<Term, "A" | "Bt" | "core">> | undefined;
-  /** Sides of a module whose factors are wanted as coefficients over all its components. Default: none. */
+  readonly old?: ReadonlyMap<number, OldArrays> | undefined;
+  /** Factors of a module that are wanted as coefficients over all its components. Default: none. */
   readonly over?: ((module: number) => ReadonlySet<"A" | "B"> | undefined) | undefined;
   /** Whether A is wanted as [in, rank], as models take it. Default: false. */
   readonly turned?: boolean | undefined;
@@ -183,25 +183,26 @@ export async function unfold(
   { old, over, turned = false, signal }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
   const pause = pacer(signal);
-  const isExpanded = (plan: ModulePlan): boolean =>
-    !hasCore(plan, mode) && sidesToExpand(plan, over?.(plan.module)).length > 0;
-  const computed = plans.filter((plan) => plan.magnitude !== undefined || isExpanded(plan));
-  if (computed.length > 0) kernels.prepare(computed);
-  const onDevice = !kernels.backend.view;
-  const fetched = onDevice && computed.length > 0 ? await fetchFactors(kernels, isExpanded) : undefined;
+  /** The factors of a plan that expand. */
+  const expandedOf = (plan: ModulePlan): ("A" | "B")[] =>
+    (["A", "B"] as const).filter(
+      (side) => !hasCore(plan, mode) && !over?.(plan.module)?.has(side) && plan[FACTORS[side]].expansions.length > 0,
+    );
+  const jobs = plans.map((plan) => ({ plan, sides: expandedOf(plan) }));
+  const computed = jobs.filter(({ plan, sides }) => plan.magnitude !== undefined || sides.length > 0);
+  if (computed.length > 0) kernels.prepare(computed.map(({ plan }) => plan));
   const terms = new Map<number, Term>();
-  for (const plan of plans) {
-    const made = !fetched && isExpanded(plan) ? paced(kernels.expand(plan), pause) : undefined;
+  for (const { plan, sides } of jobs) {
+    const expanded: { A?: Float32Array; B?: Float32Array } = {};
+    const made = sides.length > 0 && paced(kernels.expand(plan), pause);
     if (made) await made;
-    const expanded = (): Factors => {
-      if (fetched) return fetched.get(plan.module)!;
-      const { A, Bt } = kernels.factors(plan);
-      const { in: inputs, out } = kernels.modules[plan.module]!;
-      return { A: floatsAt(kernels, A, plan.rank * inputs), Bt: floatsAt(kernels, Bt, plan.rank * out) };
-    };
-    const how = { old: old?.get(plan.module), over: over?.(plan.module), turned };
-    const work = hasCore(plan, mode) ? besideCore(plan, kernels, how) : placed(plan, kernels, how, expanded);
-    const term = paced(work, pause);
+    const module = kernels.modules[plan.module]!;
+    for (const side of sides) {
+      const values = floatsAt(kernels, kernels.factors(plan)[FACTORS[side]], plan.rank * widthOf(module, side));
+      expanded[side] = values instanceof Promise ? await values : values;
+    }
+    const arrays = { old: old?.get(plan.module), over: over?.(plan.module), turned, expanded };
+    const term = paced(termOf(plan, hasCore(plan, mode), module, kernels.buffer.values, arrays), pause);
     terms.set(plan.module, term instanceof Promise ? await term : term);
     const turn = pause();
     if (turn) await turn;
@@ -214,65 +215,81 @@ export async function unfold(
     // DoRA's scale [out], in scratch memory until the next is made.
     const turn = paced(kernels.rowScale(plan, { dtype, transposed }, base), pause);
     if (turn) await turn;
-    const [scale, { out }] = [kernels.reserved("scale"), kernels.modules[plan.module]!];
-    const rowScale = onDevice ? await fetchFloats(kernels, scale, out) : floatsAt(kernels, scale, out).slice();
+    const { out } = kernels.modules[plan.module]!;
+    const rowScale = (await floatsAt(kernels, kernels.reserved("scale"), out)).slice();
     terms.set(plan.module, { ...terms.get(plan.module)!, rowScale });
   }
   return terms;
 }
 
-/** How the arrays of a term are wanted. */
-interface Wanted {
-  readonly old: Pick<Term, "A" | "Bt" | "core"> | undefined;
-  readonly over: ReadonlySet<"A" | "B"> | undefined;
-  readonly turned: boolean;
-}
+const widthOf = (module: PackModule, side: "A" | "B"): number => (side === "A" ? module.in : module.out);
 
-/** Sides with rows of components that are not wanted as coefficients. */
-function sidesToExpand(plan: ModulePlan, over: Wanted["over"]): ("A" | "B")[] {
-  return (["A", "B"] as const).filter((side) => !over?.has(side) && plan[FACTORS[side]].expansions.length > 0);
-}
-
-/** A term whose sides are taken each by itself: coefficients over all components of the side, rows of the tasks' own, expanded rows. */
-function* placed(
+/**
+ * The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded rows.
+ * @param isCore whether the residual pairs of all tasks lie beside a core
+ */
+function* termOf(
   plan: ModulePlan,
-  kernels: KernelSession,
-  { old, over, turned }: Wanted,
-  expanded: () => Factors,
+  isCore: boolean,
+  module: PackModule,
+  uploaded: Float32Array,
+  {
+    old,
+    over,
+    turned,
+    expanded,
+  }: {
+    readonly old: OldArrays | undefined;
+    readonly over: ReadonlySet<"A" | "B"> | undefined;
+    readonly turned: boolean;
+    readonly expanded: { readonly A?: Float32Array; readonly B?: Float32Array };
+  },
 ): Generator<void, Term> {
-  const module = kernels.modules[plan.module]!;
-  const uploaded = kernels.buffer.values;
-  const rank = Math.max(plan.rank, 1);
-  const toExpand = sidesToExpand(plan, over);
-  const made = toExpand.length > 0 ? expanded() : undefined;
+  let core: Float32Array | undefined;
+  let stored = plan.rank;
+  if (isCore) {
+    const [KA, KB] = [plan.A.expansions[0]!.basis.tensor.rows, plan.Bt.expansions[0]!.basis.tensor.rows];
+    core = reuse(old?.core, KA * KB);
+    yield* writeCore(plan, uploaded, core, 0, KB);
+    stored = plan.A.residual.reduce((sum, rows) => sum + rows.rank, 0);
+  }
+  const rank = Math.max(stored, 1);
   const arrays: { A?: Float32Array; Bt?: Float32Array } = {};
-  for (const which of ["A", "B"] as const) {
-    const key = FACTORS[which];
-    const turn = turned && which === "A";
-    const width = which === "A" ? module.in : module.out;
+  for (const side of ["A", "B"] as const) {
+    const key = FACTORS[side];
+    const turn = turned && side === "A";
+    const width = widthOf(module, side);
     const { expansions, residual } = plan[key];
-    const bases = module[which];
+    const bases = module[side];
     const K = bases.reduce((sum, { tensor }) => sum + tensor.rows, 0);
-    const out = reuse(old?.[key], rank * (over?.has(which) ? K : width));
+    const wanted = !isCore && over?.has(side);
+    const out = reuse(old?.[key], rank * (wanted ? K : width));
     arrays[key] = out;
-    // Residual rows and expanded ones fill all of it.
-    if (over?.has(which) || plan.rank === 0) out.fill(0);
-    if (over?.has(which)) {
+    // Residual and expanded rows fill all of it.
+    if (wanted || stored === 0) out.fill(0);
+    const rows = expanded[side];
+    if (wanted) {
       const coefficients = { rank, width: K, turned: turn };
       for (const { at, rows, basis, row } of expansions) {
         let start = 0;
         for (const other of bases.slice(0, bases.indexOf(basis))) start += other.tensor.rows;
         putAt(uploaded, at, rows, basis.tensor.rows, out, row, start, coefficients);
       }
-    } else if (toExpand.includes(which)) {
-      const rows = Math.max(1, Math.floor(PIECE / width));
-      for (let row = 0; row < rank; row += rows) {
+    } else if (rows) {
+      const step = Math.max(1, Math.floor(PIECE / width));
+      for (let row = 0; row < rank; row += step) {
         if (row > 0) yield;
-        put(made![key].subarray(row * width, (row + rows) * width), out, row, rank, width, turn);
+        put(rows.subarray(row * width, (row + step) * width), out, row, rank, width, turn);
       }
-    } else for (const rows of residual) readRows(rows, uploaded, out, rank, width, turn);
+    } else {
+      let row = 0;
+      for (const piece of residual) {
+        readRows(isCore ? { ...piece, row } : piece, uploaded, out, rank, width, turn);
+        row += piece.rank;
+      }
+    }
   }
-  return { rank, A: arrays.A!, Bt: arrays.Bt! };
+  return { rank, A: arrays.A!, Bt: arrays.Bt!, ...(core && { core }) };
 }
 
 /** Writes rows [rows, count] of `values` from `at` on into [rank, width] from `row` and `column` on; or, turned, into [width, rank]. */
@@ -289,26 +306,6 @@ function putAt(
   for (let r = 0; r < rows; r++)
     for (let k = 0; k < count; k++)
       out[turned ? (column + k) * rank + row + r : (row + r) * width + column + k] = values[at + r * count + k]!;
-}
-
-/** The term of a plan that has a core, and the private rows of all its tasks beside it. */
-function* besideCore(plan: ModulePlan, kernels: KernelSession, { old, turned }: Wanted): Generator<void, Term> {
-  const { in: inputs, out } = kernels.modules[plan.module]!;
-  const uploaded = kernels.buffer.values;
-  const [KA, KB] = [plan.A.expansions[0]!.basis.tensor.rows, plan.Bt.expansions[0]!.basis.tensor.rows];
-  const core = reuse(old?.core, KA * KB);
-  yield* writeCore(plan, uploaded, core, 0, KB);
-  const stored = plan.A.residual.reduce((sum, rows) => sum + rows.rank, 0);
-  const rank = Math.max(stored, 1);
-  const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
-  if (stored === 0) for (const array of [A, Bt]) array.fill(0);
-  let row = 0;
-  for (const [i, rows] of plan.A.residual.entries()) {
-    readRows({ ...rows, row }, uploaded, A, rank, inputs, turned);
-    readRows({ ...plan.Bt.residual[i]!, row }, uploaded, Bt, rank, out, false);
-    row += rows.rank;
-  }
-  return { rank, A, Bt, core };
 }
 
 /** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */
@@ -332,37 +329,12 @@ function readRows(
   } else put(uploaded.subarray(at, at + rows * width), out, row, rank, width, turned);
 }
 
-/** Reads the factors that are not in a core from a device, by module: one read a round. */
-async function fetchFactors(
-  kernels: KernelSession,
-  isExpanded: (plan: ModulePlan) => boolean,
-): Promise<Map<number, Factors>> {
-  const factors = new Map<number, Factors>();
-  for (const round of kernels.rounds) {
-    const wanted = round.filter(isExpanded);
-    if (wanted.length === 0) continue;
-    for (const plan of wanted) atOnce(kernels.expand(plan));
-    const places = wanted.map((plan) => kernels.factors(plan));
-    const { block } = places[0]!.A;
-    const all = await fetchFloats(kernels, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
-    for (const [i, { module, rank }] of wanted.entries()) {
-      const part = ({ byteOffset }: Slice, width: number): Float32Array =>
-        all.subarray(byteOffset / 4, byteOffset / 4 + rank * width);
-      const { in: inputs, out } = kernels.modules[module]!;
-      factors.set(module, { A: part(places[i]!.A, inputs), Bt: part(places[i]!.Bt, out) });
-    }
-  }
-  return factors;
-}
-
-/** f32 values as they lie in the CPU's memory; valid until memory is allocated. */
-function floatsAt({ backend }: KernelSession, slice: Slice, count: number): Float32Array {
-  const { buffer, byteOffset } = backend.view!(slice, 4 * count);
-  return new Float32Array(buffer, byteOffset, count);
-}
-
-/** `count` f32 values, once everything recorded before has taken effect. */
-async function fetchFloats({ backend }: KernelSession, slice: Slice, count: number): Promise<Float32Array> {
-  const { buffer, byteOffset } = await backend.read!(slice, 4 * count);
+/** f32 values: as they lie in the CPU's memory until more is allocated, or a copy from a device. */
+function floatsAt({ backend }: KernelSession, slice: Slice, count: number): Float32Array | Promise<Float32Array> {
+  if (!backend.view)
+    return backend.read!(slice, 4 * count).then(
+      ({ buffer, byteOffset }) => new Float32Array(buffer, byteOffset, count),
+    );
+  const { buffer, byteOffset } = backend.view(slice, 4 * count);
   return new Float32Array(buffer, byteOffset, count);
 }
