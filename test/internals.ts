@@ -12,13 +12,15 @@ export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
 export {
   DTYPES,
+  decodeIntegers,
+  decodeScales,
   decodeTensor,
+  encodeTensor,
   f16ToF32,
   f32ToBf16,
   f32ToF16,
   tensorBytes,
 } from "../dist/src/tensor/dtypes.js";
-export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors.js";
 export { transpose } from "../dist/src/tensor/tensor-file.js";
@@ -42,6 +44,7 @@ export {
 } from "../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
+export { parseTask } from "../dist/src/format/directory.js";
 export {
   encodeBasis,
   encodeSignedTaskFile,
@@ -57,7 +60,6 @@ export {
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
 export { crc32c, integrityOf, sha256 } from "../dist/src/format/fields.js";
 export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/format.js";
-export { parseTask } from "../dist/src/format/task.js";
 export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
 // Files of other projects that packs are never made from in one call, or whose readers see through a folder only.

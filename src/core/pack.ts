@@ -7,7 +7,7 @@
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
 import { Observable } from "../events.ts";
-import { parseDirectory, parseWindow } from "../format/directory.ts";
+import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import {
   type Directory,
@@ -19,7 +19,6 @@ import {
   WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
-import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
 import { openSource, watchedOf } from "../open-source.ts";
 import { paced, pacer, throwIfAborted } from "../pace.ts";
 import type { OnProgress } from "../progress.ts";

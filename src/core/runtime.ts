@@ -12,7 +12,6 @@ import { BackendError } from "../errors.ts";
 import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import type { ApplyOptions } from "./apply.ts";
 import { type BaseInput, type CpuView, Locator, onDevice, type View, type WeightHost } from "./base.ts";
 import { type ActiveTask, KernelSession, planTasks, type Started } from "./kernel-session.ts";
 import type { Pack } from "./pack.ts";
@@ -29,7 +28,7 @@ import {
   Switching,
   type SwitchOptions,
 } from "./selection.ts";
-import type { ActiveTerms, ModuleTerm } from "./terms.ts";
+import type { ActiveTerms, ApplyOptions, ModuleTerm } from "./terms.ts";
 import { FoldedWeights, findSlots, loadSlots, type Slot, type TaskWriter, type WeightChange } from "./weights.ts";
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
@@ -310,7 +309,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     return this.#queue.change(async () => {
       await this.#ready();
       const parts = { ...this.#parts, terms: this.#terms };
-      const { apply } = await import("./apply.ts");
+      const { apply } = await import("./terms.ts");
       await apply(parts, this.#kernels, this.#host, this.#now.tasks, name, x, y, options.tasks);
     });
   }

@@ -4,11 +4,19 @@
  */
 
 import { atOnce } from "../pace.ts";
-import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
+import {
+  align4,
+  BITS,
+  bf16ToF32,
+  DTYPES,
+  type Dtype,
+  f16ToF32,
+  isQuantized,
+  UnstorableError,
+} from "../tensor/dtypes.ts";
 import { fromHex } from "../text.ts";
 import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
-import { parseEntry } from "./directory.ts";
+import { MOST, parseEntry } from "./directory.ts";
 import { encodeSection } from "./encode-coded.ts";
 import { align64, crc32c, decode, fromIntegrity, integrityOf, sha256, toIntegrity } from "./fields.ts";
 import {
@@ -40,7 +48,6 @@ import {
   type Window,
 } from "./format.ts";
 import { pack } from "./msgpackr.ts";
-import { MOST } from "./task.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
