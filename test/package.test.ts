@@ -19,7 +19,7 @@ const BUDGET = { js: 23_150, wasm: 12_600, url: 4_580 };
  * files, hashes and keys, the other backends, the unfolded modes, weights on a device, parameters beside the terms, progress.
  */
 const LAZY =
-  /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|redirects|task-file|decode-coded|part|trust|kind|js|webgpu|terms|device-host|apply|merge|parameters|tied|progress)\.js$/;
+  /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|redirects|task-file|decode-coded|part|trust|kind|js|webgpu|terms|device-host|merge|parameters|tied|progress)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 10_900;
@@ -29,7 +29,7 @@ const WEBGPU_BUDGET = 10_900;
  * layers that are not linear, `apply`, trust, URLs, files of another kind, progress, tokenizers.
  */
 const SESSION_LAZY =
-  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|skeleton|attention|blocks|forms|graft-forms|probe-forms|js|dequantize|replaceable|rows|caches|webgpu|device|ort-device|device-host|runtime|terms|training|whole|apply|progress|tokens)\.js$/;
+  /^#wasm\/|\/(trust|kind|url-source|task-file|decode-coded|part|packed|skeleton|attention|blocks|forms|graft-forms|probe-forms|js|dequantize|replaceable|rows|caches|webgpu|device|ort-device|device-host|runtime|terms|training|whole|progress|tokens)\.js$/;
 
 /** Budget of an app that runs an ONNX model: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 73_950;
@@ -88,8 +88,7 @@ const HERMES_BUDGET = 31_150;
  * Files loaded there when they are used: addresses, files of weights, missing parameters of a base, trust, task files, weights on a
  * device, unfolded modes, rows of tied embeddings.
  */
-const HERMES_LAZY =
-  /\/(open-base|mismatch|url-source|task-file|part|trust|kind|device-host|terms|apply|tied|progress)\.js$/;
+const HERMES_LAZY = /\/(open-base|mismatch|url-source|task-file|part|trust|kind|device-host|terms|tied|progress)\.js$/;
 
 /** Code bundled with the exchanges that package.json's "react-native" asks for. @throws where an import has no export */
 async function bundleAsMetro(code: string, lazy: RegExp): Promise<{ text: string; gzip: number }> {

@@ -308,9 +308,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     checkOptions("apply", options, ["tasks"]);
     return this.#queue.change(async () => {
       await this.#ready();
-      const parts = { ...this.#parts, terms: this.#terms };
-      const { apply } = await import("./terms.ts");
-      await apply(parts, this.#kernels, this.#host, this.#now.tasks, name, x, y, options.tasks);
+      await this.#terms.apply(this.#parts, this.#kernels, this.#host, this.#now.tasks, name, x, y, options.tasks);
     });
   }
 

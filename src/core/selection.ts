@@ -48,7 +48,7 @@ export async function loadParts(
 ): Promise<ActiveTask[]> {
   const blend = selection !== null && typeof selection !== "string";
   const strengths: [string, number][] =
-    selection === null ? [] : blend ? (await import("./parameters.ts")).strengthsOf(selection) : [[selection, 1]];
+    selection === null ? [] : blend ? (await import("./merge.ts")).strengthsOf(selection) : [[selection, 1]];
   const parts: ActiveTask[] = await Promise.all(
     strengths.map(async ([id, strength]) => {
       const blob = await pack.load(id, { signal });
@@ -57,7 +57,7 @@ export async function loadParts(
     }),
   );
   if (!blend && head === undefined && !parts[0]?.blob.parameters.length) return parts;
-  return (await import("./parameters.ts")).reconcile(parts, pack, head);
+  return (await import("./merge.ts")).reconcile(parts, pack, head);
 }
 
 /** What every switch says of itself. */

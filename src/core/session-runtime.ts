@@ -16,12 +16,12 @@ import { paced, pacer } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
 import { KernelSession } from "./kernel-session.ts";
-import { type Merged, mergeAll } from "./parameters.ts";
+import { type Merged, mergeAll } from "./merge.ts";
 import type { Runtime, RuntimeOptions } from "./runtime.ts";
 import { type LoadedTasks, loadParts, type Selection, type SwitchOptions } from "./selection.ts";
 
 export type { ActiveTask } from "./kernel-session.ts";
-export type { Merged } from "./parameters.ts";
+export type { Merged } from "./merge.ts";
 export { copySelection, type Selection, type SwitchOptions } from "./selection.ts";
 
 /** Memory for a core [K_A, K_B]: the index of its first number, and the distance of its rows. */

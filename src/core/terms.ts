@@ -1,6 +1,6 @@
 /**
- * Modes "core" and "factors": the terms of the active task, for models that add the low-rank term themselves (docs/runtime.md, "Unfolded").
- * Loaded where a runtime does not fold.
+ * Modes "core" and "factors": the terms of the active task, for models that add the low-rank term themselves (docs/runtime.md, "Unfolded"),
+ * and `apply`, which adds it for a batch. Loaded where a runtime does not fold.
  */
 import { checkArgument, nearest } from "../arguments.ts";
 import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
@@ -25,7 +25,7 @@ import {
   UploadBuffer,
   writeCore,
 } from "./kernel-session.ts";
-import { refuseMagnitudes } from "./parameters.ts";
+import { refuseMagnitudes } from "./merge.ts";
 import type { PackView } from "./part.ts";
 import { loadParts } from "./selection.ts";
 import { type FoldContext, readWeight, type Slot, type TaskWriter, type WeightChange } from "./weights.ts";
@@ -76,6 +76,8 @@ export class ActiveTerms implements TaskWriter {
   readonly #modules: readonly PackModule[];
   readonly #slots: readonly Slot[];
   #active: ReadonlyMap<number, Term> = new Map();
+  /** Coefficients of the last batch, kept for the next layer, which usually asks for the same. */
+  #applied: (Applied & { readonly kernels: KernelSession }) | undefined;
   /** Terms of the previous task. The next task's are written there, so that the active ones stay whole until all are made. */
   #spare: ReadonlyMap<number, Term> = new Map();
 
@@ -146,6 +148,63 @@ export class ActiveTerms implements TaskWriter {
     const { in: inputs, out } = this.#modules[index]!;
     const none = { rank: 1, A: new Float32Array(inputs), Bt: new Float32Array(out) };
     return { ...(term ?? none), bias };
+  }
+
+  /**
+   * Adds the term of a module for a batch.
+   * @param host of the base, where there is one
+   * @param active tasks of all rows, where `tasks` does not say them by row
+   * @param x f32 [rows, …, in]
+   * @param y f32 [rows, …, out], added to
+   * @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition
+   * @throws TypeError, RangeError when shapes or types do not fit
+   */
+  async apply(
+    { view, ignored }: { readonly view: PackView; readonly ignored: ReadonlySet<string> },
+    kernels: KernelSession,
+    host: WeightHost | undefined,
+    active: readonly ActiveTask[],
+    name: string,
+    x: View,
+    y: View,
+    tasks: ApplyOptions["tasks"],
+  ): Promise<void> {
+    const index = this.indexOf(name);
+    let rows: (readonly ActiveTask[])[] = [active];
+    if (tasks) {
+      checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
+      const known = new Map<string | null, ActiveTask[]>();
+      for (const task of tasks) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored));
+      rows = tasks.map((task) => known.get(task)!);
+    }
+    refuseMagnitudes(rows.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
+    if (!host) this.checkUnbased(view, new Set(rows.flat()), false);
+    const { modules } = view;
+    const module = modules[index]!;
+    const count = checkShapes(module, rows.length, x, y);
+    const known = this.#applied?.kernels === kernels ? this.#applied : undefined;
+    // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
+    this.#applied = undefined;
+    const { parts, plans, starts } = known && same(known, rows) ? known : uploadCoefficients(kernels, modules, rows);
+    const { backend } = kernels;
+    const input = placeOf(kernels, "x", x, count * module.in);
+    const output = placeOf(kernels, "y", y, count * module.out);
+    const vectors = count / rows.length;
+    const runs = rows.map((row, i): Run => {
+      const task = parts.findIndex((one) => one === row || sameParts(one, row));
+      return { plan: plans[task]!.get(index), start: starts[task]!, row: i * vectors, count: vectors };
+    });
+    applyColumns(kernels, module, runs, input, output, count);
+    for (const run of runs) if (run.plan) applyFactors(kernels, module, run, input, output);
+    if (onDevice(y.data)) backend.submit!();
+    else
+      y.data.set(
+        backend.view
+          ? backend.view(output, 4 * count * module.out)
+          : await backend.read!(output, 4 * count * module.out),
+        y.byteOffset,
+      );
+    this.#applied = { kernels, parts, plans, starts };
   }
 
   get byteLength(): number {
@@ -365,68 +424,6 @@ interface Applied {
   readonly parts: readonly (readonly ActiveTask[])[];
   readonly plans: readonly ReadonlyMap<number, ModulePlan>[];
   readonly starts: readonly number[];
-}
-
-/** Kept for the next layer, which usually asks for the same. */
-const applied = new WeakMap<KernelSession, Applied>();
-
-/**
- * Adds the term of a module for a batch.
- * @param host of the base, where there is one
- * @param active tasks of all rows, where `tasks` does not say them by row
- * @param x f32 [rows, …, in]
- * @param y f32 [rows, …, out], added to
- * @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition
- * @throws TypeError, RangeError when shapes or types do not fit
- */
-export async function apply(
-  {
-    view,
-    ignored,
-    terms,
-  }: { readonly view: PackView; readonly ignored: ReadonlySet<string>; readonly terms: ActiveTerms },
-  kernels: KernelSession,
-  host: WeightHost | undefined,
-  active: readonly ActiveTask[],
-  name: string,
-  x: View,
-  y: View,
-  tasks: ApplyOptions["tasks"],
-): Promise<void> {
-  const index = terms.indexOf(name);
-  let rows: (readonly ActiveTask[])[] = [active];
-  if (tasks) {
-    checkArgument("apply: tasks", tasks, "a list of one task per row", "map");
-    const known = new Map<string | null, ActiveTask[]>();
-    for (const task of tasks) if (!known.has(task)) known.set(task, await loadParts(view, task, {}, ignored));
-    rows = tasks.map((task) => known.get(task)!);
-  }
-  refuseMagnitudes(rows.flat(), view, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
-  if (!host) terms.checkUnbased(view, new Set(rows.flat()), false);
-  const { modules } = view;
-  const module = modules[index]!;
-  const count = checkShapes(module, rows.length, x, y);
-  const known = applied.get(kernels);
-  // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
-  applied.delete(kernels);
-  const { parts, plans, starts } = known && same(known, rows) ? known : uploadCoefficients(kernels, modules, rows);
-  const { backend } = kernels;
-  const input = placeOf(kernels, "x", x, count * module.in);
-  const output = placeOf(kernels, "y", y, count * module.out);
-  const vectors = count / rows.length;
-  const runs = rows.map((row, i): Run => {
-    const task = parts.findIndex((one) => one === row || sameParts(one, row));
-    return { plan: plans[task]!.get(index), start: starts[task]!, row: i * vectors, count: vectors };
-  });
-  applyColumns(kernels, module, runs, input, output, count);
-  for (const run of runs) if (run.plan) applyFactors(kernels, module, run, input, output);
-  if (onDevice(y.data)) backend.submit!();
-  else
-    y.data.set(
-      backend.view ? backend.view(output, 4 * count * module.out) : await backend.read!(output, 4 * count * module.out),
-      y.byteOffset,
-    );
-  applied.set(kernels, { parts, plans, starts });
 }
 
 /** Vectors in the batch. */

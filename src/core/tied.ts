@@ -6,8 +6,8 @@ import { BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/format.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import { type CpuView, onDevice, type Parameter, sameShape, type WeightHost } from "./base.ts";
+import type { ParameterChange } from "./merge.ts";
 import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt, weightAt } from "./mismatch.ts";
-import type { ParameterChange } from "./parameters.ts";
 
 /** A matrix, and how exactly its numbers are known: "other" is quantised. */
 export interface Matrix {

@@ -1,6 +1,6 @@
 /**
- * The head of a pack: the window, which says which generation counts and where its parts are (SPEC.md, section 2), and the directory: sections,
- * basis description, task list (section 4).
+ * Reads a pack: the window, which says which generation counts and where its parts are (SPEC.md, section 2); the directory: sections, basis
+ * description, task list (section 4); the blob of a task (section 6). Bytes become checked values, without I/O.
  */
 import { FormatError } from "../errors.ts";
 import { atOnce, paced, pacer } from "../pace.ts";

@@ -2,7 +2,7 @@
  * Values of a prepared model's inputs: a selection in, arrays out, for one task or for one task per row of a batch.
  */
 
-import type { Merged } from "../core/parameters.ts";
+import type { Merged } from "../core/merge.ts";
 import type { PackView } from "../core/part.ts";
 import type { LoadedTasks, Selection, SwitchOptions } from "../core/selection.ts";
 import type { SessionRuntime, UnfoldedTerms } from "../core/session-runtime.ts";
