@@ -84,7 +84,7 @@ function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): WeightPl
       return data.resource;
     },
     // What is recorded goes to the device when the buffer is asked for.
-    settle() {
+    flush() {
       // Clones and reshaped tensors have the same buffer: they keep it.
       if (gpu.refCount(tensor().dataId) === 1) return;
       const values = new Float32Array(shape.reduce((a, b) => a * b, 1));

@@ -85,7 +85,7 @@ export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
 
 export { sharedModules } from "../dist/src/adapters/adapter.js";
 export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
-export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
+export { NameMatcher, viewValues, WeightResolver } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
 export { memoryHost } from "../dist/src/core/open-base.js";
 

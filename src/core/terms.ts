@@ -28,7 +28,7 @@ import {
 import { refuseMagnitudes } from "./merge.ts";
 import type { PackView } from "./part.ts";
 import { loadParts } from "./selection.ts";
-import { type FoldContext, readWeight, type Slot, type TaskWriter, type WeightChange } from "./weights.ts";
+import { type FoldContext, readWeight, type TaskWriter, type WeightBinding, type WeightChange } from "./weights.ts";
 
 /** Numbers that are copied at a time. */
 const PIECE = 2 ** 18;
@@ -74,17 +74,17 @@ export function checkExpansion(
 export class ActiveTerms implements TaskWriter {
   readonly #mode: "core" | "factors";
   readonly #modules: readonly PackModule[];
-  readonly #slots: readonly Slot[];
+  readonly #bindings: readonly WeightBinding[];
   #active: ReadonlyMap<number, Term> = new Map();
   /** Coefficients of the last batch, kept for the next layer, which usually asks for the same. */
   #applied: (Applied & { readonly kernels: KernelSession }) | undefined;
   /** Terms of the previous task. The next task's are written there, so that the active ones stay whole until all are made. */
   #spare: ReadonlyMap<number, Term> = new Map();
 
-  constructor(mode: "core" | "factors", modules: readonly PackModule[], slots: readonly Slot[]) {
+  constructor(mode: "core" | "factors", modules: readonly PackModule[], bindings: readonly WeightBinding[]) {
     this.#mode = mode;
     this.#modules = modules;
-    this.#slots = slots;
+    this.#bindings = bindings;
   }
 
   /**
@@ -109,7 +109,7 @@ export class ActiveTerms implements TaskWriter {
     );
     for (const { module, magnitude } of plans) {
       const scaled = magnitude !== undefined;
-      weights.set(module, scaled ? await readWeight(host, this.#slots[module]!, undefined, { signal }) : undefined);
+      weights.set(module, scaled ? await readWeight(host, this.#bindings[module]!, undefined, { signal }) : undefined);
     }
     const modules = new Set(plans.map(({ module }) => module));
     return { plans, modules, weights, parameters, tables: new Set() };
@@ -122,7 +122,7 @@ export class ActiveTerms implements TaskWriter {
     signal: AbortSignal | undefined,
   ): Promise<() => void> {
     const weightOf = (module: number): PristineWeight => {
-      return { ...this.#slots[module]!.weight, data: weights.get(module)!, byteOffset: 0 };
+      return { ...this.#bindings[module]!.weight, data: weights.get(module)!, byteOffset: 0 };
     };
     const made = await unfold(plans, kernels, this.#mode, weightOf, { old: this.#spare, signal });
     await kernels.backend.finish();
