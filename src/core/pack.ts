@@ -241,8 +241,7 @@ export class Pack extends Observable<PackEvents> {
       return slot.blob;
     }
     // Callers share one request. A caller's signal ends its own wait only, while others still want the bytes.
-    if (!slot.loading || slot.loading.stopped)
-      slot.loading = new SharedWork((signal) => this.#fetch(slot, signal), options.signal);
+    slot.loading = SharedWork.join(slot.loading, (signal) => this.#fetch(slot, signal), options.signal);
     return slot.loading.wait(options.signal);
   }
 
@@ -304,8 +303,8 @@ export class Pack extends Observable<PackEvents> {
       open = false;
     };
     try {
-      if (!shared.checked || shared.checked.stopped)
-        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, { ...options, signal }), options.signal);
+      const work = (signal: AbortSignal | undefined) => this.#checkedBases(shared, { ...options, signal });
+      shared.checked = SharedWork.join(shared.checked, work, options.signal);
       return { bytes: await shared.checked.wait(options.signal), close, [Symbol.dispose]: close };
     } catch (error) {
       close();
