@@ -83,8 +83,8 @@ function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): WeightPl
       Object.defineProperty(data, "values", { get: () => null, set() {}, configurable: true });
       return data.resource;
     },
-    // Recorded work goes to the device when the buffer is asked for.
-    settle() {
+    // What is recorded goes to the device when the buffer is asked for.
+    flush() {
       // Clones and reshaped tensors have the same buffer: they keep it.
       if (gpu.refCount(tensor().dataId) === 1) return;
       const values = new Float32Array(shape.reduce((a, b) => a * b, 1));

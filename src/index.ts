@@ -4,7 +4,6 @@
 
 export type { DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
 export type { BackendOptions } from "./backends/select.ts";
-export type { ApplyOptions } from "./core/apply.ts";
 export type {
   BaseInput,
   CpuView,
@@ -28,7 +27,7 @@ export type {
   SwitchOptions,
   SwitchReport,
 } from "./core/selection.ts";
-export type { ModuleTerm } from "./core/terms.ts";
+export type { ApplyOptions, ModuleTerm } from "./core/terms.ts";
 export type { AddTaskOptions, PublicKey, TrustOptions } from "./core/trust.ts";
 export {
   AdapterError,

@@ -10,8 +10,17 @@ export { openSource } from "../dist/src/open-source.js";
 export { atOnce } from "../dist/src/pace.js";
 export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
-export { DTYPES, decodeTensor, f16ToF32, f32ToBf16, f32ToF16, tensorBytes } from "../dist/src/tensor/dtypes.js";
-export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
+export {
+  DTYPES,
+  decodeIntegers,
+  decodeScales,
+  decodeTensor,
+  encodeTensor,
+  f16ToF32,
+  f32ToBf16,
+  f32ToF16,
+  tensorBytes,
+} from "../dist/src/tensor/dtypes.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors.js";
 export { transpose } from "../dist/src/tensor/tensor-file.js";
@@ -35,19 +44,22 @@ export {
 } from "../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
+export { parseTask } from "../dist/src/format/directory.js";
 export {
   encodeBasis,
   encodeSignedTaskFile,
   encodeSuperblock,
   encodeTask,
   layoutAppend,
-  layoutFresh,
   layoutSigned,
+  placeOf,
+  type Sign,
+  streamFresh,
+  type TaskToWrite,
 } from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
 export { crc32c, integrityOf, sha256 } from "../dist/src/format/fields.js";
 export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/format.js";
-export { parseTask } from "../dist/src/format/task.js";
 export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
 // Files of other projects that packs are never made from in one call, or whose readers see through a folder only.
@@ -72,7 +84,7 @@ export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
 // Where a weight is: cases that no model of the tests has.
 
 export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
-export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
+export { NameMatcher, viewValues, WeightResolver } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
 export { memoryHost } from "../dist/src/core/open-base.js";
 

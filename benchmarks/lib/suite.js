@@ -4,8 +4,7 @@ import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { balance } from "../../dist/src/extract/gauge.js";
-import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../../dist/src/tensor/encode.js";
+import { decodeTensor, encodeTensor } from "../../dist/src/tensor/dtypes.js";
 import {
   createEncoder,
   labelOf,

@@ -111,7 +111,14 @@ class WasmBackend extends CpuBackend<number> {
   }
 
   protected claim(byteLength: number, owner: Owner): number {
-    return claim(this.#instance, byteLength, owner);
+    checkLength(byteLength);
+    const { heap, memory } = this.#instance;
+    const start = heap.allocate(byteLength);
+    if (start !== undefined) return start;
+    throw new BackendError(
+      `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held: load fewer tasks, or use policy "reload"`,
+      { backend: "wasm" },
+    );
   }
 
   protected release(address: number, byteLength: number): void {
@@ -223,17 +230,6 @@ const RESERVED_PAGES = 1;
 
 /** Where the builds of a module are, best last. */
 export type Binaries<Variant extends string> = Record<Variant, () => Promise<{ default: Uint8Array<ArrayBuffer> }>>;
-
-/** Address of `byteLength` bytes, by default of zeros. @throws BackendError when there are none */
-export function claim({ heap, memory }: Instance<unknown>, byteLength: number, owner: Owner, zeroed?: boolean): number {
-  checkLength(byteLength);
-  const start = heap.allocate(byteLength, zeroed);
-  if (start !== undefined) return start;
-  throw new BackendError(
-    `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held: load fewer tasks, or use policy "reload"`,
-    { backend: "wasm" },
-  );
-}
 
 /** The module given, the build asked for, or the best that validates, on a memory of its own. */
 export async function instantiate<Kernels extends { variant: WebAssembly.Global }, Variant extends string>(

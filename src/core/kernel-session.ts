@@ -218,8 +218,6 @@ export class KernelSession {
   dispatches = 0;
   readonly #basis: Block;
   readonly #scratch = new Map<string, Block>();
-  /** Prepared plans whose factors are there at the same time. */
-  rounds: ModulePlan[][] = [];
   /** The round whose factors are there. */
   #expanded: readonly ModulePlan[] | undefined;
 
@@ -270,7 +268,6 @@ export class KernelSession {
   /** Divides plans into rounds. Returns the bytes of the largest. */
   #layOut(plans: readonly ModulePlan[]): number {
     const most = this.backend.view ? 0 : ROUND_BYTES;
-    this.rounds = [];
     this.#expanded = undefined;
     let round: ModulePlan[] | undefined;
     let largest = 0;
@@ -280,7 +277,7 @@ export class KernelSession {
       const bytesA = align16(4 * plan.rank * inputs);
       const bytes = bytesA + align16(4 * plan.rank * out);
       if (!round || used + bytes > most) {
-        this.rounds.push((round = []));
+        round = [];
         used = 0;
       }
       round.push(plan);

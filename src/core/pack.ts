@@ -7,7 +7,7 @@
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
 import { Observable } from "../events.ts";
-import { parseDirectory, parseWindow } from "../format/directory.ts";
+import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import {
   type Directory,
@@ -19,7 +19,6 @@ import {
   WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
-import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
 import { openSource, watchedOf } from "../open-source.ts";
 import { paced, pacer, throwIfAborted } from "../pace.ts";
 import type { OnProgress } from "../progress.ts";
@@ -242,8 +241,7 @@ export class Pack extends Observable<PackEvents> {
       return slot.blob;
     }
     // Callers share one request. A caller's signal ends its own wait only, while others still want the bytes.
-    if (!slot.loading || slot.loading.stopped)
-      slot.loading = new SharedWork((signal) => this.#fetch(slot, signal), options.signal);
+    slot.loading = SharedWork.join(slot.loading, (signal) => this.#fetch(slot, signal), options.signal);
     return slot.loading.wait(options.signal);
   }
 
@@ -305,8 +303,8 @@ export class Pack extends Observable<PackEvents> {
       open = false;
     };
     try {
-      if (!shared.checked || shared.checked.stopped)
-        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, { ...options, signal }), options.signal);
+      const work = (signal: AbortSignal | undefined) => this.#checkedBases(shared, { ...options, signal });
+      shared.checked = SharedWork.join(shared.checked, work, options.signal);
       return { bytes: await shared.checked.wait(options.signal), close, [Symbol.dispose]: close };
     } catch (error) {
       close();

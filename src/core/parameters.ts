@@ -10,19 +10,19 @@ import type { TaskParameter } from "../format/format.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import {
   type CpuView,
-  type Locator,
   type Parameter,
   sameShape,
   type View,
   viewValues,
   type WeightHost,
+  type WeightResolver,
 } from "./base.ts";
 import type { ActiveTask, KernelSession } from "./kernel-session.ts";
 import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import type { TiedBase } from "./tied.ts";
-import { readWeight, type Slot } from "./weights.ts";
+import { readWeight, type WeightBinding } from "./weights.ts";
 
 /** A parameter of the active task that differs from the base's. */
 export interface Replacement {
@@ -59,18 +59,18 @@ export class Parameters {
   readonly #pool = new Map<number, Uint8Array<ArrayBuffer>[]>();
   /** Decoded values on their way from a blob to a parameter. */
   #values = new Float32Array(0);
-  readonly #base: Locator;
-  readonly #slots: readonly Slot[];
-  /** Pristine values of parameters; those of adapted weights are in the slots. */
+  readonly #base: WeightResolver;
+  readonly #bindings: readonly WeightBinding[];
+  /** Pristine values of parameters; those of adapted weights are in the bindings. */
   readonly #pristine = new Map<string, CpuView>();
   /** Names of parameters that are tied to an embedding, by its name. */
   readonly #tied = new Map<string, readonly string[]>();
   readonly #ignored: ReadonlySet<string>;
 
   /** @param ignored names of parameters that are left as they are */
-  constructor(base: Locator, slots: readonly Slot[], ignored: ReadonlySet<string>) {
+  constructor(base: WeightResolver, bindings: readonly WeightBinding[], ignored: ReadonlySet<string>) {
     this.#base = base;
-    this.#slots = slots;
+    this.#bindings = bindings;
     this.#ignored = ignored;
   }
 
@@ -129,22 +129,22 @@ export class Parameters {
     const weights = new Map<number, Uint8Array<ArrayBuffer>>();
     const [added, replaced]: string[][] = [[], []];
     for (const [name, list] of changes) {
-      const index = this.#slots.findIndex(({ weight }) => weight.name === name);
-      const slot = this.#slots[index];
+      const index = this.#bindings.findIndex(({ weight }) => weight.name === name);
+      const binding = this.#bindings[index];
       const known = this.#base.parameters.get(name);
       const whole = isWhole(name, list);
-      const original = slot && whole ? undefined : await this.#original(name, slot, base, signal);
+      const original = binding && whole ? undefined : await this.#original(name, binding, base, signal);
       const merged = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
-        : this.#changed(name, slot, list, original);
-      const stored = slot
-        ? asStored(slot, list, merged)
+        : this.#changed(name, binding, list, original);
+      const stored = binding
+        ? asStored(binding, list, merged)
         : whole && known
           ? headAsStored(known, list[0]!, merged)
           : merged;
       const replacement = this.#replacement(name, stored, known?.dtype ?? "f32");
       (known ? replaced : added)!.push(name);
-      if (slot && base.folded) weights.set(index, replacement.view.data);
+      if (binding && base.folded) weights.set(index, replacement.view.data);
       else parameters.set(name, replacement);
     }
     return { parameters, weights, tables, added: added!, replaced: replaced! };
@@ -153,27 +153,28 @@ export class Parameters {
   /** The base's values with what tasks change of them; rows of a weight that is stored as [in, out] are its columns. */
   #changed(
     name: string,
-    slot: Slot | undefined,
+    binding: WeightBinding | undefined,
     list: readonly ParameterChange[],
     original: CpuView | undefined,
   ): Merged {
     const base = original && { shape: original.shape, values: viewValues(original) };
-    const { layout = slot?.module.layout } = slot?.weight ?? this.#base.parameters.get(name) ?? {};
+    const { layout = binding?.module.layout } = binding?.weight ?? this.#base.parameters.get(name) ?? {};
     const across = base && layout === "in-out" && list.some(({ parameter }) => parameter.role === "rows");
     return across ? turn(addDifferences(name, list, turn(base))) : addDifferences(name, list, base);
   }
 
   /** The base as `tied.ts` looks for what is tied in it. */
   #tiedBase(base: BaseValues, signal: AbortSignal | undefined): TiedBase {
-    const slotOf = (name: string): Slot | undefined => this.#slots.find(({ weight }) => weight.name === name);
+    const bindingOf = (name: string): WeightBinding | undefined =>
+      this.#bindings.find(({ weight }) => weight.name === name);
     const { parameters } = this.#base;
     return {
       ...{ parameters, host: base.host, ignored: this.#ignored, tied: this.#tied },
-      moduleOf: (name) => slotOf(name)?.module.name,
-      table: async (name) => (await this.#original(name, slotOf(name), base, signal))!,
+      moduleOf: (name) => bindingOf(name)?.module.name,
+      table: async (name) => (await this.#original(name, bindingOf(name), base, signal))!,
       read: async (name) => {
-        const slot = slotOf(name);
-        const kept = this.#pristine.get(name) ?? (slot && (await this.#original(name, slot, base, signal)));
+        const binding = bindingOf(name);
+        const kept = this.#pristine.get(name) ?? (binding && (await this.#original(name, binding, base, signal)));
         return kept ?? ((await base.host!.read(name, undefined, { signal })) as CpuView);
       },
     };
@@ -182,15 +183,15 @@ export class Parameters {
   /** The base's value of a parameter; undefined where it has none. */
   async #original(
     name: string,
-    slot: Slot | undefined,
+    binding: WeightBinding | undefined,
     { host, kernels: { backend } }: BaseValues,
     signal: AbortSignal | undefined,
   ): Promise<CpuView | undefined> {
-    if (slot) {
-      const { pristine, weight } = slot;
+    if (binding) {
+      const { pristine, weight } = binding;
       const data = pristine
         ? (backend.view?.(at(pristine), weight.byteLength) ?? (await backend.read!(at(pristine), weight.byteLength)))
-        : await readWeight(host!, slot, undefined, { signal });
+        : await readWeight(host!, binding, undefined, { signal });
       return { ...weight, data, byteOffset: 0 };
     }
     if (this.#base.parameters.has(name) && !this.#pristine.has(name)) {
@@ -205,11 +206,11 @@ export class Parameters {
   #baseName(parameter: TaskParameter, task: string, alone: boolean, based: boolean): string {
     const { name, role } = parameter;
     // The weight of an adapted module is where the module was found, perhaps by hand.
-    const slot = this.#slots.find(({ module }) => `${module.name}.weight` === name);
+    const binding = this.#bindings.find(({ module }) => `${module.name}.weight` === name);
     const module = name.replace(/\.weight$/, "");
     // A name that is mapped by hand must be found: no other may take its place.
-    if (!slot && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
-    const found = slot ? { name: slot.weight.name } : this.#base.find(name);
+    if (!binding && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
+    const found = binding ? { name: binding.weight.name } : this.#base.find(name);
     if ("name" in found) return found.name;
     if (role === "saved" && !found.ambiguous) return name;
     if (!based && role === "bias" && alone) return name;
@@ -271,7 +272,11 @@ function isWhole(name: string, changes: readonly ParameterChange[]): boolean {
  * A changed adapted weight the way round that the base stores it.
  * @throws BaseMismatchError when it is not the weight that the module's other tasks adapt
  */
-function asStored({ module, weight }: Slot, changes: readonly ParameterChange[], { shape, values }: Merged): Merged {
+function asStored(
+  { module, weight }: WeightBinding,
+  changes: readonly ParameterChange[],
+  { shape, values }: Merged,
+): Merged {
   const refuse = (task: string, why: string): BaseMismatchError => {
     const message = `task "${task}" brings "${weight.name}", which other tasks adapt as the module "${module.name}": ${why}`;
     return new BaseMismatchError(message, { module: module.name, expected: weight.shape, found: shape });

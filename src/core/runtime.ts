@@ -12,8 +12,7 @@ import { BackendError } from "../errors.ts";
 import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import type { ApplyOptions } from "./apply.ts";
-import { type BaseInput, type CpuView, Locator, onDevice, type View, type WeightHost } from "./base.ts";
+import { type BaseInput, type CpuView, onDevice, type View, type WeightHost, WeightResolver } from "./base.ts";
 import { type ActiveTask, KernelSession, planTasks, type Started } from "./kernel-session.ts";
 import type { Pack } from "./pack.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
@@ -29,8 +28,15 @@ import {
   Switching,
   type SwitchOptions,
 } from "./selection.ts";
-import type { ActiveTerms, ModuleTerm } from "./terms.ts";
-import { FoldedWeights, findSlots, loadSlots, type Slot, type TaskWriter, type WeightChange } from "./weights.ts";
+import type { ActiveTerms, ApplyOptions, ModuleTerm } from "./terms.ts";
+import {
+  bindWeights,
+  FoldedWeights,
+  loadWeights,
+  type TaskWriter,
+  type WeightBinding,
+  type WeightChange,
+} from "./weights.ts";
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
 
@@ -51,7 +57,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   #kernels: KernelSession;
   #host: WeightHost | undefined;
-  readonly #slotsByName = new Map<string, Slot>();
+  readonly #bindingsByName = new Map<string, WeightBinding>();
   /** Made when a task first brings some. */
   #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
@@ -66,7 +72,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** @internal Use `createRuntime`. */
   constructor(parts: RuntimeParts, { kernels, passedOver, host }: Started) {
     super();
-    const { pack, mode, policy, slots } = parts;
+    const { pack, mode, policy, bindings } = parts;
     this.pack = pack;
     this.mode = mode;
     this.policy = policy;
@@ -74,9 +80,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     this.#parts = parts;
     this.#kernels = kernels;
     this.#host = host;
-    this.#weights = new FoldedWeights(slots);
-    for (const slot of slots)
-      for (const { name } of [slot.weight, slot.module]) this.#slotsByName.set(moduleName(name), slot);
+    this.#weights = new FoldedWeights(bindings);
+    for (const binding of bindings)
+      for (const { name } of [binding.weight, binding.module]) this.#bindingsByName.set(moduleName(name), binding);
     this.#watch();
   }
 
@@ -212,8 +218,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** Parameters that the tasks bring beside their terms. */
   async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
     if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
-    const { locator, slots, ignored } = this.#parts;
-    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots, ignored);
+    const { resolver, bindings, ignored } = this.#parts;
+    this.#parameters ??= new (await import("./parameters.ts")).Parameters(resolver, bindings, ignored);
     const base = { host: this.#host, kernels: this.#kernels, folded: !this.#parts.terms };
     return this.#parameters.resolve(parts, this.#parts.view, base, signal);
   }
@@ -242,8 +248,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     const parameter = this.#parameterName(name);
     const replaced = this.#active.get(parameter) ?? this.#active.get(name);
     if (replaced) return replaced.view;
-    const slot = this.#slotsByName.get(moduleName(name)) ?? this.#slotsByName.get(moduleName(parameter));
-    const { active, weight } = slot ?? {};
+    const binding = this.#bindingsByName.get(moduleName(name)) ?? this.#bindingsByName.get(moduleName(parameter));
+    const { active, weight } = binding ?? {};
     const host = this.#host!;
     if (host.begin) {
       const view = host.view?.(weight?.name ?? parameter);
@@ -256,7 +262,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     }
     const pristine = this.#parameters?.pristine(parameter);
     if (pristine) return pristine;
-    const names = nearest(name, [...this.#slotsByName.keys(), ...this.#active.keys()]).join(", ");
+    const names = nearest(name, [...this.#bindingsByName.keys(), ...this.#active.keys()]).join(", ");
     throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${names || "none"}`);
   }
 
@@ -285,7 +291,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** The base's name of a parameter, where it has it. */
   #parameterName(name: string): string {
-    const found = this.#parts.locator.find(name);
+    const found = this.#parts.resolver.find(name);
     return "name" in found ? found.name : name;
   }
 
@@ -309,9 +315,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     checkOptions("apply", options, ["tasks"]);
     return this.#queue.change(async () => {
       await this.#ready();
-      const parts = { ...this.#parts, terms: this.#terms };
-      const { apply } = await import("./apply.ts");
-      await apply(parts, this.#kernels, this.#host, this.#now.tasks, name, x, y, options.tasks);
+      await this.#terms.apply(this.#parts, this.#kernels, this.#host, this.#now.tasks, name, x, y, options.tasks);
     });
   }
 
@@ -324,7 +328,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     this.#live();
     const views = new Map<string, View>();
     for (const index of this.mode === "folded" ? this.#weights.modules : []) {
-      const { name } = this.#parts.slots[index]!.weight;
+      const { name } = this.#parts.bindings[index]!.weight;
       const view = this.#host!.begin ? this.#host!.view?.(name) : this.weight(name);
       if (view) views.set(name, view);
     }
@@ -381,8 +385,8 @@ export interface RuntimeParts {
   readonly view: PackView;
   readonly mode: "folded" | "factors" | "core";
   readonly policy: "copy" | "reload";
-  readonly slots: readonly Slot[];
-  readonly locator: Locator;
+  readonly bindings: readonly WeightBinding[];
+  readonly resolver: WeightResolver;
   readonly ignored: ReadonlySet<string>;
   /** Undefined in mode "folded". */
   readonly terms: ActiveTerms | undefined;
@@ -446,15 +450,15 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   const closeHost = host === base ? undefined : async () => host?.close?.();
   try {
     const folded = mode === "folded";
-    const locator = new Locator(host, options.names);
-    const placed = [...locator.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
+    const resolver = new WeightResolver(host, options.names);
+    const placed = [...resolver.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
     if (policy === "reload" && (host?.begin || placed !== undefined)) {
       throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
     }
     const gpu = options.webgpu || {};
     const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
     device?.refuseHost(gpu, host, placed);
-    const slots = host ? await findSlots(view.modules, locator) : [];
+    const bindings = host ? await bindWeights(view.modules, resolver) : [];
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
     const stays = folded && (!host?.begin || placed !== undefined);
     const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
@@ -467,7 +471,7 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
         backend = made.backend;
         const readable = placed === undefined ? host : device!.deviceHost(base!, host!, backend);
         const kernels = new KernelSession(backend, view.modules, bases.bytes);
-        if (host) await loadSlots(slots, host, kernels, bases.bytes, keep, { signal, anyBase: options.anyBase });
+        if (host) await loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase: options.anyBase });
         // A device that has no memory left says so only now.
         await backend.finish();
         return { kernels, passedOver: made.passedOver, host: readable };
@@ -479,10 +483,10 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
       }
     };
 
-    const terms = folded ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, slots);
+    const terms = folded ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, bindings);
     const restart = gpu.recreate ? device!.restarting(start, options) : undefined;
     const ignored = new Set(options.ignore);
-    const parts = { pack, view, mode, policy, slots, locator, ignored, terms, closeHost, restart };
+    const parts = { pack, view, mode, policy, bindings, resolver, ignored, terms, closeHost, restart };
     return new Runtime(parts, await start(options, options.signal));
   } catch (error) {
     await closeHost?.();

@@ -5,7 +5,7 @@ import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { isCoded } from "../format/coded.ts";
 import { plainTask } from "../format/decode-coded.ts";
-import { isTaskId, parseEntry, signatureOf } from "../format/directory.ts";
+import { isTaskId, parseEntry, parseTask, signatureOf } from "../format/directory.ts";
 import { align64, decode, Fields, integrityOf } from "../format/fields.ts";
 import {
   type Directory,
@@ -19,7 +19,6 @@ import {
   type TaskFile,
 } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
-import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";

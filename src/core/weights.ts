@@ -1,5 +1,5 @@
 /**
- * The adapted weights of a base model: found, held against the pack's fingerprints, and folded. Every one has a pristine value, its slot's,
+ * The adapted weights of a base model: found, held against the pack's fingerprints, and folded. Every one has a pristine value, its binding's,
  * and one writer, `FoldedWeights`: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the backend holds
  * are folded in place; those of a host in the CPU's memory pass through it.
  */
@@ -8,12 +8,12 @@ import { BackendError, BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import type { ReadOptions } from "../source.ts";
-import { type CpuView, type Located, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
+import { type CpuView, type Located, onDevice, type View, type WeightHost, type WeightResolver } from "./base.ts";
 import type { KernelSession, ModulePlan } from "./kernel-session.ts";
 import { cannotPutBack } from "./selection.ts";
 
 /** An adapted weight of the base. */
-export interface Slot {
+export interface WeightBinding {
   readonly module: PackModule;
   readonly weight: Located;
   /** The weight as loaded, with policy "copy". */
@@ -23,10 +23,10 @@ export interface Slot {
 }
 
 /** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
-export async function findSlots(modules: readonly PackModule[], locator: Locator): Promise<Slot[]> {
-  let weights = modules.flatMap((module) => locator.weight(module) ?? []);
+export async function bindWeights(modules: readonly PackModule[], resolver: WeightResolver): Promise<WeightBinding[]> {
+  let weights = modules.flatMap((module) => resolver.weight(module) ?? []);
   const names = new Set(weights.map(({ name }) => name));
-  if (names.size < modules.length) weights = (await import("./mismatch.ts")).locateModules(locator, modules);
+  if (names.size < modules.length) weights = (await import("./mismatch.ts")).locateModules(resolver, modules);
   return modules.map((module, i) => ({ module, weight: weights[i]!, pristine: undefined, active: undefined }));
 }
 
@@ -35,42 +35,42 @@ export async function findSlots(modules: readonly PackModule[], locator: Locator
  * @param keep which copies: none when nothing is folded; `active` where the host has the weight in the CPU's memory
  * @throws BaseMismatchError when a fingerprint differs
  */
-export async function loadSlots(
-  slots: readonly Slot[],
+export async function loadWeights(
+  bindings: readonly WeightBinding[],
   host: WeightHost,
   kernels: KernelSession,
   bases: Uint8Array,
   keep: { pristine: boolean; active: boolean },
   options: ReadOptions & { anyBase?: boolean | undefined },
 ): Promise<void> {
-  for (const slot of slots) {
-    const { byteLength } = slot.weight;
-    const check = !options.anyBase && slot.module.fingerprint !== undefined;
+  for (const binding of bindings) {
+    const { byteLength } = binding.weight;
+    const check = !options.anyBase && binding.module.fingerprint !== undefined;
     if (!check && !keep.pristine && !keep.active) continue;
     const { backend } = kernels;
     // Allocated first: memory that grows would detach the view that is read into.
-    if (keep.pristine) slot.pristine = kernels.allocate(byteLength, "pristine");
-    const placed = placeOf(host, slot, kernels);
-    slot.active = placed ?? (keep.active ? at(kernels.allocate(byteLength, "active")) : undefined);
+    if (keep.pristine) binding.pristine = kernels.allocate(byteLength, "pristine");
+    const placed = placeOf(host, binding, kernels);
+    binding.active = placed ?? (keep.active ? at(kernels.allocate(byteLength, "active")) : undefined);
     let bytes: Uint8Array | undefined;
     if (placed) {
-      if (slot.pristine) backend.copy(placed, at(slot.pristine), byteLength);
+      if (binding.pristine) backend.copy(placed, at(binding.pristine), byteLength);
       if (check) bytes = await backend.read!(placed, byteLength);
     } else {
-      const into = slot.pristine && backend.view?.(at(slot.pristine), byteLength);
-      bytes = await readWeight(host, slot, into, options);
+      const into = binding.pristine && backend.view?.(at(binding.pristine), byteLength);
+      bytes = await readWeight(host, binding, into, options);
       // A host need not read into what it is offered.
-      if (slot.pristine && bytes.buffer !== into?.buffer) backend.upload(at(slot.pristine), bytes);
-      if (slot.active) backend.upload(slot.active, bytes);
+      if (binding.pristine && bytes.buffer !== into?.buffer) backend.upload(at(binding.pristine), bytes);
+      if (binding.active) backend.upload(binding.active, bytes);
     }
     if (!check) continue;
     // Packs that were made without a base have no fingerprints.
-    (await import("./mismatch.ts")).checkWeight(slot.module, slot.weight, bytes!, bases);
+    (await import("./mismatch.ts")).checkWeight(binding.module, binding.weight, bytes!, bases);
   }
 }
 
 /** Finds the weight in the host's own memory on the backend's device; undefined where it lies elsewhere. */
-export function placeOf(host: WeightHost, { weight }: Slot, { backend }: KernelSession): Slice | undefined {
+export function placeOf(host: WeightHost, { weight }: WeightBinding, { backend }: KernelSession): Slice | undefined {
   const view = host.view?.(weight.name);
   return view && onDevice(view.data) ? { block: backend.adopt!(view.data), byteOffset: view.byteOffset } : undefined;
 }
@@ -78,7 +78,7 @@ export function placeOf(host: WeightHost, { weight }: Slot, { backend }: KernelS
 /** @throws BaseMismatchError when the host gives fewer bytes than the weight has */
 export async function readWeight(
   host: WeightHost,
-  { module, weight }: Slot,
+  { module, weight }: WeightBinding,
   into: Uint8Array | undefined,
   { signal }: ReadOptions,
 ): Promise<Uint8Array> {
@@ -148,13 +148,13 @@ const NOTHING: Changed = { modules: new Set(), names: new Set() };
 
 /** The adapted weights: those of one task, or inconsistent while a change is made and after one that could not be undone. */
 export class FoldedWeights implements TaskWriter {
-  readonly #slots: readonly Slot[];
+  readonly #bindings: readonly WeightBinding[];
   #changed = NOTHING;
   /** Thrown at readers while the weights are not those of one task. */
   #inconsistent: Error | undefined;
 
-  constructor(slots: readonly Slot[]) {
-    this.#slots = slots;
+  constructor(bindings: readonly WeightBinding[]) {
+    this.#bindings = bindings;
   }
 
   /** @throws BackendError while the weights are not those of one task */
@@ -183,9 +183,9 @@ export class FoldedWeights implements TaskWriter {
     const modules = new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
     const weights = new Map<number, Uint8Array | undefined>();
     for (const index of new Set([...this.#changed.modules, ...modules])) {
-      const slot = this.#slots[index]!;
-      const kept = replaced.has(index) || slot.pristine;
-      weights.set(index, kept ? replaced.get(index) : await readWeight(host, slot, undefined, { signal }));
+      const binding = this.#bindings[index]!;
+      const kept = replaced.has(index) || binding.pristine;
+      weights.set(index, kept ? replaced.get(index) : await readWeight(host, binding, undefined, { signal }));
     }
     return { plans, modules, weights, parameters, tables };
   }
@@ -227,11 +227,11 @@ export class FoldedWeights implements TaskWriter {
     kernels.prepare(plans);
     const planOf = new Map(plans.map((plan) => [plan.module, plan]));
     const jobs = Array.from(weights, ([index, fresh]): WeightJob => {
-      return { slot: this.#slots[index]!, plan: planOf.get(index), fresh, changes: modules.has(index) };
+      return { binding: this.#bindings[index]!, plan: planOf.get(index), fresh, changes: modules.has(index) };
     });
-    const held = jobs.filter(({ slot }) => slot.active);
-    const passing = jobs.filter(({ slot }) => !slot.active);
-    const passage = kernels.reserve("weight", Math.max(0, ...passing.map(({ slot }) => slot.weight.byteLength)));
+    const held = jobs.filter(({ binding }) => binding.active);
+    const passing = jobs.filter(({ binding }) => !binding.active);
+    const passage = kernels.reserve("weight", Math.max(0, ...passing.map(({ binding }) => binding.weight.byteLength)));
     const names = new Set([...this.#changed.names, ...parameters.keys()]);
     // What goes back to the base's value does so for all that share its memory.
     const alone = [...namesOf(jobs.filter(({ changes }) => changes)), ...parameters.keys()];
@@ -243,9 +243,9 @@ export class FoldedWeights implements TaskWriter {
     this.#inconsistent ??= between(backend.name);
     const pause = pacer(signal);
     try {
-      if (held.length > 0) await host.settle?.(namesOf(held));
+      if (held.length > 0) await host.flush?.(namesOf(held));
       for (const job of held) {
-        if (host.settle) follow(host, job.slot, kernels);
+        if (host.flush) follow(host, job.binding, kernels);
         const turn = paced(fold(job, passage, kernels), pause);
         if (turn) await turn;
       }
@@ -253,11 +253,11 @@ export class FoldedWeights implements TaskWriter {
       const fetched = new Map<WeightJob, Uint8Array>();
       for (const job of backend.read ? passing : []) {
         atOnce(fold(job, passage, kernels));
-        fetched.set(job, await backend.read!(passage, job.slot.weight.byteLength));
+        fetched.set(job, await backend.read!(passage, job.binding.weight.byteLength));
       }
       if (backend.read) await backend.finish();
       for (const job of passing) {
-        const { name, dtype, shape, byteLength } = job.slot.weight;
+        const { name, dtype, shape, byteLength } = job.binding.weight;
         // Await only what pauses: short work in the caller's own memory is done in one go.
         const turn = backend.view && paced(fold(job, passage, kernels), pause);
         if (turn) await turn;
@@ -286,7 +286,7 @@ export class FoldedWeights implements TaskWriter {
 
 /** A weight that a change writes. */
 interface WeightJob {
-  readonly slot: Slot;
+  readonly binding: WeightBinding;
   readonly plan: ModulePlan | undefined;
   /** The bytes that ΔW is added to, where that is not the pristine copy. */
   readonly fresh: Uint8Array | undefined;
@@ -295,12 +295,12 @@ interface WeightJob {
 }
 
 function namesOf(jobs: readonly WeightJob[]): string[] {
-  return jobs.map(({ slot }) => slot.weight.name);
+  return jobs.map(({ binding }) => binding.weight.name);
 }
 
 /** Folds a weight where it is held, or into the passage. Yields between pieces of work. */
-function* fold({ slot, plan, fresh }: WeightJob, passage: Slice, kernels: KernelSession): Generator<void> {
-  const { weight, pristine, active: to = passage } = slot;
+function* fold({ binding, plan, fresh }: WeightJob, passage: Slice, kernels: KernelSession): Generator<void> {
+  const { weight, pristine, active: to = passage } = binding;
   if (fresh) kernels.backend.upload(to, fresh);
   const base = fresh ? to : at(pristine!);
   if (plan) yield* kernels.fold(plan, weight, base, to);
@@ -310,11 +310,11 @@ function* fold({ slot, plan, fresh }: WeightJob, passage: Slice, kernels: Kernel
 }
 
 /** Finds a weight on the device again, where the host may have moved it. */
-function follow(host: WeightHost, slot: Slot, kernels: KernelSession): void {
-  const former = slot.active!.block;
-  const place = placeOf(host, slot, kernels);
-  if (!place) throw new TypeError(`the host's "${slot.weight.name}" lies on no device any more`);
-  slot.active = place;
+function follow(host: WeightHost, binding: WeightBinding, kernels: KernelSession): void {
+  const former = binding.active!.block;
+  const place = placeOf(host, binding, kernels);
+  if (!place) throw new TypeError(`the host's "${binding.weight.name}" lies on no device any more`);
+  binding.active = place;
   if (place.block !== former) kernels.backend.free(former);
 }
 

@@ -4,11 +4,19 @@
  */
 
 import { atOnce } from "../pace.ts";
-import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
+import {
+  align4,
+  BITS,
+  bf16ToF32,
+  DTYPES,
+  type Dtype,
+  f16ToF32,
+  isQuantized,
+  UnstorableError,
+} from "../tensor/dtypes.ts";
 import { fromHex } from "../text.ts";
 import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
-import { parseEntry } from "./directory.ts";
+import { MOST, parseEntry } from "./directory.ts";
 import { encodeSection } from "./encode-coded.ts";
 import { align64, crc32c, decode, fromIntegrity, integrityOf, sha256, toIntegrity } from "./fields.ts";
 import {
@@ -40,7 +48,6 @@ import {
   type Window,
 } from "./format.ts";
 import { pack } from "./msgpackr.ts";
-import { MOST } from "./task.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -150,47 +157,27 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     refuseLarge(which, s, s.K + (s.mean ? 1 : 0));
     place(s.encoded);
     const { K, mean, explained } = s;
-    const rank = s.kind === "flat" ? { rank: s.rank } : {};
-    return { kind: s.kind === "column" ? 1 : 2, K, ...rank, mean, type: DTYPES.indexOf(s.dtype), explained };
+    const flat = s.kind === "flat";
+    return { kind: flat ? 2 : 1, K, rank: flat ? s.rank : undefined, mean, type: DTYPES.indexOf(s.dtype), explained };
   };
   const side = (which: string, all: readonly SideInput[] = []): object | object[] | null => {
     const maps = all.map((one) => map(which, one));
     return maps.length > 1 ? maps : (maps[0] ?? null);
   };
-  const modules = basis.modules.map((m) => {
-    const sides = { A: side(`basis A of "${m.name}"`, m.A), B: side(`basis B of "${m.name}"`, m.B) };
-    if (m.fingerprint) {
-      const bytes = new Uint8Array(4 * m.fingerprint.length);
+  const modules = basis.modules.map(({ name, out, in: inputs, layout, kernel, fingerprint, ...m }) => {
+    const A = side(`basis A of "${name}"`, m.A);
+    const B = side(`basis B of "${name}"`, m.B);
+    if (fingerprint) {
+      const bytes = new Uint8Array(4 * fingerprint.length);
       const view = new DataView(bytes.buffer);
-      m.fingerprint.forEach((v, i) => view.setFloat32(4 * i, v, true));
+      fingerprint.forEach((v, i) => view.setFloat32(4 * i, v, true));
       place(bytes);
     }
-    return {
-      name: m.name,
-      out: m.out,
-      in: m.in,
-      layout: LAYOUTS.indexOf(m.layout),
-      ...(m.kernel ? { kernel: [...m.kernel] } : {}),
-      ...sides,
-      ...(m.fingerprint ? { fingerprint: true } : {}),
-    };
+    const shape = { name, out, in: inputs, layout: LAYOUTS.indexOf(layout), kernel: kernel && [...kernel] };
+    return { ...shape, A, B, fingerprint: fingerprint && true };
   });
-  const { producer, mode, gauge, centering, rank, step, error, header } = basis;
-  const kept = {
-    ...(rank === undefined ? {} : { rank }),
-    ...(step === undefined ? {} : { step }),
-    ...(error === undefined ? {} : { error }),
-  };
-  const said = pack({
-    producer,
-    mode,
-    gauge,
-    centering,
-    ...kept,
-    baseModel: basis.baseModel ?? null,
-    modules,
-    ...(header === undefined ? {} : { header }),
-  });
+  const { producer, mode, gauge, centering, rank, step, error, baseModel = null, header } = basis;
+  const said = pack({ producer, mode, gauge, centering, rank, step, error, baseModel, modules, header });
   // One behind the other, as the basis id takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);
   both.set(said);
@@ -311,7 +298,7 @@ export function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
 }
 
 function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
-  return { id, adapterBytes, ...(Object.keys(metadata).length > 0 ? { metadata } : {}), ...(brings ? { brings } : {}) };
+  return { id, adapterBytes, metadata: Object.keys(metadata).length > 0 ? metadata : undefined, brings };
 }
 
 /** First bytes of the window (SPEC.md, section 2). */
@@ -423,11 +410,6 @@ export interface FreshBasis {
   readonly basisId: string;
 }
 
-/** The parts of a fresh pack. */
-export interface FreshPack extends FreshBasis {
-  readonly tasks: readonly TaskToWrite[];
-}
-
 /** A task whose blob lies elsewhere until its turn comes. */
 export interface TaskPlace {
   readonly entry: TaskEntry;
@@ -445,13 +427,7 @@ export interface TaskPlace {
 /** Vouches for a hash: the root of a pack, or that of a task file (SPEC.md, section 8). */
 export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<Signature>;
 
-/** A fresh pack as consecutive chunks: window, directory, bases, blobs. */
-export async function layoutFresh({ tasks, ...basis }: FreshPack, sign?: Sign): Promise<Uint8Array[]> {
-  const { head } = await freshHead(basis, await Promise.all(tasks.map(placeOf)), sign);
-  return padded([...head, ...tasks.map((t) => t.blob)], 0);
-}
-
-/** The same, with one blob in memory at a time. `bytes` is the size of the whole. */
+/** A fresh pack as consecutive chunks: window, directory, bases, blobs, of which one is in memory at a time. `bytes` is the size of the whole. */
 export async function streamFresh(
   basis: FreshBasis,
   tasks: readonly TaskPlace[],
@@ -472,40 +448,31 @@ export async function streamFresh(
 
 /** A task whose blob is in memory. */
 export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
-  const read = async (): Promise<Uint8Array> => blob;
-  return {
-    entry,
-    length: blob.length,
-    crc: crc32c(blob),
-    integrity: await integrityOf(blob),
-    coded: isCoded(blob),
-    read,
-  };
+  return { entry, ...(await measured(blob, isCoded(blob))), read: async () => blob };
+}
+
+/** What a section table says of a section's bytes. */
+type Measured = Pick<Section, "length" | "crc" | "coded"> & { readonly integrity: string };
+
+async function measured(bytes: Uint8Array, coded: boolean): Promise<Measured> {
+  return { length: bytes.length, crc: crc32c(bytes), integrity: await integrityOf(bytes), coded };
 }
 
 async function freshHead(
   { description, bases: plain, coded, basisId }: FreshBasis,
-  tasks: readonly Omit<TaskPlace, "read">[],
+  tasks: readonly TaskPlace[],
   sign: Sign | undefined,
 ): Promise<{ head: Uint8Array[]; bytes: number }> {
   const bases = coded ?? plain;
   const list = encodeTaskList(tasks.map((t) => t.entry));
   let end = 0;
-  const section = (
-    kind: number,
-    { length, crc, integrity, coded }: Pick<Section, "length" | "crc" | "integrity" | "coded">,
-  ): Section => {
+  const section = (kind: number, { length, crc, integrity, coded }: Measured): Section => {
     const offset = align64(end);
     end = offset + length;
     return { kind, coded, required: true, offset, length, crc, integrity };
   };
-  const all = {
-    length: bases.length,
-    crc: crc32c(bases),
-    integrity: await integrityOf(bases),
-    coded: coded !== undefined,
-  };
-  const behind = [section(SECTION_BASES, all), ...tasks.map((task) => section(SECTION_TASK, task))];
+  const first = section(SECTION_BASES, await measured(bases, coded !== undefined));
+  const behind = [first, ...tasks.map((task) => section(SECTION_TASK, task))];
   const short = codedDirectory(behind, description, list);
   const directoryLength = short?.length ?? directoryBytes(behind.length, true, description, list);
   const basesOffset = align64(WINDOW_BYTES + directoryLength);
@@ -561,24 +528,16 @@ export async function layoutAppend(
   sign?: Sign,
 ): Promise<Append> {
   const current = window.superblock;
-  const entries = [...directory.tasks] as TaskEntry[];
+  const entries: TaskEntry[] = [...directory.tasks];
   const added: Section[] = [];
   const hashed = directory.bases.integrity !== undefined;
   let end = current.committed;
-  for (const task of tasks) {
-    const { entry, length, crc, integrity, coded } = await placeOf(task);
+  for (const { entry, blob } of tasks) {
+    const { integrity, ...section } = await measured(blob, isCoded(blob));
     const offset = align64(end);
     entries.push(entry);
-    added.push({
-      kind: SECTION_TASK,
-      coded,
-      required: true,
-      offset,
-      length,
-      crc,
-      integrity: hashed ? integrity : undefined,
-    });
-    end = offset + length;
+    added.push({ kind: SECTION_TASK, required: true, offset, ...section, integrity: hashed ? integrity : undefined });
+    end = offset + section.length;
   }
   const superseded: Section = {
     kind: SECTION_FREE,

@@ -13,7 +13,7 @@ import {
   sharedModules,
 } from "../adapters/adapter.ts";
 import { inBase } from "../adapters/start.ts";
-import { type BaseInput, Locator } from "../core/base.ts";
+import { type BaseInput, WeightResolver } from "../core/base.ts";
 import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
@@ -28,7 +28,7 @@ import type { SideBasis } from "../extract/side.ts";
 import { APART, type SharedSides } from "../extract/sides.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
-import { UnstorableError } from "../tensor/encode.ts";
+import { UnstorableError } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { Meter } from "../work.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
@@ -332,11 +332,11 @@ export async function readFingerprints(
 ): Promise<Map<string, Float32Array>> {
   const host = await openHost(base);
   try {
-    const locator = new Locator(host);
-    locator.names = new AliasMatcher(locator.parameters.keys());
+    const resolver = new WeightResolver(host);
+    resolver.names = new AliasMatcher(resolver.parameters.keys());
     const prints = new Map<string, Float32Array>();
     for (const module of modules) {
-      const located = inBase(locator, module);
+      const located = inBase(resolver, module);
       const view = await host.read(located.name);
       const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
       const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);

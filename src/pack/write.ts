@@ -9,7 +9,7 @@ import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/tru
 import { TrustError } from "../errors.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
 import { isCoded } from "../format/coded.ts";
-import { parseBasis } from "../format/directory.ts";
+import { basesTensors, parseBasis, parseTask, taskTensors } from "../format/directory.ts";
 import {
   type Append,
   type BasisInput,
@@ -26,7 +26,6 @@ import {
 import { encodeSection } from "../format/encode-coded.ts";
 import { decode, sha256 } from "../format/fields.ts";
 import type { PackModule, TensorRef } from "../format/format.ts";
-import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
 import { atOnce } from "../pace.ts";
 import { fromBase64, toHex } from "../text.ts";
 import { VERSION } from "../version.ts";

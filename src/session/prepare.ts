@@ -42,7 +42,7 @@ import type { ModelFile } from "../onnx/read.ts";
 import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import { BITS, isQuantized } from "../tensor/dtypes.ts";
-import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
+import { decodeIntegers, decodeScales } from "../tensor/dtypes.ts";
 import { transpose } from "../tensor/tensor-file.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";

@@ -4,6 +4,7 @@
  */
 
 import type { Pack } from "../core/pack.ts";
+import { parseTask } from "../format/directory.ts";
 import {
   encodeTask,
   encodeTaskFile,
@@ -13,12 +14,18 @@ import {
   type TermInput,
 } from "../format/encode.ts";
 import { bringsOf, encodedTensor, misfitLabels, type TaskBlob, type TaskMetadata } from "../format/format.ts";
-import { parseTask } from "../format/task.ts";
 import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
-import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
+import {
+  BITS,
+  type Dtype,
+  decodeScales,
+  encodeTensor,
+  isQuantized,
+  type TaskDtypes,
+  toInteger,
+} from "../tensor/dtypes.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
 import type { State } from "./state.ts";
 import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
