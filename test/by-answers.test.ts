@@ -369,16 +369,19 @@ async function refusals(t: Test, adapter: string, how: readonly string[]): Promi
   await writeFile("lines.txt", "one\n");
   for (const [args, message] of [
     [["--text", "lines.txt"], /--text needs --model/],
-    [["--max-loss", "0.5", ...how], /--max-loss is about ΔW/],
+    [["--max-loss", "0.5", ...how], /--max-loss and --model exclude each other: .*--agreement/],
   ] as const)
     t.match(await json(2, "add", "two.eigen", adapter, ...args), { error: { tag: "usage", message } });
   for (const [args, message] of [
     [["--text", "lines.txt"], /--text needs --model/],
     [["--minutes", "3"], /--minutes needs --model/],
-    [[...how, "--error", "0.1"], /--error is about ΔW/],
-    [[...how, "--dtype", "int4"], /--dtype is for packs without --model/],
-    [[...how, "--ratio", "30", "--agreement", "0.9"], /--agreement is for packs without a size: leave --ratio out/],
-    [[...how, "--k", "4", "--agreement", "0.9"], /--model is for --mode auto/],
+    [[...how, "--error", "0.1"], /--error and --model exclude each other: .*--agreement/],
+    [[...how, "--dtype", "int4"], /--dtype and --model exclude each other/],
+    [
+      [...how, "--ratio", "30", "--agreement", "0.9"],
+      /--agreement and --ratio exclude each other: it is for packs without a size/,
+    ],
+    [[...how, "--k", "4", "--agreement", "0.9"], /--k and --model exclude each other/],
   ] as const)
     t.match(await json(2, "pack", adapter, "-o", "x.eigen", ...args), { error: { tag: "usage", message } });
   const short = await json(1, "pack", adapter, "-o", "x.eigen", ...how, "--text", "lines.txt");

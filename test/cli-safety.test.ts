@@ -9,7 +9,16 @@ import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { createOutput, openSafetensors, openSource, Run, runProgram, takeLock, writeTogether } from "./internals.ts";
+import {
+  createOutput,
+  openModel,
+  openSafetensors,
+  openSource,
+  Run,
+  runProgram,
+  takeLock,
+  writeTogether,
+} from "./internals.ts";
 import { data } from "./packs.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-safety-"));
@@ -153,7 +162,6 @@ t.test("pipes, devices and sockets are refused before they are opened", async (t
       ["verify", pack, "--key", path],
       ["pack", path, "-o", at("never")],
       ["pack", role, "--base", path, "-o", at("never")],
-      ["pack", role, "--scores", path, "-o", at("never")],
       ["add", pack, path],
       ["add", pack, role, "--key", path],
       ["export", path, "--task", "x", "-o", at("never")],
@@ -239,3 +247,121 @@ t.test("export never writes over a trained adapter, nor into a folder of them", 
   await writeFile(at("out", "adapter_model.safetensors"), trained);
   t.match(await refusal(...exported, at("out"), "--force"), /never replaced/);
 });
+
+t.test("adapters of different base models are refused, with who names which", async (t) => {
+  const named = async (id: string, base: string | null): Promise<string> => {
+    await cp(role, at("named", id), { recursive: true });
+    const path = at("named", id, "adapter_config.json");
+    const config = JSON.parse(await readFile(path, "utf8"));
+    await writeFile(path, JSON.stringify({ ...config, base_model_name_or_path: base }));
+    return at("named", id);
+  };
+  const bert = await named("a", "google/bert-base");
+  const local = await named("b", "/home/me/models/BERT-base/");
+  const cached = await named("c", "/cache/models--google--bert-base/snapshots/0123abcd");
+  const mirror = await named("d", "someone/bert-base");
+  const unnamed = await named("e", null);
+  const gpt = await named("z", "gpt2");
+  const all = [bert, local, cached, mirror, unnamed];
+  const { warnings } = await succeed("pack", ...all, "-o", at("bert.eigen"), "--k", "2");
+  t.match(
+    warnings.join("\n"),
+    /name their base model in several ways, taken for one: google\/bert-base, .*someone\/bert-base/,
+  );
+  const expected =
+    /named\/z: the adapters name different base models: google\/bert-base \(a, b, c and 1 more\); gpt2 \(z\)\. .*--any-base/;
+  t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--k", "2"), expected);
+  t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--ratio", "2"), expected);
+  t.match(await refusal("hub", "shard", ...all, gpt, "-o", at("x")), expected);
+  t.match(await refusal("add", at("bert.eigen"), gpt), /google\/bert-base \(the pack\); gpt2 \(z\)/);
+  for (const [i, path] of [bert, gpt].entries()) await succeed("hub", "shard", path, "-o", at(`${i}.part`));
+  t.match(
+    await refusal("hub", "merge", at("0.part"), at("1.part"), "-o", at("x"), "--k", "2"),
+    /google\/bert-base \(a\); gpt2 \(z\)/,
+  );
+  await succeed("hub", "merge", at("0.part"), "-o", at("bert-basis.eigen"), "--k", "2");
+  t.match(await refusal("hub", "project", at("bert-basis.eigen"), gpt, "-o", at("x")), /\(the pack\); gpt2 \(z\)/);
+  t.notOk((await readdir(folder)).includes("x"));
+  t.equal((await succeed("pack", ...all, gpt, "-o", at("any.eigen"), "--k", "2", "--any-base"))["tasks"], 6);
+  await succeed("add", at("bert.eigen"), gpt, "--any-base");
+});
+
+t.test("a refusal says what to do", async (t) => {
+  const pack = ["pack", at("adapters"), "-o", at("y")];
+  const few = await refusal(...pack, "--ratio", "600");
+  t.match(few, /^--ratio 600: .* at most [\d.]+× smaller than they are\. Ways out: --ratio [\d.]+ or less$/);
+  const [, most] = /--ratio ([\d.]+) or less/.exec(few)!;
+  await succeed(...pack, "--ratio", most!);
+  t.match(
+    await refusal("pack", ...adapters, "-o", at("z"), "--bytes", "9kB", "--dtype", "int4", "--rank", "2"),
+    /Ways out: leave out what settles the mode.*; --bytes \d+ or more$/,
+  );
+  const { warnings, components } = await succeed("pack", at("adapters"), "-o", at("w"), "--k", "10000");
+  t.match(warnings.join("\n"), new RegExp(`10000 components were asked for, and the adapters have ${components.max} `));
+  t.match(await refusal("inspect", folder), /is a folder, expected a file/);
+  t.match(await refusal("inspect", at("nowhere")), /cannot be opened: there is no such file or folder \(ENOENT\)/);
+  t.match(
+    await refusal("learn", at("p.eigen"), folder, "--model", "m", "-o", at("y2")),
+    /is a folder, expected a file/,
+  );
+  const settled = await refusal(...pack, "--ratio", "600", "--mode", "column", "--force");
+  t.match(
+    settled,
+    /Ways out: --dtype int4; --gauge balanced --rank N.*; leave out what settles the mode.*; --ratio [\d.]+ or less$/,
+  );
+  // The library speaks of options, the command line of flags.
+  const base = data("goldens/peft/conv/base.safetensors");
+  const other = ["fold", at("p.eigen"), "--task", "sections-0", "-o", at("v"), "--base", base];
+  t.match(await refusal(...other), /If the names differ, map them with --names MODULE=WEIGHT$/);
+  t.match(
+    await refusal("pack", role, "-o", at("v"), "--base", base),
+    /If the names differ, map them with --names MODULE=WEIGHT$/,
+  );
+  t.match(await refusal(...other, "--names", "nobody=x"), /--names nobody=…: .* adapts no such module/);
+});
+
+t.test("what a pack without components, or with too few, does to a task is said", async (t) => {
+  await succeed("pack", at("adapters"), "-o", at("few.eigen"), "--k", "2");
+  const added = await run("add", at("few.eigen"), data("adapters/own-seed/debtags-use"), "--max-loss", "1");
+  t.match(added.stderr, /task "debtags-use" loses \d\d\.\d % of its ΔW, which the pack's components lack/);
+  await succeed("pack", at("adapters"), "-o", at("none.eigen"));
+  t.equal((await run("add", at("none.eigen"), data("adapters/own-seed/debtags-use"))).stderr, "");
+  await writeFile(at("taught.tsv"), "a\tone\nb\ttwo\n");
+  const learn = ["learn", at("none.eigen"), at("taught.tsv"), "--model", at("nowhere.onnx"), "-o", at("t.eigentask")];
+  t.notMatch((await run(...learn)).stderr, /LoRA of its own/);
+  await succeed("pack", at("adapters"), "-o", at("none.eigen"), "--force", "--dtype", "int8");
+  t.match((await run(...learn)).stderr, /the pack has no shared components, so the task becomes a LoRA of its own/);
+});
+
+t.test("fold takes another base where it is asked to, and names for modules", async (t) => {
+  await succeed("pack", data("sessions/adapters"), "-o", at("f.eigen"), "--base", data("sessions/base.safetensors"));
+  const { tasks, modules } = await succeed("inspect", at("f.eigen"));
+  const fold = ["fold", at("f.eigen"), "--task", tasks[0].id, "-o", at("folded"), "--base"];
+  const base = data("sessions/base.safetensors");
+  const bytes = await readFile(base);
+  // Other weights of the same shapes: all numbers turned round.
+  const header = 8 + Number(bytes.readBigUInt64LE(0));
+  for (let i = header + 3; i < bytes.length; i += 8) bytes[i]! ^= 0x80;
+  await writeFile(at("other.safetensors"), bytes);
+  t.match(await refusal(...fold, at("other.safetensors")), /fingerprints correlate by .* or pass --any-base$/);
+  await succeed(...fold, at("other.safetensors"), "--any-base");
+  t.ok(modules.length > 0);
+});
+
+t.test(
+  "tokenizer.json is looked for beside the model, and one folder above, as transformers.js keeps models",
+  async (t) => {
+    await mkdir(at("hub", "onnx"), { recursive: true });
+    const model = at("hub", "onnx", "model.onnx");
+    const of = { tokens: undefined, tokenizer: undefined };
+    await t.rejects(openModel("learn", model, of), { message: /model\.onnx: cannot be read: there is no such file/ });
+    await writeFile(model, "");
+    await t.rejects(openModel("learn", model, of), {
+      message: /onnx\/tokenizer\.json: there is no tokenizer, nor one folder above; .*--tokenizer$/,
+    });
+    await cp(data("minilm/tokenizer.json"), at("hub", "tokenizer.json"));
+    const { encode } = await openModel("learn", model, of);
+    const { input_ids } = await encode(["a tool", "a"], { padding: true, truncation: true }, ["input_ids"]);
+    t.same(input_ids!.dims, [2, 4]);
+  },
+);

@@ -43,7 +43,7 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
   for (const task of verified["tasks"])
     t.ok(Math.abs(task.error.max - owned["errors"].find(({ id }: any) => id === task.id).max) < 1e-4);
 
-  const auto = await json(0, "pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB");
+  const auto = await json(0, "pack", ...some, "-o", "auto.eigen", "--bytes", "70kB");
   t.ok(auto["bytes"] <= 70_000 && auto["tried"].length >= 1 && auto["judgedBy"] === "error");
   const safe = await json(0, "pack", ...some, "-o", "safe.eigen");
   for (const { id, total } of safe["errors"]) t.ok(total <= 0.15 && total > 0.1, `${id}: ${total}`);
@@ -59,9 +59,8 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
 
   const refused = async (...args: string[]): Promise<string> =>
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
-  t.match(await refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
-  t.match(await refused("--mode", "auto", "--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
-  t.match(await refused("--text", "lines.txt", "--k", "4"), /--text is for --mode auto/);
+  t.match(await refused("--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
+  t.match(await refused("--k", "4", "--model", "model.onnx"), /--k and --model exclude each other: .*answers decide/);
   t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
   t.match(await refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
   t.match(
@@ -137,6 +136,43 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   );
   for (const { detail } of bad) t.match(detail, /checksum does not match/);
   for (const command of ["inspect", "verify"]) t.match((await run(command, "own.eigen")).stdout, /debtags-role/);
+});
+
+t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (t) => {
+  const some = ["debtags-role", "sections-0", "sections-1"].map((n) => join(own, n));
+  const limited = await json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
+  for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
+  for (const mode of ["column", "flat"]) {
+    const { error } = await json(2, "pack", ...some, "-o", "x", "--mode", mode, "--error", "0.1");
+    t.match(error.message, /--mode and --error exclude each other: without it all ways of packing are tried/);
+  }
+  const lossless = await json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
+  t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
+  t.ok(lossless["ratio"] < 1.2, "below break-even a lossless pack is about as large as the adapters");
+});
+
+t.test("every number format can be packed", async (t) => {
+  let last = Infinity;
+  for (const dtype of ["f32", "f16", "int8", "int4", "int3"]) {
+    const packed = await json(
+      0,
+      "pack",
+      join(own, "debtags-role"),
+      join(own, "debtags-use"),
+      "-o",
+      `${dtype}.eigen`,
+      "--k",
+      "12",
+      "--dtype",
+      dtype,
+    );
+    t.ok(packed["bytes"] < last, dtype);
+    last = packed["bytes"];
+    t.equal((await json(0, "verify", `${dtype}.eigen`))["ok"], true);
+  }
+  t.match(await json(0, "pack", own, "-o", "m.eigen", "--k", "4", "--dtype", "basis=int8,head=f32"), {
+    dtype: "basis=int8,coefficients=f16,head=f32",
+  });
 });
 
 t.test("add appends, remove drops, and the others' bytes stay", async (t) => {
@@ -403,12 +439,11 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected auto, column or flat/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column or flat/],
     [["pack", own, "-o", "x", "--gage", "balanced"], /unknown option .--gage.; did you mean --gauge\?/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /remove: missing TASK/],
     [["pack", own, "-o", "no/such/folder/x"], /there is no folder no.such.folder; make it first/],
-    [["bench", "everything"], /expected .*memory/],
   ];
   for (const [args, message] of usage)
     t.match(await json(2, ...args), { error: { tag: "usage", message } }, args.join(" "));

@@ -133,24 +133,28 @@ export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/ta
 
 // ONNX graphs, made and changed node by node.
 
-export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
-export { graft } from "../dist/src/onnx/graft.js";
-export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
+export { inject, type TaskInput } from "../dist/src/onnx/inject.js";
+export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../dist/src/onnx/linear.js";
 export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
-export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-export type { GraphProto, ModelProto, NodeProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
+export { type Attributes, checkInjectable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
 export {
   AttributeProtoSchema,
   create,
+  DimensionSchema,
   fromBinary,
+  type GraphProto,
   GraphProtoSchema,
+  type ModelProto,
   ModelProtoSchema,
+  type NodeProto,
   NodeProtoSchema,
+  type TensorProto,
   TensorProtoSchema,
   toBinary,
+  type ValueInfoProto,
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../dist/src/onnx/read.js";
@@ -162,12 +166,12 @@ export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
-export { whileAlive } from "../dist/bindings/ort-device.js";
-export { optionsFor } from "../dist/bindings/ort-engine.js";
-export { hold, labelsOf } from "../dist/bindings/transformers-shared.js";
+export { optionsFor, whileAlive } from "../dist/bindings/ort-engine.js";
+export { hold, labelsOf } from "../dist/bindings/pipeline.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
-export { planSession } from "../dist/src/session/plan.js";
-export { prepareModel } from "../dist/src/session/prepare.js";
+export { ModelMatcher } from "../dist/src/session/match.js";
+export { planSession, prepareModel } from "../dist/src/session/prepare.js";
+export { compareRows } from "../dist/src/session/rows.js";
 export { type Survey, surveyModel } from "../dist/src/session/survey.js";
 export type { Trainable } from "../dist/src/session/training.js";
 
@@ -203,12 +207,19 @@ export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 
 // The command line in this process, with its disk, clock or output replaced.
 
-export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
-export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
-export { takeLock } from "../dist/src/cli/lock.js";
-export { createOutput, leftOf, lossTable, paragraph, printable, smaller, timeLeft } from "../dist/src/cli/output.js";
+export { downloading, Run } from "../dist/src/cli/command.js";
+export { openScratch, takeLock, writeTogether, writeWhole } from "../dist/src/cli/files.js";
+export { openModel, readExamples, readQuestions } from "../dist/src/cli/model.js";
+export {
+  createOutput,
+  leftOf,
+  lossTable,
+  paragraph,
+  printable,
+  smaller,
+  timeLeft,
+} from "../dist/src/cli/output.js";
 export { runProgram } from "../dist/src/cli/program.js";
-export { downloading, Run } from "../dist/src/cli/run.js";
 
 /** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */
 export const COMMAND_LINE: URL = new URL("../dist/src/cli/", import.meta.url);

@@ -537,10 +537,9 @@ async function derive(
   { gathers = false, untold = false } = {},
 ): Promise<{ forward: Uint8Array; both: Uint8Array; path: ProbedPath }> {
   graph.output.push(makeValue("whole", 1));
-  const $typeName = "onnx.OperatorSetIdProto" as const;
   const opsetImport = [
-    { $typeName, domain: "", version: BigInt(opset) },
-    { $typeName, domain: "com.microsoft", version: 1n },
+    { domain: "", version: BigInt(opset) },
+    { domain: "com.microsoft", version: 1n },
   ];
   const forward = toBinary(
     ModelProtoSchema,

@@ -547,7 +547,7 @@ t.test("folders: what is refused", async (t) => {
 
   const task = (message: RegExp, fields: object = {}): Expected => ({ tag: "task", message, ...fields });
   const [x, y] = [at("x/same"), at("y/same")];
-  const both = new RegExp(`${x} and ${y} are both called same; give one a new id with rename`);
+  const both = new RegExp(`${x} and ${y} are both called same; give one a new id with \`rename\``);
   await fails(["x", "y"], task(both, { task: "same" }));
   await fails(["x", "y"], task(/rename same to other: means several; use a path/), [["same", "other"]]);
   await fails(["x"], task(/rename sane to other: no adapter has this id/, { nearest: ["same"] }), [["sane", "other"]]);

@@ -1,10 +1,3 @@
-/**
- * Choosing by behaviour: the smallest pack that keeps the caller's scores, and the filter of adapters that add little to their heads.
- * Real adapters and the real model; the search itself on every ladder that a property test generates.
- */
-import { mkdtemp, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
 import { buildPack, type Judge, type SearchOptions, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -19,7 +12,6 @@ import {
   runBatches,
   toBatches,
 } from "../examples/minilm.js";
-import { run as command, workIn } from "./command-line.ts";
 import { lowestPassing } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { NODE, open } from "./sessions.ts";
@@ -231,36 +223,4 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
   const smaller = report.tried.filter(({ passes, bytes }) => passes && bytes! < report.bytes);
   t.same(smaller, [], "no smaller pack that was asked passed");
   t.ok(report.ratio > 4, `${report.ratio.toFixed(1)} times fewer bytes`);
-});
-
-t.test("eigenlora pack --scores --min-gain", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-select-"));
-  workIn(t, folder);
-  const run = (...args: string[]) => command("pack", ...args);
-  const scores = data("reference/scores.json");
-  const some = ["01-use", "03-role", "07-section", "17-section", "51-hardware"].map((name) =>
-    data(`adapters/hub/hub-${name}`),
-  );
-  const args = [...some, "-o", "hub.eigen", "--k", "4", "--scores", scores];
-  const { status, stdout } = await run(...args, "--min-gain", "0.02", "--json");
-  t.equal(status, 0);
-  const report = JSON.parse(stdout);
-  t.same(
-    report.dropped.map(({ id }: { id: string }) => id),
-    ["hub-07-section", "hub-17-section", "hub-51-hardware"],
-  );
-  t.equal(report.tasks, 2);
-  const { tasks } = await openPack(join(folder, "hub.eigen"));
-  t.notOk(tasks.has("hub-17-section"));
-  t.match(
-    (await run(...args, "--force")).stdout,
-    /left out hub-07-section: 0.0 points over its head\nleft out hub-17-section: -1.4 points/,
-  );
-  t.match(await run("x", "-o", "y", "--min-gain", "0.1"), { status: 2, stderr: /--min-gain needs --scores/ });
-  t.match(await run("x", "-o", "y", "--scores", scores, "--min-gain", "2"), {
-    status: 2,
-    stderr: /--min-gain 2: expected a difference/,
-  });
-  await writeFile(join(folder, "bad.json"), "{");
-  t.match(await run("x", "-o", "y", "--scores", "bad.json"), { status: 1, stderr: /bad.json: is not valid JSON/ });
 });

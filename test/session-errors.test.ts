@@ -16,7 +16,7 @@ import {
   encodeTask,
   encodeTensor,
   fromBinary,
-  graft,
+  inject,
   type ModelProto,
   ModelProtoSchema,
   NodeProtoSchema,
@@ -114,7 +114,7 @@ t.test("a model with task inputs already", async (t) => {
   const pack = await packFor("base");
   const file = await readModel(model("torchscript"));
   const plan = await planSession(file, pack, (await pack.bases()).bytes, { mode: "core" });
-  const { initializers } = graft(file.model, plan.graft);
+  const { initializers } = inject(file.model, plan.changes);
   const bytes = embedWeights(file, initializers);
   for (const mode of MODES) {
     await refused(

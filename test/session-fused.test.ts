@@ -182,8 +182,8 @@ function attention(variant: Variant, change: (node: NodeProto) => void = () => u
     ],
   });
   const opsetImport = [
-    { $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: opset },
-    { $typeName: "onnx.OperatorSetIdProto" as const, domain: "com.microsoft", version: 1n },
+    { domain: "", version: opset },
+    { domain: "com.microsoft", version: 1n },
   ];
   return new Uint8Array(toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 7n, graph, opsetImport })));
 }

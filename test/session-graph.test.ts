@@ -1,17 +1,20 @@
 /**
- * Changes of sessions to graphs, and what they read from them: the graft keeps a model sound, adapted layers in branches and layers that
+ * Changes of sessions to graphs, and what they read from them: task inputs keep a model sound, adapted layers in branches and layers that
  * run twice, and the values of quantised weights, compared with ONNX Runtime's own results.
  */
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";
 import {
+  AttributeProtoSchema,
   create,
+  DimensionSchema,
   findParameters,
   fromBinary,
   type GraphProto,
   GraphProtoSchema,
-  graft,
+  inject,
   type ModelFile,
+  type ModelProto,
   ModelProtoSchema,
   type NodeProto,
   NodeProtoSchema,
@@ -32,13 +35,16 @@ import {
   feeds,
   GOLDENS,
   golden,
+  goldenRow,
   MODES,
   model,
   modelBytes,
+  NODE,
   ORTS,
   open,
   outputOf,
   packFor,
+  refusal,
 } from "./sessions.ts";
 
 /** Graphs in the attributes of a node. */
@@ -68,7 +74,7 @@ function faults(graph: GraphProto, outer: ReadonlySet<string> = new Set(), nodes
   return found;
 }
 
-t.test("a graft keeps a model sound", async (t) => {
+t.test("task inputs keep a model sound", async (t) => {
   for (const [name, answers] of Object.entries(GOLDENS.models)) {
     for (const mode of MODES) {
       if (mode === "folded" && ["q4", "int8", "qdq"].includes(name)) continue;
@@ -78,11 +84,11 @@ t.test("a graft keeps a model sound", async (t) => {
       const options = { mode, ...(answers === "encoder" && { ignore: ["classifier"] }) };
       const plan = await planSession(file, pack, (await pack.bases()).bytes, options);
       if (mode === "folded") replaceByFile(file.model, plan.folded);
-      const { modules, biases } = plan.graft;
-      const grafted = graft(file.model, { ...plan.graft, ...takeApart(file.model, modules, biases) });
+      const { modules, biases } = plan.changes;
+      const injected = inject(file.model, { ...plan.changes, ...takeApart(file.model, modules, biases) });
       const after = file.model.proto.graph!;
       // The writer places initializers so.
-      const added = grafted.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
+      const added = injected.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
       const whole = { ...after, initializer: [...after.initializer, ...added] };
       const was = faults(before);
       t.same(
@@ -107,17 +113,33 @@ t.test("a graft keeps a model sound", async (t) => {
       const inputs = after.input.map((input) => input.name).slice(before.input.length);
       t.same(
         inputs,
-        grafted.inputs.map((input) => input.name),
+        injected.inputs.map((input) => input.name),
       );
       const outputs = before.output.map((output) => output.name);
-      const probes = grafted.probe ? [grafted.probe.x, grafted.probe.term] : [];
+      const probes = injected.probe ? [injected.probe.x, injected.probe.term] : [];
       t.same(
         after.output.map((output) => output.name),
         [...outputs, ...probes],
       );
-      t.equal(grafted.probe === undefined, mode === "folded");
+      t.equal(injected.probe === undefined, mode === "folded");
       await file.close();
     }
+  }
+});
+
+t.test("beside [batch, sequence, in] terms need no reshapes, whoever exported the model", async (t) => {
+  for (const name of ["torchscript", "dynamo", "f16", "external"]) {
+    const pack = await packFor(GOLDENS.models[name]!);
+    const file = await readModel(model(name));
+    const { changes: wanted } = await planSession(file, pack, (await pack.bases()).bytes, { mode: "factors" });
+    inject(file.model, wanted);
+    const added = file.model.proto.graph!.node.filter(
+      (node) =>
+        node.name.startsWith("eigenlora/") && wanted.modules.some(({ name }) => node.name.includes(`/${name}/`)),
+    );
+    t.same([...new Set(added.map(({ opType }) => opType))].sort(), ["Add", "MatMul"], name);
+    t.equal(added.length, 3 * wanted.modules.length);
+    await file.close();
   }
 });
 
@@ -145,6 +167,126 @@ t.test("a layer in a branch, once or twice", async (t) => {
       }
       await session.close();
     }
+  }
+});
+
+/** One of the tiny models, changed. */
+function changed(name: string, change: (graph: GraphProto, proto: ModelProto) => void): Uint8Array {
+  const proto = fromBinary(ModelProtoSchema, modelBytes(name));
+  change(proto.graph!, proto);
+  return toBinary(ModelProtoSchema, proto);
+}
+
+t.test("what else reads a layer's result", async (t) => {
+  // The product itself is an output of the model, and must show the task too.
+  const exposed = changed("transposed", (graph) => {
+    const type = { value: { case: "tensorType" as const, value: { elemType: 1 } } };
+    graph.output.push(create(ValueInfoProtoSchema, { name: "/mid/MatMul_output_0", type }));
+  });
+  const products: Float32Array[] = [];
+  for (const mode of MODES) {
+    const session = await open(NODE, exposed, await packFor("mlp"), { mode });
+    t.same(session.outputNames, ["logits", "/mid/MatMul_output_0"]);
+    await session.switchTask("b");
+    const results = await session.run(feeds(NODE, session));
+    t.ok(difference(results["logits"]!.data as Float32Array, golden("mlp", "b")) <= 1e-5);
+    products.push(results["/mid/MatMul_output_0"]!.data as Float32Array);
+    await session.close();
+  }
+  for (const product of products) t.ok(difference(product, products[2]!) <= 1e-5, "as folded weights give it");
+
+  // The head's bias comes where it cannot be seen: it must not be added to the task's own.
+  const apart = changed("transposed", (graph) => {
+    const at = graph.node.findIndex((node) => node.name === "/classifier/Add");
+    const add = graph.node[at]!;
+    add.input = add.input.map((value) => (value === "/classifier/MatMul_output_0" ? "apart" : value));
+    graph.node.splice(at, 0, node("Identity", "apart", ["/classifier/MatMul_output_0"], "apart"));
+  });
+  for (const mode of ["core", "factors"] as const) {
+    const error = await refusal(async () => open(NODE, apart, await packFor("mlp"), { mode }));
+    t.match(error, { tag: "base", module: "classifier.weight", message: /use mode "folded"$/ });
+  }
+  const session = await open(NODE, apart, await packFor("mlp"), { mode: "folded" });
+  const error = await refusal(() => session.switchTask("a"));
+  const message = /brings "classifier\.(bias" of \[2\]|weight" of \[2, 16\])/;
+  t.match(error, { tag: "base", module: /^classifier/, message });
+  t.equal(session.task, null);
+  t.ok(difference(await outputOf(session, feeds(NODE, session)), golden("mlp", null)) <= 1e-5);
+  await session.close();
+
+  // A product that is scaled later would change by another amount than the adapter's.
+  const scaled = changed("gemm", (graph) => {
+    const node = graph.node.find(({ name }) => name === "/mid/Gemm")!;
+    node.attribute.find(({ name }) => name === "alpha")!.f = 0.5;
+  });
+  t.match(await refusal(async () => open(NODE, scaled, await packFor("mlp"), { mode: "core" })), {
+    tag: "base",
+    message: /Gemm "\/mid\/Gemm" scales the product; use mode "folded"/,
+  });
+});
+
+/** The MLP on x [batch, sequence, 12]; inside, the sequence may come first. */
+function sequences(first: "batch" | "sequence"): Uint8Array {
+  return changed("transposed", (graph) => {
+    const free = { value: { case: undefined } };
+    const { value } = graph.input[0]!.type!;
+    if (value.case === "tensorType") value.value.shape!.dim.splice(1, 0, create(DimensionSchema, free));
+    delete (graph.output[0]!.type!.value.value as { shape?: unknown }).shape;
+    graph.valueInfo.length = 0;
+    if (first === "batch") return;
+    const turn = (from: string, to: string): NodeProto => {
+      const turned = node("Transpose", `turn/${from}`, [from], to);
+      turned.attribute.push(create(AttributeProtoSchema, { name: "perm", ints: [1n, 0n, 2n], type: 7 }));
+      return turned;
+    };
+    for (const one of graph.node) {
+      one.input = one.input.map((name) => (name === "x" ? "x/turned" : name));
+      one.output = one.output.map((name) => (name === "logits" ? "logits/turned" : name));
+    }
+    graph.node.unshift(turn("x", "x/turned"));
+    graph.node.push(turn("logits/turned", "logits"));
+  });
+}
+
+t.test("one task per row where the batch is not the first dimension is refused, not mixed up", async (t) => {
+  const x = new Tensor(
+    "float32",
+    Float32Array.from(GOLDENS.feeds["x"]!.flat().slice(0, 24).concat(GOLDENS.feeds["x"]!.flat().slice(12, 36))),
+    [2, 2, 12],
+  );
+  for (const mode of ["core", "factors"] as const) {
+    const rows = await open(NODE, sequences("batch"), await packFor("mlp"), { mode });
+    const found = await outputOf(rows, { x }, { tasks: ["a", "b"] });
+    // Rows 0 and 1 of the goldens with a, which has two labels of three columns, rows 1 and 2 with b.
+    const columns = found.length / 4;
+    for (const [at, task, row] of [
+      [0, "a", 0],
+      [1, "a", 1],
+      [2, "b", 1],
+      [3, "b", 2],
+    ] as const) {
+      const expected = goldenRow("mlp", task, row);
+      t.ok(
+        difference(found.subarray(at * columns, at * columns + expected.length), expected) <= 1e-5,
+        `${mode}, ${task}`,
+      );
+    }
+    await rows.close();
+    const mixed = await open(NODE, sequences("sequence"), await packFor("mlp"), { mode });
+    for (const task of ["a", "b"]) {
+      await mixed.switchTask(task);
+      const alone = await outputOf(mixed, { x });
+      t.ok(
+        difference(alone.subarray(0, alone.length / 4), goldenRow("mlp", task, 0)) <= 1e-5,
+        `${mode}: ${task} alone`,
+      );
+    }
+    const error = await refusal(() => outputOf(mixed, { x }, { tasks: ["a", "b"] }));
+    t.match(error, {
+      tag: "backend",
+      message: /the batch is not the first dimension of some adapted layer.*; run them one by one/,
+    });
+    await mixed.close();
   }
 });
 

@@ -151,6 +151,27 @@ t.test("what lives in no file is named, with what each file says of it", async (
   });
 });
 
+t.test("options of all and of each", async (t) => {
+  const pack = await opened(t);
+  const models = await createEigenSessions(NODE, FILES, pack, { mode: "core", each: { decoder: { mode: "folded" } } });
+  t.same([models.sessions.encoder.mode, models.sessions.decoder.mode], ["core", "folded"]);
+  await models.switchTask("titles");
+  await holds(t, NODE, models, "titles", "modes mixed");
+  await models.close();
+  const refused: [object, RegExp][] = [
+    [{ each: { third: {} } }, /each: there is no session "third", only "encoder", "decoder"/],
+    [{ each: { encoder: { mod: 1 } } }, /unknown option "mod"; did you mean "mode"/],
+    [{ trainable: true }, /trainable: one session learns at a time; use createSession on one file/],
+    [{ part: 1 }, /unknown option "part"/],
+  ];
+  for (const [options, message] of refused)
+    t.match(await refusal(() => createEigenSessions(NODE, FILES, pack, options)), { name: "TypeError", message });
+  t.match(await refusal(() => createEigenSessions(NODE, {}, pack)), {
+    name: "TypeError",
+    message: /expected files by name/,
+  });
+});
+
 t.test("one file, with the modules that it has", async (t) => {
   const pack = await opened(t);
   const modules = (module: string): boolean => module.startsWith("encoder.");

@@ -203,7 +203,7 @@ function dynamic(swapped: boolean): Uint8Array {
   const input = [makeValue("x", FLOAT, ["batch", "sequence", SIZE])];
   const output = [makeValue("logits", FLOAT, ["batch", "sequence", WIDE])];
   const graph = create(GraphProtoSchema, { name: "dynamic", node, initializer, input, output });
-  const opsetImport = [{ $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: 17n }];
+  const opsetImport = [{ domain: "", version: 17n }];
   return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph }));
 }
 

@@ -506,7 +506,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   const refusals: [number, RegExp, ...string[]][] = [
     [2, /unknown option '--mode'/, "hub", "shard", "sections-0", "--mode", "joint", "-o", "x"],
     [2, /would overwrite/, "hub", "merge", "a.part", "-o", "a.part"],
-    [2, /--k is for a basis/, "hub", "merge", "a.part", "--part", "--k", "3", "-o", "x"],
+    [2, /--part and --k exclude each other/, "hub", "merge", "a.part", "--part", "--k", "3", "-o", "x"],
     [2, /unknown option '--error'/, "hub", "merge", "a.part", "--error", "0.3", "-o", "x"],
     [1, /both hold/, "hub", "merge", "a.part", "ab.part", "-o", "x"],
     [1, /holds tasks/, "hub", "merge", "1.part", "-o", "x"],

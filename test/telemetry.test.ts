@@ -1,5 +1,5 @@
 /**
- * Work on the device stays there: the command line and the demo leave nothing in the user's home. Without src/cli/telemetry.ts
+ * Work on the device stays there: the command line and the demo leave nothing in the user's home. Without the variable that src/cli/main.ts sets
  * onnxruntime-node keeps a device id and events there. examples.test.ts runs the commands of all pages
  * with such a home, too.
  */

@@ -25,6 +25,7 @@ import { serve } from "./range-server.ts";
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const viewer = fileURLToPath(new URL("../dist/viewer.html", import.meta.url));
 const demo = fileURLToPath(new URL("../examples/tasks.eigen", import.meta.url));
+const home = fileURLToPath(new URL("../docs/site/home.md", import.meta.url));
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-viewer-"));
 workIn(t, folder);
@@ -285,4 +286,16 @@ t.test("an address: without permission, without ranges, without an answer", { sk
     `http://127.0.0.1:${(plain.address() as { port: number }).port}/?url=tasks.eigen`,
   );
   await whole.getByText("Read whole (102.7 kB), since its server has no ranges.").waitFor();
+});
+
+t.test("the site's first page shows a pack in a frame", { skip: noChromium }, async (t) => {
+  const [frame] = /<iframe[^>]*><\/iframe>/.exec(await readFile(home, "utf8"))!;
+  const files = { "viewer.html": await readFile(viewer), "tasks.eigen": await readFile(demo) };
+  const host = await serve(new Map(Object.entries({ ...files, "index.html": Buffer.from(`<!doctype html>${frame}`) })));
+  t.teardown(() => host.close());
+  const page = await browser.newPage();
+  t.teardown(() => page.close());
+  await page.goto(host.url("index.html"));
+  await page.frameLocator("iframe").getByText("20 tasks over 12 modules").waitFor();
+  t.pass("the pack of the demo, in the viewer");
 });
