@@ -16,10 +16,7 @@ import {
   type Way,
 } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createEngine } from "eigenlora/onnxruntime";
-import { createJudge } from "eigenlora/train";
 import t from "tap";
-import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { completeDtypes, DEFAULT_ERROR, deltaError, normal, relative, uniform } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import {
@@ -383,25 +380,6 @@ t.test("auto loses no more than any single way within the same bytes", async (t)
   t.ok(report.bytes <= 40_000);
   for (const { error } of await singles(goal.max))
     t.ok(meanTotal(report) <= error + 1e-12, `${meanTotal(report)} ≤ ${error}`);
-});
-
-t.test("a judge hears how far the answers of a pack are from the adapters'", async (t) => {
-  const some = adapters.slice(0, 3);
-  const encode = await createEncoder(NODE);
-  const { train } = await readTask("debtags-role");
-  const options = { adapters: some, texts: train.map(([text]) => text), encode, most: 8 };
-  const { judge, byTask, close } = createJudge(createEngine(NODE), model, options);
-  t.teardown(close);
-  const packed = async (options: BuildOptions) => openPack(concat((await buildPack(some, options)).chunks).buffer);
-  const [lossless, coarse] = [await packed(LOSSLESS), await packed({ select: { kind: "k", k: 2 } })];
-  const [none, much] = [await judge(lossless), await judge(coarse)];
-  t.ok(none < 1e-5 && much > 1e-4, `${none}, ${much}`);
-  const found = await byTask(coarse);
-  t.same(
-    [...found.keys()],
-    some.map(({ id }) => id),
-  );
-  t.equal(much, [...found.values()].reduce((a, b) => a + b, 0) / 3);
 });
 
 t.test("what cannot be done is refused, with what can", async (t) => {

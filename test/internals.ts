@@ -216,16 +216,13 @@ export { RULES } from "../dist/src/autodiff/rules.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { Problems } from "../dist/src/autodiff/shapes.js";
 export { fixInnerHeads } from "../dist/src/session/training.js";
-export { askAdapter } from "../dist/src/train/answers.js";
-export { supervisionOf } from "../dist/src/train/create-trainer.js";
-export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
 export { modelBase } from "../dist/src/train/pack-by-answers.js";
-export { MeanDivergence } from "../dist/src/train/probabilities.js";
-export { readDonor, startState } from "../dist/src/train/start.js";
+export { askAdapter } from "../dist/src/train/questions.js";
 export { AdamW } from "../dist/src/train/state.js";
-export { createBatcher } from "../dist/src/train/supervision.js";
+export { createBatcher, MeanDivergence, splitHoldout, targetsOf, toBatches } from "../dist/src/train/supervision.js";
 export { headInputs } from "../dist/src/train/trainable-model.js";
 export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
+export { readDonor, startState, supervisionOf } from "../dist/src/train/trainer.js";
 
 // Small things with many cases.
 

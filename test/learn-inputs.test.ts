@@ -1,16 +1,15 @@
 /**
- * Texts as batches: each text is tokenised once, and batches equal the tokenizer's own to the bit.
+ * Texts as batches: as the tokenizer makes them, of what the model takes.
  */
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
-import { type BatchFeeds, createTrainer, type Encode } from "eigenlora/train";
+import type { BatchFeeds, Encode } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readTask } from "../examples/minilm.js";
-import { createBatcher, uniform } from "./internals.ts";
-import { LABELS, tiny } from "./learning.ts";
+import { createBatcher } from "./internals.ts";
 import { data } from "./packs.ts";
 import { packages, without } from "./required.ts";
-import { GOLDENS, NODE } from "./sessions.ts";
+import { NODE } from "./sessions.ts";
 
 interface Style {
   readonly front?: boolean;
@@ -64,50 +63,17 @@ function letters({ front = false, multiple = 1, positions = false, features = fa
 const plain = (feeds: BatchFeeds): unknown =>
   Object.entries(feeds).map(([name, { type, dims, data }]) => [name, type, [...dims], [...(data as BigInt64Array)]]);
 
-for (const [name, style, once] of [
-  ["padding behind", {}, true],
-  ["padding in front", { front: true }, true],
-  ["lengths that are multiples of four", { multiple: 4 }, true],
-  ["one length", { multiple: 32 }, true],
-  ["positions that go on through the padding", { positions: true }, false],
-  ["inputs of three dimensions", { features: true }, false],
-] as [string, Style, boolean][]) {
-  t.test(`a tokenizer with ${name}`, async (t) => {
-    const random = uniform(1);
-    const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
-    const { encode, asked } = letters(style);
-    const inputs = createBatcher(encode, NAMES);
-    const rows = texts.map((text) => ({ text }));
-    await inputs.lengths(rows);
-    for (let i = 0; i < 20; i++) {
-      const some = rows.filter(() => random() < 0.3);
-      if (some.length === 0) continue;
-      const expected = letters(style).encode(some.map(({ text }) => text));
-      t.same(plain(await inputs.batch(some)), plain(expected));
-    }
-    const more = asked.length - texts.length;
-    t.ok(once ? more <= 2 : more > 40, `${more} texts more than there are`);
-    const before = asked.length;
-    await inputs.lengths(rows);
-    t.equal(asked.length, before, "known texts are not encoded again");
-    await inputs.batch([{ text: "new" }, { text: "newer" }]);
-    t.equal(asked.length, before + 2);
-  });
-}
-
-t.test("a wider gap is looked at anew: one place of padding may hold anything", async (t) => {
-  const { encode, asked } = letters({ positions: true });
+t.test("a batch is the tokenizer's own; known texts are not measured again", async (t) => {
+  const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
+  const rows = texts.map((text) => ({ text }));
+  const { encode, asked } = letters({ front: true, positions: true, features: true });
   const inputs = createBatcher(encode, NAMES);
-  const batches = [
-    ["abc", "ab"],
-    ["abcdefgh", "a"],
-  ];
-  for (const texts of batches) {
-    const rows = texts.map((text) => ({ text }));
-    await inputs.lengths(rows);
-    t.same(plain(await inputs.batch(rows)), plain(letters({ positions: true }).encode(texts)));
-  }
-  t.equal(asked.length, 2 + 2 + 2 + 2 + 2);
+  const lengths = await inputs.lengths(rows);
+  t.ok(lengths.get(rows[16]!)! > lengths.get(rows[0]!)!);
+  t.same(plain(await inputs.batch(rows.slice(3, 9))), plain(encode(texts.slice(3, 9))));
+  const before = asked.length;
+  await inputs.lengths(rows);
+  t.equal(asked.length, before);
 });
 
 t.test("texts and feeds do not go into one batch; feeds are taken as they are", async (t) => {
@@ -127,17 +93,12 @@ t.test("MiniLM's tokenizer: batches are what it makes of their texts", async (t)
   const encode = (await createEncoder(NODE)) as unknown as (texts: readonly string[]) => BatchFeeds;
   const { train } = await readTask("debtags-role");
   const rows = train.slice(0, 96).map(([text]) => ({ text }));
-  let count = 0;
-  const inputs = createBatcher((texts) => {
-    count += texts.length;
-    return encode(texts);
-  }, NAMES);
+  const inputs = createBatcher(encode, NAMES);
   await inputs.lengths(rows);
   for (let at = 0; at < rows.length; at += 12) {
     const some = rows.slice(at, at + 12);
     t.same(plain(await inputs.batch(some)), plain(encode(some.map(({ text }) => text))));
   }
-  t.equal(count, rows.length + 2);
 });
 
 const folder = packages("@huggingface/transformers");
@@ -158,40 +119,10 @@ t.test(
     t.same(Object.keys(others), ["attention_mask"], "nothing that the model does not take");
     t.same(input_ids!.dims, [3, tokenizer.model_max_length], "padded, and cut to what the model takes");
     const lines = createBatcher((some) => tokenizer(some, {} as never, []), NAMES);
-    await t.rejects(lines.lengths(rows), {
+    await lines.lengths(rows);
+    await t.rejects(lines.batch(rows), {
       name: "TypeError",
       message: /encode: .*encode: tokenizer.*padding: true, truncation: true/,
     });
   },
 );
-
-t.test("a fit tokenises each text once, and again none", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const length = GOLDENS.feeds["input_ids"]![0]!.length;
-  const texts = Array.from({ length: 16 }, (_, i) => String.fromCharCode(97 + i).repeat(1 + (i % length)));
-  let count = 0;
-  const encode: Encode = (some) => {
-    count += some.length;
-    const width = Math.max(...some.map((text) => text.length));
-    const dims = [some.length, width];
-    const filled = (of: (text: string) => number): BatchFeeds[string] => ({
-      ...{ type: "int64", dims },
-      data: BigInt64Array.from(
-        some.flatMap((text) => Array.from({ length: width }, (_, i) => (i < text.length ? of(text) : 0))),
-        BigInt,
-      ),
-    });
-    const values = { input_ids: (text: string) => text.charCodeAt(0) - 90, attention_mask: () => 1 };
-    return Object.fromEntries(
-      session.inputNames.map((name) => [name, filled(values[name as keyof typeof values] ?? (() => 0))]),
-    );
-  };
-  const trainer = await createTrainer(session, { labels: LABELS, encode });
-  const known = texts.map((text, i) => ({ text, label: i % 2 }));
-  for await (const _ of trainer.fit(known, { epochs: 2, batch: 8, holdout: 0.25 }));
-  t.equal(count, texts.length + 2, "two show how it pads");
-  for await (const _ of trainer.fit(known, { epochs: 2, batch: 8 }));
-  await trainer.predict(known);
-  t.equal(count, texts.length + 2);
-});

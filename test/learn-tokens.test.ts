@@ -4,14 +4,13 @@
  */
 import { readFile } from "node:fs/promises";
 import { Tokenizer } from "@huggingface/tokenizers";
-import { openPack, type Pack } from "eigenlora";
+import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
 import type { Feed } from "eigenlora/session";
 import {
   type BatchFeeds,
   type ByAnswersOptions,
-  createJudge,
   createTrainer,
   distill,
   type Encode,
@@ -186,7 +185,7 @@ t.test("runs that do not learn answer every position as other sessions do", asyn
   await plain.close();
 });
 
-t.test("a distilled task answers more like its adapter; the judge sees it", async (t) => {
+t.test("a distilled task answers more like its adapter", async (t) => {
   const coarse = { select: { kind: "k", k: 2 } } as const;
   const session = await decoder(NODE, coarse);
   const adapters = await readAdapters(TASKS.map(data));
@@ -207,14 +206,6 @@ t.test("a distilled task answers more like its adapter; the judge sees it", asyn
     await session.addTask("better", made.file);
     session.removeTask("better");
   }
-  const judge = createJudge(createEngine(NODE), DECODER, { adapters, ...questions[1]!, encode });
-  const judged = async (pack: Pack): Promise<number> => judge.judge(pack);
-  const [lossless, few] = [(await packOf(TASKS, LOSSLESS)).bytes, (await packOf(TASKS, coarse)).bytes];
-  t.ok((await judged(await openPack(lossless))) < 1e-6);
-  await judge.close();
-  const again = createJudge(createEngine(NODE), DECODER, { adapters, ...questions[0]!, encode });
-  t.ok((await again.judge(await openPack(few))) > 1e-3);
-  await again.close();
 });
 
 t.test("private terms of an entropy-coded pack are distilled at a rate that moves stored integers", async (t) => {

@@ -3,7 +3,7 @@
  */
 import { openPack } from "eigenlora";
 import { peftFiles, taskAdapter } from "eigenlora/build";
-import { type BatchFeeds, createJudge, createTrainer, type Example } from "eigenlora/train";
+import { type BatchFeeds, createTrainer, type Example } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readTask } from "../examples/minilm.js";
 import { optionsFor, splitHoldout, targetsOf, toBatches, uniform } from "./internals.ts";
@@ -94,10 +94,6 @@ t.test("a LoRA without components, for comparison", async (t) => {
     [() => trainer.fit(known, wrong({ rates: {} })).next(), 'fit: unknown option "rates"'],
     [() => session.switchTask("two", wrong({ haed: "two" })), 'switchTask: unknown option "haed"'],
     [() => createTrainer(Promise.resolve(session) as never, { labels: LABELS }), "createTrainer: expected a session"],
-    [
-      async () => createJudge(NODE as never, "m.onnx", wrong({})),
-      "createJudge: expected an engine (createEngine(ort))",
-    ],
   ];
   for (const [refused, message] of refusals) {
     const error = await refused().catch((thrown: Error) => thrown);

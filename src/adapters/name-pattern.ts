@@ -76,7 +76,7 @@ const CLASSES: ReadonlyMap<string, string> = new Map([
   ["\\s", "\\p{White_Space}"],
 ]);
 /** The beginning of a group, a set, an escape, a repetition, or any other character. */
-const PIECE = /\((?:\?[^]?)?|\[\^?\]?(?:\\[^]|[^\]\\])*\]|\\[^]|(?:[*+?]|\{\d*,?\d*\})\??|[^]/gu;
+const PIECE = /\((?:\?.?)?|\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|(?:[*+?]|\{\d*,?\d*\})\??|./gsu;
 const REPETITION = /^(?:([*+?])|\{(\d*)(,?)(\d*)\})\??$/;
 
 /** @param refuse makes an error of a reason */
@@ -142,9 +142,9 @@ function characterOf(piece: string, refuse: (why: string) => Error): string {
 
 /** A set in brackets. A "]" that comes first is one of its characters. */
 function setOf(piece: string, refuse: (why: string) => Error): string {
-  const [, negated = "", inside = ""] = /^\[(\^?)([^]*)\]$/u.exec(piece)!;
+  const [, negated = "", inside = ""] = /^\[(\^?)(.*)\]$/su.exec(piece)!;
   if (inside === "") throw refuse('has a "[" without "]"');
-  const members = inside.replace(/(\\[^]|[^])(?:-(\\[^]|[^]))?/gu, (_, from: string, to?: string) => {
+  const members = inside.replace(/(\\.|.)(?:-(\\.|.))?/gsu, (_, from: string, to?: string) => {
     if (to === undefined) return CLASSES.get(from) ?? literal(from, refuse);
     if (CLASSES.has(from) || CLASSES.has(to) || plain(from) > plain(to)) throw refuse("has a range that is none");
     return `${literal(from, refuse)}-${literal(to, refuse)}`;
@@ -158,4 +158,4 @@ function literal(piece: string, refuse: (why: string) => Error): string {
   return `\\u{${plain(piece).toString(16)}}`;
 }
 
-const plain = (piece: string): number => piece.codePointAt(/^\\[^]/.test(piece) ? 1 : 0)!;
+const plain = (piece: string): number => piece.codePointAt(/^\\./s.test(piece) ? 1 : 0)!;

@@ -2,11 +2,12 @@
  * Texts from a file: plain, one on each line; labelled, as JSON lines or a table of two columns; or prompts with completions, or
  * chats, as JSON lines. Every line is checked, and a wrong one named.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
-import type { Message } from "../train/examples.ts";
-import { templateOf } from "../train/made-up.ts";
+import { templateOf } from "../train/questions.ts";
+import type { Message } from "../train/supervision.ts";
 import { readText } from "./files.ts";
 
 /** Texts, one on each line or in `{"text": "…"}`, without what is there twice. @throws SourceError */

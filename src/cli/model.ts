@@ -2,6 +2,7 @@
  * What commands need that run a model: onnxruntime and a tokenizer. Both are optional peers of the package, loaded when they are
  * used.
  */
+
 import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
@@ -11,7 +12,7 @@ import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { Engine } from "../session/engine.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
-import { followsFromTokens } from "../train/batch-feeds.ts";
+import { followsFromTokens } from "../train/supervision.ts";
 import { readJson, readText } from "./files.ts";
 import { type match, refuseUnknown } from "./matching.ts";
 import { from, number, type OptionSpec, text, type Values } from "./options.ts";

@@ -2,6 +2,7 @@
  * Tasks of a pack brought close to their adapters' answers: each is distilled within the time there is, judged by questions that were held
  * back, and stored closer to its adapter where it does not agree.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
@@ -19,11 +20,11 @@ import { storedTask } from "../pack/write.ts";
 import type { Session } from "../session/session.ts";
 import { fromBase64, toBase64 } from "../text.ts";
 import type { OnWork } from "../work.ts";
-import { askAdapter } from "./answers.ts";
-import { supervisionOf } from "./create-trainer.ts";
 import { distillable, distilTask } from "./distill.ts";
-import { MeanDivergence } from "./probabilities.ts";
-import { type Taught, type TeachOptions, taughtBy } from "./taught.ts";
+import { askAdapter } from "./questions.ts";
+import { MeanDivergence } from "./supervision.ts";
+import { type Taught, type TeachOptions, taughtBy } from "./teacher.ts";
+import { supervisionOf } from "./trainer.ts";
 
 /** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
 export interface ByAnswersOptions

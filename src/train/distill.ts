@@ -21,13 +21,10 @@ import type { BatchFeeds } from "../session/tokens.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { uniform } from "../tensor/random.ts";
-import { type AskOptions, adapterWeights } from "./answers.ts";
-import { checkNumbers, checkSession } from "./checks.ts";
-import { type CreateTrainerOptions, makeTrainer } from "./create-trainer.ts";
-import { type Row, toBatches } from "./examples.ts";
 import type { Featured } from "./objective.ts";
-import { drawnFrom, sureTemperature, tempered } from "./probabilities.ts";
+import { type AskOptions, adapterWeights } from "./questions.ts";
 import type { Stepped } from "./stored-task.ts";
+import { drawnFrom, type Row, sureTemperature, tempered, toBatches } from "./supervision.ts";
 import {
   BATCH,
   BATCHES_TO_SOLVE,
@@ -36,8 +33,16 @@ import {
   type Taught,
   type TeachOptions,
   taughtBy,
-} from "./taught.ts";
-import type { FitOptions, Tested, Trainer, TrainingStep } from "./trainer.ts";
+} from "./teacher.ts";
+import { checkNumbers, checkSession } from "./trainable-model.ts";
+import {
+  type CreateTrainerOptions,
+  type FitOptions,
+  makeTrainer,
+  type Tested,
+  type Trainer,
+  type TrainingStep,
+} from "./trainer.ts";
 
 const OPTIONS = [
   ...(["adapter", "task", "texts", "encode", "feeds", "examples", "end", "decoderStart"] as const),

@@ -9,12 +9,9 @@ import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
 import type { TaskDtypes } from "../tensor/dtypes.ts";
 import { normal, uniform } from "../tensor/random.ts";
-import type { Row } from "./examples.ts";
-import { featuresOf, type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
-import { crossEntropy, largest, likeliest } from "./probabilities.ts";
-import { copyOf, type State, stateLike } from "./state.ts";
+import { copyOf, featuresOf, type HeadLayer, type LayerNumbers, mapLayers, type State, stateLike } from "./state.ts";
 import { type Stepped, type TaskSteps, toSteps } from "./stored-task.ts";
-import type { Score, Supervision } from "./supervision.ts";
+import { crossEntropy, largest, likeliest, type Row, type Score, type Supervision } from "./supervision.ts";
 import type { TaskWeights, TrainableModel } from "./trainable-model.ts";
 import { asStored, storingTrained, type TrainedTerms } from "./trained-terms.ts";
 

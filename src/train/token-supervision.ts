@@ -2,14 +2,24 @@
  * Supervision of models that answer at every position: language models learn the tokens of completions, token classifiers the labels of
  * words. Logits are computed only at positions with something to learn, since a vocabulary has tens of thousands of classes.
  */
+
 import { checkList } from "../arguments.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import { type BatchFeeds, type EncodeTexts, encoderOf, endOf, type Tokenizer } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
-import { fillInputs, joinFeeds } from "./batch-feeds.ts";
-import type { Example, Message, Row, Tokens } from "./examples.ts";
-import { type Distribution, logSumExp } from "./probabilities.ts";
-import type { MicroBatch, Supervision, Targets } from "./supervision.ts";
+import {
+  type Distribution,
+  type Example,
+  fillInputs,
+  joinFeeds,
+  logSumExp,
+  type Message,
+  type MicroBatch,
+  type Row,
+  type Supervision,
+  type Targets,
+  type Tokens,
+} from "./supervision.ts";
 
 export interface TokenSupervisionOptions extends SequenceOptions {
   readonly encode: Tokenizer | undefined;

@@ -1,18 +1,10 @@
-/** Trainers, distilling, judges. */
+/** Trainers and distilling. */
 import type { Pack } from "eigenlora";
 import { createSession } from "eigenlora/session";
-import {
-  type BatchFeeds,
-  createJudge,
-  createTrainer,
-  distill,
-  type Encode,
-  type PackJudge,
-  type Trainer,
-} from "eigenlora/train";
+import { type BatchFeeds, createTrainer, distill, type Trainer } from "eigenlora/train";
 import { NODE, type Session } from "../sessions.ts";
 import { type Calls, closed, digits, type Kind, must, outcome, refusalOf, some, to, without } from "./harness.ts";
-import { ADAPTERS, checkCounts, FILES, file, native, packOf, type Slowly } from "./material.ts";
+import { ADAPTERS, checkCounts, FILES, file, native, packOf } from "./material.ts";
 import { answer, MODEL, row } from "./sessions.ts";
 
 /** A session that can learn, and its pack. */
@@ -109,36 +101,4 @@ const distilling: Kind<Learning> = {
   look: endOf,
 };
 
-interface Judging {
-  readonly judge: PackJudge;
-  readonly pack: Pack;
-  readonly counted: Slowly;
-}
-const encode = ((texts: string[]) => {
-  const values = texts.flatMap((text) => Array.from({ length: 12 }, (_, k) => text.charCodeAt(k % text.length) / 100));
-  return { x: new NODE.Tensor("float32", Float32Array.from(values), [texts.length, 12]) };
-}) as unknown as Encode;
-
-const judging: Kind<Judging> = {
-  name: "a judge",
-  async open() {
-    const counted = native();
-    const options = { adapters: ADAPTERS, texts: ["one", "two", "three"], encode };
-    return { judge: createJudge(counted.engine, MODEL, options), pack: await packOf({ bases: "later" }), counted };
-  },
-  calls: {
-    judge: ({ judge, pack }) => judge.judge(pack).then((nats) => nats.toFixed(5)),
-    "by task": ({ judge, pack }) => judge.byTask(pack).then((found) => [...found.keys()]),
-    "removeTask a": ({ pack }) => pack.removeTask("a"),
-    close: ({ judge, pack }) => closed(judge.close(), [() => judge.judge(pack)]),
-  },
-  async look({ judge, pack, counted }) {
-    must(pack.residentBytes.basis === 0, "the bases are held");
-    const found = await judge.judge(pack).then((nats) => nats.toFixed(5), refusalOf);
-    await judge.close();
-    must(counted.models === 0, `${counted.models} models are left`);
-    return found;
-  },
-};
-
-export const TRAINING: readonly Kind<any>[] = [...trainers, distilling, judging];
+export const TRAINING: readonly Kind<any>[] = [...trainers, distilling];

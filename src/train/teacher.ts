@@ -2,6 +2,7 @@
  * What an adapter teaches: its answers to questions of the user, or to those that the program makes, one part to learn from and one to
  * judge by.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import type { TaskInfo } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
@@ -9,13 +10,19 @@ import type { TaskBlob } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
 import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { type AdapterAnswer, answersOf, type Questions, questionsOf } from "./answers.ts";
-import { supervisionOf } from "./create-trainer.ts";
-import type { Row } from "./examples.ts";
-import { madeUpQuestions, templateOf, wordsOf } from "./made-up.ts";
-import type { Supervision } from "./supervision.ts";
+import {
+  type AdapterAnswer,
+  answersOf,
+  madeUpQuestions,
+  type Questions,
+  questionsOf,
+  templateOf,
+  wordsOf,
+} from "./questions.ts";
+import type { Row, Supervision } from "./supervision.ts";
 import type { SequenceOptions } from "./token-supervision.ts";
 import { headInputs } from "./trainable-model.ts";
+import { supervisionOf } from "./trainer.ts";
 
 /** A task of the pack that can be distilled, with the layers of its head. */
 export interface Distillable {
