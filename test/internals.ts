@@ -218,7 +218,7 @@ export { Problems } from "../dist/src/autodiff/shapes.js";
 export { fixInnerHeads } from "../dist/src/session/training.js";
 export { modelBase } from "../dist/src/train/pack-by-answers.js";
 export { askAdapter } from "../dist/src/train/questions.js";
-export { AdamW } from "../dist/src/train/state.js";
+export { Adam } from "../dist/src/train/state.js";
 export { createBatcher, MeanDivergence, splitHoldout, targetsOf, toBatches } from "../dist/src/train/supervision.js";
 export { headInputs } from "../dist/src/train/trainable-model.js";
 export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";

@@ -249,10 +249,6 @@ t.test("what a language model cannot learn from is refused by name", async (t) =
     [{ prompt: "a", completion: "b", weight: -1 }, "RangeError", /its weight is -1/],
   ];
   for (const [example, name, message] of cases) await refuses(t, () => fit([example, example]), { name, message });
-  await refuses(t, () => fit(EXAMPLES, { smoothing: 0.1 }), {
-    name: "RangeError",
-    message: /models that answer token by token cannot use it/,
-  });
   await refuses(t, () => trainer.predict([{ text: "a" }]), {
     name: "TypeError",
     message: /answers token by token; take `score`/,

@@ -32,20 +32,20 @@ export interface Questions {
   /** The model's inputs, a batch of one for each question, instead of texts. */
   readonly feeds?: readonly BatchFeeds[] | undefined;
   /** Examples instead of texts. A language model is asked at the tokens of completions. */
-  readonly examples?: readonly Example<BatchFeeds>[] | undefined;
+  readonly examples?: readonly Example[] | undefined;
 }
 
 /** @throws TypeError unless questions are given in one way */
-export function questionsOf(where: string, { texts, feeds, examples }: Questions): readonly Example<BatchFeeds>[] {
+export function questionsOf(where: string, { texts, feeds, examples }: Questions): readonly Example[] {
   const ways = Object.entries({ texts, feeds, examples }).flatMap(([name, one]) => (one === undefined ? [] : [name]));
   if (ways.length !== 1) throw new TypeError(`${where}: got ${ways.join(" and ") || "no texts"}, expected one of them`);
-  return examples ?? texts?.map((text) => ({ text })) ?? feeds!.map((own): Unlabelled<BatchFeeds> => ({ feeds: own }));
+  return examples ?? texts?.map((text) => ({ text })) ?? feeds!.map((own): Unlabelled => ({ feeds: own }));
 }
 
 export interface AskOptions {
   /** Name of the public function, for messages. */
   readonly where: string;
-  readonly supervision: Supervision<BatchFeeds>;
+  readonly supervision: Supervision;
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -58,7 +58,7 @@ export async function adapterWeights(
   session: Session,
   adapter: Adapter,
   head: readonly string[],
-): Promise<{ readonly model: TrainableModel<BatchFeeds>; readonly weights: TaskWeights }> {
+): Promise<{ readonly model: TrainableModel; readonly weights: TaskWeights }> {
   // Destructured here rather than in the parameter list, so that internal names stay out of the declarations.
   const { trainable, pack } = session;
   const modules: TrainedModule[] = [];
@@ -108,9 +108,9 @@ export async function* askAdapter(
   session: Session,
   adapter: Adapter,
   head: readonly string[],
-  rows: readonly Row<BatchFeeds>[],
+  rows: readonly Row[],
   { where, supervision, signal, features }: AskOptions & { readonly features?: boolean | undefined },
-): AsyncGenerator<AnsweredRow<BatchFeeds>> {
+): AsyncGenerator<AnsweredRow> {
   const { model, weights } = await adapterWeights(session, adapter, head);
   for await (const one of answers({ model, supervision }, rows, weights, { signal, features })) {
     const each = one.logits[0]!.length;
@@ -127,9 +127,9 @@ export interface AdapterAnswer {
 }
 
 /** Answers of the adapter by row. */
-export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row<BatchFeeds>, AdapterAnswer>> {
+export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row, AdapterAnswer>> {
   const { supervision } = of[4];
-  const found = new Map<Row<BatchFeeds>, AdapterAnswer>();
+  const found = new Map<Row, AdapterAnswer>();
   for await (const { row, logits, features } of askAdapter(...of))
     found.set(row, { distributions: logits.map(supervision.distribution), features });
   return found;
@@ -160,16 +160,16 @@ export async function madeUpQuestions(
   head: readonly string[],
   { words, count, random }: { readonly words: Words; readonly count: number; readonly random: () => number },
   { where, supervision, ...how }: AskOptions & { readonly features?: boolean | undefined },
-): Promise<Map<Row<BatchFeeds>, AdapterAnswer>> {
+): Promise<Map<Row, AdapterAnswer>> {
   const { model, weights } = await adapterWeights(session, adapter, head);
-  const found = new Map<Row<BatchFeeds>, AdapterAnswer>();
-  const ask = async (rows: readonly Row<BatchFeeds>[]): Promise<void> => {
+  const found = new Map<Row, AdapterAnswer>();
+  const ask = async (rows: readonly Row[]): Promise<void> => {
     for await (const { row, logits, features } of answers({ model, supervision }, rows, weights, how))
       found.set(row, { distributions: logits.map(supervision.distribution), features });
   };
-  const rowsOf = (texts: readonly string[]): Promise<Row<BatchFeeds>[]> =>
+  const rowsOf = (texts: readonly string[]): Promise<Row[]> =>
     supervision.ask(
-      texts.map((text): Example<BatchFeeds> => ({ text })),
+      texts.map((text): Example => ({ text })),
       where,
     );
   if (session.inputNames.includes("decoder_input_ids"))
@@ -177,7 +177,7 @@ export async function madeUpQuestions(
       `${where}: no text can be made for a model with a decoder of its own: give prompts and completions`,
     );
   if (supervision.tokens) {
-    async function* next(rows: readonly Row<BatchFeeds>[]): AsyncGenerator<[Row<BatchFeeds>, Distribution]> {
+    async function* next(rows: readonly Row[]): AsyncGenerator<[Row, Distribution]> {
       for await (const { row, logits } of answers({ model, supervision }, rows, weights, how))
         yield [row, supervision.distribution(logits[0]!)];
     }
@@ -193,12 +193,7 @@ export async function madeUpQuestions(
 }
 
 /** Lines for each label in turn, going on from the round before, crossed from two of those whose answers came closest to it. */
-function crossed(
-  asked: ReadonlyMap<Row<BatchFeeds>, AdapterAnswer>,
-  words: Words,
-  count: number,
-  random: () => number,
-): string[] {
+function crossed(asked: ReadonlyMap<Row, AdapterAnswer>, words: Words, count: number, random: () => number): string[] {
   const all = [...asked].map(([{ text }, { distributions }]) => ({
     text: text!,
     probabilities: distributions[0]!.probabilities,
@@ -326,23 +321,18 @@ const BEGUN = 4;
 /** Tokens that it says at most. Twice as many take three times as long. */
 const SAID = 8;
 
-type TokenRow = Row<BatchFeeds> & { readonly tokens: Tokens };
+type TokenRow = Row & { readonly tokens: Tokens };
 
 interface Asking {
   /** Rows of texts, asked at every token but the first. */
-  readonly rowsOf: (texts: readonly string[]) => Promise<Row<BatchFeeds>[]>;
+  readonly rowsOf: (texts: readonly string[]) => Promise<Row[]>;
   /** What comes after rows that are asked at their last token. */
-  readonly next: (rows: readonly Row<BatchFeeds>[]) => AsyncIterable<[Row<BatchFeeds>, Distribution]>;
+  readonly next: (rows: readonly Row[]) => AsyncIterable<[Row, Distribution]>;
   readonly random: () => number;
 }
 
 /** Makes questions, with the positions that are asked. */
-async function tokenQuestions(
-  words: Words,
-  count: number,
-  metadata: TaskMetadata,
-  asking: Asking,
-): Promise<Row<BatchFeeds>[]> {
+async function tokenQuestions(words: Words, count: number, metadata: TaskMetadata, asking: Asking): Promise<Row[]> {
   const { random } = asking;
   const rowsOf = asking.rowsOf as (texts: readonly string[]) => Promise<TokenRow[]>;
   const template = templateOf(metadata);
@@ -401,7 +391,7 @@ async function goOn(
   for (let said = 0; said < SAID; said++) {
     const open = [...rows.entries()].filter(([, row]) => said === 0 || idsOf(row).at(-1) !== end);
     if (open.length === 0) break;
-    const asked = new Map<Row<BatchFeeds>, number>(open.map(([i, row]) => [atEnd(row), i]));
+    const asked = new Map<Row, number>(open.map(([i, row]) => [atEnd(row), i]));
     for await (const [row, answer] of next([...asked.keys()]))
       rows[asked.get(row)!] = longer(row as TokenRow, choose(answer));
   }

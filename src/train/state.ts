@@ -25,7 +25,7 @@ export function copyOf(state: State): State {
   return stateLike(state, state.all.slice());
 }
 
-/** Options of AdamW (Loshchilov and Hutter, 2019). */
+/** Options of Adam. */
 export interface OptimizerOptions {
   /**
    * Learning rates. Default for terms, and for the head's layer with the labels: 0.02. Private terms, which make up a LoRA: `terms`, or
@@ -40,14 +40,12 @@ export interface OptimizerOptions {
         readonly inner?: number;
       }
     | undefined;
-  /** Weight decay of terms and of the head's weight. Default: 0. */
-  readonly weightDecay?: number | undefined;
   /** Largest norm of the gradient. Default: 1. */
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached. Default: a tenth of all steps. */
   readonly warmup?: number | undefined;
   /** How the rate falls to 0 over all steps. Default: "linear". */
-  readonly decay?: "linear" | "cosine" | "none" | undefined;
+  readonly decay?: "linear" | "none" | undefined;
 }
 
 /**
@@ -60,7 +58,7 @@ export function optimizerOf(
   trained: TrainedTerms,
   layers: readonly HeadLayer[],
   steps: number,
-  { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
+  { learningRates = {}, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
 ): { step(gradients: State): StepReport } {
   const { terms = 0.02, privateTerms = learningRates.terms ?? 0.002, head = 0.02, inner } = learningRates;
   // Adam moves each number by the rate, and the inputs of an inner layer add up: the rate of a wide matrix must fall with 1 / inputs
@@ -69,28 +67,26 @@ export function optimizerOf(
   const ofHead = layers.flatMap(({ last, in: inputs }, i) => {
     const rate = last ? head : (inner ?? head / inputs);
     return [
-      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate, weightDecay },
-      { of: (state: State) => layersOf(layers, state)[i]!.bias, rate, weightDecay: 0 },
+      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate },
+      { of: (state: State) => layersOf(layers, state)[i]!.bias, rate },
     ];
   });
   const ofTerms = trained.parameters.map(({ kind, offset, dims: [rows, columns] }) => ({
     of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
     rate: kind.startsWith("alpha") ? terms : privateTerms,
-    weightDecay,
   }));
   // Numbers that are not trained must not count in the norm that is clipped.
   const groups = [...ofTerms, ...ofHead].filter(({ rate }) => rate !== 0);
-  const optimizer = new AdamW(
+  const optimizer = new Adam(
     groups.map(({ of, ...group }) => ({ values: of(state), ...group })),
     { steps, clip, warmup, decay },
   );
   return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
 }
 
-// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019) over plain vectors, with a schedule of the
+// Adam (Kingma and Ba, 2015) over plain vectors, with a schedule of the
 // learning rate and clipping of the gradient. Knows neither graphs nor what the numbers mean.
 // With g the gradient after clipping, t = 1, 2, …, and the rate r = rate · schedule(t):
-// p ← p · (1 − r · weightDecay)
 // m ← β₁·m + (1 − β₁)·g      v ← β₂·v + (1 − β₂)·g²
 // p ← p − r · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
 // The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
@@ -99,13 +95,12 @@ const BETA1 = 0.9;
 const BETA2 = 0.999;
 const EPSILON = 1e-8;
 
-/** Numbers with one learning rate and one weight decay. Parts of one vector become groups by `subarray`. */
+/** Numbers with one learning rate. Parts of one vector become groups by `subarray`. */
 interface ParameterGroup {
   /** Changed by each step. */
   readonly values: Float32Array;
   /** Learning rate at the top of the schedule. */
   readonly rate: number;
-  readonly weightDecay: number;
 }
 
 /** Result of a step. */
@@ -123,7 +118,7 @@ interface Schedule extends Pick<OptimizerOptions, "decay"> {
   readonly warmup: number;
 }
 
-export class AdamW {
+export class Adam {
   readonly #groups: readonly (ParameterGroup & { m: Float32Array; v: Float32Array })[];
   readonly #options: Schedule;
   #count = 0;
@@ -151,10 +146,9 @@ export class AdamW {
     const scale = norm > clip ? clip / norm : 1;
     const unbias1 = 1 - BETA1 ** this.#count;
     const unbias2 = 1 - BETA2 ** this.#count;
-    for (const [i, { values, rate, weightDecay, m, v }] of this.#groups.entries()) {
+    for (const [i, { values, rate, m, v }] of this.#groups.entries()) {
       const gradient = gradients[i]!;
       const now = rate * this.#schedule();
-      const left = 1 - now * weightDecay;
       const by = now / unbias1;
       for (let at = 0; at < values.length; at++) {
         const g = gradient[at]! * scale;
@@ -162,7 +156,7 @@ export class AdamW {
         const square = BETA2 * v[at]! + (1 - BETA2) * g * g;
         m[at] = mean;
         v[at] = square;
-        values[at] = values[at]! * left - (by * mean) / (Math.sqrt(square / unbias2) + EPSILON);
+        values[at]! -= (by * mean) / (Math.sqrt(square / unbias2) + EPSILON);
       }
     }
     return { norm, applied: true };
@@ -174,8 +168,7 @@ export class AdamW {
     if (t <= warmup) return t / warmup;
     if (decay === "none") return 1;
     // The schedule reaches 0 one step after the last, so that the last step still moves something.
-    const gone = Math.min(1, (t - 1 - warmup) / (steps - warmup));
-    return decay === "linear" ? 1 - gone : (1 + Math.cos(Math.PI * gone)) / 2;
+    return Math.max(0, 1 - (t - 1 - warmup) / (steps - warmup));
   }
 }
 

@@ -29,8 +29,8 @@ export interface Features {
 }
 
 /** Rows of a batch that run together; their gradients are added up. */
-export interface MicroBatch<Feeds> {
-  readonly rows: readonly Row<Feeds>[];
+export interface MicroBatch {
+  readonly rows: readonly Row[];
   readonly targets: Targets;
   /** Share of the batch's rows of logits, since the loss of a micro-batch is a mean. */
   readonly share: number;
@@ -45,29 +45,25 @@ export interface Score {
 }
 
 /** Turns examples into rows, and rows into inputs and targets. */
-export interface Supervision<Feeds> {
+export interface Supervision {
   /** Whether the model answers at every position. */
   readonly tokens: boolean;
   /** Checks examples to learn from. @throws RangeError, TypeError when an example cannot be learned from */
-  check(examples: readonly Example<Feeds>[]): Promise<Row<Feeds>[]>;
+  check(examples: readonly Example[]): Promise<Row[]>;
   /** Checks examples that are only asked; targets are ignored. */
-  ask(examples: readonly Example<Feeds>[], where: string): Promise<Row<Feeds>[]>;
+  ask(examples: readonly Example[], where: string): Promise<Row[]>;
   /** Splits off a hold-out. */
-  split(
-    rows: readonly Row<Feeds>[],
-    share: number,
-    random: () => number,
-  ): { train: Row<Feeds>[]; holdout: Row<Feeds>[] };
+  split(rows: readonly Row[], share: number, random: () => number): { train: Row[]; holdout: Row[] };
   /** Lengths of rows: batches take rows of similar lengths. */
-  lengths(rows: readonly Row<Feeds>[]): Promise<ReadonlyMap<Row<Feeds>, number>>;
+  lengths(rows: readonly Row[]): Promise<ReadonlyMap<Row, number>>;
   /** Cuts a batch into micro-batches that fit into memory. */
-  microBatches(rows: readonly Row<Feeds>[], smoothing: number): MicroBatch<Feeds>[];
+  microBatches(rows: readonly Row[]): MicroBatch[];
   /** Makes the model's inputs for rows that run together. */
-  feeds(rows: readonly Row<Feeds>[]): Promise<Feeds>;
+  feeds(rows: readonly Row[]): Promise<BatchFeeds>;
   /** Wanted answers of a row, one for each of its rows of logits. */
-  wanted(row: Row<Feeds>): readonly Distribution[];
+  wanted(row: Row): readonly Distribution[];
   /** Returns the row with these answers as targets. */
-  answered(row: Row<Feeds>, answers: readonly Distribution[]): Row<Feeds>;
+  answered(row: Row, answers: readonly Distribution[]): Row;
   /** Turns logits into a distribution small enough to keep. */
   distribution(logits: Float32Array): Distribution;
 }
@@ -76,15 +72,15 @@ export interface Supervision<Feeds> {
 const MOST_ROWS = 16;
 
 /** @param labels of the task, in order */
-export function labelSupervision<Feeds>(inputs: Batcher<Feeds>, labels: readonly string[]): Supervision<Feeds> {
+export function labelSupervision(inputs: Batcher, labels: readonly string[]): Supervision {
   return {
     tokens: false,
     check: async (examples) => checkExamples(examples, labels, inputs.encodes),
     ask: async (examples, where) => examples.map((example, i) => unanswered(example, `${where}: example ${i}`)),
     split: splitHoldout,
     lengths: (rows) => inputs.lengths(rows),
-    microBatches(rows, smoothing) {
-      const targets = targetsOf(rows, labels.length, smoothing);
+    microBatches(rows) {
+      const targets = targetsOf(rows, labels.length);
       const targetOf = (row: number): Float32Array => targets.subarray(row * labels.length, (row + 1) * labels.length);
       return rowsRunTogether(rows, inputs).map((run) => {
         const values = new Float32Array(run.length * labels.length);
@@ -105,7 +101,7 @@ export function labelSupervision<Feeds>(inputs: Batcher<Feeds>, labels: readonly
 }
 
 /** Groups rows that can run together. @returns their indices */
-function rowsRunTogether<Feeds>(rows: readonly Row<Feeds>[], inputs: Batcher<Feeds>): number[][] {
+function rowsRunTogether(rows: readonly Row[], inputs: Batcher): number[][] {
   const runs: number[][] = [];
   /** The last group of each key, which may have room. */
   const open = new Map<string, number[]>();
@@ -123,7 +119,7 @@ function rowsRunTogether<Feeds>(rows: readonly Row<Feeds>[], inputs: Batcher<Fee
 }
 
 /** Takes an example as a question. @throws TypeError for one without text and feeds */
-function unanswered<Feeds>({ text, feeds }: Example<Feeds>, at: string): Row<Feeds> {
+function unanswered({ text, feeds }: Example, at: string): Row {
   if (text === undefined && feeds === undefined)
     throw new TypeError(`${at}: the model answers each text with one row of logits: expected \`text\` or \`feeds\``);
   return { text, feeds, label: 0, weight: 1 };
@@ -132,15 +128,15 @@ function unanswered<Feeds>({ text, feeds }: Example<Feeds>, at: string): Row<Fee
 // Examples as batches of a model's inputs. The tokenizer pads each batch: reading its texts again takes a hundredth of a step.
 
 /** Puts rows into batches. `Feeds` are one batch of a model's inputs. */
-interface Batcher<Feeds> {
+interface Batcher {
   /** Whether texts can be encoded. */
   readonly encodes: boolean;
   /** Measures rows, in any unit. Rows are padded to the longest of their batch, so batches take rows of similar lengths. */
-  lengths<R extends Unlabelled<Feeds>>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
+  lengths<R extends Unlabelled>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
   /** Key of rows that fit into one batch. Texts are padded; feeds of callers must have the same dimensions. */
-  alike(row: Unlabelled<Feeds>): string;
+  alike(row: Unlabelled): string;
   /** @throws TypeError when the rows cannot be put into one batch */
-  batch(rows: readonly Unlabelled<Feeds>[]): Promise<Feeds>;
+  batch(rows: readonly Unlabelled[]): Promise<BatchFeeds>;
 }
 
 /**
@@ -151,7 +147,7 @@ export function createBatcher(
   tokenizer: Tokenizer | undefined,
   names: readonly string[],
   short: ReadonlySet<string> = new Set(),
-): Batcher<BatchFeeds> {
+): Batcher {
   const encodeTexts = tokenizer && encoderOf(tokenizer, names);
   const encode = async (texts: string[]): Promise<BatchFeeds> => {
     const feeds = await encodeTexts!(texts);
@@ -214,7 +210,7 @@ export interface Message {
  * - Language models: `prompt` and `completion`; or `messages`; or `text`, with every token learned; or `feeds` and `classes`.
  * - Models that label tokens: `words` and `labels`; or `feeds` and `classes`.
  */
-export interface Example<Feeds = unknown> {
+export interface Example {
   /** Input of the trainer's `encode`. */
   readonly text?: string | undefined;
   /** Input of a language model; not learned. */
@@ -230,7 +226,7 @@ export interface Example<Feeds = unknown> {
   /** Class of each position of `feeds`: for a language model, the next token. -1: none. */
   readonly classes?: ArrayLike<number> | undefined;
   /** Model inputs instead of a text. */
-  readonly feeds?: Feeds | undefined;
+  readonly feeds?: BatchFeeds | undefined;
   /** A label by name, or its number. */
   readonly label?: string | number | undefined;
   /** Probability of each label, for instance another model's answer, instead of a label. */
@@ -240,7 +236,7 @@ export interface Example<Feeds = unknown> {
 }
 
 /** Question to a classifier. */
-export type Unlabelled<Feeds> = Pick<Example<Feeds>, "text" | "feeds">;
+export type Unlabelled = Pick<Example, "text" | "feeds">;
 
 /** Token ids, the positions where the model is asked, and the answers wanted there. */
 export interface Tokens {
@@ -255,10 +251,10 @@ export interface Tokens {
 }
 
 /** A checked example. */
-export interface Row<Feeds = unknown> {
+export interface Row {
   readonly tokens?: Tokens | undefined;
   readonly text: string | undefined;
-  readonly feeds: Feeds | undefined;
+  readonly feeds: BatchFeeds | undefined;
   /** Number of the label; the most probable one of a target. */
   readonly label: number;
   readonly target?: ArrayLike<number> | undefined;
@@ -273,13 +269,9 @@ export interface Row<Feeds = unknown> {
  * @throws RangeError for an unknown label, invalid probabilities, one label only, an empty text, an invalid weight
  * @throws TypeError for an example without text or feeds, or without label or target, and for texts where nothing encodes them
  */
-export function checkExamples<Feeds>(
-  examples: readonly Example<Feeds>[],
-  labels: readonly string[],
-  encodes: boolean,
-): Row<Feeds>[] {
+export function checkExamples(examples: readonly Example[], labels: readonly string[], encodes: boolean): Row[] {
   checkList("fit", examples, "examples");
-  const rows = examples.map(({ text, feeds, label, target, weight = 1 }, i): Row<Feeds> => {
+  const rows = examples.map(({ text, feeds, label, target, weight = 1 }, i): Row => {
     const at = `example ${i}`;
     if ((label === undefined) === (target === undefined))
       throw new TypeError(`${at}: expected a label or a target, got ${target ? "both" : "neither"}`);
@@ -358,13 +350,12 @@ export function toBatches<T>(
 }
 
 /**
- * Targets [rows, labels] of a batch. A row sums to its weight; `smoothing` of it is spread over all labels. Weights are relative: those
+ * Targets [rows, labels] of a batch. A row sums to its weight. Weights are relative: those
  * of a batch have the mean 1.
  */
 export function targetsOf(
   rows: readonly Pick<Row, "label" | "target" | "weight">[],
   labels: number,
-  smoothing: number,
 ): Float32Array<ArrayBuffer> {
   const targets = new Float32Array(rows.length * labels);
   const mean = rows.reduce((sum, { weight }) => sum + weight, 0) / rows.length || 1;
@@ -372,7 +363,7 @@ export function targetsOf(
     const all = weight / mean;
     for (let c = 0; c < labels; c++) {
       const wanted = target ? target[c]! : Number(c === label);
-      targets[i * labels + c] = all * (smoothing / labels + (1 - smoothing) * wanted);
+      targets[i * labels + c] = all * wanted;
     }
   }
   return targets;

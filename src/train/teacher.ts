@@ -8,7 +8,7 @@ import type { TaskInfo } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
 import type { TaskBlob } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
-import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
+import { checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import {
   type AdapterAnswer,
@@ -53,18 +53,18 @@ export interface TeachOptions extends Questions, SequenceOptions {
 
 /** Answers of an adapter. */
 export interface Taught {
-  readonly supervision: Supervision<BatchFeeds>;
+  readonly supervision: Supervision;
   /** Numbers of the labels; none for language models. */
   readonly labels: string[];
-  readonly train: readonly Row<BatchFeeds>[];
-  readonly judges: readonly Row<BatchFeeds>[];
+  readonly train: readonly Row[];
+  readonly judges: readonly Row[];
   /** Whether questions were made, not given. */
   readonly made: boolean;
   /** What is asked: labels, the tokens of answers, or all tokens of texts. */
   readonly asked: "labels" | "answers" | "texts";
 }
 
-type Asked = Map<Row<BatchFeeds>, AdapterAnswer>;
+type Asked = Map<Row, AdapterAnswer>;
 
 const LEAST_TEXTS = 8;
 /** Questions of a step. */
@@ -126,7 +126,7 @@ export async function taughtBy(
   }
   const labels = Array.from({ length: count }, (_, i) => String(i));
   const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
-  const answered = (asked: Asked): Row<BatchFeeds>[] =>
+  const answered = (asked: Asked): Row[] =>
     [...asked].map(([row, { distributions, features }]) => ({ ...supervision.answered(row, distributions), features }));
   const made = !isGiven(options);
   const wholeTexts = made ? !templateOf(adapter.metadata) : options.texts !== undefined;

@@ -30,15 +30,15 @@ export interface LossAndGradients {
 }
 
 /** A model that can be trained. `Feeds` are one batch of its inputs. */
-export interface TrainableModel<Feeds> {
+export interface TrainableModel {
   /** Layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits. */
   readonly head: readonly HeadLayer[];
   /**
    * Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for.
    * @param features whether `featuresOf` the head follow the logits of each row
    */
-  answer(batch: Feeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
-  step(batch: Feeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
+  answer(batch: BatchFeeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
+  step(batch: BatchFeeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
 }
 
 type Floats = Float32Array<ArrayBuffer>;
@@ -125,7 +125,7 @@ export async function sessionModel(
   terms: TrainedTerms,
   head: readonly HeadInputs[],
   labels: readonly string[],
-): Promise<TrainableModel<BatchFeeds>> {
+): Promise<TrainableModel> {
   refuseOtherOutputs(
     source.graph,
     head.some(({ out }) => out === undefined),
@@ -150,7 +150,7 @@ interface FedLayer extends HeadLayer {
   readonly biasInput: string | undefined;
 }
 
-class SessionModel implements TrainableModel<BatchFeeds> {
+class SessionModel implements TrainableModel {
   readonly head: readonly FedLayer[];
   readonly #source: Trainable;
   readonly #modules: readonly (TrainedModule & { readonly inputA: string; readonly inputB: string })[];

@@ -1,5 +1,5 @@
 /**
- * The training loop: batches in, steps of AdamW, the best state kept. It knows numbers and examples; the setup brings the model and the
+ * The training loop: batches in, steps of Adam, the best state kept. It knows numbers and examples; the setup brings the model and the
  * way from a batch to its inputs.
  */
 
@@ -13,7 +13,7 @@ import { parseTask } from "../format/task.ts";
 import { paced, pacer, throwIfAborted } from "../pace.ts";
 import type { OnProgress } from "../progress.ts";
 import type { Session } from "../session/session.ts";
-import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
+import { checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import type { AbortOptions } from "../source.ts";
 import { normal, shuffle, uniform } from "../tensor/random.ts";
 import {
@@ -66,8 +66,8 @@ import { checkNumbers, checkSession, headInputs, sessionModel } from "./trainabl
 import { sharedRows, type TrainedModule, type TrainedParameter, TrainedTerms, tensorOf } from "./trained-terms.ts";
 
 const OPTIONS = [
-  ...(["epochs", "steps", "batch", "holdout", "signal", "smoothing", "temperature", "dtype"] as const),
-  ...(["learningRates", "weightDecay", "clip", "warmup", "decay"] as const),
+  ...(["epochs", "steps", "batch", "holdout", "signal", "temperature", "dtype"] as const),
+  ...(["learningRates", "clip", "warmup", "decay"] as const),
 ] as const;
 const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
 /** What a learned task loses of its ΔW when it is stored: it has learned what its examples need, and noise beside it. */
@@ -123,8 +123,8 @@ const TRIAL_STEPS = 6;
 const EXPLODED = 20;
 
 /** Learns one task. Made by `createTrainer`. */
-export class Trainer<Feeds = unknown> {
-  readonly #setup: TrainingSetup<Feeds>;
+export class Trainer {
+  readonly #setup: TrainingSetup;
   readonly #init: Start;
   readonly #random: () => number;
   #state: State | undefined;
@@ -132,7 +132,7 @@ export class Trainer<Feeds = unknown> {
   #busy = false;
 
   /** @internal Use `createTrainer`. @throws RangeError for fewer than two labels, or two alike */
-  constructor(setup: TrainingSetup<Feeds>, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
+  constructor(setup: TrainingSetup, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
     const { labels, supervision, terms } = setup;
     const none = labels.length === 0 && supervision.tokens;
     if (!none && (labels.length < 2 || new Set(labels).size < labels.length || labels.includes(""))) {
@@ -170,16 +170,16 @@ export class Trainer<Feeds = unknown> {
    * @example
    * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
    */
-  async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
+  async *fit(examples: readonly Example[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
     const { supervision, model } = this.#setup;
     checkOptions("fit", options, OPTIONS);
     checkNumbers("fit", options, {
-      ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
-      ...({ temperature: "positive", weightDecay: "rate", clip: "unlimited", warmup: "count" } as const),
+      ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share" } as const),
+      ...({ temperature: "positive", clip: "unlimited", warmup: "count" } as const),
     });
     const rates = { terms: "rate", privateTerms: "rate", head: "rate", inner: "rate" } as const;
     checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
-    checkChoice("fit: decay", options.decay ?? "none", ["none", "linear", "cosine"]);
+    checkChoice("fit: decay", options.decay ?? "none", ["none", "linear"]);
     if ((options.temperature ?? 1) !== 1 && !model.head.some(({ last }) => last))
       throw new RangeError("fit: a temperature needs a trainer with a head that makes the logits");
     if (examples?.length === 0) throw new RangeError("fit: there are no examples");
@@ -188,7 +188,7 @@ export class Trainer<Feeds = unknown> {
 
   /** @internal Trains with examples that were checked. */
   async *fitRows(
-    rows: readonly Row<Feeds>[],
+    rows: readonly Row[],
     options: FitOptions & Stepped & Tested & Featured,
   ): AsyncGenerator<TrainingStep, void, void> {
     this.#occupy("fit");
@@ -242,7 +242,7 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** Chooses a state to begin from; "auto" takes a few steps from each start and keeps the one with the smaller loss. */
-  async #start(train: readonly Row<Feeds>[], batch: number, options: FitOptions): Promise<State> {
+  async #start(train: readonly Row[], batch: number, options: FitOptions): Promise<State> {
     const { pack, origin, terms, model } = this.#setup;
     const { temperature, signal } = options;
     const init = this.#init;
@@ -295,7 +295,7 @@ export class Trainer<Feeds = unknown> {
    * answer. A completion is right if all its tokens are.
    * @throws RangeError, TypeError as `fit`
    */
-  async score(examples: readonly Example<Feeds>[], { signal }: AbortOptions = {}): Promise<Score> {
+  async score(examples: readonly Example[], { signal }: AbortOptions = {}): Promise<Score> {
     const rows = await this.#setup.supervision.check(examples);
     return score(this.#setup, rows, this.#learned(), { signal });
   }
@@ -313,7 +313,7 @@ export class Trainer<Feeds = unknown> {
 
   /** @internal How far the task's answers are from the targets of rows. @param how its numbers are rounded first; not where it is empty */
   async compare(
-    rows: readonly Row<Feeds>[],
+    rows: readonly Row[],
     { dtype = {}, stored }: Pick<ObjectiveOptions, "dtype"> & Stepped = {},
   ): Promise<Pick<MeanDivergence, "mean" | "agreement">> {
     const found = new MeanDivergence();
@@ -328,14 +328,14 @@ export class Trainer<Feeds = unknown> {
    * Predicts probabilities [labels] of each text or feed with the current task.
    * @throws TypeError for models that answer token by token: `score` judges them, and a session with the task answers
    */
-  async predict(examples: readonly Unlabelled<Feeds>[], { signal }: AbortOptions = {}): Promise<Float32Array[]> {
+  async predict(examples: readonly Unlabelled[], { signal }: AbortOptions = {}): Promise<Float32Array[]> {
     checkList("predict", examples, "examples");
     const { supervision } = this.#setup;
     if (supervision.tokens)
       throw new TypeError("predict: the model answers token by token; take `score`, or add the task to the session");
     const weights = weightsOf(this.#setup, this.#learned());
     const rows = await supervision.ask(examples, "predict");
-    const found = new Map<Row<Feeds>, Float32Array>();
+    const found = new Map<Row, Float32Array>();
     for await (const { row, logits } of answers(this.#setup, rows, weights, { signal }))
       found.set(row, softmax(logits[0]!));
     return rows.map((row) => found.get(row)!);
@@ -421,7 +421,7 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, A
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
  * await session.addTask("mine", await trainer.task());
  */
-export async function createTrainer(session: Session, options: CreateTrainerOptions): Promise<Trainer<BatchFeeds>> {
+export async function createTrainer(session: Session, options: CreateTrainerOptions): Promise<Trainer> {
   checkSession("createTrainer", session);
   checkOptions("createTrainer", options, [
     ...(["labels", "init", "seed", "encode", "train", "rank", "privateTerms", "modules", "head"] as const),
@@ -437,7 +437,7 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
 export function supervisionOf(
   session: Session,
   { encode, labels = [], ...options }: Pick<CreateTrainerOptions, "encode" | "labels" | keyof SequenceOptions>,
-): Supervision<BatchFeeds> {
+): Supervision {
   const { graph, example } = session.trainable!;
   const names = session.inputNames;
   if (!graph.tokens) {
@@ -451,8 +451,8 @@ export function supervisionOf(
 export async function makeTrainer(
   session: Session,
   options: CreateTrainerOptions,
-  supervision: Supervision<BatchFeeds>,
-): Promise<Trainer<BatchFeeds>> {
+  supervision: Supervision,
+): Promise<Trainer> {
   const { pack, trainable } = session;
   const source = trainable!;
   const { train = "coefficients", labels = [] } = options;
@@ -582,8 +582,8 @@ function refuseOthers(pack: Pack, { modules }: TrainedTerms, head: readonly Head
 }
 
 /** Makes the state to start from. @throws TaskError when the task to start from has another rank */
-export async function startState<Feeds>(
-  { pack, terms, origin, model: { head }, labels }: TrainingSetup<Feeds>,
+export async function startState(
+  { pack, terms, origin, model: { head }, labels }: TrainingSetup,
   start: "mean" | "random" | "fresh" | Donor,
   random: () => number,
   signal?: AbortSignal,

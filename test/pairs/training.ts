@@ -32,12 +32,12 @@ async function endOf({ session, pack }: Learning): Promise<unknown> {
 }
 
 interface Training extends Learning {
-  readonly trainer: Trainer<BatchFeeds>;
+  readonly trainer: Trainer;
 }
 const EXAMPLES = [0, 1].map((at) => ({ feeds: row(at) as unknown as BatchFeeds, label: at }));
-const trainerOn = (session: Session): Promise<Trainer<BatchFeeds>> =>
+const trainerOn = (session: Session): Promise<Trainer> =>
   createTrainer(session, { labels: ["x", "y"], init: "mean" });
-async function* fit(trainer: Trainer<BatchFeeds>, steps = 2): AsyncGenerator<string, void, void> {
+async function* fit(trainer: Trainer, steps = 2): AsyncGenerator<string, void, void> {
   for await (const { loss } of trainer.fit(EXAMPLES, { steps, batch: 2 })) yield loss.toFixed(3);
 }
 
