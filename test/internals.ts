@@ -75,7 +75,7 @@ export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
 // Where a weight is: cases that no model of the tests has.
 
 export { sharedModules } from "../dist/src/adapters/adapter.js";
-export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
+export { NamePatterns } from "../dist/src/adapters/peft-config.js";
 export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
 export { memoryHost } from "../dist/src/core/open-base.js";

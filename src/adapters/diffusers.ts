@@ -8,12 +8,23 @@
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { SafetensorsFile } from "../tensor/safetensors.ts";
+import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
-import { type Adapter, readAdapterFile } from "./adapter.ts";
+import {
+  type Adapter,
+  type AdapterFactors,
+  type Add,
+  checkAdapter,
+  type Exportable,
+  f32Bytes,
+  factorsOf,
+  refuseModule,
+  refuseSaved,
+} from "./adapter.ts";
+import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import type { PeftFiles } from "./peft.ts";
-import { CONVERT, type KeyRole, type PeftConfig, parsePeftKeys, readPeftConfig, withoutBase } from "./peft.ts";
-import { openSafetensors } from "./safetensors.ts";
+import { type KeyRole, type PeftFiles, parsePeftKeys } from "./peft.ts";
+import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 
 /** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
 export type DiffusersFiles = Omit<PeftFiles, "config" | "base">;
@@ -297,4 +308,50 @@ export function foreignName(names: readonly string[]): { name: string; message: 
     if (name !== undefined) return { name, message };
   }
   return undefined;
+}
+
+// Writes a canonical adapter with the same weights under the names of diffusers or of kohya. Scales stay in B: alpha equals the rank,
+// which is what both assume where no alpha is given.
+
+/**
+ * Makes tensors of pytorch_lora_weights.safetensors (f32), as diffusers' `load_lora_weights` takes them. Holds one adapter in memory.
+ * @throws AdapterError for heads, biases, embeddings, and modules without the name of a model of a pipeline
+ */
+export function diffusersFile(adapter: Exportable): Promise<SafetensorsEntry[]> {
+  return tensorsOf(adapter, "diffusersFile", "a LoRA file of diffusers", (add, module, { A, B, magnitude }) => {
+    add(`${module}.lora_A.weight`, A.shape, A.values);
+    add(`${module}.lora_B.weight`, B.shape, B.values);
+    // PEFT's shape for convolutions: [1, out, 1…].
+    const ones = A.shape.slice(2).map(() => 1);
+    if (magnitude)
+      add(
+        `${module}.lora_magnitude_vector`,
+        ones.length > 0 ? [1, magnitude.length, ...ones] : [magnitude.length],
+        magnitude,
+      );
+  });
+}
+
+export async function tensorsOf(
+  adapter: Exportable,
+  where: string,
+  format: string,
+  put: (add: Add, module: string, factors: AdapterFactors) => void,
+): Promise<SafetensorsEntry[]> {
+  checkAdapter(where, adapter);
+  refuseSaved(adapter, format);
+  const tensors: SafetensorsEntry[] = [];
+  const add: Add = (name, shape, values) => {
+    const bytes = f32Bytes(values);
+    tensors.push({ name, dtype: "F32", shape: [...shape], read: () => bytes });
+  };
+  const bare = bareModel(adapter.modules.keys());
+  for (const module of adapter.modules.values()) {
+    const { name, layout } = module;
+    if (layout === "embedding") throw refuseModule(adapter, name, `is an embedding, which ${format} has no place for`);
+    if (prefixOf(name) === "" && bare === undefined)
+      throw refuseModule(adapter, name, "does not begin with a model of a pipeline, such as unet or text_encoder");
+    put(add, prefixOf(name) === "" ? `${bare}.${name}` : name, await factorsOf(module));
+  }
+  return tensors;
 }

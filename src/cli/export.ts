@@ -1,9 +1,14 @@
 /** The command export: from a task of a pack back to an adapter that other tools load, or the pack's components for those who train. */
+
 import { rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Exportable } from "../adapters/adapter.ts";
-import { describeBase } from "../adapters/describe-base.ts";
-import { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "../adapters/export.ts";
+import { diffusersFile } from "../adapters/diffusers.ts";
+import { ggufFile } from "../adapters/gguf.ts";
+import { kohyaFile } from "../adapters/kohya.ts";
+import { onnxAdapterFile } from "../adapters/onnx-adapter.ts";
+import { peftFiles } from "../adapters/peft.ts";
+import { describeBase } from "../adapters/tree.ts";
 import { componentsFile } from "../pack/components-file.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";

@@ -2,12 +2,12 @@
  * Parts of packs too large for one machine (docs/hub.md): written once, and described. A part that is there already, whole and made
  * of the same, is left alone.
  */
+
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
-import type { Adapter } from "../adapters/adapter.ts";
-import type { BaseFacts } from "../adapters/base-facts.ts";
-import { describeBase } from "../adapters/describe-base.ts";
+import type { Adapter, BaseFacts } from "../adapters/adapter.ts";
+import { describeBase } from "../adapters/tree.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";

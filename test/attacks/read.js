@@ -438,7 +438,7 @@ function peak() {
 async function child(mode, path, dist) {
   const load = (file) => import(pathToFileURL(join(dist, file)).href);
   const [{ openPack }, build] = [await load("src/index.js"), await load("src/build.js")];
-  const { openSafetensors } = build.openSafetensors ? build : await load("src/adapters/safetensors.js");
+  const { openSafetensors } = await load("src/adapters/adapter-file.js");
   const { signal } = new AbortController();
   // What is loaded late is loaded: files take no part in that.
   await openPack(packOf({})).then((pack) => pack.close());
@@ -453,7 +453,7 @@ async function child(mode, path, dist) {
   };
   const ticks = setInterval(tick, 1);
   try {
-    if (mode === "weights") await openSafetensors(path, { signal });
+    if (mode === "weights") await openSafetensors(path);
     else if (mode.startsWith("endless")) {
       const what = mode.slice(8);
       if (what === "listing") {
