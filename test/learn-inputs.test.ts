@@ -1,15 +1,13 @@
 /**
- * Texts as batches: as the tokenizer makes them, of what the model takes.
+ * Texts as batches: each text is tokenised once, and batches equal the tokenizer's own to the bit.
  */
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import type { BatchFeeds, Encode } from "eigenlora/train";
 import t from "tap";
-import { createEncoder, readTask } from "../examples/minilm.js";
 import { createBatcher } from "./internals.ts";
 import { data } from "./packs.ts";
 import { packages, without } from "./required.ts";
-import { NODE } from "./sessions.ts";
 
 interface Style {
   readonly front?: boolean;
@@ -74,31 +72,6 @@ t.test("a batch is the tokenizer's own; known texts are not measured again", asy
   const before = asked.length;
   await inputs.lengths(rows);
   t.equal(asked.length, before);
-});
-
-t.test("texts and feeds do not go into one batch; feeds are taken as they are", async (t) => {
-  const { encode, asked } = letters({});
-  const inputs = createBatcher(encode, NAMES);
-  const feeds = letters({}).encode(["abc"]);
-  t.equal(await inputs.batch([{ feeds }]), feeds);
-  t.same([...(await inputs.lengths([{ feeds }])).values()], [3]);
-  t.equal(asked.length, 0);
-  await t.rejects(inputs.batch([{ feeds }, { text: "abc" }]), {
-    name: "TypeError",
-    message: /texts and feeds together/,
-  });
-});
-
-t.test("MiniLM's tokenizer: batches are what it makes of their texts", async (t) => {
-  const encode = (await createEncoder(NODE)) as unknown as (texts: readonly string[]) => BatchFeeds;
-  const { train } = await readTask("debtags-role");
-  const rows = train.slice(0, 96).map(([text]) => ({ text }));
-  const inputs = createBatcher(encode, NAMES);
-  await inputs.lengths(rows);
-  for (let at = 0; at < rows.length; at += 12) {
-    const some = rows.slice(at, at + 12);
-    t.same(plain(await inputs.batch(some)), plain(encode(some.map(({ text }) => text))));
-  }
 });
 
 const folder = packages("@huggingface/transformers");
