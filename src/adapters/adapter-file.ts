@@ -35,7 +35,7 @@ export async function openFile<F>(
 export const openSafetensors = (input: SourceInput): Promise<SafetensorsFile & Pick<Adapter, "close">> =>
   openFile(input, readHeader, "a safetensors file");
 
-/** What a reader finds in an open file; the rest of an adapter has defaults. */
+/** Parts of an adapter that a reader finds in an open file; the rest has defaults. */
 type Found = Pick<Adapter, "modules" | "saved"> & Partial<Pick<Adapter, "baseModel" | "metadata" | "warnings">>;
 
 /**
@@ -74,7 +74,7 @@ export async function readAdapterFile<F extends TensorFile & { close(): Promise<
   }
 }
 
-// Reads `task.json`, the file beside an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
+// Reads `task.json`, the file next to an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
 // become the task's metadata. It is not the adapter's own configuration.
 
 /** Metadata is read with a pack's directory, before any task: it must stay small. */

@@ -145,7 +145,6 @@ export function checkAdapters(where: string, value: unknown): void {
   for (const one of value as unknown[]) checkAdapter(where, one);
 }
 
-/** What an adapter says of its base model. */
 interface Based {
   readonly id: string;
   readonly file: string;

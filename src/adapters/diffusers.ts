@@ -63,7 +63,7 @@ export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
   });
 }
 
-/** @throws AdapterError for an alpha beside a header that has all of them */
+/** @throws AdapterError for an alpha where the header has all of them */
 function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
   for (const { alpha: key } of parts.values()) {
     if (key === undefined) continue;
@@ -83,7 +83,7 @@ function common(values: readonly (string | undefined)[]): string | undefined {
 const withRevision = (metadata: TaskMetadata, revision: string | undefined): TaskMetadata =>
   revision === undefined ? metadata : { ...metadata, revision };
 
-/** What names should be instead of these. */
+/** Says what names should be instead of these. */
 function expectedOf(keys: readonly string[]): string {
   if (keys.every((key) => prefixOf(key) === ""))
     return `expected names that begin with one of ${MODELS.join(", ")}, as save_lora_weights of diffusers writes them; rename the tensors`;
@@ -260,7 +260,7 @@ export function withTextModel(module: string, model: string): string {
   return flat ? `text_model.${module}` : module;
 }
 
-/** Whether names show a LoRA, in whatever format. */
+/** Tells whether names show a LoRA, in whatever format. */
 export function holdsLora(names: Iterable<string>): boolean {
   for (const name of names) {
     if (

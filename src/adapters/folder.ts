@@ -330,7 +330,7 @@ class Search {
     return this.#error([looked, ...(await this.#foundInstead(folder))].join(". "), folder);
   }
 
-  /** What a folder without adapters holds, and what to do with that. */
+  /** Names what a folder without adapters holds, and what to do with that. */
   async #foundInstead(folder: string): Promise<string[]> {
     const names = (await this.#visible(folder)).map((path) => basename(path));
     const archive = names.find((name) => ARCHIVE.test(name));
@@ -440,7 +440,7 @@ class Search {
     return found;
   }
 
-  /** Whether a GGUF file holds an adapter; models are GGUF files too. */
+  /** Tells whether a GGUF file holds an adapter; models are GGUF files too. */
   async #isGgufAdapter(path: string): Promise<boolean> {
     const source = await this.#tree.open(path);
     try {

@@ -148,7 +148,7 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
 // Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py, tensor_mapping.py;
 // llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
 
-/** How an architecture names and orders weights. */
+/** Names of weights, and the order of their rows, in an architecture. */
 export interface GgufArchitecture {
   /** Modules by GGUF's names; N stands for the number of the layer. */
   readonly modules: ReadonlyMap<string, string>;
@@ -239,7 +239,7 @@ export function permuteRows(
   return out;
 }
 
-// Writes a canonical adapter as a GGUF file with the same weights, which llama.cpp, wllama and llama.rn load beside a model of the same
+// Writes a canonical adapter as a GGUF file with the same weights, which llama.cpp, wllama and llama.rn load with a model of the same
 // architecture. Scales stay in B: an alpha of 0 means a scale of 1.
 
 /**

@@ -27,7 +27,6 @@ const PARTS: ReadonlyMap<string, KeyRole | "alpha"> = new Map([
   ["alpha", "alpha"],
 ]);
 
-/** Whether a tensor's name is one of kohya's. */
 export function isKohyaName(name: string): boolean {
   return (
     splitPrefix(name) !== undefined &&

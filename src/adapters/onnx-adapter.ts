@@ -112,7 +112,6 @@ class FlatBuffer {
     return (await this.bytes(at, 4)).getUint32(0, true);
   }
 
-  /** What an offset at `at` points to. */
   async follow(at: number): Promise<number> {
     return at + (await this.u32(at));
   }

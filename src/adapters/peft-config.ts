@@ -8,12 +8,12 @@ import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/tensor-file.ts";
 import type { BaseStart } from "./start.ts";
 
-/** Facts that a configuration gives about the tensors beside it. */
+/** Facts that a configuration gives about the tensors. */
 export interface PeftConfig {
   readonly baseModel: string | undefined;
   readonly revision: string | undefined;
   readonly taskType: string | undefined;
-  /** Whether base weights are [in, out] (Conv1D of GPT-2). */
+  /** Base weights are [in, out] (Conv1D of GPT-2). */
   readonly fanInFanOut: boolean;
   /** Which base biases belong to the adapter. */
   readonly bias: "none" | "all" | "lora_only";
@@ -189,7 +189,7 @@ const isFiniteNumber = (value: unknown): value is number => Number.isFinite(valu
 
 const isRank = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) > 0;
 
-/** Whether Python takes a value as false. An empty object counts as set: PEFT turns it into a configuration of defaults. */
+/** Tells whether Python takes a value as false. An empty object counts as set: PEFT turns it into a configuration of defaults. */
 function isOff(value: unknown): boolean {
   return !value || (Array.isArray(value) && value.length === 0);
 }

@@ -485,7 +485,7 @@ function placeOf(
 }
 
 /**
- * Whether PEFT saves a parameter's module whole. PEFT wraps every module whose name ends with an entry, not only at a dot
+ * Tells whether PEFT saves a parameter's module whole. PEFT wraps every module whose name ends with an entry, not only at a dot
  * (`_set_trainable`).
  */
 function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
@@ -657,7 +657,7 @@ function refusal({ id }: Exportable, field: string, message: string): AdapterErr
   return new AdapterError(`${message}; fold it into its base instead`, { file: id, field });
 }
 
-/** Modules, by what they have beside their factors. */
+/** Modules with more than factors. */
 interface SavedModules {
   readonly heads: Set<string>;
   readonly biased: string[];

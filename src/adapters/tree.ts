@@ -19,7 +19,6 @@ import type { BaseFacts } from "./adapter.ts";
 import { openSafetensors } from "./adapter-file.ts";
 import { MODELS } from "./diffusers.ts";
 
-/** What a path leads to. */
 export type PathKind = "file" | "folder" | undefined;
 
 /** Files and folders, which are named by absolute paths. */
@@ -32,7 +31,7 @@ export interface Tree {
   open(path: string): Promise<ByteSource>;
   /** Sees to it that files lie on the disk under their paths. */
   get(paths: readonly string[]): Promise<void>;
-  /** How messages call it. */
+  /** Name in messages. */
   nameOf(path: string): string;
   /** Where the tree lies on the Hub. */
   readonly hub?: { readonly name: HubName; readonly root: string } | undefined;
@@ -99,7 +98,7 @@ function treeOf(snapshot: Snapshot, name: HubName): Tree {
   };
 }
 
-// Reads JSON files beside adapters and models.
+// Reads JSON files of adapters and models.
 
 /** Room for a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
 const MAX_JSON_BYTES = 16 * 1024 * 1024;

@@ -26,14 +26,14 @@ export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
   /**
-   * Whether the model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
+   * The model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
    * of each. Default: false.
    */
   readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
   /**
-   * Whether the backward pass unpacks weights of 4 bits with onnxruntime's `GatherBlockQuantized`, since WebGPU lacks other operators on
+   * The backward pass unpacks weights of 4 bits with onnxruntime's `GatherBlockQuantized`, since WebGPU lacks other operators on
    * bytes. Default: false.
    */
   readonly gathers?: boolean | undefined;

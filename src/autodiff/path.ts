@@ -216,7 +216,7 @@ function liftable(
   /** Dimensions along which only one position of a value is needed. */
   const wanted = new Map([[gather.input[0]!, new Set([axis])]]);
   const found = new Map<NodeProto, Lifted>();
-  /** Whether a shape is used only by a Reshape that will get another one. */
+  /** Tells whether a shape is used only by a Reshape that will get another one. */
   const vanishes = (shape: Use): boolean => {
     const seen = new Set<NodeProto>();
     const pending = [shape];

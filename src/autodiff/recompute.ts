@@ -115,7 +115,7 @@ function valuesToKeep(path: ProbedPath): ReadonlySet<string> {
   return kept;
 }
 
-/** Whether one factor of a product is a weight or a factor of a task. */
+/** Tells whether one factor of a product is a weight or a factor of a task. */
 function isDear({ opType, input }: NodeProto, { producers }: Graph): boolean {
   if (!PRODUCT.test(opType)) return false;
   return input.slice(0, 2).some((value) => {

@@ -24,7 +24,7 @@ export interface Probed {
 
 /**
  * Loads a model, runs each feed once, and returns all outputs of each run by name; any runtime of ONNX models can do it. The weights are
- * files beside the graph (`externalData` of onnxruntime's options).
+ * files apart from the graph (`externalData` of onnxruntime's options).
  */
 export type ShapeProbe = (
   model: DetachedModel,
@@ -253,7 +253,7 @@ export class Shapes {
     return first.every((one, i) => Object.is(one, second[i])) && this.#isFixed(value) ? first : undefined;
   }
 
-  /** Whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
+  /** Tells whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
   #isFixed(value: string): boolean {
     // A loop rather than recursion: models are thousands of nodes deep.
     const pending = [value];

@@ -52,7 +52,7 @@ export interface ByAnswersOptions
   readonly finished?: FinishedOutcomes | undefined;
 }
 
-/** What is finished, by key: JSON. */
+/** Finished outcomes as JSON, by key. */
 export interface FinishedOutcomes {
   /** @returns undefined for what was never written */
   read(key: string): Promise<string | undefined>;
@@ -61,7 +61,7 @@ export interface FinishedOutcomes {
   nameOf?(key: string): string;
 }
 
-/** What became of a task. */
+/** Outcome of a task. */
 export interface AnsweringTask {
   readonly id: string;
   /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
@@ -76,7 +76,6 @@ export interface AnsweringTask {
   readonly bytes: number;
 }
 
-/** What became of a task, with what it is stored as. */
 export interface Outcome extends AnsweringTask {
   /** Task file. */
   readonly file: Uint8Array<ArrayBuffer>;
@@ -131,12 +130,11 @@ export class Answering {
     return this.#options.steps ?? STEPS[this.asksTokens(level) ? "tokens" : "labels"];
   }
 
-  /** Whether the model answers token by token. */
   asksTokens({ session }: Open): boolean {
     return supervisionOf(session, this.#questions).tokens;
   }
 
-  /** Whether what is not done must be left. */
+  /** True once no further task may begin. */
   get late(): boolean {
     return this.#options.signal?.aborted === true || performance.now() > this.#until;
   }
@@ -146,7 +144,7 @@ export class Answering {
     return this.#outcomes.size > 0 ? [] : [...this.#refused.values()];
   }
 
-  /** What work gives; undefined where the task cannot be distilled, and why is known then. */
+  /** The result of work; undefined where the task cannot be distilled: `#refused` has the reason. */
   async #unlessRefused<T>({ id }: Adapter, work: Promise<T>): Promise<T | undefined> {
     try {
       const done = await work;
@@ -160,7 +158,7 @@ export class Answering {
     }
   }
 
-  /** What work gives; `otherwise` where the caller's signal ended it. */
+  /** The result of work; `otherwise` where the caller's signal ended it. */
   async #unlessStopped<T>(work: Promise<T>, otherwise: T): Promise<T> {
     return work.catch((cause: unknown) => {
       if (!this.#options.signal?.aborted) throw cause;

@@ -107,7 +107,7 @@ const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
 /**
  * Features, the inputs of the head's last layer, are wanted as the adapter has them: they tell more of a line than its labels do, of one
- * in no order above all. Half their squared distance, as a share of their variance, counts so many times beside the divergence. Of 0, 1, 5,
+ * in no order above all. Half their squared distance, as a share of their variance, counts so many times as much as the divergence. Of 0, 1, 5,
  * 20, 100 and 200 by KL on test rows of eight tasks of own-seed and of hub; 100 and 200 were no better, and 0 was the worst.
  */
 const FEATURES = 20;
@@ -271,7 +271,7 @@ function temperatureOf(rows: readonly Row[]): number {
   return targets.length > 0 ? sureTemperature(targets) : 1;
 }
 
-/** What half the squared distance of features counts, from how far those of the rows lie apart; 0 where they are alike. */
+/** Weight of half the squared distance of features, from how far those of the rows lie apart; 0 where they are alike. */
 function featureWeight(rows: readonly Row[]): number {
   const all = rows.flatMap(({ features }) => features ?? []);
   const mean = new Float64Array(all[0]?.length ?? 0);

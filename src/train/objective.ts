@@ -40,7 +40,7 @@ export interface ObjectiveOptions {
 
 /** Options of rows with features. */
 export interface Featured {
-  /** What half the squared distance of a row's features counts in the loss. */
+  /** Weight in the loss of half the squared distance of a row's features. */
   readonly featureWeight?: number | undefined;
 }
 
@@ -98,7 +98,6 @@ export async function score(
   return { loss: loss / count, accuracy: right / rows.length };
 }
 
-/** What the model answers to a row. */
 export interface AnsweredRow {
   readonly row: Row;
   readonly logits: Float32Array[];
@@ -172,7 +171,7 @@ export function stopped(message: string): EigenLoraError {
 }
 
 /**
- * Compares the slope of the loss with the gradient in two directions: along the gradient, and beside it.
+ * Compares the slope of the loss with the gradient in two directions: along the gradient, and off it.
  * @throws BackendError when they differ, or a number is not finite
  */
 export async function checkGradients(

@@ -193,7 +193,7 @@ class Making {
     const outcomes = await this.#answering.all(level);
     let made = await this.#packed(level, outcomes);
     while (most !== undefined && made.report.bytes > most) {
-      // What has grown more than was expected is stored as it was.
+      // The task that has grown most is stored as it was.
       const grown = outcomes.map(({ id, bytes }) => bytes - level.pack.tasks.get(id)!.bytes);
       const i = grown.indexOf(Math.max(...grown));
       if (grown[i]! <= 0) throw tooFew(most, made.report.bytes);

@@ -326,7 +326,7 @@ type TokenRow = Row & { readonly tokens: Tokens };
 interface Asking {
   /** Rows of texts, asked at every token but the first. */
   readonly rowsOf: (texts: readonly string[]) => Promise<Row[]>;
-  /** What comes after rows that are asked at their last token. */
+  /** The answers to rows that are asked at their last token. */
   readonly next: (rows: readonly Row[]) => AsyncIterable<[Row, Distribution]>;
   readonly random: () => number;
 }
@@ -348,13 +348,13 @@ async function tokenQuestions(words: Words, count: number, metadata: TaskMetadat
   return [...lines, ...said.map((row) => askedFrom(row, 0))];
 }
 
-/** How a task is asked, and what ends its answers. */
+/** The prompt of a task, and the text that ends its answers. */
 interface Template {
   readonly prompt: (input: string) => string;
   readonly end: string;
 }
 
-/** The `template` of a task's metadata, with other strings of it filled in; undefined where it says nothing beside the input. */
+/** The `template` of a task's metadata, with other strings of it filled in; undefined where it is the input alone. */
 export function templateOf({ template, input: _, output: __, ...facts }: TaskMetadata): Template | undefined {
   if (typeof template !== "string") return undefined;
   const filled = template.replace(/\{(\w+)\}/g, (name, key) => (typeof facts[key] === "string" ? facts[key] : name));

@@ -44,7 +44,7 @@ export interface OptimizerOptions {
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached. Default: a tenth of all steps. */
   readonly warmup?: number | undefined;
-  /** How the rate falls to 0 over all steps. Default: "linear". */
+  /** "linear": the rate falls to 0 over all steps. Default: "linear". */
   readonly decay?: "linear" | "none" | undefined;
 }
 
@@ -183,7 +183,7 @@ export interface HeadLayer {
   /** Rows of the weight; in the last layer the labels. */
   readonly out: number;
   readonly bias: boolean;
-  /** Whether its rows are the labels, so that its outputs are the logits. */
+  /** True for the layer whose rows are the labels: its outputs are the logits. */
   readonly last: boolean;
   /** The model's own weight [out, in] and bias [out], where they can be a start. */
   readonly own: LayerNumbers | undefined;

@@ -18,7 +18,6 @@ import type { Term } from "../tensor/term.ts";
 import { type HeadLayer, layersOf, type State } from "./state.ts";
 import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
 
-/** How a task is stored. */
 export interface TaskFileOptions {
   /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
@@ -27,11 +26,10 @@ export interface TaskFileOptions {
    * of as many bits as they are worth.
    */
   readonly dtype?: Partial<TaskDtypes> | undefined;
-  /** Metadata beside the labels, for instance a licence. */
+  /** More metadata than the labels, for instance a licence. */
   readonly metadata?: TaskMetadata | undefined;
 }
 
-/** How a learned task is stored. */
 export interface LearnedTaskOptions extends TaskFileOptions {
   /** Share of its ΔW that the task may lose, in a pack with a step where no `dtype` is given. Default: 0.3. */
   readonly error?: number | undefined;
@@ -194,7 +192,7 @@ export function rowsOf(steps: Float32Array, rows: number): Float32Array {
 }
 
 // A learned task as a pack with a step stores its tasks: brought into it as an adapter that is added, over what others share and with rows
-// of its own beside, in integers of as many bits as they are worth.
+// of its own, in integers of as many bits as they are worth.
 
 /** A task as it was learned. */
 interface Learned {

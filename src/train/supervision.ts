@@ -20,11 +20,11 @@ export interface Targets {
   readonly features?: Features | undefined;
 }
 
-/** Wanted inputs of the head's last layer, beside the logits. */
+/** Wanted inputs of the head's last layer. */
 export interface Features {
   /** Values [rows, width]. */
   readonly values: readonly Float32Array[];
-  /** What half the squared distance of a row counts in the loss. */
+  /** Weight in the loss of half the squared distance of a row. */
   readonly weight: number;
 }
 
@@ -46,7 +46,7 @@ export interface Score {
 
 /** Turns examples into rows, and rows into inputs and targets. */
 export interface Supervision {
-  /** Whether the model answers at every position. */
+  /** True for a model that answers at every position. */
   readonly tokens: boolean;
   /** Checks examples to learn from. @throws RangeError, TypeError when an example cannot be learned from */
   check(examples: readonly Example[]): Promise<Row[]>;
@@ -129,7 +129,6 @@ function unanswered({ text, feeds }: Example, at: string): Row {
 
 /** Puts rows into batches. `Feeds` are one batch of a model's inputs. */
 interface Batcher {
-  /** Whether texts can be encoded. */
   readonly encodes: boolean;
   /** Measures rows, in any unit. Rows are padded to the longest of their batch, so batches take rows of similar lengths. */
   lengths<R extends Unlabelled>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
@@ -165,7 +164,6 @@ export function createBatcher(
     encodes: encodeTexts !== undefined,
 
     async lengths(rows) {
-      checkShapes(rows.flatMap(({ feeds }) => (feeds ? [feeds] : [])));
       for (const { text } of rows)
         if (text !== undefined && !known.has(text)) known.set(text, sizeOf(await encode([text])));
       return new Map(rows.map((row) => [row, row.feeds ? sizeOf(row.feeds) : known.get(row.text!)!]));
@@ -387,26 +385,6 @@ export function shapesOf(feeds: BatchFeeds): string {
 }
 
 /**
- * Checks that inputs of one shape within an example are of one shape in all. Lengths may differ between examples.
- * @throws TypeError naming the input that differs
- */
-export function checkShapes(all: readonly BatchFeeds[]): void {
-  const shape = (feeds: BatchFeeds, name: string): string | undefined => feeds[name]?.dims.slice(1).join(", ");
-  const [first] = all;
-  const names = Object.keys(first ?? {});
-  for (const [i, feeds] of all.entries()) {
-    for (const name of names) {
-      const other = names.find((one) => shape(first!, one) === shape(first!, name))!;
-      if (shape(feeds, name) === shape(feeds, other) && feeds[name]) continue;
-      const changed = shape(feeds, other) === shape(first!, other) ? name : other;
-      throw new TypeError(
-        `the input "${changed}" of example ${i} is [${feeds[changed]?.dims.join(", ") ?? "missing"}], another one's [${first![changed]!.dims.join(", ")}], but not all of its inputs differ: give each example inputs that belong together`,
-      );
-    }
-  }
-}
-
-/**
  * Joins the feeds of several examples along the first dimension.
  * @throws TypeError when their other dimensions differ
  */
@@ -488,7 +466,7 @@ export function fillInputs(
   return feeds;
 }
 
-/** Whether an input follows from the tokens, or is the same in every run. */
+/** Tells whether an input follows from the tokens, or is the same in every run. */
 export function followsFromTokens(name: string): boolean {
   return OF_TOKENS.has(name) || ZERO.test(name) || /past/.test(name);
 }
@@ -632,7 +610,7 @@ export function drawnFrom({ probabilities, classes }: Distribution, random: () =
 }
 
 /**
- * How far answers are from those wanted, over all that is added: the mean KL(distribution ‖ softmax(logits)) in nats, and the share with
+ * Distance of answers from those wanted, over all that is added: the mean KL(distribution ‖ softmax(logits)) in nats, and the share with
  * the same likeliest class, each counted by how much likelier that is than the second. It keeps no logits, which are too large over a
  * vocabulary.
  */

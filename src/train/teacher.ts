@@ -1,5 +1,5 @@
 /**
- * What an adapter teaches: its answers to questions of the user, or to those that the program makes, one part to learn from and one to
+ * Teacher outputs: answers of an adapter to questions of the user, or to those that the program makes, one part to learn from and one to
  * judge by.
  */
 
@@ -27,13 +27,11 @@ import { supervisionOf } from "./trainer.ts";
 /** A task of the pack that can be distilled, with the layers of its head. */
 export interface Distillable {
   readonly id: string;
-  /** What the pack says of it. */
   readonly entry: TaskInfo;
   readonly blob: TaskBlob;
   readonly head: readonly string[];
 }
 
-/** What is asked, and how much of it. */
 export interface TeachOptions extends Questions, SequenceOptions {
   /**
    * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, which tells its
@@ -58,9 +56,9 @@ export interface Taught {
   readonly labels: string[];
   readonly train: readonly Row[];
   readonly judges: readonly Row[];
-  /** Whether questions were made, not given. */
+  /** True for questions that were made, not given. */
   readonly made: boolean;
-  /** What is asked: labels, the tokens of answers, or all tokens of texts. */
+  /** Questions ask for labels, the tokens of answers, or all tokens of texts. */
   readonly asked: "labels" | "answers" | "texts";
 }
 

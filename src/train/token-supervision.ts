@@ -107,7 +107,7 @@ function reader({ encode, names, labels, ...options }: TokenSupervisionOptions) 
   };
 }
 
-/** Takes classes given beside feeds as the wanted answers. */
+/** Takes the classes of feeds as the wanted answers. */
 function given(classes: ArrayLike<number> | undefined, at: string): Tokens {
   const all = Array.from(classes ?? []);
   const places = all.flatMap((value, i) => (value >= 0 ? [i] : []));
@@ -184,16 +184,14 @@ function likeliestOf(logits: Float32Array): Distribution {
 // Examples as token ids, with the positions where something is learned. A prompt is encoded exactly as when the model is asked, so that
 // the learned tokens are those that generation will need.
 
-/** What a tokenizer of transformers.js does beside encoding. */
 interface Templated {
   readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
 }
 
-/** How the examples of a language model become tokens. */
 export interface SequenceOptions {
   /** Text at the end of a completion. Default: the tokenizer's `eos_token`. false: none. */
   readonly end?: string | false | undefined;
-  /** First token of a decoder beside an encoder. Default: 0. */
+  /** First token of an encoder-decoder's decoder. Default: 0. */
   readonly decoderStart?: number | undefined;
 }
 
@@ -312,7 +310,7 @@ class Sequences {
     );
   }
 
-  /** Whether the tokenizer leaves out the end of a text: without its last character it has the same tokens then. */
+  /** Tells whether the tokenizer cut a text: without its last character it then has the same tokens. */
   async #isCut(text: string, special: boolean): Promise<boolean> {
     const [all, shorter] = [await this.#ids(text, special), await this.#ids(text.trimEnd().slice(0, -1), special)];
     return shorter.length === all.length && shorter.every((id, i) => id === all[i]);

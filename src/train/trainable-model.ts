@@ -305,7 +305,7 @@ async function floatsOf(tensor: EngineTensor): Promise<Floats> {
 
 type Kind = "whole" | "count" | "share" | "between" | "positive" | "unlimited" | "rate";
 
-/** What a number must be: words for the message, and a test. */
+/** Limits of numbers: words for the message, and a test. */
 const LIMITS: Readonly<Record<Kind, readonly [expected: string, valid: (value: number) => boolean]>> = {
   whole: ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1],
   count: ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0],

@@ -45,7 +45,6 @@ export interface SharedRows {
   readonly own: Readonly<Record<SideName, boolean>>;
 }
 
-/** What is trained of one module. */
 export interface TrainedModule {
   readonly name: string;
   readonly in: number;
@@ -140,16 +139,15 @@ export class TrainedTerms {
     if (basis) {
       const { K, mean, width, values: E } = basis;
       const alpha = this.part(values, module.name, `alpha${side}`)!;
-      const alphaOf = (row: number): Float32Array => alpha.subarray(row * K, (row + 1) * K);
-      const sums = new Float64Array(2 * width);
-      for (const [row, next] of pairsOf(this.#rows(module.name, side))) {
-        for (const at of [0, width]) {
-          if (mean) sums.set(E.subarray(K * width, (K + 1) * width), at);
-          else sums.fill(0, at, at + width);
+      const sums = new Float64Array(width);
+      for (let row = 0; row < this.#rows(module.name, side); row++) {
+        if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
+        else sums.fill(0);
+        for (let k = 0; k < K; k++) {
+          const a = alpha[row * K + k]!;
+          for (let i = 0, at = k * width; i < width; i++) sums[i]! += a * E[at + i]!;
         }
-        accumulate(sums, alphaOf(row), alphaOf(next), E);
-        rows.set(sums.subarray(0, width), row * width);
-        rows.set(sums.subarray(width), next * width);
+        rows.set(sums, row * width);
       }
     }
     const own = this.part(values, module.name, `own${side}`);
@@ -184,10 +182,12 @@ export class TrainedTerms {
     if (!basis) return;
     const { K, width, values: E } = basis;
     const ofAlpha = this.part(gradients, module.name, `alpha${side}`)!;
-    const gOf = (row: number): Float32Array => rows.subarray(row * width, (row + 1) * width);
-    for (const [row, next] of pairsOf(this.#rows(module.name, side))) {
-      const [one, other] = [row, next].map((at) => ofAlpha.subarray(at * K, (at + 1) * K)) as [Values, Values];
-      products(one, other, gOf(row), gOf(next), E);
+    for (let row = 0; row < this.#rows(module.name, side); row++) {
+      for (let k = 0; k < K; k++) {
+        let sum = 0;
+        for (let i = 0; i < width; i++) sum += rows[row * width + i]! * E[k * width + i]!;
+        ofAlpha[row * K + k] = sum;
+      }
     }
   }
 }
@@ -200,37 +200,6 @@ export function asStored(values: Float32Array, dtype: Dtype, rows: number, width
 /** Names what was to be stored in the errors of `encode`. @throws UnstorableError */
 export function storingTrained<T>(what: string, encode: () => T): T {
   return storing(what, undefined, encode, "take a smaller learning rate");
-}
-
-/** Rows in twos; an odd last one twice. */
-function pairsOf(rows: number): (readonly [number, number])[] {
-  return Array.from({ length: Math.ceil(rows / 2) }, (_, i) => [2 * i, Math.min(2 * i + 1, rows - 1)] as const);
-}
-
-/** Adds a [K] · E [K, width] and b [K] · E to the halves of sums [2, width]: E is read once for two rows. */
-function accumulate(sums: Float64Array, a: Float32Array, b: Float32Array, E: Float32Array): void {
-  const width = sums.length / 2;
-  for (let k = 0; k < a.length; k++) {
-    for (let i = 0, at = k * width; i < width; i++) {
-      sums[i]! += a[k]! * E[at + i]!;
-      sums[width + i]! += b[k]! * E[at + i]!;
-    }
-  }
-}
-
-/** of1 [K] = E [K, width] · g1 [width], and of2 the same of g2. */
-function products(of1: Float32Array, of2: Float32Array, g1: Float32Array, g2: Float32Array, E: Float32Array): void {
-  const width = g1.length;
-  for (let k = 0; k < of1.length; k++) {
-    let sum1 = 0;
-    let sum2 = 0;
-    for (let i = 0, at = k * width; i < width; i++) {
-      sum1 += g1[i]! * E[at + i]!;
-      sum2 += g2[i]! * E[at + i]!;
-    }
-    of1[k] = sum1;
-    of2[k] = sum2;
-  }
 }
 
 /**

@@ -70,7 +70,7 @@ const OPTIONS = [
   ...(["learningRates", "clip", "warmup", "decay"] as const),
 ] as const;
 const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
-/** What a learned task loses of its ΔW when it is stored: it has learned what its examples need, and noise beside it. */
+/** Share of its ΔW that a learned task loses when it is stored: besides what its examples need it has learned noise. */
 const LEARNED_ERROR = 0.3;
 
 /** Options of every trainer. */
@@ -99,7 +99,7 @@ export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
 
 /** @internal Knowledge of a caller of `fitRows`. */
 export interface Tested {
-  /** Whether gradients of the same graph were checked before. */
+  /** Gradients of the same graph were checked before. */
   readonly tested?: boolean;
 }
 
@@ -397,7 +397,7 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, A
    */
   readonly rank?: number | undefined;
   /**
-   * Rank-1 terms of each module beside the coefficients, for what the components lack. Default: as many as the task to start from has
+   * Rank-1 terms of each module in addition to the coefficients, for what the components lack. Default: as many as the task to start from has
    * in the module, else none.
    */
   readonly privateTerms?: number | undefined;
@@ -689,7 +689,7 @@ export async function fillStart(
   }
 }
 
-/** Whether zeros in the place of these coefficients leave a module alone: on one side, which has no mean. */
+/** Tells whether zeros in the place of these coefficients leave a module unchanged: of one factor, which has no mean. */
 function isStill({ modules }: TrainedTerms, { module, kind }: TrainedParameter): boolean {
   const { A, B } = modules.find(({ name }) => name === module)!.shared!;
   return kind === (B && !B.mean ? "alphaB" : A && !A.mean ? "alphaA" : undefined);
