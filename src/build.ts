@@ -2,15 +2,13 @@
  * `eigenlora/build`: from adapters to packs and back, in any JavaScript runtime. Not for run-time bundles. Adapters in folders are
  * read by `eigenlora/node`.
  */
-export type { Adapter, AdapterModule, Exportable, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
-export type { BaseFacts } from "./adapters/base-facts.ts";
-export { type DiffusersFiles, readDiffusers } from "./adapters/diffusers.ts";
-export { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "./adapters/export.ts";
-export { type GgufFiles, readGguf } from "./adapters/gguf.ts";
-export { type KohyaFiles, readKohya } from "./adapters/kohya.ts";
-export { type MlxFiles, readMlx } from "./adapters/mlx.ts";
-export { type OnnxAdapterFiles, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
-export { type PeftFiles, readPeft } from "./adapters/peft.ts";
+export type { Adapter, AdapterModule, BaseFacts, Exportable, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
+export { type DiffusersFiles, diffusersFile, readDiffusers } from "./adapters/diffusers.ts";
+export { type GgufFiles, ggufFile, readGguf } from "./adapters/gguf.ts";
+export { type KohyaFiles, kohyaFile, readKohya } from "./adapters/kohya.ts";
+export { type MlxFiles, readMlx } from "./adapters/named-lora.ts";
+export { type OnnxAdapterFiles, onnxAdapterFile, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
+export { type PeftFiles, peftFiles, readPeft } from "./adapters/peft.ts";
 export { type ReadTaskFileOptions, readTaskFile, type TaskBasis } from "./core/task-file.ts";
 export type { Allocation, PrivateChoice } from "./extract/allocation.ts";
 export type { ComponentSelection } from "./extract/options.ts";

@@ -83,7 +83,7 @@ export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
 
 // Where a weight is: cases that no model of the tests has.
 
-export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
+export { NamePatterns } from "../dist/src/adapters/peft-config.js";
 export { NameMatcher, viewValues, WeightResolver } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
 export { memoryHost } from "../dist/src/core/open-base.js";
@@ -207,13 +207,11 @@ export { RULES } from "../dist/src/autodiff/rules.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { Problems } from "../dist/src/autodiff/shapes.js";
 export { fixInnerHeads } from "../dist/src/session/training.js";
-export { toBatches } from "../dist/src/train/examples.js";
 export { modelBase } from "../dist/src/train/pack-by-answers.js";
-export { MeanDivergence } from "../dist/src/train/probabilities.js";
-export { readDonor, startState } from "../dist/src/train/start.js";
-export { AdamW } from "../dist/src/train/state.js";
-export { createBatcher } from "../dist/src/train/supervision.js";
+export { Adam } from "../dist/src/train/state.js";
+export { createBatcher, MeanDivergence, toBatches } from "../dist/src/train/supervision.js";
 export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
+export { readDonor, startState } from "../dist/src/train/trainer.js";
 
 // Small things with many cases.
 

@@ -419,7 +419,7 @@ export const LABELS = ["odd", "even", "neither"];
 export const F32 = { coefficients: "f32", head: "f32" } as const;
 
 /** Rows of the tiny model's inputs: random ids; the label follows from the first. */
-export function examples(ort: Ort, session: Session, count: number, seed: number): Example<BatchFeeds>[] {
+export function examples(ort: Ort, session: Session, count: number, seed: number): Example[] {
   const random = uniform(seed);
   const like = feedsOf(ort, session, [0]);
   const length = GOLDENS.feeds["input_ids"]![0]!.length;

@@ -299,7 +299,7 @@ t.test("names the package exports", async (t) => {
     "createEngine",
   ]);
   t.same(Object.keys(await import("eigenlora/train")).sort(), [
-    ...["Trainer", "createJudge", "createTrainer", "distill", "packByAnswers", "tasksByAnswers"],
+    ...["Trainer", "createTrainer", "distill", "packByAnswers", "tasksByAnswers"],
   ]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
   t.same(Object.keys(await import("eigenlora/tfjs")), ["tfjsHost"]);

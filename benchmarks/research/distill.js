@@ -15,7 +15,7 @@ import * as ort from "onnxruntime-node";
 import { mean, sum } from "simple-statistics";
 import { parseTaskFile } from "../../dist/src/core/task-file.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
-import { MeanDivergence, softmax } from "../../dist/src/train/probabilities.js";
+import { MeanDivergence, softmax } from "../../dist/src/train/supervision.js";
 import {
   agreement,
   createEncoder,

@@ -9,7 +9,7 @@ import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
 import { uniform } from "../../dist/src/tensor/random.js";
-import { splitHoldout } from "../../dist/src/train/examples.js";
+import { splitHoldout } from "../../dist/src/train/supervision.js";
 import { createEncoder, data, labelOf, model, readTask, runBatches, toBatches } from "../../examples/minilm.js";
 import { folderOf, packOf, withAdapters } from "../lib/adapters.js";
 import { number, readArguments, text } from "../lib/arguments.js";

@@ -3,6 +3,7 @@
  * computes B₀·A₀ again whenever it loads the adapter. Relative to the base as it was, ΔW = s·(B·A − B₀·A₀), which is what PEFT's own
  * conversion stores.
  */
+
 import { type CpuView, type Located, viewValues, type WeightHost, WeightResolver } from "../core/base.ts";
 import { AliasMatcher, locate } from "../core/mismatch.ts";
 import { AdapterError } from "../errors.ts";

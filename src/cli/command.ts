@@ -2,6 +2,7 @@
  * A command: its declaration, and a `Run` of it, which knows what it reads, writes and locks. All that was opened is closed when the command
  * ends, however it ends. Names of the Hugging Face Hub become paths here: no command knows of it.
  */
+
 import { existsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { dirname, join, posix } from "node:path";
@@ -354,7 +355,7 @@ export class Run {
     const host = await openWeights(path, how);
     if (host === undefined) {
       // Other files name its parts, and give no weights to take fingerprints of.
-      const { describeBase } = await import("../adapters/describe-base.ts");
+      const { describeBase } = await import("../adapters/tree.ts");
       await describeBase(path, how);
       const advice = "give model.safetensors, or a folder with it, so that apps know the right model";
       this.#out.warn(

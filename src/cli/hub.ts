@@ -3,10 +3,11 @@
  * project and assemble, from a basis to a pack. A batch engine runs each: it reads files, writes one under a temporary name and renames it,
  * and gives the same bytes for the same input.
  */
+
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import type { BaseFacts } from "../adapters/base-facts.ts";
-import { describeBase } from "../adapters/describe-base.ts";
+import type { BaseFacts } from "../adapters/adapter.ts";
+import { describeBase } from "../adapters/tree.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { completeDtypes } from "../pack/recipe.ts";
 import { buildBasis } from "../pack/shard/basis.ts";

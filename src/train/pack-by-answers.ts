@@ -4,6 +4,7 @@
  * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter. Where
  * bytes are given, they decide how coarse numbers are. Input and seed decide all; a clock only where the caller sets `minutes`.
  */
+
 import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
 import { checkArgument, checkOptions, checkPack } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
@@ -34,9 +35,9 @@ import {
   type Outcome,
   type SizedPacks,
 } from "./answering.ts";
-import { checkNumbers } from "./checks.ts";
-import { templateOf } from "./made-up.ts";
-import { checkQuestions } from "./taught.ts";
+import { templateOf } from "./questions.ts";
+import { checkQuestions } from "./teacher.ts";
+import { checkNumbers } from "./trainable-model.ts";
 
 /** Report of `packByAnswers`. What it says of ΔW and terms is from before tasks were distilled. */
 export interface ByAnswersReport extends BuildReport {
@@ -190,7 +191,7 @@ class Making {
     const outcomes = await this.#answering.all(level);
     let made = await this.#packed(level, outcomes);
     while (most !== undefined && made.report.bytes > most) {
-      // What has grown more than was expected is stored as it was.
+      // The task that has grown most is stored as it was.
       const grown = outcomes.map(({ id, bytes }) => bytes - level.pack.tasks.get(id)!.bytes);
       const i = grown.indexOf(Math.max(...grown));
       if (grown[i]! <= 0) throw tooFew(most, made.report.bytes);

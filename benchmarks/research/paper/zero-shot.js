@@ -3,7 +3,7 @@
  */
 
 import { uniform } from "../../../dist/src/tensor/random.js";
-import { fillStart } from "../../../dist/src/train/start.js";
+import { fillStart } from "../../../dist/src/train/trainer.js";
 import { learnedTask, taskFile } from "../../../dist/src/train/stored-task.js";
 import { sharedRows, TrainedTerms } from "../../../dist/src/train/trained-terms.js";
 
