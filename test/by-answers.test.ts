@@ -374,7 +374,7 @@ async function tinyCase(): Promise<Case> {
   await writeFile("tokenizer.json", JSON.stringify(tokenizer));
   await writeFile("tokenizer_config.json", JSON.stringify({ unk_token: "[PAD]" }));
   const [two, three, five] = ["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`));
-  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json", "--threads", "1"];
+  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json"];
   return { with: how, adapters: [two!, three!, five!] };
 }
 
@@ -412,11 +412,11 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     t.notOk(existsSync("hurried.eigen.partial"), "an empty folder does not stay");
     t.match((await run(...hurried, "--force")).stdout, /the pack is as without a model|tasks not distilled/);
 
-    const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--ratio"];
+    const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--bytes"];
     const ratio = Math.floor(1.1 * made["ratio"]);
-    t.ok((await json(0, ...sized, `${ratio}`))["ratio"] >= ratio);
-    const few = (await json(1, ...sized, "5000", "--force"))["error"].message;
-    t.match(few, /^--ratio 5000: a pack of these adapters can be at most [\d.]+× smaller/);
+    t.ok((await json(0, ...sized, `1/${ratio}`))["ratio"] >= ratio);
+    const few = (await json(1, ...sized, "1/5000", "--force"))["error"].message;
+    t.match(few, /^--bytes 1\/5000: a pack of these adapters can be at most [\d.]+× smaller/);
 
     await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "240"]);
     if (name === "MiniLM") return;
@@ -433,7 +433,7 @@ t.test("a prompt of a task's template is not cut", async (t) => {
       JSON.stringify({ template: `${name} letters, one by one: {input} → {output}` }),
     );
   }
-  const how = ["--model", data("decoder/onnx/model.onnx"), "--tokenizer", "tokenizer.json", "--threads", "1"];
+  const how = ["--model", data("decoder/onnx/model.onnx"), "--tokenizer", "tokenizer.json"];
   const asked = ["pack", "upper", "lower", ...how, "--distill", "0", "-o", "x.eigen"];
   const cut = await json(1, ...asked, "--tokens", "4");
   t.match(cut["error"].message, /"(upper|lower) letters, one by one: .*tokens, more than --tokens 4/);
@@ -473,8 +473,8 @@ async function refusals(t: Test, adapter: string, how: readonly string[]): Promi
     [["--minutes", "3"], /--minutes needs --model/],
     [[...how, "--error", "0.1"], /--error is about ΔW/],
     [[...how, "--dtype", "int4"], /--dtype is for packs without --model/],
-    [[...how, "--ratio", "30", "--agreement", "0.9"], /--agreement is for packs without a size: leave --ratio out/],
-    [[...how, "--k", "4", "--agreement", "0.9"], /--model is for --mode auto/],
+    [[...how, "--bytes", "1/30", "--agreement", "0.9"], /--agreement is for packs without a size: leave --bytes out/],
+    [[...how, "--k", "4", "--agreement", "0.9"], /--model chooses what is stored/],
   ] as const)
     t.match(await json(2, "pack", adapter, "-o", "x.eigen", ...args), { error: { tag: "usage", message } });
   const short = await json(1, "pack", adapter, "-o", "x.eigen", ...how, "--text", "lines.txt");

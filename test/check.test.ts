@@ -303,7 +303,7 @@ t.test("tasks of another model are named, and no quantiser is blamed", async (t)
 
 t.test("a pack without components has no core", async (t) => {
   const adapters = await readAdapters([data("adapters/own-seed/debtags-role")]);
-  const built = await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 0 }, privateTerms: 2 });
+  const built = await buildPack(adapters, { select: { kind: "k", k: 0 }, rank: 2 });
   for (const adapter of adapters) await adapter.close();
   const alone = join(folder, "alone.eigen");
   writeFileSync(alone, concat(built.chunks));

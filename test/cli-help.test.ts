@@ -107,7 +107,7 @@ t.test("what is missing, unknown or too much is named, with the nearest", async 
     [["pakc", "x"], "unknown command 'pakc'; did you mean pack?"],
     [["help", "pakc"], "unknown command 'pakc'; did you mean pack?"],
     [["xyzzy"], "unknown command 'xyzzy'"],
-    [["pack", "x", "--guage", "none"], "pack: unknown option '--guage'; did you mean --gauge?"],
+    [["pack", "x", "--dtpye", "f16"], "pack: unknown option '--dtpye'; did you mean --dtype?"],
     [["verify", "p.eigen", "--jsn"], "verify: unknown option '--jsn'; did you mean --json?"],
     [["inspect", "a", "b"], "inspect: too many arguments for 'inspect'. Expected 1 argument but got 2."],
     [["pack", "x", "-o"], "pack: option '-o, --output <PACK>' argument missing"],
@@ -115,7 +115,7 @@ t.test("what is missing, unknown or too much is named, with the nearest", async 
     [["pack", "x", "--k", "-3"], "pack: --k -3: expected a whole number from 1"],
     [["pack", "x", "--k", ""], "pack: --k : expected a whole number from 1"],
     [["pack", "x", "--as", "new"], "pack: --as new: expected OLD=NEW"],
-    [["pack", "x", "--gauge", "even"], "pack: --gauge even: expected as-trained or balanced"],
+    [["hub", "shard", "x", "--gauge", "even"], "hub shard: --gauge even: expected as-trained or balanced"],
     [["fold", "p.eigen", "-o", "x", "--base", "b"], "fold: missing --task"],
     [["hub", "shard"], "hub shard: missing ADAPTER_OR_FOLDER"],
   ];

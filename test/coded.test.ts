@@ -471,15 +471,12 @@ t.test("packs made with a step", async (t) => {
 
   await t.test("one adapter alone: private terms of which each has the bits that it is worth", async (t) => {
     const goal = { kind: "bytes", max: 12_500 } as const;
-    const own = await searchPack([adapters[0]!], { goal, ways: [{ gauge: "balanced", grows: "steps" }] });
-    const before = await searchPack([adapters[0]!], { goal, dtype: { head: "int4" } });
+    const own = await searchPack([adapters[0]!], { goal });
     t.ok(own.report.bytes <= goal.max && own.report.bytes > 0.95 * goal.max, `${own.report.bytes} bytes`);
-    t.ok(own.report.error.mean < before.report.error.mean, `${own.report.error.mean} of ${before.report.error.mean}`);
   });
 
   await t.test("what does not go together is refused", async (t) => {
     const make = (options: object): Promise<unknown> => buildPack(some, options);
-    await t.rejects(make({ mode: "flat", step: 0.1 }), /step: flat mode/);
     for (const step of [0, -1, NaN, 17]) await t.rejects(make({ step }), /step must be above 0 and at most 16/);
     await t.rejects(make({ step: 0.1, headStep: -1 }), /headStep must be above 0/);
   });

@@ -345,7 +345,7 @@ t.test("the command line: pack, inspect, verify, add, export", async (t) => {
   mkdirSync(join(root, "styles/old"), { recursive: true });
   cpSync(golden("diffusers-old"), join(root, "styles/old", NAME));
   cpSync(scaled, join(root, "styles/scaled.safetensors"));
-  const lossless = ["--mode", "column", "--energy", "1", "--dtype", "f32"];
+  const lossless = ["--energy", "1", "--dtype", "f32"];
   const packed = await json("pack", "styles", "-o", "p.eigen", "--as", "old=2023", ...lossless);
   t.match(packed, {
     tasks: 2,

@@ -334,7 +334,7 @@ t.test("tasks of a pack with a step keep their steps, whatever the head is store
 });
 
 t.test("private terms of an entropy-coded pack are distilled, as many as each module has", async (t) => {
-  const alone = { select: { kind: "k", k: 0 }, privateTerms: 255, gauge: "balanced", step: 0.14 } as const;
+  const alone = { select: { kind: "k", k: 0 }, step: 0.14 } as const;
   const session = await tiny(NODE, alone);
   t.teardown(() => session.close());
   const adapter = await adapterOf(t, "sessions/adapters/five");
@@ -396,7 +396,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
     { adapter: bias! },
     { tag: "task", message: /"bias-lora" cannot be distilled: it brings "bert.*" \(bias\)/ },
   );
-  const alone = await tiny(NODE, { select: { kind: "k", k: 0 }, privateTerms: 2, gauge: "balanced" });
+  const alone = await tiny(NODE, { select: { kind: "k", k: 0 }, rank: 2 });
   t.teardown(() => alone.close());
   await t.rejects(distill(alone, { adapter: three!, feeds: all }), {
     tag: "task",

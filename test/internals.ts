@@ -50,7 +50,6 @@ export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/forma
 export { integrityOf, sha256 } from "../dist/src/format/hash.js";
 export { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layout.js";
 export { parseTask } from "../dist/src/format/task.js";
-export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
 // Files of other projects that packs are never made from in one call, or whose readers see through a folder only.
 
@@ -84,18 +83,19 @@ export { memoryHost } from "../dist/src/core/open-base.js";
 
 export {
   type Components,
-  centred,
   columnMeans,
   coordinates,
+  type ExtractOptions,
+  extractModule,
+  type ModuleExtraction,
+  type ModuleStack,
   principalComponents,
-  ROUNDING,
+  type SideBasis,
 } from "../dist/src/extract/components.js";
-export { symmetricEigen } from "../dist/src/extract/eigen.js";
-export { deltaError, relative } from "../dist/src/extract/error.js";
-export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-export { alignSigns, balance, mirror, mix, type Pair, turnTo } from "../dist/src/extract/gauge.js";
+export { alignSigns, balance, deltaError, mirror, mix, type Pair, relative } from "../dist/src/extract/factors.js";
 export {
   backwardSolve,
+  centred,
   cholesky,
   dot,
   forwardSolve,
@@ -105,13 +105,19 @@ export {
   multiplyTransposed,
   PLAIN,
   type Products,
+  ROUNDING,
   rowSquares,
   svd,
+  symmetricEigen,
   transpose as transposeMatrix,
 } from "../dist/src/extract/linalg.js";
-export type { ExtractOptions, Gauge } from "../dist/src/extract/options.js";
-export { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
-export type { SideBasis } from "../dist/src/extract/side.js";
+export {
+  type Gauge,
+  type ModuleMember,
+  measureModule,
+  openModule,
+  projectModule,
+} from "../dist/src/extract/subspace.js";
 export {
   collectSummary,
   gramComponents,
@@ -122,33 +128,37 @@ export {
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
-export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
 export { createExtractor } from "../dist/src/extract/extractor.js";
 export { openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
-export { buildStreamed, Draft, gathered, type Seek, writeApart } from "../dist/src/pack/build.js";
-export { openAdapters, piecesOf } from "../dist/src/pack/encode.js";
+export { buildStreamed, gathered, openAdapters, packRows, piecesOf } from "../dist/src/pack/build.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
 export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
 export { lossesOf } from "../dist/src/pack/report.js";
-export { codedOptions, searchStreamed } from "../dist/src/pack/search.js";
-export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
+export { searchStreamed } from "../dist/src/pack/search.js";
+export { type Steps, search, Unreachable, withinError } from "../dist/src/pack/seek.js";
+export { DEFAULT_ERROR } from "../dist/src/pack/tasks.js";
 export { allOf, freshPack } from "../dist/src/pack/write.js";
 
-// What the command line makes packs of: parts of machines, scores of a folder of adapters.
+// What the command line makes packs of: parts of machines.
 
-export { partByGain, readScores } from "../dist/src/cli/pack.js";
-export { type BasisOptions, buildBasis } from "../dist/src/pack/shard/basis.js";
+export {
+  assemblePack,
+  type BasisOptions,
+  buildBasis,
+  openTasks,
+  projectTasks,
+} from "../dist/src/pack/shard/basis.js";
 export {
   adapterStatistics,
   mergeStatistics,
   openStatistics,
   type Statistics,
   type StatisticsPart,
+  toBytes,
+  writePart,
   writeStatistics,
 } from "../dist/src/pack/shard/statistics.js";
-export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/tasks.js";
 
 // ONNX graphs, made and changed node by node.
 

@@ -218,7 +218,7 @@ t.test("a distilled task answers more like its adapter; the judge sees it", asyn
 });
 
 t.test("private terms of an entropy-coded pack are distilled at a rate that moves stored integers", async (t) => {
-  const session = await decoder(NODE, { select: { kind: "k", k: 0 }, privateTerms: 255, gauge: "balanced", step: 0.1 });
+  const session = await decoder(NODE, { select: { kind: "k", k: 0 }, step: 0.1 });
   const adapters = await readAdapters(TASKS.map(data));
   t.teardown(async () => {
     await session.close();

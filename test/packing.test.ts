@@ -1,6 +1,6 @@
 /** Measures that make packing fast and small in memory change no byte of a pack. */
 
-import { type Adapter, type BuildOptions, buildPack, type PrivateChoice, searchPack } from "eigenlora/build";
+import { type Adapter, type BuildOptions, buildPack, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { noise } from "./compare.ts";
@@ -8,10 +8,10 @@ import {
   buildStreamed,
   createExtractor,
   createWasmProducts,
-  Draft,
   encodeTensor,
   gathered,
   openAdapters,
+  packRows,
   piecesOf,
   recipeOf,
   searchStreamed,
@@ -22,7 +22,6 @@ import { concat, data } from "./packs.ts";
 const names = ["debtags-role", "debtags-use", "debtags-interface"];
 const adapters = await readAdapters(names.map((name) => data(`adapters/own-seed/${name}`)));
 t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
-const modules = [...adapters[0]!.modules.keys()];
 
 t.test("WebAssembly finds the scales that the plain loop finds", async (t) => {
   const rows: [string, Float64Array][] = [
@@ -51,8 +50,8 @@ t.test("WebAssembly finds the scales that the plain loop finds", async (t) => {
 
 const WAYS: Record<string, BuildOptions> = {
   components: { select: { kind: "k", k: 3 } },
-  "components and private terms": { select: { kind: "k", k: 2 }, gauge: "balanced", privateTerms: 2 },
-  coded: { select: { kind: "k", k: 2 }, gauge: "balanced", privateTerms: 8, step: 0.1 },
+  "each task by itself": { select: { kind: "k", k: 0 }, rank: 2 },
+  coded: { select: { kind: "k", k: 2 }, step: 0.1 },
 };
 
 t.test("a pack whose blobs lie elsewhere until it is written is the same", async (t) => {
@@ -81,46 +80,35 @@ t.test("a pack whose blobs lie elsewhere until it is written is the same", async
   }
 });
 
-/** Private terms by task and module. */
-function allocation(choose: (task: number, module: number) => PrivateChoice | undefined) {
-  return new Map(
-    adapters.map(({ id }, task) => {
-      const own = modules.flatMap((name, module) => {
-        const choice = choose(task, module);
-        return choice ? [[name, choice] as const] : [];
-      });
-      return [id, new Map(own)];
-    }),
-  );
-}
-
-t.test("what is extracted again with other private terms is what would have been at first", async (t) => {
-  const first = allocation((task, module) => ({ rank: 1 + ((task + module) % 4), dtype: "int4" }));
-  const second = allocation((task, module) => {
-    if (module === 1) return undefined;
-    if (task === 0) return { rank: 1 + (module % 4), dtype: "int4" };
-    return { rank: 1 + ((task + module) % 4) + (module % 3 === 0 ? 1 : 0), dtype: task === 2 ? "int8" : "int4" };
-  });
+t.test("what is encoded again with other steps is what would have been at first", async (t) => {
   const extractor = await createExtractor();
-  for (const k of [0, 2]) {
-    const options: BuildOptions = { gauge: "balanced", select: { kind: "k", k } };
-    const read = new Map<string, number>();
-    const watched = adapters.map((adapter) => counting(adapter, read));
-    const opened = await openAdapters("buildPack", watched, {}, extractor);
-    const draft = new Draft(opened, recipeOf(watched, options));
-    await draft.encode({ privateTerms: first });
-    read.clear();
-    const losses = await draft.encode({ privateTerms: second });
-    if (k === 0) t.equal(read.get(adapters[0]!.id), 1, "of the first only what it lost in one module");
-    const again = await gathered(await draft.write());
-    const fresh = await buildPack(adapters, { ...options, privateTerms: second });
-    t.ok(Buffer.from(concat(again.chunks)).equals(concat(fresh.chunks)), `${k} components`);
-    t.strictSame(again.report, fresh.report);
-    t.strictSame(losses, fresh.report.errors);
-    read.clear();
-    await draft.encode({ privateTerms: second });
-    t.equal(read.size, 0, "nothing is read where nothing has changed");
-  }
+  const read = new Map<string, number>();
+  const watched = adapters.map((adapter) => counting(adapter, read));
+  const opened = await openAdapters("buildPack", watched, {}, extractor);
+  const recipe = recipeOf({ select: { kind: "k", k: 0 }, step: 0.05 });
+  const [first, second] = [new Map(names.map((id) => [id, 0.02])), new Map(names.map((id) => [id, 0.03]))];
+  second.set(names[0]!, 0.02);
+  const again = await packRows(
+    opened,
+    recipe,
+    {
+      async choose(_, encode) {
+        await encode(first);
+        read.clear();
+        const found = await encode(second);
+        t.notOk(read.has(names[0]!), "of the first nothing has changed");
+        read.clear();
+        await encode(second);
+        t.equal(read.size, 0, "nothing is read where nothing has changed");
+        return found;
+      },
+    },
+    undefined,
+  );
+  const fresh = await packRows(opened, recipe, { choose: (_, encode) => encode(second) }, undefined);
+  const [one, other] = [await gathered(again), await gathered(fresh)];
+  t.ok(Buffer.from(concat(one.chunks)).equals(concat(other.chunks)));
+  t.strictSame(one.report, other.report);
   await extractor.close();
 });
 
@@ -148,11 +136,8 @@ t.test("pieces of a module are its owners in their order, a few at a time", asyn
     pieces.flatMap(({ owners }) => owners.map(({ id }) => id)),
     many.map(({ id }) => id),
   );
-  const all = { select: { kind: "k", k: 0 }, gauge: "balanced", privateTerms: 1 } as const;
-  const extractor = await createExtractor();
   const lossesAlone = async (some: readonly Adapter[]) =>
-    new Draft(await openAdapters("buildPack", some, {}, extractor), recipeOf(some, all)).encode({});
+    (await buildPack(some, { select: { kind: "k", k: 0 }, rank: 1 })).report.errors;
   const alone = await lossesAlone(many.slice(0, 3));
   t.strictSame((await lossesAlone(many)).slice(0, 3), alone, "what one loses does not depend on the others");
-  await extractor.close();
 });

@@ -182,11 +182,10 @@ t.test("without a task the model is the one that it was", async (t) => {
   }
 });
 
-t.test("few components, private terms beside them, blends", async (t) => {
+t.test("few components, blends", async (t) => {
   for (const kind of ["vision", "text"]) {
     const pack = await packOf(kind, [`adapters-${kind}`], {
       select: { kind: "k", k: 3 },
-      privateTerms: 2,
       gauge: "balanced",
     });
     const selections: Selection[] = [...pack.tasks.keys(), { a: 0.5, b: 0.75 }, { a: 1, c: -0.5 }];

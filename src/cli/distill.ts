@@ -9,7 +9,7 @@ import { SourceError, TaskError } from "../errors.ts";
 import type { Sign } from "../format/layout.ts";
 import { storedDtypes } from "../pack/add.ts";
 import { completeDtypes } from "../pack/recipe.ts";
-import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";
+import { byId, openTasks, writeTasks } from "../pack/shard/basis.ts";
 import { freshPack, tasksOf } from "../pack/write.ts";
 import type { DistillOptions } from "../train/distill.ts";
 import { refuseOtherBase, signerOf, warnUnsigned } from "./change.ts";

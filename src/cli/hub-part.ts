@@ -11,7 +11,7 @@ import { describeBase } from "../adapters/describe-base.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { readModel } from "../onnx/read.ts";
 import { externalFiles } from "../onnx/tensors.ts";
-import { openPart, type PartKind } from "../pack/shard/part.ts";
+import { openPart, type PartKind } from "../pack/shard/statistics.ts";
 import { VERSION } from "../version.ts";
 import type { Result } from "./command.ts";
 import { writeWhole } from "./files.ts";

@@ -12,7 +12,7 @@ import {
   type Statistics,
   writeStatistics,
 } from "../pack/shard/statistics.ts";
-import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
+import { assemblePack, openTasks, projectTasks } from "../pack/shard/basis.ts";
 import { refuseOtherBase } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { contents, digest, facts, makePart, part } from "./hub-part.ts";

@@ -2,7 +2,8 @@
  * Options of commands: their help and their values, checked before any file is touched; and those that several commands have.
  */
 
-import type { ComponentSelection, Gauge } from "../extract/options.ts";
+import type { ComponentSelection } from "../extract/components.ts";
+import type { Gauge } from "../extract/subspace.ts";
 import { fromIntegrity } from "../format/hash.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
 

@@ -4,13 +4,12 @@
 import type { BuildReport, SharedReport } from "../pack/report.ts";
 import type { SearchReport } from "../pack/search.ts";
 import { VERSION } from "../version.ts";
-import { bytes, count, mean, percent, range, sharing, smaller, sum, table } from "./output.ts";
+import { bytes, count, mean, percent, range, sharing, smaller, table } from "./output.ts";
 
 /** The report of a pack. */
 export function reportText(file: string, report: BuildReport): string[] {
   const { errors, components, ratio, breakEvenTasks, shared, tasks } = report;
   const totals = errors.map(({ total }) => total);
-  const own = report.step === undefined ? Object.entries(report.privateTerms) : codedTerms(report);
   return [
     `${file}: ${count(report.tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
     ...table([
@@ -19,10 +18,7 @@ export function reportText(file: string, report: BuildReport): string[] {
       ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
       ...(shared
         ? [["one task, on average", bytes(report.adapterBytes / tasks), bytes((report.bytes - shared.bytes) / tasks)]]
-        : [
-            ["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"],
-            ...(own.length > 0 ? [["private terms", "", own.map(([dtype, n]) => `${n} in ${dtype}`).join(", ")]] : []),
-          ]),
+        : [["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"]]),
     ]),
     ...(shared ? sharedText(shared, report) : components.max > 0 ? [sharing(breakEvenTasks)] : []),
   ];
@@ -47,11 +43,6 @@ export function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks
   if (sides.length === 0)
     return ["Nothing is shared: no adapters are alike enough for that to save bytes. Each task is stored by itself."];
   return [`Shared: ${sides.join("; ")}. Stored once, that takes ${bytes(stored)} and saves ${bytes(saved)}.`];
-}
-
-function codedTerms({ privateTerms }: BuildReport): [string, number][] {
-  const all = sum(Object.values(privateTerms));
-  return all > 0 ? [["entropy-coded integers", all]] : [];
 }
 
 /** What was decided, and what else was tried. */

@@ -11,7 +11,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { MODELS } from "../adapters/diffusers.ts";
 import { kindInWords } from "../disk.ts";
 import { openSource } from "../open-source.ts";
-import { COMPONENTS } from "../pack/components-file.ts";
+import { COMPONENTS } from "../pack/expand.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
 import { realTarget } from "./lock.ts";

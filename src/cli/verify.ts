@@ -5,8 +5,8 @@ import { readBlob } from "../core/task-file.ts";
 import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
-import { deltaError, relative } from "../extract/error.ts";
-import { type BoundedLoss, measureModule, openModule } from "../extract/project.ts";
+import { deltaError, relative } from "../extract/factors.ts";
+import { type BoundedLoss, measureModule, openModule } from "../extract/subspace.ts";
 import { Fields } from "../format/fields.ts";
 import {
   encodedTensor,
@@ -279,7 +279,8 @@ async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: A
       continue;
     }
     const module = pack.modules[term.module]!;
-    if (term.A && term.B && sharedBases(module) && !term.ownA && !term.ownBt && term.privateRank === 0) {
+    const isFlat = module.A[0]?.kind === "flat";
+    if (term.A && term.B && !isFlat && sharedBases(module) && !term.ownA && !term.ownBt && term.privateRank === 0) {
       const alphaA = encodedTensor(blob.bytes, term.A.tensor);
       const alphaB = encodedTensor(blob.bytes, term.B.tensor);
       const stored = { rank: term.rank, alphaA, alphaB };
