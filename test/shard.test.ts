@@ -285,24 +285,6 @@ t.test("summaries of stacks without a direction: equal rows, zeros, a mean that 
   t.end();
 });
 
-t.test("the strongest components alone are those among all", (t) => {
-  const [width, count] = [300, 400];
-  const random = uniform(9);
-  const rows = Float64Array.from(
-    { length: count * width },
-    (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5),
-  );
-  const builder = collectSummary(count, width);
-  builder.add(rows, count);
-  const summary = builder.finish() as Summary & { kind: "gram" };
-  const few = gramComponents(summary, "keep", 6).components;
-  const all = gramComponents(summary, "keep", () => 6).components;
-  t.same([few.singular.length, all.singular.length], [6, width], "found without the others");
-  t.ok(few.total === all.total && largestDifference(few.singular, all.singular.subarray(0, 6)) < 1e-9);
-  t.ok(largestDifference(few.vectors, all.vectors) < 1e-7, `${largestDifference(few.vectors, all.vectors)}`);
-  t.end();
-});
-
 t.test("what needs all adapters at once is refused by name", async (t) => {
   const balanced = await shard(own.slice(0, 2), { gauge: "balanced" });
   await t.rejects(buildBasis(balanced, { centering: "keep" }), { name: "RangeError", message: /centering "none"/ });
