@@ -89,7 +89,6 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
       "bytes",
       "tasks",
       "modules",
-      "mode",
       "gauge",
       "centering",
       "dtype",
@@ -100,7 +99,6 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   t.match(packed, {
     tasks: 20,
     modules: 12,
-    mode: "column",
     gauge: "as-trained",
     dtype: "f16",
     components: { min: 16, max: 16 },

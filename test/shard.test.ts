@@ -114,12 +114,6 @@ async function assembled(
   return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
 }
 
-function largestDifference(a: ArrayLike<number>, b: ArrayLike<number>): number {
-  let largest = a.length === b.length ? 0 : Infinity;
-  for (let i = 0; i < a.length; i++) largest = Math.max(largest, Math.abs(a[i]! - b[i]!));
-  return largest;
-}
-
 t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machine's pack", async (t) => {
   const settings: (BuildOptions & { gauge: Gauge; centering: "keep" | "none" })[] = [
     { gauge: "as-trained", centering: "keep", select: K16, dtype: F32 },

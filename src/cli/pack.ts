@@ -178,6 +178,10 @@ function sharesComponents(options: PackOptions): boolean {
 function checkOptions(options: PackOptions): void {
   const budget = option.exclusive(options, "bytes", "error", "k", "energy");
   const { model, dtype } = options;
+  if (model !== undefined && dtype)
+    throw new option.UsageError(
+      "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
+    );
   if (sharesComponents(options)) {
     if (budget !== undefined && budget !== "--k" && budget !== "--energy")
       throw new option.UsageError(
@@ -194,10 +198,6 @@ function checkOptions(options: PackOptions): void {
     throw new option.UsageError(`${needs} needs --model: its answers are what packs are judged by`);
   if (model !== undefined && budget === "--error")
     throw new option.UsageError("--error is about ΔW, with --model answers decide: leave it out, or take --agreement");
-  if (model !== undefined && dtype)
-    throw new option.UsageError(
-      "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
-    );
   if (options.agreement !== undefined && budget !== undefined)
     throw new option.UsageError(`--agreement is for packs without a size: leave ${budget} out`);
   if (options.step !== undefined && (dtype?.basis ?? dtype?.coefficients) !== undefined)
