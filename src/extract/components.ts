@@ -5,6 +5,7 @@
  */
 import type { Dtype } from "../tensor/dtypes.ts";
 import { encodeSteps, encodeTensor, storing, toInteger } from "../tensor/encode.ts";
+import { FACTORS } from "../tensor/term.ts";
 import {
   alignSigns,
   balance,
@@ -14,7 +15,6 @@ import {
   mirror,
   mix,
   type Pair,
-  type RowSteps,
   rowSteps,
 } from "./factors.ts";
 import {
@@ -23,6 +23,7 @@ import {
   dominant,
   dot,
   type Eigen,
+  lengthened,
   norm,
   PLAIN,
   type Products,
@@ -41,7 +42,7 @@ import {
   projectTargets,
   type StoredBasis,
   targetsOf,
-  toPairs,
+  toPair,
 } from "./subspace.ts";
 
 /** Whether the mean of the rows is subtracted and stored, or not used at all. */
@@ -336,9 +337,7 @@ export function decompose(
   width: number,
   options: ExtractOptions,
 ): Side {
-  // Only balanced rows are mirrored later.
-  const view = options.gauge === "as-trained";
-  const rows = stacked(factors, view);
+  const rows = stacked(factors);
   const count = rows.length / width;
   const own = rowSquares(rows, count, width).map(Math.sqrt);
   if (options.gauge === "balanced") {
@@ -362,7 +361,7 @@ export function decompose(
     floors[i]! *= weight;
   });
   const components = principalComponents(x, count, width, floors, wanted(options), options.products);
-  return { width, rows: options.rank === undefined ? rows : stacked(all, view), mean, components };
+  return { width, rows: options.rank === undefined ? rows : stacked(all), mean, components };
 }
 
 /** Tasks whose rows are so many times as long as those of others: a mean of both would take digits from the shorter ones. */
@@ -398,18 +397,9 @@ export function reciprocal(factor: Float64Array): number {
   return 1 / (norm(factor) || Infinity);
 }
 
-/**
- * The rows of factors, one below the other.
- * @param view factors that lie one behind the other in memory are not copied: for rows that are not written to. Default: false
- */
-export function stacked(factors: readonly Float64Array[], view: boolean = false): Float64Array {
-  const length = factors.reduce((sum, factor) => sum + factor.length, 0);
-  const { buffer, byteOffset } = factors[0]!;
-  let end = byteOffset;
-  const behind = (factor: Float64Array): boolean =>
-    factor.buffer === buffer && factor.byteOffset === end && (end += factor.byteLength) > 0;
-  if (view && factors.every(behind)) return new Float64Array(buffer as ArrayBuffer, byteOffset, length);
-  const rows = new Float64Array(length);
+/** The rows of factors, one below the other. */
+export function stacked(factors: readonly Float64Array[]): Float64Array {
+  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
   let at = 0;
   for (const factor of factors) {
     rows.set(factor, at);
@@ -486,18 +476,6 @@ export interface ModuleExtraction {
   tasks: ProjectedTask[];
 }
 
-/** A module on its way to being stored. */
-interface Found {
-  stack: ModuleStack;
-  options: ExtractOptions;
-  /** The rank of each task in the gauge asked for. */
-  ranks: readonly number[];
-  A: Side;
-  B: Side;
-  /** Steps of each task's coefficients. */
-  steps?: readonly RowSteps[] | undefined;
-}
-
 /**
  * Extracts one module.
  * @throws RangeError for wrong shapes, NaN or infinity, options out of range, and values that do not fit the stored types
@@ -506,24 +484,38 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   checkSelection(options.select);
   checkRank(options);
   if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
+  const { basisDtype: type, coefficientDtype, products, rank } = options;
   const { pairs, kept } = gaugedPairs(stack, options);
-  const side = (which: "A" | "Bt", width: number): Side =>
-    decompose(
-      pairs.map((pair) => pair[which]),
-      kept.map((pair) => pair[which]),
-      width,
-      options,
-    );
-  const ranks = pairs.map(({ rank }) => rank);
-  const A = side("A", stack.in);
-  const B = side("Bt", stack.out);
+  const ranks = pairs.map((pair) => pair.rank);
   const steps = options.steps && kept.map((pair, i) => rowSteps(pair, options.steps![i]!));
-  const found: Found = { stack, options, ranks, A, B, steps };
-  if (!steps && mirrors(options)) {
-    mirror(A.rows, ranks, stack.in, options.rank);
-    mirror(B.rows, ranks, stack.out, options.rank);
-  }
-  return store(found, A.components.count, B.components.count);
+  const extractSide = (which: "A" | "B"): { side: Side; basis: SideBasis } => {
+    const key = FACTORS[which];
+    const width = which === "A" ? stack.in : stack.out;
+    const factors = (of: readonly Pair[]): Float64Array[] => of.map((pair) => pair[key]);
+    const side = decompose(factors(pairs), factors(kept), width, options);
+    if (!steps && mirrors(options)) mirror(side.rows, ranks, width, rank);
+    const { count, vectors } = side.components;
+    // Steps of rows that are not kept stay 0.
+    const own = steps && stacked(steps.map((task, i) => lengthened(task[key], ranks[i]!)));
+    const basis = storing(
+      `basis ${which} of "${stack.name}"`,
+      () => largestOf(stack, ranks, side),
+      () => encodeSide(side, count, { type, steps: own && componentSteps(side, vectors, own, products) }, products),
+    );
+    return { side, basis };
+  };
+  const A = extractSide("A");
+  const B = extractSide("B");
+  const space = openModule({ A: A.basis, B: B.basis }, products);
+  const a = targetsOf(space.A, A.side.rows, ranks, rank);
+  const b = targetsOf(space.B, B.side.rows, ranks, rank);
+  const tasks = stack.members.map(({ id }, i) => ({
+    id,
+    ...storing(`coefficients of "${stack.name}"`, id, () =>
+      projectTargets(space, a[i]!, b[i]!, coefficientDtype, steps?.[i]),
+    ),
+  }));
+  return { A: A.basis, B: B.basis, tasks };
 }
 
 /** The pairs of a stack in the gauge asked for, and what is kept of them as views. */
@@ -531,7 +523,7 @@ function gaugedPairs(
   stack: ModuleStack,
   { gauge, centering, normalize, rank = Infinity, products }: ExtractOptions,
 ): { pairs: Pair[]; kept: Pair[] } {
-  const given = toPairs(stack.members, stack.out, stack.in);
+  const given = stack.members.map((member) => toPair(member, stack.out, stack.in));
   const pairs = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in, products)) : given;
   const kept = pairs.map((pair) => leadingRows(pair, rank));
   // A sign cancels between component and coefficient unless a mean is kept, which depends on it.
@@ -550,59 +542,12 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
   for (const side of factor === 1 ? [] : [A, Bt]) scale(factor, side, 0, side.length);
 }
 
-function encodeModule(found: Found, kA: number, kB: number): { A: SideBasis; B: SideBasis } {
-  const { stack, A, B, options } = found;
-  const { basisDtype: type, products } = options;
-  const encoded = (which: "A" | "B", side: Side, k: number): SideBasis => {
-    const steps = stepsOf(found, which === "A" ? "A" : "Bt", side, k);
-    return storing(
-      `basis ${which} of "${stack.name}"`,
-      () => largestOf(found, side),
-      () => encodeSide(side, k, { type, steps }, products),
-    );
-  };
-  return { A: encoded("A", A, kA), B: encoded("B", B, kB) };
-}
-
 /** Whose rows are the largest. */
-function largestOf({ stack, ranks }: Found, { rows, width }: Side): string {
+function largestOf({ members }: ModuleStack, ranks: readonly number[], { rows, width }: Side): string {
   let at = 0;
   const peaks = ranks.map((rank) => {
     const own = rows.subarray(at * width, (at += rank) * width);
     return own.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
   });
-  return stack.members[peaks.indexOf(Math.max(...peaks))]!.id;
-}
-
-/** Steps of the first `k` components of one side, and of its mean. */
-function stepsOf(
-  { steps, ranks, options: { products } }: Found,
-  which: "A" | "Bt",
-  side: Side,
-  k: number,
-): Float64Array | undefined {
-  if (!steps) return undefined;
-  const own = new Float64Array(ranks.reduce((a, b) => a + b, 0));
-  let at = 0;
-  for (const [i, rank] of ranks.entries()) {
-    own.set(steps[i]![which].subarray(0, rank), at);
-    at += rank;
-  }
-  const { width, components } = side;
-  return componentSteps(side, components.vectors.subarray(0, k * width), own, products);
-}
-
-function store(found: Found, kA: number, kB: number): ModuleExtraction {
-  const { stack, options, ranks } = found;
-  const basis = encodeModule(found, kA, kB);
-  const space = openModule(basis, options.products);
-  const a = targetsOf(space.A, found.A.rows, ranks, options.rank);
-  const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
-  const tasks = stack.members.map(({ id }, i) => ({
-    id,
-    ...storing(`coefficients of "${stack.name}"`, id, () =>
-      projectTargets(space, a[i]!, b[i]!, options.coefficientDtype, found.steps?.[i]),
-    ),
-  }));
-  return { ...basis, tasks };
+  return members[peaks.indexOf(Math.max(...peaks))]!.id;
 }

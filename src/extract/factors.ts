@@ -339,15 +339,9 @@ const CANCELLED = 1e-6;
 
 /**
  * ‖ΔW − ΔW'‖ and ‖ΔW‖ of two pairs of factors for the same module; ranks and gauges may differ. Exact to a few 1e-15·bound.
- * @param differenceOf ‖ΔW − ΔW'‖ without squares that could cancel. Default: from the factors, for several times the work
  * @throws RangeError when the pairs are of different shapes
  */
-export function deltaError(
-  exact: Pair,
-  approximation: Pair,
-  products?: Products,
-  differenceOf: () => number = () => thinNorm(stackedPairs(exact, approximation, -1)),
-): PairError {
+export function deltaError(exact: Pair, approximation: Pair, products?: Products): PairError {
   const rank = Math.max(exact.rank, approximation.rank);
   const side = (rows: Float64Array, other: Float64Array): SideError => {
     const width = rows.length / exact.rank;
@@ -357,7 +351,8 @@ export function deltaError(
     return sideError(lengthened(rows, rank * width), lengthened(other, rank * width), rank, width, products);
   };
   const found = pairError(side(exact.A, approximation.A), side(exact.Bt, approximation.Bt));
-  return found.difference < CANCELLED * found.bound ? { ...found, difference: differenceOf() } : found;
+  if (found.difference >= CANCELLED * found.bound) return found;
+  return { ...found, difference: thinNorm(subtracted(exact, approximation)) };
 }
 
 /** ‖ΔW‖ without squares that could cancel. */
@@ -367,17 +362,14 @@ function thinNorm({ rank, A, Bt }: Pair): number {
   return norm(multiply(transpose(b, rank, n), a, n, m, rank));
 }
 
-/** ΔW of one plus `sign` times ΔW of the other. May be one of them: not to be written to. */
-export function stackedPairs(one: Pair, other: Pair, sign: 1 | -1): Pair {
-  if (other.rank === 0) return one;
-  if (one.rank === 0 && sign === 1) return other;
+/** ΔW of one less ΔW of the other. */
+function subtracted(one: Pair, other: Pair): Pair {
   const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
-    const all = new Float64Array(a.length + b.length);
-    all.set(a);
+    const all = lengthened(a, a.length + b.length);
     for (let i = 0; i < b.length; i++) all[a.length + i] = factor * b[i]!;
     return all;
   };
-  return { rank: one.rank + other.rank, A: join(one.A, other.A, 1), Bt: join(one.Bt, other.Bt, sign) };
+  return { rank: one.rank + other.rank, A: join(one.A, other.A, 1), Bt: join(one.Bt, other.Bt, -1) };
 }
 
 // Steps of integers that are equally coarse for ΔW. An integer of a coefficient of row i of A changes ΔW by its step times the length of

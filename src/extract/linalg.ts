@@ -456,10 +456,7 @@ function normed(t: Tridiagonal): Normed {
   return { ...t, n, norm };
 }
 
-/**
- * Reduces A to tridiagonal form: H₀·A·H₀, and so on, one row at a time. Reads and writes the upper triangle only, two
- * rows at a time, because this loop is bound by loads and stores.
- */
+/** Reduces A to tridiagonal form: H₀·A·H₀, and so on, one row at a time. Reads and writes the upper triangle only. */
 function tridiagonalize(a: Float64Array, n: number): Tridiagonal {
   const diagonal = new Float64Array(n);
   const off = new Float64Array(n);
@@ -494,48 +491,18 @@ function tridiagonalize(a: Float64Array, n: number): Tridiagonal {
 /** out = A·v over the trailing block from `first`, A symmetric by its upper triangle. */
 function multiplyUpper(a: Float64Array, n: number, first: number, v: Float64Array, out: Float64Array): void {
   out.fill(0, first);
-  let i = first;
-  for (; i + 1 < n; i += 2) {
-    const row0 = i * n;
-    const row1 = row0 + n;
-    const v0 = v[i]!;
-    const v1 = v[i + 1]!;
-    const between = a[row0 + i + 1]!;
-    let sum0 = a[row0 + i]! * v0 + between * v1;
-    let sum1 = between * v0 + a[row1 + i + 1]! * v1;
-    for (let j = i + 2; j < n; j++) {
-      const a0 = a[row0 + j]!;
-      const a1 = a[row1 + j]!;
-      const vj = v[j]!;
-      sum0 += a0 * vj;
-      sum1 += a1 * vj;
-      out[j]! += a0 * v0 + a1 * v1;
-    }
-    out[i]! += sum0;
-    out[i + 1]! += sum1;
+  for (let i = first; i < n; i++) {
+    const row = i * n;
+    out[i]! += dot(a, row + i, v, i, n - i);
+    addScaled(v[i]!, a, row + i + 1, out, i + 1, n - i - 1);
   }
-  if (i < n) out[i]! += a[i * n + i]! * v[i]!;
 }
 
 /** A −= v·wᵀ + w·vᵀ over the upper triangle of the trailing block from `first`. */
 function subtractUpper(a: Float64Array, n: number, first: number, v: Float64Array, w: Float64Array): void {
-  for (let i = first; i < n; i += 2) {
-    const row0 = i * n;
-    const row1 = row0 + n;
-    const v0 = v[i]!;
-    const w0 = w[i]!;
-    a[row0 + i]! -= 2 * v0 * w0;
-    if (i + 1 === n) return;
-    const v1 = v[i + 1]!;
-    const w1 = w[i + 1]!;
-    a[row0 + i + 1]! -= v0 * w1 + w0 * v1;
-    a[row1 + i + 1]! -= 2 * v1 * w1;
-    for (let j = i + 2; j < n; j++) {
-      const vj = v[j]!;
-      const wj = w[j]!;
-      a[row0 + j]! -= v0 * wj + w0 * vj;
-      a[row1 + j]! -= v1 * wj + w1 * vj;
-    }
+  for (let i = first; i < n; i++) {
+    addScaled(-v[i]!, w, i, a, i * n + i, n - i);
+    addScaled(-w[i]!, v, i, a, i * n + i, n - i);
   }
 }
 

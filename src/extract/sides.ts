@@ -158,12 +158,7 @@ export function takeSides(
     const a = storeSide(pair.A, { rank, type, steps: steps?.A }, basisA, A.own);
     const b = storeSide(pair.Bt, { rank, type, steps: steps?.Bt }, basisB, B.own);
     const stored = rank > 0 ? { rank, A: a.values, Bt: b.values } : zeros(inputs, out);
-    const { difference, norm } = deltaError(
-      given,
-      stored,
-      products,
-      apartError(whole, stored, [basisA, basisB], products),
-    );
+    const { difference, norm } = deltaError(given, stored, products);
     const factor = (
       { coefficients, residual }: StoredSide,
       { basis }: SideChoice,
@@ -186,17 +181,6 @@ export function balanced(
   const whole = balance(pair, out, inputs, products);
   if (A?.mean && B?.mean) alignTo(whole, { A: A.mean, Bt: B.mean });
   return whole;
-}
-
-/** ‖ΔW − ΔW'‖ of a pair that shares nothing, from pairs of one gauge; undefined where they are not. */
-function apartError(
-  whole: Pair,
-  stored: Pair,
-  bases: readonly unknown[],
-  products: Products,
-): (() => number) | undefined {
-  if (bases.some(Boolean)) return undefined;
-  return () => deltaError(whole, stored, products).difference;
 }
 
 /** What a task costs on the bases of a module, with a step. @param whole balanced */
@@ -295,7 +279,7 @@ function onBasis(
   const target = targetsOf(basis, rows, [rank])[0]!;
   const { at, squares } = target;
   let total = 0;
-  for (let i = 0; i < rank; i++) total += squares[i * rank + i]!;
+  for (const square of squares) total += square;
   if (dot(at, 0, at, 0, at.length) < least * total) return undefined;
   const { encoded: coefficients, values } = rounded(type, solve(basis, target), rank, K, steps);
   return { coefficients, K, values: expand(basis, values, rank) };

@@ -4,7 +4,7 @@
  * products.
  *
  * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal
- * basis of the same span. In these coordinates errors are sums of squares, and no row is ever expanded.
+ * basis of the same span, in which the length of a projection is a sum of squares.
  */
 import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
 import { encodeTensor, type FindScale } from "../tensor/encode.ts";
@@ -25,16 +25,16 @@ import {
   sideError,
 } from "./factors.ts";
 import {
-  addScaled,
   backwardSolve,
   centred,
   cholesky,
   dot,
   forwardSolve,
-  multiplyTransposed,
+  lengthened,
   PLAIN,
   type Products,
   ROUNDING,
+  rowSquares,
 } from "./linalg.ts";
 
 /** One side's basis as it lies in a pack. */
@@ -59,8 +59,6 @@ export interface Subspace {
   vectors: Float64Array;
   /** L, E·Eᵀ = L·Lᵀ (`cholesky` of linalg.ts: components that depend on earlier ones are left out). */
   factor: Float64Array;
-  /** M in the orthonormal coordinates [components]; zeros where there is no mean. */
-  meanAt: Float64Array;
   /** What multiplies the large matrices. */
   products: Products;
 }
@@ -72,18 +70,10 @@ export interface Target {
   kept: number;
   /** [rank, width]. */
   values: Float64Array;
-  /** rows·rowsᵀ. */
-  rows: Float64Array;
-  /** x·xᵀ. */
+  /** ‖x‖² of each row. */
   squares: Float64Array;
-  /** x·M [rank]; zeros where there is no mean. */
-  alongMean: Float64Array;
   /** x in the orthonormal coordinates [rank, components]. */
   at: Float64Array;
-  /** x⊥·x⊥ᵀ, where x⊥ is the part of x outside the span of all components, which no coefficients reach. */
-  outside: Float64Array;
-  /** rows·x⊥ᵀ. */
-  rowsOutside: Float64Array;
 }
 
 /** Decodes and factors a basis. */
@@ -94,9 +84,7 @@ export function openSubspace(stored: StoredBasis, products: Products = PLAIN): S
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
   const factor = cholesky(products.gram(vectors, components, width), components);
-  const meanAt = mean ? multiplyTransposed(mean, vectors, 1, components, width) : new Float64Array(components);
-  forwardSolve(factor, components, meanAt, 1);
-  return { components, width, mean, vectors, factor, meanAt, products };
+  return { components, width, mean, vectors, factor, products };
 }
 
 /**
@@ -115,67 +103,20 @@ export function targetsOf(
   const x = centred(rows, total, width, mean);
   const at = space.products.multiplyTransposed(x, space.vectors, total, components, width);
   forwardSolve(space.factor, components, at, total);
-  const alongMean = mean ? multiplyTransposed(x, mean, total, 1, width) : new Float64Array(total);
+  const squares = rowSquares(x, total, width);
   let from = 0;
   return ranks.map((rank) => {
     const to = from + rank;
-    const values = rows.subarray(from * width, to * width);
     const target = {
       rank,
       kept: Math.min(rank, most),
-      values,
-      rows: space.products.gram(values, rank, width),
-      squares: space.products.gram(x.subarray(from * width, to * width), rank, width),
-      alongMean: alongMean.subarray(from, to),
+      values: rows.subarray(from * width, to * width),
+      squares: squares.subarray(from, to),
       at: at.subarray(from * components, to * components),
     };
     from = to;
-    return { ...target, ...outsideOf(space, target) };
+    return target;
   });
-}
-
-/** A difference of squares below this share of them has too few digits. */
-const CANCELLED = 1e-11;
-
-/**
- * What is outside the span is a difference of squares: where it is below the rounding of an f32 (`ROUNDING`) it cannot be told from
- * zero and counts as zero. Where the mean is much larger than a row, as in a small task beside large ones, that may be much of the row:
- * there it is computed from what all components make of the rows.
- */
-function outsideOf(
-  space: Subspace,
-  target: Omit<Target, "outside" | "rowsOutside">,
-): Pick<Target, "outside" | "rowsOutside"> {
-  const { components, meanAt, width, products } = space;
-  const { rank, kept, values, rows, squares, alongMean, at } = target;
-  const left = new Float64Array(rank);
-  let isLost = false;
-  for (let i = 0; i < rank; i++) {
-    const square = squares[i * rank + i]!;
-    left[i] = square - dot(at, i * components, at, i * components, components);
-    if (i < kept && left[i]! <= CANCELLED * square && square > 4 * rows[i * rank + i]!) isLost = true;
-    if (left[i]! <= ROUNDING ** 2 * square) left[i] = 0;
-  }
-  if (isLost) {
-    const all = expand(space, solve(space, { at, kept: rank }), rank);
-    const { lost, cross } = sideError(values, all, rank, width, products);
-    return { outside: lost, rowsOutside: cross };
-  }
-  const outside = new Float64Array(rank * rank);
-  for (let i = 0; i < rank; i++) {
-    outside[i * rank + i] = left[i]!;
-    for (let j = 0; left[i] && j < i; j++) {
-      if (!left[j]) continue;
-      const both = squares[i * rank + j]! - dot(at, i * components, at, j * components, components);
-      outside[i * rank + j] = outside[j * rank + i] = both;
-    }
-  }
-  const rowsOutside = outside.slice();
-  for (let j = 0; j < rank; j++) {
-    const mean = alongMean[j]! - dot(meanAt, 0, at, j * components, components);
-    for (let ij = j; ij < rank * rank; ij += rank) rowsOutside[ij]! += mean;
-  }
-  return { outside, rowsOutside };
 }
 
 /** Least squares coefficients [kept, components] of a target on the components as stored, about the mean as stored. */
@@ -186,53 +127,20 @@ export function solve({ components, factor }: Subspace, { at, kept }: Pick<Targe
 }
 
 /** Theorem 1's δ: the largest sine of the angle between a row of x and the span; 0 for rows that are the mean. */
-export function largestSine(space: Subspace, target: Target): number {
-  const { components } = space;
-  const { rank, kept, at } = target;
+export function largestSine({ components, width }: Subspace, { kept, values, squares, at }: Target): number {
+  const rows = rowSquares(values, kept, width);
   let largest = 0;
   for (let i = 0; i < kept; i++) {
-    const square = target.squares[i * rank + i]!;
-    if (square <= ROUNDING ** 2 * target.rows[i * rank + i]!) continue;
-    largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / square);
+    if (squares[i]! <= ROUNDING ** 2 * rows[i]!) continue;
+    largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / squares[i]!);
   }
   return Math.sqrt(largest);
 }
 
-/**
- * What coefficients α [kept, components] lose of a target: the part outside the span, and what α·L misses inside it.
- */
-export function lossOf(space: Subspace, target: Target, coefficients: Float64Array): SideError {
-  const { components, factor, meanAt } = space;
-  const { rank, kept, rows, at, outside, rowsOutside } = target;
-  const missed = at.slice(0, kept * components);
-  for (let i = 0; i < kept; i++)
-    for (let n = 0; n < components; n++)
-      addScaled(-coefficients[i * components + n]!, factor, n * components, missed, i * components, n + 1);
-  const lost = new Float64Array(rank * rank);
-  const cross = new Float64Array(rank * rank);
-  for (let j = 0; j < kept; j++) {
-    const mean = dot(meanAt, 0, missed, j * components, components);
-    for (let i = 0; i < rank; i++) {
-      const ij = i * rank + j;
-      if (i <= j) {
-        const both = outside[ij]! + dot(missed, i * components, missed, j * components, components);
-        lost[ij] = lost[j * rank + i] = both;
-      }
-      cross[ij] = rowsOutside[ij]! + dot(at, i * components, missed, j * components, components) + mean;
-    }
-  }
-  leaveOut({ rank, rows, lost, cross }, kept);
-  return { rank, rows, lost, cross };
-}
-
-/** Fills in what rows without coefficients lose: themselves, mean and all. */
-function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): void {
-  for (let i = 0; i < rank; i++) {
-    for (let j = kept; j < rank; j++) {
-      cross[i * rank + j] = rows[i * rank + j]!;
-      lost[i * rank + j] = lost[j * rank + i] = i < kept ? cross[j * rank + i]! : rows[i * rank + j]!;
-    }
-  }
+/** Loss of coefficients α [kept, components] of a target. Rows without coefficients lose themselves, mean and all. */
+export function lossOf(space: Subspace, { rank, kept, values }: Target, coefficients: Float64Array): SideError {
+  const stored = lengthened(expand(space, coefficients, kept), values.length);
+  return sideError(values, stored, rank, space.width, space.products);
 }
 
 /** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
@@ -450,30 +358,14 @@ function targetOf(space: Subspace, factor: Float64Array, most?: number): Target 
   return targetsOf(space, factor, [factor.length / space.width], most)[0]!;
 }
 
-/** Pairs of a module's members, one behind the other in memory, so that a stack of them needs no copy. */
-export function toPairs(members: readonly ModuleMember[], outputs: number, inputs: number): Pair[] {
-  const lengthOf = (side: "A" | "Bt"): number => members.reduce((sum, member) => sum + member[side].length, 0);
-  const [A, Bt] = [new Float64Array(lengthOf("A")), new Float64Array(lengthOf("Bt"))];
-  let [a, b] = [0, 0];
-  return members.map((member) =>
-    toPair(member, outputs, inputs, {
-      A: A.subarray(a, (a += member.A.length)),
-      Bt: Bt.subarray(b, (b += member.Bt.length)),
-    }),
-  );
-}
-
-/** @param to where its values go. Default: new arrays */
-export function toPair(member: ModuleMember, outputs: number, inputs: number, to?: Omit<Pair, "rank">): Pair {
-  const { id, rank } = member;
+/** The factors of a member in f64. @throws RangeError for factors of other widths, NaN and infinity */
+export function toPair({ id, rank, A, Bt }: ModuleMember, outputs: number, inputs: number): Pair {
   const side = (name: "A" | "Bt", values: Float32Array, width: number): Float64Array => {
-    if (!Number.isInteger(rank) || rank < 1 || values.length !== rank * width) {
+    if (!Number.isInteger(rank) || rank < 1 || values.length !== rank * width)
       throw new RangeError(
         `adapter ${id}: ${name} holds ${values.length} values, expected rank ${rank} times ${width}`,
       );
-    }
-    const out = to?.[name] ?? new Float64Array(values.length);
-    out.set(values);
+    const out = Float64Array.from(values);
     // Twenty times the speed of a search, and only NaN and infinity are not 0 when they are taken from themselves.
     let rest = 0;
     for (let i = 0; i < out.length; i++) rest += out[i]! - out[i]!;
@@ -483,5 +375,5 @@ export function toPair(member: ModuleMember, outputs: number, inputs: number, to
     }
     return out;
   };
-  return { rank, A: side("A", member.A, inputs), Bt: side("Bt", member.Bt, outputs) };
+  return { rank, A: side("A", A, inputs), Bt: side("Bt", Bt, outputs) };
 }
