@@ -135,20 +135,14 @@ async function bundle(entry, options) {
   return /** @type {esbuild.OutputFile[]} */ (outputFiles)[0].text;
 }
 
-/** Stays a module of its own, which the rest of the package uses too. @type {esbuild.Plugin} */
-const TEXT_APART = {
-  name: "text apart",
-  setup: (build) => build.onResolve({ filter: /^\.\.\/text\.ts$/ }, () => ({ path: "../text.js", external: true })),
-};
-
 /** commander is CommonJS, and requires modules of Node. */
 const REQUIRE = "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);";
 
-const LICENCES = "/*! EigenLoRA Edge, Apache-2.0; contains @bufbuild/protobuf, Apache-2.0 */";
+const LICENCE = "/*! EigenLoRA Edge, Apache-2.0 */";
 
 /** The viewer of packs as one file: its script and its styles stand in it, and its policy allows them by their hashes. */
 async function viewer() {
-  const script = await bundle("examples/viewer/main.js", { minify: true, banner: { js: LICENCES } });
+  const script = await bundle("examples/viewer/main.js", { minify: true, banner: { js: LICENCE } });
   const { code: style } = await esbuild.transform(read("examples/viewer/viewer.css"), { loader: "css", minify: true });
   /** @param {string} text */
   const allowed = (text) => `'sha256-${createHash("sha256").update(text).digest("base64")}'`;
@@ -186,12 +180,11 @@ function prune(folder = "") {
 /** Contents by path in dist. @type {Map<string, string | Uint8Array>} */
 const files = new Map([...kernelFiles(await kernels()), ...shaderFiles(), ...(await modules())]);
 // What is used of a library, with its licence, so that the package has no dependency.
-files.set("src/onnx/protobuf.js", await bundle("src/onnx/protobuf.ts", { plugins: [TEXT_APART] }));
 files.set("src/format/msgpackr.js", await bundle("src/format/msgpackr.ts"));
 files.set("src/cli/commander.js", await bundle("src/cli/commander.ts", { platform: "node", banner: { js: REQUIRE } }));
 write(files);
 // For pages without a bundler.
-files.set("browser.js", await bundle("dist/src/browser.js", { minify: true, banner: { js: LICENCES } }));
+files.set("browser.js", await bundle("dist/src/browser.js", { minify: true, banner: { js: LICENCE } }));
 files.set("viewer.html", await viewer());
 write(files);
 prune();

@@ -6,6 +6,7 @@
 import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack, TaskInfo } from "../src/core/pack.ts";
 import { copySelection, type Selection, Switching } from "../src/core/selection.ts";
+import { checkEach } from "../src/session/group.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
 import type { SourceInput } from "../src/source.ts";
 import type {
@@ -16,31 +17,30 @@ import type {
   SessionSwitchReport,
 } from "./onnxruntime.ts";
 import {
+  byName,
   type Find,
   finder,
+  foundOnly,
+  HeldPipeline,
+  ignoredByAll,
+  isDisposed,
   isId,
+  labelsOf,
+  makeOurs,
   type OwnSessions,
   type PipelineModel,
   type PipelineOrt,
   type PipelineSession,
-  remake,
-  staged,
-} from "./transformers-model.ts";
-import {
-  byName,
-  checkEach,
-  foundOnly,
-  ignoredByAll,
-  isDisposed,
-  makeOurs,
   type Rest,
   refuseOther,
   releaseAll,
+  remake,
   shownOf,
+  staged,
   standIn,
+  type TransformersPipeline,
   type Whole,
-} from "./transformers-sessions.ts";
-import { HeldPipeline, labelsOf, type TransformersPipeline } from "./transformers-shared.ts";
+} from "./pipeline.ts";
 
 export type { PipelineModel, PipelineOrt, PipelineSession, TransformersPipeline };
 
@@ -111,7 +111,7 @@ export async function attachPack(
   }
   const names = sessionNames(pipe, part);
   refuseForSeveral(names, model, rest);
-  checkEach(each, names);
+  checkEach("attachPack", each, names, [...SESSION_OPTIONS, "session"]);
   const ort = { Tensor: tensorClass(pipe, Tensor), env: ENV };
   const loading = { ...(rest.onProgress && { progress_callback: staged(rest.onProgress) }), ...pretrained };
   const held = new HeldPipeline(pipe, pack.name);

@@ -8,17 +8,10 @@
 export { openHost } from "../dist/src/core/open-base.js";
 export { openSource } from "../dist/src/open-source.js";
 export { atOnce } from "../dist/src/pace.js";
-export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
+export { isCodedPack } from "../dist/src/pack/write.js";
 export { transpose } from "../dist/src/tensor/derived.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
-export {
-  DTYPES,
-  decodeTensor,
-  f16ToF32,
-  f32ToBf16,
-  f32ToF16,
-  tensorBytes,
-} from "../dist/src/tensor/dtypes.js";
+export { DTYPES, decodeTensor, f16ToF32, f32ToBf16, f32ToF16 } from "../dist/src/tensor/dtypes.js";
 export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors } from "../dist/src/tensor/safetensors.js";
@@ -27,7 +20,6 @@ export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
 
-export { reuse } from "../dist/src/core/stage.js";
 export { parseTaskFile } from "../dist/src/core/task-file.js";
 export { Trust } from "../dist/src/core/trust.js";
 export {
@@ -43,7 +35,7 @@ export {
 } from "../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
-export { encodeBasis, encodeSignedTaskFile, encodeSuperblock, encodeTask } from "../dist/src/format/encode.js";
+export { encodeBasis, encodeSignedTaskFile, encodeTask } from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
 export { crc32c } from "../dist/src/format/fields.js";
 export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/format.js";
@@ -59,7 +51,7 @@ export { openGguf } from "../dist/src/tensor/gguf.js";
 
 // Names that no server would be asked by.
 
-export { type HubName, hubName, hubUrl } from "../dist/src/http/hub-name.js";
+export { type HubName, hubName } from "../dist/src/http/hub-name.js";
 
 // Every backend on the same numbers, and kernels that the chosen backend would hide.
 
@@ -69,11 +61,10 @@ export { createBackend } from "../dist/src/backends/select.js";
 export { createWasmBackend } from "../dist/src/backends/wasm.js";
 export { createHeap, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
 export { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
-export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
+export { Faults } from "../dist/src/backends/webgpu-recorder.js";
 
 // Where a weight is: cases that no model of the tests has.
 
-export { sharedModules } from "../dist/src/adapters/adapter.js";
 export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
 export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
@@ -92,16 +83,14 @@ export {
   principalComponents,
   type SideBasis,
 } from "../dist/src/extract/components.js";
-export { alignSigns, balance, deltaError, mirror, mix, type Pair, relative } from "../dist/src/extract/factors.js";
+export { balance, deltaError, type Pair, relative } from "../dist/src/extract/factors.js";
 export {
   backwardSolve,
   centred,
   cholesky,
-  dot,
   forwardSolve,
   gram,
   lq,
-  multiply,
   multiplyTransposed,
   PLAIN,
   type Products,
@@ -118,37 +107,22 @@ export {
   openModule,
   projectModule,
 } from "../dist/src/extract/subspace.js";
-export {
-  collectSummary,
-  gramComponents,
-  type Summary,
-  summaryKind,
-  triangle,
-} from "../dist/src/pack/shard/statistics.js";
+export { summaryKind } from "../dist/src/pack/shard/statistics.js";
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
-export { createExtractor } from "../dist/src/extract/extractor.js";
 export { openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-export { buildStreamed, gathered, openAdapters, packRows, piecesOf } from "../dist/src/pack/build.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
-export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
+export { completeDtypes } from "../dist/src/pack/recipe.js";
 export { lossesOf } from "../dist/src/pack/report.js";
-export { searchStreamed } from "../dist/src/pack/search.js";
 export { type Steps, search, Unreachable, withinError } from "../dist/src/pack/seek.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/tasks.js";
 export { allOf, freshPack } from "../dist/src/pack/write.js";
 
 // What the command line makes packs of: parts of machines.
 
-export {
-  assemblePack,
-  type BasisOptions,
-  buildBasis,
-  openTasks,
-  projectTasks,
-} from "../dist/src/pack/shard/basis.js";
+export { assemblePack, type BasisOptions, buildBasis, openTasks, projectTasks } from "../dist/src/pack/shard/basis.js";
 export {
   adapterStatistics,
   mergeStatistics,
@@ -162,29 +136,25 @@ export {
 
 // ONNX graphs, made and changed node by node.
 
-export type { AdaptedLayer, GraftHead, TaskInput } from "../dist/src/onnx/adapted.js";
 export { readVector } from "../dist/src/onnx/dequantize.js";
-export { graft } from "../dist/src/onnx/graft.js";
-export { endOf, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
-export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
+export { inject, type TaskInput } from "../dist/src/onnx/inject.js";
+export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../dist/src/onnx/linear.js";
+export { indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
-export { type Attributes, checkGraftable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
-export {
-  type GraphProto,
-  type ModelProto,
-  type NodeProto,
-  type TensorProto,
-  TensorShapeProto_DimensionSchema,
-  type ValueInfoProto,
-} from "../dist/src/onnx/onnx_pb.js";
+export { type Attributes, checkInjectable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
 export {
   AttributeProtoSchema,
   create,
+  DimensionSchema,
   fromBinary,
+  type GraphProto,
   GraphProtoSchema,
+  type ModelProto,
   ModelProtoSchema,
+  type NodeProto,
   NodeProtoSchema,
+  type TensorProto,
   TensorProtoSchema,
   toBinary,
   ValueInfoProtoSchema,
@@ -194,18 +164,13 @@ export { replaceByFile, type WeightInput } from "../dist/src/onnx/replaceable.js
 export { skeletonOf } from "../dist/src/onnx/skeleton.js";
 export { readTensor as readOnnxTensor } from "../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../dist/src/onnx/weights.js";
-export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
+export { detachWeights, embedWeights } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
-export { whileAlive } from "../dist/bindings/ort-device.js";
-export { optionsFor } from "../dist/bindings/ort-engine.js";
-export { hold, labelsOf } from "../dist/bindings/transformers-shared.js";
+export { optionsFor, whileAlive } from "../dist/bindings/ort-engine.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
-export { ModelMatcher } from "../dist/src/session/match.js";
-export { planSession } from "../dist/src/session/plan.js";
-export { prepareModel } from "../dist/src/session/prepare.js";
-export { compareRows } from "../dist/src/session/rows.js";
+export { planSession, prepareModel } from "../dist/src/session/prepare.js";
 export { type Survey, surveyModel } from "../dist/src/session/survey.js";
 export type { Trainable } from "../dist/src/session/training.js";
 
@@ -219,47 +184,32 @@ export {
   differentiate,
   type TrainingGraph,
   type TrainingGraphOptions,
-  takeUntransposed,
 } from "../dist/src/autodiff/graph.js";
 export { type ProbedPath, probePath } from "../dist/src/autodiff/path.js";
 export { RULES } from "../dist/src/autodiff/rules.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { Problems } from "../dist/src/autodiff/shapes.js";
 export { fixInnerHeads } from "../dist/src/session/training.js";
-export { askAdapter } from "../dist/src/train/answers.js";
-export { supervisionOf } from "../dist/src/train/create-trainer.js";
-export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
 export { modelBase } from "../dist/src/train/pack-by-answers.js";
 export { MeanDivergence } from "../dist/src/train/probabilities.js";
 export { readDonor, startState } from "../dist/src/train/start.js";
 export { AdamW } from "../dist/src/train/state.js";
 export { createBatcher } from "../dist/src/train/supervision.js";
-export { headInputs } from "../dist/src/train/trainable-model.js";
 export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
 
 // Small things with many cases.
 
-export { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+export { checkChoice, nearest } from "../dist/src/arguments.js";
 export { Queue } from "../dist/src/queue.js";
 export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 
 // The command line in this process, with its disk, clock or output replaced.
 
-export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
-export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
-export { takeLock } from "../dist/src/cli/lock.js";
-export { openModel } from "../dist/src/cli/model.js";
-export {
-  createOutput,
-  leftOf,
-  lossTable,
-  paragraph,
-  printable,
-  smaller,
-  timeLeft,
-} from "../dist/src/cli/output.js";
+export { downloading, Run } from "../dist/src/cli/command.js";
+export { openScratch, takeLock, writeTogether, writeWhole } from "../dist/src/cli/files.js";
+export { openModel, readExamples, readQuestions } from "../dist/src/cli/model.js";
+export { createOutput, leftOf, lossTable, paragraph, printable, smaller, timeLeft } from "../dist/src/cli/output.js";
 export { runProgram } from "../dist/src/cli/program.js";
-export { downloading, Run } from "../dist/src/cli/run.js";
 
 /** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */
 export const COMMAND_LINE: URL = new URL("../dist/src/cli/", import.meta.url);

@@ -211,10 +211,9 @@ t.test("every definition computes what its operator does", async (t) => {
     // Definitions ignore outputs of the graph: a node must read them.
     for (const name of wanted) graph.node.push(makeNode("Identity", `${name}.out`, [name], `${name}.out`));
     graph.output.push(...wanted.map((name) => makeValue(`${name}.out`, 1)));
-    const $typeName = "onnx.OperatorSetIdProto" as const;
     const opsetImport = [
-      { $typeName, domain: "", version: BigInt(opset) },
-      { $typeName, domain: "com.microsoft", version: 1n },
+      { domain: "", version: BigInt(opset) },
+      { domain: "com.microsoft", version: 1n },
     ];
     const bytes = toBinary(
       ModelProtoSchema,

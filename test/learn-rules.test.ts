@@ -537,10 +537,9 @@ async function derive(
   { gathers = false, untold = false } = {},
 ): Promise<{ forward: Uint8Array; both: Uint8Array; path: ProbedPath }> {
   graph.output.push(makeValue("whole", 1));
-  const $typeName = "onnx.OperatorSetIdProto" as const;
   const opsetImport = [
-    { $typeName, domain: "", version: BigInt(opset) },
-    { $typeName, domain: "com.microsoft", version: 1n },
+    { domain: "", version: BigInt(opset) },
+    { domain: "com.microsoft", version: 1n },
   ];
   const forward = toBinary(
     ModelProtoSchema,
@@ -722,51 +721,6 @@ t.test("weights in blocks: no rows, and what is left alone", async (t) => {
   t.equal(dims(unpackedOf(half, false)), "5");
 });
 
-t.test("a weight in blocks that is unpacked in parts", async (t) => {
-  // Two whole parts and a rest.
-  const [K, N] = [32, 2 ** 19 + 7];
-  const scales = Float32Array.from({ length: N }, (_, i) => 0.01 + (i % 13) / 1000);
-  const one: Case = {
-    opset: 17,
-    inputs: [
-      { dims: ["n", K] },
-      { constant: bytes(3, N, 1, 16) },
-      {
-        constant: (name) => ({
-          ...makeFloats(name, [], []),
-          dims: [BigInt(N), 1n],
-          rawData: new Uint8Array(scales.buffer),
-        }),
-      },
-    ],
-    attributes: { K, N, bits: 4, block_size: 32 },
-  };
-  const feeds = PROBED.map((sizes) => feedsOf(one, sizes, uniform(1)));
-  const [forward, both] = await differentiated("com.microsoft.MatMulNBits", one, feeds);
-  const unit = Float32Array.from({ length: K * K }, (_, i) => Number(i % (K + 1) === 0));
-  const x0 = new NODE.Tensor("float32", unit, [K, K]);
-  const own = await NODE.InferenceSession.create(forward);
-  const session = await NODE.InferenceSession.create(both, { extra: { session: { disable_prepacking: "1" } } });
-  // Rows of units give the columns of the weight.
-  const columns = (await own.run({ x0 }))["whole"]!.data as Float32Array;
-  const g = Float32Array.from({ length: K * N }, (_, i) => ((7 * i) % 11) - 5);
-  const results = await session.run({ x0, seed: new NODE.Tensor("float32", g, [1, K * N]) });
-  const found = results["whole"]!.data as Float32Array;
-  t.ok(columns.every((value, i) => Math.abs(value - found[i]!) < 1e-6));
-  const gradient = results["dx0"]!.data as Float32Array;
-  const last = (K - 1) * N;
-  for (let k = 0; k < K; k++) {
-    let [sum, size] = [0, 0];
-    for (let i = 0; i < N; i++) {
-      sum += columns[k * N + i]! * g[last + i]!;
-      size += Math.abs(columns[k * N + i]! * g[last + i]!);
-    }
-    t.ok(Math.abs(sum - gradient[(K - 1) * K + k]!) < 1e-6 * size, `column ${k}`);
-  }
-  await own.release();
-  await session.release();
-});
-
 t.test("equal maxima share a gradient", async (t) => {
   const one: Case = { opset: 17, inputs: [{ dims: ["n", "m"] }], attributes: { axes: [1], keepdims: 0 } };
   const [, both] = await differentiated(
@@ -779,130 +733,6 @@ t.test("equal maxima share a gradient", async (t) => {
   const results = await session.run({ x0: x, seed: new NODE.Tensor("float32", Float32Array.of(1, 8), [1, 2]) });
   t.same([...(results["dx0"]!.data as Float32Array)], [0, 0.5, 0.5, 0, 2, 2, 2, 2]);
   await session.release();
-});
-
-t.test("GELU in five nodes is one operator backward", async (t) => {
-  type Nodes = readonly (readonly [op: string, a: string, b: string, made: string])[];
-  const variants: readonly [what: string, nodes: Nodes, fused: boolean][] = [
-    [
-      "half behind",
-      [
-        ["Div", "x", "√2", "u"],
-        ["Erf", "u", "", "e"],
-        ["Add", "e", "1", "c"],
-        ["Mul", "x", "c", "p"],
-        ["Mul", "p", "½", "y"],
-      ],
-      true,
-    ],
-    [
-      "half in front, operands the other way round",
-      [
-        ["Mul", "1/√2", "x", "u"],
-        ["Erf", "u", "", "e"],
-        ["Add", "1", "e", "c"],
-        ["Mul", "x", "½", "h"],
-        ["Mul", "c", "h", "y"],
-      ],
-      true,
-    ],
-    [
-      "another factor",
-      [
-        ["Div", "x", "√2", "u"],
-        ["Erf", "u", "", "e"],
-        ["Add", "e", "1", "c"],
-        ["Mul", "x", "c", "p"],
-        ["Mul", "p", "1", "y"],
-      ],
-      false,
-    ],
-    [
-      "another scale",
-      [
-        ["Div", "x", "1", "u"],
-        ["Erf", "u", "", "e"],
-        ["Add", "e", "1", "c"],
-        ["Mul", "x", "c", "p"],
-        ["Mul", "p", "½", "y"],
-      ],
-      false,
-    ],
-    [
-      "divided the other way",
-      [
-        ["Div", "√2", "x", "u"],
-        ["Erf", "u", "", "e"],
-        ["Add", "e", "1", "c"],
-        ["Mul", "x", "c", "p"],
-        ["Mul", "p", "½", "y"],
-      ],
-      false,
-    ],
-    [
-      "used by somebody else",
-      [
-        ["Div", "x", "√2", "u"],
-        ["Erf", "u", "", "e"],
-        ["Add", "e", "1", "c"],
-        ["Mul", "x", "c", "p"],
-        ["Mul", "p", "½", "q"],
-        ["Add", "q", "e", "y"],
-      ],
-      false,
-    ],
-    [
-      "times another value",
-      [
-        ["Div", "x", "√2", "u"],
-        ["Erf", "u", "", "e"],
-        ["Add", "e", "1", "c"],
-        ["Mul", "u", "c", "p"],
-        ["Mul", "p", "½", "y"],
-      ],
-      false,
-    ],
-  ];
-  const numbers = { "√2": Math.SQRT2, "1/√2": Math.SQRT1_2, "½": 0.5, "1": 1 };
-  for (const [what, nodes, fused] of variants) {
-    const graph = create(GraphProtoSchema, { name: "gelu" });
-    for (const [op, a, b, made] of nodes) graph.node.push(makeNode(op, made, b === "" ? [a] : [a, b], made));
-    graph.node.push(makeNode("Identity", "whole", ["y"], "whole"));
-    for (const [name, value] of Object.entries(numbers)) graph.initializer.push(makeFloats(name, [value], []));
-    graph.input.push(makeValue("x", 1, ["n", "m"]));
-    const feeds = PROBED.map(
-      ({ n, m }) => new Map([["x", { dataType: 1, dims: [n, m], data: new Float32Array(n * m).fill(0.5) }]]),
-    );
-    const { forward, both, path } = await derive(what, graph, 17, ["x"], feeds);
-    t.same(
-      path.nodes.map(({ opType }) => opType),
-      fused ? ["Gelu", "Identity"] : [...nodes.map(([op]) => op), "Identity"],
-      what,
-    );
-    const [session, gradients] = [
-      await NODE.InferenceSession.create(forward),
-      await NODE.InferenceSession.create(both),
-    ];
-    const x = Float32Array.of(-3, -1.2, -0.4, 0.3, 0.9, 2.5);
-    const y = async (by: number): Promise<Float32Array> =>
-      (
-        await session.run({
-          x: new NODE.Tensor(
-            "float32",
-            x.map((value) => value + by),
-            [2, 3],
-          ),
-        })
-      )["whole"]!.data as Float32Array;
-    const [up, down] = [await y(0.01), await y(-0.01)];
-    const { dx } = await gradients.run({
-      x: new NODE.Tensor("float32", x, [2, 3]),
-      seed: new NODE.Tensor("float32", new Float32Array(6).fill(1), [2, 3]),
-    });
-    const off = Math.max(...x.map((_, i) => Math.abs((up[i]! - down[i]!) / 0.02 - (dx!.data as Float32Array)[i]!)));
-    t.ok(off < 1e-3, `${what}: off by ${off.toExponential(1)}`);
-    await Promise.all([session.release(), gradients.release()]);
-  }
 });
 
 t.test("uses of an operator that gradients do not pass", async (t) => {

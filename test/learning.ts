@@ -7,21 +7,20 @@ import type { Feed } from "eigenlora/session";
 import type { BatchFeeds, Example } from "eigenlora/train";
 import type * as common from "onnxruntime-common";
 import {
+  type AdaptedHead,
   type AdaptedLayer,
   buildTrainingGraph,
-  checkGraftable,
+  checkInjectable,
   detachWeights,
   endOf,
   findParameters,
   findWeight,
   fixInnerHeads,
-  type GraftHead,
-  graft,
+  inject,
   linearsOf,
   type ModelFile,
   matrixShape,
   NameMatcher,
-  NotLinear,
   openSafetensors,
   openSource,
   readLinearWeight,
@@ -205,12 +204,12 @@ export function layerOf({ model }: ModelFile, module: string, byHand?: ReadonlyM
   const parameter = parameters.get(findWeight(new NameMatcher(parameters.keys()), module, byHand))!;
   const [out, inputs] = matrixShape(parameter)!;
   const linears = linearsOf(model, parameter);
-  if (linears instanceof NotLinear) throw new Error(linears.reason);
+  if (typeof linears === "string") throw new Error(linears);
   return { name: module, in: inputs, out, linears, factors: true, rowScale: false };
 }
 
 /** A layer as a head, always with a bias: exporters drop zeros. */
-export function headLayerOf(file: ModelFile, module: string): GraftHead {
+export function headLayerOf(file: ModelFile, module: string): AdaptedHead {
   const { name, in: inputs, out, linears } = layerOf(file, module);
   return {
     name,
@@ -224,16 +223,16 @@ export function headLayerOf(file: ModelFile, module: string): GraftHead {
 /** A training graph with factors of some layers, and with heads. */
 export async function graphOf(
   file: ModelFile,
-  { modules = [], heads = [] }: { modules?: readonly AdaptedLayer[]; heads?: readonly GraftHead[] },
+  { modules = [], heads = [] }: { modules?: readonly AdaptedLayer[]; heads?: readonly AdaptedHead[] },
   options: Partial<TrainingGraphOptions> = {},
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
-  checkGraftable(file.model);
-  const grafted = graft(file.model, { modules, biases: [], rows: [], vectors: [], heads }, { probe: false });
+  checkInjectable(file.model);
+  const injected = inject(file.model, { modules, biases: [], rows: [], vectors: [], heads }, { probe: false });
   const outputsOf = (module: string) => heads.find(({ name }) => name === module)?.out;
-  fixInnerHeads(file.model.graph.proto, grafted.inputs, outputsOf);
+  fixInnerHeads(file.model.graph.proto, injected.inputs, outputsOf);
   return {
-    graph: await buildTrainingGraph(file, grafted, { probe: probeOf(NODE), ...options }),
-    inputs: grafted.inputs,
+    graph: await buildTrainingGraph(file, injected, { probe: probeOf(NODE), ...options }),
+    inputs: injected.inputs,
   };
 }
 

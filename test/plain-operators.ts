@@ -1,5 +1,5 @@
 /**
- * ONNX operators in plain JavaScript: those of the models in session.test.ts and of their grafts. A value is a list of f64 numbers,
+ * ONNX operators in plain JavaScript: those of the models in session.test.ts and of what sessions add to them. A value is a list of f64 numbers,
  * whatever its ONNX type; so is an attribute, except a tensor, which comes as the last input.
  */
 import { BackendError } from "eigenlora";

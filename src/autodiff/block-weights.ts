@@ -8,7 +8,7 @@
 import { FLOAT, UINT8 } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { CONTRIBUTED, PREFIX } from "../onnx/nodes.ts";
-import type { NodeProto } from "../onnx/onnx_pb.ts";
+import type { NodeProto } from "../onnx/protobuf.ts";
 import { Emitter } from "./emit.ts";
 
 /** Most elements unpacked at once: 32 MB. That is all of a layer, or a part of a vocabulary. */

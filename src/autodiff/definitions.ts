@@ -6,7 +6,7 @@
 import { INT64 } from "../onnx/linear.ts";
 import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { PREFIX } from "../onnx/nodes.ts";
-import type { NodeProto } from "../onnx/onnx_pb.ts";
+import type { NodeProto } from "../onnx/protobuf.ts";
 import { create, GraphProtoSchema, ModelProtoSchema } from "../onnx/protobuf.ts";
 import { Emitter } from "./emit.ts";
 

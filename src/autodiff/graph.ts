@@ -1,16 +1,16 @@
 /**
- * The training graph: a model that answers with any task, extended to learn one too. Inputs that `graft` has added (factors of layers,
+ * The training graph: a model that answers with any task, extended to learn one too. Inputs that `inject` has added (factors of layers,
  * heads) get gradients in a branch that runs only on demand. It uses standard operators, and for weights in blocks the
  * runtime's own, so that every build of ONNX Runtime runs it, including those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes
  * the steps.
  */
 import { FormatError } from "../errors.ts";
-import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
+import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
 import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto, NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto, NodeProto, ValueInfoProto } from "../onnx/protobuf.ts";
 import { create, GraphProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
@@ -105,44 +105,44 @@ const POSITION_COUNTS = [17, 19] as const;
 const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight", "headBias"]);
 
 /**
- * Adds loss and gradients to a grafted model, in place. Gradients belong to one task: trained inputs must have 1 as `tasks`.
+ * Adds loss and gradients to a model with task inputs, in place. Gradients belong to one task: trained inputs must have 1 as `tasks`.
  *
- * @param grafted result of `graft` on `file.model`
+ * @param injected result of `inject` on `file.model`
  * @example
  * const file = await readModel("model.onnx");
- * const grafted = graft(file.model, { modules, biases: [], rows: [], vectors: [], heads });
- * const graph = await buildTrainingGraph(file, grafted, { probe });
- * const { bytes, files } = await detachWeights(file, grafted.initializers);
+ * const injected = inject(file.model, { modules, biases: [], rows: [], vectors: [], heads });
+ * const graph = await buildTrainingGraph(file, injected, { probe });
+ * const { bytes, files } = await detachWeights(file, injected.initializers);
  *
  * @throws FormatError with every reason at once: operators that gradients do not pass (with the names of their nodes),
  *   trained layers that do not reach the loss, half-precision values, probe feeds that tell nothing, an old opset
  */
 export async function buildTrainingGraph(
   file: ModelFile,
-  grafted: Grafted,
+  injected: Injected,
   options: TrainingGraphOptions,
 ): Promise<TrainingGraph> {
   const { model } = file;
   const main = model.graph.proto;
   const problems = new Problems();
   checkOpset(model, problems);
-  const logits = logitsOf(model, grafted, options.logits);
-  const ofTasks = new Set(grafted.inputs.map(({ name }) => name));
+  const logits = logitsOf(model, injected, options.logits);
+  const ofTasks = new Set(injected.inputs.map(({ name }) => name));
   const own = main.input.filter(({ name }) => !ofTasks.has(name) && !model.graph.initializers.has(name));
-  const trained = grafted.inputs.filter(({ kind }) => TRAINED.has(kind));
+  const trained = injected.inputs.filter(({ kind }) => TRAINED.has(kind));
   if (trained.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
   if (!options.gathers) flattenScales(indexGraph(main, model.name));
   // Declared shapes need not hold for other heads.
   main.valueInfo.length = 0;
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
-  const feeds = probeFeeds(indexed.model, own, grafted, picked !== undefined, options.feeds, problems);
+  const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, options.feeds, problems);
   const path = await probePath(
     indexed,
     trained.map(({ name }) => name),
     logits,
     problems,
-    { probe: options.probe, feeds, initializers: grafted.initializers },
+    { probe: options.probe, feeds, initializers: injected.initializers },
   );
   const emit = new Emitter(main, model.opset);
   emit.gathers = options.gathers ?? false;
@@ -186,7 +186,7 @@ function checkOpset({ opset }: OnnxModel, problems: Problems): void {
 function probeFeeds(
   model: OnnxModel,
   own: readonly ValueInfoProto[],
-  { inputs }: Grafted,
+  { inputs }: Injected,
   picks: boolean,
   given: TrainingGraphOptions["feeds"],
   problems: Problems,
@@ -217,14 +217,10 @@ function namedDims(shapes: Shapes, value: string, ofTasks: ReadonlySet<string>):
 }
 
 /** Name of the output that holds the logits. @throws FormatError when there is none */
-export function logitsOf(
-  { name: file, graph }: OnnxModel,
-  { probe, formProbes }: Grafted,
-  wanted: string | undefined,
-): string {
+export function logitsOf({ name: file, graph }: OnnxModel, { probe }: Injected, wanted: string | undefined): string {
   const outputs = graph.proto.output
     .map(({ name }) => name)
-    .filter((name) => ![probe, ...formProbes].some((one) => name === one?.x || name === one?.term));
+    .filter((name) => name !== probe?.x && name !== probe?.term);
   const found =
     wanted === undefined && outputs.length === 1 ? outputs[0] : outputs.find((name) => name === (wanted ?? "logits"));
   if (found !== undefined) return found;

@@ -2,7 +2,7 @@
  * One node in the backward pass: what a rule can ask about it, and where it puts the gradients of the node's inputs.
  */
 import { attribute, type Graph } from "../onnx/model.ts";
-import type { NodeProto } from "../onnx/onnx_pb.ts";
+import type { NodeProto } from "../onnx/protobuf.ts";
 import type { Emitter, Moment } from "./emit.ts";
 import type { Problems } from "./shapes.ts";
 import { type Dims, fromFront, type Shapes } from "./shapes.ts";

@@ -5,7 +5,7 @@
 import type { Feed } from "../onnx/feeds.ts";
 import { attribute, type Graph, indexGraph, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
 import { type Added, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
-import type { NodeProto } from "../onnx/onnx_pb.ts";
+import type { NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { operatorOf, shadowOf } from "./definitions.ts";
 import { RULES, STOPS } from "./rules.ts";

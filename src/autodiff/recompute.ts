@@ -6,7 +6,7 @@
 
 import type { Graph } from "../onnx/model.ts";
 import { makeNode, PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto, NodeProto } from "../onnx/protobuf.ts";
 import type { Emitter, Moment } from "./emit.ts";
 import type { ProbedPath } from "./path.ts";
 import type { Shapes } from "./shapes.ts";

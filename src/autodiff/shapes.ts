@@ -7,7 +7,7 @@ import { FormatError } from "../errors.ts";
 import { type Feed, presentNames } from "../onnx/feeds.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
-import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
+import type { NodeProto, ValueInfoProto } from "../onnx/protobuf.ts";
 import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { type DetachedModel, detachWeights } from "../onnx/write.ts";

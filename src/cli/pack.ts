@@ -1,33 +1,21 @@
 /**
- * The command pack: makes a pack from adapters, with a number of components or by a criterion: a budget of bytes, an error, or the
- * answers of adapters and pack.
+ * The command pack: makes a pack from adapters, with a number of components or by a criterion: a size, an error, or, with a model, the
+ * answers of adapters and pack. Without a model no session, ONNX or trainer is loaded.
  */
-
-import { rmdir } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { type Adapter, commonBase } from "../adapters/adapter.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
-import type { BuildReport } from "../pack/report.ts";
+import type { BuildReport, SharedReport } from "../pack/report.ts";
 import { type SearchOptions, type SearchReport, searchStreamed } from "../pack/search.ts";
 import { Unreachable } from "../pack/seek.ts";
 import { DEFAULT_ERROR } from "../pack/tasks.ts";
-import type { Engine } from "../session/engine.ts";
-import type { Tokenizer } from "../session/tokens.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
-import { agreementText, byAnswersText, judged, OUT_OF_TIME, packedByAnswers } from "./by-answers.ts";
-import { type Attach, command } from "./command.ts";
-import { type Asked, asksPrompts, readQuestions } from "./examples.ts";
-import { openScratch } from "./files.ts";
-import { removeFinished } from "./finished.ts";
-import { contents, fileDigest, modelDigest } from "./hub-part.ts";
-import { inFlags, names, refuseUnknown } from "./matching.ts";
-import { engineOf, openModel, tokenizerOf } from "./model.ts";
+import { VERSION } from "../version.ts";
+import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
+import { filesOf, openScratch } from "./files.ts";
 import * as option from "./options.ts";
-import { type Output, resources, sum } from "./output.ts";
-import { autoText, cardText, reportText } from "./pack-text.ts";
-import type { Run } from "./run.ts";
-import { filesOf } from "./target.ts";
+import { bytes, count, mean, type Output, percent, range, resources, sharing, smaller, sum, table } from "./output.ts";
 
 /** Units of a size, without their "B". */
 const UNITS: Readonly<Record<string, number>> = {
@@ -43,7 +31,7 @@ const UNITS: Readonly<Record<string, number>> = {
 /** A size in bytes, or the adapters' divided by a number. */
 type Size = number | { readonly ratio: number };
 
-const size: option.OptionSpec<Size | undefined> = {
+const size: option.Maybe<Size> = {
   value: "SIZE",
   help: "The best pack of at most this size: 300kB, 1.5MB, or 1/60 of the adapters' files.",
   parse(given, flag) {
@@ -56,105 +44,138 @@ const size: option.OptionSpec<Size | undefined> = {
   },
 };
 
-/** Options of packs that a model judges; it runs in as many threads as there are cores. */
-const { threads: _, ...answers } = judged;
+/** Options that settle how terms are stored. Otherwise the packer tries all ways. */
+const settled = option.each(
+  {
+    excludes: {
+      model: "with a model, answers decide how tasks are stored",
+      error: "an error decides what is stored",
+      bytes: "a size decides what is stored",
+    },
+  },
+  {
+    k: option.k,
+    energy: {
+      ...option.energy,
+      rare: true,
+      help: "As many components as keep this share of the squared singular values.",
+    },
+    ...option.each(
+      { rare: true },
+      {
+        rank: option.rank,
+        step: option.number(
+          "S",
+          "Store terms as entropy-coded integers. When one goes up by 1, its module's ΔW changes by S times the typical norm of ΔW. " +
+            "0.05 takes about three bits a number, 0.1 two. Default: as --dtype says.",
+          { ...option.POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
+        ),
+      },
+    ),
+  },
+);
+const { k, energy, ...how } = settled;
+
+/** The model runs in as many threads as there are cores. */
+const { threads: _, ...judged } = option.judged;
 
 const OPTIONS = {
   output: option.output("PACK", "The pack to write."),
   force: option.force,
-  ...option.group(`How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`, {
-    error: option.amount.error,
-    bytes: size,
-    k: option.amount.k,
-    ...option.rarely({
-      energy: {
-        ...option.amount.energy,
-        help: "As many components as keep this share of the squared singular values.",
+  ...option.group(
+    `How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`,
+    option.oneOf({
+      error: {
+        ...option.number("E", "Fewest bytes for which no task's ΔW error exceeds E.", option.SHARE),
+        excludes: { model: "with a model, answers decide: take --agreement" },
       },
+      bytes: size,
+      k,
+      energy,
     }),
-  }),
+  ),
   ...option.group("How", {
     base: option.base,
-    ...option.rarely({
-      dtype: option.dtypeOrChosen,
-      rank: option.rank,
-      step: option.number(
-        "S",
-        "Store terms as entropy-coded integers. When one goes up by 1, its module's ΔW changes by S times the typical norm of ΔW. " +
-          "0.05 takes about three bits a number, 0.1 two. With --k or --energy. Default: as --dtype says.",
-        { ...option.POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
-      ),
-      names,
-      workers: option.number(
-        "N",
-        "Threads that extract modules; the pack is the same. Default: one for each core and 10 MB of adapters, 8 at most.",
-        option.from(1),
-      ),
-    }),
+    ...how,
+    dtype: {
+      ...option.dtype,
+      rare: true,
+      help: `${option.NUMBERS} Default: f16 with --k or --energy; else those that lose least for their bytes, and only head= may be given.`,
+      excludes: { model: "with a model, numbers are as coarse as answers allow" },
+    },
+    ...option.each(
+      { rare: true },
+      {
+        names: option.names,
+        workers: option.number(
+          "N",
+          "Threads that extract modules; the pack is the same. Default: one for each core and 10 MB of adapters, 8 at most.",
+          option.from(1),
+        ),
+      },
+    ),
   }),
   ...option.group("Judged by answers", {
-    model: option.reading(
+    model: option.text(
+      "MODEL.onnx",
+      "The smallest pack whose tasks answer as their adapters do; with a size, the one whose tasks do so most. Needs onnxruntime-node.",
       "model",
-      option.text(
-        "MODEL.onnx",
-        "The smallest pack whose tasks answer as their adapters do; with a size, the one whose tasks do so most. Needs onnxruntime-node.",
-      ),
     ),
-    ...answers,
-    ...option.rarely({
-      distill: option.number(
+    ...judged,
+    agreement: {
+      ...option.judged.agreement,
+      excludes: { bytes: "it is for packs without a size" },
+    },
+    distill: {
+      ...option.number(
         "STEPS",
-        "With --model: most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 240; 24 of a language model.",
+        "Most training steps of a task, which end earlier where they gain no more; 0 for none. Default: 240; 24 of a language model.",
         option.from(0),
       ),
-    }),
+      ...{ needs: "model", rare: true },
+    },
   }),
-  ...option.group("Which adapters", {
-    as: option.as,
-    ...option.rarely({
-      anyBase: option.anyBase,
-    }),
-  }),
+  ...option.group("Which adapters", { as: option.as, anyBase: { ...option.anyBase, rare: true } }),
 };
 
 type PackOptions = option.Values<typeof OPTIONS>;
 
 export const pack: Attach = command({
   usage: "pack <ADAPTER_OR_FOLDER...>",
-  does: "Make a pack of adapters.",
   details: "The report says what the tasks lost, and how much smaller the pack is than the adapters.",
   example: "pack my-adapters/ -o tasks.eigen --base my-base/",
   options: OPTIONS,
   reads: ["repository"],
   async run(paths, options, run, out) {
-    checkOptions(options);
-    const { output: file, force, base, model, text, tokenizer } = options;
+    const { output: file, force, base, model, text, tokenizer, step, dtype } = options;
+    if (step !== undefined && (dtype?.basis ?? dtype?.coefficients) !== undefined)
+      throw new option.UsageError(
+        "--step decides how many bits components and coefficients have; leave them out of --dtype",
+      );
     const target = await run.target(file, { force, inputs: [base, model, text, tokenizer] });
     const adapters = await run.adapters(paths, options.as, base);
     target.refuse(adapters.flatMap(filesOf));
     const modules = adapters.flatMap((adapter) => [...adapter.modules.values()]);
-    refuseUnknown(options.names, modules, paths.join(", "));
-    const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
-    const built = build(adapters, options, run, out).catch(addWaysOut(options, adapterBytes));
-    const { chunks, report, finished } = await built;
+    option.refuseUnknown(options.names, modules, paths.join(", "));
+    const { chunks, report, finish } = await build(adapters, options, run, out);
     await target.write(chunks);
     const byAnswers = "answers" in report;
     const left = byAnswers && report.left.length > 0;
-    if (finished !== undefined) await (left ? rmdir(finished).catch(() => undefined) : removeFinished(finished));
+    await finish?.(left);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
     // A base without weights was warned of.
-    const notes = base === undefined ? report.notes.map((note) => inFlags(note, OPTIONS)) : [];
+    const notes = base === undefined ? report.notes.map((note) => option.inFlags(note, OPTIONS)) : [];
     // A card that names a base speaks for all adapters.
     const cardBase = adapters.every(({ baseModel }) => baseModel !== undefined) ? commonBase(adapters) : undefined;
     return {
       json: { file, ...report, notes, dtype: nameOf(report.dtype), ...took },
       text: [
         ...(byAnswers ? byAnswersText(file, report) : reportText(file, report)),
-        ...("tried" in report ? autoText(report) : []),
+        ...("tried" in report ? triedText(report) : []),
         ...(byAnswers ? [] : ["ΔW error is a proxy: with --model answers decide."]),
         ...notes,
-        cardText(report, cardBase, byAnswers ? agreementText(report) : undefined),
+        cardText(report, cardBase, byAnswers ? agreementOf(report) : undefined),
         `${took.seconds.toFixed(2)} s`,
       ],
       ...(left && { exitCode: OUT_OF_TIME }),
@@ -162,104 +183,48 @@ export const pack: Attach = command({
   },
 });
 
-/** Options of components that all tasks share; the others choose by themselves. */
-const COMPONENTS = ["k", "energy", "rank", "step"] as const;
+/** A pack to be written. */
+type Packed = (Streamed<BuildReport | SearchReport> | Built<ByAnswersReport>) & {
+  /** Removes what was kept to go on from; `left` says that tasks are left. */
+  readonly finish?: (left: boolean) => Promise<void>;
+};
 
-/** Options of packs that a model judges. */
-const BY_ANSWERS = ["text", "tokenizer", "tokens", "minutes", "agreement", "distill", "provider"] as const;
-
-/** Whether all tasks share components. */
-function sharesComponents(options: PackOptions): boolean {
-  const { basis, coefficients } = options.dtype ?? {};
-  return option.given(options, ...COMPONENTS).length > 0 || basis !== undefined || coefficients !== undefined;
-}
-
-/** @throws UsageError for options that do not go together */
-function checkOptions(options: PackOptions): void {
-  const budget = option.exclusive(options, "bytes", "error", "k", "energy");
-  const { model, dtype } = options;
-  if (model !== undefined && dtype)
-    throw new option.UsageError(
-      "--dtype is for packs without --model: with it, numbers are as coarse as answers allow",
-    );
-  if (sharesComponents(options)) {
-    if (budget !== undefined && budget !== "--k" && budget !== "--energy")
-      throw new option.UsageError(
-        `${budget} chooses what is stored: leave out --rank, --step, and the basis and coefficients of --dtype; or say --k or --energy`,
-      );
-    const [other] = option.given(options, "model", ...BY_ANSWERS);
-    if (other !== undefined)
-      throw new option.UsageError(
-        `${other} chooses what is stored: leave out --k, --energy, --rank, --step and --dtype`,
-      );
-  }
-  const [needs] = model === undefined ? option.given(options, ...BY_ANSWERS) : [];
-  if (needs !== undefined)
-    throw new option.UsageError(`${needs} needs --model: its answers are what packs are judged by`);
-  if (model !== undefined && budget === "--error")
-    throw new option.UsageError("--error is about ΔW, with --model answers decide: leave it out, or take --agreement");
-  if (options.agreement !== undefined && budget !== undefined)
-    throw new option.UsageError(`--agreement is for packs without a size: leave ${budget} out`);
-  if (options.step !== undefined && (dtype?.basis ?? dtype?.coefficients) !== undefined)
-    throw new option.UsageError(
-      "--step decides how many bits components and coefficients have; leave them out of --dtype",
-    );
-}
-
-async function build(
-  adapters: readonly Adapter[],
-  options: PackOptions,
-  run: Run,
-  out: Output,
-): Promise<(Streamed<BuildReport | SearchReport> | Built<ByAnswersReport>) & { readonly finished?: string }> {
-  const { rank, step, bytes: size, error = DEFAULT_ERROR, dtype } = options;
+async function build(adapters: readonly Adapter[], options: PackOptions, run: Run, out: Output): Promise<Packed> {
+  const { rank, step, bytes: size, error = DEFAULT_ERROR, dtype, k, energy } = options;
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
-  const bytes = typeof size === "object" ? Math.floor(adapterBytes / size.ratio) : size;
-  const { workers = workersFor(adapterBytes) } = options;
-  const scratch = run.closing(openScratch(options.output));
+  const most = typeof size === "object" ? Math.floor(adapterBytes / size.ratio) : size;
+  // Small packs are made before threads have started, and each thread holds memory.
+  const { workers = Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6)) } = options;
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
   if (options.model !== undefined) {
-    const { model, questions } = await askedOf(options, adapters);
-    const { minutes, agreement, distill: steps, names, output: file, tokenizer, tokens } = options;
-    const inputs = [
-      await modelDigest(options.model),
-      await fileDigest(tokenizer ?? tokenizerOf(options.model)),
-      await contents(adapters, out),
-    ];
-    const how = { adapters, ...questions, names, minutes, agreement, bytes, steps, tokens };
-    return packedByAnswers({ ...model, build: common, file, inputs, ...how }, run, out);
+    const { packedByAnswers } = await import("./by-answers.ts");
+    const asked = { ...options, model: options.model, bytes: most, threads: undefined };
+    return packedByAnswers(adapters, asked, common, run, out);
   }
+  const scratch = run.closing(openScratch(options.output));
   const { progress: onProgress } = out;
-  if (sharesComponents(options))
-    return buildStreamed(
-      adapters,
-      { ...common, onProgress, rank, step, dtype, select: option.selection(options) },
-      scratch,
-    );
-  const goal: SearchOptions["goal"] =
-    bytes === undefined ? { kind: "error", max: error } : { kind: "bytes", max: bytes };
-  return searchStreamed(adapters, { ...common, head: dtype?.head, goal, onProgress }, scratch);
+  const numbers = dtype?.basis ?? dtype?.coefficients;
+  if ([k, energy, rank, step, numbers].some((value) => value !== undefined)) {
+    if (most !== undefined || options.error !== undefined)
+      throw new option.UsageError("a size or an error decides what is stored: of --dtype only head= may be given");
+    const select = option.selection({ k, energy });
+    return buildStreamed(adapters, { ...common, onProgress, rank, step, dtype, select }, scratch);
+  }
+  const goal: SearchOptions["goal"] = most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
+  return searchStreamed(adapters, { ...common, head: dtype?.head, goal, onProgress }, scratch).catch((cause) => {
+    throw cause instanceof Unreachable ? withWayOut(cause, size, adapterBytes) : cause;
+  });
 }
 
-/** Small packs are made before threads have started, and each thread holds memory. */
-function workersFor(adapterBytes: number): number {
-  return Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6));
-}
-
-/** A runtime and the model, and what it is asked. */
-async function askedOf(
-  { model, text, tokenizer, tokens, ...runtime }: PackOptions,
-  adapters: readonly Adapter[],
-): Promise<{
-  readonly model: { readonly engine: Engine; readonly model: string };
-  readonly questions: Partial<Asked> & { readonly encode: Tokenizer };
-}> {
-  const asked = text === undefined ? {} : await readQuestions(text);
-  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, asksPrompts(asked, adapters));
-  return {
-    model: { engine: engineOf(ort, { ...runtime, threads: undefined }), model: model! },
-    questions: { ...asked, encode },
-  };
+/** Adds to an error about too few bytes how many are enough. @param adapterBytes of all adapters together */
+function withWayOut(error: Unreachable, size: Size | undefined, adapterBytes: number): Error {
+  if (error.least === undefined) return error;
+  if (typeof size !== "object")
+    return new RangeError(`${error.message}: ask for --bytes ${error.least} or more`, { cause: error });
+  // Rounded down, so that it can be reached.
+  const most = Math.floor((10 * adapterBytes) / error.least) / 10;
+  const problem = `--bytes 1/${size.ratio}: a pack of these adapters can be at most ${most.toFixed(1)}× smaller than they are`;
+  return new RangeError(`${problem}: ask for --bytes 1/${most} or more`, { cause: error });
 }
 
 function nameOf({ basis, coefficients, head }: Dtypes): string {
@@ -267,18 +232,97 @@ function nameOf({ basis, coefficients, head }: Dtypes): string {
   return `basis=${basis},coefficients=${coefficients},head=${head}`;
 }
 
-/**
- * Handles errors of making a pack: adds to one about too few bytes what else to ask for.
- * @param adapterBytes of all adapters together
- */
-function addWaysOut({ bytes }: PackOptions, adapterBytes: number): (error: unknown) => never {
-  return (error) => {
-    if (!(error instanceof Unreachable) || error.least === undefined) throw error;
-    if (typeof bytes !== "object")
-      throw new RangeError(`${error.message}: ask for --bytes ${error.least} or more`, { cause: error });
-    // Rounded down: this one can be had.
-    const most = Math.floor((10 * adapterBytes) / error.least) / 10;
-    const message = `--bytes 1/${bytes.ratio}: a pack of these adapters can be at most ${most.toFixed(1)}× smaller than they are`;
-    throw new RangeError(`${message}: ask for --bytes 1/${most} or more`, { cause: error });
-  };
+// Reports for people.
+
+function reportText(file: string, report: BuildReport): string[] {
+  const { errors, components, ratio, breakEvenTasks, shared, tasks } = report;
+  const totals = errors.map(({ total }) => total);
+  return [
+    `${file}: ${count(tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
+    ...table([
+      ["", "adapters", "pack"],
+      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
+      ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
+      ...(shared
+        ? [["one task, on average", bytes(report.adapterBytes / tasks), bytes((report.bytes - shared.bytes) / tasks)]]
+        : [["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"]]),
+    ]),
+    ...(shared ? sharedText(shared, report) : components.max > 0 ? [sharing(breakEvenTasks)] : []),
+  ];
+}
+
+/** A line about a pack to paste into a model card, in Markdown. @param answers its agreement, in place of the ΔW error */
+function cardText(report: BuildReport, baseModel: string | undefined, answers: string | undefined): string {
+  const { tasks, bytes: size, ratio, errors } = report;
+  const largest = Math.max(0, ...errors.map(({ total }) => total));
+  const lost = answers ?? `the ΔW of each is off by ${percent(largest)} at most`;
+  const adapters = `${count(tasks, "LoRA adapter")}${baseModel === undefined ? "" : ` of ${baseModel}`}`;
+  const by = `[eigenlora](https://www.npmjs.com/package/eigenlora) ${VERSION}`;
+  return `For a model card: ${adapters} in one file of ${bytes(size)} (${smaller(ratio)} than they are); ${lost}. Made with ${by}.`;
+}
+
+/** What tasks share, and the bytes that it saves. */
+function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
+  if (tasks === 1) return [];
+  const factor = (name: string, one: SharedReport["A"]): string[] =>
+    one.tasks > 0 ? [`${name}, by ${one.tasks} of ${tasks} tasks in ${one.modules} of ${modules} modules`] : [];
+  const factors = [...factor("what layers read (A)", A), ...factor("what they write (B)", B)];
+  if (factors.length === 0)
+    return ["Nothing is shared: no adapters are alike enough for that to save bytes. Each task is stored by itself."];
+  return [`Shared: ${factors.join("; ")}. Stored once, that takes ${bytes(stored)} and saves ${bytes(saved)}.`];
+}
+
+function triedText({ decisions, tried }: SearchReport): string[] {
+  const rows = tried.map(({ name, bytes: size, error }) => [
+    name,
+    size === undefined ? "out of reach" : bytes(size),
+    error === undefined ? "" : percent(error),
+  ]);
+  return [...decisions, ...(tried.length > 1 ? table([["tried", "size", "ΔW error"], ...rows]) : [])];
+}
+
+/** Mean agreement with the adapters; undefined where tasks were not distilled. */
+function agreementOf({ answers }: ByAnswersReport): string | undefined {
+  const asked = answers.flatMap(({ agreement }) => agreement ?? []);
+  return asked.length === 0 ? undefined : `on average ${percent(mean(asked))} of their answers are the adapters'`;
+}
+
+const AGAIN = "Run the same command again with --force, and it goes on from there";
+
+function byAnswersText(file: string, report: ByAnswersReport): string[] {
+  const { tasks, adapterBytes, answers, ratio, components, shared, steps, left } = report;
+  if (answers.length === 0)
+    return [
+      ...reportText(file, report),
+      left.length > 0
+        ? `Stopped before enough tasks were distilled: the pack is as without a model. ${AGAIN}.`
+        : "By answers, it would take no fewer bytes: the pack is as without a model.",
+    ];
+  const asked = answers.flatMap(({ agreement }) => agreement ?? []);
+  const least = answers.reduce((a, b) => ((b.agreement ?? 2) < (a.agreement ?? 2) ? b : a));
+  const stored = (...names: string[]): number => answers.filter(({ kept }) => names.includes(kept)).length;
+  const agreement = ["answers like the adapter's, mean / least", "100.0 %"];
+  return [
+    `${file}: ${count(tasks, "task")}, ${bytes(report.bytes)}`,
+    ...table([
+      ["", "adapters", "pack"],
+      ["size", bytes(adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
+      ["one task, on average", bytes(adapterBytes / tasks), bytes(mean(answers.map(({ bytes }) => bytes)))],
+      ...(asked.length > 0
+        ? [[...agreement, `${percent(mean(asked))} / ${percent(least.agreement!)} (${least.id})`]]
+        : []),
+    ]),
+    ...(shared
+      ? sharedText(shared, report)
+      : [
+          `All tasks share ${count(components.max, "component")} of what each layer reads and writes, stored once; a task is how it mixes them.`,
+        ]),
+    `${count(stored("distilled", "projected"), "task")} ${steps > 0 ? `distilled, in ${count(steps, "training step")} at most` : "solved for answers, without training"}` +
+      `${stored("closer") > 0 ? `; ${stored("closer")} with numbers of their own, since their answers differed too much` : ""}.`,
+    ...answers.flatMap(({ reason }) => (reason === undefined ? [] : [`${reason}. It is stored by its ΔW alone.`])),
+    ...(left.length > 0
+      ? [`${count(left.length, "task")} not distilled, since the command was stopped: ${left.join(", ")}. ${AGAIN}.`]
+      : []),
+    "Answers are those to questions held back. What they cost you in right answers, your own test data tells.",
+  ];
 }

@@ -10,7 +10,7 @@ import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
 import { producer } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, partStart, type Stored } from "./modules.ts";
-import type { NodeProto } from "./onnx_pb.ts";
+import type { NodeProto } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
 import { INTEGERS, readTensor } from "./tensors.ts";
 

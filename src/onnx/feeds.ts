@@ -5,7 +5,7 @@
 import { BOOL, FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { attribute, type OnnxModel } from "./model.ts";
 import { makeValue } from "./nodes.ts";
-import type { ValueInfoProto } from "./onnx_pb.ts";
+import type { ValueInfoProto } from "./protobuf.ts";
 
 /** A value in a runtime's form, by `TensorProto.DataType`. */
 export interface Feed {

@@ -1,54 +1,40 @@
 /**
- * Uses of weights that do not belong to linear layers but can be adapted: convolutions, tables of embeddings, weights of normalisations,
- * biases of convolutions. Looks at names and operators only and reads no value. Loaded only for packs with such modules.
+ * Uses of weights that are no linear layers but can be adapted: convolutions, tables of embeddings, weights of normalisations, biases of
+ * convolutions; how they are found, and the graph surgery next to them. The base's nodes stay as they are, quantised or not, and what is
+ * added is zero without a task. Loaded only for packs with such modules.
+ *
+ * A convolution, with x [n, channels, …], y [n, out, …] and S positions of y, whose batch comes first:
+ *
+ *     h  = Conv(x; E_A [K_A, channels, …]), as [tasks, n / tasks, K_A, S]
+ *     d  = E_Bᵀ · coreᵀ · h
+ *     y' = y + reshape(d, shape of y)
+ *
+ * Factors: one Conv with the A of all tasks gives [n, tasks · q, …], and each row takes the q channels of its own task.
+ *
+ * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
+ * what it makes with ones for its weight.
  */
-import { dynamic, FLOAT, FLOAT16, onlyConsumer, quantized, requantized, typeOf } from "./linear.ts";
+import { transpose } from "../tensor/derived.ts";
+import type { GraphTools } from "./inject.ts";
+import {
+  type AdaptedLayer,
+  type AdaptedVector,
+  dynamic,
+  FLOAT,
+  FLOAT16,
+  type Form,
+  type FormPlace,
+  INT64,
+  onlyConsumer,
+  quantized,
+  requantized,
+  typeOf,
+  type VectorPlace,
+} from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import type { OnnxParameter } from "./modules.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
-
-/** One application of a convolution or of a table. */
-export interface FormPlace {
-  readonly graph: GraphProto;
-  /** The convolution, quantised or not, or the Gather. */
-  readonly op: NodeProto;
-  /** Node that makes y, its first output: `op` itself, or the one that dequantises its result. */
-  readonly node: NodeProto;
-  /** Input: float values [batch, channels, …], or indices. */
-  readonly x: string;
-  /** Type of y: `FLOAT` or `FLOAT16`. */
-  readonly type: number;
-  /** The bias that `op` adds; then `op` is `node`. */
-  readonly bias: string | undefined;
-}
-
-/** Kind and uses of an adapted module that is no linear layer. */
-export interface Form {
-  readonly kind: "convolution" | "embedding";
-  /** Shape of a convolution's weight: [out, channels, …]. */
-  readonly shape: readonly number[];
-  readonly places: readonly FormPlace[];
-}
-
-/** A vector that tasks change and that is not added to the last dimension of a node's result. */
-export interface GraftVector {
-  /** Name of the parameter. */
-  readonly name: string;
-  readonly size: number;
-  readonly places: readonly VectorPlace[];
-}
-
-/** `weight`: multiplies the last dimension of the input that `op` normalises. `bias`: is added to channels. */
-export interface VectorPlace {
-  readonly kind: "weight" | "bias";
-  readonly graph: GraphProto;
-  readonly op: NodeProto;
-  /** Index of the vector among the node's inputs. */
-  readonly input: number;
-  /** Node that makes the result, its first output. */
-  readonly node: NodeProto;
-  readonly type: number;
-}
+import { type Place, PREFIX } from "./nodes.ts";
+import type { NodeProto } from "./protobuf.ts";
 
 /** @returns the reason where a use of the weight cannot be adapted */
 export function formOf(model: OnnxModel, { uses, copies, initializer, shape }: OnnxParameter): Form | string {
@@ -108,7 +94,7 @@ const NORMALISATIONS: Readonly<Record<string, number>> = {
 };
 
 /** Uses of a vector; undefined where one is neither the weight of a normalisation nor the bias of a convolution. */
-export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxParameter): GraftVector | undefined {
+export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxParameter): AdaptedVector | undefined {
   const [size] = shape;
   if (shape.length !== 1 || size === undefined || uses.length === 0) return undefined;
   const places: VectorPlace[] = [];
@@ -122,4 +108,245 @@ export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxPa
     places.push({ kind, graph, op, input, node: requantized(model, use) ?? op, type });
   }
   return { name, size, places };
+}
+
+/** A layer that is not linear. */
+type FormLayer = AdaptedLayer & { readonly form: Form };
+
+export function addModule(tools: GraphTools, module: FormLayer): void {
+  if (module.form.kind === "embedding") addTable(tools, module);
+  else addConvolution(tools, module);
+}
+
+/** The inputs of a module, made once for all of its places. */
+function inputsOf(tools: GraphTools, { name, in: width, out, components, factors, rowScale }: FormLayer) {
+  const [KA, KB] = [components?.A.rows ?? 0, components?.B.rows ?? 0];
+  const block = { module: name, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined };
+  const core = components && tools.input(name, "core", [KA, KB], { cores: [block] });
+  const A = factors ? tools.input(name, "A", [width, "q"]) : undefined;
+  const B = factors ? tools.input(name, "B", ["q", out]) : undefined;
+  const scale = rowScale ? tools.input(name, "scale", [1, out]) : undefined;
+  return { core, A, B, scale };
+}
+
+// ---- convolutions
+
+/** What a term is made of: the weight of the convolution that enters it, and what its channels are multiplied with. */
+interface Pieces {
+  /** E_A [K_A, channels, …] and coreᵀ [tasks, 1, K_B, K_A] and E_Bᵀ [out, K_B]. */
+  readonly shared: { readonly EA: string; readonly core: string; readonly EB: string; readonly KA: number } | undefined;
+  /** Aᵀ of all tasks [tasks · q, channels, …], Bᵀ [tasks, 1, out, q], the vector [q]. */
+  readonly own: { readonly A: string; readonly B: string; readonly q: string } | undefined;
+  /** [tasks, 1, out, 1]. */
+  readonly scale: string | undefined;
+}
+
+function addConvolution(tools: GraphTools, module: FormLayer): void {
+  const pieces = piecesOf(tools, module);
+  for (const place of module.form.places) convolve(tools, module, place, pieces);
+}
+
+function piecesOf(tools: GraphTools, module: FormLayer): Pieces {
+  const { name, out, components } = module;
+  const kernel = module.form.shape.slice(1);
+  const { core, A, B, scale } = inputsOf(tools, module);
+  const at = (what: string): string => `${PREFIX}/${name}/${what}`;
+  /** [tasks, a, b] as [tasks, 1, b, a]. */
+  const turned = (what: string, value: string, b: number, a: number): string => {
+    const swapped = tools.first(`${at(what)}/swapped`, "Transpose", [value], { perm: [0, 2, 1] });
+    return tools.first(at(what), "Reshape", [swapped, tools.ints([0, 1, b, a])]);
+  };
+  const scaled = scale && tools.first(at("scale"), "Reshape", [scale, tools.ints([0, 1, out, 1])]);
+  const shared = core !== undefined && components ? { core, ...components } : undefined;
+  const [KA, KB] = [shared?.A.rows ?? 0, shared?.B.rows ?? 0];
+  return {
+    scale: scaled,
+    shared: shared && {
+      KA,
+      EA: tools.add(at("E_A"), [KA, ...kernel], shared.A.floats()),
+      EB: tools.add(at("E_B"), [out, KB], transpose(shared.B.floats(), KB, out)),
+      core: turned("core", shared.core, KB, KA),
+    },
+    own:
+      A !== undefined && B !== undefined
+        ? {
+            A: tools.first(at("A"), "Reshape", [
+              tools.first(`${at("A")}/swapped`, "Transpose", [A], { perm: [0, 2, 1] }),
+              tools.ints([-1, ...kernel]),
+            ]),
+            B: turned("B", B, out, -1),
+            q: tools.dims("q", A, 2, 3),
+          }
+        : undefined,
+  };
+}
+
+/** Attributes of a convolution that hold for the term's too. */
+const GEOMETRY = /^(auto_pad|dilations|kernel_shape|pads|strides)$/;
+
+function convolve(tools: GraphTools, module: FormLayer, found: FormPlace, { shared, own, scale }: Pieces): void {
+  const { name, out, form } = module;
+  const { graph, op, node, type, bias } = found;
+  const geometry = op.attribute.filter((one) => GEOMETRY.test(one.name));
+  const place = tools.place(name, graph, node, type);
+  // DoRA scales y without its bias.
+  const apart = scale !== undefined && bias !== undefined;
+  if (apart) op.input.length = 2;
+  const x = place.up(found.x);
+  const y = place.begin();
+  const flat = place.op("Shape", [place.op("Reshape", [y, tools.ints([0, out, -1])])]);
+  const positions = place.op("Slice", [flat, tools.ints([2]), tools.ints([3])]);
+  /** [n, channels, …] as [tasks, n / tasks, channels, S]. */
+  const byTask = (value: string, channels: string): string => {
+    const shape = place.op("Concat", [tools.tasks(), tools.ints([-1]), channels, positions], { axis: 0 });
+    return place.op("Reshape", [value, shape]);
+  };
+  const conv = (weight: string): string =>
+    place.like(op, [x, weight], { opType: "Conv", domain: "", attribute: geometry });
+  const terms: string[] = [];
+  if (own) {
+    const rows = ownChannels(tools, place, conv(own.A), { flat, positions, q: own.q });
+    terms.push(place.op("MatMul", [own.B, byTask(rows, own.q)]));
+  }
+  if (shared) {
+    const mixed = place.op("MatMul", [shared.core, byTask(conv(shared.EA), tools.ints([shared.KA]))]);
+    terms.push(place.op("MatMul", [shared.EB, mixed]));
+  }
+  const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
+  const whole = place.op("Shape", [y]);
+  if (scale === undefined) {
+    place.end(place.op("Add", [y, place.down(place.op("Reshape", [term, whole]))]));
+    return;
+  }
+  const sum = place.op("Add", [byTask(place.up(y), tools.ints([out])), term]);
+  const result = place.op("Reshape", [place.op("Mul", [sum, scale]), whole]);
+  place.end(place.down(apart ? addChannels(tools, place, result, place.up(bias), form.shape.length - 2) : result));
+}
+
+/** x + a vector [channels], of its channels. */
+function addChannels(tools: GraphTools, place: Place, x: string, vector: string, dimensions: number): string {
+  const ones = Array<number>(dimensions).fill(1);
+  return place.op("Add", [x, place.op("Reshape", [vector, tools.ints([-1, ...ones])])]);
+}
+
+/** Takes from [n, tasks · q, …] the q channels of each row's own task: row i of n is one of task ⌊i · tasks / n⌋. */
+function ownChannels(
+  tools: GraphTools,
+  place: Place,
+  all: string,
+  { flat, positions, q }: Readonly<Record<"flat" | "positions" | "q", string>>,
+): string {
+  const blocks = place.op("Concat", [tools.ints([-1]), q, positions], { axis: 0 });
+  const scalar = (value: string): string => place.op("Squeeze", [value]);
+  const n = scalar(place.op("Slice", [flat, tools.ints([0]), tools.ints([1])]));
+  const tasks = scalar(tools.tasks());
+  const zero = scalar(tools.ints([0]));
+  const from = place.op("Range", [zero, place.op("Mul", [n, tasks]), tasks]);
+  const index = place.op("Add", [from, place.op("Div", [from, n])]);
+  return place.op("Gather", [place.op("Reshape", [all, blocks]), index], { axis: 0 });
+}
+
+// ---- tables
+
+function addTable(tools: GraphTools, module: FormLayer): void {
+  const { name, in: rows, out, components, form } = module;
+  const { core, A, B, scale } = inputsOf(tools, module);
+  const at = (what: string): string => `${PREFIX}/${name}/${what}`;
+  const EA =
+    components &&
+    tools.add(at("E_A"), [rows, components.A.rows], transpose(components.A.floats(), components.A.rows, rows));
+  const EB = components && tools.add(at("E_B"), [components.B.rows, out], components.B.floats());
+  for (const { graph, node, x: ids, type } of form.places) {
+    const place = tools.place(name, graph, node, type);
+    const y = place.begin();
+    // [batch, sequence, …] multiplies with [tasks, …] as it is; but factors look up their rows by task.
+    const asIs = A === undefined && tools.rank(graph, ids) === 2;
+    const byTask = (value: string, width: number): string => (asIs ? value : tools.rowsOf(place, value, width));
+    const terms: string[] = [];
+    if (A !== undefined && B !== undefined) terms.push(place.op("MatMul", [ownRows(tools, place, A, ids, rows), B]));
+    if (core !== undefined && components) {
+      const found = byTask(place.op("Gather", [EA!, ids], { axis: 0 }), components.A.rows);
+      terms.push(place.op("MatMul", [place.op("MatMul", [found, core]), EB!]));
+    }
+    const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
+    const asY = (value: string): string => (asIs ? value : place.op("Reshape", [value, place.op("Shape", [y])]));
+    if (scale === undefined) place.end(place.op("Add", [y, place.down(asY(term))]));
+    else {
+      const sum = place.op("Add", [byTask(place.up(y), out), term]);
+      place.end(place.down(asY(place.op("Mul", [sum, scale]))));
+    }
+  }
+}
+
+/** Rows of A [tasks, rows, q] as [tasks, ids / tasks, q], each of its own task. */
+function ownRows(tools: GraphTools, place: Place, A: string, ids: string, rows: number): string {
+  const at = (what: string): string => `${PREFIX}/table/${what}`;
+  const scalar = (name: string, value: string): string => tools.first(at(name), "Squeeze", [value]);
+  const tasks = scalar("tasks", tools.tasks());
+  const range = tools.first(at("range"), "Range", [
+    scalar("zero", tools.ints([0])),
+    tasks,
+    scalar("one", tools.ints([1])),
+  ]);
+  const column = tools.first(at("column"), "Reshape", [range, tools.ints([-1, 1])]);
+  const first = tools.first(at(`first/${rows}`), "Mul", [column, tools.ints([rows])]);
+  const q = tools.dims("q", A, 2, 3);
+  const shape = tools.first(`${A}/shape`, "Concat", [tools.ints([-1]), q], { axis: 0 });
+  const table = tools.first(`${A}/table`, "Reshape", [A, shape]);
+  // An index may count from the end.
+  const within = place.op("Mod", [place.op("Cast", [ids], { to: INT64 }), tools.ints([rows])]);
+  const byTask = place.op("Reshape", [
+    within,
+    tools.first(at("ids"), "Concat", [tools.tasks(), tools.ints([-1])], { axis: 0 }),
+  ]);
+  return place.op("Gather", [table, place.op("Add", [byTask, first])], { axis: 0 });
+}
+
+// ---- vectors
+
+export function addVector(tools: GraphTools, { name, size, places }: AdaptedVector): void {
+  const change = tools.input(name, "bias", [1, size]);
+  for (const found of places) {
+    const place = tools.place(name, found.graph, found.node, found.type);
+    if (found.kind === "weight") scaleDifferently(tools, place, size, found, change);
+    else {
+      const y = place.begin();
+      const column = tools.first(`${change}/column`, "Reshape", [change, tools.ints([0, 1, size, 1])]);
+      const flat = place.op("Shape", [place.op("Reshape", [y, tools.ints([0, size, -1])])]);
+      const positions = place.op("Slice", [flat, tools.ints([2]), tools.ints([3])]);
+      const shape = place.op("Concat", [tools.tasks(), tools.ints([-1, size]), positions], { axis: 0 });
+      const sum = place.op("Add", [place.op("Reshape", [place.up(y), shape]), column]);
+      place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
+    }
+  }
+}
+
+/** y + x̂ · (w − w_base): the base's own numbers are not touched, and a weight of zero can become another. */
+function scaleDifferently(
+  tools: GraphTools,
+  place: Place,
+  size: number,
+  { graph, op, input }: VectorPlace,
+  change: string,
+): void {
+  const plain = op.opType === "Mul" ? place.up(op.input[1 - input]!) : normalised(tools, place, op, input, size);
+  const y = place.begin();
+  const rank = tools.rank(graph, op.input[op.opType === "Mul" ? 1 - input : 0]!);
+  const x = rank === 3 ? plain : tools.rowsOf(place, plain, size);
+  const term = place.op("Mul", [x, change]);
+  const back = rank === 3 ? term : place.op("Reshape", [term, place.op("Shape", [y])]);
+  place.end(place.op("Add", [y, place.down(back)]));
+}
+
+/** The normalisation once more in f32, with ones for its weight and without what is added behind. */
+function normalised(tools: GraphTools, place: Place, op: NodeProto, input: number, size: number): string {
+  const ones = tools.add(`${PREFIX}/ones/${size}`, [size], new Float32Array(size).fill(1));
+  const inputs = op.input.flatMap((value, i) => {
+    if (i === input) return [ones];
+    // The bias follows the weight; a Skip…'s third addend behind it is a part of the normalised sum.
+    const dropped = i === input + 1 && op.opType !== "SkipSimplifiedLayerNormalization";
+    return [dropped || value === "" ? "" : place.up(value)];
+  });
+  while (inputs.at(-1) === "") inputs.pop();
+  return place.like(op, inputs);
 }

@@ -4,11 +4,11 @@
  */
 
 import { checkOptions } from "../arguments.ts";
-import type { View, WeightHost } from "../core/base.ts";
+import type { CpuView, View, WeightHost } from "../core/base.ts";
 import { SourceError } from "../errors.ts";
-import { FETCH_OPTIONS, type SourceInput } from "../source.ts";
+import { FETCH_OPTIONS, type ReadOptions, type SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
-import { findParameters, type OnnxParameter, pieceShape } from "./modules.ts";
+import { findParameters, type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 import { Copies } from "./weights.ts";
@@ -60,7 +60,7 @@ export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = [])
     async read(name, into, options): Promise<View> {
       const piece = made.get(name);
       if (piece) {
-        const view = await (await import("./blocks.ts")).readPiece(file, piece, options);
+        const view = await readPiece(file, piece, options);
         into?.set(view.data);
         return into ? { ...view, data: into } : view;
       }
@@ -75,4 +75,27 @@ export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = [])
     },
     close,
   };
+}
+
+/** Reads a parameter that is a part, or made of parts. @throws FormatError, SourceError as `readTensor` */
+async function readPiece(
+  { model, external }: ModelFile,
+  parameter: OnnxParameter & { readonly dtype: FloatDtype },
+  options?: ReadOptions,
+): Promise<CpuView> {
+  const { copyPart } = await import("./packed.ts");
+  const axis = outputAxis(parameter);
+  const { dtype, joined = [parameter] } = parameter;
+  const shape = pieceShape(parameter);
+  const width = dtype === "f32" ? 4 : 2;
+  const data = new Uint8Array(shape.reduce((a, b) => a * b, width));
+  let done = 0;
+  for (const part of joined) {
+    const tensor = model.graph.initializers.get(part.initializer)!;
+    const whole = await readTensor(tensor, model.name, external, options);
+    const [start, size] = [partStart(part), partSize(part)];
+    copyPart({ ...whole, start }, { data, shape, start: done }, axis, size, width);
+    done += size;
+  }
+  return { dtype, shape, data, byteOffset: 0 };
 }

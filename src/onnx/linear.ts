@@ -1,10 +1,12 @@
 /**
- * Applications of linear layers: the value that enters and the one that comes out, whatever operators the exporter or a quantiser has
- * made of the layer. Looks at names and operators only and reads no value.
+ * Layers and parameters of a model that tasks change, and the nodes at which something can be added to them: what enters a linear layer and
+ * what comes out, whatever operators the exporter or a quantiser has made of it; biases; rows of tables. Looks at names and operators only,
+ * reads no value and changes nothing.
  */
+import { biasedRows } from "../core/tied.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
-import { matrixShape, type OnnxParameter, type Slice } from "./modules.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import { matrixShape, type OnnxParameter, partSize, type Slice, SUMS } from "./modules.ts";
+import type { GraphProto, NodeProto } from "./protobuf.ts";
 
 /** `TensorProto.DataType`. */
 export const FLOAT = 1;
@@ -34,19 +36,150 @@ export interface Linear {
   readonly joined?: { readonly linears: readonly Linear[]; readonly sizes: readonly number[] };
 }
 
-/** Reason why a use of a weight is no linear layer with a result that can be added to. */
-export class NotLinear {
-  readonly reason: string;
-
-  constructor(reason: string) {
-    this.reason = reason;
-  }
+/** The components of one side of a module, [rows, width]. */
+export interface ComponentRows {
+  readonly rows: number;
+  readonly width: number;
+  /** Values as f32, row-major. */
+  floats(): Float32Array;
+  /** Integers, where the pack stores them: component = scale of its row · integer. */
+  readonly integers?: StoredIntegers | undefined;
 }
 
-/** Linear layer that a use of a weight belongs to. */
-function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
+export interface StoredIntegers {
+  readonly bits: 3 | 4 | 8;
+  /** Scales [rows]. */
+  readonly scales: Float32Array;
+  /** Integers, row-major. */
+  values(): Int8Array;
+}
+
+/** Components of one module. */
+export interface Components {
+  readonly A: ComponentRows;
+  readonly B: ComponentRows;
+}
+
+/** A layer of the model that gets a term: the one record of it between a pack's module and the inputs of the graph. */
+export interface AdaptedLayer {
+  /** The pack's name of the module, and its sizes. */
+  readonly name: string;
+  readonly in: number;
+  readonly out: number;
+  /** Each application of the weight; none where the layer is not linear. */
+  readonly linears: readonly Linear[];
+  /** Set where it is no linear layer. */
+  readonly form?: Form | undefined;
+  /** Components for a core between them. */
+  readonly components?: Components | undefined;
+  /** Whether tasks bring factors: expanded ones, or private ones next to a core. True without components. */
+  readonly factors: boolean;
+  /** Components that rows of the factors are coefficients over, on the sides where they are. */
+  readonly over?: Partial<Components> | undefined;
+  /** Whether a task's factors may have to be made of components: where no core and no coefficients stand for them. */
+  readonly expands?: boolean | undefined;
+  /** Whether tasks scale the rows of W + ΔW (DoRA). */
+  readonly rowScale: boolean;
+}
+
+/** Kind and uses of an adapted module that is no linear layer. */
+export interface Form {
+  readonly kind: "convolution" | "embedding";
+  /** Shape of a convolution's weight: [out, channels, …]. */
+  readonly shape: readonly number[];
+  readonly places: readonly FormPlace[];
+}
+
+/** One application of a convolution or of a table. */
+export interface FormPlace {
+  readonly graph: GraphProto;
+  /** The convolution, quantised or not, or the Gather. */
+  readonly op: NodeProto;
+  /** Node that makes y, its first output: `op` itself, or the one that dequantises its result. */
+  readonly node: NodeProto;
+  /** Input: float values [batch, channels, …], or indices. */
+  readonly x: string;
+  /** Type of y: `FLOAT` or `FLOAT16`. */
+  readonly type: number;
+  /** The bias that `op` adds; then `op` is `node`. */
+  readonly bias: string | undefined;
+}
+
+/** A bias that tasks change, of any layer: the change is added to the node's result. */
+export interface AdaptedBias {
+  /** Name of the parameter. */
+  readonly name: string;
+  readonly size: number;
+  readonly type: number;
+  readonly places: readonly { graph: GraphProto; node: NodeProto }[];
+  /** Set where it is a part of the vector that the nodes add. */
+  readonly slice?: Slice | undefined;
+}
+
+/** A vector that tasks change and that is not added to the last dimension of a node's result. */
+export interface AdaptedVector {
+  /** Name of the parameter. */
+  readonly name: string;
+  readonly size: number;
+  readonly places: readonly VectorPlace[];
+}
+
+/** `weight`: multiplies the last dimension of the input that `op` normalises. `bias`: is added to channels. */
+export interface VectorPlace {
+  readonly kind: "weight" | "bias";
+  readonly graph: GraphProto;
+  readonly op: NodeProto;
+  /** Index of the vector among the node's inputs. */
+  readonly input: number;
+  /** Node that makes the result, its first output. */
+  readonly node: NodeProto;
+  readonly type: number;
+}
+
+/**
+ * Rows of an embedding that tasks replace, or of a linear layer's weight, which has one for each output. Where an index is met,
+ * y' = (1 − s)·y + s·row, and at the output of a linear layer y' = (1 − s)·y + s·x·row, with the strength s behind the values of the row:
+ * so the base's rows need not be known.
+ */
+export interface AdaptedRows {
+  /** Name of the parameter. */
+  readonly name: string;
+  /** How many rows the parameter has, and how many numbers each. */
+  readonly count: number;
+  readonly width: number;
+  readonly type: number;
+  /** Gather nodes. */
+  readonly places: readonly { graph: GraphProto; node: NodeProto }[];
+  /** Applications of a linear layer. */
+  readonly linears: readonly Linear[];
+  /** The pack's name of an embedding that the parameter is tied to: its rows are taken where a task has none for this one. */
+  readonly follows?: string | undefined;
+}
+
+/** A layer that each task brings whole, with a number of outputs of its own. */
+export interface AdaptedHead {
+  /** Name of the module. */
+  readonly name: string;
+  readonly in: number;
+  readonly out: number;
+  readonly bias: boolean;
+  /** `end` makes the layer's result, bias included. */
+  readonly places: readonly { linear: Linear; end: NodeProto }[];
+}
+
+/** All that tasks change in a graph. */
+export interface Changes {
+  readonly modules: readonly AdaptedLayer[];
+  readonly biases: readonly AdaptedBias[];
+  readonly rows: readonly AdaptedRows[];
+  readonly heads: readonly AdaptedHead[];
+  readonly vectors: readonly AdaptedVector[];
+}
+
+/** @returns the linear layer that a use of a weight belongs to, or the reason why it is none */
+function linearOf(model: OnnxModel, use: Use): Linear | string {
   const { node, graph, input } = use;
-  const refuse = (why: string): NotLinear => new NotLinear(`${node.opType} "${node.name}" ${why}`);
+  const refuse = (why: string): string => `${node.opType} "${node.name}" ${why}`;
   const simple = (type: number, bias?: number): Linear => {
     const end = requantized(model, use) ?? node;
     const value = bias === undefined ? "" : (node.input[bias] ?? "");
@@ -80,29 +213,32 @@ function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   }
 }
 
-/** All linear layers with a parameter, or a copy of it, as weight. */
-export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] | NotLinear {
+/**
+ * All linear layers with a parameter, or a copy of it, as weight.
+ * @returns the reason where a use of the weight is no linear layer with a result that can be added to
+ */
+export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] | string {
   const { uses, initializer, copies, slice, joined } = parameter;
   if (joined)
     return together(
       joined.map((one) => linearsOf(model, one)),
       joined.map((one) => matrixShape(one)![0]),
     );
-  if (uses.length === 0) return new NotLinear(`nothing in the graph uses "${initializer}"`);
+  if (uses.length === 0) return `nothing in the graph uses "${initializer}"`;
   const linears: Linear[] = [];
   for (const use of [uses, ...copies.map((copy) => copy.uses)].flat()) {
     const linear = linearOf(model, use);
-    if (linear instanceof NotLinear) return linear;
+    if (typeof linear === "string") return linear;
     linears.push(slice ? { ...linear, slice } : linear);
   }
   return linears;
 }
 
 /** Joins layers that are parts of one: each has the same input. */
-function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly number[]): Linear[] | NotLinear {
+function together(parts: readonly (Linear[] | string)[], sizes: readonly number[]): Linear[] | string {
   const lists: Linear[][] = [];
   for (const part of parts) {
-    if (part instanceof NotLinear) return part;
+    if (typeof part === "string") return part;
     lists.push(part);
   }
   const [first] = lists as [Linear[], ...Linear[][]];
@@ -113,7 +249,7 @@ function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly numb
       ({ x, graph, type }) => x === linear.x && graph === linear.graph && type === linear.type,
     );
     if (!isOne || lists.some((list) => list.length !== first.length))
-      return new NotLinear("its parts in the file take different values");
+      return "its parts in the file take different values";
     made.push({ ...linear, bias: linears.find(({ bias }) => bias !== undefined)?.bias, joined: { linears, sizes } });
   }
   return made;
@@ -233,4 +369,124 @@ export function typeOf(model: OnnxModel, graph: GraphProto, value: string): numb
     }
   }
   return FLOAT;
+}
+
+/** A bias that the model has; undefined where it cannot be added to. */
+export function biasOf(model: OnnxModel, name: string, parameter: OnnxParameter): AdaptedBias | undefined {
+  const { slice, shape, uses } = parameter;
+  if (shape.length !== 1) return undefined;
+  const size = partSize(parameter);
+  const places = uses.flatMap((use) => placeOfBias(model, use) ?? []);
+  if (places.length === 0 || places.length < uses.length) return undefined;
+  return { name, size, type: typeWhereUsed(parameter), places, ...(slice && { slice }) };
+}
+
+/**
+ * Rows of a parameter that tasks replace.
+ * @returns the reason where it is neither an embedding's table nor the weight of a linear layer
+ * @throws BaseMismatchError for a layer with a bias
+ */
+export function rowsOf(model: OnnxModel, name: string, parameter: OnnxParameter): AdaptedRows | string {
+  const { dtype, layout, shape, uses } = parameter;
+  const type = typeWhereUsed(parameter);
+  if (layout === "embedding") {
+    const places = uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
+    if (dtype === "other") return "which is quantised here";
+    if (places.length === 0 || places.length < uses.length) return "which is no plain table of rows here";
+    return { name, count: shape[0]!, width: shape[1]!, type, places, linears: [] };
+  }
+  const linears = linearsOf(model, parameter);
+  if (typeof linears === "string") return `which has no rows here: ${linears}`;
+  const biased = linears.some((linear) => linear.bias !== undefined || endOf(model, linear) !== linear.node);
+  if (biased) throw biasedRows(name);
+  const [count, width] = matrixShape(parameter)!;
+  return { name, count, width, type, places: [], linears };
+}
+
+/** Inputs that are added to the last dimension of what the node makes. */
+const LAST: Readonly<Record<string, number>> = {
+  EmbedLayerNormalization: 6,
+  Gemm: 2,
+  LayerNormalization: 2,
+  MatMulNBits: 5,
+  SkipLayerNormalization: 3,
+};
+
+/** The node to whose result a change of the bias is added. */
+function placeOfBias(model: OnnxModel, { node, input, graph }: Use): Pick<Use, "node" | "graph"> | undefined {
+  if (node.opType === "Add" || LAST[node.opType] === input)
+    return { node: requantized(model, { node, graph }) ?? node, graph };
+  // Operators of onnxruntime's optimiser add it to their first input, and go on from there.
+  const [before = ""] = node.input;
+  const isAlone = SUMS[node.opType] === input && model.graph.consumers.get(before)?.length === 1;
+  const made = isAlone ? origin(model, graph, before) : undefined;
+  return made?.node.output[0] === before ? made : undefined;
+}
+
+/** Type of the values around a vector or table: its own, or f32 where it is stored as f16 behind a Cast. */
+function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
+  return dtype === "f16" && uses.every(({ node, input }) => node.input[input] === initializer) ? FLOAT16 : FLOAT;
+}
+
+/**
+ * A bias that tasks bring and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros, as a fresh
+ * classifier has: a Gemm without C is left, or a MatMul without Add.
+ * @param name of the bias
+ * @param weight of the same layer
+ * @returns undefined where the weight is no linear layer's, or something is added to its result that may be the bias
+ */
+export function droppedBias(model: OnnxModel, name: string, weight: OnnxParameter): AdaptedBias | undefined {
+  const linears = linearsOf(model, weight);
+  const [size] = matrixShape(weight) ?? [];
+  if (size === undefined || typeof linears === "string") return undefined;
+  if (linears.some((linear) => addsVector(model, linear, size))) return undefined;
+  return { name, size, type: linears[0]!.type, places: linears.map(({ graph, node }) => ({ graph, node })) };
+}
+
+/** Operators that pass the numbers of their first input on, in another shape or type. */
+const RESHAPES = new Set(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"]);
+
+/** Operators that add a vector, as onnxruntime fuses them: by their names, or by the index of the input that is added. */
+const FUSED_SUMS = /^(Bias|FastGelu$)/;
+const FUSED_NORMS: Readonly<Record<string, number>> = {
+  SkipLayerNormalization: 4,
+  SkipSimplifiedLayerNormalization: 3,
+};
+
+/**
+ * Whether a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
+ * between.
+ * @param size of the bias
+ */
+function addsVector(model: OnnxModel, { node, bias }: Linear, size: number): boolean {
+  if (bias !== undefined) return true;
+  const seen = new Set(node.output.slice(0, 1));
+  // The set grows during the loop.
+  for (const value of seen) {
+    for (const { node: next, graph } of model.graph.consumers.get(value) ?? []) {
+      const { opType, input, output } = next;
+      if (RESHAPES.has(opType) && input[0] === value && output[0]) seen.add(output[0]);
+      const first = opType === "Add" || opType === "Sub" || FUSED_SUMS.test(opType) ? 0 : FUSED_NORMS[opType];
+      const others = first === undefined ? [] : input.slice(first).filter((other) => other !== value);
+      if (others.some((other) => constantSize(model, graph, other) === size)) return true;
+    }
+  }
+  return false;
+}
+
+/** How many numbers a constant has; undefined where a value is none. */
+function constantSize(model: OnnxModel, graph: GraphProto, value: string): number | undefined {
+  const seen = new Set<string>();
+  for (let at = value; !seen.has(at); ) {
+    seen.add(at);
+    const made = producer(model, graph, at);
+    const tensor =
+      model.graph.initializers.get(at) ??
+      model.graph.scopes.get(graph)?.initializers.get(at) ??
+      (made?.opType === "Constant" ? attribute(made, "value")?.t : undefined);
+    if (tensor) return tensor.dims.reduce((a, b) => a * Number(b), 1);
+    if (made?.opType !== "DequantizeLinear" && !RESHAPES.has(made?.opType ?? "")) return undefined;
+    at = made!.input[0] ?? "";
+  }
+  return undefined;
 }

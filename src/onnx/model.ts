@@ -1,10 +1,18 @@
 /**
  * An ONNX model in memory: the whole protobuf, parsed once, and an index of its graph. Tensor data are views of the file's bytes, never
- * copies. It executes nothing and infers no shapes; only the runtime knows the values.
+ * copies. It executes nothing and infers no shapes but ranks; only the runtime knows the values.
  */
 import { FormatError } from "../errors.ts";
-import type { AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto } from "./onnx_pb.ts";
-import { fromBinary, ModelProtoSchema } from "./protobuf.ts";
+import {
+  type AttributeProto,
+  fromBinary,
+  type GraphProto,
+  type ModelProto,
+  ModelProtoSchema,
+  type NodeProto,
+  type TensorProto,
+  type ValueInfoProto,
+} from "./protobuf.ts";
 
 /** Where a value enters a node. */
 export interface Use {
@@ -129,4 +137,126 @@ export function nestedGraphs(node: NodeProto): readonly GraphProto[] {
 /** The attribute, or undefined when the node has none with this name. */
 export function attribute(node: NodeProto, name: string): AttributeProto | undefined {
   return node.attribute.find((candidate) => candidate.name === name);
+}
+
+// Ranks: one number, for the operators between a transformer's inputs and its linear layers. Unknown ranks are undefined.
+
+/** Operators whose result has as many dimensions as their first input. */
+const KEEPS: ReadonlySet<string> = new Set(
+  (
+    "Abs BiasGelu Cast Clip Concat DequantizeLinear Dropout DynamicQuantizeLinear Erf FastGelu Gelu " +
+    "GroupQueryAttention Identity LayerNormalization LeakyRelu MatMulNBits Mod MultiHeadAttention Neg " +
+    "QuantizeLinear QuickGelu RMSNormalization Reciprocal Relu Sigmoid SimplifiedLayerNormalization " +
+    "SkipLayerNormalization SkipSimplifiedLayerNormalization Slice Softmax Softplus Split Sqrt Tanh Transpose"
+  ).split(" "),
+);
+
+/** Operators that broadcast their inputs. */
+const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Sum"]);
+
+/** Most nested Concats that are followed. */
+const DEEPEST_SHAPE = 8;
+
+/** Ranks of the values of a model's main graph. */
+export class Ranks {
+  readonly #model: OnnxModel;
+  readonly #known = new Map<string, number | undefined>();
+  /** Number of elements of values that are shapes. */
+  readonly #lengths = new Map<string, number | undefined>();
+
+  constructor(model: OnnxModel) {
+    this.#model = model;
+    const { input, valueInfo } = model.graph.proto;
+    for (const info of [...input, ...valueInfo]) {
+      const rank = declaredRank(info);
+      if (rank !== undefined) this.#known.set(info.name, rank);
+    }
+    for (const [name, { dims }] of model.graph.initializers) this.#known.set(name, dims.length);
+  }
+
+  /** Rank of a value; undefined where it cannot be told. */
+  of(value: string): number | undefined {
+    // A loop rather than recursion: models are thousands of nodes deep. A value met again while it waits lies on a circle, which only a
+    // damaged file has.
+    const waiting = new Set<string>();
+    const pending = [value];
+    for (let name = pending.at(-1); name !== undefined; name = pending.at(-1)) {
+      const node = this.#known.has(name) ? undefined : this.#model.graph.producers.get(name);
+      if (node && !waiting.has(name)) {
+        waiting.add(name);
+        for (const input of inputsOf(node)) if (input !== "" && !waiting.has(input)) pending.push(input);
+        continue;
+      }
+      if (!this.#known.has(name)) this.#known.set(name, node && this.#rank(node));
+      pending.pop();
+    }
+    return this.#known.get(value);
+  }
+
+  #rank(node: NodeProto): number | undefined {
+    const ranks = inputsOf(node).map((input) => this.#known.get(input));
+    const [first, second] = ranks;
+    if (KEEPS.has(node.opType)) return first;
+    if (BROADCASTS.has(node.opType)) {
+      return ranks.reduce((a, b) => (a === undefined || b === undefined ? undefined : Math.max(a, b)), 0);
+    }
+    switch (node.opType) {
+      case "MatMul":
+      case "MatMulInteger":
+        if (first === undefined || second === undefined || first < 2 || second < 2) return undefined;
+        return Math.max(first, second);
+      case "Gemm":
+        return 2;
+      case "Shape":
+      case "Range":
+        return 1;
+      case "Constant":
+        return attribute(node, "value")?.t?.dims.length;
+      case "ReduceMean":
+        return attribute(node, "keepdims")?.i === 0n ? undefined : first;
+      case "Unsqueeze": {
+        const axes = attribute(node, "axes")?.ints.length ?? this.#elements(node.input[1] ?? "");
+        return first === undefined || axes === undefined ? undefined : first + axes;
+      }
+      case "Gather":
+        return first === undefined || second === undefined ? undefined : first - 1 + second;
+      case "Reshape":
+        return this.#elements(node.input[1] ?? "");
+      default:
+        return undefined;
+    }
+  }
+
+  /** Number of elements of a shape, made by a few Concats at most. */
+  #elements(value: string, depth = 0): number | undefined {
+    if (!this.#lengths.has(value)) this.#lengths.set(value, this.#lengthOf(value, depth));
+    return this.#lengths.get(value);
+  }
+
+  #lengthOf(value: string, depth: number): number | undefined {
+    const { initializers, producers } = this.#model.graph;
+    const node = producers.get(value);
+    const constant = node?.opType === "Constant" ? attribute(node, "value")?.t : undefined;
+    const { dims } = initializers.get(value) ?? constant ?? {};
+    if (dims) return dims.length === 1 ? Number(dims[0]) : undefined;
+    if (node?.opType !== "Concat" || depth > DEEPEST_SHAPE) return undefined;
+    let sum = 0;
+    for (const input of node.input) {
+      const part = producers.get(input)?.opType === "Unsqueeze" ? 1 : this.#elements(input, depth + 1);
+      if (part === undefined) return undefined;
+      sum += part;
+    }
+    return sum;
+  }
+}
+
+/** Inputs that decide the rank. */
+function inputsOf({ opType, input }: NodeProto): readonly string[] {
+  if (BROADCASTS.has(opType)) return input;
+  if (opType === "Reshape" || opType === "Gemm") return [];
+  return KEEPS.has(opType) ? input.slice(0, 1) : input.slice(0, 2);
+}
+
+function declaredRank({ type }: ValueInfoProto): number | undefined {
+  return type?.value.case === "tensorType" ? type.value.value.shape?.dim.length : undefined;
 }

@@ -7,7 +7,7 @@ import { sameShape } from "../core/base.ts";
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
-import type { NodeProto } from "./onnx_pb.ts";
+import type { NodeProto } from "./protobuf.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
 /** Rows of a packed weight that a layer has: the `index`-th of parts whose sizes are `sizes`. */

@@ -5,7 +5,7 @@
 import { FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { nestedGraphs, type OnnxModel } from "./model.ts";
-import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./onnx_pb.ts";
+import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./protobuf.ts";
 import {
   AttributeProtoSchema,
   create,
@@ -281,10 +281,10 @@ export function readBy(node: NodeProto): string[] {
 const LEAST_OPSET = 11;
 
 /**
- * Checks that a model can be grafted, before anything is added: afterwards, added names cannot be told from the file's own.
- * @throws FormatError when the model's opset is too old, the model has been grafted before, or it uses names of ours
+ * Checks that a model can take task inputs, before anything is added: afterwards, added names cannot be told from the file's own.
+ * @throws FormatError when the model's opset is too old, it has task inputs already, or it uses names of ours
  */
-export function checkGraftable(model: OnnxModel): void {
+export function checkInjectable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {
     const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
     throw new FormatError(message, { file: model.name, part: "opset" });

@@ -102,7 +102,7 @@ async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
     const isFused = model.proto.graph!.node.some(
       ({ domain, opType }) => opType === "Attention" && domain === "com.microsoft",
     );
-    return isFused ? (await import("./attention.ts")).unfuse(model) : model;
+    return isFused ? (await import("./packed.ts")).unfuse(model) : model;
   } catch (error) {
     const { wrongKind } = await import("../format/kind.ts");
     throw await wrongKind(

@@ -9,7 +9,7 @@ import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
-import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import type { GraphProto, NodeProto } from "./protobuf.ts";
 import { create, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
 import { type DataFile, point } from "./write.ts";
 
@@ -283,7 +283,7 @@ export async function fillWeightFile(
     }
     data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
   }
-  const { copyPart } = parts.length > 0 ? await import("./blocks.ts") : {};
+  const { copyPart } = parts.length > 0 ? await import("./packed.ts") : {};
   for (const { name, into, axis, from, to, count } of parts) {
     const [view, { offset, shape, width }] = [await value(name), places.get(into)!];
     const source = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset), start: from };

@@ -7,7 +7,7 @@ import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import { nestedGraphs } from "./model.ts";
-import type { GraphProto, TensorProto } from "./onnx_pb.ts";
+import type { GraphProto, TensorProto } from "./protobuf.ts";
 
 /** `TensorProto.DataType` of the float types that weights may have. */
 const FLOATS: ReadonlyMap<number, FloatDtype> = new Map([

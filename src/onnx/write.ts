@@ -5,7 +5,7 @@
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";
 import type { Added } from "./nodes.ts";
-import type { GraphProto, TensorProto } from "./onnx_pb.ts";
+import type { GraphProto, TensorProto } from "./protobuf.ts";
 import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
 import { EXTERNAL } from "./tensors.ts";
@@ -120,8 +120,7 @@ export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uin
 /** Points a tensor to its bytes in a file. */
 export function point(tensor: TensorProto, location: string, offset: number, length: number): void {
   const entries = { location, offset: String(offset), length: String(length) };
-  const $typeName = "onnx.StringStringEntryProto";
-  tensor.externalData = Object.entries(entries).map(([key, value]) => ({ $typeName, key, value }));
+  tensor.externalData = Object.entries(entries).map(([key, value]) => ({ key, value }));
   tensor.dataLocation = EXTERNAL;
   tensor.rawData = new Uint8Array(0);
 }

@@ -9,11 +9,11 @@ import { externalFiles } from "../onnx/tensors.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { tellReady } from "../open-source.ts";
 import type { SourceInput } from "../source.ts";
-import type { Carrier, CarrierParts } from "./carrier.ts";
+import { type Delivery, inputDelivery } from "./delivery.ts";
 import type { Engine } from "./engine.ts";
-import { inputCarrier } from "./inputs.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "./options.ts";
 import { prepareModel } from "./prepare.ts";
+import type { SessionParts } from "./probe.ts";
 import { Session, type SessionTypes } from "./session.ts";
 
 /**
@@ -35,8 +35,7 @@ export async function createSession<T extends SessionTypes>(
   checkPack("createSession", pack);
   checkOptions("createSession", options, SESSION_OPTIONS);
   const { trainable = false, mode = "auto" } = options;
-  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
-  checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
+  checkModes(options);
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
@@ -46,8 +45,14 @@ export async function createSession<T extends SessionTypes>(
   return session;
 }
 
+/** @throws RangeError for another mode or form of components than there are */
+export function checkModes({ mode = "auto", components = "stored" }: SessionOptions): void {
+  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
+  checkChoice("components", components, ["stored", "f32"]);
+}
+
 /**
- * Before weights beside the model are read: they take minutes.
+ * Before weights in files of their own are read: they take minutes.
  * @throws BackendError when they are more than the engine has room for
  */
 function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {
@@ -102,8 +107,8 @@ export async function sessionOn<T extends SessionTypes>(
     const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
     const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
     const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
-    const carrier = await carrierOf(parts, file, bases.bytes);
-    return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph, caches);
+    const delivery = await deliveryOf(parts, file, bases.bytes);
+    return new Session<T>(engine, prepared, delivery, parts.idle, training?.graph, caches);
   } catch (error) {
     await file.close();
     throw error;
@@ -112,12 +117,14 @@ export async function sessionOn<T extends SessionTypes>(
   }
 }
 
-async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array): Promise<Carrier> {
-  const { folded } = parts.prepared;
+async function deliveryOf(parts: SessionParts, file: ModelFile, bases: Uint8Array): Promise<Delivery> {
+  const { engine, prepared } = parts;
+  const { folded, inputs } = prepared;
   if (!folded) {
     await file.close();
-    return inputCarrier(parts, bases);
+    const { DevicePlacer } = engine.gpu ? await import("./device.ts") : {};
+    return inputDelivery(parts, bases, DevicePlacer && ((device) => new DevicePlacer(engine, device, inputs)));
   }
-  if ("places" in folded) return (await import("./device.ts")).foldedCarrier(parts, file, folded);
-  return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
+  const { deviceDelivery, foldedDelivery } = await import("./device.ts");
+  return "places" in folded ? foldedDelivery(parts, file, folded) : deviceDelivery(parts, file, folded, engine.gpu!);
 }

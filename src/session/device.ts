@@ -1,6 +1,7 @@
 /**
- * Mode "folded" on WebGPU: the weights that tasks change are inputs of the model, and each is a buffer of the device that the
- * engine computes on. A switch folds into those buffers: one submit, no copy, the same model.
+ * Mode "folded", and task inputs on a device. On WebGPU the weights that tasks change are inputs of the model, and each is a buffer of the
+ * device that the engine computes on: a switch folds into those buffers with one submit, no copy, the same model. Without a device an
+ * engine takes weights only when it loads a model, so each switch loads one.
  */
 /// <reference types="@webgpu/types" />
 
@@ -8,30 +9,30 @@ import type { DeviceHandle } from "../backends/backend.ts";
 import { byteLengthOf, type CpuView, type DeviceTensor, type View, viewValues } from "../core/base.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
 import { createFolding, type SessionRuntime } from "../core/session-runtime.ts";
-import { BackendError, BaseMismatchError } from "../errors.ts";
-import type { TaskInput } from "../onnx/adapted.ts";
+import { BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
+import type { TaskInput } from "../onnx/inject.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
-import type { Active, Carrier, CarrierParts } from "./carrier.ts";
+import type { Active, Delivery, Placer } from "./delivery.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
-import { withFeeds } from "./probe.ts";
-import type { ProbeReport } from "./probe-term.ts";
+import { compareOutputs, type ProbeReport, type SessionParts, withFeeds } from "./probe.ts";
 import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
 /** A parameter on the device. */
 type Placed = DeviceTensor & { buffer: GPUBuffer };
 
 /**
+ * Mode "folded" on a device.
  * @param file is closed: nothing of it stays in the CPU's memory
  * @throws BackendError when the engine refuses the model, does not tell its device, or does not read the buffers
  */
-export async function deviceCarrier(
-  parts: CarrierParts,
+export async function deviceDelivery(
+  parts: SessionParts,
   file: ModelFile,
   fed: readonly WeightInput[],
   gpu: EngineGpu,
-): Promise<Carrier> {
+): Promise<Delivery> {
   const { engine } = parts;
   const { pack, view, inputs, names, keep, base } = parts.prepared;
   const model = await engine.load(parts.detached, parts.load);
@@ -57,7 +58,7 @@ export async function deviceCarrier(
     };
     const none = (await evaluator.read(null)).inputs;
     let before = await folding.load(null);
-    const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice, gpu);
+    const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice);
     const bytes = [...own.values()].reduce((sum, { size }) => sum + size, 0);
     return {
       ...{ evaluator, probe, first: active(null, none), bytesWritten: bytes },
@@ -134,79 +135,59 @@ async function foldInPlace(
 
 /** A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice. */
 async function probeBuffers(
-  parts: CarrierParts,
+  parts: SessionParts,
   model: LoadedModel,
   fed: readonly WeightInput[],
   weights: Tensors,
   base: InputValues,
   device: GPUDevice,
-  gpu: EngineGpu,
 ): Promise<ProbeReport> {
-  const [output] = parts.prepared.outputNames as [string];
+  const { engine } = parts;
   const largest = Math.max(...Object.values(weights).map(({ dims }) => dims.reduce((a, b) => a * b, 4)));
   const zeros = device.createBuffer({ label: "eigenlora zeros", size: roundUp16(largest), usage: USAGE });
-  const nothing = Object.fromEntries(fed.map(({ input, dtype, shape }) => [input, gpu.tensor(zeros, dtype, shape)]));
+  const nothing = Object.fromEntries(
+    fed.map(({ input, dtype, shape }) => [input, engine.gpu!.tensor(zeros, dtype, shape)]),
+  );
   try {
-    return await withFeeds(parts, model, async (run) => {
-      const [[before], [after]] = [await run([base], [output], weights), await run([base], [output], nothing)];
-      if (before!.data.some((value, i) => value !== after!.data[i])) return { result: "passed" };
-      throw new BackendError(
-        `the provider ${parts.engine.provider} gives the same "${output}" whatever the weights: results would be silently ` +
-          'wrong. Use the module "onnxruntime-web/webgpu", or mode "core"',
-        { backend: parts.engine.name },
-      );
+    return await withFeeds(parts, model, (run) => {
+      const on = (values: Tensors) => (fetches: readonly string[]) => run(base, fetches, values);
+      return compareOutputs(parts, "whatever the weights", [on(weights), on(nothing)]);
     });
   } finally {
     zeros.destroy();
   }
 }
 
-/**
- * Inputs of tasks as buffers of the device that the engine computes on: written once a switch, they cost a run nothing. Loaded where there
- * is such a device.
- */
-/// <reference types="@webgpu/types" />
-
 /** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
-export const USAGE: number = 128 | 4 | 8;
+const USAGE: number = 128 | 4 | 8;
 
 /** Bytes of a buffer: whole vectors of four words, which kernels of runtimes read. */
-export function roundUp16(bytes: number): number {
+function roundUp16(bytes: number): number {
   return Math.max(16, Math.ceil(bytes / 16) * 16);
 }
 
-/** Feeds whose values lie on the device. */
-export interface PlacedFeeds {
-  readonly feeds: Readonly<Record<string, EngineTensor>>;
-  /** Bytes that a run carries from the CPU's memory all the same: indices are 64-bit integers. */
-  readonly bytes: number;
-  /** Bytes that were written to the device. */
-  readonly written: number;
-  /** Called once no run reads them any more: their buffers are used again. */
-  readonly retire: () => void;
-}
-
-/** Places tasks on a device. */
-export class Placer {
+/** Task inputs as buffers of the device that the engine computes on. */
+export class DevicePlacer implements Placer {
   readonly #engine: Engine;
-  readonly #gpu: EngineGpu;
   readonly #device: GPUDevice;
   readonly #inputs: readonly TaskInput[];
   /** Buffers of tasks that were active before, by input. */
   readonly #spare = new Map<string, GPUBuffer[]>();
   readonly #all = new Set<GPUBuffer>();
 
-  constructor(engine: Engine, gpu: EngineGpu, device: DeviceHandle, inputs: readonly TaskInput[]) {
+  /** @param engine one with `gpu` */
+  constructor(engine: Engine, device: DeviceHandle, inputs: readonly TaskInput[]) {
     this.#engine = engine;
-    this.#gpu = gpu;
     this.#device = device as unknown as GPUDevice;
     this.#inputs = inputs;
   }
 
-  place(values: InputValues): PlacedFeeds {
+  place(values: InputValues): Omit<Active, "task" | "model"> {
     const feeds: Record<string, EngineTensor> = {};
     const used: (readonly [name: string, buffer: GPUBuffer])[] = [];
-    let [bytes, written] = [0, 0];
+    // A run carries indices from the CPU's memory all the same: they are 64-bit integers.
+    let bytes = 0;
+    let written = 0;
     for (const input of this.#inputs) {
       const { name } = input;
       const { dims, data } = stackValues(input, [values.get(name)!]);
@@ -217,10 +198,11 @@ export class Placer {
       }
       const buffer = this.#bufferFor(name, roundUp16(data.byteLength));
       this.#device.queue.writeBuffer(buffer, 0, data as Float32Array<ArrayBuffer>);
-      feeds[name] = this.#gpu.tensor(buffer, "f32", dims);
+      feeds[name] = this.#engine.gpu!.tensor(buffer, "f32", dims);
       used.push([name, buffer]);
       written += data.byteLength;
     }
+    // Called once no run reads them any more: their buffers are used again.
     const retire = (): void => {
       for (const [name, buffer] of used) this.#spare.set(name, [...(this.#spare.get(name) ?? []), buffer]);
     };
@@ -251,17 +233,16 @@ export class Placer {
   }
 }
 
-// Mode "folded" without a device: weights change inside the model, which an engine takes only when it loads one. Each switch loads a model.
-
 /**
+ * Mode "folded" without a device.
  * @param file stays open: weights are folded from it
  * @throws BackendError when the engine refuses the model
  */
-export async function foldedCarrier(
-  { engine, prepared, detached, load }: CarrierParts,
+export async function foldedDelivery(
+  { engine, prepared, detached, load }: SessionParts,
   file: ModelFile,
   weights: WeightFile,
-): Promise<Carrier> {
+): Promise<Delivery> {
   const { pack, view, inputs, names, keep, base } = prepared;
   const host = onnxHost(file, weights.pieces);
   const runtime = await createFolding(pack, view, base.ignored, inputNamesOf(base), {

@@ -2,7 +2,7 @@
  * Several files of one model, an encoder and a decoder, a UNet and its text encoders: which modules of the pack live in which, a session
  * on each, and one switch for all.
  */
-import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
+import { checkArgument, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { partOf } from "../core/part.ts";
 import {
@@ -20,11 +20,11 @@ import { type ModelFile, readModel } from "../onnx/read.ts";
 import { tellReady } from "../open-source.ts";
 import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
-import { sessionOn } from "./create-session.ts";
+import { checkModes, sessionOn } from "./create-session.ts";
 import type { Engine } from "./engine.ts";
 import { ModelMatcher, type Table } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
-import { broughtBy } from "./plan.ts";
+import { broughtBy } from "./prepare.ts";
 import type { Session, SessionSwitchReport, SessionTypes } from "./session.ts";
 
 /** Options of `createSessions`: of all sessions. */
@@ -53,19 +53,33 @@ export async function createSessions<T extends SessionTypes, Name extends string
   if (names.length === 0)
     throw new TypeError(`createSessions: models: expected files by name, got ${described(models)}`);
   const { each = {}, ...common } = options;
-  const stranger = Object.keys(each).find((name) => !(names as string[]).includes(name));
-  if (stranger !== undefined)
-    throw new TypeError(`createSessions: each: there is no file "${stranger}", only ${names.join(", ")}`);
-  const files = names.map((name): GroupFile<Name> => {
-    const own: SessionOptions = { ...common, ...each[name] };
-    checkOptions(`createSessions: each.${name}`, own, SESSION_OPTIONS);
-    if (own.trainable) {
-      const advice = "use createSession on one file";
-      throw new TypeError(`createSessions: trainable: one session learns at a time; ${advice}`);
-    }
-    return { name, engine, model: models[name], options: own };
-  });
+  checkEach("createSessions", each, names, SESSION_OPTIONS);
+  if ((common as SessionOptions).trainable)
+    throw new TypeError("createSessions: trainable: one session learns at a time; use createSession on one file");
+  const files = names.map((name) => ({ name, engine, model: models[name], options: { ...common, ...each[name] } }));
   return groupOf<T, Name>(files, pack, "refuse");
+}
+
+/**
+ * Checks options of single sessions of several.
+ * @param where the public function, for the message
+ * @param names of all sessions
+ * @throws TypeError for a name that is none of the sessions', for unknown options, and for a session that is to learn
+ */
+export function checkEach(
+  where: string,
+  each: Readonly<Record<string, SessionOptions>>,
+  names: readonly string[],
+  known: readonly string[],
+): void {
+  for (const [name, options] of Object.entries(each)) {
+    if (!names.includes(name)) {
+      const all = names.map((one) => `"${one}"`).join(", ");
+      throw new TypeError(`${where}: each: there is no session "${name}", only ${all}`);
+    }
+    checkOptions<SessionOptions, typeof SESSION_OPTIONS>(`${where}: each.${name}`, options, known as never);
+    if (options.trainable) throw new TypeError(`${where}: each.${name}: trainable: one session learns at a time`);
+  }
 }
 
 /** A file that becomes one of several sessions. */
@@ -79,7 +93,7 @@ export interface GroupFile<Name extends string> {
 
 /**
  * Sessions on files, one file after the other: each is let go before the next is asked for.
- * @param empty what becomes of a file in which nothing of the pack lives
+ * @param empty "refuse" or "skip" a file in which nothing of the pack lives
  * @throws as `createSessions`
  */
 export async function groupOf<T extends SessionTypes, Name extends string>(
@@ -88,25 +102,21 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
   empty: "refuse" | "skip",
 ): Promise<SessionGroup<T, Name>> {
   const sessions = new Map<Name, Session<T>>();
-  const lacking = lackingNothing();
+  const residence = new Residence(pack, empty);
   let told: [model: string, onProgress: SessionOptions["onProgress"]] | undefined;
   try {
     for (const { name, engine, model, options } of files) {
-      checkChoice("mode", options.mode ?? "auto", ["auto", "core", "factors", "folded"]);
-      checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
+      checkModes(options);
       const file = await readModel(model, { ...options, weightsApart: engine.readsFiles });
       told = [file.model.name, options.onProgress];
-      let modules: ((module: string) => boolean) | undefined;
-      try {
-        modules = await residentsOf(file, name, pack, options, lacking, empty);
-      } catch (error) {
+      const modules = await residence.in(file, name, options).catch(async (error: unknown) => {
         await file.close();
         throw error;
-      }
+      });
       if (modules) sessions.set(name, await sessionOn<T>(engine, file, pack, { ...options, modules }));
       else await file.close();
     }
-    refuseHomeless(lacking, empty);
+    residence.refuseUnmatched();
     if (sessions.size === 0) throw new BaseMismatchError(`nothing of ${pack.name} lives in the files`, { module: "" });
     const group = new SessionGroup<T, Name>(pack, sessions);
     await tellReady(...told!);
@@ -128,7 +138,7 @@ export class SessionGroup<
   readonly #all: readonly Session<T>[];
   readonly #queue = new Queue();
   /** Options of the last switch, but for its signal. */
-  #how: SessionSwitchOptions = {};
+  #options: SessionSwitchOptions = {};
   #task: Selection = null;
   #closed: Promise<void> | undefined;
   #watched = false;
@@ -142,7 +152,7 @@ export class SessionGroup<
     for (const session of this.#all) session.group = this;
   }
 
-  /** What runs now belong to. */
+  /** The selection that runs now belong to. */
   get task(): Selection {
     return this.#task;
   }
@@ -164,7 +174,6 @@ export class SessionGroup<
   }
 
   async #switch(asked: Selection, options: SessionSwitchOptions): Promise<SessionSwitchReport> {
-    const [task, how] = [this.task, this.#how];
     const reports: SessionSwitchReport[] = [];
     try {
       for (const session of this.#all) reports.push(await session.switchTask(asked, options));
@@ -172,12 +181,12 @@ export class SessionGroup<
       // The one that failed has kept what it had.
       const failed: unknown[] = [];
       for (const session of this.#all.slice(0, reports.length))
-        await session.switchTask(task, how).catch((again: unknown) => failed.push(again));
+        await session.switchTask(this.#task, this.#options).catch((again: unknown) => failed.push(again));
       if (failed.length > 0) throw cannotPutBack(error, failed[0], "sessions");
       throw error;
     }
     const { signal: _, ...others } = options;
-    this.#how = others;
+    this.#options = others;
     this.#task = asked;
     return sumOf(reports);
   }
@@ -229,80 +238,98 @@ export class SessionGroup<
 }
 
 function sumOf(reports: readonly SessionSwitchReport[]): SessionSwitchReport {
-  const sum = (of: (report: SessionSwitchReport) => number): number => reports.reduce((all, one) => all + of(one), 0);
-  return {
-    task: reports[0]!.task,
-    bytesRead: sum(({ bytesRead }) => bytesRead),
-    requests: sum(({ requests }) => requests),
-    bytesFed: sum(({ bytesFed }) => bytesFed),
-    milliseconds: {
-      read: sum(({ milliseconds }) => milliseconds.read),
-      compute: sum(({ milliseconds }) => milliseconds.compute),
-      total: sum(({ milliseconds }) => milliseconds.total),
-    },
-  };
+  const sum = { task: reports[0]!.task, bytesRead: 0, requests: 0, bytesFed: 0 };
+  const milliseconds = { read: 0, compute: 0, total: 0 };
+  for (const report of reports) {
+    for (const name of ["bytesRead", "requests", "bytesFed"] as const) sum[name] += report[name];
+    for (const name of ["read", "compute", "total"] as const) milliseconds[name] += report.milliseconds[name];
+  }
+  return { ...sum, milliseconds };
 }
 
-/** Modules and parameters of a pack that files lack. */
-export interface Lacking {
-  /** Reasons by file; undefined once a file has them. */
-  readonly reasons: Map<string, Map<string, string> | undefined>;
+/** Finds out which modules and parameters of a pack live in which file of a model. */
+export class Residence {
+  readonly #pack: Pack;
+  readonly #empty: "refuse" | "skip";
+  /** Reasons by file why a module or parameter is not there; undefined once a file has it. */
+  readonly #reasons = new Map<string, Map<string, string> | undefined>();
   /** Embeddings whose rows tasks replace: their shapes, and weights of files that lack them. */
-  readonly tables: Map<
-    string,
-    { shape?: string | undefined; readonly elsewhere: { readonly file: string; readonly weight: Table }[] }
-  >;
-}
+  readonly #tables = new Map<string, { shape?: string | undefined; elsewhere: { file: string; weight: Table }[] }>();
 
-export const lackingNothing = (): Lacking => ({ reasons: new Map(), tables: new Map() });
+  /** @param empty "refuse" or "skip" a file in which nothing of the pack lives */
+  constructor(pack: Pack, empty: "refuse" | "skip") {
+    this.#pack = pack;
+    this.#empty = empty;
+  }
 
-/** The filter for what lives in a file, undefined where nothing does and that is no error. Notes what does not live there in `lacking`. */
-export async function residentsOf(
-  file: ModelFile,
-  name: string,
-  pack: Pack,
-  options: SessionOptions,
-  lacking: Lacking,
-  empty: "refuse" | "skip",
-): Promise<((module: string) => boolean) | undefined> {
-  const { modules: wanted } = options;
-  const view = wanted ? partOf(pack, wanted) : pack;
-  const bases = await pack.bases(options);
-  try {
-    const matcher = new ModelMatcher(file, options);
-    const brought = (await broughtBy(view, options)).filter(({ role }) => !isOfModule(role));
-    const parameters = new Set(brought.map((one) => one.name).filter((one) => !matcher.ignores(one)));
-    const residents = await matcher.residents(view.modules, parameters, bases.bytes);
-    const [here, elsewhere] = [new Set<string>(), new Set<string>()];
-    for (const [one, why] of residents) {
-      const module = parameters.has(one) ? moduleOf(one) : one;
-      (why === undefined ? here : elsewhere).add(module);
-      const { reasons } = lacking;
-      if (why === undefined) reasons.set(one, undefined);
-      else if (reasons.has(one)) reasons.get(one)?.set(name, why);
-      else reasons.set(one, new Map([[name, why]]));
+  /**
+   * @param name of the file
+   * @returns the filter for what lives in it; undefined where nothing does and that is no error
+   * @throws BaseMismatchError where nothing does
+   */
+  async in(file: ModelFile, name: string, options: SessionOptions): Promise<((module: string) => boolean) | undefined> {
+    const view = options.modules ? partOf(this.#pack, options.modules) : this.#pack;
+    const bases = await this.#pack.bases(options);
+    try {
+      const matcher = new ModelMatcher(file, options);
+      const brought = (await broughtBy(view, options)).filter(
+        (entry) => !isOfModule(entry.role) && !matcher.ignores(entry.name),
+      );
+      const parameters = new Set(brought.map((entry) => entry.name));
+      const residents = await matcher.residents(view.modules, parameters, bases.bytes);
+      const here = new Set<string>();
+      const elsewhere = new Set<string>();
+      for (const [resident, why] of residents) {
+        const module = parameters.has(resident) ? moduleOf(resident) : resident;
+        (why === undefined ? here : elsewhere).add(module);
+        if (why === undefined) this.#reasons.set(resident, undefined);
+        else if (this.#reasons.has(resident)) this.#reasons.get(resident)?.set(name, why);
+        else this.#reasons.set(resident, new Map([[name, why]]));
+      }
+      for (const { role, name: table } of brought) {
+        if (role !== "rows") continue;
+        const known = this.#tables.get(table) ?? { elsewhere: [] };
+        this.#tables.set(table, known);
+        if (residents.get(table) === undefined) known.shape ??= matcher.shapeOfTable(table);
+        else for (const weight of matcher.tables()) known.elsewhere.push({ file: name, weight });
+      }
+      if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, options.modules);
+      // A file that has only a head is not skipped: the head would be lost.
+      if (here.size === 0 && this.#empty === "skip") return undefined;
+      const [first] = view.modules;
+      const why = first && `; "${first.name}": ${residents.get(first.name)}`;
+      const only = here.size > 0 ? `, only "${[...here].join('", "')}", which the option \`ignore\` leaves out` : "";
+      const message = `${name}: no module of ${this.#pack.name} lives in this file${only}${why}. Run it by itself, without the pack`;
+      throw new BaseMismatchError(message, { module: first?.name ?? "" });
+    } finally {
+      bases.close();
     }
-    for (const { name: table } of brought.filter(({ role, name }) => role === "rows" && parameters.has(name))) {
-      const known = lacking.tables.get(table) ?? { elsewhere: [] };
-      lacking.tables.set(table, known);
-      if (residents.get(table) === undefined) known.shape ??= matcher.shapeOfTable(table);
-      else for (const weight of matcher.tables()) known.elsewhere.push({ file: name, weight });
+  }
+
+  /** @throws BaseMismatchError for what lives in none of the files whose options ask for it */
+  refuseUnmatched(): void {
+    for (const [name, { shape, elsewhere }] of this.#tables) {
+      const alike = elsewhere.find(({ weight }) => weight.shape === shape);
+      if (!alike) continue;
+      const { file, weight } = alike;
+      const module = moduleOf(name);
+      const advice = `Say so with \`names\` of that file, "${module}" to "${weight.name}"; or leave it as it is, with ignore: ["${weight.name}"]`;
+      const message = `tasks replace rows of "${name}", and "${weight.name}" of ${file}, which has the same shape, may be tied to it`;
+      throw new BaseMismatchError(`${message}: there is no telling across files. ${advice}`, { module });
     }
-    if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, wanted);
-    // A file that has only a head is not skipped: the head would be lost.
-    if (here.size === 0 && empty === "skip") return undefined;
-    const [first] = view.modules;
-    const why = first && `; "${first.name}": ${residents.get(first.name)}`;
-    const only = here.size > 0 ? `, only "${[...here].join('", "')}", which the option \`ignore\` leaves out` : "";
-    const message = `${name}: no module of ${pack.name} lives in this file${only}${why}. Run it by itself, without the pack`;
-    throw new BaseMismatchError(message, { module: first?.name ?? "" });
-  } finally {
-    bases.close();
+    for (const [name, reasons] of this.#reasons) {
+      if (!reasons) continue;
+      const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
+      const isPipeline = this.#empty === "skip";
+      const advice = isPipeline ? "Use the model that the adapters are for" : "Give the file that has it";
+      const message = `"${name}" lives in none of the ${isPipeline ? "sessions" : "files"} (${whys}). ${advice}, or leave it out with the option \`modules\``;
+      throw new BaseMismatchError(message, { module: name });
+    }
   }
 }
 
 /**
- * The filter that a session keeps. Made here, since a closure of `residentsOf` would keep the model's bytes with it. Modules of tasks that
+ * The filter that a session keeps. Made here, since a closure of `Residence` would keep the model's bytes with it. Modules of tasks that
  * are added later pass: they are not known to live elsewhere, and the session says that it is not prepared for them.
  */
 function filterOf(
@@ -311,27 +338,4 @@ function filterOf(
   wanted: SessionOptions["modules"],
 ): (module: string) => boolean {
   return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
-}
-
-/** @throws BaseMismatchError for what lives in none of the files whose options ask for it */
-export function refuseHomeless({ reasons: all, tables }: Lacking, empty: "refuse" | "skip"): void {
-  for (const [name, { shape, elsewhere }] of tables) {
-    const alike = elsewhere.find(({ weight }) => weight.shape === shape);
-    if (!alike) continue;
-    const { file, weight } = alike;
-    const module = moduleOf(name);
-    const advice = `Say so with \`names\` of that file, "${module}" to "${weight.name}"; or leave it as it is, with ignore: ["${weight.name}"]`;
-    const message = `tasks replace rows of "${name}", and "${weight.name}" of ${file}, which has the same shape, may be tied to it`;
-    throw new BaseMismatchError(`${message}: there is no telling across files. ${advice}`, { module });
-  }
-  for (const [name, reasons] of all) {
-    if (!reasons) continue;
-    const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
-    const [places, advice] =
-      empty === "skip"
-        ? ["sessions", "Use the model that the adapters are for"]
-        : ["files", "Give the file that has it"];
-    const message = `"${name}" lives in none of the ${places} (${whys}). ${advice}, or leave it out with the option \`modules\``;
-    throw new BaseMismatchError(message, { module: name });
-  }
 }

@@ -11,7 +11,7 @@ export { createSession } from "./create-session.ts";
 export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 export { createSessions, type GroupOptions, type SessionGroup } from "./group.ts";
 export type { Mode, SessionOptions, SessionSwitchOptions } from "./options.ts";
-export type { ProbeReport } from "./probe-term.ts";
+export type { ProbeReport } from "./probe.ts";
 export type {
   Session,
   SessionRunOptions,

@@ -15,9 +15,7 @@ import {
 } from "../core/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { moduleOf, type PackModule } from "../format/format.ts";
-import type { GraftBias } from "../onnx/adapted.ts";
-import { droppedBias } from "../onnx/additions.ts";
-import { fusedNode } from "../onnx/linear.ts";
+import { type AdaptedBias, droppedBias, fusedNode } from "../onnx/linear.ts";
 import { asMatrix, findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Copies, readLinearWeight } from "../onnx/weights.ts";
@@ -89,7 +87,7 @@ export class ModelMatcher {
     const { model } = this.#file;
     const fused = fusedNode(model);
     if (!fused) throw error;
-    const what = (await import("../onnx/attention.ts")).whyFused(model, fused);
+    const what = (await import("../onnx/packed.ts")).whyFused(model, fused);
     throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
@@ -302,7 +300,7 @@ export class ModelMatcher {
    * A bias that tasks bring and the exporter has dropped, where the model has the layer's weight.
    * @throws BaseMismatchError when that may be any of several weights
    */
-  async dropped(name: string): Promise<GraftBias | undefined> {
+  async dropped(name: string): Promise<AdaptedBias | undefined> {
     const module = moduleOf(name);
     const mapped = this.#options.names?.has(module);
     const weight = `${module}.weight`;

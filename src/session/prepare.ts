@@ -1,21 +1,55 @@
 /**
- * A model made ready for the tasks of a pack, before any engine has seen it: planned, its graph changed, its own inputs told
- * from those that carry a task.
+ * Makes a model ready for the tasks of a pack, before any engine has seen it. A plan says which layers get a term, which parameters tasks
+ * change next to them, and whether that can be done without touching the weights; it checks that the model is the right one and changes
+ * nothing. Then the graph is changed by it.
  */
-
 import type { Pack } from "../core/pack.ts";
 import type { ModuleFilter, PackView } from "../core/part.ts";
-import type { AdaptedLayer, Grafted } from "../onnx/adapted.ts";
-import type { IntegerProducts } from "../onnx/components.ts";
+import { BaseMismatchError } from "../errors.ts";
+import {
+  type Brought,
+  bringsOf,
+  encodedTensor,
+  isOfModule,
+  moduleOf,
+  needsFactors,
+  type PackModule,
+  parseBrought,
+  readTensor,
+  sharedBases,
+  type TensorRef,
+} from "../format/format.ts";
 import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
-import { graft } from "../onnx/graft.ts";
+import { type Injected, type IntegerProducts, inject } from "../onnx/inject.ts";
+import {
+  type AdaptedBias,
+  type AdaptedHead,
+  type AdaptedLayer,
+  type AdaptedRows,
+  type AdaptedVector,
+  biasOf,
+  type Changes,
+  type ComponentRows,
+  type Components,
+  endOf,
+  type Linear,
+  linearsOf,
+  rowsOf,
+} from "../onnx/linear.ts";
+import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
+import { checkInjectable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
-import type { SessionOptions } from "./options.ts";
-import { type Plan, planSession } from "./plan.ts";
+import { readLinearWeight } from "../onnx/weights.ts";
+import { transpose } from "../tensor/derived.ts";
+import { BITS, isQuantized } from "../tensor/dtypes.ts";
+import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
+import { ModelMatcher } from "./match.ts";
+import type { Mode, SessionOptions } from "./options.ts";
+import type { BaseHead, BaseValues } from "./values.ts";
 
 /** A model with the inputs of a mode. Only `modules` refer to the model's file: objects that outlive creation must not hold those. */
-export interface PreparedModel extends Grafted, Omit<Plan, "graft" | "folded"> {
+export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"> {
   readonly pack: Pack;
   /** The part of the pack that is used here, and the filter that it was made by. */
   readonly view: PackView;
@@ -25,6 +59,8 @@ export interface PreparedModel extends Grafted, Omit<Plan, "graft" | "folded"> {
   readonly outputNames: readonly string[];
   /** The layers that get a term. Empty in mode "folded". */
   readonly modules: readonly AdaptedLayer[];
+  /** Kinds of adapted modules and vectors that are no linear layer, by name. */
+  readonly forms: ReadonlyMap<string, string>;
   /** Whether some layer's input is quantised by a range that all rows of a batch share. */
   readonly sharesRanges: boolean;
   /** Made-up values of the model's own inputs, for a run; undefined where they are of kinds that cannot be made up. */
@@ -38,7 +74,7 @@ export interface PreparedModel extends Grafted, Omit<Plan, "graft" | "folded"> {
 export interface PrepareOptions extends SessionOptions {
   /** Mode "folded": the weights that change become inputs, which an engine can take from a device. Default: false. */
   readonly foldedInputs?: boolean | undefined;
-  /** How the model's runtime multiplies by integers: components that are integers stay so. Default: they become floats. */
+  /** Operators of the model's runtime for integers: components that are integers stay so. Default: they become floats. */
   readonly integers?: IntegerProducts | undefined;
   /** Whether cores come in as few inputs as can be. Default: one for each layer, or layers with one x. */
   readonly joinCores?: boolean | undefined;
@@ -59,37 +95,539 @@ export async function prepareModel(
 ): Promise<PreparedModel> {
   const keep = options.modules;
   const view = keep === undefined ? pack : (await import("../core/part.ts")).partOf(pack, keep);
-  const { graft: wanted, folded: parameters, ...plan } = await planSession(file, view, bases, options);
+  const { changes, folded: parameters, ...plan } = await planSession(file, view, bases, options);
   const { proto, initializers, scopes } = file.model.graph;
   const graphs = [...scopes.keys()];
   const own = proto.input.filter(({ name }) => !initializers.has(name));
-  const [inputs, tables, known] = [plainInputs(own), tableRows(file.model, own), knownSizes(file.model, own)];
+  const known = knownSizes(file.model, own);
+  const rows = rowMaker(plainInputs(own), tableRows(file.model, own), known);
   const outputNames = proto.output.map(({ name }) => name);
   let folded: PreparedModel["folded"];
   if (plan.mode === "folded") {
     const { replaceByFile, replaceByInputs } = await import("../onnx/replaceable.ts");
     folded = (options.foldedInputs ? replaceByInputs : replaceByFile)(file.model, parameters);
   }
+  const inPieces = ({ slice, joined }: Pick<Linear, "slice" | "joined">): boolean => Boolean(slice ?? joined);
   const packed =
-    wanted.biases.some(({ slice }) => slice) ||
-    wanted.modules.some(({ linears }) => linears.some(({ slice, joined }) => slice ?? joined));
+    changes.biases.some(({ slice }) => slice) || changes.modules.some(({ linears }) => linears.some(inPieces));
   const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
-  const apart = takeApart?.(file.model, wanted.modules, wanted.biases);
-  const hasForms = wanted.modules.some(({ form }) => form) || wanted.vectors.length > 0;
-  const forms = hasForms ? await import("../onnx/graft-forms.ts") : undefined;
-  const { probeOutputs: probe = true, integers, joinCores: join } = options;
-  const grafted = graft(file.model, { ...wanted, ...apart }, { probe, integers, forms, join });
+  const forms = new Map([
+    ...changes.modules.flatMap(({ name, form }) => (form ? [[name, form.kind] as const] : [])),
+    ...changes.vectors.map(({ name }) => [name, "vector"] as const),
+  ]);
+  const injected = inject(
+    file.model,
+    { ...changes, ...takeApart?.(file.model, changes.modules, changes.biases) },
+    {
+      probe: options.probeOutputs,
+      integers: options.integers,
+      join: options.joinCores,
+      forms: forms.size > 0 ? await import("../onnx/forms.ts") : undefined,
+    },
+  );
   return {
-    ...{ ...plan, ...grafted, pack, view, keep, outputNames, folded },
+    ...{ ...plan, ...injected, pack, view, keep, outputNames, folded, forms },
     inputNames: own.map(({ name }) => name),
-    modules: wanted.modules,
+    modules: changes.modules,
     sharesRanges: graphs.some(({ node }) => node.some(({ opType }) => opType.startsWith("DynamicQuantize"))),
     feeds: tinyFeeds(own, known),
-    feedsOfRows: rowMaker(inputs, tables, known),
+    feedsOfRows: rows,
   };
 }
 
 // Made here, by a closure that knows the little it needs: not the file.
 function rowMaker(...of: Parameters<typeof feedsOfRows>): PreparedModel["feedsOfRows"] {
   return () => feedsOfRows(...of);
+}
+
+/** The changes that a model needs. */
+export interface Plan {
+  readonly mode: Mode;
+  /** Why this mode, for people. */
+  readonly reason: string;
+  readonly base: BaseValues;
+  readonly changes: Changes;
+  /** The model's names of the adapted weights, by module name of the pack, and of weights that are mapped by hand. */
+  readonly names: ReadonlyMap<string, string>;
+  /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
+  readonly unconfirmed: readonly string[];
+  /** Biases that the exporter has dropped and tasks bring, by the pack's names: inputs in every mode. */
+  readonly dropped: readonly string[];
+  /** Mode "folded": parameters that change inside the weights. */
+  readonly folded: readonly OnnxParameter[];
+}
+
+/**
+ * @param bases of the pack, as `pack.bases()` gives them
+ * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model, or when the mode
+ *   asked for cannot do what the tasks bring; the message names another that can
+ * @throws FormatError when the model's opset is too old, or it has task inputs already
+ */
+export async function planSession(
+  file: ModelFile,
+  pack: PackView,
+  bases: Uint8Array,
+  options: SessionOptions,
+): Promise<Plan> {
+  // First: what an injection has taken out of a model would be missed by another name.
+  checkInjectable(file.model);
+  return new Planner(file, pack, options).plan(bases);
+}
+
+/** What a mode cannot do. */
+interface Obstacle {
+  /** A module or a parameter of the pack. */
+  readonly module: string;
+  readonly why: string;
+}
+
+/** A linear layer that tasks bring whole, and the pack's names of its parameters. */
+interface SavedHead {
+  readonly layer: AdaptedHead;
+  readonly weight: string;
+  readonly bias: string | undefined;
+  readonly parameter: OnnxParameter;
+  /** Its parameters, where other tasks adapt it: an input takes the weight's place, and terms are added behind it. */
+  readonly adapted: readonly OnnxParameter[] | undefined;
+}
+
+/** Parameters that tasks bring and that are neither terms nor heads. */
+interface SingleParameters {
+  readonly biases: readonly AdaptedBias[];
+  readonly rows: readonly AdaptedRows[];
+  readonly vectors: readonly AdaptedVector[];
+  /** The model's parameters for all of it, but for biases that it lacks. */
+  readonly parameters: readonly OnnxParameter[];
+}
+
+/** Parameters and modules that tasks bring, in each of some roles. */
+function namesIn(brought: readonly Brought[], is: (role: Brought["role"]) => boolean): Set<string> {
+  return new Set(brought.filter(({ role }) => is(role)).map(({ name }) => name));
+}
+
+class Planner {
+  readonly #file: ModelFile;
+  readonly #pack: PackView;
+  readonly #options: SessionOptions;
+  readonly #matcher: ModelMatcher;
+  /** Why a task cannot come unfolded, and why not folded. */
+  readonly #notUnfolded: Obstacle[] = [];
+  readonly #notFolded: Obstacle[] = [];
+  /** Biases that the exporter has dropped, by the pack's name. */
+  readonly #dropped = new Map<string, AdaptedBias>();
+  #brought: readonly Brought[] = [];
+  /** Modules with DoRA tasks. */
+  #scaled: ReadonlySet<string> = new Set();
+
+  constructor(file: ModelFile, pack: PackView, options: SessionOptions) {
+    this.#file = file;
+    this.#pack = pack;
+    this.#options = options;
+    this.#matcher = new ModelMatcher(file, options);
+  }
+
+  async plan(bases: Uint8Array): Promise<Plan> {
+    const { modules } = this.#pack;
+    const weights = await this.#matcher.weights(modules);
+    this.#brought = await this.#allBrought();
+    this.#scaled = namesIn(this.#brought, (role) => role === "magnitude");
+    const parameters = this.#brought.filter(({ role }) => !isOfModule(role));
+    const wanted = parameters.filter(({ name }) => !this.#matcher.ignores(name));
+    for (const { name } of wanted) {
+      const bias = await this.#matcher.dropped(name);
+      if (bias) this.#dropped.set(name, bias);
+    }
+    const heads = await this.#heads(wanted, weights);
+    const singles = await this.#singles(wanted, heads);
+    const layers: AdaptedLayer[] = [];
+    for (const [i, module] of modules.entries()) layers.push(...(await this.#layer(module, weights[i]!)));
+    const choice = this.#choose();
+    const unconfirmed = await this.#matcher.check(modules, weights, bases);
+    const names = modules.map(({ name }, i) => [name, weights[i]!.name] as const);
+    const isFolded = choice.mode === "folded";
+    // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
+    const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
+    const { biases, rows, vectors } = singles;
+    const changes: Changes = {
+      ...(isFolded
+        ? { modules: [], biases: this.#lacking(heads, biases), rows: [], vectors: [] }
+        : { modules: layers.map((layer) => this.#withComponents(layer, choice.mode, bases)), biases, rows, vectors }),
+      heads: fed.map(({ layer }) => layer),
+    };
+    const inWeights = [...weights, ...singles.parameters, ...heads.flatMap(({ adapted }) => adapted ?? [])];
+    return {
+      ...choice,
+      ...{ unconfirmed, changes },
+      names: new Map([...this.#matcher.byHand(), ...names]),
+      dropped: [...this.#dropped.keys()],
+      folded: isFolded ? [...new Map(inWeights.map((parameter) => [parameter.name, parameter])).values()] : [],
+      base: {
+        ...(await this.#baseValues(fed, changes, isFolded ? [] : weights)),
+        wanted: new Set(wanted.map(({ name }) => name)),
+        ignored: new Set(parameters.map(({ name }) => name).filter((name) => this.#matcher.ignores(name))),
+      },
+    };
+  }
+
+  /** Everything that the tasks change, and the heads that are reserved. */
+  async #allBrought(): Promise<Brought[]> {
+    const brought = await broughtBy(this.#pack, this.#options);
+    const reserved = [this.#options.reserve?.head ?? []]
+      .flat()
+      .flatMap((head) => [`${head}.weight`, ...(this.#matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])]);
+    const others = brought.filter(({ role, name }) => role !== "saved" || !reserved.includes(name));
+    return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
+  }
+
+  /** Biases of the model's own that no weight holds. */
+  #lacking(heads: readonly SavedHead[], biases: readonly AdaptedBias[]): AdaptedBias[] {
+    const names = [...biases.map(({ name }) => name), ...heads.map(({ adapted, bias = "" }) => (adapted ? bias : ""))];
+    return names.flatMap((name) => this.#dropped.get(name) ?? []);
+  }
+
+  /** Saved linear layers: the weight and, where there is one, the bias behind it. */
+  async #heads(wanted: readonly Brought[], weights: readonly OnnxParameter[]): Promise<SavedHead[]> {
+    const saved = namesIn(wanted, (role) => role === "saved");
+    const rows = namesIn(wanted, (role) => role === "rows");
+    const heads: SavedHead[] = [];
+    for (const weight of saved) {
+      if (!weight.endsWith(".weight") || rows.has(weight)) continue;
+      const parameter = await this.#matcher.parameter(weight, "saved");
+      const shape = matrixShape(parameter);
+      const linears = linearsOf(this.#file.model, parameter);
+      if (!shape || typeof linears === "string" || linears.some(({ slice, joined }) => slice ?? joined)) continue;
+      const name = moduleOf(weight);
+      const bias = saved.has(`${name}.bias`) ? `${name}.bias` : undefined;
+      const places = linears.map((linear) => ({ linear, end: bias ? endOf(this.#file.model, linear) : linear.node }));
+      // A bias that is added somewhere else would be added to the task's own.
+      const elsewhere = places.some(({ linear, end }) => linear.bias === undefined && end === linear.node);
+      if (bias && !this.#dropped.has(bias) && elsewhere) continue;
+      const layer = { name, in: shape[1], out: shape[0], bias: bias !== undefined, places };
+      heads.push({ layer, weight, bias, parameter, adapted: await this.#adapted(name, bias, parameter, weights) });
+    }
+    for (const { layer, parameter } of heads) {
+      const others = heads.filter((head) => head.parameter.name === parameter.name).map((head) => head.layer.name);
+      const index = weights.findIndex(({ name }) => name === parameter.name);
+      if (index >= 0) others.push(this.#pack.modules[index]!.name);
+      const alias = others.find((other) => other !== layer.name);
+      if (alias === undefined) continue;
+      const message = `"${layer.name}" and "${alias}" of the pack are one layer of the model, "${parameter.name}"`;
+      throw new BaseMismatchError(`${message}: pack the adapters under one name`, { module: layer.name });
+    }
+    return heads;
+  }
+
+  /** The parameters of a head that other tasks adapt; undefined where none does. */
+  async #adapted(
+    name: string,
+    bias: string | undefined,
+    parameter: OnnxParameter,
+    weights: readonly OnnxParameter[],
+  ): Promise<OnnxParameter[] | undefined> {
+    if (weights.every((weight) => weight.name !== parameter.name)) return undefined;
+    const held = bias !== undefined && !this.#dropped.has(bias);
+    const biases = held ? [await this.#matcher.parameter(bias, "saved")] : [];
+    if (biases.some(({ dtype }) => dtype === "other"))
+      this.#notFolded.push({ module: name, why: `the bias of "${name}" is quantised` });
+    if (this.#scaled.has(name))
+      this.#notUnfolded.push({ module: name, why: `one task brings "${name}" whole, and another adapts it by DoRA` });
+    return [parameter, ...biases];
+  }
+
+  /** Sorts biases, token rows and other vectors by how they can be added to. */
+  async #singles(wanted: readonly Brought[], heads: readonly SavedHead[]): Promise<SingleParameters> {
+    const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
+    const biases = new Map<string, AdaptedBias>();
+    const rows = new Map<OnnxParameter, AdaptedRows | undefined>();
+    const vectors: AdaptedVector[] = [];
+    const parameters: OnnxParameter[] = [];
+    for (const { role, name } of wanted) {
+      if (headNames.has(name)) continue;
+      const dropped = this.#dropped.get(name);
+      if (dropped) {
+        biases.set(name, dropped);
+        continue;
+      }
+      const parameter = await this.#matcher.parameter(name, role);
+      parameters.push(parameter);
+      this.#checkFoldable(name, `"${name}"`, parameter);
+      if (role === "rows") {
+        rows.set(parameter, this.#rows(name, parameter));
+        continue;
+      }
+      const quantised = parameter.dtype === "other";
+      const isBias = !quantised && (role !== "saved" || name.endsWith(".bias"));
+      const bias = isBias ? biasOf(this.#file.model, name, parameter) : undefined;
+      const vector = bias ? undefined : (await import("../onnx/forms.ts")).vectorOf(this.#file.model, name, parameter);
+      const why = quantised ? "which is quantised here" : "no linear layer's head, bias or weight of a normalisation";
+      if (bias) biases.set(name, bias);
+      else if (vector) vectors.push(vector);
+      else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
+    }
+    for (const [table, found] of [...rows]) {
+      if (table.layout !== "embedding") continue;
+      const name = found?.name ?? "";
+      for (const tied of await this.#matcher.tiedTo(table)) {
+        const own = rows.has(tied) ? rows.get(tied) : this.#rows(tied.name, tied);
+        if (!rows.has(tied)) this.#checkFoldable(name, `"${tied.name}", which is tied to "${name}",`, tied);
+        rows.set(tied, own && { ...own, follows: name });
+        parameters.push(tied);
+        const why = `tasks bring rows of "${name}", which "${tied.name}" is tied to, and others bring that whole`;
+        if (heads.some(({ parameter }) => parameter.name === tied.name)) this.#notUnfolded.push({ module: name, why });
+      }
+    }
+    return {
+      biases: [...biases.values()],
+      rows: [...rows.values()].flatMap((table) => table ?? []),
+      vectors,
+      parameters,
+    };
+  }
+
+  #rows(name: string, parameter: OnnxParameter): AdaptedRows | undefined {
+    const rows = rowsOf(this.#file.model, name, parameter);
+    if (typeof rows !== "string") return rows;
+    this.#notUnfolded.push({ module: name, why: `tasks bring rows of "${name}", ${rows}` });
+    return undefined;
+  }
+
+  /** The layer that a module adapts; none where nothing can be added to it. */
+  async #layer({ name, in: inputs, out, layout }: PackModule, parameter: OnnxParameter): Promise<AdaptedLayer[]> {
+    const { model } = this.#file;
+    const rowScale = this.#scaled.has(name);
+    const refuse = (why: string): AdaptedLayer[] => {
+      this.#notUnfolded.push({ module: name, why });
+      return [];
+    };
+    this.#checkFoldable(name, `the weight of "${name}"`, parameter);
+    if (rowScale && parameter.dtype === "other")
+      refuse(`"${name}" has DoRA tasks, which need the float weight, and the model's is quantised`);
+    const layer = { name, in: inputs, out, factors: true, rowScale };
+    const linears = linearsOf(model, parameter);
+    if (typeof linears !== "string") {
+      const biased = rowScale ? linears.filter(({ bias }) => bias !== undefined) : [];
+      if (biased.length > 0 && (parameter.slice ?? parameter.joined))
+        return refuse(`"${name}" has DoRA tasks, and its layer is packed or divided together with its bias`);
+      if (biased.some(({ node }) => node.opType !== "Gemm"))
+        return refuse(`"${name}" has DoRA tasks, and its layer's result is quantised together with its bias`);
+      return [{ ...layer, linears }];
+    }
+    const isForm = layout === "conv" || layout === "embedding";
+    const form = isForm ? (await import("../onnx/forms.ts")).formOf(model, parameter) : linears;
+    if (typeof form === "string") return refuse(`"${name}" cannot be added to: ${form}`);
+    if (rowScale && form.places.some(({ op, node }) => op !== node))
+      return refuse(`"${name}" has DoRA tasks, and what its layer makes is quantised`);
+    return [{ ...layer, linears: [], form }];
+  }
+
+  #withComponents(layer: AdaptedLayer, mode: Mode, bases: Uint8Array): AdaptedLayer {
+    const module = this.#pack.modules.find(({ name }) => name === layer.name)!;
+    const brings = new Set(this.#brought.flatMap(({ role, name }) => (name === layer.name ? role : [])));
+    const components = mode === "core" ? componentsOf(module, bases) : undefined;
+    const { privateTerms: reserved = false } = this.#options.reserve ?? {};
+    if (components) {
+      const factors = reserved || [...brings].some(needsFactors);
+      const expands = reserved || brings.has("own-A") || brings.has("own-B");
+      return { ...layer, components, factors, expands };
+    }
+    const over = layer.form ? undefined : componentsUnder(module, brings, bases, this.#options);
+    // Components that no coefficients stand for.
+    const expands = (module.A.length > 0 && !over?.A) || (module.B.length > 0 && !over?.B);
+    return { ...layer, over, expands };
+  }
+
+  #checkFoldable(module: string, what: string, { dtype, copies, joined }: OnnxParameter): void {
+    if (joined) {
+      for (const part of joined) this.#checkFoldable(module, `${what}, as "${part.name}",`, part);
+      if (new Set(joined.map(({ layout }) => layout)).size > 1)
+        this.#notFolded.push({ module, why: `${what} is divided into parts that lie in different ways` });
+      return;
+    }
+    const other = copies.find((copy) => copy.dtype !== dtype);
+    if (dtype === "other" || other?.dtype === "other") this.#notFolded.push({ module, why: `${what} is quantised` });
+    else if (other) this.#notFolded.push({ module, why: `${what} is there in ${dtype} and in ${other.dtype}` });
+  }
+
+  #choose(): { mode: Mode; reason: string } {
+    const { mode = "auto" } = this.#options;
+    const refuse = (obstacles: readonly Obstacle[], before: string, after: string): never => {
+      const [{ module, why }, ...others] = obstacles as [Obstacle, ...Obstacle[]];
+      const more = others.length > 0 ? ` (and ${others.length} more)` : "";
+      throw new BaseMismatchError(`${before}: ${why}${more}${after}`, { module });
+    };
+    const [notUnfolded, notFolded] = [this.#notUnfolded[0], this.#notFolded[0]];
+    if (notUnfolded && notFolded) {
+      const neither = `; nor can they be folded: ${notFolded.why}. Pass a float export of the model`;
+      refuse(this.#notUnfolded, "no mode can bring these tasks to this model", neither);
+    }
+    if (mode === "folded" && notFolded) refuse(this.#notFolded, 'mode "folded"', '; use mode "core" or "factors"');
+    if (mode !== "auto" && mode !== "folded" && notUnfolded)
+      refuse(this.#notUnfolded, `mode "${mode}"`, '; use mode "folded"');
+    const { modules } = this.#pack;
+    const K = modules.flatMap((module) => {
+      const { A, B } = sharedBases(module) ?? {};
+      return A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [];
+    });
+    if (mode === "core" && K.length === 0) {
+      const why = "tasks share no components on both sides of a layer";
+      refuse([{ module: "", why }], 'mode "core"', '; use mode "factors"');
+    }
+    if (mode !== "auto") return { mode, reason: "asked for" };
+    if (notUnfolded) return { mode: "folded", reason: notUnfolded.why };
+    const folding = notFolded ? `; ${notFolded.why}, which rules folding out` : "";
+    if (K.length === 0) return { mode: "factors", reason: sharedReason(modules) + folding };
+    const most = Math.max(...K);
+    const [chosen, why] =
+      most > MOST_COMPONENTS
+        ? (["factors", ", too many to mix in each run"] as const)
+        : (["core", ": a switch hands over how one mixes them"] as const);
+    return { mode: chosen, reason: `tasks share up to ${most} components a side${why}${folding}` };
+  }
+
+  /** @param weights of modules; none in mode "folded" */
+  async #baseValues(
+    fed: readonly SavedHead[],
+    { biases, vectors, rows }: Changes,
+    weights: readonly OnnxParameter[],
+  ): Promise<Omit<BaseValues, "wanted" | "ignored">> {
+    const heads = new Map<string, BaseHead>();
+    for (const { layer, bias, parameter, adapted } of fed) {
+      heads.set(layer.name, {
+        weight: transpose(await this.#matrix(parameter), layer.out, layer.in),
+        bias: bias === undefined ? undefined : await this.#vector(bias, "saved", layer.out),
+        labels: layer.out,
+        adapted: adapted !== undefined,
+      });
+    }
+    const values = new Map<string, Float32Array>();
+    for (const { name, size } of [...biases, ...vectors]) values.set(name, await this.#vector(name, "bias", size));
+    const matrices = new Map<string, Float32Array>();
+    for (const [i, weight] of weights.entries()) {
+      const { name } = this.#pack.modules[i]!;
+      if (this.#scaled.has(name)) matrices.set(name, await this.#matrix(weight));
+    }
+    const tied = rows.flatMap(({ name, follows }) => (follows === undefined ? [] : [[name, follows] as const]));
+    return { heads, biases: values, weights: matrices, tied: new Map(tied) };
+  }
+
+  async #vector(name: string, role: string, size: number): Promise<Float32Array> {
+    if (this.#dropped.has(name)) return new Float32Array(size);
+    const { readVector } = await import("../onnx/dequantize.ts");
+    return readVector(this.#file, await this.#matcher.parameter(name, role), this.#options);
+  }
+
+  async #matrix(parameter: OnnxParameter): Promise<Float32Array> {
+    const weight = asMatrix(parameter);
+    const [out, inputs] = matrixShape(weight)!;
+    const { at } = await readLinearWeight(this.#file, weight, this.#options);
+    return Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
+  }
+}
+
+/** Parameters that the tasks of a pack change next to their terms, each once. */
+export async function broughtBy(pack: PackView, options: SessionOptions): Promise<Brought[]> {
+  const all = new Set<string>();
+  for (const { id, brings } of pack.tasks.values())
+    for (const entry of brings ?? bringsOf(await pack.load(id, options), pack.modules)) all.add(entry);
+  return [...all].map(parseBrought);
+}
+
+// A pack's components as a graph takes them.
+
+/** Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`). */
+const MOST_COMPONENTS = 48;
+
+/**
+ * Components of each side that the factors of all tasks of a module can lie over: none brings whole rows of it, and none may later.
+ * @param brings roles in which tasks bring the module
+ */
+function componentsUnder(
+  module: PackModule,
+  brings: ReadonlySet<string>,
+  bases: Uint8Array,
+  { trainable, reserve, mode }: SessionOptions,
+): AdaptedLayer["over"] {
+  // Factors that are asked for where a core would do are whole ones.
+  if (trainable || reserve?.privateTerms || (mode === "factors" && sharedBases(module))) return undefined;
+  const side = (which: "A" | "B"): ComponentRows | undefined => {
+    const K = module[which].reduce((sum, { tensor }) => sum + tensor.rows, 0);
+    const isWhole = brings.has("private") || brings.has(`own-${which}`);
+    if (isWhole || K === 0 || K > MOST_COMPONENTS || module[which].some(({ kind }) => kind === "flat"))
+      return undefined;
+    return joinedRows(module[which].map(({ tensor }) => componentRows(tensor, bases)));
+  };
+  const [A, B] = [side("A"), side("B")];
+  return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
+}
+
+/** Says for people what tasks share where they do not share both sides. */
+function sharedReason(modules: readonly PackModule[]): string {
+  const count = (which: "A" | "B"): number => modules.filter((module) => module[which].length > 0).length;
+  const sides = [
+    ...(count("A") > 0 ? [`what layers read (A) in ${count("A")} of ${modules.length} modules`] : []),
+    ...(count("B") > 0 ? [`what they write (B) in ${count("B")} of ${modules.length} modules`] : []),
+  ];
+  if (sides.length === 0) return "tasks share no components: a switch hands over whole tasks";
+  return `tasks share ${sides.join(", ")}: a switch hands over the rest`;
+}
+
+/**
+ * The components of a module that a core lies between.
+ * @param bases of the pack, which are read when the graph is made
+ * @returns undefined for a module that no core can lie between
+ */
+function componentsOf(module: PackModule, bases: Uint8Array): Components | undefined {
+  const { A, B } = sharedBases(module) ?? {};
+  if (A?.kind !== "column" || B?.kind !== "column") return undefined;
+  if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
+  return { A: componentRows(A.tensor, bases), B: componentRows(B.tensor, bases) };
+}
+
+/** Components one below the other: integers of the widest type among theirs, floats where some are. */
+function joinedRows(all: readonly ComponentRows[]): ComponentRows {
+  const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
+  if (others.length === 0) return first;
+  const rows = all.reduce((sum, part) => sum + part.rows, 0);
+  const join = <T extends Float32Array | Int8Array>(to: T, parts: readonly T[]): T => {
+    let at = 0;
+    for (const part of parts) {
+      to.set(part, at);
+      at += part.length;
+    }
+    return to;
+  };
+  const { width } = first;
+  const floats = (): Float32Array => {
+    return join(
+      new Float32Array(rows * width),
+      all.map((part) => part.floats()),
+    );
+  };
+  const integers = all.flatMap((part) => part.integers ?? []);
+  if (integers.length < all.length) return { rows, width, floats };
+  return {
+    ...{ rows, width, floats },
+    integers: {
+      bits: Math.max(...integers.map(({ bits }) => bits)) as 3 | 4 | 8,
+      scales: join(
+        new Float32Array(rows),
+        integers.map(({ scales }) => scales),
+      ),
+      values: () =>
+        join(
+          new Int8Array(rows * width),
+          integers.map((part) => part.values()),
+        ),
+    },
+  };
+}
+
+function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {
+  const { dtype, rows, width } = tensor;
+  const floats = (): Float32Array => readTensor(bases, tensor);
+  if (!isQuantized(dtype)) return { rows, width, floats };
+  const bytes = encodedTensor(bases, tensor);
+  const values = (): Int8Array => decodeIntegers(dtype, bytes, rows, width);
+  const integers = { bits: BITS[dtype] as 3 | 4 | 8, scales: decodeScales(bytes, rows), values };
+  return { rows, width, floats, integers };
 }

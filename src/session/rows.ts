@@ -6,11 +6,11 @@
 
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
-import type { TaskInput } from "../onnx/adapted.ts";
+import type { TaskInput } from "../onnx/inject.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";
-import type { Carrier, RowModel } from "./carrier.ts";
+import type { Delivery, RowModel } from "./delivery.ts";
 import { dataOf, type EngineTensor, type Tensors, toTensors } from "./engine.ts";
-import { madeUpCores } from "./probe-term.ts";
+import { madeUpCores } from "./probe.ts";
 import { type InputValues, type TaskValues, toFeeds } from "./values.ts";
 
 /** Values of a task, and its entry in the pack, which is an object of its own for each task that ever came. */
@@ -22,16 +22,16 @@ interface RowValues {
 /** Makes feeds for the batches of one session. */
 export class RowTasks {
   readonly #pack: Pick<Pack, "tasks">;
-  readonly #carrier: Pick<Carrier, "rows" | "evaluator">;
+  readonly #delivery: Pick<Delivery, "rows" | "evaluator">;
   /** Values of the tasks of the last run: the next one usually asks for the same. */
   #known: ReadonlyMap<string | null, RowValues> = new Map();
   /** Whether a task per row is known to reach its row. */
   #sure = false;
   #check: ReturnType<typeof rowCheck> | undefined;
 
-  constructor(pack: Pick<Pack, "tasks">, carrier: Pick<Carrier, "rows" | "evaluator">) {
+  constructor(pack: Pick<Pack, "tasks">, delivery: Pick<Delivery, "rows" | "evaluator">) {
     this.#pack = pack;
-    this.#carrier = carrier;
+    this.#delivery = delivery;
   }
 
   /** Arrays that are held from one run to the next. */
@@ -48,7 +48,7 @@ export class RowTasks {
     tasks: readonly (string | null)[],
     own: Tensors,
   ): Promise<{ feeds: Tensors; valid: ReadonlyMap<string, readonly number[]> }> {
-    const model = this.#carrier.rows;
+    const model = this.#delivery.rows;
     if (!model) throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
     const values = await this.#values(tasks, own, model);
     const valid = [...values[0]!.labels.keys()].map(
@@ -68,7 +68,7 @@ export class RowTasks {
     if (tasks.length === 0 || !batches.includes(tasks.length)) {
       throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batches[0]}; give one per row`);
     }
-    const { evaluator } = this.#carrier;
+    const { evaluator } = this.#delivery;
     const valuesOf = async (task: string | null): Promise<RowValues> => {
       const entry = this.#pack.tasks.get(task!)?.metadata;
       const known = this.#known.get(task);

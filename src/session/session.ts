@@ -1,5 +1,5 @@
 /**
- * A loaded model that switches tasks. It owns the order of runs and switches; the carrier brings tasks to the model, the engine runs it.
+ * A loaded model that switches tasks. It owns the order of runs and switches; the delivery brings tasks to the model, the engine runs it.
  */
 import { checkOptions, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
@@ -17,11 +17,11 @@ import { now, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import { type SourceInput, unlessAborted } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
-import type { Active, Carrier } from "./carrier.ts";
+import type { Active, Delivery } from "./delivery.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { Mode, SessionSwitchOptions } from "./options.ts";
 import type { PreparedModel } from "./prepare.ts";
-import type { ProbeReport } from "./probe-term.ts";
+import type { ProbeReport } from "./probe.ts";
 import type { RowTasks } from "./rows.ts";
 import type { EncodeOptions, Tokenizer } from "./tokens.ts";
 import type { Trainable } from "./training.ts";
@@ -86,7 +86,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly #base: PreparedModel["base"];
   readonly #inputs: PreparedModel["inputs"];
   readonly #idle: Tensors;
-  readonly #carrier: Omit<Carrier, "first">;
+  readonly #delivery: Omit<Delivery, "first">;
   /** Runs and switches. A run under way keeps the model and feeds that it began with. */
   readonly #queue = new Queue();
   readonly #components: number;
@@ -107,7 +107,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   constructor(
     engine: Engine,
     prepared: PreparedModel,
-    carrier: Carrier,
+    delivery: Delivery,
     idle: Tensors,
     graph: Trainable["graph"] | undefined,
     caches: CacheWatch | undefined,
@@ -122,16 +122,16 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     this.unconfirmed = unconfirmed;
     const here = new Set(view.modules.map(({ name }) => name));
     this.leftOut = pack.modules.flatMap(({ name }) => (here.has(name) ? [] : [name]));
-    this.reason = carrier.note === undefined ? reason : `${reason}; ${carrier.note}`;
-    this.probe = carrier.probe;
+    this.reason = delivery.note === undefined ? reason : `${reason}; ${delivery.note}`;
+    this.probe = delivery.probe;
     this.#engine = engine;
     this.#base = base;
     this.#inputs = inputs;
     this.#idle = idle;
     this.#caches = caches;
     // The first task's feeds go with it.
-    const { first, ...others } = carrier;
-    this.#carrier = others;
+    const { first, ...others } = delivery;
+    this.#delivery = others;
     this.#active = first;
     const { feeds = [] } = prepared;
     this.#short = new Set([...feeds].flatMap(([name, { data }]) => (data instanceof Int32Array ? name : [])));
@@ -145,7 +145,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
       graph,
       example,
       inputs: this.#inputs,
-      base: async () => (await this.#carrier.evaluator.read(null)).inputs,
+      base: async () => (await this.#delivery.evaluator.read(null)).inputs,
       run: async (feeds, fetches) => {
         this.#live();
         return this.#queue.call(() => this.#engine.run(this.#active.model, { ...this.#idle, ...feeds }, fetches));
@@ -197,9 +197,9 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
       this.#coming = asked;
       try {
         const state = this.#caches?.stateOf(asked, options);
-        const tasks = await this.#carrier.evaluator.load(asked, how);
+        const tasks = await this.#delivery.evaluator.load(asked, how);
         read = now();
-        next = await this.#carrier.make(tasks, how.signal);
+        next = await this.#delivery.make(tasks, how.signal);
         old = this.#active;
         this.#active = { ...next, state };
       } finally {
@@ -210,7 +210,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
         task: next.task,
         bytesRead: this.pack.reads.bytes - before.bytes,
         requests: this.pack.reads.requests - before.requests,
-        bytesFed: next.bytes + (next.written ?? 0) + this.#carrier.bytesWritten,
+        bytesFed: next.bytes + (next.written ?? 0) + this.#delivery.bytesWritten,
         milliseconds: { read: read - started, compute: done - read, total: done - started },
       };
     };
@@ -269,7 +269,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     const run = this.#queue.call(async () => {
       throwIfAborted(signal);
       const active = this.#active;
-      this.#carrier.check?.();
+      this.#delivery.check?.();
       const rowTasks = tasks && (await this.#rowTasks());
       // Together with reading the tasks: another task may come under an id.
       const made = this.#caches?.check(own, active.state, tasks, keepCache);
@@ -284,7 +284,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
 
   async #rowTasks(): Promise<RowTasks> {
     const { RowTasks } = await import("./rows.ts");
-    this.#rows ??= new RowTasks(this.pack, this.#carrier);
+    this.#rows ??= new RowTasks(this.pack, this.#delivery);
     return this.#rows;
   }
 
@@ -312,7 +312,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
    */
   memory(): MemoryReport {
     const { biases, heads, weights } = this.#base;
-    const { scratch, pristine, active } = this.#carrier.memory();
+    const { scratch, pristine, active } = this.#delivery.memory();
     const own = [...heads.values()].flatMap(({ weight, bias }) => [weight, bias]);
     // Heads of the base are values of rows too.
     const arrays = new Set([...biases.values(), ...weights.values(), ...own, ...(this.#rows?.arrays ?? [])]);
@@ -334,7 +334,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   async #end(): Promise<void> {
     await this.#queue.end();
     await this.#engine.release(this.#active.model);
-    await this.#carrier.close();
+    await this.#delivery.close();
   }
 
   #live(): void {

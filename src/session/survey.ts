@@ -12,13 +12,12 @@ import { isOfModule } from "../format/format.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
-import type { GraphProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { lackingNothing, refuseHomeless, residentsOf } from "./group.ts";
+import { Residence } from "./group.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
-import { broughtBy, type Plan, planSession } from "./plan.ts";
-import { type PreparedModel, prepareModel } from "./prepare.ts";
+import { broughtBy, type Plan, type PreparedModel, planSession, prepareModel } from "./prepare.ts";
 import { stackValues, TaskEvaluator } from "./values.ts";
 
 /** A module of the pack in the model. */
@@ -94,7 +93,7 @@ export interface FilesSurvey {
   /** What would become of each file and of what of the pack lives there, by name; a reason where that is nothing. */
   readonly files: ReadonlyMap<string, Survey | string>;
   /** What of the pack lives in none of them, and why. */
-  readonly homeless: string | null;
+  readonly unmatched: string | null;
 }
 
 const NO_COST = { nodes: 0, inputs: 0, componentBytes: 0, pristineBytes: 0, fedBytes: 0, writtenBytes: 0 };
@@ -128,7 +127,7 @@ export async function surveyModel(
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
     const { halfOf, refuseParts } = await import("./training.ts");
     const parts = await attempt(async () => refuseParts(file, pack, modules));
-    const form = plan?.graft.modules.find((module) => module.form);
+    const form = plan?.changes.modules.find((module) => module.form);
     const why =
       parts.why ??
       (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
@@ -162,17 +161,15 @@ export async function surveyFiles(
   pack: Pack,
   options: SessionOptions = {},
 ): Promise<FilesSurvey> {
-  const lacking = lackingNothing();
+  const residence = new Residence(pack, "refuse");
   const files = new Map<string, Survey | string>();
   for (const [name, read] of open) {
     const file = await read();
-    const { made: modules, why } = await attempt(() =>
-      residentsOf(file, name, pack, options, lacking, "refuse").finally(() => file.close()),
-    );
+    const { made: modules, why } = await attempt(() => residence.in(file, name, options).finally(() => file.close()));
     files.set(name, why ?? (await surveyModel(read, pack, { ...options, modules })));
   }
-  const { why: homeless } = await attempt(async () => refuseHomeless(lacking, "refuse"));
-  return { files, homeless };
+  const { why: unmatched } = await attempt(async () => residence.refuseUnmatched());
+  return { files, unmatched };
 }
 
 /** What something makes, or why it is refused. */
@@ -226,7 +223,7 @@ async function surveyParameters(
   plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
   const matcher = new ModelMatcher(file, options);
-  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.graft ?? {};
+  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.changes ?? {};
   const fed = new Set([
     ...heads.flatMap(({ name }) => [`${name}.weight`, `${name}.bias`]),
     ...[...biases, ...rows, ...vectors].map(({ name }) => name),

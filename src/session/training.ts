@@ -7,10 +7,10 @@ import { LARGEST_CONSTANT, type ShapeProbe } from "../autodiff/shapes.ts";
 import type { Pack } from "../core/pack.ts";
 import type { ModuleFilter } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
-import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
+import type { TaskInput } from "../onnx/inject.ts";
 import { nestedGraphs } from "../onnx/model.ts";
-import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto, NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { SessionOptions } from "./options.ts";
@@ -151,7 +151,7 @@ function probeOf(engine: Engine): ShapeProbe {
 
 /**
  * Fixes the number of outputs of inner layers of heads (those with another product behind them) in the inputs' dimensions, in place.
- * @param main the grafted graph
+ * @param main the graph with task inputs
  * @param outputsOf number of outputs of the model's own layer, by module name
  */
 export function fixInnerHeads(
