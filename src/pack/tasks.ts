@@ -13,7 +13,7 @@ import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.t
 import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";
 
-/** The share of its ΔW that a task may lose by default: docs/packing.md has what that costs and saves. */
+/** The share of its ΔW that a task may lose by default: docs/pack.md has what that costs and saves. */
 export const DEFAULT_ERROR = 0.15;
 
 /** A search makes many packs of the same adapters, and each norm takes reading all of one. */

@@ -3,7 +3,7 @@
  * from several; one shape for all three, computed one module at a time when it is asked for. From them comes a basis (`basis.ts`);
  * adapters cannot be reconstructed.
  *
- * A part is one machine's share of a pack that is too large for it, as a file (docs/parts.md): a safetensors file with a description and a
+ * A part is one machine's share of a pack that is too large for it, as a file (SPEC.md, appendix B): a safetensors file with a description and a
  * checksum of its header and of every tensor, so that any safetensors reader can look into it. It is not a cache: a part says what it was made
  * from, and its owner decides what to make again.
  */
