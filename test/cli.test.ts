@@ -59,12 +59,12 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
 
   const refused = async (...args: string[]): Promise<string> =>
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
-  t.match(await refused("--bytes", "70kB", "--rank", "4"), /--bytes chooses what is stored/);
-  t.match(await refused("--error", "0.1", "--dtype", "int4"), /--error chooses what is stored/);
+  t.match(await refused("--bytes", "70kB", "--rank", "4"), /--rank and --bytes exclude each other: a size decides/);
+  t.match(await refused("--error", "0.1", "--dtype", "int4"), /a size or an error decides what is stored: of --dtype only head=/);
   t.match(await refused("--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
-  t.match(await refused("--text", "lines.txt", "--k", "4"), /--text chooses what is stored/);
+  t.match(await refused("--k", "4", "--model", "model.onnx"), /--k and --model exclude each other: .*answers decide/);
   t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
-  t.match(await refused("--bytes", "1kB", "--error", "0.1"), /--bytes and --error exclude each other/);
+  t.match(await refused("--bytes", "1kB", "--error", "0.1"), /--error and --bytes exclude each other/);
   t.match(
     (await json(1, "pack", ...some, "-o", "x.eigen", "--bytes", "1kB"))["error"].message,
     /1000 bytes are too few/,
