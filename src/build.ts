@@ -11,7 +11,7 @@ export { type OnnxAdapterFiles, onnxAdapterFile, readOnnxAdapter } from "./adapt
 export { type PeftFiles, peftFiles, readPeft } from "./adapters/peft.ts";
 export { type ReadTaskFileOptions, readTaskFile, type TaskBasis } from "./core/task-file.ts";
 export type { ComponentSelection } from "./extract/components.ts";
-export { encodeTaskFile } from "./format/encode.ts";
+export { type Append, encodeTaskFile, type Sign, type TaskToWrite } from "./format/encode.ts";
 export type { ParameterRole, TaskEntry, TaskFile } from "./format/format.ts";
 export { type ProjectAdaptersOptions, type ProjectedAdapter, projectAdapters } from "./pack/add.ts";
 export { type Built, buildPack } from "./pack/build.ts";

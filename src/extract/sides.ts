@@ -59,7 +59,7 @@ export interface SharedSides {
 /** The number format of a task's coefficients and residual rows. */
 export interface RowFormat {
   /**
-   * By how much ΔW changes from one integer to the next. Rank-1 terms that are not worth their bits with such a step are left out, in other
+   * Quantisation step: the change of ΔW from one integer to the next. Rank-1 terms that are not worth their bits with such a step are left out, in other
    * number formats too; 0 leaves out none.
    */
   readonly step: number;

@@ -176,7 +176,7 @@ export interface ProjectOptions {
   /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only. Default: all. */
   readonly rank?: number | undefined;
   readonly coefficientDtype: Dtype;
-  /** By how much ΔW changes from one integer of a coefficient to the next. Default: as `coefficientDtype` says. */
+  /** Quantisation step: the change of ΔW from one integer of a coefficient to the next. Default: as `coefficientDtype` says. */
   readonly step?: number | undefined;
 }
 

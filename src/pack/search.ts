@@ -179,7 +179,7 @@ interface Strategy {
   readonly rows?: Dtype;
 }
 
-/** In order, from few bytes to many: the first that reaches the goal is used. */
+/** Strategies from few bytes to many: the first that reaches the goal is used. */
 const STRATEGIES: readonly Strategy[] = [
   { name: "entropy-coded, shared where that pays" },
   { name: "each task by itself, f16", rows: "f16" },
