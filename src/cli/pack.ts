@@ -192,10 +192,13 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
   // Small packs are made before threads have started, and each thread holds memory.
   const { workers = Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6)) } = options;
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
+  const fail = (cause: unknown): never => {
+    throw cause instanceof Unreachable ? withWayOut(cause, size, adapterBytes) : cause;
+  };
   if (options.model !== undefined) {
     const { packedByAnswers } = await import("./by-answers.ts");
     const asked = { ...options, model: options.model, bytes: most, threads: undefined };
-    return packedByAnswers(adapters, asked, common, run, out);
+    return packedByAnswers(adapters, asked, common, run, out).catch(fail);
   }
   const scratch = run.closing(openScratch(options.output));
   const { progress: onProgress } = out;
@@ -207,9 +210,7 @@ async function build(adapters: readonly Adapter[], options: PackOptions, run: Ru
     return buildStreamed(adapters, { ...common, onProgress, rank, step, dtype, select }, scratch);
   }
   const goal: SearchOptions["goal"] = most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
-  return searchStreamed(adapters, { ...common, head: dtype?.head, goal, onProgress }, scratch).catch((cause) => {
-    throw cause instanceof Unreachable ? withWayOut(cause, size, adapterBytes) : cause;
-  });
+  return searchStreamed(adapters, { ...common, head: dtype?.head, goal, onProgress }, scratch).catch(fail);
 }
 
 /** Adds to an error about too few bytes how many are enough. @param adapterBytes of all adapters together */

@@ -45,22 +45,22 @@ import {
   toPair,
 } from "./subspace.ts";
 
-/** Whether the mean of the rows is subtracted and stored, or not used at all. */
+/** "keep" subtracts the mean of the rows and stores it, "none" uses none. */
 export type Centering = "keep" | "none";
 
-/** How many components a side keeps, never more than its numerical rank: `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them. */
+/** Number of components of a side, never more than its numerical rank: `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them. */
 export type ComponentSelection =
   | { readonly kind: "k"; readonly k: number }
   | { readonly kind: "energy"; readonly share: number };
 
-/** How the components of one module are found. */
+/** Options of extraction. */
 export interface ExtractOptions {
   readonly gauge: Gauge;
   /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only. Default: all. */
   readonly rank?: number | undefined;
   readonly centering: Centering;
   /**
-   * Whether every task counts alike when components are sought, however large its update is: one a thousand times larger than the
+   * Every task counts alike when components are sought, however large its update is: one a thousand times larger than the
    * others would have them to itself. Default: false.
    */
   readonly normalize?: boolean | undefined;
@@ -72,11 +72,11 @@ export interface ExtractOptions {
    * as many bits as they need.
    */
   readonly steps?: readonly number[] | undefined;
-  /** What multiplies large matrices: half the time of an extraction is spent there. Default: the plain loops. */
+  /** Products of large matrices: half the time of an extraction is spent there. Default: the plain loops. */
   readonly products?: Products | undefined;
 }
 
-/** How many components a selection asks for, or what says so, given the singular values. */
+/** Number of components that a selection asks for, or a function of the singular values that returns it. */
 export function wanted({
   select,
 }: Pick<ExtractOptions, "select">): number | ((singular: Float64Array, total: number) => number) {
@@ -114,7 +114,7 @@ export function checkSelection(select: ComponentSelection): void {
 
 /** The singular value decomposition of a stack as far as it was asked for. */
 export interface Components {
-  /** How many components there are: at most as many as were asked for. */
+  /** Number of components: at most as many as were asked for. */
   count: number;
   /** [count, width], orthonormal within 1e-8, strongest first, the largest entry of each positive. */
   vectors: Float64Array;
@@ -193,7 +193,7 @@ export function principalComponents(
     vectors.set(eigen.vectors(take), count * width);
     orthonormalize(vectors, count, take, width, singular);
     if (level === 0 && take === wanted) {
-      // What a first Gram matrix resolves is far above rounding: no need to look at what is left.
+      // Components of a first Gram matrix are far above rounding: the rest need not be looked at.
       count = wanted;
       break;
     }
@@ -214,7 +214,7 @@ export function principalComponents(
 
 /** A stack on its components: how far each row lies along each of them says how many are worth it, before any is made. */
 export interface Coordinates extends Pick<Components, "singular" | "total"> {
-  /** How many components there are; those below 2⁻¹⁶ of the strongest are not among them. */
+  /** Number of components; those below 2⁻¹⁶ of the strongest are not among them. */
   readonly count: number;
   /** [rows, count]. */
   readonly along: Float64Array;
@@ -291,7 +291,7 @@ function without(x: Float64Array, y: Float64Array): Float64Array {
   return x.map((value, i) => value - y[i]!);
 }
 
-/** How many of the last `count` components every row needs, given the squares left of the rows with all. */
+/** Number of the last `count` components that every row needs, given the squares left of the rows with all. */
 function needed(rest: Float64Array, along: Float64Array, count: number, floors: Float64Array): number {
   for (let k = count; k > 0; k--) {
     for (let i = 0; i < rest.length; i++) {
@@ -368,7 +368,7 @@ export function decompose(
 const FAR_APART = 8;
 
 /**
- * What the rows of each factor count in their mean. All rows count alike, as in the paper, unless tasks are to count alike, or a mean would
+ * Weights of each factor's rows in their mean. All rows count alike, as in the paper, unless tasks are to count alike, or a mean would
  * be much longer than the rows of some: coefficients cancel it to the digits of f32 of the longer one.
  * @returns undefined where all count alike
  */
@@ -377,7 +377,8 @@ export function meanWeights(
   width: number,
   normalize: boolean | undefined,
 ): number[] | undefined {
-  let [shortest, longest] = [Infinity, 0];
+  let shortest = Infinity;
+  let longest = 0;
   for (const factor of factors) {
     const length = norm(factor) / Math.sqrt(factor.length / width);
     if (length > 0) [shortest, longest] = [Math.min(shortest, length), Math.max(longest, length)];
@@ -408,7 +409,7 @@ export function stacked(factors: readonly Float64Array[]): Float64Array {
   return rows;
 }
 
-/** How components are stored. */
+/** Number format of components. */
 export interface StoredAs {
   readonly type: Dtype;
   /** Steps of their integers and of the mean's; those that would be all zeros are left out. `type` then means nothing. */
@@ -450,7 +451,7 @@ export function encodeSide(side: Omit<Side, "rows">, most: number, stored: Store
   };
 }
 
-/** How many components there are up to the last that does not become all zeros. */
+/** Number of components up to the last that does not become all zeros. */
 function alive(values: Float64Array, count: number, width: number, steps: Float64Array): number {
   for (let k = count; k > 0; k--) {
     const row = values.subarray((k - 1) * width, k * width);

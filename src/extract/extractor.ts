@@ -40,7 +40,7 @@ const JOBS = {
     { steps }: { readonly steps: readonly number[] },
     products: Products,
   ): ReturnType<typeof spansOf> => spansOf(stack, steps, products),
-  /** What each member costs on bases of both sides. */
+  /** Costs of each member on bases of both sides. */
   sideCosts: (
     { members, ...shape }: ModuleStack,
     { bases, steps }: { readonly bases: BySide<readonly StoredBasis[]>; readonly steps: readonly number[] },
@@ -93,14 +93,14 @@ export interface Extractor {
   close(): Promise<void>;
 }
 
-/** What a thread is sent. */
+/** A message to a thread. */
 interface Question {
   readonly kind: Kind;
   readonly subject: Subject;
   readonly options: unknown;
 }
 
-/** What a thread answers. Errors do not keep their class on the way. */
+/** A thread's answer. Errors do not keep their class on the way. */
 export type Answer = { readonly result: unknown } | { readonly failed: Failure };
 
 interface Failure {
@@ -163,7 +163,7 @@ async function inThreads(count: number, open: () => Promise<Thread>): Promise<Ex
   };
 }
 
-/** What can be given away: a copy of factors, since what a reader gave may be a view of a whole file, and is the reader's. */
+/** A subject that can be transferred: factors are copied, since a reader's arrays may be views of a whole file. */
 function owned(subject: Subject): Subject {
   if (subject instanceof Uint8Array) return subject;
   const { name, out, in: inputs, members } = subject;
@@ -171,7 +171,7 @@ function owned(subject: Subject): Subject {
   return { name, out, in: inputs, members: copies };
 }
 
-/** What a thread does: answers questions of `createExtractor`. Never throws. */
+/** Answers questions of `createExtractor` in a thread. Never throws. */
 export async function createAnswerer(): Promise<(question: unknown) => Promise<Answer>> {
   const extractor = here(await fastProducts());
   return async (question) => {

@@ -83,7 +83,8 @@ export function balance(pair: Pair, outputs: number, inputs: number, products: P
   const a = factored(pair.A, pair.rank, inputs, products);
   const b = factored(pair.Bt, pair.rank, outputs, products);
   const { U, S, V, rank } = core(pair.rank, a, b);
-  const [A, Bt] = [a.across(V, rank), b.across(U, rank)];
+  const A = a.across(V, rank);
+  const Bt = b.across(U, rank);
   for (let i = 0; i < rank; i++) {
     const factor = Math.sqrt(S[i]!) * (dominant(A, i * inputs, inputs) < 0 ? -1 : 1);
     scale(factor, A, i * inputs, inputs);
@@ -244,7 +245,7 @@ function hartley(n: number): Float64Array {
 // whose squared norm is a sum of products of r×r Gram matrices. In one gauge they are of the same size as the result, where the
 // textbook form ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel.
 
-/** What one side of an approximation contributes: r×r matrices of its rows and of D = rows − approximation. */
+/** Contribution of one side of an approximation: r×r matrices of its rows and of D = rows − approximation. */
 export interface SideError {
   /** r. */
   rank: number;
@@ -287,7 +288,8 @@ export function sideError(
 
 /** ‖ΔW‖. */
 export function pairNorm({ rank, A, Bt }: Pair): number {
-  const [a, b] = [gram(A, rank, A.length / rank), gram(Bt, rank, Bt.length / rank)];
+  const a = gram(A, rank, A.length / rank);
+  const b = gram(Bt, rank, Bt.length / rank);
   return Math.sqrt(
     Math.max(
       0,
@@ -409,9 +411,9 @@ export interface RowSteps {
 
 /** @param step by how much ΔW is to change */
 export function rowSteps({ rank, A, Bt }: Pair, step: number): RowSteps {
-  const beside = (rows: Float64Array): Float64Array =>
+  const stepsFrom = (rows: Float64Array): Float64Array =>
     rowSquares(rows, rank, rows.length / rank).map((square) => (square > 0 ? step / Math.sqrt(square) : 0));
-  return { A: beside(Bt), Bt: beside(A) };
+  return { A: stepsFrom(Bt), Bt: stepsFrom(A) };
 }
 
 /**
@@ -429,7 +431,8 @@ export function componentSteps(
   own: Float64Array,
   products: Products = PLAIN,
 ): Float64Array {
-  const [total, count] = [rows.length / width, components.length / width];
+  const total = rows.length / width;
+  const count = components.length / width;
   const x = centred(rows, total, width, mean);
   const at = count > 0 ? products.multiplyTransposed(x, components, total, count, width) : new Float64Array(0);
   const weights = new Float64Array(count + 1);
@@ -488,13 +491,13 @@ export function roundedSquare(size: number): number {
  */
 const WORTH = 0.7;
 
-/** Whether a rank-1 term of a singular value is worth its bits. @param width the mean of both sides' */
+/** True where a rank-1 term of a singular value is worth its bits. @param width the mean of both sides' */
 export function isWorth(singular: number, width: number, step: number): boolean {
   // Row i of A is √s long, and its step is that of ΔW over √s.
   return singular / Math.sqrt(width) >= WORTH * step;
 }
 
-/** How many rank-1 terms of a balanced pair are worth their bits. @param width as of `isWorth` */
+/** Number of rank-1 terms of a balanced pair that are worth their bits. @param width as of `isWorth` */
 export function worthRows({ rank, A }: Pair, step: number, width: number): number {
   // A row of A is √s long.
   const singular = rowSquares(A, rank, A.length / rank);

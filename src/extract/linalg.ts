@@ -15,7 +15,7 @@ const EPSILON = Number.EPSILON;
  */
 export const ROUNDING: number = 2 ** -23;
 
-/** What extraction spends its time in: the plain loops of this file, or faster ones. */
+/** Products in which extraction spends its time: the plain loops of this file, or faster ones. */
 export interface Products {
   /** X·Y [m, n] of X [m, width] and Y [width, n]. */
   multiply(x: Float64Array, y: Float64Array, m: number, n: number, width: number): Float64Array;

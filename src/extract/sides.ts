@@ -38,7 +38,7 @@ import {
 /** Something of each side of a module. */
 export type BySide<T> = Readonly<Record<"A" | "B", T>>;
 
-/** How a task takes one side: over which of its bases, if any, and whether with rows of its own. */
+/** A task's choice for one side: one of its bases, if any, and residual rows or none. */
 export interface SideChoice {
   readonly basis?: number | undefined;
   readonly own: boolean;
@@ -89,15 +89,15 @@ export interface TaskUpdate extends BySide<StoredFactor>, ModuleLoss {
 /** A way to take one side, and what it costs. */
 export interface SideCost extends SideChoice {
   readonly bits: number;
-  /** What is lost of ΔW, squared, in units of its step. */
+  /** Squared loss of ΔW, in units of its step. */
   readonly lost: number;
 }
 
-/** What a task costs on the bases of a module: for each side first without any, then the best with each. */
+/** Costs of a task on the bases of a module: for each side first without any, then the best with each. */
 export interface SideCosts extends BySide<readonly SideCost[]> {
   /** Task id. */
   readonly id: string;
-  /** What is lost with terms that are not worth their bits, squared, in units of the step. */
+  /** Squared loss of terms that are not worth their bits, in units of the step. */
   readonly left: number;
 }
 
@@ -109,7 +109,7 @@ export function costOf({ bits, lost }: Pick<SideCost, "bits" | "lost">): number 
   return bits + PRICE * lost;
 }
 
-/** What a number with this mean square, in steps, costs about: left out, or rounded. */
+/** Expected cost of a number with this mean square, in steps: left out, or rounded. */
 export function usualCost(square: number): number {
   const size = Math.sqrt(square);
   return Math.min(PRICE * square, roundedBits(size) + PRICE * roundedSquare(size));
@@ -138,7 +138,7 @@ export function takeSides(
   const given = pairOf(member);
   const basisA = bases.A[A.basis ?? -1];
   const basisB = bases.B[B.basis ?? -1];
-  // What is not stored of a side is left out first, so that the other side makes the best of it.
+  // The part of a side that is not stored is left out first, so that the other side makes the best of it.
   const whole = balanced(
     {
       rank: given.rank,
@@ -183,7 +183,7 @@ export function balanced(
   return whole;
 }
 
-/** What a task costs on the bases of a module, with a step. @param whole balanced */
+/** Costs of a task on the bases of a module, with a step. @param whole balanced */
 export function sideCosts(
   bases: BySide<readonly Subspace[]>,
   whole: Pair,
@@ -207,7 +207,7 @@ export function sideCosts(
       const shared = onBasis(rows, stored, basis);
       if (!shared) return { basis: index, own: false, bits: Infinity, lost: 0 };
       const without = { basis: index, own: false, ...sideCost(rows, own, shared) };
-      // What is left is worth no bits at all, or so much that it needs some.
+      // The rest is worth no bits at all, or so much that it needs some.
       const mean = without.lost / rows.length;
       if (!basis.mean && usualCost(mean) >= PRICE * mean) return without;
       const both = { basis: index, own: true, ...sideCost(rows, own, withOwn(rows, stored, shared)) };
@@ -248,11 +248,11 @@ function within(basis: Subspace, rows: Float64Array, rank: number): Float64Array
 interface StoredSide extends Pick<StoredFactor, "coefficients" | "residual"> {
   /** Components of the basis; 0 without coefficients. */
   readonly K: number;
-  /** What a reader makes of both. */
+  /** Rows as their reader decodes them. */
   readonly values: Float64Array;
 }
 
-/** How rows are stored. */
+/** Number format of rows. */
 interface StoredRows {
   readonly rank: number;
   readonly type: Dtype;
@@ -294,7 +294,7 @@ function withOwn(rows: Float64Array, { rank, type, steps }: StoredRows, shared?:
   return { coefficients: shared?.coefficients, K: shared?.K ?? 0, residual, values };
 }
 
-/** What one side costs. Loss counts a row's length on the other side, which steps have. @param isCounted whether bits are asked for */
+/** Cost of one side. Loss counts a row's length on the other side, which steps have. @param isCounted whether bits are asked for */
 function sideCost(
   rows: Float64Array,
   steps: Float64Array,
@@ -330,17 +330,17 @@ export interface Span extends Omit<Side, "rows"> {
 /** Overlaps from which on tasks are taken for a group, from close relations to all together: candidates, which must pay. */
 const LEVELS = [0.8, 0.5, 0.25, 0];
 
-/** What groups of tasks may share of each side of a module. */
+/** Candidates for sharing of each side of a module. */
 export interface Spans {
   readonly spans: BySide<readonly Span[]>;
   /** The same as stored with their steps, and what that takes. */
   readonly bases: BySide<readonly (SideBasis & { readonly bits: number })[]>;
-  /** What each task costs on them. */
+  /** Costs of each task on them. */
   readonly costs: SideCosts[];
 }
 
 /**
- * What groups of tasks may share of each side, and what each task costs then.
+ * Finds candidates for sharing of each side, and the costs of each task on them.
  * @param steps of the members: by how much ΔW changes from one integer to the next
  */
 export function spansOf({ members, ...shape }: ModuleStack, steps: readonly number[], products: Products): Spans {
@@ -408,7 +408,7 @@ interface Group {
   readonly cost: number;
 }
 
-/** What groups share that are expected to pay: of each level the whole, or the best of its parts. */
+/** Spans of groups that are expected to pay: of each level the whole, or the best of its parts. */
 function groupsOf(
   rows: readonly Float64Array[],
   spaces: readonly Float64Array[],
@@ -472,7 +472,7 @@ function overlapsOf(spaces: readonly Float64Array[], width: number, products: Pr
   return overlap;
 }
 
-/** What rows cost that have these squares in steps. */
+/** Cost of rows with these squares in steps. */
 function costOfRows(squares: ArrayLike<number>, width: number): number {
   let cost = 0;
   for (let i = 0; i < squares.length; i++) cost += width * usualCost(squares[i]! / width);
@@ -485,7 +485,9 @@ function bestSpan(rows: Float64Array, width: number, products: Products): Omit<G
   const count = rows.length / width;
   const { singular, along, count: most, strongest } = coordinates(rows, count, width, products);
   const left = rowSquares(rows, count, width);
-  let [K, least, shared] = [0, costOfRows(left, width), 0];
+  let K = 0;
+  let least = costOfRows(left, width);
+  let shared = 0;
   for (let k = 0; k < most; k++) {
     const square = singular[k]! ** 2;
     shared += width * usualCost(square / width) + count * usualCost(square / count);

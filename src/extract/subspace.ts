@@ -42,7 +42,7 @@ export interface StoredBasis {
   /** K. */
   components: number;
   width: number;
-  /** Whether a mean follows the components as the last row. */
+  /** True where a mean follows the components as the last row. */
   mean: boolean;
   /** Encoded tensor [K + (mean ? 1 : 0), width]. */
   encoded: Uint8Array;
@@ -58,7 +58,7 @@ export interface Subspace {
   vectors: Float64Array;
   /** L, E·Eᵀ = L·Lᵀ (`cholesky` of linalg.ts: components that depend on earlier ones are left out). */
   factor: Float64Array;
-  /** What multiplies the large matrices. */
+  /** Products of the large matrices. */
   products: Products;
 }
 
@@ -167,10 +167,10 @@ export function rounded(
   return { encoded: encodeTensor(type, values, rows, width, steps, find, seen), values: seen };
 }
 
-/** Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first. */
+/** Factorisation: factors are taken as they come, or rewritten as B = U·√S, A = √S·Vᵀ first. */
 export type Gauge = "as-trained" | "balanced";
 
-/** How an adapter is brought onto a basis. */
+/** Options of projection. */
 export interface ProjectOptions {
   readonly gauge: Gauge;
   /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only. Default: all. */
@@ -180,13 +180,13 @@ export interface ProjectOptions {
   readonly step?: number | undefined;
 }
 
-/** What one adapter does to one module, its magnitude aside. */
+/** The update of one module by one adapter, without its magnitude. */
 export interface ModuleMember extends Pick<Term, "rank" | "A" | "Bt"> {
   /** Task id. */
   readonly id: string;
 }
 
-/** What a task loses in one module. */
+/** Loss of a task in one module. */
 export interface ModuleLoss {
   /**
    * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Extraction measures a balanced pair against itself,
@@ -246,7 +246,7 @@ export function projectModule(space: ModuleSpace, member: ModuleMember, options:
 }
 
 /**
- * What a stored task loses against the adapter it was made from.
+ * Loss of a stored task against the adapter it was made from.
  * @param task its coefficients, as they lie in the pack
  * @throws RangeError as `projectModule`
  */
@@ -314,7 +314,7 @@ function projectSide(
   return { encoded, loss: lossOf(space, target, values) };
 }
 
-/** Whether rows of unlike length would be rounded to few bits. */
+/** True where rows of unlike length would be rounded to few bits. */
 export function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
   return gauge === "balanced" && fewBits(coefficientDtype);
 }
@@ -322,7 +322,7 @@ export function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
 /** Largest sine at which a row counts as within the components: far above the rounding of f32, far below any row that was made elsewhere. */
 const WITHIN = 1e-4;
 
-/** How far a pair is from components, coefficients and mean as it is: the largest sine; Infinity where its rank is not that of the pack. */
+/** Distance of a pair from components and mean as it is: the largest sine; Infinity where its rank is not that of the pack. */
 function distanceFrom({ A, B }: ModuleSpace, pair: Pair, most = Infinity): number {
   if (pair.rank > most) return Infinity;
   return Math.max(largestSine(A, targetOf(A, pair.A)), largestSine(B, targetOf(B, pair.Bt)));

@@ -45,7 +45,7 @@ import { storedTask } from "./write.ts";
 /** A task made for an existing basis, and what it lost. */
 export interface ProjectedAdapter extends TaskToWrite {
   readonly residual: TaskLoss;
-  /** What a person should know before trusting the result. */
+  /** Warnings for whoever judges the result. */
   readonly warnings: readonly string[];
 }
 
@@ -184,7 +184,7 @@ async function withRows(all: Newcomers, asked: number | undefined): Promise<Proj
   throw failure!;
 }
 
-/** How each adapter takes the sides of a module. Those that are not known yet are made, at what they cost with the first steps. */
+/** Choices of each adapter for the factors of a module. The first steps settle them. */
 type Choices = Map<string, BySide<SideChoice>>;
 
 async function takingSides(
@@ -283,7 +283,7 @@ async function spectraOf({ pack, adapters }: Newcomers): Promise<Spectrum[]> {
   return spectra;
 }
 
-/** Whether tasks of a pack have residual rows: those of most have some, or not every module has components of all tasks. */
+/** Tells whether tasks of a pack have residual rows: those of most have some, or not every module has components of all tasks. */
 function hasRows({ directory, tasks, modules }: Pack): boolean {
   const { step, error } = directory.basis;
   if (error !== undefined || !modules.every(sharedBases)) return true;

@@ -105,7 +105,7 @@ async function packComponents(
 ): Promise<Streamed> {
   const { adapters, extractor, meter } = opened;
   const { modules, ...encoded } = await encodeComponents(partOf(opened, EXTRACTING), recipe);
-  // What is left to do needs memory, which threads would hold.
+  // The rest of the work needs memory, which threads would hold.
   await extractor.rest();
   const rest = meter.part(1);
   let count = 0;
@@ -169,7 +169,7 @@ export function packRows(
   let terms: Encoded["terms"] = new Map();
   const termsOf = async (adapter: Adapter): Promise<TermInput[]> => {
     if (!groups[at]?.includes(adapter)) {
-      // What was encoded before is let go of first.
+      // The previous group is released first.
       terms = new Map();
       part = partOf(opened, 1 / (groups.length - ++at));
       terms = await encodeGroup(groups[at]!, part);
@@ -440,7 +440,7 @@ export async function readStack({
   return { stack: { ...shape, members }, terms };
 }
 
-/** What is read of a module at once where its owners need not meet. */
+/** Bytes of a module that are read at once where its owners need not meet. */
 const PIECE_BYTES = 2 ** 21;
 
 /** The module in pieces of a few owners each, in their order. */

@@ -166,7 +166,7 @@ export interface ComponentsFile {
    * `rank`, the most that a task keeps, where the pack limits it.
    */
   readonly metadata: Map<string, string>;
-  /** How many modules can be adapted, and how many of their sides have components of all tasks; rows of the others are free. */
+  /** Modules that can be adapted, and factors of theirs that have components of all tasks; rows of the others are free. */
   readonly modules: number;
   readonly sides: number;
   /** Releases the pack's bases, after the tensors are written. */

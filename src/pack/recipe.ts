@@ -8,26 +8,26 @@ import { type ComponentSelection, checkRank, checkSelection, type ExtractOptions
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import type { OnWork } from "../work.ts";
 
-/** How adapters are packed. */
+/** Options of packing. */
 export interface BuildOptions {
-  // What is shared.
-  /** How many components; with k 0 each task is stored by itself. Default: those with 90 % of the squared singular values, by module and side. */
+  // Shared by all tasks.
+  /** Number of components; with k 0 each task is stored by itself. Default: those with 90 % of the squared singular values, by module and side. */
   readonly select?: ComponentSelection | undefined;
   /**
-   * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first. Default: "as-trained"; "balanced" with a rank, a
+   * Factorisation: factors are taken as they come, or rewritten as B = U·√S, A = √S·Vᵀ first. Default: "as-trained"; "balanced" with a rank, a
    * step or k 0, which need it.
    */
   readonly gauge?: "as-trained" | "balanced" | undefined;
-  /** Whether the mean of the rows is subtracted and stored, or not used at all. Default: "keep". */
+  /** "keep" subtracts the mean of the rows and stores it, "none" uses none. Default: "keep". */
   readonly centering?: "keep" | "none" | undefined;
   /** Every task counts alike when components are sought, however large its update is. Default: false. */
   readonly normalize?: boolean | undefined;
 
-  // What each task has.
+  // Stored for each task.
   /** The most rank that a task keeps of each module, with gauge "balanced": the weakest directions of an adapter are noise. Default: all. */
   readonly rank?: number | undefined;
 
-  // How it is written.
+  // Number formats, and the work itself.
   /** Default: f16 for each. */
   readonly dtype?: Partial<Dtypes> | undefined;
   /**
@@ -61,9 +61,9 @@ const OPTIONS = [
   ...(["base", "anyBase", "workers", "onProgress", "signal"] as const),
 ] as const;
 
-/** What is stored of each module, and of each task. */
+/** Contents of a pack: of each module, and of each task. */
 export interface Recipe {
-  /** How the components of each module are found, and the number formats of both; without `select` no task shares components with all. */
+  /** Extraction of components, and the number formats of both; without `select` there are no components of all tasks. */
   readonly extraction: Omit<ExtractOptions, "steps" | "products" | "select"> & Partial<Pick<ExtractOptions, "select">>;
   /** Number format of residual rows. Default: integers with a step. */
   readonly rows?: Dtype | undefined;
@@ -74,7 +74,7 @@ export interface Recipe {
   readonly error?: number | undefined;
 }
 
-/** How saved matrices are stored. */
+/** Number format of saved matrices. */
 export interface HeadFormat {
   readonly type: Dtype;
   /** Step between integers, as a share of a matrix's root mean square. Default: as `type` says. */

@@ -1,5 +1,5 @@
 /**
- * What a pack says about itself when it has been made: one shape for every way to make one.
+ * The report of a pack that was made: one shape for every strategy.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels, commonBase } from "../adapters/adapter.ts";
@@ -9,7 +9,7 @@ import type { ModuleInput } from "../format/encode.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 
-/** What a task lost: ‖ΔW − ΔW'‖ / ‖ΔW‖. */
+/** Loss of a task: ‖ΔW − ΔW'‖ / ‖ΔW‖. */
 export interface TaskLoss {
   readonly id: string;
   /** All its modules together. */
@@ -20,7 +20,7 @@ export interface TaskLoss {
   readonly max: number;
 }
 
-/** What a pack is made of, what it holds of its adapters, and what they lost. */
+/** Size and contents of a pack, and the losses of its tasks. */
 export interface BuildReport {
   readonly tasks: number;
   readonly modules: number;
@@ -31,7 +31,7 @@ export interface BuildReport {
   readonly step?: number | undefined;
   /** Components per module and side. */
   readonly components: { readonly min: number; readonly mean: number; readonly max: number };
-  /** What tasks share of each side by itself; undefined where components are those of all tasks, or none were sought. */
+  /** Components that tasks share of each factor by itself; undefined where components are those of all tasks, or none were sought. */
   readonly shared?: SharedReport | undefined;
   readonly bytes: number;
   /** Size of the adapter files. */
@@ -49,15 +49,15 @@ export interface BuildReport {
   };
   /** The same over the modules of each task. */
   readonly errors: readonly TaskLoss[];
-  /** What a person should know before trusting the result. */
+  /** Reasons to distrust the result. */
   readonly warnings: readonly string[];
-  /** What would have made a better pack, and is no reason to distrust this one. */
+  /** Ways to a better pack, which are no reason to distrust this one. */
   readonly notes: readonly string[];
 }
 
-/** What tasks share. */
+/** Shared components of each factor. */
 export interface SharedReport {
-  /** How many tasks take components of A, what layers read, in one module at least; and in how many modules there are some. */
+  /** Tasks that take components of A, the factor that reads, in one module at least; and modules that have some. */
   readonly A: { readonly tasks: number; readonly modules: number };
   /** The same of B, what layers write. */
   readonly B: { readonly tasks: number; readonly modules: number };
@@ -87,7 +87,7 @@ export interface Made extends Pick<BuildReport, "bytes" | "modules" | "component
   readonly rescaled: ReadonlySet<string>;
   /** Components that were sought for each side, by module. */
   readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
-  /** Whether the base was given. */
+  /** True where the base was given. */
   readonly based: boolean;
 }
 
@@ -125,12 +125,13 @@ export function buildReport(
   };
 }
 
-/** Sizes of a pack beside its adapters', from the blobs and adapters of its tasks. */
+/** Sizes of a pack and of its adapters, from the blobs and adapters of its tasks. */
 export function sizes(
   bytes: number,
   tasks: readonly { readonly blob: number; readonly adapter: number }[],
 ): Pick<BuildReport, "tasks" | "bytes" | "adapterBytes" | "ratio" | "breakEvenTasks"> {
-  const [blobs, adapters] = [tasks.map(({ blob }) => blob), tasks.map(({ adapter }) => adapter)];
+  const blobs = tasks.map(({ blob }) => blob);
+  const adapters = tasks.map(({ adapter }) => adapter);
   const adapterBytes = adapters.reduce((a, b) => a + b, 0);
   return {
     tasks: tasks.length,
@@ -164,7 +165,7 @@ export function componentsOf(modules: readonly Pick<ModuleInput, "A" | "B">[]): 
   return { min, mean: sum / (counts.length || 1), max };
 }
 
-/** What to note of a pack that was made without its base model. */
+/** Notes of a pack that was made without its base model. */
 export function baseNotes(based: boolean): string[] {
   const note =
     "Apps can check the shapes of their model only, not whether it is the right one: pass `base` to store fingerprints.";
@@ -178,7 +179,7 @@ interface Owner {
   readonly modules: ReadonlySet<string> | ReadonlyMap<string, unknown>;
 }
 
-/** What to say of the base model of adapters that were packed together. */
+/** Warnings about the base model of adapters that were packed together. */
 export function baseWarnings(adapters: readonly Owner[]): string[] {
   const named = baseModels(adapters);
   const said =
@@ -189,8 +190,8 @@ export function baseWarnings(adapters: readonly Owner[]): string[] {
 }
 
 /**
- * What to say of adapters that share no module with the others: an adapter need not name its base, and one of another model is
- * packed beside them without a contradiction. Those that name the base of the others are left alone.
+ * Warnings of adapters that share no module with the others: an adapter need not name its base, and one of another model is
+ * packed with them without a contradiction. Those that name the base of the others are left alone.
  */
 function strangerWarnings(adapters: readonly Owner[]): string[] {
   let groups: { members: Owner[]; modules: Set<string> }[] = [];
@@ -222,7 +223,7 @@ function strangerWarnings(adapters: readonly Owner[]): string[] {
     });
 }
 
-/** How many adapters of a kind are named. */
+/** Most adapters of a kind that are named. */
 const LISTED = 3;
 
 /**
@@ -245,7 +246,7 @@ export function idleWarnings(
   return warnings;
 }
 
-/** What to say where fewer components than asked for were to be had: a side has no more directions than rows. */
+/** Warnings of fewer components than were asked for: a factor has no more directions than rows. */
 export function fewerWarnings(
   select: ComponentSelection | undefined,
   { min, max }: BuildReport["components"],
@@ -262,7 +263,7 @@ export const MUCH = 0.3;
 /** A task that loses this many times the median is worse than the rest. */
 const WORSE = 1.5;
 
-/** What to say of tasks that lose much more than the others. */
+/** Warnings of tasks that lose much more than the others. */
 function lossWarnings(losses: readonly TaskLoss[]): string[] {
   const totals = losses.map(({ total }) => total).sort((a, b) => a - b);
   const median = totals[(totals.length - 1) >> 1] ?? 0;

@@ -38,7 +38,7 @@ import type { Scratch } from "./write.ts";
 /** A figure of each task, by id. */
 export type PerTask = ReadonlyMap<string, number> | Readonly<Record<string, number>>;
 
-/** What a pack must keep to. */
+/** A goal that a pack must keep to. */
 export type Goal =
   /** The best pack of at most so many bytes. */
   | { readonly kind: "bytes"; readonly max: number }
@@ -47,9 +47,9 @@ export type Goal =
   /** The smallest pack that keeps the scores that `judge` gives. */
   | {
       readonly kind: "score";
-      /** What a score may lose, in its own unit: 0.01 is a point of accuracy. */
+      /** Loss that a score may have, in its own unit: 0.01 is a point of accuracy. */
       readonly tolerance: number;
-      /** What may lose no more than that: the score of every task, or their mean. Default: "every". */
+      /** Applies the tolerance to the score of every task, or to their mean. Default: "every". */
       readonly keep?: "every" | "mean";
       /** Scores to compare with, for instance of the adapters themselves. Default: those of a pack that loses nothing. */
       readonly reference?: PerTask;
@@ -74,7 +74,7 @@ export interface Tried {
   readonly scores?: ReadonlyMap<string, number> | undefined;
   /** Reference − score: the largest of the tasks, or of the means. */
   readonly loss?: number | undefined;
-  /** Whether `loss` is within the tolerance. */
+  /** True where `loss` is within the tolerance. */
   readonly passes?: boolean | undefined;
   /** Why there is no pack. */
   readonly reason?: string | undefined;
@@ -89,11 +89,11 @@ export interface SearchReport extends BuildReport, Pick<Tried, "name" | "scores"
   readonly reference?: ReadonlyMap<string, number> | undefined;
   /** All that was tried, in order; without the pack that gave the reference. */
   readonly tried: readonly Tried[];
-  /** What was decided, a sentence each. */
+  /** Decisions of the packer, a sentence each. */
   readonly decisions: readonly string[];
 }
 
-/** What is sought, and who judges. */
+/** Goal of a search, and its judge. */
 export interface SearchOptions extends Pick<BuildOptions, "base" | "anyBase" | "workers" | "onProgress" | "signal"> {
   /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
   readonly goal?: Goal | undefined;
@@ -110,7 +110,7 @@ const OPTIONS = ["goal", "judge", "head", "onTry", "base", "anyBase", "workers",
 /**
  * Makes packs until one keeps to the goal and is no larger, or loses no more, than it needs to.
  *
- * What is chosen was itself made and measured; nothing is interpolated. Scores are noisy: ask enough rows. A judge is called five to ten
+ * The chosen pack was itself made and measured; nothing is interpolated. Scores are noisy: ask enough rows. A judge is called five to ten
  * times, and once for the reference.
  *
  * @throws RangeError when no pack keeps to the goal, with the least that can be done
@@ -172,7 +172,7 @@ interface Context extends Pick<SearchOptions, "judge" | "head" | "onTry" | "sign
   readonly scratch?: Scratch | undefined;
 }
 
-/** How rows of tasks are stored. */
+/** A number format of rows, and whether tasks share any. */
 interface Strategy {
   readonly name: string;
   /** Default: entropy-coded integers; then what groups of tasks share of a side is stored once, where that saves bytes. */
@@ -298,7 +298,7 @@ async function candidateOf(
     slope: 1,
     figuresOf({ tried: { loss = 0, passes } }) {
       least.loss = Math.min(least.loss, loss);
-      // How much less may be lost says little about how much coarser a pack may be.
+      // The margin of a score says little about how much coarser a pack may be.
       return [{ key: "", ratio: passes ? 0.5 : Math.max(2, loss / goal.tolerance) }];
     },
     refusal: () => scoreRefusal(goal, least.loss),
@@ -356,7 +356,7 @@ function sharedBy(
   return rows === undefined ? findSharing(partOf(opened, SHARING), spectra, steps, grows) : Promise.resolve({ steps });
 }
 
-/** How far steps of earlier adapters move the first ones of later adapters, at most. */
+/** Most factor by which steps of earlier adapters move the first ones of later adapters. */
 const MOST_MOVED = 1.25;
 
 /** The pack with the coarsest steps that keep every task within an error. @throws Unreachable */
@@ -364,7 +364,7 @@ async function packWithinError(context: Context, strategy: Strategy, error: numb
   const { opened, spectra, scratch } = context;
   const expected = startSteps(spectra, error, strategy.rows === undefined);
   const { sides, steps: start } = await sharedBy(strategy, opened, spectra, expected, true);
-  // What follows takes less at a time, and the pack grows meanwhile.
+  // Later work takes less at a time, and the pack grows meanwhile.
   await opened.extractor.rest();
   const recipe = recipeFor(context, strategy, typicalStep(spectra, start), Math.min(1, error));
   // Adapters of one model are alike. Mean of the logarithm of found ÷ expected steps; later adapters begin at what they expect times that.
@@ -393,7 +393,7 @@ async function packWithinError(context: Context, strategy: Strategy, error: numb
   return packRows(opened, recipe, { sides, choose }, scratch);
 }
 
-/** What steps are, in geometric mean, of the norm that ΔW of an adapter's modules typically has. */
+/** Geometric mean of steps, as shares of the typical norm of ΔW of an adapter's modules. */
 function typicalStep(spectra: readonly Spectrum[], steps: Steps): number {
   const logs = [...byTask(spectra)].flatMap(([task, { spectra, square }]) =>
     square > 0 ? Math.log(steps.get(task)! / Math.sqrt(square / spectra.length)) : [],
@@ -475,7 +475,7 @@ function figuresOf(given: PerTask, ids: readonly string[], who: string): Map<str
   );
 }
 
-// What groups of tasks share, found from their files alone.
+// Sharing: components of groups of tasks, found from their files alone.
 
 /** Bases that groups of tasks share, and the steps that go with them. */
 interface Sharing {
@@ -485,7 +485,7 @@ interface Sharing {
   readonly steps: Steps;
 }
 
-/** What a module shares, and what each of its tasks loses of ΔW, squared, alone and with it. */
+/** Shared components of a module, and the squared loss of each of its tasks alone and with them. */
 interface Found extends SharedSides {
   readonly losses: ReadonlyMap<string, { readonly apart: number; readonly shared: number }>;
 }
@@ -604,7 +604,7 @@ export function spread<T>(all: readonly T[], most: number): readonly T[] {
 /** The share of what a side costs its tasks that components must save. */
 const WORTH = 0.05;
 
-/** What each task takes of one side: components that save more than they take. */
+/** Choices of all tasks for one factor, among components that save more than they take. */
 function paying(costs: readonly (readonly SideCost[])[], bases: Spans["bases"]["A"]): SideCost[] {
   const kept = new Set(bases.keys());
   for (;;) {

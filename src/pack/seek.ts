@@ -18,7 +18,7 @@ export class Unreachable extends RangeError {
   }
 }
 
-/** How near something comes to its limit with the step of a key. */
+/** A figure with the step of a key, compared with its limit. */
 export interface Figure {
   readonly key: string;
   /** The figure as a share of its limit: at most 1 fits. */
@@ -27,7 +27,7 @@ export interface Figure {
   readonly isLost?: boolean;
 }
 
-/** What is asked of what is made. */
+/** A question to each thing that is made. */
 export interface Fits<T> {
   /** Figures grow nearly by this power of steps; it is negative for those that fall. */
   readonly slope: number;
@@ -129,7 +129,7 @@ class Seeker {
     if (isLost ? !grows : this.passes) this.#good = Math.max(this.#good, at);
     else {
       if (!isLost && at < FINER * this.#bad && ratio > STUCK * this.#least) this.#stuck++;
-      // What passed before does so no more where others' steps have changed what is shared.
+      // A step that passed once may fail later, where others' steps have changed what is shared.
       if (this.#good > NEAR * at) this.#good = 0;
       this.#bad = Math.min(this.#bad, at);
       this.#least = Math.min(this.#least, ratio);

@@ -34,7 +34,7 @@ async function typicalNorm({ modules }: Adapter): Promise<number> {
   return Math.sqrt(sum / modules.size) || 1;
 }
 
-/** What a share of the typical norm is for ΔW of each adapter, by id. */
+/** Steps of ΔW by adapter id, for a share of its typical norm. */
 export async function stepsOf(adapters: readonly Adapter[], share: number): Promise<Map<string, number>> {
   const steps = new Map<string, number>();
   for (const adapter of new Set(adapters)) {
@@ -97,7 +97,7 @@ export function narrowTerms(terms: readonly TermInput[], modules: readonly Width
   });
 }
 
-/** Whether a term changes its module; one that does not is left out. */
+/** True for a term that changes its module; others are left out. */
 export function changes({ rank, privateTerms, magnitude }: Omit<TermInput, "module">): boolean {
   return rank > 0 || privateTerms !== undefined || magnitude !== undefined;
 }
@@ -162,7 +162,8 @@ export async function encodeAdapter(
   for (const { module, rank, privateTerms } of terms) {
     const name = names[module]!;
     const { in: inputs, out } = adapter.modules.get(name)!;
-    const [whole, most] = [rank + (privateTerms?.rank ?? 0), mostRank(inputs, out)];
+    const whole = rank + (privateTerms?.rank ?? 0);
+    const most = mostRank(inputs, out);
     if (whole > most)
       throw new AdapterError(
         `"${name}" has rank ${whole}, and a pack holds ${most} of [${out}, ${inputs}]: take gauge balanced`,

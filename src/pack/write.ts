@@ -36,7 +36,7 @@ export interface Scratch {
   put(bytes: Uint8Array): Promise<() => Promise<Uint8Array>>;
 }
 
-/** How a pack is made. */
+/** Resources for making a pack. */
 interface Making {
   /** Codes tasks while the next ones are made. Default: they are coded here. */
   readonly extractor?: Extractor | undefined;
@@ -134,7 +134,7 @@ export async function freshPack(
 }
 
 /**
- * What to write to a pack's file so that it has these tasks too (SPEC.md, section 9). Their ids must be new and unique; their blobs are written
+ * Plans the bytes that add tasks to a pack's file (SPEC.md, section 9). Their ids must be new and unique; their blobs are written
  * as they are.
  * @param sign made by `createSigner`. Default: not signed
  */
@@ -186,7 +186,7 @@ function headerOf({ blob }: TaskToWrite): unknown {
     : atOnce(decode(blob.subarray(8, 8 + length), "the new pack", "task", "header")).plain();
 }
 
-/** Whether a pack's sections are coded, as those will be that are added to it. */
+/** True where a pack's sections are coded; added ones will be, too. */
 export function isCodedPack({ directory }: Pick<Pack, "directory">): boolean {
   return directory.sections.some(({ coded }) => coded);
 }
@@ -201,7 +201,7 @@ function refsOf(tensors: Iterable<readonly [string, TensorRef | undefined, ...un
   return [...tensors].flatMap(([, tensor]) => tensor ?? []);
 }
 
-/** What to write to a pack's file so that it is signed: a superblock, nothing else. @param sign made by `createSigner` */
+/** Plans the bytes that sign a pack's file: a superblock, nothing else. @param sign made by `createSigner` */
 export async function planSignature(pack: Pack, sign: Sign): Promise<Append> {
   checkPack("planSignature", pack);
   refuseBare(pack);
@@ -232,7 +232,7 @@ export async function signTaskFile(file: Uint8Array, sign: Sign): Promise<Uint8A
 export type SigningKey = string | CryptoKeyPair;
 
 /**
- * What signs with a key: pass it to `planSignature`, `planAppend`, `freshPack` and `signTaskFile`.
+ * Makes a signer from a key: pass it to `planSignature`, `planAppend`, `freshPack` and `signTaskFile`.
  * @throws TypeError when it is no such key; TrustError where the platform has no Ed25519
  * @example
  * import { readFile } from "node:fs/promises";

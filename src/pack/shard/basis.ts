@@ -36,13 +36,13 @@ import {
 import { freshPack, newPack, tasksOf } from "../write.ts";
 import { factorsOf, gramComponents, oneOf, readPart, type Statistics, type Summary, writePart } from "./statistics.ts";
 
-/** How a basis is made. */
+/** Options of a basis. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {
   /** Number format of components and means. Default: f16. */
   readonly dtype?: Dtype;
 }
 
-/** What a basis is made of. */
+/** Report of a basis. */
 export interface BasisReport
   extends Pick<BuildReport, "modules" | "gauge" | "centering" | "bytes" | "components" | "warnings" | "notes"> {
   readonly dtype: Dtype;

@@ -51,14 +51,14 @@ export interface CountedAdapter {
   readonly baseModel: string | undefined;
 }
 
-/** What adapters are counted for: from these alone components are found, as from the adapters themselves. */
+/** Sufficient statistics of adapters: components follow from these alone, as from the adapters themselves. */
 export interface Statistics {
-  /** What they were made of, for messages. */
+  /** File that they were made of, for messages. */
   readonly file: string;
   readonly gauge: Gauge;
   /** The most rows that were taken of an adapter's module, its strongest; undefined for all. */
   readonly rank: number | undefined;
-  /** Whether every adapter's factor counts alike, however large it is. Rows are kept as they are, Gram matrices are of scaled rows. */
+  /** Every adapter's factor counts alike, however large it is. Rows are kept as they are, Gram matrices are of scaled rows. */
   readonly normalize: boolean;
   /** Sorted by id. */
   readonly adapters: readonly CountedAdapter[];
@@ -222,13 +222,14 @@ function refuseTwice(sorted: readonly { id: string; file: string }[]): void {
 function refuseOther(a: Statistics, b: Statistics): void {
   const refuse = (field: string, message: string): AdapterError => new AdapterError(message, { file: b.file, field });
   for (const setting of ["gauge", "rank", "normalize"] as const) {
-    const [ours, theirs] = [a[setting] ?? "whole", b[setting] ?? "whole"];
+    const ours = a[setting] ?? "whole";
+    const theirs = b[setting] ?? "whole";
     if (ours !== theirs)
       throw refuse(setting, `${setting} is ${theirs}, but ${ours} in ${a.file}: make one of them again with the same`);
   }
 }
 
-// What a stack of rows leaves behind for its principal components, small enough to travel: the rows themselves while they are
+// A summary of a stack of rows for its principal components, small enough to travel: the rows themselves while they are
 // few, else their Gram matrix and sum. Summaries of stacks that never meet in one memory add up to that of the whole stack,
 // exactly for rows and up to rounding for Gram matrices, in any order and any grouping. In f64. The mean is taken off at the
 // end, since it is known only there. For column mode: every other way of extraction needs all adapters at once.
@@ -282,7 +283,8 @@ export function collectSummary(count: number, width: number, products: Products 
   const values = new Float64Array(held * width);
   const gram = new Float64Array(kind === "gram" ? triangle(width) : 0);
   const sums = new Float64Array(kind === "gram" ? width + 1 : 0);
-  let [waiting, placed] = [0, 0];
+  let waiting = 0;
+  let placed = 0;
   const place = (rows: number, allowed: boolean = placed + rows <= count): void => {
     placed += rows;
     if (!allowed) throw new RangeError(`${placed} rows came of ${count}`);
@@ -355,7 +357,8 @@ export function gramComponents(
   products: Products = PLAIN,
 ): { mean: Float64Array | undefined; components: Components } {
   // Rounded as `columnMeans` does: a pack in f32 stores exactly the mean that was taken off.
-  const [turned, squares] = [sums.subarray(0, width), sums[width]!];
+  const turned = sums.subarray(0, width);
+  const squares = sums[width]!;
   const mean = centering === "keep" ? turned.map((value) => Math.fround(value / (squares || 1))) : undefined;
   const square = new Float64Array(width * width);
   let total = 0;
@@ -384,7 +387,7 @@ export function gramComponents(
 
 // A part.
 
-/** What a part holds: statistics of adapters, or tasks on a basis. */
+/** Contents of a part: statistics of adapters, or tasks on a basis. */
 export type PartKind = "statistics" | "tasks";
 
 /** A part may list as many tasks as a pack, each with a tensor of its own. */
@@ -394,7 +397,7 @@ const ABOUT = "eigenlora part";
 /** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
 const CHECKSUMS = "~checksums";
 
-/** What writes a kind of part, and what takes it. */
+/** Commands that write a kind of part, and that take it. */
 const USES = {
   statistics: "sharding and merging write it, merging takes it",
   tasks: "projecting or distilling writes it, assembling takes it",
