@@ -34,7 +34,7 @@ export function checkOptions<Options extends object, const Names extends readonl
   }
 }
 
-/** Whether a value is an object written as a literal, of whatever realm: no array, promise, map or file. */
+/** Tells if a value is an object written as a literal, of whatever realm: no array, promise, map or file. */
 export function isPlain(value: unknown): value is object {
   if (typeof value !== "object" || !value) return false;
   const prototype: unknown = Object.getPrototypeOf(value);

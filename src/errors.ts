@@ -71,7 +71,7 @@ export class SourceError extends EigenLoraError {
   declare readonly file: string;
   /** HTTP status, where the source is a URL that answered. */
   declare readonly status?: number;
-  /** Whether the same may work later: a network fault, a busy server. It was tried again already. */
+  /** True when the same may work later: a network fault, a busy server. It was tried again already. */
   declare readonly transient?: boolean;
   /** Milliseconds after which the server wants to be asked again. */
   declare readonly retryAfter?: number;

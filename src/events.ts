@@ -9,7 +9,7 @@ export interface DetailedEvent<Detail> {
   readonly detail: Detail;
 }
 
-/** What listens: a function, or an object with a method of this name. */
+/** A listener: a function, or an object with a method of this name. */
 export type Listener<Detail> =
   | ((event: DetailedEvent<Detail>) => void)
   | { handleEvent(event: DetailedEvent<Detail>): void };
@@ -23,7 +23,7 @@ export interface ListenOptions {
   readonly passive?: boolean | undefined;
 }
 
-/** What has events: an `EventTarget`, where the engine has those. `Events` names the detail of each. */
+/** An object with events: an `EventTarget`, where the engine has those. `Events` names the detail of each. */
 export interface Observable<Events extends object> {
   addEventListener<Type extends keyof Events & string>(
     type: Type,

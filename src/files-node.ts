@@ -1,5 +1,5 @@
 /**
- * What strings name in Node, Deno and Bun: `#files` of package.json is this where the condition `node` is set.
+ * Opens names of files in Node, Deno and Bun: `#files` of package.json is this where the condition `node` is set.
  */
 import { openDisk } from "./disk.ts";
 import type { AbortOptions, ByteSource, FetchOptions } from "./source.ts";

@@ -13,7 +13,7 @@ export const now = (): number => (globalThis.performance ?? Date).now();
 export type Pause = () => Promise<void> | undefined;
 
 /**
- * What to ask between two pieces of work: undefined, or what to wait for before the next one. Short work is never held up.
+ * Asked between two pieces of work, gives undefined, or a pause to wait for before the next one. Short work is never held up.
  * @returns a function whose promises are rejected once `signal` is aborted
  */
 export function pacer(signal?: AbortSignal): Pause {

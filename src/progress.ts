@@ -1,14 +1,14 @@
 /**
- * How far files are read, told in the shape that `progress_callback` of transformers.js is given. Loaded where somebody asks.
+ * Progress of reading files, reported in the shape that `progress_callback` of transformers.js is given. Loaded where somebody asks.
  */
 import { described } from "./arguments.ts";
 import type { ByteSource, ReadOptions } from "./source.ts";
 
-/** How far one file is. */
+/** Progress of one file. */
 export interface FileProgress {
   /** "initiate": it will be read; "download": its bytes are asked for; "progress": some have arrived; "done": no more are needed. */
   readonly status: "initiate" | "download" | "progress" | "done";
-  /** What the file is. */
+  /** Kind of the file. */
   readonly stage: "pack" | "model" | "adapter";
   /** Folder of the file, or what its address has in front of its name. */
   readonly name: string;
@@ -32,7 +32,7 @@ export interface ReadyProgress extends Omit<FileProgress, "status" | "stage"> {
   readonly model: string;
 }
 
-/** What `onProgress` is given. A function for `progress_callback` of transformers.js takes it as well. */
+/** Argument of `onProgress`. A function for `progress_callback` of transformers.js takes it as well. */
 export type Progress = FileProgress | ReadyProgress;
 
 /** Is told how loading goes. */

@@ -28,13 +28,13 @@ export interface ReadAllOptions extends ReadOptions {
   readonly most?: ((first: Uint8Array) => number) | undefined;
 }
 
-/** What reading has cost. */
+/** Cost of reading. */
 export interface Reads {
   /** Requests made; those of other sources than URLs count as one for each read. */
   readonly requests: number;
   /** Bytes that arrived. */
   readonly bytes: number;
-  /** Whether the server has no ranges: the file was read whole and stays in memory until it is closed. */
+  /** True when the server has no ranges: the file was read whole and stays in memory until it is closed. */
   readonly whole: boolean;
 }
 
@@ -51,7 +51,7 @@ export interface ByteSource {
   read(offset: number, length: number, options?: ReadOptions): Promise<Uint8Array>;
   /** The folder of a file on a disk; undefined where it is reached by a link, as in the caches of model hubs. */
   readonly folder?: string | undefined;
-  /** What reading has cost so far, kept up to date. For sources that do not make one request for each read. */
+  /** Cost of reading so far, kept up to date. For sources that do not make one request for each read. */
   readonly reads?: Reads;
   /**
    * The whole file, in one request where `read` would need two.
@@ -70,12 +70,12 @@ export interface ByteSource {
 }
 
 /**
- * What `openSource`, and so `openPack`, accepts. A string is a path where there are files, else a URL; in both `hf:org/name@revision/file` is a
+ * Input of `openSource`, and so of `openPack`. A string is a path where there are files, else a URL; in both `hf:org/name@revision/file` is a
  * file on the Hugging Face Hub.
  */
 export type SourceInput = string | URL | Blob | ArrayBuffer | Uint8Array | ByteSource;
 
-/** How URLs are read. */
+/** Options of reading URLs. */
 export interface FetchOptions {
   /** Used in place of the global `fetch`. */
   readonly fetch?: (url: string, init: RequestInit) => Promise<Response>;

@@ -1,16 +1,16 @@
 /**
- * How far long work is: one record for `onProgress` of the library and for the lines of the command line.
+ * Progress of long work: one record for `onProgress` of the library and for the lines of the command line.
  */
 
-/** How far a piece of work is. Of one stage `done` never goes back, and `total` stays once it is known. */
+/** Progress of a piece of work. Of one stage `done` never goes back, and `total` stays once it is known. */
 export interface WorkProgress {
-  /** What is done, such as "packing". */
+  /** Name of the work, such as "packing". */
   readonly stage: string;
   /** Rises to `total`. */
   readonly done: number;
   /** Is 0 as long as it is unknown. */
   readonly total: number;
-  /** What is counted, in the plural, such as "steps"; "bytes"; or "%" of work whose parts cannot be counted beforehand: `total` is 100. */
+  /** Unit of `done` and `total`, in the plural, such as "steps"; "bytes"; or "%" of work whose parts cannot be counted beforehand: `total` is 100. */
   readonly unit: string;
   /** The task or file that is worked on, which changes within a stage. */
   readonly detail?: string | undefined;

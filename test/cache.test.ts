@@ -63,15 +63,15 @@ t.test("a second opening reads no bytes", async (t) => {
   t.match(first.counts, { hits: 0, misses: 5, damaged: 0, failures: 0 });
   t.same(
     { ...first.reads },
-    { requests: 6, bytes: origin.ranges.reduce((sum, [a, b]) => sum + b - a, 0), whole: false },
+    { requests: 6, bytes: origin.ranges.slice(1).reduce((sum, [a, b]) => sum + b - a, 0), whole: false },
   );
-  t.same(origin.methods, ["HEAD", "GET", "GET", "GET", "GET", "GET"]);
+  t.same(origin.methods, ["GET", "GET", "GET", "GET", "GET", "GET"]);
   origin.methods.length = 0;
 
   const second = cachedSource(new URL(url), folderStore(folder));
   const pack = await openPack(second);
   t.same(await blobsOf(pack), expected);
-  t.same(origin.methods, ["HEAD"], "it asks for the version, and for nothing else");
+  t.same(origin.methods, ["GET"], "it asks for the version, and for nothing else");
   t.same({ ...pack.reads }, { requests: 1, bytes: 0, whole: false });
   t.match(second.counts, { hits: 5, misses: 0 });
   t.same(await second.read(100, 20), content.slice(100, 120), "a part of what is kept");
@@ -99,7 +99,7 @@ t.test("a file that changed is read anew, and nothing is mixed", async (t) => {
   await pack.close();
   origin.ranges.length = 0;
   t.same(await use(cachedSource(url, folderStore(folder))), expected);
-  t.equal(origin.ranges.length, 5, "all of it is read again");
+  t.equal(origin.ranges.length, 6, "all of it is read again");
   t.equal((await entries(folder)).length, 5, "the old version is gone");
   const names = await entries(folder);
   origin.etag = undefined;
@@ -114,7 +114,7 @@ t.test("integrity in place of a version: offline, and at any address", async (t)
   const { server: origin, url } = await server(t);
   const store = folderStore(await folderOf(t));
   t.same(await use(cachedSource(url, store, { integrity: root }), root), expected);
-  t.notOk(origin.methods.includes("HEAD"));
+  t.equal(origin.methods.length, 5);
   await origin.close();
   const offline = cachedSource("http://127.0.0.1:1/moved.eigen?signature=1", store, { integrity: root });
   t.same(await use(offline, root), expected);
@@ -179,7 +179,7 @@ t.test("damaged, cut and lost entries are read again", async (t) => {
   await writeFile(join(folder, "old.tmp"), "");
   await utimes(join(folder, "old.tmp"), new Date(0), new Date(0));
   t.same(await use(cachedSource(url, folderStore(folder))), expected);
-  t.equal(origin.ranges.length, 0, "other files do no harm");
+  t.equal(origin.ranges.length, 1, "other files do no harm");
   t.same(
     (await readdir(folder)).filter((name) => name.endsWith(".tmp")),
     ["x.tmp"],
@@ -197,7 +197,7 @@ t.test("a long read that was broken off goes on where it was", async (t) => {
   const source = cachedSource(url, store);
   t.ok(Buffer.from(large.buffer, 3).equals(await source.read(3, large.length - 3)));
   t.match(source.counts, { hits: 2, misses: 1 });
-  t.equal(origin.ranges.length, 1);
+  t.equal(origin.ranges.length, 2);
 });
 
 t.test("a store that fails costs requests, and nothing else", async (t) => {

@@ -33,7 +33,7 @@ export interface CacheOptions extends FetchOptions {
   readonly integrity?: string;
 }
 
-/** What became of the reads of a cached source. */
+/** Counts of the reads of a cached source. */
 export interface CacheCounts {
   /** Ranges that were kept. */
   readonly hits: number;
@@ -43,14 +43,14 @@ export interface CacheCounts {
   readonly damaged: number;
   /** Times that the store failed: it is full, or not allowed here. Reads go to the source then. */
   readonly failures: number;
-  /** What the store said the last time that it failed. */
+  /** The store's last error. */
   readonly lastFailure: unknown;
 }
 
 /** A source with a memory. */
 export interface CachedSource extends ByteSource {
   readonly counts: CacheCounts;
-  /** What was asked of the source behind it: nothing, for what is kept. */
+  /** Requests to the source behind it; ranges that are kept need none. */
   readonly reads: Reads;
   /** Forgets all that is kept of this file, of all versions. */
   clear(): Promise<void>;
@@ -142,7 +142,7 @@ class Cached implements CachedSource {
     return this.#inner?.byteLength ?? this.#length;
   }
 
-  /** Whole files need their size, which is kept beside their ranges: no server may be there to tell it. */
+  /** Whole files need their size, which is kept as well: there may be no server to ask. */
   async readAll(options: ReadAllOptions = {}): Promise<Uint8Array> {
     const { signal } = options;
     throwIfAborted(signal);
@@ -232,14 +232,14 @@ class Cached implements CachedSource {
     });
   }
 
-  /** What stands for the file in keys. */
+  /** Digest that stands for the file in keys. */
   #file(): Promise<string> {
     const integrity = this.#integrity;
     const address = typeof this.#input === "string" ? this.#input : this.#input.name;
     return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
   }
 
-  /** What stands for the file's size in keys. */
+  /** Digest that stands for the file's size in keys. */
   async #sizeFile(): Promise<string> {
     return digestOf(`size of ${await this.#file()}`);
   }

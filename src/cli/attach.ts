@@ -167,7 +167,7 @@ function taskFile(target: string, id: string): string {
   return join(tasksFolder(target), `${encodeURIComponent(id).replaceAll("*", "%2A")}.safetensors`);
 }
 
-/** Most bytes of a file's name, less what is written beside it. */
+/** Most bytes of a file's name, less those of endings that temporary files and locks add. */
 const MOST_NAME = 230;
 
 /** @throws UsageError for ids that make one file on disks that ignore case, or a name that is too long */

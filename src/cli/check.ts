@@ -4,12 +4,9 @@
  */
 import { basename, extname } from "node:path";
 import { createEigenSession, createEigenSessions } from "../../bindings/onnxruntime.ts";
-import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
+import type { Ort } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
-import { BackendError } from "../errors.ts";
-import { feedsOfRows, knownSizes, plainInputs, tableRows } from "../onnx/feeds.ts";
 import { readModel } from "../onnx/read.ts";
-import { toTensors } from "../session/engine.ts";
 import type { SessionOptions } from "../session/options.ts";
 import { type Survey, surveyFiles, surveyModel } from "../session/survey.ts";
 import { type Attach, command } from "./command.ts";
@@ -129,8 +126,6 @@ interface Tried {
 interface Ran {
   readonly session: Tried;
   readonly learning: Tried;
-  /** One task per row of a batch; of one file. */
-  readonly rows?: Tried;
   /** Results of the parity probe: of one file, or by file. */
   readonly probe?: string | null;
   readonly probes?: Readonly<Record<string, string>>;
@@ -149,8 +144,8 @@ async function tryOut(models: ReadonlyMap<string, string>, pack: Pack, options: 
     if (alone) {
       const session = await createEigenSession(ort, model, pack, options);
       const probe = session.probe.result;
-      const rows = await tryRows(ort, model, session).finally(() => session.close());
-      return { session: MADE, probe, rows, learning: await tryLearning(ort, model, pack, options) };
+      await session.close();
+      return { session: MADE, probe, learning: await tryLearning(ort, model, pack, options) };
     }
     const group = await createEigenSessions(ort, Object.fromEntries(models), pack, options);
     const probes = Object.entries(group.sessions).map(([name, session]) => [name, session.probe.result] as const);
@@ -159,36 +154,7 @@ async function tryOut(models: ReadonlyMap<string, string>, pack: Pack, options: 
     return { session: MADE, probes: Object.fromEntries(probes), learning };
   } catch (error) {
     const session = { works: false, says: (error as Error).message };
-    return alone ? { session, probe: null, rows: NEVER, learning: NEVER } : { session, probes: {}, learning: NEVER };
-  }
-}
-
-/** A batch whose rows differ, with a task in every second. */
-async function tryRows(
-  ort: Ort,
-  model: string,
-  session: Awaited<ReturnType<typeof createEigenSession>>,
-): Promise<Tried> {
-  if (session.mode === "folded") return { works: false, says: 'mode "folded" has one task at a time' };
-  const [task] = session.tasks.keys();
-  const file = await readModel(model);
-  try {
-    const { proto, initializers } = file.model.graph;
-    const inputs = proto.input.filter(({ name }) => !initializers.has(name));
-    const feeds = feedsOfRows(plainInputs(inputs), tableRows(file.model, inputs), knownSizes(file.model, inputs));
-    if (!feeds || task === undefined)
-      return { works: null, says: feeds ? "the pack has no task" : "its inputs cannot be made up" };
-    const tensors = toTensors(createEngine(ort), feeds);
-    const rows = Object.values(tensors)[0]?.dims[0] ?? 0;
-    const tasks = Array.from({ length: rows }, (_, row) => (row % 2 === 0 ? task : null));
-    await session.run(tensors as never, { tasks });
-    return { works: true, says: "a run on rows that differ keeps tasks apart" };
-  } catch (error) {
-    const says = (error as Error).message.trim();
-    if (error instanceof BackendError && error.backend === "session") return { works: false, says };
-    return { works: null, says: `the model does not run on made-up inputs (${says})` };
-  } finally {
-    await file.close();
+    return alone ? { session, probe: null, learning: NEVER } : { session, probes: {}, learning: NEVER };
   }
 }
 
@@ -285,10 +251,8 @@ function modesText({ modes, learning }: Survey, unrun: boolean): string[] {
 
 function runText(ran: Ran | null): string[] {
   if (!ran) return [`Not run: onnxruntime-node is not installed (npm install onnxruntime-node; ${WITHOUT_NUGET}).`];
-  const { session, rows, learning, probe, probes = {} } = ran;
+  const { session, learning, probe, probes = {} } = ran;
   if (session.works === false) return [`onnxruntime-node: ${session.says}`];
-  const line = (name: string, { works, says }: Tried): string =>
-    `${name}: ${works === null ? "unknown" : works ? "yes" : "no"}, ${says}`;
   const results = probe ? [probe] : Object.entries(probes).map(([file, result]) => `${result} (${file})`);
   // The first of many operators that stand in the way stands for the others.
   const [first, second, ...others] = learning.says.split("; ");
@@ -298,8 +262,7 @@ function runText(ran: Ran | null): string[] {
       : `${first}; ${second}; and ${others.length} more kinds of operators (--json lists all)`;
   return [
     `run on onnxruntime-node: parity probe ${results.join(", ")}`,
-    ...(rows ? [line("one task per row", rows)] : []),
-    line("learning", { ...learning, says }),
+    `learning: ${learning.works === null ? "unknown" : learning.works ? "yes" : "no"}, ${says}`,
   ];
 }
 
@@ -337,7 +300,7 @@ async function foreignOf(pack: Pack, { modules }: Survey): Promise<string[]> {
 /** onnxruntime's message for a model with some parts in f16 and others in f32. */
 const MIXED = /bound to different types \(tensor\(float(16)?\) and tensor\(float(16)?\)/;
 
-/** What to do about a pack that does not work. */
+/** Advice about a pack that does not work. */
 async function adviceOf(
   files: readonly Surveyed[],
   lostPart: string | undefined,
@@ -380,7 +343,7 @@ async function adviceOf(
     candidates.find((name) => !name.endsWith(".bias"));
   const guess = lost.find(like);
   if (guess) return `if the names differ, map each module: --names ${guess.module}=${like(guess)}`;
-  // Some weights, or the biases beside them, have kept their names: it is the right architecture.
+  // Some weights, or biases of the same layers, have kept their names: it is the right architecture.
   const known = lost.length < modules.length || lost.some(({ candidates }) => candidates.length > 0);
   if (first && known)
     return `export the model with "${first.module}" under its name (docs/export.md): quantisers lose the names of torch's newer exporter.`;

@@ -305,7 +305,7 @@ export class Run {
     return controller.signal;
   }
 
-  /** Whether there was a Ctrl-C. */
+  /** True after a Ctrl-C. */
   get interrupted(): boolean {
     return this.#interrupted;
   }

@@ -200,7 +200,7 @@ async function checkFile({ path, force, inputs }: ExportTarget): Promise<void> {
   );
 }
 
-/** Whether an adapter was written by `export`, and not changed by other tools since. */
+/** True for an adapter that `export` wrote, and that no other tool has changed since. */
 async function isExport(path: string): Promise<boolean> {
   try {
     const source = await openSource(path);

@@ -48,7 +48,7 @@ export function realTarget(path: string): string {
   }
 }
 
-/** What lies at a path, through links; undefined when nothing does. */
+/** Entry at a path, through links; undefined when there is none. */
 export function stat(path: string): Stats | undefined {
   try {
     return statSync(path, { throwIfNoEntry: false });
@@ -544,7 +544,7 @@ function isOf(lock: string, token: string): boolean {
   return typeof holder === "object" && holder.token === token;
 }
 
-/** Whether the process that made a lock has certainly ended. Of another machine's nothing is certain. */
+/** True when the process that made a lock has certainly ended, which nobody knows of a process of another machine. */
 function isGone({ pid, machine, began }: Owner): boolean {
   if (machine !== MACHINE) return false;
   try {
@@ -603,7 +603,7 @@ export function undoOnExit(step: () => void): () => void {
   };
 }
 
-/** Whether a listener answers the next Ctrl-C. */
+/** True while a listener answers the next Ctrl-C. */
 let sigintHandled = false;
 
 /**

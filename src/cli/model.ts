@@ -271,7 +271,7 @@ export async function readQuestions(path: string): Promise<Asked> {
   return { texts: different };
 }
 
-/** Whether prompts are asked, which must not be cut: those of examples, or of templates where questions are made. */
+/** True when prompts are asked, which must not be cut: those of examples, or of templates where questions are made. */
 export function asksPrompts(
   { texts, examples }: { readonly texts?: unknown; readonly examples?: unknown },
   adapters: readonly Pick<Adapter, "metadata">[],

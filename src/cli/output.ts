@@ -1,5 +1,5 @@
 /**
- * What the command line prints: one JSON object on stdout, or text for people; progress on stderr, as one line that changes or, where
+ * Output of the command line: one JSON object on stdout, or text for people; progress on stderr, as one line that changes or, where
  * that is no terminal, as a line now and then. All of it goes through `printable`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
@@ -20,7 +20,7 @@ export interface Output {
 
 /** Where text goes. */
 export interface Stream {
-  /** Whether somebody watches. */
+  /** True for a terminal. */
   readonly isTTY?: boolean;
   /** Width of a terminal, in characters. */
   readonly columns?: number;
@@ -53,7 +53,7 @@ export function createOutput(json: boolean, stderr: Stream = process.stderr, now
   const show = (line: string): void => {
     if (json || !stderr.isTTY || line === shown) return;
     shown = line;
-    // What a terminal has wrapped stays when the line changes. One that does not know its width says 0.
+    // A wrapped rest would stay when the line changes. A terminal that does not know its width reports 0.
     stderr.write(`\r\u001b[K${line.slice(0, (stderr.columns || 80) - 1)}`);
   };
   const clear = (): void => show("");
@@ -178,7 +178,7 @@ export function table(rows: readonly (readonly (string | number)[])[]): string[]
   );
 }
 
-/** What was lost on the way into a pack, by task. */
+/** ΔW errors of tasks. */
 export function lossTable(rows: readonly { id: string; total: number; max: number }[]): string[] {
   return table([
     ["task", "ΔW error", "largest module"],
@@ -209,7 +209,7 @@ export function smaller(ratio: number): string {
   return times === "1.0" ? "as large" : `${times}× ${ratio < 1 ? "larger" : "smaller"}`;
 }
 
-/** What the process took so far: of the clock, of the cores, of memory. */
+/** Use of the clock, the cores and memory by this process. */
 export function resources(): { seconds: number; coreSeconds: number; peakMemoryBytes: number } {
   const { userCPUTime, systemCPUTime, maxRSS } = process.resourceUsage();
   return {

@@ -248,7 +248,7 @@ function reportText(file: string, report: BuildReport): string[] {
   ];
 }
 
-/** What tasks share, and the bytes that it saves. */
+/** Factors that tasks share, and the bytes that this saves. */
 function sharedText({ A, B, bytes: stored, saved }: SharedReport, { tasks, modules }: BuildReport): string[] {
   if (tasks === 1) return [];
   const factor = (name: string, one: SharedReport["A"]): string[] =>

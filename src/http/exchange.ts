@@ -8,9 +8,8 @@ import { SourceError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
 import { type FetchOptions, FIRST_BYTES, type ReadAllOptions, unlessAborted } from "../source.ts";
 
-/** What is asked for. */
+/** A request. */
 export interface Ask {
-  readonly method?: "HEAD";
   /** Value of the header `Range`. */
   readonly range?: string;
   readonly signal?: AbortSignal | undefined;
@@ -21,7 +20,7 @@ export interface Ask {
 export interface Answer {
   readonly status: number;
   readonly headers: Headers;
-  /** Whether headers may be missing that the server did send: another origin's, in a browser. */
+  /** True where headers may be missing that the server did send: those of another origin, in a browser. */
   readonly hidden: boolean;
   /**
    * Reads the body.
@@ -104,7 +103,7 @@ export class Exchange {
     throw new SourceError(message, { file: this.name, ...more });
   }
 
-  async #once<T>({ method, range, signal, onBytes }: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
+  async #once<T>({ range, signal, onBytes }: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
     const { timeout, minRate } = this.#options;
     const ended = new AbortController();
     const stop = (): void => ended.abort();
@@ -114,7 +113,7 @@ export class Exchange {
     try {
       this.reads.requests++;
       const headers: Record<string, string> = range === undefined ? {} : { Range: range };
-      const init = { method: method ?? "GET", headers, signal: ended.signal };
+      const init = { headers, signal: ended.signal };
       // The race ends a `fetch` that does not heed the signal.
       response = await unlessAborted(this.#send(init), ended.signal);
       pace.answered();
@@ -129,7 +128,7 @@ export class Exchange {
       return this.fail(`cannot be fetched: ${named}`, { transient, cause });
     } finally {
       pace.end();
-      // What was not read is not wanted.
+      // Stops a body that nobody reads.
       void response?.body?.cancel().catch(() => undefined);
       signal?.removeEventListener("abort", stop);
     }
@@ -369,7 +368,7 @@ function chainOf(error: unknown): string[] {
   return found;
 }
 
-/** What a browser's "Failed to fetch" can mean for this address. */
+/** Meanings of a browser's "Failed to fetch" for this address. */
 function opaque(message: string, url: URL): Cause {
   const { location, navigator } = globalThis as Partial<typeof globalThis>;
   if (navigator?.onLine === false) return { message: `${message}: the browser is offline`, transient: true };

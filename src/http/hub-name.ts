@@ -24,9 +24,9 @@ export function hubEndpoint(): string {
 
 /** Hosts whose pages show repositories. */
 const PAGES = /^https?:\/\/(?:www\.)?(?:huggingface\.co|hf\.co)(?=\/)/i;
-/** What a page shows of a repository, in front of revision and path. */
+/** Views of a repository in addresses of pages, in front of revision and path. */
 const SHOWN = /^(blob|tree|resolve|raw|blame)$/;
-/** What else than models the Hub holds, in front of org/name. */
+/** Collections of the Hub other than models, in front of org/name. */
 const OTHERS = /^(datasets|spaces|kernels|buckets|collections|papers)\//;
 /** org/name, @revision, /path. A revision with a slash is spelt %2F, but for those of pull requests and conversions. */
 const NAME = /^([^/@]+\/[^/@]+)(?:@(refs\/(?:pr|convert)\/[^/]+|[^/]*))?(?:\/(.*))?$/;
@@ -81,21 +81,21 @@ function parsed(body: string, text: string): HubName {
   return { repository, revision, path };
 }
 
-/** How a name is written. */
+/** Writes a name in its short form. */
 export function hubText({ repository, revision, path }: HubName): string {
   const at = revision === "main" ? "" : `@${/^refs\/(pr|convert)\//.test(revision) ? revision : encoded(revision)}`;
   return `hf:${repository}${at}${path && `/${path}`}`;
 }
 
 /**
- * Whether a path stays below where it begins. Names of a repository become paths on this disk and in addresses, where half a character
+ * Tells if a path stays below where it begins. Names of a repository become paths on this disk and in addresses, where half a character
  * has no spelling: its owner chooses them.
  */
 export function isInside(path: string): boolean {
   return path.split("/").every((part) => !/^\.{0,2}$|[\\\0\p{Cs}]|^[a-z]:/iu.test(part));
 }
 
-/** What follows `hf:` in the name that an address of a page stands for. */
+/** The part after `hf:` of the name that an address of a page stands for. */
 function bodyOfPage(text: string): string | undefined {
   const endpoint = hubEndpoint();
   const rest = text.startsWith(`${endpoint}/`) ? text.slice(endpoint.length) : text.replace(PAGES, "");

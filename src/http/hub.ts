@@ -33,15 +33,15 @@ import { type HubName, hubEndpoint, hubName, hubText, hubUrl, isInside } from ".
 import { follow } from "./redirects.ts";
 import { UrlSource } from "./url-source.ts";
 
-/** How the Hub is asked. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
+/** Options of requests to the Hub. Default of `headers`: the token of HF_TOKEN, or the one that `hf auth login` has kept. */
 export interface HubOptions extends FetchOptions, AbortOptions {
   /** Told of the files that were not in the cache. */
   readonly onProgress?: OnProgress | undefined;
 }
 
-/** What is asked of a snapshot beside. */
+/** Options of a snapshot. */
 export interface SnapshotOptions extends HubOptions {
-  /** What the files are. Default: "adapter" */
+  /** Kind of the files. Default: "adapter" */
   readonly stage?: FileProgress["stage"] | undefined;
 }
 
@@ -343,7 +343,7 @@ class HubClient {
   }
 }
 
-/** What the Hub says of a repository, as far as it is used. */
+/** Answer of the Hub about a repository, as far as it is used. */
 interface Listing {
   readonly sha: string;
   readonly siblings: readonly {
@@ -383,7 +383,7 @@ async function filesIn(folder: string): Promise<Map<string, undefined>> {
 // snapshots/COMMIT/…  the files of a commit: links to blobs
 // It needs no locks. A blob gets its name when its hash is right; before that several writers put the same bytes in the same places.
 
-/** What the Hub promises of a file. */
+/** Size and hash that the Hub promises for a file. */
 interface HubFile {
   /** Size in bytes. */
   readonly size: number;
@@ -401,9 +401,10 @@ const COMMIT: RegExp = /^[0-9a-f]{40}$/;
  * Bytes of a first request, and of the largest. What a request has not brought to its end is lost, so they grow while they are quick: each
  * begins with a redirect, which takes its time whatever follows.
  */
-const [FIRST_PIECE, LARGEST_PIECE] = [2 ** 20, 2 ** 25];
+const FIRST_PIECE = 2 ** 20;
+const LARGEST_PIECE = 2 ** 25;
 const QUICK_MS = 1000;
-/** How the files begin that Git LFS leaves in the place of others, and more than they have. */
+/** Beginning of the files that Git LFS leaves in the place of others, and more bytes than such files have. */
 const POINTER = "version https://git-lfs.github.com/spec/";
 const POINTER_BYTES = 1024;
 
@@ -449,7 +450,7 @@ async function writeWhole(path: string, text: string): Promise<void> {
   await rename(temporary, path);
 }
 
-/** What huggingface_hub keeps of a file in `trees/COMMIT.json`. */
+/** Entry of a file in huggingface_hub's `trees/COMMIT.json`. */
 interface TreeEntry {
   readonly size: number;
   readonly blob_id: string;
@@ -523,7 +524,7 @@ async function read(source: ByteSource, at: number, length: number, size: number
   }
 }
 
-/** What is wrong with a file that is here as a whole. */
+/** Compares a whole file on the disk with the promised hash. @returns the difference, in words */
 async function problemOf(path: string, { size, hash }: HubFile): Promise<string | undefined> {
   const sum = hash.length === 40 ? createHash("sha1").update(`blob ${size}\0`) : createHash("sha256");
   let bytes = 0;

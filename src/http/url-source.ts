@@ -1,7 +1,6 @@
 /**
  * Packs, models and adapters behind a URL, read by HTTP ranges; whole where the server has none. Loaded when a URL is opened.
  */
-import { SourceError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,
@@ -18,7 +17,7 @@ import { type Answer, checkNumber, Exchange } from "./exchange.ts";
 /** Most bytes of a file that was asked for whole: no message of protobuf, and so no ONNX model, is larger. */
 const MOST_WHOLE = 2 ** 31;
 
-/** What an answer says about the file. What it does not say is undefined: servers differ, and browsers hide headers. */
+/** Version of a file by the headers of an answer. Missing headers are undefined: servers differ, and browsers hide headers. */
 interface Version {
   /** Entity tag, without the mark of a weak one: there is one representation here. */
   readonly etag: string | undefined;
@@ -108,21 +107,12 @@ export class UrlSource implements ByteSource {
   async identify({ signal }: ReadOptions = {}): Promise<string | undefined> {
     const { etag, modified } = this.#version;
     if ((etag ?? modified) === undefined) {
-      // A range keeps the server from compressing, which would change the entity tag; to HEAD it means nothing else.
-      const range = "bytes=0-0";
-      const take = async (answer: Answer): Promise<boolean> => {
-        if (answer.status !== 200 && answer.status !== 206) return false;
+      // A range keeps the server from compressing, which would change the entity tag. The body is not read. Not HEAD, which addresses
+      // that are signed for GET refuse.
+      await this.#exchange.ask({ range: "bytes=0-0", signal }, async (answer) => {
         this.#checkStatus(answer, [200, 206], "the file");
-        const size = answer.status === 206 ? rangeOf(answer)?.size : sizeOf(answer);
-        this.#recognise(versionOf(answer, size));
-        return true;
-      };
-      // Addresses that are signed for GET refuse HEAD. Where a server fails at it, what it says to GET counts.
-      const told = await this.#exchange.ask({ method: "HEAD", range, signal }, take).catch((error: unknown) => {
-        if (error instanceof SourceError && (error.status ?? 0) >= 500) return false;
-        throw error;
+        this.#recognise(versionOf(answer, answer.status === 206 ? rangeOf(answer)?.size : sizeOf(answer)));
       });
-      if (!told) await this.read(0, 1, { signal });
     }
     const known = this.#version;
     return (known.etag ?? known.modified) === undefined ? undefined : JSON.stringify(known);

@@ -89,7 +89,7 @@ export async function projectAdapters(
   try {
     const meter = Meter.of("adding", onProgress);
     const all: Newcomers = { pack, bases: bases.bytes, adapters, formats, meter };
-    const made = await (error === undefined && !hasRows(pack) ? ontoComponents(all) : withRows(all, error));
+    const made = await (hasRows(pack) ? withRows(all, error) : error === undefined ? ontoComponents(all) : within(all, error));
     refuseLoss(made, maxLoss, pack.name);
     meter.reach(1);
     return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
@@ -136,11 +136,32 @@ interface Newcomers {
   readonly meter: Meter;
 }
 
-/** Adapters as coefficients over components that all tasks share. */
-async function ontoComponents(all: Newcomers): Promise<ProjectedAdapter[]> {
+/** Adapters within an error: as the pack's tasks, coefficients alone, where components hold enough of them; otherwise with residual rows. */
+async function within(all: Newcomers, error: number): Promise<ProjectedAdapter[]> {
+  const { step } = all.pack.directory.basis;
+  const exact = { ...all, meter: all.meter.part(ROUND), formats: { ...all.formats, coefficients: "f32" } as const };
+  const losses = (made: ProjectedAdapter[]): TaskLoss[] => made.map(({ residual }) => residual);
+  if (losses(await ontoComponents(exact, null)).some(({ total }) => total > error)) return withRows(all, error);
+  if (step === undefined) return ontoComponents(all);
+  try {
+    const make = (steps: Steps): Promise<ProjectedAdapter[]> =>
+      ontoComponents({ ...all, meter: all.meter.part(ROUND) }, steps);
+    return await search(startSteps(await spectraOf(all), error, true), make, withinError(error, losses));
+  } catch (cause) {
+    // Integers are too few for the error.
+    if (!(cause instanceof Unreachable)) throw cause;
+    return withRows(all, error);
+  }
+}
+
+/**
+ * Adapters as coefficients over components that all tasks share.
+ * @param given steps of ΔW; null for numbers that are not integers. Default: the pack's step, if it has one
+ */
+async function ontoComponents(all: Newcomers, given?: Steps | null): Promise<ProjectedAdapter[]> {
   const { pack, bases, adapters, formats, meter } = all;
   const { step, rank } = pack.directory.basis;
-  const steps = step === undefined ? undefined : await stepsOf(adapters, step);
+  const steps = given === undefined && step !== undefined ? await stepsOf(adapters, step) : (given ?? undefined);
   const dtype: Dtype = steps ? "int8" : formats.coefficients;
   const products = await fastProducts();
   const options: ProjectOptions = { gauge: gaugeOf(pack), rank, coefficientDtype: dtype };
