@@ -10,7 +10,7 @@ import { AdapterError } from "../errors.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 import { pacer } from "../pace.ts";
 import type { SourceInput } from "../source.ts";
-import { encodeTensor } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { show, type TensorFile } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 

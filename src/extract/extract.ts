@@ -3,7 +3,7 @@
  * Column mode gives each row of a factor coefficients of its own. Flat mode takes the whole factor as one vector.
  * Works on one module at a time, on arrays only: no files, no pack.
  */
-import { storing } from "../tensor/dtypes.ts";
+import { storing } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, mirror, type Pair, turnTogether } from "./gauge.ts";
 import { scale } from "./linalg.ts";
 import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";

@@ -6,7 +6,7 @@ import { openThread } from "#threads";
 import { BackendError } from "../errors.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import type { TensorRef } from "../format/format.ts";
-import { UnstorableError } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import { extractModule, type ModuleStack } from "./extract.ts";
 import { balance, pairOf, singularValues } from "./gauge.ts";
 import { spansOf } from "./groups.ts";

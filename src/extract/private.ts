@@ -4,7 +4,8 @@
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
  */
-import { type Dtype, isQuantized, narrowed, type QuantizedDtype, storing } from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
+import { narrowed, storing } from "../tensor/encode.ts";
 import type { PrivateChoice } from "./allocation.ts";
 import { deltaError, relative, stackedPairs } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";

@@ -1,7 +1,8 @@
 /**
  * One side of a module, from the stacked rows of all tasks to a basis that is ready to be written: mean, components, encoding.
  */
-import { type Dtype, encodeSteps, encodeTensor, toInteger } from "../tensor/dtypes.ts";
+import type { Dtype } from "../tensor/dtypes.ts";
+import { encodeSteps, encodeTensor, toInteger } from "../tensor/encode.ts";
 import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
 import { fewBits, mix } from "./gauge.ts";
 import { norm, type Products, rowSquares, scale } from "./linalg.ts";

@@ -4,7 +4,7 @@
  * that rounding pays for a bit.
  */
 import { codedBits } from "../format/encode-coded.ts";
-import { storing } from "../tensor/dtypes.ts";
+import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
 import { deltaError, relative } from "./error.ts";
 import type { ModuleStack } from "./extract.ts";

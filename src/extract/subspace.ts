@@ -6,7 +6,8 @@
  * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal
  * basis of the same span. In these coordinates errors are sums of squares, and no row is ever expanded.
  */
-import { type Dtype, decodeTensor, encodeTensor, type FindScale, isQuantized } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
+import { encodeTensor, type FindScale } from "../tensor/encode.ts";
 import { centred, ROUNDING } from "./components.ts";
 import { type SideError, sideError } from "./error.ts";
 import {

@@ -28,7 +28,7 @@ import type { SideBasis } from "../extract/side.ts";
 import { APART, type SharedSides } from "../extract/sides.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
-import { UnstorableError } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import { Meter } from "../work.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";

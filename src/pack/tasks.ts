@@ -17,16 +17,8 @@ import {
   type TermInput,
 } from "../format/encode.ts";
 import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
-import {
-  advised,
-  type Dtype,
-  encodeSteps,
-  encodeTensor,
-  isQuantized,
-  narrowed,
-  type QuantizedDtype,
-  SCALE_DOWN,
-} from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
+import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";
 
 /** A search makes many packs of the same adapters, and each norm takes reading all of one. */

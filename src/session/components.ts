@@ -11,7 +11,8 @@ import {
 } from "../format/format.ts";
 import type { AdaptedLayer, CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import type { ComponentRows, Components, StoredIntegers } from "../onnx/components.ts";
-import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
+import { BITS, isQuantized } from "../tensor/dtypes.ts";
+import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
 import type { SessionOptions } from "./options.ts";
 
 /** Most components for which mode "core" costs a run at most 5 %; with more, factors are faster (`bench switch --live`). */

@@ -10,7 +10,8 @@ import { checkSelection, type ExtractOptions, wanted } from "../../extract/optio
 import { decompose, encodeSide, type SideBasis } from "../../extract/side.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
 import type { ModuleInput, SideInput } from "../../format/encode.ts";
-import { type Dtype, storing, UnstorableError } from "../../tensor/dtypes.ts";
+import type { Dtype } from "../../tensor/dtypes.ts";
+import { storing, UnstorableError } from "../../tensor/encode.ts";
 import type { Streamed } from "../build.ts";
 import { peakOf, readFingerprints, refuseLarge, sideInput } from "../encode.ts";
 import type { BuildOptions } from "../recipe.ts";
