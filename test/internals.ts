@@ -12,14 +12,12 @@ export { isCodedPack } from "../dist/src/pack/write.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
 export {
   DTYPES,
-  decodeIntegers,
-  decodeScales,
   decodeTensor,
-  encodeTensor,
   f16ToF32,
   f32ToBf16,
   f32ToF16,
 } from "../dist/src/tensor/dtypes.js";
+export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors.js";
 export { transpose } from "../dist/src/tensor/tensor-file.js";

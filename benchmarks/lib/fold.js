@@ -1,7 +1,7 @@
 /** Fold on a CPU backend, and the peak speed of the machine. */
 import { setFlagsFromString } from "node:v8";
 import { median, min, sum } from "simple-statistics";
-import { encodeTensor } from "../../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../../dist/src/tensor/encode.js";
 import { smallNumbers } from "./adapters.js";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.

@@ -4,7 +4,8 @@ import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { balance } from "../../dist/src/extract/factors.js";
-import { decodeTensor, encodeTensor } from "../../dist/src/tensor/dtypes.js";
+import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../../dist/src/tensor/encode.js";
 import {
   createEncoder,
   labelOf,

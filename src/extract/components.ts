@@ -4,7 +4,7 @@
  * asked but never a direction that is only rounding error. Works on one module at a time, on arrays only: no files, no pack.
  */
 import type { Dtype } from "../tensor/dtypes.ts";
-import { encodeSteps, encodeTensor, storing, toInteger } from "../tensor/dtypes.ts";
+import { encodeSteps, encodeTensor, storing, toInteger } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
 import {
   alignSigns,

@@ -6,7 +6,7 @@ import { openThread } from "#threads";
 import { BackendError } from "../errors.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import type { TensorRef } from "../format/format.ts";
-import { UnstorableError } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import { type ExtractOptions, extractModule, type ModuleExtraction, type ModuleStack } from "./components.ts";
 import { pairOf, singularValues } from "./factors.ts";
 import type { Products } from "./linalg.ts";

@@ -5,7 +5,7 @@
  */
 import { codedBits } from "../format/encode-coded.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
-import { storing } from "../tensor/dtypes.ts";
+import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
 import { coordinates, encodeSide, type ModuleStack, type Side, type SideBasis, stacked } from "./components.ts";
 import {

@@ -6,7 +6,8 @@
  * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal
  * basis of the same span, in which the length of a projection is a sum of squares.
  */
-import { type Dtype, decodeTensor, encodeTensor, type FindScale, isQuantized } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
+import { encodeTensor, type FindScale } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import {
   alignTo,

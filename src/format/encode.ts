@@ -4,16 +4,8 @@
  */
 
 import { atOnce } from "../pace.ts";
-import {
-  align4,
-  BITS,
-  bf16ToF32,
-  DTYPES,
-  type Dtype,
-  f16ToF32,
-  isQuantized,
-  UnstorableError,
-} from "../tensor/dtypes.ts";
+import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import { fromHex } from "../text.ts";
 import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
 import { MOST, parseEntry } from "./directory.ts";

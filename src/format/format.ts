@@ -1,6 +1,6 @@
 /**
- * SPEC.md as code: what a pack is made of, as values. Bytes become checked values in `directory.ts` and `task.ts`, without I/O, and without an
- * allocation of a size that the file names before that size has been checked; values become bytes in `encode.ts` and `layout.ts`.
+ * SPEC.md as code: what a pack is made of, as values. Bytes become checked values in `directory.ts`, without I/O, and without an
+ * allocation of a size that the file names before that size has been checked; values become bytes in `encode.ts`.
  */
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 

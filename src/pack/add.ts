@@ -25,7 +25,8 @@ import {
 import { fastProducts } from "../extract/wasm-products.ts";
 import type { TaskToWrite, TermInput } from "../format/encode.ts";
 import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } from "../format/format.ts";
-import { type Dtype, type Dtypes, SCALE_DOWN } from "../tensor/dtypes.ts";
+import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
+import { SCALE_DOWN } from "../tensor/encode.ts";
 import { Meter, type OnWork, ROUND } from "../work.ts";
 import { completeDtypes } from "./recipe.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
@@ -89,7 +90,11 @@ export async function projectAdapters(
   try {
     const meter = Meter.of("adding", onProgress);
     const all: Newcomers = { pack, bases: bases.bytes, adapters, formats, meter };
-    const made = await (hasRows(pack) ? withRows(all, error) : error === undefined ? ontoComponents(all) : within(all, error));
+    const made = await (hasRows(pack)
+      ? withRows(all, error)
+      : error === undefined
+        ? ontoComponents(all)
+        : within(all, error));
     refuseLoss(made, maxLoss, pack.name);
     meter.reach(1);
     return made.map((task) => ({ ...task, ...storedTask(pack, task) }));

@@ -26,7 +26,7 @@ import { APART, type SharedSides, type TaskUpdate } from "../extract/sides.ts";
 import type { Gauge } from "../extract/subspace.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
-import { UnstorableError } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import { Meter, ROUND } from "../work.ts";
 import { type BuildOptions, type Recipe, recipeOf } from "./recipe.ts";

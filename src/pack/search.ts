@@ -12,7 +12,7 @@ import { byTask, expectedBits, roundingLoss, type Spectrum } from "../extract/fa
 import { costOf, encodeSpans, type SharedSides, type SideChoice, type SideCost, type Spans } from "../extract/sides.ts";
 import { throwIfAborted } from "../pace.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import {
   type Adapters,
   type Built,

@@ -9,16 +9,8 @@ import type { ProjectedTask } from "../extract/subspace.ts";
 import type { TaskToWrite } from "../format/encode.ts";
 import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
-import {
-  advised,
-  type Dtype,
-  encodeSteps,
-  encodeTensor,
-  isQuantized,
-  narrowed,
-  type QuantizedDtype,
-  SCALE_DOWN,
-} from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
+import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";
 
 /** The share of its ΔW that a task may lose by default: docs/pack.md has what that costs and saves. */

@@ -18,15 +18,8 @@ import { bringsOf, encodedTensor, misfitLabels, type TaskBlob, type TaskMetadata
 import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
-import {
-  BITS,
-  type Dtype,
-  decodeScales,
-  encodeTensor,
-  isQuantized,
-  type TaskDtypes,
-  toInteger,
-} from "../tensor/dtypes.ts";
+import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
+import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 import { type HeadLayer, layersOf, type State } from "./state.ts";
 import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";

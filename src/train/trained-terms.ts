@@ -20,7 +20,8 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
-import { type Dtype, decodeTensor, encodeTensor, storing } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
+import { encodeTensor, storing } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
