@@ -577,7 +577,7 @@ t.test("PEFT loads what was exported and merges it to the golden weights", async
   }
   let output: string;
   try {
-    const script = join(data, "../peft-oracle.py");
+    const script = fileURLToPath(new URL("peft-oracle.py", import.meta.url));
     output = execFileSync(python, [script, goldens, root], { encoding: "utf8", stdio: "pipe" });
   } catch (error) {
     const { status, stderr, message } = error as Error & { status: number | null; stderr?: string };

@@ -1,7 +1,7 @@
 import { execFile } from "node:child_process";
 import { cp, mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t, { type Test } from "tap";
@@ -34,7 +34,8 @@ t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }
 await mkdir(join(project, "node_modules", "eigenlora"), { recursive: true });
 for (const part of ["dist", "package.json"])
   await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
-for (const script of ["smoke.js", "smoke-main.js"]) await cp(join(root, "test", script), join(project, script));
+for (const script of ["test/smoke.js", "test/smoke-main.js"])
+  await cp(join(root, script), join(project, basename(script)));
 await writeFile(join(project, "package.json"), '{"type":"module"}');
 
 interface Smoke {
