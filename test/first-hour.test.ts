@@ -24,12 +24,12 @@ t.test("a folder stands for the model in it, or in its folder onnx", async (t) =
   ] as const) {
     const found = await run("check", folder, "p.eigen", "--files-only");
     t.equal(found.status, 0, found.stderr);
-    t.ok(found.stdout.startsWith(`${file}: `), file);
+    t.match(found.stdout, new RegExp(`^${file}: `, "m"));
     const attached = await run("attach", folder, "p.eigen", "-o", `${folder}.onnx`);
     t.equal(attached.status, 0, attached.stderr);
     // Only what comes after the model was found is missing.
-    const learn = await run("learn", "p.eigen", "lines.tsv", "--model", folder, "-o", "t.eigentask");
-    t.match(learn.stderr, /lines\.tsv: cannot be read/);
+    const learn = await run("learn", "p.eigen", "lines.jsonl", "--model", folder, "-o", "t.eigentask");
+    t.match(learn.stderr, /lines\.jsonl: cannot be read/);
   }
   const refused = async (folder: string): Promise<string> =>
     (await json(1, "check", folder, "p.eigen"))["error"].message;
@@ -50,26 +50,9 @@ t.test("adapters of two base models: a warning, and a card that names none", asy
     const config = JSON.parse(await readFile(path, "utf8"));
     await writeFile(path, JSON.stringify({ ...config, base_model_name_or_path: base }));
   }
-  const { stderr, stdout } = await run("pack", "two", "five", "-o", "p.eigen", "--any-base");
+  const { stderr } = await run("pack", "two", "five", "-o", "p.eigen", "--any-base");
   t.match(stderr, /^warning: the adapters name different base models, so the pack names none: org\/other, org\/one$/m);
-  t.match(stdout, /^For a model card: 2 LoRA adapters in one file/m);
   t.equal((await json(0, "inspect", "p.eigen"))["baseModel"], null);
-  // One that names its base does not speak for another that does not.
-  await writeFile(
-    "five/adapter_config.json",
-    JSON.stringify({
-      ...JSON.parse(await readFile("five/adapter_config.json", "utf8")),
-      base_model_name_or_path: null,
-    }),
-  );
-  t.match(
-    (await run("pack", "two", "five", "-o", "q.eigen")).stdout,
-    /^For a model card: 2 LoRA adapters in one file/m,
-  );
-  t.match(
-    (await run("pack", "two", "-o", "r.eigen")).stdout,
-    /^For a model card: 1 LoRA adapter of org\/one in one file/m,
-  );
 });
 
 t.test("files that are downloaded together are one sum of bytes", async (t) => {

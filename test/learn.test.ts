@@ -9,12 +9,9 @@ import { examples, F32, LABELS, tiny } from "./learning.ts";
 import { data } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
 import { soak } from "./required.ts";
-import { difference, feeds, GOLDENS, NODE, type Ort, outputOf, WEB } from "./sessions.ts";
+import { difference, feeds, GOLDENS, NODE, ORTS, type Ort, outputOf } from "./sessions.ts";
 
-for (const [name, ort] of [
-  ["onnxruntime-node", NODE],
-  ["onnxruntime-web", WEB],
-] as const) {
+for (const { name, ort } of ORTS) {
   t.test(`${name}: learns, and the session answers with the task as the trainer does`, async (t) => {
     const session = await tiny(ort);
     const trainer = await createTrainer(session, { labels: LABELS, seed: 3, privateTerms: 1 });

@@ -9,7 +9,7 @@ import { checkArgument, checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 import { pacer } from "../pace.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { encodeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** An adapted layer of the base model. */

@@ -7,8 +7,7 @@
 
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
-import type { SafetensorsFile } from "../tensor/safetensors.ts";
-import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
+import type { SafetensorsEntry, SafetensorsFile } from "../tensor/safetensors.ts";
 import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
 import {
   type Adapter,

@@ -4,8 +4,8 @@
  */
 
 import { AdapterError } from "../errors.ts";
-import { type Derived, transpose, transposed, withDerived } from "../tensor/derived.ts";
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
+import { type Derived, transpose, transposed, withDerived } from "../tensor/tensor-file.ts";
 import {
   type Adapter,
   type AdapterModule,

@@ -4,8 +4,7 @@
  */
 
 import { AdapterError } from "../errors.ts";
-import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
-import { show, type TensorFile } from "../tensor/tensor-file.ts";
+import { type Derived, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
 import { type Adapter, type AdapterModule, compare, type SavedTensor } from "./adapter.ts";
 import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import {

@@ -6,9 +6,8 @@
 
 import { FormatError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
-import { transpose } from "../tensor/derived.ts";
 import { decodeFloats } from "../tensor/safetensors.ts";
-import { isFloatDtype, type TensorFile, type TensorInfo } from "../tensor/tensor-file.ts";
+import { isFloatDtype, type TensorFile, type TensorInfo, transpose } from "../tensor/tensor-file.ts";
 import {
   type Adapter,
   checkAdapter,

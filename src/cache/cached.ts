@@ -5,7 +5,7 @@
 
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
-import { fromIntegrity, sha256 } from "../format/hash.ts";
+import { fromIntegrity, sha256 } from "../format/fields.ts";
 import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import { throwIfAborted } from "../pace.ts";
@@ -31,8 +31,6 @@ export interface CacheOptions extends FetchOptions {
    * once by one request without bytes.
    */
   readonly integrity?: string;
-  /** Most bytes that the store may hold, of all files together; those not used since it was opened go first, then those used least recently. Default: 256 MiB. */
-  readonly maxBytes?: number;
 }
 
 /** What became of the reads of a cached source. */
@@ -80,7 +78,7 @@ export function cachedSource(
   store: RangeStore,
   options: CacheOptions = {},
 ): CachedSource {
-  checkOptions("cachedSource", options, ["integrity", "maxBytes", ...FETCH_OPTIONS]);
+  checkOptions("cachedSource", options, ["integrity", ...FETCH_OPTIONS]);
   if (typeof (store as RangeStore | undefined)?.keys !== "function")
     throw new TypeError(`cachedSource: expected a store, such as cacheStore("packs"), got ${described(store)}`);
   // Checked first: nothing must be kept under a hash that is none.
@@ -108,7 +106,8 @@ class Cached implements CachedSource {
   readonly reads: Reads;
   readonly #input: string | ByteSource;
   readonly #store: RangeStore;
-  readonly #options: CacheOptions;
+  readonly #integrity: string | undefined;
+  readonly #fetchOptions: FetchOptions;
   /** Counts for sources that do not count themselves. */
   readonly #counted = { requests: 0, bytes: 0, whole: false };
   #inner: ByteSource | undefined;
@@ -119,11 +118,12 @@ class Cached implements CachedSource {
   #closed = false;
   #place: Promise<CachedFile | undefined> | undefined;
 
-  constructor(input: string | ByteSource, name: string, store: RangeStore, options: CacheOptions) {
+  constructor(input: string | ByteSource, name: string, store: RangeStore, { integrity, ...options }: CacheOptions) {
     this.name = name;
     this.#input = input;
     this.#store = store;
-    this.#options = options;
+    this.#integrity = integrity;
+    this.#fetchOptions = options;
     const now = (): Reads => this.#inner?.reads ?? this.#counted;
     this.reads = {
       get requests() {
@@ -182,12 +182,12 @@ class Cached implements CachedSource {
   }
 
   async identify(options?: ReadOptions): Promise<string | undefined> {
-    return this.#options.integrity ?? (await this.#source()).identify?.(options);
+    return this.#integrity ?? (await this.#source()).identify?.(options);
   }
 
   async clear(): Promise<void> {
     const place = await this.#place?.catch(() => undefined);
-    const shelf = place?.shelf ?? (await this.#openShelf());
+    const shelf = place?.shelf ?? (await Shelf.open(this.#store));
     for (const file of [await this.#file(), await this.#sizeFile()]) await shelf.forget(file);
   }
 
@@ -202,7 +202,7 @@ class Cached implements CachedSource {
 
   async #source(): Promise<ByteSource> {
     this.#live();
-    this.#opening ??= openSource(this.#input, fetchOptionsOf(this.#options)).catch((error: unknown) => {
+    this.#opening ??= openSource(this.#input, this.#fetchOptions).catch((error: unknown) => {
       this.#opening = undefined;
       throw error;
     });
@@ -226,19 +226,15 @@ class Cached implements CachedSource {
       throw new SourceError(`${message}; give \`integrity\`, or do without a cache`, { file: this.name });
     }
     return this.#unlessFailing(async () => {
-      const [file, version, shelf] = [await this.#file(), await digestOf(identity), await this.#openShelf()];
+      const [file, version, shelf] = [await this.#file(), await digestOf(identity), await Shelf.open(this.#store)];
       for (const one of [file, await this.#sizeFile()]) await shelf.forget(one, version);
       return { shelf, file, version };
     });
   }
 
-  #openShelf(): Promise<Shelf> {
-    return Shelf.open(this.#store, this.#options.maxBytes ?? 2 ** 28);
-  }
-
   /** What stands for the file in keys. */
   #file(): Promise<string> {
-    const { integrity } = this.#options;
+    const integrity = this.#integrity;
     const address = typeof this.#input === "string" ? this.#input : this.#input.name;
     return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
   }
@@ -280,12 +276,8 @@ class Cached implements CachedSource {
   }
 }
 
-function fetchOptionsOf({ integrity: _, maxBytes: __, ...options }: CacheOptions): FetchOptions {
-  return options;
-}
-
-// The ranges of files in a store: found, checked, limited in size. An entry is a range, followed by its SHA-256. Its key says which file,
-// which version, which bytes: the store's list of keys is all there is to know, so nothing can disagree with it.
+// The ranges of files in a store. An entry is a range, followed by its SHA-256. Its key says which file, which version, which bytes: the
+// store's list of keys is all there is to know, so nothing can disagree with it.
 
 /** A range that is kept. */
 interface Kept {
@@ -302,29 +294,24 @@ const CHECKSUM_BYTES = 32;
 /** The ranges in a store, as of when it was opened and what happened here since. */
 class Shelf {
   readonly #store: RangeStore;
-  readonly #maxBytes: number;
-  /** Entries in the order of use here, the least recent first. */
   readonly #kept: Map<string, Kept>;
 
-  private constructor(store: RangeStore, maxBytes: number, kept: Map<string, Kept>) {
+  private constructor(store: RangeStore, kept: Map<string, Kept>) {
     this.#store = store;
-    this.#maxBytes = maxBytes;
     this.#kept = kept;
   }
 
-  static async open(store: RangeStore, maxBytes: number): Promise<Shelf> {
-    const found: Kept[] = [];
+  static async open(store: RangeStore): Promise<Shelf> {
+    const kept = new Map<string, Kept>();
     for (const key of await store.keys()) {
       const [, file, version, offset, length] = KEY.exec(key) ?? [];
-      if (file && version) found.push({ key, file, version, offset: Number(offset), length: Number(length) });
+      if (file && version) kept.set(key, { key, file, version, offset: Number(offset), length: Number(length) });
     }
-    const shelf = new Shelf(store, maxBytes, new Map(found.map((kept) => [kept.key, kept])));
-    await shelf.#evict();
-    return shelf;
+    return new Shelf(store, kept);
   }
 
   /**
-   * The bytes of a range that lie in one that is kept.
+   * Bytes of a range that lie in one that is kept.
    * @returns "damaged" when they did, and are gone now; undefined when there are none
    */
   async get(
@@ -337,36 +324,30 @@ class Shelf {
       const from = offset - kept.offset;
       if (kept.file !== file || kept.version !== version || from < 0 || from + length > kept.length) continue;
       const entry = await this.#store.get(kept.key);
-      // Another program has deleted it.
       if (!entry) {
-        if (this.#kept.get(kept.key) === kept) this.#kept.delete(kept.key);
+        // Another program has deleted it.
+        this.#kept.delete(kept.key);
         return undefined;
       }
       const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
-      const good = bytes.length === kept.length && same(await sha256(bytes), entry.subarray(bytes.length));
-      if (!good) {
-        await this.#delete(kept.key);
-        return "damaged";
-      }
-      if (this.#kept.get(kept.key) === kept) this.#use(kept);
-      return bytes.subarray(from, from + length);
+      const sum = entry.subarray(bytes.length);
+      if (bytes.length === kept.length && toHex(await sha256(bytes)) === toHex(sum))
+        return bytes.subarray(from, from + length);
+      await this.#delete(kept.key);
+      return "damaged";
     }
     return undefined;
   }
 
-  /** Keeps a range; a range above the limit is not kept. */
   async put(file: string, version: string, offset: number, bytes: Uint8Array): Promise<void> {
-    const kept = { key: `${file}.${version}.${offset}-${bytes.length}`, file, version, offset, length: bytes.length };
-    if (sizeOf(kept) > this.#maxBytes) return;
-    const entry = new Uint8Array(sizeOf(kept));
+    const { length } = bytes;
+    const key = `${file}.${version}.${offset}-${length}`;
+    const entry = new Uint8Array(length + CHECKSUM_BYTES);
     entry.set(bytes);
-    entry.set(await sha256(bytes), bytes.length);
-    // Room first: the store may have a limit of its own.
-    await this.#evict(entry.length);
-    await this.#store.put(kept.key, entry);
+    entry.set(await sha256(bytes), length);
+    await this.#store.put(key, entry);
     // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
-    this.#use(kept);
-    await this.#evict();
+    this.#kept.set(key, { key, file, version, offset, length });
   }
 
   /** Forgets the ranges of a file, except those of one version. */
@@ -375,35 +356,13 @@ class Shelf {
       if (kept.file === file && kept.version !== except) await this.#delete(kept.key);
   }
 
-  #use(kept: Kept): void {
-    this.#kept.delete(kept.key);
-    this.#kept.set(kept.key, kept);
-  }
-
-  /** @param coming bytes that there is to be room for beside those that are kept */
-  async #evict(coming = 0): Promise<void> {
-    let total = coming;
-    for (const kept of this.#kept.values()) total += sizeOf(kept);
-    for (const kept of [...this.#kept.values()]) {
-      if (total <= this.#maxBytes) break;
-      total -= sizeOf(kept);
-      await this.#delete(kept.key);
-    }
-  }
-
   async #delete(key: string): Promise<void> {
     this.#kept.delete(key);
     await this.#store.delete(key);
   }
 }
 
-const sizeOf = ({ length }: Kept): number => length + CHECKSUM_BYTES;
-
-function same(a: Uint8Array, b: Uint8Array): boolean {
-  return a.length === b.length && a.every((byte, i) => byte === b[i]);
-}
-
-/** What stands for a text in keys: 128 bits of its SHA-256. */
+/** Stands for a text in keys: 128 bits of its SHA-256. */
 async function digestOf(text: string): Promise<string> {
   return toHex((await sha256(new TextEncoder().encode(text))).subarray(0, 16));
 }

@@ -4,8 +4,7 @@
  */
 import { basename, extname } from "node:path";
 import { createEigenSession, createEigenSessions } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
-import { createEngine } from "../../bindings/ort-engine.ts";
+import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError } from "../errors.ts";
 import { feedsOfRows, knownSizes, plainInputs, tableRows } from "../onnx/feeds.ts";
@@ -114,7 +113,10 @@ async function survey(
 /** The same with flags in place of the library's options, in all texts. */
 function inWords<T>(value: T): T {
   if (value === undefined) return value;
-  return JSON.parse(JSON.stringify(value), (_, field) => (typeof field === "string" ? inFlags(field, OPTIONS) : field));
+  // No command trains a part of a model.
+  const words = (text: string): string =>
+    inFlags(text, OPTIONS).replace(", or train this file's layers alone, with the option `modules`", "");
+  return JSON.parse(JSON.stringify(value), (_, field) => (typeof field === "string" ? words(field) : field));
 }
 
 /** Outcome of a trial; null where it could not be made. */

@@ -8,8 +8,8 @@ import { readdir } from "node:fs/promises";
 import { dirname, join, posix } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { renamedHost } from "../core/open-base.ts";
-import { type OpenOptions, openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
+import { type OpenOptions, openPack } from "../core/pack.ts";
 import { SourceError } from "../errors.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
@@ -256,10 +256,11 @@ export class Run {
   }
 
   /**
-   * Calls `step` when the command fails or is stopped, once everything later is undone.
-   * @param step synchronous
+   * Makes a folder, and those that it lies in. New ones go again when the command fails, unless something is in them by then.
+   * @throws SourceError when there cannot be one
    */
-  undoing(step: () => void): void {
+  folder(path: string): void {
+    const step = makeFolder(path);
     const forget = undoOnExit(step);
     this.closing({
       close: () => {
@@ -267,14 +268,6 @@ export class Run {
         forget();
       },
     });
-  }
-
-  /**
-   * Makes a folder, and those that it lies in. New ones go again when the command fails, unless something is in them by then.
-   * @throws SourceError when there cannot be one
-   */
-  folder(path: string): void {
-    this.undoing(makeFolder(path));
   }
 
   /**

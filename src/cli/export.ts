@@ -12,15 +12,13 @@ import { kohyaFile } from "../adapters/kohya.ts";
 import { onnxAdapterFile } from "../adapters/onnx-adapter.ts";
 import { peftFiles } from "../adapters/peft.ts";
 import { describeBase } from "../adapters/tree.ts";
-import { createRuntime } from "../core/create.ts";
 import { safetensorsHost } from "../core/open-base.ts";
+import { createRuntime } from "../core/runtime.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import { COMPONENTS, componentsFile } from "../pack/components-file.ts";
-import { taskAdapter } from "../pack/expand.ts";
+import { COMPONENTS, componentsFile, taskAdapter } from "../pack/expand.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import { openSafetensors } from "../tensor/safetensors.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { checkTarget, isLink, jsonFile, stat, writeTogether, writeWhole } from "./files.ts";
 import {
@@ -64,7 +62,7 @@ const FILES = {
 const FORMATS = ["peft", "diffusers", "kohya", "gguf", "onnx_adapter"] as const;
 const OF_ALL = "components are of all tasks";
 
-export const exportTask: Attach = command({
+const exportTask: Attach = command({
   usage: "export <PACK>",
   example: "export tasks.eigen --task reviews -o adapters/reviews",
   options: {
@@ -217,6 +215,8 @@ async function isExport(path: string): Promise<boolean> {
     return false;
   }
 }
+
+export { exportTask as export };
 
 const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
 

@@ -28,7 +28,7 @@ import {
   text,
   UsageError,
 } from "./options.ts";
-import { bytes, count, percent, resources, table } from "./output.ts";
+import { bytes, count, mean, percent, resources, table } from "./output.ts";
 
 const labels: OptionSpec<readonly string[] | undefined> = {
   value: "a,b,c",
@@ -64,10 +64,6 @@ const OPTIONS = {
       "Rows of coefficients, or rank of the factors. Default: that of most tasks of the pack.",
       from(1),
     ),
-    privateTerms: byDefault(
-      0,
-      number("N", "Rank-1 terms of its own in each module, beside the coefficients.", from(0)),
-    ),
     init: text(
       "START",
       "Where training begins: auto, mean, random, fresh (as in PEFT, for lora), or the id of a task of the pack. " +
@@ -90,7 +86,7 @@ const OPTIONS = {
     ),
     rate: number(
       "X",
-      "Learning rate of terms and head. Default: 0.02; of private terms, and of the factors that --train lora trains, 0.002.",
+      "Learning rate of terms and head. Default: 0.02; of the factors that --train lora trains, 0.002.",
       POSITIVE,
     ),
     seed: byDefault(0, number("N", "The same seed gives the same task.", from(0))),
@@ -117,8 +113,8 @@ export const learn: Attach = command({
     const { examples, labels } = await readExamples(examplesPath, options.labels);
     if (options.labels && !labels) throw new UsageError(`--labels: ${examplesPath} has completions, which have none`);
     const pack = await run.pack(packPath);
-    const lone = !pack.modules.some(sharedBases);
-    if (options.train === "coefficients" && lone && pack.directory.basis.step === undefined)
+    const unshared = !pack.modules.some(sharedBases);
+    if (options.train === "coefficients" && unshared && pack.directory.basis.step === undefined)
       out.warn(
         "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N, or without options, for smaller ones",
       );
@@ -127,8 +123,8 @@ export const learn: Attach = command({
     const { session, encode } = await openTrainable("learn", model, pack, options, run, labels === undefined);
     refuseOtherKind(session, labels === undefined, examplesPath);
     refuseInterrupted(signal, id);
-    const { seed, train, rank, privateTerms, rate } = options;
-    const trainer = await createTrainer(session, { seed, train, rank, privateTerms, labels, init, encode });
+    const { seed, train, rank, rate } = options;
+    const trainer = await createTrainer(session, { seed, train, rank, labels, init, encode });
     out.phase("checking gradients, and where to begin");
     const steps: TrainingStep[] = [];
     try {
@@ -151,7 +147,7 @@ export const learn: Attach = command({
     // The state of this epoch was kept; where none was judged, that of the last step.
     const judged = epochs.flatMap((epoch) => epoch.holdout ?? []);
     const best = judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!) ?? null;
-    const own = train === "lora" || lone ? "factor weight" : privateTerms > 0 ? "term weight" : "coefficient";
+    const weight = train === "lora" || unshared ? "factor weight" : "coefficient";
     const kept = best ? epochs.findIndex(({ holdout }) => holdout === best) + 1 : epochs.length;
     if (best?.accuracy === 0)
       out.warn("no example that was held back is answered right: train for more --epochs, or with another --rate");
@@ -162,9 +158,9 @@ export const learn: Attach = command({
       json: { ...learned, interrupted, seconds, steps: steps.length, epochs, kept, holdout: best },
       text: [
         `${file}: task "${id}", ${labels ? `${count(labels.length, "label")}, ` : ""}${bytes(size)}${stopped}`,
-        ...epochTable(epochs, kept),
-        ...(epochs.every((epoch) => epoch.holdout === null) ? [withoutHoldout(options.holdout, interrupted)] : []),
-        `trained ${trainedText(own, terms, head)}; ${seconds.toFixed(2)} s`,
+        ...epochTable(epochs, kept, best !== null),
+        ...(best ? [] : [unjudgedText(options.holdout, interrupted)]),
+        `trained ${count(terms, weight)}${head > 0 ? ` and ${count(head, "head weight")}` : ""}; ${seconds.toFixed(2)} s`,
       ],
     };
   },
@@ -201,29 +197,21 @@ interface Epoch {
 
 function epochsOf(steps: readonly TrainingStep[]): Epoch[] {
   return [...new Set(steps.map(({ epoch }) => epoch))].map((epoch) => {
-    const own = steps.filter((step) => step.epoch === epoch);
-    const loss = own.reduce((sum, step) => sum + step.loss, 0) / own.length;
-    return { loss, holdout: own.at(-1)!.holdout ?? null };
+    const within = steps.filter((step) => step.epoch === epoch);
+    return { loss: mean(within.map(({ loss }) => loss)), holdout: within.at(-1)!.holdout ?? null };
   });
 }
 
-/** Why there is no figure of examples that were held back. @param share that was asked for */
-function withoutHoldout(share: number, interrupted: boolean): string {
-  const kept = interrupted ? "the last step is kept" : "the last epoch is kept";
-  if (interrupted) return `No epoch was judged; ${kept}.`;
+/** Explains why no epoch was judged. @param share that was to be held back */
+function unjudgedText(share: number, interrupted: boolean): string {
+  if (interrupted) return "No epoch was judged; the last step is kept.";
   return share === 0
-    ? `Nothing was held back to judge by; ${kept}.`
-    : `There are too few examples to hold some back: all were trained on, and ${kept}.`;
-}
-
-/** @param own what the weights of the terms are */
-function trainedText(own: string, terms: number, head: number): string {
-  return head > 0 ? `${count(terms, own)} and ${count(head, "head weight")}` : count(terms, own);
+    ? "Nothing was held back to judge by; the last epoch is kept."
+    : "There are too few examples to hold some back: all were trained on, and the last epoch is kept.";
 }
 
 /** @param kept number of the epoch whose state was kept */
-function epochTable(epochs: readonly Epoch[], kept: number): string[] {
-  const judged = epochs.some(({ holdout }) => holdout !== null);
+function epochTable(epochs: readonly Epoch[], kept: number, judged: boolean): string[] {
   const rows = epochs.map(({ loss, holdout }, i) => [
     i + 1,
     loss.toFixed(4),

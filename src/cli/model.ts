@@ -8,8 +8,7 @@ import { createReadStream, existsSync } from "node:fs";
 import { readdir, rm, rmdir } from "node:fs/promises";
 import { dirname, join, relative } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
-import { createEngine } from "../../bindings/ort-engine.ts";
+import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
@@ -206,17 +205,12 @@ export async function removeFinished(folder: string): Promise<void> {
   await rmdir(folder).catch(() => undefined);
 }
 
-/** Digests of what adapters hold, whatever their files are called or dated. */
+/** Digests of the files of adapters, whatever their folders are called and their files dated. */
 export async function contents(adapters: readonly Adapter[], out: Output): Promise<[id: string, digest: string][]> {
   const digests: [string, string][] = [];
   for (const [i, adapter] of adapters.entries()) {
-    const hash = createHash("sha256");
-    for (const path of filesOf(adapter)) {
-      if (!stat(path)?.isFile()) continue;
-      hash.update(`${relative(adapter.file, path)}\n`);
-      for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
-    }
-    digests.push([adapter.id, hash.digest("hex")]);
+    const files = filesOf(adapter).filter((path) => stat(path)?.isFile());
+    digests.push([adapter.id, await digestOf(files, (path) => `${relative(adapter.file, path)}\n`)]);
     out.progress({ stage: "reading", done: i + 1, total: adapters.length, unit: "adapters" });
   }
   return digests;
@@ -234,12 +228,14 @@ export async function modelDigests(
 
 /** Null where there is no file: whatever needs it reports that. */
 async function fileDigest(path: string): Promise<string | null> {
-  if (!stat(path)?.isFile()) return null;
+  return stat(path)?.isFile() ? digestOf([path]).catch(() => null) : null;
+}
+
+async function digestOf(paths: readonly string[], nameOf = (_path: string): string => ""): Promise<string> {
   const hash = createHash("sha256");
-  try {
+  for (const path of paths) {
+    hash.update(nameOf(path));
     for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
-  } catch {
-    return null;
   }
   return hash.digest("hex");
 }

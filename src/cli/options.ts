@@ -2,8 +2,9 @@
  * Options of commands: one table gives their values, checks, conflicts and help. Those of several commands are here.
  */
 import { nearest } from "../arguments.ts";
-import type { ComponentSelection, Gauge } from "../extract/options.ts";
-import { fromIntegrity } from "../format/hash.ts";
+import type { ComponentSelection } from "../extract/components.ts";
+import type { Gauge } from "../extract/subspace.ts";
+import { fromIntegrity } from "../format/fields.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
 
 /** A wrong command line: exit code 2. */
@@ -218,13 +219,6 @@ export const rank: Maybe<number> = number(
 );
 
 const PARTS = ["basis", "coefficients", "head"];
-/** Names of number formats in torch, onnxruntime and safetensors. */
-const ELSEWHERE: ReadonlyMap<string, string> = new Map([
-  ...["fp32", "float32", "float"].map((name) => [name, "f32"] as const),
-  ...["fp16", "float16", "half"].map((name) => [name, "f16"] as const),
-  ...["bfloat16", "bfp16"].map((name) => [name, "bf16"] as const),
-  ...["8", "4", "3"].flatMap((bits) => ["i", "q"].map((letter) => [`${letter}${bits}`, `int${bits}`] as const)),
-]);
 export const NUMBERS: string = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;
 export const dtype: Maybe<Partial<Dtypes>> = {
   value: "TYPE",
@@ -237,8 +231,9 @@ export const dtype: Maybe<Partial<Dtypes>> = {
       if (words.includes(word)) return word;
       throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
     };
-    const format = (word = ""): string => checked(ELSEWHERE.get(word.toLowerCase()) ?? word, DTYPES);
-    return Object.fromEntries(pairs.map(([part, word]) => [checked(part, PARTS), format(word)])) as Partial<Dtypes>;
+    return Object.fromEntries(
+      pairs.map(([part, word]) => [checked(part, PARTS), checked(word, DTYPES)]),
+    ) as Partial<Dtypes>;
   },
 };
 
@@ -350,7 +345,11 @@ const ALIASES: ReadonlyMap<string, string> = new Map([
 /** A message of the library, with flags of a command in place of its options: `` `name` ``, `` `name: value` `` or `name: value`. */
 export function inFlags(message: string, options: Options): string {
   const option = /(?:the option )?`(\w+)(?:: ([\w.]+))?`|\b(\w+): (true|[\d.]+|\["[^"]*"\])/g;
-  return message.replaceAll(option, (said, quoted?: string, first?: string, plain = quoted, value = first) => {
+  // The library has no such option for a base.
+  const said = options["names"]
+    ? message.replace("let the base list them by the module's", "map them with `names`")
+    : message;
+  return said.replaceAll(option, (said, quoted?: string, first?: string, plain = quoted, value = first) => {
     const name = ALIASES.get(plain) ?? plain;
     const spec = options[name];
     if (!spec) return said;

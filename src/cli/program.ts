@@ -9,48 +9,30 @@ import { Command, CommanderError } from "./commander.ts";
 import { UsageError } from "./options.ts";
 import { createOutput, paragraph, printable, type Stream } from "./output.ts";
 
-/** Line in the list of commands, and module, by name in the order of the help. */
-const COMMANDS: Readonly<Record<string, readonly [does: string, load: () => Promise<Attach>]>> = {
-  pack: ["Make a pack of adapters.", async () => (await import("./pack.ts")).pack],
-  inspect: [
-    "Show what a pack holds: sections, tasks, modules and components.",
-    async () => (await import("./inspect.ts")).inspect,
-  ],
-  view: [
-    "Show in a browser what a pack holds, or two packs side by side.",
-    async () => (await import("./view.ts")).view,
-  ],
-  verify: [
-    "Verify checksums and limits, and with adapters the ΔW error of each task.",
-    async () => (await import("./verify.ts")).verify,
-  ],
-  add: ["Add tasks to a pack, from adapters or task files.", async () => (await import("./change.ts")).add],
-  remove: ["Remove tasks from a pack.", async () => (await import("./change.ts")).remove],
-  compact: [
-    "Rewrite a pack in place, without the gaps that changes have left.",
-    async () => (await import("./change.ts")).compact,
-  ],
-  distill: [
-    "Train the tasks of a pack to answer plain text as their adapters do.",
-    async () => (await import("./distill.ts")).distill,
-  ],
+/** Line in the list of commands, and module that exports the command by its name, in the order of the help. */
+const COMMANDS: Readonly<Record<string, readonly [does: string, load: () => Promise<object>]>> = {
+  pack: ["Make a pack of adapters.", () => import("./pack.ts")],
+  inspect: ["Show what a pack holds: sections, tasks, modules and components.", () => import("./inspect.ts")],
+  view: ["Show in a browser what a pack holds, or two packs side by side.", () => import("./view.ts")],
+  verify: ["Verify checksums and limits, and with adapters the ΔW error of each task.", () => import("./verify.ts")],
+  add: ["Add tasks to a pack, from adapters or task files.", () => import("./change.ts")],
+  remove: ["Remove tasks from a pack.", () => import("./change.ts")],
+  compact: ["Rewrite a pack in place, without the gaps that changes have left.", () => import("./change.ts")],
+  distill: ["Train the tasks of a pack to answer plain text as their adapters do.", () => import("./distill.ts")],
   learn: [
     "Train a new task on labelled texts, or on prompts with completions, and write it as a task file.",
-    async () => (await import("./learn.ts")).learn,
+    () => import("./learn.ts"),
   ],
   export: [
     "Write a task as an adapter that PEFT, diffusers, llama.cpp or ONNX Runtime loads.",
-    async () => (await import("./export.ts")).exportTask,
+    () => import("./export.ts"),
   ],
-  fold: ["Merge a task into the weights of the base model.", async () => (await import("./export.ts")).fold],
-  check: [
-    "Say whether a pack works on a model, in which modes, and what it costs.",
-    async () => (await import("./check.ts")).check,
-  ],
-  attach: ["Write an ONNX model with the components inside.", async () => (await import("./attach.ts")).attach],
-  keygen: ["Make an Ed25519 key pair to sign with.", async () => (await import("./change.ts")).keygen],
-  sign: ["Sign packs and task files with an Ed25519 key.", async () => (await import("./change.ts")).sign],
-  hub: ["Commands for packs too large for one machine.", async () => (await import("./hub.ts")).hub],
+  fold: ["Merge a task into the weights of the base model.", () => import("./export.ts")],
+  check: ["Say whether a pack works on a model, in which modes, and what it costs.", () => import("./check.ts")],
+  attach: ["Write an ONNX model with the components inside.", () => import("./attach.ts")],
+  keygen: ["Make an Ed25519 key pair to sign with.", () => import("./change.ts")],
+  sign: ["Sign packs and task files with an Ed25519 key.", () => import("./change.ts")],
+  hub: ["Commands for packs too large for one machine.", () => import("./hub.ts")],
 };
 
 const HELP: ReadonlySet<string> = new Set(["help", "-h", "--help"]);
@@ -127,7 +109,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
     }
   };
   for (const [name, [does, load]] of Object.entries(COMMANDS)) {
-    if (name === words[0]) (await load())(program, does, out, done);
+    if (name === words[0]) ((await load()) as Record<string, Attach>)[name]!(program, does, out, done);
     else program.command(name).summary(does);
   }
   // Unknown words are compared with all options, the rare ones too.

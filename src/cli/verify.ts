@@ -5,23 +5,19 @@ import { readBlob, readTaskFile } from "../core/task-file.ts";
 import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
-import { deltaError, relative } from "../extract/error.ts";
-import { type BoundedLoss, measureModule, openModule } from "../extract/project.ts";
-import { Fields } from "../format/fields.ts";
+import { deltaError, relative } from "../extract/factors.ts";
+import { Fields, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
 import {
-  encodedTensor,
   SECTION_BASES,
   SECTION_FREE,
   SECTION_TASK,
   type Section,
-  sharedBases,
+  type Signature,
   type TaskBlob,
   WINDOW_BYTES,
 } from "../format/format.ts";
-import { integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { openSource } from "../open-source.ts";
 import { paced, pacer } from "../pace.ts";
-import { gaugeOf, storedModule } from "../pack/add.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
 import type { ByteSource } from "../source.ts";
@@ -32,7 +28,7 @@ import { readText } from "./files.ts";
 
 import { as, list, maxExpansion, readFor, revoked, text, UsageError } from "./options.ts";
 
-import { type Output, percent, sum, table } from "./output.ts";
+import { lossTable, type Output, sum, table } from "./output.ts";
 
 interface Check {
   readonly name: string;
@@ -42,11 +38,50 @@ interface Check {
   readonly detail: string;
 }
 
+/** Checks as they are made. */
+class Checks {
+  readonly all: Check[] = [];
+
+  get ok(): boolean {
+    return this.all.every(({ ok }) => ok);
+  }
+
+  /** @param ok null where there is nothing to check */
+  note(name: string, ok: boolean | null, detail: string): void {
+    this.all.push({ name, ok: ok ?? true, checked: ok !== null, detail });
+  }
+
+  /** Notes a check that passes when `read` does; a damaged section is reported, and the others are checked all the same. */
+  async passes<T>(name: string, read: () => Promise<T>): Promise<T | undefined> {
+    try {
+      const value = await read();
+      this.note(name, true, "");
+      return value;
+    } catch (error) {
+      if (!(error instanceof FormatError || error instanceof TrustError)) throw error;
+      this.note(name, false, error.message);
+      return undefined;
+    }
+  }
+
+  async signature(
+    of: "pack" | "task",
+    hash: Uint8Array,
+    signature: Signature | undefined,
+    file: string,
+  ): Promise<void> {
+    if (!signature) this.note("signature", null, "not signed");
+    else this.note("signature", await isSigned(of, hash, signature, file), keyName(signature.key));
+  }
+
+  table(): string[] {
+    const verdict = ({ ok, checked }: Check): string => (checked ? (ok ? "ok" : "FAILED") : "–");
+    return table([["check", "", ""], ...this.all.map((check) => [check.name, verdict(check), check.detail])]);
+  }
+}
+
 export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
-  details:
-    "Tasks in components have more columns with --against: δ, how far the factors of a task lie from the components, and bound, the largest " +
-    "ΔW error of a module that is possible (docs/pack.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
     against: {
@@ -82,8 +117,8 @@ export const verify: Attach = command({
     const trust = { ...(keys.length > 0 ? { keys } : {}), ...(integrity === undefined ? {} : { integrity }) };
     const pack = await openHashed(path, trust, run);
     const { checks, bases, blobs } = await checkSections(path, pack, run, out);
-    const ok = checks.every((check) => check.ok);
-    const figures = new Map<string, Figures>();
+    const { ok } = checks;
+    const errors = new Map<string, Omit<TaskLoss, "id">>();
     if (against.length > 0 && bases && ok) {
       const adapters = await run.adapters(against, as, base);
       for (const [i, adapter] of adapters.entries()) {
@@ -91,21 +126,14 @@ export const verify: Attach = command({
         const blob = blobs.get(id);
         if (!blob)
           throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
-        figures.set(id, await compare(pack, bases, blob, adapter));
+        errors.set(id, await errorOf(pack, bases, blob, adapter));
         out.progress({ stage: "comparing", done: i + 1, total: adapters.length, unit: "adapters" });
       }
     }
-    // Tasks of their own are no distance from components.
-    const apart = [...figures.values()].some(({ delta }) => Math.max(delta.A, delta.B) > 0);
-    const rows = [...figures].map(([id, { error, delta, bound }]) => [
-      id,
-      ...[error.total, error.max].map(percent),
-      ...(apart ? [delta.A, delta.B, bound].map((n) => n.toFixed(3)) : []),
-    ]);
-    const columns = ["task", "ΔW error", "largest module", ...(apart ? ["δ of A", "δ of B", "bound"] : [])];
+    const losses = [...errors].map(([id, error]) => ({ id, ...error }));
     return {
-      json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, ...figures.get(id) })) },
-      text: [...checksTable(checks), ...(rows.length ? ["", ...table([columns, ...rows])] : [])],
+      json: { ok, checks: checks.all, tasks: [...pack.tasks.keys()].map((id) => ({ id, error: errors.get(id) })) },
+      text: [...checks.table(), ...(losses.length > 0 ? ["", ...lossTable(losses)] : [])],
       exitCode: ok ? 0 : 1,
     };
   },
@@ -116,11 +144,6 @@ async function publicKey(given: string): Promise<string> {
   const key = given.startsWith("ed25519:") ? given : await readText(given);
   await publicKeyBytes(key, `--key ${given}`);
   return key;
-}
-
-function checksTable(checks: readonly Check[]): string[] {
-  const words = ({ ok, checked }: Check): string => (checked ? (ok ? "ok" : "FAILED") : "–");
-  return table([["check", "", ""], ...checks.map((check) => [check.name, words(check), check.detail])]);
 }
 
 /** @param home the pack that the task belongs to. Without it nothing but sums, entry and signature can be checked */
@@ -137,21 +160,20 @@ async function verifyTaskFile(
   await trust.checkTaskFile(file, path, integrity);
   const { id, basisId, blob, content, signature } = file;
   const hash = await sha256(content);
-  const checks: Check[] = [];
-  const note = noting(checks);
-  note("checksums", true, `task ${id}`);
-  note("hash", true, toIntegrity(hash));
+  const checks = new Checks();
+  checks.note("checksums", true, `task ${id}`);
+  checks.note("hash", true, toIntegrity(hash));
   const task = await integrityOf(blob);
-  note("hash of the task", null, `${task}, which --revoked and \`revoked\` take`);
-  if (!signature) note("signature", null, "not signed");
-  else note("signature", await isSigned("task", hash, signature, path), keyName(signature.key));
-  if (home === undefined) note("terms and numbers", null, `give the pack of basis ${basisId.slice(0, 16)} with --pack`);
+  checks.note("hash of the task", null, `${task}, which --revoked and \`revoked\` take`);
+  await checks.signature("task", hash, signature, path);
+  if (home === undefined)
+    checks.note("terms and numbers", null, `give the pack of basis ${basisId.slice(0, 16)} with --pack`);
   else {
     await readBlob(file, id, path, await run.pack(home, { bases: "later" }), trust);
-    note("terms and numbers", true, `of basis ${basisId.slice(0, 16)}, as in ${home}`);
+    checks.note("terms and numbers", true, `of basis ${basisId.slice(0, 16)}, as in ${home}`);
   }
-  const ok = checks.every((check) => check.ok);
-  return { json: { ok, checks, id, basisId, task }, text: checksTable(checks), exitCode: ok ? 0 : 1 };
+  const { ok, all } = checks;
+  return { json: { ok, checks: all, id, basisId, task }, text: checks.table(), exitCode: ok ? 0 : 1 };
 }
 
 /** The pack, whose sections are all held against their hashes, where it has some. */
@@ -161,66 +183,36 @@ async function openHashed(path: string, trust: TrustOptions, run: Run): Promise<
   return run.pack(path, { bases: "later", ...trust, integrity: await pack.integrity() });
 }
 
-/** What is said of the pack as a whole: its root, and whose it is. */
-async function checkTrust({ name, window, directory }: Pack, note: Note): Promise<void> {
-  const root = await sha256(window.head, directory.bytes);
-  const { signature } = window.superblock;
-  const hashed = directory.bases.integrity !== undefined;
-  note(
-    "root",
-    hashed || null,
-    hashed ? toIntegrity(root) : "no hashes: of a version before 1.0, `compact` writes them",
-  );
-  if (!signature) note("signature", null, "not signed");
-  else note("signature", await isSigned("pack", root, signature, name), keyName(signature.key));
-}
-
-/** @param ok null where there is nothing to check */
-type Note = (name: string, ok: boolean | null, detail: string) => void;
-
-function noting(checks: Check[]): Note {
-  return (name, ok, detail) => void checks.push({ name, ok: ok ?? true, checked: ok !== null, detail });
-}
-
 async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
-  const checks: Check[] = [];
-  const note = noting(checks);
-  /** What a section holds; a damaged one is reported, and the others are checked all the same. */
-  const checked = async <T>(name: string, read: () => Promise<T>): Promise<T | undefined> => {
-    try {
-      const value = await read();
-      note(name, true, "");
-      return value;
-    } catch (error) {
-      if (!(error instanceof FormatError || error instanceof TrustError)) throw error;
-      note(name, false, error.message);
-      return undefined;
-    }
-  };
+  const { window, directory } = pack;
+  const checks = new Checks();
   // Opening checked window, directory, tiling, limits and the bases' place: a pack that fails these is an error.
-  note("window, directory and sections", true, `version ${pack.version}`);
-  await checkTrust(pack, note);
-  const bases = await checked("bases", async () => (await pack.bases()).bytes);
+  checks.note("window, directory and sections", true, `version ${pack.version}`);
+  const root = await sha256(window.head, directory.bytes);
+  if (directory.bases.integrity !== undefined) checks.note("root", true, toIntegrity(root));
+  else checks.note("root", null, "no hashes: of a version before 1.0, `compact` writes them");
+  await checks.signature("pack", root, window.superblock.signature, pack.name);
+  const bases = await checks.passes("bases", async () => (await pack.bases()).bytes);
   const blobs = new Map<string, TaskBlob>();
   const ids = [...pack.tasks.keys()];
   for (const [i, id] of ids.entries()) {
-    const blob = await checked(`task ${id}`, () => pack.load(id));
+    const blob = await checks.passes(`task ${id}`, () => pack.load(id));
     if (blob) blobs.set(id, blob);
     out.progress({ stage: "checking", done: i + 1, total: ids.length, unit: "tasks" });
   }
   if (bases) {
     const found = toHex(await sha256(pack.directory.basisBytes, bases));
-    note("basis id", found === pack.basisId, found.slice(0, 16));
+    checks.note("basis id", found === pack.basisId, found.slice(0, 16));
   }
   const source = run.closing(await openSource(path));
   for (const [i, section] of pack.directory.sections.entries()) {
     const known = [SECTION_BASES, SECTION_TASK, SECTION_FREE].includes(section.kind);
-    if (!known) await checked(`section ${i}, of kind ${section.kind}`, () => checkUnknown(source, section, i));
+    if (!known) await checks.passes(`section ${i}, of kind ${section.kind}`, () => checkUnknown(source, section, i));
   }
   const gap = await unpadded(source, pack);
-  note("padding", gap === undefined, gap ?? "zero");
+  checks.note("padding", gap === undefined, gap ?? "zero");
   const behind = (source.byteLength ?? 0) - pack.window.superblock.committed;
-  note("bytes behind the end", behind > 0 ? null : true, behind > 0 ? `${behind}, ignored` : "none");
+  checks.note("bytes behind the end", behind > 0 ? null : true, behind > 0 ? `${behind}, ignored` : "none");
   return { checks, bases, blobs };
 }
 
@@ -230,10 +222,8 @@ async function checkUnknown(source: ByteSource, section: Section, index: number)
   const f: Fields = new Fields(bytes, source.name, `section ${index}`);
   await paced(f.crc(section.crc), pacer());
   const found = await integrityOf(bytes);
-  f.check(
-    section.integrity === undefined || section.integrity === found,
-    () => `has the hash ${found}, expected ${section.integrity}`,
-  );
+  if (section.integrity !== undefined && section.integrity !== found)
+    f.fail(`has the hash ${found}, expected ${section.integrity}`);
 }
 
 /** Where bytes between sections are not zero, against SPEC.md, section 1. */
@@ -250,52 +240,30 @@ async function unpadded(source: ByteSource, { window, directory }: Pack): Promis
   return undefined;
 }
 
-interface Figures {
-  readonly error: Omit<TaskLoss, "id">;
-  readonly delta: { readonly A: number; readonly B: number };
-  readonly bound: number;
-}
-
-/** ΔW error, δ and bound of a task against the adapter it was made of. */
-async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: Adapter): Promise<Figures> {
-  checkExpansion(pack, adapter.id, blob, "factors");
-  const found: BoundedLoss[] = [];
+/** ΔW error of a task against the adapter it was made of. */
+async function errorOf(
+  pack: Pack,
+  bases: Uint8Array,
+  blob: TaskBlob,
+  { id, file, modules }: Adapter,
+): Promise<Omit<TaskLoss, "id">> {
+  checkExpansion(pack, id, blob, "factors");
   const terms = new Map(blob.terms.map((term) => [pack.modules[term.module]!.name, term]));
-  const foreign = [...terms.keys()].find((name) => !adapter.modules.has(name));
+  const foreign = [...terms.keys()].find((name) => !modules.has(name));
   if (foreign !== undefined)
-    throw new AdapterError(`it does not adapt "${foreign}", the task of the pack does`, {
-      file: adapter.file,
-      field: foreign,
-    });
-  for (const [name, source] of adapter.modules) {
-    const { A, Bt } = await source.read();
-    const member = { id: adapter.id, rank: source.rank, A, Bt };
+    throw new AdapterError(`it does not adapt "${foreign}", the task of the pack does`, { file, field: foreign });
+  const losses: { error: number; norm: number }[] = [];
+  for (const [name, source] of modules) {
+    const factors = exact(await source.read());
     const term = terms.get(name);
-    if (!term || term.rank + term.privateRank === 0) {
-      // Too little of the task to be worth a byte.
-      const { norm } = deltaError(exact(member), exact(member));
-      found.push({ error: norm > 0 ? 1 : 0, norm, bound: norm > 0 ? 1 : 0, deltaA: 0, deltaB: 0 });
-      continue;
-    }
-    const module = pack.modules[term.module]!;
-    if (term.A && term.B && sharedBases(module) && !term.ownA && !term.ownBt && term.privateRank === 0) {
-      const alphaA = encodedTensor(blob.bytes, term.A.tensor);
-      const alphaB = encodedTensor(blob.bytes, term.B.tensor);
-      const stored = { rank: term.rank, alphaA, alphaB };
-      const space = openModule(storedModule(module, bases, adapter));
-      found.push(measureModule(space, member, stored, { gauge: gaugeOf(pack), coefficientDtype: term.A.tensor.dtype }));
-    } else {
-      const { difference, bound, norm } = deltaError(exact(member), exact(expandTerm(blob, term, module, bases)));
-      found.push({ error: relative(difference, norm), norm, bound: relative(bound, norm), deltaA: 0, deltaB: 0 });
-    }
+    // Too small a part of the task is worth no byte.
+    const isStored = term && term.rank + term.privateRank > 0;
+    const stored = isStored ? exact(expandTerm(blob, term, pack.modules[term.module]!, bases)) : factors;
+    const { difference, norm } = deltaError(factors, stored);
+    losses.push({ error: isStored ? relative(difference, norm) : norm > 0 ? 1 : 0, norm });
   }
-  const most = (figure: keyof BoundedLoss): number => Math.max(0, ...found.map((one) => one[figure]));
-  const mean = sum(found.map(({ error }) => error)) / Math.max(found.length, 1);
-  return {
-    error: { total: totalOf(found), mean, max: most("error") },
-    delta: { A: most("deltaA"), B: most("deltaB") },
-    bound: most("bound"),
-  };
+  const errors = losses.map(({ error }) => error);
+  return { total: totalOf(losses), mean: sum(errors) / Math.max(errors.length, 1), max: Math.max(0, ...errors) };
 }
 
 function exact({ rank, A, Bt }: { rank: number; A: ArrayLike<number>; Bt: ArrayLike<number> }) {

@@ -6,7 +6,7 @@ import type { AddressInfo } from "node:net";
 import { basename, join } from "node:path";
 import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
-import { type AdapterLocation, CONFIG, findAdapters, TASK } from "../adapters/folder.ts";
+import { CONFIG, findAdapters, TASK } from "../adapters/folder.ts";
 import { kind } from "../adapters/tree.ts";
 import { readTaskFile } from "../core/task-file.ts";
 import { reasonOf } from "../disk.ts";
@@ -28,7 +28,7 @@ const PORT: Range = {
 export const view: Attach = command({
   usage: "view <FILE> [SECOND]",
   details:
-    "Task files and adapters can be shown too. The page reads of the files what you look at, from a server on this machine " +
+    "Task files and adapters can be shown too. The page reads the parts of the files that you look at, from a server on this machine " +
     "that serves nothing else. Ctrl-C ends it.",
   example: "view tasks.eigen",
   options: {
@@ -40,18 +40,18 @@ export const view: Attach = command({
     const files = new Map<string, ServedFile>();
     const shown: string[] = [];
     for (const [i, path] of paths.entries()) {
-      const found = await filesOf(path, run, out);
-      const folder = ["/files", `${i + 1}`, ...found.folder.map(encodeURIComponent)].join("/");
-      for (const [name, file] of found.files) files.set(`${folder}/${encodeURIComponent(name)}`, file);
-      shown.push(`${folder}/${encodeURIComponent(found.name)}`);
+      const { folder = [], names } = await namesOf(path, run, out);
+      const place = ["/files", `${i + 1}`, ...folder.map(encodeURIComponent)].join("/");
+      for (const [name, file] of names) files.set(`${place}/${encodeURIComponent(name)}`, served(file, run));
+      shown.push(`${place}/${encodeURIComponent(names[0]![0])}`);
     }
     const page = await readFile(PAGE);
-    const served = await serveViewer(page, files, port, ({ message }) => out.warn(message)).catch((cause) => {
+    const server = await serveViewer(page, files, port, ({ message }) => out.warn(message)).catch((cause) => {
       throw new UsageError(`--port ${port}: ${reasonOf(cause)}; leave it out to take a free one`, { cause });
     });
-    run.closing(served);
+    run.closing(server);
     const query = shown.map((path) => `url=${encodeURIComponent(path).replaceAll("%2F", "/")}&`);
-    const url = `${served.url}?${query.join("")}only`;
+    const url = `${server.url}?${query.join("")}only`;
     if (!noOpen) openBrowser(url);
     const ended = run.interrupts();
     return {
@@ -62,56 +62,42 @@ export const view: Attach = command({
   },
 });
 
-/** What the page opens, and the files that it may read. */
-interface Found {
-  /** Name of the adapter's folder, where it is one. */
-  readonly folder: readonly string[];
-  readonly name: string;
-  readonly files: ReadonlyMap<string, ServedFile>;
-}
-
-/** @throws SourceError, FormatError, AdapterError for what cannot be shown, before a browser is opened */
-async function filesOf(path: string, run: Run, out: Output): Promise<Found> {
-  const found = await run.kindOf(path);
-  if (found === "an EigenLoRA task file") {
-    await readTaskFile(path);
-    return one(named(path, ".eigentask"), path, run);
-  }
-  if (found === "an EigenLoRA pack" || /\.eigen(task)?$/.test(path) || /^https?:/i.test(path)) {
-    await (await run.pack(path, { bases: "later", maxResidentBytes: 0 })).close();
-    return one(named(path, ".eigen"), path, run);
+/**
+ * Paths of the files that the page may read, by name; the first is opened. An adapter has the name of its folder.
+ * @throws SourceError, FormatError, AdapterError for what cannot be shown, before a browser is opened
+ */
+async function namesOf(
+  path: string,
+  run: Run,
+  out: Output,
+): Promise<{ folder?: string[]; names: [name: string, path: string][] }> {
+  const kindOfFile = await run.kindOf(path);
+  const isTask = kindOfFile === "an EigenLoRA task file";
+  if (isTask || kindOfFile === "an EigenLoRA pack" || /\.eigen(task)?$/.test(path) || /^https?:/i.test(path)) {
+    if (isTask) await readTaskFile(path);
+    else await (await run.pack(path, { bases: "later", maxResidentBytes: 0 })).close();
+    // The page knows a file by its ending.
+    const ending = isTask ? ".eigentask" : ".eigen";
+    const name = basename(/^https?:/i.test(path) ? path.replace(/[?#].*/s, "") : path);
+    return { names: [[name.endsWith(ending) ? name : `${name}${ending}`, path]] };
   }
   const adapters = await findAdapters([path], { onProgress: downloading(out) });
-  const [adapter, second] = adapters;
-  if (second || !adapter || adapter.models) {
+  const [adapter] = adapters;
+  if (!adapter || adapters.length > 1 || adapter.models) {
     const all = adapters.flatMap(({ path, models }) => (models ? [...models.values()] : [{ path }]));
-    const names = all.slice(0, 5).map((one) => run.shown(one.path));
-    const more = all.length > names.length ? ", …" : "";
-    throw new AdapterError(`holds ${all.length} adapters; name one: ${names.join(", ")}${more}`, {
-      file: run.shown(path),
-    });
+    const names = all.slice(0, 5).map(({ path }) => run.shown(path));
+    throw new AdapterError(
+      `holds ${all.length} adapters; name one: ${names.join(", ")}${all.length > names.length ? ", …" : ""}`,
+      { file: run.shown(path) },
+    );
   }
-  return adapterFiles(adapter, run);
-}
-
-async function adapterFiles({ id, path, tensors }: AdapterLocation, run: Run): Promise<Found> {
-  const files = new Map([[basename(tensors), served(tensors, run)]]);
+  const names: [string, string][] = [[basename(adapter.tensors), adapter.tensors]];
   for (const name of [CONFIG, TASK])
-    if ((await kind(join(path, name))) === "file") files.set(name, served(join(path, name), run));
-  return { folder: [id], name: basename(tensors), files };
+    if ((await kind(join(adapter.path, name))) === "file") names.push([name, join(adapter.path, name)]);
+  return { folder: [adapter.id], names };
 }
 
-function one(name: string, path: string, run: Run): Found {
-  return { folder: [], name, files: new Map([[name, served(path, run)]]) };
-}
-
-/** The name of a file as the page shows it; its ending says what it is. */
-function named(path: string, ending: string): string {
-  const name = basename(/^https?:/i.test(path) ? path.replace(/[?#].*/s, "") : path);
-  return name.endsWith(ending) ? name : `${name}${ending}`;
-}
-
-/** A file of the disk is opened for each answer, so that a reload shows it as it is by then. */
+/** A file on the disk is opened for each answer, so that a reload shows its current content. */
 function served(path: string, run: Run): ServedFile {
   if (/^(https?|hf):/i.test(path)) {
     let source: Promise<ByteSource> | undefined;
@@ -131,7 +117,7 @@ function served(path: string, run: Run): ServedFile {
   };
 }
 
-/** Commands that open an address in the browser of one's choice. */
+/** Commands that open an address in the default browser. */
 const OPENERS: Readonly<Record<string, readonly [string, ...string[]]>> = {
   darwin: ["open"],
   win32: ["rundll32", "url.dll,FileProtocolHandler"],
@@ -163,7 +149,7 @@ const POLICY = "connect-src 'self'; frame-ancestors 'none'; form-action 'none'; 
 /** Bytes that are read and sent at a time. */
 const PIECE = 2 ** 20;
 
-/** What to send. */
+/** An answer without its body. */
 interface Reply {
   readonly status: number;
   readonly headers: Readonly<Record<string, string | number>>;
@@ -175,7 +161,7 @@ interface Reply {
  * @param page the viewer
  * @param files by path, "/files/1/tasks.eigen"
  * @param port 0 takes a free one
- * @param onError told what went wrong with an answer
+ * @param onError called for an answer that failed
  * @returns its address, with a slash at the end
  * @throws Error when the port is taken
  */
@@ -205,7 +191,7 @@ async function serveViewer(
   };
 }
 
-/** Names of this machine. A page of another site reaches the server only by a name of its own, which it has pointed here. */
+/** Names of this machine. A page of another site reaches the server only by a name that the site has pointed here. */
 const HOST = /^(127\.0\.0\.1|localhost|\[::1\])(:\d+)?$/;
 
 async function answer(

@@ -4,8 +4,8 @@
  */
 import { described } from "../arguments.ts";
 import { TrustError } from "../errors.ts";
+import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
 import type { Directory, Section, Signature, TaskFile, Window } from "../format/format.ts";
-import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import type { AbortOptions } from "../source.ts";
 import { fromBase64, toBase64 } from "../text.ts";
 
@@ -123,7 +123,7 @@ export class Trust {
     file: string,
   ): Promise<void> {
     if (!this.#keys) return;
-    if (!signature) this.#refuse("it is not signed, and `keys` were given", file);
+    if (!signature) this.#refuse("it is not signed by any of `keys`", file);
     const name = keyName(signature.key);
     if (!this.#keys.includes(name)) this.#refuse(`it is signed by ${name}, which is none of \`keys\``, file);
     if (!(await isSigned(kind, hash, signature, file)))

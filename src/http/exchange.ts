@@ -33,15 +33,8 @@ export interface Answer {
   body(length: number | undefined, most: number, excess: string, told?: ReadAllOptions["most"]): Promise<Uint8Array>;
 }
 
-/** Statuses that pass: RFC 9110 and RFC 6585. */
-const PASSING: ReadonlyMap<number, string> = new Map([
-  [408, "waited in vain for the request"],
-  [429, "gets too many requests"],
-  [500, "failed"],
-  [502, "has no answer from the server behind it"],
-  [503, "is overloaded or under repair"],
-  [504, "waits in vain for the server behind it"],
-]);
+/** Statuses after which another try may succeed: RFC 9110 and RFC 6585. */
+const RETRYABLE_STATUS = [408, 429, 500, 502, 503, 504];
 
 /** First pause between two tries in milliseconds, and the longest that is chosen here. */
 const PAUSE = 250;
@@ -92,7 +85,10 @@ export class Exchange {
         throwIfAborted(signal);
         if (!(error instanceof SourceError && error.transient)) throw error;
         const { retryAfter = 0 } = error;
-        if (tries > this.#options.retries || retryAfter > this.#options.timeout) throw tried(error, tries);
+        if (tries > this.#options.retries || retryAfter > this.#options.timeout) {
+          if (tries > 1) error.message += ` (tried ${tries} times)`;
+          throw error;
+        }
         // Spread out, so that many clients of a server that was down do not come back all at once.
         const own = Math.min(LONGEST_PAUSE, PAUSE * 2 ** (tries - 1)) * (0.5 + Math.random() / 2);
         await pause(Math.max(own, retryAfter), signal);
@@ -151,8 +147,8 @@ export class Exchange {
   }
 
   #checkStatus({ status, headers }: Response): void {
-    const problem = PASSING.get(status);
-    if (problem === undefined) return;
+    if (!RETRYABLE_STATUS.includes(status)) return;
+    const problem = status === 429 ? "gets too many requests" : "cannot answer now";
     const retryAfter = waitOf(headers.get("retry-after"));
     const later = retryAfter === undefined ? "later" : `in ${Math.ceil(retryAfter / 1000)} s`;
     const more = { status, transient: true, ...(retryAfter !== undefined && { retryAfter }) };
@@ -289,18 +285,6 @@ export function checkNumber(name: string, value: unknown): void {
 export function nameOf({ protocol, origin, pathname, search, href }: URL): string {
   if (protocol === "data:") return "data: URL";
   return /^(blob|hf):/.test(protocol) ? href : `${origin}${pathname}${search && "?…"}`;
-}
-
-/** The same error, with how often it was tried. */
-function tried(error: SourceError, tries: number): SourceError {
-  if (tries === 1) return error;
-  const { file, message, status, transient, retryAfter, cause } = error;
-  const more = {
-    ...(status !== undefined && { status }),
-    ...(transient !== undefined && { transient }),
-    ...(retryAfter !== undefined && { retryAfter }),
-  };
-  return new SourceError(`${message.slice(file.length + 2)} (tried ${tries} times)`, { file, cause, ...more });
 }
 
 /** Milliseconds of a header Retry-After: seconds, or a date. */

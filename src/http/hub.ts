@@ -1,10 +1,9 @@
 /**
- * Files of repositories of the Hugging Face Hub, for Node, Deno and Bun: listed once, so that all are of one commit, and downloaded into
- * the Hub's own cache (`hub-cache.ts`) when they are needed.
+ * Downloads from the Hugging Face Hub. Own code, since @huggingface/hub 2.17 checks no hash, which SECURITY.md promises, begins again when a
+ * download breaks off, has no offline mode, and puts the files of one revision below several commits.
  *
- * It speaks the plain protocol: a listing with sizes and hashes, and an address for each file, read as any other address is. The package
- * @huggingface/hub would cost more than it adds: it begins again when a download breaks off, checks no hash, and puts the files of one
- * revision below several commits.
+ * Files of a repository are listed once, so that all are of one commit, and downloaded into the Hub's own cache when they are needed, for Node,
+ * Deno and Bun.
  */
 
 import { createHash, randomUUID } from "node:crypto";
@@ -53,13 +52,13 @@ const MOST_LISTING = 2 ** 24;
 const AT_A_TIME = 4;
 
 /**
- * Opens a file of a repository for ranged reads, from the cache. The first read downloads what is not there, and tells `onBytes` of it.
+ * Opens a file of a repository for ranged reads, from the cache. The first read downloads it where it is missing, and reports to `onBytes`.
  * @throws TypeError for a name that is not well formed
  * @throws SourceError when there is no such file, or it may not be read; from a read when it is not what the Hub promises
  */
 export async function openHub(text: string, options: FetchOptions & AbortOptions = {}): Promise<ByteSource> {
   const name = hubName(text)!;
-  // What is asked to be told of a pack or model is told of its reads.
+  // Progress of a pack or model is that of its reads.
   const snapshot = await openSnapshot(name, { ...options, onProgress: undefined });
   return snapshot.openWhole(name.path);
 }
@@ -70,23 +69,34 @@ export async function openHub(text: string, options: FetchOptions & AbortOptions
  */
 export async function openSnapshot(name: HubName, options: SnapshotOptions = {}): Promise<Snapshot> {
   const { repository, revision } = name;
-  const cache = new HubCache(repository);
-  const known = await cache.commitOf(revision);
+  const cache = cacheOf(repository);
+  const known = await commitOf(cache, revision);
   const offline = isOffline();
   const client = new HubClient(name, options);
   if (known !== undefined && (offline || known === revision)) {
-    const files = (await cache.files(known)) ?? (offline ? await filesIn(cache.snapshot(known)) : undefined);
+    const files =
+      (await listed(cache, known)) ?? (offline ? await filesIn(join(cache, "snapshots", known)) : undefined);
     if (files) return new Snapshot(client, cache, known, files);
   }
   if (offline) throw new SourceError(OFFLINE, { file: hubText({ ...name, path: "" }) });
-  const { commit, tree, files } = await client.listing().catch((error: unknown) => {
-    // No answer means the network; what is here can be used knowingly.
+  const { commit, tree } = await client.listing().catch((error: unknown) => {
+    // No answer means the network; the cache can be used knowingly.
     if (!(error instanceof SourceError) || error.status !== undefined || known === undefined) throw error;
     const message = `${error.message.slice(error.file.length + 2)}. What is in the cache is taken with HF_HUB_OFFLINE=1`;
     const { file, transient = false } = error;
     throw new SourceError(message, { file, transient, cause: error });
   });
-  await cache.keep(revision, commit, tree);
+  const files = filesOf(tree);
+  try {
+    // Python's listing says more of each file: it stays.
+    if (!(await listed(cache, commit))) {
+      const text = JSON.stringify({ format_version: 1, files: Object.fromEntries(tree) }, null, 1);
+      await writeWhole(treeOf(cache, commit), text);
+    }
+    if (revision !== commit) await writeWhole(join(cache, "refs", revision), commit);
+  } catch {
+    // It saves requests, no more: a cache that was made by others may not be ours to write.
+  }
   return new Snapshot(client, cache, commit, files);
 }
 
@@ -94,71 +104,67 @@ export async function openSnapshot(name: HubName, options: SnapshotOptions = {})
 export class Snapshot {
   /** Folder in the cache in which its files lie once they are downloaded. */
   readonly folder: string;
-  /** Files by path; undefined for what only the cache knows, without the Hub. */
+  /** Files by path; undefined for those that only the cache knows, without the Hub. */
   readonly files: ReadonlyMap<string, HubFile | undefined>;
   readonly #client: HubClient;
-  readonly #cache: HubCache;
+  readonly #cache: string;
   readonly #commit: string;
 
   /** @internal Use `openSnapshot`. */
-  constructor(client: HubClient, cache: HubCache, commit: string, files: ReadonlyMap<string, HubFile | undefined>) {
-    this.folder = cache.snapshot(commit);
+  constructor(client: HubClient, cache: string, commit: string, files: ReadonlyMap<string, HubFile | undefined>) {
+    this.folder = join(cache, "snapshots", commit);
     this.files = files;
     this.#client = client;
     this.#cache = cache;
     this.#commit = commit;
   }
 
-  /** A file's or folder's name on the Hub, with the commit: whatever happens there, it stays this one. */
+  /** A file's or folder's name on the Hub, with the commit, so that it always names this content. */
   nameOf(path: string): string {
     return hubText({ repository: this.#client.name.repository, revision: this.#commit, path });
   }
 
   /**
-   * Downloads files that are not here yet.
+   * Downloads files that are missing.
    * @returns their paths on the disk
    * @throws SourceError when one is not in the repository, or cannot be had
    */
   async get(paths: readonly string[], options: ReadOptions = this.#client.options): Promise<string[]> {
-    const here = paths.map((path) => this.#cache.find(this.#commit, path, this.#find(path)));
-    const places: (string | undefined)[] = await Promise.all(here);
-    const missing = [...paths.entries()].filter(([i]) => places[i] === undefined);
+    const missing: string[] = [];
+    for (const path of paths) if ((await this.#here(path)) === undefined) missing.push(path);
     const { onProgress, stage = "adapter" } = this.#client.options;
-    // All are told of before the first is asked for, so that a listener knows how much there is.
-    const tells = missing.map(([, path]) => onProgress && teller(this.nameOf(path), stage, onProgress));
-    for (const [n, [, path]] of missing.entries()) tells[n]?.("initiate", 0, this.#find(path)?.size ?? 0);
+    // All are reported before the first is asked for, so that a listener knows how much there is.
+    const waiting = missing.map((path) => {
+      const tell = onProgress && teller(this.nameOf(path), stage, onProgress);
+      tell?.("initiate", 0, this.#find(path)?.size ?? 0);
+      return { path, tell };
+    });
     const { signal, onBytes } = options;
     const stop = new AbortController();
     const all = signal ? AbortSignal.any([signal, stop.signal]) : stop.signal;
-    const waiting = [...missing.entries()];
     const failures: unknown[] = [];
     const work = async (): Promise<void> => {
-      for (let next = waiting.shift(); next && failures.length === 0; next = waiting.shift()) {
-        const [n, [i, path]] = next;
-        places[i] = await this.#get(path, { signal: all, onBytes }, tells[n]);
-      }
+      for (let next = waiting.shift(); next && failures.length === 0; next = waiting.shift())
+        await this.#download(next.path, { signal: all, onBytes }, next.tell).catch((error: unknown) => {
+          failures.push(error);
+          stop.abort();
+        });
     };
-    const fail = (error: unknown): void => {
-      failures.push(error);
-      stop.abort();
-    };
-    await Promise.all(Array.from({ length: AT_A_TIME }, () => work().catch(fail)));
+    await Promise.all(Array.from({ length: AT_A_TIME }, work));
     if (failures.length > 0) throw failures[0];
-    return places as string[];
+    return paths.map((path) => this.#place(path));
   }
 
   /** Opens a file for reads of parts, without downloading it as a whole. @throws SourceError as `get` */
   async open(path: string): Promise<ByteSource> {
-    const file = this.#find(path);
-    const here = await this.#cache.find(this.#commit, path, file);
+    const here = await this.#here(path);
     return here === undefined ? this.#remote(path) : openDisk(here, this.nameOf(path));
   }
 
-  /** Opens a file that the first read downloads, where it is not here. @throws SourceError as `get` */
+  /** Opens a file that the first read downloads, where it is missing. @throws SourceError as `get` */
   async openWhole(path: string): Promise<ByteSource> {
-    const file = this.#find(path);
     const name = this.nameOf(path);
-    const here = await this.#cache.find(this.#commit, path, file);
+    const here = await this.#here(path);
     if (here !== undefined) return openDisk(here, name);
     if (isOffline()) throw new SourceError(OFFLINE, { file: name });
     const download = async (options: ReadOptions): Promise<ByteSource> => {
@@ -169,7 +175,7 @@ export class Snapshot {
     let coming: SharedWork<ByteSource> | undefined;
     return {
       name,
-      byteLength: file!.size,
+      byteLength: this.#find(path)!.size,
       async read(offset, length, { signal, onBytes } = {}) {
         if (!coming || coming.stopped) coming = new SharedWork((stop) => download({ signal: stop, onBytes }), signal);
         return (await coming.wait(signal)).read(offset, length, { signal });
@@ -183,27 +189,48 @@ export class Snapshot {
     };
   }
 
+  #place(path: string): string {
+    return join(this.folder, ...path.split("/"));
+  }
+
+  /** The path of a file that is on the disk, whole. */
+  async #here(path: string): Promise<string | undefined> {
+    const file = this.#find(path);
+    return (await isWhole(this.#place(path), file)) ? this.#place(path) : undefined;
+  }
+
   /** @throws SourceError when the Hub must not be asked */
   #remote(path: string): UrlSource {
     if (!isOffline()) return this.#client.open(path, this.#commit);
     throw new SourceError(OFFLINE, { file: this.nameOf(path) });
   }
 
-  async #get(path: string, how: ReadOptions, tell: ReturnType<typeof teller> | undefined): Promise<string> {
+  /** @throws SourceError when it cannot be had or written, or is not what was promised */
+  async #download(path: string, how: ReadOptions, tell: ReturnType<typeof teller> | undefined): Promise<void> {
     const source = this.#remote(path);
     const file = this.#find(path)!;
-    const { size } = file;
     let before = 0;
     const onBytes = (loaded: number): void => {
       how.onBytes?.(loaded - before);
       before = loaded;
-      tell?.("progress", loaded, size);
+      tell?.("progress", loaded, file.size);
     };
-    tell?.("download", 0, size);
+    tell?.("download", 0, file.size);
     try {
-      const place = await this.#cache.put(this.#commit, path, file, source, { signal: how.signal, onBytes });
-      tell?.("done", size, size);
-      return place;
+      const blob = join(this.#cache, "blobs", file.hash);
+      await written(blob, () => mkdir(dirname(blob), { recursive: true }));
+      if (!(await isWhole(blob, file))) await receive(blob, file, source, how.signal, onBytes);
+      const place = this.#place(path);
+      await written(place, async () => {
+        await mkdir(dirname(place), { recursive: true });
+        await rm(place, { force: true });
+        await symlink(relative(dirname(place), blob), place).catch(async (error: NodeJS.ErrnoException) => {
+          if (error.code === "EEXIST" && (await isWhole(place, file))) return;
+          // Windows allows links to some users only: the file itself lies there then, as Python puts it.
+          await rename(blob, place);
+        });
+      });
+      tell?.("done", file.size, file.size);
     } finally {
       await source.close();
     }
@@ -212,19 +239,16 @@ export class Snapshot {
   #find(path: string): HubFile | undefined {
     if (this.files.has(path)) return this.files.get(path);
     const close = nearest(path, this.files.keys());
-    const listed = close.length > 0 ? `the nearest are ${close.join(", ")}` : `it has ${some([...this.files.keys()])}`;
-    const what = path === "" ? "names a repository, and a file of it is needed" : "there is no such file";
-    throw new SourceError(`${what}; ${listed}`, { file: this.nameOf(path) });
+    const all = [...this.files.keys()];
+    const more = all.length > 8 ? ` and ${all.length - 8} more` : "";
+    const has = all.length === 0 ? "none" : `${all.slice(0, 8).join(", ")}${more}`;
+    const listed = close.length > 0 ? `the nearest are ${close.join(", ")}` : `it has ${has}`;
+    const problem = path === "" ? "names a repository, and a file of it is needed" : "there is no such file";
+    throw new SourceError(`${problem}; ${listed}`, { file: this.nameOf(path) });
   }
 }
 
-/** "a, b, c and 4 more" */
-function some(paths: readonly string[]): string {
-  const more = paths.length > 8 ? ` and ${paths.length - 8} more` : "";
-  return paths.length === 0 ? "none" : `${paths.slice(0, 8).join(", ")}${more}`;
-}
-
-/** What asks the Hub about one repository. */
+/** Requests to the Hub about one repository. */
 class HubClient {
   readonly name: HubName;
   readonly options: SnapshotOptions;
@@ -236,8 +260,8 @@ class HubClient {
     this.options = options;
   }
 
-  /** @throws SourceError when it is not shown, or what answers is not the Hub */
-  async listing(): Promise<{ commit: string; tree: ReadonlyMap<string, TreeEntry>; files: HubFiles }> {
+  /** @throws SourceError when it is not shown, or another server answers */
+  async listing(): Promise<{ commit: string; tree: ReadonlyMap<string, TreeEntry> }> {
     const { repository, revision } = this.name;
     const address = `${this.#endpoint}/api/models/${repository}/revision/${encodeURIComponent(revision)}?blobs=true`;
     const source = this.#source(new URL(address));
@@ -249,8 +273,14 @@ class HubClient {
     try {
       const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
       if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
-      const tree = new Map(siblings.map(entryOf));
-      return { commit: sha, tree, files: filesOf(tree) };
+      const tree = new Map(
+        siblings.map(({ rfilename, size, blobId, lfs }) => {
+          const large = lfs ? { lfs_sha256: lfs.sha256, lfs_size: lfs.size } : {};
+          return [rfilename, { size, blob_id: blobId, ...large }];
+        }),
+      );
+      filesOf(tree);
+      return { commit: sha, tree };
     } catch (cause) {
       const message = `does not answer as the Hub does (${(cause as Error).message}); check HF_ENDPOINT`;
       throw new SourceError(message, { file: source.name, cause });
@@ -280,7 +310,7 @@ class HubClient {
     });
   }
 
-  /** Adds what only the Hub may see. */
+  /** Adds what only the Hub may see: HF_TOKEN, or the token that `hf auth login` has kept. */
   async #headers(given?: HeadersInit): Promise<Headers> {
     const headers = new Headers(given);
     for (const [name, value] of Object.entries(this.options.headers ?? {})) headers.set(name, value);
@@ -324,12 +354,6 @@ interface Listing {
   }[];
 }
 
-function entryOf({ rfilename, size, blobId, lfs }: Listing["siblings"][number]): [string, TreeEntry] {
-  const large = lfs ? { lfs_sha256: lfs.sha256, lfs_size: lfs.size } : {};
-  return [rfilename, { size, blob_id: blobId, ...large }];
-}
-
-/** HF_TOKEN, or what `hf auth login` has kept. */
 async function tokenOf(): Promise<string | undefined> {
   const { HF_TOKEN, HF_TOKEN_PATH } = process.env;
   const kept = HF_TOKEN?.trim() || (await readFile(HF_TOKEN_PATH || join(hubHome(), "token"), "utf8").catch(() => ""));
@@ -390,93 +414,39 @@ function hubHome(): string {
 }
 
 /** The cache of one repository. */
-class HubCache {
-  readonly #folder: string;
+function cacheOf(repository: string): string {
+  const { HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE } = process.env;
+  const cache = absolute(HF_HUB_CACHE || HUGGINGFACE_HUB_CACHE || join(hubHome(), "hub"));
+  return join(cache, `models--${repository.replace("/", "--")}`);
+}
 
-  constructor(repository: string) {
-    const { HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE } = process.env;
-    const cache = absolute(HF_HUB_CACHE || HUGGINGFACE_HUB_CACHE || join(hubHome(), "hub"));
-    this.#folder = join(cache, `models--${repository.replace("/", "--")}`);
-  }
+/** The commit that a branch or tag was at when it was last asked for. */
+async function commitOf(cache: string, revision: string): Promise<string | undefined> {
+  if (COMMIT.test(revision)) return revision;
+  const found = await readFile(join(cache, "refs", revision), "utf8").catch(() => "");
+  return COMMIT.test(found.trim()) ? found.trim() : undefined;
+}
 
-  /** The folder of a commit's files. */
-  snapshot(commit: string): string {
-    return join(this.#folder, "snapshots", commit);
-  }
+function treeOf(cache: string, commit: string): string {
+  return join(cache, "trees", `${commit}.json`);
+}
 
-  /** The commit that a branch or tag was at when it was last asked for. */
-  async commitOf(revision: string): Promise<string | undefined> {
-    if (COMMIT.test(revision)) return revision;
-    const found = await readFile(join(this.#folder, "refs", revision), "utf8").catch(() => "");
-    return COMMIT.test(found.trim()) ? found.trim() : undefined;
+/** All files of a commit, on the disk or not; undefined where they were never listed. */
+async function listed(cache: string, commit: string): Promise<HubFiles | undefined> {
+  try {
+    const { format_version, files } = JSON.parse(await readFile(treeOf(cache, commit), "utf8"));
+    return format_version === 1 ? filesOf(Object.entries(files)) : undefined;
+  } catch {
+    return undefined;
   }
+}
 
-  /** All files of a commit, here or not; undefined where they were never listed. */
-  async files(commit: string): Promise<HubFiles | undefined> {
-    const text = await readFile(this.#tree(commit), "utf8").catch(() => undefined);
-    try {
-      const { format_version, files } = JSON.parse(text ?? "{}");
-      return format_version === 1 ? filesOf(Object.entries(files)) : undefined;
-    } catch {
-      return undefined;
-    }
-  }
-
-  /** Keeps what the Hub has said of a revision. @param tree files of the commit, by path */
-  async keep(revision: string, commit: string, tree: ReadonlyMap<string, TreeEntry>): Promise<void> {
-    const text = JSON.stringify({ format_version: 1, files: Object.fromEntries(tree) }, null, 1);
-    try {
-      // Python's listing says more of each file: it stays.
-      if (!(await this.files(commit))) await this.#write(this.#tree(commit), text);
-      if (revision !== commit) await this.#write(join(this.#folder, "refs", revision), commit);
-    } catch {
-      // It saves requests, no more: a cache that was made by others may not be ours to write.
-    }
-  }
-
-  /** The path of a file that is here, whole. */
-  async find(commit: string, path: string, file: HubFile | undefined): Promise<string | undefined> {
-    const place = join(this.snapshot(commit), ...path.split("/"));
-    return (await isWhole(place, file)) ? place : undefined;
-  }
-
-  /**
-   * Puts a file where it belongs; what an earlier try has brought is kept.
-   * @param source of its bytes; read where they are not here
-   * @returns its path
-   * @throws SourceError when it cannot be had or written, or is not what was promised
-   */
-  async put(commit: string, path: string, file: HubFile, source: ByteSource, how: Receiving): Promise<string> {
-    const place = join(this.snapshot(commit), ...path.split("/"));
-    if (await isWhole(place, file)) return place;
-    const blob = join(this.#folder, "blobs", file.hash);
-    await written(blob, () => mkdir(dirname(blob), { recursive: true }));
-    if (!(await isWhole(blob, file))) await receive(blob, file, source, how);
-    await written(place, async () => {
-      await mkdir(dirname(place), { recursive: true });
-      await rm(place, { force: true });
-      await symlink(relative(dirname(place), blob), place).catch(async (error: NodeJS.ErrnoException) => {
-        if (error.code === "EEXIST" && (await isWhole(place, file))) return;
-        // Windows allows links to some users only: the file itself lies there then, as Python puts it.
-        await rename(blob, place);
-      });
-    });
-    return place;
-  }
-
-  #tree(commit: string): string {
-    return join(this.#folder, "trees", `${commit}.json`);
-  }
-
-  /** Readers see the old content or the new one. */
-  async #write(path: string, text: string): Promise<void> {
-    const beside = `${path}.${randomUUID().slice(0, 8)}.tmp`;
-    await written(path, async () => {
-      await mkdir(dirname(path), { recursive: true });
-      await writeFile(beside, text);
-      await rename(beside, path);
-    });
-  }
+/** Readers see the old content or the new one. */
+async function writeWhole(path: string, text: string): Promise<void> {
+  const temporary = `${path}.${randomUUID().slice(0, 8)}.tmp`;
+  await mkdir(dirname(path), { recursive: true });
+  await writeFile(temporary, text);
+  await rename(temporary, path);
 }
 
 /** What huggingface_hub keeps of a file in `trees/COMMIT.json`. */
@@ -500,14 +470,14 @@ function filesOf(entries: Iterable<readonly [path: string, entry: TreeEntry]>): 
   return files;
 }
 
-/** How a file is received. */
-interface Receiving extends AbortOptions {
-  /** Told how many bytes of it are here. */
-  readonly onBytes: (loaded: number) => void;
-}
-
 /** Downloads a blob, from where an earlier try has ended, and gives it its name once its hash is right. */
-async function receive(blob: string, file: HubFile, source: ByteSource, { signal, onBytes }: Receiving): Promise<void> {
+async function receive(
+  blob: string,
+  file: HubFile,
+  source: ByteSource,
+  signal: AbortSignal | undefined,
+  onBytes: (loaded: number) => void,
+): Promise<void> {
   // Not Python's name: older versions append to what they find.
   const partial = `${blob}.eigenlora.incomplete`;
   const handle = await written(partial, () => open(partial, constants.O_RDWR | constants.O_CREAT));

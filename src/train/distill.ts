@@ -10,15 +10,13 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
-import { gauged, openModule, toPair } from "../extract/project.ts";
-import type { Subspace } from "../extract/subspace.ts";
+import { gauged, openModule, type Subspace, toPair } from "../extract/subspace.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { throwIfAborted } from "../pace.ts";
 import { gaugeOf, storedModule } from "../pack/add.ts";
 import type { Session } from "../session/session.ts";
-import { isQuantized } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
+import { isQuantized, UnstorableError } from "../tensor/dtypes.ts";
 import { uniform } from "../tensor/random.ts";
 import type { Featured } from "./objective.ts";
 import { type AskOptions, adapterWeights } from "./questions.ts";
@@ -483,7 +481,7 @@ async function sidesOf(
     for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of blob.terms) {
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
-      if (!A || !B || ownA || ownBt || privateRank > 0 || !module) continue;
+      if (!A || !B || stored.A[A.basis]!.kind === "flat" || ownA || ownBt || privateRank > 0 || !module) continue;
       const own = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
       const space = openModule(storedModule(own, bases.bytes, adapter));
       const { rank: most } = pack.directory.basis;

@@ -9,24 +9,20 @@ import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.
 import { checkArgument, checkOptions, checkPack } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { renamedHost } from "../core/open-base.ts";
-import { openPack } from "../core/open-pack.ts";
-import type { Pack } from "../core/pack.ts";
+import { openPack, type Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { AdapterError, BaseMismatchError } from "../errors.ts";
-import { encodeTaskFile } from "../format/encode.ts";
-import { placeOf } from "../format/layout.ts";
+import { encodeTaskFile, placeOf } from "../format/encode.ts";
 import { onnxHost } from "../onnx/host.ts";
 import { readModel } from "../onnx/read.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import type { Built } from "../pack/build.ts";
-import { readFingerprints } from "../pack/encode.ts";
+import { type Built, readFingerprints } from "../pack/build.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { searchPack } from "../pack/search.ts";
-import { tooFew } from "../pack/seek.ts";
-import { spread } from "../pack/sharing.ts";
+import { searchPack, spread } from "../pack/search.ts";
+import { Unreachable } from "../pack/seek.ts";
 import { allOf, freshPack } from "../pack/write.ts";
-import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
+import { createSession } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
 import {
   Answering,
@@ -346,4 +342,8 @@ export async function modelBase(
     if (error instanceof BaseMismatchError) return undefined;
     throw error;
   }
+}
+
+function tooFew(max: number, least: number): Unreachable {
+  return new Unreachable(`${max} bytes are too few: the least is ${least}`, least);
 }

@@ -5,19 +5,33 @@
 
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
+import { parseTask } from "../format/directory.ts";
+import {
+  encodeTask,
+  encodeTaskFile,
+  type ParameterInput,
+  type TaskToWrite,
+  type TensorInput,
+  type TermInput,
+} from "../format/encode.ts";
 import { bringsOf, encodedTensor, misfitLabels, type TaskBlob, type TaskMetadata } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
-import { parseTask } from "../format/task.ts";
 import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
-import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
+import {
+  BITS,
+  type Dtype,
+  decodeScales,
+  encodeTensor,
+  isQuantized,
+  type TaskDtypes,
+  toInteger,
+} from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { type HeadLayer, layersOf, type State } from "./state.ts";
 import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
 
+/** Options of a trained task that is stored. */
 export interface TaskFileOptions {
   /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
@@ -30,6 +44,7 @@ export interface TaskFileOptions {
   readonly metadata?: TaskMetadata | undefined;
 }
 
+/** Options of `Trainer.task`. */
 export interface LearnedTaskOptions extends TaskFileOptions {
   /** Share of its ΔW that the task may lose, in a pack with a step where no `dtype` is given. Default: 0.3. */
   readonly error?: number | undefined;

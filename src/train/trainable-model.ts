@@ -9,7 +9,7 @@ import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import type { Trainable } from "../session/training.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./state.ts";
 import { batchTensors, type Targets } from "./supervision.ts";

@@ -20,8 +20,7 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
-import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
-import { encodeTensor, storing } from "../tensor/encode.ts";
+import { type Dtype, decodeTensor, encodeTensor, storing } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
