@@ -202,12 +202,12 @@ const CLIP: ReadonlyMap<string, string> = new Map([
 const COPIES: ReadonlySet<KeyRole> = new Set(["baseWeight", "baseBias"]);
 
 /** The model that a name begins with; "" where it is unknown. */
-export function prefixOf(name: string): string {
+function prefixOf(name: string): string {
   return MODELS.find((model) => name.startsWith(`${model}.`)) ?? "";
 }
 
 /** The model of a file whose names do not contain one; undefined where they do, or where none tells it. */
-export function bareModel(names: Iterable<string>): string | undefined {
+function bareModel(names: Iterable<string>): string | undefined {
   const all = [...names];
   if (all.some((name) => prefixOf(name) !== "")) return undefined;
   return BARE.find(([pattern]) => all.some((name) => pattern.test(name)))?.[1];

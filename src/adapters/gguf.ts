@@ -149,7 +149,7 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
 // llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
 
 /** Names of weights, and the order of their rows, in an architecture. */
-export interface GgufArchitecture {
+interface GgufArchitecture {
   /** Modules by GGUF's names; N stands for the number of the layer. */
   readonly modules: ReadonlyMap<string, string>;
   /** Weights whose rows are reordered by heads, so that rotary embedding works on neighbours. */
@@ -157,7 +157,7 @@ export interface GgufArchitecture {
 }
 
 /** GGUF's name of the embedding, whose two factors are swapped. */
-export const EMBEDDING = "token_embd";
+const EMBEDDING = "token_embd";
 
 const LLAMA = {
   [EMBEDDING]: "model.embed_tokens",
@@ -201,7 +201,7 @@ const architecture = (modules: Readonly<Record<string, string>>, permuted = fals
 });
 
 /** Architectures by `general.architecture`. Mistral and SmolLM2 use "llama" too. */
-export const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map([
+const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map([
   ["llama", architecture(LLAMA, true)],
   ...["qwen2", "qwen3", "gemma", "gemma2", "gemma3"].map((name) => [name, architecture(LLAMA)] as const),
   ["phi3", architecture(PHI3)],
@@ -220,7 +220,7 @@ function generic(name: string): { pattern: string; layer: string | undefined } {
  * @param values [rows, columns], rows a multiple of 2 · heads
  * @param way "into pairs": from transformers' order to llama.cpp's; "out of pairs": back
  */
-export function permuteRows(
+function permuteRows(
   values: Float32Array,
   rows: number,
   heads: number,

@@ -4,10 +4,20 @@
  */
 
 import { AdapterError } from "../errors.ts";
-import { type Derived, isFloatDtype, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
+import { type Derived, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
 import { type Adapter, type AdapterModule, compare, type SavedTensor } from "./adapter.ts";
 import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
-import { checkName, type KeyRole, type PeftFiles, type PeftTensors, peftTensors, readModule } from "./peft.ts";
+import {
+  checkFloats,
+  checkName,
+  type KeyRole,
+  listed,
+  type PeftFiles,
+  type PeftTensors,
+  peftTensors,
+  readModule,
+  twice,
+} from "./peft.ts";
 import type { PeftConfig } from "./peft-config.ts";
 
 /** Meaning of a tensor's name. */
@@ -58,17 +68,13 @@ export function sortTensors(
       others.push(key);
       continue;
     }
-    if (!isFloatDtype(dtype)) {
-      throw refuse(key, `tensor ${key} is ${dtype}, expected F32, F16, BF16 or F64; save the adapter in one of these`);
-    }
+    checkFloats(key, dtype, refuse);
     const { module, prefix, local, part } = parsed;
     checkName(module, refuse);
     const found: LoraParts = parts.get(module) ?? { prefix, local, keys: new Map() };
     parts.set(module, found);
     const other = part === "alpha" ? found.alpha : found.keys.get(part);
-    if (other !== undefined) {
-      throw refuse(key, `tensors ${other} and ${key} are the same one of two adapters; save one adapter at a time`);
-    }
+    if (other !== undefined) throw twice(other, key, refuse);
     if (part === "alpha") found.alpha = key;
     else found.keys.set(part, key);
   }
@@ -77,11 +83,6 @@ export function sortTensors(
   if (others.length > 0) throw refuse(others[0]!, `${listed(others)}: ${expected(others)}`);
   if (parts.size === 0) throw new AdapterError("holds no tensors; save the adapter again", { file: file.name });
   return new Map([...parts].sort(([a], [b]) => compare(a, b)));
-}
-
-/** The first few names, and the number of others. */
-function listed(names: readonly string[]): string {
-  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
 }
 
 /** Alphas by module. @throws AdapterError for one that is no number, or belongs to no module */

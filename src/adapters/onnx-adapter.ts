@@ -59,7 +59,7 @@ function parseKey(name: string): LoraKey | undefined {
 // `onnx-adapter-writer.ts`.
 
 /** "TORT", of every file; versions that are read. */
-export const IDENTIFIER = "TORT";
+const IDENTIFIER = "TORT";
 const VERSION = 1;
 const MOST_DIMS = 8;
 const MOST_NAME_BYTES = 4096;

@@ -431,18 +431,14 @@ function place({ file, config, refuse }: PeftTensors): Places {
   /** Adds a key. Two spellings of one tensor, with and without prefix or adapter name, mean two adapters in one file. */
   const put = <K extends string>(map: Map<K, string>, name: K, key: string): void => {
     const other = map.get(name);
-    if (other !== undefined) {
-      throw refuse(key, `tensors ${other} and ${key} are the same one of two adapters; save one adapter at a time`);
-    }
+    if (other !== undefined) throw twice(other, key, refuse);
     map.set(name, key);
   };
 
   for (const key of file.tensors.keys()) checkName(key, refuse);
   for (const [key, parsed] of parsePeftKeys(file.tensors.keys())) {
     const { dtype } = file.tensors.get(key)!;
-    if (!isFloatDtype(dtype)) {
-      throw refuse(key, `tensor ${key} is ${dtype}, expected F32, F16, BF16 or F64; save the adapter in one of these`);
-    }
+    checkFloats(key, dtype, refuse);
     if (parsed.kind === "part") {
       const { module, part } = parsed;
       if (!parts.has(module)) parts.set(module, new Map());
@@ -542,6 +538,22 @@ function warningsOf(copies: readonly string[], unlisted: readonly string[]): str
   ];
 }
 
+/** The first few names, and the number of others. */
+export function listed(names: readonly string[]): string {
+  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
+}
+
+/** @throws AdapterError for a tensor of no float */
+export function checkFloats(key: string, dtype: string, refuse: PeftTensors["refuse"]): void {
+  if (isFloatDtype(dtype)) return;
+  throw refuse(key, `tensor ${key} is ${dtype}, expected F32, F16, BF16 or F64; save the adapter in one of these`);
+}
+
+/** Makes the error for a tensor that is there under two names: with and without prefix or adapter name. */
+export function twice(first: string, second: string, refuse: PeftTensors["refuse"]): AdapterError {
+  return refuse(second, `tensors ${first} and ${second} are the same one of two adapters; save one adapter at a time`);
+}
+
 function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): AdapterError {
   const attention = keys.find((key) => key.includes(".base_layer.out_proj.lora_"));
   if (attention !== undefined) {
@@ -551,10 +563,9 @@ function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): 
         "not supported. Adapt other modules",
     );
   }
-  const shown = keys.slice(0, 5).join(", ") + (keys.length > 5 ? `, and ${keys.length - 5} more` : "");
   return refuse(
     keys[0]!,
-    `nothing in adapter_config.json accounts for ${shown}. List the module in modules_to_save if it replaces the ` +
+    `nothing in adapter_config.json accounts for ${listed(keys)}. List the module in modules_to_save if it replaces the ` +
       "base's, set bias if these are trained biases, or remove the tensors",
   );
 }

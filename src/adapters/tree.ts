@@ -19,7 +19,7 @@ import type { BaseFacts } from "./adapter.ts";
 import { openSafetensors } from "./adapter-file.ts";
 import { MODELS } from "./diffusers.ts";
 
-export type PathKind = "file" | "folder" | undefined;
+type PathKind = "file" | "folder" | undefined;
 
 /** Files and folders, which are named by absolute paths. */
 export interface Tree {

@@ -108,10 +108,15 @@ const groupQueryAttention: Define = (node) => {
   const [q, k] = emit.split(both, 2, [heads, kvHeads]) as [string, string];
   const bias = [causal(emit, length, node.int("local_window_size", -1)), ...(node.has(10) ? [node.x(10)] : [])];
   node.give(0, attend(emit, { q, k, v, heads, kvHeads, scale, softcap: node.float("softcap", 0), bias }));
-  if (node.wants(1)) node.give(1, emit.op("Transpose", [k], { perm: [0, 2, 1, 3] }));
-  if (node.wants(2)) node.give(2, emit.op("Transpose", [v], { perm: [0, 2, 1, 3] }));
+  givePresent(node, k, v);
   return undefined;
 };
+
+/** Gives keys and values as the cache of the next run. */
+function givePresent(node: Fused, k: string, v: string): void {
+  for (const [output, value] of [k, v].entries())
+    if (node.wants(output + 1)) node.give(output + 1, node.emit.op("Transpose", [value], { perm: [0, 2, 1, 3] }));
+}
 
 /** Biases of the scores that mask padded keys, from a mask [batch, keys]. */
 function padding(node: Fused, mask: string): string {
@@ -152,13 +157,19 @@ const multiHeadAttention: Define = (node) => {
       return "does not tell the parts of its bias";
     for (const [i, part] of emit.split(node.x(3), 0, each).entries()) sides[i] = emit.add(sides[i]!, part);
   }
-  const [q, k, v] = sides.map((side) => emit.op("Reshape", [side, emit.ints([0, 0, heads, -1])]));
-  const bias = biases(node, 4, 5, node.x(0));
-  node.give(0, attend(emit, { q: q!, k: k!, v: v!, heads, kvHeads: heads, scale, bias }));
-  if (node.wants(1)) node.give(1, emit.op("Transpose", [k!], { perm: [0, 2, 1, 3] }));
-  if (node.wants(2)) node.give(2, emit.op("Transpose", [v!], { perm: [0, 2, 1, 3] }));
+  const { k, v } = giveAttention(node, sides, heads, scale, 4);
+  givePresent(node, k, v);
   return undefined;
 };
+
+/** Attention of queries, keys and values [batch, length, heads · width]. @param mask its input; added biases are input 5 */
+function giveAttention(node: Fused, sides: readonly string[], heads: number, scale: number, mask: number) {
+  const { emit } = node;
+  const split = (side: string): string => emit.op("Reshape", [side, emit.ints([0, 0, heads, -1])]);
+  const [q, k, v] = sides.map(split) as [string, string, string];
+  node.give(0, attend(emit, { q, k, v, heads, kvHeads: heads, scale, bias: biases(node, mask, 5, node.x(0)) }));
+  return { k, v };
+}
 
 /** Attention with the projections inside the operator. */
 const attention: Define = (node) => {
@@ -175,9 +186,7 @@ const attention: Define = (node) => {
   if (scale === undefined) return NO_WIDTH;
   const product = emit.op("MatMul", [node.x(0), node.x(1)]);
   const parts = emit.split(node.has(2) ? emit.add(product, node.x(2)) : product, 2, sizes);
-  const [q, k, v] = parts.map((side) => emit.op("Reshape", [side, emit.ints([0, 0, heads, -1])]));
-  const bias = biases(node, 3, 5, node.x(0));
-  node.give(0, attend(emit, { q: q!, k: k!, v: v!, heads, kvHeads: heads, scale, bias }));
+  giveAttention(node, parts, heads, scale, 3);
   return node.wants(1) ? "is used by more than its first output, which gradients do not come back from" : undefined;
 };
 
@@ -254,7 +263,7 @@ interface Rotary {
  * @param width of a head, where it is known; all of it is rotated where it is not
  * @returns the reason where it cannot be done
  */
-export function rotaryOf(
+function rotaryOf(
   node: Fused,
   cosCache: string,
   sinCache: string,
@@ -274,7 +283,7 @@ export function rotaryOf(
 }
 
 /** @param x [batch, positions, heads, width] */
-export function rotated(
+function rotated(
   emit: Emitter,
   x: string,
   { cos, sin, turned, rest, interleaved }: Rotary & { interleaved: boolean },
@@ -344,7 +353,7 @@ const ROTARIES: readonly (readonly [string, Define])[] = [
 /** Definitions by operator, with the domain in front where it is not the standard one. */
 export const DEFINITIONS: ReadonlyMap<string, Define> = new Map([...ATTENTIONS, ...ROTARIES, ...SUMS]);
 
-export interface Shadow {
+interface Shadow {
   /** The shadow, which shares the model's weights; the model itself where nothing is fused. */
   readonly model: OnnxModel;
   /** Reasons why nodes stay fused. */
@@ -401,12 +410,12 @@ export function operatorOf({ domain, opType }: NodeProto): string {
  * Writes nodes that compute the same as a fused one, from the same inputs.
  * @returns why this node cannot be written so, as the end of a message that begins with the operator's name
  */
-export type Define = (node: Fused) => string | undefined;
+type Define = (node: Fused) => string | undefined;
 
 /** Most nodes that are followed to find a rank. */
 const FARTHEST = 64;
 
-export class Fused {
+class Fused {
   readonly proto: NodeProto;
   readonly emit: Emitter;
   /** Ranks that were assumed, by value; a run checks them. */

@@ -16,7 +16,7 @@ const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
 
 const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|ConvInteger)/;
 
-export interface Path {
+interface Path {
   /** Nodes in the order of the graph. */
   readonly nodes: readonly NodeProto[];
   /** Values that have a gradient. */
@@ -104,7 +104,7 @@ export interface ProbedPath extends Path {
 }
 
 /** Inputs of the runs that find shapes. */
-export interface Probing {
+interface Probing {
   readonly probe: ShapeProbe;
   /** Two feeds with every input; undefined when there are none, which `problems` reports. */
   readonly feeds: readonly ReadonlyMap<string, Feed>[] | undefined;

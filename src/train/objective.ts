@@ -44,7 +44,7 @@ export interface Featured {
   readonly featureWeight?: number | undefined;
 }
 
-export interface Evaluated {
+interface Evaluated {
   readonly loss: number;
   readonly gradients: State;
 }

@@ -279,7 +279,7 @@ function labelsOf({ labels }: { readonly labels?: unknown }): string[] {
 }
 
 /** Lines of words. @param length how many words a line has */
-export function madeUpTexts(
+function madeUpTexts(
   words: Words,
   count: number,
   random: () => number,

@@ -141,7 +141,7 @@ export interface TaskSteps {
 }
 
 /** The steps of a head's layer. */
-export interface LayerSteps {
+interface LayerSteps {
   readonly weight: Float32Array<ArrayBuffer>;
   /** Largest integer of the weight's number format. */
   readonly largest: number;

@@ -267,7 +267,7 @@ export interface Row {
  * @throws RangeError for an unknown label, invalid probabilities, one label only, an empty text, an invalid weight
  * @throws TypeError for an example without text or feeds, or without label or target, and for texts where nothing encodes them
  */
-export function checkExamples(examples: readonly Example[], labels: readonly string[], encodes: boolean): Row[] {
+function checkExamples(examples: readonly Example[], labels: readonly string[], encodes: boolean): Row[] {
   checkList("fit", examples, "examples");
   const rows = examples.map(({ text, feeds, label, target, weight = 1 }, i): Row => {
     const at = `example ${i}`;
@@ -469,26 +469,6 @@ export function fillInputs(
 /** Tells whether an input follows from the tokens, or is the same in every run. */
 export function followsFromTokens(name: string): boolean {
   return OF_TOKENS.has(name) || ZERO.test(name) || /past/.test(name);
-}
-
-/**
- * Adds inputs that the tokenizer did not give, and drops what the model does not take.
- * @param feeds hold at least "input_ids" [batch, length] where something is missing
- * @throws TypeError as `fillInputs`
- */
-export function completeInputs(
-  example: ReadonlyMap<string, Feed> | undefined,
-  names: readonly string[],
-  feeds: BatchFeeds,
-): BatchFeeds {
-  const missing = names.filter((name) => !(name in feeds));
-  const taken = Object.fromEntries(Object.entries(feeds).filter(([name]) => names.includes(name)));
-  const { dims, data } = feeds["input_ids"] ?? {};
-  if (missing.length === 0 || !dims || !data) return taken;
-  const [rows, width] = dims as [number, number];
-  const ids = Array.from(data as ArrayLike<bigint | number>, Number);
-  const all = Array.from({ length: rows }, (_, row) => ({ ids: ids.slice(row * width, (row + 1) * width) }));
-  return { ...fillInputs(example, missing, all), ...taken };
 }
 
 /** Pads rows with 0 to the longest. @param short whether the model takes int32 instead of int64 */

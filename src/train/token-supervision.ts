@@ -21,7 +21,7 @@ import {
   type Tokens,
 } from "./supervision.ts";
 
-export interface TokenSupervisionOptions extends SequenceOptions {
+interface TokenSupervisionOptions extends SequenceOptions {
   readonly encode: Tokenizer | undefined;
   /** Names of the model's inputs. */
   readonly names: readonly string[];

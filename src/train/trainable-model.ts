@@ -23,7 +23,7 @@ export interface TaskWeights {
 }
 
 /** Result of one training run. */
-export interface LossAndGradients {
+interface LossAndGradients {
   readonly loss: number;
   /** Gradients, in the shapes of the weights. */
   readonly gradients: TaskWeights;

@@ -38,7 +38,7 @@ export interface SharedBasis {
 }
 
 /** Rows that take each side of a module by itself: over components, of the task's own, or the sum of both. */
-export interface SharedRows {
+interface SharedRows {
   readonly rank: number;
   readonly A: SharedBasis | undefined;
   readonly B: SharedBasis | undefined;

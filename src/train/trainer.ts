@@ -763,7 +763,7 @@ function firstTasks(pack: Pack, count: number, signal?: AbortSignal): Promise<Ta
 }
 
 /** The most frequent rank among a pack's first tasks; 8 where there are none. */
-export async function usualRank(pack: Pack): Promise<number> {
+async function usualRank(pack: Pack): Promise<number> {
   const counts = new Map<number, number>();
   for (const { terms } of await firstTasks(pack, 8))
     for (const { A, rank } of terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
