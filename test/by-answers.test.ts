@@ -290,7 +290,7 @@ async function tinyCase(): Promise<Case> {
   await writeFile("tokenizer.json", JSON.stringify(tokenizer));
   await writeFile("tokenizer_config.json", JSON.stringify({ unk_token: "[PAD]" }));
   const [two, three, five] = ["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`));
-  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json", "--threads", "1"];
+  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json"];
   return { with: how, adapters: [two!, three!, five!] };
 }
 
@@ -328,11 +328,11 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     t.notOk(existsSync("hurried.eigen.partial"), "an empty folder does not stay");
     t.match((await run(...hurried, "--force")).stdout, /the pack is as without a model|tasks not distilled/);
 
-    const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--ratio"];
+    const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--bytes"];
     const ratio = Math.floor(1.1 * made["ratio"]);
-    t.ok((await json(0, ...sized, `${ratio}`))["ratio"] >= ratio);
-    const few = (await json(1, ...sized, "5000", "--force"))["error"].message;
-    t.match(few, /^--ratio 5000: a pack of these adapters can be at most [\d.]+× smaller/);
+    t.ok((await json(0, ...sized, `1/${ratio}`))["ratio"] >= ratio);
+    const few = (await json(1, ...sized, "1/5000", "--force"))["error"].message;
+    t.match(few, /^--bytes 1\/5000: a pack of these adapters can be at most [\d.]+× smaller/);
 
     await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "240"]);
     if (name === "MiniLM") return;
@@ -374,8 +374,8 @@ async function refusals(t: Test, adapter: string, how: readonly string[]): Promi
     [[...how, "--error", "0.1"], /--error and --model exclude each other: .*--agreement/],
     [[...how, "--dtype", "int4"], /--dtype and --model exclude each other/],
     [
-      [...how, "--ratio", "30", "--agreement", "0.9"],
-      /--agreement and --ratio exclude each other: it is for packs without a size/,
+      [...how, "--bytes", "1/30", "--agreement", "0.9"],
+      /--agreement and --bytes exclude each other: it is for packs without a size/,
     ],
     [[...how, "--k", "4", "--agreement", "0.9"], /--k and --model exclude each other/],
   ] as const)

@@ -225,7 +225,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
     { adapter: bias! },
     { tag: "task", message: /"bias-lora" cannot be distilled: it brings "bert.*" \(bias\)/ },
   );
-  const alone = await tiny(NODE, { select: { kind: "k", k: 0 }, privateTerms: 2, gauge: "balanced" });
+  const alone = await tiny(NODE, { select: { kind: "k", k: 0 }, rank: 2 });
   t.teardown(() => alone.close());
   await t.rejects(distill(alone, { adapter: three!, feeds: all }), {
     tag: "task",

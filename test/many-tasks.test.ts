@@ -21,6 +21,7 @@ import {
   writePart,
   writeWhole,
 } from "./internals.ts";
+import { freshChunks } from "./packs.ts";
 import { soak } from "./required.ts";
 
 const COUNT = soak ? 10_000 : 4000;

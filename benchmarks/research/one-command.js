@@ -31,7 +31,7 @@ await inScratch(async (scratch) => {
   const options = [
     ...["--model", model, "--tokens", "32", "--json"],
     ...(given.texts > 0 ? ["--text", text] : []),
-    ...(given.ratio === undefined ? [] : ["--ratio", String(given.ratio)]),
+    ...(given.ratio === undefined ? [] : ["--bytes", `1/${given.ratio}`]),
   ];
   const started = performance.now();
   const { status, stdout } = spawnSync(process.execPath, [CLI, "pack", folderOf(given.suite), "-o", file, ...options], {

@@ -53,7 +53,7 @@ async function measure(id) {
   ]);
   const bytes = await withAdapters(
     donors.map((donor) => folderOf(suite, donor)),
-    (adapters) => packOf(adapters, { mode: "column", gauge: "balanced", select: { kind: "k", k: K }, dtype: DTYPES }),
+    (adapters) => packOf(adapters, { gauge: "balanced", select: { kind: "k", k: K }, dtype: DTYPES }),
   );
   const { train, test, labels } = task;
   const examples = train.map(([text, label]) => ({ text, label }));

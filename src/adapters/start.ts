@@ -7,8 +7,8 @@
 import { type CpuView, type Located, viewValues, type WeightHost, WeightResolver } from "../core/base.ts";
 import { AliasMatcher, locate } from "../core/mismatch.ts";
 import { AdapterError } from "../errors.ts";
-import { principalComponents, ROUNDING } from "../extract/components.ts";
-import { lq, norm, type Products } from "../extract/linalg.ts";
+import { principalComponents } from "../extract/components.ts";
+import { lq, norm, type Products, ROUNDING } from "../extract/linalg.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import type { Term } from "../tensor/term.ts";
 import type { ModuleShape } from "./adapter.ts";

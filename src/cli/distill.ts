@@ -12,7 +12,7 @@ import { encodeTaskFile } from "../format/encode.ts";
 import { sha256 } from "../format/fields.ts";
 import { type ProjectedAdapter, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { completeDtypes } from "../pack/recipe.ts";
-import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";
+import { byId, openTasks, writeTasks } from "../pack/shard/basis.ts";
 import { freshPack, tasksOf } from "../pack/write.ts";
 import type { Tokenizer } from "../session/tokens.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";

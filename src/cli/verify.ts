@@ -5,7 +5,7 @@ import { readBlob, readTaskFile } from "../core/task-file.ts";
 import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
-import { deltaError, relative } from "../extract/error.ts";
+import { deltaError, relative } from "../extract/factors.ts";
 import { Fields, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
 import {
   SECTION_BASES,

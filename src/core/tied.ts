@@ -68,8 +68,8 @@ export interface TiedBase {
 }
 
 /**
- * Adds to `changes` the same rows of parameters tied to an embedding, for tasks that bring none for them.
- * @returns names of embeddings of which nothing but rows changes: parameters in the same memory change as well
+ * Gives parameters tied to an embedding the same changed rows, for tasks that override none of them.
+ * @returns names of embeddings whose rows alone change: parameters in the same memory change as well
  * @throws BaseMismatchError for rows of a layer with a bias
  */
 export async function tieRows(changes: Map<string, ParameterChange[]>, base: TiedBase): Promise<Set<string>> {

@@ -20,10 +20,10 @@ import {
   type AdaptedLayer,
   type AdaptedRows,
   type AdaptedVector,
-  type Changes,
   type ComponentRows,
   endOf,
   FLOAT,
+  type GraphChanges,
   INT8,
   INT64,
   type Site,
@@ -109,12 +109,12 @@ export interface ProbeOutputs {
 }
 
 /**
- * Changes `model.proto` in place.
+ * GraphChanges `model.proto` in place.
  * @param model that `checkInjectable` has passed; weights that are folded may have a place of their own since then
  */
 export function inject(
   model: OnnxModel,
-  { modules, biases, rows, heads, vectors }: Changes,
+  { modules, biases, rows, heads, vectors }: GraphChanges,
   options: InjectOptions = {},
 ): Injected {
   const linear = modules.filter(({ kind }) => kind === "linear");

@@ -134,7 +134,7 @@ export interface AdaptedHead {
   readonly places: readonly { site: Site; end: NodeProto }[];
 }
 
-export interface Changes {
+export interface GraphChanges {
   readonly modules: readonly AdaptedLayer[];
   readonly biases: readonly AdaptedBias[];
   readonly rows: readonly AdaptedRows[];

@@ -28,10 +28,10 @@ import {
   type AdaptedRows,
   type AdaptedVector,
   biasOf,
-  type Changes,
   type ComponentRows,
   type Components,
   endOf,
+  type GraphChanges,
   linearsOf,
   rowsOf,
   type Site,
@@ -82,7 +82,7 @@ export interface PrepareOptions extends SessionOptions {
 }
 
 /**
- * Changes `file.model`.
+ * GraphChanges `file.model`.
  * @param bases of the pack, as `pack.bases()` gives them
  * @throws BaseMismatchError, FormatError as `planSession`
  */
@@ -143,7 +143,7 @@ export interface Plan {
   /** Why this mode, for people. */
   readonly reason: string;
   readonly base: BaseValues;
-  readonly changes: Changes;
+  readonly changes: GraphChanges;
   /** The model's names of the adapted weights, by module name of the pack, and of weights that are mapped by hand. */
   readonly names: ReadonlyMap<string, string>;
   /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
@@ -244,7 +244,7 @@ class Planner {
     // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
     const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
     const { biases, rows, vectors } = singles;
-    const changes: Changes = {
+    const changes: GraphChanges = {
       ...(isFolded
         ? { modules: [], biases: this.#lacking(heads, biases), rows: [], vectors: [] }
         : { modules: layers.map((layer) => this.#withComponents(layer, choice.mode, bases)), biases, rows, vectors }),
@@ -483,7 +483,7 @@ class Planner {
   /** @param weights of modules; none in mode "folded" */
   async #baseValues(
     fed: readonly SavedHead[],
-    { biases, vectors, rows }: Changes,
+    { biases, vectors, rows }: GraphChanges,
     weights: readonly OnnxParameter[],
   ): Promise<Omit<BaseValues, "wanted" | "ignored">> {
     const heads = new Map<string, BaseHead>();

@@ -9,12 +9,11 @@ import { parseTaskFile } from "../core/task-file.ts";
 import { BackendError, FormatError, TaskError } from "../errors.ts";
 import { encodeTaskFile, type TaskToWrite } from "../format/encode.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildPack } from "../pack/build.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import { searchPack } from "../pack/search.ts";
-import { partition } from "../pack/seek.ts";
+import { DEFAULT_ERROR } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
 import type { Session } from "../session/session.ts";
 import { fromBase64, toBase64 } from "../text.ts";
@@ -355,6 +354,18 @@ const ERRORS = [0.8, 0.6, 0.45, 0.34, 0.25, DEFAULT_ERROR, 0.1, 0.07, 0.05, 0.03
 const BETWEEN = 8;
 
 type Common = Pick<BuildOptions, "base" | "anyBase" | "workers">;
+
+/** Number of indexes below `count` before the first for which `holds` is true; it must stay true from there on. */
+async function partition(count: number, holds: (i: number) => Promise<boolean>): Promise<number> {
+  let low = 0;
+  let high = count;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (await holds(middle)) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
 
 /** Packs of one kind, by their place among the sizes; places between two have fractions. */
 export class SizedPacks {

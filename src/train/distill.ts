@@ -10,8 +10,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
-import { gauged, openModule, toPair } from "../extract/project.ts";
-import type { Subspace } from "../extract/subspace.ts";
+import { gauged, openModule, type Subspace, toPair } from "../extract/subspace.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { throwIfAborted } from "../pace.ts";
@@ -482,7 +481,7 @@ async function sidesOf(
     for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of blob.terms) {
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
-      if (!A || !B || ownA || ownBt || privateRank > 0 || !module) continue;
+      if (!A || !B || stored.A[A.basis]!.kind === "flat" || ownA || ownBt || privateRank > 0 || !module) continue;
       const own = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
       const space = openModule(storedModule(own, bases.bytes, adapter));
       const { rank: most } = pack.directory.basis;

@@ -16,12 +16,10 @@ import { encodeTaskFile, placeOf } from "../format/encode.ts";
 import { onnxHost } from "../onnx/host.ts";
 import { readModel } from "../onnx/read.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import type { Built } from "../pack/build.ts";
-import { readFingerprints } from "../pack/encode.ts";
+import { type Built, readFingerprints } from "../pack/build.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { searchPack } from "../pack/search.ts";
-import { tooFew } from "../pack/seek.ts";
-import { spread } from "../pack/sharing.ts";
+import { searchPack, spread } from "../pack/search.ts";
+import { Unreachable } from "../pack/seek.ts";
 import { allOf, freshPack } from "../pack/write.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession } from "../session/session.ts";
@@ -344,4 +342,8 @@ export async function modelBase(
     if (error instanceof BaseMismatchError) return undefined;
     throw error;
   }
+}
+
+function tooFew(max: number, least: number): Unreachable {
+  return new Unreachable(`${max} bytes are too few: the least is ${least}`, least);
 }

@@ -31,6 +31,7 @@ import type { Term } from "../tensor/term.ts";
 import { type HeadLayer, layersOf, type State } from "./state.ts";
 import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
 
+/** Options of a trained task that is stored. */
 export interface TaskFileOptions {
   /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
@@ -43,6 +44,7 @@ export interface TaskFileOptions {
   readonly metadata?: TaskMetadata | undefined;
 }
 
+/** Options of `Trainer.task`. */
 export interface LearnedTaskOptions extends TaskFileOptions {
   /** Share of its ΔW that the task may lose, in a pack with a step where no `dtype` is given. Default: 0.3. */
   readonly error?: number | undefined;

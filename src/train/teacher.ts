@@ -32,6 +32,7 @@ export interface Distillable {
   readonly head: readonly string[];
 }
 
+/** Options of the questions that an adapter answers as the teacher. */
 export interface TeachOptions extends Questions, SequenceOptions {
   /**
    * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, which tells its

@@ -188,6 +188,7 @@ interface Templated {
   readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
 }
 
+/** Options of examples that a language model learns token by token. */
 export interface SequenceOptions {
   /** Text at the end of a completion. Default: the tokenizer's `eos_token`. false: none. */
   readonly end?: string | false | undefined;
