@@ -142,7 +142,7 @@ class Cached implements CachedSource {
     return this.#inner?.byteLength ?? this.#length;
   }
 
-  /** Whole files need their size, which is kept beside their ranges: no server may be there to tell it. */
+  /** Whole files need their size, which is kept with their ranges: offline no server gives it. */
   async readAll(options: ReadAllOptions = {}): Promise<Uint8Array> {
     const { signal } = options;
     throwIfAborted(signal);

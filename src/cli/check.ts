@@ -380,7 +380,7 @@ async function adviceOf(
     candidates.find((name) => !name.endsWith(".bias"));
   const guess = lost.find(like);
   if (guess) return `if the names differ, map each module: --names ${guess.module}=${like(guess)}`;
-  // Some weights, or the biases beside them, have kept their names: it is the right architecture.
+  // Some weights, or their biases, have kept their names: it is the right architecture.
   const known = lost.length < modules.length || lost.some(({ candidates }) => candidates.length > 0);
   if (first && known)
     return `export the model with "${first.module}" under its name (docs/export.md): quantisers lose the names of torch's newer exporter.`;

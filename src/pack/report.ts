@@ -125,7 +125,7 @@ export function buildReport(
   };
 }
 
-/** Sizes of a pack beside its adapters', from the blobs and adapters of its tasks. */
+/** Sizes of a pack and of its adapters, from the blobs and adapters of its tasks. */
 export function sizes(
   bytes: number,
   tasks: readonly { readonly blob: number; readonly adapter: number }[],
