@@ -377,7 +377,7 @@ function align16(bytes: number): number {
 export interface Started {
   readonly kernels: KernelSession;
   readonly passedOver: readonly string[];
-  /** Parameters beside the adapted weights are read and written here. */
+  /** Reads and writes parameters other than the adapted weights. */
   readonly host: WeightHost | undefined;
 }
 

@@ -64,7 +64,7 @@ export interface TaskInfo {
   readonly adapterBytes: number;
   readonly metadata: TaskMetadata;
   /**
-   * What the task changes beside its terms, as "role name" (SPEC.md, section 4.3), for instance "saved classifier.weight".
+   * Overrides of the task apart from its terms, as "role name" (SPEC.md, section 4.3), for instance "saved classifier.weight".
    * Undefined in packs that do not say.
    */
   readonly brings: readonly string[] | undefined;

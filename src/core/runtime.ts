@@ -215,7 +215,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     return { parts, resolved, change: await this.#writer.prepare(plans, resolved, this.#host!, signal) };
   }
 
-  /** Parameters that the tasks bring beside their terms. */
+  /** Parameters that the tasks override, apart from their terms. */
   async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
     if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
     const { resolver, bindings, ignored } = this.#parts;

@@ -115,7 +115,7 @@ export function isCoded(blob: Uint8Array): boolean {
 
 /**
  * Codes a section, or fills one with what is decoded, in pieces. Bytes that belong to no run are copies of earlier ones, or stand as they are.
- * @param before what copies may be of beside the section itself
+ * @param before bytes that copies may repeat, in addition to the section itself
  * @param plan of an encoder
  */
 export function* code(

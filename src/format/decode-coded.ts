@@ -57,7 +57,7 @@ const FAULTS = [
 export interface Decoding {
   readonly file: string;
   readonly part: string;
-  /** What copies may be of beside the section itself: of bases and task blobs the basis description. Default: nothing. */
+  /** Bytes that copies may repeat, in addition to the section itself: of bases and task blobs the basis description. Default: nothing. */
   readonly before?: Uint8Array;
   /** Bytes that it must become. Default: what it says. */
   readonly expected?: number | undefined;

@@ -12,7 +12,7 @@ export const TASK_BLOB_MAGIC = 0x4b534154;
 export const SECTION_ENTRY_BYTES = 32;
 /** Bytes of a SHA-256. */
 export const HASH_BYTES = 32;
-/** First bytes of the window: what a root covers beside the directory. */
+/** First bytes of the window, which a root covers in addition to the directory. */
 export const HEAD_BYTES = 48;
 /** Bytes of a superblock with what is behind it. */
 export const BLOCK_BYTES = 512;
@@ -30,7 +30,7 @@ export type Layout = "out-in" | "in-out" | "conv" | "embedding";
 /** What a parameter that comes with a task does to the base's (SPEC.md, section 6.2). */
 export type ParameterRole = "saved" | "bias" | "bias-delta" | "rows";
 
-/** What is known about a task beside its numbers. Kept in the pack as it is. */
+/** Metadata of a task, kept in the pack as it is. */
 export interface TaskMetadata {
   /** Class names of a classifier, in the order of its rows. */
   labels?: string[];
@@ -168,7 +168,7 @@ export interface TaskEntry {
   readonly id: string;
   readonly adapterBytes: number;
   readonly metadata: TaskMetadata;
-  /** What the task changes beside its terms, as "role name": see SPEC.md, section 4.3. Undefined when not said. */
+  /** Overrides of the task apart from its terms, as "role name": see SPEC.md, section 4.3. Undefined when not said. */
   readonly brings?: readonly string[] | undefined;
 }
 
@@ -290,7 +290,7 @@ export function isOfModule(role: Brought["role"]): role is ModuleRole {
   return role === "magnitude" || needsFactors(role);
 }
 
-/** Whether it takes factors, which a task without it does not have beside coefficients. */
+/** True if it takes factors, which a task without it does not have in addition to coefficients. */
 export function needsFactors(role: Brought["role"]): boolean {
   return role === "private" || role === "own-A" || role === "own-B";
 }
