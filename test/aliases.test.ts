@@ -58,11 +58,6 @@ t.test("its own name comes first; another layer is never found; several are ambi
   });
 });
 
-t.test("a long name costs no more than its length", async (t) => {
-  const name = `${"layers.1.attention.q_proj.".repeat(20_000)}weight`;
-  t.match(new AliasMatcher(["a.weight"]).find(name), { ambiguous: false });
-});
-
 /** An adapter of one layer of width 4 and rank 1: ΔW = alpha · b aᵀ. */
 async function adapterOf(module: string) {
   const entry = (side: "A" | "B", shape: number[]) => ({

@@ -16,7 +16,7 @@ import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { build } from "esbuild";
 import t from "tap";
-import { checkChoice, checkOptions, nearest } from "./internals.ts";
+import { checkChoice, nearest } from "./internals.ts";
 import { data } from "./packs.ts";
 
 const { createRuntime, openPack } = eigenlora;
@@ -24,22 +24,6 @@ const { createRuntime, openPack } = eigenlora;
 /** Casts a value that the compiler would refuse. */
 const wrong = (value: unknown): never => value as never;
 const pack = () => openPack(data("goldens/pack/every-kind.eigen"));
-
-t.test("options", async (t) => {
-  const check = (options: unknown) =>
-    checkOptions("f", options as { mode?: string; names?: string }, ["mode", "names"]);
-  for (const options of [{}, { mode: "x" }, { names: undefined }, Object.create(null)]) check(options);
-  t.throws(() => check({ moode: 1 }), new TypeError('f: unknown option "moode"; did you mean "mode"?'));
-  t.throws(() => check({ zzzzzzzzzz: 1 }), new TypeError('f: unknown option "zzzzzzzzzz"; known are mode, names'));
-  t.throws(() => check("core"), new TypeError('f: expected an object of options, got "core"'));
-  t.throws(() => check(null), new TypeError("f: expected an object of options, got null"));
-  t.throws(() => check(new Map()), new TypeError("f: expected an object of options, got an object (Map)"));
-  t.throws(() => check([]), new TypeError("f: expected an object of options, got an object (Array)"));
-  const forgotten = new TypeError("f: expected an object of options, got a promise; did you forget await?");
-  t.throws(() => check(Promise.resolve({})), forgotten);
-  // @ts-expect-error: a list that lacks an option does not compile.
-  checkOptions("f", {} as { mode?: string; names?: string }, ["mode"]);
-});
 
 t.test("choices and nearest names", async (t) => {
   checkChoice("mode", "core", ["core", "folded"]);

@@ -5,22 +5,17 @@
 import { openPack, type Term } from "eigenlora";
 import {
   type Adapter,
-  type Allocation,
   type BuildOptions,
   type Built,
   buildPack,
-  encodeTaskFile,
   projectAdapters,
   searchPack,
   taskAdapter,
   type Way,
 } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createEngine } from "eigenlora/onnxruntime";
-import { createJudge } from "eigenlora/train";
 import t from "tap";
-import { createEncoder, model, readTask } from "../examples/minilm.js";
-import { completeDtypes, DEFAULT_ERROR, deltaError, normal, relative, uniform } from "./internals.ts";
+import { completeDtypes, DEFAULT_ERROR, deltaError, relative } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import {
   difference,
@@ -82,9 +77,6 @@ async function lossesOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): 
   );
 }
 
-const meanTotal = ({ errors }: { errors: readonly { total: number }[] }): number =>
-  errors.reduce((sum, { total }) => sum + total, 0) / errors.length;
-
 /** The largest pack of one way that fits. */
 const packWithin = (of: readonly Adapter[], way: Way, max: number): Promise<Built> =>
   searchPack(of, { goal: { kind: "bytes", max }, ways: [way] });
@@ -129,16 +121,6 @@ t.test("private terms alone are the adapter cut by its own SVD", async (t) => {
   }
 });
 
-t.test("taking turns with private terms finds better components than one turn", async (t) => {
-  const shared = { gauge: "balanced", rank: 8, select: { kind: "k", k: 6 }, dtype: F32 } as const;
-  const alone = (await buildPack(adapters, shared)).report.error.mean;
-  const [one, two] = [
-    (await buildPack(adapters, { ...shared, privateTerms: 1 })).report.error.mean,
-    (await buildPack(adapters, { ...shared, privateTerms: 2 })).report.error.mean,
-  ];
-  t.ok(two < one && one < alone, `${alone}, ${one}, ${two}`);
-});
-
 for (const [name, options] of [
   ["private terms alone", { gauge: "balanced", privateTerms: 8, select: { kind: "k", k: 0 } }],
   ["private terms beside components", { gauge: "balanced", privateTerms: 8, select: { kind: "k", k: 2 } }],
@@ -162,44 +144,6 @@ for (const [name, options] of [
   });
 }
 
-t.test("a later adapter is cut to the pack's rank", async (t) => {
-  const { chunks } = await buildPack(adapters.slice(0, 4), { gauge: "balanced", rank: 3, select: { kind: "k", k: 8 } });
-  const pack = await openPack(concat(chunks).buffer);
-  const [projected] = await projectAdapters(pack, [adapters[4]!], completeDtypes(), { maxLoss: 1 });
-  t.ok(projected!.residual.mean > 0 && projected!.residual.mean < 1);
-  t.equal(pack.directory.basis.rank, 3);
-  t.same(
-    (await pack.load(IDS[0]!)).terms.map(({ rank }) => rank),
-    Array(4).fill(3),
-  );
-});
-
-t.test("an adapter a thousand times larger does not own the components when every task counts alike", async (t) => {
-  const large: Adapter = {
-    ...adapters[0]!,
-    modules: new Map(
-      [...adapters[0]!.modules].map(([name, module]) => {
-        return [
-          name,
-          {
-            ...module,
-            read: async () =>
-              module.read().then(({ rank, A, Bt }) => ({ rank, A, Bt: Bt.map((value) => 1000 * value) })),
-          },
-        ];
-      }),
-    ),
-  };
-  const all = [large, ...adapters.slice(1)];
-  const meanOf = async (normalize: boolean): Promise<number> => {
-    const { report } = await buildPack(all, { gauge: "balanced", normalize, select: { kind: "k", k: 12 }, dtype: F32 });
-    const small = report.errors.slice(1);
-    return small.reduce((sum, { mean }) => sum + mean, 0) / small.length;
-  };
-  const [owned, alike] = [await meanOf(false), await meanOf(true)];
-  t.ok(alike < 0.9 * owned, `${owned} → ${alike}`);
-});
-
 t.test("a budget of bytes is filled, never broken", async (t) => {
   const options = { gauge: "balanced", rank: 4, dtype: INT4 } as const;
   for (const max of [30_000, 45_000]) {
@@ -213,32 +157,6 @@ t.test("a budget of bytes is filled, never broken", async (t) => {
   const all = await packWithin(adapters, options, 10_000_000);
   t.equal(all.report.components.max, 23, "all that there is");
   await t.rejects(packWithin(adapters, options, 9_000), /9000 bytes are too few: the least is \d{5}/);
-});
-
-t.test("private terms within a budget go where they hold most, over all tasks and modules", async (t) => {
-  const options = { gauge: "balanced", dtype: INT4 } as const;
-  const { report: even } = await buildPack(adapters, { ...options, privateTerms: 2, select: { kind: "k", k: 0 } });
-  const { report } = await packWithin(adapters, { ...options, grows: "terms" }, even.bytes);
-  t.ok(
-    report.bytes <= even.bytes && meanTotal(report) < 0.92 * meanTotal(even),
-    `${meanTotal(report)} < 0.92 × ${meanTotal(even)}, two of each`,
-  );
-  const allocation = new Map([
-    [IDS[0]!, new Map([[[...adapters[0]!.modules.keys()][0]!, { rank: 3, dtype: "int8" }]])],
-  ]);
-  const made = await buildPack(adapters, {
-    ...options,
-    privateTerms: allocation as Allocation,
-    select: { kind: "k", k: 0 },
-  });
-  const pack = await openPack(concat(made.chunks).buffer);
-  t.same(
-    await Promise.all(IDS.map(async (id) => (await pack.load(id)).terms.map(({ privateRank }) => privateRank))),
-    [[3], [], [], [], [], []],
-    "an allocation is what is stored",
-  );
-  const [first, ...others] = made.report.errors;
-  t.ok(first!.total < 1 && first!.max === 1 && others.every(({ total }) => total === 1));
 });
 
 t.test("nobody says what is wanted: every task keeps within a share of its ΔW, large or small", async (t) => {
@@ -274,50 +192,6 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
   t.ok(report.decisions.length >= 1 && report.tried.every(({ bytes }) => bytes! >= report.bytes));
 });
 
-t.test("what is added later keeps to the error of a pack in number formats that were asked for", async (t) => {
-  const dtype = { basis: "int8", coefficients: "int8", head: "int8" } as const;
-  const { chunks } = await searchPack(adapters.slice(1), { goal: { kind: "error", max: 0.05 }, dtype });
-  const pack = await openPack(concat(chunks).buffer);
-  t.equal(pack.directory.basis.step, undefined, "it is not coded");
-  const [later] = await projectAdapters(pack, adapters.slice(0, 1), completeDtypes(dtype));
-  t.ok(later!.residual.total <= 0.05, `${later!.residual.total}`);
-});
-
-t.test("within an error, a newcomer takes components or private terms alone, whichever is smaller", async (t) => {
-  const scaled = (factor: number): Adapter => {
-    const modules = [...adapters[1]!.modules].map(([name, module]) => {
-      const read = async () => module.read().then((term) => ({ ...term, Bt: term.Bt.map((v) => factor * v) }));
-      return [name, { ...module, read }] as const;
-    });
-    return { ...adapters[1]!, id: `times ${factor}`, modules: new Map(modules) };
-  };
-  const options = { gauge: "balanced", step: 0.01, select: { kind: "k", k: 8 } } as const;
-  const { chunks } = await buildPack([1, 0.8, 1.2, 0.6].map(scaled), options);
-  const pack = await openPack(concat(chunks).buffer);
-  const random = uniform(5);
-  // One that has nothing in common with them: its rows are noise.
-  const stranger = {
-    ...adapters[0]!,
-    id: "stranger",
-    modules: new Map(
-      [...adapters[0]!.modules].map(([name, module]) => {
-        const noise = (count: number) => Float32Array.from({ length: count }, () => normal(random));
-        const { rank, in: inputs, out } = module;
-        return [name, { ...module, read: async () => ({ rank, A: noise(rank * inputs), Bt: noise(rank * out) }) }];
-      }),
-    ),
-  };
-  const kin = { ...scaled(1.1), id: "kin" };
-  const made = await projectAdapters(pack, [stranger, kin], completeDtypes({ head: "int8" }), { error: 0.3 });
-  for (const { entry, residual, blob } of made) {
-    t.ok(residual.total <= 0.3, `${residual.total}`);
-    await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
-  }
-  const ranksOf = async (id: string) => (await pack.load(id)).terms.map(({ rank, privateRank }) => [rank, privateRank]);
-  t.ok((await ranksOf("stranger")).every(([rank, privateRank]) => rank === 0 && privateRank! > 0));
-  t.ok((await ranksOf("kin")).every(([rank]) => rank! > 0));
-});
-
 t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {
   const all = await readAdapters([data("adapters/own-seed")]);
   t.teardown(() => Promise.all(all.map((adapter) => adapter.close())));
@@ -341,67 +215,6 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
     const head = parameters.reduce((sum, { tensor }) => sum + tensor.byteLength, 0);
     t.ok(bytes.length - head <= 7000, `${bytes.length} bytes, ${head} of them its head`);
   }
-});
-
-/** Results of each way by itself. */
-async function singles(max: number): Promise<{ bytes: number; error: number }[]> {
-  const ways: BuildOptions[] = [
-    {},
-    { gauge: "balanced" },
-    { gauge: "balanced", rank: 4 },
-    { mode: "flat", gauge: "balanced" },
-  ];
-  const made = [];
-  for (const way of ways) {
-    for (const dtype of [
-      INT4,
-      { basis: "int8", coefficients: "int8", head: "int8" },
-      { basis: "f16", coefficients: "f16", head: "f16" },
-    ] as const) {
-      const options = { ...way, dtype };
-      const built = await packWithin(adapters, options, max).catch((error: unknown) => {
-        if (error instanceof RangeError) return undefined;
-        throw error;
-      });
-      if (built) made.push({ bytes: built.report.bytes, error: meanTotal(built.report) });
-    }
-  }
-  return made;
-}
-
-t.test("a search for an error reports what was tried, and chooses the smallest", async (t) => {
-  const { chunks, report } = await searchPack(adapters, { goal: { kind: "error", max: 0.4 } });
-  for (const { total } of await lossesOf(chunks, adapters)) t.ok(total <= 0.4);
-  t.equal(report.judgedBy, "error");
-  t.equal(report.bytes, Math.min(...report.tried.flatMap(({ bytes }) => bytes ?? [])));
-  t.equal(report.bytes, concat(chunks).length);
-});
-
-t.test("auto loses no more than any single way within the same bytes", async (t) => {
-  const goal = { kind: "bytes", max: 40_000 } as const;
-  const { report } = await searchPack(adapters, { goal });
-  t.ok(report.bytes <= 40_000);
-  for (const { error } of await singles(goal.max))
-    t.ok(meanTotal(report) <= error + 1e-12, `${meanTotal(report)} ≤ ${error}`);
-});
-
-t.test("a judge hears how far the answers of a pack are from the adapters'", async (t) => {
-  const some = adapters.slice(0, 3);
-  const encode = await createEncoder(NODE);
-  const { train } = await readTask("debtags-role");
-  const options = { adapters: some, texts: train.map(([text]) => text), encode, most: 8 };
-  const { judge, byTask, close } = createJudge(createEngine(NODE), model, options);
-  t.teardown(close);
-  const packed = async (options: BuildOptions) => openPack(concat((await buildPack(some, options)).chunks).buffer);
-  const [lossless, coarse] = [await packed(LOSSLESS), await packed({ select: { kind: "k", k: 2 } })];
-  const [none, much] = [await judge(lossless), await judge(coarse)];
-  t.ok(none < 1e-5 && much > 1e-4, `${none}, ${much}`);
-  const found = await byTask(coarse);
-  t.same(
-    [...found.keys()],
-    some.map(({ id }) => id),
-  );
-  t.equal(much, [...found.values()].reduce((a, b) => a + b, 0) / 3);
 });
 
 t.test("what cannot be done is refused, with what can", async (t) => {
@@ -429,25 +242,4 @@ t.test("what cannot be done is refused, with what can", async (t) => {
     /"k" or "energy", got "error"; for an error or a size take searchPack/,
   );
   await t.rejects(searchPack(adapters, { goal: { kind: "error", max: 0.3 }, ways: [{}] }), /not for an error/);
-});
-
-t.test("one adapter, adapters that are alike, and one that changes nothing", async (t) => {
-  const { report: one } = await searchPack(adapters.slice(0, 1), { goal: { kind: "error", max: 0.3 } });
-  t.ok(one.errors[0]!.total <= 0.3 && one.components.max === 0 && one.shared?.saved === 0);
-  const twins = ["a", "b", "c"].map((id) => ({ ...adapters[0]!, id }));
-  const { report: alike } = await searchPack(twins, { goal: { kind: "error", max: 0.3 } });
-  t.ok(alike.components.max > 0 && alike.bytes < 2 * one.bytes, `${alike.bytes}, ${one.bytes} of one`);
-  t.ok(alike.errors.every(({ total }) => total <= 0.3));
-  const still: Adapter = {
-    ...adapters[0]!,
-    id: "still",
-    modules: new Map(
-      [...adapters[0]!.modules].map(([name, module]) => [
-        name,
-        { ...module, read: async () => module.read().then(({ rank, A, Bt }) => ({ rank, A, Bt: Bt.fill(0) })) },
-      ]),
-    ),
-  };
-  const { chunks } = await searchPack([still, ...adapters.slice(1, 3)], { goal: { kind: "error", max: 0.3 } });
-  for (const { total } of await lossesOf(chunks, adapters.slice(1, 3))) t.ok(total <= 0.3);
 });

@@ -11,7 +11,6 @@ import { bundle, noChromium, openPage } from "./browser.ts";
 import type { Golden } from "./compare.ts";
 import { goldenPacks } from "./packs.ts";
 import { lacking, soak } from "./required.ts";
-import { type Finding, record } from "./stand-in.ts";
 
 /** A window or worker in which the entry's functions can be called. */
 interface Realm {
@@ -36,72 +35,6 @@ const GATE: Record<string, { suite: readonly string[]; goldens: readonly string[
 const SCRIPT = `import { entry } from "./backends-browser.ts";
   Object.assign(globalThis, entry);
   if (!("document" in globalThis)) postMessage("ready");`;
-
-t.test("the stand-in for tap tells good from bad", async (t) => {
-  const error = new RangeError("rows are 7");
-  const findings = await record("outer", (t) => {
-    t.test("good", async (t) => {
-      t.teardown(() => t.pass("teardown"));
-      t.ok(1);
-      t.equal(NaN, NaN);
-      t.strictSame(Uint8Array.of(1, 2), Uint8Array.of(1, 2));
-      t.throws(
-        () => {
-          throw error;
-        },
-        { name: "RangeError", message: /^rows / },
-      );
-      t.throws(() => {
-        throw error;
-      }, RangeError);
-      t.comment("a comment");
-      await t.rejects(Promise.reject(error), { message: /7$/ });
-    });
-    t.test("bad", (t) => {
-      t.ok(0);
-      t.fail("no");
-      t.equal(1, 2, "numbers");
-      t.equal("1", 1);
-      t.strictSame(Uint8Array.of(1, 2), Uint8Array.of(1, 3));
-      t.strictSame(Uint8Array.of(1), Uint8Array.of(1, 3));
-      t.strictSame([1], Uint8Array.of(1));
-      t.throws(() => {}, { message: /x/ });
-      t.throws(
-        () => {
-          throw error;
-        },
-        { name: "RangeError", message: /^columns / },
-      );
-      t.throws(() => {
-        throw error;
-      }, TypeError);
-      void t.rejects(Promise.reject(error), { name: "TypeError", message: /7/ });
-      void t.rejects(Promise.resolve(), { name: "TypeError", message: /7/ });
-    });
-    t.test("ends badly", () => Promise.reject(error));
-    t.test("cannot be cleaned", (t) =>
-      t.teardown(() => {
-        throw error;
-      }),
-    );
-  });
-  const of = (name: string): Finding[] => findings.filter((finding) => finding.name.startsWith(`outer > ${name} > `));
-  t.equal(of("good").length, 9);
-  t.ok(of("good").every(({ fault }) => fault === undefined));
-  t.same(
-    of("good")
-      .filter(({ kind }) => kind === "comment")
-      .map(({ name }) => name),
-    ["outer > good > a comment"],
-  );
-  t.equal(of("bad").length, 13);
-  t.ok(of("bad").every(({ kind, fault }) => (fault === undefined) === (kind === "end")));
-  t.match(
-    of("bad").find(({ name }) => name.endsWith("numbers")),
-    { name: "outer > bad > numbers", fault: "got 1, expected 2" },
-  );
-  for (const name of ["ends badly", "cannot be cleaned"]) t.match(of(name), [{ kind: "end", fault: /^rows are 7\n/ }]);
-});
 
 t.test("Chromium", { skip: noChromium }, async (t) => {
   const files = new Map([["page.js", await bundle(SCRIPT)]]);

@@ -1,10 +1,9 @@
 /**
- * Runs in a browser: training graphs on the providers of both builds of onnxruntime-web, with every output reported; and a trainer.
+ * Runs in a browser: training graphs on the providers of both builds of onnxruntime-web, with every output reported.
  */
 import * as all from "onnxruntime-web/all";
 import * as webgpu from "onnxruntime-web/webgpu";
 import { optionsFor } from "./internals.ts";
-import { train } from "./training.js";
 
 for (const { env } of [all, webgpu]) {
   env.wasm.wasmPaths = "/ort/";
@@ -81,18 +80,4 @@ async function run(ort, provider, { name, feeds, turning }) {
   } catch (error) {
     return { why: String(/** @type {Error} */ (error).message) };
   }
-}
-
-/**
- * Trains on each provider.
- * @param {import("./training.js").Lines} lines
- * @returns {Promise<Record<string, import("./training.js").Trained | string>>} by provider; the reason where one is missing
- */
-export async function teach(lines) {
-  const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
-  const lesson = { model: "/model.onnx", pack: "/tasks.eigen", lines };
-  return {
-    wasm: await train(webgpu, { ...lesson, provider: "wasm" }),
-    webgpu: adapter ? await train(webgpu, { ...lesson, provider: "webgpu" }) : "no adapter",
-  };
 }

@@ -8,18 +8,15 @@ import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createEigenSessions } from "eigenlora/onnxruntime";
 import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
 import {
-  create,
   fromBinary,
   ModelProtoSchema,
   readModel,
   runProgram,
   type Survey,
   surveyModel,
-  TensorProtoSchema,
   toBinary,
 } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
@@ -222,75 +219,6 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(await asked("sessions/gemm.onnx", bert), { works: false, mode: null, run: null });
 });
 
-t.test("an encoder and a decoder in files of their own", async (t) => {
-  const names = ["seq2seq/adapters/answers", "seq2seq/adapters/titles"];
-  const seq2seq = await pack("seq2seq.eigen", names, "seq2seq/base.safetensors");
-  const [encoder, decoder] = [data("seq2seq/onnx/encoder_model.onnx"), data("seq2seq/onnx/decoder_model_merged.onnx")];
-  const { code, out } = await run("check", encoder, seq2seq, "--beside", decoder, "--json");
-  t.equal(code, 0);
-  const says = JSON.parse(out) as Record<string, any>;
-  t.match(says, { works: true, models: { encoder_model: encoder, decoder_model_merged: decoder } });
-  t.match(says["next"], /^createEigenSessions\(ort, \{"encoder_model":/);
-  t.same(says["run"].probes, { encoder_model: "passed", decoder_model_merged: "passed" });
-  t.match(says["run"].learning, { works: false, says: /gradients do not pass from file to file/ });
-  const opened = await openPack(seq2seq);
-  const sessions = await createEigenSessions(NODE, { encoder, decoder }, opened);
-  for (const [file, session] of [
-    ["encoder_model", sessions.sessions.encoder],
-    ["decoder_model_merged", sessions.sessions.decoder],
-  ] as const) {
-    const { mode, modules } = says["files"][file] as Survey;
-    t.equal(mode, session.mode, `${file}: the mode of the session`);
-    const here = new Set(modules.map(({ module }) => module));
-    const elsewhere = opened.modules.filter(({ name }) => !here.has(name));
-    t.same(
-      session.leftOut,
-      elsewhere.map(({ name }) => name),
-      `${file}: its modules`,
-    );
-  }
-  await sessions.close();
-  await opened.close();
-
-  const one = await run("check", encoder, seq2seq, "--files-only");
-  t.match(one, { code: 1, out: /Next: give the decoder of the model, too: --beside decoder_model_merged\.onnx/ });
-  const other = await run("check", decoder, seq2seq, "--files-only");
-  t.match(other, { code: 1, out: /Next: give the encoder of the model, too: --beside encoder_model\.onnx/ });
-  const stranger = await run("check", decoder, seq2seq, "--beside", data("sessions/encoder.onnx"));
-  t.match(stranger, {
-    code: 1,
-    out: /encoder\..*lives in none of the files.*\nNext: give the file that has it with --beside/,
-  });
-  t.notMatch(stranger.out, /option `modules`/);
-  const idle = await run("check", encoder, seq2seq, "--beside", decoder, "--beside", data("sessions/encoder.onnx"));
-  t.match(idle, { code: 1, out: /Next: leave encoder out: the pack changes nothing there/ });
-  t.match(await run("check", encoder, seq2seq, "--beside", encoder), { code: 2, err: /this file is given twice/ });
-  const bare = await pack("bare.eigen", names);
-  const unsure = await run("check", encoder, bare, "--beside", decoder);
-  t.match(unsure, { code: 1, out: /by the end of its name only.*make the pack with its base/ });
-});
-
-t.test("a model of which half was exported in f16: onnxruntime refuses it, and check says what to do", async (t) => {
-  const { model } = await readModel(data("sessions/torchscript.onnx"));
-  const { node, initializer } = model.proto.graph!;
-  const norms = node.filter(({ opType }) => opType === "LayerNormalization").flatMap(({ input }) => input.slice(1));
-  for (const [i, { name, dims }] of initializer.entries())
-    if (norms.includes(name))
-      // Scale and shift in f16, zero.
-      initializer[i] = create(TensorProtoSchema, {
-        name,
-        dims,
-        dataType: 10,
-        rawData: new Uint8Array(2 * Number(dims[0])),
-      });
-  const mixed = join(folder, "mixed.onnx");
-  writeFileSync(mixed, toBinary(ModelProtoSchema, model.proto));
-  const { code, out } = await run("check", mixed, bert);
-  t.equal(code, 1);
-  t.match(out, /It does not work: onnxruntime cannot load the model .*bound to different types/);
-  t.match(out, /Next: export the model in float32: .*dtype=torch\.float32/);
-});
-
 t.test("tasks of another model are named, and no quantiser is blamed", async (t) => {
   const two = await pack("two.eigen", ["adapters/own-seed/debtags-role", "sessions/adapters-mlp/a"]);
   const { code, out } = await run("check", data("minilm/model_fp16.onnx"), two, "--files-only");
@@ -299,104 +227,4 @@ t.test("tasks of another model are named, and no quantiser is blamed", async (t)
   t.notMatch(out, /quantisers/);
   const small = await run("check", data("sessions/torchscript.onnx"), minilm, "--files-only");
   t.match(small.out, /Next: use the model that the adapters were trained on: in this one a layer has another shape/);
-});
-
-t.test("a pack without components has no core", async (t) => {
-  const adapters = await readAdapters([data("adapters/own-seed/debtags-role")]);
-  const built = await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 0 }, privateTerms: 2 });
-  for (const adapter of adapters) await adapter.close();
-  const alone = join(folder, "alone.eigen");
-  writeFileSync(alone, concat(built.chunks));
-  const { out } = await run("check", data("minilm/model_fp16.onnx"), alone, "--files-only", "--ignore", "classifier");
-  t.match(out, /^core +not here$/m);
-  t.match(out, /core: mode "core": tasks share no components.*; use mode "factors"/);
-  t.match(out, /It works, in mode "factors" \(tasks share no components/);
-  const attached = [
-    "attach",
-    data("minilm/model_fp16.onnx"),
-    alone,
-    "-o",
-    join(folder, "a.onnx"),
-    "--ignore",
-    "classifier",
-  ];
-  t.match(await run(...attached, "--mode", "core"), { code: 1, err: /tasks share no components.*use mode "factors"/ });
-});
-
-t.test("what cannot be checked is an error", async (t) => {
-  const { code, err } = await run("check", join(folder, "bert.eigen"), bert);
-  t.equal(code, 1);
-  t.match(err, /this is an EigenLoRA pack, expected an ONNX model/);
-  t.match(await run("check", data("sessions/gemm.onnx"), join(folder, "missing.eigen")), {
-    code: 1,
-    err: /missing\.eigen/,
-  });
-  const typing = await run("check", data("sessions/gemm.onnx"), bert, "--names", "bert.encodr=x");
-  t.match(typing, { code: 2, err: /--names bert\.encodr=…: .* adapts no such module/ });
-});
-
-t.test("the other commands have the options that their messages name", async (t) => {
-  const mlp = data("sessions/base-mlp.safetensors");
-  const adapters = data("sessions/adapters");
-  const target = join(folder, "out.eigen");
-  const packed = await run("pack", adapters, "-o", target, "--base", mlp);
-  t.match(packed, { code: 1, err: /candidates: none \(another model\?\).*map them with --names MODULE=WEIGHT/ });
-  const other = await run("fold", bert, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", mlp);
-  t.match(other, { code: 1, err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/ });
-  const base = data("sessions/base-tied.safetensors");
-  const tied = ["fold", bert, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", base];
-  t.match(await run(...tied), { code: 1, err: /fingerprints correlate.*pass --any-base/ });
-  t.match(await run(...tied, "--any-base"), { code: 0 });
-
-  // A base with a name of its own, as a stranger's checkpoint has it.
-  const QUERY = "bert.encoder.layer.0.attention.self.query";
-  const file = readFileSync(data("sessions/base.safetensors"));
-  const header = 8 + Number(file.readBigUInt64LE(0));
-  const renamed = file
-    .toString("utf8", 8, header)
-    .replace(`"${QUERY}.weight"`, '"stranger"')
-    .padEnd(header - 8);
-  const stranger = join(folder, "stranger.safetensors");
-  writeFileSync(stranger, Buffer.concat([file.subarray(0, 8), Buffer.from(renamed), file.subarray(header)]));
-  const onIt = ["pack", adapters, "-o", target, "--base", stranger];
-  t.match(await run(...onIt), { code: 1, err: /query" is not in the base.*--names MODULE=WEIGHT/ });
-  t.match(await run(...onIt, "--names", `${QUERY}=nowhere`), { code: 1, err: /the base has no "nowhere"/ });
-  t.match(await run(...onIt, "--names", `${QUERY}=stranger`), { code: 0 });
-  const opened = await openPack(target);
-  t.ok(opened.modules.every(({ fingerprint }) => fingerprint !== undefined));
-  await opened.close();
-  const onto = ["fold", target, "-o", join(folder, "p.safetensors"), "--task", "two", "--base", stranger];
-  t.match(await run(...onto, "--names", `${QUERY}=stranger`), { code: 0 });
-  const survey = await surveyOf({ ...CASES["quantised"]!, model: "sessions/torchscript.onnx", pack: target });
-  t.ok(
-    survey.modules.every(({ confirmed }) => confirmed === true),
-    "and the fingerprints are the model's",
-  );
-  const unknown = await run("pack", adapters, "-o", target, "--force", "--base", mlp, "--names", "bert.nothing=x");
-  t.match(unknown, { code: 2, err: /--names bert\.nothing=…: .* adapts no such module/ });
-
-  const lines = join(folder, "lines.tsv");
-  writeFileSync(lines, "one\ta\ntwo\tb\n");
-  writeFileSync(join(folder, "tokenizer.json"), readFileSync(data("minilm/tokenizer.json")));
-  const learn = ["learn", bert, lines, "--model", data("sessions/gemm.onnx"), "-o", join(folder, "x.eigentask")];
-  const tokens = ["--tokenizer", join(folder, "tokenizer.json")];
-  t.match(await run(...learn, ...tokens), {
-    code: 1,
-    err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/,
-  });
-  const distill = [
-    "distill",
-    bert,
-    adapters,
-    "--model",
-    data("sessions/gemm.onnx"),
-    "--text",
-    lines,
-    "-o",
-    join(folder, "d.eigen"),
-  ];
-  t.match(await run(...distill, ...tokens), {
-    code: 1,
-    err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/,
-  });
 });

@@ -1,9 +1,7 @@
 /** The command line's own texts: help of every command, versions, and unknown words. */
-import { spawnSync } from "node:child_process";
 import { mkdtemp, readFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t from "tap";
 import { workIn } from "./command-line.ts";
 import { COMMAND_LINE, runProgram } from "./internals.ts";
@@ -34,7 +32,7 @@ const commands = list
 t.test("a short list, and help of each command that fits 80 columns", async (t) => {
   t.same(
     commands.sort(),
-    "add attach bench check compact distill export fold help hub inspect keygen learn pack remove sign verify view".split(
+    "add attach check compact distill export fold help hub inspect keygen learn pack remove sign verify view".split(
       " ",
     ),
   );
@@ -58,8 +56,6 @@ t.test("each help has an example, whose words are known", async (t) => {
     const { stdout } = await run(...command.split(" "), "--help");
     const [, example = ""] = /\nExample:\n {2}eigenlora (.+)\n$/.exec(stdout) ?? [];
     t.ok(example.startsWith(command), `${command}: ${example}`);
-    // A benchmark would run.
-    if (command === "bench") continue;
     const { stderr } = await run(...example.split(" "));
     t.notMatch(stderr, /unknown|missing|too many|needs|expected/, example);
   }
@@ -76,7 +72,7 @@ t.test("every way to ask for help and version", async (t) => {
     t.equal((await run(...asked)).stdout, help, asked.join(" "));
   const all = (await run("pack", "--help", "--all")).stdout;
   const flags = (text: string) => text.split("\n").filter((line) => /^ {2}-/.test(line)).length;
-  t.match(all, /Default:\s+auto;\s+column with/);
+  t.match(all, /Default:\s+the\s+best\s+for\s+--bytes/);
   t.ok(flags(help) <= 14 && flags(all) > 25, `${flags(help)} options of ${flags(all)}`);
   t.match(help, /more options: --help --all/);
   t.equal((await run("help", "pack", "--all")).stdout, all);
@@ -90,20 +86,12 @@ t.test("every way to ask for help and version", async (t) => {
   t.same(JSON.parse((await run("--version", "--json")).stdout), { version });
 });
 
-t.test("without a command: the list, and exit code 2", async (t) => {
-  t.match(await run(), { status: 2, stdout: list });
-  const { status, stdout } = await run("--json");
-  t.equal(status, 2);
-  t.match(JSON.parse(stdout), { error: { tag: "usage", message: "missing COMMAND" } });
-});
-
 t.test("what is missing, unknown or too much is named, with the nearest", async (t) => {
   const cases: [string[], string][] = [
     [["pack"], "pack: missing ADAPTER_OR_FOLDER"],
     [["pack", "x"], "pack: missing --output"],
     [["learn", "p.eigen", "-o", "x"], "learn: missing EXAMPLES"],
     [["remove", "p.eigen"], "remove: missing TASK"],
-    [["bench"], "bench: missing NAME"],
     [["pakc", "x"], "unknown command 'pakc'; did you mean pack?"],
     [["help", "pakc"], "unknown command 'pakc'; did you mean pack?"],
     [["xyzzy"], "unknown command 'xyzzy'"],
@@ -129,16 +117,6 @@ t.test("what is missing, unknown or too much is named, with the nearest", async 
     t.match({ status: json.status, stderr: json.stderr }, { status: 2, stderr: "" }, args.join(" "));
     t.same(JSON.parse(json.stdout), { error: { tag: "usage", message } });
   }
-});
-
-t.test("the program that is installed", async (t) => {
-  const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
-  const { status, stdout, stderr } = spawnSync(process.execPath, [main, "pack"], { encoding: "utf8" });
-  t.match(
-    { status, stdout, stderr },
-    { status: 2, stdout: "", stderr: "eigenlora: pack: missing ADAPTER_OR_FOLDER\nSee eigenlora pack --help.\n" },
-  );
-  t.equal(spawnSync(process.execPath, [main, "--help"], { encoding: "utf8" }).stdout, list);
 });
 
 t.test("nothing but the bundled parser: the package has one dependency", async (t) => {

@@ -1,13 +1,11 @@
 /** Names of the Hugging Face Hub on the command line, against a server that answers as the Hub does. */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
-import { cp, mkdir, mkdtemp } from "node:fs/promises";
+import { cp, mkdtemp } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t, { type Test } from "tap";
-import { bytesOf } from "./adapters.ts";
 import { json, run, workIn } from "./command-line.ts";
 import { filesBelow, hubFor } from "./huggingface-server.ts";
-import { openSafetensors, openSource, type SafetensorsEntry } from "./internals.ts";
 import { data } from "./packs.ts";
 import { packBytes } from "./sessions.ts";
 
@@ -74,21 +72,6 @@ t.test("a path on the disk wins, and what is mistyped is told", async (t) => {
   t.match(await run("pack", "hf:role", "-o", "b.eigen"), { status: 1, stderr: /expected hf:org\/name/ });
 });
 
-t.test("adapters of other bases are refused, as those on the disk are", async (t) => {
-  const { hub } = await work(t);
-  hub.push("org/role", seed("debtags-role"));
-  const other = new Map(seed("debtags-use"));
-  const config = JSON.parse(new TextDecoder().decode(other.get("adapter_config.json")));
-  other.set("adapter_config.json", text(JSON.stringify({ ...config, base_model_name_or_path: "org/another-model" })));
-  hub.push("org/use", other);
-  const { error } = await json(1, "pack", "org/role", "org/use", "-o", "a.eigen");
-  t.match(error, {
-    tag: "adapter",
-    message: /name different base models: .*all-MiniLM-L6-v2 \(role\).*org\/another-model \(use\)/,
-  });
-  t.notOk(existsSync("a.eigen"));
-});
-
 t.test("check takes a repository's model, with what lies beside it", async (t) => {
   const { hub, home } = await work(t);
   const model = new Map([
@@ -122,59 +105,4 @@ t.test("check takes a repository's model, with what lies beside it", async (t) =
   hub.push("org/plain", new Map([["model.safetensors", session("base.safetensors")]]));
   const none = await json(1, "check", "org/plain", "hf:org/pack/tasks.eigen");
   t.match(none["error"], { message: /hf:org\/plain@.*: holds no ONNX model; export one/ });
-});
-
-t.test("a base is taken from the Hub: a file, a folder's weights in one file or several, or names alone", async (t) => {
-  const { hub } = await work(t);
-  hub.push("org/two", filesBelow(data("sessions/adapters/two")));
-  hub.push("org/base", new Map([["model.safetensors", session("base.safetensors")]]));
-  await json(0, "pack", "org/two", "--base", "hf:org/base/model.safetensors", "--k", "1", "-o", "hub.eigen");
-  await mkdir("base");
-  await cp(data("sessions/base.safetensors"), "base/model.safetensors");
-  await json(
-    0,
-    "pack",
-    data("sessions/adapters/two"),
-    "--base",
-    "base/model.safetensors",
-    "--k",
-    "1",
-    "-o",
-    "local.eigen",
-  );
-  t.ok(readFileSync("hub.eigen").equals(readFileSync("local.eigen")));
-  hub.take();
-  await json(0, "pack", "org/two", "--base", "org/base", "--k", "1", "-o", "folder.eigen");
-  t.ok(readFileSync("folder.eigen").equals(readFileSync("local.eigen")), "a folder's weights are taken, too");
-  t.same(
-    hub.take().filter(({ origin }) => origin === "storage"),
-    [],
-    "once downloaded, they are in the cache",
-  );
-  const whole = await openSafetensors(await openSource(session("base.safetensors")));
-  const shards: SafetensorsEntry[][] = [[], []];
-  const index: { weight_map: Record<string, string> } = { weight_map: {} };
-  for (const [i, [name, { dtype, shape }]] of [...whole.tensors].entries()) {
-    shards[i % 2]!.push({ name, dtype, shape, read: () => whole.read(name) });
-    index.weight_map[name] = `model-${i % 2}.safetensors`;
-  }
-  const files = new Map([["model.safetensors.index.json", text(JSON.stringify(index))]]);
-  for (const [i, entries] of shards.entries()) files.set(`model-${i}.safetensors`, await bytesOf(entries));
-  hub.push("org/sharded", files);
-  await json(0, "pack", "org/two", "--base", "org/sharded", "--k", "1", "-o", "sharded.eigen");
-  t.ok(readFileSync("sharded.eigen").equals(readFileSync("local.eigen")), "of several files, too");
-  hub.push("org/names", new Map([["config.json", text('{"num_attention_heads": 2}')]]));
-  const { notes } = await json(0, "pack", "org/two", "--base", "org/names", "--k", "1", "-o", "names.eigen");
-  t.ok(notes);
-});
-
-t.test("help says how names of the Hub are written", async (t) => {
-  for (const command of ["pack", "add", "check", "learn", "distill", "verify"])
-    t.match(
-      (await run(command, "--help")).stdout,
-      /may lie on the Hugging Face Hub: org\/name, or\nhf:org\/name@revision\/path\./,
-      command,
-    );
-  t.match((await run("inspect", "--help")).stdout, /It may lie on the Hugging Face Hub: hf:org\/name@revision\/file\./);
-  t.notMatch((await run("compact", "--help")).stdout, /Hugging/);
 });

@@ -25,7 +25,6 @@ const rows = [0, 1, 2]
   .map(([text, label]) => ({ text, label: labels[label]! }));
 const names = labels.slice(0, 3);
 await writeFile(join(folder, "rows.jsonl"), rows.map((row) => JSON.stringify(row)).join("\n"));
-await writeFile(join(folder, "rows.tsv"), rows.map(({ text, label }) => `${label}\t${text}`).join("\n"));
 await json(
   0,
   "pack",
@@ -109,19 +108,20 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   for (const pack of [before, after, again]) await pack.close();
 });
 
-t.test("the same seed gives the same file; tables as JSON lines; a LoRA of another rank", async (t) => {
+t.test("the same seed gives the same file; a LoRA of another rank", async (t) => {
   const few = [...learn, "--epochs", "1", "--holdout", "0", "--seed", "7", "--id", "x"];
   const made = await json(0, ...few, "-o", "a.eigentask");
   t.equal(made["holdout"], null);
-  await json(0, ...few.map((word) => (word === "rows.jsonl" ? "rows.tsv" : word)), "-o", "b.eigentask");
+  await json(0, ...few, "-o", "b.eigentask");
   const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
   t.ok(a.equals(b));
   t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
   const lora = await json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
   t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
 
-  await writeFile(join(folder, "two.tsv"), `${names[0]}\tone text\n${names[1]}\tanother text\n`);
-  const two = ["learn", "p.eigen", "two.tsv", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
+  const lines = ["one text", "another text"].map((text, i) => JSON.stringify({ text, label: names[i] }));
+  await writeFile(join(folder, "two.jsonl"), lines.join("\n"));
+  const two = ["learn", "p.eigen", "two.jsonl", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
   const unjudged = (await run(...two, "e.eigentask")).stdout;
   t.match(unjudged, /There are too few examples to hold some back: all were trained on, and the last epoch is kept/);
   t.match(unjudged, /^ +2 +[\d.]+ +kept$/m);
@@ -138,7 +138,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     const program = new Command();
     let code;
     const phase = () => at === "0" && interrupt();
-    learn(program, { progress, phase, warn() {} }, (result) => {
+    learn(program, "", { progress, phase, warn() {} }, (result) => {
       if (typeof result === "number") code = result;
       else console.log(JSON.stringify(result));
     });
@@ -190,24 +190,14 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     ],
     labels: ["a", "b"],
   };
-  for (const [name, text] of [
-    ["1.jsonl", '\uFEFF{"text": "one, two", "label": "a"}\r\n\r\n{"label": "b", "text": "say \\"no\\"", "id": 3}\n'],
-    ["1.tsv", 'a\tone, two\nb\tsay "no"\n'],
-    ["2.tsv", 'Text\tLabel\none, two\ta\n\nsay "no"\tb'],
-    ["1.csv", 'a,"one, two"\r\nb,"say ""no"""\r\n'],
-    ["2.csv", 'id,text,label\n1,"one, two",a\n2,"say ""no""",b'],
-  ] as const) {
-    t.same(await readExamples(await write(name, text), undefined), expected, name);
-  }
+  const text = '\uFEFF{"text": "one, two", "label": "a"}\r\n\r\n{"label": "b", "text": "say \\"no\\"", "id": 3}\n';
+  t.same(await readExamples(await write("1.jsonl", text), undefined), expected);
   t.same(
     (await readExamples(await write("n.jsonl", '{"text":"x","label":1}\n{"text":"y","label":0}'), undefined)).labels,
     ["1", "0"],
   );
-  t.same((await readExamples(await write("lines.csv", 'a,"two\nlines"\nb,c'), ["b", "a", "c"])).labels, [
-    "b",
-    "a",
-    "c",
-  ]);
+  const known = ["b", "a", "c"];
+  t.same((await readExamples(join(folder, "1.jsonl"), known)).labels, known);
   for (const [name, text, message, known] of [
     ["x.jsonl", '{"text":"x","label":"a"}\n{"text":"x"}', /x.jsonl: line 2: expected "label" with a string, got none/],
     ["x.jsonl", '{"text":"x","label":"a"}\n\n{"text":7,"label":"a"}', /line 3: expected "text" with a string, got 7/],
@@ -218,18 +208,20 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     ],
     ["x.jsonl", '{"text":"x","label":"a"}\n[1]', /line 2: expected \{"text": "…", "label": "…"\}, got \[1\]/],
     ["x.jsonl", '{"text":"  ","label":"a"}', /line 1: its text is empty/],
-    ["x.tsv", "a\tone\nb two", /line 2: expected label<TAB>text, found 1 column/],
-    ["x.tsv", "a\tone\n\tempty", /line 2: its label is empty/],
-    ["x.csv", "a,one\nb,two,three", /line 2: expected label,text, found 3 columns/],
-    ["x.csv", 'a,"two\nlines"\nb,say "no"', /line 3: a quote is out of place/],
+    ["x.jsonl", '{"text":"x","label":" "}', /line 1: its label is empty/],
+    ["x.tsv", "a\tone", /line 1: is not valid JSON/],
     [
-      "x.tsv",
-      "a\tone\nspm\ttwo",
+      "x.jsonl",
+      '{"text":"one","label":"a"}\n{"text":"two","label":"spm"}',
       /line 2: the label "spm" is none of --labels a,spam; did you mean spam\?/,
       ["a", "spam"],
     ],
-    ["x.tsv", "a\tone\na\ttwo", /all 2 examples have the label "a"; at least two labels/],
-    ["x.tsv", "\n \n", /has no examples/],
+    [
+      "x.jsonl",
+      '{"text":"x","label":"a"}\n{"text":"y","label":"a"}',
+      /all 2 examples have the label "a"; at least two labels/,
+    ],
+    ["x.jsonl", "\n \n", /has no examples/],
   ] as const) {
     await t.rejects(readExamples(await write(name, text), known), { tag: "source", message });
   }

@@ -1,22 +1,10 @@
 /** Packs whose tasks are entropy-coded as coarsely as an error allows. */
 import { openPack, type Pack } from "eigenlora";
-import { type Adapter, planAppend, projectAdapters, searchPack, taskAdapter } from "eigenlora/build";
+import { type Adapter, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { deltaOf } from "./compare.ts";
-import {
-  codedOptions,
-  completeDtypes,
-  createExtractor,
-  gathered,
-  isCodedPack,
-  openAdapters,
-  recipeOf,
-  type Seek,
-  type Steps,
-  stepsWithin,
-  writeApart,
-} from "./internals.ts";
+import { isCodedPack, type Steps, stepsWithin } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use", "sections-0", "sections-1", "debtags-interface"];
@@ -68,47 +56,6 @@ t.test("an error that integers do not reach is kept to by other numbers", async 
   t.match(report.tried[0]!.reason, /loses more than 0.001 of its ΔW in integers/);
   t.equal(report.name, "private terms alone");
   t.notOk(isCodedPack(pack));
-});
-
-t.test("adapters that are alike share components, which are coded as well", async (t) => {
-  const alike = ["a", "b", "c", "d"].map((id) => ({ ...adapters[0]!, id }));
-  const { chunks, report } = await searchPack(alike, { goal: { kind: "error", max: 0.15 } });
-  const { report: one } = await searchPack(adapters.slice(0, 1), { goal: { kind: "error", max: 0.15 } });
-  t.ok(report.components.max > 0 && report.bytes < 2 * one.bytes, `${report.bytes}, ${one.bytes} of one`);
-  const pack = await openPack(concat(chunks).buffer);
-  for (const adapter of alike) t.ok((await lossOf(pack, adapter)) <= 0.15);
-});
-
-t.test("an adapter that comes later keeps to the pack's error", async (t) => {
-  for (const max of [0.3, 0.05]) {
-    const { chunks } = await searchPack(adapters.slice(0, 3), { goal: { kind: "error", max } });
-    const pack = await openPack(concat(chunks).buffer);
-    const later = await projectAdapters(pack, adapters.slice(3), completeDtypes({ head: "int8" }));
-    for (const { residual } of later) t.ok(residual.total <= max && residual.total > 0.95 * max, `${residual.total}`);
-    const append = await planAppend(pack, later);
-    const grown = concat([...chunks, ...append.body]);
-    grown.set(append.superblock, append.superblockOffset);
-    const again = await openPack(grown.buffer);
-    for (const adapter of adapters) t.ok((await lossOf(again, adapter)) <= max, adapter.id);
-  }
-});
-
-t.test("tasks that are made some at a time are the same", async (t) => {
-  const extractor = await createExtractor();
-  const others = [{ ...adapters[4]!, modules: new Map([...adapters[4]!.modules].slice(2)) }, ...adapters.slice(0, 4)];
-  const seek: Seek = async (some, make) => {
-    await make(new Map(some.map(({ id }) => [id, 0.02])));
-    await make(new Map(some.map(({ id }) => [id, 0.01])));
-  };
-  const opened = await openAdapters("buildPack", others, {}, extractor);
-  const recipe = { ...recipeOf(others, codedOptions({ gauge: "balanced" }, 0.05)), error: 0.15 };
-  const [together, ...apart] = await Promise.all(
-    [undefined, 1, 150_000].map(async (most) => gathered(await writeApart(opened, recipe, seek, undefined, most))),
-  );
-  for (const { chunks, report } of apart) {
-    t.strictSame(concat(chunks), concat(together!.chunks));
-    t.strictSame(report, together!.report);
-  }
 });
 
 t.test("steps are sought for each task, and not for ever", async (t) => {

@@ -1,11 +1,11 @@
 /**
- * Entropy-coded sections: they decode byte for byte, an independent reader written from SPEC.md, appendix A, agrees, damage is found, and
+ * Entropy-coded sections: they decode byte for byte, damage is found, and
  * packs made with a step match their options.
  */
 import { fileURLToPath } from "node:url";
 import type { TensorRef } from "eigenlora";
 import { createRuntime, openPack, type Pack } from "eigenlora";
-import { buildPack, planAppend, projectAdapters, searchPack } from "eigenlora/build";
+import { buildPack, planAppend, projectAdapters } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import {
@@ -31,7 +31,7 @@ import {
   wasmFloats,
   type wasmWork,
 } from "./internals.ts";
-import { readCoded } from "./mutants/read-coded.js";
+import { runs } from "./required.ts";
 
 const OWN_SEED = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url));
 
@@ -81,9 +81,10 @@ function randomSection(seed: number): { section: Uint8Array; tensors: TensorRef[
   return { section, tensors, step };
 }
 
-t.test("any section comes back, and another reader reads the same", async (t) => {
+t.test("any section comes back", async (t) => {
   let coded = 0;
-  for (let seed = 0; seed < 300; seed++) {
+  const count = runs(300);
+  for (let seed = 0; seed < count; seed++) {
     const { section, tensors, step } = randomSection(seed);
     // Bytes before a section may share content with it or not.
     const before = seed % 2 ? randomSection(seed % 4 === 1 ? seed : seed + 1).section.subarray(0, 300) : undefined;
@@ -91,55 +92,8 @@ t.test("any section comes back, and another reader reads the same", async (t) =>
     if (!bytes) continue;
     coded++;
     if (!Buffer.from(await decode(bytes, "part", before)).equals(section)) t.fail(`seed ${seed}`);
-    if (seed % 3 === 0 && !Buffer.from(readCoded(bytes, before)).equals(section))
-      t.fail(`seed ${seed}, the other reader`);
   }
-  t.ok(coded > 200, `${coded} of 300 were smaller coded`);
-});
-
-t.test(
-  "many tensors of few integers: frequencies are given, and take no more bytes than tables that move",
-  async (t) => {
-    const random = uniform(17);
-    for (const dtype of ["int8", "int4", "int3"] as const) {
-      const tensors: TensorRef[] = [];
-      const parts: Uint8Array[] = [];
-      for (let i = 0; i < 45; i++) {
-        const values = Float32Array.from({ length: 8 * 200 }, () => 1.5 * normal(random));
-        const bytes = encodeTensor(dtype, values, 8, 200, new Float32Array(8).fill(1));
-        const byteOffset = tensors.length * bytes.length;
-        tensors.push({ dtype, rows: 8, width: 200, byteOffset, byteLength: bytes.length });
-        parts.push(bytes);
-      }
-      const section = Buffer.concat(parts);
-      const bytes = encodeSection(section, tensors, 4)!;
-      t.ok(Buffer.from(await decode(bytes)).equals(section));
-      t.ok(Buffer.from(readCoded(bytes)).equals(section));
-      // Half as many are too few for frequencies of their own.
-      const half = section.subarray(0, 20 * parts[0]!.length);
-      const few = encodeSection(half, tensors.slice(0, 20), 4)!;
-      t.ok(Buffer.from(await decode(few)).equals(half));
-      t.ok(
-        bytes.length / 45 < 1.005 * (few.length / 20),
-        `${dtype}: ${bytes.length / 45} a tensor, ${few.length / 20}`,
-      );
-    }
-  },
-);
-
-t.test("integers of a normal distribution take about as many bits as they carry", async (t) => {
-  const random = uniform(5);
-  for (const spread of [0.4, 0.7, 1.5, 3, 12]) {
-    const values = Float32Array.from({ length: 20 * 768 }, () => spread * normal(random));
-    const bytes = encodeTensor("int8", values, 20, 768, new Float32Array(20).fill(1));
-    const tensor = { dtype: "int8", rows: 20, width: 768, byteOffset: 0, byteLength: bytes.length } as const;
-    const counts = new Map<number, number>();
-    for (const value of decodeTensor("int8", bytes, 20, 768)) counts.set(value, (counts.get(value) ?? 0) + 1);
-    let entropy = 0;
-    for (const count of counts.values()) entropy -= (count * Math.log2(count / values.length)) / 8;
-    const found = encodeSection(bytes, [tensor], 4)!.length;
-    t.ok(found < 1.05 * entropy + 100, `${found} bytes, entropy ${entropy.toFixed(0)}`);
-  }
+  t.ok(coded > 0.6 * count, `${coded} of ${count} were smaller coded`);
 });
 
 t.test("damage is found, and nothing grows beyond bounds", async (t) => {
@@ -154,7 +108,8 @@ t.test("damage is found, and nothing grows beyond bounds", async (t) => {
   // This one has given frequencies.
   const [, many] = sectionOf(3, 1500);
   let [refused, other] = [0, 0];
-  for (let i = 0; i < 4000; i++) {
+  const count = runs(4000);
+  for (let i = 0; i < count; i++) {
     const damaged = (i % 4 ? bytes : many).slice();
     for (let n = 0; n < 1 + random() * 3; n++)
       damaged[Math.floor(random() * damaged.length)]! ^= 1 << Math.floor(random() * 8);
@@ -166,7 +121,10 @@ t.test("damage is found, and nothing grows beyond bounds", async (t) => {
       refused++;
     }
   }
-  t.ok(refused > 3600, `${refused} refused, ${other} read as something else, which the checksum of a section finds`);
+  t.ok(
+    refused > 0.9 * count,
+    `${refused} refused, ${other} read as something else, which the checksum of a section finds`,
+  );
   for (let length = 0; length < bytes.length; length += 7)
     await t.rejects(decode(bytes.subarray(0, length)), /file, part: as it is coded, /);
   const former = Uint8Array.of(...new TextEncoder().encode("CODE"), ...bytes.subarray(4));
@@ -184,7 +142,8 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
   let [read, refused, many] = [0, 0, 0];
   // A level has those of 0, of 1 to 15, and of all others.
   const frequencies = Uint16Array.from({ length: 15 * 17 }, (_, i) => (i % 17 === 0 ? 600 : i % 17 < 16 ? 40 : 248));
-  for (let seed = 0; seed < 8000; seed++) {
+  const count = runs(8000);
+  for (let seed = 0; seed < count; seed++) {
     const encoder = new Encoder();
     const skew = 1 + random() * 4;
     // One in sixteen is a tensor of given frequencies, with few random decisions: thousands of them would never be right.
@@ -246,8 +205,7 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
     try {
       const found = await decode(bytes, "part", before);
       // Coding adds to what is there, and so tells what was decided only where nothing was.
-      const expected = wide ? (seed % 64 ? found : readCoded(bytes, before)) : section;
-      if (!whole || !Buffer.from(found).equals(expected)) t.fail(`seed ${seed}`);
+      if (!whole || !(wide || Buffer.from(found).equals(section))) t.fail(`seed ${seed}`);
       read++;
       if (wide) many++;
     } catch (error) {
@@ -258,7 +216,7 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
     }
   }
   t.ok(
-    read > 400 && refused > 400 && many > 20,
+    read > count / 20 && refused > count / 20 && many > count / 400,
     `${read} read, ${many} of them with given frequencies, ${refused} refused`,
   );
 });
@@ -280,17 +238,6 @@ t.test("floats of a decoded tensor by WebAssembly are those of decodeTensor, tur
   t.ok(wasmFloats("int8", new Uint8Array(8), 1, 4, true)!.every((value) => value === 0));
   t.equal(wasmFloats("int8", new Uint8Array(8), 2 ** 20, 2 ** 10, false), undefined, "more than it has memory for");
   t.end();
-});
-
-t.test("a section larger than the memory that is kept", async (t) => {
-  const section = new Uint8Array(1 << 20);
-  const random = uniform(8);
-  for (let i = 0; i < section.length; i += 1 + Math.floor(random() * 20)) section[i] = 1 + Math.floor(random() * 127);
-  const tensors = [{ dtype: "int8", rows: 1, width: section.length - 4, byteOffset: 0, byteLength: section.length }];
-  for (const some of [[], tensors as TensorRef[]]) {
-    const bytes = encodeSection(section, some, 4)!;
-    for (let round = 0; round < 2; round++) t.ok(Buffer.from(await decode(bytes)).equals(section));
-  }
 });
 
 /** A coded section of nearly the largest size: one tensor whose integers are mostly 0. */
@@ -364,41 +311,6 @@ t.test(
   },
 );
 
-t.test("where there is no memory for one section, the next is decoded by WebAssembly again", async (t) => {
-  const { section, tensors, step } = randomSection(1);
-  const stored = encodeSection(section, tensors, step)!;
-  const { Memory } = WebAssembly;
-  t.teardown(() => Object.assign(WebAssembly, { Memory }));
-  const { wasmWork } = await freshDecoder();
-  const work = () => wasmWork(stored, new Uint8Array(), section.length, (fault) => t.fail(`${fault}`) as never);
-  const none = (): never => {
-    throw new RangeError("could not allocate memory");
-  };
-  Object.assign(WebAssembly, { Memory: none });
-  t.equal(await work(), undefined);
-  Object.assign(WebAssembly, { Memory });
-  t.ok(await work());
-});
-
-t.test("many sections at the same time take one memory", async (t) => {
-  const { Memory } = WebAssembly;
-  t.teardown(() => Object.assign(WebAssembly, { Memory }));
-  let made = 0;
-  const counted = class extends Memory {
-    constructor(size: WebAssembly.MemoryDescriptor) {
-      super(size);
-      made++;
-    }
-  };
-  Object.assign(WebAssembly, { Memory: counted });
-  const { section, tensors, step } = randomSection(1);
-  const stored = encodeSection(section, tensors, step)!;
-  const how = { file: "file", part: "part" };
-  const found = await Promise.all(Array.from({ length: 50 }, () => decodeSection(stored, how)));
-  for (const one of found) t.ok(Buffer.from(one).equals(section));
-  t.ok(made <= 1, `${made}`);
-});
-
 t.test("sections that are decoded at the same time", async (t) => {
   const sections = [1, 2, 3, 4].map((seed) => randomSection(seed));
   const coded = sections.map(({ section, tensors, step }) => encodeSection(section, tensors, step));
@@ -415,16 +327,7 @@ t.test("packs made with a step", async (t) => {
   const open = async (chunks: readonly Uint8Array[]): Promise<Pack> => openPack(new Uint8Array(Buffer.concat(chunks)));
   const some = adapters.slice(0, 12);
   const how = { gauge: "balanced", rank: 3, select: { kind: "k", k: 16 } } as const;
-  const plain = await buildPack(some, { ...how, dtype: { basis: "int3", coefficients: "int3", head: "int4" } });
   const coded = await buildPack(some, { ...how, step: 0.025 });
-
-  await t.test("fewer bytes lose less than with few bits for every number", async (t) => {
-    const errorOf = ({ report }: typeof plain): number => report.error.mean;
-    t.ok(coded.report.bytes < 0.85 * plain.report.bytes, `${coded.report.bytes} of ${plain.report.bytes} bytes`);
-    t.ok(errorOf(coded) < errorOf(plain), `${errorOf(coded)} of ${errorOf(plain)}`);
-    t.equal(coded.report.step, 0.025);
-    t.ok((coded.report.breakEvenTasks ?? 0) >= 1, "components are shared between tasks");
-  });
 
   await t.test("a finer step takes more bytes and loses less", async (t) => {
     const fine = await buildPack(some, { ...how, step: 0.01 });
@@ -467,14 +370,6 @@ t.test("packs made with a step", async (t) => {
     t.equal(blob.terms.length, pack.modules.length);
     const mean = [...grown.tasks.values()].slice(0, 12).reduce((sum, task) => sum + task.bytes / 12, 0);
     t.ok(grown.tasks.get(adapters[15]!.id)!.bytes < 2 * mean, "about as large as the others");
-  });
-
-  await t.test("one adapter alone: private terms of which each has the bits that it is worth", async (t) => {
-    const goal = { kind: "bytes", max: 12_500 } as const;
-    const own = await searchPack([adapters[0]!], { goal, ways: [{ gauge: "balanced", grows: "steps" }] });
-    const before = await searchPack([adapters[0]!], { goal, dtype: { head: "int4" } });
-    t.ok(own.report.bytes <= goal.max && own.report.bytes > 0.95 * goal.max, `${own.report.bytes} bytes`);
-    t.ok(own.report.error.mean < before.report.error.mean, `${own.report.error.mean} of ${before.report.error.mean}`);
   });
 
   await t.test("what does not go together is refused", async (t) => {

@@ -2,15 +2,13 @@
  * LoRA files of diffusers: every golden case, names of three generations, alphas and configurations, refusals, files in folders, and the
  * command line. Golden cases go through a pack and a runtime too. The goldens come from diffusers' own loading and PEFT's merge.
  */
-import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
-import { AdapterError, openPack } from "eigenlora";
+import { AdapterError } from "eigenlora";
 import { type Adapter, buildPack, readDiffusers } from "eigenlora/build";
 import { findAdapters, readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
 import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
-import { json as command, workIn } from "./command-line.ts";
 import { checkGolden } from "./compare.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
@@ -50,14 +48,6 @@ for (const name of cases) {
     await checkGolden(t, { name, folder: join(goldens, name), pack, task: "adapter", changed }, { backend: "js" });
   });
 }
-
-t.test("one LoRA under the names of two generations is one adapter", async (t) => {
-  const [now, old] = [await readFile(golden("diffusers-no-metadata")), await readFile(golden("diffusers-old"))];
-  t.equal(old.modules.size, 32);
-  for (const [name, module] of old.modules) t.same(await module.read(), await now.modules.get(name)!.read(), name);
-  await now.close();
-  await old.close();
-});
 
 const A = [2, 3];
 const B = [4, 2];
@@ -123,31 +113,6 @@ t.test("names", async (t) => {
 
 const scaleOf = async (spec: Spec, metadata = {}, module = "unet.x"): Promise<number> =>
   (await (await read(spec, metadata)).modules.get(module)!.read()).Bt[0]! / 2;
-
-t.test("alphas: of each module, by any of their names; without one alpha is the rank", async (t) => {
-  const x = { ...peft("unet.x"), ...peft("unet.y") };
-  t.equal(await scaleOf(x), 1);
-  t.equal(await scaleOf({ ...x, "unet.y.alpha": [[], 8] }), 1, "another module's");
-  for (const shape of [[], [1], [1, 1]]) t.equal(await scaleOf({ ...x, "unet.x.alpha": [shape, 8] }), 4);
-  t.equal(await scaleOf({ ...x, "unet.x.alpha": [[], 3, "F16"] }), 1.5);
-  for (const alpha of [
-    "to_q_lora.alpha",
-    "to_q_lora.down.weight.alpha",
-    "processor.to_q_lora.down.weight.alpha",
-    "to_q.alpha",
-  ]) {
-    const spec = pair("unet.a.processor.to_q_lora.down.weight", "unet.a.processor.to_q_lora.up.weight");
-    t.equal(await scaleOf({ ...spec, [`unet.a.${alpha}`]: [[], 6] }, {}, "unet.a.to_q"), 3, alpha);
-  }
-});
-
-t.test("number formats: F16, BF16 and F64 as they are", async (t) => {
-  for (const type of ["F16", "BF16", "F64"] as const) {
-    const adapter = await read({ "unet.x.lora_A.weight": [A, 1, type], "unet.x.lora_B.weight": [B, 2, type] });
-    const { A: a, Bt } = await adapter.modules.get("unet.x")!.read();
-    t.same([...a, ...Bt], [1, 2, 3, 4, 5, 6, 2, 4, 6, 8, 3, 5, 7, 9]);
-  }
-});
 
 t.test("lora_adapter_metadata: a LoraConfig for each model", async (t) => {
   const config = (fields: object): Record<string, unknown> => ({ lora_adapter_metadata: fields });
@@ -335,47 +300,4 @@ t.test("folders and files", async (t) => {
     tag: "adapter",
     message: /holds no LoRA, but \d+ tensors such as text_encoder.*A whole model is no adapter/,
   });
-});
-
-t.test("the command line: pack, inspect, verify, add, export", async (t) => {
-  const root = mkdtempSync(join(tmpdir(), "eigenlora-diffusers-"));
-  workIn(t, root);
-  const json = (...args: string[]): Promise<Record<string, any>> => command(0, ...args);
-  const scaled = golden("diffusers");
-  mkdirSync(join(root, "styles/old"), { recursive: true });
-  cpSync(golden("diffusers-old"), join(root, "styles/old", NAME));
-  cpSync(scaled, join(root, "styles/scaled.safetensors"));
-  const lossless = ["--mode", "column", "--energy", "1", "--dtype", "f32"];
-  const packed = await json("pack", "styles", "-o", "p.eigen", "--as", "old=2023", ...lossless);
-  t.match(packed, {
-    tasks: 2,
-    modules: 44,
-    adapterBytes: statSync(scaled).size + statSync(golden("diffusers-old")).size,
-  });
-  const { modules } = await json("inspect", "p.eigen");
-  t.match(modules[0], { name: "unet.down_blocks.0.attentions.0.proj_in", out: 16, in: 16 });
-
-  await json("add", "p.eigen", scaled, "--as", "adapter=again");
-  const against = ["styles", scaled].flatMap((path) => ["--against", path]);
-  const verified = await json("verify", "p.eigen", ...against, "--as", "old=2023", "--as", "adapter=again");
-  t.same(verified["tasks"].map(({ id }: { id: string }) => id).sort(), ["2023", "again", "scaled"]);
-  for (const { id, error } of verified["tasks"]) t.ok(error.max < 1e-5, `${id}: ${error.max}`);
-
-  // Parts are identified by the adapters' content: another adapter makes another part.
-  t.equal((await json("hub", "shard", scaled, "-o", "a.part"))["present"], false);
-  t.equal((await json("hub", "shard", scaled, "-o", "a.part"))["present"], true);
-  t.equal((await json("hub", "shard", "styles/old", "-o", "a.part", "--force"))["present"], false);
-
-  await json("export", "p.eigen", "--task", "scaled", "-o", "scaled");
-  const [exported, original] = [await readFile(join(root, "scaled")), await readFile(scaled)];
-  t.same([...exported.modules.keys()], [...original.modules.keys()]);
-  const base = await loadTensors(join(goldens, "diffusers/base.safetensors"));
-  const [back, expected] = [await apply(exported, base), await apply(original, base)];
-  const worst = Math.max(...[...expected].map(([name, values]) => difference(back.get(name)!, values)));
-  t.ok(worst < 1e-5, `exported: ${worst}`);
-  for (const adapter of [exported, original]) await adapter.close();
-
-  const pack = await openPack(join(root, "p.eigen"));
-  t.equal(pack.tasks.get("again")!.adapterBytes, statSync(scaled).size);
-  await pack.close();
 });

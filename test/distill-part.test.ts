@@ -51,9 +51,9 @@ t.test("tasks distilled in parts make the pack of one part, byte for byte", asyn
     error: { tag: "task", message: /one.eigen has a task "debtags-role" already/ },
   });
   t.match(await distil(2, c, ...asked, "--dtype", "int8", "-o", "x.eigen"), {
-    error: { tag: "usage", message: /--dtype is for --part/ },
+    error: { tag: "usage", message: /--dtype needs --part/ },
   });
   t.match(await distil(2, c, ...how, "--part", "--key", "key.pem", "-o", "x.part"), {
-    error: { tag: "usage", message: /--key is for a pack/ },
+    error: { tag: "usage", message: /--key and --part exclude each other: parts are not signed/ },
   });
 });

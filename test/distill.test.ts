@@ -7,22 +7,14 @@ import { cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "n
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { openPack, type TensorRef } from "eigenlora";
-import { type Adapter, searchPack, taskAdapter } from "eigenlora/build";
+import { openPack } from "eigenlora";
+import { type Adapter, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, type DistillOptions, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { readTask } from "../examples/minilm.js";
 import { json, run, workIn } from "./command-line.ts";
-import {
-  askAdapter,
-  decodeScales,
-  MeanDivergence,
-  parseTaskFile,
-  shuffle,
-  supervisionOf,
-  uniform,
-} from "./internals.ts";
+import { MeanDivergence, parseTaskFile, uniform } from "./internals.ts";
 import { data, LOSSLESS } from "./packs.ts";
 import { soak } from "./required.ts";
 import { feeds, GOLDENS, model, NODE, type Ort, open, outputOf, packBytes, type Session, WEB } from "./sessions.ts";
@@ -166,40 +158,6 @@ t.test("a task that shares one side keeps to its share, and trains what is its o
   await t.rejects(other.begin("three"), /another share of the components .* make one with `init: { task: "three" }`/);
 });
 
-t.test("what the head reads comes closer to the adapter's, not the labels alone", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const adapter = await adapterOf(t, "sessions/adapters/five");
-  const asked = inputs(NODE, session, 32);
-  const made = await distill(session, {
-    ...{ adapter, feeds: inputs(NODE, session, 256).slice(32), steps: 120 },
-    learningRates: { terms: 0.01, head: 0 },
-  });
-  await session.addTask("distilled", made.file);
-  const supervision = supervisionOf(session, {});
-  const rows = await supervision.ask(
-    asked.map((feeds) => ({ feeds })),
-    "test",
-  );
-  const featuresOf = async (of: Adapter): Promise<Map<unknown, Float32Array>> => {
-    const found = new Map<unknown, Float32Array>();
-    const how = { where: "test", supervision, features: true };
-    for await (const { row, features } of askAdapter(session, of, ["classifier"], rows, how)) found.set(row, features!);
-    return found;
-  };
-  const wanted = await featuresOf(adapter);
-  const off = async (id: string): Promise<number> => {
-    const task = await taskAdapter(session.pack, id);
-    let sum = 0;
-    for (const [row, own] of await featuresOf(task))
-      sum += own.reduce((all, value, i) => all + (value - wanted.get(row)![i]!) ** 2, 0);
-    await task.close();
-    return Math.sqrt(sum);
-  };
-  const [before, after] = [await off("five"), await off("distilled")];
-  t.ok(after < 0.8 * before, `${before} → ${after}`);
-});
-
 t.test("the hold-out is judged as the sessions judge it; the head is trained; the better is kept", async (t) => {
   const session = await tiny(NODE);
   const teacher = await tiny(NODE, LOSSLESS, ["adapters/five"]);
@@ -245,132 +203,6 @@ t.test("the hold-out is judged as the sessions judge it; the head is trained; th
   const alike = new MeanDivergence();
   alike.add([{ probabilities: [0.5, 0.5 - 1e-9] }], [Float32Array.of(0, 0)]);
   t.equal(alike.mean, 0, "never below 0, whose root would be no rate");
-});
-
-t.test("without a step coefficients are solved that lose less of the answers, in each number format", async (t) => {
-  const types = { basis: "f16", coefficients: "int8", head: "f16" } as const;
-  for (const options of [
-    SMALL,
-    { ...SMALL, dtype: types },
-    { ...SMALL, gauge: "balanced", step: 0.02, headStep: 0.02 } as const,
-  ]) {
-    const session = await tiny(NODE, options);
-    t.teardown(() => session.close());
-    const adapter = await adapterOf(t, "sessions/adapters/three");
-    const made = await distill(session, { adapter, feeds: inputs(NODE, session, 256), steps: 0 });
-    t.match(made, { kept: "distilled", steps: 0 });
-    t.ok(made.divergenceAfter < 0.9 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
-    await session.addTask("solved", made.file);
-    const again = await distill(session, { adapter, task: "solved", feeds: inputs(NODE, session, 256), steps: 0 });
-    t.equal(again.divergenceBefore, made.divergenceAfter, "what the file holds");
-  }
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const adapter = await adapterOf(t, "sessions/adapters/three");
-  const fixed = { adapter, feeds: inputs(NODE, session, 64), steps: 20, learningRates: { terms: 0 } };
-  await session.addTask("head", (await distill(session, fixed)).file);
-  const coefficients = async (id: string): Promise<string[]> => {
-    const { terms, bytes } = await session.pack.load(id);
-    const hex = ({ byteOffset, byteLength }: { byteOffset: number; byteLength: number }): string =>
-      Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex");
-    return terms.flatMap(({ A, B }) => [hex(A!.tensor), hex(B!.tensor)]);
-  };
-  t.same(await coefficients("head"), await coefficients("three"), "at a rate of 0 they stay as they are");
-});
-
-t.test("feeds may be of several lengths", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const adapter = await adapterOf(t, "sessions/adapters/two");
-  const whole = inputs(NODE, session, 32);
-  const cut = whole.map((one, i) => {
-    if (i % 3 > 0) return one;
-    const shorter = ([name, { type, dims, data }]: [string, BatchFeeds[string]]): [string, BatchFeeds[string]] => {
-      const length = dims[1]! - 2;
-      return [name, { ...(type && { type }), dims: [1, length], data: (data as BigInt64Array).slice(0, length) }];
-    };
-    return Object.fromEntries(Object.entries(one).map(shorter));
-  });
-  const made = await distill(session, { adapter, feeds: cut, steps: 4, batch: 8 });
-  t.ok(made.divergenceBefore > 0 && Number.isFinite(made.divergenceAfter), JSON.stringify(made.divergenceAfter));
-});
-
-t.test("number formats of a task stay, packed integers too", async (t) => {
-  const types = { basis: "f16", coefficients: "int8", head: "int4" } as const;
-  const session = await tiny(NODE, { ...SMALL, dtype: types });
-  t.teardown(() => session.close());
-  const adapter = await adapterOf(t, "sessions/adapters/two");
-  const made = await distill(session, { adapter, feeds: inputs(NODE, session, 32), steps: 30, batch: 16 });
-  t.equal(made.kept, "distilled");
-  await session.addTask("distilled", made.file);
-  const kinds = async (id: string): Promise<unknown> => {
-    const { terms, parameters } = await session.pack.load(id);
-    return [
-      terms.map(({ A, B }) => [A!.tensor.dtype, B!.tensor.dtype]),
-      parameters.map(({ name, tensor }) => `${name} ${tensor.dtype}`).sort(),
-    ];
-  };
-  t.same(await kinds("distilled"), await kinds("two"));
-});
-
-t.test("tasks of a pack with a step keep their steps, whatever the head is stored as", async (t) => {
-  for (const head of ["int4", "f16"] as const) {
-    const session = await tiny(NODE, { ...SMALL, gauge: "balanced", step: 0.02, dtype: { head } });
-    t.teardown(() => session.close());
-    const adapter = await adapterOf(t, "sessions/adapters/two");
-    const made = await distill(session, { adapter, feeds: inputs(NODE, session, 32), steps: 30, batch: 16 });
-    t.ok(made.divergenceAfter <= made.divergenceBefore, `${head}: ${made.divergenceBefore} → ${made.divergenceAfter}`);
-    t.equal(made.kept, "distilled");
-    await session.addTask("distilled", made.file);
-    const scales = async (id: string): Promise<unknown> => {
-      const { terms, parameters, bytes } = await session.pack.load(id);
-      const of = ({ byteOffset, rows, dtype }: TensorRef): number[] =>
-        dtype === "f16" ? [] : [...decodeScales(bytes.subarray(byteOffset), rows)];
-      const weight = parameters.find(({ shape }) => shape.length > 1)!;
-      return [...terms.flatMap(({ A, B }) => [of(A!.tensor), of(B!.tensor)]), of(weight.tensor)];
-    };
-    t.same(await scales("distilled"), await scales("two"));
-  }
-});
-
-t.test("private terms of an entropy-coded pack are distilled, as many as each module has", async (t) => {
-  const alone = { select: { kind: "k", k: 0 }, privateTerms: 255, gauge: "balanced", step: 0.14 } as const;
-  const session = await tiny(NODE, alone);
-  t.teardown(() => session.close());
-  const adapter = await adapterOf(t, "sessions/adapters/five");
-  const ranksOf = async (id: string): Promise<number[]> =>
-    (await session.pack.load(id)).terms.map(({ privateRank }) => privateRank);
-  t.ok(new Set(await ranksOf("five")).size > 1, `ranks ${await ranksOf("five")}`);
-  const made = await distill(session, { adapter, feeds: inputs(NODE, session, 64), steps: 40, batch: 16 });
-  t.equal(made.kept, "distilled");
-  t.ok(made.divergenceAfter < 0.85 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
-  await session.addTask("distilled", made.file);
-  t.same(await ranksOf("distilled"), await ranksOf("five"));
-});
-
-t.test("modules that a coarse step leaves no components on one side are distilled with the others", async (t) => {
-  const options = { ...SMALL, gauge: "balanced", step: 0.45 } as const;
-  const [session, exact] = [await tiny(NODE, options, ["adapters/five", "adapters/two"]), await tiny(NODE, LOSSLESS)];
-  t.teardown(async () => (await session.close(), exact.close()));
-  const components = session.pack.modules.map(({ A: [A], B: [B] }) => `${A!.K} and ${B!.K}`);
-  t.same(components, ["1 and 3", "1 and 2", "0 and 2", "0 and 1"]);
-  const adapter = await adapterOf(t, "sessions/adapters/two");
-  const all = inputs(NODE, session, 128);
-  const made = await distill(session, { adapter, feeds: all, steps: 60, batch: 16, holdout: 0.25 });
-  t.equal(made.kept, "distilled");
-  await session.addTask("distilled", made.file);
-  const shapesOf = async (id: string): Promise<unknown> =>
-    (await session.pack.load(id)).terms.map(({ rank, A, B }) => [rank, A!.tensor.width, A!.mean, B!.tensor.width]);
-  t.same(await shapesOf("distilled"), await shapesOf("two"));
-  // Training and sessions agree on the mean where nothing else acts.
-  const held = shuffle([...all], uniform(0)).slice(0, Math.round(0.25 * all.length));
-  for (const [id, seen] of [
-    ["two", made.divergenceBefore],
-    ["distilled", made.divergenceAfter],
-  ] as const) {
-    const found = await divergence([session, id], [exact, "two"], held);
-    t.ok(Math.abs(found / seen - 1) < 1e-3, `${id}: ${found}, ${seen}`);
-  }
 });
 
 t.test("what cannot be distilled is refused by name", async (t) => {

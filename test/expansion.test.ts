@@ -1,12 +1,7 @@
 /** What tasks may become, and the pieces in which they do. */
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { createRuntime, type OpenOptions, openPack, type Pack, type RuntimeOptions } from "eigenlora";
 import { taskAdapter } from "eigenlora/build";
 import t from "tap";
-import { run } from "./command-line.ts";
-import { createJsBackend, createWasmBackend, uniform } from "./internals.ts";
 import { packFile } from "./vectors/format.js";
 import { ranked as rankedModel } from "./vectors/valid.js";
 
@@ -75,93 +70,6 @@ t.test("what is asked for, a base, and 16 MiB are allowed", async (t) => {
   ]);
   const strict = await open(wide, { maxExpansion: 0.001 });
   t.equal((await (await createRuntime(strict, { ...options, base })).switchTask("task")).modules, 1);
-});
-
-t.test("packs of real adapters are far from the limit", async (t) => {
-  for (const path of ["../examples/tasks.eigen", "data/smollm2/twenty.eigen"]) {
-    const pack = await open(new Uint8Array(await readFile(new URL(path, import.meta.url))));
-    for (const id of pack.tasks.keys()) {
-      const { terms, limit } = await pack.load(id);
-      let bytes = 0;
-      for (const { module, rank, privateRank } of terms)
-        bytes += 4 * (rank + privateRank) * (pack.modules[module]!.in + pack.modules[module]!.out);
-      if (!(bytes < 0.05 * limit!.times * limit!.stored)) t.fail(`${path}: ${id} becomes ${bytes}`);
-    }
-    t.ok(pack.tasks.size > 0, path);
-  }
-});
-
-t.test("export and verify say the flag", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "expansion-"));
-  t.teardown(() => rm(folder, { recursive: true }));
-  const [pack, out] = [join(folder, "p.eigen"), join(folder, "out")];
-  await writeFile(pack, bomb(9000, 256));
-  const refused = await run("export", pack, "--task", "task", "-o", out);
-  t.equal(refused.status, 1);
-  const [, flag, times] = /(--max-expansion) (\d+)/.exec(refused.stderr)!;
-  const taken = await run("export", pack, "--task", "task", "-o", out, flag!, times!);
-  t.equal(taken.status, 0, taken.stderr);
-  const compared = await run("verify", pack, "--against", out, "--as", "out=task");
-  t.equal(compared.status, 1);
-  t.match(compared.stderr, /give --max-expansion \d+/);
-});
-
-t.test("pieces of an operation are small, and together are the whole", async (t) => {
-  const random = uniform(3);
-  const floats = (count: number): Uint8Array =>
-    new Uint8Array(Float32Array.from({ length: count }, () => random() - 0.5).buffer);
-  const [rows, columns, rank] = [10, 701, 4000];
-  const inputs = [floats(rows * columns), floats(rank * rows), floats(rank * columns)];
-  const found: Record<string, Uint8Array[]> = {};
-  for (const backend of [createJsBackend(), await createWasmBackend({ variant: "simd" })]) {
-    const [base, left, right] = inputs.map((bytes) => {
-      const at = { block: backend.allocate(bytes.length, "scratch"), byteOffset: 0 };
-      backend.upload(at, bytes);
-      return at;
-    });
-    const make = (count: number) => ({ block: backend.allocate(4 * count, "scratch"), byteOffset: 0 });
-    const [out, scale, expanded] = [make(rows * columns), make(columns), make(rows * columns)];
-    const shape = {
-      base: base!,
-      left: left!,
-      right: right!,
-      dtype: "f32",
-      rows,
-      columns,
-      stride: columns,
-      rank,
-    } as const;
-    const fold = { ...shape, out };
-    const norms = { ...shape, out: scale, magnitude: right!, axis: "columns" } as const;
-    // Right is a basis too: [rank, columns].
-    const expand = {
-      out: expanded,
-      coefficients: left!,
-      basis: right!,
-      dtype: "f32",
-      rank: rows,
-      rows: rank,
-      width: columns,
-    } as const;
-    const pieces = [backend.folding!(fold), backend.scaling!(norms), backend.expanding!(expand)].map(
-      (work) => [...work].length,
-    );
-    t.ok(
-      pieces.every((count) => count >= 6),
-      `${backend.name}: ${pieces} pieces`,
-    );
-    found[backend.name] = [
-      [out, rows * columns],
-      [scale, columns],
-      [expanded, rows * columns],
-    ].map(([at, count]) => backend.view!(at as typeof out, 4 * (count as number)).slice());
-    backend.close();
-  }
-  for (const [i, name] of ["fold", "scale", "expand"].entries()) {
-    const [js, wasm] = [found["js"]![i]!, found["wasm"]![i]!].map((bytes) => new Float32Array(bytes.buffer));
-    const off = js!.reduce((most, value, at) => Math.max(most, Math.abs(value - wasm![at]!)), 0);
-    t.ok(off < 1e-2, `${name}: ${off}`);
-  }
 });
 
 t.test("an abort is heard within a module", async (t) => {

@@ -3,7 +3,7 @@
  * tool of that format, and the same factors in our own reader. Content without a place in a format is refused by name.
  */
 import { execFileSync, spawnSync } from "node:child_process";
-import { cpSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { AdapterError } from "eigenlora";
@@ -123,36 +123,4 @@ t.test("what a format has no place for is refused by name", async (t) => {
     [() => onnxAdapterFile(dora), /has a magnitude \(DoRA\)/],
   ];
   for (const [make, message] of refused) await t.rejects(make, { message, constructor: AdapterError });
-});
-
-t.test("GGUF by names of other architectures, with more in front", async (t) => {
-  const adapter = await readOne(data("goldens/peft/plain/adapter"));
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of await ggufFile(adapter, { architecture: "bert" })) chunks.push(chunk);
-  const file = join(t.testdir(), "bert.gguf");
-  writeFileSync(file, Buffer.concat(chunks));
-  const again = await readOne(file);
-  t.same(
-    [...again.modules.keys()],
-    [...adapter.modules.keys()].map((name) => name.replace("bert.", "")),
-  );
-});
-
-t.test("command line: an adapter that was trained is never replaced, an export only when asked", async (t) => {
-  const folder = exported;
-  const run = (format: string, to: string, ...more: string[]) => {
-    const args = ["export", "diffusers.safetensors.eigen", "--task", "adapter", "--format", format, "-o", to, ...more];
-    return spawnSync(process.execPath, [cli, ...args], { cwd: folder, encoding: "utf8" });
-  };
-  t.match(run("diffusers", "diffusers.safetensors").stderr, /diffusers\.safetensors/);
-  t.equal(run("diffusers", "diffusers.safetensors").status, 2);
-  t.equal(run("diffusers", "diffusers.safetensors", "--force").status, 0);
-  cpSync(join(goldens, "kohya", "adapter.safetensors"), join(folder, "mine.safetensors"));
-  const before = readFileSync(join(folder, "mine.safetensors"));
-  const refused = run("kohya", "mine.safetensors", "--force");
-  t.equal(refused.status, 2);
-  t.match(refused.stderr, /was not written by export/);
-  t.same(readFileSync(join(folder, "mine.safetensors")), before);
-  t.equal(run("onnx_adapter", "conv.onnx_adapter").status, 1, "convolutions have no place there");
-  t.notOk(existsSync(join(folder, "conv.onnx_adapter")));
 });

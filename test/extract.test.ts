@@ -7,28 +7,20 @@ import type { Dtype } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
 import {
-  alignSigns,
   balance,
   decodeTensor,
   deltaError,
-  dot,
   type ExtractOptions,
   extractModule,
   type ModuleExtraction,
   type ModuleMember,
   type ModuleStack,
   measureModule,
-  mirror,
-  mix,
   multiplyTransposed,
   openModule,
   type Pair,
-  PLAIN,
-  type Products,
   projectModule,
   type SideBasis,
-  tensorBytes,
-  uniform,
 } from "./internals.ts";
 import { runs } from "./required.ts";
 
@@ -417,54 +409,6 @@ t.test("reported errors are those of what is stored", async () => {
   );
 });
 
-t.test("no coefficients of a task are better than those found", async () => {
-  const types = fc.constantFrom<Dtype>("f32", "int8", "int4", "int3");
-  fc.assert(
-    fc.property(stacks, centerings, types, fc.nat(), (stack, centering, basisDtype, seed) => {
-      const options: ExtractOptions = { ...F32, centering, basisDtype, select: { kind: "k", k: 4 } };
-      const result = extractModule(stack, options);
-      const random = generator(seed);
-      const [member] = stack.members as [ModuleMember];
-      const { rank, alphaA } = result.tasks[0]!;
-      const alpha = Float64Array.from(decodeTensor("f32", alphaA, rank, result.A.components));
-      const exact = Float64Array.from(member.A);
-      const error = norm(difference(exact, rowsOf(result.A, alpha, rank)));
-      for (const step of [1e-3, 1e-1]) {
-        const moved = alpha.map((value) => value + step * random());
-        if (norm(difference(exact, rowsOf(result.A, moved, rank))) < error * (1 - 1e-6)) return false;
-      }
-      return true;
-    }),
-    { seed: 3, numRuns: runs(200) },
-  );
-});
-
-t.test("of few bits rows are turned, which changes no ΔW and loses less of it", (t) => {
-  const random = uniform(21);
-  const rows = Float64Array.from({ length: 7 * 12 }, () => random() - 0.5);
-  const same = (a: Float64Array, b: Float64Array): void => {
-    t.ok(a.every((value, i) => Math.abs(value - b[i]!) < 1e-12) && a.length === b.length);
-  };
-  same(mix(mix(rows, 7, 12), 7, 12), rows);
-  const mixed = mix(rows.slice(0, 24), 2, 12);
-  t.ok(Math.abs(dot(mixed, 0, mixed, 0, 24) - dot(rows, 0, rows, 0, 24)) < 1e-12, "lengths stay");
-  // Ranks are 4 and 3, two components are kept: the other rows stay, and so does each mean.
-  const turned = rows.slice();
-  mirror(turned, [4, 3], 12, 2);
-  same(turned.slice(24, 48), rows.slice(24, 48));
-  for (const at of [0, 48])
-    for (let i = at; i < at + 12; i++) t.ok(Math.abs(turned[i]! + turned[i + 12]! - rows[i]! - rows[i + 12]!) < 1e-12);
-  mirror(turned, [4, 3], 12, 2);
-  same(turned, rows);
-  const long = Float64Array.of(8, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1);
-  mirror(long, [4], 4);
-  t.ok(
-    [0, 1, 2, 3].every((i) => Math.hypot(...long.subarray(4 * i, 4 * i + 4)) > 4),
-    "of one long row and three short ones four long ones",
-  );
-  t.end();
-});
-
 t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it came in", async () => {
   fc.assert(
     fc.property(stacks, centerings, fc.nat(), (stack, centering, seed) => {
@@ -505,232 +449,8 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
   }
 });
 
-t.test("signs of balanced pairs point along the mean, whatever the order and the signs they came in", async () => {
-  const [stack] = real as [ModuleStack];
-  const balanced = (): Pair[] => stack.members.map((member) => balance(toPair(member), stack.out, stack.in));
-  const meanOf = (pairs: readonly Pair[]): Float64Array => {
-    const mean = new Float64Array(stack.in + stack.out);
-    for (const { A, Bt } of pairs) {
-      A.forEach((value, i) => (mean[i % stack.in]! += value / 48));
-      Bt.forEach((value, i) => (mean[stack.in + (i % stack.out)]! += value / 48));
-    }
-    return mean;
-  };
-  const pairs = balanced();
-  const before = norm(meanOf(pairs));
-  alignSigns(pairs, stack.out, stack.in);
-  const mean = meanOf(pairs);
-  t.ok(norm(mean) > 1.15 * before, "a longer mean");
-  const random = generator(1);
-  const shuffled = balanced().reverse();
-  for (const pair of shuffled) {
-    for (let i = 0; i < pair.rank; i++) {
-      if (random() < 0) continue;
-      for (let j = 0; j < stack.in; j++) pair.A[i * stack.in + j]! *= -1;
-      for (let j = 0; j < stack.out; j++) pair.Bt[i * stack.out + j]! *= -1;
-    }
-  }
-  alignSigns(shuffled, stack.out, stack.in);
-  const again = meanOf(shuffled);
-  const sign = Math.sign(mean.reduce((all, value, i) => all + value * again[i]!, 0));
-  t.ok(
-    largest(
-      mean,
-      again.map((value) => sign * value),
-    ) <=
-      1e-12 * norm(mean),
-    "the same mean, but for one sign",
-  );
-});
-
-t.test("the order of the adapters does not matter", async () => {
-  for (const stack of real.slice(0, 3)) {
-    for (const gauge of ["as-trained", "balanced"] as const) {
-      const options: ExtractOptions = { ...F32, gauge, select: { kind: "k", k: 16 } };
-      const one = extractModule(stack, options);
-      const other = extractModule({ ...stack, members: [...stack.members].reverse() }, options);
-      for (const side of ["A", "B"] as const) {
-        t.ok(largest(projector(one[side]), projector(other[side])) <= 1e-5, "the same subspace");
-        t.ok(largest(one[side].singular, other[side].singular) <= 1e-7 * one[side].singular[0]!);
-      }
-      for (const task of one.tasks) {
-        const twin = other.tasks.find(({ id }) => id === task.id)!;
-        t.ok(Math.abs(task.error - twin.error) <= 1e-6, `${task.id}: the same error`);
-      }
-    }
-  }
-});
-
-t.test("an adapter of the stack, brought onto the stored basis again, gets the same coefficients", async () => {
-  for (const [gauge, coefficientDtype] of [
-    ["as-trained", "f16"],
-    ["balanced", "f16"],
-    ["balanced", "f32"],
-  ] as const) {
-    const stack = real[1]!;
-    const result = extractModule(stack, { ...F32, gauge, coefficientDtype, select: { kind: "k", k: 12 } });
-    const space = openModule(result);
-    stack.members.forEach((member, i) => {
-      const again = projectModule(space, member, { gauge, coefficientDtype });
-      t.same(again, result.tasks[i]);
-      const measured = measureModule(space, member, again, { gauge, coefficientDtype });
-      t.ok(Math.abs(measured.error - again.error) <= 1e-7, `${gauge} ${coefficientDtype}`);
-    });
-  }
-});
-
 // ---- hard cases
 // -------------------------------------------------------------------------------------------------------
-
-t.test("identical adapters", async () => {
-  const { out, in: inputs, members } = makeStack(7, [3], 20, 30);
-  const copies = ["a", "b", "c", "d"].map((id) => ({ ...members[0]!, id }));
-  const stack = { name: "layer", out, in: inputs, members: copies };
-  for (const [centering, components] of [
-    ["keep", 2],
-    ["none", 3],
-  ] as const) {
-    const result = extractModule(stack, { ...F32, centering });
-    t.equal(result.A.components, components, `${centering}: no direction that is only rounding`);
-    t.equal(result.B.components, components);
-    t.ok(result.tasks.every((task) => task.error <= 1e-6));
-  }
-  // Rank 1: every row is the mean, nothing is left for components.
-  const single = makeStack(8, [1], 20, 30).members[0]!;
-  const same = { ...stack, members: ["a", "b", "c"].map((id) => ({ ...single, id })) };
-  for (const select of [
-    { kind: "k", k: 5 },
-    { kind: "energy", share: 0.9 },
-  ] as const) {
-    const result = extractModule(same, { ...F32, select });
-    t.equal(result.A.components, 0);
-    t.equal(result.A.explained, 1);
-    t.equal(result.A.encoded.length, tensorBytes("f32", 1, 30));
-    t.same(deltaOf(measuredLosses(result, same, F32)), { A: 0, B: 0 });
-    t.ok(result.tasks.every((task) => task.error <= 1e-7 && task.alphaA.length === 0));
-  }
-});
-
-t.test("one adapter alone", async () => {
-  const stack = makeStack(9, [4], 20, 30);
-  const result = extractModule(stack, F32);
-  t.equal(result.A.components, 3, "the mean is one of four dimensions");
-  t.ok(result.tasks[0]!.error <= 1e-6);
-  t.equal(extractModule(stack, { ...F32, centering: "none" }).A.components, 4);
-  t.equal(extractModule(stack, { ...F32, select: { kind: "k", k: 100 } }).A.components, 3, "never more than the rank");
-});
-
-t.test("rank-deficient stacks", async () => {
-  const random = generator(11);
-  const rows = Array.from({ length: 2 }, () => Float64Array.from({ length: 40 }, random));
-  const members = ["a", "b", "c", "d"].map((id): ModuleMember => {
-    const mixed = (): Float32Array =>
-      Float32Array.from(
-        Array.from({ length: 4 }, () => {
-          const [x, y] = [random(), random()];
-          return [...rows[0]!.map((value, j) => x * value + y * rows[1]![j]!)];
-        }).flat(),
-      );
-    return { id, rank: 4, A: mixed(), Bt: mixed() };
-  });
-  const stack = { name: "layer", out: 40, in: 40, members };
-  for (const gauge of ["as-trained", "balanced"] as const) {
-    const result = extractModule(stack, { ...F32, gauge, centering: "none" });
-    t.equal(result.A.components, 2, "two directions and no rounding errors");
-    t.equal(result.B.components, 2);
-    t.ok(result.tasks.every((task) => task.error <= 1e-6 && task.rank === (gauge === "balanced" ? 2 : 4)));
-  }
-});
-
-t.test("an adapter of zeros has error 0 and stays what it is", async () => {
-  const stack = makeStack(12, [2, 2], 10, 14);
-  const zero = { id: "zero", rank: 2, A: new Float32Array(28), Bt: new Float32Array(20) };
-  const untrained = { id: "untrained", rank: 2, A: stack.members[0]!.A, Bt: new Float32Array(20) };
-  for (const gauge of ["as-trained", "balanced"] as const) {
-    for (const centering of ["keep", "none"] as const) {
-      for (const select of [
-        { kind: "k", k: 1 },
-        { kind: "energy", share: 1 },
-      ] as const) {
-        const options: ExtractOptions = { ...F32, gauge, centering, select };
-        const whole = { ...stack, members: [...stack.members, zero, untrained] };
-        const result = extractModule(whole, options);
-        for (const task of result.tasks.slice(2)) t.ok(task.error === 0 && task.rank >= 1);
-        for (const { error, bound, deltaA, deltaB } of measuredLosses(result, whole, options).slice(2))
-          t.ok(error === 0 && bound === 0 && Number.isFinite(deltaA) && Number.isFinite(deltaB));
-        const alone = extractModule({ ...stack, members: [zero] }, options);
-        t.equal(alone.A.components, 0);
-        t.ok(largest(rowsOf(alone.A, [], 1)) === 0);
-      }
-    }
-  }
-});
-
-t.test("one adapter a thousand times larger does not swallow the others", async () => {
-  const stack = makeStack(13, [4, 4, 4], 40, 50);
-  const members = stack.members.map((member, i) =>
-    i > 0 ? member : { ...member, A: member.A.map((x) => 1000 * x), Bt: member.Bt.map((x) => 1000 * x) },
-  );
-  for (const gauge of ["as-trained", "balanced"] as const) {
-    const result = extractModule({ ...stack, members }, { ...F32, gauge, centering: "none" });
-    t.equal(result.A.components, 12);
-    t.ok(orthonormality(result.A) <= 1e-6);
-    for (const member of members) t.ok(storedError(result, member, "f32") <= 1e-6, member.id);
-    // The large rows are in the mean, so coefficients of the small ones are as large as it, and so is their rounding.
-    const kept = extractModule({ ...stack, members }, { ...F32, gauge });
-    for (const member of members) t.ok(storedError(kept, member, "f32") <= 1e-3, member.id);
-  }
-});
-
-t.test("more rows than columns, ranks above the width", async () => {
-  const stack = makeStack(14, [6, 6, 6, 6], 5, 9);
-  for (const gauge of ["as-trained", "balanced"] as const) {
-    const result = extractModule(stack, { ...F32, gauge });
-    t.equal(result.A.singular.length, 9);
-    t.ok(result.A.components <= 9 && result.B.components <= 5);
-    for (const member of stack.members) t.ok(storedError(result, member, "f32") <= 1e-6);
-  }
-});
-
-t.test("the error of two pairs: tiny differences, other gauges, other ranks", async () => {
-  const [member] = makeStack(15, [4], 30, 40).members as [ModuleMember];
-  const pair = toPair(member);
-  t.same(deltaError(pair, pair).difference, 0);
-  const exact = product(pair.A, pair.Bt, 4);
-  for (const size of [1e-3, 1e-7, 1e-11]) {
-    const random = generator(16);
-    const A = pair.A.map((x) => x * (1 + size * random()));
-    const near = { rank: 4, A, Bt: pair.Bt.map((x) => x + size * random()) };
-    const formed = norm(difference(exact, product(near.A, near.Bt, 4)));
-    const found = deltaError(pair, near);
-    t.ok(Math.abs(found.difference / formed - 1) <= 1e-3, `${size}: ${found.difference}, formed ${formed}`);
-    t.ok(found.bound >= found.difference);
-    t.ok(Math.abs(found.norm / norm(exact) - 1) <= 1e-13);
-  }
-  const short = { rank: 2, A: pair.A.slice(0, 80), Bt: pair.Bt.slice(0, 60) };
-  const formed = norm(difference(exact, product(short.A, short.Bt, 2)));
-  t.ok(Math.abs(deltaError(pair, short).difference / formed - 1) <= 1e-12);
-  t.throws(() => deltaError(pair, { rank: 1, A: new Float64Array(3), Bt: new Float64Array(30) }), RangeError);
-});
-
-t.test("another product gives the same result", async () => {
-  let calls = 0;
-  const counted = <Given extends unknown[]>(work: (...given: Given) => Float64Array) => {
-    return (...given: Given): Float64Array => {
-      calls++;
-      return work(...given);
-    };
-  };
-  const products: Products = {
-    multiply: counted(PLAIN.multiply),
-    multiplyTransposed: counted(PLAIN.multiplyTransposed),
-    gram: counted(PLAIN.gram),
-  };
-  const stack = makeStack(17, [3, 3], 12, 16);
-  const select = { kind: "k", k: 3 } as const;
-  t.same(extractModule(stack, { ...F32, select, products }), extractModule(stack, { ...F32, select }));
-  t.ok(calls > 0);
-});
 
 t.test("wrong input is refused", async () => {
   const stack = makeStack(18, [2, 2], 6, 8);

@@ -1,5 +1,5 @@
 /**
- * docs/families.md shows the findings of the last whole run of test/soak-families.js (test/families/results/results.json), for the
+ * docs/research/families.md shows the findings of the last whole run of test/soak-families.js (test/families/results/results.json), for the
  * families that test/families/models.py makes now, within the tolerances of that run. The run itself takes minutes and PyTorch: `npm run
  * soak`.
  */
@@ -15,7 +15,7 @@ const read = (path: string): string => readFileSync(new URL(path, import.meta.ur
 const results = JSON.parse(read("families/results/results.json")) as Results;
 
 t.test("the page is what the run has found", async (t) => {
-  t.equal(read("../docs/families.md"), render(results), "run node test/soak-families.js --write");
+  t.equal(read("../docs/research/families.md"), render(results), "run node test/soak-families.js --write");
 });
 
 t.test("the run knew every family", async (t) => {

@@ -3,7 +3,6 @@ import { cp, mkdir, mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t from "tap";
-import { serveFolder } from "../examples/page/serve.js";
 import { json, run, workIn } from "./command-line.ts";
 import { createOutput, downloading } from "./internals.ts";
 import { data } from "./packs.ts";
@@ -70,46 +69,6 @@ t.test("adapters of two base models: a warning, and a card that names none", asy
   t.match(
     (await run("pack", "two", "-o", "r.eigen")).stdout,
     /^For a model card: 1 LoRA adapter of org\/one in one file/m,
-  );
-});
-
-t.test("a task where an option is meant", async (t) => {
-  for (const command of ["export", "fold"]) {
-    const { status, stderr } = await run(command, "p.eigen", "sst2", "-o", "x");
-    t.equal(status, 2);
-    t.match(stderr, /too many arguments; did you mean --task sst2\?/);
-  }
-});
-
-t.test("what is mistyped was not asked of a Hub that must not be asked", async (t) => {
-  const { HF_HUB_OFFLINE, HF_HOME } = process.env;
-  t.teardown(() => {
-    for (const [name, value] of Object.entries({ HF_HUB_OFFLINE, HF_HOME }))
-      if (value === undefined) delete process.env[name];
-      else process.env[name] = value;
-  });
-  Object.assign(process.env, { HF_HUB_OFFLINE: "1", HF_HOME: process.cwd() });
-  t.match(await run("pack", "my/adapters", "-o", "p.eigen"), {
-    status: 1,
-    stderr:
-      "eigenlora: hf:my/adapters: is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: unset it to download. There is no file " +
-      "or folder my/adapters here, so it was taken for a repository of the Hugging Face Hub\n",
-  });
-});
-
-t.test("the page's port is taken", async (t) => {
-  const { url, close } = await serveFolder(".");
-  t.teardown(close);
-  const port = Number(new URL(url).port);
-  await t.rejects(serveFolder(".", { port }), {
-    message: `port ${port} is taken, perhaps by this page: end that with Ctrl-C, or take another with --port N`,
-  });
-});
-
-t.test("the exit codes are in the help", async (t) => {
-  t.match(
-    (await run("--help")).stdout,
-    /^Exit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 Ctrl-C\.$/m,
   );
 });
 

@@ -1,32 +1,18 @@
 /**
  * Flat mode, compared with numpy's f64 values and with ΔW formed here, on every backend, and in a session of the real model.
  */
-import { readdirSync, readFileSync } from "node:fs";
-import { createRuntime, type Dtype, openPack } from "eigenlora";
-import { buildPack, projectAdapters, taskAdapter } from "eigenlora/build";
+import { readFileSync } from "node:fs";
+import { type Dtype, openPack } from "eigenlora";
+import { buildPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { openOnnxHost } from "eigenlora/onnx";
 import fc from "fast-check";
 import t from "tap";
-import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { backends } from "./backend-list.ts";
 import { values } from "./backend-suite.ts";
-import { seededTensors } from "./bases.ts";
-import { checkGolden, deltaOf, floats, relativeDifference } from "./compare.ts";
-import {
-  type ExtractOptions,
-  extractModule,
-  type ModuleMember,
-  type ModuleStack,
-  measureModule,
-  openModule,
-  projectModule,
-  turnTo,
-  uniform,
-} from "./internals.ts";
-import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
+import { checkGolden, deltaOf } from "./compare.ts";
+import { type ExtractOptions, extractModule, type ModuleMember, type ModuleStack, uniform } from "./internals.ts";
+import { concat, data, goldenPacks, LOSSLESS } from "./packs.ts";
 import { runs } from "./required.ts";
-import { difference, NODE, open } from "./sessions.ts";
 
 const F32: ExtractOptions = {
   mode: "flat",
@@ -154,148 +140,10 @@ t.test("what is reported is what is stored; all components together lose nothing
   t.pass("150 packs");
 });
 
-t.test("an adapter of the stack, brought onto the stored basis again, gets the same coefficients", async (t) => {
-  const [stack] = (await stacksOf(["debtags-admin", "debtags-devel", "sections-0", "sections-1"])) as [ModuleStack];
-  const options: ExtractOptions = { ...F32, select: { kind: "k", k: 2 }, coefficientDtype: "f16" };
-  const result = extractModule(stack, options);
-  const space = openModule(result);
-  stack.members.forEach((member, i) => {
-    const again = projectModule(space, member, options);
-    t.same(again, result.tasks[i]);
-    const measured = measureModule(space, member, again, options);
-    t.ok(Math.abs(measured.error - again.error) <= 1e-7);
-  });
-  const balanced = { ...options, gauge: "balanced" as const };
-  const turned = extractModule(stack, balanced);
-  for (const [i, member] of stack.members.entries()) {
-    const again = projectModule(openModule(turned), member, balanced);
-    t.ok(
-      Math.abs(again.error - turned.tasks[i]!.error) <= 2e-3,
-      `turned again: ${again.error}, ${turned.tasks[i]!.error}`,
-    );
-    t.ok(Math.abs(measureModule(openModule(turned), member, again, balanced).error - again.error) <= 1e-6);
-  }
-});
-
-t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real adapters", async (t) => {
-  const random = uniform(3);
-  for (const zero of [0, 1, 3]) {
-    const fill = (width: number): Float64Array =>
-      Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);
-    const pair = { rank: 4, A: fill(9), Bt: fill(7) };
-    const [A, Bt] = [Float64Array.from(values(36, random)), Float64Array.from(values(28, random))];
-    // Makes it orthogonal to all but one row: a rotation of the others must not lose it.
-    if (zero === 1) [A, Bt].forEach((side) => side.fill(0, side.length / 4));
-    // Zero rows among the others, as in a pair that was rotated before.
-    turnTo(pair, { A: Float64Array.from(values(36, random)), Bt: Float64Array.from(values(28, random)) }, 7, 9);
-    const before = deltaOf(pair);
-    const far = (x: Float64Array, y: Float64Array): number => norm(x.map((value, i) => value - y[i]!)) ** 2;
-    const distance = (): number => far(pair.A, A) + far(pair.Bt, Bt);
-    const start = distance();
-    turnTo(pair, { A, Bt }, 7, 9);
-    t.ok(relativeDifference(deltaOf(pair), before) <= 1e-12, `${zero} zero rows: ΔW stays`);
-    t.ok(distance() <= start + 1e-12);
-    const end = distance();
-    turnTo(pair, { A, Bt }, 7, 9);
-    t.ok(Math.abs(distance() - end) <= 1e-12, "nothing is left to turn");
-  }
-  const ids = readdirSync(data("adapters/own-seed")).filter((name) => !name.startsWith("."));
-  const [stack] = (await stacksOf(ids)) as [ModuleStack];
-  const mean = (gauge: "as-trained" | "balanced"): number => {
-    const { tasks } = extractModule(stack, { ...F32, gauge, select: { kind: "k", k: 8 } });
-    return tasks.reduce((sum, { error }) => sum + error, 0) / tasks.length;
-  };
-  const [trained, turned] = [mean("as-trained"), mean("balanced")];
-  t.ok(turned < 0.96 * trained, `as trained ${trained}, balanced and turned ${turned}`);
-});
-
-t.test("other ranks: padded, or refused by name", async (t) => {
-  const adapters = [adapterOf("a", 3, 1), adapterOf("b", 2, 2), adapterOf("c", 3, 3)];
-  const { chunks } = await buildPack(adapters, { mode: "flat", ...LOSSLESS });
-  const pack = await openPack(concat(chunks));
-  t.match(pack.modules[0]!.A[0], { kind: "flat", rank: 3, K: 2 });
-  const types = { basis: "f32", coefficients: "f32", head: "f32" } as const;
-  const [projected] = await projectAdapters(pack, [{ ...adapters[1]!, id: "again" }], types);
-  t.ok(projected!.residual.max <= 1e-6, "rank 2 on a basis of rank 3");
-  await t.rejects(projectAdapters(pack, [adapterOf("d", 4, 4)], types), {
-    tag: "adapter",
-    field: "layer",
-    message: /rank 4, but the flat basis holds whole factors of rank 3/,
-  });
-  for (const [select, centering, message] of [
-    [{ kind: "k", k: 3 }, "keep", /3 components: flat mode has at most 2 beside the mean for 3 adapters/],
-    [{ kind: "k", k: 4 }, "none", /4 components: flat mode has at most 3 for 3 adapters/],
-  ] as const) {
-    await t.rejects(buildPack(adapters, { mode: "flat", select, centering }), { name: "RangeError", message });
-  }
-});
-
 t.test("PEFT's goldens through flat packs and every backend", async (t) => {
   for (const centering of ["keep", "none"] as const) {
     const goldens = await goldenPacks({ mode: "flat", centering });
     t.ok(goldens.length >= 22, `${goldens.length} goldens`);
-    for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
-  }
-});
-
-const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
-
-t.test("several components through every backend: the adapters' own weights", async (t) => {
-  const { bytes } = await packOf(
-    TASKS.map((id) => `adapters/own-seed/${id}`),
-    { ...LOSSLESS, mode: "flat" },
-    (name) => name.includes("layer.1."),
-  );
-  const stacks = (await stacksOf(TASKS)).filter(({ name }) => name.includes("layer.1."));
-  for (const options of backends()) {
-    const pack = await openPack(bytes);
-    const base = seededTensors(pack.modules, "f32");
-    const before = new Map(
-      [...base].map(([name, { data }]) => [name, Float32Array.from(new Float32Array(data.buffer))]),
-    );
-    const runtime = await createRuntime(pack, { ...options, base });
-    for (const [i, id] of TASKS.entries()) {
-      await runtime.switchTask(id);
-      for (const { name, members } of stacks) {
-        const weight = `${name.replace("bert.", "")}.weight`;
-        const found = floats(await runtime.readWeight(weight)).map((value, at) => value - before.get(weight)![at]!);
-        const { A, Bt, rank } = members[i]!;
-        const off = relativeDifference(found, deltaOf({ rank, A, Bt }));
-        t.ok(off <= 2e-5, `${runtime.backend}: ${id} ${weight} off by ${off}`);
-      }
-    }
-    await runtime.close();
-  }
-});
-
-t.test("a session of the real model: factors, folded, and PEFT", async (t) => {
-  const model = data("minilm/model_fp16.onnx");
-  const base = await openOnnxHost(model);
-  const paths = TASKS.map((id) => `adapters/own-seed/${id}`);
-  const { bytes } = await packOf(paths, { ...LOSSLESS, mode: "flat", base });
-  const { bytes: few } = await packOf(paths, { mode: "flat", select: { kind: "k", k: 2 }, base });
-  await base.close?.();
-  const reference = await readReference("own-seed");
-  const encode = await createEncoder(NODE);
-  const answers = async (
-    pack: Uint8Array,
-    mode: "auto" | "factors" | "folded",
-    task: string,
-  ): Promise<Float32Array> => {
-    const session = await open(NODE, model, await openPack(new Uint8Array(pack)), mode === "auto" ? {} : { mode });
-    if (mode === "auto") t.equal(session.mode, "factors", "no core between flat components");
-    await session.switchTask(task);
-    const { test } = await readTask(task);
-    const { logits } = await session.run(encode(test.slice(0, 16).map(([text]) => text)));
-    await session.close();
-    return logits!.data as Float32Array;
-  };
-  for (const task of TASKS.slice(0, 2)) {
-    const lossless = await answers(bytes, "auto", task);
-    const off = difference(lossless, reference.get(task)!.logits16.flat());
-    t.ok(off <= 2e-3, `${task}: PEFT's logits, off by ${off}`);
-    const [factors, folded] = [await answers(few, "factors", task), await answers(few, "folded", task)];
-    t.ok(difference(factors, folded) <= 2e-3, `${task}: factors and fold, off by ${difference(factors, folded)}`);
-    t.ok(difference(factors, lossless) > 1e-2, "two of three components are not all");
+    for (const golden of goldens) for (const options of await backends()) await checkGolden(t, golden, options);
   }
 });

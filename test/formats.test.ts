@@ -2,14 +2,12 @@
  * Adapter files of kohya and LyCORIS, llama.cpp, ONNX Runtime and MLX LM, and pipelines of PEFT: every golden case by its own tool's
  * merge, through a pack and a runtime too; names; refusals; facts read from a base; the command line.
  */
-import { spawnSync } from "node:child_process";
-import { cpSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { cpSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { AdapterError, FormatError } from "eigenlora";
 import { type Adapter, buildPack, readKohya } from "eigenlora/build";
 import { describeBase, findAdapters, readAdapters } from "eigenlora/node";
-import t, { type Test } from "tap";
+import t from "tap";
 import { apply, bytesOf, difference, entries, loadTensors, type Spec } from "./adapters.ts";
 import { checkGolden } from "./compare.ts";
 import { openGguf, openOnnxAdapter, unflatten } from "./internals.ts";
@@ -64,27 +62,6 @@ for (const [name, file, format, tolerance] of CASES) {
     if (tolerance === 1e-6) await checkGolden(t, { name, folder, pack, task: adapter.id, changed }, { backend: "js" });
   });
 }
-
-t.test("an MLX adapter with an alpha is warned of: versions of MLX LM read it differently", async (t) => {
-  const folder = t.testdir();
-  cpSync(join(goldens, "mlx"), folder, { recursive: true });
-  const file = join(folder, "adapter_config.json");
-  const config = JSON.parse(readFileSync(file, "utf8"));
-  const { scale, rank = 8 } = config.lora_parameters;
-  for (const [alpha, warnings] of [
-    [rank, []],
-    [
-      2 * rank,
-      [new RegExp(`alpha is ${2 * rank}, .* the scale is ${scale}\\. .* set scale to ${2 * scale} and remove alpha`)],
-    ],
-  ] as const) {
-    writeFileSync(file, JSON.stringify({ ...config, lora_parameters: { ...config.lora_parameters, rank, alpha } }));
-    const adapter = await readOne(folder);
-    t.equal(adapter.warnings.length, warnings.length);
-    t.match(adapter.warnings, warnings);
-    await adapter.close();
-  }
-});
 
 t.test("q8_0 is decoded as gguf-py does: a scale and 32 integers", async (t) => {
   const [exact, coded] = await Promise.all(
@@ -145,13 +122,6 @@ t.test("kohya's names, by their words and by the base's", async (t) => {
   await t.rejects(kohya(flat("lora_unet_a_b"), { names: ["a.b.weight", "a_b.weight"] }), {
     message: /a_b can be a\.b and a_b of the base/,
   });
-});
-
-t.test("names of SDXL's original code, as diffusers translates them", async (t) => {
-  const names: Record<string, string> = JSON.parse(readFileSync(join(goldens, "sdxl-names.json"), "utf8"));
-  t.equal(Object.keys(names).length, 794);
-  const wrong = Object.entries(names).filter(([name, module]) => `unet.${unflatten(name)}` !== module);
-  t.same(wrong, []);
 });
 
 t.test("words read every module of a real UNet back from its flattened name", async (t) => {
@@ -247,36 +217,4 @@ t.test("a pipeline of PEFT's folders is one adapter", async (t) => {
   const [first] = adapter.modules.values();
   t.ok((await first!.read()).A.length > 0);
   await adapter.close();
-});
-
-t.test("a folder that mixes formats is one collection", async (t) => {
-  const folder = t.testdir();
-  const golden = (name: string): string => join(goldens, name);
-  cpSync(golden("kohya/adapter.safetensors"), join(folder, "a.safetensors"));
-  cpSync(golden("diffusers/adapter.safetensors"), join(folder, "b.safetensors"));
-  mkdirSync(join(folder, "c"));
-  cpSync(golden("diffusers-old/adapter.safetensors"), join(folder, "c", "pytorch_lora_weights.safetensors"));
-  cpSync(golden("kohya/base.safetensors"), join(folder, "model.safetensors"));
-  const adapters = await readAdapters([folder]);
-  t.same(
-    adapters.map(({ id }) => id),
-    ["a", "b", "c"],
-  );
-  const { report } = await buildPack(adapters, LOSSLESS);
-  t.equal(report.tasks, 3);
-  for (const adapter of adapters) await adapter.close();
-});
-
-t.test("command line", async (t: Test) => {
-  const cli = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
-  const folder = t.testdir({ "config.json": JSON.stringify(HEADS) });
-  const run = (...args: string[]) => spawnSync(process.execPath, [cli, ...args], { cwd: folder, encoding: "utf8" });
-  const adapter = join(goldens, "gguf", "adapter-f32.gguf");
-  const refused = run("pack", adapter, "-o", "skills.eigen");
-  t.equal(refused.status, 1);
-  t.match(refused.stderr, /--base/);
-  const packed = run("pack", adapter, "-o", "skills.eigen", "--base", "config.json");
-  t.equal(packed.status, 0, packed.stderr);
-  const verified = run("verify", "skills.eigen", "--against", adapter, "--base", "config.json");
-  t.equal(verified.status, 0, verified.stderr);
 });

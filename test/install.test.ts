@@ -7,7 +7,7 @@ import { existsSync } from "node:fs";
 import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath, pathToFileURL } from "node:url";
+import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { createRuntime, openPack } from "eigenlora";
 import type { Page } from "playwright-core";
@@ -428,31 +428,6 @@ t.test("examples/html, with the three files from its own server", { skip: noChro
   const server = await serveFolder(app);
   t.teardown(() => server.close());
   await tryPage(t, server.url, (page) => page.route(/^https:/, (route) => route.abort()));
-});
-
-t.test("examples/html says why it cannot load", { skip: noChromium }, async (t) => {
-  const app = await copyExample("html", ".", "html-fails");
-  const server = await serveFolder(app);
-  t.teardown(() => server.close());
-  const browser = await launch(t);
-  const says = async (url: string, cdn: boolean): Promise<string | null> => {
-    const page = await browser.newPage();
-    if (cdn) await beTheCdn(t, page, join(apps, "node_modules"));
-    else await page.route(/^https:/, (route) => route.abort());
-    await page.goto(url);
-    const output = page.locator("output", { hasNotText: "Loading" });
-    await output.waitFor();
-    return output.textContent();
-  };
-  t.match(await says(server.url, false), /CDN cannot be loaded\. Go online, or put/);
-  for (const cdn of [true, false]) {
-    t.match(
-      await says(pathToFileURL(join(app, "index.html")).href, cdn),
-      /opened from the disk .*python3 -m http\.server/,
-    );
-  }
-  await rm(join(app, "model.onnx"));
-  t.match(await says(server.url, true), /model\.onnx.*404/);
 });
 
 const TRANSFORMERS = "@huggingface/transformers";

@@ -11,14 +11,7 @@ export { atOnce } from "../dist/src/pace.js";
 export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
 export { transpose } from "../dist/src/tensor/derived.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
-export {
-  DTYPES,
-  decodeTensor,
-  f16ToF32,
-  f32ToBf16,
-  f32ToF16,
-  tensorBytes,
-} from "../dist/src/tensor/dtypes.js";
+export { DTYPES, decodeTensor, f16ToF32, f32ToBf16, f32ToF16, tensorBytes } from "../dist/src/tensor/dtypes.js";
 export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
 export { openSafetensors } from "../dist/src/tensor/safetensors.js";
@@ -43,7 +36,7 @@ export {
 } from "../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
-export { encodeBasis, encodeSignedTaskFile, encodeSuperblock, encodeTask } from "../dist/src/format/encode.js";
+export { encodeBasis, encodeSignedTaskFile, encodeTask } from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
 export { crc32c } from "../dist/src/format/fields.js";
 export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/format.js";
@@ -60,7 +53,7 @@ export { openGguf } from "../dist/src/tensor/gguf.js";
 
 // Names that no server would be asked by.
 
-export { type HubName, hubName, hubUrl } from "../dist/src/http/hub-name.js";
+export { type HubName, hubName } from "../dist/src/http/hub-name.js";
 
 // Every backend on the same numbers, and kernels that the chosen backend would hide.
 
@@ -74,7 +67,6 @@ export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
 
 // Where a weight is: cases that no model of the tests has.
 
-export { sharedModules } from "../dist/src/adapters/adapter.js";
 export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
 export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
@@ -93,7 +85,7 @@ export {
 export { symmetricEigen } from "../dist/src/extract/eigen.js";
 export { deltaError, relative } from "../dist/src/extract/error.js";
 export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-export { alignSigns, balance, mirror, mix, type Pair, turnTo } from "../dist/src/extract/gauge.js";
+export { balance, mix, type Pair } from "../dist/src/extract/gauge.js";
 export {
   backwardSolve,
   cholesky,
@@ -112,33 +104,22 @@ export {
 export type { ExtractOptions, Gauge } from "../dist/src/extract/options.js";
 export { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
 export type { SideBasis } from "../dist/src/extract/side.js";
-export {
-  collectSummary,
-  gramComponents,
-  type Summary,
-  summaryKind,
-  triangle,
-} from "../dist/src/pack/shard/statistics.js";
+export { summaryKind } from "../dist/src/pack/shard/statistics.js";
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
 export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
-export { createExtractor } from "../dist/src/extract/extractor.js";
 export { openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
-export { buildStreamed, Draft, gathered, type Seek, writeApart } from "../dist/src/pack/build.js";
-export { openAdapters, piecesOf } from "../dist/src/pack/encode.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
-export { completeDtypes, recipeOf } from "../dist/src/pack/recipe.js";
+export { completeDtypes } from "../dist/src/pack/recipe.js";
 export { lossesOf } from "../dist/src/pack/report.js";
-export { codedOptions, searchStreamed } from "../dist/src/pack/search.js";
 export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
 export { allOf, freshPack } from "../dist/src/pack/write.js";
 
 // What the command line makes packs of: parts of machines, scores of a folder of adapters.
 
-export { partByGain, readScores } from "../dist/src/cli/pack.js";
 export { type BasisOptions, buildBasis } from "../dist/src/pack/shard/basis.js";
 export {
   adapterStatistics,
@@ -204,36 +185,31 @@ export {
   differentiate,
   type TrainingGraph,
   type TrainingGraphOptions,
-  takeUntransposed,
 } from "../dist/src/autodiff/graph.js";
 export { type ProbedPath, probePath } from "../dist/src/autodiff/path.js";
 export { RULES } from "../dist/src/autodiff/rules.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { Problems } from "../dist/src/autodiff/shapes.js";
 export { fixInnerHeads } from "../dist/src/session/training.js";
-export { askAdapter } from "../dist/src/train/answers.js";
-export { supervisionOf } from "../dist/src/train/create-trainer.js";
-export { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
+export { toBatches } from "../dist/src/train/examples.js";
 export { modelBase } from "../dist/src/train/pack-by-answers.js";
 export { MeanDivergence } from "../dist/src/train/probabilities.js";
 export { readDonor, startState } from "../dist/src/train/start.js";
 export { AdamW } from "../dist/src/train/state.js";
 export { createBatcher } from "../dist/src/train/supervision.js";
-export { headInputs } from "../dist/src/train/trainable-model.js";
 export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
 
 // Small things with many cases.
 
-export { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+export { checkChoice, nearest } from "../dist/src/arguments.js";
 export { Queue } from "../dist/src/queue.js";
 export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 
 // The command line in this process, with its disk, clock or output replaced.
 
-export { readExamples, readQuestions } from "../dist/src/cli/examples.js";
-export { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
-export { takeLock } from "../dist/src/cli/lock.js";
-export { openModel } from "../dist/src/cli/model.js";
+export { downloading, Run } from "../dist/src/cli/command.js";
+export { openScratch, takeLock, writeTogether, writeWhole } from "../dist/src/cli/files.js";
+export { openModel, readExamples, readQuestions } from "../dist/src/cli/model.js";
 export {
   createOutput,
   leftOf,
@@ -244,7 +220,6 @@ export {
   timeLeft,
 } from "../dist/src/cli/output.js";
 export { runProgram } from "../dist/src/cli/program.js";
-export { downloading, Run } from "../dist/src/cli/run.js";
 
 /** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */
 export const COMMAND_LINE: URL = new URL("../dist/src/cli/", import.meta.url);

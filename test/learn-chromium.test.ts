@@ -5,11 +5,9 @@
 import type { Feed } from "eigenlora/session";
 import t from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { embedWeights, uniform } from "./internals.ts";
+import { embedWeights } from "./internals.ts";
 import { asJson, type Case, compare, floats, golden, learning, type Prepared, prepare, relative } from "./learning.ts";
 import { skip, soak } from "./required.ts";
-import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";
-import { type Trained, train } from "./training.js";
 
 /** One case of each kind, the one with most gradients among them; test/learn-graph.test.ts has all, without a GPU. */
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
@@ -95,49 +93,3 @@ t.test(
     }
   },
 );
-
-/** Tolerance of a task's logits after 16 steps. */
-const LEARNED: Record<string, number> = { wasm: 1e-5, webgpu: 1e-4 };
-
-if (soak)
-  t.test(
-    "a trainer in Chromium learns the task that it learns in Node",
-    { skip: noChromium, timeout: soak ? 580_000 : 240_000 },
-    async (t) => {
-      // Its weights are f16 behind Casts: software WebGPU has no f16.
-      const [model, pack] = [modelBytes("f16"), await packBytes(["adapters"], "base")];
-      const next = uniform(5);
-      const lines = Array.from({ length: 36 }, () => Array.from({ length: 6 }, () => 1 + Math.floor(next() * 8))).map(
-        (ids) => ({ ids, label: ids[0]! % 2 ? "odd" : "even" }),
-      );
-      const inNode = await train(NODE, { model, pack, lines });
-      const files = new Map<string, Uint8Array>([
-        ["model.onnx", model],
-        ["tasks.eigen", pack],
-      ]);
-      files.set(
-        "page.js",
-        await bundle(
-          `import { teach } from "./browser-learn.js"; globalThis.answer = teach(${JSON.stringify(lines)});`,
-        ),
-      );
-      await addRuntimes(files, ["asyncify"]);
-      const taught = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Record<
-        string,
-        Trained | "no adapter"
-      >;
-      for (const [provider, found] of Object.entries(taught)) {
-        if (found === "no adapter") {
-          skip(t, "chromium", `${provider}: no adapter`);
-          continue;
-        }
-        const { losses, logits } = found;
-        t.ok(losses.at(-1)! < 0.7 * losses[0]!, `${provider}: loss ${losses[0]} → ${losses.at(-1)}`);
-        const off = difference(logits, inNode.logits);
-        t.ok(
-          off <= LEARNED[provider]!,
-          `${provider}: the task's logits are off by ${off.toExponential(1)} from Node's`,
-        );
-      }
-    },
-  );

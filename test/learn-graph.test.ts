@@ -2,29 +2,21 @@
  * Training graphs: gradients, compared with PyTorch's on plain exports of several exporters; every operator's rule, compared with finite
  * differences; refusals and their messages.
  */
-import { spawnSync } from "node:child_process";
-import { mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import type { Feed } from "eigenlora/session";
 import t from "tap";
 import {
   AdamW,
-  embedWeights,
   type ModelFile,
   ModelProtoSchema,
-  makeFloats,
   makeNode,
   makeValue,
   type OnnxModel,
   readModel,
   type TaskInput,
-  type TrainingGraph,
   type TrainingGraphOptions,
   toBinary,
 } from "./internals.ts";
 import {
-  asJson,
   CASES,
   type Case,
   compare,
@@ -43,7 +35,7 @@ import {
   run,
   sessionOf,
 } from "./learning.ts";
-import { python, pythonLacks, skip, soak } from "./required.ts";
+import { soak } from "./required.ts";
 import { model, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
@@ -80,29 +72,6 @@ t.test("loss and gradients are PyTorch's", async (t) => {
   }
 });
 
-t.test("outputs and inputs that are left out, in many parts", async (t) => {
-  const of = await golden("bert-all-linear");
-  const gradients: Float32Array[] = [];
-  for (const added of [false, true]) {
-    const file = await changed(of.name, ({ graph: { proto: main } }) => {
-      main.initializer.push(makeFloats("most", [1e9], []));
-      main.node = main.node.flatMap((node, i) => {
-        const [value] = node.output as [string];
-        if (!added || node.opType !== "LayerNormalization") return [node];
-        node.output = [`${value}/raw`];
-        const clip = makeNode("Clip", `clip${i}`, [`${value}/raw`, "", "most"], `${value}/clipped`);
-        return [node, clip, makeNode("Dropout", `dropout${i}`, [`${value}/clipped`], [value, ""])];
-      });
-    });
-    const modules = [...of.modules.keys()].map((name) => layerOf(file, name));
-    const { graph, inputs } = await graphOf(file, { modules }, { part: 9 });
-    const feeds = new Map([...of.feeds, ...noisy(inputs, 2, 0, 5), ...learning(graph, of.targets)]);
-    gradients.push((await learned(file, graph, feeds)).gradient);
-  }
-  t.ok(gradients[0]!.some((value) => value !== 0));
-  t.ok(relative(gradients[1]!, gradients[0]!) < 1e-6);
-});
-
 /** Feeds of task inputs: noise, at a rank and a number of labels. */
 function noisy(inputs: readonly TaskInput[], rank: number, labels: number, seed: number): [string, Feed][] {
   return inputs.map(({ name, dims: declared }, i) => {
@@ -119,22 +88,6 @@ function noisy(inputs: readonly TaskInput[], rank: number, labels: number, seed:
       ),
     ];
   });
-}
-
-/** Loss, and all gradients concatenated. */
-async function learned(
-  file: ModelFile,
-  graph: TrainingGraph,
-  feeds: ReadonlyMap<string, Feed>,
-  ort: Ort = NODE,
-): Promise<{ loss: number; gradient: Float32Array }> {
-  const session = await sessionOf(ort, file, "all");
-  const results = await run(session, ort, feeds);
-  await session.release();
-  const gradient = Float32Array.from(
-    [...graph.gradients.values()].flatMap((name) => [...(results[name]!.data as Float32Array)]),
-  );
-  return { loss: Number(results[graph.lossOutput]!.data[0]), gradient };
 }
 
 t.test("factors and a head of another number of labels train together, of any rank, beside features", async (t) => {
@@ -201,43 +154,6 @@ t.test("factors and a head of another number of labels train together, of any ra
   await session.release();
 });
 
-t.test("layers as Gemm, as Gemm of turned weights and as MatMul behind a Transpose have one gradient", async (t) => {
-  const gradients = [];
-  for (const name of ["gemm", "gemm-nn", "transposed"]) {
-    const file = await readModel(model(name));
-    const { graph, inputs } = await graphOf(file, { modules: ["up", "mid"].map((module) => layerOf(file, module)) });
-    const targets = floats(noise(20, 2).map(Math.abs), 5, 4);
-    const feeds = new Map<string, Feed>([
-      ["x", floats(noise(5 * 12, 8), 5, 12)],
-      ...learning(graph, targets),
-      ...noisy(inputs, 2, 0, 19),
-    ]);
-    gradients.push((await learned(file, graph, feeds)).gradient);
-  }
-  t.ok(Math.hypot(...gradients[0]!) > 0.01);
-  for (const gradient of gradients.slice(1)) t.ok(relative(gradient, gradients[0]!) < 1e-6);
-});
-
-t.test("a row counts by the sum of its targets; one of zeros only in the mean", async (t) => {
-  const of = await golden("bert-eager-torchscript");
-  const { file, graph, feeds } = await prepare(of);
-  const weighted = (weights: readonly number[]): Map<string, Feed> => {
-    const data = Float32Array.from(of.targets.data as Float32Array, (v, i) => v * weights[Math.floor(i / 5)]!);
-    return new Map([...feeds, [graph.targetsInput, { ...of.targets, data }]]);
-  };
-  const one = await learned(file, graph, weighted([1, 0, 0, 0, 0]));
-  const other = await learned(file, graph, weighted([0, 0, 3, 0, 0]));
-  const both = await learned(file, graph, weighted([2, 0, 1.5, 0, 0]));
-  t.ok(Math.abs(both.loss - (2 * one.loss + other.loss / 2)) < 1e-5, "losses add up by weight");
-  t.ok(
-    relative(
-      both.gradient,
-      one.gradient.map((g, i) => 2 * g + other.gradient[i]! / 2),
-    ) < 1e-5,
-    "so do gradients",
-  );
-});
-
 t.test("rows of attention that see nothing do not spoil gradients", async (t) => {
   // The dynamo exporter masks with the least float instead of -∞, so such rows see all keys equally.
   const of = await golden("bert-sdpa-torchscript");
@@ -273,25 +189,6 @@ t.test("rows of attention that see nothing do not spoil gradients", async (t) =>
     `${found} along a direction, ${expected} by differences`,
   );
   await session.release();
-});
-
-t.test("later opsets give the same", async (t) => {
-  const of = await golden("bert-eager-torchscript");
-  const gradients = [];
-  for (const opset of [17, 18, 19, 20, 21]) {
-    const file = await changed(
-      "bert-eager-torchscript",
-      ({ proto }) => (proto.opsetImport[0]!.version = BigInt(opset)),
-    );
-    const { graph, inputs } = await graphOf(file, {
-      modules: [...of.modules.keys()].map((name) => layerOf(file, name)),
-    });
-    gradients.push(
-      (await learned(file, graph, new Map([...of.feeds, ...noisy(inputs, 4, 0, 17), ...learning(graph, of.targets)])))
-        .gradient,
-    );
-  }
-  for (const gradient of gradients.slice(1)) t.ok(relative(gradient, gradients[0]!) < 1e-5);
 });
 
 /** A case's model after a change to its graph, as if it had been exported so. */
@@ -360,30 +257,6 @@ t.test("a head alone learns its targets", async (t) => {
   await session.release();
 });
 
-t.test("Python's onnxruntime runs the file as well", async (t) => {
-  const reason = pythonLacks("numpy", "onnxruntime");
-  if (reason) return skip(t, "onnxruntime-python", reason);
-  const of = await golden("llama-torchscript");
-  const prepared = await prepare(of);
-  const { file, feeds } = prepared;
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-learn-"));
-  t.teardown(() => rm(folder, { recursive: true }));
-  await writeFile(join(folder, "training.onnx"), embedWeights(file, []));
-  const input = JSON.stringify(Object.fromEntries([...feeds].map(([name, feed]) => [name, asJson(feed)])));
-  const code = [
-    "import json, sys, numpy, onnxruntime",
-    "session = onnxruntime.InferenceSession('training.onnx', providers=['CPUExecutionProvider'])",
-    "feeds = {k: numpy.array(v['data'], v['type']).reshape(v['dims']) for k, v in json.load(sys.stdin).items()}",
-    "names = [o.name for o in session.get_outputs()]",
-    "print(json.dumps({k: v.ravel().tolist() for k, v in zip(names, session.run(names, feeds))}))",
-  ].join("\n");
-  const ran = spawnSync(python, ["-c", code], { encoding: "utf8", cwd: folder, input, maxBuffer: 1e9 });
-  t.equal(ran.status, 0, ran.stderr);
-  const results = JSON.parse(ran.stdout) as Record<string, number[]>;
-  const { loss, gradients } = compare(of, prepared, (output) => results[output]!);
-  t.ok(loss <= TOLERANCE && gradients <= TOLERANCE, `gradients off by ${gradients.toExponential(1)} at most`);
-});
-
 t.test("where one position is looked at, the last layer works on that one alone", async (t) => {
   /** Names of values from which one position is taken, by the operator that makes them. */
   const positions = ({ model }: ModelFile): string[] => {
@@ -422,53 +295,6 @@ t.test("where one position is looked at, the last layer works on that one alone"
     { logits: "logits" },
   );
   t.same(positions(whole), [], "somebody else looks at all of them");
-});
-
-t.test("gradients of the last layer come last, where onnxruntime begins", async (t) => {
-  for (const name of ["bert-all-linear", "bert-sdpa-dynamo"]) {
-    const { file } = await prepare(await golden(name), { probe: probeOf(NODE) });
-    const learning = file.model.graph.proto.node.findLast(({ opType }) => opType === "If")!;
-    const nodesOf = ({ attribute }: typeof learning) => attribute.find((one) => one.name === "then_branch")!.g!.node;
-    const parts = nodesOf(learning).filter(({ opType }) => opType === "If");
-    // Parts run one after the other, since each needs the one before; onnxruntime begins with the last node of each.
-    const runs = parts.flatMap((part) =>
-      nodesOf(part)
-        .toReversed()
-        .flatMap(({ output }) => output),
-    );
-    t.equal(parts.length, name === "bert-all-linear" ? 2 : 1, name);
-    for (const part of parts) t.ok(nodesOf(part).length <= 450, `${name}: ${nodesOf(part).length} nodes`);
-    const places = new Map(runs.map((value, i) => [value, -i]));
-    const layers = nodesOf(learning).flatMap(({ opType, input, output }) => {
-      const layer = opType === "Identity" && /layer\.(\d+)\..*gradient/.exec(output[0]!)?.[1];
-      return layer ? [[places.get(`eigenlora/then/${input[0]!}`)!, Number(layer)] as const] : [];
-    });
-    const order = layers.sort(([a], [b]) => a - b).map(([, layer]) => layer);
-    t.ok(new Set(order).size > 1, `${name}: ${new Set(order).size} layers`);
-    t.same(
-      order,
-      order.toSorted((a, b) => a - b),
-      name,
-    );
-  }
-});
-
-t.test("the graph is found out with two runs, and written without the weights", async (t) => {
-  const of = await golden("vit-torchscript");
-  const probe = probeOf(NODE);
-  const { file } = await prepare(of, { probe });
-  t.equal(probe.runs, 2);
-  const { node: main } = file.model.graph.proto;
-  const inside = ({ attribute }: (typeof main)[number]): typeof main =>
-    attribute.flatMap(({ g }) => g?.node.flatMap((node) => [node, ...inside(node)]) ?? []);
-  const branches = main.flatMap(inside);
-  t.ok(branches.length > 100);
-  for (const { opType, name, input } of branches) {
-    if (opType === "Concat" && name.startsWith("eigenlora"))
-      t.ok(input.length <= 6, `${name} has ${input.length} inputs`);
-    if (opType === "Transpose" && name.startsWith("eigenlora/learn"))
-      t.notOk(file.model.graph.initializers.has(input[0]!), `${name} copies no weight`);
-  }
 });
 
 t.test("refusals", async (t) => {

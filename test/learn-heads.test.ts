@@ -3,18 +3,15 @@
  * a new task trains all layers, with its own number of labels, and is exported as an adapter that answers alike in PyTorch. Gradients are
  * compared with PyTorch's in learn-graph.test.ts.
  */
-import { mkdtemp, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readFile } from "node:fs/promises";
 import { openPack, type Pack } from "eigenlora";
-import { type BuildOptions, buildPack, peftFiles, taskAdapter } from "eigenlora/build";
+import { type BuildOptions, peftFiles, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { type BatchFeeds, createJudge, createTrainer, distill, type Example, type FitOptions } from "eigenlora/train";
+import { type BatchFeeds, createTrainer, distill, type Example, type FitOptions } from "eigenlora/train";
 import t, { type Test } from "tap";
-import { json, workIn } from "./command-line.ts";
-import { headInputs, uniform } from "./internals.ts";
+import { uniform } from "./internals.ts";
 import { F32 } from "./learning.ts";
-import { concat, data, LOSSLESS, packOf as packed } from "./packs.ts";
+import { data, LOSSLESS, packOf as packed } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
 import { soak } from "./required.ts";
 import { difference, modesOn, NODE, ORTS, type Ort, open, outputOf, type Session } from "./sessions.ts";
@@ -166,20 +163,6 @@ async function agrees(t: Test, name: Name, pack: Pack, task: string, ours: Float
   await peftAgrees(t, files, { base: data(`heads/${name}/base.safetensors`), feeds, ours });
 }
 
-t.test("few bits: every step sees both layers as they will be stored", async (t) => {
-  const session = await trainable(t, "distilbert");
-  const dtype = { coefficients: "int8", head: "int8" } as const;
-  const trainer = await createTrainer(session, { labels: COLOURS, seed: 1 });
-  const known = examples(32, COLOURS.length, 4);
-  for await (const _ of trainer.fit(known, { epochs: 2, dtype, learningRates: { head: 0.05 } }));
-  await session.addTask("mine", await trainer.task({ dtype }));
-  const { parameters } = await session.pack.load("mine");
-  t.same(
-    parameters.map(({ name, tensor }) => `${name} ${tensor.dtype}`),
-    ["pre_classifier.weight int8", "pre_classifier.bias f16", "classifier.weight int8", "classifier.bias f16"],
-  );
-});
-
 for (const name of NAMES) {
   t.test(`${name}: distilling trains the whole head, and the judge hears it`, async (t) => {
     const small = { select: { kind: "k", k: 1 } } as const;
@@ -207,107 +190,3 @@ for (const name of NAMES) {
     }
   });
 }
-
-t.test("a judge asks adapters with their whole heads: a lossless pack answers as they do", async (t) => {
-  for (const name of NAMES) {
-    const adapters = await adaptersOf(name, "two", "four");
-    t.teardown(() => Promise.all(adapters.map((one) => one.close())));
-    const { createEngine } = await import("eigenlora/onnxruntime");
-    const encode = (texts: string[]): BatchFeeds => {
-      const ids = texts.map((text) => Array.from(text, (letter) => 3 + (letter.codePointAt(0)! % 60)));
-      return feedsOf(NODE, { input_ids: ids, attention_mask: ids.map((row) => row.map(() => 1)) }) as BatchFeeds;
-    };
-    const judge = createJudge(createEngine(NODE), model(name), { adapters, texts: ["abcdef", "ghijkl"], encode });
-    t.teardown(() => judge.close());
-    for (const [task, nats] of await judge.byTask(await packOf(name))) t.ok(nats < 1e-6, `${name}, ${task}: ${nats}`);
-    const lossy = await judge.judge(await packOf(name, { select: { kind: "k", k: 1 } }));
-    t.ok(lossy > 1e-4, `${name}: ${lossy}`);
-  }
-});
-
-t.test("which layers are trained", async (t) => {
-  const labels = COLOURS.slice(0, 2);
-  const sizeOf = async (session: Session, head: string | readonly string[] | false): Promise<number> =>
-    (await createTrainer(session, { labels, head })).size.head;
-  const [inner, last] = [WIDTH * (WIDTH + 1), 2 * (WIDTH + 1)];
-  const roberta = await trainable(t, "roberta");
-  t.equal(await sizeOf(roberta, "classifier"), inner + last, "a module that holds them");
-  t.equal(await sizeOf(roberta, ["classifier.out_proj", "classifier.dense"]), inner + last);
-  t.equal(await sizeOf(roberta, "classifier.dense"), inner);
-  t.equal(await sizeOf(roberta, false), 0);
-  await t.rejects(createTrainer(roberta, { labels, head: "score" }), {
-    name: "RangeError",
-    message: /head: the session trains "classifier.dense", "classifier.out_proj", not "score"; create it with reserve/,
-  });
-  const only = await createTrainer(roberta, { labels, head: "classifier.dense" });
-  await t.rejects(only.fit(examples(8, 2, 1), { temperature: 2 }).next(), /needs a trainer with a head/);
-
-  // Tasks without heads: inputs are reserved by name.
-  const bare = await openPack(await withoutHeads("distilbert"));
-  const reserve = { head: MODELS.distilbert };
-  const session = await trainable(t, "distilbert", bare, { reserve });
-  t.equal(await sizeOf(session, "classifier"), last, "a layer's own name is that layer alone");
-  const trainer = await createTrainer(session, { labels: COLOURS, seed: 2 });
-  t.equal(trainer.size.head, inner + COLOURS.length * (WIDTH + 1));
-  for await (const _ of trainer.fit(examples(16, 5, 2), { steps: 2 }));
-  await session.addTask("mine", await trainer.task());
-  await session.switchTask("mine");
-  const { logits } = await session.run(examples(1, 2, 3)[0]!.feeds as Feeds);
-  t.same(logits!.dims, [1, 5]);
-
-  const inputs = ["a", "b"].map((of) => ({ name: `${of}.w`, of, kind: "headWeight", dims: ["tasks", 4, "labels"] }));
-  t.throws(() => headInputs({ inputs } as never, undefined), {
-    name: "RangeError",
-    message: 'head: expected one layer with a row for each label, the session has "a", "b"; name one',
-  });
-});
-
-async function withoutHeads(name: Name): Promise<Uint8Array<ArrayBuffer>> {
-  const adapters = await adaptersOf(name, "two", "four");
-  const { chunks } = await buildPack(
-    adapters.map((one) => ({ ...one, saved: [], metadata: {} })),
-    LOSSLESS,
-  );
-  for (const adapter of adapters) await adapter.close();
-  return concat(chunks);
-}
-
-t.test("the command line learns a task with such a head", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-heads-"));
-  workIn(t, folder);
-  const words = ["<s>", "<pad>", "</s>", ...Array.from({ length: 61 }, (_, i) => `w${i}`)];
-  const vocab = Object.fromEntries(words.map((word, i) => [word, i]));
-  const tokenizer = {
-    ...{ version: "1.0", truncation: null, padding: null, added_tokens: [], normalizer: null, decoder: null },
-    pre_tokenizer: { type: "WhitespaceSplit" },
-    post_processor: null,
-    model: { type: "WordLevel", vocab, unk_token: "<s>" },
-  };
-  await writeFile("tokenizer.json", JSON.stringify(tokenizer));
-  const random = uniform(3);
-  const rows = Array.from({ length: 36 }, () => {
-    const ids = Array.from({ length: 4 + Math.floor(4 * random()) }, () => Math.floor(random() * 61));
-    return { text: ids.map((id) => `w${id}`).join(" "), label: COLOURS[ids[0]! % 3]! };
-  });
-  await writeFile("rows.jsonl", rows.map((row) => JSON.stringify(row)).join("\n"));
-  for (const name of NAMES) {
-    const adapters = ["two", "four"].map((id) => data(`heads/${name}/adapters/${id}`));
-    const files = [`${name}.eigen`, `${name}.eigentask`] as const;
-    await json(0, "pack", ...adapters, "-o", files[0], "--energy", "1");
-    const how = ["--model", model(name), "--tokenizer", "tokenizer.json", "--epochs", "4", "--rate", "0.05"];
-    const made = await json(0, "learn", files[0], "rows.jsonl", ...how, "--holdout", "0", "-o", files[1]);
-    t.same(made["trained"].head, WIDTH * (WIDTH + 1) + 3 * (WIDTH + 1), name);
-    t.ok(made["epochs"].at(-1).loss < 0.9 * made["epochs"][0].loss, JSON.stringify(made["epochs"]));
-    await json(0, "add", files[0], files[1]);
-    const pack = await openPack(join(folder, files[0]));
-    const brings = MODELS[name].flatMap((layer) => [`saved ${layer}.weight`, `saved ${layer}.bias`]);
-    t.same(
-      pack.tasks
-        .get(name)!
-        .brings?.filter((one) => one.startsWith("saved"))
-        .sort(),
-      brings.sort(),
-    );
-    await pack.close();
-  }
-});

@@ -5,7 +5,6 @@ import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { type BatchFeeds, createTrainer, type Encode } from "eigenlora/train";
 import t from "tap";
-import { createEncoder, readTask } from "../examples/minilm.js";
 import { createBatcher, uniform } from "./internals.ts";
 import { LABELS, tiny } from "./learning.ts";
 import { data } from "./packs.ts";
@@ -94,51 +93,6 @@ for (const [name, style, once] of [
     t.equal(asked.length, before + 2);
   });
 }
-
-t.test("a wider gap is looked at anew: one place of padding may hold anything", async (t) => {
-  const { encode, asked } = letters({ positions: true });
-  const inputs = createBatcher(encode, NAMES);
-  const batches = [
-    ["abc", "ab"],
-    ["abcdefgh", "a"],
-  ];
-  for (const texts of batches) {
-    const rows = texts.map((text) => ({ text }));
-    await inputs.lengths(rows);
-    t.same(plain(await inputs.batch(rows)), plain(letters({ positions: true }).encode(texts)));
-  }
-  t.equal(asked.length, 2 + 2 + 2 + 2 + 2);
-});
-
-t.test("texts and feeds do not go into one batch; feeds are taken as they are", async (t) => {
-  const { encode, asked } = letters({});
-  const inputs = createBatcher(encode, NAMES);
-  const feeds = letters({}).encode(["abc"]);
-  t.equal(await inputs.batch([{ feeds }]), feeds);
-  t.same([...(await inputs.lengths([{ feeds }])).values()], [3]);
-  t.equal(asked.length, 0);
-  await t.rejects(inputs.batch([{ feeds }, { text: "abc" }]), {
-    name: "TypeError",
-    message: /texts and feeds together/,
-  });
-});
-
-t.test("MiniLM's tokenizer: batches are what it makes of their texts", async (t) => {
-  const encode = (await createEncoder(NODE)) as unknown as (texts: readonly string[]) => BatchFeeds;
-  const { train } = await readTask("debtags-role");
-  const rows = train.slice(0, 96).map(([text]) => ({ text }));
-  let count = 0;
-  const inputs = createBatcher((texts) => {
-    count += texts.length;
-    return encode(texts);
-  }, NAMES);
-  await inputs.lengths(rows);
-  for (let at = 0; at < rows.length; at += 12) {
-    const some = rows.slice(at, at + 12);
-    t.same(plain(await inputs.batch(some)), plain(encode(some.map(({ text }) => text))));
-  }
-  t.equal(count, rows.length + 2);
-});
 
 const folder = packages("@huggingface/transformers");
 const skip = without("transformers", folder);

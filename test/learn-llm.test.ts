@@ -1,6 +1,6 @@
 /**
  * Gradients of language models by their exporters, Qwen 2 and 3, Gemma 2 and 3, T5 with encoder and decoder in one graph, against
- * PyTorch's in f64. The cases are made here, which takes minutes: a soak (node test/soak-tests.js learn-llm). PYTHON needs onnx too.
+ * PyTorch's in f64. The cases are made here, which takes minutes: a soak (npm run soak -- learn-llm). PYTHON needs onnx too.
  */
 import { spawnSync } from "node:child_process";
 import { readdirSync } from "node:fs";
@@ -36,7 +36,7 @@ function made(folder: string): { cases: string[]; missing?: string } {
 
 t.test(
   "loss and gradients of language models are PyTorch's",
-  { skip: soak ? false : "a soak: node test/soak-tests.js learn-llm", timeout: 1_800_000 },
+  { skip: soak ? false : "a soak: npm run soak -- learn-llm", timeout: 1_800_000 },
   async (t) => {
     const { cases, missing } = made(t.testdir());
     if (missing !== undefined) return skip(t, "peft", `the cases cannot be made: ${missing}`);

@@ -2,7 +2,7 @@
  * Training of more than coefficients: the arithmetic of terms, factors that begin from components, what a stored task keeps of them.
  */
 import { openPack, type Term } from "eigenlora";
-import { type Adapter, buildPack, searchPack, taskAdapter } from "eigenlora/build";
+import { type Adapter, searchPack, taskAdapter } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createTrainer } from "eigenlora/train";
 import fc from "fast-check";
@@ -169,20 +169,6 @@ t.test("factors that were learned are stored as a pack with a step stores its ta
   const [exact, coarse, near] = answers as [Float32Array, Float32Array, Float32Array];
   t.ok(difference(near, exact) < difference(coarse, exact), "the finer one answers more alike");
   await t.rejects(trainer.task({ error: 2 }), /error: expected a number between 0 and 1, got 2/);
-});
-
-t.test("a LoRA that was learned beside coded components keeps what these lack", async (t) => {
-  const adapters = await readAdapters([data("sessions/adapters")]);
-  const { chunks } = await buildPack(adapters, { gauge: "balanced", step: 0.05, select: { kind: "k", k: 2 } });
-  const pack = await openPack(new Blob(chunks as BlobPart[]));
-  const session = await open(NODE, model("torchscript"), pack, { trainable: true });
-  t.teardown(() => Promise.all([session.close(), ...adapters.map((adapter) => adapter.close())]));
-  const trainer = await createTrainer(session, { labels: LABELS, train: "lora", init: "fresh" });
-  for await (const _ of trainer.fit(examples(NODE, session, 32, 5), { steps: 20, batch: 8 }));
-  await session.addTask("whole", await trainer.task({ dtype: F32 }));
-  await session.addTask("small", await trainer.task({ error: 0.2 }));
-  const loss = await lossOf(await taskAdapter(pack, "whole"), await taskAdapter(pack, "small"));
-  t.ok(loss <= 0.2, `${loss}`);
 });
 
 t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", async (t) => {

@@ -8,20 +8,11 @@ import { openPack, type Pack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
 import type { Feed } from "eigenlora/session";
-import {
-  type BatchFeeds,
-  type ByAnswersOptions,
-  createJudge,
-  createTrainer,
-  distill,
-  type Encode,
-  packByAnswers,
-} from "eigenlora/train";
+import { type BatchFeeds, createJudge, createTrainer, distill, type Encode } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { fromBinary, ModelProtoSchema, makeFloats, makeNode, makeValue, toBinary } from "./internals.ts";
 import { compare, golden, learning, noise, prepare, relative, run, sessionOf } from "./learning.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
-import { soak } from "./required.ts";
 import { modelBytes, NODE, ORTS, type Ort, open, type Session } from "./sessions.ts";
 
 const DECODER = data("decoder/onnx/model.onnx");
@@ -167,25 +158,6 @@ for (const { name, ort } of ORTS) {
   });
 }
 
-t.test("runs that do not learn answer every position as other sessions do", async (t) => {
-  const pack = await openPack((await packOf(TASKS, LOSSLESS)).bytes);
-  const [learns, plain] = [
-    await open(NODE, DECODER, pack, { trainable: true }),
-    await open(NODE, DECODER, pack, { mode: "factors" }),
-  ];
-  for (const session of [learns, plain]) await session.switchTask("upper");
-  const ids = await greedy(NODE, learns, "Once upon a time", 12);
-  t.same(ids, await greedy(NODE, plain, "Once upon a time", 12));
-  const all = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as {
-    task: string;
-    prompt: string;
-    ids: number[];
-  }[];
-  t.same(ids, all.find(({ task, prompt }) => task === "upper" && prompt === "Once upon a time")!.ids, "PEFT's own");
-  await learns.close();
-  await plain.close();
-});
-
 t.test("a distilled task answers more like its adapter; the judge sees it", async (t) => {
   const coarse = { select: { kind: "k", k: 2 } } as const;
   const session = await decoder(NODE, coarse);
@@ -215,19 +187,6 @@ t.test("a distilled task answers more like its adapter; the judge sees it", asyn
   const again = createJudge(createEngine(NODE), DECODER, { adapters, ...questions[0]!, encode });
   t.ok((await again.judge(await openPack(few))) > 1e-3);
   await again.close();
-});
-
-t.test("private terms of an entropy-coded pack are distilled at a rate that moves stored integers", async (t) => {
-  const session = await decoder(NODE, { select: { kind: "k", k: 0 }, privateTerms: 255, gauge: "balanced", step: 0.1 });
-  const adapters = await readAdapters(TASKS.map(data));
-  t.teardown(async () => {
-    await session.close();
-    for (const adapter of adapters) await adapter.close();
-  });
-  const examples = Array.from({ length: 48 }, (_, i) => ({ prompt: `Text ${i * 7919}`, completion: ` is for ${i}` }));
-  const made = await distill(session, { adapter: adapters[0]!, examples, encode, steps: 60, batch: 4 });
-  t.equal(made.kept, "distilled");
-  t.ok(made.divergenceAfter < 0.9 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
 });
 
 async function refuses(
@@ -298,41 +257,6 @@ t.test("what a language model cannot learn from is refused by name", async (t) =
   );
   const told = await createTrainer(session, { encode: (...of) => encode(...of), end: "<|end|>" });
   for await (const { loss } of told.fit(EXAMPLES, { steps: 1 })) t.ok(loss > 0);
-  await session.close();
-});
-
-t.test("chats by the tokenizer's template: the assistant's last message is learned", async (t) => {
-  const session = await decoder(NODE);
-  const write = (
-    messages: { role: string; content: string }[],
-    { add_generation_prompt: more }: { add_generation_prompt: boolean },
-  ) => `${messages.map(({ role, content }) => `[${role}]${content}<|end|>!`).join("")}${more ? "[assistant]" : ""}`;
-  const seen: string[] = [];
-  const chatty = Object.assign(
-    (...[texts, how, inputs]: Parameters<Encode>) => {
-      seen.push(...texts);
-      t.equal(how.add_special_tokens, false, "the template has written them");
-      return encode(texts, how, inputs);
-    },
-    { eos_token: "<|end|>", apply_chat_template: write },
-  );
-  const trainer = await createTrainer(session, { encode: chatty as never, seed: 1 });
-  const messages = [
-    { role: "user", content: "hi" },
-    { role: "assistant", content: "ho" },
-  ];
-  for await (const { loss } of trainer.fit([{ messages }, { messages }], { steps: 1 })) t.ok(loss > 0);
-  t.same(
-    // A text is encoded less its last character too, to see whether its end is cut off.
-    [...new Set(seen)].filter((text) => !text.endsWith("<|end|")),
-    ["[user]hi<|end|>![assistant]", "[user]hi<|end|>![assistant]ho<|end|>"],
-    "and nothing behind the end",
-  );
-  const turned = [...messages].reverse();
-  const fit = async (): Promise<void> => {
-    for await (const _ of trainer.fit([{ messages: turned }], { steps: 1 }));
-  };
-  await refuses(t, fit, { name: "RangeError", message: /expected the assistant's message at the end, got "user"/ });
   await session.close();
 });
 
@@ -430,101 +354,4 @@ t.test("a task with a head is distilled where each token has a label", async (t)
   const off = (found: number[]): number => Math.hypot(...found.map((value, i) => value - wanted[i]!));
   const [before, after] = [off(await answers(session, "two")), off(await answers(session, "better"))];
   t.ok(after < 0.95 * before, `probabilities by the session's own runs: ${before} → ${after}`);
-});
-
-const WORDS = ["one", "two", "three", "four", "five"];
-
-/** A tokenizer that tells its words, and what it is asked to encode. */
-function telling(asked: string[]): Encode {
-  const told = (...[texts, ...rest]: Parameters<Encode>) => {
-    asked.push(...texts);
-    return encode(texts, ...rest);
-  };
-  return Object.assign(told, {
-    get_vocab: () => new Map(WORDS.map((word, id) => [word, id])),
-    decode: ([id]: number[]) => WORDS[id!]!,
-  });
-}
-
-t.test("without text, a language model goes on from words of its tokenizer", async (t) => {
-  const [adapter] = await readAdapters([data("decoder/adapters/upper")]);
-  t.teardown(() => adapter!.close());
-  const session = await decoder(NODE, { gauge: "balanced", step: 0.3, select: { kind: "k", k: 6 } });
-  t.teardown(() => session.close());
-  const asked: string[] = [];
-  const how = { encode: telling(asked), steps: 0 };
-  const made = await distill(session, { adapter: adapter!, ...how });
-  t.ok(made.agreement > 0 && made.divergenceBefore > 0, JSON.stringify({ ...made, file: undefined }));
-  t.ok(made.divergenceAfter < made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
-  t.ok(
-    asked.every((text) => text.split(" ").every((word) => [...WORDS, "upper", "lower"].includes(word))),
-    asked.slice(0, 3).join("; "),
-  );
-  if (soak) t.same((await distill(session, { adapter: adapter!, ...how })).file, made.file);
-
-  const template = "{how} this: {input} => {output};";
-  const prompts: string[] = [];
-  const metadata = { ...adapter!.metadata, template, how: "write", input: "no input" };
-  const written = await distill(session, { ...how, adapter: { ...adapter!, metadata }, encode: telling(prompts) });
-  t.ok(written.agreement > 0, JSON.stringify({ ...written, file: undefined }));
-  const others = new Set(prompts.filter((text) => !/^write this: (\w+ ){1,6}=>$/.test(text)));
-  t.same([...others].sort(), ["a a", "a a;"], "prompts, and what ends an answer");
-  const bare = { ...adapter!.metadata, template: "{input} {output}" };
-  const asLines = await distill(session, { ...how, adapter: { ...adapter!, metadata: bare } });
-  t.same(asLines.file, made.file, "a template of the input alone says nothing more than lines do");
-  t.ok(prompts.some((text) => / \d+ /.test(text)) && prompts.some((text) => / (one|two) /.test(text)));
-});
-
-t.test("eight tasks of a language model: what is tried is the same where all of it was finished before", async (t) => {
-  const paths = ["upper", "lower"].map((name) => data(`decoder/adapters/${name}`));
-  const some = await Promise.all(
-    [1, 2, 3, 4].map((i) =>
-      readAdapters(paths, {
-        rename: new Map([
-          ["upper", `upper-${i}`],
-          ["lower", `lower-${i}`],
-        ]),
-      }),
-    ),
-  );
-  const adapters = some.flat().map((adapter) => {
-    const input = adapter.id === "lower-4" ? "{instruction}" : "{input}";
-    return { ...adapter, metadata: { template: `write: ${input} => {output};` } };
-  });
-  t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
-  const kept = new Map<string, string>();
-  const finished: ByAnswersOptions["finished"] = {
-    read: async (key) => kept.get(key),
-    write: async (key, outcome) => void kept.set(key, outcome),
-  };
-  const engine = createEngine(NODE, { intraOpNumThreads: 1 });
-  const pack = () =>
-    packByAnswers(engine, DECODER, { adapters, encode: telling([]), steps: 0, agreement: 0.8, minutes: 5, finished });
-  const { chunks, report } = await pack();
-  // Copies share everything without a model, too.
-  t.same(report.answers, []);
-  t.same(report.warnings, ['lower-4: its template has no "{input}", so it was asked lines of words']);
-  const bases = new Set([...kept.keys()].map((key) => key.split(",")[0]));
-  t.ok(bases.size >= 3, `${bases.size} packs were tried`);
-  const count = kept.size;
-  const again = await pack();
-  t.equal(kept.size, count, "nothing more was tried");
-  t.ok(Buffer.concat(again.chunks).equals(Buffer.concat(chunks)));
-});
-
-t.test("a model that takes one text at a time learns", async (t) => {
-  const proto = fromBinary(ModelProtoSchema, new Uint8Array(await readFile(DECODER)));
-  for (const { type } of proto.graph!.input) {
-    if (type?.value.case !== "tensorType") continue;
-    const [batch] = type.value.value.shape!.dim;
-    batch!.value = { case: "dimValue", value: 1n };
-  }
-  const pack = await openPack((await packOf(TASKS, LOSSLESS)).bytes);
-  const session = await open(NODE, toBinary(ModelProtoSchema, proto).slice(), pack, { trainable: true });
-  const trainer = await createTrainer(session, { encode });
-  const losses: number[] = [];
-  for await (const { loss } of trainer.fit(EXAMPLES, { steps: 6, batch: 1 })) losses.push(loss);
-  t.equal(losses.length, 6);
-  t.ok(losses.every(Number.isFinite), `${losses}`);
-  await session.close();
 });

@@ -1,17 +1,15 @@
 /**
  * The trainer: a task learned on a tiny model and on the real one, its file, its guards. learn-graph.test.ts checks gradients.
  */
-import { openPack } from "eigenlora";
 import { peftFiles, taskAdapter } from "eigenlora/build";
 import { type BatchFeeds, createJudge, createTrainer, type Example } from "eigenlora/train";
 import t from "tap";
-import { createEncoder, readTask } from "../examples/minilm.js";
-import { optionsFor, splitHoldout, targetsOf, toBatches, uniform } from "./internals.ts";
+import { optionsFor } from "./internals.ts";
 import { examples, F32, LABELS, tiny } from "./learning.ts";
-import { data, packOf } from "./packs.ts";
+import { data } from "./packs.ts";
 import { peftAgrees } from "./peft-agrees.ts";
 import { soak } from "./required.ts";
-import { difference, feeds, GOLDENS, NODE, type Ort, open, outputOf, WEB } from "./sessions.ts";
+import { difference, feeds, GOLDENS, NODE, type Ort, outputOf, WEB } from "./sessions.ts";
 
 for (const [name, ort] of [
   ["onnxruntime-node", NODE],
@@ -132,38 +130,6 @@ t.test("the same seed gives the same bits, another one others", async (t) => {
   }
   t.ok(files[0]!.equals(files[1]!));
   t.notOk(files[0]!.equals(files[2]!));
-});
-
-t.test("whoever leaves early keeps the best epoch too", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const known = examples(NODE, session, 32, 2);
-  const trainer = await createTrainer(session, { labels: LABELS, seed: 5 });
-  const losses: number[] = [];
-  let last = Infinity;
-  // Rates high enough to lead away from the findings of the first epochs.
-  const how = {
-    epochs: 12,
-    batch: 4,
-    holdout: 0.25,
-    warmup: 0,
-    decay: "none",
-    learningRates: { terms: 0.3, head: 0.3 },
-  } as const;
-  for await (const { holdout } of trainer.fit(known, how)) {
-    if (!holdout) continue;
-    last = holdout.loss;
-    losses.push(last);
-    if (losses.length > 3 && last > Math.min(...losses)) break;
-  }
-  t.ok(last > Math.min(...losses), `${losses}`);
-  const kept = await trainer.task();
-  const short = await createTrainer(session, { labels: LABELS, seed: 5 });
-  let epochs = 0;
-  for await (const { holdout } of short.fit(known, how))
-    if (holdout && epochs++ === losses.indexOf(Math.min(...losses))) break;
-  t.ok(Buffer.from(kept).equals(Buffer.from(await short.task())), "as one that ends there");
-  await t.rejects(trainer.fit([]).next(), { name: "RangeError", message: "fit: there are no examples" });
 });
 
 t.test("a batch that runs in parts gives the step of the whole", async (t) => {
@@ -321,93 +287,6 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   await t.rejects(createTrainer(plain, { labels: LABELS }), { name: "TypeError", message: /trainable: true/ });
 });
 
-t.test(
-  "a task's head is a start too; what has a rate of 0 stays; steps end a fit; a task file can be gone on with",
-  async (t) => {
-    const session = await tiny(NODE);
-    t.teardown(() => session.close());
-    const labels = ["a", "b", "c"];
-    const trainer = await createTrainer(session, { labels, init: { task: "three" } });
-    const known = examples(NODE, session, 24, 6);
-    await session.switchTask("three");
-    const logits = await outputOf(session, known[0]!.feeds as never);
-    const exps = [...logits].map(Math.exp);
-    const own = exps.map((value) => value / exps.reduce((a, b) => a + b));
-    await trainer.begin("three");
-    t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, own) < 1e-5, "it answers as the task does");
-    const steps: number[] = [];
-    for await (const { step, steps: all } of trainer.fit(known, { steps: 5, batch: 8, learningRates: { head: 0 } }))
-      steps.push(step, all);
-    t.same(steps, [1, 5, 2, 5, 3, 5, 4, 5, 5, 5]);
-    const file = await trainer.task({ dtype: F32 });
-    await session.addTask("mine", file);
-    const head = async (id: string): Promise<string> => {
-      const { parameters, bytes } = await session.pack.load(id);
-      return parameters
-        .map(({ tensor: { byteOffset, byteLength } }) =>
-          Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex"),
-        )
-        .sort()
-        .join();
-    };
-    t.equal(await head("mine"), await head("three"));
-    const learned = await trainer.predict(known.slice(0, 3));
-    await trainer.begin("two");
-    t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, [...learned[0]!]) > 1e-3);
-    await trainer.begin(file);
-    t.ok((await trainer.predict(known.slice(0, 3))).every((row, i) => difference(row, [...learned[i]!]) < 1e-6));
-    await t.rejects(trainer.begin("nobody"), { tag: "task", message: /"nobody"/ });
-    const foreign = file.slice();
-    foreign[20]! ^= 1;
-    await t.rejects(trainer.begin(foreign), { tag: "format", message: /checksum/ });
-    const [one] = session.pack.modules;
-    const small = await createTrainer(session, { labels, modules: [one!.name], init: { task: "three" } });
-    t.ok(
-      small.size.terms * session.pack.modules.length <= 1.01 * trainer.size.terms,
-      `${small.size.terms} of ${trainer.size.terms}`,
-    );
-    await t.rejects(createTrainer(session, { labels, modules: ["nothing"] }), {
-      name: "RangeError",
-      message: /no "nothing"/,
-    });
-  },
-);
-
-t.test("a temperature divides the logits that meet targets, and gradients agree", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" } });
-  await trainer.begin("three");
-  const known = examples(NODE, session, 12, 6);
-  const answers = await trainer.predict(known);
-  const lossAt = (temperature: number): number =>
-    known.reduce((sum, { label }, i) => {
-      const powers = [...answers[i]!].map((p) => p ** (1 / temperature));
-      return (
-        sum -
-        Math.log(powers[typeof label === "number" ? label : LABELS.indexOf(label!)]! / powers.reduce((a, b) => a + b)) /
-          known.length
-      );
-    }, 0);
-  // The first step compares the gradient of head and terms with the loss.
-  const { value } = await trainer
-    .fit(known, { steps: 1, batch: 12, temperature: 0.25, learningRates: { terms: 1e-9, head: 1e-9 } })
-    .next();
-  t.ok(Math.abs(value!.loss - lossAt(0.25)) < 1e-4, `${value!.loss}, ${lossAt(0.25)}`);
-  t.ok(Math.abs(lossAt(1) - lossAt(0.25)) > 0.01, "not what it is undivided");
-});
-
-t.test("soft targets are learned as they are", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" }, seed: 1 });
-  const target = [0.6, 0.3, 0.1];
-  // Answers with one most probable label are enough: probabilities tell more than labels.
-  const known = examples(NODE, session, 16, 3).map(({ feeds }) => ({ feeds, target }));
-  for await (const _ of trainer.fit(known, { epochs: 30, batch: 8 }));
-  for (const row of await trainer.predict(known.slice(0, 4))) t.ok(difference(row, target) < 0.05, String(row));
-});
-
 t.test("aborting and leaving keep what was learned; a loss that explodes stops with the last good state", async (t) => {
   const session = await tiny(NODE);
   t.teardown(() => session.close());
@@ -466,128 +345,25 @@ t.test("a provider whose gradients are wrong is found before the first step", as
   });
 });
 
-t.test("a hold-out leaves two of every label and takes a share of the rest", (t) => {
-  const rows = Array.from({ length: 43 }, (_, i) => ({ label: i < 3 ? 0 : 1, i }));
-  const { train, holdout } = splitHoldout(rows, 0.25, uniform(1));
-  t.equal(train.length + holdout.length, 43);
-  t.equal(holdout.filter(({ label }) => label === 0).length, 1);
-  t.equal(holdout.filter(({ label }) => label === 1).length, 10);
-  t.equal(new Set([...train, ...holdout].map(({ i }) => i)).size, 43);
-  t.same(splitHoldout(rows, 0, uniform(1)).holdout, []);
-  t.end();
-});
-
-t.test("batches have every row once, in chance order, and hardly pad", (t) => {
-  const random = uniform(3);
-  const rows = Array.from({ length: 203 }, (_, i) => ({ i }));
-  const lengths = new Map(rows.map((row) => [row, 5 + Math.floor(random() * 28)]));
-  const batches = toBatches(rows, 8, lengths, random);
-  t.same(
-    batches
-      .flat()
-      .map(({ i }) => i)
-      .sort((a, b) => a - b),
-    rows.map(({ i }) => i),
-  );
-  t.same(
-    batches.map(({ length }) => length).sort((a, b) => a - b),
-    [3, ...Array<number>(25).fill(8)],
-  );
-  const padded = (all: typeof batches): number =>
-    all.reduce((sum, some) => sum + some.length * Math.max(...some.map((row) => lengths.get(row)!)), 0);
-  const bare = [...lengths.values()].reduce((a, b) => a + b, 0);
-  const asTheyCame = Array.from({ length: 26 }, (_, b) => rows.slice(8 * b, 8 * b + 8));
-  t.ok(
-    padded(batches) < 1.15 * bare && padded(asTheyCame) > 1.5 * bare,
-    `${bare}, ${padded(batches)}, ${padded(asTheyCame)}`,
-  );
-  const tops = batches.map((some) => Math.max(...some.map((row) => lengths.get(row)!)));
-  t.ok(
-    tops.some((top, at) => at > 0 && top < tops[at - 1]!),
-    "not in order of length",
-  );
-  t.not(
-    String(
-      toBatches(rows, 8, lengths, random)
-        .flat()
-        .map(({ i }) => i),
-    ),
-    String(batches.flat().map(({ i }) => i)),
-  );
-  t.end();
-});
-
-t.test("targets: smoothing and weights, whose mean is 1", (t) => {
-  const rows = [
-    { label: 2, weight: 1 },
-    { label: 0, weight: 3 },
-    { label: 1, weight: 0 },
-  ];
-  const targets = targetsOf(rows, 4, 0.2);
-  t.ok(
-    difference(targets, [0.0375, 0.0375, 0.6375, 0.0375, 1.9125, 0.1125, 0.1125, 0.1125, 0, 0, 0, 0]) < 1e-6,
-    String(targets),
-  );
-  t.end();
-});
-
 // A visitor teaches that model in page-learn.test.ts.
 if (soak)
-  t.test("the real model: a few lines for each of two labels, on a pack that has not seen the task", async (t) => {
-    const others = ["debtags-role", "debtags-game", "sections-0", "debtags-scope", "debtags-use", "debtags-interface"];
-    const { bytes } = await packOf(
-      others.map((task) => `adapters/own-seed/${task}`),
-      { select: { kind: "k", k: 16 } },
-    );
-    const session = await open(NODE, data("minilm/model_fp16.onnx"), await openPack(bytes), { trainable: true });
-    const encode = await createEncoder(NODE);
-    const { labels, train, test } = await readTask("debtags-devel");
-    const count = (label: number): number => train.filter(([, of]) => of === label).length;
-    const [a, b] = labels.map((_, i) => i).sort((x, y) => count(y) - count(x)) as [number, number];
-    const pick = (rows: readonly (readonly [string, number])[], label: number, most: number): Example<BatchFeeds>[] =>
-      rows
-        .filter(([, of]) => of === label)
-        .slice(0, most)
-        .map(([text]) => ({ text, label: label === a ? 0 : 1 }));
-    const trainer = await createTrainer(session, {
-      labels: [labels[a]!, labels[b]!],
-      encode: encode as never,
-      seed: 1,
+  t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
+    const options = { executionProviders: ["webgpu", "wasm"], graphOptimizationLevel: "all" };
+    t.same(optionsFor(options, { exactNodes: ["a", "b"] }), {
+      ...options,
+      executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"],
     });
-    t.teardown(() => session.close());
-    t.same(trainer.size, { terms: 12 * 8 * 2 * 16, head: 2 * 385 });
-    for await (const _ of trainer.fit([...pick(train, a, 24), ...pick(train, b, 24)], { epochs: 6 }));
-    const asked = [...pick(test, a, 40), ...pick(test, b, 40)];
-    const answers = await trainer.predict(asked);
-    const right = answers.filter(([first, second], i) => (first! > second! ? 0 : 1) === asked[i]!.label).length;
-    t.ok(right >= 0.75 * asked.length, `${right} of ${asked.length}`);
-    const file = await trainer.task();
-    t.ok(file.length < 10_000, `${file.length} bytes`);
-    await session.addTask("mine", file);
-    await session.switchTask("mine");
-    const { logits } = await session.run(encode(asked.slice(0, 8).map(({ text }) => text!)) as never);
-    const values = (logits as { data: Float32Array }).data;
-    asked
-      .slice(0, 8)
-      .forEach((_, i) => t.equal(values[2 * i]! > values[2 * i + 1]!, answers[i]![0]! > answers[i]![1]!, `row ${i}`));
+    const given = { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c"] }] };
+    t.same(optionsFor(given, { exactNodes: ["a"] }), {
+      executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }],
+    });
+    for (const other of [{}, { executionProviders: ["wasm"] }])
+      t.equal(optionsFor(other, { exactNodes: ["a"] }), other);
+    t.equal(optionsFor(options, {}), options);
+    // Weights are not packed a second time.
+    const extra = { session: { disable_prepacking: "1" } };
+    t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options, extra });
+    const inspecting = { graphOptimizationLevel: "disabled", enableCpuMemArena: false, extra };
+    t.same(optionsFor(options, { purpose: "inspect" }), inspecting);
+    t.end();
   });
-
-t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
-  const options = { executionProviders: ["webgpu", "wasm"], graphOptimizationLevel: "all" };
-  t.same(optionsFor(options, { exactNodes: ["a", "b"] }), {
-    ...options,
-    executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"],
-  });
-  const given = { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c"] }] };
-  t.same(optionsFor(given, { exactNodes: ["a"] }), {
-    executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }],
-  });
-  for (const other of [{}, { executionProviders: ["wasm"] }]) t.equal(optionsFor(other, { exactNodes: ["a"] }), other);
-  t.equal(optionsFor(options, {}), options);
-  // Weights are not packed a second time.
-  const extra = { session: { disable_prepacking: "1" } };
-  t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options, extra });
-  const inspecting = { graphOptimizationLevel: "disabled", enableCpuMemArena: false, extra };
-  t.same(optionsFor(options, { purpose: "inspect" }), inspecting);
-  t.end();
-});

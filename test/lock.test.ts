@@ -1,7 +1,7 @@
 /** The lock of writers, and the remains of a writer that is stopped halfway: none. */
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
-import { existsSync, readFileSync, readlinkSync, symlinkSync } from "node:fs";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { chmod, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, truncate, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -15,7 +15,7 @@ const module = (name: string): string => JSON.stringify(new URL(`${name}.js`, CO
 
 /** Starts a process that holds the lock of a file and says so. */
 async function holder(path: string, then = "setInterval(() => {}, 1000);") {
-  const code = `import { takeLock } from ${module("lock")}; import { writeWhole } from ${module("files")};
+  const code = `import { takeLock, writeWhole } from ${module("files")};
     const path = ${JSON.stringify(path)};
     const lock = await takeLock(path, () => {}); console.log("held"); ${then}`;
   const child = spawn(process.execPath, ["--input-type=module", "-e", code], { stdio: ["ignore", "pipe", "inherit"] });
@@ -26,11 +26,11 @@ async function holder(path: string, then = "setInterval(() => {}, 1000);") {
 /** Writes a lock as another process would have left it. */
 function plant(path: string, changes: object): void {
   const self = JSON.parse(own);
-  symlinkSync(JSON.stringify({ ...self, token: "0123456789abcdef", ...changes }), `${path}.lock`);
+  writeFileSync(`${path}.lock`, JSON.stringify({ ...self, token: "0123456789abcdef", ...changes }));
 }
 const probe = join(folder, "probe");
 const first = await takeLock(probe, silent);
-const own = readlinkSync(`${probe}.lock`);
+const own = readFileSync(`${probe}.lock`, "utf8");
 first.close();
 
 t.test("a living owner is waited for, and named when it takes too long", async (t) => {
@@ -56,7 +56,7 @@ t.test("the lock of a process that is gone is taken over, with what it left", as
   await once(child, "exit");
   await writeFile(`${path}.0a1b2c3d.tmp`, "half of a file");
   await writeFile(`${path}.notes.tmp`, "somebody's");
-  t.ok(readlinkSync(`${path}.lock`), "SIGKILL leaves it");
+  t.ok(existsSync(`${path}.lock`), "SIGKILL leaves it");
   (await takeLock(path, silent)).close();
   t.same(
     (await readdir(folder)).filter((name) => name.startsWith("gone")),
@@ -87,7 +87,7 @@ t.test("neither a process id that is used again nor another machine is mistaken"
       `process ${gone} on elsewhere .*cannot be told from here; if it does not, delete .*mistaken.lock`,
     ),
   });
-  t.ok(readlinkSync(`${path}.lock`), "and left alone");
+  t.ok(existsSync(`${path}.lock`), "and left alone");
   await rm(`${path}.lock`);
   // A lock of another kind is not interpreted.
   for (const text of ["", "{}", '{"pid":1,"token":"../../x"}']) {
@@ -101,7 +101,7 @@ t.test("of many that find one dead lock, one at a time has it", async (t) => {
   const path = join(folder, "many");
   const gone = spawnSync(process.execPath, ["-e", ""]).pid;
   // Each process holds it several times; a second one inside would find the file of the first.
-  const code = `import { takeLock } from ${module("lock")}; import { closeSync, openSync, rmSync } from "node:fs";
+  const code = `import { takeLock } from ${module("files")}; import { closeSync, openSync, rmSync } from "node:fs";
     const path = ${JSON.stringify(path)};
     process.stdin.once("data", async () => {
       for (let i = 0; i < 5; i++) {

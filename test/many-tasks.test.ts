@@ -22,7 +22,6 @@ import {
   writePart,
   writeWhole,
 } from "./internals.ts";
-import { concat } from "./packs.ts";
 import { soak } from "./required.ts";
 
 const COUNT = soak ? 10_000 : 4000;
@@ -90,22 +89,6 @@ t.test("an open pack: asking, loading within a limit, adding", async (t) => {
   const before = pack.tasks;
   pack.removeTask("new 0");
   t.ok(before.has("new 0") && !pack.tasks.has("new 0"), "a snapshot stays as it was");
-});
-
-t.test("large tasks: what stays where no limit was asked for", async (t) => {
-  const head = { name: "head.weight", role: "saved", shape: [1 << 21], dtype: "f32" } as const;
-  const large = encodeTask([], [{ ...head, encoded: encodeTensor("f32", new Float32Array(1 << 21), 1, 1 << 21) }]);
-  const tasks = Array.from({ length: 6 }, (_, i) => ({ entry: entry(i), blob: large }));
-  const pack = await openPack(concat(await layoutFresh({ description, bases, basisId, tasks })));
-  const ids = [...pack.tasks.keys()];
-  const resident = (): string[] => ids.filter((id) => pack.tasks.get(id)!.resident);
-  for (const id of ids) await pack.load(id);
-  t.same(resident(), ids.slice(2), "four of the largest, which take more than 8 MB");
-  await pack.prefetch(ids.slice(0, 3));
-  await pack.load(ids[3]!);
-  t.same(resident(), ids, "what was prefetched stays beside them");
-  for (const id of ids.slice(3)) await pack.load(id);
-  t.same(resident(), ids);
 });
 
 t.test("a part of twenty times as many, and tables of as many rows", async (t) => {

@@ -18,7 +18,7 @@ import {
 const child = fileURLToPath(new URL("memory-child.js", import.meta.url));
 
 for (const backend of ["js", "wasm", "webgpu"]) {
-  const skip = backend === "webgpu" && (dawnMissing ?? false);
+  const skip = backend === "webgpu" && ((await dawnMissing()) ?? false);
   t.test(`${backend}: memory() agrees with the engine within 2 %`, { skip }, async (t) => {
     const { stdout, stderr } = spawnSync(process.execPath, ["--expose-gc", child, backend], { encoding: "utf8" });
     if (stdout === "") throw new Error(stderr);

@@ -34,28 +34,6 @@ t.test("a log hears of long work once, and again each tenth, never more than twe
   t.equal(said.at(-1), "packing: 100 %\n");
 });
 
-t.test("short work is silent in a log, and so is all of it with --json", async (t) => {
-  for (const [json, pause] of [
-    [false, 0.04],
-    [true, 60],
-  ] as const) {
-    const { out, after } = output({}, json);
-    for (let done = 1; done <= 100; done++)
-      t.same(
-        after(pause, () => out.progress(steps(done))),
-        [],
-      );
-    t.same(
-      after(pause, () => (out.phase("loading"), out.beat())),
-      [],
-    );
-    t.same(
-      after(1, () => out.warn("x")),
-      json ? [] : ["warning: x\n"],
-    );
-  }
-});
-
 t.test("a log hears once of what cannot be counted, and of work whose next report takes long", async (t) => {
   const { out, after } = output();
   after(0, () => out.phase("loading the model"));

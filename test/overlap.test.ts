@@ -1,25 +1,10 @@
 /**
  * Weights that one task brings whole, or in rows, and another adapts: their values, in a blend too, and refusals by name.
  */
-import {
-  createRuntime,
-  openPack,
-  type Pack,
-  type Runtime,
-  type RuntimeOptions,
-  type Selection,
-  type Tensor,
-} from "eigenlora";
-import {
-  type Adapter,
-  type AdapterModule,
-  buildPack,
-  peftFiles,
-  projectAdapters,
-  type SavedTensor,
-} from "eigenlora/build";
+import { createRuntime, openPack, type Pack, type Runtime, type RuntimeOptions, type Tensor } from "eigenlora";
+import { type Adapter, type AdapterModule, buildPack, type SavedTensor } from "eigenlora/build";
 import t from "tap";
-import { floats, relativeDifference } from "./compare.ts";
+import { relativeDifference } from "./compare.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 import { chance } from "./random-packs.ts";
 
@@ -164,79 +149,6 @@ t.test("weights that are replaced here and adapted there, in numbers", async (t)
   await runtime.close();
 });
 
-t.test("what is not folded adds up to the same", async (t) => {
-  const pack = await packOf(...ALL);
-  const base = baseOf();
-  const selections: [Selection, string?][] = [
-    ...["whole", "rows", "adapts", "dora"].map((id): [Selection] => [id]),
-    [{ whole: 0.5, adapts: 0.25 }, "whole"],
-    [{ whole: 0.5, adapts: 0.25 }, "adapts"],
-    [{ rows: 0.5, adapts: 0.25 }],
-  ];
-  for (const mode of ["factors"] as const) {
-    const live = baseOf();
-    const oracle = await createRuntime(pack, { backend: "js", base: live });
-    const unfolded = await createRuntime(pack, { backend: "js", base, mode });
-    for (const [selection, head] of selections) {
-      for (const runtime of [oracle, unfolded]) await runtime.switchTask(selection, { head });
-      for (const { name, out, in: inputs, layout } of pack.modules) {
-        const changed = unfolded.changes().get(`${name}.weight`);
-        const W = Float64Array.from(changed ? floats(changed) : (base.get(`${name}.weight`)!.data as Float32Array));
-        const term = unfolded.term(name);
-        const at = (o: number, i: number): number => (layout === "embedding" ? i * out + o : o * inputs + i);
-        for (let o = 0; o < out; o++) {
-          for (let i = 0; i < inputs; i++) {
-            for (let k = 0; k < (term?.rank ?? 0); k++)
-              W[at(o, i)]! += term!.Bt[k * out + o]! * term!.A[k * inputs + i]!;
-            W[at(o, i)]! *= term?.rowScale?.[o] ?? 1;
-          }
-        }
-        const off = relativeDifference(live.get(`${name}.weight`)!.data as Float32Array, W);
-        t.ok(off < 1e-6, `${JSON.stringify(selection)}, ${head}: ${name} is off by ${off}`);
-      }
-      // Written by hand, on layers whose part in the model `changes` names.
-      const x = {
-        dtype: "f32",
-        shape: [1, IN],
-        data: new Uint8Array(random.values(IN).buffer),
-        byteOffset: 0,
-      } as const;
-      const y = { dtype: "f32", shape: [1, OUT], data: new Uint8Array(4 * OUT), byteOffset: 0 } as const;
-      if (selection === "dora") continue;
-      await unfolded.apply("layer", x, y);
-      const term = unfolded.term("layer");
-      const expected = Float64Array.from({ length: OUT }, (_, o) => {
-        let sum = 0;
-        for (let k = 0; k < (term?.rank ?? 0); k++)
-          for (let i = 0; i < IN; i++) sum += term!.Bt[k * OUT + o]! * term!.A[k * IN + i]! * floats(x)[i]!;
-        return sum;
-      });
-      const off = relativeDifference(floats(y), expected);
-      t.ok(off < 1e-5, `${JSON.stringify(selection)}, ${head}: applied, off by ${off}`);
-    }
-    await oracle.close();
-    await unfolded.close();
-  }
-});
-
-t.test("a weight that the base stores the other way round", async (t) => {
-  const base = baseOf();
-  const { data } = base.get("layer.weight")!;
-  const turn = (values: ArrayLike<number>): Float32Array =>
-    Float32Array.from({ length: OUT * IN }, (_, i) => values[(i % OUT) * IN + Math.floor(i / OUT)]!);
-  base.set("layer.weight", { dtype: "f32", shape: [IN, OUT], data: turn(data as Float32Array), layout: "in-out" });
-  const runtime = await createRuntime(await packOf(whole, adapts), { backend: "js", base });
-  await runtime.switchTask("whole");
-  t.same(base.get("layer.weight")!.data, turn(await values(whole, "layer.weight")));
-  await runtime.switchTask("adapts");
-  const off = relativeDifference(
-    turn(base.get("layer.weight")!.data as Float32Array),
-    await folded(adapts, "layer", data as Float32Array),
-  );
-  t.ok(off < 1e-6, `adapted: off by ${off}`);
-  await runtime.close();
-});
-
 t.test("what cannot be is refused by name, and changes nothing", async (t) => {
   const open = async (adapters: Adapter[], more: RuntimeOptions = {}): Promise<Runtime> => {
     const runtime = await createRuntime(await packOf(...adapters), { backend: "js", base: baseOf(), ...more });
@@ -281,17 +193,4 @@ t.test("what cannot be is refused by name, and changes nothing", async (t) => {
   t.equal(one.task, null);
   t.same(tied.get("layer.weight")!.data, before, "refused before anything has changed");
   await one.close();
-});
-
-t.test("one task that does both is no adapter: PEFT makes none, and nothing here writes one", async (t) => {
-  for (const saved of [save("layer.weight", "saved", [OUT, IN]), save("layer.weight", "rows", [1, IN], [2])]) {
-    const impossible = task("impossible", [lora("layer", OUT, IN)], [saved]);
-    const refused = {
-      tag: "adapter",
-      message: `impossible: it brings "layer.weight" (${saved.role}) and adapts it as well: which of the two is meant? Leave one out`,
-    };
-    await t.rejects(buildPack([adapts, impossible], LOSSLESS), refused);
-    await t.rejects(projectAdapters(await packOf(adapts), [impossible], LOSSLESS.dtype), refused);
-    await t.rejects(peftFiles(impossible), refused);
-  }
 });

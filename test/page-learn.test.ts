@@ -90,19 +90,6 @@ async function write(page: Page, lessons: readonly (readonly [label: string, exa
   }
 }
 
-/** Stops after a number of steps. */
-async function teachAWhile(page: Page, steps: number): Promise<void> {
-  const before = (await heard(page)).losses.length;
-  await press(page, "Teach");
-  await page.waitForFunction(
-    (count) => (globalThis as unknown as { heard: Heard }).heard.losses.length >= count,
-    before + steps,
-  );
-  await press(page, "Stop");
-  await note(page, /^Stopped after/);
-  await settled(page);
-}
-
 t.test("teaches a task that answers beside the others, and leaves as a file", { skip, timeout: 240_000 }, async (t) => {
   const { page, complaints } = await visit();
   await press(page, "Teach");
@@ -207,37 +194,6 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
     t.equal(await page.locator("#active-name").textContent(), "theirs");
   });
 
-  t.test("forgotten", async (t) => {
-    await page.locator("#forget").click();
-    await page.locator('.card[data-task="theirs"]').waitFor({ state: "detached" });
-    await settled(page);
-    t.equal(await page.locator(".card").count(), TASKS.length + 1);
-    t.not(await page.locator("#active-name").textContent(), "theirs");
-  });
-
-  t.test("stopped in the middle, what was learned counts; again, it takes the place of the one before", async (t) => {
-    await write(page, [
-      ["one", "the first\nthe one before all others"],
-      ["two", "the second\nthe one that follows\n\n"],
-    ]);
-    await teachAWhile(page, 2);
-    t.same(await page.locator("#labels .name").allTextContents(), ["one", "two"]);
-    t.equal(await page.locator('.card[data-task="sky-or-lab"]').count(), 1);
-    t.equal((await type(page, "the second of them")).length, 2);
-    await page.locator('.card[data-task="debtags-role"]').click();
-    await page.locator("#active-name", { hasText: "role" }).waitFor();
-    await settled(page);
-    t.equal((await heard(page)).probabilities.at(-1)!.length, 8, "the page goes on");
-  });
-
-  t.test("stopped before the first step, nothing is learned", async (t) => {
-    await page.locator("#task-name").fill("never");
-    await press(page, "Teach");
-    await press(page, "Stop");
-    await note(page, /Stopped before the first step/);
-    t.equal(await page.locator('.card[data-task="never"]').count(), 0);
-  });
-
   t.test("what cannot be learned from is said at once", async (t) => {
     const said = (): Promise<string | null> => page.locator("#teach-note").textContent();
     const tries = [
@@ -281,36 +237,5 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
     );
   });
 
-  t.test("labels come and go, by keys", async (t) => {
-    await page.locator("#add-label").press("Enter");
-    t.equal(await page.locator(".lesson").count(), 3);
-    t.ok(
-      await page
-        .locator(".lesson input")
-        .last()
-        .evaluate((input) => input === document.activeElement),
-      "the new label is to be named",
-    );
-    await page.keyboard.type("3 words");
-    t.equal(await page.locator(".lesson input").last().inputValue(), "3 words");
-    t.equal(await page.locator("#active-name").textContent(), "role", "typing there picks no task");
-    await page.locator(".remove").last().press("Enter");
-    t.equal(await page.locator(".lesson").count(), 2);
-  });
   t.same(complaints, []);
-});
-
-t.test("without its server", { skip, timeout: 240_000 }, async (t) => {
-  const own = await serveFolder(folder);
-  const { page } = await visit(own.url, { viewport: { width: 320, height: 640 } });
-  await page.locator("#offline", { hasText: "works offline" }).waitFor();
-  await own.close();
-  await page.reload();
-  await settled(page);
-  t.equal(await page.locator(".card").count(), TASKS.length);
-  await teachAWhile(page, 1);
-  t.equal(await page.locator("#active-name").textContent(), "sky-or-lab");
-  t.equal(await page.evaluate(() => document.documentElement.scrollWidth), 320, "on a small phone");
-  t.equal(await page.locator(".card .said b:empty").count(), 0, "all tasks answer");
-  t.notOk(await page.locator("#failure").isVisible());
 });

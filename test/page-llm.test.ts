@@ -1,6 +1,6 @@
 /**
  * The page with a language model, as visitors get it: built from a tiny decoder, served by its own server, in a real Chromium. Its
- * answers are PEFT's. test/soak-page.js does the same with the real model.
+ * answers are PEFT's.
  */
 import { execFile } from "node:child_process";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
@@ -9,7 +9,6 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { openPack } from "eigenlora";
-import { encodeTaskFile } from "eigenlora/build";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import { buildLlmPage } from "../examples/page/llm/build.js";
@@ -44,16 +43,6 @@ const golden = (task: string, prompt: string): string =>
   textOf(goldens.find((one) => one.task === task && one.prompt === prompt)!.ids).trim();
 const saidBy = (page: Page, id: string): Promise<string | null> =>
   page.locator(`.card[data-task="${id}"] .said b`).textContent();
-const partReads = (): string[] => answers.map(({ path }) => path).filter((path) => path.endsWith(".part"));
-
-/** A task file with a template of its own, as from another visitor. */
-async function skillFile(template: string): Promise<Uint8Array<ArrayBuffer>> {
-  const pack = await openPack(await readFile(join(folder, "tasks.eigen")));
-  const entry = { ...pack.tasks.get("upper")!, id: "theirs", metadata: { template } };
-  const bytes = encodeTaskFile(entry, pack.basisId, await pack.stored("upper"));
-  await pack.close();
-  return bytes;
-}
 
 /** onnxruntime-node's answer with a task file on the same pack: the tokens, without the page. */
 async function inNode(t: Test, file: Uint8Array<ArrayBuffer>, prompt: string): Promise<string> {
@@ -152,60 +141,6 @@ t.test("skills answer as PEFT does, token by token, alone and all at once", { sk
   t.same(complaints, []);
 });
 
-t.test("a skill from a friend: opened, downloaded, forgotten", { skip }, async (t) => {
-  const { page, complaints } = await visit(browser, `${server.url}#lower`, { serviceWorkers: "block" });
-  t.equal(await page.locator("#active-name").textContent(), "lower", "the skill of the address");
-  const give = (name: string, bytes: Uint8Array): Promise<void> =>
-    page.locator("#task-file").setInputFiles({ name, mimeType: "", buffer: Buffer.from(bytes) });
-  const said = async (text: RegExp): Promise<void> => {
-    await page.locator("#open-note", { hasText: text }).waitFor();
-    await settled(page);
-  };
-  const bytes = await skillFile("<<{input}> {output}");
-  await give("theirs.eigentask", bytes);
-  await said(/^theirs is open/);
-  t.equal(await ask(page, "x = 3;"), await inNode(t, bytes, "<<x = 3;>"), "its words travel with it");
-  t.equal(await page.locator("#prompt").textContent(), "The model reads: <<x = 3;>");
-  await page.locator("#ask-all").click();
-  await settled(page);
-  t.equal(await saidBy(page, "theirs"), await page.locator("#reply").textContent(), "in a batch too");
-  t.equal(await saidBy(page, "upper"), golden("upper", "x = 3;"));
-  const [download] = await Promise.all([page.waitForEvent("download"), page.locator("#download").click()]);
-  t.equal(download.suggestedFilename(), "theirs.eigentask");
-  t.same(new Uint8Array(await readFile(await download.path())), bytes);
-
-  for (const [name, wrong, expected] of [
-    [
-      "x.eigentask",
-      bytes.with(200, bytes[200]! ^ 1),
-      /^x\.eigentask was not opened\. It is not a skill, or it was damaged/,
-    ],
-    ["notes.txt", new TextEncoder().encode("hello"), /^notes\.txt was not opened\. It is not a skill/],
-    ["upper.eigentask", bytes, /^upper\.eigentask was not opened\. There is a skill called upper already/],
-  ] as const) {
-    await give(name, wrong);
-    await said(expected);
-  }
-  t.equal(await page.locator(".card").count(), 3);
-  // Words from a stranger's file are text, of limited length.
-  await give("long.eigentask", await skillFile(`${"b".repeat(99)}{input}`));
-  await said(/^long is open/);
-  t.match(await page.locator("#prompt").textContent(), /^The model reads: long: x = 3; →$/);
-  await give("markup.eigentask", await skillFile("<img src=x>{input}"));
-  await said(/^markup is open/);
-  t.equal(await page.locator("img").count(), 0);
-
-  for (const id of ["markup", "long", "theirs"]) {
-    await pick(page, id);
-    await page.locator("#forget").click();
-    await page.locator(`.card[data-task="${id}"]`).waitFor({ state: "detached" });
-    await settled(page);
-  }
-  t.equal(await page.locator(".card").count(), 2);
-  t.equal(await page.locator("#reply").textContent(), golden("lower", "x = 3;"));
-  t.same(complaints, []);
-});
-
 /** Replaces lines in the form, teaches them, and waits for the verdict. */
 async function teach(page: Page, name: string, lines: readonly string[], said: RegExp): Promise<void> {
   await page.locator("#skill-name").fill(name);
@@ -265,112 +200,6 @@ t.test("teaches a skill that answers beside the others, and leaves as a file", {
     t.equal(await pick(page, "upper"), await saidBy(page, "upper"));
   });
   t.same(complaints, []);
-});
-
-t.test("kept for offline use: parts of the model once, and first", { skip }, async (t) => {
-  const own = await serveFolder(folder, { onAnswer: (answered) => answers.push(answered) });
-  const context = await browser.newContext();
-  t.teardown(() => context.close());
-  const page = await context.newPage();
-  page.setDefaultTimeout(100_000);
-  const offline = page.locator("#offline", { hasText: "works offline" });
-  await page.goto(own.url);
-  await offline.waitFor();
-  t.equal(facts.parts.length, 3);
-  const kept = await page.evaluate(async () => {
-    const [name] = await caches.keys();
-    return (await (await caches.open(name!)).keys()).filter(({ url }) => url.endsWith(".part")).length;
-  });
-  t.equal(kept, 3, "an entry each");
-  const { length } = partReads();
-  await page.reload();
-  await settled(page);
-  await offline.waitFor();
-  t.equal(partReads().length, length, "what is kept comes first");
-  // A damaged part is not used, but fetched again.
-  const spoilt = facts.parts[1]!;
-  await page.evaluate(async (path) => {
-    const [name] = await caches.keys();
-    await (await caches.open(name!)).put(`${location.origin}/${path}`, new Response("half of i"));
-  }, spoilt);
-  await page.reload();
-  await settled(page);
-  t.equal(await page.locator("#reply").textContent(), golden("upper", PROMPTS[0]));
-  await offline.waitFor();
-  t.ok(
-    partReads()
-      .slice(length)
-      .every((path) => path === `/${spoilt}`) && partReads().length > length,
-  );
-  await own.close();
-  await page.reload();
-  await settled(page);
-  t.equal(await pick(page, "lower"), golden("lower", PROMPTS[0]), "without the server");
-  await teach(page, "mine", ["ab → ba", "cd → dc"], /^Learned in /);
-  await page.reload();
-  await settled(page);
-  t.equal(await page.locator("#reply").textContent(), golden("upper", PROMPTS[0]), "what was not kept is gone");
-});
-
-t.test("another build takes over the parts that it shares", { skip }, async (t) => {
-  const other = await mkdtemp(join(tmpdir(), "eigenlora-llm-"));
-  await buildLlmPage(other, material);
-  const own = await serveFolder(other, { onAnswer: (answered) => answers.push(answered) });
-  const context = await browser.newContext();
-  t.teardown(async () => {
-    await context.close();
-    await own.close();
-    await rm(other, { recursive: true });
-  });
-  const page = await context.newPage();
-  page.setDefaultTimeout(100_000);
-  const offline = page.locator("#offline", { hasText: "works offline" });
-  await page.goto(own.url);
-  await offline.waitFor();
-  const { length } = partReads();
-  await buildLlmPage(other, { ...material, first: ["lower", PROMPTS[1]] });
-  await page.reload();
-  await settled(page);
-  await offline.waitFor();
-  t.equal(await page.locator("#active-name").textContent(), "upper", "of the address");
-  await page.goto("about:blank");
-  await page.goto(own.url);
-  await settled(page);
-  t.equal(await page.locator("#reply").textContent(), golden("lower", PROMPTS[1]));
-  await offline.waitFor();
-  t.equal(partReads().length, length, "no part is fetched again");
-  t.equal(await page.evaluate(async () => (await caches.keys()).length), 1);
-});
-
-t.test("WebGPU gives the same tokens", { skip, timeout: 120_000 }, async (t) => {
-  const { page, complaints } = await visit(browser, server.url, { serviceWorkers: "block" });
-  page.setDefaultTimeout(100_000);
-  const note = (await page.locator("#provider-note").textContent())!;
-  t.comment(note);
-  if (await page.locator('#providers [value="webgpu"]').isDisabled()) {
-    t.match(note, /WebGPU is off: .+/, "says why");
-    return;
-  }
-  await page.locator('#providers label:has([value="webgpu"])').click();
-  await page.locator("#mode", { hasText: "Runs on WebGPU" }).waitFor();
-  await settled(page);
-  t.equal(await page.locator("#provider-note").textContent(), note, "it does not go back to WASM");
-  t.equal(await page.locator("#reply").textContent(), golden("upper", PROMPTS[0]));
-  t.equal(await pick(page, "lower"), golden("lower", PROMPTS[0]));
-  await page.locator("#ask-all").click();
-  await settled(page);
-  t.same(
-    await Promise.all(SKILLS.map((id) => saidBy(page, id))),
-    SKILLS.map((id) => golden(id, PROMPTS[0])),
-  );
-  t.same(complaints, []);
-});
-
-t.test("its policy is as strict as the other page's", async (t) => {
-  const policyOf = (html: string): string => /"Content-Security-Policy" content="([^"]+)"/.exec(html)![1]!;
-  const other = await readFile(new URL("../examples/page/index.html", import.meta.url), "utf8");
-  t.equal(policyOf(await readFile(join(folder, "index.html"), "utf8")), policyOf(other));
-  t.equal((await fetch(server.url)).headers.get("content-security-policy"), policyOf(other));
 });
 
 t.test("without the model, the command says how to make it", async (t) => {

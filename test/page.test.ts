@@ -1,25 +1,19 @@
-import { spawn } from "node:child_process";
-import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { openPack, type Pack } from "eigenlora";
 import type { Browser, Page } from "playwright-core";
-import t, { type Test } from "tap";
+import t from "tap";
 import { buildPage } from "../examples/page/build.js";
 import { type Answered, serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
 import { complaintsOfAxe } from "./page-axe.ts";
-import { freshBytes, withTasks } from "./page-pack.ts";
-import { lacking, python, pythonLacks, soak } from "./required.ts";
+import { soak } from "./required.ts";
 
 /**
  * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
  * EIGENLORA_REQUIRE lists chromium.
  */
 const skip = noChromium;
-
-/** Bytes of the model's smallest adapted weight on the device: f32 [384, 384]. */
-const WEIGHT_BYTES = 4 * 384 * 384;
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 const answers: Answered[] = [];
@@ -36,41 +30,6 @@ const data = async (path: string): Promise<any> =>
 const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
 
 const packReads = (): Answered[] => answers.filter(({ path }) => path === "/tasks.eigen");
-
-/** A server without ranges, such as Python's. */
-async function servePlainly(folder: string): Promise<{ url: string; close(): Promise<void> }> {
-  const args = ["-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", folder];
-  const server = spawn(python, args, { stdio: ["ignore", "pipe", "ignore"] });
-  const port = await new Promise<string>((resolve, reject) => {
-    server.once("error", reject);
-    let said = "";
-    server.stdout.on("data", (text) => {
-      const found = /port (\d+) /.exec((said += text));
-      if (found) resolve(found[1]!);
-    });
-  });
-  return { url: `http://127.0.0.1:${port}/`, close: async () => void server.kill() };
-}
-
-/** Serves the page with a pack made from its own. @returns its address, until the test ends */
-async function serveOther(
-  t: Test,
-  change: (pack: Pack) => Promise<Uint8Array>,
-  serve: (folder: string) => Promise<{ url: string; close(): Promise<void> }> = serveFolder,
-): Promise<string> {
-  const other = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
-  await cp(folder, other, { recursive: true });
-  await writeFile(
-    join(other, "tasks.eigen"),
-    await change(await openPack(await readFile(join(folder, "tasks.eigen")))),
-  );
-  const serving = await serve(other);
-  t.teardown(async () => {
-    await serving.close();
-    await rm(other, { recursive: true });
-  });
-  return serving.url;
-}
 
 /** A page without its service worker, which would read the whole pack once more; patient, for busy machines. */
 async function newPage(options: Parameters<Browser["newPage"]>[0] = {}): Promise<Page> {
@@ -374,174 +333,50 @@ t.test("a phone, in the dark, without motion", { skip }, async (t) => {
   t.same(complaints, []);
 });
 
-/** Watches what the page's worker sends to the device. @returns a function that gives the bytes so far and starts again */
-async function watchBus(page: Page): Promise<() => Promise<number>> {
-  const worker = page.workers()[0]!;
-  await worker.evaluate(() => {
-    const scope = globalThis as unknown as { sent: number };
-    scope.sent = 0;
-    const { writeBuffer } = GPUQueue.prototype;
-    const { createBuffer } = GPUDevice.prototype;
-    GPUQueue.prototype.writeBuffer = function (
-      this: GPUQueue,
-      buffer: GPUBuffer,
-      at: number,
-      source: ArrayBufferView<ArrayBuffer>,
-      start = 0,
-      size?: number,
-    ) {
-      const element = "BYTES_PER_ELEMENT" in source ? Number(source.BYTES_PER_ELEMENT) : 1;
-      scope.sent += size === undefined ? source.byteLength - start * element : size * element;
-      return writeBuffer.call(this, buffer, at, source, start, size);
-    } as GPUQueue["writeBuffer"];
-    GPUDevice.prototype.createBuffer = function (descriptor: GPUBufferDescriptor) {
-      if (descriptor.mappedAtCreation) scope.sent += descriptor.size;
-      return createBuffer.call(this, descriptor);
-    };
-  });
-  return () =>
-    worker.evaluate(() => {
-      const scope = globalThis as unknown as { sent: number };
-      const { sent } = scope;
-      scope.sent = 0;
-      return sent;
-    });
-}
-
 // Software takes a minute for it. The other page runs on WebGPU in page-llm.test.ts.
 if (soak)
-  t.test("WebGPU", { skip, timeout: 580_000 }, async (t) => {
-    // Two tasks, not twenty: a software adapter is slow for each.
-    const url = await serveOther(t, (pack) => withTasks(pack, ["debtags-made-of", "debtags-implemented-in"]));
-    const { page, complaints } = await visit({}, `${url}#debtags-made-of`);
-    page.setDefaultTimeout(120_000);
-    await settled(page);
-    t.equal(await page.locator("#cards :checked").inputValue(), "debtags-made-of", "the task of the address");
-    const reference = (await data("reference/predictions.json"))["own-seed"];
-    const cases = [
-      ["debtags-implemented-in", 7],
-      // Software takes seconds for a sentence. The soak switches back, too.
-      ...(soak ? ([["debtags-made-of", 1]] as const) : []),
-    ] as const;
-    await type(page, (await data("tasks/debtags-made-of.json")).test[0][0]);
-    const onWasm = await page.locator("#labels .value").allTextContents();
-    const note = (await page.locator("#provider-note").textContent())!;
-    t.comment(note);
-    const toggle = page.locator('#providers [value="webgpu"]');
-    if (await toggle.isDisabled()) {
-      t.match(note, /WebGPU is off: .+/, "says why");
-      return;
-    }
-    await page.locator('#providers label:has([value="webgpu"])').click();
-    const failed = page.locator("#provider-note", { hasText: "WebGPU failed here" });
-    const mode = page.locator("#mode", {
-      hasText: "WebGPU, mode folded: a switch writes the task into the weights, which never leave the GPU.",
-    });
-    await mode.or(failed).waitFor();
-    t.equal(await page.locator("#provider-note").textContent(), note, "it does not go back to WASM");
-    await settled(page);
-    t.same(await page.locator("#labels .value").allTextContents(), onWasm, "the same answer");
-
-    const sentSince = await watchBus(page);
-    for (const [task, row] of cases) {
-      const { labels, test } = await data(`tasks/${task}.json`);
-      await choose(page, task);
-      await type(page, test[row][0]);
-      const expected = labels[reference[task].predictions[row]];
-      t.same(
-        [await topOf(page), await cardOf(page, task).locator(".said b").textContent()],
-        [expected, expected],
-        `${task}: ${test[row][0]}`,
-      );
-      // Counts a switch there and back for each card too, and the runs.
-      const sent = await sentSince();
-      t.comment(`${task}: ${sent} bytes to the device`);
-      t.ok(sent > 0 && sent < WEIGHT_BYTES, `${sent} bytes were sent: no weights`);
-    }
-    t.match(await page.locator("#tasks-note").textContent(), /^2 answers in .*, one task after the other$/);
-    const [active, row] = cases.at(-1)!;
-    t.equal(await page.locator("#cards :checked").inputValue(), active);
-    const labels = await page.locator("#labels .value").allTextContents();
-    await type(page, "another sentence");
-    await type(page, (await data(`tasks/${active}.json`)).test[row][0]);
-    t.same(
-      await page.locator("#labels .value").allTextContents(),
-      labels,
-      "back at the active task after the others had answered",
+  t.test("failures say what to do", { skip }, async (t) => {
+    const failureOf = async (prepare: (page: Page) => Promise<unknown>): Promise<string> => {
+      const page = await newPage();
+      await prepare(page);
+      await page.goto(server.url);
+      await page.locator("#failure").waitFor();
+      const text = (await page.locator("#failure").textContent())!;
+      await page.close();
+      return text;
+    };
+    const html = { contentType: "text/html", body: "<!doctype html><title>Not found</title>" };
+    t.match(
+      await failureOf((page) => page.route("**/tasks.eigen", (route) => route.fulfill(html))),
+      /The pack cannot be read.*answered an HTML page/,
     );
-    t.same(complaints, []);
-  });
+    t.match(
+      await failureOf((page) => page.route("**/model_fp16.onnx", (route) => route.fulfill({ status: 404 }))),
+      /answered 404/,
+    );
+    t.match(await failureOf((page) => page.addInitScript("delete globalThis.WebAssembly")), /has no WebAssembly/);
 
-t.test("failures say what to do", { skip }, async (t) => {
-  const failureOf = async (prepare: (page: Page) => Promise<unknown>): Promise<string> => {
+    // The server fails once the page runs.
     const page = await newPage();
-    await prepare(page);
+    let reads = 0;
+    await page.route("**/tasks.eigen", (route) => (++reads > 3 ? route.abort() : route.continue()));
     await page.goto(server.url);
-    await page.locator("#failure").waitFor();
-    const text = (await page.locator("#failure").textContent())!;
+    await page.locator("#failure", { hasText: "The pack cannot be read" }).waitFor();
+    await settled(page);
+    t.equal(await topOf(page), "monitoring", "the first task answers");
+    await cardOf(page, "debtags-game").click();
+    await settled(page);
+    t.ok(await page.locator("#failure").isVisible());
+    t.equal(await page.locator("#cards :checked").inputValue(), "debtags-admin", "the task before stays");
+    await page.unroute("**/tasks.eigen");
+    await cardOf(page, "debtags-game").click();
+    await page.locator("#log tr:first-child", { hasText: "18 tasks ahead" }).waitFor();
+    await settled(page);
+    t.same(await labelsOf(page), (await data("tasks/debtags-game.json")).labels, "and the next try works");
+    t.equal(await page.locator(".card .said b:empty").count(), 0, "for all the others too");
+    t.notOk(await page.locator("#failure").isVisible());
     await page.close();
-    return text;
-  };
-  const html = { contentType: "text/html", body: "<!doctype html><title>Not found</title>" };
-  t.match(
-    await failureOf((page) => page.route("**/tasks.eigen", (route) => route.fulfill(html))),
-    /The pack cannot be read.*answered an HTML page/,
-  );
-  t.match(
-    await failureOf((page) => page.route("**/model_fp16.onnx", (route) => route.fulfill({ status: 404 }))),
-    /answered 404/,
-  );
-  t.match(await failureOf((page) => page.addInitScript("delete globalThis.WebAssembly")), /has no WebAssembly/);
-
-  // The server fails once the page runs.
-  const page = await newPage();
-  let reads = 0;
-  await page.route("**/tasks.eigen", (route) => (++reads > 3 ? route.abort() : route.continue()));
-  await page.goto(server.url);
-  await page.locator("#failure", { hasText: "The pack cannot be read" }).waitFor();
-  await settled(page);
-  t.equal(await topOf(page), "monitoring", "the first task answers");
-  await cardOf(page, "debtags-game").click();
-  await settled(page);
-  t.ok(await page.locator("#failure").isVisible());
-  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-admin", "the task before stays");
-  await page.unroute("**/tasks.eigen");
-  await cardOf(page, "debtags-game").click();
-  await page.locator("#log tr:first-child", { hasText: "18 tasks ahead" }).waitFor();
-  await settled(page);
-  t.same(await labelsOf(page), (await data("tasks/debtags-game.json")).labels, "and the next try works");
-  t.equal(await page.locator(".card .said b:empty").count(), 0, "for all the others too");
-  t.notOk(await page.locator("#failure").isVisible());
-  await page.close();
-});
-
-const noPython = lacking("python", pythonLacks("http.server"));
-t.test("a static host without ranges, and tasks that are unusable", { skip: skip || noPython }, async (t) => {
-  const [bad, damaged] = ["debtags-game", "debtags-field"] as const;
-  const change = async (pack: Pack): Promise<Buffer> => {
-    pack.tasks.get(bad)!.metadata.labels!.pop();
-    const bytes = await freshBytes(pack);
-    const at = bytes.indexOf(await pack.stored(damaged));
-    t.ok(at > 0, "stored as it is in the pack");
-    bytes[at + 100]! ^= 1;
-    return bytes;
-  };
-  const { page } = await visit({}, await serveOther(t, change, servePlainly));
-  await settled(page);
-  t.match(await page.locator("#cold").textContent(), /^Cold start: 1 request/, "the whole pack at once");
-  t.equal((await lastCost(page))[2], "0", "nothing more is read");
-  const said = await page.locator(".card .said b").allTextContents();
-  t.equal(said.length, 20);
-  t.equal(said.filter((text) => text === "cannot be used").length, 2);
-  t.notOk(said.includes(""), "all others answer");
-  t.match(await cardOf(page, bad).getAttribute("title"), /labels, but/);
-  t.match(await cardOf(page, damaged).getAttribute("title"), /checksum/);
-  await cardOf(page, bad).click();
-  await page.locator("#failure", { hasText: /This task cannot be used.*labels, but .* rows/ }).waitFor();
-  await settled(page);
-  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-admin", "the task before stays");
-  await page.close();
-});
+  });
 
 t.test("the server", async (t) => {
   const get = (range?: string, more: Record<string, string> = {}) =>

@@ -2,21 +2,15 @@
  * Progress of packs and models in the shape that transformers.js's `progress_callback` takes, and what an abort ends.
  */
 import { readFile } from "node:fs/promises";
-import { join } from "node:path";
-import { pathToFileURL } from "node:url";
 import { openPack, type Progress } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { cachedSource, type RangeStore } from "eigenlora/cache";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
-import { createTrainer } from "eigenlora/train";
-import { attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
-import { examples, LABELS, tiny } from "./learning.ts";
-import { data, LOSSLESS, packOf } from "./packs.ts";
+import { data, LOSSLESS } from "./packs.ts";
 import { serve } from "./range-server.ts";
-import { packages, without } from "./required.ts";
-import { feeds, model, modelBytes, NODE, open, packBytes, packFor } from "./sessions.ts";
+import { model, modelBytes, NODE, open, packBytes, packFor } from "./sessions.ts";
 
 const pack = await packBytes(["adapters"], "base");
 
@@ -144,57 +138,4 @@ t.test("weights in a file beside the model are told by their own name", async (t
   checkFile(t, told, "external.onnx.data", undefined);
   t.equal(told.at(-1)!.status, "ready");
   await session.close();
-});
-
-t.test("`onProgress` is a function", async (t) => {
-  const refused = { name: "TypeError", message: /onProgress: expected a function, got "bar"/ };
-  const path = data("sessions/torchscript.onnx");
-  await t.rejects(openPack(path, { onProgress: "bar" as never }), refused);
-  await t.rejects(createEigenSession(NODE, path, await packFor("base"), { onProgress: "bar" as never }), refused);
-});
-
-t.test("an abort ends what waits", async (t) => {
-  const server = await serve(new Map([["tasks.eigen", pack]]));
-  t.teardown(() => server.close());
-  const reason = new Error("no longer wanted");
-  const stopped = AbortSignal.abort(reason);
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  await t.rejects(session.run(feeds(NODE, session), { signal: stopped }), reason);
-  const during = new AbortController();
-  const run = session.run(feeds(NODE, session), { signal: during.signal });
-  during.abort(reason);
-  await t.rejects(run, reason);
-  t.ok((await session.run(feeds(NODE, session), { signal: new AbortController().signal }))["logits"]);
-  await t.rejects(createTrainer(session, { labels: LABELS, init: { task: "two" }, signal: stopped }), reason);
-  const trainer = await createTrainer(session, { labels: LABELS });
-  const known = examples(NODE, session, 8, 1);
-  for await (const _ of trainer.fit(known, { steps: 1 }));
-  await t.rejects(trainer.score(known, { signal: stopped }), reason);
-  await t.rejects(trainer.predict(known, { signal: stopped }), reason);
-  await t.rejects(session.addTask("mine", server.url("tasks.eigen"), { signal: stopped }), reason);
-  t.notOk(session.tasks.has("mine"));
-});
-
-const folder = packages("@huggingface/transformers");
-const skip = without("transformers", folder);
-
-t.test("a pipeline of transformers.js: what it reads, what is read here, and its switches", { skip }, async (t) => {
-  const { env, pipeline } = await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href);
-  Object.assign(env, { localModelPath: data("."), allowRemoteModels: false });
-  const pipe = await pipeline("text-classification", "minilm", { dtype: "fp16", subfolder: "" });
-  const { bytes } = await packOf(["adapters/own-seed/debtags-role"], LOSSLESS);
-  const roles = await openPack(bytes);
-  const { told, onProgress } = collector();
-  const pretrained = { subfolder: "" };
-  const tasks = await attachPack(pipe, roles, { model: "minilm", pretrained, onProgress });
-  t.ok(told.every(({ stage, loaded, total }) => stage && loaded <= total));
-  t.ok(told.some(({ status, file }) => status === "done" && /model_fp16\.onnx$/.test(file)));
-  t.equal(told.at(-1)!.status, "ready");
-  const labels: unknown[] = [];
-  tasks.addEventListener("switchend", ({ detail }) => labels.push(detail.task, pipe.model.config.id2label[0]));
-  await tasks.switchTask("debtags-role");
-  t.same(labels, ["debtags-role", roles.tasks.get("debtags-role")!.metadata.labels![0]]);
-  await pipe.dispose();
-  await roles.close();
 });

@@ -22,6 +22,8 @@ ${lines
   .filter((line) => !isImport(line))
   .map((line) => `  ${line.replace('"model.onnx"', "model").replace(/console\.log\(.*/, "answers[task] = scores;")}`)
   .join("\n")}
+  await session.close();
+  await pack.close();
   return answers.two;
 }
 `;

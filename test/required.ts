@@ -10,10 +10,11 @@ import type { Test } from "tap";
 
 const { env } = process;
 
-const bare = env["EIGENLORA_BARE"] === "1";
+/** Whether tools are hidden, as on a machine that has nothing but Node. */
+export const bare: boolean = env["EIGENLORA_BARE"] === "1";
 if (bare) {
   // Benchmarks, drivers and child processes read these themselves. test/start.ts comes here before they do.
-  for (const name of ["RUNTIMES", "SMOLLM2", "WILD", "BUILDER", "GRADIENTS"]) delete env[`EIGENLORA_${name}`];
+  for (const name of ["RUNTIMES", "SMOLLM2", "GRADIENTS"]) delete env[`EIGENLORA_${name}`];
   Object.assign(env, { PYTHON: "/bare/python3", VK_DRIVER_FILES: "/bare/vulkan" });
 }
 
@@ -21,7 +22,7 @@ export const required: ReadonlySet<string> = new Set(
   (env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""),
 );
 
-/** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak-tests.js. */
+/** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak-run.js. */
 export const soak: boolean = env["EIGENLORA_SOAK"] === "1";
 
 /** How many cases of a property, or mutants, are tried: `all` in the soak, a quarter in the gate. */
@@ -32,9 +33,6 @@ export const runtimes = (path: string): string => join(env["EIGENLORA_RUNTIMES"]
 
 /** Path of a file in the node_modules of EIGENLORA_RUNTIMES. */
 export const packages = (path = ""): string => runtimes(join("node_modules", path));
-
-/** Folder of adapters of strangers, which may not be copied. */
-export const wild: string = env["EIGENLORA_WILD"] ?? "/bare";
 
 /** Folder of gradient cases that were made before; undefined where they have to be made. */
 export const gradients: string | undefined = env["EIGENLORA_GRADIENTS"];

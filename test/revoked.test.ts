@@ -6,14 +6,14 @@ import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
-import { encodeTaskFile, planAppend, projectAdapters } from "eigenlora/build";
+import { encodeTaskFile, projectAdapters } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createTrainer, distill } from "eigenlora/train";
 import t from "tap";
 import { json, run, workIn } from "./command-line.ts";
-import { codedTask, integrityOf, isCoded, parseTaskFile } from "./internals.ts";
+import { integrityOf, isCoded, parseTaskFile } from "./internals.ts";
 import { examples, LABELS } from "./learning.ts";
-import { concat, data } from "./packs.ts";
+import { data } from "./packs.ts";
 import { model, NODE, open, packBytes } from "./sessions.ts";
 
 workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-revoked-")));
@@ -104,41 +104,6 @@ for (const [what, file] of Object.entries(FILES)) {
     }
   });
 }
-
-t.test("a pack of before, whose task was coded anew: the hash that it shows, and that of the file", async (t) => {
-  const blob = await plainBlob();
-  const recoded = codedTask(
-    { entry: made!.entry, blob },
-    { modules: pack.modules, description: pack.directory.basisBytes },
-  );
-  const append = await planAppend(pack, [recoded]);
-  const grown = concat([bytes.subarray(0, append.offset), ...append.body]);
-  grown.set(append.superblock, append.superblockOffset);
-  await writeFile("older.eigen", grown);
-  const file = FILES["a task that is not coded"];
-  await writeFile("task.eigentask", file);
-  const [shown, ofFile] = [(await openPack(grown)).tasks.get(id)!.integrity!, await integrityOf(blob)];
-  t.not(shown, ofFile, "they are two");
-  for (const hash of [shown, ofFile])
-    for (const [way, use] of Object.entries(ways(hash, file, "older.eigen"))) {
-      // The file never had the hash that its place in the pack has.
-      if (hash === shown && ["addTask", "add"].includes(way)) continue;
-      await t.rejects(use(), /is revoked \(sha256-/, way);
-    }
-});
-
-t.test("hashes are written in one way", async (t) => {
-  const hash = pack.tasks.get("two")!.integrity!;
-  // The last letter before the padding has two unused bits.
-  const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  const other = `${hash.slice(0, -2)}${letters[letters.indexOf(hash.at(-2)!) + 1]}=`;
-  t.same(Buffer.from(other.slice(7), "base64"), Buffer.from(hash.slice(7), "base64"), "the same bytes");
-  for (const revoked of [other, hash.slice(0, -1), hash.replace("sha256-", "SHA256-"), ` ${hash}`]) {
-    await t.rejects(openPack(bytes, { revoked: [revoked] }), TypeError, revoked);
-    await t.rejects(openPack(bytes, { integrity: revoked }), TypeError, revoked);
-  }
-  t.match(await run("verify", "pack.eigen", "--revoked", other), { status: 2, stderr: /expected "sha256-"/ });
-});
 
 t.test("a task that was learned is coded where its pack is, and keeps its hash", async (t) => {
   const session = await open(NODE, model("torchscript"), await openPack(bytes), { trainable: true });

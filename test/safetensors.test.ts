@@ -105,12 +105,6 @@ t.test("decodes every float type, and leaves others as bytes", async (t) => {
   await t.rejects(opened.read("toString"), { tag: "format", message: /tensor toString: is not in the file/ });
 });
 
-t.test("a name of Object.prototype is a name like any other", async (t) => {
-  const bytes = file(`{"__proto__":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}`, 4);
-  const opened = await openSafetensors(source(bytes));
-  t.same([...(await opened.readF32("__proto__"))], [0]);
-});
-
 t.test("a source that learns its size from its first read", async (t) => {
   let size: number | undefined;
   const reads: number[][] = [];
@@ -239,11 +233,6 @@ for (const [name, bytes, message] of hostile) {
   });
 }
 
-t.test("messages stay short whatever the header holds", async (t) => {
-  const error = await openSafetensors(source(file({ a: f32(0, 4, "x".repeat(1e6)) }, 4))).catch((e: Error) => e);
-  t.ok(error instanceof FormatError && error.message.length < 400);
-});
-
 t.test("mutants of a good file open or are refused, and never read out of place", async (t) => {
   const headerEnd = 8 + new DataView(golden.buffer).getUint32(0, true);
   let opened = 0;
@@ -330,17 +319,4 @@ t.test("the writer holds one tensor at a time and refuses what it could not read
   await t.rejects(joined([entry("a", "F32", [-1], 4)]), { name: "RangeError" });
   await t.rejects(joined([entry("a", "F32", [2 ** 40, 2 ** 40], 4)]), { name: "RangeError" });
   await t.rejects(joined([entry("a", "F32", [2], 4)]), { name: "RangeError", message: /a takes 8 bytes, got 4/ });
-});
-
-t.test("sizes beyond 4 GiB", async (t) => {
-  // The header of a file with a 12 GiB tensor; nothing of it is read.
-  const chunks = writeSafetensors([
-    { name: "huge", dtype: "F16", shape: [2 ** 20, 6 * 2 ** 10], read: () => new Uint8Array(0) },
-    { name: "tiny", dtype: "F16", shape: [1], read: () => new Uint8Array(0) },
-  ]);
-  const header = (await chunks.next()).value as Uint8Array;
-  const size = header.length + 12 * 2 ** 30 + 2;
-  const opened = await openSafetensors({ ...source(header), byteLength: size });
-  t.equal(opened.tensors.get("huge")!.byteLength, 12 * 2 ** 30);
-  t.equal(opened.tensors.get("tiny")!.byteOffset, header.length + 12 * 2 ** 30);
 });

@@ -2,9 +2,6 @@
  * Tasks of very different size in one pack: reported losses are the true ones. Judged by the definition, from the bytes of the pack, with
  * ΔW formed in f64.
  */
-import { mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { type Coefficients, openPack, type Pack, type Side, type TensorRef } from "eigenlora";
 import {
   type Adapter,
@@ -12,15 +9,13 @@ import {
   type BuildOptions,
   buildPack,
   encodeTaskFile,
-  peftFiles,
   projectAdapters,
   searchPack,
   type TaskLoss,
 } from "eigenlora/build";
 import t, { type Test } from "tap";
-import { json } from "./command-line.ts";
 import { deltaOf } from "./compare.ts";
-import { allOf, completeDtypes, readTensor, uniform, writeSafetensors } from "./internals.ts";
+import { completeDtypes, readTensor, uniform } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
 
 /** Name, outputs, inputs, rank. */
@@ -177,65 +172,3 @@ for (const split of ["B", "both"] as const) {
     }
   });
 }
-
-t.test("a pack that loses nothing loses nothing of a task, whatever lies beside it", async (t) => {
-  const apart = (split: Split): Adapter[] => {
-    // One small task among large ones, a thousand million times as large, and one in between.
-    const picked = adaptersOf(7, split, [1e-5, 1e4, 1e4, 1e4, 1e4, 1e4, 1e4, 1e-1]);
-    return picked.map((adapter, i) => ({ ...adapter, id: `task ${i}` }));
-  };
-  for (const split of ["B", "both"] as const)
-    for (const [name, options] of Object.entries(WAYS).filter(([name]) => name.includes("lossless"))) {
-      const adapters = apart(split);
-      const { chunks, report } = await buildPack(adapters, options);
-      const pack = await openPack(concat(chunks));
-      for (const [i, adapter] of adapters.entries()) {
-        const { max } = await measured(pack, adapter);
-        t.ok(max <= 1e-6 && report.errors[i]!.max <= 1e-6, `${split}, ${name}, ${adapter.id}: ${max}`);
-      }
-      const later = adapters.map((adapter) => ({ ...adapter, id: `later ${adapter.id}` }));
-      for (const { entry, residual } of await projectAdapters(pack, later, completeDtypes(options.dtype)))
-        t.ok(residual.max <= 1e-6, `${split}, ${name}, ${entry.id}: ${residual.max}`);
-    }
-});
-
-t.test("few components cost a small task beside large ones no more than without a mean", async (t) => {
-  const adapters = adaptersOf(9, "B", [1e-4, 1e4, 1e4, 1e-4, 1e4]);
-  const errors = async (options: BuildOptions): Promise<number[]> =>
-    (await buildPack(adapters, options)).report.errors.map(({ max }) => max);
-  const kept = await errors({ select: { kind: "k", k: 6 } });
-  const none = await errors({ select: { kind: "k", k: 6 }, centering: "none" });
-  for (const [i, error] of kept.entries()) t.ok(error <= 1.05 * none[i]!, `${error}, without ${none[i]}`);
-});
-
-t.test("verify says the same of adapters and their pack", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-scales-"));
-  t.teardown(() => rm(folder, { recursive: true }));
-  const adapters = adaptersOf(4, "both");
-  for (const adapter of adapters) {
-    const { config, tensors } = await peftFiles(adapter);
-    const path = join(folder, "adapters", adapter.id);
-    await mkdir(path, { recursive: true });
-    await writeFile(join(path, "adapter_config.json"), JSON.stringify(config));
-    await writeFile(join(path, "adapter_model.safetensors"), concat([...(await allOf(writeSafetensors(tensors)))]));
-  }
-  const file = join(folder, "p.eigen");
-  for (const options of [
-    ["--energy", "1", "--dtype", "f32"],
-    ["--energy", "1", "--dtype", "f32", "--gauge", "balanced"],
-    ["--mode", "flat", "--energy", "1", "--dtype", "f32"],
-    ["--k", "4", "--rank", "4"],
-    ["--k", "6"],
-    [],
-  ]) {
-    const report = await json(0, "pack", join(folder, "adapters"), "-o", file, "--force", ...options);
-    const { tasks } = await json(0, "verify", file, "--against", join(folder, "adapters"));
-    const pack = await openPack(file);
-    for (const [i, adapter] of adapters.entries()) {
-      const found = await measured(pack, adapter);
-      agree(t, report["errors"][i], found, `pack ${options.join(" ")}, ${adapter.id}`);
-      agree(t, tasks[i].error, found, `verify after ${options.join(" ")}, ${adapter.id}`);
-    }
-    await pack.close();
-  }
-});

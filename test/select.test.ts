@@ -1,10 +1,3 @@
-/**
- * Choosing by behaviour: the smallest pack that keeps the caller's scores, and the filter of adapters that add little to their heads.
- * Real adapters and the real model; the search itself on every ladder that a property test generates.
- */
-import { mkdtemp, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { openPack, type Pack } from "eigenlora";
 import { buildPack, type Judge, type SearchOptions, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -19,8 +12,7 @@ import {
   runBatches,
   toBatches,
 } from "../examples/minilm.js";
-import { run as command, workIn } from "./command-line.ts";
-import { lowestPassing, partByGain, readScores } from "./internals.ts";
+import { lowestPassing } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { NODE, open } from "./sessions.ts";
 
@@ -110,17 +102,6 @@ t.test(
     }
   },
 );
-
-t.test("a lucky score alone decides nothing", async (t) => {
-  const lucky = 4;
-  const { report } = await searchPack(adapters, {
-    goal: { kind: "score", tolerance: 0.1, reference: evenly(1) },
-    ladder: [1, 2, 4, 6, 8, 16, 32].map((k) => ({ kind: "k", k })),
-    ways: [{}],
-    judge: async (pack) => evenly(pack.modules[0]!.A[0]!.K === lucky || pack.modules[0]!.A[0]!.K >= 16 ? 0.95 : 0.5),
-  });
-  t.same(report.select, { kind: "k", k: 16 });
-});
 
 t.test("of several ways the smallest pack; of one that cannot win the largest alone is asked", async (t) => {
   const types = (type: "f16" | "int4") => ({ basis: type, coefficients: type, head: "int4" as const });
@@ -242,93 +223,4 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
   const smaller = report.tried.filter(({ passes, bytes }) => passes && bytes! < report.bytes);
   t.same(smaller, [], "no smaller pack that was asked passed");
   t.ok(report.ratio > 4, `${report.ratio.toFixed(1)} times fewer bytes`);
-});
-
-t.test("adapters that add little to their heads", async (t) => {
-  const text = await readFile(data("reference/scores.json"), "utf8");
-  const hub = await readAdapters([data("adapters/hub")]);
-  t.teardown(async () => {
-    for (const adapter of hub) await adapter.close();
-  });
-  const scores = readScores(JSON.parse(text), "scores.json");
-  const { kept, dropped } = partByGain(hub, scores, 0.02, "scores.json");
-  t.same(
-    dropped.map(({ id }) => id),
-    ["hub-07-section", "hub-17-section", "hub-51-hardware"],
-  );
-  t.same(
-    kept,
-    hub.filter(({ id }) => !dropped.some((one) => one.id === id)),
-  );
-  t.equal(partByGain(hub, scores, -1, "").kept.length, hub.length);
-  const one = {
-    a: { accuracy: 0.12, accuracy_head_only: 0.1 },
-    b: { accuracy: 0.12, accuracy_head_only: 0.11, more: [1] },
-  };
-  const two = ["a", "b"].map((name) => ({ ...hub[0]!, id: `task ${name}`, file: `/somewhere/${name}` }));
-  t.same(
-    partByGain(two, readScores(one, ""), 0.02, "").dropped.map(({ id }) => id),
-    ["task b"],
-    "by folder; 0.12 − 0.1 is 0.02",
-  );
-  t.throws(() => partByGain(hub, scores, 0.9, "scores.json"), {
-    name: "RangeError",
-    message: /none of 53 adapters gains 0.9 .* most is 0.\d+/,
-  });
-  t.throws(() => partByGain(two, readScores({ c: one.a }, ""), 0, "s.json"), {
-    tag: "adapter",
-    message: /^s.json: no scores of 2 of 2 adapters: a, b/,
-  });
-  const groups = { north: one, south: one, "0": { c: one.a } };
-  t.throws(() => partByGain(two, readScores(groups, ""), 0, "s.json"), {
-    message: /"a" is in the groups north, south, and its folder lies in "somewhere"/,
-  });
-  const south = two.map((adapter, i) => ({ ...adapter, file: `/south/${"ab"[i]}` }));
-  t.equal(partByGain(south, readScores(groups, ""), 0, "").kept.length, 2);
-  for (const [bad, message] of [
-    [{ a: { accuracy: 0.9 } }, /"a" has no accuracy_head_only, the accuracy of its own head with LoRA off/],
-    [{ a: { accuracy_head_only: 0.9 } }, /"a" has no accuracy, /],
-    [{ a: { accuracy: 91.3, accuracy_head_only: 0.9 } }, /accuracy of "a" is 91.3; expected a share from 0 to 1/],
-    [{ a: { accuracy: "0.9", accuracy_head_only: 0.9 } }, /is "0.9"/],
-    [{ g: { a: { accuracy: null, accuracy_head_only: 0 } } }, /is null/],
-    [{ g: { a: 0.5 } }, /"g" has no accuracy/],
-    [{ g: {} }, /"g" is not an object of scores/],
-    [{ g: [1] }, /"g" is not an object of scores/],
-    [[], /it is not an object of scores/],
-    [null, /it is not an object of scores/],
-  ] as const) {
-    t.throws(() => readScores(bad, "s.json"), { tag: "adapter", file: "s.json", message }, JSON.stringify(bad));
-  }
-});
-
-t.test("eigenlora pack --scores --min-gain", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-select-"));
-  workIn(t, folder);
-  const run = (...args: string[]) => command("pack", ...args);
-  const scores = data("reference/scores.json");
-  const some = ["01-use", "03-role", "07-section", "17-section", "51-hardware"].map((name) =>
-    data(`adapters/hub/hub-${name}`),
-  );
-  const args = [...some, "-o", "hub.eigen", "--k", "4", "--scores", scores];
-  const { status, stdout } = await run(...args, "--min-gain", "0.02", "--json");
-  t.equal(status, 0);
-  const report = JSON.parse(stdout);
-  t.same(
-    report.dropped.map(({ id }: { id: string }) => id),
-    ["hub-07-section", "hub-17-section", "hub-51-hardware"],
-  );
-  t.equal(report.tasks, 2);
-  const { tasks } = await openPack(join(folder, "hub.eigen"));
-  t.notOk(tasks.has("hub-17-section"));
-  t.match(
-    (await run(...args, "--force")).stdout,
-    /left out hub-07-section: 0.0 points over its head\nleft out hub-17-section: -1.4 points/,
-  );
-  t.match(await run("x", "-o", "y", "--min-gain", "0.1"), { status: 2, stderr: /--min-gain needs --scores/ });
-  t.match(await run("x", "-o", "y", "--scores", scores, "--min-gain", "2"), {
-    status: 2,
-    stderr: /--min-gain 2: expected a difference/,
-  });
-  await writeFile(join(folder, "bad.json"), "{");
-  t.match(await run("x", "-o", "y", "--scores", "bad.json"), { status: 1, stderr: /bad.json: is not valid JSON/ });
 });

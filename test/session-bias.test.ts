@@ -3,42 +3,27 @@
  * `attach`. A real export of torch, compared with PEFT (test/data/exports), and the models of test/data/sessions without the classifier's
  * bias.
  */
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readFileSync } from "node:fs";
 import { openPack } from "eigenlora";
-import { buildPack, encodeTaskFile, projectAdapters } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
-import { createEigenSessions } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
-import { InferenceSession } from "onnxruntime-node";
 import t, { type Test } from "tap";
 import {
   atOnce,
   create,
-  encodeTask,
-  encodeTensor,
-  findParameters,
   fromBinary,
   type GraphProto,
-  type ModelProto,
   ModelProtoSchema,
   type NodeProto,
   NodeProtoSchema,
-  openSafetensors,
-  openSource,
-  parseModel,
   parseTask,
   parseTaskFile,
-  runProgram,
   toBinary,
 } from "./internals.ts";
-import { concat, data, LOSSLESS, packOf } from "./packs.ts";
-import * as sessions from "./sessions.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
+import type * as sessions from "./sessions.ts";
 import { difference, type Feeds, MODES, NODE, ORTS, open, outputOf, refusal } from "./sessions.ts";
 
 const TOLERANCE = 1e-5;
-const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
 const path = (name: string): string => data(`exports/${name}`);
 const goldens = JSON.parse(readFileSync(path("goldens.json"), "utf8")) as {
   feeds: Record<string, number[][]>;
@@ -109,151 +94,6 @@ t.test("the same quantised, and without Add", async (t) => {
   }
 });
 
-t.test("int8 by columns, its nodes named as docs/export.md names them", async (t) => {
-  const tasks = SETS[2];
-  const pack = await openPack(await packed(...tasks));
-  const plain = await InferenceSession.create(path("int8.onnx"), { logSeverityLevel: 3 });
-  const base = (await plain.run(ints(NODE)))["logits"]!.data as Float32Array;
-  await plain.release();
-  const found: Float32Array[] = [];
-  for (const mode of ["core", "factors"] as const) {
-    const session = await open(NODE, path("int8.onnx"), pack, { mode });
-    t.same(session.unconfirmed, [], "the scales of columns are not taken for weights");
-    await session.switchTask(null);
-    t.ok(difference(await outputOf(session, ints(NODE)), base) < 0.05, "the base is the model's own, but for its head");
-    for (const task of tasks) {
-      await session.switchTask(task);
-      found.push(await outputOf(session, ints(NODE)));
-      const off = difference(found.at(-1)!, answer("classifier", task));
-      t.ok(off < 0.2, `${task}, ${mode}: off by ${off} from the float model`);
-    }
-    await session.close();
-  }
-  t.ok(
-    difference(found[0]!, found[2]!) <= TOLERANCE && difference(found[1]!, found[3]!) <= TOLERANCE,
-    "as in both modes",
-  );
-});
-
-t.test("where the file is one of several", async (t) => {
-  for (const set of SETS) {
-    const pack = await openPack(await packed(...set));
-    const models = await createEigenSessions(NODE, { model: path("classifier.onnx") }, pack);
-    t.same(models.sessions.model.leftOut, []);
-    for (const task of [...set, null]) {
-      await models.switchTask(task);
-      const logits = await models.call(({ model }) => outputOf(model, ints(NODE)));
-      const off = difference(logits, answer("classifier", task));
-      t.ok(off <= TOLERANCE, `${set.join(", ")}: ${task}: off by ${off}`);
-    }
-    await models.close();
-  }
-});
-
-t.test("one task a row, and a blend", async (t) => {
-  const pack = await openPack(await packed("biases", "head"));
-  const session = await open(NODE, path("classifier.onnx"), pack);
-  const results = await session.run(ints(NODE), { tasks: ["head", "biases"] });
-  const logits = results["logits"]!.data as Float32Array;
-  t.same(results.validColumns?.get("classifier"), [3, 2]);
-  t.ok(difference(logits.subarray(0, 3), answer("classifier", "head").slice(0, 3)) <= TOLERANCE);
-  t.ok(difference(logits.subarray(3, 5), answer("classifier", "biases").slice(2)) <= TOLERANCE);
-  const folded = await open(NODE, path("classifier.onnx"), pack, { mode: "folded" });
-  const blended: Float32Array[] = [];
-  for (const one of [session, folded]) {
-    await one.switchTask({ biases: 0.5, head: 0.5 }, { head: "head" });
-    blended.push(await outputOf(one, ints(NODE)));
-    await one.close();
-  }
-  t.ok(difference(blended[0]!, [...blended[1]!]) <= TOLERANCE, "is the same in both modes");
-});
-
-t.test("a task that comes later with a bias that no input carries is refused", async (t) => {
-  // An adapter of the base whose head has no bias: the same, but for that.
-  const [adapter] = await readAdapters([path("adapters/head")]);
-  const bare = { ...adapter!, id: "bare", saved: adapter!.saved.filter(({ name }) => name !== "classifier.bias") };
-  const { chunks } = await buildPack([bare], LOSSLESS);
-  const pack = await openPack(concat(chunks));
-  const [{ entry, blob }] = (await projectAdapters(pack, [adapter!], F32)) as [
-    Awaited<ReturnType<typeof projectAdapters>>[0],
-  ];
-  for (const mode of MODES) {
-    const session = await open(NODE, path("classifier.onnx"), pack, { mode });
-    if (!pack.tasks.has("head")) await session.addTask("head", encodeTaskFile(entry, pack.basisId, blob));
-    const { message } = await refusal(() => session.switchTask("head"));
-    t.match(message, /brings "classifier.bias" \(saved\), which no task did when this session was made/, mode);
-    await session.close();
-    pack.removeTask("head");
-  }
-  await adapter!.close();
-});
-
-t.test("a task that comes later with private terms on a head that others adapt is refused", async (t) => {
-  const pack = await openPack(await packed("same-head", "adapted-head"));
-  const index = pack.modules.findIndex(({ name }) => name === "classifier");
-  const { in: inputs, out } = pack.modules[index]!;
-  const row = (width: number) => encodeTensor("f32", new Float32Array(width).fill(0.1), 1, width);
-  const privateTerms = { rank: 1, dtype: "f32" as const, A: row(inputs), Bt: row(out) };
-  const blob = encodeTask([{ module: index, rank: 0, privateTerms }], []);
-  const session = await open(NODE, path("classifier.onnx"), pack, { mode: "core" });
-  await session.addTask("late", encodeTaskFile({ id: "late", adapterBytes: 0, metadata: {} }, pack.basisId, blob));
-  const message =
-    /brings "classifier" \(private\), which no task did when this session was made; .* privateTerms: true/;
-  await t.rejects(session.switchTask("late"), { tag: "base", message });
-  await session.close();
-});
-
-/** The model without the classifier's bias, as an optimiser that drops zeros leaves it. */
-function withoutBias(bytes: Uint8Array, name: string): Uint8Array {
-  const model = parseModel(bytes, name);
-  const { graph, proto } = model;
-  const bias = findParameters(model).find((one) => one.name === "classifier.bias")!;
-  for (const { node, input } of bias.uses) {
-    if (node.opType === "Gemm") node.input.length = 2;
-    else {
-      const product = graph.producers.get(node.input[1 - input]!)!;
-      const main = proto.graph as GraphProto;
-      main.node = main.node.filter((one) => one !== node);
-      product.output[0] = node.output[0]!;
-    }
-  }
-  return toBinary(ModelProtoSchema, proto as ModelProto);
-}
-
-t.test("every kind of export, once its classifier has no bias", async (t) => {
-  for (const [name, answers] of Object.entries(sessions.GOLDENS.models)) {
-    if (["encoder", "external"].includes(name)) continue;
-    const bytes = withoutBias(sessions.modelBytes(name), name);
-    const feeds = sessions.feeds(NODE, await inputsOf(bytes));
-    const plain = await InferenceSession.create(bytes, { logSeverityLevel: 3 });
-    const { logits } = await plain.run(feeds);
-    await plain.release();
-    const [tolerance, integers] = [name === "half" ? 5e-3 : 1e-5, ["int8", "qdq"].includes(name)];
-    // Only the layer differs between exports: one mode for all, and folded for a Gemm, a MatMul and layers in branches.
-    for (const mode of ["core", "folded"] as const) {
-      if (mode === "folded" && !["half", "transposed", "branches"].includes(name)) continue;
-      const pack = await sessions.packFor(answers);
-      const session = await open(NODE, bytes, pack, { mode });
-      await session.switchTask(null);
-      const base = difference(await outputOf(session, feeds), logits!.data as Float32Array);
-      t.ok(base <= (integers ? 1e-2 : tolerance), `${name}, ${mode}: the base is off by ${base}`);
-      for (const task of [...pack.tasks.keys()].slice(0, 2)) {
-        await session.switchTask(task);
-        const off = difference(await outputOf(session, feeds), sessions.golden(answers, task));
-        t.ok(off <= tolerance, `${name}, ${mode}, ${task}: off by ${off}`);
-      }
-      await session.close();
-    }
-  }
-});
-
-async function inputsOf(bytes: Uint8Array): Promise<{ inputNames: readonly string[] }> {
-  const session = await InferenceSession.create(bytes, { logSeverityLevel: 3 });
-  const inputNames = [...session.inputNames];
-  await session.release();
-  return { inputNames };
-}
-
 t.test("a bias that is there by another name is not added once more", async (t) => {
   const pack = await openPack(await packed("head"));
   const broken = (change: (gemm: NodeProto, graph: GraphProto) => void): Uint8Array => {
@@ -319,49 +159,3 @@ t.test("learned on such a model, a task has the bias too", async (t) => {
   t.same(names.sort(), ["classifier.bias", "classifier.weight"]);
   await session.close();
 });
-
-t.test("eigenlora attach brings the biases back", async (t) => {
-  const folder = mkdtempSync(join(tmpdir(), "eigenlora-bias-"));
-  t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
-  const target = join(folder, "out.onnx");
-  for (const tasks of SETS) {
-    writeFileSync(join(folder, "tasks.eigen"), await packed(...tasks));
-    for (const mode of ["core", "factors"]) {
-      const stream = { write: () => undefined };
-      const args = [
-        "attach",
-        "--force",
-        path("classifier.onnx"),
-        join(folder, "tasks.eigen"),
-        "-o",
-        target,
-        "--mode",
-        mode,
-      ];
-      t.equal(await runProgram(args, stream, stream), 0, `${tasks.join(", ")}, ${mode}`);
-      const session = await InferenceSession.create(target, { logSeverityLevel: 3 });
-      const files = readdirSync(join(folder, "out.tasks")).map((name) => `out.tasks/${name}`);
-      for (const task of [null, ...tasks]) {
-        const file =
-          task === null ? "out.base.safetensors" : files.find((name) => name.endsWith(`/${task}.safetensors`))!;
-        const { logits } = await session.run({ ...ints(NODE), ...(await tensorsOf(join(folder, file))) });
-        const off = difference(logits!.data as Float32Array, answer("classifier", task));
-        t.ok(off <= TOLERANCE, `${task ?? "base"}, ${mode}: off by ${off}`);
-      }
-      await session.release();
-      rmSync(join(folder, "out.tasks"), { recursive: true });
-    }
-  }
-});
-
-async function tensorsOf(file: string): Promise<Feeds> {
-  const source = await openSource(file);
-  const { tensors, read } = await openSafetensors(source);
-  const feeds: Feeds = {};
-  for (const [name, { shape }] of tensors) {
-    const { buffer } = Uint8Array.from(await read(name));
-    feeds[name] = new NODE.Tensor("float32", new Float32Array(buffer), shape);
-  }
-  await source.close?.();
-  return feeds;
-}

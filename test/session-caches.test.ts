@@ -4,24 +4,14 @@
  */
 import { openPack, type Pack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
-import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
+import { createEigenSession } from "eigenlora/onnxruntime";
 import type { EngineTensor } from "eigenlora/session";
 import { attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
 import { CacheWatch } from "./internals.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { skip, transformers } from "./pipelines.ts";
-import {
-  difference,
-  type Feeds,
-  MODES,
-  NODE,
-  type Options,
-  ORTS,
-  type Ort,
-  refusal,
-  type Session,
-} from "./sessions.ts";
+import { difference, type Feeds, NODE, type Options, ORTS, type Ort, refusal, type Session } from "./sessions.ts";
 
 const MODEL = data("decoder/onnx/model.onnx");
 const { bytes } = await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS);
@@ -149,17 +139,6 @@ for (const { name, ort } of ORTS) {
   });
 }
 
-for (const mode of MODES) {
-  t.test(`${mode}: keepCache is the session's own`, async (t) => {
-    const { session } = await open(t, NODE, { mode });
-    const base = await session.run(behind(NODE, PROMPT));
-    await session.switchTask("upper");
-    t.match(await refusal(() => session.run(behind(NODE, [3], 1, base))), refused("the base", 'task "upper"'));
-    await session.switchTask("upper", { keepCache: true });
-    await session.run(behind(NODE, [3], 1, base));
-  });
-}
-
 t.test("another task under the same id is another task", async (t) => {
   const { session, pack } = await open(t, NODE);
   const { bytes: blob } = await pack.load("upper");
@@ -234,58 +213,6 @@ t.test("on a device the buffer tells, and nothing is read", (t) => {
   watch.check({}, watch.stateOf("b"))({ "present.0.key": tensor(one) });
   run(one);
   t.end();
-});
-
-t.test("the first layer stands for all, whatever their order", (t) => {
-  const of = (prefix: string, layers: number[]): string[] => layers.map((layer) => `${prefix}.${layer}.encoder.key`);
-  const inputs = ["past_key_values.0.decoder.key", ...of("past_key_values", [10, 9, 2])];
-  const outputs = ["present.0.decoder.key", ...of("present", [2, 9, 10])];
-  const watch = new CacheWatch({ tasks: new Map() }, inputs, outputs);
-  const tensor = (size: number): EngineTensor => ({ type: "float32", dims: [size], data: new Float32Array(size) });
-  const across = Object.fromEntries(outputs.map((name) => [name, tensor(2)]));
-  watch.check({}, watch.stateOf("a"))(across);
-  const feeds = Object.fromEntries(inputs.map((name) => [name, across[name.replace("past_key_values", "present")]!]));
-  // A new text begins, but the encoder's result still belongs to the other task.
-  feeds["past_key_values.0.decoder.key"] = tensor(0);
-  t.throws(() => watch.check(feeds, watch.stateOf("b")), /"past_key_values.2.encoder.key" was made under task "a"/);
-  watch.check(feeds, watch.stateOf("a"));
-  t.end();
-});
-
-t.test("the head of a blend is part of it", (t) => {
-  const watch = new CacheWatch({ tasks: new Map() }, ["past.0"], ["present.0"]);
-  const cache = { type: "float32", dims: [1], data: new Float32Array(1) };
-  const blend = { a: 0.5, b: 0.5 };
-  watch.check({}, watch.stateOf(blend, { head: "a" }))({ "present.0": cache });
-  watch.check({ "past.0": cache }, watch.stateOf({ b: 0.5, a: 0.5 }, { head: "a" }));
-  t.throws(
-    () => watch.check({ "past.0": cache }, watch.stateOf(blend, { head: "b" })),
-    /under the blend "a" × 0.5 \+ "b" × 0.5, head "a", and this run is under the blend .*, head "b"/,
-  );
-  t.end();
-});
-
-t.test("one file goes on with the cache of another", async (t) => {
-  const pack = await openPack(bytes);
-  const models = await createEigenSessions(NODE, { prompt: MODEL, answer: MODEL }, pack, { anyBase: true });
-  t.teardown(async () => {
-    await models.close();
-    await pack.close();
-  });
-  const { prompt, answer } = models.sessions;
-  const cache = await prompt.run(behind(NODE, PROMPT));
-  await answer.run(behind(NODE, [3], 1, cache));
-  await models.switchTask("upper");
-  t.match(await refusal(() => answer.run(behind(NODE, [3], 1, cache))), refused("the base", 'task "upper"'));
-  await models.switchTask("lower", { keepCache: true });
-  await answer.run(behind(NODE, [3], 1, cache));
-  // A failed switch restores all of them.
-  const { bytes: blob } = await pack.load("upper");
-  await pack.addTask("new", encodeTaskFile({ id: "new", adapterBytes: 0, metadata: {} }, pack.basisId, blob));
-  await answer.close();
-  await t.rejects(models.switchTask("new"));
-  t.equal(prompt.task, "lower");
-  await prompt.run(behind(NODE, [3], 1, cache));
 });
 
 t.test("a pipeline's cache belongs to the task that made it", { skip }, async (t) => {

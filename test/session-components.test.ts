@@ -3,16 +3,12 @@
  * and layers with one input, which share a product and an input for their cores.
  */
 import { readFile } from "node:fs/promises";
-import { openPack, type Pack, type TensorRef } from "eigenlora";
-import { type Adapter, buildPack, encodeTaskFile } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
+import { openPack, type Pack } from "eigenlora";
+import { type Adapter, buildPack } from "eigenlora/build";
 import { createSession } from "eigenlora/session";
 import t from "tap";
 import {
   create,
-  encodeTask,
-  encodeTensor,
-  expandTerm,
   fromBinary,
   GraphProtoSchema,
   ModelProtoSchema,
@@ -24,23 +20,10 @@ import {
   readModel,
   toBinary,
 } from "./internals.ts";
-import { concat, data, LOSSLESS } from "./packs.ts";
+import { concat, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak } from "./required.ts";
-import {
-  difference,
-  feeds,
-  model,
-  NODE,
-  ORTS,
-  type Ort,
-  open,
-  outputOf,
-  packBytes,
-  refusal,
-  type Session,
-} from "./sessions.ts";
-import { inOtherWords } from "./sides.ts";
+import { difference, feeds, model, NODE, ORTS, type Ort, open, outputOf, packBytes, type Session } from "./sessions.ts";
 
 /** Tasks with LoRA of different ranks, DoRA, private terms; not lossless: components of three bits cannot be. */
 async function packAs(
@@ -100,66 +83,6 @@ for (const { name, ort } of ORTS) {
     }
   });
 }
-
-t.test("one component on a side, with coefficients of several ranks and blends", async (t) => {
-  const bytes = await inOtherWords(
-    await packAs(["adapters"], "base", "int8", { select: { kind: "k", k: 1 }, centering: "none" }),
-  );
-  const pack = await openPack(bytes);
-  t.ok(pack.modules.some(({ A, B }) => A.length === 0 && B[0]?.tensor.rows === 1));
-  const [unfolded, folded] = [
-    await open(NODE, model("torchscript"), pack, { mode: "factors" }),
-    await open(NODE, model("torchscript"), pack, { mode: "folded" }),
-  ];
-  for (const task of ["three", { two: 0.5, three: 0.5 }]) {
-    const found = [];
-    for (const one of [unfolded, folded]) {
-      await one.switchTask(task, typeof task === "string" ? {} : { head: "two" });
-      found.push((await outputOf(one, feeds(NODE, one))).slice());
-    }
-    const off = difference(found[0]!, found[1]!);
-    t.ok(off < 1e-5, `${JSON.stringify(task)}: off by ${off}`);
-  }
-  for (const one of [unfolded, folded]) await one.close();
-});
-
-t.test("a task with rows of its own that comes to a session with cores", async (t) => {
-  const pack = await packAs(["adapters/two", "adapters/three"], "base", "int8");
-  const bases = await pack.bases();
-  const blob = await pack.load("two");
-  const tensorOf = ({ dtype, byteOffset, byteLength }: TensorRef) => {
-    return { dtype, encoded: blob.bytes.slice(byteOffset, byteOffset + byteLength) };
-  };
-  // The same task, its A as rows.
-  const own = blob.terms.map((term) => {
-    const { in: inputs } = pack.modules[term.module]!;
-    const { rank, A } = expandTerm(blob, term, pack.modules[term.module]!, bases.bytes);
-    const B = { kind: "column" as const, mean: term.B!.mean, ...tensorOf(term.B!.tensor) };
-    return {
-      module: term.module,
-      rank,
-      ownA: { dtype: "f32" as const, encoded: encodeTensor("f32", A, rank, inputs) },
-      B,
-    };
-  });
-  bases.close();
-  const saved = blob.parameters.map(({ name, role, shape, tensor }) => ({ name, role, shape, ...tensorOf(tensor) }));
-  const entry = { id: "late", adapterBytes: 0, metadata: {} };
-  const file = encodeTaskFile(entry, pack.basisId, encodeTask(own, saved));
-  const [bare, roomy] = [
-    await open(NODE, model("torchscript"), pack, { mode: "core" }),
-    await open(NODE, model("torchscript"), pack, { mode: "core", reserve: { privateTerms: true } }),
-  ];
-  await bare.addTask("late", file);
-  await t.rejects(bare.switchTask("late"), { tag: "base", message: /own-A.*reserve: \{ privateTerms: true \}/ });
-  const found = [];
-  for (const task of ["two", "late"]) {
-    await roomy.switchTask(task);
-    found.push((await outputOf(roomy, feeds(NODE, roomy))).slice());
-  }
-  t.ok(difference(found[0]!, found[1]!) < 1e-5);
-  for (const one of [bare, roomy]) await one.close();
-});
 
 t.test("products with integers round their inputs where all of the model's layers do", async (t) => {
   const built = fromBinary(ModelProtoSchema, await readFile(model("q4")));
@@ -231,51 +154,6 @@ t.test("by either operator, held against arithmetic in f64", async (t) => {
   }
 });
 
-t.test("what they take on layers of usual width", async (t) => {
-  const read = await readAdapters([data("adapters/own-seed")]);
-  const limits = [
-    ["int4", 0.2],
-    ["int8", 0.26],
-  ] as const;
-  for (const [basis, most] of limits) {
-    const dtype = { basis, coefficients: "f16", head: "f16" } as const;
-    const { chunks } = await buildPack(read, { select: { kind: "k", k: 32 }, dtype });
-    const pack = await openPack(concat(chunks));
-    const sizes: number[] = [];
-    for (const components of ["stored", "f32"] as const) {
-      const session = await open(NODE, data("minilm/model_fp16.onnx"), pack, {
-        mode: "core",
-        components,
-        probe: false,
-      });
-      sizes.push(session.memory().basis);
-      await session.close();
-    }
-    await pack.close();
-    t.ok(sizes[0]! <= most * sizes[1]!, `${basis}: ${sizes[0]} bytes of ${sizes[1]}`);
-  }
-  for (const adapter of read) await adapter.close();
-});
-
-t.test("layers with one input share an input for their cores", async (t) => {
-  const pack = await packAs(["adapters/two", "adapters/three"], "base", "f32");
-  const file = await readModel(model("torchscript"));
-  const { inputs } = await prepareModel(file, pack, (await pack.bases()).bytes, { mode: "core" });
-  const cores = inputs.filter(({ kind }) => kind === "core");
-  t.strictSame(
-    cores.map(({ of, cores }) => [of.replace(/^.*layer\./, ""), cores!.length]),
-    [
-      ["0.attention.self.query+value", 2],
-      ["1.attention.self.query+value", 2],
-    ],
-  );
-  for (const { dims, cores: blocks } of cores) {
-    const sums = [blocks!.reduce((sum, { KA }) => sum + KA, 0), blocks!.reduce((sum, { KB }) => sum + KB, 0)];
-    t.strictSame(dims, ["tasks", ...sums]);
-  }
-  await file.close();
-});
-
 /** Two packed layers with one input, as where attention and perceptron lie side by side. The result shows all parts. */
 function sideBySide(): Uint8Array {
   const names = ["qkv_proj", "gate_up_proj"];
@@ -345,10 +223,4 @@ t.test("packed layers side by side, all of their parts adapted or some", async (
     const [a, b] = answers.get("folded")!;
     t.ok(difference(a!, b!) > 0.01, "tasks differ");
   }
-});
-
-t.test("an option that is none of the two", async (t) => {
-  const pack = await packAs(["adapters/two"], "base", "int4");
-  const error = await refusal(() => open(NODE, model("torchscript"), pack, { components: "int4" as "f32" }));
-  t.match(error.message, /components: expected "stored" or "f32", got "int4"/);
 });

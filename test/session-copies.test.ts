@@ -187,15 +187,6 @@ for (const [what, { bytes, stored }] of Object.entries(MODELS)) {
   });
 }
 
-t.test("one application alone is not the task's", async (t) => {
-  const bytes = applied("applied-dynamo");
-  const whole = await expected(bytes, change(1), both(DYNAMO));
-  for (const one of ["mid.weight", DYNAMO]) {
-    const half = await expected(bytes, change(1), { [one]: both(DYNAMO)[one]! });
-    t.ok(difference(half, whole) > 0.05, `without the other of ${one} it would be off`);
-  }
-});
-
 /** Changes a value of a weight. */
 function alter(graph: GraphProto, name: string): void {
   const tensor = graph.initializer.find((one) => one.name === name)!;
@@ -228,29 +219,4 @@ t.test("weights of an equal claim that differ are told by their nodes, and one c
   const host = await openOnnxHost(bytes);
   await t.rejects(host.read("mid.weight"), { tag: "base", message: /"val_2" of MatMul/ });
   t.ok(await host.read("val_2"));
-});
-
-t.test("a copy that was chosen by hand brings the others along", async (t) => {
-  const bytes = applied("applied-dynamo", twoTurned);
-  for (const mode of MODES) {
-    const session = await open(NODE, bytes, await packOn(), { mode, names: new Map([["mid", "val_90"]]) });
-    await session.switchTask("a");
-    const wanted = await expected(bytes, change(1), { val_2: "turned", val_90: "turned" });
-    t.ok(difference(await outputOf(session, { x }), wanted) <= 1e-5, mode);
-    await session.close();
-  }
-});
-
-t.test("another weight at a place that looks like the layer's is left alone", async (t) => {
-  for (const name of ["applied-torchscript", "applied-dynamo"]) {
-    const copy = name === "applied-dynamo" ? DYNAMO : TORCHSCRIPT;
-    const bytes = applied(name, (graph) => alter(graph, copy));
-    for (const mode of MODES) {
-      const session = await open(NODE, bytes, await packOn(), { mode });
-      await session.switchTask("a");
-      const wanted = await expected(bytes, change(1), { "mid.weight": "as it is" });
-      t.ok(difference(await outputOf(session, { x }), wanted) <= 1e-5, `${name}, ${mode}`);
-      await session.close();
-    }
-  }
 });

@@ -2,7 +2,7 @@
  * Impossible sessions: wrong models, packs, options and providers are each refused with advice; and the probe finds a provider that
  * ignores its inputs.
  */
-import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { cpSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack, type Pack, type TaskMetadata } from "eigenlora";
@@ -181,41 +181,6 @@ t.test("names by hand", async (t) => {
   await refused(t, nameless, pack, twice, both, "two on one");
 });
 
-t.test("a layer that is found by the end of its name only must be confirmed", async (t) => {
-  // An encoder in a file of its own names its layers like this: the decoder's names in the same place have the same end.
-  const cut = changed("torchscript", ({ graph }) => {
-    for (const node of graph!.node) {
-      node.name = node.name.replace(/^\/bert\/encoder\//, "/");
-      node.input = node.input.map((value) => value.replace(/^bert\.encoder\./, ""));
-    }
-    for (const tensor of graph!.initializer) tensor.name = tensor.name.replace(/^bert\.encoder\./, "");
-  });
-  const names = [QUERY, VALUE].flatMap((name) => [name, name.replace("layer.0", "layer.1")]);
-  const mute = await openPack(await packBytes(["adapters/two"]));
-  const sure = await openPack(await packBytes(["adapters/two"], "base"));
-  const other = await openPack(await packBytes(["adapters/two"], "base-tied"));
-  const byHand = new Map(names.map((name) => [name, `${name.slice("bert.encoder.".length)}.weight`]));
-  for (const mode of MODES) {
-    const message =
-      /by the end of its name only, as "layer\.0\.attention.*no fingerprint.*`names`, or pass anyBase: true/;
-    await refused(t, cut, mute, { mode }, { tag: "base", module: QUERY, message }, mode);
-    await refused(t, cut, other, { mode }, { tag: "base", message: /fingerprints correlate/ }, mode);
-    for (const [pack, options, unconfirmed] of [
-      [sure, {}, []],
-      [mute, { anyBase: true }, names],
-      [mute, { names: byHand }, names],
-    ] as const) {
-      await works(t, cut, pack, { mode, ...options });
-      const session = await open(NODE, cut, pack, { mode, ...options });
-      t.same([...session.unconfirmed].sort(), [...unconfirmed].sort(), "what no fingerprint was held against is told");
-      await session.close();
-    }
-    const whole = await open(NODE, model("torchscript"), mute, { mode });
-    t.equal(whole.unconfirmed.length, names.length, "whole names do without, and that is told");
-    await whole.close();
-  }
-});
-
 t.test("what tasks bring and the model lacks", async (t) => {
   const pack = await packFor("encoder");
   for (const mode of MODES) {
@@ -264,40 +229,6 @@ t.test("external data", async (t) => {
     const external = (): Uint8Array => stored.subarray(0, 9000);
     await refused(t, bytes, pack, { mode, external }, { tag: "source" }, "a file that is too short");
   }
-});
-
-t.test("arguments", async (t) => {
-  const pack = await packFor("base");
-  for (const ort of [undefined, {}, { default: NODE }, { InferenceSession: {} }]) {
-    const error = await refusal(() => createEigenSession(ort as unknown as Ort, model("torchscript"), pack));
-    t.match(error, { name: "TypeError", message: /onnxruntime-web or onnxruntime-node/ });
-  }
-  const none = { name: "RangeError", message: /"fused"/ };
-  await refused(t, model("torchscript"), pack, { mode: "fused" as "core" }, none, "no mode");
-  for (const { name, ort } of ORTS) {
-    for (const mode of MODES) {
-      const session = { executionProviders: ["abacus"] };
-      const error = await refusal(() => open(ort, model("torchscript"), pack, { mode, session }));
-      t.match(error, { tag: "backend", message: /providers: \["abacus"\]/, cause: Error }, `${name}: ${error.message}`);
-    }
-    const session = await open(ort, model("torchscript"), pack);
-    const mine = { ...feeds(ort, session), "eigenlora.classifier.weight": new ort.Tensor("float32", [0], [1]) };
-    await t.rejects(session.run(mine), { name: "TypeError", message: /eigenlora.*is the session's own input/ });
-    await session.close();
-  }
-});
-
-t.test("files are closed whatever happens", { skip: !existsSync("/proc/self/fd") && "no /proc" }, async (t) => {
-  const files = (): number => readdirSync("/proc/self/fd").length;
-  const pack = await packFor("base");
-  const before = files();
-  const tied = await openPack(await packBytes(["adapters/two"], "base-tied"));
-  for (const mode of MODES) {
-    await refusal(() => open(NODE, model("external"), tied, { mode }));
-    await refusal(() => open(NODE, model("external"), pack, { mode, session: { executionProviders: ["abacus"] } }));
-    await works(t, model("external"), pack, { mode });
-  }
-  t.ok(files() <= before, `${files()} open, ${before} before`);
 });
 
 t.test("tasks that were added later", async (t) => {
@@ -493,16 +424,5 @@ t.test("where the probe cannot tell, it says so, and the session works", async (
     const session = await open(ort, nothing, pack);
     t.match(session.probe.result, /^skipped: /);
     await session.close();
-  }
-});
-
-t.test("builds of onnxruntime-web for browsers are told apart in Node", async (t) => {
-  const pack = await openPack(await packBytes(["adapters"], "base"));
-  for (const build of ["wasm", "webgpu"]) {
-    const ort = (await import(`onnxruntime-web/${build}`)) as Ort;
-    await t.rejects(createEigenSession(ort, modelBytes("torchscript"), pack), {
-      name: "BackendError",
-      message: /Dynamic require of "node:os".*; in Node use onnxruntime-node, or import plain onnxruntime-web/,
-    });
   }
 });

@@ -3,7 +3,7 @@
  * models in test/data/forms, quantised too, compared with PEFT's answers.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
-import { openPack, type Pack, type Selection } from "eigenlora";
+import { openPack, type Pack } from "eigenlora";
 import t from "tap";
 import { create, fromBinary, ModelProtoSchema, NodeProtoSchema, TensorProtoSchema, toBinary } from "./internals.ts";
 import { data, LOSSLESS, packOf as packed } from "./packs.ts";
@@ -154,57 +154,6 @@ t.test("biases of convolutions, DoRA on convolutions and embeddings, a norm by i
         }
         await session.close();
       }
-    }
-  }
-});
-
-t.test("without a task the model is the one that it was", async (t) => {
-  for (const { name: runtime, ort } of ORTS) {
-    for (const [name, answers] of Object.entries(GOLDENS.models)) {
-      const pack = await packFor(kindOf(name));
-      const plain = await ort.InferenceSession.create(new Uint8Array(readFileSync(path(name))));
-      const feeds = feedsOf(ort, kindOf(name));
-      const expected = (await plain.run(feeds))["logits"]!.data as Float32Array;
-      await plain.release();
-      for (const mode of ["core", "factors"] as const) {
-        // A head as an input is computed by another product than the model's.
-        const session = await open(ort, path(name), pack, { mode, ignore: ["classifier"] });
-        const first = await outputOf(session, feeds);
-        const off = difference(first, expected);
-        const allowed = name.endsWith("half") ? 2e-3 : 1e-6;
-        t.ok(off <= allowed, `${runtime}, ${name}, ${mode}: ${off} off the plain model of ${answers}`);
-        await session.switchTask("a");
-        await session.switchTask(null);
-        t.same(await outputOf(session, feeds), first, "and again after a switch");
-        await session.close();
-      }
-    }
-  }
-});
-
-t.test("few components, private terms beside them, blends", async (t) => {
-  for (const kind of ["vision", "text"]) {
-    const pack = await packOf(kind, [`adapters-${kind}`], {
-      select: { kind: "k", k: 3 },
-      privateTerms: 2,
-      gauge: "balanced",
-    });
-    const selections: Selection[] = [...pack.tasks.keys(), { a: 0.5, b: 0.75 }, { a: 1, c: -0.5 }];
-    const found = new Map<Mode, Float32Array[]>();
-    const feeds = feedsOf(NODE, kind);
-    for (const mode of MODES) {
-      const session = await open(NODE, path(kind), pack, { mode, reserve: { privateTerms: true } });
-      const outputs: Float32Array[] = [];
-      for (const selection of selections) {
-        await session.switchTask(selection, typeof selection === "string" ? {} : { head: "a" });
-        outputs.push(await outputOf(session, feeds));
-      }
-      found.set(mode, outputs);
-      await session.close();
-    }
-    for (const mode of ["core", "factors"] as const) {
-      const off = found.get(mode)!.map((output, i) => difference(output, found.get("folded")![i]!));
-      t.ok(Math.max(...off) <= 1e-5, `${kind}, ${mode}: off by ${off} from what is folded`);
     }
   }
 });

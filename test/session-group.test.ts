@@ -3,14 +3,11 @@
  * switch for both; and single files that lack modules of the pack. Compared with PEFT's answers, token for token.
  */
 import { readFileSync } from "node:fs";
-import { setFlagsFromString } from "node:v8";
-import { runInNewContext } from "node:vm";
-import { createRuntime, openPack, type Pack } from "eigenlora";
+import { openPack, type Pack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import { createEigenSession, createEigenSessions, type EigenSessions } from "eigenlora/onnxruntime";
 import t, { type Test } from "tap";
 import { difference } from "./adapters.ts";
-import { openSafetensors, openSource } from "./internals.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { MODES, modesOn, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
 
@@ -175,30 +172,6 @@ t.test("options of all and of each", async (t) => {
   });
 });
 
-t.test("the files themselves are not kept", async (t) => {
-  setFlagsFromString("--expose-gc");
-  const collect = runInNewContext("gc") as () => void;
-  const pack = await opened(t);
-  const open = async (): Promise<{ models: Models; files: WeakRef<ArrayBuffer>[] }> => {
-    const files = [FILES.encoder, FILES.decoder].map((path) => new Uint8Array(readFileSync(path)));
-    const models = await createEigenSessions(NODE, { encoder: files[0]!, decoder: files[1]! }, pack);
-    return { models, files: files.map(({ buffer }) => new WeakRef(buffer)) };
-  };
-  const { models, files } = await open();
-  // Observed objects stay until the job ends, so collection is tried later.
-  for (let i = 0; i < 10; i++) {
-    await new Promise((resolve) => setTimeout(resolve, 20));
-    collect();
-  }
-  t.same(
-    files.map((file) => file.deref()?.byteLength),
-    [undefined, undefined],
-  );
-  await models.switchTask("titles");
-  await holds(t, NODE, models, "titles", "without the files");
-  await models.close();
-});
-
 t.test("one file, with the modules that it has", async (t) => {
   const pack = await opened(t);
   const modules = (module: string): boolean => module.startsWith("encoder.");
@@ -223,24 +196,4 @@ t.test("one file, with the modules that it has", async (t) => {
     name: "TypeError",
     message: /modules: expected a function of names, got "encoder"/,
   });
-});
-
-t.test("a runtime on a base that has some of the modules", async (t) => {
-  const pack = await opened(t);
-  const source = await openSource(data("seq2seq/base.safetensors"));
-  t.teardown(() => source.close?.());
-  const file = await openSafetensors(source);
-  const base = new Map();
-  for (const [name, { shape }] of file.tensors)
-    if (/^encoder\..*\.[qv]\.weight$/.test(name))
-      base.set(name, { dtype: "f32", shape, data: await file.readF32(name) });
-  const pristine = new Map([...base].map(([name, { data }]) => [name, data.slice()]));
-  t.match(await refusal(() => createRuntime(pack, { base })), { name: "BaseMismatchError" });
-  const runtime = await createRuntime(pack, { base, modules: (module) => module.startsWith("encoder.") });
-  const { modules, added } = await runtime.switchTask("titles");
-  t.same([modules, added], [4, []], "its head belongs to the other part");
-  for (const [name, { data }] of base) t.notSame(data, pristine.get(name), name);
-  await runtime.switchTask(null);
-  for (const [name, { data }] of base) t.same(data, pristine.get(name), name);
-  await runtime.close();
 });

@@ -3,7 +3,7 @@
  * arithmetic.
  */
 import { openPack, type Pack } from "eigenlora";
-import { type Adapter, buildPack, encodeTaskFile } from "eigenlora/build";
+import { type Adapter, buildPack } from "eigenlora/build";
 import { Tensor } from "onnxruntime-node";
 import t from "tap";
 import {
@@ -19,11 +19,10 @@ import {
   toBinary,
 } from "./internals.ts";
 import { concat, LOSSLESS } from "./packs.ts";
-import { difference, NODE, type Options, open, outputOf, refusal } from "./sessions.ts";
+import { NODE, type Options, open, outputOf } from "./sessions.ts";
 
 const FLOAT = 1;
 const UINT8 = 2;
-const INT64 = 7;
 const X = [1, 2, 3];
 const C = [10, 20, 30];
 const feeds = { x: new Tensor("float32", Float32Array.from(X), [1, 3]) };
@@ -75,18 +74,6 @@ const head: Adapter = {
   ],
 };
 
-/** Adds 100 · x₀ to all of y. @param magnitude of DoRA */
-function lora(magnitude?: number[]): Adapter {
-  const read = async () => ({
-    rank: 1,
-    A: Float32Array.of(1, 0, 0),
-    Bt: Float32Array.of(100, 100, 100),
-    ...(magnitude && { magnitude: Float32Array.from(magnitude) }),
-  });
-  const module = { name: "classifier", out: 3, in: 3, rank: 1, layout: "out-in" as const, read };
-  return { ...rest, id: "lora", file: "lora", modules: new Map([["classifier", module]]) };
-}
-
 async function packed(adapter: Adapter): Promise<Pack> {
   return openPack(concat((await buildPack([adapter], LOSSLESS)).chunks));
 }
@@ -120,82 +107,3 @@ t.test("a task that brings a weight without its bias keeps the model's", async (
   t.same(base, [11, 22, 33]);
   t.same(found, [12, 24, 36], "behind quantised values too");
 });
-
-t.test("terms are added behind the quantised values of a bias, whose range has no task in it", async (t) => {
-  const product = makeNode("MatMul", "/classifier/MatMul", ["x", "classifier.weight"], "p");
-  const add = makeNode("Add", "/classifier/Add", ["p/dq", "c"], "s");
-  const nodes = [product, ...requantized("p", "p/dq"), add, ...requantized("s", "y")];
-  const [base, found] = await answers(modelOf(...nodes), lora(), { mode: "factors" });
-  t.same(base, [11, 22, 33]);
-  t.ok(difference(found!, [111, 122, 133]) < 1e-4, `${found}`);
-});
-
-t.test("DoRA where a result is quantised together with its bias", async (t) => {
-  const model = modelOf(gemm("s"), ...requantized("s", "y"));
-  const adapter = lora([1, 2, 3]);
-  const error = await refusal(async () => open(NODE, model, await packed(adapter), { mode: "factors" }));
-  t.match(error.message, /"classifier" has DoRA tasks, and its layer's result is quantised together with its bias/);
-  const [, found] = await answers(modelOf(gemm("y")), adapter, { mode: "factors" });
-  const [, folded] = await answers(modelOf(gemm("y")), adapter, { mode: "folded" });
-  t.ok(difference(found!, folded!) < 1e-4, `${found}, ${folded}`);
-});
-
-t.test("a Gemm that scales its bias is no linear layer", async (t) => {
-  const scaled = makeNode("Gemm", "/classifier/Gemm", ["x", "classifier.weight", "c"], "y", {
-    transB: 1,
-    beta: { float: 0.5 },
-  });
-  const error = await refusal(async () => open(NODE, modelOf(scaled), await packed(lora()), { mode: "factors" }));
-  t.match(error.message, /scales its bias/);
-});
-
-t.test(
-  "a later task that brings a table whole is refused where the session takes rows, and the other way round",
-  async (t) => {
-    const saved = (name: string, rows: number): Adapter["saved"][number] => ({
-      ...{ name, role: "saved", shape: [rows, 3], read: async () => new Float32Array(3 * rows).fill(5) },
-    });
-    const some = (name: string): Adapter["saved"][number] => ({
-      ...{ name, role: "rows", shape: [1, 3], indices: [1], read: async () => Float32Array.of(7, 8, 9) },
-    });
-    const one = (id: string, ...brings: Adapter["saved"]): Adapter => ({
-      ...rest,
-      ...{ id, file: id, modules: new Map(), saved: brings },
-    });
-    const graph = create(GraphProtoSchema, {
-      name: "a table and a head",
-      node: [
-        makeNode("Gather", "/emb/Gather", ["emb.weight", "ids"], "x"),
-        makeNode("MatMul", "/classifier/MatMul", ["x", "classifier.weight"], "y"),
-      ],
-      input: [makeValue("ids", INT64, ["n"])],
-      output: [makeValue("y", FLOAT, ["n", 3])],
-      initializer: [
-        makeFloats("emb.weight", [...diagonal(1), 1, 1, 1], [4, 3]),
-        makeFloats("classifier.weight", diagonal(1), [3, 3]),
-      ],
-    });
-    const opsetImport = [{ domain: "", version: 17n }];
-    const model = toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph })).slice();
-    const ids = { ids: new Tensor("int64", BigInt64Array.of(1n), [1]) };
-    for (const [first, later, name, role] of [
-      [one("rows", some("emb.weight")), one("whole", saved("emb.weight", 4)), "emb.weight", "saved"],
-      [one("head", saved("classifier.weight", 3)), one("rows", some("classifier.weight")), "classifier.weight", "rows"],
-    ] as const) {
-      const pack = await openPack(concat((await buildPack([first, later], LOSSLESS)).chunks));
-      const entry = pack.tasks.get(later.id)!;
-      const file = encodeTaskFile(entry, pack.basisId, await pack.stored(later.id));
-      await pack.removeTask(later.id);
-      const session = await open(NODE, model, pack, { mode: "factors" });
-      await session.switchTask(first.id);
-      t.same([...(await outputOf(session, ids))], first.id === "rows" ? [7, 8, 9] : [5, 5, 5]);
-      await session.addTask(later.id, file);
-      const error = await refusal(() => session.switchTask(later.id));
-      t.match(
-        error.message,
-        new RegExp(`brings "${name}" \\(${role}\\), which no task did when this session was made`),
-      );
-      await session.close();
-    }
-  },
-);

@@ -11,7 +11,6 @@ import { concat, data, LOSSLESS } from "./packs.ts";
 import {
   difference,
   feeds,
-  MODES,
   model,
   modesOn,
   NODE,
@@ -130,39 +129,3 @@ for (const { name, ort } of RUNTIMES) {
     }
   });
 }
-
-t.test("what cannot be is said", async (t) => {
-  const dora = task("dora", [lora("classifier", labels, width, true)], []);
-  const pack = await packOf(whole, dora);
-  t.match(await refusal(() => open(NODE, model("torchscript"), pack, { mode: "core" })), {
-    tag: "base",
-    message: /one task brings "classifier" whole, and another adapts it by DoRA; use mode "folded"/,
-  });
-  const folded = await open(NODE, model("torchscript"), pack);
-  t.equal(folded.mode, "folded");
-  await folded.switchTask("dora");
-  const scaled = await answer(folded);
-  await folded.close();
-  t.ok(difference(scaled, await alone([dora], "dora")) <= 1e-5);
-
-  const wide = task("wide", others, [
-    save("classifier.weight", "saved", [labels + 1, width]),
-    save("classifier.bias", "saved", [labels + 1]),
-  ]);
-  for (const mode of MODES) {
-    const session = await open(NODE, model("torchscript"), await packOf(wide, adapts), { mode });
-    t.match(await refusal(() => session.switchTask("wide")), { tag: "base", module: /classifier/ }, mode);
-    t.equal(session.task, null);
-    t.ok(difference(await answer(session), EXPECTED.base) <= 1e-5, "the base stays");
-    await session.close();
-  }
-
-  const trainable = { trainable: true, mode: "factors" } as const;
-  const pair = await packOf(without(whole, hidden.name), adapts);
-  t.match(await refusal(() => open(NODE, model("torchscript"), pair, trainable)), {
-    tag: "base",
-    message: /bring "classifier" whole and others adapt it, which cannot be trained; pass ignore: \["classifier"\]/,
-  });
-  const ignoring = await open(NODE, model("torchscript"), pair, { ...trainable, ignore: ["classifier"] });
-  await ignoring.close();
-});

@@ -7,7 +7,6 @@ import { type Adapter, buildPack } from "eigenlora/build";
 import { Tensor } from "onnxruntime-node";
 import t, { type Test } from "tap";
 import {
-  compareRows,
   create,
   GraphProtoSchema,
   ModelProtoSchema,
@@ -167,13 +166,6 @@ for (const mode of ["core", "factors"] as const) {
       await own.close();
     }
   });
-
-  t.test(`${mode}: outputs that do not tell`, async (t) => {
-    const summed = layered([], "x", "made", [makeNode("ReduceSum", "y", ["made"], "y", { keepdims: 0 })], "tokens");
-    const session = await open(NODE, summed, await pack(), { mode });
-    await isRefused(t, session, feed(4, 5), /none of the outputs y has the batch first/, "one number for all");
-    await session.close();
-  });
 }
 
 /** Outputs of the model in 8 bits: enough to tell a task from rounding. */
@@ -235,58 +227,4 @@ t.test("rows of 8 bits that share a range: tasks are told from rounding", async 
   const error = await refusal(() => swapped.run({ x }, { tasks: ["a", null] }));
   t.match(error, { tag: "backend", message: /one task per row: / });
   await swapped.close();
-});
-
-t.test("rounding beside a task, and a task in the wrong row", (t) => {
-  const [rows, width] = [4, 300];
-  const noise = (seed: number): number[] =>
-    Array.from({ length: rows * width }, (_, i) => Math.sin(i * i * (0.37 + 0.11 * seed)));
-  const without = noise(1);
-  const effect = noise(2);
-  const alone = without.map((value, i) => value + effect[i]!);
-  const isTask = (i: number): boolean => Math.floor(i / width) % 2 === 0;
-  /** Rows with a share of the task's change, and noise of half of that change. */
-  const mixture = (share: (i: number) => number) =>
-    without.map((value, i) => value + share(i) * effect[i]! + 0.5 * noise(3)[i]!);
-  const apart = (found: number[], last?: number) => compareRows([without, alone, found], rows, last).apart;
-  const right = mixture((i) => Number(isTask(i)));
-  t.ok(apart(right, width), "rounding is no task");
-  t.notOk(apart(right), "but it is not looked past where rows share nothing");
-  t.notOk(
-    apart(
-      mixture((i) => Number(!isTask(i))),
-      width,
-    ),
-    "each row has the other's",
-  );
-  t.notOk(
-    apart(
-      mixture(() => 1),
-      width,
-    ),
-    "all have it",
-  );
-  t.notOk(
-    apart(
-      mixture(() => 0),
-      width,
-    ),
-    "none has it",
-  );
-  t.notOk(
-    apart(
-      mixture((i) => (i % 3 === 0 ? 1 : Number(isTask(i)))),
-      width,
-    ),
-    "a third of the others' too",
-  );
-  t.notOk(
-    apart(
-      mixture((i) => (isTask(i) ? 0.6 : 0)),
-      width,
-    ),
-    "a part of it is lost",
-  );
-  t.notOk(compareRows([without, alone, right], (rows * width) / 8, 8).apart, "too few numbers to tell");
-  t.end();
 });

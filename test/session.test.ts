@@ -6,7 +6,7 @@ import { type ByteSource, openPack } from "eigenlora";
 import fc from "fast-check";
 import t from "tap";
 import { Queue } from "./internals.ts";
-import { runs } from "./required.ts";
+import { runs, soak } from "./required.ts";
 import {
   difference,
   feeds,
@@ -114,7 +114,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
       ["factors", 250],
       ["folded", 40],
     ] as [Mode, number][]) {
-      const switches = most * share;
+      const switches = most * share * (soak ? 20 : 1);
       const pack = await packFor("base");
       const session = await open(ort, model("torchscript"), pack, { mode });
       const run = feeds(ort, session);

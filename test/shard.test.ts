@@ -11,7 +11,6 @@ import { fileURLToPath } from "node:url";
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, type BuildOptions, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import fc from "fast-check";
 import t from "tap";
 import { json, workIn } from "./command-line.ts";
 import {
@@ -20,9 +19,7 @@ import {
   assemblePack,
   type BasisOptions,
   buildBasis,
-  collectSummary,
   type Gauge,
-  gramComponents,
   mergeStatistics,
   openStatistics,
   openTasks,
@@ -30,18 +27,15 @@ import {
   type SafetensorsEntry,
   type Statistics,
   type StatisticsPart,
-  type Summary,
   shuffle,
   summaryKind,
-  svd,
   toBytes,
-  triangle,
   uniform,
   writePart,
   writeStatistics,
 } from "./internals.ts";
 import { concat, data, packDifference } from "./packs.ts";
-import { runs, soak } from "./required.ts";
+import { soak } from "./required.ts";
 
 const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
 const K16 = { kind: "k", k: 16 } as const;
@@ -114,12 +108,6 @@ async function assembled(
   return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
 }
 
-function largestDifference(a: ArrayLike<number>, b: ArrayLike<number>): number {
-  let largest = a.length === b.length ? 0 : Infinity;
-  for (let i = 0; i < a.length; i++) largest = Math.max(largest, Math.abs(a[i]! - b[i]!));
-  return largest;
-}
-
 t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machine's pack", async (t) => {
   const settings: (BuildOptions & { gauge: Gauge; centering: "keep" | "none" })[] = [
     { gauge: "as-trained", centering: "keep", select: K16, dtype: F32 },
@@ -189,118 +177,6 @@ t.test("Gram matrices kept: the same basis and tasks up to 1e-6", async (t) => {
     apart.bases > 1e-3 && apart.coefficients > 1e-3,
     `another setting, another pack: ${apart.bases}, ${apart.coefficients}`,
   );
-});
-
-t.test("modules that only some adapters adapt, different ranks, embeddings, magnitudes, saved modules", async (t) => {
-  const mixed: Adapter[] = [];
-  for (const id of ["dora", "embedding", "patterns", "plain", "rank-1"]) {
-    const [adapter] = await readAdapters([data(`goldens/peft/${id}/adapter`)]);
-    mixed.push({ ...adapter!, id });
-  }
-  const { chunks } = await buildPack(mixed, { select: K16, dtype: F32 });
-  for (const count of [2, 5]) {
-    const parts = await Promise.all(split(mixed, count).map((few) => shard(few)));
-    const basis = await basisOf(await tree(parts), { select: K16, dtype: "f32" });
-    t.ok(Buffer.from(await assembled(basis, mixed, 3, F32)).equals(concat(chunks)), `${count} shards`);
-  }
-  await Promise.all(mixed.map((adapter) => adapter.close()));
-});
-
-t.test("summaries: any split of a stack gives its Gram matrix, and the components of its SVD", (t) => {
-  const shape = fc.record({
-    width: fc.integer({ min: 1, max: 24 }),
-    count: fc.integer({ min: 1, max: 60 }),
-    cut: fc.double({ min: 0, max: 1, noNaN: true }),
-    seed: fc.integer(),
-  });
-  fc.assert(
-    fc.property(shape, ({ width, count, cut, seed }) => {
-      const random = uniform(seed);
-      const rows = Float64Array.from({ length: count * width }, () => random() - 0.5 + (seed & 1));
-      const first = Math.floor(cut * count);
-      const pieces = [rows.subarray(0, first * width), rows.subarray(first * width)].filter(
-        (piece) => piece.length > 0,
-      );
-      const all = collectSummary(count, width);
-      for (const piece of pieces) {
-        const builder = collectSummary(piece.length / width, width);
-        builder.add(piece, piece.length / width);
-        const piecewise = builder.finish();
-        if (piecewise.kind === "gram") all.merge(piecewise);
-        else all.add(piecewise.values, piecewise.count);
-      }
-      const summary = all.finish();
-      if (summary.kind === "rows") return summary.values.every((value, i) => value === rows[i]);
-      for (let i = 0; i < width; i++) {
-        for (let j = 0; j <= i; j++) {
-          let sum = 0;
-          for (let r = 0; r < count; r++) sum += rows[r * width + i]! * rows[r * width + j]!;
-          if (Math.abs(sum - summary.gram[triangle(i) + j]!) > 1e-12 * count) return false;
-        }
-      }
-      for (const centering of ["keep", "none"] as const) {
-        const { mean, components } = gramComponents(summary, centering, (singular) => singular.length);
-        const x = rows.map((value, i) => value - (mean?.[i % width] ?? 0));
-        const { S } = svd(x, count, width);
-        if (components.singular.some((value, k) => Math.abs(value - S[k]!) > 1e-6 * (S[0]! + 1))) return false;
-        // Every row lies in the span of all components.
-        const { vectors, count: found } = components;
-        for (let r = 0; r < count; r++) {
-          const row = x.slice(r * width, (r + 1) * width);
-          for (let k = 0; k < found; k++) {
-            const v = vectors.subarray(k * width, (k + 1) * width);
-            const along = v.reduce((sum, value, i) => sum + value * row[i]!, 0);
-            v.forEach((value, i) => (row[i]! -= along * value));
-          }
-          if (Math.hypot(...row) > 1e-4 * (S[0]! + 1)) return false;
-        }
-      }
-      return true;
-    }),
-    { numRuns: runs(100) },
-  );
-  t.end();
-});
-
-t.test("summaries of stacks without a direction: equal rows, zeros, a mean that outweighs all", (t) => {
-  const summaryOf = (rows: Float64Array, width: number): Summary & { kind: "gram" } => {
-    const builder = collectSummary(rows.length / width, width);
-    builder.add(rows, rows.length / width);
-    const summary = builder.finish();
-    if (summary.kind !== "gram") throw new Error("expected a Gram matrix");
-    return summary;
-  };
-  const all = (singular: Float64Array): number => singular.length;
-  const equal = Float64Array.from({ length: 40 * 7 }, (_, i) => Math.fround(Math.sin(1 + (i % 7))));
-  t.equal(gramComponents(summaryOf(equal, 7), "keep", all).components.count, 0, "equal rows");
-  t.equal(gramComponents(summaryOf(equal, 7), "none", all).components.count, 1);
-  t.equal(gramComponents(summaryOf(new Float64Array(40 * 7), 7), "none", all).components.count, 0, "zeros");
-  const random = uniform(5);
-  const far = Float64Array.from({ length: 40 * 7 }, (_, i) => (i % 7 < 2 ? 1e-3 * (random() - 0.5) : 0) + 1);
-  const { components } = gramComponents(summaryOf(far, 7), "keep", all);
-  t.equal(components.count, 2, "what varies under a mean that is a thousand times larger");
-  for (let k = 0; k < 2; k++) t.ok(Math.hypot(components.vectors[7 * k]!, components.vectors[7 * k + 1]!) > 1 - 1e-6);
-  t.throws(() => collectSummary(2, 3).finish(), RangeError);
-  t.throws(() => collectSummary(1, 3).add(new Float64Array(6), 2), RangeError);
-  t.end();
-});
-
-t.test("the strongest components alone are those among all", (t) => {
-  const [width, count] = [300, 400];
-  const random = uniform(9);
-  const rows = Float64Array.from(
-    { length: count * width },
-    (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5),
-  );
-  const builder = collectSummary(count, width);
-  builder.add(rows, count);
-  const summary = builder.finish() as Summary & { kind: "gram" };
-  const few = gramComponents(summary, "keep", 6).components;
-  const all = gramComponents(summary, "keep", () => 6).components;
-  t.same([few.singular.length, all.singular.length], [6, width], "found without the others");
-  t.ok(few.total === all.total && largestDifference(few.singular, all.singular.subarray(0, 6)) < 1e-9);
-  t.ok(largestDifference(few.vectors, all.vectors) < 1e-7, `${largestDifference(few.vectors, all.vectors)}`);
-  t.end();
 });
 
 t.test("what needs all adapters at once is refused by name", async (t) => {
@@ -630,7 +506,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   const refusals: [number, RegExp, ...string[]][] = [
     [2, /unknown option '--mode'/, "hub", "shard", "sections-0", "--mode", "joint", "-o", "x"],
     [2, /would overwrite/, "hub", "merge", "a.part", "-o", "a.part"],
-    [2, /--k is for a basis/, "hub", "merge", "a.part", "--part", "--k", "3", "-o", "x"],
+    [2, /--part and --k exclude each other/, "hub", "merge", "a.part", "--part", "--k", "3", "-o", "x"],
     [2, /unknown option '--error'/, "hub", "merge", "a.part", "--error", "0.3", "-o", "x"],
     [1, /both hold/, "hub", "merge", "a.part", "ab.part", "-o", "x"],
     [1, /holds tasks/, "hub", "merge", "1.part", "-o", "x"],

@@ -1,14 +1,10 @@
 /**
  * What adapters share is found by itself, side by side and group by group: made adapters with a known answer, and real ones of one script.
  */
-import { mkdtemp, readFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { createRuntime, openPack, type Pack, type Term } from "eigenlora";
+import { createRuntime, openPack, type Pack } from "eigenlora";
 import {
   type Adapter,
   encodeTaskFile,
-  planAppend,
   projectAdapters,
   type SearchReport,
   searchPack,
@@ -16,7 +12,6 @@ import {
 } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
-import { json, run, workIn } from "./command-line.ts";
 import { completeDtypes, deltaError, normal as draw, relative, uniform } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { difference, feeds, model, open, outputOf, RUNTIMES } from "./sessions.ts";
@@ -174,41 +169,6 @@ t.test("near copies: two checkpoints of one run", async (t) => {
   t.ok(stored(pack) < 0.65 * alone, `${stored(pack)} of ${alone}`);
 });
 
-t.test("ranks that differ, and one module alone", async (t) => {
-  const rank = (task: number): number => [2, 4, 8][task % 3]!;
-  const nested: Rows = (task, module) => (module === 0 ? sameA : ownA)(task, module).subarray(0, rank(task) * INPUTS);
-  const own: Rows = (task, module) => ownB(task, module).subarray(0, rank(task) * OUT);
-  const { pack, report } = await packed(t, made(9, nested, own));
-  t.same(counts(pack), ["1 0", "0 0"]);
-  t.same(report.shared!.A, { tasks: 9, modules: 1 });
-});
-
-t.test("nothing at all: as if it had not been asked", async (t) => {
-  const { pack, report, alone } = await packed(t, made(6, ownA, ownB));
-  t.same(counts(pack), ["0 0", "0 0"]);
-  t.same([report.shared!.saved, report.shared!.bytes, report.components.max], [0, 0, 0]);
-  t.ok(stored(pack) <= alone, "bytes that they have in common are copied");
-});
-
-t.test("a newcomer finds its group, and loses no more than the others", async (t) => {
-  const group: Rows = (task, module) => (task < 8 ? sameA : ownA)(task, module);
-  const all = made(10, group, ownB);
-  const stranger = all[8]!;
-  const kin = { ...made(12, sameA, ownB)[11]!, id: "kin" };
-  const { pack, bytes } = await packed(t, all.slice(0, 8));
-  const later = await projectAdapters(pack, [kin, stranger], completeDtypes({ head: "int8" }));
-  for (const { residual } of later) t.ok(residual.total <= MAX && residual.total > 0.6 * MAX, `${residual.total}`);
-  t.ok(later[0]!.blob.length < 0.75 * later[1]!.blob.length, "rows of A are not stored again");
-  const append = await planAppend(pack, later);
-  const grown = concat([bytes, ...append.body]);
-  grown.set(append.superblock, append.superblockOffset);
-  const again = await openPack(grown);
-  for (const adapter of [...all.slice(0, 8), kin, stranger]) t.ok((await lossOf(again, adapter)) <= MAX, adapter.id);
-  t.ok(
-    again.tasks.get("kin")!.brings!.includes("own-B first") && !again.tasks.get("kin")!.brings!.includes("own-A first"),
-  );
-});
-
 t.test("DoRA, blends and a switch on such a pack", async (t) => {
   const magnitude: Rows = (task) => normal(task, OUT).map((v) => 2 + 0.1 * v);
   const adapters = made(4, sameA, ownB, magnitude);
@@ -317,49 +277,4 @@ t.test("real adapters of one script, whose A starts large and moves", async (t) 
   const { pack, report, alone } = await packed(t, adapters);
   t.ok(report.shared!.A.tasks > 0 && stored(pack) < 0.9 * alone, `${stored(pack)} of ${alone}`);
   for (const adapter of adapters) await adapter.close();
-});
-
-t.test("the commands work on such a pack as on others", async (t) => {
-  workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-sharing-")));
-  const of = (name: string): string => data(`adapters/same-script/${name}`);
-  const four = ["debtags-game", "debtags-protocol", "debtags-security", "debtags-suite"];
-  const [late] = four;
-  const packed = await json(0, "pack", ...four.slice(1).map(of), "-o", "tasks.eigen");
-  t.match(packed, { shared: { A: { tasks: 3 }, B: { tasks: 0, modules: 0 } } });
-  const text = (await run("inspect", "tasks.eigen")).stdout;
-  t.match(text, /Tasks share what layers read \(A\) in \d+ of 12 modules, and what they write \(B\) in 0\./);
-  const before = await readFile("tasks.eigen");
-  await json(0, "keygen", "-o", "key");
-  const added = await json(0, "add", "tasks.eigen", of(late!), "--key", "key.pem");
-  t.ok(added["residual"][0].total <= MAX);
-  const grown = await openPack("tasks.eigen");
-  const one = grown.directory.tasks.find(({ id }) => id === late)!.section.length;
-  await grown.close();
-  const [itself] = await readAdapters([of(late!)]);
-  const alone = await blobBytes(await searchPack([itself!]));
-  await itself!.close();
-  t.ok(one < 0.85 * alone, `${one} of ${alone} bytes`);
-  const against = four.flatMap((name) => ["--against", of(name)]);
-  const verified = await json(0, "verify", "tasks.eigen", "--key", "key.pub.pem", ...against);
-  for (const { id, error } of verified["tasks"]) t.ok(error.total <= MAX, `${id}: ${error.total}`);
-  await json(0, "export", "tasks.eigen", "--task", late!, "-o", "exported");
-  const [first, exported] = await readAdapters([of(late!), "exported"]);
-  let [lost, all] = [0, 0];
-  for (const [name, module] of first!.modules) {
-    const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
-    const { difference: off, norm } = deltaError(
-      pair(await module.read()),
-      pair(await exported!.modules.get(name)!.read()),
-    );
-    lost += off ** 2;
-    all += norm ** 2;
-  }
-  t.ok(Math.sqrt(lost / all) <= 1.001 * MAX, "what is exported is what is stored");
-  for (const adapter of [first!, exported!]) await adapter.close();
-  await json(0, "remove", "tasks.eigen", late!, "--key", "key.pem");
-  await json(0, "compact", "tasks.eigen", "--key", "key.pem");
-  const [whole, again] = [await openPack("tasks.eigen"), await openPack(new Uint8Array(before))];
-  for (const id of again.tasks.keys())
-    t.equal(whole.tasks.get(id)!.integrity, again.tasks.get(id)!.integrity, `${id} keeps its bytes`);
-  await whole.close();
 });

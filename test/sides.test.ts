@@ -3,13 +3,10 @@
  * every backend, in every mode and with every tool.
  */
 import { createRuntime, openPack } from "eigenlora";
-import { planAppend, projectAdapters, taskAdapter } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { backends } from "./backend-list.ts";
 import { relativeDifference } from "./compare.ts";
-import { freshPack } from "./internals.ts";
-import { concat, data, LOSSLESS, packOf } from "./packs.ts";
+import { LOSSLESS, packOf } from "./packs.ts";
 import { difference, feeds, golden, MODES, model, open, outputOf, packFor, RUNTIMES } from "./sessions.ts";
 import { inOtherWords } from "./sides.ts";
 
@@ -40,7 +37,7 @@ t.test("the pack says what it holds", async (t) => {
   t.ok(pack.tasks.get(TASKS[0]!)!.brings!.includes(`own-B ${pack.modules[0]!.name}`));
 });
 
-for (const options of backends()) {
+for (const options of await backends()) {
   const label = options.wasm?.variant ?? options.backend;
   t.test(`${label}: folded, and back to the bit`, async (t) => {
     const [plain, other] = [await openPack(bytes), await openPack(words)];
@@ -141,33 +138,3 @@ for (const { name, ort } of RUNTIMES) {
     }
   });
 }
-t.test("tools: exported, copied, compacted, added to; what cannot learn says so", async (t) => {
-  const [plain, pack] = [await openPack(bytes), await openPack(words)];
-  for (const id of TASKS) {
-    const [expected, found] = [await taskAdapter(plain, id), await taskAdapter(pack, id)];
-    for (const [name, module] of expected.modules) {
-      const [a, b] = [await module.read(), await found.modules.get(name)!.read()];
-      const off = Math.max(relativeDifference(b.A, a.A), relativeDifference(b.Bt, a.Bt));
-      if (!(off < 1e-6)) t.fail(`${id}, ${name}: off by ${off}`);
-    }
-    await expected.close();
-    await found.close();
-  }
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
-  const copy = await openPack(concat(chunks));
-  t.equal(copy.basisId, pack.basisId);
-  t.same(
-    [...copy.tasks.values()].map(({ integrity }) => integrity),
-    [...pack.tasks.values()].map(({ integrity }) => integrity),
-  );
-  const [late] = await readAdapters([data("adapters/own-seed/debtags-use")]);
-  const dtype = { basis: "f32", coefficients: "f32", head: "f32" } as const;
-  const [added] = await projectAdapters(pack, [late!], dtype);
-  t.ok(added!.residual.total < 0.16, `an adapter that is added loses ${added!.residual.total}`);
-  const append = await planAppend(pack, [added!]);
-  const grown = concat([words.subarray(0, append.offset), ...append.body]);
-  grown.set(append.superblock, append.superblockOffset);
-  t.equal((await openPack(grown)).tasks.size, TASKS.length + 1);
-  await late!.close();
-});

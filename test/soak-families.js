@@ -4,7 +4,7 @@
  * minutes; the files, some MB, go to a temporary folder.
  *
  * usage: node test/soak-families.js [--write] [--keep FOLDER] [FAMILY...]
- *   --write   writes test/families/results/results.json and docs/families.md; for all families only
+ *   --write   writes test/families/results/results.json and docs/research/families.md; for all families only
  *   --keep    makes the files in this folder, and uses those of families that are there already
  *
  * Needs PYTHON with torch, transformers, PEFT, diffusers, onnx and onnxscript; skips itself without, unless EIGENLORA_REQUIRE lists
@@ -120,5 +120,5 @@ function write(rows, latents) {
     typeof value === "number" ? Number(value.toPrecision(2)) : value,
   );
   writeFileSync(here("families/results/results.json"), `${results.replaceAll('{"title"', '\n{"title"')}\n`);
-  writeFileSync(here("../docs/families.md"), render(JSON.parse(results)));
+  writeFileSync(here("../docs/research/families.md"), render(JSON.parse(results)));
 }

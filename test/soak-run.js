@@ -1,35 +1,36 @@
 /**
- * Runs what takes too long for the tests, one after the other: switches on every backend, the whole matrices of some tests, sessions,
- * pairs of writers, Next.js, families of models, files of the model builder, a real language model and the page with it, LoRAs from
- * strangers, files that attack what reads them, and mutants.
+ * The soak: tests that take a part of their cases elsewhere, with all of them, then Next.js and the families of models. Hours.
  *
- * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 1 000 000
+ * usage: npm run soak [-- NAME...]      tests by name, such as session-gpu, and "next", "families". Default: all
  */
 import { spawnSync } from "node:child_process";
-import { readdirSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
+import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { parseArgs } from "node:util";
 
-const { fuzz } = parseArgs({ options: { fuzz: { type: "string", default: "1000000" } } }).values;
+const here = fileURLToPath(new URL(".", import.meta.url));
+const ENDING = ".test.ts";
+const tests = readdirSync(here, { recursive: true, encoding: "utf8" })
+  .filter((file) => file.endsWith(ENDING))
+  .filter((file) =>
+    /\b(soak|runs|modesOn)\b[^}]*\} from "[^"]*\/(required|sessions)\.ts"/.test(readFileSync(join(here, file), "utf8")),
+  );
+const nameOf = (/** @type {string} */ file) => basename(file, ENDING);
+const scripts = ["next", "families"];
 
-for (const [script, ...args] of [
-  ["soak.js"],
-  ["soak-tests.js"],
-  ["soak-session.js"],
-  ["soak-writers.js"],
-  ["soak-next.js"],
-  ["soak-families.js"],
-  ["soak-wild.js"],
-  ["soak-builder.js"],
-  ["soak-llm.js"],
-  ["soak-page.js"],
-  ...readdirSync(new URL("attacks", import.meta.url))
-    .filter((file) => file.endsWith(".js"))
-    .map((file) => [`attacks/${file}`]),
-  ["soak-fuzz.js", fuzz],
-]) {
-  console.log(`\n${script} ${args.join(" ")}`);
-  const path = fileURLToPath(new URL(`${script}`, import.meta.url));
-  const { status } = spawnSync(process.execPath, [path, ...args], { stdio: "inherit" });
-  if (status !== 0) process.exit(status ?? 1);
+const all = [...tests.map(nameOf), ...scripts];
+const names = process.argv.length > 2 ? process.argv.slice(2) : all;
+const unknown = names.filter((name) => !all.includes(name));
+if (unknown.length > 0) throw new RangeError(`${unknown.join(", ")}: expected some of ${all.join(", ")}`);
+
+const files = tests.filter((file) => names.includes(nameOf(file))).map((file) => join(here, file));
+const commands = scripts.filter((name) => names.includes(name)).map((name) => [join(here, `soak-${name}.js`)]);
+if (files.length > 0) commands.unshift(["node_modules/tap/dist/esm/run.mjs", "--timeout=7200", ...files]);
+for (const command of commands) {
+  const { status } = spawnSync(process.execPath, command, {
+    cwd: fileURLToPath(new URL("..", import.meta.url)),
+    stdio: "inherit",
+    env: { ...process.env, EIGENLORA_SOAK: "1" },
+  });
+  if (status !== 0) process.exitCode = status ?? 1;
 }

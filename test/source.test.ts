@@ -55,46 +55,6 @@ t.test("callers of one task share one request; an abort ends only its own wait",
   await t.rejects(pack.load("all", { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
 });
 
-t.test("a signal of React Native, which has neither a reason nor throwIfAborted", async (t) => {
-  const signal = Object.assign(new EventTarget(), { aborted: false }) as AbortSignal;
-  const pack = await openPack(path, { signal });
-  const loading = pack.load("mixed", { signal });
-  Object.assign(signal, { aborted: true }).dispatchEvent(new Event("abort"));
-  const stopped = { name: "AbortError", message: "This operation was aborted" };
-  await t.rejects(loading, stopped);
-  await t.rejects(pack.load("all", { signal }), stopped);
-  await t.rejects(openPack(path, { signal }), stopped);
-  t.ok((await pack.load("mixed")).bytes.length > 0);
-  await pack.close();
-});
-
-t.test("the least recently used blobs go first", async (t) => {
-  const pack = await openPack(path, { maxResidentBytes: 1200 });
-  await pack.load("mixed");
-  await pack.load("parameters");
-  await pack.load("mixed");
-  await pack.load("all");
-  t.ok(pack.residentBytes.coefficients <= 1200 || pack.residentBytes.coefficients === pack.tasks.get("all")!.bytes);
-  t.equal(pack.tasks.get("all")!.resident, true);
-  t.equal(pack.tasks.get("parameters")!.resident, false);
-  const { requests } = pack.reads;
-  await pack.load("parameters");
-  t.equal(pack.reads.requests, requests + 1, "an evicted task is read again");
-  await pack.close();
-});
-
-t.test("a failed read can be tried again", async (t) => {
-  const server = await serve(new Map([["a.eigen", golden]]));
-  t.teardown(() => server.close());
-  const pack = await openPack(server.url("a.eigen"), { retries: 0 });
-  server.faults = ["cut"];
-  await t.rejects(pack.load("all"), { tag: "source", message: /broke the connection off|ended after/ });
-  t.ok((await pack.load("all")).bytes.length > 0);
-  server.faults = ["stall"];
-  const signal = AbortSignal.timeout(50);
-  await t.rejects(openPack(server.url("a.eigen"), { signal }), { name: "TimeoutError" });
-});
-
 t.test("no server, no file, no bytes", async (t) => {
   const server = await serve(new Map());
   const url = server.url("a.eigen");

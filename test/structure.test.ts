@@ -1,6 +1,6 @@
 /**
- * Checks the map of the house against the imports of src and bindings: an import points down, there are no circles, files and functions
- * are short enough to be held in mind, and tests reach inside by one list.
+ * Checks the map of the house against the imports of src and bindings: an import points down, there are no circles, and
+ * tests reach inside by one list.
  */
 import { readdirSync, readFileSync } from "node:fs";
 import { dirname, join, normalize } from "node:path";
@@ -49,8 +49,6 @@ const LAYERS: readonly (readonly string[])[] = [
   ["src/index.ts", "src/browser.ts", "src/build.ts", "src/node.ts"],
   ["src/cli/"],
 ];
-const MAX_FILE = 900;
-const MAX_FUNCTION = 120;
 
 const files = ["src", "bindings"].flatMap((folder) =>
   readdirSync(join(root, folder), { recursive: true, encoding: "utf8" })
@@ -142,31 +140,6 @@ t.test("no circle of folders", async (t) => {
     folders.set(folder, [...new Set([...(folders.get(folder) ?? []), ...others])]);
   }
   t.same(circles(folders), []);
-});
-
-t.test(`no file above ${MAX_FILE} lines`, async (t) => {
-  const long = [...sources].flatMap(([file, { text }]) => {
-    const lines = text.trimEnd().split("\n").length;
-    return lines > MAX_FILE ? [`${file}: ${lines}`] : [];
-  });
-  t.same(long, []);
-});
-
-t.test(`no function above ${MAX_FUNCTION} lines`, async (t) => {
-  const long: string[] = [];
-  for (const [file, source] of sources) {
-    const visit = (node: ts.Node): void => {
-      if (ts.isFunctionLike(node) && "body" in node && node.body) {
-        const [from, to] = [node.getStart(source), node.end].map((at) => source.getLineAndCharacterOfPosition(at).line);
-        const lines = to! - from! + 1;
-        const name = node.name ?? (ts.isVariableDeclaration(node.parent) ? node.parent.name : undefined);
-        if (lines > MAX_FUNCTION) long.push(`${file}:${from! + 1} ${name?.getText(source) ?? "(no name)"}: ${lines}`);
-      }
-      ts.forEachChild(node, visit);
-    };
-    visit(source);
-  }
-  t.same(long, []);
 });
 
 t.test("tests name what is built in internals.ts alone", async (t) => {

@@ -3,7 +3,7 @@ import { mkdtemp, readFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createRuntime, openPack, type Pack, type RuntimeOptions, type Tensor } from "eigenlora";
-import { buildPack, projectAdapters, readPeft } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEngine } from "eigenlora/onnxruntime";
 import { createSessions } from "eigenlora/session";
@@ -115,22 +115,6 @@ t.test("sessions: other runtimes, and a head in another form", async (t) => {
     message:
       /"lm_head.weight", which is tied to "model.embed_tokens.weight", is quantised; use mode "core" or "factors"/,
   });
-});
-
-t.test("sessions: a head that is not tied, or is said not to be, stays as it is", async (t) => {
-  const pack = await packOf(t, ["rows"]);
-  for (const mode of ["factors", "folded"] as const) {
-    const untied = await open(NODE, at("untied.onnx"), pack, { mode });
-    await untied.switchTask("rows");
-    agrees(t, await logitsOf(untied, NODE.Tensor), goldens.untied["rows"], `untied, ${mode}`);
-    await untied.close();
-    const left = await open(NODE, at("torchscript.onnx"), pack, { mode, ignore: ["lm_head"] });
-    await left.switchTask("rows");
-    const weights = await tensorsOf();
-    const changed = await changedBy(pack, "rows", { base: new Map(weights) });
-    agrees(t, await logitsOf(left, NODE.Tensor), forward(changed, weights.get(TABLE)!), `ignored, ${mode}`);
-    await left.close();
-  }
 });
 
 t.test("sessions: an embedding under another name, and two files of one model", async (t) => {
@@ -277,26 +261,6 @@ t.test("own weights: one weight, two, shared memory, stored as [in, out]", async
   t.same(weights.get(TABLE)!.data, (await tensorsOf()).get(TABLE)!.data, "the base is put back");
 });
 
-t.test("own weights: a head that equals the embedding and is not tied, or has a bias", async (t) => {
-  const weights = await tensorsOf();
-  const pack = await packOf(t, ["rows"]);
-  const base = (): Map<string, Tensor> => {
-    const head = { ...weights.get(TABLE)!, data: weights.get(TABLE)!.data.slice() as Float32Array };
-    return new Map([...weights, [HEAD, head]]);
-  };
-  const left = await changedBy(pack, "rows", { base: base(), ignore: [HEAD] });
-  t.same(left.get(HEAD)!.data, weights.get(TABLE)!.data, "ignored: untouched");
-  const other = base();
-  other.get(HEAD)!.data[0]! += 1e-3;
-  const kept = other.get(HEAD)!.data.slice();
-  t.same((await changedBy(pack, "rows", { base: other })).get(HEAD)!.data, kept, "not equal: untouched");
-  const biased = base().set("lm_head.bias", { dtype: "f32", shape: [40], data: new Float32Array(40) });
-  await t.rejects(changedBy(pack, "rows", { base: biased }), {
-    tag: "base",
-    message: /of a layer with a bias.*ignore/,
-  });
-});
-
 t.test("own weights: an embedding that changes without its head", async (t) => {
   const weights = await tensorsOf();
   const table = weights.get(TABLE)!;
@@ -382,53 +346,4 @@ t.test("commands: fold, export, attach", async (t) => {
     status: 1,
     stderr: /init_lora_weights is "pissa": PEFT takes the start out of the base.*--base.*path_initial_model/,
   });
-});
-
-t.test("starts: added to a pack, read by hand, and refused", async (t) => {
-  const weights = await tensorsOf();
-  const pack = await packOf(t, ["olora"]);
-  const [pissa] = await readAdapters([at("adapters/pissa")], { base: at("base.safetensors") });
-  const [added] = await projectAdapters(pack, [pissa!], LOSSLESS.dtype, { maxLoss: 1 });
-  t.equal(added!.entry.id, "pissa");
-  const files = {
-    ...{ id: "pissa", file: "pissa", tensors: at("adapters/pissa/adapter_model.safetensors") },
-    config: JSON.parse(await readFile(at("adapters/pissa/adapter_config.json"), "utf8")),
-  };
-  for (const base of [new Map(weights), at("base.safetensors")]) {
-    const byHand = await readPeft({ ...files, base });
-    for (const [name, module] of byHand.modules) {
-      t.same(await module.read(), await pissa!.modules.get(name)!.read(), name);
-      t.equal(module.rank, 2 * (name.endsWith("v_proj") ? 3 : 2), "the start's factors beside the adapter's");
-    }
-    await byHand.close();
-  }
-  await pissa!.close();
-  const ones = (name: string, alike: number): Map<string, Tensor> => {
-    const { shape } = weights.get(name)!;
-    const [rows = 0, columns = 0] = shape;
-    const diagonal = (i: number): number => Number(Math.floor(i / columns) === i % columns || i % columns < alike);
-    return new Map(weights).set(name, {
-      dtype: "f32",
-      shape,
-      data: Float32Array.from({ length: rows * columns }, (_, i) => diagonal(i)),
-    });
-  };
-  for (const [start, alike] of [
-    ["pissa", 0],
-    ["olora", 2],
-  ] as const) {
-    const base = ones("model.layers.0.self_attn.q_proj.weight", alike);
-    const adapter = await readPeft({ ...files, config: { ...files.config, init_lora_weights: start }, base });
-    const module = adapter.modules.get("model.layers.0.self_attn.q_proj")!;
-    await t.rejects(module.read(), {
-      tag: "adapter",
-      field: "init_lora_weights",
-      message: /q_proj.weight of the base does not determine/,
-    });
-    await adapter.close();
-  }
-  const absent = new Map([...weights].filter(([name]) => !name.includes("v_proj")));
-  const adapter = await readPeft({ ...files, base: absent });
-  await t.rejects(adapter.modules.get("model.layers.0.self_attn.v_proj")!.read(), { tag: "base", message: /v_proj/ });
-  await adapter.close();
 });

@@ -11,11 +11,10 @@ import { createEngine } from "eigenlora/onnxruntime";
 import { createJudge, createTrainer, distill, type Encode } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
-import { fromBinary, ModelProtoSchema, makeNode, toBinary } from "./internals.ts";
 import { LABELS, tiny } from "./learning.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { packages, without } from "./required.ts";
-import { type Feeds, NODE, type Options, open, packFor, WEB } from "./sessions.ts";
+import { type Feeds, NODE, type Options, open, WEB } from "./sessions.ts";
 
 const json = async (path: string) => JSON.parse(await readFile(data(path), "utf8"));
 const [RULES, CONFIG] = [await json("minilm/tokenizer.json"), await json("minilm/tokenizer_config.json")];
@@ -78,43 +77,6 @@ t.test("a text that is too long loses its own tokens, and padding is as the toke
   t.same(other["attention_mask"]![1], [...Array(width - 3).fill(0), 1, 1, 1]);
 });
 
-t.test("a word that a tokenizer of whole words does not know is its unk_token, or refused", async (t) => {
-  const session = await minilm();
-  const rules = {
-    ...{ version: "1.0", truncation: null, padding: null, added_tokens: [], normalizer: null, decoder: null },
-    ...{ pre_tokenizer: { type: "WhitespaceSplit" }, post_processor: null },
-    model: { type: "WordLevel", vocab: { mail: 4, "[UNK]": 7 }, unk_token: "[UNK]" },
-  };
-  const told = new Tokenizer(rules, { unk_token: { content: "[UNK]" } });
-  t.same(rowsOf(await session.encode("mail reader", told))["input_ids"], [[4, 7]]);
-  const untold = session.encode("mail reader", new Tokenizer(rules, {}));
-  await t.rejects(untold, { name: "TypeError", message: /no number for a word of "mail reader", and no unk_token/ });
-});
-
-t.test("inputs are what the model takes: their names, and int32 where it says so", async (t) => {
-  const proto = fromBinary(ModelProtoSchema, new Uint8Array(await readFile(data("sessions/torchscript.onnx"))));
-  const graph = proto.graph!;
-  const ids = graph.input.find(({ name }) => name === "input_ids")!;
-  if (ids.type?.value.case !== "tensorType") throw new Error("input_ids is a tensor");
-  ids.type.value.value.elemType = 6;
-  for (const { input } of graph.node) input.forEach((name, i) => name === "input_ids" && (input[i] = "long_ids"));
-  graph.node.unshift(makeNode("Cast", "cast", ["input_ids"], "long_ids", { to: 7 }));
-  const session = await open(NODE, toBinary(ModelProtoSchema, proto) as Uint8Array<ArrayBuffer>, await packFor("base"));
-  t.teardown(() => session.close());
-  const small: Encode = (texts) => ({
-    input_ids: { dims: [texts.length, 2], data: BigInt64Array.from(texts.flatMap(() => [3n, 4n])) },
-    attention_mask: { dims: [texts.length, 2], data: new BigInt64Array(2 * texts.length).fill(1n) },
-    token_type_ids: { dims: [texts.length, 2], data: new BigInt64Array(2 * texts.length) },
-    none: { dims: [1], data: new BigInt64Array(1) },
-  });
-  const feeds = await session.encode(["a", "b"], small);
-  t.equal(feeds["input_ids"]!.type, "int32");
-  t.notOk("none" in feeds);
-  t.same((await session.run(feeds))["logits"]!.dims[0], 2);
-  const other: Encode = () => ({ pixels: { dims: [1], data: new Float32Array(1) } });
-  await t.rejects(session.encode("a", other), { name: "TypeError", message: /model takes input_ids.* gives pixels/ });
-});
-
 t.test("it learns in a trainer, as a function that encodes alike does", async (t) => {
   const { train } = await readTask("debtags-role");
   const examples = train.slice(0, 24).map(([text], i) => ({ text, label: i % 2 }));
@@ -151,26 +113,6 @@ t.test("what cannot encode is refused when it is given", async (t) => {
     await t.rejects(session.encode(texts, tokenizer), { name: "TypeError", message: /encode: expected a text, or/ });
   for (const maxTokens of [0, 1.5, "9"] as never[])
     await t.rejects(session.encode("a", tokenizer, { maxTokens }), { name: "RangeError", message: /whole number ≥ 1/ });
-});
-
-t.test("a function that gives something else than tensors is refused with what was expected", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const examples = ["a", "b", "c", "d"].map((text, i) => ({ text, label: i % 2 }));
-  for (const wrong of [
-    undefined,
-    [],
-    { input_ids: [1, 2] },
-    { input_ids: undefined },
-    { input_ids: { dims: [1, 1] } },
-  ]) {
-    const trainer = await createTrainer(session, { labels: LABELS, encode: () => wrong as never });
-    await t.rejects(trainer.fit(examples).next(), {
-      name: "TypeError",
-      message:
-        /encode: expected the model's inputs by name, each \{ dims: \[texts, tokens\], data: a typed array \}, got /,
-    });
-  }
 });
 
 const folder = packages("@huggingface/transformers");

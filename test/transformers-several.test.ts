@@ -12,10 +12,6 @@ import { generations, type Pipe, packOn, pipelineOn, type Sound, skip, transform
 import { soundOf } from "./pipelines-inputs.js";
 import { refusal } from "./sessions.ts";
 
-const [ENCODER, DECODER] = ["model", "decoder_model_merged"] as const;
-const inEncoder = (module: string): boolean => module.startsWith("model.encoder.");
-const inDecoder = (module: string): boolean => !inEncoder(module);
-
 /** Features of one sound, as the tiny Whisper takes them. */
 async function features(pipe: Pipe): Promise<object> {
   return (await pipe.processor(soundOf(SOUND)))["input_features"]!;
@@ -23,7 +19,6 @@ async function features(pipe: Pipe): Promise<object> {
 async function heard(pipe: Pipe, inputs: object): Promise<number[]> {
   return (await pipe.model.generate({ inputs, max_new_tokens: 12, language: "en" })).tolist()[0]!.map(Number).slice(4);
 }
-const tokens = async (pipe: Pipe): Promise<number[]> => heard(pipe, await features(pipe));
 const whisper = (): Promise<Pipe> => pipelineOn("automatic-speech-recognition", "whisper");
 const attach = (pipe: Pipe, pack: Pack, options: Partial<AttachOptions> = {}): Promise<AttachedPack> =>
   attachPack(pipe, pack, { model: "whisper", ...options });
@@ -50,72 +45,6 @@ t.test("calls and switches take turns, whichever object has the model", { skip }
       work.push(heard(pipe, inputs).then((ids) => t.same(ids, SAID.get(task ?? "base"), `${task}`)));
   }
   await Promise.all(work);
-  await pipe.dispose();
-});
-
-t.test("a second pack is refused by name", { skip }, async (t) => {
-  const pipe = await whisper();
-  const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
-  const listening = await attach(pipe, first);
-  await listening.switchTask("court");
-  const now = { ...pipe.model.sessions };
-  const ids = await tokens(pipe);
-  const has = {
-    name: "TypeError",
-    message: /the pipeline has the pack .*; close that first, or put all adapters into/,
-  };
-  for (const options of [{}, { part: DECODER }]) t.match(await refusal(() => attach(pipe, second, options)), has);
-  t.match(await refusal(() => attachPack({ model: pipe.model }, second, { model: "whisper" })), has, "the same model");
-  t.ok(Object.entries(now).every(([name, session]) => pipe.model.sessions[name] === session));
-  t.same(await tokens(pipe), ids, "as it was");
-  await listening.close();
-  t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
-  const saying = await attach(pipe, second);
-  await saying.switchTask("court");
-  t.same(Object.keys(saying.sessions), [DECODER], "free again");
-  await pipe.dispose();
-});
-
-t.test("options of one session", { skip }, async (t) => {
-  const pipe = await whisper();
-  const pack = await opened();
-  const tasks = await attach(pipe, pack, { mode: "core", each: { [DECODER]: { mode: "folded", probe: false } } });
-  t.same(
-    Object.values(tasks.sessions).map(({ mode }) => mode),
-    ["core", "folded"],
-  );
-  for (const task of ["clinic", null, "court"] as const) {
-    await tasks.switchTask(task);
-    t.same(await tokens(pipe), SAID.get(task ?? "base"), `${task}`);
-  }
-  await tasks.close();
-  const own = { ...pipe.model.sessions };
-  const refused = (options: Partial<AttachOptions>): Promise<Error> => refusal(() => attach(pipe, pack, options));
-  for (const [options, message] of [
-    [{ each: { encoder: {} } }, /each: there is no session "encoder", only "model", "decoder_model_merged"/],
-    [{ each: { [ENCODER]: {} }, part: DECODER }, /each: there is no session "model", only "decoder_model_merged"/],
-    [{ each: { [ENCODER]: { mod: "core" } as never } }, /each\.model: unknown option "mod"; did you mean "mode"/],
-    [{ each: { [ENCODER]: { trainable: true } as never } }, /each\.model: trainable: one session learns at a time/],
-  ] as const)
-    t.match(await refused(options), { name: "TypeError", message });
-  t.match(await refused({ each: { [DECODER]: { session: { executionProviders: ["nonsense"] } } } }), {
-    tag: "backend",
-    message: /nonsense/,
-  });
-  // Requested in a session that lacks them, and nowhere else.
-  const swapped = { each: { [ENCODER]: { modules: inDecoder }, [DECODER]: { modules: inEncoder } } };
-  t.match(await refused(swapped), {
-    tag: "base",
-    message:
-      /"model\.decoder\..*" lives in none of the sessions \(model: .*\)\. Use the model that the adapters are for/,
-  });
-  t.ok(Object.entries(own).every(([name, session]) => pipe.model.sessions[name] === session));
-  t.match(await refused({ each: { [ENCODER]: { modules: () => false } } }), {
-    name: "RangeError",
-    message: /keeps none/,
-  });
-  const some = await attach(pipe, pack, { modules: inDecoder, each: { [ENCODER]: { mode: "folded" } } });
-  t.same(Object.keys(some.sessions), [DECODER], "the other has nothing of what is asked for");
   await pipe.dispose();
 });
 

@@ -15,7 +15,7 @@ import { readAdapters } from "eigenlora/node";
 import { type AttachedPack, type AttachOptions, attachPack } from "eigenlora/transformers";
 import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { fromBinary, hold, labelsOf, ModelProtoSchema, Queue, toBinary } from "./internals.ts";
+import { fromBinary, ModelProtoSchema, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { packages, without } from "./required.ts";
 import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "./sessions.ts";
@@ -310,25 +310,6 @@ t.test("an answer is wholly one task's while calls and switches overlap", { skip
   await pipe.dispose();
 });
 
-t.test("another pipeline on the same model has the labels of its own run", { skip }, async (t) => {
-  const { pipe, tasks } = await attach("text-classification", "external");
-  // transformers.js reads the names some microtasks after the run of the model has settled.
-  const reads = async (): Promise<{ columns: number; names: number }> => {
-    const tokens = pipe.tokenizer("w5 w9");
-    const { logits } = await pipe.model(tokens);
-    for (let i = 0; i < 20; i++) await undefined;
-    return { columns: logits!.dims[1]!, names: pipe.model.config.num_labels! };
-  };
-  const all: Promise<{ columns: number; names: number }>[] = [];
-  await tasks.switchTask("two");
-  for (let i = 0; i < 12; i++) {
-    all.push(reads());
-    void tasks.switchTask(["five", "three", "two"][i % 3]!);
-  }
-  for (const { columns, names } of await Promise.all(all)) t.equal(names, columns);
-  await pipe.dispose();
-});
-
 t.test("feature-extraction", { skip }, async (t) => {
   const { pipeline, Tensor, mean_pooling } = await load();
   const pipe = await pipeline("feature-extraction", "encoder", { dtype: "fp32" });
@@ -385,53 +366,6 @@ t.test("feature-extraction", { skip }, async (t) => {
   await pipe.dispose();
 });
 
-t.test("text-generation keeps one task from its first token to its last", { skip }, async (t) => {
-  const { pipe, tasks } = await attach("text-generation", "decoder");
-  const generate = async (prompt: string): Promise<number[]> => {
-    const tokens = pipe.tokenizer(prompt);
-    const ids = await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false });
-    return ids.tolist()[0]!.map(Number).slice(tokens["input_ids"]!.dims[1]);
-  };
-  const of = (task: string | null, prompt: string): Generation =>
-    GENERATIONS.find((g) => g.task === (task ?? "base") && g.prompt === prompt)!;
-  for (const task of [null, "upper", "lower", "upper", null, "lower"]) {
-    await tasks.switchTask(task);
-    for (const prompt of PROMPTS) {
-      t.same(await generate(prompt), of(task, prompt).ids, `${task}: ${prompt}`);
-      const { logits } = await pipe.model(pipe.tokenizer(prompt));
-      t.ok(difference(Array.from(logits!.data).slice(-96), of(task, prompt).logits) < 1e-4);
-    }
-  }
-  // Prompts of different lengths in one batch are padded on the left.
-  const options = { max_new_tokens: 12, do_sample: false, return_full_text: false };
-  const decode = (ids: number[]): string =>
-    ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id))).join("");
-  for (const task of ["upper", null]) {
-    await tasks.switchTask(task);
-    const batch = (await pipe(PROMPTS, options)) as { generated_text: string }[][];
-    t.same(
-      batch.map(([{ generated_text }]) => generated_text),
-      PROMPTS.map((prompt) => decode(of(task, prompt).ids)),
-      `${task}: batch`,
-    );
-  }
-  const work: Promise<void>[] = [];
-  let active: string | null = null;
-  for (let i = 0; i < 40; i++) {
-    if (i % 2 === 0) {
-      active = [null, "upper", "lower"][(i * 7) % 3]!;
-      void tasks.switchTask(active);
-    }
-    const [task, prompt] = [active, PROMPTS[i % PROMPTS.length]!];
-    work.push(generate(prompt).then((ids) => void t.same(ids, of(task, prompt).ids, `overlapping, ${task}`)));
-    if (i % 5 === 0) await new Promise((resolve) => setTimeout(resolve, 3));
-  }
-  await Promise.all(work);
-  await tasks.close();
-  t.same(await generate(PROMPTS[0]!), of(null, PROMPTS[0]!).ids);
-  await pipe.dispose();
-});
-
 t.test("the model handed over, and what becomes of the pipeline's own session", { skip }, async (t) => {
   const { pipeline } = await load();
   const answers = async (pipe: Pipe, tasks: AttachedPack): Promise<void> => {
@@ -464,29 +398,6 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
     { message: /closed/ },
     "no model is loaded for a pipeline that is gone",
   );
-});
-
-t.test("blends, tasks without names, tasks of the whole directory", { skip }, async (t) => {
-  const { pipe, tasks } = await attach("text-classification", "minilm");
-  const labels = async (): Promise<string[]> =>
-    ((await pipe("a game", { top_k: null })) as Answer[]).map(({ label }) => label).sort();
-  t.match(await refusal(() => tasks.switchTask({ [ROLE]: 0.5, [GAME]: 0.5 })), { tag: "task", message: /head/ });
-  t.same(await labels(), [...BASE_LABELS].sort());
-  await tasks.switchTask({ [ROLE]: 0.5, [GAME]: 0.5 }, { head: GAME });
-  t.same(await labels(), [...SUITES.get(GAME)!.labels].sort());
-  await tasks.switchTask({ [ROLE]: 0.7 });
-  t.same(await labels(), [...SUITES.get(ROLE)!.labels].sort());
-  await pipe.dispose();
-  const tiny = await attach("text-classification", "external");
-  delete (tiny.tasks.tasks.get("five")!.metadata as { labels?: string[] }).labels;
-  await tiny.tasks.switchTask("five");
-  const found = (await tiny.pipe("w5 w9", { top_k: null })) as Answer[];
-  t.same(found.map(({ label }) => label).sort(), ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"]);
-  (tiny.tasks.tasks.get("two")!.metadata as { labels?: string[] }).labels = ["a", "b", "c"];
-  const misfit = { tag: "task", message: /task "two" cannot be used: it has 3 labels, but .* has 2 rows/ };
-  t.match(await refusal(() => tiny.tasks.switchTask("two")), misfit);
-  t.same(await tiny.pipe("w5 w9", { top_k: null }), found, "before anything is switched");
-  await tiny.pipe.dispose();
 });
 
 t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, async (t) => {
@@ -573,29 +484,6 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   await other.dispose();
 });
 
-t.test("several pipelines at once take their own files", { skip }, async (t) => {
-  const { pipeline } = await load();
-  const pipes = await Promise.all([1, 2, 3].map(() => pipeline("text-generation", "decoder", { dtype: "fp32" })));
-  const create = pipes[0]!.model.sessions["model"]!.constructor as unknown as { create: unknown };
-  const before = create.create;
-  const attached = await Promise.all(
-    pipes.map(async (pipe) => attachPack(pipe, await pack("decoder"), { model: "decoder" })),
-  );
-  t.equal(create.create, before, "onnxruntime is left as it was");
-  await Promise.all(attached.map((tasks, i) => tasks.switchTask([null, "upper", "lower"][i]!)));
-  const ids = await Promise.all(
-    pipes.map(async (pipe) =>
-      (await pipe.model.generate({ ...pipe.tokenizer(PROMPTS[1]!), max_new_tokens: 12, do_sample: false }))
-        .tolist()[0]!
-        .map(Number),
-    ),
-  );
-  for (const [i, task] of ["base", "upper", "lower"].entries()) {
-    t.same(ids[i]!.slice(6), GENERATIONS.find((g) => g.task === task && g.prompt === PROMPTS[1])!.ids);
-  }
-  await Promise.all(pipes.map((pipe) => pipe.dispose()));
-});
-
 interface Smoke {
   generated: { task: string; prompt: string; ids: number[] }[];
   /** Answers of encoder and decoder. */
@@ -670,95 +558,4 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
   const found = (await answerOf(await openPage(t, files))) as Smoke;
   t.ok(found.logits, "a model with a second file");
   judge(t, found);
-});
-
-t.test("turns: a change waits for the calls before it and holds the calls after it", async (t) => {
-  const turns = new Queue();
-  const log: string[] = [];
-  const call = (name: string, ms: number): Promise<void> =>
-    turns.call(async () => {
-      log.push(`${name}(`);
-      await new Promise((resolve) => setTimeout(resolve, ms));
-      log.push(`)${name}`);
-      if (name === "b") throw new Error(name);
-    });
-  const change = (name: string): Promise<string> =>
-    turns.alone(async () => {
-      log.push(name);
-      if (name === "Y") throw new Error(name);
-      return name;
-    });
-  const all = await Promise.allSettled([
-    call("a", 20),
-    call("b", 5),
-    change("X"),
-    change("Y"),
-    call("c", 5),
-    change("Z"),
-    call("d", 1),
-  ]);
-  t.same(log, ["a(", "b(", ")b", ")a", "X", "Y", "c(", ")c", "Z", "d(", ")d"]);
-  t.same(
-    all.map(({ status }) => status),
-    ["fulfilled", "rejected", "fulfilled", "rejected", "fulfilled", "fulfilled", "fulfilled"],
-  );
-  // However many microtasks the awaiting side takes, this is before the change.
-  const late = turns
-    .call(async () => undefined)
-    .then(async () => {
-      for (let i = 0; i < 100; i++) await undefined;
-      log.push("late");
-    });
-  await Promise.all([late, change("W")]);
-  t.same(log.slice(-2), ["late", "W"]);
-});
-
-t.test("held methods", async (t) => {
-  class Machine {
-    name = "machine";
-    async outer(): Promise<string> {
-      return `${this.name} ${await this.inner()}`;
-    }
-    async inner(): Promise<string> {
-      return "inner";
-    }
-  }
-  const machine = new Machine();
-  let entered = 0;
-  const { inside, free } = hold(machine, ["outer", "inner", "absent"], (work) => (entered++, work()), {
-    name: "other",
-  });
-  t.equal(await machine.outer(), "other inner");
-  t.equal(entered, 1, "calls inside a call do not enter again");
-  inside.name = "set";
-  t.equal(machine.name, "set", "what is set inside is set outside");
-  t.equal(await inside.inner(), "inner");
-  t.equal(entered, 1);
-  const wrapped = machine.inner;
-  machine.inner = async () => `wrapped ${await wrapped()}`;
-  free();
-  t.notOk(Object.hasOwn(machine, "outer"));
-  t.equal(await machine.inner(), "wrapped inner", "a later wrapper stays");
-});
-
-t.test("labels of a selection", async (t) => {
-  const minilm = await pack("minilm");
-  const { labels } = SUITES.get(ROLE)!;
-  t.equal(await labelsOf(minilm, null, undefined), "base");
-  t.same(await labelsOf(minilm, ROLE, undefined), labels);
-  t.same(await labelsOf(minilm, { [GAME]: 1, [ROLE]: 1 }, ROLE), labels);
-  t.equal(
-    await labelsOf(minilm, ROLE, undefined, ["classifier"]),
-    "base",
-    "the head is left out, and so are its names",
-  );
-  t.equal(await labelsOf(minilm, "unknown", undefined), "base");
-  const tiny = await pack("tiny");
-  t.same(await labelsOf(tiny, "two", undefined), ["two 0", "two 1"]);
-  delete (tiny.tasks.get("five")!.metadata as { labels?: string[] }).labels;
-  t.equal(await labelsOf(tiny, "five", undefined), "numbered");
-  const decoder = await pack("decoder");
-  t.equal(await labelsOf(decoder, "upper", undefined), "base", "no head, no names");
-  (decoder.tasks.get("upper")!.metadata as { labels?: string[] }).labels = ["yes", "no"];
-  t.same(await labelsOf(decoder, { lower: 1, upper: 1 }, undefined), ["yes", "no"], "names for the base's head");
 });

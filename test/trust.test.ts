@@ -130,14 +130,6 @@ t.test("keys: PEM, base64 and CryptoKey; signed by one of them or refused by nam
   t.ok(verify(null, message, open, signature!.bytes), "Node's crypto agrees");
 });
 
-t.test("a key pair of WebCrypto signs as PEM does", async (t) => {
-  const keys = (await crypto.subtle.generateKey("Ed25519", false, ["sign", "verify"])) as CryptoKeyPair;
-  const bytes = applied(PACK, await layoutSigned(await openPack(PACK), await createSigner(keys)));
-  t.equal((await openPack(bytes, { keys: [keys.publicKey] })).tasks.size, 5);
-  await t.rejects(createSigner("no key"), /BEGIN PRIVATE KEY/);
-  await t.rejects(createSigner({} as CryptoKeyPair), TypeError);
-});
-
 t.test("an append or a fresh pack is signed anew, or not at all", async (t) => {
   const { secret, open } = pair();
   const sign = await createSigner(secret);

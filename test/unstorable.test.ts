@@ -1,21 +1,9 @@
 /** Values that a number format cannot hold: the error names adapter and tensor, and says what to do. */
-import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { openPack } from "eigenlora";
-import {
-  type Adapter,
-  type BuildOptions,
-  buildPack,
-  projectAdapters,
-  type SavedTensor,
-  type SearchOptions,
-  searchPack,
-} from "eigenlora/build";
+import { type Adapter, type BuildOptions, buildPack, projectAdapters, type SavedTensor } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { json } from "./command-line.ts";
-import { adapterStatistics, buildBasis, completeDtypes, openSafetensors, openSource } from "./internals.ts";
+import { adapterStatistics, buildBasis, completeDtypes } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use"];
@@ -130,67 +118,4 @@ t.test("of heads, of vectors, and what is no number", async (t) => {
     head!.name,
     "not a finite number",
   );
-});
-
-t.test("in a search, which leaves ways that cannot store an adapter for others", async (t) => {
-  const { file } = use;
-  const only = (one: Adapter): Adapter => ({ ...one, modules: new Map([[module, one.modules.get(module)!]]) });
-  const [first, second] = [only(role), only(use)];
-  // Whether sharing pays is computed first, which these values make impossible.
-  for (const by of [1e12, 1e35])
-    for (const options of [{}, { workers: 2 }, { goal: { kind: "bytes", max: 20_000 } }] as const)
-      await t.rejects(searchPack([first, scaled(second, "A", by)], options), {
-        ...{ name: "AdapterError", tag: "adapter", file, field: module },
-        message: new RegExp(`a private term of "${module}" .*scale the adapter down$`),
-      });
-  // Balancing makes both factors equally large.
-  const large = scaled(second, "A", 4e5);
-  const ways = [{ dtype: { coefficients: "f16" } }, { gauge: "balanced" }] as const;
-  const search = (some: SearchOptions["ways"]): ReturnType<typeof searchPack> =>
-    searchPack([first, large], { goal: { kind: "bytes", max: 100_000 }, centering: "none", ways: some });
-  await t.rejects(search(ways.slice(0, 1)), { tag: "adapter", file, message: /cannot be stored/ });
-  const { report } = await search(ways);
-  t.match(report.tried, [{ reason: /cannot be stored: .*too large for f16/ }, { way: ways[1], bytes: Number }]);
-});
-
-t.test("the command line says whose values they are", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-large-"));
-  t.teardown(() => rm(folder, { recursive: true }));
-  const path = join(folder, "large");
-  await cp(use.file, path, { recursive: true });
-  const weights = join(path, "adapter_model.safetensors");
-  const bytes = await readFile(weights);
-  const opened = await openSafetensors(await openSource(bytes));
-  const tensor = opened.tensors.get([...opened.tensors.keys()].find((name) => name.includes(`${module}.lora_A`))!)!;
-  t.equal(tensor.dtype, "F32");
-  for (let at = tensor.byteOffset; at < tensor.byteOffset + tensor.byteLength; at += 4)
-    bytes.writeFloatLE(1e20 * bytes.readFloatLE(at), at);
-  await writeFile(weights, bytes);
-  await json(0, "pack", role.file, "-o", join(folder, "p.eigen"));
-  await json(0, "pack", role.file, "-o", join(folder, "k.eigen"), "--k", "2");
-  await json(0, "hub", "shard", path, "-o", join(folder, "s.part"));
-  await json(0, "hub", "shard", role.file, "-o", join(folder, "t.part"));
-  await json(0, "hub", "merge", join(folder, "t.part"), "--k", "2", "-o", join(folder, "b.eigen"));
-  const pack = ["pack", role.file, path, "-o", join(folder, "q.eigen")];
-  const commands: string[][] = [
-    pack,
-    ...[
-      ["--error", "0.01"],
-      ["--bytes", "80kB"],
-      ["--k", "2"],
-      ["--mode", "flat"],
-      ["--energy", "1"],
-    ].map((more) => [...pack, ...more]),
-    [...pack, "--energy", "1", "--dtype", "f32"],
-    [...pack, "--workers", "2"],
-    ["add", join(folder, "p.eigen"), path],
-    ["add", join(folder, "k.eigen"), path],
-    ["hub", "project", join(folder, "b.eigen"), path, "-o", join(folder, "t.tasks")],
-    ["hub", "merge", join(folder, "s.part"), "--k", "2", "-o", join(folder, "c.eigen")],
-  ];
-  for (const command of commands) {
-    const { error } = await json(1, ...command);
-    const at = { tag: "adapter", field: module, file: command[1] === "merge" ? join(folder, "s.part") : path };
-    t.match(error, { ...at, message: /scale the adapter down/ }, command.join(" "));
-  }
 });

@@ -3,15 +3,7 @@
  * packed is read back, and what is added keeps to what the pack says.
  */
 import { openPack, type Pack } from "eigenlora";
-import {
-  type Adapter,
-  type BuildOptions,
-  buildPack,
-  encodeTaskFile,
-  projectAdapters,
-  searchPack,
-  taskAdapter,
-} from "eigenlora/build";
+import { type Adapter, type BuildOptions, buildPack, projectAdapters, searchPack } from "eigenlora/build";
 import t from "tap";
 import { completeDtypes, readDonor, sharedRows, startState, TrainedTerms, uniform } from "./internals.ts";
 import { concat } from "./packs.ts";
@@ -54,39 +46,6 @@ t.test("what is added keeps to the error that a pack states, whatever its other 
   const newcomer = adapter("new", 7, ["a", "b"], { rank: 4 });
   const [made] = await projectAdapters(pack, [newcomer], completeDtypes());
   t.ok(made!.residual.total <= 0.2, `${made!.residual.total}`);
-});
-
-t.test("a task without modules is added to a default pack", async (t) => {
-  const { chunks } = await searchPack([adapter("x", 3), adapter("y", 4)]);
-  const pack = await opened(chunks);
-  const read = async () => Float32Array.from({ length: 2 * IN }, (_, i) => i / 24);
-  const saved = [{ name: "classifier.weight", role: "saved" as const, shape: [2, IN], read }];
-  const [made] = await projectAdapters(pack, [adapter("head", 1, [], { saved })], completeDtypes());
-  await pack.addTask("head", encodeTaskFile(made!.entry, pack.basisId, made!.blob));
-  t.equal((await pack.load("head")).parameters.length, 1);
-});
-
-t.test("a magnitude alone comes back as an adapter that can be packed", async (t) => {
-  const alone = adapter("alone", 2, ["a", "b"], { still: true, magnitude: true });
-  const { chunks } = await searchPack([adapter("x", 1), alone, adapter("dora", 5, ["a", "b"], { magnitude: true })]);
-  const again = await taskAdapter(await opened(chunks), "alone");
-  for (const made of [await buildPack([again]), await searchPack([again])]) {
-    const { terms } = await (await opened(made.chunks)).load("alone");
-    t.ok(terms.length === 2 && terms.every(({ magnitude }) => magnitude));
-  }
-});
-
-t.test("what no reader would take is not packed", async (t) => {
-  const wide = adapter("wide", 1, ["a"], { rank: 300 });
-  await t.rejects(buildPack([wide]), {
-    tag: "adapter",
-    message: /"a" has rank 300, and a pack holds 256 of \[32, 24\]/,
-  });
-  await t.rejects(buildPack([adapter("x", 1)], { gauge: "balanced", rank: 70_000 }), RangeError);
-  await t.rejects(buildPack([adapter("x", 1), adapter("x", 2)]), {
-    tag: "adapter",
-    message: /it has the id "x", as x/,
-  });
 });
 
 t.test("training begins with the task itself, and loses nothing of it", async (t) => {

@@ -6,31 +6,26 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { createServer as createHttpServer, get } from "node:http";
-import { createRequire } from "node:module";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { fileURLToPath, pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
-import { type Adapter, buildPack, encodeTaskFile, readTaskFile, taskAdapter } from "eigenlora/build";
+import { buildPack, encodeTaskFile, readTaskFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import { launch, noChromium } from "./browser.ts";
 import { json, run, workIn } from "./command-line.ts";
-import { hubFor } from "./huggingface-server.ts";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { complaintsOfAxe } from "./page-axe.ts";
 import { serve } from "./range-server.ts";
-import { packages, without } from "./required.ts";
 
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const viewer = fileURLToPath(new URL("../dist/viewer.html", import.meta.url));
 const demo = fileURLToPath(new URL("../examples/tasks.eigen", import.meta.url));
-const PUPPETEER = packages("puppeteer-core");
-const FIREFOX = "/usr/bin/firefox-esr";
-const noFirefox = without("firefox", FIREFOX, PUPPETEER);
+const home = fileURLToPath(new URL("../docs/site/home.md", import.meta.url));
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-viewer-"));
 workIn(t, folder);
@@ -106,17 +101,6 @@ t.test("the command serves its page and the named files alone, until Ctrl-C", as
   t.equal(await end(), 0);
 });
 
-t.test("a file of the Hub is served by ranges", async (t) => {
-  const { hub } = await hubFor(t);
-  const bytes = await readFile(demo);
-  hub.push("org/name", new Map([["tasks.eigen", bytes]]));
-  const { url } = await view(t, "hf:org/name/tasks.eigen");
-  const { origin, searchParams } = new URL(url);
-  const part = await fetch(origin + searchParams.get("url"), { headers: { range: "bytes=100-199" } });
-  t.equal(part.status, 206);
-  t.same(Buffer.from(await part.arrayBuffer()), bytes.subarray(100, 200));
-});
-
 t.test("what cannot be shown is said before a browser opens", async (t) => {
   const taken = createServer().listen(0, "127.0.0.1");
   await once(taken, "listening");
@@ -181,58 +165,6 @@ t.test("a large pack is read by what is looked at", { skip: noChromium }, async 
     [],
     "nobody else is asked",
   );
-  t.same(complaints, []);
-});
-
-/** ⟨ΔW, ΔW'⟩ over all modules, from whole matrices. */
-async function product(one: Adapter, other: Adapter): Promise<number> {
-  let sum = 0;
-  for (const [name, module] of one.modules) {
-    const [a, b] = await Promise.all([wholeOf(module), wholeOf(other.modules.get(name)!)]);
-    for (let i = 0; i < a.length; i++) sum += a[i]! * b[i]!;
-  }
-  return sum;
-}
-
-async function wholeOf(
-  module: Adapter["modules"] extends ReadonlyMap<string, infer M> ? M : never,
-): Promise<Float64Array> {
-  const { rank, A, Bt } = await module.read();
-  const whole = new Float64Array(module.out * module.in);
-  for (let r = 0; r < rank; r++)
-    for (let o = 0; o < module.out; o++)
-      for (let i = 0; i < module.in; i++) whole[o * module.in + i]! += Bt[r * module.out + o]! * A[r * module.in + i]!;
-  return whole;
-}
-
-t.test("likeness of tasks, and a task beside its adapter", { skip: noChromium }, async (t) => {
-  const id = "debtags-admin";
-  const { url } = await view(t, demo, data(`adapters/own-seed/${id}`));
-  const { page, complaints } = await visit(t, url);
-  t.equal(await page.locator("article").count(), 2);
-  await page.getByRole("button", { name: /^Compare the tasks/ }).click();
-  const rows = sectionOf(page, "How alike tasks are").locator("tbody tr");
-  await rows.first().waitFor();
-  const [one, other, said] = await rows.first().locator("th, td").allTextContents();
-  const pack = await openPack(await readFile(demo));
-  const [a, b] = [await taskAdapter(pack, one!), await taskAdapter(pack, other!)];
-  const cosine = (await product(a, b)) / Math.sqrt((await product(a, a)) * (await product(b, b)));
-  t.equal(said, cosine.toFixed(3), `${one} and ${other}`);
-  await page.getByRole("button", { name: "Compare the numbers of 1 task" }).click();
-  const row = sectionOf(page, "Both files").locator("tr", { hasText: id });
-  await row.getByText("%").waitFor();
-  const verified = await json(0, "verify", demo, "--against", data(`adapters/own-seed/${id}`));
-  const { total } = verified["tasks"].find((task: { id: string }) => task.id === id).error;
-  t.equal(await row.locator("td").last().textContent(), `${(100 * total).toFixed(1)} %`, "what verify says it lost");
-  t.same(complaints, []);
-});
-
-t.test("what two packs say differently", { skip: noChromium }, async (t) => {
-  const { url } = await view(t, demo, "large.eigen");
-  const { page, complaints } = await visit(t, url);
-  const differing = page.getByRole("region", { name: "What differs" }).locator("tbody th");
-  t.same(await differing.allTextContents(), ["size", "made as", "components in", "coded", "format", "basis"]);
-  t.equal(await page.locator("article").count(), 2);
   t.same(complaints, []);
 });
 
@@ -318,22 +250,6 @@ t.test(
   },
 );
 
-t.test("a file and a folder, dropped as a person does it", { skip: noChromium }, async (t) => {
-  const { page, complaints } = await visit(t, pathToFileURL(viewer).href);
-  const devtools = await page.context().newCDPSession(page);
-  const drop = async (...files: string[]): Promise<void> => {
-    const dragged = { x: 200, y: 200, data: { items: [], files, dragOperationsMask: 1 } };
-    for (const type of ["dragEnter", "dragOver", "drop"] as const)
-      await devtools.send("Input.dispatchDragEvent", { type, ...dragged });
-  };
-  await drop(demo);
-  await page.locator("article h2", { hasText: "tasks.eigen" }).waitFor();
-  await drop(data("adapters/own-seed/debtags-role"));
-  await page.locator("article h2", { hasText: "adapter_model.safetensors" }).waitFor();
-  t.equal(await page.locator("article").count(), 2, "the adapter stands beside the pack");
-  t.same(complaints, []);
-});
-
 t.test("an address: without permission, without ranges, without an answer", { skip: noChromium }, async (t) => {
   const page = await readFile(viewer);
   const [here, there] = [
@@ -372,25 +288,14 @@ t.test("an address: without permission, without ranges, without an answer", { sk
   await whole.getByText("Read whole (102.7 kB), since its server has no ranges.").waitFor();
 });
 
-t.test("Firefox", { skip: noFirefox }, async (t) => {
-  const { url } = await view(t, demo);
-  const puppeteer = createRequire(join(PUPPETEER, "package.json"))("puppeteer-core");
-  const firefox = await puppeteer.launch({ browser: "firefox", executablePath: FIREFOX, headless: true });
-  t.teardown(() => firefox.close());
-  const page = await firefox.newPage();
-  await page.evaluateOnNewDocument(`globalThis.refused = [];
-    addEventListener("securitypolicyviolation", (event) => refused.push(event.violatedDirective));
-    addEventListener("error", (event) => refused.push(event.message));`);
-  await page.goto(url);
-  await page.waitForSelector("figure canvas");
-  await page.waitForSelector("svg path.group0");
-  const said = (selector: string): Promise<string> =>
-    page.evaluate(`document.querySelector(${JSON.stringify(selector)}).textContent`);
-  t.match(await said("article > dl"), "20 tasks over 12 modules");
-  t.match(await said('[data-part="reads"]'), /^Read so far: .* of 102\.7 kB/);
-  await page.evaluate(
-    `[...document.querySelectorAll("button")].find(({ textContent }) => /every byte/.test(textContent)).click()`,
-  );
-  await page.waitForFunction(`/20 tasks are whole/.test(document.body.textContent)`);
-  t.same(await page.evaluate("refused"), []);
+t.test("the site's first page shows a pack in a frame", { skip: noChromium }, async (t) => {
+  const [frame] = /<iframe[^>]*><\/iframe>/.exec(await readFile(home, "utf8"))!;
+  const files = { "viewer.html": await readFile(viewer), "tasks.eigen": await readFile(demo) };
+  const host = await serve(new Map(Object.entries({ ...files, "index.html": Buffer.from(`<!doctype html>${frame}`) })));
+  t.teardown(() => host.close());
+  const page = await browser.newPage();
+  t.teardown(() => page.close());
+  await page.goto(host.url("index.html"));
+  await page.frameLocator("iframe").getByText("20 tasks over 12 modules").waitFor();
+  t.pass("the pack of the demo, in the viewer");
 });

@@ -13,7 +13,6 @@ import { countingDevice } from "./counting-device.js";
 import { collectGarbage } from "./garbage.ts";
 import {
   type Backend,
-  compile,
   createBackend,
   createJsBackend,
   createWebgpuBackend,
@@ -27,7 +26,7 @@ import {
 import { data, packOf } from "./packs.ts";
 import { runs } from "./required.ts";
 
-const skip = dawnMissing ?? false;
+const skip = (await dawnMissing()) ?? false;
 
 t.test("a device keeps nothing of what was waited for, and ends all waits when it is lost", async (t) => {
   type Loss = Awaited<GPUDevice["lost"]>;
@@ -343,15 +342,6 @@ t.test("a device that is none is passed over with the reason by auto, refused by
   });
 });
 
-t.test("a shader that does not compile is shown with label, line and source", { skip }, async (t) => {
-  const { device, close } = await countingDevice();
-  t.teardown(close);
-  await t.rejects(compile(device, "broken.wgsl", "const a = 1;\nconst b: u32 = c;\n"), {
-    tag: "backend",
-    message: /broken\.wgsl:2:\d+: .*\n {2}const b: u32 = c;/s,
-  });
-});
-
 t.test("a lost device fails the switch by name; a new runtime goes on", { skip }, async (t) => {
   const { bytes } = await packOf(["adapters/own-seed/debtags-role"], {}, (m) => m.includes("layer.0.attention.self.q"));
   const pack = await openPack(bytes);
@@ -393,37 +383,3 @@ t.test(
     backend.close();
   },
 );
-
-t.test("a compiler that knows no halves takes nothing but speed", { skip }, async (t) => {
-  const { device, close } = await countingDevice(({ features }) =>
-    features.has("shader-f16") ? { requiredFeatures: ["shader-f16"] } : {},
-  );
-  t.teardown(close);
-  if (!device.features.has("shader-f16")) return void t.pass("this adapter has none either");
-  const make = device.createShaderModule.bind(device);
-  const refused: string[] = [];
-  device.createShaderModule = (described) => {
-    if (!described.code.includes("enable f16;")) return make(described);
-    refused.push(described.label!);
-    return make({ ...described, code: described.code.replaceAll("f32(before)", "bitcast<f31>(before)") });
-  };
-  const [plain, js] = [await createWebgpuBackend({ device }), createJsBackend()];
-  t.teardown(() => plain.close());
-  t.same(refused, ["fold_f16.wgsl"]);
-  const [rows, columns, rank] = [9, 70, 3];
-  for (const type of ["f16", "f32"] as const) {
-    const base = encodeTensor(type, values(rows * columns, uniform(3)), rows, columns);
-    const [left, right] = [bytesOf(values(rank * rows, uniform(4))), bytesOf(values(rank * columns, uniform(5)))];
-    const results = await Promise.all(
-      [plain, js].map(async (backend) => {
-        const out = put(backend, new Uint8Array(base.length), 0);
-        const [b, l, r] = [base, left, right].map((bytes) => put(backend, bytes, 0));
-        backend.fold({ out, base: b!, left: l!, right: r!, dtype: type, rows, columns, stride: columns, rank });
-        await backend.finish();
-        return take(backend, out, base.length);
-      }),
-    );
-    if (type === "f16") t.ok(unitsApart("f16", results[0]!, results[1]!) <= 1, type);
-    else t.ok(apart(new Float32Array(results[0]!.slice().buffer), new Float32Array(results[1]!.slice().buffer)) < 1e-6);
-  }
-});

@@ -1,15 +1,8 @@
 /** Threads that extract: the same pack, the same errors, and no thread is left behind. */
-import {
-  type Adapter,
-  type BuildOptions,
-  buildPack,
-  type SearchOptions,
-  searchPack,
-  type WorkProgress,
-} from "eigenlora/build";
+import { type Adapter, type BuildOptions, buildPack, type WorkProgress } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { allOf, openThread, searchStreamed } from "./internals.ts";
+import { openThread } from "./internals.ts";
 import { concat, data } from "./packs.ts";
 import { checkWork } from "./work.ts";
 
@@ -50,41 +43,6 @@ t.test("a pack is the same, whoever extracts", async (t) => {
     t.ok(Buffer.from(concat(beside.chunks)).equals(concat(alone.chunks)), name);
     t.strictSame(beside.report, alone.report, `${name}: the report`);
     checkWork(t, told, "packing");
-  }
-  t.equal(running(), 0, "threads have ended");
-});
-
-t.test("so is what a search finds", async (t) => {
-  for (const goal of [{ kind: "error", max: 0.3 } as const, { kind: "bytes", max: 60_000 } as const]) {
-    const told: WorkProgress[][] = [[], [], []];
-    const found = await Promise.all(
-      [1, 2].map((workers) => {
-        const onProgress = (at: WorkProgress): void => void told[workers]!.push(at);
-        return searchPack(adapters, { goal, workers, onProgress } satisfies SearchOptions);
-      }),
-    );
-    for (const workers of [1, 2]) checkWork(t, told[workers]!, "packing");
-    const [alone, beside] = found as [(typeof found)[0], (typeof found)[0]];
-    t.ok(Buffer.from(concat(beside.chunks)).equals(concat(alone.chunks)), goal.kind);
-    t.strictSame(beside.report, alone.report);
-  }
-  t.equal(running(), 0, "threads have ended");
-});
-
-t.test("and what is written piece by piece, with blobs elsewhere until then", async (t) => {
-  const goal = { kind: "error", max: 0.3 } as const;
-  const { chunks, report } = await searchPack(adapters, { goal });
-  for (const workers of [1, 2]) {
-    const aside: Uint8Array[] = [];
-    const put = async (blob: Uint8Array) => {
-      aside.push(blob);
-      return async () => aside[aside.indexOf(blob)]!;
-    };
-    const streamed = await searchStreamed(adapters, { goal, workers }, { put });
-    t.equal(aside.length, adapters.length, "blobs were put aside");
-    const whole = concat(await allOf(streamed.chunks));
-    t.ok(Buffer.from(whole).equals(concat(chunks)), `${workers} workers`);
-    t.strictSame(streamed.report, report);
   }
   t.equal(running(), 0, "threads have ended");
 });

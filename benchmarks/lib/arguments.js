@@ -1,9 +1,11 @@
 /**
  * Arguments of a benchmark: options by name, `--json` and `--help`; others are refused by name. Importing this file forbids telemetry.
  */
-import "../../dist/src/cli/telemetry.js";
 import { basename } from "node:path";
 import { parseArgs } from "node:util";
+
+// onnxruntime-node reads it with its first session: src/cli/main.ts says why.
+process.env["ORT_DISABLE_TELEMETRY"] ??= "1";
 
 /**
  * @template T
@@ -114,5 +116,5 @@ function help(question, options) {
     const without = value && missing !== undefined ? ` Default: ${missing}.` : "";
     return `  ${names[i].padEnd(width)}  ${help}.${without}`;
   });
-  return [`eigenlora bench ${scriptName()} [options]`, "", question, "", ...lines].join("\n");
+  return [`npm run bench ${scriptName()} [options]`, "", question, "", ...lines].join("\n");
 }

@@ -146,13 +146,15 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     if (!isTaskId(id)) {
       throw new TaskError(
         `${path}: ${JSON.stringify(id)} cannot be a task's id, which has 1 to 255 bytes and no control characters; ` +
-          `give it a new one with rename`,
+          `give it a new one with \`rename\``,
         { task: id },
       );
     }
     const other = owners.get(id)?.path;
     if (other !== undefined) {
-      throw new TaskError(`${other} and ${path} are both called ${id}; give one a new id with rename`, { task: id });
+      throw new TaskError(`${other} and ${path} are both called ${id}; give one a new id with \`rename\``, {
+        task: id,
+      });
     }
     owners.set(id, location);
   }

@@ -9,7 +9,7 @@ import type { WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { openDisk, refuseOtherKinds } from "../disk.ts";
 import { AdapterError } from "../errors.ts";
-import { type HubOptions, openSnapshot, type Snapshot, type SnapshotOptions } from "../http/hub.ts";
+import type { HubOptions, Snapshot, SnapshotOptions } from "../http/hub.ts";
 import { type HubName, hubName, isInside } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
 import { parseJson } from "../tensor/tensor-file.ts";
@@ -66,6 +66,7 @@ export async function treeAt(given: string, options: SnapshotOptions = {}): Prom
 }
 
 async function treeOnHub(name: HubName, options: SnapshotOptions): Promise<{ tree: Tree; path: string }> {
+  const { openSnapshot } = await import("../http/hub.ts");
   const snapshot = await openSnapshot(name, options);
   const tree = treeOf(snapshot, name);
   const path = join(snapshot.folder, name.path);

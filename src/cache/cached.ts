@@ -31,7 +31,7 @@ export interface CacheOptions extends FetchOptions {
    * once by one request without bytes.
    */
   readonly integrity?: string;
-  /** Most bytes that the store may hold, of all files together; those used least recently go first. Default: 256 MiB. */
+  /** Most bytes that the store may hold, of all files together; those not used since it was opened go first, then those used least recently. Default: 256 MiB. */
   readonly maxBytes?: number;
 }
 
@@ -69,7 +69,7 @@ const PIECE_BYTES = 4 * 2 ** 20;
  * Only checksums are compared when bytes come from the store: a program that can write there can change them. `integrity` of
  * `openPack` finds that out.
  * @param source nothing is read before it is needed
- * @param store `cacheStore`, `opfsStore`, `folderStore` of `eigenlora/node`, or your own
+ * @param store `cacheStore`, `folderStore` of `eigenlora/node`, or your own
  * @throws TypeError when `source`, `store` or `integrity` is something else
  * @example
  * import { cachedSource, cacheStore } from "eigenlora/cache";
@@ -193,8 +193,6 @@ class Cached implements CachedSource {
 
   async close(): Promise<void> {
     this.#closed = true;
-    const place = await this.#place?.catch(() => undefined);
-    await place?.shelf.close();
     await (await this.#opening?.catch(() => undefined))?.close?.();
   }
 
@@ -286,11 +284,8 @@ function fetchOptionsOf({ integrity: _, maxBytes: __, ...options }: CacheOptions
   return options;
 }
 
-// The ranges of files in a store: found, checked, limited in size. Knows keys and checksums, and nothing of where bytes come
-// from.
-// An entry is a range, followed by its SHA-256. Its key says which file, which version, which bytes: the store's list of keys is
-// all there is to know, so nothing can disagree with it. One more entry, the order of use, is a hint: without it, or with an old
-// one, other entries go first.
+// The ranges of files in a store: found, checked, limited in size. An entry is a range, followed by its SHA-256. Its key says which file,
+// which version, which bytes: the store's list of keys is all there is to know, so nothing can disagree with it.
 
 /** A range that is kept. */
 interface Kept {
@@ -302,20 +297,14 @@ interface Kept {
 }
 
 const KEY = /^([0-9a-f]{32})\.([0-9a-f]{32})\.(\d{1,16})-(\d{1,16})$/;
-/** Key of the order of use: keys, the least recent first. */
-const ORDER = "order";
-/** Keys in it: of those that were used longer ago, any may go first. */
-const ORDER_LENGTH = 1000;
 const CHECKSUM_BYTES = 32;
 
-/** What a store holds, as of when it was opened and what happened here since. */
+/** The ranges in a store, as of when it was opened and what happened here since. */
 class Shelf {
   readonly #store: RangeStore;
   readonly #maxBytes: number;
-  /** Entries in the order of use, the least recent first. */
+  /** Entries in the order of use here, the least recent first. */
   readonly #kept: Map<string, Kept>;
-  /** The order is being written; true when it has changed meanwhile. */
-  #writing: { again: boolean; done: Promise<void> } | undefined;
 
   private constructor(store: RangeStore, maxBytes: number, kept: Map<string, Kept>) {
     this.#store = store;
@@ -324,13 +313,11 @@ class Shelf {
   }
 
   static async open(store: RangeStore, maxBytes: number): Promise<Shelf> {
-    const order = orderOf(await store.get(ORDER));
     const found: Kept[] = [];
     for (const key of await store.keys()) {
       const [, file, version, offset, length] = KEY.exec(key) ?? [];
       if (file && version) found.push({ key, file, version, offset: Number(offset), length: Number(length) });
     }
-    found.sort((a, b) => (order.get(a.key) ?? -1) - (order.get(b.key) ?? -1));
     const shelf = new Shelf(store, maxBytes, new Map(found.map((kept) => [kept.key, kept])));
     await shelf.#evict();
     return shelf;
@@ -388,30 +375,9 @@ class Shelf {
       if (kept.file === file && kept.version !== except) await this.#delete(kept.key);
   }
 
-  /** Waits until the order of use is written. */
-  async close(): Promise<void> {
-    await this.#writing?.done;
-  }
-
   #use(kept: Kept): void {
     this.#kept.delete(kept.key);
     this.#kept.set(kept.key, kept);
-    if (this.#writing) this.#writing.again = true;
-    else {
-      const writing = { again: true, done: Promise.resolve() };
-      this.#writing = writing;
-      writing.done = this.#writeOrder(writing);
-    }
-  }
-
-  async #writeOrder(writing: { again: boolean }): Promise<void> {
-    while (writing.again) {
-      writing.again = false;
-      const order = new TextEncoder().encode(JSON.stringify([...this.#kept.keys()].slice(-ORDER_LENGTH)));
-      // A hint: a failure to write it does no harm.
-      await this.#store.put(ORDER, order).catch(() => undefined);
-    }
-    this.#writing = undefined;
   }
 
   /** @param coming bytes that there is to be room for beside those that are kept */
@@ -433,16 +399,6 @@ class Shelf {
 
 const sizeOf = ({ length }: Kept): number => length + CHECKSUM_BYTES;
 
-/** Place of each key; empty for what is no list of keys. */
-function orderOf(entry: Uint8Array | undefined): Map<unknown, number> {
-  try {
-    const keys: unknown = JSON.parse(new TextDecoder().decode(entry));
-    return new Map(Array.isArray(keys) ? keys.map((key, i) => [key, i]) : []);
-  } catch {
-    return new Map();
-  }
-}
-
 function same(a: Uint8Array, b: Uint8Array): boolean {
   return a.length === b.length && a.every((byte, i) => byte === b[i]);
 }
@@ -451,8 +407,6 @@ function same(a: Uint8Array, b: Uint8Array): boolean {
 async function digestOf(text: string): Promise<string> {
   return toHex((await sha256(new TextEncoder().encode(text))).subarray(0, 16));
 }
-
-// Where ranges are kept.
 
 /**
  * Bytes under names. Entries may vanish or be damaged at any time: they are checked when they are read. Keys are up to 120
@@ -469,13 +423,11 @@ export interface RangeStore {
   keys(): Promise<Iterable<string>>;
 }
 
-// Stores of browsers. Both need a secure context: https, or localhost.
-
-/** Cache API keys are addresses; no server has these. */
+/** Keys of the Cache API are addresses; no server has these. */
 const ORIGIN = "https://eigenlora.invalid/";
 
 /**
- * The Cache API, in windows and in workers.
+ * The Cache API, in windows and in workers of secure contexts: https, or localhost.
  * @param name of the cache, yours alone; `caches.delete(name)` removes all of it
  * @example
  * const pack = await openPack(cachedSource("https://example.org/tasks.eigen", cacheStore("packs")));
@@ -498,43 +450,6 @@ export function cacheStore(name: string): RangeStore {
     },
     async keys() {
       return (await (await open()).keys()).map(({ url }) => url.slice(ORIGIN.length));
-    },
-  };
-}
-
-/**
- * A folder of the origin private file system, where files can be written by `createWritable`.
- * @param folder name of the folder, yours alone
- */
-export function opfsStore(folder: string): RangeStore {
-  const open = async (): Promise<FileSystemDirectoryHandle> => {
-    const root = await globalThis.navigator?.storage?.getDirectory?.();
-    if (!root) throw new TypeError("opfsStore: there is no private file system here; a page needs https for it");
-    return root.getDirectoryHandle(folder, { create: true });
-  };
-  const unlessMissing = (error: unknown): undefined => {
-    if ((error as Error).name !== "NotFoundError") throw error;
-  };
-  return {
-    async get(key) {
-      const handle = await (await open()).getFileHandle(key).catch(unlessMissing);
-      return handle && new Uint8Array(await (await handle.getFile()).arrayBuffer());
-    },
-    async put(key, bytes) {
-      const handle = await (await open()).getFileHandle(key, { create: true });
-      const file = await handle.createWritable();
-      await file.write(bytes as Uint8Array<ArrayBuffer>);
-      await file.close();
-    },
-    async delete(key) {
-      await (await open()).removeEntry(key).catch(unlessMissing);
-    },
-    async keys() {
-      const found: string[] = [];
-      // Not in the declarations of TypeScript 5.9.
-      const names = (await open()) as unknown as { keys(): AsyncIterable<string> };
-      for await (const name of names.keys()) found.push(name);
-      return found;
     },
   };
 }

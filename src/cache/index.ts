@@ -10,5 +10,4 @@ export {
   type CacheOptions,
   cachedSource,
   cacheStore,
-  opfsStore,
 } from "./cached.ts";

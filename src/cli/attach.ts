@@ -20,13 +20,10 @@ import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, TaskEvaluator } from "../session/values.ts";
 import type { ByteSource } from "../source.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
-import { type Attach, command } from "./command.ts";
-import { writeTogether, writeWhole } from "./files.ts";
-import { match, refuseSwapped, refuseUnknown } from "./matching.ts";
-import { byDefault, choice, force, list, output, revoked, UsageError } from "./options.ts";
+import { type Attach, command, type Run } from "./command.ts";
+import { checkTarget, writeTogether, writeWhole } from "./files.ts";
+import { byDefault, choice, force, list, match, output, refuseUnknown, revoked, UsageError } from "./options.ts";
 import { bytes, count, type Output } from "./output.ts";
-import type { Run } from "./run.ts";
-import { checkTarget } from "./target.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
@@ -41,7 +38,6 @@ const modes = choice(
 
 export const attach: Attach = command({
   usage: "attach <MODEL.onnx> <PACK>",
-  does: "Write an ONNX model with the components inside.",
   details: "Tasks become small input files beside it. For runtimes that this package has no binding for.",
   example: "attach model.onnx tasks.eigen -o attached.onnx",
   options: {
@@ -55,13 +51,13 @@ export const attach: Attach = command({
         throw new UsageError(`--mode folded: an ONNX file cannot take weights as inputs; ${others}`);
       },
     }),
-    task: list("ID", "Write the inputs of this task only. May be given again."),
+    task: list("ID", "Write the inputs of this task only."),
     revoked,
     ...match,
   },
   reads: ["model", "file"],
   async run([modelPath, packPath]: [string, string], { output: target, force, mode, task, ...options }, run, out) {
-    await refuseSwapped(modelPath, packPath, run);
+    await run.refuseSwapped(modelPath, packPath);
     checkTarget(target, { force, inputs: [modelPath, packPath] });
     checkTarget(baseFile(target), { force, output: target });
     const pack = await run.pack(packPath);

@@ -1,34 +1,42 @@
 /**
- * Commands that change a pack in place. Add puts tasks behind those of the pack, whose bytes stay: an adapter is projected onto the
- * components, a task file (SPEC.md, section 7) belongs to them already. Remove and compact write the pack again.
+ * Commands that change a pack in place: add puts tasks behind those of the pack, whose bytes stay; remove and compact write it again; sign
+ * vouches for it, with a key of keygen.
  */
-import { stat } from "node:fs/promises";
+import { readFile, stat } from "node:fs/promises";
 import { resolve } from "node:path";
-import type { Adapter } from "../adapters/adapter.ts";
-import { refuseBases } from "../adapters/adapter.ts";
+import { type Adapter, refuseBases } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
+import { parseTaskFile, readTaskFile } from "../core/task-file.ts";
+import { keyName } from "../core/trust.ts";
 import { SourceError, TaskError } from "../errors.ts";
+import { integrityOf } from "../format/hash.ts";
 import type { Sign, TaskToWrite } from "../format/layout.ts";
 import { hubName } from "../http/hub-name.ts";
 import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { MUCH } from "../pack/report.ts";
-import { createSigner, freshPack, planAppend } from "../pack/write.ts";
-import { addedByAnswers, judged as judgedOptions, OUT_OF_TIME } from "./by-answers.ts";
-import { type Attach, command } from "./command.ts";
-import { append, readText, writeWhole } from "./files.ts";
-import { anyBase, as, given, group, key, number, readFor, reading, revoked, text, UsageError } from "./options.ts";
+import { createSigner, freshPack, planAppend, planSignature, signTaskFile } from "../pack/write.ts";
+import { toBase64 } from "../text.ts";
+import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
+import { append, checkTarget, readText, realTarget, writeTogether, writeWhole } from "./files.ts";
+import {
+  anyBase,
+  as,
+  force,
+  group,
+  judged as judgedOptions,
+  key,
+  number,
+  output,
+  readFor,
+  required,
+  revoked,
+  text,
+  UsageError,
+} from "./options.ts";
 import { bytes, count, lossTable, type Output, percent, sum, warnOf } from "./output.ts";
-import type { Run } from "./run.ts";
-
-/** A task file that was named, and what its task is to be called. */
-interface NamedTask {
-  readonly path: string;
-  readonly id: string;
-}
 
 export const add: Attach = command({
   usage: "add <PACK> <ADAPTER_OR_TASKFILE...>",
-  does: "Add tasks to a pack, from adapters or task files.",
   details:
     "Adapters, or folders of them, are expressed in the pack's components; where its tasks have private terms, so do the new ones. " +
     "Task files (.eigentask) are copied. Other tasks are not changed.",
@@ -36,60 +44,62 @@ export const add: Attach = command({
   options: {
     as,
     anyBase,
-    maxLoss: number(
-      "P",
-      `Add nothing if a new task would lose more than this share of its ΔW; 1 allows any loss. Default: ${MAX_LOSS}.`,
-      { expected: "a share from 0 to 1, such as 0.5 or 50%", holds: (n) => n >= 0 && n <= 1 },
-    ),
+    maxLoss: {
+      ...number(
+        "P",
+        `Add nothing if a new task would lose more than this share of its ΔW; 1 allows any loss. Default: ${MAX_LOSS}.`,
+        { expected: "a share from 0 to 1, such as 0.5 or 50%", holds: (n) => n >= 0 && n <= 1 },
+      ),
+      excludes: { model: "with a model, answers decide: take --agreement" },
+    },
     base: readFor,
     key,
     revoked,
     ...group("Judged by answers", {
       ...judgedOptions,
-      model: reading(
+      model: text(
+        "MODEL.onnx",
+        "Distil adapters onto what the pack's tasks share, until they answer as the adapters do. Needs onnxruntime-node.",
         "model",
-        text(
-          "MODEL.onnx",
-          "Distil adapters onto what the pack's tasks share, until they answer as the adapters do. Needs onnxruntime-node.",
-        ),
       ),
     }),
   },
   reads: ["own", "repository"],
-  async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key, ...asked }, run, out) {
-    const { model } = asked;
-    checkJudged(asked, maxLoss);
+  async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key, model, ...asked }, run, out) {
     const sign = await signerOf(key);
-    const found = await Promise.all(paths.map((path) => isTaskFile(path, run)));
-    const names = new Map(as);
-    const files = await nameTasks(
-      paths.filter((_, i) => found[i]),
-      names,
-      run,
-    );
-    const folders = paths.filter((_, i) => !found[i]);
-    const adapters = await run.adapters(folders, names, base);
-    const named = [...adapters.map(({ id, file }) => ({ id, path: file })), ...files];
+    const rename = new Map(as);
+    const files: NamedTask[] = [];
+    const folders: string[] = [];
+    for (const path of paths)
+      if (await isTaskFile(path, run)) files.push(await namedTask(path, rename));
+      else folders.push(path);
+    const adapters = await run.adapters(folders, rename, base);
+    const added = [...adapters.map(({ id, file }) => ({ id, path: file })), ...files];
     const pack = await run.pack(file);
-    refuseTaken(pack, named);
+    refuseTaken(pack, added);
     refuseOtherBase(pack, adapters, anyBase);
     const isJudged = model !== undefined && adapters.length > 0;
     const projected = isJudged
       ? []
       : await projectAdapters(pack, adapters, await storedDtypes(pack), { maxLoss, onProgress: out.progress });
-    const judged = isJudged ? await addedByAnswers(pack, adapters, { ...asked, model }, run, out) : [];
-    const learned: TaskToWrite[] = [];
+    const judged = isJudged
+      ? await (await import("./by-answers.ts")).addedByAnswers(pack, adapters, { ...asked, model }, run, out)
+      : [];
     for (const { path, id } of files) await pack.addTask(id, path);
-    for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
-    const residual = projected.map((task) => task.residual);
+    const copied: TaskToWrite[] = [];
+    for (const { id } of files) copied.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
     await run.lock(file);
-    // Others may have written since.
+    // Another process may have written since.
     const now = await run.pack(file, { bases: "later" });
-    refuseOther(pack, now);
-    refuseTaken(now, named);
-    const plan = await planAppend(now, [...projected, ...judged, ...learned], sign);
+    if (now.basisId !== pack.basisId) {
+      const message = "has become a pack of another basis in the meantime; nothing was added, run the command again";
+      throw new SourceError(message, { file: pack.name });
+    }
+    refuseTaken(now, added);
+    const plan = await planAppend(now, [...projected, ...judged, ...copied], sign);
     append(file, plan);
     warnOf(adapters, out);
+    const residual = projected.map((task) => task.residual);
     for (const warning of projected.flatMap(({ warnings }) => warnings)) out.warn(warning);
     for (const { id, total } of residual)
       if (total > MUCH)
@@ -97,74 +107,48 @@ export const add: Attach = command({
           `task "${id}" loses ${percent(total)} of its ΔW, which the pack's components lack: pack all adapters again, with this one`,
         );
     warnUnsigned(now, sign, out);
-    const before = now.window.superblock.committed;
+    const bytesBefore = now.window.superblock.committed;
     const bytesAfter = plan.offset + sum(plan.body.map(({ length }) => length));
-    const added = [...adapters, ...files].map(({ id }) => id);
     return {
       json: {
-        ...{ file, added, bytesBefore: before, bytesAfter, residual },
+        ...{ file, added: added.map(({ id }) => id), bytesBefore, bytesAfter, residual },
         ...(isJudged && { answers: judged.map(({ entry: { id }, agreement }) => ({ id, agreement })) }),
       },
       text: [
-        `${file}: ${count(added.length, "task")} added, ${bytes(before)} → ${bytes(bytesAfter)}`,
+        `${file}: ${count(added.length, "task")} added, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`,
         ...(residual.length > 0 ? lossTable(residual) : []),
-        ...judged.map(agreementText),
-        ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
+        ...judged.map(({ entry, blob, agreement, reason }) => {
+          const undistilled = `stored as without a model${reason === undefined ? ", since the command was stopped" : `: ${reason}`}`;
+          const answers = agreement === undefined ? undistilled : `answers ${percent(agreement)} like the adapter`;
+          return `${entry.id}: ${bytes(blob.length)}, ${answers}`;
+        }),
+        ...copied.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
       ],
       ...(judged.some(({ agreement, reason }) => agreement === undefined && !reason) && { exitCode: OUT_OF_TIME }),
     };
   },
 });
 
-/** Options that a model is needed for. */
-const JUDGED = ["minutes", "text", "agreement", "provider", "threads", "tokens", "tokenizer"] as const;
-
-/** @throws UsageError for options that do not go together */
-function checkJudged(asked: Partial<Record<(typeof JUDGED)[number] | "model", unknown>>, maxLoss?: number): void {
-  const [needs] = given(asked, ...JUDGED);
-  if (needs !== undefined && asked.model === undefined) throw new UsageError(`${needs} needs --model`);
-  if (maxLoss !== undefined && asked.model !== undefined)
-    throw new UsageError("--max-loss is about ΔW, with --model answers decide: take --agreement");
+/** A task file that was named, and the id that its task gets. */
+interface NamedTask {
+  readonly path: string;
+  readonly id: string;
 }
 
-function agreementText({ entry, blob, agreement, reason }: Awaited<ReturnType<typeof addedByAnswers>>[number]): string {
-  const unasked = `stored as without a model${reason === undefined ? ", since the command was stopped" : `: ${reason}`}`;
-  const said = agreement === undefined ? unasked : `answers ${percent(agreement)} like the adapter`;
-  return `${entry.id}: ${bytes(blob.length)}, ${said}`;
-}
-
-/** Goes by what a file begins with, or by its name: a damaged task file is to be refused as one. */
+/** Recognised by its first bytes, or by its name: a damaged task file is to be refused as one. */
 export async function isTaskFile(path: string, run: Run): Promise<boolean> {
   const onHub = hubName(path) !== undefined;
   if (!onHub && !(await stat(path).catch(() => undefined))?.isFile()) return false;
   if (path.endsWith(".eigentask")) return true;
-  if (onHub) return false;
-  return (await run.kindOf(path)) === "an EigenLoRA task file";
+  return !onHub && (await run.kindOf(path)) === "an EigenLoRA task file";
 }
 
-/** Takes the new names of task files, by id or path, out of `names`; the rest are of adapters. */
-async function nameTasks(paths: readonly string[], names: Map<string, string>, run: Run): Promise<NamedTask[]> {
-  const tasks: NamedTask[] = [];
-  const used: string[] = [];
-  for (const path of paths) {
-    const { id } = await run.taskFile(path);
-    const [old, name = id] = [...names].find(([old]) => old === id || resolve(old) === resolve(path)) ?? [];
-    if (old !== undefined) used.push(old);
-    tasks.push({ path, id: name });
-  }
-  for (const name of used) names.delete(name);
-  return tasks;
-}
-
-/** @throws SourceError when there is another pack by now */
-function refuseOther({ basisId, name }: Pack, now: Pack): void {
-  if (now.basisId === basisId) return;
-  throw new SourceError(
-    "has become a pack of another basis in the meantime; nothing was added, run the command again",
-    {
-      file: name,
-    },
-  );
+/** Takes the new name of a task file, by id or path, out of `rename`; the rest are of adapters. */
+async function namedTask(path: string, rename: Map<string, string>): Promise<NamedTask> {
+  const { id } = await readTaskFile(path);
+  const [old, name = id] = [...rename].find(([old]) => old === id || resolve(old) === resolve(path)) ?? [];
+  if (old !== undefined) rename.delete(old);
+  return { path, id: name };
 }
 
 /** @throws TaskError naming an id that two would have */
@@ -180,54 +164,121 @@ function refuseTaken(pack: Pack, added: readonly NamedTask[]): void {
   }
 }
 
+/** @throws AdapterError when adapters name another base model than the pack does */
+export function refuseOtherBase({ name, directory }: Pack, adapters: readonly Adapter[], anyBase: boolean): void {
+  const { baseModel } = directory.basis;
+  refuseBases([{ id: "the pack", file: name, baseModel }, ...adapters], anyBase);
+}
+
 export const remove: Attach = command({
   usage: "remove <PACK> <TASK...>",
-  does: "Remove tasks from a pack.",
   details: "Other tasks are not changed.",
   example: "remove tasks.eigen reviews",
   options: { key },
   reads: ["own", undefined],
   async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
-    const sign = await signerOf(key);
-    await run.lock(file);
-    const pack = await run.pack(file);
-    for (const id of ids) pack.removeTask(id);
-    if (pack.tasks.size === 0) throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
-    const bytesBefore = pack.window.superblock.committed;
-    const bytesAfter = await writeWhole(file, (await freshPack(pack, undefined, sign)).chunks);
-    warnUnsigned(pack, sign, out);
+    const sizes = await rewrite(file, key, run, out, (pack) => {
+      for (const id of ids) pack.removeTask(id);
+      if (pack.tasks.size === 0)
+        throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
+    });
     return {
-      json: { file, removed: ids, bytesBefore, bytesAfter },
-      text: [`${file}: ${count(ids.length, "task")} removed, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],
+      json: { file, removed: ids, ...sizes },
+      text: [`${file}: ${count(ids.length, "task")} removed, ${bytes(sizes.bytesBefore)} → ${bytes(sizes.bytesAfter)}`],
     };
   },
 });
 
 export const compact: Attach = command({
   usage: "compact <PACK>",
-  does: "Rewrite a pack in place, without the gaps that changes have left.",
   details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
   example: "compact tasks.eigen",
   options: { key, revoked },
   reads: ["own"],
   async run([file]: [string], { key }, run, out) {
-    const sign = await signerOf(key);
-    await run.lock(file);
-    const pack = await run.pack(file);
-    const bytesBefore = pack.window.superblock.committed;
-    const bytesAfter = await writeWhole(file, (await freshPack(pack, undefined, sign)).chunks);
-    warnUnsigned(pack, sign, out);
+    const sizes = await rewrite(file, key, run, out);
     return {
-      json: { file, bytesBefore, bytesAfter },
-      text: [`${file}: ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],
+      json: { file, ...sizes },
+      text: [`${file}: ${bytes(sizes.bytesBefore)} → ${bytes(sizes.bytesAfter)}`],
     };
   },
 });
 
-/** @throws AdapterError when adapters name another base model than the pack does */
-export function refuseOtherBase({ name, directory }: Pack, adapters: readonly Adapter[], anyBase: boolean): void {
-  const { baseModel } = directory.basis;
-  refuseBases([{ id: "the pack", file: name, baseModel }, ...adapters], anyBase);
+async function rewrite(
+  file: string,
+  key: string | undefined,
+  run: Run,
+  out: Output,
+  change?: (pack: Pack) => void,
+): Promise<{ bytesBefore: number; bytesAfter: number }> {
+  const sign = await signerOf(key);
+  await run.lock(file);
+  const pack = await run.pack(file);
+  change?.(pack);
+  const bytesBefore = pack.window.superblock.committed;
+  const bytesAfter = await writeWhole(file, (await freshPack(pack, undefined, sign)).chunks);
+  warnUnsigned(pack, sign, out);
+  return { bytesBefore, bytesAfter };
+}
+
+export const keygen: Attach = command({
+  usage: "keygen",
+  details: "Keep NAME.pem to yourself. Readers of your packs need NAME.pub.pem, or the line that is printed.",
+  example: "keygen -o me",
+  options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem."), force },
+  async run(_: [], { output: name, force }) {
+    const secret = `${name}.pem`;
+    const open = `${name}.pub.pem`;
+    if (/(^|[/\\])$/.test(name)) throw new UsageError(`--output ${name}: ends like a folder; name a file in it`);
+    for (const path of [secret, open]) checkTarget(path, { force, output: name });
+    const pair = (await crypto.subtle.generateKey("Ed25519", true, ["sign", "verify"])) as CryptoKeyPair;
+    const raw = new Uint8Array(await crypto.subtle.exportKey("raw", pair.publicKey));
+    await writeTogether(
+      [
+        [secret, [await pem("PRIVATE KEY", "pkcs8", pair.privateKey)], 0o600],
+        [open, [await pem("PUBLIC KEY", "spki", pair.publicKey)]],
+      ],
+      force,
+    );
+    return {
+      json: { secret, public: open, key: keyName(raw) },
+      text: [`${secret}: keep it to yourself`, `${open}: ${keyName(raw)}`],
+    };
+  },
+});
+
+async function pem(kind: string, format: "pkcs8" | "spki", key: CryptoKey): Promise<Uint8Array> {
+  const body = toBase64(new Uint8Array(await crypto.subtle.exportKey(format, key)));
+  const lines = body.match(/.{1,64}/g)!.join("\n");
+  return new TextEncoder().encode(`-----BEGIN ${kind}-----\n${lines}\n-----END ${kind}-----\n`);
+}
+
+export const sign: Attach = command({
+  usage: "sign <FILE...>",
+  details: "Readers that are given the public key then accept nothing else. The root of a pack does not change.",
+  example: "sign tasks.eigen --key me.pem",
+  options: { key: required(key) },
+  reads: ["own"],
+  async run(files: string[], { key }, run) {
+    const signer = (await signerOf(key))!;
+    const signed: { file: string; integrity: string }[] = [];
+    const once = new Map(files.map((file) => [realTarget(file), file]));
+    for (const file of once.values()) signed.push({ file, integrity: await signFile(file, signer, run) });
+    return { json: { signed }, text: signed.map(({ file, integrity }) => `${file}: signed, ${integrity}`) };
+  },
+});
+
+/** @returns the root of a pack, the hash of a task file */
+async function signFile(file: string, signer: Sign, run: Run): Promise<string> {
+  await run.lock(file);
+  if (await isTaskFile(file, run)) {
+    const bytes = await signTaskFile(new Uint8Array(await readFile(file)), signer);
+    await writeWhole(file, [bytes]);
+    return integrityOf(parseTaskFile(bytes, file).content);
+  }
+  const pack = await run.pack(file, { bases: "later" });
+  append(file, await planSignature(pack, signer));
+  return pack.integrity();
 }
 
 /** @param path of a key in PEM; undefined for none */
@@ -241,7 +292,7 @@ export async function signerOf(path: string | undefined): Promise<Sign | undefin
   });
 }
 
-/** Says that a pack which was signed no longer is. */
+/** Warns that a pack which was signed no longer is. */
 export function warnUnsigned(pack: Pack, sign: Sign | undefined, out: Output): void {
   if (!sign && pack.window.superblock.signature)
     out.warn(`${pack.name} was signed and no longer is: sign it again, or pass --key`);

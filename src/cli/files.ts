@@ -1,45 +1,88 @@
 /**
- * Files of the command line: written beside the target and renamed, or appended so that a crash at any byte leaves the old
- * content (SPEC.md, section 9). Beside the caches the only code of the package that writes to disk. All in synchronous steps: see undo.ts. What
- * others may change at the same time is written under its lock (`Run.lock`).
+ * Files that commands write: where they may go, one writer at a time, whole or not at all, and nothing half written after a signal. All writes
+ * are synchronous steps, so a signal is heard between two of them. Locks are own code: proper-lockfile finds a dead holder by the age of its
+ * lock alone, and brings three packages.
  */
-import { randomUUID } from "node:crypto";
+import { createHash, randomBytes, randomUUID } from "node:crypto";
 import {
   closeSync,
   existsSync,
   fchmodSync,
   fsyncSync,
   ftruncateSync,
+  lstatSync,
   mkdirSync,
   openSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
   readSync,
+  realpathSync,
   renameSync,
   rmdirSync,
   rmSync,
+  type Stats,
+  statSync,
   writeSync,
 } from "node:fs";
 import { readFile } from "node:fs/promises";
-import { dirname, resolve } from "node:path";
-import { reasonOf, refuseOtherKinds } from "../disk.ts";
+import { hostname } from "node:os";
+import { basename, dirname, join, resolve } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import type { Adapter } from "../adapters/adapter.ts";
+import { MODELS } from "../adapters/diffusers.ts";
+import { kindInWords, reasonOf, refuseOtherKinds } from "../disk.ts";
 import { SourceError } from "../errors.ts";
 import type { Append } from "../format/layout.ts";
 import type { Scratch } from "../pack/write.ts";
-import { realTarget, undoOnExit } from "./lock.ts";
-import { stat } from "./target.ts";
+import { UsageError } from "./options.ts";
 
 type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
 
-/** Makes a handler for `catch` that says what could not be done with a file. */
-function failed(path: string, what: string, how = ""): (cause: unknown) => never {
-  return (cause) => {
-    throw new SourceError(`cannot be ${what}: ${reasonOf(cause)}${how}`, { file: path, cause });
-  };
+/** The file that a path stands for, through links: locked and replaced in its place. */
+export function realTarget(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return resolve(path);
+  }
+}
+
+/** What lies at a path, through links; undefined when nothing does. */
+export function stat(path: string): Stats | undefined {
+  try {
+    return statSync(path, { throwIfNoEntry: false });
+  } catch {
+    // Part of the path is a file, or may not be read: the system reports it when something is written there.
+    return undefined;
+  }
+}
+
+/** @throws SourceError saying what could not be done with a file, and why */
+function failed(path: string, what: string, cause: unknown, more = ""): never {
+  if (cause instanceof SourceError) throw cause;
+  throw new SourceError(`cannot be ${what}: ${reasonOf(cause)}${more}`, { file: path, cause });
+}
+
+function attempt<T>(path: string, what: string, work: () => T): T {
+  try {
+    return work();
+  } catch (cause) {
+    return failed(path, what, cause);
+  }
+}
+
+/** Runs a step whose failure does no harm. */
+function quietly(step: () => void): void {
+  try {
+    step();
+  } catch {}
 }
 
 /** @throws SourceError when it is no file, or cannot be read */
 export async function readText(path: string): Promise<string> {
   await refuseOtherKinds(path, "a file");
-  return readFile(path, "utf8").catch(failed(path, "read"));
+  return readFile(path, "utf8").catch((cause) => failed(path, "read", cause));
 }
 
 /** @throws SourceError when it cannot be read or is not valid JSON */
@@ -52,36 +95,96 @@ export async function readJson(path: string): Promise<unknown> {
   }
 }
 
-/**
- * Makes a folder, and those that it lies in, as far as they are not there.
- * @returns removes those that it made again, unless something is in them by then
- * @throws SourceError when there cannot be one; none is then made
- */
-export function makeFolder(path: string): () => void {
-  const missing: string[] = [];
-  for (let at = resolve(path); !existsSync(at); at = dirname(at)) missing.push(at);
-  const made: string[] = [];
-  const undo = (): void => {
-    for (const folder of made.splice(0).reverse()) quietly(() => rmdirSync(folder));
-  };
-  try {
-    for (const folder of missing.reverse()) {
-      mkdirSync(folder);
-      made.push(folder);
-    }
-    // Says what is there instead.
-    mkdirSync(path, { recursive: true });
-    return undo;
-  } catch (cause) {
-    undo();
-    return failed(path, "made a folder")(cause);
-  }
-}
-
 /** An object as a JSON file for people. */
 export function jsonFile(value: object): Uint8Array[] {
   return [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];
 }
+
+// Targets: checked before the work begins, which may take hours, and again when its result is written.
+
+/** Facts about a target. */
+export interface TargetOptions {
+  /** Replace a file that is there already. */
+  readonly force: boolean;
+  /** Paths of what the command reads; undefined for what was not named. */
+  readonly inputs?: readonly (string | undefined)[];
+  /** Make missing folders on the way. Default: false, so that a mistyped folder is not made in silence. */
+  readonly makesFolders?: boolean;
+  /** The value of `--output`, where `path` is one of several files that come of it. */
+  readonly output?: string;
+}
+
+/** @throws UsageError when a file may not be written at `path` */
+export function checkTarget(
+  path: string,
+  { force, inputs = [], makesFolders = false, output = path }: TargetOptions,
+): void {
+  const refuse = (problem: string, where = path === output ? "" : `${path} `): never => {
+    throw new UsageError(`--output ${output}: ${where}${problem}`);
+  };
+  if (path === "-") refuse("nothing is written to standard output; name a file");
+  if (/[/\\]$/.test(path)) refuse("ends like a folder; name a file in it");
+  const folder = dirname(output);
+  if (!makesFolders && !stat(folder)) refuse(`there is no folder ${folder}; make it first`, "");
+  if (!makesFolders && !stat(folder)?.isDirectory()) refuse(`${folder} is not a folder`, "");
+  const there = stat(path);
+  if (there?.isDirectory()) refuse("is a folder; name a file in it");
+  if (there && !there.isFile()) refuse(`is ${kindInWords(there)}; name a file`);
+  if (!there && isLink(path)) refuse("is a link to a file that is not there; remove it, or name that file");
+  if (inputs.some((input) => input !== undefined && realTarget(input) === realTarget(path)))
+    refuse("would overwrite what it is made of; choose another name");
+  if (there && !force) refuse("already exists; choose another name, or replace it with --force");
+}
+
+export function isLink(path: string): boolean {
+  try {
+    return lstatSync(path).isSymbolicLink();
+  } catch {
+    return false;
+  }
+}
+
+/** Files that an adapter may consist of. */
+const ADAPTER_FILES = [
+  "adapter_config.json",
+  "adapter_model.safetensors",
+  "adapters.safetensors",
+  "pytorch_lora_weights.safetensors",
+  "task.json",
+];
+
+/** Paths that an adapter may be read from. */
+export function filesOf({ file }: Pick<Adapter, "file">): string[] {
+  return [file, ...["", ...MODELS].flatMap((model) => ADAPTER_FILES.map((name) => join(file, model, name)))];
+}
+
+/**
+ * Makes a folder, and those that it lies in, as far as they are missing.
+ * @returns removes those that it made, unless something is in them by then
+ * @throws SourceError when there cannot be one; none is then made
+ */
+export function makeFolder(path: string): () => void {
+  const missing: string[] = [];
+  for (let at = resolve(path); !existsSync(at); at = dirname(at)) missing.unshift(at);
+  const added: string[] = [];
+  const undo = (): void => {
+    for (const folder of added.splice(0).reverse()) quietly(() => rmdirSync(folder));
+  };
+  try {
+    for (const folder of missing) {
+      mkdirSync(folder);
+      added.push(folder);
+    }
+    // Reports what is there instead.
+    mkdirSync(path, { recursive: true });
+    return undo;
+  } catch (cause) {
+    undo();
+    return failed(path, "made a folder", cause);
+  }
+}
+
+// Writing.
 
 /**
  * Writes a file as a whole or not at all.
@@ -94,8 +197,15 @@ export async function writeWhole(path: string, chunks: Chunks, replace = true): 
   return size!;
 }
 
+/** A file under a temporary name in the folder of its target. */
+interface Written {
+  readonly path: string;
+  readonly target: string;
+  readonly temporary: string;
+}
+
 /**
- * Writes files that belong together: each beside its target first, and only when all are there they are renamed.
+ * Writes files that belong together: each under a temporary name first, and only when all are there they are renamed.
  * @param replace files that are there already. Otherwise one that appeared during the work stays, and what was to be written is kept
  *   under other names
  * @returns their sizes in bytes
@@ -108,7 +218,7 @@ export async function writeTogether(
   const written: Written[] = [];
   const placed: string[] = [];
   const undo = (): void => {
-    for (const path of [...written.map(({ beside }) => beside), ...placed]) rmSync(path, { force: true });
+    for (const path of [...written.map(({ temporary }) => temporary), ...placed]) rmSync(path, { force: true });
   };
   const forget = undoOnExit(undo);
   const sizes: number[] = [];
@@ -117,15 +227,16 @@ export async function writeTogether(
     for (const [path, chunks, mode] of files) {
       at = path;
       const target = realTarget(path);
-      const beside = besideOf(target);
-      written.push({ path, target, beside });
-      sizes.push(await writeNew(beside, chunks, mode ?? stat(target)?.mode));
+      const temporary = temporaryOf(target);
+      written.push({ path, target, temporary });
+      // The new file keeps the permissions of the old one.
+      sizes.push(await writeNew(temporary, chunks, mode ?? stat(target)?.mode));
     }
     refuseTaken(written, replace);
-    for (const { path, target, beside } of written) {
+    for (const { path, target, temporary } of written) {
       at = path;
       const isNew = stat(target) === undefined;
-      renameSync(beside, target);
+      renameSync(temporary, target);
       if (isNew) placed.push(target);
     }
     for (const folder of new Set(written.map(({ target }) => dirname(target)))) syncFolder(folder);
@@ -133,100 +244,33 @@ export async function writeTogether(
   } catch (cause) {
     undo();
     if ((cause as NodeJS.ErrnoException).code === undefined) throw cause;
-    return failed(at, "written")(cause);
+    return failed(at, "written", cause);
   } finally {
     forget();
   }
 }
 
-/** So much of what is put aside stays in memory. */
-const HELD_BYTES = 2 ** 23;
-
-/**
- * A file beside a target, for what will be part of it: made when there is much, and gone when it is closed.
- * @param most bytes that stay in memory
- */
-export function openScratch(path: string, most: number = HELD_BYTES): Scratch & { close(): void } {
-  const beside = besideOf(realTarget(path));
-  let file: number | undefined;
-  let [held, end] = [0, 0];
-  const undo = (): void => rmSync(beside, { force: true });
-  let forget = (): void => {};
-  return {
-    async put(bytes) {
-      if (held + bytes.length <= most) {
-        held += bytes.length;
-        return holding(bytes);
-      }
-      if (file === undefined) {
-        forget = undoOnExit(undo);
-        file = await attempt(path, "written", () => openSync(beside, "wx+", 0o600));
-      }
-      const at = end;
-      end += await attempt(path, "written", () => writeAt(file!, bytes, at));
-      return reading(path, file, at, bytes.length);
-    },
-    close() {
-      if (file !== undefined) closeSync(file);
-      file = undefined;
-      undo();
-      forget();
-    },
-  };
-}
-
-// Functions keep all that lies around them: here that is not the bytes that were written.
-const holding = (bytes: Uint8Array) => async (): Promise<Uint8Array> => bytes;
-const reading = (path: string, file: number, at: number, size: number) => (): Promise<Uint8Array> =>
-  attempt(path, "read", () => readAt(file, at, size));
-
-function readAt(file: number, at: number, size: number): Uint8Array {
-  const bytes = new Uint8Array(size);
-  for (let done = 0; done < size; ) {
-    const count = readSync(file, bytes, done, size - done, at + done);
-    if (count === 0) throw new Error("it has become shorter");
-    done += count;
-  }
-  return bytes;
-}
-
-/** A name of its own. Not by process id: machines that share a folder have the same ones, and so has a container that starts again. */
-function besideOf(target: string): string {
+/** Not by process id: machines that share a folder have the same ones, and so has a container that starts again. */
+function temporaryOf(target: string): string {
   return `${target}.${randomUUID().slice(0, 8)}.tmp`;
 }
 
-async function attempt<T>(path: string, what: string, work: () => T): Promise<T> {
-  try {
-    return work();
-  } catch (cause) {
-    return failed(path, what)(cause);
-  }
-}
-
-/** A file beside its target. */
-interface Written {
-  readonly path: string;
-  readonly target: string;
-  readonly beside: string;
-}
-
-/** @throws SourceError when something came to lie where a file should go; what was written stays, under names of its own */
+/** @throws SourceError when something came to lie where a file should go; what was written stays, under other names */
 function refuseTaken(written: readonly Written[], replace: boolean): void {
   const taken = written.find(({ target }) => {
     const there = stat(target);
     return there && (!replace || !there.isFile());
   });
   if (!taken) return;
-  const kept = written.map(({ beside }) => {
-    const name = beside.replace(/\.tmp$/, "");
-    renameSync(beside, name);
+  const names = written.map(({ temporary }) => {
+    const name = temporary.replace(/\.tmp$/, "");
+    renameSync(temporary, name);
     return name;
   });
-  const message = `was made by somebody else in the meantime and stays; what was to be written is in ${kept.join(", ")}`;
+  const message = `was made by somebody else in the meantime and stays; what was to be written is in ${names.join(", ")}`;
   throw new SourceError(message, { file: taken.path });
 }
 
-/** @param mode of the file that it is to replace: who may not read that may not read this */
 async function writeNew(path: string, chunks: Chunks, mode: number | undefined): Promise<number> {
   const file = openSync(path, "wx", mode);
   try {
@@ -247,7 +291,7 @@ function writeAt(file: number, chunk: Uint8Array, at: number): number {
   return chunk.length;
 }
 
-/** A rename is durable once its folder is; some file systems cannot sync a folder, and then there is nothing to do. */
+/** A rename is durable once its folder is; some file systems cannot sync a folder. */
 function syncFolder(path: string): void {
   quietly(() => {
     const folder = openSync(path, "r");
@@ -256,26 +300,13 @@ function syncFolder(path: string): void {
   });
 }
 
-function quietly(step: () => void): void {
-  try {
-    step();
-  } catch {
-    // Nothing hangs on it.
-  }
-}
-
 /**
- * Appends to a pack whose lock is held. The superblock goes last, behind a flush: until it is written the file reads as before.
+ * Appends to a pack whose lock is held. The superblock goes last, behind a flush: until it is written the file reads as before (SPEC.md,
+ * section 9).
  * @throws SourceError when it cannot be written, as when the disk is full; the pack is then as it was
  */
 export function append(path: string, { offset, body, superblock, superblockOffset }: Append): void {
-  const fail = failed(path, "appended to");
-  let file: number;
-  try {
-    file = openSync(path, "r+");
-  } catch (cause) {
-    return fail(cause);
-  }
+  const file = attempt(path, "appended to", () => openSync(path, "r+"));
   try {
     let at = offset;
     try {
@@ -283,16 +314,332 @@ export function append(path: string, { offset, body, superblock, superblockOffse
       fsyncSync(file);
     } catch (cause) {
       quietly(() => ftruncateSync(file, offset));
-      failed(path, "appended to", "; it is as it was before")(cause);
+      failed(path, "appended to", cause, "; it is as it was before");
     }
-    // What lies behind the new end was left by an append that never finished.
-    ftruncateSync(file, at);
-    writeAt(file, superblock, superblockOffset);
-    fsyncSync(file);
-  } catch (cause) {
-    if (cause instanceof SourceError) throw cause;
-    fail(cause);
+    attempt(path, "appended to", () => {
+      // An append that never finished left bytes behind the new end.
+      ftruncateSync(file, at);
+      writeAt(file, superblock, superblockOffset);
+      fsyncSync(file);
+    });
   } finally {
     closeSync(file);
   }
+}
+
+/** Bytes of a scratch that stay in memory. */
+const HELD_BYTES = 2 ** 23;
+
+/**
+ * Storage for parts of a target: a temporary file, made when there is much, and gone when it is closed.
+ * @param most bytes that stay in memory
+ */
+export function openScratch(path: string, most: number = HELD_BYTES): Scratch & { close(): void } {
+  const temporary = temporaryOf(realTarget(path));
+  let file: number | undefined;
+  let held = 0;
+  let end = 0;
+  const undo = (): void => rmSync(temporary, { force: true });
+  let forget = (): void => {};
+  return {
+    async put(bytes) {
+      if (held + bytes.length <= most) {
+        held += bytes.length;
+        return holding(bytes);
+      }
+      if (file === undefined) {
+        forget = undoOnExit(undo);
+        file = attempt(path, "written", () => openSync(temporary, "wx+", 0o600));
+      }
+      const handle = file;
+      const at = end;
+      end += attempt(path, "written", () => writeAt(handle, bytes, at));
+      return reading(path, handle, at, bytes.length);
+    },
+    close() {
+      if (file !== undefined) closeSync(file);
+      file = undefined;
+      undo();
+      forget();
+    },
+  };
+}
+
+// Closures keep their whole scope alive: outside `put` that is not the bytes that were written.
+const holding = (bytes: Uint8Array) => async (): Promise<Uint8Array> => bytes;
+const reading = (path: string, file: number, at: number, size: number) => async (): Promise<Uint8Array> =>
+  attempt(path, "read", () => {
+    const bytes = new Uint8Array(size);
+    for (let done = 0; done < size; ) {
+      const count = readSync(file, bytes, done, size - done, at + done);
+      if (count === 0) throw new Error("it has become shorter");
+      done += count;
+    }
+    return bytes;
+  });
+
+// One writer at a time: a command holds FILE.lock from before FILE is read until its new content is there. The lock names the process that
+// holds it. That of a process that has ended is taken over, any other is waited for.
+
+/** The process that holds a lock. */
+interface Owner {
+  readonly pid: number;
+  /** Name of the machine, for people. */
+  readonly host: string;
+  /** Digest that tells machines, and containers with process ids of their own, from each other. */
+  readonly machine: string;
+  /** Start of the process as the system reports it, since process ids are used again. Empty where it does not. */
+  readonly began: string;
+  /** Start of the lock, for people. */
+  readonly since: string;
+  /** Unique, so that no lock is taken for another. */
+  readonly token: string;
+}
+
+/** A lock that cannot be read: of another program, or about to be written. */
+const NAMELESS = "nameless";
+
+/** Milliseconds. */
+const PATIENCE = 60_000;
+const NAMELESS_PATIENCE = 2_000;
+const SILENCE = 1_000;
+
+/** A lock that is held. */
+export interface Lock {
+  close(): void;
+}
+
+/**
+ * Takes the lock of a file, there or not. `close` releases it, and so does the end of the process by a signal or an exit; the next taker
+ * removes what SIGKILL leaves.
+ * @param warn is given the process that is waited for
+ * @param patience milliseconds to wait for another process
+ * @throws SourceError naming the process that holds it for longer, or when the lock cannot be made
+ */
+export async function takeLock(
+  path: string,
+  warn: (message: string) => void,
+  patience: number = PATIENCE,
+): Promise<Lock> {
+  const target = realTarget(path);
+  const lock = `${target}.lock`;
+  const token = randomBytes(8).toString("hex");
+  // If the file was deleted by hand, another process may have made its own by now.
+  const release = (): void => {
+    if (isOf(lock, token)) rmSync(lock, { force: true });
+  };
+  // Before there is a lock: otherwise a signal would end the process between its making and the next line.
+  const forget = undoOnExit(release);
+  try {
+    const began = performance.now();
+    let warned = false;
+    for (;;) {
+      const holder = take(lock, token);
+      if (holder === undefined) break;
+      const waited = performance.now() - began;
+      const nameless = holder === NAMELESS;
+      if (waited >= (nameless ? Math.min(NAMELESS_PATIENCE, patience) : patience))
+        throw new SourceError(refusal(holder, lock, waited), { file: path });
+      if (!warned && waited >= SILENCE && !nameless) {
+        warn(`waiting for ${describe(holder)}, which is writing ${path}`);
+        warned = true;
+      }
+      await sleep(20 + 60 * Math.random());
+    }
+    sweep(target);
+  } catch (cause) {
+    forget();
+    const missing = isCode(cause, "ENOENT");
+    return failed(
+      path,
+      "written",
+      missing ? new Error(`the folder ${dirname(target)} is not there; make it first`) : cause,
+    );
+  }
+  return {
+    close() {
+      release();
+      forget();
+    },
+  };
+}
+
+function describe({ pid, host, since }: Owner): string {
+  return `process ${pid} on ${host} (since ${since})`;
+}
+
+function refusal(holder: Owner | typeof NAMELESS, lock: string, waited: number): string {
+  if (holder === NAMELESS) return `has a lock that names no process; if nothing is writing it, delete ${lock}`;
+  const busy = `is being written by ${describe(holder)}, waited ${Math.round(waited / 1000)} s for it: try again later`;
+  if (holder.machine === MACHINE) return busy;
+  return `${busy}. Whether it still runs cannot be told from here; if it does not, delete ${lock}`;
+}
+
+/** Makes the lock, in place of one whose owner is gone. @returns the owner that holds it instead */
+function take(lock: string, token: string): Owner | typeof NAMELESS | undefined {
+  for (;;) {
+    if (make(lock, token)) return undefined;
+    const holder = holderOf(lock);
+    if (holder === undefined) continue;
+    if (holder === NAMELESS || !isGone(holder)) return holder;
+    // Two processes may see the same dead lock, and the second would remove the first one's new lock. So the removal has a lock, named after the dead
+    // one, whose token never comes again.
+    const turn = `${lock}.${holder.token}`;
+    const other = take(turn, token);
+    if (other !== undefined) return other;
+    try {
+      if (isOf(lock, holder.token)) rmSync(lock, { force: true });
+    } finally {
+      rmSync(turn, { force: true });
+    }
+  }
+}
+
+/** @returns false when there is one already */
+function make(lock: string, token: string): boolean {
+  let file: number;
+  try {
+    file = openSync(lock, "wx");
+  } catch (error) {
+    if (isCode(error, "EEXIST")) return false;
+    throw error;
+  }
+  try {
+    const owner: Owner = { ...SELF, since: new Date().toISOString(), token };
+    writeSync(file, JSON.stringify(owner));
+    return true;
+  } catch (error) {
+    rmSync(lock, { force: true });
+    throw error;
+  } finally {
+    closeSync(file);
+  }
+}
+
+/** Removes what killed writers left of a file whose lock is held. */
+function sweep(target: string): void {
+  for (const name of readdirSync(dirname(target))) {
+    const rest = name.startsWith(basename(target)) ? name.slice(basename(target).length) : "";
+    if (/^\.(lock\.[0-9a-f.]+|[0-9a-f]{8}\.tmp)$/.test(rest)) rmSync(join(dirname(target), name), { force: true });
+  }
+}
+
+/** @returns undefined when there is no lock */
+function holderOf(lock: string): Owner | typeof NAMELESS | undefined {
+  try {
+    // A pipe would be waited for.
+    if (!lstatSync(lock).isFile()) return NAMELESS;
+    const owner = JSON.parse(readFileSync(lock, "utf8")) as Record<keyof Owner, unknown>;
+    const { pid, host, machine, began, since, token } = owner;
+    const texts = [host, machine, began, since, token].every((value) => typeof value === "string");
+    const known = texts && /^[0-9a-f]{16}$/.test(String(token)) && Number.isSafeInteger(pid) && (pid as number) > 0;
+    return known ? (owner as unknown as Owner) : NAMELESS;
+  } catch (error) {
+    return isCode(error, "ENOENT") ? undefined : NAMELESS;
+  }
+}
+
+function isOf(lock: string, token: string): boolean {
+  const holder = holderOf(lock);
+  return typeof holder === "object" && holder.token === token;
+}
+
+/** Whether the process that made a lock has certainly ended. Of another machine's nothing is certain. */
+function isGone({ pid, machine, began }: Owner): boolean {
+  if (machine !== MACHINE) return false;
+  try {
+    process.kill(pid, 0);
+  } catch (error) {
+    if (isCode(error, "ESRCH")) return true;
+  }
+  const found = processOf(pid);
+  return found !== undefined && (found.ended || (began !== "" && began !== found.began));
+}
+
+/** State of a process on Linux; undefined elsewhere. */
+function processOf(pid: number): { began: string; ended: boolean } | undefined {
+  const stat = textOf(`/proc/${pid}/stat`);
+  // The name of the command, in brackets, may hold anything: state and start are counted from behind it.
+  const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
+  const start = fields[19];
+  if (start === undefined) return undefined;
+  // A process that its parent has not asked after stays under its id.
+  return { began: `${textOf("/proc/sys/kernel/random/boot_id")} ${start}`, ended: /[ZX]/.test(fields[0]!) };
+}
+
+/** Text of a small file of the system; empty when it is not there. */
+function textOf(path: string, read: (path: string) => string = (path) => readFileSync(path, "utf8").trim()): string {
+  try {
+    return read(path);
+  } catch {
+    return "";
+  }
+}
+
+const MACHINE = createHash("sha256")
+  .update(JSON.stringify([hostname(), textOf("/etc/machine-id"), textOf("/proc/self/ns/pid", readlinkSync)]))
+  .digest("hex")
+  .slice(0, 16);
+const SELF = { pid: process.pid, host: hostname(), machine: MACHINE, began: processOf(process.pid)?.began ?? "" };
+
+function isCode(error: unknown, code: string): boolean {
+  return (error as NodeJS.ErrnoException).code === code;
+}
+
+// Undone when a command is stopped halfway: locks, and temporary files.
+
+const SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+const steps = new Set<() => void>();
+
+/**
+ * Calls `step` when the process ends, by a signal or otherwise, before the function returned has been called.
+ * @param step synchronous
+ */
+export function undoOnExit(step: () => void): () => void {
+  if (steps.size === 0) listen("on");
+  steps.add(step);
+  return () => {
+    if (steps.delete(step) && steps.size === 0) listen("off");
+  };
+}
+
+/** Whether a listener answers the next Ctrl-C. */
+let sigintHandled = false;
+
+/**
+ * Calls `step` at the first Ctrl-C, which ends nothing then; a second one does.
+ * @returns a function that stops listening
+ */
+export function onInterrupt(step: () => void): () => void {
+  const first = (): void => {
+    // Other listeners hear the same signal first.
+    setImmediate(forget);
+    step();
+  };
+  const forget = (): void => {
+    sigintHandled = false;
+    process.off("SIGINT", first);
+  };
+  sigintHandled = true;
+  process.once("SIGINT", first);
+  return forget;
+}
+
+function listen(how: "on" | "off"): void {
+  for (const signal of SIGNALS) process[how](signal, stop);
+  process[how]("exit", undo);
+}
+
+/** Latest first. A step that fails must not keep the rest from being undone. */
+function undo(): void {
+  for (const step of [...steps].reverse()) quietly(step);
+  steps.clear();
+}
+
+/** Ends the process by the same signal, so that its parent sees why. */
+function stop(signal: NodeJS.Signals): void {
+  if (signal === "SIGINT" && sigintHandled) return;
+  undo();
+  listen("off");
+  process.kill(process.pid, signal);
 }

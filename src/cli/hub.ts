@@ -1,10 +1,16 @@
 /**
  * The commands below `eigenlora hub`, for packs too large for one machine (docs/hub.md): shard and merge, from adapters to a basis;
- * project and assemble, from a basis to a pack. A batch engine runs each: it reads files, writes one file beside its name and renames it,
+ * project and assemble, from a basis to a pack. A batch engine runs each: it reads files, writes one under a temporary name and renames it,
  * and gives the same bytes for the same input.
  */
+import { createHash } from "node:crypto";
+import { existsSync } from "node:fs";
+import type { BaseFacts } from "../adapters/base-facts.ts";
+import { describeBase } from "../adapters/describe-base.ts";
+import { FormatError, SourceError } from "../errors.ts";
 import { completeDtypes } from "../pack/recipe.ts";
 import { buildBasis } from "../pack/shard/basis.ts";
+import { openPart, type PartKind } from "../pack/shard/part.ts";
 import {
   adapterStatistics,
   mergeStatistics,
@@ -13,24 +19,26 @@ import {
   writeStatistics,
 } from "../pack/shard/statistics.ts";
 import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
+import { VERSION } from "../version.ts";
 import { refuseOtherBase } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { contents, digest, facts, makePart, part } from "./hub-part.ts";
-import { inFlags, names, refuseUnknown } from "./matching.ts";
+import { checkTarget, filesOf, writeWhole } from "./files.ts";
+import { contents } from "./model.ts";
 import * as option from "./options.ts";
 import { bytes, count, lossTable, type Output, percent, range, resources, sharing, smaller, warnOf } from "./output.ts";
-import { checkTarget, filesOf } from "./target.ts";
+
+/** Destination of a part. */
+const part = option.output("PART", "The part to write; kept as it is if it exists, whole and made of the same input.");
 
 const shard: Attach = command({
   usage: "shard <ADAPTER_OR_FOLDER...>",
-  does: "Collect statistics of some adapters, to be merged with others.",
   example: "hub shard some-adapters/ -o 1.part",
   options: {
     output: part,
     force: option.force,
     gauge: option.gauge,
     rank: option.rank,
-    normalize: option.normalize,
+    normalize: option.toggle("Give every task equal weight when components are found, however large its update."),
     as: option.as,
     anyBase: option.anyBase,
     base: option.readFor,
@@ -46,67 +54,58 @@ const shard: Attach = command({
   },
 });
 
+const OF_BASIS = "a basis is made by the last merge";
+
 const merge: Attach = command({
   usage: "merge <PART...>",
-  does: "Make components from the statistics of all adapters.",
   details: "The result is a basis, a pack without tasks.",
   example: "hub merge 1.part 2.part -o basis.eigen --k 32",
   options: {
     output: option.output("BASIS", "The basis to write, or with --part the part."),
     force: option.force,
-    part: option.toggle("Write a part instead of a basis, to be merged with others."),
+    part: {
+      ...option.toggle("Write a part instead of a basis, to be merged with others."),
+      excludes: { k: OF_BASIS, energy: OF_BASIS, centering: OF_BASIS, dtype: OF_BASIS, base: OF_BASIS },
+    },
     anyBase: option.anyBase,
     ...option.group("Of a basis", {
-      k: option.amount.k,
-      energy: option.amount.energy,
-      centering: option.centering,
+      ...option.oneOf({ k: option.k, energy: option.energy }),
+      centering: option.byDefault("keep", option.choice(["keep", "none"], "Store the mean of the rows, or use none.")),
       dtype: option.dtype,
       base: option.base,
-      names,
+      names: option.names,
     }),
   },
-  async run(paths, { output: file, force, part, anyBase, ...options }, run, out) {
-    const [foreign] = option.given(options, "k", "energy", "centering", "dtype", "base");
-    if (part && foreign !== undefined)
-      throw new option.UsageError(`${foreign} is for a basis: leave it out with --part, and say it in the last merge`);
-    const select = option.selection(options);
+  async run(paths, { output: file, force, part, anyBase, centering, ...options }, run, out) {
     const inputs = [...paths, options.base];
     if (part) checkTarget(file, { force: true, inputs });
     const target = part ? undefined : await run.target(file, { force, inputs });
-    const opened = await run.base(options.base, options.names);
+    const base = await run.base(options.base, options.names);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openStatistics(path)));
     const statistics = await mergeStatistics(parts, { anyBase });
-    refuseUnknown(options.names, statistics.modules.values(), paths.join(", "));
+    option.refuseUnknown(options.names, statistics.modules.values(), paths.join(", "));
     if (!target) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
       return writePart({ file, force, made }, statistics, [], out);
     }
-    const { centering = "keep" } = options;
-    const dtype = completeDtypes(options.dtype).basis;
-    const { chunks, report } = await buildBasis(statistics, {
-      select,
-      centering,
-      dtype,
-      ...opened,
-      onProgress: out.progress,
-    });
+    const { basis: dtype } = completeDtypes(options.dtype);
+    const how = { select: option.selection(options), centering, dtype, ...base, onProgress: out.progress };
+    const { chunks, report } = await buildBasis(statistics, how);
     await target.write(chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { adapters, modules, components } = report;
-    const notes = report.notes.map((note) => inFlags(note, { base: option.base }));
-    const sides = `${range(components.min, components.max)} components per side`;
-    const of = `${count(adapters, "adapter")}, ${count(modules, "module")}`;
+    const notes = report.notes.map((note) => option.inFlags(note, { base: option.base }));
+    const size = `${range(components.min, components.max)} components per side, ${bytes(report.bytes)}`;
     return {
       json: { file, ...report, notes, ...resources() },
-      text: [`${file}: a basis of ${of}, ${sides}, ${bytes(report.bytes)}`, ...notes],
+      text: [`${file}: a basis of ${count(adapters, "adapter")}, ${count(modules, "module")}, ${size}`, ...notes],
     };
   },
 });
 
 const project: Attach = command({
   usage: "project <BASIS> <ADAPTER_OR_FOLDER...>",
-  does: "Turn some adapters into tasks on a basis from merge.",
   details: "The result is a part with tasks; assemble makes a pack of all parts.",
   example: "hub project basis.eigen some-adapters/ -o 1.tasks",
   options: {
@@ -125,14 +124,9 @@ const project: Attach = command({
     checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
     const basis = await run.pack(basisPath);
     refuseOtherBase(basis, adapters, anyBase);
-    const made = digest(
-      "project",
-      basis.basisId,
-      types.coefficients,
-      types.head,
-      await facts(base),
-      await contents(adapters, out),
-    );
+    const { coefficients, head } = types;
+    const of = [basis.basisId, coefficients, head, await facts(base), await contents(adapters, out)];
+    const made = digest("project", ...of);
     const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
     const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, () =>
       projectTasks(basis, adapters, made, { dtype: types, onProgress: out.progress }),
@@ -144,7 +138,6 @@ const project: Attach = command({
 
 const assemble: Attach = command({
   usage: "assemble <BASIS> <PART...>",
-  does: "Make one pack of the tasks in all parts, sorted by id.",
   example: "hub assemble basis.eigen 1.tasks 2.tasks -o tasks.eigen",
   options: { output: option.output("PACK", "The pack to write."), force: option.force },
   async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run, out) {
@@ -156,20 +149,54 @@ const assemble: Attach = command({
     await target.write(chunks);
     const { dtype, ...rest } = report;
     const { tasks, modules, ratio, error, breakEvenTasks, adapterBytes } = rest;
-    const { mean, max, worstTask } = error;
     return {
       json: { file, ...dtype, ...rest, ...resources() },
       text: [
         `${file}: ${count(tasks, "task")}, ${count(modules, "module")}, ${bytes(rest.bytes)} ; the adapters have ${bytes(adapterBytes)} (${smaller(ratio)})`,
-        `ΔW error: mean ${percent(mean)}, largest ${percent(max)} (${worstTask})`,
+        `ΔW error: mean ${percent(error.mean)}, largest ${percent(error.max)} (${error.worstTask})`,
         sharing(breakEvenTasks),
       ],
     };
   },
 });
 
+/** The commands for many machines, under one name. */
+export const hub: Attach = (program, does, out, done) => {
+  const group = program
+    .command("hub")
+    .summary(does)
+    .description(`${does.replace(/\.$/, "")} (docs/hub.md). Each reads files and writes one.`)
+    .option("--json", "Print one JSON object.")
+    .addHelpText("after", "\nExample:\n  eigenlora hub shard some-adapters/ -o 1.part")
+    .helpCommand(false);
+  shard(group, "Collect statistics of some adapters, to be merged with others.", out, done);
+  merge(group, "Make components from the statistics of all adapters.", out, done);
+  project(group, "Turn some adapters into tasks on a basis from merge.", out, done);
+  assemble(group, "Make one pack of the tasks in all parts, sorted by id.", out, done);
+};
+
+// Parts: written once, and described. One that is there already, whole and made of the same, is left alone.
+
+/** Figures of a part except its size. */
+interface PartFigures {
+  readonly adapters: number;
+  readonly modules: number;
+  readonly gauge?: string;
+  readonly warnings: readonly string[];
+}
+
+/** A part to be written, and its destination. */
+interface PartTarget {
+  readonly file: string;
+  /** Replace anything else that is there. */
+  readonly force: boolean;
+  readonly kind: PartKind;
+  /** Digest of what it is made of. */
+  readonly made: string;
+}
+
 function writePart(
-  part: { file: string; force: boolean; made: string },
+  part: Omit<PartTarget, "kind">,
   statistics: Statistics,
   warnings: readonly string[],
   out: Output,
@@ -181,14 +208,52 @@ function writePart(
   );
 }
 
-/** The commands for many machines, under one name. */
-export const hub: Attach = (program, out, done) => {
-  const group = program
-    .command("hub")
-    .summary("Commands for packs too large for one machine.")
-    .description("Commands for packs too large for one machine (docs/hub.md). Each reads files and writes one.")
-    .option("--json", "Print one JSON object.")
-    .addHelpText("after", "\nExample:\n  eigenlora hub shard some-adapters/ -o 1.part")
-    .helpCommand(false);
-  for (const attach of [shard, merge, project, assemble]) attach(group, out, done);
-};
+/**
+ * Writes a part, unless a whole one made from the same is there. Parts need no lock: every writer writes the whole part, and nothing
+ * changes it later. So a machine that is gone cannot keep another from making its part again.
+ * @throws UsageError when something else is there, or a part that is damaged
+ */
+export async function makePart(
+  { file, force, kind, made }: PartTarget,
+  figures: PartFigures,
+  make: () => Promise<AsyncIterable<Uint8Array>>,
+): Promise<Result> {
+  const found = existsSync(file) ? await wholePart(file, kind, made) : undefined;
+  if (found === undefined) checkTarget(file, { force });
+  const size = found ?? (await writeWhole(file, await make()));
+  const present = found !== undefined;
+  const { adapters, modules } = figures;
+  const there = present ? ", already existed" : "";
+  return {
+    json: { file, ...figures, bytes: size, present, ...resources() },
+    text: [`${file}: ${count(adapters, "adapter")}, ${count(modules, "module")}, ${bytes(size)}${there}`],
+  };
+}
+
+/** Its size; undefined when it is damaged or another. */
+async function wholePart(file: string, kind: PartKind, made: string): Promise<number | undefined> {
+  try {
+    const part = await openPart(file, kind);
+    try {
+      if (part.made !== made) return undefined;
+      await part.verify();
+      return part.byteLength;
+    } finally {
+      await part.close();
+    }
+  } catch (error) {
+    if (error instanceof FormatError || error instanceof SourceError) return undefined;
+    throw error;
+  }
+}
+
+export function digest(...inputs: unknown[]): string {
+  return createHash("sha256")
+    .update(JSON.stringify([VERSION, ...inputs]))
+    .digest("hex");
+}
+
+/** Facts about the base that adapters are read for: with another they mean another update. */
+export async function facts(base: string | undefined): Promise<BaseFacts | null> {
+  return base === undefined ? null : describeBase(base);
+}

@@ -11,7 +11,6 @@ import { bytes, count, percent, range, sharing, sum, table } from "./output.ts";
 
 export const inspect: Attach = command({
   usage: "inspect <PACK>",
-  does: "Show what a pack holds: sections, tasks, modules and components.",
   example: "inspect tasks.eigen",
   options: {},
   reads: ["file"],

@@ -13,21 +13,20 @@ import { createTrainer } from "../train/create-trainer.ts";
 import type { Start } from "../train/start.ts";
 import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
-import { readCompletions, readExamples } from "./examples.ts";
-import { match } from "./matching.ts";
-import { openTrainable, runsOn, tokenizer, tokens } from "./model.ts";
+import { openTrainable, readExamples } from "./model.ts";
 import {
   byDefault,
   choice,
   force,
   from,
   group,
+  match,
   number,
   type OptionSpec,
   output,
   POSITIVE,
-  reading,
   required,
+  runsOn,
   text,
   UsageError,
 } from "./options.ts";
@@ -53,11 +52,7 @@ const OPTIONS = {
   id: text("ID", "Name of the task. Default: that of the file."),
   labels,
   ...group("The model", {
-    model: required(
-      reading("model", text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
-    ),
-    tokens,
-    tokenizer,
+    model: required(text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.", "model")),
     ...runsOn,
     ...match,
   }),
@@ -107,9 +102,8 @@ const OPTIONS = {
 /** The first Ctrl-C ends it between two steps, and what was learned is written; a second ends the process. */
 export const learn: Attach = command({
   usage: "learn <PACK> <EXAMPLES>",
-  does: "Train a new task on labelled texts, or on prompts with completions, and write it as a task file.",
   details:
-    'EXAMPLES is a file of JSON lines, tab-separated or comma-separated values: {"text": "…", "label": "…"}, or for language models ' +
+    'EXAMPLES is a file of JSON lines: {"text": "…", "label": "…"}, or for language models ' +
     '{"prompt": "…", "completion": "…"} or {"messages": […]}. Coefficients over the pack\'s components and a head are trained; without ' +
     "components, or with --train lora, whole factors. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
   example: "learn tasks.eigen lines.jsonl --model model.onnx -o mine.eigentask",
@@ -122,7 +116,8 @@ export const learn: Attach = command({
     const { force, tokenizer } = options;
     const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, tokenizer] });
     const signal = run.interrupts();
-    const { examples, labels } = await readLessons(examplesPath, options.labels);
+    const { examples, labels } = await readExamples(examplesPath, options.labels);
+    if (options.labels && !labels) throw new UsageError(`--labels: ${examplesPath} has completions, which have none`);
     const pack = await run.pack(packPath);
     const lone = !pack.modules.some(sharedBases);
     if (options.train === "coefficients" && lone && pack.directory.basis.step === undefined)
@@ -176,14 +171,6 @@ export const learn: Attach = command({
     };
   },
 });
-
-/** Labelled texts with their labels, or completions, which have none. */
-async function readLessons(path: string, labels: readonly string[] | undefined) {
-  const completions = await readCompletions(path);
-  if (!completions) return readExamples(path, labels);
-  if (labels) throw new UsageError(`--labels: ${path} has completions, which have none`);
-  return { examples: completions, labels: undefined };
-}
 
 /** @throws BaseMismatchError when the examples are not of the kind that the model learns from */
 function refuseOtherKind({ trainable }: EigenSession, completions: boolean, file: string): void {

@@ -1,183 +1,69 @@
 /**
- * What commands need that run a model: onnxruntime and a tokenizer. Both are optional peers of the package, loaded when they are
- * used.
+ * Shared by commands that run a model: onnxruntime and a tokenizer, which are optional peers of the package; the texts that a model is asked
+ * or taught, whose wrong lines are named; and outcomes that are kept so that a command which was stopped goes on.
  */
-import { existsSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { createHash } from "node:crypto";
+import { createReadStream, existsSync } from "node:fs";
+import { readdir, rm, rmdir } from "node:fs/promises";
+import { dirname, join, relative } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { nearest } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { Engine } from "../session/engine.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
+import { toUtf8 } from "../text.ts";
+import type { FinishedOutcomes } from "../train/answering.ts";
 import { followsFromTokens } from "../train/batch-feeds.ts";
-import { readJson, readText } from "./files.ts";
-import { type match, refuseUnknown } from "./matching.ts";
-import { from, number, type OptionSpec, text, type Values } from "./options.ts";
-import type { Run } from "./run.ts";
+import type { Message } from "../train/examples.ts";
+import { templateOf } from "../train/made-up.ts";
+import { type Run, weightFiles } from "./command.ts";
+import { filesOf, readJson, readText, stat, writeWhole } from "./files.ts";
+import { type match, refuseUnknown, type runsOn, type Values } from "./options.ts";
+import type { Output } from "./output.ts";
 
-interface ModelOptions {
-  readonly tokens: number | undefined;
-  readonly tokenizer: string | undefined;
-}
+type ModelOptions = Values<typeof runsOn>;
 
-/** What a command runs a model with. */
+/** A runtime, and the encoder of texts for a model. */
 export interface OpenedModel {
   readonly ort: Ort;
   /** @throws BaseMismatchError for an input of the model that a tokenizer does not give */
   readonly encode: Encode;
 }
 
-export const tokens: OptionSpec<number | undefined> = number(
-  "N",
-  "Cut texts to N tokens; a prompt with its completion may not be longer. Default: 128; 512 for completions and templates.",
-  from(1),
-);
-export const tokenizer: OptionSpec<string | undefined> = text(
-  "FILE",
-  "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
-);
-
-/** What a command runs the model on. */
-export const runsOn: { provider: OptionSpec<string | undefined>; threads: OptionSpec<number | undefined> } = {
-  provider: text(
-    "NAME",
-    "What runs the model, where this build of onnxruntime-node has it: cpu, webgpu, cuda, dml or coreml. Default: cpu.",
-  ),
-  threads: number("N", "Threads that run the model. Default: one for each core.", from(1)),
-};
-
-/** The engine that runs a model. */
-export function engineOf(ort: Ort, options: Values<typeof runsOn>): Engine {
+export function engineOf(ort: Ort, options: Partial<ModelOptions>): Engine {
   return createEngine(ort, sessionOf(options));
 }
 
-/** What sessions are created with. Its type depends on which onnxruntime it is. */
-function sessionOf({ provider, threads }: Values<typeof runsOn>): never {
+/** Options of onnxruntime's sessions. Their type depends on the flavour of onnxruntime. */
+function sessionOf({ provider, threads }: Partial<ModelOptions>): never {
   return {
     ...(provider === undefined ? {} : { executionProviders: [provider] }),
     ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
   } as never;
 }
 
-/**
- * Loads onnxruntime, and the tokenizer of a model: tokenizer.json beside it, or one folder above, as where models lie in onnx/; or
- * where `tokenizer` says. tokenizer_config.json and chat_template.jinja beside that are used where they are there.
- * @param whole texts are prompts with completions, which must not be cut
- * @throws BackendError when a package is not installed, SourceError when there is no tokenizer
- */
-export async function openModel(
-  command: string,
-  model: string,
-  { tokens: most, tokenizer: named }: ModelOptions,
-  whole = false,
-): Promise<OpenedModel> {
-  const tokens = most ?? (whole ? 512 : 128);
-  const ort = await peer<Ort>(command, "onnxruntime-node", () => import("onnxruntime-node"));
-  // It warns of initializers that nothing uses.
-  (ort.env as { logLevel?: string }).logLevel = "error";
-  const load = () => import("@huggingface/tokenizers");
-  const tokenizers = await peer<Tokenizers>(command, "@huggingface/tokenizers", load);
-  if (!existsSync(model)) throw new SourceError("cannot be read: there is no such file (ENOENT)", { file: model });
-  const tokenizer = named ?? tokenizerOf(model);
-  if (!existsSync(tokenizer)) {
-    const where = named === undefined ? ", nor one folder above" : "";
-    const message = `there is no tokenizer${where}; say where its tokenizer.json is with --tokenizer`;
-    throw new SourceError(message, { file: tokenizer });
-  }
-  const beside = join(dirname(tokenizer), "tokenizer_config.json");
-  const config = (existsSync(beside) ? await readJson(beside) : {}) as Record<string, unknown>;
-  const made = openTokenizer(tokenizers, await readJson(tokenizer), config, tokenizer);
-  const encode: Encode = async (texts, { add_special_tokens: special }, inputs) => {
-    const unknown = inputs.find((name) => !followsFromTokens(name));
-    if (unknown !== undefined) {
-      const message = `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/train with feeds of your own`;
-      throw new BaseMismatchError(message, { module: unknown });
-    }
-    const feeds = await encoderOf(made, inputs, whole ? Infinity : tokens)(texts, special);
-    const length = feeds["input_ids"]!.dims[1]!;
-    if (length <= tokens) return feeds;
-    throw new RangeError(
-      `${JSON.stringify(texts[0]!.slice(0, 40))}… has ${length} tokens, more than --tokens ${tokens}`,
-    );
-  };
-  const template = config["chat_template"] ?? (await templateBeside(tokenizer));
-  const words = { get_vocab: made.get_vocab.bind(made), decode: made.decode.bind(made) };
-  return { ort, encode: Object.assign(encode, words, tellsMore(command, config, template)) };
-}
-
-/** @throws SourceError naming the file that holds no tokenizer */
-function openTokenizer({ Tokenizer }: Tokenizers, rules: unknown, config: unknown, file: string) {
-  try {
-    return new Tokenizer(rules, config);
-  } catch (cause) {
-    const message = `holds no tokenizer: ${(cause as Error).message}; expected the tokenizer.json of the model`;
-    throw new SourceError(message, { file, cause });
-  }
-}
-
-/** What a tokenizer of transformers.js tells beside ids: what ends a text, and how a chat is written. */
-function tellsMore(command: string, config: Readonly<Record<string, unknown>>, template: unknown): object {
-  const token = (name: string): unknown => {
-    const found = config[name];
-    return typeof found === "object" && found !== null ? (found as { content?: unknown }).content : found;
-  };
-  const eos_token = token("eos_token");
-  if (typeof template !== "string") return { eos_token };
-  const apply_chat_template = async (
-    messages: unknown,
-    { add_generation_prompt }: { add_generation_prompt: boolean },
-  ) => {
-    const { Template } = await peer<Jinja>(command, "@huggingface/jinja", () => import("@huggingface/jinja"));
-    const more = { add_generation_prompt, bos_token: token("bos_token"), eos_token };
-    return new Template(template).render({ messages, ...more });
-  };
-  return { eos_token, apply_chat_template };
-}
-
-/** The chat template in a file of its own. */
-async function templateBeside(tokenizer: string): Promise<string | undefined> {
-  const path = join(dirname(tokenizer), "chat_template.jinja");
-  return existsSync(path) ? readText(path) : undefined;
-}
-
-/** Where a model's tokenizer is; beside it where there is none. */
-export function tokenizerOf(model: string): string {
-  const [beside, above] = [".", ".."].map((folder) => join(dirname(model), folder, "tokenizer.json"));
-  return !existsSync(beside!) && existsSync(above!) ? above! : beside!;
-}
-
-/** A session that can be trained, and the encoder of texts for its model. */
-export async function openTrainable(
-  command: string,
-  model: string,
-  pack: Pack,
-  options: ModelOptions & Values<typeof match> & Values<typeof runsOn>,
-  run: Run,
-  whole = false,
-): Promise<{ session: EigenSession; encode: Encode }> {
-  const { names, ignore, anyBase } = options;
-  const { ort, encode } = await openModel(command, model, options, whole);
-  refuseUnknown(names, pack.modules, pack.name);
-  const matching = { names, ignore, anyBase };
-  const how = { trainable: true, session: sessionOf(options), ...matching };
-  const session = await createEigenSession(ort, model, pack, how);
-  run.closing(session);
-  return { session, encode };
-}
-
-/** The installation fetches files for GPUs, which a proxy may keep from it; it fails then. */
+/** Installing onnxruntime-node fetches files for GPUs, and fails where a proxy blocks them. */
 export const WITHOUT_NUGET =
   "where that cannot reach NuGet: ONNXRUNTIME_NODE_INSTALL=skip npm install onnxruntime-node";
 
+/** onnxruntime-node. @throws BackendError when it is not installed */
+export async function openRuntime(command: string): Promise<Ort> {
+  const ort = await peer<Ort>(command, "onnxruntime-node", () => import("onnxruntime-node"));
+  // It warns of initializers that nothing uses.
+  (ort.env as { logLevel?: string }).logLevel = "error";
+  return ort;
+}
+
 /** A package that only some commands need. @throws BackendError naming it */
 async function peer<T>(command: string, name: string, load: () => Promise<unknown>): Promise<T> {
-  const found = await load().catch((cause: Error) => {
+  return (await load().catch((cause: Error) => {
     const skip = name === "onnxruntime-node" ? `; ${WITHOUT_NUGET}` : "";
     const message = `${command} needs the package ${name}: npm install ${name}${skip} (${cause.message})`;
     throw new BackendError(message, { backend: name, cause });
-  });
-  return found as T;
+  })) as T;
 }
 
 /** @huggingface/tokenizers, as far as it is used. */
@@ -194,4 +80,315 @@ interface Tokenizers {
 /** @huggingface/jinja, as far as it is used. */
 interface Jinja {
   readonly Template: new (text: string) => { render(values: object): string };
+}
+
+/**
+ * Loads onnxruntime, and the tokenizer of a model with tokenizer_config.json and chat_template.jinja where they lie in its folder.
+ * @param whole texts are prompts with completions, which must not be cut
+ * @throws BackendError when a package is not installed, SourceError when there is no tokenizer
+ */
+export async function openModel(
+  command: string,
+  model: string,
+  { tokens: most, tokenizer: named }: Pick<ModelOptions, "tokens" | "tokenizer">,
+  whole = false,
+): Promise<OpenedModel> {
+  const tokens = most ?? (whole ? 512 : 128);
+  const ort = await openRuntime(command);
+  const { Tokenizer } = await peer<Tokenizers>(
+    command,
+    "@huggingface/tokenizers",
+    () => import("@huggingface/tokenizers"),
+  );
+  if (!existsSync(model)) throw new SourceError("cannot be read: there is no such file (ENOENT)", { file: model });
+  const file = named ?? tokenizerOf(model);
+  const fail = (message: string, cause?: unknown): never => {
+    throw new SourceError(message, { file, cause });
+  };
+  if (!existsSync(file)) {
+    const where = named === undefined ? ", nor one folder above" : "";
+    fail(`there is no tokenizer${where}; say where its tokenizer.json is with --tokenizer`);
+  }
+  const inFolder = (name: string): string => join(dirname(file), name);
+  const has = (name: string): boolean => existsSync(inFolder(name));
+  const config = (has("tokenizer_config.json") ? await readJson(inFolder("tokenizer_config.json")) : {}) as Record<
+    string,
+    unknown
+  >;
+  const rules = await readJson(file);
+  let tokenizer: InstanceType<typeof Tokenizer>;
+  try {
+    tokenizer = new Tokenizer(rules, config);
+  } catch (cause) {
+    const advice = "expected the tokenizer.json of the model";
+    return fail(`holds no tokenizer: ${(cause as Error).message}; ${advice}`, cause);
+  }
+  const encode: Encode = async (texts, { add_special_tokens: special }, inputs) => {
+    const unknown = inputs.find((name) => !followsFromTokens(name));
+    if (unknown !== undefined) {
+      const message = `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/train with feeds of your own`;
+      throw new BaseMismatchError(message, { module: unknown });
+    }
+    const feeds = await encoderOf(tokenizer, inputs, whole ? Infinity : tokens)(texts, special);
+    const length = feeds["input_ids"]!.dims[1]!;
+    if (length <= tokens) return feeds;
+    throw new RangeError(
+      `${JSON.stringify(texts[0]!.slice(0, 40))}… has ${length} tokens, more than --tokens ${tokens}`,
+    );
+  };
+  const template =
+    config["chat_template"] ??
+    (has("chat_template.jinja") ? await readText(inFolder("chat_template.jinja")) : undefined);
+  const words = { get_vocab: tokenizer.get_vocab.bind(tokenizer), decode: tokenizer.decode.bind(tokenizer) };
+  return { ort, encode: Object.assign(encode, words, chatOf(command, config, template)) };
+}
+
+/** The end of a text and the writing of a chat, as tokenizers of transformers.js have them. */
+function chatOf(command: string, config: Readonly<Record<string, unknown>>, template: unknown): object {
+  const token = (name: string): unknown => {
+    const found = config[name];
+    return typeof found === "object" && found !== null ? (found as { content?: unknown }).content : found;
+  };
+  const eos_token = token("eos_token");
+  if (typeof template !== "string") return { eos_token };
+  const apply_chat_template = async (messages: unknown, options: { add_generation_prompt: boolean }) => {
+    const { Template } = await peer<Jinja>(command, "@huggingface/jinja", () => import("@huggingface/jinja"));
+    const { add_generation_prompt } = options;
+    return new Template(template).render({ messages, add_generation_prompt, bos_token: token("bos_token"), eos_token });
+  };
+  return { eos_token, apply_chat_template };
+}
+
+/** The path of a model's tokenizer: in its folder, or one above, as where models lie in onnx/. */
+export function tokenizerOf(model: string): string {
+  const [here, above] = [".", ".."].map((folder) => join(dirname(model), folder, "tokenizer.json"));
+  return !existsSync(here!) && existsSync(above!) ? above! : here!;
+}
+
+/** A session that can be trained, and the encoder of texts for its model. */
+export async function openTrainable(
+  command: string,
+  model: string,
+  pack: Pack,
+  options: ModelOptions & Values<typeof match>,
+  run: Run,
+  whole = false,
+): Promise<{ session: EigenSession; encode: Encode }> {
+  const { names, ignore, anyBase } = options;
+  const { ort, encode } = await openModel(command, model, options, whole);
+  refuseUnknown(names, pack.modules, pack.name);
+  const how = { trainable: true, session: sessionOf(options), names, ignore, anyBase };
+  const session = await createEigenSession(ort, model, pack, how);
+  return { session: run.closing(session), encode };
+}
+
+// Outcomes that are kept. Files count by their content: another model or adapter may have come to lie at the same place.
+
+/** Outcomes as files of a folder, by all that they depend on. */
+export function finishedIn(folder: string, settings: unknown): FinishedOutcomes & { nameOf(key: string): string } {
+  const text = JSON.stringify(settings);
+  const nameOf = (key: string): string => join(folder, createHash("sha256").update(text).update(key).digest("hex"));
+  return {
+    nameOf,
+    async read(key) {
+      const path = nameOf(key);
+      return existsSync(path) ? readText(path) : undefined;
+    },
+    write: async (key, json) => void (await writeWhole(nameOf(key), [toUtf8(json)])),
+  };
+}
+
+/** Removes outcomes, of earlier settings too, and their folder unless something else is in it. */
+export async function removeFinished(folder: string): Promise<void> {
+  for (const name of await readdir(folder).catch(() => []))
+    if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(folder, name));
+  await rmdir(folder).catch(() => undefined);
+}
+
+/** Digests of what adapters hold, whatever their files are called or dated. */
+export async function contents(adapters: readonly Adapter[], out: Output): Promise<[id: string, digest: string][]> {
+  const digests: [string, string][] = [];
+  for (const [i, adapter] of adapters.entries()) {
+    const hash = createHash("sha256");
+    for (const path of filesOf(adapter)) {
+      if (!stat(path)?.isFile()) continue;
+      hash.update(`${relative(adapter.file, path)}\n`);
+      for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
+    }
+    digests.push([adapter.id, hash.digest("hex")]);
+    out.progress({ stage: "reading", done: i + 1, total: adapters.length, unit: "adapters" });
+  }
+  return digests;
+}
+
+/** Digests of a model with the files of its weights, and of its tokenizer. */
+export async function modelDigests(
+  model: string,
+  tokenizer: string = tokenizerOf(model),
+): Promise<{ model: (string | null)[]; tokenizer: string | null }> {
+  const files = stat(model)?.isFile() ? (await weightFiles(model)).sort() : [];
+  const paths = [model, ...files.map((name) => join(dirname(model), name))];
+  return { model: await Promise.all(paths.map(fileDigest)), tokenizer: await fileDigest(tokenizer) };
+}
+
+/** Null where there is no file: whatever needs it reports that. */
+async function fileDigest(path: string): Promise<string | null> {
+  if (!stat(path)?.isFile()) return null;
+  const hash = createHash("sha256");
+  try {
+    for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
+  } catch {
+    return null;
+  }
+  return hash.digest("hex");
+}
+
+// Texts: plain, one on each line, or JSON lines with texts, labelled texts, prompts with completions, or chats.
+
+export interface LabelledText {
+  readonly text: string;
+  readonly label: string;
+}
+
+/** An example for a language model. */
+export type Completion = { readonly prompt: string; readonly completion: string } | { readonly messages: Message[] };
+
+/** Questions for a model: texts, or examples with completions, whose tokens are asked for. */
+export type Asked =
+  | { readonly texts: readonly string[]; readonly examples?: undefined }
+  | { readonly examples: readonly Completion[]; readonly texts?: undefined };
+
+/** Lines of text; or JSON lines, with texts or completions. @throws SourceError */
+export async function readQuestions(path: string): Promise<Asked> {
+  const lines = await linesOf(path);
+  if (asksCompletions(lines)) return { examples: lines.map((line) => completionOf(line)) };
+  const isJson = lines[0]?.object !== undefined;
+  const texts = lines.map((line) => {
+    if (!isJson) return line.text.trim();
+    const { text } = line.fields('{"text": "…"}');
+    if (typeof text === "string") return text.trim();
+    throw line.wrong(`expected "text", ${OTHERS}; got ${line.keys}`);
+  });
+  const different = [...new Set(texts)].filter((text) => text !== "");
+  if (different.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
+  return { texts: different };
+}
+
+/** Whether prompts are asked, which must not be cut: those of examples, or of templates where questions are made. */
+export function asksPrompts(
+  { texts, examples }: { readonly texts?: unknown; readonly examples?: unknown },
+  adapters: readonly Pick<Adapter, "metadata">[],
+): boolean {
+  if (texts) return false;
+  return examples !== undefined || adapters.some(({ metadata }) => templateOf(metadata) !== undefined);
+}
+
+/**
+ * Reads examples to learn from: `{"text": "…", "label": "…"}`, `{"prompt": "…", "completion": "…"}` or `{"messages": […]}` on each line.
+ * @param known labels that are allowed. Default: those of the file, in the order in which they appear
+ * @returns no labels with completions
+ * @throws SourceError naming the line, what was expected and what was found
+ */
+export async function readExamples(
+  path: string,
+  known: readonly string[] | undefined,
+): Promise<{ examples: LabelledText[]; labels: readonly string[] } | { examples: Completion[]; labels: undefined }> {
+  const lines = await linesOf(path);
+  if (asksCompletions(lines)) return { examples: lines.map((line) => completionOf(line)), labels: undefined };
+  const seen = new Set<string>();
+  const examples = lines.map((line): LabelledText => {
+    const { text, label } = line.fields('{"text": "…", "label": "…"}');
+    if (text === undefined) throw line.wrong(`expected "text" and "label", ${OTHERS}; got ${line.keys}`);
+    if (typeof text !== "string") throw line.wrong(`expected "text" with a string, got ${found(text)}`);
+    if (text.trim() === "") throw line.wrong("its text is empty");
+    if (typeof label !== "string" && typeof label !== "number")
+      throw line.wrong(`expected "label" with a string, got ${found(label)}`);
+    const name = String(label).trim();
+    if (name === "") throw line.wrong("its label is empty");
+    if (known && !known.includes(name)) {
+      const [close] = nearest(name, known);
+      const meant = close === undefined ? "" : `; did you mean ${close}?`;
+      throw line.wrong(`the label "${name}" is none of --labels ${known.join(",")}${meant}`);
+    }
+    seen.add(name);
+    return { text, label: name };
+  });
+  if (seen.size >= 2) return { examples, labels: known ?? [...seen] };
+  const [only] = seen;
+  const message =
+    only === undefined
+      ? "has no examples; expected a text and its label on each line"
+      : `all ${examples.length} examples have the label "${only}"; at least two labels are needed`;
+  throw new SourceError(message, { file: path });
+}
+
+/** A line that is not empty. */
+interface Line {
+  readonly text: string;
+  /** The JSON object that it holds, if any. */
+  readonly object: Record<string, unknown> | undefined;
+  /** Its keys, for a message. */
+  readonly keys: string;
+  /** Its object. @throws SourceError for a line that holds none */
+  fields(expected: string): Record<string, unknown>;
+  wrong(message: string): SourceError;
+}
+
+/** @throws SourceError where the file cannot be read, or is one list of JSON */
+async function linesOf(path: string): Promise<Line[]> {
+  const content = (await readText(path)).replace(/^\uFEFF/, "");
+  if (/\.jsonl?$/.test(path) && content.trimStart().startsWith("["))
+    throw new SourceError("is a list; expected JSON lines, an object on each", { file: path });
+  return content.split(/\r?\n/).flatMap((text, i) => {
+    if (text.trim() === "") return [];
+    const wrong = (message: string): SourceError => new SourceError(`line ${i + 1}: ${message}`, { file: path });
+    let object: Record<string, unknown> | undefined;
+    let problem = "";
+    try {
+      const value: unknown = JSON.parse(text);
+      if (typeof value === "object" && value !== null && !Array.isArray(value)) object = value as typeof object;
+    } catch (cause) {
+      problem = (cause as Error).message;
+    }
+    const fields = (expected: string): Record<string, unknown> => {
+      if (object) return object;
+      throw wrong(
+        problem === ""
+          ? `expected ${expected}, got ${text.slice(0, 40)}`
+          : `is not valid JSON: ${problem}; expected ${expected}`,
+      );
+    };
+    const keys = Object.keys(object ?? {}).map((key) => JSON.stringify(key));
+    return { text, object, keys: keys.join(", ") || "{}", fields, wrong };
+  });
+}
+
+const COMPLETION = ["prompt", "completion", "messages"];
+/** Alternatives to a text on a line. */
+const OTHERS = 'or "prompt" and "completion", or "messages"';
+
+function asksCompletions([first]: readonly Line[]): boolean {
+  // A line that was cut off is reported as one that should have been whole.
+  const cut = /^\s*\{\s*"(prompt|completion|messages)"/.test(first?.text ?? "");
+  return cut || Object.keys(first?.object ?? {}).some((key) => COMPLETION.includes(key));
+}
+
+function completionOf({ fields, keys, wrong }: Line): Completion {
+  const { prompt, completion, messages } = fields('{"prompt": "…", "completion": "…"} or {"messages": […]}');
+  if (Array.isArray(messages)) {
+    const odd = messages.find((said) => typeof said?.role !== "string" || typeof said?.content !== "string");
+    if (odd !== undefined) throw wrong(`expected messages with "role" and "content", got ${found(odd)}`);
+    if (messages.at(-1)?.role !== "assistant")
+      throw wrong(`expected the assistant's message at the end, got ${found(messages.at(-1)?.role)}`);
+    return { messages };
+  }
+  for (const [key, value] of Object.entries({ prompt, completion }))
+    if (typeof value !== "string")
+      throw wrong(`expected "${key}" with a string, got ${value === undefined ? keys : found(value)}`);
+  if ((completion as string).trim() === "") throw wrong("its completion is empty");
+  return { prompt, completion } as Completion;
+}
+
+function found(value: unknown): string {
+  return value === undefined ? "none" : JSON.stringify(value);
 }

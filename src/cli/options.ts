@@ -1,13 +1,10 @@
 /**
- * Options of commands: their help and their values, checked before any file is touched; and those that several commands have.
+ * Options of commands: one table gives their values, checks, conflicts and help. Those of several commands are here.
  */
-
+import { nearest } from "../arguments.ts";
 import type { ComponentSelection, Gauge } from "../extract/options.ts";
 import { fromIntegrity } from "../format/hash.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
-
-/** "a, b or c" */
-const OR = new Intl.ListFormat("en-GB", { type: "disjunction" });
 
 /** A wrong command line: exit code 2. */
 export class UsageError extends Error {
@@ -15,105 +12,98 @@ export class UsageError extends Error {
 }
 
 /**
- * What a command reads of a name, which may be one of the Hugging Face Hub: one file, by its path in a repository; adapters or a base,
- * which a repository's name alone stands for, too; or a model to be run, with all that lies beside it, or the weights of one, which a folder
- * that holds them stands for. A file that the command changes is one's own: it may not lie there.
+ * Purpose of a name that may be one of the Hugging Face Hub: a single file, by its path in a repository; a repository of adapters or a
+ * base; a model to run, with its other files; or the weights of a model, which may be named by their folder. `own` is a file that the
+ * command changes, so it must be on the disk.
  */
 export type ReadAs = "file" | "repository" | "model" | "weights" | "own";
 
 /** An option; its name is that of the property which holds it, in kebab case. */
 export interface OptionSpec<T> {
   readonly help: string;
-  /** How help calls its value; a switch has none. */
+  /** Placeholder of its value in help; a switch has none. */
   readonly value?: string;
-  /** Its other name in front, as "-o, ". */
+  /** Its short form in front, as "-o, ". */
   readonly short?: string;
   /** Heading in help. */
   readonly group?: string;
-  /** Seldom needed: in the help of `--help --all` alone. */
+  /** Listed by `--help --all` only. */
   readonly rare?: boolean;
   readonly required?: boolean;
-  /** What is read of the file or repository that it names, which may lie on the Hugging Face Hub. */
+  /** Option without which this one has no effect. */
+  readonly needs?: string;
+  /** Reason by name of an option that cannot be given together with this one. */
+  readonly excludes?: Readonly<Record<string, string>>;
   readonly reads?: ReadAs;
-  /** What it is when it is not given. */
-  readonly otherwise?: T;
-  /** @throws UsageError saying what was expected */
+  readonly default?: T;
+  /** @throws UsageError with the values that are accepted */
   parse(text: string, flag: string, before: T | undefined): T;
 }
 
 export type Options = Readonly<Record<string, OptionSpec<unknown>>>;
 
-/** What a command gets of its options. */
+/** Values of options, as a command gets them. */
 export type Values<O extends Options> = { readonly [K in keyof O]: O[K] extends OptionSpec<infer T> ? T : never };
 
-type Maybe<T> = OptionSpec<T | undefined>;
+export type Maybe<T> = OptionSpec<T | undefined>;
 
 /** `privateTerms` → `--private-terms` */
 export function flagOf(name: string): string {
   return `--${name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
 }
 
+/** Adds the same fields to several options. */
+export function each<O extends Options>(fields: Partial<Omit<OptionSpec<never>, "parse">>, options: O): O {
+  return Object.fromEntries(Object.entries(options).map(([name, spec]) => [name, { ...spec, ...fields }])) as O;
+}
+
 /** Puts options under a heading of their own in help. */
 export function group<O extends Options>(heading: string, options: O): O {
-  const entries = Object.entries(options).map(([name, spec]) => [name, { ...spec, group: `${heading}:` }]);
+  return each({ group: `${heading}:` }, options);
+}
+
+/** Options that exclude each other. */
+export function oneOf<O extends Options>(options: O): O {
+  const excludes = Object.fromEntries(Object.keys(options).map((name) => [name, ""]));
+  const entries = Object.entries(options).map(([name, spec]) => {
+    const { [name]: _, ...others } = excludes;
+    return [name, { ...spec, excludes: { ...others, ...spec.excludes } }];
+  });
   return Object.fromEntries(entries) as O;
 }
 
-/** Leaves options to the help of `--help --all`. */
-export function rarely<O extends Options>(options: O): O {
-  return Object.fromEntries(Object.entries(options).map(([name, spec]) => [name, { ...spec, rare: true }])) as O;
-}
-
-/** The option with a value for when it is not given, which help tells. */
-export function byDefault<T>(otherwise: NoInfer<T>, spec: Maybe<T>): OptionSpec<T> {
-  return { ...spec, otherwise } as OptionSpec<T>;
+export function byDefault<T>(value: NoInfer<T>, spec: Maybe<T>): OptionSpec<T> {
+  return { ...spec, default: value } as OptionSpec<T>;
 }
 
 export function required<T>(spec: OptionSpec<T>): OptionSpec<Exclude<T, undefined>> {
   return { ...spec, required: true } as OptionSpec<Exclude<T, undefined>>;
 }
 
-/** An option without a value. */
 export function toggle(help: string): OptionSpec<boolean> {
-  return { help, otherwise: false, parse: () => true };
+  return { help, default: false, parse: () => true };
 }
 
-export function text(value: string, help: string): Maybe<string> {
-  return { value, help, parse: (given) => given };
+export function text(value: string, help: string, reads?: ReadAs): Maybe<string> {
+  return { value, help, ...(reads && { reads }), parse: (given) => given };
 }
 
-/** The option, as a name of what the command reads. */
-export function reading<T>(reads: ReadAs, spec: OptionSpec<T>): OptionSpec<T> {
-  return { ...spec, reads };
-}
-
-/** Where a command writes to. */
+/** Destination of a command. */
 export function output(value: string, help: string): OptionSpec<string> {
   return required({ ...text(value, help), short: "-o, " });
 }
 
-/** Belongs to commands that write new files. */
-export const force: OptionSpec<boolean> = toggle("Replace existing files.");
-
 /** An option that may be given several times. */
 export function list(value: string, help: string): OptionSpec<readonly string[]> {
-  return { value, help, otherwise: [], parse: (given, _, before = []) => [...before, given] };
+  return {
+    value,
+    help: `${help} May be given again.`,
+    default: [],
+    parse: (given, _, before = []) => [...before, given],
+  };
 }
 
-/** Belongs to commands that give tasks on. `Run` sees to it. */
-export const revoked: OptionSpec<readonly string[]> = {
-  ...list("sha256-…", "Refuse a task with this hash, as inspect --json and verify print it. May be given again."),
-  parse(given, flag, before = []) {
-    try {
-      fromIntegrity(given);
-    } catch (error) {
-      throw new UsageError(`${flag}: ${(error as Error).message}`);
-    }
-    return [...before, given];
-  },
-};
-
-/** A number's range, and how a message calls it. */
+/** A number's range, with its name in messages. */
 export interface Range {
   readonly expected: string;
   holds(n: number): boolean;
@@ -131,28 +121,22 @@ export function from(least: number): Range {
 }
 
 export function number(value: string, help: string, { expected, holds }: Range): Maybe<number> {
+  const isShare = /share/.test(expected);
   const parse = (given: string, flag: string): number => {
-    const [, percent] = /share/.test(expected) ? (/^([\d.]+) ?%$/.exec(given) ?? []) : [];
+    const [, percent] = isShare ? (/^([\d.]+) ?%$/.exec(given) ?? []) : [];
     const found = percent === undefined ? Number(given) : Number(percent) / 100;
     if (given.trim() !== "" && holds(found)) return found;
-    const meant = /share/.test(expected) && found > 1 && holds(found / 100) ? `; did you mean ${found / 100}?` : "";
+    const meant = isShare && found > 1 && holds(found / 100) ? `; did you mean ${found / 100}?` : "";
     throw new UsageError(`${flag} ${given}: expected ${expected}${meant}`);
   };
   return { value, help, parse };
 }
 
-/** Belongs to commands that expand tasks without a base. `Run` sees to it. */
-export const maxExpansion: Maybe<number> = {
-  ...number("N", "How many times the bytes stored for it a task may become. Default: 1024.", {
-    expected: "a number above 0",
-    holds: (n) => n > 0,
-  }),
-  rare: true,
-};
+const OR = new Intl.ListFormat("en-GB", { type: "disjunction" });
 
 export function choice<const T extends string>(choices: readonly T[], help: string): Maybe<T> {
   const parse = (given: string, flag: string): T => {
-    const found = choices.find((one) => one === given);
+    const found = choices.find((word) => word === given);
     if (found === undefined) throw new UsageError(`${flag} ${given}: expected ${OR.format(choices)}`);
     return found;
   };
@@ -161,7 +145,7 @@ export function choice<const T extends string>(choices: readonly T[], help: stri
 
 /**
  * `LEFT=RIGHT`, any number of times.
- * @param cut which "=" parts them, where there are several: that side may hold none
+ * @param cut which of several "=" separates the two
  */
 export function assignments(
   value: string,
@@ -170,8 +154,8 @@ export function assignments(
 ): OptionSpec<ReadonlyMap<string, string>> {
   return {
     value,
-    help,
-    otherwise: new Map(),
+    help: `${help} May be given again.`,
+    default: new Map(),
     parse(given, flag, before = new Map()) {
       const at = cut === "first" ? given.indexOf("=") : given.lastIndexOf("=");
       if (at < 1 || at === given.length - 1) throw new UsageError(`${flag} ${given}: expected ${value}`);
@@ -180,38 +164,49 @@ export function assignments(
   };
 }
 
-/** The flags of those options that were given. */
-export function given<O extends object>(options: O, ...names: readonly (keyof O & string)[]): string[] {
-  return names.filter((name) => options[name] !== undefined && options[name] !== false).map(flagOf);
-}
+// Options of several commands.
 
-/** The flag of the one that was given, if any. @throws UsageError when several were */
-export function exclusive<O extends object>(options: O, ...names: readonly (keyof O & string)[]): string | undefined {
-  const flags = given(options, ...names);
-  if (flags.length > 1) throw new UsageError(`${flags.join(" and ")} exclude each other`);
-  return flags[0];
-}
-
+export const force: OptionSpec<boolean> = toggle("Replace existing files.");
 export const as: OptionSpec<ReadonlyMap<string, string>> = assignments(
   "OLD=NEW",
-  "Rename a task; OLD is its folder or id. May be given again.",
+  "Rename a task; OLD is its folder or id.",
   "last",
 );
-export const task: OptionSpec<string> = required(text("ID", "The task."));
-/** Belongs to commands that write packs. */
+export const task: Maybe<string> = text("ID", "The task.");
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 const READ_FOR =
   "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file. PiSSA and OLoRA need weights.";
-/** Belongs to commands that check the base of adapters. */
-export const base: Maybe<string> = reading(
+/** Names the base whose fingerprints a command stores. */
+export const base: Maybe<string> = text(
+  "MODEL",
+  `The base model. A safetensors file has its names and shapes checked, and its fingerprints stored. ${READ_FOR}`,
   "repository",
-  text(
-    "MODEL",
-    `The base model. A safetensors file has its names and shapes checked, and its fingerprints stored. ${READ_FOR}`,
-  ),
 );
-/** Belongs to commands that only read adapters. */
-export const readFor: Maybe<string> = reading("repository", text("MODEL", `The base model. ${READ_FOR}`));
+/** Names the base that adapters are read with. */
+export const readFor: Maybe<string> = text("MODEL", `The base model. ${READ_FOR}`, "repository");
+export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");
+
+/** Hashes of tasks to refuse; `Run` enforces it. */
+export const revoked: OptionSpec<readonly string[]> = {
+  ...list("sha256-…", "Refuse a task with this hash, as inspect --json and verify print it."),
+  parse(given, flag, before = []) {
+    try {
+      fromIntegrity(given);
+    } catch (error) {
+      throw new UsageError(`${flag}: ${(error as Error).message}`);
+    }
+    return [...before, given];
+  },
+};
+/** Limit of expansion without a base; `Run` enforces it. */
+export const maxExpansion: Maybe<number> = {
+  ...number("N", "How many times the bytes stored for it a task may become. Default: 1024.", {
+    expected: "a number above 0",
+    holds: (n) => n > 0,
+  }),
+  rare: true,
+};
+
 export const gauge: Maybe<Gauge> = choice(
   ["as-trained", "balanced"],
   "Balanced: rewrite each pair as U√S, √SVᵀ first. Default: as-trained, or balanced where another option needs it.",
@@ -221,15 +216,7 @@ export const rank: Maybe<number> = number(
   "Keep the N strongest directions of each adapter and module; needs the balanced gauge.",
   from(1),
 );
-export const normalize: OptionSpec<boolean> = toggle(
-  "Give every task equal weight when components are found, however large its update.",
-);
-export const centering: Maybe<"keep" | "none"> = choice(
-  ["keep", "none"],
-  "Store the mean of the rows, or use none. Default: keep.",
-);
-/** Belongs to commands that bring adapters together. */
-export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");
+
 const PARTS = ["basis", "coefficients", "head"];
 /** Names of number formats in torch, onnxruntime and safetensors. */
 const ELSEWHERE: ReadonlyMap<string, string> = new Map([
@@ -238,48 +225,139 @@ const ELSEWHERE: ReadonlyMap<string, string> = new Map([
   ...["bfloat16", "bfp16"].map((name) => [name, "bf16"] as const),
   ...["8", "4", "3"].flatMap((bits) => ["i", "q"].map((letter) => [`${letter}${bits}`, `int${bits}`] as const)),
 ]);
-const NUMBERS = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;
+export const NUMBERS: string = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;
 export const dtype: Maybe<Partial<Dtypes>> = {
   value: "TYPE",
   help: `${NUMBERS} Default: f16.`,
   parse(given, flag) {
-    const named = (word = ""): string => ELSEWHERE.get(word.toLowerCase()) ?? word;
-    const assigned = given.includes("=")
-      ? given
-          .split(",")
-          .map((assignment) => assignment.split("="))
-          .map(([part, word]) => [part, named(word)])
-      : PARTS.map((part) => [part, named(given)]);
-    const check = (word: string, words: readonly string[]): void => {
-      if (!words.includes(word)) throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
+    const pairs = given.includes("=")
+      ? given.split(",").map((pair) => pair.split("="))
+      : PARTS.map((part) => [part, given]);
+    const checked = (word = "", words: readonly string[]): string => {
+      if (words.includes(word)) return word;
+      throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
     };
-    for (const [part = "", word = ""] of assigned) {
-      check(part, PARTS);
-      check(word, DTYPES);
-    }
-    return Object.fromEntries(assigned) as Partial<Dtypes>;
+    const format = (word = ""): string => checked(ELSEWHERE.get(word.toLowerCase()) ?? word, DTYPES);
+    return Object.fromEntries(pairs.map(([part, word]) => [checked(part, PARTS), format(word)])) as Partial<Dtypes>;
   },
 };
 
-/** The same for a command that chooses by itself. */
-export const dtypeOrChosen: Maybe<Partial<Dtypes>> = {
-  ...dtype,
-  help: `${NUMBERS} Default: in mode auto those that lose least for their bytes; f16 in the others.`,
-};
+export const k: Maybe<number> = number("N", "Number of components per module and side.", from(1));
+export const energy: Maybe<number> = number(
+  "P",
+  "As many components as keep this share of the squared singular values. Default: 0.9.",
+  { expected: "a share above 0, at most 1, such as 0.9 or 90%", holds: (n) => n > 0 && n <= 1 },
+);
 
-/** How many components. */
-export const amount: { k: Maybe<number>; energy: Maybe<number>; error: Maybe<number> } = {
-  k: number("N", "Number of components per module and side.", from(1)),
-  energy: number("P", "As many components as keep this share of the squared singular values. Default: 0.9.", {
-    expected: "a share above 0, at most 1, such as 0.9 or 90%",
-    holds: (n) => n > 0 && n <= 1,
-  }),
-  error: number("E", "Fewest bytes for which no task's ΔW error exceeds E.", SHARE),
-};
-
-/** @throws UsageError for two of them */
-export function selection(options: Partial<Values<Pick<typeof amount, "k" | "energy">>>): ComponentSelection {
-  exclusive(options, "k", "energy");
-  const { k, energy = 0.9 } = options;
+export function selection({
+  k,
+  energy = 0.9,
+}: Partial<Record<"k" | "energy", number | undefined>>): ComponentSelection {
   return k === undefined ? { kind: "energy", share: energy } : { kind: "k", k };
+}
+
+export const names: OptionSpec<ReadonlyMap<string, string>> = assignments(
+  "MODULE=WEIGHT",
+  "The model's name for a module that is not found.",
+  "first",
+);
+/** Options of commands that put a pack on a model. */
+export const match: {
+  names: OptionSpec<ReadonlyMap<string, string>>;
+  ignore: OptionSpec<readonly string[]>;
+  anyBase: OptionSpec<boolean>;
+} = {
+  names,
+  ignore: list("NAME", "Leave out a parameter or module of the tasks, such as classifier."),
+  anyBase: toggle("Accept a model whose weights do not match the pack's fingerprints."),
+};
+
+/** Options of commands that run a model. */
+export const runsOn: {
+  tokens: Maybe<number>;
+  tokenizer: Maybe<string>;
+  provider: Maybe<string>;
+  threads: Maybe<number>;
+} = {
+  tokens: number(
+    "N",
+    "Cut texts to N tokens; a prompt with its completion may not be longer. Default: 128; 512 for completions and templates.",
+    from(1),
+  ),
+  tokenizer: text(
+    "FILE",
+    "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
+  ),
+  provider: text(
+    "NAME",
+    "What runs the model, where this build of onnxruntime-node has it: cpu, webgpu, cuda, dml or coreml. Default: cpu.",
+  ),
+  threads: number("N", "Threads that run the model. Default: one for each core.", from(1)),
+};
+
+/** Options of commands that judge tasks by answers. */
+export const judged: {
+  minutes: Maybe<number>;
+  text: Maybe<string>;
+  agreement: Maybe<number>;
+} & typeof runsOn = each(
+  { needs: "model" },
+  {
+    minutes: number(
+      "N",
+      "Begin no further task after so many minutes. Tasks that are left are stored as without a model, and the exit code is 3. Default: no limit.",
+      POSITIVE,
+    ),
+    text: text(
+      "LINES.txt",
+      "Text like that of the tasks, one on each line, or JSON lines as learn takes them; never your test data. Default: made of the words of the model's tokenizer.",
+    ),
+    ...each(
+      { rare: true },
+      {
+        agreement: number(
+          "P",
+          "The least agreement of a task's answers with its adapter's; others are stored closer. Default: 0.96 of labels, 0.98 of a language model's answers, 0.99 of all tokens of texts.",
+          SHARE,
+        ),
+        ...runsOn,
+      },
+    ),
+  },
+);
+
+/** @throws UsageError for a name of no module: a typing error would map nothing without a word */
+export function refuseUnknown(
+  names: ReadonlyMap<string, string>,
+  modules: Iterable<{ readonly name: string }>,
+  file: string,
+): void {
+  const known = new Set(names.size > 0 ? [...modules].map(({ name }) => name) : []);
+  for (const module of names.keys()) {
+    if (known.has(module)) continue;
+    const close = nearest(module, known);
+    const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
+    throw new UsageError(`--names ${module}=…: ${file} adapts no such module${found}`);
+  }
+}
+
+/** Options that the library calls by another name. */
+const ALIASES: ReadonlyMap<string, string> = new Map([
+  ["keys", "key"],
+  ["rename", "as"],
+]);
+
+/** A message of the library, with flags of a command in place of its options: `` `name` ``, `` `name: value` `` or `name: value`. */
+export function inFlags(message: string, options: Options): string {
+  const option = /(?:the option )?`(\w+)(?:: ([\w.]+))?`|\b(\w+): (true|[\d.]+|\["[^"]*"\])/g;
+  return message.replaceAll(option, (said, quoted?: string, first?: string, plain = quoted, value = first) => {
+    const name = ALIASES.get(plain) ?? plain;
+    const spec = options[name];
+    if (!spec) return said;
+    const word =
+      value === "true"
+        ? undefined
+        : (value?.replace(/^\["|"\]$/g, "") ?? (spec.value?.includes("=") ? spec.value : undefined));
+    return word === undefined ? flagOf(name) : `${flagOf(name)} ${word}`;
+  });
 }

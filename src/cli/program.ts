@@ -1,50 +1,57 @@
 /**
- * The command line as a whole: all commands, help, version, and what becomes of errors. Each command is declared in a file of its
- * own.
+ * The program: its commands, help, version, and errors as people and `--json` see them. Only the command that was asked for is loaded.
  */
-
 import { reasonOf } from "../disk.ts";
 import { EigenLoraError } from "../errors.ts";
 import { VERSION } from "../version.ts";
-import { attach } from "./attach.ts";
-import { bench } from "./bench.ts";
-import { add, compact, remove } from "./change.ts";
-import { check } from "./check.ts";
-import type { Result } from "./command.ts";
+import type { Attach, Result } from "./command.ts";
 import { Command, CommanderError } from "./commander.ts";
-import { distill } from "./distill.ts";
-import { exportTask } from "./export.ts";
-import { fold } from "./fold.ts";
-import { hub } from "./hub.ts";
-import { inspect } from "./inspect.ts";
-import { learn } from "./learn.ts";
 import { UsageError } from "./options.ts";
 import { createOutput, paragraph, printable, type Stream } from "./output.ts";
-import { pack } from "./pack.ts";
-import { keygen, sign } from "./sign.ts";
-import { verify } from "./verify.ts";
-import { view } from "./view.ts";
 
-/** All commands, in the order of the help. */
-const COMMANDS = [
-  pack,
-  inspect,
-  view,
-  verify,
-  add,
-  remove,
-  compact,
-  distill,
-  learn,
-  exportTask,
-  fold,
-  check,
-  attach,
-  keygen,
-  sign,
-  hub,
-  bench,
-];
+/** Line in the list of commands, and module, by name in the order of the help. */
+const COMMANDS: Readonly<Record<string, readonly [does: string, load: () => Promise<Attach>]>> = {
+  pack: ["Make a pack of adapters.", async () => (await import("./pack.ts")).pack],
+  inspect: [
+    "Show what a pack holds: sections, tasks, modules and components.",
+    async () => (await import("./inspect.ts")).inspect,
+  ],
+  view: [
+    "Show in a browser what a pack holds, or two packs side by side.",
+    async () => (await import("./view.ts")).view,
+  ],
+  verify: [
+    "Verify checksums and limits, and with adapters the ΔW error of each task.",
+    async () => (await import("./verify.ts")).verify,
+  ],
+  add: ["Add tasks to a pack, from adapters or task files.", async () => (await import("./change.ts")).add],
+  remove: ["Remove tasks from a pack.", async () => (await import("./change.ts")).remove],
+  compact: [
+    "Rewrite a pack in place, without the gaps that changes have left.",
+    async () => (await import("./change.ts")).compact,
+  ],
+  distill: [
+    "Train the tasks of a pack to answer plain text as their adapters do.",
+    async () => (await import("./distill.ts")).distill,
+  ],
+  learn: [
+    "Train a new task on labelled texts, or on prompts with completions, and write it as a task file.",
+    async () => (await import("./learn.ts")).learn,
+  ],
+  export: [
+    "Write a task as an adapter that PEFT, diffusers, llama.cpp or ONNX Runtime loads.",
+    async () => (await import("./export.ts")).exportTask,
+  ],
+  fold: ["Merge a task into the weights of the base model.", async () => (await import("./export.ts")).fold],
+  check: [
+    "Say whether a pack works on a model, in which modes, and what it costs.",
+    async () => (await import("./check.ts")).check,
+  ],
+  attach: ["Write an ONNX model with the components inside.", async () => (await import("./attach.ts")).attach],
+  keygen: ["Make an Ed25519 key pair to sign with.", async () => (await import("./change.ts")).keygen],
+  sign: ["Sign packs and task files with an Ed25519 key.", async () => (await import("./change.ts")).sign],
+  hub: ["Commands for packs too large for one machine.", async () => (await import("./hub.ts")).hub],
+};
 
 const HELP: ReadonlySet<string> = new Set(["help", "-h", "--help"]);
 
@@ -60,7 +67,7 @@ function createProgram(print: (text: string) => void): Command {
       "after",
       "\nHelp for a command: eigenlora COMMAND --help.\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 out of --minutes, 130 Ctrl-C.",
     )
-    // Options behind a command are the command's own.
+    // Options behind a command belong to the command.
     .enablePositionalOptions()
     .configureHelp({ helpWidth: 80, subcommandTerm: (command) => command.name() })
     .configureOutput({ writeOut: print, writeErr: print, outputError: () => undefined })
@@ -81,24 +88,25 @@ function createProgram(print: (text: string) => void): Command {
 /** The command of these words, such as hub shard; undefined where there is none. */
 function named(program: Command, words: readonly string[]): Command | undefined {
   return words.reduce<Command | undefined>(
-    (command, word) => command?.commands.find((one) => one.name() === word),
+    (command, word) => command?.commands.find((below) => below.name() === word),
     program,
   );
 }
 
-/** Lists options that are seldom needed too. */
+/** Lists rarely needed options too. */
 function listAll(command: Command): void {
   for (const option of command.options) option.hidden = false;
-  for (const one of command.commands) listAll(one);
+  for (const below of command.commands) listAll(below);
 }
 
 /**
  * Runs a command line.
- * @param argv what comes behind `eigenlora`
+ * @param argv what follows `eigenlora`
  * @returns the exit code: 0, 1 (failed), 2 (usage), 3 (out of time) or 130 (interrupted)
  */
 export async function runProgram(argv: readonly string[], stdout: Stream, stderr: Stream): Promise<number> {
   const json = argv.includes("--json");
+  const words = argv.filter((word) => !word.startsWith("-") && word !== "help");
   let printed = "";
   let code = 0;
   const program = createProgram((text) => {
@@ -109,7 +117,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
     stdout.write(`${(json ? [JSON.stringify(object)] : lines).map(printable).join("\n")}\n`);
   const beat = setInterval(out.beat, 1000);
   const done = (result: Result | number): void => {
-    // What waits for Ctrl-C from here on has nothing more to say.
+    // A command that goes on until Ctrl-C has nothing more to report.
     clearInterval(beat);
     out.clear();
     if (typeof result === "number") code = result;
@@ -118,16 +126,18 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
       print(result.json, result.text);
     }
   };
-  for (const attach of COMMANDS) attach(program, out, done);
-  // Words that are not known are compared with all options, those that are seldom needed too.
+  for (const [name, [does, load]] of Object.entries(COMMANDS)) {
+    if (name === words[0]) (await load())(program, does, out, done);
+    else program.command(name).summary(does);
+  }
+  // Unknown words are compared with all options, the rare ones too.
   if (argv.includes("--all") || !argv.some((word) => HELP.has(word))) listAll(program);
   try {
-    // Others print their version for either letter.
+    // Other programs print their version for either letter.
     await program.parseAsync(argv[0] === "-V" ? ["--version", ...argv.slice(1)] : argv, { from: "user" });
     return code;
   } catch (error) {
     if (!(error instanceof CommanderError && printed !== "")) {
-      const words = argv.filter((word) => !word.startsWith("-") && word !== "help");
       const command = named(program, words.slice(0, 2)) ?? named(program, words.slice(0, 1));
       const { object, text, exitCode } = failure(error, command);
       out.clear();
@@ -136,7 +146,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
       return code || exitCode;
     }
     const answer = error.code === "commander.version" ? { version: VERSION } : { help: printed };
-    // Help that nobody asked for: there was no command.
+    // Help without a request for it: there was no command.
     const unasked = error.exitCode === 0 ? {} : { error: { tag: "usage", message: "missing COMMAND" } };
     print({ ...answer, ...unasked }, printed.trimEnd().split("\n"));
     return error.exitCode === 0 ? 0 : 2;
@@ -145,7 +155,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
   }
 }
 
-/** What the parser says, in our words. */
+/** The parser's messages in our words. */
 function wordsOf({ message, code }: CommanderError, command: Command | undefined): string {
   const excess = command?.args.slice(command.registeredArguments.length).join(" --task ");
   if (code === "commander.excessArguments" && command?.options.some(({ long }) => long === "--task"))

@@ -1,7 +1,7 @@
 /** The command verify: whether a pack is whole, and how far its tasks are from the adapters they were made of. */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { readBlob } from "../core/task-file.ts";
+import { readBlob, readTaskFile } from "../core/task-file.ts";
 import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
@@ -27,13 +27,12 @@ import { type TaskLoss, totalOf } from "../pack/report.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../text.ts";
 import { isTaskFile } from "./change.ts";
-import { type Attach, command, type Result } from "./command.ts";
+import { type Attach, command, type Result, type Run } from "./command.ts";
 import { readText } from "./files.ts";
 
-import { as, list, maxExpansion, readFor, reading, revoked, text, UsageError } from "./options.ts";
+import { as, list, maxExpansion, readFor, revoked, text, UsageError } from "./options.ts";
 
 import { type Output, percent, sum, table } from "./output.ts";
-import type { Run } from "./run.ts";
 
 interface Check {
   readonly name: string;
@@ -45,25 +44,25 @@ interface Check {
 
 export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
-  does: "Verify checksums and limits, and with adapters the ΔW error of each task.",
   details:
     "Tasks in components have more columns with --against: δ, how far the factors of a task lie from the components, and bound, the largest " +
-    "ΔW error of a module that is possible (docs/packing.md).",
+    "ΔW error of a module that is possible (docs/pack.md).",
   example: "verify tasks.eigen --against my-adapters/",
   options: {
-    against: reading(
-      "repository",
-      list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
-    ),
+    against: {
+      ...list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of."),
+      reads: "repository" as const,
+    },
     as,
     base: readFor,
-    pack: reading(
+    pack: text(
+      "PACK",
+      "Pack of a task file, so that the terms, parameters and numbers of the task are checked too.",
       "file",
-      text("PACK", "Pack of a task file, so that the terms, parameters and numbers of the task are checked too."),
     ),
     key: list(
       "PUBLIC.pem",
-      "Fail unless one of these public keys has signed the file: a file, or ed25519:… as keygen prints it. May be given again.",
+      "Fail unless one of these public keys has signed the file: a file, or ed25519:… as keygen prints it.",
     ),
     integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
     revoked,
@@ -133,7 +132,7 @@ async function verifyTaskFile(
   run: Run,
 ): Promise<Result> {
   // Parsing checks the sums of head, entry and blob: a file that fails them is an error.
-  const file = await run.taskFile(path);
+  const file = await readTaskFile(path);
   const trust = await Trust.create(path, { revoked: run.revoked, ...(keys.length > 0 ? { keys } : {}) });
   await trust.checkTaskFile(file, path, integrity);
   const { id, basisId, blob, content, signature } = file;

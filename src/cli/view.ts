@@ -8,14 +8,14 @@ import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { type AdapterLocation, CONFIG, findAdapters, TASK } from "../adapters/folder.ts";
 import { kind } from "../adapters/tree.ts";
+import { readTaskFile } from "../core/task-file.ts";
 import { reasonOf } from "../disk.ts";
 import { AdapterError } from "../errors.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource } from "../source.ts";
-import { type Attach, command } from "./command.ts";
+import { type Attach, command, downloading, type Run } from "./command.ts";
 import { byDefault, number, type Range, toggle, UsageError } from "./options.ts";
 import type { Output } from "./output.ts";
-import { downloading, type Run } from "./run.ts";
 
 /** The viewer, which the build makes of examples/viewer. */
 const PAGE = new URL("../../viewer.html", import.meta.url);
@@ -27,7 +27,6 @@ const PORT: Range = {
 
 export const view: Attach = command({
   usage: "view <FILE> [SECOND]",
-  does: "Show in a browser what a pack holds, or two packs side by side.",
   details:
     "Task files and adapters can be shown too. The page reads of the files what you look at, from a server on this machine " +
     "that serves nothing else. Ctrl-C ends it.",
@@ -75,7 +74,7 @@ interface Found {
 async function filesOf(path: string, run: Run, out: Output): Promise<Found> {
   const found = await run.kindOf(path);
   if (found === "an EigenLoRA task file") {
-    await run.taskFile(path);
+    await readTaskFile(path);
     return one(named(path, ".eigentask"), path, run);
   }
   if (found === "an EigenLoRA pack" || /\.eigen(task)?$/.test(path) || /^https?:/i.test(path)) {

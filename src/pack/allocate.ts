@@ -20,7 +20,7 @@ export interface Survey {
   readonly only?: readonly Dtype[] | undefined;
 }
 
-/** What a task may lose of its ΔW where nobody says so: docs/packing.md has what that costs and saves. */
+/** What a task may lose of its ΔW where nobody says so: docs/pack.md has what that costs and saves. */
 export const DEFAULT_ERROR = 0.15;
 
 const ROUNDS = 8;

@@ -137,7 +137,6 @@ export const values = {
   x: rows,
   y: rows,
   base64: () => readFileSync("tasks.eigen").toString("base64"),
-  text: () => readFileSync("scores.json", "utf8"),
   writeFile: () => async (/** @type {string} */ _path, /** @type {unknown} */ _chunks) => {},
   /** @returns {import("eigenlora").DeviceBuffer} */
   buffer: () => absent("a WebGPU device"),

@@ -1,4 +1,4 @@
-/** Writes docs/families.md from the findings of a run. */
+/** Writes docs/research/families.md from the findings of a run. */
 
 /**
  * @typedef {import("./run.js").Outcome} Outcome
@@ -11,17 +11,17 @@ const FORMATS = /** @type {const} */ ({ f32: "f32", q4: "4 bits", f16: "f16", in
 
 const HEAD = `# Model families
 
-What \`npm run soak\` runs: tiny models of each family with random weights, exported by torch's TorchScript exporter (as Optimum writes
-files) and by its dynamo exporter; where transformers 5 calls modules otherwise than version 4 did, also with the names of that, which
-checkpoints on the hubs have. Each has two adapters that PEFT made: one of attention, one of nearly all linear layers, of different
-ranks. A lossless pack goes onto every file in modes \`core\`, \`factors\` and \`folded\`; both tasks, the base before and after them, and in
-the first two modes a batch with one task a row are held against PEFT in f64.
+\`npm run soak\` runs tiny models of each family with random weights, exported by torch's TorchScript exporter (as Optimum writes files) and
+by its dynamo exporter; where transformers 5 names modules otherwise than version 4, also with the older names, which checkpoints on the
+Hub have. PEFT made two adapters of each, of different ranks: one of attention, one of nearly all linear layers. A lossless pack goes onto
+every file in modes \`core\`, \`factors\` and \`folded\`. Both tasks, the base before and after them, and in the first two modes a batch with one
+task per row are compared with PEFT in f64.
 
-A figure is the largest difference of all these from PEFT, in parts of the largest logit. f32 and 4 bits may be off by 1e-5; 4 bits are
-held against PEFT on the weights that the bytes stand for. Files in f16, and in int8, which quantises what enters a layer too, are off by
-themselves: behind the stroke is how much, without a pack.
+A figure is the largest difference of all these from PEFT, divided by the largest logit. f32 and 4 bits may be off by 1e-5; 4 bits are
+compared with PEFT on the dequantised weights. Files in f16, and in int8, which quantises activations too, are off without a pack: that
+difference is behind the slash.
 
-This page is made by \`node test/soak-families.js --write\`.
+\`node test/soak-families.js --write\` writes this page.
 `;
 
 /** @param {Results} results */

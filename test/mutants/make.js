@@ -3,6 +3,7 @@
  * Makes mutants of packs and task files from a number: structures with a change, put together again with right checksums and hashes, and
  * bytes that were changed afterwards.
  */
+import { decodeSection } from "../internals.ts";
 import { coded } from "../vectors/coded.js";
 import {
   blobOf,
@@ -19,7 +20,6 @@ import {
   taskFile,
 } from "../vectors/format.js";
 import { bringsOf, createModel } from "../vectors/model.js";
-import { readCoded } from "./read-coded.js";
 
 /** Numbers from 0 to n − 1. */
 function dice(seed) {
@@ -195,7 +195,7 @@ function alterBytes(bytes, roll) {
 }
 
 /** Changes streams so that the pack still vouches for them: its basis id is that of the changed ones. */
-function codedPack(pack, roll) {
+async function codedPack(pack, roll) {
   let bases;
   const changed = (content) => {
     const bytes = content.slice();
@@ -217,7 +217,8 @@ function codedPack(pack, roll) {
   });
   const description = msgpack(pack.basis);
   try {
-    bytes.set(sha256(description, readCoded(bases, description)), 16);
+    const content = await decodeSection(bases, { file: "mutant", part: "bases", before: description });
+    bytes.set(sha256(description, content), 16);
     new DataView(bytes.buffer).setUint32(48, crc32c(bytes.subarray(0, 48)), true);
   } catch {
     // The streams become empty then.
@@ -252,7 +253,7 @@ function toEdges({ tensors, tasks }, roll) {
 }
 
 /** Makes the mutant of a number: `{ kind: "pack" | "task file", bytes, pack }`; a task file comes with its pack. */
-export function mutant(seed) {
+export async function mutant(seed) {
   const roll = dice(seed);
   const pack = sample(seed, roll);
   if (roll(3) === 0) toEdges(pack, roll);
@@ -272,7 +273,7 @@ export function mutant(seed) {
   }
   if (kind === 8) {
     if (roll(3) === 0) alterPack(pack, roll);
-    return { kind: "pack", bytes: codedPack(pack, roll) };
+    return { kind: "pack", bytes: await codedPack(pack, roll) };
   }
   if (kind < 6) alterPack(pack, roll);
   const bytes = packFile(pack);

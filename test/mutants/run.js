@@ -1,7 +1,9 @@
 // @ts-nocheck: it handles what no type describes
-/** Runs mutants through the package and compares accepted ones with the judge. */
+/** Runs mutants through the package and compares accepted ones with what test/vectors/reader.py reads, from SPEC.md alone. */
+import { spawnSync } from "node:child_process";
+import { fileURLToPath } from "node:url";
 import { createRuntime, openPack } from "eigenlora";
-import { judge, judgeTaskFile } from "./judge.js";
+import { python } from "../required.ts";
 import { mutant } from "./make.js";
 
 /** Most CPU seconds and megabytes that a mutant may take; all are a few kilobytes. */
@@ -78,7 +80,7 @@ function valuesOf({ role, shape, indices, values }, before) {
   if (role < 2) return values;
   if (role === 2) return values.map((value, i) => before[i] + value);
   const all = Float64Array.from(before);
-  indices.forEach((index, row) => all.set(values.subarray(row * shape[1], (row + 1) * shape[1]), index * shape[1]));
+  indices.forEach((index, row) => all.set(values.slice(row * shape[1], (row + 1) * shape[1]), index * shape[1]));
   return all;
 }
 
@@ -102,47 +104,52 @@ function otherDifference(runtime, modules, task, before, given) {
   return undefined;
 }
 
-/** Forms of a pack that are counted, to show that mutants of each were folded. */
-const FORMS = {
-  "coded sections": ({ coded }) => coded,
-  "several bases of a side": ({ modules }) => modules.some(({ A, B }) => A.length > 1 || B.length > 1),
-  "a basis on one side": ({ modules }) => modules.some(({ A, B }) => (A.length === 0) !== (B.length === 0)),
-  "rows over components": ({ tasks }) => anySide(tasks, ({ basis, rows }) => basis && rows),
-  "rows alone": ({ tasks }) => anySide(tasks, ({ basis, rows }) => !basis && rows),
-  magnitudes: ({ tasks }) => anyTerm(tasks, ({ magnitude }) => magnitude),
-};
-const anyTerm = (tasks, holds) => [...tasks.values()].some(({ terms }) => [...terms.values()].some(holds));
-const anySide = (tasks, holds) => anyTerm(tasks, ({ sides }) => sides.some(holds));
+const READER = fileURLToPath(new URL("../vectors/reader.py", import.meta.url));
 
-/** Counts of mutants, all zero. */
-export const tally = () => {
-  return { taken: 0, folded: 0, refused: 0, forms: Object.fromEntries(Object.keys(FORMS).map((form) => [form, 0])) };
-};
+/** Meaning of accepted files in 64 bits, in their order; null where a pack is too large to be folded. */
+export function meaningsOf(files) {
+  const base64 = (bytes) => bytes && Buffer.from(bytes).toString("base64");
+  const input = files.map(({ bytes, known }) =>
+    JSON.stringify({ pack: base64(known ?? bytes), task: known && base64(bytes) }),
+  );
+  const options = { input: input.join("\n"), encoding: "utf8", maxBuffer: 2 ** 30 };
+  const { status, stdout, stderr } = spawnSync(python, ["-W", "ignore", READER, "--meanings"], options);
+  if (status !== 0) throw new Error(stderr);
+  return stdout
+    .trim()
+    .split("\n")
+    .map((line) => {
+      const truth = JSON.parse(line);
+      if (!truth?.tasks) return truth;
+      const tasks = Object.entries(truth.tasks).map(([id, { terms, parameters }]) => {
+        return [id, { terms: new Map(Object.entries(terms)), parameters }];
+      });
+      return { modules: truth.modules, tasks: new Map(tasks) };
+    });
+}
 
-/**
- * Does with a mutant everything a reader does. @returns a description of what is wrong; undefined where all is well
- * @param known the pack of a task file
- * @param told bytes for the judge. Default: the same bytes
- */
-export async function check(bytes, known, wasm, count, told = bytes) {
+/** Opens a file and reads all of it. @param known the pack of a task file */
+async function openAll({ bytes, known }) {
   const pack = await openPack(known ?? bytes);
   if (known) await pack.addTask("mutant", bytes);
   (await pack.bases()).close();
   for (const id of pack.tasks.keys()) await pack.load(id);
-  const truth = judge(known ?? told);
-  if (known) truth.tasks.set("mutant", judgeTaskFile(told, truth));
-  count.taken++;
-  const size = truth.modules.reduce((sum, m) => sum + m.out * m.in, 0);
-  if (size > 1e6) return undefined;
+  return pack;
+}
+
+/** Folds each task of a file and compares it with its meaning. @returns the first difference; undefined where there is none */
+export async function check(file, truth, wasm) {
+  if (truth === null) return undefined;
+  if (truth.refused) return `the reader refuses it: ${truth.refused}`;
   const base = baseOf(truth);
   const backend = wasm ? "wasm" : "js";
   const given = new Map(base);
-  const runtime = await createRuntime(pack, { base: given, backend, anyBase: true });
+  const runtime = await createRuntime(await openAll(file), { base: given, backend, anyBase: true });
   try {
     const pristine = new Map([...base].map(([name, { data }]) => [name, data.slice()]));
+    const before = new Map([...base].map(([name, tensor]) => [name, { ...tensor, data: pristine.get(name) }]));
     for (const id of [...truth.tasks.keys(), null]) {
       await runtime.switchTask(id);
-      const before = new Map([...base].map(([name, tensor]) => [name, { ...tensor, data: pristine.get(name) }]));
       const task = truth.tasks.get(id);
       const wrong =
         difference(runtime, truth.modules, task, before) ??
@@ -152,26 +159,45 @@ export async function check(bytes, known, wasm, count, told = bytes) {
   } finally {
     await runtime.close();
   }
-  count.folded++;
-  for (const [form, holds] of Object.entries(FORMS)) if (holds(truth)) count.forms[form]++;
   return undefined;
 }
 
 /**
  * Runs mutants. @param from first mutant
  * @param howMany number of mutants
+ * @param judged whether accepted ones are compared with their meaning, which needs Python
  * @returns counts, and failures by number
  */
-export async function runMutants(from, howMany, onProgress = () => {}) {
-  const count = tally();
+export async function runMutants(from, howMany, judged, onProgress = () => {}) {
+  const count = { taken: 0, folded: 0, refused: 0 };
   const wrong = [];
   const warm = 50;
+  let accepted = [];
+  const judge = async () => {
+    const truths = judged && accepted.length > 0 ? meaningsOf(accepted) : [];
+    for (const [i, truth] of truths.entries()) {
+      const { seed } = accepted[i];
+      let message;
+      try {
+        message = await check(accepted[i], truth, seed % 3 === 0);
+        if (truth) count.folded++;
+      } catch (error) {
+        // Two tasks may need bases of different shapes.
+        if (!error?.tag) message = error?.stack ?? String(error);
+      }
+      if (message) wrong.push({ seed, message });
+    }
+    accepted = [];
+  };
   for (let seed = from; seed < from + howMany; seed++) {
-    const { kind, bytes, pack } = mutant(seed);
+    const { kind, bytes, pack } = await mutant(seed);
+    const file = { seed, bytes, known: kind === "pack" ? undefined : pack };
     const before = process.resourceUsage();
     let message;
     try {
-      message = await check(bytes, kind === "pack" ? undefined : pack, seed % 3 === 0, count);
+      await openAll(file);
+      accepted.push(file);
+      count.taken++;
     } catch (error) {
       if (!error?.tag) message = error?.stack ?? String(error);
       count.refused++;
@@ -182,7 +208,9 @@ export async function runMutants(from, howMany, onProgress = () => {}) {
     const grown = (after.maxRSS - before.maxRSS) / 1024;
     if (seed - from > warm && grown > MOST.megabytes) message ??= `it took ${grown.toFixed(0)} MB`;
     if (message) wrong.push({ seed, message });
+    if (accepted.length === 500) await judge();
     onProgress(seed - from + 1, wrong);
   }
+  await judge();
   return { ...count, wrong };
 }

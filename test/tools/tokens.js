@@ -1,18 +1,19 @@
 /**
- * Counts tokens of src and bindings without comments, in all and by folder.
+ * Counts tokens without comments, of the product (src and bindings) by folder, and of the tests. Fails above the numbers that
+ * package.json allows: a change that adds code raises them, or removes as much.
  *
- *     node test/tools/tokens.js [ROOT]
+ *     node test/tools/tokens.js
  *
  * Tokens do not depend on line breaks, so a formatter changes nothing. For the same reason a comma in front of a closing bracket does
  * not count. `onnx_pb.ts` is generated and left out.
  */
 import { execFileSync } from "node:child_process";
 import { readFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { dirname } from "node:path";
 import ts from "typescript";
 
 /** Number of tokens of a source text. */
-export function countTokens(/** @type {string} */ text) {
+function countTokens(/** @type {string} */ text) {
   const source = ts.createSourceFile("file.ts", text, ts.ScriptTarget.Latest, true);
   /** @type {string[]} */
   const tokens = [];
@@ -27,21 +28,24 @@ export function countTokens(/** @type {string} */ text) {
   return tokens.filter((token, i) => !(token === "," && /^[)\]}]$/.test(tokens[i + 1] ?? ""))).length;
 }
 
-/** Tokens by folder ("src/pack", "bindings") below a checkout's root, largest first. */
-export function tokensByFolder(/** @type {string} */ root) {
-  const files = execFileSync("git", ["ls-files", "src", "bindings"], { cwd: root, encoding: "utf8" }).split("\n");
+/** Tokens by folder ("src/pack", "bindings") below some folders, largest first. @param {string[]} places */
+function tokensByFolder(...places) {
+  const files = execFileSync("git", ["ls-files", ...places], { encoding: "utf8" }).split("\n");
   /** @type {Map<string, number>} */
   const folders = new Map();
   for (const file of files) {
-    if (!file.endsWith(".ts") || file.endsWith("onnx_pb.ts")) continue;
+    if (!/\.[jt]s$/.test(file) || file.endsWith("onnx_pb.ts")) continue;
     const folder = dirname(file).split("/").slice(0, 2).join("/");
-    folders.set(folder, (folders.get(folder) ?? 0) + countTokens(readFileSync(join(root, file), "utf8")));
+    folders.set(folder, (folders.get(folder) ?? 0) + countTokens(readFileSync(file, "utf8")));
   }
   return new Map([...folders].sort((a, b) => b[1] - a[1]));
 }
 
-if (process.argv[1] === import.meta.filename) {
-  const folders = tokensByFolder(process.argv[2] ?? ".");
-  console.log(`${[...folders.values()].reduce((sum, n) => sum + n, 0)} tokens`);
+const { tokens: most } = JSON.parse(readFileSync("package.json", "utf8"));
+for (const [name, places] of Object.entries({ product: ["src", "bindings"], tests: ["test"] })) {
+  const folders = tokensByFolder(...places);
+  const total = [...folders.values()].reduce((sum, tokens) => sum + tokens, 0);
+  console.log(`${name}: ${total} tokens of at most ${most[name]}`);
   for (const [folder, tokens] of folders) console.log(`${String(tokens).padStart(7)} ${folder}`);
+  if (total > most[name]) process.exitCode = 1;
 }

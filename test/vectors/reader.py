@@ -11,6 +11,7 @@ leaves a choice, a comment that begins with "Reading:" says which one was made. 
 
     reader.py INDEX_DIR             checks every entry of INDEX_DIR/index.json and apply.json; exit code 0 when all agree
     reader.py INDEX_DIR --musts     switches off one rule after the other; exit code 0 when some entry notices each
+    reader.py --meanings            reads lines of {"pack", "task"} in base64 from stdin and writes what each means, as JSON
 """
 
 import ast
@@ -1307,5 +1308,44 @@ def main(folder):
     return 1 if wrong else 0
 
 
+def meaning(pack, task):
+    """Modules, and of each task ΔW with its bound, magnitudes and parameters; None where the modules are too large for that."""
+    pack = open_pack(base64.b64decode(pack))
+    if sum(module.out * module.inner for module in pack.modules) > 1e6:
+        return None
+    tasks = {entry.id: load_task(pack, i) for i, entry in enumerate(pack.entries)}
+    if task is not None:
+        tasks["mutant"] = load_task_file(pack, base64.b64decode(task))
+    flat = lambda values: None if values is None else values.ravel().tolist()
+    return {
+        "modules": [{"name": m.name, "out": m.out, "in": m.inner, "layout": m.layout, "kernel": m.kernel} for m in pack.modules],
+        "tasks": {
+            name: {
+                "terms": {
+                    term.module.name: {"delta": flat(delta(term)), "bound": flat(bound(term)), "magnitude": flat(term.tensors.get("magnitude"))}
+                    for term in found.terms
+                },
+                "parameters": [
+                    {"name": p.name, "role": p.role, "shape": p.shape, "indices": p.indices, "values": flat(p.values)} for p in found.parameters
+                ],
+            }
+            for name, found in tasks.items()
+        },
+    }
+
+
+def meanings():
+    for line in sys.stdin:
+        given = json.loads(line)
+        try:
+            found = meaning(given["pack"], given.get("task"))
+        except Refused as refused:
+            found = {"refused": str(refused)}
+        print(json.dumps(found))
+    return 0
+
+
 if __name__ == "__main__":
+    if "--meanings" in sys.argv:
+        sys.exit(meanings())
     sys.exit((musts if "--musts" in sys.argv else main)(Path(sys.argv[1])))

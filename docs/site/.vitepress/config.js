@@ -1,8 +1,8 @@
 /**
- * How `npm run site` makes a site of README, docs, examples and the API reference: VitePress, with search in the page and a check of links.
- * The pages stay where they are. The side bar is the index in docs/README.md.
+ * Configures `npm run site`, which makes a site of README, docs, examples and the API reference: VitePress, with search in the page and a
+ * check of links. The pages stay where they are. The first page is docs/site/home.md, the side bar the index in docs/README.md.
  */
-import { readdirSync, readFileSync } from "node:fs";
+import { copyFileSync, readdirSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -18,13 +18,16 @@ function itemOf(page) {
   return { text, link: `/${page.replace(/README\.md$/, "").replace(/\.md$/, "")}` };
 }
 
-/** Sections of docs/README.md, each with the pages that its table begins its rows with. */
+/** The page that the site opens on. Links in it are relative to its own folder. */
+const HOME = "docs/site/home.md";
+
+/** Sections of docs/README.md, each with the pages that it lists. */
 const guide = read("docs/README.md")
   .split(/^## /m)
   .slice(1)
   .map((section) => ({
     text: section.slice(0, section.indexOf("\n")),
-    items: [...section.matchAll(/^\| \[[^\]]*\]\(([^)]*\.md)\)/gm)].map(([, page]) => itemOf(join("docs", page))),
+    items: [...section.matchAll(/\]\(([^)]*\.md)\)/g)].map(([, page]) => itemOf(join("docs", page))),
   }));
 const api = readdirSync(join(root, "docs/api"), { recursive: true, encoding: "utf8" })
   .filter((page) => page.endsWith(".md") && page !== "README.md")
@@ -43,6 +46,8 @@ const slugify = (heading) =>
  */
 function adjust(md) {
   md.core.ruler.push("adjust", (/** @type {any} */ { tokens, env }) => {
+    const home = env.relativePath === "index.md";
+    const folder = home ? posix.dirname(HOME) : posix.dirname(env.relativePath);
     for (const [i, { children, type }] of tokens.entries()) {
       if (type === "th_open" && !tokens[i + 1].content) tokens[i].tag = tokens[i + 2].tag = "td";
       let dropped = false;
@@ -50,10 +55,14 @@ function adjust(md) {
         if (token.type === "link_open") {
           const href = token.attrGet("href");
           dropped = !/^([a-z]+:|#|[^#]*\.md(#|$))/.test(href);
-          if (!/^[a-z]+:/.test(href)) token.attrSet("href", href.replace(/README\.md(?=#|$)/, "index.md"));
+          if (!/^([a-z]+:|#)/.test(href)) {
+            const target = join(folder, href);
+            const mapped = /^README\.md/.test(target) ? target : target.replace(/README\.md(?=#|$)/, "index.md");
+            token.attrSet("href", home ? mapped : posix.relative(folder, mapped));
+          }
         }
         if (token.type === "image" && token.attrGet("src").endsWith(".png")) {
-          const png = readFileSync(join(root, posix.dirname(env.relativePath), token.attrGet("src")));
+          const png = readFileSync(join(root, folder, token.attrGet("src")));
           token.attrSet("width", png.readUInt32BE(16));
           token.attrSet("height", png.readUInt32BE(20));
         }
@@ -63,9 +72,9 @@ function adjust(md) {
   });
 }
 
-/** Ranks questions above guides, and these above the rest. It runs in the page. @param {string} id address of a section */
+/** Ranks the three routes above reference pages, and these above the rest. It runs in the page. @param {string} id address of a section */
 const boostDocument = (id) =>
-  /^\/(docs\/(api|research)|benchmarks|[A-Z])/.test(id) ? 0.5 : /\/questions/.test(id) ? 2 : 1;
+  /^\/(docs\/(api|research)|benchmarks|[A-Z])/.test(id) ? 0.5 : /\/docs\/(use|pack|train)/.test(id) ? 2 : 1;
 
 /** @param {string} page path from the root @returns {string} its first sentences as plain text, up to what search engines show */
 function descriptionOf(page) {
@@ -117,9 +126,13 @@ export default {
   srcDir: root,
   outDir: join(root, ".site"),
   srcExclude: ["{test,dist,.tap}/**", "**/node_modules/**"],
-  rewrites: { "README.md": "index.md", ":folder(.*)/README.md": ":folder/index.md" },
+  rewrites: { [HOME]: "index.md", ":folder(.*)/README.md": ":folder/index.md" },
   cleanUrls: false,
   transformPageData: (/** @type {{ filePath: string }} */ { filePath }) => ({ description: descriptionOf(filePath) }),
+  buildEnd: (/** @type {{ outDir: string }} */ { outDir }) => {
+    copyFileSync(join(root, "dist/viewer.html"), join(outDir, "viewer.html"));
+    copyFileSync(join(root, "examples/tasks.eigen"), join(outDir, "tasks.eigen"));
+  },
   markdown: {
     anchor: { slugify },
     config: adjust,
@@ -136,8 +149,10 @@ export default {
     },
     outline: [2, 3],
     nav: [
-      { text: "Guide", link: "/docs/" },
-      { text: "Questions", link: "/docs/questions" },
+      { text: "Use", link: "/docs/use" },
+      { text: "Pack", link: "/docs/pack" },
+      { text: "Train", link: "/docs/train" },
+      { text: "All pages", link: "/docs/" },
       { text: "API", link: "/docs/api/" },
       { text: "Format", link: "/SPEC" },
       { text: "Changes", link: "/CHANGELOG" },

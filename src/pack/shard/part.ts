@@ -1,5 +1,5 @@
 /**
- * A part: one machine's share of a pack that is too large for it, as a file (docs/parts.md). It is a safetensors file with a
+ * A part: one machine's share of a pack that is too large for it, as a file (SPEC.md, appendix B). It is a safetensors file with a
  * description and a checksum of its header and of every tensor, so that any safetensors reader can look into it. It is not a cache:
  * a part says what it was made from, and its owner decides what to make again.
  */

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The gate: the demo, what README's check does, and all tests, with the tools that are here (test/required.ts). `.ci/run` installs them.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+npm run demo
+npm run lint
+npm run types
+npm run package
+# README's test command where nothing but Node is within reach; then, with all tools, the files in which a test was skipped. The others ask
+# for no tool, and would only repeat themselves.
+tests() {
+  local failed=0 again
+  rm -rf .tap/test-results
+  EIGENLORA_BARE=1 EIGENLORA_REQUIRE="" npm test || failed=1
+  again=$(grep -arlE '^ *ok .*[^\\]# SKIP' .tap/test-results | sed -E 's,^\.tap/test-results/(.*)\.tap$,\1,')
+  # shellcheck disable=SC2086 # a list
+  [ -z "$again" ] || npx tap --jobs="$(($(nproc) > 2 ? $(nproc) : 2))" $again || failed=1
+  return "$failed"
+}
+# Failures once more at the end, where a log that is cut still has them, and the sums of both runs.
+log=$(mktemp) failed=0
+tests 2>&1 | tee "$log" || failed=1
+if [ "$failed" = 1 ]; then
+  echo "Failures, of $log:"
+  grep -a -E -B1 -A24 "^ *not ok" "$log" | head -n 160 || true
+fi
+awk '/^# { total:/ { for (i = 3; i < NF; i++) sum[$i] += $(i + 1) } END { print sum["pass:"] + 0 " passed, " sum["fail:"] + 0 " failed" }' "$log"
+exit "$failed"
