@@ -289,7 +289,8 @@ async function computesOn(
 
 /** y = x + x of four numbers. */
 function oneAddition(): Uint8Array {
-  const [x, y] = [makeValue("x", FLOAT, [4]), makeValue("y", FLOAT, [4])];
+  const x = makeValue("x", FLOAT, [4]);
+  const y = makeValue("y", FLOAT, [4]);
   const graph = create(GraphProtoSchema, {
     ...{ name: "device", input: [x], output: [y] },
     node: [makeNode("Add", "", ["x", "x"], "y")],

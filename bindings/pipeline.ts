@@ -198,7 +198,7 @@ export async function remake(own: OwnSessions, find: Find | undefined): Promise<
       made.set(name, one);
     }
   } catch (error) {
-    for (const one of made.values()) await one.release();
+    for (const session of made.values()) await session.release();
     throw error;
   }
   return made;
@@ -218,7 +218,7 @@ export type Each = Readonly<Record<string, Omit<Rest, "trainable">>>;
 /** Parameters that all sessions leave out, each by its options. */
 export function ignoredByAll(names: readonly string[], ignore: Rest["ignore"], each: Each): readonly string[] {
   const [first = [], ...others] = names.map((name) => each[name]?.ignore ?? ignore ?? []);
-  return first.filter((one) => others.every((list) => list.includes(one)));
+  return first.filter((name) => others.every((list) => list.includes(name)));
 }
 
 /**

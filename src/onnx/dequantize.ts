@@ -55,11 +55,11 @@ export async function readVector(
     const message = `"${name}" is of a type that is not read here; tasks that change it need a model where it is float`;
     throw new FormatError(message, { file: model.name, part: `initializer ${initializer}` });
   }
-  const one = (of: TensorValues | undefined, i: number, otherwise: number): number =>
+  const valueAt = (of: TensorValues | undefined, i: number, otherwise: number): number =>
     of ? of.at(of.shape.length === 0 || of.shape[0] === 1 ? 0 : i) : otherwise;
   return Float32Array.from({ length: count }, (_, n) => {
     const i = from + n;
-    return (values.at(i) - one(zeros, i, 0)) * one(scales, i, 1);
+    return (values.at(i) - valueAt(zeros, i, 0)) * valueAt(scales, i, 1);
   });
 }
 
@@ -122,7 +122,10 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
  */
 async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
   const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-  const [inputs, out, bits, size] = [number("K", 0), number("N", 0), number("bits", 4), number("block_size", 0)];
+  const inputs = number("K", 0);
+  const out = number("N", 0);
+  const bits = number("bits", 4);
+  const size = number("block_size", 0);
   const packed = await reader.values(node.input[1]);
   const scales = await reader.values(node.input[2]);
   const zeros = await reader.values(node.input[3]);

@@ -24,8 +24,8 @@ export function plainInputs(inputs: readonly ValueInfoProto[]): ValueInfoProto[]
   return inputs.map((input) => {
     const { value } = input.type ?? {};
     if (value?.case !== "tensorType") return makeValue(input.name, 0);
-    const dims = value.value.shape?.dim.map(({ value: one }) => {
-      return one.case === "dimValue" ? Number(one.value) : one.case === "dimParam" ? one.value : "";
+    const dims = value.value.shape?.dim.map(({ value: dim }) => {
+      return dim.case === "dimValue" ? Number(dim.value) : dim.case === "dimParam" ? dim.value : "";
     });
     return makeValue(input.name, value.value.elemType, dims);
   });

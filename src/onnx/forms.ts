@@ -119,7 +119,8 @@ export function addModule(tools: GraphTools, module: AdaptedLayer): void {
 
 /** The inputs of a module, made once for all of its places. */
 function inputsOf(tools: GraphTools, { name, in: width, out, components, factors, rowScale }: AdaptedLayer) {
-  const [KA, KB] = [components?.A.rows ?? 0, components?.B.rows ?? 0];
+  const KA = components?.A.rows ?? 0;
+  const KB = components?.B.rows ?? 0;
   const block = { module: name, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined };
   const core = components && tools.input(name, "core", [KA, KB], { cores: [block] });
   const A = factors ? tools.input(name, "A", [width, "q"]) : undefined;
@@ -157,7 +158,8 @@ function piecesOf(tools: GraphTools, module: AdaptedLayer): Pieces {
   };
   const scaled = scale && tools.first(at("scale"), "Reshape", [scale, tools.ints([0, 1, out, 1])]);
   const shared = core !== undefined && components ? { core, ...components } : undefined;
-  const [KA, KB] = [shared?.A.rows ?? 0, shared?.B.rows ?? 0];
+  const KA = shared?.A.rows ?? 0;
+  const KB = shared?.B.rows ?? 0;
   return {
     scale: scaled,
     shared: shared && {

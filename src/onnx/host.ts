@@ -93,8 +93,8 @@ async function readPiece(
   for (const part of joined) {
     const tensor = model.graph.initializers.get(part.initializer)!;
     const whole = await readTensor(tensor, model.name, external, options);
-    const [start, size] = [partStart(part), partSize(part)];
-    copyPart({ ...whole, start }, { data, shape, start: done }, axis, size, width);
+    const size = partSize(part);
+    copyPart({ ...whole, start: partStart(part) }, { data, shape, start: done }, axis, size, width);
     done += size;
   }
   return { dtype, shape, data, byteOffset: 0 };

@@ -270,7 +270,8 @@ class Injector extends GraphTools {
   terms(members: readonly AdaptedLayer[]): void {
     const core = members[0]!.components && this.#core(members);
     const inputs = members.map(({ name, in: width, out, factors, over, rowScale }) => {
-      const [A, B] = [this.#products.under(over?.A), this.#products.under(over?.B)];
+      const A = this.#products.under(over?.A);
+      const B = this.#products.under(over?.B);
       return {
         A: factors ? this.input(name, "A", [A?.K ?? width, "q"], { over: A }) : undefined,
         B: factors ? this.input(name, "B", ["q", B?.K ?? out], { over: B }) : undefined,
@@ -289,7 +290,8 @@ class Injector extends GraphTools {
     let column = 0;
     const cores = members.map(({ name, components }): CoreBlock => {
       const { A, B } = components!;
-      const [scalesA, scalesB] = [this.#products.scalesOf(A), this.#products.scalesOf(B)];
+      const scalesA = this.#products.scalesOf(A);
+      const scalesB = this.#products.scalesOf(B);
       const block = { module: name, row, column, KA: A.rows, KB: B.rows, scalesA, scalesB };
       row += A.rows;
       column += B.rows;

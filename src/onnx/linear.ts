@@ -187,8 +187,8 @@ export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Site[] | 
   const { uses, initializer, copies, slice, joined } = parameter;
   if (joined)
     return together(
-      joined.map((one) => linearsOf(model, one)),
-      joined.map((one) => matrixShape(one)![0]),
+      joined.map((part) => linearsOf(model, part)),
+      joined.map((part) => matrixShape(part)![0]),
     );
   if (uses.length === 0) return `nothing in the graph uses "${initializer}"`;
   const linears: Site[] = [];

@@ -92,7 +92,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
     });
     if (!lost || rivals.get(lost.initializer)?.winner) return found;
     const group = rivals.get(lost.name)!;
-    const candidates = others.get(group) ?? group.candidates.map((one) => ({ ...one, equal: false }));
+    const candidates = others.get(group) ?? group.candidates.map((candidate) => ({ ...candidate, equal: false }));
     others.set(group, candidates);
     return [...found, { name: lost.initializer, ...stored(lost), candidates, copies: [] }];
   });
@@ -145,10 +145,10 @@ function candidatesOf(
 ): Candidate[] {
   const own = stored(winner);
   return claims.flatMap((claim) => {
-    const one = stored(claim);
+    const candidate = stored(claim);
     // No vector is a matrix' rival: quantisers write the scales of its columns at the same place.
-    const equal = tied && claim.evidence === winner.evidence && (!isMatrix(own) || isMatrix(one));
-    return claim !== winner && (equal || isSameMatrix(own, one)) ? [{ ...one, equal }] : [];
+    const equal = tied && claim.evidence === winner.evidence && (!isMatrix(own) || isMatrix(candidate));
+    return claim !== winner && (equal || isSameMatrix(own, candidate)) ? [{ ...candidate, equal }] : [];
   });
 }
 
@@ -158,7 +158,7 @@ export function matrixShape(
 ): readonly [out: number, inputs: number] | undefined {
   const { slice, joined } = stored;
   // Checked when they were joined.
-  if (joined) return joined.map((one) => matrixShape(one)!).reduce(([out, inputs], [more]) => [out + more, inputs]);
+  if (joined) return joined.map((part) => matrixShape(part)!).reduce(([out, inputs], [more]) => [out + more, inputs]);
   const whole = wholeShape(stored);
   return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
 }
@@ -331,7 +331,7 @@ class Claims {
       if (name !== undefined && (!role || path === undefined || this.#isWithin(name, path))) {
         claim(name, EVIDENCE.named, role?.layout, use);
       } else if (role && path) {
-        const again = variants(path).flatMap((one) => within.get(`${role.suffix} ${one}`) ?? [])[0];
+        const again = variants(path).flatMap((variant) => within.get(`${role.suffix} ${variant}`) ?? [])[0];
         const evidence = place.shared === 1 ? EVIDENCE.used : EVIDENCE.guessed;
         claim(again?.name ?? `${path}.${role.suffix}`, evidence, role.layout, use, place.shared);
       } else {

@@ -70,7 +70,8 @@ function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter
   const [first] = parts as [OnnxParameter];
   const fit = shapes.every((shape) => shape !== undefined && shape[1] === shapes[0]![1]);
   if (!fit || parts.some(({ dtype }) => dtype !== first.dtype)) return undefined;
-  const [out, inputs] = [shapes.reduce((sum, shape) => sum + shape![0], 0), shapes[0]![1]];
+  const out = shapes.reduce((sum, shape) => sum + shape![0], 0);
+  const [, inputs] = shapes[0]!;
   const { initializer, dtype, layout } = first;
   const shape = layout === "in-out" ? [inputs, out] : [out, inputs];
   const uses = parts.flatMap((part) => part.uses);
@@ -106,7 +107,8 @@ export async function findPiece(
     const parts = found.filter((part) => part !== undefined);
     if (parts.length < names.length) continue;
     // The model's name of the first part, with the layer's own last segment.
-    const [last, first] = [module.slice(module.lastIndexOf(".") + 1), parts[0]!.name.split(".")];
+    const last = module.slice(module.lastIndexOf(".") + 1);
+    const first = parts[0]!.name.split(".");
     const name = [...first.slice(0, -2), last, "weight"].join(".");
     const parameter = joinParts(name, parts);
     if (parameter) return parameter;
@@ -139,10 +141,8 @@ function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number, count: nu
 }
 
 function ofHeads(node: NodeProto, total: number): readonly number[] | undefined {
-  const [heads, kvHeads] = [
-    Number(attribute(node, "num_heads")?.i ?? 0),
-    Number(attribute(node, "kv_num_heads")?.i ?? 0),
-  ];
+  const heads = Number(attribute(node, "num_heads")?.i ?? 0);
+  const kvHeads = Number(attribute(node, "kv_num_heads")?.i ?? 0);
   const width = total / (heads + 2 * kvHeads);
   return Number.isInteger(width) && kvHeads > 0 ? [heads * width, kvHeads * width, kvHeads * width] : undefined;
 }
@@ -288,7 +288,8 @@ export interface AxisPart {
 export function copyPart(from: AxisPart, to: AxisPart, axis: number, count: number, width: number): void {
   const inner = from.shape.slice(axis + 1).reduce((a, b) => a * b, width);
   const outer = from.shape.slice(0, axis).reduce((a, b) => a * b, 1);
-  const [fromStep, toStep] = [from.shape[axis]! * inner, to.shape[axis]! * inner];
+  const fromStep = from.shape[axis]! * inner;
+  const toStep = to.shape[axis]! * inner;
   for (let i = 0; i < outer; i++) {
     const at = i * fromStep + from.start * inner;
     to.data.set(from.data.subarray(at, at + count * inner), i * toStep + to.start * inner);

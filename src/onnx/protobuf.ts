@@ -261,10 +261,10 @@ export function create<M extends Proto>(schema: Schema<M>, init?: NoInfer<Init<M
 }
 
 /** Types of fields on the wire. */
-const VARINT = 0;
-const FIXED64 = 1;
-const BYTES = 2;
-const FIXED32 = 5;
+export const VARINT = 0;
+export const FIXED64 = 1;
+export const BYTES = 2;
+export const FIXED32 = 5;
 
 function wireOf(type: string): number {
   if (type === "int32" || type === "int64") return VARINT;

@@ -99,9 +99,9 @@ function wholeOf({ slice, ...whole }: OnnxParameter): OnnxParameter {
 }
 
 function refuseOverlaps(parameters: readonly OnnxParameter[]): void {
-  const whole = new Set(parameters.filter((one) => !isPiece(one)).map(({ name }) => name));
+  const whole = new Set(parameters.filter((parameter) => !isPiece(parameter)).map(({ name }) => name));
   for (const { name, slice, joined = [] } of parameters) {
-    const other = [...joined.map((part) => part.name), slice?.of ?? ""].find((one) => whole.has(one));
+    const other = [...joined.map((part) => part.name), slice?.of ?? ""].find((name) => whole.has(name));
     if (other === undefined) continue;
     const message = `tasks change "${name}" and "${other}", which are one weight in this file; use mode "core" or "factors"`;
     throw new BaseMismatchError(message, { module: name });
@@ -155,11 +155,11 @@ export function replaceByInputs(model: OnnxModel, parameters: readonly OnnxParam
 function withSiblings(parameters: readonly OnnxParameter[]): OnnxParameter[] {
   const known = new Set(parameters.map(({ slice }) => slice && `${slice.index} ${slice.of}`));
   const all = [...parameters];
-  for (const one of parameters) {
-    for (const [index, _] of (one.slice?.sizes ?? []).entries()) {
-      const slice = { ...one.slice!, index };
+  for (const parameter of parameters) {
+    for (const [index, _] of (parameter.slice?.sizes ?? []).entries()) {
+      const slice = { ...parameter.slice!, index };
       const key = `${index} ${slice.of}`;
-      if (!known.has(key)) all.push({ ...one, name: `${slice.of}/${index}`, slice });
+      if (!known.has(key)) all.push({ ...parameter, name: `${slice.of}/${index}`, slice });
       known.add(key);
     }
   }
@@ -283,7 +283,8 @@ export async function fillWeightFile(
   }
   const { copyPart } = parts.length > 0 ? await import("./packed.ts") : {};
   for (const { name, into, axis, from, to, count } of parts) {
-    const [view, { offset, shape, width }] = [await value(name), places.get(into)!];
+    const view = await value(name);
+    const { offset, shape, width } = places.get(into)!;
     const source = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset), start: from };
     copyPart!(source, { data: data.subarray(offset), shape, start: to }, axis, count, width);
   }

@@ -3,14 +3,18 @@
  * tensors of the main graph point to their place in the file. Reads only what lies between the weights.
  */
 import type { ByteSource, ReadOptions } from "../source.ts";
+import { BYTES, FIXED32, FIXED64, VARINT } from "./protobuf.ts";
 
 /** Tensors below this size stay in the protobuf. */
 const LEAST_BYTES = 4096;
 const WINDOW = 16_384;
 
 /** Numbers of the fields that matter here, in `ModelProto`, `GraphProto` and `TensorProto`. */
-const [GRAPH, INITIALIZER, RAW_DATA, EXTERNAL_DATA, DATA_LOCATION] = [7, 5, 9, 13, 14];
-const [VARINT, FIXED64, BYTES, FIXED32] = [0, 1, 2, 5];
+const GRAPH = 7;
+const INITIALIZER = 5;
+const RAW_DATA = 9;
+const EXTERNAL_DATA = 13;
+const DATA_LOCATION = 14;
 
 /** A range of the file, or new bytes. */
 type Piece = readonly [start: number, end: number] | Uint8Array;
@@ -128,7 +132,8 @@ class FieldReader {
   async *fields(start: number, end: number): AsyncGenerator<Field> {
     for (let at = start; at < end && !this.damaged; ) {
       const tag = await this.#varint(at, end);
-      const [wire, number] = [tag.value % 8, Math.floor(tag.value / 8)];
+      const wire = tag.value % 8;
+      const number = Math.floor(tag.value / 8);
       const length = wire === BYTES ? await this.#varint(tag.end, end) : { value: 0, end: tag.end };
       const body = length.end;
       const stop =

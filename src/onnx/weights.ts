@@ -125,17 +125,17 @@ export class Copies {
       uses.length > 0 && (layout !== undefined || dtype === "other");
     const found: OnnxParameter[] = [];
     let own: Matrix | undefined;
-    for (const one of this.#parameters) {
-      const matrix = one.layout === "embedding" ? one.shape : matrixShape(one);
-      if (!isWeight(one) || matrix?.join() !== `${rows},${width}`) continue;
+    for (const parameter of this.#parameters) {
+      const matrix = parameter.layout === "embedding" ? parameter.shape : matrixShape(parameter);
+      if (!isWeight(parameter) || matrix?.join() !== `${rows},${width}`) continue;
       // Names of one initializer share no use, but for the initializer's own.
-      if (one.uses.some((use) => table.uses.some(({ node, input }) => node === use.node && input === use.input)))
+      if (parameter.uses.some((use) => table.uses.some(({ node, input }) => node === use.node && input === use.input)))
         continue;
       own ??= await this.#table(table);
-      if (one.initializer === table.initializer || sameValues(await this.#table(one), own, rows, width))
-        found.push(await this.of(one));
+      if (parameter.initializer === table.initializer || sameValues(await this.#table(parameter), own, rows, width))
+        found.push(await this.of(parameter));
     }
-    const copies = new Set(found.flatMap((one) => one.copies.map(({ initializer }) => initializer)));
+    const copies = new Set(found.flatMap((parameter) => parameter.copies.map(({ initializer }) => initializer)));
     return found.filter(({ initializer }) => !copies.has(initializer));
   }
 
@@ -157,8 +157,8 @@ export class Copies {
       else if (candidate.equal) throw ambiguous(this.#file, parameter);
     }
     const known = new Set([parameter, ...copies].map(({ initializer }) => initializer));
-    for (const one of await this.#alike(parameter)) {
-      if (!known.has(one.initializer) && (await this.#isSame(parameter, one))) copies.push(one);
+    for (const alike of await this.#alike(parameter)) {
+      if (!known.has(alike.initializer) && (await this.#isSame(parameter, alike))) copies.push(alike);
     }
     return { ...parameter, copies };
   }
@@ -193,13 +193,15 @@ export class Copies {
 
   async #findNameless(): Promise<ReadonlyMap<string, readonly Stored[]>> {
     const found = new Map<string, Stored[]>();
-    const named = new Set(this.#parameters.flatMap((one) => (isNameless(one) ? [] : one.initializer)));
-    for (const one of this.#parameters) {
-      if (!isNameless(one) || named.has(one.initializer)) continue;
-      const key = await this.#keyOf(one);
+    const named = new Set(
+      this.#parameters.flatMap((parameter) => (isNameless(parameter) ? [] : parameter.initializer)),
+    );
+    for (const parameter of this.#parameters) {
+      if (!isNameless(parameter) || named.has(parameter.initializer)) continue;
+      const key = await this.#keyOf(parameter);
       const others = found.get(key);
-      if (others) others.push(one);
-      else found.set(key, [one]);
+      if (others) others.push(parameter);
+      else found.set(key, [parameter]);
     }
     return found;
   }
@@ -216,7 +218,10 @@ function ambiguous({ model }: ModelFile, parameter: OnnxParameter): BaseMismatch
     const nodes = stored.uses.map(({ node }) => `${node.opType} "${node.name || node.output[0]}"`);
     return `"${stored.initializer}" of ${nodes.slice(0, TOLD).join(", ")}`;
   };
-  const equal: readonly Stored[] = [parameter, ...parameter.candidates.filter((one: Candidate) => one.equal)];
+  const equal: readonly Stored[] = [
+    parameter,
+    ...parameter.candidates.filter((candidate: Candidate) => candidate.equal),
+  ];
   const more = equal.length > TOLD ? ` and ${equal.length - TOLD} more` : "";
   return new BaseMismatchError(
     `${model.name}: "${parameter.name}" may be any of several weights, which differ: ` +

@@ -88,7 +88,8 @@ export class CacheWatch {
       const tensor = feeds[name];
       const found = holdsSome(tensor) ? (makers.get(tensor) ?? makers.get(memoryOf(tensor))) : undefined;
       for (let row = 0; found && row < Math.max(found.length, states.length); row++) {
-        const [there, here] = [ofRow(found, row), ofRow(states, row)];
+        const there = ofRow(found, row);
+        const here = ofRow(states, row);
         if (there?.key !== here?.key)
           throw refusal(name, row, there ?? BASE, here ?? BASE, found.length + states.length > 2);
       }

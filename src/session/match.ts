@@ -128,8 +128,8 @@ export class ModelMatcher {
   async #piece(module: string, suffix: "weight" | "bias"): Promise<OnnxParameter | undefined> {
     const { findPiece } = await import("../onnx/packed.ts");
     const found = await findPiece(this.#file.model, module, suffix, async (name) => {
-      const one = nameOf(this.#names.find(name));
-      return one === undefined ? undefined : this.#copies.of(this.#parameters.get(one)!);
+      const known = nameOf(this.#names.find(name));
+      return known === undefined ? undefined : this.#copies.of(this.#parameters.get(known)!);
     });
     if (found) this.#note(`${module}.${suffix}`, found.name);
     return found;
@@ -271,9 +271,10 @@ export class ModelMatcher {
 
   /** All weights with rows, but for those that the user wants left out. */
   *tables(): Generator<Table> {
-    for (const one of this.#parameters.values()) {
-      const shape = one.layout === "embedding" ? one.shape : matrixShape(one);
-      if (shape && one.uses.length > 0 && !this.ignores(one.name)) yield { name: one.name, shape: shape.join() };
+    for (const parameter of this.#parameters.values()) {
+      const shape = parameter.layout === "embedding" ? parameter.shape : matrixShape(parameter);
+      if (shape && parameter.uses.length > 0 && !this.ignores(parameter.name))
+        yield { name: parameter.name, shape: shape.join() };
     }
   }
 

@@ -452,7 +452,8 @@ class Planner {
       const more = others.length > 0 ? ` (and ${others.length} more)` : "";
       throw new BaseMismatchError(`${before}: ${why}${more}${after}`, { module });
     };
-    const [notUnfolded, notFolded] = [this.#notUnfolded[0], this.#notFolded[0]];
+    const [notUnfolded] = this.#notUnfolded;
+    const [notFolded] = this.#notFolded;
     if (notUnfolded && notFolded) {
       const neither = `; nor can they be folded: ${notFolded.why}. Pass a float export of the model`;
       refuse(this.#notUnfolded, "no mode can bring these tasks to this model", neither);
@@ -553,7 +554,8 @@ function componentsUnder(
       return undefined;
     return joinedRows(module[which].map(({ tensor }) => componentRows(tensor, bases)));
   };
-  const [A, B] = [side("A"), side("B")];
+  const A = side("A");
+  const B = side("B");
   return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
 }
 

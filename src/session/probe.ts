@@ -186,14 +186,17 @@ function termOf(
   };
   let term = new Float64Array(rows * out);
   if (factors) {
-    const [A, B] = [value("A"), value("B")];
-    const [KA, KB] = [over.A?.rows ?? width, over.B?.rows ?? out];
+    const A = value("A");
+    const B = value("B");
+    const KA = over.A?.rows ?? width;
+    const KB = over.B?.rows ?? out;
     const read = over.A ? multiply(x, transpose(over.A.floats(), KA, width), rows, width, KA) : x;
     const product = multiply(multiply(read, A.data, rows, KA, A.columns), B.data, rows, A.columns, KB);
     term = over.B ? multiply(product, over.B.floats(), rows, KB, out) : product;
   }
   if (!components) return term;
-  const [KA, KB] = [components.A.rows, components.B.rows];
+  const KA = components.A.rows;
+  const KB = components.B.rows;
   const projected = multiply(x, transpose(components.A.floats(), KA, width), rows, width, KA);
   const mixed = multiply(projected, waves(KA * KB), rows, KA, KB);
   multiply(mixed, components.B.floats(), rows, KB, out).forEach((v, i) => (term[i]! += v));

@@ -188,7 +188,8 @@ export function compareRows(
   last: number | undefined,
 ): Seen {
   const width = found.length / rows;
-  let [effect, off] = [0, 0];
+  let effect = 0;
+  let off = 0;
   for (let i = 0; i < found.length; i++) {
     effect = Math.max(effect, apart(alone[i]!, without[i]!));
     off = Math.max(off, apart(found[i]!, (Math.floor(i / width) % 2 === 0 ? alone : without)[i]!));
@@ -198,7 +199,8 @@ export function compareRows(
   if (last === undefined || size < MANY) return { effect, apart: false };
   const shares: [share: number, length: number, expected: number][] = [];
   for (let start = 0; start < found.length; start += size) {
-    let [product, length] = [0, 0];
+    let product = 0;
+    let length = 0;
     for (let i = start; i < start + size; i++) {
       const change = alone[i]! - without[i]!;
       if (!Number.isFinite(change) || !Number.isFinite(found[i]!)) continue;

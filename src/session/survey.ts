@@ -108,13 +108,15 @@ export async function surveyModel(
     throw error;
   });
   try {
-    const [{ bytes: bases }, { modules }, { model }] = [section, options, file];
+    const { bytes: bases } = section;
+    const { modules } = options;
+    const { model } = file;
     const view = modules === undefined ? pack : partOf(pack, modules);
     // A plan changes nothing.
     const planned = await attempt(() => planSession(file, view, bases, options));
     const plan = planned.made;
     const task = [...pack.tasks.values()].reduce<TaskInfo | undefined>(
-      (most, one) => (one.bytes > (most?.bytes ?? 0) ? one : most),
+      (most, task) => (task.bytes > (most?.bytes ?? 0) ? task : most),
       undefined,
     );
     const mode = (one: Mode) => surveyMode(open, pack, bases, { ...options, mode: one }, task?.id ?? null);
@@ -290,5 +292,5 @@ async function fedBytes(prepared: PreparedModel, bases: Uint8Array, task: string
 
 /** Those of nested graphs too. */
 function nodesOf(graph: GraphProto): number {
-  return graph.node.reduce((sum, node) => sum + nestedGraphs(node).reduce((a, one) => a + nodesOf(one), 1), 0);
+  return graph.node.reduce((sum, node) => sum + nestedGraphs(node).reduce((a, nested) => a + nodesOf(nested), 1), 0);
 }

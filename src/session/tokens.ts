@@ -75,7 +75,7 @@ export function endOf(tokenizer: Tokenizer | undefined): string | undefined {
 /** @throws TypeError when an `encode` of a user's own gives something else than tensors */
 function checkFeeds(feeds: BatchFeeds): BatchFeeds {
   const all = typeof feeds === "object" && feeds ? Object.entries(feeds) : [];
-  const bad = all.find(([, one]) => !(Array.isArray(one?.dims) && ArrayBuffer.isView(one.data)));
+  const bad = all.find(([, input]) => !(Array.isArray(input?.dims) && ArrayBuffer.isView(input.data)));
   if (all.length > 0 && !bad) return feeds;
   const found = bad ? `"${bad[0]}": ${described(bad[1])}` : described(feeds);
   throw new TypeError(

@@ -292,7 +292,7 @@ function broughtRows(name: string, { strength, blob }: LoadedTasks["tasks"][numb
 
 /** Indices of all rows; where there is no row, an index that embeddings never see. */
 function indicesOf(brought: readonly BroughtRows[]): InputValue {
-  const indices = brought.flatMap((one) => one.indices.map(BigInt));
+  const indices = brought.flatMap((rows) => rows.indices.map(BigInt));
   const data = BigInt64Array.from(indices.length > 0 ? indices : [-1n]);
   return { dims: [1, data.length], data };
 }
