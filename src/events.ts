@@ -35,13 +35,13 @@ export interface Observable<Events extends object> {
     listener: Listener<Events[Type]> | null,
     options?: boolean | ListenOptions,
   ): void;
-  /** @internal Called when somebody begins to listen. */
+  /** @internal Called when the first listener is added. */
   heard(type: string): void;
   /** @internal */
   tell<Type extends keyof Events & string>(type: Type, detail: Events[Type]): void;
 }
 
-// Bare engines have no events; nobody can listen there.
+// Bare engines have no EventTarget, so no listener can be added.
 class Platform extends (globalThis.EventTarget ?? (Object as never)) {
   #heard = false;
 

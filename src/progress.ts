@@ -35,12 +35,12 @@ export interface ReadyProgress extends Omit<FileProgress, "status" | "stage"> {
 /** Argument of `onProgress`. A function for `progress_callback` of transformers.js takes it as well. */
 export type Progress = FileProgress | ReadyProgress;
 
-/** Is told how loading goes. */
+/** Receives the progress of loading. */
 export type OnProgress = (progress: Progress) => void;
 
-/** A source whose reads are told. */
+/** A source that reports its reads. */
 export interface WatchedSource extends ByteSource {
-  /** Tells that no more is read. */
+  /** Reports the end of reading. */
   done(): void;
 }
 

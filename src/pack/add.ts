@@ -46,7 +46,7 @@ import { storedTask } from "./write.ts";
 /** A task made for an existing basis, and what it lost. */
 export interface ProjectedAdapter extends TaskToWrite {
   readonly residual: TaskLoss;
-  /** Warnings for whoever judges the result. */
+  /** Warnings about the result. */
   readonly warnings: readonly string[];
 }
 
