@@ -252,7 +252,7 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   await t.rejects(fit(known, { temperature: 0 }), { name: "RangeError", message: /temperature/ });
   await t.rejects(fit(known, { decay: "constant" }), {
     name: "RangeError",
-    message: /decay: expected "none", "linear"/,
+    message: /decay: expected "none" or "linear"/,
   });
   const bare = await createTrainer(session, { labels: LABELS, head: false });
   await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), {

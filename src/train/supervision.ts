@@ -164,6 +164,7 @@ export function createBatcher(
     encodes: encodeTexts !== undefined,
 
     async lengths(rows) {
+      checkShapes(rows.flatMap(({ feeds }) => (feeds ? [feeds] : [])));
       for (const { text } of rows)
         if (text !== undefined && !known.has(text)) known.set(text, sizeOf(await encode([text])));
       return new Map(rows.map((row) => [row, row.feeds ? sizeOf(row.feeds) : known.get(row.text!)!]));
@@ -382,6 +383,26 @@ export function batchTensors(engine: Engine, batch: BatchFeeds): Record<string, 
 /** Dimensions of each input behind the first, as a string: feeds of one batch must agree in them. */
 export function shapesOf(feeds: BatchFeeds): string {
   return JSON.stringify(Object.entries(feeds).map(([name, { dims }]) => [name, ...dims.slice(1)]));
+}
+
+/**
+ * Checks that inputs of one shape within an example are of one shape in all. Lengths may differ between examples.
+ * @throws TypeError naming the input that differs
+ */
+export function checkShapes(all: readonly BatchFeeds[]): void {
+  const shape = (feeds: BatchFeeds, name: string): string | undefined => feeds[name]?.dims.slice(1).join(", ");
+  const [first] = all;
+  const names = Object.keys(first ?? {});
+  for (const [i, feeds] of all.entries()) {
+    for (const name of names) {
+      const other = names.find((one) => shape(first!, one) === shape(first!, name))!;
+      if (shape(feeds, name) === shape(feeds, other) && feeds[name]) continue;
+      const changed = shape(feeds, other) === shape(first!, other) ? name : other;
+      throw new TypeError(
+        `the input "${changed}" of example ${i} is [${feeds[changed]?.dims.join(", ") ?? "missing"}], another one's [${first![changed]!.dims.join(", ")}], but not all of its inputs differ: give each example inputs that belong together`,
+      );
+    }
+  }
 }
 
 /**
