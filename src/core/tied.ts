@@ -67,8 +67,8 @@ export interface TiedBase {
   read(name: string): Promise<CpuView>;
 }
 
+/**
  * Copies rows of an embedding to the parameters tied to it, in `changes`, for tasks that bring none for them.
- * Adds to `changes` the same rows of parameters tied to an embedding, for tasks that bring none for them.
  * @returns names of embeddings of which nothing but rows changes: parameters in the same memory change as well
  * @throws BaseMismatchError for rows of a layer with a bias
  */
