@@ -68,8 +68,8 @@ export interface TiedBase {
 }
 
 /**
- * Gives parameters tied to an embedding the same changed rows, for tasks that override none of them.
- * @returns names of embeddings whose rows alone change: parameters in the same memory change as well
+ * Copies rows of an embedding to the parameters tied to it, in `changes`, for tasks that bring none for them.
+ * @returns names of embeddings of which nothing but rows changes: parameters in the same memory change as well
  * @throws BaseMismatchError for rows of a layer with a bias
  */
 export async function tieRows(changes: Map<string, ParameterChange[]>, base: TiedBase): Promise<Set<string>> {

@@ -419,7 +419,7 @@ export interface TaskPlace {
 /** Vouches for a hash: the root of a pack, or that of a task file (SPEC.md, section 8). */
 export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<Signature>;
 
-/** Streams a new pack as consecutive chunks: window, directory, bases, blobs. One blob is in memory at a time. `bytes` is the size of the whole. */
+/** Writes a fresh pack as consecutive chunks: window, directory, bases, blobs, one blob in memory at a time. `bytes` is the total size. */
 export async function streamFresh(
   basis: FreshBasis,
   tasks: readonly TaskPlace[],
