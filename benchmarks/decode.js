@@ -1,5 +1,5 @@
 /**
- * What does a token cost with a task, beside the plain model? One decoding step of a language model (batch 1, keys and values of 256
+ * Measures a token with a task, compared with the plain model. One decoding step of a language model (batch 1, keys and values of 256
  * tokens), one thread, in turns; the time to create a session, and the memory of a process that does.
  *
  * Neither model nor adapters are in this repository: any ONNX export with a cache and PEFT adapters of its base will do.

@@ -1,5 +1,5 @@
 /**
- * What do memory and a switch cost in Hermes and workerd, beside Node? The same script in each: a pack of real adapters, opened from
+ * Measures memory and a switch in Hermes and workerd, compared with Node. The same script in each: a pack of real adapters, opened from
  * bytes; weights in the engine's memory, or the factors of the active task handed out.
  *
  * EIGENLORA_RUNTIMES names the folder with hermes-engine-cli, Metro and workerd. Time is taken outside, since a Worker's clock stands
@@ -12,7 +12,7 @@ import { can, ENGINES, measure, prepare } from "./lib/engines.js";
 import { inScratch } from "./lib/process.js";
 import { print } from "./lib/report.js";
 
-const { json, runs } = readArguments("Memory and switches in Hermes and workerd, beside Node", {
+const { json, runs } = readArguments("Memory and switches in Hermes and workerd, compared with Node", {
   runs: number("processes of each kind; the least counts", 3, 1),
 });
 const packed = await withAdapters([folderOf("own-seed")], (adapters) => packOfK(adapters, 32));
@@ -59,7 +59,7 @@ print(json, [
     question: "What do memory and a switch cost (20 adapters, 12 modules of 384×384, r 8, K 32)?",
     rows,
     notes: [
-      `The pack has ${packed.length} bytes. "MB more": beside a process with the same bytes and weights that opens nothing.`,
+      `The pack has ${packed.length} bytes. "MB more": than a process with the same bytes and weights that opens nothing.`,
     ],
   },
 ]);

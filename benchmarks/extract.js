@@ -1,5 +1,5 @@
 /**
- * How fast is extraction beside numpy's full SVD of the same stacks, in the same run? Ours is timed twice: the components alone
+ * Times extraction, compared with numpy's full SVD of the same stacks in the same run. Ours is timed twice: the components alone
  * (means, centring, top K), and all of `extractModule`: both sides' components, stored as f16, every task's coefficients and ΔW
  * errors. Against both stands numpy's SVD alone, in f64 and in f32, with one thread, as ours, and with `--own-threads` also with as
  * many as it takes by itself. Ours and numpy's take turns; of each module the best round counts.
@@ -14,7 +14,7 @@ import { print } from "./lib/report.js";
 /** @typedef {import("./lib/extraction.js").StacksName} StacksName */
 
 const names = /** @type {StacksName[]} */ (Object.keys(STACKS));
-const { json, suite, rounds, ...rest } = readArguments("How fast is extraction beside numpy's full SVD?", {
+const { json, suite, rounds, ...rest } = readArguments("How fast is extraction, compared with numpy's full SVD?", {
   suite: choice(names, "this one alone"),
   rounds: number("rounds of each module", 3, 1),
   "own-threads": flag("numpy also with as many threads as it takes by itself"),
@@ -29,7 +29,7 @@ try {
     for (const name of names) if (!suite || name === suite) rows.push(await compare(name, scratch));
     return rows;
   });
-  const question = "How long does extraction take, per module, beside numpy's full SVD of the same stacks?";
+  const question = "How long does extraction take, per module, compared with numpy's full SVD of the same stacks?";
   const notes = [
     "extraction: components of both sides, coefficients, ΔW errors, all stored as f16. components: means, centring and top K alone.",
     "numpy: mean, centring and svd(full_matrices=False) of both sides, one thread; ratios to the faster of f64 and f32. Times of one",

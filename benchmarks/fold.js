@@ -1,11 +1,10 @@
 /**
- * How fast is fold, W = W0 + B·A, on each CPU backend? Compared with memory.copy of the same bytes, with the least time the machine could
+ * Times fold, W = W0 + B·A, on each CPU backend, compared with memory.copy of the same bytes, with the least time the machine could
  * take (the larger of that copy and the multiply-adds at the peak of a loop on registers), and with torch.addmm. One thread; 24 matrices
  * of 768×768, the attention and MLP weights of a small encoder. `--backend webgpu` measures a GPU instead.
  */
 import { createJsBackend } from "../dist/src/backends/js.js";
-import { createWasmBackend } from "../dist/src/backends/wasm.js";
-import { WASM_VARIANTS } from "../dist/src/backends/wasm-instance.js";
+import { createWasmBackend, WASM_VARIANTS } from "../dist/src/backends/wasm.js";
 import { choice, number, readArguments } from "./lib/arguments.js";
 import { MATRICES, measureFold, measureMachine, RANKS, SIZE } from "./lib/fold.js";
 import { python } from "./lib/peers.js";

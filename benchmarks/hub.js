@@ -1,7 +1,7 @@
 /**
- * What does it cost to pack 10 000 adapters of rank 32 of a model of 7 billion parameters? Each command of docs/hub.md is run on
+ * Measures the cost of packing 10 000 adapters of rank 32 of a model of 7 billion parameters. Each command of docs/hub.md is run on
  * synthetic adapters of one square module, at three widths and two numbers of adapters; the difference of the two is what one
- * more adapter costs, in seconds of a core, so that a busy machine makes no difference. Beside it numpy does the same sums on the
+ * more adapter costs, in seconds of a core, so that a busy machine makes no difference. In the same run numpy does the same sums on the
  * same files, one thread as we do: Gram matrices in f64, LAPACK's eigh, products with the components.
  *
  * Arithmetic says how the cost grows: a summary takes r·w²/2 multiplications per side of width w, projecting r·K·w. The

@@ -1,5 +1,5 @@
 /**
- * How much memory do N adapters take in each way of holding them? Each figure is measured in a fresh process: resident set after garbage
+ * Measures the memory of N adapters in each way of holding them. Each figure is measured in a fresh process: resident set after garbage
  * collection minus before, with the base model's weights in none of them.
  *
  * The 20 real adapters of own-seed are repeated to reach N; only the count is real beyond 20.
@@ -8,7 +8,7 @@ import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { findAdapters } from "eigenlora/node";
-import { placeOf } from "../dist/src/format/layout.js";
+import { placeOf } from "../dist/src/format/encode.js";
 import { freshPack } from "../dist/src/pack/write.js";
 import { data } from "../examples/minilm.js";
 import { folderOf, packOfK, withAdapters } from "./lib/adapters.js";

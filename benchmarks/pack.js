@@ -1,5 +1,5 @@
 /**
- * How long does packing take, from adapter files to one file, beside PyPI's lorashare on the same adapters in the same run?
+ * Times packing, from adapter files to one file, compared with PyPI's lorashare on the same adapters in the same run.
  * Both run in a process of their own, one thread, and are timed from the first file read to the last file written; the
  * first pass of a process and the median of six are given, since a command line only ever sees the first.
  */

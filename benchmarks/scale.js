@@ -1,7 +1,7 @@
 /**
- * What do tasks cost on a model of the size that people ship? Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16
- * on all linear layers, one thread, onnxruntime-node. By `--part`: packing, creation, memory, switches and tokens beside the plain model;
- * a step of learning beside PEFT's; memory of very many skills; a tab of Chromium (EIGENLORA_CHROMIUM, or /usr/bin/chromium).
+ * Measures the cost of tasks on a model of the size that people ship. Qwen2.5's shapes in 4 bits with seeded random weights, 20 LoRAs of rank 16
+ * on all linear layers, one thread, onnxruntime-node. By `--part`: packing, creation, memory, switches and tokens, compared with the plain model;
+ * a step of learning, compared with PEFT's; memory of very many skills; a tab of Chromium (EIGENLORA_CHROMIUM, or /usr/bin/chromium).
  *
  * Needs a Python that makes the files (lib/scale-files.js), and for llama.cpp a folder with llama/node_modules/node-llama-cpp
  * (EIGENLORA_RUNTIMES).
@@ -70,7 +70,7 @@ async function costs() {
         rows: times,
         notes: [
           "CPU time. first: to a skill whose bytes are in memory, but were never used. again: to one that was used before; all are in memory.",
-          "Peers are beside their own plain models, 20 adapters in memory. PEFT: f32, set_adapter, plain tokens first. llama.cpp: Q4_0, adapters",
+          "Peers are compared with their own plain models, 20 adapters in memory. PEFT: f32, set_adapter, plain tokens first. llama.cpp: Q4_0, adapters",
           "in f32, twice their files; a switch hands over a pointer by a method that node-llama-cpp keeps to itself, and the next run builds its",
           "graph anew.",
         ],
@@ -120,7 +120,7 @@ async function besideLlama(memory, times) {
   }
 }
 
-/** Coefficients of a pack whose factors are both shared, beside PEFT's LoRA in f32. @returns {Promise<Result>} */
+/** Coefficients of a pack whose factors are both shared, compared with PEFT's LoRA in f32. @returns {Promise<Result>} */
 async function learn() {
   const [pack] = packs;
   if (!pack) throw new Error("no pack");

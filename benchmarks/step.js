@@ -1,5 +1,5 @@
 /**
- * How long does a step of learning on the device take, compared with PyTorch? The same coefficients (K 16, r 8) of the same model begin
+ * Times a step of learning on the device, compared with PyTorch. The same coefficients (K 16, r 8) of the same model begin
  * with the same task and see the same batches: through onnxruntime-node, in torch, and as PEFT's LoRA (r 8), all with one thread, in
  * turns. Also a run of the serving session on a batch, and the memory of processes that serve and that train.
  */
@@ -16,8 +16,8 @@ import { HELD_RUNS, measureCreation, WAYS } from "./lib/step-sessions.js";
 import { CASES, RATE, STEPS_OF_A_ROUND, takeTurns } from "./lib/step-turns.js";
 import { baseEntries, taskEntries } from "./lib/torch.js";
 
-const { json, rounds } = readArguments("What does a step of learning on the device take, beside PyTorch?", {
-  rounds: number(`rounds of ${STEPS_OF_A_ROUND} steps, beside the first`, 7, 1),
+const { json, rounds } = readArguments("What does a step of learning on the device take, compared with PyTorch?", {
+  rounds: number(`rounds of ${STEPS_OF_A_ROUND} steps, after the first`, 7, 1),
 });
 
 await inScratch(async (folder) => {

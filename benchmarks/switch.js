@@ -1,5 +1,5 @@
 /**
- * How long does a switch of task take, beside PEFT on the same adapters and the same model shapes, one thread each?
+ * Times a switch of task, compared with PEFT on the same adapters and the same model shapes, one thread each.
  *
  * Real adapters (own-seed, those with 8 labels, since a PEFT model has one size of head), f32 weights of MiniLM.
  * Resident tasks only: nothing is read while the clock runs. `--live`: in a model that runs. `--backend webgpu`: on a GPU.
@@ -56,7 +56,7 @@ const [TURNS, WARM_UP] = [12, 4];
 
 const { json, live, backend, runs } = readArguments("How long does a switch of task take?", {
   live: flag("in a model that runs: switches, runs, creation and memory of sessions; some five minutes"),
-  backend: choice(["webgpu"], "on a GPU, beside the CPU"),
+  backend: choice(["webgpu"], "on a GPU, in addition to the CPU"),
   runs: number("with --live, runs of a kind", 11, 1),
 });
 if (live) print(json, ...(await (await import("./lib/live.js")).measureLive(runs)));
@@ -70,7 +70,7 @@ async function compare() {
   });
   const peer = python("switch.py", [data("minilm"), ...ids.map((id) => folderOf("own-seed", id))]);
   const onnx = await openOnnxHost(model);
-  /** What each does to a model's weights: PEFT's counterpart is what does the same. */
+  /** Effect of each on a model's weights; PEFT's counterpart does the same. */
   /** @type {[string, "folded" | "beside", () => Promise<RuntimeOptions>][]} */
   const ways = [
     ["folded, runtime's memory", "folded", async () => ({ base: readOnly(weightsOf(onnx)) })],

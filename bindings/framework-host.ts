@@ -24,7 +24,7 @@ export interface Weight<Value> extends Pick<Parameter, "dtype" | "shape"> {
 export interface WeightPlace {
   buffer(): DeviceBuffer;
   /** Moves the weight to its own buffer if tensors or pending work share it; `buffer()` may change. */
-  settle(): void | Promise<void>;
+  flush(): void | Promise<void>;
 }
 
 export interface Framework<Value> {
@@ -52,8 +52,8 @@ export function frameworkHost<Value>(weights: Map<string, Weight<Value>>, framew
       const { dtype, shape, place } = find(name);
       return place && { dtype, shape, data: place.buffer(), byteOffset: 0 };
     },
-    async settle(names) {
-      for (const name of names) await find(name).place!.settle();
+    async flush(names) {
+      for (const name of names) await find(name).place!.flush();
     },
     begin(names = []) {
       for (const name of names) if (!weights.has(name) && !framework.more) refuseMore(name);
@@ -100,7 +100,7 @@ function refuseMore(name: string): never {
 /** A weight as adapters know it. */
 export interface Called {
   readonly name: string;
-  /** How it is stored, where its name tells; else as in the checkpoint. */
+  /** Its orientation, where the name tells; else as in the checkpoint. */
   readonly layout: Layout | undefined;
 }
 

@@ -99,7 +99,7 @@ function weightOf({ numpy }: Jax, { holder, key }: Leaf, like: JaxArray, layout?
   };
   const place: WeightPlace = {
     buffer: () => holder[key]!.ref.gpuBufferSync() as DeviceBuffer,
-    async settle() {
+    async flush() {
       const next = numpy.zeros(shape, { dtype, device } as never);
       await next.ref.gpuBuffer();
       put(next);

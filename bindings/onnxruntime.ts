@@ -3,13 +3,11 @@
  */
 import { checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
-import { createSession } from "../src/session/create-session.ts";
 import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
 import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
-import type { Session } from "../src/session/session.ts";
+import { createSession, type Session } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
-import type { Ort, SessionOptions } from "./ort.ts";
-import { createEngine } from "./ort-engine.ts";
+import { createEngine, type Ort, type SessionOptions } from "./ort-engine.ts";
 
 export type { ModuleFilter } from "../src/core/part.ts";
 export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
@@ -22,13 +20,12 @@ export type {
   SessionSwitchReport,
   ValidColumns,
 } from "../src/session/session.ts";
-export type { Ort, OrtSession, SessionOptions } from "./ort.ts";
-export { createEngine } from "./ort-engine.ts";
+export { createEngine, type Ort, type OrtSession, type SessionOptions } from "./ort-engine.ts";
 
 /** A session of this module. */
 export type NativeSession<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
 
-/** What this module's own sessions take and give. */
+/** Arguments and results of this module's own sessions. */
 export interface OrtTypes<O extends Ort> {
   readonly feeds: Parameters<NativeSession<O>["run"]>[0];
   readonly fetches: Parameters<NativeSession<O>["run"]>[1];
@@ -50,7 +47,7 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
  * stays the caller's, since other sessions may use it.
  *
  * @param ort the module that is to run the model
- * @param model bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
+ * @param model bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by `external`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11

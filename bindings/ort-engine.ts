@@ -13,7 +13,38 @@ import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../src/onn
 import type { DetachedModel } from "../src/onnx/write.ts";
 import { Queue } from "../src/queue.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
-import type { Ort, OrtSession, SessionOptions } from "./ort.ts";
+
+// The part of onnxruntime that is used. The module is the caller's own import; types are structural, so that neither onnxruntime-web nor
+// onnxruntime-node is needed to compile against this package.
+
+/** A session of onnxruntime, as far as it is needed here. */
+export interface OrtSession {
+  readonly inputNames: readonly string[];
+  readonly outputNames: readonly string[];
+  readonly inputMetadata?: readonly unknown[];
+  readonly outputMetadata?: readonly unknown[];
+  run(feeds: never, fetches: never, options?: never): Promise<unknown>;
+  release(): Promise<void>;
+}
+
+/** The module `onnxruntime-web`, `onnxruntime-web/webgpu`, `onnxruntime-node` or another with the same interface. */
+export interface Ort {
+  readonly InferenceSession: { create(model: Uint8Array, options?: never): Promise<OrtSession> };
+  readonly Tensor: abstract new (...args: never) => unknown;
+  readonly env: {
+    readonly versions?: { readonly web?: string | undefined; readonly node?: string | undefined };
+    readonly webgpu?: object;
+    readonly wasm?: { readonly proxy?: boolean | undefined };
+  };
+}
+
+/** The options of `InferenceSession.create` of this module. */
+export type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] extends (
+  model: Uint8Array,
+  options?: infer Options,
+) => unknown
+  ? Options
+  : never;
 
 /** The part of those options that is looked at here. */
 interface KnownOptions {
@@ -114,7 +145,7 @@ class OrtEngine implements Engine<OrtSession> {
   }
 
   /**
-   * Whether models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). What goes there is handed over: the array that holds it is
+   * True if models run in a worker of onnxruntime-web's own (`env.wasm.proxy`). Memory that goes there is handed over: the array that holds it is
    * empty from then on, with all else that lies in the same memory.
    */
   get #handsOver(): boolean {
@@ -168,7 +199,7 @@ function withFolder(options: { extra?: { session?: object } }, folder: string): 
   return { ...options, extra: { ...options.extra, session } };
 }
 
-/** Whether a session's options put the model on WebGPU. */
+/** True if a session's options put the model on WebGPU. */
 function onWebgpu(options: KnownOptions | undefined): boolean {
   const [first] = options?.executionProviders ?? [];
   return (typeof first === "string" ? first : first?.name) === "webgpu";
@@ -181,7 +212,7 @@ export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: Lo
     // An arena grows by doubling, and gives nothing back while anything of it is there.
     return unpacked({ ...rest, graphOptimizationLevel: "disabled", enableCpuMemArena: false });
   }
-  // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
+  // Patterns of memory are worth little to lengths that change, and each is memory of its own, on top of the rest.
   const options =
     purpose === "train" ? unpacked({ enableMemPattern: false, ...given } as Record<string, unknown>) : given;
   if (!onWebgpu(given) || exactNodes.length === 0) return options;
@@ -236,7 +267,7 @@ async function findDevice(
   });
 }
 
-/** Whether what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
+/** True if what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
 async function computesOn(
   engineOf: (options: object) => Engine<OrtSession>,
   device: GPUDevice,

@@ -12,9 +12,9 @@ import { Queue } from "../src/queue.ts";
 import type { EngineTensor } from "../src/session/engine.ts";
 import { type GroupFile, groupOf } from "../src/session/group.ts";
 import { isIgnored } from "../src/session/match.ts";
+import { createSession } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
 import {
-  createEigenSession,
   createEngine,
   type EigenSession,
   type EigenSessionOptions,
@@ -33,7 +33,7 @@ export interface PipelineModel {
 
 /** A session in a pipeline. */
 export interface PipelineSession extends OrtSession {
-  /** What transformers.js adds. */
+  /** Added by transformers.js. */
   config?: { device?: string; dtype?: string } | undefined;
   run(
     feeds: Readonly<Record<string, EngineTensor>>,
@@ -47,7 +47,7 @@ export interface PipelineOrt extends Ort {
   readonly InferenceSession: { create(model: Uint8Array, options?: object): Promise<PipelineSession> };
 }
 
-/** How to make a session of the pipeline's model. */
+/** A model and options that make a session of the pipeline's. */
 export interface Found {
   readonly model: SourceInput;
   readonly session: Readonly<Record<string, unknown>>;
@@ -63,25 +63,30 @@ interface ModelClass {
   from_pretrained(id: string, options: object): Promise<PipelineModel>;
 }
 
-/** Whether a model is given by its id at a hub or in a folder of models, instead of as a file. */
+/** True if a model is given by its id at a hub or in a folder of models, instead of as a file. */
 export function isId(model: SourceInput): model is string {
   return typeof model === "string" && !/^[a-z]{2,}:/i.test(model) && !/\.onnx([?#].*)?$/i.test(model);
 }
 
-/** A model that was handed over, with the options that transformers.js has for a device. */
-export function handedOver(model: SourceInput, device: string | undefined): Found {
-  const session = { logSeverityLevel: 3 };
-  // "auto" and "gpu" are onnxruntime's choice.
-  if (device === undefined || device === "auto" || device === "gpu") return { model, session };
-  const [name, deviceType = "cpu"] = device.split("-");
-  return { model, session: { ...session, executionProviders: [name === "webnn" ? { name, deviceType } : device] } };
+/** The one model that was handed over, with the options that transformers.js has for a device. */
+export function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Found> {
+  return new Map(
+    [...own].map(([name, { config: { device } = {} }]) => {
+      const session = { logSeverityLevel: 3 };
+      // "auto" and "gpu" are onnxruntime's choice.
+      if (device === undefined || device === "auto" || device === "gpu") return [name, { model, session }];
+      const [provider, deviceType = "cpu"] = device.split("-");
+      const executionProviders = [provider === "webnn" ? { name: provider, deviceType } : device];
+      return [name, { model, session: { ...session, executionProviders } }];
+    }),
+  );
 }
 
 /**
- * Files beside the model by what the model calls them.
+ * Files that belong to the model, by its names for them.
  * @throws SourceError, when called, for a file that transformers.js did not load
  */
-export function externalFiles(files: NonNullable<Found["externalData"]>): (location: string) => Uint8Array {
+function externalFiles(files: NonNullable<Found["externalData"]>): (location: string) => Uint8Array {
   return (location) => {
     const file = files.find(({ path }) => path === location);
     if (file) return file.data;
@@ -104,40 +109,35 @@ export function staged(onProgress: OnProgress): (info: Partial<Progress>) => voi
   return (info) => onProgress({ stage: "model", loaded: 0, total: 0, progress: 0, ...info } as Progress);
 }
 
-/** `takeModels` for later. */
-export function finder(...what: Parameters<typeof takeModels>): Find {
-  return () => takeModels(...what);
-}
-
 /**
  * Has transformers.js find the model's files again, by its own rules for folders, caches and hosts, and takes them
  * where it would make sessions.
  * @param own the sessions whose files are wanted
  * @param pretrained options of `from_pretrained`
- * @throws SourceError that says what to pass, when the files are not found
+ * @returns finds them; throws SourceError that says what to pass, when the files are not found
  */
-function takeModels(
+export function finder(
   model: PipelineModel,
   own: OwnSessions,
   id: string,
   pretrained: Readonly<Record<string, unknown>>,
-): Promise<Map<string, Found>> {
+): Find {
   const take = async (): Promise<Map<string, Found>> => {
     const found = new Map<string, Found>();
     for (const [name, { constructor, config: { device, dtype } = {} }] of own) {
       if (found.has(name)) continue;
       const parts = await takeParts(constructor as never, model, id, { device, dtype, ...pretrained });
-      // What runs elsewhere or in another type was found for this one's, and is of no use.
+      // Files for another device or another type are of no use.
       for (const [other, { config }] of own)
         if (other === name || (config?.device === device && config?.dtype === dtype)) found.set(other, parts(other));
     }
     // Same order as the sessions, whichever were found together.
     return new Map([...own.keys()].map((name) => [name, found.get(name)!]));
   };
-  return taking.change(take);
+  return () => taking.change(take);
 }
 
-/** @returns what the session of a name would be made of */
+/** @returns gives the model and options of the session of a name */
 async function takeParts(
   Session: SessionClass,
   model: PipelineModel,
@@ -232,11 +232,12 @@ export async function makeOurs(
   options: Rest,
   each: Each,
 ): Promise<Whole> {
-  const files = optionsOf(found, options, each);
-  if (found.size > 1) return groupOf<OrtTypes<PipelineOrt>, string>(engines(files, ort), pack, "skip");
-  const [{ name, model, given }] = files as Iterable<Given> as [Given];
+  const isOne = found.size === 1;
+  const files = filesOf(ort, found, options, each);
+  if (!isOne) return groupOf<OrtTypes<PipelineOrt>, string>(files, pack, "skip");
+  const [{ name, engine, model, options: own }] = files as Iterable<GroupFile<string>> as [GroupFile<string>];
   try {
-    return await createEigenSession(ort, model, pack, given);
+    return await createSession<OrtTypes<PipelineOrt>>(engine, model, pack, own);
   } catch (error) {
     if (!(error instanceof BaseMismatchError)) throw error;
     // The message names the session as transformers.js does.
@@ -245,32 +246,19 @@ export async function makeOurs(
   }
 }
 
-interface Given {
-  readonly name: string;
-  readonly model: SourceInput;
-  readonly given: Rest;
-}
-
-function* optionsOf(found: Map<string, Found>, options: Rest, each: Each): Generator<Given> {
+function* filesOf(
+  ort: PipelineOrt,
+  found: Map<string, Found>,
+  options: Rest,
+  each: Each,
+): Generator<GroupFile<string>> {
   for (const [name, { model, session, externalData }] of found) {
     found.delete(name);
     const external = externalData && { external: externalFiles(externalData) };
-    const own = each[name];
-    const sessions = { ...session, ...options.session, ...own?.session };
-    yield { name, model, given: { ...external, ...options, ...own, session: sessions } };
+    const { session: given, ...own } = { ...external, ...options, ...each[name] };
+    const engine = createEngine(ort, { ...session, ...options.session, ...given });
+    yield { name, engine, model, options: own as GroupFile<string>["options"] };
   }
-}
-
-function* engines(files: Iterable<Given>, ort: PipelineOrt): Generator<GroupFile<string>> {
-  for (const { name, model, given } of files) {
-    const { session, ...options } = given;
-    yield { name, engine: createEngine(ort, session), model, options: options as GroupFile<string>["options"] };
-  }
-}
-
-/** The one model that was handed over. */
-export function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Found> {
-  return new Map([...own].map(([name, { config }]) => [name, handedOver(model, config?.device)]));
 }
 
 /** Sessions by the pipeline's names; a single one has the first name. */
@@ -278,38 +266,16 @@ export function byName(names: readonly string[], whole: Whole): Readonly<Record<
   return "sessions" in whole ? whole.sessions : { [names[0]!]: whole };
 }
 
-/** What transformers.js reads of a session, beside runs. The metadata name the free dimensions of its first cache. */
+/** Stands in for one of the pipeline's own sessions. @param release called when the pipeline is disposed of */
+export function standIn(own: Shown, session: EigenSession<PipelineOrt>, release: () => Promise<void>): object {
+  return { ...own, run: (feeds: Readonly<Record<string, never>>) => session.run(feeds), release };
+}
+
+/** Members that transformers.js reads of a session. The metadata name the free dimensions of its first cache. */
 type Shown = Signature & Record<"inputMetadata" | "outputMetadata" | "config", unknown>;
 
-export function shownOf(own: OwnSessions): Map<string, Shown> {
-  const shown = ({ inputNames, outputNames, inputMetadata, outputMetadata, config }: PipelineSession): Shown => ({
-    inputNames,
-    outputNames,
-    inputMetadata,
-    outputMetadata,
-    config,
-  });
-  return new Map([...own].map(([name, session]) => [name, shown(session)]));
-}
-
-/** Ours that the pipeline has released. */
-const disposed = new WeakSet<Whole>();
-
-/** Whether the pipeline was disposed of, and our sessions with it. */
-export function isDisposed(whole: Whole): boolean {
-  return disposed.has(whole);
-}
-
-/** What the pipeline has in place of one of its own sessions. */
-export function standIn(shown: Shown, session: EigenSession<PipelineOrt>, whole: Whole): object {
-  return {
-    ...shown,
-    run: (feeds: Readonly<Record<string, never>>) => session.run(feeds),
-    async release() {
-      disposed.add(whole);
-      await whole.close();
-    },
-  };
+export function shownOf({ inputNames, outputNames, inputMetadata, outputMetadata, config }: PipelineSession): Shown {
+  return { inputNames, outputNames, inputMetadata, outputMetadata, config };
 }
 
 /** Releases the pipeline's own sessions; when one refuses, those before it are made anew. */
@@ -339,7 +305,7 @@ export function refuseOther(session: Signature, own: Signature): void {
 
 // Calls and labels.
 
-/** What `pipeline()` of transformers.js gives, as far as it is needed here. */
+/** A pipeline of transformers.js, as far as it is needed here. */
 export interface TransformersPipeline {
   readonly model: PipelineModel;
   readonly tokenizer?: unknown;
@@ -403,7 +369,7 @@ type Members = Record<PropertyKey, unknown>;
  * @param methods names; unknown ones are passed over. A function that is called itself goes through its method `_call`, as callable
  *   objects of transformers.js do
  * @param enter calls what it is given, now or later
- * @param others what `inside` has in place of some of the object's other properties
+ * @param others properties that `inside` has in place of some of the object's other properties
  */
 export function hold<Target extends object>(
   target: Target,

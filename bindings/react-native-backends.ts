@@ -13,6 +13,8 @@ const none = (backend: string) => async (): Promise<Backend> => {
 /** @throws BackendError always */
 export const createWasmBackend: () => Promise<Backend> = none("wasm");
 /** @throws BackendError always */
+export const instantiate: () => Promise<Backend> = none("wasm");
+/** @throws BackendError always */
 export const createWebgpuBackend: () => Promise<Backend> = none("webgpu");
 /** Nothing: sections are decoded in JavaScript, and so are the numbers of tensors. */
 export const wasmWork = async (): Promise<undefined> => undefined;

@@ -1,19 +1,18 @@
 /**
  * `eigenlora/react-native/onnxruntime`: sessions on onnxruntime-react-native, whose native half differs from the other builds. A model given
  * as bytes is taken as the whole ArrayBuffer, without the options; so the model is written to a file and its path given. A tensor
- * and a file beside a model are taken from the beginning of their buffers, wherever their arrays begin; so they get buffers of their own.
+ * and a file next to a model are taken from the beginning of their buffers, wherever their arrays begin; so they get buffers of their own.
  */
 import { checkOptions, checkPack, described } from "../src/arguments.ts";
 import type { Pack } from "../src/core/pack.ts";
 import { BackendError } from "../src/errors.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
-import { createSession } from "../src/session/create-session.ts";
 import type { Engine, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "../src/session/options.ts";
+import { createSession } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
 import type { EigenSession, EigenSessionOptions } from "./onnxruntime.ts";
-import type { Ort, OrtSession } from "./ort.ts";
-import { createEngine, optionsFor } from "./ort-engine.ts";
+import { createEngine, type Ort, type OrtSession, optionsFor } from "./ort-engine.ts";
 
 /** A folder of the app's, through the app's library for files. */
 export interface ModelFiles {
@@ -62,7 +61,7 @@ class NativeEngine implements Engine<OrtSession> {
   readonly #ort: Ort;
   readonly #files: ModelFiles;
   readonly #options: object;
-  /** What runs, releases and makes tensors. */
+  /** Runs, releases and makes tensors. */
   readonly #engine: Engine<OrtSession>;
   readonly #paths = new WeakMap<OrtSession, string>();
   readonly #loading = new Set<object>();

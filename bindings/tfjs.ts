@@ -84,7 +84,7 @@ function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): WeightPl
       return data.resource;
     },
     // What is recorded goes to the device when the buffer is asked for.
-    settle() {
+    flush() {
       // Clones and reshaped tensors have the same buffer: they keep it.
       if (gpu.refCount(tensor().dataId) === 1) return;
       const values = new Float32Array(shape.reduce((a, b) => a * b, 1));
@@ -93,7 +93,7 @@ function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): WeightPl
   };
 }
 
-/** What TF.js has recorded goes to the device, before anything that is submitted after it. */
+/** Sends work that TF.js has recorded to the device, before anything that is submitted after it. */
 function submit(gpu: Webgpu): void {
   if (!gpu.commandEncoder) return;
   gpu.endComputePassEncoder();
@@ -222,7 +222,7 @@ interface Node {
   readonly attrParams: { readonly transposeB?: { readonly value: unknown } };
 }
 
-/** What executes a GraphModel, with its tensors by the names of nodes. */
+/** The executor of a GraphModel, with its tensors by the names of nodes. */
 interface Executor<Tensor> {
   weightMap: Record<string, Tensor[]>;
   readonly graph: { readonly nodes: Readonly<Record<string, Node | undefined>> };

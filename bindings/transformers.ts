@@ -23,7 +23,6 @@ import {
   foundOnly,
   HeldPipeline,
   ignoredByAll,
-  isDisposed,
   isId,
   labelsOf,
   makeOurs,
@@ -121,7 +120,7 @@ export async function attachPack(
       const [{ constructor }] = own.values() as Iterable<PipelineSession> as [PipelineSession];
       const found = isId(model) ? await finder(pipe.model, own, model, loading)() : foundOnly(own, model);
       const find = isId(model) ? finder(pipe.model, own, model, pretrained) : undefined;
-      const shown = shownOf(own);
+      const shown = new Map([...own].map(([name, session]) => [name, shownOf(session)]));
       const whole = await makeOurs({ ...ort, InferenceSession: constructor as never }, found, pack, rest, each);
       const sessions = byName(names, whole);
       const replaced = new Map([...own].filter(([name]) => sessions[name]));
@@ -132,9 +131,12 @@ export async function attachPack(
         await whole.close();
         throw error;
       }
-      for (const name of replaced.keys()) pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, whole);
       const ignore = ignoredByAll([...replaced.keys()], rest.ignore, each);
-      return new AttachedPack({ pipe, whole, sessions, held, replaced, find, ignore });
+      const attached = new AttachedPack({ pipe, whole, sessions, held, replaced, find, ignore });
+      const release = (): Promise<void> => attached.release();
+      for (const name of replaced.keys())
+        pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, release);
+      return attached;
     });
   } catch (error) {
     held.free();
@@ -157,13 +159,15 @@ interface Parts {
 /** A pack on a pipeline. Made by `attachPack`. */
 export class AttachedPack extends Switching<SessionSwitchReport> {
   /**
-   * What the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are not here. For
+   * Sessions that the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are not here. For
    * reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to here instead of by
    * `switchTask` does not bring its labels, and does not wait for calls.
    */
   readonly sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
   readonly #parts: Parts;
   #closed = false;
+  /** True if the pipeline was disposed of, and our sessions with it. */
+  #disposed = false;
 
   /** @internal */
   constructor(parts: Parts) {
@@ -183,7 +187,7 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     throw new TypeError(`session: the pack is on several sessions, ${names}; take one of \`sessions\``);
   }
 
-  /** What calls of the pipeline now belong to. */
+  /** The selection that calls of the pipeline now belong to. */
   get task(): Selection {
     return this.#parts.whole.task;
   }
@@ -235,13 +239,19 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     return held.queue.alone(async () => {
       if (this.#closed) return;
       // A pipeline that was disposed of has no use for sessions.
-      const own = isDisposed(whole) ? new Map<string, PipelineSession>() : await remake(replaced, find);
+      const own = this.#disposed ? new Map<string, PipelineSession>() : await remake(replaced, find);
       for (const [name, session] of own) pipe.model.sessions[name] = session;
       this.#closed = true;
       held.labels.set("base");
       held.free();
       await whole.close();
     });
+  }
+
+  /** @internal The pipeline is disposed of. */
+  release(): Promise<void> {
+    this.#disposed = true;
+    return this.#parts.whole.close();
   }
 
   [Symbol.asyncDispose](): Promise<void> {

@@ -4,8 +4,7 @@
  */
 
 import { checkOptions, described } from "../src/arguments.ts";
-import { type OpenOptions, openPack } from "../src/core/open-pack.ts";
-import type { Pack } from "../src/core/pack.ts";
+import { type OpenOptions, openPack, type Pack } from "../src/core/pack.ts";
 import { SourceError } from "../src/errors.ts";
 import { throwIfAborted } from "../src/pace.ts";
 import { type ByteSource, checkRange, type ReadOptions } from "../src/source.ts";
@@ -92,7 +91,7 @@ export async function keptPack(
   checkOptions("keptPack", options, ["integrity"]);
   let packs = kept.get(bucket);
   if (!packs) kept.set(bucket, (packs = new Map()));
-  // What was asked of one caller's pack was not asked of another's.
+  // Checks that one caller asked for were not asked for by another.
   const name = JSON.stringify([key, options.integrity]);
   const there = packs.get(name);
   if (there) return there;

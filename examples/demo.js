@@ -78,7 +78,7 @@ if (!identical || lost > MAX_ACCURACY_LOST || same < MIN_SAME || learned < MIN_L
   process.exitCode = 1;
 }
 
-/** What `eigenlora pack` does with a model: the smallest pack whose tasks answer as their adapters do. */
+/** Packs with a model, as `eigenlora pack` does: the smallest pack whose tasks answer as their adapters. */
 async function packedAnew() {
   const onProgress = (/** @type {import("eigenlora/build").WorkProgress} */ { stage, detail, done, total }) =>
     console.error(`${stage} ${detail}, step ${done} of ${total}`);
@@ -86,7 +86,7 @@ async function packedAnew() {
   return /** @type {BlobPart[]} */ (chunks);
 }
 
-/** What the pack holds, beside the adapters and the pack that is made without a model. */
+/** Compares the pack with the adapters and with a pack that is made without a model. */
 async function showPack() {
   const { report } = await searchPack(adapters, {});
   const bytes = file.size;
@@ -178,7 +178,7 @@ async function showMemory() {
   const { total, ...owners } = session.memory();
   const count = adapters.length;
   print([
-    ["in memory beside one model", ""],
+    ["in memory, in addition to one model", ""],
     ...Object.entries(owners).map(([owner, bytes]) => [`  ${owner}`, kB(bytes)]),
     [`${pack.tasks.size} tasks, this session`, kB(total)],
     [`${count} separate adapters`, kB(adapterBytes)],

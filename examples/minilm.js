@@ -1,5 +1,5 @@
 /**
- * What the demo and the benchmarks share about the bundled model and its tasks (test/data/README.md): the tokenizer,
+ * Code that the demo and the benchmarks share about the bundled model and its tasks (test/data/README.md): the tokenizer,
  * test rows as inputs, labels from outputs, PEFT's answers, and a pack. It does not use this package: any session with `run` works.
  */
 import { readFile } from "node:fs/promises";
@@ -46,7 +46,7 @@ const readJson = async (path) => JSON.parse(await readFile(data(path), "utf8"));
 export const readTask = (id) => readJson(`tasks/${id}.json`);
 
 /**
- * What PEFT answers with each adapter of a suite, by task, in f32.
+ * Reads PEFT's answers with each adapter of a suite, by task, in f32.
  * @param {"own-seed" | "shared-seed" | "hub"} suite
  * @returns {Promise<Map<string, Reference>>}
  */
@@ -55,7 +55,7 @@ export async function readReference(suite) {
 }
 
 /**
- * Makes the function from texts to inputs [texts, longest of them in tokens]. It tells the tokenizer's words, for what makes text of them.
+ * Makes the function from texts to inputs [texts, longest of them in tokens]. It also has the tokenizer's words, from which texts are made.
  * @template T
  * @param {{ Tensor: new (type: "int64", data: BigInt64Array, dims: number[]) => T }} ort onnxruntime-web or -node
  * @returns {Promise<Encoder<T> & Pick<Tokenizer, "get_vocab" | "decode">>}

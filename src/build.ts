@@ -2,29 +2,25 @@
  * `eigenlora/build`: from adapters to packs and back, in any JavaScript runtime. Not for run-time bundles. Adapters in folders are
  * read by `eigenlora/node`.
  */
-export type { Adapter, AdapterModule, Exportable, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
-export type { BaseFacts } from "./adapters/base-facts.ts";
-export { type DiffusersFiles, readDiffusers } from "./adapters/diffusers.ts";
-export { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "./adapters/export.ts";
-export { type GgufFiles, readGguf } from "./adapters/gguf.ts";
-export { type KohyaFiles, readKohya } from "./adapters/kohya.ts";
-export { type MlxFiles, readMlx } from "./adapters/mlx.ts";
-export { type OnnxAdapterFiles, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
-export { type PeftFiles, readPeft } from "./adapters/peft.ts";
+export type { Adapter, AdapterModule, BaseFacts, Exportable, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
+export { type DiffusersFiles, diffusersFile, readDiffusers } from "./adapters/diffusers.ts";
+export { type GgufFiles, ggufFile, readGguf } from "./adapters/gguf.ts";
+export { type KohyaFiles, kohyaFile, readKohya } from "./adapters/kohya.ts";
+export { type MlxFiles, readMlx } from "./adapters/named-lora.ts";
+export { type OnnxAdapterFiles, onnxAdapterFile, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
+export { type PeftFiles, peftFiles, readPeft } from "./adapters/peft.ts";
 export { type ReadTaskFileOptions, readTaskFile, type TaskBasis } from "./core/task-file.ts";
-export type { Allocation, PrivateChoice } from "./extract/allocation.ts";
-export type { ComponentSelection } from "./extract/options.ts";
-export { encodeTaskFile } from "./format/encode.ts";
+export type { ComponentSelection } from "./extract/components.ts";
+export { type Append, encodeTaskFile, type Sign, type TaskToWrite } from "./format/encode.ts";
 export type { ParameterRole, TaskEntry, TaskFile } from "./format/format.ts";
-export type { Append, Sign, TaskToWrite } from "./format/layout.ts";
 export { type ProjectAdaptersOptions, type ProjectedAdapter, projectAdapters } from "./pack/add.ts";
 export { type Built, buildPack } from "./pack/build.ts";
 export { taskAdapter } from "./pack/expand.ts";
 export type { BuildOptions } from "./pack/recipe.ts";
 export type { BuildReport, SharedReport, TaskLoss } from "./pack/report.ts";
-export type { Amount, Goal, Judge, PerTask, SearchOptions, Tried, Way } from "./pack/search.ts";
+export type { Goal, Judge, PerTask, SearchOptions, Tried } from "./pack/search.ts";
 export { type SearchReport, searchPack } from "./pack/search.ts";
 export { createSigner, planAppend, planSignature, type SigningKey, signTaskFile } from "./pack/write.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";
-export type { SafetensorsEntry } from "./tensor/safetensors-writer.ts";
+export type { SafetensorsEntry } from "./tensor/safetensors.ts";
 export type { OnWork, WorkProgress } from "./work.ts";

@@ -4,7 +4,6 @@
 
 export type { DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
 export type { BackendOptions } from "./backends/select.ts";
-export type { ApplyOptions } from "./core/apply.ts";
 export type {
   BaseInput,
   CpuView,
@@ -15,12 +14,10 @@ export type {
   View,
   WeightHost,
 } from "./core/base.ts";
-export { createRuntime, type RuntimeOptions } from "./core/create.ts";
-export { type OpenOptions, openPack } from "./core/open-pack.ts";
 export type { TaskInfo } from "./core/pack.ts";
-export { type Bases, type BasesOptions, Pack, type PackEvents } from "./core/pack.ts";
+export { type Bases, type BasesOptions, type OpenOptions, openPack, Pack, type PackEvents } from "./core/pack.ts";
 export type { ModuleFilter } from "./core/part.ts";
-export { Runtime } from "./core/runtime.ts";
+export { createRuntime, Runtime, type RuntimeOptions } from "./core/runtime.ts";
 export type {
   MemoryReport,
   RuntimeSwitchReport,
@@ -30,7 +27,7 @@ export type {
   SwitchOptions,
   SwitchReport,
 } from "./core/selection.ts";
-export type { ModuleTerm } from "./core/terms.ts";
+export type { ApplyOptions, ModuleTerm } from "./core/terms.ts";
 export type { AddTaskOptions, PublicKey, TrustOptions } from "./core/trust.ts";
 export {
   AdapterError,

@@ -1,14 +1,27 @@
 /**
- * The order of what is asked for: calls, which may overlap each other, and changes, which come one after the other. Each call sees
- * the changes asked for before it and none that is asked for later.
+ * The order of what is asked for: calls, which may overlap each other, and changes, which come one after the other.
  */
-export class Queue {
-  #changed: Promise<unknown> = Promise.resolve();
+
+/** Changes, one after the other. */
+export class Changes {
+  protected changed: Promise<unknown> = Promise.resolve();
+
+  /** Does `work` after the changes asked for before, whether or not they succeed. */
+  change<Result>(work: () => Promise<Result>): Promise<Result> {
+    const change = this.changed.then(work);
+    // Not the promise itself, which would keep the result.
+    this.changed = change.then(nothing, nothing);
+    return change;
+  }
+}
+
+/** Calls and changes. Each call sees the changes asked for before it and none that is asked for later. */
+export class Queue extends Changes {
   readonly #calls = new Set<Promise<unknown>>();
 
   /** Does `work` after the changes asked for before, whether or not they succeed. Later changes may overlap it. */
   call<Result>(work: () => Promise<Result>): Promise<Result> {
-    const call = this.#changed.then(work);
+    const call = this.changed.then(work);
     this.#track(call);
     return call;
   }
@@ -17,11 +30,9 @@ export class Queue {
    * Does `work` after the changes asked for before. Calls asked for before may still be under way.
    * @param after called once those have ended, when `work` has succeeded
    */
-  change<Result>(work: () => Promise<Result>, after?: (result: Result) => unknown): Promise<Result> {
+  override change<Result>(work: () => Promise<Result>, after?: (result: Result) => unknown): Promise<Result> {
     const calls = [...this.#calls];
-    const change = this.#changed.then(work);
-    // Not the promise itself, which would keep the result.
-    this.#changed = change.then(nothing, nothing);
+    const change = super.change(work);
     if (after) this.#track(Promise.all([change, ...calls]).then(([result]) => after(result)));
     return change;
   }
@@ -40,7 +51,7 @@ export class Queue {
   /** Resolves when nothing is under way any more. */
   async end(): Promise<void> {
     do {
-      await this.#changed;
+      await this.changed;
       await Promise.all(this.#calls);
     } while (this.#calls.size > 0);
   }

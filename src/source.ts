@@ -169,6 +169,15 @@ export class SharedWork<T> {
     );
   }
 
+  /** The work that is under way, or new work where there is none that can be joined. */
+  static join<T>(
+    known: SharedWork<T> | undefined,
+    work: (signal: AbortSignal | undefined) => Promise<T>,
+    signal: AbortSignal | undefined,
+  ): SharedWork<T> {
+    return known && !known.stopped ? known : new SharedWork(work, signal);
+  }
+
   /** Waits for the result, or throws the reason of the signal as soon as that is aborted. */
   wait(signal: AbortSignal | undefined): Promise<T> {
     this.#waiting++;

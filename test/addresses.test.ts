@@ -7,11 +7,10 @@ import { createServer, type IncomingMessage, type ServerResponse } from "node:ht
 import type { AddressInfo } from "node:net";
 import { build } from "esbuild";
 import t, { type Test } from "tap";
-import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { type HubName, hubName, openSource, uniform } from "./internals.ts";
 import { data } from "./packs.ts";
 
-/** What browsers get of the package, for this process. */
+/** The package's entry for browsers, in this process. */
 async function browserBuild(
   t: Test,
 ): Promise<typeof import("eigenlora") & typeof import("eigenlora/cache") & typeof import("eigenlora/onnx")> {
@@ -219,37 +218,6 @@ t.test("headers stay with their host, whatever it redirects to", async (t) => {
     message: /redirects more than 10 times/,
   });
   t.equal(circle.seen.length, 10);
-});
-
-t.test("Chromium hides redirects, so headers do not follow them", { skip: noChromium }, async (t) => {
-  const { own, other } = await hosts(t);
-  const contents = `import { openSource } from "./internals.ts";
-    const read = async (path, headers) => {
-      try {
-        const source = await openSource(${JSON.stringify(own.origin)} + path, { headers, retries: 0 });
-        return new TextDecoder().decode(await source.read(0, 4));
-      } catch (error) {
-        return error.message;
-      }
-    };
-    const secrets = ${JSON.stringify(SECRETS)};
-    globalThis.answer = (async () => [
-      await read("/file", secrets),
-      await read("/302/other", secrets),
-      await read("/302/other", { authorization: secrets.authorization }),
-      await read("/302/other"),
-    ])();`;
-  const page = await openPage(t, new Map([["page.js", await bundle(contents)]]));
-  const [direct, refused, authorised, plain] = (await answerOf(page)) as string[];
-  t.same([direct, authorised, plain], ["data", "data", "data"]);
-  t.match(
-    refused,
-    /302\/other: redirects, and a browser does not show where to: `headers` could reach another host; give/,
-  );
-  t.same(
-    other.seen.map(({ url, key, authorization }) => [url.slice(0, 5), key, authorization]),
-    Array(2).fill(["/file", undefined, undefined]),
-  );
 });
 
 t.test("files of a model stay in its folder, whatever an address makes of their names", async (t) => {

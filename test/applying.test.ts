@@ -8,7 +8,7 @@ interface Application {
   readonly pack: string;
   readonly base: string;
   readonly why: string;
-  /** What the parameters become with each of `tasks`. */
+  /** Parameters under each of `tasks`. */
   readonly values?: string;
   readonly tasks?: readonly string[];
   /** Reasons by task. */

@@ -8,7 +8,7 @@ import t from "tap";
 const folder = new URL("../benchmarks/", import.meta.url);
 const scripts = ["", "research/"].flatMap((under) =>
   readdirSync(new URL(under, folder))
-    .filter((name) => name.endsWith(".js"))
+    .filter((name) => name.endsWith(".js") && name !== "run.js")
     .map((name) => `${under}${name}`),
 );
 
@@ -29,7 +29,7 @@ for (const script of scripts) {
     const name = script.replace("research/", "").replace(".js", "");
     const [help, wrong] = (await ended)[script]!;
     t.equal(help.code, 0, help.stderr);
-    t.match(help.stdout, new RegExp(`^eigenlora bench ${name} \\[options\\]\n\n[\\s\\S]+\n {2}--json `));
+    t.match(help.stdout, new RegExp(`^npm run bench ${name} \\[options\\]\n\n[\\s\\S]+\n {2}--json `));
     t.equal(wrong.code, 2);
     t.match(wrong.stderr, `${name}: Unknown option '--speling'; see --help`);
     t.equal(wrong.stdout, "");

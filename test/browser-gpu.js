@@ -162,7 +162,7 @@ export async function switching(feeds, selections, switches) {
   await change(selections[1]);
   let last = 1;
   const all = [];
-  for (let i = 0; i < 20; i++) {
+  for (let i = 0; i < switches; i++) {
     for (let caller = 0; caller < 3; caller++) {
       const at = last;
       all.push(ask().then((found) => check(found, at, `run ${caller} before switch ${i}`)));

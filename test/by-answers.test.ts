@@ -11,7 +11,7 @@ import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack, type WorkProgress } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
-import { type ByAnswersOptions, createJudge, distill, type Encode, packByAnswers } from "eigenlora/train";
+import { type ByAnswersOptions, distill, type Encode, packByAnswers } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
 import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../examples/minilm.js";
@@ -115,7 +115,7 @@ async function tinyAdapters(t: Test, count: number): Promise<Adapter[]> {
   return adapters;
 }
 
-t.test("an encoder without words, and a judge of made-up questions", async (t) => {
+t.test("an encoder without words", async (t) => {
   const adapters = await tinyAdapters(t, 3);
   const pack = await openPack(new Blob((await buildPack(adapters)).chunks as BlobPart[]));
   const session = await createEigenSession(ort, file, pack, { trainable: true });
@@ -128,10 +128,6 @@ t.test("an encoder without words, and a judge of made-up questions", async (t) =
   });
   const wordless = Object.assign(silent, { get_vocab: () => new Map([["##a", 1]]), decode: () => "##a" });
   await t.rejects(distill(session, { adapter, encode: wordless }), { message: /has no words; give texts/ });
-
-  const judge = createJudge(engine, file, { adapters, encode: tiny, most: 16 });
-  t.ok((await judge.judge(pack)) > 0, "packs are judged without text too");
-  await judge.close();
 });
 
 t.test("eight tasks share components; what is finished is not done again; a stopped call loses nothing", async (t) => {
@@ -294,7 +290,7 @@ async function tinyCase(): Promise<Case> {
   await writeFile("tokenizer.json", JSON.stringify(tokenizer));
   await writeFile("tokenizer_config.json", JSON.stringify({ unk_token: "[PAD]" }));
   const [two, three, five] = ["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`));
-  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json", "--threads", "1"];
+  const how = ["--model", data("sessions/torchscript.onnx"), "--tokenizer", "tokenizer.json"];
   return { with: how, adapters: [two!, three!, five!] };
 }
 
@@ -332,11 +328,11 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     t.notOk(existsSync("hurried.eigen.partial"), "an empty folder does not stay");
     t.match((await run(...hurried, "--force")).stdout, /the pack is as without a model|tasks not distilled/);
 
-    const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--ratio"];
+    const sized = ["pack", first, second, "-o", "sized.eigen", ...how, "--distill", "0", "--bytes"];
     const ratio = Math.floor(1.1 * made["ratio"]);
-    t.ok((await json(0, ...sized, `${ratio}`))["ratio"] >= ratio);
-    const few = (await json(1, ...sized, "5000", "--force"))["error"].message;
-    t.match(few, /^--ratio 5000: a pack of these adapters can be at most [\d.]+× smaller/);
+    t.ok((await json(0, ...sized, `1/${ratio}`))["ratio"] >= ratio);
+    const few = (await json(1, ...sized, "1/5000", "--force"))["error"].message;
+    t.match(few, /^--bytes 1\/5000: a pack of these adapters can be at most [\d.]+× smaller/);
 
     await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "240"]);
     if (name === "MiniLM") return;
@@ -378,8 +374,8 @@ async function refusals(t: Test, adapter: string, how: readonly string[]): Promi
     [[...how, "--error", "0.1"], /--error and --model exclude each other: .*--agreement/],
     [[...how, "--dtype", "int4"], /--dtype and --model exclude each other/],
     [
-      [...how, "--ratio", "30", "--agreement", "0.9"],
-      /--agreement and --ratio exclude each other: it is for packs without a size/,
+      [...how, "--bytes", "1/30", "--agreement", "0.9"],
+      /--agreement and --bytes exclude each other: it is for packs without a size/,
     ],
     [[...how, "--k", "4", "--agreement", "0.9"], /--k and --model exclude each other/],
   ] as const)

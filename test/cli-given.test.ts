@@ -1,5 +1,5 @@
 /**
- * What people hand over to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
+ * Arguments that people give to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
  * shares. Each is taken, or named as what it is.
  */
 import { cp, mkdir, mkdtemp, writeFile } from "node:fs/promises";

@@ -271,7 +271,7 @@ t.test("adapters of different base models are refused, with who names which", as
   const expected =
     /named\/z: the adapters name different base models: google\/bert-base \(a, b, c and 1 more\); gpt2 \(z\)\. .*--any-base/;
   t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--k", "2"), expected);
-  t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--ratio", "2"), expected);
+  t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--bytes", "1/2"), expected);
   t.match(await refusal("hub", "shard", ...all, gpt, "-o", at("x")), expected);
   t.match(await refusal("add", at("bert.eigen"), gpt), /google\/bert-base \(the pack\); gpt2 \(z\)/);
   for (const [i, path] of [bert, gpt].entries()) await succeed("hub", "shard", path, "-o", at(`${i}.part`));
@@ -288,14 +288,11 @@ t.test("adapters of different base models are refused, with who names which", as
 
 t.test("a refusal says what to do", async (t) => {
   const pack = ["pack", at("adapters"), "-o", at("y")];
-  const few = await refusal(...pack, "--ratio", "600");
-  t.match(few, /^--ratio 600: .* at most [\d.]+× smaller than they are\. Ways out: --ratio [\d.]+ or less$/);
-  const [, most] = /--ratio ([\d.]+) or less/.exec(few)!;
-  await succeed(...pack, "--ratio", most!);
-  t.match(
-    await refusal("pack", ...adapters, "-o", at("z"), "--bytes", "9kB", "--dtype", "int4", "--rank", "2"),
-    /Ways out: leave out what settles the mode.*; --bytes \d+ or more$/,
-  );
+  const few = await refusal(...pack, "--bytes", "1/600");
+  t.match(few, /^--bytes 1\/600: .* at most [\d.]+× smaller than they are: ask for --bytes 1\/[\d.]+ or more$/);
+  const [, most] = /ask for --bytes (1\/[\d.]+) or more/.exec(few)!;
+  await succeed(...pack, "--bytes", most!);
+  t.match(await refusal("pack", ...adapters, "-o", at("z"), "--bytes", "5kB"), /ask for --bytes \d+ or more$/);
   const { warnings, components } = await succeed("pack", at("adapters"), "-o", at("w"), "--k", "10000");
   t.match(warnings.join("\n"), new RegExp(`10000 components were asked for, and the adapters have ${components.max} `));
   t.match(await refusal("inspect", folder), /is a folder, expected a file/);
@@ -303,11 +300,6 @@ t.test("a refusal says what to do", async (t) => {
   t.match(
     await refusal("learn", at("p.eigen"), folder, "--model", "m", "-o", at("y2")),
     /is a folder, expected a file/,
-  );
-  const settled = await refusal(...pack, "--ratio", "600", "--mode", "column", "--force");
-  t.match(
-    settled,
-    /Ways out: --dtype int4; --gauge balanced --rank N.*; leave out what settles the mode.*; --ratio [\d.]+ or less$/,
   );
   // The library speaks of options, the command line of flags.
   const base = data("goldens/peft/conv/base.safetensors");
@@ -329,7 +321,7 @@ t.test("what a pack without components, or with too few, does to a task is said"
   await writeFile(at("taught.jsonl"), '{"text":"one","label":"a"}\n{"text":"two","label":"b"}\n');
   const learn = ["learn", at("none.eigen"), at("taught.jsonl"), "--model", at("nowhere.onnx"), "-o", at("t.eigentask")];
   t.notMatch((await run(...learn)).stderr, /LoRA of its own/);
-  await succeed("pack", at("adapters"), "-o", at("none.eigen"), "--force", "--dtype", "int8");
+  await succeed("pack", at("adapters"), "-o", at("none.eigen"), "--force", "--error", "0.002");
   t.match((await run(...learn)).stderr, /the pack has no shared components, so the task becomes a LoRA of its own/);
 });
 

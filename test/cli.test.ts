@@ -28,9 +28,9 @@ const keys = (object: object, ...names: string[]): boolean => names.every((name)
 
 t.test("pack to a size, to an error, with less rank; auto says what it tried", async (t) => {
   const some = ["debtags-admin", "debtags-role", "sections-0"].map((id) => join(own, id));
-  const sized = await json(0, "pack", ...some, "-o", "sized.eigen", "--rank", "4", "--ratio", "16", "--dtype", "int4");
+  const sized = await json(0, "pack", ...some, "-o", "sized.eigen", "--bytes", "1/16");
   t.ok(sized["ratio"] >= 16 && sized["ratio"] < 17.5, `${sized["ratio"]}`);
-  t.match(sized, { gauge: "balanced", mode: "column" });
+  t.match(sized, { gauge: "balanced", judgedBy: "error" });
   t.ok((await json(0, "pack", ...some, "-o", "sized.eigen", "--force", "--bytes", "300kB"))["bytes"] <= 300_000);
   const owned = await json(0, "pack", ...some, "-o", "owned.eigen", "--rank", "4", "--k", "4");
   const verified = await json(
@@ -59,37 +59,30 @@ t.test("pack to a size, to an error, with less rank; auto says what it tried", a
 
   const refused = async (...args: string[]): Promise<string> =>
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
+  t.match(await refused("--bytes", "70kB", "--rank", "4"), /--rank and --bytes exclude each other: a size decides/);
+  t.match(
+    await refused("--error", "0.1", "--dtype", "int4"),
+    /a size or an error decides what is stored: of --dtype only head=/,
+  );
   t.match(await refused("--bytes", "70kB", "--text", "lines.txt"), /--text needs --model/);
   t.match(await refused("--k", "4", "--model", "model.onnx"), /--k and --model exclude each other: .*answers decide/);
   t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
-  t.match(await refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
+  t.match(await refused("--bytes", "1kB", "--error", "0.1"), /--error and --bytes exclude each other/);
   t.match(
     (await json(1, "pack", ...some, "-o", "x.eigen", "--bytes", "1kB"))["error"].message,
-    /out of reach of every way of packing\. The least is \d+ bytes/,
+    /1000 bytes are too few/,
   );
 });
 
 t.test("pack, inspect, verify: the keys of the contract, and figures that agree", async (t) => {
   const packed = await json(0, "pack", own, "-o", "own.eigen", "--k", "16");
   t.ok(
-    keys(
-      packed,
-      "file",
-      "bytes",
-      "tasks",
-      "modules",
-      "mode",
-      "gauge",
-      "centering",
-      "dtype",
-      "components",
-      "adapterBytes",
-    ) && keys(packed, "ratio", "breakEvenTasks", "error", "seconds", "peakMemoryBytes", "warnings"),
+    keys(packed, "file", "bytes", "tasks", "modules", "gauge", "centering", "dtype", "components", "adapterBytes") &&
+      keys(packed, "ratio", "breakEvenTasks", "error", "seconds", "peakMemoryBytes", "warnings"),
   );
   t.match(packed, {
     tasks: 20,
     modules: 12,
-    mode: "column",
     gauge: "as-trained",
     dtype: "f16",
     components: { min: 16, max: 16 },
@@ -141,10 +134,6 @@ t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (
   const some = ["debtags-role", "sections-0", "sections-1"].map((n) => join(own, n));
   const limited = await json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
   for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
-  for (const mode of ["column", "flat"]) {
-    const { error } = await json(2, "pack", ...some, "-o", "x", "--mode", mode, "--error", "0.1");
-    t.match(error.message, /--mode and --error exclude each other: without it all ways of packing are tried/);
-  }
   const lossless = await json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
   t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
   t.ok(lossless["ratio"] < 1.2, "below break-even a lossless pack is about as large as the adapters");
@@ -438,8 +427,8 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column or flat/],
-    [["pack", own, "-o", "x", "--gage", "balanced"], /unknown option .--gage.; did you mean --gauge\?/],
+    [["pack", own, "-o", "x", "--bytes", "1/0"], /expected a size such as 300000, 300kB, 1.5MB or 1\/60/],
+    [["pack", own, "-o", "x", "--rnk", "4"], /unknown option .--rnk.; did you mean --rank\?/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /remove: missing TASK/],
     [["pack", own, "-o", "no/such/folder/x"], /there is no folder no.such.folder; make it first/],

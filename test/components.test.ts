@@ -1,12 +1,7 @@
-/**
- * Leading components by block Lanczos, compared with those of the whole eigenproblem: the same energy, subspace and numbers on spectra
- * that fall off, and the whole eigenproblem wherever a pair cannot be trusted.
- */
-import fc from "fast-check";
+/** Components of a stack on demand, compared with those of the whole eigenproblem, and of stacks without directions. */
 import t from "tap";
 import { noise } from "./compare.ts";
 import {
-  type Components,
   centred,
   columnMeans,
   coordinates,
@@ -19,7 +14,6 @@ import {
   rowSquares,
   transposeMatrix as transpose,
 } from "./internals.ts";
-import { runs } from "./required.ts";
 
 const ways: [string, Products][] = [
   ["js", PLAIN],
@@ -51,49 +45,8 @@ function floorsOf(x: Float64Array, rows: number, width: number): Float64Array {
   return rowSquares(x, rows, width).map((square) => ROUNDING * Math.sqrt(square));
 }
 
-/** Squared norm of the rows' part in the span of the components. */
-function captured(x: Float64Array, rows: number, width: number, { vectors, count }: Components): number {
-  return wasm.multiplyTransposed(x, vectors, rows, count, width).reduce((sum, value) => sum + value * value, 0);
-}
-
 function largest(x: Float64Array): number {
   return x.reduce((peak, value) => Math.max(peak, Math.abs(value)), 0);
-}
-
-/**
- * Compares both ways to the first k components. @returns whether Lanczos found them alone
- * @param tolerance of energy and singular values, relative
- */
-function compare(
-  name: string,
-  x: Float64Array,
-  rows: number,
-  width: number,
-  k: number,
-  products: Products,
-  tolerance = 1e-12,
-): boolean {
-  const floors = floorsOf(x, rows, width);
-  const before = x.slice();
-  const few = principalComponents(x, rows, width, floors, k, products);
-  const whole = principalComponents(x, rows, width, floors, () => k, products);
-  t.same(x, before, `${name}: the stack is left as it is`);
-  t.equal(few.count, whole.count, `${name}: as many components`);
-  t.equal(few.total, whole.total);
-  const [one, other] = [captured(x, rows, width, few), captured(x, rows, width, whole)];
-  t.ok(Math.abs(one - other) <= tolerance * other, `${name}: the same energy, ${one / other - 1}`);
-  for (let i = 0; i < few.count; i++) {
-    const [value, apart] = [whole.singular[i]!, Math.abs(few.singular[i]! - whole.singular[i]!)];
-    // A Gram matrix knows squares to 1e-16 of the largest, and no better.
-    if (!(apart <= tolerance * value + (1e-15 * whole.singular[0]! ** 2) / value))
-      t.fail(`${name}: singular value ${i} differs by ${apart / value}`);
-  }
-  const cross = products.multiplyTransposed(few.vectors, few.vectors, few.count, few.count, width);
-  for (let i = 0; i < few.count; i++) cross[i * few.count + i]! -= 1;
-  t.ok(largest(cross) <= 1e-8, `${name}: orthonormal within ${largest(cross)}`);
-  const alone = few.singular.length < Math.min(rows, width);
-  if (alone) t.equal(few.singular.length, k, `${name}: no more values than asked for`);
-  return alone;
 }
 
 /** A spectrum that falls by this factor a step, down to a floor. */
@@ -101,26 +54,6 @@ const falling = (count: number, factor: number, floor: number): number[] =>
   Array.from({ length: count }, (_, i) => Math.max(factor ** i, floor));
 
 const [ROWS, WIDTH, K] = [210, 230, 4];
-
-t.test("a spectrum that falls off: found alone, the same subspace", async () => {
-  for (const [name, products] of ways) {
-    for (const [rows, width] of [
-      [ROWS, WIDTH],
-      [WIDTH, ROWS],
-    ] as const) {
-      for (const factor of [0.95, 0.8, 0.5]) {
-        const x = withSingular(falling(ROWS, factor, 0.01), rows, width);
-        const alone = compare(`${name} ${rows} × ${width}, ${factor}`, x, rows, width, K, products);
-        t.ok(alone || factor > 0.9, `${name} ${rows} × ${width}, ${factor}: found alone`);
-      }
-      const x = withSingular(falling(ROWS, 0.8, 0.01), rows, width);
-      const floors = floorsOf(x, rows, width);
-      const one = principalComponents(x, rows, width, floors, K, products).vectors;
-      const other = principalComponents(x, rows, width, floors, () => K, products).vectors;
-      t.ok(largest(one.map((value, i) => value - other[i]!)) <= 1e-7, "vector by vector");
-    }
-  }
-});
 
 t.test("a stack on its components: coordinates first, components on demand", async (t) => {
   for (const [name, products] of ways) {
@@ -150,44 +83,7 @@ t.test("a stack on its components: coordinates first, components on demand", asy
   t.same([none.count, none.total, none.along.length], [0, 0, 0]);
 });
 
-t.test("noise in all directions: nothing falls off, the whole eigenproblem is solved", async () => {
-  const x = noise(ROWS * WIDTH, 3);
-  t.notOk(compare("noise", x, ROWS, WIDTH, K, wasm));
-});
-
-t.test("clusters and equal values", async () => {
-  const rest = falling(ROWS - 60, 0.9, 0.001).map((value) => value / 10);
-  const cases: [string, number[], number?][] = [
-    ["pairs", [5, 5, 4, 4, 3, 3, 2, 2]],
-    ["a cluster within 1e-9", Array.from({ length: 8 }, (_, i) => 1 + 1e-9 * i)],
-    ["equal values on both sides of the cut", [5, 4, 3, 2, 1, 1, 1, 1, 1]],
-    ["more equal values than a block holds", new Array<number>(40).fill(1)],
-    // The requested residual does not tell which values of the cluster are largest.
-    ["a cluster within 4e-8 that a block does not hold", Array.from({ length: 40 }, (_, i) => 1 + 1e-9 * i), 1e-7],
-  ];
-  for (const [name, top, tolerance] of cases)
-    compare(name, withSingular([...top, ...rest], ROWS, WIDTH), ROWS, WIDTH, K, wasm, tolerance);
-});
-
-t.test("weak components: exact where Lanczos cannot tell them from rounding", async () => {
-  const near = withSingular([1, 0.5, 0.2, 1e-3, 1e-4, 5e-5, 1e-6, 5e-7], ROWS, WIDTH);
-  compare("down to 1e-4", near, ROWS, WIDTH, K, wasm);
-  for (const weak of [1e-5, 1e-6]) {
-    const x = withSingular([1, 0.5, 0.2, 10 * weak, 2 * weak, weak], ROWS, WIDTH);
-    compare(`down to ${weak}`, x, ROWS, WIDTH, K, wasm);
-  }
-});
-
-t.test("fewer directions than components asked for", async () => {
-  for (const rank of [1, 2, K - 1]) {
-    const x = withSingular(falling(rank, 0.7, 0), ROWS, WIDTH);
-    const found = principalComponents(x, ROWS, WIDTH, floorsOf(x, ROWS, WIDTH), K, wasm);
-    t.equal(found.count, rank);
-    t.ok(Math.abs(captured(x, ROWS, WIDTH, found) / found.total - 1) <= 1e-12);
-  }
-});
-
-t.test("identical rows, zero rows, tiny stacks", async () => {
+t.test("identical rows, zero rows, tiny stacks", async (t) => {
   const row = noise(WIDTH, 23);
   const same = Float64Array.from({ length: ROWS * WIDTH }, (_, i) => Math.fround(row[i % WIDTH]!));
   const x = centred(same, ROWS, WIDTH, columnMeans(same, ROWS, WIDTH));
@@ -196,39 +92,4 @@ t.test("identical rows, zero rows, tiny stacks", async () => {
   t.equal(none.total, 0);
   const once = principalComponents(same, ROWS, WIDTH, floorsOf(same, ROWS, WIDTH), K, wasm);
   t.equal(once.count, 1);
-  const some = withSingular(falling(40, 0.7, 0.001), 40, WIDTH);
-  const padded = new Float64Array(ROWS * WIDTH);
-  padded.set(some, 100 * WIDTH);
-  compare("mostly zero rows", padded, ROWS, WIDTH, 3, wasm);
-  for (const [rows, width] of [
-    [1, 1],
-    [1, 9],
-    [2, 3],
-    [5, 2],
-    [30, 40],
-  ] as const) {
-    t.notOk(compare(`${rows} × ${width}`, noise(rows * width, rows), rows, width, 3, wasm) && rows < 30);
-  }
-});
-
-t.test("one stack a thousand times larger than the others", async () => {
-  const x = withSingular(falling(ROWS, 0.8, 0.01), ROWS, WIDTH);
-  for (let i = 0; i < 8 * WIDTH; i++) x[i]! *= 1000;
-  compare("large rows", x, ROWS, WIDTH, K, wasm);
-});
-
-t.test("any shape, any fall", async () => {
-  fc.assert(
-    fc.property(
-      fc.constantFrom(97, 150, 201),
-      fc.constantFrom(97, 150, 201),
-      fc.integer({ min: 1, max: 3 }),
-      fc.double({ min: 0.3, max: 1, noNaN: true }),
-      (rows, width, k, factor) => {
-        const x = withSingular(falling(Math.min(rows, width), factor, 1e-3), rows, width);
-        compare(`[${rows}, ${width}], ${k}, ${factor}`, x, rows, width, k, wasm);
-      },
-    ),
-    { seed: 5, numRuns: runs(25) },
-  );
 });

@@ -192,16 +192,11 @@ async function tinyPlace(t: Test): Promise<string> {
   const place = await emptyPlace(t);
   await linkPackages(place);
   const copies = { "debtags-role": "two", sst2: "three", cola: "three", sentiment: "two", topics: "five" };
-  const gain = { accuracy: 0.9, accuracy_head_only: 0.5 };
   for (const [id, name] of Object.entries(copies)) {
     for (const hub of ["my-adapters", "hub", "adapters"]) {
       await cp(data(`sessions/adapters/${name}`), join(place, hub, id), { recursive: true });
     }
   }
-  await writeFile(
-    join(place, "scores.json"),
-    JSON.stringify(Object.fromEntries(Object.keys(copies).map((id) => [id, gain]))),
-  );
   const base = data("sessions/base.safetensors");
   await packInto(join(place, "tasks.eigen"), join(place, "my-adapters"), { ...LOSSLESS, base });
   const pack = await openPack(join(place, "tasks.eigen"));

@@ -1,4 +1,4 @@
-/** What tasks may become, and the pieces in which they do. */
+/** Limits of expansion, and the pieces in which it works. */
 import { createRuntime, type OpenOptions, openPack, type Pack, type RuntimeOptions } from "eigenlora";
 import { taskAdapter } from "eigenlora/build";
 import t from "tap";

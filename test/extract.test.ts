@@ -283,7 +283,7 @@ for (const [name, options, prepare] of settings) {
   });
 }
 
-/** What the tasks of an extraction lose, measured on what is stored. */
+/** Errors of the tasks of an extraction, measured on the stored values. */
 function measuredLosses(result: ModuleExtraction, { members }: ModuleStack, options: ExtractOptions) {
   const space = openModule(result);
   return members.map((member, i) => measureModule(space, member, result.tasks[i]!, options));

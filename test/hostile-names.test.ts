@@ -6,18 +6,8 @@ import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { encodeTaskFile } from "eigenlora/build";
 import t from "tap";
-import {
-  encodeBasis,
-  encodeTask,
-  encodeTensor,
-  layoutFresh,
-  paragraph,
-  printable,
-  runProgram,
-  sha256,
-  toHex,
-} from "./internals.ts";
-import { data } from "./packs.ts";
+import { encodeBasis, encodeTask, encodeTensor, paragraph, printable, runProgram, sha256, toHex } from "./internals.ts";
+import { data, freshChunks } from "./packs.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-hostile-"));
 t.teardown(() => rm(folder, { recursive: true }));
@@ -45,7 +35,7 @@ const blob = encodeTask(
   [{ name: `head${evil}`, role: "saved", shape: [1, 2], dtype: "f32", encoded }],
 );
 const entry = { id: turned, adapterBytes: 0, metadata: { labels: [`label${evil}`], [`key${evil}`]: evil } };
-const pack = Buffer.concat(await layoutFresh({ description, bases, basisId, tasks: [{ entry, blob }] }));
+const pack = Buffer.concat(await freshChunks({ description, bases, basisId, tasks: [{ entry, blob }] }));
 const path = join(folder, `pack${evil.replaceAll("/", "")}.eigen`);
 await writeFile(path, pack);
 const damaged = join(folder, "damaged\u001b[31m.eigen");

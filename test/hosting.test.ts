@@ -22,7 +22,7 @@ import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 
-/** The page, which also reports what the test asks beside the answer. */
+/** The page, which also reports what the test asks for, in addition to the answer. */
 const PAGE = `import { openPack } from "eigenlora";
 import { main } from "./example.js";
 
@@ -37,7 +37,7 @@ async function answer() {
 globalThis.answer = answer();
 `;
 
-/** What the page answers. */
+/** Answer of the page. */
 interface Answer {
   logits: number[];
   reads: { requests: number; bytes: number; whole: boolean };
@@ -183,9 +183,9 @@ interface Server {
   readonly start: Start;
   /** Reason to skip it. */
   readonly lacks: string | false;
-  /** Whether it serves a bundler's project. */
+  /** True if it serves a bundler's project. */
   readonly project: boolean;
-  /** Whether it answers ranges. */
+  /** True if it answers ranges. */
   readonly ranges: boolean;
   /** The type of an .mjs file; browsers run only JavaScript types. */
   readonly mjs: string;

@@ -122,7 +122,7 @@ const FATAL: readonly Row[] = [
   {
     name: "500 for ever",
     behave: status(500),
-    message: /the server failed \(status 500\); try again later \(tried 2 times\)/,
+    message: /the server cannot answer now \(status 500\); try again later \(tried 2 times\)/,
     requests: 2,
     options: { retries: 1 },
     transient: true,

@@ -1,5 +1,5 @@
 /**
- * Runs examples/hub on a real Ray cluster of two workers on this machine and kills one in the middle (hub.py beside this file). Needs a
+ * Runs examples/hub on a real Ray cluster of two workers on this machine and kills one in the middle (hub.py). Needs a
  * PYTHON with Ray; fails without it where EIGENLORA_REQUIRE lists "ray".
  */
 import { execFile } from "node:child_process";

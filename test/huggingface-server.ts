@@ -44,7 +44,7 @@ export interface Hub {
   readonly token: string;
   /** Bytes that the storage still sends before it breaks off. Default: all. */
   budget: number;
-  /** What the storage gives in place of a file. */
+  /** Answer of the storage in place of a file. */
   instead: ((path: string, bytes: Uint8Array) => Uint8Array) | undefined;
   /** Called before a file is given. */
   onFile: (() => void) | undefined;
@@ -81,7 +81,7 @@ export function filesBelow(folder: string, prefix = ""): Files {
   return files;
 }
 
-/** What Git LFS keeps; the rest lies in the repository. */
+/** Files that Git LFS keeps; the others lie in the repository. */
 const LARGE = /\.(safetensors|onnx|onnx_data|data|bin|eigen|gguf|h5)$/;
 
 async function startHub(t: Test): Promise<Hub> {
@@ -174,7 +174,7 @@ interface Found {
   readonly path: string;
   readonly bytes: Uint8Array;
   readonly storage: string;
-  /** Whether this is the address that a redirect has led to. */
+  /** True if a redirect has led to this address. */
   readonly final: boolean;
 }
 

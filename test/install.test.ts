@@ -74,7 +74,7 @@ process.exit();`,
 const NODE16 = [ts.ModuleKind.Node16, ts.ModuleResolutionKind.Node16] as const;
 const BUNDLER = [ts.ModuleKind.ESNext, ts.ModuleResolutionKind.Bundler] as const;
 
-/** Compilers of users: how they find modules, and their libraries beside the language's. */
+/** Compilers of users: how they find modules, and their libraries in addition to the language's. */
 const COMPILERS: readonly { name: string; how: typeof NODE16 | typeof BUNDLER; lib?: string; types?: string }[] = [
   { name: "node16", how: NODE16 },
   { name: "node16, @types/node", how: NODE16, types: "node" },
@@ -187,7 +187,7 @@ globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main
 /** Test sentences that PEFT is sure about, by row. */
 const SURE = { "debtags-role": 15, "debtags-game": 7 };
 
-/** A project with the package and what the apps of examples/ need beside it. */
+/** A project with the package and the other packages that the apps of examples/ need. */
 const apps = join(folder, "apps");
 
 /** Makes that project. @returns what its tasks answer */

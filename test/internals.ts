@@ -8,19 +8,25 @@
 export { openHost } from "../dist/src/core/open-base.js";
 export { openSource } from "../dist/src/open-source.js";
 export { atOnce } from "../dist/src/pace.js";
-export { codedTask, isCodedPack } from "../dist/src/pack/write.js";
-export { transpose } from "../dist/src/tensor/derived.js";
+export { isCodedPack } from "../dist/src/pack/write.js";
 export * as dtypes from "../dist/src/tensor/dtypes.js";
-export { DTYPES, decodeTensor, f16ToF32, f32ToBf16, f32ToF16, tensorBytes } from "../dist/src/tensor/dtypes.js";
-export { decodeIntegers, decodeScales, encodeTensor } from "../dist/src/tensor/encode.js";
+export {
+  DTYPES,
+  decodeIntegers,
+  decodeScales,
+  decodeTensor,
+  encodeTensor,
+  f16ToF32,
+  f32ToBf16,
+  f32ToF16,
+} from "../dist/src/tensor/dtypes.js";
 export { normal, shuffle, uniform } from "../dist/src/tensor/random.js";
-export { openSafetensors } from "../dist/src/tensor/safetensors.js";
-export { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
+export { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors.js";
+export { transpose } from "../dist/src/tensor/tensor-file.js";
 export { toHex } from "../dist/src/text.js";
 
 // Bytes of SPEC.md, written wrongly on purpose or against the specification's own words.
 
-export { reuse } from "../dist/src/core/stage.js";
 export { parseTaskFile } from "../dist/src/core/task-file.js";
 export { Trust } from "../dist/src/core/trust.js";
 export {
@@ -36,14 +42,22 @@ export {
 } from "../dist/src/format/coded.js";
 export { wasmFloats, wasmWork } from "../dist/src/format/coded-wasm.js";
 export { decodeSection } from "../dist/src/format/decode-coded.js";
-export { encodeBasis, encodeSignedTaskFile, encodeTask } from "../dist/src/format/encode.js";
+export { parseTask } from "../dist/src/format/directory.js";
+export {
+  encodeBasis,
+  encodeSignedTaskFile,
+  encodeSuperblock,
+  encodeTask,
+  layoutAppend,
+  layoutSigned,
+  placeOf,
+  type Sign,
+  streamFresh,
+  type TaskToWrite,
+} from "../dist/src/format/encode.js";
 export { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
-export { crc32c } from "../dist/src/format/fields.js";
+export { crc32c, integrityOf, sha256 } from "../dist/src/format/fields.js";
 export { encodedTensor, readTensor, sharedBases } from "../dist/src/format/format.js";
-export { integrityOf, sha256 } from "../dist/src/format/hash.js";
-export { layoutAppend, layoutFresh, layoutSigned } from "../dist/src/format/layout.js";
-export { parseTask } from "../dist/src/format/task.js";
-export { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 
 // Files of other projects that packs are never made from in one call, or whose readers see through a folder only.
 
@@ -60,15 +74,14 @@ export { type HubName, hubName } from "../dist/src/http/hub-name.js";
 export type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
 export { createJsBackend } from "../dist/src/backends/js.js";
 export { createBackend } from "../dist/src/backends/select.js";
-export { createWasmBackend } from "../dist/src/backends/wasm.js";
-export { createHeap, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm-instance.js";
+export { createHeap, createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
 export { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
-export { compile, Faults } from "../dist/src/backends/webgpu-recorder.js";
+export { Faults } from "../dist/src/backends/webgpu-recorder.js";
 
 // Where a weight is: cases that no model of the tests has.
 
-export { NamePatterns } from "../dist/src/adapters/name-pattern.js";
-export { Locator, NameMatcher, viewValues } from "../dist/src/core/base.js";
+export { NamePatterns } from "../dist/src/adapters/peft-config.js";
+export { NameMatcher, viewValues, WeightResolver } from "../dist/src/core/base.js";
 export { AliasMatcher, findWeight, locate } from "../dist/src/core/mismatch.js";
 export { memoryHost } from "../dist/src/core/open-base.js";
 
@@ -76,67 +89,72 @@ export { memoryHost } from "../dist/src/core/open-base.js";
 
 export {
   type Components,
-  centred,
   columnMeans,
   coordinates,
+  type ExtractOptions,
+  extractModule,
+  type ModuleExtraction,
+  type ModuleStack,
   principalComponents,
-  ROUNDING,
+  type SideBasis,
 } from "../dist/src/extract/components.js";
-export { symmetricEigen } from "../dist/src/extract/eigen.js";
-export { deltaError, relative } from "../dist/src/extract/error.js";
-export { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
-export { balance, mix, type Pair } from "../dist/src/extract/gauge.js";
+export { balance, deltaError, type Pair, relative } from "../dist/src/extract/factors.js";
 export {
   backwardSolve,
+  centred,
   cholesky,
-  dot,
   forwardSolve,
   gram,
   lq,
-  multiply,
   multiplyTransposed,
   PLAIN,
   type Products,
+  ROUNDING,
   rowSquares,
   svd,
+  symmetricEigen,
   transpose as transposeMatrix,
 } from "../dist/src/extract/linalg.js";
-export type { ExtractOptions, Gauge } from "../dist/src/extract/options.js";
-export { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
-export type { SideBasis } from "../dist/src/extract/side.js";
+export {
+  type Gauge,
+  type ModuleMember,
+  measureModule,
+  openModule,
+  projectModule,
+} from "../dist/src/extract/subspace.js";
 export { summaryKind } from "../dist/src/pack/shard/statistics.js";
 
 // Packing with its parts exchanged: threads, products, scratch files, memory and searches that must not change a byte.
 
-export { allocateBytes, allocateError, type Spectrum } from "../dist/src/extract/allocation.js";
 export { openThread } from "../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-export { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
 export { expandTerm } from "../dist/src/pack/expand.js";
 export { completeDtypes } from "../dist/src/pack/recipe.js";
 export { lossesOf } from "../dist/src/pack/report.js";
-export { lowestPassing, type Steps, stepsWithin } from "../dist/src/pack/seek.js";
+export { type Steps, search, Unreachable, withinError } from "../dist/src/pack/seek.js";
+export { DEFAULT_ERROR } from "../dist/src/pack/tasks.js";
 export { allOf, freshPack } from "../dist/src/pack/write.js";
 
-// What the command line makes packs of: parts of machines, scores of a folder of adapters.
+// What the command line makes packs of: parts of machines.
 
-export { type BasisOptions, buildBasis } from "../dist/src/pack/shard/basis.js";
+export { assemblePack, type BasisOptions, buildBasis, openTasks, projectTasks } from "../dist/src/pack/shard/basis.js";
 export {
   adapterStatistics,
   mergeStatistics,
   openStatistics,
   type Statistics,
   type StatisticsPart,
+  toBytes,
+  writePart,
   writeStatistics,
 } from "../dist/src/pack/shard/statistics.js";
-export { assemblePack, openTasks, projectTasks } from "../dist/src/pack/shard/tasks.js";
 
 // ONNX graphs, made and changed node by node.
 
 export { readVector } from "../dist/src/onnx/dequantize.js";
 export { inject, type TaskInput } from "../dist/src/onnx/inject.js";
 export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../dist/src/onnx/linear.js";
-export { attribute, indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
+export { indexGraph, type OnnxModel, parseModel } from "../dist/src/onnx/model.js";
 export { findParameters, matrixShape, type OnnxParameter } from "../dist/src/onnx/modules.js";
 export { type Attributes, checkInjectable, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 export { takeApart } from "../dist/src/onnx/packed.js";
@@ -154,7 +172,6 @@ export {
   type TensorProto,
   TensorProtoSchema,
   toBinary,
-  type ValueInfoProto,
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
 export { type ModelFile, readModel } from "../dist/src/onnx/read.js";
@@ -162,16 +179,13 @@ export { replaceByFile, type WeightInput } from "../dist/src/onnx/replaceable.js
 export { skeletonOf } from "../dist/src/onnx/skeleton.js";
 export { readTensor as readOnnxTensor } from "../dist/src/onnx/tensors.js";
 export { readLinearWeight } from "../dist/src/onnx/weights.js";
-export { detachWeights, embedWeights, point } from "../dist/src/onnx/write.js";
+export { detachWeights, embedWeights } from "../dist/src/onnx/write.js";
 
 // A session's decisions, without a runtime that would have to meet each case.
 
 export { optionsFor, whileAlive } from "../dist/bindings/ort-engine.js";
-export { hold, labelsOf } from "../dist/bindings/pipeline.js";
 export { CacheWatch } from "../dist/src/session/caches.js";
-export { ModelMatcher } from "../dist/src/session/match.js";
 export { planSession, prepareModel } from "../dist/src/session/prepare.js";
-export { compareRows } from "../dist/src/session/rows.js";
 export { type Survey, surveyModel } from "../dist/src/session/survey.js";
 export type { Trainable } from "../dist/src/session/training.js";
 
@@ -191,13 +205,11 @@ export { RULES } from "../dist/src/autodiff/rules.js";
 export type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 export { Problems } from "../dist/src/autodiff/shapes.js";
 export { fixInnerHeads } from "../dist/src/session/training.js";
-export { toBatches } from "../dist/src/train/examples.js";
 export { modelBase } from "../dist/src/train/pack-by-answers.js";
-export { MeanDivergence } from "../dist/src/train/probabilities.js";
-export { readDonor, startState } from "../dist/src/train/start.js";
-export { AdamW } from "../dist/src/train/state.js";
-export { createBatcher } from "../dist/src/train/supervision.js";
+export { Adam } from "../dist/src/train/state.js";
+export { createBatcher, MeanDivergence, toBatches } from "../dist/src/train/supervision.js";
 export { type SharedBasis, sharedRows, type TrainedModule, TrainedTerms } from "../dist/src/train/trained-terms.js";
+export { readDonor, startState } from "../dist/src/train/trainer.js";
 
 // Small things with many cases.
 
@@ -210,15 +222,7 @@ export { fromBase64, fromUtf8, toBase64, toUtf8 } from "../dist/src/text.js";
 export { downloading, Run } from "../dist/src/cli/command.js";
 export { openScratch, takeLock, writeTogether, writeWhole } from "../dist/src/cli/files.js";
 export { openModel, readExamples, readQuestions } from "../dist/src/cli/model.js";
-export {
-  createOutput,
-  leftOf,
-  lossTable,
-  paragraph,
-  printable,
-  smaller,
-  timeLeft,
-} from "../dist/src/cli/output.js";
+export { createOutput, leftOf, lossTable, paragraph, printable, smaller, timeLeft } from "../dist/src/cli/output.js";
 export { runProgram } from "../dist/src/cli/program.js";
 
 /** Where commands lie as modules, for processes that run one of them alone, and files that a test replaces the disk of. */

@@ -5,7 +5,7 @@
 import type { Feed } from "eigenlora/session";
 import t from "tap";
 import {
-  AdamW,
+  Adam,
   type ModelFile,
   ModelProtoSchema,
   makeNode,
@@ -234,9 +234,9 @@ t.test("a head alone learns its targets", async (t) => {
   const values = new Map([...noisy(inputs, 0, labels, 1)]);
   t.same([...graph.gradients.keys()], [...values.keys()]);
   const all = [...values.values()].map(({ data }) => data as Float32Array);
-  const optimizer = new AdamW(
+  const optimizer = new Adam(
     all.map((values) => ({ values, rate: 0.05 })),
-    { steps: 40, warmup: 4 },
+    { steps: 40, warmup: 4, clip: Infinity },
   );
   const targets = floats(
     Float32Array.from({ length: 5 * labels }, (_, i) => Number(i % labels === (i >> 1) % labels)),
@@ -386,30 +386,6 @@ t.test("refusals", async (t) => {
     const message = await refused(old, adapted(old, ["mid", "up"]));
     t.match(message, /its opset is 11, at least 13 is needed/);
     t.match(message, /If is control flow, which gradients do not pass/);
-  });
-
-  await t.test("probe feeds that tell nothing, or lack an input", async (t) => {
-    const of = await golden("bert-eager-torchscript");
-    const feedsOf = (batch: number, length: number): Map<string, Feed> =>
-      new Map(
-        [...of.feeds.keys()].map((name) => [
-          name,
-          { dataType: 7, dims: [batch, length], data: new BigInt64Array(batch * length).fill(1n) },
-        ]),
-      );
-    const attempt = async (...feeds: [Map<string, Feed>, Map<string, Feed>]): Promise<string> => {
-      const file = await readCase(of.name);
-      return refused(file, adapted(file, [query]), { feeds });
-    };
-    t.match(await attempt(feedsOf(1, 5), feedsOf(3, 7)), /dimension of the probe feeds is 1.*: "batch_size"/);
-    t.match(await attempt(feedsOf(2, 5), feedsOf(3, 5)), /are equal \(5\).*: "sequence_length"/);
-    t.match(await attempt(feedsOf(2, 2), feedsOf(3, 7)), /are equal \(2\)/);
-    const lacking = feedsOf(3, 7);
-    lacking.delete("attention_mask");
-    t.match(await attempt(feedsOf(2, 5), lacking), /lack an input of the model: "attention_mask"/);
-    const file = await readCase(of.name);
-    const { graph } = await graphOf(file, adapted(file, [query]), { feeds: [feedsOf(4, 6), feedsOf(3, 8)] });
-    t.equal(graph.gradients.size, 2, "others do");
   });
 
   await t.test("nothing to train, a graph made before", async (t) => {

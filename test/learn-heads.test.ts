@@ -54,7 +54,7 @@ function feedsOf({ Tensor }: Pick<Ort, "Tensor">, values: Record<string, number[
 }
 
 /** Random ids; the label follows from the first one. */
-function examples(count: number, labels: number, seed: number): Example<BatchFeeds>[] {
+function examples(count: number, labels: number, seed: number): Example[] {
   const random = uniform(seed);
   return Array.from({ length: count }, () => {
     const ids = Array.from({ length: 7 }, () => 3 + Math.floor(random() * 60));
@@ -94,7 +94,7 @@ for (const name of NAMES) {
 async function answersAlike(
   t: Test,
   session: Session,
-  rows: readonly Example<BatchFeeds>[],
+  rows: readonly Example[],
   probabilities: readonly Float32Array[],
 ): Promise<void> {
   for (const [i, { feeds }] of rows.entries()) {

@@ -3,13 +3,11 @@
  */
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
-import { type BatchFeeds, createTrainer, type Encode } from "eigenlora/train";
+import type { BatchFeeds, Encode } from "eigenlora/train";
 import t from "tap";
-import { createBatcher, uniform } from "./internals.ts";
-import { LABELS, tiny } from "./learning.ts";
+import { createBatcher } from "./internals.ts";
 import { data } from "./packs.ts";
 import { packages, without } from "./required.ts";
-import { GOLDENS, NODE } from "./sessions.ts";
 
 interface Style {
   readonly front?: boolean;
@@ -63,36 +61,18 @@ function letters({ front = false, multiple = 1, positions = false, features = fa
 const plain = (feeds: BatchFeeds): unknown =>
   Object.entries(feeds).map(([name, { type, dims, data }]) => [name, type, [...dims], [...(data as BigInt64Array)]]);
 
-for (const [name, style, once] of [
-  ["padding behind", {}, true],
-  ["padding in front", { front: true }, true],
-  ["lengths that are multiples of four", { multiple: 4 }, true],
-  ["one length", { multiple: 32 }, true],
-  ["positions that go on through the padding", { positions: true }, false],
-  ["inputs of three dimensions", { features: true }, false],
-] as [string, Style, boolean][]) {
-  t.test(`a tokenizer with ${name}`, async (t) => {
-    const random = uniform(1);
-    const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
-    const { encode, asked } = letters(style);
-    const inputs = createBatcher(encode, NAMES);
-    const rows = texts.map((text) => ({ text }));
-    await inputs.lengths(rows);
-    for (let i = 0; i < 20; i++) {
-      const some = rows.filter(() => random() < 0.3);
-      if (some.length === 0) continue;
-      const expected = letters(style).encode(some.map(({ text }) => text));
-      t.same(plain(await inputs.batch(some)), plain(expected));
-    }
-    const more = asked.length - texts.length;
-    t.ok(once ? more <= 2 : more > 40, `${more} texts more than there are`);
-    const before = asked.length;
-    await inputs.lengths(rows);
-    t.equal(asked.length, before, "known texts are not encoded again");
-    await inputs.batch([{ text: "new" }, { text: "newer" }]);
-    t.equal(asked.length, before + 2);
-  });
-}
+t.test("a batch is the tokenizer's own; known texts are not measured again", async (t) => {
+  const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
+  const rows = texts.map((text) => ({ text }));
+  const { encode, asked } = letters({ front: true, positions: true, features: true });
+  const inputs = createBatcher(encode, NAMES);
+  const lengths = await inputs.lengths(rows);
+  t.ok(lengths.get(rows[16]!)! > lengths.get(rows[0]!)!);
+  t.same(plain(await inputs.batch(rows.slice(3, 9))), plain(encode(texts.slice(3, 9))));
+  const before = asked.length;
+  await inputs.lengths(rows);
+  t.equal(asked.length, before);
+});
 
 const folder = packages("@huggingface/transformers");
 const skip = without("transformers", folder);
@@ -112,40 +92,10 @@ t.test(
     t.same(Object.keys(others), ["attention_mask"], "nothing that the model does not take");
     t.same(input_ids!.dims, [3, tokenizer.model_max_length], "padded, and cut to what the model takes");
     const lines = createBatcher((some) => tokenizer(some, {} as never, []), NAMES);
-    await t.rejects(lines.lengths(rows), {
+    await lines.lengths(rows);
+    await t.rejects(lines.batch(rows), {
       name: "TypeError",
       message: /encode: .*encode: tokenizer.*padding: true, truncation: true/,
     });
   },
 );
-
-t.test("a fit tokenises each text once, and again none", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.close());
-  const length = GOLDENS.feeds["input_ids"]![0]!.length;
-  const texts = Array.from({ length: 16 }, (_, i) => String.fromCharCode(97 + i).repeat(1 + (i % length)));
-  let count = 0;
-  const encode: Encode = (some) => {
-    count += some.length;
-    const width = Math.max(...some.map((text) => text.length));
-    const dims = [some.length, width];
-    const filled = (of: (text: string) => number): BatchFeeds[string] => ({
-      ...{ type: "int64", dims },
-      data: BigInt64Array.from(
-        some.flatMap((text) => Array.from({ length: width }, (_, i) => (i < text.length ? of(text) : 0))),
-        BigInt,
-      ),
-    });
-    const values = { input_ids: (text: string) => text.charCodeAt(0) - 90, attention_mask: () => 1 };
-    return Object.fromEntries(
-      session.inputNames.map((name) => [name, filled(values[name as keyof typeof values] ?? (() => 0))]),
-    );
-  };
-  const trainer = await createTrainer(session, { labels: LABELS, encode });
-  const known = texts.map((text, i) => ({ text, label: i % 2 }));
-  for await (const _ of trainer.fit(known, { epochs: 2, batch: 8, holdout: 0.25 }));
-  t.equal(count, texts.length + 2, "two show how it pads");
-  for await (const _ of trainer.fit(known, { epochs: 2, batch: 8 }));
-  await trainer.predict(known);
-  t.equal(count, texts.length + 2);
-});

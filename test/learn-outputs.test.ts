@@ -5,8 +5,7 @@
 import { openPack } from "eigenlora";
 import { type Adapter, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
-import { createEngine } from "eigenlora/onnxruntime";
-import { type BatchFeeds, createJudge, createTrainer, distill } from "eigenlora/train";
+import { type BatchFeeds, createTrainer, distill } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { fromBinary, type GraphProto, ModelProtoSchema, makeNode, makeValue, toBinary } from "./internals.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
@@ -82,12 +81,8 @@ async function refuses(t: Test, action: () => Promise<unknown>, output: string, 
 }
 
 for (const [what, { model, output, found }] of Object.entries(REFUSED)) {
-  t.test(`${what}: nothing is judged or trained`, async (t) => {
-    const judge = createJudge(createEngine(NODE), model, { adapters: [headless], texts, encode });
+  t.test(`${what}: nothing is trained`, async (t) => {
     const pack = await openPack(bytes);
-    await refuses(t, () => judge.judge(pack), output, found);
-    await refuses(t, () => judge.byTask(pack), output, found);
-    await judge.close();
     const session = await open(NODE, model, pack, { trainable: true });
     await refuses(t, () => distill(session, { adapter: headless, texts, encode, steps: 1 }), output, found);
     await refuses(t, () => createTrainer(session, { labels: ["a", "b"], encode }), output, found);
@@ -95,14 +90,9 @@ for (const [what, { model, output, found }] of Object.entries(REFUSED)) {
   });
 }
 
-t.test("one row of logits for each text is judged and trained", async (t) => {
+t.test("one row of logits for each text is trained", async (t) => {
   const model = giving("scores", mean("scores"));
-  const judge = createJudge(createEngine(NODE), model, { adapters: [headless], texts, encode });
   const pack = await openPack(bytes);
-  t.ok((await judge.judge(pack)) < 1e-6, "a pack that keeps the adapter whole answers as it does");
-  const coarse = await openPack(concat((await buildPack([headless], { select: { kind: "k", k: 1 }, base })).chunks));
-  t.ok((await judge.judge(coarse)) > 1e-6, "and one that does not, does not");
-  await judge.close();
   const session = await open(NODE, model, pack, { trainable: true });
   const labels = Array.from({ length: 32 }, (_, i) => String(i));
   const trainer = await createTrainer(session, { labels, encode });

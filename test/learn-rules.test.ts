@@ -72,9 +72,9 @@ interface Case {
   readonly outputs?: number;
   /** Indices of the outputs that are used. */
   readonly used?: readonly number[];
-  /** Whether blocks of integers are unpacked by onnxruntime's own operator. */
+  /** True if onnxruntime's own operator unpacks blocks of integers. */
   readonly gathers?: boolean;
-  /** Whether the free dimensions are not told when weights in blocks are unpacked. */
+  /** True if weights in blocks are unpacked without the free dimensions. */
   readonly untold?: boolean;
 }
 

@@ -36,7 +36,7 @@ const anyModule: fc.Arbitrary<TrainedModule> = fc
       meanB: fc.boolean(),
     },
     ...{ flat: fc.boolean(), shared: fc.boolean(), seed: fc.integer({ min: 1, max: 1e6 }) },
-    /** How rows take each side: over components, of their own, or both. */
+    /** Form of the rows of each factor: coefficients, residual rows, or both. */
     takes: fc.tuple(fc.constantFrom("over", "own", "both"), fc.constantFrom("over", "own", "both")),
   })
   .map(({ in: inputs, out, privateRank, rank, KA, KB, meanA, meanB, flat, shared, seed, takes }) => {
@@ -120,7 +120,7 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
   );
 });
 
-/** What one adapter loses of the ΔW of another. */
+/** ΔW error of one adapter against another. */
 async function lossOf(whole: Adapter, stored: Adapter): Promise<number> {
   const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
   let [lost, all] = [0, 0];

@@ -4,12 +4,11 @@
  */
 import { readFile } from "node:fs/promises";
 import { Tokenizer } from "@huggingface/tokenizers";
-import { openPack, type Pack } from "eigenlora";
+import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
-import { createEngine } from "eigenlora/onnxruntime";
 import type { Feed } from "eigenlora/session";
-import { type BatchFeeds, createJudge, createTrainer, distill, type Encode } from "eigenlora/train";
-import t, { type Test } from "tap";
+import { type BatchFeeds, createTrainer, distill, type Encode } from "eigenlora/train";
+import t from "tap";
 import { fromBinary, ModelProtoSchema, makeFloats, makeNode, makeValue, toBinary } from "./internals.ts";
 import { compare, golden, learning, noise, prepare, relative, run, sessionOf } from "./learning.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
@@ -158,7 +157,7 @@ for (const { name, ort } of ORTS) {
   });
 }
 
-t.test("a distilled task answers more like its adapter; the judge sees it", async (t) => {
+t.test("a distilled task answers more like its adapter", async (t) => {
   const coarse = { select: { kind: "k", k: 2 } } as const;
   const session = await decoder(NODE, coarse);
   const adapters = await readAdapters(TASKS.map(data));
@@ -179,130 +178,6 @@ t.test("a distilled task answers more like its adapter; the judge sees it", asyn
     await session.addTask("better", made.file);
     session.removeTask("better");
   }
-  const judge = createJudge(createEngine(NODE), DECODER, { adapters, ...questions[1]!, encode });
-  const judged = async (pack: Pack): Promise<number> => judge.judge(pack);
-  const [lossless, few] = [(await packOf(TASKS, LOSSLESS)).bytes, (await packOf(TASKS, coarse)).bytes];
-  t.ok((await judged(await openPack(lossless))) < 1e-6);
-  await judge.close();
-  const again = createJudge(createEngine(NODE), DECODER, { adapters, ...questions[0]!, encode });
-  t.ok((await again.judge(await openPack(few))) > 1e-3);
-  await again.close();
-});
-
-async function refuses(
-  t: Test,
-  action: () => Promise<unknown>,
-  found: { name: string; message: RegExp },
-): Promise<void> {
-  await t.rejects(action, found);
-}
-
-t.test("what a language model cannot learn from is refused by name", async (t) => {
-  const session = await decoder(NODE);
-  const trainer = await createTrainer(session, { encode });
-  const fit = async (examples: unknown[], options: object = { steps: 1 }): Promise<void> => {
-    for await (const _ of trainer.fit(examples as never, options));
-  };
-  const cases: [unknown, string, RegExp][] = [
-    [
-      { text: "a", label: "b" },
-      "TypeError",
-      /example 0: the model answers token by token: expected `prompt` and `completion`/,
-    ],
-    [{ prompt: "a" }, "TypeError", /example 0: expected `prompt` and `completion`, both strings/],
-    [{ prompt: "a", completion: " " }, "RangeError", /example 0: its completion is empty/],
-    [{ prompt: "", completion: "b" }, "RangeError", /example 0: its prompt is empty/],
-    [{ text: "a" }, "RangeError", /its text has 1 tokens, two at least/],
-    [{ messages: [{ role: "user", content: "a" }] }, "TypeError", /messages need a tokenizer with a chat template/],
-    [{ prompt: "a", completion: "b", weight: -1 }, "RangeError", /its weight is -1/],
-  ];
-  for (const [example, name, message] of cases) await refuses(t, () => fit([example, example]), { name, message });
-  await refuses(t, () => fit(EXAMPLES, { smoothing: 0.1 }), {
-    name: "RangeError",
-    message: /models that answer token by token cannot use it/,
-  });
-  await refuses(t, () => trainer.predict([{ text: "a" }]), {
-    name: "TypeError",
-    message: /answers token by token; take `score`/,
-  });
-  const endless = await createTrainer(session, { encode: (...of) => encode(...of) });
-  const unknown = async (): Promise<void> => {
-    for await (const _ of endless.fit(EXAMPLES, { steps: 1 }));
-  };
-  await refuses(t, unknown, { name: "TypeError", message: /what ends a completion is not known/ });
-  // A tokenizer that keeps a few tokens, as many do by default.
-  const short: Encode = async (...of) => {
-    const feeds = await encode(...of);
-    return Object.fromEntries(
-      Object.entries(feeds).map(([name, { data, dims }]) => {
-        const length = Math.min(dims[1]!, 12);
-        return [name, { type: "int64", dims: [1, length], data: (data as BigInt64Array).slice(0, length) }];
-      }),
-    );
-  };
-  const cutting = await createTrainer(session, { encode: short, end: "<|end|>" });
-  await refuses(
-    t,
-    () =>
-      cutting
-        .fit(
-          EXAMPLES.map((one) => ({ ...one, completion: "one two three four five six" })),
-          { steps: 1 },
-        )
-        .next(),
-    {
-      name: "RangeError",
-      message: /example 0: its completion was cut off by the tokenizer/,
-    },
-  );
-  const told = await createTrainer(session, { encode: (...of) => encode(...of), end: "<|end|>" });
-  for await (const { loss } of told.fit(EXAMPLES, { steps: 1 })) t.ok(loss > 0);
-  await session.close();
-});
-
-/** The encoder with three classes for each token. */
-function tagger(): Uint8Array {
-  const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
-  const graph = proto.graph!;
-  graph.initializer.push(makeFloats("classes", Array.from(noise(96, 5)), [32, 3]));
-  graph.node.push(makeNode("MatMul", "logits", ["last_hidden_state", "classes"], "logits"));
-  graph.output = [makeValue("logits", 1, ["batch", "length", 3])];
-  return toBinary(ModelProtoSchema, proto);
-}
-
-t.test("labels of words", async (t) => {
-  const pack = await openPack((await packOf(["sessions/adapters/two"], LOSSLESS)).bytes);
-  const session = await open(NODE, tagger(), pack, { trainable: true, anyBase: true, ignore: ["classifier"] });
-  // Letters are tokens; 1 and 2 stand around them.
-  const letters: Encode = ([text], { add_special_tokens: special = true }): BatchFeeds => {
-    const own = [...text!.replaceAll(" ", "")].map((letter) => 3 + (letter.charCodeAt(0) % 5));
-    const ids = special ? [1, ...own, 2] : own;
-    return { input_ids: { type: "int64", dims: [1, ids.length], data: BigInt64Array.from(ids, BigInt) } };
-  };
-  const labels = ["name", "place", "other"];
-  const trainer = await createTrainer(session, { labels, encode: letters, head: false, train: "lora" });
-  const examples = [
-    { words: ["ann", "in", "rome"], labels: ["name", "other", "place"] },
-    { words: ["rome", "or", "bob"], labels: ["place", null, "name"] },
-  ];
-  const losses: number[] = [];
-  const how = { steps: 60, batch: 2, learningRates: { terms: 0.02 } };
-  for await (const { loss } of trainer.fit(examples, how)) losses.push(loss);
-  t.ok(losses.at(-1)! < 0.5 * losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
-  t.match(await trainer.score(examples), { loss: Number, accuracy: Number });
-  const fit = (one: object) => async (): Promise<void> => {
-    for await (const _ of trainer.fit([one], { steps: 1 }));
-  };
-  await refuses(t, fit({ words: ["ann"], labels: ["nam"] }), {
-    name: "RangeError",
-    message: /the label "nam" of "ann" is none of name, place, other/,
-  });
-  await refuses(t, fit({ words: ["ann"], labels: [] }), { name: "RangeError", message: /has 1 words and 0 labels/ });
-  await refuses(t, fit({ text: "ann" }), {
-    name: "TypeError",
-    message: /the model labels tokens: expected `words` and `labels`/,
-  });
-  await session.close();
 });
 
 t.test("a task with a head is distilled where each token has a label", async (t) => {

@@ -203,20 +203,20 @@ export function layerOf({ model }: ModelFile, module: string, byHand?: ReadonlyM
   const parameters = new Map(findParameters(model).map((parameter) => [parameter.name, parameter]));
   const parameter = parameters.get(findWeight(new NameMatcher(parameters.keys()), module, byHand))!;
   const [out, inputs] = matrixShape(parameter)!;
-  const linears = linearsOf(model, parameter);
-  if (typeof linears === "string") throw new Error(linears);
-  return { name: module, in: inputs, out, linears, factors: true, rowScale: false };
+  const sites = linearsOf(model, parameter);
+  if (typeof sites === "string") throw new Error(sites);
+  return { name: module, in: inputs, out, kind: "linear", sites, factors: true, rowScale: false };
 }
 
 /** A layer as a head, always with a bias: exporters drop zeros. */
 export function headLayerOf(file: ModelFile, module: string): AdaptedHead {
-  const { name, in: inputs, out, linears } = layerOf(file, module);
+  const { name, in: inputs, out, sites } = layerOf(file, module);
   return {
     name,
     in: inputs,
     out,
     bias: true,
-    places: linears.map((linear) => ({ linear, end: endOf(file.model, linear) })),
+    places: sites.map((site) => ({ site, end: endOf(file.model, site) })),
   };
 }
 
@@ -419,7 +419,7 @@ export const LABELS = ["odd", "even", "neither"];
 export const F32 = { coefficients: "f32", head: "f32" } as const;
 
 /** Rows of the tiny model's inputs: random ids; the label follows from the first. */
-export function examples(ort: Ort, session: Session, count: number, seed: number): Example<BatchFeeds>[] {
+export function examples(ort: Ort, session: Session, count: number, seed: number): Example[] {
   const random = uniform(seed);
   const like = feedsOf(ort, session, [0]);
   const length = GOLDENS.feeds["input_ids"]![0]!.length;

@@ -12,7 +12,6 @@ import {
   encodeBasis,
   encodeTask,
   encodeTensor,
-  layoutFresh,
   lossesOf,
   lossTable,
   openTasks,
@@ -22,6 +21,7 @@ import {
   writePart,
   writeWhole,
 } from "./internals.ts";
+import { freshChunks } from "./packs.ts";
 import { soak } from "./required.ts";
 
 const COUNT = soak ? 10_000 : 4000;
@@ -39,7 +39,7 @@ const coefficients = { kind: "column", mean: false, dtype: "f32", encoded: encod
 const blob = encodeTask([{ module: 0, rank: 1, A: coefficients, B: coefficients }], []);
 const entry = (i: number) => ({ id: `task ${i}`, adapterBytes: 100, metadata: {} });
 const tasks = Array.from({ length: COUNT }, (_, i) => ({ entry: entry(i), blob }));
-await writeFile(path, Buffer.concat(await layoutFresh({ description, bases, basisId, tasks })));
+await writeFile(path, Buffer.concat(await freshChunks({ description, bases, basisId, tasks })));
 const taskFile = (i: number): Uint8Array<ArrayBuffer> => encodeTaskFile(entry(i), basisId, blob);
 
 /** Limits processor time, so that a machine shared with others does not fail it. @param most seconds for ten thousand tasks */

@@ -1,5 +1,5 @@
 /**
- * Runs in a process of its own for test/memory.test.ts: holds 24 weights of 768×768 twice and prints `memory()` beside the engine's own
+ * Runs in a process of its own for test/memory.test.ts: holds 24 weights of 768×768 twice and prints `memory()` and the engine's own
  * figures: array buffers plus the pages of every WebAssembly.Memory, plus the buffers requested from a device. Run with --expose-gc.
  */
 /** @type {WebAssembly.Memory[]} */

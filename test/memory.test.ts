@@ -62,7 +62,7 @@ function writeModel(path: string): void {
   writeFileSync(path, toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph })));
 }
 
-/** Bytes allowed beside those that `memory()` counts: parsed graphs, tensors of the last run. A model's file is not among them. */
+/** Bytes allowed in addition to those that `memory()` counts: parsed graphs, tensors of the last run. A model's file is not among them. */
 const ALLOWANCE = 3e6;
 
 for (const mode of ["core", "factors", "folded"]) {

@@ -9,6 +9,16 @@ const refuse = (pattern: string, why: string): Error => new SyntaxError(`${patte
 const patternsOf = <T>(...entries: [string, T][]): NamePatterns<T> => new NamePatterns(entries, refuse);
 const matches = (pattern: string, name: string): boolean => patternsOf([pattern, true]).find(name) === true;
 
+/** The same; undefined for a pattern that may take too long. */
+function matchesInTime(pattern: string, name: string): boolean | undefined {
+  try {
+    return matches(pattern, name);
+  } catch (error) {
+    if (/may take too long/.test((error as Error).message)) return undefined;
+    throw error;
+  }
+}
+
 /** PEFT's question to Python, asked of JavaScript's engine: the same for ASCII. */
 const byEngine = (pattern: string, name: string): boolean => new RegExp(`^(.*\\.)?(${pattern})$`).test(name);
 
@@ -38,7 +48,7 @@ t.test("what each construct matches", async (t) => {
     ["(q_proj)?", true],
     ["(k_proj)?", false],
     [".*?q_proj??", true],
-    ["(x+x+)+y", false],
+    ["x+x+y", false],
     ["", false],
   ];
   for (const [pattern, matched] of cases) t.equal(matches(pattern, name), matched, pattern);
@@ -89,10 +99,12 @@ t.test("what is refused, by name", async (t) => {
     ["q{x}", /has a "{" that begins no repetition/],
     ["q{", /has a "{" that begins no repetition/],
     ["q{,}", /has a "{" that begins no repetition/],
+    ["[\\W]", /has "\\W"/],
     ["q".repeat(1025), /has 1025 characters, 1024 at most/],
-    ["q{9999}", /has more than 8192 parts/],
-    ["(((q{99}){99}){99}){99}", /has more than 8192 parts/],
-    ["(){9999999999999}", /has more than 8192 parts/],
+    ["(x+x+)+y", /repeats a group/],
+    ["(x|x)*y", /repeats a group/],
+    ["(((q{99}){99}){99}){99}", /repeats a group/],
+    ["(){9999999999999}", /repeats a group/],
   ];
   for (const [pattern, message] of cases) {
     t.throws(() => patternsOf([pattern, 1]), { name: "SyntaxError", message }, pattern.slice(0, 40));
@@ -113,26 +125,27 @@ const { pattern } = fc.letrec<{ pattern: string; sequence: string; item: string;
     fc.constantFrom("^", "$"),
     tie("group"),
   ),
-  group: fc
-    .tuple(fc.constantFrom("(", "(?:"), tie("pattern"), fc.constantFrom(")", ")?", ")*", ")+", "){1,2}"))
-    .map((all) => all.join("")),
+  group: fc.tuple(fc.constantFrom("(", "(?:"), tie("pattern"), fc.constantFrom(")", ")?")).map((all) => all.join("")),
 }));
 const name = fc.string({ unit: fc.constantFrom(...LETTERS, "1", "_"), maxLength: 7 });
 
 t.test("random patterns match what JavaScript's engine matches", async (t) => {
-  let both = 0;
+  let [both, late] = [0, 0];
   fc.assert(
     fc.property(pattern, fc.array(name, { minLength: 4, maxLength: 4 }), (pattern, names) => {
       for (const name of names) {
         const expected = byEngine(pattern, name);
         if (expected) both++;
-        if (matches(pattern, name) !== (expected || pattern === name)) return false;
+        const found = matchesInTime(pattern, name);
+        if (found === undefined) late++;
+        else if (found !== (expected || pattern === name)) return false;
       }
       return true;
     }),
     { numRuns: runs(4000), seed: 1 },
   );
   t.ok(both > 1000 && both < 12_000, `${both} of 16000 match`);
+  t.ok(late < 1600, `${late} are not tried`);
 });
 
 t.test("random patterns match what Python matches", async (t) => {
@@ -149,47 +162,59 @@ print(json.dumps([bool(re.match(rf"(.*\\.)?({p})$", n)) for p, n in json.load(sy
     return skip(t, "python", `${python} is not there`);
   }
   t.equal(found.length, cases.length);
-  const wrong = cases.filter(([pattern, name], i) => matches(pattern, name) !== (found[i] || pattern === name));
+  const wrong = cases.filter(([pattern, name], i) => {
+    const ours = matchesInTime(pattern, name);
+    return ours !== undefined && ours !== (found[i] || pattern === name);
+  });
   t.same(wrong, []);
 });
 
 t.test("no pattern takes long", async (t) => {
-  const name = "x".repeat(4000);
+  const name = "x".repeat(1000);
   const hostile = [
-    "(x+x+)+y",
     "(x*)*y",
-    "((((x+)+)+)+)+y",
-    "(x|x)*y",
-    "(x|xx|xxx)+y",
     "(.*.*.*)*.*.*.*y",
-    "(x?){500}x{500}y",
+    ".*.*.*y",
+    "(?:x?)".repeat(170),
+    "x?".repeat(500),
     "x*".repeat(500),
-    "([\\w.]+)+$y",
-    `${"(".repeat(340)}x*${")*".repeat(340)}`,
+    "(x|x)".repeat(200),
+    "x{1,9}".repeat(150),
+    `${"(x|x)".repeat(24)}${"x".repeat(880)}y`,
+    "[\\w.]+$y",
   ];
   for (const pattern of hostile) {
-    for (const text of [name, `a.${name}`, `${name}y`, `${name}z`]) {
+    for (const text of [name, `a.${name}`, `${name}y`, "x.".repeat(500)]) {
       const started = performance.now();
-      patternsOf([pattern, 1]).find(text);
+      try {
+        patternsOf([pattern, 1]).find(text);
+      } catch (error) {
+        t.match((error as Error).message, /may take too long|repeats a group/, pattern.slice(0, 40));
+      }
       const seconds = (performance.now() - started) / 1000;
       t.ok(seconds < 20, `${pattern.slice(0, 40)}: ${seconds.toFixed(2)} s`);
     }
   }
 });
 
+t.test("patterns of people are not refused for their ways", async (t) => {
+  const names = Array.from({ length: 32 }, (_, i) => `base_model.model.layers.${i}.self_attn.q_proj`);
+  const patterns = patternsOf(
+    [".*\\.layers\\.\\d+\\..*(k|v|o)_proj", 1],
+    [".*\\.layers\\.(1|2)\\d*\\.self_attn\\.[qk]_proj", 2],
+  );
+  t.equal(names.filter((name) => patterns.find(name) === 2).length, 1 + 1 + 10 + 10);
+});
+
 t.test("names of many modules, each a pattern, are found; more work than that is refused", async (t) => {
   const names = Array.from({ length: 1024 }, (_, i) => `model.layers.${i >> 7}.mlp.experts.${i & 127}.down_proj`);
   const patterns = patternsOf(...names.map((name, i): [string, number] => [name, i]));
   t.ok(names.every((name, i) => patterns.find(`base.${name}`) === i));
-  const hostile = new NamePatterns(
-    Array.from({ length: 200 }, (_, i): [string, number] => [`${".*".repeat(200)}y${i}x*`, i]),
-    refuse,
-    1e7,
-  );
+  const hostile = patternsOf(...Array.from({ length: 200 }, (_, i): [string, number] => [`.*.*y${i}x*`, i]));
   t.throws(
     () => {
       for (let i = 0; i < 1e6; i++) hostile.find("x".repeat(1000));
     },
-    { message: /takes too long for the modules there are; write fewer patterns/ },
+    { message: /may take too long for the modules there are; write fewer patterns/ },
   );
 });

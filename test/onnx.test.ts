@@ -12,12 +12,12 @@ import t from "tap";
 import {
   findParameters,
   type GraphProto,
-  Locator,
   locate,
   type ModelProto,
   ModelProtoSchema,
   parseModel,
   toBinary,
+  WeightResolver,
 } from "./internals.ts";
 import { runs } from "./required.ts";
 
@@ -48,7 +48,7 @@ function turned(bytes: Uint8Array, [rows, columns]: readonly number[]): Uint8Arr
 
 /** Names of `digests` that the host lacks, or has with other values, up to the layout that it states. */
 async function differences(host: Awaited<ReturnType<typeof openOnnxHost>>, digests: Digests): Promise<string[]> {
-  const locator = new Locator(host);
+  const locator = new WeightResolver(host);
   const wrong: string[] = [];
   for (const [name, [shape, sha]] of Object.entries(digests)) {
     const found = locator.names.find(name);
@@ -78,7 +78,7 @@ t.test("the f16 export of MiniLM has every parameter of the checkpoint", async (
   t.equal(layouts.get("bert.embeddings.word_embeddings.weight"), "embedding");
   t.equal(layouts.get("bert.embeddings.LayerNorm.weight"), undefined);
 
-  const locator = new Locator(host);
+  const locator = new WeightResolver(host);
   for (let i = 0; i < 6; i++) {
     for (const part of ["query", "value"]) {
       const name = `bert.encoder.layer.${i}.attention.self.${part}`;

@@ -8,7 +8,7 @@ function output(stream: { isTTY?: boolean; columns?: number } = {}, json = false
   const said: string[] = [];
   let now = 1e6;
   const out = createOutput(json, { ...stream, write: (text: string) => said.push(text) }, () => now);
-  /** What is written at a step that begins so many seconds later. */
+  /** Output of a step that begins a number of seconds later. */
   const after = (seconds: number, step: () => void): string[] => {
     now += 1000 * seconds;
     said.length = 0;

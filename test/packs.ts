@@ -5,7 +5,7 @@ import type { Pack, TensorRef } from "eigenlora";
 import { type BuildOptions, type BuildReport, buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { type Golden, relativeDifference } from "./compare.ts";
-import { decodeTensor } from "./internals.ts";
+import { decodeTensor, placeOf, type Sign, streamFresh, type TaskToWrite } from "./internals.ts";
 
 /** Options that store everything an adapter has without loss. */
 export const LOSSLESS = {
@@ -20,6 +20,17 @@ export function data(path: string): string {
 
 export function concat(chunks: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   return new Uint8Array(Buffer.concat(chunks));
+}
+
+/** The chunks of a fresh pack whose blobs are in memory. */
+export async function freshChunks(
+  { tasks, ...basis }: Parameters<typeof streamFresh>[0] & { readonly tasks: readonly TaskToWrite[] },
+  sign?: Sign,
+): Promise<Uint8Array[]> {
+  const found: Uint8Array[] = [];
+  const { chunks } = await streamFresh(basis, await Promise.all(tasks.map(placeOf)), sign);
+  for await (const chunk of chunks) found.push(chunk);
+  return found;
 }
 
 /** A pack of some adapters of a suite, or of some of their modules, in memory. */

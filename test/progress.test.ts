@@ -14,7 +14,7 @@ import { model, modelBytes, NODE, open, packBytes, packFor } from "./sessions.ts
 
 const pack = await packBytes(["adapters"], "base");
 
-/** What transformers.js 4.3 calls `ProgressInfo`, as its declarations have it. */
+/** `ProgressInfo` of transformers.js 4.3, as in its declarations. */
 type Theirs =
   | { status: "initiate"; name: string; file: string }
   | { status: "download"; name: string; file: string }

@@ -6,7 +6,7 @@ const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
 const example = /```js\n([^`]*createEigenSession[^`]*)```/.exec(readme)?.[1];
 if (!example) throw new Error("README.md has no example with createEigenSession");
 
-/** The example as printed: a page with the files that it reads beside it. */
+/** The example as printed: a page and the files that it reads. */
 
 const lines = example.split("\n").filter((line) => !/\bTokenizer\b|"tokenizer\.json"|files\.map/.test(line));
 const isImport = (line: string): boolean => line.startsWith("import ");

@@ -25,6 +25,9 @@ export const required: ReadonlySet<string> = new Set(
 /** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak-run.js. */
 export const soak: boolean = env["EIGENLORA_SOAK"] === "1";
 
+/** Whether every runtime and backend is tested; `npm test` takes onnxruntime-node, plain JavaScript and SIMD alone. */
+export const whole: boolean = env["EIGENLORA_QUICK"] !== "1";
+
 /** How many cases of a property, or mutants, are tried: `all` in the soak, a quarter in the gate. */
 export const runs = (all: number): number => (soak ? all : Math.ceil(all / 4));
 

@@ -28,7 +28,7 @@ const files = new Map([["tasks.eigen", bytes as Uint8Array]]);
 const server = await serve(files);
 t.teardown(() => server.close());
 
-/** A project that has installed the package: node_modules/eigenlora, and this test's script beside it. */
+/** A project that has installed the package: node_modules/eigenlora, and this test's script. */
 const project = await mkdtemp(join(tmpdir(), "eigenlora-runtimes-"));
 t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
 await mkdir(join(project, "node_modules", "eigenlora"), { recursive: true });

@@ -46,7 +46,7 @@ interface Row {
   probe?: string;
 }
 
-/** What a page is given: models with their packs and answers. */
+/** Material of a page: models with their packs and answers. */
 async function served() {
   const files = new Map<string, Uint8Array>();
   const packs = {

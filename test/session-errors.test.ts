@@ -388,7 +388,7 @@ t.test("where the probe cannot tell, it says so, and the session works", async (
     const type = { value: { case: "tensorType" as const, value: { elemType: 11, shape: { dim: [] } } } };
     graph!.input.push(create(ValueInfoProtoSchema, { name: "temperature", type }));
   });
-  // What enters the first layer is no number: 0 · ∞.
+  // The input of the first layer is no number: 0 · ∞.
   const nothing = changed("gemm", ({ graph }) => {
     const rawData = new Uint8Array(Float32Array.of(0).buffer);
     graph!.initializer.push(create(TensorProtoSchema, { name: "zero", dims: [], dataType: 1, rawData }));

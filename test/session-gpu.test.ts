@@ -53,7 +53,7 @@ const options = { skip: noChromium, timeout: soak ? 580_000 : 240_000 };
 t.test("queries, keys and values in one weight", options, async (t) => {
   const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }];
   const [found] =
-    (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 20 : 5})`], "fused")) ?? [];
+    (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 20 : 3})`], "fused")) ?? [];
   if (!found) return;
   t.match(found, { mode: "folded", probe: { result: "passed" } });
   ["base", "two", "three", "five"].forEach((task, i) => {
@@ -65,7 +65,7 @@ t.test("queries, keys and values in one weight", options, async (t) => {
 
 t.test("switches", options, async (t) => {
   const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }, { two: 1, five: -0.3 }, { three: 0.25 }];
-  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 120 : 14})`])) ?? [];
+  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 120 : 8})`])) ?? [];
   if (!found) return;
   t.match(found, { mode: "folded", reason: "asked for", probe: { result: "passed" } });
   t.equal(found.created, 1, "one InferenceSession");

@@ -91,7 +91,7 @@ for (const { name: runtime, ort } of RUNTIMES) {
     });
     await folded.close();
 
-    // Rows with every kind of parameter, the base beside a task.
+    // Rows with every kind of parameter, the base next to a task.
     for (const task of ["dora", "bias", "bias-lora", "dense", "tokens"]) {
       const pack = await openPack(await packBytes([`adapters-more/${task}`], "base"));
       const mixed = await open(ort, model("torchscript"), pack, { mode: "core" });

@@ -11,7 +11,7 @@ import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
-import { soak } from "./required.ts";
+import { soak, whole } from "./required.ts";
 
 export type Ort = typeof common;
 export type Session = EigenSession<Ort>;
@@ -26,7 +26,7 @@ node.env.logLevel = "error";
 
 export const ORTS: readonly { name: string; ort: Ort }[] = [
   { name: "onnxruntime-node", ort: node },
-  { name: "onnxruntime-web", ort: web },
+  ...(whole ? [{ name: "onnxruntime-web", ort: web }] : []),
 ];
 /** Runtimes of session tests: modules of onnxruntime, or an engine with its tensors. */
 export type Runtime = Ort | { readonly Tensor: Ort["Tensor"]; readonly engine: Engine };

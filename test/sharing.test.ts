@@ -1,5 +1,5 @@
 /**
- * What adapters share is found by itself, side by side and group by group: made adapters with a known answer, and real ones of one script.
+ * Shared components are found factor by factor and group by group: synthetic adapters with a known answer, and real ones of one script.
  */
 import { createRuntime, openPack, type Pack } from "eigenlora";
 import {
@@ -109,7 +109,7 @@ async function lossOf(pack: Pack, { id, modules }: Adapter): Promise<number> {
   return relative(Math.sqrt(lost), Math.sqrt(all));
 }
 
-/** How many bases a module has of each side. */
+/** Number of bases of each factor of a module. */
 const counts = ({ modules }: Pack): string[] => modules.map(({ A, B }) => `${A.length} ${B.length}`);
 
 t.test("A equal in all: one seed and a large start, or frozen", async (t) => {

@@ -1,6 +1,6 @@
 /**
  * Writes a pack in other forms: the same tasks with components on one side only, several bases of a side, rows of a task's own instead of
- * coefficients and beside them. Uses the vectors' writer, since no writer of the package makes such packs yet.
+ * coefficients and in addition to them. Uses the vectors' writer, since no writer of the package makes such packs yet.
  */
 import type { Dtype, Pack, PackModule, TaskTerm } from "eigenlora";
 import { DTYPES, encodedTensor, encodeTensor, expandTerm, readTensor, sharedBases } from "./internals.ts";

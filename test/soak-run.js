@@ -1,7 +1,8 @@
 /**
- * The soak: tests that take a part of their cases elsewhere, with all of them, then Next.js and the families of models. Hours.
+ * The soak: tests that take a part of their cases elsewhere, with all of them, then Next.js, the families of models, and the
+ * files that ask for the most time and memory. Hours.
  *
- * usage: npm run soak [-- NAME...]      tests by name, such as session-gpu, and "next", "families". Default: all
+ * usage: npm run soak [-- NAME...]      tests by name, such as session-gpu, and "next", "families", "attacks/read", "attacks/expand". Default: all
  */
 import { spawnSync } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
@@ -16,7 +17,7 @@ const tests = readdirSync(here, { recursive: true, encoding: "utf8" })
     /\b(soak|runs|modesOn)\b[^}]*\} from "[^"]*\/(required|sessions)\.ts"/.test(readFileSync(join(here, file), "utf8")),
   );
 const nameOf = (/** @type {string} */ file) => basename(file, ENDING);
-const scripts = ["next", "families"];
+const scripts = ["next", "families", "attacks/read", "attacks/expand"];
 
 const all = [...tests.map(nameOf), ...scripts];
 const names = process.argv.length > 2 ? process.argv.slice(2) : all;
@@ -24,7 +25,9 @@ const unknown = names.filter((name) => !all.includes(name));
 if (unknown.length > 0) throw new RangeError(`${unknown.join(", ")}: expected some of ${all.join(", ")}`);
 
 const files = tests.filter((file) => names.includes(nameOf(file))).map((file) => join(here, file));
-const commands = scripts.filter((name) => names.includes(name)).map((name) => [join(here, `soak-${name}.js`)]);
+const commands = scripts
+  .filter((name) => names.includes(name))
+  .map((name) => [join(here, name.includes("/") ? `${name}.js` : `soak-${name}.js`)]);
 if (files.length > 0) commands.unshift(["node_modules/tap/dist/esm/run.mjs", "--timeout=7200", ...files]);
 for (const command of commands) {
   const { status } = spawnSync(process.execPath, command, {

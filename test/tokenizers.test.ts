@@ -7,8 +7,7 @@ import { pathToFileURL } from "node:url";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
-import { createEngine } from "eigenlora/onnxruntime";
-import { createJudge, createTrainer, distill, type Encode } from "eigenlora/train";
+import { createTrainer, distill, type Encode } from "eigenlora/train";
 import t from "tap";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { LABELS, tiny } from "./learning.ts";
@@ -99,12 +98,10 @@ t.test("what cannot encode is refused when it is given", async (t) => {
   const refused = { name: "TypeError", message: /encode.*: expected a tokenizer of transformers\.js or @huggingface/ };
   const adapters = await readAdapters([data("sessions/adapters")]);
   t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
-  const engine = createEngine(NODE);
   for (const encode of [5, {}, "minilm", null, Promise.resolve(tokenizer)] as never[]) {
     await t.rejects(createTrainer(session, { labels: LABELS, encode }), refused);
     await t.rejects(session.encode("a", encode), refused);
     await t.rejects(distill(session, { adapter: adapters[0]!, encode, texts: ["a"] }), refused);
-    t.throws(() => createJudge(engine, data("sessions/torchscript.onnx"), { adapters, encode, texts: ["a"] }), refused);
   }
   await t.rejects(createTrainer(session, { labels: LABELS, encode: Promise.resolve(5) as never }), {
     message: /a promise; did you forget await\?/,

@@ -7,8 +7,8 @@ import { readFile } from "node:fs/promises";
 import { type OpenOptions, openPack, type Pack, TrustError } from "eigenlora";
 import { createSigner } from "eigenlora/build";
 import t from "tap";
-import { encodeSignedTaskFile, layoutAppend, layoutFresh, layoutSigned, parseTaskFile } from "./internals.ts";
-import { concat } from "./packs.ts";
+import { encodeSignedTaskFile, layoutAppend, layoutSigned, parseTaskFile } from "./internals.ts";
+import { concat, freshChunks } from "./packs.ts";
 import { serve } from "./range-server.ts";
 import { soak } from "./required.ts";
 
@@ -144,7 +144,7 @@ t.test("an append or a fresh pack is signed anew, or not at all", async (t) => {
   t.not(await signed.integrity(), ROOT, "another generation, another root");
   const { basisId, directory } = pack;
   const fresh = { description: directory.basisBytes, bases: (await pack.bases()).bytes, basisId, tasks };
-  t.equal((await openPack(concat(await layoutFresh(fresh, sign)), { keys: [open] })).tasks.size, 1);
+  t.equal((await openPack(concat(await freshChunks(fresh, sign)), { keys: [open] })).tasks.size, 1);
 });
 
 t.test("revoked tasks are not loaded, from packs and task files", async (t) => {

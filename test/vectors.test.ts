@@ -46,7 +46,7 @@ function trustOf({ integrity, keys, revoked }: Vector): OpenOptions {
   };
 }
 
-/** What a promise is rejected with. */
+/** Reason with which a promise is rejected. */
 const failure = (work: Promise<unknown>): Promise<unknown> =>
   work.then(
     () => undefined,

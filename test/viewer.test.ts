@@ -157,7 +157,7 @@ t.test("a large pack is read by what is looked at", { skip: noChromium }, async 
   await page.getByRole("button", { name: /^Read all tasks/ }).click();
   await page.locator(".caption", { hasText: "20 tasks take shared components" }).waitFor();
   const shares = await sectionOf(page, "What is shared").locator("tbody tr:first-child td").allTextContents();
-  t.same(shares.slice(-3), ["20", "20", "0"], "of the first module all take both sides");
+  t.same(shares.slice(-3), ["20", "20", "0"], "of the first module all take both factors");
   await page.getByRole("button", { name: /^Check every byte/ }).click();
   await page.getByText("Components and 20 tasks are whole: they have the hashes that the directory names.").waitFor();
   t.same(
@@ -186,7 +186,7 @@ t.test("axe finds nothing, and phones need no scrolling sideways", { skip: noChr
   }
 });
 
-/** A task with markup in all that it can say, beside one whose bytes are damaged. */
+/** A task with markup in all of its texts, and one whose bytes are damaged. */
 async function hostilePack(): Promise<{ bytes: Uint8Array<ArrayBuffer>; id: string }> {
   const id = `<img src=x onerror="document.title='taken'">`;
   const adapters = await readAdapters([data("adapters/own-seed/debtags-role"), data("adapters/own-seed/sections-0")]);

@@ -210,7 +210,7 @@ const moving: Make = async (pack, base, options) => {
       const found = placed.get(name);
       return found && { dtype: found.of.dtype, shape: found.of.shape, data: found.buffer, byteOffset: 0 };
     },
-    settle(names) {
+    flush(names) {
       for (const name of names) {
         const found = placed.get(name)!;
         found.buffer.destroy();

@@ -1,4 +1,4 @@
-/** What every piece of work must tell of itself. */
+/** Rules for the progress records of every piece of work. */
 import type { WorkProgress } from "eigenlora/build";
 import type { Test } from "tap";
 

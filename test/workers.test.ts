@@ -25,16 +25,15 @@ function changed(adapter: Adapter, change: (value: number) => number): Adapter {
   return { ...adapter, modules: new Map([...adapter.modules, [module, { ...source, read }]]) };
 }
 
-const balanced = { gauge: "balanced", privateTerms: 2 } as const;
-
 t.test("a pack is the same, whoever extracts", async (t) => {
   const ways: Record<string, BuildOptions> = {
-    "column, as trained": { select: { kind: "k", k: 3 } },
-    "components and private terms, int4": {
-      ...balanced,
+    "as trained": { select: { kind: "k", k: 3 } },
+    "balanced, int4": {
+      gauge: "balanced",
       select: { kind: "k", k: 2 },
       dtype: { basis: "int4", coefficients: "int4" },
     },
+    "each task by itself": { select: { kind: "k", k: 0 }, rank: 2 },
   };
   for (const [name, options] of Object.entries(ways)) {
     const alone = await buildPack(adapters, options);

@@ -2,7 +2,7 @@
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
-import { writeSafetensors } from "../../dist/src/tensor/safetensors-writer.js";
+import { writeSafetensors } from "../../dist/src/tensor/safetensors.js";
 import { data } from "../../examples/minilm.js";
 
 /**
@@ -48,7 +48,7 @@ export const packOfK = (adapters, k) => packOf(adapters, { select: { kind: "k", 
 /**
  * Stacks for extraction: all adapters' factors of each module of the first.
  * @param {readonly Adapter[]} adapters
- * @returns {Promise<import("../../dist/src/extract/extract.js").ModuleStack[]>}
+ * @returns {Promise<import("../../dist/src/extract/components.js").ModuleStack[]>}
  */
 export async function stacksOf(adapters) {
   const stacks = [];

@@ -105,7 +105,7 @@ async function matricesOf(model) {
   return sum;
 }
 
-/** Size of a model and the weights beside it. @param {string} model */
+/** Size of a model and its external weights. @param {string} model */
 async function sizeOf(model) {
   const beside = await stat(`${model}.data`).catch(() => ({ size: 0 }));
   return (await stat(model)).size + beside.size;

@@ -14,7 +14,7 @@ const WORKERD = join(tools, ".bin/workerd");
 
 /** @typedef {{ backend: "js" | "wasm", mode: "folded" | "factors", switches: number }} Task switches: −1 opens nothing */
 
-/** Whether an engine is installed and has the backend. @param {string} engine @param {string} backend */
+/** True if an engine is installed and has the backend. @param {string} engine @param {string} backend */
 export const can = (engine, backend) =>
   engine === "node" || (engine === "hermes" ? backend === "js" && existsSync(HERMES) : existsSync(WORKERD));
 
@@ -48,7 +48,7 @@ export async function main() {
   return [runtime, base];
 }`;
 
-/** How each is started. @type {Record<string, (folder: string, task: Task) => Promise<[command: string, ...args: string[]]>>} */
+/** Commands that start each engine. @type {Record<string, (folder: string, task: Task) => Promise<[command: string, ...args: string[]]>>} */
 export const ENGINES = {
   async node(folder, task) {
     const file = join(folder, "node.mjs");

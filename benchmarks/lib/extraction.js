@@ -2,15 +2,15 @@
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { sum } from "simple-statistics";
-import { centred, columnMeans, principalComponents } from "../../dist/src/extract/components.js";
-import { extractModule } from "../../dist/src/extract/extract.js";
+import { columnMeans, extractModule, principalComponents } from "../../dist/src/extract/components.js";
+import { centred } from "../../dist/src/extract/linalg.js";
 import { createWasmProducts } from "../../dist/src/extract/wasm-products.js";
 import { folderOf, stacksOf, withAdapters } from "./adapters.js";
 import { clocked } from "./process.js";
 import { adaptersOf, SETTINGS } from "./settings.js";
 
 /**
- * @typedef {{ modules: number, stack: import("../../dist/src/extract/extract.js").ModuleStack }} Case `modules`: so many are of this shape
+ * @typedef {{ modules: number, stack: import("../../dist/src/extract/components.js").ModuleStack }} Case `modules`: so many are of this shape
  * @typedef {{ ms: number, cpu: number, lost?: number[] }} Times milliseconds
  * @typedef {import("./peers.js").Running} Numpy
  * @typedef {keyof typeof STACKS} StacksName
@@ -94,7 +94,7 @@ export async function measureModule(module, { k, rounds, scratch, one, free }) {
   const file = join(scratch, "stacks");
   await writeFile(file, Buffer.concat(sides.map(({ values }) => new Uint8Array(values.buffer))));
   const question = { file, stacks: sides.map(({ rows, width }) => [rows, width]), k };
-  /** @type {import("../../dist/src/extract/options.js").ExtractOptions} */
+  /** @type {import("../../dist/src/extract/components.js").ExtractOptions} */
   const options = {
     gauge: "as-trained",
     centering: "keep",

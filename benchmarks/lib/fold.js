@@ -1,7 +1,7 @@
 /** Fold on a CPU backend, and the peak speed of the machine. */
 import { setFlagsFromString } from "node:v8";
 import { median, min, sum } from "simple-statistics";
-import { encodeTensor } from "../../dist/src/tensor/encode.js";
+import { encodeTensor } from "../../dist/src/tensor/dtypes.js";
 import { smallNumbers } from "./adapters.js";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
@@ -41,7 +41,7 @@ function time(run, { warmUp, runs }, parts = 1) {
 
 /**
  * Seconds to copy the matrices, and multiply-adds per second of the better loop on registers.
- * @param {import("../../dist/src/backends/wasm-instance.js").WasmVariant} variant
+ * @param {import("../../dist/src/backends/wasm.js").WasmVariant} variant
  * @param {number} runs
  * @returns {Promise<Machine>}
  */

@@ -2,8 +2,7 @@
 /// <reference types="@webgpu/types" />
 import { min } from "simple-statistics";
 import { createJsBackend } from "../../dist/src/backends/js.js";
-import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../../dist/src/tensor/encode.js";
+import { decodeTensor, encodeTensor } from "../../dist/src/tensor/dtypes.js";
 import { smallNumbers } from "./adapters.js";
 
 /**

@@ -8,7 +8,7 @@ import { python } from "./peers.js";
 import { inScratch } from "./process.js";
 
 export const [RANK, K] = [32, 32];
-/** Directions that adapters share, beside noise; components find them. */
+/** Directions that adapters share, in addition to noise; components find them. */
 const SHARED = 64;
 
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));

@@ -1,6 +1,6 @@
 /**
- * What do tasks cost in a model that runs? The whole model (MiniLM, 12 adapted modules) in onnxruntime-node and in onnxruntime-web's
- * WebAssembly, one thread each, beside a plain session of the same file in the same loops: a switch among resident tasks; a run, by
+ * Measures the cost of tasks in a model that runs. The whole model (MiniLM, 12 adapted modules) in onnxruntime-node and in onnxruntime-web's
+ * WebAssembly, one thread each, compared with a plain session of the same file in the same loops: a switch among resident tasks; a run, by
  * mode, components and shape of the batch; creation; memory.
  */
 import { readFile } from "node:fs/promises";

@@ -1,14 +1,13 @@
 /**
- * Memory of a process with a language model and N skills: a pack beside the model. Each way runs in a process of its own. Skills beyond
+ * Memory of a process with a language model and N skills: a pack and the model. Each way runs in a process of its own. Skills beyond
  * the real ones are blends of these.
  */
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
-import { placeOf } from "../../dist/src/format/layout.js";
+import { placeOf } from "../../dist/src/format/encode.js";
 import { freshPack } from "../../dist/src/pack/write.js";
-import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../../dist/src/tensor/encode.js";
+import { decodeTensor, encodeTensor } from "../../dist/src/tensor/dtypes.js";
 import { uniform } from "../../dist/src/tensor/random.js";
 import { feedsOf, ONE_THREAD } from "./llm-steps.js";
 import { peakMemory, settledMemory } from "./process.js";

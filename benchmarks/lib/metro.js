@@ -37,7 +37,7 @@ const main = `async function (given, require) {
       watchFolders: [given.project, given.tools + "metro-runtime"],
       reporter: { update() {} },
       maxWorkers: 1,
-      // What one bundle has transformed, the next one of the same project need not.
+      // The next bundle of the same project reuses the transformed files.
       cacheStores: [new FileStore({ root: given.project + "/cache" })],
       resolver: {
         resolverMainFields: ["react-native", "browser", "main"],

@@ -9,7 +9,7 @@ import { table } from "../../dist/src/cli/output.js";
  * @typedef {Record<string, string | number | null>} Row
  * @typedef {{ name: string, version?: string, reason?: string }} Peer
  * @typedef {{ question: string, rows: Row[], notes?: string[] }} Part
- * @typedef {[parts: readonly Part[], peers?: readonly Peer[], device?: Row]} Result device: what the environment has beside the CPU
+ * @typedef {[parts: readonly Part[], peers?: readonly Peer[], device?: Row]} Result device: the environment's device, in addition to the CPU
  */
 
 export function environment() {

@@ -31,7 +31,7 @@ export async function scaleFiles({ size, folder: kept, only, form = "q4" }) {
   const folder = resolve(kept, size);
   const model = join(folder, FORMS[form], "model.onnx");
   await mkdir(folder, { recursive: true });
-  /** Whether a script has made its files. @param {string} script @param {string[]} more */
+  /** True if a script has made its files. @param {string} script @param {string[]} more */
   const made = (script, ...more) => {
     const path = fileURLToPath(new URL(script, import.meta.url));
     const { status } = spawnSync(process.env.PYTHON ?? "python3", [path, folder, size, ...more], {

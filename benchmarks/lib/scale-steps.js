@@ -6,7 +6,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { median, min } from "simple-statistics";
-import { placeOf } from "../../dist/src/format/layout.js";
+import { placeOf } from "../../dist/src/format/encode.js";
 import { freshPack } from "../../dist/src/pack/write.js";
 import { generation } from "./generation.js";
 import { clocked, cpu, inFreshProcess, peakMemory, settledMemory } from "./process.js";
@@ -16,7 +16,7 @@ const [PROMPT, TOKENS] = [32, 24];
 
 ort.env.logLevel = "error";
 
-/** What onnxruntime-genai's builder says of a model, and whether its caches are f16. @param {string} model */
+/** Reads the description by onnxruntime-genai's builder of a model, and the type of its caches. @param {string} model */
 async function decoderOf(model) {
   const config = JSON.parse(await readFile(new URL("genai_config.json", `file://${model}`), "utf8"));
   return { ...config.model.decoder, halves: basename(dirname(model)).endsWith("f16") };

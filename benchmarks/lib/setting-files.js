@@ -5,7 +5,7 @@ import { mkdir, open, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { writeSafetensors } from "../../dist/src/tensor/safetensors-writer.js";
+import { writeSafetensors } from "../../dist/src/tensor/safetensors.js";
 import { adaptersOf, SETTINGS } from "./settings.js";
 
 const CLI = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));

@@ -178,7 +178,7 @@ function feedsOf(ort, rows, width, past) {
   };
 }
 
-/** Whether a token is the first of the largest, and its nats. @param {Float32Array} scores @param {number} token */
+/** Finds out if a token is the first of the largest, and its nats. @param {Float32Array} scores @param {number} token */
 function likelihood(scores, token) {
   let largest = 0;
   for (let i = 1; i < scores.length; i++) if (scores[i] > scores[largest]) largest = i;

@@ -37,7 +37,7 @@ class Measured {
 /**
  * @param {import("eigenlora").Pack} pack
  * @param {(typeof CASES)[number]} shape
- * @param {number} rounds beside the first, which warms up
+ * @param {number} rounds after the first, which warms up
  * @param {import("./peers.js").Running | undefined} torch
  * @returns {Promise<import("./report.js").Row>}
  */

@@ -3,9 +3,8 @@ import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
-import { balance } from "../../dist/src/extract/gauge.js";
-import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../../dist/src/tensor/encode.js";
+import { balance } from "../../dist/src/extract/factors.js";
+import { decodeTensor, encodeTensor } from "../../dist/src/tensor/dtypes.js";
 import {
   createEncoder,
   labelOf,

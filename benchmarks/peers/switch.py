@@ -1,4 +1,4 @@
-"""PEFT's task switch on merged weights (unmerge_adapter + set_adapter + merge_adapter), and beside them (set_adapter alone).
+"""PEFT's task switch on merged weights (unmerge_adapter + set_adapter + merge_adapter), and on unmerged ones (set_adapter alone).
 usage: switch.py MODEL_DIR ADAPTER_DIR...
 Random weights of the model's shapes: the time does not depend on the values. Prints JSON: milliseconds per switch, one thread."""
 import json, pathlib, statistics, sys, time, torch, peft

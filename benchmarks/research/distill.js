@@ -1,21 +1,21 @@
 /**
- * What does distilling win back? Real adapters of one suite in a pack of few components, distilled on train texts without their
+ * Measures the gain of distilling. Real adapters of one suite in a pack of few components, distilled on train texts without their
  * labels, asked on test rows through onnxruntime-node: as projected and as distilled (or as projected, where that is better on the
- * texts held back), beside PEFT's own answers with the adapters. A task's own train texts come first; where they are fewer than
+ * texts held back), compared with PEFT's own answers with the adapters. A task's own train texts come first; where they are fewer than
  * half of `--texts`, other tasks' fill up. No text of any test split of the suite is among them.
  *
  * `--into` keeps the row of each task as a line of JSON as soon as it is there; a later run with the same file goes on.
  */
 import { appendFile, readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
-import { buildPack, searchPack } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean, sum } from "simple-statistics";
 import { parseTaskFile } from "../../dist/src/core/task-file.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
-import { MeanDivergence, softmax } from "../../dist/src/train/probabilities.js";
+import { MeanDivergence, softmax } from "../../dist/src/train/supervision.js";
 import {
   agreement,
   createEncoder,
@@ -45,8 +45,7 @@ const DTYPE = "basis=f16";
 
 const given = readArguments("What does distilling win back?", {
   suite: choice(SUITES, "which adapters", "own-seed"),
-  k: number("components of the pack; 0: private terms alone, with --step", 8, 0),
-  ratio: number("so many times fewer bytes than the adapters in f32, instead of --k"),
+  k: number("components of the pack; 0: each task by itself", 8, 0),
   rank: number("strongest directions of each module that are kept. Default: all"),
   step: number("entropy-coded integers of this step, instead of --dtype"),
   "head-step": number("the same of heads"),
@@ -59,16 +58,16 @@ const given = readArguments("What does distilling win back?", {
   gauge: choice(["balanced", "as-trained"], "gauge of the pack", "balanced"),
   into: text("FILE", "keep rows there, and go on from those that are there"),
 });
-const { suite, k, ratio, rank, gauge, texts: MOST_TEXTS, steps, rate, into } = given;
+const { suite, k, rank, gauge, texts: MOST_TEXTS, steps, rate, into } = given;
 const dtype = Object.fromEntries(given.dtype.split(",").map((part) => part.split("=")));
 
 const settings = JSON.stringify({
   SUITE: suite,
-  ...(ratio === undefined ? { K: k } : { RATIO: ratio }),
+  K: k,
   ...(given.step === undefined ? {} : { STEP: given.step, HEAD_STEP: given["head-step"] }),
   // Rows that were kept before these were named have the defaults.
-  ...(ratio === undefined && rank === undefined ? {} : { RANK: rank }),
-  ...(ratio === undefined && (given.step !== undefined || given.dtype === DTYPE) ? {} : { TYPES: dtype }),
+  ...(rank === undefined ? {} : { RANK: rank }),
+  ...(given.step !== undefined || given.dtype === DTYPE ? {} : { TYPES: dtype }),
   TEXTS: MOST_TEXTS,
   STEPS: steps,
   BATCH,
@@ -87,10 +86,7 @@ await withAdapters([folderOf(suite)], async (adapters) => {
   const adapterBytes = sum(adapters.map(bytesOfAdapter));
   const { step, "head-step": headStep } = given;
   const how = step === undefined ? { gauge, rank, dtype } : { gauge, rank, step, headStep };
-  const { chunks, report } =
-    ratio === undefined
-      ? await buildPack(adapters, { ...how, select: { kind: "k", k }, ...(k === 0 ? { privateTerms: 255 } : {}) })
-      : await searchPack(adapters, { goal: { kind: "bytes", max: adapterBytes / ratio }, ways: [how] });
+  const { chunks, report } = await buildPack(adapters, { ...how, select: { kind: "k", k } });
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
   const session = await createEigenSession(ort, model, pack, {
     trainable: true,

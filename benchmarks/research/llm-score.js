@@ -1,5 +1,5 @@
 /**
- * How well does a pack answer the twenty tasks of SmolLM2? Exact match and nats per answer token beside PEFT's adapters, by teacher
+ * Scores a pack on the twenty tasks of SmolLM2. Exact match and nats per answer token, compared with PEFT's adapters, by teacher
  * forcing in onnxruntime-node (benchmarks/lib/skills.js). A pack by its file; or adapters, each by itself, as they are or cut to
  * a rank by its own SVD and stored in a number format.
  *

@@ -1,5 +1,5 @@
 /**
- * What does one command make of a suite? `eigenlora pack FOLDER -o FILE --model MODEL` in a process of its own: it finds what adapters
+ * Runs one command on a suite. `eigenlora pack FOLDER -o FILE --model MODEL` in a process of its own: it finds what adapters
  * share, distils on text that it makes of the tokenizer's words, and judges each task by answers. With `--texts` some training texts of
  * each task are the text; with `--ratio` the size is given. The pack is then asked the test rows, 240 of each task at most, and so are
  * the adapters as PEFT answers them. Bytes are those of whole files; of adapters those of their numbers in f32.
@@ -31,7 +31,7 @@ await inScratch(async (scratch) => {
   const options = [
     ...["--model", model, "--tokens", "32", "--json"],
     ...(given.texts > 0 ? ["--text", text] : []),
-    ...(given.ratio === undefined ? [] : ["--ratio", String(given.ratio)]),
+    ...(given.ratio === undefined ? [] : ["--bytes", `1/${given.ratio}`]),
   ];
   const started = performance.now();
   const { status, stdout } = spawnSync(process.execPath, [CLI, "pack", folderOf(given.suite), "-o", file, ...options], {

@@ -9,7 +9,7 @@ import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
 import { uniform } from "../../dist/src/tensor/random.js";
-import { splitHoldout } from "../../dist/src/train/examples.js";
+import { splitHoldout } from "../../dist/src/train/supervision.js";
 import { createEncoder, data, labelOf, model, readTask, runBatches, toBatches } from "../../examples/minilm.js";
 import { folderOf, packOf, withAdapters } from "../lib/adapters.js";
 import { number, readArguments, text } from "../lib/arguments.js";
@@ -53,7 +53,7 @@ async function measure(id) {
   ]);
   const bytes = await withAdapters(
     donors.map((donor) => folderOf(suite, donor)),
-    (adapters) => packOf(adapters, { mode: "column", gauge: "balanced", select: { kind: "k", k: K }, dtype: DTYPES }),
+    (adapters) => packOf(adapters, { gauge: "balanced", select: { kind: "k", k: K }, dtype: DTYPES }),
   );
   const { train, test, labels } = task;
   const examples = train.map(([text, label]) => ({ text, label }));

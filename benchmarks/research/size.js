@@ -117,11 +117,11 @@ async function readLines(name) {
 /** @param {number} k @param {"f16" | "int4" | "int3"} type @param {import("eigenlora/build").BuildOptions} more @returns {import("eigenlora/build").BuildOptions} */
 function column(k, type, more) {
   const head = type === "int3" ? "int4" : type;
-  return { mode: "column", select: { kind: "k", k }, dtype: { basis: type, coefficients: type, head }, ...more };
+  return { select: { kind: "k", k }, dtype: { basis: type, coefficients: type, head }, ...more };
 }
 
 /** @param {number} k @param {number} step @param {number} [rank] @returns {import("eigenlora/build").BuildOptions} */
 function coded(k, step, rank) {
-  const shape = { ...(k === 0 ? { privateTerms: 255 } : {}), ...(rank ? { rank } : {}) };
+  const shape = rank ? { rank } : {};
   return { gauge: "balanced", select: { kind: "k", k }, ...shape, step, headStep: 0.5 };
 }

@@ -21,7 +21,7 @@ export function linkTo(id, file) {
 }
 
 /**
- * The task that a link carries, as the file that it was. Nobody has checked it yet.
+ * The task that a link carries, as a task file, not checked yet.
  * @param {string} hash
  * @returns {File | undefined} nothing where the link carries none
  */

@@ -1,6 +1,6 @@
 /**
  * Keeps the page for offline use: registers its service worker, and has it check on each visit that everything is there.
- * What is kept, and how, is sw.js's.
+ * sw.js decides which files are kept, and how.
  */
 
 /**

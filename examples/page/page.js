@@ -46,18 +46,18 @@ let facts;
 let tasks = new Map();
 /** Tasks read from the pack, and their coefficients. @type {Map<string, import("./worker.js").Coefficients>} */
 const resident = new Map();
-/** What each card answers to which sentence. @type {Map<string, { text: string, label: string | undefined }>} */
+/** Answer of each card, with its sentence. @type {Map<string, { text: string, label: string | undefined }>} */
 const answered = new Map();
 /** Tasks that could not be read, so that they are not tried again by themselves. @type {Set<string>} */
 const unreadable = new Set();
-/** What Debian says of a sentence, by task. @type {{ text: string, labels: Record<string, string> }} */
+/** Debian's labels of a sentence, by task. @type {{ text: string, labels: Record<string, string> }} */
 let truth = { text: "", labels: {} };
 let active = "";
 /** The task that the visitor picked while the model was still loading. */
 let picked = "";
 let started = false;
 let teaching = false;
-/** Whether the address carries a task that is not open yet: until it is, only the address has it. */
+/** True while the address carries a task that is not open yet: until it is, only the address has it. */
 let carrying = false;
 
 main().catch(fail);
@@ -270,7 +270,7 @@ async function switchToWish() {
 let asking = false;
 let askAgain = false;
 
-/** Tells screen readers, and the test, to wait. */
+/** Makes screen readers, and the test, wait. */
 function showBusy() {
   document
     .querySelector("main")
@@ -340,7 +340,7 @@ function drawNoSentence(labels) {
 }
 
 /**
- * What Debian says, by task; nothing of sentences that visitors write.
+ * Returns Debian's labels, by task; none for sentences that visitors write.
  * @param {string} text
  * @returns {Record<string, string>}
  */
@@ -356,7 +356,7 @@ function showTruth() {
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let announcing;
 
-/** Tells screen readers, once the typing pauses. @param {string} text */
+/** Announces a text to screen readers, once the typing pauses. @param {string} text */
 function say(text) {
   clearTimeout(announcing);
   announcing = setTimeout(() => void (byId("status").textContent = text), 400);
@@ -380,7 +380,7 @@ function fail(error) {
   drawFailure(title, advice, message);
 }
 
-/** By tag: what happened and what to do. @type {Map<string, [title: string, advice: string]>} */
+/** Title and advice of each tag of an error. @type {Map<string, [title: string, advice: string]>} */
 const FAILURES = new Map([
   [
     "wasm",

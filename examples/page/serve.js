@@ -74,7 +74,7 @@ export async function serveFolder(folder, { port = 0, cacheControl = "no-cache",
 }
 
 /**
- * The page's Content-Security-Policy as a header. The page brings it itself; its workers obey only what their own answers say.
+ * The page's Content-Security-Policy as a header. The page has it in itself; its workers obey only what their own answers say.
  * @param {string} folder
  * @returns {Promise<Record<string, string>>}
  */
@@ -98,7 +98,7 @@ function pathOf(url) {
 }
 
 /**
- * What to answer, by RFC 9110: 206 for a range, 416 for one beyond the end, 304 for a copy that is still good, else 200.
+ * Decides the answer by RFC 9110: 206 for a range, 416 for one beyond the end, 304 for a copy that is still good, else 200.
  * @param {string} folder
  * @param {string} path
  * @param {import("node:http").IncomingMessage} request

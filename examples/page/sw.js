@@ -9,7 +9,7 @@
 const scope = /** @type {any} */ (self);
 
 /**
- * What to keep: the name of the cache, paths with their SHA-256, the paths that are kept once they were used, and those of large files
+ * Files to keep: the name of the cache, paths with their SHA-256, paths that are kept from their first use on, and paths of large files
  * whose names hold their content.
  * @type {{ version: string, files: [path: string, sha256: string][], later: string[], parts: string[] }}
  */
@@ -28,7 +28,7 @@ scope.addEventListener("install", (/** @type {any} */ event) => {
 
 scope.addEventListener("activate", (/** @type {any} */ event) => {
   const tidy = async () => {
-    // Of this page only: others may live at the same origin.
+    // This page's caches only: other pages may live at the same origin.
     const old = (await caches.keys()).filter((name) => /^eigenlora-[0-9a-f]{16}$/.test(name) && name !== VERSION);
     await Promise.all(old.map((name) => caches.delete(name)));
     await scope.clients.claim();
@@ -120,7 +120,7 @@ async function keepFromServer(path) {
 }
 
 /**
- * Whether there is no need to keep a path. Where the cache itself fails there is no use: the page still has its server.
+ * Says that a path needs no copy: it has one, or the cache itself fails and the page still has its server.
  * @param {string} path
  */
 async function isKept(path) {
@@ -158,7 +158,7 @@ function withHeaders({ status, headers }, body, changed) {
 }
 
 /**
- * What is kept of a path, as it was built. Anything else is thrown away.
+ * Returns the kept copy of a path if it is as it was built, and deletes any other.
  * @param {string} path
  * @returns {Promise<Response | undefined>}
  */

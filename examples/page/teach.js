@@ -175,7 +175,7 @@ function written() {
   return /** @type {[typeof labels, typeof examples]} */ ([labels, examples]);
 }
 
-/** What is wrong with a task file, by the tag of the error. */
+/** Faults of a task file, by the tag of the error. */
 const OPENING = new Map([
   ["format", "It is not a task, or it was damaged on its way. Get it again."],
   ["task", "It was made for another pack, or it has no labels that this page can show. Make it for this page."],

@@ -1,5 +1,5 @@
 /**
- * What the workers of both pages share: answering calls, reporting, fetching files, loading onnxruntime. Knows nothing of tasks.
+ * Code that the workers of both pages share: answering calls, reporting, fetching files, loading onnxruntime. Knows nothing of tasks.
  *
  * The page sends { id, call, args }; the worker answers { id, value } or { id, error } and reports { event, detail } meanwhile.
  */
@@ -10,7 +10,7 @@
 /** @typedef {{ requests: number, bytes: number }} Reads */
 
 /** @param {string} file */
-export const beside = (file) => new URL(file, self.location.href).href;
+export const addressOf = (file) => new URL(file, self.location.href).href;
 
 /** @type {Promise<unknown>} */
 let queue = Promise.resolve();
@@ -75,14 +75,14 @@ export async function getJson(file) {
 
 /** @param {string} file */
 export async function get(file) {
-  const response = await fetch(beside(file)).catch((cause) => {
+  const response = await fetch(addressOf(file)).catch((cause) => {
     throw new Error(`${file} cannot be fetched (${cause.message}): is the server still there?`, { cause });
   });
   if (!response.ok) throw new Error(`${file}: the server answered ${response.status}; build the page again`);
   return response;
 }
 
-/** Whether WebGPU can be used here; a reason in plain words where it cannot. */
+/** Finds out if WebGPU can be used here, and otherwise the reason in plain words. */
 export async function findWebGpu() {
   const gpu = /** @type {{ gpu?: { requestAdapter(): Promise<any> } }} */ (navigator).gpu;
   if (!gpu) return { reason: "this browser does not offer WebGPU here" };
@@ -102,12 +102,12 @@ export async function loadOrt(provider) {
   const ort = webgpu ? await import("onnxruntime-web/webgpu") : await import("onnxruntime-web/wasm");
   // More threads need a cross-origin isolated page, which plain static hosts do not give.
   ort.env.wasm.numThreads = 1;
-  ort.env.wasm.wasmPaths = { wasm: beside(`ort-wasm-simd-threaded${webgpu ? ".asyncify" : ""}.wasm`) };
+  ort.env.wasm.wasmPaths = { wasm: addressOf(`ort-wasm-simd-threaded${webgpu ? ".asyncify" : ""}.wasm`) };
   return ort;
 }
 
 /**
- * Whether something is wrong with one task, not with the page.
+ * Distinguishes errors of one task from errors of the page.
  * @param {unknown} error
  */
 export function isOfTask(error) {

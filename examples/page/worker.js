@@ -9,8 +9,8 @@ import { openPack, readTensor } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
 import {
+  addressOf,
   answerCalls,
-  beside,
   findWebGpu,
   get,
   getJson,
@@ -54,7 +54,7 @@ import {
 /** Adapters were trained on lines of at most so many tokens. */
 const MAX_TOKENS = 32;
 
-/** For a handful of examples (docs/research/learning.md). @type {Lessons} */
+/** Settings for a handful of examples (docs/research/learning.md). @type {Lessons} */
 const TEACHING = {
   trainer: { init: "mean" },
   fit: { batch: 16, steps: 20, learningRates: { terms: 0.005, head: 0.02 } },
@@ -69,7 +69,7 @@ let teaching;
 /** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined} */
 let running;
 
-/** What the page may ask for. */
+/** Calls of the page. */
 const calls = {
   webgpu: findWebGpu,
 
@@ -87,7 +87,7 @@ const calls = {
     progress("preparing the model");
     // Errors only: it warns that WebGPU leaves shapes to the CPU, which is as it should be.
     const options = /** @type {SessionOptions} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
-    // On the GPU the weights themselves change: no run costs more than the base's.
+    // The weights themselves change on the GPU: no run costs more than the base's.
     const mode = provider === "webgpu" ? "folded" : "auto";
     const session = await createEigenSession(ort, model, pack, { mode, session: options });
     running = { ort, session, options };
@@ -140,7 +140,7 @@ const calls = {
   },
 
   /**
-   * What the active task says.
+   * Classifies a text by the active task.
    * @param {string} text
    */
   async classify(text) {
@@ -153,7 +153,7 @@ const calls = {
   },
 
   /**
-   * What each of several tasks says: one run with one task per row; where tasks are folded into the weights, one run after
+   * Classifies a text by each of several tasks: one run with one task per row; where tasks are folded into the weights, one run after
    * the other, and back to the active task.
    * @param {string} text
    * @param {string[]} tasks
@@ -194,7 +194,7 @@ const calls = {
         const fit = trainer.fit(examples, { ...lessons.fit, signal });
         for await (const { step, steps, loss } of fit) {
           report("step", (last = { step, steps, loss }));
-          // Between two steps the worker looks whether somebody has called.
+          // Between two steps the worker looks for a new request.
           await turn();
         }
       } catch (error) {
@@ -281,7 +281,7 @@ async function addOwn(id, file) {
 }
 
 /**
- * Makes a task that was added active, and tells what the page is to know: a trainer reads all tasks, to begin at their mean.
+ * Makes a task that was added active, and reports it to the page: a trainer reads all tasks, to begin at their mean.
  * @param {string} id
  * @param {Uint8Array<ArrayBuffer>} file
  */
@@ -296,7 +296,7 @@ async function adopt(id, file) {
 /** @typedef {{ id: string, probabilities: number[], unusable?: string }} Row */
 
 /**
- * What tasks answer. One that cannot be used, and why, does not silence the others.
+ * Answers of tasks. A task that cannot be used is reported with its reason, and does not silence the others.
  * @param {(text: string, tasks: string[]) => Promise<Row[]>} answer
  * @param {string} text
  * @param {string[]} tasks
@@ -367,7 +367,7 @@ async function openFiles() {
   if (files) return files;
   const json = ["tokenizer.json", "tokenizer_config.json"].map(getJson);
   // The page can name the tasks while the model is still on its way.
-  const opening = openPack(beside("tasks.eigen")).then((pack) => {
+  const opening = openPack(addressOf("tasks.eigen")).then((pack) => {
     report("opened", [...pack.tasks.values()].map(taskOf));
     return pack;
   });

@@ -16,7 +16,7 @@ const text = process.argv[2] ?? "a fast mail reader for the terminal";
 console.log(text);
 for (const task of tasks.tasks.keys()) {
   await tasks.switchTask(task);
-  const [{ label, score }] = await pipe(text); // with the label names of that task
+  const [{ label, score }] = await pipe(text); // label names are those of the task
   console.log(`${task}: ${label} (${Math.round(100 * score)} %)`);
 }
 await pipe.dispose();

@@ -1,5 +1,5 @@
 /**
- * What a file says of itself, how many bytes its parts take, and whether they are the bytes that its directory names.
+ * Facts of a file: its own description, the bytes of its parts, and a check of them against the hashes in its directory.
  */
 import { openPack } from "eigenlora";
 import { count, definitions, element, percent, section, short, size, table, workButton } from "./dom.js";
@@ -47,7 +47,7 @@ export function packFacts(pack) {
 /** @param {Pack} pack */
 function sharedFact({ modules }) {
   const [A, B] = [modules.filter((one) => one.A.length > 0).length, modules.filter((one) => one.B.length > 0).length];
-  if (A + B === 0) return "nothing: each task has rows of its own";
+  if (A + B === 0) return "nothing: each task has residual rows";
   return `components of A in ${ofAll(A, "module", modules.length)}, of B in ${B === A ? "as many" : B || "none"}`;
 }
 
@@ -57,7 +57,7 @@ export function taskFileFacts({ id, blob, adapterBytes, basisId, signature, brin
     ["task", id],
     ["size", size(blob.length)],
     ["adapter", adapterBytes > 0 ? size(adapterBytes) : "size not said"],
-    ["brings", brings?.join(", ") || "nothing beside its terms"],
+    ["overrides", brings?.join(", ") || "nothing"],
     ["signature", signature ? `by ${keyName(signature.key)}; its pack checks it` : "not signed"],
     ["basis", basisId],
   ];
@@ -72,7 +72,7 @@ export function adapterFacts({ id, byteLength, baseModel, modules, saved, warnin
     ["size", size(byteLength)],
     ["holds", `${count(modules.size, "module")} of rank ${least === most ? most : `${least} to ${most}`}`],
     ["base model", baseModel ?? "not said"],
-    ["brings", saved.map(({ role, name }) => `${role} ${name}`).join(", ") || "nothing beside its terms"],
+    ["overrides", saved.map(({ role, name }) => `${role} ${name}`).join(", ") || "nothing"],
     ["warnings", warnings.join("; ") || "none"],
   ];
 }

@@ -1,5 +1,5 @@
 /**
- * Heat maps: components of a module, and coefficients and own rows of a task, or the factors of an adapter.
+ * Heat maps: components of a module, and coefficients and residual rows of a task, or the factors of an adapter.
  */
 import { readTensor } from "eigenlora";
 import { element, plain, section, select, short, size, workButton } from "./dom.js";
@@ -63,7 +63,7 @@ function paint(canvas, values, scale) {
  * Heat maps of a module of a pack, for a task.
  * @param {Pack} pack
  * @param {() => void} onRead called when something has been read
- * @param {(id: string, blob: TaskBlob) => void} onTask told which task has been read
+ * @param {(id: string, blob: TaskBlob) => void} onTask called with each task that was read
  */
 export function createHeatMaps(pack, onRead, onTask) {
   const tasks = select(
@@ -156,10 +156,10 @@ function taskMaps(index, blob) {
   const tensors = [
     ["Coefficients of A", term.A?.tensor],
     ["Coefficients of B", term.B?.tensor],
-    ["Own rows of A", term.ownA],
-    ["Own rows of B", term.ownBt],
-    ["Private terms, A", term.privateA],
-    ["Private terms, B", term.privateBt],
+    ["Residual rows of A", term.ownA],
+    ["Residual rows of B", term.ownBt],
+    ["Residual terms, A", term.privateA],
+    ["Residual terms, B", term.privateBt],
     ["Magnitudes (DoRA)", term.magnitude],
   ];
   return tensors.flatMap(([title, tensor]) =>

@@ -1,5 +1,5 @@
 /**
- * How alike tasks are: inner products of their ΔW over all modules, from the factors alone. What tasks bring whole, and magnitudes of
+ * Likeness of tasks: inner products of their ΔW over all modules, from the factors alone. Heads and other overrides, and magnitudes of
  * DoRA, are no part of ΔW and are left out.
  */
 import { taskAdapter } from "eigenlora/build";
@@ -116,7 +116,7 @@ export function likenessSection(pack, onRead) {
     return ids.length < pack.tasks.size ? `The first ${MOST_COMPARED} tasks are compared.` : "";
   });
   const about =
-    "Cosines of the tasks' ΔW: 1 means the same direction, 0 nothing in common. Heads and what else a task brings are not in it.";
+    "Cosines of the tasks' ΔW: 1 means the same direction, 0 nothing in common. Heads and other overrides are not in it.";
   return section("How alike tasks are", element("p", {}, about), work, shown);
 }
 
@@ -149,14 +149,14 @@ function likenessOf(ids, products) {
   return rows.length === 0 ? nodes : [...nodes, table("The most alike pairs", ["task", "and", "cosine"], rows)];
 }
 
-/** What two files are called beside each other. @param {...Opened} files */
+/** Names of two files, distinct where both have the same. @param {...Opened} files */
 function namesOf(...files) {
   const names = files.map(({ given }) => given.name);
   return names[0] === names[1] ? names.map((name, i) => `${name} (${i === 0 ? "first" : "second"})`) : names;
 }
 
 /**
- * What two packs say differently of themselves.
+ * Lists the facts in which two packs differ.
  * @param {Pack} one
  * @param {Pack} other
  * @param {readonly string[]} names

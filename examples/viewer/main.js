@@ -14,7 +14,7 @@ const MOST = 2;
 
 /** Files on the page. @type {Opened[]} */
 let shown = [];
-/** What is being opened; one after the other. */
+/** Queue of files to open, one after the other. */
 let turn = Promise.resolve();
 
 const status = byId("status");
@@ -66,7 +66,7 @@ async function addTask(owner, other) {
   return true;
 }
 
-/** What is drawn already. @type {WeakMap<Opened, HTMLElement>} */
+/** Articles that are drawn already. @type {WeakMap<Opened, HTMLElement>} */
 const articlesOf = new WeakMap();
 
 /** @param {Opened} one */

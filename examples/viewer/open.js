@@ -1,5 +1,5 @@
 /**
- * Opens what a visitor gives: packs and task files, and adapters with the JSON files beside them. Files say by their ending what they are.
+ * Opens what a visitor gives: packs and task files, and adapters with the JSON files in their folders. The ending of a file's name says its kind.
  */
 import { openPack } from "eigenlora";
 import { readDiffusers, readGguf, readKohya, readMlx, readOnnxAdapter, readPeft, readTaskFile } from "eigenlora/build";
@@ -13,7 +13,7 @@ import { readDiffusers, readGguf, readKohya, readMlx, readOnnxAdapter, readPeft,
  * @property {string} name of the file
  * @property {string} folder that it lies in; empty where that is not known
  * @property {File | string} input a file, or an address
- * @property {(name: string) => Promise<unknown>} beside the JSON of a file in the same folder; undefined where there is none
+ * @property {(name: string) => Promise<unknown>} sibling the JSON of a file in the same folder; undefined where there is none
  *
  * @typedef {{ given: Given } & ({ kind: "pack", pack: Pack } | { kind: "task file", file: TaskFile } | { kind: "adapter", adapter: Adapter })} Opened
  */
@@ -26,7 +26,7 @@ const READERS = new Map([
 
 /**
  * @param {Given} given
- * @param {(loaded: number) => void} onBytes told how many bytes of a pack are read
+ * @param {(loaded: number) => void} onBytes called with the bytes of a pack that are read
  * @returns {Promise<Opened>}
  * @throws EigenLoraError in the words of the library
  */
@@ -50,9 +50,9 @@ async function readAdapter(given, read) {
   const { name, folder, input } = given;
   const ofFolder = /^(adapter_model|adapters|pytorch_lora_weights)\.safetensors$/.test(name);
   const id = (ofFolder && folder) || name.replace(/\.\w+$/, "");
-  const files = { id, file: name, tensors: input, task: await given.beside("task.json") };
+  const files = { id, file: name, tensors: input, task: await given.sibling("task.json") };
   if (read) return read(files);
-  const config = await given.beside("adapter_config.json");
+  const config = await given.sibling("adapter_config.json");
   if (config !== undefined) return (name === "adapters.safetensors" ? readMlx : readPeft)({ ...files, config });
   if (name === "adapter_model.safetensors") throw new Error(`${name}: give adapter_config.json with it, both at once`);
   try {
@@ -66,7 +66,7 @@ async function readAdapter(given, read) {
 }
 
 /**
- * Sorts files into those to open and the JSON beside them.
+ * Sorts files into those to open and the JSON of their folders.
  * @param {readonly { file: File, folder: string }[]} files
  * @returns {Given[]}
  */
@@ -76,7 +76,7 @@ export function givenFiles(files) {
     name: file.name,
     folder,
     input: file,
-    beside: async (name) => {
+    sibling: async (name) => {
       const found = files.find((one) => one.folder === folder && one.file.name === name);
       return found && parse(name, await found.file.text());
     },
@@ -97,7 +97,7 @@ export function givenAddress(address) {
     name,
     folder,
     input: url,
-    beside: async (other) => {
+    sibling: async (other) => {
       const answer = hub ? undefined : await fetch(new URL(other, url)).catch(() => undefined);
       return answer?.ok ? parse(other, await answer.text()) : undefined;
     },

@@ -1,5 +1,5 @@
 /**
- * What is shared by whom: a picture of tasks × modules × sides, and the same in a table of modules.
+ * Sharing of components: a picture of tasks × modules × factors, and the same in a table of modules.
  */
 import { count, element, percent, plain, scrolling, section, shape, table } from "./dom.js";
 
@@ -16,7 +16,7 @@ const LABELS = 150;
 const GAP = 3;
 
 /**
- * What a task has on a side of a module.
+ * Counts the rows of a task in one factor of a module.
  * @param {TaskTerm} term
  * @param {"A" | "B"} side
  * @returns {{ coefficients: Coefficients | undefined, own: number, apart: number }} with numbers of rows
@@ -77,7 +77,7 @@ function legend({ modules }) {
   const shared = Array.from({ length: Math.min(groups, GROUPS) }, (_, g) => {
     return [`group${g}`, groups > 1 ? `components of group ${g + 1}` : "components"];
   });
-  const all = [...shared, ["own", "own rows, or private terms"], ["unread", "not read yet"]];
+  const all = [...shared, ["own", "residual rows or terms"], ["unread", "not read yet"]];
   const words = all.map(([name, words]) => element("span", {}, element("i", { class: name }), words));
   return [...words, element("span", {}, "Left half of a module: A, what it reads; right half: B, what it writes.")];
 }
@@ -167,5 +167,9 @@ function modulesTable({ modules }, terms) {
     ];
   });
   const head = ["module", "out × in", "components of A", "of B", "A keeps", "B keeps"];
-  return table("Modules, and how many of the tasks read take what", [...head, "share A", "share B", "own rows"], rows);
+  return table(
+    "Modules, and how many of the tasks that were read take which components",
+    [...head, "share A", "share B", "residual rows"],
+    rows,
+  );
 }

@@ -14,17 +14,17 @@ const MOST_LISTED = 100;
 
 /** Roles that name a module, in words. */
 const OF_MODULES = new Map([
-  ["own-A", "own rows of A"],
-  ["own-B", "own rows of B"],
-  ["private", "private terms"],
+  ["own-A", "residual rows of A"],
+  ["own-B", "residual rows of B"],
+  ["private", "residual terms"],
   ["magnitude", "magnitudes (DoRA)"],
 ]);
 
 /**
- * What a task brings beside coefficients, in a few words.
+ * Says in a few words which parameters a task overrides.
  * @param {readonly string[] | undefined} brings as the directory lists it
  */
-function bringsInWords(brings) {
+function overridesInWords(brings) {
   if (!brings) return "not said";
   /** @type {Map<string, number>} */
   const modules = new Map();
@@ -56,15 +56,15 @@ export function tasksTable(pack, choose) {
     button.addEventListener("click", () => choose(id));
     const share = adapterBytes > 0 ? percent(bytes / adapterBytes) : "";
     const { labels, license } = metadata;
-    const row = [button, size(bytes), share, labels?.length ?? "", bringsInWords(brings)];
+    const row = [button, size(bytes), share, labels?.length ?? "", overridesInWords(brings)];
     return licensed ? [...row, license ?? ""] : row;
   });
-  const head = ["task", "bytes", "of its adapter", "labels", "brings", ...(licensed ? ["licence"] : [])];
+  const head = ["task", "bytes", "of its adapter", "labels", "overrides", ...(licensed ? ["licence"] : [])];
   return table("All tasks, in the order of the file", head, rows);
 }
 
 /**
- * What is known of a task beside its numbers.
+ * Lists the metadata of a task.
  * @param {TaskMetadata} metadata
  * @returns {[name: string, value: string][]}
  */
@@ -80,7 +80,7 @@ export function metadataOf(metadata) {
 export function taskDetails({ metadata, integrity, brings }) {
   return definitions([
     ...metadataOf(metadata),
-    ["brings", bringsInWords(brings)],
+    ["overrides", overridesInWords(brings)],
     ["hash", integrity ?? "none in this pack"],
   ]);
 }

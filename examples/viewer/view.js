@@ -102,7 +102,7 @@ export function readsInWords({ reads, window }) {
  * @param {Pack} pack
  * @param {Map<string, readonly import("eigenlora").TaskTerm[]>} terms of each task, filled here
  * @param {() => void} draw called now and then, and at the end
- * @param {(text: string) => void} say told how far it is
+ * @param {(text: string) => void} say called with the progress in words
  * @returns {Promise<string>} what could not be read, and why
  */
 async function readTasks(pack, terms, draw, say) {

@@ -9,9 +9,7 @@ import { checkArgument, checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 import { pacer } from "../pace.ts";
-import type { SourceInput } from "../source.ts";
-import { encodeTensor } from "../tensor/encode.ts";
-import { show, type TensorFile } from "../tensor/tensor-file.ts";
+import { encodeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** An adapted layer of the base model. */
@@ -68,105 +66,6 @@ export interface Adapter {
   /** Warnings to read before trusting the result. */
   readonly warnings: readonly string[];
   close(): Promise<void>;
-}
-
-/** What a reader finds in an open file; the rest of an adapter has defaults. */
-type Found = Pick<Adapter, "modules" | "saved"> & Partial<Pick<Adapter, "baseModel" | "metadata" | "warnings">>;
-
-/**
- * Reads an adapter from one file of tensors: the common frame of the readers of all formats. Closes the file if `read` fails.
- * @param open opens the file
- * @param read reads the adapter; `metadata` is that of task.json
- * @throws errors of `open` and `read`; AdapterError for an invalid task.json
- */
-export async function readAdapterFile<F extends TensorFile & { close(): Promise<void> }>(
-  {
-    id,
-    file,
-    tensors,
-    task,
-  }: Pick<Adapter, "id" | "file"> & { readonly tensors: SourceInput; readonly task?: unknown },
-  open: (input: SourceInput) => Promise<F>,
-  read: (found: F, metadata: TaskMetadata) => Found | Promise<Found>,
-): Promise<Adapter> {
-  const metadata = readTaskMetadata(task, `${file}/task.json`);
-  const found = await open(tensors);
-  const { byteLength, close } = found;
-  try {
-    return {
-      id,
-      file,
-      byteLength,
-      baseModel: undefined,
-      metadata,
-      warnings: [],
-      ...(await read(found, metadata)),
-      close,
-    };
-  } catch (error) {
-    await close();
-    throw error;
-  }
-}
-
-// Reads `task.json`, the file beside an adapter with facts that tensors do not tell: class names, licence, origin. All its plain values
-// become the task's metadata. It is not the adapter's own configuration.
-
-/** Metadata is read with a pack's directory, before any task: it must stay small. */
-const MAX_METADATA_BYTES = 64 * 1024;
-
-/** Levels left in a pack (SPEC.md, section 1): 16, less three for the task list, its entries and their metadata. */
-const MAX_DEPTH = 13;
-/** Most bytes of a class name, and of licence and origin (SPEC.md, section 4.3). */
-const [MAX_LABEL_BYTES, MAX_TEXT_BYTES] = [1024, 4096];
-
-/**
- * Checks the contents of a task.json.
- * @param task parsed JSON; undefined when there is no such file
- * @param file its path, for messages
- * @throws AdapterError naming the invalid field
- */
-export function readTaskMetadata(task: unknown, file: string): TaskMetadata {
-  if (task === undefined) return {};
-  const refuse = (field: string, message: string): AdapterError =>
-    new AdapterError(`${field} ${message}`, { file, field });
-  if (typeof task !== "object" || task === null || Array.isArray(task)) {
-    throw new AdapterError(`is not a JSON object; write {"labels": [...]} or remove it`, { file });
-  }
-  for (const [field, value] of Object.entries(task)) {
-    if (!isPlain(value, MAX_DEPTH)) {
-      throw refuse(field, `is not plain JSON with finite numbers, nested ${MAX_DEPTH} deep at most; simplify it`);
-    }
-  }
-  const bytes = bytesOf(JSON.stringify(task));
-  if (bytes > MAX_METADATA_BYTES) {
-    throw new AdapterError(`has ${bytes} bytes, ${MAX_METADATA_BYTES} at most are kept; shorten it`, { file });
-  }
-  const { labels, license, origin } = task as Record<string, unknown>;
-  const isLabel = (label: unknown): boolean => isText(label, MAX_LABEL_BYTES);
-  if (labels !== undefined && !(Array.isArray(labels) && labels.length > 0 && labels.every(isLabel))) {
-    throw refuse(
-      "labels",
-      `is ${show(labels)}, expected an array of strings of 1 to ${MAX_LABEL_BYTES} bytes: the class names in the order of the head's rows`,
-    );
-  }
-  for (const [field, text] of Object.entries({ license, origin })) {
-    if (text === undefined || isText(text, MAX_TEXT_BYTES)) continue;
-    throw refuse(field, `is ${show(text)}, expected a string of 1 to ${MAX_TEXT_BYTES} bytes; correct or remove it`);
-  }
-  return { ...task };
-}
-
-const bytesOf = (text: string): number => new TextEncoder().encode(text).length;
-
-function isText(value: unknown, maxBytes: number): boolean {
-  return typeof value === "string" && value !== "" && bytesOf(value) <= maxBytes;
-}
-
-function isPlain(value: unknown, depth: number): boolean {
-  if (value === null || typeof value === "string" || typeof value === "boolean") return true;
-  if (typeof value === "number") return Number.isFinite(value);
-  return typeof value === "object" && depth > 0 && Object.values(value).every((item) => isPlain(item, depth - 1));
 }
 
 // Modules that several adapters, or parts made of adapters, have in common: a layer must be the same in all of them.
@@ -246,7 +145,6 @@ export function checkAdapters(where: string, value: unknown): void {
   for (const one of value as unknown[]) checkAdapter(where, one);
 }
 
-/** What an adapter says of its base model. */
 interface Based {
   readonly id: string;
   readonly file: string;
@@ -346,6 +244,9 @@ export async function factorsOf(module: AdapterModule): Promise<AdapterFactors> 
   };
 }
 
+/** Adds one tensor, under its name in the base model. */
+export type Add = (name: string, shape: readonly number[], values: Float32Array) => void;
+
 export function f32Bytes(values: Float32Array): Uint8Array {
   return encodeTensor("f32", values, 1, values.length);
 }
@@ -363,4 +264,18 @@ export function refuseSaved({ id, saved }: Exportable, format: string): void {
 /** Makes the error for a module that the format cannot hold. */
 export function refuseModule({ id }: Exportable, name: string, why: string): AdapterError {
   return new AdapterError(`${name} ${why}: export as PEFT, or fold the task into its base`, { file: id, field: name });
+}
+
+// Facts that some formats leave to the base model: kohya's files flatten the names of modules, and GGUF's order the rows of two projections
+// by heads.
+
+/** Known facts of a base model. */
+export interface BaseFacts {
+  /** Names of its modules or parameters; in a pipeline with the model in front ("unet.mid_block.…"). */
+  readonly names?: Iterable<string> | undefined;
+  /** Attention heads, and those of keys and values. */
+  readonly heads?: number | undefined;
+  readonly kvHeads?: number | undefined;
+  /** llama.cpp's name of the architecture, which all models of a kind share: "llama". */
+  readonly architecture?: string | undefined;
 }

@@ -7,13 +7,23 @@
 
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
-import type { SafetensorsFile } from "../tensor/safetensors.ts";
+import type { SafetensorsEntry, SafetensorsFile } from "../tensor/safetensors.ts";
 import { parseJson, type TensorFile } from "../tensor/tensor-file.ts";
-import { type Adapter, readAdapterFile } from "./adapter.ts";
+import {
+  type Adapter,
+  type AdapterFactors,
+  type Add,
+  checkAdapter,
+  type Exportable,
+  f32Bytes,
+  factorsOf,
+  refuseModule,
+  refuseSaved,
+} from "./adapter.ts";
+import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import type { PeftFiles } from "./peft.ts";
-import { CONVERT, type KeyRole, type PeftConfig, parsePeftKeys, readPeftConfig, withoutBase } from "./peft.ts";
-import { openSafetensors } from "./safetensors.ts";
+import { type KeyRole, type PeftFiles, parsePeftKeys } from "./peft.ts";
+import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 
 /** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
 export type DiffusersFiles = Omit<PeftFiles, "config" | "base">;
@@ -52,7 +62,7 @@ export async function readDiffusers(files: DiffusersFiles): Promise<Adapter> {
   });
 }
 
-/** @throws AdapterError for an alpha beside a header that has all of them */
+/** @throws AdapterError for an alpha where the header has all of them */
 function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
   for (const { alpha: key } of parts.values()) {
     if (key === undefined) continue;
@@ -72,7 +82,7 @@ function common(values: readonly (string | undefined)[]): string | undefined {
 const withRevision = (metadata: TaskMetadata, revision: string | undefined): TaskMetadata =>
   revision === undefined ? metadata : { ...metadata, revision };
 
-/** What names should be instead of these. */
+/** Says what names should be instead of these. */
 function expectedOf(keys: readonly string[]): string {
   if (keys.every((key) => prefixOf(key) === ""))
     return `expected names that begin with one of ${MODELS.join(", ")}, as save_lora_weights of diffusers writes them; rename the tensors`;
@@ -249,7 +259,7 @@ export function withTextModel(module: string, model: string): string {
   return flat ? `text_model.${module}` : module;
 }
 
-/** Whether names show a LoRA, in whatever format. */
+/** Tells whether names show a LoRA, in whatever format. */
 export function holdsLora(names: Iterable<string>): boolean {
   for (const name of names) {
     if (
@@ -297,4 +307,50 @@ export function foreignName(names: readonly string[]): { name: string; message: 
     if (name !== undefined) return { name, message };
   }
   return undefined;
+}
+
+// Writes a canonical adapter with the same weights under the names of diffusers or of kohya. Scales stay in B: alpha equals the rank,
+// which is what both assume where no alpha is given.
+
+/**
+ * Makes tensors of pytorch_lora_weights.safetensors (f32), as diffusers' `load_lora_weights` takes them. Holds one adapter in memory.
+ * @throws AdapterError for heads, biases, embeddings, and modules without the name of a model of a pipeline
+ */
+export function diffusersFile(adapter: Exportable): Promise<SafetensorsEntry[]> {
+  return tensorsOf(adapter, "diffusersFile", "a LoRA file of diffusers", (add, module, { A, B, magnitude }) => {
+    add(`${module}.lora_A.weight`, A.shape, A.values);
+    add(`${module}.lora_B.weight`, B.shape, B.values);
+    // PEFT's shape for convolutions: [1, out, 1…].
+    const ones = A.shape.slice(2).map(() => 1);
+    if (magnitude)
+      add(
+        `${module}.lora_magnitude_vector`,
+        ones.length > 0 ? [1, magnitude.length, ...ones] : [magnitude.length],
+        magnitude,
+      );
+  });
+}
+
+export async function tensorsOf(
+  adapter: Exportable,
+  where: string,
+  format: string,
+  put: (add: Add, module: string, factors: AdapterFactors) => void,
+): Promise<SafetensorsEntry[]> {
+  checkAdapter(where, adapter);
+  refuseSaved(adapter, format);
+  const tensors: SafetensorsEntry[] = [];
+  const add: Add = (name, shape, values) => {
+    const bytes = f32Bytes(values);
+    tensors.push({ name, dtype: "F32", shape: [...shape], read: () => bytes });
+  };
+  const bare = bareModel(adapter.modules.keys());
+  for (const module of adapter.modules.values()) {
+    const { name, layout } = module;
+    if (layout === "embedding") throw refuseModule(adapter, name, `is an embedding, which ${format} has no place for`);
+    if (prefixOf(name) === "" && bare === undefined)
+      throw refuseModule(adapter, name, "does not begin with a model of a pipeline, such as unet or text_encoder");
+    put(add, prefixOf(name) === "" ? `${bare}.${name}` : name, await factorsOf(module));
+  }
+  return tensors;
 }

@@ -2,6 +2,7 @@
  * Opens adapters under given paths, in the order of their ids, each with the reader of its format. This file, find.ts and tree.ts are the
  * only adapter code that needs a file system.
  */
+
 import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
@@ -12,17 +13,16 @@ import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import { type Adapter, type AdapterModule, compare, readTaskMetadata } from "./adapter.ts";
-import type { BaseFacts } from "./base-facts.ts";
-import { describeBase } from "./describe-base.ts";
+import { type Adapter, type AdapterModule, type BaseFacts, compare } from "./adapter.ts";
+import { openSafetensors, readTaskMetadata } from "./adapter-file.ts";
 import { foreignName, holdsLora, MODELS, readDiffusers, withTextModel } from "./diffusers.ts";
 import { readGguf } from "./gguf.ts";
 import { isKohyaName, readKohya } from "./kohya.ts";
-import { readMlx } from "./mlx.ts";
+import { readMlx } from "./named-lora.ts";
 import { readOnnxAdapter } from "./onnx-adapter.ts";
-import { type PeftFiles, readPeft, readPeftConfig } from "./peft.ts";
-import { openSafetensors } from "./safetensors.ts";
-import { kind, openWeights, readJson, type Tree, treeAt } from "./tree.ts";
+import { type PeftFiles, readPeft } from "./peft.ts";
+import { readPeftConfig } from "./peft-config.ts";
+import { describeBase, kind, openWeights, readJson, type Tree, treeAt } from "./tree.ts";
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
@@ -330,7 +330,7 @@ class Search {
     return this.#error([looked, ...(await this.#foundInstead(folder))].join(". "), folder);
   }
 
-  /** What a folder without adapters holds, and what to do with that. */
+  /** Names what a folder without adapters holds, and what to do with that. */
   async #foundInstead(folder: string): Promise<string[]> {
     const names = (await this.#visible(folder)).map((path) => basename(path));
     const archive = names.find((name) => ARCHIVE.test(name));
@@ -440,7 +440,7 @@ class Search {
     return found;
   }
 
-  /** Whether a GGUF file holds an adapter; models are GGUF files too. */
+  /** Tells whether a GGUF file holds an adapter; models are GGUF files too. */
   async #isGgufAdapter(path: string): Promise<boolean> {
     const source = await this.#tree.open(path);
     try {

@@ -2,13 +2,24 @@
  * Reads a LoRA that llama.cpp's convert_lora_to_gguf.py wrote into the canonical form: names, orientation, and the order of rows that
  * llama.cpp changes for rotary embedding are those of transformers again. Portable: folders are read in folder.ts.
  */
-import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
+
+import { AdapterError } from "../errors.ts";
 import { type GgufFile, openGguf } from "../tensor/gguf.ts";
-import { type Adapter, readAdapterFile } from "./adapter.ts";
-import type { BaseFacts } from "./base-facts.ts";
+import { type Derived, transpose, transposed, withDerived } from "../tensor/tensor-file.ts";
+import {
+  type Adapter,
+  type AdapterModule,
+  type BaseFacts,
+  checkAdapter,
+  type Exportable,
+  f32Bytes,
+  factorsOf,
+  refuseModule,
+  refuseSaved,
+} from "./adapter.ts";
+import { openFile, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
-import { openFile } from "./safetensors.ts";
 
 /** The file of one LoRA of llama.cpp; `tensors` is the GGUF file. */
 export interface GgufFiles extends Omit<PeftFiles, "config" | "base"> {
@@ -137,7 +148,7 @@ function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitec
 // Names of weights in GGUF files, by architecture, and the modules of transformers they stand for (gguf-py, tensor_mapping.py;
 // llama.cpp's convert_hf_to_gguf.py). Unknown architectures are refused, since a wrong order of rows would go unnoticed.
 
-/** How an architecture names and orders weights. */
+/** Names of weights, and the order of their rows, in an architecture. */
 export interface GgufArchitecture {
   /** Modules by GGUF's names; N stands for the number of the layer. */
   readonly modules: ReadonlyMap<string, string>;
@@ -226,4 +237,167 @@ export function permuteRows(
     out.set(values.subarray(from * columns, (from + 1) * columns), to * columns);
   }
   return out;
+}
+
+// Writes a canonical adapter as a GGUF file with the same weights, which llama.cpp, wllama and llama.rn load with a model of the same
+// architecture. Scales stay in B: an alpha of 0 means a scale of 1.
+
+/**
+ * Makes the bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.
+ * @param base its architecture by llama.cpp's name ("llama", "qwen2"), and for "llama" its heads
+ * @param marks more fields of the header. Default: none
+ * @throws AdapterError for heads, biases, DoRA, convolutions, and modules that the architecture does not have
+ * @example
+ * const base = { architecture: "llama", heads: 4, kvHeads: 2 }; // of the model's config.json
+ * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(writing, "rhymes"), base));
+ */
+export async function ggufFile(
+  adapter: Exportable,
+  base: BaseFacts,
+  marks: ReadonlyMap<string, string> = new Map(),
+): Promise<AsyncIterable<Uint8Array>> {
+  checkAdapter("ggufFile", adapter);
+  refuseSaved(adapter, "a GGUF file");
+  const { architecture: name } = base;
+  const architecture = ARCHITECTURES.get(name ?? "");
+  if (name === undefined || architecture === undefined) {
+    const found = name === undefined ? "is not known" : `"${name}" is none whose names are known`;
+    const known = [...ARCHITECTURES.keys()].join(", ");
+    throw new AdapterError(
+      `the base's architecture ${found}; expected one of ${known}. Give the base (--base, or base): its config.json or GGUF file`,
+      { file: adapter.id, field: "architecture" },
+    );
+  }
+  const tensors: GgufEntry[] = [];
+  for (const module of adapter.modules.values())
+    tensors.push(...(await entriesOf(adapter, module, architecture, base)));
+  const fields = new Map<string, string | number>([
+    ["general.architecture", name],
+    ["general.type", "adapter"],
+    ["general.name", adapter.id],
+    ["adapter.type", "lora"],
+    ["adapter.lora.alpha", 0],
+    ...marks,
+  ]);
+  return writeGguf(fields, tensors);
+}
+
+async function entriesOf(
+  adapter: Exportable,
+  module: AdapterModule,
+  architecture: GgufArchitecture,
+  base: BaseFacts,
+): Promise<GgufEntry[]> {
+  const { name, out, layout } = module;
+  const found = weightOf(name, architecture);
+  if (found === undefined) throw refuseModule(adapter, name, `is no weight of ${base.architecture} that is known`);
+  const embedding = found.weight === EMBEDDING;
+  if (layout !== (embedding ? "embedding" : "out-in"))
+    throw refuseModule(adapter, name, `is stored as ${layout}, which GGUF has no place for`);
+  const { A, B, magnitude } = await factorsOf(module);
+  if (magnitude) throw refuseModule(adapter, name, "has a magnitude (DoRA), which llama.cpp does not apply");
+  const [rank = 1, inputs = 0] = A.shape;
+  const which = architecture.permuted.get(found.pattern);
+  const heads = which && base[which];
+  if (which && (heads === undefined || out % (2 * heads) !== 0)) {
+    throw new AdapterError(
+      `${name}: its ${out} rows are ordered by heads, and ${heads ?? "no"} heads are known; give the base`,
+      {
+        file: adapter.id,
+        field: name,
+      },
+    );
+  }
+  // An embedding's A is [vocabulary, r], since its rows are looked up.
+  const a = embedding ? transpose(A.values, rank, inputs) : A.values;
+  const b = heads ? permuteRows(B.values, out, heads, "into pairs") : B.values;
+  const entry = (side: string, shape: readonly number[], values: Float32Array): GgufEntry => ({
+    name: `${found.weight}.weight.lora_${side}`,
+    shape,
+    bytes: f32Bytes(values),
+  });
+  return [entry("a", embedding ? [inputs, rank] : [rank, inputs], a), entry("b", B.shape, b)];
+}
+
+/** GGUF's name of a module. The module's name may have more in front than the architecture's. */
+function weightOf(name: string, { modules }: GgufArchitecture): { weight: string; pattern: string } | undefined {
+  for (const [pattern, module] of modules) {
+    const [before = "", after] = module.split("N");
+    const at = `.${name}`.indexOf(`.${before}`);
+    if (at < 0) continue;
+    const rest = name.slice(at + before.length);
+    if (after === undefined ? rest === "" : rest.endsWith(after) && /^\d+$/.test(rest.slice(0, -after.length)))
+      return { weight: pattern.replace("N", after === undefined ? "N" : rest.slice(0, -after.length)), pattern };
+  }
+  return undefined;
+}
+
+// Writes the GGUF format, version 3. Readers do without it.
+
+/** A tensor of f32 to write. */
+interface GgufEntry {
+  readonly name: string;
+  /** Row-major, as everywhere here; GGUF lists dimensions the other way round. */
+  readonly shape: readonly number[];
+  /** Little-endian f32. */
+  readonly bytes: Uint8Array;
+}
+
+const ALIGNMENT = 32;
+const [UINT32, FLOAT32, STRING] = [4, 6, 8];
+
+/**
+ * The bytes of a GGUF file, chunk by chunk.
+ * @param fields of the header: strings, and numbers, which are written as f32
+ */
+async function* writeGguf(
+  fields: ReadonlyMap<string, string | number>,
+  entries: readonly GgufEntry[],
+): AsyncGenerator<Uint8Array, void> {
+  const header: number[] = [];
+  const put = (size: number, write: (view: DataView) => void): void => {
+    const bytes = new Uint8Array(size);
+    write(new DataView(bytes.buffer));
+    header.push(...bytes);
+  };
+  const u32 = (value: number): void => put(4, (view) => view.setUint32(0, value, true));
+  const u64 = (value: number): void => put(8, (view) => view.setBigUint64(0, BigInt(value), true));
+  const text = (value: string): void => {
+    const bytes = new TextEncoder().encode(value);
+    u64(bytes.length);
+    for (const byte of bytes) header.push(byte);
+  };
+  header.push(...new TextEncoder().encode("GGUF"));
+  u32(3);
+  u64(entries.length);
+  u64(fields.size + 1);
+  text("general.alignment");
+  u32(UINT32);
+  u32(ALIGNMENT);
+  for (const [name, value] of fields) {
+    text(name);
+    u32(typeof value === "string" ? STRING : FLOAT32);
+    if (typeof value === "string") text(value);
+    else put(4, (view) => view.setFloat32(0, value, true));
+  }
+  let offset = 0;
+  for (const { name, shape, bytes } of entries) {
+    text(name);
+    u32(shape.length);
+    for (const size of [...shape].reverse()) u64(size);
+    u32(0);
+    u64(offset);
+    offset += bytes.length + padding(bytes.length);
+  }
+  header.push(...new Uint8Array(padding(header.length)));
+  yield Uint8Array.from(header);
+  for (const { bytes } of entries) {
+    yield bytes;
+    if (padding(bytes.length) > 0) yield new Uint8Array(padding(bytes.length));
+  }
+}
+
+/** Bytes up to the next place where a tensor may begin. */
+function padding(length: number): number {
+  return (ALIGNMENT - (length % ALIGNMENT)) % ALIGNMENT;
 }

@@ -4,14 +4,15 @@
  * go over outputs. Modules get diffusers' names. Portable: folders are read in folder.ts.
  */
 
-import { type Derived, withDerived } from "../tensor/derived.ts";
+import { AdapterError } from "../errors.ts";
+import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import type { TensorFile } from "../tensor/tensor-file.ts";
-import { type Adapter, readAdapterFile } from "./adapter.ts";
-import { type BaseFacts, type FlatNames, flatNames, moduleOf } from "./base-facts.ts";
-import { foreignName } from "./diffusers.ts";
+import { type Derived, withDerived } from "../tensor/tensor-file.ts";
+import { type Adapter, type BaseFacts, type Exportable, refuseModule } from "./adapter.ts";
+import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
+import { foreignName, tensorsOf } from "./diffusers.ts";
 import { assembleLora, type LoraKey, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import type { KeyRole, PeftFiles } from "./peft.ts";
-import { openSafetensors } from "./safetensors.ts";
 
 /** The file of one LoRA of kohya or LyCORIS; `tensors` is the safetensors file. */
 export interface KohyaFiles extends Omit<PeftFiles, "config" | "base"> {
@@ -26,7 +27,6 @@ const PARTS: ReadonlyMap<string, KeyRole | "alpha"> = new Map([
   ["alpha", "alpha"],
 ]);
 
-/** Whether a tensor's name is one of kohya's. */
 export function isKohyaName(name: string): boolean {
   return (
     splitPrefix(name) !== undefined &&
@@ -238,4 +238,44 @@ export function flatten(module: string): string | undefined {
   if (model === undefined) return undefined;
   const prefix = model === "text_encoder" ? "lora_te1_" : PREFIXES.find(([, name]) => name === model)![0];
   return prefix + module.slice(model.length + 1).replaceAll(".", "_");
+}
+
+const SUFFIX = /\.(weight|bias)$/;
+
+/** Modules of a base by flattened name. */
+type FlatNames = ReadonlyMap<string, readonly string[]>;
+
+/** @param names of modules or parameters */
+function flatNames(names: Iterable<string>): FlatNames {
+  const found = new Map<string, Set<string>>();
+  for (const name of names) {
+    const module = name.replace(SUFFIX, "");
+    const flat = module.replaceAll(".", "_");
+    if (!found.has(flat)) found.set(flat, new Set());
+    found.get(flat)!.add(module);
+  }
+  return new Map([...found].map(([flat, modules]) => [flat, [...modules]]));
+}
+
+/** The only module with a flattened name; undefined where there is none. @throws AdapterError for several */
+function moduleOf(flat: string, names: FlatNames, file: string): string | undefined {
+  const [found, other] = names.get(flat) ?? [];
+  if (found === undefined || other === undefined) return found;
+  const message = `${flat} can be ${found} and ${other} of the base: rename the tensor with its dots`;
+  throw new AdapterError(message, { file, field: flat });
+}
+
+/**
+ * Makes tensors of a file as kohya's sd-scripts and LyCORIS save it (f32), with an alpha for every module. Holds one adapter in memory.
+ * @throws AdapterError as `diffusersFile`
+ */
+export function kohyaFile(adapter: Exportable): Promise<SafetensorsEntry[]> {
+  return tensorsOf(adapter, "kohyaFile", "a file of kohya", (add, module, { A, B, magnitude }) => {
+    const name = flatten(module);
+    if (name === undefined) throw refuseModule(adapter, module, "is of a model that kohya has no prefix for");
+    add(`${name}.lora_down.weight`, A.shape, A.values);
+    add(`${name}.lora_up.weight`, B.shape, B.values);
+    add(`${name}.alpha`, [], Float32Array.of(A.shape[0]!));
+    if (magnitude) add(`${name}.dora_scale`, [magnitude.length, ...A.shape.slice(1).map(() => 1)], magnitude);
+  });
 }

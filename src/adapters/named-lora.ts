@@ -2,13 +2,13 @@
  * LoRA files that describe themselves by the names of their tensors, without a configuration: those of diffusers, kohya, llama.cpp, ONNX
  * Runtime and MLX. Every tensor gets its module, or the file is refused. The reader of each format interprets the names.
  */
+
 import { AdapterError } from "../errors.ts";
-import { type Derived, transposed, withDerived } from "../tensor/derived.ts";
-import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
-import type { AdapterModule, SavedTensor } from "./adapter.ts";
-import { compare } from "./adapter.ts";
-import type { KeyRole, PeftConfig } from "./peft.ts";
-import { checkName, type PeftTensors, peftTensors, readModule } from "./peft.ts";
+import { type Derived, isFloatDtype, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
+import { type Adapter, type AdapterModule, compare, type SavedTensor } from "./adapter.ts";
+import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
+import { checkName, type KeyRole, type PeftFiles, type PeftTensors, peftTensors, readModule } from "./peft.ts";
+import type { PeftConfig } from "./peft-config.ts";
 
 /** Meaning of a tensor's name. */
 export interface LoraKey {
@@ -156,4 +156,65 @@ function shownBy(file: TensorFile, keys: ReadonlyMap<KeyRole, string>, scaleOf: 
 export function transposeMatrices<F extends TensorFile>(file: F, names: RegExp): F {
   const matrices = [...file.tensors].filter(([name, { shape }]) => names.test(name) && shape.length === 2);
   return withDerived(file, new Map(matrices.map(([name]): [string, Derived] => [name, transposed(file, name)])));
+}
+
+// MLX LM saves `adapter_config.json` and `adapters.safetensors`. Factors in the file are [in, r] and [r, out]; the configuration holds the
+// scale itself.
+
+/** The files of one adapter of MLX LM: adapter_config.json and, as `tensors`, adapters.safetensors. */
+export type MlxFiles = Omit<PeftFiles, "base">;
+
+/**
+ * Opens an adapter: checks its configuration and the names, shapes and dtypes of all tensors. Values are read, and checked, when a
+ * module's `read` is called.
+ * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
+ * @throws FormatError when the tensor file breaks the safetensors format; SourceError when it cannot be read
+ */
+export async function readMlx({ config, ...files }: MlxFiles): Promise<Adapter> {
+  const { scale, baseModel, warnings } = readConfig(config, `${files.file}/adapter_config.json`);
+  return readAdapterFile(files, openSafetensors, (found) => {
+    const tensors = transposeMatrices(found, /\.lora_[ab]$/);
+    const expected = "expected lora_a, lora_b and m of each module, as MLX LM saves them; save the adapter again";
+    const parts = sortTensors(tensors, parseKey, () => expected);
+    return { ...assembleLora(tensors, parts, () => scale), baseModel, warnings };
+  });
+}
+
+interface MlxConfig extends Pick<Adapter, "baseModel" | "warnings"> {
+  readonly scale: number;
+}
+
+function readConfig(config: unknown, file: string): MlxConfig {
+  const refuse = (field: string, message: string): AdapterError => new AdapterError(message, { file, field });
+  const { fine_tune_type: type = "lora", lora_parameters, model } = (config ?? {}) as Record<string, unknown>;
+  if (type !== "lora" && type !== "dora") {
+    throw refuse(
+      "fine_tune_type",
+      `fine_tune_type is ${show(type)}, expected "lora" or "dora": whole weights do not fit into a pack`,
+    );
+  }
+  const { scale, alpha, rank } = (lora_parameters ?? {}) as Record<string, unknown>;
+  if (typeof scale !== "number" || !Number.isFinite(scale)) {
+    throw refuse("lora_parameters", `lora_parameters.scale is ${show(scale)}, expected a number, as MLX LM writes it`);
+  }
+  const warnings: string[] = [];
+  if (typeof alpha === "number" && typeof rank === "number" && alpha !== rank) {
+    const scaled = Number(((scale * alpha) / rank).toPrecision(6));
+    warnings.push(
+      `lora_parameters.alpha is ${alpha}, which MLX LM no longer reads: the scale is ${scale}. If an older version trained it, set scale to ${scaled} and remove alpha`,
+    );
+  }
+  return { scale, baseModel: typeof model === "string" && model !== "" ? model : undefined, warnings };
+}
+
+/** Modules whose rows are tokens. */
+const EMBEDDING = /(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in)$/;
+
+function parseKey(name: string): LoraKey | undefined {
+  const [, module, what] = /^(.+)\.(lora_a|lora_b|m)$/.exec(name) ?? [];
+  if (module === undefined) return undefined;
+  const embedding = EMBEDDING.test(module);
+  const part =
+    what === "m" ? "magnitude" : what === "lora_a" ? (embedding ? "embeddingA" : "A") : embedding ? "embeddingB" : "B";
+  return { prefix: "", local: module, module, part };
 }

@@ -7,12 +7,20 @@
 import { FormatError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { decodeFloats } from "../tensor/safetensors.ts";
-import { isFloatDtype, type TensorFile, type TensorInfo } from "../tensor/tensor-file.ts";
-import { type Adapter, readAdapterFile } from "./adapter.ts";
+import { isFloatDtype, type TensorFile, type TensorInfo, transpose } from "../tensor/tensor-file.ts";
+import {
+  type Adapter,
+  checkAdapter,
+  type Exportable,
+  type FactorMatrix,
+  f32Bytes,
+  factorsOf,
+  refuseModule,
+  refuseSaved,
+} from "./adapter.ts";
+import { openFile, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
-import type { PeftFiles } from "./peft.ts";
-import { parsePeftKeys } from "./peft.ts";
-import { openFile } from "./safetensors.ts";
+import { type PeftFiles, parsePeftKeys } from "./peft.ts";
 
 /** The file of one adapter of ONNX Runtime; `tensors` is the .onnx_adapter file. */
 export type OnnxAdapterFiles = Omit<PeftFiles, "config" | "base">;
@@ -103,7 +111,6 @@ class FlatBuffer {
     return (await this.bytes(at, 4)).getUint32(0, true);
   }
 
-  /** What an offset at `at` points to. */
   async follow(at: number): Promise<number> {
     return at + (await this.u32(at));
   }
@@ -193,4 +200,123 @@ async function readParameter(
       `${dtype} [${shape.join(", ")}] takes ${expected} bytes, but ${data.length} are there; save the adapter again`,
     );
   return [key, { dtype, shape, byteOffset: data.first, byteLength: data.length }];
+}
+
+// Writes a canonical adapter as an `.onnx_adapter` file of ONNX Runtime, for models that were exported with the factors of LoRA as
+// inputs. Scales stay in B, since the format has none.
+
+/**
+ * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out].
+ * Holds one adapter in memory.
+ * @throws AdapterError for heads, biases, DoRA, convolutions and embeddings, which the format cannot hold
+ */
+export async function onnxAdapterFile(adapter: Exportable): Promise<AsyncIterable<Uint8Array>> {
+  checkAdapter("onnxAdapterFile", adapter);
+  refuseSaved(adapter, "an .onnx_adapter file");
+  const entries: OnnxAdapterEntry[] = [];
+  for (const module of adapter.modules.values()) {
+    const { name, layout } = module;
+    if (layout === "conv" || layout === "embedding")
+      throw refuseModule(adapter, name, `is stored as ${layout}, which an .onnx_adapter file has no place for`);
+    const { A, B, magnitude } = await factorsOf(module);
+    if (magnitude)
+      throw refuseModule(adapter, name, "has a magnitude (DoRA), which an .onnx_adapter file has no place for");
+    entries.push(turned(`${name}.lora_A.weight`, A), turned(`${name}.lora_B.weight`, B));
+  }
+  return writeOnnxAdapter(entries);
+}
+
+function turned(name: string, { shape: [rows = 0, columns = 0], values }: FactorMatrix): OnnxAdapterEntry {
+  return { name, shape: [columns, rows], bytes: f32Bytes(transpose(values, rows, columns)) };
+}
+
+// Writes `.onnx_adapter` files. Readers do without it.
+
+/** A parameter of f32 to write. */
+interface OnnxAdapterEntry {
+  readonly name: string;
+  readonly shape: readonly number[];
+  /** Little-endian f32. */
+  readonly bytes: Uint8Array;
+}
+
+const FLOAT = 1;
+/** FlatBuffers have signed offsets of 32 bits. */
+const MOST_BYTES = 2 ** 31 - 1;
+/** Both tables have four fields of 4 bytes: bytes of the list of their places, and of a table with the way to that list. */
+const [VTABLE, TABLE] = [12, 20];
+
+const align = (at: number, to: number, rest = 0): number => at + ((((rest - at) % to) + to) % to);
+
+/** Where everything lies: names and dimensions of the parameters, and their values. */
+function layOut(entries: readonly OnnxAdapterEntry[], names: readonly Uint8Array[], start: number) {
+  let at = start;
+  // Elements of 8 bytes and values begin at a multiple of 8, behind a length of 4 bytes.
+  const places = entries.map(({ shape }, i) => {
+    const name = at;
+    const dims = align(name + 4 + names[i]!.length + 1, 8, 4);
+    at = align(dims + 4 + 8 * shape.length, 4);
+    return { name, dims };
+  });
+  const values = entries.map(({ bytes }) => {
+    const place = align(at, 8, 4);
+    at = place + 4 + bytes.length;
+    return place;
+  });
+  if (at > MOST_BYTES) throw new RangeError(`writeOnnxAdapter: ${at} bytes, ${MOST_BYTES} at most fit into the format`);
+  return { places, values, end: at };
+}
+
+/**
+ * The bytes of an adapter of ONNX Runtime, chunk by chunk: tables and names, then each parameter's values.
+ * @throws RangeError when they take 2 GiB or more
+ */
+async function* writeOnnxAdapter(entries: readonly OnnxAdapterEntry[]): AsyncGenerator<Uint8Array, void> {
+  const names = entries.map(({ name }) => new TextEncoder().encode(name));
+  // Header, list of fields and table of the root; list of parameters; list of fields and tables of the parameters.
+  const list = 8 + VTABLE + TABLE;
+  const vtable = list + 4 + 4 * entries.length;
+  const first = vtable + VTABLE;
+  const { places, values, end } = layOut(entries, names, first + TABLE * entries.length);
+
+  const head = new Uint8Array(values[0] ?? end);
+  const view = new DataView(head.buffer);
+  const u32 = (place: number, value: number): void => view.setUint32(place, value, true);
+  const fields = (place: number): void => {
+    for (const [i, value] of [VTABLE, TABLE, 4, 8, 12, 16].entries()) view.setUint16(place + 2 * i, value, true);
+  };
+  /** An offset is counted from where it stands. */
+  const point = (place: number, to: number): void => u32(place, to - place);
+  const root = 8 + VTABLE;
+  point(0, root);
+  for (let i = 0; i < 4; i++) head[4 + i] = IDENTIFIER.charCodeAt(i);
+  fields(8);
+  u32(root, VTABLE);
+  for (const place of [4, 8, 12]) u32(root + place, 1);
+  point(root + 16, list);
+  u32(list, entries.length);
+  fields(vtable);
+  for (const [i, { shape }] of entries.entries()) {
+    const table = first + TABLE * i;
+    const { name, dims } = places[i]!;
+    point(list + 4 + 4 * i, table);
+    u32(table, table - vtable);
+    point(table + 4, name);
+    point(table + 8, dims);
+    u32(table + 12, FLOAT);
+    point(table + 16, values[i]!);
+    u32(name, names[i]!.length);
+    head.set(names[i]!, name + 4);
+    u32(dims, shape.length);
+    for (const [d, size] of shape.entries()) view.setBigUint64(dims + 4 + 8 * d, BigInt(size), true);
+  }
+  yield head;
+  for (const [i, { bytes }] of entries.entries()) {
+    const length = new Uint8Array(4);
+    new DataView(length.buffer).setUint32(0, bytes.length, true);
+    yield length;
+    yield bytes;
+    const next = values[i + 1];
+    if (next !== undefined) yield new Uint8Array(next - (values[i]! + 4 + bytes.length));
+  }
 }

@@ -3,18 +3,31 @@
  * module come from the same fields and patterns as in PEFT. A file that PEFT would not load, or would load in part only, is refused.
  * Portable: folders are read in folder.ts.
  */
+
 import { checkOptions } from "../arguments.ts";
 import type { BaseInput, WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
-import { type Layout, misfitLabels, type TaskMetadata } from "../format/format.ts";
+import { isHead, type Layout, misfitLabels, type TaskMetadata } from "../format/format.ts";
 import type { SourceInput } from "../source.ts";
-import { transpose } from "../tensor/derived.ts";
-import { isFloatDtype, show, type TensorFile } from "../tensor/tensor-file.ts";
+import type { SafetensorsEntry } from "../tensor/safetensors.ts";
+import { isFloatDtype, show, type TensorFile, transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
-import { type Adapter, type AdapterModule, compare, readAdapterFile, type SavedTensor } from "./adapter.ts";
-import { NamePatterns } from "./name-pattern.ts";
-import { openSafetensors } from "./safetensors.ts";
+import {
+  type Adapter,
+  type AdapterModule,
+  type Add,
+  checkAdapter,
+  compare,
+  type Exportable,
+  f32Bytes,
+  factorsOf,
+  rankOf,
+  refuseBoth,
+  type SavedTensor,
+} from "./adapter.ts";
+import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
+import { CONVERT, headsOf, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 import type { BaseStart } from "./start.ts";
 
 /** The files of one PEFT adapter. */
@@ -471,7 +484,7 @@ function placeOf(
 }
 
 /**
- * Whether PEFT saves a parameter's module whole. PEFT wraps every module whose name ends with an entry, not only at a dot
+ * Tells whether PEFT saves a parameter's module whole. PEFT wraps every module whose name ends with an entry, not only at a dot
  * (`_set_trainable`).
  */
 function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
@@ -616,268 +629,157 @@ function parse(key: string, adapters: ReadonlySet<string>): PeftKey {
   return known(parameter, { kind: "wrapped", parameter });
 }
 
-// Reads PEFT's `adapter_config.json`: every field is honoured, known to be harmless, or refused by name. Reads no tensors. Field meanings
-// follow peft/tuners/lora/config.py and layer.py of PEFT 0.21; absent fields have PEFT's defaults, since older versions did not write
-// them.
-
-/** Facts that a configuration gives about the tensors beside it. */
-export interface PeftConfig {
-  readonly baseModel: string | undefined;
-  readonly revision: string | undefined;
-  readonly taskType: string | undefined;
-  /** Whether base weights are [in, out] (Conv1D of GPT-2). */
-  readonly fanInFanOut: boolean;
-  /** Which base biases belong to the adapter. */
-  readonly bias: "none" | "all" | "lora_only";
-  readonly loraBias: boolean;
-  readonly dora: boolean;
-  /** Set where PEFT changes the weights of linear layers before it loads the factors (start.ts). */
-  readonly start: BaseStart | undefined;
-  /** A module is saved when its name ends in one of these. Includes the heads that PEFT saves for the task type. */
-  readonly modulesToSave: readonly string[];
-  /** Rows replaced by trainable_token_indices: [ending of the embedding's name, indices]; "" matches any. */
-  readonly tokenRows: readonly (readonly [ending: string, indices: readonly number[]])[];
-  /** Rank and scale that PEFT gives the module of this name. */
-  forModule(name: string): { rank: number; scale: number };
-  readonly warnings: readonly string[];
-}
-
-/** Most characters of a text: a pack holds 4096 bytes (SPEC.md, section 4.2), and a character takes at most three. */
-const MAX_TEXT = 1365;
-
-/** PEFT's own way to an adapter of the original base. */
-export const CONVERT: string =
-  "Convert it in PEFT, where it was trained: save_pretrained(path, path_initial_model_for_weight_conversion=initial_adapter)";
-
-/** Says why an adapter with a start is refused without its base. */
-export function withoutBase(start: BaseStart): string {
-  return `init_lora_weights is "${start}": PEFT takes the start out of the base when it loads the adapter`;
-}
-
-const PLAIN = "Train a plain LoRA, or merge it with PEFT and use the merged model";
-
-/** Fields that give tensors a meaning that low-rank terms cannot express, with the reason. */
-const REFUSED: ReadonlyMap<string, string> = new Map([
-  ["target_parameters", `puts LoRA on bare parameters (mixture of experts), which are not modules. ${PLAIN}`],
-  ["layer_replication", `makes several layers from one base layer, so a module has no weight of its own. ${PLAIN}`],
-  ["alora_invocation_tokens", "applies the update after some tokens only (aLoRA): no weight can. Train a plain LoRA"],
-  ["use_qalora", `pools the input before lora_A (QALoRA), so lora_A does not fit the base weight. ${PLAIN}`],
-  ["use_bdlora", `splits the factors into blocks (BD-LoRA). ${PLAIN}`],
-  ["arrow_config", "routes each token to other adapters (Arrow). Pack the adapters it routes to, each as a task"],
-  ["kasa_config", `truncates the base weight and adds a diagonal between the factors (KaSA). ${PLAIN}`],
-  ["velora_config", "projects lora_A's input while training (VeLoRA). Train a plain LoRA"],
-  ["monteclora_config", "samples the factors at random (MonteCLoRA). Train a plain LoRA"],
-]);
-
-/** Fields about the adapter's training or origin, or that repeat what the tensors' names tell. */
-const HARMLESS: ReadonlySet<string> = new Set([
-  "auto_mapping",
-  "corda_config",
-  "eva_config",
-  "exclude_modules",
-  "inference_mode",
-  "layers_pattern",
-  "layers_to_transform",
-  "loftq_config",
-  "lora_dropout",
-  "lora_ga_config",
-  "megatron_config",
-  "megatron_core",
-  "peft_version",
-  "qalora_group_size",
-  "runtime_config",
-  "target_modules",
-]);
-
-const HONOURED: ReadonlySet<string> = new Set([
-  "alpha_pattern",
-  "base_model_name_or_path",
-  "bias",
-  "ensure_weight_tying",
-  "fan_in_fan_out",
-  "init_lora_weights",
-  "lora_alpha",
-  "lora_bias",
-  "modules_to_save",
-  "peft_type",
-  "r",
-  "rank_pattern",
-  "revision",
-  "task_type",
-  "trainable_token_indices",
-  "use_dora",
-  "use_rslora",
-]);
-
-/** Heads that PEFT saves without being asked (peft_model.py); its early versions did not list them in the file. */
-const EMBEDDED_HEADS: ReadonlyMap<string, readonly string[]> = new Map([
-  ["SEQ_CLS", ["classifier", "score"]],
-  ["TOKEN_CLS", ["classifier", "score"]],
-  ["QUESTION_ANS", ["qa_outputs"]],
-]);
-
-/** The modules that PEFT saves by itself for a task type. */
-export function headsOf(taskType: string | undefined): readonly string[] {
-  return EMBEDDED_HEADS.get(taskType ?? "") ?? [];
-}
-
-/** Initialisations that change the base by more than its weights tell: by data, gradients, or numbers drawn at random. */
-const MUTATING = /^(pissa|corda|lora_ga$)/;
-const UNTOUCHED: ReadonlySet<unknown> = new Set([
-  undefined,
-  null,
-  true,
-  false,
-  "gaussian",
-  "eva",
-  "orthogonal",
-  "mica",
-]);
+// Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals its
+// rank.
 
 /**
- * Checks a parsed adapter_config.json.
- * @param file its path, for messages
- * @throws AdapterError naming the field that is refused or invalid
+ * Makes the contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the metadata `format:
+ * "pt"` that PyTorch's tools expect. Holds one adapter in memory.
+ * @throws AdapterError when PEFT's format, which has one switch per adapter for DoRA, `lora_bias` and the orientation of weights, cannot
+ * express this adapter; and errors of the adapter's `read`
  */
-export function readPeftConfig(config: unknown, file: string): PeftConfig {
-  if (!isObject(config)) throw new AdapterError("is not a JSON object; expected PEFT's adapter_config.json", { file });
-  const { refuse, wrong, field, numbers } = fieldsOf(config, file);
-  if (config.peft_type !== "LORA") throw wrong("peft_type", `"LORA"`, "convert the adapter to LoRA, or train one");
-  const warnings = unknownFields(config, refuse);
-
-  const r = field("r", 8, isRank, "a positive integer");
-  const alpha = field("lora_alpha", 8, isFiniteNumber, "a number");
-  const rankPattern = numbers("rank_pattern", isRank, "positive integer");
-  const alphaPattern = numbers("alpha_pattern", isFiniteNumber, "number");
-  const flag = (name: string): boolean => field(name, false, isBoolean, "true or false");
-  const text = (name: string): string | undefined =>
-    field(name, undefined, isText, `a string of ${MAX_TEXT} characters at most, or null`) || undefined;
-  const rslora = flag("use_rslora");
-  const bias = field("bias", "none", isBias, `"none", "all" or "lora_only"`);
-  const modulesToSave = field("modules_to_save", [], isNames, "an array of module names");
-  const taskType = text("task_type");
-
-  const { start, warnings: unsure } = startOf(config.init_lora_weights, refuse);
-  warnings.push(...unsure);
-  // The file holds what it ties, but for rows of tokens, which reach tied layers with it and without.
-  flag("ensure_weight_tying");
-  return {
-    baseModel: text("base_model_name_or_path"),
-    revision: text("revision"),
-    taskType,
-    fanInFanOut: flag("fan_in_fan_out"),
-    bias,
-    loraBias: flag("lora_bias"),
-    dora: flag("use_dora"),
-    start,
-    modulesToSave: [...new Set([...modulesToSave, ...headsOf(taskType)])],
-    tokenRows: tokenRows(config.trainable_token_indices, (message) => refuse("trainable_token_indices", message)),
-    forModule(name) {
-      const rank = rankPattern.find(name) ?? r;
-      const numerator = alphaPattern.find(name) ?? alpha;
-      return { rank, scale: numerator / (rslora ? Math.sqrt(rank) : rank) };
-    },
-    warnings,
+export async function peftFiles(adapter: Exportable): Promise<{ config: object; tensors: SafetensorsEntry[] }> {
+  checkAdapter("peftFiles", adapter);
+  refuseBoth({ ...adapter, file: adapter.id });
+  const tensors: SafetensorsEntry[] = [];
+  const add: Add = (name, shape, values) => {
+    const bytes = f32Bytes(values);
+    tensors.push({ name: PREFIX + name, dtype: "F32", shape: [...shape], read: () => bytes });
   };
+  const dora: string[] = [];
+  for (const module of adapter.modules.values()) if (await addModule(module, add)) dora.push(module.name);
+  const config = configOf(adapter, dora, await addSaved(adapter, add));
+  return { config, tensors };
 }
 
-type Refuse = (field: string, message: string) => AdapterError;
-
-/** Readers of fields, which refuse unexpected values. */
-function fieldsOf(config: Record<string, unknown>, file: string) {
-  const refuse: Refuse = (name, message) => new AdapterError(`${name} ${message}`, { file, field: name });
-  const wrong = (name: string, expected: string, advice = "correct it in the file"): AdapterError =>
-    refuse(name, `is ${show(config[name])}, expected ${expected}; ${advice}`);
-  return {
-    refuse,
-    wrong,
-    /** A field's value, or PEFT's default where it is absent or null. */
-    field<T>(name: string, absent: T, isValid: (value: unknown) => value is T, expected: string): T {
-      const value = config[name] ?? absent;
-      if (!isValid(value)) throw wrong(name, expected);
-      return value;
-    },
-    /** Numbers by the expressions that PEFT matches names with. */
-    numbers(name: string, isValid: (value: unknown) => value is number, what: string): NamePatterns<number> {
-      const value = config[name] ?? {};
-      if (!isObject(value)) throw wrong(name, `an object of ${what}s by pattern`);
-      const numbers = Object.entries(value).map(([pattern, number]): [string, number] => {
-        if (!isValid(number)) throw refuse(name, `gives ${show(number)} for ${show(pattern)}, expected a ${what}`);
-        return [pattern, number];
-      });
-      return new NamePatterns(numbers, (pattern, why) => refuse(name, `${show(pattern)} ${why}`));
-    },
-  };
+function refusal({ id }: Exportable, field: string, message: string): AdapterError {
+  return new AdapterError(`${message}; fold it into its base instead`, { file: id, field });
 }
 
-/** Warnings about unknown fields. @throws AdapterError for a field that is set and refused */
-function unknownFields(config: Record<string, unknown>, refuse: Refuse): string[] {
-  const warnings: string[] = [];
-  for (const [field, value] of Object.entries(config)) {
-    if (HONOURED.has(field) || HARMLESS.has(field) || isOff(value)) continue;
-    const reason = REFUSED.get(field);
-    if (reason !== undefined) throw refuse(field, `is set: it ${reason}`);
-    warnings.push(`${field} is ${show(value)}: an unknown field, ignored; check that it does not change the maths`);
-  }
-  return warnings;
+/** Modules with more than factors. */
+interface SavedModules {
+  readonly heads: Set<string>;
+  readonly biased: string[];
+  readonly deltas: string[];
+  readonly rows: [string, readonly number[]][];
 }
 
-const isBoolean = (value: unknown): value is boolean => typeof value === "boolean";
-
-const isText = (value: unknown): value is string | undefined =>
-  value === undefined || (typeof value === "string" && value.length <= MAX_TEXT);
-
-const isBias = (value: unknown): value is PeftConfig["bias"] => ["none", "all", "lora_only"].includes(value as string);
-
-const isNames = (value: unknown): value is string[] =>
-  Array.isArray(value) && value.every((name) => typeof name === "string" && name !== "");
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
-
-const isFiniteNumber = (value: unknown): value is number => Number.isFinite(value);
-
-const isRank = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) > 0;
-
-/** Whether Python takes a value as false. An empty object counts as set: PEFT turns it into a configuration of defaults. */
-function isOff(value: unknown): boolean {
-  return !value || (Array.isArray(value) && value.length === 0);
-}
-
-/** @throws AdapterError for a start that changes the base in a way that cannot be computed again */
-function startOf(init: unknown, refuse: Refuse): Pick<PeftConfig, "start" | "warnings"> {
-  if (UNTOUCHED.has(init)) return { start: undefined, warnings: [] };
-  const name = typeof init === "string" ? init.toLowerCase() : "";
-  if (name === "pissa" || name === "olora") return { start: name, warnings: [] };
-  if (MUTATING.test(name)) {
-    throw refuse(
-      "init_lora_weights",
-      `is ${show(init)}: the adapter was trained against a changed base, which the original does not determine. ${CONVERT}`,
-    );
-  }
-  if (name === "loftq") {
-    throw refuse(
-      "init_lora_weights",
-      'is "loftq": the adapter was trained against the quantised base that LoftQ made. Save that base ' +
-        "(model.get_base_model().save_pretrained), use it, and set init_lora_weights to true in the file",
-    );
-  }
-  const unknown = `init_lora_weights is ${show(init)}, which PEFT 0.21 does not know: check that it leaves the base as it was`;
-  return { start: undefined, warnings: [unknown] };
-}
-
-function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [string, number[]][] {
-  if (value === undefined || value === null) return [];
-  if (!Array.isArray(value) && !isObject(value)) {
-    throw refuse(`is ${show(value)}, expected an array of row numbers, or an object of such by embedding name`);
-  }
-  const entries = Array.isArray(value) ? ([["", value]] as const) : Object.entries(value);
-  return entries.map(([ending, rows]) => {
-    if (!Array.isArray(rows) || !rows.every((row) => Number.isSafeInteger(row) && row >= 0)) {
-      throw refuse(`has ${show(rows)}${ending && ` for ${show(ending)}`}, expected an array of row numbers ≥ 0`);
+/** Adds the saved tensors. */
+async function addSaved(adapter: Exportable, add: Add): Promise<SavedModules> {
+  const taskType = taskTypeOf(adapter);
+  const found: SavedModules = { heads: new Set(), biased: [], deltas: [], rows: [] };
+  for (const tensor of adapter.saved) {
+    const { name, role, shape, indices = [] } = tensor;
+    const owner = name.slice(0, Math.max(0, name.lastIndexOf(".")));
+    const adapted = adapter.modules.has(owner);
+    let key = name;
+    if (role === "saved") found.heads.add(headModule(owner, taskType));
+    else if (role === "rows") {
+      found.rows.push([owner, indices]);
+      key = `${owner}.token_adapter.trainable_tokens_delta`;
+    } else if (role === "bias") {
+      found.biased.push(owner);
+      if (adapted) key = `${owner}.base_layer.bias`;
+    } else {
+      if (!adapted)
+        throw refusal(adapter, name, `${name}: PEFT has no place for a bias delta of a module that is not adapted`);
+      found.deltas.push(owner);
+      key = `${owner}.lora_B.bias`;
     }
-    if (new Set(rows).size !== rows.length) throw refuse("names a row twice, which has no defined result; train again");
-    return [ending, rows as number[]];
-  });
+    add(key, shape, await tensor.read());
+  }
+  return found;
+}
+
+/** Contents of adapter_config.json. @throws AdapterError for a switch that only some modules need */
+function configOf(adapter: Exportable, dora: readonly string[], { heads, biased, deltas, rows }: SavedModules): object {
+  const modules = [...adapter.modules.values()];
+  const all = (what: string, some: readonly string[]): boolean => {
+    const without = modules.find(({ name }) => !some.includes(name));
+    if (some.length > 0 && without !== undefined) {
+      const message = `${what} is one switch for all modules in PEFT, but ${without.name} does not have it`;
+      throw refusal(adapter, what, message);
+    }
+    return some.length > 0;
+  };
+  const inOut = modules.find(({ layout }) => layout === "in-out");
+  const outIn = modules.find(({ layout }) => layout === "out-in");
+  if (inOut && outIn) {
+    const both = `${inOut.name} is [in, out] and ${outIn.name} [out, in]`;
+    throw refusal(adapter, "fan_in_fan_out", `fan_in_fan_out is one switch for all modules in PEFT, but ${both}`);
+  }
+  const [useDora, loraBias] = [all("use_dora", dora), all("lora_bias", deltas)];
+  if (useDora && loraBias) throw refusal(adapter, "lora_bias", "PEFT does not combine lora_bias with use_dora");
+
+  const rank = commonRank(modules);
+  const odd = modules.filter((module) => rankOf(module) !== rank);
+  const pattern = Object.fromEntries(odd.map((module) => [exactly(module.name), rankOf(module)]));
+  const onlyAdapted = biased.every((owner) => adapter.modules.has(owner));
+  return {
+    peft_type: "LORA",
+    task_type: taskTypeOf(adapter) ?? null,
+    base_model_name_or_path: adapter.baseModel ?? null,
+    revision: adapter.metadata.revision ?? null,
+    inference_mode: true,
+    r: rank,
+    lora_alpha: rank,
+    lora_dropout: 0,
+    rank_pattern: pattern,
+    alpha_pattern: pattern,
+    target_modules: modules.map(({ name }) => name),
+    fan_in_fan_out: inOut !== undefined,
+    bias: biased.length === 0 ? "none" : onlyAdapted ? "lora_only" : "all",
+    use_dora: useDora,
+    use_rslora: false,
+    lora_bias: loraBias,
+    init_lora_weights: true,
+    modules_to_save: heads.size > 0 ? outermost(heads) : null,
+    trainable_token_indices: rows.length > 0 ? Object.fromEntries(rows) : null,
+  };
+}
+
+/** Adds one module's tensors. @returns whether it has a magnitude */
+async function addModule(module: AdapterModule, add: Add): Promise<boolean> {
+  const { name, out, layout, kernel = [] } = module;
+  const { A, B, magnitude } = await factorsOf(module);
+  const [keyA, keyB] =
+    layout === "embedding" ? ["lora_embedding_A", "lora_embedding_B"] : ["lora_A.weight", "lora_B.weight"];
+  add(`${name}.${keyA}`, A.shape, A.values);
+  add(`${name}.${keyB}`, B.shape, B.values);
+  if (magnitude === undefined) return false;
+  add(`${name}.lora_magnitude_vector`, layout === "conv" ? [1, out, ...kernel.map(() => 1)] : [out], magnitude);
+  return true;
+}
+
+function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
+  if (typeof metadata.task_type === "string") return metadata.task_type;
+  const head = saved.find(({ name, role }) => role === "saved" && isHead(name));
+  return head === undefined ? undefined : "SEQ_CLS";
+}
+
+/**
+ * The module that PEFT must save whole to hold a parameter of `owner`: the head around it where the task type has one, since PEFT wraps
+ * that head anyway, else `owner` itself.
+ */
+function headModule(owner: string, taskType: string | undefined): string {
+  const heads = headsOf(taskType);
+  const path = owner.split(".").map((_, i, all) => all.slice(0, i + 1).join("."));
+  return path.find((module) => heads.some((head) => module.endsWith(head))) ?? owner;
+}
+
+/** Drops modules inside another: PEFT saves a module with its children. */
+function outermost(modules: ReadonlySet<string>): string[] {
+  return [...modules].filter((name) => ![...modules].some((other) => name.startsWith(`${other}.`))).sort();
+}
+
+/** The rank of most modules, the smaller on a tie, so that fewest patterns are needed for the others. */
+function commonRank(modules: readonly AdapterModule[]): number {
+  const counts = new Map<number, number>();
+  for (const module of modules) counts.set(rankOf(module), (counts.get(rankOf(module)) ?? 0) + 1);
+  return [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0])[0]?.[0] ?? 1;
+}
+
+/** A PEFT pattern that matches one module only: the anchor leaves nothing for PEFT's `(.*\.)?` in front. */
+function exactly(name: string): string {
+  return `^${name.replaceAll(/[\\^$.*+?()[\]{}|]/g, "\\$&")}`;
 }

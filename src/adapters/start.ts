@@ -3,11 +3,12 @@
  * computes B₀·A₀ again whenever it loads the adapter. Relative to the base as it was, ΔW = s·(B·A − B₀·A₀), which is what PEFT's own
  * conversion stores.
  */
-import { type CpuView, type Located, Locator, viewValues, type WeightHost } from "../core/base.ts";
+
+import { type CpuView, type Located, viewValues, type WeightHost, WeightResolver } from "../core/base.ts";
 import { AliasMatcher, locate } from "../core/mismatch.ts";
 import { AdapterError } from "../errors.ts";
-import { principalComponents, ROUNDING } from "../extract/components.ts";
-import { lq, norm, type Products } from "../extract/linalg.ts";
+import { principalComponents } from "../extract/components.ts";
+import { lq, norm, type Products, ROUNDING } from "../extract/linalg.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import type { Term } from "../tensor/term.ts";
 import type { ModuleShape } from "./adapter.ts";
@@ -68,9 +69,9 @@ async function factorsOf(
   host: WeightHost,
   file: string,
 ): Promise<Factors> {
-  const locator = new Locator(host);
-  locator.names = new AliasMatcher(locator.parameters.keys());
-  const { name: weight, transposed } = inBase(locator, module);
+  const resolver = new WeightResolver(host);
+  resolver.names = new AliasMatcher(resolver.parameters.keys());
+  const { name: weight, transposed } = inBase(resolver, module);
   const [rows, columns] = transposed ? [module.in, module.out] : [module.out, module.in];
   const stored = Float64Array.from(viewValues((await host.read(weight)) as CpuView));
   const products = await fastProducts();
@@ -120,9 +121,9 @@ function firstColumns(
 }
 
 /** A module's weight in a base whose names nothing maps. @throws BaseMismatchError where it is not there */
-export function inBase(locator: Locator, module: ModuleShape): Located {
+export function inBase(resolver: WeightResolver, module: ModuleShape): Located {
   try {
-    return locate(locator, module);
+    return locate(resolver, module);
   } catch (error) {
     const { message } = error as Error;
     (error as Error).message = message.replace(

@@ -2,8 +2,9 @@
  * Where adapters and bases are looked for: folders on the disk, or a repository of the Hugging Face Hub. Paths are absolute ones on the
  * disk in both: those of a repository are where its files lie once they are downloaded.
  */
+
 import { readdir, readFile, stat } from "node:fs/promises";
-import { extname, join, relative, resolve, sep } from "node:path";
+import { basename, dirname, extname, join, relative, resolve, sep } from "node:path";
 import { described } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { openHost } from "../core/open-base.ts";
@@ -12,9 +13,12 @@ import { AdapterError } from "../errors.ts";
 import type { HubOptions, Snapshot, SnapshotOptions } from "../http/hub.ts";
 import { type HubName, hubName, isInside } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
+import { openGguf } from "../tensor/gguf.ts";
 import { parseJson } from "../tensor/tensor-file.ts";
+import type { BaseFacts } from "./adapter.ts";
+import { openSafetensors } from "./adapter-file.ts";
+import { MODELS } from "./diffusers.ts";
 
-/** What a path leads to. */
 export type PathKind = "file" | "folder" | undefined;
 
 /** Files and folders, which are named by absolute paths. */
@@ -27,7 +31,7 @@ export interface Tree {
   open(path: string): Promise<ByteSource>;
   /** Sees to it that files lie on the disk under their paths. */
   get(paths: readonly string[]): Promise<void>;
-  /** How messages call it. */
+  /** Name in messages. */
   nameOf(path: string): string;
   /** Where the tree lies on the Hub. */
   readonly hub?: { readonly name: HubName; readonly root: string } | undefined;
@@ -94,7 +98,7 @@ function treeOf(snapshot: Snapshot, name: HubName): Tree {
   };
 }
 
-// Reads JSON files beside adapters and models.
+// Reads JSON files of adapters and models.
 
 /** Room for a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
 const MAX_JSON_BYTES = 16 * 1024 * 1024;
@@ -170,4 +174,114 @@ async function openHosts(files: readonly string[], tree: Tree): Promise<WeightHo
     read: (name, into, options) => (owners.get(name) ?? hosts[0]!).read(name, into, options),
     close,
   };
+}
+
+// Facts of a base model, from its folder, config.json, a safetensors file or its index, a list of names, or a GGUF file. Reads headers, no
+// weights.
+
+const CONFIG = "config.json";
+
+/**
+ * Reads names, heads and architecture of a base model, for formats that leave them to it.
+ * @param given path of its folder, config.json, a list of names in JSON, a safetensors file or index, or a GGUF file; or a name of the Hub
+ * @throws AdapterError for other files; FormatError and SourceError for files that cannot be read
+ */
+export async function describeBase(given: string, options: HubOptions = {}): Promise<BaseFacts> {
+  const { tree, path } = await treeAt(given, { ...options, stage: "model" });
+  if ((await tree.kind(path)) === "folder") return describeFolder(path, tree);
+  if (extname(path) === ".gguf") return describeGguf(path, tree);
+  if (extname(path) === ".json") return describeJson(path, tree);
+  if (extname(path) === ".safetensors") return { names: await namesIn(path, tree), ...(await factsBeside(path, tree)) };
+  const expected =
+    "expected its folder, config.json, a list of names in JSON, a safetensors file, its index, or a GGUF file";
+  throw new AdapterError(`says nothing of a base model; ${expected}`, { file: tree.nameOf(path) });
+}
+
+/** Describes a model, or a pipeline, whose models lie in folders of their own. */
+async function describeFolder(folder: string, tree: Tree): Promise<BaseFacts> {
+  const names = await namesInFolder(folder, tree);
+  for (const model of MODELS)
+    for (const name of await namesInFolder(join(folder, model), tree)) names.push(`${model}.${name}`);
+  const facts = await factsIn(folder, tree);
+  if (names.length === 0 && facts === undefined) {
+    const message = `holds neither ${CONFIG} nor safetensors files of a model`;
+    throw new AdapterError(message, { file: tree.nameOf(folder) });
+  }
+  return { names: names.length > 0 ? names : undefined, ...facts };
+}
+
+async function namesInFolder(folder: string, tree: Tree): Promise<string[]> {
+  if ((await tree.kind(folder)) !== "folder") return [];
+  const files = (await tree.names(folder)).filter((name) => extname(name) === ".safetensors").sort();
+  return (await Promise.all(files.map((name) => namesIn(join(folder, name), tree)))).flat();
+}
+
+async function namesIn(path: string, tree: Tree): Promise<string[]> {
+  const file = await openSafetensors(await tree.open(path));
+  await file.close();
+  return [...file.tensors.keys()];
+}
+
+async function factsIn(folder: string, tree: Tree): Promise<BaseFacts | undefined> {
+  const config = join(folder, CONFIG);
+  return (await tree.kind(config)) === "file" ? factsOfConfig(await jsonAt(config, tree)) : undefined;
+}
+
+const factsBeside = async (path: string, tree: Tree): Promise<BaseFacts> => (await factsIn(dirname(path), tree)) ?? {};
+
+async function jsonAt(path: string, tree: Tree): Promise<unknown> {
+  await tree.get([path]);
+  return readJson(path);
+}
+
+/** Reads config.json, the index of a model in several files, or a list of names. */
+async function describeJson(path: string, tree: Tree): Promise<BaseFacts> {
+  const json = await jsonAt(path, tree);
+  if (Array.isArray(json) && json.every((name) => typeof name === "string")) return { names: json };
+  const map = (json as { weight_map?: unknown } | null)?.weight_map;
+  if (typeof map === "object" && map !== null) return { names: Object.keys(map), ...(await factsBeside(path, tree)) };
+  const facts = factsOfConfig(json);
+  if (facts) return facts;
+  const expected = "expected num_attention_heads, weight_map, or a list of names";
+  throw new AdapterError(`${basename(path)} says nothing of a base model; ${expected}`, { file: path });
+}
+
+async function describeGguf(path: string, tree: Tree): Promise<BaseFacts> {
+  const source = await tree.open(path);
+  try {
+    const { fields } = await openGguf(source);
+    const architecture = String(fields.get("general.architecture"));
+    const heads = fields.get(`${architecture}.attention.head_count`);
+    const kvHeads = fields.get(`${architecture}.attention.head_count_kv`) ?? heads;
+    if (isCount(heads) && isCount(kvHeads)) return { heads, kvHeads, architecture };
+    throw new AdapterError(`has no ${architecture}.attention.head_count that is one number`, {
+      file: tree.nameOf(path),
+    });
+  } finally {
+    await source.close?.();
+  }
+}
+
+/** llama.cpp's names of architectures that transformers calls otherwise (`model_type`). */
+const ARCHITECTURES: ReadonlyMap<unknown, string> = new Map([
+  ["mistral", "llama"],
+  ["gemma3_text", "gemma3"],
+]);
+
+/** Reads architecture and heads from a parsed config.json of transformers. Undefined where it has neither. */
+function factsOfConfig(config: unknown): BaseFacts | undefined {
+  if (typeof config !== "object" || config === null) return undefined;
+  const fields = config as Record<string, unknown>;
+  // Models that also see or hear keep their language model's configuration one level deeper.
+  const text = fields["text_config"];
+  const heads = fields["num_attention_heads"] ?? fields["n_head"];
+  if (heads === undefined && text !== undefined) return factsOfConfig(text);
+  const kvHeads = fields["num_key_value_heads"] ?? heads;
+  if (!isCount(heads) || !isCount(kvHeads)) return undefined;
+  const type = fields["model_type"];
+  return { heads, kvHeads, architecture: ARCHITECTURES.get(type) ?? (typeof type === "string" ? type : undefined) };
+}
+
+function isCount(value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) >= 1;
 }

@@ -110,7 +110,7 @@ function scalesOf(emit: Emitter, { scales, shape }: BlockWeight, to: readonly nu
   return String(shape) === String(to) ? scales : emit.op("Reshape", [scales, emit.ints(to)]);
 }
 
-/** What zeros that are floats add to all weights of a block: f32 [N, count]; undefined for others. */
+/** The amount that zeros that are floats add to all weights of a block: f32 [N, count]; undefined for others. */
 export function offsetsOf(emit: Emitter, blocks: BlockWeight): string | undefined {
   const { N, count, bits, zeros } = blocks;
   if (!zeros || zeros.bytes) return undefined;
@@ -189,7 +189,7 @@ function product(emit: Emitter, x: string, rank: number, blocks: BlockWeight): s
   return emit.add(product, by(sums, offsets));
 }
 
-/** What x multiplies bytes by, and upper halves: l · x + u · y = w · x + u · (y − 16 · x) for columns x and y. */
+/** Operands of x for bytes, and for upper halves: l · x + u · y = w · x + u · (y − 16 · x) for columns x and y. */
 function pairs(emit: Emitter, x: string, K: number): readonly string[] {
   const column = (from: number): string =>
     emit.op("Slice", [x, emit.ints([from]), emit.ints([K]), emit.ints([-1]), emit.ints([2])]);

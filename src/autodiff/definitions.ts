@@ -244,7 +244,7 @@ interface Rotary {
   readonly sin: string;
   /** Number of elements of a head that are rotated; the others behind them stay. */
   readonly turned: number;
-  /** Whether some elements stay. */
+  /** True where some elements stay. */
   readonly rest: boolean;
 }
 
@@ -440,7 +440,6 @@ export class Fused {
     return attribute(this.proto, name)?.f ?? otherwise;
   }
 
-  /** Whether anything reads an output. */
   wants(output: number): boolean {
     const name = this.proto.output[output] ?? "";
     return name !== "" && this.#graph.consumers.has(name);

@@ -27,12 +27,12 @@ export interface Moment {
 export class Emitter {
   /** Nodes in the order in which they must run. */
   readonly nodes: NodeProto[] = [];
-  /** Nodes that belong beside the model's own: shapes that nothing else tells. */
+  /** Nodes that belong among the model's own: shapes that nothing else tells. */
   readonly shapes: NodeProto[] = [];
   /** Moment at which each node is needed. */
   readonly moments: Map<NodeProto, Moment> = new Map();
   moment: Moment | undefined;
-  /** Whether blocks of integers are unpacked by onnxruntime's own operator. */
+  /** Blocks of integers are unpacked by onnxruntime's own operator. */
   gathers = false;
   /** Factors of the dimensions of the model's own values, where they are known. */
   dimensions: ((value: string) => readonly Dimension[] | undefined) | undefined;

@@ -20,25 +20,20 @@ import { NodeGradient, type Walk } from "./node-gradient.ts";
 import { type ProbedPath, probePath } from "./path.ts";
 import { AGAIN, farUsed, recompute } from "./recompute.ts";
 import { RULES } from "./rules.ts";
-import { checkFeeds, Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
+import { Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
   /**
-   * Whether the model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
+   * The model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
    * of each. Default: false.
    */
   readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
   /**
-   * Two feeds of the model's own inputs, for models that reject made-up ones. Free dimensions must be larger than 1 and differ within a
-   * feed and between the two: 2×5 and 3×7. Sizes that are equal in both, such as that of an empty cache, count as fixed.
-   */
-  readonly feeds?: readonly [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>] | undefined;
-  /**
-   * Whether the backward pass unpacks weights of 4 bits with onnxruntime's `GatherBlockQuantized`, since WebGPU lacks other operators on
+   * The backward pass unpacks weights of 4 bits with onnxruntime's `GatherBlockQuantized`, since WebGPU lacks other operators on
    * bytes. Default: false.
    */
   readonly gathers?: boolean | undefined;
@@ -136,7 +131,7 @@ export async function buildTrainingGraph(
   main.valueInfo.length = 0;
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
-  const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, options.feeds, problems);
+  const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, problems);
   const path = await probePath(
     indexed,
     trained.map(({ name }) => name),
@@ -188,13 +183,9 @@ function probeFeeds(
   own: readonly ValueInfoProto[],
   { inputs }: Injected,
   picks: boolean,
-  given: TrainingGraphOptions["feeds"],
   problems: Problems,
 ): readonly ReadonlyMap<string, Feed>[] | undefined {
-  const fixed = knownSizes(model, own);
-  const feeds = given ?? madeUp(own, fixed, problems);
-  if (feeds) checkFeeds(feeds, own, problems, fixed);
-  return feeds?.map((feed, i) => {
+  return madeUp(own, knownSizes(model, own), problems)?.map((feed, i) => {
     const all = new Map([...feed, ...taskFeeds(inputs, TASK_SIZES[i]!)]);
     return picks ? all.set(POSITIONS, somePositions(POSITION_COUNTS[i]!)) : all;
   });
@@ -309,7 +300,7 @@ function branch(
     if (leaving.length === 0) continue;
     for (const { input } of own) for (const value of input) needed.add(value);
     const outputs = leaving.map((name) => ({ name, type: types.get(name)!, none: [0] }));
-    parts.unshift(choice(learn, `${PREFIX}/learn/${i}`, renamed(leavesLast(own), leaving), outputs));
+    parts.unshift(choice(learn, `${PREFIX}/learn/${i}`, renamed(own, leaving), outputs));
   }
   const made = results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as)));
   const outputs = results.map(({ as, rank }): Output => ({ name: as, type: FLOAT, none: Array(rank).fill(0) }));
@@ -411,16 +402,6 @@ function typeOfResult(node: NodeProto, at: (value?: string) => number | undefine
   if (/^(Equal|Less|Greater|LessOrEqual|And)$/.test(opType)) return BOOL;
   if (opType === "GatherBlockQuantized") return at(input[2]);
   return at(input[Number(/^(Where|DequantizeLinear)$/.test(opType))]);
-}
-
-/**
- * Moves nodes that no other reads to the end, the first ones last. onnxruntime begins with the last of such nodes and what it needs. In the
- * order of the backward pass that would be the first layer's gradients, and all that the other layers' need would wait until the end.
- */
-function leavesLast(nodes: readonly NodeProto[]): NodeProto[] {
-  const read = new Set(nodes.flatMap(({ input }) => input));
-  const isLeaf = ({ output }: NodeProto): boolean => !output.some((value) => read.has(value));
-  return [...nodes.filter((node) => !isLeaf(node)), ...nodes.filter(isLeaf).reverse()];
 }
 
 // Restricts the last product of a model that answers at every position to some of them. Only positions of an answer meet a target, not
@@ -574,68 +555,66 @@ function transposedWeight(
 }
 
 // Cross entropy between the softmax of the logits and numeric targets: labels, smoothed or weighted ones, rows of zeros for padding,
-// answers of another model. Columns that are marked hold features instead, which are compared by squares. N rows, C classes:
-// loss = −1/N · Σ targets · log softmax(logits) + 1/2N · Σ (features − targets)²
+// answers of another model. N rows, C classes:
+// loss = −1/N · Σ targets · log softmax(logits)
 // dloss/dlogits = (softmax(logits) · Σ_C targets − targets) / N
-// dloss/dfeatures = (features − targets) / N
 // A row counts by the sum of its targets; a row of zeros counts only in N.
+
+/** Loss, and its gradient in the shape of the logits. */
+interface Loss {
+  readonly loss: string;
+  readonly gradient: string;
+}
+
+/** −1/N · Σ targets · logs. */
+function entropyOf(emit: Emitter, targets: string, logs: string, count: string): string {
+  return emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));
+}
+
+/** exp(rows − maximum) and its sum over classes: no exponential overflows. */
+function powersOf(emit: Emitter, rows: string): { shifted: string; powers: string; total: string } {
+  const shifted = emit.sub(rows, emit.max(rows, [1]));
+  const powers = emit.op("Exp", [shifted]);
+  return { shifted, powers, total: emit.sum(powers, [1], true) };
+}
 
 /** Takes a column out of a softmax. */
 const NEVER = 1e30;
 
 /**
+ * Targets for all classes. Columns that are marked hold features instead, which are compared by squares:
+ * loss + 1/2N · Σ (features − targets)², with the gradient (features − targets) / N.
  * @param logits [… , C + features], all leading dimensions are rows
  * @param targets f32 [N, C + features]
  * @param squares f32 [1, C + features]: 1 for features, 0 for classes; [1, 1] where all are alike
  */
-function crossEntropy(
-  emit: Emitter,
-  logits: string,
-  targets: string,
-  squares: string,
-): { loss: string; gradient: string } {
+function crossEntropy(emit: Emitter, logits: string, targets: string, squares: string): Loss {
   const rows = emit.rows(logits);
   const classes = emit.sub(emit.float(1), squares);
-  const among = emit.sub(emit.mul(rows, classes), emit.mul(squares, emit.float(NEVER)));
   const wanted = emit.mul(targets, classes);
-  // The maximum is subtracted first, so that no exponential overflows.
-  const shifted = emit.sub(among, emit.max(among, [1]));
-  const powers = emit.op("Exp", [shifted]);
-  const total = emit.sum(powers, [1], true);
-  const logs = emit.sub(shifted, emit.op("Log", [total]));
+  const among = emit.sub(emit.mul(rows, classes), emit.mul(squares, emit.float(NEVER)));
+  const { shifted, powers, total } = powersOf(emit, among);
   const count = emit.toFloat(emit.size(rows, 0));
   const off = emit.mul(emit.sub(rows, targets), squares);
-  const entropy = emit.neg(emit.div(emit.sum(emit.mul(wanted, logs), [0, 1], false), count));
+  const entropy = entropyOf(emit, wanted, emit.sub(shifted, emit.op("Log", [total])), count);
   const halves = emit.div(emit.sum(emit.mul(off, off), [0, 1], false), emit.mul(count, emit.float(2)));
-  const weights = emit.sum(wanted, [1], true);
-  const expected = emit.mul(emit.div(powers, total), weights);
+  const expected = emit.mul(emit.div(powers, total), emit.sum(wanted, [1], true));
   const beyond = emit.add(emit.sub(expected, wanted), off);
-  const gradient = emit.reshapeAs(emit.div(beyond, count), logits);
-  return { loss: emit.add(entropy, halves), gradient };
+  return { loss: emit.add(entropy, halves), gradient: emit.reshapeAs(emit.div(beyond, count), logits) };
 }
 
 /**
- * Cross entropy over many classes, such as a vocabulary, with targets for a few of them.
+ * Targets for a few of many classes, such as a vocabulary: a table of all logarithms would be as large as the logits.
  * @param classes int64 [N, k], the classes of the targets; those of a row all differ
  * @param targets f32 [N, k]
  */
-function sparseCrossEntropy(
-  emit: Emitter,
-  logits: string,
-  classes: string,
-  targets: string,
-): { loss: string; gradient: string } {
+function sparseCrossEntropy(emit: Emitter, logits: string, classes: string, targets: string): Loss {
   const rows = emit.rows(logits);
-  const shifted = emit.sub(rows, emit.max(rows, [1]));
+  const { shifted, powers, total } = powersOf(emit, rows);
   const at = (values: string): string => emit.op("GatherElements", [values, classes], { axis: 1 });
-  const powers = emit.op("Exp", [shifted]);
-  const total = emit.sum(powers, [1], true);
-  // Only logarithms of the few targets: a table of all would be as large as the logits.
-  const logs = emit.sub(at(shifted), emit.op("Log", [total]));
   const count = emit.toFloat(emit.size(rows, 0));
-  const loss = emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));
-  const weights = emit.sum(targets, [1], true);
-  const expected = emit.mul(powers, emit.div(weights, emit.mul(total, count)));
+  const loss = entropyOf(emit, targets, emit.sub(at(shifted), emit.op("Log", [total])), count);
+  const expected = emit.mul(powers, emit.div(emit.sum(targets, [1], true), emit.mul(total, count)));
   const wanted = emit.sub(at(expected), emit.div(targets, count));
   const rest = emit.op("ScatterElements", [expected, classes, wanted], { axis: 1 });
   return { loss, gradient: emit.reshapeAs(rest, logits) };

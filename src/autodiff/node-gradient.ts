@@ -11,7 +11,7 @@ import { type Dims, fromFront, type Shapes } from "./shapes.ts";
 export interface Rule {
   /** Inputs that a gradient can flow to. Default: all of them. */
   readonly inputs?: readonly number[];
-  /** Whether the rule uses gradients of other outputs than the first. */
+  /** The rule uses gradients of other outputs than the first. */
   readonly manyOutputs?: boolean;
   /** Emits the gradients of the inputs that are wanted. */
   readonly backward: (node: NodeGradient) => void;

@@ -425,7 +425,7 @@ const gemm: Rule = {
   },
 };
 
-/** Whether a matrix is the Transpose of another, which is then used instead. */
+/** Tells whether a matrix is the Transpose of another, which is then used instead. */
 function turned({ graph }: NodeGradient, value: string): boolean {
   const node = graph.producers.get(value);
   return node?.opType === "Transpose" && attribute(node, "perm")?.ints.join() !== "0,1";

@@ -4,10 +4,10 @@
  */
 
 import { FormatError } from "../errors.ts";
-import { type Feed, presentNames } from "../onnx/feeds.ts";
+import type { Feed } from "../onnx/feeds.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
-import type { NodeProto, ValueInfoProto } from "../onnx/protobuf.ts";
+import type { NodeProto } from "../onnx/protobuf.ts";
 import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { type DetachedModel, detachWeights } from "../onnx/write.ts";
@@ -24,7 +24,7 @@ export interface Probed {
 
 /**
  * Loads a model, runs each feed once, and returns all outputs of each run by name; any runtime of ONNX models can do it. The weights are
- * files beside the graph (`externalData` of onnxruntime's options).
+ * files apart from the graph (`externalData` of onnxruntime's options).
  */
 export type ShapeProbe = (
   model: DetachedModel,
@@ -44,53 +44,6 @@ export const LARGEST_CONSTANT = 64;
 
 /** Most free dimensions for which products are tabulated. */
 const MOST_FREE = 64;
-
-/**
- * Refuses feeds that would tell nothing: free dimensions must differ within a feed and between the two, and never be 1.
- * @param inputs that the model declares
- * @param fixed named dimensions that have one size nevertheless
- */
-export function checkFeeds(
-  feeds: readonly ReadonlyMap<string, Feed>[],
-  inputs: readonly ValueInfoProto[],
-  problems: Problems,
-  fixed: ReadonlyMap<string, number> = new Map(),
-): void {
-  const equal = (size: number, dimension: string): void =>
-    problems.add(`free dimensions of the probe feeds are equal (${size}), so they cannot be told apart`, dimension);
-  const present = presentNames(inputs);
-  const bySize = new Map<number, string>();
-  const before = new Map<string, number>();
-  for (const feed of feeds) {
-    const sizes = new Map<string, number>();
-    for (const { name, type } of inputs) {
-      const given = feed.get(name);
-      if (!given) {
-        problems.add("the probe feeds lack an input of the model", name);
-        continue;
-      }
-      const declared = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
-      for (const [axis, { value }] of declared.entries()) {
-        const size = given.dims[axis];
-        // Empty caches stay empty.
-        if (value.case === "dimValue" || size === undefined || size === 0) continue;
-        const named = value.case === "dimParam" && value.value !== "";
-        if (named && fixed.has(value.value)) continue;
-        const dimension = named ? present(value.value) : `${name}, dimension ${axis}`;
-        if (size === 1)
-          problems.add("a free dimension of the probe feeds is 1, which looks like broadcasting", dimension);
-        // A dimension without a name may equal any other.
-        if (named) sizes.set(dimension, size);
-        else if (before.get(dimension) === size) equal(size, dimension);
-        before.set(dimension, size);
-      }
-    }
-    for (const [dimension, size] of sizes) {
-      if (bySize.has(size)) equal(size, dimension);
-      bySize.set(size, dimension);
-    }
-  }
-}
 
 /**
  * Runs the model and records the values of its main graph.
@@ -300,7 +253,7 @@ export class Shapes {
     return first.every((one, i) => Object.is(one, second[i])) && this.#isFixed(value) ? first : undefined;
   }
 
-  /** Whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
+  /** Tells whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
   #isFixed(value: string): boolean {
     // A loop rather than recursion: models are thousands of nodes deep.
     const pending = [value];

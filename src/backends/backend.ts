@@ -1,5 +1,5 @@
 /**
- * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the argument checks that all share,
+ * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks; the check that jobs stay in their blocks,
  * and what backends of the CPU share. A backend knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is
  * called; a GPU backend records it, and `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
  *
@@ -7,7 +7,7 @@
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
 import { atOnce } from "../pace.ts";
-import { DTYPES, type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
+import { type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 
 /** Counts bytes by what they are for, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
@@ -155,22 +155,16 @@ export interface Backend {
   close(): void;
 }
 
-/** Counts are 32-bit in the kernels. */
-const MAX_COUNT = 0x7fffffff;
-
-const FLOAT_TYPES: readonly Dtype[] = ["f32", "f16", "bf16"];
-
-/** @throws RangeError unless `value` is a whole number from 0 to `max` */
-export function checkCount(name: string, value: number, max: number = MAX_COUNT): void {
-  if (!Number.isInteger(value) || value < 0 || value > max) {
-    throw new RangeError(`${name} must be a whole number from 0 to ${max}, got ${value}`);
-  }
+/** @throws RangeError unless `value` is a whole number from 0 on that a buffer may have as its length */
+export function checkLength(value: number): void {
+  if (!Number.isSafeInteger(value) || value < 0)
+    throw new RangeError(`byteLength must be a whole number, got ${value}`);
 }
 
 /** @throws RangeError unless `byteLength` bytes from the slice lie in its block, at a multiple of `align` */
 export function checkSlice(name: string, slice: Slice, byteLength: number, align = 1): void {
   const { byteOffset } = slice;
-  if (!Number.isInteger(byteOffset) || byteOffset < 0 || byteOffset % align !== 0) {
+  if (!(byteOffset >= 0) || byteOffset % align !== 0) {
     throw new RangeError(`${name}.byteOffset must be a multiple of ${align} ≥ 0, got ${byteOffset}`);
   }
   if (!(byteLength >= 0) || byteOffset + byteLength > slice.block.byteLength) {
@@ -180,98 +174,46 @@ export function checkSlice(name: string, slice: Slice, byteLength: number, align
   }
 }
 
-/** Bytes that a job reads or writes. */
-type JobRange = readonly [name: string, slice: Slice | undefined, byteLength: number, align?: number];
-
-/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
-export function checkExpand({ dtype, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
-  checkJob(dtype, DTYPES, { rank, rows, width }, out, 4 * rank * width, 4, [
-    ["coefficients", coefficients, 4 * rank * rows],
-    ["basis", basis, tensorBytes(dtype, rows, width)],
-  ]);
+/** @throws RangeError naming the slice that is not whole */
+export function checkExpand(job: ExpandJob): void {
+  const { dtype, rank, rows, width } = job;
+  const basis = tensorBytes(dtype, rows, width);
+  checkSlices(job, { out: 4 * rank * width, coefficients: 4 * rank * rows, basis });
 }
 
-/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
-export function checkProject({ dtype, count, rows, width, out, x, basis }: ProjectJob): void {
-  checkJob(dtype, DTYPES, { count, rows, width }, out, 4 * count * rows, 4, [
-    ["x", x, 4 * count * width],
-    ["basis", basis, tensorBytes(dtype, rows, width)],
-  ]);
+/** @throws RangeError naming the slice that is not whole */
+export function checkProject(job: ProjectJob): void {
+  const { dtype, count, rows, width } = job;
+  checkSlices(job, { out: 4 * count * rows, x: 4 * count * width, basis: tensorBytes(dtype, rows, width) });
 }
 
-/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
+/** @throws RangeError naming the slice that is not whole */
 export function checkFold(job: FoldJob): void {
-  const { dtype, rows, columns, stride, out, base, rowScale, columnScale } = job;
-  const bytes = weightBytes(dtype, rows, columns, stride);
-  const scales: JobRange[] = [
-    ["rowScale", rowScale, 4 * rows],
-    ["columnScale", columnScale, 4 * columns],
-  ];
-  const inPlace = out.byteOffset === base.byteOffset;
-  checkProduct(job, out, bytes, rowBytes(dtype, 1), scales, inPlace);
+  const { rank, rows, columns } = job;
+  checkWeights(job, "out", "base");
+  checkSlices(job, { left: 4 * rank * rows, right: 4 * rank * columns, rowScale: 4 * rows, columnScale: 4 * columns });
 }
 
-/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
+/** @throws RangeError naming the slice that is not whole */
 export function checkScale(job: ScaleJob): void {
-  const bytes = 4 * (job.axis === "rows" ? job.rows : job.columns);
-  checkProduct(job, job.out, bytes, 4, [["magnitude", job.magnitude, bytes]]);
+  const { rank, rows, columns } = job;
+  const out = 4 * (job.axis === "rows" ? rows : columns);
+  checkWeights(job, "base");
+  checkSlices(job, { left: 4 * rank * rows, right: 4 * rank * columns, magnitude: out, out });
 }
 
-/** Checks what fold and scale share. @param inPlace whether the result overwrites the base */
-function checkProduct(
-  { dtype, rank, rows, columns, stride, base, left, right }: Omit<FoldJob, "out">,
-  out: Slice,
-  outBytes: number,
-  outAlign: number,
-  others: readonly JobRange[],
-  inPlace = false,
-): void {
-  const inputs: JobRange[] = [
-    ["base", base, weightBytes(dtype, rows, columns, stride), rowBytes(dtype, 1)],
-    ["left", left, 4 * rank * rows],
-    ["right", right, 4 * rank * columns],
-    ...others,
-  ];
-  checkJob(dtype, FLOAT_TYPES, { rank, rows, columns, stride }, out, outBytes, outAlign, inputs, inPlace);
-  if (stride < columns) throw new RangeError(`stride must be ≥ columns ${columns}, got ${stride}`);
+/** Checks weights from the first to the last element, gaps between rows included. */
+function checkWeights(job: FoldJob | ScaleJob, ...names: readonly ("out" | "base")[]): void {
+  const { dtype, rows, columns, stride } = job;
+  const size = rowBytes(dtype, 1);
+  for (const name of names) checkSlice(name, job[name], rows === 0 ? 0 : ((rows - 1) * stride + columns) * size, size);
 }
 
-/** Counts bytes from the first to the last element of a weight, gaps between rows included. */
-function weightBytes(dtype: FloatDtype, rows: number, columns: number, stride: number): number {
-  return rows === 0 ? 0 : ((rows - 1) * stride + columns) * rowBytes(dtype, 1);
-}
-
-function checkJob(
-  dtype: Dtype,
-  allowed: readonly Dtype[],
-  counts: Readonly<Record<string, number>>,
-  out: Slice,
-  outBytes: number,
-  outAlign: number,
-  inputs: readonly JobRange[],
-  inPlace = false,
-): void {
-  if (!allowed.includes(dtype)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${dtype}`);
-  for (const [name, count] of Object.entries(counts)) checkCount(name, count);
-  for (const [name, slice, byteLength, align = 4] of inputs) if (slice) checkSlice(name, slice, byteLength, align);
-  checkSlice("out", out, outBytes, outAlign);
-  for (const [name, slice, byteLength] of inputs) {
-    if (slice && !(inPlace && name === "base")) checkApart("out", out, outBytes, name, slice, byteLength);
-  }
-}
-
-/** @throws RangeError when a result would overwrite what it is computed from */
-export function checkApart(
-  outName: string,
-  out: Slice,
-  outBytes: number,
-  name: string,
-  slice: Slice,
-  byteLength: number,
-): void {
-  if (out.block !== slice.block || outBytes === 0 || byteLength === 0) return;
-  if (out.byteOffset < slice.byteOffset + byteLength && slice.byteOffset < out.byteOffset + outBytes) {
-    throw new RangeError(`${outName} overlaps ${name}`);
+/** @param sizes bytes of f32 and encoded tensors by name; those that the job lacks are absent */
+function checkSlices<Job extends object>(job: Job, sizes: { readonly [Name in keyof Job]?: number }): void {
+  for (const [name, bytes] of Object.entries(sizes)) {
+    const slice = job[name as keyof Job] as Slice | undefined;
+    if (slice) checkSlice(name, slice, bytes as number, 4);
   }
 }
 
@@ -357,7 +299,6 @@ export abstract class CpuBackend<Address> implements Backend {
   copy(from: Slice, to: Slice, byteLength: number): void {
     const source = this.bytes("from", from, byteLength);
     const target = this.bytes("to", to, byteLength);
-    checkApart("to", to, byteLength, "from", from, byteLength);
     target.set(source);
   }
 

@@ -18,9 +18,9 @@ import {
 import {
   type Backend,
   CpuBackend,
-  checkCount,
   checkExpand,
   checkFold,
+  checkLength,
   checkProject,
   checkScale,
   type ExpandJob,
@@ -49,7 +49,7 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
   #decoded = new Float32Array(0);
 
   protected claim(byteLength: number, owner: Owner): ArrayBuffer {
-    checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
+    checkLength(byteLength);
     try {
       return new ArrayBuffer(byteLength);
     } catch (cause) {

@@ -10,10 +10,9 @@ import {
   after,
   type Backend,
   type Block,
-  checkApart,
-  checkCount,
   checkExpand,
   checkFold,
+  checkLength,
   checkProject,
   checkScale,
   checkSlice,
@@ -120,7 +119,6 @@ class WebgpuBackend implements Backend {
     const target = this.#blocks.held("to", to);
     checkSlice("from", from, byteLength);
     checkSlice("to", to, byteLength);
-    checkApart("to", to, byteLength, "from", from, byteLength);
     if (byteLength === 0) return;
     this.#batch.flush();
     if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
@@ -322,7 +320,7 @@ class Blocks {
   }
 
   allocate(byteLength: number, owner: Owner): Block {
-    checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
+    checkLength(byteLength);
     const size = padded(byteLength);
     if (size > this.limits.bufferBytes) {
       throw new BackendError(

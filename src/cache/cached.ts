@@ -5,7 +5,7 @@
 
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
-import { fromIntegrity, sha256 } from "../format/hash.ts";
+import { fromIntegrity, sha256 } from "../format/fields.ts";
 import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import { throwIfAborted } from "../pace.ts";

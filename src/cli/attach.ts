@@ -15,7 +15,7 @@ import { externalFiles } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, TaskEvaluator } from "../session/values.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
 import { checkTarget, realTarget, stat, writeTogether } from "./files.ts";
 import { byDefault, choice, force, list, match, output, refuseUnknown, revoked, UsageError } from "./options.ts";

@@ -4,7 +4,7 @@
  */
 import { basename, extname } from "node:path";
 import { createEigenSession, createEigenSessions } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
+import type { Ort } from "../../bindings/ort-engine.ts";
 import type { Pack } from "../core/pack.ts";
 import { readModel } from "../onnx/read.ts";
 import type { SessionOptions } from "../session/options.ts";

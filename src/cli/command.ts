@@ -2,13 +2,14 @@
  * A command: its declaration, and a `Run` of it, which knows what it reads, writes and locks. All that was opened is closed when the command
  * ends, however it ends. Names of the Hugging Face Hub become paths here: no command knows of it.
  */
+
 import { existsSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { dirname, join, posix } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { renamedHost } from "../core/open-base.ts";
-import { type OpenOptions, openPack } from "../core/open-pack.ts";
 import type { Pack } from "../core/pack.ts";
+import { type OpenOptions, openPack } from "../core/pack.ts";
 import { SourceError } from "../errors.ts";
 import { type FileKind, kindOfSource } from "../format/kind.ts";
 import type { HubOptions } from "../http/hub.ts";
@@ -362,7 +363,7 @@ export class Run {
     const host = await openWeights(path, how);
     if (host === undefined) {
       // Other files name its parts, and give no weights to take fingerprints of.
-      const { describeBase } = await import("../adapters/describe-base.ts");
+      const { describeBase } = await import("../adapters/tree.ts");
       await describeBase(path, how);
       const advice = "give model.safetensors, or a folder with it, so that apps know the right model";
       this.#out.warn(

@@ -2,20 +2,23 @@
  * The commands export and fold: a task of a pack as an adapter that other tools load, the pack's components for those who train, or the
  * weights of a base model with a task merged into them.
  */
+
 import { readdir, rm } from "node:fs/promises";
 import { dirname, extname, join } from "node:path";
 import type { Exportable } from "../adapters/adapter.ts";
-import { describeBase } from "../adapters/describe-base.ts";
-import { diffusersFile, ggufFile, kohyaFile, onnxAdapterFile, peftFiles } from "../adapters/export.ts";
-import { createRuntime } from "../core/create.ts";
+import { diffusersFile } from "../adapters/diffusers.ts";
+import { ggufFile } from "../adapters/gguf.ts";
+import { kohyaFile } from "../adapters/kohya.ts";
+import { onnxAdapterFile } from "../adapters/onnx-adapter.ts";
+import { peftFiles } from "../adapters/peft.ts";
+import { describeBase } from "../adapters/tree.ts";
 import { safetensorsHost } from "../core/open-base.ts";
+import { createRuntime } from "../core/runtime.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
-import { COMPONENTS, componentsFile } from "../pack/components-file.ts";
-import { taskAdapter } from "../pack/expand.ts";
+import { COMPONENTS, componentsFile, taskAdapter } from "../pack/expand.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import { openSafetensors } from "../tensor/safetensors.ts";
-import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { checkTarget, isLink, jsonFile, stat, writeTogether, writeWhole } from "./files.ts";
 import {

@@ -33,7 +33,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { MODELS } from "../adapters/diffusers.ts";
 import { kindInWords, reasonOf, refuseOtherKinds } from "../disk.ts";
 import { SourceError } from "../errors.ts";
-import type { Append } from "../format/layout.ts";
+import type { Append } from "../format/encode.ts";
 import type { Scratch } from "../pack/write.ts";
 import { UsageError } from "./options.ts";
 

@@ -3,22 +3,23 @@
  * project and assemble, from a basis to a pack. A batch engine runs each: it reads files, writes one under a temporary name and renames it,
  * and gives the same bytes for the same input.
  */
+
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import type { BaseFacts } from "../adapters/base-facts.ts";
-import { describeBase } from "../adapters/describe-base.ts";
+import type { BaseFacts } from "../adapters/adapter.ts";
+import { describeBase } from "../adapters/tree.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { completeDtypes } from "../pack/recipe.ts";
-import { buildBasis } from "../pack/shard/basis.ts";
-import { openPart, type PartKind } from "../pack/shard/part.ts";
+import { assemblePack, buildBasis, openTasks, projectTasks } from "../pack/shard/basis.ts";
 import {
   adapterStatistics,
   mergeStatistics,
+  openPart,
   openStatistics,
+  type PartKind,
   type Statistics,
   writeStatistics,
 } from "../pack/shard/statistics.ts";
-import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
 import { VERSION } from "../version.ts";
 import { refuseOtherBase } from "./change.ts";
 import { type Attach, command, type Result } from "./command.ts";

@@ -9,9 +9,7 @@ import type { Pack } from "../core/pack.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import { sharedBases } from "../format/format.ts";
-import { createTrainer } from "../train/create-trainer.ts";
-import type { Start } from "../train/start.ts";
-import type { TrainingStep } from "../train/trainer.ts";
+import { createTrainer, type Start, type TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { openTrainable, readExamples } from "./model.ts";
 import {

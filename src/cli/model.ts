@@ -2,13 +2,13 @@
  * Shared by commands that run a model: onnxruntime and a tokenizer, which are optional peers of the package; the texts that a model is asked
  * or taught, whose wrong lines are named; and outcomes that are kept so that a command which was stopped goes on.
  */
+
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync } from "node:fs";
 import { readdir, rm, rmdir } from "node:fs/promises";
 import { dirname, join, relative } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
-import { createEngine } from "../../bindings/ort-engine.ts";
+import { createEngine, type Ort } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { nearest } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
@@ -17,9 +17,8 @@ import type { Engine } from "../session/engine.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
 import { toUtf8 } from "../text.ts";
 import type { FinishedOutcomes } from "../train/answering.ts";
-import { followsFromTokens } from "../train/batch-feeds.ts";
-import type { Message } from "../train/examples.ts";
-import { templateOf } from "../train/made-up.ts";
+import { templateOf } from "../train/questions.ts";
+import { followsFromTokens, type Message } from "../train/supervision.ts";
 import { type Run, weightFiles } from "./command.ts";
 import { filesOf, readJson, readText, stat, writeWhole } from "./files.ts";
 import { type match, refuseUnknown, type runsOn, type Values } from "./options.ts";

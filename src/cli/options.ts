@@ -2,8 +2,9 @@
  * Options of commands: one table gives their values, checks, conflicts and help. Those of several commands are here.
  */
 import { nearest } from "../arguments.ts";
-import type { ComponentSelection, Gauge } from "../extract/options.ts";
-import { fromIntegrity } from "../format/hash.ts";
+import type { ComponentSelection } from "../extract/components.ts";
+import type { Gauge } from "../extract/subspace.ts";
+import { fromIntegrity } from "../format/fields.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
 
 /** A wrong command line: exit code 2. */

@@ -4,12 +4,11 @@
  */
 import { availableParallelism } from "node:os";
 import type { Adapter } from "../adapters/adapter.ts";
-import type { BasisMode } from "../extract/options.ts";
-import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildStreamed, type Streamed } from "../pack/build.ts";
 import type { BuildReport, SharedReport } from "../pack/report.ts";
-import { buildWithin, type SearchOptions, type SearchReport, searchStreamed } from "../pack/search.ts";
+import { type SearchOptions, type SearchReport, searchStreamed } from "../pack/search.ts";
 import { Unreachable } from "../pack/seek.ts";
+import { DEFAULT_ERROR } from "../pack/tasks.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import type { ByAnswersReport } from "../train/pack-by-answers.ts";
 import { type Attach, command, OUT_OF_TIME, type Run } from "./command.ts";
@@ -28,14 +27,19 @@ const UNITS: Readonly<Record<string, number>> = {
   gi: 2 ** 30,
 };
 
-const size: option.Maybe<number> = {
+/** A size in bytes, or the adapters' divided by a number. */
+type Size = number | { readonly ratio: number };
+
+const size: option.Maybe<Size> = {
   value: "SIZE",
-  help: "The best pack of at most this size: 300000, 300kB or 1.5MB.",
+  help: "The best pack of at most this size: 300kB, 1.5MB, or 1/60 of the adapters' files.",
   parse(given, flag) {
+    const [, divisor = ""] = /^1\/([\d.]+)$/.exec(given) ?? [];
+    if (Number(divisor) > 0) return { ratio: Number(divisor) };
     const [, digits = "", unit = ""] = /^([\d.]+) ?([kmg]?i?)b?$/i.exec(given) ?? [];
     const found = Math.floor(Number(digits) * (UNITS[unit.toLowerCase()] ?? NaN));
     if (digits !== "" && found > 0) return found;
-    throw new option.UsageError(`${flag} ${given}: expected a size such as 300000, 300kB or 1.5MB`);
+    throw new option.UsageError(`${flag} ${given}: expected a size such as 300000, 300kB, 1.5MB or 1/60`);
   },
 };
 
@@ -44,7 +48,8 @@ const settled = option.each(
   {
     excludes: {
       model: "with a model, answers decide how tasks are stored",
-      error: "without it all ways of packing are tried, and each task is held to the error",
+      error: "an error decides what is stored",
+      bytes: "a size decides what is stored",
     },
   },
   {
@@ -57,17 +62,11 @@ const settled = option.each(
     ...option.each(
       { rare: true },
       {
-        mode: option.choice(
-          ["column", "flat"],
-          "Column: coefficients for every row of a factor. Flat: one vector for a whole factor. Default: the best for --bytes, --ratio or " +
-            "--error; column with --k, --energy, --gauge, --rank or --step.",
-        ),
-        gauge: option.gauge,
         rank: option.rank,
         step: option.number(
           "S",
           "Store terms as entropy-coded integers. When one goes up by 1, its module's ΔW changes by S times the typical norm of ΔW. " +
-            "0.05 takes about three bits a number, 0.1 two. Balanced gauge. Default: as --dtype says, or the best of some.",
+            "0.05 takes about three bits a number, 0.1 two. Default: as --dtype says.",
           { ...option.POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
         ),
       },
@@ -75,6 +74,9 @@ const settled = option.each(
   },
 );
 const { k, energy, ...how } = settled;
+
+/** The model runs in as many threads as there are cores. */
+const { threads: _, ...judged } = option.judged;
 
 const OPTIONS = {
   output: option.output("PACK", "The pack to write."),
@@ -87,10 +89,6 @@ const OPTIONS = {
         excludes: { model: "with a model, answers decide: take --agreement" },
       },
       bytes: size,
-      ratio: option.number("R", "The best pack that is R times smaller than the adapters.", {
-        ...option.POSITIVE,
-        expected: "how many times smaller than the adapters",
-      }),
       k,
       energy,
     }),
@@ -101,7 +99,7 @@ const OPTIONS = {
     dtype: {
       ...option.dtype,
       rare: true,
-      help: `${option.NUMBERS} Default: those that lose least for their bytes; f16 with --k or --mode.`,
+      help: `${option.NUMBERS} Default: f16 with --k or --energy; else those that lose least for their bytes, and only head= may be given.`,
       excludes: { model: "with a model, numbers are as coarse as answers allow" },
     },
     ...option.each(
@@ -122,10 +120,10 @@ const OPTIONS = {
       "The smallest pack whose tasks answer as their adapters do; with a size, the one whose tasks do so most. Needs onnxruntime-node.",
       "model",
     ),
-    ...option.judged,
+    ...judged,
     agreement: {
       ...option.judged.agreement,
-      excludes: { bytes: "it is for packs without a size", ratio: "it is for packs without a size" },
+      excludes: { bytes: "it is for packs without a size" },
     },
     distill: {
       ...option.number(
@@ -188,56 +186,41 @@ type Packed = (Streamed<BuildReport | SearchReport> | Built<ByAnswersReport>) & 
 };
 
 async function build(adapters: readonly Adapter[], options: PackOptions, run: Run, out: Output): Promise<Packed> {
-  const { rank, step, ratio, error = DEFAULT_ERROR, dtype = {}, k, energy } = options;
+  const { rank, step, bytes: size, error = DEFAULT_ERROR, dtype, k, energy } = options;
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
-  const most = ratio === undefined ? options.bytes : Math.floor(adapterBytes / ratio);
+  const most = typeof size === "object" ? Math.floor(adapterBytes / size.ratio) : size;
   // Small packs are made before threads have started, and each thread holds memory.
   const { workers = Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6)) } = options;
   const common = { workers, anyBase: options.anyBase, ...(await run.base(options.base, options.names)) };
-  const scratch = run.closing(openScratch(options.output));
-  const chosen = [options.mode, k, energy, options.gauge, rank, step].every((value) => value === undefined);
-  const mode: BasisMode | undefined = chosen ? undefined : (options.mode ?? "column");
-  try {
-    if (options.model !== undefined) {
-      const { packedByAnswers } = await import("./by-answers.ts");
-      return await packedByAnswers(adapters, { ...options, model: options.model, bytes: most }, common, run, out);
-    }
-    if (mode === undefined) {
-      const goal: SearchOptions["goal"] =
-        most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
-      return await searchStreamed(adapters, { ...common, dtype, goal, onProgress: out.progress }, scratch);
-    }
-    const { gauge = (rank ?? step) === undefined ? "as-trained" : "balanced" } = options;
-    const how = { ...common, onProgress: out.progress, mode, gauge, rank, step, dtype };
-    if (most !== undefined) return await buildWithin(adapters, how, most);
-    return await buildStreamed(adapters, { ...how, select: option.selection({ k, energy }) }, scratch);
-  } catch (error) {
-    throw error instanceof Unreachable ? withWaysOut(error, mode, options, adapterBytes) : error;
+  if (options.model !== undefined) {
+    const { packedByAnswers } = await import("./by-answers.ts");
+    const asked = { ...options, model: options.model, bytes: most, threads: undefined };
+    return packedByAnswers(adapters, asked, common, run, out);
   }
+  const scratch = run.closing(openScratch(options.output));
+  const { progress: onProgress } = out;
+  const numbers = dtype?.basis ?? dtype?.coefficients;
+  if ([k, energy, rank, step, numbers].some((value) => value !== undefined)) {
+    if (most !== undefined || options.error !== undefined)
+      throw new option.UsageError("a size or an error decides what is stored: of --dtype only head= may be given");
+    const select = option.selection({ k, energy });
+    return buildStreamed(adapters, { ...common, onProgress, rank, step, dtype, select }, scratch);
+  }
+  const goal: SearchOptions["goal"] = most === undefined ? { kind: "error", max: error } : { kind: "bytes", max: most };
+  return searchStreamed(adapters, { ...common, head: dtype?.head, goal, onProgress }, scratch).catch((cause) => {
+    throw cause instanceof Unreachable ? withWayOut(cause, size, adapterBytes) : cause;
+  });
 }
 
-/** Adds to an error about too few bytes what else to ask for. @param adapterBytes of all adapters together */
-function withWaysOut(
-  error: Unreachable,
-  mode: BasisMode | undefined,
-  { ratio, dtype, rank }: PackOptions,
-  adapterBytes: number,
-): Error {
+/** Adds to an error about too few bytes how many are enough. @param adapterBytes of all adapters together */
+function withWayOut(error: Unreachable, size: Size | undefined, adapterBytes: number): Error {
   if (error.least === undefined) return error;
+  if (typeof size !== "object")
+    return new RangeError(`${error.message}: ask for --bytes ${error.least} or more`, { cause: error });
   // Rounded down, so that it can be reached.
   const most = Math.floor((10 * adapterBytes) / error.least) / 10;
-  const problem =
-    ratio === undefined
-      ? error.message
-      : `--ratio ${ratio}: a pack of these adapters can be at most ${most.toFixed(1)}× smaller than they are`;
-  const ways = [
-    ...(mode ? [] : dtype ? ["leave out --dtype, so that fewer bits are tried"] : []),
-    ...(mode && !dtype?.basis?.startsWith("int") ? ["--dtype int4"] : []),
-    ...(mode && rank === undefined ? ["--gauge balanced --rank N, which keeps less of each adapter"] : []),
-    ...(mode ? ["leave out what settles the mode, so that all ways of packing are tried"] : []),
-    ratio === undefined ? `--bytes ${error.least} or more` : `--ratio ${most} or less`,
-  ];
-  return new RangeError(`${problem}. Ways out: ${ways.join("; ")}`, { cause: error });
+  const problem = `--bytes 1/${size.ratio}: a pack of these adapters can be at most ${most.toFixed(1)}× smaller than they are`;
+  return new RangeError(`${problem}: ask for --bytes 1/${most} or more`, { cause: error });
 }
 
 function nameOf({ basis, coefficients, head }: Dtypes): string {
@@ -248,16 +231,8 @@ function nameOf({ basis, coefficients, head }: Dtypes): string {
 // Reports for people.
 
 function reportText(file: string, report: BuildReport): string[] {
-  const { errors, components, ratio, breakEvenTasks, shared, tasks, privateTerms } = report;
+  const { errors, components, ratio, breakEvenTasks, shared, tasks } = report;
   const totals = errors.map(({ total }) => total);
-  const amounts = Object.entries(privateTerms);
-  const coded = sum(amounts.map(([, n]) => n));
-  const residual =
-    report.step === undefined
-      ? amounts.map(([dtype, n]) => `${n} in ${dtype}`).join(", ")
-      : coded > 0
-        ? `${coded} in entropy-coded integers`
-        : "";
   return [
     `${file}: ${count(tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
     ...table([
@@ -266,10 +241,7 @@ function reportText(file: string, report: BuildReport): string[] {
       ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
       ...(shared
         ? [["one task, on average", bytes(report.adapterBytes / tasks), bytes((report.bytes - shared.bytes) / tasks)]]
-        : [
-            ["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"],
-            ...(residual === "" ? [] : [["private terms", "", residual]]),
-          ]),
+        : [["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"]]),
     ]),
     ...(shared ? sharedText(shared, report) : components.max > 0 ? [sharing(breakEvenTasks)] : []),
   ];

@@ -5,8 +5,8 @@ import { readBlob, readTaskFile } from "../core/task-file.ts";
 import { checkExpansion } from "../core/terms.ts";
 import { isSigned, keyName, publicKeyBytes, Trust, type TrustOptions } from "../core/trust.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
-import { deltaError, relative } from "../extract/error.ts";
-import { Fields } from "../format/fields.ts";
+import { deltaError, relative } from "../extract/factors.ts";
+import { Fields, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
 import {
   SECTION_BASES,
   SECTION_FREE,
@@ -16,7 +16,6 @@ import {
   type TaskBlob,
   WINDOW_BYTES,
 } from "../format/format.ts";
-import { integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import { openSource } from "../open-source.ts";
 import { paced, pacer } from "../pace.ts";
 import { expandTerm } from "../pack/expand.ts";
@@ -222,10 +221,8 @@ async function checkUnknown(source: ByteSource, section: Section, index: number)
   const f: Fields = new Fields(bytes, source.name, `section ${index}`);
   await paced(f.crc(section.crc), pacer());
   const found = await integrityOf(bytes);
-  f.check(
-    section.integrity === undefined || section.integrity === found,
-    () => `has the hash ${found}, expected ${section.integrity}`,
-  );
+  if (section.integrity !== undefined && section.integrity !== found)
+    f.fail(`has the hash ${found}, expected ${section.integrity}`);
 }
 
 /** Where bytes between sections are not zero, against SPEC.md, section 1. */

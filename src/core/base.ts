@@ -62,7 +62,7 @@ export interface WeightHost {
    * it shows then is overwritten as a whole.
    * @param names of the weights that are folded in place next
    */
-  settle?(names: readonly string[]): void | Promise<void>;
+  flush?(names: readonly string[]): void | Promise<void>;
   /**
    * Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`.
    * @param names of all parameters that will change; what speaks against it is best said here, before anything has changed
@@ -97,12 +97,6 @@ export type BaseInput = WeightHost | Map<string, Tensor | DeviceTensor> | Source
 /** Whether data lies on a device. */
 export function onDevice(data: View["data"] | undefined): data is DeviceBuffer {
   return data !== undefined && !ArrayBuffer.isView(data);
-}
-
-/** A view of the CPU's memory, in memory of its own. */
-export function copyOf(view: CpuView): CpuView {
-  const { data, byteOffset } = view;
-  return { ...view, data: data.slice(byteOffset, byteOffset + byteLengthOf(view)), byteOffset: 0 };
 }
 
 /** Bytes of a parameter. */
@@ -193,7 +187,7 @@ export interface Located extends Parameter {
 }
 
 /** The parameters of a host, found by an adapter's names. */
-export class Locator {
+export class WeightResolver {
   readonly parameters: ReadonlyMap<string, Parameter>;
   names: NameMatcher;
   /** Names of weights by module name, before anything else. */

@@ -51,7 +51,7 @@ export function deviceHost(base: BaseInput, host: WeightHost, backend: Backend):
     async read(name, into, options) {
       const view = original(name);
       if (!view) return host.read(name, into, options);
-      return fetchView(backend, view);
+      return copyView(backend, view);
     },
     view: (name) => host.view!(name),
     ...(host.begin && {
@@ -99,8 +99,10 @@ export function onWebgpu(how: BackendOptions): BackendOptions {
   return how.backend === undefined || how.backend === "auto" ? { ...how, backend: "webgpu" } : how;
 }
 
-/** A view on the device, copied into the CPU's memory. */
-export async function fetchView(backend: Backend, view: View): Promise<CpuView> {
+/** A copy in the CPU's memory. */
+export async function copyView(backend: Backend, view: View): Promise<CpuView> {
+  const { data, byteOffset } = view;
+  if (!onDevice(data)) return { ...view, data: data.slice(byteOffset, byteOffset + byteLengthOf(view)), byteOffset: 0 };
   return { ...view, data: await backend.read!(sliceOf(backend, view), byteLengthOf(view)), byteOffset: 0 };
 }
 

@@ -3,11 +3,12 @@
  * alone, without a base.
  */
 
+import { described, isPlain } from "../arguments.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import { readTensor, type TaskParameter, type TaskTerm } from "../format/format.ts";
 import { sameShape } from "./base.ts";
+import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";
-import type { ActiveTask } from "./stage.ts";
 
 /** A task's version of a parameter. */
 export interface ParameterChange {
@@ -15,13 +16,49 @@ export interface ParameterChange {
   readonly parameter: TaskParameter;
 }
 
+/** The strengths of a blend by id. @throws TypeError, RangeError for what is none */
+export function strengthsOf(selection: Readonly<Record<string, number>>): [string, number][] {
+  if (!isPlain(selection)) {
+    throw new TypeError(`task: expected an id, null for the base, or strengths by id, got ${described(selection)}`);
+  }
+  const strengths = Object.entries(selection);
+  if (strengths.length === 0) throw new RangeError("a blend without tasks; use null for the base");
+  for (const [id, strength] of strengths) {
+    if (Number.isFinite(strength)) continue;
+    throw new RangeError(`the strength of "${id}": expected a finite number, got ${described(strength)}`);
+  }
+  return strengths;
+}
+
+/**
+ * @param which modules, by index, whose magnitudes cannot be used
+ * @throws TaskError for a task that uses DoRA on one of them
+ */
+export function refuseMagnitudes(
+  parts: readonly ActiveTask[],
+  pack: PackView,
+  which: (module: number) => boolean,
+  why: string,
+): void {
+  for (const { id, blob } of parts) {
+    const scaled = blob.terms.find((term) => term.magnitude && which(term.module));
+    if (!scaled) continue;
+    throw new TaskError(`task "${id}" uses DoRA on "${pack.modules[scaled.module]!.name}": ${why}`, { task: id });
+  }
+}
+
 /**
  * Tasks as they go together: what one brings whole, none of the others changes. A task by itself never does both (SPEC.md, section
  * 6.2), and PEFT has no two such adapters on one model.
  * @param head the task of a blend whose saved modules are used: those of the others go, and what the others do to its own
- * @throws TaskError for a blend without `head` in which tasks do both
+ * @throws TaskError for a blend without `head` in which tasks do both, a head that is none of the tasks, a blend or strength with DoRA
  */
 export function reconcile(parts: readonly ActiveTask[], pack: PackView, head: string | undefined): ActiveTask[] {
+  if (head !== undefined && !parts.some(({ id }) => id === head))
+    throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
+  if (parts.length !== 1 || parts[0]!.strength !== 1)
+    refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
+  if (!parts.some(({ blob }) => blob.parameters.length > 0)) return [...parts];
   const weightOf = ({ module }: TaskTerm): string => `${pack.modules[module]!.name}.weight`;
   const owners = new Map<string, string>();
   for (const { id, blob } of parts) {

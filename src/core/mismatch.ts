@@ -6,7 +6,7 @@ import { BaseMismatchError } from "../errors.ts";
 import { FINGERPRINT_SIZE, type PackModule } from "../format/format.ts";
 import { bf16ToF32, type FloatDtype, f16ToF32 } from "../tensor/dtypes.ts";
 import { toUtf8 } from "../text.ts";
-import { asWeight, type Located, type Locator, type ModuleToFind, NameMatcher, type NotFound } from "./base.ts";
+import { asWeight, type Located, type ModuleToFind, NameMatcher, type NotFound, type WeightResolver } from "./base.ts";
 
 /** Candidates that are named at most. */
 const MOST_NAMED = 8;
@@ -46,10 +46,10 @@ export function notFound(module: string, found: NotFound, alike: readonly string
  * The weight of a module.
  * @throws BaseMismatchError when it is missing, ambiguous or of another shape
  */
-export function locate(locator: Locator, module: ModuleToFind): Located {
-  const found = locator.weight(module);
+export function locate(resolver: WeightResolver, module: ModuleToFind): Located {
+  const found = resolver.weight(module);
   if (found) return found;
-  const { parameters, names, byHand } = locator;
+  const { parameters, names, byHand } = resolver;
   const fitting = (): string[] =>
     [...parameters.values()].filter((one) => asWeight(module, one)).map(({ name }) => name);
   const weight = findWeight(names, module.name, byHand, fitting);
@@ -63,9 +63,9 @@ export function locate(locator: Locator, module: ModuleToFind): Located {
  * The weights of modules that a runtime has not found, under the names of other versions too.
  * @throws BaseMismatchError for the first module whose weight is missing, ambiguous, of another shape or another module's too
  */
-export function locateModules(locator: Locator, modules: readonly PackModule[]): Located[] {
-  locator.names = new AliasMatcher(locator.parameters.keys());
-  const weights = modules.map((module) => locate(locator, module));
+export function locateModules(resolver: WeightResolver, modules: readonly PackModule[]): Located[] {
+  resolver.names = new AliasMatcher(resolver.parameters.keys());
+  const weights = modules.map((module) => locate(resolver, module));
   refuseShared(
     modules,
     weights.map(({ name }) => name),
@@ -237,6 +237,12 @@ export function fingerprint(name: string, out: number, inputs: number, at: Weigh
     values[i] = at(o, draw(inputs));
   }
   return values;
+}
+
+/** @throws BaseMismatchError as `checkFingerprint` */
+export function checkWeight(module: PackModule, weight: Located, bytes: Uint8Array, bases: Uint8Array): void {
+  const values = weightAt(bytes, weight.dtype, module.out, module.in, weight.transposed);
+  checkFingerprint(module, weight.name, values, bases, SAME_FLOAT);
 }
 
 /**

@@ -1,27 +1,38 @@
 /**
- * An open pack: which tasks and modules it has, and their bytes when they are wanted. Plans reads, checks what arrives and
+ * An open pack: which tasks and modules it has, and their bytes when they are wanted. It is opened by two reads, the window and then
+ * directory and bases, each checked before the next is planned (SPEC.md, sections 2 to 4). Plans reads, checks what arrives and
  * keeps task blobs. Computes nothing.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-
-import { described, nearest } from "../arguments.ts";
+import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
 import { Observable } from "../events.ts";
-import { Fields } from "../format/fields.ts";
-import type { Directory, PackModule, Section, TaskBlob, TaskEntry, TaskMetadata, Window } from "../format/format.ts";
-import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
-import { watchedOf } from "../open-source.ts";
+import { basesTensors, checkTensors, parseDirectory, parseTask, parseWindow } from "../format/directory.ts";
+import { align64, Fields } from "../format/fields.ts";
+import {
+  type Directory,
+  type PackModule,
+  type Section,
+  type TaskBlob,
+  type TaskEntry,
+  type TaskMetadata,
+  WINDOW_BYTES,
+  type Window,
+} from "../format/format.ts";
+import { openSource, watchedOf } from "../open-source.ts";
 import { paced, pacer, throwIfAborted } from "../pace.ts";
 import type { OnProgress } from "../progress.ts";
 import {
   type AbortOptions,
   type ByteSource,
+  FETCH_OPTIONS,
+  type FetchOptions,
   type ReadOptions,
   type Reads,
   SharedWork,
   type SourceInput,
 } from "../source.ts";
-import type { AddTaskOptions, Trust } from "./trust.ts";
+import type { AddTaskOptions, Trust, TrustOptions } from "./trust.ts";
 
 /** Events of an open pack. */
 export interface PackEvents {
@@ -142,30 +153,22 @@ export class Pack extends Observable<PackEvents> {
   /** Requests made and bytes read so far, and whether the server made it read the file whole. */
   readonly reads: Reads;
 
-  readonly #source: ByteSource;
-  readonly #trust: Trust | undefined;
+  readonly #file: OpenedFile;
   readonly #slots = new Map<string, TaskSlot>();
-  /** Most bytes of the blobs in `#recent`: as asked for, or what tasks of this size call for. */
-  #most: number;
-  readonly #grows: boolean;
-  readonly #maxExpansion: number;
-  /** Resident blobs that could be read again, least recently used first. */
+  /** Most bytes of the blobs in `#recent` where no limit was asked for: tasks of this size call for it. */
+  #most = MOST_RESIDENT;
+  /** Slots whose blobs could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
-  /** Bytes of the blobs in `#recent`. */
-  #held = 0;
   /** What `tasks` gave last; undefined once a task was added or removed. */
   #tasks: ReadonlyMap<string, TaskInfo> | undefined;
   /** The bases section while it is in use, and until its first use. */
   #bases: SharedBases | undefined;
 
   /** @internal Use `openPack`. */
-  constructor({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases }: OpenedFile) {
+  constructor(file: OpenedFile) {
     super();
-    this.#source = source;
-    this.#most = maxResidentBytes ?? MOST_RESIDENT;
-    this.#grows = maxResidentBytes === undefined;
-    this.#maxExpansion = maxExpansion ?? MAX_EXPANSION;
-    this.#trust = trust;
+    const { source, reads, window, directory, bases } = file;
+    this.#file = file;
     this.name = source.name;
     this.reads = reads;
     this.window = window;
@@ -216,11 +219,11 @@ export class Pack extends Observable<PackEvents> {
    */
   async prefetch(ids: Iterable<string>, options: ReadOptions = {}): Promise<void> {
     const all = [...(typeof ids === "string" ? [ids] : ids)];
-    for (const id of this.#grows ? all : []) {
+    for (const id of this.#file.maxResidentBytes === undefined ? all : []) {
       const slot = this.#slots.get(id);
       if (!slot) continue;
       slot.stays = true;
-      this.#uncount(slot);
+      this.#recent.delete(slot);
     }
     await Promise.all(all.map((id) => this.load(id, options)));
   }
@@ -238,8 +241,7 @@ export class Pack extends Observable<PackEvents> {
       return slot.blob;
     }
     // Callers share one request. A caller's signal ends its own wait only, while others still want the bytes.
-    if (!slot.loading || slot.loading.stopped)
-      slot.loading = new SharedWork((signal) => this.#fetch(slot, signal), options.signal);
+    slot.loading = SharedWork.join(slot.loading, (signal) => this.#fetch(slot, signal), options.signal);
     return slot.loading.wait(options.signal);
   }
 
@@ -247,7 +249,7 @@ export class Pack extends Observable<PackEvents> {
     const { id } = slot.info;
     const part = `task "${id}"`;
     const blob = await this.#checked(slot.section!, part, { signal }, undefined, async (bytes, coded) => {
-      if (coded) await this.#trust?.checkDecoded(bytes, part);
+      if (coded) await this.#file.trust?.checkDecoded(bytes, part);
       const blob = await paced(parseTask(bytes, this.modules, this.name, slot.info), pacer(signal));
       return this.#bounded(blob, slot.info.bytes);
     });
@@ -258,18 +260,22 @@ export class Pack extends Observable<PackEvents> {
     this.tell("taskread", { task: id, bytes: slot.info.bytes });
     if (slot.stays) return blob;
     this.#recent.add(slot);
-    this.#held += blob.bytes.length;
-    if (this.#grows) this.#most = Math.max(this.#most, RESIDENT_TASKS * blob.bytes.length);
+    this.#most = Math.max(this.#most, RESIDENT_TASKS * blob.bytes.length);
+    let held = 0;
+    for (const { blob } of this.#recent) held += blob!.bytes.length;
     for (const other of this.#recent) {
-      if (this.#held <= this.#most || other === slot) break;
-      this.#forget(other);
+      if (held <= (this.#file.maxResidentBytes ?? this.#most) || other === slot) break;
+      held -= other.blob!.bytes.length;
+      other.blob = undefined;
+      this.#recent.delete(other);
     }
     return blob;
   }
 
   /** @param bytes of the blob in its file */
   #bounded(blob: TaskBlob, bytes: number): TaskBlob {
-    return { ...blob, limit: { stored: this.directory.bases.length + bytes, times: this.#maxExpansion } };
+    const times = this.#file.maxExpansion ?? MAX_EXPANSION;
+    return { ...blob, limit: { stored: this.directory.bases.length + bytes, times } };
   }
 
   /**
@@ -281,17 +287,6 @@ export class Pack extends Observable<PackEvents> {
     // A copy passes the same checks as a task that is used.
     await this.load(id, options);
     return slot!.stored ?? this.#read(slot!.section!, `task "${id}"`, options);
-  }
-
-  #forget(slot: TaskSlot): void {
-    if (this.#uncount(slot)) slot.blob = undefined;
-  }
-
-  /** Counts a task no more among those that may go. @returns whether it was one */
-  #uncount(slot: TaskSlot): boolean {
-    const counted = this.#recent.delete(slot);
-    if (counted) this.#held -= slot.blob!.bytes.length;
-    return counted;
   }
 
   /**
@@ -308,8 +303,8 @@ export class Pack extends Observable<PackEvents> {
       open = false;
     };
     try {
-      if (!shared.checked || shared.checked.stopped)
-        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, { ...options, signal }), options.signal);
+      const work = (signal: AbortSignal | undefined) => this.#checkedBases(shared, { ...options, signal });
+      shared.checked = SharedWork.join(shared.checked, work, options.signal);
       return { bytes: await shared.checked.wait(options.signal), close, [Symbol.dispose]: close };
     } catch (error) {
       close();
@@ -326,10 +321,10 @@ export class Pack extends Observable<PackEvents> {
 
   /** Reads a section as the file has it, and checks it. */
   async #read(section: Section, part: string, { signal, onProgress }: BasesOptions): Promise<Uint8Array> {
-    const watched = await watchedOf(this.#source, "pack", onProgress, () => section.length);
-    const bytes = await (watched ?? this.#source).read(section.offset, section.length, { signal });
+    const watched = await watchedOf(this.#file.source, "pack", onProgress, () => section.length);
+    const bytes = await (watched ?? this.#file.source).read(section.offset, section.length, { signal });
     watched?.done();
-    await checkSection(bytes, section, part, this.name, this.#trust, signal);
+    await checkSection(bytes, section, part, this.name, this.#file.trust, signal);
     return bytes;
   }
 
@@ -357,7 +352,7 @@ export class Pack extends Observable<PackEvents> {
       };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
-      throw await explain(error, this.#source, this.directory.bytes);
+      throw await explain(error, this.#file.source, this.directory.bytes);
     }
   }
 
@@ -377,7 +372,7 @@ export class Pack extends Observable<PackEvents> {
    */
   async addTask(id: string, file: SourceInput, options: AddTaskOptions = {}): Promise<void> {
     const { addTaskFile } = await import("./task-file.ts");
-    await addTaskFile(file, id, this, this.#slots, this.#trust, options, (entry, integrity, stored, blob) => {
+    await addTaskFile(file, id, this, this.#slots, this.#file.trust, options, (entry, integrity, stored, blob) => {
       this.#add(entry, stored.length, integrity, { stored, blob: this.#bounded(blob, stored.length) });
     });
   }
@@ -389,7 +384,7 @@ export class Pack extends Observable<PackEvents> {
   removeTask(id: string): void {
     const slot = this.#slots.get(id);
     if (!slot) throw this.#unknown(id);
-    this.#forget(slot);
+    this.#recent.delete(slot);
     this.#tasks = undefined;
     this.#slots.delete(id);
   }
@@ -403,11 +398,100 @@ export class Pack extends Observable<PackEvents> {
 
   /** Closes the file. Resident tasks stay usable. */
   async close(): Promise<void> {
-    await this.#source.close?.();
+    await this.#file.source.close?.();
   }
 
   /** Closes it at the end of a block, with `await using`. Engines without the symbol never call it. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
+  }
+}
+
+/** Larger directories are read by themselves, since copying them out of what was read with them takes too long. */
+const MOST_TOGETHER = 2 ** 22;
+
+/** Options of `openPack`. */
+export interface OpenOptions extends FetchOptions, TrustOptions {
+  readonly signal?: AbortSignal;
+  /** Told how far the pack is read; takes a function for `progress_callback` of transformers.js. Bytes in memory are not told. */
+  readonly onProgress?: OnProgress | undefined;
+  /**
+   * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
+   * directory only; the runtime fetches the bases when it starts. Default: `now`.
+   */
+  readonly bases?: "now" | "later";
+  /**
+   * Most bytes of task blobs to keep; those used least recently go first. Default: 8 MB, or what four of the largest tasks take; what
+   * `prefetch` has read stays then.
+   */
+  readonly maxResidentBytes?: number;
+  /**
+   * How many times the bytes stored for it a task may become in memory, as factors or as an exported adapter (SPEC.md, section 10); 16 MiB
+   * are always allowed. Set it higher for a pack that you trust. Default: 1024.
+   */
+  readonly maxExpansion?: number | undefined;
+}
+
+/**
+ * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
+ * @param input path, URL (read by HTTP ranges), name on the Hugging Face Hub (`hf:org/name/tasks.eigen`), Blob, ArrayBuffer or any ByteSource
+ * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version, TrustError when they
+ *   are not what `integrity` and `keys` ask for
+ * @example
+ * const pack = await openPack("tasks.eigen");
+ * console.log([...pack.tasks.keys()]);
+ */
+export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
+  checkOptions("openPack", options, [
+    ...(["signal", "onProgress", "bases", "maxResidentBytes", "maxExpansion", "integrity", "keys", "revoked"] as const),
+    ...FETCH_OPTIONS,
+  ]);
+  checkChoice("bases", options.bases ?? "now", ["now", "later"]);
+  const inner = await openSource(input, options, "openPack");
+  let directoryBytes: Uint8Array | undefined;
+  try {
+    const counted = { requests: 0, bytes: 0, whole: false };
+    let needed: number | undefined;
+    // A server without ranges sends the whole file at once.
+    const total = (loaded: number) => needed ?? (loaded > WINDOW_BYTES ? inner.byteLength : undefined);
+    let watched = await watchedOf(inner, "pack", options.onProgress, total);
+    const read: ByteSource["read"] = async (...range) => {
+      counted.requests++;
+      const bytes = await (watched ?? inner).read(...range);
+      counted.bytes += bytes.length;
+      return bytes;
+    };
+    const { signal, integrity, keys, revoked } = options;
+    const { name } = inner;
+    // An empty hash or list counts as given: it is a mistake that must not pass for trust.
+    const asked = [integrity, keys, revoked].some((option) => option !== undefined);
+    const trust = asked ? await (await import("./trust.ts")).Trust.create(name, options) : undefined;
+    // A file shorter than the window may be of another kind, which its first bytes tell.
+    const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
+    const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
+    const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
+    const behind = basesOffset === align64(directoryOffset + directoryLength);
+    const together = options.bases !== "later" && behind && directoryLength < MOST_TOGETHER;
+    const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
+    needed = head + length;
+    const bytes = await read(directoryOffset, length, { signal });
+    watched?.done();
+    watched = undefined;
+    const basesAt = together ? basesOffset - directoryOffset : directoryLength;
+    // A copy: as a view the directory would keep the bases in memory.
+    directoryBytes = together ? bytes.slice(0, directoryLength) : bytes;
+    await trust?.checkRoot(window, directoryBytes);
+    const directory = await parseDirectory(directoryBytes, window.superblock, name, signal);
+    trust?.checkHashes(directory);
+    const bases = together ? bytes.subarray(basesAt) : undefined;
+    const { reads = counted, byteLength } = inner;
+    const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
+    if (bases) await checkSection(bases, directory.bases, "bases", name, trust, signal);
+    const { maxResidentBytes, maxExpansion } = options;
+    return new Pack({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases });
+  } catch (error) {
+    const refused = await explain(error, inner, directoryBytes);
+    await inner.close?.();
+    throw refused;
   }
 }

@@ -10,21 +10,19 @@ import type { TaskParameter } from "../format/format.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import {
   type CpuView,
-  type Locator,
-  onDevice,
   type Parameter,
   sameShape,
   type View,
   viewValues,
   type WeightHost,
+  type WeightResolver,
 } from "./base.ts";
+import type { ActiveTask, KernelSession } from "./kernel-session.ts";
 import { addDifferences, blendHeads, changesOf, decode, type Merged, type ParameterChange } from "./merge.ts";
 import { findWeight } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
-import type { ActiveTask } from "./stage.ts";
-import { biasedRows, isTied, leads, mayBeTied } from "./tied.ts";
-import { readWeight, type Slot } from "./weights.ts";
-import type { Workbench } from "./workbench.ts";
+import type { TiedBase } from "./tied.ts";
+import { readWeight, type WeightBinding } from "./weights.ts";
 
 /** A parameter of the active task that differs from the base's. */
 export interface Replacement {
@@ -47,7 +45,7 @@ export interface Resolved {
 /** Sources of the base's values. */
 export interface BaseValues {
   readonly host: WeightHost | undefined;
-  readonly bench: Workbench;
+  readonly kernels: KernelSession;
   readonly folded: boolean;
 }
 
@@ -61,18 +59,18 @@ export class Parameters {
   readonly #pool = new Map<number, Uint8Array<ArrayBuffer>[]>();
   /** Decoded values on their way from a blob to a parameter. */
   #values = new Float32Array(0);
-  readonly #base: Locator;
-  readonly #slots: readonly Slot[];
-  /** Pristine values of parameters; those of adapted weights are in the slots. */
+  readonly #base: WeightResolver;
+  readonly #bindings: readonly WeightBinding[];
+  /** Pristine values of parameters; those of adapted weights are in the bindings. */
   readonly #pristine = new Map<string, CpuView>();
   /** Names of parameters that are tied to an embedding, by its name. */
   readonly #tied = new Map<string, readonly string[]>();
   readonly #ignored: ReadonlySet<string>;
 
   /** @param ignored names of parameters that are left as they are */
-  constructor(base: Locator, slots: readonly Slot[], ignored: ReadonlySet<string>) {
+  constructor(base: WeightResolver, bindings: readonly WeightBinding[], ignored: ReadonlySet<string>) {
     this.#base = base;
-    this.#slots = slots;
+    this.#bindings = bindings;
     this.#ignored = ignored;
   }
 
@@ -124,29 +122,29 @@ export class Parameters {
     const changes = changesOf(parts, ({ part, parameter }) =>
       this.#baseName(parameter, part.id, alone, base.host !== undefined),
     );
-    for (const [name, list] of [...changes]) await this.#tie(changes, name, list, base, signal);
-    const tables = new Set<string>();
+    const tables = [...changes.values()].flat().some(({ parameter }) => parameter.role === "rows")
+      ? await (await import("./tied.ts")).tieRows(changes, this.#tiedBase(base, signal))
+      : new Set<string>();
     const parameters = new Map<string, Replacement>();
     const weights = new Map<number, Uint8Array<ArrayBuffer>>();
     const [added, replaced]: string[][] = [[], []];
     for (const [name, list] of changes) {
-      const index = this.#slots.findIndex(({ weight }) => weight.name === name);
-      const slot = this.#slots[index];
+      const index = this.#bindings.findIndex(({ weight }) => weight.name === name);
+      const binding = this.#bindings[index];
       const known = this.#base.parameters.get(name);
       const whole = isWhole(name, list);
-      if (known && leads(known) && list.every(({ parameter }) => parameter.role === "rows")) tables.add(name);
-      const original = slot && whole ? undefined : await this.#original(name, slot, base, signal);
+      const original = binding && whole ? undefined : await this.#original(name, binding, base, signal);
       const merged = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
-        : this.#changed(name, slot, list, original);
-      const stored = slot
-        ? asStored(slot, list, merged)
+        : this.#changed(name, binding, list, original);
+      const stored = binding
+        ? asStored(binding, list, merged)
         : whole && known
           ? headAsStored(known, list[0]!, merged)
           : merged;
       const replacement = this.#replacement(name, stored, known?.dtype ?? "f32");
       (known ? replaced : added)!.push(name);
-      if (slot && base.folded) weights.set(index, replacement.view.data);
+      if (binding && base.folded) weights.set(index, replacement.view.data);
       else parameters.set(name, replacement);
     }
     return { parameters, weights, tables, added: added!, replaced: replaced! };
@@ -155,71 +153,45 @@ export class Parameters {
   /** The base's values with what tasks change of them; rows of a weight that is stored as [in, out] are its columns. */
   #changed(
     name: string,
-    slot: Slot | undefined,
+    binding: WeightBinding | undefined,
     list: readonly ParameterChange[],
     original: CpuView | undefined,
   ): Merged {
     const base = original && { shape: original.shape, values: viewValues(original) };
-    const { layout = slot?.module.layout } = slot?.weight ?? this.#base.parameters.get(name) ?? {};
+    const { layout = binding?.module.layout } = binding?.weight ?? this.#base.parameters.get(name) ?? {};
     const across = base && layout === "in-out" && list.some(({ parameter }) => parameter.role === "rows");
     return across ? turn(addDifferences(name, list, turn(base))) : addDifferences(name, list, base);
   }
 
-  /** Adds to `changes` the same rows of whatever is tied to an embedding, where a task has no rows of its own for it. */
-  async #tie(
-    changes: Map<string, ParameterChange[]>,
-    name: string,
-    list: readonly ParameterChange[],
-    base: BaseValues,
-    signal: AbortSignal | undefined,
-  ): Promise<void> {
-    const rows = list.filter(({ parameter }) => parameter.role === "rows");
-    const known = this.#base.parameters.get(name);
-    for (const tied of rows.length > 0 && known && leads(known) ? await this.#tiedTo(name, base, signal) : []) {
-      const others = changes.get(tied) ?? [];
-      const slot = this.#slots.find(({ weight }) => weight.name === tied);
-      const own = slot ? `${slot.module.name}.weight` : tied;
-      const following = rows
-        .filter(({ part }) => others.every((other) => other.part !== part))
-        .map(({ part, parameter }) => ({ part, parameter: { ...parameter, name: own } }));
-      if (following.length > 0) changes.set(tied, [...others, ...following]);
-    }
-  }
-
-  /** Names of what is tied to an embedding and lies in memory of its own. */
-  async #tiedTo(name: string, base: BaseValues, signal: AbortSignal | undefined): Promise<readonly string[]> {
-    const known = this.#tied.get(name);
-    if (known) return known;
-    const slotOf = (of: string): Slot | undefined => this.#slots.find(({ weight }) => weight.name === of);
-    const table = (await this.#original(name, slotOf(name), base, signal))!;
-    const found: string[] = [];
-    for (const one of this.#base.parameters.values()) {
-      const { name: other, layout } = one;
-      if (other === name || this.#ignored.has(other) || !mayBeTied(one, table.shape)) continue;
-      if (base.host!.begin && isOnePlace(base.host!, name, other)) continue;
-      const slot = slotOf(other);
-      const kept = this.#pristine.get(other);
-      const view = kept ?? (slot ? await this.#original(other, slot, base, signal) : await base.host!.read(other));
-      if (!isTied({ ...(view as CpuView), ...(layout && { layout }) }, table)) continue;
-      if (this.#base.parameters.has(other.replace(/weight$/, "bias"))) throw biasedRows(other);
-      found.push(other);
-    }
-    this.#tied.set(name, found);
-    return found;
+  /** The base as `tied.ts` looks for what is tied in it. */
+  #tiedBase(base: BaseValues, signal: AbortSignal | undefined): TiedBase {
+    const bindingOf = (name: string): WeightBinding | undefined =>
+      this.#bindings.find(({ weight }) => weight.name === name);
+    const { parameters } = this.#base;
+    return {
+      ...{ parameters, host: base.host, ignored: this.#ignored, tied: this.#tied },
+      moduleOf: (name) => bindingOf(name)?.module.name,
+      table: async (name) => (await this.#original(name, bindingOf(name), base, signal))!,
+      read: async (name) => {
+        const binding = bindingOf(name);
+        const kept = this.#pristine.get(name) ?? (binding && (await this.#original(name, binding, base, signal)));
+        return kept ?? ((await base.host!.read(name, undefined, { signal })) as CpuView);
+      },
+    };
   }
 
   /** The base's value of a parameter; undefined where it has none. */
   async #original(
     name: string,
-    slot: Slot | undefined,
-    { host, bench: { backend } }: BaseValues,
+    binding: WeightBinding | undefined,
+    { host, kernels: { backend } }: BaseValues,
     signal: AbortSignal | undefined,
   ): Promise<CpuView | undefined> {
-    if (slot) {
-      const { pristine, weight } = slot;
+    if (binding) {
+      const { pristine, weight } = binding;
       const data = pristine
         ? (backend.view?.(at(pristine), weight.byteLength) ?? (await backend.read!(at(pristine), weight.byteLength)))
-        : await readWeight(host!, slot, undefined, { signal });
+        : await readWeight(host!, binding, undefined, { signal });
       return { ...weight, data, byteOffset: 0 };
     }
     if (this.#base.parameters.has(name) && !this.#pristine.has(name)) {
@@ -234,11 +206,11 @@ export class Parameters {
   #baseName(parameter: TaskParameter, task: string, alone: boolean, based: boolean): string {
     const { name, role } = parameter;
     // The weight of an adapted module is where the module was found, perhaps by hand.
-    const slot = this.#slots.find(({ module }) => `${module.name}.weight` === name);
+    const binding = this.#bindings.find(({ module }) => `${module.name}.weight` === name);
     const module = name.replace(/\.weight$/, "");
     // A name that is mapped by hand must be found: no other may take its place.
-    if (!slot && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
-    const found = slot ? { name: slot.weight.name } : this.#base.find(name);
+    if (!binding && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
+    const found = binding ? { name: binding.weight.name } : this.#base.find(name);
     if ("name" in found) return found.name;
     if (role === "saved" && !found.ambiguous) return name;
     if (!based && role === "bias" && alone) return name;
@@ -300,7 +272,11 @@ function isWhole(name: string, changes: readonly ParameterChange[]): boolean {
  * A changed adapted weight the way round that the base stores it.
  * @throws BaseMismatchError when it is not the weight that the module's other tasks adapt
  */
-function asStored({ module, weight }: Slot, changes: readonly ParameterChange[], { shape, values }: Merged): Merged {
+function asStored(
+  { module, weight }: WeightBinding,
+  changes: readonly ParameterChange[],
+  { shape, values }: Merged,
+): Merged {
   const refuse = (task: string, why: string): BaseMismatchError => {
     const message = `task "${task}" brings "${weight.name}", which other tasks adapt as the module "${module.name}": ${why}`;
     return new BaseMismatchError(message, { module: module.name, expected: weight.shape, found: shape });
@@ -335,14 +311,6 @@ function headAsStored({ name, shape: stored, layout }: Parameter, { part }: Para
     `task "${part.id}" brings "${name}" as [out ${out}, in ${inputs}], but the base's is [${stored.join(", ")}] ` +
     "(stored as [in, out]); leave it out with `ignore`";
   throw new BaseMismatchError(message, { module: name, expected: stored, found: head.shape });
-}
-
-/** Whether a host has two parameters in the same memory, so that one write changes both. */
-function isOnePlace(host: WeightHost, name: string, other: string): boolean {
-  const [one, two] = [host.view?.(name), host.view?.(other)];
-  if (!one || !two || one.byteOffset !== two.byteOffset) return false;
-  if (onDevice(one.data) || onDevice(two.data)) return one.data === two.data;
-  return one.data.buffer === two.data.buffer && one.data.byteOffset === two.data.byteOffset;
 }
 
 /** A matrix, transposed. */

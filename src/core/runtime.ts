@@ -1,19 +1,22 @@
 /**
- * The runtime: one pack on one base model, and which task is active. It owns what is resident, orders switches and makes
+ * The runtime: one pack on one base model, and which task is active. `createRuntime` opens the base, finds the adapted weights in it and picks
+ * the backend that they go to. It owns what is resident, orders switches and makes
  * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
  * the host's.
  */
 /// <reference lib="esnext.disposable" preserve="true" />
-import { checkOptions, nearest } from "../arguments.ts";
-import type { DeviceHandle } from "../backends/backend.ts";
+import { checkChoice, checkOptions, checkPack, nearest } from "../arguments.ts";
+import type { Backend, DeviceHandle } from "../backends/backend.ts";
+import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { BackendError } from "../errors.ts";
 import { now, pacer, throwIfAborted } from "../pace.ts";
-import { Queue } from "../queue.ts";
-import type { Applied, ApplyOptions } from "./apply.ts";
-import { type CpuView, copyOf, type Locator, onDevice, type View, type WeightHost } from "./base.ts";
+import { Changes } from "../queue.ts";
+import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
+import { type BaseInput, type CpuView, onDevice, type View, type WeightHost, WeightResolver } from "./base.ts";
+import { type ActiveTask, KernelSession, planTasks, type Started } from "./kernel-session.ts";
 import type { Pack } from "./pack.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
-import type { PackView } from "./part.ts";
+import type { ModuleFilter, PackView } from "./part.ts";
 import {
   copySelection,
   type LoadedTasks,
@@ -21,15 +24,19 @@ import {
   type MemoryReport,
   memoryReport,
   type RuntimeSwitchReport,
-  refuseMagnitudes,
   type Selection,
   Switching,
   type SwitchOptions,
 } from "./selection.ts";
-import { type ActiveTask, stage } from "./stage.ts";
-import type { ActiveTerms, ModuleTerm } from "./terms.ts";
-import { FoldedWeights, type Slot, type WeightChange } from "./weights.ts";
-import type { Started, Workbench } from "./workbench.ts";
+import type { ActiveTerms, ApplyOptions, ModuleTerm } from "./terms.ts";
+import {
+  bindWeights,
+  FoldedWeights,
+  loadWeights,
+  type TaskWriter,
+  type WeightBinding,
+  type WeightChange,
+} from "./weights.ts";
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
 
@@ -48,61 +55,56 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** Why backends before the one that runs were not used. */
   readonly passedOver: readonly string[];
 
-  #bench: Workbench;
+  #kernels: KernelSession;
   #host: WeightHost | undefined;
-  readonly #slotsByName = new Map<string, Slot>();
+  readonly #bindingsByName = new Map<string, WeightBinding>();
   /** Made when a task first brings some. */
   #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
   readonly #weights: FoldedWeights;
-  #applied: Applied | undefined;
   /** What is active, with its tasks: the pack may have others under their ids by now, or be out of reach. */
   #now: LoadedTasks = { selection: null, head: undefined, tasks: [] };
   /** Why the device is gone, until another one is at work. */
   #loss: Error | undefined;
-  readonly #queue = new Queue();
+  readonly #queue = new Changes();
   #closed = false;
 
   /** @internal Use `createRuntime`. */
-  constructor(parts: RuntimeParts, { bench, passedOver, host }: Started) {
+  constructor(parts: RuntimeParts, { kernels, passedOver, host }: Started) {
     super();
-    const { pack, mode, policy, slots } = parts;
+    const { pack, mode, policy, bindings } = parts;
     this.pack = pack;
     this.mode = mode;
     this.policy = policy;
     this.passedOver = passedOver;
     this.#parts = parts;
-    this.#bench = bench;
+    this.#kernels = kernels;
     this.#host = host;
-    this.#weights = new FoldedWeights(slots);
-    for (const slot of slots) {
-      for (const name of [slot.weight.name, slot.module.name]) {
-        this.#slotsByName.set(name, slot);
-        this.#slotsByName.set(name.replace(/\.weight$/, ""), slot);
-      }
-    }
+    this.#weights = new FoldedWeights(bindings);
+    for (const binding of bindings)
+      for (const { name } of [binding.weight, binding.module]) this.#bindingsByName.set(moduleName(name), binding);
     this.#watch();
   }
 
   /** Which backend runs, for instance "wasm (simd)". */
   get backend(): string {
-    const { name, variant } = this.#bench.backend;
+    const { name, variant } = this.#kernels.backend;
     return name === "js" ? "js" : `${name} (${variant})`;
   }
 
   /** The WebGPU device that it runs on; another one after a loss, where `webgpu.recreate` asks for that. */
   get device(): DeviceHandle | undefined {
-    return this.#bench.backend.device;
+    return this.#kernels.backend.device;
   }
 
   #watch(): void {
-    const { backend } = this.#bench;
-    if (!backend.lost) return;
+    const { backend } = this.#kernels;
     // A device may live on after many runtimes, and would keep them.
-    const [runtime, used] = [new WeakRef(this), new WeakRef(backend)];
-    void backend.lost.then((reason) => {
+    const runtime = new WeakRef(this);
+    const used = new WeakRef(backend);
+    void backend.lost?.then((reason) => {
       const still = runtime.deref();
-      if (!still || still.#closed || still.#bench.backend !== used.deref()) return;
+      if (!still || still.#closed || still.#kernels.backend !== used.deref()) return;
       still.#loss = reason;
       still.tell("devicelost", { message: reason.message });
       if (still.#parts.restart) still.#queue.change(() => still.#recover()).catch(() => undefined);
@@ -113,12 +115,11 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   async #recover(): Promise<void> {
     if (!this.#loss || this.#closed) return;
     if (!this.#parts.restart) throw this.#loss;
-    this.#bench.backend.close();
-    const { bench, host } = await this.#parts.restart();
-    this.#bench = bench;
+    this.#kernels.backend.close();
+    const { kernels, host } = await this.#parts.restart();
+    this.#kernels = kernels;
     this.#host = host;
     this.#weights.restart();
-    this.#applied = undefined;
     this.#loss = undefined;
     this.#watch();
     await this.#switch(this.#now.selection, this.#now, this.#now.tasks);
@@ -171,13 +172,17 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     const { parts, resolved, change } = await this.#load(selection, options, tasks);
     const read = now();
     throwIfAborted(signal);
-    this.#bench.allocated = 0;
-    this.#bench.dispatches = 0;
-    const { terms } = this.#parts;
-    const activate = await (terms
-      ? terms.make(change.plans, change.weights, this.#bench, signal)
-      : this.#fold(change, signal));
-    const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
+    this.#kernels.allocated = 0;
+    this.#kernels.dispatches = 0;
+    const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
+    const { selection: formerly, tasks: former, ...how } = this.#now;
+    const activate = await this.#writer.write(
+      change,
+      { kernels: this.#kernels, host: this.#host!, pristine },
+      async () => (await this.#load(formerly, how, former)).change,
+      signal,
+    );
+    const allocated = this.#kernels.allocated + (this.#parameters?.allocated ?? 0);
     // No pause from here on: a reader in between would see one task's weights and another one's head.
     activate();
     this.#parameters?.activate(resolved);
@@ -188,7 +193,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
       modules: change.weights.size,
-      dispatches: this.#bench.dispatches,
+      dispatches: this.#kernels.dispatches,
       allocated,
       added: resolved.added,
       replaced: resolved.replaced,
@@ -201,30 +206,21 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     const { view, ignored } = this.#parts;
     const pause = pacer(options.signal);
     const parts = tasks ?? (await loadParts(view, selection, options, ignored));
-    // A base bounds the shapes of terms.
-    if (!this.#host) this.#parts.terms?.check(view, parts);
-    if (!this.#host) refuseMagnitudes(parts, view, () => true, "pass `base`");
+    if (!this.#host) this.#parts.terms?.checkUnbased(view, parts);
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
-    const { parameters } = resolved;
-    const plans = stage(parts, view.modules, this.#bench.staging);
+    const plans = planTasks(parts, view.modules, this.#kernels.buffer);
     const turn = pause();
     if (turn) await turn;
-    const { terms } = this.#parts;
-    if (terms) {
-      const modules = new Set(plans.map(({ module }) => module));
-      const read = await terms.prepare(plans, this.#host, signal);
-      return { parts, resolved, change: { plans, modules, weights: read, parameters, tables: new Set() } };
-    }
-    return { parts, resolved, change: await this.#weights.prepare(plans, resolved, this.#host!, signal) };
+    return { parts, resolved, change: await this.#writer.prepare(plans, resolved, this.#host!, signal) };
   }
 
   /** Parameters that the tasks bring beside their terms. */
   async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
     if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
-    const { locator, slots, ignored } = this.#parts;
-    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots, ignored);
-    const base = { host: this.#host, bench: this.#bench, folded: !this.#parts.terms };
+    const { resolver, bindings, ignored } = this.#parts;
+    this.#parameters ??= new (await import("./parameters.ts")).Parameters(resolver, bindings, ignored);
+    const base = { host: this.#host, kernels: this.#kernels, folded: !this.#parts.terms };
     return this.#parameters.resolve(parts, this.#parts.view, base, signal);
   }
 
@@ -233,11 +229,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     return this.#parameters?.active ?? NOTHING.parameters;
   }
 
-  async #fold(change: WeightChange, signal: AbortSignal | undefined): Promise<() => void> {
-    const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
-    const { selection, tasks, ...how } = this.#now;
-    const former = async (): Promise<WeightChange> => (await this.#load(selection, how, tasks)).change;
-    return this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
+  get #writer(): TaskWriter {
+    return this.#parts.terms ?? this.#weights;
   }
 
   /**
@@ -252,28 +245,25 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     this.#live();
     if (this.mode !== "folded") throw new TypeError(`weight: mode "${this.mode}" does not fold; use term("${name}")`);
     this.#weights.check();
-    const found = this.#parts.locator.find(name);
-    const parameter = "name" in found ? found.name : name;
+    const parameter = this.#parameterName(name);
     const replaced = this.#active.get(parameter) ?? this.#active.get(name);
     if (replaced) return replaced.view;
-    const slot = this.#slotsByName.get(name) ?? this.#slotsByName.get(parameter);
+    const binding = this.#bindingsByName.get(moduleName(name)) ?? this.#bindingsByName.get(moduleName(parameter));
+    const { active, weight } = binding ?? {};
     const host = this.#host!;
     if (host.begin) {
-      const view = host.view?.(slot?.weight.name ?? parameter);
+      const view = host.view?.(weight?.name ?? parameter);
       if (view) return view;
       throw new TypeError("weight: the weights are in the host; read them there");
     }
-    if (slot) {
-      const { block, byteOffset } = slot.active!;
-      const data = block.device ?? this.#bench.backend.view!(slot.active!, slot.weight.byteLength);
-      return { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset };
+    if (active && weight) {
+      const data = active.block.device ?? this.#kernels.backend.view!(active, weight.byteLength);
+      return { dtype: weight.dtype, shape: weight.shape, data, byteOffset: active.byteOffset };
     }
     const pristine = this.#parameters?.pristine(parameter);
     if (pristine) return pristine;
-    const candidates = nearest(name, [...this.#slotsByName.keys(), ...this.#active.keys()]);
-    throw new RangeError(
-      `weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ") || "none"}`,
-    );
+    const names = nearest(name, [...this.#bindingsByName.keys(), ...this.#active.keys()]).join(", ");
+    throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${names || "none"}`);
   }
 
   /**
@@ -284,8 +274,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   readWeight(name: string): Promise<CpuView> {
     return this.#queue.change(async () => {
       const view = this.weight(name);
-      if (!onDevice(view.data)) return copyOf(view as CpuView);
-      return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
+      return (await import("./device-host.ts")).copyView(this.#kernels.backend, view);
     });
   }
 
@@ -297,8 +286,13 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
    */
   term(name: string): ModuleTerm | undefined {
     this.#live();
-    const found = this.#parts.locator.find(`${name}.bias`);
-    return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
+    return this.#terms.term(name, this.#parameters?.values(this.#parameterName(`${name}.bias`)));
+  }
+
+  /** The base's name of a parameter, where it has it. */
+  #parameterName(name: string): string {
+    const found = this.#parts.resolver.find(name);
+    return "name" in found ? found.name : name;
   }
 
   get #terms(): ActiveTerms {
@@ -319,17 +313,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
    */
   async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
     checkOptions("apply", options, ["tasks"]);
-    const { tasks } = options;
     return this.#queue.change(async () => {
       await this.#ready();
-      const index = this.#terms.indexOf(name);
-      const { apply, partsOfRows } = await import("./apply.ts");
-      const rows = await partsOfRows(this.#parts, tasks, this.#now.tasks, index);
-      if (!this.#host) this.#terms.check(this.#parts.view, new Set(rows.flat()));
-      // Forgotten until it succeeds: it may fail after other coefficients have taken the place of these.
-      const known = this.#applied;
-      this.#applied = undefined;
-      this.#applied = await apply(this.#bench, this.#parts.view.modules, index, rows, x, y, known);
+      await this.#terms.apply(this.#parts, this.#kernels, this.#host, this.#now.tasks, name, x, y, options.tasks);
     });
   }
 
@@ -342,7 +328,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     this.#live();
     const views = new Map<string, View>();
     for (const index of this.mode === "folded" ? this.#weights.modules : []) {
-      const { name } = this.#parts.slots[index]!.weight;
+      const { name } = this.#parts.bindings[index]!.weight;
       const view = this.#host!.begin ? this.#host!.view?.(name) : this.weight(name);
       if (view) views.set(name, view);
     }
@@ -352,16 +338,14 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** Resident bytes by owner. Memory of the caller's own (a map of tensors, a host) is not counted. */
   memory(): MemoryReport {
-    const { basis, coefficients, pristine, active, scratch, reserved } = this.#bench.backend.memory();
-    const held = this.pack.residentBytes;
-    return memoryReport({
-      basis: basis + held.basis,
-      coefficients: coefficients + held.coefficients,
-      pristine: pristine + (this.#parameters?.pristineBytes ?? 0),
-      active: active + (this.#parameters?.activeBytes ?? 0) + (this.#parts.terms?.byteLength ?? 0),
-      scratch: scratch + this.#bench.staging.values.byteLength,
-      reserved,
-    });
+    const bytes = this.#kernels.backend.memory();
+    const { basis, coefficients } = this.pack.residentBytes;
+    bytes.basis += basis;
+    bytes.coefficients += coefficients;
+    bytes.pristine += this.#parameters?.pristineBytes ?? 0;
+    bytes.active += (this.#parameters?.activeBytes ?? 0) + (this.#parts.terms?.byteLength ?? 0);
+    bytes.scratch += this.#kernels.buffer.values.byteLength;
+    return memoryReport(bytes);
   }
 
   /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
@@ -369,7 +353,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     return this.#queue.change(async () => {
       if (this.#closed) return;
       this.#closed = true;
-      this.#bench.backend.close();
+      this.#kernels.backend.close();
       await this.#parts.closeHost?.();
     });
   }
@@ -389,6 +373,11 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 }
 
+/** A name with or without ".weight", without it. */
+function moduleName(name: string): string {
+  return name.replace(/\.weight$/, "");
+}
+
 /** What stays when a device is lost. */
 export interface RuntimeParts {
   readonly pack: Pack;
@@ -396,12 +385,111 @@ export interface RuntimeParts {
   readonly view: PackView;
   readonly mode: "folded" | "factors" | "core";
   readonly policy: "copy" | "reload";
-  readonly slots: readonly Slot[];
-  readonly locator: Locator;
+  readonly bindings: readonly WeightBinding[];
+  readonly resolver: WeightResolver;
   readonly ignored: ReadonlySet<string>;
   /** Undefined in mode "folded". */
   readonly terms: ActiveTerms | undefined;
   readonly closeHost: (() => Promise<void>) | undefined;
   /** Starts another backend in place of one whose device was lost. */
   readonly restart: (() => Promise<Started>) | undefined;
+}
+
+/** Options of `createRuntime`. */
+export interface RuntimeOptions extends BackendOptions, FetchOptions {
+  /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
+  readonly base?: BaseInput;
+  /**
+   * `folded`: W0 + ΔW is written where the weights are. `factors`: A and B of the active task are handed out. `core`: the
+   * product of the coefficients is handed out, for a model that has the components built in. Folded when there is a base.
+   */
+  readonly mode?: "folded" | "factors" | "core";
+  /**
+   * `copy` keeps the pristine weights in memory. `reload` reads them again at each switch: half the resident memory, for a
+   * base that is a file. Default: `copy`.
+   */
+  readonly policy?: "copy" | "reload";
+  /** Names of weights in the base, by module name of the pack, where matching by suffix does not find them. */
+  readonly names?: ReadonlyMap<string, string>;
+  /** Accept a base whose fingerprint differs, for instance one that was trained further. */
+  readonly anyBase?: boolean;
+  /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
+  readonly ignore?: Iterable<string>;
+  /**
+   * Which modules of the pack and of its tasks' parameters are used, by the pack's names. The others are left out: for a base that
+   * lacks them, or is one of several files. Default: all.
+   */
+  readonly modules?: ModuleFilter;
+  readonly signal?: AbortSignal;
+}
+
+/**
+ * Loads the bases, finds the adapted weights in the base model and checks that it is the right one.
+ * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model
+ * @throws BackendError when the backend asked for cannot start or there is not enough memory
+ * @example
+ * const runtime = await createRuntime(pack, { base: "model.safetensors" });
+ * await runtime.switchTask("sst2");
+ * const { data } = runtime.weight("bert.encoder.layer.0.attention.self.query");
+ */
+export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
+  checkPack("createRuntime", pack);
+  checkOptions("createRuntime", options, [
+    ...(["base", "mode", "policy", "names", "anyBase", "ignore", "modules", "signal"] as const),
+    ...(["backend", "webgpu", "wasm"] as const),
+    ...FETCH_OPTIONS,
+  ]);
+  const { base, mode = base ? "folded" : "core", policy = "copy" } = options;
+  checkChoice("mode", mode, ["core", "factors", "folded"]);
+  checkChoice("policy", policy, ["copy", "reload"]);
+  if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
+  const { modules } = options;
+  const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
+  const host = base === undefined ? undefined : await (await import("./open-base.ts")).openHost(base, options);
+  // A host that the caller made is the caller's to close.
+  const closeHost = host === base ? undefined : async () => host?.close?.();
+  try {
+    const folded = mode === "folded";
+    const resolver = new WeightResolver(host, options.names);
+    const placed = [...resolver.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
+    if (policy === "reload" && (host?.begin || placed !== undefined)) {
+      throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
+    }
+    const gpu = options.webgpu || {};
+    const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
+    device?.refuseHost(gpu, host, placed);
+    const bindings = host ? await bindWeights(view.modules, resolver) : [];
+    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
+    const stays = folded && (!host?.begin || placed !== undefined);
+    const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
+
+    const start = async (how: BackendOptions, signal?: AbortSignal): Promise<Started> => {
+      const bases = await view.bases({ signal });
+      let backend: Backend | undefined;
+      try {
+        const made = await createBackend(device && placed !== undefined ? device.onWebgpu(how) : how, onCpu);
+        backend = made.backend;
+        const readable = placed === undefined ? host : device!.deviceHost(base!, host!, backend);
+        const kernels = new KernelSession(backend, view.modules, bases.bytes);
+        if (host) await loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase: options.anyBase });
+        // A device that has no memory left says so only now.
+        await backend.finish();
+        return { kernels, passedOver: made.passedOver, host: readable };
+      } catch (error) {
+        backend?.close();
+        throw error;
+      } finally {
+        bases.close();
+      }
+    };
+
+    const terms = folded ? undefined : new (await import("./terms.ts")).ActiveTerms(mode, view.modules, bindings);
+    const restart = gpu.recreate ? device!.restarting(start, options) : undefined;
+    const ignored = new Set(options.ignore);
+    const parts = { pack, view, mode, policy, bindings, resolver, ignored, terms, closeHost, restart };
+    return new Runtime(parts, await start(options, options.signal));
+  } catch (error) {
+    await closeHost?.();
+    throw error;
+  }
 }

@@ -1,12 +1,12 @@
 /**
  * What a caller asks to be active, the task blobs that make it up, and what is said of a switch: one shape for the runtime and for sessions.
  */
-import { described, isPlain } from "../arguments.ts";
+import { isPlain } from "../arguments.ts";
 import type { Owner } from "../backends/backend.ts";
-import { BackendError, TaskError } from "../errors.ts";
+import { BackendError } from "../errors.ts";
 import { Observable } from "../events.ts";
+import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";
-import type { ActiveTask } from "./stage.ts";
 
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
@@ -46,52 +46,18 @@ export async function loadParts(
   { head, signal }: SwitchOptions = {},
   ignored: ReadonlySet<string> = new Set(),
 ): Promise<ActiveTask[]> {
+  const blend = selection !== null && typeof selection !== "string";
+  const strengths: [string, number][] =
+    selection === null ? [] : blend ? (await import("./merge.ts")).strengthsOf(selection) : [[selection, 1]];
   const parts: ActiveTask[] = await Promise.all(
-    toStrengths(selection).map(async ([id, strength]) => {
+    strengths.map(async ([id, strength]) => {
       const blob = await pack.load(id, { signal });
       const parameters = blob.parameters.filter(({ name }) => !ignored.has(name));
       return { id, strength, blob: { ...blob, parameters } };
     }),
   );
-  if (head !== undefined && !parts.some((p) => p.id === head)) {
-    throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
-  }
-  if (parts.length !== 1 || parts[0]!.strength !== 1)
-    refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
-  if (!parts.some(({ blob }) => blob.parameters.length > 0)) return parts;
+  if (!blend && head === undefined && !parts[0]?.blob.parameters.length) return parts;
   return (await import("./merge.ts")).reconcile(parts, pack, head);
-}
-
-/**
- * @param which modules, by index, whose magnitudes cannot be used
- * @throws TaskError for a task that uses DoRA on one of them
- */
-export function refuseMagnitudes(
-  parts: readonly ActiveTask[],
-  pack: PackView,
-  which: (module: number) => boolean,
-  why: string,
-): void {
-  for (const { id, blob } of parts) {
-    const scaled = blob.terms.find((term) => term.magnitude && which(term.module));
-    if (!scaled) continue;
-    throw new TaskError(`task "${id}" uses DoRA on "${pack.modules[scaled.module]!.name}": ${why}`, { task: id });
-  }
-}
-
-function toStrengths(selection: Selection): [string, number][] {
-  if (selection === null) return [];
-  if (typeof selection === "string") return [[selection, 1]];
-  if (!isPlain(selection)) {
-    throw new TypeError(`task: expected an id, null for the base, or strengths by id, got ${described(selection)}`);
-  }
-  const strengths = Object.entries(selection);
-  if (strengths.length === 0) throw new RangeError("a blend without tasks; use null for the base");
-  for (const [id, strength] of strengths) {
-    if (Number.isFinite(strength)) continue;
-    throw new RangeError(`the strength of "${id}": expected a finite number, got ${described(strength)}`);
-  }
-  return strengths;
 }
 
 /** What every switch says of itself. */

@@ -5,25 +5,24 @@
 
 import { createBackend } from "../backends/select.ts";
 import type { View } from "./base.ts";
+import { type ActiveTask, hasCore, type ModulePlan, planTasks, writeCore } from "./kernel-session.ts";
 import type { Pack } from "./pack.ts";
 import type { PackView } from "./part.ts";
-import { type ActiveTask, hasCore, type ModulePlan, stage, writeCore } from "./stage.ts";
 import type { PristineWeight } from "./terms.ts";
 
 export { type MemoryReport, memoryReport, type SwitchReport } from "./selection.ts";
 
 import { paced, pacer } from "../pace.ts";
-import { Queue } from "../queue.ts";
+import { Changes } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
-import type { RuntimeOptions } from "./create.ts";
+import { KernelSession } from "./kernel-session.ts";
 import { type Merged, mergeAll } from "./merge.ts";
-import type { Runtime } from "./runtime.ts";
+import type { Runtime, RuntimeOptions } from "./runtime.ts";
 import { type LoadedTasks, loadParts, type Selection, type SwitchOptions } from "./selection.ts";
-import { Workbench } from "./workbench.ts";
 
+export type { ActiveTask } from "./kernel-session.ts";
 export type { Merged } from "./merge.ts";
 export { copySelection, type Selection, type SwitchOptions } from "./selection.ts";
-export type { ActiveTask } from "./stage.ts";
 
 /** Memory for a core [K_A, K_B]: the index of its first number, and the distance of its rows. */
 export interface CoreTarget {
@@ -62,7 +61,7 @@ interface Parts {
 
 interface Unfolding {
   readonly mode: "core" | "factors";
-  readonly bench: Workbench;
+  readonly kernels: KernelSession;
   /** Pristine weights of modules with DoRA, f32 [out, in], by module name. */
   readonly weights: ReadonlyMap<string, Float32Array>;
 }
@@ -71,8 +70,8 @@ interface Unfolding {
 export class SessionRuntime {
   readonly #view: PackView;
   readonly #parts: Parts;
-  /** The workbench serves one selection at a time, and long work has pauses. */
-  readonly #queue = new Queue();
+  /** The kernel session serves one selection at a time, and long work has pauses. */
+  readonly #queue = new Changes();
 
   constructor(view: PackView, parts: Parts) {
     this.#view = view;
@@ -136,13 +135,13 @@ export class SessionRuntime {
       return { scratch: total - coefficients - pristine, pristine };
     }
     if (!unfolding) return { scratch: 0, pristine: 0 };
-    const { backend, staging } = unfolding.bench;
+    const { backend, buffer } = unfolding.kernels;
     const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
-    return { scratch: held + staging.values.byteLength, pristine: 0 };
+    return { scratch: held + buffer.values.byteLength, pristine: 0 };
   }
 
   async close(): Promise<void> {
-    this.#parts.unfolding?.bench.backend.close();
+    this.#parts.unfolding?.kernels.backend.close();
     await this.#parts.folding?.runtime.close();
   }
 }
@@ -155,23 +154,23 @@ function withParameters(tasks: readonly ActiveTask[], keep: (name: string) => bo
 
 async function makeTerms(
   tasks: readonly ActiveTask[],
-  { mode, bench, weights }: Unfolding,
+  { mode, kernels, weights }: Unfolding,
   { cores, over, old, signal }: TermOptions,
 ): Promise<UnfoldedTerms> {
-  const { modules, staging } = bench;
+  const { modules, buffer } = kernels;
   const nameOf = (module: number): string => modules[module]!.name;
   const written = new Set<string>();
   const others: ModulePlan[] = [];
   const pause = pacer(signal);
-  for (const plan of stage(tasks, modules, staging, true)) {
+  for (const plan of planTasks(tasks, modules, buffer, true)) {
     const core = hasCore(plan, mode);
     const target = core && cores.get(nameOf(plan.module));
     if (target) {
-      const turn = paced(writeCore(plan, staging.values, target.out, target.at, target.stride), pause);
+      const turn = paced(writeCore(plan, buffer.values, target.out, target.at, target.stride), pause);
       if (turn) await turn;
       written.add(nameOf(plan.module));
     }
-    if (!core || plan.A.private.length > 0 || plan.magnitude !== undefined) others.push(plan);
+    if (!core || plan.A.residual.length > 0 || plan.magnitude !== undefined) others.push(plan);
   }
   if (others.length === 0) return { cores: written, factors: new Map() };
   const weightOf = (module: number): PristineWeight => {
@@ -188,7 +187,7 @@ async function makeTerms(
   }
   const factors = new Map<string, Term>();
   const sidesOf = (module: number): ReadonlySet<"A" | "B"> | undefined => over?.get(nameOf(module));
-  const terms = await unfold(others, bench, mode, weightOf, { old: spare, over: sidesOf, turned: true, signal });
+  const terms = await unfold(others, kernels, mode, weightOf, { old: spare, over: sidesOf, turned: true, signal });
   for (const [module, term] of terms) factors.set(nameOf(module), term);
   return { cores: written, factors };
 }
@@ -206,8 +205,8 @@ export async function createUnfolding(
 ): Promise<SessionRuntime> {
   const { backend } = await createBackend(bases ? { webgpu: false } : { backend: "js" });
   try {
-    const bench = new Workbench(backend, view.modules, bases ?? new Uint8Array(0));
-    return new SessionRuntime(view, { ignored, unfolding: { mode, bench, weights } });
+    const kernels = new KernelSession(backend, view.modules, bases ?? new Uint8Array(0));
+    return new SessionRuntime(view, { ignored, unfolding: { mode, kernels, weights } });
   } catch (error) {
     backend.close();
     throw error;
@@ -228,7 +227,7 @@ export async function createFolding(
   inputs: ReadonlySet<string>,
   options: RuntimeOptions,
 ): Promise<SessionRuntime> {
-  const { createRuntime } = await import("./create.ts");
+  const { createRuntime } = await import("./runtime.ts");
   const runtime = await createRuntime(pack, { ...options, anyBase: true, ignore: [...ignored, ...inputs] });
   return new SessionRuntime(view, { ignored, folding: { runtime, inputs } });
 }

@@ -5,8 +5,8 @@ import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { isCoded } from "../format/coded.ts";
 import { plainTask } from "../format/decode-coded.ts";
-import { isTaskId, parseEntry, signatureOf } from "../format/directory.ts";
-import { align64, crc32c, decode, Fields } from "../format/fields.ts";
+import { isTaskId, parseEntry, parseTask, signatureOf } from "../format/directory.ts";
+import { align64, decode, Fields, integrityOf } from "../format/fields.ts";
 import {
   type Directory,
   type PackModule,
@@ -18,9 +18,7 @@ import {
   type TaskEntry,
   type TaskFile,
 } from "../format/format.ts";
-import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
-import { parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "../source.ts";
@@ -48,7 +46,7 @@ export async function readTask(source: ByteSource, options?: ReadOptions): Promi
   const { name } = source;
   const bytes = await readAll(source, { ...options, most: mostBytes });
   try {
-    return parseTaskFile(bytes, name);
+    return await paced(parseInPieces(bytes, name), pacer(options?.signal));
   } catch (error) {
     // What was read says the kind: the rest may have no end.
     const read = async (_: number, length: number): Promise<Uint8Array> => bytes.subarray(0, length);
@@ -171,34 +169,34 @@ export async function readBlob(
  * @throws FormatError saying which rule of SPEC.md, section 7, does not hold
  */
 export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
+  return atOnce(parseInPieces(bytes, file));
+}
+
+function* parseInPieces(bytes: Uint8Array, file: string): Generator<void, TaskFile> {
   const f: Fields = new Fields(bytes, file, "task file");
-  f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
+  if (bytes.length < HEAD_BYTES) f.fail(`truncated: ${bytes.length} bytes, its head alone has ${HEAD_BYTES}`);
   f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
   f.version();
-  atOnce(f.crc(f.u32(60), 60));
-  const start = align64(64 + f.u32(12));
+  yield* f.crc(f.u32(60), 60);
+  const entry = bytes.subarray(HEAD_BYTES, HEAD_BYTES + f.u32(12));
+  const start = align64(HEAD_BYTES + f.u32(12));
   const end = start + f.u32(48);
   const signatureAt = align64(end);
   const signed = bytes.length === signatureAt + SIGNATURE_BYTES;
-  f.check(end === bytes.length || signed, () => `${bytes.length} bytes, expected ${end}; fetch it again`);
-  const entry = bytes.subarray(64, 64 + f.u32(12));
-  f.zero(64 + entry.length, start);
+  if (end !== bytes.length && !signed) f.fail(`${bytes.length} bytes, expected ${end}; fetch it again`);
+  f.zero(HEAD_BYTES + entry.length, start);
   const blob = bytes.subarray(start, end);
-  f.check(
-    crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
-    () => "its checksum does not match: it is damaged",
-  );
-  f.check(
-    isCoded(blob) || (blob.length >= 8 && f.u32(start) === TASK_BLOB_MAGIC),
-    () => `the ${blob.length} bytes behind its entry are no task blob`,
-  );
+  yield* new Fields(entry, file, f.part).crc(f.u32(52));
+  yield* new Fields(blob, file, f.part).crc(f.u32(56));
+  if (!isCoded(blob) && (blob.length < 8 || f.u32(start) !== TASK_BLOB_MAGIC))
+    f.fail(`the ${blob.length} bytes behind its entry are no task blob`);
   // The entry may nest as deep as in the list of a pack, no deeper.
-  const parsed = atOnce(parseEntry(atOnce(decode(entry, file, f.part, "entry", 15)), []));
+  const parsed = yield* parseEntry(yield* decode(entry, file, f.part, "entry", 15), []);
   let signature: Signature | undefined;
   if (signed) {
     f.zero(end, signatureAt);
     const behind: Fields = new Fields(bytes.subarray(signatureAt), file, "signature");
-    atOnce(behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4));
+    yield* behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4);
     signature = signatureOf(behind.bytes);
   }
   return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob, content: bytes.subarray(0, end), signature };

@@ -5,7 +5,8 @@
 import { BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/format.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
-import { type CpuView, type Parameter, sameShape } from "./base.ts";
+import { type CpuView, onDevice, type Parameter, sameShape, type WeightHost } from "./base.ts";
+import type { ParameterChange } from "./merge.ts";
 import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt, weightAt } from "./mismatch.ts";
 
 /** A matrix, and how exactly its numbers are known: "other" is quantised. */
@@ -48,6 +49,76 @@ export function isTied(one: CpuView & Pick<Parameter, "layout">, table: CpuView)
 /** Whether the rows of a table are the columns of a parameter of its shape. */
 export function liesAcross({ shape, layout }: Pick<Parameter, "shape" | "layout">, table: readonly number[]): boolean {
   return layout === "in-out" || !sameShape(shape, table);
+}
+
+/** A base in which tied parameters are looked for. */
+export interface TiedBase {
+  readonly parameters: ReadonlyMap<string, Parameter>;
+  readonly host: WeightHost | undefined;
+  /** Names of parameters that are left as they are. */
+  readonly ignored: ReadonlySet<string>;
+  /** Names of parameters that are tied to an embedding, by its name: filled by `tieRows`. */
+  readonly tied: Map<string, readonly string[]>;
+  /** Name of the module that a parameter is the adapted weight of. */
+  moduleOf(name: string): string | undefined;
+  /** The pristine value of an embedding, which is kept. */
+  table(name: string): Promise<CpuView>;
+  /** The pristine value of another parameter. */
+  read(name: string): Promise<CpuView>;
+}
+
+/**
+ * Gives parameters tied to an embedding the same changed rows, for tasks that override none of them.
+ * @returns names of embeddings whose rows alone change: parameters in the same memory change as well
+ * @throws BaseMismatchError for rows of a layer with a bias
+ */
+export async function tieRows(changes: Map<string, ParameterChange[]>, base: TiedBase): Promise<Set<string>> {
+  const isRows = ({ parameter }: ParameterChange): boolean => parameter.role === "rows";
+  const isTable = (name: string): boolean => {
+    const parameter = base.parameters.get(name);
+    return parameter !== undefined && leads(parameter);
+  };
+  for (const [name, list] of [...changes]) {
+    if (!isTable(name) || !list.some(isRows)) continue;
+    for (const tied of await tiedTo(name, base)) {
+      const others = changes.get(tied) ?? [];
+      const module = base.moduleOf(tied);
+      const following = list
+        .filter((change) => isRows(change) && others.every(({ part }) => part !== change.part))
+        .map(({ part, parameter }) => {
+          return { part, parameter: { ...parameter, name: module === undefined ? tied : `${module}.weight` } };
+        });
+      if (following.length > 0) changes.set(tied, [...others, ...following]);
+    }
+  }
+  return new Set([...changes.keys()].filter((name) => isTable(name) && changes.get(name)!.every(isRows)));
+}
+
+/** Names of what is tied to an embedding and lies in memory of its own. */
+async function tiedTo(name: string, base: TiedBase): Promise<readonly string[]> {
+  const known = base.tied.get(name);
+  if (known) return known;
+  const table = await base.table(name);
+  const found: string[] = [];
+  for (const parameter of base.parameters.values()) {
+    const { name: other, layout } = parameter;
+    if (other === name || base.ignored.has(other) || !mayBeTied(parameter, table.shape)) continue;
+    if (base.host!.begin && isOnePlace(base.host!, name, other)) continue;
+    if (!isTied({ ...(await base.read(other)), ...(layout && { layout }) }, table)) continue;
+    if (base.parameters.has(other.replace(/weight$/, "bias"))) throw biasedRows(other);
+    found.push(other);
+  }
+  base.tied.set(name, found);
+  return found;
+}
+
+/** Whether a host has two parameters in the same memory, so that one write changes both. */
+function isOnePlace(host: WeightHost, name: string, other: string): boolean {
+  const one = host.view?.(name);
+  const two = host.view?.(other);
+  if (!one || !two || one.byteOffset !== two.byteOffset) return false;
+  if (onDevice(one.data) || onDevice(two.data)) return one.data === two.data;
+  return one.data.buffer === two.data.buffer && one.data.byteOffset === two.data.byteOffset;
 }
 
 /** Refuses rows of a layer with a bias: PEFT leaves the bias out until the adapter is merged, and adds it then. */

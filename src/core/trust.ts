@@ -4,8 +4,8 @@
  */
 import { described } from "../arguments.ts";
 import { TrustError } from "../errors.ts";
+import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/fields.ts";
 import type { Directory, Section, Signature, TaskFile, Window } from "../format/format.ts";
-import { fromIntegrity, integrityOf, sha256, toIntegrity } from "../format/hash.ts";
 import type { AbortOptions } from "../source.ts";
 import { fromBase64, toBase64 } from "../text.ts";
 

@@ -1,28 +1,19 @@
 /**
- * The adapted weights of a base model: found, held against the pack's fingerprints, and folded. Every one has a pristine value, its slot's,
+ * The adapted weights of a base model: found, held against the pack's fingerprints, and folded. Every one has a pristine value, its binding's,
  * and one writer, `FoldedWeights`: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the backend holds
  * are folded in place; those of a host in the CPU's memory pass through it.
  */
 import { at, type Block, type Slice } from "../backends/backend.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
-import { atOnce, type Pause, paced, pacer } from "../pace.ts";
+import { atOnce, paced, pacer } from "../pace.ts";
 import type { ReadOptions } from "../source.ts";
-import {
-  type CpuView,
-  type Located,
-  type Locator,
-  onDevice,
-  type Transaction,
-  type View,
-  type WeightHost,
-} from "./base.ts";
+import { type CpuView, type Located, onDevice, type View, type WeightHost, type WeightResolver } from "./base.ts";
+import type { KernelSession, ModulePlan } from "./kernel-session.ts";
 import { cannotPutBack } from "./selection.ts";
-import type { ModulePlan } from "./stage.ts";
-import type { Workbench } from "./workbench.ts";
 
 /** An adapted weight of the base. */
-export interface Slot {
+export interface WeightBinding {
   readonly module: PackModule;
   readonly weight: Located;
   /** The weight as loaded, with policy "copy". */
@@ -32,10 +23,10 @@ export interface Slot {
 }
 
 /** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
-export async function findSlots(modules: readonly PackModule[], locator: Locator): Promise<Slot[]> {
-  let weights = modules.flatMap((module) => locator.weight(module) ?? []);
+export async function bindWeights(modules: readonly PackModule[], resolver: WeightResolver): Promise<WeightBinding[]> {
+  let weights = modules.flatMap((module) => resolver.weight(module) ?? []);
   const names = new Set(weights.map(({ name }) => name));
-  if (names.size < modules.length) weights = (await import("./mismatch.ts")).locateModules(locator, modules);
+  if (names.size < modules.length) weights = (await import("./mismatch.ts")).locateModules(resolver, modules);
   return modules.map((module, i) => ({ module, weight: weights[i]!, pristine: undefined, active: undefined }));
 }
 
@@ -44,82 +35,87 @@ export async function findSlots(modules: readonly PackModule[], locator: Locator
  * @param keep which copies: none when nothing is folded; `active` where the host has the weight in the CPU's memory
  * @throws BaseMismatchError when a fingerprint differs
  */
-export async function loadSlots(
-  slots: readonly Slot[],
+export async function loadWeights(
+  bindings: readonly WeightBinding[],
   host: WeightHost,
-  bench: Workbench,
+  kernels: KernelSession,
   bases: Uint8Array,
   keep: { pristine: boolean; active: boolean },
   options: ReadOptions & { anyBase?: boolean | undefined },
 ): Promise<void> {
-  for (const slot of slots) {
-    const { byteLength } = slot.weight;
-    const check = !options.anyBase && slot.module.fingerprint !== undefined;
+  for (const binding of bindings) {
+    const { byteLength } = binding.weight;
+    const check = !options.anyBase && binding.module.fingerprint !== undefined;
     if (!check && !keep.pristine && !keep.active) continue;
-    const { backend } = bench;
+    const { backend } = kernels;
     // Allocated first: memory that grows would detach the view that is read into.
-    if (keep.pristine) slot.pristine = bench.allocate(byteLength, "pristine");
-    const placed = placeOf(host, slot, bench);
-    slot.active = placed ?? (keep.active ? at(bench.allocate(byteLength, "active")) : undefined);
+    if (keep.pristine) binding.pristine = kernels.allocate(byteLength, "pristine");
+    const placed = placeOf(host, binding, kernels);
+    binding.active = placed ?? (keep.active ? at(kernels.allocate(byteLength, "active")) : undefined);
     let bytes: Uint8Array | undefined;
     if (placed) {
-      if (slot.pristine) backend.copy(placed, at(slot.pristine), byteLength);
+      if (binding.pristine) backend.copy(placed, at(binding.pristine), byteLength);
       if (check) bytes = await backend.read!(placed, byteLength);
     } else {
-      const into = slot.pristine && backend.view?.(at(slot.pristine), byteLength);
-      bytes = await readWeight(host, slot, into, options);
+      const into = binding.pristine && backend.view?.(at(binding.pristine), byteLength);
+      bytes = await readWeight(host, binding, into, options);
       // A host need not read into what it is offered.
-      if (slot.pristine && bytes.buffer !== into?.buffer) backend.upload(at(slot.pristine), bytes);
-      if (slot.active) backend.upload(slot.active, bytes);
+      if (binding.pristine && bytes.buffer !== into?.buffer) backend.upload(at(binding.pristine), bytes);
+      if (binding.active) backend.upload(binding.active, bytes);
     }
     if (!check) continue;
     // Packs that were made without a base have no fingerprints.
-    const { checkFingerprint, SAME_FLOAT, weightAt } = await import("./mismatch.ts");
-    const { name, dtype, transposed } = slot.weight;
-    const values = weightAt(bytes!, dtype, slot.module.out, slot.module.in, transposed);
-    checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);
+    (await import("./mismatch.ts")).checkWeight(binding.module, binding.weight, bytes!, bases);
   }
 }
 
 /** Finds the weight in the host's own memory on the backend's device; undefined where it lies elsewhere. */
-export function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workbench): Slice | undefined {
+export function placeOf(host: WeightHost, { weight }: WeightBinding, { backend }: KernelSession): Slice | undefined {
   const view = host.view?.(weight.name);
   return view && onDevice(view.data) ? { block: backend.adopt!(view.data), byteOffset: view.byteOffset } : undefined;
-}
-
-/**
- * Lets a host make its weights ready to be folded in place, which may move them.
- * @param slots whose weights lie on the device
- */
-async function settleWeights(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
-  await host.settle!(slots.map(({ weight }) => weight.name));
-  for (const slot of slots) {
-    const [before, place] = [slot.active!.block, placeOf(host, slot, bench)];
-    if (!place) throw new TypeError(`the host's "${slot.weight.name}" lies on no device any more`);
-    slot.active = place;
-    if (place.block !== before) bench.backend.free(before);
-  }
 }
 
 /** @throws BaseMismatchError when the host gives fewer bytes than the weight has */
 export async function readWeight(
   host: WeightHost,
-  { module, weight }: Slot,
+  { module, weight }: WeightBinding,
   into: Uint8Array | undefined,
   { signal }: ReadOptions,
 ): Promise<Uint8Array> {
   const view = await host.read(weight.name, into, { signal });
   const bytes = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + weight.byteLength);
   if (bytes.length === weight.byteLength) return bytes;
-  throw new BaseMismatchError(
-    `the base gave ${bytes.length} bytes for "${weight.name}", which has ${weight.byteLength}`,
-    {
-      module: module.name,
-      expected: weight.byteLength,
-      found: bytes.length,
-    },
-  );
+  const message = `the base gave ${bytes.length} bytes for "${weight.name}", which has ${weight.byteLength}`;
+  throw new BaseMismatchError(message, { module: module.name, expected: weight.byteLength, found: bytes.length });
 }
+
+/** Brings tasks to where a runtime has them: the weights, or terms. */
+export interface TaskWriter {
+  /** Reads all that a change needs before anything is changed. */
+  prepare(
+    plans: readonly ModulePlan[],
+    resolved: ResolvedParameters,
+    host: WeightHost,
+    signal: AbortSignal | undefined,
+  ): Promise<WeightChange>;
+  /**
+   * Makes a change. Where it fails, or is aborted in a pause of long work, the task from before stays or is put back.
+   * @param former gives the change that made it
+   * @returns marks what was written as the new task's: call it together with what else the task changes
+   * @throws BackendError when the former task cannot be put back
+   */
+  write(
+    change: WeightChange,
+    context: FoldContext,
+    former: () => Promise<WeightChange>,
+    signal: AbortSignal | undefined,
+  ): Promise<() => void>;
+}
+
+/** Parameters that tasks bring, with the bytes of adapted weights among them. */
+type ResolvedParameters = Pick<WeightChange, "parameters" | "tables"> & {
+  readonly weights: ReadonlyMap<number, Uint8Array>;
+};
 
 /** A change from one selection to the next. */
 export interface WeightChange {
@@ -136,223 +132,190 @@ export interface WeightChange {
 
 /** The backend and host that a change is made in. */
 export interface FoldContext {
-  readonly bench: Workbench;
+  readonly kernels: KernelSession;
   readonly host: WeightHost;
   /** The base's value of another parameter; undefined where it has none. */
   pristine(name: string): CpuView | undefined;
 }
 
-/** A change whose memory is there, and that the host agrees to. */
-interface Fold {
-  /** Modules, by index, whose weights the backend holds, and whose pass through it. */
-  readonly held: readonly number[];
-  readonly passing: readonly number[];
-  /** Other parameters that are written. */
-  readonly names: ReadonlySet<string>;
-  readonly transaction: Transaction | undefined;
-  /** Folds a weight. Yields between pieces of work. */
-  weight(index: number): Generator<void>;
-  /** The place of a weight that is folded; valid until the next one for those of `passing`. */
-  place(index: number): Slice;
-}
-
-/** Modules and other parameters that may differ from the base. */
-interface Touched {
+/** Modules, by index, and other parameters, by the base's names, that may differ from the base. */
+interface Changed {
   readonly modules: ReadonlySet<number>;
   readonly names: ReadonlySet<string>;
 }
 
-const NOTHING: Touched = { modules: new Set(), names: new Set() };
+const NOTHING: Changed = { modules: new Set(), names: new Set() };
 
-/** The weights, and whether they are one task's. */
-export class FoldedWeights {
-  readonly #slots: readonly Slot[];
-  #touched = NOTHING;
-  /** Why they are no task's; undefined where they are. */
-  #torn: Error | undefined;
+/** The adapted weights: those of one task, or inconsistent while a change is made and after one that could not be undone. */
+export class FoldedWeights implements TaskWriter {
+  readonly #bindings: readonly WeightBinding[];
+  #changed = NOTHING;
+  /** Thrown at readers while the weights are not those of one task. */
+  #inconsistent: Error | undefined;
 
-  constructor(slots: readonly Slot[]) {
-    this.#slots = slots;
+  constructor(bindings: readonly WeightBinding[]) {
+    this.#bindings = bindings;
   }
 
-  /** @throws BackendError while the weights are no task's */
+  /** @throws BackendError while the weights are not those of one task */
   check(): void {
-    if (this.#torn) throw this.#torn;
+    if (this.#inconsistent) throw this.#inconsistent;
   }
 
   /** Modules that the active task changes. @throws BackendError as `check` */
   get modules(): ReadonlySet<number> {
     this.check();
-    return this.#touched.modules;
+    return this.#changed.modules;
   }
 
   /** After a restart the weights are the base's, and another task is to be active. */
   restart(): void {
-    this.#touched = NOTHING;
-    this.#torn = between("webgpu");
+    this.#changed = NOTHING;
+    this.#inconsistent = between("webgpu");
   }
 
-  /**
-   * Reads the pristine weights that a change needs and memory does not hold, all of them before anything is changed.
-   * @param resolved with the bytes of adapted weights that the tasks bring whole or by rows
-   */
   async prepare(
     plans: readonly ModulePlan[],
-    {
-      weights: replaced,
-      parameters,
-      tables,
-    }: Pick<WeightChange, "parameters" | "tables"> & { readonly weights: ReadonlyMap<number, Uint8Array> },
+    { weights: replaced, parameters, tables }: ResolvedParameters,
     host: WeightHost,
     signal: AbortSignal | undefined,
   ): Promise<WeightChange> {
     const modules = new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
     const weights = new Map<number, Uint8Array | undefined>();
-    for (const index of new Set([...this.#touched.modules, ...modules])) {
-      const slot = this.#slots[index]!;
-      const kept = replaced.has(index) || slot.pristine;
-      weights.set(index, kept ? replaced.get(index) : await readWeight(host, slot, undefined, { signal }));
+    for (const index of new Set([...this.#changed.modules, ...modules])) {
+      const binding = this.#bindings[index]!;
+      const kept = replaced.has(index) || binding.pristine;
+      weights.set(index, kept ? replaced.get(index) : await readWeight(host, binding, undefined, { signal }));
     }
     return { plans, modules, weights, parameters, tables };
   }
 
-  /**
-   * Makes a change. Where it fails, or is aborted in a pause of long work, the weights from before are put back.
-   * @param former gives the change that made them
-   * @returns marks the weights as the new task's: call it together with what else the task changes
-   * @throws BackendError when they cannot be put back: they are no task's then, until a change is made
-   */
   async write(
     change: WeightChange,
     context: FoldContext,
     former: () => Promise<WeightChange>,
     signal: AbortSignal | undefined,
   ): Promise<() => void> {
-    const [before, sound] = [this.#touched, !this.#torn];
-    const fold = this.#begin(change, context);
+    const changed = this.#changed;
+    const inconsistent = this.#inconsistent;
     try {
-      return await this.#put(change, context, fold, signal);
+      return await this.#apply(change, context, signal);
     } catch (error) {
-      // A rollback that failed is told already; and weights that were no task's before have nothing to go back to.
-      if (error === this.#torn || !sound) throw error;
-      if (context.host.view || fold.held.length > 0) await this.#putBack(error, context, former);
-      else this.#touched = before;
-      this.#torn = undefined;
+      // Nothing was written yet, or a rollback has failed; or there was nothing consistent to go back to.
+      if (inconsistent || !this.#inconsistent || error === this.#inconsistent) throw error;
+      const { host, kernels } = context;
+      try {
+        // A transaction puts back what it was given; what was written in place is written again.
+        if (host.view || !host.begin) (await this.#apply(await former(), context))();
+      } catch (second) {
+        throw (this.#inconsistent = cannotPutBack(error, second, kernels.backend.name));
+      }
+      this.#changed = changed;
+      this.#inconsistent = undefined;
       throw error;
     }
   }
 
-  /** Does all that can fail before something is changed: takes memory, uploads coefficients, asks the host. */
-  #begin({ plans, modules, weights, parameters, tables }: WeightChange, { bench, host }: FoldContext): Fold {
-    const slots = this.#slots;
-    bench.prepare(plans);
-    const touched = [...weights.keys()];
-    const passing = touched.filter((index) => !slots[index]!.active);
-    const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
-    const planOf = new Map(plans.map((plan) => [plan.module, plan]));
-    const names = new Set([...this.#touched.names, ...parameters.keys()]);
-    const weightOf = (index: number): string => slots[index]!.weight.name;
-    // What goes back to the base's value does so for all that share its memory.
-    const changed = [...[...modules].map(weightOf), ...parameters.keys()].filter((name) => !tables.has(name));
-    const alone = [...plans.map(({ module }) => weightOf(module)), ...changed];
-    return {
-      ...{ passing, held: touched.filter((index) => slots[index]!.active), names },
-      transaction: host.begin?.([...touched.map(weightOf), ...names], alone),
-      place: (index) => slots[index]!.active ?? passage,
-      *weight(index) {
-        const { weight, pristine, active: out = passage } = slots[index]!;
-        const fresh = weights.get(index);
-        if (fresh) bench.backend.upload(out, fresh);
-        const base = fresh ? out : at(pristine!);
-        const plan = planOf.get(index);
-        if (plan) yield* bench.fold(plan, weight, base, out);
-        else if (!fresh) bench.copy(base, out, weight.byteLength);
-        // A pause may follow.
-        yield;
-      },
-    };
-  }
-
-  async #put(
-    { modules, weights, parameters }: WeightChange,
-    { bench, host, pristine }: FoldContext,
-    fold: Fold,
+  async #apply(
+    change: WeightChange,
+    { kernels, host, pristine }: FoldContext,
     signal?: AbortSignal,
   ): Promise<() => void> {
-    const { held, names, transaction } = fold;
-    this.#touched = { modules: new Set(weights.keys()), names };
-    this.#torn ??= between(bench.backend.name);
+    // All that can fail before something is changed: memory, the upload of coefficients, the host's consent.
+    const { plans, modules, weights, parameters, tables } = change;
+    const { backend } = kernels;
+    kernels.prepare(plans);
+    const planOf = new Map(plans.map((plan) => [plan.module, plan]));
+    const jobs = Array.from(weights, ([index, fresh]): WeightJob => {
+      return { binding: this.#bindings[index]!, plan: planOf.get(index), fresh, changes: modules.has(index) };
+    });
+    const held = jobs.filter(({ binding }) => binding.active);
+    const passing = jobs.filter(({ binding }) => !binding.active);
+    const passage = kernels.reserve("weight", Math.max(0, ...passing.map(({ binding }) => binding.weight.byteLength)));
+    const names = new Set([...this.#changed.names, ...parameters.keys()]);
+    // What goes back to the base's value does so for all that share its memory.
+    const alone = [...namesOf(jobs.filter(({ changes }) => changes)), ...parameters.keys()];
+    const transaction = host.begin?.(
+      [...namesOf(jobs), ...names],
+      [...namesOf(jobs.filter(({ plan }) => plan)), ...alone.filter((name) => !tables.has(name))],
+    );
+    this.#changed = { modules: new Set(weights.keys()), names };
+    this.#inconsistent ??= between(backend.name);
     const pause = pacer(signal);
     try {
-      if (host.settle && held.length > 0)
-        await settleWeights(
-          host,
-          held.map((index) => this.#slots[index]!),
-          bench,
-        );
-      for (const index of held) {
-        const turn = paced(fold.weight(index), pause);
+      if (held.length > 0) await host.flush?.(namesOf(held));
+      for (const job of held) {
+        if (host.flush) follow(host, job.binding, kernels);
+        const turn = paced(fold(job, passage, kernels), pause);
         if (turn) await turn;
       }
-      if (transaction) await this.#pass(fold, transaction, bench, pause);
-      for (const name of transaction ? names : []) {
-        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
+      // A device gives all weights first, since a host takes them without a pause once the device is waited for.
+      const fetched = new Map<WeightJob, Uint8Array>();
+      for (const job of backend.read ? passing : []) {
+        atOnce(fold(job, passage, kernels));
+        fetched.set(job, await backend.read!(passage, job.binding.weight.byteLength));
       }
-      await bench.backend.finish();
+      if (backend.read) await backend.finish();
+      for (const job of passing) {
+        const { name, dtype, shape, byteLength } = job.binding.weight;
+        // Await only what pauses: short work in the caller's own memory is done in one go.
+        const turn = backend.view && paced(fold(job, passage, kernels), pause);
+        if (turn) await turn;
+        const data = fetched.get(job) ?? backend.view!(passage, byteLength);
+        const written = transaction!.write(name, { dtype, shape, data, byteOffset: 0 });
+        if (written) await written;
+      }
+      for (const name of transaction ? names : [])
+        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
+      await backend.finish();
       await transaction?.commit();
     } catch (error) {
       try {
         await transaction?.rollback();
       } catch (second) {
-        throw this.#doubt(error, second, bench);
+        throw (this.#inconsistent = cannotPutBack(error, second, backend.name));
       }
       throw error;
     }
     return () => {
-      this.#touched = { modules, names: new Set(parameters.keys()) };
-      this.#torn = undefined;
+      this.#changed = { modules, names: new Set(parameters.keys()) };
+      this.#inconsistent = undefined;
     };
   }
+}
 
-  /** Passes weights into a host, one by one. */
-  async #pass(
-    { passing, weight, place }: Fold,
-    transaction: Transaction,
-    { backend }: Workbench,
-    pause: Pause,
-  ): Promise<void> {
-    // A device gives all of them first, since a host takes them without a pause once the device is waited for.
-    const fetched = new Map<number, Uint8Array>();
-    for (const index of backend.read ? passing : []) {
-      atOnce(weight(index));
-      fetched.set(index, await backend.read!(place(index), this.#slots[index]!.weight.byteLength));
-    }
-    if (backend.read) await backend.finish();
-    for (const index of passing) {
-      const { name, dtype, shape, byteLength } = this.#slots[index]!.weight;
-      // Await only what pauses: short work in the caller's own memory is done in one go.
-      const turn = fetched.has(index) ? undefined : paced(weight(index), pause);
-      if (turn) await turn;
-      const data = fetched.get(index) ?? backend.view!(place(index), byteLength);
-      const written = transaction.write(name, { dtype, shape, data, byteOffset: 0 });
-      if (written) await written;
-    }
-  }
+/** A weight that a change writes. */
+interface WeightJob {
+  readonly binding: WeightBinding;
+  readonly plan: ModulePlan | undefined;
+  /** The bytes that ΔW is added to, where that is not the pristine copy. */
+  readonly fresh: Uint8Array | undefined;
+  /** Whether it differs from the base then. */
+  readonly changes: boolean;
+}
 
-  /** Writes the weights from before again. @throws BackendError when that fails too */
-  async #putBack(error: unknown, context: FoldContext, former: () => Promise<WeightChange>): Promise<void> {
-    try {
-      const change = await former();
-      (await this.#put(change, context, this.#begin(change, context)))();
-    } catch (second) {
-      throw this.#doubt(error, second, context.bench);
-    }
-  }
+function namesOf(jobs: readonly WeightJob[]): string[] {
+  return jobs.map(({ binding }) => binding.weight.name);
+}
 
-  /** Remembers that the weights are no task's. @param second why they could not be put back */
-  #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
-    return (this.#torn = cannotPutBack(error, second, backend.name));
-  }
+/** Folds a weight where it is held, or into the passage. Yields between pieces of work. */
+function* fold({ binding, plan, fresh }: WeightJob, passage: Slice, kernels: KernelSession): Generator<void> {
+  const { weight, pristine, active: to = passage } = binding;
+  if (fresh) kernels.backend.upload(to, fresh);
+  const base = fresh ? to : at(pristine!);
+  if (plan) yield* kernels.fold(plan, weight, base, to);
+  else if (!fresh) kernels.copy(base, to, weight.byteLength);
+  // A pause may follow.
+  yield;
+}
+
+/** Finds a weight on the device again, where the host may have moved it. */
+function follow(host: WeightHost, binding: WeightBinding, kernels: KernelSession): void {
+  const former = binding.active!.block;
+  const place = placeOf(host, binding, kernels);
+  if (!place) throw new TypeError(`the host's "${binding.weight.name}" lies on no device any more`);
+  binding.active = place;
+  if (place.block !== former) kernels.backend.free(former);
 }
 
 function between(backend: string): BackendError {

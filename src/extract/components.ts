@@ -1,10 +1,116 @@
 /**
- * Principal components of a stack of rows (Algorithm 1 of the paper): mean, singular values, right singular vectors, as
- * many as asked but never a direction that is only rounding error. In f64, from whichever Gram matrix is smaller. Knows
- * nothing of tasks, gauges or stored types.
+ * Components of one module (Algorithm 1 of the paper): the adapters of a module become two bases, stored once, and coefficients per task, a
+ * row of a factor each. Principal components of a stack of rows are computed in f64, from whichever Gram matrix is smaller, as many as
+ * asked but never a direction that is only rounding error. Works on one module at a time, on arrays only: no files, no pack.
  */
-import { type Eigen, largestEigen, type Operator, symmetricEigen } from "./eigen.ts";
-import { addScaled, norm, PLAIN, type Products, rowSquares, scale, straighten, transpose } from "./linalg.ts";
+import type { Dtype } from "../tensor/dtypes.ts";
+import { encodeSteps, encodeTensor, storing, toInteger } from "../tensor/dtypes.ts";
+import { FACTORS } from "../tensor/term.ts";
+import {
+  alignSigns,
+  balance,
+  componentSteps,
+  fewBits,
+  leadingRows,
+  mirror,
+  mix,
+  type Pair,
+  rowSteps,
+} from "./factors.ts";
+import {
+  addScaled,
+  centred,
+  dominant,
+  dot,
+  type Eigen,
+  lengthened,
+  norm,
+  PLAIN,
+  type Products,
+  ROUNDING,
+  rowSquares,
+  scale,
+  symmetricEigen,
+  transpose,
+} from "./linalg.ts";
+import {
+  type Gauge,
+  type ModuleMember,
+  mirrors,
+  openModule,
+  type ProjectedTask,
+  projectTargets,
+  type StoredBasis,
+  targetsOf,
+  toPair,
+} from "./subspace.ts";
+
+/** Whether the mean of the rows is subtracted and stored, or not used at all. */
+export type Centering = "keep" | "none";
+
+/** How many components a side keeps, never more than its numerical rank: `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them. */
+export type ComponentSelection =
+  | { readonly kind: "k"; readonly k: number }
+  | { readonly kind: "energy"; readonly share: number };
+
+/** How the components of one module are found. */
+export interface ExtractOptions {
+  readonly gauge: Gauge;
+  /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only. Default: all. */
+  readonly rank?: number | undefined;
+  readonly centering: Centering;
+  /**
+   * Whether every task counts alike when components are sought, however large its update is: one a thousand times larger than the
+   * others would have them to itself. Default: false.
+   */
+  readonly normalize?: boolean | undefined;
+  readonly select: ComponentSelection;
+  readonly basisDtype: Dtype;
+  readonly coefficientDtype: Dtype;
+  /**
+   * Steps, one for each member of a stack: how much ΔW changes from one integer of a coefficient or a component to the next. All are then integers with steps that make them equally coarse for ΔW, whatever the types say: coefficients int8, components
+   * as many bits as they need.
+   */
+  readonly steps?: readonly number[] | undefined;
+  /** What multiplies large matrices: half the time of an extraction is spent there. Default: the plain loops. */
+  readonly products?: Products | undefined;
+}
+
+/** How many components a selection asks for, or what says so, given the singular values. */
+export function wanted({
+  select,
+}: Pick<ExtractOptions, "select">): number | ((singular: Float64Array, total: number) => number) {
+  if (select.kind === "k") return select.k;
+  if (select.share === 1) return (singular) => singular.length;
+  return (singular, total) => {
+    let held = 0;
+    let k = 0;
+    while (k < singular.length && held < select.share * total) held += singular[k++]! ** 2;
+    return k;
+  };
+}
+
+/** @throws RangeError for a rank that cannot be kept */
+export function checkRank({ rank, gauge }: Pick<ExtractOptions, "rank" | "gauge">): void {
+  if (rank === undefined) return;
+  if (!(Number.isInteger(rank) && rank >= 1 && rank <= 65_535))
+    throw new RangeError(`rank must be a whole number from 1 to 65535, got ${rank}`);
+  if (gauge !== "balanced")
+    throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
+}
+
+/** @throws RangeError for a number out of range */
+export function checkSelection(select: ComponentSelection): void {
+  const { kind }: { readonly kind: string } = select;
+  if (kind !== "k" && kind !== "energy")
+    throw new RangeError(`select.kind must be "k" or "energy", got "${kind}"; for an error or a size take searchPack`);
+  if (select.kind === "k" && !(Number.isInteger(select.k) && select.k >= 1)) {
+    throw new RangeError(`select.k must be a whole number from 1, got ${select.k}`);
+  }
+  if (select.kind === "energy" && !(select.share > 0 && select.share <= 1)) {
+    throw new RangeError(`select.share must be above 0 and at most 1, got ${select.share}`);
+  }
+}
 
 /** The singular value decomposition of a stack as far as it was asked for. */
 export interface Components {
@@ -13,21 +119,13 @@ export interface Components {
   /** [count, width], orthonormal within 1e-8, strongest first, the largest entry of each positive. */
   vectors: Float64Array;
   /**
-   * All min(rows, width) singular values, descending, or only those of the components where a number of them was asked for that
-   * could be found without the rest. Those below 1e-7 of the largest are rounding errors unless the components asked for go
-   * down to them.
+   * All min(rows, width) singular values, descending. Those below 1e-7 of the largest are rounding errors unless the components asked for
+   * go down to them.
    */
   singular: Float64Array;
   /** ‖X‖², the sum of the squared singular values; 0 where no row is above its floor. */
   total: number;
 }
-
-/**
- * A row is represented when what is left of it is below this share of its length: one step of f32, which is what
- * storing components and coefficients in f32 loses anyway. What lies below is the rounding error of trained weights,
- * not a direction.
- */
-export const ROUNDING: number = 2 ** -23;
 
 /**
  * Squared singular values below this share of the largest are not taken from a Gram matrix: squaring leaves of them
@@ -49,16 +147,6 @@ export function columnMeans(x: Float64Array, rows: number, width: number, weight
   return mean.map((sum) => Math.fround(sum / total));
 }
 
-/** A copy of rows [rows, width] without `mean`; just a copy where that is undefined. */
-export function centred(x: Float64Array, rows: number, width: number, mean: Float64Array | undefined): Float64Array {
-  if (!mean) return x.slice();
-  const out = new Float64Array(rows * width);
-  for (let at = 0; at < out.length; at += width) {
-    for (let j = 0; j < width; j++) out[at + j] = x[at + j]! - mean[j]!;
-  }
-  return out;
-}
-
 /**
  * The strongest components of X [rows, width].
  *
@@ -78,7 +166,7 @@ export function principalComponents(
   products: Products = PLAIN,
 ): Components {
   const limit = Math.min(rows, width);
-  let singular = new Float64Array(limit);
+  const singular = new Float64Array(limit);
   const vectors = new Float64Array(limit * width);
   let rest = x;
   let count = 0;
@@ -91,9 +179,7 @@ export function principalComponents(
       if (level === 0) total = 0;
       break;
     }
-    const few = level === 0 && typeof choose === "number" ? Math.min(limit, choose) : undefined;
-    const eigen = gramEigen(rest, rows, width, products, few);
-    if (eigen.values.length < limit) singular = new Float64Array(eigen.values.length);
+    const eigen = gramEigen(rest, rows, width, products);
     const strongest = eigen.values[0]!;
     let resolved = 0;
     for (let i = 0; count + i < singular.length; i++) {
@@ -101,7 +187,7 @@ export function principalComponents(
       singular[count + i] = Math.sqrt(value);
       if (value > RESOLVED * strongest) resolved++;
     }
-    if (level === 0) wanted = few ?? Math.min(limit, typeof choose === "number" ? choose : choose(singular, total));
+    if (level === 0) wanted = Math.min(limit, typeof choose === "number" ? choose : choose(singular, total));
     const take = Math.min(wanted - count, resolved);
     if (take <= 0) break;
     vectors.set(eigen.vectors(take), count * width);
@@ -164,14 +250,9 @@ export function coordinates(x: Float64Array, rows: number, width: number, produc
   return { count, singular, total, along, strongest };
 }
 
-/**
- * Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way.
- * @param few so many are enough, where they are found alone for less
- */
-function gramEigen(x: Float64Array, rows: number, width: number, products: Products, few?: number): Eigen {
-  const found = few === undefined ? undefined : fewEigen(x, rows, width, few, products);
-  const eigen =
-    found ?? symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
+/** Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way. */
+function gramEigen(x: Float64Array, rows: number, width: number, products: Products): Eigen {
+  const eigen = symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
   if (rows > width) return eigen;
   return {
     values: eigen.values,
@@ -187,33 +268,6 @@ function smallerGram(x: Float64Array, rows: number, width: number, products: Pro
   return rows > width ? products.gram(transpose(x, rows, width), width, rows) : products.gram(x, rows, width);
 }
 
-/** The largest eigenpairs alone; undefined where that does not pay, or where one is not resolved. */
-function fewEigen(x: Float64Array, rows: number, width: number, few: number, products: Products): Eigen | undefined {
-  // G = Y·Yᵀ, where Y [n, other] is X or lies across it.
-  const across = rows > width;
-  const [n, other] = across ? [width, rows] : [rows, width];
-  const { multiply, multiplyTransposed } = products;
-  const [toY, fromY] = across ? [multiplyTransposed, multiply] : [multiply, multiplyTransposed];
-  const half = (v: Float64Array, k: number): Float64Array => fromY(v, x, k, n, other);
-  const operator: Operator = {
-    n,
-    apply: (v, k) => half(toY(v, x, k, other, n), k),
-    start: (k, random) =>
-      half(
-        Float64Array.from({ length: k * other }, () => random() - 0.5),
-        k,
-      ),
-  };
-  const release = products.hold?.(x);
-  try {
-    const found = largestEigen(operator, few, products);
-    if (!found || found.values.at(-1)! <= RESOLVED * found.values[0]!) return undefined;
-    return { values: found.values, vectors: () => found.vectors };
-  } finally {
-    release?.();
-  }
-}
-
 /**
  * Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough).
  */
@@ -225,8 +279,9 @@ export function orthonormalize(
   singular: Float64Array,
 ): void {
   for (let k = from; k < from + count; k++) {
-    const weak = singular[k]! < WEAK * singular[0]!;
-    for (let pass = 0; pass < (weak ? 2 : 0); pass++) straighten(v, k, width);
+    const isWeak = singular[k]! < WEAK * singular[0]!;
+    for (let pass = 0; pass < (isWeak ? 2 : 0); pass++)
+      for (let j = 0; j < k; j++) addScaled(-dot(v, j * width, v, k * width, width), v, j * width, v, k * width, width);
     scale(1 / norm(v, k * width, width), v, k * width, width);
   }
 }
@@ -254,9 +309,245 @@ export function fixSigns(vectors: Float64Array, count: number, width: number): v
   }
 }
 
-/** The entry of largest magnitude among `count` values from `at`, the first of equals. */
-export function dominant(x: Float64Array, at: number, count: number): number {
-  let peak = 0;
-  for (let k = at; k < at + count; k++) if (Math.abs(x[k]!) > Math.abs(peak)) peak = x[k]!;
-  return peak;
+/** One side's basis, ready to be written, and what is known of the stack it came from. */
+export interface SideBasis extends StoredBasis {
+  /** Singular values of the (centred) stack, descending, min(rows, width) of them; the smallest may be rounding. */
+  singular: Float64Array;
+  /** Share of the squared singular values that the components hold; 1 where there are none to hold. */
+  explained: number;
+}
+
+/** One side of a stack, decomposed. */
+export interface Side {
+  width: number;
+  /** All tasks' rows, stacked [Σ ranks, width], those without coefficients too. */
+  rows: Float64Array;
+  mean: Float64Array | undefined;
+  components: Components;
+}
+
+/**
+ * Mean and components of one side.
+ * @param all factors whole
+ * @param factors what is kept of them
+ */
+export function decompose(
+  all: readonly Float64Array[],
+  factors: readonly Float64Array[],
+  width: number,
+  options: ExtractOptions,
+): Side {
+  const rows = stacked(factors);
+  const count = rows.length / width;
+  const own = rowSquares(rows, count, width).map(Math.sqrt);
+  if (options.gauge === "balanced") {
+    // Row i counts in ΔW by its square, s_i, and carries the rounding errors of all of ΔW, s_1, magnified by √s_i.
+    let at = 0;
+    for (const factor of factors) {
+      const first = own[at]!;
+      for (const end = at + factor.length / width; at < end; at++) own[at] = own[at]! > 0 ? first ** 2 / own[at]! : 0;
+    }
+  }
+  const weights = options.normalize ? ofRows(factors.map(reciprocal), factors, width) : undefined;
+  const apart = meanWeights(factors, width, options.normalize);
+  const counted = apart && ofRows(apart, factors, width);
+  const mean = options.centering === "keep" ? columnMeans(rows, count, width, counted) : undefined;
+  const x = centred(rows, count, width, mean);
+  // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
+  const left = rowSquares(x, count, width);
+  const floors = own.map((size, i) => ROUNDING * Math.max(size, Math.sqrt(left[i]!)));
+  weights?.forEach((weight, i) => {
+    scale(weight, x, i * width, width);
+    floors[i]! *= weight;
+  });
+  const components = principalComponents(x, count, width, floors, wanted(options), options.products);
+  return { width, rows: options.rank === undefined ? rows : stacked(all), mean, components };
+}
+
+/** Tasks whose rows are so many times as long as those of others: a mean of both would take digits from the shorter ones. */
+const FAR_APART = 8;
+
+/**
+ * What the rows of each factor count in their mean. All rows count alike, as in the paper, unless tasks are to count alike, or a mean would
+ * be much longer than the rows of some: coefficients cancel it to the digits of f32 of the longer one.
+ * @returns undefined where all count alike
+ */
+export function meanWeights(
+  factors: readonly Float64Array[],
+  width: number,
+  normalize: boolean | undefined,
+): number[] | undefined {
+  let [shortest, longest] = [Infinity, 0];
+  for (const factor of factors) {
+    const length = norm(factor) / Math.sqrt(factor.length / width);
+    if (length > 0) [shortest, longest] = [Math.min(shortest, length), Math.max(longest, length)];
+  }
+  if (!normalize && longest <= FAR_APART * shortest) return undefined;
+  // Least squares of factors that are scaled to one length.
+  return factors.map((factor) => reciprocal(factor) ** 2);
+}
+
+/** A number of each factor, for each of its rows. */
+function ofRows(numbers: readonly number[], factors: readonly Float64Array[], width: number): number[] {
+  return factors.flatMap((factor, i) => Array<number>(factor.length / width).fill(numbers[i]!));
+}
+
+/** Reciprocal of a factor's length; 0 where the length is 0. */
+export function reciprocal(factor: Float64Array): number {
+  return 1 / (norm(factor) || Infinity);
+}
+
+/** The rows of factors, one below the other. */
+export function stacked(factors: readonly Float64Array[]): Float64Array {
+  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
+  let at = 0;
+  for (const factor of factors) {
+    rows.set(factor, at);
+    at += factor.length;
+  }
+  return rows;
+}
+
+/** How components are stored. */
+export interface StoredAs {
+  readonly type: Dtype;
+  /** Steps of their integers and of the mean's; those that would be all zeros are left out. `type` then means nothing. */
+  readonly steps?: Float64Array | undefined;
+}
+
+/** The first `count` components and the mean as they are stored. */
+export function encodeSide(side: Omit<Side, "rows">, most: number, stored: StoredAs, products?: Products): SideBasis {
+  const { type, steps } = stored;
+  const mixed = !steps && fewBits(type);
+  const { width, mean } = side;
+  const { vectors, singular, total } = side.components;
+  const first = vectors.subarray(0, most * width);
+  const all = new Float64Array((most + (mean ? 1 : 0)) * width);
+  all.set(mixed ? mix(first, most, width, products) : first);
+  if (mean) all.set(mean, most * width);
+  const count = steps ? alive(all, most, width, steps) : most;
+  if (count === 0 && !mean) {
+    // No reader takes a side with neither components nor a mean.
+    const zeros = { ...side, mean: new Float64Array(width) };
+    return encodeSide(zeros, 0, { type, steps: steps && Float64Array.of(1) }, products);
+  }
+  // The mean lies behind the components that are left.
+  const values = all.copyWithin(count * width, most * width).subarray(0, all.length - (most - count) * width);
+  const rows = values.length / width;
+  let held = 0;
+  for (let k = 0; k < count; k++) held += singular[k]! ** 2;
+  const own = steps && [...steps.subarray(0, count), ...(mean ? [steps.at(-1)!] : [])];
+  const encoded = own
+    ? encodeSteps(values, rows, width, own)
+    : { dtype: type, encoded: encodeTensor(type, values, rows, width, undefined, products?.findScale) };
+  return {
+    ...encoded,
+    components: count,
+    width,
+    mean: mean !== undefined,
+    singular,
+    explained: total > 0 ? Math.min(1, held / total) : 1,
+  };
+}
+
+/** How many components there are up to the last that does not become all zeros. */
+function alive(values: Float64Array, count: number, width: number, steps: Float64Array): number {
+  for (let k = count; k > 0; k--) {
+    const row = values.subarray((k - 1) * width, k * width);
+    const step = steps[k - 1]!;
+    if (step > 0 && row.some((value) => toInteger(value / step, 1) !== 0)) return k;
+  }
+  return 0;
+}
+
+/** All adapters that adapt one module. Ranks may differ. */
+export interface ModuleStack {
+  name: string;
+  out: number;
+  in: number;
+  members: readonly ModuleMember[];
+}
+
+/** Everything a pack stores of one module, and its errors. */
+export interface ModuleExtraction {
+  A: SideBasis;
+  B: SideBasis;
+  /** Projected tasks, in the order of the stack. */
+  tasks: ProjectedTask[];
+}
+
+/**
+ * Extracts one module.
+ * @throws RangeError for wrong shapes, NaN or infinity, options out of range, and values that do not fit the stored types
+ */
+export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
+  checkSelection(options.select);
+  checkRank(options);
+  if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
+  const { basisDtype: type, coefficientDtype, products, rank } = options;
+  const { pairs, kept } = gaugedPairs(stack, options);
+  const ranks = pairs.map((pair) => pair.rank);
+  const steps = options.steps && kept.map((pair, i) => rowSteps(pair, options.steps![i]!));
+  const extractSide = (which: "A" | "B"): { side: Side; basis: SideBasis } => {
+    const key = FACTORS[which];
+    const width = which === "A" ? stack.in : stack.out;
+    const factors = (of: readonly Pair[]): Float64Array[] => of.map((pair) => pair[key]);
+    const side = decompose(factors(pairs), factors(kept), width, options);
+    if (!steps && mirrors(options)) mirror(side.rows, ranks, width, rank);
+    const { count, vectors } = side.components;
+    // Steps of rows that are not kept stay 0.
+    const own = steps && stacked(steps.map((task, i) => lengthened(task[key], ranks[i]!)));
+    const basis = storing(
+      `basis ${which} of "${stack.name}"`,
+      () => largestOf(stack, ranks, side),
+      () => encodeSide(side, count, { type, steps: own && componentSteps(side, vectors, own, products) }, products),
+    );
+    return { side, basis };
+  };
+  const A = extractSide("A");
+  const B = extractSide("B");
+  const space = openModule({ A: A.basis, B: B.basis }, products);
+  const a = targetsOf(space.A, A.side.rows, ranks, rank);
+  const b = targetsOf(space.B, B.side.rows, ranks, rank);
+  const tasks = stack.members.map(({ id }, i) => ({
+    id,
+    ...storing(`coefficients of "${stack.name}"`, id, () =>
+      projectTargets(space, a[i]!, b[i]!, coefficientDtype, steps?.[i]),
+    ),
+  }));
+  return { A: A.basis, B: B.basis, tasks };
+}
+
+/** The pairs of a stack in the gauge asked for, and what is kept of them as views. */
+function gaugedPairs(
+  stack: ModuleStack,
+  { gauge, centering, normalize, rank = Infinity, products }: ExtractOptions,
+): { pairs: Pair[]; kept: Pair[] } {
+  const given = stack.members.map((member) => toPair(member, stack.out, stack.in));
+  const pairs = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in, products)) : given;
+  const kept = pairs.map((pair) => leadingRows(pair, rank));
+  // A sign cancels between component and coefficient unless a mean is kept, which depends on it.
+  if (gauge === "balanced" && centering === "keep") {
+    const factors = kept.map(({ A }) => A);
+    const weights = meanWeights(factors, stack.in, normalize);
+    // Turned towards the mean that is stored, in which rows count by weights.
+    for (const [i, pair] of kept.entries()) scalePair(pair, weights?.[i] || 1);
+    alignSigns(kept, stack.out, stack.in);
+    for (const [i, pair] of kept.entries()) scalePair(pair, 1 / (weights?.[i] || 1));
+  }
+  return { pairs, kept };
+}
+
+function scalePair({ A, Bt }: Pair, factor: number): void {
+  for (const side of factor === 1 ? [] : [A, Bt]) scale(factor, side, 0, side.length);
+}
+
+/** Whose rows are the largest. */
+function largestOf({ members }: ModuleStack, ranks: readonly number[], { rows, width }: Side): string {
+  let at = 0;
+  const peaks = ranks.map((rank) => {
+    const own = rows.subarray(at * width, (at += rank) * width);
+    return own.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  });
+  return members[peaks.indexOf(Math.max(...peaks))]!.id;
 }

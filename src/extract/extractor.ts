@@ -6,40 +6,31 @@ import { openThread } from "#threads";
 import { BackendError } from "../errors.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import type { TensorRef } from "../format/format.ts";
-import { UnstorableError } from "../tensor/encode.ts";
-import { extractModule, type ModuleStack } from "./extract.ts";
-import { balance, pairOf, singularValues } from "./gauge.ts";
-import { spansOf } from "./groups.ts";
+import { UnstorableError } from "../tensor/dtypes.ts";
+import { type ExtractOptions, extractModule, type ModuleExtraction, type ModuleStack } from "./components.ts";
+import { pairOf, singularValues } from "./factors.ts";
 import type { Products } from "./linalg.ts";
-import type { ExtractOptions } from "./options.ts";
-import { extractMixed, type MixedExtraction, type PrivateOptions } from "./private.ts";
 import {
   type BySide,
+  balanced,
   openSides,
+  type RowFormat,
   type SideChoice,
   type SideCosts,
-  type SidesTask,
   sideCosts,
+  spansOf,
+  type TaskUpdate,
   takeSides,
 } from "./sides.ts";
 import type { StoredBasis } from "./subspace.ts";
 import type { Thread } from "./threads-web.ts";
 import { fastProducts } from "./wasm-products.ts";
 
-/** How a module is extracted, without what multiplies matrices: that belongs to where it is done. */
-type Without<O extends ExtractOptions> = Omit<O, "products">;
-
-/** What can be asked of a module. */
+/** The jobs of a module, or of a task's blob. What multiplies matrices belongs to where the work is done. */
 const JOBS = {
-  /** Its components and coefficients, with private terms where these are not 0. */
-  extract: (
-    stack: ModuleStack,
-    { privateTerms, ...options }: Without<PrivateOptions>,
-    products: Products,
-  ): MixedExtraction =>
-    privateTerms === 0
-      ? extractModule(stack, { ...options, products })
-      : extractMixed(stack, { ...options, privateTerms, products }),
+  /** Its components and coefficients. */
+  extract: (stack: ModuleStack, options: Omit<ExtractOptions, "products">, products: Products): ModuleExtraction =>
+    extractModule(stack, { ...options, products }),
   /** Singular values of every member's ΔW. */
   spectra: ({ members, out, in: inputs }: ModuleStack, _: undefined, products: Products): number[][] =>
     members.map((member) => singularValues(pairOf(member), out, inputs, products)),
@@ -57,7 +48,7 @@ const JOBS = {
   ): SideCosts[] => {
     const opened = openSides(bases, products);
     return members.map(({ id, ...member }, i) => {
-      const whole = balance(pairOf(member), shape.out, shape.in, products);
+      const whole = balanced(pairOf(member), { A: undefined, B: undefined }, shape, products);
       return { id, ...sideCosts(opened, whole, shape, steps[i]!) };
     });
   },
@@ -67,16 +58,18 @@ const JOBS = {
     {
       bases,
       choices,
-      steps,
+      formats,
+      rank,
     }: {
       readonly bases: BySide<readonly StoredBasis[]>;
       readonly choices: readonly BySide<SideChoice>[];
-      readonly steps: readonly number[];
+      readonly formats: readonly RowFormat[];
+      readonly rank?: number | undefined;
     },
     products: Products,
-  ): SidesTask[] => {
+  ): TaskUpdate[] => {
     const opened = openSides(bases, products);
-    return members.map((member, i) => takeSides(opened, shape, member, choices[i]!, steps[i]!, products));
+    return members.map((member, i) => takeSides(opened, shape, member, choices[i]!, formats[i]!, products, rank));
   },
   /** Codes the blob of a task where that takes fewer bytes. The blob is transferred: the caller loses it. */
   code: (

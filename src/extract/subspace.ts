@@ -1,24 +1,39 @@
 /**
- * A stored basis opened for projection: what the reader of a pack will see, decoded to f64, with all that least squares
- * against it needs. Quantised components are no longer orthonormal, so coefficients are always solved for, never read
- * off by products (DESIGN.md 2.5).
+ * Adapters on bases as they are stored: coefficients, and what they lose. Extraction ends here for its own tasks, and adapters that come
+ * later begin here. Components that were rounded are no longer orthonormal, so coefficients are always solved for, never read off by
+ * products.
  *
  * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal
- * basis of the same span. In these coordinates errors are sums of squares, and no row is ever expanded.
+ * basis of the same span, in which the length of a projection is a sum of squares.
  */
-import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
-import { encodeTensor, type FindScale } from "../tensor/encode.ts";
-import { centred, ROUNDING } from "./components.ts";
-import { type SideError, sideError } from "./error.ts";
+import { type Dtype, decodeTensor, encodeTensor, type FindScale, isQuantized } from "../tensor/dtypes.ts";
+import type { Term } from "../tensor/term.ts";
 import {
-  addScaled,
+  alignTo,
+  balance,
+  deltaError,
+  fewBits,
+  leadingRows,
+  mirror,
+  type Pair,
+  pairError,
+  type RowSteps,
+  relative,
+  rowSteps,
+  type SideError,
+  sideError,
+} from "./factors.ts";
+import {
   backwardSolve,
+  centred,
   cholesky,
   dot,
   forwardSolve,
-  multiplyTransposed,
+  lengthened,
   PLAIN,
   type Products,
+  ROUNDING,
+  rowSquares,
 } from "./linalg.ts";
 
 /** One side's basis as it lies in a pack. */
@@ -27,8 +42,6 @@ export interface StoredBasis {
   /** K. */
   components: number;
   width: number;
-  /** Flat mode: how many rows of a factor a vector is, one behind the other; absent in column mode, where it is one. */
-  rank?: number | undefined;
   /** Whether a mean follows the components as the last row. */
   mean: boolean;
   /** Encoded tensor [K + (mean ? 1 : 0), width]. */
@@ -39,39 +52,27 @@ export interface StoredBasis {
 export interface Subspace {
   components: number;
   width: number;
-  /** Rank of the basis. */
-  rank: number | undefined;
   /** M [width]; undefined where the basis has none. */
   mean: Float64Array | undefined;
   /** E [components, width]. */
   vectors: Float64Array;
   /** L, E·Eᵀ = L·Lᵀ (`cholesky` of linalg.ts: components that depend on earlier ones are left out). */
   factor: Float64Array;
-  /** M in the orthonormal coordinates [components]; zeros where there is no mean. */
-  meanAt: Float64Array;
   /** What multiplies the large matrices. */
   products: Products;
 }
 
-/** Rows that are to be approximated on a subspace, x = rows − M. In flat mode the one row is a whole factor. */
+/** Rows that are to be approximated on a subspace, x = rows − M. */
 export interface Target {
   rank: number;
   /** So many rows, the first ones, have coefficients; the rest is left out of what is stored and counts as lost. */
   kept: number;
   /** [rank, width]. */
   values: Float64Array;
-  /** rows·rowsᵀ. */
-  rows: Float64Array;
-  /** x·xᵀ. */
+  /** ‖x‖² of each row. */
   squares: Float64Array;
-  /** x·M [rank]; zeros where there is no mean. */
-  alongMean: Float64Array;
   /** x in the orthonormal coordinates [rank, components]. */
   at: Float64Array;
-  /** x⊥·x⊥ᵀ, where x⊥ is the part of x outside the span of all components, which no coefficients reach. */
-  outside: Float64Array;
-  /** rows·x⊥ᵀ. */
-  rowsOutside: Float64Array;
 }
 
 /** Decodes and factors a basis. */
@@ -82,9 +83,7 @@ export function openSubspace(stored: StoredBasis, products: Products = PLAIN): S
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
   const factor = cholesky(products.gram(vectors, components, width), components);
-  const meanAt = mean ? multiplyTransposed(mean, vectors, 1, components, width) : new Float64Array(components);
-  forwardSolve(factor, components, meanAt, 1);
-  return { components, width, rank: stored.rank, mean, vectors, factor, meanAt, products };
+  return { components, width, mean, vectors, factor, products };
 }
 
 /**
@@ -103,67 +102,20 @@ export function targetsOf(
   const x = centred(rows, total, width, mean);
   const at = space.products.multiplyTransposed(x, space.vectors, total, components, width);
   forwardSolve(space.factor, components, at, total);
-  const alongMean = mean ? multiplyTransposed(x, mean, total, 1, width) : new Float64Array(total);
+  const squares = rowSquares(x, total, width);
   let from = 0;
   return ranks.map((rank) => {
     const to = from + rank;
-    const values = rows.subarray(from * width, to * width);
     const target = {
       rank,
       kept: Math.min(rank, most),
-      values,
-      rows: space.products.gram(values, rank, width),
-      squares: space.products.gram(x.subarray(from * width, to * width), rank, width),
-      alongMean: alongMean.subarray(from, to),
+      values: rows.subarray(from * width, to * width),
+      squares: squares.subarray(from, to),
       at: at.subarray(from * components, to * components),
     };
     from = to;
-    return { ...target, ...outsideOf(space, target) };
+    return target;
   });
-}
-
-/** A difference of squares below this share of them has too few digits. */
-const CANCELLED = 1e-11;
-
-/**
- * What is outside the span is a difference of squares: where it is below the rounding of an f32 (`ROUNDING`) it cannot be told from
- * zero and counts as zero. Where the mean is much larger than a row, as in a small task beside large ones, that may be much of the row:
- * there it is computed from what all components make of the rows.
- */
-function outsideOf(
-  space: Subspace,
-  target: Omit<Target, "outside" | "rowsOutside">,
-): Pick<Target, "outside" | "rowsOutside"> {
-  const { components, meanAt, width, products } = space;
-  const { rank, kept, values, rows, squares, alongMean, at } = target;
-  const left = new Float64Array(rank);
-  let isLost = false;
-  for (let i = 0; i < rank; i++) {
-    const square = squares[i * rank + i]!;
-    left[i] = square - dot(at, i * components, at, i * components, components);
-    if (i < kept && left[i]! <= CANCELLED * square && square > 4 * rows[i * rank + i]!) isLost = true;
-    if (left[i]! <= ROUNDING ** 2 * square) left[i] = 0;
-  }
-  if (space.rank === undefined && isLost) {
-    const all = expand(space, solve(space, { at, kept: rank }), rank);
-    const { lost, cross } = sideError(values, all, rank, width, products);
-    return { outside: lost, rowsOutside: cross };
-  }
-  const outside = new Float64Array(rank * rank);
-  for (let i = 0; i < rank; i++) {
-    outside[i * rank + i] = left[i]!;
-    for (let j = 0; left[i] && j < i; j++) {
-      if (!left[j]) continue;
-      const both = squares[i * rank + j]! - dot(at, i * components, at, j * components, components);
-      outside[i * rank + j] = outside[j * rank + i] = both;
-    }
-  }
-  const rowsOutside = outside.slice();
-  for (let j = 0; j < rank; j++) {
-    const mean = alongMean[j]! - dot(meanAt, 0, at, j * components, components);
-    for (let ij = j; ij < rank * rank; ij += rank) rowsOutside[ij]! += mean;
-  }
-  return { outside, rowsOutside };
 }
 
 /** Least squares coefficients [kept, components] of a target on the components as stored, about the mean as stored. */
@@ -174,56 +126,20 @@ export function solve({ components, factor }: Subspace, { at, kept }: Pick<Targe
 }
 
 /** Theorem 1's δ: the largest sine of the angle between a row of x and the span; 0 for rows that are the mean. */
-export function largestSine(space: Subspace, target: Target): number {
-  const { components } = space;
-  const { rank, kept, at } = target;
+export function largestSine({ components, width }: Subspace, { kept, values, squares, at }: Target): number {
+  const rows = rowSquares(values, kept, width);
   let largest = 0;
   for (let i = 0; i < kept; i++) {
-    const square = target.squares[i * rank + i]!;
-    if (square <= ROUNDING ** 2 * target.rows[i * rank + i]!) continue;
-    largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / square);
+    if (squares[i]! <= ROUNDING ** 2 * rows[i]!) continue;
+    largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / squares[i]!);
   }
   return Math.sqrt(largest);
 }
 
-/**
- * What coefficients α [kept, components] make of a target: the part outside the span, and what α·L misses inside it. In flat mode the rows of
- * a factor share coefficients, and what they lose is seen on the expanded factor only.
- */
-export function lossOf(space: Subspace, target: Target, coefficients: Float64Array): SideError {
-  const { components, factor, meanAt } = space;
-  if (space.rank !== undefined)
-    return sideError(target.values, expand(space, coefficients, 1), space.rank, space.width / space.rank);
-  const { rank, kept, rows, at, outside, rowsOutside } = target;
-  const missed = at.slice(0, kept * components);
-  for (let i = 0; i < kept; i++)
-    for (let n = 0; n < components; n++)
-      addScaled(-coefficients[i * components + n]!, factor, n * components, missed, i * components, n + 1);
-  const lost = new Float64Array(rank * rank);
-  const cross = new Float64Array(rank * rank);
-  for (let j = 0; j < kept; j++) {
-    const mean = dot(meanAt, 0, missed, j * components, components);
-    for (let i = 0; i < rank; i++) {
-      const ij = i * rank + j;
-      if (i <= j) {
-        const both = outside[ij]! + dot(missed, i * components, missed, j * components, components);
-        lost[ij] = lost[j * rank + i] = both;
-      }
-      cross[ij] = rowsOutside[ij]! + dot(at, i * components, missed, j * components, components) + mean;
-    }
-  }
-  leaveOut({ rank, rows, lost, cross }, kept);
-  return { rank, rows, lost, cross };
-}
-
-/** Fills in what rows without coefficients lose: themselves, mean and all. */
-function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): void {
-  for (let i = 0; i < rank; i++) {
-    for (let j = kept; j < rank; j++) {
-      cross[i * rank + j] = rows[i * rank + j]!;
-      lost[i * rank + j] = lost[j * rank + i] = i < kept ? cross[j * rank + i]! : rows[i * rank + j]!;
-    }
-  }
+/** Loss of coefficients α [kept, components] of a target. Rows without coefficients lose themselves, mean and all. */
+export function lossOf(space: Subspace, { rank, kept, values }: Target, coefficients: Float64Array): SideError {
+  const stored = lengthened(expand(space, coefficients, kept), values.length);
+  return sideError(values, stored, rank, space.width, space.products);
 }
 
 /** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
@@ -234,7 +150,7 @@ export function expand(space: Subspace, coefficients: Float64Array, rank: number
   return rows;
 }
 
-/** Values [rows, width] as a tensor of `type` and as its reader will see them. @param steps as of `encodeTensor`, as `find` */
+/** Encodes values [rows, width] as a tensor of `type`, and decodes them again. @param steps as of `encodeTensor`, as `find` */
 export function rounded(
   type: Dtype,
   values: Float64Array,
@@ -249,4 +165,214 @@ export function rounded(
   }
   const seen = new Float64Array(rows * width);
   return { encoded: encodeTensor(type, values, rows, width, steps, find, seen), values: seen };
+}
+
+/** Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first. */
+export type Gauge = "as-trained" | "balanced";
+
+/** How an adapter is brought onto a basis. */
+export interface ProjectOptions {
+  readonly gauge: Gauge;
+  /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only. Default: all. */
+  readonly rank?: number | undefined;
+  readonly coefficientDtype: Dtype;
+  /** Quantisation step: the change of ΔW from one integer of a coefficient to the next. Default: as `coefficientDtype` says. */
+  readonly step?: number | undefined;
+}
+
+/** What one adapter does to one module, its magnitude aside. */
+export interface ModuleMember extends Pick<Term, "rank" | "A" | "Bt"> {
+  /** Task id. */
+  readonly id: string;
+}
+
+/** What a task loses in one module. */
+export interface ModuleLoss {
+  /**
+   * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Extraction measures a balanced pair against itself,
+   * without the directions that are zero within rounding: below 1e-6 of ‖ΔW‖.
+   */
+  error: number;
+  /** ‖ΔW‖. */
+  norm: number;
+}
+
+/** The same, and what bounds it. */
+export interface BoundedLoss extends ModuleLoss {
+  /** (‖B − B'‖·‖A‖ + ‖B'‖·‖A − A'‖) / ‖ΔW‖, an upper bound of `error`. */
+  bound: number;
+  /** Theorem 1's δ of the task's rows of A: the largest sine between a centred row and the stored span. */
+  deltaA: number;
+  /** The same of B. */
+  deltaB: number;
+}
+
+/** A task's coefficients of one module. */
+export interface TaskCoefficients {
+  /** Rank of the factors: the adapter's, or less where `rank` or the balanced gauge trimmed it. */
+  rank: number;
+  /** Encoded [rank, K_A]. */
+  alphaA: Uint8Array;
+  /** Encoded [rank, K_B]. */
+  alphaB: Uint8Array;
+}
+
+/** One adapter on a basis. */
+export interface ProjectedTask extends TaskCoefficients, ModuleLoss {
+  id: string;
+}
+
+/** Both sides' bases of a module, opened once and used for many adapters. */
+export interface ModuleSpace {
+  A: Subspace;
+  B: Subspace;
+}
+
+/** Opens both bases of a module for `projectModule` and `measureModule`. */
+export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?: Products): ModuleSpace {
+  return { A: openSubspace(basis.A, products), B: openSubspace(basis.B, products) };
+}
+
+/**
+ * Brings one more adapter onto a stored basis: its coefficients, and what it loses.
+ * @throws RangeError for factors that are not of the basis' widths, NaN, infinity, or too large for the type
+ */
+export function projectModule(space: ModuleSpace, member: ModuleMember, options: ProjectOptions): ProjectedTask {
+  const pair = gauged(toPair(member, space.B.width, space.A.width), space, options);
+  const a = targetOf(space.A, pair.A, options.rank);
+  const b = targetOf(space.B, pair.Bt, options.rank);
+  const steps = options.step === undefined ? undefined : rowSteps(leadingRows(pair, a.kept), options.step);
+  return { id: member.id, ...projectTargets(space, a, b, options.coefficientDtype, steps) };
+}
+
+/**
+ * What a stored task loses against the adapter it was made from.
+ * @param task its coefficients, as they lie in the pack
+ * @throws RangeError as `projectModule`
+ */
+export function measureModule(
+  space: ModuleSpace,
+  member: ModuleMember,
+  task: TaskCoefficients,
+  options: ProjectOptions,
+): BoundedLoss {
+  const given = toPair(member, space.B.width, space.A.width);
+  const pair = gauged(given, space, options);
+  const stored = storedPair(space, task, options.coefficientDtype);
+  const { difference, norm } = deltaError(given, stored);
+  return {
+    error: relative(difference, norm),
+    norm,
+    bound: relative(deltaError(pair, stored).bound, norm),
+    deltaA: largestSine(space.A, targetOf(space.A, pair.A, task.rank)),
+    deltaB: largestSine(space.B, targetOf(space.B, pair.Bt, task.rank)),
+  };
+}
+
+/** The shared factors of a task, as stored. */
+export function storedPair({ A, B }: ModuleSpace, { rank, alphaA, alphaB }: TaskCoefficients, type: Dtype): Pair {
+  const rows = (encoded: Uint8Array, side: Subspace): Float64Array =>
+    expand(side, Float64Array.from(decodeTensor(type, encoded, rank, side.components)), rank);
+  return { rank, A: rows(alphaA, A), Bt: rows(alphaB, B) };
+}
+
+/** One adapter on a basis, given its rows. @param steps of the rows' coefficients, if they are integers of such */
+export function projectTargets(
+  space: ModuleSpace,
+  a: Target,
+  b: Target,
+  type: Dtype,
+  steps?: RowSteps,
+): TaskCoefficients & ModuleLoss {
+  const A = projectSide(space.A, a, type, steps?.A);
+  const B = projectSide(space.B, b, type, steps?.Bt);
+  const { difference, norm } = pairError(A.loss, B.loss);
+  return {
+    rank: a.kept,
+    alphaA: A.encoded,
+    alphaB: B.encoded,
+    error: relative(difference, norm),
+    norm,
+  };
+}
+
+function projectSide(
+  space: Subspace,
+  target: Target,
+  type: Dtype,
+  steps: Float64Array | undefined,
+): { encoded: Uint8Array; loss: SideError } {
+  const { components } = space;
+  const { encoded, values } = rounded(
+    type,
+    solve(space, target),
+    target.kept,
+    components,
+    steps,
+    space.products.findScale,
+  );
+  return { encoded, loss: lossOf(space, target, values) };
+}
+
+/** Whether rows of unlike length would be rounded to few bits. */
+export function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
+  return gauge === "balanced" && fewBits(coefficientDtype);
+}
+
+/** Largest sine at which a row counts as within the components: far above the rounding of f32, far below any row that was made elsewhere. */
+const WITHIN = 1e-4;
+
+/** How far a pair is from components, coefficients and mean as it is: the largest sine; Infinity where its rank is not that of the pack. */
+function distanceFrom({ A, B }: ModuleSpace, pair: Pair, most = Infinity): number {
+  if (pair.rank > most) return Infinity;
+  return Math.max(largestSine(A, targetOf(A, pair.A)), largestSine(B, targetOf(B, pair.Bt)));
+}
+
+/**
+ * The pair in the gauge of a pack, along the stored mean where there is one. About a mean, a pair that was trained within the components
+ * lies in them in its own gauge alone, and keeps it.
+ */
+export function gauged(given: Pair, space: ModuleSpace, options: ProjectOptions): Pair {
+  const pair = inGauge(given, space, options);
+  if (options.gauge !== "balanced" || !(space.A.mean || space.B.mean)) return pair;
+  const own = distanceFrom(space, given, options.rank);
+  // A task that was packed may lie nearly within as it was, too: about a short mean, or in all the width.
+  return own < WITHIN && distanceFrom(space, pair) > Math.max(own, 8 * ROUNDING) ? given : pair;
+}
+
+function inGauge(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
+  const { gauge, rank } = options;
+  if (gauge !== "balanced") return given;
+  const pair = balance(given, B.width, A.width, A.products);
+  if (A.mean && B.mean) alignTo(pair, { A: A.mean, Bt: B.mean });
+  if (options.step === undefined && mirrors(options)) {
+    mirror(pair.A, [pair.rank], A.width, rank);
+    mirror(pair.Bt, [pair.rank], B.width, rank);
+  }
+  return pair;
+}
+
+/** All rows of one factor, on a basis. */
+function targetOf(space: Subspace, factor: Float64Array, most?: number): Target {
+  return targetsOf(space, factor, [factor.length / space.width], most)[0]!;
+}
+
+/** The factors of a member in f64. @throws RangeError for factors of other widths, NaN and infinity */
+export function toPair({ id, rank, A, Bt }: ModuleMember, outputs: number, inputs: number): Pair {
+  const side = (name: "A" | "Bt", values: Float32Array, width: number): Float64Array => {
+    if (!Number.isInteger(rank) || rank < 1 || values.length !== rank * width)
+      throw new RangeError(
+        `adapter ${id}: ${name} holds ${values.length} values, expected rank ${rank} times ${width}`,
+      );
+    const out = Float64Array.from(values);
+    // Twenty times the speed of a search, and only NaN and infinity are not 0 when they are taken from themselves.
+    let rest = 0;
+    for (let i = 0; i < out.length; i++) rest += out[i]! - out[i]!;
+    if (rest !== 0) {
+      const bad = values.findIndex((value) => !Number.isFinite(value));
+      throw new RangeError(`adapter ${id}: value ${bad} of ${name} is ${values[bad]}`);
+    }
+    return out;
+  };
+  return { rank, A: side("A", A, inputs), Bt: side("Bt", Bt, outputs) };
 }

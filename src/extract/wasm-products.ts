@@ -2,7 +2,7 @@
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
 
-import { type Binaries, type Instance, instantiate } from "../backends/wasm-instance.ts";
+import { type Binaries, type Instance, instantiate } from "../backends/wasm.ts";
 import { BackendError } from "../errors.ts";
 import { mirrored, PLAIN, type Products, type Tridiagonal } from "./linalg.ts";
 
@@ -29,8 +29,7 @@ const BINARIES: Binaries<Variant> = {
  */
 export async function createWasmProducts(options: { variant?: Variant } = {}): Promise<Required<Products>> {
   const instance = await instantiate<ExtractionKernels, Variant>(BINARIES, options);
-  const { kernels, memory, heap } = instance;
-  const held = new Map<Float64Array, number>();
+  const { kernels } = instance;
   const product =
     (lower: 0 | 1, across: 0 | 1): Products["multiply"] =>
     (x, y, m, n, width) => {
@@ -39,12 +38,11 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
           `products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`,
         );
       }
-      const lengths = [m * n, held.has(x) ? 0 : m * width, held.has(y) || x === y ? 0 : n * width];
-      return onBlocks(instance, lengths, ([out, ownX, ownY], [result, xs, ys]) => {
+      const lengths = [m * n, m * width, x === y ? 0 : n * width];
+      return onBlocks(instance, lengths, ([out, xAt, yAt], [result, xs, ys]) => {
         xs!.set(x.subarray(0, xs!.length));
         ys!.set(y.subarray(0, ys!.length));
-        const xAt = held.get(x) ?? ownX!;
-        kernels.products(xAt, x === y ? xAt : (held.get(y) ?? ownY!), m, n, width, lower, across, out!);
+        kernels.products(xAt!, x === y ? xAt! : yAt!, m, n, width, lower, across, out!);
         return result!.slice();
       });
     };
@@ -53,14 +51,6 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
     multiply: product(0, 1),
     multiplyTransposed: product(0, 0),
     gram: (x, rows, width) => mirrored(lowerHalf(x, x, rows, rows, width), rows),
-    hold(operand) {
-      const at = claim(instance, operand.byteLength);
-      new Float64Array(memory.buffer, at, operand.length).set(operand);
-      held.set(operand, at);
-      return () => {
-        if (held.delete(operand)) heap.free(at, operand.byteLength);
-      };
-    },
     tridiagonalize: (a, n) => tridiagonalize(instance, a, n),
     findScale: (values, scales, largest) =>
       onBlocks(instance, [values.length, scales.length], ([at, scalesAt], [row, tried]) => {
@@ -76,33 +66,32 @@ export async function fastProducts(): Promise<Products> {
   return typeof WebAssembly === "undefined" ? PLAIN : createWasmProducts();
 }
 
-/** Address of `byteLength` bytes. @throws BackendError when there are none */
-function claim({ heap, memory }: Instance<ExtractionKernels>, byteLength: number): number {
-  const start = heap.allocate(byteLength, false);
-  if (start !== undefined) return start;
-  throw new BackendError(
-    `extraction: no memory for ${byteLength} bytes beside ${memory.buffer.byteLength} in WebAssembly: pack fewer adapters at once`,
-    { backend: "wasm" },
-  );
-}
-
-/** Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. They hold any numbers. */
+/**
+ * Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. They hold any numbers.
+ * @throws BackendError where there is no memory for them
+ */
 function onBlocks<T>(
   instance: Instance<ExtractionKernels>,
   lengths: readonly number[],
   work: (addresses: number[], views: Float64Array[]) => T,
 ): T {
   const byteLength = 8 * lengths.reduce((sum, length) => sum + length, 0);
-  const start = claim(instance, byteLength);
+  const { heap, memory } = instance;
+  const start = heap.allocate(byteLength, false);
+  if (start === undefined)
+    throw new BackendError(
+      `extraction: no memory for ${byteLength} bytes beside ${memory.buffer.byteLength} in WebAssembly: pack fewer adapters at once`,
+      { backend: "wasm" },
+    );
   let next = start;
   const addresses = lengths.map((length) => (next += 8 * length) - 8 * length);
   try {
     return work(
       addresses,
-      lengths.map((length, i) => new Float64Array(instance.memory.buffer, addresses[i]!, length)),
+      lengths.map((length, i) => new Float64Array(memory.buffer, addresses[i]!, length)),
     );
   } finally {
-    instance.heap.free(start, byteLength);
+    heap.free(start, byteLength);
   }
 }
 

@@ -43,8 +43,8 @@ const PAGE = 65_536;
 const MOST_KEPT = 32 * PAGE;
 /** All bytes of a section, coded and not, and what it copies from. More than this is for an engine without such limits. */
 const MOST = 1 << 28;
-/** Symbols of a piece: one or two milliseconds. */
-const PIECE = 1 << 16;
+/** Symbols of a piece: less than a millisecond once the code is hot. */
+const PIECE = 1 << 14;
 
 /** Bytes that are taken over in one piece: a millisecond or two. */
 const COPIED = 1 << 22;

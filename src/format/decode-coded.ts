@@ -2,8 +2,9 @@
  * The reading half of coded sections (`coded.ts`): in one pass, in pieces, by WebAssembly where there is some. Either decoder says the same
  * of a section that breaks a rule.
  */
-import { paced, pacer, throwIfAborted } from "../pace.ts";
-import { Queue } from "../queue.ts";
+import { FormatError } from "../errors.ts";
+import { type Pause, paced, pacer, throwIfAborted } from "../pace.ts";
+import { Changes } from "../queue.ts";
 import {
   CODED_HEAD_BYTES,
   type Coder,
@@ -26,7 +27,7 @@ import {
   WORD_BITS,
 } from "./coded.ts";
 import { type Work, wasmWork } from "./coded-wasm.ts";
-import { align64, check, Fields } from "./fields.ts";
+import { align64, Fields } from "./fields.ts";
 import {
   CODED_MAGIC,
   DIRECTORY_HEAD_BYTES,
@@ -61,6 +62,8 @@ export interface Decoding {
   /** Bytes that it must become. Default: what it says. */
   readonly expected?: number | undefined;
   readonly signal?: AbortSignal | undefined;
+  /** Pauses of the work around it, so that its pieces are counted together. Default: its own. */
+  readonly pause?: Pause | undefined;
   /** Default: WebAssembly where there is some. */
   readonly by?: typeof wasmWork;
 }
@@ -82,25 +85,22 @@ export async function plainTask(blob: Uint8Array, how: Decoding): Promise<Uint8A
 export async function plainDirectory(
   { bytes, file, part }: Fields,
   superblock: Superblock,
-  signal?: AbortSignal,
+  pause: Pause,
 ): Promise<Fields> {
   // All of a directory is read at once, so that it may not grow as bases and tasks may.
-  const size = bytes.length < CODED_HEAD_BYTES ? 0 : new Fields(bytes, file, part).u32(4);
-  check(
-    size <= MOST_CODED_DIRECTORY,
-    file,
-    part,
-    () => `it is coded, and becomes ${size} bytes, at most ${MOST_CODED_DIRECTORY} are allowed`,
-  );
-  const f: Fields = new Fields(await decodeSection(bytes, { file, part, signal }), file, part);
+  const coded: Fields = new Fields(bytes, file, part);
+  const size = bytes.length < CODED_HEAD_BYTES ? 0 : coded.u32(4);
+  if (size > MOST_CODED_DIRECTORY)
+    coded.fail(`it is coded, and becomes ${size} bytes, at most ${MOST_CODED_DIRECTORY} are allowed`);
+  const f: Fields = new Fields(await decodeSection(bytes, { file, part, pause }), file, part);
   const view = new DataView(f.bytes.buffer);
   const { directoryOffset, directoryLength, basesOffset } = superblock;
   let end = WINDOW_BYTES;
   const count = f.bytes.length < DIRECTORY_HEAD_BYTES ? 0 : f.u32(0);
   for (let i = 0; i < count; i++) {
     const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
-    f.check(at + SECTION_ENTRY_BYTES <= f.bytes.length, () => `${f.bytes.length} bytes for ${count} sections`);
-    f.check(f.u64(at + 8) === 0, () => `it is coded, and section ${i} says that it starts at ${f.u64(at + 8)}`);
+    if (at + SECTION_ENTRY_BYTES > f.bytes.length) f.fail(`${f.bytes.length} bytes for ${count} sections`);
+    if (f.u64(at + 8) !== 0) f.fail(`it is coded, and section ${i} says that it starts at ${f.u64(at + 8)}`);
     if (align64(end) === directoryOffset) end = directoryOffset + directoryLength;
     const bases = [SECTION_BASES, SECTION_BASES + SECTION_CODED].includes(f.u32(at));
     const offset = bases ? basesOffset : align64(end);
@@ -117,10 +117,11 @@ export async function plainDirectory(
  */
 export async function decodeSection(
   bytes: Uint8Array,
-  { file, part, before = new Uint8Array(), expected, signal, by = wasmWork }: Decoding,
+  { file, part, before = new Uint8Array(), expected, signal, pause, by = wasmWork }: Decoding,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  const sound = (condition: boolean, what: string): void =>
-    check(condition, file, part, () => `as it is coded, ${what}`);
+  const sound = (condition: boolean, what: string): void => {
+    if (!condition) throw new FormatError(`as it is coded, ${what}`, { file, part });
+  };
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const whole = bytes.length >= CODED_HEAD_BYTES + 4 && bytes.length % 2 === 0;
   sound(whole, "it is not whole: the file is damaged");
@@ -142,12 +143,12 @@ export async function decodeSection(
       while (!work.next()) yield;
       return yield* work.section();
     };
-    return paced(pieces(), pacer(signal));
+    return paced(pieces(), pause ?? pacer(signal));
   });
 }
 
 /** One section after the other: side by side they would take as long, and a memory each. Small ones do not wait for large ones. */
-const [small, large] = [new Queue(), new Queue()];
+const [small, large] = [new Changes(), new Changes()];
 const SMALL = 1 << 20;
 
 /** The same as `wasmWork`, for engines without WebAssembly. */

@@ -27,7 +27,6 @@ import {
   type TensorRun,
   WORD_BITS,
 } from "./coded.ts";
-import type { TensorInput } from "./encode.ts";
 import { CODED_MAGIC, type TensorRef } from "./format.ts";
 
 /** How far back copies are looked for, and at how many places. */
@@ -427,7 +426,9 @@ function sum(numbers: Float64Array): number {
 }
 
 /** Bits that encoded tensors take about, one behind the other: each as if it were all that its section has. */
-export function codedBits(tensors: readonly (Omit<TensorRef, "byteOffset" | "byteLength"> & TensorInput)[]): number {
+export function codedBits(
+  tensors: readonly (Omit<TensorRef, "byteOffset" | "byteLength"> & { readonly encoded: Uint8Array })[],
+): number {
   const counter = new Counter();
   for (const { dtype, rows, width, encoded } of tensors)
     for (const run of runsOf([{ dtype, rows, width, byteOffset: 0, byteLength: encoded.length }], 4))

@@ -4,14 +4,25 @@
  */
 
 import { atOnce } from "../pace.ts";
-import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
+import {
+  align4,
+  BITS,
+  bf16ToF32,
+  DTYPES,
+  type Dtype,
+  f16ToF32,
+  isQuantized,
+  UnstorableError,
+} from "../tensor/dtypes.ts";
 import { fromHex } from "../text.ts";
-import { parseEntry } from "./directory.ts";
-import { align64, crc32c, decode } from "./fields.ts";
+import { isCoded, MOST_CODED_DIRECTORY } from "./coded.ts";
+import { MOST, parseEntry } from "./directory.ts";
+import { encodeSection } from "./encode-coded.ts";
+import { align64, crc32c, decode, fromIntegrity, integrityOf, sha256, toIntegrity } from "./fields.ts";
 import {
   BLOCK_BYTES,
   DIRECTORY_HEAD_BYTES,
+  type Directory,
   HASH_BYTES,
   HEAD_BYTES,
   LAYOUTS,
@@ -19,21 +30,24 @@ import {
   MAGIC,
   type ParameterRole,
   ROLES,
+  SECTION_BASES,
   SECTION_CODED,
   SECTION_ENTRY_BYTES,
+  SECTION_FREE,
+  SECTION_TASK,
   type Section,
   SIGNATURE_BYTES,
   SIGNATURE_OFFSET,
+  type Signature,
   type Superblock,
   TASK_BLOB_MAGIC,
   TASK_FILE_MAGIC,
   type TaskEntry,
   type TaskFile,
   WINDOW_BYTES,
+  type Window,
 } from "./format.ts";
-import { fromIntegrity } from "./hash.ts";
 import { pack } from "./msgpackr.ts";
-import { MOST } from "./task.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -143,47 +157,27 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     refuseLarge(which, s, s.K + (s.mean ? 1 : 0));
     place(s.encoded);
     const { K, mean, explained } = s;
-    const rank = s.kind === "flat" ? { rank: s.rank } : {};
-    return { kind: s.kind === "column" ? 1 : 2, K, ...rank, mean, type: DTYPES.indexOf(s.dtype), explained };
+    const flat = s.kind === "flat";
+    return { kind: flat ? 2 : 1, K, rank: flat ? s.rank : undefined, mean, type: DTYPES.indexOf(s.dtype), explained };
   };
   const side = (which: string, all: readonly SideInput[] = []): object | object[] | null => {
     const maps = all.map((one) => map(which, one));
     return maps.length > 1 ? maps : (maps[0] ?? null);
   };
-  const modules = basis.modules.map((m) => {
-    const sides = { A: side(`basis A of "${m.name}"`, m.A), B: side(`basis B of "${m.name}"`, m.B) };
-    if (m.fingerprint) {
-      const bytes = new Uint8Array(4 * m.fingerprint.length);
+  const modules = basis.modules.map(({ name, out, in: inputs, layout, kernel, fingerprint, ...m }) => {
+    const A = side(`basis A of "${name}"`, m.A);
+    const B = side(`basis B of "${name}"`, m.B);
+    if (fingerprint) {
+      const bytes = new Uint8Array(4 * fingerprint.length);
       const view = new DataView(bytes.buffer);
-      m.fingerprint.forEach((v, i) => view.setFloat32(4 * i, v, true));
+      fingerprint.forEach((v, i) => view.setFloat32(4 * i, v, true));
       place(bytes);
     }
-    return {
-      name: m.name,
-      out: m.out,
-      in: m.in,
-      layout: LAYOUTS.indexOf(m.layout),
-      ...(m.kernel ? { kernel: [...m.kernel] } : {}),
-      ...sides,
-      ...(m.fingerprint ? { fingerprint: true } : {}),
-    };
+    const shape = { name, out, in: inputs, layout: LAYOUTS.indexOf(layout), kernel: kernel && [...kernel] };
+    return { ...shape, A, B, fingerprint: fingerprint && true };
   });
-  const { producer, mode, gauge, centering, rank, step, error, header } = basis;
-  const kept = {
-    ...(rank === undefined ? {} : { rank }),
-    ...(step === undefined ? {} : { step }),
-    ...(error === undefined ? {} : { error }),
-  };
-  const said = pack({
-    producer,
-    mode,
-    gauge,
-    centering,
-    ...kept,
-    baseModel: basis.baseModel ?? null,
-    modules,
-    ...(header === undefined ? {} : { header }),
-  });
+  const { producer, mode, gauge, centering, rank, step, error, baseModel = null, header } = basis;
+  const said = pack({ producer, mode, gauge, centering, rank, step, error, baseModel, modules, header });
   // One behind the other, as the basis id takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);
   both.set(said);
@@ -304,7 +298,7 @@ export function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
 }
 
 function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
-  return { id, adapterBytes, ...(Object.keys(metadata).length > 0 ? { metadata } : {}), ...(brings ? { brings } : {}) };
+  return { id, adapterBytes, metadata: Object.keys(metadata).length > 0 ? metadata : undefined, brings };
 }
 
 /** First bytes of the window (SPEC.md, section 2). */
@@ -397,4 +391,207 @@ export function encodeSignedTaskFile({ content, signature }: Pick<TaskFile, "con
 function setU64(view: DataView, at: number, value: number): void {
   view.setUint32(at, value >>> 0, true);
   view.setUint32(at + 4, Math.floor(value / 2 ** 32), true);
+}
+
+/** A task to be written. */
+export interface TaskToWrite {
+  readonly entry: TaskEntry;
+  readonly blob: Uint8Array;
+}
+
+/** What a fresh pack has before its tasks. */
+export interface FreshBasis {
+  /** Basis description, MessagePack. */
+  readonly description: Uint8Array;
+  readonly bases: Uint8Array;
+  /** The bases as they are to be stored, where they are coded. */
+  readonly coded?: Uint8Array | undefined;
+  /** Hexadecimal, of 32 bytes. */
+  readonly basisId: string;
+}
+
+/** A task whose blob lies elsewhere until its turn comes. */
+export interface TaskPlace {
+  readonly entry: TaskEntry;
+  /** Bytes of the blob. */
+  readonly length: number;
+  /** CRC-32C of the blob. */
+  readonly crc: number;
+  /** SHA-256 of the blob, "sha256-…". */
+  readonly integrity: string;
+  /** Whether the blob is coded. */
+  readonly coded: boolean;
+  read(): Promise<Uint8Array>;
+}
+
+/** Vouches for a hash: the root of a pack, or that of a task file (SPEC.md, section 8). */
+export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<Signature>;
+
+/** Streams a new pack as consecutive chunks: window, directory, bases, blobs. One blob is in memory at a time. `bytes` is the size of the whole. */
+export async function streamFresh(
+  basis: FreshBasis,
+  tasks: readonly TaskPlace[],
+  sign?: Sign,
+): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
+  const { head, bytes } = await freshHead(basis, tasks, sign);
+  async function* chunks(): AsyncGenerator<Uint8Array, void> {
+    const first = padded(head, 0);
+    yield* first;
+    let end = first.reduce((sum, chunk) => sum + chunk.length, 0);
+    for (const { read, length } of tasks) {
+      yield* padded([await read()], end);
+      end = align64(end) + length;
+    }
+  }
+  return { bytes, chunks: chunks() };
+}
+
+/** A task whose blob is in memory. */
+export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
+  return { entry, ...(await measured(blob, isCoded(blob))), read: async () => blob };
+}
+
+/** What a section table says of a section's bytes. */
+type Measured = Pick<Section, "length" | "crc" | "coded"> & { readonly integrity: string };
+
+async function measured(bytes: Uint8Array, coded: boolean): Promise<Measured> {
+  return { length: bytes.length, crc: crc32c(bytes), integrity: await integrityOf(bytes), coded };
+}
+
+async function freshHead(
+  { description, bases: plain, coded, basisId }: FreshBasis,
+  tasks: readonly TaskPlace[],
+  sign: Sign | undefined,
+): Promise<{ head: Uint8Array[]; bytes: number }> {
+  const bases = coded ?? plain;
+  const list = encodeTaskList(tasks.map((t) => t.entry));
+  let end = 0;
+  const section = (kind: number, { length, crc, integrity, coded }: Measured): Section => {
+    const offset = align64(end);
+    end = offset + length;
+    return { kind, coded, required: true, offset, length, crc, integrity };
+  };
+  const first = section(SECTION_BASES, await measured(bases, coded !== undefined));
+  const behind = [first, ...tasks.map((task) => section(SECTION_TASK, task))];
+  const short = codedDirectory(behind, description, list);
+  const directoryLength = short?.length ?? directoryBytes(behind.length, true, description, list);
+  const basesOffset = align64(WINDOW_BYTES + directoryLength);
+  const sections = behind.map((section) => ({ ...section, offset: basesOffset + section.offset }));
+  const directory = short ?? encodeDirectory(sections, description, list);
+  const window = encodeHead(basisId);
+  const superblock: Superblock = {
+    generation: 1,
+    committed: basesOffset + end,
+    directoryOffset: WINDOW_BYTES,
+    directoryLength,
+    basesOffset,
+    basesLength: bases.length,
+    directoryCrc: crc32c(directory),
+    signature: await sign?.("pack", await sha256(window, directory)),
+  };
+  return { head: [encodeWindow(window, superblock), directory, bases], bytes: basesOffset + end };
+}
+
+/** The directory of a pack with coded sections, where it takes fewer bytes coded. It says no places: they follow from the lengths. */
+function codedDirectory(
+  sections: readonly Section[],
+  description: Uint8Array,
+  tasks: Uint8Array,
+): Uint8Array | undefined {
+  if (!sections.some(({ coded }) => coded)) return undefined;
+  const directory = encodeDirectory(
+    sections.map((section) => ({ ...section, offset: 0 })),
+    description,
+    tasks,
+  );
+  return directory.length > MOST_CODED_DIRECTORY ? undefined : encodeSection(directory, [], 4);
+}
+
+/** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */
+export interface Append {
+  readonly offset: number;
+  readonly body: Uint8Array[];
+  readonly superblock: Uint8Array;
+  readonly superblockOffset: number;
+}
+
+/** What is known of a pack that is open. */
+interface Current {
+  readonly window: Window;
+  readonly directory: Directory;
+}
+
+/** Plans an append. The ids of `tasks` must be new and unique. A pack that has no hashes stays without. */
+export async function layoutAppend(
+  { window, directory }: Current,
+  tasks: readonly TaskToWrite[],
+  sign?: Sign,
+): Promise<Append> {
+  const current = window.superblock;
+  const entries: TaskEntry[] = [...directory.tasks];
+  const added: Section[] = [];
+  const hashed = directory.bases.integrity !== undefined;
+  let end = current.committed;
+  for (const { entry, blob } of tasks) {
+    const { integrity, ...section } = await measured(blob, isCoded(blob));
+    const offset = align64(end);
+    entries.push(entry);
+    added.push({ kind: SECTION_TASK, required: true, offset, ...section, integrity: hashed ? integrity : undefined });
+    end = offset + section.length;
+  }
+  const superseded: Section = {
+    kind: SECTION_FREE,
+    coded: false,
+    required: false,
+    offset: current.directoryOffset,
+    length: current.directoryLength,
+    crc: 0,
+    integrity: hashed ? toIntegrity(new Uint8Array(HASH_BYTES)) : undefined,
+  };
+  const sections = [...directory.sections, superseded, ...added].sort(
+    (a, b) => a.offset - b.offset || a.length - b.length,
+  );
+  const parts = [sections, directory.basisBytes, encodeTaskList(entries)] as const;
+  const bytes = codedDirectory(...parts) ?? encodeDirectory(...parts);
+  const superblock: Superblock = {
+    ...current,
+    generation: current.generation + 1,
+    committed: align64(end) + bytes.length,
+    directoryOffset: align64(end),
+    directoryLength: bytes.length,
+    directoryCrc: crc32c(bytes),
+    signature: await sign?.("pack", await sha256(window.head, bytes)),
+  };
+  return {
+    offset: current.committed,
+    body: padded([...tasks.map((t) => t.blob), bytes], current.committed),
+    superblock: encodeSuperblock(superblock),
+    superblockOffset: superblockOffset(superblock.generation),
+  };
+}
+
+/** Plans the signing of a pack as it is: a generation of the same directory, so that a crash leaves one of both. */
+export async function layoutSigned({ window, directory }: Current, sign: Sign): Promise<Append> {
+  const { superblock } = window;
+  const generation = superblock.generation + 1;
+  const signature = await sign("pack", await sha256(window.head, directory.bytes));
+  return {
+    offset: superblock.committed,
+    body: [],
+    superblock: encodeSuperblock({ ...superblock, generation, signature }),
+    superblockOffset: superblockOffset(generation),
+  };
+}
+
+/** The parts with zeros in front of each, so that all start at multiples of 64 when the first byte lands at `offset`. */
+function padded(parts: readonly Uint8Array[], offset: number): Uint8Array[] {
+  const chunks: Uint8Array[] = [];
+  let end = offset;
+  for (const part of parts) {
+    const gap = align64(end) - end;
+    if (gap > 0) chunks.push(new Uint8Array(gap));
+    chunks.push(part);
+    end += gap + part.length;
+  }
+  return chunks;
 }

@@ -1,10 +1,12 @@
 /**
- * Checked reads of the parts of a file: little-endian fields with their checksum (CRC-32C), plain MessagePack, and tensors one behind the other.
+ * Checked reads of the parts of a file: little-endian fields, checksums (CRC-32C) and hashes (SHA-256), plain MessagePack, and tensors one
+ * behind the other.
  * Nothing that a file says is believed before it is held against the bytes that follow.
  */
+
 import { FormatError } from "../errors.ts";
 import { type Dtype, tensorBytes } from "../tensor/dtypes.ts";
-import { fromLatin1, fromUtf8, utf8Until } from "../text.ts";
+import { fromBase64, fromLatin1, fromUtf8, toBase64, utf8Until } from "../text.ts";
 import type { TensorRef } from "./format.ts";
 
 let tables: Uint32Array | undefined;
@@ -75,21 +77,19 @@ export class Fields {
 
   u64(at: number): number {
     const high = this.u32(at + 4);
-    this.check(high < 0x200000, () => `the number at byte ${at} is larger than 2^53`);
+    if (high >= 0x200000) this.fail(`the number at byte ${at} is larger than 2^53`);
     return high * 2 ** 32 + this.u32(at);
   }
 
   magic(expected: readonly number[], what: string): void {
-    this.check(
-      expected.every((byte, i) => this.bytes[i] === byte),
-      () => `this is not ${what}${this.bytes.length ? "" : ": it is empty"}`,
-    );
+    if (expected.some((byte, i) => this.bytes[i] !== byte))
+      this.fail(`this is not ${what}${this.bytes.length ? "" : ": it is empty"}`);
   }
 
   version(): string {
     const version = this.u32(8);
     const text = `${version & 0xffff}.${version >>> 16}`;
-    this.check((version & 0xffff) === 1, () => `version ${text}, but this reader knows version 1; update eigenlora`);
+    if ((version & 0xffff) !== 1) this.fail(`version ${text}, but this reader knows version 1; update eigenlora`);
     return text;
   }
 
@@ -100,43 +100,30 @@ export class Fields {
       if (at > 0) yield;
       found = crc32c(this.bytes.subarray(at, Math.min(length, at + CRC_PIECE)), found);
     }
-    this.check(found === expected, () => "its checksum does not match: the file is damaged, fetch it again");
-  }
-
-  limit(found: number, most: number, what: string): void {
-    this.check(found <= most, () => `${found} ${what}, at most ${most} are allowed`);
+    if (found !== expected) this.fail("its checksum does not match: the file is damaged, fetch it again");
   }
 
   /** Checks bytes without a meaning in version 1. */
   zero(from: number, to: number): void {
-    this.check(
-      this.bytes.subarray(from, to).every((byte) => byte === 0),
-      () => `bytes ${from} to ${to} are not all zero: the file is damaged`,
-    );
+    if (this.bytes.subarray(from, to).some(Boolean))
+      this.fail(`bytes ${from} to ${to} are not all zero: the file is damaged`);
   }
 
-  check(condition: boolean, message: () => string): asserts condition {
-    check(condition, this.file, this.part, message);
+  fail(message: string): never {
+    throw new FormatError(message, this);
   }
 }
 
-/** @throws FormatError with `message()` when the condition does not hold */
-export function check(condition: boolean, file: string, part: string, message: () => string): asserts condition {
-  if (!condition) throw new FormatError(message(), { file, part });
-}
-
-/** Most maps and arrays of one MessagePack value, and most values in it, keys included (SPEC.md, section 10). */
+/** Most maps and arrays of one MessagePack value, most values in it, keys included, and most keys of a map (SPEC.md, section 10). */
 const MOST_COLLECTIONS = 1e6;
-const MOST_VALUES = 3e6;
+const MOST_VALUES = 2e6;
 const MOST_KEYS = 65_536;
 /** Values, or bytes of a string, between two looks at the clock. */
 const PIECE = 1 << 13;
-/** Maps and arrays of more bytes are skipped in one step. */
-const LONG = 1 << 10;
 
 /**
  * Checks one MessagePack value that fills `bytes` exactly, in pieces. Nothing is made of it before it is asked for.
- * @param path what the value is called in errors
+ * @param path names the value in errors
  * @param depth of maps and arrays that it may have
  * @param most values that it may hold
  * @throws FormatError when it is malformed or not plain
@@ -149,44 +136,40 @@ export function* decode(
   depth = 16,
   most: number = MOST_VALUES,
 ): Generator<void, Value> {
-  const reader = new Reader(bytes);
-  try {
-    yield* reader.check(depth, most);
-  } catch (cause) {
-    throw new FormatError(`its MessagePack is malformed: ${(cause as Error).message}`, { file, part, cause });
-  }
-  return new Value(reader, 0, file, part, path);
+  const reader = new Reader(bytes, file, part);
+  yield* reader.check(depth, most);
+  return new Value(reader, 0, path);
 }
 
-/** What a MessagePack value is. */
+/** The types of a MessagePack value. */
 type Kind = "nil" | "boolean" | "number" | "string" | "array" | "map";
 
 /** A map or array whose items are being checked. */
 interface Frame {
-  readonly start: number;
+  readonly index: number;
   readonly isMap: boolean;
   /** Items that are still to come; keys and values of a map. */
   left: number;
   keys?: Set<string>;
 }
 
-/** Reads values one after the other. */
-class Reader {
+/** Reads values one after the other, and remembers where each lies. Values go by their number in the file. */
+class Reader extends Fields {
   at = 0;
-  /** What the head says that was read last: the number, the boolean as 0 or 1, or how many bytes, items or pairs follow. */
+  /** Content of the last head: the number, the boolean as 0 or 1, or how many bytes, items or pairs follow. */
   count = 0;
-  readonly #bytes: Uint8Array;
-  readonly #view: DataView;
-  /** Ends of long maps and arrays, by where they begin. */
-  readonly #ends = new Map<number, number>();
+  /** First byte of each value. */
+  starts: Int32Array = new Int32Array(0);
+  /** Number of the value that follows each, behind all that is in it. */
+  nexts: Int32Array = new Int32Array(0);
 
-  constructor(bytes: Uint8Array) {
-    this.#bytes = bytes;
-    this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  #malformed(message: string): never {
+    return this.fail(`its MessagePack is malformed: ${message}`);
   }
 
-  /** Reads a head. */
-  next(): Kind {
+  /** Reads the head of a value. Default: of the one that comes next. */
+  head(index?: number): Kind {
+    if (index !== undefined) this.at = this.starts[index]!;
     const code = this.#number(1);
     if (code <= 0x7f || code >= 0xe0) return this.#is("number", (code << 24) >> 24);
     if (code <= 0x8f) return this.#is("map", code & 15);
@@ -198,9 +181,9 @@ class Reader {
     if (code >= 0xdc) return this.#is(code < 0xde ? "array" : "map", this.#number(2 << (code & 1)));
     if (code === 0xc0) return this.#is("nil", 0);
     if (code === 0xc2 || code === 0xc3) return this.#is("boolean", code & 1);
-    if (code === 0xca) return this.#is("number", this.#view.getFloat32(this.#skip(4)));
-    if (code === 0xcb) return this.#is("number", this.#view.getFloat64(this.#skip(8)));
-    throw new RangeError(`it uses bytes or an extension type (0x${code.toString(16)})`);
+    if (code === 0xca) return this.#is("number", this.view.getFloat32(this.#skip(4)));
+    if (code === 0xcb) return this.#is("number", this.view.getFloat64(this.#skip(8)));
+    return this.#malformed(`it uses bytes or an extension type (0x${code.toString(16)})`);
   }
 
   #is(kind: Kind, count: number): Kind {
@@ -210,140 +193,107 @@ class Reader {
 
   #skip(count: number): number {
     const start = this.at;
-    if (count > this.#bytes.length - start) throw new RangeError("it ends in the middle of a value");
+    if (count > this.bytes.length - start) this.#malformed("it ends in the middle of a value");
     this.at += count;
     return start;
   }
 
   #number(width: number, signed = false): number {
     const start = this.#skip(width);
-    let value = signed ? this.#view.getInt8(start) : this.#bytes[start]!;
-    for (let at = start + 1; at < start + width; at++) value = value * 256 + this.#bytes[at]!;
+    let value = signed ? this.view.getInt8(start) : this.bytes[start]!;
+    for (let at = start + 1; at < start + width; at++) value = value * 256 + this.bytes[at]!;
     return value;
   }
 
-  /** The string whose head was read last. */
-  text(): string {
-    const start = this.#skip(this.count);
-    return fromUtf8(this.#bytes.subarray(start, this.at));
-  }
-
-  /** Moves behind the value at `at`. */
-  skip(at: number): number {
-    this.at = at;
-    for (let left = 1; left > 0; left--) {
-      const end = this.#ends.get(this.at);
-      const kind = end === undefined ? this.next() : "nil";
-      if (end !== undefined) this.at = end;
-      if (kind === "string") this.at += this.count;
-      if (kind === "array") left += this.count;
-      if (kind === "map") left += 2 * this.count;
-    }
-    return this.at;
-  }
-
-  /** The next value, whatever is in it. */
-  plain(): unknown {
-    const kind = this.next();
+  /** A value, whatever is in it. Default: the one that comes next. */
+  plain(index?: number): unknown {
+    const kind = this.head(index);
     const { count } = this;
     if (kind === "nil") return null;
     if (kind === "boolean") return count > 0;
     if (kind === "number") return count;
-    if (kind === "string") return this.text();
+    if (kind === "string") return fromUtf8(this.bytes.subarray(this.at, (this.at += count)));
     const items = Array.from({ length: count }, () => (kind === "map" ? [this.plain(), this.plain()] : this.plain()));
     return kind === "map" ? Object.fromEntries(items as [string, unknown][]) : items;
   }
 
   /** Checks all that there is, without making anything of it. */
   *check(depth: number, most: number): Generator<void> {
-    const { length } = this.#bytes;
+    const { length } = this.bytes;
+    // Every value takes a byte or more.
+    this.starts = new Int32Array(Math.min(most, length));
+    this.nexts = new Int32Array(this.starts.length);
     let left = Math.min(MOST_COLLECTIONS, 1024 + length / 3);
     const around: Frame[] = [];
-    let frame: Frame = { start: 0, isMap: false, left: 1 };
-    for (let values = 1; frame.left > 0; values++) {
-      if (values % PIECE === 0) yield;
-      if (around.length > depth) throw new RangeError("it is nested deeper than 16 levels");
-      if (values > most) throw new RangeError(`it has more than ${most} values`);
+    let frame: Frame = { index: 0, isMap: false, left: 1 };
+    for (let index = 0; frame.left > 0; ) {
+      if (around.length > depth) this.#malformed("it is nested deeper than 16 levels");
+      if (index === most) this.#malformed(`it has more than ${most} values`);
       const isKey = frame.isMap && frame.left % 2 === 0;
       frame.left--;
-      const start = this.at;
-      const kind = this.next();
-      if (isKey && kind !== "string") throw new RangeError("a key is not a string");
-      if (kind === "string") yield* this.#checkText(isKey ? frame : undefined);
-      if (kind === "array" || kind === "map") {
-        // Every item takes a byte or more.
-        const [items, bytes] = [this.count, length - this.at];
-        if (items > bytes) throw new RangeError(`it declares ${items} items with ${bytes} bytes left`);
+      this.starts[index] = this.at;
+      const kind = this.head();
+      if (isKey && kind !== "string") this.#malformed("a key is not a string");
+      if (kind === "string") {
+        const start = this.#skip(this.count);
+        for (let at = start; at < this.at; ) {
+          const end = Math.min(this.at, at + PIECE);
+          const sound = utf8Until(this.bytes, at, end);
+          // A character may reach into the next piece.
+          if (sound < end && (end === this.at || sound < end - 3)) this.#malformed("a string is not UTF-8");
+          at = sound;
+          if (at < this.at) yield;
+        }
+        if (isKey) this.#addKey(frame, start);
+      } else if (kind === "array" || kind === "map") {
+        const items = this.count;
+        const bytes = length - this.at;
+        if (items > bytes) this.#malformed(`it declares ${items} items with ${bytes} bytes left`);
         if (--left < 0)
-          throw new RangeError(`it has more maps and arrays than a third of its bytes, or than ${MOST_COLLECTIONS}`);
+          this.#malformed(`it has more maps and arrays than a third of its bytes, or than ${MOST_COLLECTIONS}`);
         around.push(frame);
-        frame = { start, isMap: kind === "map", left: kind === "map" ? 2 * items : items };
+        frame = { index, isMap: kind === "map", left: kind === "map" ? 2 * items : items };
       }
-      while (frame.left === 0 && around.length > 0) {
-        if (this.at - frame.start > LONG) this.#ends.set(frame.start, this.at);
-        frame = around.pop()!;
-      }
+      index++;
+      this.nexts[index - 1] = index;
+      for (; frame.left === 0 && around.length > 0; frame = around.pop()!) this.nexts[frame.index] = index;
+      if (index % PIECE === 0) yield;
     }
-    if (this.at < length) throw new RangeError(`${length - this.at} bytes are left over`);
+    if (this.at < length) this.#malformed(`${length - this.at} bytes are left over`);
   }
 
-  /** @param map that has the string as a key */
-  *#checkText(map: Frame | undefined): Generator<void> {
-    const start = this.#skip(this.count);
-    for (let at = start; at < this.at; ) {
-      const end = Math.min(this.at, at + PIECE);
-      const sound = utf8Until(this.#bytes, at, end);
-      // A character may reach into the next piece.
-      if (sound < end && (end === this.at || sound < end - 3)) throw new RangeError("a string is not UTF-8");
-      at = sound;
-      if (at < this.at) yield;
-    }
+  #addKey(map: Frame, start: number): void {
     // The last key of a map of one is like no other.
-    if (!map || (map.left === 1 && !map.keys)) return;
-    const key = fromLatin1(this.#bytes.subarray(start, this.at));
+    if (map.left === 1 && !map.keys) return;
+    const key = fromLatin1(this.bytes.subarray(start, this.at));
     map.keys ??= new Set();
-    if (map.keys.size === MOST_KEYS) throw new RangeError(`a map has more than ${MOST_KEYS} keys`);
-    if (map.keys.has(key)) throw new RangeError(`the key ${JSON.stringify(key.slice(0, 80))} is there twice`);
+    if (map.keys.size === MOST_KEYS) this.#malformed(`a map has more than ${MOST_KEYS} keys`);
+    if (map.keys.has(key)) this.#malformed(`the key ${JSON.stringify(key.slice(0, 80))} is there twice`);
     map.keys.add(key);
   }
 }
 
 /** A MessagePack value in its file: made when it is asked for, so that its size is compared first. Every mismatch names its place. */
 export class Value {
-  /** Undefined where a map lacks it. */
-  readonly kind: Kind | undefined;
-  readonly file: string;
-  readonly part: string;
-  /** What it is a part of, and by which name: paths are made when they are told. */
+  /** "nil" where a map lacks it, too. */
+  readonly kind: Kind;
+  /** The number, the boolean as 0 or 1, or how many bytes, items or pairs there are. */
+  readonly count: number;
+  /** The value that this is a part of, and its name there: paths are made when they are told. */
   readonly #around: Value | undefined;
   readonly #name: string | number;
   readonly #reader: Reader;
-  /** Where it begins, and where that begins which follows its head. */
-  readonly #start: number;
-  readonly #inside: number;
-  /** The number, the boolean as 0 or 1, or how many bytes, items or pairs there are. */
-  readonly count: number;
-  /** Where the values of a map are. */
-  #places: Map<string, number> | undefined;
+  readonly #index: number;
+  /** Numbers of the values of a map. */
+  #values: Map<unknown, number> | undefined;
 
-  constructor(
-    reader: Reader,
-    start: number | undefined,
-    file: string,
-    part: string,
-    name: string | number,
-    around?: Value,
-  ) {
-    reader.at = start ?? 0;
-    this.kind = start === undefined ? start : reader.next();
-    this.#reader = reader;
-    this.#start = start ?? 0;
-    this.#inside = reader.at;
+  constructor(reader: Reader, index: number | undefined, name: string | number, around?: Value) {
+    this.kind = index === undefined ? "nil" : reader.head(index);
     this.count = reader.count;
-    this.file = file;
-    this.part = part;
-    this.#name = name;
     this.#around = around;
+    this.#name = name;
+    this.#reader = reader;
+    this.#index = index ?? 0;
   }
 
   get path(): string {
@@ -352,11 +302,12 @@ export class Value {
   }
 
   get absent(): boolean {
-    return this.kind === undefined || this.kind === "nil";
+    return this.kind === "nil";
   }
 
-  check(condition: boolean, message: () => string): asserts condition {
-    check(condition, this.file, this.part, () => `${this.path}: ${message()}`);
+  /** @throws FormatError with the path of the value */
+  fail(message: string): never {
+    return this.#reader.fail(`${this.path}: ${message}`);
   }
 
   /** Applies `read` to it, unless it is absent. */
@@ -364,38 +315,30 @@ export class Value {
     return this.absent ? undefined : read(this);
   }
 
-  #expect(condition: boolean, what: string): void {
-    this.check(condition, () => {
-      const long = this.kind === "array" || this.kind === "map" || (this.kind === "string" && this.count > 1024);
-      const found = this.absent ? "nothing" : long ? `a ${this.kind} of ${this.count}` : String(this.plain());
-      return `expected ${what}, found ${found.slice(0, 80)}`;
-    });
-  }
-
-  #part(start: number | undefined, name: string | number): Value {
-    return new Value(this.#reader, start, this.file, this.part, name, this);
+  #expected(expected: string): never {
+    const long = this.kind === "array" || this.kind === "map" || (this.kind === "string" && this.count > 1024);
+    const found = this.absent ? "nothing" : long ? `a ${this.kind} of ${this.count}` : String(this.plain());
+    return this.fail(`expected ${expected}, found ${found.slice(0, 80)}`);
   }
 
   get(key: string): Value {
-    this.#expect(this.kind === "map", "a map");
-    if (!this.#places) {
-      this.#places = new Map();
-      const reader = this.#reader;
-      reader.at = this.#inside;
-      for (let i = 0; i < this.count; i++) {
-        reader.next();
-        this.#places.set(reader.text(), reader.at);
-        reader.skip(reader.at);
-      }
+    if (this.kind !== "map") this.#expected("a map");
+    const reader = this.#reader;
+    if (!this.#values) {
+      this.#values = new Map();
+      let index = this.#index + 1;
+      for (let i = 0; i < this.count; i++, index = reader.nexts[index + 1]!)
+        this.#values.set(reader.plain(index), index + 1);
     }
-    return this.#part(this.#places.get(key), key);
+    return new Value(reader, this.#values.get(key), key, this);
   }
 
   /** The items of an array, one after the other. */
   *each(max: number): Generator<Value, void> {
-    this.#expect(this.kind === "array", "an array");
-    this.check(this.count <= max, () => `${this.count} items, at most ${max} are allowed`);
-    for (let i = 0, at = this.#inside; i < this.count; i++, at = this.#reader.skip(at)) yield this.#part(at, i);
+    if (this.kind !== "array") this.#expected("an array");
+    if (this.count > max) this.fail(`${this.count} items, at most ${max} are allowed`);
+    for (let i = 0, index = this.#index + 1; i < this.count; i++, index = this.#reader.nexts[index]!)
+      yield new Value(this.#reader, index, i, this);
   }
 
   array(max: number): Value[] {
@@ -405,15 +348,20 @@ export class Value {
   /** An array of exactly `count` items: one more would mean something that this reader does not know. */
   items(count: number): Value[] {
     const items = this.array(count);
-    this.check(items.length === count, () => `${items.length} items, expected ${count}`);
+    if (items.length !== count) this.fail(`${items.length} items, expected ${count}`);
     return items;
   }
 
-  /** What `read` makes of the items of an array, in pieces. */
+  /** Applies `read` to the items of an array, in pieces. */
   *list<T>(max: number, read: (item: Value) => T): Generator<void, T[]> {
     const found: T[] = [];
     for (const item of this.each(max)) if (found.push(read(item)) % 256 === 0) yield;
     return found;
+  }
+
+  /** The item of a list that an integer stands for. */
+  choice<T>(list: readonly T[]): T {
+    return list[this.integer(0, list.length - 1)]!;
   }
 
   integer(min: number, max: number): number {
@@ -421,34 +369,34 @@ export class Value {
   }
 
   number(min: number, max: number, whole = false): number {
-    const v = this.count;
-    const good = this.kind === "number" && v >= min && v <= max && (!whole || Number.isInteger(v));
-    this.#expect(good, `${whole ? "an integer" : "a number"} from ${min} to ${max}`);
-    return v;
+    const { count } = this;
+    if (this.kind === "number" && count >= min && count <= max && (!whole || Number.isInteger(count))) return count;
+    return this.#expected(`${whole ? "an integer" : "a number"} from ${min} to ${max}`);
   }
 
   boolean(): boolean {
-    this.#expect(this.absent || this.kind === "boolean", "true or false");
+    if (!this.absent && this.kind !== "boolean") this.#expected("true or false");
     return this.kind === "boolean" && this.count > 0;
   }
 
   string(maxBytes: number): string {
-    this.#expect(this.kind === "string", "a string");
+    if (this.kind !== "string") this.#expected("a string");
     const bytes = this.count;
-    this.check(bytes > 0 && bytes <= maxBytes, () => `a string of ${bytes} bytes, expected 1 to ${maxBytes}`);
+    if (bytes === 0 || bytes > maxBytes) this.fail(`a string of ${bytes} bytes, expected 1 to ${maxBytes}`);
     return this.plain() as string;
   }
 
   /** Checks that it takes at most so many bytes of MessagePack. */
   within(maxBytes: number): void {
-    const bytes = this.#reader.skip(this.#start) - this.#start;
-    this.check(bytes <= maxBytes, () => `${bytes} bytes, at most ${maxBytes} are allowed`);
+    const { starts, nexts, bytes: all } = this.#reader;
+    // What follows the last value starts at 0, or nowhere.
+    const bytes = (starts[nexts[this.#index]!] || all.length) - starts[this.#index]!;
+    if (bytes > maxBytes) this.fail(`${bytes} bytes, at most ${maxBytes} are allowed`);
   }
 
   /** All of it; maps become objects of own properties, whatever their keys are called. */
   plain(): unknown {
-    this.#reader.at = this.#start;
-    return this.#reader.plain();
+    return this.#reader.plain(this.#index);
   }
 }
 
@@ -466,8 +414,9 @@ export function placing(
   part: string,
 ): { place(dtype: Dtype, rows: number, width: number): TensorRef; full(): void; end(): number } {
   let end = start;
-  const fits = (condition: boolean): void =>
-    check(condition, file, part, () => `its tensors need ${end} bytes, there are ${size}`);
+  const fits = (condition: boolean): void => {
+    if (!condition) throw new FormatError(`its tensors need ${end} bytes, there are ${size}`, { file, part });
+  };
   return {
     place(dtype, rows, width) {
       const byteOffset = Math.ceil(end / step) * step;
@@ -479,4 +428,52 @@ export function placing(
     full: () => fits(end === size),
     end: () => end,
   };
+}
+
+/**
+ * SHA-256 of the parts, one behind the other. Parts that lie so in memory are not copied.
+ * @throws TypeError where the platform has no WebCrypto
+ */
+export async function sha256(first: Uint8Array, ...rest: readonly Uint8Array[]): Promise<Uint8Array<ArrayBuffer>> {
+  if (!globalThis.crypto?.subtle) {
+    throw new TypeError("SHA-256 needs WebCrypto (crypto.subtle), which is missing here; pages have it over https");
+  }
+  const parts = [first, ...rest];
+  const length = parts.reduce((sum, part) => sum + part.length, 0);
+  const adjacent = parts.every(({ buffer, byteOffset }, i) => {
+    const before = parts[i - 1];
+    return !before || (buffer === before.buffer && byteOffset === before.byteOffset + before.length);
+  });
+  let all = new Uint8Array(first.buffer as ArrayBuffer, first.byteOffset, adjacent ? length : 0);
+  if (!adjacent) {
+    all = new Uint8Array(length);
+    let at = 0;
+    for (const part of parts) {
+      all.set(part, at);
+      at += part.length;
+    }
+  }
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", all));
+}
+
+/** The same as text. */
+export async function integrityOf(first: Uint8Array, ...rest: readonly Uint8Array[]): Promise<string> {
+  return toIntegrity(await sha256(first, ...rest));
+}
+
+/** @param hash 32 bytes */
+export function toIntegrity(hash: Uint8Array): string {
+  return `sha256-${toBase64(hash)}`;
+}
+
+/**
+ * @throws TypeError when it is not "sha256-" and the base64 of 32 bytes, written in the only way that `toIntegrity` writes it: hashes
+ *   are compared as text
+ */
+export function fromIntegrity(text: string): Uint8Array<ArrayBuffer> {
+  // The last letter before the padding holds four bits.
+  if (!/^sha256-[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$/.test(text)) {
+    throw new TypeError(`expected "sha256-" and the base64 of 32 bytes, got ${JSON.stringify(text)}`);
+  }
+  return fromBase64(text.slice(7));
 }

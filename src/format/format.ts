@@ -258,30 +258,28 @@ export interface Brought {
   readonly name: string;
 }
 
-/** Names of modules, by what a task has for them. */
-type OfModules = Readonly<Record<ModuleRole, readonly string[]>>;
-
-/** The list as it is stored. @param modules names of modules by what the task has for them */
-export function encodeBrings(
-  parameters: readonly { readonly role: ParameterRole; readonly name: string }[],
-  modules: Partial<OfModules>,
-): string[] {
-  return [
-    ...parameters.map(({ role, name }) => `${role} ${name}`),
-    ...Object.entries(modules).flatMap(([role, names]) => names.map((name) => `${role} ${name}`)),
-  ];
-}
-
 /** What a blob itself says, in the form of the list. */
-export function bringsOf({ terms, parameters }: TaskBlob, modules: readonly PackModule[]): string[] {
-  const named = (has: (term: TaskTerm) => unknown): string[] =>
-    terms.filter(has).map(({ module }) => modules[module]!.name);
-  return encodeBrings(parameters, {
-    magnitude: named(({ magnitude }) => magnitude),
-    private: named(({ privateA }) => privateA),
-    "own-A": named(({ ownA }) => ownA),
-    "own-B": named(({ ownBt }) => ownBt),
-  });
+export function bringsOf(
+  {
+    terms,
+    parameters,
+  }: {
+    readonly terms: readonly (Pick<TaskTerm, "module"> & {
+      [Key in "magnitude" | "privateA" | "ownA" | "ownBt"]?: unknown;
+    })[];
+    readonly parameters: readonly Pick<TaskParameter, "role" | "name">[];
+  },
+  modules: readonly Pick<PackModule, "name">[],
+): string[] {
+  const brings = parameters.map(({ role, name }) => `${role} ${name}`);
+  for (const [role, key] of [
+    ["magnitude", "magnitude"],
+    ["private", "privateA"],
+    ["own-A", "ownA"],
+    ["own-B", "ownBt"],
+  ] as const)
+    for (const term of terms) if (term[key]) brings.push(`${role} ${modules[term.module]!.name}`);
+  return brings;
 }
 
 /** A role, a space, and a name. */

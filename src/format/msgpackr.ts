@@ -21,7 +21,7 @@
  */
 import { Packr } from "msgpackr/pack";
 
-const packr = new Packr({ useRecords: false, variableMapSize: true });
+const packr = new Packr({ useRecords: false, variableMapSize: true, skipValues: [undefined] });
 
 /** MessagePack of a value, keys with undefined left out. */
 export function pack(value: unknown): Uint8Array<ArrayBuffer> {

@@ -32,15 +32,8 @@ export interface Answer {
   body(length: number | undefined, most: number, excess: string, told?: ReadAllOptions["most"]): Promise<Uint8Array>;
 }
 
-/** Statuses that pass: RFC 9110 and RFC 6585. */
-const PASSING: ReadonlyMap<number, string> = new Map([
-  [408, "waited in vain for the request"],
-  [429, "gets too many requests"],
-  [500, "failed"],
-  [502, "has no answer from the server behind it"],
-  [503, "is overloaded or under repair"],
-  [504, "waits in vain for the server behind it"],
-]);
+/** Statuses after which another try may succeed: RFC 9110 and RFC 6585. */
+const RETRYABLE_STATUS = [408, 429, 500, 502, 503, 504];
 
 /** First pause between two tries in milliseconds, and the longest that is chosen here. */
 const PAUSE = 250;
@@ -153,8 +146,8 @@ export class Exchange {
   }
 
   #checkStatus({ status, headers }: Response): void {
-    const problem = PASSING.get(status);
-    if (problem === undefined) return;
+    if (!RETRYABLE_STATUS.includes(status)) return;
+    const problem = status === 429 ? "gets too many requests" : "cannot answer now";
     const retryAfter = waitOf(headers.get("retry-after"));
     const later = retryAfter === undefined ? "later" : `in ${Math.ceil(retryAfter / 1000)} s`;
     const more = { status, transient: true, ...(retryAfter !== undefined && { retryAfter }) };

@@ -19,7 +19,7 @@ type Values = (i: number) => number;
 
 /**
  * @returns undefined when the weight is quantised in an unknown way
- * @throws FormatError when its tensors do not fit each other; SourceError when a file beside the model cannot be read
+ * @throws FormatError when its tensors do not fit each other; SourceError when a file next to the model cannot be read
  */
 export async function readQuantizedWeight(
   file: ModelFile,
@@ -200,7 +200,6 @@ interface Quantization {
   block: number;
 }
 
-/** Finds the scales of an integer weight. */
 function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
   const direct = model.graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
   if (direct) {

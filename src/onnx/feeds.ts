@@ -83,7 +83,7 @@ export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: str
     const parts = dimension.split("+").map((part) => part.trim());
     const present = parts.filter((part) => !/past/.test(part));
     if (parts.length > 1 && present.length === 1) return present[0]!;
-    // "total_sequence_length" beside "sequence_length": the longest name that it ends with.
+    // "total_sequence_length" next to "sequence_length": the longest name that it ends with.
     const ends = plain.filter((name) => dimension.endsWith(name)).sort((a, b) => b.length - a.length);
     return /total/.test(dimension) ? (ends[0] ?? dimension) : dimension;
   };

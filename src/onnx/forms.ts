@@ -14,7 +14,7 @@
  * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
  * what it makes with ones for its weight.
  */
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { GraphTools } from "./inject.ts";
 import {
   type AdaptedLayer,
@@ -22,12 +22,11 @@ import {
   dynamic,
   FLOAT,
   FLOAT16,
-  type Form,
-  type FormPlace,
   INT64,
   onlyConsumer,
   quantized,
   requantized,
+  type Site,
   typeOf,
   type VectorPlace,
 } from "./linear.ts";
@@ -36,21 +35,24 @@ import type { OnnxParameter } from "./modules.ts";
 import { type Place, PREFIX } from "./nodes.ts";
 import type { NodeProto } from "./protobuf.ts";
 
-/** @returns the reason where a use of the weight cannot be adapted */
-export function formOf(model: OnnxModel, { uses, copies, initializer, shape }: OnnxParameter): Form | string {
+/** @returns the kind of a layer that is not linear, and its applications; the reason where a use of the weight cannot be adapted */
+export function formOf(
+  model: OnnxModel,
+  { uses, copies, initializer, shape }: OnnxParameter,
+): Pick<AdaptedLayer, "kind" | "shape" | "sites"> | string {
   const all = [uses, ...copies.map((copy) => copy.uses)].flat().filter(readsValues);
   if (all.length === 0) return `nothing in the graph uses "${initializer}"`;
   const kind = all[0]!.node.opType.startsWith("Gather") ? "embedding" : "convolution";
-  const places: FormPlace[] = [];
+  const sites: Site[] = [];
   for (const use of all) {
-    const place = kind === "embedding" ? tableOf(model, use) : convolutionOf(model, use);
-    if (typeof place === "string") return `${use.node.opType} "${use.node.name}" ${place}`;
-    places.push(place);
+    const site = kind === "embedding" ? tableOf(model, use) : convolutionOf(model, use);
+    if (typeof site === "string") return `${use.node.opType} "${use.node.name}" ${site}`;
+    sites.push({ ...site, product: use.node });
   }
-  return { kind, shape, places };
+  return { kind, shape, sites };
 }
 
-/** Whether a node reads more than the weight's shape, which is all that some exporters ask for. */
+/** True if a node reads more than the weight's shape, which is all that some exporters ask for. */
 function readsValues({ node }: Use): boolean {
   return node.opType !== "Shape";
 }
@@ -58,7 +60,7 @@ function readsValues({ node }: Use): boolean {
 /** Index of the weight among the inputs, by operator. */
 const WEIGHTS: Readonly<Record<string, number>> = { Conv: 1, ConvInteger: 1, QLinearConv: 3 };
 
-function convolutionOf(model: OnnxModel, use: Use): FormPlace | string {
+function convolutionOf(model: OnnxModel, use: Use): Site | string {
   const { node: op, graph, input } = use;
   const groups = Number(attribute(op, "group")?.i ?? 1);
   if (WEIGHTS[op.opType] !== input) return "is none of Conv, ConvInteger, QLinearConv";
@@ -66,18 +68,18 @@ function convolutionOf(model: OnnxModel, use: Use): FormPlace | string {
   if (op.opType === "Conv") {
     const node = requantized(model, use) ?? op;
     const bias = node === op ? op.input[2] || undefined : undefined;
-    return { graph, op, node, x: op.input[0]!, type: typeOf(model, graph, op.input[1]!), bias };
+    return { graph, node, x: op.input[0]!, type: typeOf(model, graph, op.input[1]!), bias };
   }
   const found = op.opType === "ConvInteger" ? dynamic(model, use) : quantized(model, use);
   if (!found) return "does not lie between the nodes that quantisers of onnxruntime write";
-  return { graph, op, node: found.node, x: found.x, type: found.type, bias: undefined };
+  return { graph, node: found.node, x: found.x, type: found.type };
 }
 
-function tableOf(model: OnnxModel, use: Use): FormPlace | string {
+function tableOf(model: OnnxModel, use: Use): Site | string {
   const { node: op, graph, input } = use;
   const axis = Number(attribute(op, op.opType === "Gather" ? "axis" : "gather_axis")?.i ?? 0);
   if (!/^Gather(BlockQuantized)?$/.test(op.opType) || input !== 0 || axis !== 0) return "does not look up rows";
-  const place = { graph, op, x: op.input[1]!, bias: undefined };
+  const place = { graph, x: op.input[1]! };
   if (op.opType !== "Gather") return { ...place, node: op, type: typeOf(model, graph, op.input[2]!) };
   const next = onlyConsumer(model, graph, op);
   const node = requantized(model, use) ?? (next?.opType === "DequantizeLinear" ? next : op);
@@ -110,16 +112,13 @@ export function vectorOf(model: OnnxModel, name: string, { shape, uses }: OnnxPa
   return { name, size, places };
 }
 
-/** A layer that is not linear. */
-type FormLayer = AdaptedLayer & { readonly form: Form };
-
-export function addModule(tools: GraphTools, module: FormLayer): void {
-  if (module.form.kind === "embedding") addTable(tools, module);
+export function addModule(tools: GraphTools, module: AdaptedLayer): void {
+  if (module.kind === "embedding") addTable(tools, module);
   else addConvolution(tools, module);
 }
 
 /** The inputs of a module, made once for all of its places. */
-function inputsOf(tools: GraphTools, { name, in: width, out, components, factors, rowScale }: FormLayer) {
+function inputsOf(tools: GraphTools, { name, in: width, out, components, factors, rowScale }: AdaptedLayer) {
   const [KA, KB] = [components?.A.rows ?? 0, components?.B.rows ?? 0];
   const block = { module: name, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined };
   const core = components && tools.input(name, "core", [KA, KB], { cores: [block] });
@@ -131,7 +130,7 @@ function inputsOf(tools: GraphTools, { name, in: width, out, components, factors
 
 // ---- convolutions
 
-/** What a term is made of: the weight of the convolution that enters it, and what its channels are multiplied with. */
+/** Parts of a term: the weight of the convolution that enters it, and what its channels are multiplied with. */
 interface Pieces {
   /** E_A [K_A, channels, …] and coreᵀ [tasks, 1, K_B, K_A] and E_Bᵀ [out, K_B]. */
   readonly shared: { readonly EA: string; readonly core: string; readonly EB: string; readonly KA: number } | undefined;
@@ -141,14 +140,14 @@ interface Pieces {
   readonly scale: string | undefined;
 }
 
-function addConvolution(tools: GraphTools, module: FormLayer): void {
+function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
   const pieces = piecesOf(tools, module);
-  for (const place of module.form.places) convolve(tools, module, place, pieces);
+  for (const place of module.sites) convolve(tools, module, place, pieces);
 }
 
-function piecesOf(tools: GraphTools, module: FormLayer): Pieces {
+function piecesOf(tools: GraphTools, module: AdaptedLayer): Pieces {
   const { name, out, components } = module;
-  const kernel = module.form.shape.slice(1);
+  const kernel = module.shape!.slice(1);
   const { core, A, B, scale } = inputsOf(tools, module);
   const at = (what: string): string => `${PREFIX}/${name}/${what}`;
   /** [tasks, a, b] as [tasks, 1, b, a]. */
@@ -184,9 +183,10 @@ function piecesOf(tools: GraphTools, module: FormLayer): Pieces {
 /** Attributes of a convolution that hold for the term's too. */
 const GEOMETRY = /^(auto_pad|dilations|kernel_shape|pads|strides)$/;
 
-function convolve(tools: GraphTools, module: FormLayer, found: FormPlace, { shared, own, scale }: Pieces): void {
-  const { name, out, form } = module;
-  const { graph, op, node, type, bias } = found;
+function convolve(tools: GraphTools, module: AdaptedLayer, found: Site, { shared, own, scale }: Pieces): void {
+  const { name, out, shape } = module;
+  const { graph, node, type, bias } = found;
+  const op = found.product!;
   const geometry = op.attribute.filter((one) => GEOMETRY.test(one.name));
   const place = tools.place(name, graph, node, type);
   // DoRA scales y without its bias.
@@ -220,7 +220,7 @@ function convolve(tools: GraphTools, module: FormLayer, found: FormPlace, { shar
   }
   const sum = place.op("Add", [byTask(place.up(y), tools.ints([out])), term]);
   const result = place.op("Reshape", [place.op("Mul", [sum, scale]), whole]);
-  place.end(place.down(apart ? addChannels(tools, place, result, place.up(bias), form.shape.length - 2) : result));
+  place.end(place.down(apart ? addChannels(tools, place, result, place.up(bias), shape!.length - 2) : result));
 }
 
 /** x + a vector [channels], of its channels. */
@@ -248,15 +248,15 @@ function ownChannels(
 
 // ---- tables
 
-function addTable(tools: GraphTools, module: FormLayer): void {
-  const { name, in: rows, out, components, form } = module;
+function addTable(tools: GraphTools, module: AdaptedLayer): void {
+  const { name, in: rows, out, components, sites } = module;
   const { core, A, B, scale } = inputsOf(tools, module);
   const at = (what: string): string => `${PREFIX}/${name}/${what}`;
   const EA =
     components &&
     tools.add(at("E_A"), [rows, components.A.rows], transpose(components.A.floats(), components.A.rows, rows));
   const EB = components && tools.add(at("E_B"), [components.B.rows, out], components.B.floats());
-  for (const { graph, node, x: ids, type } of form.places) {
+  for (const { graph, node, x: ids, type } of sites) {
     const place = tools.place(name, graph, node, type);
     const y = place.begin();
     // [batch, sequence, …] multiplies with [tasks, …] as it is; but factors look up their rows by task.

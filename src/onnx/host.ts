@@ -14,7 +14,7 @@ import { readTensor } from "./tensors.ts";
 import { Copies } from "./weights.ts";
 
 /**
- * Opens a model and finds its parameters. The file is read whole and stays in memory; files beside it are read when a weight in them is.
+ * Opens a model and finds its parameters. The file is read whole and stays in memory; files next to it are read when a weight in them is.
  * Closing the host releases those.
  *
  * @example

@@ -20,14 +20,13 @@ import {
   type AdaptedLayer,
   type AdaptedRows,
   type AdaptedVector,
-  type Changes,
   type ComponentRows,
   endOf,
   FLOAT,
-  type Form,
+  type GraphChanges,
   INT8,
   INT64,
-  type Linear,
+  type Site,
   UINT8,
 } from "./linear.ts";
 import { attribute, type OnnxModel, Ranks } from "./model.ts";
@@ -54,21 +53,20 @@ import type { GraphProto, NodeProto } from "./protobuf.ts";
  */
 export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
-/** Options of `inject`. */
 export interface InjectOptions {
-  /** Whether it adds outputs for a probe. Default: true. */
+  /** Adds outputs for a probe. Default: true. */
   readonly probe?: boolean | undefined;
   /** Operators for components that are integers. Default: none, they become floats. */
   readonly integers?: IntegerProducts | undefined;
   /** Needed for modules with a form, and for vectors. */
   readonly forms?: FormInjection | undefined;
-  /** Whether cores come in as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
+  /** Joins cores to as few inputs as can be. Default: false: a split into many parts is more than some devices bind at once. */
   readonly join?: boolean | undefined;
 }
 
 /** Surgery next to what is no linear layer: forms.ts, which is loaded when it is needed. */
 export interface FormInjection {
-  addModule(tools: GraphTools, module: AdaptedLayer & { readonly form: Form }): void;
+  addModule(tools: GraphTools, module: AdaptedLayer): void;
   addVector(tools: GraphTools, vector: AdaptedVector): void;
 }
 
@@ -79,13 +77,11 @@ export interface TaskInput {
   readonly of: string;
   readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
   readonly dims: readonly (number | string)[];
-  /** Cores of the modules in it; zeros lie beside them. */
   readonly cores?: readonly CoreBlock[];
   /** Set where a factor's rows are coefficients over components, which the graph has: of A [K, q], of B [q, K]. */
   readonly over?: { readonly K: number; readonly scales: Float32Array | undefined } | undefined;
 }
 
-/** The core of one module in the input of several. */
 export interface CoreBlock {
   readonly module: string;
   /** Place of its first number. */
@@ -98,7 +94,6 @@ export interface CoreBlock {
   readonly scalesB: Float32Array | undefined;
 }
 
-/** Inputs, initializers and outputs that were added to a model. */
 export interface Injected {
   readonly inputs: readonly TaskInput[];
   readonly initializers: readonly Added[];
@@ -114,24 +109,24 @@ export interface ProbeOutputs {
 }
 
 /**
- * Changes `model.proto` in place.
+ * GraphChanges `model.proto` in place.
  * @param model that `checkInjectable` has passed; weights that are folded may have a place of their own since then
  */
 export function inject(
   model: OnnxModel,
-  { modules, biases, rows, heads, vectors }: Changes,
+  { modules, biases, rows, heads, vectors }: GraphChanges,
   options: InjectOptions = {},
 ): Injected {
-  const linear = modules.filter(({ form }) => !form);
+  const linear = modules.filter(({ kind }) => kind === "linear");
   const injector = new Injector(model, options, linear);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) injector.bias(bias);
   for (const table of rows) if (table.places.length > 0) injector.rowsOfTable(table);
   for (const vector of vectors) options.forms!.addVector(injector, vector);
-  for (const { form, ...module } of modules) if (form) options.forms!.addModule(injector, { ...module, form });
+  for (const module of modules) if (module.kind !== "linear") options.forms!.addModule(injector, module);
   for (const members of injector.groupsOf(linear)) injector.terms(members);
   // Terms are added to what replaced rows make.
-  for (const layer of rows) if (layer.linears.length > 0) injector.rowsOfLayer(layer);
+  for (const layer of rows) if (layer.sites.length > 0) injector.rowsOfLayer(layer);
   for (const head of heads) injector.head(head);
   if (options.join) injector.joinCores();
   return injector.finish(heads);
@@ -156,7 +151,6 @@ export class GraphTools {
     this.#ranks = new Ranks(model);
   }
 
-  /** Adds an initializer, once. */
   add(name: string, dims: readonly number[], data: Float32Array): string {
     if (this.#isNew(name)) this.added.push({ name, type: FLOAT, dims, data });
     return name;
@@ -219,7 +213,6 @@ export class GraphTools {
     return place.op("Reshape", [value, this.first(`${PREFIX}/rows/${width}`, "Concat", shape, { axis: 0 })]);
   }
 
-  /** Edits behind a node of the model. */
   place(of: string, graph: GraphProto, node: NodeProto, type: number): Place {
     return new Place(this.edits, graph, node, `${PREFIX}/${of}/${this.#count++}`, type);
   }
@@ -236,7 +229,7 @@ interface Mixed {
   readonly value: string;
 }
 
-/** How the x of a layer multiplies with task inputs. */
+/** The x of a layer in the shape that multiplies with task inputs. */
 interface RowsInto {
   readonly rank: number | undefined;
   readonly rows: string;
@@ -263,7 +256,7 @@ class Injector extends GraphTools {
     const groups = new Map<unknown, AdaptedLayer[]>();
     const graphs = [...this.model.graph.scopes.keys()];
     for (const module of modules) {
-      const [first, second] = module.linears;
+      const [first, second] = module.sites;
       const key =
         first && !second && module.components
           ? `${graphs.indexOf(first.graph)} ${first.type} ${this.#products.formatOf(module.components.A)} ${first.x}`
@@ -284,14 +277,13 @@ class Injector extends GraphTools {
         scale: rowScale ? this.input(name, "scale", [1, out]) : undefined,
       };
     });
-    for (const i of members[0]!.linears.keys()) {
-      const linears = members.map((member) => member.linears[i]!);
-      const mixed = core && this.#mix(members, linears, core);
-      for (const [m, member] of members.entries()) this.#term(member, linears[m]!, inputs[m]!, mixed?.[m]);
+    for (const i of members[0]!.sites.keys()) {
+      const sites = members.map((member) => member.sites[i]!);
+      const mixed = core && this.#mix(members, sites, core);
+      for (const [m, member] of members.entries()) this.#term(member, sites[m]!, inputs[m]!, mixed?.[m]);
     }
   }
 
-  /** The input that holds the cores of modules. */
   #core(members: readonly AdaptedLayer[]): TaskInput {
     let row = 0;
     let column = 0;
@@ -308,10 +300,10 @@ class Injector extends GraphTools {
   }
 
   /** x·E_Aᵀ·core, in front of the first of the layers. @returns the columns of each */
-  #mix(members: readonly AdaptedLayer[], linears: readonly Linear[], core: TaskInput): Mixed[] {
-    const { graph, x, type } = linears[0]!;
-    const nodes = new Set(linears.map(({ node }) => node));
-    const first = nodes.size === 1 ? linears[0]!.node : graph.node.find((node) => nodes.has(node))!;
+  #mix(members: readonly AdaptedLayer[], sites: readonly Site[], core: TaskInput): Mixed[] {
+    const { graph, x, type } = sites[0]!;
+    const nodes = new Set(sites.map(({ node }) => node));
+    const first = nodes.size === 1 ? sites[0]!.node : graph.node.find((node) => nodes.has(node))!;
     const place = this.place(core.of, graph, first, type);
     const [, KA] = core.dims as [string, number];
     const { rows, byTask } = this.#rowsInto(place, graph, x);
@@ -326,14 +318,14 @@ class Injector extends GraphTools {
 
   #term(
     { name, in: inputs, out, components, over }: AdaptedLayer,
-    linear: Linear,
+    site: Site,
     { A, B, scale }: { A: string | undefined; B: string | undefined; scale: string | undefined },
     mixed: Mixed | undefined,
   ): void {
     // The term comes behind the bias where possible: runtimes fuse a product with its bias. DoRA scales the value in front of it.
-    const end = scale === undefined ? endOf(this.model, linear) : linear.node;
-    const place = this.place(name, linear.graph, end, linear.type);
-    const { rank, rows, byTask } = this.#rowsInto(place, linear.graph, linear.x, mixed?.rows);
+    const end = scale === undefined ? endOf(this.model, site) : site.node;
+    const place = this.place(name, site.graph, end, site.type);
+    const { rank, rows, byTask } = this.#rowsInto(place, site.graph, site.x, mixed?.rows);
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
       const read = over?.A ? this.#products.project(place, rows, [over.A], `${PREFIX}/${name}/E_A`) : rows;
@@ -342,10 +334,10 @@ class Injector extends GraphTools {
     }
     if (mixed) terms.push(this.#products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
-    if (this.#wantsProbe && linear.graph === this.main) this.#probe ??= { module: name, x: rows, term };
-    const bias = scale && linear.bias;
+    if (this.#wantsProbe && site.graph === this.main) this.#probe ??= { module: name, x: rows, term };
+    const bias = scale && site.bias;
     // y without its bias: DoRA scales it.
-    if (bias) linear.node.input.length = 2;
+    if (bias) site.node.input.length = 2;
     const y = place.begin();
     if (scale === undefined) {
       place.end(place.op("Add", [y, place.down(this.#asY(place, term, y, rank, out))]));
@@ -364,7 +356,7 @@ class Injector extends GraphTools {
 
   /**
    * x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes.
-   * @param made what another place has made of it
+   * @param made the result of another place
    */
   #rowsInto(place: Place, graph: GraphProto, x: string, made?: string): RowsInto {
     const rank = this.rank(graph, x);
@@ -402,7 +394,7 @@ class Injector extends GraphTools {
     }
   }
 
-  rowsOfLayer({ name, count: out, width, linears }: AdaptedRows): void {
+  rowsOfLayer({ name, count: out, width, sites }: AdaptedRows): void {
     const indices = this.input(name, "indices", [1, "rows"]);
     const change = this.input(name, "rows", ["rows", width + 1]);
     const columns = (value: string): string =>
@@ -415,7 +407,7 @@ class Injector extends GraphTools {
       return columns(this.first(`${change}/${from}`, "Slice", [change, ...bounds]));
     };
     const strength = this.first(`${change}/strength`, "MatMul", [part(width, width + 1), met]);
-    for (const { graph, node, x, type } of linears) {
+    for (const { graph, node, x, type } of sites) {
       const place = this.place(name, graph, node, type);
       const { rank, rows, byTask } = this.#rowsInto(place, graph, x);
       const found = place.op("MatMul", [byTask(rows, width), part(0, width)]);
@@ -431,14 +423,14 @@ class Injector extends GraphTools {
     const weight = this.input(name, "headWeight", [inputs, "labels"]);
     const bias = hasBias ? this.input(name, "headBias", [1, "labels"]) : undefined;
     const labels = this.dims("labels", weight, 2, 3);
-    for (const { linear, end } of places) {
-      const place = this.place(name, linear.graph, end, linear.type);
-      const x = place.op("Flatten", [place.up(linear.x)], { axis: -1 });
+    for (const { site, end } of places) {
+      const place = this.place(name, site.graph, end, site.type);
+      const x = place.op("Flatten", [place.up(site.x)], { axis: -1 });
       let y = place.op("MatMul", [this.rowsOf(place, x, inputs), weight]);
       // A task without a bias keeps the model's.
-      const added = bias ?? (linear.bias && place.up(linear.bias));
+      const added = bias ?? (site.bias && place.up(site.bias));
       if (added) y = place.op("Add", [y, added]);
-      const leading = place.op("Slice", [place.op("Shape", [linear.x]), this.ints([0]), this.ints([-1])]);
+      const leading = place.op("Slice", [place.op("Shape", [site.x]), this.ints([0]), this.ints([-1])]);
       const shape = place.op("Concat", [leading, labels], { axis: 0 });
       place.replace(place.down(place.op("Reshape", [y, shape])));
     }
@@ -509,22 +501,18 @@ class ComponentProducts {
   readonly #added: Added[];
   readonly #level: number;
   readonly #shared = new Set<string>();
-  /** Whether an operator of onnxruntime's own domain was used. */
+  /** True if an operator of onnxruntime's own domain was used. */
   contributed = false;
 
   /**
    * @param by operators for integers; none: floats only
    * @param layers that terms are added to: where the model has all of their inputs rounded to 8 bits, products with 4 bits do the same
    */
-  constructor(
-    by: IntegerProducts,
-    added: Added[],
-    layers: readonly { readonly linears: readonly Pick<Linear, "node" | "product">[] }[],
-  ) {
+  constructor(by: IntegerProducts, added: Added[], layers: readonly AdaptedLayer[]) {
     this.#by = by;
     this.#added = added;
     const levelOf = (node: NodeProto): number => Number(attribute(node, "accuracy_level")?.i ?? 0);
-    const levels = layers.flatMap(({ linears }) => linears.map(({ node, product = node }) => levelOf(product)));
+    const levels = layers.flatMap(({ sites }) => sites.map(({ node, product = node }) => levelOf(product)));
     this.#level = levels.length > 0 && levels.every((level) => level === EIGHT_BITS) ? EIGHT_BITS : F32;
   }
 
@@ -539,7 +527,7 @@ class ComponentProducts {
     return this.formatOf(rows) === "floats" ? undefined : rows.integers!.scales;
   }
 
-  /** What an input has to know of components that its rows are coefficients over. */
+  /** Facts of components for an input whose rows are coefficients over them. */
   under(
     rows: ComponentRows | undefined,
   ): { readonly K: number; readonly scales: Float32Array | undefined } | undefined {
@@ -618,7 +606,7 @@ class ComponentProducts {
   }
 
   /**
-   * Whether a product with bytes is one operator, instead of unpacking them in each run. It rounds its inputs to 8 bits, so the model's
+   * True if a product with bytes is one operator, instead of unpacking them in each run. It rounds its inputs to 8 bits, so the model's
    * layers must do so too; and few components must not grow much when they are padded to a block.
    */
   #multipliesBytes(inner: number, padded: number): boolean {

@@ -16,24 +16,23 @@ export const UINT8 = 2;
 export const INT8 = 3;
 export const BOOL = 9;
 
-/** One application of a linear layer: y = x · Wᵀ, with the bias where the same node adds it. */
-export interface Linear {
-  /** The graph that holds the nodes. */
+/** One application of an adapted layer. Linear: y = x · Wᵀ, with the bias where the same node adds it. */
+export interface Site {
   readonly graph: GraphProto;
   /** Node that makes y, its first output. */
   readonly node: NodeProto;
-  /** Node that multiplies, where `node` hands on a part of its result, or joins several. */
+  /** Node that multiplies or looks up, where `node` dequantises or hands on a part of its result, or joins several. */
   readonly product?: NodeProto;
-  /** Float input, rows of [in]. */
+  /** Input: float rows of [in], values [batch, channels, …] of a convolution, or indices into a table. */
   readonly x: string;
-  /** Type of x and y: `FLOAT` or `FLOAT16`. */
+  /** Type of y: `FLOAT` or `FLOAT16`. */
   readonly type: number;
   /** Value that the multiplying node adds itself, as bias. */
   readonly bias?: string | undefined;
   /** Part of the node's result, where y is only a part. */
   readonly slice?: Slice;
   /** The layers whose results, one behind the other, are y; `node` belongs to the first one. */
-  readonly joined?: { readonly linears: readonly Linear[]; readonly sizes: readonly number[] };
+  readonly joined?: { readonly sites: readonly Site[]; readonly sizes: readonly number[] };
 }
 
 /** The components of one side of a module, [rows, width]. */
@@ -54,7 +53,6 @@ export interface StoredIntegers {
   values(): Int8Array;
 }
 
-/** Components of one module. */
 export interface Components {
   readonly A: ComponentRows;
   readonly B: ComponentRows;
@@ -66,48 +64,23 @@ export interface AdaptedLayer {
   readonly name: string;
   readonly in: number;
   readonly out: number;
-  /** Each application of the weight; none where the layer is not linear. */
-  readonly linears: readonly Linear[];
-  /** Set where it is no linear layer. */
-  readonly form?: Form | undefined;
-  /** Components for a core between them. */
+  readonly kind: "linear" | "convolution" | "embedding";
+  readonly sites: readonly Site[];
+  /** Shape of a convolution's weight: [out, channels, …]. */
+  readonly shape?: readonly number[] | undefined;
   readonly components?: Components | undefined;
-  /** Whether tasks bring factors: expanded ones, or private ones next to a core. True without components. */
+  /** True if tasks bring factors: expanded ones, or private ones next to a core. True without components. */
   readonly factors: boolean;
   /** Components that rows of the factors are coefficients over, on the sides where they are. */
   readonly over?: Partial<Components> | undefined;
-  /** Whether a task's factors may have to be made of components: where no core and no coefficients stand for them. */
+  /** True if a task's factors may have to be made of components: where no core and no coefficients stand for them. */
   readonly expands?: boolean | undefined;
-  /** Whether tasks scale the rows of W + ΔW (DoRA). */
+  /** True if tasks scale the rows of W + ΔW (DoRA). */
   readonly rowScale: boolean;
-}
-
-/** Kind and uses of an adapted module that is no linear layer. */
-export interface Form {
-  readonly kind: "convolution" | "embedding";
-  /** Shape of a convolution's weight: [out, channels, …]. */
-  readonly shape: readonly number[];
-  readonly places: readonly FormPlace[];
-}
-
-/** One application of a convolution or of a table. */
-export interface FormPlace {
-  readonly graph: GraphProto;
-  /** The convolution, quantised or not, or the Gather. */
-  readonly op: NodeProto;
-  /** Node that makes y, its first output: `op` itself, or the one that dequantises its result. */
-  readonly node: NodeProto;
-  /** Input: float values [batch, channels, …], or indices. */
-  readonly x: string;
-  /** Type of y: `FLOAT` or `FLOAT16`. */
-  readonly type: number;
-  /** The bias that `op` adds; then `op` is `node`. */
-  readonly bias: string | undefined;
 }
 
 /** A bias that tasks change, of any layer: the change is added to the node's result. */
 export interface AdaptedBias {
-  /** Name of the parameter. */
   readonly name: string;
   readonly size: number;
   readonly type: number;
@@ -118,7 +91,6 @@ export interface AdaptedBias {
 
 /** A vector that tasks change and that is not added to the last dimension of a node's result. */
 export interface AdaptedVector {
-  /** Name of the parameter. */
   readonly name: string;
   readonly size: number;
   readonly places: readonly VectorPlace[];
@@ -131,7 +103,6 @@ export interface VectorPlace {
   readonly op: NodeProto;
   /** Index of the vector among the node's inputs. */
   readonly input: number;
-  /** Node that makes the result, its first output. */
   readonly node: NodeProto;
   readonly type: number;
 }
@@ -142,33 +113,28 @@ export interface VectorPlace {
  * so the base's rows need not be known.
  */
 export interface AdaptedRows {
-  /** Name of the parameter. */
   readonly name: string;
-  /** How many rows the parameter has, and how many numbers each. */
+  /** Number of rows, and of numbers in each. */
   readonly count: number;
   readonly width: number;
   readonly type: number;
   /** Gather nodes. */
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
-  /** Applications of a linear layer. */
-  readonly linears: readonly Linear[];
+  readonly sites: readonly Site[];
   /** The pack's name of an embedding that the parameter is tied to: its rows are taken where a task has none for this one. */
   readonly follows?: string | undefined;
 }
 
 /** A layer that each task brings whole, with a number of outputs of its own. */
 export interface AdaptedHead {
-  /** Name of the module. */
   readonly name: string;
   readonly in: number;
   readonly out: number;
   readonly bias: boolean;
-  /** `end` makes the layer's result, bias included. */
-  readonly places: readonly { linear: Linear; end: NodeProto }[];
+  readonly places: readonly { site: Site; end: NodeProto }[];
 }
 
-/** All that tasks change in a graph. */
-export interface Changes {
+export interface GraphChanges {
   readonly modules: readonly AdaptedLayer[];
   readonly biases: readonly AdaptedBias[];
   readonly rows: readonly AdaptedRows[];
@@ -177,10 +143,10 @@ export interface Changes {
 }
 
 /** @returns the linear layer that a use of a weight belongs to, or the reason why it is none */
-function linearOf(model: OnnxModel, use: Use): Linear | string {
+function linearOf(model: OnnxModel, use: Use): Site | string {
   const { node, graph, input } = use;
   const refuse = (why: string): string => `${node.opType} "${node.name}" ${why}`;
-  const simple = (type: number, bias?: number): Linear => {
+  const simple = (type: number, bias?: number): Site => {
     const end = requantized(model, use) ?? node;
     const value = bias === undefined ? "" : (node.input[bias] ?? "");
     return { graph, node: end, x: node.input[0]!, type, ...(value && { bias: value }) };
@@ -217,7 +183,7 @@ function linearOf(model: OnnxModel, use: Use): Linear | string {
  * All linear layers with a parameter, or a copy of it, as weight.
  * @returns the reason where a use of the weight is no linear layer with a result that can be added to
  */
-export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] | string {
+export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Site[] | string {
   const { uses, initializer, copies, slice, joined } = parameter;
   if (joined)
     return together(
@@ -225,7 +191,7 @@ export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] 
       joined.map((one) => matrixShape(one)![0]),
     );
   if (uses.length === 0) return `nothing in the graph uses "${initializer}"`;
-  const linears: Linear[] = [];
+  const linears: Site[] = [];
   for (const use of [uses, ...copies.map((copy) => copy.uses)].flat()) {
     const linear = linearOf(model, use);
     if (typeof linear === "string") return linear;
@@ -235,14 +201,14 @@ export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] 
 }
 
 /** Joins layers that are parts of one: each has the same input. */
-function together(parts: readonly (Linear[] | string)[], sizes: readonly number[]): Linear[] | string {
-  const lists: Linear[][] = [];
+function together(parts: readonly (Site[] | string)[], sizes: readonly number[]): Site[] | string {
+  const lists: Site[][] = [];
   for (const part of parts) {
     if (typeof part === "string") return part;
     lists.push(part);
   }
-  const [first] = lists as [Linear[], ...Linear[][]];
-  const made: Linear[] = [];
+  const [first] = lists as [Site[], ...Site[][]];
+  const made: Site[] = [];
   for (const [i, linear] of first.entries()) {
     const linears = lists.flatMap((list) => list[i] ?? []);
     const isOne = linears.every(
@@ -250,7 +216,11 @@ function together(parts: readonly (Linear[] | string)[], sizes: readonly number[
     );
     if (!isOne || lists.some((list) => list.length !== first.length))
       return "its parts in the file take different values";
-    made.push({ ...linear, bias: linears.find(({ bias }) => bias !== undefined)?.bias, joined: { linears, sizes } });
+    made.push({
+      ...linear,
+      bias: linears.find(({ bias }) => bias !== undefined)?.bias,
+      joined: { sites: linears, sizes },
+    });
   }
   return made;
 }
@@ -266,7 +236,7 @@ export function requantized(model: OnnxModel, { node, graph }: Pick<Use, "node" 
 }
 
 /** DynamicQuantizeLinear → MatMulInteger → Cast → Mul by the scales. */
-export function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefined {
+export function dynamic(model: OnnxModel, { node, graph }: Use): Site | undefined {
   const before = producer(model, graph, node.input[0]!);
   const cast = onlyConsumer(model, graph, node);
   const scaled = cast?.opType === "Cast" ? onlyConsumer(model, graph, cast) : undefined;
@@ -276,7 +246,7 @@ export function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefi
 }
 
 /** QuantizeLinear → QLinearMatMul → DequantizeLinear. */
-export function quantized(model: OnnxModel, { node, graph }: Use): Linear | undefined {
+export function quantized(model: OnnxModel, { node, graph }: Use): Site | undefined {
   const before = producer(model, graph, node.input[0]!);
   const after = onlyConsumer(model, graph, node);
   if (before?.opType !== "QuantizeLinear" || after?.opType !== "DequantizeLinear") return undefined;
@@ -287,7 +257,7 @@ export function quantized(model: OnnxModel, { node, graph }: Use): Linear | unde
  * The Add of a linear layer's bias: its output is the layer's whole result. Undefined when the layer has no bias, or its own node adds
  * it.
  */
-function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | undefined {
+function biasAdd(model: OnnxModel, { node, graph }: Site): NodeProto | undefined {
   const next = onlyConsumer(model, graph, node);
   if (next?.opType !== "Add") return undefined;
   const [a, b] = next.input;
@@ -299,7 +269,7 @@ function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | undefin
 }
 
 /** The node that makes a linear layer's whole result: behind its bias, and behind the quantised values of that. */
-export function endOf(model: OnnxModel, linear: Linear): NodeProto {
+export function endOf(model: OnnxModel, linear: Site): NodeProto {
   const add = biasAdd(model, linear);
   return add ? (requantized(model, { node: add, graph: linear.graph }) ?? add) : linear.node;
 }
@@ -393,14 +363,14 @@ export function rowsOf(model: OnnxModel, name: string, parameter: OnnxParameter)
     const places = uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
     if (dtype === "other") return "which is quantised here";
     if (places.length === 0 || places.length < uses.length) return "which is no plain table of rows here";
-    return { name, count: shape[0]!, width: shape[1]!, type, places, linears: [] };
+    return { name, count: shape[0]!, width: shape[1]!, type, places, sites: [] };
   }
   const linears = linearsOf(model, parameter);
   if (typeof linears === "string") return `which has no rows here: ${linears}`;
   const biased = linears.some((linear) => linear.bias !== undefined || endOf(model, linear) !== linear.node);
   if (biased) throw biasedRows(name);
   const [count, width] = matrixShape(parameter)!;
-  return { name, count, width, type, places: [], linears };
+  return { name, count, width, type, places: [], sites: linears };
 }
 
 /** Inputs that are added to the last dimension of what the node makes. */
@@ -454,11 +424,11 @@ const FUSED_NORMS: Readonly<Record<string, number>> = {
 };
 
 /**
- * Whether a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
+ * True if a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
  * between.
  * @param size of the bias
  */
-function addsVector(model: OnnxModel, { node, bias }: Linear, size: number): boolean {
+function addsVector(model: OnnxModel, { node, bias }: Site, size: number): boolean {
   if (bias !== undefined) return true;
   const seen = new Set(node.output.slice(0, 1));
   // The set grows during the loop.
@@ -474,7 +444,7 @@ function addsVector(model: OnnxModel, { node, bias }: Linear, size: number): boo
   return false;
 }
 
-/** How many numbers a constant has; undefined where a value is none. */
+/** Number of a constant's elements; undefined where a value is none. */
 function constantSize(model: OnnxModel, graph: GraphProto, value: string): number | undefined {
   const seen = new Set<string>();
   for (let at = value; !seen.has(at); ) {

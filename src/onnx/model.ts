@@ -17,7 +17,6 @@ import {
 /** Where a value enters a node. */
 export interface Use {
   readonly node: NodeProto;
-  /** Index among the node's inputs. */
   readonly input: number;
   /** The graph that holds the node: the model's, or one nested in an attribute (a branch of `If`, a body of `Loop`). */
   readonly graph: GraphProto;
@@ -26,7 +25,6 @@ export interface Use {
 /** The values that one graph makes itself, without those of graphs nested in it. */
 export interface Scope {
   readonly initializers: ReadonlyMap<string, TensorProto>;
-  /** The node that makes a value. */
   readonly producers: ReadonlyMap<string, NodeProto>;
   readonly outputs: ReadonlySet<string>;
 }
@@ -42,7 +40,6 @@ export interface Graph extends Scope {
   readonly around: ReadonlyMap<GraphProto, GraphProto>;
 }
 
-/** A parsed model. */
 export interface OnnxModel {
   /** Path or URL, for messages. */
   readonly name: string;
@@ -129,7 +126,6 @@ function scopeOf(graph: GraphProto, file: string | undefined): Scope {
   return { initializers, producers, outputs: new Set(graph.output.map(({ name }) => name)) };
 }
 
-/** The graphs in a node's attributes. */
 export function nestedGraphs(node: NodeProto): readonly GraphProto[] {
   return node.attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs));
 }
@@ -157,7 +153,6 @@ const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "
 /** Most nested Concats that are followed. */
 const DEEPEST_SHAPE = 8;
 
-/** Ranks of the values of a model's main graph. */
 export class Ranks {
   readonly #model: OnnxModel;
   readonly #known = new Map<string, number | undefined>();

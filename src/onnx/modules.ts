@@ -18,10 +18,9 @@ export interface Slice {
   readonly of: string;
 }
 
-/** An initializer that holds a parameter. */
 export interface Stored extends OnnxTensorType {
   readonly initializer: string;
-  /** How a weight lies in the initializer. Absent for vectors and where the use does not tell. */
+  /** Orientation of a weight in the initializer. Absent for vectors and where the use does not tell. */
   readonly layout?: Layout;
   /** Set where the parameter is a part of the initializer: several layers packed into one. */
   readonly slice?: Slice;
@@ -33,7 +32,7 @@ export interface Stored extends OnnxTensorType {
 
 /** Another initializer that may hold the same parameter. */
 export interface Candidate extends Stored {
-  /** Whether it has as good a claim to the name: if its values differ, there is no telling which of the two it is. */
+  /** True if it has as good a claim to the name: if its values differ, there is no telling which of the two it is. */
   readonly equal: boolean;
 }
 
@@ -50,11 +49,10 @@ export interface OnnxParameter extends Stored {
 /** `TensorProto.DataType` of quantised weights: (u)int8, float8, (u)int4, float4, (u)int2. */
 const QUANTISED = new Set([2, 3, 17, 18, 19, 20, 21, 22, 23, 25, 26]);
 
-/** Claims of one name. */
 interface Rivals {
   /** The one that has it; undefined where none can be said to. */
   readonly winner: Claim | undefined;
-  /** Whether others have as good a claim. */
+  /** True if others have as good a claim. */
   readonly tied: boolean;
   /** Those that its values must be compared with; the winner may be among them. */
   readonly candidates: Candidate[];
@@ -80,7 +78,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
     return { initializer, ...types.get(initializer)!, ...(layout ? { layout } : {}), uses };
   };
   const rivals = settle(all.flat(), stored);
-  /** What the rivals for a name are to one that is listed by its initializer. */
+  /** Rivals for a name, as candidates of one that is listed by its initializer. */
   const others = new Map<Rivals, Candidate[]>();
   return all.flatMap((own) => {
     const won = own.filter((claim) => rivals.get(claim.name)!.winner === claim);
@@ -100,7 +98,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
   });
 }
 
-/** Whether integers are a parameter's: a bias of a quantised layer is int32, as much else is. */
+/** True if integers are a parameter's: a bias of a quantised layer is int32, as much else is. */
 function isDequantised(graph: Graph, initializer: string): boolean {
   const uses = graph.consumers.get(initializer) ?? [];
   return uses.some(({ node, input }) => node.opType === "DequantizeLinear" && input === 0);
@@ -165,7 +163,6 @@ export function matrixShape(
   return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
 }
 
-/** How many outputs a parameter has. */
 export function partSize(stored: Stored): number {
   const { slice, shape } = stored;
   if (shape.length === 1) return slice ? slice.sizes[slice.index]! : shape[0]!;
@@ -209,12 +206,12 @@ function wholeShape({
   return layout === "in-out" ? [columns, rows] : [rows, columns];
 }
 
-/** Whether a linear layer multiplies with it. */
+/** True if a linear layer multiplies with it. */
 export function isMatrix(stored: Stored): boolean {
   return (stored.layout === "in-out" || stored.layout === "out-in") && matrixShape(stored) !== undefined;
 }
 
-/** Whether it is a float matrix that goes by an exporter's name, so that any layer may be its own. */
+/** True if it is a float matrix that goes by an exporter's name, so that any layer may be its own. */
 export function isNameless(parameter: OnnxParameter): boolean {
   const { name, initializer, dtype } = parameter;
   return name === initializer && !isParameterName(name) && dtype !== "other" && isMatrix(parameter);
@@ -230,9 +227,10 @@ function isSameMatrix(a: Stored, b: Stored): boolean {
 /** Operators that pass their first input on, as it is or transposed. */
 const PASSES = new Set(["Cast", "CastLike", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"]);
 
-/** Normalisations whose second input is a weight and whose third a bias. */
+/** Operators whose second input is a weight and whose third a bias. */
 const NORMS = new Set([
   "BatchNormalization",
+  "ConvTranspose",
   "GroupNormalization",
   "InstanceNormalization",
   "LayerNormalization",
@@ -284,10 +282,9 @@ export const MOST_PASSED = 16;
 /** Most uses that are followed, for each use in the graph: nested graphs may reuse names of values and so multiply them. */
 const MOST_FOLLOWED = 32;
 
-/** The module that a node belongs to. */
 interface ModulePath {
   readonly path: string;
-  /** How many layers use the bias this path was inferred from; more than one makes it a guess. */
+  /** Number of layers that use the bias this path was inferred from; more than one makes it a guess. */
   readonly shared: number;
 }
 
@@ -295,7 +292,7 @@ interface ModulePath {
 class Claims {
   readonly #graph: Graph;
   readonly #file: string;
-  /** Whether the names follow onnxruntime-genai's model builder. */
+  /** True if the names follow onnxruntime-genai's model builder. */
   readonly #built: boolean;
   readonly #paths = new Map<NodeProto, ModulePath | undefined>();
   readonly #segments = new Map<string, readonly string[]>();
@@ -350,7 +347,6 @@ class Claims {
     return [...claims.values()];
   }
 
-  /** Name in the checkpoint. */
   #asCheckpoint(name: string | undefined): string | undefined {
     return this.#built && name !== undefined ? unbuilt(name) : name;
   }
@@ -414,7 +410,7 @@ class Claims {
   }
 
   /**
-   * Whether a parameter belongs to the module at `path` or to one inside it. The TorchScript exporter numbers the calls
+   * True if a parameter belongs to the module at `path` or to one inside it. The TorchScript exporter numbers the calls
    * of a module that runs more than once: the second call of "layer.query" is "layer.query_1".
    */
   #isWithin(name: string, path: string): boolean {
@@ -472,12 +468,12 @@ function ownName(initializer: string): string | undefined {
   return isParameterName(stem) ? stem : undefined;
 }
 
-/** Whether a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
+/** True if a name can be a checkpoint's. Exporters make up names like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
 export function isParameterName(name: string): boolean {
   return name.includes(".") && !/[/:]/.test(name);
 }
 
-/** Whether a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
+/** True if a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
 function turnsMatrix(node: NodeProto): boolean {
   const perm = attribute(node, "perm")?.ints;
   return perm === undefined || (perm.length === 2 && perm[0] === 1n);
@@ -498,13 +494,8 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "MatMul":
     case "MatMulInteger":
     case "FusedMatMul":
-      return input === 1 && attribute(node, "transB")?.i
-        ? matrix("out-in")
-        : input === 1
-          ? matrix("in-out")
-          : input === 0
-            ? matrix("out-in")
-            : undefined;
+      if (input > 1) return undefined;
+      return matrix(input === 0 || attribute(node, "transB")?.i ? "out-in" : "in-out");
     case "QLinearMatMul":
       return input === 3 ? matrix("in-out") : undefined;
     case "MatMulNBits":
@@ -517,8 +508,6 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "ConvInteger":
       if (input === 1) return { suffix: "weight", layout: "conv" };
       return input === 2 && node.opType === "Conv" ? { suffix: "bias" } : undefined;
-    case "ConvTranspose":
-      return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
     case "Gather":
     case "GatherBlockQuantized":
       if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;

@@ -44,7 +44,6 @@ export function importContributed({ proto: { opsetImport } }: OnnxModel): void {
   opsetImport.push(create(OperatorSetIdProtoSchema, { domain: CONTRIBUTED, version: 1n }));
 }
 
-/** Makes a node with one output or several. */
 export function makeNode(
   opType: string,
   name: string,
@@ -99,7 +98,6 @@ export function makeSplit(
   return makeNode("Split", name, inputs, outputs, { axis, ...(asInput ? {} : { split: sizes }) });
 }
 
-/** Makes constant f32 values. */
 export function makeFloats(name: string, values: readonly number[], dims: readonly number[]): TensorProto {
   const rawData = new Uint8Array(Float32Array.from(values).buffer);
   return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData });
@@ -186,7 +184,6 @@ export class Place {
     return name;
   }
 
-  /** Splits a value along its last dimension. */
   split(model: OnnxModel, value: string, sizes: readonly number[]): string[] {
     const name = `${this.#name}/Split_${this.#nodes.length}`;
     const parts = sizes.map((_, i) => `${name}/${i}`);
@@ -227,7 +224,6 @@ export class Place {
     this.#insert(value, this.#result);
   }
 
-  /** Removes the node and uses `value` instead. */
   replace(value: string): void {
     this.#insert(value, this.#node.output[0]!);
     this.#edits.remove(this.#graph, this.#node);
@@ -251,7 +247,7 @@ export function freeLast(graph: GraphProto, sizes: ReadonlySet<bigint>): void {
   graph.valueInfo.length = 0;
 }
 
-/** Removes what no output of a graph needs. @param stays whether an input stays that is not read */
+/** Removes nodes and values that no output of a graph needs. @param stays tells if an input stays that is not read */
 export function dropUnused(graph: GraphProto, stays: (input: ValueInfoProto) => boolean): void {
   const makers = new Map(graph.node.flatMap((node) => node.output.map((value) => [value, node] as const)));
   const kept = new Set<NodeProto>();
@@ -302,7 +298,6 @@ export function checkInjectable(model: OnnxModel): void {
   throw new FormatError(message, { file: model.name, part: "graph" });
 }
 
-/** Names of all values. */
 function ownNames({ graph }: OnnxModel): string[] {
   const inputs = [...graph.scopes.keys()].flatMap(({ input }) => input.map(({ name }) => name));
   const made = [...graph.scopes.values()].flatMap(({ initializers, producers, outputs }) => [

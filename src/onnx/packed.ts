@@ -7,7 +7,7 @@
  * bias, a Split, and `MultiHeadAttention`, the same kernel without the product. An attention that these operators cannot express stays as
  * it is. Loaded only for models with such layers.
  */
-import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Linear } from "./linear.ts";
+import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
 import { attribute, type Graph, indexGraph, type OnnxModel, Ranks } from "./model.ts";
 import { isParameterName, matrixShape, modulePathOf, type OnnxParameter } from "./modules.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits, PREFIX, readBy } from "./nodes.ts";
@@ -35,7 +35,6 @@ export interface PlaceInPacked {
   readonly count: number;
 }
 
-/** The packed layers that may hold a layer of this name. */
 function packedNames(module: string): PlaceInPacked[] {
   return PACKED.flatMap(([whole, ...parts]) => {
     const index = parts.findIndex((part) => module === part || module.endsWith(`.${part}`));
@@ -179,7 +178,7 @@ export function takeApart(
   biases: readonly AdaptedBias[],
 ): { modules: AdaptedLayer[]; biases: AdaptedBias[] } {
   const pieces = new Map<NodeProto, NodeProto[]>();
-  const piece = (graph: GraphProto, node: NodeProto, { index, sizes }: NonNullable<Linear["slice"]>): NodeProto => {
+  const piece = (graph: GraphProto, node: NodeProto, { index, sizes }: NonNullable<Site["slice"]>): NodeProto => {
     let own = pieces.get(node);
     if (!own) pieces.set(node, (own = divide(model, graph, node, sizes, pieces.size)));
     return own[index]!;
@@ -188,13 +187,13 @@ export function takeApart(
   let count = 0;
   const apart = modules.map((module) => ({
     ...module,
-    linears: module.linears.map((linear) => {
-      const { slice, joined, graph, node, x, type } = linear;
+    sites: module.sites.map((site) => {
+      const { slice, joined, graph, node, x, type } = site;
       if (joined) {
         touched.add(graph);
         return { graph, node: unite(model, graph, joined, count++), product: node, x, type };
       }
-      if (!slice) return linear;
+      if (!slice) return site;
       return { graph, node: piece(graph, node, slice), product: node, x, type };
     }),
   }));
@@ -231,18 +230,18 @@ function divide(
 function unite(
   model: OnnxModel,
   graph: GraphProto,
-  { linears, sizes }: NonNullable<Linear["joined"]>,
+  { sites, sizes }: NonNullable<Site["joined"]>,
   index: number,
 ): NodeProto {
   const name = `${PREFIX}/divided/${index}`;
-  const results = linears.map(({ node }) => node.output[0]!);
-  const parts = linears.map(({ node }, i) => {
+  const results = sites.map(({ node }) => node.output[0]!);
+  const parts = sites.map(({ node }, i) => {
     node.output[0] = `${name}/${i}`;
     return node.output[0];
   });
   const whole = makeNode("Concat", `${name}/whole`, parts, `${name}/whole`, { axis: -1 });
   const split = makeSplit(model, `${name}/cut`, `${name}/whole`, results, sizes);
-  const last = Math.max(...linears.map(({ node }) => graph.node.indexOf(node)));
+  const last = Math.max(...sites.map(({ node }) => graph.node.indexOf(node)));
   graph.node.splice(last + 1, 0, whole, split);
   return whole;
 }
@@ -268,7 +267,7 @@ function sortNodes(graph: GraphProto): void {
 // Differences between files of onnxruntime-genai's model builder and the checkpoint.
 
 /**
- * Whether the weights of normalisations are stored with 1 added, as the builder does for Gemma, whose layers multiply by 1 + w. The file
+ * True if the weights of normalisations are stored with 1 added, as the builder does for Gemma, whose layers multiply by 1 + w. The file
  * does not say so; these models are recognised by the scaling of their embeddings, which no others have.
  */
 export function addsOneToNorms({ proto, graph }: OnnxModel): boolean {

@@ -13,7 +13,6 @@ interface Proto {
 export interface ModelProto extends Proto {
   irVersion: bigint;
   producerName: string;
-  producerVersion: string;
   graph?: GraphProto | undefined;
   opsetImport: OperatorSetIdProto[];
   metadataProps: StringStringEntryProto[];
@@ -45,9 +44,7 @@ export interface AttributeProto extends Proto {
   s: Uint8Array;
   t?: TensorProto | undefined;
   g?: GraphProto | undefined;
-  floats: number[];
   ints: bigint[];
-  strings: Uint8Array[];
   graphs: GraphProto[];
   type: number;
 }
@@ -98,114 +95,129 @@ export interface StringStringEntryProto extends Proto {
   value: string;
 }
 
-type Scalar = "int32" | "int64" | "float" | "string" | "bytes";
+/** Members of a `oneof` are stored as `value: { case: NAME, value }`. */
+const SCHEMA = `
+message ModelProto {
+  int64 ir_version = 1;
+  string producer_name = 2;
+  GraphProto graph = 7;
+  repeated OperatorSetIdProto opset_import = 8;
+  repeated StringStringEntryProto metadata_props = 14;
+}
+message GraphProto {
+  repeated NodeProto node = 1;
+  string name = 2;
+  repeated TensorProto initializer = 5;
+  repeated ValueInfoProto input = 11;
+  repeated ValueInfoProto output = 12;
+  repeated ValueInfoProto value_info = 13;
+}
+message NodeProto {
+  repeated string input = 1;
+  repeated string output = 2;
+  string name = 3;
+  string op_type = 4;
+  repeated AttributeProto attribute = 5;
+  string domain = 7;
+  repeated StringStringEntryProto metadata_props = 9;
+}
+message AttributeProto {
+  string name = 1;
+  float f = 2;
+  int64 i = 3;
+  bytes s = 4;
+  TensorProto t = 5;
+  GraphProto g = 6;
+  repeated int64 ints = 8;
+  repeated GraphProto graphs = 11;
+  int32 type = 20;
+}
+message TensorProto {
+  repeated int64 dims = 1;
+  int32 data_type = 2;
+  packed float float_data = 4;
+  packed int32 int32_data = 5;
+  string name = 8;
+  bytes raw_data = 9;
+  repeated StringStringEntryProto external_data = 13;
+  int32 data_location = 14;
+}
+message ValueInfoProto {
+  string name = 1;
+  TypeProto type = 2;
+}
+message TypeProto {
+  oneof Tensor tensor_type = 1;
+}
+message Tensor {
+  int32 elem_type = 1;
+  TensorShapeProto shape = 2;
+}
+message TensorShapeProto {
+  repeated Dimension dim = 1;
+}
+message Dimension {
+  oneof int64 dim_value = 1;
+  oneof string dim_param = 2;
+}
+message OperatorSetIdProto {
+  string domain = 1;
+  int64 version = 2;
+}
+message StringStringEntryProto {
+  string key = 1;
+  string value = 2;
+}`;
 
-/** A "case" is stored as `value: { case: NAME, value }`. */
 interface Field {
   readonly number: number;
   readonly name: string;
-  readonly type: Scalar | (() => Schema);
-  readonly kind: "one" | "list" | "packed" | "case";
+  /** A scalar, or the name of a message. */
+  readonly type: string;
+  readonly kind: "" | "repeated" | "packed" | "oneof";
 }
 
 /** The fields of a message, in the order of their numbers. */
 export interface Schema<M extends Proto = Proto> {
   readonly fields: readonly Field[];
   readonly byNumber: ReadonlyMap<number, Field>;
-  /** What a message has where a field is missing: its prototype. A field that is the message's own was given, and is written. */
+  /** Values of missing fields: the prototype of messages. A field that is the message's own was given, and is written. */
   readonly defaults: object;
   /** Never present: ties the schema to the type. */
   readonly message?: M;
 }
 
-const DEFAULTS = { int32: 0, int64: 0n, float: 0, string: "", bytes: new Uint8Array(0) };
+/** Values of missing scalars, by type. */
+const SCALARS: Readonly<Record<string, unknown>> = {
+  ...{ int32: 0, int64: 0n, float: 0, string: "" },
+  bytes: new Uint8Array(0),
+};
 
-function schema<M extends Proto>(
-  fields: Readonly<Record<string, readonly [number: number, type: Field["type"], kind?: Field["kind"]]>>,
-): Schema<M> {
-  const all = Object.entries(fields).map(([name, [number, type, kind = "one"]]) => ({ number, name, type, kind }));
-  const defaults: Record<string, unknown> = {};
-  for (const { name, type, kind } of all)
-    if (kind === "case") defaults["value"] = { case: undefined };
-    else if (kind === "one" && typeof type === "string") defaults[name] = DEFAULTS[type];
-  return { fields: all, byNumber: new Map(all.map((field) => [field.number, field])), defaults };
-}
+const SCHEMAS: ReadonlyMap<string, Schema> = new Map(
+  [...SCHEMA.matchAll(/message (\w+) \{([^}]*)\}/g)].map(([, message, body]) => {
+    const lines = [...body!.matchAll(/(?:(repeated|packed|oneof) )?(\w+) (\w+) = (\d+);/g)];
+    const fields = lines.map(([, kind = "", type, name, number]) => {
+      const camel = name!.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase());
+      return { number: Number(number), name: camel, type: type!, kind } as Field;
+    });
+    const defaults: Record<string, unknown> = {};
+    for (const { name, type, kind } of fields)
+      if (kind === "oneof") defaults["value"] = { case: undefined };
+      else if (kind === "" && type in SCALARS) defaults[name] = SCALARS[type];
+    return [message!, { fields, byNumber: new Map(fields.map((field) => [field.number, field])), defaults }];
+  }),
+);
 
-const EntrySchema: Schema<StringStringEntryProto> = schema({ key: [1, "string"], value: [2, "string"] });
+const schemaOf = <M extends Proto>(name: string): Schema<M> => SCHEMAS.get(name) as Schema<M>;
 
-export const OperatorSetIdProtoSchema: Schema<OperatorSetIdProto> = schema({
-  domain: [1, "string"],
-  version: [2, "int64"],
-});
-
-export const DimensionSchema: Schema<Dimension> = schema({
-  dimValue: [1, "int64", "case"],
-  dimParam: [2, "string", "case"],
-});
-
-const ShapeSchema: Schema<TensorShapeProto> = schema({ dim: [1, () => DimensionSchema, "list"] });
-
-const TensorTypeSchema: Schema<TensorType> = schema({ elemType: [1, "int32"], shape: [2, () => ShapeSchema] });
-
-const TypeSchema: Schema<TypeProto> = schema({ tensorType: [1, () => TensorTypeSchema, "case"] });
-
-export const ValueInfoProtoSchema: Schema<ValueInfoProto> = schema({
-  name: [1, "string"],
-  type: [2, () => TypeSchema],
-});
-
-export const TensorProtoSchema: Schema<TensorProto> = schema({
-  dims: [1, "int64", "list"],
-  dataType: [2, "int32"],
-  floatData: [4, "float", "packed"],
-  int32Data: [5, "int32", "packed"],
-  name: [8, "string"],
-  rawData: [9, "bytes"],
-  externalData: [13, () => EntrySchema, "list"],
-  dataLocation: [14, "int32"],
-});
-
-export const AttributeProtoSchema: Schema<AttributeProto> = schema({
-  name: [1, "string"],
-  f: [2, "float"],
-  i: [3, "int64"],
-  s: [4, "bytes"],
-  t: [5, () => TensorProtoSchema],
-  g: [6, () => GraphProtoSchema],
-  floats: [7, "float", "list"],
-  ints: [8, "int64", "list"],
-  strings: [9, "bytes", "list"],
-  graphs: [11, () => GraphProtoSchema, "list"],
-  type: [20, "int32"],
-});
-
-export const NodeProtoSchema: Schema<NodeProto> = schema({
-  input: [1, "string", "list"],
-  output: [2, "string", "list"],
-  name: [3, "string"],
-  opType: [4, "string"],
-  attribute: [5, () => AttributeProtoSchema, "list"],
-  domain: [7, "string"],
-  metadataProps: [9, () => EntrySchema, "list"],
-});
-
-export const GraphProtoSchema: Schema<GraphProto> = schema({
-  node: [1, () => NodeProtoSchema, "list"],
-  name: [2, "string"],
-  initializer: [5, () => TensorProtoSchema, "list"],
-  input: [11, () => ValueInfoProtoSchema, "list"],
-  output: [12, () => ValueInfoProtoSchema, "list"],
-  valueInfo: [13, () => ValueInfoProtoSchema, "list"],
-});
-
-export const ModelProtoSchema: Schema<ModelProto> = schema({
-  irVersion: [1, "int64"],
-  producerName: [2, "string"],
-  producerVersion: [3, "string"],
-  graph: [7, () => GraphProtoSchema],
-  opsetImport: [8, () => OperatorSetIdProtoSchema, "list"],
-  metadataProps: [14, () => EntrySchema, "list"],
-});
+export const ModelProtoSchema: Schema<ModelProto> = schemaOf("ModelProto");
+export const GraphProtoSchema: Schema<GraphProto> = schemaOf("GraphProto");
+export const NodeProtoSchema: Schema<NodeProto> = schemaOf("NodeProto");
+export const AttributeProtoSchema: Schema<AttributeProto> = schemaOf("AttributeProto");
+export const TensorProtoSchema: Schema<TensorProto> = schemaOf("TensorProto");
+export const ValueInfoProtoSchema: Schema<ValueInfoProto> = schemaOf("ValueInfoProto");
+export const DimensionSchema: Schema<Dimension> = schemaOf("Dimension");
+export const OperatorSetIdProtoSchema: Schema<OperatorSetIdProto> = schemaOf("OperatorSetIdProto");
 
 /** Values that `create` accepts for a field. */
 type InitField<F> = F extends Uint8Array | bigint | boolean | string | number | undefined
@@ -229,20 +241,20 @@ export function create<M extends Proto>(schema: Schema<M>, init?: NoInfer<Init<M
   const given = (init ?? {}) as Fields;
   for (const { name, type, kind } of schema.fields) {
     const made = (value: unknown): unknown => {
-      if (typeof type === "string" || Object.getPrototypeOf(value) === type().defaults) return value;
-      return create(type(), value as Proto);
+      const schema = SCHEMAS.get(type);
+      return !schema || Object.getPrototypeOf(value) === schema.defaults ? value : create(schema, value as Proto);
     };
-    if (kind === "case") {
+    if (kind === "oneof") {
       const { value: chosen } = given as { value?: { case?: string; value?: unknown } };
       if (chosen?.case === name) message["value"] = { case: name, value: made(chosen.value) };
       continue;
     }
     const value = given[name];
-    if (kind === "one") {
+    if (kind === "") {
       if (value !== undefined) message[name] = made(value);
     } else {
       const list = (value ?? []) as unknown[];
-      message[name] = typeof type === "string" ? list : list.map(made);
+      message[name] = type in SCALARS ? list : list.map(made);
     }
   }
   return message as M;
@@ -254,7 +266,7 @@ const FIXED64 = 1;
 const BYTES = 2;
 const FIXED32 = 5;
 
-function wireOf(type: Field["type"]): number {
+function wireOf(type: string): number {
   if (type === "int32" || type === "int64") return VARINT;
   return type === "float" ? FIXED32 : BYTES;
 }
@@ -290,7 +302,7 @@ class Reader {
       const number = tag >>> 3;
       const wire = tag & 7;
       const field = byNumber.get(number);
-      const list = field?.kind === "list" || field?.kind === "packed";
+      const list = field?.kind === "repeated" || field?.kind === "packed";
       const isPacked = list && wire === BYTES && wireOf(field.type) !== BYTES;
       if (!field || (wire !== wireOf(field.type) && !isPacked)) {
         this.#skip(number, wire, end);
@@ -304,14 +316,14 @@ class Reader {
         if (isPacked)
           for (const stop = this.#length(end); this.#at < stop; ) values.push(this.#value(type, stop, depth));
         else values.push(this.#value(type, end, depth));
-      } else if (kind === "case") message["value"] = { case: name, value: this.#value(type, end, depth) };
+      } else if (kind === "oneof") message["value"] = { case: name, value: this.#value(type, end, depth) };
       // A message that comes in several parts is one.
       else message[name] = this.#value(type, end, depth, message[name]);
     }
     return into;
   }
 
-  #value(type: Field["type"], end: number, depth: number, old?: unknown): unknown {
+  #value(type: string, end: number, depth: number, old?: unknown): unknown {
     if (type === "int32" || type === "int64") {
       const low = this.#varint(end);
       if (type === "int32") return low;
@@ -319,8 +331,8 @@ class Reader {
     }
     if (type === "float") return this.#view.getFloat32(this.#take(4, end), true);
     const stop = this.#length(end);
-    if (typeof type !== "string")
-      return this.message(type(), stop, (old as Proto | undefined) ?? create(type()), depth + 1);
+    const schema = SCHEMAS.get(type);
+    if (schema) return this.message(schema, stop, (old as Proto | undefined) ?? create(schema), depth + 1);
     const start = this.#take(stop - this.#at, stop);
     return type === "bytes" ? this.#bytes.subarray(start, stop) : this.#text(start, stop);
   }
@@ -397,7 +409,7 @@ class Writer {
     this.#at = bytes?.length ?? 0;
   }
 
-  /** @returns how many bytes it takes */
+  /** @returns the number of bytes that it takes */
   message({ fields }: Schema, from: Proto): number {
     const end = this.#at;
     const message = from as Fields;
@@ -405,12 +417,12 @@ class Writer {
     for (let i = fields.length - 1; i >= 0; i--) {
       const { number, name, type, kind } = fields[i]!;
       let value = Object.hasOwn(message, name) ? message[name] : undefined;
-      if (kind === "case") {
+      if (kind === "oneof") {
         const chosen = message["value"] as { case?: string; value?: unknown } | undefined;
         value = chosen?.case === name ? chosen.value : undefined;
       }
       if (value === undefined) continue;
-      const values = kind === "list" || kind === "packed" ? (value as unknown[]) : [value];
+      const values = kind === "repeated" || kind === "packed" ? (value as unknown[]) : [value];
       if (kind === "packed" && values.length === 0) continue;
       const stop = this.#at;
       for (let v = values.length - 1; v >= 0; v--) {
@@ -424,8 +436,9 @@ class Writer {
     return end - this.#at;
   }
 
-  #value(type: Field["type"], value: unknown): void {
-    if (typeof type !== "string") this.#varint(this.message(type(), value as Proto));
+  #value(type: string, value: unknown): void {
+    const schema = SCHEMAS.get(type);
+    if (schema) this.#varint(this.message(schema, value as Proto));
     else if (type === "float") this.#put(new Uint8Array(Float32Array.of(value as number).buffer));
     else if (type === "int32" || type === "int64") this.#varint(value as number | bigint);
     else {

@@ -1,5 +1,5 @@
 /**
- * Reads an ONNX model and the files beside it, as bytes. Their meaning is the concern of `model.ts`.
+ * Reads an ONNX model and the files next to it, as bytes. Their meaning is the concern of `model.ts`.
  */
 import { FormatError } from "../errors.ts";
 import { addressOf, openSource, watchedOf } from "../open-source.ts";
@@ -15,12 +15,12 @@ import {
 import { type OnnxModel, parseModel } from "./model.ts";
 import type { OpenExternal } from "./tensors.ts";
 
-/** Options for reading a model and the files beside it. */
+/** Options for reading a model and the files next to it. */
 export interface ModelOptions extends FetchOptions, AbortOptions {
   /** Told how far each file is read; takes a function for `progress_callback` of transformers.js. Bytes in memory are not told. */
   readonly onProgress?: OnProgress | undefined;
   /**
-   * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name beside a model given as a path
+   * Chooses the file that the model calls `location` ("model.onnx_data"). Default: the file of that name next to a model given as a path
    * or URL.
    */
   external?: ((location: string) => SourceInput | Promise<SourceInput>) | undefined;
@@ -33,9 +33,9 @@ export interface ModelFile {
   readonly bytes: Uint8Array;
   /** Folder of all files that the model's tensors point into. Undefined where it is unknown, or was not asked for. */
   readonly folder: string | undefined;
-  /** Opens a file beside the model, once. Undefined when their place is unknown. */
+  /** Opens a file next to the model, once. Undefined when their place is unknown. */
   readonly external: OpenExternal | undefined;
-  /** Closes the files beside the model. */
+  /** Closes the files next to the model. */
   close(): Promise<void>;
 }
 
@@ -53,7 +53,7 @@ export async function readModel(
   options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
 ): Promise<ModelFile> {
   const source = await openTold(input, options, "model");
-  const locate = options.external ?? besides(input, source.name);
+  const locate = options.external ?? siblingsOf(input, source.name);
   const apart =
     options.weightsApart === true && !options.external && locate !== undefined && source.folder !== undefined;
   const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
@@ -113,8 +113,8 @@ async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
   }
 }
 
-/** Finds files beside a model on disk or at a URL; undefined for bytes, blobs and sources, which have no place. */
-function besides(input: SourceInput, model: string): ((location: string) => SourceInput) | undefined {
+/** Finds files next to a model on disk or at a URL; undefined for bytes, blobs and sources, which have no place. */
+function siblingsOf(input: SourceInput, model: string): ((location: string) => SourceInput) | undefined {
   if (!(typeof input === "string" || input instanceof URL) || /^(blob|data):/i.test(String(input))) return undefined;
   // The name of a file on the Hub says the commit that it is of.
   const place = /^hf:/.test(model) ? model : input;

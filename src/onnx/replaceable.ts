@@ -17,7 +17,7 @@ const FILE = "eigenlora-folded";
 
 /** A file of all parameters that change, and where each lies in it. */
 export interface WeightFile {
-  /** What the model calls the file. */
+  /** The model's name of the file. */
   readonly path: string;
   readonly byteLength: number;
   readonly places: ReadonlyMap<string, FilePlace>;
@@ -108,9 +108,7 @@ function refuseOverlaps(parameters: readonly OnnxParameter[]): void {
   }
 }
 
-/** A parameter that comes as an input. */
 export interface WeightInput {
-  /** Name of the parameter, and of the input. */
   readonly name: string;
   readonly input: string;
   /** `f32` too where the model stores f16 or bf16 and computes in f32: no run casts it then, and nothing is rounded twice. */
@@ -168,7 +166,7 @@ function withSiblings(parameters: readonly OnnxParameter[]): OnnxParameter[] {
   return all;
 }
 
-/** Whether the first node behind an initializer, on the way to a value, is a Cast to f32. */
+/** True if the first node behind an initializer, on the way to a value, is a Cast to f32. */
 function castsFirst(model: OnnxModel, graph: GraphProto, value: string, from: string, passed = 0): boolean {
   if (value === from) return false;
   const made = makerOf(model, graph, value, passed);
@@ -201,7 +199,7 @@ class Wiring {
 
   /**
    * @param to the new value, laid out as the initializer; copies that are transposed get it transposed
-   * @param cast whether it has been cast already
+   * @param cast true if it has been cast already
    */
   connect(parameter: OnnxParameter, to: string, cast = false): void {
     const { slice, joined } = parameter;

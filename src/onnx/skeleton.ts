@@ -6,12 +6,10 @@ import type { ByteSource, ReadOptions } from "../source.ts";
 
 /** Tensors below this size stay in the protobuf. */
 const LEAST_BYTES = 4096;
-/** Size of one read. */
 const WINDOW = 16_384;
 
 /** Numbers of the fields that matter here, in `ModelProto`, `GraphProto` and `TensorProto`. */
 const [GRAPH, INITIALIZER, RAW_DATA, EXTERNAL_DATA, DATA_LOCATION] = [7, 5, 9, 13, 14];
-/** Wire types of protobuf. */
 const [VARINT, FIXED64, BYTES, FIXED32] = [0, 1, 2, 5];
 
 /** A range of the file, or new bytes. */
@@ -115,7 +113,7 @@ async function assembled(source: ByteSource, pieces: readonly Piece[], options: 
 
 /** Reads the fields of messages, a window at a time. */
 class FieldReader {
-  /** Whether the bytes are no protobuf, or end too early. */
+  /** True if the bytes are no protobuf, or end too early. */
   damaged = false;
   readonly #source: ByteSource;
   readonly #options: ReadOptions;

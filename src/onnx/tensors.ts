@@ -1,5 +1,5 @@
 /**
- * Bytes of an initializer, wherever ONNX stores them: `raw_data`, the typed lists, or a file beside the model. They are returned as in
+ * Bytes of an initializer, wherever ONNX stores them: `raw_data`, the typed lists, or a file next to the model. They are returned as in
  * `raw_data`: little-endian, row-major. Values are not converted.
  */
 
@@ -31,7 +31,7 @@ export const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = 
 /** `TensorProto.DataLocation.EXTERNAL`. */
 export const EXTERNAL = 1;
 
-/** Files beside the model that the initializers of a graph, and of those inside it, lie in: by the model's name for each, how far they reach. */
+/** Files that initializers of a graph, and of those inside it, lie in: the last byte that is used, by the model's names of the files. */
 export function externalFiles(graph: GraphProto, found: Map<string, number> = new Map()): Map<string, number> {
   for (const { dataLocation, externalData } of graph.initializer) {
     const valueOf = (wanted: string): string | undefined => externalData.find(({ key }) => key === wanted)?.value;
@@ -44,7 +44,6 @@ export function externalFiles(graph: GraphProto, found: Map<string, number> = ne
   return found;
 }
 
-/** Type and shape of an initializer. */
 export interface OnnxTensorType {
   /** "other" for integers, quantised and all further types. */
   readonly dtype: FloatDtype | "other";
@@ -81,7 +80,7 @@ export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
 /**
  * Reads an initializer's bytes. Their number is not checked for "other" types.
  * @param file name of the model, for messages
- * @param external for values that lie in a file beside the model
+ * @param external for values that lie in a file next to the model
  * @throws FormatError when there are more or fewer bytes than the shape needs, or an "other" type lies in a typed list
  * @throws SourceError when the external file is missing or too short
  */

@@ -18,7 +18,6 @@ import {
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
-/** A weight of a linear layer, float or quantised. */
 export interface ReadWeight {
   readonly at: WeightAt;
   readonly quantized: boolean;
@@ -26,7 +25,7 @@ export interface ReadWeight {
 
 /**
  * @throws FormatError when the quantisation is not supported, or its tensors do not fit each other
- * @throws SourceError when a file beside the model cannot be read
+ * @throws SourceError when a file next to the model cannot be read
  */
 export async function readLinearWeight(
   file: ModelFile,
@@ -86,12 +85,11 @@ async function readJoined(
 /** Candidates that a message lists. */
 const TOLD = 3;
 
-/** Finds the copies of weights. */
 export class Copies {
   readonly #file: ModelFile;
   readonly #parameters: readonly OnnxParameter[];
   readonly #options: ReadOptions | undefined;
-  /** Whether some weights have no name, so that each may be a copy of any other. */
+  /** True if some weights have no name, so that each may be a copy of any other. */
   readonly #open: boolean;
   readonly #found = new Map<OnnxParameter, Promise<OnnxParameter>>();
   /** Float weights of linear layers without a name, by type, shape and some values; made when first needed. */
@@ -165,7 +163,7 @@ export class Copies {
     return { ...parameter, copies };
   }
 
-  /** Whether two weights are equal, up to orientation and, between different number formats, up to rounding. */
+  /** True if two weights are equal, up to orientation and, between different number formats, up to rounding. */
   async #isSame(a: Stored, b: Stored): Promise<boolean> {
     const [out, inputs] = matrixShape(a)!;
     if (!isMatrix(b) || matrixShape(b)!.join() !== `${out},${inputs}`) return false;

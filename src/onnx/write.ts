@@ -4,9 +4,9 @@
  */
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";
+import type { OnnxModel } from "./model.ts";
 import type { Added } from "./nodes.ts";
-import type { GraphProto, TensorProto } from "./protobuf.ts";
-import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "./protobuf.ts";
+import { create, ModelProtoSchema, type TensorProto, TensorProtoSchema, toBinary } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
 import { EXTERNAL } from "./tensors.ts";
 
@@ -32,51 +32,40 @@ const ADDED_FILE = "eigenlora-components";
 /**
  * Serialises a model without its weights. The tensors of `model.proto` keep their data.
  * @param supplied files that the caller provides itself
- * @throws SourceError when a file beside the model cannot be read
+ * @throws SourceError when a file next to the model cannot be read
  */
 export async function detachWeights(
   file: ModelFile,
   added: readonly Added[],
   options: ReadOptions & { supplied?: readonly string[] } = {},
 ): Promise<DetachedModel> {
-  const { model, bytes } = file;
+  const { model, bytes, folder } = file;
+  const { supplied = [] } = options;
+  // Runtimes take a folder, or a list of files, not both.
+  if (folder !== undefined && supplied.length === 0 && (await allIn(folder, file)))
+    return { bytes: embedWeights(file, added), files: [], folder };
   const locations = new Set<string>();
   const restore: (() => void)[] = [];
-  const visit = (graph: GraphProto): void => {
-    for (const tensor of graph.initializer) {
-      const { rawData } = tensor;
-      if (tensor.dataLocation === EXTERNAL) {
-        locations.add(locationOf(tensor, model.name));
-      } else if (rawData.length >= LEAST_DETACHED && rawData.buffer === bytes.buffer) {
-        point(tensor, OWN_FILE, rawData.byteOffset - bytes.byteOffset, rawData.length);
-        locations.add(OWN_FILE);
-        restore.push(() => embed(tensor, rawData));
-      }
+  for (const tensor of [...model.graph.scopes.keys()].flatMap(({ initializer }) => initializer)) {
+    const { rawData } = tensor;
+    if (tensor.dataLocation === EXTERNAL) {
+      locations.add(locationOf(tensor, model.name));
+    } else if (rawData.length >= LEAST_DETACHED && rawData.buffer === bytes.buffer) {
+      point(tensor, OWN_FILE, rawData.byteOffset - bytes.byteOffset, rawData.length);
+      locations.add(OWN_FILE);
+      restore.push(() => embed(tensor, rawData));
     }
-    for (const { attribute } of graph.node) {
-      for (const { g, graphs } of attribute) (g ? [g, ...graphs] : graphs).forEach(visit);
-    }
-  };
-  const { initializer } = model.graph.proto;
-  const own = initializer.length;
-  // Runtimes take a folder, or a list of files, not both.
-  const { folder } = file;
-  if (folder !== undefined && (options.supplied ?? []).length === 0 && (await allIn(folder, file))) {
-    return { bytes: embedWeights(file, added), files: [], folder };
   }
-  visit(model.graph.proto);
   const { tensors, data } = pointAll(added);
-  initializer.push(...tensors);
   let proto: Uint8Array;
   try {
-    proto = toBinary(ModelProtoSchema, model.proto);
+    proto = withInitializers(model, tensors);
   } finally {
-    initializer.length = own;
     for (const step of restore) step();
   }
   const files: DataFile[] = added.length > 0 ? [{ path: ADDED_FILE, data }] : [];
   if (locations.delete(OWN_FILE)) files.push({ path: OWN_FILE, data: bytes });
-  for (const path of options.supplied ?? []) locations.delete(path);
+  for (const path of supplied) locations.delete(path);
   for (const path of locations) {
     if (!file.external) {
       const message = `some weights lie in the file "${path}"; give that with the option \`external\``;
@@ -88,7 +77,7 @@ export async function detachWeights(
 }
 
 /**
- * Whether all files that a model points into lie in a folder or below it: runtimes follow no links out of it.
+ * True if all files that a model points into lie in a folder or below it: runtimes follow no links out of it.
  * @throws SourceError when one of them cannot be opened; FormatError when it is said to lie elsewhere
  */
 async function allIn(folder: string, { model, external }: ModelFile): Promise<boolean> {
@@ -104,14 +93,20 @@ async function allIn(folder: string, { model, external }: ModelFile): Promise<bo
 
 /** Serialises a model with its embedded and its added tensors inside. */
 export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uint8Array {
-  const { initializer } = model.graph.proto;
-  const own = initializer.length;
-  for (const { name, type, dims, data } of added) {
+  const tensors = added.map(({ name, type, dims, data }) => {
     const rawData = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
-    initializer.push(create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData }));
-  }
+    return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData });
+  });
+  return withInitializers(model, tensors);
+}
+
+/** Serialises a model with more initializers, which it does not keep. */
+function withInitializers({ proto, graph }: OnnxModel, tensors: readonly TensorProto[]): Uint8Array {
+  const { initializer } = graph.proto;
+  const own = initializer.length;
+  initializer.push(...tensors);
   try {
-    return toBinary(ModelProtoSchema, model.proto);
+    return toBinary(ModelProtoSchema, proto);
   } finally {
     initializer.length = own;
   }

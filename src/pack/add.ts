@@ -1,36 +1,45 @@
-/** New tasks for a pack that exists: adapters are brought onto its basis. */
-import type { Adapter } from "../adapters/adapter.ts";
-import { checkAdapters, refuseBoth } from "../adapters/adapter.ts";
+/** New tasks for a pack that exists: adapters are brought onto its bases. */
+import { type Adapter, checkAdapters, refuseBoth } from "../adapters/adapter.ts";
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { AdapterError, TaskError } from "../errors.ts";
-import type { Allocation, Spectrum } from "../extract/allocation.ts";
-import { balance, pairOf, singularValues } from "../extract/gauge.ts";
-import type { Gauge } from "../extract/options.ts";
-import { type Begun, beginMixed, finishMixed, type MixedTask, remainderOf } from "../extract/private.ts";
-import { type ModuleSpace, openModule } from "../extract/project.ts";
+import { pairOf, type Spectrum, singularValues } from "../extract/factors.ts";
 import {
   type BySide,
+  balanced,
   cheapest,
   openSides,
   type SideChoice,
-  type SidesTask,
   sideCosts,
+  type TaskUpdate,
   takeSides,
 } from "../extract/sides.ts";
-import type { StoredBasis } from "../extract/subspace.ts";
+import {
+  type Gauge,
+  type ModuleMember,
+  openModule,
+  type ProjectOptions,
+  projectModule,
+  type StoredBasis,
+} from "../extract/subspace.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
-import type { TermInput } from "../format/encode.ts";
+import type { TaskToWrite, TermInput } from "../format/encode.ts";
 import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
-import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
-import { SCALE_DOWN } from "../tensor/encode.ts";
+import { type Dtype, type Dtypes, SCALE_DOWN } from "../tensor/dtypes.ts";
 import { Meter, type OnWork, ROUND } from "../work.ts";
-import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import { completeDtypes } from "./recipe.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
-import { type Steps, startSteps, stepsWithin, Unreachable } from "./seek.ts";
-import { changes, encodeAdapter, encodeTerm, narrowTerms, sidesTerm, stepsOf, storable } from "./tasks.ts";
+import { type Steps, search, startSteps, Unreachable, withinError } from "./seek.ts";
+import {
+  changes,
+  DEFAULT_ERROR,
+  encodeAdapter,
+  encodeTerm,
+  narrowTerms,
+  onComponents,
+  stepsOf,
+  storable,
+} from "./tasks.ts";
 import { storedTask } from "./write.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -45,7 +54,7 @@ export interface ProjectAdaptersOptions {
   /** Called as the work goes on, with the share that is done, in percent. */
   readonly onProgress?: OnWork | undefined;
   /**
-   * The share of its ΔW that an adapter may lose: it has private terms for what the components lack, or for all of it where that takes
+   * The share of its ΔW that an adapter may lose: it has residual rows for what the components lack, or for all of it where that takes
    * fewer bytes. Default: as the pack's tasks, which may have none.
    */
   readonly error?: number | undefined;
@@ -57,13 +66,13 @@ export interface ProjectAdaptersOptions {
 export const MAX_LOSS = 0.5;
 
 /**
- * Brings adapters into a pack that exists, in its gauge and to its rank: coefficients on its components; and where its tasks have
- * private terms, as many of those, or with such steps, as keep the error of each adapter within that which the pack was made for, or
- * within `DEFAULT_ERROR`. Where tasks share each side by itself, an adapter takes of each what costs it least, and has beside it what
- * the others' components lack. A pack whose step was made for no error has its step. Module by module, so that each basis is opened once.
+ * Brings adapters into a pack that exists. Where its tasks are coefficients over components of all, and no error is asked for, adapters are too,
+ * in its gauge and to its rank. Otherwise an adapter takes of each side of a module what costs it least, and has residual rows for what the
+ * bases lack, in steps that keep its error within `error`, within that which the pack was made for, or within `DEFAULT_ERROR`. A pack whose
+ * step was made for no error has its step. Module by module, so that each basis is opened once.
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  * @throws TaskError for one that would lose more than `maxLoss`, with the `loss`
- * @throws RangeError for a `maxLoss` that is no share
+ * @throws RangeError for a `maxLoss` that is no share, and an error that is out of reach
  */
 export async function projectAdapters(
   pack: Pack,
@@ -79,30 +88,11 @@ export async function projectAdapters(
   const bases = await pack.bases();
   try {
     const meter = Meter.of("adding", onProgress);
-    const twice = pack.directory.basis.step !== undefined && error !== undefined && !sharesBySide(pack);
-    const first = meter.part(twice ? 0.5 : 1);
-    const all: Newcomers = {
-      pack,
-      bases: bases.bytes,
-      adapters,
-      formats,
-      meter: first,
-      share: ROUND,
-      error,
-      apart: false,
-    };
-    const stored = async (how: Newcomers): Promise<ProjectedAdapter[]> => {
-      const made = await onto(how);
-      refuseLoss(made, maxLoss, pack.name);
-      return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
-    };
-    const beside = await stored(all);
-    first.reach(1);
-    if (!twice) return beside;
-    // What components hold little of takes fewer bytes without them.
-    const apart = await stored({ ...all, meter: meter.part(1), apart: true });
+    const all: Newcomers = { pack, bases: bases.bytes, adapters, formats, meter };
+    const made = await (error === undefined && !hasRows(pack) ? ontoComponents(all) : withRows(all, error));
+    refuseLoss(made, maxLoss, pack.name);
     meter.reach(1);
-    return beside.map((task, i) => (apart[i]!.blob.length < task.blob.length ? apart[i]! : task));
+    return made.map((task) => ({ ...task, ...storedTask(pack, task) }));
   } finally {
     bases.close();
   }
@@ -137,140 +127,128 @@ export async function storedDtypes(pack: Pack): Promise<Dtypes> {
   return completeDtypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head } : {}) });
 }
 
-/** Adapters, and the pack whose basis they are brought onto. */
+/** Adapters, and the pack whose bases they are brought onto. */
 interface Newcomers {
   readonly pack: Pack;
   readonly bases: Uint8Array;
   readonly adapters: readonly Adapter[];
   readonly formats: Dtypes;
   readonly meter: Meter;
-  /** The share of what is left that one pass through all modules takes. */
-  readonly share: number;
-  readonly error: number | undefined;
-  /** Whether components are left alone, and all of a task are private terms. */
-  readonly apart: boolean;
 }
 
-async function onto(all: Newcomers): Promise<ProjectedAdapter[]> {
-  const { step } = all.pack.directory.basis;
-  const error = all.error ?? all.pack.directory.basis.error;
-  const usual = step === undefined ? undefined : await stepsOf(all.adapters, step);
-  const choices = sharesBySide(all.pack) ? new Map<string, BySide<SideChoice>>() : undefined;
-  if (!choices && error === undefined && !hasPrivateTerms(all.pack))
-    return project({ ...all, share: 1 }, undefined, usual);
-  const coded = (steps: Steps): Promise<ProjectedAdapter[]> =>
-    choices ? placed(all, choices, steps) : project(all, new Map(), steps);
-  // The step says which are worth it.
-  if (usual && error === undefined) return coded(usual);
+/** Adapters as coefficients over components that all tasks share. */
+async function ontoComponents(all: Newcomers): Promise<ProjectedAdapter[]> {
+  const { pack, bases, adapters, formats, meter } = all;
+  const { step, rank } = pack.directory.basis;
+  const steps = step === undefined ? undefined : await stepsOf(adapters, step);
+  const dtype: Dtype = steps ? "int8" : formats.coefficients;
+  const products = await fastProducts();
+  const options: ProjectOptions = { gauge: gaugeOf(pack), rank, coefficientDtype: dtype };
+  return encoded(all, meter, steps !== undefined, (module) => {
+    let space: ReturnType<typeof openModule> | undefined;
+    return (adapter, member) => {
+      space ??= openModule(storedModule(module, bases, adapter), products);
+      const task = projectModule(space, member, { ...options, step: steps && stepFor(steps, adapter) });
+      return onComponents(task, space, dtype);
+    };
+  });
+}
+
+/** Number formats of residual rows, from few bytes to many. Default: integers with a step. */
+const ROWS: readonly (Dtype | undefined)[] = [undefined, "f16", "f32"];
+
+/** Adapters with residual rows for what the bases of each side lack. */
+async function withRows(all: Newcomers, asked: number | undefined): Promise<ProjectedAdapter[]> {
+  const { pack, adapters } = all;
+  const { step } = pack.directory.basis;
+  const error = asked ?? pack.directory.basis.error;
+  const choices: Choices = new Map();
+  if (step !== undefined && error === undefined)
+    return takingSides(all, all.meter, choices, await stepsOf(adapters, step), undefined);
   const most = error ?? DEFAULT_ERROR;
-  const spectra = await spectraOf(all, choices ? undefined : usual);
-  const residuals = (made: ProjectedAdapter[]): TaskLoss[] => made.map(({ residual }) => residual);
-  try {
-    if (usual) return await stepsWithin(startSteps(spectra, most), most, coded, residuals);
-  } catch (cause) {
-    // Integers are too few: in the number formats that it takes.
-    if (!(cause instanceof Unreachable)) throw cause;
+  const spectra = await spectraOf(all);
+  let failure: Unreachable | undefined;
+  for (const dtype of ROWS) {
+    try {
+      return await search(
+        startSteps(spectra, most, dtype === undefined),
+        (steps) => takingSides(all, all.meter.part(ROUND), choices, steps, dtype),
+        withinError(most, (made: ProjectedAdapter[]) => made.map(({ residual }) => residual)),
+      );
+    } catch (cause) {
+      // Integers are too few: in numbers that take more bytes.
+      if (!(cause instanceof Unreachable)) throw cause;
+      failure ??= cause;
+    }
   }
-  return withinError({ spectra }, most, (own) => project(all, own, undefined), residuals);
+  throw failure!;
+}
+
+/** How each adapter takes the sides of a module. Those that are not known yet are made, at what they cost with the first steps. */
+type Choices = Map<string, BySide<SideChoice>>;
+
+async function takingSides(
+  all: Newcomers,
+  meter: Meter,
+  choices: Choices,
+  steps: Steps,
+  dtype: Dtype | undefined,
+): Promise<ProjectedAdapter[]> {
+  const { bases } = all;
+  const products = await fastProducts();
+  return encoded(all, meter, dtype === undefined, (module) => {
+    const opened = openSides({ A: storedSides(module.A, bases), B: storedSides(module.B, bases) }, products);
+    return (adapter, member) => {
+      const key = JSON.stringify([adapter.id, module.name]);
+      const step = stepFor(steps, adapter);
+      if (!choices.has(key)) {
+        const whole = balanced(pairOf(member), { A: opened.A[0], B: opened.B[0] }, module, products);
+        choices.set(key, cheapest(sideCosts(opened, whole, module, step)));
+      }
+      return takeSides(opened, module, member, choices.get(key)!, { step, dtype }, products);
+    };
+  });
 }
 
 /**
- * Adapters on what tasks share of each side.
- * @param choices how each takes the sides of a module; those that are not known yet are made, at what they cost with these steps
+ * Goes through the modules of the pack, and in each through the adapters that have it.
+ * @param isCoded whether numbers are integers of any size
+ * @param open opens a module's bases, and returns what brings an adapter onto them
  */
-async function placed(
-  all: Newcomers,
-  choices: Map<string, BySide<SideChoice>>,
-  steps: Steps,
+async function encoded(
+  { pack, adapters, formats }: Newcomers,
+  meter: Meter,
+  isCoded: boolean,
+  open: (module: PackModule) => (adapter: Adapter, member: ModuleMember) => TaskUpdate,
 ): Promise<ProjectedAdapter[]> {
-  const { pack, bases, adapters } = all;
-  const meter = all.meter.part(all.share);
-  const products = await fastProducts();
   const errors: ModuleError[] = [];
   const terms = adapters.map((): TermInput[] => []);
-  for (const [index, module] of pack.modules.entries()) {
-    const { name, in: inputs, out } = module;
-    const opened = openSides({ A: storedSides(module.A, bases), B: storedSides(module.B, bases) }, products);
+  const rescaled = new Set<string>();
+  for (const [index, stored] of pack.modules.entries()) {
+    const { name } = stored;
+    const take = open(stored);
     for (const [i, adapter] of adapters.entries()) {
-      const { magnitude, ...term } = (await adapter.modules.get(name)?.read()) ?? { rank: 0 };
-      if (!("A" in term)) continue;
-      const key = JSON.stringify([adapter.id, name]);
-      const step = stepFor(steps, adapter);
-      const take = (): SidesTask => {
-        if (!choices.has(key)) {
-          const whole = balance(pairOf(term), out, inputs, products);
-          choices.set(key, cheapest(sideCosts(opened, whole, module, step)));
-        }
-        return takeSides(opened, module, { id: adapter.id, ...term }, choices.get(key)!, step, products);
-      };
-      const task = storable(adapter, module, take, SCALE_DOWN);
-      errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
-      const made = sidesTerm(name, { ...task, magnitude }, adapter);
+      const module = adapter.modules.get(name);
+      if (!module) continue;
+      const { magnitude, ...term } = await module.read();
+      const update = storable(adapter, module, () => take(adapter, { id: adapter.id, ...term }), SCALE_DOWN);
+      errors.push({ task: adapter.id, module: name, error: update.error, norm: update.norm });
+      if (magnitude) rescaled.add(adapter.id);
+      const made = encodeTerm(name, update, magnitude, adapter);
       if (changes(made)) terms[i]!.push({ module: index, ...made });
     }
     meter.reach((index + 1) / pack.modules.length);
   }
-  return finished(all, terms, errors, true);
-}
-
-/** Bases of a side as they lie in a pack. */
-function storedSides(sides: readonly Side[], bases: Uint8Array): StoredBasis[] {
-  return sides.map(({ K, rank, mean, tensor }) => {
-    const { dtype, width } = tensor;
-    return { dtype, components: K, width, rank, mean, encoded: encodedTensor(bases, tensor) };
-  });
-}
-
-/** What private terms are to hold of every adapter and module. */
-async function spectraOf(all: Newcomers, steps: Steps | undefined): Promise<Spectrum[]> {
-  const spectra: Spectrum[] = [];
-  await eachModule(all, steps, ({ stored, adapter }, begun) => {
-    const { name, out, in: inputs } = stored;
-    const square = singularValues(begun.given, out, inputs).reduce((sum, value) => sum + value ** 2, 0);
-    const singular = remainderOf(begun, out, inputs);
-    spectra.push({ task: adapter.id, module: name, out, in: inputs, singular, square });
-  });
-  return spectra;
-}
-
-/** @param own private terms; undefined where tasks have none. @param steps of ΔW, where integers say how numbers are stored */
-async function project(
-  all: Newcomers,
-  own: Allocation | undefined,
-  steps: Steps | undefined,
-): Promise<ProjectedAdapter[]> {
-  const { adapters, formats } = all;
-  const errors: ModuleError[] = [];
-  const terms = adapters.map((): TermInput[] => []);
-  const dtype = steps ? "int8" : formats.coefficients;
-  await eachModule(all, steps, ({ index, stored, i, adapter, magnitude }, begun, space) => {
-    const { name } = stored;
-    const choice = own?.get(adapter.id)?.get(name) ?? { rank: steps ? Infinity : 0, dtype };
-    const finish = (): MixedTask => finishMixed(begun, choice, steps && stepFor(steps, adapter));
-    const task = own ? storable(adapter, stored, finish, SCALE_DOWN) : begun.task;
-    errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
-    const term = encodeTerm(name, { ...task, magnitude }, space ?? NO_BASES, adapter, dtype);
-    if (changes(term)) terms[i]!.push({ module: index, ...term });
-  });
-  return finished(all, terms, errors, steps !== undefined);
-}
-
-/** @param narrow whether numbers are integers of any size */
-async function finished(
-  { pack, adapters, formats }: Newcomers,
-  terms: readonly (readonly TermInput[])[],
-  errors: readonly ModuleError[],
-  narrow: boolean,
-): Promise<ProjectedAdapter[]> {
   const names = pack.modules.map(({ name }) => name);
-  const ids = adapters.map(({ id }) => id);
-  const residuals = lossesOf(errors, ids);
-  const idle = idleWarnings(adapters, errors, (_, i) => terms[i]!);
+  const residuals: TaskLoss[] = lossesOf(
+    errors,
+    adapters.map(({ id }) => id),
+  );
+  const idle = idleWarnings(adapters, errors, rescaled);
   return Promise.all(
     adapters.map(async (adapter, i) => {
-      const made = terms[i]!;
-      const stored = narrow ? narrowTerms(made, pack.modules) : made;
-      const task = await encodeAdapter(adapter, stored, names, { type: formats.head });
+      const own = isCoded ? narrowTerms(terms[i]!, pack.modules) : terms[i]!;
+      const task = await encodeAdapter(adapter, own, names, { type: formats.head });
       return { ...task, residual: residuals[i]!, warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [] };
     }),
   );
@@ -281,58 +259,37 @@ function stepFor(steps: Steps, { id }: Adapter): number {
   return steps.get(id) ?? 1;
 }
 
-/** A module of a pack, and of an adapter. */
-interface Both {
-  readonly index: number;
-  readonly stored: PackModule;
-  /** Number of the adapter. */
-  readonly i: number;
-  readonly adapter: Adapter;
-  readonly magnitude: Float32Array | undefined;
+/** Bases of a side as they lie in a pack. */
+function storedSides(sides: readonly Side[], bases: Uint8Array): StoredBasis[] {
+  return sides.map(({ K, mean, tensor }) => {
+    const { dtype, width } = tensor;
+    return { dtype, components: K, width, mean, encoded: encodedTensor(bases, tensor) };
+  });
 }
 
-/** Goes through the modules of a pack, and in each through the adapters that have it. */
-async function eachModule(
-  { pack, bases, adapters, formats, meter: whole, share, apart }: Newcomers,
-  steps: Steps | undefined,
-  work: (both: Both, begun: Begun, space: ModuleSpace | undefined) => void,
-): Promise<void> {
-  const meter = whole.part(share);
+/** Reads the singular values of every adapter and module. */
+async function spectraOf({ pack, adapters }: Newcomers): Promise<Spectrum[]> {
+  const spectra: Spectrum[] = [];
   const products = await fastProducts();
-  const coefficientDtype = steps ? "int8" : formats.coefficients;
-  const options = { gauge: gaugeOf(pack), rank: pack.directory.basis.rank, coefficientDtype };
-  for (const [index, stored] of pack.modules.entries()) {
-    let space: ModuleSpace | undefined;
-    for (const [i, adapter] of adapters.entries()) {
-      const module = adapter.modules.get(stored.name);
-      if (!module) continue;
-      if (!apart && sharedBases(stored)) space ??= openModule(storedModule(stored, bases, adapter), products);
-      const { magnitude, ...term } = await module.read();
-      const step = steps && stepFor(steps, adapter);
-      const begin = (): Begun => beginMixed(space, { id: adapter.id, ...term }, { ...options, step });
-      work({ index, stored, i, adapter, magnitude }, storable(adapter, stored, begin, SCALE_DOWN), space);
+  for (const { name: module, out, in: inputs } of pack.modules) {
+    for (const { id: task, modules } of adapters) {
+      const term = await modules.get(module)?.read();
+      if (!term) continue;
+      const singular = singularValues(pairOf(term), out, inputs, products);
+      const square = singular.reduce((sum, value) => sum + value ** 2, 0);
+      spectra.push({ task, module, out, in: inputs, singular, square });
     }
-    meter.reach((index + 1) / pack.modules.length);
   }
+  return spectra;
 }
 
-/** Whether tasks take each side of a module by itself: packs with a step and no components of all tasks. */
-function sharesBySide({ directory, modules, tasks }: Pack): boolean {
+/** Whether tasks of a pack have residual rows: those of most have some, or not every module has components of all tasks. */
+function hasRows({ directory, tasks, modules }: Pack): boolean {
   const { step, error } = directory.basis;
-  if (step === undefined) return false;
-  const ofAll = modules.every(sharedBases);
-  const bringsRows = [...tasks.values()].some(({ brings }) => brings?.some((entry) => entry.startsWith("own-")));
-  return error !== undefined || !ofAll || bringsRows;
-}
-
-/** A module that shares nothing. */
-const NO_BASES = { A: { mean: undefined }, B: { mean: undefined } };
-
-/** Whether most of a pack's tasks keep to themselves what they do not share, or share nothing. */
-function hasPrivateTerms({ tasks, modules }: Pack): boolean {
-  if (!modules.every(sharedBases)) return true;
-  const own = [...tasks.values()].map(({ brings }) => brings?.some((entry) => parseBrought(entry).role === "private"));
-  return own.filter(Boolean).length > own.length / 2;
+  if (error !== undefined || !modules.every(sharedBases)) return true;
+  const roles = [...tasks.values()].map(({ brings = [] }) => brings.map((entry) => parseBrought(entry).role));
+  if (step !== undefined && roles.some((own) => own.includes("own-A") || own.includes("own-B"))) return true;
+  return roles.filter((own) => own.includes("private")).length > roles.length / 2;
 }
 
 /** The gauge that a pack's tasks are in. */
@@ -347,6 +304,14 @@ function listed(names: readonly string[]): string {
 /** @throws AdapterError when the pack has no basis for a module of an adapter */
 function checkModules(pack: Pack, adapter: Adapter): void {
   refuseBoth(adapter);
+  if (pack.modules.some(({ A: [A], B: [B] }) => A?.kind === "flat" || B?.kind === "flat"))
+    throw new AdapterError(
+      `${pack.name} has components of whole factors (flat), which take no further tasks: pack all adapters again`,
+      {
+        file: adapter.file,
+        field: "mode",
+      },
+    );
   const known = new Map(pack.modules.map((m) => [m.name, m]));
   const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
   if (missing.length > 0 && missing.length === adapter.modules.size) {

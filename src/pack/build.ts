@@ -1,25 +1,38 @@
 /**
- * Makes a pack of adapters: a recipe, what it encodes to, the chunks of a file. Holds one module's stack and what goes into the pack,
- * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
+ * Makes a pack of adapters: a recipe, what it encodes to, the chunks of a file. Module after module is read, extracted and encoded: in memory
+ * are one stack for each thread, one that is read meanwhile, and what goes into the pack; never all adapters. No file system: adapters are
+ * read through their sources, the result is a list of chunks.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { commonBase, type SharedModule } from "../adapters/adapter.ts";
-import { createExtractor, type Extractor } from "../extract/extractor.ts";
-import type { TermInput } from "../format/encode.ts";
-import { ROUND } from "../work.ts";
-import { type Adapters, type Encoded, encode, type Known, openAdapters, partOf, sideInput } from "./encode.ts";
-import { type BuildOptions, type Recipe, recipeOf } from "./recipe.ts";
 import {
-  type BuildReport,
-  buildReport,
-  componentsOf,
-  lossesOf,
-  type ModuleError,
-  type TaskLoss,
-  type TermSummary,
-  termSummary,
-} from "./report.ts";
-import { encodeAdapter, narrowTerms } from "./tasks.ts";
+  type Adapter,
+  checkAdapters,
+  commonBase,
+  type ModuleShape,
+  refuseBases,
+  refuseBoth,
+  refuseTwins,
+  type SharedModule,
+  sharedModules,
+} from "../adapters/adapter.ts";
+import { inBase } from "../adapters/start.ts";
+import { type BaseInput, WeightResolver } from "../core/base.ts";
+import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";
+import { openHost } from "../core/open-base.ts";
+import { AdapterError } from "../errors.ts";
+import type { ExtractOptions, ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
+import { createExtractor, type Extractor, inOrder } from "../extract/extractor.ts";
+import { pairNorm, pairOf } from "../extract/factors.ts";
+import { APART, type SharedSides, type TaskUpdate } from "../extract/sides.ts";
+import type { Gauge } from "../extract/subspace.ts";
+import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
+import { throwIfAborted } from "../pace.ts";
+import { UnstorableError } from "../tensor/dtypes.ts";
+import type { Term } from "../tensor/term.ts";
+import { Meter, ROUND } from "../work.ts";
+import { type BuildOptions, type Recipe, recipeOf } from "./recipe.ts";
+import { type BuildReport, buildReport, componentsOf, type ModuleError } from "./report.ts";
+import type { Steps } from "./seek.ts";
+import { changes, encodeAdapter, encodeTerm, narrowTerms, onComponents, stepsOf } from "./tasks.ts";
 import { allOf, newPack, type Scratch } from "./write.ts";
 
 /** A pack that was made: its consecutive chunks. */
@@ -55,18 +68,18 @@ export async function buildStreamed(
   options: BuildOptions,
   scratch?: Scratch,
 ): Promise<Streamed> {
+  const recipe = recipeOf(options);
   return withExtractor("buildPack", options.workers, async (extractor) => {
     const opened = await openAdapters("buildPack", adapters, options, extractor);
-    const recipe = recipeOf(adapters, options);
-    const encoded = await encode(partOf(opened, EXTRACTING), recipe);
-    // What is left to do needs memory, which threads would hold.
-    await extractor.rest();
-    return write(opened, recipe, encoded, scratch);
+    const { select } = recipe.extraction;
+    if (select) return packComponents(opened, { ...recipe, extraction: { ...recipe.extraction, select } }, scratch);
+    const steps = recipe.step === undefined ? new Map<string, number>() : await stepsOf(adapters, recipe.step);
+    return packRows(opened, recipe, { choose: (_, encode) => encode(steps) }, scratch);
   });
 }
 
 /** The share of the work that extraction is; coding tasks is the rest. About: it depends on how many there are. */
-export const EXTRACTING = 0.8;
+const EXTRACTING = 0.8;
 
 /** Does work that extracts, in this number of threads. @throws RangeError for a number that is none */
 export async function withExtractor<T>(
@@ -84,86 +97,66 @@ export async function withExtractor<T>(
   }
 }
 
-/** The pack of what was encoded, which is used up. */
-export function write(opened: Adapters, recipe: Recipe, encoded: Encoded, scratch?: Scratch): Promise<Streamed> {
-  const { adapters, meter } = opened;
+/** The pack whose tasks are coefficients over components of all of them. */
+async function packComponents(
+  opened: Adapters,
+  recipe: Recipe & { readonly extraction: Omit<ExtractOptions, "products"> },
+  scratch: Scratch | undefined,
+): Promise<Streamed> {
+  const { adapters, extractor, meter } = opened;
+  const { modules, ...encoded } = await encodeComponents(partOf(opened, EXTRACTING), recipe);
+  // What is left to do needs memory, which threads would hold.
+  await extractor.rest();
   const rest = meter.part(1);
   let count = 0;
   const termsOf = async (adapter: Adapter): Promise<TermInput[]> => {
     rest.reach(count++ / adapters.length);
     return taken(encoded, adapter);
   };
-  return writeTasks(opened, recipe, encoded, termsOf, { scratch });
+  return writeTasks(opened, recipe, { modules, errors: encoded.errors }, termsOf, { scratch });
 }
 
-/** What was encoded of an adapter, which is let go of. */
+/** Takes an adapter's terms, which are let go of. */
 function taken({ terms }: Pick<Encoded, "terms">, adapter: Adapter): TermInput[] {
   const own = terms.get(adapter) ?? [];
   terms.delete(adapter);
   return own;
 }
 
-/** A recipe whose private terms or steps are still sought: it is encoded again and again, for less where little of it changes. */
-export class Draft {
-  readonly #opened: Adapters;
-  readonly #recipe: Recipe;
-  readonly #known: Known = new Map();
-  #encoded: Encoded | undefined;
-
-  constructor(opened: Adapters, recipe: Recipe) {
-    this.#opened = opened;
-    this.#recipe = recipe;
-  }
-
-  /** What it was encoded to last. */
-  get encoded(): Encoded {
-    return this.#encoded!;
-  }
-
-  /** @returns what each task loses */
-  async encode(change: Pick<Partial<Recipe>, "privateTerms" | "steps">): Promise<readonly TaskLoss[]> {
-    // What was made before is let go of first.
-    this.#encoded = undefined;
-    this.#encoded = await encode(partOf(this.#opened, ROUND), { ...this.#recipe, ...change }, this.#known);
-    return lossesOf(this.#encoded.errors);
-  }
-
-  /** The pack, once after each time that it was encoded. */
-  write(scratch?: Scratch): Promise<Streamed> {
-    return write(this.#opened, this.#recipe, this.encoded, scratch);
-  }
+/** Tasks that share each side by itself, or nothing. */
+export interface Rows {
+  /** Bases that are made already, and who takes which, by module. Default: none, and the pack's report says nothing of them. */
+  readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
+  /** Encodes some adapters with steps of ΔW, by id, as often as it takes to find the right ones. */
+  choose(adapters: readonly Adapter[], encode: (steps: Steps) => Promise<Encoded>): Promise<Encoded>;
 }
 
-/** Looks for steps of ΔW: encodes tasks with some, by id, as often as it takes, the right ones last. */
-export type Seek = (
-  adapters: readonly Adapter[],
-  encode: (steps: ReadonlyMap<string, number>) => Promise<readonly TaskLoss[]>,
-) => Promise<void>;
-
 /**
- * The pack of a recipe with a step and no components: encoded some adapters at a time, so that of all others only what they were coded to
- * is in memory.
+ * The pack of a recipe without components of all tasks: encoded some adapters at a time, so that of all others only what they were coded
+ * to is in memory.
  * @param most numbers of the adapters that are worked on at a time
  */
-export function writeApart(
+export function packRows(
   opened: Adapters,
   recipe: Recipe,
-  seek: Seek,
+  { sides, choose }: Rows,
   scratch: Scratch | undefined,
   most: number = GROUP,
 ): Promise<Streamed> {
   const { adapters, shared, fingerprints, extractor } = opened;
   const modules = shared.map(({ shape }) => {
-    const { A = [], B = [] } = recipe.sides?.get(shape.name)?.bases ?? {};
+    const { A = [], B = [] } = sides?.get(shape.name)?.bases ?? {};
     return { ...shape, A: A.map(sideInput), B: B.map(sideInput), fingerprint: fingerprints?.get(shape.name) };
   });
   const places = new Map(modules.map(({ name }, index) => [name, index]));
   const errors: ModuleError[] = [];
-  const encodeGroup = async (group: readonly Adapter[]): Promise<Encoded["terms"]> => {
+  const encodeGroup = async (group: readonly Adapter[], part: Adapters): Promise<Encoded["terms"]> => {
     const own = onlyOf(shared, group);
-    const draft = new Draft({ ...partOf(part, EXTRACTING), shared: own }, recipe);
-    await seek(group, (steps) => draft.encode({ steps }));
-    const found = draft.encoded;
+    const extracting = partOf(part, EXTRACTING);
+    const known: Known = new Map();
+    const found = await choose(group, (steps) =>
+      encodeRows({ ...partOf(extracting, ROUND), shared: own }, recipe, sides ?? new Map(), steps, known),
+    );
     for (const error of found.errors) errors.push(error);
     for (const terms of found.terms.values())
       for (const [i, term] of terms.entries())
@@ -173,26 +166,30 @@ export function writeApart(
   const groups = groupsOf(adapters, most);
   let at = -1;
   let part = opened;
-  let encoded: Encoded["terms"] = new Map();
+  let terms: Encoded["terms"] = new Map();
   const termsOf = async (adapter: Adapter): Promise<TermInput[]> => {
     if (!groups[at]?.includes(adapter)) {
       // What was encoded before is let go of first.
-      encoded = new Map();
+      terms = new Map();
       part = partOf(opened, 1 / (groups.length - ++at));
-      encoded = await encodeGroup(groups[at]!);
+      terms = await encodeGroup(groups[at]!, part);
       part.meter.reach(EXTRACTING);
     }
-    part.meter.reach(1 - (1 - EXTRACTING) * (encoded.size / groups[at]!.length));
-    return taken({ terms: encoded }, adapter);
+    part.meter.reach(1 - (1 - EXTRACTING) * (terms.size / groups[at]!.length));
+    return taken({ terms }, adapter);
   };
-  return writeTasks(opened, recipe, { modules, errors }, termsOf, { scratch, extractor });
+  return writeTasks(opened, recipe, { modules, errors, sides }, termsOf, { scratch, extractor });
 }
 
 /** @param termsOf is asked for the terms of each adapter in their order */
 async function writeTasks(
   { adapters, fingerprints, meter }: Adapters,
   recipe: Recipe,
-  { modules, errors }: Pick<Encoded, "modules" | "errors">,
+  {
+    modules,
+    errors,
+    sides,
+  }: { readonly modules: ModuleInput[]; readonly errors: readonly ModuleError[] } & Pick<Rows, "sides">,
   termsOf: (adapter: Adapter) => Promise<readonly TermInput[]>,
   how: Parameters<typeof newPack>[2],
 ): Promise<Streamed> {
@@ -200,22 +197,21 @@ async function writeTasks(
   const names = modules.map(({ name }) => name);
   const components = componentsOf(modules);
   const widths = modules.slice();
-  const terms = new Map<Adapter, TermSummary[]>();
+  const rescaled = new Set<string>();
   const tasks = adapters.map((adapter) => async () => {
     const own = await termsOf(adapter);
-    terms.set(adapter, own.map(termSummary));
-    // Private terms are as narrow as they can be.
-    const narrow = step !== undefined && (recipe.sides || own.some(({ rank }) => rank > 0));
-    return encodeAdapter(adapter, narrow ? narrowTerms(own, widths) : own, names, head);
+    if (own.some(({ magnitude }) => magnitude)) rescaled.add(adapter.id);
+    // Integers with a step are stored in the smallest type that they fit.
+    return encodeAdapter(adapter, step === undefined ? own : narrowTerms(own, widths), names, head);
   });
-  const { mode, gauge, centering, rank } = extraction;
+  const { gauge, centering, rank } = extraction;
   const baseModel = commonBase(adapters);
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
-  const basis = { mode, gauge, centering, rank, step, error, baseModel, modules: modules.splice(0) };
+  const basis = { mode: "column" as const, gauge, centering, rank, step, error, baseModel, modules: modules.splice(0) };
   const { bytes, chunks, blobs } = await newPack(basis, tasks, how);
   meter.reach(1);
-  const sized = { bytes, blobs, modules: names.length, components };
-  return { chunks, report: buildReport(adapters, recipe, sized, { errors, terms }, fingerprints !== undefined) };
+  const made = { bytes, blobs, modules: names.length, components, errors, rescaled, sides };
+  return { chunks, report: buildReport(adapters, recipe, { ...made, based: fingerprints !== undefined }) };
 }
 
 /** An adapter of rank 16 on all layers of half a billion numbers has half of it. */
@@ -238,9 +234,293 @@ function groupsOf(adapters: readonly Adapter[], most: number): Adapter[][] {
 }
 
 /** Modules of some owners. */
-function onlyOf(shared: readonly SharedModule<Adapter>[], some: readonly Adapter[]): SharedModule<Adapter>[] {
-  const those = new Set(some);
+function onlyOf(shared: readonly SharedModule<Adapter>[], group: readonly Adapter[]): SharedModule<Adapter>[] {
+  const members = new Set(group);
   return shared
-    .map(({ shape, owners }) => ({ shape, owners: owners.filter((owner) => those.has(owner)) }))
+    .map(({ shape, owners }) => ({ shape, owners: owners.filter((owner) => members.has(owner)) }))
     .filter(({ owners }) => owners.length > 0);
+}
+
+// Adapters, read and encoded.
+
+/** Adapters to be packed, and what works on them. */
+export interface Adapters {
+  readonly adapters: readonly Adapter[];
+  /** Modules sorted by name, with the adapters that have them. */
+  readonly shared: readonly SharedModule<Adapter>[];
+  /** Samples of the base model's weights, by module; undefined where no base was given. */
+  readonly fingerprints: ReadonlyMap<string, Float32Array> | undefined;
+  readonly extractor: Extractor;
+  /** Is told what is done. */
+  readonly meter: Meter;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** The same, with the next part of the work to tell of. @param share of what is left */
+export function partOf(opened: Adapters, share: number): Adapters {
+  return { ...opened, meter: opened.meter.part(share) };
+}
+
+/** The terms of tasks, and what they lose. */
+export interface Encoded {
+  readonly terms: Map<Adapter, TermInput[]>;
+  readonly errors: ModuleError[];
+}
+
+/**
+ * @throws AdapterError when adapters do not agree about a module or name different base models
+ * @throws BaseMismatchError when the base given does not have the adapted modules
+ */
+export async function openAdapters(
+  who: string,
+  adapters: readonly Adapter[],
+  { base, anyBase, onProgress, signal }: Pick<BuildOptions, "base" | "anyBase" | "onProgress" | "signal">,
+  extractor: Extractor,
+): Promise<Adapters> {
+  checkAdapters(who, adapters);
+  if (adapters.length === 0) throw new RangeError(`${who}: no adapters`);
+  for (const adapter of adapters) refuseBoth(adapter);
+  refuseTwins(adapters);
+  refuseBases(adapters, anyBase);
+  const shared = [...sharedModules(adapters).values()];
+  const shapes = shared.map(({ shape }) => shape);
+  const fingerprints = base === undefined ? undefined : await readFingerprints(base, shapes);
+  return { adapters, shared, fingerprints, extractor, meter: Meter.of("packing", onProgress), signal };
+}
+
+/** Works on modules in their order. One more than are worked on is read meanwhile. */
+export async function* eachModule<T>(
+  { extractor, meter, signal }: Omit<Adapters, "adapters">,
+  modules: readonly SharedModule<Adapter>[],
+  work: (module: SharedModule<Adapter>) => Promise<T>,
+): AsyncGenerator<T, void> {
+  let done = 0;
+  const unlessAborted = (module: SharedModule<Adapter>): Promise<T> => {
+    throwIfAborted(signal);
+    return work(module);
+  };
+  for await (const found of inOrder(modules, extractor.size + 1, unlessAborted)) {
+    throwIfAborted(signal);
+    meter.reach(++done / modules.length);
+    yield found;
+  }
+}
+
+/** A task of a module. */
+interface EncodedTask {
+  readonly error: ModuleError;
+  readonly term: Omit<TermInput, "module">;
+}
+
+/** Extracts components of all modules, and encodes tasks over them. */
+export async function encodeComponents(
+  opened: Adapters,
+  { extraction, step }: Recipe & { readonly extraction: Omit<ExtractOptions, "products"> },
+): Promise<Encoded & { readonly modules: ModuleInput[] }> {
+  const { adapters, shared, fingerprints, extractor } = opened;
+  const steps = step === undefined ? undefined : await stepsOf(adapters, step);
+  const encoded: Encoded = { terms: new Map(), errors: [] };
+  const modules: ModuleInput[] = [];
+  const { gauge, coefficientDtype: dtype } = extraction;
+  const work = async (module: SharedModule<Adapter>): Promise<ModuleExtraction & { terms: readonly Term[] }> => {
+    const { stack, terms } = await readStack(module);
+    const stepped = steps && module.owners.map(({ id }) => steps.get(id)!);
+    return naming(module, async () => {
+      const found = await extractor.ask("extract", stack, { ...extraction, steps: stepped });
+      checkBasis({ ...module.shape, A: [sideInput(found.A)], B: [sideInput(found.B)] }, stack, gauge);
+      return { ...found, terms };
+    });
+  };
+  for await (const { A, B, tasks, terms } of eachModule(opened, shared, work)) {
+    const index = modules.length;
+    const { shape, owners } = shared[index]!;
+    const { name } = shape;
+    modules.push({ ...shape, A: [sideInput(A)], B: [sideInput(B)], fingerprint: fingerprints?.get(name) });
+    const encode = (task: (typeof tasks)[number], i: number): EncodedTask =>
+      encodedTask(name, onComponents(task, { A, B }, dtype), terms[i]!, owners[i]!);
+    add(encoded, index, owners, tasks.map(encode));
+  }
+  return { ...encoded, modules };
+}
+
+/** Tasks by module that are encoded already, with the step that they were encoded with. */
+export type Known = Map<string, Map<string, EncodedTask & { readonly step: number }>>;
+
+/**
+ * Encodes tasks with residual rows, over what they share of each side.
+ * @param sides bases that are made already, and who takes which, by module
+ * @param steps of ΔW by id; 0 where there is none
+ * @param known is brought up to date: only tasks with other steps are encoded again
+ */
+export async function encodeRows(
+  opened: Omit<Adapters, "adapters">,
+  { rows: dtype, extraction: { rank } }: Recipe,
+  sides: ReadonlyMap<string, SharedSides>,
+  steps: Steps,
+  known: Known,
+): Promise<Encoded> {
+  const encoded: Encoded = { terms: new Map(), errors: [] };
+  const stepFor = ({ id }: Adapter): number => steps.get(id) ?? 0;
+  const work = async ({ shape, owners }: SharedModule<Adapter>): Promise<readonly EncodedTask[]> => {
+    const tasks: NonNullable<ReturnType<Known["get"]>> = known.get(shape.name) ?? new Map();
+    known.set(shape.name, tasks);
+    const { bases = { A: [], B: [] }, choices } = sides.get(shape.name) ?? {};
+    const changed = owners.filter((owner) => tasks.get(owner.id)?.step !== stepFor(owner));
+    for (const piece of piecesOf({ shape, owners: changed })) {
+      const { stack, terms } = await readStack(piece);
+      const updates = await naming(piece, () =>
+        opened.extractor.ask("takeSides", stack, {
+          bases,
+          choices: piece.owners.map(({ id }) => choices?.get(id) ?? APART),
+          formats: piece.owners.map((owner) => ({ step: stepFor(owner), dtype })),
+          rank,
+        }),
+      );
+      for (const [i, update] of updates.entries()) {
+        const owner = piece.owners[i]!;
+        tasks.set(owner.id, { ...encodedTask(shape.name, update, terms[i]!, owner), step: stepFor(owner) });
+      }
+    }
+    return owners.map(({ id }) => tasks.get(id)!);
+  };
+  let index = 0;
+  for await (const tasks of eachModule(opened, opened.shared, work)) {
+    add(encoded, index, opened.shared[index]!.owners, tasks);
+    index++;
+  }
+  return encoded;
+}
+
+function encodedTask(
+  module: string,
+  update: TaskUpdate,
+  { magnitude }: Pick<Term, "magnitude">,
+  adapter: Adapter,
+): EncodedTask {
+  const { id: task, error, norm } = update;
+  return { error: { task, module, error, norm }, term: encodeTerm(module, update, magnitude, adapter) };
+}
+
+/** Adds the tasks of a module to what was encoded. */
+function add(
+  { terms, errors }: Encoded,
+  module: number,
+  owners: readonly Adapter[],
+  tasks: readonly EncodedTask[],
+): void {
+  for (const [i, { error, term }] of tasks.entries()) {
+    const owner = owners[i]!;
+    errors.push(error);
+    if (!changes(term)) continue;
+    if (!terms.has(owner)) terms.set(owner, []);
+    terms.get(owner)!.push({ module, ...term });
+  }
+}
+
+/** One side as it is written. */
+export function sideInput({ components: K, mean, dtype, explained, encoded }: SideBasis): SideInput {
+  return { kind: "column", K, mean, dtype, explained, encoded };
+}
+
+/** Adapters that are read at a time. */
+const TOGETHER = 8;
+
+/** Reads a module of its owners, in their order. @throws AdapterError for a value that is no number */
+export async function readStack({
+  shape,
+  owners,
+}: SharedModule<Adapter>): Promise<{ stack: ModuleStack; terms: readonly Term[] }> {
+  const terms: Term[] = [];
+  // Each that is read has several copies for a while.
+  for (let at = 0; at < owners.length; at += TOGETHER) {
+    const some = owners.slice(at, at + TOGETHER);
+    terms.push(...(await Promise.all(some.map(({ modules }) => modules.get(shape.name)!.read()))));
+  }
+  const members = terms.map((term, i) => ({ ...term, id: owners[i]!.id }));
+  return { stack: { ...shape, members }, terms };
+}
+
+/** What is read of a module at once where its owners need not meet. */
+const PIECE_BYTES = 2 ** 21;
+
+/** The module in pieces of a few owners each, in their order. */
+export function piecesOf({ shape, owners }: SharedModule<Adapter>): SharedModule<Adapter>[] {
+  const rank = Math.max(...owners.map(({ modules }) => modules.get(shape.name)!.rank), 1);
+  const count = Math.max(1, Math.floor(PIECE_BYTES / (4 * rank * (shape.in + shape.out))));
+  const pieces: SharedModule<Adapter>[] = [];
+  for (let at = 0; at < owners.length; at += count) pieces.push({ shape, owners: owners.slice(at, at + count) });
+  return pieces;
+}
+
+/** @throws AdapterError naming adapter and module, in place of an UnstorableError of `work` */
+export async function naming<T>({ shape, owners }: SharedModule<Adapter>, work: () => Promise<T>): Promise<T> {
+  try {
+    return await work();
+  } catch (cause) {
+    if (!(cause instanceof UnstorableError)) throw cause;
+    const { file } = owners.find(({ id }) => id === cause.owner) ?? owners[0]!;
+    throw new AdapterError(cause.message, { file, field: shape.name, cause });
+  }
+}
+
+/**
+ * Checks a basis against the limit that values in a pack have whatever their format is.
+ * @param stack that it was made of
+ * @throws UnstorableError of the adapter with the largest values: components are too large because of one of them
+ */
+function checkBasis({ A, B, ...shape }: ModuleInput, { members }: ModuleStack, gauge: Gauge): void {
+  for (const [side, bases, dtype] of [
+    ["A", { A }, A?.[0]?.dtype],
+    ["Bt", { B }, B?.[0]?.dtype],
+  ] as const) {
+    // f16 holds no such values.
+    if (dtype === undefined || dtype === "f16") continue;
+    try {
+      refuseLarge({ ...shape, ...bases });
+    } catch (cause) {
+      if (!(cause instanceof UnstorableError)) throw cause;
+      // Both balanced factors are as large as ΔW makes them.
+      const sizes = members.map((one) => (gauge === "balanced" ? pairNorm(pairOf(one)) : peakOf(one[side])));
+      throw new UnstorableError(cause.message, cause, members[sizes.indexOf(Math.max(...sizes))]!.id);
+    }
+  }
+}
+
+/** @throws UnstorableError for a basis with values that no pack can hold */
+export function refuseLarge(module: ModuleInput): void {
+  encodeBasis({ producer: "", mode: "column", gauge: "as-trained", centering: "none", modules: [module] });
+}
+
+/** The largest magnitude. */
+export function peakOf(values: Float32Array | Float64Array): number {
+  let peak = 0;
+  for (const value of values) peak = Math.max(peak, Math.abs(value));
+  return peak;
+}
+
+/**
+ * 64 weights of the base for each module (SPEC.md, section 4.4).
+ * @throws BaseMismatchError when it does not have one
+ */
+export async function readFingerprints(
+  base: BaseInput,
+  modules: Iterable<ModuleShape>,
+): Promise<Map<string, Float32Array>> {
+  const host = await openHost(base);
+  try {
+    const locator = new WeightResolver(host);
+    locator.names = new AliasMatcher(locator.parameters.keys());
+    const prints = new Map<string, Float32Array>();
+    for (const module of modules) {
+      const located = inBase(locator, module);
+      const view = await host.read(located.name);
+      const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
+      const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
+      prints.set(module.name, fingerprint(module.name, module.out, module.in, values));
+    }
+    return prints;
+  } finally {
+    // The caller's own source may be read again.
+    if (typeof base === "string" || base instanceof URL) await host.close?.();
+  }
 }

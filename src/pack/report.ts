@@ -3,10 +3,10 @@
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels, commonBase } from "../adapters/adapter.ts";
-import type { PrivateChoice } from "../extract/allocation.ts";
-import type { ComponentSelection } from "../extract/options.ts";
-import type { ModuleInput, TermInput } from "../format/encode.ts";
-import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
+import type { ComponentSelection } from "../extract/components.ts";
+import type { SharedSides } from "../extract/sides.ts";
+import type { ModuleInput } from "../format/encode.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
 import type { BuildOptions, Recipe } from "./recipe.ts";
 
 /** What a task lost: ‖ΔW − ΔW'‖ / ‖ΔW‖. */
@@ -24,7 +24,6 @@ export interface TaskLoss {
 export interface BuildReport {
   readonly tasks: number;
   readonly modules: number;
-  readonly mode: NonNullable<BuildOptions["mode"]>;
   readonly gauge: NonNullable<BuildOptions["gauge"]>;
   readonly centering: NonNullable<BuildOptions["centering"]>;
   readonly dtype: Dtypes;
@@ -34,8 +33,6 @@ export interface BuildReport {
   readonly components: { readonly min: number; readonly mean: number; readonly max: number };
   /** What tasks share of each side by itself; undefined where components are those of all tasks, or none were sought. */
   readonly shared?: SharedReport | undefined;
-  /** Private terms by number format, over tasks and modules. */
-  readonly privateTerms: Readonly<Partial<Record<Dtype, number>>>;
   readonly bytes: number;
   /** Size of the adapter files. */
   readonly adapterBytes: number;
@@ -69,7 +66,7 @@ export interface SharedReport {
   readonly saved: number;
 }
 
-function sharedReport(sides: NonNullable<Recipe["sides"]>): SharedReport {
+function sharedReport(sides: ReadonlyMap<string, SharedSides>): SharedReport {
   const all = [...sides.values()];
   const side = (which: "A" | "B"): SharedReport["A"] => {
     const tasks = new Set<string>();
@@ -81,60 +78,51 @@ function sharedReport(sides: NonNullable<Recipe["sides"]>): SharedReport {
   return { A: side("A"), B: side("B"), bytes: total("bits"), saved: total("saved") };
 }
 
-/** What a report says of a term. */
-export interface TermSummary {
-  readonly magnitude: boolean;
-  readonly privateTerms?: PrivateChoice | undefined;
+/** A pack that was made, for its report. */
+export interface Made extends Pick<BuildReport, "bytes" | "modules" | "components"> {
+  /** Bytes of each task's blob. */
+  readonly blobs: readonly number[];
+  readonly errors: readonly ModuleError[];
+  /** Ids of tasks that change magnitudes. */
+  readonly rescaled: ReadonlySet<string>;
+  /** Components that were sought for each side, by module. */
+  readonly sides?: ReadonlyMap<string, SharedSides> | undefined;
+  /** Whether the base was given. */
+  readonly based: boolean;
 }
 
-export function termSummary({ magnitude, privateTerms: own }: TermInput): TermSummary {
-  return { magnitude: magnitude !== undefined, privateTerms: own && { rank: own.rank, dtype: own.dtype } };
-}
-
-/**
- * @param sized the pack, and the bytes of each task's blob
- * @param made what each adapter lost, and what is stored of it
- */
 export function buildReport(
   adapters: readonly Adapter[],
-  { extraction, head, step, sides }: Recipe,
-  { bytes, blobs, ...counts }: Pick<BuildReport, "bytes" | "modules" | "components"> & { readonly blobs: number[] },
-  { errors, terms }: { errors: readonly ModuleError[]; terms: ReadonlyMap<Adapter, readonly TermSummary[]> },
-  based: boolean,
+  { extraction, head, step }: Recipe,
+  { bytes, blobs, modules, components, errors, rescaled, sides, based }: Made,
 ): BuildReport {
-  const { mode, gauge, centering, select, basisDtype: basis, coefficientDtype: coefficients } = extraction;
+  const { gauge, centering, select, basisDtype: basis, coefficientDtype: coefficients } = extraction;
   const adapted = new Set(errors.map(({ task }) => task));
-  const ids = adapters.flatMap(({ id }) => (adapted.has(id) ? id : []));
-  const losses = lossesOf(errors, ids);
-  const sizesOf = blobs.map((blob, i) => ({ blob, adapter: adapters[i]!.byteLength }));
+  const losses = lossesOf(
+    errors,
+    adapters.flatMap(({ id }) => (adapted.has(id) ? id : [])),
+  );
+  const tasks = blobs.map((blob, i) => ({ blob, adapter: adapters[i]!.byteLength }));
   return {
-    ...sizes(bytes, sizesOf),
-    modules: counts.modules,
-    mode,
+    ...sizes(bytes, tasks),
+    modules,
     gauge,
     centering,
     dtype: { basis, coefficients, head: head.type },
     step,
-    components: counts.components,
+    components,
     shared: sides && sharedReport(sides),
-    privateTerms: countsOf([...terms.values()].flat()),
     error: summaryOf(errors),
     errors: losses,
     warnings: [
       ...lossWarnings(losses),
       ...adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`)),
       ...baseWarnings(adapters),
-      ...idleWarnings(adapters, errors, (adapter) => terms.get(adapter) ?? []).values(),
-      ...fewerWarnings(select, counts.components),
+      ...idleWarnings(adapters, errors, rescaled).values(),
+      ...fewerWarnings(select, components),
     ],
     notes: baseNotes(based),
   };
-}
-
-function countsOf(terms: readonly TermSummary[]): BuildReport["privateTerms"] {
-  const counts: Partial<Record<Dtype, number>> = {};
-  for (const { privateTerms: own } of terms) if (own) counts[own.dtype] = (counts[own.dtype] ?? 0) + own.rank;
-  return counts;
 }
 
 /** Sizes of a pack beside its adapters', from the blobs and adapters of its tasks. */
@@ -238,19 +226,18 @@ function strangerWarnings(adapters: readonly Owner[]): string[] {
 const LISTED = 3;
 
 /**
- * What to say of adapters all of whose updates are 0, by id. DoRA's magnitudes change weights by themselves.
- * @param termsOf what of an adapter is stored
+ * Warnings of adapters all of whose updates are 0, by id. DoRA's magnitudes change weights by themselves.
+ * @param rescaled ids of tasks that change magnitudes
  */
 export function idleWarnings(
   adapters: readonly Adapter[],
   errors: readonly ModuleError[],
-  termsOf: (adapter: Adapter, index: number) => readonly { readonly magnitude?: unknown }[],
+  rescaled: ReadonlySet<string>,
 ): Map<string, string> {
   const busy = new Set(errors.filter(({ norm }) => norm > 0).map(({ task }) => task));
   const warnings = new Map<string, string>();
-  for (const [i, adapter] of adapters.entries()) {
-    const { id, modules, saved } = adapter;
-    if (modules.size === 0 || busy.has(id) || termsOf(adapter, i).some(({ magnitude }) => magnitude)) continue;
+  for (const { id, modules, saved } of adapters) {
+    if (modules.size === 0 || busy.has(id) || rescaled.has(id)) continue;
     const names = saved.slice(0, LISTED).map(({ name }) => name);
     const what = names.length > 0 ? `changes only what it brings whole (${names.join(", ")})` : "changes nothing";
     warnings.set(id, `task "${id}" ${what}: all its updates are 0`);

@@ -1,19 +1,28 @@
 /**
- * An adapter as a task of a pack, encoded: its terms on the pack's components, and what it brings beside them.
+ * An adapter as a task of a pack, encoded: its terms on the pack's bases, and what it changes whole.
  */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
-import { pairNorm } from "../extract/error.ts";
-import { pairOf } from "../extract/gauge.ts";
-import { narrowPrivate, type PrivateTerms } from "../extract/private.ts";
-import type { TaskCoefficients } from "../extract/project.ts";
-import type { SideChoice, SidesTask } from "../extract/sides.ts";
+import { pairNorm, pairOf } from "../extract/factors.ts";
+import type { StoredFactor, TaskUpdate } from "../extract/sides.ts";
+import type { ProjectedTask } from "../extract/subspace.ts";
+import type { TaskToWrite } from "../format/encode.ts";
 import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { encodeBrings, misfitLabels, mostRank } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
-import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
-import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
+import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
+import {
+  advised,
+  type Dtype,
+  encodeSteps,
+  encodeTensor,
+  isQuantized,
+  narrowed,
+  type QuantizedDtype,
+  SCALE_DOWN,
+} from "../tensor/dtypes.ts";
 import type { HeadFormat } from "./recipe.ts";
+
+/** The share of its ΔW that a task may lose by default: docs/pack.md has what that costs and saves. */
+export const DEFAULT_ERROR = 0.15;
 
 /** A search makes many packs of the same adapters, and each norm takes reading all of one. */
 const norms = new WeakMap<Adapter, Promise<number>>();
@@ -34,6 +43,8 @@ export async function stepsOf(adapters: readonly Adapter[], share: number): Prom
   }
   return steps;
 }
+
+type PrivateTerms = NonNullable<TermInput["privateTerms"]>;
 
 /** Widths of the tensors of a module's terms. */
 interface Widths {
@@ -65,6 +76,13 @@ export function narrowTerms(terms: readonly TermInput[], modules: readonly Width
     const { dtype, encoded } = narrowed([integers(own, rank, width)]);
     return { dtype, encoded: encoded[0]! };
   };
+  const apart = ({ rank, dtype, A, Bt }: PrivateTerms, widths: Widths): PrivateTerms => {
+    const found = narrowed([
+      integers({ dtype, encoded: A }, rank, widths.in),
+      integers({ dtype, encoded: Bt }, rank, widths.out),
+    ]);
+    return { rank, dtype: found.dtype, A: found.encoded[0]!, Bt: found.encoded[1]! };
+  };
   return terms.map(({ A, B, ownA, ownBt, privateTerms, ...term }) => {
     const { module, rank } = term;
     const { in: inputs, out } = modules[module]!;
@@ -74,18 +92,9 @@ export function narrowTerms(terms: readonly TermInput[], modules: readonly Width
       ...(B && { B: coefficients(B) }),
       ...(ownA && { ownA: rows(ownA, rank, inputs) }),
       ...(ownBt && { ownBt: rows(ownBt, rank, out) }),
-      ...(privateTerms && { privateTerms: narrowPrivate(privateTerms, modules[module]!) }),
+      ...(privateTerms && { privateTerms: apart(privateTerms, modules[module]!) }),
     };
   });
-}
-
-/** What the terms of a module say of its bases. */
-type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
-
-/** What a task has of a module. */
-interface TaskModule extends TaskCoefficients {
-  readonly privateTerms?: PrivateTerms | undefined;
-  readonly magnitude: Float32Array | undefined;
 }
 
 /** Whether a term changes its module; one that does not is left out. */
@@ -93,51 +102,38 @@ export function changes({ rank, privateTerms, magnitude }: Omit<TermInput, "modu
   return rank > 0 || privateTerms !== undefined || magnitude !== undefined;
 }
 
-/** A term without its module. @param name of that. @param dtype of coefficients */
+/** A task on the components of all tasks. */
+export function onComponents(
+  { id, rank, alphaA, alphaB, error, norm }: ProjectedTask,
+  { A, B }: Record<"A" | "B", { readonly mean: unknown }>,
+  dtype: Dtype,
+): TaskUpdate {
+  const over = (mean: unknown, coefficients: Uint8Array): StoredFactor => {
+    return { basis: 0, mean: Boolean(mean), coefficients };
+  };
+  return { id, rank, dtype, A: over(A.mean, alphaA), B: over(B.mean, alphaB), error, norm };
+}
+
+/** A term without its module. @param name of that */
 export function encodeTerm(
   name: string,
-  { rank, alphaA, alphaB, privateTerms, magnitude }: TaskModule,
-  { A, B }: Bases,
-  adapter: Adapter,
-  dtype: Dtype,
-): Omit<TermInput, "module"> {
-  const side = ({ rank: flat, mean }: Bases["A"], encoded: Uint8Array): NonNullable<TermInput["A"]> => {
-    return { kind: flat === undefined ? "column" : "flat", dtype, mean: Boolean(mean), encoded };
-  };
-  return {
-    rank,
-    A: rank > 0 ? side(A, alphaA) : undefined,
-    B: rank > 0 ? side(B, alphaB) : undefined,
-    privateTerms,
-    magnitude: magnitudeOf(magnitude, dtype, adapter, name),
-  };
-}
-
-function magnitudeOf(values: Float32Array | undefined, dtype: Dtype, adapter: Adapter, name: string) {
-  return values && vector(values, dtype, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN);
-}
-
-/** The same of a task that takes each side by itself: all its numbers are int8. */
-export function sidesTerm(
-  name: string,
-  { rank, choice, alphaA, alphaB, ownA, ownBt, magnitude: values }: SidesTask & Pick<TaskModule, "magnitude">,
+  { rank, dtype, A, B }: TaskUpdate,
+  magnitude: Float32Array | undefined,
   adapter: Adapter,
 ): Omit<TermInput, "module"> {
-  const dtype = "int8";
-  const magnitude = magnitudeOf(values, dtype, adapter, name);
-  if (rank === 0) return { rank, magnitude };
-  const { A, B } = choice;
-  if (A.basis === undefined && B.basis === undefined)
-    return { rank: 0, privateTerms: { rank, dtype, A: ownA!, Bt: ownBt! }, magnitude };
-  const over = ({ basis }: SideChoice, encoded: Uint8Array): TermInput["A"] =>
-    basis === undefined ? undefined : { kind: "column", mean: false, basis, dtype, encoded };
+  const vectored = magnitude && vector(magnitude, dtype, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN);
+  if (rank === 0) return { rank, magnitude: vectored };
+  if (!A.coefficients && !B.coefficients)
+    return { rank: 0, privateTerms: { rank, dtype, A: A.residual!, Bt: B.residual! }, magnitude: vectored };
+  const over = ({ basis, mean = false, coefficients: encoded }: StoredFactor): TermInput["A"] =>
+    encoded && { kind: "column", mean, basis, dtype, encoded };
   return {
     rank,
-    A: over(A, alphaA),
-    B: over(B, alphaB),
-    ownA: ownA && { dtype, encoded: ownA },
-    ownBt: ownBt && { dtype, encoded: ownBt },
-    magnitude,
+    A: over(A),
+    B: over(B),
+    ownA: A.residual && { dtype, encoded: A.residual },
+    ownBt: B.residual && { dtype, encoded: B.residual },
+    magnitude: vectored,
   };
 }
 
@@ -155,13 +151,10 @@ export async function encodeAdapter(
   head: HeadFormat,
 ): Promise<TaskToWrite> {
   const { id, byteLength, metadata, saved } = adapter;
-  const named = (which: readonly TermInput[]): string[] => which.map(({ module }) => names[module]!);
-  const brings = encodeBrings(saved, {
-    magnitude: named(terms.filter(({ magnitude }) => magnitude)),
-    private: named(terms.filter(({ privateTerms }) => privateTerms)),
-    "own-A": named(terms.filter(({ ownA }) => ownA)),
-    "own-B": named(terms.filter(({ ownBt }) => ownBt)),
-  });
+  const brings = bringsOf(
+    { parameters: saved, terms: terms.map((term) => ({ ...term, privateA: term.privateTerms })) },
+    names.map((name) => ({ name })),
+  );
   const entry = { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
   storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));
   const misfit = misfitLabels(metadata.labels, saved);

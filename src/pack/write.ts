@@ -9,14 +9,12 @@ import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/tru
 import { TrustError } from "../errors.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
 import { isCoded } from "../format/coded.ts";
-import { parseBasis } from "../format/directory.ts";
-import { type BasisInput, encodeBasis, encodeSignedTaskFile } from "../format/encode.ts";
-import { encodeSection } from "../format/encode-coded.ts";
-import { decode } from "../format/fields.ts";
-import type { PackModule, TensorRef } from "../format/format.ts";
-import { sha256 } from "../format/hash.ts";
+import { basesTensors, parseBasis, parseTask, taskTensors } from "../format/directory.ts";
 import {
   type Append,
+  type BasisInput,
+  encodeBasis,
+  encodeSignedTaskFile,
   layoutAppend,
   layoutSigned,
   placeOf,
@@ -24,8 +22,10 @@ import {
   streamFresh,
   type TaskPlace,
   type TaskToWrite,
-} from "../format/layout.ts";
-import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
+} from "../format/encode.ts";
+import { encodeSection } from "../format/encode-coded.ts";
+import { decode, sha256 } from "../format/fields.ts";
+import type { PackModule, TensorRef } from "../format/format.ts";
 import { atOnce } from "../pace.ts";
 import { fromBase64, toHex } from "../text.ts";
 import { VERSION } from "../version.ts";

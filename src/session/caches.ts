@@ -5,51 +5,48 @@
  * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them has no known task. One layer stands for
  * all, since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
  */
-
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import type { Selection } from "../core/selection.ts";
 import { TaskError } from "../errors.ts";
 import type { EngineTensor, Tensors } from "./engine.ts";
 import type { SessionSwitchOptions } from "./options.ts";
 
-/** One task of a selection, as it was then: another task may come under its id. */
-interface TaskShare {
-  readonly id: string;
-  readonly strength: number;
-  /** The entry of the task in its pack, which is an object of its own for each task that ever came. */
-  readonly entry: TaskInfo["metadata"] | undefined;
-}
-
 /** The task or blend that a run, or a row of one, belongs to. */
 export interface CacheState {
-  /** Name for messages. */
+  /** The same for states that may take each other's caches. */
+  readonly key: string;
   readonly name: string;
-  /** Tasks in the order of their ids. */
-  readonly parts: readonly TaskShare[];
-  /** The task whose saved modules a blend uses: one of them may be an embedding. */
-  readonly head?: string | undefined;
-  /** Whether runs take caches of any other state. */
+  /** The first task of it. */
+  readonly task: string;
+  /** True if runs take caches of any other state. */
   readonly keeps?: boolean | undefined;
 }
 
-const BASE: CacheState = { name: "the base", parts: [] };
+const BASE: CacheState = { key: "", name: "the base", task: "" };
 
 /**
  * States of rows, or one for all of them, by tensors and memory that hold caches. Shared by all sessions, since one file may make
  * the cache that another one goes on with.
  */
-const made = new WeakMap<object, readonly CacheState[]>();
+const makers = new WeakMap<object, readonly CacheState[]>();
 
-/** Watches the runs of one session. */
+/** Numbers of the entries of tasks in their packs: an entry is an object of its own for each task that ever came under an id. */
+const numbers = new WeakMap<object, number>();
+let entries = 0;
+
+function numberOf(entry: TaskInfo["metadata"] | undefined): number {
+  if (!entry) return 0;
+  if (!numbers.has(entry)) numbers.set(entry, ++entries);
+  return numbers.get(entry)!;
+}
+
 export class CacheWatch {
   readonly #pack: Pick<Pack, "tasks">;
   /** Inputs and outputs of the first layer: keys, values, and what else it has. */
   readonly #past: readonly string[];
   readonly #present: readonly string[];
-  /** States of rows, kept so that a step's are those of the step before. */
-  readonly #rows = new Map<string | null, CacheState>([[null, BASE]]);
 
-  /** @param names of the model's inputs and outputs */
+  /** @param inputNames of the model, as `outputNames` */
   constructor(pack: Pick<Pack, "tasks">, inputNames: readonly string[], outputNames: readonly string[]) {
     this.#pack = pack;
     this.#past = firstOfEach(inputNames, "past");
@@ -58,29 +55,26 @@ export class CacheWatch {
 
   /** Call it before the tasks are read: later there may be others under their ids. */
   stateOf(selection: Selection, { head, keepCache }: SessionSwitchOptions = {}): CacheState {
-    const strengths =
-      typeof selection === "string" ? [[selection, 1] as const] : Object.entries(selection ?? {}).sort(byId);
-    const parts = strengths.map(([id, strength]): TaskShare => ({ id, strength, entry: this.#entry(id) }));
-    return { name: nameOf(parts, head), parts, head, keeps: keepCache };
-  }
-
-  #entry(id: string): TaskShare["entry"] {
-    return this.#pack.tasks.get(id)?.metadata;
-  }
-
-  #row(task: string | null): CacheState {
-    const known = this.#rows.get(task);
-    if (known && (task === null || known.parts[0]?.entry === this.#entry(task))) return known;
-    const state = this.stateOf(task);
-    this.#rows.set(task, state);
-    return state;
+    const all = typeof selection === "string" ? { [selection]: 1 } : (selection ?? {});
+    const shares = Object.entries(all).sort(([a], [b]) => (a < b ? -1 : 1));
+    const [first, second] = shares;
+    if (!first) return { ...BASE, keeps: keepCache };
+    // The saved modules of a blend are those of its head: one of them may be an embedding.
+    const whose = head === undefined ? "" : `, head "${head}"`;
+    const blend = `the blend ${shares.map(([id, strength]) => `"${id}" × ${strength}`).join(" + ")}${whose}`;
+    return {
+      key: JSON.stringify([shares, shares.map(([id]) => numberOf(this.#pack.tasks.get(id)?.metadata)), head]),
+      name: !second && first[1] === 1 ? `task "${first[0]}"` : blend,
+      task: first[0],
+      keeps: keepCache,
+    };
   }
 
   /**
    * @param active state of the session; undefined for the base that it begins with
    * @param tasks of the rows, where they have tasks of their own
-   * @param keep whether this run takes caches of any other state
-   * @returns what to call with the results of the run, and with its fetches
+   * @param keep true if this run takes caches of any other state
+   * @returns a function to call with the results of the run, and with its fetches
    * @throws TaskError when a cache among the feeds was made under another state
    */
   check(
@@ -89,19 +83,22 @@ export class CacheWatch {
     tasks?: readonly (string | null)[],
     keep: boolean | undefined = !tasks && active.keeps,
   ): (results: Tensors, fetches?: unknown) => void {
-    const states = tasks ? Array.from(tasks, (task) => this.#row(task)) : [active];
+    const states = tasks ? Array.from(tasks, (task) => this.stateOf(task)) : [active];
     for (const name of keep ? [] : this.#past) {
       const tensor = feeds[name];
-      const found = holdsSome(tensor) ? (made.get(tensor) ?? made.get(memoryOf(tensor))) : undefined;
-      const row = found ? differingRow(found, states) : -1;
-      if (found && row >= 0) throw refusal(name, row, found, states);
+      const found = holdsSome(tensor) ? (makers.get(tensor) ?? makers.get(memoryOf(tensor))) : undefined;
+      for (let row = 0; found && row < Math.max(found.length, states.length); row++) {
+        const [there, here] = [ofRow(found, row), ofRow(states, row)];
+        if (there?.key !== here?.key)
+          throw refusal(name, row, there ?? BASE, here ?? BASE, found.length + states.length > 2);
+      }
     }
     return (results, fetches) => {
       // Results that are written into tensors of the caller's are there as well.
       for (const tensors of [results, fetches as Tensors | undefined]) {
         for (const name of this.#present) {
           const tensor = tensors?.[name];
-          if (holdsSome(tensor)) made.set(tensor, states).set(memoryOf(tensor), states);
+          if (holdsSome(tensor)) makers.set(tensor, states).set(memoryOf(tensor), states);
         }
       }
     };
@@ -121,18 +118,6 @@ function firstOfEach(names: readonly string[], prefix: "past" | "present"): stri
   return [...first.values()];
 }
 
-function byId([a]: readonly [string, unknown], [b]: readonly [string, unknown]): number {
-  return a < b ? -1 : 1;
-}
-
-function nameOf(parts: readonly TaskShare[], head: string | undefined): string {
-  const [first, ...others] = parts;
-  if (!first) return BASE.name;
-  if (others.length === 0 && first.strength === 1) return `task "${first.id}"`;
-  const whose = head === undefined ? "" : `, head "${head}"`;
-  return `the blend ${parts.map(({ id, strength }) => `"${id}" × ${strength}`).join(" + ")}${whose}`;
-}
-
 /** A tensor without elements belongs to no task. */
 function holdsSome(tensor: EngineTensor | null | undefined): tensor is EngineTensor {
   return tensor?.dims !== undefined && !tensor.dims.includes(0);
@@ -147,35 +132,14 @@ function memoryOf(tensor: EngineTensor): object {
   return ArrayBuffer.isView(data) ? data.buffer : tensor;
 }
 
-/** @returns the first row of two states that is not the same; -1 where all are */
-function differingRow(found: readonly CacheState[], states: readonly CacheState[]): number {
-  const rows = Math.max(found.length, states.length);
-  for (let row = 0; row < rows; row++) {
-    const [there, here] = [ofRow(found, row), ofRow(states, row)];
-    if (!there || !here || !isSame(there, here)) return row;
-  }
-  return -1;
-}
-
 function ofRow(states: readonly CacheState[], row: number): CacheState | undefined {
   return states.length === 1 ? states[0] : states[row];
 }
 
-function isSame(a: CacheState, b: CacheState): boolean {
-  if (a === b) return true;
-  if (a.head !== b.head || a.parts.length !== b.parts.length) return false;
-  return a.parts.every(({ id, strength, entry }, i) => {
-    const other = b.parts[i]!;
-    return id === other.id && strength === other.strength && entry === other.entry;
-  });
-}
-
-function refusal(name: string, row: number, found: readonly CacheState[], states: readonly CacheState[]): TaskError {
-  const several = Math.max(found.length, states.length) > 1;
-  const [there, here] = [ofRow(found, row) ?? BASE, ofRow(states, row) ?? BASE];
+function refusal(name: string, row: number, there: CacheState, here: CacheState, several: boolean): TaskError {
   const maker = there.name === here.name ? `${there.name} (replaced since, or of another open pack)` : there.name;
   const message =
     `feeds: "${name}"${several ? `, row ${row},` : ""} was made under ${maker}, and this run is under ${here.name}: its answer ` +
     "would mix the two. Start with an empty cache, or, if that is wanted, pass keepCache: true to switchTask or to this run";
-  return new TaskError(message, { task: (here.parts[0] ?? there.parts[0])?.id ?? "" });
+  return new TaskError(message, { task: here.task || there.task });
 }

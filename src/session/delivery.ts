@@ -13,7 +13,7 @@ import type { PreparedModel } from "./prepare.ts";
 import { type ProbeReport, probeParity, type SessionParts } from "./probe.ts";
 import { type InputValues, isTerm, TaskEvaluator, toFeeds } from "./values.ts";
 
-/** What runs are made of while a selection is active. */
+/** The model and feeds of runs while a selection is active. */
 export interface Active {
   readonly task: Selection;
   readonly model: LoadedModel;
@@ -28,13 +28,11 @@ export interface Active {
   readonly retire?: (() => void) | undefined;
 }
 
-/** Delivers the tasks of one session. */
 export interface Delivery {
   readonly evaluator: TaskEvaluator;
   /** The base. */
   readonly first: Active;
   readonly probe: ProbeReport;
-  /** A remark for people on how tasks reach the model. */
   readonly note?: string;
   /** Bytes of weights that each switch writes. */
   readonly bytesWritten: number;
@@ -60,7 +58,7 @@ export interface RowModel {
   readonly idle: Tensors;
   /** Kinds of modules and vectors that are no linear layer, by name. */
   readonly forms: ReadonlyMap<string, string>;
-  /** Whether what enters a layer is quantised by a range that all rows share. */
+  /** True if what enters a layer is quantised by a range that all rows share. */
   readonly sharesRanges: boolean;
   /** Feeds with rows that differ; undefined where they cannot be made up. */
   readonly made: () => ReadonlyMap<string, Feed> | undefined;
@@ -105,7 +103,7 @@ export async function inputDelivery(
   }
 }
 
-// What stays is made by functions that know the little they need: a closure above would keep the prepared model, and its components.
+// Objects that stay are made by functions that know the little they need: a closure above would keep the prepared model, and its components.
 
 function deliver(
   engine: Engine,

@@ -19,7 +19,6 @@ import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./en
 import { compareOutputs, type ProbeReport, type SessionParts, withFeeds } from "./probe.ts";
 import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
-/** A parameter on the device. */
 type Placed = DeviceTensor & { buffer: GPUBuffer };
 
 /**
@@ -111,7 +110,7 @@ async function place(
 }
 
 /**
- * @param before what is active, which comes back where it fails
+ * @param before the active tasks, which come back where it fails
  * @throws BaseMismatchError when the task brings a parameter of another shape, which no input can take
  */
 async function foldInPlace(

@@ -28,7 +28,7 @@ export interface LoadedModel {
   readonly outputNames: readonly string[];
 }
 
-/** What a model is loaded for. */
+/** The use that a model is loaded for. */
 export interface LoadOptions {
   /**
    * "serve": as the user configured the runtime. "train": the same, for runs of changing lengths that hold much memory.
@@ -57,7 +57,7 @@ export interface EngineGpu {
 export interface Engine<Model extends LoadedModel = LoadedModel> {
   /** Name for messages: "onnxruntime". */
   readonly name: string;
-  /** What it computes on, for messages. */
+  /** Name of the device that it computes on, for messages. */
   readonly provider: string;
   /**
    * @param model the graph, and the files that it points into
@@ -74,7 +74,7 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   tensor(data: Feed["data"], dims: readonly number[], type?: string): EngineTensor;
   /** Frees a model, after the runs that were asked for. */
   release(model: Model): Promise<void>;
-  /** Whether it reads the files of a `DetachedModel`'s `folder` by itself. Default: false. */
+  /** True if it reads the files of a `DetachedModel`'s `folder` by itself. Default: false. */
   readonly readsFiles?: boolean | undefined;
   /** Operators by which it multiplies by integers, so that components can stay as small as their pack stores them. Default: none. */
   readonly integers?: readonly ("MatMulNBits" | "DequantizeLinear")[] | undefined;

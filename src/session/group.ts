@@ -20,12 +20,11 @@ import { type ModelFile, readModel } from "../onnx/read.ts";
 import { tellReady } from "../open-source.ts";
 import { Queue } from "../queue.ts";
 import type { SourceInput } from "../source.ts";
-import { checkModes, sessionOn } from "./create-session.ts";
 import type { Engine } from "./engine.ts";
 import { ModelMatcher, type Table } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { broughtBy } from "./prepare.ts";
-import type { Session, SessionSwitchReport, SessionTypes } from "./session.ts";
+import { checkModes, type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
 
 /** Options of `createSessions`: of all sessions. */
 export interface GroupOptions extends Omit<SessionOptions, "trainable"> {

@@ -7,16 +7,16 @@ export type { MemoryReport, Selection, SwitchOptions, SwitchReport } from "../co
 export type { Feed } from "../onnx/feeds.ts";
 export type { DataFile, DetachedModel } from "../onnx/write.ts";
 export type { ReadOptions } from "../source.ts";
-export { createSession } from "./create-session.ts";
 export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 export { createSessions, type GroupOptions, type SessionGroup } from "./group.ts";
 export type { Mode, SessionOptions, SessionSwitchOptions } from "./options.ts";
 export type { ProbeReport } from "./probe.ts";
-export type {
-  Session,
-  SessionRunOptions,
-  SessionSwitchReport,
-  SessionTypes,
-  ValidColumns,
+export {
+  createSession,
+  type Session,
+  type SessionRunOptions,
+  type SessionSwitchReport,
+  type SessionTypes,
+  type ValidColumns,
 } from "./session.ts";
 export type { BatchFeeds, Encode, EncodeHow, EncodeOptions, PlainTokenizer, Tokenizer } from "./tokens.ts";

@@ -36,7 +36,7 @@ export class ModelMatcher {
   #names: NameMatcher;
   #hasAliases = false;
   readonly #copies: Copies;
-  /** What was found by the end of its name only, by the pack's name, and the model's name for it. */
+  /** The model's names of parameters that were found by the end of their names only, by the pack's names. */
   readonly #bySuffix = new Map<string, string>();
 
   constructor(file: ModelFile, options: SessionOptions) {
@@ -72,10 +72,16 @@ export class ModelMatcher {
     return found;
   }
 
+  /** The only parameter that an initializer holds. */
+  #heldBy(initializer = ""): OnnxParameter | undefined {
+    const [held, ...others] = this.#byInitializer.get(initializer) ?? [];
+    return others.length === 0 ? held : undefined;
+  }
+
   async #weight(module: string): Promise<OnnxParameter> {
     const byHand = this.#options.names?.get(module);
-    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
-    if (held && others.length === 0) return held;
+    const held = this.#heldBy(byHand);
+    if (held) return held;
     const found = await this.#find(byHand ?? `${module}.weight`);
     if ("name" in found) {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
@@ -108,16 +114,14 @@ export class ModelMatcher {
   /** The model's names of weights that are mapped by hand, by module. */
   *byHand(): Generator<[module: string, name: string]> {
     for (const [module, weight] of this.#options.names ?? []) {
-      const [held, ...others] = this.#byInitializer.get(weight) ?? [];
-      const name = held && others.length === 0 ? held.name : nameOf(this.#names.find(weight));
+      const name = this.#heldBy(weight)?.name ?? nameOf(this.#names.find(weight));
       if (name !== undefined) yield [module, name];
     }
   }
 
   async #findParameter(name: string): Promise<ReturnType<NameMatcher["find"]>> {
     const byHand = this.#byName(name);
-    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
-    return held && others.length === 0 ? held : this.#find(byHand ?? name);
+    return this.#heldBy(byHand) ?? this.#find(byHand ?? name);
   }
 
   /** A layer that lies in a packed one, or in several. */
@@ -174,10 +178,10 @@ export class ModelMatcher {
   }
 
   /**
-   * What of a pack lives in this model, where it is one of several files: that whose fingerprint fits, that of the whole name, and
-   * what is called as something that fits but for the segments in front.
+   * The modules and parameters of a pack that live in this model, where it is one of several files: those whose fingerprint fits, those of
+   * the whole name, and those whose names differ from such by the same segments in front.
    * @param parameters that tasks bring, by the pack's names
-   * @returns the reason why not, by name, for what does not; undefined for what does
+   * @returns by name, the reason why a module or parameter is not there; undefined where it is
    */
   async residents(
     modules: readonly PackModule[],
@@ -226,7 +230,7 @@ export class ModelMatcher {
   }
 
   /**
-   * Whether the pack's fingerprint of a module is the weight's; false where there is none to tell.
+   * True if the pack's fingerprint of a module is the weight's; false where there is none to tell.
    * @throws BaseMismatchError when it is another model's
    */
   async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
@@ -239,7 +243,6 @@ export class ModelMatcher {
     return true;
   }
 
-  /** Whether the model has a parameter by this name. */
   has(name: string): boolean {
     return "name" in this.#names.find(name);
   }
@@ -315,7 +318,6 @@ export class ModelMatcher {
     return found;
   }
 
-  /** Whether the user wants a parameter left out. */
   ignores(name: string): boolean {
     return isIgnored(name, this.#options.ignore);
   }
@@ -325,7 +327,7 @@ function nameOf(found: ReturnType<NameMatcher["find"]>): string | undefined {
   return "name" in found ? found.name : undefined;
 }
 
-/** Whether a list of parameters and modules names this parameter. */
+/** True if a list of parameters and modules names this parameter. */
 export function isIgnored(parameter: string, ignore: readonly string[] = []): boolean {
   return ignore.includes(parameter) || ignore.includes(moduleOf(parameter));
 }
@@ -339,7 +341,7 @@ function fitsShape(module: PackModule, parameter: OnnxParameter): boolean {
     : found?.every((n, i) => n === expected[i]) === true;
 }
 
-/** What a module's weight must be like, and what it is. */
+/** The shape that a module's weight must have, and the one that it has. */
 function shapesOf(
   module: PackModule,
   parameter: OnnxParameter,

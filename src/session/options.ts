@@ -28,7 +28,7 @@ export interface SessionOptions extends ModelOptions {
   /** Room for what no task of the pack brings yet, but one that is added or learned later may. It costs every run a little. */
   readonly reserve?:
     | {
-        /** Private terms beside the core. Default: where a task of the pack has some. */
+        /** Private terms next to the core. Default: where a task of the pack has some. */
         readonly privateTerms?: boolean | undefined;
         /** Names of layers that tasks may bring whole: those of a head. Default: those that tasks of the pack bring. */
         readonly head?: string | readonly string[] | undefined;
@@ -45,7 +45,7 @@ export interface SessionOptions extends ModelOptions {
    */
   readonly components?: "stored" | "f32" | undefined;
   /**
-   * Whether `eigenlora/train` can train new tasks on it, in mode "factors" only; `logits` names the output that holds the logits,
+   * Prepares the session for `eigenlora/train`, which then can train new tasks on it, in mode "factors" only; `logits` names the output that holds the logits,
    * "logits" or the only one by default. Loss and gradients lie in the same graph, which takes longer to create, and costs a run a
    * little. Default: false.
    */
@@ -55,7 +55,7 @@ export interface SessionOptions extends ModelOptions {
 /** Options of a session's `switchTask`. */
 export interface SessionSwitchOptions extends SwitchOptions {
   /**
-   * Whether runs under this task take caches of keys and values that were made under another one, such as that of a prompt that the
+   * Lets runs under this task take caches of keys and values that were made under another one, such as that of a prompt that the
    * base has read. The cache keeps its values; only what comes after it is of this task. Default: false, such a run is refused.
    */
   readonly keepCache?: boolean | undefined;

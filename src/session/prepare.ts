@@ -28,22 +28,21 @@ import {
   type AdaptedRows,
   type AdaptedVector,
   biasOf,
-  type Changes,
   type ComponentRows,
   type Components,
   endOf,
-  type Linear,
+  type GraphChanges,
   linearsOf,
   rowsOf,
+  type Site,
 } from "../onnx/linear.ts";
 import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import { checkInjectable } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { WeightFile, WeightInput } from "../onnx/replaceable.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import { transpose } from "../tensor/derived.ts";
-import { BITS, isQuantized } from "../tensor/dtypes.ts";
-import { decodeIntegers, decodeScales } from "../tensor/encode.ts";
+import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
 import type { BaseHead, BaseValues } from "./values.ts";
@@ -61,7 +60,7 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly modules: readonly AdaptedLayer[];
   /** Kinds of adapted modules and vectors that are no linear layer, by name. */
   readonly forms: ReadonlyMap<string, string>;
-  /** Whether some layer's input is quantised by a range that all rows of a batch share. */
+  /** True if some layer's input is quantised by a range that all rows of a batch share. */
   readonly sharesRanges: boolean;
   /** Made-up values of the model's own inputs, for a run; undefined where they are of kinds that cannot be made up. */
   readonly feeds: ReadonlyMap<string, Feed> | undefined;
@@ -76,14 +75,14 @@ export interface PrepareOptions extends SessionOptions {
   readonly foldedInputs?: boolean | undefined;
   /** Operators of the model's runtime for integers: components that are integers stay so. Default: they become floats. */
   readonly integers?: IntegerProducts | undefined;
-  /** Whether cores come in as few inputs as can be. Default: one for each layer, or layers with one x. */
+  /** Joins cores to as few inputs as can be. Default: one for each layer, or layers with one x. */
   readonly joinCores?: boolean | undefined;
-  /** Whether the graph gets outputs for the parity probe. Default: true. */
+  /** Gives the graph outputs for the parity probe. Default: true. */
   readonly probeOutputs?: boolean | undefined;
 }
 
 /**
- * Changes `file.model`.
+ * GraphChanges `file.model`.
  * @param bases of the pack, as `pack.bases()` gives them
  * @throws BaseMismatchError, FormatError as `planSession`
  */
@@ -107,12 +106,11 @@ export async function prepareModel(
     const { replaceByFile, replaceByInputs } = await import("../onnx/replaceable.ts");
     folded = (options.foldedInputs ? replaceByInputs : replaceByFile)(file.model, parameters);
   }
-  const inPieces = ({ slice, joined }: Pick<Linear, "slice" | "joined">): boolean => Boolean(slice ?? joined);
-  const packed =
-    changes.biases.some(({ slice }) => slice) || changes.modules.some(({ linears }) => linears.some(inPieces));
+  const inPieces = ({ slice, joined }: Pick<Site, "slice" | "joined">): boolean => Boolean(slice ?? joined);
+  const packed = changes.biases.some(({ slice }) => slice) || changes.modules.some(({ sites }) => sites.some(inPieces));
   const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
   const forms = new Map([
-    ...changes.modules.flatMap(({ name, form }) => (form ? [[name, form.kind] as const] : [])),
+    ...changes.modules.flatMap(({ name, kind }) => (kind === "linear" ? [] : [[name, kind] as const])),
     ...changes.vectors.map(({ name }) => [name, "vector"] as const),
   ]);
   const injected = inject(
@@ -140,13 +138,12 @@ function rowMaker(...of: Parameters<typeof feedsOfRows>): PreparedModel["feedsOf
   return () => feedsOfRows(...of);
 }
 
-/** The changes that a model needs. */
 export interface Plan {
   readonly mode: Mode;
   /** Why this mode, for people. */
   readonly reason: string;
   readonly base: BaseValues;
-  readonly changes: Changes;
+  readonly changes: GraphChanges;
   /** The model's names of the adapted weights, by module name of the pack, and of weights that are mapped by hand. */
   readonly names: ReadonlyMap<string, string>;
   /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
@@ -174,9 +171,8 @@ export async function planSession(
   return new Planner(file, pack, options).plan(bases);
 }
 
-/** What a mode cannot do. */
+/** A task that a mode cannot bring. */
 interface Obstacle {
-  /** A module or a parameter of the pack. */
   readonly module: string;
   readonly why: string;
 }
@@ -248,7 +244,7 @@ class Planner {
     // An adapted weight is always folded: an input in its place would not get the terms of other tasks.
     const fed = isFolded ? heads.filter(({ adapted }) => !adapted) : heads;
     const { biases, rows, vectors } = singles;
-    const changes: Changes = {
+    const changes: GraphChanges = {
       ...(isFolded
         ? { modules: [], biases: this.#lacking(heads, biases), rows: [], vectors: [] }
         : { modules: layers.map((layer) => this.#withComponents(layer, choice.mode, bases)), biases, rows, vectors }),
@@ -294,13 +290,13 @@ class Planner {
       if (!weight.endsWith(".weight") || rows.has(weight)) continue;
       const parameter = await this.#matcher.parameter(weight, "saved");
       const shape = matrixShape(parameter);
-      const linears = linearsOf(this.#file.model, parameter);
-      if (!shape || typeof linears === "string" || linears.some(({ slice, joined }) => slice ?? joined)) continue;
+      const sites = linearsOf(this.#file.model, parameter);
+      if (!shape || typeof sites === "string" || sites.some(({ slice, joined }) => slice ?? joined)) continue;
       const name = moduleOf(weight);
       const bias = saved.has(`${name}.bias`) ? `${name}.bias` : undefined;
-      const places = linears.map((linear) => ({ linear, end: bias ? endOf(this.#file.model, linear) : linear.node }));
+      const places = sites.map((site) => ({ site, end: bias ? endOf(this.#file.model, site) : site.node }));
       // A bias that is added somewhere else would be added to the task's own.
-      const elsewhere = places.some(({ linear, end }) => linear.bias === undefined && end === linear.node);
+      const elsewhere = places.some(({ site, end }) => site.bias === undefined && end === site.node);
       if (bias && !this.#dropped.has(bias) && elsewhere) continue;
       const layer = { name, in: shape[1], out: shape[0], bias: bias !== undefined, places };
       heads.push({ layer, weight, bias, parameter, adapted: await this.#adapted(name, bias, parameter, weights) });
@@ -403,21 +399,21 @@ class Planner {
     if (rowScale && parameter.dtype === "other")
       refuse(`"${name}" has DoRA tasks, which need the float weight, and the model's is quantised`);
     const layer = { name, in: inputs, out, factors: true, rowScale };
-    const linears = linearsOf(model, parameter);
-    if (typeof linears !== "string") {
-      const biased = rowScale ? linears.filter(({ bias }) => bias !== undefined) : [];
+    const sites = linearsOf(model, parameter);
+    if (typeof sites !== "string") {
+      const biased = rowScale ? sites.filter(({ bias }) => bias !== undefined) : [];
       if (biased.length > 0 && (parameter.slice ?? parameter.joined))
         return refuse(`"${name}" has DoRA tasks, and its layer is packed or divided together with its bias`);
       if (biased.some(({ node }) => node.opType !== "Gemm"))
         return refuse(`"${name}" has DoRA tasks, and its layer's result is quantised together with its bias`);
-      return [{ ...layer, linears }];
+      return [{ ...layer, kind: "linear", sites }];
     }
     const isForm = layout === "conv" || layout === "embedding";
-    const form = isForm ? (await import("../onnx/forms.ts")).formOf(model, parameter) : linears;
+    const form = isForm ? (await import("../onnx/forms.ts")).formOf(model, parameter) : sites;
     if (typeof form === "string") return refuse(`"${name}" cannot be added to: ${form}`);
-    if (rowScale && form.places.some(({ op, node }) => op !== node))
+    if (rowScale && form.sites.some(({ product, node }) => product !== node))
       return refuse(`"${name}" has DoRA tasks, and what its layer makes is quantised`);
-    return [{ ...layer, linears: [], form }];
+    return [{ ...layer, ...form }];
   }
 
   #withComponents(layer: AdaptedLayer, mode: Mode, bases: Uint8Array): AdaptedLayer {
@@ -430,7 +426,7 @@ class Planner {
       const expands = reserved || brings.has("own-A") || brings.has("own-B");
       return { ...layer, components, factors, expands };
     }
-    const over = layer.form ? undefined : componentsUnder(module, brings, bases, this.#options);
+    const over = layer.kind !== "linear" ? undefined : componentsUnder(module, brings, bases, this.#options);
     // Components that no coefficients stand for.
     const expands = (module.A.length > 0 && !over?.A) || (module.B.length > 0 && !over?.B);
     return { ...layer, over, expands };
@@ -487,7 +483,7 @@ class Planner {
   /** @param weights of modules; none in mode "folded" */
   async #baseValues(
     fed: readonly SavedHead[],
-    { biases, vectors, rows }: Changes,
+    { biases, vectors, rows }: GraphChanges,
     weights: readonly OnnxParameter[],
   ): Promise<Omit<BaseValues, "wanted" | "ignored">> {
     const heads = new Map<string, BaseHead>();

@@ -7,12 +7,11 @@ import { BackendError } from "../errors.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer } from "../onnx/linear.ts";
 import type { DetachedModel } from "../onnx/write.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import { dataOf, type Engine, type LoadedModel, type LoadOptions, type Tensors, toTensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { CoreSpace, type InputValue, type InputValues, toFeeds } from "./values.ts";
 
-/** What a session is made of. */
 export interface SessionParts {
   readonly engine: Engine;
   readonly prepared: PreparedModel;
@@ -24,7 +23,7 @@ export interface SessionParts {
   readonly idle: Tensors;
 }
 
-/** What the probe found out. */
+/** The result of the probe. */
 export interface ProbeReport {
   /** "passed", or why nothing could be compared. */
   readonly result: string;
@@ -36,7 +35,7 @@ export interface ProbeReport {
 /** Runs the model on one task, and on more feeds; gives the values of `fetches`, f32. */
 type ProbeRun = (task: InputValues, fetches: readonly string[], more?: Tensors) => Promise<readonly Float32Array[]>;
 
-/** How far a provider may be off that computes in f16, or rounds inputs to 8 bits: where these are uneven, by some hundredths. */
+/** Largest difference of a provider that computes in f16, or rounds inputs to 8 bits: where these are uneven, by some hundredths. */
 const TOLERANCE = 0.1;
 
 /**

@@ -19,13 +19,12 @@ interface RowValues {
   readonly values: TaskValues;
 }
 
-/** Makes feeds for the batches of one session. */
 export class RowTasks {
   readonly #pack: Pick<Pack, "tasks">;
   readonly #delivery: Pick<Delivery, "rows" | "evaluator">;
   /** Values of the tasks of the last run: the next one usually asks for the same. */
   #known: ReadonlyMap<string | null, RowValues> = new Map();
-  /** Whether a task per row is known to reach its row. */
+  /** True if a task per row is known to reach its row. */
   #sure = false;
   #check: ReturnType<typeof rowCheck> | undefined;
 
@@ -93,9 +92,6 @@ const WHY =
   "the batch is not the first dimension of some adapted layer, or the layer sees some tokens only, as in a mixture of experts, " +
   "or, in 8 bits, what enters it is quantised by a range that all rows share";
 
-/** "apart": seen; "alike": each row got its own, but no two differ; "unseen": a task changes no output. */
-type Finding = "apart" | "alike" | "unseen";
-
 /**
  * @param base values of the task inputs without a task
  * @returns a check that is called with the feeds of each batch until it is sure. It takes made-up feeds first, and the batch itself where
@@ -103,38 +99,39 @@ type Finding = "apart" | "alike" | "unseen";
  * @throws BackendError when tasks are mixed, or no output tells
  */
 function rowCheck(model: RowModel, base: InputValues): (own: Tensors, rows: number) => Promise<boolean> {
-  let made: Promise<Finding | undefined> | undefined;
+  let onMadeUp: Promise<boolean> | undefined;
   return async (own, rows) => {
-    made ??= lookAtMade(model, base);
-    if ((await made) === "apart") return true;
-    return (await lookAt(model, base, own, rows, true)) === "apart";
+    onMadeUp ??= checkMadeUp(model, base);
+    return (await onMadeUp) || checkRows(model, base, own, rows, true);
   };
 }
 
-/** @returns undefined when the model does not run on made-up feeds, or takes them for another batch: they prove nothing then */
-async function lookAtMade(model: RowModel, base: InputValues): Promise<Finding | undefined> {
-  const made = model.made();
-  const feeds = made && toTensors(model.engine, made);
+/** @returns false also when the model does not run on made-up feeds, or takes them for another batch: they prove nothing then */
+async function checkMadeUp(model: RowModel, base: InputValues): Promise<boolean> {
+  const values = model.made();
+  const feeds = values && toTensors(model.engine, values);
   const rows = feeds && Object.values(feeds)[0]?.dims[0];
-  if (!feeds || !rows || rows < 2) return undefined;
-  return lookAt(model, base, feeds, rows, false).catch((error: unknown) => {
+  if (!feeds || !rows || rows < 2) return false;
+  return checkRows(model, base, feeds, rows, false).catch((error: unknown) => {
     if (error instanceof BackendError && error.backend === "session") throw error;
-    return undefined;
+    return false;
   });
 }
 
 /**
  * Runs a batch with a made-up task in all rows, in none, and in every second: each row must be as it is alone. Heads, linear layers and
  * convolutions are changed one after the other: a large effect of one would hide mixing in another.
- * @param own whether the feeds are the caller's own, which the model takes as they are meant
+ * @param own true if the feeds are the caller's own, which the model takes as they are meant
+ * @returns true if a task was seen to reach its rows alone; false where tasks change no output, or no two rows differ
+ * @throws BackendError when tasks are mixed, or no output of the caller's own batch tells
  */
-async function lookAt(
+async function checkRows(
   { engine, model, inputs, outputNames, idle, forms, sharesRanges }: RowModel,
   base: InputValues,
   feeds: Tensors,
   rows: number,
   own: boolean,
-): Promise<Finding | undefined> {
+): Promise<boolean> {
   const run = async (tasks: readonly InputValues[], fetches: readonly string[]): Promise<Tensors> => {
     return engine.run(model, { ...idle, ...feeds, ...toFeeds(engine, inputs, tasks).feeds }, fetches);
   };
@@ -142,11 +139,10 @@ async function lookAt(
   const output =
     outputNames.find((name) => isOfRows(results[name], rows)) ??
     outputNames.find((name) => own && isOfRows(results[name], rows, true));
-  if (output === undefined && !own) return undefined;
+  if (output === undefined && !own) return false;
   if (output === undefined) {
-    throw mixed(
-      `none of the outputs ${outputNames.join(", ")} has the batch first, so there is no telling which row got which`,
-    );
+    const none = `none of the outputs ${outputNames.join(", ")} has the batch first`;
+    throw mixed(`${none}, so there is no telling which row got which`);
   }
   const without = await numbersOf(results[output]!);
   const look = async (group: readonly TaskInput[], size: number): Promise<Seen> => {
@@ -167,11 +163,10 @@ async function lookAt(
     if (!found.apart) found = await look(group, 1);
     if (!found.apart) throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
   }
-  if (!seen) return "unseen";
-  return (await differ(feeds, rows)) ? "apart" : "alike";
+  return seen && (await differ(feeds, rows));
 }
 
-/** How much a made-up task changes, and whether its rows are as they are alone, and the others as without it. */
+/** The effect of a made-up task; `apart` if its rows are as they are alone, and the others as without it. */
 interface Seen {
   readonly effect: number;
   readonly apart: boolean;
@@ -247,7 +242,7 @@ function mixed(why: string, cause?: unknown): BackendError {
   return new BackendError(message, { backend: "session", ...(cause === undefined ? {} : { cause }) });
 }
 
-/** @param joined whether rows may be joined with the dimension behind them */
+/** @param joined true if rows may be joined with the dimension behind them */
 function isOfRows(tensor: EngineTensor | undefined, rows: number, joined = false): boolean {
   const first = tensor?.dims[0] ?? 0;
   return /^float(16|32)$/.test(tensor?.type ?? "") && (first === rows || (joined && first > 0 && first % rows === 0));
@@ -263,7 +258,7 @@ function apart(a: number, b: number): number {
   return a === b || Number.isNaN(a - b) ? 0 : Math.abs(a - b);
 }
 
-/** Whether the rows of some input are not all the same. */
+/** True if the rows of some input are not all the same. */
 async function differ(feeds: Tensors, rows: number): Promise<boolean> {
   for (const tensor of Object.values(feeds)) {
     if (tensor.dims[0] !== rows) continue;

@@ -1,7 +1,8 @@
 /**
- * A loaded model that switches tasks. It owns the order of runs and switches; the delivery brings tasks to the model, the engine runs it.
+ * A loaded model that switches tasks: the model is read, planned, changed and loaded once. The session owns the order of runs and
+ * switches; its delivery brings tasks to the model, the engine runs it.
  */
-import { checkOptions, described } from "../arguments.ts";
+import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import type { Pack, TaskInfo } from "../core/pack.ts";
 import {
   copySelection,
@@ -13,20 +14,137 @@ import {
 } from "../core/selection.ts";
 import type { AddTaskOptions } from "../core/trust.ts";
 import { BackendError, TaskError } from "../errors.ts";
+import { type ModelFile, readModel } from "../onnx/read.ts";
+import { externalFiles } from "../onnx/tensors.ts";
+import { detachWeights } from "../onnx/write.ts";
+import { tellReady } from "../open-source.ts";
 import { now, throwIfAborted } from "../pace.ts";
 import { Queue } from "../queue.ts";
 import { type SourceInput, unlessAborted } from "../source.ts";
 import type { CacheWatch } from "./caches.ts";
-import type { Active, Delivery } from "./delivery.ts";
+import { type Active, type Delivery, inputDelivery } from "./delivery.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import type { Mode, SessionSwitchOptions } from "./options.ts";
-import type { PreparedModel } from "./prepare.ts";
-import type { ProbeReport } from "./probe.ts";
+import { type Mode, SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
+import { type PreparedModel, prepareModel } from "./prepare.ts";
+import type { ProbeReport, SessionParts } from "./probe.ts";
 import type { RowTasks } from "./rows.ts";
 import type { EncodeOptions, Tokenizer } from "./tokens.ts";
 import type { Trainable } from "./training.ts";
 
-/** What a switch did and what it cost. */
+/**
+ * Prepares a model for all tasks of a pack and loads it once.
+ * @param engine runs the model
+ * @param source bytes, path, URL or Blob of the ONNX file; files next to it are found by path or URL, or given by `external`
+ * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
+ *   asked for cannot do what the tasks bring: the message names one that can
+ * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
+ * @throws BackendError when the engine refuses the model or has no room for it, or the probe finds that it computes something else
+ */
+export async function createSession<T extends SessionTypes>(
+  engine: Engine,
+  source: SourceInput,
+  pack: Pack,
+  options: SessionOptions = {},
+): Promise<Session<T>> {
+  checkArgument("createSession", engine, "an engine (createEngine(ort))", "load");
+  checkPack("createSession", pack);
+  checkOptions("createSession", options, SESSION_OPTIONS);
+  const { trainable = false, mode = "auto" } = options;
+  checkModes(options);
+  if (trainable && mode !== "auto" && mode !== "factors") {
+    throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
+  }
+  const file = await readModel(source, { ...options, weightsApart: engine.readsFiles });
+  const session = await sessionOn<T>(engine, file, pack, options);
+  await tellReady(file.model.name, options.onProgress);
+  return session;
+}
+
+/** @throws RangeError for another mode or form of components than there are */
+export function checkModes({ mode = "auto", components = "stored" }: SessionOptions): void {
+  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
+  checkChoice("components", components, ["stored", "f32"]);
+}
+
+/**
+ * Before weights in files of their own are read: they take minutes.
+ * @throws BackendError when they are more than the engine has room for
+ */
+function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {
+  const apart = [...externalFiles(model.graph.proto).values()].reduce((sum, end) => sum + end, 0);
+  const size = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
+  if (bytes.length + apart < room) return;
+  throw new BackendError(
+    `the model's weights take ${size(bytes.length + apart)}, and WebAssembly has room for ${size(room)} (providers: ${provider}): take an export ` +
+      "of fewer bits, or the provider webgpu, which keeps weights on the device",
+    { backend: name },
+  );
+}
+
+/**
+ * Makes a session on a model that has been read, and closes that.
+ * @param options checked already
+ */
+export async function sessionOn<T extends SessionTypes>(
+  engine: Engine,
+  file: ModelFile,
+  pack: Pack,
+  options: SessionOptions,
+): Promise<Session<T>> {
+  const { trainable = false } = options;
+  let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
+  try {
+    refuseLarger(file, engine);
+    bases = await pack.bases(options);
+    const how = {
+      ...options,
+      foldedInputs: engine.gpu !== undefined,
+      joinCores: engine.gpu === undefined,
+      integers: options.components === "f32" ? undefined : engine.integers,
+      ...(trainable && { mode: "factors" as const }),
+    };
+    const learning = trainable ? await import("./training.ts") : undefined;
+    learning?.refuseParts(file, pack, options.modules);
+    const prepared = await prepareModel(file, pack, bases.bytes, how);
+    const training = await learning?.addTraining(engine, file, prepared, trainable);
+    const { folded } = prepared;
+    const supplied = folded && "places" in folded ? [folded.path] : [];
+    const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
+    const parts = {
+      engine,
+      prepared,
+      detached,
+      probe: options.probe,
+      load: training?.load ?? {},
+      idle: training?.idle ?? {},
+    };
+    const { inputNames, outputNames } = prepared;
+    const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
+    const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
+    const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
+    const delivery = await deliveryOf(parts, file, bases.bytes);
+    return new Session<T>(engine, prepared, delivery, parts.idle, training?.graph, caches);
+  } catch (error) {
+    await file.close();
+    throw error;
+  } finally {
+    bases?.close();
+  }
+}
+
+async function deliveryOf(parts: SessionParts, file: ModelFile, bases: Uint8Array): Promise<Delivery> {
+  const { engine, prepared } = parts;
+  const { folded, inputs } = prepared;
+  if (!folded) {
+    await file.close();
+    const { DevicePlacer } = engine.gpu ? await import("./device.ts") : {};
+    return inputDelivery(parts, bases, DevicePlacer && ((device) => new DevicePlacer(engine, device, inputs)));
+  }
+  const { deviceDelivery, foldedDelivery } = await import("./device.ts");
+  return "places" in folded ? foldedDelivery(parts, file, folded) : deviceDelivery(parts, file, folded, engine.gpu!);
+}
+
+/** Effect and cost of a switch. */
 export interface SessionSwitchReport extends SwitchReport {
   /** Bytes of the inputs that carry the task; mode "folded": of the weights that were written. */
   readonly bytesFed: number;
@@ -36,7 +154,7 @@ export interface SessionSwitchReport extends SwitchReport {
 export interface SessionRunOptions {
   /** One task id per row of the batch, or null for the base; instead of the active task. */
   readonly tasks?: readonly (string | null)[] | undefined;
-  /** Whether this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
+  /** True if this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
   readonly keepCache?: boolean | undefined;
   /** Aborted, a run that waits does not begin; one that is under way goes on, and nobody waits for its answer. */
   readonly signal?: AbortSignal | undefined;
@@ -47,13 +165,13 @@ export interface SessionRunOptions {
 /** Addition to the outputs of a run with `tasks`. */
 export interface ValidColumns {
   /**
-   * How many columns of each row of a head's result are the task's own, by module name of the head. The columns behind them hold
+   * Number of columns of each row of a head's result that are the task's own, by module name of the head. The columns behind them hold
    * the lowest number, or 0 where the head has no bias. Not enumerable.
    */
   readonly validColumns?: ReadonlyMap<string, readonly number[]>;
 }
 
-/** What an engine's own runs take and give. */
+/** Arguments and results of an engine's own runs. */
 export interface SessionTypes {
   readonly feeds: unknown;
   readonly fetches: unknown;
@@ -63,13 +181,13 @@ export interface SessionTypes {
 /** A model that switches tasks. Made by `createSession`, or the function of a binding. */
 export class Session<T extends SessionTypes = SessionTypes> extends Switching<SessionSwitchReport> {
   readonly pack: Pack;
-  /** How tasks reach the model, and why so. */
+  /** The form in which tasks reach the model, and its reason. */
   readonly mode: Mode;
   readonly reason: string;
   /** The model's own inputs and outputs. */
   readonly inputNames: readonly string[];
   readonly outputNames: readonly string[];
-  /** What the parity probe found. */
+  /** The result of the parity probe. */
   readonly probe: ProbeReport;
   /**
    * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`).
@@ -96,7 +214,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly #caches: CacheWatch | undefined;
   /** Made by the first run with one task per row. */
   #rows: RowTasks | undefined;
-  /** Whether the device is watched. */
+  /** True if the device is watched. */
   #watched = false;
   #active: Active;
   /** The selection that a switch under way leads to. */
@@ -167,7 +285,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     if (gpu) watch().catch(() => undefined);
   }
 
-  /** What runs now belong to. */
+  /** The selection that runs now belong to. */
   get task(): Selection {
     return this.#active.task;
   }

@@ -1,5 +1,5 @@
 /**
- * What would become of a model and a pack, told without a runtime: which modules are found and where, what each mode does and costs.
+ * Foretells without a runtime what a session on a model and a pack would be: which modules are found and where, what each mode does and costs.
  * Made by the same planning and surgery as a session, so that the two cannot disagree. Where a session stops at the first thing
  * that is wrong, this goes on and tells all.
  */
@@ -20,7 +20,6 @@ import type { Mode, SessionOptions } from "./options.ts";
 import { broughtBy, type Plan, type PreparedModel, planSession, prepareModel } from "./prepare.ts";
 import { stackValues, TaskEvaluator } from "./values.ts";
 
-/** A module of the pack in the model. */
 export interface SurveyedModule {
   readonly module: string;
   /** The model's name of its weight; null where it is not found or does not fit. */
@@ -28,25 +27,23 @@ export interface SurveyedModule {
   /** The initializer that holds it, and its type there: "quantised" for integers. */
   readonly initializer: string | null;
   readonly type: string | null;
-  /** Names of the nodes that multiply with it. */
   readonly nodes: readonly string[];
-  /** Whether the pack's fingerprint is the weight's. Null: there is none, or it was not asked for. */
+  /** True if the pack's fingerprint is the weight's. Null: there is none, or it was not asked for. */
   readonly confirmed: boolean | null;
-  /** What is wrong. */
+  /** The fault, if there is one. */
   readonly why: string | null;
-  /** Whether its weight was found, of another shape. */
   readonly misfit: boolean;
   /** Names in the model that are like it. */
   readonly candidates: readonly string[];
 }
 
-/** A parameter that tasks bring beside their terms. */
+/** A parameter that tasks bring next to their terms. */
 export interface SurveyedParameter {
   readonly name: string;
   readonly role: string;
   /** "input": a run is fed with it; "folded": it is written into the weights; "found", where no mode works. */
   readonly becomes: "input" | "folded" | "found" | "ignored" | "missing";
-  /** Whether the exporter has dropped it, since it was zero. */
+  /** True if the exporter has dropped it, since it was zero. */
   readonly dropped: boolean;
   readonly why: string | null;
 }
@@ -54,9 +51,8 @@ export interface SurveyedParameter {
 /** A mode that works, and what it costs. */
 export interface SurveyedMode {
   readonly works: boolean;
-  /** Why it does not. */
   readonly why: string | null;
-  /** What a session adds to the model. */
+  /** Nodes and inputs that a session adds to the model. */
   readonly nodes: number;
   readonly inputs: number;
   /** Bytes of the components: inside the model (core), or held to expand (factors) or fold from (folded). */
@@ -70,7 +66,7 @@ export interface SurveyedMode {
 }
 
 export interface Survey {
-  /** What mode "auto" takes, and why; null where no mode works. */
+  /** The mode that "auto" takes, and the reason; null where no mode works. */
   readonly mode: Mode | null;
   readonly reason: string;
   readonly opset: number;
@@ -82,17 +78,16 @@ export interface Survey {
   readonly modules: readonly SurveyedModule[];
   readonly parameters: readonly SurveyedParameter[];
   readonly modes: Readonly<Record<Mode, SurveyedMode>>;
-  /** Whether it can be made to learn, as far as can be told without a run. */
+  /** True if it can be made to learn, as far as can be told without a run. */
   readonly learning: { readonly works: boolean; readonly why: string | null };
   /** Bytes of the largest task's coefficients. */
   readonly largestTask: number;
 }
 
-/** Several files of one model. */
 export interface FilesSurvey {
-  /** What would become of each file and of what of the pack lives there, by name; a reason where that is nothing. */
+  /** The survey of each file with the part of the pack that lives there, by name; a reason where none does. */
   readonly files: ReadonlyMap<string, Survey | string>;
-  /** What of the pack lives in none of them, and why. */
+  /** The reason for parts of the pack that live in none of them. */
   readonly unmatched: string | null;
 }
 
@@ -127,11 +122,11 @@ export async function surveyModel(
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
     const { halfOf, refuseParts } = await import("./training.ts");
     const parts = await attempt(async () => refuseParts(file, pack, modules));
-    const form = plan?.changes.modules.find((module) => module.form);
+    const form = plan?.changes.modules.find(({ kind }) => kind !== "linear");
     const why =
       parts.why ??
       (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
-      (form ? `"${form.name}" is no linear layer (${form.form!.kind})` : null);
+      (form ? `"${form.name}" is no linear layer (${form.kind})` : null);
     return {
       mode: plan?.mode ?? null,
       reason: plan?.reason ?? planned.why!,
@@ -172,7 +167,7 @@ export async function surveyFiles(
   return { files, unmatched };
 }
 
-/** What something makes, or why it is refused. */
+/** Makes something, or gives the reason why it is refused. */
 async function attempt<T>(make: () => Promise<T>): Promise<{ made?: T; why: string | null; error?: EigenLoraError }> {
   try {
     return { made: await make(), why: null };

@@ -9,7 +9,7 @@ export type BatchFeeds = Readonly<
   Record<string, { readonly type?: string; readonly dims: readonly number[]; readonly data: unknown }>
 >;
 
-/** How texts are encoded: options of a tokenizer of transformers.js. */
+/** Options of encoding: those of a tokenizer of transformers.js. */
 export interface EncodeHow {
   readonly padding: true;
   readonly truncation: true;
@@ -32,10 +32,10 @@ export interface PlainTokenizer {
   ): { readonly ids: readonly number[]; readonly token_type_ids?: readonly number[] };
 }
 
-/** What turns texts into a model's inputs: a tokenizer of transformers.js or of @huggingface/tokenizers as it is, or a function. */
+/** Turns texts into a model's inputs: a tokenizer of transformers.js or of @huggingface/tokenizers as it is, or a function. */
 export type Tokenizer = Encode | PlainTokenizer;
 
-/** Texts as inputs by name, int64 [texts, tokens]. @param special whether special tokens are added. Default: true */
+/** Texts as inputs by name, int64 [texts, tokens]. @param special adds special tokens. Default: true */
 export type EncodeTexts = (texts: readonly string[], special?: boolean) => Promise<BatchFeeds>;
 
 /**
@@ -165,7 +165,7 @@ export interface EncodeOptions {
 }
 
 /**
- * What `Session.encode` gives.
+ * Encodes texts as `Session.encode`.
  * @param inputs names of the model's inputs
  * @param short those that take int32
  * @throws as that

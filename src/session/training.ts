@@ -1,5 +1,5 @@
 /**
- * What a session needs to learn beside answering: a training graph in the same model, and a way for a trainer to run it. Loaded
+ * Learning on a session: a training graph in the same model, and a way for a trainer to run it. Loaded
  * when a session is made `trainable`.
  */
 import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
@@ -17,11 +17,10 @@ import type { SessionOptions } from "./options.ts";
 import type { PreparedModel } from "./prepare.ts";
 import type { InputValues } from "./values.ts";
 
-/** What a session that can learn lends to a trainer. */
+/** Parts that a session that can learn lends to a trainer. */
 export interface Trainable {
   readonly engine: Engine;
   readonly graph: TrainingGraph;
-  /** The inputs that carry a task. */
   readonly inputs: readonly TaskInput[];
   /** Made-up values of the model's own inputs, for their types and what is fixed of their dimensions; undefined where none fit. */
   readonly example: ReadonlyMap<string, Feed> | undefined;
@@ -43,7 +42,7 @@ export function halfOf({ model }: ModelFile): "encoder" | "decoder" | undefined 
 /**
  * One file of a model whose encoder and decoder lie in files of their own does not learn by itself: what the encoder's tasks have to
  * learn would have to come out of the decoder's file.
- * @param pack what of it is to be trained here
+ * @param pack the part of it that is to be trained here
  * @throws BaseMismatchError for one of such files, where the other is adapted too, or where it has a branch for each use of its cache
  */
 export function refuseParts(
@@ -86,9 +85,9 @@ export async function addTraining(
     const message = `tasks bring "${both}" whole and others adapt it, which cannot be trained; pass ignore: ["${both}"], or a pack without`;
     throw new BaseMismatchError(message, { module: both });
   }
-  for (const { name, form } of prepared.modules) {
-    if (!form) continue;
-    const what = `${form.kind === "embedding" ? "an" : "a"} ${form.kind}`;
+  for (const { name, kind } of prepared.modules) {
+    if (kind === "linear") continue;
+    const what = `${kind === "embedding" ? "an" : "a"} ${kind}`;
     const message = `"${name}" is ${what}, whose term cannot be trained; pass \`modules\` without it`;
     throw new BaseMismatchError(message, { module: name });
   }
@@ -167,7 +166,7 @@ export function fixInnerHeads(
   }
 }
 
-/** Whether another product follows the one with `weight`. */
+/** True if another product follows the one with `weight`. */
 function isMultiplied(main: GraphProto, weight: string): boolean {
   const reached = new Set<string>();
   const passes = (node: NodeProto): boolean => {

@@ -21,7 +21,7 @@ import {
 import type { CoreBlock, TaskInput } from "../onnx/inject.ts";
 import type { AdaptedLayer } from "../onnx/linear.ts";
 import { pacer, throwIfAborted } from "../pace.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import type { Mode } from "./options.ts";
@@ -32,7 +32,6 @@ export interface InputValue {
   readonly data: Float32Array | BigInt64Array;
 }
 
-/** Values of inputs by name. */
 export type InputValues = ReadonlyMap<string, InputValue>;
 
 /** The values of all inputs, and how many columns each head has. */
@@ -49,13 +48,12 @@ export interface BaseHead {
   /** [labels]. */
   readonly bias: Float32Array | undefined;
   readonly labels: number;
-  /** Whether other tasks adapt the layer: no task may give it another number of labels then. */
+  /** True if other tasks adapt the layer: no task may give it another number of labels then. */
   readonly adapted: boolean;
 }
 
 /** The model's own values, from which values of tasks are computed once it is loaded. Holds nothing of the graph or the file. */
 export interface BaseValues {
-  /** Heads by module name of the pack. */
   readonly heads: ReadonlyMap<string, BaseHead>;
   /** Values of the biases that tasks change, by the pack's name of the parameter. */
   readonly biases: ReadonlyMap<string, Float32Array>;
@@ -69,7 +67,6 @@ export interface BaseValues {
   readonly ignored: ReadonlySet<string>;
 }
 
-/** The model whose inputs get values. */
 interface EvaluatedModel {
   readonly view: PackView;
   readonly mode: Mode;
@@ -78,12 +75,9 @@ interface EvaluatedModel {
   readonly inputs: readonly TaskInput[];
 }
 
-/** What the values of one selection are made of. */
 interface Evaluation {
   readonly tasks: LoadedTasks["tasks"];
-  /** Values of core inputs, by name of the input. */
   readonly cores: InputValues;
-  /** Factors by module name. */
   readonly factors: UnfoldedTerms["factors"];
   /** Saved modules and biases as the tasks have them, by name. */
   readonly merged: ReadonlyMap<string, Merged>;
@@ -92,7 +86,7 @@ interface Evaluation {
 /** Pads a head with fewer columns than its neighbours: never the maximum, and 0 after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
-/** What a model with these inputs is ready for, in the form of a task's `brings`: rows of a side need an input of whole rows. */
+/** Entries of a task's `brings` that a model with these inputs is ready for: rows of a side need an input of whole rows. */
 function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules"]): Set<string> {
   const ready = new Set<string>();
   for (const { of, kind, over } of inputs) {
@@ -109,7 +103,6 @@ function readyFor(inputs: readonly TaskInput[], modules: EvaluatedModel["modules
   return ready;
 }
 
-/** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
   readonly #model: Omit<EvaluatedModel, "modules">;
   readonly #runtime: SessionRuntime;
@@ -283,7 +276,6 @@ export class TaskEvaluator {
   }
 }
 
-/** Rows of an embedding that a task brings. */
 interface BroughtRows {
   readonly strength: number;
   readonly blob: TaskBlob;
@@ -351,14 +343,14 @@ export function stackValues(input: TaskInput, rows: readonly InputValue[]): Inpu
   return { dims: stacked, data };
 }
 
-/** Whether an input holds a task's core or factors, whose arrays the next selection is written into. */
+/** True if an input holds a task's core or factors, whose arrays the next selection is written into. */
 export function isTerm({ kind }: TaskInput): boolean {
   return kind === "core" || kind === "A" || kind === "B";
 }
 
 /**
  * Tensors of the inputs that carry tasks, for one task or one per row.
- * @returns with what their arrays take; terms may fill theirs in part
+ * @returns also the bytes of their arrays; terms may fill theirs in part
  */
 export function toFeeds(
   engine: Engine,
@@ -392,7 +384,7 @@ export class CoreSpace {
   readonly #data: Float32Array;
   readonly #blocks: readonly CoreBlock[];
 
-  /** @param old a value of the same input that may be written over: what lies beside its cores is 0 */
+  /** @param old a value of the same input that may be written over: its numbers outside of cores are 0 */
   constructor({ name, dims, cores = [] }: TaskInput, old?: InputValue) {
     const [, height, width] = dims as [string, number, number];
     this.name = name;
@@ -405,7 +397,7 @@ export class CoreSpace {
     });
   }
 
-  /** The value once cores are written. @param isWritten whether a module's is: the others become zeros */
+  /** The value once cores are written. @param isWritten tells if a module's is: the others become zeros */
   value(isWritten: (module: string) => boolean): InputValue {
     const data = this.#data;
     for (const [i, { module, KA, KB, scalesA, scalesB }] of this.#blocks.entries()) {
@@ -423,7 +415,7 @@ export class CoreSpace {
   }
 }
 
-/** Multiplies coefficients with the scales of their components, in place. @param every how many numbers in a row have one scale @param count of scales, which then begin again */
+/** Multiplies coefficients with the scales of their components, in place. @param every count of numbers in a row that have one scale @param count of scales, which then begin again */
 export function scaled(
   value: InputValue & { readonly data: Float32Array },
   scales: Float32Array | undefined,

@@ -2,28 +2,27 @@
  * Tasks of a pack brought close to their adapters' answers: each is distilled within the time there is, judged by questions that were held
  * back, and stored closer to its adapter where it does not agree.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { BackendError, FormatError, TaskError } from "../errors.ts";
-import { encodeTaskFile } from "../format/encode.ts";
-import type { TaskToWrite } from "../format/layout.ts";
+import { encodeTaskFile, type TaskToWrite } from "../format/encode.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { type Built, buildPack } from "../pack/build.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
 import { searchPack } from "../pack/search.ts";
-import { partition } from "../pack/seek.ts";
+import { DEFAULT_ERROR } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
 import type { Session } from "../session/session.ts";
 import { fromBase64, toBase64 } from "../text.ts";
 import type { OnWork } from "../work.ts";
-import { askAdapter } from "./answers.ts";
-import { supervisionOf } from "./create-trainer.ts";
 import { distillable, distilTask } from "./distill.ts";
-import { MeanDivergence } from "./probabilities.ts";
-import { type Taught, type TeachOptions, taughtBy } from "./taught.ts";
+import { askAdapter } from "./questions.ts";
+import { MeanDivergence } from "./supervision.ts";
+import { type Taught, type TeachOptions, taughtBy } from "./teacher.ts";
+import { supervisionOf } from "./trainer.ts";
 
 /** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
 export interface ByAnswersOptions
@@ -51,7 +50,7 @@ export interface ByAnswersOptions
   readonly finished?: FinishedOutcomes | undefined;
 }
 
-/** What is finished, by key: JSON. */
+/** Finished outcomes as JSON, by key. */
 export interface FinishedOutcomes {
   /** @returns undefined for what was never written */
   read(key: string): Promise<string | undefined>;
@@ -60,7 +59,7 @@ export interface FinishedOutcomes {
   nameOf?(key: string): string;
 }
 
-/** What became of a task. */
+/** Outcome of a task. */
 export interface AnsweringTask {
   readonly id: string;
   /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
@@ -75,7 +74,6 @@ export interface AnsweringTask {
   readonly bytes: number;
 }
 
-/** What became of a task, with what it is stored as. */
 export interface Outcome extends AnsweringTask {
   /** Task file. */
   readonly file: Uint8Array<ArrayBuffer>;
@@ -130,12 +128,11 @@ export class Answering {
     return this.#options.steps ?? STEPS[this.asksTokens(level) ? "tokens" : "labels"];
   }
 
-  /** Whether the model answers token by token. */
   asksTokens({ session }: Open): boolean {
     return supervisionOf(session, this.#questions).tokens;
   }
 
-  /** Whether what is not done must be left. */
+  /** True once no further task may begin. */
   get late(): boolean {
     return this.#options.signal?.aborted === true || performance.now() > this.#until;
   }
@@ -145,7 +142,7 @@ export class Answering {
     return this.#outcomes.size > 0 ? [] : [...this.#refused.values()];
   }
 
-  /** What work gives; undefined where the task cannot be distilled, and why is known then. */
+  /** The result of work; undefined where the task cannot be distilled: `#refused` has the reason. */
   async #unlessRefused<T>({ id }: Adapter, work: Promise<T>): Promise<T | undefined> {
     try {
       const done = await work;
@@ -159,7 +156,7 @@ export class Answering {
     }
   }
 
-  /** What work gives; `otherwise` where the caller's signal ended it. */
+  /** The result of work; `otherwise` where the caller's signal ended it. */
   async #unlessStopped<T>(work: Promise<T>, otherwise: T): Promise<T> {
     return work.catch((cause: unknown) => {
       if (!this.#options.signal?.aborted) throw cause;
@@ -357,6 +354,18 @@ const ERRORS = [0.8, 0.6, 0.45, 0.34, 0.25, DEFAULT_ERROR, 0.1, 0.07, 0.05, 0.03
 const BETWEEN = 8;
 
 type Common = Pick<BuildOptions, "base" | "anyBase" | "workers">;
+
+/** Number of indexes below `count` before the first for which `holds` is true; it must stay true from there on. */
+async function partition(count: number, holds: (i: number) => Promise<boolean>): Promise<number> {
+  let low = 0;
+  let high = count;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (await holds(middle)) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
 
 /** Packs of one kind, by their place among the sizes; places between two have fractions. */
 export class SizedPacks {

@@ -10,24 +10,18 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
 import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
-import { gauged, openModule, toPair } from "../extract/project.ts";
-import type { Subspace } from "../extract/subspace.ts";
+import { gauged, openModule, type Subspace, toPair } from "../extract/subspace.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { throwIfAborted } from "../pace.ts";
 import { gaugeOf, storedModule } from "../pack/add.ts";
 import type { Session } from "../session/session.ts";
-import type { BatchFeeds } from "../session/tokens.ts";
-import { isQuantized } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
+import { isQuantized, UnstorableError } from "../tensor/dtypes.ts";
 import { uniform } from "../tensor/random.ts";
-import { type AskOptions, adapterWeights } from "./answers.ts";
-import { checkNumbers, checkSession } from "./checks.ts";
-import { type CreateTrainerOptions, makeTrainer } from "./create-trainer.ts";
-import { type Row, toBatches } from "./examples.ts";
 import type { Featured } from "./objective.ts";
-import { drawnFrom, sureTemperature, tempered } from "./probabilities.ts";
+import { type AskOptions, adapterWeights } from "./questions.ts";
 import type { Stepped } from "./stored-task.ts";
+import { drawnFrom, type Row, sureTemperature, tempered, toBatches } from "./supervision.ts";
 import {
   BATCH,
   BATCHES_TO_SOLVE,
@@ -36,20 +30,28 @@ import {
   type Taught,
   type TeachOptions,
   taughtBy,
-} from "./taught.ts";
-import type { FitOptions, Tested, Trainer, TrainingStep } from "./trainer.ts";
+} from "./teacher.ts";
+import { checkNumbers, checkSession } from "./trainable-model.ts";
+import {
+  type CreateTrainerOptions,
+  type FitOptions,
+  makeTrainer,
+  type Tested,
+  type Trainer,
+  type TrainingStep,
+} from "./trainer.ts";
 
 const OPTIONS = [
   ...(["adapter", "task", "texts", "encode", "feeds", "examples", "end", "decoderStart"] as const),
   ...(["batch", "steps", "temperature", "holdout", "seed"] as const),
-  ...(["learningRates", "weightDecay", "clip", "warmup", "decay", "signal", "onStep"] as const),
+  ...(["learningRates", "signal", "onStep"] as const),
 ] as const;
 
 /**
  * Options of `distill`. Texts, feeds or examples: 8 at least, some hundreds are better. Without any, texts are made of the words of the
  * tokenizer, which must tell its vocabulary; the user's own teach more.
  */
-export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay">, TeachOptions {
+export interface DistillOptions extends TeachOptions {
   /**
    * Learning rates. Default for coefficients and head: 7 √divergence ÷ steps, at most 0.02; fewer than 240 steps count as 240. Models
    * that answer token by token: 0.3 √divergence ÷ steps. The divergence is the one when the steps begin: its root tells about how far the
@@ -103,7 +105,7 @@ const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
 /**
  * Features, the inputs of the head's last layer, are wanted as the adapter has them: they tell more of a line than its labels do, of one
- * in no order above all. Half their squared distance, as a share of their variance, counts so many times beside the divergence. Of 0, 1, 5,
+ * in no order above all. Half their squared distance, as a share of their variance, counts so many times as much as the divergence. Of 0, 1, 5,
  * 20, 100 and 200 by KL on test rows of eight tasks of own-seed and of hub; 100 and 200 were no better, and 0 was the worst.
  */
 const FEATURES = 20;
@@ -194,14 +196,14 @@ export async function distilTask(
   const start = await betterStart(trainer, id, solved, { judges, before: before.mean, asStored });
   const begun = asStored();
   const sure = head.length > 0 ? temperatureOf([...train, ...judges]) : 1;
-  const { temperature = sure, weightDecay, clip, warmup, decay } = options;
+  const { temperature = sure } = options;
   const fit: FitOptions & Stepped & Tested & Featured = {
-    ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
+    ...{ steps, batch, temperature, signal },
     learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, made }, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
     ...{ stored: stepped, tested: tested.has(session), featureWeight: featureWeight(train) },
   };
-  const softened = (row: Row<BatchFeeds>) => ({ ...row, target: tempered(row.target!, temperature) });
+  const softened = (row: Row) => ({ ...row, target: tempered(row.target!, temperature) });
   const rows = supervision.tokens ? train : train.map(softened);
   const { fitted, taken } = await fitWhileItGains(trainer, rows, fit, { judges, asStored, onStep: options.onStep });
   if (taken > 0) tested.add(session);
@@ -230,14 +232,14 @@ export async function distilTask(
  * @returns the closest task, and the number of steps that were taken
  */
 async function fitWhileItGains(
-  trainer: Trainer<BatchFeeds>,
-  rows: readonly Row<BatchFeeds>[],
+  trainer: Trainer,
+  rows: readonly Row[],
   fit: FitOptions & Stepped & Tested & Featured,
   {
     judges,
     asStored,
     onStep,
-  }: { readonly judges: readonly Row<BatchFeeds>[]; readonly asStored: () => Uint8Array<ArrayBuffer> } & Pick<
+  }: { readonly judges: readonly Row[]; readonly asStored: () => Uint8Array<ArrayBuffer> } & Pick<
     DistillOptions,
     "onStep"
   >,
@@ -262,13 +264,13 @@ async function fitWhileItGains(
 }
 
 /** The temperature at which the adapter is sure of its labels; 1 where tokens have them. */
-function temperatureOf(rows: readonly Row<BatchFeeds>[]): number {
+function temperatureOf(rows: readonly Row[]): number {
   const targets = rows.flatMap(({ target }) => (target ? [Float32Array.from(target)] : []));
   return targets.length > 0 ? sureTemperature(targets) : 1;
 }
 
-/** What half the squared distance of features counts, from how far those of the rows lie apart; 0 where they are alike. */
-function featureWeight(rows: readonly Row<BatchFeeds>[]): number {
+/** Weight of half the squared distance of features, from how far those of the rows lie apart; 0 where they are alike. */
+function featureWeight(rows: readonly Row[]): number {
   const all = rows.flatMap(({ features }) => features ?? []);
   const mean = new Float64Array(all[0]?.length ?? 0);
   for (const one of all) one.forEach((value, i) => (mean[i]! += value / all.length));
@@ -305,14 +307,10 @@ function ratesOf(
  * @returns the divergence to begin with
  */
 async function betterStart(
-  trainer: Trainer<BatchFeeds>,
+  trainer: Trainer,
   task: string,
   solved: Awaited<ReturnType<typeof solvedCoefficients>> | undefined,
-  {
-    judges,
-    before,
-    asStored,
-  }: { judges: readonly Row<BatchFeeds>[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
+  { judges, before, asStored }: { judges: readonly Row[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
 ): Promise<number> {
   if (!solved?.size) return before;
   for (const [module, { alphaA, alphaB }] of solved) {
@@ -443,7 +441,7 @@ async function solvedCoefficients(
   session: Session,
   adapter: Adapter,
   { blob, head }: { readonly blob: TaskBlob; readonly head: readonly string[] },
-  batches: readonly (readonly Row<BatchFeeds>[])[],
+  batches: readonly (readonly Row[])[],
   { supervision, signal, random }: AskOptions & { readonly random: () => number },
 ): Promise<Map<string, Solved>> {
   const sides = await sidesOf(session, adapter, blob);
@@ -457,7 +455,7 @@ async function solvedCoefficients(
         supervision.wanted(row).map((one) => drawnFrom(one, random)),
       ),
     );
-    for (const { rows: run, targets } of supervision.microBatches(drawn, 0)) {
+    for (const { rows: run, targets } of supervision.microBatches(drawn)) {
       const { gradients } = await model.step(await supervision.feeds(run), weights, targets);
       for (const [module, { A, B }] of sides) {
         const { A: ofA, Bt } = gradients.terms.get(module)!;
@@ -483,7 +481,7 @@ async function sidesOf(
     for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of blob.terms) {
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
-      if (!A || !B || ownA || ownBt || privateRank > 0 || !module) continue;
+      if (!A || !B || stored.A[A.basis]!.kind === "flat" || ownA || ownBt || privateRank > 0 || !module) continue;
       const own = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
       const space = openModule(storedModule(own, bases.bytes, adapter));
       const { rank: most } = pack.directory.basis;

@@ -9,20 +9,17 @@ import { throwIfAborted } from "../pace.ts";
 import type { AbortOptions } from "../source.ts";
 import type { TaskDtypes } from "../tensor/dtypes.ts";
 import { normal, uniform } from "../tensor/random.ts";
-import type { Row } from "./examples.ts";
-import { featuresOf, type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
-import { crossEntropy, largest, likeliest } from "./probabilities.ts";
-import { copyOf, type State, stateLike } from "./state.ts";
+import { copyOf, featuresOf, type HeadLayer, type LayerNumbers, mapLayers, type State, stateLike } from "./state.ts";
 import { type Stepped, type TaskSteps, toSteps } from "./stored-task.ts";
-import type { Score, Supervision } from "./supervision.ts";
+import { crossEntropy, largest, likeliest, type Row, type Score, type Supervision } from "./supervision.ts";
 import type { TaskWeights, TrainableModel } from "./trainable-model.ts";
 import { asStored, storingTrained, type TrainedTerms } from "./trained-terms.ts";
 
 /** The parts of a training: a model that runs with a task's numbers, and the pack that gives these a meaning. */
-export interface TrainingSetup<Feeds> {
+export interface TrainingSetup {
   readonly pack: Pack;
-  readonly model: TrainableModel<Feeds>;
-  readonly supervision: Supervision<Feeds>;
+  readonly model: TrainableModel;
+  readonly supervision: Supervision;
   readonly terms: TrainedTerms;
   /** Terms over the pack's components that a LoRA can begin from; equal to `terms` where coefficients are trained. */
   readonly origin: TrainedTerms;
@@ -32,8 +29,6 @@ export interface TrainingSetup<Feeds> {
 
 /** Options of the loss: the targets, and the numbers that logits are computed from. */
 export interface ObjectiveOptions {
-  /** Share of every target that is spread over all labels. Default: 0. */
-  readonly smoothing?: number | undefined;
   /** Divides the logits where they are compared with targets. Default: 1. Needs a head, since the division happens in its last layer. */
   readonly temperature?: number | undefined;
   /**
@@ -45,7 +40,7 @@ export interface ObjectiveOptions {
 
 /** Options of rows with features. */
 export interface Featured {
-  /** What half the squared distance of a row's features counts in the loss. */
+  /** Weight in the loss of half the squared distance of a row's features. */
   readonly featureWeight?: number | undefined;
 }
 
@@ -60,18 +55,18 @@ interface Numbers extends LayerNumbers {
 }
 
 /** Computes the loss and its gradient over a batch, in micro-batches where it is large. */
-export async function evaluate<Feeds>(
-  setup: TrainingSetup<Feeds>,
-  rows: readonly Row<Feeds>[],
+export async function evaluate(
+  setup: TrainingSetup,
+  rows: readonly Row[],
   state: State,
-  { smoothing = 0, temperature = 1, dtype = {}, stored, featureWeight = 0 }: ObjectiveOptions & Stepped & Featured,
+  { temperature = 1, dtype = {}, stored, featureWeight = 0 }: ObjectiveOptions & Stepped & Featured,
 ): Promise<Evaluated> {
   const { model, supervision, terms } = setup;
   const divide = dividedBy(model.head, temperature);
   const weights = weightsOf(setup, rounded(setup, state, dtype, stored), temperature);
   const gradients = stateLike(state);
   let loss = 0;
-  for (const { rows: some, targets, share } of supervision.microBatches(rows, smoothing)) {
+  for (const { rows: some, targets, share } of supervision.microBatches(rows)) {
     const values = some.flatMap(({ features }) => features ?? []);
     const wanted =
       values.length > 0 && featureWeight > 0 ? { ...targets, features: { values, weight: featureWeight } } : targets;
@@ -86,9 +81,9 @@ export async function evaluate<Feeds>(
 }
 
 /** Scores the answers to some rows. Every row has the same weight. */
-export async function score<Feeds>(
-  setup: TrainingSetup<Feeds>,
-  rows: readonly Row<Feeds>[],
+export async function score(
+  setup: TrainingSetup,
+  rows: readonly Row[],
   state: State,
   { temperature = 1, dtype = {}, stored, signal }: ObjectiveOptions & Stepped & AbortOptions,
 ): Promise<Score> {
@@ -103,26 +98,25 @@ export async function score<Feeds>(
   return { loss: loss / count, accuracy: right / rows.length };
 }
 
-/** What the model answers to a row. */
-export interface AnsweredRow<Feeds> {
-  readonly row: Row<Feeds>;
+export interface AnsweredRow {
+  readonly row: Row;
   readonly logits: Float32Array[];
   /** `featuresOf` the head, if they were asked for and there is a head. */
   readonly features: Float32Array | undefined;
 }
 
 /** Runs rows, those of similar lengths together, and yields answers in that order. */
-export async function* answers<Feeds>(
-  { model, supervision }: { readonly model: TrainingSetup<Feeds>["model"]; readonly supervision: Supervision<Feeds> },
-  rows: readonly Row<Feeds>[],
+export async function* answers(
+  { model, supervision }: { readonly model: TrainingSetup["model"]; readonly supervision: Supervision },
+  rows: readonly Row[],
   weights: TaskWeights,
   { signal, features = false }: AbortOptions & { readonly features?: boolean | undefined } = {},
-): AsyncGenerator<AnsweredRow<Feeds>> {
+): AsyncGenerator<AnsweredRow> {
   // A model that answers at every position has them everywhere, and tells more by its answers.
   const width = features && !supervision.tokens ? featuresOf(model.head) : 0;
   const lengths = await supervision.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
-  for (const { rows: some } of supervision.microBatches(order, 0)) {
+  for (const { rows: some } of supervision.microBatches(order)) {
     throwIfAborted(signal);
     const found = await model.answer(await supervision.feeds(some), weights, width > 0);
     const counts = some.map((row) => supervision.wanted(row).length);
@@ -150,17 +144,13 @@ function dividedBy(head: readonly HeadLayer[], temperature: number): (numbers: L
 }
 
 /** Weights that the model is fed with; the head's last layer is divided by the temperature. */
-export function weightsOf<Feeds>(
-  { terms, model }: TrainingSetup<Feeds>,
-  numbers: Numbers,
-  temperature = 1,
-): TaskWeights {
+export function weightsOf({ terms, model }: TrainingSetup, numbers: Numbers, temperature = 1): TaskWeights {
   return { terms: terms.expand(numbers.parameters), ...dividedBy(model.head, temperature)(numbers) };
 }
 
 /** Rounds a state to the numbers that a task file would hold. */
-export function rounded<Feeds>(
-  { terms, model }: TrainingSetup<Feeds>,
+export function rounded(
+  { terms, model }: TrainingSetup,
   state: State,
   { coefficients, head }: Partial<TaskDtypes>,
   stored: TaskSteps | undefined,
@@ -181,7 +171,7 @@ export function stopped(message: string): EigenLoraError {
 }
 
 /**
- * Compares the slope of the loss with the gradient in two directions: along the gradient, and beside it.
+ * Compares the slope of the loss with the gradient in two directions: along the gradient, and off it.
  * @throws BackendError when they differ, or a number is not finite
  */
 export async function checkGradients(

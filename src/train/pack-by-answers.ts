@@ -4,28 +4,25 @@
  * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter. Where
  * bytes are given, they decide how coarse numbers are. Input and seed decide all; a clock only where the caller sets `minutes`.
  */
+
 import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
 import { checkArgument, checkOptions, checkPack } from "../arguments.ts";
 import type { WeightHost } from "../core/base.ts";
 import { renamedHost } from "../core/open-base.ts";
-import { openPack } from "../core/open-pack.ts";
-import type { Pack } from "../core/pack.ts";
+import { openPack, type Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { AdapterError, BaseMismatchError } from "../errors.ts";
-import { encodeTaskFile } from "../format/encode.ts";
-import { placeOf } from "../format/layout.ts";
+import { encodeTaskFile, placeOf } from "../format/encode.ts";
 import { onnxHost } from "../onnx/host.ts";
 import { readModel } from "../onnx/read.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import type { Built } from "../pack/build.ts";
-import { readFingerprints } from "../pack/encode.ts";
+import { type Built, readFingerprints } from "../pack/build.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { searchPack } from "../pack/search.ts";
-import { tooFew } from "../pack/seek.ts";
-import { spread } from "../pack/sharing.ts";
+import { searchPack, spread } from "../pack/search.ts";
+import { Unreachable } from "../pack/seek.ts";
 import { allOf, freshPack } from "../pack/write.ts";
-import { createSession } from "../session/create-session.ts";
 import type { Engine } from "../session/engine.ts";
+import { createSession } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
 import {
   Answering,
@@ -36,9 +33,9 @@ import {
   type Outcome,
   type SizedPacks,
 } from "./answering.ts";
-import { checkNumbers } from "./checks.ts";
-import { templateOf } from "./made-up.ts";
-import { checkQuestions } from "./taught.ts";
+import { templateOf } from "./questions.ts";
+import { checkQuestions } from "./teacher.ts";
+import { checkNumbers } from "./trainable-model.ts";
 
 /** Report of `packByAnswers`. What it says of ΔW and terms is from before tasks were distilled. */
 export interface ByAnswersReport extends BuildReport {
@@ -192,7 +189,7 @@ class Making {
     const outcomes = await this.#answering.all(level);
     let made = await this.#packed(level, outcomes);
     while (most !== undefined && made.report.bytes > most) {
-      // What has grown more than was expected is stored as it was.
+      // The task that has grown most is stored as it was.
       const grown = outcomes.map(({ id, bytes }) => bytes - level.pack.tasks.get(id)!.bytes);
       const i = grown.indexOf(Math.max(...grown));
       if (grown[i]! <= 0) throw tooFew(most, made.report.bytes);
@@ -345,4 +342,8 @@ export async function modelBase(
     if (error instanceof BaseMismatchError) return undefined;
     throw error;
   }
+}
+
+function tooFew(max: number, least: number): Unreachable {
+  return new Unreachable(`${max} bytes are too few: the least is ${least}`, least);
 }

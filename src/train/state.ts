@@ -2,9 +2,6 @@
  * The trained numbers as one vector, and its optimizer.
  */
 
-import { checkChoice } from "../arguments.ts";
-import { checkNumbers } from "./checks.ts";
-import { type HeadLayer, layersOf } from "./head.ts";
 import type { TrainedTerms } from "./trained-terms.ts";
 
 /** All trained numbers, and views of its parts: parameters of terms, then weights [out, in], then biases [out] of the head's layers. */
@@ -28,7 +25,7 @@ export function copyOf(state: State): State {
   return stateLike(state, state.all.slice());
 }
 
-/** Options of AdamW (Loshchilov and Hutter, 2019). */
+/** Options of Adam. */
 export interface OptimizerOptions {
   /**
    * Learning rates. Default for terms, and for the head's layer with the labels: 0.02. Private terms, which make up a LoRA: `terms`, or
@@ -43,14 +40,12 @@ export interface OptimizerOptions {
         readonly inner?: number;
       }
     | undefined;
-  /** Weight decay of terms and of the head's weight. Default: 0. */
-  readonly weightDecay?: number | undefined;
   /** Largest norm of the gradient. Default: 1. */
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached. Default: a tenth of all steps. */
   readonly warmup?: number | undefined;
-  /** How the rate falls to 0 over all steps. Default: "linear". */
-  readonly decay?: "linear" | "cosine" | "none" | undefined;
+  /** "linear": the rate falls to 0 over all steps. Default: "linear". */
+  readonly decay?: "linear" | "none" | undefined;
 }
 
 /**
@@ -63,8 +58,8 @@ export function optimizerOf(
   trained: TrainedTerms,
   layers: readonly HeadLayer[],
   steps: number,
-  { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
-): { step(gradients: State): { readonly norm: number; readonly applied: boolean } } {
+  { learningRates = {}, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
+): { step(gradients: State): StepReport } {
   const { terms = 0.02, privateTerms = learningRates.terms ?? 0.002, head = 0.02, inner } = learningRates;
   // Adam moves each number by the rate, and the inputs of an inner layer add up: the rate of a wide matrix must fall with 1 / inputs
   // (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat training the last layer alone on three tasks of three;
@@ -72,148 +67,178 @@ export function optimizerOf(
   const ofHead = layers.flatMap(({ last, in: inputs }, i) => {
     const rate = last ? head : (inner ?? head / inputs);
     return [
-      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate, weightDecay },
+      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate },
       { of: (state: State) => layersOf(layers, state)[i]!.bias, rate },
     ];
   });
   const ofTerms = trained.parameters.map(({ kind, offset, dims: [rows, columns] }) => ({
     of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
     rate: kind.startsWith("alpha") ? terms : privateTerms,
-    weightDecay,
   }));
-  const groups = [
-    ...ofTerms,
-    ...ofHead,
-    // Numbers that are not trained must not count in the norm that is clipped.
-  ].filter(({ rate }) => rate !== 0);
-  const optimizer = new AdamW(
+  // Numbers that are not trained must not count in the norm that is clipped.
+  const groups = [...ofTerms, ...ofHead].filter(({ rate }) => rate !== 0);
+  const optimizer = new Adam(
     groups.map(({ of, ...group }) => ({ values: of(state), ...group })),
     { steps, clip, warmup, decay },
   );
   return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
 }
 
-// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019) over plain vectors, with a schedule of the
+// Adam (Kingma and Ba, 2015) over plain vectors, with a schedule of the
 // learning rate and clipping of the gradient. Knows neither graphs nor what the numbers mean.
 // With g the gradient after clipping, t = 1, 2, …, and the rate r = rate · schedule(t):
-// p ← p · (1 − r · weightDecay)
 // m ← β₁·m + (1 − β₁)·g      v ← β₂·v + (1 − β₂)·g²
 // p ← p − r · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
 // The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
 
-/** Numbers with one learning rate and one weight decay. Parts of one vector become groups by `subarray`. */
+const BETA1 = 0.9;
+const BETA2 = 0.999;
+const EPSILON = 1e-8;
+
+/** Numbers with one learning rate. Parts of one vector become groups by `subarray`. */
 interface ParameterGroup {
   /** Changed by each step. */
   readonly values: Float32Array;
   /** Learning rate at the top of the schedule. */
   readonly rate: number;
-  /** Default: 0. */
-  readonly weightDecay?: number | undefined;
 }
-
-interface AdamWOptions {
-  /** Default: 0.9. */
-  readonly beta1?: number | undefined;
-  /** Default: 0.999. */
-  readonly beta2?: number | undefined;
-  /** Default: 1e-8. */
-  readonly epsilon?: number | undefined;
-  /** Largest norm of the gradients of all groups together; a longer gradient is scaled down to it. Default: no limit. */
-  readonly clip?: number | undefined;
-  /** Steps until the rate is reached. Default: 0. */
-  readonly warmup?: number | undefined;
-  /** Steps in all, for `decay`; needed unless that is "none". */
-  readonly steps?: number | undefined;
-  /** How the rate falls after the warm-up. Default: "linear"; "none" where there are no `steps`. */
-  readonly decay?: "none" | "linear" | "cosine" | undefined;
-}
-
-/** Every option with a value. */
-type Filled<T> = { readonly [K in keyof T]-?: NonNullable<T[K]> };
 
 /** Result of a step. */
 interface StepReport {
   /** Norm of the gradient before clipping. */
   readonly norm: number;
-  /** Fraction of the groups' rates that was applied, 0 to 1. */
-  readonly schedule: number;
   /** False when the gradient was not finite. Then nothing has changed, not even the count of steps. */
   readonly applied: boolean;
 }
 
-/**
- * @example
- * const optimizer = new AdamW([{ values: parameters, rate: 0.02 }, { values: head, rate: 0.02 }], { steps: 100, clip: 1 });
- * const { norm } = optimizer.step([gradient, headGradient]);
- */
-export class AdamW {
-  readonly #groups: readonly (Filled<ParameterGroup> & { m: Float32Array; v: Float32Array })[];
-  readonly #options: Filled<AdamWOptions>;
+/** Options of a schedule: as in `OptimizerOptions`, for so many steps. */
+interface Schedule extends Pick<OptimizerOptions, "decay"> {
+  readonly steps: number;
+  readonly clip: number;
+  readonly warmup: number;
+}
+
+export class Adam {
+  readonly #groups: readonly (ParameterGroup & { m: Float32Array; v: Float32Array })[];
+  readonly #options: Schedule;
   #count = 0;
 
-  /** @throws RangeError when an option is out of its range, naming it */
-  constructor(groups: readonly ParameterGroup[], options: AdamWOptions = {}) {
-    const { beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, clip = Infinity, warmup = 0, steps = Infinity } = options;
-    const { decay = steps === Infinity ? "none" : "linear" } = options;
-    this.#options = { beta1, beta2, epsilon, clip, warmup, steps, decay };
-    const limits = { beta1: "share", beta2: "share", epsilon: "positive", warmup: "count", clip: "unlimited" } as const;
-    checkNumbers("AdamW", this.#options, limits);
-    checkChoice("decay", decay, ["none", "linear", "cosine"]);
-    if (decay !== "none" && !(Number.isInteger(steps) && steps > warmup))
-      throw new RangeError(`AdamW: steps: expected a whole number above \`warmup\`, got ${steps}`);
-    this.#groups = groups.map(({ values, rate, weightDecay = 0 }) => {
-      checkNumbers("AdamW", { rate, weightDecay }, { rate: "rate", weightDecay: "rate" });
-      return { values, rate, weightDecay, m: new Float32Array(values.length), v: new Float32Array(values.length) };
-    });
+  /** @throws RangeError where the warm-up takes all steps */
+  constructor(groups: readonly ParameterGroup[], options: Schedule) {
+    if (options.decay !== "none" && options.steps <= options.warmup)
+      throw new RangeError(`fit: steps: expected a whole number above \`warmup\`, got ${options.steps}`);
+    this.#options = options;
+    this.#groups = groups.map((group) => ({
+      ...group,
+      m: new Float32Array(group.values.length),
+      v: new Float32Array(group.values.length),
+    }));
   }
 
-  /** Steps taken. */
-  get count(): number {
-    return this.#count;
-  }
-
-  /**
-   * @param gradients one for each group, in order; not changed
-   * @throws RangeError when their number or lengths differ from the groups'
-   */
+  /** @param gradients one for each group, in order; not changed */
   step(gradients: readonly Float32Array[]): StepReport {
-    const expected = this.#groups.map(({ values }) => values.length);
-    if (gradients.map(({ length }) => length).join() !== expected.join()) {
-      const lengths = gradients.map(({ length }) => length).join(", ");
-      throw new RangeError(`AdamW: gradients: expected the lengths ${expected.join(", ")}, got ${lengths}`);
-    }
     let squares = 0;
     for (const gradient of gradients) for (const g of gradient) squares += g * g;
     const norm = Math.sqrt(squares);
-    const schedule = this.#schedule(this.#count + 1);
-    if (!Number.isFinite(norm)) return { norm, schedule, applied: false };
+    if (!Number.isFinite(norm)) return { norm, applied: false };
     this.#count++;
-    const { beta1, beta2, epsilon, clip } = this.#options;
+    const { clip } = this.#options;
     const scale = norm > clip ? clip / norm : 1;
-    const [unbias1, unbias2] = [1 - beta1 ** this.#count, 1 - beta2 ** this.#count];
-    for (const [i, { values, rate, weightDecay, m, v }] of this.#groups.entries()) {
+    const unbias1 = 1 - BETA1 ** this.#count;
+    const unbias2 = 1 - BETA2 ** this.#count;
+    for (const [i, { values, rate, m, v }] of this.#groups.entries()) {
       const gradient = gradients[i]!;
-      const now = rate * schedule;
-      const [kept, by] = [1 - now * weightDecay, now / unbias1];
+      const now = rate * this.#schedule();
+      const by = now / unbias1;
       for (let at = 0; at < values.length; at++) {
         const g = gradient[at]! * scale;
-        const mean = beta1 * m[at]! + (1 - beta1) * g;
-        const square = beta2 * v[at]! + (1 - beta2) * g * g;
+        const mean = BETA1 * m[at]! + (1 - BETA1) * g;
+        const square = BETA2 * v[at]! + (1 - BETA2) * g * g;
         m[at] = mean;
         v[at] = square;
-        values[at] = values[at]! * kept - (by * mean) / (Math.sqrt(square / unbias2) + epsilon);
+        values[at]! -= (by * mean) / (Math.sqrt(square / unbias2) + EPSILON);
       }
     }
-    return { norm, schedule, applied: true };
+    return { norm, applied: true };
   }
 
-  /** @param t from 1 */
-  #schedule(t: number): number {
-    const { warmup, steps, decay } = this.#options;
+  #schedule(): number {
+    const t = this.#count;
+    const { steps, warmup, decay = "linear" } = this.#options;
     if (t <= warmup) return t / warmup;
     if (decay === "none") return 1;
     // The schedule reaches 0 one step after the last, so that the last step still moves something.
-    const gone = Math.min(1, (t - 1 - warmup) / (steps - warmup));
-    return decay === "linear" ? 1 - gone : (1 + Math.cos(Math.PI * gone)) / 2;
+    return Math.max(0, 1 - (t - 1 - warmup) / (steps - warmup));
   }
+}
+
+// The head of a task: the layers that are trained whole. Most heads are one layer with a row of weights for each label. In heads of
+// several (RoBERTa's `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) only the last layer
+// has such rows; the layers in front of it keep the model's shape.
+
+/** One layer of a head. */
+export interface HeadLayer {
+  readonly module: string;
+  readonly in: number;
+  /** Rows of the weight; in the last layer the labels. */
+  readonly out: number;
+  readonly bias: boolean;
+  /** True for the layer whose rows are the labels: its outputs are the logits. */
+  readonly last: boolean;
+  /** The model's own weight [out, in] and bias [out], where they can be a start. */
+  readonly own: LayerNumbers | undefined;
+}
+
+/** Most features, the inputs of the last layer, that are asked for. Wide heads have thousands, and each step would carry their square. */
+const MOST_FEATURES = 1024;
+
+/** Number of the last layer's inputs that can follow the logits. */
+export function featuresOf(head: readonly HeadLayer[]): number {
+  return Math.min(head.find(({ last }) => last)?.in ?? 0, MOST_FEATURES);
+}
+
+/** Weight [out, in] and bias [out] of one layer. A layer without a bias has one here that is never read. */
+export interface LayerNumbers {
+  readonly weight: Float32Array<ArrayBuffer>;
+  readonly bias: Float32Array<ArrayBuffer>;
+}
+
+/** Zeros for the weights and the biases of all layers. */
+export function zerosOf(head: readonly HeadLayer[]): LayerNumbers {
+  const sum = (of: (layer: HeadLayer) => number): number => head.reduce((total, layer) => total + of(layer), 0);
+  const weights = sum(({ in: inputs, out }) => inputs * out);
+  return { weight: new Float32Array(weights), bias: new Float32Array(sum(({ out }) => out)) };
+}
+
+/** Splits the concatenated numbers of all layers into views, one for each layer. */
+export function layersOf(
+  head: readonly HeadLayer[],
+  { weight, bias }: LayerNumbers,
+): ({ readonly layer: HeadLayer } & LayerNumbers)[] {
+  let [w, b] = [0, 0];
+  return head.map((layer) => {
+    const [weights, biases] = [layer.in * layer.out, layer.out];
+    const of = { weight: weight.subarray(w, w + weights), bias: bias.subarray(b, b + biases) };
+    [w, b] = [w + weights, b + biases];
+    return { layer, ...of };
+  });
+}
+
+/** Replaces numbers layer by layer. @param made the new ones of a layer; what it leaves out stays */
+export function mapLayers(
+  head: readonly HeadLayer[],
+  numbers: LayerNumbers,
+  made: (
+    layer: HeadLayer,
+    own: LayerNumbers,
+    index: number,
+  ) => { readonly weight?: Float32Array; readonly bias?: Float32Array },
+): LayerNumbers {
+  const all = { weight: numbers.weight.slice(), bias: numbers.bias.slice() };
+  for (const [i, { layer, ...own }] of layersOf(head, all).entries()) {
+    const { weight, bias } = made(layer, own, i);
+    if (weight) own.weight.set(weight);
+    if (bias) own.bias.set(bias);
+  }
+  return all;
 }

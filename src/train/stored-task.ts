@@ -3,21 +3,35 @@
  * that is trained on keeps the steps it was stored with, so that it takes about as many bytes.
  */
 
+import type { Adapter } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
-import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
+import { parseTask } from "../format/directory.ts";
+import {
+  encodeTask,
+  encodeTaskFile,
+  type ParameterInput,
+  type TaskToWrite,
+  type TensorInput,
+  type TermInput,
+} from "../format/encode.ts";
 import { bringsOf, encodedTensor, misfitLabels, type TaskBlob, type TaskMetadata } from "../format/format.ts";
-import type { TaskToWrite } from "../format/layout.ts";
-import { parseTask } from "../format/task.ts";
 import { atOnce } from "../pace.ts";
 import { narrowTerms } from "../pack/tasks.ts";
 import { storedTask } from "../pack/write.ts";
-import { BITS, type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { decodeScales, encodeTensor, toInteger } from "../tensor/encode.ts";
-import { type HeadLayer, layersOf } from "./head.ts";
-import type { State } from "./state.ts";
+import {
+  BITS,
+  type Dtype,
+  decodeScales,
+  encodeTensor,
+  isQuantized,
+  type TaskDtypes,
+  toInteger,
+} from "../tensor/dtypes.ts";
+import type { Term } from "../tensor/term.ts";
+import { type HeadLayer, layersOf, type State } from "./state.ts";
 import { storingTrained, type TrainedParameter, type TrainedTerms, tensorOf } from "./trained-terms.ts";
 
-/** How a task is stored. */
+/** Options of a trained task that is stored. */
 export interface TaskFileOptions {
   /** Id in the file; `addTask` may give another. */
   readonly id?: string | undefined;
@@ -26,11 +40,11 @@ export interface TaskFileOptions {
    * of as many bits as they are worth.
    */
   readonly dtype?: Partial<TaskDtypes> | undefined;
-  /** Metadata beside the labels, for instance a licence. */
+  /** More metadata than the labels, for instance a licence. */
   readonly metadata?: TaskMetadata | undefined;
 }
 
-/** How a learned task is stored. */
+/** Options of `Trainer.task`. */
 export interface LearnedTaskOptions extends TaskFileOptions {
   /** Share of its ΔW that the task may lose, in a pack with a step where no `dtype` is given. Default: 0.3. */
   readonly error?: number | undefined;
@@ -190,4 +204,42 @@ export function toSteps(values: Float32Array, steps: Float32Array, largest: numb
 export function rowsOf(steps: Float32Array, rows: number): Float32Array {
   const width = steps.length / rows;
   return Float32Array.from({ length: rows }, (_, row) => steps[row * width] ?? 0);
+}
+
+// A learned task as a pack with a step stores its tasks: brought into it as an adapter that is added, over what others share and with rows
+// of its own, in integers of as many bits as they are worth.
+
+/** A task as it was learned. */
+interface Learned {
+  readonly id: string;
+  readonly metadata: TaskMetadata;
+  /** Factors by module name. */
+  readonly terms: ReadonlyMap<string, Term>;
+  readonly head: ReturnType<typeof layersOf>;
+}
+
+/**
+ * The task's file.
+ * @param error the share of its ΔW that it may lose
+ * @throws AdapterError for values that no pack can hold
+ */
+export async function smallTask(pack: Pack, learned: Learned, error: number): Promise<Uint8Array<ArrayBuffer>> {
+  const formats = { basis: "f16", coefficients: "f16", head: "int4" } as const;
+  // Learning alone does without what makes packs.
+  const { projectAdapters } = await import("../pack/add.ts");
+  const [task] = await projectAdapters(pack, [adapterOf(pack, learned)], formats, { error });
+  return encodeTaskFile(task!.entry, pack.basisId, task!.blob);
+}
+
+function adapterOf({ name: file, modules }: Pack, { id, metadata, terms, head }: Learned): Adapter {
+  const own = modules.flatMap(({ A: _, B: __, fingerprint: ___, ...module }) => {
+    const term = terms.get(module.name);
+    return term ? [[module.name, { ...module, rank: term.rank, read: async () => term }] as const] : [];
+  });
+  const saved = head.flatMap(({ layer: { module, in: inputs, out, bias: has }, weight, bias }) => [
+    { name: `${module}.weight`, role: "saved" as const, shape: [out, inputs], read: async () => weight },
+    ...(has ? [{ name: `${module}.bias`, role: "saved" as const, shape: [out], read: async () => bias }] : []),
+  ]);
+  const nothing = { byteLength: 0, baseModel: undefined, warnings: [], close: async () => {} };
+  return { id, file, modules: new Map(own), saved, metadata, ...nothing };
 }

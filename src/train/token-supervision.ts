@@ -2,14 +2,24 @@
  * Supervision of models that answer at every position: language models learn the tokens of completions, token classifiers the labels of
  * words. Logits are computed only at positions with something to learn, since a vocabulary has tens of thousands of classes.
  */
+
 import { checkList } from "../arguments.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import { type BatchFeeds, type EncodeTexts, encoderOf, endOf, type Tokenizer } from "../session/tokens.ts";
+import { type EncodeTexts, encoderOf, endOf, type Tokenizer } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
-import { fillInputs, joinFeeds } from "./batch-feeds.ts";
-import type { Example, Message, Row, Tokens } from "./examples.ts";
-import { type Distribution, logSumExp } from "./probabilities.ts";
-import type { MicroBatch, Supervision, Targets } from "./supervision.ts";
+import {
+  type Distribution,
+  type Example,
+  fillInputs,
+  joinFeeds,
+  logSumExp,
+  type Message,
+  type MicroBatch,
+  type Row,
+  type Supervision,
+  type Targets,
+  type Tokens,
+} from "./supervision.ts";
 
 export interface TokenSupervisionOptions extends SequenceOptions {
   readonly encode: Tokenizer | undefined;
@@ -29,15 +39,15 @@ const MOST_POSITIONS = 128;
 /** Classes of an answer that are kept: nearly all the probability of a language model. */
 const MOST_CLASSES = 64;
 
-type TokenRow = Row<BatchFeeds> & { readonly tokens: Tokens };
+type TokenRow = Row & { readonly tokens: Tokens };
 
-export function tokenSupervision(options: TokenSupervisionOptions): Supervision<BatchFeeds> {
+export function tokenSupervision(options: TokenSupervisionOptions): Supervision {
   const { names, example, positions } = options;
   const read = reader(options);
-  // Feeds of callers run one by one.
+  // BatchFeeds of callers run one by one.
   const lengthOf = ({ tokens, feeds }: TokenRow): number =>
     feeds ? MOST_TOKENS : Math.max(tokens.ids.length, tokens.source?.length ?? 0);
-  const readAll = async (examples: readonly Example<BatchFeeds>[], where: string): Promise<TokenRow[]> => {
+  const readAll = async (examples: readonly Example[], where: string): Promise<TokenRow[]> => {
     const rows: TokenRow[] = [];
     for (const [i, one] of examples.entries()) rows.push(await read(one, `${where}example ${i}`));
     return rows;
@@ -55,13 +65,7 @@ export function tokenSupervision(options: TokenSupervisionOptions): Supervision<
       return { holdout: order.slice(0, count), train: order.slice(count) };
     },
     lengths: async (rows) => new Map((rows as TokenRow[]).map((row) => [row, lengthOf(row)])),
-    microBatches(rows, smoothing) {
-      if (smoothing > 0)
-        throw new RangeError(
-          "fit: smoothing spreads a target over all labels: models that answer token by token cannot use it",
-        );
-      return microBatchesOf(rows as TokenRow[], lengthOf);
-    },
+    microBatches: (rows) => microBatchesOf(rows as TokenRow[], lengthOf),
     async feeds(rows) {
       const all = (rows as TokenRow[]).map(({ tokens }) => tokens);
       const feeds = rows[0]!.feeds ? joinFeeds(rows.map(({ feeds }) => feeds!)) : fillInputs(example, names, all);
@@ -78,7 +82,7 @@ export function tokenSupervision(options: TokenSupervisionOptions): Supervision<
 /** Makes a reader of examples of all kinds. */
 function reader({ encode, names, labels, ...options }: TokenSupervisionOptions) {
   const sequences = new Sequences(encode, names, options);
-  const tokensOf = (example: Example<BatchFeeds>, at: string): Tokens | Promise<Tokens> => {
+  const tokensOf = (example: Example, at: string): Tokens | Promise<Tokens> => {
     const { feeds, classes, messages, words, prompt, text, label } = example;
     if (feeds) return given(classes, at);
     if (labels.length > 0) {
@@ -95,7 +99,7 @@ function reader({ encode, names, labels, ...options }: TokenSupervisionOptions) 
       `${at}: the model answers token by token: expected \`prompt\` and \`completion\`, or \`messages\``,
     );
   };
-  return async (example: Example<BatchFeeds>, at: string): Promise<TokenRow> => {
+  return async (example: Example, at: string): Promise<TokenRow> => {
     const { feeds, weight = 1 } = example;
     if (!(weight >= 0 && weight < Infinity))
       throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
@@ -103,7 +107,7 @@ function reader({ encode, names, labels, ...options }: TokenSupervisionOptions) 
   };
 }
 
-/** Takes classes given beside feeds as the wanted answers. */
+/** Takes the classes of feeds as the wanted answers. */
 function given(classes: ArrayLike<number> | undefined, at: string): Tokens {
   const all = Array.from(classes ?? []);
   const places = all.flatMap((value, i) => (value >= 0 ? [i] : []));
@@ -114,7 +118,7 @@ function given(classes: ArrayLike<number> | undefined, at: string): Tokens {
   return { ids: all, at: places, wanted: places.map((i) => ({ probabilities: [1], classes: [all[i]!] })) };
 }
 
-function microBatchesOf(rows: readonly TokenRow[], lengthOf: (row: TokenRow) => number): MicroBatch<BatchFeeds>[] {
+function microBatchesOf(rows: readonly TokenRow[], lengthOf: (row: TokenRow) => number): MicroBatch[] {
   const parts: TokenRow[][] = [];
   let [width, count] = [0, 0];
   for (const row of rows) {
@@ -180,16 +184,15 @@ function likeliestOf(logits: Float32Array): Distribution {
 // Examples as token ids, with the positions where something is learned. A prompt is encoded exactly as when the model is asked, so that
 // the learned tokens are those that generation will need.
 
-/** What a tokenizer of transformers.js does beside encoding. */
 interface Templated {
   readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
 }
 
-/** How the examples of a language model become tokens. */
+/** Options of examples that a language model learns token by token. */
 export interface SequenceOptions {
   /** Text at the end of a completion. Default: the tokenizer's `eos_token`. false: none. */
   readonly end?: string | false | undefined;
-  /** First token of a decoder beside an encoder. Default: 0. */
+  /** First token of an encoder-decoder's decoder. Default: 0. */
   readonly decoderStart?: number | undefined;
 }
 
@@ -308,7 +311,7 @@ class Sequences {
     );
   }
 
-  /** Whether the tokenizer leaves out the end of a text: without its last character it has the same tokens then. */
+  /** Tells whether the tokenizer cut a text: without its last character it then has the same tokens. */
   async #isCut(text: string, special: boolean): Promise<boolean> {
     const [all, shorter] = [await this.#ids(text, special), await this.#ids(text.trimEnd().slice(0, -1), special)];
     return shorter.length === all.length && shorter.every((id, i) => id === all[i]);

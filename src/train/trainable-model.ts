@@ -1,16 +1,18 @@
 /**
  * A model that a trainer can train, and a session as such a model: factors and a head in; logits, loss and gradients out.
  */
+
+import { checkArgument } from "../arguments.ts";
 import type { TrainingGraph } from "../autodiff/graph.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
+import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import type { Trainable } from "../session/training.ts";
-import { transpose } from "../tensor/derived.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
-import { batchTensors } from "./batch-feeds.ts";
-import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./head.ts";
-import type { Targets } from "./supervision.ts";
+import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./state.ts";
+import { batchTensors, type Targets } from "./supervision.ts";
 import type { TrainedModule, TrainedTerms } from "./trained-terms.ts";
 
 /** The numbers of a task that a model is fed with: terms by module name, weights and biases of the head's layers as in a `State`. */
@@ -28,15 +30,15 @@ export interface LossAndGradients {
 }
 
 /** A model that can be trained. `Feeds` are one batch of its inputs. */
-export interface TrainableModel<Feeds> {
+export interface TrainableModel {
   /** Layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits. */
   readonly head: readonly HeadLayer[];
   /**
    * Computes logits [rows, classes] only: a row for each text, or for each position that the batch asks for.
    * @param features whether `featuresOf` the head follow the logits of each row
    */
-  answer(batch: Feeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
-  step(batch: Feeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
+  answer(batch: BatchFeeds, weights: TaskWeights, features?: boolean): Promise<Float32Array>;
+  step(batch: BatchFeeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients>;
 }
 
 type Floats = Float32Array<ArrayBuffer>;
@@ -123,7 +125,7 @@ export async function sessionModel(
   terms: TrainedTerms,
   head: readonly HeadInputs[],
   labels: readonly string[],
-): Promise<TrainableModel<BatchFeeds>> {
+): Promise<TrainableModel> {
   refuseOtherOutputs(
     source.graph,
     head.some(({ out }) => out === undefined),
@@ -148,7 +150,7 @@ interface FedLayer extends HeadLayer {
   readonly biasInput: string | undefined;
 }
 
-class SessionModel implements TrainableModel<BatchFeeds> {
+class SessionModel implements TrainableModel {
   readonly head: readonly FedLayer[];
   readonly #source: Trainable;
   readonly #modules: readonly (TrainedModule & { readonly inputA: string; readonly inputB: string })[];
@@ -297,4 +299,44 @@ function rowsOf(batch: BatchFeeds): number {
 /** Copies the values: the runtime may reuse the tensor's memory. */
 async function floatsOf(tensor: EngineTensor): Promise<Floats> {
   return Float32Array.from((await dataOf(tensor)) as Float32Array);
+}
+
+// Checks of options and sessions that training functions take.
+
+type Kind = "whole" | "count" | "share" | "between" | "positive" | "unlimited" | "rate";
+
+/** Limits of numbers: words for the message, and a test. */
+const LIMITS: Readonly<Record<Kind, readonly [expected: string, valid: (value: number) => boolean]>> = {
+  whole: ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1],
+  count: ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0],
+  share: ["a number from 0 to less than 1", (value) => value >= 0 && value < 1],
+  between: ["a number between 0 and 1", (value) => value > 0 && value < 1],
+  positive: ["a number above 0", (value) => value > 0 && value < Infinity],
+  unlimited: ["a number above 0, or Infinity", (value) => value > 0],
+  rate: ["a number ≥ 0", (value) => value >= 0 && value < Infinity],
+};
+
+/**
+ * @param where the public function, for the message
+ * @param options undefined values are skipped; their defaults apply
+ * @throws RangeError naming the option, what is expected and what was found
+ */
+export function checkNumbers<Options extends object>(
+  where: string,
+  options: Options,
+  limits: { readonly [Name in keyof Options]?: Kind },
+): void {
+  for (const [name, kind] of Object.entries<Kind>(limits as Record<string, Kind>)) {
+    const [expected, valid] = LIMITS[kind];
+    const value: unknown = options[name as keyof Options];
+    if (value !== undefined && !(typeof value === "number" && valid(value)))
+      throw new RangeError(`${where}: ${name}: expected ${expected}, got ${String(value)}`);
+  }
+}
+
+/** @throws TypeError when `session` is not a session, or was made without `trainable: true` */
+export function checkSession(where: string, session: Session): void {
+  checkArgument(where, session, "a session (await createEigenSession(…))", "trainable");
+  if (session.trainable) return;
+  throw new TypeError(`${where}: this session cannot be trained; create it with trainable: true`);
 }

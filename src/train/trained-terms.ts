@@ -20,8 +20,7 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
-import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
-import { encodeTensor, storing } from "../tensor/encode.ts";
+import { type Dtype, decodeTensor, encodeTensor, storing } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
@@ -45,7 +44,6 @@ export interface SharedRows {
   readonly own: Readonly<Record<SideName, boolean>>;
 }
 
-/** What is trained of one module. */
 export interface TrainedModule {
   readonly name: string;
   readonly in: number;
@@ -140,16 +138,15 @@ export class TrainedTerms {
     if (basis) {
       const { K, mean, width, values: E } = basis;
       const alpha = this.part(values, module.name, `alpha${side}`)!;
-      const alphaOf = (row: number): Float32Array => alpha.subarray(row * K, (row + 1) * K);
-      const sums = new Float64Array(2 * width);
-      for (const [row, next] of pairsOf(this.#rows(module.name, side))) {
-        for (const at of [0, width]) {
-          if (mean) sums.set(E.subarray(K * width, (K + 1) * width), at);
-          else sums.fill(0, at, at + width);
+      const sums = new Float64Array(width);
+      for (let row = 0; row < this.#rows(module.name, side); row++) {
+        if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
+        else sums.fill(0);
+        for (let k = 0; k < K; k++) {
+          const a = alpha[row * K + k]!;
+          for (let i = 0, at = k * width; i < width; i++) sums[i]! += a * E[at + i]!;
         }
-        accumulate(sums, alphaOf(row), alphaOf(next), E);
-        rows.set(sums.subarray(0, width), row * width);
-        rows.set(sums.subarray(width), next * width);
+        rows.set(sums, row * width);
       }
     }
     const own = this.part(values, module.name, `own${side}`);
@@ -184,10 +181,12 @@ export class TrainedTerms {
     if (!basis) return;
     const { K, width, values: E } = basis;
     const ofAlpha = this.part(gradients, module.name, `alpha${side}`)!;
-    const gOf = (row: number): Float32Array => rows.subarray(row * width, (row + 1) * width);
-    for (const [row, next] of pairsOf(this.#rows(module.name, side))) {
-      const [one, other] = [row, next].map((at) => ofAlpha.subarray(at * K, (at + 1) * K)) as [Values, Values];
-      products(one, other, gOf(row), gOf(next), E);
+    for (let row = 0; row < this.#rows(module.name, side); row++) {
+      for (let k = 0; k < K; k++) {
+        let sum = 0;
+        for (let i = 0; i < width; i++) sum += rows[row * width + i]! * E[k * width + i]!;
+        ofAlpha[row * K + k] = sum;
+      }
     }
   }
 }
@@ -200,75 +199,6 @@ export function asStored(values: Float32Array, dtype: Dtype, rows: number, width
 /** Names what was to be stored in the errors of `encode`. @throws UnstorableError */
 export function storingTrained<T>(what: string, encode: () => T): T {
   return storing(what, undefined, encode, "take a smaller learning rate");
-}
-
-/** Rows in twos; an odd last one twice. */
-function pairsOf(rows: number): (readonly [number, number])[] {
-  return Array.from({ length: Math.ceil(rows / 2) }, (_, i) => [2 * i, Math.min(2 * i + 1, rows - 1)] as const);
-}
-
-/**
- * Adds a [K] · E [K, width] and b [K] · E to the halves of sums [2, width]. Steps of training wait for this product: four rows of E are
- * read once for both.
- */
-function accumulate(sums: Float64Array, a: Float32Array, b: Float32Array, E: Float32Array): void {
-  const width = sums.length / 2;
-  let k = 0;
-  for (; k + 4 <= a.length; k += 4) {
-    const [a0, a1, a2, a3] = [a[k]!, a[k + 1]!, a[k + 2]!, a[k + 3]!];
-    const [b0, b1, b2, b3] = [b[k]!, b[k + 1]!, b[k + 2]!, b[k + 3]!];
-    const [at0, at1, at2, at3] = [k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width];
-    for (let i = 0; i < width; i++) {
-      const e0 = E[at0 + i]!;
-      const e1 = E[at1 + i]!;
-      const e2 = E[at2 + i]!;
-      const e3 = E[at3 + i]!;
-      sums[i]! += a0 * e0 + a1 * e1 + (a2 * e2 + a3 * e3);
-      sums[width + i]! += b0 * e0 + b1 * e1 + (b2 * e2 + b3 * e3);
-    }
-  }
-  for (; k < a.length; k++) {
-    for (let i = 0, at = k * width; i < width; i++) {
-      sums[i]! += a[k]! * E[at + i]!;
-      sums[width + i]! += b[k]! * E[at + i]!;
-    }
-  }
-}
-
-/** of1 [K] = E [K, width] · g1 [width], and of2 the same of g2. */
-function products(of1: Float32Array, of2: Float32Array, g1: Float32Array, g2: Float32Array, E: Float32Array): void {
-  const width = g1.length;
-  let k = 0;
-  for (; k + 4 <= of1.length; k += 4) {
-    const [at0, at1, at2, at3] = [k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width];
-    let [s0, s1, s2, s3, t0, t1, t2, t3] = [0, 0, 0, 0, 0, 0, 0, 0];
-    for (let i = 0; i < width; i++) {
-      const x = g1[i]!;
-      const y = g2[i]!;
-      const e0 = E[at0 + i]!;
-      const e1 = E[at1 + i]!;
-      const e2 = E[at2 + i]!;
-      const e3 = E[at3 + i]!;
-      s0 += x * e0;
-      s1 += x * e1;
-      s2 += x * e2;
-      s3 += x * e3;
-      t0 += y * e0;
-      t1 += y * e1;
-      t2 += y * e2;
-      t3 += y * e3;
-    }
-    of1.set([s0, s1, s2, s3], k);
-    of2.set([t0, t1, t2, t3], k);
-  }
-  for (; k < of1.length; k++) {
-    let [s, t] = [0, 0];
-    for (let i = 0, at = k * width; i < width; i++) {
-      s += g1[i]! * E[at + i]!;
-      t += g2[i]! * E[at + i]!;
-    }
-    [of1[k], of2[k]] = [s, t];
-  }
 }
 
 /**

@@ -1,16 +1,21 @@
 /**
- * The training loop: batches in, steps of AdamW, the best state kept. It knows numbers and examples; the setup brings the model and the
+ * The training loop: batches in, steps of Adam, the best state kept. It knows numbers and examples; the setup brings the model and the
  * way from a batch to its inputs.
  */
 
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
-import type { TaskBlob, TaskMetadata } from "../format/format.ts";
-import { throwIfAborted } from "../pace.ts";
+import type { Pack } from "../core/pack.ts";
+import { parseTaskFile } from "../core/task-file.ts";
+import { TaskError } from "../errors.ts";
+import { plainTask } from "../format/decode-coded.ts";
+import { parseTask } from "../format/directory.ts";
+import { moduleOf, readTensor, type TaskBlob, type TaskMetadata } from "../format/format.ts";
+import { paced, pacer, throwIfAborted } from "../pace.ts";
+import type { OnProgress } from "../progress.ts";
+import type { Session } from "../session/session.ts";
+import { checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import type { AbortOptions } from "../source.ts";
-import { shuffle, uniform } from "../tensor/random.ts";
-import { checkNumbers } from "./checks.ts";
-import { type Example, type Row, toBatches, type Unlabelled } from "./examples.ts";
-import { layersOf } from "./head.ts";
+import { normal, shuffle, uniform } from "../tensor/random.ts";
 import {
   answers,
   checkGradients,
@@ -23,26 +28,49 @@ import {
   type TrainingSetup,
   weightsOf,
 } from "./objective.ts";
-import { MeanDivergence, softmax } from "./probabilities.ts";
-import { readDonor, type Start, startState } from "./start.ts";
-import { copyOf, type OptimizerOptions, optimizerOf, type State } from "./state.ts";
+import {
+  copyOf,
+  type HeadLayer,
+  type LayerNumbers,
+  layersOf,
+  type OptimizerOptions,
+  optimizerOf,
+  type State,
+  stateLike,
+  zerosOf,
+} from "./state.ts";
 import {
   type LearnedTaskOptions,
   learnedTask,
   type Stepped,
+  smallTask,
   stepsOf,
   type TaskFileOptions,
   type TaskSteps,
   taskFile,
 } from "./stored-task.ts";
-import type { Score } from "./supervision.ts";
+import {
+  createBatcher,
+  type Example,
+  labelSupervision,
+  MeanDivergence,
+  type Row,
+  type Score,
+  type Supervision,
+  softmax,
+  toBatches,
+  type Unlabelled,
+} from "./supervision.ts";
+import { type SequenceOptions, tokenSupervision } from "./token-supervision.ts";
+import { checkNumbers, checkSession, headInputs, sessionModel } from "./trainable-model.ts";
+import { sharedRows, type TrainedModule, type TrainedParameter, TrainedTerms, tensorOf } from "./trained-terms.ts";
 
 const OPTIONS = [
-  ...(["epochs", "steps", "batch", "holdout", "signal", "smoothing", "temperature", "dtype"] as const),
-  ...(["learningRates", "weightDecay", "clip", "warmup", "decay"] as const),
+  ...(["epochs", "steps", "batch", "holdout", "signal", "temperature", "dtype"] as const),
+  ...(["learningRates", "clip", "warmup", "decay"] as const),
 ] as const;
 const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
-/** What a learned task loses of its ΔW when it is stored: it has learned what its examples need, and noise beside it. */
+/** Share of its ΔW that a learned task loses when it is stored: besides what its examples need it has learned noise. */
 const LEARNED_ERROR = 0.3;
 
 /** Options of every trainer. */
@@ -71,7 +99,7 @@ export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
 
 /** @internal Knowledge of a caller of `fitRows`. */
 export interface Tested {
-  /** Whether gradients of the same graph were checked before. */
+  /** Gradients of the same graph were checked before. */
   readonly tested?: boolean;
 }
 
@@ -95,8 +123,8 @@ const TRIAL_STEPS = 6;
 const EXPLODED = 20;
 
 /** Learns one task. Made by `createTrainer`. */
-export class Trainer<Feeds = unknown> {
-  readonly #setup: TrainingSetup<Feeds>;
+export class Trainer {
+  readonly #setup: TrainingSetup;
   readonly #init: Start;
   readonly #random: () => number;
   #state: State | undefined;
@@ -104,7 +132,7 @@ export class Trainer<Feeds = unknown> {
   #busy = false;
 
   /** @internal Use `createTrainer`. @throws RangeError for fewer than two labels, or two alike */
-  constructor(setup: TrainingSetup<Feeds>, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
+  constructor(setup: TrainingSetup, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
     const { labels, supervision, terms } = setup;
     const none = labels.length === 0 && supervision.tokens;
     if (!none && (labels.length < 2 || new Set(labels).size < labels.length || labels.includes(""))) {
@@ -142,16 +170,16 @@ export class Trainer<Feeds = unknown> {
    * @example
    * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
    */
-  async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
+  async *fit(examples: readonly Example[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
     const { supervision, model } = this.#setup;
     checkOptions("fit", options, OPTIONS);
     checkNumbers("fit", options, {
-      ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
-      ...({ temperature: "positive", weightDecay: "rate", clip: "unlimited", warmup: "count" } as const),
+      ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share" } as const),
+      ...({ temperature: "positive", clip: "unlimited", warmup: "count" } as const),
     });
     const rates = { terms: "rate", privateTerms: "rate", head: "rate", inner: "rate" } as const;
     checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
-    checkChoice("fit: decay", options.decay ?? "none", ["none", "linear", "cosine"]);
+    checkChoice("fit: decay", options.decay ?? "none", ["none", "linear"]);
     if ((options.temperature ?? 1) !== 1 && !model.head.some(({ last }) => last))
       throw new RangeError("fit: a temperature needs a trainer with a head that makes the logits");
     if (examples?.length === 0) throw new RangeError("fit: there are no examples");
@@ -160,7 +188,7 @@ export class Trainer<Feeds = unknown> {
 
   /** @internal Trains with examples that were checked. */
   async *fitRows(
-    rows: readonly Row<Feeds>[],
+    rows: readonly Row[],
     options: FitOptions & Stepped & Tested & Featured,
   ): AsyncGenerator<TrainingStep, void, void> {
     this.#occupy("fit");
@@ -214,7 +242,7 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** Chooses a state to begin from; "auto" takes a few steps from each start and keeps the one with the smaller loss. */
-  async #start(train: readonly Row<Feeds>[], batch: number, options: FitOptions): Promise<State> {
+  async #start(train: readonly Row[], batch: number, options: FitOptions): Promise<State> {
     const { pack, origin, terms, model } = this.#setup;
     const { temperature, signal } = options;
     const init = this.#init;
@@ -267,7 +295,7 @@ export class Trainer<Feeds = unknown> {
    * answer. A completion is right if all its tokens are.
    * @throws RangeError, TypeError as `fit`
    */
-  async score(examples: readonly Example<Feeds>[], { signal }: AbortOptions = {}): Promise<Score> {
+  async score(examples: readonly Example[], { signal }: AbortOptions = {}): Promise<Score> {
     const rows = await this.#setup.supervision.check(examples);
     return score(this.#setup, rows, this.#learned(), { signal });
   }
@@ -285,7 +313,7 @@ export class Trainer<Feeds = unknown> {
 
   /** @internal How far the task's answers are from the targets of rows. @param how its numbers are rounded first; not where it is empty */
   async compare(
-    rows: readonly Row<Feeds>[],
+    rows: readonly Row[],
     { dtype = {}, stored }: Pick<ObjectiveOptions, "dtype"> & Stepped = {},
   ): Promise<Pick<MeanDivergence, "mean" | "agreement">> {
     const found = new MeanDivergence();
@@ -300,14 +328,14 @@ export class Trainer<Feeds = unknown> {
    * Predicts probabilities [labels] of each text or feed with the current task.
    * @throws TypeError for models that answer token by token: `score` judges them, and a session with the task answers
    */
-  async predict(examples: readonly Unlabelled<Feeds>[], { signal }: AbortOptions = {}): Promise<Float32Array[]> {
+  async predict(examples: readonly Unlabelled[], { signal }: AbortOptions = {}): Promise<Float32Array[]> {
     checkList("predict", examples, "examples");
     const { supervision } = this.#setup;
     if (supervision.tokens)
       throw new TypeError("predict: the model answers token by token; take `score`, or add the task to the session");
     const weights = weightsOf(this.#setup, this.#learned());
     const rows = await supervision.ask(examples, "predict");
-    const found = new Map<Row<Feeds>, Float32Array>();
+    const found = new Map<Row, Float32Array>();
     for await (const { row, logits } of answers(this.#setup, rows, weights, { signal }))
       found.set(row, softmax(logits[0]!));
     return rows.map((row) => found.get(row)!);
@@ -317,19 +345,12 @@ export class Trainer<Feeds = unknown> {
   async task({ error = LEARNED_ERROR, ...options }: LearnedTaskOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
     checkOptions("task", options, TASK_OPTIONS);
     if (!(error > 0 && error < 1)) throw new RangeError(`task: error: expected a number between 0 and 1, got ${error}`);
-    const { parameters } = this.#learned();
-    const { terms } = this.#setup;
-    const { pack } = this.#setup;
+    const state = this.#learned();
+    const { pack, terms, model } = this.#setup;
     if (options.dtype || pack.directory.basis.step === undefined) return this.taskFile(options);
-    const { smallTask } = await import("./small-task.ts");
-    const head = layersOf(this.#setup.model.head, this.#learned());
-    const learned = {
-      id: options.id ?? "task",
-      metadata: this.#metadata(options),
-      terms: terms.expand(parameters),
-      head,
-    };
-    return smallTask(pack, learned, error);
+    const { id = "task" } = options;
+    const numbers = { terms: terms.expand(state.parameters), head: layersOf(model.head, state) };
+    return smallTask(pack, { id, metadata: this.#metadata(options), ...numbers }, error);
   }
 
   /** @internal Writes the task as a file, with integers of given steps. */
@@ -354,4 +375,397 @@ export class Trainer<Feeds = unknown> {
     if (this.#busy) throw new TypeError(`${name}: this trainer is at work; wait for its end`);
     this.#busy = true;
   }
+}
+
+// Makes a trainer on a session. One copy of the weights learns and answers, in the session; the trainer holds only the numbers of the
+// task.
+
+/** Options of `createTrainer`. */
+export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, AbortOptions {
+  /**
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, or a function.
+   * Not needed for examples with feeds.
+   */
+  readonly encode?: Tokenizer | undefined;
+  /**
+   * "coefficients": over the pack's components. "lora": factors of every module, which begin as without a pack, or from its components
+   * if `init` says so. Default: "coefficients".
+   */
+  readonly train?: "coefficients" | "lora" | undefined;
+  /**
+   * Rows of coefficients of each side, or rank of the factors. Default: as in the task to start from, or most of the pack's first tasks.
+   */
+  readonly rank?: number | undefined;
+  /**
+   * Rank-1 terms of each module in addition to the coefficients, for what the components lack. Default: as many as the task to start from has
+   * in the module, else none.
+   */
+  readonly privateTerms?: number | undefined;
+  /** Names of the modules to train. Default: those of the task to start from, else all of the pack. */
+  readonly modules?: readonly string[] | undefined;
+  /**
+   * Layers to train whole, among those that the session was created to train: their names, or the name of a module that holds them.
+   * `false`: none. Default: all. One of them has a row for each label.
+   */
+  readonly head?: string | readonly string[] | false | undefined;
+  /** Told how far the pack's components are read, where they are not in memory. */
+  readonly onProgress?: OnProgress | undefined;
+}
+
+/**
+ * Makes a trainer on a session.
+ * @param session created with `trainable: true`
+ * @throws TypeError for a session that is not trainable, or an `encode` that cannot encode texts; RangeError for impossible labels, ranks, modules or heads
+ * @example
+ * const trainer = await createTrainer(session, { labels: ["spam", "fine"], encode: tokenizer });
+ * for await (const { loss } of trainer.fit(examples)) console.log(loss);
+ * await session.addTask("mine", await trainer.task());
+ */
+export async function createTrainer(session: Session, options: CreateTrainerOptions): Promise<Trainer> {
+  checkSession("createTrainer", session);
+  checkOptions("createTrainer", options, [
+    ...(["labels", "init", "seed", "encode", "train", "rank", "privateTerms", "modules", "head"] as const),
+    ...(["end", "decoderStart", "signal", "onProgress"] as const),
+  ]);
+  if (options.labels !== undefined || !session.trainable!.graph.tokens)
+    checkList("createTrainer: labels", options.labels!, 'names, such as ["spam", "fine"]');
+  if (options.encode !== undefined) checkTokenizer("createTrainer: encode", options.encode);
+  return makeTrainer(session, options, supervisionOf(session, options));
+}
+
+/** Chooses the supervision that fits the model's answers: labels of texts, or classes of tokens. */
+export function supervisionOf(
+  session: Session,
+  { encode, labels = [], ...options }: Pick<CreateTrainerOptions, "encode" | "labels" | keyof SequenceOptions>,
+): Supervision {
+  const { graph, example } = session.trainable!;
+  const names = session.inputNames;
+  if (!graph.tokens) {
+    const short = [...(example ?? [])].flatMap(([name, { data }]) => (data instanceof Int32Array ? [name] : []));
+    return labelSupervision(createBatcher(encode, names, new Set(short)), labels);
+  }
+  return tokenSupervision({ ...options, encode, names, example, labels, positions: graph.tokens.positions });
+}
+
+/** Makes a trainer with a supervision that may already hold encoded texts. */
+export async function makeTrainer(
+  session: Session,
+  options: CreateTrainerOptions,
+  supervision: Supervision,
+): Promise<Trainer> {
+  const { pack, trainable } = session;
+  const source = trainable!;
+  const { train = "coefficients", labels = [] } = options;
+  checkChoice("train", train, ["coefficients", "lora"]);
+  if (typeof options.init === "string") checkChoice("init", options.init, ["auto", "mean", "random", "fresh"]);
+  checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count", decoderStart: "count" });
+  // Language models have no head to train: their logits are over the vocabulary.
+  const head = headInputs(source, labels.length === 0 ? false : options.head);
+  const leftOut = new Set(session.leftOut);
+  const here = pack.modules.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
+  const absent = options.modules?.find((name) => leftOut.has(name));
+  if (absent !== undefined) throw new RangeError(`modules: "${absent}" was left out of this session`);
+  const modules = await trainedModules(pack, options, here);
+  const origin = new TrainedTerms(modules);
+  const factors = modules.map(({ shared, privateRank, ...one }) => ({
+    ...one,
+    privateRank: privateRank + (shared?.rank ?? 0),
+  }));
+  const terms = train === "lora" ? new TrainedTerms(factors) : origin;
+  const model = await sessionModel(source, terms, head, labels);
+  return new Trainer({ pack, model, supervision, terms, origin, labels: [...labels] }, options);
+}
+
+/** Lists what is trained of each module, over the pack's components. @param here names of the modules that the session has */
+async function trainedModules(
+  pack: Pack,
+  { modules, init, privateTerms, signal, onProgress, ...options }: CreateTrainerOptions,
+  here: readonly string[],
+): Promise<TrainedModule[]> {
+  const { rank = await usualRank(pack) } = options;
+  const unknown = modules?.find((name) => !pack.modules.some((module) => module.name === name));
+  if (unknown !== undefined) throw new RangeError(`modules: the pack has no "${unknown}"`);
+  const from =
+    typeof init === "object" && pack.tasks.has(init.task) ? await pack.load(init.task, { signal }) : undefined;
+  const first = options.rank === undefined ? from : undefined;
+  const adapted = (from?.terms ?? []).map(({ module }) => pack.modules[module]!.name);
+  const some = modules ?? (adapted.length > 0 ? here.filter((name) => adapted.includes(name)) : here);
+  const section = await pack.bases({ signal, onProgress });
+  try {
+    return pack.modules.flatMap((module, index): TrainedModule[] => {
+      const { name, in: inputs, out } = module;
+      if (!some.includes(name)) return [];
+      const own = first?.terms.find((term) => term.module === index);
+      const shared = sharedRows(module, section.bytes, rank, own);
+      const privateRank = privateTerms ?? own?.privateRank ?? 0;
+      return [
+        { name, in: inputs, out, shared, privateRank: shared ? privateRank : Math.max(privateRank, own ? 0 : rank) },
+      ];
+    });
+  } finally {
+    section.close();
+  }
+}
+
+// Starting values of training. The coefficients of a pack's tasks show where useful ones lie. Their mean is a start for tasks trained
+// from one seed, whose rows correspond; random ones with their spread are for tasks with seeds of their own (the paper's zero-shot). Rows
+// must differ at the start: identical rows get identical gradients for ever.
+
+/**
+ * Kinds of starts. "auto" tries mean and random for a few steps and takes the better one. "fresh" begins as PEFT does, without the pack,
+ * for factors that are trained themselves.
+ */
+export type Start = "auto" | "mean" | "random" | "fresh" | { readonly task: string };
+
+/** Largest number of tasks that mean and spread are computed from. */
+const MOST_DONORS = 64;
+
+/** Standard deviation of fresh factors and heads, as in PyTorch. */
+const SMALL = 0.02;
+
+/** A task to start from. */
+export interface Donor {
+  readonly id: string;
+  readonly blob: TaskBlob;
+  /** Names of its head's rows, where it has some. */
+  readonly labels: readonly string[] | undefined;
+}
+
+/**
+ * Reads the task to start from.
+ * @param task of the pack, or a task file made for it
+ * @throws TaskError when there is no such task, or it belongs to another basis
+ * @throws FormatError when the file is damaged
+ */
+export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffer>): Promise<Donor> {
+  if (typeof task === "string") {
+    const labels = pack.tasks.get(task)?.metadata.labels;
+    if (pack.tasks.has(task)) return { id: task, blob: await pack.load(task), labels };
+    throw new TaskError(`there is no task "${task}" to start from`, { task });
+  }
+  const file = "the task to begin with";
+  const { id, basisId, blob, metadata } = parseTaskFile(task, file);
+  if (basisId !== pack.basisId)
+    throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
+  const plain = await plainTask(blob, { file, part: file, before: pack.directory.basisBytes });
+  return { id, blob: await paced(parseTask(plain, pack.modules, file, { id }), pacer()), labels: metadata.labels };
+}
+
+/** @throws TaskError when a task has what is not trained, or a side of a module in another way, which would leave out some of it */
+function refuseOthers(pack: Pack, { modules }: TrainedTerms, head: readonly HeadLayer[], { id, blob }: Donor): void {
+  const refuse = (what: string): never => {
+    throw new TaskError(`task "${id}" has ${what}, which this trainer does not have`, { task: id });
+  };
+  const layers = new Set(head.map(({ module }) => module));
+  const beside = blob.parameters.find(({ role, name }) => role !== "saved" || !layers.has(moduleOf(name)));
+  if (beside) refuse(`"${beside.name}" (${beside.role})`);
+  for (const { module, rank, A, B, ownA, ownBt, privateRank, magnitude } of blob.terms) {
+    const { name } = pack.modules[module]!;
+    const trained = modules.find((one) => one.name === name);
+    if (!trained) refuse(`terms of "${name}"`);
+    if (magnitude) refuse(`a DoRA magnitude of "${name}"`);
+    if (privateRank > 0 && trained?.privateRank === 0) refuse(`private terms of "${name}"`);
+    const isPlain = rank === 0 || (A?.basis === 0 && B?.basis === 0 && !ownA && !ownBt);
+    if (!trained || isPlain) continue;
+    const { shared } = trained;
+    const isSame =
+      shared?.A?.index === A?.basis &&
+      shared?.B?.index === B?.basis &&
+      shared?.own.A === (ownA !== undefined) &&
+      shared.own.B === (ownBt !== undefined);
+    if (isSame) continue;
+    const advice = pack.tasks.has(id) ? `: make one with \`init: { task: "${id}" }\`` : "";
+    throw new TaskError(`task "${id}" has another share of the components of "${name}" than the trainer${advice}`, {
+      task: id,
+    });
+  }
+}
+
+/** Makes the state to start from. @throws TaskError when the task to start from has another rank */
+export async function startState(
+  { pack, terms, origin, model: { head }, labels }: TrainingSetup,
+  start: "mean" | "random" | "fresh" | Donor,
+  random: () => number,
+  signal?: AbortSignal,
+): Promise<State> {
+  const state = stateLike({ parameters: { length: terms.size }, ...zerosOf(head) });
+  const donor = typeof start === "object" ? start : undefined;
+  // A LoRA begins with the factors that coefficients make, unless the task to start from has factors of its own.
+  const expands = origin !== terms && start !== "fresh" && (!donor || donor.blob.terms.some(({ rank }) => rank > 0));
+  if (donor) refuseOthers(pack, expands ? origin : terms, head, donor);
+  await fillStart(pack, terms, expands ? "random" : start, state.parameters, random, signal);
+  if (expands) {
+    const coefficients = new Float32Array(origin.size);
+    await fillStart(pack, origin, start, coefficients, random, signal);
+    for (const [module, { A, Bt }] of origin.expand(coefficients)) {
+      terms.part(state.parameters, module, "privateA")?.set(A);
+      terms.part(state.parameters, module, "privateB")?.set(Bt);
+    }
+  }
+  startHead(head, donor, labels, state, random);
+  return state;
+}
+
+/**
+ * Copies each layer from the task to start from if the shapes agree; rows go to the labels of their names, where those are the same. Otherwise
+ * the layer with the labels gets small random numbers, and the layers in front of it the model's own.
+ */
+function startHead(
+  head: readonly HeadLayer[],
+  donor: Donor | undefined,
+  labels: readonly string[],
+  state: LayerNumbers,
+  random: () => number,
+): void {
+  for (const { layer, weight, bias } of layersOf(head, state)) {
+    const { module, in: inputs, out, own, last } = layer;
+    const given = donor && savedTensor(donor.blob, `${module}.weight`, [out, inputs]);
+    if (given) {
+      const order = last ? orderOf(labels, donor.labels) : undefined;
+      weight.set(inOrder(given, order));
+      bias.set(inOrder(savedTensor(donor.blob, `${module}.bias`, [out]) ?? new Float32Array(0), order));
+    } else if (own) {
+      weight.set(own.weight);
+      bias.set(own.bias);
+    } else fillNormal(weight, random);
+  }
+}
+
+/** Where each label is among others of the same names; undefined where names differ, or are in the same order. */
+function orderOf(labels: readonly string[], others: readonly string[] | undefined): number[] | undefined {
+  const order = labels.map((label) => others?.indexOf(label) ?? -1);
+  return others?.length === labels.length && !order.includes(-1) ? order : undefined;
+}
+
+/** Rows, one for each place in `order`. */
+function inOrder(values: Float32Array, order: readonly number[] | undefined): Float32Array {
+  const width = order && values.length / order.length;
+  if (!width) return values;
+  return Float32Array.from(values, (_, i) => values[order[Math.floor(i / width)]! * width + (i % width)]!);
+}
+
+function savedTensor({ parameters, bytes }: TaskBlob, name: string, shape: number[]): Float32Array | undefined {
+  const found = parameters.find(
+    (one) => one.role === "saved" && one.name === name && one.shape.join() === shape.join(),
+  );
+  return found && readTensor(bytes, found.tensor);
+}
+
+function fillNormal(values: Float32Array, random: () => number): void {
+  for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
+}
+
+/**
+ * Writes starting values into all parameters.
+ * @throws TaskError when the task to start from has another rank
+ */
+export async function fillStart(
+  pack: Pack,
+  terms: TrainedTerms,
+  start: "mean" | "random" | "fresh" | Donor,
+  out: Float32Array<ArrayBuffer>,
+  random: () => number,
+  signal?: AbortSignal,
+): Promise<void> {
+  const moments = await momentsOf(pack, terms, signal);
+  for (const parameter of terms.parameters) {
+    const { module, kind, dims } = parameter;
+    const values = terms.part(out, module, kind)!;
+    const given = typeof start === "object" ? tensorOf(pack, start.blob, parameter) : undefined;
+    if (given && typeof start === "object") {
+      if (given.rows !== dims[0]) {
+        const which = kind.startsWith("private") ? "privateTerms" : "rank";
+        throw new TaskError(
+          `task "${start.id}" has ${which} ${given.rows} on "${module}", the trainer ${dims[0]}: leave \`rank\` and \`privateTerms\` out`,
+          { task: start.id },
+        );
+      }
+      readTensor(start.blob.bytes, given, values);
+    } else if (kind === "privateB" || kind === "ownB") values.fill(0);
+    else if (kind === "privateA" || kind === "ownA") fillNormal(values, random);
+    // A module that the task leaves alone changes nothing at first.
+    else if (typeof start === "object" && isStill(terms, parameter)) values.fill(0);
+    else fillCoefficients(values, moments.get(parameter), start === "mean", random);
+  }
+}
+
+/** Tells whether zeros in the place of these coefficients leave a module unchanged: of one factor, which has no mean. */
+function isStill({ modules }: TrainedTerms, { module, kind }: TrainedParameter): boolean {
+  const { A, B } = modules.find(({ name }) => name === module)!.shared!;
+  return kind === (B && !B.mean ? "alphaB" : A && !A.mean ? "alphaA" : undefined);
+}
+
+/** Statistics of one parameter [rank, K] over the pack's first tasks. */
+interface Moments {
+  /** Sums over tasks [rank, K]. */
+  readonly sums: Float64Array;
+  /** Number of tasks with the row [rank]. */
+  readonly tasks: Float64Array;
+  /** Sums, and sums of squares, over all rows of all tasks [K]; `count` is the number of rows. */
+  readonly columns: Float64Array;
+  readonly squares: Float64Array;
+  count: number;
+}
+
+async function momentsOf(
+  pack: Pack,
+  terms: TrainedTerms,
+  signal?: AbortSignal,
+): Promise<Map<TrainedParameter, Moments>> {
+  const all = new Map<TrainedParameter, Moments>();
+  for (const blob of await firstTasks(pack, MOST_DONORS, signal)) {
+    for (const parameter of terms.parameters) {
+      const tensor = parameter.kind.startsWith("alpha") ? tensorOf(pack, blob, parameter) : undefined;
+      if (!tensor) continue;
+      const values = readTensor(blob.bytes, tensor);
+      const [rank, K] = parameter.dims;
+      const zeros = (length: number): Float64Array => new Float64Array(length);
+      const moments = all.get(parameter) ?? {
+        ...{ sums: zeros(rank * K), tasks: zeros(rank), columns: zeros(K), squares: zeros(K), count: 0 },
+      };
+      all.set(parameter, moments);
+      moments.count += tensor.rows;
+      for (const [i, value] of values.entries()) {
+        if (i < rank * K) moments.sums[i]! += value;
+        if (i < rank * K && i % K === 0) moments.tasks[i / K]!++;
+        moments.columns[i % K]! += value;
+        moments.squares[i % K]! += value * value;
+      }
+    }
+  }
+  return all;
+}
+
+/** Fills in the mean of the tasks' coefficients; random numbers with their spread where no task has the row, or no mean is wanted. */
+function fillCoefficients(
+  values: Float32Array,
+  moments: Moments | undefined,
+  mean: boolean,
+  random: () => number,
+): void {
+  if (!moments) return fillNormal(values, random);
+  const { sums, tasks, columns, squares, count } = moments;
+  const K = columns.length;
+  for (let i = 0; i < values.length; i++) {
+    const having = tasks[Math.floor(i / K)]!;
+    if (mean && having > 0) values[i] = sums[i]! / having;
+    else {
+      const centre = columns[i % K]! / count;
+      const variance = Math.max(0, squares[i % K]! / count - centre * centre);
+      values[i] = centre + Math.sqrt(variance) * normal(random);
+    }
+  }
+}
+
+/** Loads tasks all at once, so that a task that is removed meanwhile is still read. */
+function firstTasks(pack: Pack, count: number, signal?: AbortSignal): Promise<TaskBlob[]> {
+  return Promise.all([...pack.tasks.keys()].slice(0, count).map((id) => pack.load(id, { signal })));
+}
+
+/** The most frequent rank among a pack's first tasks; 8 where there are none. */
+export async function usualRank(pack: Pack): Promise<number> {
+  const counts = new Map<number, number>();
+  for (const { terms } of await firstTasks(pack, 8))
+    for (const { A, rank } of terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
+  return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0] ?? 8;
 }

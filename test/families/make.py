@@ -42,7 +42,7 @@ def base(family):
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            # Wide enough that layers matter beside the residual stream, whatever the family's own initialisation is.
+            # Wide enough that layers matter next to the residual stream, for any initialisation of the family.
             parameter.data = family.gain * noise / max(1.0, float(np.prod(parameter.shape[1:]))) ** 0.5
         else:
             parameter.data = parameter.data + 0.1 * noise

@@ -20,7 +20,7 @@ class Part:
     # Path of the module that is exported; "" is the model itself. And what of it is called.
     module: str = ""
     method: str = "forward"
-    # Whether torch.export finds out itself which dimensions are free.
+    # True if torch.export finds the free dimensions itself.
     automatic: bool = False
 
 

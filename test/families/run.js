@@ -23,7 +23,7 @@ import { refusalOf } from "./refusals.js";
  */
 
 const MODES = /** @type {const} */ (["core", "factors", "folded"]);
-/** Tolerances for f32 and for 4 bits: additions are computed in f32 beside both. */
+/** Tolerances for f32 and for 4 bits: additions are computed in f32 for both. */
 const EXACT = 1e-5;
 /**
  * Allowed multiple of a file's own difference without a pack. Files that compute in f16, or quantise inputs of layers, differ by

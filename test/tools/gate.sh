@@ -14,6 +14,8 @@ tests() {
   rm -rf .tap/test-results
   EIGENLORA_BARE=1 EIGENLORA_REQUIRE="" npm test || failed=1
   again=$(grep -arlE '^ *ok .*[^\\]# SKIP' .tap/test-results | sed -E 's,^\.tap/test-results/(.*)\.tap$,\1,')
+  # And those that take fewer runtimes in `npm test`.
+  again=$(printf '%s\n' "$again" $(git grep -lE '\b(ORTS|RUNTIMES)\b|\bwhole \} from' -- 'test/*.test.ts') | sort -u)
   # shellcheck disable=SC2086 # a list
   [ -z "$again" ] || npx tap --jobs="$(($(nproc) > 2 ? $(nproc) : 2))" $again || failed=1
   return "$failed"

@@ -62,7 +62,7 @@ function adapted({ out, in: inputs, layout = 0 }, { delta, bound, magnitude }, {
 }
 
 /**
- * What the parameters become with a task.
+ * Computes the parameters under a task.
  * @param places names in the base, where they are others than in the pack
  */
 function applied({ pack, expected }, { entry: { id }, header: [terms, parameters], values: given }, base, places) {

@@ -104,7 +104,7 @@ function headAs(tell, { last, low } = {}) {
   });
 }
 
-/** A blob that ends with the int4 row (3, 0, …, 0) with a scale of 0.5, coded by `tell`. @param more claimed bytes beside its own */
+/** A blob that ends with the int4 row (3, 0, …, 0) with a scale of 0.5, coded by `tell`. @param more claimed bytes in addition to its own */
 function oneInteger(tell, more = 0) {
   return () => {
     const model = createModel(5);
@@ -892,7 +892,7 @@ export const PACKS = {
     "padding behind the header",
     edited(({ tasks }) => ((tasks[2].blob = blobOf(tasks[2])), void padded(tasks[2].blob))),
   ],
-  // What only a program that verifies files needs to find
+  // Faults that only a program that verifies files needs to find
   "basis-id": [
     "2",
     "another basis id",

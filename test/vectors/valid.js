@@ -205,7 +205,7 @@ function codedTask(signer) {
   return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task, pack.basis), signer }), expected };
 }
 
-/** Components on one side, several bases on a side, rows of a task's own instead of coefficients and beside them. */
+/** Components of one factor, several bases of a factor, residual rows instead of coefficients and in addition to them. */
 export function sides() {
   const model = createModel(31);
   const own = (type) => ({ basis: null, own: type });

@@ -3,9 +3,9 @@
  */
 
 import { uniform } from "../../../dist/src/tensor/random.js";
-import { fillStart } from "../../../dist/src/train/start.js";
 import { learnedTask, taskFile } from "../../../dist/src/train/stored-task.js";
 import { sharedRows, TrainedTerms } from "../../../dist/src/train/trained-terms.js";
+import { fillStart } from "../../../dist/src/train/trainer.js";
 
 /**
  * Makes the file of such a task.

@@ -65,7 +65,7 @@ export async function buildLlmPage(folder, material) {
   return facts;
 }
 
-/** What decoding needs to know of the model. @param {Material} material */
+/** Facts of the model that decoding needs. @param {Material} material */
 async function rules({ folder }) {
   const json = async (/** @type {string} */ file) => JSON.parse(await readFile(join(folder, file), "utf8"));
   const config = await json("config.json");

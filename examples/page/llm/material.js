@@ -1,5 +1,5 @@
 /**
- * What the page with a language model is made of: SmolLM2-135M-Instruct from a folder on this machine, and the pack and the tasks of
+ * Material of the page with a language model: SmolLM2-135M-Instruct from a folder on this machine, and the pack and the tasks of
  * test/data/smollm2.
  */
 import { existsSync } from "node:fs";
@@ -56,7 +56,7 @@ async function skillOf(id) {
   return { what: short, prompt: { before: `${prompt}: `, after: " →" }, examples: test.slice(0, EXAMPLES) };
 }
 
-/** Bytes of so many adapters. Of one rank on the same layers, their files are equally large; not all are here. @param {number} count */
+/** Bytes of a number of adapters. Files of one rank on the same layers are equally large; not all are here. @param {number} count */
 async function adapterBytes(count) {
   const sizes = [];
   for (const id of await readdir(data("adapters"))) {

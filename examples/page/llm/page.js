@@ -51,7 +51,7 @@ let active = "";
 let started = false;
 /** Number of the newest request. What older ones bring is not shown. */
 let request = 0;
-/** What the page waits for. */
+/** Requests that the page waits for. */
 let waiting = 0;
 
 work(main);
@@ -73,7 +73,7 @@ async function main() {
 }
 
 /**
- * Does what the visitor asked for, shows what fails, and tells screen readers, and the test, to wait.
+ * Does what the visitor asked for, shows failures, and makes screen readers, and the test, wait.
  * @param {() => Promise<unknown>} what
  */
 async function work(what) {
@@ -212,7 +212,7 @@ async function askAll() {
 }
 
 /**
- * What is answered so far.
+ * Draws the answer so far.
  * @param {{ request: number, texts: [id: string, text: string][] }} report
  */
 function drawText({ request: of, texts }) {
@@ -234,7 +234,7 @@ function fail(error) {
   drawFailure(title, advice, message);
 }
 
-/** By tag: what happened and what to do. @type {Map<string, [title: string, advice: string]>} */
+/** Title and advice of each tag of an error. @type {Map<string, [title: string, advice: string]>} */
 const FAILURES = new Map([
   ["wasm", ["This browser has no WebAssembly", "Allow it here, or try another browser."]],
   ["worker", ["The worker did not start", "Open the page over HTTP with a recent browser: it needs module workers."]],
@@ -331,7 +331,7 @@ async function openFile(chosen) {
   }
 }
 
-/** What is wrong with a file, by the tag of the error. */
+/** Faults of a file, by the tag of the error. */
 const OPENING = new Map([
   ["format", "It is not a skill, or it was damaged on its way. Get it again."],
   ["task", "It was made for another pack. Make it for this page."],

@@ -35,7 +35,7 @@ export const cardOf = (id) =>
   /** @type {HTMLElement} */ (document.querySelector(`.card[data-task="${CSS.escape(id)}"]`));
 
 /**
- * What a skill has answered so far.
+ * Draws the answer of a skill so far.
  * @param {string} id
  * @param {string} text
  */

@@ -11,8 +11,8 @@ import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
 import {
+  addressOf,
   answerCalls,
-  beside,
   findWebGpu,
   get,
   getJson,
@@ -44,10 +44,10 @@ import { decode } from "./decode.js";
 /** @typedef {{ text: string, answer: string }} Example */
 /** @typedef {{ step: number, steps: number, loss: number }} Step */
 
-/** What the page was built with (build.js). @typedef {import("./build.js").Facts} Facts */
+/** Facts that the page was built with (build.js). @typedef {import("./build.js").Facts} Facts */
 
 /**
- * For a dozen examples: the tasks' mean knows already that an answer is short and ends. A step of more examples would teach a little
+ * Settings for a dozen examples: the tasks' mean knows already that an answer is short and ends. A step of more examples would teach a little
  * better, and take longer.
  */
 const TEACHING = { init: /** @type {const} */ ("mean"), fit: { batch: 4, steps: 12, learningRates: { terms: 0.02 } } };
@@ -58,7 +58,7 @@ const ROWS = 5;
 const MOST_TOKENS = 48;
 /** Most characters of the words around it. */
 const MOST_WORDS = 40;
-/** Of skills that do not say. @type {(id: string) => Prompt} */
+/** Prompt of skills without one. @type {(id: string) => Prompt} */
 const usualPrompt = (id) => ({ before: `${id}: `, after: " →" });
 
 /** @type {{ facts: Facts, tokenizer: Tokenizer, pack: import("eigenlora").Pack, model: Blob } | undefined} */
@@ -73,7 +73,7 @@ let teaching;
 /** The request that the visitor waits for. Answers to an older one stop after the token under way. */
 let wanted = 0;
 
-/** What the page may ask for. */
+/** Calls of the page. */
 const calls = {
   webgpu: findWebGpu,
 
@@ -125,7 +125,7 @@ const calls = {
   },
 
   /**
-   * From here on the visitor waits for this request, and for none before it.
+   * Makes this request the one that the visitor waits for; earlier ones stop.
    * @param {number} request
    */
   async wish(request) {
@@ -133,7 +133,7 @@ const calls = {
   },
 
   /**
-   * What one skill answers.
+   * Answers as one skill.
    * @param {number} request
    * @param {string} id
    * @param {string} text
@@ -147,8 +147,7 @@ const calls = {
   },
 
   /**
-   * What each of several skills answers: batches with a task of its own in each row. Where tasks are folded into the weights, one after
-   * the other.
+   * Answers as each of several skills: batches with one task per row. Where tasks are folded into the weights, one after the other.
    * @param {number} request
    * @param {string[]} ids
    * @param {string} text
@@ -203,7 +202,7 @@ const calls = {
       try {
         for await (const { step, steps, loss } of trainer.fit(lessons, { ...TEACHING.fit, signal })) {
           report("step", (last = { step, steps, loss }));
-          // Between two steps the worker looks whether somebody has called.
+          // Between two steps the worker looks for a new request.
           await turn();
         }
       } catch (error) {
@@ -333,7 +332,7 @@ async function stream(request, ids, text, options) {
       if (Number.isNaN(first)) first = spent();
       tokens.forEach((token, row) => token !== undefined && answers[row].push(token));
       report("text", { request, texts: ids.map((id, row) => [id, textOf(answers[row])]) });
-      // Between two tokens the worker looks whether somebody has called.
+      // Between two tokens the worker looks for a new request.
       await turn();
       if (request !== wanted) break;
     }
@@ -353,13 +352,13 @@ function tokensOf({ before, after }, text) {
   const { tokenizer } = opened();
   const tokens = (/** @type {string} */ part) => tokenizer.encode(part, { add_special_tokens: false }).ids;
   const whole = tokens(`${before}${text}${after}`);
-  // Of a text that is too long the beginning counts; the skill's own words stay.
+  // A text that is too long is cut at its end; the skill's own words stay.
   if (whole.length <= MOST_TOKENS) return whole;
   const end = tokens(after);
   return [...whole.slice(0, MOST_TOKENS - end.length), ...end];
 }
 
-/** What learning reads: the tokens that answering reads, too. @param {Ort} ort */
+/** Input of learning: the same tokens as in answering. @param {Ort} ort */
 function encoderOf(ort) {
   const { tokenizer } = opened();
   return (/** @type {readonly string[]} */ texts) => {
@@ -375,7 +374,7 @@ function encoderOf(ort) {
   };
 }
 
-/** What ends an answer, as the tokenizer writes it. */
+/** End of an answer, as the tokenizer writes it. */
 function endOf() {
   const { facts, tokenizer } = opened();
   return tokenizer.decode([facts.end[0]], { skip_special_tokens: false });
@@ -406,7 +405,7 @@ async function openFiles() {
   const facts = await getJson("facts.json");
   const json = ["tokenizer.json", "tokenizer_config.json"].map(getJson);
   // The page can name the skills while the model is still on its way.
-  const opening = openPack(beside("tasks.eigen")).then((pack) => {
+  const opening = openPack(addressOf("tasks.eigen")).then((pack) => {
     report(
       "opened",
       [...pack.tasks.keys()].map((id) => skillOf(id, { facts, pack })),

@@ -1,23 +1,40 @@
 /**
- * Makes a basis of statistics: a pack without tasks, onto which adapters are projected wherever they are. Column mode only; what
- * needs all adapters at once is refused by name.
+ * Packs of parts. A basis is made of statistics: a pack without tasks, onto which adapters are projected wherever they are; what needs all
+ * adapters at once is refused by name. Adapters projected on one machine become a part with tasks, and such parts become a pack. A
+ * part holds whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
-
-import type { ModuleShape } from "../../adapters/adapter.ts";
-import { commonBase } from "../../adapters/adapter.ts";
-import { AdapterError } from "../../errors.ts";
-import { checkSelection, type ExtractOptions, wanted } from "../../extract/options.ts";
-import { decompose, encodeSide, type SideBasis } from "../../extract/side.ts";
+import { type Adapter, commonBase, compare, type ModuleShape } from "../../adapters/adapter.ts";
+import type { Pack } from "../../core/pack.ts";
+import { parseTaskFile } from "../../core/task-file.ts";
+import { AdapterError, FormatError, TaskError } from "../../errors.ts";
+import {
+  checkSelection,
+  decompose,
+  type ExtractOptions,
+  encodeSide,
+  type SideBasis,
+  wanted,
+} from "../../extract/components.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
-import type { ModuleInput, SideInput } from "../../format/encode.ts";
-import type { Dtype } from "../../tensor/dtypes.ts";
-import { storing, UnstorableError } from "../../tensor/encode.ts";
-import type { Streamed } from "../build.ts";
-import { peakOf, readFingerprints, refuseLarge, sideInput } from "../encode.ts";
-import type { BuildOptions } from "../recipe.ts";
-import { type BuildReport, baseNotes, baseWarnings, componentsOf, fewerWarnings } from "../report.ts";
-import { newPack } from "../write.ts";
-import { factorsOf, gramComponents, type Statistics, type Summary } from "./statistics.ts";
+import { encodeTaskFile, type ModuleInput, placeOf, type SideInput, type TaskPlace } from "../../format/encode.ts";
+import type { Value } from "../../format/fields.ts";
+import type { ByteSource, SourceInput } from "../../source.ts";
+import { DTYPES, type Dtype, type Dtypes, storing, type TaskDtypes, UnstorableError } from "../../tensor/dtypes.ts";
+import type { OnWork } from "../../work.ts";
+import { projectAdapters } from "../add.ts";
+import { peakOf, readFingerprints, refuseLarge, type Streamed, sideInput } from "../build.ts";
+import { type BuildOptions, completeDtypes } from "../recipe.ts";
+import {
+  type BuildReport,
+  baseNotes,
+  baseWarnings,
+  componentsOf,
+  fewerWarnings,
+  sizes,
+  type TaskLoss,
+} from "../report.ts";
+import { freshPack, newPack, tasksOf } from "../write.ts";
+import { factorsOf, gramComponents, oneOf, readPart, type Statistics, type Summary, writePart } from "./statistics.ts";
 
 /** How a basis is made. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {
@@ -27,10 +44,7 @@ export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" 
 
 /** What a basis is made of. */
 export interface BasisReport
-  extends Pick<
-    BuildReport,
-    "modules" | "mode" | "gauge" | "centering" | "bytes" | "components" | "warnings" | "notes"
-  > {
+  extends Pick<BuildReport, "modules" | "gauge" | "centering" | "bytes" | "components" | "warnings" | "notes"> {
   readonly dtype: Dtype;
   /** That were counted. */
   readonly adapters: number;
@@ -84,7 +98,6 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   const report: BasisReport = {
     adapters: statistics.adapters.length,
     modules: modules.length,
-    mode: "column",
     gauge,
     centering,
     dtype,
@@ -127,16 +140,11 @@ function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions
   const { width } = summary;
   if (summary.kind === "gram") {
     const found = gramComponents(summary, options.centering, wanted(options), options.products);
-    return encodeSide(
-      { width, rank: undefined, ...found },
-      found.components.count,
-      { type: options.basisDtype },
-      options.products,
-    );
+    return encodeSide({ width, ...found }, found.components.count, { type: options.basisDtype }, options.products);
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
   const factors = stacked.map(({ factor }) => (options.gauge === "balanced" ? trimmed(factor, width) : factor));
-  const side = decompose(factors, factors, width, undefined, options);
+  const side = decompose(factors, factors, width, options);
   return encodeSide(side, side.components.count, { type: options.basisDtype }, options.products);
 }
 
@@ -145,4 +153,197 @@ function trimmed(factor: Float64Array, width: number): Float64Array {
   let end = factor.length;
   while (end > width && factor.subarray(end - width, end).every((value) => value === 0)) end -= width;
   return factor.subarray(0, end);
+}
+
+// Tasks.
+
+const nameOf = (id: string): string => `task ${id}`;
+
+/**
+ * Projects adapters onto a basis.
+ * @param basis a pack; its tasks, if it has any, are left alone
+ * @param made a digest of what the part is made of
+ * @throws AdapterError as `projectAdapters`; TaskError for two adapters of one id
+ * @returns the bytes of the part
+ */
+export async function projectTasks(
+  basis: Pack,
+  adapters: readonly Adapter[],
+  made: string,
+  options: { dtype?: Partial<Dtypes>; onProgress?: OnWork } = {},
+): Promise<AsyncGenerator<Uint8Array, void>> {
+  const sorted = byId(adapters);
+  const dtype = completeDtypes(options.dtype);
+  const projected = await projectAdapters(basis, sorted, dtype, { ...options, maxLoss: 1 });
+  const losses = projected.map(({ residual }) => residual);
+  const files = projected.map(({ entry, blob }) => encodeTaskFile(entry, basis.basisId, blob));
+  return writeTasks(basis, made, dtype, losses, files);
+}
+
+/**
+ * The bytes of a part with tasks.
+ * @param losses of the tasks, sorted by id
+ * @param files a task file of each
+ */
+export function writeTasks(
+  { basisId }: Pack,
+  made: string,
+  { coefficients, head }: TaskDtypes,
+  losses: readonly TaskLoss[],
+  files: readonly Uint8Array<ArrayBuffer>[],
+): AsyncGenerator<Uint8Array, void> {
+  const entries = files.map((file, i) => {
+    return { name: nameOf(losses[i]!.id), dtype: "U8", shape: [file.length], read: () => file };
+  });
+  return writePart("tasks", made, { basisId, types: { coefficients, head }, tasks: losses }, entries);
+}
+
+/** Adapters in the order of a part's tasks. @throws TaskError for two of one id */
+export function byId(adapters: readonly Adapter[]): Adapter[] {
+  const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
+  const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
+  if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
+  return sorted;
+}
+
+/** A pack of all tasks of some parts, and what became of the adapters. */
+export interface AssembledPack {
+  readonly chunks: AsyncGenerator<Uint8Array, void>;
+  readonly report: ReturnType<typeof sizes> & {
+    readonly modules: number;
+    readonly dtype: TaskDtypes;
+    readonly error: Omit<BuildReport["error"], "worstModule">;
+  };
+}
+
+/**
+ * Assembles a pack: the tasks of all parts, and those that the basis has already, by id, so that how they were spread over
+ * parts makes no difference to a byte. Blobs are read twice, once to check them and once to be copied: parts and basis stay open
+ * until the chunks have been written.
+ * @param parts one or more
+ * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats; TaskError for a task that
+ *   is there twice
+ */
+export async function assemblePack(
+  basis: Pack,
+  parts: readonly TaskPart[],
+  onProgress?: OnWork,
+): Promise<AssembledPack> {
+  const first = parts[0]!;
+  const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
+  const losses: (TaskLoss & { modules: number })[] = [];
+  const places = await tasksOf(basis);
+  const total = parts.reduce((sum, { tasks }) => sum + tasks.length, 0);
+  for (const part of parts) {
+    refuseOther(basis, first, part);
+    for (const loss of part.tasks) {
+      const other = owners.get(loss.id);
+      if (other !== undefined)
+        throw new TaskError(`${other} and ${part.file} both hold the task "${loss.id}"; leave it out of one of them`, {
+          task: loss.id,
+        });
+      owners.set(loss.id, part.file);
+      const { place, modules } = await checkTask(basis, part, loss.id);
+      places.push(place);
+      losses.push({ ...loss, modules });
+      onProgress?.({ stage: "assembling", done: losses.length, total, unit: "tasks" });
+    }
+  }
+  places.sort((a, b) => compare(a.entry.id, b.entry.id));
+  const { bytes, chunks } = await freshPack(basis, places);
+  const count = losses.reduce((sum, { modules }) => sum + modules, 0);
+  const worst = losses.reduce((a, b) => (b.max > a.max ? b : a));
+  const report = {
+    ...sizes(
+      bytes,
+      places.map(({ length, entry }) => ({ blob: length, adapter: entry.adapterBytes })),
+    ),
+    modules: basis.modules.length,
+    dtype: first.dtype,
+    error: {
+      mean: losses.reduce((sum, { mean, modules }) => sum + mean * modules, 0) / Math.max(count, 1),
+      max: worst.max,
+      worstTask: worst.id,
+    },
+  };
+  return { chunks, report };
+}
+
+function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
+  const { basisId, file, dtype } = part;
+  if (basisId !== basis.basisId) {
+    throw new AdapterError(
+      `it was projected onto the basis ${basisId}, ${basis.name} is ${basis.basisId}: project it again`,
+      { file, field: "basis" },
+    );
+  }
+  for (const what of ["coefficients", "head"] as const) {
+    if (dtype[what] === first.dtype[what]) continue;
+    throw new AdapterError(
+      `its ${what} are ${dtype[what]}, those of ${first.file} ${first.dtype[what]}: project one of them again, with the same dtype`,
+      { file, field: what },
+    );
+  }
+}
+
+/** All that a reader of the pack would check, before the pack is written. */
+async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ place: TaskPlace; modules: number }> {
+  const bytes = await part.read(id);
+  const file = `${part.file}, ${nameOf(id)}`;
+  const { blob, basisId: _, ...entry } = parseTaskFile(bytes, file);
+  if (entry.id !== id)
+    throw new FormatError(`it holds the task "${entry.id}": the part is damaged, make it again`, {
+      file: part.file,
+      part: nameOf(id),
+    });
+  const source: ByteSource = {
+    name: file,
+    byteLength: bytes.length,
+    read: async (at, length) => bytes.subarray(at, at + length),
+  };
+  await basis.addTask(id, source);
+  const modules = (await basis.load(id)).terms.length;
+  basis.removeTask(id);
+  const read = async (): Promise<Uint8Array> => parseTaskFile(await part.read(id), file).blob;
+  return { place: { ...(await placeOf({ entry, blob })), read }, modules };
+}
+
+/** A part with tasks, open. */
+export interface TaskPart {
+  /** Path, for messages. */
+  readonly file: string;
+  /** Hexadecimal id of the basis. */
+  readonly basisId: string;
+  readonly dtype: TaskDtypes;
+  /** Sorted by id. */
+  readonly tasks: readonly TaskLoss[];
+  /** The task file of a task. @throws FormatError when it is damaged */
+  read(id: string): Promise<Uint8Array>;
+  close(): Promise<void>;
+}
+
+/** Opens a part with tasks. @throws FormatError as `openPart`, and for a description that its tensors do not fit */
+export function openTasks(input: SourceInput): Promise<TaskPart> {
+  return readPart(input, "tasks", (part) => {
+    const { file, tensors } = part;
+    const about: Value = part.about;
+    const listed: readonly Value[] = about.get("tasks").array(1_048_576);
+    const tasks = listed.map((value: Value) => {
+      const id = value.get("id").string(255);
+      if (!tensors.has(nameOf(id))) value.fail(`the task "${id}" is missing`);
+      const figure = (name: string): number => value.get(name).number(0, Infinity);
+      return { id, total: figure("total"), mean: figure("mean"), max: figure("max") };
+    });
+    if (tasks.length === 0 || tasks.length !== tensors.size - 1)
+      about.fail(`${tasks.length} tasks are listed, but there are ${tensors.size - 1}`);
+    const types = about.get("types");
+    return {
+      file,
+      basisId: about.get("basisId").string(64),
+      dtype: { coefficients: oneOf(types.get("coefficients"), DTYPES), head: oneOf(types.get("head"), DTYPES) },
+      tasks,
+      read: (id) => part.read(nameOf(id)),
+      close: part.close,
+    };
+  });
 }

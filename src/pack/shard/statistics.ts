@@ -1,7 +1,11 @@
 /**
- * Statistics of adapters: for each module and side the summary of its rows (`extract/summary.ts`), and whose rows they are.
- * Made of adapters, read from a part (`statistics-part.ts`) or merged from several; one shape for all three, computed one module
- * at a time when it is asked for. From them comes a basis (`basis.ts`); adapters cannot be reconstructed.
+ * Statistics of adapters: for each module and side a summary of its rows, and whose rows they are. Made of adapters, read from a part or merged
+ * from several; one shape for all three, computed one module at a time when it is asked for. From them comes a basis (`basis.ts`);
+ * adapters cannot be reconstructed.
+ *
+ * A part is one machine's share of a pack that is too large for it, as a file (SPEC.md, appendix B): a safetensors file with a description and a
+ * checksum of its header and of every tensor, so that any safetensors reader can look into it. It is not a cache: a part says what it was made
+ * from, and its owner decides what to make again.
  */
 import {
   type Adapter,
@@ -12,21 +16,28 @@ import {
   sharedModules,
 } from "../../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
-import { type Components, fixSigns, orthonormalize } from "../../extract/components.ts";
-import { type Eigen, largestEigen, symmetricEigen } from "../../extract/eigen.ts";
-import { balance, leadingRows, pairOf } from "../../extract/gauge.ts";
-import { addScaled, dot, PLAIN, type Products, transpose } from "../../extract/linalg.ts";
-import { checkRank, type Gauge } from "../../extract/options.ts";
-import { reciprocal } from "../../extract/side.ts";
+import { type Components, checkRank, fixSigns, orthonormalize, reciprocal } from "../../extract/components.ts";
+import { balance, leadingRows, pairOf } from "../../extract/factors.ts";
+import { addScaled, dot, PLAIN, type Products, symmetricEigen, transpose } from "../../extract/linalg.ts";
+import type { Gauge } from "../../extract/subspace.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
 import { isTaskId } from "../../format/directory.ts";
-import type { Value } from "../../format/fields.ts";
+import { crc32c, decode, type Value } from "../../format/fields.ts";
 import { LAYOUTS } from "../../format/format.ts";
+import { kindOfSource } from "../../format/kind.ts";
+import { pack } from "../../format/msgpackr.ts";
+import { openSource } from "../../open-source.ts";
+import { atOnce } from "../../pace.ts";
 import type { SourceInput } from "../../source.ts";
-import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
+import {
+  openSafetensors,
+  type SafetensorsEntry,
+  type SafetensorsFile,
+  writeSafetensors,
+} from "../../tensor/safetensors.ts";
+import { parseJson } from "../../tensor/tensor-file.ts";
 import type { OnWork } from "../../work.ts";
 import type { BuildOptions } from "../recipe.ts";
-import { oneOf, type Part, readPart, toBytes, toF64, writePart } from "./part.ts";
 
 /** One adapted module, and how many rows each of its sides has over all adapters. */
 export interface StatisticsModule extends ModuleShape {
@@ -358,9 +369,7 @@ export function gramComponents(
   }
   const limit = Math.min(rows, width);
   const least = RESOLVED * (mean ? squares * dot(mean, 0, mean, 0, width) : 0);
-  const few =
-    typeof choose === "number" ? strongestOf(square, width, Math.min(choose, limit), least, products) : undefined;
-  const eigen = few ?? symmetricEigen(square, width, products.tridiagonalize);
+  const eigen = symmetricEigen(square, width, products.tridiagonalize);
   const singular = eigen.values.slice(0, limit).map((value) => Math.sqrt(Math.max(0, value)));
   let resolved = 0;
   while (resolved < singular.length && eigen.values[resolved]! > Math.max(least, RESOLVED * eigen.values[0]!))
@@ -373,19 +382,167 @@ export function gramComponents(
   return { mean, components: { count, vectors, singular, total } };
 }
 
-/** The largest eigenpairs of G [n, n] alone, where that costs less and none is rounding. */
-function strongestOf(g: Float64Array, n: number, count: number, least: number, products: Products): Eigen | undefined {
-  const release = products.hold?.(g);
-  try {
-    const apply = (v: Float64Array, k: number): Float64Array => products.multiplyTransposed(v, g, k, n, n);
-    const start = (k: number, random: () => number): Float64Array =>
-      Float64Array.from({ length: k * n }, () => random() - 0.5);
-    const found = largestEigen({ n, apply, start }, count, products);
-    if (!found || found.values[count - 1]! <= Math.max(least, RESOLVED * found.values[0]!)) return undefined;
-    return { values: found.values, vectors: () => found.vectors };
-  } finally {
-    release?.();
+// A part.
+
+/** What a part holds: statistics of adapters, or tasks on a basis. */
+export type PartKind = "statistics" | "tasks";
+
+/** A part may list as many tasks as a pack, each with a tensor of its own. */
+const MOST_HEADER = 100_000_000;
+/** Key of the description in the file's metadata. */
+const ABOUT = "eigenlora part";
+/** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
+const CHECKSUMS = "~checksums";
+
+/** What writes a kind of part, and what takes it. */
+const USES = {
+  statistics: "sharding and merging write it, merging takes it",
+  tasks: "projecting or distilling writes it, assembling takes it",
+} as const;
+
+/** Values a description may hold: what JSON can say. */
+export type About = Readonly<Record<string, unknown>>;
+
+/**
+ * The bytes of a part, one tensor at a time.
+ * @param made a digest of everything the part depends on: the same digest is the same part
+ */
+export async function* writePart(
+  kind: PartKind,
+  made: string,
+  about: About,
+  entries: readonly SafetensorsEntry[],
+): AsyncGenerator<Uint8Array, void> {
+  const checksums: number[] = [];
+  const last: SafetensorsEntry = {
+    name: CHECKSUMS,
+    dtype: "U8",
+    shape: [4 * (entries.length + 1)],
+    read() {
+      const view = new DataView(new ArrayBuffer(4 * checksums.length));
+      checksums.forEach((crc, i) => view.setUint32(4 * i, crc, true));
+      return new Uint8Array(view.buffer);
+    },
+  };
+  const description = JSON.stringify({ kind, version: 1, made, ...about });
+  for await (const chunk of writeSafetensors([...entries, last], new Map([[ABOUT, description]]))) {
+    checksums.push(crc32c(chunk));
+    yield chunk;
   }
+}
+
+/** An open part. Tensors are checked whenever they are read. */
+export interface Part {
+  /** Path, for messages. */
+  readonly file: string;
+  /** The digest given to `writePart`. */
+  readonly made: string;
+  readonly about: Value;
+  readonly tensors: SafetensorsFile["tensors"];
+  readonly byteLength: number;
+  /** @throws FormatError for a tensor that is missing or damaged */
+  read(name: string): Promise<Uint8Array>;
+  /** Reads everything. @throws FormatError when something is damaged */
+  verify(): Promise<void>;
+  close(): Promise<void>;
+}
+
+/**
+ * Opens a part and checks its description.
+ * @param kind refuses the other kind, where it is given
+ * @throws FormatError when the file is no part, of the other kind, truncated or damaged; SourceError when it cannot be read
+ */
+export async function openPart(input: SourceInput, kind?: PartKind): Promise<Part> {
+  const source = await openSource(input, {}, "part");
+  const file = source.name;
+  const fail = (part: string, message: string): never => {
+    throw new FormatError(message, { file, part });
+  };
+  const damaged = (part: string): never =>
+    fail(part, "its checksum does not match: the part is damaged, make it again");
+  try {
+    const found = await kindOfSource(source);
+    if (found === "an EigenLoRA task file") fail("header", "this is a task file, not a part: add it to a pack");
+    if (found !== undefined && found !== "a safetensors file")
+      fail("header", `this is ${found}, not a part${kind ? `: ${USES[kind]}` : ""}`);
+    const tensors = await openSafetensors(source, { maxHeaderBytes: MOST_HEADER });
+    const text = tensors.metadata.get(ABOUT);
+    if (text === undefined) fail("header", `this is not a part${kind ? `: ${USES[kind]}` : ""}`);
+    const places = [...tensors.tensors].sort(
+      ([, a], [, b]) => a.byteOffset - b.byteOffset || a.byteLength - b.byteLength,
+    );
+    const [name, { byteLength }] = places.pop() ?? ["", { byteLength: 0 }];
+    if (name !== CHECKSUMS || byteLength !== 4 * (places.length + 1))
+      fail("checksums", "they are missing: the part is damaged, make it again");
+    const sums = await tensors.read(CHECKSUMS);
+    const view = new DataView(sums.buffer, sums.byteOffset, sums.length);
+    const start = places[0]?.[1].byteOffset ?? tensors.tensors.get(CHECKSUMS)!.byteOffset;
+    if (crc32c(await source.read(0, start)) !== view.getUint32(0, true)) damaged("header");
+    const checksums = new Map(places.map(([tensor], i) => [tensor, view.getUint32(4 * (i + 1), true)]));
+    const about: Value = describe(text!, file);
+    const holds = oneOf(about.get("kind"), ["statistics", "tasks"]);
+    const version = about.get("version").integer(1, Number.MAX_SAFE_INTEGER);
+    if (version !== 1) about.fail(`version ${version}, but this reader knows version 1; update eigenlora`);
+    if (kind && kind !== holds) fail("header", `it holds ${holds} (${USES[holds]}), expected ${kind}: ${USES[kind]}`);
+    const read = async (tensor: string): Promise<Uint8Array> => {
+      const bytes = await tensors.read(tensor);
+      if (crc32c(bytes) !== checksums.get(tensor)) damaged(`tensor ${tensor}`);
+      return bytes;
+    };
+    return {
+      file,
+      made: about.get("made").string(64),
+      about,
+      tensors: tensors.tensors,
+      byteLength: tensors.byteLength,
+      read,
+      async verify() {
+        for (const tensor of checksums.keys()) await read(tensor);
+      },
+      close: async () => source.close?.(),
+    };
+  } catch (error) {
+    await source.close?.();
+    throw error;
+  }
+}
+
+/** Opens a part of one kind and reads its description; it is closed where that fails. */
+export async function readPart<T>(input: SourceInput, kind: PartKind, read: (part: Part) => T): Promise<T> {
+  const part = await openPart(input, kind);
+  try {
+    return read(part);
+  } catch (error) {
+    await part.close();
+    throw error;
+  }
+}
+
+/** JSON as a `Value`. A part may list more tasks than a pack. */
+function describe(text: string, file: string): Value {
+  try {
+    return atOnce(decode(pack(parseJson(text)), file, "header", "description", 64, Infinity));
+  } catch (cause) {
+    throw new FormatError(`its description ${(cause as Error).message}`, { file, part: "header", cause });
+  }
+}
+
+/** A word of the description. @throws FormatError when it is none of `words` */
+export function oneOf<T extends string>(value: Value, words: readonly T[]): T {
+  const found = value.string(64);
+  const known = words.find((word) => word === found);
+  if (known !== undefined) return known;
+  return value.fail(`"${found}" is unknown here; update eigenlora`);
+}
+
+/** A tensor's values. @param bytes of a little-endian F64 tensor, at any alignment */
+export function toF64(bytes: Uint8Array): Float64Array {
+  const aligned = bytes.byteOffset % 8 === 0 ? bytes : new Uint8Array(bytes);
+  return new Float64Array(aligned.buffer, aligned.byteOffset, bytes.length / 8);
+}
+
+export function toBytes(values: Float64Array | Uint32Array): Uint8Array {
+  return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
 }
 
 // Statistics as a part: written and read one module at a time.
@@ -465,16 +622,14 @@ function readStatistics(part: Part): StatisticsPart {
   const { file, made } = part;
   const about: Value = part.about;
   const adapters = about.get("adapters").array(1_048_576).map(parseAdapter);
-  about.check(adapters.length > 0, () => "it has no adapters");
-  about.check(
-    adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0),
-    () => "its adapters are not sorted, or one is there twice",
-  );
+  if (adapters.length === 0) about.fail("it has no adapters");
+  if (!adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0))
+    about.fail("its adapters are not sorted, or one is there twice");
   const modules = new Map<string, StatisticsModule>();
   const described: readonly Value[] = about.get("modules").array(65_536);
   for (const value of described) {
     const module = parseModule(value, part, adapters.length);
-    value.check(!modules.has(module.name), () => `two modules are named "${module.name}"`);
+    if (modules.has(module.name)) value.fail(`two modules are named "${module.name}"`);
     modules.set(module.name, module);
   }
   const values = async (name: string): Promise<Float64Array> => {
@@ -497,7 +652,7 @@ function readStatistics(part: Part): StatisticsPart {
       const ranks = Uint32Array.from(adapters, (_, i) => view.getUint32(4 * i, true));
       const rows = ranks.reduce((sum, rank) => sum + rank, 0);
       const expected = modules.get(name)!.rows;
-      about.check(rows === expected, () => `the ranks of ${name} add up to ${rows}, expected ${expected}`);
+      if (rows !== expected) about.fail(`the ranks of ${name} add up to ${rows}, expected ${expected}`);
       return ranks;
     },
     async side(name, side) {
@@ -514,7 +669,7 @@ function readStatistics(part: Part): StatisticsPart {
 
 function parseAdapter(value: Value): CountedAdapter {
   const id = value.get("id").string(255);
-  value.check(isTaskId(id), () => `${JSON.stringify(id)} cannot name a task`);
+  if (!isTaskId(id)) value.fail(`${JSON.stringify(id)} cannot name a task`);
   const baseModel = value.get("baseModel");
   return { id, baseModel: baseModel.absent ? undefined : baseModel.string(4096) };
 }
@@ -534,7 +689,7 @@ function parseModule(value: Value, { tensors }: Part, adapters: number): Statist
     const found = tensors.get(name);
     const is = found && `${found.dtype} [${found.shape}]`;
     const expected = `${dtype} [${shape}]`;
-    value.check(is === expected, () => `${name} is ${is ?? "missing"}, expected ${expected}`);
+    if (is !== expected) value.fail(`${name} is ${is ?? "missing"}, expected ${expected}`);
   };
   for (const side of SIDES) for (const tensor of tensorsOf(module, side)) place(tensor, "F64");
   place({ name: `${module.name}.ranks`, shape: [adapters] }, "U32");

@@ -73,7 +73,7 @@ def adapt(name, how, folder):
         if parameter.requires_grad:  # in place: tied parameters stay one
             parameter.data.add_(torch.randn(parameter.shape, generator=draw) * 0.2)
     with tempfile.TemporaryDirectory() as saved:
-        # What the layers hold of the base is not needed: the vocabulary has its size.
+        # The base's layers are left out: the vocabulary alone has a size.
         adapted.save_pretrained(saved, save_embedding_layers=False)
         folder.mkdir(parents=True)
         shutil.copyfile(pathlib.Path(saved, "adapter_model.safetensors"), folder / "adapter_model.safetensors")

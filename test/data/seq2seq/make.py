@@ -86,7 +86,7 @@ def base(seed, vocabulary):
     config._attn_implementation = "eager"
     model = T5ForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
-        # Layers that weigh much beside the embeddings: otherwise a token is followed by itself for ever.
+        # Layers with large weights, compared with the embeddings: otherwise a token is followed by itself for ever.
         std = 0.6 if "Dense" in name or name == "lm_head.weight" else 0.2
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=std)
     return model

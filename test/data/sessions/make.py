@@ -484,7 +484,7 @@ outputs = {
     "qdq": quantised("qdq"),
 }
 models = {
-    "torchscript": "base", "dynamo": "base", "dynamo-optimized": "base", "external": "base", "fused": "base",
+    "torchscript": "base", "dynamo": "base", "dynamo-optimized": "base", "external": "base",
     "f16": "f16", "half": "f16", "q4": "q4", "int8": "int8", "qdq": "qdq", "tied": "tied", "encoder": "encoder",
     "gemm": "mlp", "gemm-nn": "mlp", "transposed": "mlp",
     "twice": "twice", "branches": "mlp",

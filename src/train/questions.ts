@@ -1,17 +1,143 @@
 /**
- * Questions that the program makes, where a user gives no text: words of the tokenizer's vocabulary in no order, among them those of the
- * names of tasks and labels. Most of a classifier's are crossed, round by round, from the lines whose answers came closest to each label,
- * since lines at random hardly reach some. Those of a language model: `made-up-tokens.ts`.
+ * Answers of adapters. An adapter's own factors and head take the place of those that a pack's coefficients make, in the session that
+ * trains tasks. Distilling reduces the divergence between the two answers; packing is judged by it.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
+import { TaskError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
-import { type AdapterAnswer, type AskOptions, adapterWeights } from "./answers.ts";
-import type { Example, Row, Tokens } from "./examples.ts";
-import { answers } from "./objective.ts";
-import { type Distribution, drawnFrom, likeliest } from "./probabilities.ts";
+import type { Term } from "../tensor/term.ts";
+import { type AnsweredRow, answers } from "./objective.ts";
+import { layersOf, zerosOf } from "./state.ts";
+import {
+  type Distribution,
+  drawnFrom,
+  type Example,
+  likeliest,
+  type Row,
+  type Supervision,
+  type Tokens,
+  type Unlabelled,
+} from "./supervision.ts";
+import { headInputs, sessionModel, type TaskWeights, type TrainableModel } from "./trainable-model.ts";
+import { type TrainedModule, TrainedTerms } from "./trained-terms.ts";
+
+/** Questions to a model: texts, inputs, or a trainer's examples. Labels in examples are ignored. */
+export interface Questions {
+  /** Plain text of the kind that the task will see. A language model is asked at every token. */
+  readonly texts?: readonly string[] | undefined;
+  /** The model's inputs, a batch of one for each question, instead of texts. */
+  readonly feeds?: readonly BatchFeeds[] | undefined;
+  /** Examples instead of texts. A language model is asked at the tokens of completions. */
+  readonly examples?: readonly Example[] | undefined;
+}
+
+/** @throws TypeError unless questions are given in one way */
+export function questionsOf(where: string, { texts, feeds, examples }: Questions): readonly Example[] {
+  const ways = Object.entries({ texts, feeds, examples }).flatMap(([name, one]) => (one === undefined ? [] : [name]));
+  if (ways.length !== 1) throw new TypeError(`${where}: got ${ways.join(" and ") || "no texts"}, expected one of them`);
+  return examples ?? texts?.map((text) => ({ text })) ?? feeds!.map((own): Unlabelled => ({ feeds: own }));
+}
+
+export interface AskOptions {
+  /** Name of the public function, for messages. */
+  readonly where: string;
+  readonly supervision: Supervision;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/**
+ * Makes a model and the weights with which it answers as the adapter itself.
+ * @param head the layers that the adapter brings; empty where the model's own outputs are the logits
+ * @throws TaskError when the adapter changes a module that the pack lacks
+ */
+export async function adapterWeights(
+  session: Session,
+  adapter: Adapter,
+  head: readonly string[],
+): Promise<{ readonly model: TrainableModel; readonly weights: TaskWeights }> {
+  // Destructured here rather than in the parameter list, so that internal names stay out of the declarations.
+  const { trainable, pack } = session;
+  const modules: TrainedModule[] = [];
+  const terms = new Map<string, Term>();
+  for (const one of adapter.modules.values()) {
+    const { name, in: width, out, rank } = one;
+    const module = pack.modules.find((known) => known.name === name);
+    if (module?.in !== width || module.out !== out)
+      throw new TaskError(`${adapter.file} adapts "${name}" [${out}, ${width}], which the pack does not`, {
+        task: adapter.id,
+      });
+    modules.push({ name, in: width, out, privateRank: rank });
+    const { A, Bt, magnitude } = await one.read();
+    if (magnitude)
+      throw new TaskError(`${adapter.file} has a DoRA magnitude of "${name}": it cannot be asked here`, {
+        task: adapter.id,
+      });
+    terms.set(name, { rank, A, Bt });
+  }
+  const beside = adapter.saved.find(({ role }) => role !== "saved");
+  if (beside)
+    throw new TaskError(`${adapter.file} brings "${beside.name}" (${beside.role}): it cannot be asked here`, {
+      task: adapter.id,
+    });
+  const layers = headInputs(trainable!, head);
+  const saved = (module: string | undefined, part: string) =>
+    adapter.saved.find(({ name }) => name === `${module}.${part}`);
+  const last = layers.find(({ out }) => out === undefined);
+  const labels = Array.from({ length: saved(last?.module, "weight")?.shape[0] ?? 0 }, (_, i) => String(i));
+  const model = await sessionModel(trainable!, new TrainedTerms(modules), layers, labels);
+  const numbers = zerosOf(model.head);
+  for (const { layer, weight, bias } of layersOf(model.head, numbers)) {
+    const { module, own } = layer;
+    // Tensors that the adapter lacks come from the model.
+    weight.set((await saved(module, "weight")?.read()) ?? own?.weight ?? []);
+    bias.set((await saved(module, "bias")?.read()) ?? own?.bias ?? []);
+  }
+  return { model, weights: { terms, ...numbers } };
+}
+
+/**
+ * Answers of the adapter itself, row by row.
+ * @param head as in `adapterWeights`
+ * @throws TaskError as `adapterWeights`
+ */
+export async function* askAdapter(
+  session: Session,
+  adapter: Adapter,
+  head: readonly string[],
+  rows: readonly Row[],
+  { where, supervision, signal, features }: AskOptions & { readonly features?: boolean | undefined },
+): AsyncGenerator<AnsweredRow> {
+  const { model, weights } = await adapterWeights(session, adapter, head);
+  for await (const one of answers({ model, supervision }, rows, weights, { signal, features })) {
+    const each = one.logits[0]!.length;
+    if (!Number.isInteger(each) || each < 2)
+      throw new TypeError(`${where}: the model gives ${each} logits for a text, expected [texts, labels]`);
+    yield one;
+  }
+}
+
+/** An answer that is small enough to keep. */
+export interface AdapterAnswer {
+  readonly distributions: readonly Distribution[];
+  readonly features: Float32Array | undefined;
+}
+
+/** Answers of the adapter by row. */
+export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row, AdapterAnswer>> {
+  const { supervision } = of[4];
+  const found = new Map<Row, AdapterAnswer>();
+  for await (const { row, logits, features } of askAdapter(...of))
+    found.set(row, { distributions: logits.map(supervision.distribution), features });
+  return found;
+}
+
+// Questions that the program makes, where a user gives no text: words of the tokenizer's vocabulary in no order, among them those of the
+// names of tasks and labels. Most of a classifier's are crossed, round by round, from the lines whose answers came closest to each label,
+// since lines at random hardly reach some. Those of a language model: `made-up-tokens.ts`.
 
 /** The share of a crossed line's words that are drawn anew. */
 const DRAWN = 0.3;
@@ -34,16 +160,16 @@ export async function madeUpQuestions(
   head: readonly string[],
   { words, count, random }: { readonly words: Words; readonly count: number; readonly random: () => number },
   { where, supervision, ...how }: AskOptions & { readonly features?: boolean | undefined },
-): Promise<Map<Row<BatchFeeds>, AdapterAnswer>> {
+): Promise<Map<Row, AdapterAnswer>> {
   const { model, weights } = await adapterWeights(session, adapter, head);
-  const found = new Map<Row<BatchFeeds>, AdapterAnswer>();
-  const ask = async (rows: readonly Row<BatchFeeds>[]): Promise<void> => {
+  const found = new Map<Row, AdapterAnswer>();
+  const ask = async (rows: readonly Row[]): Promise<void> => {
     for await (const { row, logits, features } of answers({ model, supervision }, rows, weights, how))
       found.set(row, { distributions: logits.map(supervision.distribution), features });
   };
-  const rowsOf = (texts: readonly string[]): Promise<Row<BatchFeeds>[]> =>
+  const rowsOf = (texts: readonly string[]): Promise<Row[]> =>
     supervision.ask(
-      texts.map((text): Example<BatchFeeds> => ({ text })),
+      texts.map((text): Example => ({ text })),
       where,
     );
   if (session.inputNames.includes("decoder_input_ids"))
@@ -51,7 +177,7 @@ export async function madeUpQuestions(
       `${where}: no text can be made for a model with a decoder of its own: give prompts and completions`,
     );
   if (supervision.tokens) {
-    async function* next(rows: readonly Row<BatchFeeds>[]): AsyncGenerator<[Row<BatchFeeds>, Distribution]> {
+    async function* next(rows: readonly Row[]): AsyncGenerator<[Row, Distribution]> {
       for await (const { row, logits } of answers({ model, supervision }, rows, weights, how))
         yield [row, supervision.distribution(logits[0]!)];
     }
@@ -67,12 +193,7 @@ export async function madeUpQuestions(
 }
 
 /** Lines for each label in turn, going on from the round before, crossed from two of those whose answers came closest to it. */
-function crossed(
-  asked: ReadonlyMap<Row<BatchFeeds>, AdapterAnswer>,
-  words: Words,
-  count: number,
-  random: () => number,
-): string[] {
+function crossed(asked: ReadonlyMap<Row, AdapterAnswer>, words: Words, count: number, random: () => number): string[] {
   const all = [...asked].map(([{ text }, { distributions }]) => ({
     text: text!,
     probabilities: distributions[0]!.probabilities,
@@ -200,23 +321,18 @@ const BEGUN = 4;
 /** Tokens that it says at most. Twice as many take three times as long. */
 const SAID = 8;
 
-type TokenRow = Row<BatchFeeds> & { readonly tokens: Tokens };
+type TokenRow = Row & { readonly tokens: Tokens };
 
 interface Asking {
   /** Rows of texts, asked at every token but the first. */
-  readonly rowsOf: (texts: readonly string[]) => Promise<Row<BatchFeeds>[]>;
-  /** What comes after rows that are asked at their last token. */
-  readonly next: (rows: readonly Row<BatchFeeds>[]) => AsyncIterable<[Row<BatchFeeds>, Distribution]>;
+  readonly rowsOf: (texts: readonly string[]) => Promise<Row[]>;
+  /** The answers to rows that are asked at their last token. */
+  readonly next: (rows: readonly Row[]) => AsyncIterable<[Row, Distribution]>;
   readonly random: () => number;
 }
 
 /** Makes questions, with the positions that are asked. */
-async function tokenQuestions(
-  words: Words,
-  count: number,
-  metadata: TaskMetadata,
-  asking: Asking,
-): Promise<Row<BatchFeeds>[]> {
+async function tokenQuestions(words: Words, count: number, metadata: TaskMetadata, asking: Asking): Promise<Row[]> {
   const { random } = asking;
   const rowsOf = asking.rowsOf as (texts: readonly string[]) => Promise<TokenRow[]>;
   const template = templateOf(metadata);
@@ -232,13 +348,13 @@ async function tokenQuestions(
   return [...lines, ...said.map((row) => askedFrom(row, 0))];
 }
 
-/** How a task is asked, and what ends its answers. */
+/** The prompt of a task, and the text that ends its answers. */
 interface Template {
   readonly prompt: (input: string) => string;
   readonly end: string;
 }
 
-/** The `template` of a task's metadata, with other strings of it filled in; undefined where it says nothing beside the input. */
+/** The `template` of a task's metadata, with other strings of it filled in; undefined where it is the input alone. */
 export function templateOf({ template, input: _, output: __, ...facts }: TaskMetadata): Template | undefined {
   if (typeof template !== "string") return undefined;
   const filled = template.replace(/\{(\w+)\}/g, (name, key) => (typeof facts[key] === "string" ? facts[key] : name));
@@ -275,7 +391,7 @@ async function goOn(
   for (let said = 0; said < SAID; said++) {
     const open = [...rows.entries()].filter(([, row]) => said === 0 || idsOf(row).at(-1) !== end);
     if (open.length === 0) break;
-    const asked = new Map<Row<BatchFeeds>, number>(open.map(([i, row]) => [atEnd(row), i]));
+    const asked = new Map<Row, number>(open.map(([i, row]) => [atEnd(row), i]));
     for await (const [row, answer] of next([...asked.keys()]))
       rows[asked.get(row)!] = longer(row as TokenRow, choose(answer));
   }

@@ -1,32 +1,38 @@
 /**
- * What an adapter teaches: its answers to questions of the user, or to those that the program makes, one part to learn from and one to
+ * Teacher outputs: answers of an adapter to questions of the user, or to those that the program makes, one part to learn from and one to
  * judge by.
  */
+
 import type { Adapter } from "../adapters/adapter.ts";
 import type { TaskInfo } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
 import type { TaskBlob } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
-import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
+import { checkTokenizer, type Tokenizer } from "../session/tokens.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { type AdapterAnswer, answersOf, type Questions, questionsOf } from "./answers.ts";
-import { supervisionOf } from "./create-trainer.ts";
-import type { Row } from "./examples.ts";
-import { madeUpQuestions, templateOf, wordsOf } from "./made-up.ts";
-import type { Supervision } from "./supervision.ts";
+import {
+  type AdapterAnswer,
+  answersOf,
+  madeUpQuestions,
+  type Questions,
+  questionsOf,
+  templateOf,
+  wordsOf,
+} from "./questions.ts";
+import type { Row, Supervision } from "./supervision.ts";
 import type { SequenceOptions } from "./token-supervision.ts";
 import { headInputs } from "./trainable-model.ts";
+import { supervisionOf } from "./trainer.ts";
 
 /** A task of the pack that can be distilled, with the layers of its head. */
 export interface Distillable {
   readonly id: string;
-  /** What the pack says of it. */
   readonly entry: TaskInfo;
   readonly blob: TaskBlob;
   readonly head: readonly string[];
 }
 
-/** What is asked, and how much of it. */
+/** Options of the questions that an adapter answers as the teacher. */
 export interface TeachOptions extends Questions, SequenceOptions {
   /**
    * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, which tells its
@@ -46,18 +52,18 @@ export interface TeachOptions extends Questions, SequenceOptions {
 
 /** Answers of an adapter. */
 export interface Taught {
-  readonly supervision: Supervision<BatchFeeds>;
+  readonly supervision: Supervision;
   /** Numbers of the labels; none for language models. */
   readonly labels: string[];
-  readonly train: readonly Row<BatchFeeds>[];
-  readonly judges: readonly Row<BatchFeeds>[];
-  /** Whether questions were made, not given. */
+  readonly train: readonly Row[];
+  readonly judges: readonly Row[];
+  /** True for questions that were made, not given. */
   readonly made: boolean;
-  /** What is asked: labels, the tokens of answers, or all tokens of texts. */
+  /** Questions ask for labels, the tokens of answers, or all tokens of texts. */
   readonly asked: "labels" | "answers" | "texts";
 }
 
-type Asked = Map<Row<BatchFeeds>, AdapterAnswer>;
+type Asked = Map<Row, AdapterAnswer>;
 
 const LEAST_TEXTS = 8;
 /** Questions of a step. */
@@ -119,7 +125,7 @@ export async function taughtBy(
   }
   const labels = Array.from({ length: count }, (_, i) => String(i));
   const supervision = asking.tokens ? asking : supervisionOf(session, { ...options, labels });
-  const answered = (asked: Asked): Row<BatchFeeds>[] =>
+  const answered = (asked: Asked): Row[] =>
     [...asked].map(([row, { distributions, features }]) => ({ ...supervision.answered(row, distributions), features }));
   const made = !isGiven(options);
   const wholeTexts = made ? !templateOf(adapter.metadata) : options.texts !== undefined;

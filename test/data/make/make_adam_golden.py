@@ -1,19 +1,19 @@
-"""Steps of torch.optim.AdamW in f64: two groups, warm-up, decay and clipping by the norm of all.
-usage: make_adamw_golden.py OUT.json"""
+"""Steps of torch.optim.Adam in f64: two groups, warm-up, decay and clipping by the norm of all.
+usage: make_adam_golden.py OUT.json"""
 import json, math, sys, torch
 
-def case(decay, steps, warmup, clip, betas, weight_decay):
+def case(decay, steps, warmup, clip):
     generator = torch.Generator().manual_seed(steps + warmup)
     groups = [torch.randn(n, generator=generator).double().requires_grad_() for n in (7, 4)]
     start = [p.tolist() for p in groups]
     rates = (0.02, 0.003)
-    optimizer = torch.optim.AdamW([{"params": [p], "lr": r, "weight_decay": w} for p, r, w in zip(groups, rates, weight_decay)], betas=betas, eps=1e-8)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(groups, rates)])
 
     def schedule(done):
         if done < warmup: return (done + 1) / warmup
         if decay == "none": return 1.0
         gone = min(1.0, (done - warmup) / (steps - warmup))
-        return 1 - gone if decay == "linear" else (1 + math.cos(math.pi * gone)) / 2
+        return 1 - gone
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     gradients, values, norms = [], [], []
@@ -25,9 +25,9 @@ def case(decay, steps, warmup, clip, betas, weight_decay):
         optimizer.step()
         scheduler.step()
         values.append([p.tolist() for p in groups])
-    return {"decay": decay, "steps": steps, "warmup": warmup, "clip": clip, "beta1": betas[0], "beta2": betas[1], "rates": rates, "weightDecay": weight_decay,
+    return {"decay": decay, "steps": steps, "warmup": warmup, "clip": clip, "rates": rates,
             "start": start, "gradients": gradients, "norms": norms, "values": values}
 
-cases = [case("linear", 12, 3, 1.0, (0.9, 0.999), (0.0, 0.1)), case("cosine", 10, 0, None, (0.8, 0.95), (0.01, 0.0)), case("none", 6, 2, 0.5, (0.9, 0.999), (0.0, 0.0))]
+cases = [case("linear", 12, 3, 1.0), case("linear", 10, 0, None), case("none", 6, 2, 0.5)]
 rounded = json.loads(json.dumps(cases), parse_float=lambda x: float(f"{float(x):.9g}"))
 open(sys.argv[1], "w").write(json.dumps(rounded) + "\n")

@@ -1,0 +1,502 @@
+/**
+ * The arithmetic of a switch. `planTasks` decodes the coefficients of its tasks into one f32 array, with strengths applied, and lists of what
+ * rows every module's factors are made: no backend, no host. A `KernelSession` uploads that array and does the plans on a backend: expand,
+ * fold, DoRA's scale. It keeps the bases, and scratch memory from switch to switch.
+ *
+ * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so that its
+ * factors stay in a cache; a device expands as many as fit at once.
+ */
+
+import {
+  after,
+  at,
+  type Backend,
+  type Block,
+  type ExpandJob,
+  type FoldJob,
+  type Owner,
+  type ScaleJob,
+  type Slice,
+} from "../backends/backend.ts";
+import {
+  type PackModule,
+  readTensor,
+  type SharedBases,
+  type Side,
+  sharedBases,
+  type TaskBlob,
+  type TaskTerm,
+  type TensorRef,
+} from "../format/format.ts";
+import type { Located, WeightHost } from "./base.ts";
+
+/** A task of a switch and its strength. */
+export interface ActiveTask {
+  readonly id: string;
+  readonly strength: number;
+  readonly blob: TaskBlob;
+}
+
+/** Rows of a factor that expand from a basis. */
+export interface Expansion {
+  /** First f32 of the coefficients [rows, basis rows] in the upload buffer. */
+  readonly at: number;
+  /** Rows of coefficients: the rank (column) or 1 (flat). */
+  readonly rows: number;
+  readonly basis: Side;
+  /** First row of the factor that is made. */
+  readonly row: number;
+  /** Added to residual rows, instead of in their place. */
+  readonly add: boolean;
+}
+
+/** Rows of a factor that the task stores itself. */
+export interface ResidualRows {
+  /** First f32 of the rows in the upload buffer; below 0 where they are `stored` alone. */
+  readonly at: number;
+  readonly row: number;
+  readonly rank: number;
+  /** Set where nothing but the rows themselves is wanted: they are read straight to their place. */
+  readonly stored?: StoredRows | undefined;
+}
+
+/** Rows as their task stores them, and their factor. */
+interface StoredRows {
+  readonly blob: TaskBlob;
+  readonly tensor: TensorRef;
+  readonly strength: number;
+}
+
+/** A factor, row by row. Where a plan has a core, residual rows go by pairs of both factors. */
+export interface FactorPlan {
+  readonly expansions: Expansion[];
+  readonly residual: ResidualRows[];
+}
+
+/** What a switch does to one module: factors A [rank, in] and Bt [rank, out]. */
+export interface ModulePlan {
+  readonly module: number;
+  rank: number;
+  readonly A: FactorPlan;
+  readonly Bt: FactorPlan;
+  /** True where all but residual pairs lies between column bases that the module's tasks share. */
+  core: boolean;
+  /** First f32 of DoRA's magnitudes [out] in the upload buffer. */
+  magnitude: number | undefined;
+  /** Once it is prepared: bytes at which the factors lie in the scratch block, and the round that makes them. */
+  place?: { readonly A: number; readonly Bt: number; readonly round: readonly ModulePlan[] };
+}
+
+/** A growing f32 array that is used again by each switch. */
+export class UploadBuffer {
+  values: Float32Array<ArrayBuffer> = new Float32Array(0);
+  used = 0;
+
+  /**
+   * Appends a tensor, times `strength`.
+   * @param last one number more behind each row
+   * @returns where it begins
+   */
+  add(blob: TaskBlob, tensor: TensorRef, strength: number, last?: number): number {
+    const { rows, width } = tensor;
+    const stride = last === undefined ? width : width + 1;
+    const at = this.used;
+    this.used += rows * stride;
+    if (this.used > this.values.length) {
+      // It grows by half at least: a copy for each of many modules would take quadratic time.
+      const grown = new Float32Array(Math.max(this.used, Math.ceil(1.5 * this.values.length)));
+      grown.set(this.values);
+      this.values = grown;
+    }
+    const out = this.values.subarray(at, this.used);
+    readTensor(blob.bytes, tensor, out);
+    if (strength === 1 && last === undefined) return at;
+    // Backwards, so that rows that move apart overwrite none that is still to move.
+    for (let row = rows - 1; row >= 0; row--) {
+      for (let i = width - 1; i >= 0; i--) out[row * stride + i] = out[row * width + i]! * strength;
+      if (last !== undefined) out[row * stride + width] = last;
+    }
+    return at;
+  }
+}
+
+/**
+ * Makes a plan for each module of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already.
+ * @param leave whether rows of sides without components, which nothing is added to, are left as they are stored. Default: false
+ */
+export function planTasks(
+  tasks: readonly ActiveTask[],
+  modules: readonly PackModule[],
+  buffer: UploadBuffer,
+  leave = false,
+): ModulePlan[] {
+  buffer.used = 0;
+  const plans = new Map<number, ModulePlan>();
+  const scaled = new Set(
+    tasks.flatMap(({ blob }) => blob.terms.filter((term) => term.magnitude).map(({ module }) => module)),
+  );
+  for (const { blob, strength } of tasks) {
+    for (const term of blob.terms) {
+      const module = modules[term.module]!;
+      let plan = plans.get(term.module);
+      if (!plan) {
+        const none = (): FactorPlan => ({ expansions: [], residual: [] });
+        plan = { module: term.module, rank: 0, A: none(), Bt: none(), core: true, magnitude: undefined };
+        plans.set(term.module, plan);
+      }
+      // Norms of DoRA's rows are computed from whole factors.
+      const stored = leave && !scaled.has(term.module);
+      const { A, Bt } = plan;
+      addRows(A, plan.rank, module.A, blob, term.A, term.ownA, 1, stored, buffer);
+      addRows(Bt, plan.rank, module.B, blob, term.B, term.ownBt, strength, stored, buffer);
+      if (term.rank > 0) plan.core &&= coreBases(term, module) !== undefined;
+      plan.rank += term.rank;
+      addRows(A, plan.rank, module.A, blob, undefined, term.privateA, 1, stored, buffer);
+      addRows(Bt, plan.rank, module.B, blob, undefined, term.privateBt, strength, stored, buffer);
+      plan.rank += term.privateRank;
+      if (term.magnitude) plan.magnitude = buffer.add(blob, term.magnitude, 1);
+    }
+  }
+  return [...plans.values()];
+}
+
+/**
+ * Adds what a task has for one factor, from `row` on.
+ * @param stored whether residual rows that nothing is added to may be left as they are stored
+ */
+function addRows(
+  { expansions, residual }: FactorPlan,
+  row: number,
+  bases: readonly Side[],
+  blob: TaskBlob,
+  coefficients: TaskTerm["A"],
+  rows: TensorRef | undefined,
+  strength: number,
+  stored: boolean,
+  buffer: UploadBuffer,
+): void {
+  if (coefficients) {
+    const basis = bases[coefficients.basis]!;
+    // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
+    const mean = basis.mean ? (coefficients.mean ? strength : 0) : undefined;
+    const at = buffer.add(blob, coefficients.tensor, strength, mean);
+    expansions.push({ at, rows: coefficients.tensor.rows, basis, row, add: rows !== undefined });
+  }
+  if (!rows) return;
+  if (stored && bases.length === 0)
+    residual.push({ at: -1, row, rank: rows.rows, stored: { blob, tensor: rows, strength } });
+  else residual.push({ at: buffer.add(blob, rows, strength), row, rank: rows.rows });
+}
+
+/** The column bases between which a term has a core; undefined where it has none. */
+export function coreBases({ rank, ownA, ownBt }: TaskTerm, module: PackModule): SharedBases | undefined {
+  const bases = rank > 0 && !ownA && !ownBt ? sharedBases(module) : undefined;
+  return bases?.A.kind === "column" && bases.B.kind === "column" ? bases : undefined;
+}
+
+/** Bytes of the factors of a round on a device. */
+const ROUND_BYTES = 32 * 2 ** 20;
+
+/** Expansions come last: they may be added to residual rows, and a device then has all of them in a row. */
+const ORDER = ["residual", "expansions"] as const;
+
+/** Names of scratch memory. Those of the second group are for `apply.ts`: each step has its own, so that a device can do its parts at once. */
+type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
+
+/** How a weight is stored. */
+type Stored = Pick<Located, "dtype" | "transposed">;
+
+type Components = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
+
+export class KernelSession {
+  readonly backend: Backend;
+  /** Coefficients of the switch under way; `prepare` uploads them. */
+  readonly buffer: UploadBuffer = new UploadBuffer();
+  readonly modules: readonly PackModule[];
+  /** Bytes allocated and operations, counted until the caller sets them to 0. */
+  allocated = 0;
+  dispatches = 0;
+  readonly #basis: Block;
+  readonly #scratch = new Map<string, Block>();
+  /** The round whose factors are there. */
+  #expanded: readonly ModulePlan[] | undefined;
+
+  /** Uploads the bases. */
+  constructor(backend: Backend, modules: readonly PackModule[], bases: Uint8Array) {
+    this.backend = backend;
+    this.modules = modules;
+    this.#basis = backend.allocate(Math.max(bases.length, 16), "basis");
+    backend.upload(at(this.#basis), bases);
+  }
+
+  allocate(bytes: number, owner: Owner): Block {
+    this.allocated += bytes;
+    return this.backend.allocate(bytes, owner);
+  }
+
+  /** Components of a side, and its mean, as operations of a backend take them. */
+  components({ tensor: { dtype, rows, width, byteOffset } }: Side): Components {
+    return { basis: at(this.#basis, byteOffset), dtype, rows, width };
+  }
+
+  /** Memory of at least `bytes` that lasts until the next call with this name asks for more. */
+  reserve(name: Scratch, bytes: number): Slice {
+    const held = this.#scratch.get(name);
+    if (held && held.byteLength >= bytes && !held.refused) return at(held);
+    if (held) this.backend.free(held);
+    this.#scratch.delete(name);
+    const block = this.allocate(Math.max(bytes, 16), "scratch");
+    this.#scratch.set(name, block);
+    return at(block);
+  }
+
+  /** What `reserve` gave for this name last. */
+  reserved(name: Scratch): Slice {
+    return at(this.#scratch.get(name)!);
+  }
+
+  /** Does all that can fail before a switch changes anything: takes memory for its factors, and uploads the buffer. */
+  prepare(plans: readonly ModulePlan[]): void {
+    const { values, used } = this.buffer;
+    const uploaded = this.reserve("coefficients", 4 * used);
+    this.reserve("factors", this.#layOut(plans));
+    const scaled = plans.filter((plan) => plan.magnitude !== undefined);
+    this.reserve("scale", 4 * Math.max(0, ...scaled.map((plan) => this.modules[plan.module]!.out)));
+    this.backend.upload(uploaded, new Uint8Array(values.buffer, 0, 4 * used));
+  }
+
+  /** Divides plans into rounds. Returns the bytes of the largest. */
+  #layOut(plans: readonly ModulePlan[]): number {
+    const most = this.backend.view ? 0 : ROUND_BYTES;
+    this.#expanded = undefined;
+    let round: ModulePlan[] | undefined;
+    let largest = 0;
+    let used = 0;
+    for (const plan of plans) {
+      const { in: inputs, out } = this.modules[plan.module]!;
+      const bytesA = align16(4 * plan.rank * inputs);
+      const bytes = bytesA + align16(4 * plan.rank * out);
+      if (!round || used + bytes > most) {
+        round = [];
+        used = 0;
+      }
+      round.push(plan);
+      plan.place = { A: used, Bt: used + bytesA, round };
+      used += bytes;
+      largest = Math.max(largest, used);
+    }
+    return largest;
+  }
+
+  /** Makes the factors of the round of a plan that was prepared, where they are not there. Yields between pieces of work. */
+  *expand(plan: ModulePlan): Generator<void> {
+    const { round } = plan.place!;
+    if (this.#expanded === round) return;
+    const uploaded = this.reserved("coefficients");
+    for (const kind of ORDER) {
+      for (const each of round) {
+        const { in: inputs, out } = this.modules[each.module]!;
+        const { A, Bt } = this.factors(each);
+        for (const rows of each.A[kind]) yield* this.#make(rows, uploaded, A, inputs);
+        for (const rows of each.Bt[kind]) yield* this.#make(rows, uploaded, Bt, out);
+      }
+    }
+    this.#expanded = round;
+  }
+
+  /** A [rank, in] and Bt [rank, out] of a plan once they are made, in scratch memory until another round's are. */
+  factors({ place }: ModulePlan): { A: Slice; Bt: Slice } {
+    const { block } = this.reserved("factors");
+    return { A: at(block, place!.A), Bt: at(block, place!.Bt) };
+  }
+
+  /** Makes one factor [rank, width]. @param uploaded where the upload buffer begins */
+  *fill(factor: FactorPlan, uploaded: Slice, out: Slice, width: number): Generator<void> {
+    for (const kind of ORDER) for (const rows of factor[kind]) yield* this.#make(rows, uploaded, out, width);
+  }
+
+  /** Makes rows of a factor. @returns the pieces of work that are left */
+  #make(rows: Expansion | ResidualRows, uploaded: Slice, factor: Slice, width: number): Iterable<void> {
+    const { backend } = this;
+    const from = after(uploaded, 4 * rows.at);
+    const out = after(factor, 4 * rows.row * width);
+    if ("basis" in rows) {
+      const { basis, rows: rank, add } = rows;
+      const job: ExpandJob = { out, coefficients: from, ...this.components(basis), rank, add };
+      this.dispatches++;
+      if (backend.expanding) return backend.expanding(job);
+      backend.expand(job);
+    } else if (!rows.stored) this.copy(from, out, 4 * rows.rank * width);
+    return [];
+  }
+
+  /** out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. Yields between pieces of work. */
+  *fold(plan: ModulePlan, weight: Stored, base: Slice, out: Slice): Generator<void> {
+    const { backend } = this;
+    yield* this.expand(plan);
+    const scale = plan.magnitude === undefined ? undefined : yield* this.rowScale(plan, weight, base);
+    const scaled = weight.transposed ? { columnScale: scale } : { rowScale: scale };
+    const job: FoldJob = { ...this.#job(plan, weight, base), out, ...scaled };
+    if (backend.folding) yield* backend.folding(job);
+    else backend.fold(job);
+    this.dispatches++;
+  }
+
+  /** DoRA's scale [out] of a plan with magnitudes, f32. Yields between pieces of work. */
+  *rowScale(plan: ModulePlan, weight: Stored, base: Slice): Generator<void, Slice> {
+    const { backend } = this;
+    yield* this.expand(plan);
+    const out = this.reserved("scale");
+    const magnitude = at(this.reserved("coefficients").block, 4 * plan.magnitude!);
+    const axis = weight.transposed ? "columns" : "rows";
+    const job: ScaleJob = { ...this.#job(plan, weight, base), out, magnitude, axis };
+    if (backend.scaling) yield* backend.scaling(job);
+    else backend.scale(job);
+    this.dispatches++;
+    return out;
+  }
+
+  #job(plan: ModulePlan, { transposed, dtype }: Stored, base: Slice): Omit<FoldJob, "out"> {
+    const { in: inputs, out } = this.modules[plan.module]!;
+    const { A, Bt } = this.factors(plan);
+    const [rows, columns, left, right] = transposed ? [inputs, out, A, Bt] : [out, inputs, Bt, A];
+    return { base, dtype, rows, columns, stride: columns, left, right, rank: plan.rank };
+  }
+
+  copy(from: Slice, to: Slice, byteLength: number): void {
+    this.backend.copy(from, to, byteLength);
+    this.dispatches++;
+  }
+}
+
+function align16(bytes: number): number {
+  return Math.ceil(bytes / 16) * 16;
+}
+
+/** Objects with the lifetime of a backend. */
+export interface Started {
+  readonly kernels: KernelSession;
+  readonly passedOver: readonly string[];
+  /** Parameters beside the adapted weights are read and written here. */
+  readonly host: WeightHost | undefined;
+}
+
+// Cores: products of coefficients, which a model that has the components built in takes in place of factors.
+
+/** Writes rows [rows, width] into [rank, width] from `row` on; or, turned, into [width, rank]. */
+export function put(
+  values: Float32Array,
+  out: Float32Array,
+  row: number,
+  rank: number,
+  width: number,
+  turned: boolean,
+): void {
+  if (!turned) return out.set(values, row * width);
+  for (let at = 0, to = row; at < values.length; at += width, to++)
+    for (let i = 0; i < width; i++) out[i * rank + to] = values[at + i]!;
+}
+
+/** Whether a module's term is handed out as a core. */
+export function hasCore({ A, core }: ModulePlan, mode: "core" | "factors"): boolean {
+  return mode === "core" && core && A.expansions.length > 0;
+}
+
+/**
+ * An array of this length: `old`, or in its memory where that is large enough, and at most twice as large. Switches between tasks of like
+ * ranks allocate nothing once they are warm.
+ */
+export function reuse(old: Float32Array | undefined, length: number): Float32Array {
+  if (old?.length === length) return old;
+  const room = old?.byteOffset === 0 ? old.buffer.byteLength / 4 : 0;
+  return old && room >= length && room <= 2 * length
+    ? new Float32Array(old.buffer, 0, length)
+    : new Float32Array(length);
+}
+
+/**
+ * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks. Yields between pieces of work.
+ * @param uploaded coefficients, as `planTasks` has left them
+ * @param at where in `out` the core begins, its rows `stride` apart
+ */
+export function* writeCore(
+  plan: ModulePlan,
+  uploaded: Float32Array,
+  out: Float32Array,
+  at: number,
+  stride: number,
+): Generator<void> {
+  for (const [i, { at: a0, rows, basis }] of plan.A.expansions.entries()) {
+    const B = plan.Bt.expansions[i]!;
+    const [KA, KB] = [basis.tensor.rows, B.basis.tensor.rows];
+    const high = 2 * Math.ceil(PIECE / Math.max(1, rows) / KB / 2);
+    for (let a = 0; a < KA; a += high) {
+      addProduct(uploaded, [a0, KA, B.at, KB, rows], [a, Math.min(a + high, KA)], out, at, stride, i === 0);
+      yield;
+    }
+  }
+}
+
+/** Products of a piece of work: a millisecond. */
+const PIECE = 2 ** 20;
+
+/** First coefficient of A and how many a row has, the same for B, and the number of rows. */
+type Sizes = readonly [a0: number, rowsA: number, b0: number, rowsB: number, rows: number];
+
+/**
+ * Adds the product of a task's coefficients to rows of a core, in tiles of 2 × 4 whose sums stay in registers. Rows and columns at an edge stand in for
+ * those beyond it. @param first whether `out` is overwritten
+ */
+function addProduct(
+  uploaded: Float32Array,
+  [a0, rowsA, b0, rowsB, rows]: Sizes,
+  [from, to]: readonly [from: number, to: number],
+  out: Float32Array,
+  at: number,
+  stride: number,
+  first: boolean,
+): void {
+  for (let a = from; a < to; a += 2) {
+    const below = Math.min(1, rowsA - 1 - a);
+    for (let b = 0; b < rowsB; b += 4) {
+      const left = rowsB - 1 - b;
+      const c1 = Math.min(1, left);
+      const c2 = Math.min(2, left);
+      const c3 = Math.min(3, left);
+      const o = at + a * stride + b;
+      const p = o + below * stride;
+      let s0 = first ? 0 : out[o]!;
+      let s1 = first ? 0 : out[o + c1]!;
+      let s2 = first ? 0 : out[o + c2]!;
+      let s3 = first ? 0 : out[o + c3]!;
+      let t0 = first ? 0 : out[p]!;
+      let t1 = first ? 0 : out[p + c1]!;
+      let t2 = first ? 0 : out[p + c2]!;
+      let t3 = first ? 0 : out[p + c3]!;
+      for (let r = 0, i = a0 + a, j = b0 + b; r < rows; r++, i += rowsA, j += rowsB) {
+        const x = uploaded[i]!;
+        const y = uploaded[i + below]!;
+        const z0 = uploaded[j]!;
+        const z1 = uploaded[j + c1]!;
+        const z2 = uploaded[j + c2]!;
+        const z3 = uploaded[j + c3]!;
+        s0 += x * z0;
+        s1 += x * z1;
+        s2 += x * z2;
+        s3 += x * z3;
+        t0 += y * z0;
+        t1 += y * z1;
+        t2 += y * z2;
+        t3 += y * z3;
+      }
+      out[p + c3] = t3;
+      out[p + c2] = t2;
+      out[p + c1] = t1;
+      out[p] = t0;
+      out[o + c3] = s3;
+      out[o + c2] = s2;
+      out[o + c1] = s1;
+      out[o] = s0;
+    }
+  }
+}
