@@ -2,7 +2,7 @@
  * Commands that change a pack in place: add puts tasks behind those of the pack, whose bytes stay; remove and compact write it again; sign
  * vouches for it, with a key of keygen.
  */
-import { readFile, stat } from "node:fs/promises";
+import { readFile } from "node:fs/promises";
 import { resolve } from "node:path";
 import { type Adapter, refuseBases } from "../adapters/adapter.ts";
 import type { Pack } from "../core/pack.ts";
@@ -11,7 +11,6 @@ import { keyName } from "../core/trust.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign, TaskToWrite } from "../format/encode.ts";
 import { integrityOf } from "../format/fields.ts";
-import { hubName } from "../http/hub-name.ts";
 import { MAX_LOSS, projectAdapters, storedDtypes } from "../pack/add.ts";
 import { MUCH } from "../pack/report.ts";
 import { createSigner, freshPack, planAppend, planSignature, signTaskFile } from "../pack/write.ts";
@@ -71,7 +70,7 @@ export const add: Attach = command({
     const files: NamedTask[] = [];
     const folders: string[] = [];
     for (const path of paths)
-      if (await isTaskFile(path, run)) files.push(await namedTask(path, rename));
+      if (await run.isTaskFile(path)) files.push(await namedTask(path, rename));
       else folders.push(path);
     const adapters = await run.adapters(folders, rename, base);
     const added = [...adapters.map(({ id, file }) => ({ id, path: file })), ...files];
@@ -133,14 +132,6 @@ export const add: Attach = command({
 interface NamedTask {
   readonly path: string;
   readonly id: string;
-}
-
-/** Recognised by its first bytes, or by its name: a damaged task file is to be refused as one. */
-export async function isTaskFile(path: string, run: Run): Promise<boolean> {
-  const onHub = hubName(path) !== undefined;
-  if (!onHub && !(await stat(path).catch(() => undefined))?.isFile()) return false;
-  if (path.endsWith(".eigentask")) return true;
-  return !onHub && (await run.kindOf(path)) === "an EigenLoRA task file";
 }
 
 /** Takes the new name of a task file, by id or path, out of `rename`; the rest are of adapters. */
@@ -271,7 +262,7 @@ export const sign: Attach = command({
 /** @returns the root of a pack, the hash of a task file */
 async function signFile(file: string, signer: Sign, run: Run): Promise<string> {
   await run.lock(file);
-  if (await isTaskFile(file, run)) {
+  if (await run.isTaskFile(file)) {
     const bytes = await signTaskFile(new Uint8Array(await readFile(file)), signer);
     await writeWhole(file, [bytes]);
     return integrityOf(parseTaskFile(bytes, file).content);

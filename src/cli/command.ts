@@ -316,6 +316,14 @@ export class Run {
     return source && kindOfSource(this.closing(source));
   }
 
+  /** Tells a task file by its first bytes, or by its name: a damaged one is to be refused as one. */
+  async isTaskFile(path: string): Promise<boolean> {
+    const onHub = hubName(path) !== undefined;
+    if (!onHub && !stat(path)?.isFile()) return false;
+    if (path.endsWith(".eigentask")) return true;
+    return !onHub && (await this.kindOf(path)) === "an EigenLoRA task file";
+  }
+
   /** @throws UsageError when a model and a pack stand in each other's place */
   async refuseSwapped(model: string, pack: string): Promise<void> {
     const first = await this.kindOf(model);

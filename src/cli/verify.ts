@@ -22,7 +22,6 @@ import { expandTerm } from "../pack/expand.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../text.ts";
-import { isTaskFile } from "./change.ts";
 import { type Attach, command, type Result, type Run } from "./command.ts";
 import { readText } from "./files.ts";
 
@@ -106,7 +105,7 @@ export const verify: Attach = command({
   reads: ["file"],
   async run([path]: [string], { against, as, base, pack: home, key, integrity }, run, out) {
     const keys = await Promise.all(key.map(publicKey));
-    if (await isTaskFile(path, run)) {
+    if (await run.isTaskFile(path)) {
       if (against.length > 0)
         throw new UsageError(
           `--against needs a pack: ${path} is a task file, which holds no components; add it to its pack first`,
