@@ -46,7 +46,7 @@ export async function openSource(
 }
 
 /**
- * Has the reads of a source told. Bytes in memory have nothing to tell.
+ * Reports the reads of a source. Bytes in memory have nothing to tell.
  * @param total as `watch` takes it
  * @returns undefined where nobody asks
  */
@@ -60,7 +60,7 @@ export async function watchedOf(
   return (await import("./progress.ts")).watch(source, stage, onProgress, total);
 }
 
-/** Tells that a session is made of a model. */
+/** Reports that a session is made of a model. */
 export async function tellReady(model: string, onProgress: OnProgress | undefined): Promise<void> {
   if (onProgress) (await import("./progress.ts")).ready(model, onProgress);
 }

@@ -45,7 +45,7 @@ export interface WatchedSource extends ByteSource {
 }
 
 /**
- * Tells of the reads of a source.
+ * Reports the reads of a source.
  * @param total bytes that are needed, by those that have arrived; undefined as long as that is unknown: nothing is told meanwhile
  * @throws TypeError when `onProgress` is no function
  */
@@ -123,7 +123,7 @@ export function teller(
   };
 }
 
-/** Tells that a session is made. @param model path or address of its model */
+/** Reports that a session is made. @param model path or address of its model */
 export function ready(model: string, onProgress: OnProgress): void {
   const place = placeOf(model);
   onProgress({ status: "ready", stage: "session", ...place, loaded: 0, total: 0, progress: 100, task: "", model });

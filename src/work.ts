@@ -16,14 +16,14 @@ export interface WorkProgress {
   readonly detail?: string | undefined;
 }
 
-/** Is told how far work is. */
+/** Receives the progress of work. */
 export type OnWork = (progress: WorkProgress) => void;
 
 /** The share of what is left that a round of a search takes: nobody knows how many rounds there will be. */
 export const ROUND = 0.35;
 
 /**
- * Work that is told in percent. Its parts may have parts of their own, each of them a share of what is left: so it never goes back,
+ * Progress of work in percent. Its parts may have parts of their own, each of them a share of what is left: so it never goes back,
  * even where nobody knows how many parts there will be.
  */
 export class Meter {
@@ -35,7 +35,7 @@ export class Meter {
     this.#tell = tell;
   }
 
-  /** Tells of a stage, whenever a tenth of a percent more of it is done. */
+  /** Reports a stage whenever a tenth of a percent more of it is done. */
   static of(stage: string, onProgress: OnWork | undefined): Meter {
     let told = -1;
     return new Meter((share) => {

@@ -69,7 +69,7 @@ export interface TiedBase {
 
 /**
  * Copies rows of an embedding to the parameters tied to it, in `changes`, for tasks that bring none for them.
- * @returns names of embeddings of which nothing but rows changes: parameters in the same memory change as well
+ * @returns names of embeddings whose rows alone change: parameters in the same memory change as well
  * @throws BaseMismatchError for rows of a layer with a bias
  */
 export async function tieRows(changes: Map<string, ParameterChange[]>, base: TiedBase): Promise<Set<string>> {
