@@ -1,7 +1,7 @@
 /** Opens the machine's GPU for measurements, and describes it. */
 /// <reference types="@webgpu/types" />
 import { createWebgpuBackend } from "../../dist/src/backends/webgpu.js";
-import { countingDevice } from "../../test/counting-device.js";
+import { countingDevice } from "../../test/support/counting-device.js";
 
 /** @typedef {ReturnType<typeof createClock>} Clock */
 

@@ -1,7 +1,7 @@
 /**
  * A runtime of ONNX models, as sessions and trainers use one. All code in `src/` runs models through this interface; only a binding knows
  * the runtime. To add a runtime, implement `Engine` in one file and hand it to
- * `createSession`: `bindings/ort-engine.ts` and `test/plain-engine.ts` are two of them.
+ * `createSession`: `bindings/ort-engine.ts` and `test/support/plain-engine.ts` are two of them.
  */
 import type { DeviceBuffer, DeviceHandle } from "../backends/backend.ts";
 import type { Feed } from "../onnx/feeds.ts";

@@ -4,7 +4,7 @@
  *
  *     npm run api        writes docs/api-report.md (after a build)
  *
- * `test/api.test.ts` fails when the file is out of date, and when a signature names a type of the package that a user cannot import.
+ * `test/pages/api.test.ts` fails when the file is out of date, and when a signature names a type of the package that a user cannot import.
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -121,7 +121,7 @@ function examplesOf(node) {
 /** The report as Markdown. */
 export function report(/** @type {Surface} */ { exports }) {
   const parts = [
-    "<!-- not run: declarations, compared with the sources by test/api.test.ts -->\n\n# API report\n\nEvery export of every subpath, made by `npm run api` from the published declarations. Explanations are in the doc " +
+    "<!-- not run: declarations, compared with the sources by test/pages/api.test.ts -->\n\n# API report\n\nEvery export of every subpath, made by `npm run api` from the published declarations. Explanations are in the doc " +
       "comments, which editors show, and which `npm run docs` makes pages of.\n",
   ];
   for (const subpath of new Set(exports.map((e) => e.subpath))) {

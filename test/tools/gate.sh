@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The gate: the demo, what README's check does, and all tests, with the tools that are here (test/required.ts). `.ci/run` installs them.
+# The gate: the demo, what README's check does, and all tests, with the tools that are here (test/support/required.ts). `.ci/run` installs them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -15,9 +15,9 @@ tests() {
   EIGENLORA_BARE=1 EIGENLORA_REQUIRE="" npm test || failed=1
   again=$(grep -arlE '^ *ok .*[^\\]# SKIP' .tap/test-results | sed -E 's,^\.tap/test-results/(.*)\.tap$,\1,')
   # And those that take fewer runtimes in `npm test`.
-  again=$(printf '%s\n' "$again" $(git grep -lE '\b(ORTS|RUNTIMES)\b|\bwhole \} from' -- 'test/*.test.ts') | sort -u)
+  again=$(printf '%s\n' "$again" $(git grep -lE '\b(ORTS|RUNTIMES)\b|\bwhole \} from' -- test/unit test/models) | sort -u)
   # shellcheck disable=SC2086 # a list
-  [ -z "$again" ] || npx tap --jobs="$(($(nproc) > 2 ? $(nproc) : 2))" $again || failed=1
+  npx tap --jobs="$(($(nproc) > 2 ? $(nproc) : 2))" $again "test/{browsers,runtimes,pages}/*.test.ts" || failed=1
   return "$failed"
 }
 # Failures once more at the end, where a log that is cut still has them, and the sums of both runs.

@@ -1,0 +1,383 @@
+/**
+ * Tests of the WebGPU backend only: agreement with the js oracle to the bit or nearly, cost per switch, weights in parts, faults.
+ * backends.test.ts has the suite of all backends. Skipped by name where Dawn does not start.
+ */
+import { createRuntime, type Dtype, type FloatDtype, openPack } from "eigenlora";
+import { readAdapters } from "eigenlora/node";
+import fc from "fast-check";
+import t from "tap";
+import { dawnMissing } from "../support/backend-list.ts";
+import { values } from "../support/backend-suite.ts";
+import { seededBase } from "../support/bases.ts";
+import { countingDevice } from "../support/counting-device.js";
+import { collectGarbage } from "../support/garbage.ts";
+import { decodeTensor, encodeTensor, uniform } from "../support/internals/base.ts";
+import { whileAlive } from "../support/internals/models.ts";
+import {
+  type Backend,
+  createBackend,
+  createJsBackend,
+  createWebgpuBackend,
+  Faults,
+  type Slice,
+} from "../support/internals/runtime.ts";
+import { data, packOf } from "../support/packs.ts";
+import { runs } from "../support/required.ts";
+
+const skip = (await dawnMissing()) ?? false;
+
+t.test("a device keeps nothing of what was waited for, and ends all waits when it is lost", async (t) => {
+  type Loss = Awaited<GPUDevice["lost"]>;
+  let lose!: (loss: Loss) => void;
+  // Stands for a device: what is waited for here needs none.
+  const device = { lost: new Promise<Loss>((resolve) => (lose = resolve)) } as GPUDevice;
+  const run = whileAlive(device);
+  const faults = new Faults(device);
+  const results: WeakRef<Uint8Array>[] = [];
+  const one = async (): Promise<void> => {
+    const result = await run(async () => new Uint8Array(1e5));
+    results.push(new WeakRef(result));
+    await faults.wait(Promise.resolve());
+  };
+  for (let i = 0; i < 50; i++) await one();
+  await t.rejects(
+    run(() => {
+      throw new Error("at once");
+    }),
+    { message: "at once" },
+  );
+  for (let round = 0; round < 20 && results.some((result) => result.deref()); round++) {
+    collectGarbage();
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  const kept = results.filter((result) => result.deref()).length;
+  t.ok(kept <= 1, `${kept} of ${results.length} are kept`);
+
+  const never = new Promise<never>(() => {});
+  const waits = [run(() => never), faults.wait(never)];
+  lose({ reason: "destroyed", message: "gone." } as Loss);
+  for (const wait of waits) await t.rejects(wait, { tag: "backend", message: /lost \(destroyed\): gone\. / });
+  await t.rejects(
+    run(async () => 1),
+    { message: /lost/ },
+  );
+  t.equal((await faults.lost).tag, "backend");
+});
+
+function put(backend: Backend, bytes: Uint8Array, byteOffset: number): Slice {
+  const block = backend.allocate(byteOffset + bytes.byteLength, "scratch");
+  backend.upload({ block, byteOffset }, bytes);
+  return { block, byteOffset };
+}
+
+async function take(backend: Backend, at: Slice, byteLength: number): Promise<Uint8Array> {
+  return backend.read ? backend.read(at, byteLength) : backend.view!(at, byteLength).slice();
+}
+
+function bytesOf(array: Float32Array): Uint8Array {
+  return new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+}
+
+/** Largest difference relative to the largest element. */
+function apart(found: Float32Array, expected: Float32Array): number {
+  const largest = expected.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+  return expected.reduce((most, x, i) => Math.max(most, Math.abs(x - found[i]!)), 0) / largest;
+}
+
+/** Most representable values from one half to the other; where sums cancel, 1e-6 of the largest element is no distance. */
+function unitsApart(type: FloatDtype, found: Uint8Array, expected: Uint8Array): number {
+  const ordered = (half: number): number => (half & 0x8000 ? -(half & 0x7fff) : half);
+  const halves = [found, expected].map((bytes) => new Uint16Array(bytes.slice().buffer));
+  const [a, b] = [found, expected].map((bytes) => decodeHalves(type, bytes));
+  const largest = b!.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+  return a!.reduce((most, x, i) => {
+    if (Math.abs(x - b![i]!) <= 1e-6 * largest) return most;
+    return Math.max(most, Math.abs(ordered(halves[0]![i]!) - ordered(halves[1]![i]!)));
+  }, 0);
+}
+
+function decodeHalves(type: FloatDtype, bytes: Uint8Array): Float32Array {
+  const padded = new Uint8Array(bytes.length + (bytes.length % 4));
+  padded.set(bytes);
+  return decodeTensor(type, padded, 1, bytes.length / 2);
+}
+
+interface Case {
+  basis: Dtype;
+  type: FloatDtype;
+  rank: number;
+  /** Rows of the basis. */
+  K: number;
+  rows: number;
+  columns: number;
+  /** Elements between two rows. */
+  gap: number;
+  /** First elements of tensors in their blocks. */
+  skew: number;
+  seed: number;
+}
+
+/** One expansion and one fold with it, seeded. Returns the factor and the weight. */
+async function compute(backend: Backend, job: Case): Promise<{ factor: Float32Array; weight: Uint8Array }> {
+  const { basis, type, rank, K, rows, columns, gap, skew, seed } = job;
+  const random = uniform(seed);
+  const stride = columns + gap;
+  const size = type === "f32" ? 4 : 2;
+  const length = (rows - 1) * stride + columns;
+  const right = put(backend, new Uint8Array(4 * rank * columns), 4 * skew);
+  const base = put(
+    backend,
+    encodeTensor(type, values(length, random), 1, length).subarray(0, length * size),
+    size * skew,
+  );
+  const out = put(backend, new Uint8Array(length * size), size * ((skew + 1) % 4));
+  const inputs = {
+    coefficients: put(backend, bytesOf(values(rank * K, random)), 4 * skew),
+    basis: put(backend, encodeTensor(basis, values(K * columns, random), K, columns), 4 * skew),
+    left: put(backend, bytesOf(values(rank * rows, random)), 4),
+  };
+  const { left, ...expansion } = inputs;
+  backend.expand({ out: right, ...expansion, dtype: basis, rank, rows: K, width: columns });
+  backend.fold({ out, base, dtype: type, rows, columns, stride, left, right, rank });
+  const factor = new Float32Array((await take(backend, right, 4 * rank * columns)).slice().buffer);
+  const weight = await take(backend, out, length * size);
+  for (const { block } of [right, base, out, ...Object.values(inputs)]) backend.free(block);
+  return { factor, weight };
+}
+
+t.test(
+  "agrees with the js oracle: f32 by 1e-6 of the largest element, halves by one unit in the last place",
+  { skip },
+  async (t) => {
+    const js = createJsBackend();
+    const backend = await createWebgpuBackend();
+    t.teardown(() => backend.close());
+    const cases = fc.record({
+      basis: fc.constantFrom<Dtype[]>("f32", "f16", "bf16", "int8", "int4", "int3"),
+      type: fc.constantFrom<FloatDtype[]>("f32", "f16", "bf16"),
+      rank: fc.constantFrom(1, 2, 3, 8, 9, 16, 17, 33),
+      K: fc.constantFrom(1, 2, 7, 16, 33),
+      rows: fc.integer({ min: 1, max: 40 }),
+      columns: fc.integer({ min: 1, max: 300 }),
+      gap: fc.constantFrom(0, 0, 0, 1, 2, 5),
+      skew: fc.nat(3),
+      seed: fc.integer(),
+    });
+    let worst = 0;
+    let units = 0;
+    await fc.assert(
+      fc.asyncProperty(cases, async (job) => {
+        const [found, expected] = [await compute(backend, job), await compute(js, job)];
+        worst = Math.max(worst, apart(found.factor, expected.factor));
+        if (job.type === "f32") {
+          worst = Math.max(
+            worst,
+            apart(new Float32Array(found.weight.slice().buffer), new Float32Array(expected.weight.buffer)),
+          );
+        } else {
+          units = Math.max(units, unitsApart(job.type, found.weight, expected.weight));
+        }
+        if (!(worst <= 1e-6)) throw new Error(`${worst} of the largest element apart`);
+        if (units > 1) throw new Error(`${units} units in the last place apart`);
+      }),
+      { seed: 20261124, numRuns: runs(320) },
+    );
+    t.comment(`f32: ${worst} of the largest element; halves: ${units} unit(s) in the last place`);
+  },
+);
+
+t.test("weights larger than a binding are folded in parts, to the same bits", { skip }, async (t) => {
+  const whole = await createWebgpuBackend();
+  const parts = await createWebgpuBackend({ bindingBytes: 1536 });
+  t.teardown(() => (whole.close(), parts.close()));
+  for (const type of ["f32", "f16", "bf16"] as const) {
+    for (const [rows, columns, gap] of [
+      [37, 31, 0],
+      [64, 16, 3],
+      [5, 100, 0],
+      [33, 7, 1],
+    ] as const) {
+      for (const skew of [0, 1, 3]) {
+        const job = { basis: "f32", type, rank: 3, K: 2, rows, columns, gap, skew, seed: 5 } as const;
+        t.same(
+          (await compute(parts, job)).weight,
+          (await compute(whole, job)).weight,
+          `${type} [${rows}, ${columns}] from ${skew}`,
+        );
+      }
+    }
+  }
+  t.throws(() => parts.expand({ ...expansionOf(parts, 1000), dtype: "f32", rank: 1, rows: 1, width: 1000 }), {
+    tag: "backend",
+    message: /out has 4000 bytes.*at most 1536.*maxStorageBufferBindingSize/s,
+  });
+});
+
+function expansionOf(backend: Backend, width: number): { out: Slice; coefficients: Slice; basis: Slice } {
+  const [out, basis] = [put(backend, new Uint8Array(4 * width), 0), put(backend, new Uint8Array(4 * width), 0)];
+  return { out, basis, coefficients: put(backend, new Uint8Array(4), 0) };
+}
+
+t.test("bytes at any offset: copies and uploads, shared memory too", { skip }, async (t) => {
+  const backend = await createWebgpuBackend();
+  t.teardown(() => backend.close());
+  const source = Uint8Array.from({ length: 61 }, (_, i) => i + 1);
+  for (const [from, to, length] of [
+    [0, 0, 61],
+    [1, 0, 7],
+    [2, 3, 50],
+    [3, 2, 1],
+    [5, 8, 4],
+    [4, 1, 57],
+  ] as const) {
+    const block = backend.allocate(64, "scratch");
+    backend.upload({ block, byteOffset: 0 }, new Uint8Array(64).fill(0xa5));
+    const expected = new Uint8Array(64).fill(0xa5);
+    expected.set(source.subarray(from, from + length), to);
+    backend.copy({ block: put(backend, source, 0).block, byteOffset: from }, { block, byteOffset: to }, length);
+    t.same(await take(backend, { block, byteOffset: 0 }, 64), expected, `copy of ${length} bytes, ${from} → ${to}`);
+    const shared = new Uint8Array(new SharedArrayBuffer(length));
+    shared.set(source.subarray(from, from + length));
+    backend.upload({ block, byteOffset: 0 }, new Uint8Array(64).fill(0xa5));
+    backend.upload({ block, byteOffset: to }, shared);
+    t.same(await take(backend, { block, byteOffset: 0 }, 64), expected, `upload of ${length} bytes to ${to}`);
+    t.same(await take(backend, { block, byteOffset: to }, length), source.subarray(from, from + length), "read");
+  }
+});
+
+t.test(
+  "a device of the user's: 500 switches, one submit each, nothing but coefficients over the bus",
+  { skip },
+  async (t) => {
+    const TASKS = ["debtags-role", "debtags-game", "sections-1", "debtags-use"];
+    const { bytes } = await packOf(
+      TASKS.map((n) => `adapters/own-seed/${n}`),
+      {},
+      (m) => m.includes("layer.0.attention.self"),
+    );
+    const { device, counts, close } = await countingDevice();
+    t.teardown(close);
+    const pack = await openPack(bytes);
+    const base = await seededBase(pack.modules);
+    const runtime = await createRuntime(pack, { webgpu: { device }, base });
+    t.match(runtime.backend, /^webgpu \(/, "auto takes the device it is given");
+    const name = pack.modules[0]!.name;
+    const view = runtime.weight(name);
+    t.ok((view.data as { size: number }).size >= 4 * view.shape[0]! * view.shape[1]!, "a view is the device's buffer");
+    const read = async (): Promise<Buffer> => {
+      const parts: Uint8Array[] = [];
+      for (const module of pack.modules) parts.push((await runtime.readWeight(module.name)).data);
+      return Buffer.concat(parts);
+    };
+    const seen = new Map<string | null, Buffer>([[null, await read()]]);
+    const oracle = await createRuntime(await openPack(bytes), { backend: "js", base });
+    for (const task of TASKS) {
+      await runtime.switchTask(task);
+      await oracle.switchTask(task);
+      seen.set(task, await read());
+      for (const module of pack.modules) {
+        const [a, b] = [await runtime.readWeight(module.name), await oracle.readWeight(module.name)].map(
+          ({ data }) => new Float32Array(data.slice().buffer),
+        );
+        const largest = b!.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+        if (!a!.every((x, i) => Math.abs(x - b![i]!) <= 1e-6 * largest))
+          t.fail(`${task}, ${module.name}: not the oracle's`);
+      }
+    }
+    const adapters = await readAdapters(TASKS.map((n) => data(`adapters/own-seed/${n}`)));
+    /** f32 coefficients of a task: rank × (components and mean of both sides), for every module. */
+    const coefficientBytes = (task: string | null): number => {
+      const adapter = adapters.find(({ id }) => id === task);
+      const rows = ({ name, A: [A], B: [B] }: (typeof pack.modules)[0]): number =>
+        (adapter?.modules.get(name)?.rank ?? 0) * (A!.tensor.rows + B!.tensor.rows);
+      return pack.modules.reduce((bytes, module) => bytes + 4 * rows(module), 0);
+    };
+    const live = counts.live;
+    const random = uniform(12);
+    for (let i = 0; i < 500; i++) {
+      const task = i === 499 ? null : [...TASKS, null][Math.floor(random() * 5)]!;
+      Object.assign(counts, { submits: 0, dispatches: 0, written: 0 });
+      const report = await runtime.switchTask(task);
+      if (counts.submits > 1) throw new Error(`switch ${i} took ${counts.submits} submits`);
+      if (counts.written > coefficientBytes(task) + 4096) throw new Error(`switch ${i} sent ${counts.written} bytes`);
+      if (counts.live !== live) throw new Error(`switch ${i}: ${counts.live} bytes are live, ${live} were`);
+      const expected = task === null ? 0 : pack.modules.length + 1;
+      if (counts.dispatches !== expected)
+        throw new Error(`switch ${i} took ${counts.dispatches} dispatches, expected ${expected}`);
+      // Until then, heads of different tasks take turns in a few arrays of the CPU's.
+      if (i > 100 && report.allocated !== 0) throw new Error(`switch ${i} allocated ${report.allocated} bytes`);
+      if (i % 50 === 0 || (task === null && i % 5 === 0) || i === 499) {
+        if (!seen.get(task)!.equals(await read())) throw new Error(`switch ${i}: ${task} is not what it was`);
+      }
+    }
+    t.ok(seen.get(null)!.equals(await read()), "pristine at the end");
+    counts.written = 0;
+    await runtime.switchTask("sections-1");
+    t.equal(counts.written, coefficientBytes("sections-1"), "a warm switch sends the coefficients");
+    t.comment(`${counts.written} bytes written, ${live} live`);
+    const { total, basis, coefficients, pristine, active, scratch, reserved } = runtime.memory();
+    t.equal(total, basis + coefficients + pristine + active + scratch + reserved);
+    for (const adapter of adapters) await adapter.close();
+    await oracle.close();
+    await runtime.close();
+    t.equal(counts.live, 0, "every buffer is destroyed");
+    t.doesNotThrow(() => device.createCommandEncoder(), "a device that was given is left alone");
+  },
+);
+
+t.test("a device that is none is passed over with the reason by auto, refused by name", async (t) => {
+  const device = { label: "", limits: {}, queue: {}, createBuffer: () => ({}) };
+  const { backend, passedOver } = await createBackend({ webgpu: { device } });
+  t.equal(backend.name, "wasm");
+  t.equal(passedOver.length, 1);
+  await t.rejects(createBackend({ backend: "webgpu", webgpu: { device } }), {
+    name: "TypeError",
+    message: /^webgpu\.device/,
+  });
+  await t.rejects(createBackend({ backend: "gpu" as "webgpu" }), {
+    name: "RangeError",
+    message: /"webgpu", "wasm" or "js", got "gpu"/,
+  });
+});
+
+t.test("a lost device fails the switch by name; a new runtime goes on", { skip }, async (t) => {
+  const { bytes } = await packOf(["adapters/own-seed/debtags-role"], {}, (m) => m.includes("layer.0.attention.self.q"));
+  const pack = await openPack(bytes);
+  const base = await seededBase(pack.modules);
+  const { device, close } = await countingDevice();
+  t.teardown(close);
+  const runtime = await createRuntime(pack, { backend: "webgpu", webgpu: { device }, base });
+  const lost = runtime.switchTask("debtags-role");
+  device.destroy();
+  await t.rejects(lost, { tag: "backend", message: /device was lost/ });
+  t.equal(runtime.task, null);
+  await t.rejects(runtime.switchTask("debtags-role"), { tag: "backend", message: /device was lost/ });
+  await runtime.close();
+  const next = await createRuntime(await openPack(bytes), { backend: "webgpu", base });
+  await next.switchTask("debtags-role");
+  t.equal(next.task, "debtags-role");
+  await next.close();
+});
+
+t.test(
+  "more memory than a buffer may have is refused, what the device refuses later is reported",
+  { skip },
+  async (t) => {
+    const { device, close } = await countingDevice();
+    t.teardown(close);
+    const { backend } = await createBackend({ backend: "webgpu", webgpu: { device } });
+    t.throws(() => backend.allocate(2 ** 40, "pristine"), {
+      tag: "backend",
+      message: /1099511627776 bytes \(pristine\).*at most/s,
+    });
+    const block = backend.allocate(64, "scratch");
+    (block.device as GPUBuffer).destroy();
+    backend.copy({ block, byteOffset: 0 }, { block: backend.allocate(64, "scratch"), byteOffset: 0 }, 64);
+    await t.rejects(async () => backend.finish(), {
+      tag: "backend",
+      message: /submit, validation: .*eigenlora scratch/s,
+    });
+    await t.resolves(async () => backend.finish(), "reported once");
+    backend.close();
+  },
+);

@@ -1,0 +1,217 @@
+/**
+ * Training of more than coefficients: the arithmetic of terms, factors that begin from components, what a stored task keeps of them.
+ */
+import { openPack, type Term } from "eigenlora";
+import { type Adapter, searchPack, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createTrainer } from "eigenlora/train";
+import fc from "fast-check";
+import t from "tap";
+import { uniform } from "../support/internals/base.ts";
+import { type SharedBasis, type TrainedModule, TrainedTerms } from "../support/internals/learn.ts";
+import { deltaError, expandTerm } from "../support/internals/pack.ts";
+import { examples, F32, LABELS, noise, relative, tiny } from "../support/learning.ts";
+import { data } from "../support/packs.ts";
+import { difference, feeds, model, NODE, open, outputOf } from "../support/sessions.ts";
+
+const basis = (kind: SharedBasis["kind"], K: number, mean: boolean, width: number, seed: number): SharedBasis => ({
+  index: 0,
+  kind,
+  K,
+  mean,
+  width,
+  values: noise((K + Number(mean)) * width, seed),
+});
+
+const anyModule: fc.Arbitrary<TrainedModule> = fc
+  .record({
+    ...{
+      in: fc.integer({ min: 1, max: 5 }),
+      out: fc.integer({ min: 1, max: 5 }),
+      privateRank: fc.integer({ min: 0, max: 2 }),
+      rank: fc.integer({ min: 1, max: 3 }),
+    },
+    ...{
+      KA: fc.integer({ min: 1, max: 4 }),
+      KB: fc.integer({ min: 1, max: 4 }),
+      meanA: fc.boolean(),
+      meanB: fc.boolean(),
+    },
+    ...{ flat: fc.boolean(), shared: fc.boolean(), seed: fc.integer({ min: 1, max: 1e6 }) },
+    /** Form of the rows of each factor: coefficients, residual rows, or both. */
+    takes: fc.tuple(fc.constantFrom("over", "own", "both"), fc.constantFrom("over", "own", "both")),
+  })
+  .map(({ in: inputs, out, privateRank, rank, KA, KB, meanA, meanB, flat, shared, seed, takes }) => {
+    const [kind, times] = flat ? (["flat", rank] as const) : (["column", 1] as const);
+    const [ofA, ofB] = takes;
+    const A = ofA === "own" ? undefined : basis(kind, KA, meanA, times * inputs, seed);
+    const B = ofB === "own" ? undefined : basis(kind, KB, meanB, times * out, seed + 1);
+    const own = { A: ofA !== "over", B: ofB !== "over" };
+    return {
+      name: `module ${seed}`,
+      in: inputs,
+      out,
+      privateRank: shared ? privateRank : privateRank + 1,
+      shared: shared ? { rank, A, B, own } : undefined,
+    };
+  });
+
+const modules = fc.uniqueArray(anyModule, { minLength: 1, maxLength: 3, selector: ({ name }) => name });
+
+t.test("factors are what the formula says", async (_t) => {
+  fc.assert(
+    fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
+      const terms = new TrainedTerms(all);
+      const values = new Float32Array(noise(terms.size, seed));
+      const found = terms.expand(values);
+      for (const { name, in: inputs, out, shared, privateRank: own } of all) {
+        for (const [side, factor, d] of [
+          ["A", "A", inputs],
+          ["B", "Bt", out],
+        ] as const) {
+          const rank = shared?.rank ?? 0;
+          const expected = Array.from({ length: (rank + own) * d }, (_, at) => {
+            const [row, i] = [Math.floor(at / d), at % d];
+            if (row >= rank) return terms.part(values, name, `private${side}`)![(row - rank) * d + i]!;
+            const beside = terms.part(values, name, `own${side}`)?.[row * d + i] ?? 0;
+            const basis = shared![side];
+            if (!basis) return beside;
+            const { kind, K, width, mean, values: E } = basis;
+            const alpha = terms.part(values, name, `alpha${side}`)!;
+            const [first, place] = kind === "flat" ? [0, row * d + i] : [row * K, i];
+            let sum = beside + (mean ? E[K * width + place]! : 0);
+            for (let k = 0; k < K; k++) sum += alpha[first + k]! * E[k * width + place]!;
+            return sum;
+          });
+          if (difference(found.get(name)![factor], expected) > 1e-6)
+            throw new Error(`${factor} of ${name}: ${found.get(name)![factor]} instead of ${expected}`);
+        }
+      }
+    }),
+  );
+});
+
+t.test("gradients are pulled back along what factors are made of", async (_t) => {
+  fc.assert(
+    fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
+      const terms = new TrainedTerms(all);
+      const values = new Float32Array(noise(terms.size, seed));
+      const next = uniform(seed);
+      // A loss linear in the factors is a polynomial of second degree in the trained numbers, so differences are exact.
+      const weights = new Map(
+        all.map(({ name, in: inputs, out, shared, privateRank: own }): [string, Term] => {
+          const rank = (shared?.rank ?? 0) + own;
+          const some = (d: number): Float32Array => Float32Array.from({ length: rank * d }, () => next() - 0.5);
+          return [name, { rank, A: some(inputs), Bt: some(out) }];
+        }),
+      );
+      const loss = (at: Float32Array<ArrayBuffer>): number => {
+        let sum = 0;
+        for (const [name, term] of terms.expand(at))
+          for (const factor of ["A", "Bt"] as const)
+            term[factor].forEach((v, i) => (sum += v * weights.get(name)![factor][i]!));
+        return sum;
+      };
+      const gradient = terms.pullBack(weights);
+      for (let i = 0; i < terms.size; i++) {
+        const [up, down] = [0.5, -0.5].map((by) => loss(values.map((v, at) => (at === i ? v + by : v))));
+        if (Math.abs(up! - down! - gradient[i]!) > 2e-6 * (1 + Math.abs(gradient[i]!)))
+          throw new Error(`${i}: ${gradient[i]} instead of ${up! - down!}`);
+      }
+    }),
+  );
+});
+
+/** ΔW error of one adapter against another. */
+async function lossOf(whole: Adapter, stored: Adapter): Promise<number> {
+  const pair = ({ rank, A, Bt }: Term) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
+  let [lost, all] = [0, 0];
+  for (const [name, module] of whole.modules) {
+    const none = { rank: 1, A: new Float64Array(module.in), Bt: new Float64Array(module.out) };
+    const found = await stored.modules.get(name)?.read();
+    const { difference: off, norm } = deltaError(pair(await module.read()), found ? pair(found) : none);
+    lost += off ** 2;
+    all += norm ** 2;
+  }
+  return Math.sqrt(lost / all);
+}
+
+t.test("factors that were learned are stored as a pack with a step stores its tasks", async (t) => {
+  const adapters = await readAdapters([data("sessions/adapters")]);
+  const { chunks } = await searchPack(adapters);
+  const pack = await openPack(new Blob(chunks as BlobPart[]));
+  const session = await open(NODE, model("torchscript"), pack, { trainable: true });
+  t.teardown(() => Promise.all([session.close(), ...adapters.map((adapter) => adapter.close())]));
+  const trainer = await createTrainer(session, { labels: LABELS, rank: 8 });
+  for await (const _ of trainer.fit(examples(NODE, session, 32, 5), { steps: 30, batch: 8 }));
+  const files = {
+    whole: await trainer.task({ dtype: F32 }),
+    small: await trainer.task(),
+    fine: await trainer.task({ error: 0.05 }),
+  };
+  t.ok(
+    files.small.length < files.fine.length && files.fine.length < files.whole.length / 4,
+    Object.values(files)
+      .map(({ length }) => length)
+      .join(", "),
+  );
+  for (const [id, file] of Object.entries(files)) await session.addTask(id, file);
+  const whole = await taskAdapter(pack, "whole");
+  for (const [id, most] of Object.entries({ small: 0.3, fine: 0.05 })) {
+    const stored = await taskAdapter(pack, id);
+    const loss = await lossOf(whole, stored);
+    t.ok(loss <= most && loss > most / 2, `${id}: ${loss}`);
+    t.same(session.tasks.get(id)!.metadata.labels, LABELS);
+  }
+  const answers = [];
+  for (const id of Object.keys(files)) {
+    await session.switchTask(id);
+    answers.push(await outputOf(session, feeds(NODE, session)));
+  }
+  const [exact, coarse, near] = answers as [Float32Array, Float32Array, Float32Array];
+  t.ok(difference(near, exact) < difference(coarse, exact), "the finer one answers more alike");
+  await t.rejects(trainer.task({ error: 2 }), /error: expected a number between 0 and 1, got 2/);
+});
+
+t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  const [task] = session.tasks.keys();
+  const known = examples(NODE, session, 8, 4);
+  const factors = async (id: string): Promise<Float32Array[]> => {
+    const blob = await session.pack.load(id);
+    const bases = (await session.pack.bases()).bytes;
+    return blob.terms.flatMap((term) => {
+      const { A, Bt } = expandTerm(blob, term, session.pack.modules[term.module]!, bases);
+      return [A, Bt];
+    });
+  };
+  for (const init of [undefined, "mean", { task: task! }] as const) {
+    const trainer = await createTrainer(session, { labels: LABELS, train: "lora", ...(init ? { init } : {}) });
+    // Rates of 0 leave the start as it is.
+    for await (const _ of trainer.fit(known, { epochs: 1, learningRates: { terms: 0, head: 0 } }));
+    const id = `from ${JSON.stringify(init)}`;
+    await session.addTask(id, await trainer.task({ dtype: F32 }));
+    const [ours, theirs] = [await factors(id), await factors(task!)];
+    const off = ours.map((values, i) => relative(values, theirs[i]!));
+    if (typeof init === "object") t.ok(Math.max(...off) < 1e-6, `${id}: the task's factors`);
+    else t.ok(Math.min(...off) > 0.05, `${id}: others`);
+    if (!init)
+      t.ok(
+        ours.filter((_, i) => i % 2 === 1).every((B) => B.every((v) => v === 0)),
+        "B is zero",
+      );
+    // Training goes on from the task as it is.
+    await trainer.begin(id);
+    t.same(await trainer.task({ dtype: F32, id: "task" }), await trainer.task({ dtype: F32, id: "task" }));
+    await session.addTask(`${id} again`, await trainer.task({ dtype: F32 }));
+    t.ok(
+      (await factors(`${id} again`)).every(
+        (values, i) => relative(values, ours[i]!) < 1e-7 || ours[i]!.every((v) => v === 0),
+      ),
+      `${id}: again`,
+    );
+  }
+  const wrong = createTrainer(session, { labels: LABELS, init: "fresh" });
+  await t.rejects(wrong, { name: "RangeError", message: /"fresh" is for factors/ });
+});

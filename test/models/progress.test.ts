@@ -1,0 +1,141 @@
+/**
+ * Progress of packs and models in the shape that transformers.js's `progress_callback` takes, and what an abort ends.
+ */
+import { readFile } from "node:fs/promises";
+import { openPack, type Progress } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { cachedSource, type RangeStore } from "eigenlora/cache";
+import { readAdapters } from "eigenlora/node";
+import { createEigenSession, createEigenSessions } from "eigenlora/onnxruntime";
+import t, { type Test } from "tap";
+import { data, LOSSLESS } from "../support/packs.ts";
+import { serve } from "../support/range-server.ts";
+import { model, modelBytes, NODE, open, packBytes, packFor } from "../support/sessions.ts";
+
+const pack = await packBytes(["adapters"], "base");
+
+/** `ProgressInfo` of transformers.js 4.3, as in its declarations. */
+type Theirs =
+  | { status: "initiate"; name: string; file: string }
+  | { status: "download"; name: string; file: string }
+  | { status: "progress"; name: string; file: string; progress: number; loaded: number; total: number }
+  | { status: "progress_total"; name: string; progress: number; loaded: number; total: number; files: object }
+  | { status: "done"; name: string; file: string }
+  | { status: "ready"; task: string; model: string };
+
+/** Collects what is told, by a function with the types of transformers.js. */
+function collector(): { told: Progress[]; onProgress: (info: Theirs) => void } {
+  const told: Progress[] = [];
+  return { told, onProgress: (info) => void told.push(info as Progress) };
+}
+
+/** Checks the story of one file: from "initiate" to "done", with bytes that only grow. */
+function checkFile(t: Test, told: readonly Progress[], file: string, bytes: number | undefined): void {
+  const own = told.filter((one) => one.file === file && one.status !== "ready");
+  const statuses = own.map(({ status }) => status);
+  t.same(statuses.slice(0, 2), ["initiate", "download"], `${file}: begins`);
+  t.equal(statuses.at(-1), "done", `${file}: ends`);
+  t.same(new Set(statuses.slice(2, -1)), new Set(["progress"]), `${file}: bytes between`);
+  const loaded = own.map((one) => one.loaded);
+  t.same(
+    loaded,
+    [...loaded].sort((a, b) => a - b),
+  );
+  const last = own.at(-1)!;
+  t.match(last, { loaded: last.total, progress: 100 });
+  if (bytes !== undefined) t.equal(last.total, bytes, `${file}: ${bytes} bytes`);
+}
+
+t.test("a pack from a server with ranges, and from one without", async (t) => {
+  const server = await serve(new Map([["some/tasks.eigen", pack]]));
+  t.teardown(() => server.close());
+  server.faults = [undefined, "slow"];
+  const { told, onProgress } = collector();
+  const opened = await openPack(server.url("some/tasks.eigen"), { onProgress });
+  checkFile(t, told, "tasks.eigen", opened.reads.bytes);
+  t.ok(told.length > 5, "told while bytes arrive");
+  t.match(told[0], { stage: "pack", name: server.url("some") });
+  const count = told.length;
+  await opened.prefetch(opened.tasks.keys());
+  t.equal(told.length, count, "tasks are told as events");
+  await opened.close();
+
+  const late = await openPack(server.url("some/tasks.eigen"), { bases: "later" });
+  const bases = collector();
+  (await late.bases({ onProgress: bases.onProgress })).close();
+  checkFile(t, bases.told, "tasks.eigen", late.directory.bases.length);
+  await late.close();
+
+  const whole = collector();
+  const store: RangeStore = memoryStore();
+  for (const where of ["server", "store"]) {
+    const cached = cachedSource(server.url("some/tasks.eigen"), store);
+    const from = await openPack(cached, { onProgress: whole.onProgress });
+    checkFile(t, whole.told.splice(0), "tasks.eigen", undefined);
+    t.equal(cached.counts.hits > 0, where === "store");
+    await from.close();
+  }
+});
+
+function memoryStore(): RangeStore {
+  const kept = new Map<string, Uint8Array>();
+  return {
+    get: async (key) => kept.get(key),
+    put: async (key, bytes) => void kept.set(key, bytes.slice()),
+    delete: async (key) => void kept.delete(key),
+    keys: async () => [...kept.keys()],
+  };
+}
+
+t.test("a model, the files beside it, and that all is ready", async (t) => {
+  const server = await serve(new Map([["onnx/model.onnx", modelBytes("torchscript")]]));
+  t.teardown(() => server.close());
+  const { told, onProgress } = collector();
+  const opened = await openPack(pack, { onProgress });
+  t.same(told, [], "bytes in memory have nothing to tell");
+  const session = await createEigenSession(NODE, server.url("onnx/model.onnx"), opened, { onProgress });
+  checkFile(t, told, "model.onnx", modelBytes("torchscript").length);
+  t.match(told.at(-1), { status: "ready", stage: "session", model: server.url("onnx/model.onnx"), task: "" });
+  t.equal(told.filter(({ status }) => status === "ready").length, 1);
+  await session.close();
+
+  const path = collector();
+  await (await open(NODE, model("torchscript"), opened, { onProgress: path.onProgress })).close();
+  t.match(path.told[0], { file: "torchscript.onnx", name: data("sessions"), stage: "model" });
+  t.match(path.told.at(-2), { status: "done" });
+  await opened.close();
+});
+
+t.test("files of one model end with one `ready`", async (t) => {
+  const { told, onProgress } = collector();
+  const adapters = await readAdapters([data("seq2seq/adapters")]);
+  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base: data("seq2seq/base.safetensors") });
+  const skills = await openPack(new Uint8Array(Buffer.concat(chunks)));
+  const files = { encoder: data("seq2seq/onnx/encoder_model.onnx"), decoder: data("seq2seq/decoder.onnx") };
+  const models = await createEigenSessions(NODE, files, skills, { onProgress });
+  t.same(new Set(told.map(({ file }) => file)), new Set(["encoder_model.onnx", "decoder.onnx"]));
+  t.same(
+    told.filter(({ status }) => status === "ready").map(({ status }) => status),
+    ["ready"],
+  );
+  t.equal(told.at(-1)!.status, "ready");
+  await models.close();
+  await skills.close();
+});
+
+t.test("weights in a file beside the model are told by their own name", async (t) => {
+  const [graph, weights] = [await readFile(model("external")), await readFile(data("sessions/external.onnx.data"))];
+  const server = await serve(
+    new Map<string, Uint8Array>([
+      ["model.onnx", graph],
+      ["external.onnx.data", weights],
+    ]),
+  );
+  t.teardown(() => server.close());
+  const { told, onProgress } = collector();
+  const session = await createEigenSession(NODE, server.url("model.onnx"), await packFor("base"), { onProgress });
+  checkFile(t, told, "model.onnx", graph.length);
+  checkFile(t, told, "external.onnx.data", undefined);
+  t.equal(told.at(-1)!.status, "ready");
+  await session.close();
+});

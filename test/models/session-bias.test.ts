@@ -1,0 +1,161 @@
+/**
+ * Biases that an exporter has dropped because they were zero: tasks bring them back, in every mode, on every kind of layer, and through
+ * `attach`. A real export of torch, compared with PEFT (test/data/exports), and the models of test/data/sessions without the classifier's
+ * bias.
+ */
+import { readFileSync } from "node:fs";
+import { openPack } from "eigenlora";
+import { createTrainer } from "eigenlora/train";
+import t, { type Test } from "tap";
+import { atOnce } from "../support/internals/base.ts";
+import { parseTask } from "../support/internals/format.ts";
+import {
+  create,
+  fromBinary,
+  type GraphProto,
+  ModelProtoSchema,
+  type NodeProto,
+  NodeProtoSchema,
+  toBinary,
+} from "../support/internals/models.ts";
+import { parseTaskFile } from "../support/internals/runtime.ts";
+import { data, LOSSLESS, packOf } from "../support/packs.ts";
+import type * as sessions from "../support/sessions.ts";
+import { difference, type Feeds, MODES, NODE, ORTS, open, outputOf, refusal } from "../support/sessions.ts";
+
+const TOLERANCE = 1e-5;
+const path = (name: string): string => data(`exports/${name}`);
+const goldens = JSON.parse(readFileSync(path("goldens.json"), "utf8")) as {
+  feeds: Record<string, number[][]>;
+  outputs: Record<string, Record<string, number[][]>>;
+};
+const ints = ({ Tensor }: Pick<sessions.Ort, "Tensor">): Feeds =>
+  Object.fromEntries(
+    Object.entries(goldens.feeds).map(([name, rows]) => {
+      return [name, new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length])];
+    }),
+  );
+const answer = (file: string, task: string | null): number[] => goldens.outputs[file]![task ?? "base"]!.flat();
+
+/** Bytes of a pack that keeps its adapters whole. */
+async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
+  const paths = adapters.map((name) => `exports/adapters/${name}`);
+  return (await packOf(paths, { ...LOSSLESS, base: path("base.safetensors") })).bytes;
+}
+
+/** Sets by what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */
+const SETS = [
+  ["head", "biases", "lora-bias", "dora"],
+  ["same-head", "adapted-head"],
+  ["biases", "lora-bias"],
+] as const;
+
+async function agrees(
+  t: Test,
+  ort: sessions.Ort,
+  file: string,
+  tasks: readonly string[],
+  mode: sessions.Mode,
+): Promise<void> {
+  const pack = await openPack(await packed(...tasks));
+  const session = await open(ort, path(`${file}.onnx`), pack, { mode });
+  t.equal(session.mode, mode);
+  let worst = 0;
+  let base: number[] | undefined;
+  for (const task of [null, ...tasks, null]) {
+    await session.switchTask(task);
+    const found = await outputOf(session, ints(ort));
+    worst = Math.max(worst, difference(found, answer(file, task)));
+    if (task === null) t.same([...found], (base ??= [...found]), "the base comes back bit for bit");
+  }
+  t.ok(worst <= TOLERANCE, `${file}, ${tasks.join(", ")}, ${mode}: off by ${worst}`);
+  await session.close();
+}
+
+t.test("torch's default export of a fresh classifier, against PEFT", async (t) => {
+  const gemms = fromBinary(ModelProtoSchema, readFileSync(path("classifier.onnx"))).graph!.node.filter(
+    ({ opType }) => opType === "Gemm",
+  );
+  t.same(
+    gemms.map(({ input }) => input.length),
+    [2, 2],
+    "the exporter has dropped the biases of pooler and classifier",
+  );
+  for (const tasks of SETS) for (const mode of MODES) await agrees(t, NODE, "classifier", tasks, mode);
+  for (const { ort } of ORTS.slice(1)) await agrees(t, ort, "classifier", SETS[0], "core");
+});
+
+t.test("the same quantised, and without Add", async (t) => {
+  for (const tasks of SETS.slice(1)) {
+    for (const mode of ["core", "factors"] as const) await agrees(t, NODE, "quantised", tasks, mode);
+    const pack = await openPack(await packed(...tasks));
+    const error = await refusal(() => open(NODE, path("quantised.onnx"), pack, { mode: "folded" }));
+    t.match(error.message, /quantised.*use mode "core" or "factors"/);
+  }
+});
+
+t.test("a bias that is there by another name is not added once more", async (t) => {
+  const pack = await openPack(await packed("head"));
+  const broken = (change: (gemm: NodeProto, graph: GraphProto) => void): Uint8Array => {
+    const proto = fromBinary(ModelProtoSchema, readFileSync(path("classifier.onnx")));
+    const graph = proto.graph!;
+    const gemm = graph.node.find(({ input }) => input[1] === "classifier.weight")!;
+    gemm.metadataProps = [];
+    const bias = graph.initializer.find(({ name }) => name === "bert.embeddings.LayerNorm.bias")!;
+    graph.initializer.push({ ...bias, name: "b", dims: [4n], rawData: bias.rawData.slice(0, 16) });
+    change(gemm, graph);
+    return toBinary(ModelProtoSchema, proto);
+  };
+  const behind = (opType: string, input: string[], output: string, domain = ""): NodeProto =>
+    create(NodeProtoSchema, { opType, name: `/${output}`, input, output: [output], domain });
+  const ways: Record<string, (gemm: NodeProto, graph: GraphProto) => void> = {
+    "as the Gemm's own": (gemm) => gemm.input.push("b"),
+    "behind a Reshape and a Cast": (gemm, graph) => {
+      const [result] = gemm.output.splice(0, 1, "y0") as [string];
+      const nodes = [behind("Identity", ["y0"], "y1"), behind("Squeeze", ["y1"], "y2")];
+      graph.node.push(...nodes, behind("Add", ["y2", "b"], result));
+    },
+    "in front of the sum": (gemm, graph) => {
+      const [result] = gemm.output.splice(0, 1, "y0") as [string];
+      graph.node.push(behind("Identity", ["b"], "b1"), behind("Add", ["b1", "y0"], result));
+    },
+    "in a fused operator": (gemm, graph) => {
+      const [result] = gemm.output.splice(0, 1, "y0") as [string];
+      graph.node.push(behind("BiasGelu", ["y0", "b"], result, "com.microsoft"));
+    },
+  };
+  for (const [what, change] of Object.entries(ways)) {
+    for (const mode of MODES) {
+      const { message } = await refusal(() => open(NODE, broken(change), pack, { mode }));
+      t.match(message, /tasks change "classifier.bias" \(saved\), which is not in the model/, `${what}, ${mode}`);
+    }
+  }
+  const fits = await open(
+    NODE,
+    broken(() => undefined),
+    pack,
+  );
+  await fits.close();
+});
+
+t.test("learned on such a model, a task has the bias too", async (t) => {
+  const pack = await openPack(await packed("head"));
+  const session = await open(NODE, path("classifier.onnx"), pack, { trainable: true });
+  const encode = (texts: string[]): Feeds => {
+    const rows = texts.map((text) => [2, 4 + text.length, 3]);
+    const tensor = (values: number[][]) =>
+      new NODE.Tensor("int64", BigInt64Array.from(values.flat(), BigInt), [values.length, 3]);
+    return {
+      input_ids: tensor(rows),
+      attention_mask: tensor(rows.map(() => [1, 1, 1])),
+      token_type_ids: tensor(rows.map(() => [0, 0, 0])),
+    };
+  };
+  const trainer = await createTrainer(session, { labels: ["short", "long"], encode: encode as never });
+  const examples = [1, 2, 3, 4, 5, 6, 7, 8].map((n) => ({ text: "x".repeat(n), label: n < 5 ? "short" : "long" }));
+  for await (const _ of trainer.fit(examples, { epochs: 2, batch: 4, holdout: 0 }));
+  const { blob } = parseTaskFile(await trainer.task({ id: "mine" }), "mine");
+  const names = atOnce(parseTask(blob, pack.modules, "mine", { id: "mine" })).parameters.map(({ name }) => name);
+  t.same(names.sort(), ["classifier.bias", "classifier.weight"]);
+  await session.close();
+});

@@ -1,0 +1,350 @@
+/** Rows of tokens on a base whose head is tied to its embedding, and starts that change the base, against PEFT's logits. */
+import { mkdtemp, readFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createRuntime, openPack, type Pack, type RuntimeOptions, type Tensor } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { createEngine } from "eigenlora/onnxruntime";
+import { createSessions } from "eigenlora/session";
+import t, { type Test } from "tap";
+import { json, run, workIn } from "../support/command-line.ts";
+import { openSafetensors, openSource } from "../support/internals/base.ts";
+import { fromBinary, ModelProtoSchema, toBinary } from "../support/internals/models.ts";
+import { concat, data, LOSSLESS } from "../support/packs.ts";
+import { MODES, type Mode, NODE, ORTS, open, type Session } from "../support/sessions.ts";
+
+const at = (path: string): string => data(`goldens/tied/${path}`);
+
+type Logits = Readonly<Record<string, readonly number[]>>;
+const goldens = JSON.parse(await readFile(at("goldens.json"), "utf8")) as Record<"tied" | "untied" | "q4", Logits> & {
+  readonly input_ids: readonly number[];
+};
+const IDS = goldens.input_ids;
+const ROWS = ["rows", "rows-more", "rows-ensured", "rows-apart", "rows-head", "rows-lora-head"];
+const EMBEDDINGS = ["lora-embedding", "lora-ensured"];
+const SAVED = ["saved-embedding", "saved-ensured"];
+const STARTS = ["pissa", "olora", "pissa-dora"];
+
+async function packOf(t: Test, tasks: readonly string[], options: object = LOSSLESS): Promise<Pack> {
+  const paths = tasks.map((task) => at(`adapters/${task}`));
+  const adapters = await readAdapters(paths, { base: at("base.safetensors") });
+  const pack = await openPack(concat((await buildPack(adapters, options)).chunks));
+  t.teardown(async () => {
+    for (const one of [pack, ...adapters]) await one.close();
+  });
+  return pack;
+}
+
+/** Largest difference, as a share of the largest logit. */
+function off(found: ArrayLike<number>, expected: readonly number[]): number {
+  const largest = expected.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  return expected.reduce((most, value, i) => Math.max(most, Math.abs(value - found[i]!)), 0) / largest;
+}
+
+function agrees(t: Test, found: ArrayLike<number>, expected: readonly number[] | undefined, what: string): void {
+  t.equal(found.length, expected?.length, `${what}: as many logits`);
+  t.ok(off(found, expected!) <= 1e-5, `${what}: off by ${off(found, expected!)}`);
+}
+
+async function logitsOf(session: Session, Tensor: typeof NODE.Tensor, tasks?: readonly (string | null)[]) {
+  const rows = tasks?.length ?? 1;
+  const ids = Array.from({ length: rows }, () => IDS).flat();
+  const feeds = { input_ids: new Tensor("int64", BigInt64Array.from(ids, BigInt), [rows, IDS.length]) };
+  return (await session.run(feeds, tasks && { tasks }))["logits"]!.data as Float32Array;
+}
+
+t.test("sessions: every mode and exporter", async (t) => {
+  for (const [name, pack, tasks, modes] of [
+    ["unfolded", await packOf(t, [...ROWS, ...EMBEDDINGS, ...STARTS]), [...ROWS, ...EMBEDDINGS, ...STARTS], MODES],
+    [
+      "components",
+      await packOf(t, ["rows", "rows-more"], { ...LOSSLESS, select: { kind: "k", k: 8 } }),
+      ["rows"],
+      MODES,
+    ],
+    ["saved", await packOf(t, SAVED), SAVED, ["folded"]],
+  ] as [string, Pack, string[], Mode[]][]) {
+    for (const mode of modes.filter((mode) => mode !== "core" || name === "components")) {
+      for (const model of ["torchscript", "dynamo"]) {
+        const session = await open(NODE, at(`${model}.onnx`), pack, { mode });
+        for (const task of [...tasks, null]) {
+          await session.switchTask(task);
+          agrees(
+            t,
+            await logitsOf(session, NODE.Tensor),
+            goldens.tied[task ?? ""],
+            `${name}, ${mode}, ${model}, ${task}`,
+          );
+        }
+        if (mode !== "folded" && model === "torchscript") {
+          const mixed = [null, ...tasks];
+          const found = await logitsOf(session, NODE.Tensor, mixed);
+          for (const [i, task] of mixed.entries())
+            agrees(
+              t,
+              found.subarray(i * 200, (i + 1) * 200),
+              goldens.tied[task ?? ""],
+              `${mode}, ${model}, row of ${task}`,
+            );
+        }
+        await session.close();
+      }
+    }
+  }
+});
+
+t.test("sessions: other runtimes, and a head in another form", async (t) => {
+  const pack = await packOf(t, ["rows", "rows-more"]);
+  for (const { name, ort } of ORTS) {
+    const session = await open(ort, at("torchscript.onnx"), pack, { mode: "factors" });
+    await session.switchTask("rows");
+    agrees(t, await logitsOf(session, ort.Tensor), goldens.tied["rows"], name);
+    await session.close();
+  }
+  for (const mode of ["core", "factors"] as const) {
+    const shared = mode === "core" ? await packOf(t, ["rows"], { ...LOSSLESS, select: { kind: "k", k: 8 } }) : pack;
+    const session = await open(NODE, at("q4.onnx"), shared, { mode });
+    for (const task of ["rows", null]) {
+      await session.switchTask(task);
+      agrees(t, await logitsOf(session, NODE.Tensor), goldens.q4[task ?? ""], `a head in 4 bits, ${mode}, ${task}`);
+    }
+    await session.close();
+  }
+  await t.rejects(open(NODE, at("q4.onnx"), pack, { mode: "folded" }), {
+    tag: "base",
+    message:
+      /"lm_head.weight", which is tied to "model.embed_tokens.weight", is quantised; use mode "core" or "factors"/,
+  });
+});
+
+t.test("sessions: an embedding under another name, and two files of one model", async (t) => {
+  const pack = await packOf(t, ["rows", "rows-more"]);
+  const model = fromBinary(ModelProtoSchema, await readFile(at("torchscript.onnx")));
+  for (const node of model.graph!.node) {
+    if (!node.input.includes(TABLE)) continue;
+    node.name = "/LookUp";
+    node.input[node.input.indexOf(TABLE)] = "weight";
+  }
+  for (const tensor of model.graph!.initializer) if (tensor.name === TABLE) tensor.name = "weight";
+  const renamed = toBinary(ModelProtoSchema, model);
+  const names = new Map([["model.embed_tokens", "weight"]]);
+  for (const mode of ["factors", "folded"] as const) {
+    const session = await open(NODE, renamed, pack, { mode, names });
+    await session.switchTask("rows");
+    agrees(t, await logitsOf(session, NODE.Tensor), goldens.tied["rows"], `named by hand, ${mode}`);
+    await session.close();
+  }
+  const engine = createEngine(NODE);
+  const models = { whole: at("torchscript.onnx"), other: renamed };
+  const message = /rows of "model.embed_tokens.weight", and ".*" of other, .*may be tied to it.*`names`.*ignore/;
+  await t.rejects(createSessions(engine, models, pack, { mode: "factors" }), { tag: "base", message });
+  const both = await createSessions(engine, models, pack, {
+    mode: "factors",
+    each: { other: { mode: "factors", names } },
+  });
+  await both.switchTask("rows");
+  agrees(t, await logitsOf(both.sessions.other as Session, NODE.Tensor), goldens.tied["rows"], "mapped in its file");
+  await both.close();
+  const ignore = ["weight", "lm_head"];
+  await (await createSessions(engine, models, pack, { each: { other: { ignore } } })).close();
+});
+
+// ---- own weights
+
+const TABLE = "model.embed_tokens.weight";
+const HEAD = "lm_head.weight";
+
+async function tensorsOf(path = at("base.safetensors")): Promise<Map<string, Tensor>> {
+  const source = await openSource(path);
+  const file = await openSafetensors(source);
+  const tensors = new Map<string, Tensor>();
+  for (const [name, { shape }] of file.tensors)
+    tensors.set(name, { dtype: "f32", shape, data: new Float32Array((await file.read(name)).slice().buffer) });
+  await source.close?.();
+  return tensors;
+}
+
+function turned({ shape: [rows = 0, columns = 0], data }: Tensor): Tensor {
+  const values = Float32Array.from(data, (_, i) => data[(i % rows) * columns + Math.floor(i / rows)]!);
+  return { dtype: "f32", shape: [columns, rows], data: values, layout: "in-out" };
+}
+
+/** The base's tensors, and those that a runtime has changed. */
+async function changedBy(pack: Pack, task: string, options: RuntimeOptions & { base: Map<string, Tensor> }) {
+  const runtime = await createRuntime(pack, { backend: "js", ...options });
+  await runtime.switchTask(task);
+  const tensors = new Map([...options.base].map(([name, one]) => [name, { ...one, data: one.data.slice() } as Tensor]));
+  await runtime.switchTask(null);
+  await runtime.close();
+  return tensors;
+}
+
+/** The tiny Llama of the goldens, in f64. @param head [vocabulary, width] */
+function forward(tensors: ReadonlyMap<string, Tensor>, head: Tensor): number[] {
+  const [n, width, heads, size] = [IDS.length, 16, 2, 8];
+  const of = (name: string): ArrayLike<number> => tensors.get(name)!.data;
+  const times = (x: number[], name: string): number[] => product(x, of(`model.layers.0.${name}.weight`), n);
+  const norm = (x: number[], name: string): number[] => {
+    const scale = of(name);
+    const square = (row: number): number =>
+      x.slice(row * width, (row + 1) * width).reduce((sum, value) => sum + value ** 2, 0) / width;
+    return x.map((value, i) => (value / Math.sqrt(square(Math.floor(i / width)) + 1e-6)) * scale[i % width]!);
+  };
+  const rotated = (x: number[], count: number): number[] =>
+    x.map((value, i) => {
+      const [row, j] = [Math.floor(i / (count * size)), i % size];
+      const angle = Math.fround(row * Math.fround(10000 ** (-(2 * (j % 4)) / size)));
+      const other = j < 4 ? -x[i + 4]! : x[i - 4]!;
+      return value * Math.cos(angle) + other * Math.sin(angle);
+    });
+  const embedded = IDS.flatMap((id) => Array.from({ length: width }, (_, j) => of(TABLE)[id * width + j]!));
+  const normed = norm(embedded, "model.layers.0.input_layernorm.weight");
+  const [q, k, v] = ["q_proj", "k_proj", "v_proj"].map((name) => times(normed, `self_attn.${name}`)) as [
+    number[],
+    number[],
+    number[],
+  ];
+  const [queries, keys] = [rotated(q, heads), rotated(k, 1)];
+  const attended = queries.map((_, i) => {
+    const [row, h, j] = [Math.floor(i / width), Math.floor((i % width) / size), i % size];
+    const dot = (other: number): number =>
+      Array.from({ length: size }, (_, c) => queries[row * width + h * size + c]! * keys[other * size + c]!).reduce(
+        (a, b) => a + b,
+        0,
+      );
+    const weights = Array.from({ length: row + 1 }, (_, other) => Math.exp(dot(other) / Math.sqrt(size)));
+    const total = weights.reduce((a, b) => a + b, 0);
+    return weights.reduce((sum, weight, other) => sum + (weight / total) * v[other * size + j]!, 0);
+  });
+  const between = times(attended, "self_attn.o_proj").map((value, i) => value + embedded[i]!);
+  const inner = norm(between, "model.layers.0.post_attention_layernorm.weight");
+  const [gate, up] = [times(inner, "mlp.gate_proj"), times(inner, "mlp.up_proj")];
+  const gated = gate.map((value, i) => (value / (1 + Math.exp(-value))) * up[i]!);
+  const last = times(gated, "mlp.down_proj").map((value, i) => value + between[i]!);
+  return product(norm(last, "model.norm.weight"), head.data, n);
+}
+
+/** x · Wᵀ of n rows. */
+function product(x: readonly number[], w: ArrayLike<number>, n: number): number[] {
+  const width = x.length / n;
+  return Array.from({ length: (n * w.length) / width }, (_, i) => {
+    const [row, o] = [Math.floor(i / (w.length / width)), i % (w.length / width)];
+    let sum = 0;
+    for (let j = 0; j < width; j++) sum += x[row * width + j]! * w[o * width + j]!;
+    return sum;
+  });
+}
+
+t.test("own weights: one weight, two, shared memory, stored as [in, out]", async (t) => {
+  const weights = await tensorsOf();
+  agrees(t, forward(weights, weights.get(TABLE)!), goldens.tied[""], "the model in plain JavaScript");
+  const pack = await packOf(t, [...ROWS.slice(0, 3), ...STARTS]);
+  const more = await packOf(t, ROWS);
+  const table = weights.get(TABLE)!;
+  const two = (head: Tensor): Map<string, Tensor> => new Map([...weights, [HEAD, head]]);
+  const copy = (): Tensor => ({ ...table, data: table.data.slice() as Float32Array });
+  for (const policy of ["copy"] as const) {
+    for (const task of [...ROWS.slice(0, 3), ...STARTS]) {
+      const one = await changedBy(pack, task, { base: new Map(weights), policy });
+      agrees(t, forward(one, one.get(TABLE)!), goldens.tied[task], `one weight, ${task}`);
+      const shared = await changedBy(pack, task, { base: two({ ...table }), policy });
+      agrees(t, forward(shared, shared.get(HEAD)!), goldens.tied[task], `shared memory, ${task}`);
+    }
+    for (const task of ROWS) {
+      const apart = await changedBy(more, task, { base: two(copy()), policy });
+      agrees(t, forward(apart, apart.get(HEAD)!), goldens.tied[task], `two weights, ${task}`);
+      const across = await changedBy(more, task, { base: two(turned(table)), policy });
+      const head = turned(across.get(HEAD)!);
+      agrees(t, forward(across, head), goldens.tied[task], `stored as [in, out], ${task}`);
+    }
+  }
+  t.same(weights.get(TABLE)!.data, (await tensorsOf()).get(TABLE)!.data, "the base is put back");
+});
+
+t.test("own weights: an embedding that changes without its head", async (t) => {
+  const weights = await tensorsOf();
+  const table = weights.get(TABLE)!;
+  const pack = await packOf(t, ["rows-head", "lora-embedding", "saved-embedding"]);
+  const ensured = await packOf(t, ["lora-ensured", "saved-ensured"]);
+  const two = (head: Tensor): Map<string, Tensor> => new Map([...weights, [HEAD, head]]);
+  const apart = (): Map<string, Tensor> => two({ ...table, data: table.data.slice() as Float32Array });
+  for (const [from, tasks] of [
+    [pack, ["lora-embedding", "saved-embedding"]],
+    [ensured, ["lora-ensured", "saved-ensured"]],
+  ] as const) {
+    for (const task of tasks) {
+      const changed = await changedBy(from, task, { base: apart() });
+      agrees(t, forward(changed, changed.get(HEAD)!), goldens.tied[task], task);
+    }
+  }
+  for (const task of ["rows-head", "lora-embedding", "saved-embedding"]) {
+    const message = /"(lm_head|model.embed_tokens).weight" and .* share their memory, and .* alone is to be changed/;
+    await t.rejects(changedBy(pack, task, { base: two({ ...table }) }), { tag: "base", message }, task);
+  }
+  t.same(table.data, (await tensorsOf()).get(TABLE)!.data, "nothing has changed");
+  for (const [task, said] of [
+    ["lora-embedding", 1],
+    ["saved-embedding", 1],
+    ["lora-ensured", 0],
+    ["saved-ensured", 0],
+    ["rows", 0],
+  ] as const) {
+    const [adapter] = await readAdapters([at(`adapters/${task}`)]);
+    t.equal(adapter!.warnings.filter((text) => text.includes("and no head with it")).length, said, task);
+    t.notMatch(adapter!.warnings.join(), /ensure_weight_tying/);
+    await adapter!.close();
+  }
+});
+
+t.test("commands: fold, export, attach", async (t) => {
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-tied-"));
+  workIn(t, folder);
+  const adapters = [...ROWS.slice(0, 3), ...STARTS].map((task) => at(`adapters/${task}`));
+  const pack = [
+    "pack",
+    ...adapters,
+    "-o",
+    "p.eigen",
+    "--energy",
+    "1",
+    "--dtype",
+    "f32",
+    "--base",
+    at("base.safetensors"),
+  ];
+  await json(0, ...pack);
+  for (const task of [...ROWS.slice(0, 3), ...STARTS]) {
+    await json(0, "fold", "p.eigen", "--task", task, "--base", at("base.safetensors"), "-o", `${task}.safetensors`);
+    const folded = await tensorsOf(join(folder, `${task}.safetensors`));
+    agrees(t, forward(folded, folded.get(TABLE)!), goldens.tied[task], `fold, ${task}`);
+    await json(0, "export", "p.eigen", "--task", task, "-o", `out/${task}`);
+    const config = JSON.parse(await readFile(join(folder, "out", task, "adapter_config.json"), "utf8"));
+    t.equal(config.init_lora_weights, true, "of the base as it is");
+    const [again] = await readAdapters([join(folder, "out", task)]);
+    const twice = await openPack(concat((await buildPack([again!], LOSSLESS)).chunks));
+    const changed = await changedBy(twice, task, { base: await tensorsOf() });
+    agrees(t, forward(changed, changed.get(TABLE)!), goldens.tied[task], `exported, ${task}`);
+  }
+  await json(0, "attach", at("torchscript.onnx"), "p.eigen", "-o", "with.onnx", "--task", "rows");
+  const attached = await NODE.InferenceSession.create(join(folder, "with.onnx"));
+  const feeds: Record<string, InstanceType<typeof NODE.Tensor>> = {
+    input_ids: new NODE.Tensor("int64", BigInt64Array.from(IDS, BigInt), [1, IDS.length]),
+  };
+  const source = await openSource(join(folder, "with.tasks", "rows.safetensors"));
+  const values = await openSafetensors(source);
+  for (const [name, { dtype, shape }] of values.tensors) {
+    const bytes = (await values.read(name)).slice();
+    feeds[name] =
+      dtype === "I64"
+        ? new NODE.Tensor("int64", new BigInt64Array(bytes.buffer), shape)
+        : new NODE.Tensor("float32", new Float32Array(bytes.buffer), shape);
+  }
+  agrees(t, (await attached.run(feeds))["logits"]!.data as Float32Array, goldens.tied["rows"], "attach");
+  await source.close?.();
+  const refused = await run("pack", at("adapters/pissa"), "-o", "q.eigen");
+  t.match(refused, {
+    status: 1,
+    stderr: /init_lora_weights is "pissa": PEFT takes the start out of the base.*--base.*path_initial_model/,
+  });
+});

@@ -1,0 +1,216 @@
+/**
+ * Packs on pipelines of transformers.js whose model has several sessions, compared with PEFT's answers: a tiny FLAN-T5
+ * (test/data/seq2seq). Needs what `transformers.test.ts` needs.
+ */
+import { cp, mkdtemp, readFile, rm, symlink } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { pathToFileURL } from "node:url";
+import { openPack, type Pack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { type AttachedPack, type AttachOptions, attachPack, type TransformersPipeline } from "eigenlora/transformers";
+import t from "tap";
+import { difference } from "../support/adapters.ts";
+import { concat, data, LOSSLESS } from "../support/packs.ts";
+import { packages, without } from "../support/required.ts";
+import { MODES, refusal } from "../support/sessions.ts";
+
+const folder = packages("@huggingface/transformers");
+const skip = without("transformers", folder);
+
+interface Own {
+  release(): Promise<void>;
+}
+interface Pipe {
+  (input: string | string[], options?: object): Promise<{ generated_text: string }[]>;
+  model: {
+    (inputs: object): Promise<Record<string, { data: ArrayLike<number> }>>;
+    generate(options: object): Promise<{ tolist(): bigint[][] }>;
+    sessions: Record<"model" | "decoder_model_merged", Own>;
+    config: object;
+  };
+  tokenizer(texts: string, options?: object): Record<string, object>;
+  dispose(): Promise<void>;
+}
+interface Transformers {
+  env: object;
+  pipeline(task: string, model: string, options?: object): Promise<Pipe>;
+  Tensor: new (type: string, data: unknown, dims: number[]) => object;
+}
+interface Generation {
+  task: string;
+  prompt: string;
+  ids: number[];
+  logits: number[];
+}
+
+const ENCODER = "model";
+const DECODER = "decoder_model_merged";
+const TASKS = ["answers", "titles", null] as const;
+const GENERATIONS = JSON.parse(await readFile(data("seq2seq/generations.json"), "utf8")) as Generation[];
+const PROMPTS = [...new Set(GENERATIONS.map(({ prompt }) => prompt))];
+const of = (task: string | null, prompt: string): Generation =>
+  GENERATIONS.find((one) => one.task === (task ?? "base") && one.prompt === prompt)!;
+/** The tokenizer's ids from 2 on are printable ASCII; the last is the space. */
+const text = (ids: readonly number[]): string =>
+  ids.map((id) => (id === 96 ? " " : String.fromCharCode(31 + id))).join("");
+
+/** A lossless pack of the adapters, or of some of their modules. */
+async function packBytes(fingerprints: boolean, only: (module: string) => boolean): Promise<Uint8Array<ArrayBuffer>> {
+  const adapters = await readAdapters([data("seq2seq/adapters/answers"), data("seq2seq/adapters/titles")]);
+  const some = adapters.map((one) => ({ ...one, modules: new Map([...one.modules].filter(([name]) => only(name))) }));
+  const base = fingerprints ? data("seq2seq/base.safetensors") : undefined;
+  const { chunks } = await buildPack(some, { ...LOSSLESS, ...(base && { base }) });
+  for (const adapter of adapters) await adapter.close();
+  return concat(chunks);
+}
+const whole = await packBytes(true, () => true);
+async function opened(bytes = whole): Promise<Pack> {
+  const pack = await openPack(bytes);
+  t.teardown(() => pack.close());
+  return pack;
+}
+
+const models = await mkdtemp(join(tmpdir(), "eigenlora-parts-"));
+t.teardown(() => rm(models, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+await symlink(data("seq2seq"), join(models, "seq2seq"));
+
+let loaded: Transformers | undefined;
+async function load(): Promise<Transformers> {
+  if (loaded) return loaded;
+  loaded = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
+  Object.assign(loaded.env, { localModelPath: models, allowRemoteModels: false });
+  return loaded;
+}
+const pipeOn = async (id = "seq2seq", options: object = {}): Promise<Pipe> =>
+  (await load()).pipeline("text2text-generation", id, { dtype: "fp32", ...options });
+const attach = (pipe: Pipe, pack: Pack, options: Partial<AttachOptions> = {}): Promise<AttachedPack> =>
+  attachPack(pipe as unknown as TransformersPipeline, pack, { model: "seq2seq", ...options });
+
+async function generate(pipe: Pipe, prompt: string): Promise<number[]> {
+  const ids = await pipe.model.generate({ ...pipe.tokenizer(prompt), max_new_tokens: 12 });
+  return ids.tolist()[0]!.map(Number).slice(1);
+}
+
+/** Checks that tokens, texts one by one and in a batch, and logits are PEFT's. */
+async function holds(t: Tap, pipe: Pipe, task: string | null, how: string): Promise<void> {
+  const { Tensor } = await load();
+  for (const prompt of PROMPTS) {
+    const { ids, logits } = of(task, prompt);
+    t.same(await generate(pipe, prompt), ids, `${how}, ${task}: tokens of ${prompt}`);
+    const start = { decoder_input_ids: new Tensor("int64", [0n], [1, 1]) };
+    const found = await pipe.model({ ...pipe.tokenizer(prompt), ...start });
+    const off = difference(found["logits"]!.data, logits);
+    t.ok(off < 2e-5, `${how}, ${task}: logits off by ${off}`);
+  }
+  const expected = PROMPTS.map((prompt) => ({ generated_text: text(of(task, prompt).ids) }));
+  t.same(await pipe(PROMPTS, { max_new_tokens: 12 }), expected, `${how}, ${task}: texts of a padded batch`);
+}
+type Tap = Pick<typeof t, "same" | "ok">;
+
+t.test("encoder and decoder answer as PEFT's model does, in every mode", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const constructor = pipe.model.sessions[ENCODER].constructor;
+  await holds(t, pipe, null, "without a pack");
+  for (const mode of [...MODES, undefined]) {
+    const tasks = await attach(pipe, await opened(), { mode });
+    t.same(Object.keys(tasks.sessions), [ENCODER, DECODER]);
+    const all = Object.values(tasks.sessions);
+    t.same(
+      all.map(({ leftOut }) => leftOut.length),
+      [8, 4],
+      "modules that live in the other session",
+    );
+    t.same(
+      all.map(({ unconfirmed }) => unconfirmed),
+      [[], []],
+    );
+    t.throws(() => tasks.session, {
+      name: "TypeError",
+      message: /several sessions, "model", "decoder_model_merged"; take one of `sessions`/,
+    });
+    t.equal(tasks.task, null);
+    for (const task of TASKS) {
+      t.equal((await tasks.switchTask(task)).task, task);
+      t.same([tasks.task, ...all.map((one) => one.task)], [task, task, task]);
+      await holds(t, pipe, task, String(mode));
+    }
+    const active = all.reduce((sum, one) => sum + one.memory().active, 0);
+    t.equal(tasks.memory().active, active);
+    await tasks.switchTask("titles");
+    await tasks.close();
+    await tasks.close();
+    for (const name of [ENCODER, DECODER] as const) t.equal(pipe.model.sessions[name].constructor, constructor, name);
+    t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
+    await holds(t, pipe, null, "after close");
+    t.match(await refusal(() => tasks.switchTask("titles")), { tag: "backend", message: /closed/ });
+  }
+  await pipe.dispose();
+});
+
+t.test("a generation is wholly one task's", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const tasks = await attach(pipe, await opened());
+  await tasks.switchTask("answers");
+  const order: string[] = [];
+  let steps = 0;
+  const streamer = { put: () => void (steps++ === 2 && void switched()), end: () => undefined };
+  let done: Promise<unknown> | undefined;
+  // The switch is asked for in the middle of the generation, by its third token.
+  const switched = (): void => {
+    done = tasks.switchTask("titles").then(() => order.push("switch"));
+  };
+  const prompt = PROMPTS[0]!;
+  const ids = await pipe.model.generate({ ...pipe.tokenizer(prompt), max_new_tokens: 12, streamer });
+  order.push("generation");
+  t.same(ids.tolist()[0]!.map(Number).slice(1), of("answers", prompt).ids);
+  t.same(await generate(pipe, prompt), of("titles", prompt).ids, "calls made after wait for the switch");
+  await done;
+  t.same(order, ["generation", "switch"]);
+  const work: Promise<unknown>[] = [];
+  for (let i = 0; i < 24; i++) {
+    const [task, prompt] = [TASKS[i % 3]!, PROMPTS[i % 2]!];
+    work.push(tasks.switchTask(task));
+    work.push(generate(pipe, prompt).then((ids) => t.same(ids, of(task, prompt).ids, `overlapping, ${task}`)));
+  }
+  await Promise.all(work);
+  await pipe.dispose();
+  t.match(await refusal(() => tasks.switchTask("titles")), { tag: "backend", message: /closed/ });
+});
+
+t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const own = { ...pipe.model.sessions };
+  const refused = async (options: Partial<AttachOptions>, pack?: Pack): Promise<Error> =>
+    refusal(async () => attach(pipe, pack ?? (await opened()), options));
+  const path = join(models, "seq2seq/onnx/decoder_model_merged.onnx");
+  t.match(await refused({ model: path }), {
+    name: "TypeError",
+    message: /sessions "model", "decoder_model_merged", and `model` is one file: pass the id.*\{ part \}/,
+  });
+  t.match(await refused({ part: "decoder" }), { name: "TypeError", message: /^part: .*got "decoder"/ });
+  t.match(await refused({ probe: {} as never }), { name: "TypeError", message: /probe: .*\{ part \}/ });
+  t.match(await refused({ trainable: true }), { name: "TypeError", message: /trainable: .*\{ part \}/ });
+  t.match(await refused({ mode: "fast" as never }), { name: "RangeError", message: /mode/ });
+  t.match(await refused({ session: { executionProviders: ["nonsense"] } }), { tag: "backend", message: /nonsense/ });
+  const plain = await opened(await packBytes(false, () => true));
+  t.match(await refused({}, plain), {
+    tag: "base",
+    message: /"encoder\.block.*in none of the sessions.*no fingerprint confirms: make the pack with its base/,
+  });
+  t.match(await refused({ model: "decoder" }), { tag: "source", message: /does not find the model again/ });
+  // The decoder's file is a copy of the encoder's, which is found out when both sessions are made already.
+  await cp(data("seq2seq"), join(models, "copies"), { recursive: true });
+  const file = join(models, "copies/onnx/decoder_model_merged.onnx");
+  await cp(data("seq2seq/onnx/encoder_model.onnx"), file);
+  t.match(await refused({ model: "copies" }), { tag: "base", message: /"decoder\.block.*in none/ });
+  await cp(data("decoder/onnx/model.onnx"), file);
+  const message = /decoder_model_merged: no module of .*, only "lm_head", which the option `ignore` leaves out/;
+  t.match(await refused({ model: "copies" }), { tag: "base", message });
+  t.same({ ...pipe.model.sessions }, own);
+  t.ok(Object.entries(own).every(([name, session]) => pipe.model.sessions[name as typeof ENCODER] === session));
+  t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
+  await holds(t, pipe, null, "after all of these");
+  await pipe.dispose();
+});

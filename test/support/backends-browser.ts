@@ -1,0 +1,57 @@
+/**
+ * Runs in a browser, in a window or a worker: the backend suite and PEFT's golden pairs. backends-chromium.test.ts judges the findings.
+ */
+/// <reference types="@webgpu/types" />
+import type { BackendOptions } from "eigenlora";
+import { backendSuite } from "./backend-suite.ts";
+import { checkGolden, type Golden } from "./compare.ts";
+import { createBackend, createWebgpuBackend } from "./internals/runtime.ts";
+import { type Finding, record } from "./stand-in.ts";
+
+export interface Entry {
+  /** WebGPU in this browser, if any: the adapter, its features, and those of a device that asks for none. */
+  adapter(): Promise<{ description: string; features: string[]; plain: string[] } | undefined>;
+  /** The suite on a backend. WebGPU runs on a device that asks for no features: without `shader-f16` on any adapter. */
+  suite(name: string, options: BackendOptions): Promise<Finding[]>;
+  /** The golden pairs on a backend, which asks for its device itself. */
+  goldens(name: string, options: BackendOptions, goldens: readonly Golden[]): Promise<Finding[]>;
+}
+
+const requestAdapter = async (): Promise<GPUAdapter | null> => (await navigator.gpu?.requestAdapter()) ?? null;
+
+async function plainDevice(): Promise<GPUDevice> {
+  const adapter = await requestAdapter();
+  if (!adapter) throw new Error("webgpu is required, but this browser has no adapter");
+  return adapter.requestDevice();
+}
+
+export const entry: Entry = {
+  async adapter() {
+    const adapter = await requestAdapter();
+    if (!adapter) return undefined;
+    const { vendor, architecture, description } = adapter.info;
+    const device = await plainDevice();
+    const plain = [...device.features];
+    device.destroy();
+    return {
+      description: [vendor, architecture, description].join(" ").trim(),
+      features: [...adapter.features].sort(),
+      plain,
+    };
+  },
+
+  async suite(name, options) {
+    if (options.backend !== "webgpu") {
+      return record(name, (t) => backendSuite(t, async () => (await createBackend(options)).backend));
+    }
+    const device = await plainDevice();
+    const findings = await record(name, (t) => backendSuite(t, () => createWebgpuBackend({ device }), true));
+    device.destroy();
+    return findings;
+  },
+
+  goldens: (name, options, goldens) =>
+    record(name, async (t) => {
+      for (const golden of goldens) await checkGolden(t, golden, options);
+    }),
+};

@@ -1,0 +1,44 @@
+/** Reaches inside the built package for tests: oNNX graphs made and changed node by node, and a session's decisions. */
+
+export { optionsFor, whileAlive } from "../../../dist/bindings/ort-engine.js";
+export { readVector } from "../../../dist/src/onnx/dequantize.js";
+export { inject, type TaskInput } from "../../../dist/src/onnx/inject.js";
+export { type AdaptedHead, type AdaptedLayer, endOf, linearsOf } from "../../../dist/src/onnx/linear.js";
+export { indexGraph, type OnnxModel, parseModel } from "../../../dist/src/onnx/model.js";
+export { findParameters, matrixShape, type OnnxParameter } from "../../../dist/src/onnx/modules.js";
+export {
+  type Attributes,
+  checkInjectable,
+  makeFloats,
+  makeInts,
+  makeNode,
+  makeValue,
+} from "../../../dist/src/onnx/nodes.js";
+export { takeApart } from "../../../dist/src/onnx/packed.js";
+export {
+  AttributeProtoSchema,
+  create,
+  DimensionSchema,
+  fromBinary,
+  type GraphProto,
+  GraphProtoSchema,
+  type ModelProto,
+  ModelProtoSchema,
+  type NodeProto,
+  NodeProtoSchema,
+  type TensorProto,
+  TensorProtoSchema,
+  toBinary,
+  ValueInfoProtoSchema,
+} from "../../../dist/src/onnx/protobuf.js";
+export { type ModelFile, readModel } from "../../../dist/src/onnx/read.js";
+export { replaceByFile, type WeightInput } from "../../../dist/src/onnx/replaceable.js";
+export { skeletonOf } from "../../../dist/src/onnx/skeleton.js";
+export { readTensor as readOnnxTensor } from "../../../dist/src/onnx/tensors.js";
+export { readLinearWeight } from "../../../dist/src/onnx/weights.js";
+export { detachWeights, embedWeights } from "../../../dist/src/onnx/write.js";
+export { CacheWatch } from "../../../dist/src/session/caches.js";
+export { planSession, prepareModel } from "../../../dist/src/session/prepare.js";
+export { type Survey, surveyModel } from "../../../dist/src/session/survey.js";
+export type { Trainable } from "../../../dist/src/session/training.js";
+export { fixInnerHeads } from "../../../dist/src/session/training.js";

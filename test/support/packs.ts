@@ -1,0 +1,101 @@
+/** Shared by the tests: the repository's real data, and packs made of it. */
+import { readdir, readFile } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
+import type { Pack, TensorRef } from "eigenlora";
+import { type BuildOptions, type BuildReport, buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import { type Golden, relativeDifference } from "./compare.ts";
+import { decodeTensor } from "./internals/base.ts";
+import { placeOf, type Sign, streamFresh, type TaskToWrite } from "./internals/format.ts";
+
+/** Options that store everything an adapter has without loss. */
+export const LOSSLESS = {
+  select: { kind: "energy", share: 1 },
+  dtype: { basis: "f32", coefficients: "f32", head: "f32" },
+} as const;
+
+/** Absolute path of a file under test/data. */
+export function data(path: string): string {
+  return fileURLToPath(new URL(`../data/${path}`, import.meta.url));
+}
+
+export function concat(chunks: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
+  return new Uint8Array(Buffer.concat(chunks));
+}
+
+/** The chunks of a fresh pack whose blobs are in memory. */
+export async function freshChunks(
+  { tasks, ...basis }: Parameters<typeof streamFresh>[0] & { readonly tasks: readonly TaskToWrite[] },
+  sign?: Sign,
+): Promise<Uint8Array[]> {
+  const found: Uint8Array[] = [];
+  const { chunks } = await streamFresh(basis, await Promise.all(tasks.map(placeOf)), sign);
+  for await (const chunk of chunks) found.push(chunk);
+  return found;
+}
+
+/** A pack of some adapters of a suite, or of some of their modules, in memory. */
+export async function packOf(
+  paths: readonly string[],
+  options: BuildOptions = {},
+  only: (module: string) => boolean = () => true,
+): Promise<{ bytes: Uint8Array<ArrayBuffer>; report: BuildReport }> {
+  const adapters = await readAdapters(paths.map(data));
+  const some = adapters.map((a) => ({ ...a, modules: new Map([...a.modules].filter(([name]) => only(name))) }));
+  const { chunks, report } = await buildPack(some, options);
+  for (const adapter of adapters) await adapter.close();
+  return { bytes: concat(chunks), report };
+}
+
+/** PEFT's golden pairs that load, each with a lossless pack of its adapter in memory. */
+export async function goldenPacks(options: BuildOptions = {}): Promise<(Golden & { pack: Uint8Array<ArrayBuffer> })[]> {
+  const goldens: (Golden & { pack: Uint8Array<ArrayBuffer> })[] = [];
+  for (const name of await readdir(data("goldens/peft"))) {
+    const folder = data(`goldens/peft/${name}`);
+    const { expect, changed } = JSON.parse(await readFile(`${folder}/case.json`, "utf8"));
+    if (expect === "refuse") continue;
+    const [adapter] = await readAdapters([`${folder}/adapter`]);
+    const base = `${folder}/base.safetensors`;
+    const { chunks } = await buildPack([adapter!], { ...LOSSLESS, ...options, base });
+    goldens.push({ name, folder, pack: concat(chunks), task: adapter!.id, changed });
+    await adapter!.close();
+  }
+  return goldens;
+}
+
+/**
+ * Distance of two packs of the same tasks: bases as stored, components and means; and coefficients, relative to the largest of their
+ * side. Infinite where shapes differ.
+ */
+export async function packDifference(found: Pack, expected: Pack): Promise<{ bases: number; coefficients: number }> {
+  const off = { bases: 0, coefficients: 0 };
+  const values = (bytes: Uint8Array, { dtype: type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array =>
+    decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
+  const [bases, expectedBases] = [(await found.bases()).bytes, (await expected.bases()).bytes];
+  for (const [i, module] of expected.modules.entries()) {
+    for (const side of ["A", "B"] as const) {
+      const [a, b] = [
+        values(bases, found.modules[i]![side][0]!.tensor),
+        values(expectedBases, module[side][0]!.tensor),
+      ];
+      const same = a.length === b.length && found.modules[i]!.name === module.name;
+      off.bases = Math.max(
+        off.bases,
+        same ? a.reduce((largest, value, k) => Math.max(largest, Math.abs(value - b[k]!)), 0) : Infinity,
+      );
+    }
+  }
+  for (const id of expected.tasks.keys()) {
+    const [a, b] = [await found.load(id), await expected.load(id)];
+    for (const [i, term] of b.terms.entries()) {
+      for (const side of ["A", "B"] as const) {
+        const difference = relativeDifference(
+          values(a.bytes, a.terms[i]![side]!.tensor),
+          values(b.bytes, term[side]!.tensor),
+        );
+        off.coefficients = Math.max(off.coefficients, difference);
+      }
+    }
+  }
+  return off;
+}

@@ -1,0 +1,107 @@
+/**
+ * Arguments that people give to the command line: folders of models, archives, pointers, whole models, other spellings of sizes, formats and
+ * shares. Each is taken, or named as what it is.
+ */
+import { cp, mkdir, mkdtemp, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { openPack } from "eigenlora";
+import t, { type Test } from "tap";
+import { json, run, workIn } from "../support/command-line.ts";
+import { data } from "../support/packs.ts";
+
+/** A folder with two adapters in `ad/`. */
+async function workplace(t: Test): Promise<void> {
+  workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-given-")));
+  for (const id of ["two", "three"]) await cp(data(`sessions/adapters/${id}`), join("ad", id), { recursive: true });
+}
+
+/** The message of a command that fails. */
+async function refusal(...args: string[]): Promise<string> {
+  const { status, stderr } = await run(...args);
+  return status === 0 ? "" : stderr.replaceAll(/\s+/g, " ");
+}
+
+t.test("--base takes a model's folder; one without weights is warned of, once", async (t) => {
+  await workplace(t);
+  await mkdir("base");
+  await cp(data("sessions/base.safetensors"), "base/model.safetensors");
+  const fingerprints = async (file: string): Promise<number> => {
+    const pack = await openPack(file);
+    await pack.close();
+    return pack.modules.filter(({ fingerprint }) => fingerprint).length;
+  };
+  const { notes } = await json(0, "pack", "ad", "--base", "base", "-o", "folder.eigen");
+  t.same(notes, []);
+  await json(0, "pack", "ad", "--base", "base/model.safetensors", "-o", "file.eigen");
+  t.ok((await fingerprints("folder.eigen")) > 0);
+  t.equal(await fingerprints("folder.eigen"), await fingerprints("file.eigen"));
+
+  // Weights in several files, with an index.
+  await mkdir("sharded");
+  await cp("base/model.safetensors", "sharded/model-00001-of-00001.safetensors");
+  const index = { weight_map: { a: "model-00001-of-00001.safetensors", b: "model-00001-of-00001.safetensors" } };
+  await writeFile("sharded/model.safetensors.index.json", JSON.stringify(index));
+  await json(0, "pack", "ad", "--base", "sharded", "-o", "sharded.eigen");
+  t.equal(await fingerprints("sharded.eigen"), await fingerprints("file.eigen"));
+  for (const file of ["../base/model.safetensors", 5, ["model-00001-of-00001.safetensors"]]) {
+    await writeFile("sharded/model.safetensors.index.json", JSON.stringify({ weight_map: { a: file } }));
+    t.match(
+      await refusal("pack", "ad", "--base", "sharded", "-o", "strayed.eigen"),
+      /index\.json: "weight_map" names .*, expected a file of its folder/,
+    );
+  }
+
+  await mkdir("config");
+  await writeFile("config/config.json", '{"num_attention_heads":4,"model_type":"bert"}');
+  const { status, stdout, stderr } = await run("pack", "ad", "--base", "config", "-o", "config.eigen");
+  t.equal(status, 0);
+  t.match(
+    stderr,
+    /--base config: has no weights in safetensors, so no fingerprints are stored: give model\.safetensors/,
+  );
+  t.notMatch(stdout, /pass --base/);
+});
+
+t.test("what is no adapter is named as what it is", async (t) => {
+  await workplace(t);
+  const pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+  await mkdir("lfs/x", { recursive: true });
+  await cp("ad/two/adapter_config.json", "lfs/x/adapter_config.json");
+  await writeFile("lfs/x/adapter_model.safetensors", pointer);
+  t.match(
+    await refusal("pack", "lfs", "-o", "x"),
+    /adapter_model\.safetensors, header: this is a Git LFS pointer.* git lfs pull/,
+  );
+  await writeFile("tasks.eigen", pointer);
+  t.match(
+    await refusal("inspect", "tasks.eigen"),
+    /this is a Git LFS pointer, expected an EigenLoRA pack; .* git lfs pull/,
+  );
+  await writeFile("model.onnx", pointer);
+  await json(0, "pack", "ad", "-o", "ok.eigen");
+  t.match(await refusal("check", "model.onnx", "ok.eigen"), /this is a Git LFS pointer, expected an ONNX model/);
+
+  await writeFile("adapters.zip", "PK\u0003\u0004");
+  t.match(
+    await refusal("pack", "adapters.zip", "-o", "x"),
+    /adapters\.zip: is an archive; unpack it, and give its folder/,
+  );
+  await mkdir("down");
+  await writeFile("down/adapters.tar.gz", "x");
+  t.match(await refusal("pack", "down", "-o", "x"), /holds no adapter; .* It holds adapters\.tar\.gz: unpack that/);
+
+  await mkdir("whole");
+  await writeFile("whole/pytorch_model.bin", "x");
+  t.match(
+    await refusal("pack", "whole", "-o", "x"),
+    /It holds pytorch_model\.bin\. A whole model is no adapter: give what PEFT/,
+  );
+  await mkdir("full");
+  await cp(data("sessions/base.safetensors"), "full/model.safetensors");
+  t.match(await refusal("pack", "full", "-o", "x"), /It holds model\.safetensors\. A whole model is no adapter/);
+  t.match(
+    await refusal("pack", "full/model.safetensors", "-o", "x"),
+    /holds no LoRA, but \d+ tensors such as bert\.[\w.]+\. A whole model is no adapter/,
+  );
+});

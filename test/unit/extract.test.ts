@@ -1,0 +1,493 @@
+/**
+ * Extraction, compared with numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and with its own
+ * definitions on generated stacks: ΔW is formed here, which the package never does.
+ */
+import { readdirSync, readFileSync } from "node:fs";
+import type { Dtype } from "eigenlora";
+import fc from "fast-check";
+import t from "tap";
+import { decodeTensor } from "../support/internals/base.ts";
+import {
+  balance,
+  deltaError,
+  type ExtractOptions,
+  extractModule,
+  type ModuleExtraction,
+  type ModuleMember,
+  type ModuleStack,
+  measureModule,
+  multiplyTransposed,
+  openModule,
+  type Pair,
+  projectModule,
+  type SideBasis,
+} from "../support/internals/pack.ts";
+import { runs } from "../support/required.ts";
+
+const DATA = new URL("../data/", import.meta.url);
+
+const F32: ExtractOptions = {
+  gauge: "as-trained",
+  centering: "keep",
+  select: { kind: "energy", share: 1 },
+  basisDtype: "f32",
+  coefficientDtype: "f32",
+};
+
+// ---- reading ----------------------------------------------------------------------------------------------------
+
+interface Tensor {
+  shape: number[];
+  data: Float32Array;
+}
+
+/** f32 tensors of a safetensors file that is known to be good. */
+function readTensors(path: string): Map<string, Tensor> {
+  const file = readFileSync(new URL(path, DATA));
+  const end = 8 + Number(file.readBigUInt64LE(0));
+  type Header = Record<string, { shape: number[]; data_offsets: number[] }>;
+  const header = JSON.parse(file.toString("utf8", 8, end)) as Header;
+  const tensors = new Map<string, Tensor>();
+  for (const [name, { shape, data_offsets: at }] of Object.entries(header)) {
+    if (name === "__metadata__") continue;
+    const bytes = new Uint8Array(file.subarray(end + at[0]!, end + at[1]!));
+    tensors.set(name, { shape, data: new Float32Array(bytes.buffer) });
+  }
+  return tensors;
+}
+
+/** The stacks of real adapters, alpha / r = 2 folded into B. */
+function readStacks(tasks: readonly string[]): ModuleStack[] {
+  const stacks = new Map<string, ModuleMember[]>();
+  for (const id of tasks) {
+    const tensors = readTensors(`adapters/own-seed/${id}/adapter_model.safetensors`);
+    for (const [key, A] of tensors) {
+      if (!key.endsWith("lora_A.weight")) continue;
+      const name = key.slice("base_model.model.".length, -".lora_A.weight".length);
+      const B = tensors.get(key.replace("lora_A", "lora_B"))!;
+      const [out, rank] = B.shape as [number, number];
+      const Bt = Float32Array.from(B.data, (_, i) => 2 * B.data[(i % out) * rank + Math.floor(i / out)]!);
+      const members = stacks.get(name) ?? [];
+      stacks.set(name, members);
+      members.push({ id, rank, A: A.data, Bt });
+    }
+  }
+  return [...stacks].map(([name, members]) => {
+    const [{ rank, A, Bt }] = members as [ModuleMember];
+    return { name, out: Bt.length / rank, in: A.length / rank, members };
+  });
+}
+
+// ---- slow, obvious definitions --------------------------------------------------------------------------------------
+
+/** Btᵀ·A [out, in]. */
+function product(A: ArrayLike<number>, Bt: ArrayLike<number>, rank: number): Float64Array {
+  const inputs = A.length / rank;
+  const outputs = Bt.length / rank;
+  const out = new Float64Array(outputs * inputs);
+  for (let k = 0; k < rank; k++) {
+    for (let i = 0; i < outputs; i++) {
+      const b = Bt[k * outputs + i]!;
+      for (let j = 0; j < inputs; j++) out[i * inputs + j]! += b * A[k * inputs + j]!;
+    }
+  }
+  return out;
+}
+
+function norm(x: Float64Array): number {
+  return Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
+}
+
+function difference(x: Float64Array, y: Float64Array): Float64Array {
+  return x.map((value, i) => value - y[i]!);
+}
+
+/** Decoded rows of a basis, the mean last. */
+function decoded(basis: SideBasis): { E: Float64Array[]; mean: Float64Array | undefined } {
+  const rows = basis.components + (basis.mean ? 1 : 0);
+  const values = Float64Array.from(decodeTensor(basis.dtype, basis.encoded, rows, basis.width));
+  const all = Array.from({ length: rows }, (_, i) => values.subarray(i * basis.width, (i + 1) * basis.width));
+  return { E: all.slice(0, basis.components), mean: basis.mean ? all[basis.components] : undefined };
+}
+
+/** α·E + M for each row. */
+function rowsOf(basis: SideBasis, alpha: ArrayLike<number>, rank: number): Float64Array {
+  const { E, mean } = decoded(basis);
+  const out = new Float64Array(rank * basis.width);
+  for (let i = 0; i < rank; i++) {
+    for (let j = 0; j < basis.width; j++) {
+      let sum = mean?.[j] ?? 0;
+      for (let k = 0; k < E.length; k++) sum += alpha[i * E.length + k]! * E[k]![j]!;
+      out[i * basis.width + j] = sum;
+    }
+  }
+  return out;
+}
+
+/** ‖ΔW − ΔW'‖ / ‖ΔW‖ of a stored task, from what is stored. */
+function storedError(result: ModuleExtraction, member: ModuleMember, type: Dtype): number {
+  const task = result.tasks.find(({ id }) => id === member.id)!;
+  const A = rowsOf(result.A, decodeTensor(type, task.alphaA, task.rank, result.A.components), task.rank);
+  const Bt = rowsOf(result.B, decodeTensor(type, task.alphaB, task.rank, result.B.components), task.rank);
+  const exact = product(member.A, member.Bt, member.rank);
+  const length = norm(exact);
+  return length > 0 ? norm(difference(exact, product(A, Bt, task.rank))) / length : 0;
+}
+
+/** ‖E·Eᵀ − I‖_max of what is stored. */
+function orthonormality(basis: SideBasis): number {
+  const { E } = decoded(basis);
+  let worst = 0;
+  E.forEach((x, i) => {
+    E.forEach((y, j) => {
+      const entry = x.reduce((sum, value, n) => sum + value * y[n]!, i === j ? -1 : 0);
+      worst = Math.max(worst, Math.abs(entry));
+    });
+  });
+  return worst;
+}
+
+/** EᵀE [width, width]: the same for every basis of one subspace. */
+function projector(basis: SideBasis): Float64Array {
+  const { E } = decoded(basis);
+  const out = new Float64Array(basis.width ** 2);
+  for (const row of E) {
+    for (let i = 0; i < basis.width; i++) {
+      for (let j = 0; j < basis.width; j++) out[i * basis.width + j]! += row[i]! * row[j]!;
+    }
+  }
+  return out;
+}
+
+function largest(x: ArrayLike<number>, y?: ArrayLike<number>): number {
+  let peak = 0;
+  for (let i = 0; i < x.length; i++) peak = Math.max(peak, Math.abs(x[i]! - (y?.[i] ?? 0)));
+  return peak;
+}
+
+// ---- generated stacks ---------------------------------------------------------------------------------------------
+
+function generator(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state / 2 ** 31 - 1;
+  };
+}
+
+/** Adapters of the given ranks that share a few directions, as trained ones do. */
+function makeStack(seed: number, ranks: readonly number[], outputs: number, inputs: number): ModuleStack {
+  const random = generator(seed);
+  const side = (width: number): (() => Float32Array) => {
+    const shared = Array.from({ length: 3 }, () => Float64Array.from({ length: width }, random));
+    return () => {
+      const weights = shared.map(() => 2 * random());
+      return Float32Array.from({ length: width }, (_, j) =>
+        shared.reduce((sum, row, k) => sum + weights[k]! * row[j]!, 0.2 * random()),
+      );
+    };
+  };
+  const rowA = side(inputs);
+  const rowB = side(outputs);
+  const rows = (make: () => Float32Array, rank: number): Float32Array =>
+    Float32Array.from(Array.from({ length: rank }, () => [...make()]).flat());
+  return {
+    name: "layer",
+    out: outputs,
+    in: inputs,
+    members: ranks.map((rank, i) => ({ id: `task ${i}`, rank, A: rows(rowA, rank), Bt: rows(rowB, rank) })),
+  };
+}
+
+const stacks = fc
+  .record({
+    seed: fc.nat(),
+    ranks: fc.array(fc.integer({ min: 1, max: 5 }), { minLength: 1, maxLength: 5 }),
+    outputs: fc.integer({ min: 2, max: 24 }),
+    inputs: fc.integer({ min: 2, max: 24 }),
+  })
+  .map(({ seed, ranks, outputs, inputs }) => makeStack(seed, ranks, outputs, inputs));
+
+const gauges = fc.constantFrom("as-trained" as const, "balanced" as const);
+const centerings = fc.constantFrom("keep" as const, "none" as const);
+
+// ---- golden values ------------------------------------------------------------------------------------------------
+
+interface Golden {
+  tasks: string[];
+  modules: string[];
+  settings: Record<
+    string,
+    {
+      error: Record<string, Record<string, number>>;
+      modules: Record<string, { delta_A?: number; delta_B?: number }>;
+    }
+  >;
+}
+
+const golden = JSON.parse(readFileSync(new URL("goldens/extract/golden.json", DATA), "utf8")) as Golden;
+const values = readTensors("goldens/extract/column.safetensors");
+const real = readStacks(golden.tasks);
+const TRIMMED = "balanced none, ranks trimmed to 8 4 6 2 8 3 in task order, error against the trimmed adapters, K=12";
+
+/** The first `ranks[i]` balanced pairs of each adapter, as adapters of their own. */
+function trimmed(stack: ModuleStack, ranks: readonly number[]): ModuleStack {
+  const members = stack.members.map((member, i): ModuleMember => {
+    const pair = balance(toPair(member), stack.out, stack.in);
+    const rank = ranks[i]!;
+    return {
+      id: member.id,
+      rank,
+      A: Float32Array.from(pair.A.subarray(0, rank * stack.in)),
+      Bt: Float32Array.from(pair.Bt.subarray(0, rank * stack.out)),
+    };
+  });
+  return { ...stack, members };
+}
+
+function toPair({ rank, A, Bt }: ModuleMember): Pair {
+  return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
+}
+
+const RANKS = [8, 4, 6, 2, 8, 3];
+const settings: [string, Partial<ExtractOptions>, (stack: ModuleStack) => ModuleStack][] = [
+  ["column keep K=16", { select: { kind: "k", k: 16 } }, (stack) => stack],
+  ["column none K=16", { select: { kind: "k", k: 16 }, centering: "none" }, (stack) => stack],
+  ["balanced none K=16", { select: { kind: "k", k: 16 }, centering: "none", gauge: "balanced" }, (stack) => stack],
+  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none" }, (stack) => trimmed(stack, RANKS)],
+  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none", gauge: "balanced" }, (stack) => trimmed(stack, RANKS)],
+];
+
+for (const [name, options, prepare] of settings) {
+  t.test(`golden: ${name}, ${options.gauge ?? "as-trained"}`, async () => {
+    const expected = golden.settings[name]!;
+    t.same(real.map((stack) => stack.name).sort(), golden.modules);
+    for (const stack of real) {
+      const prepared = prepare(stack);
+      const result = extractModule(prepared, { ...F32, ...options });
+      for (const task of result.tasks) {
+        const error = expected.error[task.id]![stack.name]!;
+        t.ok(Math.abs(task.error - error) <= 1e-5, `${stack.name} ${task.id}: ${task.error}, numpy ${error}`);
+      }
+      const measured = measuredLosses(result, prepared, { ...F32, ...options });
+      t.ok(
+        measured.every(({ bound, error }) => bound >= error),
+        "the bound is one",
+      );
+      const delta = deltaOf(measured);
+      const { delta_A: deltaA, delta_B: deltaB } = expected.modules[stack.name]!;
+      if (deltaA === undefined || deltaB === undefined) continue;
+      t.ok(Math.abs(delta.A - deltaA) <= 1e-5, `delta A ${delta.A}, numpy ${deltaA}`);
+      t.ok(Math.abs(delta.B - deltaB) <= 1e-5, `delta B ${delta.B}, numpy ${deltaB}`);
+    }
+  });
+}
+
+/** Errors of the tasks of an extraction, measured on the stored values. */
+function measuredLosses(result: ModuleExtraction, { members }: ModuleStack, options: ExtractOptions) {
+  const space = openModule(result);
+  return members.map((member, i) => measureModule(space, member, result.tasks[i]!, options));
+}
+
+/** Theorem 1's δ per side: the largest of the tasks'. */
+function deltaOf(losses: ReturnType<typeof measuredLosses>) {
+  return {
+    A: Math.max(...losses.map(({ deltaA }) => deltaA)),
+    B: Math.max(...losses.map(({ deltaB }) => deltaB)),
+  };
+}
+
+t.test("golden: means, singular values and projectors", async () => {
+  let projectors = 0;
+  for (const stack of real) {
+    const result = extractModule(stack, { ...F32, select: { kind: "k", k: 16 } });
+    for (const side of ["A", "B"] as const) {
+      const basis = result[side];
+      const key = `${stack.name}.${side}`;
+      const mean = values.get(`${key}.mean`)!.data;
+      t.ok(largest(decoded(basis).mean!, mean) <= 1e-5 * largest(mean), `${key}: mean`);
+      const singular = values.get(`${key}.singular`)!.data;
+      t.equal(basis.singular.length, singular.length);
+      t.ok(largest(basis.singular, singular) <= 1e-5 * singular[0]!, `${key}: singular values`);
+      const squares = singular.map((value) => value * value);
+      const explained = sum(squares.subarray(0, 16)) / sum(squares);
+      t.ok(Math.abs(basis.explained - explained) <= 1e-5, `${key}: explained`);
+      const expected = values.get(`${key}.projector_of_16`)?.data;
+      if (!expected || (singular[15]! - singular[16]!) / singular[0]! <= 1e-3) continue;
+      projectors++;
+      t.ok(largest(projector(basis), expected) <= 1e-5, `${key}: projector`);
+    }
+  }
+  t.ok(projectors > 0, "a gap allowed a projector to be compared");
+});
+
+function sum(x: Iterable<number>): number {
+  let total = 0;
+  for (const value of x) total += value;
+  return total;
+}
+
+t.test("real adapters: all 20, three ways to choose K", async () => {
+  const tasks = readdirSync(new URL("adapters/own-seed/", DATA)).sort();
+  const [stack] = readStacks(tasks) as [ModuleStack];
+  for (const gauge of ["as-trained", "balanced"] as const) {
+    const lossless = extractModule(stack, { ...F32, gauge });
+    for (const member of stack.members) {
+      const { error } = lossless.tasks.find(({ id }) => id === member.id)!;
+      const measured = storedError(lossless, member, "f32");
+      t.ok(error <= 1e-6 && measured <= 1e-6, `${gauge} ${member.id}: reported ${error}, measured ${measured}`);
+    }
+    const delta = deltaOf(measuredLosses(lossless, stack, { ...F32, gauge }));
+    t.ok(delta.A <= 1e-6 && delta.B <= 1e-6);
+    t.ok(orthonormality(lossless.A) <= 1e-6 && orthonormality(lossless.B) <= 1e-6);
+  }
+  for (const type of ["f16", "bf16", "int8", "int4", "int3"] as const) {
+    const options = {
+      ...F32,
+      basisDtype: type,
+      coefficientDtype: type,
+      select: { kind: "energy", share: 0.9 },
+    } as const;
+    const result = extractModule(stack, options);
+    for (const side of [result.A, result.B]) {
+      const squares = side.singular.map((value) => value * value);
+      const total = squares.reduce((a, b) => a + b, 0);
+      const held = (k: number): number => squares.subarray(0, k).reduce((a, b) => a + b, 0);
+      t.ok(held(side.components) >= 0.9 * total && held(side.components - 1) < 0.9 * total, "fewest with that share");
+    }
+    const [member] = stack.members as [ModuleMember];
+    const measured = storedError(result, member, type);
+    const { error } = result.tasks[0]!;
+    t.ok(Math.abs(error - measured) <= 1e-7, `${type}: ${error}, measured ${measured}`);
+  }
+});
+
+// ---- properties -----------------------------------------------------------------------------------------------------
+
+t.test("components are orthonormal and energy 1 is lossless", async () => {
+  fc.assert(
+    fc.property(stacks, gauges, centerings, (stack, gauge, centering) => {
+      const result = extractModule(stack, { ...F32, gauge, centering });
+      const lossless = stack.members.every((member, i) => {
+        const measured = storedError(result, member, "f32");
+        return measured <= 1e-6 && Math.abs(result.tasks[i]!.error - measured) <= 5e-7;
+      });
+      const clean = orthonormality(result.A) <= 1e-6 && orthonormality(result.B) <= 1e-6;
+      const measured = measuredLosses(result, stack, { ...F32, gauge, centering });
+      return lossless && clean && measured.every(({ bound, error }) => bound >= error - 1e-7);
+    }),
+    { seed: 1, numRuns: runs(200) },
+  );
+});
+
+t.test("reported errors are those of what is stored", async () => {
+  const types = fc.constantFrom<Dtype>("f32", "f16", "bf16", "int8", "int4", "int3");
+  fc.assert(
+    fc.property(
+      stacks,
+      gauges,
+      centerings,
+      types,
+      types,
+      fc.integer({ min: 1, max: 8 }),
+      (stack, gauge, centering, basisDtype, coefficientDtype, k) => {
+        const options: ExtractOptions = { gauge, centering, basisDtype, coefficientDtype, select: { kind: "k", k } };
+        const result = extractModule(stack, options);
+        const space = openModule(result);
+        return stack.members.every((member, i) => {
+          const task = result.tasks[i]!;
+          const measured = storedError(result, member, coefficientDtype);
+          const again = measureModule(space, member, task, options);
+          return (
+            Math.abs(task.error - measured) <= 1e-6 * (1 + again.bound) &&
+            Math.abs(again.error - measured) <= 1e-7 * (1 + again.bound)
+          );
+        });
+      },
+    ),
+    { seed: 2, numRuns: runs(200) },
+  );
+});
+
+t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it came in", async () => {
+  fc.assert(
+    fc.property(stacks, centerings, fc.nat(), (stack, centering, seed) => {
+      const random = generator(seed);
+      const members = stack.members.map((member): ModuleMember => {
+        // Another gauge: rows mixed by a unit lower triangular R, and B by its inverse.
+        const A = Float64Array.from(member.A);
+        const Bt = Float64Array.from(member.Bt);
+        for (let i = 1; i < member.rank; i++) {
+          const factor = random();
+          for (let j = 0; j < stack.in; j++) A[i * stack.in + j]! += factor * A[(i - 1) * stack.in + j]!;
+          for (let j = 0; j < stack.out; j++) Bt[(i - 1) * stack.out + j]! -= factor * Bt[i * stack.out + j]!;
+        }
+        return { ...member, A: Float32Array.from(A), Bt: Float32Array.from(Bt) };
+      });
+      const options: ExtractOptions = { ...F32, gauge: "balanced", centering, select: { kind: "k", k: 3 } };
+      const one = extractModule(stack, options);
+      const other = extractModule({ ...stack, members }, options);
+      return one.tasks.every((task, i) => Math.abs(task.error - other.tasks[i]!.error) <= 1e-3);
+    }),
+    { seed: 5, numRuns: runs(100) },
+  );
+  for (const stack of real.slice(0, 2)) {
+    for (const member of stack.members) {
+      const pair = balance(toPair(member), stack.out, stack.in);
+      const { difference: lost, norm: length } = deltaError(toPair(member), pair);
+      t.ok(lost <= 1e-6 * length, "balancing keeps ΔW");
+      const formed = norm(difference(product(member.A, member.Bt, 8), product(pair.A, pair.Bt, pair.rank)));
+      t.ok(formed <= 1e-6 * length, "formed");
+      const rows = multiplyTransposed(pair.A, pair.A, pair.rank, pair.rank, stack.in);
+      const columns = multiplyTransposed(pair.Bt, pair.Bt, pair.rank, pair.rank, stack.out);
+      t.ok(largest(rows, columns) <= 1e-12 * rows[0]!, "A·Aᵀ = Bᵀ·B");
+      t.ok(
+        rows.every((value, i) => i % (pair.rank + 1) === 0 || Math.abs(value) <= 1e-12 * rows[0]!),
+        "diagonal",
+      );
+    }
+  }
+});
+
+// ---- hard cases
+// -------------------------------------------------------------------------------------------------------
+
+t.test("wrong input is refused", async () => {
+  const stack = makeStack(18, [2, 2], 6, 8);
+  const [member] = stack.members as [ModuleMember];
+  const refuses = (broken: Partial<ModuleMember>, message: RegExp): void => {
+    const members = [{ ...member, ...broken }];
+    t.throws(() => extractModule({ ...stack, members }, F32), { name: "RangeError", message });
+  };
+  refuses({ rank: 3 }, /task 0.*A.*rank 3 times 8/);
+  refuses({ rank: 0 }, /rank 0/);
+  refuses({ Bt: new Float32Array(3) }, /task 0.*Bt/);
+  refuses({ A: member.A.map((x, i) => (i === 5 ? NaN : x)) }, /task 0: value 5 of A is NaN/);
+  refuses({ Bt: member.Bt.map((x, i) => (i === 1 ? Infinity : x)) }, /value 1 of Bt is Infinity/);
+  t.throws(() => extractModule({ ...stack, members: [] }, F32), RangeError);
+  const large = {
+    ...stack,
+    members: stack.members.map((member) => ({ ...member, A: member.A.map((value) => 1e9 * (value + 1)) })),
+  };
+  const half = { ...F32, basisDtype: "f16", coefficientDtype: "f16" } as const;
+  t.throws(() => extractModule(large, { ...half, centering: "keep" }), {
+    message: new RegExp(
+      `^basis A of "${stack.name}" cannot be stored: value .* is .*, too large for f16; scale the adapter down$`,
+    ),
+  });
+  t.throws(() => extractModule(large, { ...half, centering: "none" }), {
+    message: new RegExp(
+      `^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; scale the adapter down$`,
+    ),
+  });
+  for (const select of [
+    { kind: "k", k: 0 },
+    { kind: "k", k: 1.5 },
+    { kind: "energy", share: 0 },
+    { kind: "energy", share: 1.01 },
+  ] as const) {
+    t.throws(() => extractModule(stack, { ...F32, select }), RangeError, JSON.stringify(select));
+  }
+  const space = openModule(extractModule(stack, F32));
+  t.throws(() => projectModule(space, { ...member, A: new Float32Array(6) }, F32), RangeError);
+});

@@ -1,0 +1,227 @@
+/**
+ * Linear algebra of extraction, compared with spectra known in closed form and with residuals, at sizes 1 to 200: simple, clustered,
+ * multiple, graded and rank-deficient.
+ */
+import fc from "fast-check";
+import t from "tap";
+import { noise } from "../support/compare.ts";
+import {
+  backwardSolve,
+  cholesky,
+  forwardSolve,
+  gram,
+  lq,
+  multiplyTransposed,
+  svd,
+  symmetricEigen,
+  transposeMatrix as transpose,
+} from "../support/internals/pack.ts";
+import { runs } from "../support/required.ts";
+
+/** X·Yᵀ, the slow way. */
+function product(x: Float64Array, y: Float64Array, m: number, n: number, width: number): Float64Array {
+  const out = new Float64Array(m * n);
+  for (let i = 0; i < m; i++) {
+    for (let j = 0; j < n; j++) {
+      for (let k = 0; k < width; k++) out[i * n + j]! += x[i * width + k]! * y[j * width + k]!;
+    }
+  }
+  return out;
+}
+
+function largest(x: Float64Array, y?: Float64Array): number {
+  return x.reduce((peak, value, i) => Math.max(peak, Math.abs(value - (y?.[i] ?? 0))), 0);
+}
+
+function identity(n: number): Float64Array {
+  return Float64Array.from({ length: n * n }, (_, i) => (i % (n + 1) === 0 ? 1 : 0));
+}
+
+/** Rows of a random orthogonal matrix [n, n]. */
+function rotation(n: number, seed: number): Float64Array {
+  return lq(noise(n * n, seed), n, n).Q;
+}
+
+function checkEigen(name: string, a: Float64Array, n: number, expected: readonly number[]): void {
+  const norm = Math.max(...expected.map(Math.abs), Number.MIN_VALUE);
+  const sorted = [...expected].sort((x, y) => y - x);
+  const eigen = symmetricEigen(a.slice(), n);
+  const tolerance = 1e-14 * norm * Math.sqrt(n) * 4;
+  t.ok(largest(eigen.values, Float64Array.from(sorted)) <= tolerance, `${name}: values`);
+  for (const count of new Set([1, Math.ceil(n / 3), n])) {
+    const v = eigen.vectors(count);
+    const image = product(v, a, count, n, n);
+    const residual = image.map((value, i) => value - eigen.values[Math.floor(i / n)]! * v[i]!);
+    t.ok(largest(residual) <= 10 * tolerance, `${name}: residual of ${count} vectors is ${largest(residual) / norm}`);
+    const off = largest(product(v, v, count, count, n), identity(count));
+    t.ok(off <= 1e-10, `${name}: ${count} vectors are orthonormal within ${off}`);
+  }
+}
+
+t.test("products of rows at odd and even sizes", async () => {
+  for (const [m, n, width] of [
+    [1, 1, 1],
+    [2, 4, 8],
+    [3, 5, 7],
+    [1, 9, 3],
+    [7, 2, 1],
+    [5, 6, 0],
+    [16, 17, 33],
+  ]) {
+    const x = noise(m! * width!, 1);
+    const y = noise(n! * width!, 2);
+    t.ok(largest(multiplyTransposed(x, y, m!, n!, width!), product(x, y, m!, n!, width!)) <= 1e-14);
+    const g = gram(x, m!, width!);
+    t.ok(largest(g, product(x, x, m!, m!, width!)) <= 1e-14);
+    t.same(g, transpose(g, m!, m!), "symmetric to the bit");
+  }
+  t.same(multiplyTransposed(noise(0, 1), noise(8, 1), 0, 2, 4), new Float64Array(0));
+});
+
+t.test("eigenvalues known in closed form", async () => {
+  for (const n of [1, 2, 3, 4, 5, 8, 13, 21, 50, 100, 151, 200]) {
+    const second = new Float64Array(n * n);
+    for (let i = 0; i < n; i++) {
+      second[i * n + i] = 2;
+      if (i > 0) second[i * n + i - 1] = second[(i - 1) * n + i] = -1;
+    }
+    const cosines = Array.from({ length: n }, (_, k) => 2 - 2 * Math.cos(((k + 1) * Math.PI) / (n + 1)));
+    checkEigen(`second difference ${n}`, second, n, cosines);
+    // i ∧ j is the inverse of a second difference matrix with one free end.
+    const least = Float64Array.from({ length: n * n }, (_, i) => Math.min(Math.floor(i / n), i % n) + 1);
+    const inverse = Array.from({ length: n }, (_, k) => 0.25 / Math.sin(((2 * k + 1) * Math.PI) / (4 * n + 2)) ** 2);
+    checkEigen(`min(i, j) ${n}`, least, n, inverse);
+    checkEigen(`ones ${n}`, new Float64Array(n * n).fill(1), n, [n, ...new Array<number>(n - 1).fill(0)]);
+    checkEigen(`identity ${n}`, identity(n), n, new Array<number>(n).fill(1));
+  }
+  checkEigen("zero", new Float64Array(25), 5, [0, 0, 0, 0, 0]);
+  checkEigen("negative", Float64Array.from([-3, 0, 0, 2]), 2, [-3, 2]);
+});
+
+t.test("any symmetric matrix", async () => {
+  fc.assert(
+    fc.property(fc.integer({ min: 1, max: 40 }), fc.integer({ min: 1, max: 12 }), fc.nat(), (n, rank, seed) => {
+      const x = noise(n * rank, seed).map((value) => (Math.abs(value) < 0.3 ? 0 : value));
+      const a = gram(x, n, rank);
+      const { values, vectors } = symmetricEigen(a.slice(), n);
+      const v = vectors(n);
+      const columns = transpose(v, n, n);
+      const rebuilt = product(
+        columns.map((value, i) => value * values[i % n]!),
+        columns,
+        n,
+        n,
+        n,
+      );
+      const scale = Math.max(values[0]!, Number.MIN_VALUE);
+      return (
+        largest(rebuilt, a) <= 1e-12 * scale &&
+        largest(product(v, v, n, n, n), identity(n)) <= 1e-10 &&
+        values.slice(rank).every((value) => Math.abs(value) <= 1e-13 * scale)
+      );
+    }),
+    { seed: 3, numRuns: runs(150) },
+  );
+});
+
+t.test("LQ", async () => {
+  const shapes = [
+    [1, 1],
+    [1, 5],
+    [5, 1],
+    [3, 8],
+    [8, 3],
+    [8, 8],
+    [16, 384],
+  ] as const;
+  for (const [rows, width] of shapes) {
+    for (const kind of ["full", "equal rows", "zero", "zero row"]) {
+      const x = noise(rows * width, rows + width);
+      if (kind === "equal rows") for (let i = width; i < x.length; i++) x[i] = x[i % width]!;
+      if (kind === "zero") x.fill(0);
+      if (kind === "zero row") x.fill(0, 0, width);
+      const { L, Q, size } = lq(x.slice(), rows, width);
+      t.equal(size, Math.min(rows, width));
+      const rebuilt = product(L, transpose(Q, size, width), rows, width, size);
+      t.ok(largest(rebuilt, x) <= 1e-14 * Math.sqrt(width) * 4, `${kind} [${rows}, ${width}]: L·Q`);
+      t.ok(largest(product(Q, Q, size, size, width), identity(size)) <= 1e-14, `${kind} [${rows}, ${width}]: Q·Qᵀ`);
+      t.ok(
+        L.every((value, i) => i % size <= Math.floor(i / size) || value === 0),
+        "L is lower",
+      );
+    }
+  }
+});
+
+t.test("SVD", async () => {
+  const shapes = [
+    [1, 1],
+    [2, 5],
+    [5, 2],
+    [8, 8],
+    [32, 32],
+  ] as const;
+  for (const [m, n] of shapes) {
+    const k = Math.min(m, n);
+    const kinds: [string, (i: number) => number][] = [
+      ["plain", (i) => k - i],
+      ["equal", () => 2],
+      ["rank 1", (i) => (i === 0 ? 3 : 0)],
+      ["zero", () => 0],
+      ["graded", (i) => 10 ** (-2 * i)],
+    ];
+    for (const [name, value] of kinds) {
+      const S = Array.from({ length: m }, (_, i) => (i < k ? value(i) : 0));
+      const u = rotation(m, 5);
+      const v = rotation(n, 6);
+      const c = product(
+        transpose(u, m, m).map((entry, i) => entry * S[i % m]!),
+        transpose(
+          Float64Array.from({ length: m * n }, (_, i) => (i < k * n ? v[i]! : 0)),
+          m,
+          n,
+        ),
+        m,
+        n,
+        m,
+      );
+      const found = svd(c, m, n);
+      t.ok(largest(found.S, Float64Array.from(S)) <= 1e-14 * S[0]! * m, `${name} [${m}, ${n}]: values`);
+      const scaled = transpose(found.U, m, m).map((entry, i) => entry * found.S[i % m]!);
+      const rebuilt = product(scaled, transpose(found.V, m, n), m, n, m);
+      t.ok(largest(rebuilt, c) <= 1e-14 * Math.max(S[0]!, 1) * m, `${name} [${m}, ${n}]: U·S·V`);
+      t.ok(largest(product(found.U, found.U, m, m, m), identity(m)) <= 1e-14 * m, `${name} [${m}, ${n}]: U`);
+    }
+  }
+  // Rows of very different length: a Gram matrix would miss the last two. The values are the lengths of each row without its projection
+  // on those before: √2, √1.5·1e-12, and the rest of the determinant.
+  const graded = svd(Float64Array.from([1, 1, 0, 0, 1e-12, 1e-12, 0, 0, 1e-30]), 3, 3);
+  [Math.SQRT2, Math.sqrt(1.5) * 1e-12, 1e-30 / Math.sqrt(3)].forEach((value, i) => {
+    t.ok(Math.abs(graded.S[i]! / value - 1) <= 1e-14, `small values accurate relative to themselves: ${graded.S[i]}`);
+  });
+});
+
+t.test("Cholesky", async () => {
+  for (const n of [1, 2, 5, 30]) {
+    const x = noise(n * (n + 3), n);
+    const g = gram(x, n, n + 3);
+    const l = cholesky(g, n);
+    t.ok(largest(product(l, l, n, n, n), g) <= 1e-13 * n, "L·Lᵀ");
+    const wanted = noise(2 * n, 8);
+    const h = product(wanted, g, 2, n, n);
+    forwardSolve(l, n, h, 2);
+    backwardSolve(l, n, n, h, 2);
+    t.ok(largest(h, wanted) <= 1e-8, "solves");
+    if (n < 2) continue;
+    // The leading block of the factor solves the problem of the leading vectors.
+    const few = n - 1;
+    const block = Float64Array.from({ length: few * few }, (_, i) => g[Math.floor(i / few) * n + (i % few)]!);
+    const target = noise(few, 9);
+    const right = new Float64Array(n);
+    right.set(product(target, block, 1, few, few));
+    forwardSolve(l, n, right, 1);
+    const solved = right.slice(0, few);
+    backwardSolve(l, n, few, solved, 1);
+    t.ok(largest(solved, target) <= 1e-8, "solves a prefix");
+  }
+});

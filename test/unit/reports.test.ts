@@ -1,0 +1,234 @@
+/** Statements of reports hold, also in rare cases: one adapter, none of the model, no head, no components, no update. */
+import { cp, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import t from "tap";
+import { bytesOf, entries, type Spec } from "../support/adapters.ts";
+import { runProgram, smaller } from "../support/internals/cli.ts";
+import { data } from "../support/packs.ts";
+
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-reports-"));
+t.teardown(() => rm(folder, { recursive: true }));
+const at = (...names: string[]): string => join(folder, ...names);
+const vector = (name: string): string => fileURLToPath(new URL(`../vectors/valid/${name}`, import.meta.url));
+
+async function run(...args: string[]): Promise<{ status: number; out: string; err: string }> {
+  const said = { out: "", err: "" };
+  const stream = (name: "out" | "err") => ({ write: (text: string) => (said[name] += text) });
+  return { status: await runProgram(args, stream("out"), stream("err")), ...said };
+}
+
+/** Runs a command that must succeed. */
+async function ran(...args: string[]): Promise<{ out: string; err: string }> {
+  const { status, ...said } = await run(...args);
+  if (status !== 0) throw new Error(`${args.join(" ")}: ${said.err}${said.out}`);
+  return said;
+}
+
+/** Makes an adapter of some modules [8, 6] at rank 2. @param zero its updates are 0 */
+async function adapter(id: string, modules: readonly string[], { base = "", head = false, zero = false } = {}) {
+  const spec: Spec = Object.fromEntries([
+    ...modules.flatMap((name, i) => [
+      [`base_model.model.${name}.lora_A.weight`, [[2, 6], i + 1]] as const,
+      [`base_model.model.${name}.lora_B.weight`, [[8, 2], i + id.length]] as const,
+    ]),
+    ...(head ? [["base_model.model.classifier.weight", [[3, 8], 1]] as const] : []),
+  ]);
+  const tensors = entries(spec).map((entry) =>
+    zero && entry.name.includes("lora_B") ? { ...entry, read: () => new Uint8Array(8 * 2 * 4) } : entry,
+  );
+  await mkdir(at("adapters", id), { recursive: true });
+  await writeFile(at("adapters", id, "adapter_model.safetensors"), await bytesOf(tensors));
+  const config = {
+    ...{ peft_type: "LORA", r: 2, lora_alpha: 2 },
+    ...(base && { base_model_name_or_path: base }),
+    ...(head && { modules_to_save: ["classifier"] }),
+  };
+  await writeFile(at("adapters", id, "adapter_config.json"), JSON.stringify(config));
+  return at("adapters", id);
+}
+
+const BERT = ["bert.layer.0.query", "bert.layer.0.value"];
+const UNET = ["unet.down.0.to_q", "unet.down.0.to_v"];
+const one = await adapter("one", BERT, { base: "bert" });
+const two = await adapter("two", BERT, { head: true });
+const other = await adapter("other", UNET);
+const idle = await adapter("idle", BERT, { zero: true });
+
+t.test("adapters of another base model are named, though none contradicts the others", async (t) => {
+  const stranger = /warning: "other" adapts none of the modules that the others adapt: is it of another base model\?/;
+  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"))).err, stranger);
+  t.match((await ran("pack", one, two, other, "-o", at("three.eigen"), "--k", "2", "--force")).err, stranger);
+  for (const [i, path] of [one, two, other].entries()) await ran("hub", "shard", path, "-o", at(`${i}.part`));
+  t.match(
+    (await ran("hub", "merge", at("0.part"), at("1.part"), at("2.part"), "--k", "2", "-o", at("b.eigen"))).err,
+    stranger,
+  );
+  t.equal((await ran("pack", one, two, "-o", at("bert.eigen"), "--k", "1")).err, "");
+  const named = await adapter("named", UNET, { base: "bert" });
+  t.equal(
+    (await ran("pack", one, two, named, "-o", at("n.eigen"))).err,
+    "",
+    "adapters that name one base are believed",
+  );
+  const more = await adapter("more", UNET);
+  const others = /"more", "other" adapt none of the modules that the others adapt: are they/;
+  t.match((await ran("pack", one, two, idle, other, more, "-o", at("m.eigen"))).err, others);
+  const refused = await run("add", at("bert.eigen"), other);
+  t.match(refused, {
+    status: 1,
+    err: /none of the modules that the tasks of .* adapt, but unet.*another base model\?/,
+  });
+});
+
+t.test("a report says what there is", async (t) => {
+  const alone = await ran("pack", one, "-o", at("alone.eigen"));
+  t.match(alone.out, /: 1 task, 2 modules, /);
+  t.match(alone.out, /× larger\)/);
+  t.notMatch(alone.out, /heads are stored|nothing is shared|× smaller/);
+  t.match(alone.out, /not whether it is the right one: pass --base to store fingerprints/);
+  t.equal(alone.err, "", "which is no warning");
+  const both = await ran("pack", one, two, "-o", at("both.eigen"));
+  t.match(both.out, /heads are stored in int8/);
+  t.match(both.out, /^Nothing is shared: |^Shared: what layers read \(A\)/m);
+  const { out } = await ran("pack", one, two, "-o", at("k.eigen"), "--k", "1");
+  t.match(out, /components per side +1$[\s\S]*^ΔW error is a proxy: with --model answers decide\.$/m);
+  t.same(
+    [smaller(17.52), smaller(0.7), smaller(0.98), smaller(1)],
+    ["17.5× smaller", "1.4× larger", "as large", "as large"],
+  );
+});
+
+t.test("add refuses a task that would lose more than half of its ΔW, or than it is told", async (t) => {
+  await cp(at("k.eigen"), at("limit.eigen"));
+  const before = await readFile(at("limit.eigen"));
+  const stranger = data("adapters/own-seed/sections-0");
+  await ran(
+    "pack",
+    data("adapters/own-seed/debtags-role"),
+    data("adapters/own-seed/debtags-use"),
+    "-o",
+    at("p.eigen"),
+    "--k",
+    "4",
+  );
+  const packed = await readFile(at("p.eigen"));
+  for (const [flags, most] of [
+    [[], "50 %"],
+    [["--max-loss", "40%"], "40 %"],
+  ] as const) {
+    const { status, err } = await run("add", at("p.eigen"), stranger, ...flags);
+    t.equal(status, 1);
+    t.match(
+      err,
+      new RegExp(
+        `task "sections-0" would lose [\\d.]+ % of its ΔW, which the components of .*p\\.eigen lack, and ${most}`,
+      ),
+    );
+    t.match(err, /: nothing was added\. Pack all adapters again, with this one; or pass --max-loss 0\.\d+\n$/);
+  }
+  const { error } = JSON.parse((await run("add", at("p.eigen"), stranger, "--json")).out);
+  t.match(error, { tag: "task", task: "sections-0" });
+  t.ok(error.loss > 0.5 && error.loss <= 1);
+  t.ok(packed.equals(await readFile(at("p.eigen"))));
+  const allowed = await ran("add", at("p.eigen"), stranger, "--max-loss", "1");
+  t.match(allowed.err, /loses [\d.]+ % of its ΔW, which the pack's components lack: pack all adapters again/);
+  t.match((await ran("add", at("limit.eigen"), one, "--as", "one=again", "--max-loss", "0.5")).out, /1 task added/);
+  t.notOk(before.equals(await readFile(at("limit.eigen"))));
+});
+
+t.test("verify: a task file by itself, and what is not signed is not ok", async (t) => {
+  const pack = await ran("verify", at("k.eigen"));
+  t.match(pack.out, /^signature +– +not signed$/m);
+  const file = await ran("verify", vector("whole.eigentask"));
+  t.match(file.out, /^checksums +ok +task whole$/m);
+  t.match(file.out, /^hash +ok +sha256-/m);
+  t.match(file.out, /^signature +– +not signed$/m);
+  const { checks } = JSON.parse((await ran("verify", vector("whole.eigentask"), "--json")).out);
+  const [, hash] = checks as { detail: string }[];
+  await ran("verify", vector("whole.eigentask"), "--integrity", hash!.detail);
+  t.match(await run("verify", vector("whole.eigentask"), "--integrity", `sha256-${"A".repeat(43)}=`), {
+    ...{ status: 1, err: /its hash is sha256-.*, expected sha256-A/ },
+  });
+  await ran("keygen", "-o", at("me"));
+  const unsigned = await run("verify", vector("whole.eigentask"), "--key", at("me.pub.pem"));
+  t.match(unsigned, { status: 1, err: /it is not signed by any of --key/ });
+  await cp(vector("whole.eigentask"), at("t.eigentask"));
+  await ran("sign", at("t.eigentask"), "--key", at("me.pem"));
+  t.match((await ran("verify", at("t.eigentask"), "--key", at("me.pub.pem"))).out, /^signature +ok +ed25519:/m);
+  t.match(
+    (await run("verify", at("t.eigentask"), "--key", at("me.pem"))).err,
+    /--key .*me\.pem: .*got a private key: give/,
+  );
+  const damaged = await readFile(at("t.eigentask"));
+  damaged[80]! ^= 1;
+  await writeFile(at("damaged.eigentask"), damaged);
+  t.match(await run("verify", at("damaged.eigentask")), { status: 1, err: /its checksum does not match/ });
+  t.match(await run("verify", at("t.eigentask"), "--against", one), { status: 2, err: /--against needs a pack/ });
+});
+
+t.test("a file of another kind is called what it is", async (t) => {
+  const onnx = data("sessions/gemm.onnx");
+  const [tensors, text] = [data("sessions/base.safetensors"), at("text.json")];
+  await writeFile(text, '{"a": 1}');
+  await writeFile(at("empty"), "");
+  const cases: [string[], number, RegExp][] = [
+    [
+      ["check", at("k.eigen"), onnx],
+      2,
+      /k\.eigen is an EigenLoRA pack and .*gemm\.onnx an ONNX model; did you swap the two\?/,
+    ],
+    [["attach", at("k.eigen"), onnx, "-o", at("x.onnx")], 2, /did you swap the two\?/],
+    [["check", at("k.eigen"), at("k.eigen")], 1, /this is an EigenLoRA pack, expected an ONNX model/],
+    [["check", tensors, at("k.eigen")], 1, /this is a safetensors file, expected an ONNX model/],
+    [["inspect", onnx], 1, /this is an ONNX model, expected an EigenLoRA pack/],
+    [["inspect", tensors], 1, /this is a safetensors file, expected an EigenLoRA pack/],
+    [["inspect", vector("whole.eigentask")], 1, /this is an EigenLoRA task file, expected an EigenLoRA pack/],
+    [["inspect", text], 1, /this is JSON, expected an EigenLoRA pack/],
+    [["inspect", at("empty")], 1, /this is not an EigenLoRA pack: it is empty/],
+    [["pack", one, "-o", at("x"), "--base", onnx], 1, /this is an ONNX model, expected a safetensors file/],
+    [
+      ["fold", at("k.eigen"), "--task", "one", "--base", onnx, "-o", at("x")],
+      1,
+      /this is an ONNX model, expected a saf/,
+    ],
+    [["hub", "merge", onnx, "-o", at("x")], 1, /this is an ONNX model, not a part/],
+    [["hub", "merge", at("k.eigen"), "-o", at("x")], 1, /this is an EigenLoRA pack, not a part/],
+  ];
+  await cp(onnx, at("model.eigentask"));
+  cases.push([
+    ["add", at("k.eigen"), at("model.eigentask")],
+    1,
+    /this is an ONNX model, expected an EigenLoRA task file/,
+  ]);
+  for (const [args, status, message] of cases) {
+    const said = await run(...args);
+    t.match(said, { status, err: message }, args.join(" "));
+    t.notMatch(said.err, /begins with|[0-9a-f]{16}|\d{12}/, "no bytes, no numbers made of them");
+  }
+});
+
+t.test("a folder that is not there is refused by every command that writes a file", async (t) => {
+  const missing = at("nowhere", "x");
+  const commands = [
+    ["pack", one],
+    ["hub", "shard", one],
+    ["hub", "merge", at("0.part")],
+    ["hub", "project", at("b.eigen"), one],
+    ["hub", "assemble", at("b.eigen"), at("0.part")],
+    ["fold", at("k.eigen"), "--task", "one", "--base", data("sessions/base.safetensors")],
+    ["attach", data("sessions/gemm.onnx"), at("k.eigen")],
+    ["learn", at("k.eigen"), at("rows.jsonl"), "--model", data("sessions/gemm.onnx")],
+    ["distill", at("k.eigen"), one, "--text", at("rows.jsonl"), "--model", data("sessions/gemm.onnx")],
+    ["keygen"],
+  ];
+  for (const command of commands)
+    t.match(
+      await run(...command, "-o", missing),
+      { status: 2, err: /there is no folder .*nowhere; make it first/ },
+      command[0],
+    );
+  const below = await run("pack", one, "-o", join(at("text.json"), "x"));
+  t.match(below, { status: 2, err: /text\.json is not a folder/ });
+});

@@ -1,0 +1,63 @@
+/** What each test file starts with (.taprc): test/support/start.ts, and look-ups of test/support/required.ts that EIGENLORA_BARE=1 answers "not here". */
+import { spawnSync } from "node:child_process";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import t, { type Test } from "tap";
+
+const root = fileURLToPath(new URL("../..", import.meta.url));
+
+/** Runs a test file as tap does. @returns its exit code and output */
+function started(t: Test, code: string, env: NodeJS.ProcessEnv = {}): { status: number | null; stdout: string } {
+  const folder = t.testdir({ "case.test.ts": code });
+  const own = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(TAP|_TAPJS)/.test(name)));
+  const args = [
+    "--import=./test/support/load-typescript.js",
+    "--import=./test/support/start.ts",
+    join(folder, "case.test.ts"),
+  ];
+  return spawnSync(process.execPath, args, { cwd: root, encoding: "utf8", env: { ...own, ...env } });
+}
+
+t.test("no teardown comes before the tests below what a file still prepares", async (t) => {
+  const { status, stdout } = started(
+    t,
+    `import { setTimeout as pause } from "node:timers/promises";
+import t from "tap";
+let torn = false;
+t.teardown(() => { torn = true; });
+t.test("skipped, so over at once", { skip: "not here" }, () => {});
+await pause(100);
+t.test("prepared later", async (t) => t.notOk(torn));`,
+  );
+  t.equal(status, 0, { stdout });
+  t.match(stdout, /ok 2 - prepared later/);
+});
+
+t.test("a file that fails while it prepares fails", async (t) => {
+  const { status, stdout } = started(
+    t,
+    `import t from "tap";
+t.test("fine", async (t) => t.pass());
+await Promise.reject(new Error("no base"));`,
+  );
+  t.equal(status, 1);
+  t.match(stdout, /not ok .*no base/);
+});
+
+t.test("EIGENLORA_BARE=1 hides every tool that is here", async (t) => {
+  const code = `import t from "tap";
+import { find, packages, python, pythonLacks, without } from ${JSON.stringify(join(root, "test/support/required.ts"))};
+t.comment(JSON.stringify([find(process.execPath), without("node", process.execPath), pythonLacks("sys"), packages(), "EIGENLORA_SMOLLM2" in process.env]));`;
+  const given = { PYTHON: "python-of-mine", EIGENLORA_RUNTIMES: "/runtimes", EIGENLORA_SMOLLM2: "/smollm2" };
+  const told = (env: object): unknown => JSON.parse(/\[.*\]/.exec(started(t, code, { ...given, ...env }).stdout)![0]);
+  t.match(told({ EIGENLORA_BARE: "" }), [process.execPath, false, /^python-of-mine /, "/runtimes/node_modules", true]);
+  t.match(told({ EIGENLORA_BARE: "1" }), [null, /^node is not here/, /^\/bare\//, "/bare/node_modules", false]);
+});
+
+t.test("tests look for tools by required.ts alone", async (t) => {
+  const found = readdirSync(join(root, "test"), { recursive: true, encoding: "utf8" })
+    .filter((file) => file.endsWith(".ts") && file !== "support/required.ts")
+    .filter((file) => /\benv\W+(PYTHON|EIGENLORA_\w+)|"python\d"/.test(readFileSync(join(root, "test", file), "utf8")));
+  t.same(found, []);
+});
