@@ -80,7 +80,7 @@ export let fault: u32 = 0;
 export let place: u32 = 0;
 
 let state: u32 = 0;
-/** Whether the section has given its frequencies. */
+/** True if the section has given its frequencies. */
 let begun: bool = false;
 /** The next word, and the end of the words. */
 let words: usize = 0;

@@ -59,7 +59,7 @@ struct Tile {
 
 // A word of out, seen from the row that owns it.
 struct OutWord {
-  // Whether this invocation writes the word.
+  // True if this invocation writes the word.
   mine: bool,
   word: u32,
   row: u32,

@@ -59,7 +59,7 @@ export interface ByteSource {
    */
   readAll?(options?: ReadAllOptions): Promise<Uint8Array>;
   /**
-   * What tells this version of the file from all others, without its bytes; undefined where nothing does.
+   * Validator of this version of the file, such as an ETag; undefined if there is none.
    * @throws SourceError when that cannot be found out
    */
   identify?(options?: ReadOptions): Promise<string | undefined>;
@@ -89,7 +89,7 @@ export interface FetchOptions {
   /** Bytes per second: a request fails when fewer than `minRate` × `timeout` of them arrive within `timeout`. Default: 500. */
   readonly minRate?: number;
   /**
-   * How often a request is tried again after what may pass: network faults, and the statuses 408, 429, 500, 502, 503 and 504.
+   * Number of retries after retryable faults: network faults, and the statuses 408, 429, 500, 502, 503 and 504.
    * Pauses grow from a quarter of a second, or are what the server asks for, up to `timeout`. Default: 3.
    */
   readonly retries?: number;

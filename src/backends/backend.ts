@@ -55,7 +55,7 @@ export function after({ block, byteOffset }: Slice, bytes: number): Slice {
 export interface ExpandJob {
   /** f32 [rank, width]; overwritten, or added to. */
   readonly out: Slice;
-  /** Whether the sums are added to what `out` holds. */
+  /** True if the sums are added to what `out` holds. */
   readonly add?: boolean | undefined;
   /** f32 [rank, rows]. A mean is the basis' last row with coefficient 1. */
   readonly coefficients: Slice;

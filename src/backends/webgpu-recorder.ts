@@ -93,7 +93,7 @@ export class Recorder {
     return this.#faults.lost;
   }
 
-  /** Whether the shader of that name can run on this device. */
+  /** True if the shader of that name can run on this device. */
   has(shader: keyof typeof shaders): boolean {
     return this.#modules.has(shader);
   }

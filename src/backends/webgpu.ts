@@ -273,7 +273,7 @@ class WebgpuBackend implements Backend {
   }
 }
 
-/** Whether bytes can be written by whole words: up to a word's end, or into the padding at the block's. */
+/** True if bytes can be written by whole words: up to a word's end, or into the padding at the block's. */
 function wordwise({ byteOffset, block }: Slice, byteLength: number): boolean {
   return byteOffset % 4 === 0 && (byteLength % 4 === 0 || byteOffset + byteLength === block.byteLength);
 }
@@ -288,7 +288,7 @@ function samePlace(a: Slice, b: Slice): boolean {
  */
 /// <reference types="@webgpu/types" />
 
-/** What a kernel sees of a slice: a binding, and the slice's first byte in it. */
+/** View of a slice in a kernel: a binding, and the slice's first byte in it. */
 interface Bound {
   readonly binding: Binding;
   readonly at: number;
@@ -302,7 +302,7 @@ interface Limits {
   readonly bufferBytes: number;
 }
 
-/** What kernels and copies need of a buffer: COPY_SRC, COPY_DST and STORAGE of GPUBufferUsage. */
+/** Usages that kernels and copies need: COPY_SRC, COPY_DST and STORAGE of GPUBufferUsage. */
 const USAGE = 4 | 8 | 128;
 
 class Blocks {
@@ -459,7 +459,7 @@ class Batch {
   readonly #recorder: Recorder;
   readonly #blocks: Blocks;
   #jobs: BatchJob[] = [];
-  /** What the jobs cover of each buffer. */
+  /** Ranges of each buffer that the jobs cover. */
   #covered: Record<(typeof ROLES)[number], ByteRange> | undefined;
 
   constructor(recorder: Recorder, blocks: Blocks) {

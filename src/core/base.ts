@@ -26,7 +26,7 @@ export interface Parameter {
   readonly name: string;
   readonly shape: readonly number[];
   readonly dtype: FloatDtype;
-  /** How a weight is stored. Default: the layout of the checkpoint that the adapters were trained on. */
+  /** Layout of the stored weight. Default: the layout of the checkpoint that the adapters were trained on. */
   readonly layout?: Layout;
 }
 
@@ -94,7 +94,7 @@ export interface DeviceTensor {
 /** Whatever can serve as the base model: a host, tensors by parameter name, or a safetensors file. */
 export type BaseInput = WeightHost | Map<string, Tensor | DeviceTensor> | SourceInput;
 
-/** Whether data lies on a device. */
+/** True if data lies on a device. */
 export function onDevice(data: View["data"] | undefined): data is DeviceBuffer {
   return data !== undefined && !ArrayBuffer.isView(data);
 }

@@ -73,7 +73,7 @@ export interface FactorPlan {
   readonly residual: ResidualRows[];
 }
 
-/** What a switch does to one module: factors A [rank, in] and Bt [rank, out]. */
+/** Change of one module by a switch: factors A [rank, in] and Bt [rank, out]. */
 export interface ModulePlan {
   readonly module: number;
   rank: number;
@@ -203,7 +203,7 @@ const ORDER = ["residual", "expansions"] as const;
 /** Names of scratch memory. Those of the second group are for `apply.ts`: each step has its own, so that a device can do its parts at once. */
 type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
 
-/** How a weight is stored. */
+/** Storage of a weight. */
 type Stored = Pick<Located, "dtype" | "transposed">;
 
 type Components = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
@@ -250,7 +250,7 @@ export class KernelSession {
     return at(block);
   }
 
-  /** What `reserve` gave for this name last. */
+  /** Last result of `reserve` for this name. */
   reserved(name: Scratch): Slice {
     return at(this.#scratch.get(name)!);
   }
@@ -397,7 +397,7 @@ export function put(
     for (let i = 0; i < width; i++) out[i * rank + to] = values[at + i]!;
 }
 
-/** Whether a module's term is handed out as a core. */
+/** True if a module's term is handed out as a core. */
 export function hasCore({ A, core }: ModulePlan, mode: "core" | "factors"): boolean {
   return mode === "core" && core && A.expansions.length > 0;
 }

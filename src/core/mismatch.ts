@@ -1,5 +1,5 @@
 /**
- * Whether a base is the right one: fingerprints of its weights, what other versions of transformers call them, and what is said of a module
+ * True if a base is the right one: fingerprints of its weights, what other versions of transformers call them, and what is said of a module
  * whose weight is not there or not as it must be.
  */
 import { BaseMismatchError } from "../errors.ts";
@@ -29,7 +29,7 @@ export function findWeight(
 }
 
 /**
- * What is said where a module's weight is missing or ambiguous.
+ * Error for a module whose weight is missing or ambiguous.
  * @param alike names of weights that it may be, whatever they are called
  */
 export function notFound(module: string, found: NotFound, alike: readonly string[] = []): BaseMismatchError {

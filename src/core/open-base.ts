@@ -73,7 +73,7 @@ export function memoryHost(tensors: Tensors): WeightHost {
 
 const FLOATS: readonly FloatDtype[] = ["f32", "f16", "bf16"];
 
-/** What torch, onnxruntime and safetensors call them. */
+/** Names of the same types in torch, onnxruntime and safetensors. */
 const ELSEWHERE = new Map<unknown, FloatDtype>([
   ["float32", "f32"],
   ["float", "f32"],

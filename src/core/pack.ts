@@ -73,7 +73,7 @@ export interface TaskInfo {
    * tasks that were added where the platform has no SHA-256.
    */
   readonly integrity: string | undefined;
-  /** Whether a switch to it needs no request, at the time of asking. */
+  /** True if a switch to it needs no request, at the time of asking. */
   readonly resident: boolean;
 }
 
@@ -85,7 +85,7 @@ interface TaskSlot {
   /** The blob as its file has it, of tasks added at run time. */
   readonly stored?: Uint8Array;
   blob?: TaskBlob | undefined;
-  /** Whether it was prefetched, where no limit was asked for. */
+  /** True if it was prefetched, where no limit was asked for. */
   stays?: boolean;
   loading?: SharedWork<TaskBlob> | undefined;
 }
@@ -159,7 +159,7 @@ export class Pack extends Observable<PackEvents> {
   #most = MOST_RESIDENT;
   /** Slots whose blobs could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
-  /** What `tasks` gave last; undefined once a task was added or removed. */
+  /** Last result of `tasks`; undefined once a task was added or removed. */
   #tasks: ReadonlyMap<string, TaskInfo> | undefined;
   /** The bases section while it is in use, and until its first use. */
   #bases: SharedBases | undefined;

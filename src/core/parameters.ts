@@ -29,7 +29,7 @@ export interface Replacement {
   readonly view: View & { readonly data: Uint8Array<ArrayBuffer> };
 }
 
-/** What the tasks of a selection put in the place of the base's parameters. */
+/** Parameters of a selection's tasks that replace those of the base. */
 export interface Resolved {
   /** Changed parameters, by the base's names. */
   readonly parameters: ReadonlyMap<string, Replacement>;
@@ -108,7 +108,7 @@ export class Parameters {
   }
 
   /**
-   * What makes `parts` active; nothing changes until it is given to `activate`.
+   * Prepares `parts`; nothing changes until the result is given to `activate`.
    * @param parts as `reconcile` gives them
    * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
    */

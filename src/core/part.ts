@@ -6,10 +6,10 @@ import { isOfModule, moduleOf, type PackModule, parseBrought, type TaskBlob } fr
 import type { ReadOptions } from "../source.ts";
 import type { Pack, TaskInfo } from "./pack.ts";
 
-/** What runtimes and sessions need of a pack. */
+/** Interface of a pack for runtimes and sessions. */
 export type PackView = Pick<Pack, "name" | "modules" | "tasks" | "load" | "bases" | "reads" | "residentBytes">;
 
-/** Whether a module of a pack, or of its tasks' parameters, is wanted: "encoder.layer.0.attention.query", "classifier". */
+/** True if a module of a pack, or of its tasks' parameters, is wanted: "encoder.layer.0.attention.query", "classifier". */
 export type ModuleFilter = (module: string) => boolean;
 
 class PackPart implements PackView {

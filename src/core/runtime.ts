@@ -62,7 +62,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
   readonly #weights: FoldedWeights;
-  /** What is active, with its tasks: the pack may have others under their ids by now, or be out of reach. */
+  /** Active selection with its tasks: the pack may have others under their ids by now, or be out of reach. */
   #now: LoadedTasks = { selection: null, head: undefined, tasks: [] };
   /** Why the device is gone, until another one is at work. */
   #loss: Error | undefined;
@@ -279,7 +279,7 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   }
 
   /**
-   * What the active task does to a module, for a model that adds it itself; undefined where it leaves the module alone.
+   * Term of the active task for a module, for a model that adds it itself; undefined where it leaves the module alone.
    * Valid until the next switch.
    * @param name module name as in `pack.modules`
    * @throws RangeError for a module the pack does not have, TypeError in mode "folded"
@@ -378,7 +378,7 @@ function moduleName(name: string): string {
   return name.replace(/\.weight$/, "");
 }
 
-/** What stays when a device is lost. */
+/** State that outlives a lost device. */
 export interface RuntimeParts {
   readonly pack: Pack;
   /** The modules of it that are used. */

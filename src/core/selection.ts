@@ -1,5 +1,5 @@
 /**
- * What a caller asks to be active, the task blobs that make it up, and what is said of a switch: one shape for the runtime and for sessions.
+ * Selection of a caller, the task blobs that make it up, and the report of a switch: one shape for the runtime and for sessions.
  */
 import { isPlain } from "../arguments.ts";
 import type { Owner } from "../backends/backend.ts";
@@ -8,7 +8,7 @@ import { Observable } from "../events.ts";
 import type { ActiveTask } from "./kernel-session.ts";
 import type { PackView } from "./part.ts";
 
-/** What is active: a task, null for the pristine base, or tasks with strengths. */
+/** Active selection: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
 
 /** Options of `switchTask`. */
@@ -60,9 +60,9 @@ export async function loadParts(
   return (await import("./merge.ts")).reconcile(parts, pack, head);
 }
 
-/** What every switch says of itself. */
+/** Fields of every report of a switch. */
 export interface SwitchReport {
-  /** What is active now. */
+  /** Active selection. */
   readonly task: Selection;
   /** Read from the pack for this switch. */
   readonly bytesRead: number;
@@ -83,7 +83,7 @@ export function memoryReport(bytes: Record<Owner | "reserved", number>): MemoryR
   return { ...bytes, total: Object.values(bytes).reduce((a, b) => a + b, 0) };
 }
 
-/** What a switch did and what it cost. */
+/** Effects and costs of a switch. */
 export interface RuntimeSwitchReport extends SwitchReport {
   /** Adapted modules written: those of the new task and those put back to the base. */
   readonly modules: number;
@@ -98,7 +98,7 @@ export interface RuntimeSwitchReport extends SwitchReport {
 }
 
 /**
- * What is said of a switch that failed where nothing could be put back.
+ * Error of a switch that failed and could not be undone.
  * @param first why it failed
  * @param second why what was there before could not be put back
  * @param backend that runs

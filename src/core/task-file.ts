@@ -25,7 +25,7 @@ import { type ByteSource, type ReadOptions, readAll, type SourceInput } from "..
 import { toHex } from "../text.ts";
 import type { AddTaskOptions, Trust } from "./trust.ts";
 
-/** What is needed of the pack that a task file belongs to; an open pack has it. */
+/** Facts about the pack that a task file belongs to; an open pack has them. */
 export interface TaskBasis {
   readonly basisId: string;
   readonly modules: readonly PackModule[];

@@ -33,7 +33,7 @@ import { type FoldContext, readWeight, type TaskWriter, type WeightBinding, type
 /** Numbers that are copied at a time. */
 const PIECE = 2 ** 18;
 
-/** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
+/** Term of the active task for one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface ModuleTerm extends Term {
   /** [out], the layer's whole bias, where the task changes it. */
   readonly bias?: Float32Array | undefined;
@@ -227,7 +227,7 @@ interface UnfoldOptions {
   readonly old?: ReadonlyMap<number, OldArrays> | undefined;
   /** Factors of a module that are wanted as coefficients over all its components. Default: none. */
   readonly over?: ((module: number) => ReadonlySet<"A" | "B"> | undefined) | undefined;
-  /** Whether A is wanted as [in, rank], as models take it. Default: false. */
+  /** True if A is wanted as [in, rank], as models take it. Default: false. */
   readonly turned?: boolean | undefined;
   readonly signal?: AbortSignal | undefined;
 }
@@ -410,7 +410,7 @@ export interface ApplyOptions {
 
 /** Rows of the batch that one task works on. */
 interface Run {
-  /** What the task does to the module; undefined where it leaves it alone. */
+  /** Term of the task for the module; undefined where it leaves it alone. */
   readonly plan: ModulePlan | undefined;
   /** First value of its coefficients in the uploaded ones. */
   readonly start: number;

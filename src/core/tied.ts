@@ -24,20 +24,20 @@ export function sameValues(a: Matrix, b: Matrix, out: number, inputs: number): b
   return true;
 }
 
-/** What transformers calls layers that follow an embedding they are tied to. */
+/** Names in transformers of layers that are tied to an embedding. */
 const HEADS = /(^|\.)(lm_head|embed_out|proj_out|predictions\.decoder|output_projection)\.weight$/;
 
-/** Whether others follow a parameter that they are tied to: an embedding's table, not a head's weight. */
+/** True if others follow a parameter that they are tied to: an embedding's table, not a head's weight. */
 export function leads({ name, layout }: Pick<Parameter, "name" | "layout">): boolean {
   return layout === "embedding" || (layout === undefined && !HEADS.test(name));
 }
 
-/** Whether a parameter may be tied to a table [rows, width], by its shape. A layer's weight may lie across it. */
+/** True if a parameter may be tied to a table [rows, width], by its shape. A layer's weight may lie across it. */
 export function mayBeTied({ shape }: Pick<Parameter, "shape">, table: readonly number[]): boolean {
   return sameShape(shape, table) || (table.length === 2 && sameShape(shape, [...table].reverse()));
 }
 
-/** Whether a parameter of the right shape has the values of a table [rows, width]. */
+/** True if a parameter of the right shape has the values of a table [rows, width]. */
 export function isTied(one: CpuView & Pick<Parameter, "layout">, table: CpuView): boolean {
   const [rows = 0, width = 0] = table.shape;
   const matrix = ({ data, byteOffset, dtype }: CpuView, across: boolean): Matrix => {
@@ -46,7 +46,7 @@ export function isTied(one: CpuView & Pick<Parameter, "layout">, table: CpuView)
   return sameValues(matrix(one, liesAcross(one, table.shape)), matrix(table, false), rows, width);
 }
 
-/** Whether the rows of a table are the columns of a parameter of its shape. */
+/** True if the rows of a table are the columns of a parameter of its shape. */
 export function liesAcross({ shape, layout }: Pick<Parameter, "shape" | "layout">, table: readonly number[]): boolean {
   return layout === "in-out" || !sameShape(shape, table);
 }
@@ -112,7 +112,7 @@ async function tiedTo(name: string, base: TiedBase): Promise<readonly string[]> 
   return found;
 }
 
-/** Whether a host has two parameters in the same memory, so that one write changes both. */
+/** True if a host has two parameters in the same memory, so that one write changes both. */
 function isOnePlace(host: WeightHost, name: string, other: string): boolean {
   const one = host.view?.(name);
   const two = host.view?.(other);

@@ -180,7 +180,7 @@ export function keyName(key: Uint8Array): string {
 }
 
 /**
- * Whether a signature is its key's. Says nothing about whose key that is.
+ * True if a signature is its key's. Says nothing about whose key that is.
  * @throws TrustError where the platform has no Ed25519
  */
 export async function isSigned(

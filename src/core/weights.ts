@@ -290,7 +290,7 @@ interface WeightJob {
   readonly plan: ModulePlan | undefined;
   /** The bytes that ΔW is added to, where that is not the pristine copy. */
   readonly fresh: Uint8Array | undefined;
-  /** Whether it differs from the base then. */
+  /** True if it differs from the base then. */
   readonly changes: boolean;
 }
 

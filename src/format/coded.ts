@@ -17,12 +17,12 @@ import { CODED_MAGIC, CODED_MASK } from "./format.ts";
 
 /** Bytes in front of the words: magic, and the length of the section once decoded. */
 export const CODED_HEAD_BYTES = 8;
-/** What a section has at most once decoded. @param stored its bytes, coded */
+/** Largest decoded size of a section. @param stored its bytes, coded */
 export function mostDecoded(stored: number): number {
   return 16 * stored + 4096;
 }
 
-/** What a coded directory has at most once decoded; a larger one is stored as it is. */
+/** Largest decoded size of a coded directory; a larger one is stored as it is. */
 export const MOST_CODED_DIRECTORY: number = 2 ** 25;
 
 /** Symbols, or bytes of copies, between two looks at the clock where there is no WebAssembly. */
@@ -30,7 +30,7 @@ const PIECE = 1 << 12;
 /** Rows, which may be short, between two such looks. */
 const ROWS = 1 << 8;
 
-/** What may be wrong with a section, numbered as `assembly/coded.ts` does. */
+/** Faults of a section, with the numbers of `assembly/coded.ts`. */
 export const FAULT = {
   early: 1,
   state: 2,
@@ -79,7 +79,7 @@ export interface TensorRun {
   readonly count: number;
   /** Each begins at a multiple of it: 4 or 16. */
   readonly step: 4 | 16;
-  /** Whether given frequencies code their integers. */
+  /** True if given frequencies code their integers. */
   readonly given: boolean;
   /** Where the first begins. */
   readonly byteOffset: number;
@@ -97,7 +97,7 @@ export function runBytes(run: Shape): number {
   return (run.count - 1) * strideOf(run) + tensorBytes(run.dtype, run.rows, run.width);
 }
 
-/** What an encoder knows of a section. */
+/** Facts about a section that its encoder knows. */
 export interface Plan {
   readonly runs: readonly TensorRun[];
   /** Frequencies of the runs that want them. Default: none are coded, since all is only counted. */
@@ -106,7 +106,7 @@ export interface Plan {
   copyAt(at: number, end: number): { readonly length: number; readonly distance: number } | undefined;
 }
 
-/** Whether a task blob is coded. Its first bytes say so; of bases the section table does. */
+/** True if a task blob is coded. Its first bytes say so; of bases the section table does. */
 export function isCoded(blob: Uint8Array): boolean {
   if (blob.length < 4) return false;
   const magic = new DataView(blob.buffer, blob.byteOffset).getUint32(0, true);
@@ -220,7 +220,7 @@ function codeByte(coder: Coder, last: number, byte: number): number {
   return (high << 5) | (middle << 2) | (coder.symbol(LOW + 8 * high + middle, byte & 3) & 3);
 }
 
-/** What a run has seen: of each row the upper byte of the last scale, and the mean magnitude; of each place where they are few. */
+/** Statistics of a run: of each row the upper byte of the last scale, and the mean magnitude; of each place where they are few. */
 class Memory {
   readonly scales: Uint8Array;
   readonly rows: Int32Array;
@@ -267,7 +267,7 @@ interface Integers {
   readonly dtype: QuantizedDtype;
   /** Where they begin in the section. */
   readonly from: number;
-  /** What was seen of each, in 1/64; −1 where nothing was. */
+  /** Magnitude seen at each place, in 1/64; −1 where none was. */
   readonly places: Int32Array | undefined;
   /** Mean of the magnitudes so far, in 1/64; in 1/1024 where frequencies are given. */
   mean: number;
@@ -315,7 +315,7 @@ function codeFours(coder: Coder, row: Integers, i: number, end: number): void {
   coder.lane = 0;
 }
 
-/** What a symbol of given frequencies does not say of an integer. @param shift bits that it leaves out */
+/** Low bits of an integer that a symbol of given frequencies leaves out. @param shift bits that it leaves out */
 function codeRest(coder: Coder, row: Integers, i: number, symbol: number, shift: number): number {
   const value = integerAt(row, i);
   const magnitude = Math.abs(value);
@@ -376,12 +376,12 @@ export const SYMBOLS = 8;
 const ESCAPE: number = SYMBOLS - 1;
 /** No frequency falls below about this. */
 const LEAST = 16;
-/** How far a table moves by how often it was used before, this often at least: the share is a power of 2. */
+/** Adaptation rate of a table by the number of its uses, as a power of 2. */
 const STEPS: Uint8Array = Uint8Array.from({ length: 41 }, (_, used) =>
   used < 4 ? 4 : used < 12 ? 5 : used < 40 ? 6 : 7,
 );
 
-/** What is above the likeliest symbol when all others have their least frequency. */
+/** Sum of the frequencies above the likeliest symbol when all others have the least. */
 const RAISED = (1 << FREQUENCY_BITS) - SYMBOLS * LEAST;
 
 /**
@@ -484,7 +484,7 @@ const TARGETS: Int32Array = Int32Array.from({ length: SYMBOLS * SYMBOLS }, (_, a
   return (i > symbol ? RAISED : 0) + i * LEAST;
 });
 
-/** What all tables begin with. */
+/** Initial values of all tables. */
 const FIRST_SUMS: Int32Array = Int32Array.from({ length: TABLES * (SYMBOLS + 1) }, (_, at) => {
   const [table, i] = [Math.floor(at / (SYMBOLS + 1)), at % (SYMBOLS + 1)];
   const first = FIRST[table < INTEGERS ? table % FIRST.length : UNKNOWN_LEVEL]!;

@@ -88,7 +88,7 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
 
 const generationOf = (f: Fields): number => f.u32(4) * 2 ** 32 + f.u32(0);
 
-/** Whether a superblock was written, and not torn. */
+/** True if a superblock was written, and not torn. */
 function isWhole(f: Fields, index: number): boolean {
   if (generationOf(f) === 0 || f.u32(0) % 2 !== index || f.u32(60) !== crc32c(f.bytes.subarray(0, 60))) return false;
   const end = SIGNATURE_OFFSET + SIGNATURE_BYTES;
@@ -353,7 +353,7 @@ function* parseBrings(value: Value, earlier: readonly TaskEntry[]): Generator<vo
 // biome-ignore lint/suspicious/noControlCharactersInRegex: these are \p{Cc}, which not every engine knows.
 const CONTROL = /[\0-\x1f\x7f-\x9f]/;
 
-/** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */
+/** True if a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */
 export function isTaskId(id: string): boolean {
   const { length } = toUtf8(id);
   return length > 0 && length <= 255 && !CONTROL.test(id);

@@ -29,11 +29,11 @@ import {
 } from "./coded.ts";
 import { CODED_MAGIC, type TensorRef } from "./format.ts";
 
-/** How far back copies are looked for, and at how many places. */
+/** Distance of copies that are looked for, and the most places tried. */
 const WINDOW_BYTES = 1 << 16;
 const MOST_TRIES = 64;
 const HASH_BITS = 14;
-/** What a copy from as far back as the one before saves, in bytes. */
+/** Bytes saved by a copy from as far back as the previous one. */
 const AGAIN = 2;
 
 /**
@@ -119,7 +119,7 @@ const CHUNK = 1 << 12;
 /** Kinds of steps. */
 const [SYMBOL, GIVEN_SYMBOL, SOME_BITS, BEGIN] = [0, 1, 2, 3];
 
-/** What passes through the states, in the order of reading. */
+/** Symbols that pass through the states, in the order of reading. */
 class Steps {
   /** A symbol's frequency, or how many bits they are, above the sum in front of it or their value. */
   readonly what: Uint32Array;
@@ -304,13 +304,13 @@ function stepsOf({ notes, tables, count }: Block, given: Uint16Array | undefined
   }
 }
 
-// What entropy-coded tensors would take (`coded.ts`), and the frequencies that suit them.
+// Sizes of entropy-coded tensors (`coded.ts`), and the frequencies that suit them.
 
 /** Given frequencies take some 200 bytes: they pay for this many integers, in tensors of at least so many. */
 const MANY = 1 << 16;
 const WIDE = 512;
 
-/** What is coded is read from the section, and written to it again as it is. */
+/** Coded tensors are read from the section and written to it unchanged. */
 function codeAll(coder: Coder, section: Uint8Array, before: Uint8Array, plan: Plan): void {
   const refuse = (fault: number, at: number): never => {
     throw new RangeError(`what cannot be coded: ${fault} at byte ${at}`);
@@ -363,7 +363,7 @@ class Counter implements Coder {
     return symbol;
   }
 
-  /** What states and frequencies take is counted nowhere. */
+  /** Bytes of states and frequencies are not counted. */
   give(): void {}
 
   /** Counts a run's tensors. @param bytes from the first of them on */
@@ -396,7 +396,7 @@ class Counter implements Coder {
         if (counts[i]! > 0) own[i] = Math.max(1, Math.round((counts[i]! * share) / signs));
         left -= signs * own[i]!;
       }
-      // What rounding has taken from 0 is given back by the largest.
+      // The largest frequency pays for those that rounding raised from 0.
       for (const least = Number(counts[0]! > 0); left < least; ) {
         const largest = largestOf(own);
         own[largest]!--;

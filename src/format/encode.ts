@@ -391,7 +391,7 @@ export interface TaskToWrite {
   readonly blob: Uint8Array;
 }
 
-/** What a fresh pack has before its tasks. */
+/** Parts of a new pack before its tasks. */
 export interface FreshBasis {
   /** Basis description, MessagePack. */
   readonly description: Uint8Array;
@@ -411,7 +411,7 @@ export interface TaskPlace {
   readonly crc: number;
   /** SHA-256 of the blob, "sha256-…". */
   readonly integrity: string;
-  /** Whether the blob is coded. */
+  /** True if the blob is coded. */
   readonly coded: boolean;
   read(): Promise<Uint8Array>;
 }
@@ -443,7 +443,7 @@ export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> 
   return { entry, ...(await measured(blob, isCoded(blob))), read: async () => blob };
 }
 
-/** What a section table says of a section's bytes. */
+/** Checksums of a section in the section table. */
 type Measured = Pick<Section, "length" | "crc" | "coded"> & { readonly integrity: string };
 
 async function measured(bytes: Uint8Array, coded: boolean): Promise<Measured> {
@@ -499,7 +499,7 @@ function codedDirectory(
   return directory.length > MOST_CODED_DIRECTORY ? undefined : encodeSection(directory, [], 4);
 }
 
-/** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */
+/** Writes of an append: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */
 export interface Append {
   readonly offset: number;
   readonly body: Uint8Array[];
@@ -507,7 +507,7 @@ export interface Append {
   readonly superblockOffset: number;
 }
 
-/** What is known of a pack that is open. */
+/** Facts about an open pack. */
 interface Current {
   readonly window: Window;
   readonly directory: Directory;

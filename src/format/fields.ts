@@ -389,7 +389,7 @@ export class Value {
   /** Checks that it takes at most so many bytes of MessagePack. */
   within(maxBytes: number): void {
     const { starts, nexts, bytes: all } = this.#reader;
-    // What follows the last value starts at 0, or nowhere.
+    // Bytes behind the last value start at 0, or nowhere.
     const bytes = (starts[nexts[this.#index]!] || all.length) - starts[this.#index]!;
     if (bytes > maxBytes) this.fail(`${bytes} bytes, at most ${maxBytes} are allowed`);
   }

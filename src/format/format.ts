@@ -27,7 +27,7 @@ export const DIRECTORY_HEAD_BYTES = 16;
  */
 export type Layout = "out-in" | "in-out" | "conv" | "embedding";
 
-/** What a parameter that comes with a task does to the base's (SPEC.md, section 6.2). */
+/** Role of a task's parameter: its effect on the base's (SPEC.md, section 6.2). */
 export type ParameterRole = "saved" | "bias" | "bias-delta" | "rows";
 
 /** Metadata of a task, kept in the pack as it is. */
@@ -37,7 +37,7 @@ export interface TaskMetadata {
   license?: string;
   /** Where the adapter came from. */
   origin?: string;
-  /** How a language model is asked: `Opposite: {input} → {output}`, with what ends an answer behind it. */
+  /** Prompt template of a language model: `Opposite: {input} → {output}`, with what ends an answer behind it. */
   template?: string;
   /** Other plain values: strings, numbers, booleans, null, arrays and objects of these. */
   [key: string]: unknown;
@@ -100,7 +100,7 @@ export const CODED_MASK = 0xffffff;
 export interface Section {
   /** Bytes of what it holds, once decoded. */
   readonly kind: number;
-  /** Whether it is entropy-coded: the file has `SECTION_CODED` added to its kind. */
+  /** True if it is entropy-coded: the file has `SECTION_CODED` added to its kind. */
   readonly coded: boolean;
   readonly required: boolean;
   readonly offset: number;
@@ -147,7 +147,7 @@ export interface PackModule {
   readonly fingerprint: number | undefined;
 }
 
-/** What the components are and were made of. */
+/** Description of the components and their origin. */
 export interface BasisDescription {
   readonly producer: string;
   readonly mode: string;
@@ -163,7 +163,7 @@ export interface BasisDescription {
   readonly modules: readonly PackModule[];
 }
 
-/** What the directory says of a task. */
+/** Entry of a task in the directory. */
 export interface TaskEntry {
   readonly id: string;
   readonly adapterBytes: number;
@@ -172,7 +172,7 @@ export interface TaskEntry {
   readonly brings?: readonly string[] | undefined;
 }
 
-/** What a pack says of what it holds. */
+/** Directory of a pack. */
 export interface Directory {
   readonly sections: readonly Section[];
   /** The bytes as stored. */
@@ -193,7 +193,7 @@ export interface Coefficients {
   readonly tensor: TensorRef;
 }
 
-/** What a task does to one module (SPEC.md, section 6.1). */
+/** Low-rank term of a task for one module (SPEC.md, section 6.1). */
 export interface TaskTerm {
   readonly module: number;
   readonly rank: number;
@@ -231,7 +231,7 @@ export interface TaskBlob {
 export interface TaskFile extends TaskEntry {
   readonly basisId: string;
   readonly blob: Uint8Array;
-  /** What a hash or signature of the file covers: all up to the end of the blob. */
+  /** Bytes that a hash or signature of the file covers: all up to the end of the blob. */
   readonly content: Uint8Array;
   /** Undefined where the file is not signed. */
   readonly signature: Signature | undefined;
@@ -248,7 +248,7 @@ export function sharedBases({
   return A && B && moreA.length + moreB.length === 0 ? { A, B } : undefined;
 }
 
-/** What a task may have for a module. */
+/** Parts that a task may have for a module. */
 type ModuleRole = "magnitude" | "private" | "own-A" | "own-B";
 
 /** A parameter that a task changes, or a module for which it has a magnitude, private terms or rows of its own. */
@@ -258,7 +258,7 @@ export interface Brought {
   readonly name: string;
 }
 
-/** What a blob itself says, in the form of the list. */
+/** The same list, derived from the blob itself. */
 export function bringsOf(
   {
     terms,
@@ -285,7 +285,7 @@ export function bringsOf(
 /** A role, a space, and a name. */
 export const BROUGHT: RegExp = /^(saved|bias(-delta)?|rows|magnitude|private|own-[AB]) ./s;
 
-/** Whether a role is of a module, not of a parameter. */
+/** True if a role is of a module, not of a parameter. */
 export function isOfModule(role: Brought["role"]): role is ModuleRole {
   return role === "magnitude" || needsFactors(role);
 }
@@ -332,7 +332,7 @@ interface HeadParameter {
   readonly shape: readonly number[];
 }
 
-/** Whether a parameter belongs to a classifier, by the names that transformers and PEFT have for it. */
+/** True if a parameter belongs to a classifier, by the names that transformers and PEFT have for it. */
 export function isHead(parameter: string): boolean {
   return /(^|\.)(classifier|score)\./.test(parameter);
 }

@@ -1,5 +1,5 @@
 /**
- * What a file is, told by how it begins, and what is said of one that is refused. Loaded when that happens: people swap arguments, and name
+ * Kinds of files, recognised by their first bytes, and messages for those that are refused. Loaded when that happens: people swap arguments, and name
  * the file beside.
  */
 import { FormatError } from "../errors.ts";

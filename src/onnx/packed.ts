@@ -310,7 +310,7 @@ const OTHERS: Readonly<Record<string, string>> = {
   PackedAttention: "is an attention without padding: pass the file from before convert_to_packing_mode",
 };
 
-/** Whether a node is an `Attention` with weights inside. */
+/** True if a node is an `Attention` with weights inside. */
 function isAttention({ domain, opType }: NodeProto): boolean {
   return domain === "com.microsoft" && opType === "Attention";
 }

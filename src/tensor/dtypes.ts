@@ -29,7 +29,7 @@ export const DTYPES: readonly Dtype[] = ["f32", "f16", "bf16", "int8", "int4", "
 /** Bits of one value. */
 export const BITS: Record<Dtype, number> = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
 
-/** Whether rows of this type carry an f16 scale. */
+/** True if rows of this type carry an f16 scale. */
 export function isQuantized(type: Dtype): type is QuantizedDtype {
   return type === "int8" || type === "int4" || type === "int3";
 }

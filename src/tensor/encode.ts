@@ -30,7 +30,7 @@ export type FindScale = (values: Float64Array, scales: Float64Array, largest: nu
 export class UnstorableError extends RangeError {
   /** The adapter that it comes from; undefined when it comes from all together. */
   readonly owner: string | undefined;
-  /** Whether a smaller value could be stored, and the message does not say what to do. */
+  /** True if a smaller value could be stored, and the message does not say what to do. */
   readonly tooLarge: boolean;
 
   constructor(message: string, cause: unknown, owner?: string, tooLarge: boolean = false) {
@@ -40,13 +40,13 @@ export class UnstorableError extends RangeError {
   }
 }
 
-/** What an error says, and what to do where a value is too large. */
+/** Advice for a value that is too large. */
 export function advised(error: unknown, advice: string): string {
   const { message } = error as Error;
   return error instanceof UnstorableError && error.tooLarge ? `${message}; ${advice}` : message;
 }
 
-/** What helps where values have a limit in any number format (SPEC.md, section 5). */
+/** Advice for values that have a limit in any number format (SPEC.md, section 5). */
 export const SCALE_DOWN = "scale the adapter down";
 
 /**
@@ -157,7 +157,7 @@ function nearest(value: number, largest: number): number {
   return Math.max(-largest, Math.min(largest, Math.round(value)));
 }
 
-/** How many scales are tried between `LEAST_SCALE` and 1 of the one that clips nothing. */
+/** Number of scales tried between `LEAST_SCALE` and 1 of the one that clips nothing. */
 const SCALES = 24;
 const LEAST_SCALE = 0.4;
 

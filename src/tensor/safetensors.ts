@@ -30,7 +30,7 @@ export interface SafetensorsFile extends TensorFile {
   read(name: string, options?: ReadOptions): Promise<Uint8Array>;
 }
 
-/** How a header is read. */
+/** Options of reading a header. */
 export interface HeaderOptions extends ReadOptions {
   /** Most bytes of the header. Default: 10 000 000, some 70 000 tensors; the format allows 100 000 000. */
   readonly maxHeaderBytes?: number | undefined;

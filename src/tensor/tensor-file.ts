@@ -3,7 +3,7 @@
  */
 import type { ReadOptions } from "../source.ts";
 
-/** What is known of a tensor before it is read. */
+/** Facts about a tensor before it is read. */
 export interface TensorInfo {
   /** "F32", "BF16", "I64", …; in GGUF also "Q8_0" and others. */
   readonly dtype: string;
@@ -25,7 +25,7 @@ export interface TensorFile {
   readF32(name: string, options?: ReadOptions): Promise<Float32Array<ArrayBuffer>>;
 }
 
-/** Whether `readF32` decodes this dtype. */
+/** True if `readF32` decodes this dtype. */
 export function isFloatDtype(dtype: string): boolean {
   return dtype === "F32" || dtype === "F16" || dtype === "BF16" || dtype === "F64" || dtype === "Q8_0";
 }

@@ -13,7 +13,7 @@ interface Style {
   readonly front?: boolean;
   /** Lengths are multiples of this. */
   readonly multiple?: number;
-  /** Whether positions go on through the padding. */
+  /** True if positions go on through the padding. */
   readonly positions?: boolean;
   /** An input of three dimensions. */
   readonly features?: boolean;

@@ -116,9 +116,9 @@ const INT32 = 6;
 /** Inputs of an attention beside its weights, and its attributes. */
 interface Variant {
   readonly mask?: readonly [dims: readonly number[], values: readonly number[]];
-  /** Whether an input is added to the scores. */
+  /** True if an input is added to the scores. */
   readonly scores?: boolean;
-  /** Whether it has a bias, or zeros: some versions of onnxruntime crash without. */
+  /** True if it has a bias, or zeros: some versions of onnxruntime crash without. */
   readonly bias?: "none" | "zeros";
   readonly attributes?: Attributes;
   /** Columns of queries, keys and values. */

@@ -10,7 +10,7 @@ import type { Test } from "tap";
 
 const { env } = process;
 
-/** Whether tools are hidden, as on a machine that has nothing but Node. */
+/** True if tools are hidden, as on a machine that has nothing but Node. */
 export const bare: boolean = env["EIGENLORA_BARE"] === "1";
 if (bare) {
   // Benchmarks, drivers and child processes read these themselves. test/support/start.ts comes here before they do.
@@ -22,10 +22,10 @@ export const required: ReadonlySet<string> = new Set(
   (env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""),
 );
 
-/** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak/run.js. */
+/** True if this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak/run.js. */
 export const soak: boolean = env["EIGENLORA_SOAK"] === "1";
 
-/** Whether every runtime and backend is tested; `npm test` takes onnxruntime-node, plain JavaScript and SIMD alone. */
+/** True if every runtime and backend is tested; `npm test` takes onnxruntime-node, plain JavaScript and SIMD alone. */
 export const whole: boolean = env["EIGENLORA_QUICK"] !== "1";
 
 /** How many cases of a property, or mutants, are tried: `all` in the soak, a quarter in the gate. */
