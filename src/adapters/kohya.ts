@@ -6,8 +6,7 @@
 
 import { AdapterError } from "../errors.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors.ts";
-import type { TensorFile } from "../tensor/tensor-file.ts";
-import { type Derived, withDerived } from "../tensor/tensor-file.ts";
+import { type Derived, type TensorFile, withDerived } from "../tensor/tensor-file.ts";
 import { type Adapter, type BaseFacts, type Exportable, refuseModule } from "./adapter.ts";
 import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { foreignName, tensorsOf } from "./diffusers.ts";

@@ -6,8 +6,7 @@
 import { INT64 } from "../onnx/linear.ts";
 import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { PREFIX } from "../onnx/nodes.ts";
-import type { NodeProto } from "../onnx/protobuf.ts";
-import { create, GraphProtoSchema, ModelProtoSchema } from "../onnx/protobuf.ts";
+import { create, GraphProtoSchema, ModelProtoSchema, type NodeProto } from "../onnx/protobuf.ts";
 import { Emitter } from "./emit.ts";
 
 // Attention over all heads at once: onnxruntime's operators written as products, a mask and a softmax. Training has no past, so there are

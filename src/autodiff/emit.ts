@@ -3,8 +3,7 @@
  */
 import { FLOAT, INT64, UINT8 } from "../onnx/linear.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto, NodeProto } from "../onnx/protobuf.ts";
-import { create, TensorProtoSchema } from "../onnx/protobuf.ts";
+import { create, type GraphProto, type NodeProto, TensorProtoSchema } from "../onnx/protobuf.ts";
 
 /** A value by name, or a number as a constant. */
 export type Operand = string | number;

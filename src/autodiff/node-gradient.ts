@@ -4,8 +4,7 @@
 import { attribute, type Graph } from "../onnx/model.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import type { Emitter, Moment } from "./emit.ts";
-import type { Problems } from "./shapes.ts";
-import { type Dims, fromFront, type Shapes } from "./shapes.ts";
+import { type Dims, fromFront, type Problems, type Shapes } from "./shapes.ts";
 
 /** Rule to differentiate one operator. */
 export interface Rule {

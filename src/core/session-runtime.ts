@@ -5,7 +5,7 @@
 
 import { createBackend } from "../backends/select.ts";
 import type { View } from "./base.ts";
-import { type ActiveTask, hasCore, type ModulePlan, planTasks, writeCore } from "./kernel-session.ts";
+import { type ActiveTask, hasCore, KernelSession, type ModulePlan, planTasks, writeCore } from "./kernel-session.ts";
 import type { Pack } from "./pack.ts";
 import type { PackView } from "./part.ts";
 import type { PristineWeight } from "./terms.ts";
@@ -15,7 +15,6 @@ export { type MemoryReport, memoryReport, type SwitchReport } from "./selection.
 import { paced, pacer } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import type { Term } from "../tensor/term.ts";
-import { KernelSession } from "./kernel-session.ts";
 import { type Merged, mergeAll } from "./merge.ts";
 import type { Runtime, RuntimeOptions } from "./runtime.ts";
 import { type LoadedTasks, loadParts, type Selection, type SwitchOptions } from "./selection.ts";

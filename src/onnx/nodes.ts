@@ -5,13 +5,17 @@
 import { FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { nestedGraphs, type OnnxModel } from "./model.ts";
-import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./protobuf.ts";
 import {
+  type AttributeProto,
   AttributeProtoSchema,
   create,
+  type GraphProto,
+  type NodeProto,
   NodeProtoSchema,
   OperatorSetIdProtoSchema,
+  type TensorProto,
   TensorProtoSchema,
+  type ValueInfoProto,
   ValueInfoProtoSchema,
 } from "./protobuf.ts";
 

@@ -9,8 +9,7 @@ import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
-import type { GraphProto, NodeProto } from "./protobuf.ts";
-import { create, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
+import { create, type GraphProto, type NodeProto, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
 import { type DataFile, point } from "./write.ts";
 
 const FILE = "eigenlora-folded";

@@ -1,8 +1,7 @@
 /**
  * The report of a pack that was made: one shape for every strategy.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels, commonBase } from "../adapters/adapter.ts";
+import { type Adapter, baseModels, commonBase } from "../adapters/adapter.ts";
 import type { ComponentSelection } from "../extract/components.ts";
 import type { SharedSides } from "../extract/sides.ts";
 import type { ModuleInput } from "../format/encode.ts";

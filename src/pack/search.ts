@@ -4,8 +4,7 @@
  */
 import type { Adapter, SharedModule } from "../adapters/adapter.ts";
 import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
-import type { Pack } from "../core/pack.ts";
-import { openPack } from "../core/pack.ts";
+import { openPack, type Pack } from "../core/pack.ts";
 import { AdapterError } from "../errors.ts";
 import type { SideBasis } from "../extract/components.ts";
 import { byTask, expectedBits, roundingLoss, type Spectrum } from "../extract/factors.ts";

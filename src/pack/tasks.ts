@@ -6,8 +6,14 @@ import { AdapterError } from "../errors.ts";
 import { pairNorm, pairOf } from "../extract/factors.ts";
 import type { StoredFactor, TaskUpdate } from "../extract/sides.ts";
 import type { ProjectedTask } from "../extract/subspace.ts";
-import type { TaskToWrite } from "../format/encode.ts";
-import { checkEntry, encodeTask, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
+import {
+  checkEntry,
+  encodeTask,
+  type ParameterInput,
+  type TaskToWrite,
+  type TensorInput,
+  type TermInput,
+} from "../format/encode.ts";
 import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
