@@ -464,7 +464,7 @@ t.test("a pack, and a model with its weights beside it, of one commit", async (t
 
 t.test("a browser reads the Hub's address by ranges", async (t) => {
   const { outputFiles } = await build({
-    stdin: { contents: 'export { openPack } from "eigenlora";', resolveDir: data("../../..") },
+    stdin: { contents: 'export { openPack } from "eigenlora";', resolveDir: data("../..") },
     ...{ bundle: true, format: "esm", platform: "browser", write: false, logLevel: "silent" },
   });
   const folder = t.testdir({ "browser.mjs": outputFiles[0]!.text });

@@ -17,7 +17,7 @@ async function browserBuild(
   const exports = { openPack: "", cachedSource: "/cache", openOnnxHost: "/onnx" };
   const lines = Object.entries(exports).map(([name, path]) => `export { ${name} } from "eigenlora${path}";`);
   const { outputFiles } = await build({
-    stdin: { contents: lines.join(""), resolveDir: data("../../..") },
+    stdin: { contents: lines.join(""), resolveDir: data("../..") },
     ...{ bundle: true, format: "esm", platform: "browser", write: false, logLevel: "silent" },
   });
   return import(`${t.testdir({ "browser.mjs": outputFiles[0]!.text })}/browser.mjs`);
