@@ -36,7 +36,7 @@ t.test("packing in a page gives the same bytes as in Node", { skip: noChromium }
         task: await json(id + "/task.json"),
       })));
       const { chunks } = await buildPack(adapters, ${JSON.stringify(OPTIONS)});
-      const { report } = await searchPack(adapters, { goal: { kind: "bytes", max: 150_000 }, ways: [{}] });
+      const { report } = await searchPack(adapters, { goal: { kind: "bytes", max: 150_000 } });
       globalThis.answer = { bytes: [...new Uint8Array(await new Blob(chunks).arrayBuffer())], found: report.bytes };`),
   );
   const { bytes, found } = (await answerOf(await openPage(t, files))) as { bytes: number[]; found: number };
