@@ -420,7 +420,7 @@ t.test("examples/html, with the three files from its own server", { skip: noChro
   for (const [address, name, path] of addresses) {
     const file = path!.split("/").at(-1)!;
     await copyFile(join(apps, "node_modules", name!, path!), join(app, file));
-    changed = changed.replace(address, `../${file}`);
+    changed = changed.replace(address, `./${file}`);
   }
   const wasm = "ort-wasm-simd-threaded.wasm";
   await copyFile(join(apps, "node_modules/onnxruntime-web/dist", wasm), join(app, wasm));

@@ -90,7 +90,7 @@ export async function bundleWorker(project: string, entry: string, folder: strin
         name: "modules",
         setup: (b) =>
           b.onResolve({ filter: /\.(wasm|bin|eigen)$/ }, ({ path }) => ({
-            path: `../${path.split("/").at(-1)}`,
+            path: `./${path.split("/").at(-1)}`,
             external: true,
           })),
       },
