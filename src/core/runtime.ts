@@ -99,10 +99,12 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   #watch(): void {
     const { backend } = this.#kernels;
+    // Engines without WeakRef have no devices.
+    if (!backend.lost) return;
     // A device may live on after many runtimes, and would keep them.
     const runtime = new WeakRef(this);
     const used = new WeakRef(backend);
-    void backend.lost?.then((reason) => {
+    void backend.lost.then((reason) => {
       const still = runtime.deref();
       if (!still || still.#closed || still.#kernels.backend !== used.deref()) return;
       still.#loss = reason;
