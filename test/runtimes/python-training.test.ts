@@ -106,8 +106,8 @@ t.test("sides that are not shared are left out, and a pack that shares nothing i
   };
   t.match(await refused("apart.eigen", "--components", "-o", "x"), /tasks of apart\.eigen share none\. .* --k 32/);
   t.match(await refused("column.eigen", "-o", "x"), /missing --task; or --components/);
-  t.match(await refused("column.eigen", "--components", "--task", "sections-0", "-o", "x"), /--task is of one task/);
-  t.match(await refused("column.eigen", "--components", "--format", "kohya", "-o", "x"), /--format is of one task/);
+  t.match(await refused("column.eigen", "--components", "--task", "sections-0", "-o", "x"), /--components and --task exclude each other/);
+  t.match(await refused("column.eigen", "--components", "--format", "kohya", "-o", "x"), /--components and --format exclude each other/);
   t.match(await refused("sides.eigen", "--components", "-o", "sides.safetensors"), /already exists.*--force/);
   await cp(data("adapters/own-seed/sections-0/adapter_model.safetensors"), "mine.safetensors");
   t.match(
@@ -136,7 +136,7 @@ async function madeOf(file: string, { modules }: Pack): Promise<Adapter> {
   const { tensors, read } = await openSafetensors(await openSource(file));
   const random = uniform(1);
   const values = async (name: string): Promise<Float32Array> => new Float32Array((await read(name)).slice().buffer);
-  /** Rows [8, in] or [8, out]; a flat pack's components are all of these at once. */
+  /** Rows [8, in] or [8, out]. */
   const rowsOf = async (side: string, length: number): Promise<Float32Array> => {
     const E = await values(`${side}.components`);
     const width = E.length / tensors.get(`${side}.components`)!.shape[0]!;
@@ -179,7 +179,6 @@ const coefficients = (perModule: number): number => 12 * perModule + 8 * 385;
 const COUNTS: Readonly<Record<string, number>> = {
   column: coefficients(2 * 8 * 16),
   balanced: coefficients(2 * 8 * 16),
-  flat: coefficients(2 * 4),
 };
 
 const lines = (rows: readonly object[]): string => rows.map((row) => `${JSON.stringify(row)}\n`).join("");
