@@ -106,8 +106,14 @@ t.test("sides that are not shared are left out, and a pack that shares nothing i
   };
   t.match(await refused("apart.eigen", "--components", "-o", "x"), /tasks of apart\.eigen share none\. .* --k 32/);
   t.match(await refused("column.eigen", "-o", "x"), /missing --task; or --components/);
-  t.match(await refused("column.eigen", "--components", "--task", "sections-0", "-o", "x"), /--components and --task exclude each other/);
-  t.match(await refused("column.eigen", "--components", "--format", "kohya", "-o", "x"), /--components and --format exclude each other/);
+  t.match(
+    await refused("column.eigen", "--components", "--task", "sections-0", "-o", "x"),
+    /--components and --task exclude each other/,
+  );
+  t.match(
+    await refused("column.eigen", "--components", "--format", "kohya", "-o", "x"),
+    /--components and --format exclude each other/,
+  );
   t.match(await refused("sides.eigen", "--components", "-o", "sides.safetensors"), /already exists.*--force/);
   await cp(data("adapters/own-seed/sections-0/adapter_model.safetensors"), "mine.safetensors");
   t.match(
