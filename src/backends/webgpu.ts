@@ -483,7 +483,8 @@ class Batch {
     const first = this.#jobs[0];
     if (!covered || !first || first.entry !== job.entry || first.dtype !== job.dtype) return false;
     if (ROLES.some((role) => covered[role].slice.block !== job[role].slice.block)) return false;
-    // Inputs that lie beside the result are copied when bound, as they are then; results go up, so that none meets another.
+    // An input in the block of the result is copied when it is bound, so this job could not change it afterwards. Offsets of results only grow,
+    // so no two results overlap.
     const { block, byteOffset } = job.out.slice;
     if (block === job.numbers.slice.block || block === job.basis.slice.block || byteOffset < end(covered.out))
       return false;

@@ -413,7 +413,7 @@ const MOST_TOGETHER = 2 ** 22;
 /** Options of `openPack`. */
 export interface OpenOptions extends FetchOptions, TrustOptions {
   readonly signal?: AbortSignal;
-  /** Told how far the pack is read; takes a function for `progress_callback` of transformers.js. Bytes in memory are not told. */
+  /** Receives the progress of reading, as `progress_callback` of transformers.js does. Not called for sources in memory. */
   readonly onProgress?: OnProgress | undefined;
   /**
    * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
@@ -426,8 +426,8 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
    */
   readonly maxResidentBytes?: number;
   /**
-   * How many times the bytes stored for it a task may become in memory, as factors or as an exported adapter (SPEC.md, section 10); 16 MiB
-   * are always allowed. Set it higher for a pack that you trust. Default: 1024.
+   * Largest size of a task in memory, as factors or as an exported adapter, in multiples of its stored bytes (SPEC.md, section 10). 16 MiB are
+   * always allowed. Set it higher for a pack that you trust. Default: 1024.
    */
   readonly maxExpansion?: number | undefined;
 }

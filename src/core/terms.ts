@@ -289,7 +289,7 @@ const widthOf = (module: PackModule, side: "A" | "B"): number => (side === "A" ?
 
 /**
  * The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded rows.
- * @param isCore whether the residual pairs of all tasks lie beside a core
+ * @param isCore true if the term is a core, with the residual pairs of all tasks
  */
 function* termOf(
   plan: ModulePlan,

@@ -233,7 +233,7 @@ export class FoldedWeights implements TaskWriter {
     const passing = jobs.filter(({ binding }) => !binding.active);
     const passage = kernels.reserve("weight", Math.max(0, ...passing.map(({ binding }) => binding.weight.byteLength)));
     const names = new Set([...this.#changed.names, ...parameters.keys()]);
-    // What goes back to the base's value does so for all that share its memory.
+    // A parameter that returns to the base's value returns for all parameters in the same memory.
     const alone = [...namesOf(jobs.filter(({ changes }) => changes)), ...parameters.keys()];
     const transaction = host.begin?.(
       [...namesOf(jobs), ...names],

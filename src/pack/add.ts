@@ -67,10 +67,10 @@ export interface ProjectAdaptersOptions {
 export const MAX_LOSS = 0.5;
 
 /**
- * Brings adapters into a pack that exists. Where its tasks are coefficients over components of all, and no error is asked for, adapters are too,
- * in its gauge and to its rank. Otherwise an adapter takes of each side of a module what costs it least, and has residual rows for what the
- * bases lack, in steps that keep its error within `error`, within that which the pack was made for, or within `DEFAULT_ERROR`. A pack whose
- * step was made for no error has its step. Module by module, so that each basis is opened once.
+ * Encodes adapters as tasks of a pack that exists. In a pack whose tasks are coefficients alone, adapters become coefficients too, with the
+ * pack's factorisation, rank and step. With an `error` they do so if the components can keep it. Otherwise each factor takes the form that costs
+ * least: coefficients, residual rows, or both. Steps then keep the adapter's error within `error`, the error of the pack, or `DEFAULT_ERROR`; a
+ * pack with a step and no error gives its own step. The work goes module by module, so that each basis is opened once.
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  * @throws TaskError for one that would lose more than `maxLoss`, with the `loss`
  * @throws RangeError for a `maxLoss` that is no share, and an error that is out of reach

@@ -84,9 +84,8 @@ export function optimizerOf(
   return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
 }
 
-// Adam (Kingma and Ba, 2015) over plain vectors, with a schedule of the
-// learning rate and clipping of the gradient. Knows neither graphs nor what the numbers mean.
-// With g the gradient after clipping, t = 1, 2, …, and the rate r = rate · schedule(t):
+// Adam (Kingma and Ba, 2015) over plain vectors, with a schedule of the learning rate and clipping of the gradient. It knows no graphs.
+// The update in step t = 1, 2, … takes the clipped gradient g and the rate r = rate · schedule(t):
 // m ← β₁·m + (1 − β₁)·g      v ← β₂·v + (1 − β₂)·g²
 // p ← p − r · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
 // The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.

@@ -408,7 +408,7 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions, A
    * `false`: none. Default: all. One of them has a row for each label.
    */
   readonly head?: string | readonly string[] | false | undefined;
-  /** Told how far the pack's components are read, where they are not in memory. */
+  /** Receives the progress of reading the pack's components. Not called for sources in memory. */
   readonly onProgress?: OnProgress | undefined;
 }
 

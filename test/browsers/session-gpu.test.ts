@@ -125,7 +125,7 @@ for (const [build, mode] of [
         bytesFed > 1000 && switched.written === bytesFed,
         `${task}: ${switched.written} of ${bytesFed} bytes written`,
       );
-      // What is left are shapes of the kernels that are added, and indices of rows, which are 64-bit integers.
+      // Two kinds of inputs stay on the CPU: shapes of the added kernels, and indices of rows, which are 64-bit integers.
       const more = run.sent - expected.sent;
       t.equal(more, found[0].run.sent - expected.sent, `${task}: what a run sends does not depend on the task`);
       t.ok(more < 2048, `${task}: a run sends ${more} bytes more than without tasks`);

@@ -43,7 +43,7 @@ async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
   return (await packOf(paths, { ...LOSSLESS, base: path("base.safetensors") })).bytes;
 }
 
-/** Sets by what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */
+/** Sets of tasks by their overrides: heads with a bias; all biases; a bias with a LoRA; a bias with DoRA; a head that others adapt. */
 const SETS = [
   ["head", "biases", "lora-bias", "dora"],
   ["same-head", "adapted-head"],

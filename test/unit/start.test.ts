@@ -1,4 +1,4 @@
-/** What each test file starts with (.taprc): test/support/start.ts, and look-ups of test/support/required.ts that EIGENLORA_BARE=1 answers "not here". */
+/** Start of each test file (.taprc): test/support/start.ts, and test/support/required.ts, which finds no tool where EIGENLORA_BARE=1 is set. */
 import { spawnSync } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
