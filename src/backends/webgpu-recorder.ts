@@ -4,7 +4,7 @@
  */
 /// <reference types="@webgpu/types" />
 
-import { openGpu } from "#gpu";
+import { openGpu } from "#files";
 import * as shaders from "../../kernels/wgsl.ts";
 import { BackendError } from "../errors.ts";
 import { align4 } from "../tensor/dtypes.ts";
@@ -91,11 +91,6 @@ export class Recorder {
   /** Resolves when the device is lost. */
   get lost(): Promise<Error> {
     return this.#faults.lost;
-  }
-
-  /** True if the shader of that name can run on this device. */
-  has(shader: keyof typeof shaders): boolean {
-    return this.#modules.has(shader);
   }
 
   /** Bytes of jobs. */
@@ -303,19 +298,9 @@ export class Recorder {
  * @throws BackendError when the device refuses a shader
  */
 export async function createRecorder(device: DeviceHandle, timeout: number | undefined): Promise<Recorder> {
-  const halves = (device as GPUDevice).features.has("shader-f16");
   const modules = new Map<string, GPUShaderModule>();
   await Promise.all(
-    Object.entries(shaders).map(async ([name, code]) => {
-      const native = code.includes("enable f16;");
-      if (native && !halves) return;
-      try {
-        modules.set(name, await compile(device, `${name}.wgsl`, code));
-      } catch (refused) {
-        // Compilers are younger with halves than without. The kernel on words has the same results.
-        if (!native) throw refused;
-      }
-    }),
+    Object.entries(shaders).map(async ([name, code]) => modules.set(name, await compile(device, `${name}.wgsl`, code))),
   );
   return new Recorder(device, modules, timeout);
 }
@@ -326,7 +311,7 @@ export async function createRecorder(device: DeviceHandle, timeout: number | und
  */
 /// <reference types="@webgpu/types" />
 
-const ADVICE = "Make a new runtime, or let it come back by itself with webgpu: { recreate: true }";
+const ADVICE = "Make a new runtime";
 
 export interface DeviceOptions {
   /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `close`. */
@@ -367,12 +352,10 @@ export async function openDevice({ device: given, hardware, timeout = TIMEOUT }:
     if (hardware && adapter.info.isFallbackAdapter) {
       throw new Error(`the adapter is software (${describe(adapter.info)}); ask for it with backend: "webgpu"`);
     }
-    // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel sees. With
-    // halves as elements kernels need not write words that two of them share.
+    // Limits are raised only where they decide which weights fit: the size of a buffer, and how much of it a kernel sees.
     const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
     const requested = adapter.requestDevice({
       label: "eigenlora",
-      requiredFeatures: adapter.features.has("shader-f16") ? ["shader-f16"] : [],
       requiredLimits: { maxBufferSize, maxStorageBufferBindingSize },
     });
     const device = await inTime(requested, timeout, "the device");

@@ -8,13 +8,10 @@ import { BackendError } from "../errors.ts";
 import { align4, DTYPES, type Dtype, rowBytes, scaleBytes, tensorBytes } from "../tensor/dtypes.ts";
 import {
   after,
+  at,
   type Backend,
   type Block,
-  checkExpand,
-  checkFold,
   checkLength,
-  checkProject,
-  checkScale,
   checkSlice,
   type DeviceBuffer,
   type DeviceHandle,
@@ -24,6 +21,7 @@ import {
   type ProjectJob,
   type ScaleJob,
   type Slice,
+  weightBytes,
 } from "./backend.ts";
 import {
   type Binding,
@@ -105,57 +103,40 @@ class WebgpuBackend implements Backend {
     if (bytes.byteLength === 0) return;
     this.#batch.flush();
     if (wordwise(to, bytes.byteLength)) return this.#recorder.write(target, to.byteOffset, bytes);
-    for (const [start, length] of this.#pieces(bytes.byteLength)) {
-      const size = align4(length);
-      const source = this.#recorder.temporary(size);
-      this.#recorder.write(source, 0, bytes.subarray(start, start + length));
-      const from = { binding: { held: source, offset: 0, size }, at: 0 };
-      this.#copyBytes(from, this.#blocks.bind("to", after(to, start), length), length);
-    }
+    const block = this.allocate(bytes.byteLength, "scratch");
+    this.upload(at(block), bytes);
+    this.copy(at(block), to, bytes.byteLength);
+    this.free(block);
   }
 
   copy(from: Slice, to: Slice, byteLength: number): void {
     const source = this.#blocks.held("from", from);
     const target = this.#blocks.held("to", to);
-    checkSlice("from", from, byteLength);
-    checkSlice("to", to, byteLength);
+    checkSlice("from", from, byteLength, 2);
+    checkSlice("to", to, byteLength, 2);
     if (byteLength === 0) return;
     this.#batch.flush();
     if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
       return this.#recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
     }
-    for (const [start, length] of this.#pieces(byteLength)) {
-      const bound = this.#blocks.bind("from", after(from, start), length, to);
-      this.#copyBytes(bound, this.#blocks.bind("to", after(to, start), length), length);
+    // Halves of words: a fold of nothing copies them, in rows as long as a binding allows wherever they begin.
+    const most = this.#bindingBytes - this.#alignment - 8;
+    for (let start = 0; start < byteLength; start += most) {
+      const columns = Math.min(most, byteLength - start) / 2;
+      const base = after(from, start);
+      const shape = { dtype: "f16", rows: 1, columns, stride: columns, rank: 0 } as const;
+      this.#foldRows({ ...shape, out: after(to, start), base, left: at(from.block), right: at(from.block) }, 0, 1);
     }
   }
 
-  /** Ranges of `byteLength` bytes, each as long as a binding allows wherever it begins. */
-  #pieces(byteLength: number): [start: number, length: number][] {
-    const most = this.#bindingBytes - this.#alignment - 8;
-    const starts = Array.from({ length: Math.ceil(byteLength / most) }, (_, i) => i * most);
-    return starts.map((start) => [start, Math.min(most, byteLength - start)]);
-  }
-
-  #copyBytes(from: Bound, to: Bound, byteLength: number): void {
-    this.#recorder.dispatch({
-      shader: "copy",
-      entry: "copy",
-      bindings: [to.binding, from.binding],
-      job: [to.at, from.at, byteLength],
-      count: Math.ceil(((to.at % 4) + byteLength) / 4 / LANES),
-    });
-  }
-
-  async read(at: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
-    const source = this.#blocks.held("at", at);
-    checkSlice("at", at, byteLength);
+  async read(from: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
+    const source = this.#blocks.held("at", from);
+    checkSlice("at", from, byteLength);
     this.#batch.flush();
-    return this.#recorder.read(source, at.byteOffset, byteLength);
+    return this.#recorder.read(source, from.byteOffset, byteLength);
   }
 
   expand(job: ExpandJob): void {
-    checkExpand(job);
     const { dtype, rank, rows, width, add } = job;
     if (rank === 0 || width === 0) return;
     this.#batch.add({
@@ -168,7 +149,6 @@ class WebgpuBackend implements Backend {
   }
 
   project(job: ProjectJob): void {
-    checkProject(job);
     const { dtype, count, rows, width } = job;
     if (count === 0 || rows === 0) return;
     this.#batch.add({
@@ -181,11 +161,12 @@ class WebgpuBackend implements Backend {
   }
 
   fold(job: FoldJob): void {
-    checkFold(job);
     const { dtype, rows, columns, stride, rank, out, base } = job;
+    const size = rowBytes(dtype, 1);
+    for (const [name, slice] of Object.entries({ out, base })) checkSlice(name, slice, weightBytes(job), size);
     if (rows === 0 || columns === 0) return;
     this.#batch.flush();
-    const rowSize = stride * rowBytes(dtype, 1);
+    const rowSize = stride * size;
     if (rank === 0 && stride === columns && !job.rowScale && !job.columnScale) {
       if (!samePlace(out, base)) this.copy(base, out, rows * rowSize);
       return;
@@ -198,25 +179,25 @@ class WebgpuBackend implements Backend {
 
   #foldRows(job: FoldJob, first: number, end: number): void {
     const { dtype, rows, columns, stride, rank, out, base, rowScale, columnScale } = job;
-    const bind: Blocks["bind"] = (...of) => this.#blocks.bind(...of);
     const size = rowBytes(dtype, 1);
     // The last word may hold the first element of one row more.
     const bytes = ((Math.min(end + 1, rows) - first - 1) * stride + columns) * size;
     const part = (slice: Slice): Slice => after(slice, first * stride * size);
+    const input = (name: string, slice: Slice, length: number): Bound =>
+      this.#blocks.bind(name, slice, 4 * length, out);
     const inPlace = samePlace(out, base);
-    const target = bind("out", part(out), bytes);
-    const source = inPlace ? target : bind("base", part(base), bytes, out);
-    const left = bind("left", job.left, 4 * rank * rows, out);
-    const right = bind("right", job.right, 4 * rank * columns, out);
-    const scaleOfRow = rowScale ? bind("rowScale", rowScale, 4 * rows, out) : left;
-    const scaleOfColumn = columnScale ? bind("columnScale", columnScale, 4 * columns, out) : left;
-    const native = dtype === "f16" && this.#recorder.has("fold_f16");
-    const perWord = native ? 1 : 4 / size;
+    const target = this.#blocks.bind("out", part(out), bytes, undefined, size);
+    const source = inPlace ? target : this.#blocks.bind("base", part(base), bytes, out, size);
+    const left = input("left", job.left, rank * rows);
+    const right = input("right", job.right, rank * columns);
+    const scaleOfRow = rowScale ? input("rowScale", rowScale, rows) : left;
+    const scaleOfColumn = columnScale ? input("columnScale", columnScale, columns) : left;
+    const perWord = 4 / size;
     const inputs = [left, right, scaleOfRow, scaleOfColumn, ...(inPlace ? [] : [source])];
     this.#recorder.dispatch({
-      shader: native ? "fold_f16" : "fold",
+      shader: "fold",
       entry: inPlace ? "fold_in_place" : "fold",
-      ...(native ? {} : { format: DTYPES.indexOf(dtype) }),
+      format: DTYPES.indexOf(dtype),
       bindings: [target, ...inputs].map(({ binding }) => binding),
       job: [
         ...[rows, columns, stride, rank, first, end, target.at / size, source.at / size, left.at / 4, right.at / 4],
@@ -227,18 +208,18 @@ class WebgpuBackend implements Backend {
   }
 
   scale(job: ScaleJob): void {
-    checkScale(job);
     const { dtype, rows, columns, stride, rank, axis } = job;
     const length = axis === "rows" ? rows : columns;
     if (length === 0) return;
     this.#batch.flush();
     const size = rowBytes(dtype, 1);
-    const bind = (name: "base" | "left" | "right" | "magnitude", bytes: number): Bound =>
-      this.#blocks.bind(name, job[name], bytes, job.out);
+    const bind = (name: "left" | "right" | "magnitude", numbers: number): Bound =>
+      this.#blocks.bind(name, job[name], 4 * numbers, job.out);
     const out = this.#blocks.bind("out", job.out, 4 * length);
-    const base = bind("base", rows === 0 ? 0 : ((rows - 1) * stride + columns) * size);
-    const [left, right] = [bind("left", 4 * rank * rows), bind("right", 4 * rank * columns)];
-    const magnitude = bind("magnitude", 4 * length);
+    const base = this.#blocks.bind("base", job.base, weightBytes(job), job.out, size);
+    const left = bind("left", rank * rows);
+    const right = bind("right", rank * columns);
+    const magnitude = bind("magnitude", length);
     this.#recorder.dispatch({
       shader: "scale",
       entry: `scale_${axis}`,
@@ -380,10 +361,11 @@ class Blocks {
 
   /**
    * @param apart the result, if this is an input: where both share a buffer, the kernel gets a copy
-   * @throws BackendError when the slice is longer than a kernel can see
+   * @throws BackendError when the slice is longer than a kernel can see, RangeError when it is not whole
    */
-  bind(name: string, slice: Slice, byteLength: number, apart?: Slice): Bound {
+  bind(name: string, slice: Slice, byteLength: number, apart?: Slice, align = 4): Bound {
     const from = this.held(name, slice);
+    checkSlice(name, slice, byteLength, align);
     let { byteOffset } = slice;
     // A binding cannot be empty.
     if (byteLength === 0) byteOffset = 0;
@@ -467,9 +449,13 @@ class Batch {
     this.#blocks = blocks;
   }
 
-  /** @throws BackendError when a kernel cannot see one of the job's tensors */
+  /** @throws BackendError when a kernel cannot see one of the job's tensors, RangeError when one is not whole */
   add(job: BatchJob): void {
-    for (const role of ROLES) this.#blocks.checkVisible(job[role].name, job[role].slice, job[role].byteLength);
+    for (const role of ROLES) {
+      const { name, slice, byteLength } = job[role];
+      checkSlice(name, slice, byteLength, 4);
+      this.#blocks.checkVisible(name, slice, byteLength);
+    }
     if (!this.#widen(job)) {
       this.flush();
       this.#covered = { out: job.out, numbers: job.numbers, basis: job.basis };

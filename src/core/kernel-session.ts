@@ -130,7 +130,6 @@ export function planTasks(
   buffer: UploadBuffer,
   leave = false,
 ): ModulePlan[] {
-  buffer.used = 0;
   const plans = new Map<number, ModulePlan>();
   const scaled = new Set(
     tasks.flatMap(({ blob }) => blob.terms.filter((term) => term.magnitude).map(({ module }) => module)),

@@ -102,8 +102,8 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/** Says more of an error that makes a pack useless. */
-export async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
+/** Adds the likely cause to an error that makes a pack useless. */
+async function withDiagnosis(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // The explanation cannot be loaded without a network; the error then stays unchanged.
   const part = await import("../format/kind.ts").catch(() => undefined);
@@ -111,7 +111,7 @@ export async function explain(error: unknown, source: ByteSource, directory: Uin
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
-export async function checkSection(
+async function checkSection(
   bytes: Uint8Array,
   section: Section,
   part: string,
@@ -124,7 +124,7 @@ export async function checkSection(
 }
 
 /** A file whose head has been read and checked. */
-export interface OpenedFile {
+interface OpenedFile {
   readonly source: ByteSource;
   readonly reads: Reads;
   readonly window: Window;
@@ -352,7 +352,7 @@ export class Pack extends Observable<PackEvents> {
       };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
-      throw await explain(error, this.#file.source, this.directory.bytes);
+      throw await withDiagnosis(error, this.#file.source, this.directory.bytes);
     }
   }
 
@@ -490,7 +490,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const { maxResidentBytes, maxExpansion } = options;
     return new Pack({ source, reads, window, directory, maxResidentBytes, maxExpansion, trust, bases });
   } catch (error) {
-    const refused = await explain(error, inner, directoryBytes);
+    const refused = await withDiagnosis(error, inner, directoryBytes);
     await inner.close?.();
     throw refused;
   }
