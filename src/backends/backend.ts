@@ -73,9 +73,8 @@ export interface ProjectJob {
   readonly out: Slice;
   /** f32 [count, width]. */
   readonly x: Slice;
-  /** One encoded tensor [rows, width], as in `ExpandJob`. */
+  /** f32 [rows, width]. */
   readonly basis: Slice;
-  readonly dtype: Dtype;
   readonly count: number;
   readonly rows: number;
   readonly width: number;

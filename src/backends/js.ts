@@ -8,7 +8,6 @@ import { BackendError } from "../errors.ts";
 import {
   bf16ToF32,
   decodePart,
-  decodeTensor,
   type FloatDtype,
   f16ToF32,
   f32ToBf16,
@@ -70,12 +69,6 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     this.#decoded = new Float32Array(0);
   }
 
-  /** Memory for a decoded basis. */
-  #room(length: number): Float32Array {
-    if (this.#decoded.length < length) this.#decoded = new Float32Array(length);
-    return this.#decoded;
-  }
-
   #floats(name: string, slice: Slice, length: number): Float32Array {
     return new Float32Array(this.place(name, slice, 4 * length), slice.byteOffset, length);
   }
@@ -99,7 +92,8 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     const out = this.#floats("out", job.out, rank * width);
     const coefficients = this.#floats("coefficients", job.coefficients, rank * rows);
     const encoded = this.bytes("basis", job.basis, tensorBytes(dtype, rows, width), 4);
-    const basis = this.#room(rows * width);
+    if (this.#decoded.length < rows * width) this.#decoded = new Float32Array(rows * width);
+    const basis = this.#decoded;
     for (const part of tilesOf(rows, width, 0, PIECE)) {
       decodePart(dtype, encoded, rows, width, part, basis);
       yield;
@@ -123,8 +117,7 @@ class JsBackend extends CpuBackend<ArrayBuffer> {
     const { count, rows, width } = job;
     const out = this.#floats("out", job.out, count * rows);
     const x = this.#floats("x", job.x, count * width);
-    const encoded = this.bytes("basis", job.basis, tensorBytes(job.dtype, rows, width), 4);
-    const basis = decodeTensor(job.dtype, encoded, rows, width, this.#room(rows * width));
+    const basis = this.#floats("basis", job.basis, rows * width);
     for (let i = 0; i < count; i++) {
       for (let k = 0; k < rows; k++) {
         let sum = 0;

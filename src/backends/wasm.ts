@@ -119,11 +119,10 @@ class WasmBackend extends CpuBackend<number> {
   }
 
   project(job: ProjectJob): void {
-    const { dtype, count, rows, width } = job;
+    const { count, rows, width } = job;
     const out = this.#at("out", job.out, 4 * count * rows);
     const x = this.#at("x", job.x, 4 * count * width);
-    const basis = this.#at("basis", job.basis, tensorBytes(dtype, rows, width));
-    this.#run.project(code(dtype), out, x, basis, count, rows, width);
+    this.#run.project(out, x, this.#at("basis", job.basis, 4 * rows * width), count, rows, width);
   }
 
   *folding(job: FoldJob): Generator<void> {

@@ -23,14 +23,7 @@ import {
   type Slice,
   weightBytes,
 } from "./backend.ts";
-import {
-  type Binding,
-  createRecorder,
-  type DeviceOptions,
-  type Held,
-  openDevice,
-  type Recorder,
-} from "./webgpu-recorder.ts";
+import { type Binding, createRecorder, type DeviceOptions, openDevice, type Recorder } from "./webgpu-recorder.ts";
 
 export interface WebgpuOptions extends DeviceOptions {
   /** Most bytes that a kernel sees of one buffer, if less than the device allows: larger weights are folded in parts. */
@@ -60,9 +53,6 @@ class WebgpuBackend implements Backend {
   readonly #recorder: Recorder;
   readonly #blocks: Blocks;
   readonly #batch: Batch;
-  /** Most bytes that a kernel sees of a buffer, and what offsets of bindings are multiples of. */
-  readonly #bindingBytes: number;
-  readonly #alignment: number;
   readonly #closeDevice: () => void;
 
   constructor(
@@ -75,11 +65,11 @@ class WebgpuBackend implements Backend {
     this.device = device;
     this.lost = recorder.lost;
     this.#recorder = recorder;
-    this.#bindingBytes = Math.min(bindingBytes, limits.maxStorageBufferBindingSize);
-    this.#alignment = limits.minStorageBufferOffsetAlignment;
     this.#closeDevice = close;
     this.#blocks = new Blocks(recorder, {
-      ...{ bindingBytes: this.#bindingBytes, alignment: this.#alignment, bufferBytes: limits.maxBufferSize },
+      bindingBytes: Math.min(bindingBytes, limits.maxStorageBufferBindingSize),
+      alignment: limits.minStorageBufferOffsetAlignment,
+      bufferBytes: limits.maxBufferSize,
     });
     this.#batch = new Batch(recorder, this.#blocks);
   }
@@ -120,7 +110,8 @@ class WebgpuBackend implements Backend {
       return this.#recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
     }
     // Halves of words: a fold of nothing copies them, in rows as long as a binding allows wherever they begin.
-    const most = this.#bindingBytes - this.#alignment - 8;
+    const { bindingBytes, alignment } = this.#blocks.limits;
+    const most = bindingBytes - alignment - 8;
     for (let start = 0; start < byteLength; start += most) {
       const columns = Math.min(most, byteLength - start) / 2;
       const base = after(from, start);
@@ -149,13 +140,13 @@ class WebgpuBackend implements Backend {
   }
 
   project(job: ProjectJob): void {
-    const { dtype, count, rows, width } = job;
+    const { count, rows, width } = job;
     if (count === 0 || rows === 0) return;
     this.#batch.add({
-      ...{ entry: "project", dtype, count, rows, width },
+      ...{ entry: "project", dtype: "f32", count, rows, width },
       out: { name: "out", slice: job.out, byteLength: 4 * count * rows },
       numbers: { name: "x", slice: job.x, byteLength: 4 * count * width },
-      basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
+      basis: { name: "basis", slice: job.basis, byteLength: 4 * rows * width },
       workgroups: rows * Math.ceil(count / ROWS),
     });
   }
@@ -172,8 +163,9 @@ class WebgpuBackend implements Backend {
       return;
     }
     // An even number of rows, so that every part begins at the same half of a word; one row more is bound.
-    const most = 2 * Math.floor((this.#bindingBytes - this.#alignment - rowSize) / rowSize / 2);
-    const step = rows * rowSize + this.#alignment <= this.#bindingBytes ? rows : Math.max(2, most);
+    const { bindingBytes, alignment } = this.#blocks.limits;
+    const most = 2 * Math.floor((bindingBytes - alignment - rowSize) / rowSize / 2);
+    const step = rows * rowSize + alignment <= bindingBytes ? rows : Math.max(2, most);
     for (let first = 0; first < rows; first += step) this.#foldRows(job, first, Math.min(rows, first + step));
   }
 
@@ -289,10 +281,8 @@ const USAGE = 4 | 8 | 128;
 class Blocks {
   readonly limits: Limits;
   readonly #recorder: Recorder;
-  readonly #held = new Map<Block, Held & { readonly owner: Owner }>();
-  /** The caller's, kept as long as the caller keeps them. */
-  readonly #adopted = new WeakMap<Block, Held>();
-  readonly #gone = new FinalizationRegistry<number>((id) => this.#recorder.forget({ id }));
+  readonly #owners = new Map<Block, Owner>();
+  /** Blocks by buffer; those of the caller's buffers are kept as long as the caller keeps these. */
   readonly #byBuffer = new WeakMap<DeviceBuffer, Block>();
 
   constructor(recorder: Recorder, limits: Limits) {
@@ -311,15 +301,10 @@ class Blocks {
       );
     }
     const state = { refused: false };
-    const created = this.#recorder.create(`eigenlora ${owner}`, size, () => (state.refused = true));
-    const block = this.#blockOf(created, byteLength, state);
-    this.#held.set(block, { ...created, owner });
-    return block;
-  }
-
-  #blockOf({ buffer }: Held, byteLength: number, state: { refused: boolean } = { refused: false }): Block {
-    const block: Block = Object.assign(state, { byteLength, device: buffer });
-    this.#byBuffer.set(buffer, block);
+    const device = this.#recorder.create(`eigenlora ${owner}`, size, () => (state.refused = true));
+    const block: Block = Object.assign(state, { byteLength, device });
+    this.#byBuffer.set(device, block);
+    this.#owners.set(block, owner);
     return block;
   }
 
@@ -334,29 +319,24 @@ class Blocks {
           "expected a multiple of 4 and STORAGE | COPY_SRC | COPY_DST",
       );
     }
-    const adopted = this.#recorder.adopt(buffer);
-    const block = this.#blockOf(adopted, size);
-    this.#adopted.set(block, adopted);
-    this.#gone.register(buffer, adopted.id);
+    const block = { byteLength: size, device: buffer };
+    this.#byBuffer.set(buffer, block);
     return block;
   }
 
   free(block: Block): void {
-    const own = this.#held.get(block);
-    const found = own ?? this.#adopted.get(block);
-    if (!found) return;
-    this.#held.delete(block);
-    this.#adopted.delete(block);
-    this.#byBuffer.delete(found.buffer);
-    this.#recorder.forget(found);
-    own?.buffer.destroy();
+    const buffer = block.device as GPUBuffer | undefined;
+    if (!buffer || this.#byBuffer.get(buffer) !== block) return;
+    this.#byBuffer.delete(buffer);
+    this.#recorder.forget(buffer);
+    if (this.#owners.delete(block)) buffer.destroy();
   }
 
   /** @throws TypeError when the slice's block is none of these */
-  held(name: string, { block }: Slice): Held {
-    const found = this.#held.get(block) ?? this.#adopted.get(block);
-    if (found === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
-    return found;
+  held(name: string, { block }: Slice): GPUBuffer {
+    const { device } = block;
+    if (device && this.#byBuffer.get(device) === block) return device as GPUBuffer;
+    throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
   }
 
   /**
@@ -374,11 +354,11 @@ class Blocks {
       const start = byteOffset - (byteOffset % 4);
       const copied = this.#recorder.temporary(end - start);
       this.#recorder.copy(from, start, copied, 0, end - start);
-      return { binding: { held: copied, offset: 0, size: end - start }, at: byteOffset - start };
+      return { binding: { buffer: copied, offset: 0, size: end - start }, at: byteOffset - start };
     }
     this.checkVisible(name, slice, byteLength);
     const offset = byteOffset - (byteOffset % this.limits.alignment);
-    return { binding: { held: from, offset, size: end - offset }, at: byteOffset - offset };
+    return { binding: { buffer: from, offset, size: end - offset }, at: byteOffset - offset };
   }
 
   /** @throws BackendError when the slice is longer than a kernel can see */
@@ -395,7 +375,7 @@ class Blocks {
   /** Live bytes by owner; the caller's buffers are not counted. */
   memory(): Record<Owner | "reserved", number> {
     const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: this.#recorder.reserved };
-    for (const [{ byteLength }, { owner }] of this.#held) {
+    for (const [{ byteLength }, owner] of this.#owners) {
       total[owner] += byteLength;
       total.reserved += padded(byteLength) - byteLength;
     }
@@ -403,8 +383,7 @@ class Blocks {
   }
 
   close(): void {
-    for (const { buffer } of this.#held.values()) buffer.destroy();
-    this.#held.clear();
+    for (const block of this.#owners.keys()) this.free(block);
   }
 }
 

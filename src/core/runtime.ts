@@ -399,7 +399,8 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     const resolver = new WeightResolver(opened, options.names);
     const placed = [...resolver.parameters.keys()].find((name) => onDevice(opened?.view?.(name)?.data));
     const inPlace = placed !== undefined;
-    if (inPlace && !((options.webgpu || {}).device && ["auto", "webgpu"].includes(asked))) {
+    const { device } = options.webgpu || {};
+    if (inPlace && !(device && ["auto", "webgpu"].includes(asked))) {
       throw new TypeError(`the base's "${placed}" lies on a device: pass that device, webgpu: { device }`);
     }
     if (policy === "reload" && (opened?.begin || inPlace)) {

@@ -3,10 +3,10 @@
  * and `apply`, which adds it for a batch. Loaded where a runtime does not fold.
  */
 import { checkArgument, nearest } from "../arguments.ts";
-import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
+import { after, at, type Slice } from "../backends/backend.ts";
 import { TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
-import { type PackModule, type Side, sharedBases, type TaskBlob } from "../format/format.ts";
+import type { PackModule, Side, TaskBlob } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
@@ -14,7 +14,6 @@ import { type CpuView, onDevice, type View } from "./base.ts";
 import {
   type ActiveTask,
   coreBases,
-  type Expansion,
   type FactorPlan,
   hasCore,
   type KernelSession,
@@ -23,7 +22,6 @@ import {
   put,
   type ResidualRows,
   reuse,
-  UploadBuffer,
   writeCore,
 } from "./kernel-session.ts";
 import { refuseMagnitudes } from "./merge.ts";
@@ -172,25 +170,51 @@ export class ActiveTerms implements TaskWriter {
     const module = view.modules[index]!;
     const rows = ids ?? [undefined];
     const count = checkShapes(module, rows.length, x, y);
-    const buffer = new UploadBuffer();
-    const plans = new Map<string | null | undefined, ModulePlan | undefined>();
+    const { backend, buffer } = kernels;
+    buffer.used = 0;
+    const plans = new Map<string | null | undefined, ModulePlan>();
+    /** First bytes of the factors. */
+    const starts = new Map<ModulePlan, number>();
+    let bytes = 0;
     for (const [id, parts] of tasks) {
       const ofModule = parts.map(({ blob, ...part }) => {
         return { ...part, blob: { ...blob, terms: blob.terms.filter((term) => term.module === index) } };
       });
-      plans.set(id, planTasks(ofModule, view.modules, buffer)[0]);
+      for (const plan of planTasks(ofModule, view.modules, buffer)) {
+        plans.set(id, plan);
+        starts.set(plan, bytes);
+        bytes += 4 * plan.rank * (module.in + module.out);
+      }
     }
-    const { backend } = kernels;
-    backend.upload(
-      kernels.reserve("applied", 4 * buffer.used),
-      new Uint8Array(buffer.values.buffer, 0, 4 * buffer.used),
-    );
+    const uploaded = kernels.reserve("coefficients", 4 * buffer.used);
+    backend.upload(uploaded, new Uint8Array(buffer.values.buffer, 0, 4 * buffer.used));
     const input = placeOf(kernels, "x", x, count * module.in);
     const output = placeOf(kernels, "y", y, count * module.out);
+    const { block } = kernels.reserve("factors", bytes);
+    const secondOf = (plan: ModulePlan): Slice => at(block, starts.get(plan)! + 4 * plan.rank * module.in);
+    for (const [plan, start] of starts) {
+      atOnce(kernels.fill(plan.A, uploaded, at(block, start), module.in));
+      atOnce(kernels.fill(plan.Bt, uploaded, secondOf(plan), module.out));
+    }
     const vectors = count / rows.length;
-    const runs = rows.map((id, i): Run => ({ plan: plans.get(id), row: i * vectors, count: vectors }));
-    applyColumns(kernels, module, runs, input, output, count);
-    for (const run of runs) if (run.plan) applyFactors(kernels, module, run, input, output);
+    const inner = kernels.reserve("inner", 4 * vectors * rows.reduce((sum, id) => sum + (plans.get(id)?.rank ?? 0), 0));
+    const runs: Run[] = [];
+    let used = 0;
+    for (const [i, id] of rows.entries()) {
+      const plan = plans.get(id);
+      if (plan) runs.push({ plan, row: i * vectors, inner: after(inner, 4 * used) });
+      used += vectors * (plan?.rank ?? 0);
+    }
+    // y += (x·Aᵀ)·Bt, step by step, so that a device does each for all rows at once.
+    for (const { plan, row, inner: out } of runs) {
+      const basis = at(block, starts.get(plan)!);
+      const x = after(input, 4 * row * module.in);
+      backend.project({ out, x, basis, rows: plan.rank, width: module.in, count: vectors });
+    }
+    for (const { plan, row, inner: coefficients } of runs) {
+      const of = { basis: secondOf(plan), dtype: "f32", rows: plan.rank, width: module.out, rank: vectors } as const;
+      backend.expand({ out: after(output, 4 * row * module.out), coefficients, ...of, add: true });
+    }
     if (onDevice(y.data)) backend.submit!();
     else
       y.data.set(
@@ -395,13 +419,13 @@ export interface ApplyOptions {
   readonly tasks?: readonly (string | null)[];
 }
 
-/** Rows of the batch that one task works on. */
+/** Rows of the batch that a task changes. */
 interface Run {
-  /** Plan of the task for the module; undefined where it leaves it alone. */
-  readonly plan: ModulePlan | undefined;
-  /** First row of vectors, and how many. */
+  readonly plan: ModulePlan;
+  /** First row of vectors. */
   readonly row: number;
-  readonly count: number;
+  /** x·Aᵀ. */
+  readonly inner: Slice;
 }
 
 /** Vectors in the batch. */
@@ -439,75 +463,4 @@ function placeOf(kernels: KernelSession, name: "x" | "y", { data, byteOffset }: 
   const place = kernels.reserve(name, 4 * length);
   kernels.backend.upload(place, data.subarray(byteOffset, byteOffset + 4 * length));
   return place;
-}
-
-/** f32 arrays in the backend, with what is to be multiplied by them. */
-type Factor = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
-
-/** Terms between components: y += ((x·E_Aᵀ)·α_Aᵀ·α_B)·E_B, the products with components once for all tasks. */
-function applyColumns(
-  kernels: KernelSession,
-  module: PackModule,
-  runs: readonly Run[],
-  x: Slice,
-  y: Slice,
-  count: number,
-): void {
-  const pieces = runs.map(({ plan }) =>
-    (plan?.core ? plan.A.expansions : []).map((a, i): [Expansion, Expansion] => [a, plan!.Bt.expansions[i]!]),
-  );
-  const most = Math.max(...pieces.map(({ length }) => length));
-  if (most === 0) return;
-  const { backend } = kernels;
-  const { A, B } = sharedBases(module)!;
-  const [KA, KB] = [A.tensor.rows, B.tensor.rows];
-  const ranks = Math.max(...pieces.flat().map(([{ rows }]) => rows));
-  const onA = kernels.reserve("onA", 4 * count * KA);
-  const inner = kernels.reserve("inner", 4 * count * ranks);
-  const onB = kernels.reserve("onB", 4 * count * KB);
-  const { block } = kernels.reserved("applied");
-  // No rows make zeros, for rows of the batch without a task.
-  const factor = (piece: Expansion | undefined, width: number): Factor => {
-    return { basis: at(block, piece && 4 * piece.at), dtype: "f32", rows: piece?.rows ?? 0, width };
-  };
-  backend.project({ out: onA, x, ...kernels.components(A), count });
-  // Piece by piece, so that a device does each step for all rows at once.
-  for (let piece = 0; piece < most; piece++) {
-    for (const [i, run] of runs.entries()) {
-      const a = pieces[i]![piece]?.[0];
-      const out = after(inner, 4 * run.row * ranks);
-      if (a) backend.project({ out, x: after(onA, 4 * run.row * KA), ...factor(a, KA), count: run.count });
-    }
-    for (const [i, run] of runs.entries()) {
-      const b = pieces[i]![piece]?.[1];
-      if (!b && piece > 0) continue;
-      const [out, coefficients] = [after(onB, 4 * run.row * KB), after(inner, 4 * run.row * ranks)];
-      backend.expand({ out, coefficients, ...factor(b, KB), rank: run.count, add: piece > 0 });
-    }
-  }
-  backend.expand({ out: y, coefficients: onB, ...kernels.components(B), rank: count, add: true });
-}
-
-/** Terms of factors: residual pairs, and where no core lies between components all rows, expanded: y += (x·Aᵀ)·Bt. */
-function applyFactors(kernels: KernelSession, { in: inputs, out }: PackModule, run: Run, x: Slice, y: Slice): void {
-  const { backend } = kernels;
-  const { block } = kernels.reserved("applied");
-  const uploaded = (first: number): Slice => at(block, 4 * first);
-  const add = (A: Slice, Bt: Slice, rank: number): void => {
-    const between = kernels.reserve("inner", 4 * run.count * rank);
-    const of = { dtype: "f32", rows: rank } as const;
-    const [rowsOfX, rowsOfY] = [after(x, 4 * run.row * inputs), after(y, 4 * run.row * out)];
-    backend.project({ out: between, x: rowsOfX, basis: A, ...of, count: run.count, width: inputs });
-    backend.expand({ out: rowsOfY, coefficients: between, basis: Bt, ...of, rank: run.count, width: out, add: true });
-  };
-  const { A, Bt, core, rank } = run.plan!;
-  if (core) {
-    for (const [i, { at: a, rank }] of A.residual.entries()) add(uploaded(a), uploaded(Bt.residual[i]!.at), rank);
-    return;
-  }
-  const factors = kernels.reserve("factors", 4 * rank * (inputs + out));
-  const second = after(factors, 4 * rank * inputs);
-  atOnce(kernels.fill(A, uploaded(0), factors, inputs));
-  atOnce(kernels.fill(Bt, uploaded(0), second, out));
-  add(factors, second, rank);
 }
