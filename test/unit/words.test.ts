@@ -28,7 +28,6 @@ const SEVERAL: Readonly<Record<string, string>> = {
   Answer: "packing and HTTP",
   Side: "packing and format",
   Plan: "format and sessions",
-  BaseValues: "core and sessions",
   SessionOptions: "bindings and sessions",
 };
 
