@@ -5,7 +5,7 @@
 
 import { described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
-import { throwIfAborted } from "../pace.ts";
+import { pacer, throwIfAborted } from "../pace.ts";
 import { type FetchOptions, FIRST_BYTES, type ReadAllOptions, unlessAborted } from "../source.ts";
 
 /** A request. */
@@ -195,6 +195,7 @@ async function stream(
 ): Promise<Uint8Array | undefined> {
   let bytes = new Uint8Array(Math.min(most, FIRST_MEMORY));
   let done = 0;
+  const pause = pacer();
   for (;;) {
     const { value, done: end } = await reader.read();
     if (end) break;
@@ -211,6 +212,8 @@ async function stream(
     }
     bytes.set(value, done);
     done = wanted;
+    // Chunks that wait already come without a turn of the event loop.
+    await pause();
     if (told && done >= FIRST_BYTES && done > told(bytes)) {
       void reader.cancel().catch(() => undefined);
       break;
