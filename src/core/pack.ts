@@ -131,8 +131,8 @@ interface SharedBases {
   checked?: SharedWork<Uint8Array>;
 }
 
-/** Says more of an error that makes a pack useless. */
-export async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
+/** Adds the likely cause to an error that makes a pack useless. */
+async function withDiagnosis(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
   if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
   // The explanation cannot be loaded without a network; the error then stays unchanged.
   const part = await import("../format/kind.ts").catch(() => undefined);
@@ -140,7 +140,7 @@ export async function explain(error: unknown, source: ByteSource, directory: Uin
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
-export async function checkSection(
+async function checkSection(
   bytes: Uint8Array,
   section: Section,
   part: string,
@@ -153,7 +153,7 @@ export async function checkSection(
 }
 
 /** A file whose head has been read and checked. */
-export interface OpenedFile {
+interface OpenedFile {
   readonly source: ByteSource;
   readonly reads: Reads;
   readonly window: Window;
@@ -379,7 +379,7 @@ export class Pack extends Observable<PackEvents> {
       };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
-      throw await explain(error, this.#file.source, this.directory.bytes);
+      throw await withDiagnosis(error, this.#file.source, this.directory.bytes);
     }
   }
 
@@ -525,7 +525,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     await paced(pack.addTasks(), pacer(signal));
     return pack;
   } catch (error) {
-    const refused = await explain(error, inner, directoryBytes);
+    const refused = await withDiagnosis(error, inner, directoryBytes);
     await inner.close?.();
     throw refused;
   }
