@@ -13,7 +13,7 @@ export type { ModuleFilter } from "../src/core/part.ts";
 export type { MemoryReport, SwitchOptions } from "../src/core/selection.ts";
 export type { Engine } from "../src/session/engine.ts";
 export type { Mode, SessionSwitchOptions } from "../src/session/options.ts";
-export type { ProbeReport } from "../src/session/probe.ts";
+export type { ProbeReport } from "../src/session/delivery.ts";
 export type {
   Session,
   SessionRunOptions,

@@ -14,9 +14,16 @@ import { onnxHost } from "../onnx/host.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
-import type { Active, Delivery, Placer } from "./delivery.ts";
+import {
+  type Active,
+  compareOutputs,
+  type Delivery,
+  type Placer,
+  type ProbeReport,
+  type SessionParts,
+  withFeeds,
+} from "./delivery.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
-import { compareOutputs, type ProbeReport, type SessionParts, withFeeds } from "./probe.ts";
 import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
 type Placed = DeviceTensor & { buffer: GPUBuffer };
@@ -148,10 +155,9 @@ async function probeBuffers(
     fed.map(({ input, dtype, shape }) => [input, engine.gpu!.tensor(zeros, dtype, shape)]),
   );
   try {
-    return await withFeeds(parts, model, (run) => {
-      const on = (values: Tensors) => (fetches: readonly string[]) => run(base, fetches, values);
-      return compareOutputs(parts, "whatever the weights", [on(weights), on(nothing)]);
-    });
+    return await withFeeds(parts, model, (run) =>
+      compareOutputs(parts, run, "whatever the weights", [base, weights], [base, nothing]),
+    );
   } finally {
     zeros.destroy();
   }

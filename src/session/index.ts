@@ -10,7 +10,7 @@ export type { ReadOptions } from "../source.ts";
 export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 export { createSessions, type GroupOptions, type SessionGroup } from "./group.ts";
 export type { Mode, SessionOptions, SessionSwitchOptions } from "./options.ts";
-export type { ProbeReport } from "./probe.ts";
+export type { ProbeReport } from "./delivery.ts";
 export {
   createSession,
   type Session,
