@@ -4,12 +4,13 @@
  */
 
 import { AdapterError } from "../errors.ts";
+import { checkEntry } from "../format/encode.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource, SourceInput } from "../source.ts";
 import { openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
-import { show, type TensorFile } from "../tensor/tensor-file.ts";
+import type { TensorFile } from "../tensor/tensor-file.ts";
 import type { Adapter } from "./adapter.ts";
 
 /**
@@ -80,56 +81,25 @@ export async function readAdapterFile<F extends TensorFile & { close(): Promise<
 /** Metadata is read with a pack's directory, before any task: it must stay small. */
 const MAX_METADATA_BYTES = 64 * 1024;
 
-/** Levels left in a pack (SPEC.md, section 1): 16, less three for the task list, its entries and their metadata. */
-const MAX_DEPTH = 13;
-/** Most bytes of a class name, and of licence and origin (SPEC.md, section 4.3). */
-const [MAX_LABEL_BYTES, MAX_TEXT_BYTES] = [1024, 4096];
-
 /**
  * Checks the contents of a task.json.
  * @param task parsed JSON; undefined when there is no such file
  * @param file its path, for messages
- * @throws AdapterError naming the invalid field
+ * @throws AdapterError naming the field that a pack does not hold
  */
 export function readTaskMetadata(task: unknown, file: string): TaskMetadata {
   if (task === undefined) return {};
-  const refuse = (field: string, message: string): AdapterError =>
-    new AdapterError(`${field} ${message}`, { file, field });
-  if (typeof task !== "object" || task === null || Array.isArray(task)) {
+  if (typeof task !== "object" || task === null || Array.isArray(task))
     throw new AdapterError(`is not a JSON object; write {"labels": [...]} or remove it`, { file });
+  const metadata: TaskMetadata = { ...task };
+  try {
+    checkEntry({ id: "task", adapterBytes: 0, metadata, brings: [] }, file);
+  } catch (cause) {
+    const message = (cause as Error).message.replace(/^.*?, task: (tasks\[0\]\.metadata\.?)?/s, "");
+    throw new AdapterError(`${message}; correct or remove it`, { file, field: /^\w*/.exec(message)![0], cause });
   }
-  for (const [field, value] of Object.entries(task)) {
-    if (!isPlain(value, MAX_DEPTH)) {
-      throw refuse(field, `is not plain JSON with finite numbers, nested ${MAX_DEPTH} deep at most; simplify it`);
-    }
-  }
-  const bytes = bytesOf(JSON.stringify(task));
-  if (bytes > MAX_METADATA_BYTES) {
-    throw new AdapterError(`has ${bytes} bytes, ${MAX_METADATA_BYTES} at most are kept; shorten it`, { file });
-  }
-  const { labels, license, origin } = task as Record<string, unknown>;
-  const isLabel = (label: unknown): boolean => isText(label, MAX_LABEL_BYTES);
-  if (labels !== undefined && !(Array.isArray(labels) && labels.length > 0 && labels.every(isLabel))) {
-    throw refuse(
-      "labels",
-      `is ${show(labels)}, expected an array of strings of 1 to ${MAX_LABEL_BYTES} bytes: the class names in the order of the head's rows`,
-    );
-  }
-  for (const [field, text] of Object.entries({ license, origin })) {
-    if (text === undefined || isText(text, MAX_TEXT_BYTES)) continue;
-    throw refuse(field, `is ${show(text)}, expected a string of 1 to ${MAX_TEXT_BYTES} bytes; correct or remove it`);
-  }
-  return { ...task };
-}
-
-const bytesOf = (text: string): number => new TextEncoder().encode(text).length;
-
-function isText(value: unknown, maxBytes: number): boolean {
-  return typeof value === "string" && value !== "" && bytesOf(value) <= maxBytes;
-}
-
-function isPlain(value: unknown, depth: number): boolean {
-  if (value === null || typeof value === "string" || typeof value === "boolean") return true;
-  if (typeof value === "number") return Number.isFinite(value);
-  return typeof value === "object" && depth > 0 && Object.values(value).every((item) => isPlain(item, depth - 1));
+  const { length } = new TextEncoder().encode(JSON.stringify(task));
+  if (length > MAX_METADATA_BYTES)
+    throw new AdapterError(`has ${length} bytes, ${MAX_METADATA_BYTES} at most are kept; shorten it`, { file });
+  return metadata;
 }

@@ -22,7 +22,7 @@ import {
 } from "./adapter.ts";
 import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
-import { type KeyRole, type PeftFiles, parsePeftKeys } from "./peft.ts";
+import { type KeyRole, type PeftFiles, parsePeftKey } from "./peft.ts";
 import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 
 /** The file of one LoRA of diffusers; `tensors` is pytorch_lora_weights.safetensors. */
@@ -231,10 +231,8 @@ function parseDiffusersKey(name: string, bare: string | undefined): LoraKey | un
 }
 
 function parsePart(name: string, prefix: string, model: string): LoraKey | undefined {
-  const modern = modernName(name, model);
-  const key = parsePeftKeys([modern]).get(modern)!;
-  if (key.kind !== "part" || COPIES.has(key.part)) return undefined;
-  const { module: local, part } = key;
+  const { name: local = "", part } = parsePeftKey(modernName(name, model)) ?? {};
+  if (part === undefined || COPIES.has(part)) return undefined;
   return { prefix, local, module: `${model}.${withTextModel(local, model)}`, part };
 }
 

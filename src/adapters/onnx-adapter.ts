@@ -20,7 +20,7 @@ import {
 } from "./adapter.ts";
 import { openFile, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
-import { type PeftFiles, parsePeftKeys } from "./peft.ts";
+import { type PeftFiles, parsePeftKey } from "./peft.ts";
 
 /** The file of one adapter of ONNX Runtime; `tensors` is the .onnx_adapter file. */
 export type OnnxAdapterFiles = Omit<PeftFiles, "config" | "base">;
@@ -49,9 +49,8 @@ export async function readOnnxAdapter(files: OnnxAdapterFiles): Promise<Adapter>
 }
 
 function parseKey(name: string): LoraKey | undefined {
-  const key = parsePeftKeys([name]).get(name)!;
-  if (key.kind !== "part" || (key.part !== "A" && key.part !== "B")) return undefined;
-  return { prefix: "", local: key.module, module: key.module, part: key.part };
+  const { name: module = "", part } = parsePeftKey(name) ?? {};
+  return part === "A" || part === "B" ? { prefix: "", local: module, module, part } : undefined;
 }
 
 // The `.onnx_adapter` format of ONNX Runtime (onnxruntime/lora/adapter_format/adapter_schema.fbs): a FlatBuffer of named tensors,

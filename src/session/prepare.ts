@@ -107,8 +107,8 @@ export async function prepareModel(
     const { replaceByFile, replaceByInputs } = await import("../onnx/replaceable.ts");
     folded = (options.foldedInputs ? replaceByInputs : replaceByFile)(file.model, parameters);
   }
-  const inPieces = ({ slice, joined }: Pick<Site, "slice" | "joined">): boolean => Boolean(slice ?? joined);
-  const packed = changes.biases.some(({ slice }) => slice) || changes.modules.some(({ sites }) => sites.some(inPieces));
+  const sites = changes.modules.flatMap((module): readonly Pick<Site, "slice" | "joined">[] => module.sites);
+  const packed = changes.biases.some(({ slice }) => slice) || sites.some(({ slice, joined }) => slice ?? joined);
   const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
   const forms = new Map([
     ...changes.modules.flatMap(({ name, kind }) => (kind === "linear" ? [] : [[name, kind] as const])),
@@ -559,15 +559,15 @@ function componentsUnder(
   return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
 }
 
-/** Says for people what tasks share where they do not share both sides. */
+/** The reason for mode "factors" where tasks do not share both factors. */
 function sharedReason(modules: readonly PackModule[]): string {
-  const count = (which: "A" | "B"): number => modules.filter((module) => module[which].length > 0).length;
-  const sides = [
-    ...(count("A") > 0 ? [`what layers read (A) in ${count("A")} of ${modules.length} modules`] : []),
-    ...(count("B") > 0 ? [`what they write (B) in ${count("B")} of ${modules.length} modules`] : []),
-  ];
-  if (sides.length === 0) return "tasks share no components: a switch hands over whole tasks";
-  return `tasks share ${sides.join(", ")}: a switch hands over the rest`;
+  const share = (factor: "A" | "B", role: string): string[] => {
+    const count = modules.filter((module) => module[factor].length > 0).length;
+    return count > 0 ? [`what ${role} (${factor}) in ${count} of ${modules.length} modules`] : [];
+  };
+  const shares = [...share("A", "layers read"), ...share("B", "they write")];
+  if (shares.length === 0) return "tasks share no components: a switch hands over whole tasks";
+  return `tasks share ${shares.join(", ")}: a switch hands over the rest`;
 }
 
 /**
