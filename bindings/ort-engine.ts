@@ -119,7 +119,7 @@ class OrtEngine implements Engine<OrtSession> {
 
   async load({ bytes, files, folder }: DetachedModel, options: LoadOptions = {}): Promise<OrtSession> {
     const own = optionsFor(this.#options ?? {}, options);
-    const given = folder === undefined ? { ...own, externalData: [...files] } : withFolder(own, folder);
+    const given = folder === undefined ? { ...own, externalData: [...files] } : configured(own, { model_external_initializers_file_folder_path: folder });
     try {
       const model = this.#handsOver ? bytes.slice() : bytes;
       return await this.#inTurn(() => this.#ort.InferenceSession.create(model, given as never));
@@ -193,10 +193,10 @@ class OrtEngine implements Engine<OrtSession> {
   }
 }
 
-/** Options with the folder that a model's files lie in. */
-function withFolder(options: { extra?: { session?: object } }, folder: string): object {
-  const session = { ...options.extra?.session, model_external_initializers_file_folder_path: folder };
-  return { ...options, extra: { ...options.extra, session } };
+/** Options with more entries of onnxruntime's own configuration; the user's come first. */
+function configured(options: object, entries: Readonly<Record<string, string>>): object {
+  const { extra } = options as { readonly extra?: { readonly session?: object } };
+  return { ...options, extra: { ...extra, session: { ...entries, ...extra?.session } } };
 }
 
 /** True if a session's options put the model on WebGPU. */
@@ -205,16 +205,21 @@ function onWebgpu(options: KnownOptions | undefined): boolean {
   return (typeof first === "string" ? first : first?.name) === "webgpu";
 }
 
+/**
+ * Products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them; gradients take them
+ * in another one. Products of many rows with floats are hardly slower without.
+ */
+const UNPACKED = { disable_prepacking: "1" };
+
 /** The user's options, for what a model is loaded for. */
 export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: LoadOptions): object {
   if (purpose === "inspect") {
     const { executionProviders, preferredOutputLocation, ...rest } = given as Record<string, unknown>;
     // An arena grows by doubling, and gives nothing back while anything of it is there.
-    return unpacked({ ...rest, graphOptimizationLevel: "disabled", enableCpuMemArena: false });
+    return configured({ ...rest, graphOptimizationLevel: "disabled", enableCpuMemArena: false }, UNPACKED);
   }
   // Patterns of memory are worth little to lengths that change, and each is memory of its own, on top of the rest.
-  const options =
-    purpose === "train" ? unpacked({ enableMemPattern: false, ...given } as Record<string, unknown>) : given;
+  const options = purpose === "train" ? configured({ enableMemPattern: false, ...given }, UNPACKED) : given;
   if (!onWebgpu(given) || exactNodes.length === 0) return options;
   // Only onnxruntime-web's newer provider knows of these; the older one (jsep) reads past them.
   const executionProviders = given.executionProviders!.map((one) => {
@@ -223,15 +228,6 @@ export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: Lo
     return { ...provider, forceCpuNodeNames: [...(provider.forceCpuNodeNames ?? []), ...exactNodes] };
   });
   return { ...options, executionProviders };
-}
-
-/**
- * Options under which products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them;
- * gradients take them in another one. Products of many rows with floats are hardly slower without.
- */
-function unpacked(options: { readonly extra?: { readonly session?: object } } & Record<string, unknown>): object {
-  const session = { disable_prepacking: "1", ...options.extra?.session };
-  return { ...options, extra: { ...options.extra, session } };
 }
 
 function bufferTensor(ort: Ort, buffer: DeviceBuffer, dtype: "f32" | "f16", dims: readonly number[]): EngineTensor {

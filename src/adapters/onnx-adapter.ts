@@ -201,9 +201,6 @@ async function readParameter(
   return [key, { dtype, shape, byteOffset: data.first, byteLength: data.length }];
 }
 
-// Writes a canonical adapter as an `.onnx_adapter` file of ONNX Runtime, for models that were exported with the factors of LoRA as
-// inputs. Scales stay in B, since the format has none.
-
 /**
  * Makes the bytes of an .onnx_adapter file (f32), chunk by chunk: `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out].
  * Holds one adapter in memory.
@@ -229,8 +226,6 @@ function turned(name: string, { shape: [rows = 0, columns = 0], values }: Factor
   return { name, shape: [columns, rows], bytes: f32Bytes(transpose(values, rows, columns)) };
 }
 
-// Writes `.onnx_adapter` files. Readers do without it.
-
 /** A parameter of f32 to write. */
 interface OnnxAdapterEntry {
   readonly name: string;
@@ -242,80 +237,72 @@ interface OnnxAdapterEntry {
 const FLOAT = 1;
 /** FlatBuffers have signed offsets of 32 bits. */
 const MOST_BYTES = 2 ** 31 - 1;
-/** Both tables have four fields of 4 bytes: bytes of the list of their places, and of a table with the way to that list. */
+/** All tables have four fields of 4 bytes: bytes of the list of their places, and of a table with the way to that list. */
 const [VTABLE, TABLE] = [12, 20];
 
-const align = (at: number, to: number, rest = 0): number => at + ((((rest - at) % to) + to) % to);
-
-/** Where everything lies: names and dimensions of the parameters, and their values. */
-function layOut(entries: readonly OnnxAdapterEntry[], names: readonly Uint8Array[], start: number) {
-  let at = start;
-  // Elements of 8 bytes and values begin at a multiple of 8, behind a length of 4 bytes.
-  const places = entries.map(({ shape }, i) => {
-    const name = at;
-    const dims = align(name + 4 + names[i]!.length + 1, 8, 4);
-    at = align(dims + 4 + 8 * shape.length, 4);
-    return { name, dims };
-  });
-  const values = entries.map(({ bytes }) => {
-    const place = align(at, 8, 4);
-    at = place + 4 + bytes.length;
-    return place;
-  });
-  if (at > MOST_BYTES) throw new RangeError(`writeOnnxAdapter: ${at} bytes, ${MOST_BYTES} at most fit into the format`);
-  return { places, values, end: at };
-}
+/** Place of elements of 8 bytes behind a length of 4: the elements lie at a multiple of 8. */
+const align = (at: number): number => at + ((12 - (at % 8)) % 8);
 
 /**
  * The bytes of an adapter of ONNX Runtime, chunk by chunk: tables and names, then each parameter's values.
  * @throws RangeError when they take 2 GiB or more
  */
 async function* writeOnnxAdapter(entries: readonly OnnxAdapterEntry[]): AsyncGenerator<Uint8Array, void> {
-  const names = entries.map(({ name }) => new TextEncoder().encode(name));
-  // Header, list of fields and table of the root; list of parameters; list of fields and tables of the parameters.
-  const list = 8 + VTABLE + TABLE;
-  const vtable = list + 4 + 4 * entries.length;
-  const first = vtable + VTABLE;
-  const { places, values, end } = layOut(entries, names, first + TABLE * entries.length);
-
-  const head = new Uint8Array(values[0] ?? end);
-  const view = new DataView(head.buffer);
-  const u32 = (place: number, value: number): void => view.setUint32(place, value, true);
-  const fields = (place: number): void => {
-    for (const [i, value] of [VTABLE, TABLE, 4, 8, 12, 16].entries()) view.setUint16(place + 2 * i, value, true);
+  // Offset of the root, identifier, the list of fields of all tables, the root; the list of parameters, and their tables.
+  const fields = 8;
+  const root = fields + VTABLE;
+  const list = root + TABLE;
+  const tables = list + 4 + 4 * entries.length;
+  const head: number[] = Array(tables + TABLE * entries.length).fill(0);
+  const u32 = (place: number, value: number): void => {
+    for (let i = 0; i < 4; i++) head[place + i] = (value >>> (8 * i)) & 255;
   };
   /** An offset is counted from where it stands. */
   const point = (place: number, to: number): void => u32(place, to - place);
-  const root = 8 + VTABLE;
+  const padTo = (length: number): void => {
+    while (head.length < length) head.push(0);
+  };
   point(0, root);
   for (let i = 0; i < 4; i++) head[4 + i] = IDENTIFIER.charCodeAt(i);
-  fields(8);
-  u32(root, VTABLE);
-  for (const place of [4, 8, 12]) u32(root + place, 1);
+  for (const [i, value] of [VTABLE, TABLE, 4, 8, 12, 16].entries()) head[fields + 2 * i] = value;
+  u32(root, root - fields);
+  for (const place of [4, 8, 12]) u32(root + place, VERSION);
   point(root + 16, list);
   u32(list, entries.length);
-  fields(vtable);
-  for (const [i, { shape }] of entries.entries()) {
-    const table = first + TABLE * i;
-    const { name, dims } = places[i]!;
+  for (const [i, { name, shape }] of entries.entries()) {
+    const table = tables + TABLE * i;
     point(list + 4 + 4 * i, table);
-    u32(table, table - vtable);
-    point(table + 4, name);
-    point(table + 8, dims);
+    u32(table, table - fields);
+    const text = new TextEncoder().encode(name);
+    padTo(4 * Math.ceil(head.length / 4));
+    point(table + 4, head.length);
+    u32(head.length, text.length);
+    head.push(...text, 0);
+    padTo(align(head.length));
+    point(table + 8, head.length);
+    u32(head.length, shape.length);
+    for (const size of shape) {
+      u32(head.length, size);
+      u32(head.length, 0);
+    }
     u32(table + 12, FLOAT);
-    point(table + 16, values[i]!);
-    u32(name, names[i]!.length);
-    head.set(names[i]!, name + 4);
-    u32(dims, shape.length);
-    for (const [d, size] of shape.entries()) view.setBigUint64(dims + 4 + 8 * d, BigInt(size), true);
   }
-  yield head;
+  const places: number[] = [];
+  let end = head.length;
+  for (const [i, { bytes }] of entries.entries()) {
+    places.push(align(end));
+    point(tables + TABLE * i + 16, places[i]!);
+    end = places[i]! + 4 + bytes.length;
+  }
+  if (end > MOST_BYTES) throw new RangeError(`writeOnnxAdapter: ${end} bytes, ${MOST_BYTES} at most fit into the format`);
+  padTo(places[0] ?? end);
+  yield Uint8Array.from(head);
   for (const [i, { bytes }] of entries.entries()) {
     const length = new Uint8Array(4);
     new DataView(length.buffer).setUint32(0, bytes.length, true);
     yield length;
     yield bytes;
-    const next = values[i + 1];
-    if (next !== undefined) yield new Uint8Array(next - (values[i]! + 4 + bytes.length));
+    const behind = places[i]! + 4 + bytes.length;
+    yield new Uint8Array((places[i + 1] ?? behind) - behind);
   }
 }
