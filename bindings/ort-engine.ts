@@ -119,7 +119,10 @@ class OrtEngine implements Engine<OrtSession> {
 
   async load({ bytes, files, folder }: DetachedModel, options: LoadOptions = {}): Promise<OrtSession> {
     const own = optionsFor(this.#options ?? {}, options);
-    const given = folder === undefined ? { ...own, externalData: [...files] } : configured(own, { model_external_initializers_file_folder_path: folder });
+    const given =
+      folder === undefined
+        ? { ...own, externalData: [...files] }
+        : configured(own, { model_external_initializers_file_folder_path: folder });
     try {
       const model = this.#handsOver ? bytes.slice() : bytes;
       return await this.#inTurn(() => this.#ort.InferenceSession.create(model, given as never));

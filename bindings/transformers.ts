@@ -324,7 +324,11 @@ function ownSessions(model: PipelineModel, names: readonly string[]): OwnSession
 }
 
 /** @throws TypeError for what only one session can be given */
-function refuseForSeveral(names: readonly string[], model: SourceInput, { probe, trainable }: EigenSessionOptions<PipelineOrt>): void {
+function refuseForSeveral(
+  names: readonly string[],
+  model: SourceInput,
+  { probe, trainable }: EigenSessionOptions<PipelineOrt>,
+): void {
   if (names.length === 1) return;
   const which = `the model has the sessions ${quoted(names)}`;
   if (!isId(model)) {

@@ -191,9 +191,19 @@ const BERT = {
 
 /** Architectures by `general.architecture`. Mistral and SmolLM2 use "llama" too. */
 const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map(
-  Object.entries({ llama: LLAMA, qwen2: LLAMA, qwen3: LLAMA, gemma: LLAMA, gemma2: LLAMA, gemma3: LLAMA, phi3: PHI3, bert: BERT }).map(
-    ([name, modules]) => [name, { modules: new Map(Object.entries(modules)), permuted: name === "llama" ? BY_HEADS : new Map() }],
-  ),
+  Object.entries({
+    llama: LLAMA,
+    qwen2: LLAMA,
+    qwen3: LLAMA,
+    gemma: LLAMA,
+    gemma2: LLAMA,
+    gemma3: LLAMA,
+    phi3: PHI3,
+    bert: BERT,
+  }).map(([name, modules]) => [
+    name,
+    { modules: new Map(Object.entries(modules)), permuted: name === "llama" ? BY_HEADS : new Map() },
+  ]),
 );
 
 /** Replaces the number of the layer in a name by N. */

@@ -294,7 +294,8 @@ async function* writeOnnxAdapter(entries: readonly OnnxAdapterEntry[]): AsyncGen
     point(tables + TABLE * i + 16, places[i]!);
     end = places[i]! + 4 + bytes.length;
   }
-  if (end > MOST_BYTES) throw new RangeError(`writeOnnxAdapter: ${end} bytes, ${MOST_BYTES} at most fit into the format`);
+  if (end > MOST_BYTES)
+    throw new RangeError(`writeOnnxAdapter: ${end} bytes, ${MOST_BYTES} at most fit into the format`);
   padTo(places[0] ?? end);
   yield Uint8Array.from(head);
   for (const [i, { bytes }] of entries.entries()) {

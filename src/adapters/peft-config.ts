@@ -352,5 +352,7 @@ function setOf(piece: string, refuse: (why: string) => Error): string {
 /** A character that may be escaped, by its number. */
 function literal(piece: string, refuse: (why: string) => Error): string {
   if (/^\\[A-Za-z\d]/.test(piece)) throw refuse(`has "${piece}"`);
-  return piece === "\\" ? piece : `\\u{${piece.codePointAt(piece.length > 1 && piece.startsWith("\\") ? 1 : 0)!.toString(16)}}`;
+  return piece === "\\"
+    ? piece
+    : `\\u{${piece.codePointAt(piece.length > 1 && piece.startsWith("\\") ? 1 : 0)!.toString(16)}}`;
 }

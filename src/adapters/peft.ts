@@ -135,7 +135,9 @@ function assemble(tensors: PeftTensors): Pick<Adapter, "modules" | "saved" | "wa
   const saved = [
     ...savedBiases(biases, parts, modules, tensors),
     ...savedRows(rows, tensors),
-    ...[...whole].map(([name, key]): SavedTensor => ({ name, role: "saved", shape: shape(key), read: () => read(key) })),
+    ...[...whole].map(
+      ([name, key]): SavedTensor => ({ name, role: "saved", shape: shape(key), read: () => read(key) }),
+    ),
   ].sort((a, b) => compare(a.name, b.name));
   for (const tensor of saved) checkShape(tensor, refuse);
   return { modules, saved, warnings };
@@ -172,10 +174,7 @@ function savedBiases(
       const added = await readDelta();
       return bias.map((value, i) => value + added[i]!);
     };
-    saved.set(
-      name,
-      whole ? { ...whole, read: readSum } : { name, role: "bias-delta", shape: [out], read: readDelta },
-    );
+    saved.set(name, whole ? { ...whole, read: readSum } : { name, role: "bias-delta", shape: [out], read: readDelta });
   }
   return saved.values();
 }

@@ -199,7 +199,8 @@ async function compareTerm({ engine, prepared }: SessionParts, base: InputValues
   const [x, term] = (await run([probe!.x, probe!.term], task)) as [Float32Array, Float32Array];
   const expected = termOf(modules.find(({ name }) => name === module)!, x, inputs, task);
   const largest = expected.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
-  if (!(largest > 0)) return { result: `skipped: nothing enters "${module}" on synthetic inputs; pass \`probe: feeds\`` };
+  if (!(largest > 0))
+    return { result: `skipped: nothing enters "${module}" on synthetic inputs; pass \`probe: feeds\`` };
   const difference = expected.reduce((most, v, i) => Math.max(most, Math.abs(v - term[i]!)), 0) / largest;
   // Not ≤: NaN must fail.
   if (difference < TOLERANCE) return { result: "passed", module, difference };

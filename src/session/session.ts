@@ -224,7 +224,20 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   ) {
     super();
     // Not the prepared model itself: it holds the components, which the engine has now.
-    const { pack, view, forms, sharesRanges, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
+    const {
+      pack,
+      view,
+      forms,
+      sharesRanges,
+      mode,
+      reason,
+      base,
+      inputs,
+      inputNames,
+      outputNames,
+      initializers,
+      unconfirmed,
+    } = prepared;
     this.pack = pack;
     this.mode = mode;
     this.inputNames = inputNames;
