@@ -81,60 +81,37 @@ interface Parameter extends TensorInfo {
 }
 
 /** Follows offsets in a file. */
-class FlatBuffer {
-  readonly #source: ByteSource;
-  readonly #byteLength: number;
-  readonly #options: ReadOptions | undefined;
-
-  constructor(source: ByteSource, byteLength: number, options: ReadOptions | undefined) {
-    this.#source = source;
-    this.#byteLength = byteLength;
-    this.#options = options;
-  }
-
-  fail(message: string): FormatError {
-    return new FormatError(`${message}; damaged, save the adapter again`, {
-      file: this.#source.name,
-      part: "FlatBuffer",
-    });
-  }
-
-  async bytes(at: number, length: number): Promise<DataView> {
-    if (!(at >= 0 && at + length <= this.#byteLength))
-      throw this.fail(`points at byte ${at}, but the file has ${this.#byteLength}`);
-    const found = length === 0 ? new Uint8Array(0) : await this.#source.read(at, length, this.#options);
+function flatBuffer(source: ByteSource, byteLength: number, options: ReadOptions | undefined) {
+  const fail = (message: string): FormatError =>
+    new FormatError(`${message}; damaged, save the adapter again`, { file: source.name, part: "FlatBuffer" });
+  const bytes = async (at: number, length: number): Promise<DataView> => {
+    if (!(at >= 0 && at + length <= byteLength)) throw fail(`points at byte ${at}, but the file has ${byteLength}`);
+    const found = length === 0 ? new Uint8Array(0) : await source.read(at, length, options);
     return new DataView(found.buffer, found.byteOffset, found.byteLength);
-  }
-
-  async u32(at: number): Promise<number> {
-    return (await this.bytes(at, 4)).getUint32(0, true);
-  }
-
-  async follow(at: number): Promise<number> {
-    return at + (await this.u32(at));
-  }
-
+  };
+  const u32 = async (at: number): Promise<number> => (await bytes(at, 4)).getUint32(0, true);
+  const follow = async (at: number): Promise<number> => at + (await u32(at));
   /** Places of a table's fields; undefined for one that is left out. */
-  async fields(table: number): Promise<(field: number) => number | undefined> {
-    const vtable = table - (await this.bytes(table, 4)).getInt32(0, true);
-    const size = (await this.bytes(vtable, 2)).getUint16(0, true);
-    if (size < 4 || size % 2 !== 0) throw this.fail(`the table at byte ${table} has a wrong list of fields`);
-    const list = await this.bytes(vtable, size);
+  const fields = async (table: number): Promise<(field: number) => number | undefined> => {
+    const vtable = table - (await bytes(table, 4)).getInt32(0, true);
+    const size = (await bytes(vtable, 2)).getUint16(0, true);
+    if (size < 4 || size % 2 !== 0) throw fail(`the table at byte ${table} has a wrong list of fields`);
+    const list = await bytes(vtable, size);
     return (field) => {
       const at = 4 + 2 * field;
       const offset = at + 2 <= size ? list.getUint16(at, true) : 0;
       return offset === 0 ? undefined : table + offset;
     };
-  }
-
+  };
   /** A vector's elements: their number, and where the first is. */
-  async vector(at: number | undefined, size: number): Promise<{ length: number; first: number }> {
+  const vector = async (at: number | undefined, size: number): Promise<{ length: number; first: number }> => {
     if (at === undefined) return { length: 0, first: 0 };
-    const start = await this.follow(at);
-    const length = await this.u32(start);
-    if (start + 4 + length * size > this.#byteLength) throw this.fail(`a list at byte ${start} ends behind the file`);
+    const start = await follow(at);
+    const length = await u32(start);
+    if (start + 4 + length * size > byteLength) throw fail(`a list at byte ${start} ends behind the file`);
     return { length, first: start + 4 };
-  }
+  };
+  return { fail, bytes, u32, follow, fields, vector };
 }
 
 /**
@@ -143,7 +120,7 @@ class FlatBuffer {
  */
 export async function openOnnxAdapter(source: ByteSource, options?: ReadOptions): Promise<TensorFile> {
   const { name, byteLength = 0 } = source;
-  const file = new FlatBuffer(source, byteLength, options);
+  const file = flatBuffer(source, byteLength, options);
   const refuse = (part: string, message: string): FormatError => new FormatError(message, { file: name, part });
   const start = byteLength < 8 ? undefined : await file.bytes(0, 8);
   const mark = start && String.fromCharCode(...[4, 5, 6, 7].map((at) => start.getUint8(at)));
@@ -175,7 +152,7 @@ export async function openOnnxAdapter(source: ByteSource, options?: ReadOptions)
 }
 
 async function readParameter(
-  file: FlatBuffer,
+  file: ReturnType<typeof flatBuffer>,
   table: number,
   refuse: (part: string, message: string) => FormatError,
 ): Promise<[string, Parameter]> {

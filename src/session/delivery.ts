@@ -78,7 +78,7 @@ export interface Placer {
 export async function inputDelivery(
   parts: SessionParts,
   bases: Uint8Array,
-  placerOn: ((device: DeviceHandle) => Placer) | undefined,
+  placerOn: ((engine: Engine, device: DeviceHandle, inputs: readonly TaskInput[]) => Placer) | undefined,
 ): Promise<Delivery> {
   const { engine, prepared } = parts;
   const { view, mode, base, modules, inputs } = prepared;
@@ -92,7 +92,7 @@ export async function inputDelivery(
     const device = (await engine.gpu?.device().catch(() => undefined))?.device;
     const withoutTask = (await evaluator.read(null)).inputs;
     const probe = await probeParity(parts, model, withoutTask);
-    const placer = device && placerOn?.(device);
+    const placer = device && placerOn?.(engine, device, inputs);
     return { ...deliver(engine, inputs, model, runtime, evaluator, withoutTask, placer), probe };
   } catch (error) {
     if (model) await engine.release(model);

@@ -127,11 +127,11 @@ export async function sessionOn<T extends SessionTypes>(
 
 async function deliveryOf(parts: SessionParts, file: ModelFile, bases: Uint8Array): Promise<Delivery> {
   const { engine, prepared } = parts;
-  const { folded, inputs } = prepared;
+  const { folded } = prepared;
   if (!folded) {
     await file.close();
-    const { DevicePlacer } = engine.gpu ? await import("./device.ts") : {};
-    return inputDelivery(parts, bases, DevicePlacer && ((device) => new DevicePlacer(engine, device, inputs)));
+    const { devicePlacer } = engine.gpu ? await import("./device.ts") : {};
+    return inputDelivery(parts, bases, devicePlacer);
   }
   const { deviceDelivery, foldedDelivery } = await import("./device.ts");
   return "places" in folded ? foldedDelivery(parts, file, folded) : deviceDelivery(parts, file, folded, engine.gpu!);
