@@ -10,6 +10,7 @@ import { AdapterError } from "../errors.ts";
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 import { pacer } from "../pace.ts";
 import { encodeTensor } from "../tensor/encode.ts";
+import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** An adapted layer of the base model. */
@@ -249,6 +250,12 @@ export type Add = (name: string, shape: readonly number[], values: Float32Array)
 
 export function f32Bytes(values: Float32Array): Uint8Array {
   return encodeTensor("f32", values, 1, values.length);
+}
+
+/** A tensor of f32 to write into a safetensors file. */
+export function f32Entry(name: string, shape: readonly number[], values: Float32Array): SafetensorsEntry {
+  const bytes = f32Bytes(values);
+  return { name, dtype: "F32", shape: [...shape], read: () => bytes };
 }
 
 /** @throws AdapterError when an adapter brings more than factors, which the format cannot hold */

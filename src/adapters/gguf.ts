@@ -110,7 +110,7 @@ function parseKey(key: string, { modules }: GgufArchitecture): LoraKey | undefin
   const module = modules.get(pattern)?.replace("N", layer ?? "N");
   if (module === undefined) return undefined;
   const part = found.weight === EMBEDDING ? (`embedding${found.factor}` as const) : found.factor;
-  return { prefix: "", local: module, module, part };
+  return { module, part };
 }
 
 /** Gives a file the orientation and the order of rows that its weights have in transformers. */

@@ -50,7 +50,7 @@ export async function readOnnxAdapter(files: OnnxAdapterFiles): Promise<Adapter>
 
 function parseKey(name: string): LoraKey | undefined {
   const { name: module = "", part } = parsePeftKey(name) ?? {};
-  return part === "A" || part === "B" ? { prefix: "", local: module, module, part } : undefined;
+  return part === "A" || part === "B" ? { module, part } : undefined;
 }
 
 // The `.onnx_adapter` format of ONNX Runtime (onnxruntime/lora/adapter_format/adapter_schema.fbs): a FlatBuffer of named tensors,

@@ -20,7 +20,7 @@ import {
   checkAdapter,
   compare,
   type Exportable,
-  f32Bytes,
+  f32Entry,
   factorsOf,
   rankOf,
   refuseBoth,
@@ -67,7 +67,7 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
   const close = async (): Promise<void> => (base === given ? undefined : base?.close?.());
   try {
     const adapter = await readAdapterFile(others, openSafetensors, (tensors, metadata) => {
-      const { modules, saved, warnings } = assemble(peftTensors(tensors, config, base));
+      const { modules, saved, warnings } = assemble(peftTensors(tensors, config, base), config);
       return {
         modules,
         saved,
@@ -118,9 +118,9 @@ function withIdentity(metadata: TaskMetadata, config: PeftConfig): TaskMetadata 
 }
 
 /** Makes modules and saved tensors of a file. */
-function assemble(tensors: PeftTensors): Pick<Adapter, "modules" | "saved" | "warnings"> {
+function assemble(tensors: PeftTensors, config: PeftConfig): Pick<Adapter, "modules" | "saved" | "warnings"> {
   const { refuse, shape, read, file } = tensors;
-  const { parts, rows, whole, biases, warnings } = place(tensors);
+  const { parts, rows, whole, biases, warnings } = place(tensors, config);
   const modules = new Map<string, AdapterModule>();
   for (const [name, keys] of [...parts].sort(([a], [b]) => compare(a, b))) {
     const replaced = whole.get(`${name}.weight`) ?? rows.get(name);
@@ -134,7 +134,7 @@ function assemble(tensors: PeftTensors): Pick<Adapter, "modules" | "saved" | "wa
     });
   const saved = [
     ...savedBiases(biases, parts, modules, tensors),
-    ...savedRows(rows, tensors),
+    ...savedRows(rows, tensors, config),
     ...[...whole].map(
       ([name, key]): SavedTensor => ({ name, role: "saved", shape: shape(key), read: () => read(key) }),
     ),
@@ -185,7 +185,8 @@ function savedBiases(
  */
 function savedRows(
   rows: ReadonlyMap<string, string>,
-  { config, shape, describe, refuse, read }: PeftTensors,
+  { shape, describe, refuse, read }: PeftTensors,
+  config: PeftConfig,
 ): SavedTensor[] {
   if (config.tokenRows.length > 0 && rows.size === 0) {
     throw refuse(
@@ -344,10 +345,13 @@ function checkExtra(
 
 // Assigns every tensor of a PEFT file to its module or parameter; a file with a tensor left over is refused. Reads no values.
 
+/** The part of a configuration that decides how a module is read. */
+type ModuleConfig = Pick<PeftConfig, "fanInFanOut" | "loraBias" | "dora" | "start" | "forModule">;
+
 /** A tensor file, its configuration, and what every check of them needs. */
 export interface PeftTensors {
   readonly file: TensorFile;
-  readonly config: PeftConfig;
+  readonly config: ModuleConfig;
   /** The base, where it was given and the adapter's training began from a changed one. */
   readonly base?: WeightHost | undefined;
   shape(key: string): readonly number[];
@@ -359,7 +363,7 @@ export interface PeftTensors {
   read(key: string, scale?: number): Promise<Float32Array<ArrayBuffer>>;
 }
 
-export function peftTensors(file: TensorFile, config: PeftConfig, base?: WeightHost): PeftTensors {
+export function peftTensors(file: TensorFile, config: ModuleConfig, base?: WeightHost): PeftTensors {
   const shape = (key: string): readonly number[] => file.tensors.get(key)!.shape;
   const refuse = (field: string, message: string): AdapterError =>
     new AdapterError(message, { file: file.name, field });
@@ -410,7 +414,7 @@ interface Places {
 const MAX_NAME_BYTES = 1024;
 
 /** Assigns every tensor of the file. @throws AdapterError naming those that fit nowhere */
-function place({ file, config, refuse }: PeftTensors): Places {
+function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
   const parts: Places["parts"] = new Map();
   const rows = new Map<string, string>();
   const whole = new Map<string, string>();
@@ -629,10 +633,7 @@ export async function peftFiles(adapter: Exportable): Promise<{ config: object; 
   checkAdapter("peftFiles", adapter);
   refuseBoth({ ...adapter, file: adapter.id });
   const tensors: SafetensorsEntry[] = [];
-  const add: Add = (name, shape, values) => {
-    const bytes = f32Bytes(values);
-    tensors.push({ name: PREFIX + name, dtype: "F32", shape: [...shape], read: () => bytes });
-  };
+  const add: Add = (name, shape, values) => void tensors.push(f32Entry(PREFIX + name, shape, values));
   const dora: string[] = [];
   for (const module of adapter.modules.values()) if (await addModule(module, add)) dora.push(module.name);
   const config = configOf(adapter, dora, await addSaved(adapter, add));
