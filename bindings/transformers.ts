@@ -283,10 +283,6 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     this.#disposed = true;
     return this.#parts.whole.close();
   }
-
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
-  }
 }
 
 /**
@@ -431,9 +427,7 @@ function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Found> {
       const session = { logSeverityLevel: 3 };
       // "auto" and "gpu" are onnxruntime's choice.
       if (device === undefined || device === "auto" || device === "gpu") return [name, { model, session }];
-      const [provider, deviceType = "cpu"] = device.split("-");
-      const executionProviders = [provider === "webnn" ? { name: provider, deviceType } : device];
-      return [name, { model, session: { ...session, executionProviders } }];
+      return [name, { model, session: { ...session, executionProviders: [device] } }];
     }),
   );
 }

@@ -17,10 +17,11 @@ import {
   type Exportable,
   f32Entry,
   factorsOf,
+  openSafetensors,
+  readAdapterFile,
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, type LoraParts, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import { type KeyRole, type PeftFiles, parsePeftKey } from "./peft.ts";
 import { CONVERT, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";

@@ -13,8 +13,14 @@ import type { TaskMetadata } from "../format/format.ts";
 import type { HubOptions } from "../http/hub.ts";
 import { type ByteSource, FETCH_OPTIONS } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
-import { type Adapter, type AdapterModule, type BaseFacts, compare } from "./adapter.ts";
-import { openSafetensors, readTaskMetadata } from "./adapter-file.ts";
+import {
+  type Adapter,
+  type AdapterModule,
+  type BaseFacts,
+  compare,
+  openSafetensors,
+  readTaskMetadata,
+} from "./adapter.ts";
 import { foreignName, holdsLora, MODELS, readDiffusers, withTextModel } from "./diffusers.ts";
 import { readGguf } from "./gguf.ts";
 import { isKohyaName, readKohya } from "./kohya.ts";

@@ -14,10 +14,11 @@ import {
   type Exportable,
   f32Bytes,
   factorsOf,
+  openFile,
+  readAdapterFile,
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { openFile, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, refuser, sortTensors } from "./named-lora.ts";
 import type { PeftFiles } from "./peft.ts";
 

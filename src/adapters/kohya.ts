@@ -7,8 +7,14 @@
 import { AdapterError } from "../errors.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors.ts";
 import { type Derived, type TensorFile, withDerived } from "../tensor/tensor-file.ts";
-import { type Adapter, type BaseFacts, type Exportable, refuseModule } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
+import {
+  type Adapter,
+  type BaseFacts,
+  type Exportable,
+  openSafetensors,
+  readAdapterFile,
+  refuseModule,
+} from "./adapter.ts";
 import { foreignName, tensorsOf } from "./diffusers.ts";
 import { assembleLora, type LoraKey, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import type { KeyRole, PeftFiles } from "./peft.ts";

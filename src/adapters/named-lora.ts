@@ -5,8 +5,14 @@
 
 import { AdapterError } from "../errors.ts";
 import { type Derived, show, type TensorFile, transposed, withDerived } from "../tensor/tensor-file.ts";
-import { type Adapter, type AdapterModule, compare, type SavedTensor } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
+import {
+  type Adapter,
+  type AdapterModule,
+  compare,
+  openSafetensors,
+  readAdapterFile,
+  type SavedTensor,
+} from "./adapter.ts";
 import {
   checkFloats,
   checkName,

@@ -15,10 +15,11 @@ import {
   type FactorMatrix,
   f32Bytes,
   factorsOf,
+  openFile,
+  readAdapterFile,
   refuseModule,
   refuseSaved,
 } from "./adapter.ts";
-import { openFile, readAdapterFile } from "./adapter-file.ts";
 import { assembleLora, type LoraKey, sortTensors, transposeMatrices } from "./named-lora.ts";
 import { type PeftFiles, parsePeftKey } from "./peft.ts";
 

@@ -22,11 +22,12 @@ import {
   type Exportable,
   f32Entry,
   factorsOf,
+  openSafetensors,
   rankOf,
+  readAdapterFile,
   refuseBoth,
   type SavedTensor,
 } from "./adapter.ts";
-import { openSafetensors, readAdapterFile } from "./adapter-file.ts";
 import { CONVERT, headsOf, type PeftConfig, readPeftConfig, withoutBase } from "./peft-config.ts";
 import type { BaseStart } from "./start.ts";
 
@@ -73,10 +74,7 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
         saved,
         baseModel: config.baseModel,
         metadata: withIdentity(metadata, config),
-        warnings: [
-          ...[...config.warnings, ...warnings, ...labelWarnings(metadata.labels, saved)],
-          ...tieWarnings([...modules.keys()], saved),
-        ],
+        warnings: [...[...config.warnings, ...warnings], ...tieWarnings([...modules.keys()], saved)],
       };
     });
     return base === undefined ? adapter : { ...adapter, close: () => adapter.close().then(close) };
@@ -84,13 +82,6 @@ export async function readPeft(files: PeftFiles): Promise<Adapter> {
     await close();
     throw error;
   }
-}
-
-/** Warns where labels may not fit: an unknown layer need not be the head that they belong to. */
-function labelWarnings(labels: readonly string[] | undefined, saved: readonly SavedTensor[]): string[] {
-  const layers = saved.filter(({ role, shape }) => role === "saved" && shape.length === 2);
-  if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return [];
-  return [`task.json has ${labels.length} labels, but no saved layer has as many rows: check that they are the base's`];
 }
 
 /** Embeddings that heads are tied to in many language models, and the heads, by the last part of their name. */
@@ -418,7 +409,6 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
   const parts: Places["parts"] = new Map();
   const rows = new Map<string, string>();
   const whole = new Map<string, string>();
-  const wrapped = new Map<string, string>();
   const biases = new Map<string, string>();
   const leftover: string[] = [];
   const unlisted: string[] = [];
@@ -429,10 +419,9 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
     map.set(name, key);
   };
   for (const key of file.tensors.keys()) checkName(key, refuse);
-  const adapters = adapterNames(file.tensors.keys());
   for (const [key, { dtype }] of file.tensors) {
     checkFloats(key, dtype, refuse);
-    const parsed = parsePeftKey(key, adapters);
+    const parsed = parsePeftKey(key);
     const where = parsed && placeOf(parsed, config);
     if (!parsed || where === undefined) leftover.push(key);
     else if (where === "part") {
@@ -442,9 +431,8 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
     } else if (where === "unlisted") {
       put(whole, parsed.name, key);
       unlisted.push(key);
-    } else if (where !== "unused") put({ rows, whole, wrapped, biases }[where], parsed.name, key);
+    } else put({ rows, whole, biases }[where], parsed.name, key);
   }
-  for (const [parameter, key] of wrapped) if (!whole.has(parameter)) whole.set(parameter, key);
   const copies = withoutCopies(parts, leftover, config, (name, key) => put(biases, name, key));
   if (leftover.length > 0) throw leftoverError(leftover, refuse);
   const warnings: string[] = [];
@@ -469,10 +457,9 @@ const EMBEDDINGS =
 function placeOf(
   { kind, name }: PeftKey,
   { modulesToSave, bias }: PeftConfig,
-): "part" | "rows" | "whole" | "wrapped" | "biases" | "unlisted" | "unused" | undefined {
-  if (kind === "part" || kind === "rows") return kind;
-  if (isSaved(name, modulesToSave)) return kind === "original" ? "unused" : kind === "plain" ? "whole" : "wrapped";
-  if (kind !== "plain") return undefined;
+): "part" | "rows" | "whole" | "biases" | "unlisted" | undefined {
+  if (kind !== "plain") return kind;
+  if (isSaved(name, modulesToSave)) return "whole";
   if (bias !== "none" && /(^|\.)bias$/.test(name)) return "biases";
   // Earlier versions of PEFT saved every parameter with "bias" in its name, such as T5's relative_attention_bias.weight.
   if (bias === "all" && name.includes("bias")) return "whole";
@@ -552,24 +539,21 @@ function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): 
   return refuse(
     keys[0]!,
     `nothing in adapter_config.json accounts for ${listed(keys)}. List the module in modules_to_save if it replaces the ` +
-      "base's, set bias if these are trained biases, or remove the tensors",
+      "base's, set bias if these are trained biases, save it with PEFT's save_pretrained, or remove the tensors",
   );
 }
 
 // Interprets the names of the tensors in PEFT's adapter_model.safetensors. Uses names only, neither shapes nor the configuration.
-// Accepted: with or without the prefix `base_model.model.`, with or without the adapter's own name after `lora_A`,
-// `modules_to_save` and the like (`lora_A.default.weight`).
+// Accepted: with or without the prefix `base_model.model.`, with or without the adapter's own name after `lora_A` and the like
+// (`lora_A.default.weight`).
 
 /** The tensors that one adapted module may have. `baseWeight` and `baseBias` are copies of the base's own. */
 export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
 
 /** Meaning of a tensor's name. */
 interface PeftKey {
-  /**
-   * "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias; the same
-   * "wrapped", under the wrapper's own name, where PEFT prefers the plain one; the base's "original" of it, which PEFT does not use.
-   */
-  readonly kind: "part" | "rows" | "plain" | "wrapped" | "original";
+  /** "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias. */
+  readonly kind: "part" | "rows" | "plain";
   /** The base's name of the module, of a part and of rows, or of the parameter. */
   readonly name: string;
   /** Set for a part. */
@@ -592,32 +576,19 @@ const PARTS: readonly (readonly [RegExp, KeyRole])[] = [
   [/^(.+)\.base_layer\.bias$/, "baseBias"],
 ];
 
-/** Names that adapters have in the names of a file's tensors. */
-function adapterNames(keys: Iterable<string>): Set<string> {
-  const names = [...keys].flatMap((key) => /\.lora_[AB]\.([^.]+)\.weight$/.exec(key)?.[1] ?? []);
-  return new Set(["default", ...names]);
-}
-
 /** Interprets a tensor's name; undefined where it is unknown. */
-export function parsePeftKey(key: string, adapters: ReadonlySet<string> = new Set()): PeftKey | undefined {
-  const parsed = parse(key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key, adapters);
+export function parsePeftKey(key: string): PeftKey | undefined {
+  const parsed = parse(key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key);
   return WRAPPER.test(parsed.name) ? undefined : parsed;
 }
 
-function parse(name: string, adapters: ReadonlySet<string>): PeftKey {
+function parse(name: string): PeftKey {
   for (const [pattern, part] of PARTS) {
     const module = pattern.exec(name)?.[1];
     if (module !== undefined) return { kind: "part", name: module, part };
   }
   const module = /^(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$/.exec(name)?.[1];
-  if (module !== undefined) return { kind: "rows", name: module };
-  const [, owner, wrapper, rest = ""] = /^(.+)\.(modules_to_save|original_module)\.(.+)$/.exec(name) ?? [];
-  if (owner === undefined) return { kind: "plain", name };
-  if (wrapper === "original_module") return { kind: "original", name: `${owner}.${rest}` };
-  // A first segment is the adapter's name only where it is known to be one: a saved module may have children.
-  const [first = "", ...others] = rest.split(".");
-  const inner = others.length > 0 && adapters.has(first) ? others.join(".") : rest;
-  return { kind: "wrapped", name: `${owner}.${inner}` };
+  return module === undefined ? { kind: "plain", name } : { kind: "rows", name: module };
 }
 
 // Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals its

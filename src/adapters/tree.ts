@@ -15,8 +15,7 @@ import { type HubName, hubName, isInside } from "../http/hub-name.ts";
 import type { ByteSource } from "../source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { parseJson } from "../tensor/tensor-file.ts";
-import type { BaseFacts } from "./adapter.ts";
-import { openSafetensors } from "./adapter-file.ts";
+import { type BaseFacts, openSafetensors } from "./adapter.ts";
 import { MODELS } from "./diffusers.ts";
 
 type PathKind = "file" | "folder" | undefined;

@@ -565,39 +565,30 @@ function componentsOf(module: PackModule, bases: Uint8Array): Components | undef
 function joinedRows(all: readonly ComponentRows[]): ComponentRows {
   const [first, ...others] = all as [ComponentRows, ...ComponentRows[]];
   if (others.length === 0) return first;
-  const rows = all.reduce((sum, part) => sum + part.rows, 0);
-  const join = <T extends Float32Array | Int8Array>(to: T, parts: readonly T[]): T => {
-    let at = 0;
-    for (const part of parts) {
-      to.set(part, at);
-      at += part.length;
-    }
-    return to;
-  };
   const { width } = first;
-  const floats = (): Float32Array => {
-    return join(
-      new Float32Array(rows * width),
-      all.map((part) => part.floats()),
-    );
-  };
+  const rows = all.reduce((sum, part) => sum + part.rows, 0);
+  const floats = (): Float32Array => joinedArrays(all.map((part) => part.floats()));
   const integers = all.flatMap((part) => part.integers ?? []);
   if (integers.length < all.length) return { rows, width, floats };
   return {
     ...{ rows, width, floats },
     integers: {
       bits: Math.max(...integers.map(({ bits }) => bits)) as 3 | 4 | 8,
-      scales: join(
-        new Float32Array(rows),
-        integers.map(({ scales }) => scales),
-      ),
-      values: () =>
-        join(
-          new Int8Array(rows * width),
-          integers.map((part) => part.values()),
-        ),
+      scales: joinedArrays(integers.map(({ scales }) => scales)),
+      values: () => joinedArrays(integers.map((part) => part.values())),
     },
   };
+}
+
+function joinedArrays<T extends Float32Array | Int8Array>(parts: readonly T[]): T {
+  const Typed = parts[0]!.constructor as new (length: number) => T;
+  const joined = new Typed(parts.reduce((sum, { length }) => sum + length, 0));
+  let at = 0;
+  for (const part of parts) {
+    joined.set(part, at);
+    at += part.length;
+  }
+  return joined;
 }
 
 function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {

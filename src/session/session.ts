@@ -456,10 +456,6 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
     return this.#closed;
   }
 
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
-  }
-
   async #end(): Promise<void> {
     await this.#queue.end();
     await this.#engine.release(this.#active.model);
