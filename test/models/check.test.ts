@@ -118,7 +118,7 @@ function pathOf(model: string): string {
 
 async function surveyOf({ model, pack, options = {} }: Case): Promise<Survey> {
   const opened = await openPack(pack);
-  const survey = await surveyModel(() => readModel(pathOf(model)), opened, options);
+  const survey = await surveyModel(await readModel(pathOf(model)), opened, options);
   await opened.close();
   return survey;
 }
@@ -138,14 +138,6 @@ t.test("check and createEigenSession agree", async (t) => {
       }
       const session = await create();
       if (mode === "auto") t.same([session.mode, session.reason], [survey.mode, survey.reason], what);
-      else {
-        const cost = survey.modes[mode];
-        const [largest] = [...opened.tasks.values()].sort((a, b) => b.bytes - a.bytes);
-        const { bytesFed } = await session.switchTask(largest!.id);
-        t.equal(bytesFed, cost.fedBytes + cost.writtenBytes, `${what}, ${mode}: bytes of a switch`);
-        t.equal(opened.residentBytes.coefficients >= survey.largestTask, true, "coefficients of the largest task");
-        if (mode === "core") t.equal(session.memory().basis, cost.componentBytes, `${what}: bytes of components`);
-      }
       const unconfirmed = survey.modules.filter(({ confirmed }) => confirmed !== true).map(({ module }) => module);
       t.same(session.unconfirmed, unconfirmed, `${what}, ${mode}: the same are confirmed`);
       await session.close();

@@ -433,7 +433,7 @@ function peak() {
 async function child(mode, path, dist, first) {
   const load = (file) => import(pathToFileURL(join(dist, file)).href);
   const [{ openPack }, build] = [await load("src/index.js"), await load("src/build.js")];
-  const { openSafetensors } = build.openSafetensors ? build : await load("src/adapters/adapter-file.js");
+  const { openSafetensors } = build.openSafetensors ? build : await load("src/adapters/adapter.js");
   const { signal } = new AbortController();
   // What is loaded late is loaded: files take no part in that.
   await openPack(first).then((pack) => pack.close());
