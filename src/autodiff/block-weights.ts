@@ -6,7 +6,7 @@
  * lower ones are w − 16 · u. Either side of a product can take that difference, so that they are never unpacked; it costs a digit of f32.
  */
 import { FLOAT, UINT8 } from "../onnx/linear.ts";
-import { attribute, type Graph } from "../onnx/model.ts";
+import { type Graph, intOf } from "../onnx/model.ts";
 import { CONTRIBUTED, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import { Emitter } from "./emit.ts";
@@ -41,12 +41,13 @@ export function blocksOf(
   node: NodeProto,
   known: (value: string) => { readonly dims: readonly (number | undefined)[]; readonly bytes: boolean },
 ): BlockWeight | string {
-  const int = (name: string, otherwise = 0): number => Number(attribute(node, name)?.i ?? otherwise);
   const [, packed, scales, zeros = "", order = ""] = node.input as [string, string, string, string?, string?];
   if (order !== "") return "has its columns in another order (g_idx)";
-  const bits = int("bits", 4);
+  const bits = intOf(node, "bits", 4);
   if (bits !== 4 && bits !== 8) return `has weights of ${bits} bits`;
-  const [K, N, block] = [int("K"), int("N"), int("block_size")];
+  const K = intOf(node, "K");
+  const N = intOf(node, "N");
+  const block = intOf(node, "block_size");
   return {
     ...{ N, K, bits, block, count: Math.ceil(K / block), packed, scales, shape: known(scales).dims },
     zeros: zeros === "" ? undefined : { name: zeros, bytes: known(zeros).bytes },
@@ -69,16 +70,16 @@ export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: n
   const { N, bits, block, count } = blocks;
   const [rows, width] = [to - from, (block * bits) / 8];
   const part = rows < N;
-  const some = part ? emit.op("Slice", [blocks.packed, late([from]), emit.ints([to]), emit.ints([0])]) : blocks.packed;
+  const some = part ? emit.op("Slice", blocks.packed, late([from]), [to], [0]) : blocks.packed;
   // A block is a row, so that bytes, zero and scale become floats in one pass.
-  const bytes = emit.op("Reshape", [some, late([-1, width])]);
+  const bytes = emit.reshape(some, late([-1, width]));
   const all = scalesOf(emit, blocks, [N * count]);
   const scales = part ? emit.slice(all, 0, from * count, to * count) : all;
   const floats = (values: string, each: number): string => {
     const of = zerosOf(emit, blocks, each, rows);
     const zeros = part && blocks.zeros?.bytes ? emit.slice(of, 0, from * count, to * count) : of;
-    const made = emit.op("DequantizeLinear", [values, scales, zeros], { axis: 0 });
-    return emit.op("Reshape", [made, late([-1, count * width])]);
+    const made = emit.op("DequantizeLinear", values, scales, zeros, { axis: 0 });
+    return emit.reshape(made, late([-1, count * width]));
   };
   // A byte's zero is 16 · z + z.
   return bits === 8 ? [floats(bytes, 1)] : [floats(bytes, 17), floats(upperHalves(emit, bytes), 1)];
@@ -89,32 +90,32 @@ export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: n
  * @returns [N · count]; [rows · count] of middles
  */
 function zerosOf(emit: Emitter, { N, count, bits, zeros }: BlockWeight, each: number, rows: number): string {
-  if (!zeros?.bytes) return emit.op("Expand", [emit.byte(each * 2 ** (bits - 1)), emit.ints([rows * count])]);
-  if (bits === 8) return emit.op("Reshape", [zeros.name, emit.ints([N * count])]);
+  if (!zeros?.bytes) return emit.op("Expand", emit.byte(each * 2 ** (bits - 1)), [rows * count]);
+  if (bits === 8) return emit.reshape(zeros.name, [N * count]);
   // Runtimes compute this when they load it, which they do not with QLinearAdd.
-  const bytes = emit.toFloat(emit.op("Reshape", [zeros.name, emit.ints([N, Math.ceil(count / 2), 1])]));
-  const upper = emit.op("Floor", [emit.mul(bytes, 1 / 16)]);
+  const bytes = emit.toFloat(emit.reshape(zeros.name, [N, Math.ceil(count / 2), 1]));
+  const upper = emit.op("Floor", emit.mul(bytes, 1 / 16));
   const both = emit.concat([emit.sub(bytes, emit.mul(16, upper)), upper], 2);
-  const own = emit.slice(emit.op("Flatten", [both], { axis: 1 }), 1, 0, count);
-  return emit.op("Reshape", [emit.op("Cast", [emit.mul(each, own)], { to: UINT8 }), emit.ints([N * count])]);
+  const own = emit.slice(emit.op("Flatten", both, { axis: 1 }), 1, 0, count);
+  return emit.reshape(emit.op("Cast", emit.mul(each, own), { to: UINT8 }), [N * count]);
 }
 
 /** Upper halves of bytes: (w − 7.5) / 16, rounded, which is exact. BitShift takes five times as long. */
 function upperHalves(emit: Emitter, bytes: string): string {
   const [zero, fifteen] = [emit.byte(0), emit.byte(15)];
-  return emit.op("QLinearAdd", [bytes, 1, zero, zero, 0.5, fifteen, 16, zero], {}, CONTRIBUTED);
+  return emit.op(`${CONTRIBUTED}.QLinearAdd`, bytes, 1, zero, zero, 0.5, fifteen, 16, zero);
 }
 
 /** Scales in another shape. */
 function scalesOf(emit: Emitter, { scales, shape }: BlockWeight, to: readonly number[]): string {
-  return String(shape) === String(to) ? scales : emit.op("Reshape", [scales, emit.ints(to)]);
+  return String(shape) === String(to) ? scales : emit.reshape(scales, to);
 }
 
 /** The amount that zeros that are floats add to all weights of a block: f32 [N, count]; undefined for others. */
 export function offsetsOf(emit: Emitter, blocks: BlockWeight): string | undefined {
   const { N, count, bits, zeros } = blocks;
   if (!zeros || zeros.bytes) return undefined;
-  const values = emit.toFloat(emit.op("Reshape", [zeros.name, emit.ints([N, count])]));
+  const values = emit.toFloat(emit.reshape(zeros.name, [N, count]));
   return emit.mul(emit.sub(2 ** (bits - 1), values), scalesOf(emit, blocks, [N, count]));
 }
 
@@ -165,8 +166,8 @@ export function unpackProducts(
 
 /** The same where the rank of x is not known. */
 function productOfRows(emit: Emitter, x: string, blocks: BlockWeight): string {
-  const shape = emit.concat([emit.slice(emit.op("Shape", [x]), 0, 0, -1), emit.ints([blocks.N])], 0);
-  return emit.op("Reshape", [product(emit, emit.rows(x), 2, blocks), shape]);
+  const shape = emit.concat([emit.slice(emit.op("Shape", x), 0, 0, -1), [blocks.N]], 0);
+  return emit.reshape(product(emit, emit.rows(x), 2, blocks), shape);
 }
 
 /** The product of x, of some rank, with a weight: [… , N]. */
@@ -174,10 +175,10 @@ function product(emit: Emitter, x: string, rank: number, blocks: BlockWeight): s
   const { K, block, bits, count } = blocks;
   const missing = count * block - K;
   const before = Array<number>(rank - 1).fill(0);
-  const all = missing > 0 ? emit.op("Pad", [x, emit.ints([...before, 0, ...before, missing])]) : x;
+  const all = missing > 0 ? emit.op("Pad", x, [...before, 0, ...before, missing]) : x;
   const sides = bits === 8 ? [all] : pairs(emit, all, count * block);
   const by = (side: string, weight: string): string =>
-    emit.op("FusedMatMul", [side, weight], { transB: 1 }, CONTRIBUTED);
+    emit.op(`${CONTRIBUTED}.FusedMatMul`, side, weight, { transB: 1 });
   const parts = inParts<readonly string[]>(blocks, (from, to, before = []) => {
     const weights = unpacked(emit, blocks, from, to, (numbers) => emit.late(numbers, before.at(-1) ?? x));
     return [...before, weights.map((weight, i) => by(sides[i]!, weight)).reduce((a, b) => emit.add(a, b))];
@@ -185,14 +186,13 @@ function product(emit: Emitter, x: string, rank: number, blocks: BlockWeight): s
   const product = emit.concat(parts, -1);
   const offsets = offsetsOf(emit, blocks);
   if (offsets === undefined) return product;
-  const sums = emit.sum(emit.op("Reshape", [all, emit.ints([...before, count, block])]), [rank], false);
+  const sums = emit.sum(emit.reshape(all, [...before, count, block]), [rank], false);
   return emit.add(product, by(sums, offsets));
 }
 
 /** Operands of x for bytes, and for upper halves: l · x + u · y = w · x + u · (y − 16 · x) for columns x and y. */
 function pairs(emit: Emitter, x: string, K: number): readonly string[] {
-  const column = (from: number): string =>
-    emit.op("Slice", [x, emit.ints([from]), emit.ints([K]), emit.ints([-1]), emit.ints([2])]);
+  const column = (from: number): string => emit.op("Slice", x, [from], [K], [-1], [2]);
   const [even, odd] = [column(0), column(1)];
   return [even, emit.sub(odd, emit.mul(16, even))];
 }

@@ -9,7 +9,7 @@ import { FormatError } from "../errors.ts";
 import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
-import { attribute, type Graph, indexGraph, type OnnxModel } from "../onnx/model.ts";
+import { type Graph, indexGraph, intOf, type OnnxModel } from "../onnx/model.ts";
 import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
 import {
   create,
@@ -23,9 +23,8 @@ import type { ModelFile } from "../onnx/read.ts";
 import { flattenScales, unpackProducts } from "./block-weights.ts";
 import { operatorOf } from "./definitions.ts";
 import { Emitter, type Moment } from "./emit.ts";
-import { NodeGradient, type Walk } from "./node-gradient.ts";
 import { type ProbedPath, probePath } from "./path.ts";
-import { RULES } from "./rules.ts";
+import { NodeGradient, RULES, untransposed, type Walk } from "./rules.ts";
 import { Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface TrainingGraphOptions {
@@ -403,7 +402,7 @@ function typesOf(
 
 function typeOfResult(node: NodeProto, at: (value?: string) => number | undefined): number | undefined {
   const { opType, input } = node;
-  if (opType === "Cast") return Number(attribute(node, "to")?.i);
+  if (opType === "Cast") return intOf(node, "to");
   if (/^(Shape|Size)$/.test(opType)) return INT64;
   if (/^(Equal|Less|Greater|LessOrEqual|And)$/.test(opType)) return BOOL;
   if (opType === "GatherBlockQuantized") return at(input[2]);
@@ -537,8 +536,8 @@ function takeUntransposed(graph: Graph, opset: number): void {
     for (const { node: product } of uses) {
       const written = emit.nodes.length;
       const [x] = product.input as [string];
-      const rows = emit.op("Gemm", [emit.rows(x), weight.name], { transB: 1 });
-      const shape = emit.concat([emit.slice(emit.op("Shape", [x]), 0, 0, -1), emit.ints([weight.rows])], 0);
+      const rows = emit.op("Gemm", emit.rows(x), weight.name, { transB: 1 });
+      const shape = emit.concat([emit.slice(emit.op("Shape", x), 0, 0, -1), [weight.rows]], 0);
       before.set(product, emit.nodes.slice(written));
       product.opType = "Reshape";
       product.input = [rows, shape];
@@ -548,15 +547,13 @@ function takeUntransposed(graph: Graph, opset: number): void {
 }
 
 /** The f32 weight [rows, columns] that a Transpose takes, also behind a Cast; undefined for other nodes. */
-function transposedWeight(
-  { initializers, producers }: Graph,
-  node: NodeProto,
-): { readonly name: string; readonly rows: number } | undefined {
-  if (node.opType !== "Transpose" || attribute(node, "perm")?.ints.join() === "0,1") return undefined;
-  const [name] = node.input as [string];
+function transposedWeight(graph: Graph, node: NodeProto): { readonly name: string; readonly rows: number } | undefined {
+  const name = untransposed(graph, node.output[0] ?? "");
+  if (name === undefined) return undefined;
+  const { initializers, producers } = graph;
   const cast = producers.get(name);
   const tensor = initializers.get(cast?.opType === "Cast" ? cast.input[0]! : name);
-  const type = cast ? Number(attribute(cast, "to")?.i ?? 0n) : tensor?.dataType;
+  const type = cast ? intOf(cast, "to") : tensor?.dataType;
   return tensor?.dims.length === 2 && type === FLOAT ? { name, rows: Number(tensor.dims[0]) } : undefined;
 }
 
@@ -580,7 +577,7 @@ function entropyOf(emit: Emitter, targets: string, logs: string, count: string):
 /** exp(rows − maximum) and its sum over classes: no exponential overflows. */
 function powersOf(emit: Emitter, rows: string): { shifted: string; powers: string; total: string } {
   const shifted = emit.sub(rows, emit.max(rows, [1]));
-  const powers = emit.op("Exp", [shifted]);
+  const powers = emit.op("Exp", shifted);
   return { shifted, powers, total: emit.sum(powers, [1], true) };
 }
 
@@ -596,14 +593,14 @@ const NEVER = 1e30;
  */
 function crossEntropy(emit: Emitter, logits: string, targets: string, squares: string): Loss {
   const rows = emit.rows(logits);
-  const classes = emit.sub(emit.float(1), squares);
+  const classes = emit.sub(1, squares);
   const wanted = emit.mul(targets, classes);
-  const among = emit.sub(emit.mul(rows, classes), emit.mul(squares, emit.float(NEVER)));
+  const among = emit.sub(emit.mul(rows, classes), emit.mul(squares, NEVER));
   const { shifted, powers, total } = powersOf(emit, among);
   const count = emit.toFloat(emit.size(rows, 0));
   const off = emit.mul(emit.sub(rows, targets), squares);
-  const entropy = entropyOf(emit, wanted, emit.sub(shifted, emit.op("Log", [total])), count);
-  const halves = emit.div(emit.sum(emit.mul(off, off), [0, 1], false), emit.mul(count, emit.float(2)));
+  const entropy = entropyOf(emit, wanted, emit.sub(shifted, emit.op("Log", total)), count);
+  const halves = emit.div(emit.sum(emit.mul(off, off), [0, 1], false), emit.mul(count, 2));
   const expected = emit.mul(emit.div(powers, total), emit.sum(wanted, [1], true));
   const beyond = emit.add(emit.sub(expected, wanted), off);
   return { loss: emit.add(entropy, halves), gradient: emit.reshapeAs(emit.div(beyond, count), logits) };
@@ -617,12 +614,12 @@ function crossEntropy(emit: Emitter, logits: string, targets: string, squares: s
 function sparseCrossEntropy(emit: Emitter, logits: string, classes: string, targets: string): Loss {
   const rows = emit.rows(logits);
   const { shifted, powers, total } = powersOf(emit, rows);
-  const at = (values: string): string => emit.op("GatherElements", [values, classes], { axis: 1 });
+  const at = (values: string): string => emit.op("GatherElements", values, classes, { axis: 1 });
   const count = emit.toFloat(emit.size(rows, 0));
-  const loss = entropyOf(emit, targets, emit.sub(at(shifted), emit.op("Log", [total])), count);
+  const loss = entropyOf(emit, targets, emit.sub(at(shifted), emit.op("Log", total)), count);
   const expected = emit.mul(powers, emit.div(emit.sum(targets, [1], true), emit.mul(total, count)));
   const wanted = emit.sub(at(expected), emit.div(targets, count));
-  const rest = emit.op("ScatterElements", [expected, classes, wanted], { axis: 1 });
+  const rest = emit.op("ScatterElements", expected, classes, wanted, { axis: 1 });
   return { loss, gradient: emit.reshapeAs(rest, logits) };
 }
 
@@ -711,7 +708,7 @@ function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto
     !makers.has(value) || (real.has(value) && (!active.has(value) || kept.has(value)));
   /** Names in the branch, by value. */
   const made = new Map<string, string>();
-  const waiting = emit.beside(`${PREFIX}/late`);
+  const waiting = new Emitter(main, emit.constants.opset, `${PREFIX}/late`);
   const nodes: NodeProto[] = [];
 
   /** Re-emits an existing value so that it becomes available only after `moment`. Reshape reuses its buffer. */
@@ -725,7 +722,7 @@ function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto
     if (rank === 0) return value;
     const written = waiting.nodes.length;
     const zeros = waiting.late(Array<number>(rank).fill(0), moment!.value, moment!.axis);
-    const again = waiting.op("Reshape", [value, zeros]);
+    const again = waiting.reshape(value, zeros);
     nodes.push(...waiting.nodes.slice(written));
     return again;
   };

@@ -3,8 +3,8 @@
  */
 
 import type { Feed } from "../onnx/feeds.ts";
-import { attribute, type Graph, indexGraph, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
-import { type Added, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
+import { type Graph, indexGraph, intOf, intsOf, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
+import { type Added, makeInts, makeNode, PREFIX, readBy } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { operatorOf, shadowOf } from "./definitions.ts";
@@ -41,21 +41,21 @@ function findPath(
   const nodes = graph.proto.node;
   const reached = new Set(sources);
   for (const node of nodes) {
-    if ([...flowing(node), ...captured(node)].some((value) => reached.has(value))) {
+    if (flowing(node).some((value) => reached.has(value))) {
       for (const output of node.output) reached.add(output);
     }
   }
   const needed = new Set([end]);
   for (const node of nodes.toReversed()) {
     if (!node.output.some((value) => needed.has(value))) continue;
-    for (const value of [...flowing(node), ...captured(node)]) needed.add(value);
+    for (const value of flowing(node)) needed.add(value);
   }
   const active = new Set([...reached].filter((value) => value !== "" && needed.has(value)));
   for (const source of sources)
     if (!active.has(source)) problems.add("what is trained does not reach the loss", source);
 
   const path = nodes.filter((node) => {
-    const enters = [...flowing(node), ...captured(node)].some((value) => active.has(value));
+    const enters = flowing(node).some((value) => active.has(value));
     return enters && node.output.some((value) => active.has(value));
   });
   for (const node of path) {
@@ -65,20 +65,12 @@ function findPath(
   return { nodes: path.filter((node) => obstacle(node) === undefined), active };
 }
 
-/** Inputs that a gradient can flow to. */
+/** Inputs that a gradient can flow to, and what graphs inside the node read. */
 function flowing(node: NodeProto): readonly string[] {
   if (STOPS.has(node.opType) && isStandard(node)) return [];
-  if (node.opType === "Cast" && !FLOATS.has(Number(attribute(node, "to")?.i ?? 1))) return [];
+  if (node.opType === "Cast" && !FLOATS.has(intOf(node, "to", 1))) return [];
   const inputs = RULES.get(operatorOf(node))?.inputs;
-  return inputs ? inputs.map((i) => node.input[i] ?? "") : node.input;
-}
-
-/** Values from outside that the graphs inside a node read. */
-function captured(node: NodeProto): readonly string[] {
-  return nestedGraphs(node).flatMap((graph) => [
-    ...graph.node.flatMap((inner) => [...inner.input, ...captured(inner)]),
-    ...graph.output.map(({ name }) => name),
-  ]);
+  return inputs ? inputs.map((i) => node.input[i] ?? "") : readBy(node);
 }
 
 function isStandard({ domain }: NodeProto): boolean {
@@ -191,7 +183,7 @@ function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
     const [all, index] = gather.input as [string, string];
     if (shapes.constant(index)?.length !== 1 || shapes.dims(index).length > 1 || shapes.dims(all).length < 2) continue;
     if (--left < 0) break;
-    const axis = fromFront(Number(attribute(gather, "axis")?.i ?? 0n), shapes.dims(all).length);
+    const axis = fromFront(intOf(gather, "axis"), shapes.dims(all).length);
     const found = liftable(lifted ?? graph, gather, axis, nodes, shapes);
     if (![...found.keys()].some(({ opType }) => opType === "MatMul")) continue;
     takeEarly(lifted ?? graph, gather, axis, found, shapes);
@@ -302,8 +294,6 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried
   const { opType, input, output } = node;
   const made = shapes.sizes(output[0]!);
   const rank = made.length;
-  const ints = (name: string): readonly number[] | undefined => attribute(node, name)?.ints.map(Number);
-  const int = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
   const first = shapes.sizes(input[0]!);
   if (ELEMENTWISE.test(opType)) {
     const carried = input.flatMap((value, i) => {
@@ -316,16 +306,16 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried
   /** Reduces the first input only. */
   const one = (along: number | undefined): Lifted["carried"] | undefined =>
     along === undefined ? undefined : new Map([[0, along]]);
-  if (ALONG.test(opType)) return one(at < fromFront(int("axis", -1), rank) ? at : undefined);
+  if (ALONG.test(opType)) return one(at < fromFront(intOf(node, "axis", -1), rank) ? at : undefined);
   switch (opType) {
     case "MatMul":
       return one(at === rank - 2 && first.length >= 2 ? first.length - 2 : undefined);
     case "Transpose":
-      return one(ints("perm")?.[at]);
+      return one(intsOf(node, "perm")?.[at]);
     case "ReduceMean": {
-      const axes = ints("axes") ?? shapes.constant(input[1] ?? "");
+      const axes = intsOf(node, "axes") ?? shapes.constant(input[1] ?? "");
       const apart = axes !== undefined && axes.length > 0 && !axes.some((axis) => fromFront(axis, rank) === at);
-      return one(apart && int("keepdims", 1) === 1 ? at : undefined);
+      return one(apart && intOf(node, "keepdims", 1) === 1 ? at : undefined);
     }
     case "Reshape": {
       // The dimension with as many elements in front of it and as many positions, so that the rest moves as a whole. One may be free.

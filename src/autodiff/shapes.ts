@@ -5,7 +5,7 @@
 
 import { FormatError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import { attribute, type Graph } from "../onnx/model.ts";
+import { type Graph, intOf, intsOf } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
 import { create, type NodeProto, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -123,10 +123,10 @@ function weightOf({ initializers, producers }: Graph, value: string): Probed | u
   for (let depth = 0; depth < 4; depth++) {
     const node = producers.get(name);
     if (node?.opType !== "Transpose" && node?.opType !== "Cast") break;
-    const perm = node.opType === "Transpose" ? attribute(node, "perm")?.ints.map(Number) : [];
+    const perm = node.opType === "Transpose" ? intsOf(node, "perm") : [];
     if (!perm) break;
     if (perm.length > 0) permutations.push(perm);
-    else cast ??= Number(attribute(node, "to")?.i ?? 0n);
+    else cast ??= intOf(node, "to");
     name = node.input[0]!;
   }
   const tensor = initializers.get(name);

@@ -8,7 +8,7 @@ import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
 import { producer } from "./linear.ts";
-import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, partStart, type Stored } from "./modules.ts";
 import type { NodeProto } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
@@ -121,11 +121,10 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
  * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits - 1) where there are none.
  */
 async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
-  const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-  const inputs = number("K", 0);
-  const out = number("N", 0);
-  const bits = number("bits", 4);
-  const size = number("block_size", 0);
+  const inputs = intOf(node, "K");
+  const out = intOf(node, "N");
+  const bits = intOf(node, "bits", 4);
+  const size = intOf(node, "block_size");
   const packed = await reader.values(node.input[1]);
   const scales = await reader.values(node.input[2]);
   const zeros = await reader.values(node.input[3]);
@@ -206,18 +205,17 @@ interface Quantization {
 function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
   const direct = model.graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
   if (direct) {
-    const axis = Number(attribute(direct, "axis")?.i ?? 1);
-    const block = Number(attribute(direct, "block_size")?.i ?? 0);
+    const axis = intOf(direct, "axis", 1);
+    const block = intOf(direct, "block_size");
     return { scale: direct.input[1], zero: direct.input[2], axis: axis < 0 ? axis + 2 : axis, block };
   }
   if (!use) return undefined;
   const { node } = use;
   if (node.opType === "GatherBlockQuantized") {
-    const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
     // Bytes without zero points are centred, and may hold two numbers each; no known tool writes such.
     if (model.graph.initializers.get(initializer)?.dataType === 2) return undefined;
     const [, , scale, zero] = node.input;
-    return { scale, zero, axis: number("quantize_axis", 1), block: number("block_size", 128) };
+    return { scale, zero, axis: intOf(node, "quantize_axis", 1), block: intOf(node, "block_size", 128) };
   }
   if (node.opType === "QLinearConv") return { scale: node.input[4], zero: node.input[5], axis: 0, block: 0 };
   if (node.opType === "QLinearMatMul") return { scale: node.input[4], zero: node.input[5], axis: 1, block: 0 };

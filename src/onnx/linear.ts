@@ -4,7 +4,7 @@
  * reads no value and changes nothing.
  */
 import { biasedRows } from "../core/tied.ts";
-import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { constantOf, floatOf, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, type Slice, SUMS } from "./modules.ts";
 import type { GraphProto, NodeProto } from "./protobuf.ts";
 
@@ -157,14 +157,14 @@ function linearOf(model: OnnxModel, use: Use): Site | string {
       return simple(typeOf(model, graph, node.input[1]!));
     case "FusedMatMul":
       if (input !== 1) return refuse("multiplies the weight from the left");
-      if (["transA", "transBatchA", "transBatchB"].some((name) => attribute(node, name)?.i))
+      if (["transA", "transBatchA", "transBatchB"].some((name) => intOf(node, name)))
         return refuse("turns what enters it");
-      if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
+      if (floatOf(node, "alpha", 1) !== 1) return refuse("scales the product");
       return simple(typeOf(model, graph, node.input[1]!));
     case "Gemm":
-      if (input !== 1 || attribute(node, "transA")?.i) return refuse("multiplies from the left or transposed");
-      if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
-      if (has(node, 2) && (attribute(node, "beta")?.f ?? 1) !== 1) return refuse("scales its bias");
+      if (input !== 1 || intOf(node, "transA")) return refuse("multiplies from the left or transposed");
+      if (floatOf(node, "alpha", 1) !== 1) return refuse("scales the product");
+      if (has(node, 2) && floatOf(node, "beta", 1) !== 1) return refuse("scales its bias");
       return simple(typeOf(model, graph, node.input[1]!), 2);
     case "MatMulNBits":
       return simple(typeOf(model, graph, node.input[2]!), 5);
@@ -241,7 +241,7 @@ export function dynamic(model: OnnxModel, { node, graph }: Use): Site | undefine
   const cast = onlyConsumer(model, graph, node);
   const scaled = cast?.opType === "Cast" ? onlyConsumer(model, graph, cast) : undefined;
   if (before?.opType !== "DynamicQuantizeLinear" || scaled?.opType !== "Mul") return undefined;
-  const type = Number(attribute(cast!, "to")?.i ?? FLOAT);
+  const type = intOf(cast, "to", FLOAT);
   return { graph, node: scaled, x: before.input[0]!, type };
 }
 
@@ -327,13 +327,13 @@ export function typeOf(model: OnnxModel, graph: GraphProto, value: string): numb
     if (!node) return FLOAT;
     switch (node.opType) {
       case "Cast":
-        return Number(attribute(node, "to")?.i ?? FLOAT);
+        return intOf(node, "to", FLOAT);
       case "CastLike":
       case "DequantizeLinear":
         at = node.input[1]!;
         break;
       case "Constant":
-        return attribute(node, "value")?.t?.dataType ?? FLOAT;
+        return constantOf(node)?.dataType ?? FLOAT;
       default:
         at = node.input[0] ?? "";
     }
@@ -451,9 +451,7 @@ function constantSize(model: OnnxModel, graph: GraphProto, value: string): numbe
     seen.add(at);
     const made = producer(model, graph, at);
     const tensor =
-      model.graph.initializers.get(at) ??
-      model.graph.scopes.get(graph)?.initializers.get(at) ??
-      (made?.opType === "Constant" ? attribute(made, "value")?.t : undefined);
+      model.graph.initializers.get(at) ?? model.graph.scopes.get(graph)?.initializers.get(at) ?? constantOf(made);
     if (tensor) return tensor.dims.reduce((a, b) => a * Number(b), 1);
     if (made?.opType !== "DequantizeLinear" && !RESHAPES.has(made?.opType ?? "")) return undefined;
     at = made!.input[0] ?? "";

@@ -6,7 +6,7 @@
 import { sameShape } from "../core/base.ts";
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
-import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
+import { intOf, intsOf, type Graph, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./protobuf.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
@@ -200,7 +200,7 @@ function wholeShape({
   uses,
 }: Pick<Stored, "shape" | "layout" | "uses">): readonly [out: number, inputs: number] | undefined {
   const packed = uses.find(({ node }) => node.opType === "MatMulNBits")?.node;
-  if (packed) return [Number(attribute(packed, "N")?.i ?? 0), Number(attribute(packed, "K")?.i ?? 0)];
+  if (packed) return [intOf(packed, "N"), intOf(packed, "K")];
   const [rows, columns] = shape;
   if (shape.length !== 2 || rows === undefined || columns === undefined) return undefined;
   return layout === "in-out" ? [columns, rows] : [rows, columns];
@@ -475,8 +475,8 @@ export function isParameterName(name: string): boolean {
 
 /** True if a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
 function turnsMatrix(node: NodeProto): boolean {
-  const perm = attribute(node, "perm")?.ints;
-  return perm === undefined || (perm.length === 2 && perm[0] === 1n);
+  const perm = intsOf(node, "perm");
+  return perm === undefined || (perm.length === 2 && perm[0] === 1);
 }
 
 interface Role {
@@ -495,14 +495,14 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "MatMulInteger":
     case "FusedMatMul":
       if (input > 1) return undefined;
-      return matrix(input === 0 || attribute(node, "transB")?.i ? "out-in" : "in-out");
+      return matrix(input === 0 || intOf(node, "transB") ? "out-in" : "in-out");
     case "QLinearMatMul":
       return input === 3 ? matrix("in-out") : undefined;
     case "MatMulNBits":
       // [out, blocks, bytes]: packed along the rows of an out-in weight.
       return input === 1 ? { suffix: "weight", layout: "out-in" } : undefined;
     case "Gemm":
-      if (input === 1) return matrix(attribute(node, "transB")?.i ? "out-in" : "in-out");
+      if (input === 1) return matrix(intOf(node, "transB") ? "out-in" : "in-out");
       return input === 2 ? { suffix: "bias" } : undefined;
     case "Conv":
     case "ConvInteger":
@@ -510,7 +510,7 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
       return input === 2 && node.opType === "Conv" ? { suffix: "bias" } : undefined;
     case "Gather":
     case "GatherBlockQuantized":
-      if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;
+      if (input !== 0 || rank !== 2 || intOf(node, "axis")) return undefined;
       return { suffix: "weight", layout: transposed ? undefined : "embedding" };
     case "Add":
       return rank === 1 ? { suffix: "bias" } : undefined;

@@ -112,12 +112,8 @@ export function makeFloats(name: string, values: readonly number[], dims: readon
  * allowed.
  */
 export function makeValue(name: string, elemType: number, dims?: readonly (number | string)[]): ValueInfoProto {
-  const dim = dims?.map((d) => {
-    if (typeof d === "number") return { value: { case: "dimValue" as const, value: BigInt(d) } };
-    return { value: d === "" ? { case: undefined } : { case: "dimParam" as const, value: d } };
-  });
-  const value = { elemType, ...(dim ? { shape: { dim } } : {}) };
-  return create(ValueInfoProtoSchema, { name, type: { value: { case: "tensorType", value } } });
+  const dim = dims?.map((d) => (typeof d === "number" ? { dimValue: BigInt(d) } : d === "" ? {} : { dimParam: d }));
+  return create(ValueInfoProtoSchema, { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
 }
 
 interface NodeEdit {
@@ -163,18 +159,165 @@ export class NodeEdits {
   }
 }
 
-/** Collects nodes to add behind one node or in front of it, in order. */
-export class Place {
+/** A value by name, or a constant: an f32 scalar for a number, an int64 vector for a list. */
+export type Operand = string | number | readonly number[];
+
+/** Constants that are added to a graph, each once. */
+export class Constants {
+  readonly opset: number;
+  readonly #graph: GraphProto;
+  readonly #prefix: string;
+  readonly #names = new Set<string>();
+
+  constructor(graph: GraphProto, opset: number, prefix: string) {
+    this.#graph = graph;
+    this.opset = opset;
+    this.#prefix = prefix;
+  }
+
+  of(value: Operand): string {
+    if (typeof value === "string") return value;
+    if (typeof value === "number") return this.add(`float/${value}`, (name) => makeFloats(name, [value], []));
+    return this.add(`ints/${value.join(",")}`, (name) => makeInts(name, value));
+  }
+
+  add(key: string, make: (name: string) => TensorProto): string {
+    const name = `${this.#prefix}/${key}`;
+    if (!this.#names.has(name)) this.#graph.initializer.push(make(name));
+    this.#names.add(name);
+    return name;
+  }
+}
+
+/**
+ * Most inputs of one Concat. WebGPU allows a shader eight storage buffers, and onnxruntime-web 1.30's older build does not
+ * check it: a Concat of 24 tensors gives garbage without an error.
+ */
+const CONCAT_INPUTS = 6;
+
+/** Writes nodes of standard operators in the form that the model's opset needs. A node is never written twice. */
+export class NodeWriter {
+  /** Nodes in the order in which they must run. */
+  readonly nodes: NodeProto[] = [];
+  readonly constants: Constants;
+  /** Names by what a node computes. */
+  protected readonly made: Map<string, string> = new Map();
+  readonly #prefix: string;
+  #count = 0;
+
+  /** @param prefix of the names of written nodes and values */
+  constructor(constants: Constants, prefix: string) {
+    this.constants = constants;
+    this.#prefix = prefix;
+  }
+
+  /**
+   * @param opType with the domain in front where it is not the standard one: "com.microsoft.Gelu"
+   * @param given inputs; attributes may follow
+   */
+  op(opType: string, ...given: readonly (Operand | Attributes)[]): string {
+    const last = given.at(-1);
+    const operands = given.filter((one): one is Operand => !isAttributes(one));
+    return this.write(opType, operands, isAttributes(last) ? last : {}, 1)[0]!;
+  }
+
+  /** @returns the outputs of the node */
+  protected write(
+    opType: string,
+    operands: readonly Operand[],
+    attributes: Attributes,
+    outputs: number,
+  ): readonly string[] {
+    const values = operands.map((operand) => this.constants.of(operand));
+    const key = JSON.stringify([opType, values, attributes]);
+    const known = this.made.get(key);
+    const name = known ?? this.fresh(opType);
+    const names = outputs === 1 ? [name] : Array.from({ length: outputs }, (_, i) => `${name}/${i}`);
+    if (known !== undefined) return names;
+    this.made.set(key, name);
+    const dot = opType.lastIndexOf(".");
+    const domain = opType.slice(0, Math.max(dot, 0));
+    this.nodes.push(makeNode(opType.slice(dot + 1), name, values, names, attributes, domain));
+    return names;
+  }
+
+  /** A name that nothing has yet. */
+  protected fresh(opType: string): string {
+    return `${this.#prefix}/${opType}_${this.#count++}`;
+  }
+
+  /** Splits a value along one axis into pieces of these sizes. */
+  split(value: string, axis: number, sizes: readonly number[]): readonly string[] {
+    // Opset 13 turned the sizes into an input.
+    if (this.constants.opset < 13) return this.write("Split", [value], { axis, split: sizes }, sizes.length);
+    return this.write("Split", [value, sizes], { axis }, sizes.length);
+  }
+
+  add(a: Operand, b: Operand): string {
+    return this.op("Add", a, b);
+  }
+
+  sub(a: Operand, b: Operand): string {
+    return this.op("Sub", a, b);
+  }
+
+  mul(a: Operand, b: Operand): string {
+    return this.op("Mul", a, b);
+  }
+
+  div(a: Operand, b: Operand): string {
+    return this.op("Div", a, b);
+  }
+
+  reshape(value: string, shape: Operand): string {
+    return this.op("Reshape", value, shape);
+  }
+
+  /** Reshapes [… , in] to [x, in]. */
+  rows(value: string): string {
+    return this.op("Flatten", value, { axis: -1 });
+  }
+
+  /** Slice value[from:to] along one axis. */
+  slice(value: string, axis: number, from: number, to: number): string {
+    return this.op("Slice", value, [from], [to], [axis]);
+  }
+
+  concat(values: readonly Operand[], axis: number): string {
+    let level = values.map((value) => this.constants.of(value));
+    while (level.length > 1) {
+      const next: string[] = [];
+      for (let i = 0; i < level.length; i += CONCAT_INPUTS) {
+        const part = level.slice(i, i + CONCAT_INPUTS);
+        next.push(part.length === 1 ? part[0]! : this.op("Concat", ...part, { axis }));
+      }
+      level = next;
+    }
+    return level[0]!;
+  }
+
+  /** A constant int64 scalar. */
+  int(value: number): string {
+    return this.constants.add(`int/${value}`, (name) => makeInts(name, [value], []));
+  }
+}
+
+function isAttributes(given: Operand | Attributes | undefined): given is Attributes {
+  return typeof given === "object" && !Array.isArray(given);
+}
+
+/** Collects nodes to add behind one node or in front of it. */
+export class Place extends NodeWriter {
   readonly #edits: NodeEdits;
   readonly #graph: GraphProto;
   readonly #node: NodeProto;
   readonly #name: string;
   readonly #type: number;
-  readonly #nodes: NodeProto[] = [];
   #result = "";
 
   /** @param type of the model's values there; added nodes compute in f32 */
-  constructor(edits: NodeEdits, graph: GraphProto, node: NodeProto, name: string, type: number) {
+  constructor(edits: NodeEdits, constants: Constants, graph: GraphProto, node: NodeProto, name: string, type: number) {
+    super(constants, name);
     this.#edits = edits;
     this.#graph = graph;
     this.#node = node;
@@ -182,39 +325,27 @@ export class Place {
     this.#type = type;
   }
 
-  op(opType: string, input: readonly string[], attributes: Attributes = {}, domain = ""): string {
-    const name = `${this.#name}/${opType}_${this.#nodes.length}`;
-    this.#nodes.push(makeNode(opType, name, input, name, attributes, domain));
-    return name;
-  }
-
-  split(model: OnnxModel, value: string, sizes: readonly number[]): string[] {
-    const name = `${this.#name}/Split_${this.#nodes.length}`;
-    const parts = sizes.map((_, i) => `${name}/${i}`);
-    this.#nodes.push(makeSplit(model, name, value, parts, sizes));
-    return parts;
-  }
-
   /** Puts the nodes collected so far in front of the node. */
   before(): void {
-    this.#edits.insertBefore(this.#graph, this.#node, this.#nodes.splice(0));
+    this.#edits.insertBefore(this.#graph, this.#node, this.nodes.splice(0));
   }
 
-  /** Adds a copy of the model's node with other inputs. @param opType another operator for the copy */
-  like({ opType, domain, attribute }: NodeProto, input: readonly string[], as: Partial<NodeProto> = {}): string {
-    const name = this.op(as.opType ?? opType, input);
-    Object.assign(this.#nodes.at(-1)!, { domain, attribute: [...attribute], ...as });
+  /** Adds a copy of the model's node with other inputs, and other fields where given. */
+  like(node: NodeProto, input: readonly string[], fields: Partial<NodeProto> = {}): string {
+    const name = this.fresh(node.opType);
+    const copy = makeNode(node.opType, name, input, name, {}, node.domain);
+    this.nodes.push(Object.assign(copy, { attribute: [...node.attribute], ...fields }));
     return name;
   }
 
   /** Casts a value of the model to f32. */
   up(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT }) : value;
+    return this.#type === FLOAT16 ? this.op("Cast", value, { to: FLOAT }) : value;
   }
 
   /** Casts an f32 value to the model's type. */
   down(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT16 }) : value;
+    return this.#type === FLOAT16 ? this.op("Cast", value, { to: FLOAT16 }) : value;
   }
 
   /** Renames the node's result; `end` puts another value in its place. */
@@ -234,19 +365,18 @@ export class Place {
   }
 
   #insert(value: string, result: string): void {
-    const last = this.#nodes[this.#nodes.length - 1]!;
+    const last = this.nodes.at(-1)!;
     if (last.output[0] !== value) throw new Error(`${value} is not made last`);
     last.output[0] = result;
-    this.#edits.insert(this.#graph, this.#node, this.#nodes);
+    this.#edits.insert(this.#graph, this.#node, this.nodes);
   }
 }
 
 /** Frees the last dimension of outputs where it has one of these sizes, and forgets what the file says of values inside. */
 export function freeLast(graph: GraphProto, sizes: ReadonlySet<bigint>): void {
   for (const { type } of graph.output) {
-    const dims = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
-    const last = dims[dims.length - 1];
-    if (last?.value.case === "dimValue" && sizes.has(last.value.value)) last.value = { case: undefined };
+    const last = type?.tensorType?.shape?.dim.at(-1);
+    if (last?.dimValue !== undefined && sizes.has(last.dimValue)) last.dimValue = undefined;
   }
   graph.valueInfo.length = 0;
 }

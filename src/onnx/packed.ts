@@ -8,7 +8,7 @@
  * it is. Loaded only for models with such layers.
  */
 import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
-import { attribute, type Graph, indexGraph, type OnnxModel, Ranks } from "./model.ts";
+import { attribute, floatOf, intOf, intsOf, type Graph, indexGraph, type OnnxModel, Ranks } from "./model.ts";
 import { isParameterName, matrixShape, modulePathOf, type OnnxParameter } from "./modules.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits, PREFIX, readBy } from "./nodes.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
@@ -141,8 +141,8 @@ function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number, count: nu
 }
 
 function ofHeads(node: NodeProto, total: number): readonly number[] | undefined {
-  const heads = Number(attribute(node, "num_heads")?.i ?? 0);
-  const kvHeads = Number(attribute(node, "kv_num_heads")?.i ?? 0);
+  const heads = intOf(node, "num_heads");
+  const kvHeads = intOf(node, "kv_num_heads");
   const width = total / (heads + 2 * kvHeads);
   return Number.isInteger(width) && kvHeads > 0 ? [heads * width, kvHeads * width, kvHeads * width] : undefined;
 }
@@ -155,7 +155,7 @@ function ofSplit(
 ): readonly number[] | undefined {
   const [, name = ""] = node.input;
   const constant = attribute(producers.get(name) ?? node, "value")?.t ?? initializers.get(name);
-  const given = constant ? integersOf(constant) : (attribute(node, "split")?.ints ?? []).map(Number);
+  const given = constant ? integersOf(constant) : (intsOf(node, "split") ?? []);
   // All parts are equal if no sizes are given.
   const sizes = given.length > 0 || name !== "" ? given : node.output.map(() => total / node.output.length);
   const isWhole = sizes.length === count && sizes.every((size) => Number.isInteger(size) && size > 0);
@@ -346,12 +346,12 @@ function attentionSizes({ graph }: OnnxModel, node: NodeProto): readonly number[
   const has = (input: number): boolean => (node.input[input] ?? "") !== "";
   if (has(PAST) || has(PAST_LENGTH) || node.output.slice(1).some((value) => value !== ""))
     return "keeps its keys and values for the next run";
-  if (attribute(node, "do_rotary")?.i) return "turns its queries and keys (do_rotary)";
+  if (intOf(node, "do_rotary")) return "turns its queries and keys (do_rotary)";
   if (!graph.proto.node.includes(node)) return "lies in a nested graph";
   const weight = graph.initializers.get(node.input[WEIGHT] ?? "");
   const total = Number(weight?.dims[1] ?? 0);
   if (weight?.dims.length !== 2) return "has a weight that the file does not hold as a matrix";
-  const given = (attribute(node, "qkv_hidden_sizes")?.ints ?? []).map(Number);
+  const given = intsOf(node, "qkv_hidden_sizes") ?? [];
   const sizes = given.length > 0 ? given : [total / 3, total / 3, total / 3];
   const fits = sizes.length === 3 && sizes.every((size) => Number.isInteger(size) && size > 0);
   if (!fits || sizes.reduce((a, b) => a + b, 0) !== total || sizes[0] !== sizes[1])
@@ -404,7 +404,7 @@ class Masks {
     const rank = padding === "" ? undefined : this.#rankOf(padding);
     if (rank !== 1 && rank !== 2) return { padding, scores };
     const type = Number(this.#model.graph.initializers.get(node.input[WEIGHT]!)!.dataType);
-    const least = attribute(node, "mask_filter_value")?.f ?? -10000;
+    const least = floatOf(node, "mask_filter_value", -10000);
     // Another input may have as many rows of another length.
     const key = `${padding}/${node.input[X]}/${least}`;
     let added = this.#made.get(key);
@@ -423,7 +423,7 @@ class Masks {
     const { producers } = this.#model.graph;
     const made = producers.get(mask);
     if (made?.opType === "EmbedLayerNormalization") return made.output[1] === mask ? 1 : undefined;
-    if (made?.opType === "ReduceSum") return attribute(made, "keepdims")?.i === 0n ? 1 : undefined;
+    if (made?.opType === "ReduceSum") return intOf(made, "keepdims", 1) === 0 ? 1 : undefined;
     // Vectors of other lengths are ambiguous: ends of rows, or starts and ends.
     const rank = this.#ranks.of(mask);
     return rank === 2 ? 2 : undefined;
