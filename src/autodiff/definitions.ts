@@ -39,30 +39,30 @@ function attend(emit: Emitter, { q, k, v, heads, kvHeads, scale, softcap = 0, bi
     const repeated = emit.op("Expand", emit.unsqueeze(value, [3]), [1, 1, 1, groups, 1]);
     return emit.reshape(repeated, [0, 0, heads, -1]);
   };
-  const queries = emit.op("Transpose", emit.mul(q, scale), { perm: [0, 2, 1, 3] });
-  const keys = emit.op("Transpose", all(k), { perm: [0, 2, 3, 1] });
-  const values = emit.op("Transpose", all(v), { perm: [0, 2, 1, 3] });
-  let scores = emit.op("MatMul", queries, keys);
+  const queries = emit.transpose(emit.mul(q, scale), [0, 2, 1, 3]);
+  const keys = emit.transpose(all(k), [0, 2, 3, 1]);
+  const values = emit.transpose(all(v), [0, 2, 1, 3]);
+  let scores = emit.matMul(queries, keys);
   if (softcap !== 0) scores = emit.mul(emit.op("Tanh", emit.mul(scores, 1 / softcap)), softcap);
   for (const one of bias) scores = emit.add(scores, one);
-  const context = emit.op("MatMul", emit.op("Softmax", scores, { axis: -1 }), values);
-  return emit.reshape(emit.op("Transpose", context, { perm: [0, 2, 1, 3] }), [0, 0, -1]);
+  const context = emit.matMul(emit.op("Softmax", scores, { axis: -1 }), values);
+  return emit.reshape(emit.transpose(context, [0, 2, 1, 3]), [0, 0, -1]);
 }
 
 /**
  * Causal mask for `length` (an int64 scalar) rows and columns: a row sees no column behind it, and only the last `window` up to itself.
  */
 function causal(emit: Emitter, length: string, window = -1): string {
-  const places = emit.op("Range", emit.int(0), length, emit.int(1));
-  const [rows, columns] = [emit.unsqueeze(places, [1]), emit.unsqueeze(places, [0])];
+  const places = emit.range(length);
+  const rows = emit.unsqueeze(places, [1]);
+  const columns = emit.unsqueeze(places, [0]);
   let seen = emit.op("LessOrEqual", columns, rows);
   if (window > 0) seen = emit.op("And", seen, emit.op("Less", emit.sub(rows, columns), emit.int(window)));
   return emit.op("Where", seen, 0, MASKED);
 }
 
-/** Turns a value with one element into an int64 scalar. */
 function scalar(emit: Emitter, value: string): string {
-  return emit.reshape(emit.op("Cast", value, { to: INT64 }), []);
+  return emit.reshape(emit.cast(value, INT64), []);
 }
 
 /** Factor of the scores: the node's attribute, or 1 / √(width of a head). */
@@ -83,7 +83,8 @@ const UNKNOWN_INPUTS = [
 
 const groupQueryAttention: Define = (node) => {
   const { emit } = node;
-  const [heads, kvHeads] = [node.int("num_heads"), node.int("kv_num_heads")];
+  const heads = node.int("num_heads");
+  const kvHeads = node.int("kv_num_heads");
   for (const [input, what] of UNKNOWN_INPUTS) if (node.has(input)) return `has ${what}, which gradients do not pass`;
   if (node.int("smooth_softmax") > 0) return "has a smooth softmax, which gradients do not pass";
   const sides = heads + 2 * kvHeads;
@@ -99,10 +100,13 @@ const groupQueryAttention: Define = (node) => {
   let [both, v] = apart as [string, string];
   const length = scalar(emit, node.x(6));
   if (node.int("do_rotary") !== 0) {
-    const places = node.has(9) ? node.x(9) : emit.op("Range", emit.int(0), length, emit.int(1));
-    const rotary = rotaryOf(node, node.x(7), node.x(8), places, whole);
-    if (typeof rotary === "string") return rotary;
-    both = rotated(emit, both, { ...rotary, interleaved: node.int("rotary_interleaved") !== 0 });
+    const places = node.has(9) ? node.x(9) : emit.range(length);
+    const turned = 2 * (node.weight(node.x(7))?.at(-1) ?? NaN);
+    if (Number.isNaN(turned)) return NO_TABLES;
+    both = rotated(emit, both, {
+      ...{ cos: node.x(7), sin: node.x(8), places, turned, rest: whole > turned },
+      interleaved: node.int("rotary_interleaved") !== 0,
+    });
   }
   const [q, k] = emit.split(both, 2, [heads, kvHeads]) as [string, string];
   const bias = [causal(emit, length, node.int("local_window_size", -1)), ...(node.has(10) ? [node.x(10)] : [])];
@@ -111,16 +115,15 @@ const groupQueryAttention: Define = (node) => {
   return undefined;
 };
 
-/** Gives keys and values as the cache of the next run. */
 function givePresent(node: Fused, k: string, v: string): void {
   for (const [output, value] of [k, v].entries())
-    if (node.wants(output + 1)) node.give(output + 1, node.emit.op("Transpose", value, { perm: [0, 2, 1, 3] }));
+    if (node.wants(output + 1)) node.give(output + 1, node.emit.transpose(value, [0, 2, 1, 3]));
 }
 
 /** Biases of the scores that mask padded keys, from a mask [batch, keys]. */
 function padding(node: Fused, mask: string): string {
   const { emit } = node;
-  const seen = emit.op("Greater", emit.op("Cast", mask, { to: INT64 }), emit.int(0));
+  const seen = emit.op("Greater", emit.cast(mask, INT64), emit.int(0));
   const scores = emit.op("Where", seen, 0, node.float("mask_filter_value", -10000));
   return emit.unsqueeze(scores, [1, 2]);
 }
@@ -148,8 +151,7 @@ const multiHeadAttention: Define = (node) => {
   const bias: string[] = [];
   if (node.has(4)) bias.push(padding(node, node.x(4)));
   if (node.has(5)) bias.push(node.x(5));
-  if (node.int("unidirectional") !== 0)
-    bias.push(causal(emit, emit.op("Gather", emit.op("Shape", node.x(0)), emit.int(1), { axis: 0 })));
+  if (node.int("unidirectional") !== 0) bias.push(causal(emit, emit.gather(emit.shapeOf(node.x(0)), emit.int(1))));
   node.give(0, attend(emit, { q, k, v, heads, kvHeads: heads, scale, bias }));
   givePresent(node, k, v);
   return undefined;
@@ -157,7 +159,6 @@ const multiHeadAttention: Define = (node) => {
 
 // Operators that combine a sum with one other operator: a sum with a bias, or with a residual.
 
-/** Adds those of the inputs that are present. */
 function sum(node: Fused, inputs: readonly number[]): string {
   const there = inputs.filter((input) => node.has(input)).map((input) => node.x(input));
   return there.reduce((a, b) => node.emit.add(a, b));
@@ -197,64 +198,39 @@ const quickGelu: Define = (node) => {
 
 // Rotary position embeddings: pairs of elements of a head are rotated by an angle that depends on the position.
 
+const NO_TABLES = "has tables of positions that are no weights";
+
 interface Rotary {
-  /** Cosines and sines, broadcast to [batch, positions, heads, turned / 2]. */
+  /** Tables of cosines and sines, [all positions, turned / 2]. */
   readonly cos: string;
   readonly sin: string;
+  /** int64 [positions] or [batch, positions]. */
+  readonly places: string;
   /** Number of elements of a head that are rotated; the others behind them stay. */
   readonly turned: number;
   /** True where some elements stay. */
   readonly rest: boolean;
-}
-
-/**
- * Looks up the angles of positions.
- * @param places int64 [positions] or [batch, positions]
- * @param width of a head, where it is known; all of it is rotated where it is not
- * @returns the reason where it cannot be done
- */
-function rotaryOf(
-  node: Fused,
-  cosCache: string,
-  sinCache: string,
-  places: string,
-  width: number | undefined,
-  turned: number | undefined = node.weight(cosCache)?.at(-1),
-): Rotary | string {
-  const { emit } = node;
-  if (turned === undefined) return "has tables of positions that are no weights";
-  const at = (table: string): string => emit.unsqueeze(emit.op("Gather", table, places, { axis: 0 }), [-2]);
-  return {
-    cos: at(cosCache),
-    sin: at(sinCache),
-    turned: 2 * turned,
-    rest: width !== undefined && width > 2 * turned,
-  };
+  readonly interleaved: boolean;
 }
 
 /** @param x [batch, positions, heads, width] */
-function rotated(
-  emit: Emitter,
-  x: string,
-  { cos, sin, turned, rest, interleaved }: Rotary & { interleaved: boolean },
-): string {
+function rotated(emit: Emitter, x: string, rotary: Rotary): string {
+  const { places, turned, rest, interleaved } = rotary;
+  const [cos, sin] = [rotary.cos, rotary.sin].map((table) => emit.unsqueeze(emit.gather(table, places), [-2]));
   const front = rest ? emit.slice(x, 3, 0, turned) : x;
   const behind = rest ? [emit.slice(x, 3, turned, 2 ** 31)] : [];
   const turn = (a: string, b: string): readonly [string, string] => [
-    emit.sub(emit.mul(a, cos), emit.mul(b, sin)),
-    emit.add(emit.mul(b, cos), emit.mul(a, sin)),
+    emit.sub(emit.mul(a, cos!), emit.mul(b, sin!)),
+    emit.add(emit.mul(b, cos!), emit.mul(a, sin!)),
   ];
   if (!interleaved) {
     const [a, b] = emit.split(front, 3, [turned / 2, turned / 2]) as [string, string];
     return emit.concat([...turn(a, b), ...behind], 3);
   }
   const pairs = emit.reshape(front, [0, 0, 0, turned / 2, 2]);
-  const [a, b] = emit.split(pairs, 4, [1, 1]).map((one) => emit.op("Squeeze", one, [4]));
-  const mixed = emit.concat(
-    turn(a!, b!).map((one) => emit.unsqueeze(one, [4])),
-    4,
-  );
-  return emit.concat([emit.reshape(mixed, [0, 0, 0, turned]), ...behind], 3);
+  const [a, b] = emit.split(pairs, 4, [1, 1]).map((half) => emit.op("Squeeze", half, [4]));
+  const halves = turn(a!, b!).map((half) => emit.unsqueeze(half, [4]));
+  return emit.concat([emit.reshape(emit.concat(halves, 4), [0, 0, 0, turned]), ...behind], 3);
 }
 
 /** @param inputs indices of the tables and the positions */
@@ -267,29 +243,23 @@ function embedding(inputs: { readonly cos: number; readonly sin: number; readonl
     const places = node.x(inputs.places);
     if (node.rank(places, 2) !== 2) return "has positions other than [batch, positions], which is not known";
     const part = node.int("rotary_embedding_dim");
-    const half = part > 0 ? part / 2 : node.weight(node.x(inputs.cos))?.at(-1);
-    const all = node.width(node.x(0)) ?? NaN;
+    const cos = node.x(inputs.cos);
+    const turned = part > 0 ? part : 2 * (node.weight(cos)?.at(-1) ?? NaN);
     const heads = node.int("num_heads");
-    const width = part > 0 && rank === 3 ? all / heads : undefined;
+    const width = part > 0 && rank === 3 ? (node.width(node.x(0)) ?? NaN) / heads : undefined;
     if (part > 0 && (rank !== 3 || !Number.isInteger(width))) return "does not tell how wide a head is";
-    const rotary = rotaryOf(
-      node,
-      node.x(inputs.cos),
-      node.x(inputs.sin),
-      emit.op("Cast", places, { to: INT64 }),
-      width,
-      half,
-    );
-    if (typeof rotary === "string") return rotary;
-    const interleaved = node.int("interleaved") !== 0;
+    if (Number.isNaN(turned)) return NO_TABLES;
+    const rotary: Rotary = {
+      ...{ cos, sin: node.x(inputs.sin), places: emit.cast(places, INT64), turned },
+      rest: width !== undefined && width > turned,
+      interleaved: node.int("interleaved") !== 0,
+    };
     if (rank === 4) {
-      const perm = { perm: [0, 2, 1, 3] };
-      const turned = rotated(emit, emit.op("Transpose", node.x(0), perm), { ...rotary, interleaved });
-      node.give(0, emit.op("Transpose", turned, perm));
+      const perm = [0, 2, 1, 3];
+      node.give(0, emit.transpose(rotated(emit, emit.transpose(node.x(0), perm), rotary), perm));
     } else {
-      const split = heads > 0 ? [0, 0, heads, -1] : [0, 0, -1, rotary.turned];
-      const apart = emit.reshape(node.x(0), split);
-      node.give(0, emit.reshape(rotated(emit, apart, { ...rotary, interleaved }), [0, 0, -1]));
+      const split = heads > 0 ? [0, 0, heads, -1] : [0, 0, -1, turned];
+      node.give(0, emit.reshape(rotated(emit, emit.reshape(node.x(0), split), rotary), [0, 0, -1]));
     }
     return undefined;
   };
@@ -314,9 +284,7 @@ export const DEFINITIONS: ReadonlyMap<string, Define> = new Map(
 interface Shadow {
   /** The shadow, which shares the model's weights; the model itself where nothing is fused. */
   readonly model: OnnxModel;
-  /** Reasons why nodes stay fused. */
   readonly refused: ReadonlyMap<NodeProto, string>;
-  /** Ranks that definitions have assumed, by value. */
   readonly ranks: ReadonlyMap<string, number>;
 }
 
@@ -348,7 +316,6 @@ export function shadowOf(model: OnnxModel): Shadow {
   return { model: { ...model, proto, graph: indexGraph(shadow, model.name) }, refused, ranks };
 }
 
-/** Name of an operator of any domain. */
 export function operatorOf({ domain, opType }: NodeProto): string {
   return domain === "" || domain === "ai.onnx" ? opType : `${domain}.${opType}`;
 }
@@ -387,7 +354,6 @@ class Fused extends OperatorNode {
     if (name !== "") this.given.push([name, value]);
   }
 
-  /** Dimensions of a weight. */
   weight(value: string): readonly number[] | undefined {
     return this.#graph.initializers.get(value)?.dims.map(Number);
   }

@@ -1,7 +1,15 @@
 /** Writes the nodes of training graphs: helpers of rules, and values that wait for others. Knows nothing of gradients. */
 import { FLOAT, INT64, UINT8 } from "../onnx/linear.ts";
 import { floatOf, intOf, intsOf } from "../onnx/model.ts";
-import { type Attributes, Constants, makeNode, NodeWriter, type Operand, PREFIX } from "../onnx/nodes.ts";
+import {
+  type Attributes,
+  Constants,
+  makeNode,
+  type NodeEdits,
+  NodeWriter,
+  type Operand,
+  PREFIX,
+} from "../onnx/nodes.ts";
 import { create, type GraphProto, type NodeProto, TensorProtoSchema } from "../onnx/protobuf.ts";
 
 /** A size, or a product of sizes that inputs have. */
@@ -94,13 +102,26 @@ export class Emitter extends NodeWriter {
     return [];
   }
 
+  /**
+   * Replaces a node.
+   * @param write writes what stands for its output
+   */
+  replace(edits: NodeEdits, graph: GraphProto, node: NodeProto, write: () => string): void {
+    const written = this.nodes.length;
+    const result = write();
+    const fresh = this.nodes.slice(written);
+    // An earlier node may compute the same.
+    edits.insertBefore(graph, node, [...fresh, ...this.rename(result, node.output[0]!, fresh)]);
+    edits.remove(graph, node);
+  }
+
   neg(a: Operand): string {
     return this.op("Neg", a);
   }
 
   /** Shape of a value. The model's own values are not asked, since they would have to be kept for that. */
   shape(value: string): string {
-    if (this.#own.has(value)) return this.op("Shape", value);
+    if (this.#own.has(value)) return this.shapeOf(value);
     const known = this.dimensions?.(value);
     if (known) return this.concat(this.#join(known), 0);
     const shape = `${PREFIX}/shape/${value}`;
@@ -123,14 +144,13 @@ export class Emitter extends NodeWriter {
         continue;
       }
       flush();
-      const factors = dimension.map(({ input, axis }) => this.slice(this.op("Shape", input), 0, axis, axis + 1));
+      const factors = dimension.map(({ input, axis }) => this.slice(this.shapeOf(input), 0, axis, axis + 1));
       parts.push(factors.reduce((a, b) => this.mul(a, b)));
     }
     flush();
     return parts.length > 0 ? parts : [[]];
   }
 
-  /** Reshapes `value` to the shape of `like`. */
   reshapeAs(value: string, like: string): string {
     return this.reshape(value, this.shape(like));
   }
@@ -141,11 +161,11 @@ export class Emitter extends NodeWriter {
 
   /** Size of one dimension, an int64 scalar. */
   size(value: string, axis: number): string {
-    return this.op("Gather", this.shape(value), this.int(axis), { axis: 0 });
+    return this.gather(this.shape(value), this.int(axis));
   }
 
   toFloat(value: string): string {
-    return this.op("Cast", value, { to: FLOAT });
+    return this.cast(value, FLOAT);
   }
 
   unsqueeze(value: string, axes: readonly number[]): string {
@@ -156,12 +176,10 @@ export class Emitter extends NodeWriter {
     return axes.length === 0 ? value : this.op("ReduceSum", value, axes, { keepdims: Number(keepdims) });
   }
 
-  /** Mean over axes; the dimensions are kept. */
   mean(value: string, axes: readonly number[]): string {
     return this.#reduce("ReduceMean", value, axes);
   }
 
-  /** Maximum over axes; the dimensions are kept. */
   max(value: string, axes: readonly number[]): string {
     return this.#reduce("ReduceMax", value, axes);
   }
@@ -188,15 +206,14 @@ export class Emitter extends NodeWriter {
   #someNumber(value: string, axis: number | undefined): string {
     // WebGPU does not compute Size, so the whole value would be copied to the processor.
     if (!this.gathers) return this.op("Size", value);
-    if (axis !== undefined) return this.op("Gather", this.op("Shape", value), this.int(axis), { axis: 0 });
+    if (axis !== undefined) return this.gather(this.shapeOf(value), this.int(axis));
     // Where all sizes are fixed an element is read instead, since runtimes compute what they can when they load; 0 stands behind it, for
     // where there are no elements.
     const first = this.slice(this.reshape(value, [-1]), 0, 0, 1);
     const orZero = this.concat([first, this.op("Unsqueeze", 0, [0])], 0);
-    return this.op("Cast", this.op("Gather", orZero, this.int(0), { axis: 0 }), { to: INT64 });
+    return this.cast(this.gather(orZero, this.int(0)), INT64);
   }
 
-  /** A constant uint8 scalar. */
   byte(value: number): string {
     return this.constants.add(`byte/${value}`, (name) =>
       create(TensorProtoSchema, { name, dataType: UINT8, rawData: Uint8Array.of(value) }),

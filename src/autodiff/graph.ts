@@ -10,7 +10,7 @@ import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts
 import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
 import { type Graph, indexGraph, intOf, type OnnxModel } from "../onnx/model.ts";
-import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
+import { makeNode, makeValue, NodeEdits, PREFIX } from "../onnx/nodes.ts";
 import {
   create,
   type GraphProto,
@@ -59,7 +59,6 @@ export interface TrainingGraph {
   readonly logitsOutput: string;
   /** Dimensions of the logits: numbers, and names of free ones; the rows of the inputs are "batch". */
   readonly logitsDims: readonly (number | string)[];
-  /** f32 scalar. */
   readonly lossOutput: string;
   /** Output of the gradient for each trained input, in its shape. */
   readonly gradients: ReadonlyMap<string, string>;
@@ -125,7 +124,10 @@ export async function buildTrainingGraph(
   const { model } = file;
   const main = model.graph.proto;
   const problems = new Problems();
-  checkOpset(model, problems);
+  if (model.opset < LEAST_OPSET) {
+    const why = `its opset is ${model.opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`;
+    problems.add(why);
+  }
   const logits = logitsOf(model, injected, options.logits);
   const ofTasks = new Set(injected.inputs.map(({ name }) => name));
   const own = main.input.filter(({ name }) => !ofTasks.has(name) && !model.graph.initializers.has(name));
@@ -134,7 +136,7 @@ export async function buildTrainingGraph(
   if (!options.gathers) flattenScales(indexGraph(main, model.name));
   // Declared shapes need not hold for other heads.
   main.valueInfo.length = 0;
-  const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
+  const picked = options.tokens ? pickPositions(indexGraph(main, model.name), model.opset, logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
   const feeds = probeFeeds(indexed.model, own, injected, picked !== undefined, problems);
   const path = await probePath(
@@ -177,11 +179,6 @@ export async function buildTrainingGraph(
   return { ...NAMES, logitsOutput: logits, tokens, logitsDims: namedDims(path.shapes, logits, ofTasks), gradients };
 }
 
-function checkOpset({ opset }: OnnxModel, problems: Problems): void {
-  if (opset >= LEAST_OPSET) return;
-  problems.add(`its opset is ${opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`);
-}
-
 /** Feeds for the runs that find shapes: two, with the model's own inputs and those of a task. */
 function probeFeeds(
   model: OnnxModel,
@@ -190,15 +187,29 @@ function probeFeeds(
   picks: boolean,
   problems: Problems,
 ): readonly ReadonlyMap<string, Feed>[] | undefined {
-  return madeUp(own, knownSizes(model, own), problems)?.map((feed, i) => {
-    const all = new Map([...feed, ...taskFeeds(inputs, TASK_SIZES[i]!)]);
-    return picks ? all.set(POSITIONS, somePositions(POSITION_COUNTS[i]!)) : all;
+  const fixed = knownSizes(model, own);
+  const present = presentNames(own);
+  const feeds = SIZES.map((sizes, i) => {
+    const known = new Map<string, number>();
+    const feed = tinyFeeds(own, fixed, (name) => {
+      const dimension = present(name);
+      const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
+      known.set(dimension, size);
+      return size;
+    });
+    for (const [name, value] of taskFeeds(inputs, TASK_SIZES[i]!)) feed?.set(name, value);
+    // The first position, which every text has: only shapes are wanted.
+    const count = POSITION_COUNTS[i]!;
+    if (picks) feed?.set(POSITIONS, { dataType: INT64, dims: [count], data: new BigInt64Array(count) });
+    return feed;
   });
-}
-
-/** The first position, which every feed has: only shapes are wanted. */
-function somePositions(count: number): Feed {
-  return { dataType: INT64, dims: [count], data: new BigInt64Array(count) };
+  const made = feeds.filter((feed) => feed !== undefined);
+  if (made.length === feeds.length) return made;
+  const names = own.map(({ name }) => `"${name}"`).join(", ");
+  problems.add(
+    `values cannot be made up for all of its inputs (${names}): they must be tensors of floats, integers or bools, of few numbers`,
+  );
+  return undefined;
 }
 
 /** Names the dimensions of a value by the inputs they come from. */
@@ -224,30 +235,6 @@ export function logitsOf({ name: file, graph }: OnnxModel, { probe }: Injected, 
   throw new FormatError(message, { file, part: "graph" });
 }
 
-function madeUp(
-  inputs: readonly ValueInfoProto[],
-  fixed: ReadonlyMap<string, number>,
-  problems: Problems,
-): readonly ReadonlyMap<string, Feed>[] | undefined {
-  const present = presentNames(inputs);
-  const feeds = SIZES.map((sizes) => {
-    const known = new Map<string, number>();
-    return tinyFeeds(inputs, fixed, (name) => {
-      const dimension = present(name);
-      const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
-      known.set(dimension, size);
-      return size;
-    });
-  });
-  const [first, second] = feeds;
-  if (first && second) return [first, second];
-  const names = inputs.map(({ name }) => `"${name}"`).join(", ");
-  problems.add(
-    `values cannot be made up for all of its inputs (${names}): they must be tensors of floats, integers or bools, of few numbers`,
-  );
-  return undefined;
-}
-
 /** Makes values of the inputs of one task: numbers for what is trained, no change for the rest. */
 function taskFeeds(inputs: readonly TaskInput[], sizes: Readonly<Record<string, number>>): [string, Feed][] {
   return inputs.map(({ name, kind, dims: declared }) => {
@@ -269,12 +256,10 @@ const PART = 300;
 /** A result of the branch: f32 of some rank, or an element of no dimensions. */
 interface BranchResult {
   readonly value: string;
-  /** Its name outside of the branch. */
   readonly as: string;
   readonly rank: number;
 }
 
-/** A value that leaves a graph of the branch. */
 interface Output {
   readonly name: string;
   readonly type: number;
@@ -312,7 +297,6 @@ function branch(
   return choice(learn, `${PREFIX}/learn`, [...parts, ...made], outputs);
 }
 
-/** Outputs that have a name: others are left out. */
 function outputsOf({ output }: NodeProto): string[] {
   return output.filter((value) => value !== "");
 }
@@ -377,7 +361,6 @@ function partsOf(
   return [...parts, nodes.slice(from)];
 }
 
-/** Nodes with the inner names of values that leave them. */
 function renamed(nodes: NodeProto[], leaving: readonly string[]): NodeProto[] {
   const names = new Map(leaving.map((value) => [value, inner("then", value)]));
   const rename = (value: string): string => names.get(value) ?? value;
@@ -385,7 +368,6 @@ function renamed(nodes: NodeProto[], leaving: readonly string[]): NodeProto[] {
   return nodes;
 }
 
-/** Types of what nodes make. */
 function typesOf(
   nodes: readonly NodeProto[],
   typeOf: (value: string) => number | undefined,
@@ -428,38 +410,28 @@ const PRODUCTS = /^(MatMul|Gemm|FusedMatMul|MatMulNBits)$/;
  * @param graph indexed in its current state
  * @returns `choose`, which makes it a choice: all rows where no positions are given. Undefined where no product gives the logits
  */
-function pickPositions(graph: Graph, logits: string): { readonly choose: () => void } | undefined {
+function pickPositions(graph: Graph, opset: number, logits: string): { readonly choose: () => void } | undefined {
   const main = graph.proto;
   const x = rowsBefore(graph, logits);
   if (x === undefined) return undefined;
   const before = ancestors(graph, logits);
   const uses = (graph.consumers.get(x) ?? []).filter(({ node }) => before.has(node));
-  const [flat, some, picked] = [`${PICKED}/flat`, `${PICKED}/some`, `${PICKED}/picked`];
-  const nodes = [
-    makeNode("Flatten", flat, [x], flat, { axis: -1 }),
-    makeNode("Gather", some, [flat, POSITIONS], some, { axis: 0 }),
-    makeNode("Unsqueeze", picked, [some, `${PICKED}/front`], picked),
-  ];
-  main.initializer.push(makeInts(`${PICKED}/front`, [0]));
-  main.input.push(makeValue(POSITIONS, INT64, [`${PICKED}/count`]));
-  const at = Math.min(...uses.map(({ node }) => main.node.indexOf(node)));
-  main.node.splice(at, 0, ...nodes);
   const read = (value: string): void => {
     for (const { node, input } of uses) node.input[input] = value;
   };
+  const emit = new Emitter(main, opset, PICKED);
+  const picked = emit.unsqueeze(emit.gather(emit.rows(x), POSITIONS), [0]);
+  main.input.push(makeValue(POSITIONS, INT64, [`${PICKED}/count`]));
+  const at = Math.min(...uses.map(({ node }) => main.node.indexOf(node)));
+  main.node.splice(at, 0, ...emit.nodes);
   read(picked);
   const choose = (): void => {
+    const written = emit.nodes.length;
+    const any = emit.op("Greater", emit.op("Size", POSITIONS), emit.int(0));
     const rows = `${PICKED}/rows`;
-    main.initializer.push(makeInts(`${PICKED}/none`, [0], []));
-    const choice = [
-      makeNode("Size", `${PICKED}/size`, [POSITIONS], `${PICKED}/size`),
-      makeNode("Greater", `${PICKED}/any`, [`${PICKED}/size`, `${PICKED}/none`], `${PICKED}/any`),
-      makeNode("If", rows, [`${PICKED}/any`], rows, {
-        then_branch: only(picked, "some"),
-        else_branch: only(x, "all"),
-      }),
-    ];
-    main.node.splice(main.node.indexOf(nodes.at(-1)!) + 1, 0, ...choice);
+    const branches = { then_branch: only(picked, "some"), else_branch: only(x, "all") };
+    const choice = makeNode("If", rows, [any], rows, branches);
+    main.node.splice(main.node.indexOf(emit.nodes[written - 1]!) + 1, 0, ...emit.nodes.slice(written), choice);
     read(rows);
   };
   return { choose };
@@ -500,7 +472,6 @@ function isOwn({ name }: NodeProto): boolean {
   return name.startsWith(`${PREFIX}/`);
 }
 
-/** All nodes that a value depends on. */
 function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> {
   const found = new Set<NodeProto>();
   const pending = [value];
@@ -523,27 +494,21 @@ function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> 
 function takeUntransposed(graph: Graph, opset: number): void {
   const { proto: main, consumers, outputs } = graph;
   const emit = new Emitter(main, opset, `${PREFIX}/untransposed`);
-  const gone = new Set<NodeProto>();
-  /** Nodes to put in front of a product. */
-  const before = new Map<NodeProto, readonly NodeProto[]>();
+  const edits = new NodeEdits();
   for (const node of main.node) {
     const turned = node.output[0] ?? "";
     const weight = transposedWeight(graph, node);
     const uses = consumers.get(turned) ?? [];
     if (weight === undefined || outputs.has(turned)) continue;
     if (!uses.every((use) => use.node.opType === "MatMul" && use.input === 1 && use.graph === main)) continue;
-    gone.add(node);
+    edits.remove(main, node);
     for (const { node: product } of uses) {
-      const written = emit.nodes.length;
       const [x] = product.input as [string];
-      const rows = emit.op("Gemm", emit.rows(x), weight.name, { transB: 1 });
-      const shape = emit.concat([emit.slice(emit.op("Shape", x), 0, 0, -1), [weight.rows]], 0);
-      before.set(product, emit.nodes.slice(written));
-      product.opType = "Reshape";
-      product.input = [rows, shape];
+      const rows = (): string => emit.op("Gemm", emit.rows(x), weight.name, { transB: 1 });
+      emit.replace(edits, main, product, () => emit.unrows(rows(), x, [weight.rows]));
     }
   }
-  main.node = main.node.flatMap((node) => (gone.has(node) ? [] : [...(before.get(node) ?? []), node]));
+  edits.apply();
 }
 
 /** The f32 weight [rows, columns] that a Transpose takes, also behind a Cast; undefined for other nodes. */
@@ -563,13 +528,11 @@ function transposedWeight(graph: Graph, node: NodeProto): { readonly name: strin
 // dloss/dlogits = (softmax(logits) · Σ_C targets − targets) / N
 // A row counts by the sum of its targets; a row of zeros counts only in N.
 
-/** Loss, and its gradient in the shape of the logits. */
 interface Loss {
   readonly loss: string;
   readonly gradient: string;
 }
 
-/** −1/N · Σ targets · logs. */
 function entropyOf(emit: Emitter, targets: string, logs: string, count: string): string {
   return emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));
 }

@@ -16,13 +16,6 @@ const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
 
 const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|ConvInteger)/;
 
-interface Path {
-  /** Nodes in the order of the graph. */
-  readonly nodes: readonly NodeProto[];
-  /** Values that have a gradient. */
-  readonly active: ReadonlySet<string>;
-}
-
 /**
  * Finds the path by the inputs through which each operator can be differentiated. Looks at operators and names, not at shapes.
  * @param graph indexed in its current state
@@ -37,7 +30,7 @@ function findPath(
   end: string,
   problems: Problems,
   refused: ReadonlyMap<NodeProto, string>,
-): Path {
+): Pick<ProbedPath, "nodes" | "active"> {
   const nodes = graph.proto.node;
   const reached = new Set(sources);
   for (const node of nodes) {
@@ -67,45 +60,42 @@ function findPath(
 
 /** Inputs that a gradient can flow to, and what graphs inside the node read. */
 function flowing(node: NodeProto): readonly string[] {
-  if (STOPS.has(node.opType) && isStandard(node)) return [];
+  if (STOPS.has(operatorOf(node))) return [];
   if (node.opType === "Cast" && !FLOATS.has(intOf(node, "to", 1))) return [];
   const inputs = RULES.get(operatorOf(node))?.inputs;
   return inputs ? inputs.map((i) => node.input[i] ?? "") : readBy(node);
 }
 
-function isStandard({ domain }: NodeProto): boolean {
-  return domain === "" || domain === "ai.onnx";
-}
-
-/** Reason why a gradient cannot pass a node. */
 function obstacle(node: NodeProto): string | undefined {
-  if (nestedGraphs(node).length > 0) {
+  if (nestedGraphs(node).length > 0)
     return "is control flow, which gradients do not pass (export the model without it)";
-  }
   if (QUANTISED.test(node.opType)) return "is quantised, which gradients do not pass (pass a float export)";
-  if (RULES.has(operatorOf(node))) return undefined;
-  if (!isStandard(node)) return `is an operator of ${node.domain}, fused already (pass the unoptimised export)`;
+  const operator = operatorOf(node);
+  if (RULES.has(operator)) return undefined;
+  if (operator !== node.opType) return `is an operator of ${node.domain}, fused already (pass the unoptimised export)`;
   return "has no rule for gradients";
 }
 
-export interface ProbedPath extends Path {
+export interface ProbedPath {
+  /** Nodes in the order of the graph. */
+  readonly nodes: readonly NodeProto[];
+  /** Values that have a gradient. */
+  readonly active: ReadonlySet<string>;
   /** The graph with definitions in place of fused nodes. */
   readonly graph: Graph;
   /** Shapes of all values of the nodes. */
   readonly shapes: Shapes;
 }
 
-/** Inputs of the runs that find shapes. */
 interface Probing {
   readonly probe: ShapeProbe;
   /** Two feeds with every input; undefined when there are none, which `problems` reports. */
   readonly feeds: readonly ReadonlyMap<string, Feed>[] | undefined;
-  /** Tensors that were added to the graph. */
   readonly initializers: readonly Added[];
 }
 
 /**
- * Finds path and shapes, and takes positions early in the graph (lift.ts), in place.
+ * Finds path and shapes, and takes positions early in the graph, in place.
  * @param file its graph indexed in its current state
  * @param sources the values whose gradients are wanted
  * @param end the value whose gradient will be known
@@ -147,7 +137,6 @@ export async function probePath(
 // operators need only that position of their input; keys and values are the exception. The numbers stay the same, for one position of
 // each text. The forward run saves most of a layer, the backward run work on zeros.
 
-/** Operators on each element by itself, with broadcasting. */
 const ELEMENTWISE =
   /^(Add|Sub|Mul|Div|Pow|Erf|Tanh|Sigmoid|Relu|Gelu|Sqrt|Reciprocal|Neg|Exp|Identity|Cast|Where|IsNaN)$/;
 
@@ -160,12 +149,13 @@ const SHAPES = /^(Shape|Gather|Slice|Cast|Squeeze|Unsqueeze|Concat)$/;
 /** Most Gathers of a position that are examined, each with all nodes in front of it. Classifiers have one. */
 const MOST_GATHERS = 64;
 
-/** A node that computes one position only. */
+/** Inputs of a node with positions, and their dimension of the positions. */
+type Carried = ReadonlyMap<number, number>;
+
+/** A node that computes one position only, and the dimension of the positions in its output. */
 interface Lifted {
-  /** Dimension of the positions in the output. */
   readonly at: number;
-  /** Inputs with positions, and their dimension of the positions. */
-  readonly carried: ReadonlyMap<number, number>;
+  readonly carried: Carried;
 }
 
 /**
@@ -289,8 +279,8 @@ function takeEarly(
   gather.input.splice(1, 1, ...(scalar ? [axes] : []));
 }
 
-/** Inputs that need only one position too if the output needs position `at`; undefined where all of an input may be needed. */
-function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried"] | undefined {
+/** Inputs that need only one position too if the output needs one along `at`; undefined where all of an input may be needed. */
+function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undefined {
   const { opType, input, output } = node;
   const made = shapes.sizes(output[0]!);
   const rank = made.length;
@@ -304,7 +294,7 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried
     return new Map(carried);
   }
   /** Reduces the first input only. */
-  const one = (along: number | undefined): Lifted["carried"] | undefined =>
+  const one = (along: number | undefined): Carried | undefined =>
     along === undefined ? undefined : new Map([[0, along]]);
   if (ALONG.test(opType)) return one(at < fromFront(intOf(node, "axis", -1), rank) ? at : undefined);
   switch (opType) {

@@ -4,7 +4,7 @@
 import { attribute, type Graph, intsOf, type Use } from "../onnx/model.ts";
 import { CONTRIBUTED, type Operand } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
-import { type BlockWeight, blocksOf, inParts, offsetsOf, unpacked } from "./block-weights.ts";
+import { type BlockWeight, blocksOf, inParts, unpacked } from "./block-weights.ts";
 import { type Emitter, type Moment, OperatorNode } from "./emit.ts";
 import { type Dims, fromFront, type Problems, type Shapes } from "./shapes.ts";
 
@@ -14,7 +14,6 @@ export interface Rule {
   readonly inputs?: readonly number[];
   /** The rule uses gradients of other outputs than the first. */
   readonly manyOutputs?: boolean;
-  /** Emits the gradients of the inputs that are wanted. */
   readonly backward: (node: NodeGradient) => void;
 }
 
@@ -29,7 +28,6 @@ export function broadcast(derive: Readonly<Record<number, (node: NodeGradient) =
   };
 }
 
-/** State of the backward walk. */
 export interface Walk {
   readonly graph: Graph;
   readonly active: ReadonlySet<string>;
@@ -38,7 +36,6 @@ export interface Walk {
   readonly problems: Problems;
   /** Sum of the gradients of a value so far. */
   gradient(value: string): string | undefined;
-  /** Adds to the gradient of a value. */
   add(value: string, gradient: string): void;
 }
 
@@ -55,17 +52,14 @@ export class NodeGradient extends OperatorNode {
     return this.#walk.graph;
   }
 
-  /** The first output. */
   get y(): string {
     return this.proto.output[0]!;
   }
 
-  /** The gradient of the first output. */
   get g(): string {
     return this.#walk.gradient(this.y)!;
   }
 
-  /** The gradient of any output; undefined where none arrived. */
   gradient(output: string): string | undefined {
     return this.#walk.gradient(output);
   }
@@ -82,7 +76,6 @@ export class NodeGradient extends OperatorNode {
     return this.dims(value).length;
   }
 
-  /** Type of a value: "float32", "int64", … */
   type(value: string): string {
     return this.#walk.shapes.type(value);
   }
@@ -99,7 +92,6 @@ export class NodeGradient extends OperatorNode {
     return { value: this.gradient(value)!, axis: this.#walk.shapes.freeAxis(value) };
   }
 
-  /** The elements of a small value that no input changes. */
   constant(value: string): readonly number[] | undefined {
     return this.#walk.shapes.constant(value);
   }
@@ -142,7 +134,6 @@ export class NodeGradient extends OperatorNode {
     return this.emit.sum(this.emit.sum(value, leading, false), repeated, true);
   }
 
-  /** Reports that this node cannot be differentiated as it is used here. */
   refuse(why: string): void {
     this.#walk.problems.node(this.proto, why);
   }
@@ -158,7 +149,7 @@ const transpose: Rule = {
     const rank = node.rank(node.x(0));
     const perm = node.ints("perm") ?? [...Array(rank).keys()].reverse();
     const inverse = perm.map((_, axis) => perm.indexOf(axis));
-    node.give(0, node.emit.op("Transpose", node.g, { perm: inverse }));
+    node.give(0, node.emit.transpose(node.g, inverse));
   },
 };
 
@@ -206,9 +197,9 @@ const gather: Rule = {
     if (!rows && dims.some((size) => size !== 1))
       return node.refuse("takes several places at once, which gradients do not come back from");
     const size = emit.size(x, axis);
-    const at = emit.reshape(emit.op("Cast", index, { to: 7 }), [-1]);
+    const at = emit.reshape(emit.cast(index, 7), [-1]);
     const place = emit.op("Where", emit.op("Less", at, emit.int(0)), emit.add(at, size), at);
-    const places = emit.op("Range", emit.int(0), size, emit.int(1));
+    const places = emit.range(size);
     if (rows) {
       // Each row gets the sum of the gradients of its copies.
       const met = emit.toFloat(emit.op("Equal", emit.unsqueeze(place, [1]), places));
@@ -256,7 +247,7 @@ const slice: Rule = {
         // Running the operator on 0, 1, 2, … shows which elements it takes.
         const all = emit.size(x, axis);
         const one = (value: string): string => emit.slice(value, 0, i, i + 1);
-        const taken = emit.op("Slice", emit.op("Range", emit.int(0), all, emit.int(1)), one(starts), one(ends), [0]);
+        const taken = emit.op("Slice", emit.range(all), one(starts), one(ends), [0]);
         before[axis] = emit.slice(taken, 0, 0, 1);
         after[axis] = emit.sub(emit.sub(all, emit.int(1)), emit.slice(taken, 0, -1, 2 ** 31));
       }
@@ -288,7 +279,6 @@ function reduction(derive: (node: NodeGradient, g: string, axes: readonly number
   };
 }
 
-/** Axes counted from the front; undefined where they are not fixed. */
 function axesOf(node: NodeGradient): readonly number[] | undefined {
   const rank = node.rank(node.x());
   const given = node.has(1) ? node.constant(node.x(1)) : (node.ints("axes") ?? []);
@@ -330,13 +320,11 @@ const matMulNBits: Rule = {
     if (typeof blocks === "string") return node.refuse(`${blocks}, which gradients do not pass`);
     const { K, block, count } = blocks;
     const g = node.rank(node.y) === 2 ? node.g : emit.rows(node.g);
-    const product = (emit.gathers ? byGather : byBytes)(node, g, blocks);
-    const sum = withOffsets(node, g, product, blocks);
+    const sum = (emit.gathers ? byGather : byBytes)(node, g, blocks);
     node.giveRows(0, count * block > K ? emit.slice(sum, 1, 0, K) : sum);
   },
 };
 
-/** Columns of g for rows of the weight. */
 function columns(emit: Emitter, g: string, { N }: BlockWeight, from: number, to: number): string {
   return to - from < N ? emit.slice(g, 1, from, to) : g;
 }
@@ -358,20 +346,19 @@ function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
       // One after the other, where there are many: what waits for its product takes memory.
       const waits = i > 0 && gradient !== g;
       const late = waits ? emit.reshape(gradient, emit.late([0, 0], products[i - 1]!)) : gradient;
-      const product = emit.op("MatMul", late, weight);
+      const product = emit.matMul(late, weight);
       products.push(before[i] === undefined ? product : emit.add(before[i], product));
     }
     return products;
   }) as [string, string | undefined];
   if (upper === undefined) return whole;
   const halves = [emit.sub(whole, emit.mul(16, upper)), upper].map((half) => emit.unsqueeze(half, [0]));
-  const inPlace = emit.op("Transpose", emit.concat(halves, 0), { perm: [1, 2, 0] });
+  const inPlace = emit.transpose(emit.concat(halves, 0), [1, 2, 0]);
   return emit.op("Flatten", inPlace, { axis: 1 });
 }
 
 /**
- * Unpacks with onnxruntime's operator, which knows of zeros that are bytes; for devices without other operators on bytes. On
- * processors it takes several times as long.
+ * Unpacks with onnxruntime's operator, for devices without other operators on bytes. On processors it takes several times as long.
  * @returns [rows of g, count · block]
  */
 function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
@@ -379,8 +366,7 @@ function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
   const { bits, block, count, N } = blocks;
   const packed = emit.reshape(blocks.packed, [N, (count * block * bits) / 8]);
   const scales = emit.reshape(blocks.scales, [N, count]);
-  const { zeros: { name, bytes } = { name: "", bytes: false } } = blocks;
-  const zeros = bytes ? [emit.reshape(name, [N, Math.ceil((count * bits) / 8)])] : [];
+  const zeros = blocks.zeros ? [emit.reshape(blocks.zeros, [N, Math.ceil((count * bits) / 8)])] : [];
   const attributes = { bits, block_size: block, gather_axis: 0, quantize_axis: 1 };
   return inParts<string>(blocks, (from, to, before) => {
     const places = emit.op("Range", emit.int(from), emit.int(to), emit.int(1));
@@ -388,16 +374,6 @@ function byGather(node: NodeGradient, g: string, blocks: BlockWeight): string {
     const rows = emit.op(`${CONTRIBUTED}.GatherBlockQuantized`, packed, late, scales, ...zeros, attributes);
     return emit.op("Gemm", ...[columns(emit, g, blocks, from, to), rows, before ?? []].flat());
   });
-}
-
-/** Adds what zeros that are floats give, which is equal within a block. @param sum [rows of g, count · block] */
-function withOffsets(node: NodeGradient, g: string, sum: string, blocks: BlockWeight): string {
-  const { emit } = node;
-  const offsets = offsetsOf(emit, blocks);
-  if (offsets === undefined) return sum;
-  const apart = emit.reshape(sum, [0, blocks.count, blocks.block]);
-  const by = emit.unsqueeze(emit.op("Gemm", g, offsets), [2]);
-  return emit.op("Flatten", emit.add(apart, by), { axis: 1 });
 }
 
 // Softmax and the normalisations. Intermediate results that a forward operator does not return are computed again.
@@ -479,9 +455,7 @@ const matMul: Rule = {
       // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since products are fast for
       // long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
       const thin = (): string =>
-        emit.op("Transpose", emit.unsqueeze(emit.op("Gemm", rows(g), x(), { transA: 1 }), [0]), {
-          perm: [0, 2, 1],
-        });
+        emit.transpose(emit.unsqueeze(emit.op("Gemm", rows(g), x(), { transA: 1 }), [0]), [0, 2, 1]);
       if (node.wants(1))
         node.give(
           1,
@@ -501,8 +475,8 @@ const matMul: Rule = {
       if (node.rank(node.x(input)) === 1) node.giveReshaped(input, summed);
       else node.give(input, summed);
     };
-    if (node.wants(0)) one(0, emit.op("MatMul", g, swapped(b, bDims.length)), aDims);
-    if (node.wants(1)) one(1, emit.op("MatMul", swapped(a, aDims.length), g), bDims);
+    if (node.wants(0)) one(0, emit.matMul(g, swapped(b, bDims.length)), aDims);
+    if (node.wants(1)) one(1, emit.matMul(swapped(a, aDims.length), g), bDims);
   },
 };
 
@@ -539,9 +513,8 @@ export function untransposed({ producers }: Graph, value: string): string | unde
   return node?.opType === "Transpose" && intsOf(node, "perm")?.join() !== "0,1" ? node.input[0] : undefined;
 }
 
-/** Swaps the last two dimensions. */
 function swapLast({ emit }: NodeGradient, value: string, rank: number): string {
-  return emit.op("Transpose", value, { perm: [...Array(rank - 2).keys(), rank - 1, rank - 2] });
+  return emit.transpose(value, [...Array(rank - 2).keys(), rank - 1, rank - 2]);
 }
 
 // Operators that work on each element by itself, and those that broadcast two or more inputs.

@@ -82,7 +82,6 @@ export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: str
 
 /** Rows of a batch, all different as far as made-up ones can be. */
 const ROWS = 3;
-/** Size of all other free dimensions. */
 const LENGTH = 6;
 
 /**

@@ -135,7 +135,7 @@ const GEOMETRY = /^(auto_pad|dilations|kernel_shape|pads|strides)$/;
 
 /** Reads values like y [n, channels, …], whose batch comes first. */
 function channelsOf(tools: GraphTools, place: Place, y: string, channels: number) {
-  const flat = place.op("Shape", place.reshape(y, [0, channels, -1]));
+  const flat = place.shapeOf(place.reshape(y, [0, channels, -1]));
   const positions = place.slice(flat, 0, 2, 3);
   /** [n, channels, …] as [tasks, n / tasks, channels, S]. */
   const byTask = (value: string, channels: Operand): string =>
@@ -147,7 +147,7 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
   const { name, out, components, shape } = module;
   const kernel = shape!.slice(1);
   const { core, A, B, scale } = inputsOf(tools, module);
-  const turned = (value: string): string => tools.op("Transpose", value, { perm: [0, 2, 1] });
+  const turned = (value: string): string => tools.transpose(value, [0, 2, 1]);
   const scales = scale && tools.reshape(scale, [0, 1, out, 1]);
   const own = A !== undefined &&
     B !== undefined && {
@@ -159,8 +159,8 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
   const KB = components?.B.rows ?? 0;
   const shared = core !== undefined &&
     components && {
-      EA: tools.tensor(`${PREFIX}/${name}/E_A`, [KA, ...kernel], components.A.floats()),
-      EB: tools.tensor(`${PREFIX}/${name}/E_B`, [out, KB], transpose(components.B.floats(), KB, out)),
+      EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [KA, ...kernel], () => components.A.floats()),
+      EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [out, KB], () => transpose(components.B.floats(), KB, out)),
       core: tools.reshape(turned(core), [0, 1, KB, KA]),
     };
   for (const { graph, node, x, type, bias, product } of module.sites) {
@@ -182,15 +182,15 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
       const tasks = place.op("Squeeze", tools.tasks());
       const from = place.op("Range", place.int(0), place.mul(n, tasks), tasks);
       const blocks = place.reshape(conv(own.A), place.concat([[-1], own.q, positions], 0));
-      const rows = place.op("Gather", blocks, place.add(from, place.div(from, n)), { axis: 0 });
-      terms.push(place.op("MatMul", own.B, byTask(rows, own.q)));
+      const rows = place.gather(blocks, place.add(from, place.div(from, n)));
+      terms.push(place.matMul(own.B, byTask(rows, own.q)));
     }
     if (shared) {
-      const mixed = place.op("MatMul", shared.core, byTask(conv(shared.EA), [KA]));
-      terms.push(place.op("MatMul", shared.EB, mixed));
+      const mixed = place.matMul(shared.core, byTask(conv(shared.EA), [KA]));
+      terms.push(place.matMul(shared.EB, mixed));
     }
     const term = terms.reduce((a, b) => place.add(a, b));
-    const whole = place.op("Shape", y);
+    const whole = place.shapeOf(y);
     if (scales === undefined) place.end(place.add(y, place.down(place.reshape(term, whole))));
     else {
       const sum = place.add(byTask(place.up(y), [out]), term);
@@ -206,11 +206,13 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
 function addTable(tools: GraphTools, module: AdaptedLayer): void {
   const { name, in: rows, out, components, sites } = module;
   const { core, A, B, scale } = inputsOf(tools, module);
-  const at = (what: string): string => `${PREFIX}/${name}/${what}`;
-  const EA =
-    components &&
-    tools.tensor(at("E_A"), [rows, components.A.rows], transpose(components.A.floats(), components.A.rows, rows));
-  const EB = components && tools.tensor(at("E_B"), [components.B.rows, out], components.B.floats());
+  const KA = components?.A.rows ?? 0;
+  const KB = components?.B.rows ?? 0;
+  const shared = core !== undefined &&
+    components && {
+      EA: tools.tensor(`${PREFIX}/${name}/E_A`, FLOAT, [rows, KA], () => transpose(components.A.floats(), KA, rows)),
+      EB: tools.tensor(`${PREFIX}/${name}/E_B`, FLOAT, [KB, out], () => components.B.floats()),
+    };
   for (const { graph, node, x: ids, type } of sites) {
     const place = tools.place(name, graph, node, type);
     const y = place.begin();
@@ -218,13 +220,13 @@ function addTable(tools: GraphTools, module: AdaptedLayer): void {
     const asIs = A === undefined && tools.rank(graph, ids) === 2;
     const byTask = (value: string, width: number): string => (asIs ? value : tools.rowsOf(place, value, width));
     const terms: string[] = [];
-    if (A !== undefined && B !== undefined) terms.push(place.op("MatMul", ownRows(tools, place, A, ids, rows), B));
-    if (core !== undefined && components) {
-      const found = byTask(place.op("Gather", EA!, ids, { axis: 0 }), components.A.rows);
-      terms.push(place.op("MatMul", place.op("MatMul", found, core), EB!));
+    if (A !== undefined && B !== undefined) terms.push(place.matMul(ownRows(tools, place, A, ids, rows), B));
+    if (shared) {
+      const found = byTask(place.gather(shared.EA, ids), KA);
+      terms.push(place.matMul(place.matMul(found, core!), shared.EB));
     }
     const term = terms.reduce((a, b) => place.add(a, b));
-    const asY = (value: string): string => (asIs ? value : place.reshape(value, place.op("Shape", y)));
+    const asY = (value: string): string => (asIs ? value : place.reshape(value, place.shapeOf(y)));
     if (scale === undefined) place.end(place.add(y, place.down(asY(term))));
     else {
       const sum = place.add(byTask(place.up(y), out), term);
@@ -235,13 +237,13 @@ function addTable(tools: GraphTools, module: AdaptedLayer): void {
 
 /** Rows of A [tasks, rows, q] as [tasks, ids / tasks, q], each of its own task. */
 function ownRows(tools: GraphTools, place: Place, A: string, ids: string, rows: number): string {
-  const range = tools.op("Range", tools.int(0), tools.op("Squeeze", tools.tasks()), tools.int(1));
+  const range = tools.range(tools.op("Squeeze", tools.tasks()));
   const first = tools.mul(tools.reshape(range, [-1, 1]), [rows]);
   const table = tools.reshape(A, tools.concat([[-1], tools.dims(A, 2, 3)], 0));
   // An index may count from the end.
-  const within = place.op("Mod", place.op("Cast", ids, { to: INT64 }), [rows]);
+  const within = place.op("Mod", place.cast(ids, INT64), [rows]);
   const byTask = place.reshape(within, tools.concat([tools.tasks(), [-1]], 0));
-  return place.op("Gather", table, place.add(byTask, first), { axis: 0 });
+  return place.gather(table, place.add(byTask, first));
 }
 
 // ---- vectors
@@ -257,7 +259,7 @@ export function addVector(tools: GraphTools, { name, size, places }: AdaptedVect
         channelsOf(tools, place, y, size).byTask(place.up(y), [size]),
         tools.reshape(change, [0, 1, size, 1]),
       );
-      place.end(place.down(place.reshape(sum, place.op("Shape", y))));
+      place.end(place.down(place.reshape(sum, place.shapeOf(y))));
     }
   }
 }
@@ -275,13 +277,13 @@ function scaleDifferently(
   const rank = tools.rank(graph, op.input[op.opType === "Mul" ? 1 - input : 0]!);
   const x = rank === 3 ? plain : tools.rowsOf(place, plain, size);
   const term = place.mul(x, change);
-  const back = rank === 3 ? term : place.reshape(term, place.op("Shape", y));
+  const back = rank === 3 ? term : place.reshape(term, place.shapeOf(y));
   place.end(place.add(y, place.down(back)));
 }
 
 /** The normalisation once more in f32, with ones for its weight and without what is added behind. */
 function normalised(tools: GraphTools, place: Place, op: NodeProto, input: number, size: number): string {
-  const ones = tools.tensor(`${PREFIX}/ones/${size}`, [size], new Float32Array(size).fill(1));
+  const ones = tools.tensor(`${PREFIX}/ones/${size}`, FLOAT, [size], () => new Float32Array(size).fill(1));
   const inputs = op.input.flatMap((value, i) => {
     if (i === input) return [ones];
     // The bias follows the weight; a Skip…'s third addend behind it is a part of the normalised sum.

@@ -152,8 +152,8 @@ export class GraphTools extends NodeWriter {
   }
 
   /** A tensor that is added to the model, once. */
-  tensor(name: string, dims: readonly number[], data: Float32Array): string {
-    if (!this.made.has(name)) this.added.push({ name, type: FLOAT, dims, data });
+  tensor(name: string, type: number, dims: readonly number[], data: () => Added["data"]): string {
+    if (!this.made.has(name)) this.added.push({ name, type, dims, data: data() });
     this.made.set(name, name);
     return name;
   }
@@ -170,12 +170,10 @@ export class GraphTools extends NodeWriter {
     return name;
   }
 
-  /** The shape of an input from one dimension to another. */
   dims(input: string, from: number, to: number): string {
-    return this.slice(this.op("Shape", input), 0, from, to);
+    return this.slice(this.shapeOf(input), 0, from, to);
   }
 
-  /** The vector [tasks]. */
   tasks(): string {
     return this.dims(this.inputs[0]!.name, 0, 1);
   }
@@ -201,14 +199,6 @@ interface Mixed {
   readonly value: string;
 }
 
-/** The x of a layer in the shape that multiplies with task inputs. */
-interface RowsInto {
-  readonly rank: number | undefined;
-  readonly rows: string;
-  /** rows [n, width] as [tasks, n / tasks, width], where they have no batch of their own. */
-  readonly byTask: (value: string, width: number) => string;
-}
-
 class Injector extends GraphTools {
   readonly #products: ComponentProducts;
   readonly #wantsProbe: boolean;
@@ -216,7 +206,7 @@ class Injector extends GraphTools {
 
   constructor(model: OnnxModel, { integers = [], probe = true }: InjectOptions, layers: readonly AdaptedLayer[]) {
     super(model);
-    this.#products = new ComponentProducts(integers, this.added, layers);
+    this.#products = new ComponentProducts(integers, this, layers);
     this.#wantsProbe = probe;
   }
 
@@ -270,7 +260,7 @@ class Injector extends GraphTools {
       return block;
     });
     this.input(joined(cores.map(({ module }) => module)), "core", [row, column], { cores });
-    return this.inputs[this.inputs.length - 1]!;
+    return this.inputs.at(-1)!;
   }
 
   /** x·E_Aᵀ·core, in front of the first of the layers. @returns the columns of each */
@@ -283,7 +273,7 @@ class Injector extends GraphTools {
     const { rows, byTask } = this.#rowsInto(place, graph, x);
     const sides = members.map(({ components }) => components!.A);
     const projected = this.#products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
-    const mixed = place.op("MatMul", byTask(projected, KA), core.name);
+    const mixed = place.matMul(byTask(projected, KA), core.name);
     const widths = core.cores!.map(({ KB }) => KB);
     const parts = widths.length === 1 ? [mixed] : place.split(mixed, -1, widths);
     place.before();
@@ -303,7 +293,7 @@ class Injector extends GraphTools {
     const terms: string[] = [];
     if (A !== undefined && B !== undefined) {
       const read = over?.A ? this.#products.project(place, rows, [over.A], `${PREFIX}/${name}/E_A`) : rows;
-      const made = place.op("MatMul", place.op("MatMul", byTask(read, over?.A?.rows ?? inputs), A), B);
+      const made = place.matMul(place.matMul(byTask(read, over?.A?.rows ?? inputs), A), B);
       terms.push(over?.B ? this.#products.expand(place, made, over.B, `${PREFIX}/${name}/E_B`) : made);
     }
     if (mixed) terms.push(this.#products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
@@ -325,16 +315,17 @@ class Injector extends GraphTools {
   /** A value [tasks, n / tasks, out] in the shape of y. */
   #asY(place: Place, value: string, y: string, rank: number | undefined, out: number): string {
     if (rank === 3) return value;
-    return place.reshape(value, rank === 2 ? [-1, out] : place.op("Shape", y));
+    return place.reshape(value, rank === 2 ? [-1, out] : place.shapeOf(y));
   }
 
   /**
    * x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes.
    * @param made the result of another place
    */
-  #rowsInto(place: Place, graph: GraphProto, x: string, made?: string): RowsInto {
+  #rowsInto(place: Place, graph: GraphProto, x: string, made?: string) {
     const rank = this.rank(graph, x);
     const flat = (): string => (rank === 3 || rank === 2 ? place.up(x) : place.rows(place.up(x)));
+    /** rows [n, width] as [tasks, n / tasks, width], where they have no batch of their own. */
     const byTask = (value: string, width: number): string => (rank === 3 ? value : this.rowsOf(place, value, width));
     return { rank, rows: made ?? flat(), byTask };
   }
@@ -355,9 +346,9 @@ class Injector extends GraphTools {
     for (const { graph, node } of places) {
       const place = this.place(name, graph, node, type);
       const y = place.begin();
-      const ids = this.rowsOf(place, place.op("Cast", node.input[1]!, { to: INT64 }), 1);
-      const met = place.op("Cast", place.op("Equal", ids, indices), { to: FLOAT });
-      const found = place.op("MatMul", met, change);
+      const ids = this.rowsOf(place, place.cast(node.input[1]!, INT64), 1);
+      const met = place.cast(place.op("Equal", ids, indices), FLOAT);
+      const found = place.matMul(met, change);
       const old = this.rowsOf(place, place.up(y), width);
       const left = place.sub(old, place.mul(old, place.slice(found, -1, width, width + 1)));
       const sum = place.add(left, place.slice(found, -1, 0, width));
@@ -368,19 +359,19 @@ class Injector extends GraphTools {
   rowsOfLayer({ name, count: out, width, sites }: AdaptedRows): void {
     const indices = this.input(name, "indices", [1, "rows"]);
     const change = this.input(name, "rows", ["rows", width + 1]);
-    const columns = (value: string): string => this.op("Transpose", value, { perm: [0, 2, 1] });
-    const outputs = this.op("Range", this.int(0), this.int(out), this.int(1));
-    const met = this.op("Cast", this.op("Equal", columns(indices), outputs), { to: FLOAT });
+    const columns = (value: string): string => this.transpose(value, [0, 2, 1]);
+    const outputs = this.range(this.int(out));
+    const met = this.cast(this.op("Equal", columns(indices), outputs), FLOAT);
     const values = columns(this.slice(change, -1, 0, width));
-    const strength = this.op("MatMul", columns(this.slice(change, -1, width, width + 1)), met);
+    const strength = this.matMul(columns(this.slice(change, -1, width, width + 1)), met);
     for (const { graph, node, x, type } of sites) {
       const place = this.place(name, graph, node, type);
       const { rank, rows, byTask } = this.#rowsInto(place, graph, x);
-      const found = place.op("MatMul", byTask(rows, width), values);
+      const found = place.matMul(byTask(rows, width), values);
       const y = place.begin();
       const old = byTask(place.up(y), out);
       const left = place.sub(old, place.mul(old, strength));
-      const sum = place.add(left, place.op("MatMul", found, met));
+      const sum = place.add(left, place.matMul(found, met));
       place.end(place.down(this.#asY(place, sum, y, rank, out)));
     }
   }
@@ -392,12 +383,11 @@ class Injector extends GraphTools {
     for (const { site, end } of places) {
       const place = this.place(name, site.graph, end, site.type);
       const x = place.rows(place.up(site.x));
-      let y = place.op("MatMul", this.rowsOf(place, x, inputs), weight);
+      let y = place.matMul(this.rowsOf(place, x, inputs), weight);
       // A task without a bias keeps the model's.
       const added = bias ?? (site.bias && place.up(site.bias));
       if (added) y = place.add(y, added);
-      const leading = place.slice(place.op("Shape", site.x), 0, 0, -1);
-      place.replace(place.down(place.reshape(y, place.concat([leading, labels], 0))));
+      place.replace(place.down(place.unrows(y, site.x, labels)));
     }
   }
 
@@ -454,7 +444,6 @@ function joined([first = "", ...others]: readonly string[]): string {
 
 // Products with components.
 
-/** Form in which components enter the graph. */
 type Format = "floats" | "bytes" | "nibbles";
 
 /**
@@ -463,9 +452,8 @@ type Format = "floats" | "bytes" | "nibbles";
  */
 class ComponentProducts {
   readonly #by: IntegerProducts;
-  readonly #added: Added[];
+  readonly #tools: GraphTools;
   readonly #level: number;
-  readonly #shared = new Set<string>();
   /** True if an operator of onnxruntime's own domain was used. */
   contributed = false;
 
@@ -473,9 +461,9 @@ class ComponentProducts {
    * @param by operators for integers; none: floats only
    * @param layers that terms are added to: where the model has all of their inputs rounded to 8 bits, products with 4 bits do the same
    */
-  constructor(by: IntegerProducts, added: Added[], layers: readonly AdaptedLayer[]) {
+  constructor(by: IntegerProducts, tools: GraphTools, layers: readonly AdaptedLayer[]) {
     this.#by = by;
-    this.#added = added;
+    this.#tools = tools;
     const levels = layers.flatMap(({ sites }) =>
       sites.map(({ node, product = node }) => intOf(product, "accuracy_level")),
     );
@@ -528,34 +516,28 @@ class ComponentProducts {
     transposed: boolean,
   ): string {
     const format = this.formatOf(factors[0]!);
-    const isNew = !this.#shared.has(name);
-    this.#shared.add(name);
+    const tools = this.#tools;
+    const asMatrix = <T extends Float32Array | Int8Array>(values: T): T =>
+      transposed ? transpose(values, outer, inner) : values;
     if (format === "floats") {
-      if (isNew) {
-        const values = stacked(factors.map((factor) => factor.floats()));
-        this.#add(name, FLOAT, [inner, outer], transposed ? transpose(values, outer, inner) : values);
-      }
-      return place.op("MatMul", x, name);
+      const values = () => asMatrix(stacked(factors.map((factor) => factor.floats())));
+      return place.matMul(x, tools.tensor(name, FLOAT, [inner, outer], values));
     }
     const integers = (): Int8Array => stacked(factors.map((factor) => factor.integers!.values()));
     // Rounded inputs share a scale within a block: small ones keep what is rounded as exact as in the model's own layers.
     const block = this.#level === EIGHT_BITS ? 32 : blockOf(inner);
     const blocks = Math.ceil(inner / block);
     if (format === "bytes" && !this.#multipliesBytes(inner, blocks * block)) {
-      if (isNew) {
-        const values = integers();
-        this.#add(name, INT8, [inner, outer], transposed ? transpose(values, outer, inner) : values);
-      }
-      return place.op("MatMul", x, place.op("DequantizeLinear", name, this.#ones(1, [])));
+      const bytes = tools.tensor(name, INT8, [inner, outer], () => asMatrix(integers()));
+      return place.matMul(x, place.op("DequantizeLinear", bytes, this.#ones(1, [])));
     }
     const bits = format === "bytes" ? 8 : 4;
-    if (isNew) {
-      const data = packed(integers(), bits, inner, outer, blocks * block, transposed);
-      this.#add(name, UINT8, [outer, blocks, (block * bits) / 8], data);
-    }
+    const weight = tools.tensor(name, UINT8, [outer, blocks, (block * bits) / 8], () =>
+      packed(integers(), bits, inner, outer, blocks * block, transposed),
+    );
     this.contributed = true;
     const attributes = { K: inner, N: outer, bits, block_size: block, accuracy_level: this.#level };
-    return place.op(`${CONTRIBUTED}.MatMulNBits`, x, name, this.#ones(outer * blocks), attributes);
+    return place.op(`${CONTRIBUTED}.MatMulNBits`, x, weight, this.#ones(outer * blocks), attributes);
   }
 
   /**
@@ -568,16 +550,7 @@ class ComponentProducts {
 
   /** Scales of blocks, all 1; products of one shape share them. */
   #ones(count: number, dims: readonly number[] = [count]): string {
-    const name = `${PREFIX}/scales/${dims.join()}`;
-    if (!this.#shared.has(name)) {
-      this.#shared.add(name);
-      this.#add(name, FLOAT, dims, new Float32Array(count).fill(1));
-    }
-    return name;
-  }
-
-  #add(name: string, type: number, dims: readonly number[], data: Added["data"]): void {
-    this.#added.push({ name, type, dims, data });
+    return this.#tools.tensor(`${PREFIX}/scales/${dims.join()}`, FLOAT, dims, () => new Float32Array(count).fill(1));
   }
 }
 

@@ -14,7 +14,6 @@ import {
   type ValueInfoProto,
 } from "./protobuf.ts";
 
-/** Where a value enters a node. */
 export interface Use {
   readonly node: NodeProto;
   readonly input: number;
@@ -41,7 +40,6 @@ export interface Graph extends Scope {
 }
 
 export interface OnnxModel {
-  /** Path or URL, for messages. */
   readonly name: string;
   readonly proto: ModelProto;
   readonly graph: Graph;
@@ -130,7 +128,6 @@ export function nestedGraphs(node: NodeProto): readonly GraphProto[] {
   return node.attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs));
 }
 
-/** The attribute, or undefined when the node has none with this name. */
 export function attribute(node: NodeProto | undefined, name: string): AttributeProto | undefined {
   return node?.attribute.find((candidate) => candidate.name === name);
 }
@@ -171,7 +168,6 @@ const KEEPS: ReadonlySet<string> = new Set(
   ).split(" "),
 );
 
-/** Operators that broadcast their inputs. */
 const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Sum"]);
 
 /** Most nested Concats that are followed. */
@@ -193,7 +189,6 @@ export class Ranks {
     for (const [name, { dims }] of model.graph.initializers) this.#known.set(name, dims.length);
   }
 
-  /** Rank of a value; undefined where it cannot be told. */
   of(value: string): number | undefined {
     // A loop rather than recursion: models are thousands of nodes deep. A value met again while it waits lies on a circle, which only a
     // damaged file has.

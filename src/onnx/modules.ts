@@ -6,7 +6,7 @@
 import { sameShape } from "../core/base.ts";
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
-import { intOf, intsOf, type Graph, type OnnxModel, type Use } from "./model.ts";
+import { type Graph, intOf, intsOf, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./protobuf.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
@@ -14,7 +14,6 @@ import { type OnnxTensorType, tensorType } from "./tensors.ts";
 export interface Slice {
   readonly index: number;
   readonly sizes: readonly number[];
-  /** Name of the parameter that it is a part of. */
   readonly of: string;
 }
 
@@ -174,7 +173,6 @@ export function partStart({ slice }: Stored): number {
   return slice ? slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0) : 0;
 }
 
-/** The axis along which a parameter's outputs lie. */
 export function outputAxis({ shape, layout }: Pick<Stored, "shape" | "layout">): number {
   return shape.length === 2 && layout === "in-out" ? 1 : 0;
 }
@@ -206,7 +204,6 @@ function wholeShape({
   return layout === "in-out" ? [columns, rows] : [rows, columns];
 }
 
-/** True if a linear layer multiplies with it. */
 export function isMatrix(stored: Stored): boolean {
   return (stored.layout === "in-out" || stored.layout === "out-in") && matrixShape(stored) !== undefined;
 }
@@ -262,7 +259,6 @@ const EVIDENCE = {
   named: 4,
 } as const;
 
-/** A name that an initializer may have, and the uses that support it. */
 interface Claim {
   name: string;
   evidence: number;
@@ -288,7 +284,6 @@ interface ModulePath {
   readonly shared: number;
 }
 
-/** Finds the claims of the initializers of one graph. */
 class Claims {
   readonly #graph: Graph;
   readonly #file: string;
@@ -484,7 +479,6 @@ interface Role {
   layout?: Layout | undefined;
 }
 
-/** Role of an initializer of this rank in the node that uses it. */
 function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role | undefined {
   const matrix = (layout: "in-out" | "out-in"): Role => {
     const turned = layout === "in-out" ? "out-in" : "in-out";

@@ -33,7 +33,6 @@ const ATTRIBUTE = { float: 1, int: 2, string: 3, graph: 5, ints: 7 };
 /** A tensor that was added to a graph; its bytes are held back until the model is written. */
 export interface Added {
   readonly name: string;
-  /** `TensorProto.DataType` of `data`. */
   readonly type: number;
   readonly dims: readonly number[];
   readonly data: Float32Array | Int8Array | Uint8Array;
@@ -42,7 +41,6 @@ export interface Added {
 /** The domain of onnxruntime's own operators. */
 export const CONTRIBUTED = "com.microsoft";
 
-/** Declares that the model uses operators of that domain. */
 export function importContributed({ proto: { opsetImport } }: OnnxModel): void {
   if (opsetImport.some(({ domain }) => domain === CONTRIBUTED)) return;
   opsetImport.push(create(OperatorSetIdProtoSchema, { domain: CONTRIBUTED, version: 1n }));
@@ -118,17 +116,18 @@ export function makeValue(name: string, elemType: number, dims?: readonly (numbe
 
 interface NodeEdit {
   readonly before: NodeProto[];
-  readonly behind: NodeProto[][];
+  readonly behind: NodeProto[];
   removed: boolean;
 }
 
 /** Edits of the nodes of graphs, collected until `apply`: moving the end of a list for each edit would take quadratic time. */
 export class NodeEdits {
-  readonly #graphs = new Map<GraphProto, Map<NodeProto, NodeEdit>>();
+  readonly #graphs = new Set<GraphProto>();
+  readonly #edits = new Map<NodeProto, NodeEdit>();
 
   /** Puts nodes directly behind one, in front of those that were put there before. */
   insert(graph: GraphProto, node: NodeProto, nodes: NodeProto[]): void {
-    this.#of(graph, node).behind.push(nodes);
+    this.#of(graph, node).behind.unshift(...nodes);
   }
 
   /** Puts nodes directly in front of one, behind those that were put there before. */
@@ -141,21 +140,19 @@ export class NodeEdits {
   }
 
   #of(graph: GraphProto, node: NodeProto): NodeEdit {
-    const edits = this.#graphs.get(graph) ?? new Map<NodeProto, NodeEdit>();
-    this.#graphs.set(graph, edits);
-    const edit = edits.get(node) ?? { before: [], behind: [], removed: false };
-    edits.set(node, edit);
+    this.#graphs.add(graph);
+    const edit = this.#edits.get(node) ?? { before: [], behind: [], removed: false };
+    this.#edits.set(node, edit);
     return edit;
   }
 
   apply(): void {
-    for (const [graph, edits] of this.#graphs) {
+    for (const graph of this.#graphs) {
       graph.node = graph.node.flatMap((node) => {
-        const { before = [], behind = [], removed = false } = edits.get(node) ?? {};
-        return [...before, ...(removed ? [] : [node]), ...[...behind].reverse().flat()];
+        const { before = [], behind = [], removed = false } = this.#edits.get(node) ?? {};
+        return [...before, ...(removed ? [] : [node]), ...behind];
       });
     }
-    this.#graphs.clear();
   }
 }
 
@@ -197,7 +194,6 @@ const CONCAT_INPUTS = 6;
 
 /** Writes nodes of standard operators in the form that the model's opset needs. A node is never written twice. */
 export class NodeWriter {
-  /** Nodes in the order in which they must run. */
   readonly nodes: NodeProto[] = [];
   readonly constants: Constants;
   /** Names by what a node computes. */
@@ -221,7 +217,6 @@ export class NodeWriter {
     return this.write(opType, operands, isAttributes(last) ? last : {}, 1)[0]!;
   }
 
-  /** @returns the outputs of the node */
   protected write(
     opType: string,
     operands: readonly Operand[],
@@ -241,12 +236,10 @@ export class NodeWriter {
     return names;
   }
 
-  /** A name that nothing has yet. */
   protected fresh(opType: string): string {
     return `${this.#prefix}/${opType}_${this.#count++}`;
   }
 
-  /** Splits a value along one axis into pieces of these sizes. */
   split(value: string, axis: number, sizes: readonly number[]): readonly string[] {
     // Opset 13 turned the sizes into an input.
     if (this.constants.opset < 13) return this.write("Split", [value], { axis, split: sizes }, sizes.length);
@@ -273,12 +266,42 @@ export class NodeWriter {
     return this.op("Reshape", value, shape);
   }
 
+  shapeOf(value: string): string {
+    return this.op("Shape", value);
+  }
+
+  matMul(a: string, b: string): string {
+    return this.op("MatMul", a, b);
+  }
+
+  transpose(value: string, perm: readonly number[]): string {
+    return this.op("Transpose", value, { perm });
+  }
+
+  cast(value: string, to: number): string {
+    return this.op("Cast", value, { to });
+  }
+
+  /** Takes rows of a table, or elements of a vector. */
+  gather(value: string, indices: string): string {
+    return this.op("Gather", value, indices, { axis: 0 });
+  }
+
+  /** The numbers from 0 to a scalar, int64. */
+  range(end: string): string {
+    return this.op("Range", this.int(0), end, this.int(1));
+  }
+
   /** Reshapes [… , in] to [x, in]. */
   rows(value: string): string {
     return this.op("Flatten", value, { axis: -1 });
   }
 
-  /** Slice value[from:to] along one axis. */
+  /** Reshapes [x, width] to [… , width], as the leading dimensions of `like`. */
+  unrows(value: string, like: string, width: Operand): string {
+    return this.reshape(value, this.concat([this.slice(this.shapeOf(like), 0, 0, -1), width], 0));
+  }
+
   slice(value: string, axis: number, from: number, to: number): string {
     return this.op("Slice", value, [from], [to], [axis]);
   }
@@ -296,7 +319,6 @@ export class NodeWriter {
     return level[0]!;
   }
 
-  /** A constant int64 scalar. */
   int(value: number): string {
     return this.constants.add(`int/${value}`, (name) => makeInts(name, [value], []));
   }
@@ -340,12 +362,12 @@ export class Place extends NodeWriter {
 
   /** Casts a value of the model to f32. */
   up(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", value, { to: FLOAT }) : value;
+    return this.#type === FLOAT16 ? this.cast(value, FLOAT) : value;
   }
 
   /** Casts an f32 value to the model's type. */
   down(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", value, { to: FLOAT16 }) : value;
+    return this.#type === FLOAT16 ? this.cast(value, FLOAT16) : value;
   }
 
   /** Renames the node's result; `end` puts another value in its place. */

@@ -8,9 +8,9 @@
  * it is. Loaded only for models with such layers.
  */
 import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
-import { attribute, floatOf, intOf, intsOf, type Graph, indexGraph, type OnnxModel, Ranks } from "./model.ts";
+import { attribute, floatOf, type Graph, indexGraph, intOf, intsOf, type OnnxModel, Ranks } from "./model.ts";
 import { isParameterName, matrixShape, modulePathOf, type OnnxParameter } from "./modules.ts";
-import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits, PREFIX, readBy } from "./nodes.ts";
+import { Constants, makeNode, makeSplit, NodeEdits, NodeWriter, PREFIX, readBy } from "./nodes.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
 
 /** Packed layers, and the layers in them in order. "qkv" is the name that `unfuse` gives to that of an `Attention`. */
@@ -310,7 +310,6 @@ const OTHERS: Readonly<Record<string, string>> = {
   PackedAttention: "is an attention without padding: pass the file from before convert_to_packing_mode",
 };
 
-/** True if a node is an `Attention` with weights inside. */
 function isAttention({ domain, opType }: NodeProto): boolean {
   return domain === "com.microsoft" && opType === "Attention";
 }
@@ -431,31 +430,23 @@ class Masks {
 
   /** Makes [batch, 1, length, length]: 0, or the least score where a position is masked. */
   #add(rank: number, node: NodeProto, least: number, type: number, nodes: NodeProto[]): string {
-    const { initializer } = this.#model.graph.proto;
     const name = `${node.output[0]}/mask`;
-    const op = (opType: string, input: readonly string[], attributes: Attributes = {}): string => {
-      const out = `${name}/${nodes.length}`;
-      nodes.push(makeNode(opType, out, input, out, attributes));
-      return out;
-    };
-    const ints = (...values: number[]): string => {
-      initializer.push(makeInts(`${name}/ints/${initializer.length}`, values));
-      return initializer.at(-1)!.name;
-    };
-    initializer.push(makeFloats(`${name}/none`, [0], [1]), makeFloats(`${name}/least`, [least], [1]));
+    const write = new NodeWriter(new Constants(this.#model.graph.proto, this.#model.opset, name), name);
     // The length of rows, [1].
-    const length = op("Slice", [op("Shape", [node.input[X]!]), ints(1), ints(2)]);
-    const mask = op("Cast", [node.input[MASK]!], { to: INT64 });
-    let kept: string;
-    if (rank === 1) {
-      const ones = op("Expand", [ints(1), length]);
-      // Positions 1, 2, …: a row keeps as many as its length.
-      const positions = op("CumSum", [ones, ints(0)]);
-      kept = op("Less", [op("Sub", [positions, ints(1)]), op("Reshape", [mask, ints(-1, 1)])]);
-    } else kept = op("Less", [ints(0), mask]);
-    const added = op("Where", [kept, `${name}/none`, `${name}/least`]);
-    const rows = op("Reshape", [type === FLOAT16 ? op("Cast", [added], { to: FLOAT16 }) : added, ints(0, 1, 1, -1)]);
-    return op("Expand", [rows, op("Concat", [ints(1, 1), length, ints(1)], { axis: 0 })]);
+    const length = write.slice(write.shapeOf(node.input[X]!), 0, 1, 2);
+    const mask = write.cast(node.input[MASK]!, INT64);
+    // Positions 1, 2, …: a row keeps as many as its length.
+    const positions = (): string => write.op("CumSum", write.op("Expand", [1], length), [0]);
+    const kept =
+      rank === 1
+        ? write.op("Less", write.sub(positions(), [1]), write.reshape(mask, [-1, 1]))
+        : write.op("Less", [0], mask);
+    const added = write.op("Where", kept, 0, least);
+    const typed = type === FLOAT16 ? write.cast(added, FLOAT16) : added;
+    const shape = write.concat([[1, 1], length, [1]], 0);
+    const scores = write.op("Expand", write.reshape(typed, [0, 1, 1, -1]), shape);
+    nodes.push(...write.nodes);
+    return scores;
   }
 }
 

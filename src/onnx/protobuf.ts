@@ -185,7 +185,6 @@ export interface Schema<M extends Proto = Proto> {
   readonly message?: M;
 }
 
-/** Values of missing scalars, by type. */
 const SCALARS: Readonly<Record<string, unknown>> = {
   ...{ int32: 0, int64: 0n, float: 0, string: "" },
   bytes: new Uint8Array(0),
@@ -250,7 +249,6 @@ export function create<M extends Proto>(schema: Schema<M>, init?: NoInfer<Init<M
   return message as M;
 }
 
-/** Types of fields on the wire. */
 export const VARINT = 0;
 export const FIXED64 = 1;
 export const BYTES = 2;

@@ -86,13 +86,11 @@ function isPiece({ slice, joined }: OnnxParameter): boolean {
   return slice !== undefined || joined !== undefined;
 }
 
-/** A parameter as a host reads it. */
 function withoutGraph(parameter: OnnxParameter): OnnxParameter {
   const joined = parameter.joined?.map(withoutGraph);
   return { ...parameter, uses: [], candidates: [], copies: [], ...(joined && { joined }) };
 }
 
-/** The packed parameter that a part belongs to. */
 function wholeOf({ slice, ...whole }: OnnxParameter): OnnxParameter {
   return { ...whole, name: slice!.of };
 }
