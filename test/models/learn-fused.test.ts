@@ -144,11 +144,6 @@ const FORWARD: readonly Case[] = [
     inputs: [[2, 5, 32], [2, 5, 32], [2, 5, 32], weights("bias", 96), "", [1, 4, 5, 5]],
   },
   {
-    op: "com.microsoft.Attention",
-    attributes: { num_heads: 4 },
-    inputs: [[2, 5, 16], weights("w", 16, 96), weights("bias", 96)],
-  },
-  {
     op: "com.microsoft.SkipSimplifiedLayerNormalization",
     inputs: [[2, 5, 8], [2, 5, 8], weights("g", 8)],
     outputs: ["y", "", "", "sum"],

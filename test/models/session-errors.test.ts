@@ -385,7 +385,7 @@ t.test("where the probe cannot tell, it says so, and the session works", async (
   });
   // An input of a kind for which there is no likely value.
   const double = changed("gemm", ({ graph }) => {
-    const type = { value: { case: "tensorType" as const, value: { elemType: 11, shape: { dim: [] } } } };
+    const type = { tensorType: { elemType: 11, shape: { dim: [] } } };
     graph!.input.push(create(ValueInfoProtoSchema, { name: "temperature", type }));
   });
   // The input of the first layer is no number: 0 · ∞.

@@ -18,7 +18,6 @@ export { takeApart } from "../../../dist/src/onnx/packed.js";
 export {
   AttributeProtoSchema,
   create,
-  DimensionSchema,
   fromBinary,
   type GraphProto,
   GraphProtoSchema,
