@@ -15,11 +15,8 @@ import {
   type ModuleExtraction,
   type ModuleMember,
   type ModuleStack,
-  measureModule,
   multiplyTransposed,
-  openModule,
   type Pair,
-  projectModule,
   type SideBasis,
 } from "../support/internals/pack.ts";
 import { runs } from "../support/required.ts";
@@ -127,8 +124,8 @@ function rowsOf(basis: SideBasis, alpha: ArrayLike<number>, rank: number): Float
 /** ‖ΔW − ΔW'‖ / ‖ΔW‖ of a stored task, from what is stored. */
 function storedError(result: ModuleExtraction, member: ModuleMember, type: Dtype): number {
   const task = result.tasks.find(({ id }) => id === member.id)!;
-  const A = rowsOf(result.A, decodeTensor(type, task.alphaA, task.rank, result.A.components), task.rank);
-  const Bt = rowsOf(result.B, decodeTensor(type, task.alphaB, task.rank, result.B.components), task.rank);
+  const A = rowsOf(result.A, decodeTensor(type, task.A.coefficients!, task.rank, result.A.components), task.rank);
+  const Bt = rowsOf(result.B, decodeTensor(type, task.B.coefficients!, task.rank, result.B.components), task.rank);
   const exact = product(member.A, member.Bt, member.rank);
   const length = norm(exact);
   return length > 0 ? norm(difference(exact, product(A, Bt, task.rank))) / length : 0;
@@ -220,7 +217,6 @@ interface Golden {
     string,
     {
       error: Record<string, Record<string, number>>;
-      modules: Record<string, { delta_A?: number; delta_B?: number }>;
     }
   >;
 }
@@ -269,32 +265,8 @@ for (const [name, options, prepare] of settings) {
         const error = expected.error[task.id]![stack.name]!;
         t.ok(Math.abs(task.error - error) <= 1e-5, `${stack.name} ${task.id}: ${task.error}, numpy ${error}`);
       }
-      const measured = measuredLosses(result, prepared, { ...F32, ...options });
-      t.ok(
-        measured.every(({ bound, error }) => bound >= error),
-        "the bound is one",
-      );
-      const delta = deltaOf(measured);
-      const { delta_A: deltaA, delta_B: deltaB } = expected.modules[stack.name]!;
-      if (deltaA === undefined || deltaB === undefined) continue;
-      t.ok(Math.abs(delta.A - deltaA) <= 1e-5, `delta A ${delta.A}, numpy ${deltaA}`);
-      t.ok(Math.abs(delta.B - deltaB) <= 1e-5, `delta B ${delta.B}, numpy ${deltaB}`);
     }
   });
-}
-
-/** Errors of the tasks of an extraction, measured on the stored values. */
-function measuredLosses(result: ModuleExtraction, { members }: ModuleStack, options: ExtractOptions) {
-  const space = openModule(result);
-  return members.map((member, i) => measureModule(space, member, result.tasks[i]!, options));
-}
-
-/** Theorem 1's δ per side: the largest of the tasks'. */
-function deltaOf(losses: ReturnType<typeof measuredLosses>) {
-  return {
-    A: Math.max(...losses.map(({ deltaA }) => deltaA)),
-    B: Math.max(...losses.map(({ deltaB }) => deltaB)),
-  };
 }
 
 t.test("golden: means, singular values and projectors", async () => {
@@ -337,8 +309,6 @@ t.test("real adapters: all 20, three ways to choose K", async () => {
       const measured = storedError(lossless, member, "f32");
       t.ok(error <= 1e-6 && measured <= 1e-6, `${gauge} ${member.id}: reported ${error}, measured ${measured}`);
     }
-    const delta = deltaOf(measuredLosses(lossless, stack, { ...F32, gauge }));
-    t.ok(delta.A <= 1e-6 && delta.B <= 1e-6);
     t.ok(orthonormality(lossless.A) <= 1e-6 && orthonormality(lossless.B) <= 1e-6);
   }
   for (const type of ["f16", "bf16", "int8", "int4", "int3"] as const) {
@@ -373,8 +343,7 @@ t.test("components are orthonormal and energy 1 is lossless", async () => {
         return measured <= 1e-6 && Math.abs(result.tasks[i]!.error - measured) <= 5e-7;
       });
       const clean = orthonormality(result.A) <= 1e-6 && orthonormality(result.B) <= 1e-6;
-      const measured = measuredLosses(result, stack, { ...F32, gauge, centering });
-      return lossless && clean && measured.every(({ bound, error }) => bound >= error - 1e-7);
+      return lossless && clean;
     }),
     { seed: 1, numRuns: runs(200) },
   );
@@ -393,15 +362,9 @@ t.test("reported errors are those of what is stored", async () => {
       (stack, gauge, centering, basisDtype, coefficientDtype, k) => {
         const options: ExtractOptions = { gauge, centering, basisDtype, coefficientDtype, select: { kind: "k", k } };
         const result = extractModule(stack, options);
-        const space = openModule(result);
         return stack.members.every((member, i) => {
-          const task = result.tasks[i]!;
           const measured = storedError(result, member, coefficientDtype);
-          const again = measureModule(space, member, task, options);
-          return (
-            Math.abs(task.error - measured) <= 1e-6 * (1 + again.bound) &&
-            Math.abs(again.error - measured) <= 1e-7 * (1 + again.bound)
-          );
+          return Math.abs(result.tasks[i]!.error - measured) <= 1e-6 * (1 + measured);
         });
       },
     ),
@@ -454,17 +417,6 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
 
 t.test("wrong input is refused", async () => {
   const stack = makeStack(18, [2, 2], 6, 8);
-  const [member] = stack.members as [ModuleMember];
-  const refuses = (broken: Partial<ModuleMember>, message: RegExp): void => {
-    const members = [{ ...member, ...broken }];
-    t.throws(() => extractModule({ ...stack, members }, F32), { name: "RangeError", message });
-  };
-  refuses({ rank: 3 }, /task 0.*A.*rank 3 times 8/);
-  refuses({ rank: 0 }, /rank 0/);
-  refuses({ Bt: new Float32Array(3) }, /task 0.*Bt/);
-  refuses({ A: member.A.map((x, i) => (i === 5 ? NaN : x)) }, /task 0: value 5 of A is NaN/);
-  refuses({ Bt: member.Bt.map((x, i) => (i === 1 ? Infinity : x)) }, /value 1 of Bt is Infinity/);
-  t.throws(() => extractModule({ ...stack, members: [] }, F32), RangeError);
   const large = {
     ...stack,
     members: stack.members.map((member) => ({ ...member, A: member.A.map((value) => 1e9 * (value + 1)) })),
@@ -480,14 +432,4 @@ t.test("wrong input is refused", async () => {
       `^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; scale the adapter down$`,
     ),
   });
-  for (const select of [
-    { kind: "k", k: 0 },
-    { kind: "k", k: 1.5 },
-    { kind: "energy", share: 0 },
-    { kind: "energy", share: 1.01 },
-  ] as const) {
-    t.throws(() => extractModule(stack, { ...F32, select }), RangeError, JSON.stringify(select));
-  }
-  const space = openModule(extractModule(stack, F32));
-  t.throws(() => projectModule(space, { ...member, A: new Float32Array(6) }, F32), RangeError);
 });

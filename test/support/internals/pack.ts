@@ -9,7 +9,9 @@ export {
   coordinates,
   type ExtractOptions,
   extractModule,
+  type Gauge,
   type ModuleExtraction,
+  type ModuleMember,
   type ModuleStack,
   principalComponents,
   type SideBasis,
@@ -31,13 +33,6 @@ export {
   symmetricEigen,
   transpose as transposeMatrix,
 } from "../../../dist/src/extract/linalg.js";
-export {
-  type Gauge,
-  type ModuleMember,
-  measureModule,
-  openModule,
-  projectModule,
-} from "../../../dist/src/extract/subspace.js";
 export { openThread } from "../../../dist/src/extract/threads-node.js";
 export { createWasmProducts } from "../../../dist/src/extract/wasm-products.js";
 export { expandTerm } from "../../../dist/src/pack/expand.js";
