@@ -4,9 +4,8 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
-import { mkdtemp, readdir, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { basename, join } from "node:path";
+import { readdir, writeFile } from "node:fs/promises";
+import { basename } from "node:path";
 import { openPack, type Pack } from "eigenlora";
 import { type Adapter, buildPack, type WorkProgress } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -23,7 +22,8 @@ import {
   runBatches,
   toBatches,
 } from "../../examples/minilm.js";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { modelBase } from "../support/internals/learn.ts";
 import { data } from "../support/packs.ts";
 import { soak } from "../support/required.ts";
@@ -309,7 +309,7 @@ async function minilmCase(): Promise<Case> {
 
 for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM", minilmCase] as const] : [])] as const)
   t.test(`the command line on ${name}: two tasks, a third added, a Ctrl-C`, async (t) => {
-    workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-by-answers-")));
+    workIn(t);
     const { with: how, adapters } = await caseOf();
     const [first, second, third] = adapters;
     const ids = adapters.map((path) => basename(path));

@@ -1,18 +1,17 @@
 /**
  * Distilling on many machines: parts of tasks that `assemble` turns into a pack, on the real model.
  */
-import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import t from "tap";
 import { readTask } from "../../examples/minilm.js";
-import { json, workIn } from "../support/command-line.ts";
+import { json } from "../support/command-line.ts";
+import { workIn } from "../support/folder.ts";
 import { data } from "../support/packs.ts";
 
 t.test("tasks distilled in parts make the pack of one part, byte for byte", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-distill-part-"));
-  workIn(t, folder);
+  const folder = workIn(t);
   const own = (id: string): string => data(`adapters/own-seed/${id}`);
   const { train } = await readTask("debtags-role");
   const lines = train.slice(0, 120).map(([text]) => text);

@@ -2,14 +2,13 @@
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
-import { chmod, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, truncate, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { chmod, mkdir, readdir, readFile, rm, stat, symlink, truncate, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import { COMMAND_LINE, openScratch, takeLock, writeTogether, writeWhole } from "../support/internals/cli.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-lock-"));
-t.teardown(() => rm(folder, { recursive: true }));
+const folder = folderFor(t);
 const silent = (): void => undefined;
 const module = (name: string): string => JSON.stringify(new URL(`${name}.js`, COMMAND_LINE).href);
 

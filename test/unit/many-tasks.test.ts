@@ -2,12 +2,12 @@
  * Four thousand tasks, and a part of 80 000, in the soak ten and 200 000: time must grow with tasks, not with pairs of tasks. The limits are
  * wide, since quadratic work takes several times as long.
  */
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import t, { type Test } from "tap";
+import { folderFor } from "../support/folder.ts";
 import { encodeTensor, toHex } from "../support/internals/base.ts";
 import { lossTable, runProgram, writeWhole } from "../support/internals/cli.ts";
 import { encodeBasis, encodeTask, sha256 } from "../support/internals/format.ts";
@@ -16,8 +16,7 @@ import { freshChunks } from "../support/packs.ts";
 import { soak } from "../support/required.ts";
 
 const COUNT = soak ? 10_000 : 4000;
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-many-"));
-t.teardown(() => rm(folder, { recursive: true }));
+const folder = folderFor(t);
 const path = join(folder, "many.eigen");
 
 const encoded = encodeTensor("f32", [1, 2], 1, 2);
