@@ -38,7 +38,10 @@ const F32: ExtractOptions = {
 /** The stacks of real adapters. */
 async function readStacks(tasks: readonly string[]): Promise<ModuleStack[]> {
   const stacks = new Map<string, { name: string; out: number; in: number; members: ModuleMember[] }>();
-  for (const { id, modules, close } of await readAdapters(tasks.map((task) => data(`adapters/own-seed/${task}`)))) {
+  const adapters = await readAdapters(tasks.map((task) => data(`adapters/own-seed/${task}`)));
+  // The golden values have their own order.
+  adapters.sort((a, b) => tasks.indexOf(a.id) - tasks.indexOf(b.id));
+  for (const { id, modules, close } of adapters) {
     for (const { name, out, in: inputs, read } of modules.values()) {
       const stack = stacks.get(name) ?? { name, out, in: inputs, members: [] };
       stacks.set(name, stack);

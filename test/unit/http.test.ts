@@ -518,7 +518,7 @@ t.test("secrets of an address stay out of messages", async (t) => {
   t.notMatch(withPassword.message, /secret/);
   const pack = await openSource(`data:application/octet-stream;base64,${golden.toString("base64")}`);
   t.equal(pack.name, "data: URL");
-  t.equal((await openPack(pack)).tasks.size, 3, "a data: URL is read whole");
+  t.equal((await openPack(pack)).tasks.size, 5, "a data: URL is read whole");
 });
 
 t.test("options", async (t) => {
