@@ -177,7 +177,7 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
       place.like(op, [entering, weight], { opType: "Conv", domain: "", attribute: geometry });
     const terms: string[] = [];
     if (own) {
-      // Of [n, tasks · q, …] each row takes the q channels of its own task: row i of n is one of task ⌊i · tasks / n⌋.
+      // Each row of [n, tasks · q, …] takes the q channels of its own task: row i of n is one of task ⌊i · tasks / n⌋.
       const n = place.op("Squeeze", place.slice(flat, 0, 0, 1));
       const tasks = place.op("Squeeze", tools.tasks());
       const from = place.op("Range", place.int(0), place.mul(n, tasks), tasks);

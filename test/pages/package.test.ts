@@ -16,7 +16,7 @@ const BUDGET = { js: 23_050, wasm: 12_200, url: 4_500 };
 
 /**
  * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, names of the Hub, the reader of task
- * files, hashes and keys, the other backends, the unfolded modes, parameters beside the terms, progress.
+ * files, hashes and keys, the other backends, the unfolded modes, parameters in addition to terms, progress.
  */
 const LAZY =
   /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|task-file|decode-coded|part|trust|kind|js|webgpu|terms|merge|parameters|progress)\.js$/;
