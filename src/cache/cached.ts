@@ -6,13 +6,13 @@
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 import { fromIntegrity, sha256 } from "../format/fields.ts";
-import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import { throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,
   FETCH_OPTIONS,
   type FetchOptions,
+  nameOfUrl,
   type ReadAllOptions,
   type ReadOptions,
   type Reads,
@@ -85,19 +85,12 @@ export function cachedSource(
   if (options.integrity !== undefined) fromIntegrity(options.integrity);
   const url =
     typeof source === "string" || source instanceof URL ? addressOf(String(source), "cachedSource") : undefined;
-  const own = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
-  if (!url && !own)
+  const custom = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
+  if (!url && !custom)
     throw new TypeError(`cachedSource: expected a URL or a ByteSource, got ${described(source)}; files need no cache`);
   // A relative address is resolved now; a name of the Hub is read as it was given.
   const input = url && (url.protocol === "hf:" ? String(source) : url.href);
-  return new Cached(input ?? own!, url ? nameOf(url) : own!.name, store, options);
-}
-
-/** A file in the store. */
-interface CachedFile {
-  readonly shelf: Shelf;
-  readonly file: string;
-  readonly version: string;
+  return new Cached(input ?? custom!, url ? nameOfUrl(url) : custom!.name, store, options);
 }
 
 class Cached implements CachedSource {
@@ -116,7 +109,7 @@ class Cached implements CachedSource {
   /** One for all: each would ask for the version, and count, by itself. */
   #opening: Promise<ByteSource> | undefined;
   #closed = false;
-  #place: Promise<CachedFile | undefined> | undefined;
+  #ranges: Promise<Ranges | undefined> | undefined;
 
   constructor(input: string | ByteSource, name: string, store: RangeStore, { integrity, ...options }: CacheOptions) {
     this.name = name;
@@ -146,33 +139,30 @@ class Cached implements CachedSource {
   async readAll(options: ReadAllOptions = {}): Promise<Uint8Array> {
     const { signal } = options;
     throwIfAborted(signal);
-    this.#live();
-    const place = await unlessAborted(this.#open(), signal);
-    const file = await this.#sizeFile();
-    const kept = place && (await this.#unlessFailing(() => place.shelf.get(file, place.version, 0, 8)));
-    if (kept && kept !== "damaged") this.#length = new DataView(kept.slice().buffer).getFloat64(0);
-    else {
+    this.#refuseClosed();
+    const ranges = await unlessAborted(this.#open(), signal);
+    this.#length = ranges?.size;
+    if (this.#length === undefined) {
       const source = await this.#source();
       if (source.byteLength === undefined) await source.read(0, 1, { signal });
+      const { byteLength } = source;
       // A server of another origin may not let it be seen.
-      if (source.byteLength === undefined) return readAll(source, options);
-      const bytes = new Uint8Array(8);
-      new DataView(bytes.buffer).setFloat64(0, source.byteLength);
-      if (place) await this.#unlessFailing(() => place.shelf.put(file, place.version, 0, bytes));
+      if (byteLength === undefined) return readAll(source, options);
+      await this.#unlessFailing(async () => ranges?.put(byteLength, new Uint8Array(0)));
     }
     return readBeginning(this, this.byteLength!, options);
   }
 
   async read(offset: number, length: number, { signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
     throwIfAborted(signal);
-    this.#live();
+    this.#refuseClosed();
     if (length === 0) return new Uint8Array(0);
-    const place = await unlessAborted(this.#open(), signal);
-    if (length <= PIECE_BYTES) return this.#piece(place, offset, length, signal);
+    const ranges = await unlessAborted(this.#open(), signal);
+    if (length <= PIECE_BYTES) return this.#piece(ranges, offset, length, signal);
     // Joined at the end: memory follows what arrives, not what is asked for.
     const pieces: Uint8Array[] = [];
     for (let at = offset; at < offset + length; at += PIECE_BYTES) {
-      const piece = await this.#piece(place, at, Math.min(PIECE_BYTES, offset + length - at), signal);
+      const piece = await this.#piece(ranges, at, Math.min(PIECE_BYTES, offset + length - at), signal);
       pieces.push(piece);
       onBytes?.(piece.length);
     }
@@ -186,9 +176,8 @@ class Cached implements CachedSource {
   }
 
   async clear(): Promise<void> {
-    const place = await this.#place?.catch(() => undefined);
-    const shelf = place?.shelf ?? (await Shelf.open(this.#store));
-    for (const file of [await this.#file(), await this.#sizeFile()]) await shelf.forget(file);
+    const ranges = (await this.#ranges?.catch(() => undefined)) ?? (await Ranges.open(this.#store, await this.#file()));
+    await ranges.clear();
   }
 
   async close(): Promise<void> {
@@ -196,12 +185,12 @@ class Cached implements CachedSource {
     await (await this.#opening?.catch(() => undefined))?.close?.();
   }
 
-  #live(): void {
+  #refuseClosed(): void {
     if (this.#closed) throw new SourceError("cannot be read: it was closed; open it again", { file: this.name });
   }
 
   async #source(): Promise<ByteSource> {
-    this.#live();
+    this.#refuseClosed();
     this.#opening ??= openSource(this.#input, this.#fetchOptions).catch((error: unknown) => {
       this.#opening = undefined;
       throw error;
@@ -210,26 +199,22 @@ class Cached implements CachedSource {
   }
 
   /** Undefined where the store does not work. */
-  #open(): Promise<CachedFile | undefined> {
+  #open(): Promise<Ranges | undefined> {
     // Not kept when it failed: the next read may find the server.
-    this.#place ??= this.#find().catch((error: unknown) => {
-      this.#place = undefined;
+    this.#ranges ??= this.#find().catch((error: unknown) => {
+      this.#ranges = undefined;
       throw error;
     });
-    return this.#place;
+    return this.#ranges;
   }
 
-  async #find(): Promise<CachedFile | undefined> {
+  async #find(): Promise<Ranges | undefined> {
     const identity = await this.identify();
     if (identity === undefined) {
       const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
       throw new SourceError(`${message}; give \`integrity\`, or do without a cache`, { file: this.name });
     }
-    return this.#unlessFailing(async () => {
-      const [file, version, shelf] = [await this.#file(), await digestOf(identity), await Shelf.open(this.#store)];
-      for (const one of [file, await this.#sizeFile()]) await shelf.forget(one, version);
-      return { shelf, file, version };
-    });
+    return this.#unlessFailing(async () => Ranges.open(this.#store, await this.#file(), await digestOf(identity)));
   }
 
   /** Digest that stands for the file in keys. */
@@ -239,18 +224,13 @@ class Cached implements CachedSource {
     return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
   }
 
-  /** Digest that stands for the file's size in keys. */
-  async #sizeFile(): Promise<string> {
-    return digestOf(`size of ${await this.#file()}`);
-  }
-
   async #piece(
-    place: CachedFile | undefined,
+    ranges: Ranges | undefined,
     offset: number,
     length: number,
     signal: AbortSignal | undefined,
   ): Promise<Uint8Array> {
-    const kept = place && (await this.#unlessFailing(() => place.shelf.get(place.file, place.version, offset, length)));
+    const kept = await this.#unlessFailing(async () => ranges?.get(offset, length));
     if (kept === "damaged") this.counts.damaged++;
     else if (kept) {
       this.counts.hits++;
@@ -260,7 +240,7 @@ class Cached implements CachedSource {
     const bytes = await (await this.#source()).read(offset, length, { signal });
     this.#counted.requests++;
     this.#counted.bytes += bytes.length;
-    if (place) await this.#unlessFailing(() => place.shelf.put(place.file, place.version, offset, bytes));
+    await this.#unlessFailing(async () => ranges?.put(offset, bytes));
     return bytes;
   }
 
@@ -276,14 +256,9 @@ class Cached implements CachedSource {
   }
 }
 
-// The ranges of files in a store. An entry is a range, followed by its SHA-256. Its key says which file, which version, which bytes: the
-// store's list of keys is all there is to know, so nothing can disagree with it.
-
 /** A range that is kept. */
 interface Kept {
   readonly key: string;
-  readonly file: string;
-  readonly version: string;
   readonly offset: number;
   readonly length: number;
 }
@@ -291,74 +266,80 @@ interface Kept {
 const KEY = /^([0-9a-f]{32})\.([0-9a-f]{32})\.(\d{1,16})-(\d{1,16})$/;
 const CHECKSUM_BYTES = 32;
 
-/** The ranges in a store, as of when it was opened and what happened here since. */
-class Shelf {
+/**
+ * The ranges of one version of a file in a store, as of when it was opened and what happened here since. An entry is a range, followed by its
+ * SHA-256. Its key says which file, which version, which bytes: the store's list of keys is all there is to know, so nothing can disagree with it.
+ * An entry of no bytes lies at the end of the file, and so tells its size.
+ */
+class Ranges {
   readonly #store: RangeStore;
-  readonly #kept: Map<string, Kept>;
+  /** Beginning of the keys. */
+  readonly #prefix: string;
+  #kept: readonly Kept[];
 
-  private constructor(store: RangeStore, kept: Map<string, Kept>) {
+  private constructor(store: RangeStore, prefix: string, kept: readonly Kept[]) {
     this.#store = store;
+    this.#prefix = prefix;
     this.#kept = kept;
   }
 
-  static async open(store: RangeStore): Promise<Shelf> {
-    const kept = new Map<string, Kept>();
+  /** Forgets other versions of the file. @param version undefined: whichever there are stay */
+  static async open(store: RangeStore, file: string, version?: string): Promise<Ranges> {
+    const kept: Kept[] = [];
     for (const key of await store.keys()) {
-      const [, file, version, offset, length] = KEY.exec(key) ?? [];
-      if (file && version) kept.set(key, { key, file, version, offset: Number(offset), length: Number(length) });
+      const [, owner, found, offset, length] = KEY.exec(key) ?? [];
+      if (owner !== file) continue;
+      if (version === undefined || found === version)
+        kept.push({ key, offset: Number(offset), length: Number(length) });
+      else await store.delete(key);
     }
-    return new Shelf(store, kept);
+    return new Ranges(store, `${file}.${version}`, kept);
+  }
+
+  /** Size of the file, once it is known. */
+  get size(): number | undefined {
+    return this.#kept.find(({ length }) => length === 0)?.offset;
   }
 
   /**
    * Bytes of a range that lie in one that is kept.
    * @returns "damaged" when they did, and are gone now; undefined when there are none
    */
-  async get(
-    file: string,
-    version: string,
-    offset: number,
-    length: number,
-  ): Promise<Uint8Array | "damaged" | undefined> {
-    for (const kept of this.#kept.values()) {
-      const from = offset - kept.offset;
-      if (kept.file !== file || kept.version !== version || from < 0 || from + length > kept.length) continue;
-      const entry = await this.#store.get(kept.key);
-      if (!entry) {
-        // Another program has deleted it.
-        this.#kept.delete(kept.key);
-        return undefined;
-      }
-      const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
-      const sum = entry.subarray(bytes.length);
-      if (bytes.length === kept.length && toHex(await sha256(bytes)) === toHex(sum))
-        return bytes.subarray(from, from + length);
-      await this.#delete(kept.key);
-      return "damaged";
+  async get(offset: number, length: number): Promise<Uint8Array | "damaged" | undefined> {
+    const kept = this.#kept.find((range) => range.offset <= offset && offset + length <= range.offset + range.length);
+    if (!kept) return undefined;
+    const entry = await this.#store.get(kept.key);
+    if (!entry) {
+      // Another program has deleted it.
+      this.#kept = this.#kept.filter((range) => range !== kept);
+      return undefined;
     }
-    return undefined;
+    const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
+    const sum = entry.subarray(bytes.length);
+    if (bytes.length === kept.length && toHex(await sha256(bytes)) === toHex(sum))
+      return bytes.subarray(offset - kept.offset, offset - kept.offset + length);
+    await this.#delete(kept);
+    return "damaged";
   }
 
-  async put(file: string, version: string, offset: number, bytes: Uint8Array): Promise<void> {
+  async put(offset: number, bytes: Uint8Array): Promise<void> {
     const { length } = bytes;
-    const key = `${file}.${version}.${offset}-${length}`;
+    const key = `${this.#prefix}.${offset}-${length}`;
     const entry = new Uint8Array(length + CHECKSUM_BYTES);
     entry.set(bytes);
     entry.set(await sha256(bytes), length);
     await this.#store.put(key, entry);
     // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
-    this.#kept.set(key, { key, file, version, offset, length });
+    this.#kept = [...this.#kept, { key, offset, length }];
   }
 
-  /** Forgets the ranges of a file, except those of one version. */
-  async forget(file: string, except?: string): Promise<void> {
-    for (const kept of [...this.#kept.values()])
-      if (kept.file === file && kept.version !== except) await this.#delete(kept.key);
+  async clear(): Promise<void> {
+    for (const range of this.#kept) await this.#delete(range);
   }
 
-  async #delete(key: string): Promise<void> {
-    this.#kept.delete(key);
-    await this.#store.delete(key);
+  async #delete(kept: Kept): Promise<void> {
+    this.#kept = this.#kept.filter((range) => range !== kept);
+    await this.#store.delete(kept.key);
   }
 }
 

@@ -316,11 +316,6 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
     });
   }
 
-  /** Closes it at the end of a block, with `await using`. */
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
-  }
-
   #live(): void {
     if (this.#closed) throw new BackendError("this runtime is closed; make a new one", { backend: this.backend });
   }

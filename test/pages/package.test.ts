@@ -15,11 +15,11 @@ const manifest = JSON.parse(await readFile(new URL("../../package.json", import.
 const BUDGET = { js: 22_760, wasm: 12_200, url: 4_500 };
 
 /**
- * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, names of the Hub, redirects, the reader of task
- * files, hashes and keys, the other backends, the unfolded modes, parameters beside the terms, progress.
+ * Files loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, names of the Hub, the reader of task
+ * files, hashes and keys, the other backends, the unfolded modes, parameters in addition to terms, progress.
  */
 const LAZY =
-  /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|redirects|task-file|decode-coded|part|trust|kind|js|webgpu|terms|merge|parameters|progress)\.js$/;
+  /^#wasm\/|\/(open-base|mismatch|url-source|hub-name|task-file|decode-coded|part|trust|kind|js|webgpu|terms|merge|parameters|progress)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 9_500;
