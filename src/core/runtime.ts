@@ -12,7 +12,7 @@ import { BackendError } from "../errors.ts";
 import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import { type BaseInput, type CpuView, onDevice, type View, WeightResolver } from "./base.ts";
+import { type BaseInput, type CpuView, onDevice, type View } from "./base.ts";
 import { type ActiveTask, KernelSession, planTasks } from "./kernel-session.ts";
 import type { Bases, Pack } from "./pack.ts";
 import type { Parameters } from "./parameters.ts";
@@ -29,15 +29,7 @@ import {
   type SwitchOptions,
 } from "./selection.ts";
 import type { ActiveTerms, ApplyOptions, ModuleTerm } from "./terms.ts";
-import {
-  bindWeights,
-  FoldedWeights,
-  loadWeights,
-  type Resolved,
-  type RuntimeContext,
-  type TaskChange,
-  type WeightBinding,
-} from "./weights.ts";
+import { FoldedWeights, type Resolved, type RuntimeContext, type TaskChange, type WeightBinding } from "./weights.ts";
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
 
@@ -247,8 +239,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** The base's name of a parameter, where it has it. */
   #parameterName(name: string): string {
-    const found = this.#parts.resolver.find(name);
-    return "name" in found ? found.name : name;
+    const found = this.#parts.resolver?.find(name);
+    return found && "name" in found ? found.name : name;
   }
 
   get #terms(): ActiveTerms {
@@ -384,24 +376,25 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
   const { modules, backend: asked = "auto", signal, anyBase } = options;
   const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
-  const opened = base === undefined ? undefined : await (await import("./open-base.ts")).openHost(base, options);
+  // A runtime without a base needs none of it.
+  const opener = base === undefined ? undefined : await import("./open-base.ts");
+  const opened = await opener?.openHost(base!, options);
   // A host that the caller made is the caller's to close.
   const closeHost = opened === base ? undefined : async () => opened?.close?.();
   let made: Awaited<ReturnType<typeof createBackend>> | undefined;
   let bases: Bases | undefined;
   try {
     const folded = mode === "folded";
-    const resolver = new WeightResolver(opened, options.names);
-    const placed = [...resolver.parameters.keys()].find((name) => onDevice(opened?.view?.(name)?.data));
+    const placed = [...(opened?.list() ?? [])].find(({ name }) => onDevice(opened!.view?.(name)?.data));
     const inPlace = placed !== undefined;
     const { device } = options.webgpu || {};
     if (inPlace && !(device && ["auto", "webgpu"].includes(asked))) {
-      throw new TypeError(`the base's "${placed}" lies on a device: pass that device, webgpu: { device }`);
+      throw new TypeError(`the base's "${placed.name}" lies on a device: pass that device, webgpu: { device }`);
     }
     if (policy === "reload" && (opened?.begin || inPlace)) {
       throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
     }
-    const bindings = opened ? await bindWeights(view.modules, resolver) : [];
+    const { resolver, bindings = [] } = (opened && opener?.bindWeights(opened, view.modules, options.names)) ?? {};
     const stays = folded && (!opened?.begin || inPlace);
     const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
     bases = await view.bases({ signal });
@@ -409,9 +402,9 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     made = await createBackend(inPlace ? { ...options, backend: "webgpu" } : options, onCpu);
     const { backend, passedOver } = made;
     const kernels = new KernelSession(backend, view.modules, bases.bytes);
-    const host = inPlace && base instanceof Map ? (await import("./open-base.ts")).memoryHost(base, backend) : opened;
+    const host = inPlace && base instanceof Map ? opener!.memoryHost(base, backend) : opened;
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-    if (host) await loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase });
+    if (host) await opener!.loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase });
     // A device that has no memory left says so only now.
     await backend.finish();
     const context = { view, mode, kernels, host, resolver, bindings, ignored: new Set(options.ignore) };
