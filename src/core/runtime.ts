@@ -37,7 +37,6 @@ const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: n
 export class Runtime extends Switching<RuntimeSwitchReport> {
   readonly pack: Pack;
   readonly mode: "folded" | "factors" | "core";
-  readonly policy: "copy" | "reload";
   /** Why backends before the one that runs were not used. */
   readonly passedOver: readonly string[];
 
@@ -54,10 +53,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** @internal Use `createRuntime`. */
   constructor(pack: Pack, parts: RuntimeParts) {
     super();
-    const { mode, policy, passedOver, bindings, kernels } = parts;
+    const { mode, passedOver, bindings, kernels } = parts;
     this.pack = pack;
     this.mode = mode;
-    this.policy = policy;
     this.passedOver = passedOver;
     this.#parts = parts;
     this.#weights = new FoldedWeights(parts, (name) => this.#parameters?.pristine(name));
@@ -319,7 +317,6 @@ function moduleName(name: string): string {
 }
 
 interface RuntimeParts extends RuntimeContext {
-  readonly policy: "copy" | "reload";
   readonly passedOver: readonly string[];
   /** Undefined in mode "folded". */
   readonly terms: ActiveTerms | undefined;
@@ -409,7 +406,7 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     await backend.finish();
     const context = { view, mode, kernels, host, resolver, bindings, ignored: new Set(options.ignore) };
     const terms = mode === "folded" ? undefined : new (await import("./terms.ts")).ActiveTerms(context, mode);
-    return new Runtime(pack, { ...context, policy, passedOver, terms, closeHost });
+    return new Runtime(pack, { ...context, passedOver, terms, closeHost });
   } catch (error) {
     made?.backend.close();
     await closeHost?.();
