@@ -340,10 +340,7 @@ interface GgufEntry {
 const ALIGNMENT = 32;
 const [UINT32, FLOAT32, STRING] = [4, 6, 8];
 
-/**
- * The bytes of a GGUF file, chunk by chunk.
- * @param fields of the header: strings, and numbers, which are written as f32
- */
+/** The bytes of a GGUF file, chunk by chunk. @param fields of the header: strings, and numbers, which are written as f32 */
 async function* writeGguf(
   fields: ReadonlyMap<string, string | number>,
   entries: readonly GgufEntry[],
