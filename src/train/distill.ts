@@ -16,23 +16,25 @@ import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { throwIfAborted } from "../pace.ts";
 import { gaugeOf, storedModule } from "../pack/add.ts";
+import { bisect } from "../pack/seek.ts";
 import type { Session } from "../session/session.ts";
+import type { AbortOptions } from "../source.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { uniform } from "../tensor/random.ts";
 import type { Featured } from "./objective.ts";
-import { type AskOptions, adapterWeights } from "./questions.ts";
-import type { Stepped } from "./stored-task.ts";
-import { drawnFrom, type Row, sureTemperature, tempered, toBatches } from "./supervision.ts";
 import {
+  adapterWeights,
   BATCH,
   BATCHES_TO_SOLVE,
   checkQuestions,
   type Distillable,
-  type Taught,
+  type TeacherOutputs,
   type TeachOptions,
-  taughtBy,
-} from "./teacher.ts";
+  teacherOutputs,
+} from "./questions.ts";
+import type { Stepped } from "./stored-task.ts";
+import { drawnFrom, type Row, type Supervision, toBatches } from "./supervision.ts";
 import { checkNumbers, checkSession } from "./trainable-model.ts";
 import {
   type CreateTrainerOptions,
@@ -159,7 +161,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const { adapter, task: id = adapter.id } = options;
   checkQuestions(options);
   const task = await distillable(session, id, options.signal);
-  return distilTask(session, adapter, task, await taughtBy(session, adapter, task, options), options);
+  return distilTask(session, adapter, task, await teacherOutputs(session, adapter, task, options), options);
 }
 
 /** @throws TaskError when it is not in the pack, or brings what cannot be trained */
@@ -174,7 +176,7 @@ export async function distilTask(
   session: Session,
   adapter: Adapter,
   { id, entry, blob, head }: Distillable,
-  { supervision, labels, train, judges, made }: Taught,
+  { supervision, labels, train, holdout, synthetic }: TeacherOutputs,
   options: Omit<DistillOptions, "adapter" | "task">,
 ): Promise<Distilled> {
   const { steps = 240, batch = BATCH, seed = 0, signal } = options;
@@ -183,7 +185,7 @@ export async function distilTask(
   const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head };
   const trainer = await makeTrainer(session, how, supervision);
   await trainer.begin(id);
-  const before = await trainer.compare(judges);
+  const before = await trainer.compare(holdout);
   const { A, B, ownA, ownBt, privateA } = blob.terms[0]!;
   const coefficients = (A?.tensor ?? B?.tensor ?? ownA ?? ownBt ?? privateA!).dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
@@ -192,32 +194,39 @@ export async function distilTask(
   const asStored = () => trainer.taskFile({ id, dtype, stored: stepped });
   const random = uniform(seed);
   const batches = toBatches(train, batch, await supervision.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
-  const ask = { where: "distill", supervision, signal, random };
   const fixed = options.learningRates?.terms === 0;
-  const solved = fixed ? undefined : await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
-  const start = await betterStart(trainer, id, solved, { judges, before: before.mean, asStored });
+  const solved = fixed
+    ? undefined
+    : await solvedCoefficients(session, adapter, { blob, head }, batches, { supervision, signal, random });
+  const start = await betterStart(trainer, id, solved, { holdout, before: before.mean, asStored });
   const begun = asStored();
-  const sure = head.length > 0 ? temperatureOf([...train, ...judges]) : 1;
+  // Tokens have no head, whose outputs could be divided.
+  const sure = head.length > 0 && !supervision.tokens ? sureTemperature([...train, ...holdout]) : 1;
   const { temperature = sure } = options;
   const fit: FitOptions & Stepped & Tested & Featured = {
     ...{ steps, batch, temperature, signal },
-    learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, made }, options.learningRates),
+    learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, synthetic }, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
     ...{ stored: stepped, tested: tested.has(session), featureWeight: featureWeight(train) },
   };
-  const softened = (row: Row) => ({ ...row, target: tempered(row.target!, temperature) });
+  const softened = (row: Row): Row => {
+    return {
+      ...row,
+      wanted: row.wanted.map(({ probabilities }) => ({ probabilities: tempered(probabilities, temperature) })),
+    };
+  };
   const rows = supervision.tokens ? train : train.map(softened);
-  const { fitted, taken } = await fitWhileItGains(trainer, rows, fit, { judges, asStored, onStep: options.onStep });
+  const { fitted, taken } = await fitWhileItGains(trainer, rows, fit, { holdout, asStored, onStep: options.onStep });
   if (taken > 0) tested.add(session);
   let best = fitted;
   // Judged as stored: number formats of few bits may cost more than training gains.
   await trainer.begin(best);
-  let after = await trainer.compare(judges);
+  let after = await trainer.compare(holdout);
   // Few steps may lose what solving has won.
   if (after.mean > start && start < SOLVED * before.mean) {
     best = begun;
     await trainer.begin(best);
-    after = await trainer.compare(judges);
+    after = await trainer.compare(holdout);
   }
   const better = after.mean < before.mean;
   const kept = better ? parseTaskFile(best, "the distilled task").blob : await pack.stored(id);
@@ -238,10 +247,10 @@ async function fitWhileItGains(
   rows: readonly Row[],
   fit: FitOptions & Stepped & Tested & Featured,
   {
-    judges,
+    holdout,
     asStored,
     onStep,
-  }: { readonly judges: readonly Row[]; readonly asStored: () => Uint8Array<ArrayBuffer> } & Pick<
+  }: { readonly holdout: readonly Row[]; readonly asStored: () => Uint8Array<ArrayBuffer> } & Pick<
     DistillOptions,
     "onStep"
   >,
@@ -249,7 +258,7 @@ async function fitWhileItGains(
   let fitted = asStored();
   let taken = 0;
   if (fit.steps === 0) return { fitted, taken };
-  const some = judges.filter((_, i) => i % Math.ceil(judges.length / LOOKED) === 0);
+  const sample = holdout.filter((_, i) => i % Math.ceil(holdout.length / LOOKED) === 0);
   let least = Infinity;
   let idle = 0;
   for await (const step of trainer.fitRows(rows, fit)) {
@@ -257,33 +266,46 @@ async function fitWhileItGains(
     taken = step.step;
     if (taken % CHECKED !== 0 && taken < fit.steps!) continue;
     // Rounded, since coarse steps train numbers that answer well once they are stored.
-    const { mean } = await trainer.compare(some, fit);
+    const { mean } = await trainer.compare(sample, fit);
     idle = mean > (1 - GAIN) * least ? idle + 1 : 0;
-    if (mean < least) [least, fitted] = [mean, asStored()];
+    if (mean < least) {
+      least = mean;
+      fitted = asStored();
+    }
     if (idle === IDLE) break;
   }
   return { fitted, taken };
 }
 
-/** The temperature at which the adapter is sure of its labels; 1 where tokens have them. */
-function temperatureOf(rows: readonly Row[]): number {
-  const targets = rows.flatMap(({ target }) => (target ? [Float32Array.from(target)] : []));
-  return targets.length > 0 ? sureTemperature(targets) : 1;
+/** The probabilities of the same logits divided by a temperature. */
+function tempered(probabilities: ArrayLike<number>, temperature: number): number[] {
+  const values = Array.from(probabilities);
+  const top = Math.max(...values);
+  const powers = values.map((p) => (p / top) ** (1 / temperature));
+  const total = powers.reduce((a, b) => a + b, 0);
+  return powers.map((value) => value / total);
+}
+
+const SURE = 0.9;
+const COLDEST = 0.05;
+
+/** The temperature at which the mean of the adapter's largest probabilities is 0.9; from 0.05 to 1. */
+function sureTemperature(rows: readonly Row[]): number {
+  const answers = rows.map(({ wanted }) => wanted[0]!.probabilities);
+  const isUnsure = (temperature: number): boolean =>
+    answers.reduce((sum, answer) => sum + Math.max(...tempered(answer, temperature)), 0) < SURE * answers.length;
+  return isUnsure(1) ? bisect(COLDEST, 1, isUnsure) : 1;
 }
 
 /** Weight of half the squared distance of features, from how far those of the rows lie apart; 0 where they are alike. */
 function featureWeight(rows: readonly Row[]): number {
   const all = rows.flatMap(({ features }) => features ?? []);
   const mean = new Float64Array(all[0]?.length ?? 0);
-  for (const one of all) one.forEach((value, i) => (mean[i]! += value / all.length));
-  const [size, variance] = [mean.reduce((sum, value) => sum + value * value, 0), squaresFrom(mean, all) / all.length];
+  for (const features of all) features.forEach((value, i) => (mean[i]! += value / all.length));
+  const size = mean.reduce((sum, value) => sum + value * value, 0);
+  let variance = 0;
+  for (const features of all) features.forEach((value, i) => (variance += (value - mean[i]!) ** 2 / all.length));
   return variance > ALIKE * size ? FEATURES / variance : 0;
-}
-
-function squaresFrom(mean: Float64Array, all: readonly Float32Array[]): number {
-  let sum = 0;
-  for (const one of all) one.forEach((value, i) => (sum += (value - mean[i]!) ** 2));
-  return sum;
 }
 
 /** Learning rates of `fit`. @param divergence when the steps begin */
@@ -292,15 +314,15 @@ function ratesOf(
     tokens,
     divergence,
     steps,
-    made,
-  }: { readonly tokens: boolean; readonly divergence: number; readonly steps: number; readonly made: boolean },
+    synthetic,
+  }: { readonly tokens: boolean; readonly divergence: number; readonly steps: number; readonly synthetic: boolean },
   given: DistillOptions["learningRates"] = {},
 ): FitOptions["learningRates"] {
   const kind = tokens ? "tokens" : "labels";
   const rate = Math.min(MOST_RATE, (WAY[kind] * Math.sqrt(divergence)) / Math.max(steps, FEW_STEPS[kind]));
   const { terms = rate } = given;
   // Words in no order teach a head no better than they harm it: it answers as well without, in fewer bytes.
-  return { terms, privateTerms: PRIVATE[kind] * terms, head: made ? 0 : rate, ...given };
+  return { terms, privateTerms: PRIVATE[kind] * terms, head: synthetic ? 0 : rate, ...given };
 }
 
 /**
@@ -312,7 +334,7 @@ async function betterStart(
   trainer: Trainer,
   task: string,
   solved: Awaited<ReturnType<typeof solvedCoefficients>> | undefined,
-  { judges, before, asStored }: { judges: readonly Row[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
+  { holdout, before, asStored }: { holdout: readonly Row[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
 ): Promise<number> {
   if (!solved?.size) return before;
   for (const [module, { alphaA, alphaB }] of solved) {
@@ -321,7 +343,7 @@ async function betterStart(
   }
   try {
     await trainer.begin(asStored());
-    const after = (await trainer.compare(judges)).mean;
+    const after = (await trainer.compare(holdout)).mean;
     if (after < before) return after;
   } catch (error) {
     if (!(error instanceof UnstorableError)) throw error;
@@ -444,19 +466,14 @@ async function solvedCoefficients(
   adapter: Adapter,
   { blob, head }: { readonly blob: TaskBlob; readonly head: readonly string[] },
   batches: readonly (readonly Row[])[],
-  { supervision, signal, random }: AskOptions & { readonly random: () => number },
+  { supervision, signal, random }: AbortOptions & { readonly supervision: Supervision; readonly random: () => number },
 ): Promise<Map<string, Solved>> {
   const sides = await sidesOf(session, adapter, blob);
   if (sides.size === 0) return new Map();
   const { model, weights } = await adapterWeights(session, adapter, head);
   for (const rows of batches) {
     throwIfAborted(signal);
-    const drawn = rows.map((row) =>
-      supervision.answered(
-        row,
-        supervision.wanted(row).map((one) => drawnFrom(one, random)),
-      ),
-    );
+    const drawn = rows.map((row) => ({ ...row, wanted: row.wanted.map((answer) => drawnFrom(answer, random)) }));
     for (const { rows: run, targets } of supervision.microBatches(drawn)) {
       const { gradients } = await model.step(await supervision.feeds(run), weights, targets);
       for (const [module, { A, B }] of sides) {
