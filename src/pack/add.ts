@@ -328,18 +328,12 @@ function checkModules(pack: Pack, adapter: Adapter): void {
     );
   const known = new Map(pack.modules.map((m) => [m.name, m]));
   const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
-  if (missing.length > 0 && missing.length === adapter.modules.size) {
-    throw new AdapterError(
-      `it adapts none of the modules that the tasks of ${pack.name} adapt, but ${listed(missing)}: is it of another base model?`,
-      { file: adapter.file, field: missing[0]! },
-    );
-  }
   if (missing.length > 0) {
-    throw new AdapterError(
-      `it adapts ${missing.length} modules that ${pack.name} has no basis for (${listed(missing)}): pack all adapters again, ` +
-        "with this one",
-      { file: adapter.file, field: missing[0]! },
-    );
+    const message =
+      missing.length === adapter.modules.size
+        ? `it adapts none of the modules that the tasks of ${pack.name} adapt, but ${listed(missing)}: is it of another base model?`
+        : `it adapts ${missing.length} modules that ${pack.name} has no basis for (${listed(missing)}): pack all adapters again, with this one`;
+    throw new AdapterError(message, { file: adapter.file, field: missing[0]! });
   }
   for (const [name, module] of adapter.modules) {
     const stored = known.get(name)!;

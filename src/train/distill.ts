@@ -9,9 +9,10 @@ import { checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
-import { gauged, openModule, type Subspace } from "../extract/components.ts";
+import { type BySide, gauged, openModule, type Subspace } from "../extract/components.ts";
 import { pairOf } from "../extract/factors.ts";
-import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
+import { addScaled, backwardSolve, centred, cholesky, dot, forwardSolve } from "../extract/linalg.ts";
+import { fastProducts } from "../extract/wasm-products.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { throwIfAborted } from "../pace.ts";
@@ -337,9 +338,9 @@ async function betterStart(
   { holdout, before, asStored }: { holdout: readonly Row[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
 ): Promise<number> {
   if (!solved?.size) return before;
-  for (const [module, { alphaA, alphaB }] of solved) {
-    trainer.place(module, "alphaA", alphaA);
-    trainer.place(module, "alphaB", alphaB);
+  for (const [module, { A, B }] of solved) {
+    trainer.place(module, "alphaA", A);
+    trainer.place(module, "alphaB", B);
   }
   try {
     await trainer.begin(asStored());
@@ -359,12 +360,9 @@ async function betterStart(
 function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): string[] {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
   if (terms.length === 0) throw refuse("it has no terms");
-  if (pack.directory.basis.step === undefined) {
-    if (terms.some(({ privateRank }) => privateRank > 0))
-      throw refuse("it has private terms, which keep their bytes in packs with a `step` alone");
-    if (terms.some(({ ownA, ownBt }) => ownA || ownBt))
-      throw refuse("it has rows of its own, which keep their bytes in packs with a `step` alone");
-  }
+  const hasRows = terms.some(({ privateRank, ownA, ownBt }) => privateRank > 0 || ownA || ownBt);
+  if (hasRows && pack.directory.basis.step === undefined)
+    throw refuse("it has residual rows, which keep their bytes in packs with a `step` alone");
   for (const { module, magnitude, ...term } of terms) {
     const { name, ...bases } = pack.modules[module]!;
     if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
@@ -397,126 +395,109 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
 /** Least curvature of every direction, as a share of the mean curvature: sample texts never cover all that a model will see. */
 const DAMPING = 0.1;
 
-/** Coefficients [rows, K] of both sides of a module. */
-interface Solved {
-  readonly alphaA: Float64Array;
-  readonly alphaB: Float64Array;
+/** The least squares problem of one factor. */
+interface LeastSquares {
+  /** @param gradient [_, width] of rows */
+  add(gradient: Float32Array): void;
+  /** Coefficients [count, K]. */
+  solve(): Float64Array;
 }
 
-/** Accumulates the least squares problem of one side. */
-class Side {
-  readonly #space: Subspace;
-  /** Target rows without the mean [count, width]. */
-  readonly #x: Float64Array;
-  readonly #count: number;
-  /** Σ (E·gᵀ)(E·gᵀ)ᵀ [K, K] and Σ (x·gᵀ)(E·gᵀ)ᵀ [count, K], and Σ |g|². */
-  readonly #gram: Float64Array;
-  readonly #right: Float64Array;
-  #trace = 0;
-
-  constructor(space: Subspace, rows: Float64Array, count: number) {
-    const { components: K, width, mean } = space;
-    this.#space = space;
-    this.#x = rows.slice(0, count * width).map((value, i) => value - (mean?.[i % width] ?? 0));
-    this.#count = count;
-    this.#gram = new Float64Array(K * K);
-    this.#right = new Float64Array(count * K);
-  }
-
-  /** @param gradient [_, width] of rows */
-  add(gradient: Float32Array): void {
-    const { components: K, width, vectors } = this.#space;
-    const g = Float64Array.from(gradient);
-    const rank = g.length / width;
-    const [ofE, ofX] = [
-      multiplyTransposed(vectors, g, K, rank, width),
-      multiplyTransposed(this.#x, g, this.#count, rank, width),
-    ];
-    const [squares, products] = [gram(ofE, K, rank), multiplyTransposed(ofX, ofE, this.#count, K, rank)];
-    for (let i = 0; i < squares.length; i++) this.#gram[i]! += squares[i]!;
-    for (let i = 0; i < products.length; i++) this.#right[i]! += products[i]!;
-    for (const value of g) this.#trace += value * value;
-  }
-
-  /** Coefficients [count, K]. */
-  solve(): Float64Array {
-    const { components: K, width, vectors } = this.#space;
-    // The mean curvature is 1.
-    const scale = this.#trace > 0 ? width / this.#trace : 0;
-    const [even, along] = [gram(vectors, K, width), multiplyTransposed(this.#x, vectors, this.#count, K, width)];
-    const factor = cholesky(
-      even.map((value, i) => DAMPING * value + scale * this.#gram[i]!),
-      K,
-    );
-    const alpha = along.map((value, i) => DAMPING * value + scale * this.#right[i]!);
-    forwardSolve(factor, K, alpha, this.#count);
-    backwardSolve(factor, K, K, alpha, this.#count);
-    return alpha;
-  }
+/** @param rows [count, width], the adapter's */
+function leastSquares(space: Subspace, rows: Float64Array, count: number): LeastSquares {
+  const { components: K, width, vectors, mean, products } = space;
+  const { gram, multiplyTransposed } = products;
+  const x = centred(rows, count, width, mean);
+  /** Σ (E·gᵀ)(E·gᵀ)ᵀ [K, K], Σ (x·gᵀ)(E·gᵀ)ᵀ [count, K], and Σ |g|². */
+  const left = new Float64Array(K * K);
+  const right = new Float64Array(count * K);
+  let trace = 0;
+  return {
+    add(gradient) {
+      const g = Float64Array.from(gradient);
+      const rank = g.length / width;
+      const ofE = multiplyTransposed(vectors, g, K, rank, width);
+      const ofX = multiplyTransposed(x, g, count, rank, width);
+      addScaled(1, gram(ofE, K, rank), 0, left, 0, left.length);
+      addScaled(1, multiplyTransposed(ofX, ofE, count, K, rank), 0, right, 0, right.length);
+      trace += dot(g, 0, g, 0, g.length);
+    },
+    solve() {
+      // The mean curvature is 1.
+      const scale = trace > 0 ? width / trace : 0;
+      const even = gram(vectors, K, width);
+      const factor = cholesky(
+        even.map((value, i) => DAMPING * value + scale * left[i]!),
+        K,
+      );
+      const along = multiplyTransposed(x, vectors, count, K, width);
+      const alpha = along.map((value, i) => DAMPING * value + scale * right[i]!);
+      forwardSolve(factor, K, alpha, count);
+      backwardSolve(factor, K, K, alpha, count);
+      return alpha;
+    },
+  };
 }
 
 /**
- * Finds coefficients that change the adapter's answers least, by module name. Modules with private terms are left out.
- * @param blob the task; the coefficients have its ranks
- * @param head the layers that the adapter brings
+ * Finds coefficients that change the adapter's answers least, by module name: those of A, and of B. Modules with residual rows are left
+ * out.
  * @param batches questions with the adapter's answers
  */
 async function solvedCoefficients(
   session: Session,
   adapter: Adapter,
-  { blob, head }: { readonly blob: TaskBlob; readonly head: readonly string[] },
+  { blob, head }: Pick<Distillable, "blob" | "head">,
   batches: readonly (readonly Row[])[],
   { supervision, signal, random }: AbortOptions & { readonly supervision: Supervision; readonly random: () => number },
-): Promise<Map<string, Solved>> {
-  const sides = await sidesOf(session, adapter, blob);
-  if (sides.size === 0) return new Map();
+): Promise<Map<string, BySide<Float64Array>>> {
+  const problems = await problemsOf(session, adapter, blob);
+  if (problems.size === 0) return new Map();
   const { model, weights } = await adapterWeights(session, adapter, head);
   for (const rows of batches) {
     throwIfAborted(signal);
     const drawn = rows.map((row) => ({ ...row, wanted: row.wanted.map((answer) => drawnFrom(answer, random)) }));
     for (const { rows: run, targets } of supervision.microBatches(drawn)) {
       const { gradients } = await model.step(await supervision.feeds(run), weights, targets);
-      for (const [module, { A, B }] of sides) {
-        const { A: ofA, Bt } = gradients.terms.get(module)!;
-        A.add(ofA);
-        B.add(Bt);
+      for (const [module, { A, B }] of problems) {
+        const gradient = gradients.terms.get(module)!;
+        A.add(gradient.A);
+        B.add(gradient.Bt);
       }
     }
   }
-  const solved = [...sides].map(([module, { A, B }]) => [module, { alphaA: A.solve(), alphaB: B.solve() }] as const);
+  const solved = [...problems].map(([module, { A, B }]) => [module, { A: A.solve(), B: B.solve() }] as const);
   // Answers that are not finite give no information.
-  return new Map(solved.filter(([, { alphaA, alphaB }]) => [...alphaA, ...alphaB].every(Number.isFinite)));
+  return new Map(solved.filter(([, { A, B }]) => [...A, ...B].every(Number.isFinite)));
 }
 
-/** Opens the least squares problems of both sides, by module. */
-async function sidesOf(
+/** Opens the least squares problems of both factors, by module. */
+async function problemsOf(
   { pack }: Session,
   adapter: Adapter,
-  blob: TaskBlob,
-): Promise<Map<string, { readonly A: Side; readonly B: Side }>> {
+  { terms }: TaskBlob,
+): Promise<Map<string, BySide<LeastSquares>>> {
   const bases = await pack.bases();
-  const sides = new Map<string, { readonly A: Side; readonly B: Side }>();
+  const products = await fastProducts();
+  const problems = new Map<string, BySide<LeastSquares>>();
   try {
-    for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of blob.terms) {
+    for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of terms) {
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
       if (!A || !B || stored.A[A.basis]!.kind === "flat" || ownA || ownBt || privateRank > 0 || !module) continue;
-      const own = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
-      const space = openModule(storedModule(own, bases.bytes, adapter));
-      const { rank: most } = pack.directory.basis;
-      const how = {
-        gauge: gaugeOf(pack),
-        rank: most,
-        coefficientDtype: A.tensor.dtype,
-        step: pack.directory.basis.step,
-      };
+      const shared = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
+      const space = openModule(storedModule(shared, bases.bytes, adapter), products);
+      const { rank: most, step } = pack.directory.basis;
+      const how = { gauge: gaugeOf(pack), rank: most, coefficientDtype: A.tensor.dtype, step };
       const pair = gauged(pairOf(await module.read()), space, how);
-      const count = Math.min(rank, pair.rank);
-      if (count < rank) continue;
-      sides.set(stored.name, { A: new Side(space.A, pair.A, count), B: new Side(space.B, pair.Bt, count) });
+      if (Math.min(rank, pair.rank) < rank) continue;
+      problems.set(stored.name, {
+        A: leastSquares(space.A, pair.A, rank),
+        B: leastSquares(space.B, pair.Bt, rank),
+      });
     }
   } finally {
     bases.close();
   }
-  return sides;
+  return problems;
 }
