@@ -9,8 +9,7 @@ import { parseTaskFile } from "../core/task-file.ts";
 import type { TaskToWrite } from "../format/encode.ts";
 import type { Built } from "../pack/build.ts";
 import type { BuildOptions } from "../pack/recipe.ts";
-import type { AnsweringTask } from "../train/answering.ts";
-import { type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
+import { type AnsweringTask, type ByAnswersReport, packByAnswers, tasksByAnswers } from "../train/pack-by-answers.ts";
 import type { Run } from "./command.ts";
 import {
   asksPrompts,
