@@ -49,7 +49,7 @@ export const attach: Attach = command({
     refuseUnknown(options.names, pack.modules, packPath);
     const file = run.closing(await readModel(modelPath));
     const folder = dirname(modelPath);
-    const external = [...externalFiles(file.model.graph.proto).keys()].map((location) => join(folder, location));
+    const external = [...externalFiles(file.model).keys()].map((location) => join(folder, location));
     if (external.length > 0 && realTarget(folder) !== realTarget(dirname(target))) {
       const advice = `write it into the model's folder ${folder}, or copy that folder first`;
       throw new UsageError(`--output ${target}: the model has weights in ${external.join(", ")}; ${advice}`);

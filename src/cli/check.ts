@@ -92,7 +92,8 @@ async function survey(
 ): Promise<{ files: Surveyed[]; lost: string | undefined }> {
   const reads = [...models].map(([name, path]) => [name, () => readModel(path)] as const);
   const [[name, read]] = reads as [(typeof reads)[number]];
-  if (models.size === 1) return { files: [[name, inWords(await surveyModel(read, pack, options))]], lost: undefined };
+  if (models.size === 1)
+    return { files: [[name, inWords(await surveyModel(await read(), pack, options))]], lost: undefined };
   const { files, unmatched } = await surveyFiles(new Map(reads), pack, options);
   return { files: [...files].map(([name, found]) => [name, inWords(found)]), lost: inWords(unmatched ?? undefined) };
 }
@@ -161,7 +162,7 @@ function fileText(model: string, survey: Survey | string, unrun: boolean): strin
   if (typeof survey === "string") return ["", model, `  ${survey}`];
   return [
     "",
-    `${model}: opset ${survey.opset}, ${count(survey.nodes, "node")}`,
+    `${model}: opset ${survey.opset}`,
     ...modulesText(survey),
     ...parametersText(survey),
     "",
@@ -217,18 +218,11 @@ function parametersText({ parameters }: Survey): string[] {
 }
 
 function modesText({ modes, learning }: Survey, unrun: boolean): string[] {
-  const size = (n: number): string => (n === 0 ? "" : bytes(n));
   const all = Object.entries(modes);
   // The obstacle to all modes is reported at the end.
   const some = all.some(([, { works }]) => works);
-  const rows = all.map(([name, { works, nodes, inputs, componentBytes, pristineBytes, fedBytes, writtenBytes }]) =>
-    works
-      ? [name, "yes", nodes, inputs, ...[componentBytes, pristineBytes, fedBytes, writtenBytes].map(size)]
-      : [name, some ? "not here" : "no", "", "", "", "", "", ""],
-  );
   return [
-    ...table([["mode", "works", "nodes", "inputs", "components", "kept to fold", "fed to a run", "written"], ...rows]),
-    ...all.flatMap(([name, { why }]) => (why === null || !some ? [] : [`  ${name}: ${why}`])),
+    ...all.map(([name, { works, why }]) => `mode ${name}: ${works ? "yes" : some ? `no, ${why}` : "no"}`),
     ...(learning.why === null || !unrun || !some ? [] : [`learning: no, ${learning.why}`]),
   ];
 }

@@ -404,7 +404,7 @@ export async function weightFiles(model: string): Promise<string[]> {
   const { externalFiles } = await import("../onnx/tensors.ts");
   const file = await readModel(model);
   await file.close();
-  return [...externalFiles(file.model.graph.proto).keys()];
+  return [...externalFiles(file.model).keys()];
 }
 
 /** A listener that shows how much has arrived of all files that are downloaded together. */

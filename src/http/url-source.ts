@@ -3,7 +3,7 @@
  */
 import { described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
-import { throwIfAborted } from "../pace.ts";
+import { pacer, throwIfAborted } from "../pace.ts";
 import {
   type ByteSource,
   checkRange,
@@ -444,6 +444,7 @@ async function stream(
 ): Promise<Uint8Array | undefined> {
   let bytes = new Uint8Array(Math.min(longest, FIRST_MEMORY));
   let done = 0;
+  const pause = pacer();
   for (;;) {
     const { value, done: isEnd } = await reader.read();
     if (isEnd) break;
@@ -460,6 +461,8 @@ async function stream(
     }
     bytes.set(value, done);
     done = needed;
+    // Chunks that wait already come without a turn of the event loop.
+    await pause();
     if (most && done >= FIRST_BYTES && done > most(bytes)) {
       void reader.cancel().catch(() => undefined);
       break;

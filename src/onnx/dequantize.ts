@@ -7,14 +7,13 @@ import type { WeightAt } from "../core/mismatch.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
-import { producer } from "./linear.ts";
-import { attribute, type OnnxModel, type Use } from "./model.ts";
+import { producer, UINT8 } from "./linear.ts";
+import { type Graph, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, partStart, type Stored } from "./modules.ts";
 import type { NodeProto } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
 import { INTEGERS, readTensor } from "./tensors.ts";
 
-/** Element i of a tensor, row-major. */
 type Values = (i: number) => number;
 
 /**
@@ -121,11 +120,10 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
  * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits - 1) where there are none.
  */
 async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
-  const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-  const inputs = number("K", 0);
-  const out = number("N", 0);
-  const bits = number("bits", 4);
-  const size = number("block_size", 0);
+  const inputs = intOf(node, "K");
+  const out = intOf(node, "N");
+  const bits = intOf(node, "bits", 4);
+  const size = intOf(node, "block_size");
   const packed = await reader.values(node.input[1]);
   const scales = await reader.values(node.input[2]);
   const zeros = await reader.values(node.input[3]);
@@ -203,38 +201,44 @@ interface Quantization {
   block: number;
 }
 
+/** Indices of the inputs that hold scale and zero of a weight, and its axis, by operator. */
+const SCALES: ReadonlyMap<string, readonly [scale: number, zero: number, axis: number]> = new Map([
+  ["QLinearConv", [4, 5, 0]],
+  ["QLinearMatMul", [4, 5, 1]],
+  ["DynamicQuantizeMatMul", [2, 3, 1]],
+]);
+
 function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
-  const direct = model.graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
-  if (direct) {
-    const axis = Number(attribute(direct, "axis")?.i ?? 1);
-    const block = Number(attribute(direct, "block_size")?.i ?? 0);
-    return { scale: direct.input[1], zero: direct.input[2], axis: axis < 0 ? axis + 2 : axis, block };
-  }
+  const { graph } = model;
+  const take = ({ input }: NodeProto, scale: number, zero: number, axis: number, block = 0): Quantization => {
+    return { scale: input[scale], zero: input[zero], axis: axis < 0 ? axis + 2 : axis, block };
+  };
+  const direct = graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
+  if (direct) return take(direct, 1, 2, intOf(direct, "axis", 1), intOf(direct, "block_size"));
   if (!use) return undefined;
   const { node } = use;
-  if (node.opType === "GatherBlockQuantized") {
-    const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-    // Bytes without zero points are centred, and may hold two numbers each; no known tool writes such.
-    if (model.graph.initializers.get(initializer)?.dataType === 2) return undefined;
-    const [, , scale, zero] = node.input;
-    return { scale, zero, axis: number("quantize_axis", 1), block: number("block_size", 128) };
+  const known = SCALES.get(node.opType);
+  const next = nextOf(graph, node);
+  if (known) return take(node, ...known);
+  switch (node.opType) {
+    case "GatherBlockQuantized":
+      // Bytes without zero points are centred, and may hold two numbers each; no known tool writes such.
+      if (graph.initializers.get(initializer)?.dataType === UINT8) return undefined;
+      return take(node, 2, 3, intOf(node, "quantize_axis", 1), intOf(node, "block_size", 128));
+    case "Gather":
+      return next?.opType === "DequantizeLinear" ? take(next, 1, 2, 0) : undefined;
+    case "MatMulInteger":
+    case "ConvInteger": {
+      // A Cast, then a Mul by (scale of x · scale of the weight), which another Mul has computed.
+      const factors = next && nextOf(graph, next)?.input.find((value) => value !== next.output[0]);
+      const product = factors === undefined ? undefined : producer(model, use.graph, factors);
+      return { ...take(node, -1, 3, 1), scale: product?.input.find((value) => graph.initializers.has(value)) };
+    }
+    default:
+      return undefined;
   }
-  if (node.opType === "QLinearConv") return { scale: node.input[4], zero: node.input[5], axis: 0, block: 0 };
-  if (node.opType === "QLinearMatMul") return { scale: node.input[4], zero: node.input[5], axis: 1, block: 0 };
-  if (node.opType === "DynamicQuantizeMatMul") return { scale: node.input[2], zero: node.input[3], axis: 1, block: 0 };
-  const next = (made: NodeProto): NodeProto | undefined => model.graph.consumers.get(made.output[0]!)?.[0]?.node;
-  if (node.opType === "Gather") {
-    const floats = next(node);
-    return floats?.opType === "DequantizeLinear"
-      ? { scale: floats.input[1], zero: floats.input[2], axis: 0, block: 0 }
-      : undefined;
-  }
-  if (node.opType !== "MatMulInteger" && node.opType !== "ConvInteger") return undefined;
-  // MatMulInteger → Cast → Mul by (scale of x · scale of the weight), which another Mul has computed.
-  const cast = next(node);
-  const scaled = cast && next(cast);
-  const factors = scaled?.input.find((value) => value !== cast?.output[0]);
-  const product = factors === undefined ? undefined : producer(model, use.graph, factors);
-  const scale = product?.input.find((value) => model.graph.initializers.has(value));
-  return { scale, zero: node.input[3], axis: 1, block: 0 };
+}
+
+function nextOf({ consumers }: Graph, { output: [value = ""] }: NodeProto): NodeProto | undefined {
+  return consumers.get(value)?.[0]?.node;
 }

@@ -6,7 +6,7 @@
 import { sameShape } from "../core/base.ts";
 import { FormatError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
-import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
+import { type Graph, intOf, intsOf, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./protobuf.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
@@ -14,7 +14,6 @@ import { type OnnxTensorType, tensorType } from "./tensors.ts";
 export interface Slice {
   readonly index: number;
   readonly sizes: readonly number[];
-  /** Name of the parameter that it is a part of. */
   readonly of: string;
 }
 
@@ -174,7 +173,6 @@ export function partStart({ slice }: Stored): number {
   return slice ? slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0) : 0;
 }
 
-/** The axis along which a parameter's outputs lie. */
 export function outputAxis({ shape, layout }: Pick<Stored, "shape" | "layout">): number {
   return shape.length === 2 && layout === "in-out" ? 1 : 0;
 }
@@ -200,13 +198,12 @@ function wholeShape({
   uses,
 }: Pick<Stored, "shape" | "layout" | "uses">): readonly [out: number, inputs: number] | undefined {
   const packed = uses.find(({ node }) => node.opType === "MatMulNBits")?.node;
-  if (packed) return [Number(attribute(packed, "N")?.i ?? 0), Number(attribute(packed, "K")?.i ?? 0)];
+  if (packed) return [intOf(packed, "N"), intOf(packed, "K")];
   const [rows, columns] = shape;
   if (shape.length !== 2 || rows === undefined || columns === undefined) return undefined;
   return layout === "in-out" ? [columns, rows] : [rows, columns];
 }
 
-/** True if a linear layer multiplies with it. */
 export function isMatrix(stored: Stored): boolean {
   return (stored.layout === "in-out" || stored.layout === "out-in") && matrixShape(stored) !== undefined;
 }
@@ -262,7 +259,6 @@ const EVIDENCE = {
   named: 4,
 } as const;
 
-/** A name that an initializer may have, and the uses that support it. */
 interface Claim {
   name: string;
   evidence: number;
@@ -288,7 +284,6 @@ interface ModulePath {
   readonly shared: number;
 }
 
-/** Finds the claims of the initializers of one graph. */
 class Claims {
   readonly #graph: Graph;
   readonly #file: string;
@@ -475,8 +470,8 @@ export function isParameterName(name: string): boolean {
 
 /** True if a Transpose swaps the dimensions of a matrix; without `perm` it reverses them. */
 function turnsMatrix(node: NodeProto): boolean {
-  const perm = attribute(node, "perm")?.ints;
-  return perm === undefined || (perm.length === 2 && perm[0] === 1n);
+  const perm = intsOf(node, "perm");
+  return perm === undefined || (perm.length === 2 && perm[0] === 1);
 }
 
 interface Role {
@@ -484,7 +479,6 @@ interface Role {
   layout?: Layout | undefined;
 }
 
-/** Role of an initializer of this rank in the node that uses it. */
 function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role | undefined {
   const matrix = (layout: "in-out" | "out-in"): Role => {
     const turned = layout === "in-out" ? "out-in" : "in-out";
@@ -495,14 +489,14 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "MatMulInteger":
     case "FusedMatMul":
       if (input > 1) return undefined;
-      return matrix(input === 0 || attribute(node, "transB")?.i ? "out-in" : "in-out");
+      return matrix(input === 0 || intOf(node, "transB") ? "out-in" : "in-out");
     case "QLinearMatMul":
       return input === 3 ? matrix("in-out") : undefined;
     case "MatMulNBits":
       // [out, blocks, bytes]: packed along the rows of an out-in weight.
       return input === 1 ? { suffix: "weight", layout: "out-in" } : undefined;
     case "Gemm":
-      if (input === 1) return matrix(attribute(node, "transB")?.i ? "out-in" : "in-out");
+      if (input === 1) return matrix(intOf(node, "transB") ? "out-in" : "in-out");
       return input === 2 ? { suffix: "bias" } : undefined;
     case "Conv":
     case "ConvInteger":
@@ -510,7 +504,7 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
       return input === 2 && node.opType === "Conv" ? { suffix: "bias" } : undefined;
     case "Gather":
     case "GatherBlockQuantized":
-      if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;
+      if (input !== 0 || rank !== 2 || intOf(node, "axis")) return undefined;
       return { suffix: "weight", layout: transposed ? undefined : "embedding" };
     case "Add":
       return rank === 1 ? { suffix: "bias" } : undefined;

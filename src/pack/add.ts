@@ -3,25 +3,18 @@ import { type Adapter, checkAdapters, refuseBoth } from "../adapters/adapter.ts"
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { AdapterError, TaskError } from "../errors.ts";
-import { pairOf, type Spectrum, singularValues } from "../extract/factors.ts";
 import {
+  type Basis,
   type BySide,
-  balanced,
-  cheapest,
-  openSides,
-  type SideChoice,
-  sideCosts,
-  type TaskUpdate,
-  takeSides,
-} from "../extract/sides.ts";
-import {
   type Gauge,
   type ModuleMember,
   openModule,
   type ProjectOptions,
   projectModule,
-  type StoredBasis,
-} from "../extract/subspace.ts";
+  type TaskUpdate,
+} from "../extract/components.ts";
+import { pairOf, type Spectrum, singularValues } from "../extract/factors.ts";
+import { balanced, cheapest, openSides, type SideChoice, sideCosts, takeSides } from "../extract/sides.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import type { TaskToWrite, TermInput } from "../format/encode.ts";
 import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } from "../format/format.ts";
@@ -31,16 +24,7 @@ import { Meter, type OnWork, ROUND } from "../work.ts";
 import { completeDtypes } from "./recipe.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { type Steps, search, startSteps, Unreachable, withinError } from "./seek.ts";
-import {
-  changes,
-  DEFAULT_ERROR,
-  encodeAdapter,
-  encodeTerm,
-  narrowTerms,
-  onComponents,
-  stepsOf,
-  storable,
-} from "./tasks.ts";
+import { changes, DEFAULT_ERROR, encodeAdapter, encodeTerm, narrowTerms, stepsOf, storable } from "./tasks.ts";
 import { storedTask } from "./write.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -174,8 +158,7 @@ async function ontoComponents(all: Newcomers, given?: Steps | null): Promise<Pro
     let space: ReturnType<typeof openModule> | undefined;
     return (adapter, member) => {
       space ??= openModule(storedModule(module, bases, adapter), products);
-      const task = projectModule(space, member, { ...options, step: steps && stepFor(steps, adapter) });
-      return onComponents(task, space, dtype);
+      return projectModule(space, member, { ...options, step: steps && stepFor(steps, adapter) });
     };
   });
 }
@@ -286,7 +269,7 @@ function stepFor(steps: Steps, { id }: Adapter): number {
 }
 
 /** Bases of a side as they lie in a pack. */
-function storedSides(sides: readonly Side[], bases: Uint8Array): StoredBasis[] {
+function storedSides(sides: readonly Side[], bases: Uint8Array): Basis[] {
   return sides.map(({ K, mean, tensor }) => {
     const { dtype, width } = tensor;
     return { dtype, components: K, width, mean, encoded: encodedTensor(bases, tensor) };
@@ -365,8 +348,8 @@ function checkModules(pack: Pack, adapter: Adapter): void {
 }
 
 /** Both sides of a module of a pack, as extraction takes them. */
-export function storedModule(module: PackModule, bases: Uint8Array, adapter: Adapter): BySide<StoredBasis> {
-  const side = (which: "A" | "B"): StoredBasis => {
+export function storedModule(module: PackModule, bases: Uint8Array, adapter: Adapter): BySide<Basis> {
+  const side = (which: "A" | "B"): Basis => {
     const [basis] = sharedBases(module) ? storedSides(module[which], bases) : [];
     if (basis) return basis;
     throw new AdapterError(`"${module.name}" has no basis in the pack: pack all adapters again`, {

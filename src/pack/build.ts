@@ -19,11 +19,17 @@ import { type BaseInput, WeightResolver } from "../core/base.ts";
 import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
-import type { ExtractOptions, ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
-import { createExtractor, type Extractor, inOrder } from "../extract/extractor.ts";
+import type {
+  ExtractOptions,
+  Gauge,
+  ModuleExtraction,
+  ModuleStack,
+  SideBasis,
+  TaskUpdate,
+} from "../extract/components.ts";
+import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { pairNorm, pairOf } from "../extract/factors.ts";
-import { APART, type SharedSides, type TaskUpdate } from "../extract/sides.ts";
-import type { Gauge } from "../extract/subspace.ts";
+import { type SharedSides, UNSHARED } from "../extract/sides.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
 import { UnstorableError } from "../tensor/encode.ts";
@@ -32,8 +38,8 @@ import { Meter, ROUND } from "../work.ts";
 import { type BuildOptions, type Recipe, recipeOf } from "./recipe.ts";
 import { type BuildReport, buildReport, componentsOf, type ModuleError } from "./report.ts";
 import type { Steps } from "./seek.ts";
-import { changes, encodeAdapter, encodeTerm, narrowTerms, onComponents, stepsOf } from "./tasks.ts";
-import { allOf, newPack, type Scratch } from "./write.ts";
+import { changes, encodeAdapter, encodeTerm, narrowTerms, stepsOf } from "./tasks.ts";
+import { allOf, inOrder, newPack, type Scratch } from "./write.ts";
 
 /** A pack that was made: its consecutive chunks. */
 export interface Built<Report = BuildReport, Chunks = Uint8Array[]> {
@@ -321,7 +327,7 @@ export async function encodeComponents(
   const steps = step === undefined ? undefined : await stepsOf(adapters, step);
   const encoded: Encoded = { terms: new Map(), errors: [] };
   const modules: ModuleInput[] = [];
-  const { gauge, coefficientDtype: dtype } = extraction;
+  const { gauge } = extraction;
   const work = async (module: SharedModule<Adapter>): Promise<ModuleExtraction & { terms: readonly Term[] }> => {
     const { stack, terms } = await readStack(module);
     const stepped = steps && module.owners.map(({ id }) => steps.get(id)!);
@@ -337,7 +343,7 @@ export async function encodeComponents(
     const { name } = shape;
     modules.push({ ...shape, A: [sideInput(A)], B: [sideInput(B)], fingerprint: fingerprints?.get(name) });
     const encode = (task: (typeof tasks)[number], i: number): EncodedTask =>
-      encodedTask(name, onComponents(task, { A, B }, dtype), terms[i]!, owners[i]!);
+      encodedTask(name, task, terms[i]!, owners[i]!);
     add(encoded, index, owners, tasks.map(encode));
   }
   return { ...encoded, modules };
@@ -371,7 +377,7 @@ export async function encodeRows(
       const updates = await naming(piece, () =>
         opened.extractor.ask("takeSides", stack, {
           bases,
-          choices: piece.owners.map(({ id }) => choices?.get(id) ?? APART),
+          choices: piece.owners.map(({ id }) => choices?.get(id) ?? UNSHARED),
           formats: piece.owners.map((owner) => ({ step: stepFor(owner), dtype })),
           rank,
         }),

@@ -578,8 +578,8 @@ async function sharingOf(
   const made = (which: "A" | "B"): SideBasis[] =>
     used[which].map((i) => (grownBases[which][i]!.components > 0 ? grownBases : bases)[which][i]!);
   const choice = (which: "A" | "B", task: number): SideChoice => {
-    const { basis, own } = chosen[which][task]!;
-    return basis === undefined ? { own } : { basis: used[which].indexOf(basis), own };
+    const { basis, residual } = chosen[which][task]!;
+    return basis === undefined ? { residual } : { basis: used[which].indexOf(basis), residual };
   };
   return {
     bases: { A: made("A"), B: made("B") },

@@ -3,9 +3,8 @@
  */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
+import type { Factor, TaskUpdate } from "../extract/components.ts";
 import { pairNorm, pairOf } from "../extract/factors.ts";
-import type { StoredFactor, TaskUpdate } from "../extract/sides.ts";
-import type { ProjectedTask } from "../extract/subspace.ts";
 import {
   checkEntry,
   encodeTask,
@@ -100,18 +99,6 @@ export function changes({ rank, privateTerms, magnitude }: Omit<TermInput, "modu
   return rank > 0 || privateTerms !== undefined || magnitude !== undefined;
 }
 
-/** A task on the components of all tasks. */
-export function onComponents(
-  { id, rank, alphaA, alphaB, error, norm }: ProjectedTask,
-  { A, B }: Record<"A" | "B", { readonly mean: unknown }>,
-  dtype: Dtype,
-): TaskUpdate {
-  const over = (mean: unknown, coefficients: Uint8Array): StoredFactor => {
-    return { basis: 0, mean: Boolean(mean), coefficients };
-  };
-  return { id, rank, dtype, A: over(A.mean, alphaA), B: over(B.mean, alphaB), error, norm };
-}
-
 /** A term without its module. @param name of that */
 export function encodeTerm(
   name: string,
@@ -123,7 +110,7 @@ export function encodeTerm(
   if (rank === 0) return { rank, magnitude: vectored };
   if (!A.coefficients && !B.coefficients)
     return { rank: 0, privateTerms: { rank, dtype, A: A.residual!, Bt: B.residual! }, magnitude: vectored };
-  const over = ({ basis, mean = false, coefficients: encoded }: StoredFactor): TermInput["A"] =>
+  const over = ({ basis, mean = false, coefficients: encoded }: Factor): TermInput["A"] =>
     encoded && { kind: "column", mean, basis, dtype, encoded };
   return {
     rank,

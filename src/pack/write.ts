@@ -7,7 +7,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/trust.ts";
 import { TrustError } from "../errors.ts";
-import { type Extractor, inOrder } from "../extract/extractor.ts";
+import type { Extractor } from "../extract/extractor.ts";
 import { isCoded } from "../format/coded.ts";
 import { basesTensors, parseBasis, parseTask, taskTensors } from "../format/directory.ts";
 import {
@@ -80,6 +80,32 @@ export async function newPack(
   }
   const { bytes, chunks } = await streamFresh({ description, bases, coded, basisId }, places);
   return { bytes, chunks, blobs: places.map(({ length }) => length) };
+}
+
+/**
+ * Works on items in their order, a few ahead of what was taken, so that reading and several threads go on meanwhile.
+ * @param ahead so many items are under way at most
+ */
+export async function* inOrder<T, R>(
+  items: readonly T[],
+  ahead: number,
+  work: (item: T) => Promise<R>,
+): AsyncGenerator<R, void> {
+  const under: Promise<R>[] = [];
+  let next = 0;
+  try {
+    while (next < items.length || under.length > 0) {
+      while (next < items.length && under.length < ahead) {
+        const result = work(items[next++]!);
+        // Its turn to fail comes later, or never where another fails first.
+        result.catch(() => {});
+        under.push(result);
+      }
+      yield await under.shift()!;
+    }
+  } finally {
+    await Promise.allSettled(under);
+  }
 }
 
 /** All chunks, in memory. */

@@ -14,9 +14,16 @@ import { onnxHost } from "../onnx/host.ts";
 import type { TaskInput } from "../onnx/inject.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { fillWeightFile, type WeightFile, type WeightInput } from "../onnx/replaceable.ts";
-import type { Active, Delivery, Placer } from "./delivery.ts";
+import {
+  type Active,
+  compareOutputs,
+  type Delivery,
+  type Placer,
+  type ProbeReport,
+  type SessionParts,
+  withFeeds,
+} from "./delivery.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
-import { compareOutputs, type ProbeReport, type SessionParts, withFeeds } from "./probe.ts";
 import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
 type Placed = DeviceTensor & { buffer: GPUBuffer };
@@ -148,10 +155,9 @@ async function probeBuffers(
     fed.map(({ input, dtype, shape }) => [input, engine.gpu!.tensor(zeros, dtype, shape)]),
   );
   try {
-    return await withFeeds(parts, model, (run) => {
-      const on = (values: Tensors) => (fetches: readonly string[]) => run(base, fetches, values);
-      return compareOutputs(parts, "whatever the weights", [on(weights), on(nothing)]);
-    });
+    return await withFeeds(parts, model, (run) =>
+      compareOutputs(parts, run, "whatever the weights", [base, weights], [base, nothing]),
+    );
   } finally {
     zeros.destroy();
   }
@@ -165,71 +171,59 @@ function roundUp16(bytes: number): number {
   return Math.max(16, Math.ceil(bytes / 16) * 16);
 }
 
-/** Task inputs as buffers of the device that the engine computes on. */
-export class DevicePlacer implements Placer {
-  readonly #engine: Engine;
-  readonly #device: GPUDevice;
-  readonly #inputs: readonly TaskInput[];
+/** Task inputs as buffers of the device that the engine computes on. @param engine one with `gpu` */
+export function devicePlacer(engine: Engine, handle: DeviceHandle, inputs: readonly TaskInput[]): Placer {
+  const device = handle as unknown as GPUDevice;
   /** Buffers of tasks that were active before, by input. */
-  readonly #spare = new Map<string, GPUBuffer[]>();
-  readonly #all = new Set<GPUBuffer>();
-
-  /** @param engine one with `gpu` */
-  constructor(engine: Engine, device: DeviceHandle, inputs: readonly TaskInput[]) {
-    this.#engine = engine;
-    this.#device = device as unknown as GPUDevice;
-    this.#inputs = inputs;
-  }
-
-  place(values: InputValues): Omit<Active, "task" | "model"> {
-    const feeds: Record<string, EngineTensor> = {};
-    const used: (readonly [name: string, buffer: GPUBuffer])[] = [];
-    // A run carries indices from the CPU's memory all the same: they are 64-bit integers.
-    let bytes = 0;
-    let written = 0;
-    for (const input of this.#inputs) {
-      const { name } = input;
-      const { dims, data } = stackValues(input, [values.get(name)!]);
-      if (data instanceof BigInt64Array) {
-        feeds[name] = this.#engine.tensor(data, dims);
-        bytes += data.byteLength;
-        continue;
-      }
-      const buffer = this.#bufferFor(name, roundUp16(data.byteLength));
-      this.#device.queue.writeBuffer(buffer, 0, data as Float32Array<ArrayBuffer>);
-      feeds[name] = this.#engine.gpu!.tensor(buffer, "f32", dims);
-      used.push([name, buffer]);
-      written += data.byteLength;
-    }
-    // Called once no run reads them any more: their buffers are used again.
-    const retire = (): void => {
-      for (const [name, buffer] of used) this.#spare.set(name, [...(this.#spare.get(name) ?? []), buffer]);
-    };
-    return { feeds, bytes, written, retire };
-  }
-
-  /** A buffer that nothing reads: tasks differ in rank, and so in size. */
-  #bufferFor(name: string, size: number): GPUBuffer {
-    const spare = this.#spare.get(name)?.pop();
-    if (spare?.size === size) return spare;
-    if (spare) this.#free(spare);
-    const buffer = this.#device.createBuffer({ label: `eigenlora ${name}`, size, usage: USAGE });
-    this.#all.add(buffer);
-    return buffer;
-  }
-
-  #free(buffer: GPUBuffer): void {
-    this.#all.delete(buffer);
+  const spare = new Map<string, GPUBuffer[]>();
+  const all = new Set<GPUBuffer>();
+  const free = (buffer: GPUBuffer): void => {
+    all.delete(buffer);
     buffer.destroy();
-  }
-
-  get byteLength(): number {
-    return [...this.#all].reduce((sum, { size }) => sum + size, 0);
-  }
-
-  close(): void {
-    for (const buffer of this.#all) this.#free(buffer);
-  }
+  };
+  /** A buffer that nothing reads: tasks differ in rank, and so in size. */
+  const bufferFor = (name: string, size: number): GPUBuffer => {
+    const old = spare.get(name)?.pop();
+    if (old?.size === size) return old;
+    if (old) free(old);
+    const buffer = device.createBuffer({ label: `eigenlora ${name}`, size, usage: USAGE });
+    all.add(buffer);
+    return buffer;
+  };
+  return {
+    place(values) {
+      const feeds: Record<string, EngineTensor> = {};
+      const used: (readonly [name: string, buffer: GPUBuffer])[] = [];
+      let bytes = 0;
+      let written = 0;
+      for (const input of inputs) {
+        const { name } = input;
+        const { dims, data } = stackValues(input, [values.get(name)!]);
+        if (data instanceof BigInt64Array) {
+          // A run carries indices from the CPU's memory all the same: they are 64-bit integers.
+          feeds[name] = engine.tensor(data, dims);
+          bytes += data.byteLength;
+          continue;
+        }
+        const buffer = bufferFor(name, roundUp16(data.byteLength));
+        device.queue.writeBuffer(buffer, 0, data as Float32Array<ArrayBuffer>);
+        feeds[name] = engine.gpu!.tensor(buffer, "f32", dims);
+        used.push([name, buffer]);
+        written += data.byteLength;
+      }
+      // Called once no run reads them any more: their buffers are used again.
+      const retire = (): void => {
+        for (const [name, buffer] of used) spare.set(name, [...(spare.get(name) ?? []), buffer]);
+      };
+      return { feeds, bytes, written, retire };
+    },
+    get byteLength() {
+      return [...all].reduce((sum, { size }) => sum + size, 0);
+    },
+    close() {
+      for (const buffer of all) free(buffer);
+    },
+  };
 }
 
 /**

@@ -14,7 +14,6 @@ import {
   Switching,
 } from "../core/selection.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
-import type { DetailedEvent } from "../events.ts";
 import { isOfModule, moduleOf } from "../format/format.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { tellReady } from "../open-source.ts";
@@ -194,13 +193,17 @@ export class SessionGroup<
   override heard(type: string): void {
     if (type !== "devicelost" || this.#watched) return;
     this.#watched = true;
-    // Sessions of one runtime have one device: the first that tells is enough.
+    // Sessions of one runtime have one device: the first event is enough.
     const once = new AbortController();
-    const tell = ({ detail }: DetailedEvent<{ readonly message: string }>): void => {
-      once.abort();
-      this.tell("devicelost", detail);
-    };
-    for (const session of this.#all) session.addEventListener("devicelost", tell, { signal: once.signal });
+    for (const session of this.#all)
+      session.addEventListener(
+        type,
+        ({ detail }) => {
+          once.abort();
+          this.tell("devicelost", detail);
+        },
+        { signal: once.signal },
+      );
   }
 
   /**
@@ -230,20 +233,20 @@ export class SessionGroup<
     });
     return this.#closed;
   }
-
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
-  }
 }
 
 function sumOf(reports: readonly SessionSwitchReport[]): SessionSwitchReport {
-  const sum = { task: reports[0]!.task, bytesRead: 0, requests: 0, bytesFed: 0 };
-  const milliseconds = { read: 0, compute: 0, total: 0 };
-  for (const report of reports) {
-    for (const name of ["bytesRead", "requests", "bytesFed"] as const) sum[name] += report[name];
-    for (const name of ["read", "compute", "total"] as const) milliseconds[name] += report.milliseconds[name];
-  }
-  return { ...sum, milliseconds };
+  return reports.reduce((a, b) => ({
+    task: a.task,
+    bytesRead: a.bytesRead + b.bytesRead,
+    requests: a.requests + b.requests,
+    bytesFed: a.bytesFed + b.bytesFed,
+    milliseconds: {
+      read: a.milliseconds.read + b.milliseconds.read,
+      compute: a.milliseconds.compute + b.milliseconds.compute,
+      total: a.milliseconds.total + b.milliseconds.total,
+    },
+  }));
 }
 
 /** Finds out which modules and parameters of a pack live in which file of a model. */

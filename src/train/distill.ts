@@ -9,8 +9,8 @@ import { checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
+import { gauged, memberPair, openModule, type Subspace } from "../extract/components.ts";
 import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
-import { gauged, openModule, type Subspace, toPair } from "../extract/subspace.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { throwIfAborted } from "../pace.ts";
@@ -492,7 +492,7 @@ async function sidesOf(
         coefficientDtype: A.tensor.dtype,
         step: pack.directory.basis.step,
       };
-      const pair = gauged(toPair({ id: adapter.id, ...(await module.read()) }, stored.out, stored.in), space, how);
+      const pair = gauged(memberPair({ id: adapter.id, ...(await module.read()) }, stored.out, stored.in), space, how);
       const count = Math.min(rank, pair.rank);
       if (count < rank) continue;
       sides.set(stored.name, { A: new Side(space.A, pair.A, count), B: new Side(space.B, pair.Bt, count) });

@@ -2,21 +2,20 @@
  * `eigenlora learn` on the real model: a task file, adding it to the pack, exporting it to PEFT, Ctrl-C, and refusals.
  */
 import { spawnSync } from "node:child_process";
-import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import t from "tap";
 import { createEncoder, readTask } from "../../examples/minilm.js";
-import { json, run, workIn } from "../support/command-line.ts";
+import { json, run, words } from "../support/command-line.ts";
 import { tensorsOf } from "../support/compare.ts";
+import { workIn } from "../support/folder.ts";
 import { COMMAND_LINE, readExamples, readQuestions } from "../support/internals/cli.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { data } from "../support/packs.ts";
 import { difference, NODE, open } from "../support/sessions.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-learn-"));
-workIn(t, folder);
+const folder = workIn(t);
 const MODEL = data("minilm/model_fp16.onnx");
 
 const { labels, train } = await readTask("sections-0");
@@ -35,21 +34,7 @@ await json(
   "--k",
   "8",
 );
-const learn = [
-  "learn",
-  "p.eigen",
-  "rows.jsonl",
-  "--model",
-  MODEL,
-  "--tokens",
-  "32",
-  "--epochs",
-  "4",
-  "--batch",
-  "12",
-  "--init",
-  "random",
-];
+const learn = words`learn p.eigen rows.jsonl --model ${MODEL} --tokens 32 --epochs 4 --batch 12 --init random`;
 
 t.test("learns, adds, verifies, runs, exports", async (t) => {
   const made = await json(0, ...learn, "-o", "mine.eigentask", "--rate", "0.03");
@@ -284,13 +269,7 @@ t.test("a language model learns completions, and chats by its template", async (
   const decoder = data("decoder/onnx/model.onnx");
   await json(
     0,
-    "pack",
-    data("decoder/adapters/upper"),
-    data("decoder/adapters/lower"),
-    "-o",
-    "skills.eigen",
-    "--k",
-    "6",
+    ...words`pack ${data("decoder/adapters/upper")} ${data("decoder/adapters/lower")} -o skills.eigen --k 6`,
   );
   const write = (name: string, lines: object[]): Promise<void> =>
     writeFile(join(folder, name), lines.map((line) => JSON.stringify(line)).join("\n"));

@@ -10,11 +10,11 @@ import { readAdapters } from "eigenlora/node";
 import { type BatchFeeds, createTrainer, distill, type Example, type FitOptions } from "eigenlora/train";
 import t, { type Test } from "tap";
 import { uniform } from "../support/internals/base.ts";
-import { F32 } from "../support/learning.ts";
+import { answersAlike, F32, fitted } from "../support/learning.ts";
 import { data, LOSSLESS, packOf as packed } from "../support/packs.ts";
 import { peftAgrees } from "../support/peft-agrees.ts";
 import { soak } from "../support/required.ts";
-import { difference, modesOn, NODE, ORTS, type Ort, open, outputOf, type Session } from "../support/sessions.ts";
+import { difference, int64, modesOn, NODE, ORTS, type Ort, open, outputOf, type Session } from "../support/sessions.ts";
 
 type Feeds = Parameters<Session["run"]>[0];
 
@@ -47,11 +47,8 @@ async function goldens(name: Name): Promise<{ feeds: Record<string, number[][]>;
   return JSON.parse(await readFile(data(`heads/${name}/goldens.json`), "utf8"));
 }
 
-function feedsOf({ Tensor }: Pick<Ort, "Tensor">, values: Record<string, number[][]>): Feeds {
-  const tensor = (rows: number[][]) =>
-    new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length]);
-  return Object.fromEntries(Object.entries(values).map(([name, rows]) => [name, tensor(rows)]));
-}
+const feedsOf = (ort: Pick<Ort, "Tensor">, values: Record<string, number[][]>): Feeds =>
+  Object.fromEntries(Object.entries(values).map(([name, rows]) => [name, int64(ort, rows)]));
 
 /** Random ids; the label follows from the first one. */
 function examples(count: number, labels: number, seed: number): Example[] {
@@ -90,24 +87,6 @@ for (const name of NAMES) {
   }
 }
 
-/** Checks that softmaxed logits of the session equal the trainer's probabilities. */
-async function answersAlike(
-  t: Test,
-  session: Session,
-  rows: readonly Example[],
-  probabilities: readonly Float32Array[],
-): Promise<void> {
-  for (const [i, { feeds }] of rows.entries()) {
-    const exps = [...(await outputOf(session, feeds as Feeds))].map(Math.exp);
-    const total = exps.reduce((a, b) => a + b, 0);
-    const off = difference(
-      exps.map((v) => v / total),
-      probabilities[i]!,
-    );
-    t.ok(off < 1e-5, `row ${i} is off by ${off}`);
-  }
-}
-
 for (const name of NAMES) {
   t.test(`${name}: a task of another number of labels trains its whole head`, async (t) => {
     const layers = MODELS[name];
@@ -122,9 +101,8 @@ for (const name of NAMES) {
     const trainer = await createTrainer(session, { labels, seed: 1 });
     t.equal(trainer.size.head, WIDTH * WIDTH + WIDTH + 3 * (WIDTH + 1));
     const known = examples(48, 3, 1);
-    const losses: number[] = [];
-    for await (const { loss } of trainer.fit(known, how)) losses.push(loss);
-    t.ok(losses.at(-1)! < 0.7 * losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
+    const [first, last] = await fitted(trainer, known, how);
+    t.ok(last < 0.7 * first, `${first} → ${last}`);
 
     await session.addTask("mine", await trainer.task({ dtype: F32 }));
     const saved = (await session.pack.load("mine")).parameters.map(({ name, shape, role }) => [name, shape, role]);
@@ -136,7 +114,7 @@ for (const name of NAMES) {
     ]);
     await session.switchTask("mine");
     const rows = known.slice(0, 5);
-    await answersAlike(t, session, rows, await trainer.predict(rows));
+    await answersAlike(t, session, trainer, rows);
 
     // A trainer that begins with the task has its head too; a new layer of labels has the model's own in front.
     const again = await createTrainer(session, { labels, init: { task: "mine" } });

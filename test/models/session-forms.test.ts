@@ -17,6 +17,8 @@ import { data, LOSSLESS, packOf as packed } from "../support/packs.ts";
 import {
   difference,
   type Feeds,
+  ignoring,
+  int64,
   MODES,
   type Mode,
   modesOn,
@@ -47,12 +49,8 @@ function dimsOf(value: Nested): number[] {
 function feedsOf(ort: Pick<Ort, "Tensor">, kind: string): Feeds {
   return Object.fromEntries(
     Object.entries(GOLDENS.feeds[kind]!).map(([name, value]) => {
-      const values = flat(value);
-      const tensor =
-        name === "x"
-          ? new ort.Tensor("float32", Float32Array.from(values), dimsOf(value))
-          : new ort.Tensor("int64", BigInt64Array.from(values, BigInt), dimsOf(value));
-      return [name, tensor];
+      const floats = () => new ort.Tensor("float32", Float32Array.from(flat(value)), dimsOf(value));
+      return [name, name === "x" ? floats() : int64(ort, value as number[][])];
     }),
   );
 }
@@ -223,28 +221,6 @@ t.test("norms of Gemma, as onnxruntime-genai's builder stores them", async (t) =
   t.equal(without.probe.result, "passed");
   await without.close();
 });
-
-/** A runtime that ignores an input of the graph: its node gets zeros. */
-function ignoring(ort: Ort, which: (input: string) => boolean): Ort {
-  const create = async (...given: Parameters<Ort["InferenceSession"]["create"]>) => {
-    const session = await ort.InferenceSession.create(...given);
-    return new Proxy(session, {
-      get(target, key) {
-        const value = Reflect.get(target, key, target);
-        if (key !== "run") return typeof value === "function" ? value.bind(target) : value;
-        return (run: Feeds, ...rest: never[]) => {
-          const zeroed = Object.entries(run).map(([name, tensor]) =>
-            which(name)
-              ? [name, new ort.Tensor("float32", new Float32Array(tensor.size), tensor.dims)]
-              : [name, tensor],
-          );
-          return target.run(Object.fromEntries(zeroed), ...rest);
-        };
-      },
-    });
-  };
-  return { ...ort, InferenceSession: { create } } as unknown as Ort;
-}
 
 t.test("a provider that ignores inputs of a form is found, whichever it is", async (t) => {
   const cases = [

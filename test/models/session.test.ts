@@ -110,11 +110,11 @@ for (const { name: runtime, ort } of RUNTIMES) {
     // The plain engine takes several times as long, on this thread.
     const share = "engine" in ort ? 0.4 : 1;
     for (const [mode, most] of [
-      ["core", 250],
-      ["factors", 250],
-      ["folded", 40],
+      ["core", 100],
+      ["factors", 100],
+      ["folded", 20],
     ] as [Mode, number][]) {
-      const switches = most * share * (soak ? 20 : 1);
+      const switches = most * share * (soak ? 50 : 1);
       const pack = await packFor("base");
       const session = await open(ort, model("torchscript"), pack, { mode });
       const run = feeds(ort, session);

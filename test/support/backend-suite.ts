@@ -88,11 +88,10 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     );
   });
 
-  t.test("project equals the sum in f64, for every tensor type", async (t) => {
+  t.test("project equals the sum in f64", async (t) => {
     const backend = await create();
     t.teardown(() => backend.close());
     const cases = fc.record({
-      type: fc.constantFrom(...TENSORS),
       count: fc.constantFrom(0, 1, 2, 7, 8, 9, 17),
       rows: fc.constantFrom(0, 1, 2, 7, 33, 300),
       width: fc.constantFrom(0, 1, 3, 7, 8, 31, 32, 33, 64, 77, 200),
@@ -100,17 +99,16 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
       seed: fc.integer(),
     });
     await fc.assert(
-      fc.asyncProperty(cases, async ({ type, count, rows, width, skew, seed }) => {
+      fc.asyncProperty(cases, async ({ count, rows, width, skew, seed }) => {
         const random = uniform(seed);
         const x = values(count * width, random);
-        const encoded = encodeTensor(type, values(rows * width, random), rows, width);
-        const basis = decode(type, encoded, rows, width);
+        const basis = values(rows * width, random);
         const out = place(backend, new Uint8Array(4 * count * rows).fill(0xff), 4 * skew);
         const slices = {
           x: place(backend, bytesOf(x), 4 * ((skew + 1) % 4)),
-          basis: place(backend, encoded, 4 * ((skew + 2) % 4)),
+          basis: place(backend, bytesOf(basis), 4 * ((skew + 2) % 4)),
         };
-        backend.project({ out, ...slices, dtype: type, count, rows, width });
+        backend.project({ out, ...slices, count, rows, width });
 
         const expected = new Float64Array(count * rows);
         for (let i = 0; i < count; i++) {
@@ -146,7 +144,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     backend.expand({ out: at(64), coefficients: at(8), basis: on(8), ...shape });
     backend.copy(at(64), on(24), 32);
     backend.expand({ out: on(32), coefficients: at(8), basis: at(64), ...shape });
-    backend.project({ out: on(40), x: on(32), basis: on(0), dtype: "f32", count: 1, rows: 2, width: 8 });
+    backend.project({ out: on(40), x: on(32), basis: on(0), count: 1, rows: 2, width: 8 });
     const found = new Float32Array((await download(backend, on(0), 4 * 42)).buffer);
     const expected = [5, 3, 10, 6, 12].flatMap((factor) => Array.from({ length: 8 }, (_, i) => factor * (i + 1)));
     const squares = 204; // 1 + 4 + … + 64
@@ -537,7 +535,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     backend.expand({ ...expand, dtype: "int3" });
     t.throws(() => backend.expand({ ...expand, dtype: "f32", rows: 40 }), { message: /^basis / });
     t.throws(() => backend.expand({ ...expand, dtype: "int4", rank: 65 }), { message: /^out / });
-    const project = { out: at(0), x: at(1024), basis: at(2048), dtype: "f32", count: 2, rows: 4, width: 16 } as const;
+    const project = { out: at(0), x: at(1024), basis: at(2048), count: 2, rows: 4, width: 16 };
     backend.project(project);
     t.throws(() => backend.project({ ...project, count: -2 }), { message: /^out / });
     t.throws(() => backend.project({ ...project, width: 40, rows: 40 }), { message: /^basis / });

@@ -9,6 +9,7 @@ import { createSession, type Engine, type SessionOptions } from "eigenlora/sessi
 import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
+import { openSafetensors, openSource } from "./internals/base.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { soak, whole } from "./required.ts";
@@ -125,6 +126,42 @@ export function feeds(
         : new ort.Tensor("int64", BigInt64Array.from(flat, BigInt), dims);
   }
   return made;
+}
+
+/** Rows of integers. */
+export function int64({ Tensor }: Pick<Ort, "Tensor">, rows: readonly (readonly number[])[]): common.Tensor {
+  return new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length]);
+}
+
+/** Tensors of a safetensors file, as feeds. */
+export async function feedsIn(path: string): Promise<Feeds> {
+  const source = await openSource(path);
+  const file = await openSafetensors(source);
+  const feeds: Feeds = {};
+  for (const [name, { dtype, shape }] of file.tensors) {
+    const { buffer } = Uint8Array.from(await file.read(name));
+    if (dtype === "I64") feeds[name] = new node.Tensor("int64", new BigInt64Array(buffer), shape);
+    else feeds[name] = new node.Tensor("float32", new Float32Array(buffer), shape);
+  }
+  await source.close?.();
+  return feeds;
+}
+
+/** The runtime with a provider that takes some inputs and ignores them: its nodes get zeros. */
+export function ignoring(ort: Ort, which: (name: string) => boolean): Ort {
+  const create = async (...given: Parameters<Ort["InferenceSession"]["create"]>) =>
+    new Proxy(await ort.InferenceSession.create(...given), {
+      get(target, key) {
+        const value = Reflect.get(target, key, target);
+        if (key !== "run") return typeof value === "function" ? value.bind(target) : value;
+        return (run: Feeds, ...rest: never[]) => {
+          const zeros = ({ size, dims }: common.Tensor) => new ort.Tensor("float32", new Float32Array(size), dims);
+          const fed = Object.entries(run).map(([name, tensor]) => [name, which(name) ? zeros(tensor) : tensor]);
+          return target.run(Object.fromEntries(fed), ...rest);
+        };
+      },
+    });
+  return { ...ort, InferenceSession: { create } } as unknown as Ort;
 }
 
 export function open(ort: Runtime, input: SourceInput, pack: Pack, options: Options = {}): Promise<Session> {

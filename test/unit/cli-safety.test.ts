@@ -1,20 +1,19 @@
 /** The command line never loses work: existing files, trained tasks, files of another model; and the texts of its refusals. */
 import { execFileSync } from "node:child_process";
 import { once } from "node:events";
-import { cp, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
+import { cp, mkdir, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { createServer } from "node:net";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { encodeTaskFile } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import { openSafetensors, openSource } from "../support/internals/base.ts";
 import { createOutput, openModel, Run, runProgram, takeLock, writeTogether } from "../support/internals/cli.ts";
 import { data } from "../support/packs.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-safety-"));
-t.teardown(() => rm(folder, { recursive: true }));
+const folder = folderFor(t);
 const at = (...names: string[]): string => join(folder, ...names);
 
 async function run(...args: string[]): Promise<{ status: number; stdout: string; stderr: string }> {

@@ -1,10 +1,10 @@
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
 import { dawnMissing } from "../support/backend-list.ts";
+import { folderFor } from "../support/folder.ts";
 import {
   create,
   GraphProtoSchema,
@@ -67,8 +67,7 @@ const ALLOWANCE = 3e6;
 
 for (const mode of ["core", "factors", "folded"]) {
   t.test(`${mode}: a session keeps what memory() says, and not the model's file`, async (t) => {
-    const folder = mkdtempSync(join(tmpdir(), "eigenlora-memory-"));
-    t.teardown(() => rmSync(folder, { recursive: true }));
+    const folder = folderFor(t);
     const child = fileURLToPath(new URL("../support/session-memory-child.js", import.meta.url));
     const model = join(folder, "model.onnx");
     writeModel(model);

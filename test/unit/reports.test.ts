@@ -1,17 +1,14 @@
 /** Statements of reports hold, also in rare cases: one adapter, none of the model, no head, no components, no update. */
-import { cp, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { cp, mkdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t from "tap";
 import { bytesOf, entries, type Spec } from "../support/adapters.ts";
+import { folderFor } from "../support/folder.ts";
 import { runProgram, smaller } from "../support/internals/cli.ts";
-import { data } from "../support/packs.ts";
+import { data, vector } from "../support/packs.ts";
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-reports-"));
-t.teardown(() => rm(folder, { recursive: true }));
+const folder = folderFor(t);
 const at = (...names: string[]): string => join(folder, ...names);
-const vector = (name: string): string => fileURLToPath(new URL(`../vectors/valid/${name}`, import.meta.url));
 
 async function run(...args: string[]): Promise<{ status: number; out: string; err: string }> {
   const said = { out: "", err: "" };

@@ -141,12 +141,12 @@ function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions
   const { width } = summary;
   if (summary.kind === "gram") {
     const found = gramComponents(summary, options.centering, wanted(options), options.products);
-    return encodeSide({ width, ...found }, found.components.count, { type: options.basisDtype }, options.products);
+    return encodeSide({ width, ...found }, found.components.count, options.basisDtype, options.products);
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
   const factors = stacked.map(({ factor }) => (options.gauge === "balanced" ? trimmed(factor, width) : factor));
   const side = decompose(factors, factors, width, options);
-  return encodeSide(side, side.components.count, { type: options.basisDtype }, options.products);
+  return encodeSide(side, side.components.count, options.basisDtype, options.products);
 }
 
 /** A balanced factor without the rows of zeros behind. */
