@@ -194,7 +194,7 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(json, {
     works: true,
     mode: "core",
-    run: { session: { works: true }, probe: "passed" },
+    run: { session: { works: true }, probes: { classifier: "passed" } },
   });
   t.match(json["run"].learning, { works: false, says: /whole and others adapt it.*--ignore classifier/ });
   t.match(json.learning, { works: false });
