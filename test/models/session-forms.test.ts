@@ -5,14 +5,7 @@
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { openPack, type Pack } from "eigenlora";
 import t from "tap";
-import {
-  create,
-  fromBinary,
-  ModelProtoSchema,
-  NodeProtoSchema,
-  TensorProtoSchema,
-  toBinary,
-} from "../support/internals/models.ts";
+import { fromBinary, ModelProtoSchema, makeFloats, makeNode, toBinary } from "../support/internals/models.ts";
 import { data, LOSSLESS, packOf as packed } from "../support/packs.ts";
 import {
   difference,
@@ -203,15 +196,9 @@ t.test("norms of Gemma, as onnxruntime-genai's builder stores them", async (t) =
   await (await open(NODE, toBinary(ModelProtoSchema, built), pack)).close();
   const [words] = built.graph!.node;
   words!.output[0] = "words";
-  const input = ["words", "scale"];
-  const output = ["/words/Gather_output_0"];
-  built.graph!.node.splice(
-    1,
-    0,
-    create(NodeProtoSchema, { opType: "Mul", name: "/model/embed_tokens/Mul", input, output }),
-  );
-  const rawData = new Uint8Array(new Float32Array([1]).buffer);
-  built.graph!.initializer.push(create(TensorProtoSchema, { name: "scale", dims: [1n], dataType: 1, rawData }));
+  const scaled = makeNode("Mul", "/model/embed_tokens/Mul", ["words", "scale"], "/words/Gather_output_0");
+  built.graph!.node.splice(1, 0, scaled);
+  built.graph!.initializer.push(makeFloats("scale", [1], [1]));
   const message = /brings? "(norm|rms)\.weight", which .* has stored with 1 added.*ignore: \["(norm|rms)"\]/;
   for (const mode of MODES) {
     const error = await refusal(() => open(NODE, toBinary(ModelProtoSchema, built), pack, { mode }));
