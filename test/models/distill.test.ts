@@ -400,10 +400,12 @@ async function distillInPlace(
     await rm(`${pack}.partial`, { recursive: true, force: true });
   };
 
-  await again();
-  t.same(await meanwhile((child) => child.kill("SIGINT")), [null, "SIGINT"]);
-  t.same(await names(), ["q.eigen", "q.eigen.partial"], "Ctrl-C leaves what is finished and no lock");
-  t.ok((await readFile(pack)).equals(await readFile(join(folder, "p.eigen"))), "and the pack as it was");
+  if (soak) {
+    await again();
+    t.same(await meanwhile((child) => child.kill("SIGINT")), [null, "SIGINT"]);
+    t.same(await names(), ["q.eigen", "q.eigen.partial"], "Ctrl-C leaves what is finished and no lock");
+    t.ok((await readFile(pack)).equals(await readFile(join(folder, "p.eigen"))), "and the pack as it was");
+  }
 
   await again();
   const ended = await meanwhile(async () => t.ok((await names()).includes("q.eigen.lock"), "others wait"));
