@@ -239,17 +239,12 @@ function permuteRows(values: Float32Array, rows: number, heads: number, back: bo
 /**
  * Makes the bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.
  * @param base its architecture by llama.cpp's name ("llama", "qwen2"), and for "llama" its heads
- * @param marks more fields of the header. Default: none
  * @throws AdapterError for heads, biases, DoRA, convolutions, and modules that the architecture does not have
  * @example
  * const base = { architecture: "llama", heads: 4, kvHeads: 2 }; // of the model's config.json
  * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(writing, "rhymes"), base));
  */
-export async function ggufFile(
-  adapter: Exportable,
-  base: BaseFacts,
-  marks: ReadonlyMap<string, string> = new Map(),
-): Promise<AsyncIterable<Uint8Array>> {
+export async function ggufFile(adapter: Exportable, base: BaseFacts): Promise<AsyncIterable<Uint8Array>> {
   checkAdapter("ggufFile", adapter);
   refuseSaved(adapter, "a GGUF file");
   const { architecture: name } = base;
@@ -271,7 +266,6 @@ export async function ggufFile(
     ["general.name", adapter.id],
     ["adapter.type", "lora"],
     ["adapter.lora.alpha", 0],
-    ...marks,
   ]);
   return writeGguf(fields, tensors);
 }
@@ -340,22 +334,19 @@ interface GgufEntry {
 const ALIGNMENT = 32;
 const [UINT32, FLOAT32, STRING] = [4, 6, 8];
 
-/**
- * The bytes of a GGUF file, chunk by chunk.
- * @param fields of the header: strings, and numbers, which are written as f32
- */
+/** The bytes of a GGUF file, chunk by chunk. @param fields of the header: strings, and numbers, which are written as f32 */
 async function* writeGguf(
   fields: ReadonlyMap<string, string | number>,
   entries: readonly GgufEntry[],
 ): AsyncGenerator<Uint8Array, void> {
   const header: number[] = [];
-  const put = (size: number, write: (view: DataView) => void): void => {
-    const bytes = new Uint8Array(size);
-    write(new DataView(bytes.buffer));
-    header.push(...bytes);
+  const u32 = (value: number): void => {
+    for (const shift of [0, 8, 16, 24]) header.push((value >>> shift) & 255);
   };
-  const u32 = (value: number): void => put(4, (view) => view.setUint32(0, value, true));
-  const u64 = (value: number): void => put(8, (view) => view.setBigUint64(0, BigInt(value), true));
+  const u64 = (value: number): void => {
+    u32(value % 2 ** 32);
+    u32(Math.floor(value / 2 ** 32));
+  };
   const text = (value: string): void => {
     const bytes = new TextEncoder().encode(value);
     u64(bytes.length);
@@ -372,7 +363,7 @@ async function* writeGguf(
     text(name);
     u32(typeof value === "string" ? STRING : FLOAT32);
     if (typeof value === "string") text(value);
-    else put(4, (view) => view.setFloat32(0, value, true));
+    else header.push(...f32Bytes(Float32Array.of(value)));
   }
   let offset = 0;
   for (const { name, shape, bytes } of entries) {

@@ -13,7 +13,6 @@ import {
   FETCH_OPTIONS,
   type FetchOptions,
   nameOfUrl,
-  type ReadAllOptions,
   type ReadOptions,
   type Reads,
   readAll,
@@ -88,37 +87,92 @@ export function cachedSource(
   const custom = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
   if (!url && !custom)
     throw new TypeError(`cachedSource: expected a URL or a ByteSource, got ${described(source)}; files need no cache`);
+  const { integrity, ...fetchOptions } = options;
+  const name = url ? nameOfUrl(url) : custom!.name;
   // A relative address is resolved now; a name of the Hub is read as it was given.
-  const input = url && (url.protocol === "hf:" ? String(source) : url.href);
-  return new Cached(input ?? custom!, url ? nameOfUrl(url) : custom!.name, store, options);
-}
-
-class Cached implements CachedSource {
-  readonly name: string;
-  readonly counts = { hits: 0, misses: 0, damaged: 0, failures: 0, lastFailure: undefined as unknown };
-  readonly reads: Reads;
-  readonly #input: string | ByteSource;
-  readonly #store: RangeStore;
-  readonly #integrity: string | undefined;
-  readonly #fetchOptions: FetchOptions;
+  const input = url ? (url.protocol === "hf:" ? String(source) : url.href) : custom!;
+  const address = typeof input === "string" ? input : name;
+  const counts = { hits: 0, misses: 0, damaged: 0, failures: 0, lastFailure: undefined as unknown };
   /** Counts for sources that do not count themselves. */
-  readonly #counted = { requests: 0, bytes: 0, whole: false };
-  #inner: ByteSource | undefined;
+  const counted = { requests: 0, bytes: 0, whole: false };
+  let inner: ByteSource | undefined;
   /** Size of the file as the store has it. */
-  #length: number | undefined;
-  /** One for all: each would ask for the version, and count, by itself. */
-  #opening: Promise<ByteSource> | undefined;
-  #closed = false;
-  #ranges: Promise<Ranges | undefined> | undefined;
+  let length: number | undefined;
+  let isClosed = false;
+  // One for all callers: each would ask for the version, and count, by itself.
+  let opening: Promise<ByteSource> | undefined;
+  let finding: Promise<Ranges | undefined> | undefined;
+  const now = (): Reads => inner?.reads ?? counted;
 
-  constructor(input: string | ByteSource, name: string, store: RangeStore, { integrity, ...options }: CacheOptions) {
-    this.name = name;
-    this.#input = input;
-    this.#store = store;
-    this.#integrity = integrity;
-    this.#fetchOptions = options;
-    const now = (): Reads => this.#inner?.reads ?? this.#counted;
-    this.reads = {
+  const refuseClosed = (): void => {
+    if (isClosed) throw new SourceError("cannot be read: it was closed; open it again", { file: name });
+  };
+  const openInner = async (): Promise<ByteSource> => {
+    refuseClosed();
+    opening ??= openSource(input, fetchOptions).catch((error: unknown) => {
+      opening = undefined;
+      throw error;
+    });
+    return (inner = await opening);
+  };
+  const identify = async (how?: ReadOptions): Promise<string | undefined> =>
+    integrity ?? (await openInner()).identify?.(how);
+  /** A store that fails, for instance because it is full, costs requests and nothing else. */
+  const unlessFailing = async <T>(work: () => Promise<T>): Promise<T | undefined> => {
+    try {
+      return await work();
+    } catch (error) {
+      counts.failures++;
+      counts.lastFailure = error;
+      return undefined;
+    }
+  };
+  /** Digest that stands for the file in keys. */
+  const fileKey = (): Promise<string> =>
+    digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
+  const find = async (): Promise<Ranges | undefined> => {
+    const identity = await identify();
+    if (identity === undefined) {
+      const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
+      throw new SourceError(`${message}; give \`integrity\`, or do without a cache`, { file: name });
+    }
+    return unlessFailing(async () => openRanges(store, await fileKey(), await digestOf(identity)));
+  };
+  /** Undefined where the store does not work. */
+  const rangesFor = (signal: AbortSignal | undefined): Promise<Ranges | undefined> => {
+    throwIfAborted(signal);
+    refuseClosed();
+    // Not kept when it failed: the next read may find the server.
+    finding ??= find().catch((error: unknown) => {
+      finding = undefined;
+      throw error;
+    });
+    return unlessAborted(finding, signal);
+  };
+  const readPiece = async (
+    ranges: Ranges | undefined,
+    offset: number,
+    length: number,
+    signal: AbortSignal | undefined,
+  ): Promise<Uint8Array> => {
+    const kept = await unlessFailing(async () => ranges?.get(offset, length));
+    if (kept === "damaged") counts.damaged++;
+    else if (kept) {
+      counts.hits++;
+      return kept;
+    }
+    counts.misses++;
+    const bytes = await (await openInner()).read(offset, length, { signal });
+    counted.requests++;
+    counted.bytes += bytes.length;
+    await unlessFailing(async () => ranges?.put(offset, bytes));
+    return bytes;
+  };
+
+  const cached: CachedSource = {
+    name,
+    counts,
+    reads: {
       get requests() {
         return now().requests;
       },
@@ -128,219 +182,118 @@ class Cached implements CachedSource {
       get whole() {
         return now().whole;
       },
-    };
-  }
-
-  get byteLength(): number | undefined {
-    return this.#inner?.byteLength ?? this.#length;
-  }
-
-  /** Whole files need their size, which is kept as well: there may be no server to ask. */
-  async readAll(options: ReadAllOptions = {}): Promise<Uint8Array> {
-    const { signal } = options;
-    throwIfAborted(signal);
-    this.#refuseClosed();
-    const ranges = await unlessAborted(this.#open(), signal);
-    this.#length = ranges?.size;
-    if (this.#length === undefined) {
-      const source = await this.#source();
-      if (source.byteLength === undefined) await source.read(0, 1, { signal });
-      const { byteLength } = source;
-      // A server of another origin may not let it be seen.
-      if (byteLength === undefined) return readAll(source, options);
-      await this.#unlessFailing(async () => ranges?.put(byteLength, new Uint8Array(0)));
-    }
-    return readBeginning(this, this.byteLength!, options);
-  }
-
-  async read(offset: number, length: number, { signal, onBytes }: ReadOptions = {}): Promise<Uint8Array> {
-    throwIfAborted(signal);
-    this.#refuseClosed();
-    if (length === 0) return new Uint8Array(0);
-    const ranges = await unlessAborted(this.#open(), signal);
-    if (length <= PIECE_BYTES) return this.#piece(ranges, offset, length, signal);
-    // Joined at the end: memory follows what arrives, not what is asked for.
-    const pieces: Uint8Array[] = [];
-    for (let at = offset; at < offset + length; at += PIECE_BYTES) {
-      const piece = await this.#piece(ranges, at, Math.min(PIECE_BYTES, offset + length - at), signal);
-      pieces.push(piece);
-      onBytes?.(piece.length);
-    }
-    const bytes = new Uint8Array(length);
-    for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
-    return bytes;
-  }
-
-  async identify(options?: ReadOptions): Promise<string | undefined> {
-    return this.#integrity ?? (await this.#source()).identify?.(options);
-  }
-
-  async clear(): Promise<void> {
-    const ranges = (await this.#ranges?.catch(() => undefined)) ?? (await Ranges.open(this.#store, await this.#file()));
-    await ranges.clear();
-  }
-
-  async close(): Promise<void> {
-    this.#closed = true;
-    await (await this.#opening?.catch(() => undefined))?.close?.();
-  }
-
-  #refuseClosed(): void {
-    if (this.#closed) throw new SourceError("cannot be read: it was closed; open it again", { file: this.name });
-  }
-
-  async #source(): Promise<ByteSource> {
-    this.#refuseClosed();
-    this.#opening ??= openSource(this.#input, this.#fetchOptions).catch((error: unknown) => {
-      this.#opening = undefined;
-      throw error;
-    });
-    return (this.#inner = await this.#opening);
-  }
-
-  /** Undefined where the store does not work. */
-  #open(): Promise<Ranges | undefined> {
-    // Not kept when it failed: the next read may find the server.
-    this.#ranges ??= this.#find().catch((error: unknown) => {
-      this.#ranges = undefined;
-      throw error;
-    });
-    return this.#ranges;
-  }
-
-  async #find(): Promise<Ranges | undefined> {
-    const identity = await this.identify();
-    if (identity === undefined) {
-      const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
-      throw new SourceError(`${message}; give \`integrity\`, or do without a cache`, { file: this.name });
-    }
-    return this.#unlessFailing(async () => Ranges.open(this.#store, await this.#file(), await digestOf(identity)));
-  }
-
-  /** Digest that stands for the file in keys. */
-  #file(): Promise<string> {
-    const integrity = this.#integrity;
-    const address = typeof this.#input === "string" ? this.#input : this.#input.name;
-    return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
-  }
-
-  async #piece(
-    ranges: Ranges | undefined,
-    offset: number,
-    length: number,
-    signal: AbortSignal | undefined,
-  ): Promise<Uint8Array> {
-    const kept = await this.#unlessFailing(async () => ranges?.get(offset, length));
-    if (kept === "damaged") this.counts.damaged++;
-    else if (kept) {
-      this.counts.hits++;
-      return kept;
-    }
-    this.counts.misses++;
-    const bytes = await (await this.#source()).read(offset, length, { signal });
-    this.#counted.requests++;
-    this.#counted.bytes += bytes.length;
-    await this.#unlessFailing(async () => ranges?.put(offset, bytes));
-    return bytes;
-  }
-
-  /** A store that fails, for instance because it is full, costs requests and nothing else. */
-  async #unlessFailing<T>(work: () => Promise<T>): Promise<T | undefined> {
-    try {
-      return await work();
-    } catch (error) {
-      this.counts.failures++;
-      this.counts.lastFailure = error;
-      return undefined;
-    }
-  }
-}
-
-/** A range that is kept. */
-interface Kept {
-  readonly key: string;
-  readonly offset: number;
-  readonly length: number;
+    },
+    get byteLength() {
+      return inner?.byteLength ?? length;
+    },
+    identify,
+    async read(offset, length, { signal, onBytes } = {}) {
+      const ranges = length === 0 ? undefined : await rangesFor(signal);
+      if (length <= PIECE_BYTES) return length === 0 ? new Uint8Array(0) : readPiece(ranges, offset, length, signal);
+      // Joined at the end: memory follows what arrives, not what is asked for.
+      const pieces: Uint8Array[] = [];
+      for (let at = offset; at < offset + length; at += PIECE_BYTES) {
+        const piece = await readPiece(ranges, at, Math.min(PIECE_BYTES, offset + length - at), signal);
+        pieces.push(piece);
+        onBytes?.(piece.length);
+      }
+      const bytes = new Uint8Array(length);
+      for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
+      return bytes;
+    },
+    /** Whole files need their size, which is kept as well: there may be no server to ask. */
+    async readAll(options = {}) {
+      const ranges = await rangesFor(options.signal);
+      length = ranges?.size();
+      if (length === undefined) {
+        const source = await openInner();
+        if (source.byteLength === undefined) await source.read(0, 1, { signal: options.signal });
+        const { byteLength } = source;
+        // A server of another origin may not let it be seen.
+        if (byteLength === undefined) return readAll(source, options);
+        await unlessFailing(async () => ranges?.put(byteLength, new Uint8Array(0)));
+      }
+      return readBeginning(cached, cached.byteLength!, options);
+    },
+    async clear() {
+      const ranges = (await finding?.catch(() => undefined)) ?? (await openRanges(store, await fileKey()));
+      await ranges.clear();
+    },
+    async close() {
+      isClosed = true;
+      await (await opening?.catch(() => undefined))?.close?.();
+    },
+  };
+  return cached;
 }
 
 const KEY = /^([0-9a-f]{32})\.([0-9a-f]{32})\.(\d{1,16})-(\d{1,16})$/;
 const CHECKSUM_BYTES = 32;
 
-/**
- * The ranges of one version of a file in a store, as of when it was opened and what happened here since. An entry is a range, followed by its
- * SHA-256. Its key says which file, which version, which bytes: the store's list of keys is all there is to know, so nothing can disagree with it.
- * An entry of no bytes lies at the end of the file, and so tells its size.
- */
-class Ranges {
-  readonly #store: RangeStore;
-  /** Beginning of the keys. */
-  readonly #prefix: string;
-  #kept: readonly Kept[];
-
-  private constructor(store: RangeStore, prefix: string, kept: readonly Kept[]) {
-    this.#store = store;
-    this.#prefix = prefix;
-    this.#kept = kept;
-  }
-
-  /** Forgets other versions of the file. @param version undefined: whichever there are stay */
-  static async open(store: RangeStore, file: string, version?: string): Promise<Ranges> {
-    const kept: Kept[] = [];
-    for (const key of await store.keys()) {
-      const [, owner, found, offset, length] = KEY.exec(key) ?? [];
-      if (owner !== file) continue;
-      if (version === undefined || found === version)
-        kept.push({ key, offset: Number(offset), length: Number(length) });
-      else await store.delete(key);
-    }
-    return new Ranges(store, `${file}.${version}`, kept);
-  }
-
+/** The ranges of one version of a file in a store. */
+interface Ranges {
   /** Size of the file, once it is known. */
-  get size(): number | undefined {
-    return this.#kept.find(({ length }) => length === 0)?.offset;
-  }
-
+  size(): number | undefined;
   /**
    * Bytes of a range that lie in one that is kept.
    * @returns "damaged" when they did, and are gone now; undefined when there are none
    */
-  async get(offset: number, length: number): Promise<Uint8Array | "damaged" | undefined> {
-    const kept = this.#kept.find((range) => range.offset <= offset && offset + length <= range.offset + range.length);
-    if (!kept) return undefined;
-    const entry = await this.#store.get(kept.key);
-    if (!entry) {
-      // Another program has deleted it.
-      this.#kept = this.#kept.filter((range) => range !== kept);
-      return undefined;
-    }
-    const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
-    const sum = entry.subarray(bytes.length);
-    if (bytes.length === kept.length && toHex(await sha256(bytes)) === toHex(sum))
-      return bytes.subarray(offset - kept.offset, offset - kept.offset + length);
-    await this.#delete(kept);
-    return "damaged";
-  }
+  get(offset: number, length: number): Promise<Uint8Array | "damaged" | undefined>;
+  put(offset: number, bytes: Uint8Array): Promise<void>;
+  clear(): Promise<void>;
+}
 
-  async put(offset: number, bytes: Uint8Array): Promise<void> {
-    const { length } = bytes;
-    const key = `${this.#prefix}.${offset}-${length}`;
-    const entry = new Uint8Array(length + CHECKSUM_BYTES);
-    entry.set(bytes);
-    entry.set(await sha256(bytes), length);
-    await this.#store.put(key, entry);
-    // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
-    this.#kept = [...this.#kept, { key, offset, length }];
+/**
+ * The ranges as of now and what happens here from now on. An entry is a range, followed by its SHA-256. Its key says which file, which version,
+ * which bytes: the store's list of keys is all there is to know, so nothing can disagree with it. An entry of no bytes lies at the end of the
+ * file, and so tells its size. Other versions of the file are forgotten.
+ * @param version undefined: all that there are stay
+ */
+async function openRanges(store: RangeStore, file: string, version?: string): Promise<Ranges> {
+  const kept = new Map<string, { readonly offset: number; readonly length: number }>();
+  const forget = async (key: string): Promise<void> => {
+    kept.delete(key);
+    await store.delete(key);
+  };
+  for (const key of await store.keys()) {
+    const [, owner, found, offset, length] = KEY.exec(key) ?? [];
+    if (owner !== file) continue;
+    if (version === undefined || found === version) kept.set(key, { offset: Number(offset), length: Number(length) });
+    else await store.delete(key);
   }
-
-  async clear(): Promise<void> {
-    for (const range of this.#kept) await this.#delete(range);
-  }
-
-  async #delete(kept: Kept): Promise<void> {
-    this.#kept = this.#kept.filter((range) => range !== kept);
-    await this.#store.delete(kept.key);
-  }
+  return {
+    size: () => [...kept.values()].find(({ length }) => length === 0)?.offset,
+    async get(offset, length) {
+      const all = [...kept];
+      const [key, range] = all.find(([, at]) => at.offset <= offset && offset + length <= at.offset + at.length) ?? [];
+      if (!key || !range) return undefined;
+      const entry = await store.get(key);
+      if (!entry) {
+        // Another program has deleted it.
+        kept.delete(key);
+        return undefined;
+      }
+      const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
+      const sum = entry.subarray(bytes.length);
+      if (bytes.length === range.length && toHex(await sha256(bytes)) === toHex(sum))
+        return bytes.subarray(offset - range.offset, offset - range.offset + length);
+      await forget(key);
+      return "damaged";
+    },
+    async put(offset, bytes) {
+      const { length } = bytes;
+      const key = `${file}.${version}.${offset}-${length}`;
+      const entry = new Uint8Array(length + CHECKSUM_BYTES);
+      entry.set(bytes);
+      entry.set(await sha256(bytes), length);
+      await store.put(key, entry);
+      // Listed only once it is there: a reader that did not find it would take it off the list, and it would never be deleted.
+      kept.set(key, { offset, length });
+    },
+    async clear() {
+      for (const key of [...kept.keys()]) await forget(key);
+    },
+  };
 }
 
 /** Stands for a text in keys: 128 bits of its SHA-256. */

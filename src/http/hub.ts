@@ -17,7 +17,7 @@ import { SourceError } from "../errors.ts";
 import { throwIfAborted } from "../pace.ts";
 import { type FileProgress, type OnProgress, teller } from "../progress.ts";
 import { type AbortOptions, type ByteSource, type FetchOptions, type ReadOptions, SharedWork } from "../source.ts";
-import { fromLatin1, fromUtf8 } from "../text.ts";
+import { fromUtf8 } from "../text.ts";
 import { type HubName, hubEndpoint, hubName, hubText, hubUrl, isInside } from "./hub-name.ts";
 import { UrlSource } from "./url-source.ts";
 
@@ -60,19 +60,13 @@ export async function openSnapshot(name: HubName, options: SnapshotOptions = {})
   const { HF_HUB_CACHE, HF_HUB_OFFLINE = "" } = process.env;
   const cache = join(absolute(HF_HUB_CACHE || join(hubHome(), "hub")), `models--${repository.replace("/", "--")}`);
   const isOffline = /^(1|on|yes|true)$/i.test(HF_HUB_OFFLINE);
-  const client = new HubClient(name, isOffline, { ...options, headers: await headersOf(options) });
+  const hub: Hub = { name, isOffline, endpoint: hubEndpoint(), ...options, headers: await headersOf(options) };
   const known = await commitOf(cache, revision);
   if (known !== undefined && (isOffline || known === revision)) {
     const files = await listed(cache, known);
-    if (files) return new Snapshot(client, cache, known, files);
+    if (files) return new Snapshot(hub, cache, known, files);
   }
-  const { commit, tree } = await client.listing().catch((error: unknown) => {
-    // No answer means the network; the cache can be used knowingly.
-    if (!(error instanceof SourceError) || error.status !== undefined || isOffline || known === undefined) throw error;
-    const message = `${error.message.slice(error.file.length + 2)}. What is in the cache is taken with HF_HUB_OFFLINE=1`;
-    const { file, transient = false } = error;
-    throw new SourceError(message, { file, transient, cause: error });
-  });
+  const { commit, tree } = await listingOf(hub);
   try {
     // Python's listing says more of each file: it stays.
     if (!(await listed(cache, commit))) {
@@ -83,7 +77,7 @@ export async function openSnapshot(name: HubName, options: SnapshotOptions = {})
   } catch {
     // It saves requests, no more: a cache that was made by others may not be ours to write.
   }
-  return new Snapshot(client, cache, commit, filesOf(tree));
+  return new Snapshot(hub, cache, commit, filesOf(tree));
 }
 
 /** The files of a repository at one commit. */
@@ -92,22 +86,22 @@ export class Snapshot {
   readonly folder: string;
   /** Files by path. */
   readonly files: ReadonlyMap<string, HubFile>;
-  readonly #client: HubClient;
+  readonly #hub: Hub;
   readonly #cache: string;
   readonly #commit: string;
 
   /** @internal Use `openSnapshot`. */
-  constructor(client: HubClient, cache: string, commit: string, files: ReadonlyMap<string, HubFile>) {
+  constructor(hub: Hub, cache: string, commit: string, files: ReadonlyMap<string, HubFile>) {
     this.folder = join(cache, "snapshots", commit);
     this.files = files;
-    this.#client = client;
+    this.#hub = hub;
     this.#cache = cache;
     this.#commit = commit;
   }
 
   /** A file's or folder's name on the Hub, with the commit, so that it always names this content. */
   nameOf(path: string): string {
-    return hubText({ repository: this.#client.name.repository, revision: this.#commit, path });
+    return hubText({ repository: this.#hub.name.repository, revision: this.#commit, path });
   }
 
   /**
@@ -115,10 +109,10 @@ export class Snapshot {
    * @returns their paths on the disk
    * @throws SourceError when one is not in the repository, or cannot be had
    */
-  async get(paths: readonly string[], { signal, onBytes }: ReadOptions = this.#client.options): Promise<string[]> {
+  async get(paths: readonly string[], { signal, onBytes }: ReadOptions = this.#hub): Promise<string[]> {
     const missing: string[] = [];
     for (const path of paths) if (!(await this.#isHere(path))) missing.push(path);
-    const { onProgress, stage = "adapter" } = this.#client.options;
+    const { onProgress, stage = "adapter" } = this.#hub;
     // All are reported before the first is asked for, so that a listener knows how much there is.
     const waiting = missing.map((path) => {
       const tell = onProgress && teller(this.nameOf(path), stage, onProgress);
@@ -140,13 +134,13 @@ export class Snapshot {
   /** Opens a file for reads of parts, without downloading it as a whole. @throws SourceError as `get` */
   async open(path: string): Promise<ByteSource> {
     if (await this.#isHere(path)) return openDisk(this.#place(path), this.nameOf(path));
-    return this.#client.open(path, this.#commit);
+    return this.#remote(path);
   }
 
   /** Opens a file that the first read downloads, where it is missing. @throws SourceError as `get` */
   async openWhole(path: string): Promise<ByteSource> {
     const name = this.nameOf(path);
-    if (this.#client.isOffline || (await this.#isHere(path))) return this.open(path);
+    if (this.#hub.isOffline || (await this.#isHere(path))) return this.open(path);
     let coming: SharedWork<ByteSource> | undefined;
     return {
       name,
@@ -167,6 +161,12 @@ export class Snapshot {
     };
   }
 
+  /** @throws SourceError where the Hub must not be asked */
+  #remote(path: string): UrlSource {
+    const { name, endpoint } = this.#hub;
+    return sourceOf(this.#hub, hubUrl(endpoint, { ...name, revision: this.#commit, path }), path);
+  }
+
   #place(path: string): string {
     return join(this.folder, ...path.split("/"));
   }
@@ -178,7 +178,7 @@ export class Snapshot {
 
   /** @throws SourceError when it cannot be had or written, or is not what was promised */
   async #download(path: string, how: ReadOptions, tell: ReturnType<typeof teller> | undefined): Promise<void> {
-    const source = this.#client.open(path, this.#commit);
+    const source = this.#remote(path);
     const file = this.#find(path);
     const blob = join(this.#cache, "blobs", file.hash);
     const place = this.#place(path);
@@ -214,99 +214,87 @@ export class Snapshot {
     const file = this.files.get(path);
     if (file) return file;
     const close = nearest(path, this.files.keys());
-    const all = [...this.files.keys()];
-    const more = all.length > 8 ? ` and ${all.length - 8} more` : "";
-    const has = all.length === 0 ? "none" : `${all.slice(0, 8).join(", ")}${more}`;
-    const names = close.length > 0 ? `the nearest are ${close.join(", ")}` : `it has ${has}`;
+    const names = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
     const problem = path === "" ? "names a repository, and a file of it is needed" : "there is no such file";
-    throw new SourceError(`${problem}; ${names}`, { file: this.nameOf(path) });
+    throw new SourceError(`${problem}${names}`, { file: this.nameOf(path) });
   }
 }
 
-/** Requests to the Hub about one repository. */
-class HubClient {
+/** A repository, and the way to ask for it. */
+interface Hub extends SnapshotOptions {
   readonly name: HubName;
+  readonly endpoint: string;
   readonly isOffline: boolean;
-  readonly options: SnapshotOptions & { readonly headers: Record<string, string> };
-  readonly #endpoint = hubEndpoint();
+  /** Headers of each request: the token. */
+  readonly headers: Record<string, string>;
+}
 
-  /** @param options with the token in `headers` */
-  constructor(name: HubName, isOffline: boolean, options: HubClient["options"]) {
-    this.name = name;
-    this.isOffline = isOffline;
-    this.options = options;
+/** @throws SourceError when it is not shown, or another server answers */
+async function listingOf(hub: Hub): Promise<{ commit: string; tree: Tree }> {
+  const { name, endpoint, signal } = hub;
+  const revision = encodeURIComponent(name.revision);
+  const source = sourceOf(
+    hub,
+    new URL(`${endpoint}/api/models/${name.repository}/revision/${revision}?blobs=true`),
+    "",
+  );
+  const bytes = await source.readAll({ signal, most: () => MOST_LISTING });
+  if (bytes.length > MOST_LISTING) {
+    const message = `lists more files than fit into ${MOST_LISTING} bytes; download what you need, and give its folder`;
+    throw new SourceError(message, { file: source.name });
   }
+  try {
+    const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
+    if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
+    const tree = Object.fromEntries(
+      siblings.map(({ rfilename, size, blobId, lfs }) => {
+        const large = lfs ? { lfs_sha256: lfs.sha256, lfs_size: lfs.size } : {};
+        return [rfilename, { size, blob_id: blobId, ...large }];
+      }),
+    );
+    filesOf(tree);
+    return { commit: sha, tree };
+  } catch (cause) {
+    const message = `does not answer as the Hub does (${(cause as Error).message}); check HF_ENDPOINT`;
+    throw new SourceError(message, { file: source.name, cause });
+  }
+}
 
-  /** @throws SourceError when it is not shown, or another server answers */
-  async listing(): Promise<{ commit: string; tree: Tree }> {
-    const { repository, revision } = this.name;
-    const address = `${this.#endpoint}/api/models/${repository}/revision/${encodeURIComponent(revision)}?blobs=true`;
-    const source = this.#source(new URL(address), "");
-    const bytes = await source.readAll({ signal: this.options.signal, most: () => MOST_LISTING });
-    if (bytes.length > MOST_LISTING) {
-      const message = `lists more files than fit into ${MOST_LISTING} bytes; download what you need, and give its folder`;
-      throw new SourceError(message, { file: source.name });
-    }
-    try {
-      const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
-      if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
-      const tree = Object.fromEntries(
-        siblings.map(({ rfilename, size, blobId, lfs }) => {
-          const large = lfs ? { lfs_sha256: lfs.sha256, lfs_size: lfs.size } : {};
-          return [rfilename, { size, blob_id: blobId, ...large }];
-        }),
-      );
-      filesOf(tree);
-      return { commit: sha, tree };
-    } catch (cause) {
-      const message = `does not answer as the Hub does (${(cause as Error).message}); check HF_ENDPOINT`;
-      throw new SourceError(message, { file: source.name, cause });
-    }
-  }
+/** @param path of the file that is asked for; empty for the listing @throws SourceError where the Hub must not be asked */
+function sourceOf(hub: Hub, address: URL, path: string): UrlSource {
+  if (hub.isOffline) throw new SourceError(OFFLINE, { file: hubText({ ...hub.name, path }) });
+  const { fetch: ask = (url, init) => fetch(url, init) } = hub;
+  return new UrlSource(address, {
+    ...hub,
+    fetch: async (url, init) => {
+      const response = await ask(url, init);
+      // Files lie on servers of others, where a redirect leads.
+      if ((response.url || url).startsWith(`${hub.endpoint}/`)) refuse(hub, response, path !== "");
+      return response;
+    },
+  });
+}
 
-  /** A file for reads of parts. @throws SourceError where the Hub must not be asked */
-  open(path: string, commit: string): UrlSource {
-    const name = { ...this.name, revision: commit, path };
-    return this.#source(hubUrl(this.#endpoint, name), path);
+/** @param isFile a file was asked for: its repository is known then @throws SourceError for what the Hub refuses */
+function refuse({ name, endpoint, headers: sent }: Hub, { status, headers }: Response, isFile: boolean): void {
+  if (![401, 403, 404].includes(status)) return;
+  const { repository, revision } = name;
+  const token = "authorization" in sent;
+  const code = headers.get("x-error-code");
+  const explanation = headers.get("x-error-message");
+  const fail = (message: string): never => {
+    throw new SourceError(`${message} (status ${status})`, { file: hubText({ ...name, path: "" }), status });
+  };
+  if (/invalid (credentials|user token|username)/i.test(explanation ?? ""))
+    fail(`the Hub does not know the token that was sent; make another at ${endpoint}/settings/tokens`);
+  if (code === "RevisionNotFound") fail(`has no revision "${revision}"; check the branch, tag or commit`);
+  if (code === "GatedRepo" || (isFile && status !== 404)) {
+    const who = token ? "the account that HF_TOKEN is of" : "your account, and set HF_TOKEN to its token";
+    fail(`is gated: accept its licence at ${endpoint}/${repository} with ${who}`);
   }
-
-  /** @param path of the file that is asked for; empty for the listing */
-  #source(address: URL, path: string): UrlSource {
-    if (this.isOffline) throw new SourceError(OFFLINE, { file: hubText({ ...this.name, path }) });
-    const { fetch: ask = (url, init) => fetch(url, init) } = this.options;
-    return new UrlSource(address, {
-      ...this.options,
-      fetch: async (url, init) => {
-        const response = await ask(url, init);
-        // Files lie on servers of others, where a redirect leads.
-        if ((response.url || url).startsWith(`${this.#endpoint}/`)) this.#refuse(response, path !== "");
-        return response;
-      },
-    });
-  }
-
-  /** @param isFile a file was asked for: its repository is known then @throws SourceError for what the Hub refuses */
-  #refuse({ status, headers }: Response, isFile: boolean): void {
-    if (![401, 403, 404].includes(status)) return;
-    const { repository, revision } = this.name;
-    const token = "authorization" in this.options.headers;
-    const code = headers.get("x-error-code");
-    const explanation = headers.get("x-error-message");
-    const refuse = (message: string): never => {
-      throw new SourceError(`${message} (status ${status})`, { file: hubText({ ...this.name, path: "" }), status });
-    };
-    if (/invalid (credentials|user token|username)/i.test(explanation ?? ""))
-      refuse(`the Hub does not know the token that was sent; make another at ${this.#endpoint}/settings/tokens`);
-    if (code === "RevisionNotFound") refuse(`has no revision "${revision}"; check the branch, tag or commit`);
-    if (code === "GatedRepo" || (isFile && status !== 404)) {
-      const who = token ? "the account that HF_TOKEN is of" : "your account, and set HF_TOKEN to its token";
-      refuse(`is gated: accept its licence at ${this.#endpoint}/${repository} with ${who}`);
-    }
-    if (status === 403)
-      refuse(`the token that was sent may not read it${explanation === null ? "" : `: ${explanation}`}`);
-    const hint = token ? "check that the token may see it" : "set HF_TOKEN if it is private";
-    if (!isFile) refuse(`the Hub has no such repository, or does not show it: check the name, and ${hint}`);
-  }
+  if (status === 403) fail(`the token that was sent may not read it${explanation === null ? "" : `: ${explanation}`}`);
+  const hint = token ? "check that the token may see it" : "set HF_TOKEN if it is private";
+  if (!isFile) fail(`the Hub has no such repository, or does not show it: check the name, and ${hint}`);
 }
 
 /** Answer of the Hub about a repository, as far as it is used. */
@@ -352,9 +340,6 @@ const COMMIT: RegExp = /^[0-9a-f]{40}$/;
  */
 const FIRST_PIECE = 2 ** 20;
 const LARGEST_PIECE = 2 ** 25;
-/** Beginning of the files that Git LFS leaves in the place of others, and more bytes than such files have. */
-const POINTER = "version https://git-lfs.github.com/spec/";
-const POINTER_BYTES = 1024;
 
 /** Folder of Hugging Face's files: HF_HOME, or below XDG_CACHE_HOME. */
 function hubHome(): string {
@@ -428,7 +413,7 @@ async function receive(
     if (at > file.size) await handle.truncate((at = 0));
     let most = FIRST_PIECE;
     for (onBytes(at); at < file.size; onBytes(at)) {
-      const piece = await read(source, at, Math.min(most, file.size - at), file.size, signal);
+      const piece = await source.read(at, Math.min(most, file.size - at), { signal });
       most = Math.min(2 * most, LARGEST_PIECE);
       for (let done = 0; done < piece.length; )
         done += (await handle.write(piece, done, piece.length - done, at + done)).bytesWritten;
@@ -439,42 +424,22 @@ async function receive(
     await handle.close();
   }
   try {
-    const problem = await problemOf(partial, file);
-    if (problem === undefined) return await rename(partial, blob);
+    const found = await hashOf(partial, file);
+    if (found === file.hash) return await rename(partial, blob);
     await rm(partial, { force: true });
-    throw new SourceError(`${problem}; nothing of it was kept, try again`, { file: source.name });
+    const message = `has the hash ${found}, where the Hub promises ${file.hash}; nothing of it was kept, try again`;
+    throw new SourceError(message, { file: source.name });
   } catch (error) {
     // Another process may have given it its name meanwhile.
     if (!(await isWhole(blob, file))) throw error;
   }
 }
 
-/** The next piece. @throws SourceError saying what is there instead, when the file is another than the one promised */
-async function read(source: ByteSource, at: number, length: number, size: number, signal: AbortSignal | undefined) {
-  try {
-    return await source.read(at, length, { signal });
-  } catch (error) {
-    const found = source.byteLength;
-    if (found === undefined || found === size) throw error;
-    const head = found < POINTER_BYTES ? fromLatin1(await source.read(0, found, { signal })) : "";
-    const what = head.startsWith(POINTER) ? ": it is a Git LFS pointer, and the file itself is not there" : "";
-    const message = `has ${found} bytes, where the Hub promises ${size}${what}; check HF_ENDPOINT, or try again later`;
-    throw new SourceError(message, { file: source.name, cause: error });
-  }
-}
-
-/** Compares a whole file on the disk with the promised hash. @returns the difference, in words */
-async function problemOf(path: string, { size, hash }: HubFile): Promise<string | undefined> {
+/** Hash of a whole file on the disk, of the kind that is promised. */
+async function hashOf(path: string, { size, hash }: HubFile): Promise<string> {
   const sum = hash.length === 40 ? createHash("sha1").update(`blob ${size}\0`) : createHash("sha256");
-  let bytes = 0;
-  for await (const chunk of createReadStream(path)) {
-    sum.update(chunk as Uint8Array);
-    bytes += (chunk as Uint8Array).length;
-  }
-  const found = sum.digest("hex");
-  return found === hash
-    ? undefined
-    : `has ${bytes} bytes with the hash ${found}, where the Hub promises ${size} with ${hash}`;
+  for await (const chunk of createReadStream(path)) sum.update(chunk as Uint8Array);
+  return sum.digest("hex");
 }
 
 async function isWhole(path: string, { size }: HubFile): Promise<boolean> {

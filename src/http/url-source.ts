@@ -303,31 +303,47 @@ export class UrlSource implements ByteSource {
     const { timeout, minRate } = this.#options;
     const ended = new AbortController();
     const stop = (): void => ended.abort();
-    const watch = new Watchdog(timeout, minRate, stop);
-    signal?.addEventListener("abort", stop);
     let response: Response | undefined;
-    const arrived = (count: number): void => {
-      watch.arrived(count);
-      this.reads.bytes += count;
-      onBytes?.(count);
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    /** Bytes since the clock was last set. */
+    let count = 0;
+    const setClock = (time = timeout): void => {
+      clearTimeout(timer);
+      count = 0;
+      timer = setTimeout(stop, Math.min(time, LONGEST_TIMER));
     };
+    // The clock is set anew by what the rate asks for, not by every byte: a drop now and then keeps no request alive.
+    const arrived = (more: number): void => {
+      count += more;
+      if (count >= Math.max(1, (minRate * timeout) / 1000)) setClock();
+      this.reads.bytes += more;
+      onBytes?.(more);
+    };
+    signal?.addEventListener("abort", stop);
     try {
+      setClock();
       this.reads.requests++;
       const headers: Record<string, string> = range === undefined ? {} : { Range: range };
       // The race ends a `fetch` that does not heed the signal.
       response = await unlessAborted(this.#send({ headers, signal: ended.signal }), ended.signal);
-      watch.answered();
+      setClock();
       this.#refuseBusy(response);
-      return await unlessAborted(take(response, this.#bodyOf(response, watch, arrived)), ended.signal);
+      return await unlessAborted(take(response, this.#bodyOf(response, arrived, setClock)), ended.signal);
     } catch (cause) {
       throwIfAborted(signal);
       if (cause instanceof SourceError) throw cause;
-      if (ended.signal.aborted) return this.#fail(watch.problem(), { transient: true, cause });
+      if (ended.signal.aborted) {
+        const found = count === 0 ? "no byte arrived" : `only ${count} bytes arrived`;
+        const problem = response
+          ? `${found} for ${timeout} ms; try again, or raise \`timeout\` or lower \`minRate\``
+          : `no answer within ${timeout} ms; try again, or raise \`timeout\``;
+        return this.#fail(problem, { transient: true, cause });
+      }
       const { message, transient } = causeOf(cause, this.#url);
       const named = message.replaceAll(this.#url.href, this.name).replace(QUERIES, "$1…");
       return this.#fail(`cannot be fetched: ${named}`, { transient, cause });
     } finally {
-      watch.end();
+      clearTimeout(timer);
       // Stops a body that nobody reads.
       void response?.body?.cancel().catch(() => undefined);
       signal?.removeEventListener("abort", stop);
@@ -372,14 +388,16 @@ export class UrlSource implements ByteSource {
     this.#fail(`the server ${problem} (status ${status}); try again ${later}`, more);
   }
 
-  #bodyOf(response: Response, watch: Watchdog, arrived: (count: number) => void): ReadBody {
+  #bodyOf(response: Response, arrived: (count: number) => void, setClock: (time: number) => void): ReadBody {
+    const { timeout, minRate } = this.#options;
     return async (length, limit, excess, most) => {
       const longest = Math.min(length ?? limit, limit);
       let bytes: Uint8Array | undefined;
       if (response.body) bytes = await stream(response.body.getReader(), longest, arrived, most);
       else {
-        // Runtimes without streaming bodies, React Native among them.
-        bytes = new Uint8Array(await watch.allowing(longest, response.arrayBuffer()));
+        // Runtimes without streaming bodies, React Native among them: no byte is seen before the last.
+        setClock(timeout + (longest / minRate) * 1000);
+        bytes = new Uint8Array(await response.arrayBuffer());
         arrived(bytes.length);
       }
       const enough = most && bytes ? most(bytes) + 1 : Infinity;
@@ -451,57 +469,6 @@ async function stream(
     }
   }
   return done === bytes.length ? bytes : bytes.slice(0, done);
-}
-
-/** Sees to it that an answer comes, and then that its bytes keep coming. */
-class Watchdog {
-  readonly #timeout: number;
-  readonly #minRate: number;
-  readonly #late: () => void;
-  #timer: ReturnType<typeof setTimeout> | undefined;
-  #isAnswered = false;
-  /** Bytes since the clock was last set. */
-  #count = 0;
-
-  constructor(timeout: number, minRate: number, late: () => void) {
-    this.#timeout = timeout;
-    this.#minRate = minRate;
-    this.#late = late;
-    this.#restart(timeout);
-  }
-
-  #restart(time: number): void {
-    clearTimeout(this.#timer);
-    this.#count = 0;
-    this.#timer = setTimeout(this.#late, Math.min(time, LONGEST_TIMER));
-  }
-
-  answered(): void {
-    this.#isAnswered = true;
-    this.#restart(this.#timeout);
-  }
-
-  /** The clock is set anew by what the rate asks for, not by every byte: a drop now and then keeps no request alive. */
-  arrived(count: number): void {
-    this.#count += count;
-    if (this.#count >= Math.max(1, (this.#minRate * this.#timeout) / 1000)) this.#restart(this.#timeout);
-  }
-
-  /** Gives a body that cannot be watched the time that its bytes may take. */
-  allowing<T>(length: number, body: Promise<T>): Promise<T> {
-    this.#restart(this.#timeout + (length / this.#minRate) * 1000);
-    return body;
-  }
-
-  problem(): string {
-    if (!this.#isAnswered) return `no answer within ${this.#timeout} ms; try again, or raise \`timeout\``;
-    const found = this.#count === 0 ? "no byte arrived" : `only ${this.#count} bytes arrived`;
-    return `${found} for ${this.#timeout} ms; try again, or raise \`timeout\` or lower \`minRate\``;
-  }
-
-  end(): void {
-    clearTimeout(this.#timer);
-  }
 }
 
 /** Words for a failure, and whether another try may help. */

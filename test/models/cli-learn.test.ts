@@ -94,7 +94,7 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   for (const pack of [before, after, again]) await pack.close();
 });
 
-t.test("the same seed gives the same file; a LoRA of another rank", async (t) => {
+t.test("the same seed gives the same file; too few examples are not judged", async (t) => {
   const few = [...learn, "--epochs", "1", "--holdout", "0", "--seed", "7", "--id", "x"];
   const made = await json(0, ...few, "-o", "a.eigentask");
   t.equal(made["holdout"], null);
@@ -102,14 +102,12 @@ t.test("the same seed gives the same file; a LoRA of another rank", async (t) =>
   const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
   t.ok(a.equals(b));
   t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
-  const lora = await json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
-  t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
 
   const lines = ["one text", "another text"].map((text, i) => JSON.stringify({ text, label: names[i] }));
   await writeFile(join(folder, "two.jsonl"), lines.join("\n"));
   const two = ["learn", "p.eigen", "two.jsonl", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
   const unjudged = (await run(...two, "e.eigentask")).stdout;
-  t.match(unjudged, /There are too few examples to hold some back: all were trained on, and the last epoch is kept/);
+  t.match(unjudged, /No epoch was judged by examples held back: the last step is kept/);
   t.match(unjudged, /^ +2 +[\d.]+ +kept$/m);
 });
 
@@ -185,17 +183,21 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   const known = ["b", "a", "c"];
   t.same((await readExamples(join(folder, "1.jsonl"), known)).labels, known);
   for (const [name, text, message, known] of [
-    ["x.jsonl", '{"text":"x","label":"a"}\n{"text":"x"}', /x.jsonl: line 2: expected "label" with a string, got none/],
+    [
+      "x.jsonl",
+      '{"text":"x","label":"a"}\n{"text":"x"}',
+      /x.jsonl: line 2: expected \{"text": "…", "label": "…"\}.*, got "text"$/,
+    ],
     ["x.jsonl", '{"text":"x","label":"a"}\n\n{"text":7,"label":"a"}', /line 3: expected "text" with a string, got 7/],
     [
       "x.jsonl",
       '{"text":"x","label":"a"}\nnot json',
-      /line 2: is not valid JSON: .*expected \{"text": "…", "label": "…"\}/,
+      /line 2: expected \{"text": "…", "label": "…"\}.*, got what is not valid JSON: /,
     ],
-    ["x.jsonl", '{"text":"x","label":"a"}\n[1]', /line 2: expected \{"text": "…", "label": "…"\}, got \[1\]/],
+    ["x.jsonl", '{"text":"x","label":"a"}\n[1]', /line 2: expected \{"text": "…", "label": "…"\}.*, got \[1\]/],
     ["x.jsonl", '{"text":"  ","label":"a"}', /line 1: its text is empty/],
     ["x.jsonl", '{"text":"x","label":" "}', /line 1: its label is empty/],
-    ["x.tsv", "a\tone", /line 1: is not valid JSON/],
+    ["x.tsv", "a\tone", /line 1: expected .* what is not valid JSON/],
     [
       "x.jsonl",
       '{"text":"one","label":"a"}\n{"text":"two","label":"spm"}',
@@ -219,12 +221,12 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   const pair = { prompt: "a", completion: "b" };
   t.same(await asked("q.jsonl", `{"id":0,${JSON.stringify(pair).slice(1)}`), { examples: [pair] }, "keys in any order");
   for (const [text, message] of [
-    ['{"promt":"a"}', /line 1: expected "text", or "prompt" and "completion", or "messages"; got "promt"/],
-    ['{"promt":"a","completion":"b"}', /line 1: expected "prompt" with a string, got "promt", "completion"/],
-    ['{"text":"a"}\nb', /line 2: is not valid JSON/],
-    ['{"prompt":"a","completion":"b"', /line 1: is not valid JSON/],
+    ['{"promt":"a"}', /line 1: expected \{"text": "…"\}, \{"prompt": "…", "completion": "…"\} or .* got "promt"$/],
+    ['{"promt":"a","completion":"b"}', /line 1: expected \{"prompt": .* got "promt", "completion"$/],
+    ['{"text":"a"}\nb', /line 2: .* what is not valid JSON/],
+    ['{"prompt":"a","completion":"b"', /line 1: expected \{"prompt": .* what is not valid JSON/],
     ['[{"text":"a"}]', /q\.jsonl: is a list; expected JSON lines/],
-    ['{"messages":[{"role":"user","content":"a"}]}', /line 1: expected the assistant's message at the end, got "user"/],
+    ['{"messages":[{"role":"user","content":"a"}]}', /line 1: expected the assistant's message at the end, got user/],
     ['{"messages":[]}', /line 1: expected the assistant's message at the end, got none/],
   ] as const) {
     await t.rejects(asked("q.jsonl", text), { tag: "source", message }, text);
@@ -238,15 +240,13 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   await refuse(2, { tag: "usage", message: /--holdout 1: expected a share from 0 to less than 1/ }, "--holdout", "1");
   await refuse(2, { tag: "usage", message: /--rate fast: expected a number above 0/ }, "--rate", "fast");
   await refuse(2, { tag: "usage", message: /--rank 0.5: expected a whole number from 1/ }, "--rank", "0.5");
-  await refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
   await refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
   await refuse(
     1,
-    { tag: "task", message: /--init debtags-rule: expected auto, mean, random, fresh, or a task of p.eigen/ },
+    { tag: "task", message: /--init debtags-rule: expected auto, mean, random, or a task of p.eigen/ },
     "--init",
     "debtags-rule",
   );
-  await refuse(1, { message: /"fresh" is for factors/ }, "--init", "fresh");
   await refuse(
     1,
     { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
@@ -311,7 +311,7 @@ t.test("a language model learns completions, and chats by its template", async (
     /the model answers token by token: expected .*"prompt".* on each line of rows\.jsonl/,
   );
   await write("half.jsonl", [answers[0]!, { prompt: "1 + 1 = " }]);
-  t.match(await refused("half.jsonl"), /half\.jsonl: line 2: expected "completion" with a string, got "prompt"/);
+  t.match(await refused("half.jsonl"), /half\.jsonl: line 2: expected \{"prompt": .* got "prompt"$/m);
   t.match(await refused("half.txt", "--model", "none.onnx"), /half\.txt: cannot be read/);
   t.match(await refused("sums.jsonl", "--model", "none.onnx"), /none\.onnx: cannot be read: there is no such file/);
   t.match(

@@ -41,6 +41,8 @@ async function plainBlob(): Promise<Uint8Array> {
   return (await other.load(id)).bytes;
 }
 
+let exports = 0;
+
 /** Every way to use a task, refused or not. */
 function ways(hash: string, file: Uint8Array, grown: string): Record<string, () => Promise<unknown>> {
   const withdrawn = async (path: string): Promise<Pack> => openPack(path, { revoked: [hash] });
@@ -53,7 +55,7 @@ function ways(hash: string, file: Uint8Array, grown: string): Record<string, () 
     addTask: async () => (await withdrawn("pack.eigen")).addTask(id, file),
     add: () => command("add", "pack.eigen", "task.eigentask"),
     attach: () => command("attach", model("torchscript"), grown, "-o", "attached.onnx", "--force"),
-    export: () => command("export", grown, "--task", id, "-o", "exported", "--force"),
+    export: () => command("export", grown, "--task", id, "-o", `exported/${exports++}`),
     distill: async () => {
       const session = await open(NODE, model("torchscript"), await withdrawn(grown), { trainable: true });
       try {

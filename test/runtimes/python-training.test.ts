@@ -95,7 +95,7 @@ t.test("sides that are not shared are left out, and a pack that shares nothing i
   const { sides } = await json(0, "export", "sides.eigen", "--components", "-o", "sides.safetensors");
   t.ok(sides > 0 && sides < 24, `${sides} sides`);
   t.match(
-    (await run("export", "sides.eigen", "--components", "-o", "sides.safetensors", "--force")).stdout,
+    (await run("export", "sides.eigen", "--components", "-o", "again.safetensors")).stdout,
     / on \d+ of 24 sides/,
   );
   await json(0, "pack", ...own, "-o", "apart.eigen");
@@ -207,8 +207,12 @@ t.test("adapters that PEFT trains within the components are added without loss",
   const names = [...Object.keys(COUNTS), "sides"];
   const runs: Job[] = [];
   for (const name of names) {
-    await run("export", `${name}.eigen`, "--components", "-o", `${name}.safetensors`, "--force");
-    runs.push({ script: "train", given: [model, `${name}.safetensors`, "rows.jsonl", `mine/${name}`, 4, 8], asked });
+    await run("export", `${name}.eigen`, "--components", "-o", `components/${name}.safetensors`);
+    runs.push({
+      script: "train",
+      given: [model, `components/${name}.safetensors`, "rows.jsonl", `mine/${name}`, 4, 8],
+      asked,
+    });
   }
   await mkdir("book");
   await symlink(join(folder, model), "book/my-model");
