@@ -4,8 +4,8 @@
  * conversion stores.
  */
 
-import { type CpuView, type Located, viewValues, type WeightHost, WeightResolver } from "../core/base.ts";
-import { AliasMatcher, locate } from "../core/mismatch.ts";
+import { type CpuView, type Located, viewValues, type WeightHost } from "../core/base.ts";
+import { AliasMatcher, locate, WeightResolver } from "../core/mismatch.ts";
 import { AdapterError } from "../errors.ts";
 import { principalComponents } from "../extract/components.ts";
 import { lq, norm, type Products, ROUNDING } from "../extract/linalg.ts";

@@ -4,7 +4,7 @@
  * called; a GPU backend records it, and `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
  *
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
- * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
+ * both factors expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
 import { atOnce } from "../pace.ts";
 import { type Dtype, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";

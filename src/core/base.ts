@@ -1,11 +1,10 @@
 /**
  * The base model as the runtime sees it: who lists its weights, hands them out and, where they live in the user's memory, takes the folded
- * ones; and which of them an adapted module is. Knows nothing of packs. Why a weight is not found is said in `mismatch.ts`.
+ * ones. Knows nothing of packs. Which of the weights an adapted module is, `mismatch.ts` finds.
  */
 
-import { nearest } from "../arguments.ts";
 import type { DeviceBuffer } from "../backends/backend.ts";
-import type { Layout, PackModule } from "../format/format.ts";
+import type { Layout } from "../format/format.ts";
 import type { ReadOptions, SourceInput } from "../source.ts";
 import { decodePart, decodeTensor, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 
@@ -119,110 +118,9 @@ export function sameShape(a: readonly number[], b: readonly number[]): boolean {
   return a.length === b.length && a.every((v, i) => v === b[i]);
 }
 
-/** Segments that are dropped at most, so that a long name makes no more than a few others. */
-const MOST_DROPPED = 64;
-
-/** Why there is no one name. */
-export interface NotFound {
-  readonly ambiguous: boolean;
-  /** Names that are equally good, or look alike. */
-  candidates(): string[];
-}
-
-/**
- * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted
- * segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
- * "encoder.layer.0.query.weight", and the other way round; "layer.1.query" never finds "layer.0.query".
- */
-export class NameMatcher {
-  readonly #exact = new Set<string>();
-  /** Base names by each of their proper suffixes. */
-  readonly #bySuffix = new Map<string, string[]>();
-
-  constructor(baseNames: Iterable<string>) {
-    for (const name of baseNames) {
-      this.#exact.add(name);
-      for (const suffix of suffixesOf(name)) {
-        const names = this.#bySuffix.get(suffix);
-        if (names) names.push(name);
-        else this.#bySuffix.set(suffix, [name]);
-      }
-    }
-  }
-
-  /** The base's name; or the candidates, when there are several equally good ones or none. */
-  find(name: string): { name: string } | NotFound {
-    if (this.#exact.has(name)) return { name };
-    const longer = this.#bySuffix.get(name) ?? [];
-    if (longer.length === 1) return { name: longer[0]! };
-    if (longer.length > 1) return { ambiguous: true, candidates: () => longer };
-    for (const suffix of suffixesOf(name)) {
-      // A bare "weight" or "bias" says nothing about which module it belongs to.
-      if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
-    }
-    // Computed when asked for: they take a step for each pair of letters of each name.
-    return { ambiguous: false, candidates: () => nearest(name, this.#exact) };
-  }
-}
-
-/** A name without its first segment, without its first two, and so on. */
-function* suffixesOf(name: string): Generator<string, void> {
-  let at = name.indexOf(".");
-  for (let dropped = 0; at >= 0 && dropped < MOST_DROPPED; dropped++) {
-    yield name.slice(at + 1);
-    at = name.indexOf(".", at + 1);
-  }
-}
-
-/** Fields of a module that identify its weight in the base. */
-export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout"> & Partial<Pick<PackModule, "kernel">>;
-
 /** A weight of the base that a module adapts. */
 export interface Located extends Parameter {
   /** Stored as [in, out]. */
   readonly transposed: boolean;
   readonly byteLength: number;
-}
-
-/** The parameters of a host, found by an adapter's names. */
-export class WeightResolver {
-  readonly parameters: ReadonlyMap<string, Parameter>;
-  names: NameMatcher;
-  /** Names of weights by module name, before anything else. */
-  readonly byHand: ReadonlyMap<string, string> | undefined;
-
-  constructor(host: WeightHost | undefined, byHand?: ReadonlyMap<string, string>) {
-    this.byHand = byHand;
-    const parameters = new Map<string, Parameter>();
-    for (const parameter of host?.list() ?? []) parameters.set(parameter.name, parameter);
-    this.parameters = parameters;
-    this.names = new NameMatcher(parameters.keys());
-  }
-
-  /** The base's name of a parameter, in the layer that its module is mapped to, if it is; or the candidates. */
-  find(name: string): ReturnType<NameMatcher["find"]> {
-    const at = name.lastIndexOf(".");
-    const weight = this.byHand?.get(name.slice(0, at));
-    const leaf = name.slice(at + 1);
-    const mapped = weight && this.names.find(leaf === "weight" ? weight : weight.replace(/[^.]*$/, leaf));
-    return mapped && "name" in mapped ? mapped : this.names.find(name);
-  }
-
-  /** A module's weight; undefined where it is missing, ambiguous or of another shape. */
-  weight(module: ModuleToFind): Located | undefined {
-    const found = this.names.find(this.byHand?.get(module.name) ?? `${module.name}.weight`);
-    const parameter = "name" in found && this.parameters.get(found.name);
-    return parameter ? asWeight(module, parameter) : undefined;
-  }
-}
-
-/** A parameter as the weight of a module; undefined where it has another shape. */
-export function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefined {
-  const { shape, layout = module.layout } = parameter;
-  const transposed = layout === "in-out" || layout === "embedding";
-  const window = shape.slice(2);
-  if (module.kernel?.length === window.length && !sameShape(module.kernel, window)) return undefined;
-  const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
-  if (!sameShape(transposed ? [module.in, module.out] : [module.out, module.in], matrix)) return undefined;
-  return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };
 }

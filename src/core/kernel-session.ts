@@ -122,7 +122,7 @@ class UploadBuffer {
 
 /**
  * Makes a plan for each module of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already.
- * @param leave whether rows of sides without components, which nothing is added to, are left as they are stored. Default: false
+ * @param leave whether rows of factors without components, which nothing is added to, are left as they are stored. Default: false
  */
 export function planTasks(
   tasks: readonly ActiveTask[],

@@ -1,5 +1,5 @@
 /**
- * What tasks bring beside their terms, put together: whose is used, and heads, biases and token rows blended. By names and numbers
+ * Parameters that tasks override apart from their terms, put together: whose is used, and heads, biases and token rows blended. By names and numbers
  * alone, without a base.
  */
 
@@ -176,10 +176,9 @@ export function addDifferences(name: string, changes: readonly ParameterChange[]
   const width = shape[shape.length - 1]!;
   const original = base?.values ?? new Float32Array(shape.reduce((a, b) => a * b, 1));
   const values = original.slice();
-  const [deltas, others] = [true, false].map((delta) =>
-    changes.filter(({ parameter }) => (parameter.role === "bias-delta") === delta),
-  ) as [ParameterChange[], ParameterChange[]];
-  for (const change of [...others, ...deltas]) {
+  const isDelta = ({ parameter }: ParameterChange): boolean => parameter.role === "bias-delta";
+  const others = changes.filter((change) => !isDelta(change));
+  for (const change of [...others, ...changes.filter(isDelta)]) {
     const { part, parameter } = change;
     const { indices } = parameter;
     const fits = indices
@@ -193,7 +192,7 @@ export function addDifferences(name: string, changes: readonly ParameterChange[]
     }
     decode(change).forEach((v, i) => {
       const at = indices ? indices[Math.floor(i / width)]! * width + (i % width) : i;
-      if (parameter.role === "bias-delta") values[at]! += part.strength * v;
+      if (isDelta(change)) values[at]! += part.strength * v;
       else if (part.strength === 1 && others.length === 1) values[at] = v;
       else values[at]! += part.strength * (v - original[at]!);
     });

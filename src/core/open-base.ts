@@ -1,11 +1,12 @@
 /**
  * A base model from whatever serves as one: tensors in the user's memory or on a device, written in place, or a safetensors file, which is only
- * read.
+ * read; and its adapted weights: found, held against the pack's fingerprints, and copied.
  */
 
 import { described, nearest } from "../arguments.ts";
-import type { Backend, Block, DeviceBuffer, Slice } from "../backends/backend.ts";
+import { at, type Backend, type Block, type DeviceBuffer, type Slice } from "../backends/backend.ts";
 import { BaseMismatchError, SourceError } from "../errors.ts";
+import type { PackModule } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
@@ -22,6 +23,9 @@ import {
   type View,
   type WeightHost,
 } from "./base.ts";
+import type { KernelSession } from "./kernel-session.ts";
+import { checkWeight, locateModules, WeightResolver } from "./mismatch.ts";
+import { placeOf, type RuntimeContext, readWeight, type WeightBinding } from "./weights.ts";
 
 /** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
 export async function openHost(base: BaseInput, options: FetchOptions & ReadOptions = {}): Promise<WeightHost> {
@@ -245,6 +249,66 @@ async function openSafetensorsHost(source: ByteSource, options: ReadOptions): Pr
     const refused = await wrongKind(error, source, "a safetensors file");
     await close();
     throw refused;
+  }
+}
+
+// Adapted weights of a base.
+
+/**
+ * Finds the weights of modules.
+ * @param byHand names of weights by module name, before anything else
+ * @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight
+ */
+export function bindWeights(
+  host: WeightHost,
+  modules: readonly PackModule[],
+  byHand: ReadonlyMap<string, string> | undefined,
+): Pick<RuntimeContext, "bindings" | "resolver"> {
+  const resolver = new WeightResolver(host, byHand);
+  let weights = modules.flatMap((module) => resolver.weight(module) ?? []);
+  const names = new Set(weights.map(({ name }) => name));
+  if (names.size < modules.length) weights = locateModules(resolver, modules);
+  const bindings = modules.map((module, i): WeightBinding => {
+    return { module, weight: weights[i]!, pristine: undefined, active: undefined };
+  });
+  return { resolver, bindings };
+}
+
+/**
+ * Reads the adapted weights, checks that they are the right model's and makes the copies that stay.
+ * @param keep which copies: none when nothing is folded; `active` where the host has the weight in the CPU's memory
+ * @throws BaseMismatchError when a fingerprint differs
+ */
+export async function loadWeights(
+  bindings: readonly WeightBinding[],
+  host: WeightHost,
+  kernels: KernelSession,
+  bases: Uint8Array,
+  keep: { pristine: boolean; active: boolean },
+  options: ReadOptions & { anyBase?: boolean | undefined },
+): Promise<void> {
+  for (const binding of bindings) {
+    const { byteLength } = binding.weight;
+    const check = !options.anyBase && binding.module.fingerprint !== undefined;
+    if (!check && !keep.pristine && !keep.active) continue;
+    const { backend } = kernels;
+    // Allocated first: memory that grows would detach the view that is read into.
+    if (keep.pristine) binding.pristine = kernels.allocate(byteLength, "pristine");
+    const placed = placeOf(host, binding, kernels);
+    binding.active = placed ?? (keep.active ? at(kernels.allocate(byteLength, "active")) : undefined);
+    let bytes: Uint8Array | undefined;
+    if (placed) {
+      if (binding.pristine) backend.copy(placed, at(binding.pristine), byteLength);
+      if (check) bytes = await backend.read!(placed, byteLength);
+    } else {
+      const into = binding.pristine && backend.view?.(at(binding.pristine), byteLength);
+      bytes = await readWeight(host, binding, into, options);
+      // A host need not read into what it is offered.
+      if (binding.pristine && bytes.buffer !== into?.buffer) backend.upload(at(binding.pristine), bytes);
+      if (binding.active) backend.upload(binding.active, bytes);
+    }
+    // Packs that were made without a base have no fingerprints.
+    if (check) checkWeight(binding.module, binding.weight, bytes!, bases);
   }
 }
 

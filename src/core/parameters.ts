@@ -74,7 +74,7 @@ export class Parameters {
    */
   async resolve(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
     const { bindings, resolver, mode, view } = this.#context;
-    const known = resolver.parameters;
+    const known = resolver?.parameters;
     const alone = tasks.length === 1 && tasks[0]!.strength === 1;
     const changes = changesOf(tasks, ({ part, parameter }) => this.#baseName(parameter, part.id, alone));
     const tables = [...changes.values()].flat().some(({ parameter }) => parameter.role === "rows")
@@ -85,7 +85,7 @@ export class Parameters {
     for (const [name, list] of changes) {
       const index = bindings.findIndex(({ weight }) => weight.name === name);
       const binding = bindings[index];
-      const parameter = known.get(name);
+      const parameter = known?.get(name);
       const whole = isWhole(name, list);
       // A head is read too: the next task may put it back.
       const original = whole && binding ? undefined : await this.#original(name, binding, signal);
@@ -102,8 +102,8 @@ export class Parameters {
       else parameters.set(name, replacement);
     }
     const names = [...changes.keys()];
-    const added = names.filter((name) => !known.has(name));
-    return { parameters, weights, tables, added, replaced: names.filter((name) => known.has(name)) };
+    const added = names.filter((name) => !known?.has(name));
+    return { parameters, weights, tables, added, replaced: names.filter((name) => known?.has(name)) };
   }
 
   /** The base's values with what tasks change of them; rows of a weight that is stored as [in, out] are its columns. */
@@ -114,7 +114,7 @@ export class Parameters {
     original: CpuView | undefined,
   ): Merged {
     const base = original && { shape: original.shape, values: viewValues(original) };
-    const { layout = binding?.module.layout } = binding?.weight ?? this.#context.resolver.parameters.get(name) ?? {};
+    const { layout = binding?.module.layout } = binding?.weight ?? this.#context.resolver?.parameters.get(name) ?? {};
     const across = base && layout === "in-out" && list.some(({ parameter }) => parameter.role === "rows");
     return across ? turn(addDifferences(name, list, turn(base))) : addDifferences(name, list, base);
   }
@@ -124,7 +124,7 @@ export class Parameters {
     const { bindings, host, ignored, resolver } = this.#context;
     const bindingOf = (name: string): WeightBinding | undefined => bindings.find(({ weight }) => weight.name === name);
     return {
-      ...{ parameters: resolver.parameters, host, ignored, tied: this.#tied },
+      ...{ parameters: resolver!.parameters, host, ignored, tied: this.#tied },
       moduleOf: (name) => bindingOf(name)?.module.name,
       table: async (name) => (await this.#original(name, bindingOf(name), signal))!,
       read: async (name) => {
@@ -149,7 +149,7 @@ export class Parameters {
         : await readWeight(host!, binding, undefined, { signal });
       return { ...weight, data, byteOffset: 0 };
     }
-    if (resolver.parameters.has(name) && !this.#pristine.has(name)) {
+    if (resolver?.parameters.has(name) && !this.#pristine.has(name)) {
       const view = (await host!.read(name, undefined, { signal })) as CpuView;
       // A writable host reads its live memory: what is pristine now must be copied.
       this.#pristine.set(name, host!.begin ? { ...view, data: view.data.slice() } : view);
@@ -159,7 +159,12 @@ export class Parameters {
 
   /** @param alone whether the task is the only one, at strength 1: then a whole bias needs no base */
   #baseName({ name, role }: TaskParameter, task: string, alone: boolean): string {
-    const { bindings, host, resolver } = this.#context;
+    const { bindings, resolver } = this.#context;
+    if (!resolver) {
+      if (role === "saved" || (role === "bias" && alone)) return name;
+      const message = `task "${task}" changes "${name}" (${role}), which needs the base's values: pass \`base\``;
+      throw new TaskError(message, { task });
+    }
     // The weight of an adapted module is where the module was found, perhaps by hand.
     const binding = bindings.find(({ module }) => `${module.name}.weight` === name);
     const module = name.replace(/\.weight$/, "");
@@ -168,12 +173,6 @@ export class Parameters {
     const found = binding ? { name: binding.weight.name } : resolver.find(name);
     if ("name" in found) return found.name;
     if (role === "saved" && !found.ambiguous) return name;
-    if (!host && role === "bias" && alone) return name;
-    if (!host) {
-      throw new TaskError(`task "${task}" changes "${name}" (${role}), which needs the base's values: pass \`base\``, {
-        task,
-      });
-    }
     throw new BaseMismatchError(
       `task "${task}" changes the parameter "${name}" (${role}), which ` +
         (found.ambiguous ? "several parameters of the base match" : "the base does not have") +

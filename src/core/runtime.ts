@@ -12,7 +12,7 @@ import { BackendError } from "../errors.ts";
 import { now, pacer, throwIfAborted } from "../pace.ts";
 import { Changes } from "../queue.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
-import { type BaseInput, type CpuView, onDevice, type View, WeightResolver } from "./base.ts";
+import { type BaseInput, type CpuView, onDevice, type View } from "./base.ts";
 import { type ActiveTask, KernelSession, planTasks } from "./kernel-session.ts";
 import type { Bases, Pack } from "./pack.ts";
 import type { Parameters } from "./parameters.ts";
@@ -29,15 +29,7 @@ import {
   type SwitchOptions,
 } from "./selection.ts";
 import type { ActiveTerms, ApplyOptions, ModuleTerm } from "./terms.ts";
-import {
-  bindWeights,
-  FoldedWeights,
-  loadWeights,
-  type Resolved,
-  type RuntimeContext,
-  type TaskChange,
-  type WeightBinding,
-} from "./weights.ts";
+import { FoldedWeights, type Resolved, type RuntimeContext, type TaskChange, type WeightBinding } from "./weights.ts";
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: new Set(), added: [], replaced: [] };
 
@@ -45,7 +37,6 @@ const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), tables: n
 export class Runtime extends Switching<RuntimeSwitchReport> {
   readonly pack: Pack;
   readonly mode: "folded" | "factors" | "core";
-  readonly policy: "copy" | "reload";
   /** Why backends before the one that runs were not used. */
   readonly passedOver: readonly string[];
 
@@ -62,10 +53,9 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
   /** @internal Use `createRuntime`. */
   constructor(pack: Pack, parts: RuntimeParts) {
     super();
-    const { mode, policy, passedOver, bindings, kernels } = parts;
+    const { mode, passedOver, bindings, kernels } = parts;
     this.pack = pack;
     this.mode = mode;
-    this.policy = policy;
     this.passedOver = passedOver;
     this.#parts = parts;
     this.#weights = new FoldedWeights(parts, (name) => this.#parameters?.pristine(name));
@@ -247,8 +237,8 @@ export class Runtime extends Switching<RuntimeSwitchReport> {
 
   /** The base's name of a parameter, where it has it. */
   #parameterName(name: string): string {
-    const found = this.#parts.resolver.find(name);
-    return "name" in found ? found.name : name;
+    const found = this.#parts.resolver?.find(name);
+    return found && "name" in found ? found.name : name;
   }
 
   get #terms(): ActiveTerms {
@@ -327,7 +317,6 @@ function moduleName(name: string): string {
 }
 
 interface RuntimeParts extends RuntimeContext {
-  readonly policy: "copy" | "reload";
   readonly passedOver: readonly string[];
   /** Undefined in mode "folded". */
   readonly terms: ActiveTerms | undefined;
@@ -384,24 +373,25 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
   const { modules, backend: asked = "auto", signal, anyBase } = options;
   const view = modules === undefined ? pack : (await import("./part.ts")).partOf(pack, modules);
-  const opened = base === undefined ? undefined : await (await import("./open-base.ts")).openHost(base, options);
+  // A runtime without a base needs none of it.
+  const opener = base === undefined ? undefined : await import("./open-base.ts");
+  const opened = await opener?.openHost(base!, options);
   // A host that the caller made is the caller's to close.
   const closeHost = opened === base ? undefined : async () => opened?.close?.();
   let made: Awaited<ReturnType<typeof createBackend>> | undefined;
   let bases: Bases | undefined;
   try {
     const folded = mode === "folded";
-    const resolver = new WeightResolver(opened, options.names);
-    const placed = [...resolver.parameters.keys()].find((name) => onDevice(opened?.view?.(name)?.data));
+    const placed = [...(opened?.list() ?? [])].find(({ name }) => onDevice(opened!.view?.(name)?.data));
     const inPlace = placed !== undefined;
     const { device } = options.webgpu || {};
     if (inPlace && !(device && ["auto", "webgpu"].includes(asked))) {
-      throw new TypeError(`the base's "${placed}" lies on a device: pass that device, webgpu: { device }`);
+      throw new TypeError(`the base's "${placed.name}" lies on a device: pass that device, webgpu: { device }`);
     }
     if (policy === "reload" && (opened?.begin || inPlace)) {
       throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
     }
-    const bindings = opened ? await bindWeights(view.modules, resolver) : [];
+    const { resolver, bindings = [] } = (opened && opener?.bindWeights(opened, view.modules, options.names)) ?? {};
     const stays = folded && (!opened?.begin || inPlace);
     const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
     bases = await view.bases({ signal });
@@ -409,14 +399,14 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     made = await createBackend(inPlace ? { ...options, backend: "webgpu" } : options, onCpu);
     const { backend, passedOver } = made;
     const kernels = new KernelSession(backend, view.modules, bases.bytes);
-    const host = inPlace && base instanceof Map ? (await import("./open-base.ts")).memoryHost(base, backend) : opened;
+    const host = inPlace && base instanceof Map ? opener!.memoryHost(base, backend) : opened;
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-    if (host) await loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase });
+    if (host) await opener!.loadWeights(bindings, host, kernels, bases.bytes, keep, { signal, anyBase });
     // A device that has no memory left says so only now.
     await backend.finish();
     const context = { view, mode, kernels, host, resolver, bindings, ignored: new Set(options.ignore) };
     const terms = mode === "folded" ? undefined : new (await import("./terms.ts")).ActiveTerms(context, mode);
-    return new Runtime(pack, { ...context, policy, passedOver, terms, closeHost });
+    return new Runtime(pack, { ...context, passedOver, terms, closeHost });
   } catch (error) {
     made?.backend.close();
     await closeHost?.();

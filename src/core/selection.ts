@@ -29,7 +29,7 @@ export interface LoadedTasks {
   readonly tasks: readonly ActiveTask[];
 }
 
-/** A selection that the caller's later changes do not reach. */
+/** A defensive copy of a selection. */
 export function copySelection(selection: Selection): Selection {
   return isPlain(selection) ? { ...selection } : selection;
 }
@@ -91,7 +91,7 @@ export interface RuntimeSwitchReport extends SwitchReport {
   readonly dispatches: number;
   /** Bytes of new memory for weights, factors and parameters; 0 once warm. */
   readonly allocated: number;
-  /** Parameters the task brings that the base lacks. */
+  /** Parameters of the task that the base lacks. */
   readonly added: readonly string[];
   /** Parameters replaced whole: heads, biases, token rows. */
   readonly replaced: readonly string[];
@@ -105,9 +105,7 @@ export interface RuntimeSwitchReport extends SwitchReport {
  */
 export function cannotPutBack(first: unknown, second: unknown, backend: string): BackendError {
   const [why, then] = [first, second].map((error) => (error instanceof Error ? error.message : String(error)));
-  const message =
-    `${why}; and what was there before could not be put back: ${then}. The weights are a mixture until a switch succeeds: ` +
-    "switch again, null writes the base's";
+  const message = `${why}; and the previous task could not be put back: ${then}. Switch again: null writes the base's weights`;
   return new BackendError(message, { backend, cause: new AggregateError([first, second], why) });
 }
 

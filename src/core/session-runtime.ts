@@ -13,7 +13,7 @@ import { type Merged, mergeAll } from "./merge.ts";
 import type { Pack } from "./pack.ts";
 import type { PackView } from "./part.ts";
 import type { Runtime, RuntimeOptions } from "./runtime.ts";
-import { type LoadedTasks, loadParts, type Selection, type SwitchOptions } from "./selection.ts";
+import { type LoadedTasks, loadParts, memoryReport, type Selection, type SwitchOptions } from "./selection.ts";
 import type { PristineWeight } from "./terms.ts";
 
 /** Memory for a core [K_A, K_B]: the index of its first number, and the distance of its rows. */
@@ -38,7 +38,7 @@ export interface TermOptions {
 export interface UnfoldedTerms {
   /** Names of the modules whose cores were written. */
   readonly cores: ReadonlySet<string>;
-  /** Factors beside cores, by module name. A is [in, rank], as models take it. */
+  /** Factors apart from cores, by module name. A is [in, rank], as models take it. */
   readonly factors: ReadonlyMap<string, Term>;
 }
 
@@ -126,10 +126,9 @@ export class SessionRuntime {
       const { total, coefficients, pristine } = folding.runtime.memory();
       return { scratch: total - coefficients - pristine, pristine };
     }
-    if (!unfolding) return { scratch: 0, pristine: 0 };
-    const { backend, buffer } = unfolding.kernels;
-    const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
-    return { scratch: held + buffer.values.byteLength, pristine: 0 };
+    const { backend, buffer } = unfolding?.kernels ?? {};
+    const scratch = backend ? memoryReport(backend.memory()).total + buffer!.values.byteLength : 0;
+    return { scratch, pristine: 0 };
   }
 
   async close(): Promise<void> {

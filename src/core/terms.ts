@@ -6,7 +6,7 @@ import { checkArgument, nearest } from "../arguments.ts";
 import { after, at, type Slice } from "../backends/backend.ts";
 import { TaskError } from "../errors.ts";
 import { wasmFloats } from "../format/coded-wasm.ts";
-import type { PackModule, Side, TaskBlob } from "../format/format.ts";
+import type { PackModule, TaskBlob } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import { isQuantized, placeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
@@ -14,7 +14,6 @@ import { type CpuView, onDevice, type View } from "./base.ts";
 import {
   type ActiveTask,
   coreBases,
-  type FactorPlan,
   hasCore,
   type KernelSession,
   type ModulePlan,
@@ -234,8 +233,9 @@ export type PristineWeight = CpuView & { readonly transposed?: boolean };
 /** The arrays of a term that are used again where they fit. */
 type OldArrays = Partial<Pick<Term, "A" | "Bt" | "core">>;
 
-/** Names of the factors. */
+/** Names of the factors, and of their bases. */
 const FACTORS = ["A", "Bt"] as const;
+const SIDES = { A: "A", Bt: "B" } as const;
 
 interface UnfoldOptions {
   /** Terms that are no longer read: their arrays are used again where they fit. */
@@ -261,33 +261,30 @@ export async function unfold(
   { old, over, turned = false, signal }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
   const pause = pacer(signal);
-  const jobs = plans.map((plan): TermJob => {
-    const module = kernels.modules[plan.module]!;
-    const isCore = hasCore(plan, mode);
-    const wanted = isCore ? undefined : over?.(plan.module);
-    const factors = FACTORS.map((key): FactorJob => {
-      const side = key === "A" ? "A" : "B";
-      const overComponents = wanted?.has(side) ?? false;
-      const expands = !isCore && !overComponents && plan[key].expansions.length > 0;
-      const width = side === "A" ? module.in : module.out;
-      return { ...plan[key], key, bases: module[side], width, turned: turned && side === "A", overComponents, expands };
-    });
-    return { plan, isCore, factors, uploaded: kernels.buffer.values, old: old?.(plan.module) };
-  });
-  const computed = jobs.filter(({ plan, factors }) => plan.magnitude !== undefined || factors.some((f) => f.expands));
+  /** The factors of a plan that expand. */
+  const expandedOf = (plan: ModulePlan): ("A" | "Bt")[] => {
+    if (hasCore(plan, mode)) return [];
+    const wanted = over?.(plan.module);
+    return FACTORS.filter((key) => plan[key].expansions.length > 0 && !wanted?.has(SIDES[key]));
+  };
+  const jobs = plans.map((plan) => ({ plan, keys: expandedOf(plan) }));
+  const computed = jobs.filter(({ plan, keys }) => plan.magnitude !== undefined || keys.length > 0);
   if (computed.length > 0) kernels.prepare(computed.map(({ plan }) => plan));
   const terms = new Map<number, Term>();
-  for (const job of jobs) {
-    const { plan } = job;
-    const expanded: Float32Array[] = [];
-    for (const [i, { key, width, expands }] of job.factors.entries()) {
-      if (!expands) continue;
-      const made = paced(kernels.expand(plan), pause);
-      if (made) await made;
+  for (const { plan, keys } of jobs) {
+    const expanded: { A?: Float32Array; Bt?: Float32Array } = {};
+    const made = keys.length > 0 && paced(kernels.expand(plan), pause);
+    if (made) await made;
+    const module = kernels.modules[plan.module]!;
+    for (const key of keys) {
+      const width = key === "A" ? module.in : module.out;
       const bytes = kernels.bytesAt(kernels.factors(plan)[key], 4 * plan.rank * width);
-      expanded[i] = floatsOf(bytes instanceof Promise ? await bytes : bytes);
+      expanded[key] = floatsOf(bytes instanceof Promise ? await bytes : bytes);
     }
-    const term = paced(termOf(job, expanded), pause);
+    const isCore = hasCore(plan, mode);
+    const wanted = isCore ? undefined : over?.(plan.module);
+    const arrays = { isCore, wanted, turned, expanded, old: old?.(plan.module) };
+    const term = paced(termOf(plan, module, kernels.buffer.values, arrays), pause);
     terms.set(plan.module, term instanceof Promise ? await term : term);
     const turn = pause();
     if (turn) await turn;
@@ -311,31 +308,25 @@ function floatsOf({ buffer, byteOffset, byteLength }: Uint8Array): Float32Array 
   return new Float32Array(buffer, byteOffset, byteLength / 4);
 }
 
-/** A term to be made. */
-interface TermJob {
-  readonly plan: ModulePlan;
+/** How the arrays of a term are made. */
+interface TermArrays {
   /** True if the term is a core, with the residual pairs of all tasks. */
   readonly isCore: boolean;
-  readonly factors: readonly FactorJob[];
-  readonly uploaded: Float32Array;
+  /** Factors that are wanted as coefficients over all components. */
+  readonly wanted: ReadonlySet<"A" | "B"> | undefined;
+  /** True if A is wanted as [in, rank]. */
+  readonly turned: boolean;
+  /** Rows of the factors that expand. */
+  readonly expanded: { readonly A?: Float32Array; readonly Bt?: Float32Array };
   readonly old: OldArrays | undefined;
 }
 
-/** A factor to be made: coefficients over all components, expanded rows, or residual rows. */
-interface FactorJob extends FactorPlan {
-  readonly key: "A" | "Bt";
-  readonly bases: readonly Side[];
-  readonly width: number;
-  /** True if it is wanted as [width, rank]. */
-  readonly turned: boolean;
-  readonly overComponents: boolean;
-  readonly expands: boolean;
-}
-
-/** @param expanded rows of the factors that expand */
+/** The term of a plan. Each factor is taken by itself: coefficients over all its components, residual rows, or expanded rows. */
 function* termOf(
-  { plan, isCore, factors, uploaded, old }: TermJob,
-  expanded: readonly (Float32Array | undefined)[],
+  plan: ModulePlan,
+  module: PackModule,
+  uploaded: Float32Array,
+  { isCore, wanted, turned, expanded, old }: TermArrays,
 ): Generator<void, Term> {
   let core: Float32Array | undefined;
   let stored = plan.rank;
@@ -346,14 +337,19 @@ function* termOf(
     stored = plan.A.residual.reduce((sum, rows) => sum + rows.rank, 0);
   }
   const rank = Math.max(stored, 1);
-  const arrays: Float32Array[] = [];
-  for (const [i, { key, bases, width, turned, overComponents, expansions, residual }] of factors.entries()) {
+  const arrays: { A?: Float32Array; Bt?: Float32Array } = {};
+  for (const key of FACTORS) {
+    const { expansions, residual } = plan[key];
+    const width = key === "A" ? module.in : module.out;
+    const across = turned && key === "A";
+    const bases = module[SIDES[key]];
+    const overComponents = wanted?.has(SIDES[key]) ?? false;
     const K = bases.reduce((sum, { tensor }) => sum + tensor.rows, 0);
     const out = reuse(old?.[key], rank * (overComponents ? K : width));
-    arrays.push(out);
+    arrays[key] = out;
     // Residual and expanded rows fill all of it.
     if (overComponents || stored === 0) out.fill(0);
-    const rows = expanded[i];
+    const rows = expanded[key];
     if (overComponents) {
       for (const { at, rows, basis, row } of expansions) {
         const count = basis.tensor.rows;
@@ -361,23 +357,23 @@ function* termOf(
         for (const other of bases.slice(0, bases.indexOf(basis))) column += other.tensor.rows;
         for (let r = 0; r < rows; r++)
           for (let k = 0; k < count; k++)
-            out[turned ? (column + k) * rank + row + r : (row + r) * K + column + k] = uploaded[at + r * count + k]!;
+            out[across ? (column + k) * rank + row + r : (row + r) * K + column + k] = uploaded[at + r * count + k]!;
       }
     } else if (rows) {
       const step = Math.max(1, Math.floor(PIECE / width));
       for (let row = 0; row < rank; row += step) {
         if (row > 0) yield;
-        put(rows.subarray(row * width, (row + step) * width), out, row, rank, width, turned);
+        put(rows.subarray(row * width, (row + step) * width), out, row, rank, width, across);
       }
     } else {
       let row = 0;
       for (const piece of residual) {
-        readRows(isCore ? { ...piece, row } : piece, uploaded, out, rank, width, turned);
+        readRows(isCore ? { ...piece, row } : piece, uploaded, out, rank, width, across);
         row += piece.rank;
       }
     }
   }
-  return { rank, A: arrays[0]!, Bt: arrays[1]!, ...(core && { core }) };
+  return { rank, A: arrays.A!, Bt: arrays.Bt!, ...(core && { core }) };
 }
 
 /** Writes rows of width `width` into [rank, width] from their row on; or, turned, into [width, rank]. */

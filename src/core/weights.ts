@@ -1,5 +1,5 @@
 /**
- * The adapted weights of a base model: found, held against the pack's fingerprints, and folded. Every one has a pristine value, its binding's,
+ * The adapted weights of a base model, folded. Every one has a pristine value, its binding's,
  * and one writer, `FoldedWeights`: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the backend holds
  * are folded in place; those of a host in the CPU's memory pass through it.
  */
@@ -8,8 +8,9 @@ import { BackendError, BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { atOnce, paced, pacer } from "../pace.ts";
 import type { ReadOptions } from "../source.ts";
-import { type CpuView, type Located, onDevice, type WeightHost, type WeightResolver } from "./base.ts";
+import { type CpuView, type Located, onDevice, type WeightHost } from "./base.ts";
 import type { ActiveTask, KernelSession, ModulePlan } from "./kernel-session.ts";
+import type { WeightResolver } from "./mismatch.ts";
 import type { PackView } from "./part.ts";
 import { cannotPutBack } from "./selection.ts";
 
@@ -30,57 +31,11 @@ export interface RuntimeContext {
   readonly mode: "folded" | "factors" | "core";
   readonly kernels: KernelSession;
   readonly host: WeightHost | undefined;
-  readonly resolver: WeightResolver;
+  /** Undefined where there is no base. */
+  readonly resolver: WeightResolver | undefined;
   readonly bindings: readonly WeightBinding[];
   /** Parameters that are left out of the tasks, by the pack's names. */
   readonly ignored: ReadonlySet<string>;
-}
-
-/** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
-export async function bindWeights(modules: readonly PackModule[], resolver: WeightResolver): Promise<WeightBinding[]> {
-  let weights = modules.flatMap((module) => resolver.weight(module) ?? []);
-  const names = new Set(weights.map(({ name }) => name));
-  if (names.size < modules.length) weights = (await import("./mismatch.ts")).locateModules(resolver, modules);
-  return modules.map((module, i) => ({ module, weight: weights[i]!, pristine: undefined, active: undefined }));
-}
-
-/**
- * Reads the adapted weights, checks that they are the right model's and makes the copies that stay.
- * @param keep which copies: none when nothing is folded; `active` where the host has the weight in the CPU's memory
- * @throws BaseMismatchError when a fingerprint differs
- */
-export async function loadWeights(
-  bindings: readonly WeightBinding[],
-  host: WeightHost,
-  kernels: KernelSession,
-  bases: Uint8Array,
-  keep: { pristine: boolean; active: boolean },
-  options: ReadOptions & { anyBase?: boolean | undefined },
-): Promise<void> {
-  for (const binding of bindings) {
-    const { byteLength } = binding.weight;
-    const check = !options.anyBase && binding.module.fingerprint !== undefined;
-    if (!check && !keep.pristine && !keep.active) continue;
-    const { backend } = kernels;
-    // Allocated first: memory that grows would detach the view that is read into.
-    if (keep.pristine) binding.pristine = kernels.allocate(byteLength, "pristine");
-    const placed = placeOf(host, binding, kernels);
-    binding.active = placed ?? (keep.active ? at(kernels.allocate(byteLength, "active")) : undefined);
-    let bytes: Uint8Array | undefined;
-    if (placed) {
-      if (binding.pristine) backend.copy(placed, at(binding.pristine), byteLength);
-      if (check) bytes = await backend.read!(placed, byteLength);
-    } else {
-      const into = binding.pristine && backend.view?.(at(binding.pristine), byteLength);
-      bytes = await readWeight(host, binding, into, options);
-      // A host need not read into what it is offered.
-      if (binding.pristine && bytes.buffer !== into?.buffer) backend.upload(at(binding.pristine), bytes);
-      if (binding.active) backend.upload(binding.active, bytes);
-    }
-    if (!check) continue;
-    // Packs that were made without a base have no fingerprints.
-    (await import("./mismatch.ts")).checkWeight(binding.module, binding.weight, bytes!, bases);
-  }
 }
 
 /** Finds the weight in the host's own memory on the backend's device; undefined where it lies elsewhere. */

@@ -15,8 +15,8 @@ import {
   sharedModules,
 } from "../adapters/adapter.ts";
 import { inBase } from "../adapters/start.ts";
-import { type BaseInput, WeightResolver } from "../core/base.ts";
-import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";
+import type { BaseInput } from "../core/base.ts";
+import { AliasMatcher, fingerprint, WeightResolver, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
 import type { ExtractOptions, Gauge, ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";

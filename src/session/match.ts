@@ -3,10 +3,10 @@
  * the right model's. Changes nothing.
  */
 
-import { NameMatcher } from "../core/base.ts";
 import {
   AliasMatcher,
   checkFingerprint,
+  NameMatcher,
   notFound,
   refuseShared,
   SAME_FLOAT,

@@ -9,9 +9,9 @@ import { createBackend, createWebgpuBackend } from "./internals/runtime.ts";
 import { type Finding, record } from "./stand-in.ts";
 
 export interface Entry {
-  /** WebGPU in this browser, if any: the adapter, its features, and those of a device that asks for none. */
-  adapter(): Promise<{ description: string; features: string[]; plain: string[] } | undefined>;
-  /** The suite on a backend. WebGPU runs on a device that asks for no features: without `shader-f16` on any adapter. */
+  /** WebGPU in this browser, if any: the adapter and its features. */
+  adapter(): Promise<{ description: string; features: string[] } | undefined>;
+  /** The suite on a backend. WebGPU runs on a device that asks for no features. */
   suite(name: string, options: BackendOptions): Promise<Finding[]>;
   /** The golden pairs on a backend, which asks for its device itself. */
   goldens(name: string, options: BackendOptions, goldens: readonly Golden[]): Promise<Finding[]>;
@@ -30,13 +30,9 @@ export const entry: Entry = {
     const adapter = await requestAdapter();
     if (!adapter) return undefined;
     const { vendor, architecture, description } = adapter.info;
-    const device = await plainDevice();
-    const plain = [...device.features];
-    device.destroy();
     return {
       description: [vendor, architecture, description].join(" ").trim(),
       features: [...adapter.features].sort(),
-      plain,
     };
   },
 
