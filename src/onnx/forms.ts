@@ -120,7 +120,7 @@ export function addModule(tools: GraphTools, module: AdaptedLayer): void {
 function inputsOf(tools: GraphTools, { name, in: width, out, components, factors, rowScale }: AdaptedLayer) {
   const KA = components?.A.rows ?? 0;
   const KB = components?.B.rows ?? 0;
-  const block = { module: name, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined };
+  const block = { module: name, row: 0, column: 0, KA, KB };
   const core = components && tools.input(name, "core", [KA, KB], { cores: [block] });
   const A = factors ? tools.input(name, "A", [width, "q"]) : undefined;
   const B = factors ? tools.input(name, "B", ["q", out]) : undefined;
@@ -177,7 +177,7 @@ function addConvolution(tools: GraphTools, module: AdaptedLayer): void {
       place.like(op, [entering, weight], { opType: "Conv", domain: "", attribute: geometry });
     const terms: string[] = [];
     if (own) {
-      // Of [n, tasks · q, …] each row takes the q channels of its own task: row i of n is one of task ⌊i · tasks / n⌋.
+      // Each row of [n, tasks · q, …] takes the q channels of its own task: row i of n is one of task ⌊i · tasks / n⌋.
       const n = place.op("Squeeze", place.slice(flat, 0, 0, 1));
       const tasks = place.op("Squeeze", tools.tasks());
       const from = place.op("Range", place.int(0), place.mul(n, tasks), tasks);
