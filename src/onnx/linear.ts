@@ -3,7 +3,7 @@
  * what comes out, whatever operators the exporter or a quantiser has made of it; biases; rows of tables. Looks at names and operators only,
  * reads no value and changes nothing.
  */
-import { biasedRows } from "../core/tied.ts";
+import { biasedRows } from "../core/mismatch.ts";
 import { constantOf, floatOf, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, type Slice, SUMS } from "./modules.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";

@@ -5,6 +5,7 @@
 import type { Feed } from "eigenlora/session";
 import fc from "fast-check";
 import t from "tap";
+import { modelOf } from "../support/graphs.ts";
 import { uniform } from "../support/internals/base.ts";
 import {
   differentiate,
@@ -25,7 +26,6 @@ import {
   GraphProtoSchema,
   indexGraph,
   type ModelFile,
-  ModelProtoSchema,
   makeFloats,
   makeInts,
   makeNode,
@@ -33,7 +33,6 @@ import {
   parseModel,
   type TensorProto,
   TensorProtoSchema,
-  toBinary,
 } from "../support/internals/models.ts";
 import { type Level, probeOf, type Tensors, tensor } from "../support/learning.ts";
 import { runs } from "../support/required.ts";
@@ -536,14 +535,7 @@ async function derive(
   { gathers = false, untold = false } = {},
 ): Promise<{ forward: Uint8Array; both: Uint8Array; path: ProbedPath }> {
   graph.output.push(makeValue("whole", 1));
-  const opsetImport = [
-    { domain: "", version: BigInt(opset) },
-    { domain: "com.microsoft", version: 1n },
-  ];
-  const forward = toBinary(
-    ModelProtoSchema,
-    create(ModelProtoSchema, { irVersion: opset > 20 ? 10n : 8n, opsetImport, graph }),
-  );
+  const forward = modelOf(graph, { opset });
   const model = parseModel(forward, name);
   const main = model.graph.proto;
   const file: ModelFile = {
