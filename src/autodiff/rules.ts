@@ -437,18 +437,14 @@ const matMul: Rule = {
         const matrix = single ? emit.op("Squeeze", b, [0]) : (source ?? b);
         node.giveRows(0, emit.op("Gemm", rows(g), matrix, { transB: single || source === undefined ? 1 : 0 }));
       }
-      const x = (): string => (aDims.length === 2 ? a : emit.rows(a));
-      const db = (): string => emit.op("Gemm", x(), rows(g), { transA: 1 });
+      if (!node.wants(1)) return;
+      const x = aDims.length === 2 ? a : emit.rows(a);
       // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since products are fast for
       // long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
-      const thin = (): string =>
-        emit.transpose(emit.unsqueeze(emit.op("Gemm", rows(g), x(), { transA: 1 }), [0]), [0, 2, 1]);
-      if (node.wants(1))
-        node.give(
-          1,
-          !single ? db() : bDims[1] !== undefined && bDims[2] === undefined ? thin() : emit.unsqueeze(db(), [0]),
-        );
-      return;
+      const isThin = single && bDims[1] !== undefined && bDims[2] === undefined;
+      const product = emit.op("Gemm", ...(isThin ? [rows(g), x] : [x, rows(g)]), { transA: 1 });
+      const given = single ? emit.unsqueeze(product, [0]) : product;
+      return node.give(1, isThin ? emit.transpose(given, [0, 2, 1]) : given);
     }
     // A vector is a matrix of one row or column.
     if (aDims.length === 1) [a, aDims, g] = [emit.unsqueeze(a, [0]), [1, ...aDims], emit.unsqueeze(g, [-2])];
@@ -456,14 +452,13 @@ const matMul: Rule = {
     const yDims = node.dims(node.y);
     const vectors = (node.rank(node.x(0)) === 1 ? 1 : 0) + (node.rank(node.x(1)) === 1 ? 1 : 0);
     const batch = yDims.slice(0, yDims.length - 2 + vectors);
-    const swapped = (value: string, rank: number): string => swapLast(node, value, rank);
     const one = (input: number, product: string, to: typeof aDims): void => {
       const summed = node.summed(product, [...batch, ...to.slice(-2)], to);
       if (node.rank(node.x(input)) === 1) node.giveReshaped(input, summed);
       else node.give(input, summed);
     };
-    if (node.wants(0)) one(0, emit.matMul(g, swapped(b, bDims.length)), aDims);
-    if (node.wants(1)) one(1, emit.matMul(swapped(a, aDims.length), g), bDims);
+    if (node.wants(0)) one(0, emit.matMul(g, swapLast(node, b, bDims.length)), aDims);
+    if (node.wants(1)) one(1, emit.matMul(swapLast(node, a, aDims.length), g), bDims);
   },
 };
 
