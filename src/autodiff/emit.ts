@@ -114,7 +114,7 @@ export class Emitter extends NodeWriter {
   shape(value: string): string {
     if (this.#own.has(value)) return this.shapeOf(value);
     const known = this.dimensions?.(value);
-    if (known) return this.concat(this.#join(known), 0);
+    if (known) return known.length > 0 ? this.concat(this.#parts(known), 0) : this.constants.of([]);
     const shape = `${PREFIX}/shape/${value}`;
     if (!this.#asked.has(shape)) this.shapes.push(makeNode("Shape", shape, [value], shape));
     this.#asked.add(shape);
@@ -122,24 +122,17 @@ export class Emitter extends NodeWriter {
   }
 
   /** Dimensions as vectors: neighbouring fixed ones together, and each one that an input tells alone. */
-  #join(dimensions: readonly Dimension[]): Operand[] {
-    const parts: Operand[] = [];
-    let fixed: number[] = [];
-    const flush = (): void => {
-      if (fixed.length > 0) parts.push(fixed);
-      fixed = [];
-    };
+  #parts(dimensions: readonly Dimension[]): Operand[] {
+    const parts: (string | number[])[] = [];
     for (const dimension of dimensions) {
-      if (typeof dimension === "number") {
-        fixed.push(dimension);
-        continue;
-      }
-      flush();
-      const factors = dimension.map(({ input, axis }) => this.slice(this.shapeOf(input), 0, axis, axis + 1));
-      parts.push(factors.reduce((a, b) => this.mul(a, b)));
+      const last = parts.at(-1);
+      if (typeof dimension !== "number") {
+        const factors = dimension.map(({ input, axis }) => this.slice(this.shapeOf(input), 0, axis, axis + 1));
+        parts.push(factors.reduce((a, b) => this.mul(a, b)));
+      } else if (Array.isArray(last)) last.push(dimension);
+      else parts.push([dimension]);
     }
-    flush();
-    return parts.length > 0 ? parts : [[]];
+    return parts;
   }
 
   reshapeAs(value: string, like: string): string {

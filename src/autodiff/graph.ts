@@ -404,7 +404,7 @@ function pickPositions(graph: Graph, opset: number, logits: string): { readonly 
   const x = rowsBefore(graph, logits);
   if (x === undefined) return undefined;
   const before = ancestors(graph, logits);
-  const uses = (graph.consumers.get(x) ?? []).filter(({ node }) => before.has(node));
+  const uses = graph.consumers.get(x)!.filter(({ node }) => before.has(node));
   const read = (value: string): void => {
     for (const { node, input } of uses) node.input[input] = value;
   };
@@ -589,14 +589,7 @@ export function differentiate(
   }
   emit.dimensions = (value) => shapes.dimensions(value);
   const gradients = new Map([[end, seed()]]);
-  const walk: Walk = {
-    ...{ graph, active, shapes, emit, problems },
-    gradient: (value) => gradients.get(value),
-    add(value, gradient) {
-      const other = gradients.get(value);
-      gradients.set(value, other === undefined ? gradient : emit.add(other, gradient));
-    },
-  };
+  const walk: Walk = { graph, active, shapes, emit, problems, gradients };
   const far = farUsed({ graph, active });
   for (const node of nodes.toReversed()) {
     const came = node.output.map((value) => gradients.has(value));
@@ -713,19 +706,14 @@ function valuesToKeep(path: ProbedPath): ReadonlySet<string> {
 
 /** Tells whether one factor of a product is a weight or a factor of a task. */
 function isDear({ opType, input }: NodeProto, { producers }: Graph): boolean {
-  if (!PRODUCT.test(opType)) return false;
-  return input.slice(0, 2).some((value) => {
-    let name: string | undefined = value;
-    // An f16 embedding that is the last layer too passes two of these. Damaged files may contain circles.
-    for (let depth = 0; depth < 4 && name !== undefined; depth++) {
-      const maker = producers.get(name);
-      if (!maker) return true;
-      name = /^(Transpose|Cast|Squeeze|Reshape|Constant|Identity)$/.test(maker.opType)
-        ? (maker.input[0] ?? "")
-        : undefined;
-    }
-    return false;
-  });
+  // An f16 embedding that is the last layer too passes two of these. Damaged files may contain circles.
+  const isFactor = (value = "", steps = 4): boolean => {
+    const maker = producers.get(value);
+    if (!maker || steps === 0) return steps > 0;
+    const passes = /^(Transpose|Cast|Squeeze|Reshape|Constant|Identity)$/.test(maker.opType);
+    return passes && isFactor(maker.input[0], steps - 1);
+  };
+  return PRODUCT.test(opType) && input.slice(0, 2).some((value) => isFactor(value));
 }
 
 /**

@@ -4,7 +4,7 @@
 
 import type { Feed } from "../onnx/feeds.ts";
 import { type Graph, indexGraph, intOf, intsOf, nestedGraphs, type OnnxModel, type Use } from "../onnx/model.ts";
-import { type Added, makeInts, makeNode, PREFIX, readBy } from "../onnx/nodes.ts";
+import { type Added, Constants, makeNode, PREFIX, readBy } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { operatorOf, shadowOf } from "./definitions.ts";
@@ -151,7 +151,7 @@ interface Lifted {
 }
 
 /** Takes positions as early as shapes allow, in place. @returns the graph indexed anew; undefined where no product is saved */
-function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
+function lift({ graph, name, opset }: OnnxModel, shapes: Shapes): Graph | undefined {
   const nodes = graph.proto.node.filter(({ input, output }) =>
     [...input, ...output].every((value) => value === "" || shapes.has(value)),
   );
@@ -164,7 +164,7 @@ function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
     const axis = fromFront(intOf(gather, "axis"), shapes.dims(all).length);
     const found = liftable(lifted ?? graph, gather, axis, nodes, shapes);
     if (![...found.keys()].some(({ opType }) => opType === "MatMul")) continue;
-    takeEarly(lifted ?? graph, gather, axis, found, shapes);
+    takeEarly(lifted ?? graph, opset, gather, axis, found, shapes);
     lifted = indexGraph(graph.proto, name);
   }
   return lifted;
@@ -220,6 +220,7 @@ function liftable(
 /** Puts a Gather of the position in front of the found nodes, in place; the old Gather has nothing left to do. */
 function takeEarly(
   { proto: main, producers }: Graph,
+  opset: number,
   gather: NodeProto,
   axis: number,
   found: ReadonlyMap<NodeProto, Lifted>,
@@ -228,11 +229,8 @@ function takeEarly(
   const prefix = `${PREFIX}/lift/${gather.output[0]}`;
   const index = gather.input[1]!;
   const places = shapes.constant(index)!;
-  const constant = (name: string, values: readonly number[]): string => {
-    main.initializer.push(makeInts(`${prefix}/${name}`, values));
-    return `${prefix}/${name}`;
-  };
-  const place = constant("index", places);
+  const constants = new Constants(main, opset, prefix);
+  const place = constants.of(places);
   shapes.addInts(place, places);
   const taken = new Map<string, string>();
   for (const node of main.node.filter((one) => found.has(one))) {
@@ -253,15 +251,13 @@ function takeEarly(
     const [made] = node.output as [string];
     shapes.narrow(made, at, made);
     if (node.opType !== "Reshape") continue;
-    const sizes = shapes.dims(made).map((size) => size ?? -1);
-    node.input[1] = constant(`shape/${made}`, sizes);
+    node.input[1] = constants.of(shapes.dims(made).map((size) => size ?? -1));
   }
   // One position remains in the dimension that the node would take.
   const scalar = shapes.dims(index).length === 0;
   gather.opType = scalar ? "Squeeze" : "Identity";
   gather.attribute.length = 0;
-  const axes = constant("axis", [axis]);
-  gather.input.splice(1, 1, ...(scalar ? [axes] : []));
+  gather.input.splice(1, 1, ...(scalar ? [constants.of([axis])] : []));
 }
 
 /** Inputs that need only one position too if the output needs one along `at`; undefined where all of an input may be needed. */

@@ -2,7 +2,7 @@
  * All operators that gradients pass, with a rule for each, and those at which gradients end.
  */
 import { attribute, type Graph, intsOf, type Use } from "../onnx/model.ts";
-import { CONTRIBUTED, type Operand } from "../onnx/nodes.ts";
+import { CONTRIBUTED } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/protobuf.ts";
 import { type BlockWeight, blocksOf, inParts, unpacked } from "./block-weights.ts";
 import { type Emitter, type Moment, OperatorNode } from "./emit.ts";
@@ -34,9 +34,8 @@ export interface Walk {
   readonly shapes: Shapes;
   readonly emit: Emitter;
   readonly problems: Problems;
-  /** Sum of the gradients of a value so far. */
-  gradient(value: string): string | undefined;
-  add(value: string, gradient: string): void;
+  /** Sums of the gradients of values so far. */
+  readonly gradients: Map<string, string>;
 }
 
 /** One node in the backward pass: what a rule can ask about it, and where it puts the gradients of the node's inputs. */
@@ -57,11 +56,11 @@ export class NodeGradient extends OperatorNode {
   }
 
   get g(): string {
-    return this.#walk.gradient(this.y)!;
+    return this.gradient(this.y)!;
   }
 
-  gradient(output: string): string | undefined {
-    return this.#walk.gradient(output);
+  gradient(value: string): string | undefined {
+    return this.#walk.gradients.get(value);
   }
 
   wants(input: number): boolean {
@@ -107,7 +106,9 @@ export class NodeGradient extends OperatorNode {
 
   /** Gives a gradient in the shape of the input. */
   give(input: number, gradient: string): void {
-    if (this.wants(input)) this.#walk.add(this.x(input), gradient);
+    if (!this.wants(input)) return;
+    const other = this.gradient(this.x(input));
+    this.#walk.gradients.set(this.x(input), other === undefined ? gradient : this.emit.add(other, gradient));
   }
 
   /** Gives a gradient that has the elements of the input in another shape. */
@@ -155,22 +156,12 @@ const transpose: Rule = {
 
 const concat: Rule = {
   backward(node) {
-    const { emit, g } = node;
+    const { emit } = node;
     const axis = node.axis(0, node.rank(node.y));
-    // A number while all sizes before are fixed.
-    let from: number | string = 0;
-    for (const [input, value] of node.proto.input.entries()) {
-      const size = node.dims(value)[axis];
-      const at: Operand = typeof from === "number" ? [from] : from;
-      const to: number | string =
-        typeof from === "number" && size !== undefined
-          ? from + size
-          : emit.add(at, emit.slice(emit.shape(value), 0, axis, axis + 1));
-      if (node.wants(input)) {
-        node.give(input, emit.op("Slice", g, at, typeof to === "number" ? [to] : to, [axis]));
-      }
-      from = to;
-    }
+    const sizes = node.proto.input.map(
+      (value) => node.dims(value)[axis] ?? emit.slice(emit.shape(value), 0, axis, axis + 1),
+    );
+    for (const [input, piece] of emit.split(node.g, axis, sizes).entries()) node.give(input, piece);
   },
 };
 
@@ -259,8 +250,7 @@ const slice: Rule = {
 function padded({ emit, g }: NodeGradient, pads: readonly (number | string)[]): string {
   if (pads.every((pad) => pad === 0)) return g;
   if (pads.every((pad) => typeof pad === "number")) return emit.op("Pad", g, pads);
-  const parts = pads.map((pad) => (typeof pad === "number" ? [pad] : pad));
-  return emit.op("Pad", g, emit.concat(parts, 0));
+  return emit.op("Pad", g, emit.join(pads));
 }
 
 // Sums, means and maxima over dimensions.
@@ -447,18 +437,14 @@ const matMul: Rule = {
         const matrix = single ? emit.op("Squeeze", b, [0]) : (source ?? b);
         node.giveRows(0, emit.op("Gemm", rows(g), matrix, { transB: single || source === undefined ? 1 : 0 }));
       }
-      const x = (): string => (aDims.length === 2 ? a : emit.rows(a));
-      const db = (): string => emit.op("Gemm", x(), rows(g), { transA: 1 });
+      if (!node.wants(1)) return;
+      const x = aDims.length === 2 ? a : emit.rows(a);
       // A factor has few columns, and their number is free. Its gradient is computed through the transpose, since products are fast for
       // long rows. The order matters: runtimes would fuse the Transpose into the Gemm.
-      const thin = (): string =>
-        emit.transpose(emit.unsqueeze(emit.op("Gemm", rows(g), x(), { transA: 1 }), [0]), [0, 2, 1]);
-      if (node.wants(1))
-        node.give(
-          1,
-          !single ? db() : bDims[1] !== undefined && bDims[2] === undefined ? thin() : emit.unsqueeze(db(), [0]),
-        );
-      return;
+      const isThin = single && bDims[1] !== undefined && bDims[2] === undefined;
+      const product = emit.op("Gemm", ...(isThin ? [rows(g), x] : [x, rows(g)]), { transA: 1 });
+      const given = single ? emit.unsqueeze(product, [0]) : product;
+      return node.give(1, isThin ? emit.transpose(given, [0, 2, 1]) : given);
     }
     // A vector is a matrix of one row or column.
     if (aDims.length === 1) [a, aDims, g] = [emit.unsqueeze(a, [0]), [1, ...aDims], emit.unsqueeze(g, [-2])];
@@ -466,14 +452,13 @@ const matMul: Rule = {
     const yDims = node.dims(node.y);
     const vectors = (node.rank(node.x(0)) === 1 ? 1 : 0) + (node.rank(node.x(1)) === 1 ? 1 : 0);
     const batch = yDims.slice(0, yDims.length - 2 + vectors);
-    const swapped = (value: string, rank: number): string => swapLast(node, value, rank);
     const one = (input: number, product: string, to: typeof aDims): void => {
       const summed = node.summed(product, [...batch, ...to.slice(-2)], to);
       if (node.rank(node.x(input)) === 1) node.giveReshaped(input, summed);
       else node.give(input, summed);
     };
-    if (node.wants(0)) one(0, emit.matMul(g, swapped(b, bDims.length)), aDims);
-    if (node.wants(1)) one(1, emit.matMul(swapped(a, aDims.length), g), bDims);
+    if (node.wants(0)) one(0, emit.matMul(g, swapLast(node, b, bDims.length)), aDims);
+    if (node.wants(1)) one(1, emit.matMul(swapLast(node, a, aDims.length), g), bDims);
   },
 };
 

@@ -106,26 +106,21 @@ function nameOf(dataType: number): string {
   return TYPES.get(dataType) ?? "other";
 }
 
-/** The weight behind a value, also through a Cast or a Transpose: returning all weights from the run would tell nothing new. */
-function weightOf({ initializers, producers }: Graph, value: string): Probed | undefined {
-  const permutations: number[][] = [];
-  let cast: number | undefined;
-  let name = value;
-  // Only a few steps: damaged files may contain circles.
-  for (let depth = 0; depth < 4; depth++) {
-    const node = producers.get(name);
-    if (node?.opType !== "Transpose" && node?.opType !== "Cast") break;
-    const perm = node.opType === "Transpose" ? intsOf(node, "perm") : [];
-    if (!perm) break;
-    if (perm.length > 0) permutations.push(perm);
-    else cast ??= intOf(node, "to");
-    name = node.input[0]!;
+/** The weight behind a value, also through Casts and Transposes: returning all weights from the run would tell nothing new. */
+function weightOf(graph: Graph, value: string, steps = 4): Probed | undefined {
+  const { dims: own, dataType } = graph.initializers.get(value) ?? {};
+  const dims = own?.map(Number);
+  if (dims) {
+    const isLarge = dims.reduce((a, b) => a * b, 1) > LARGEST_CONSTANT;
+    return isLarge ? { type: nameOf(dataType!), dims, data: undefined } : undefined;
   }
-  const tensor = initializers.get(name);
-  const own = tensor?.dims.map(Number);
-  if (!tensor || !own || own.reduce((a, b) => a * b, 1) <= LARGEST_CONSTANT) return undefined;
-  const dims = permutations.reduceRight((before, perm) => perm.map((axis) => before[axis]!), own);
-  return { type: nameOf(cast ?? tensor.dataType), dims, data: undefined };
+  const node = graph.producers.get(value);
+  // Only a few steps: damaged files may contain circles.
+  if (!node || steps === 0 || !/^(Cast|Transpose)$/.test(node.opType)) return undefined;
+  const before = weightOf(graph, node.input[0]!, steps - 1);
+  if (node.opType === "Cast") return before && { ...before, type: nameOf(intOf(node, "to")) };
+  const perm = intsOf(node, "perm");
+  return before && perm && { ...before, dims: perm.map((axis) => before.dims[axis]!) };
 }
 
 /** Layer of an input for a term or a head; undefined for the model's own inputs. */

@@ -120,7 +120,7 @@ export function addModule(tools: GraphTools, module: AdaptedLayer): void {
 function inputsOf(tools: GraphTools, { name, in: width, out, components, factors, rowScale }: AdaptedLayer) {
   const KA = components?.A.rows ?? 0;
   const KB = components?.B.rows ?? 0;
-  const block = { module: name, row: 0, column: 0, KA, KB, scalesA: undefined, scalesB: undefined };
+  const block = { module: name, row: 0, column: 0, KA, KB };
   const core = components && tools.input(name, "core", [KA, KB], { cores: [block] });
   const A = factors ? tools.input(name, "A", [width, "q"]) : undefined;
   const B = factors ? tools.input(name, "B", ["q", out]) : undefined;

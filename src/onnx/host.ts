@@ -8,7 +8,7 @@ import type { CpuView, View, WeightHost } from "../core/base.ts";
 import { SourceError } from "../errors.ts";
 import { FETCH_OPTIONS, type ReadOptions, type SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
-import { findParameters, type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
+import { findParameters, type OnnxParameter, outputAxis, partsOf, pieceShape } from "./modules.ts";
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 import { Copies } from "./weights.ts";
@@ -71,17 +71,12 @@ async function readPiece(
 ): Promise<Pick<CpuView, "shape" | "data">> {
   const { copyPart } = await import("./packed.ts");
   const axis = outputAxis(parameter);
-  const { dtype, joined = [parameter] } = parameter;
   const shape = pieceShape(parameter);
-  const width = dtype === "f32" ? 4 : 2;
+  const width = parameter.dtype === "f32" ? 4 : 2;
   const data = new Uint8Array(shape.reduce((a, b) => a * b, width));
-  let done = 0;
-  for (const part of joined) {
-    const tensor = model.graph.initializers.get(part.initializer)!;
-    const whole = await readTensor(tensor, model.name, external, options);
-    const size = partSize(part);
-    copyPart({ ...whole, start: partStart(part) }, { data, shape, start: done }, axis, size, width);
-    done += size;
+  for (const { initializer, at, from, count } of partsOf(parameter)) {
+    const whole = await readTensor(model.graph.initializers.get(initializer)!, model.name, external, options);
+    copyPart({ ...whole, start: at }, { data, shape, start: from }, axis, count, width);
   }
   return { shape, data };
 }

@@ -89,8 +89,8 @@ export interface CoreBlock {
   readonly KA: number;
   readonly KB: number;
   /** Factors of rows and columns, where the graph holds integers. */
-  readonly scalesA: Float32Array | undefined;
-  readonly scalesB: Float32Array | undefined;
+  readonly scalesA?: Float32Array | undefined;
+  readonly scalesB?: Float32Array | undefined;
 }
 
 export interface Injected {

@@ -6,7 +6,7 @@
 import { biasedRows } from "../core/mismatch.ts";
 import { constantOf, floatOf, intOf, type OnnxModel, type Use } from "./model.ts";
 import { matrixShape, type OnnxParameter, partSize, type Slice, SUMS } from "./modules.ts";
-import type { GraphProto, NodeProto } from "./protobuf.ts";
+import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
 
 /** `TensorProto.DataType`. */
 export const FLOAT = 1;
@@ -290,27 +290,30 @@ export function onlyConsumer(
   return uses.length === 1 && uses[0]!.graph === graph && !isOutput ? uses[0]!.node : undefined;
 }
 
+/** Follows a value back through the nodes that make it. @param next the input of a node that counts; undefined ends it */
+function* origins(
+  model: OnnxModel,
+  graph: GraphProto,
+  value: string,
+  next: (node: NodeProto) => string | undefined,
+): Generator<{ readonly node: NodeProto | undefined; readonly tensor: TensorProto | undefined }> {
+  const seen = new Set<string>();
+  for (let at: string | undefined = value; at !== undefined && !seen.has(at); ) {
+    seen.add(at);
+    const { initializers, scopes } = model.graph;
+    const node = producer(model, graph, at);
+    const tensor = initializers.get(at) ?? scopes.get(graph)?.initializers.get(at) ?? constantOf(node);
+    yield { node, tensor };
+    at = node && next(node);
+  }
+}
+
 /** Element type of a weight at the input of a product, as far as the nodes before it tell; otherwise f32. */
 export function typeOf(model: OnnxModel, graph: GraphProto, value: string): number {
-  const seen = new Set<string>();
-  for (let at = value; !seen.has(at); ) {
-    seen.add(at);
-    const tensor = model.graph.initializers.get(at) ?? model.graph.scopes.get(graph)?.initializers.get(at);
+  const next = ({ opType, input }: NodeProto) => input[/^(CastLike|DequantizeLinear)$/.test(opType) ? 1 : 0];
+  for (const { node, tensor } of origins(model, graph, value, next)) {
     if (tensor) return tensor.dataType;
-    const node = producer(model, graph, at);
-    if (!node) return FLOAT;
-    switch (node.opType) {
-      case "Cast":
-        return intOf(node, "to", FLOAT);
-      case "CastLike":
-      case "DequantizeLinear":
-        at = node.input[1]!;
-        break;
-      case "Constant":
-        return constantOf(node)?.dataType ?? FLOAT;
-      default:
-        at = node.input[0] ?? "";
-    }
+    if (node?.opType === "Cast") return intOf(node, "to", FLOAT);
   }
   return FLOAT;
 }
@@ -388,13 +391,6 @@ export function droppedBias(model: OnnxModel, name: string, weight: OnnxParamete
 /** Operators that pass the numbers of their first input on, in another shape or type. */
 const RESHAPES = new Set(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"]);
 
-/** Operators that add a vector, as onnxruntime fuses them: by their names, or by the index of the input that is added. */
-const FUSED_SUMS = /^(Bias|FastGelu$)/;
-const FUSED_NORMS: Readonly<Record<string, number>> = {
-  SkipLayerNormalization: 4,
-  SkipSimplifiedLayerNormalization: 3,
-};
-
 /** True if a constant of this size, so maybe a bias, is added to a layer's result. The shape may change in between. */
 function addsVector(model: OnnxModel, { node, bias }: Site, size: number): boolean {
   if (bias !== undefined) return true;
@@ -404,7 +400,7 @@ function addsVector(model: OnnxModel, { node, bias }: Site, size: number): boole
     for (const { node: next, graph } of model.graph.consumers.get(value) ?? []) {
       const { opType, input, output } = next;
       if (RESHAPES.has(opType) && input[0] === value && output[0]) seen.add(output[0]);
-      const first = opType === "Add" || opType === "Sub" || FUSED_SUMS.test(opType) ? 0 : FUSED_NORMS[opType];
+      const first = /^(Add|Sub|Bias.*)$/.test(opType) ? 0 : SUMS[opType];
       const others = first === undefined ? [] : input.slice(first).filter((other) => other !== value);
       if (others.some((other) => constantSize(model, graph, other) === size)) return true;
     }
@@ -414,15 +410,9 @@ function addsVector(model: OnnxModel, { node, bias }: Site, size: number): boole
 
 /** Number of a constant's elements; undefined where a value is none. */
 function constantSize(model: OnnxModel, graph: GraphProto, value: string): number | undefined {
-  const seen = new Set<string>();
-  for (let at = value; !seen.has(at); ) {
-    seen.add(at);
-    const made = producer(model, graph, at);
-    const tensor =
-      model.graph.initializers.get(at) ?? model.graph.scopes.get(graph)?.initializers.get(at) ?? constantOf(made);
+  const next = ({ opType, input }: NodeProto) =>
+    opType === "DequantizeLinear" || RESHAPES.has(opType) ? input[0] : undefined;
+  for (const { tensor } of origins(model, graph, value, next))
     if (tensor) return tensor.dims.reduce((a, b) => a * Number(b), 1);
-    if (made?.opType !== "DequantizeLinear" && !RESHAPES.has(made?.opType ?? "")) return undefined;
-    at = made!.input[0] ?? "";
-  }
   return undefined;
 }

@@ -167,6 +167,26 @@ export function partStart({ slice }: Stored): number {
   return slice ? slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0) : 0;
 }
 
+/** Rows or columns of a parameter, from `from` on, that lie in a parameter of the file, from `at` on. */
+interface PartInFile {
+  readonly name: string;
+  readonly initializer: string;
+  readonly at: number;
+  readonly from: number;
+  readonly count: number;
+}
+
+/** Parts of the file that a parameter is made of, or the part that it is. */
+export function partsOf({ joined, ...parameter }: OnnxParameter): PartInFile[] {
+  let from = 0;
+  return (joined ?? [parameter]).map((part) => {
+    const count = partSize(part);
+    from += count;
+    const { name, initializer, slice } = part;
+    return { name: slice?.of ?? name, initializer, at: partStart(part), from: from - count, count };
+  });
+}
+
 export function outputAxis({ shape, layout }: Pick<Stored, "shape" | "layout">): number {
   return shape.length === 2 && layout === "in-out" ? 1 : 0;
 }

@@ -65,13 +65,14 @@ export function makeNode(
 }
 
 function makeAttribute(name: string, value: Attributes[string]): AttributeProto {
-  if (typeof value === "number") return create(AttributeProtoSchema, { name, i: BigInt(value), type: ATTRIBUTE.int });
-  if (typeof value === "string")
-    return create(AttributeProtoSchema, { name, s: new TextEncoder().encode(value), type: ATTRIBUTE.string });
-  if (Array.isArray(value))
-    return create(AttributeProtoSchema, { name, ints: value.map(BigInt), type: ATTRIBUTE.ints });
-  if ("float" in value) return create(AttributeProtoSchema, { name, f: value.float, type: ATTRIBUTE.float });
-  return create(AttributeProtoSchema, { name, g: value as GraphProto, type: ATTRIBUTE.graph });
+  const make = (type: number, fields: Partial<AttributeProto>) =>
+    create(AttributeProtoSchema, { name, type, ...fields });
+  if (typeof value === "number") return make(ATTRIBUTE.int, { i: BigInt(value) });
+  if (typeof value === "string") return make(ATTRIBUTE.string, { s: new TextEncoder().encode(value) });
+  if (Array.isArray(value)) return make(ATTRIBUTE.ints, { ints: value.map(BigInt) });
+  return "float" in value
+    ? make(ATTRIBUTE.float, { f: value.float })
+    : make(ATTRIBUTE.graph, { g: value as GraphProto });
 }
 
 /** Makes a constant int64 vector, or a scalar where `dims` is empty. */
@@ -234,10 +235,21 @@ export class NodeWriter {
     return `${this.#prefix}/${opType}_${this.#count++}`;
   }
 
-  split(value: string, axis: number, sizes: readonly number[]): readonly string[] {
+  /** Splits a value along an axis. @param sizes of the pieces: numbers, and vectors of one number (not before opset 13) */
+  split(value: string, axis: number, sizes: readonly (number | string)[]): readonly string[] {
+    const known = sizes.filter((size) => typeof size === "number");
     // Opset 13 turned the sizes into an input.
-    if (this.constants.opset < 13) return this.write("Split", [value], { axis, split: sizes }, sizes.length);
-    return this.write("Split", [value, sizes], { axis }, sizes.length);
+    if (this.constants.opset < 13) return this.write("Split", [value], { axis, split: known }, sizes.length);
+    const all = known.length === sizes.length ? known : this.join(sizes);
+    return this.write("Split", [value, all], { axis }, sizes.length);
+  }
+
+  /** A vector of numbers and vectors. */
+  join(parts: readonly (number | string)[]): string {
+    return this.concat(
+      parts.map((part) => (typeof part === "number" ? [part] : part)),
+      0,
+    );
   }
 
   add(a: Operand, b: Operand): string {

@@ -7,7 +7,7 @@ import type { View } from "../core/base.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import { FLOAT, FLOAT16, origin } from "./linear.ts";
 import { intOf, type OnnxModel, type Use } from "./model.ts";
-import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "./modules.ts";
+import { MOST_PASSED, type OnnxParameter, outputAxis, partSize, partsOf, pieceShape } from "./modules.ts";
 import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "./nodes.ts";
 import { create, type GraphProto, type NodeProto, NodeProtoSchema, TensorProtoSchema } from "./protobuf.ts";
 import { type DataFile, point } from "./write.ts";
@@ -20,21 +20,8 @@ export interface WeightFile {
   readonly path: string;
   readonly byteLength: number;
   readonly places: ReadonlyMap<string, FilePlace>;
-  /** Copies into the memory of other parameters: parts of packed ones, and parts of a value that the model has in several. */
-  readonly parts: readonly FilePart[];
-  /** Parameters that the model has in other pieces. */
+  /** Parameters that the model has in other pieces: their values are copied into the memory of others. */
   readonly pieces: readonly OnnxParameter[];
-}
-
-/** Rows or columns of a parameter's value, and where they go. */
-interface FilePart {
-  /** Names of the parameter, and of the one whose memory it is written into. */
-  readonly name: string;
-  readonly into: string;
-  readonly axis: number;
-  readonly from: number;
-  readonly to: number;
-  readonly count: number;
 }
 
 interface FilePlace {
@@ -52,7 +39,6 @@ export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParamet
   refuseOverlaps(parameters);
   const places = new Map<string, FilePlace>();
   const wiring = new Wiring(model);
-  const parts: FilePart[] = [];
   let end = 0;
   for (const parameter of parameters.flatMap((one) => one.joined ?? (one.slice ? wholeOf(one) : one))) {
     if (places.has(parameter.name)) continue;
@@ -69,17 +55,7 @@ export function replaceByFile(model: OnnxModel, parameters: readonly OnnxParamet
     wiring.connect(parameter, name);
   }
   wiring.finish();
-  const pieces = parameters.filter(isPiece).map(withoutGraph);
-  for (const piece of pieces) {
-    const [{ name, slice, joined = [] }, axis] = [piece, outputAxis(piece)];
-    let from = 0;
-    for (const part of joined) {
-      parts.push({ name, into: part.name, axis, from, to: 0, count: partSize(part) });
-      from += partSize(part);
-    }
-    if (slice) parts.push({ name, into: slice.of, axis, from: 0, to: partStart(piece), count: partSize(piece) });
-  }
-  return { path: FILE, byteLength: end, places, parts, pieces };
+  return { path: FILE, byteLength: end, places, pieces: parameters.filter(isPiece).map(withoutGraph) };
 }
 
 function isPiece({ slice, joined }: OnnxParameter): boolean {
@@ -266,7 +242,7 @@ class Wiring {
  * @throws BaseMismatchError when it has another shape than the model's
  */
 export async function fillWeightFile(
-  { byteLength, places, parts }: WeightFile,
+  { byteLength, places, pieces }: WeightFile,
   value: (name: string) => View | Promise<View>,
 ): Promise<DataFile> {
   const data = new Uint8Array(byteLength);
@@ -278,12 +254,15 @@ export async function fillWeightFile(
     }
     data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
   }
-  const { copyPart } = parts.length > 0 ? await import("./packed.ts") : {};
-  for (const { name, into, axis, from, to, count } of parts) {
-    const view = await value(name);
-    const { offset, shape, width } = places.get(into)!;
-    const source = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset), start: from };
-    copyPart!(source, { data: data.subarray(offset), shape, start: to }, axis, count, width);
+  const { copyPart } = pieces.length > 0 ? await import("./packed.ts") : {};
+  for (const piece of pieces) {
+    const view = await value(piece.name);
+    const own = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset) };
+    for (const { name, at, from, count } of partsOf(piece)) {
+      const { offset, shape, width } = places.get(name)!;
+      const target = { data: data.subarray(offset), shape, start: at };
+      copyPart!({ ...own, start: from }, target, outputAxis(piece), count, width);
+    }
   }
   return { path: FILE, data };
 }
