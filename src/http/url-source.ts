@@ -9,6 +9,7 @@ import {
   checkRange,
   type FetchOptions,
   FIRST_BYTES,
+  joined,
   nameOfUrl,
   type ReadAllOptions,
   type ReadOptions,
@@ -24,8 +25,6 @@ const RETRYABLE_STATUS = [408, 429, 500, 502, 503, 504];
 const PAUSE = 250;
 const LONGEST_PAUSE = 8000;
 const MOST_REDIRECTS = 10;
-/** Memory that is taken before a byte of a body has arrived. */
-const FIRST_MEMORY = 2 ** 20;
 /** A longer time is no time for `setTimeout`. */
 const LONGEST_TIMER = 2 ** 31 - 1;
 /** Queries of addresses, which may be secret; a redirect leads to signed ones. */
@@ -442,33 +441,24 @@ async function stream(
   arrived: (count: number) => void,
   most: ReadAllOptions["most"],
 ): Promise<Uint8Array | undefined> {
-  let bytes = new Uint8Array(Math.min(longest, FIRST_MEMORY));
+  const chunks: Uint8Array[] = [];
   let done = 0;
+  let enough = Infinity;
   const pause = pacer();
-  for (;;) {
-    const { value, done: isEnd } = await reader.read();
-    if (isEnd) break;
-    arrived(value.length);
-    const needed = done + value.length;
-    if (needed > longest) {
-      void reader.cancel().catch(() => undefined);
-      return undefined;
-    }
-    if (needed > bytes.length) {
-      const larger = new Uint8Array(Math.min(longest, Math.max(2 * bytes.length, needed)));
-      larger.set(bytes.subarray(0, done));
-      bytes = larger;
-    }
-    bytes.set(value, done);
-    done = needed;
+  for (let next = await reader.read(); !next.done; next = await reader.read()) {
+    const { length } = next.value;
+    arrived(length);
+    chunks.push(next.value);
+    done += length;
     // Chunks that wait already come without a turn of the event loop.
     await pause();
-    if (most && done >= FIRST_BYTES && done > most(bytes)) {
-      void reader.cancel().catch(() => undefined);
-      break;
-    }
+    if (most && enough === Infinity && done >= FIRST_BYTES) enough = most(joined(chunks));
+    if (done <= longest && done <= enough) continue;
+    void reader.cancel().catch(() => undefined);
+    if (done > longest) return undefined;
+    break;
   }
-  return done === bytes.length ? bytes : bytes.slice(0, done);
+  return joined(chunks);
 }
 
 /** Words for a failure, and whether another try may help. */
