@@ -135,7 +135,7 @@ export function checkTarget(
     refuse(`already exists; choose another name${force === undefined ? "" : ", or replace it with --force"}`);
 }
 
-export function isLink(path: string): boolean {
+function isLink(path: string): boolean {
   try {
     return lstatSync(path).isSymbolicLink();
   } catch {
