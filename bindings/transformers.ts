@@ -206,10 +206,7 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
     this.#parts = parts;
   }
 
-  /**
-   * The session that runs the adapted layers, where it is one.
-   * @throws TypeError where there are several: see `sessions`
-   */
+  /** The session that runs the adapted layers, where it is one. @throws TypeError where there are several: see `sessions` */
   get session(): EigenSession<PipelineOrt> {
     const [[, only], ...others] = Object.entries(this.sessions) as [[string, EigenSession<PipelineOrt>]];
     if (others.length === 0) return only;
@@ -285,9 +282,7 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
   }
 }
 
-/**
- * A pipeline does not tell which onnxruntime it has. Taking turns, as onnxruntime-web must, is right for all of them.
- */
+/** A pipeline does not tell which onnxruntime it has. Taking turns, as onnxruntime-web must, is right for all of them. */
 const ENV = { versions: { web: "of transformers.js" } };
 
 /** Names of the sessions that the pack may be in: the one that was named, or all. */
@@ -305,10 +300,7 @@ function sessionNames(pipe: TransformersPipeline, part: string | undefined): rea
   return part === undefined ? names : [part];
 }
 
-/**
- * The pipeline's own sessions, by name.
- * @throws TypeError when something else has replaced one
- */
+/** The pipeline's own sessions, by name. @throws TypeError when something else has replaced one */
 function ownSessions(model: PipelineModel, names: readonly string[]): OwnSessions {
   return new Map(
     names.map((name) => {
@@ -432,10 +424,7 @@ function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Found> {
   );
 }
 
-/**
- * Files that belong to the model, by its names for them.
- * @throws SourceError, when called, for a file that transformers.js did not load
- */
+/** Files that belong to the model, by its names for them. @throws SourceError, when called, for a file that transformers.js did not load */
 function externalFiles(files: NonNullable<Found["externalData"]>): (location: string) => Uint8Array {
   return (location) => {
     const file = files.find(({ path }) => path === location);

@@ -178,6 +178,11 @@ export function compare(a: string, b: string): number {
   return a < b ? -1 : a > b ? 1 : 0;
 }
 
+/** The first few names, and the number of others. */
+export function listed(names: readonly string[]): string {
+  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
+}
+
 /** An owner of modules, and its file. */
 interface Owner<M extends ModuleShape> {
   readonly file: string;
@@ -254,9 +259,6 @@ interface Based {
   readonly baseModel: string | undefined;
 }
 
-/** Adapters of one base model that a message lists. */
-const LISTED = 3;
-
 /**
  * Refuses adapters of different base models, which cannot share a pack. One model goes by several names, as a hub's id and as a folder,
  * so names with the same end count as one. An adapter without a name fits any.
@@ -272,13 +274,9 @@ export function refuseBases(adapters: readonly Based[], anyBase = false): void {
   }
   if (anyBase || byEnd.size < 2) return;
   const groups = [...byEnd.values()].sort((a, b) => b.length - a.length);
-  const listed = groups.map((group) => {
-    const ids = group.slice(0, LISTED).map(({ id }) => id);
-    const more = group.length > LISTED ? ` and ${group.length - LISTED} more` : "";
-    return `${group[0]!.baseModel} (${ids.join(", ")}${more})`;
-  });
+  const named = groups.map((group) => `${group[0]!.baseModel} (${listed(group.map(({ id }) => id))})`);
   throw new AdapterError(
-    `the adapters name different base models: ${listed.join("; ")}. Take those of one model; if these are names of one, pass ` +
+    `the adapters name different base models: ${named.join("; ")}. Take those of one model; if these are names of one, pass ` +
       "anyBase: true",
     { file: groups.at(-1)![0]!.file, field: "base_model_name_or_path" },
   );

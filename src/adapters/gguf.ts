@@ -334,22 +334,19 @@ interface GgufEntry {
 const ALIGNMENT = 32;
 const [UINT32, FLOAT32, STRING] = [4, 6, 8];
 
-/**
- * The bytes of a GGUF file, chunk by chunk.
- * @param fields of the header: strings, and numbers, which are written as f32
- */
+/** The bytes of a GGUF file, chunk by chunk. @param fields of the header: strings, and numbers, which are written as f32 */
 async function* writeGguf(
   fields: ReadonlyMap<string, string | number>,
   entries: readonly GgufEntry[],
 ): AsyncGenerator<Uint8Array, void> {
   const header: number[] = [];
-  const put = (size: number, write: (view: DataView) => void): void => {
-    const bytes = new Uint8Array(size);
-    write(new DataView(bytes.buffer));
-    header.push(...bytes);
+  const u32 = (value: number): void => {
+    for (const shift of [0, 8, 16, 24]) header.push((value >>> shift) & 255);
   };
-  const u32 = (value: number): void => put(4, (view) => view.setUint32(0, value, true));
-  const u64 = (value: number): void => put(8, (view) => view.setBigUint64(0, BigInt(value), true));
+  const u64 = (value: number): void => {
+    u32(value % 2 ** 32);
+    u32(Math.floor(value / 2 ** 32));
+  };
   const text = (value: string): void => {
     const bytes = new TextEncoder().encode(value);
     u64(bytes.length);
@@ -366,7 +363,7 @@ async function* writeGguf(
     text(name);
     u32(typeof value === "string" ? STRING : FLOAT32);
     if (typeof value === "string") text(value);
-    else put(4, (view) => view.setFloat32(0, value, true));
+    else header.push(...f32Bytes(Float32Array.of(value)));
   }
   let offset = 0;
   for (const { name, shape, bytes } of entries) {

@@ -22,6 +22,7 @@ import {
   type Exportable,
   f32Entry,
   factorsOf,
+  listed,
   openSafetensors,
   rankOf,
   readAdapterFile,
@@ -409,6 +410,7 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
   const parts: Places["parts"] = new Map();
   const rows = new Map<string, string>();
   const whole = new Map<string, string>();
+  const wrapped = new Map<string, string>();
   const biases = new Map<string, string>();
   const leftover: string[] = [];
   const unlisted: string[] = [];
@@ -419,9 +421,10 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
     map.set(name, key);
   };
   for (const key of file.tensors.keys()) checkName(key, refuse);
+  const adapters = adapterNames(file.tensors.keys());
   for (const [key, { dtype }] of file.tensors) {
     checkFloats(key, dtype, refuse);
-    const parsed = parsePeftKey(key);
+    const parsed = parsePeftKey(key, adapters);
     const where = parsed && placeOf(parsed, config);
     if (!parsed || where === undefined) leftover.push(key);
     else if (where === "part") {
@@ -431,8 +434,9 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
     } else if (where === "unlisted") {
       put(whole, parsed.name, key);
       unlisted.push(key);
-    } else put({ rows, whole, biases }[where], parsed.name, key);
+    } else if (where !== "unused") put({ rows, whole, wrapped, biases }[where], parsed.name, key);
   }
+  for (const [parameter, key] of wrapped) if (!whole.has(parameter)) whole.set(parameter, key);
   const copies = withoutCopies(parts, leftover, config, (name, key) => put(biases, name, key));
   if (leftover.length > 0) throw leftoverError(leftover, refuse);
   const warnings: string[] = [];
@@ -457,9 +461,10 @@ const EMBEDDINGS =
 function placeOf(
   { kind, name }: PeftKey,
   { modulesToSave, bias }: PeftConfig,
-): "part" | "rows" | "whole" | "biases" | "unlisted" | undefined {
-  if (kind !== "plain") return kind;
-  if (isSaved(name, modulesToSave)) return "whole";
+): "part" | "rows" | "whole" | "wrapped" | "biases" | "unlisted" | "unused" | undefined {
+  if (kind === "part" || kind === "rows") return kind;
+  if (isSaved(name, modulesToSave)) return kind === "original" ? "unused" : kind === "plain" ? "whole" : "wrapped";
+  if (kind !== "plain") return undefined;
   if (bias !== "none" && /(^|\.)bias$/.test(name)) return "biases";
   // Earlier versions of PEFT saved every parameter with "bias" in its name, such as T5's relative_attention_bias.weight.
   if (bias === "all" && name.includes("bias")) return "whole";
@@ -511,11 +516,6 @@ function withoutCopies(
   return copies;
 }
 
-/** The first few names, and the number of others. */
-export function listed(names: readonly string[]): string {
-  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
-}
-
 /** @throws AdapterError for a tensor of no float */
 export function checkFloats(key: string, dtype: string, refuse: PeftTensors["refuse"]): void {
   if (isFloatDtype(dtype)) return;
@@ -528,14 +528,6 @@ export function twice(first: string, second: string, refuse: PeftTensors["refuse
 }
 
 function leftoverError(keys: readonly string[], refuse: PeftTensors["refuse"]): AdapterError {
-  const attention = keys.find((key) => key.includes(".base_layer.out_proj.lora_"));
-  if (attention !== undefined) {
-    return refuse(
-      "target_modules",
-      `target_modules adapts a torch.nn.MultiheadAttention (${attention}), whose weights have names of their own: ` +
-        "not supported. Adapt other modules",
-    );
-  }
   return refuse(
     keys[0]!,
     `nothing in adapter_config.json accounts for ${listed(keys)}. List the module in modules_to_save if it replaces the ` +
@@ -552,8 +544,11 @@ export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "ma
 
 /** Meaning of a tensor's name. */
 interface PeftKey {
-  /** "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias. */
-  readonly kind: "part" | "rows" | "plain";
+  /**
+   * "part" of an adapted module; replaced "rows" of an embedding; a parameter by its "plain" name: saved whole, or a bias; the same
+   * "wrapped", under the wrapper's own name, where PEFT prefers the plain one; the base's "original" of it, which PEFT does not use.
+   */
+  readonly kind: "part" | "rows" | "plain" | "wrapped" | "original";
   /** The base's name of the module, of a part and of rows, or of the parameter. */
   readonly name: string;
   /** Set for a part. */
@@ -576,19 +571,30 @@ const PARTS: readonly (readonly [RegExp, KeyRole])[] = [
   [/^(.+)\.base_layer\.bias$/, "baseBias"],
 ];
 
-/** Interprets a tensor's name; undefined where it is unknown. */
-export function parsePeftKey(key: string): PeftKey | undefined {
-  const parsed = parse(key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key);
+/** Names of the adapters in a file, which may stand in its tensors' names. */
+function adapterNames(keys: Iterable<string>): Set<string> {
+  return new Set(["default", ...[...keys].flatMap((key) => /\.lora_[AB]\.([^.]+)\.weight$/.exec(key)?.[1] ?? [])]);
+}
+
+/** Interprets a tensor's name; undefined where it is unknown. @param adapters names of the adapters in its file */
+export function parsePeftKey(key: string, adapters: ReadonlySet<string> = adapterNames([key])): PeftKey | undefined {
+  const parsed = parse(key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key, adapters);
   return WRAPPER.test(parsed.name) ? undefined : parsed;
 }
 
-function parse(name: string): PeftKey {
+function parse(name: string, adapters: ReadonlySet<string>): PeftKey {
   for (const [pattern, part] of PARTS) {
     const module = pattern.exec(name)?.[1];
     if (module !== undefined) return { kind: "part", name: module, part };
   }
   const module = /^(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$/.exec(name)?.[1];
-  return module === undefined ? { kind: "plain", name } : { kind: "rows", name: module };
+  if (module !== undefined) return { kind: "rows", name: module };
+  const [, owner, wrapper, rest] = /^(.+)\.(modules_to_save|original_module)\.(.+)$/.exec(name) ?? [];
+  if (owner === undefined || rest === undefined) return { kind: "plain", name };
+  if (wrapper === "original_module") return { kind: "original", name: `${owner}.${rest}` };
+  // A first segment is the adapter's name only where it is known to be one: a saved module may have children.
+  const [first = "", ...others] = rest.split(".");
+  return { kind: "wrapped", name: `${owner}.${others.length > 0 && adapters.has(first) ? others.join(".") : rest}` };
 }
 
 // Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals its

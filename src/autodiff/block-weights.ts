@@ -33,10 +33,7 @@ export interface BlockWeight {
 /** An int64 vector that becomes available during the run. Runtimes would copy weights when they load them, or unpack all of them first. */
 type Late = (numbers: readonly number[]) => string;
 
-/**
- * @param known a weight's dimensions, and whether it is of bytes
- * @returns what a MatMulNBits multiplies by, or why it is not known here
- */
+/** @returns the weight that a MatMulNBits multiplies by, or why it is not known here */
 export function blocksOf(
   node: NodeProto,
   known: (value: string) => { readonly dims: readonly (number | undefined)[]; readonly bytes: boolean },
@@ -63,10 +60,7 @@ export function inParts<T>({ N, K }: BlockWeight, take: (from: number, to: numbe
   return last;
 }
 
-/**
- * Unpacks rows of a weight.
- * @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each
- */
+/** Unpacks rows of a weight. @returns bytes, and for 4 bits their upper halves: [to − from, count · bytes of a block] each */
 export function unpacked(emit: Emitter, blocks: BlockWeight, from: number, to: number, late: Late): readonly string[] {
   const { N, bits, block, count } = blocks;
   const [rows, width] = [to - from, (block * bits) / 8];
@@ -119,8 +113,6 @@ export function flattenScales({ proto: main, initializers, consumers }: Graph): 
 /**
  * Writes products with weights in blocks as products with floats, in place. onnxruntime's own make a second copy of each weight, and
  * gradients need the first one too. Without that copy they unpack a whole vocabulary at once, and take one and a half times as long.
- * @param graph indexed in its current state
- * @param rankOf number of dimensions of a value; undefined where it is not known
  */
 export function unpackProducts(
   { proto: main, initializers }: Graph,

@@ -164,10 +164,7 @@ function sum(node: Fused, inputs: readonly number[]): string {
   return there.reduce((a, b) => node.emit.add(a, b));
 }
 
-/**
- * @param weights inputs of the weights of the norm behind the sum
- * @param bias input of the bias of the sum
- */
+/** @param weights inputs of the weights of the norm behind the sum @param bias input of the bias of the sum */
 function skipped(opType: string, weights: readonly number[], bias: number): Define {
   return (node) => {
     const whole = sum(node, [0, 1, bias]);
@@ -322,10 +319,7 @@ export function operatorOf({ domain, opType }: NodeProto): string {
 
 // One fused node on its way to a definition: what the definition can ask about it, and where it puts the nodes it writes.
 
-/**
- * Writes nodes that compute the same as a fused one, from the same inputs.
- * @returns why this node cannot be written so, as the end of a message that begins with the operator's name
- */
+/** Writes nodes that compute the same as a fused one. @returns the reason if it cannot: the end of a message */
 type Define = (node: Fused) => string | undefined;
 
 class Fused extends OperatorNode {

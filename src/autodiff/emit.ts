@@ -66,10 +66,7 @@ export class Emitter extends NodeWriter {
   /** Names of `shapes`. */
   readonly #asked = new Set<string>();
 
-  /**
-   * @param graph gets the constants as initializers
-   * @param prefix of the names of written nodes and values
-   */
+  /** @param graph gets the constants @param prefix of names */
   constructor(graph: GraphProto, opset: number, prefix = `${PREFIX}/learn`) {
     super(new Constants(graph, opset, prefix), prefix);
   }
@@ -89,10 +86,7 @@ export class Emitter extends NodeWriter {
     return names;
   }
 
-  /**
-   * Gives a value another name: where one of these nodes makes it, by renaming.
-   * @returns what has to be added to them where none does
-   */
+  /** Gives a value another name. @returns nodes to add, where none of these makes it */
   rename(value: string, name: string, nodes: readonly NodeProto[]): readonly NodeProto[] {
     const maker = nodes.find(({ output }) => output.length === 1 && output[0] === value);
     if (!maker) return [makeNode("Identity", `${PREFIX}/as/${name}`, [value], name)];
@@ -102,10 +96,7 @@ export class Emitter extends NodeWriter {
     return [];
   }
 
-  /**
-   * Replaces a node.
-   * @param write writes what stands for its output
-   */
+  /** Replaces a node. @param write writes nodes that make its output */
   replace(edits: NodeEdits, graph: GraphProto, node: NodeProto, write: () => string): void {
     const written = this.nodes.length;
     const result = write();

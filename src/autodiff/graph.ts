@@ -1,15 +1,14 @@
 /**
  * The training graph: a model that answers with any task, extended to learn one too. Inputs that `inject` has added (factors of layers,
- * heads) get gradients in a branch that runs only on demand. It uses standard operators, and for weights in blocks the
- * runtime's own, so that every build of ONNX Runtime runs it, including those for the web, which have no training of their own. Runtime and optimiser are the caller's: it runs the probes and takes
- * the steps.
+ * heads) get gradients in a branch that runs only on demand. Every build of ONNX Runtime has its operators, those for the web too, which
+ * have no training of their own. The caller runs the probes and takes the steps.
  */
 
 import { FormatError } from "../errors.ts";
 import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import type { Injected, TaskInput } from "../onnx/inject.ts";
 import { BOOL, FLOAT, INT64 } from "../onnx/linear.ts";
-import { type Graph, indexGraph, intOf, type OnnxModel } from "../onnx/model.ts";
+import { type Graph, indexGraph, inOrder, intOf, type OnnxModel } from "../onnx/model.ts";
 import { makeNode, makeValue, NodeEdits, PREFIX } from "../onnx/nodes.ts";
 import {
   create,
@@ -30,17 +29,11 @@ import { Problems, type ShapeProbe, type Shapes } from "./shapes.ts";
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
-  /**
-   * The model answers at every position, [batch, length, classes], and learns from some of them. Targets then name a few classes
-   * of each. Default: false.
-   */
+  /** The model answers at every position, [batch, length, classes], and learns from a few classes of some. Default: false. */
   readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
-  /**
-   * The backward pass unpacks weights of 4 bits with onnxruntime's `GatherBlockQuantized`, since WebGPU lacks other operators on
-   * bytes. Default: false.
-   */
+  /** Unpacks 4-bit weights with `GatherBlockQuantized`, since WebGPU lacks other operators on bytes. Default: false. */
   readonly gathers?: boolean | undefined;
   /** Nodes of each part of the branch that learns, about. Default: those of a layer. */
   readonly part?: number | undefined;
@@ -269,10 +262,8 @@ interface Output {
 
 /**
  * If(learn): nodes with their results; else empty results of the same types. Without a branch every run would learn.
- * @param learn the condition
  * @param nodes in an order in which they can run; they are changed
- * @param typeOf `TensorProto.DataType` of a value from outside; undefined where it is not known
- * @param size nodes of a part, about
+ * @param typeOf type of a value from outside; undefined where it is not known
  */
 function branch(
   learn: string,
@@ -405,9 +396,7 @@ const BEHIND = /^(Add|Sub|Mul|Div|Tanh|Identity|Cast)$/;
 const PRODUCTS = /^(MatMul|Gemm|FusedMatMul|MatMulNBits)$/;
 
 /**
- * Restricts the product that gives the logits to rows at the positions, in place. At first it does so always, so that the graph can be
- * differentiated.
- * @param graph indexed in its current state
+ * Restricts the product that gives the logits to rows at the positions, in place: always, so that the graph can be differentiated.
  * @returns `choose`, which makes it a choice: all rows where no positions are given. Undefined where no product gives the logits
  */
 function pickPositions(graph: Graph, opset: number, logits: string): { readonly choose: () => void } | undefined {
@@ -487,10 +476,7 @@ function ancestors({ producers }: Graph, value: string): ReadonlySet<NodeProto> 
 // Removes Transposes of weights in front of products, as with an embedding that is the last layer too. Runtimes transpose constant
 // weights at load time and hold both copies. The backward pass uses the weight as it is; after this the product does too.
 
-/**
- * Removes Transposes of weights that only products read, in place.
- * @param graph indexed in its current state
- */
+/** Removes Transposes of weights that only products read, in place. */
 function takeUntransposed(graph: Graph, opset: number): void {
   const { proto: main, consumers, outputs } = graph;
   const emit = new Emitter(main, opset, `${PREFIX}/untransposed`);
@@ -588,12 +574,7 @@ function sparseCrossEntropy(emit: Emitter, logits: string, classes: string, targ
 
 // Reverse-mode differentiation of a graph: from the gradient of one value, with one rule per operator, to those of the trained values.
 
-/**
- * Emits the nodes that compute gradients.
- * @param end the value whose gradient `seed` emits
- * @param problems receives what gradients do not pass
- * @returns the gradients by value
- */
+/** Emits the nodes that compute gradients, from that of `end`, which `seed` emits. @returns the gradients by value */
 export function differentiate(
   { graph, nodes, active, shapes }: ProbedPath,
   end: string,
@@ -642,10 +623,7 @@ export function differentiate(
 const AGAIN: string = `${PREFIX}/again/`;
 
 /**
- * Adds the nodes that make values again.
- * @param path forward nodes
- * @param main the model's graph; receives shapes of its values, and constants of definitions
- * @param emit has written the backward nodes; their inputs are changed
+ * Adds the nodes that make values again, and to the model shapes of its values and constants of definitions.
  * @returns the backward nodes, each behind the nodes that make its values again
  */
 function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto[] {
@@ -697,22 +675,12 @@ function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): NodeProto
     copy.attribute = node.attribute;
     nodes.push(copy);
   };
+  const done = { has: (value: string): boolean => isCaptured(value) || made.has(value) };
   /** Name under which a value is available in the branch, not before `moment`. */
-  const available = (wanted: string, moment: Moment | undefined): string => {
-    // A loop rather than recursion: models are thousands of nodes deep.
-    const pending = [wanted];
-    while (pending.length > 0) {
-      const value = pending.at(-1)!;
-      const node = isCaptured(value) || made.has(value) ? undefined : makers.get(value);
-      const missing = node?.input.filter((input) => input !== "" && !isCaptured(input) && !made.has(input)) ?? [];
-      if (missing.length > 0) {
-        pending.push(...missing);
-        continue;
-      }
-      if (node) make(node, moment);
-      pending.pop();
-    }
-    return made.get(wanted) ?? late(wanted, moment);
+  const available = (value: string, moment: Moment | undefined): string => {
+    const needs = (name: string): string[] => makers.get(name)!.input.filter((input) => input !== "");
+    inOrder(value, done, needs, (name) => make(makers.get(name)!, moment));
+    return made.get(value) ?? late(value, moment);
   };
 
   const own = new Set(backward.flatMap(({ output }) => output));

@@ -18,10 +18,6 @@ const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|C
 
 /**
  * Finds the path by the inputs through which each operator can be differentiated. Looks at operators and names, not at shapes.
- * @param graph indexed in its current state
- * @param sources trained values
- * @param end the value whose gradient is known
- * @param problems receives operators that gradients cannot pass, and sources that do not reach the end
  * @param refused why fused nodes have no definition
  */
 function findPath(
@@ -95,11 +91,7 @@ interface Probing {
 }
 
 /**
- * Finds path and shapes, and takes positions early in the graph, in place.
- * @param file its graph indexed in its current state
- * @param sources the values whose gradients are wanted
- * @param end the value whose gradient will be known
- * @param problems found so far; receives what gradients do not pass
+ * Finds path and shapes of the gradients from `end` to `sources`, and takes positions early in the graph, in place.
  * @throws FormatError with all problems, where they prevent the runs that find shapes
  */
 export async function probePath(
@@ -158,11 +150,7 @@ interface Lifted {
   readonly carried: Carried;
 }
 
-/**
- * Takes positions as early as shapes allow, in place.
- * @param shapes of the values that gradients flow through; updated with what changes
- * @returns the graph indexed anew; undefined where no product is saved
- */
+/** Takes positions as early as shapes allow, in place. @returns the graph indexed anew; undefined where no product is saved */
 function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
   const nodes = graph.proto.node.filter(({ input, output }) =>
     [...input, ...output].every((value) => value === "" || shapes.has(value)),
@@ -182,10 +170,7 @@ function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
   return lifted;
 }
 
-/**
- * Finds the nodes in front of a Gather of one position that need to compute no other.
- * @param nodes those with known shapes, in order
- */
+/** Finds the nodes in front of a Gather of one position that need to compute no other. @param nodes those with known shapes */
 function liftable(
   { proto: main, consumers }: Graph,
   gather: NodeProto,

@@ -329,10 +329,7 @@ function columns(emit: Emitter, g: string, { N }: BlockWeight, from: number, to:
   return to - from < N ? emit.slice(g, 1, from, to) : g;
 }
 
-/**
- * Unpacks as the forward product does, for processors.
- * @returns [rows of g, count · block]
- */
+/** Unpacks as the forward product does, for processors. @returns [rows of g, count · block] */
 function byBytes(node: NodeGradient, g: string, blocks: BlockWeight): string {
   const { emit } = node;
   const [whole, upper] = inParts<readonly string[]>(blocks, (from, to, before = []) => {

@@ -5,7 +5,7 @@
 
 import { FormatError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import { type Graph, intOf, intsOf } from "../onnx/model.ts";
+import { type Graph, inOrder, intOf, intsOf, nestedGraphs } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
 import { create, type NodeProto, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -40,11 +40,7 @@ export const LARGEST_CONSTANT = 64;
 /** Most free dimensions for which products are tabulated. */
 const MOST_FREE = 64;
 
-/**
- * Runs the model and records the values of its main graph.
- * @param feeds two, with every input
- * @param problems receives free dimensions that became 1
- */
+/** Runs the model and records the values of its main graph. @param feeds two, with every input */
 export async function probeShapes(
   file: ModelFile,
   added: readonly Added[],
@@ -246,23 +242,16 @@ export class Shapes {
 
   /** Tells whether a value is made of constants and shapes: values that depend on an input's data may agree in both runs by chance. */
   #isFixed(value: string): boolean {
-    // A loop rather than recursion: models are thousands of nodes deep.
-    const pending = [value];
-    while (pending.length > 0) {
-      const name = pending.at(-1)!;
-      const node = this.#graph.producers.get(name);
-      const needed =
-        !node || node.opType === "Shape" || node.opType === "Size" ? [] : node.input.filter((input) => input !== "");
-      if (!this.#fixed.has(name)) {
-        // Assumed until proven otherwise, which ends circles; only damaged files have them.
-        const opaque = node?.attribute.some(({ g, graphs }) => g !== undefined || graphs.length > 0) ?? false;
-        this.#fixed.set(name, node ? !opaque : this.#graph.initializers.has(name));
-        for (const input of needed) pending.push(input);
-      } else {
-        this.#fixed.set(name, this.#fixed.get(name)! && needed.every((input) => this.#fixed.get(input)));
-        pending.pop();
-      }
-    }
+    const { producers, initializers } = this.#graph;
+    const needs = (name: string): readonly string[] => {
+      const node = producers.get(name);
+      return !node || /^(Shape|Size)$/.test(node.opType) ? [] : node.input.filter((input) => input !== "");
+    };
+    inOrder(value, this.#fixed, needs, (name) => {
+      const node = producers.get(name);
+      const isOpen = node ? nestedGraphs(node).length > 0 : !initializers.has(name);
+      this.#fixed.set(name, !isOpen && needs(name).every((input) => this.#fixed.get(input) ?? true));
+    });
     return this.#fixed.get(value)!;
   }
 }

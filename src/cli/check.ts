@@ -196,23 +196,12 @@ function more(all: readonly unknown[]): string[] {
   return all.length > LISTED ? [`  … and ${all.length - LISTED} more; --json lists all`] : [];
 }
 
-const BECOMES = {
-  input: "an input of each run",
-  folded: "written into the weights",
-  found: "found",
-  ignored: "left out",
-  missing: "missing",
-};
-
 function parametersText({ parameters }: Survey): string[] {
   if (parameters.length === 0) return ["Tasks change nothing else."];
   return [
     "",
     "What else tasks change",
-    ...parameters.slice(0, LISTED).map(({ name, role, becomes, dropped, why }) => {
-      const zero = dropped ? "; the export has dropped it, since it was zero" : "";
-      return `  ${name} (${role}): ${why ?? `${BECOMES[becomes]}${zero}`}`;
-    }),
+    ...parameters.slice(0, LISTED).map(({ name, role, why }) => `  ${name} (${role}): ${why ?? "found"}`),
     ...more(parameters),
   ];
 }
@@ -332,7 +321,7 @@ async function adviceOf(
   }
   if (modules.some(({ confirmed }) => confirmed === false))
     return "export the base that the adapters were trained on; or, if the model was trained further on purpose, --any-base.";
-  const head = parameters.find(({ becomes }) => becomes === "missing");
+  const head = parameters.find(({ why }) => why !== null);
   if (head) {
     const layer = head.name.replace(/\.[^.]*$/, "");
     return `export the model with "${layer}" (docs/export.md), or use the tasks without it: --ignore ${layer}`;

@@ -14,7 +14,7 @@ import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
 import { toUtf8 } from "../text.ts";
-import type { FinishedOutcomes } from "../train/answering.ts";
+import type { FinishedOutcomes } from "../train/pack-by-answers.ts";
 import { templateOf } from "../train/questions.ts";
 import { followsFromTokens, type Message } from "../train/supervision.ts";
 import { type Run, weightFiles } from "./command.ts";

@@ -247,6 +247,12 @@ export class KernelSession {
     return at(this.#scratch.get(name)!);
   }
 
+  /** Bytes of the backend: as they lie in the CPU's memory until more is allocated, or a copy from a device. */
+  bytesAt(from: Slice, byteLength: number): Uint8Array | Promise<Uint8Array> {
+    const { backend } = this;
+    return backend.view ? backend.view(from, byteLength) : backend.read!(from, byteLength);
+  }
+
   /** Does all that can fail before a switch changes anything: takes memory for its factors, and uploads the buffer. */
   prepare(plans: readonly ModulePlan[]): void {
     const { values, used } = this.buffer;

@@ -281,7 +281,7 @@ export function checkFingerprint(
 }
 
 /** Pearson correlation; 1 for equal lists, and 0 where one list is constant and they differ. */
-export function correlation(a: Float32Array, b: Float32Array): number {
+function correlation(a: Float32Array, b: Float32Array): number {
   if (a.every((v, i) => v === b[i])) return 1;
   const mean = (v: Float32Array): number => v.reduce((sum, x) => sum + x, 0) / v.length;
   const [ma, mb] = [mean(a), mean(b)];
@@ -321,12 +321,12 @@ export function leads({ name, layout }: Pick<Parameter, "name" | "layout">): boo
 }
 
 /** True if a parameter may be tied to a table [rows, width], by its shape. A layer's weight may lie across it. */
-export function mayBeTied({ shape }: Pick<Parameter, "shape">, table: readonly number[]): boolean {
+function mayBeTied({ shape }: Pick<Parameter, "shape">, table: readonly number[]): boolean {
   return sameShape(shape, table) || (table.length === 2 && sameShape(shape, [...table].reverse()));
 }
 
 /** True if a parameter of the right shape has the values of a table [rows, width]. */
-export function isTied(one: CpuView & Pick<Parameter, "layout">, table: CpuView): boolean {
+function isTied(one: CpuView & Pick<Parameter, "layout">, table: CpuView): boolean {
   const [rows = 0, width = 0] = table.shape;
   const matrix = ({ data, byteOffset, dtype }: CpuView, across: boolean): Matrix => {
     return { at: weightAt(data.subarray(byteOffset), dtype, rows, width, across), dtype };
@@ -335,7 +335,7 @@ export function isTied(one: CpuView & Pick<Parameter, "layout">, table: CpuView)
 }
 
 /** True if the rows of a table are the columns of a parameter of its shape. */
-export function liesAcross({ shape, layout }: Pick<Parameter, "shape" | "layout">, table: readonly number[]): boolean {
+function liesAcross({ shape, layout }: Pick<Parameter, "shape" | "layout">, table: readonly number[]): boolean {
   return layout === "in-out" || !sameShape(shape, table);
 }
 

@@ -143,10 +143,9 @@ export class Parameters {
   ): Promise<CpuView | undefined> {
     const { host, kernels, resolver } = this.#context;
     if (binding) {
-      const { backend } = kernels;
       const { pristine, weight } = binding;
       const data = pristine
-        ? (backend.view?.(at(pristine), weight.byteLength) ?? (await backend.read!(at(pristine), weight.byteLength)))
+        ? await kernels.bytesAt(at(pristine), weight.byteLength)
         : await readWeight(host!, binding, undefined, { signal });
       return { ...weight, data, byteOffset: 0 };
     }

@@ -216,13 +216,7 @@ export class ActiveTerms implements TaskWriter {
       backend.expand({ out: after(output, 4 * row * module.out), coefficients, ...of, add: true });
     }
     if (onDevice(y.data)) backend.submit!();
-    else
-      y.data.set(
-        backend.view
-          ? backend.view(output, 4 * count * module.out)
-          : await backend.read!(output, 4 * count * module.out),
-        y.byteOffset,
-      );
+    else y.data.set(await kernels.bytesAt(output, 4 * count * module.out), y.byteOffset);
   }
 
   get byteLength(): number {
@@ -290,8 +284,8 @@ export async function unfold(
       if (!expands) continue;
       const made = paced(kernels.expand(plan), pause);
       if (made) await made;
-      const values = floatsAt(kernels, kernels.factors(plan)[key], plan.rank * width);
-      expanded[i] = values instanceof Promise ? await values : values;
+      const bytes = kernels.bytesAt(kernels.factors(plan)[key], 4 * plan.rank * width);
+      expanded[i] = floatsOf(bytes instanceof Promise ? await bytes : bytes);
     }
     const term = paced(termOf(job, expanded), pause);
     terms.set(plan.module, term instanceof Promise ? await term : term);
@@ -307,10 +301,14 @@ export async function unfold(
     const turn = paced(kernels.rowScale(plan, { dtype, transposed }, base), pause);
     if (turn) await turn;
     const { out } = kernels.modules[plan.module]!;
-    const rowScale = (await floatsAt(kernels, kernels.reserved("scale"), out)).slice();
+    const rowScale = floatsOf(await kernels.bytesAt(kernels.reserved("scale"), 4 * out)).slice();
     terms.set(plan.module, { ...terms.get(plan.module)!, rowScale });
   }
   return terms;
+}
+
+function floatsOf({ buffer, byteOffset, byteLength }: Uint8Array): Float32Array {
+  return new Float32Array(buffer, byteOffset, byteLength / 4);
 }
 
 /** A term to be made. */
@@ -401,16 +399,6 @@ function readRows(
     const places = turned ? { at: row, down: 1, along: rank } : { at: row * width, down: width, along: 1 };
     placeTensor(dtype, bytes, rows, width, out, places, strength);
   } else put(uploaded.subarray(at, at + rows * width), out, row, rank, width, turned);
-}
-
-/** f32 values: as they lie in the CPU's memory until more is allocated, or a copy from a device. */
-function floatsAt({ backend }: KernelSession, slice: Slice, count: number): Float32Array | Promise<Float32Array> {
-  if (!backend.view)
-    return backend.read!(slice, 4 * count).then(
-      ({ buffer, byteOffset }) => new Float32Array(buffer, byteOffset, count),
-    );
-  const { buffer, byteOffset } = backend.view(slice, 4 * count);
-  return new Float32Array(buffer, byteOffset, count);
 }
 
 /** Options of `apply`. */

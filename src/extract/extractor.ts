@@ -110,9 +110,10 @@ export type Answer = { readonly result: unknown } | { readonly failed: Failure }
 
 interface Failure {
   readonly message: string;
-  readonly name: "UnstorableError" | "RangeError" | "BackendError" | "Error";
+  /** Name of the class. */
+  readonly name: string;
   /** Owner of the value, in an UnstorableError. */
-  readonly owner: string | undefined;
+  readonly owner?: string | undefined;
 }
 
 /**
@@ -194,10 +195,11 @@ function arraysOf(subject: Subject): readonly (Uint8Array | Float32Array)[] {
 }
 
 function failureOf(error: unknown): Failure {
-  const message = error instanceof Error ? error.message : String(error);
-  if (error instanceof UnstorableError) return { name: "UnstorableError", message, owner: error.owner };
-  const name = error instanceof RangeError ? "RangeError" : error instanceof BackendError ? "BackendError" : "Error";
-  return { name, message, owner: undefined };
+  if (!(error instanceof Error)) return { name: "Error", message: String(error) };
+  const { message, name } = error;
+  return error instanceof UnstorableError
+    ? { name: "UnstorableError", message, owner: error.owner }
+    : { name, message };
 }
 
 function errorOf({ name, message, owner }: Failure): Error {

@@ -342,6 +342,15 @@ export interface Spectrum {
   readonly square: number;
 }
 
+export function spectrumOf(
+  task: string,
+  module: string,
+  { out, in: inputs }: Pick<Spectrum, "out" | "in">,
+  singular: readonly number[],
+): Spectrum {
+  return { task, module, out, in: inputs, singular, square: singular.reduce((sum, value) => sum + value ** 2, 0) };
+}
+
 /** Spectra of each task, and its ‖ΔW‖². */
 export function byTask(spectra: readonly Spectrum[]): Map<string, { spectra: Spectrum[]; square: number }> {
   const tasks = new Map<string, { spectra: Spectrum[]; square: number }>();

@@ -225,7 +225,7 @@ interface Hub extends SnapshotOptions {
   readonly name: HubName;
   readonly endpoint: string;
   readonly isOffline: boolean;
-  /** The options, and the token. */
+  /** Headers of each request: the token. */
   readonly headers: Record<string, string>;
 }
 

@@ -26,10 +26,10 @@ export async function readQuantizedWeight(
   options?: ReadOptions,
 ): Promise<WeightAt | undefined> {
   const [out, inputs] = matrixShape(parameter) ?? [0, 0];
-  const reader = new TensorReader(file, options);
+  const read = readerOf(file, options);
   const use = parameter.uses[0];
-  if (use?.node.opType === "MatMulNBits") return nBits(reader, use.node);
-  return affine(reader, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
+  if (use?.node.opType === "MatMulNBits") return nBits(read, use.node);
+  return affine(read, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
 }
 
 /**
@@ -43,11 +43,11 @@ export async function readVector(
 ): Promise<Float32Array> {
   const { model } = file;
   const { name, initializer } = parameter;
-  const reader = new TensorReader(file, options);
-  const values = await reader.values(initializer);
+  const read = readerOf(file, options);
+  const values = await read(initializer);
   const node = model.graph.consumers.get(initializer)?.find((use) => use.node.opType === "DequantizeLinear")?.node;
-  const scales = values?.integer ? await reader.values(node?.input[1]) : undefined;
-  const zeros = await reader.values(node?.input[2]);
+  const scales = values?.integer ? await read(node?.input[1]) : undefined;
+  const zeros = await read(node?.input[2]);
   const count = parameter.shape.length === 0 ? 1 : partSize(parameter);
   const from = partStart(parameter);
   if (!values || (values.integer && !scales)) {
@@ -69,21 +69,14 @@ interface TensorValues {
   integer: boolean;
 }
 
-class TensorReader {
-  readonly #file: ModelFile;
-  readonly #options: ReadOptions | undefined;
+/** Reads an initializer; undefined when none has this name, or its type is not supported. */
+type Read = (name: string | undefined) => Promise<TensorValues | undefined>;
 
-  constructor(file: ModelFile, options: ReadOptions | undefined) {
-    this.#file = file;
-    this.#options = options;
-  }
-
-  /** Values of an initializer; undefined when none has this name, or its type is not supported. */
-  async values(name: string | undefined): Promise<TensorValues | undefined> {
-    const { model, external } = this.#file;
+function readerOf({ model, external }: ModelFile, options: ReadOptions | undefined): Read {
+  return async (name) => {
     const tensor = name ? model.graph.initializers.get(name) : undefined;
     if (!tensor) return undefined;
-    const { data, dtype, shape } = await readTensor(tensor, model.name, external, this.#options);
+    const { data, dtype, shape } = await readTensor(tensor, model.name, external, options);
     const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
     const integer = INTEGERS.get(tensor.dataType);
     const count = shape.reduce((a, b) => a * b, 1);
@@ -101,7 +94,7 @@ class TensorReader {
         ? (i) => view.getFloat32(4 * i, true)
         : (i) => (dtype === "f16" ? f16ToF32 : bf16ToF32)(view.getUint16(2 * i, true));
     return { at, shape, bytes: data, integer: false };
-  }
+  };
 }
 
 /** Unpacks integers, low bits first. */
@@ -119,14 +112,14 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
 /**
  * Decodes B [N, blocks, block_size · bits / 8], scales [N · blocks], and zero points packed by row, 2^(bits - 1) where there are none.
  */
-async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
+async function nBits(read: Read, node: NodeProto): Promise<WeightAt | undefined> {
   const inputs = intOf(node, "K");
   const out = intOf(node, "N");
   const bits = intOf(node, "bits", 4);
   const size = intOf(node, "block_size");
-  const packed = await reader.values(node.input[1]);
-  const scales = await reader.values(node.input[2]);
-  const zeros = await reader.values(node.input[3]);
+  const packed = await read(node.input[1]);
+  const scales = await read(node.input[2]);
+  const zeros = await read(node.input[3]);
   if (!packed || !scales || ![2, 4, 8].includes(bits) || size < 16 || node.input[4]) return undefined;
   const blocks = Math.ceil(inputs / size);
   const values = integers(viewOf(packed.bytes), bits, false);
@@ -159,7 +152,7 @@ function viewOf(bytes: Uint8Array): DataView {
 
 /** Decodes integers with scales and zero points: one for all, one for each column or row, or blocks along one axis. */
 async function affine(
-  reader: TensorReader,
+  read: Read,
   model: OnnxModel,
   { initializer, shape }: Stored,
   use: Use | undefined,
@@ -168,10 +161,10 @@ async function affine(
   inputs: number,
 ): Promise<WeightAt | undefined> {
   const quantization = scalesOf(model, initializer, use);
-  const values = await reader.values(initializer);
-  const scales = await reader.values(quantization?.scale);
+  const values = await read(initializer);
+  const scales = await read(quantization?.scale);
   if (!quantization || !values || !scales || out * inputs === 0) return undefined;
-  const zeros = await reader.values(quantization.zero);
+  const zeros = await read(quantization.zero);
   const { axis, block } = quantization;
   const [rows, columns] = shape as [number, number];
   const count = countOf(scales);

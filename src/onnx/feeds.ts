@@ -84,12 +84,7 @@ export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: str
 const ROWS = 3;
 const LENGTH = 6;
 
-/**
- * Makes feeds whose rows differ.
- * @param tables as `tableRows` gives them
- * @param known as `knownSizes` gives them
- * @returns undefined as `tinyFeeds`
- */
+/** Makes feeds whose rows differ, with results of `tableRows` and `knownSizes`. @returns undefined as `tinyFeeds` */
 export function feedsOfRows(
   inputs: readonly ValueInfoProto[],
   tables: ReadonlyMap<string, number>,

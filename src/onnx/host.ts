@@ -30,10 +30,7 @@ export async function openOnnxHost(input: SourceInput, options: ModelOptions = {
   return onnxHost(await readModel(input, options));
 }
 
-/**
- * The float parameters of a model in memory. Read-only.
- * @param pieces further parameters: parts of packed ones, or made of several
- */
+/** The float parameters of a model in memory. Read-only. @param pieces parts of packed parameters, or made of several */
 export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = []): WeightHost {
   const { model, external, close } = file;
   const all = findParameters(model);

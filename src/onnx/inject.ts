@@ -107,10 +107,7 @@ export interface ProbeOutputs {
   readonly term: string;
 }
 
-/**
- * GraphChanges `model.proto` in place.
- * @param model that `checkInjectable` has passed; weights that are folded may have a place of their own since then
- */
+/** Changes the graph, in place, of a model that `checkInjectable` has passed. Weights that are folded may have a place of their own. */
 export function inject(
   model: OnnxModel,
   { modules, biases, rows, heads, vectors }: GraphChanges,
@@ -131,10 +128,7 @@ export function inject(
   return injector.finish(heads);
 }
 
-/**
- * Task inputs, places to edit, values to probe. Its nodes are those that every place shares; they depend on inputs only and go in front.
- * Knows no layers.
- */
+/** Task inputs, places to edit, and nodes in front of all others that every place shares. Knows no layers. */
 export class GraphTools extends NodeWriter {
   readonly model: OnnxModel;
   readonly main: GraphProto;
@@ -318,10 +312,7 @@ class Injector extends GraphTools {
     return place.reshape(value, rank === 2 ? [-1, out] : place.shapeOf(y));
   }
 
-  /**
-   * x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes.
-   * @param made the result of another place
-   */
+  /** x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes. */
   #rowsInto(place: Place, graph: GraphProto, x: string, made?: string) {
     const rank = this.rank(graph, x);
     const flat = (): string => (rank === 3 || rank === 2 ? place.up(x) : place.rows(place.up(x)));
@@ -391,10 +382,7 @@ class Injector extends GraphTools {
     }
   }
 
-  /**
-   * Puts cores that are equally wide below each other in one input, which nodes split again: a runtime takes some microseconds for each
-   * input of each run.
-   */
+  /** Joins cores of one width to one input, which nodes split again: a runtime takes some microseconds for each input of each run. */
   joinCores(): void {
     const isCore = ({ kind }: TaskInput): boolean => kind === "core";
     for (const width of new Set(this.inputs.filter(isCore).map(({ dims }) => dims[2] as number))) {
@@ -457,10 +445,7 @@ class ComponentProducts {
   /** True if an operator of onnxruntime's own domain was used. */
   contributed = false;
 
-  /**
-   * @param by operators for integers; none: floats only
-   * @param layers that terms are added to: where the model has all of their inputs rounded to 8 bits, products with 4 bits do the same
-   */
+  /** @param layers where the model rounds all of their inputs to 8 bits, products with 4 bits do the same */
   constructor(by: IntegerProducts, tools: GraphTools, layers: readonly AdaptedLayer[]) {
     this.#by = by;
     this.#tools = tools;
@@ -488,10 +473,7 @@ class ComponentProducts {
     return rows && { K: rows.rows, scales: this.scalesOf(rows) };
   }
 
-  /**
-   * Product x [.., width] · Eᵀ with components one below the other: [.., Σ rows].
-   * @param factors of one form and width
-   */
+  /** Product x [.., width] · Eᵀ with components of one form and width, one below the other: [.., Σ rows]. */
   project(place: Place, x: string, factors: readonly ComponentRows[], name: string): string {
     const rows = factors.reduce((sum, { rows }) => sum + rows, 0);
     return this.#product(place, x, name, factors, factors[0]!.width, rows, true);
@@ -502,10 +484,7 @@ class ComponentProducts {
     return this.#product(place, x, name, [factor], factor.rows, factor.width, false);
   }
 
-  /**
-   * Product x [.., inner] · M.
-   * @param transposed true if the components, one below the other, are Mᵀ [outer, inner]
-   */
+  /** Product x [.., inner] · M. @param transposed true if the components, one below the other, are Mᵀ [outer, inner] */
   #product(
     place: Place,
     x: string,

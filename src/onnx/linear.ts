@@ -174,10 +174,7 @@ function linearOf(model: OnnxModel, use: Use): Site | string {
   }
 }
 
-/**
- * All linear layers with a parameter, or a copy of it, as weight.
- * @returns the reason where a use of the weight is no linear layer with a result that can be added to
- */
+/** All linear layers with a parameter, or a copy of it, as weight. @returns the reason where a use of it is none */
 export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Site[] | string {
   const { uses, initializer, copies, slice, joined } = parameter;
   if (joined)
@@ -240,10 +237,7 @@ export function quantized(model: OnnxModel, { node, graph }: Use): Site | undefi
   return { graph, node: after, x: before.input[0]!, type: FLOAT };
 }
 
-/**
- * The Add of a linear layer's bias: its output is the layer's whole result. Undefined when the layer has no bias, or its own node adds
- * it.
- */
+/** The Add of a linear layer's bias. Undefined when the layer has no bias, or its own node adds it. */
 function biasAdd(model: OnnxModel, { node, graph }: Site): NodeProto | undefined {
   const next = onlyConsumer(model, graph, node);
   if (next?.opType !== "Add") return undefined;
@@ -261,10 +255,7 @@ export function endOf(model: OnnxModel, linear: Site): NodeProto {
   return add ? (requantized(model, { node: add, graph: linear.graph }) ?? add) : linear.node;
 }
 
-/**
- * Finds a node that holds the weights of several layers, as graph optimisers make them: these layers can be neither found nor added to
- * one by one.
- */
+/** A node that holds the weights of several layers, as optimisers make them: these can be neither found nor added to one by one. */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
   return model.graph.proto.node.find(
     ({ domain, opType }) =>
@@ -382,9 +373,7 @@ function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
 }
 
 /**
- * A bias that tasks bring and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros, as a fresh
- * classifier has: a Gemm without C is left, or a MatMul without Add.
- * @param name of the bias
+ * A bias that tasks have and the model lacks: the places where it would be added. torch's optimiser drops a bias of zeros.
  * @param weight of the same layer
  * @returns undefined where the weight is no linear layer's, or something is added to its result that may be the bias
  */
@@ -406,11 +395,7 @@ const FUSED_NORMS: Readonly<Record<string, number>> = {
   SkipSimplifiedLayerNormalization: 3,
 };
 
-/**
- * True if a constant that may be a bias is added to a layer's result, by its own node or one behind it. The shape may change in
- * between.
- * @param size of the bias
- */
+/** True if a constant of this size, so maybe a bias, is added to a layer's result. The shape may change in between. */
 function addsVector(model: OnnxModel, { node, bias }: Site, size: number): boolean {
   if (bias !== undefined) return true;
   const seen = new Set(node.output.slice(0, 1));

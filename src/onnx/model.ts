@@ -78,10 +78,7 @@ export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   return { name, proto, graph: indexGraph(proto.graph, name), opset: Number(opset) };
 }
 
-/**
- * @param file for messages
- * @throws FormatError when a value of the main graph has two origins
- */
+/** @throws FormatError when a value of the main graph has two origins */
 export function indexGraph(proto: GraphProto, file: string): Graph {
   const consumers = new Map<string, Use[]>();
   const around = new Map<GraphProto, GraphProto>();
@@ -144,6 +141,31 @@ export function floatOf(node: NodeProto | undefined, name: string, otherwise: nu
   return attribute(node, name)?.f ?? otherwise;
 }
 
+/**
+ * Visits an item behind all that it needs, each once. A loop rather than recursion: models are thousands of nodes deep. Circles, which
+ * only damaged files have, are cut.
+ * @param done has what was visited, or need not be
+ */
+export function inOrder<T>(
+  first: T,
+  done: { has(item: T): boolean },
+  needs: (item: T) => readonly T[],
+  visit: (item: T) => void,
+): void {
+  const waiting = new Set<T>();
+  const pending = [first];
+  while (pending.length > 0) {
+    const item = pending.at(-1)!;
+    if (!done.has(item) && !waiting.has(item)) {
+      waiting.add(item);
+      pending.push(...needs(item).filter((need) => !waiting.has(need) && !done.has(need)));
+      continue;
+    }
+    pending.pop();
+    if (!done.has(item)) visit(item);
+  }
+}
+
 /** The tensor that a node holds; undefined for other nodes than Constant. */
 export function constantOf(node: NodeProto | undefined): TensorProto | undefined {
   return node?.opType === "Constant" ? attribute(node, "value")?.t : undefined;
@@ -190,20 +212,15 @@ export class Ranks {
   }
 
   of(value: string): number | undefined {
-    // A loop rather than recursion: models are thousands of nodes deep. A value met again while it waits lies on a circle, which only a
-    // damaged file has.
-    const waiting = new Set<string>();
-    const pending = [value];
-    for (let name = pending.at(-1); name !== undefined; name = pending.at(-1)) {
-      const node = this.#known.has(name) ? undefined : this.#model.graph.producers.get(name);
-      if (node && !waiting.has(name)) {
-        waiting.add(name);
-        for (const input of inputsOf(node)) if (input !== "" && !waiting.has(input)) pending.push(input);
-        continue;
-      }
-      if (!this.#known.has(name)) this.#known.set(name, node && this.#rank(node));
-      pending.pop();
-    }
+    const { producers } = this.#model.graph;
+    const inputs = (name: string): string[] => {
+      const node = producers.get(name);
+      return node ? inputsOf(node).filter((input) => input !== "") : [];
+    };
+    inOrder(value, this.#known, inputs, (name) => {
+      const node = producers.get(name);
+      this.#known.set(name, node && this.#rank(node));
+    });
     return this.#known.get(value);
   }
 

@@ -105,10 +105,7 @@ export function makeFloats(name: string, values: readonly number[], dims: readon
   return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData });
 }
 
-/**
- * Makes an input or output. A string in `dims` is a free dimension with that name, "" without a name; without `dims` any shape is
- * allowed.
- */
+/** Makes an input or output. A string in `dims` is a free dimension, "" one without a name; without `dims` any shape is allowed. */
 export function makeValue(name: string, elemType: number, dims?: readonly (number | string)[]): ValueInfoProto {
   const dim = dims?.map((d) => (typeof d === "number" ? { dimValue: BigInt(d) } : d === "" ? {} : { dimParam: d }));
   return create(ValueInfoProtoSchema, { name, type: { tensorType: { elemType, ...(dim && { shape: { dim } }) } } });
@@ -207,10 +204,7 @@ export class NodeWriter {
     this.#prefix = prefix;
   }
 
-  /**
-   * @param opType with the domain in front where it is not the standard one: "com.microsoft.Gelu"
-   * @param given inputs; attributes may follow
-   */
+  /** @param opType "Add", or "com.microsoft.Gelu" @param given inputs; attributes may follow */
   op(opType: string, ...given: readonly (Operand | Attributes)[]): string {
     const last = given.at(-1);
     const operands = given.filter((one): one is Operand => !isAttributes(one));

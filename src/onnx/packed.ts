@@ -8,7 +8,7 @@
  * it is. Loaded only for models with such layers.
  */
 import { type AdaptedBias, type AdaptedLayer, FLOAT16, INT64, type Site } from "./linear.ts";
-import { attribute, floatOf, type Graph, indexGraph, intOf, intsOf, type OnnxModel, Ranks } from "./model.ts";
+import { attribute, floatOf, type Graph, indexGraph, inOrder, intOf, intsOf, type OnnxModel, Ranks } from "./model.ts";
 import { isParameterName, matrixShape, modulePathOf, type OnnxParameter } from "./modules.ts";
 import { Constants, makeNode, makeSplit, NodeEdits, NodeWriter, PREFIX, readBy } from "./nodes.ts";
 import type { GraphProto, NodeProto, TensorProto } from "./protobuf.ts";
@@ -178,9 +178,10 @@ export function takeApart(
   biases: readonly AdaptedBias[],
 ): { modules: AdaptedLayer[]; biases: AdaptedBias[] } {
   const pieces = new Map<NodeProto, NodeProto[]>();
+  const edits = new NodeEdits();
   const piece = (graph: GraphProto, node: NodeProto, { index, sizes }: NonNullable<Site["slice"]>): NodeProto => {
-    let own = pieces.get(node);
-    if (!own) pieces.set(node, (own = divide(model, graph, node, sizes, pieces.size)));
+    const own = pieces.get(node) ?? divide(model, edits, graph, node, sizes, pieces.size);
+    pieces.set(node, own);
     return own[index]!;
   };
   const touched = new Set<GraphProto>();
@@ -189,19 +190,16 @@ export function takeApart(
     ...module,
     sites: module.sites.map((site) => {
       const { slice, joined, graph, node, x, type } = site;
-      if (joined) {
-        touched.add(graph);
-        return { graph, node: unite(model, graph, joined, count++), product: node, x, type };
-      }
-      if (!slice) return site;
-      return { graph, node: piece(graph, node, slice), product: node, x, type };
+      if (joined) touched.add(graph);
+      if (joined) return { graph, node: unite(model, edits, graph, joined, count++), product: node, x, type };
+      return slice ? { graph, node: piece(graph, node, slice), product: node, x, type } : site;
     }),
   }));
   const added = biases.map(({ slice, ...bias }) => {
     if (!slice) return bias;
-    const places = bias.places.map(({ graph, node }) => ({ graph, node: piece(graph, node, slice) }));
-    return { ...bias, places };
+    return { ...bias, places: bias.places.map(({ graph, node }) => ({ graph, node: piece(graph, node, slice) })) };
   });
+  edits.apply();
   for (const graph of touched) sortNodes(graph);
   return { modules: apart, biases: added };
 }
@@ -209,40 +207,41 @@ export function takeApart(
 /** Adds Split, a node for each piece, and Concat behind a node. @returns the nodes of the pieces */
 function divide(
   model: OnnxModel,
+  edits: NodeEdits,
   graph: GraphProto,
   node: NodeProto,
   sizes: readonly number[],
   index: number,
 ): NodeProto[] {
   const name = `${PREFIX}/packed/${index}`;
+  const write = new NodeWriter(new Constants(model.graph.proto, model.opset, name), name);
   const result = node.output[0]!;
   node.output[0] = `${name}/whole`;
-  const cut = sizes.map((_, i) => `${name}/cut/${i}`);
-  const pieces = sizes.map((_, i) => makeNode("Identity", `${name}/${i}`, [cut[i]!], `${name}/${i}`));
-  const split = makeSplit(model, `${name}/cut`, `${name}/whole`, cut, sizes);
-  const whole = pieces.map((piece) => piece.output[0]!);
-  const together = makeNode("Concat", `${name}/together`, whole, result, { axis: -1 });
-  graph.node.splice(graph.node.indexOf(node) + 1, 0, split, ...pieces, together);
-  return pieces;
+  write.concat(
+    write.split(node.output[0], -1, sizes).map((part) => write.op("Identity", part)),
+    -1,
+  );
+  write.nodes.at(-1)!.output = [result];
+  edits.insert(graph, node, write.nodes);
+  return write.nodes.slice(1, -1);
 }
 
 /** Adds Concat and Split behind the last of the layers' nodes, which others may read before it. @returns the Concat */
 function unite(
   model: OnnxModel,
+  edits: NodeEdits,
   graph: GraphProto,
   { sites, sizes }: NonNullable<Site["joined"]>,
   index: number,
 ): NodeProto {
   const name = `${PREFIX}/divided/${index}`;
   const results = sites.map(({ node }) => node.output[0]!);
-  const parts = sites.map(({ node }, i) => {
-    node.output[0] = `${name}/${i}`;
-    return node.output[0];
-  });
+  for (const [i, { node }] of sites.entries()) node.output[0] = `${name}/${i}`;
+  const parts = sites.map(({ node }) => node.output[0]!);
   const whole = makeNode("Concat", `${name}/whole`, parts, `${name}/whole`, { axis: -1 });
   const split = makeSplit(model, `${name}/cut`, `${name}/whole`, results, sizes);
-  const last = Math.max(...sites.map(({ node }) => graph.node.indexOf(node)));
-  graph.node.splice(last + 1, 0, whole, split);
+  const nodes = new Set(sites.map(({ node }) => node));
+  edits.insert(graph, graph.node.findLast((node) => nodes.has(node))!, [whole, split]);
   return whole;
 }
 
@@ -250,17 +249,8 @@ function unite(
 function sortNodes(graph: GraphProto): void {
   const makers = new Map(graph.node.flatMap((node) => node.output.map((value) => [value, node] as const)));
   const sorted = new Set<NodeProto>();
-  for (const node of graph.node) {
-    // Depth first, with a list instead of recursion: chains are as long as models are deep.
-    const waiting = [node];
-    while (waiting.length > 0) {
-      const next = waiting.at(-1)!;
-      const before = sorted.has(next) ? [] : readBy(next).flatMap((value) => makers.get(value) ?? []);
-      const missing = before.filter((maker) => !sorted.has(maker) && !waiting.includes(maker));
-      if (missing.length > 0) waiting.push(missing[0]!);
-      else sorted.add(waiting.pop()!);
-    }
-  }
+  const makersOf = (node: NodeProto): NodeProto[] => readBy(node).flatMap((value) => makers.get(value) ?? []);
+  for (const node of graph.node) inOrder(node, sorted, makersOf, (next) => sorted.add(next));
   graph.node = [...sorted];
 }
 

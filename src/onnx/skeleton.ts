@@ -1,6 +1,6 @@
 /**
- * Makes a model's file without its weights, for runtimes that read these from the original file: the protobuf as it is, except that large
- * tensors of the main graph point to their place in the file. Reads only what lies between the weights.
+ * Makes a model's file without its weights, for runtimes that read these from the original file: large tensors of the main graph point to
+ * their place in the file. Reads only the bytes between the weights.
  */
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { BYTES, FIXED32, FIXED64, VARINT } from "./protobuf.ts";

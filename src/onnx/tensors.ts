@@ -61,10 +61,7 @@ export type OpenExternal = (location: string) => Promise<ByteSource>;
 
 const partOf = (tensor: TensorProto): string => `initializer ${tensor.name}`;
 
-/**
- * @param file name of the model, for messages
- * @throws FormatError when the dimensions are negative or their product is no safe integer
- */
+/** @throws FormatError when the dimensions are negative or their product is no safe integer */
 export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
   const shape = tensor.dims.map(Number);
   let count = 1;
@@ -80,8 +77,7 @@ export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
 
 /**
  * Reads an initializer's bytes. Their number is not checked for "other" types.
- * @param file name of the model, for messages
- * @param external for values that lie in a file next to the model
+ * @param external opens a file next to the model
  * @throws FormatError when there are more or fewer bytes than the shape needs, or an "other" type lies in a typed list
  * @throws SourceError when the external file is missing or too short
  */

@@ -74,10 +74,7 @@ export async function detachWeights(
   return { bytes: proto, files };
 }
 
-/**
- * True if all files that a model points into lie in a folder or below it: runtimes follow no links out of it.
- * @throws SourceError when one of them cannot be opened; FormatError when it is said to lie elsewhere
- */
+/** True if all files that a model points into lie in a folder or below it: runtimes follow no links out of it. */
 async function allIn(folder: string, { model, external }: ModelFile): Promise<boolean> {
   for (const location of externalFiles(model).keys()) {
     const found = (await external!(location)).folder;

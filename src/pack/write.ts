@@ -66,7 +66,10 @@ export async function newPack(
     turn = made.catch(() => {});
     const task = await made;
     if (!coder) return placeOf(task);
-    return placeOf(extractor ? await codedBy(extractor, task, coder) : codedTask(task, coder));
+    if (!extractor) return placeOf(codedTask(task, coder));
+    // The blob is given away.
+    const options = { tensors: tensorsOf(task, coder.modules), before: description };
+    return placeOf({ entry: task.entry, blob: await extractor.ask("code", task.blob, options) });
   };
   const again = async (): Promise<TaskToWrite> => {
     const task = first!;
@@ -190,12 +193,6 @@ export function codedTask(task: TaskToWrite, { modules, description }: Basis): T
   const { entry, blob } = task;
   const coded = encodeSection(blob, tensorsOf(task, modules), 4, description);
   return { entry, blob: coded ?? blob };
-}
-
-/** The same by an extractor, which may have threads. @param task its blob is given away */
-async function codedBy(extractor: Extractor, task: TaskToWrite, { modules, description }: Basis): Promise<TaskToWrite> {
-  const { entry, blob } = task;
-  return { entry, blob: await extractor.ask("code", blob, { tensors: tensorsOf(task, modules), before: description }) };
 }
 
 /** Tensors of a task's blob. */

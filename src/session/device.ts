@@ -7,6 +7,7 @@
 
 import type { DeviceHandle } from "../backends/backend.ts";
 import { byteLengthOf, type CpuView, type DeviceTensor, type View, viewValues } from "../core/base.ts";
+import type { RuntimeOptions } from "../core/runtime.ts";
 import type { LoadedTasks, Selection } from "../core/selection.ts";
 import { createFolding, type SessionRuntime } from "../core/session-runtime.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -24,6 +25,7 @@ import {
   withFeeds,
 } from "./delivery.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadedModel, Tensors } from "./engine.ts";
+import type { PreparedModel } from "./prepare.ts";
 import { type InputValues, inputNamesOf, stackValues, TaskEvaluator, toFeeds } from "./values.ts";
 
 type Placed = DeviceTensor & { buffer: GPUBuffer };
@@ -40,7 +42,7 @@ export async function deviceDelivery(
   gpu: EngineGpu,
 ): Promise<Delivery> {
   const { engine } = parts;
-  const { pack, view, inputs, names, keep, base } = parts.prepared;
+  const { inputs } = parts.prepared;
   const model = await engine.load(parts.detached, parts.load);
   const tensors = new Map<string, Placed>();
   const free = (): void => tensors.forEach(({ buffer }) => buffer.destroy());
@@ -53,9 +55,7 @@ export async function deviceDelivery(
     const weights = Object.fromEntries(
       fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
     );
-    const folding = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
-      ...{ base: tensors, backend: "webgpu", webgpu: { device }, names, ...(keep && { modules: keep }) },
-    });
+    const folding = await foldingOf(parts.prepared, { base: tensors, backend: "webgpu", webgpu: { device } });
     runtime = folding;
     const evaluator = new TaskEvaluator(parts.prepared, folding);
     const active = (task: Selection, values: InputValues): Active => {
@@ -89,6 +89,11 @@ export async function deviceDelivery(
     await engine.release(model);
     throw error;
   }
+}
+
+function foldingOf({ pack, view, names, keep, base }: PreparedModel, options: RuntimeOptions): Promise<SessionRuntime> {
+  const how = { ...options, names, ...(keep && { modules: keep }) };
+  return createFolding(pack, view, base.ignored, inputNamesOf(base), how);
 }
 
 /** Puts the parameters on the device, as their inputs take them. */
@@ -236,12 +241,10 @@ export async function foldedDelivery(
   file: ModelFile,
   weights: WeightFile,
 ): Promise<Delivery> {
-  const { pack, view, inputs, names, keep, base } = prepared;
+  const { inputs } = prepared;
   const host = onnxHost(file, weights.pieces);
-  const runtime = await createFolding(pack, view, base.ignored, inputNamesOf(base), {
-    // The file is in memory anyway: no second copy of its weights.
-    ...{ base: host, webgpu: false, policy: "reload", names, ...(keep && { modules: keep }) },
-  });
+  // The file is in memory anyway: no second copy of its weights.
+  const runtime = await foldingOf(prepared, { base: host, webgpu: false, policy: "reload" });
   const evaluator = new TaskEvaluator(prepared, runtime);
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make = async (tasks: LoadedTasks, signal?: AbortSignal): Promise<Active> => {

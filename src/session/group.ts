@@ -253,8 +253,9 @@ function sumOf(reports: readonly SessionSwitchReport[]): SessionSwitchReport {
 export class Residence {
   readonly #pack: Pack;
   readonly #empty: "refuse" | "skip";
-  /** Reasons by file why a module or parameter is not there; undefined once a file has it. */
-  readonly #reasons = new Map<string, Map<string, string> | undefined>();
+  /** Modules and parameters that a file has, and the reasons of the files that lack one. */
+  readonly #found = new Set<string>();
+  readonly #reasons = new Map<string, string[]>();
   /** Embeddings whose rows tasks replace: their shapes, and weights of files that lack them. */
   readonly #tables = new Map<string, { shape?: string | undefined; elsewhere: { file: string; weight: Table }[] }>();
 
@@ -284,9 +285,8 @@ export class Residence {
       for (const [resident, why] of residents) {
         const module = parameters.has(resident) ? moduleOf(resident) : resident;
         (why === undefined ? here : elsewhere).add(module);
-        if (why === undefined) this.#reasons.set(resident, undefined);
-        else if (this.#reasons.has(resident)) this.#reasons.get(resident)?.set(name, why);
-        else this.#reasons.set(resident, new Map([[name, why]]));
+        if (why === undefined) this.#found.add(resident);
+        else this.#reasons.set(resident, [...(this.#reasons.get(resident) ?? []), `${name}: ${why}`]);
       }
       for (const { role, name: table } of brought) {
         if (role !== "rows") continue;
@@ -320,11 +320,10 @@ export class Residence {
       throw new BaseMismatchError(`${message}: there is no telling across files. ${advice}`, { module });
     }
     for (const [name, reasons] of this.#reasons) {
-      if (!reasons) continue;
-      const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
+      if (this.#found.has(name)) continue;
       const isPipeline = this.#empty === "skip";
       const advice = isPipeline ? "Use the model that the adapters are for" : "Give the file that has it";
-      const message = `"${name}" lives in none of the ${isPipeline ? "sessions" : "files"} (${whys}). ${advice}, or leave it out with the option \`modules\``;
+      const message = `"${name}" lives in none of the ${isPipeline ? "sessions" : "files"} (${reasons.join("; ")}). ${advice}, or leave it out with the option \`modules\``;
       throw new BaseMismatchError(message, { module: name });
     }
   }

@@ -250,10 +250,7 @@ export class ModelMatcher {
     return "name" in this.#names.find(name);
   }
 
-  /**
-   * A parameter that tasks bring.
-   * @throws BaseMismatchError when the model does not have it, or several match
-   */
+  /** A parameter that tasks bring. @throws BaseMismatchError when the model does not have it, or several match */
   async parameter(name: string, role: string): Promise<OnnxParameter> {
     const found = await this.#findParameter(name);
     if ("name" in found) {

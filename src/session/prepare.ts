@@ -3,6 +3,8 @@
  * change next to them, and whether that can be done without touching the weights; it checks that the model is the right one and changes
  * nothing. Then the graph is changed by it.
  */
+
+import { refuseShared } from "../core/mismatch.ts";
 import type { Pack } from "../core/pack.ts";
 import type { ModuleFilter, PackView } from "../core/part.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -283,15 +285,11 @@ export async function planSession(
       const layer = { name, in: shape[1], out: shape[0], bias: bias !== undefined, places };
       heads.push({ layer, weight, bias, parameter, adapted: await adaptedParameters(name, bias, parameter) });
     }
-    for (const { layer, parameter } of heads) {
-      const others = heads.filter((head) => head.parameter.name === parameter.name).map((head) => head.layer.name);
-      const index = weights.findIndex(({ name }) => name === parameter.name);
-      if (index >= 0) others.push(modules[index]!.name);
-      const alias = others.find((other) => other !== layer.name);
-      if (alias === undefined) continue;
-      const message = `"${layer.name}" and "${alias}" of the pack are one layer of the model, "${parameter.name}"`;
-      throw new BaseMismatchError(`${message}: pack the adapters under one name`, { module: layer.name });
-    }
+    const others = heads.filter(({ layer }) => modules.every(({ name }) => name !== layer.name));
+    refuseShared(
+      [...modules, ...others.map(({ layer }) => layer)],
+      [...weights, ...others.map(({ parameter }) => parameter)].map(({ name }) => name),
+    );
     return heads;
   }
 
@@ -455,7 +453,11 @@ export async function planSession(
     if (mode !== "auto") return { mode, reason: "asked for" };
     if (unfoldedObstacle) return { mode: "folded", reason: unfoldedObstacle.why };
     const folding = foldedObstacle ? `; ${foldedObstacle.why}, which rules folding out` : "";
-    if (K.length === 0) return { mode: "factors", reason: sharedReason(modules) + folding };
+    if (K.length === 0)
+      return {
+        mode: "factors",
+        reason: `tasks share no components on both factors of a layer: a switch hands over the rest${folding}`,
+      };
     const most = Math.max(...K);
     const [chosen, why] =
       most > MOST_COMPONENTS
@@ -536,17 +538,6 @@ function componentsUnder(
   const A = side("A");
   const B = side("B");
   return A || B ? { ...(A && { A }), ...(B && { B }) } : undefined;
-}
-
-/** The reason for mode "factors" where tasks do not share both factors. */
-function sharedReason(modules: readonly PackModule[]): string {
-  const share = (factor: "A" | "B", role: string): string[] => {
-    const count = modules.filter((module) => module[factor].length > 0).length;
-    return count > 0 ? [`what ${role} (${factor}) in ${count} of ${modules.length} modules`] : [];
-  };
-  const shares = [...share("A", "layers read"), ...share("B", "they write")];
-  if (shares.length === 0) return "tasks share no components: a switch hands over whole tasks";
-  return `tasks share ${shares.join(", ")}: a switch hands over the rest`;
 }
 
 /**

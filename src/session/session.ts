@@ -182,9 +182,7 @@ export class Session<T extends SessionTypes = SessionTypes> extends Switching<Se
   readonly outputNames: readonly string[];
   /** The result of the parity probe. */
   readonly probe: ProbeReport;
-  /**
-   * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`).
-   */
+  /** Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`). */
   readonly unconfirmed: readonly string[];
   /** Modules of the pack that the option `modules` has left out. */
   readonly leftOut: readonly string[];

@@ -13,7 +13,7 @@ import type { ModelFile } from "../onnx/read.ts";
 import { Residence } from "./group.ts";
 import { ModelMatcher } from "./match.ts";
 import type { Mode, SessionOptions } from "./options.ts";
-import { broughtBy, type Plan, planSession } from "./prepare.ts";
+import { broughtBy, planSession } from "./prepare.ts";
 
 export interface SurveyedModule {
   readonly module: string;
@@ -32,14 +32,11 @@ export interface SurveyedModule {
   readonly candidates: readonly string[];
 }
 
-/** A parameter that tasks bring next to their terms. */
+/** A parameter that tasks bring next to their terms, and is not left out. */
 export interface SurveyedParameter {
   readonly name: string;
   readonly role: string;
-  /** "input": a run is fed with it; "folded": it is written into the weights; "found", where no mode works. */
-  readonly becomes: "input" | "folded" | "found" | "ignored" | "missing";
-  /** True if the exporter has dropped it, since it was zero. */
-  readonly dropped: boolean;
+  /** The reason why it is not found. */
   readonly why: string | null;
 }
 
@@ -106,7 +103,7 @@ export async function surveyModel(file: ModelFile, pack: Pack, options: SessionO
       fused: fusedNode(model)?.opType ?? null,
       half: halfOf(file) ?? null,
       modules: await surveyModules(file, view, bases, options),
-      parameters: await surveyParameters(file, view, options, plan),
+      parameters: await surveyParameters(file, view, options),
       modes,
       learning: { works: why === null, why },
     };
@@ -190,28 +187,13 @@ async function surveyParameters(
   file: ModelFile,
   pack: PackView,
   options: SessionOptions,
-  plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
   const matcher = new ModelMatcher(file, options);
-  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.changes ?? {};
-  const fed = new Set([
-    ...heads.flatMap(({ name }) => [`${name}.weight`, `${name}.bias`]),
-    ...[...biases, ...rows, ...vectors].map(({ name }) => name),
-  ]);
   const found: SurveyedParameter[] = [];
   for (const { role, name } of await broughtBy(pack, options)) {
-    if (isOfModule(role)) continue;
-    const ignored = matcher.ignores(name);
-    const looked = ignored
-      ? undefined
-      : await attempt(async () => {
-          const dropped = (await matcher.dropped(name)) !== undefined;
-          if (!dropped) await matcher.parameter(name, role);
-          return dropped;
-        });
-    const there = plan ? (fed.has(name) ? "input" : "folded") : "found";
-    const becomes = ignored ? "ignored" : looked?.why ? "missing" : there;
-    found.push({ name, role, becomes, dropped: looked?.made === true, why: looked?.why ?? null });
+    if (isOfModule(role) || matcher.ignores(name)) continue;
+    const { why } = await attempt(async () => (await matcher.dropped(name)) ?? matcher.parameter(name, role));
+    found.push({ name, role, why });
   }
   return found;
 }

@@ -332,7 +332,7 @@ for (const [name, caseOf] of [["a tiny model", tinyCase], ...(soak ? [["MiniLM",
     const few = (await json(1, ...sized, "1/5000", "--force"))["error"].message;
     t.match(few, /^--bytes 1\/5000: a pack of these adapters can be at most [\d.]+× smaller/);
 
-    await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "240"]);
+    await interrupted(t, ["pack", first, third, "-o", "stopped.eigen", ...how, "--distill", "120"]);
     if (name === "MiniLM") return;
     await refusals(t, first, how);
   });

@@ -14,7 +14,18 @@ import { answersAlike, F32, fitted } from "../support/learning.ts";
 import { data, LOSSLESS, packOf as packed } from "../support/packs.ts";
 import { peftAgrees } from "../support/peft-agrees.ts";
 import { soak } from "../support/required.ts";
-import { difference, int64, modesOn, NODE, ORTS, type Ort, open, outputOf, type Session } from "../support/sessions.ts";
+import {
+  checkRows,
+  checkTasks,
+  int64,
+  modesOn,
+  NODE,
+  ORTS,
+  type Ort,
+  open,
+  outputOf,
+  type Session,
+} from "../support/sessions.ts";
 
 type Feeds = Parameters<Session["run"]>[0];
 
@@ -67,20 +78,10 @@ for (const name of NAMES) {
       for (const mode of modesOn(runtime)) {
         const session = await open(ort, model(name), await packOf(name), { mode });
         const run = feedsOf(ort, feeds);
-        for (const task of ["two", "four", null]) {
-          await session.switchTask(task);
-          const off = difference(await outputOf(session, run), logits[task ?? "base"]!.flat());
-          t.ok(off < 2e-5, `${mode}, ${task}: off by ${off}`);
-        }
-        if (mode !== "folded") {
-          const rows = await session.run(run, { tasks: ["two", null, "four"] });
-          const width = rows["logits"]!.dims[1]!;
-          for (const [row, task] of ["two", "base", "four"].entries()) {
-            const expected = logits[task]![row]!;
-            const found = (rows["logits"]!.data as Float32Array).subarray(row * width).subarray(0, expected.length);
-            t.ok(difference(found, expected) < 2e-5, `${mode}, row ${row}: ${task}`);
-          }
-        }
+        const how = { allowed: 2e-5, what: mode };
+        await checkTasks(t, session, run, ["two", "four"], (task) => logits[task ?? "base"]!.flat(), how);
+        const row = (task: string | null, row: number) => logits[task ?? "base"]![row]!;
+        if (mode !== "folded") await checkRows(t, session, run, ["two", null, "four"], row, how);
         await session.close();
       }
     });

@@ -11,12 +11,11 @@ import { changed } from "../support/graphs.ts";
 import { atOnce } from "../support/internals/base.ts";
 import { parseTask } from "../support/internals/format.ts";
 import {
-  create,
   fromBinary,
   type GraphProto,
   ModelProtoSchema,
+  makeNode,
   type NodeProto,
-  NodeProtoSchema,
 } from "../support/internals/models.ts";
 import { parseTaskFile } from "../support/internals/runtime.ts";
 import { data, LOSSLESS, packOf } from "../support/packs.ts";
@@ -101,7 +100,7 @@ t.test("a bias that is there by another name is not added once more", async (t) 
       change(gemm, graph);
     });
   const behind = (opType: string, input: string[], output: string, domain = ""): NodeProto =>
-    create(NodeProtoSchema, { opType, name: `/${output}`, input, output: [output], domain });
+    makeNode(opType, `/${output}`, input, output, {}, domain);
   const ways: Record<string, (gemm: NodeProto, graph: GraphProto) => void> = {
     "as the Gemm's own": (gemm) => gemm.input.push("b"),
     "behind a Reshape and a Cast": (gemm, graph) => {

@@ -6,7 +6,6 @@ import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";
 import { changed as changedBytes, modelOf } from "../support/graphs.ts";
 import {
-  AttributeProtoSchema,
   create,
   findParameters,
   fromBinary,
@@ -14,8 +13,9 @@ import {
   inject,
   type ModelFile,
   ModelProtoSchema,
+  makeNode,
+  makeValue,
   type NodeProto,
-  NodeProtoSchema,
   type OnnxParameter,
   parseModel,
   planSession,
@@ -25,7 +25,6 @@ import {
   type TensorProto,
   TensorProtoSchema,
   takeApart,
-  ValueInfoProtoSchema,
 } from "../support/internals/models.ts";
 import {
   difference,
@@ -174,8 +173,7 @@ const changed = (name: string, change: (graph: GraphProto) => void): Uint8Array 
 t.test("what else reads a layer's result", async (t) => {
   // The product itself is an output of the model, and must show the task too.
   const exposed = changed("transposed", (graph) => {
-    const type = { tensorType: { elemType: 1 } };
-    graph.output.push(create(ValueInfoProtoSchema, { name: "/mid/MatMul_output_0", type }));
+    graph.output.push(makeValue("/mid/MatMul_output_0", FLOAT));
   });
   const products: Float32Array[] = [];
   for (const mode of MODES) {
@@ -194,7 +192,7 @@ t.test("what else reads a layer's result", async (t) => {
     const at = graph.node.findIndex((node) => node.name === "/classifier/Add");
     const add = graph.node[at]!;
     add.input = add.input.map((value) => (value === "/classifier/MatMul_output_0" ? "apart" : value));
-    graph.node.splice(at, 0, node("Identity", "apart", ["/classifier/MatMul_output_0"], "apart"));
+    graph.node.splice(at, 0, makeNode("Identity", "apart", ["/classifier/MatMul_output_0"], "apart"));
   });
   for (const mode of ["core", "factors"] as const) {
     const error = await refusal(async () => open(NODE, apart, await packFor("mlp"), { mode }));
@@ -226,11 +224,8 @@ function sequences(first: "batch" | "sequence"): Uint8Array {
     graph.output[0]!.type!.tensorType!.shape = undefined;
     graph.valueInfo.length = 0;
     if (first === "batch") return;
-    const turn = (from: string, to: string): NodeProto => {
-      const turned = node("Transpose", `turn/${from}`, [from], to);
-      turned.attribute.push(create(AttributeProtoSchema, { name: "perm", ints: [1n, 0n, 2n], type: 7 }));
-      return turned;
-    };
+    const turn = (from: string, to: string): NodeProto =>
+      makeNode("Transpose", `turn/${from}`, [from], to, { perm: [1, 0, 2] });
     for (const one of graph.node) {
       one.input = one.input.map((name) => (name === "x" ? "x/turned" : name));
       one.output = one.output.map((name) => (name === "logits" ? "logits/turned" : name));
@@ -308,28 +303,12 @@ function tensor(name: string, dataType: number, dims: readonly number[], values:
   return create(TensorProtoSchema, { name, dataType, dims: dims.map(BigInt), rawData: raw() });
 }
 
-function node(
-  opType: string,
-  name: string,
-  input: string[],
-  output: string,
-  attributes: Record<string, number> = {},
-  domain = "",
-): NodeProto {
-  const attribute = Object.entries(attributes).map(([key, value]) => ({ name: key, i: BigInt(value), type: 2 }));
-  return create(NodeProtoSchema, { opType, name, input, output: [output], attribute, domain });
-}
-
 /** x [rows, K] → y */
-function layer(K: number, nodes: NodeProto[], initializer: TensorProto[]): Uint8Array {
-  const value = (name: string, dims: (number | undefined)[]) => {
-    const dim = dims.map((d) => (d === undefined ? {} : { dimValue: BigInt(d) }));
-    const type = { tensorType: { elemType: FLOAT, shape: { dim } } };
-    return create(ValueInfoProtoSchema, { name, type });
-  };
-  const [input, output] = [[value("x", [undefined, K])], [value("y", [undefined, undefined])]];
-  return modelOf({ node: nodes, initializer, input, output }, { opset: 21 });
-}
+const layer = (K: number, node: NodeProto[], initializer: TensorProto[]): Uint8Array =>
+  modelOf(
+    { node, initializer, input: [makeValue("x", FLOAT, ["", K])], output: [makeValue("y", FLOAT, ["", ""])] },
+    { opset: 21 },
+  );
 
 async function opened(bytes: Uint8Array): Promise<{ file: ModelFile; weight: OnnxParameter }> {
   const file = await readModel(bytes);
@@ -372,7 +351,7 @@ t.test("MatMulNBits is read as ONNX Runtime computes it", async (t) => {
       if (kind === "float" && bits === 8) continue;
       const inputs = ["x", "W", "scales", ...(zero ? ["zeros"] : [])];
       const attributes = { K, N, bits, block_size: size };
-      const product = node("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
+      const product = makeNode("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
       const off = await disagreement(layer(K, [product], [packed, scales, ...(zero ? [zero] : [])]), N, K);
       t.ok(off <= 1e-5, `${bits} bits, blocks of ${size}, K ${K}, zero points: ${kind}; off by ${off}`);
     }
@@ -401,10 +380,10 @@ t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes the
           const tensors = [weight, tensor("s", FLOAT, dims, random(count, 0.01, 0.2))];
           if (zero) tensors.push(tensor("z", type, dims, values(count)));
           const inputs = ["W", "s", ...(zero ? ["z"] : [])];
-          const dequantize = node("DequantizeLinear", "/layer/Dequantize", inputs, "w", attributes);
+          const dequantize = makeNode("DequantizeLinear", "/layer/Dequantize", inputs, "w", attributes);
           const product = turned
-            ? node("Gemm", "/layer/Gemm", ["x", "w"], "y", { transB: 1 })
-            : node("MatMul", "/layer/MatMul", ["x", "w"], "y");
+            ? makeNode("Gemm", "/layer/Gemm", ["x", "w"], "y", { transB: 1 })
+            : makeNode("MatMul", "/layer/MatMul", ["x", "w"], "y");
           const off = await disagreement(layer(K, [dequantize, product], tensors), N, K);
           t.ok(off <= 1e-5, `type ${type}, ${what}, turned ${turned}, zero points ${zero}: off by ${off}`);
         }
@@ -421,11 +400,11 @@ t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes the
       tensor("z", INT8, dims, new Array<number>(count).fill(perColumn ? 0 : 3)),
     ];
     const nodes = [
-      create(NodeProtoSchema, { opType: "DynamicQuantizeLinear", name: "q", input: ["x"], output: ["xq", "xs", "xz"] }),
-      node("MatMulInteger", "/layer/MatMul_quant", ["xq", "W", "xz", "z"], "i"),
-      node("Cast", "cast", ["i"], "f", { to: 1 }),
-      node("Mul", "scales", ["xs", "s"], "ss"),
-      node("Mul", "scaled", ["f", "ss"], "y"),
+      makeNode("DynamicQuantizeLinear", "q", ["x"], ["xq", "xs", "xz"]),
+      makeNode("MatMulInteger", "/layer/MatMul_quant", ["xq", "W", "xz", "z"], "i"),
+      makeNode("Cast", "cast", ["i"], "f", { to: 1 }),
+      makeNode("Mul", "scales", ["xs", "s"], "ss"),
+      makeNode("Mul", "scaled", ["f", "ss"], "y"),
     ];
     const off = await disagreement(layer(K, nodes, tensors), N, K);
     t.ok(off <= 1e-5, `MatMulInteger, a scale per column ${perColumn}: off by ${off}`);

@@ -206,7 +206,7 @@ for (const { name, ort } of RUNTIMES) {
     t.ok(counts(pack).every((one) => one === "1 0"));
     const session = await open(ort, model("torchscript"), pack);
     t.equal(session.mode, "factors");
-    t.match(session.reason, /tasks share what layers read \(A\) in (\d) of \1 modules: a switch hands over the rest/);
+    t.match(session.reason, /tasks share no components on both factors of a layer: a switch hands over the rest/);
     t.equal(session.probe.result, "passed");
     const other = await openPack(bytes);
     const [whole, folded] = [

@@ -30,6 +30,13 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     return backend.view!(at, byteLength).slice();
   }
 
+  const check = (name: string, work: (t: SuiteTest, backend: Backend) => Promise<void>): unknown =>
+    t.test(name, async (t) => {
+      const backend = await create();
+      t.teardown(() => backend.close());
+      await work(t, backend);
+    });
+
   /** A block filled with guard bytes that holds `bytes` at `byteOffset`, with room behind them. */
   function place(backend: Backend, bytes: Uint8Array, byteOffset: number): Slice {
     const whole = new Uint8Array(byteOffset + bytes.byteLength + 64).fill(GUARD);
@@ -45,9 +52,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     return Uint8Array.from([...whole.subarray(0, at.byteOffset), ...whole.subarray(at.byteOffset + byteLength)]);
   }
 
-  t.test("expand equals the sum in f64, for every tensor type", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("expand equals the sum in f64, for every tensor type", async (_t, backend) => {
     const cases = fc.record({
       type: fc.constantFrom(...TENSORS),
       rank: fc.constantFrom(0, 1, 2, 3, 8, 17, 33),
@@ -88,9 +93,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     );
   });
 
-  t.test("project equals the sum in f64", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("project equals the sum in f64", async (_t, backend) => {
     const cases = fc.record({
       count: fc.constantFrom(0, 1, 2, 7, 8, 9, 17),
       rows: fc.constantFrom(0, 1, 2, 7, 33, 300),
@@ -125,9 +128,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     );
   });
 
-  t.test("operations take effect in the order of the calls", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("operations take effect in the order of the calls", async (t, backend) => {
     const block = backend.allocate(4096, "scratch");
     const at = (float: number): Slice => ({ block, byteOffset: 4 * float });
     const other = backend.allocate(4096, "scratch");
@@ -163,9 +164,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     seed: fc.integer(),
   });
 
-  t.test("fold equals the sum in f64, rounded once, for every float type", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("fold equals the sum in f64, rounded once, for every float type", async (_t, backend) => {
     await fc.assert(
       fc.asyncProperty(weights, async ({ type, rank, rows, columns, gap, skew, scaled, inPlace, seed }) => {
         const random = uniform(seed);
@@ -231,9 +230,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     );
   });
 
-  t.test("fold of rank 0 without scales copies bits, NaN payloads included", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("fold of rank 0 without scales copies bits, NaN payloads included", async (t, backend) => {
     const random = uniform(7);
     for (const type of FLOATS) {
       const size = type === "f32" ? 4 : 2;
@@ -264,9 +261,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     }
   });
 
-  t.test("halves are rounded to nearest, ties to even", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("halves are rounded to nearest, ties to even", async (t, backend) => {
     // [f32 value, half]: from the definition of the formats, not from a converter.
     const f16: [number, number][] = [
       [0, 0x0000],
@@ -333,9 +328,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     }
   });
 
-  t.test("every half takes an update, rounded to the nearest, also beside infinity and NaN", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("every half takes an update, rounded to the nearest, also beside infinity and NaN", async (t, backend) => {
     // Odd, so that no width of vectors divides it.
     const [rows, columns] = [255, 257];
     const halves = Uint16Array.from({ length: rows * columns }, (_, i) => (i * 40503) & 0xffff);
@@ -367,9 +360,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     }
   });
 
-  t.test("halves decode to every value they can have", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("halves decode to every value they can have", async (t, backend) => {
     for (const type of ["f16", "bf16"] as const) {
       const bytes = bytesOf(Uint16Array.from({ length: 65536 }, (_, i) => i));
       const out = place(backend, new Uint8Array(4 * 65536), 0);
@@ -392,9 +383,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     }
   });
 
-  t.test("scale gives magnitude over norm, on both axes", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("scale gives magnitude over norm, on both axes", async (_t, backend) => {
     await fc.assert(
       fc.asyncProperty(
         weights,
@@ -442,9 +431,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     );
   });
 
-  t.test("scale of a zero row or column is 0", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("scale of a zero row or column is 0", async (t, backend) => {
     const base = Float32Array.of(0, 0, 0, 0, 3, 4);
     const nothing = place(backend, new Uint8Array(0), 0);
     for (const [axis, expected] of [
@@ -460,9 +447,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     }
   });
 
-  t.test("blocks are zeroed, never overlap, and keep their contents while memory grows", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("blocks are zeroed, never overlap, and keep their contents while memory grows", async (t, backend) => {
     const random = uniform(3);
     const live: { block: Block; mark: number }[] = [];
     const check = async ({ block, mark }: { block: Block; mark: number }): Promise<void> => {
@@ -490,9 +475,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     t.ok(live.length > 10, "some blocks are left");
   });
 
-  t.test("copy, upload and view move bytes between blocks", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("copy, upload and view move bytes between blocks", async (t, backend) => {
     const from = place(backend, Uint8Array.of(1, 2, 3, 4, 5, 6, 7, 8), 4);
     const to = place(backend, new Uint8Array(8), 8);
     backend.copy(from, to, 8);
@@ -503,9 +486,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     t.throws(() => backend.copy(to, from, 4), TypeError);
   });
 
-  t.test("a job that leaves its blocks is refused by name", async (t) => {
-    const backend = await create();
-    t.teardown(() => backend.close());
+  check("a job that leaves its blocks is refused by name", async (t, backend) => {
     const block = backend.allocate(4096, "active");
     const at = (byteOffset: number): Slice => ({ block, byteOffset });
     const fold: FoldJob = {

@@ -9,6 +9,7 @@ import { createSession, type Engine, type SessionOptions } from "eigenlora/sessi
 import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
+import type { Test } from "tap";
 import { openSafetensors, openSource } from "./internals/base.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
@@ -188,6 +189,50 @@ export function difference(found: ArrayLike<number>, expected: ArrayLike<number>
     if (!(off <= largest)) largest = Number.isNaN(off) ? Infinity : off;
   }
   return largest;
+}
+
+/** Allowed difference of answers, and where they are from. */
+interface Holds {
+  /** Default: 1e-5. */
+  readonly allowed?: number | ((task: string | null) => number);
+  readonly what: string;
+}
+
+/** Checks the answers of the base, of each task, and of the base again. */
+export async function checkTasks(
+  t: Pick<Test, "ok">,
+  session: Session,
+  run: Feeds,
+  tasks: Iterable<string>,
+  answer: (task: string | null) => readonly number[],
+  { allowed = 1e-5, what }: Holds,
+): Promise<void> {
+  for (const task of [null, ...tasks, null]) {
+    await session.switchTask(task);
+    const off = difference(await outputOf(session, run), answer(task));
+    t.ok(off <= (typeof allowed === "number" ? allowed : allowed(task)), `${what}, ${task}: off by ${off}`);
+  }
+}
+
+/** Checks one task in each row. @param answer one row of a task's answer, which may have fewer columns than others */
+export async function checkRows(
+  t: Pick<Test, "ok">,
+  session: Session,
+  run: Feeds,
+  tasks: readonly (string | null)[],
+  answer: (task: string | null, row: number) => readonly number[],
+  { allowed = 1e-5, what }: Holds,
+): Promise<void> {
+  const values = await outputOf(session, run, { tasks });
+  const width = values.length / tasks.length;
+  for (const [row, task] of tasks.entries()) {
+    const expected = answer(task, row);
+    const off = difference(values.subarray(row * width, row * width + expected.length), expected);
+    t.ok(
+      off <= (typeof allowed === "number" ? allowed : allowed(task)),
+      `${what}, ${task} in row ${row}: off by ${off}`,
+    );
+  }
 }
 
 /** Error of an action that must be refused. */

@@ -247,7 +247,7 @@ t.test("adapters of different base models are refused, with who names which", as
     /name their base model in several ways, taken for one: google\/bert-base, .*someone\/bert-base/,
   );
   const expected =
-    /named\/z: the adapters name different base models: google\/bert-base \(a, b, c and 1 more\); gpt2 \(z\)\. .*--any-base/;
+    /named\/z: the adapters name different base models: google\/bert-base \(a, b, c, d\); gpt2 \(z\)\. .*--any-base/;
   t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--k", "2"), expected);
   t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--bytes", "1/2"), expected);
   t.match(await refusal("hub", "shard", ...all, gpt, "-o", at("x")), expected);
