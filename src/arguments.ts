@@ -3,15 +3,10 @@
  * that are something else than expected. What they refuse is said by name, with what to write instead.
  */
 
-/** An option that a list of known ones lacks. */
-interface Missing<Name> {
-  readonly "the list of known options lacks": Name;
-}
-
 /** A list of all keys of `Options`; a list that lacks one does not compile. */
 type AllKeys<Options, Names extends readonly string[]> = [Exclude<keyof Options, Names[number]>] extends [never]
   ? Names
-  : Missing<Exclude<keyof Options, Names[number]>>;
+  : { readonly "the list of known options lacks": Exclude<keyof Options, Names[number]> };
 
 /**
  * @param where the public function, for the message

@@ -23,18 +23,17 @@ export interface ListenOptions {
   readonly passive?: boolean | undefined;
 }
 
+/** Adds or removes a listener. */
+export type Listen<Events extends object> = <Type extends keyof Events & string>(
+  type: Type,
+  listener: Listener<Events[Type]> | null,
+  options?: boolean | ListenOptions,
+) => void;
+
 /** An object with events: an `EventTarget`, where the engine has those. `Events` names the detail of each. */
 export interface Observable<Events extends object> {
-  addEventListener<Type extends keyof Events & string>(
-    type: Type,
-    listener: Listener<Events[Type]> | null,
-    options?: boolean | ListenOptions,
-  ): void;
-  removeEventListener<Type extends keyof Events & string>(
-    type: Type,
-    listener: Listener<Events[Type]> | null,
-    options?: boolean | ListenOptions,
-  ): void;
+  readonly addEventListener: Listen<Events>;
+  readonly removeEventListener: Listen<Events>;
   /** @internal Called when the first listener is added. */
   heard(type: string): void;
   /** @internal */

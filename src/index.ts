@@ -39,7 +39,7 @@ export {
   TaskError,
   TrustError,
 } from "./errors.ts";
-export type { DetailedEvent, Listener, ListenOptions, Observable } from "./events.ts";
+export type { DetailedEvent, Listen, Listener, ListenOptions, Observable } from "./events.ts";
 export {
   type BasisDescription,
   type Coefficients,

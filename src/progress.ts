@@ -57,36 +57,32 @@ export function watch(
 ): WatchedSource {
   let loaded = 0;
   let status: FileProgress["status"] = "initiate";
-  const tellOf = teller(source.name, stage, onProgress);
-  const tell = (): void => tellOf(status, loaded, total(loaded) ?? 0);
+  const tell = teller(source.name, stage, onProgress);
+  const enter = (next: FileProgress["status"]): void => {
+    status = next;
+    tell(status, loaded, total(loaded) ?? 0);
+  };
   const add = (count: number): void => {
     loaded += count;
-    if (status === "done" || count === 0 || total(loaded) === undefined) return;
-    status = "progress";
-    tell();
+    if (status !== "done" && count > 0 && total(loaded) !== undefined) enter("progress");
   };
   const done = (): void => {
-    if (status === "done") return;
-    status = "done";
-    tell();
+    if (status !== "done") enter("done");
   };
   const reading = async (read: (options: ReadOptions) => Promise<Uint8Array>, options?: ReadOptions) => {
-    if (status === "initiate") {
-      status = "download";
-      tell();
-    }
-    let told = 0;
+    if (status === "initiate") enter("download");
+    let reported = 0;
     const onBytes = (count: number): void => {
-      told += count;
+      reported += count;
       add(count);
     };
     const bytes = await read({ ...options, onBytes });
-    // Sources that say nothing have read all at once.
-    add(Math.max(0, bytes.length - told));
+    // Sources that report nothing have read all at once.
+    add(Math.max(0, bytes.length - reported));
     if (loaded >= (total(loaded) ?? Infinity)) done();
     return bytes;
   };
-  tell();
+  enter("initiate");
   const { readAll } = source;
   return {
     name: source.name,

@@ -118,6 +118,18 @@ export function nameOfUrl({ protocol, origin, pathname, search, href }: URL): st
   return /^(blob|hf):/.test(protocol) ? href : `${origin}${pathname}${search && "?…"}`;
 }
 
+/** Bytes one behind the other. */
+export function joined(chunks: readonly Uint8Array[]): Uint8Array {
+  if (chunks.length === 1) return chunks[0]!;
+  const bytes = new Uint8Array(chunks.reduce((sum, { length }) => sum + length, 0));
+  let at = 0;
+  for (const chunk of chunks) {
+    bytes.set(chunk, at);
+    at += chunk.length;
+  }
+  return bytes;
+}
+
 /** Bytes by which a file says how long it is. */
 export const FIRST_BYTES = 64;
 

@@ -12,6 +12,7 @@ import {
   type ByteSource,
   FETCH_OPTIONS,
   type FetchOptions,
+  joined,
   nameOfUrl,
   type ReadOptions,
   type Reads,
@@ -197,9 +198,7 @@ export function cachedSource(
         pieces.push(piece);
         onBytes?.(piece.length);
       }
-      const bytes = new Uint8Array(length);
-      for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
-      return bytes;
+      return joined(pieces);
     },
     /** Whole files need their size, which is kept as well: there may be no server to ask. */
     async readAll(options = {}) {

@@ -109,10 +109,10 @@ export const add: Attach = command({
       text: [
         `${file}: ${count(added.length, "task")} added, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`,
         ...(residual.length > 0 ? lossTable(residual) : []),
-        ...judged.map(({ entry, blob, agreement, reason }) => {
-          const undistilled = `stored as without a model${reason === undefined ? ", since the command was stopped" : `: ${reason}`}`;
-          const answers = agreement === undefined ? undistilled : `answers ${percent(agreement)} like the adapter`;
-          return `${entry.id}: ${bytes(blob.length)}, ${answers}`;
+        ...judged.map(({ entry, blob, agreement, reason = "the command was stopped" }) => {
+          const how =
+            agreement === undefined ? `as without a model: ${reason}` : `${percent(agreement)} like the adapter`;
+          return `${entry.id}: ${bytes(blob.length)}, ${agreement === undefined ? "stored" : "answers"} ${how}`;
         }),
         ...copied.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, unchanged`),
       ],

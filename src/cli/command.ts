@@ -335,11 +335,10 @@ export class Run {
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
     if (path === undefined) return {};
     const how: HubOptions = { onProgress: downloading(this.#out) };
-    const { openWeights } = await import("../adapters/tree.ts");
+    const { describeBase, openWeights } = await import("../adapters/tree.ts");
     const host = await openWeights(path, how);
     if (host === undefined) {
       // Other files name its parts, and give no weights to take fingerprints of.
-      const { describeBase } = await import("../adapters/tree.ts");
       await describeBase(path, how);
       const advice = "give model.safetensors, or a folder with it, so that apps know the right model";
       this.#out.warn(

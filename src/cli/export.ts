@@ -19,7 +19,7 @@ import { openSource } from "../open-source.ts";
 import { componentsFile, taskAdapter } from "../pack/expand.ts";
 import { openSafetensors, type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors.ts";
 import { type Attach, command } from "./command.ts";
-import { type Chunks, checkTarget, isLink, jsonFile, stat, writeTogether } from "./files.ts";
+import { type Chunks, checkTarget, jsonFile, stat, writeTogether } from "./files.ts";
 import {
   byDefault,
   choice,
@@ -133,7 +133,6 @@ async function checkFolder(folder: string): Promise<void> {
   };
   if (folder === "-") refuse("an adapter is a folder of files; name one");
   const there = stat(folder);
-  if (!there && isLink(folder)) refuse("is a link to a folder that is not there; remove it, or name that folder");
   if (there && !there.isDirectory()) refuse("is a file; name a folder");
   const names = there ? await readdir(folder) : [];
   if (names.some((name) => !/^\.|\.(lock|tmp)$/.test(name)))

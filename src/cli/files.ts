@@ -135,7 +135,7 @@ export function checkTarget(
     refuse(`already exists; choose another name${force === undefined ? "" : ", or replace it with --force"}`);
 }
 
-export function isLink(path: string): boolean {
+function isLink(path: string): boolean {
   try {
     return lstatSync(path).isSymbolicLink();
   } catch {
@@ -375,7 +375,7 @@ interface Owner {
 /** A lock that cannot be read: of another program, or about to be written. */
 const NAMELESS = "nameless";
 
-/** Milliseconds. */
+/** Milliseconds to wait for a process, and for a lock without a name; and those before a wait is reported. */
 const PATIENCE = 60_000;
 const NAMELESS_PATIENCE = 2_000;
 const SILENCE = 1_000;
@@ -420,12 +420,7 @@ export async function takeLock(
     sweep(target);
   } catch (cause) {
     forget();
-    const missing = isCode(cause, "ENOENT");
-    return failed(
-      path,
-      "written",
-      missing ? new Error(`the folder ${dirname(target)} is not there; make it first`) : cause,
-    );
+    return failed(path, "written", cause);
   }
   return {
     close() {

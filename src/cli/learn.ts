@@ -7,47 +7,20 @@ import { basename, extname } from "node:path";
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Pack } from "../core/pack.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import { isTaskId } from "../format/directory.ts";
 import { sharedBases } from "../format/format.ts";
 import { createTrainer, type Start, type TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { openTrainable, readExamples } from "./model.ts";
-import {
-  byDefault,
-  force,
-  from,
-  group,
-  match,
-  number,
-  type OptionSpec,
-  output,
-  POSITIVE,
-  required,
-  runsOn,
-  text,
-  UsageError,
-} from "./options.ts";
+import { byDefault, force, from, group, match, number, output, POSITIVE, required, runsOn, text } from "./options.ts";
 import { bytes, count, mean, percent, resources, table } from "./output.ts";
-
-const labels: OptionSpec<readonly string[] | undefined> = {
-  value: "a,b,c",
-  help: "All labels, in order. Default: those of EXAMPLES, in the order in which they appear.",
-  parse(given, flag) {
-    const names = given.split(",").map((label) => label.trim());
-    if (names.length >= 2 && new Set(names).size === names.length && !names.includes("")) return names;
-    throw new UsageError(`${flag} ${given}: expected at least two, all different, as a,b,c`);
-  },
-};
 
 const OPTIONS = {
   output: output(
     "TASK.eigentask",
-    "The task file to write. Ctrl-C ends the training and writes the best epoch so far, or before the first has ended the last step; " +
+    "The task file to write, whose name the task gets. Ctrl-C ends the training and writes the best epoch so far, or before the first has ended the last step; " +
       "the exit code is 130 either way, and a message says if nothing was written.",
   ),
   force,
-  id: text("ID", "Name of the task. Default: that of the file."),
-  labels,
   ...group("The model", {
     model: required(text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.", "model")),
     ...runsOn,
@@ -91,14 +64,11 @@ export const learn: Attach = command({
   options: OPTIONS,
   reads: ["file", undefined],
   async run([packPath, examplesPath]: [string, string], options, run, out) {
-    const { output: file, model, id = basename(file, extname(file)) } = options;
-    if (!isTaskId(id))
-      throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
-    const { force, tokenizer } = options;
+    const { output: file, model, force, tokenizer } = options;
+    const id = basename(file, extname(file));
     const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, tokenizer] });
     const signal = run.interrupts();
-    const { examples, labels } = await readExamples(examplesPath, options.labels);
-    if (options.labels && !labels) throw new UsageError(`--labels: ${examplesPath} has completions, which have none`);
+    const { examples, labels } = await readExamples(examplesPath);
     const pack = await run.pack(packPath);
     const unshared = !pack.modules.some(sharedBases);
     if (unshared && pack.directory.basis.step === undefined)

@@ -10,7 +10,6 @@ import { dirname, join, relative } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
-import { nearest } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import { type Encode, encoderOf, type PlainTokenizer } from "../session/tokens.ts";
@@ -254,13 +253,11 @@ export function asksPrompts(
 
 /**
  * Reads examples to learn from: `{"text": "…", "label": "…"}`, `{"prompt": "…", "completion": "…"}` or `{"messages": […]}` on each line.
- * @param known labels that are allowed. Default: those of the file, in the order in which they appear
- * @returns no labels with completions
+ * @returns labels in the order in which they appear; none with completions
  * @throws SourceError naming the line, what was expected and what was found
  */
 export async function readExamples(
   path: string,
-  known: readonly string[] | undefined,
 ): Promise<{ examples: LabelledText[]; labels: readonly string[] } | { examples: Completion[]; labels: undefined }> {
   const lines = await linesOf(path);
   if (hasCompletions(lines)) return { examples: lines.map(completionOf), labels: undefined };
@@ -269,15 +266,10 @@ export async function readExamples(
     const expected = `{"text": "…", "label": "…"}, ${COMPLETION}`;
     const text = textOf(line, "text", expected);
     const label = textOf(line, "label", expected).trim();
-    if (known && !known.includes(label)) {
-      const [close] = nearest(label, known);
-      const meant = close === undefined ? "" : `; did you mean ${close}?`;
-      throw line.wrong(`the label "${label}" is none of --labels ${known.join(",")}${meant}`);
-    }
     seen.add(label);
     return { text, label };
   });
-  if (seen.size >= 2) return { examples, labels: known ?? [...seen] };
+  if (seen.size >= 2) return { examples, labels: [...seen] };
   const [only] = seen;
   const message =
     only === undefined

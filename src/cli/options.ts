@@ -121,13 +121,11 @@ export function from(least: number): Range {
 }
 
 export function number(value: string, help: string, { expected, holds }: Range): Maybe<number> {
-  const isShare = /share/.test(expected);
   const parse = (given: string, flag: string): number => {
-    const [, percent] = isShare ? (/^([\d.]+) ?%$/.exec(given) ?? []) : [];
+    const [, percent] = /share/.test(expected) ? (/^([\d.]+) ?%$/.exec(given) ?? []) : [];
     const found = percent === undefined ? Number(given) : Number(percent) / 100;
     if (given.trim() !== "" && holds(found)) return found;
-    const meant = isShare && found > 1 && holds(found / 100) ? `; did you mean ${found / 100}?` : "";
-    throw new UsageError(`${flag} ${given}: expected ${expected}${meant}`);
+    throw new UsageError(`${flag} ${given}: expected ${expected}`);
   };
   return { value, help, parse };
 }

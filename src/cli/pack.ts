@@ -17,15 +17,7 @@ import * as option from "./options.ts";
 import { bytes, count, mean, type Output, percent, range, resources, sharing, smaller, sum, table } from "./output.ts";
 
 /** Units of a size, without their "B". */
-const UNITS: Readonly<Record<string, number>> = {
-  "": 1,
-  k: 1e3,
-  m: 1e6,
-  g: 1e9,
-  ki: 2 ** 10,
-  mi: 2 ** 20,
-  gi: 2 ** 30,
-};
+const UNITS: Readonly<Record<string, number>> = { "": 1, k: 1e3, m: 1e6, g: 1e9 };
 
 /** A size in bytes, or the adapters' divided by a number. */
 type Size = number | { readonly ratio: number };
@@ -36,8 +28,8 @@ const size: option.Maybe<Size> = {
   parse(given, flag) {
     const [, divisor = ""] = /^1\/([\d.]+)$/.exec(given) ?? [];
     if (Number(divisor) > 0) return { ratio: Number(divisor) };
-    const [, digits = "", unit = ""] = /^([\d.]+) ?([kmg]?i?)b?$/i.exec(given) ?? [];
-    const found = Math.floor(Number(digits) * (UNITS[unit.toLowerCase()] ?? NaN));
+    const [, digits = "", unit = ""] = /^([\d.]+) ?([kmg]?)b?$/i.exec(given) ?? [];
+    const found = Math.floor(Number(digits) * UNITS[unit.toLowerCase()]!);
     if (digits !== "" && found > 0) return found;
     throw new option.UsageError(`${flag} ${given}: expected a size such as 300000, 300kB, 1.5MB or 1/60`);
   },

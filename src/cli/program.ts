@@ -112,8 +112,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
   // Unknown words are compared with all options, the rare ones too.
   if (argv.includes("--all") || !argv.some((word) => HELP.has(word))) listAll(program);
   try {
-    // Other programs print their version for either letter.
-    await program.parseAsync(argv[0] === "-V" ? ["--version", ...argv.slice(1)] : argv, { from: "user" });
+    await program.parseAsync(argv, { from: "user" });
     return code;
   } catch (error) {
     if (!(error instanceof CommanderError && printed !== "")) {

@@ -1,8 +1,7 @@
 /** The command view: shows in a browser what packs, task files and adapters hold. */
 import { spawn } from "node:child_process";
-import type { Stats } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
-import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
+import { createServer, type IncomingMessage, type OutgoingHttpHeaders, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { basename, join } from "node:path";
 import { Readable } from "node:stream";
@@ -15,16 +14,11 @@ import { AdapterError } from "../errors.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource } from "../source.ts";
 import { type Attach, command, downloading, type Run } from "./command.ts";
-import { byDefault, number, type Range, toggle, UsageError } from "./options.ts";
+import { byDefault, from, number, toggle, UsageError } from "./options.ts";
 import type { Output } from "./output.ts";
 
 /** The viewer, which the build makes of examples/viewer. */
 const PAGE = new URL("../../viewer.html", import.meta.url);
-
-const PORT: Range = {
-  expected: "a whole number up to 65535",
-  holds: (n) => Number.isSafeInteger(n) && n >= 0 && n < 65_536,
-};
 
 export const view: Attach = command({
   usage: "view <FILE> [SECOND]",
@@ -33,7 +27,7 @@ export const view: Attach = command({
     "that serves nothing else. Ctrl-C ends it.",
   example: "view tasks.eigen",
   options: {
-    port: byDefault(0, number("N", "Port of the server; 0 takes a free one.", PORT)),
+    port: byDefault(0, number("N", "Port of the server; 0 takes a free one.", from(0))),
     noOpen: toggle("Print the address, and open no browser."),
   },
   reads: ["repository"],
@@ -88,11 +82,8 @@ async function namesOf(
   const [adapter] = adapters;
   if (!adapter || adapters.length > 1 || adapter.models) {
     const all = adapters.flatMap(({ path, models }) => (models ? [...models.values()] : [{ path }]));
-    const names = all.slice(0, 5).map(({ path }) => run.shown(path));
-    throw new AdapterError(
-      `holds ${all.length} adapters; name one: ${names.join(", ")}${all.length > names.length ? ", …" : ""}`,
-      { file: run.shown(path) },
-    );
+    const names = all.map(({ path }) => path).slice(0, 5);
+    throw new AdapterError(`holds ${all.length} adapters; name one: ${names.join(", ")}`, { file: path });
   }
   const names: [string, string][] = [[basename(adapter.tensors), adapter.tensors]];
   for (const name of [CONFIG, TASK])
@@ -121,14 +112,6 @@ const POLICY = "connect-src 'self'; frame-ancestors 'none'; form-action 'none'; 
 
 /** Bytes that are read and sent at a time. */
 const PIECE = 2 ** 20;
-
-/** An answer without its body. */
-interface Reply {
-  readonly status: number;
-  readonly headers: Readonly<Record<string, string | number>>;
-  /** Bytes [start, end) of the file. */
-  readonly range?: readonly [start: number, end: number];
-}
 
 /**
  * @param page the viewer
@@ -174,26 +157,39 @@ async function answer(
   response: ServerResponse,
 ): Promise<void> {
   const { method, headers } = request;
-  const send = ({ status, headers }: Reply): ServerResponse => response.writeHead(status, { ...COMMON, ...headers });
-  if (!HOST.test(headers.host ?? ""))
-    return void send({ status: 403, headers: {} }).end("ask for it by 127.0.0.1 or localhost");
-  if (method !== "GET" && method !== "HEAD") return void send({ status: 405, headers: { allow: "GET, HEAD" } }).end();
+  const send = (status: number, more: OutgoingHttpHeaders = {}): ServerResponse =>
+    response.writeHead(status, { ...COMMON, ...more });
+  if (!HOST.test(headers.host ?? "")) return void send(403).end("ask for it by 127.0.0.1 or localhost");
+  if (method !== "GET" && method !== "HEAD") return void send(405, { allow: "GET, HEAD" }).end();
   const path = (request.url ?? "/").replace(/\?.*/s, "");
   if (path === "/") {
     const type = { "content-type": "text/html; charset=utf-8", "content-length": page.length };
-    return void send({ status: 200, headers: type }).end(method === "HEAD" ? undefined : page);
+    return void send(200, type).end(method === "HEAD" ? undefined : page);
   }
   const file = files.get(path);
-  if (file === undefined) return void send({ status: 404, headers: {} }).end();
+  if (file === undefined) return void send(404).end();
   // Opened for each answer, so that a reload shows the current content.
   const source = await openSource(file);
   try {
     // The size of what lies behind an address is known after a first read.
     if (source.byteLength === undefined) await source.read(0, 1);
-    const reply = planReply(source.byteLength!, headers.range, await stat(file).catch(() => undefined));
-    send(reply);
-    if (!reply.range || method === "HEAD") return void response.end();
-    await pipeline(Readable.from(pieces(source, reply.range)), response);
+    const size = source.byteLength!;
+    const entry = await stat(file).catch(() => undefined);
+    const about = {
+      "content-type": "application/octet-stream",
+      "accept-ranges": "bytes",
+      ...(entry && { etag: `"${entry.size.toString(36)}-${Math.round(entry.mtimeMs).toString(36)}"` }),
+    };
+    // RFC 9110: 206 for a range, 416 for one beyond the end, else 200.
+    const [, first, last = ""] = /^bytes=(\d+)-(\d*)$/.exec(headers.range ?? "") ?? [];
+    const start = Number(first ?? 0);
+    const end = last === "" ? size : Math.min(Number(last) + 1, size);
+    if (first !== undefined && start >= end)
+      return void send(416, { ...about, "content-range": `bytes */${size}` }).end();
+    const range = first === undefined ? {} : { "content-range": `bytes ${start}-${end - 1}/${size}` };
+    send(first === undefined ? 200 : 206, { ...about, ...range, "content-length": end - start });
+    if (method === "HEAD") return void response.end();
+    await pipeline(Readable.from(pieces(source, start, end)), response);
   } finally {
     await source.close?.();
   }
@@ -207,28 +203,6 @@ const COMMON = {
   "referrer-policy": "no-referrer",
 };
 
-/**
- * Answers by RFC 9110: 206 for a range, 416 for one beyond the end, else 200.
- * @param file undefined for one that is not on the disk
- */
-function planReply(size: number, asked = "", file?: Stats): Reply {
-  const headers = {
-    "content-type": "application/octet-stream",
-    "accept-ranges": "bytes",
-    ...(file && { etag: `"${file.size.toString(36)}-${Math.round(file.mtimeMs).toString(36)}"` }),
-  };
-  const [, first, last = ""] = /^bytes=(\d+)-(\d*)$/.exec(asked) ?? [];
-  if (first === undefined) return { status: 200, headers: { ...headers, "content-length": size }, range: [0, size] };
-  const start = Number(first);
-  const end = last === "" ? size : Math.min(Number(last) + 1, size);
-  if (start >= end) return { status: 416, headers: { ...headers, "content-range": `bytes */${size}` } };
-  return {
-    status: 206,
-    headers: { ...headers, "content-range": `bytes ${start}-${end - 1}/${size}`, "content-length": end - start },
-    range: [start, end],
-  };
-}
-
-async function* pieces(source: ByteSource, [start, end]: readonly [number, number]): AsyncGenerator<Uint8Array> {
+async function* pieces(source: ByteSource, start: number, end: number): AsyncGenerator<Uint8Array> {
   for (let at = start; at < end; at += PIECE) yield source.read(at, Math.min(PIECE, end - at));
 }

@@ -230,7 +230,7 @@ interface Hub extends SnapshotOptions {
 }
 
 /** @throws SourceError when it is not shown, or another server answers */
-async function listingOf(hub: Hub): Promise<{ commit: string; tree: Tree }> {
+async function listingOf(hub: Hub): Promise<{ commit: string; tree: ListedFiles }> {
   const { name, endpoint, signal } = hub;
   const revision = encodeURIComponent(name.revision);
   const source = sourceOf(
@@ -239,10 +239,6 @@ async function listingOf(hub: Hub): Promise<{ commit: string; tree: Tree }> {
     "",
   );
   const bytes = await source.readAll({ signal, most: () => MOST_LISTING });
-  if (bytes.length > MOST_LISTING) {
-    const message = `lists more files than fit into ${MOST_LISTING} bytes; download what you need, and give its folder`;
-    throw new SourceError(message, { file: source.name });
-  }
   try {
     const { sha, siblings } = JSON.parse(fromUtf8(bytes)) as Listing;
     if (typeof sha !== "string" || !COMMIT.test(sha)) throw new TypeError(`"sha" is ${sha}`);
@@ -377,7 +373,7 @@ async function writeWhole(path: string, text: string): Promise<void> {
 }
 
 /** Files by path, as huggingface_hub writes them into `trees/COMMIT.json`. */
-type Tree = Readonly<
+type ListedFiles = Readonly<
   Record<
     string,
     { readonly size: number; readonly blob_id: string; readonly lfs_sha256?: string; readonly lfs_size?: number }
@@ -385,7 +381,7 @@ type Tree = Readonly<
 >;
 
 /** @throws TypeError when a name or promise is none */
-function filesOf(tree: Tree): ReadonlyMap<string, HubFile> {
+function filesOf(tree: ListedFiles): ReadonlyMap<string, HubFile> {
   const files = new Map<string, HubFile>();
   for (const [path, { size, blob_id, lfs_sha256, lfs_size = size }] of Object.entries(tree)) {
     const hash = lfs_sha256 ?? blob_id;

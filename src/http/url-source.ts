@@ -9,6 +9,7 @@ import {
   checkRange,
   type FetchOptions,
   FIRST_BYTES,
+  joined,
   nameOfUrl,
   type ReadAllOptions,
   type ReadOptions,
@@ -24,8 +25,6 @@ const RETRYABLE_STATUS = [408, 429, 500, 502, 503, 504];
 const PAUSE = 250;
 const LONGEST_PAUSE = 8000;
 const MOST_REDIRECTS = 10;
-/** Memory that is taken before a byte of a body has arrived. */
-const FIRST_MEMORY = 2 ** 20;
 /** A longer time is no time for `setTimeout`. */
 const LONGEST_TIMER = 2 ** 31 - 1;
 /** Queries of addresses, which may be secret; a redirect leads to signed ones. */
@@ -339,7 +338,7 @@ export class UrlSource implements ByteSource {
           : `no answer within ${timeout} ms; try again, or raise \`timeout\``;
         return this.#fail(problem, { transient: true, cause });
       }
-      const { message, transient } = causeOf(cause, this.#url);
+      const [message, transient] = causeOf(cause, this.#url);
       const named = message.replaceAll(this.#url.href, this.name).replace(QUERIES, "$1…");
       return this.#fail(`cannot be fetched: ${named}`, { transient, cause });
     } finally {
@@ -442,79 +441,67 @@ async function stream(
   arrived: (count: number) => void,
   most: ReadAllOptions["most"],
 ): Promise<Uint8Array | undefined> {
-  let bytes = new Uint8Array(Math.min(longest, FIRST_MEMORY));
+  const chunks: Uint8Array[] = [];
   let done = 0;
+  let enough = Infinity;
   const pause = pacer();
-  for (;;) {
-    const { value, done: isEnd } = await reader.read();
-    if (isEnd) break;
-    arrived(value.length);
-    const needed = done + value.length;
-    if (needed > longest) {
-      void reader.cancel().catch(() => undefined);
-      return undefined;
-    }
-    if (needed > bytes.length) {
-      const larger = new Uint8Array(Math.min(longest, Math.max(2 * bytes.length, needed)));
-      larger.set(bytes.subarray(0, done));
-      bytes = larger;
-    }
-    bytes.set(value, done);
-    done = needed;
+  for (let next = await reader.read(); !next.done; next = await reader.read()) {
+    const { length } = next.value;
+    arrived(length);
+    chunks.push(next.value);
+    done += length;
     // Chunks that wait already come without a turn of the event loop.
     await pause();
-    if (most && done >= FIRST_BYTES && done > most(bytes)) {
-      void reader.cancel().catch(() => undefined);
-      break;
-    }
+    if (most && enough === Infinity && done >= FIRST_BYTES) enough = most(joined(chunks));
+    if (done <= longest && done <= enough) continue;
+    void reader.cancel().catch(() => undefined);
+    if (done > longest) return undefined;
+    break;
   }
-  return done === bytes.length ? bytes : bytes.slice(0, done);
+  return joined(chunks);
 }
 
-/** Words for a failure, and whether another try may help. */
-interface Cause {
-  readonly message: string;
-  readonly transient: boolean;
-}
+/** Words for a failure, and true where another try may help. */
+type Cause = readonly [message: string, transient: boolean];
 
-/** Codes and messages of Node, Deno and Bun; the first that matches counts. */
-const KNOWN: readonly (readonly [pattern: RegExp, transient: boolean, say: (host: string) => string])[] = [
+/** Codes and messages of Node, Deno and Bun; the first that matches counts. HOST stands for the host. */
+const KNOWN: readonly (readonly [pattern: RegExp, transient: boolean, message: string])[] = [
   [
     /ENOTFOUND|EAI_|dns error|failed to lookup|resolve host/i,
     true,
-    (host) => `the host ${host} cannot be found (DNS); check the address and the network`,
+    "the host HOST cannot be found (DNS); check the address and the network",
   ],
   [
     /ECONNREFUSED|ConnectionRefused|connection refused|unable to connect/i,
     true,
-    (host) => `${host} refuses the connection; check the port, and that the server runs`,
+    "HOST refuses the connection; check the port, and that the server runs",
   ],
   [
     /ETIMEDOUT|UND_ERR_\w*TIMEOUT|EHOSTUNREACH|ENETUNREACH|ENETDOWN|timed out/i,
     true,
-    (host) => `${host} cannot be reached; check the network`,
+    "HOST cannot be reached; check the network",
   ],
   [
     /CERT|ERR_SSL|ERR_TLS|EPROTO|UNABLE_TO_|certificate|\b(tls|ssl)\b|corrupt message/i,
     false,
-    (host) => `no secure connection to ${host}; check its certificate, and that it speaks https on this port`,
+    "no secure connection to HOST; check its certificate, and that it speaks https on this port",
   ],
-  [/HPE_|invalid http|UND_ERR_INVALID/i, false, (host) => `${host} answers something else than HTTP; check the port`],
+  [/HPE_|invalid http|UND_ERR_INVALID/i, false, "HOST answers something else than HTTP; check the port"],
   [
     /Z_\w+_ERROR|zlib|brotli|decompress/i,
     true,
-    () => "the answer says that it is compressed (content-encoding), and cannot be decompressed",
+    "the answer says that it is compressed (content-encoding), and cannot be decompressed",
   ],
   [
     /ECONNRESET|EPIPE|ECONNABORTED|UND_ERR_SOCKET|ConnectionClosed|other side closed|reset|closed|terminated|reading a body/i,
     true,
-    () => "the server broke the connection off",
+    "the server broke the connection off",
   ],
 ];
 
 /** @param error thrown by `fetch`, or by reading a body */
 function causeOf(error: unknown, url: URL): Cause {
-  if (error instanceof RangeError) return { message: `there is no memory for it (${error.message})`, transient: false };
+  if (error instanceof RangeError) return [`there is no memory for it (${error.message})`, false];
   // The error and its causes, outermost first: code and message of each.
   const details: string[] = [];
   for (let at = error as Partial<AggregateError & { code: unknown }> | undefined; at && details.length < 8; ) {
@@ -525,23 +512,23 @@ function causeOf(error: unknown, url: URL): Cause {
   // Some runtimes repeat the address, which may hold any word.
   const text = details.join(" ").replaceAll(url.href, "").replaceAll(url.hostname, "");
   const known = KNOWN.find(([pattern]) => pattern.test(text));
-  if (known) return { message: `${known[2](url.host)} (${details.at(-1)})`, transient: known[1] };
+  if (known) return [`${known[2].replace("HOST", () => url.host)} (${details.at(-1)})`, known[1]];
   // Browsers keep the cause from scripts: a page must not explore a network by it.
   if (error instanceof TypeError && details.length === 1) return opaque(error.message, url);
-  return { message: details.join(": "), transient: false };
+  return [details.join(": "), false];
 }
 
 /** Meanings of a browser's "Failed to fetch" for this address. */
 function opaque(message: string, url: URL): Cause {
   const { location, navigator } = globalThis as Partial<typeof globalThis>;
-  if (navigator?.onLine === false) return { message: `${message}: the browser is offline`, transient: true };
+  if (navigator?.onLine === false) return [`${message}: the browser is offline`, true];
   if (location?.protocol === "https:" && url.protocol === "http:")
-    return { message: `${message}: a page over https may read over https only`, transient: false };
-  if (!location) return { message, transient: true };
+    return [`${message}: a page over https may read over https only`, false];
+  if (!location) return [message, true];
   const { origin } = location;
   const guesses =
     origin === url.origin
       ? "the network or the server is gone"
       : `no network, no such host, or ${url.host} does not let ${origin} read it (header Access-Control-Allow-Origin)`;
-  return { message: `${message}: ${guesses}; the console of the browser says more`, transient: true };
+  return [`${message}: ${guesses}; the console of the browser says more`, true];
 }
