@@ -59,10 +59,10 @@ export interface TransformersPipeline {
 }
 
 /** Options of one session of several, by its name. */
-type Each = Readonly<Record<string, Omit<EigenSessionOptions<PipelineOrt>, "trainable">>>;
+type Each = NonNullable<AttachOptions["each"]>;
 
 /** Sessions of ours, by the pipeline's names. */
-type Sessions = Readonly<Record<string, EigenSession<PipelineOrt>>>;
+type Sessions = AttachedPack["sessions"];
 
 /** One session of ours, or several that switch together. */
 type Whole = EigenSession<PipelineOrt> | EigenSessions<PipelineOrt>;
@@ -80,7 +80,7 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    */
   part?: string | undefined;
   /** Options of one session, by the pipeline's name for it, in place of those of all. */
-  each?: Each | undefined;
+  each?: Readonly<Record<string, Omit<EigenSessionOptions<PipelineOrt>, "trainable">>> | undefined;
   /**
    * Options that were given to `pipeline()` and say where an id's files are or how to run them: `revision`,
    * `subfolder`, `model_file_name`, `cache_dir`, `session_options`, … `device` and `dtype` are known; a `dtype` by part
@@ -193,7 +193,7 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
    * reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to here instead of by
    * `switchTask` does not bring its labels, and does not wait for calls.
    */
-  readonly sessions: Sessions;
+  readonly sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
   readonly #parts: Parts;
   #closed = false;
   /** True if the pipeline was disposed of, and our sessions with it. */
