@@ -59,10 +59,10 @@ export interface TransformersPipeline {
 }
 
 /** Options of one session of several, by its name. */
-type Each = NonNullable<AttachOptions["each"]>;
+export type PipelineSessionOptions = Readonly<Record<string, Omit<EigenSessionOptions<PipelineOrt>, "trainable">>>;
 
 /** Sessions of ours, by the pipeline's names. */
-type Sessions = AttachedPack["sessions"];
+export type PipelineSessions = Readonly<Record<string, EigenSession<PipelineOrt>>>;
 
 /** One session of ours, or several that switch together. */
 type Whole = EigenSession<PipelineOrt> | EigenSessions<PipelineOrt>;
@@ -80,7 +80,7 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    */
   part?: string | undefined;
   /** Options of one session, by the pipeline's name for it, in place of those of all. */
-  each?: Readonly<Record<string, Omit<EigenSessionOptions<PipelineOrt>, "trainable">>> | undefined;
+  each?: PipelineSessionOptions | undefined;
   /**
    * Options that were given to `pipeline()` and say where an id's files are or how to run them: `revision`,
    * `subfolder`, `model_file_name`, `cache_dir`, `session_options`, … `device` and `dtype` are known; a `dtype` by part
@@ -150,7 +150,7 @@ export async function attachPack(
       const shown = new Map([...own].map(([name, session]) => [name, shownOf(session)]));
       const whole = await makeSessions({ ...ort, InferenceSession: constructor as never }, found, pack, rest, each);
       // A single one has the first name.
-      const sessions: Sessions = "sessions" in whole ? whole.sessions : { [names[0]!]: whole };
+      const sessions: PipelineSessions = "sessions" in whole ? whole.sessions : { [names[0]!]: whole };
       const replaced = new Map([...own].filter(([name]) => sessions[name]));
       try {
         for (const name of replaced.keys()) refuseOther(sessions[name]!, shown.get(name)!);
@@ -177,7 +177,7 @@ export async function attachPack(
 interface Parts {
   pipe: TransformersPipeline;
   whole: Whole;
-  sessions: Sessions;
+  sessions: PipelineSessions;
   held: Held;
   /** The pipeline's own sessions that ours replace, released: each tells what to make another of. */
   replaced: OwnSessions;
@@ -193,7 +193,7 @@ export class AttachedPack extends Switching<SessionSwitchReport> {
    * reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to here instead of by
    * `switchTask` does not bring its labels, and does not wait for calls.
    */
-  readonly sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
+  readonly sessions: PipelineSessions;
   readonly #parts: Parts;
   #closed = false;
   /** True if the pipeline was disposed of, and our sessions with it. */
@@ -535,7 +535,11 @@ async function remake(own: OwnSessions, find: Find | undefined): Promise<Map<str
 // Sessions in place of the pipeline's own.
 
 /** Parameters that all sessions leave out, each by its options. */
-function ignoredByAll(names: readonly string[], ignore: readonly string[] | undefined, each: Each): readonly string[] {
+function ignoredByAll(
+  names: readonly string[],
+  ignore: readonly string[] | undefined,
+  each: PipelineSessionOptions,
+): readonly string[] {
   const [first = [], ...others] = names.map((name) => each[name]?.ignore ?? ignore ?? []);
   return first.filter((name) => others.every((list) => list.includes(name)));
 }
@@ -549,7 +553,7 @@ async function makeSessions(
   found: Map<string, Found>,
   pack: Pack,
   options: EigenSessionOptions<PipelineOrt>,
-  each: Each,
+  each: PipelineSessionOptions,
 ): Promise<Whole> {
   const isOne = found.size === 1;
   const files = filesOf(ort, found, options, each);
@@ -569,7 +573,7 @@ function* filesOf(
   ort: PipelineOrt,
   found: Map<string, Found>,
   options: EigenSessionOptions<PipelineOrt>,
-  each: Each,
+  each: PipelineSessionOptions,
 ): Generator<GroupFile<string>> {
   for (const [name, { model, session, externalData }] of found) {
     found.delete(name);

@@ -57,7 +57,7 @@ async function measure(id) {
   );
   const { train, test, labels } = task;
   const examples = train.map(([text, label]) => ({ text, label }));
-  const kept = splitHoldout(examples, Math.min(HELD, MOST_HELD / train.length), uniform(1)).train;
+  const kept = splitHoldout(examples, ({ label }) => label, Math.min(HELD, MOST_HELD / train.length), uniform(1)).train;
   // A row that a donor has trained on says nothing of the task.
   const seen = new Set([task, ...others].flatMap(({ train }) => train.map(([text]) => text)));
   const unseen = test.filter(([text]) => !seen.has(text));

@@ -239,17 +239,12 @@ function permuteRows(values: Float32Array, rows: number, heads: number, back: bo
 /**
  * Makes the bytes of a GGUF file (f32), chunk by chunk. Holds one adapter in memory.
  * @param base its architecture by llama.cpp's name ("llama", "qwen2"), and for "llama" its heads
- * @param marks more fields of the header. Default: none
  * @throws AdapterError for heads, biases, DoRA, convolutions, and modules that the architecture does not have
  * @example
  * const base = { architecture: "llama", heads: 4, kvHeads: 2 }; // of the model's config.json
  * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(writing, "rhymes"), base));
  */
-export async function ggufFile(
-  adapter: Exportable,
-  base: BaseFacts,
-  marks: ReadonlyMap<string, string> = new Map(),
-): Promise<AsyncIterable<Uint8Array>> {
+export async function ggufFile(adapter: Exportable, base: BaseFacts): Promise<AsyncIterable<Uint8Array>> {
   checkAdapter("ggufFile", adapter);
   refuseSaved(adapter, "a GGUF file");
   const { architecture: name } = base;
@@ -271,7 +266,6 @@ export async function ggufFile(
     ["general.name", adapter.id],
     ["adapter.type", "lora"],
     ["adapter.lora.alpha", 0],
-    ...marks,
   ]);
   return writeGguf(fields, tensors);
 }

@@ -421,9 +421,10 @@ function place({ file, refuse }: PeftTensors, config: PeftConfig): Places {
     map.set(name, key);
   };
   for (const key of file.tensors.keys()) checkName(key, refuse);
+  const adapters = adapterNames(file.tensors.keys());
   for (const [key, { dtype }] of file.tensors) {
     checkFloats(key, dtype, refuse);
-    const parsed = parsePeftKey(key);
+    const parsed = parsePeftKey(key, adapters);
     const where = parsed && placeOf(parsed, config);
     if (!parsed || where === undefined) leftover.push(key);
     else if (where === "part") {
@@ -570,13 +571,18 @@ const PARTS: readonly (readonly [RegExp, KeyRole])[] = [
   [/^(.+)\.base_layer\.bias$/, "baseBias"],
 ];
 
-/** Interprets a tensor's name; undefined where it is unknown. */
-export function parsePeftKey(key: string): PeftKey | undefined {
-  const parsed = parse(key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key);
+/** Names of the adapters in a file, which may stand in its tensors' names. */
+function adapterNames(keys: Iterable<string>): Set<string> {
+  return new Set(["default", ...[...keys].flatMap((key) => /\.lora_[AB]\.([^.]+)\.weight$/.exec(key)?.[1] ?? [])]);
+}
+
+/** Interprets a tensor's name; undefined where it is unknown. @param adapters names of the adapters in its file */
+export function parsePeftKey(key: string, adapters: ReadonlySet<string> = adapterNames([key])): PeftKey | undefined {
+  const parsed = parse(key.startsWith(PREFIX) ? key.slice(PREFIX.length) : key, adapters);
   return WRAPPER.test(parsed.name) ? undefined : parsed;
 }
 
-function parse(name: string): PeftKey {
+function parse(name: string, adapters: ReadonlySet<string>): PeftKey {
   for (const [pattern, part] of PARTS) {
     const module = pattern.exec(name)?.[1];
     if (module !== undefined) return { kind: "part", name: module, part };
@@ -584,8 +590,11 @@ function parse(name: string): PeftKey {
   const module = /^(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$/.exec(name)?.[1];
   if (module !== undefined) return { kind: "rows", name: module };
   const [, owner, wrapper, rest] = /^(.+)\.(modules_to_save|original_module)\.(.+)$/.exec(name) ?? [];
-  if (owner === undefined) return { kind: "plain", name };
-  return { kind: wrapper === "original_module" ? "original" : "wrapped", name: `${owner}.${rest}` };
+  if (owner === undefined || rest === undefined) return { kind: "plain", name };
+  if (wrapper === "original_module") return { kind: "original", name: `${owner}.${rest}` };
+  // A first segment is the adapter's name only where it is known to be one: a saved module may have children.
+  const [first = "", ...others] = rest.split(".");
+  return { kind: "wrapped", name: `${owner}.${others.length > 0 && adapters.has(first) ? others.join(".") : rest}` };
 }
 
 // Writes a canonical adapter as the two files that PEFT loads, with the same weights. Scales stay in B, so every module's alpha equals its

@@ -2,8 +2,7 @@
  * Options of commands: one table gives their values, checks, conflicts and help. Those of several commands are here.
  */
 import { nearest } from "../arguments.ts";
-import type { ComponentSelection } from "../extract/components.ts";
-import type { Gauge } from "../extract/subspace.ts";
+import type { ComponentSelection, Gauge } from "../extract/components.ts";
 import { fromIntegrity } from "../format/fields.ts";
 import { DTYPES, type Dtypes } from "../tensor/dtypes.ts";
 
@@ -271,8 +270,6 @@ export const match: {
 export const runsOn: {
   tokens: Maybe<number>;
   tokenizer: Maybe<string>;
-  provider: Maybe<string>;
-  threads: Maybe<number>;
 } = {
   tokens: number(
     "N",
@@ -283,11 +280,6 @@ export const runsOn: {
     "FILE",
     "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
   ),
-  provider: text(
-    "NAME",
-    "What runs the model, where this build of onnxruntime-node has it: cpu, webgpu, cuda, dml or coreml. Default: cpu.",
-  ),
-  threads: number("N", "Threads that run the model. Default: one for each core.", from(1)),
 };
 
 /** Options of commands that judge tasks by answers. */

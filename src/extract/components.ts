@@ -1,28 +1,37 @@
 /**
  * Components of one module (Algorithm 1 of the paper): the adapters of a module become two bases, stored once, and coefficients per task, a
- * row of a factor each. Principal components of a stack of rows are computed in f64, from whichever Gram matrix is smaller, as many as
- * asked but never a direction that is only rounding error. Works on one module at a time, on arrays only: no files, no pack.
+ * row of a factor each. Adapters that come later are projected onto a stored basis. Principal components of a stack of rows are computed
+ * in f64, from the smaller Gram matrix, as many as asked but never a direction that is only rounding error. Works on one module at a time,
+ * on arrays only: no files, no pack.
  */
-import type { Dtype } from "../tensor/dtypes.ts";
-import { encodeSteps, encodeTensor, storing, toInteger } from "../tensor/encode.ts";
-import { FACTORS } from "../tensor/term.ts";
+import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
+import { encodeSteps, encodeTensor, type FindScale, storing, toInteger } from "../tensor/encode.ts";
+import { FACTORS, type Term } from "../tensor/term.ts";
 import {
   alignSigns,
+  alignTo,
   balance,
   componentSteps,
+  deltaError,
   fewBits,
   leadingRows,
   mirror,
   mix,
   type Pair,
+  pairOf,
+  type RowSteps,
+  relative,
   rowSteps,
 } from "./factors.ts";
 import {
   addScaled,
+  backwardSolve,
   centred,
+  cholesky,
   dominant,
   dot,
   type Eigen,
+  forwardSolve,
   lengthened,
   norm,
   PLAIN,
@@ -33,32 +42,73 @@ import {
   symmetricEigen,
   transpose,
 } from "./linalg.ts";
-import {
-  type Gauge,
-  type ModuleMember,
-  mirrors,
-  openModule,
-  type ProjectedTask,
-  projectTargets,
-  type StoredBasis,
-  targetsOf,
-  toPair,
-} from "./subspace.ts";
 
-/** "keep" subtracts the mean of the rows and stores it, "none" uses none. */
-export type Centering = "keep" | "none";
+/** One value for each factor of a module: A, which reads the layer's input, and B, which writes its output. */
+export type BySide<T> = Readonly<Record<"A" | "B", T>>;
 
-/** Number of components of a side, never more than its numerical rank: `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them. */
+/** A factor of a task as it is stored: coefficients over a basis, residual rows for what that lacks, or both. */
+export interface Factor {
+  /** Number of the basis among those of its side, and whether its mean is added; undefined without coefficients. */
+  readonly basis?: number | undefined;
+  readonly mean?: boolean | undefined;
+  /** Encoded [rank, K]. */
+  readonly coefficients?: Uint8Array | undefined;
+  /** Encoded [rank, width]. */
+  readonly residual?: Uint8Array | undefined;
+}
+
+/** ΔW of one task in one module as it is stored, and what that loses. */
+export interface TaskUpdate extends BySide<Factor> {
+  /** Task id. */
+  readonly id: string;
+  /** Rows of both factors: the adapter's rank, or less where it was trimmed. */
+  readonly rank: number;
+  readonly dtype: Dtype;
+  /**
+   * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Components measure a balanced pair against itself, without the directions
+   * that are zero within rounding: below 1e-6 of ‖ΔW‖.
+   */
+  readonly error: number;
+  /** ‖ΔW‖. */
+  readonly norm: number;
+}
+
+/** The update of one module by one adapter, without its magnitude. */
+export interface ModuleMember extends Pick<Term, "rank" | "A" | "Bt"> {
+  /** Task id. */
+  readonly id: string;
+}
+
+/** All adapters that adapt one module. Ranks may differ. */
+export interface ModuleStack {
+  name: string;
+  out: number;
+  in: number;
+  members: readonly ModuleMember[];
+}
+
+/** Factorisation: factors are taken as they come, or rewritten as B = U·√S, A = √S·Vᵀ first. */
+export type Gauge = "as-trained" | "balanced";
+
+/** Number of components of a factor, never more than its numerical rank: `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them. */
 export type ComponentSelection =
   | { readonly kind: "k"; readonly k: number }
   | { readonly kind: "energy"; readonly share: number };
 
-/** Options of extraction. */
-export interface ExtractOptions {
+/** Options of projection. */
+export interface ProjectOptions {
   readonly gauge: Gauge;
-  /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only. Default: all. */
+  /** The most rows that a task keeps of each module, its strongest directions: balanced factorisation only. Default: all. */
   readonly rank?: number | undefined;
-  readonly centering: Centering;
+  readonly coefficientDtype: Dtype;
+  /** Quantisation step: the change of ΔW from one integer of a coefficient to the next. Default: as `coefficientDtype` says. */
+  readonly step?: number | undefined;
+}
+
+/** Options of extraction. */
+export interface ExtractOptions extends Omit<ProjectOptions, "step"> {
+  /** "keep" subtracts the mean of the rows and stores it, "none" uses none. */
+  readonly centering: "keep" | "none";
   /**
    * Every task counts alike when components are sought, however large its update is: one a thousand times larger than the
    * others would have them to itself. Default: false.
@@ -66,10 +116,9 @@ export interface ExtractOptions {
   readonly normalize?: boolean | undefined;
   readonly select: ComponentSelection;
   readonly basisDtype: Dtype;
-  readonly coefficientDtype: Dtype;
   /**
-   * Steps, one for each member of a stack: how much ΔW changes from one integer of a coefficient or a component to the next. All are then integers with steps that make them equally coarse for ΔW, whatever the types say: coefficients int8, components
-   * as many bits as they need.
+   * Quantisation steps of the members of a stack: the change of ΔW from one integer to the next. Coefficients are then int8, and components
+   * integers of as many bits as they need, whatever the types say, with steps that make all equally coarse for ΔW.
    */
   readonly steps?: readonly number[] | undefined;
   /** Products of large matrices: half the time of an extraction is spent there. Default: the plain loops. */
@@ -199,7 +248,8 @@ export function principalComponents(
     }
     const added = vectors.subarray(count * width, (count + take) * width);
     const along = products.multiplyTransposed(rest, added, rows, take, width);
-    rest = without(rest, products.multiply(along, added, rows, width, take));
+    const explained = products.multiply(along, added, rows, width, take);
+    rest = rest.map((value, i) => value - explained[i]!);
     if (level === 0) count += take;
     else {
       const kept = needed(rowSquares(rest, rows, width), along, take, floors);
@@ -286,11 +336,6 @@ export function orthonormalize(
   }
 }
 
-/** X − Y in a new array. */
-function without(x: Float64Array, y: Float64Array): Float64Array {
-  return x.map((value, i) => value - y[i]!);
-}
-
 /** Number of the last `count` components that every row needs, given the squares left of the rows with all. */
 function needed(rest: Float64Array, along: Float64Array, count: number, floors: Float64Array): number {
   for (let k = count; k > 0; k--) {
@@ -309,27 +354,27 @@ export function fixSigns(vectors: Float64Array, count: number, width: number): v
   }
 }
 
-/** One side's basis, ready to be written, and what is known of the stack it came from. */
-export interface SideBasis extends StoredBasis {
+/** The basis of one factor, ready to be written, with facts of the stack it came from. */
+export interface SideBasis extends Basis {
   /** Singular values of the (centred) stack, descending, min(rows, width) of them; the smallest may be rounding. */
   singular: Float64Array;
   /** Share of the squared singular values that the components hold; 1 where there are none to hold. */
   explained: number;
 }
 
-/** One side of a stack, decomposed. */
+/** One factor of a stack, decomposed. */
 export interface Side {
   width: number;
-  /** All tasks' rows, stacked [Σ ranks, width], those without coefficients too. */
+  /** Rows of all tasks, stacked [Σ ranks, width], those without coefficients too. */
   rows: Float64Array;
   mean: Float64Array | undefined;
   components: Components;
 }
 
 /**
- * Mean and components of one side.
- * @param all factors whole
- * @param factors what is kept of them
+ * Mean and components of one factor of all tasks.
+ * @param all rows of each task
+ * @param factors those of them that are kept
  */
 export function decompose(
   all: readonly Float64Array[],
@@ -349,8 +394,8 @@ export function decompose(
     }
   }
   const weights = options.normalize ? ofRows(factors.map(reciprocal), factors, width) : undefined;
-  const apart = meanWeights(factors, width, options.normalize);
-  const counted = apart && ofRows(apart, factors, width);
+  const shares = meanWeights(factors, width, options.normalize);
+  const counted = shares && ofRows(shares, factors, width);
   const mean = options.centering === "keep" ? columnMeans(rows, count, width, counted) : undefined;
   const x = centred(rows, count, width, mean);
   // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
@@ -372,7 +417,7 @@ const FAR_APART = 8;
  * be much longer than the rows of some: coefficients cancel it to the digits of f32 of the longer one.
  * @returns undefined where all count alike
  */
-export function meanWeights(
+function meanWeights(
   factors: readonly Float64Array[],
   width: number,
   normalize: boolean | undefined,
@@ -381,14 +426,16 @@ export function meanWeights(
   let longest = 0;
   for (const factor of factors) {
     const length = norm(factor) / Math.sqrt(factor.length / width);
-    if (length > 0) [shortest, longest] = [Math.min(shortest, length), Math.max(longest, length)];
+    if (length === 0) continue;
+    shortest = Math.min(shortest, length);
+    longest = Math.max(longest, length);
   }
   if (!normalize && longest <= FAR_APART * shortest) return undefined;
   // Least squares of factors that are scaled to one length.
   return factors.map((factor) => reciprocal(factor) ** 2);
 }
 
-/** A number of each factor, for each of its rows. */
+/** Repeats the number of each factor for each of its rows. */
 function ofRows(numbers: readonly number[], factors: readonly Float64Array[], width: number): number[] {
   return factors.flatMap((factor, i) => Array<number>(factor.length / width).fill(numbers[i]!));
 }
@@ -409,38 +456,36 @@ export function stacked(factors: readonly Float64Array[]): Float64Array {
   return rows;
 }
 
-/** Number format of components. */
-export interface StoredAs {
-  readonly type: Dtype;
-  /** Steps of their integers and of the mean's; those that would be all zeros are left out. `type` then means nothing. */
-  readonly steps?: Float64Array | undefined;
-}
-
-/** The first `count` components and the mean as they are stored. */
-export function encodeSide(side: Omit<Side, "rows">, most: number, stored: StoredAs, products?: Products): SideBasis {
-  const { type, steps } = stored;
-  const mixed = !steps && fewBits(type);
+/**
+ * The first `most` components and the mean as they are stored.
+ * @param stored the number format; or steps of the integers of the components and, last, of the mean. Components that would be all zeros
+ *   are left out
+ */
+export function encodeSide(
+  side: Omit<Side, "rows">,
+  most: number,
+  stored: Dtype | Float64Array,
+  products?: Products,
+): SideBasis {
   const { width, mean } = side;
   const { vectors, singular, total } = side.components;
   const first = vectors.subarray(0, most * width);
   const all = new Float64Array((most + (mean ? 1 : 0)) * width);
-  all.set(mixed ? mix(first, most, width, products) : first);
+  const isType = typeof stored === "string";
+  all.set(isType && fewBits(stored) ? mix(first, most, width, products) : first);
   if (mean) all.set(mean, most * width);
-  const count = steps ? alive(all, most, width, steps) : most;
-  if (count === 0 && !mean) {
-    // No reader takes a side with neither components nor a mean.
-    const zeros = { ...side, mean: new Float64Array(width) };
-    return encodeSide(zeros, 0, { type, steps: steps && Float64Array.of(1) }, products);
-  }
-  // The mean lies behind the components that are left.
+  const count = isType ? most : alive(all, most, width, stored);
+  // No reader takes a basis with neither components nor a mean.
+  if (count === 0 && !mean)
+    return encodeSide({ ...side, mean: new Float64Array(width) }, 0, isType ? stored : Float64Array.of(1), products);
+  // The mean follows the components that are left.
   const values = all.copyWithin(count * width, most * width).subarray(0, all.length - (most - count) * width);
   const rows = values.length / width;
   let held = 0;
   for (let k = 0; k < count; k++) held += singular[k]! ** 2;
-  const own = steps && [...steps.subarray(0, count), ...(mean ? [steps.at(-1)!] : [])];
-  const encoded = own
-    ? encodeSteps(values, rows, width, own)
-    : { dtype: type, encoded: encodeTensor(type, values, rows, width, undefined, products?.findScale) };
+  const encoded = isType
+    ? { dtype: stored, encoded: encodeTensor(stored, values, rows, width, undefined, products?.findScale) }
+    : encodeSteps(values, rows, width, [...stored.subarray(0, count), ...(mean ? [stored.at(-1)!] : [])]);
   return {
     ...encoded,
     components: count,
@@ -461,30 +506,222 @@ function alive(values: Float64Array, count: number, width: number, steps: Float6
   return 0;
 }
 
-/** All adapters that adapt one module. Ranks may differ. */
-export interface ModuleStack {
-  name: string;
-  out: number;
-  in: number;
-  members: readonly ModuleMember[];
+/** The basis of one factor as it lies in a pack. */
+export interface Basis {
+  dtype: Dtype;
+  /** K. */
+  components: number;
+  width: number;
+  /** True where a mean follows the components as the last row. */
+  mean: boolean;
+  /** Encoded tensor [K + (mean ? 1 : 0), width]. */
+  encoded: Uint8Array;
 }
 
-/** Everything a pack stores of one module, and its errors. */
-export interface ModuleExtraction {
-  A: SideBasis;
-  B: SideBasis;
-  /** Projected tasks, in the order of the stack. */
-  tasks: ProjectedTask[];
+/** A stored basis, decoded and factored. */
+export interface Subspace {
+  components: number;
+  width: number;
+  /** M [width]; undefined where the basis has none. */
+  mean: Float64Array | undefined;
+  /** E [components, width]. */
+  vectors: Float64Array;
+  /** L, E·Eᵀ = L·Lᵀ (`cholesky` of linalg.ts: components that depend on earlier ones are left out). */
+  factor: Float64Array;
+  /** Products of the large matrices. */
+  products: Products;
+}
+
+/** Rows that are to be approximated on a subspace, x = rows − M. */
+export interface Target {
+  rank: number;
+  /** So many rows, the first ones, have coefficients; the rest is left out of what is stored and counts as lost. */
+  kept: number;
+  /** [rank, width]. */
+  values: Float64Array;
+  /** ‖x‖² of each row. */
+  squares: Float64Array;
+  /** x in the orthonormal coordinates [rank, components]. */
+  at: Float64Array;
+}
+
+// Adapters on bases as they are stored: coefficients, and what they lose. Extraction ends here for its own tasks, and adapters that come
+// later begin here. Components that were rounded are no longer orthonormal, so coefficients are always solved for, never read off by
+// products. The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal basis of the
+// same span, in which the length of a projection is a sum of squares.
+
+/** Decodes and factors a basis. */
+export function openSubspace(stored: Basis, products: Products = PLAIN): Subspace {
+  const { components, width } = stored;
+  const rows = components + (stored.mean ? 1 : 0);
+  const values = new Float64Array(decodeTensor(stored.dtype, stored.encoded, rows, width));
+  const vectors = values.subarray(0, components * width);
+  const mean = stored.mean ? values.subarray(components * width) : undefined;
+  const factor = cholesky(products.gram(vectors, components, width), components);
+  return { components, width, mean, vectors, factor, products };
+}
+
+/**
+ * Takes the stacked rows [Σ ranks, width] of tasks as targets, one for each rank. All at once, because one large
+ * product costs less than many small ones.
+ * @param most rows of a task that have coefficients
+ */
+export function targetsOf(
+  space: Subspace,
+  rows: Float64Array,
+  ranks: readonly number[],
+  most: number = Infinity,
+): Target[] {
+  const { components, width, mean } = space;
+  const total = ranks.reduce((sum, rank) => sum + rank, 0);
+  const x = centred(rows, total, width, mean);
+  const at = space.products.multiplyTransposed(x, space.vectors, total, components, width);
+  forwardSolve(space.factor, components, at, total);
+  const squares = rowSquares(x, total, width);
+  let from = 0;
+  return ranks.map((rank) => {
+    const to = from + rank;
+    const target = {
+      rank,
+      kept: Math.min(rank, most),
+      values: rows.subarray(from * width, to * width),
+      squares: squares.subarray(from, to),
+      at: at.subarray(from * components, to * components),
+    };
+    from = to;
+    return target;
+  });
+}
+
+/** Least squares coefficients [kept, components] of a target on the components as stored, about the mean as stored. */
+export function solve({ components, factor }: Subspace, { at, kept }: Pick<Target, "at" | "kept">): Float64Array {
+  const out = at.slice(0, kept * components);
+  backwardSolve(factor, components, components, out, kept);
+  return out;
+}
+
+/** The largest sine of the angle between a row, less the mean, and the span; 0 for rows that are the mean. */
+function largestSine(space: Subspace, rows: Float64Array, rank: number): number {
+  const { components, width } = space;
+  const [{ squares, at }] = targetsOf(space, rows, [rank]) as [Target];
+  const whole = rowSquares(rows, rank, width);
+  let largest = 0;
+  for (let i = 0; i < rank; i++) {
+    if (squares[i]! <= ROUNDING ** 2 * whole[i]!) continue;
+    largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / squares[i]!);
+  }
+  return Math.sqrt(largest);
+}
+
+/** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
+export function expand(space: Subspace, coefficients: Float64Array, rank: number): Float64Array {
+  const { components, width, mean } = space;
+  const rows = space.products.multiply(coefficients, space.vectors, rank, width, components);
+  if (mean) for (let i = 0; i < rows.length; i++) rows[i]! += mean[i % width]!;
+  return rows;
+}
+
+/** Encodes values [rows, width] as a tensor of `type`, and decodes them again. @param steps as of `encodeTensor`, as `find` */
+export function rounded(
+  type: Dtype,
+  values: Float64Array,
+  rows: number,
+  width: number,
+  steps?: ArrayLike<number>,
+  find?: FindScale,
+): { encoded: Uint8Array<ArrayBuffer>; values: Float64Array } {
+  if (!isQuantized(type)) {
+    const encoded = encodeTensor(type, values, rows, width);
+    return { encoded, values: new Float64Array(decodeTensor(type, encoded, rows, width)) };
+  }
+  const seen = new Float64Array(rows * width);
+  return { encoded: encodeTensor(type, values, rows, width, steps, find, seen), values: seen };
+}
+
+/** Opened bases of a module, for `projectModule`. */
+export type ModuleSpace = BySide<Subspace>;
+
+export function openModule({ A, B }: BySide<Basis>, products?: Products): ModuleSpace {
+  return { A: openSubspace(A, products), B: openSubspace(B, products) };
+}
+
+/**
+ * Brings one more adapter onto a stored basis: its coefficients, and what it loses.
+ * @throws RangeError for factors of other widths, NaN and infinity; UnstorableError for values too large for the type
+ */
+export function projectModule(space: ModuleSpace, member: ModuleMember, options: ProjectOptions): TaskUpdate {
+  const { rank: most, coefficientDtype, step } = options;
+  const pair = gauged(memberPair(member, space.B.width, space.A.width), space, options);
+  const a = targetsOf(space.A, pair.A, [pair.rank], most)[0]!;
+  const b = targetsOf(space.B, pair.Bt, [pair.rank], most)[0]!;
+  const steps = step === undefined ? undefined : rowSteps(leadingRows(pair, a.kept), step);
+  return projected(space, member.id, a, b, coefficientDtype, steps);
+}
+
+/** One adapter on a basis, given its rows. @param steps of the rows' coefficients, if they are integers of such */
+function projected(
+  space: ModuleSpace,
+  id: string,
+  a: Target,
+  b: Target,
+  dtype: Dtype,
+  steps: RowSteps | undefined,
+): TaskUpdate {
+  const { products } = space.A;
+  const take = (basis: Subspace, target: Target, own?: Float64Array): { factor: Factor; rows: Float64Array } => {
+    const { kept } = target;
+    const alpha = solve(basis, target);
+    const { encoded, values } = rounded(dtype, alpha, kept, basis.components, own, products.findScale);
+    const factor = { basis: 0, mean: basis.mean !== undefined, coefficients: encoded };
+    return { factor, rows: expand(basis, values, kept) };
+  };
+  const A = take(space.A, a, steps?.A);
+  const B = take(space.B, b, steps?.Bt);
+  const exact = { rank: a.rank, A: a.values, Bt: b.values };
+  const { difference, norm } = deltaError(exact, { rank: a.kept, A: A.rows, Bt: B.rows }, products);
+  return { id, rank: a.kept, dtype, A: A.factor, B: B.factor, error: relative(difference, norm), norm };
+}
+
+/** True where rows of unlike length would be rounded to few bits. */
+function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
+  return gauge === "balanced" && fewBits(coefficientDtype);
+}
+
+/** Largest sine at which a row counts as within the components: far above the rounding of f32, far below any row that was made elsewhere. */
+const WITHIN = 1e-4;
+
+/**
+ * The pair in the factorisation of a pack, along the stored mean where there is one. About a mean, a pair that was trained within the
+ * components lies in them in its own factorisation alone, and keeps it.
+ */
+export function gauged(trained: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
+  const { gauge, rank = Infinity, step } = options;
+  if (gauge !== "balanced") return trained;
+  const pair = balance(trained, B.width, A.width, A.products);
+  if (A.mean && B.mean) alignTo(pair, { A: A.mean, Bt: B.mean });
+  if (step === undefined && mirrors(options)) {
+    mirror(pair.A, [pair.rank], A.width, rank);
+    mirror(pair.Bt, [pair.rank], B.width, rank);
+  }
+  if (!(A.mean || B.mean) || trained.rank > rank) return pair;
+  const distance = (pair: Pair): number =>
+    Math.max(largestSine(A, pair.A, pair.rank), largestSine(B, pair.Bt, pair.rank));
+  const before = distance(trained);
+  // A task that was packed may lie nearly within as it was, too: about a short mean, or in all the width.
+  return before < WITHIN && distance(pair) > Math.max(before, 8 * ROUNDING) ? trained : pair;
+}
+
+/** Components and coefficients of one module. */
+export interface ModuleExtraction extends BySide<SideBasis> {
+  /** Tasks in the order of the stack. */
+  readonly tasks: readonly TaskUpdate[];
 }
 
 /**
  * Extracts one module.
- * @throws RangeError for wrong shapes, NaN or infinity, options out of range, and values that do not fit the stored types
+ * @throws UnstorableError for values that are not finite, or do not fit the stored types
  */
 export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
-  checkSelection(options.select);
-  checkRank(options);
-  if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
   const { basisDtype: type, coefficientDtype, products, rank } = options;
   const { pairs, kept } = gaugedPairs(stack, options);
   const ranks = pairs.map((pair) => pair.rank);
@@ -498,10 +735,11 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     const { count, vectors } = side.components;
     // Steps of rows that are not kept stay 0.
     const own = steps && stacked(steps.map((task, i) => lengthened(task[key], ranks[i]!)));
+    const stored = own ? componentSteps(side, vectors, own, products) : type;
     const basis = storing(
       `basis ${which} of "${stack.name}"`,
       () => largestOf(stack, ranks, side),
-      () => encodeSide(side, count, { type, steps: own && componentSteps(side, vectors, own, products) }, products),
+      () => encodeSide(side, count, stored, products),
     );
     return { side, basis };
   };
@@ -510,22 +748,35 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   const space = openModule({ A: A.basis, B: B.basis }, products);
   const a = targetsOf(space.A, A.side.rows, ranks, rank);
   const b = targetsOf(space.B, B.side.rows, ranks, rank);
-  const tasks = stack.members.map(({ id }, i) => ({
-    id,
-    ...storing(`coefficients of "${stack.name}"`, id, () =>
-      projectTargets(space, a[i]!, b[i]!, coefficientDtype, steps?.[i]),
+  const tasks = stack.members.map(({ id }, i) =>
+    storing(`coefficients of "${stack.name}"`, id, () =>
+      projected(space, id, a[i]!, b[i]!, coefficientDtype, steps?.[i]),
     ),
-  }));
+  );
   return { A: A.basis, B: B.basis, tasks };
 }
 
-/** The pairs of a stack in the gauge asked for, and what is kept of them as views. */
+/** The factors of a member, [rank, in] and [rank, out]. @throws RangeError for factors of other widths, NaN and infinity */
+export function memberPair(member: ModuleMember, out: number, inputs: number): Pair {
+  for (const [name, values, width] of [
+    ["A", member.A, inputs],
+    ["Bt", member.Bt, out],
+  ] as const) {
+    const found = `adapter ${member.id}: ${name} holds ${values.length} values, expected rank ${member.rank} times ${width}`;
+    if (!(member.rank >= 1) || values.length !== member.rank * width) throw new RangeError(found);
+    const bad = values.findIndex((value) => !Number.isFinite(value));
+    if (bad >= 0) throw new RangeError(`adapter ${member.id}: value ${bad} of ${name} is ${values[bad]}`);
+  }
+  return pairOf(member);
+}
+
+/** The pairs of a stack in the factorisation asked for, and their rows that are kept, as views. */
 function gaugedPairs(
   stack: ModuleStack,
   { gauge, centering, normalize, rank = Infinity, products }: ExtractOptions,
 ): { pairs: Pair[]; kept: Pair[] } {
-  const given = stack.members.map((member) => toPair(member, stack.out, stack.in));
-  const pairs = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in, products)) : given;
+  const trained = stack.members.map((member) => memberPair(member, stack.out, stack.in));
+  const pairs = gauge === "balanced" ? trained.map((pair) => balance(pair, stack.out, stack.in, products)) : trained;
   const kept = pairs.map((pair) => leadingRows(pair, rank));
   // A sign cancels between component and coefficient unless a mean is kept, which depends on it.
   if (gauge === "balanced" && centering === "keep") {
@@ -543,7 +794,7 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
   for (const side of factor === 1 ? [] : [A, Bt]) scale(factor, side, 0, side.length);
 }
 
-/** Whose rows are the largest. */
+/** Id of the member with the largest value in its rows. */
 function largestOf({ members }: ModuleStack, ranks: readonly number[], { rows, width }: Side): string {
   let at = 0;
   const peaks = ranks.map((rank) => {

@@ -7,11 +7,18 @@ import { BackendError } from "../errors.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import type { TensorRef } from "../format/format.ts";
 import { UnstorableError } from "../tensor/encode.ts";
-import { type ExtractOptions, extractModule, type ModuleExtraction, type ModuleStack } from "./components.ts";
+import {
+  type Basis,
+  type BySide,
+  type ExtractOptions,
+  extractModule,
+  type ModuleExtraction,
+  type ModuleStack,
+  type TaskUpdate,
+} from "./components.ts";
 import { pairOf, singularValues } from "./factors.ts";
 import type { Products } from "./linalg.ts";
 import {
-  type BySide,
   balanced,
   openSides,
   type RowFormat,
@@ -19,10 +26,8 @@ import {
   type SideCosts,
   sideCosts,
   spansOf,
-  type TaskUpdate,
   takeSides,
 } from "./sides.ts";
-import type { StoredBasis } from "./subspace.ts";
 import type { Thread } from "./threads-web.ts";
 import { fastProducts } from "./wasm-products.ts";
 
@@ -43,7 +48,7 @@ const JOBS = {
   /** Costs of each member on bases of both sides. */
   sideCosts: (
     { members, ...shape }: ModuleStack,
-    { bases, steps }: { readonly bases: BySide<readonly StoredBasis[]>; readonly steps: readonly number[] },
+    { bases, steps }: { readonly bases: BySide<readonly Basis[]>; readonly steps: readonly number[] },
     products: Products,
   ): SideCosts[] => {
     const opened = openSides(bases, products);
@@ -61,7 +66,7 @@ const JOBS = {
       formats,
       rank,
     }: {
-      readonly bases: BySide<readonly StoredBasis[]>;
+      readonly bases: BySide<readonly Basis[]>;
       readonly choices: readonly BySide<SideChoice>[];
       readonly formats: readonly RowFormat[];
       readonly rank?: number | undefined;
@@ -105,9 +110,10 @@ export type Answer = { readonly result: unknown } | { readonly failed: Failure }
 
 interface Failure {
   readonly message: string;
-  readonly name: "UnstorableError" | "RangeError" | "BackendError" | "Error";
+  /** Name of the class. */
+  readonly name: string;
   /** Owner of the value, in an UnstorableError. */
-  readonly owner: string | undefined;
+  readonly owner?: string | undefined;
 }
 
 /**
@@ -189,40 +195,15 @@ function arraysOf(subject: Subject): readonly (Uint8Array | Float32Array)[] {
 }
 
 function failureOf(error: unknown): Failure {
-  const message = error instanceof Error ? error.message : String(error);
-  if (error instanceof UnstorableError) return { name: "UnstorableError", message, owner: error.owner };
-  const name = error instanceof RangeError ? "RangeError" : error instanceof BackendError ? "BackendError" : "Error";
-  return { name, message, owner: undefined };
+  if (!(error instanceof Error)) return { name: "Error", message: String(error) };
+  const { message, name } = error;
+  return error instanceof UnstorableError
+    ? { name: "UnstorableError", message, owner: error.owner }
+    : { name, message };
 }
 
 function errorOf({ name, message, owner }: Failure): Error {
   if (name === "UnstorableError") return new UnstorableError(message, undefined, owner);
   if (name === "BackendError") return new BackendError(message, { backend: "wasm" });
   return name === "RangeError" ? new RangeError(message) : new Error(message);
-}
-
-/**
- * Works on items in their order, a few ahead of what was taken, so that reading and several threads go on meanwhile.
- * @param ahead so many items are under way at most
- */
-export async function* inOrder<T, R>(
-  items: readonly T[],
-  ahead: number,
-  work: (item: T) => Promise<R>,
-): AsyncGenerator<R, void> {
-  const under: Promise<R>[] = [];
-  let next = 0;
-  try {
-    while (next < items.length || under.length > 0) {
-      while (next < items.length && under.length < ahead) {
-        const one = work(items[next++]!);
-        // Its turn to fail comes later, or never where another fails first.
-        one.catch(() => {});
-        under.push(one);
-      }
-      yield await under.shift()!;
-    }
-  } finally {
-    await Promise.allSettled(under);
-  }
 }

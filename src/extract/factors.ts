@@ -1,7 +1,7 @@
 /**
  * A pair of factors (Bᵀ, A), and its ΔW = B·A: the balanced pair, signs and turns of rows, the error of an approximation, and steps of
  * integers. (B·R, R⁻¹·A) is the same ΔW for every invertible R, but Algorithm 1 of the paper stacks A and B separately, so its result depends
- * on R, which is called the gauge.
+ * on R, the factorisation ("gauge").
  */
 import type { Dtype } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
@@ -12,7 +12,6 @@ import {
   cholesky,
   dominant,
   dot,
-  gram,
   lengthened,
   lq,
   multiply,
@@ -50,8 +49,8 @@ interface Factored {
   across(u: Float64Array, count: number): Float64Array;
 }
 
-/** Rows that are this much of their squares away from the rows before them leave a Gram matrix the digits that L needs. */
-const APART = 2 ** -16;
+/** Share of a row's square that must be independent of earlier rows, so that a Gram matrix has the digits that L needs. */
+const INDEPENDENT = 2 ** -16;
 
 /**
  * Factors X [rows, width], which stays as it is: by its Gram matrix, a fifth of the time of reflectors, where no row leans on others.
@@ -66,9 +65,9 @@ function factored(x: Float64Array, rows: number, width: number, products: Produc
       backwardSolve(L, rows, rows, own, count);
       return products.multiply(own, x, count, width, rows);
     };
-    let isApart = true;
-    for (let i = 0; i < rows * rows; i += rows + 1) if (!(L[i]! ** 2 > APART * g[i]!)) isApart = false;
-    if (isApart) return { L, size: rows, across };
+    let isIndependent = true;
+    for (let i = 0; i < rows * rows; i += rows + 1) if (!(L[i]! ** 2 > INDEPENDENT * g[i]!)) isIndependent = false;
+    if (isIndependent) return { L, size: rows, across };
   }
   const { L, Q, size } = lq(x.slice(), rows, width, whole);
   return { L, size, across: (u, count) => products.multiply(u, Q, count, width, size) };
@@ -109,7 +108,7 @@ function core(inner: number, { L: LA, size: m }: Factored, { L: LB, size: n }: F
   return { ...found, rank };
 }
 
-/** Its strongest rows, as views: of a balanced pair the best of that rank. */
+/** The first rows, as views: of a balanced pair the best pair of that rank. */
 export function leadingRows({ rank, A, Bt }: Pair, most: number): Pair {
   if (rank <= most) return { rank, A, Bt };
   return { rank: most, A: A.subarray(0, (A.length / rank) * most), Bt: Bt.subarray(0, (Bt.length / rank) * most) };
@@ -242,65 +241,44 @@ function hartley(n: number): Float64Array {
 //
 //     ΔW − ΔW' = D_B·A + B'·D_A,
 //
-// whose squared norm is a sum of products of r×r Gram matrices. In one gauge they are of the same size as the result, where the
+// whose squared norm is a sum of products of r×r Gram matrices. In one factorisation they are of the same size as the result, where the
 // textbook form ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel.
 
-/** Contribution of one side of an approximation: r×r matrices of its rows and of D = rows − approximation. */
-export interface SideError {
-  /** r. */
-  rank: number;
-  /** rows·rowsᵀ */
-  rows: Float64Array;
-  /** D·Dᵀ */
-  lost: Float64Array;
-  /** rows·Dᵀ */
-  cross: Float64Array;
+/** Share of ‖ΔW‖; 0 by definition for an adapter that is zero, which has no share to speak of. */
+export function relative(value: number, norm: number): number {
+  return norm > 0 ? value / norm : 0;
 }
 
-/** An error of a pair of factors. */
-export interface PairError {
-  /** ‖ΔW − ΔW'‖. */
-  difference: number;
-  /** ‖ΔW‖. */
-  norm: number;
-  /** ‖D_B‖·‖A‖ + ‖B'‖·‖D_A‖ ≥ difference. */
-  bound: number;
-}
+/** Below this share of its bound a difference has too few digits, since squares of the bound have cancelled in its square. */
+const CANCELLED = 1e-6;
 
-/** Gram matrices of rows [rank, width] and their approximation. */
-export function sideError(
-  rows: Float64Array,
-  approximation: Float64Array,
-  rank: number,
-  width: number,
+/**
+ * ‖ΔW − ΔW'‖ and ‖ΔW‖ of two pairs of factors for the same module; ranks and factorisations may differ. Exact to a few 1e-15 of
+ * ‖D_B‖·‖A‖ + ‖B'‖·‖D_A‖, which bounds the difference.
+ * @throws RangeError when the pairs are of different shapes
+ */
+export function deltaError(
+  exact: Pair,
+  approximation: Pair,
   { gram, multiplyTransposed }: Products = PLAIN,
-): SideError {
-  // A loop, since packing spends much of its time here, and a callback for each number is slow.
-  const lost = new Float64Array(rows.length);
-  for (let i = 0; i < lost.length; i++) lost[i] = rows[i]! - approximation[i]!;
-  return {
-    rank,
-    rows: gram(rows, rank, width),
-    lost: gram(lost, rank, width),
-    cross: multiplyTransposed(rows, lost, rank, rank, width),
+): { difference: number; norm: number } {
+  const rank = Math.max(exact.rank, approximation.rank);
+  const side = (given: Float64Array, other: Float64Array) => {
+    const width = given.length / exact.rank;
+    if (other.length / approximation.rank !== width)
+      throw new RangeError(`deltaError: factors of width ${width} and ${other.length / approximation.rank}`);
+    const rows = lengthened(given, rank * width);
+    // A loop, since packing spends much of its time here, and a callback for each number is slow.
+    const lost = rows.slice();
+    for (let i = 0; i < other.length; i++) lost[i]! -= other[i]!;
+    return {
+      rows: gram(rows, rank, width),
+      lost: gram(lost, rank, width),
+      cross: multiplyTransposed(rows, lost, rank, rank, width),
+    };
   };
-}
-
-/** ‖ΔW‖. */
-export function pairNorm({ rank, A, Bt }: Pair): number {
-  const a = gram(A, rank, A.length / rank);
-  const b = gram(Bt, rank, Bt.length / rank);
-  return Math.sqrt(
-    Math.max(
-      0,
-      a.reduce((sum, value, i) => sum + value * b[i]!, 0),
-    ),
-  );
-}
-
-/** The error of ΔW from those of its two sides, which are of one rank. */
-export function pairError(a: SideError, b: SideError): PairError {
-  const { rank } = a;
+  const a = side(exact.A, approximation.A);
+  const b = side(exact.Bt, approximation.Bt);
   let squared = 0;
   let norm = 0;
   let rowsA = 0;
@@ -324,47 +302,20 @@ export function pairError(a: SideError, b: SideError): PairError {
     }
   }
   const root = (x: number): number => Math.sqrt(Math.max(0, x));
-  return {
-    difference: root(squared),
-    norm: root(norm),
-    bound: root(lostB) * root(rowsA) + root(storedB) * root(lostA),
-  };
+  const bound = root(lostB) * root(rowsA) + root(storedB) * root(lostA);
+  const difference = root(squared);
+  const isExact = difference >= CANCELLED * bound;
+  return { difference: isExact ? difference : pairNorm(subtracted(exact, approximation)), norm: root(norm) };
 }
 
-/** Share of ‖ΔW‖; 0 by definition for an adapter that is zero, which has no share to speak of. */
-export function relative(value: number, norm: number): number {
-  return norm > 0 ? value / norm : 0;
-}
-
-/** Below this share of its bound a difference has too few digits, since squares of the bound have cancelled in its square. */
-const CANCELLED = 1e-6;
-
-/**
- * ‖ΔW − ΔW'‖ and ‖ΔW‖ of two pairs of factors for the same module; ranks and gauges may differ. Exact to a few 1e-15·bound.
- * @throws RangeError when the pairs are of different shapes
- */
-export function deltaError(exact: Pair, approximation: Pair, products?: Products): PairError {
-  const rank = Math.max(exact.rank, approximation.rank);
-  const side = (rows: Float64Array, other: Float64Array): SideError => {
-    const width = rows.length / exact.rank;
-    if (other.length / approximation.rank !== width) {
-      throw new RangeError(`deltaError: factors of width ${width} and ${other.length / approximation.rank}`);
-    }
-    return sideError(lengthened(rows, rank * width), lengthened(other, rank * width), rank, width, products);
-  };
-  const found = pairError(side(exact.A, approximation.A), side(exact.Bt, approximation.Bt));
-  if (found.difference >= CANCELLED * found.bound) return found;
-  return { ...found, difference: thinNorm(subtracted(exact, approximation)) };
-}
-
-/** ‖ΔW‖ without squares that could cancel. */
-function thinNorm({ rank, A, Bt }: Pair): number {
+/** ‖ΔW‖, without squares that could cancel. */
+export function pairNorm({ rank, A, Bt }: Pair): number {
   const { L: a, size: m } = lq(A.slice(), rank, A.length / rank, false);
   const { L: b, size: n } = lq(Bt.slice(), rank, Bt.length / rank, false);
   return norm(multiply(transpose(b, rank, n), a, n, m, rank));
 }
 
-/** ΔW of one less ΔW of the other. */
+/** The pair of the difference of two ΔW. */
 function subtracted(one: Pair, other: Pair): Pair {
   const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
     const all = lengthened(a, a.length + b.length);
@@ -389,6 +340,15 @@ export interface Spectrum {
   readonly singular: readonly number[];
   /** ‖ΔW‖². */
   readonly square: number;
+}
+
+export function spectrumOf(
+  task: string,
+  module: string,
+  { out, in: inputs }: Pick<Spectrum, "out" | "in">,
+  singular: readonly number[],
+): Spectrum {
+  return { task, module, out, in: inputs, singular, square: singular.reduce((sum, value) => sum + value ** 2, 0) };
 }
 
 /** Spectra of each task, and its ‖ΔW‖². */
@@ -492,7 +452,7 @@ export function roundedSquare(size: number): number {
 const WORTH = 0.7;
 
 /** True where a rank-1 term of a singular value is worth its bits. @param width the mean of both sides' */
-export function isWorth(singular: number, width: number, step: number): boolean {
+function isWorth(singular: number, width: number, step: number): boolean {
   // Row i of A is √s long, and its step is that of ΔW over √s.
   return singular / Math.sqrt(width) >= WORTH * step;
 }

@@ -1,13 +1,31 @@
 /**
- * Tasks that share each side of a module by itself: a factor is made of coefficients over one of its side's bases, of residual rows, which are
- * what the basis lacks, or of both. Bits and loss together decide which it is: bits as the coder counts them, loss at the price
- * that rounding pays for a bit. Bases come from groups of tasks whose row spaces overlap.
+ * Tasks that share each factor of a module by itself: a factor is made of coefficients over one of the bases of its side, of residual rows,
+ * which hold what the basis lacks, or of both. Bits and loss together decide: bits as the coder counts them, loss at the price that
+ * rounding pays for a bit. Bases come from groups of tasks whose row spaces overlap.
  */
 import { codedBits } from "../format/encode-coded.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
 import { storing } from "../tensor/encode.ts";
 import { FACTORS } from "../tensor/term.ts";
-import { coordinates, encodeSide, type ModuleStack, type Side, type SideBasis, stacked } from "./components.ts";
+import {
+  type Basis,
+  type BySide,
+  coordinates,
+  encodeSide,
+  expand,
+  type Factor,
+  type ModuleMember,
+  type ModuleStack,
+  openSubspace,
+  rounded,
+  type Side,
+  type SideBasis,
+  type Subspace,
+  solve,
+  stacked,
+  type TaskUpdate,
+  targetsOf,
+} from "./components.ts";
 import {
   alignTo,
   balance,
@@ -23,35 +41,21 @@ import {
   worthRows,
 } from "./factors.ts";
 import { addScaled, dot, type Products, rowSquares } from "./linalg.ts";
-import {
-  expand,
-  type ModuleLoss,
-  type ModuleMember,
-  openSubspace,
-  rounded,
-  type StoredBasis,
-  type Subspace,
-  solve,
-  targetsOf,
-} from "./subspace.ts";
 
-/** Something of each side of a module. */
-export type BySide<T> = Readonly<Record<"A" | "B", T>>;
-
-/** A task's choice for one side: one of its bases, if any, and residual rows or none. */
+/** A task's choice for one factor: one of the bases of its side, if any, and residual rows or none. */
 export interface SideChoice {
   readonly basis?: number | undefined;
-  readonly own: boolean;
+  readonly residual: boolean;
 }
 
-/** The choice of a task that shares neither side. */
-export const APART: BySide<SideChoice> = { A: { own: true }, B: { own: true } };
+/** The choice of a task that shares neither factor. */
+export const UNSHARED: BySide<SideChoice> = { A: { residual: true }, B: { residual: true } };
 
-/** The components of a module, and how each task takes them, by id. */
+/** The bases of a module, and the choices of its tasks, by id. */
 export interface SharedSides {
   readonly bases: BySide<readonly SideBasis[]>;
   readonly choices: ReadonlyMap<string, BySide<SideChoice>>;
-  /** Bits of the components, and how many more the tasks would take without them. */
+  /** Bits of the components, and of all that the tasks would take more without them. */
   readonly bits: number;
   readonly saved: number;
 }
@@ -67,33 +71,14 @@ export interface RowFormat {
   readonly dtype?: Dtype | undefined;
 }
 
-/** A factor as it is stored: coefficients over a basis, residual rows for what that lacks, or both. */
-export interface StoredFactor {
-  /** Number of the basis of its side, and whether its mean is added; undefined without coefficients. */
-  readonly basis?: number | undefined;
-  readonly mean?: boolean | undefined;
-  /** Encoded [rank, K]. */
-  readonly coefficients?: Uint8Array | undefined;
-  /** Encoded [rank, width]. */
-  readonly residual?: Uint8Array | undefined;
-}
-
-/** ΔW of one task in one module as it is stored, and what that loses. */
-export interface TaskUpdate extends BySide<StoredFactor>, ModuleLoss {
-  /** Task id. */
-  readonly id: string;
-  readonly rank: number;
-  readonly dtype: Dtype;
-}
-
-/** A way to take one side, and what it costs. */
+/** A choice, and what it costs. */
 export interface SideCost extends SideChoice {
   readonly bits: number;
   /** Squared loss of ΔW, in units of its step. */
   readonly lost: number;
 }
 
-/** Costs of a task on the bases of a module: for each side first without any, then the best with each. */
+/** Costs of a task on the bases of a module: for each factor first without any, then the best with each. */
 export interface SideCosts extends BySide<readonly SideCost[]> {
   /** Task id. */
   readonly id: string;
@@ -110,14 +95,14 @@ export function costOf({ bits, lost }: Pick<SideCost, "bits" | "lost">): number 
 }
 
 /** Expected cost of a number with this mean square, in steps: left out, or rounded. */
-export function usualCost(square: number): number {
+function usualCost(square: number): number {
   const size = Math.sqrt(square);
   return Math.min(PRICE * square, roundedBits(size) + PRICE * roundedSquare(size));
 }
 
 /** Opens the bases of a module. */
-export function openSides({ A, B }: BySide<readonly StoredBasis[]>, products: Products): BySide<readonly Subspace[]> {
-  const open = (basis: StoredBasis): Subspace => openSubspace(basis, products);
+export function openSides({ A, B }: BySide<readonly Basis[]>, products: Products): BySide<readonly Subspace[]> {
+  const open = (basis: Basis): Subspace => openSubspace(basis, products);
   return { A: A.map(open), B: B.map(open) };
 }
 
@@ -130,44 +115,39 @@ export function takeSides(
   bases: BySide<readonly Subspace[]>,
   { name, out, in: inputs }: Omit<ModuleStack, "members">,
   member: ModuleMember,
-  { A, B }: BySide<SideChoice>,
+  choice: BySide<SideChoice>,
   { step, dtype }: RowFormat,
   products: Products,
   most: number = Infinity,
 ): TaskUpdate {
-  const given = pairOf(member);
-  const basisA = bases.A[A.basis ?? -1];
-  const basisB = bases.B[B.basis ?? -1];
-  // The part of a side that is not stored is left out first, so that the other side makes the best of it.
-  const whole = balanced(
-    {
-      rank: given.rank,
-      A: A.own ? given.A : within(basisA!, given.A, given.rank),
-      Bt: B.own ? given.Bt : within(basisB!, given.Bt, given.rank),
-    },
-    { A: basisA, B: basisB },
-    { out, in: inputs },
-    products,
-  );
-  const worth = worthRows(whole, step, widthOf(A.own ? inputs : 0, B.own ? out : 0, basisA, basisB));
+  const exact = pairOf(member);
+  const { id } = member;
+  const basis = { A: bases.A[choice.A.basis ?? -1], B: bases.B[choice.B.basis ?? -1] };
+  // The part of a factor that is not stored is left out first, so that the other factor makes the best of it.
+  const within = (which: "A" | "B", rows: Float64Array): Float64Array =>
+    choice[which].residual ? rows : rowsWithin(basis[which]!, rows, exact.rank);
+  const reached = { rank: exact.rank, A: within("A", exact.A), Bt: within("B", exact.Bt) };
+  const whole = balanced(reached, basis, { out, in: inputs }, products);
+  const widths = [choice.A.residual ? inputs : 0, choice.B.residual ? out : 0].filter((width) => width > 0);
+  // Rows have numbers on the sides with residual rows; coefficients where no side has.
+  const numbers = widths.length > 0 ? widths : [basis.A!.components, basis.B!.components];
+  const worth = worthRows(whole, step, numbers.reduce((sum, width) => sum + width) / numbers.length);
   const pair = leadingRows(whole, Math.min(worth, most));
   const { rank } = pair;
+  const type = dtype ?? "int8";
   const steps = dtype === undefined ? rowSteps(pair, step) : undefined;
-  return storing(`a row of "${name}"`, member.id, () => {
-    const type = dtype ?? "int8";
-    const a = storeSide(pair.A, { rank, type, steps: steps?.A }, basisA, A.own);
-    const b = storeSide(pair.Bt, { rank, type, steps: steps?.Bt }, basisB, B.own);
-    const stored = rank > 0 ? { rank, A: a.values, Bt: b.values } : zeros(inputs, out);
-    const { difference, norm } = deltaError(given, stored, products);
-    const factor = (
-      { coefficients, residual }: StoredSide,
-      { basis }: SideChoice,
-      { mean }: { mean?: unknown } = {},
-    ) => {
-      return { basis, mean: mean !== undefined, coefficients, residual };
+  return storing(`a row of "${name}"`, id, () => {
+    const take = (which: "A" | "B"): { factor: Factor; values: Float64Array } => {
+      const key = FACTORS[which];
+      const format = { rank, type, steps: steps?.[key] };
+      const { K: _, values, ...stored } = storeRows(pair[key], format, basis[which], choice[which].residual);
+      return { factor: { basis: choice[which].basis, mean: basis[which]?.mean !== undefined, ...stored }, values };
     };
-    const factors = { A: factor(a, A, basisA), B: factor(b, B, basisB) };
-    return { id: member.id, rank, dtype: type, ...factors, error: relative(difference, norm), norm };
+    const A = take("A");
+    const B = take("B");
+    const none = { rank: 1, A: new Float64Array(inputs), Bt: new Float64Array(out) };
+    const { difference, norm } = deltaError(exact, rank > 0 ? { rank, A: A.values, Bt: B.values } : none, products);
+    return { id, rank, dtype: type, A: A.factor, B: B.factor, error: relative(difference, norm), norm };
   });
 }
 
@@ -198,54 +178,44 @@ export function sideCosts(
     .reduce((sum, singular) => sum + singular ** 2, 0);
   const side = (which: "A" | "B"): SideCost[] => {
     const rows = pair[FACTORS[which]];
-    const own = steps[FACTORS[which]];
-    const stored: StoredRows = { rank: pair.rank, type: "int8", steps: own };
+    const format = { rank: pair.rank, type: "int8" as const, steps: steps[FACTORS[which]] };
+    const cost = (stored: StoredRows, isCounted?: boolean) => sideCost(rows, format.steps, stored, isCounted);
     const isAsked = pair.rank > 0 && bases[which].length > 0;
-    const apart = { own: true, ...sideCost(rows, own, storeSide(rows, stored, undefined, true), isAsked) };
-    if (!isAsked) return [apart];
-    const over = bases[which].map((basis, index): SideCost => {
-      const shared = onBasis(rows, stored, basis);
-      if (!shared) return { basis: index, own: false, bits: Infinity, lost: 0 };
-      const without = { basis: index, own: false, ...sideCost(rows, own, shared) };
+    const unshared = { residual: true, ...cost(storeRows(rows, format, undefined, true), isAsked) };
+    if (!isAsked) return [unshared];
+    const over = bases[which].map((space, basis): SideCost => {
+      const shared = onBasis(rows, format, space);
+      if (!shared) return { basis, residual: false, bits: Infinity, lost: 0 };
+      const alone = { basis, residual: false, ...cost(shared) };
       // The rest is worth no bits at all, or so much that it needs some.
-      const mean = without.lost / rows.length;
-      if (!basis.mean && usualCost(mean) >= PRICE * mean) return without;
-      const both = { basis: index, own: true, ...sideCost(rows, own, withOwn(rows, stored, shared)) };
-      // About a mean, rows in another gauge than the basis was made in lie elsewhere: they need rows of their own.
-      return !basis.mean && costOf(without) <= costOf(both) ? without : both;
+      const mean = alone.lost / rows.length;
+      if (!space.mean && usualCost(mean) >= PRICE * mean) return alone;
+      const both = { basis, residual: true, ...cost(withResidual(rows, format, shared)) };
+      // About a mean, rows in another factorisation than that of the basis lie elsewhere: they need residual rows.
+      return !space.mean && costOf(alone) <= costOf(both) ? alone : both;
     });
-    return [apart, ...over];
+    return [unshared, ...over];
   };
   return { left: left / step ** 2, A: side("A"), B: side("B") };
 }
 
-/** The ways to take both sides that cost a task least. */
+/** The choices for both factors that cost a task least. */
 export function cheapest({ A, B }: BySide<readonly SideCost[]>): BySide<SideChoice> {
-  const least = (all: readonly SideCost[]): SideChoice => {
-    const { basis, own } = all.reduce((best, one) => (costOf(one) < costOf(best) ? one : best));
-    return { basis, own };
+  const least = (costs: readonly SideCost[]): SideChoice => {
+    const { basis, residual } = costs.reduce((best, cost) => (costOf(cost) < costOf(best) ? cost : best));
+    return { basis, residual };
   };
   return { A: least(A), B: least(B) };
 }
 
-function zeros(inputs: number, out: number): Pair {
-  return { rank: 1, A: new Float64Array(inputs), Bt: new Float64Array(out) };
-}
-
-/** Numbers of a row: of its own on both sides, in the mean, or on one; coefficients where it has none. */
-function widthOf(a: number, b: number, basisA: Subspace | undefined, basisB: Subspace | undefined): number {
-  if (a > 0 && b > 0) return (a + b) / 2;
-  return a + b > 0 ? a + b : (basisA!.components + basisB!.components) / 2;
-}
-
 /** The rows of a factor as far as a basis reaches them. */
-function within(basis: Subspace, rows: Float64Array, rank: number): Float64Array {
+function rowsWithin(basis: Subspace, rows: Float64Array, rank: number): Float64Array {
   const [target] = targetsOf(basis, rows, [rank]);
   return expand(basis, solve(basis, target!), rank);
 }
 
-/** One side of a task as stored. */
-interface StoredSide extends Pick<StoredFactor, "coefficients" | "residual"> {
+/** Rows of one factor as stored. */
+interface StoredRows extends Pick<Factor, "coefficients" | "residual"> {
   /** Components of the basis; 0 without coefficients. */
   readonly K: number;
   /** Rows as their reader decodes them. */
@@ -253,28 +223,28 @@ interface StoredSide extends Pick<StoredFactor, "coefficients" | "residual"> {
 }
 
 /** Number format of rows. */
-interface StoredRows {
+interface RowsFormat {
   readonly rank: number;
   readonly type: Dtype;
   readonly steps?: Float64Array | undefined;
 }
 
-function storeSide(rows: Float64Array, stored: StoredRows, basis: Subspace | undefined, own: boolean): StoredSide {
-  if (stored.rank === 0) return { K: 0, values: rows };
-  const shared = basis && onBasis(rows, stored, basis, 0);
-  return own ? withOwn(rows, stored, shared) : shared!;
+function storeRows(rows: Float64Array, format: RowsFormat, basis: Subspace | undefined, residual: boolean): StoredRows {
+  if (format.rank === 0) return { K: 0, values: rows };
+  const shared = basis && onBasis(rows, format, basis, 0);
+  return residual ? withResidual(rows, format, shared) : shared!;
 }
 
-/** The least share of rows' squares that coefficients must hold to be asked what they cost. */
+/** The least share of rows' squares that coefficients must hold for their cost to be counted. */
 const LEAST_SHARE = 0.1;
 
 /** Rows as coefficients over a basis; undefined where these hold less than a share of their squares. */
 function onBasis(
   rows: Float64Array,
-  { rank, type, steps }: StoredRows,
+  { rank, type, steps }: RowsFormat,
   basis: Subspace,
   least: number = LEAST_SHARE,
-): StoredSide | undefined {
+): StoredRows | undefined {
   const K = basis.components;
   const target = targetsOf(basis, rows, [rank])[0]!;
   const { at, squares } = target;
@@ -286,7 +256,7 @@ function onBasis(
 }
 
 /** The same with residual rows for what the basis lacks; or these alone. */
-function withOwn(rows: Float64Array, { rank, type, steps }: StoredRows, shared?: StoredSide): StoredSide {
+function withResidual(rows: Float64Array, { rank, type, steps }: RowsFormat, shared?: StoredRows): StoredRows {
   const rest = rows.slice();
   if (shared) addScaled(-1, shared.values, 0, rest, 0, rest.length);
   const { encoded: residual, values } = rounded(type, rest, rank, rows.length / rank, steps);
@@ -294,11 +264,11 @@ function withOwn(rows: Float64Array, { rank, type, steps }: StoredRows, shared?:
   return { coefficients: shared?.coefficients, K: shared?.K ?? 0, residual, values };
 }
 
-/** Cost of one side. Loss counts a row's length on the other side, which steps have. @param isCounted whether bits are asked for */
+/** Cost of one factor. Loss counts a row's length on the other side, which steps have. @param isCounted false: bits are 0 */
 function sideCost(
   rows: Float64Array,
   steps: Float64Array,
-  { coefficients, K, residual, values }: StoredSide,
+  { coefficients, K, residual, values }: StoredRows,
   isCounted: boolean = true,
 ): Pick<SideCost, "bits" | "lost"> {
   const count = steps.length;
@@ -318,8 +288,8 @@ function sideCost(
   return { bits: codedBits(tensors), lost };
 }
 
-// Groups: tasks fall into groups by overlaps of their row spaces, and each group's components are as many as would pay for themselves. Whether
-// they do is asked of every task afterwards (`sideCosts`).
+// Groups: tasks fall into groups by overlaps of their row spaces, and each group's components are as many as would pay for themselves.
+// `sideCosts` of every task then says if they do.
 
 /** The components of a group, before they are rounded. */
 export interface Span extends Omit<Side, "rows"> {
@@ -372,36 +342,27 @@ export function encodeSpans(
 ): BySide<SideBasis[]> {
   const encode = ({ steps, ...side }: Span): SideBasis => {
     const scaled = steps.map((step) => scale * step);
-    return encodeSide(side, side.components.count, { type: "int8", steps: scaled }, products);
+    return encodeSide(side, side.components.count, scaled, products);
   };
   return { A: A.map(encode), B: B.map(encode) };
 }
 
 /** Rows in units of their steps: the singular value over the step is the length of each. */
 function inSteps(pair: Pair, key: "A" | "Bt", step: number): Float64Array {
-  return divided(
-    pair[key],
-    rowSteps(pair, step)[key].map((own) => own || Infinity),
-  );
+  return divided(pair[key], rowSteps(pair, step)[key], Infinity);
 }
 
 function unitRows(rows: Float64Array, rank: number): Float64Array {
-  return divided(
-    rows,
-    rowSquares(rows, rank, rows.length / rank).map((square) => Math.sqrt(square) || 1),
-  );
+  return divided(rows, rowSquares(rows, rank, rows.length / rank).map(Math.sqrt), 1);
 }
 
-/** Rows, each by a divisor of its own. */
-function divided(rows: Float64Array, by: Float64Array): Float64Array {
+/** Each row divided by a number. @param otherwise in the place of numbers that are 0 */
+function divided(rows: Float64Array, by: Float64Array, otherwise: number): Float64Array {
   const width = rows.length / by.length;
-  const found = new Float64Array(rows.length);
-  for (let row = 0; row < by.length; row++)
-    for (let i = row * width; i < (row + 1) * width; i++) found[i] = rows[i]! / by[row]!;
-  return found;
+  return rows.map((value, i) => value / (by[Math.floor(i / width)]! || otherwise));
 }
 
-/** Members, what they share, and what all of it is expected to cost. */
+/** Members, the components that they share, and the expected cost of both. */
 interface Group {
   readonly members: readonly number[];
   readonly span?: Span | undefined;
@@ -433,19 +394,24 @@ function groupsOf(
 function levelsOf(spaces: readonly Float64Array[], width: number, products: Products): number[][][] {
   const count = spaces.length;
   const overlap = overlapsOf(spaces, width, products);
-  const near = (one: readonly number[], other: readonly number[]): number => {
+  const near = (first: readonly number[], second: readonly number[]): number => {
     let sum = 0;
-    for (const i of one) for (const j of other) sum += overlap[i * count + j]!;
-    return sum / (one.length * other.length);
+    for (const i of first) for (const j of second) sum += overlap[i * count + j]!;
+    return sum / (first.length * second.length);
   };
   let groups = spaces.map((_, i) => [i]);
   return LEVELS.map((level) => {
     for (;;) {
-      let [a, b, nearest] = [-1, -1, level];
+      let a = -1;
+      let b = -1;
+      let nearest = level;
       for (let i = 0; i < groups.length; i++)
         for (let j = 0; j < i; j++) {
           const found = near(groups[i]!, groups[j]!);
-          if (found > nearest) [a, b, nearest] = [j, i, found];
+          if (found <= nearest) continue;
+          a = j;
+          b = i;
+          nearest = found;
         }
       if (a < 0) return groups;
       const joined = [...groups[a]!, ...groups[b]!].sort((x, y) => x - y);
@@ -479,7 +445,7 @@ function costOfRows(squares: ArrayLike<number>, width: number): number {
   return cost;
 }
 
-/** The components of rows in steps that cost least, with coefficients and what is left of each row, and what that is. */
+/** The components of rows in steps that cost least, with coefficients and the rest of each row; and that cost. */
 function bestSpan(rows: Float64Array, width: number, products: Products): Omit<Group, "members"> {
   if (rows.length === 0) return { cost: 0 };
   const count = rows.length / width;
@@ -493,7 +459,9 @@ function bestSpan(rows: Float64Array, width: number, products: Products): Omit<G
     shared += width * usualCost(square / width) + count * usualCost(square / count);
     for (let i = 0; i < count; i++) left[i] = Math.max(0, left[i]! - along[i * most + k]! ** 2);
     const cost = shared + costOfRows(left, width);
-    if (cost < least) [K, least] = [k + 1, cost];
+    if (cost >= least) continue;
+    K = k + 1;
+    least = cost;
   }
   if (K === 0) return { cost: least };
   const components = strongest(K);

@@ -3,41 +3,34 @@ import { type Adapter, checkAdapters, refuseBoth } from "../adapters/adapter.ts"
 import { checkPack } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { AdapterError, TaskError } from "../errors.ts";
-import { pairOf, type Spectrum, singularValues } from "../extract/factors.ts";
 import {
+  type Basis,
   type BySide,
-  balanced,
-  cheapest,
-  openSides,
-  type SideChoice,
-  sideCosts,
-  type TaskUpdate,
-  takeSides,
-} from "../extract/sides.ts";
-import {
   type Gauge,
   type ModuleMember,
   openModule,
   type ProjectOptions,
   projectModule,
-  type StoredBasis,
-} from "../extract/subspace.ts";
+  type TaskUpdate,
+} from "../extract/components.ts";
+import { pairOf, type Spectrum, singularValues, spectrumOf } from "../extract/factors.ts";
+import { balanced, cheapest, openSides, type SideChoice, sideCosts, takeSides } from "../extract/sides.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
-import type { TaskToWrite, TermInput } from "../format/encode.ts";
+import type { TaskToWrite } from "../format/encode.ts";
 import { encodedTensor, type PackModule, parseBrought, type Side, sharedBases } from "../format/format.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { SCALE_DOWN } from "../tensor/encode.ts";
 import { Meter, type OnWork, ROUND } from "../work.ts";
 import { completeDtypes } from "./recipe.ts";
-import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
+import { idleWarnings, lossesOf, type TaskLoss } from "./report.ts";
 import { type Steps, search, startSteps, Unreachable, withinError } from "./seek.ts";
 import {
-  changes,
+  add,
   DEFAULT_ERROR,
+  type Encoded,
   encodeAdapter,
-  encodeTerm,
+  encodedTask,
   narrowTerms,
-  onComponents,
   stepsOf,
   storable,
 } from "./tasks.ts";
@@ -122,7 +115,8 @@ const MOST_ASKED = 16;
 
 /** The number formats that a pack's tasks are stored in, so that new ones are stored alike. */
 export async function storedDtypes(pack: Pack): Promise<Dtypes> {
-  let [coefficients, head]: (Dtype | undefined)[] = [];
+  let coefficients: Dtype | undefined;
+  let head: Dtype | undefined;
   for (const id of [...pack.tasks.keys()].slice(0, MOST_ASKED)) {
     const { terms, parameters } = await pack.load(id);
     coefficients ??= terms.find((term) => term.A)?.A?.tensor.dtype;
@@ -174,8 +168,7 @@ async function ontoComponents(all: Newcomers, given?: Steps | null): Promise<Pro
     let space: ReturnType<typeof openModule> | undefined;
     return (adapter, member) => {
       space ??= openModule(storedModule(module, bases, adapter), products);
-      const task = projectModule(space, member, { ...options, step: steps && stepFor(steps, adapter) });
-      return onComponents(task, space, dtype);
+      return projectModule(space, member, { ...options, step: steps && stepFor(steps, adapter) });
     };
   });
 }
@@ -247,46 +240,42 @@ async function encoded(
   isCoded: boolean,
   open: (module: PackModule) => (adapter: Adapter, member: ModuleMember) => TaskUpdate,
 ): Promise<ProjectedAdapter[]> {
-  const errors: ModuleError[] = [];
-  const terms = adapters.map((): TermInput[] => []);
+  const all: Encoded = { terms: new Map(), errors: [] };
   const rescaled = new Set<string>();
   for (const [index, stored] of pack.modules.entries()) {
     const { name } = stored;
     const take = open(stored);
-    for (const [i, adapter] of adapters.entries()) {
+    for (const adapter of adapters) {
       const module = adapter.modules.get(name);
       if (!module) continue;
       const { magnitude, ...term } = await module.read();
       const update = storable(adapter, module, () => take(adapter, { id: adapter.id, ...term }), SCALE_DOWN);
-      errors.push({ task: adapter.id, module: name, error: update.error, norm: update.norm });
       if (magnitude) rescaled.add(adapter.id);
-      const made = encodeTerm(name, update, magnitude, adapter);
-      if (changes(made)) terms[i]!.push({ module: index, ...made });
+      add(all, index, adapter, encodedTask(name, update, magnitude, adapter));
     }
     meter.reach((index + 1) / pack.modules.length);
   }
   const names = pack.modules.map(({ name }) => name);
-  const residuals: TaskLoss[] = lossesOf(
-    errors,
-    adapters.map(({ id }) => id),
-  );
-  const idle = idleWarnings(adapters, errors, rescaled);
+  const ids = adapters.map(({ id }) => id);
+  const residuals: TaskLoss[] = lossesOf(all.errors, ids);
+  const idle = idleWarnings(adapters, all.errors, rescaled);
   return Promise.all(
     adapters.map(async (adapter, i) => {
-      const own = isCoded ? narrowTerms(terms[i]!, pack.modules) : terms[i]!;
-      const task = await encodeAdapter(adapter, own, names, { type: formats.head });
+      const terms = all.terms.get(adapter) ?? [];
+      const narrow = isCoded ? narrowTerms(terms, pack.modules) : terms;
+      const task = await encodeAdapter(adapter, narrow, names, { type: formats.head });
       return { ...task, residual: residuals[i]!, warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [] };
     }),
   );
 }
 
-/** One that changes nothing has no step of its own. */
+/** The step of an adapter: any for one that changes nothing. */
 function stepFor(steps: Steps, { id }: Adapter): number {
   return steps.get(id) ?? 1;
 }
 
 /** Bases of a side as they lie in a pack. */
-function storedSides(sides: readonly Side[], bases: Uint8Array): StoredBasis[] {
+function storedSides(sides: readonly Side[], bases: Uint8Array): Basis[] {
   return sides.map(({ K, mean, tensor }) => {
     const { dtype, width } = tensor;
     return { dtype, components: K, width, mean, encoded: encodedTensor(bases, tensor) };
@@ -297,19 +286,18 @@ function storedSides(sides: readonly Side[], bases: Uint8Array): StoredBasis[] {
 async function spectraOf({ pack, adapters }: Newcomers): Promise<Spectrum[]> {
   const spectra: Spectrum[] = [];
   const products = await fastProducts();
-  for (const { name: module, out, in: inputs } of pack.modules) {
-    for (const { id: task, modules } of adapters) {
-      const term = await modules.get(module)?.read();
+  for (const module of pack.modules) {
+    for (const { id, modules } of adapters) {
+      const term = await modules.get(module.name)?.read();
       if (!term) continue;
-      const singular = singularValues(pairOf(term), out, inputs, products);
-      const square = singular.reduce((sum, value) => sum + value ** 2, 0);
-      spectra.push({ task, module, out, in: inputs, singular, square });
+      const singular = singularValues(pairOf(term), module.out, module.in, products);
+      spectra.push(spectrumOf(id, module.name, module, singular));
     }
   }
   return spectra;
 }
 
-/** Tells whether tasks of a pack have residual rows: those of most have some, or not every module has components of all tasks. */
+/** True where tasks of a pack have residual rows: those of most have some, or not every module has components of all tasks. */
 function hasRows({ directory, tasks, modules }: Pack): boolean {
   const { step, error } = directory.basis;
   if (error !== undefined || !modules.every(sharedBases)) return true;
@@ -340,18 +328,12 @@ function checkModules(pack: Pack, adapter: Adapter): void {
     );
   const known = new Map(pack.modules.map((m) => [m.name, m]));
   const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
-  if (missing.length > 0 && missing.length === adapter.modules.size) {
-    throw new AdapterError(
-      `it adapts none of the modules that the tasks of ${pack.name} adapt, but ${listed(missing)}: is it of another base model?`,
-      { file: adapter.file, field: missing[0]! },
-    );
-  }
   if (missing.length > 0) {
-    throw new AdapterError(
-      `it adapts ${missing.length} modules that ${pack.name} has no basis for (${listed(missing)}): pack all adapters again, ` +
-        "with this one",
-      { file: adapter.file, field: missing[0]! },
-    );
+    const message =
+      missing.length === adapter.modules.size
+        ? `it adapts none of the modules that the tasks of ${pack.name} adapt, but ${listed(missing)}: is it of another base model?`
+        : `it adapts ${missing.length} modules that ${pack.name} has no basis for (${listed(missing)}): pack all adapters again, with this one`;
+    throw new AdapterError(message, { file: adapter.file, field: missing[0]! });
   }
   for (const [name, module] of adapter.modules) {
     const stored = known.get(name)!;
@@ -365,8 +347,8 @@ function checkModules(pack: Pack, adapter: Adapter): void {
 }
 
 /** Both sides of a module of a pack, as extraction takes them. */
-export function storedModule(module: PackModule, bases: Uint8Array, adapter: Adapter): BySide<StoredBasis> {
-  const side = (which: "A" | "B"): StoredBasis => {
+export function storedModule(module: PackModule, bases: Uint8Array, adapter: Adapter): BySide<Basis> {
+  const side = (which: "A" | "B"): Basis => {
     const [basis] = sharedBases(module) ? storedSides(module[which], bases) : [];
     if (basis) return basis;
     throw new AdapterError(`"${module.name}" has no basis in the pack: pack all adapters again`, {

@@ -19,11 +19,10 @@ import { type BaseInput, WeightResolver } from "../core/base.ts";
 import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
-import type { ExtractOptions, ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
-import { createExtractor, type Extractor, inOrder } from "../extract/extractor.ts";
+import type { ExtractOptions, Gauge, ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
+import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import { pairNorm, pairOf } from "../extract/factors.ts";
-import { APART, type SharedSides, type TaskUpdate } from "../extract/sides.ts";
-import type { Gauge } from "../extract/subspace.ts";
+import { type SharedSides, UNSHARED } from "../extract/sides.ts";
 import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
 import { UnstorableError } from "../tensor/encode.ts";
@@ -32,8 +31,8 @@ import { Meter, ROUND } from "../work.ts";
 import { type BuildOptions, type Recipe, recipeOf } from "./recipe.ts";
 import { type BuildReport, buildReport, componentsOf, type ModuleError } from "./report.ts";
 import type { Steps } from "./seek.ts";
-import { changes, encodeAdapter, encodeTerm, narrowTerms, onComponents, stepsOf } from "./tasks.ts";
-import { allOf, newPack, type Scratch } from "./write.ts";
+import { add, type Encoded, type EncodedTask, encodeAdapter, encodedTask, narrowTerms, stepsOf } from "./tasks.ts";
+import { allOf, inOrder, newPack, type Scratch } from "./write.ts";
 
 /** A pack that was made: its consecutive chunks. */
 export interface Built<Report = BuildReport, Chunks = Uint8Array[]> {
@@ -151,17 +150,14 @@ export function packRows(
   const places = new Map(modules.map(({ name }, index) => [name, index]));
   const errors: ModuleError[] = [];
   const encodeGroup = async (group: readonly Adapter[], part: Adapters): Promise<Encoded["terms"]> => {
-    const own = onlyOf(shared, group);
+    const members = onlyOf(shared, group);
     const extracting = partOf(part, EXTRACTING);
     const known: Known = new Map();
-    const found = await choose(group, (steps) =>
-      encodeRows({ ...partOf(extracting, ROUND), shared: own }, recipe, sides ?? new Map(), steps, known),
+    const encoded = await choose(group, (steps) =>
+      encodeRows({ ...partOf(extracting, ROUND), shared: members }, recipe, sides ?? new Map(), steps, known, places),
     );
-    for (const error of found.errors) errors.push(error);
-    for (const terms of found.terms.values())
-      for (const [i, term] of terms.entries())
-        terms[i] = { ...term, module: places.get(own[term.module]!.shape.name)! };
-    return found.terms;
+    for (const error of encoded.errors) errors.push(error);
+    return encoded.terms;
   };
   const groups = groupsOf(adapters, most);
   let at = -1;
@@ -261,12 +257,6 @@ export function partOf(opened: Adapters, share: number): Adapters {
   return { ...opened, meter: opened.meter.part(share) };
 }
 
-/** The terms of tasks, and what they lose. */
-export interface Encoded {
-  readonly terms: Map<Adapter, TermInput[]>;
-  readonly errors: ModuleError[];
-}
-
 /**
  * @throws AdapterError when adapters do not agree about a module or name different base models
  * @throws BaseMismatchError when the base given does not have the adapted modules
@@ -306,14 +296,8 @@ export async function* eachModule<T>(
   }
 }
 
-/** A task of a module. */
-interface EncodedTask {
-  readonly error: ModuleError;
-  readonly term: Omit<TermInput, "module">;
-}
-
 /** Extracts components of all modules, and encodes tasks over them. */
-export async function encodeComponents(
+async function encodeComponents(
   opened: Adapters,
   { extraction, step }: Recipe & { readonly extraction: Omit<ExtractOptions, "products"> },
 ): Promise<Encoded & { readonly modules: ModuleInput[] }> {
@@ -321,7 +305,7 @@ export async function encodeComponents(
   const steps = step === undefined ? undefined : await stepsOf(adapters, step);
   const encoded: Encoded = { terms: new Map(), errors: [] };
   const modules: ModuleInput[] = [];
-  const { gauge, coefficientDtype: dtype } = extraction;
+  const { gauge } = extraction;
   const work = async (module: SharedModule<Adapter>): Promise<ModuleExtraction & { terms: readonly Term[] }> => {
     const { stack, terms } = await readStack(module);
     const stepped = steps && module.owners.map(({ id }) => steps.get(id)!);
@@ -336,28 +320,29 @@ export async function encodeComponents(
     const { shape, owners } = shared[index]!;
     const { name } = shape;
     modules.push({ ...shape, A: [sideInput(A)], B: [sideInput(B)], fingerprint: fingerprints?.get(name) });
-    const encode = (task: (typeof tasks)[number], i: number): EncodedTask =>
-      encodedTask(name, onComponents(task, { A, B }, dtype), terms[i]!, owners[i]!);
-    add(encoded, index, owners, tasks.map(encode));
+    for (const [i, owner] of owners.entries())
+      add(encoded, index, owner, encodedTask(name, tasks[i]!, terms[i]!.magnitude, owner));
   }
   return { ...encoded, modules };
 }
 
 /** Tasks by module that are encoded already, with the step that they were encoded with. */
-export type Known = Map<string, Map<string, EncodedTask & { readonly step: number }>>;
+type Known = Map<string, Map<string, EncodedTask & { readonly step: number }>>;
 
 /**
  * Encodes tasks with residual rows, over what they share of each side.
  * @param sides bases that are made already, and who takes which, by module
  * @param steps of ΔW by id; 0 where there is none
  * @param known is brought up to date: only tasks with other steps are encoded again
+ * @param places numbers of modules, by name
  */
-export async function encodeRows(
+async function encodeRows(
   opened: Omit<Adapters, "adapters">,
   { rows: dtype, extraction: { rank } }: Recipe,
   sides: ReadonlyMap<string, SharedSides>,
   steps: Steps,
   known: Known,
+  places: ReadonlyMap<string, number>,
 ): Promise<Encoded> {
   const encoded: Encoded = { terms: new Map(), errors: [] };
   const stepFor = ({ id }: Adapter): number => steps.get(id) ?? 0;
@@ -371,50 +356,25 @@ export async function encodeRows(
       const updates = await naming(piece, () =>
         opened.extractor.ask("takeSides", stack, {
           bases,
-          choices: piece.owners.map(({ id }) => choices?.get(id) ?? APART),
+          choices: piece.owners.map(({ id }) => choices?.get(id) ?? UNSHARED),
           formats: piece.owners.map((owner) => ({ step: stepFor(owner), dtype })),
           rank,
         }),
       );
       for (const [i, update] of updates.entries()) {
         const owner = piece.owners[i]!;
-        tasks.set(owner.id, { ...encodedTask(shape.name, update, terms[i]!, owner), step: stepFor(owner) });
+        const task = encodedTask(shape.name, update, terms[i]!.magnitude, owner);
+        tasks.set(owner.id, { ...task, step: stepFor(owner) });
       }
     }
     return owners.map(({ id }) => tasks.get(id)!);
   };
-  let index = 0;
+  let at = 0;
   for await (const tasks of eachModule(opened, opened.shared, work)) {
-    add(encoded, index, opened.shared[index]!.owners, tasks);
-    index++;
+    const { shape, owners } = opened.shared[at++]!;
+    for (const [i, owner] of owners.entries()) add(encoded, places.get(shape.name)!, owner, tasks[i]!);
   }
   return encoded;
-}
-
-function encodedTask(
-  module: string,
-  update: TaskUpdate,
-  { magnitude }: Pick<Term, "magnitude">,
-  adapter: Adapter,
-): EncodedTask {
-  const { id: task, error, norm } = update;
-  return { error: { task, module, error, norm }, term: encodeTerm(module, update, magnitude, adapter) };
-}
-
-/** Adds the tasks of a module to what was encoded. */
-function add(
-  { terms, errors }: Encoded,
-  module: number,
-  owners: readonly Adapter[],
-  tasks: readonly EncodedTask[],
-): void {
-  for (const [i, { error, term }] of tasks.entries()) {
-    const owner = owners[i]!;
-    errors.push(error);
-    if (!changes(term)) continue;
-    if (!terms.has(owner)) terms.set(owner, []);
-    terms.get(owner)!.push({ module, ...term });
-  }
 }
 
 /** One side as it is written. */

@@ -197,17 +197,10 @@ function strangerWarnings(adapters: readonly Owner[]): string[] {
   for (const adapter of adapters) {
     const names = [...adapter.modules.keys()];
     if (names.length === 0) continue;
-    const meets = new Set(groups.filter(({ modules }) => names.some((name) => modules.has(name))));
-    const joined = [...meets].reduce(
-      ({ members, modules }, one) => {
-        members.push(...one.members);
-        for (const name of one.modules) modules.add(name);
-        return { members, modules };
-      },
-      { members: [] as Owner[], modules: new Set(names) },
-    );
-    joined.members.push(adapter);
-    groups = [...groups.filter((group) => !meets.has(group)), joined];
+    const meets = groups.filter(({ modules }) => names.some((name) => modules.has(name)));
+    const members = [...meets.flatMap((group) => group.members), adapter];
+    const modules = new Set([...meets.flatMap((group) => [...group.modules]), ...names]);
+    groups = [...groups.filter((group) => !meets.includes(group)), { members, modules }];
   }
   const isNamed = ({ members }: (typeof groups)[number]): boolean =>
     members.some(({ baseModel }) => baseModel !== undefined);
@@ -217,8 +210,8 @@ function strangerWarnings(adapters: readonly Owner[]): string[] {
     .map(({ members }) => {
       const ids = members.slice(0, LISTED).map(({ id }) => `"${id}"`);
       const more = members.length > LISTED ? ` and ${members.length - LISTED} more` : "";
-      const [adapt, are] = members.length > 1 ? ["adapt", "are they"] : ["adapts", "is it"];
-      return `${ids.join(", ")}${more} ${adapt} none of the modules that the others adapt: ${are} of another base model?`;
+      const [adapt, isOther] = members.length > 1 ? ["adapt", "are they"] : ["adapts", "is it"];
+      return `${ids.join(", ")}${more} ${adapt} none of the modules that the others adapt: ${isOther} of another base model?`;
     });
 }
 

@@ -7,7 +7,7 @@ import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { openPack, type Pack } from "../core/pack.ts";
 import { AdapterError } from "../errors.ts";
 import type { SideBasis } from "../extract/components.ts";
-import { byTask, expectedBits, roundingLoss, type Spectrum } from "../extract/factors.ts";
+import { byTask, expectedBits, roundingLoss, type Spectrum, spectrumOf } from "../extract/factors.ts";
 import { costOf, encodeSpans, type SharedSides, type SideChoice, type SideCost, type Spans } from "../extract/sides.ts";
 import { throwIfAborted } from "../pace.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
@@ -15,7 +15,6 @@ import { UnstorableError } from "../tensor/encode.ts";
 import {
   type Adapters,
   type Built,
-  type Encoded,
   eachModule,
   gathered,
   naming,
@@ -30,8 +29,8 @@ import {
 } from "./build.ts";
 import { type BuildOptions, MOST_STEP, type Recipe, recipeOf } from "./recipe.ts";
 import { type BuildReport, lossesOf } from "./report.ts";
-import { bisect, type Fits, SLOPE, type Steps, search, startSteps, Unreachable, withinError } from "./seek.ts";
-import { DEFAULT_ERROR } from "./tasks.ts";
+import { bisect, SLOPE, type Steps, search, startSteps, Unreachable, withinBytes, withinError } from "./seek.ts";
+import { DEFAULT_ERROR, type Encoded } from "./tasks.ts";
 import type { Scratch } from "./write.ts";
 
 /** A figure of each task, by id. */
@@ -100,11 +99,9 @@ export interface SearchOptions extends Pick<BuildOptions, "base" | "anyBase" | "
   readonly judge?: Judge | undefined;
   /** Number format of heads. Default: one that loses far less than the goal allows; for a size, entropy-coded integers. */
   readonly head?: Dtype | undefined;
-  /** Called when a strategy has been tried; with a score after each pack that was judged. */
-  readonly onTry?: (tried: Tried) => void;
 }
 
-const OPTIONS = ["goal", "judge", "head", "onTry", "base", "anyBase", "workers", "onProgress", "signal"] as const;
+const OPTIONS = ["goal", "judge", "head", "base", "anyBase", "workers", "onProgress", "signal"] as const;
 
 /**
  * Makes packs until one keeps to the goal and is no larger, or loses no more, than it needs to.
@@ -149,13 +146,13 @@ export async function searchStreamed(
   return withExtractor("searchPack", options.workers, async (extractor) => {
     const opened = await openAdapters("searchPack", adapters, options, extractor);
     const spectra = await survey(partOf(opened, SURVEY));
-    const found = await bestOf({ ...options, opened, spectra, goal, scratch });
+    const best = await bestOf({ ...options, opened, spectra, goal, scratch });
     opened.meter.reach(1);
-    return found;
+    return best;
   });
 }
 
-/** The share of the work that reading spectra takes, of what is left that finding shared components takes, and that a whole pack takes. */
+/** Shares of the work: reading spectra; of the rest, finding shared components, and making a whole pack. */
 const SURVEY = 0.15;
 const SHARING = 0.4;
 const PACK = 0.3;
@@ -164,7 +161,7 @@ const PACK = 0.3;
 const FINE = 0.02;
 
 /** Adapters and a goal. */
-interface Context extends Pick<SearchOptions, "judge" | "head" | "onTry" | "signal"> {
+interface Context extends Pick<SearchOptions, "judge" | "head" | "signal"> {
   readonly opened: Adapters;
   readonly spectra: readonly Spectrum[];
   readonly goal: Goal;
@@ -192,12 +189,8 @@ interface Candidate {
 }
 
 async function bestOf(context: Context): Promise<Streamed<SearchReport>> {
-  const { goal, opened, onTry, head = headFor(goal) } = context;
+  const { goal, opened, head = headFor(goal) } = context;
   const tried: Tried[] = [];
-  const note = (one: Tried): void => {
-    tried.push(one);
-    onTry?.(one);
-  };
   const hasHeads = opened.adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1));
   const decisions = head && hasHeads ? [`heads are stored in ${head}`] : [];
   const reference = goal.kind === "score" ? await referenceOf(context, goal) : undefined;
@@ -205,15 +198,15 @@ async function bestOf(context: Context): Promise<Streamed<SearchReport>> {
   let failure: Error | undefined;
   for (const strategy of STRATEGIES) {
     try {
-      const found = await candidateOf({ ...context, head }, strategy, reference, note);
-      if (!best || found.tried.error < best.tried.error) best = found;
+      const candidate = await candidateOf({ ...context, head }, strategy, reference, tried);
+      if (!best || candidate.tried.error < best.tried.error) best = candidate;
       // A size that integers cannot fill leaves room for finer numbers.
       if (goal.kind !== "bytes" || best.tried.error > FINE) break;
     } catch (error) {
       if (!(error instanceof Unreachable) && !isUnstorable(error)) throw error;
       failure ??= error;
       const least = error instanceof Unreachable ? error.least : undefined;
-      note({ name: strategy.name, reason: error.message, least });
+      tried.push({ name: strategy.name, reason: error.message, least });
       // Other numbers take more bytes.
       if (least !== undefined) break;
     }
@@ -236,77 +229,74 @@ function isUnstorable(error: unknown): error is AdapterError {
   return error instanceof AdapterError && error.cause instanceof UnstorableError;
 }
 
-/** The best pack of a strategy. @throws Unreachable */
+/** The best pack of a strategy. @param tried receives it, and every pack that was judged @throws Unreachable */
 async function candidateOf(
   context: Context,
   strategy: Strategy,
   reference: ReadonlyMap<string, number> | undefined,
-  note: (tried: Tried) => void,
+  tried: Tried[],
 ): Promise<Candidate> {
   const { goal, opened, spectra } = context;
-  const candidate = (made: Streamed, scores: Pick<Tried, "scores" | "loss" | "passes"> = {}): Candidate => {
+  const isRounded = strategy.rows === undefined;
+  const candidate = (made: Streamed, scores?: Pick<Tried, "scores" | "loss" | "passes">): Candidate => {
     const { bytes, errors, step } = made.report;
     const error = errors.reduce((sum, { total }) => sum + total, 0) / Math.max(errors.length, 1);
     return { made, tried: { name: strategy.name, step, bytes, error, ...scores } };
   };
-  const noted = (found: Candidate): Candidate => {
-    note(found.tried);
-    return found;
+  const noted = (candidate: Candidate): Candidate => {
+    tried.push(candidate.tried);
+    return candidate;
   };
   if (goal.kind === "error") return noted(candidate(await packWithinError(context, strategy, goal.max)));
   // All tasks have one step, as a share of the typical norm of their ΔW.
-  const norms = [...byTask(spectra)].map(
-    ([task, own]) => [task, Math.sqrt(own.square / own.spectra.length) || 1] as const,
-  );
+  const tasks = [...byTask(spectra)].map(([id, { spectra, square }]) => {
+    return { id, spectra, norm: Math.sqrt(square / spectra.length) || 1 };
+  });
   const make = async (share: number): Promise<Streamed> => {
     const part = partOf(opened, PACK);
-    const steps = new Map(norms.map(([task, norm]) => [task, share * norm]));
+    const steps = new Map(tasks.map(({ id, norm }) => [id, share * norm]));
     const { sides } = await sharedBy(strategy, part, spectra, steps, false);
-    return packRows(
-      part,
-      recipeFor(context, strategy, share),
-      { sides, choose: (_, encode) => encode(steps) },
-      undefined,
-    );
+    const rows: Rows = { sides, choose: (_, encode) => encode(steps) };
+    return packRows(part, recipeFor(context, strategy, share), rows, undefined);
   };
   if (goal.kind === "bytes") {
     const expected = (share: number): number =>
-      norms.reduce(
-        (sum, [task, norm]) =>
-          sum + expectedBits(byTask(spectra).get(task)!.spectra, share * norm, strategy.rows === undefined),
-        0,
-      );
+      tasks.reduce((sum, { spectra, norm }) => sum + expectedBits(spectra, share * norm, isRounded), 0);
     const start = bisect(1e-9, MOST_STEP, (share) => expected(share) < 8 * goal.max);
-    return noted(
-      await search(
-        new Map([["", start]]),
-        async (steps) => candidate(await make(steps.get("")!)),
-        withinBytes(goal.max),
-      ),
+    const fits = withinBytes(
+      goal.max,
+      ({ made }: Candidate) => made.report.bytes,
+      ({ made }) => made.report.errors.some(({ total }) => total >= 1),
     );
+    return noted(await search(new Map([["", start]]), async (steps) => candidate(await make(steps.get("")!)), fits));
   }
+  let least = Infinity;
+  const refusal = (): Unreachable => {
+    const whose = goal.keep === "mean" ? "the mean" : "every task";
+    return new Unreachable(
+      `searchPack: no pack keeps the score of ${whose} within ${goal.tolerance}; the least loss is ${least.toPrecision(3)}: allow more, or ask more rows`,
+    );
+  };
   const judged = async (share: number): Promise<Candidate> => {
     const made = await gathered(await make(share));
     const scores = await ask(context, made);
     const losses = [...reference!].map(([id, score]) => score - scores.get(id)!);
     const loss = goal.keep === "mean" ? losses.reduce((a, b) => a + b, 0) / losses.length : Math.max(...losses);
+    least = Math.min(least, loss);
     return noted(candidate({ ...made, chunks: each(made.chunks) }, { scores, loss, passes: loss <= goal.tolerance }));
   };
-  const least = { loss: Infinity };
-  const fits: Fits<Candidate> = {
-    slope: 1,
-    figuresOf({ tried: { loss = 0, passes } }) {
-      least.loss = Math.min(least.loss, loss);
+  if (isRounded)
+    return search(new Map([["", SCORED]]), (steps) => judged(steps.get("")!), {
+      slope: 1,
       // The margin of a score says little about how much coarser a pack may be.
-      return [{ key: "", ratio: passes ? 0.5 : Math.max(2, loss / goal.tolerance) }];
-    },
-    refusal: () => scoreRefusal(goal, least.loss),
-  };
-  if (strategy.rows === undefined) return search(new Map([["", SCORED]]), (steps) => judged(steps.get("")!), fits);
-  const found = await judged(0);
-  fits.figuresOf(found);
-  if (!found.tried.passes) throw fits.refusal("");
-  return found;
+      figuresOf: ({ tried: { loss = 0, passes } }) => [
+        { key: "", ratio: passes ? 0.5 : Math.max(2, loss / goal.tolerance) },
+      ],
+      refusal,
+    });
+  const exact = await judged(0);
+  if (!exact.tried.passes) throw refusal();
+  return exact;
 }
 
 async function* each(chunks: readonly Uint8Array[]): AsyncGenerator<Uint8Array, void> {
@@ -315,28 +305,6 @@ async function* each(chunks: readonly Uint8Array[]): AsyncGenerator<Uint8Array, 
 
 /** The step from which on scores are asked, of the norm that ΔW typically has: tasks lose about a quarter of it. */
 const SCORED = 0.03;
-
-function scoreRefusal({ keep, tolerance }: Goal & { readonly kind: "score" }, least: number): Unreachable {
-  const whose = keep === "mean" ? "the mean" : "every task";
-  return new Unreachable(
-    `searchPack: no pack keeps the score of ${whose} within ${tolerance}; the least loss is ${least.toPrecision(3)}: allow more, or ask more rows`,
-  );
-}
-
-/** Asks for the most bytes of at most `max` with which every task does something. */
-function withinBytes(max: number): Fits<Candidate> {
-  let least: number | undefined;
-  return {
-    slope: -SLOPE,
-    figuresOf({ made: { report } }) {
-      // A step may be so coarse that nothing is left of a task.
-      const isLost = report.errors.some(({ total }) => total >= 1);
-      if (!isLost) least = Math.min(least ?? Infinity, report.bytes);
-      return [{ key: "", ratio: report.bytes / max, isLost }];
-    },
-    refusal: () => new Unreachable(`${max} bytes are too few${least ? `: the least is ${least}` : ""}`, least),
-  };
-}
 
 function recipeFor({ head }: Context, { rows }: Strategy, step: number, error?: number): Recipe {
   const dtype = { ...(rows && { basis: rows, coefficients: rows }), ...(head && { head }) };
@@ -404,12 +372,8 @@ function typicalStep(spectra: readonly Spectrum[], steps: Steps): number {
 async function survey(opened: Adapters): Promise<Spectrum[]> {
   const read = async (piece: SharedModule<Adapter>): Promise<Spectrum[]> => {
     const { stack } = await readStack(piece);
-    const { name: module, out, in: inputs, members } = stack;
     const all = await opened.extractor.ask("spectra", stack, undefined);
-    return all.map((singular, i) => {
-      const square = singular.reduce((sum, value) => sum + value ** 2, 0);
-      return { task: members[i]!.id, module, out, in: inputs, singular, square };
-    });
+    return all.map((singular, i) => spectrumOf(stack.members[i]!.id, stack.name, stack, singular));
   };
   const spectra: Spectrum[] = [];
   for await (const found of eachModule(opened, opened.shared.flatMap(piecesOf), read))
@@ -486,7 +450,7 @@ interface Sharing {
 
 /** Shared components of a module, and the squared loss of each of its tasks alone and with them. */
 interface Found extends SharedSides {
-  readonly losses: ReadonlyMap<string, { readonly apart: number; readonly shared: number }>;
+  readonly losses: ReadonlyMap<string, { readonly unshared: number; readonly shared: number }>;
 }
 
 /** Most tasks that are compared with each other. The others are asked what the groups of these would save them. */
@@ -506,11 +470,11 @@ async function findSharing(
   grows: boolean,
 ): Promise<Sharing> {
   const sides = new Map<string, SharedSides>();
-  const apart = new Map<string, number>();
+  const unshared = new Map<string, number>();
   const gains = new Map<string, number>();
   const add = (to: Map<string, number>, task: string, value: number): unknown =>
     to.set(task, (to.get(task) ?? 0) + value);
-  for (const spectrum of spectra) add(apart, spectrum.task, roundingLoss([spectrum], steps.get(spectrum.task)!));
+  for (const spectrum of spectra) add(unshared, spectrum.task, roundingLoss([spectrum], steps.get(spectrum.task)!));
   const modules = opened.shared.filter(({ owners }) => owners.length > 1);
   const ask = (module: SharedModule<Adapter>): Promise<Found | undefined> =>
     sharingOf(opened, module, steps, grows ? growth : () => 1);
@@ -519,13 +483,13 @@ async function findSharing(
     const { name } = modules[at++]!.shape;
     if (!found) continue;
     sides.set(name, found);
-    for (const [task, { apart, shared }] of found.losses) add(gains, task, apart - shared);
+    for (const [task, { unshared, shared }] of found.losses) add(gains, task, unshared - shared);
   }
   const saved = [...sides.values()].reduce((sum, { saved }) => sum + saved, 0);
   const all = spectra.reduce((sum, spectrum) => sum + expectedBits([spectrum], steps.get(spectrum.task)!), 0);
   if (saved < LEAST_SAVED * all) return { sides: new Map(), steps };
   const expected = [...steps].map(([task, step]): [string, number] => {
-    const before = apart.get(task) ?? 0;
+    const before = unshared.get(task) ?? 0;
     const gain = gains.get(task) ?? 0;
     return [task, gain === 0 ? step : step * growth(before, before - gain)];
   });
@@ -560,26 +524,29 @@ async function sharingOf(
   const chosen = { A: paying(costsOf("A"), bases.A), B: paying(costsOf("B"), bases.B) };
   const used = { A: usedOf(chosen.A), B: usedOf(chosen.B) };
   if (used.A.length + used.B.length === 0) return undefined;
-  const losses = new Map(
-    costs.map(({ id, left, A, B }, i) => {
-      const square = steps.get(id)! ** 2;
-      const apart = square * (left + A[0]!.lost + B[0]!.lost);
-      return [id, { apart, shared: square * (left + chosen.A[i]!.lost + chosen.B[i]!.lost) }];
-    }),
-  );
-  const sum = (key: "apart" | "shared"): number => [...losses.values()].reduce((all, one) => all + one[key], 0);
+  const losses = new Map<string, { unshared: number; shared: number }>();
   const stored = [...used.A.map((i) => bases.A[i]!), ...used.B.map((i) => bases.B[i]!)];
-  const bits = stored.reduce((all, basis) => all + basis.bits, 0);
-  const saved = costs.reduce((all, { A, B }, i) => {
-    return all + A[0]!.bits + B[0]!.bits - chosen.A[i]!.bits - chosen.B[i]!.bits;
-  }, -bits);
-  const grownBases = encodeSpans(spans, grown(sum("apart"), sum("shared")));
+  const bits = stored.reduce((sum, basis) => sum + basis.bits, 0);
+  let saved = -bits;
+  const total = { unshared: 0, shared: 0 };
+  for (const [i, { id, left, A, B }] of costs.entries()) {
+    const square = steps.get(id)! ** 2;
+    const chosenA = chosen.A[i]!;
+    const chosenB = chosen.B[i]!;
+    const unshared = square * (left + A[0]!.lost + B[0]!.lost);
+    const shared = square * (left + chosenA.lost + chosenB.lost);
+    losses.set(id, { unshared, shared });
+    total.unshared += unshared;
+    total.shared += shared;
+    saved += A[0]!.bits + B[0]!.bits - chosenA.bits - chosenB.bits;
+  }
+  const grownBases = encodeSpans(spans, grown(total.unshared, total.shared));
   // Steps so large that nothing would be left of some stay as they are.
   const made = (which: "A" | "B"): SideBasis[] =>
     used[which].map((i) => (grownBases[which][i]!.components > 0 ? grownBases : bases)[which][i]!);
   const choice = (which: "A" | "B", task: number): SideChoice => {
-    const { basis, own } = chosen[which][task]!;
-    return basis === undefined ? { own } : { basis: used[which].indexOf(basis), own };
+    const { basis, residual } = chosen[which][task]!;
+    return basis === undefined ? { residual } : { basis: used[which].indexOf(basis), residual };
   };
   return {
     bases: { A: made("A"), B: made("B") },
@@ -594,7 +561,7 @@ function usedOf(chosen: readonly SideChoice[]): number[] {
   return [...new Set(chosen.flatMap(({ basis }) => basis ?? []))].sort((a, b) => a - b);
 }
 
-/** Takes `most` of them where there are more, spread evenly. */
+/** Takes `most` items where there are more, spread evenly. */
 export function spread<T>(all: readonly T[], most: number): readonly T[] {
   if (all.length <= most) return all;
   return Array.from({ length: most }, (_, i) => all[Math.floor((i * all.length) / most)]!);
@@ -605,24 +572,24 @@ const WORTH = 0.05;
 
 /** Choices of all tasks for one factor, among components that save more than they take. */
 function paying(costs: readonly (readonly SideCost[])[], bases: Spans["bases"]["A"]): SideCost[] {
-  const kept = new Set(bases.keys());
+  const useful = new Set(bases.keys());
   for (;;) {
     const chosen = costs.map((all) =>
-      all.reduce((best, one) => (kept.has(one.basis ?? -1) && costOf(one) < costOf(best) ? one : best)),
+      all.reduce((best, cost) => (useful.has(cost.basis ?? -1) && costOf(cost) < costOf(best) ? cost : best)),
     );
-    const idle = [...kept].filter((basis) => {
+    const idle = [...useful].filter((basis) => {
       let saved = 0;
-      let apart = 0;
-      for (const [i, one] of chosen.entries()) {
-        if (one.basis !== basis) continue;
+      let unshared = 0;
+      for (const [i, cost] of chosen.entries()) {
+        if (cost.basis !== basis) continue;
         const alone = costOf(costs[i]![0]!);
-        saved += alone - costOf(one);
-        apart += alone;
+        saved += alone - costOf(cost);
+        unshared += alone;
       }
       const { components, bits } = bases[basis]!;
-      return components === 0 || saved - bits <= WORTH * apart;
+      return components === 0 || saved - bits <= WORTH * unshared;
     });
     if (idle.length === 0) return chosen;
-    for (const basis of idle) kept.delete(basis);
+    for (const basis of idle) useful.delete(basis);
   }
 }

@@ -171,6 +171,30 @@ export function bisect(low: number, high: number, exceeds: (middle: number) => b
   return least;
 }
 
+/** The error of a size that no pack of a kind has. @param least bytes of the smallest pack, where one is known */
+export function tooFew(max: number, least?: number): Unreachable {
+  return new Unreachable(`${max} bytes are too few${least ? `: the least is ${least}` : ""}`, least);
+}
+
+/** Asks for the most bytes of at most `max`. @param isLost true where nothing is left of a task: its step is too coarse */
+export function withinBytes<T>(
+  max: number,
+  bytesOf: (made: T) => number,
+  isLost: (made: T) => boolean = () => false,
+): Fits<T> {
+  let least: number | undefined;
+  return {
+    slope: -SLOPE,
+    figuresOf(made) {
+      const bytes = bytesOf(made);
+      const lost = isLost(made);
+      if (!lost) least = Math.min(least ?? Infinity, bytes);
+      return [{ key: "", ratio: bytes / max, isLost: lost }];
+    },
+    refusal: () => tooFew(max, least),
+  };
+}
+
 /** Asks that no task loses more than `max` of its ΔW. @param lossesOf what was made loses */
 export function withinError<T>(
   max: number,

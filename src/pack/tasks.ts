@@ -3,9 +3,8 @@
  */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
+import type { Factor, TaskUpdate } from "../extract/components.ts";
 import { pairNorm, pairOf } from "../extract/factors.ts";
-import type { StoredFactor, TaskUpdate } from "../extract/sides.ts";
-import type { ProjectedTask } from "../extract/subspace.ts";
 import {
   checkEntry,
   encodeTask,
@@ -18,6 +17,7 @@ import { bringsOf, misfitLabels, mostRank } from "../format/format.ts";
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { advised, encodeSteps, encodeTensor, narrowed, SCALE_DOWN } from "../tensor/encode.ts";
 import type { HeadFormat } from "./recipe.ts";
+import type { ModuleError } from "./report.ts";
 
 /** The share of its ΔW that a task may lose by default: docs/pack.md has what that costs and saves. */
 export const DEFAULT_ERROR = 0.15;
@@ -42,8 +42,6 @@ export async function stepsOf(adapters: readonly Adapter[], share: number): Prom
   return steps;
 }
 
-type PrivateTerms = NonNullable<TermInput["privateTerms"]>;
-
 /** Widths of the tensors of a module's terms. */
 interface Widths {
   readonly in: number;
@@ -52,68 +50,80 @@ interface Widths {
   readonly B?: readonly { readonly K: number }[] | undefined;
 }
 
-/** Terms of one task in the smallest integers that they fit: all coefficients, and by module private terms, and rows of its own. */
+/** Integers of one type, in the smallest that they all fit. */
+function narrow(tensors: readonly (readonly [tensor: TensorInput, rows: number, width: number])[]): TensorInput[] {
+  const { dtype, encoded } = narrowed(
+    tensors.map(([{ dtype, encoded }, rows, width]) => ({ dtype: dtype as QuantizedDtype, encoded, rows, width })),
+  );
+  return encoded.map((bytes) => ({ dtype, encoded: bytes }));
+}
+
+/** Terms of one task in the smallest integers that they fit: all coefficients, and by module the residual rows. */
 export function narrowTerms(terms: readonly TermInput[], modules: readonly Widths[]): TermInput[] {
-  const integers = ({ dtype, encoded }: TensorInput, rows: number, width: number) => {
-    return { dtype: dtype as QuantizedDtype, encoded, rows, width };
-  };
-  const shared = narrowed(
+  const coefficients = narrow(
     terms.flatMap(({ module, rank, A, B }) => {
-      const { A: a, B: b } = modules[module]!;
+      const bases = modules[module]!;
       return [
-        ...(A ? [integers(A, rank, a![A.basis ?? 0]!.K)] : []),
-        ...(B ? [integers(B, rank, b![B.basis ?? 0]!.K)] : []),
+        ...(A ? [[A, rank, bases.A![A.basis ?? 0]!.K] as const] : []),
+        ...(B ? [[B, rank, bases.B![B.basis ?? 0]!.K] as const] : []),
       ];
     }),
-  );
-  const next = shared.encoded.values();
-  const coefficients = <T extends TensorInput>(side: T): T => {
-    return { ...side, dtype: shared.dtype, encoded: next.next().value! };
-  };
-  const rows = (own: TensorInput, rank: number, width: number): TensorInput => {
-    const { dtype, encoded } = narrowed([integers(own, rank, width)]);
-    return { dtype, encoded: encoded[0]! };
-  };
-  const apart = ({ rank, dtype, A, Bt }: PrivateTerms, widths: Widths): PrivateTerms => {
-    const found = narrowed([
-      integers({ dtype, encoded: A }, rank, widths.in),
-      integers({ dtype, encoded: Bt }, rank, widths.out),
-    ]);
-    return { rank, dtype: found.dtype, A: found.encoded[0]!, Bt: found.encoded[1]! };
-  };
+  ).values();
+  const next = (): TensorInput => coefficients.next().value!;
   return terms.map(({ A, B, ownA, ownBt, privateTerms, ...term }) => {
     const { module, rank } = term;
     const { in: inputs, out } = modules[module]!;
+    const pairOfRows = ({ rank, dtype, ...rows }: NonNullable<TermInput["privateTerms"]>) => {
+      const pair = [
+        [{ dtype, encoded: rows.A }, rank, inputs] as const,
+        [{ dtype, encoded: rows.Bt }, rank, out] as const,
+      ];
+      const [a, bt] = narrow(pair) as [TensorInput, TensorInput];
+      return { rank, dtype: a.dtype, A: a.encoded, Bt: bt.encoded };
+    };
     return {
       ...term,
-      ...(A && { A: coefficients(A) }),
-      ...(B && { B: coefficients(B) }),
-      ...(ownA && { ownA: rows(ownA, rank, inputs) }),
-      ...(ownBt && { ownBt: rows(ownBt, rank, out) }),
-      ...(privateTerms && { privateTerms: apart(privateTerms, modules[module]!) }),
+      ...(A && { A: { ...A, ...next() } }),
+      ...(B && { B: { ...B, ...next() } }),
+      ...(ownA && { ownA: narrow([[ownA, rank, inputs]])[0] }),
+      ...(ownBt && { ownBt: narrow([[ownBt, rank, out]])[0] }),
+      ...(privateTerms && { privateTerms: pairOfRows(privateTerms) }),
     };
   });
 }
 
-/** True for a term that changes its module; others are left out. */
-export function changes({ rank, privateTerms, magnitude }: Omit<TermInput, "module">): boolean {
-  return rank > 0 || privateTerms !== undefined || magnitude !== undefined;
+/** A task of a module, encoded, and what it loses. */
+export interface EncodedTask {
+  readonly error: ModuleError;
+  readonly term: Omit<TermInput, "module">;
 }
 
-/** A task on the components of all tasks. */
-export function onComponents(
-  { id, rank, alphaA, alphaB, error, norm }: ProjectedTask,
-  { A, B }: Record<"A" | "B", { readonly mean: unknown }>,
-  dtype: Dtype,
-): TaskUpdate {
-  const over = (mean: unknown, coefficients: Uint8Array): StoredFactor => {
-    return { basis: 0, mean: Boolean(mean), coefficients };
-  };
-  return { id, rank, dtype, A: over(A.mean, alphaA), B: over(B.mean, alphaB), error, norm };
+export function encodedTask(
+  module: string,
+  update: TaskUpdate,
+  magnitude: Float32Array | undefined,
+  adapter: Adapter,
+): EncodedTask {
+  const { id: task, error, norm } = update;
+  return { error: { task, module, error, norm }, term: encodeTerm(module, update, magnitude, adapter) };
+}
+
+/** The terms of tasks, and what they lose. */
+export interface Encoded {
+  readonly terms: Map<Adapter, TermInput[]>;
+  readonly errors: ModuleError[];
+}
+
+/** Adds a task of a module to what was encoded. Terms that change nothing are left out. */
+export function add({ terms, errors }: Encoded, module: number, owner: Adapter, { error, term }: EncodedTask): void {
+  errors.push(error);
+  if (term.rank === 0 && !term.privateTerms && !term.magnitude) return;
+  if (!terms.has(owner)) terms.set(owner, []);
+  terms.get(owner)!.push({ module, ...term });
 }
 
 /** A term without its module. @param name of that */
-export function encodeTerm(
+function encodeTerm(
   name: string,
   { rank, dtype, A, B }: TaskUpdate,
   magnitude: Float32Array | undefined,
@@ -123,7 +133,7 @@ export function encodeTerm(
   if (rank === 0) return { rank, magnitude: vectored };
   if (!A.coefficients && !B.coefficients)
     return { rank: 0, privateTerms: { rank, dtype, A: A.residual!, Bt: B.residual! }, magnitude: vectored };
-  const over = ({ basis, mean = false, coefficients: encoded }: StoredFactor): TermInput["A"] =>
+  const over = ({ basis, mean = false, coefficients: encoded }: Factor): TermInput["A"] =>
     encoded && { kind: "column", mean, basis, dtype, encoded };
   return {
     rank,

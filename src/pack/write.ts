@@ -7,7 +7,7 @@ import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { ALGORITHM, importKey, publicKeyBytes, signedMessage } from "../core/trust.ts";
 import { TrustError } from "../errors.ts";
-import { type Extractor, inOrder } from "../extract/extractor.ts";
+import type { Extractor } from "../extract/extractor.ts";
 import { isCoded } from "../format/coded.ts";
 import { basesTensors, parseBasis, parseTask, taskTensors } from "../format/directory.ts";
 import {
@@ -66,7 +66,10 @@ export async function newPack(
     turn = made.catch(() => {});
     const task = await made;
     if (!coder) return placeOf(task);
-    return placeOf(extractor ? await codedBy(extractor, task, coder) : codedTask(task, coder));
+    if (!extractor) return placeOf(codedTask(task, coder));
+    // The blob is given away.
+    const options = { tensors: tensorsOf(task, coder.modules), before: description };
+    return placeOf({ entry: task.entry, blob: await extractor.ask("code", task.blob, options) });
   };
   const again = async (): Promise<TaskToWrite> => {
     const task = first!;
@@ -80,6 +83,32 @@ export async function newPack(
   }
   const { bytes, chunks } = await streamFresh({ description, bases, coded, basisId }, places);
   return { bytes, chunks, blobs: places.map(({ length }) => length) };
+}
+
+/**
+ * Works on items in their order, a few ahead of what was taken, so that reading and several threads go on meanwhile.
+ * @param ahead so many items are under way at most
+ */
+export async function* inOrder<T, R>(
+  items: readonly T[],
+  ahead: number,
+  work: (item: T) => Promise<R>,
+): AsyncGenerator<R, void> {
+  const under: Promise<R>[] = [];
+  let next = 0;
+  try {
+    while (next < items.length || under.length > 0) {
+      while (next < items.length && under.length < ahead) {
+        const result = work(items[next++]!);
+        // Its turn to fail comes later, or never where another fails first.
+        result.catch(() => {});
+        under.push(result);
+      }
+      yield await under.shift()!;
+    }
+  } finally {
+    await Promise.allSettled(under);
+  }
 }
 
 /** All chunks, in memory. */
@@ -164,12 +193,6 @@ export function codedTask(task: TaskToWrite, { modules, description }: Basis): T
   const { entry, blob } = task;
   const coded = encodeSection(blob, tensorsOf(task, modules), 4, description);
   return { entry, blob: coded ?? blob };
-}
-
-/** The same by an extractor, which may have threads. @param task its blob is given away */
-async function codedBy(extractor: Extractor, task: TaskToWrite, { modules, description }: Basis): Promise<TaskToWrite> {
-  const { entry, blob } = task;
-  return { entry, blob: await extractor.ask("code", blob, { tensors: tensorsOf(task, modules), before: description }) };
 }
 
 /** Tensors of a task's blob. */

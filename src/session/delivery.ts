@@ -23,7 +23,7 @@ export interface SessionParts {
   readonly prepared: PreparedModel;
   readonly detached: DetachedModel;
   readonly load: LoadOptions;
-  /** As in `SessionOptions`. */
+  /** The option of `SessionOptions`. */
   readonly probe: boolean | object | undefined;
   /** Inputs that are the same in every run that does not learn. */
   readonly idle: Tensors;

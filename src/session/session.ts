@@ -70,7 +70,7 @@ export function checkModes({ mode = "auto", components = "stored" }: SessionOpti
  * @throws BackendError when they are more than the engine has room for
  */
 function refuseLarger({ model, bytes }: ModelFile, { room = Infinity, name, provider }: Engine): void {
-  const apart = [...externalFiles(model.graph.proto).values()].reduce((sum, end) => sum + end, 0);
+  const apart = [...externalFiles(model).values()].reduce((sum, end) => sum + end, 0);
   const size = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
   if (bytes.length + apart < room) return;
   throw new BackendError(

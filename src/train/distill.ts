@@ -9,29 +9,32 @@ import { checkOptions } from "../arguments.ts";
 import type { Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
 import { TaskError } from "../errors.ts";
-import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
-import { gauged, openModule, type Subspace, toPair } from "../extract/subspace.ts";
+import { type BySide, gauged, memberPair, openModule, type Subspace } from "../extract/components.ts";
+import { addScaled, backwardSolve, centred, cholesky, dot, forwardSolve } from "../extract/linalg.ts";
+import { fastProducts } from "../extract/wasm-products.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { throwIfAborted } from "../pace.ts";
 import { gaugeOf, storedModule } from "../pack/add.ts";
+import { bisect } from "../pack/seek.ts";
 import type { Session } from "../session/session.ts";
+import type { AbortOptions } from "../source.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { uniform } from "../tensor/random.ts";
 import type { Featured } from "./objective.ts";
-import { type AskOptions, adapterWeights } from "./questions.ts";
-import type { Stepped } from "./stored-task.ts";
-import { drawnFrom, type Row, sureTemperature, tempered, toBatches } from "./supervision.ts";
 import {
+  adapterWeights,
   BATCH,
   BATCHES_TO_SOLVE,
   checkQuestions,
   type Distillable,
-  type Taught,
+  type TeacherOutputs,
   type TeachOptions,
-  taughtBy,
-} from "./teacher.ts";
+  teacherOutputs,
+} from "./questions.ts";
+import type { Stepped } from "./stored-task.ts";
+import { drawnFrom, type Row, type Supervision, toBatches } from "./supervision.ts";
 import { checkNumbers, checkSession } from "./trainable-model.ts";
 import {
   type CreateTrainerOptions,
@@ -158,7 +161,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const { adapter, task: id = adapter.id } = options;
   checkQuestions(options);
   const task = await distillable(session, id, options.signal);
-  return distilTask(session, adapter, task, await taughtBy(session, adapter, task, options), options);
+  return distilTask(session, adapter, task, await teacherOutputs(session, adapter, task, options), options);
 }
 
 /** @throws TaskError when it is not in the pack, or brings what cannot be trained */
@@ -173,7 +176,7 @@ export async function distilTask(
   session: Session,
   adapter: Adapter,
   { id, entry, blob, head }: Distillable,
-  { supervision, labels, train, judges, made }: Taught,
+  { supervision, labels, train, holdout, synthetic }: TeacherOutputs,
   options: Omit<DistillOptions, "adapter" | "task">,
 ): Promise<Distilled> {
   const { steps = 240, batch = BATCH, seed = 0, signal } = options;
@@ -182,7 +185,7 @@ export async function distilTask(
   const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head };
   const trainer = await makeTrainer(session, how, supervision);
   await trainer.begin(id);
-  const before = await trainer.compare(judges);
+  const before = await trainer.compare(holdout);
   const { A, B, ownA, ownBt, privateA } = blob.terms[0]!;
   const coefficients = (A?.tensor ?? B?.tensor ?? ownA ?? ownBt ?? privateA!).dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
@@ -191,32 +194,39 @@ export async function distilTask(
   const asStored = () => trainer.taskFile({ id, dtype, stored: stepped });
   const random = uniform(seed);
   const batches = toBatches(train, batch, await supervision.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
-  const ask = { where: "distill", supervision, signal, random };
   const fixed = options.learningRates?.terms === 0;
-  const solved = fixed ? undefined : await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
-  const start = await betterStart(trainer, id, solved, { judges, before: before.mean, asStored });
+  const solved = fixed
+    ? undefined
+    : await solvedCoefficients(session, adapter, { blob, head }, batches, { supervision, signal, random });
+  const start = await betterStart(trainer, id, solved, { holdout, before: before.mean, asStored });
   const begun = asStored();
-  const sure = head.length > 0 ? temperatureOf([...train, ...judges]) : 1;
+  // Tokens have no head, whose outputs could be divided.
+  const sure = head.length > 0 && !supervision.tokens ? sureTemperature([...train, ...holdout]) : 1;
   const { temperature = sure } = options;
   const fit: FitOptions & Stepped & Tested & Featured = {
     ...{ steps, batch, temperature, signal },
-    learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, made }, options.learningRates),
+    learningRates: ratesOf({ tokens: supervision.tokens, divergence: start, steps, synthetic }, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
     ...{ stored: stepped, tested: tested.has(session), featureWeight: featureWeight(train) },
   };
-  const softened = (row: Row) => ({ ...row, target: tempered(row.target!, temperature) });
+  const softened = (row: Row): Row => {
+    return {
+      ...row,
+      wanted: row.wanted.map(({ probabilities }) => ({ probabilities: tempered(probabilities, temperature) })),
+    };
+  };
   const rows = supervision.tokens ? train : train.map(softened);
-  const { fitted, taken } = await fitWhileItGains(trainer, rows, fit, { judges, asStored, onStep: options.onStep });
+  const { fitted, taken } = await fitWhileItGains(trainer, rows, fit, { holdout, asStored, onStep: options.onStep });
   if (taken > 0) tested.add(session);
   let best = fitted;
   // Judged as stored: number formats of few bits may cost more than training gains.
   await trainer.begin(best);
-  let after = await trainer.compare(judges);
+  let after = await trainer.compare(holdout);
   // Few steps may lose what solving has won.
   if (after.mean > start && start < SOLVED * before.mean) {
     best = begun;
     await trainer.begin(best);
-    after = await trainer.compare(judges);
+    after = await trainer.compare(holdout);
   }
   const better = after.mean < before.mean;
   const kept = better ? parseTaskFile(best, "the distilled task").blob : await pack.stored(id);
@@ -237,10 +247,10 @@ async function fitWhileItGains(
   rows: readonly Row[],
   fit: FitOptions & Stepped & Tested & Featured,
   {
-    judges,
+    holdout,
     asStored,
     onStep,
-  }: { readonly judges: readonly Row[]; readonly asStored: () => Uint8Array<ArrayBuffer> } & Pick<
+  }: { readonly holdout: readonly Row[]; readonly asStored: () => Uint8Array<ArrayBuffer> } & Pick<
     DistillOptions,
     "onStep"
   >,
@@ -248,7 +258,7 @@ async function fitWhileItGains(
   let fitted = asStored();
   let taken = 0;
   if (fit.steps === 0) return { fitted, taken };
-  const some = judges.filter((_, i) => i % Math.ceil(judges.length / LOOKED) === 0);
+  const sample = holdout.filter((_, i) => i % Math.ceil(holdout.length / LOOKED) === 0);
   let least = Infinity;
   let idle = 0;
   for await (const step of trainer.fitRows(rows, fit)) {
@@ -256,33 +266,46 @@ async function fitWhileItGains(
     taken = step.step;
     if (taken % CHECKED !== 0 && taken < fit.steps!) continue;
     // Rounded, since coarse steps train numbers that answer well once they are stored.
-    const { mean } = await trainer.compare(some, fit);
+    const { mean } = await trainer.compare(sample, fit);
     idle = mean > (1 - GAIN) * least ? idle + 1 : 0;
-    if (mean < least) [least, fitted] = [mean, asStored()];
+    if (mean < least) {
+      least = mean;
+      fitted = asStored();
+    }
     if (idle === IDLE) break;
   }
   return { fitted, taken };
 }
 
-/** The temperature at which the adapter is sure of its labels; 1 where tokens have them. */
-function temperatureOf(rows: readonly Row[]): number {
-  const targets = rows.flatMap(({ target }) => (target ? [Float32Array.from(target)] : []));
-  return targets.length > 0 ? sureTemperature(targets) : 1;
+/** The probabilities of the same logits divided by a temperature. */
+function tempered(probabilities: ArrayLike<number>, temperature: number): number[] {
+  const values = Array.from(probabilities);
+  const top = Math.max(...values);
+  const powers = values.map((p) => (p / top) ** (1 / temperature));
+  const total = powers.reduce((a, b) => a + b, 0);
+  return powers.map((value) => value / total);
+}
+
+const SURE = 0.9;
+const COLDEST = 0.05;
+
+/** The temperature at which the mean of the adapter's largest probabilities is 0.9; from 0.05 to 1. */
+function sureTemperature(rows: readonly Row[]): number {
+  const answers = rows.map(({ wanted }) => wanted[0]!.probabilities);
+  const isUnsure = (temperature: number): boolean =>
+    answers.reduce((sum, answer) => sum + Math.max(...tempered(answer, temperature)), 0) < SURE * answers.length;
+  return isUnsure(1) ? bisect(COLDEST, 1, isUnsure) : 1;
 }
 
 /** Weight of half the squared distance of features, from how far those of the rows lie apart; 0 where they are alike. */
 function featureWeight(rows: readonly Row[]): number {
   const all = rows.flatMap(({ features }) => features ?? []);
   const mean = new Float64Array(all[0]?.length ?? 0);
-  for (const one of all) one.forEach((value, i) => (mean[i]! += value / all.length));
-  const [size, variance] = [mean.reduce((sum, value) => sum + value * value, 0), squaresFrom(mean, all) / all.length];
+  for (const features of all) features.forEach((value, i) => (mean[i]! += value / all.length));
+  const size = mean.reduce((sum, value) => sum + value * value, 0);
+  let variance = 0;
+  for (const features of all) features.forEach((value, i) => (variance += (value - mean[i]!) ** 2 / all.length));
   return variance > ALIKE * size ? FEATURES / variance : 0;
-}
-
-function squaresFrom(mean: Float64Array, all: readonly Float32Array[]): number {
-  let sum = 0;
-  for (const one of all) one.forEach((value, i) => (sum += (value - mean[i]!) ** 2));
-  return sum;
 }
 
 /** Learning rates of `fit`. @param divergence when the steps begin */
@@ -291,15 +314,15 @@ function ratesOf(
     tokens,
     divergence,
     steps,
-    made,
-  }: { readonly tokens: boolean; readonly divergence: number; readonly steps: number; readonly made: boolean },
+    synthetic,
+  }: { readonly tokens: boolean; readonly divergence: number; readonly steps: number; readonly synthetic: boolean },
   given: DistillOptions["learningRates"] = {},
 ): FitOptions["learningRates"] {
   const kind = tokens ? "tokens" : "labels";
   const rate = Math.min(MOST_RATE, (WAY[kind] * Math.sqrt(divergence)) / Math.max(steps, FEW_STEPS[kind]));
   const { terms = rate } = given;
   // Words in no order teach a head no better than they harm it: it answers as well without, in fewer bytes.
-  return { terms, privateTerms: PRIVATE[kind] * terms, head: made ? 0 : rate, ...given };
+  return { terms, privateTerms: PRIVATE[kind] * terms, head: synthetic ? 0 : rate, ...given };
 }
 
 /**
@@ -311,16 +334,16 @@ async function betterStart(
   trainer: Trainer,
   task: string,
   solved: Awaited<ReturnType<typeof solvedCoefficients>> | undefined,
-  { judges, before, asStored }: { judges: readonly Row[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
+  { holdout, before, asStored }: { holdout: readonly Row[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
 ): Promise<number> {
   if (!solved?.size) return before;
-  for (const [module, { alphaA, alphaB }] of solved) {
-    trainer.place(module, "alphaA", alphaA);
-    trainer.place(module, "alphaB", alphaB);
+  for (const [module, { A, B }] of solved) {
+    trainer.place(module, "alphaA", A);
+    trainer.place(module, "alphaB", B);
   }
   try {
     await trainer.begin(asStored());
-    const after = (await trainer.compare(judges)).mean;
+    const after = (await trainer.compare(holdout)).mean;
     if (after < before) return after;
   } catch (error) {
     if (!(error instanceof UnstorableError)) throw error;
@@ -336,12 +359,9 @@ async function betterStart(
 function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): string[] {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
   if (terms.length === 0) throw refuse("it has no terms");
-  if (pack.directory.basis.step === undefined) {
-    if (terms.some(({ privateRank }) => privateRank > 0))
-      throw refuse("it has private terms, which keep their bytes in packs with a `step` alone");
-    if (terms.some(({ ownA, ownBt }) => ownA || ownBt))
-      throw refuse("it has rows of its own, which keep their bytes in packs with a `step` alone");
-  }
+  const hasRows = terms.some(({ privateRank, ownA, ownBt }) => privateRank > 0 || ownA || ownBt);
+  if (hasRows && pack.directory.basis.step === undefined)
+    throw refuse("it has residual rows, which keep their bytes in packs with a `step` alone");
   for (const { module, magnitude, ...term } of terms) {
     const { name, ...bases } = pack.modules[module]!;
     if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
@@ -374,131 +394,109 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
 /** Least curvature of every direction, as a share of the mean curvature: sample texts never cover all that a model will see. */
 const DAMPING = 0.1;
 
-/** Coefficients [rows, K] of both sides of a module. */
-interface Solved {
-  readonly alphaA: Float64Array;
-  readonly alphaB: Float64Array;
+/** The least squares problem of one factor. */
+interface LeastSquares {
+  /** @param gradient [_, width] of rows */
+  add(gradient: Float32Array): void;
+  /** Coefficients [count, K]. */
+  solve(): Float64Array;
 }
 
-/** Accumulates the least squares problem of one side. */
-class Side {
-  readonly #space: Subspace;
-  /** Target rows without the mean [count, width]. */
-  readonly #x: Float64Array;
-  readonly #count: number;
-  /** Σ (E·gᵀ)(E·gᵀ)ᵀ [K, K] and Σ (x·gᵀ)(E·gᵀ)ᵀ [count, K], and Σ |g|². */
-  readonly #gram: Float64Array;
-  readonly #right: Float64Array;
-  #trace = 0;
-
-  constructor(space: Subspace, rows: Float64Array, count: number) {
-    const { components: K, width, mean } = space;
-    this.#space = space;
-    this.#x = rows.slice(0, count * width).map((value, i) => value - (mean?.[i % width] ?? 0));
-    this.#count = count;
-    this.#gram = new Float64Array(K * K);
-    this.#right = new Float64Array(count * K);
-  }
-
-  /** @param gradient [_, width] of rows */
-  add(gradient: Float32Array): void {
-    const { components: K, width, vectors } = this.#space;
-    const g = Float64Array.from(gradient);
-    const rank = g.length / width;
-    const [ofE, ofX] = [
-      multiplyTransposed(vectors, g, K, rank, width),
-      multiplyTransposed(this.#x, g, this.#count, rank, width),
-    ];
-    const [squares, products] = [gram(ofE, K, rank), multiplyTransposed(ofX, ofE, this.#count, K, rank)];
-    for (let i = 0; i < squares.length; i++) this.#gram[i]! += squares[i]!;
-    for (let i = 0; i < products.length; i++) this.#right[i]! += products[i]!;
-    for (const value of g) this.#trace += value * value;
-  }
-
-  /** Coefficients [count, K]. */
-  solve(): Float64Array {
-    const { components: K, width, vectors } = this.#space;
-    // The mean curvature is 1.
-    const scale = this.#trace > 0 ? width / this.#trace : 0;
-    const [even, along] = [gram(vectors, K, width), multiplyTransposed(this.#x, vectors, this.#count, K, width)];
-    const factor = cholesky(
-      even.map((value, i) => DAMPING * value + scale * this.#gram[i]!),
-      K,
-    );
-    const alpha = along.map((value, i) => DAMPING * value + scale * this.#right[i]!);
-    forwardSolve(factor, K, alpha, this.#count);
-    backwardSolve(factor, K, K, alpha, this.#count);
-    return alpha;
-  }
+/** @param rows [count, width], the adapter's */
+function leastSquares(space: Subspace, rows: Float64Array, count: number): LeastSquares {
+  const { components: K, width, vectors, mean, products } = space;
+  const { gram, multiplyTransposed } = products;
+  const x = centred(rows, count, width, mean);
+  /** Σ (E·gᵀ)(E·gᵀ)ᵀ [K, K], Σ (x·gᵀ)(E·gᵀ)ᵀ [count, K], and Σ |g|². */
+  const left = new Float64Array(K * K);
+  const right = new Float64Array(count * K);
+  let trace = 0;
+  return {
+    add(gradient) {
+      const g = Float64Array.from(gradient);
+      const rank = g.length / width;
+      const ofE = multiplyTransposed(vectors, g, K, rank, width);
+      const ofX = multiplyTransposed(x, g, count, rank, width);
+      addScaled(1, gram(ofE, K, rank), 0, left, 0, left.length);
+      addScaled(1, multiplyTransposed(ofX, ofE, count, K, rank), 0, right, 0, right.length);
+      trace += dot(g, 0, g, 0, g.length);
+    },
+    solve() {
+      // The mean curvature is 1.
+      const scale = trace > 0 ? width / trace : 0;
+      const even = gram(vectors, K, width);
+      const factor = cholesky(
+        even.map((value, i) => DAMPING * value + scale * left[i]!),
+        K,
+      );
+      const along = multiplyTransposed(x, vectors, count, K, width);
+      const alpha = along.map((value, i) => DAMPING * value + scale * right[i]!);
+      forwardSolve(factor, K, alpha, count);
+      backwardSolve(factor, K, K, alpha, count);
+      return alpha;
+    },
+  };
 }
 
 /**
- * Finds coefficients that change the adapter's answers least, by module name. Modules with private terms are left out.
- * @param blob the task; the coefficients have its ranks
- * @param head the layers that the adapter brings
+ * Finds coefficients that change the adapter's answers least, by module name: those of A, and of B. Modules with residual rows are left
+ * out.
  * @param batches questions with the adapter's answers
  */
 async function solvedCoefficients(
   session: Session,
   adapter: Adapter,
-  { blob, head }: { readonly blob: TaskBlob; readonly head: readonly string[] },
+  { blob, head }: Pick<Distillable, "blob" | "head">,
   batches: readonly (readonly Row[])[],
-  { supervision, signal, random }: AskOptions & { readonly random: () => number },
-): Promise<Map<string, Solved>> {
-  const sides = await sidesOf(session, adapter, blob);
-  if (sides.size === 0) return new Map();
+  { supervision, signal, random }: AbortOptions & { readonly supervision: Supervision; readonly random: () => number },
+): Promise<Map<string, BySide<Float64Array>>> {
+  const problems = await problemsOf(session, adapter, blob);
+  if (problems.size === 0) return new Map();
   const { model, weights } = await adapterWeights(session, adapter, head);
   for (const rows of batches) {
     throwIfAborted(signal);
-    const drawn = rows.map((row) =>
-      supervision.answered(
-        row,
-        supervision.wanted(row).map((one) => drawnFrom(one, random)),
-      ),
-    );
+    const drawn = rows.map((row) => ({ ...row, wanted: row.wanted.map((answer) => drawnFrom(answer, random)) }));
     for (const { rows: run, targets } of supervision.microBatches(drawn)) {
       const { gradients } = await model.step(await supervision.feeds(run), weights, targets);
-      for (const [module, { A, B }] of sides) {
-        const { A: ofA, Bt } = gradients.terms.get(module)!;
-        A.add(ofA);
-        B.add(Bt);
+      for (const [module, { A, B }] of problems) {
+        const gradient = gradients.terms.get(module)!;
+        A.add(gradient.A);
+        B.add(gradient.Bt);
       }
     }
   }
-  const solved = [...sides].map(([module, { A, B }]) => [module, { alphaA: A.solve(), alphaB: B.solve() }] as const);
+  const solved = [...problems].map(([module, { A, B }]) => [module, { A: A.solve(), B: B.solve() }] as const);
   // Answers that are not finite give no information.
-  return new Map(solved.filter(([, { alphaA, alphaB }]) => [...alphaA, ...alphaB].every(Number.isFinite)));
+  return new Map(solved.filter(([, { A, B }]) => [...A, ...B].every(Number.isFinite)));
 }
 
-/** Opens the least squares problems of both sides, by module. */
-async function sidesOf(
+/** Opens the least squares problems of both factors, by module. */
+async function problemsOf(
   { pack }: Session,
   adapter: Adapter,
-  blob: TaskBlob,
-): Promise<Map<string, { readonly A: Side; readonly B: Side }>> {
+  { terms }: TaskBlob,
+): Promise<Map<string, BySide<LeastSquares>>> {
   const bases = await pack.bases();
-  const sides = new Map<string, { readonly A: Side; readonly B: Side }>();
+  const products = await fastProducts();
+  const problems = new Map<string, BySide<LeastSquares>>();
   try {
-    for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of blob.terms) {
+    for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of terms) {
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
       if (!A || !B || stored.A[A.basis]!.kind === "flat" || ownA || ownBt || privateRank > 0 || !module) continue;
-      const own = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
-      const space = openModule(storedModule(own, bases.bytes, adapter));
-      const { rank: most } = pack.directory.basis;
-      const how = {
-        gauge: gaugeOf(pack),
-        rank: most,
-        coefficientDtype: A.tensor.dtype,
-        step: pack.directory.basis.step,
-      };
-      const pair = gauged(toPair({ id: adapter.id, ...(await module.read()) }, stored.out, stored.in), space, how);
-      const count = Math.min(rank, pair.rank);
-      if (count < rank) continue;
-      sides.set(stored.name, { A: new Side(space.A, pair.A, count), B: new Side(space.B, pair.Bt, count) });
+      const shared = { ...stored, A: [stored.A[A.basis]!], B: [stored.B[B.basis]!] };
+      const space = openModule(storedModule(shared, bases.bytes, adapter), products);
+      const { rank: most, step } = pack.directory.basis;
+      const how = { gauge: gaugeOf(pack), rank: most, coefficientDtype: A.tensor.dtype, step };
+      const pair = gauged(memberPair({ id: adapter.id, ...(await module.read()) }, stored.out, stored.in), space, how);
+      if (Math.min(rank, pair.rank) < rank) continue;
+      problems.set(stored.name, {
+        A: leastSquares(space.A, pair.A, rank),
+        B: leastSquares(space.B, pair.Bt, rank),
+      });
     }
   } finally {
     bases.close();
   }
-  return sides;
+  return problems;
 }

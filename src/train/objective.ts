@@ -66,11 +66,10 @@ export async function evaluate(
   const weights = weightsOf(setup, rounded(setup, state, dtype, stored), temperature);
   const gradients = stateLike(state);
   let loss = 0;
-  for (const { rows: some, targets, share } of supervision.microBatches(rows)) {
-    const values = some.flatMap(({ features }) => features ?? []);
-    const wanted =
-      values.length > 0 && featureWeight > 0 ? { ...targets, features: { values, weight: featureWeight } } : targets;
-    const made = await model.step(await supervision.feeds(some), weights, wanted);
+  for (const { rows: run, targets, share } of supervision.microBatches(rows)) {
+    const values = run.flatMap(({ features }) => features ?? []);
+    const features = values.length > 0 && featureWeight > 0 ? { values, weight: featureWeight } : undefined;
+    const made = await model.step(await supervision.feeds(run), weights, { ...targets, features });
     loss += share * made.loss;
     const { weight, bias } = divide(made.gradients);
     add(gradients.parameters, terms.pullBack(made.gradients.terms), share);
@@ -88,17 +87,19 @@ export async function score(
   { temperature = 1, dtype = {}, stored, signal }: ObjectiveOptions & Stepped & AbortOptions,
 ): Promise<Score> {
   const weights = weightsOf(setup, rounded(setup, state, dtype, stored), temperature);
-  let [loss, count, right] = [0, 0, 0];
+  let loss = 0;
+  let count = 0;
+  let right = 0;
   for await (const { row, logits } of answers(setup, rows, weights, { signal })) {
-    const wanted = setup.supervision.wanted(row);
-    for (const [i, one] of wanted.entries()) loss += crossEntropy(one, logits[i]!);
+    const { wanted } = row;
+    for (const [i, answer] of wanted.entries()) loss += crossEntropy(answer, logits[i]!);
     count += wanted.length;
-    if (wanted.every((one, i) => likeliest(one) === largest(logits[i]!))) right++;
+    if (wanted.every((answer, i) => likeliest(answer) === largest(logits[i]!))) right++;
   }
   return { loss: loss / count, accuracy: right / rows.length };
 }
 
-export interface AnsweredRow {
+interface AnsweredRow {
   readonly row: Row;
   readonly logits: Float32Array[];
   /** `featuresOf` the head, if they were asked for and there is a head. */
@@ -107,7 +108,7 @@ export interface AnsweredRow {
 
 /** Runs rows, those of similar lengths together, and yields answers in that order. */
 export async function* answers(
-  { model, supervision }: { readonly model: TrainingSetup["model"]; readonly supervision: Supervision },
+  { model, supervision }: Pick<TrainingSetup, "model" | "supervision">,
   rows: readonly Row[],
   weights: TaskWeights,
   { signal, features = false }: AbortOptions & { readonly features?: boolean | undefined } = {},
@@ -116,16 +117,15 @@ export async function* answers(
   const width = features && !supervision.tokens ? featuresOf(model.head) : 0;
   const lengths = await supervision.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
-  for (const { rows: some } of supervision.microBatches(order)) {
+  for (const { rows: run, targets } of supervision.microBatches(order)) {
     throwIfAborted(signal);
-    const found = await model.answer(await supervision.feeds(some), weights, width > 0);
-    const counts = some.map((row) => supervision.wanted(row).length);
-    const each = found.length / counts.reduce((a, b) => a + b, 0);
+    const values = await model.answer(await supervision.feeds(run), weights, width > 0);
+    const each = values.length / targets.rows;
     let at = 0;
-    for (const [i, row] of some.entries()) {
-      const all = Array.from({ length: counts[i]! }, () => found.subarray(at * each, ++at * each));
-      const logits = all.map((one) => one.subarray(0, each - width));
-      yield { row, logits, features: width > 0 ? all[0]!.slice(each - width) : undefined };
+    for (const row of run) {
+      const outputs = row.wanted.map(() => values.subarray(at * each, ++at * each));
+      const logits = outputs.map((output) => output.subarray(0, each - width));
+      yield { row, logits, features: width > 0 ? outputs[0]!.slice(each - width) : undefined };
     }
   }
 }
@@ -189,10 +189,10 @@ export async function checkGradients(
   }
   const noise = uniform(7);
   const along = gradient.map((g) => g / norm);
-  const beside = along.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(along.length));
+  const off = along.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(along.length));
   // Long enough for the loss to move well above the noise of f32, short enough for it to stay almost straight.
   const step = Math.min(0.05, 0.01 / norm);
-  for (const direction of [along, beside]) {
+  for (const direction of [along, off]) {
     const lossAt = async (by: number): Promise<number> => {
       const moved = copyOf(state);
       direction.forEach((d, i) => (moved.all[i]! += by * d));
@@ -201,7 +201,8 @@ export async function checkGradients(
     const slope = gradient.reduce((sum, g, i) => sum + g * direction[i]!, 0);
     let found = 0;
     const agrees = async (by: number): Promise<boolean> => {
-      const [up, down] = [((await lossAt(by)) - loss) / by, (loss - (await lossAt(-by))) / by];
+      const up = ((await lossAt(by)) - loss) / by;
+      const down = (loss - (await lossAt(-by))) / by;
       found = (up + down) / 2;
       // Near a minimum the gradient is almost zero, so that curvature dominates the difference.
       const bend = Math.abs(up - down) / 2;

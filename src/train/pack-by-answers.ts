@@ -1,8 +1,8 @@
 /**
  * The smallest pack whose tasks still answer as their adapters do, with nothing asked of the user: components that all tasks share, each
- * task distilled onto them, its answers judged by questions that were held back. How coarse numbers may be is tried on a few tasks, and of a
- * language model whether tasks by themselves take less. A task that does not come close enough is stored closer to its adapter. Where
- * bytes are given, they decide how coarse numbers are. Input and seed decide all; a clock only where the caller sets `minutes`.
+ * task distilled onto them, its answers compared on questions that were held back. Sizes are tried on a few tasks, and of a
+ * language model also packs whose tasks share no components. A task that does not agree enough is stored closer to its adapter. Where
+ * bytes are given, they decide the size. Input and seed decide all; a clock only where the caller sets `minutes`.
  */
 
 import { type Adapter, checkAdapters, sharedModules } from "../adapters/adapter.ts";
@@ -11,31 +11,86 @@ import type { WeightHost } from "../core/base.ts";
 import { renamedHost } from "../core/open-base.ts";
 import { openPack, type Pack } from "../core/pack.ts";
 import { parseTaskFile } from "../core/task-file.ts";
-import { AdapterError, BaseMismatchError } from "../errors.ts";
-import { encodeTaskFile, placeOf } from "../format/encode.ts";
+import { AdapterError, BackendError, BaseMismatchError, FormatError, TaskError } from "../errors.ts";
+import { encodeTaskFile, placeOf, type TaskToWrite } from "../format/encode.ts";
 import { onnxHost } from "../onnx/host.ts";
 import { readModel } from "../onnx/read.ts";
 import { projectAdapters, storedDtypes } from "../pack/add.ts";
-import { type Built, readFingerprints } from "../pack/build.ts";
+import { type Built, buildPack, readFingerprints } from "../pack/build.ts";
+import { taskAdapter } from "../pack/expand.ts";
+import type { BuildOptions } from "../pack/recipe.ts";
 import type { BuildReport } from "../pack/report.ts";
 import { searchPack, spread } from "../pack/search.ts";
-import { Unreachable } from "../pack/seek.ts";
-import { allOf, freshPack } from "../pack/write.ts";
+import { search, tooFew, Unreachable, withinBytes } from "../pack/seek.ts";
+import { DEFAULT_ERROR } from "../pack/tasks.ts";
+import { allOf, freshPack, storedTask } from "../pack/write.ts";
 import type { Engine } from "../session/engine.ts";
-import { createSession } from "../session/session.ts";
+import { createSession, type Session } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
+import { fromBase64, toBase64 } from "../text.ts";
+import type { OnWork } from "../work.ts";
+import { distillable, distilTask } from "./distill.ts";
+import { answers } from "./objective.ts";
 import {
-  Answering,
-  type AnsweringTask,
-  type ByAnswersOptions,
-  kindsOf,
-  type Open,
-  type Outcome,
-  type SizedPacks,
-} from "./answering.ts";
-import { templateOf } from "./questions.ts";
-import { checkQuestions } from "./teacher.ts";
+  adapterWeights,
+  checkQuestions,
+  type TeacherOutputs,
+  type TeachOptions,
+  teacherOutputs,
+  templateOf,
+} from "./questions.ts";
+import { MeanDivergence } from "./supervision.ts";
 import { checkNumbers } from "./trainable-model.ts";
+
+/** Options of `packByAnswers`. Without texts or examples, questions are made of the tokenizer's words. */
+export interface ByAnswersOptions
+  extends Omit<TeachOptions, "feeds" | "batch" | "holdout">,
+    Pick<BuildOptions, "base" | "anyBase" | "workers"> {
+  /** Stay open. */
+  readonly adapters: readonly Adapter[];
+  /** Names of weights, or of their initializers in the model, by module name, for weights that are not found. */
+  readonly names?: ReadonlyMap<string, string> | undefined;
+  /**
+   * The least agreement of a task with its adapter: the share of held-back answers with the same likeliest class, each counted by how much
+   * likelier the adapter finds that than the second. Default: 0.96 of labels, 0.98 of a
+   * language model's answers, 0.99 of all tokens of texts.
+   */
+  readonly agreement?: number | undefined;
+  /** Most bytes of the pack, which is then the one whose tasks agree most; instead of `agreement`. Not for `tasksByAnswers`. */
+  readonly bytes?: number | undefined;
+  /** Most training steps of a task; they end earlier where the answers held back gain no more. Default: 240 of labels, 24 token by token. */
+  readonly steps?: number | undefined;
+  /** Minutes after which no further task is begun. Those left are stored as without a model, and the report says so. Default: no limit. */
+  readonly minutes?: number | undefined;
+  /** Called after each training step of a task, with the steps of all tasks. */
+  readonly onProgress?: OnWork | undefined;
+  /** Where outcomes are kept, so that a call that was stopped goes on: by a key of all that they depend on but the model and questions. */
+  readonly finished?: FinishedOutcomes | undefined;
+}
+
+/** Finished outcomes as JSON, by key. */
+export interface FinishedOutcomes {
+  /** @returns undefined for what was never written */
+  read(key: string): Promise<string | undefined>;
+  write(key: string, json: string): Promise<void>;
+  /** Names an entry in messages: the path of its file. Default: the key. */
+  nameOf?(key: string): string;
+}
+
+/** Outcome of a task. */
+export interface AnsweringTask {
+  readonly id: string;
+  /** Its agreement with its adapter, as of `ByAnswersOptions`; undefined where it was not asked. */
+  readonly agreement: number | undefined;
+  /**
+   * "distilled" onto the components; "projected" where that was no worse, or `bytes` were too few; "closer", with terms of its own, where that
+   * agreed better; "undistilled" where time ran out, or it cannot be distilled: as a pack without a model has it, or with `bytes` as projected.
+   */
+  readonly kept: "distilled" | "projected" | "closer" | "undistilled";
+  /** Why it cannot be distilled, whatever time there is. */
+  readonly reason?: string | undefined;
+  readonly bytes: number;
+}
 
 /** Report of `packByAnswers`. What it says of ΔW and terms is from before tasks were distilled. */
 export interface ByAnswersReport extends BuildReport {
@@ -47,16 +102,15 @@ export interface ByAnswersReport extends BuildReport {
   readonly left: readonly string[];
 }
 
-/** Which pack of a kind. */
-interface Sized {
-  readonly kind: SizedPacks;
-  readonly at: number;
+/** An outcome, and the task's file. */
+interface Outcome extends AnsweringTask {
+  readonly file: Uint8Array<ArrayBuffer>;
 }
 
-/** A pack that was made for some size. */
-interface Level extends Open, Sized {
-  readonly report: BuildReport;
-  readonly close: () => Promise<void>;
+/** An open pack that tasks are distilled in, with a session that can be trained. */
+interface Open {
+  readonly pack: Pack;
+  readonly session: Session;
 }
 
 const OPTIONS = [
@@ -66,14 +120,6 @@ const OPTIONS = [
 
 /** A pack that exists has its size. */
 const TASK_OPTIONS = OPTIONS.filter((name) => name !== "bytes");
-
-/** Sizes that are expected to be tried. */
-const EXPECTED = 3;
-/**
- * Tasks that sizes are tried on. Of 20 tasks of own-seed nine were stored closer where one of six was expected, for 141 kB instead of 103.
- * Steps of tokens take far longer.
- */
-const TRIED = { labels: 16, tokens: 6 };
 
 /**
  * Distils adapters onto the components of a pack that exists. The pack stays as it is.
@@ -130,13 +176,13 @@ export async function packByAnswers(
 ): Promise<Built<ByAnswersReport>> {
   checkArgument("packByAnswers", engine, "an engine (createEngine(ort))", "load");
   check("packByAnswers", options, OPTIONS);
-  const own = options.base === undefined ? await modelBase(model, options.adapters, options.names) : undefined;
-  const making = new Making(engine, model, own ? { ...options, base: own } : options);
+  const host = options.base === undefined ? await modelBase(model, options.adapters, options.names) : undefined;
+  const making = new Making(engine, model, host ? { ...options, base: host } : options);
   try {
     return await making.made();
   } finally {
     await making.close();
-    await own?.close?.();
+    await host?.close?.();
   }
 }
 
@@ -157,32 +203,334 @@ function check(where: string, options: ByAnswersOptions, known: readonly (keyof 
   checkQuestions(options);
 }
 
+/** Most training steps of a task by default: more gain no right answers (docs/research/size.md). Steps of tokens take far longer. */
+const STEPS = { labels: 240, tokens: 24 };
+/** Most steps of a task that a size is tried on. */
+const TRYING = 48;
+/** Answers that differ after so few steps ÷ those that differ after all steps: as the root of KL, which is 1.5 times as large (docs/research/learning.md). */
+const MORE_DIFFER = 1.2;
+/** Shares of ΔW that a task stored closer may lose, down to the share of a pack without a model. */
+const CLOSER = [0.45, 0.3, 0.2, DEFAULT_ERROR] as const;
+/**
+ * A word's tokens are foreseen from each other, those of a text even more, so that the same agreement says less of them. Of twenty skills
+ * of SmolLM2, three that agreed in 97.0 to 97.6 % of answers' tokens had 3 points fewer answers right, six above 99 % had 0.3.
+ */
+const DEFAULT_AGREEMENT = { labels: 0.96, answers: 0.98, texts: 0.99 };
+
+/** Brings tasks close to the answers of their adapters. */
+class Answering {
+  readonly #options: ByAnswersOptions;
+  readonly #until: number;
+  /** Answers of adapters by id: each adapter is asked once, and forgotten once its task is done. */
+  readonly #teacher = new Map<string, TeacherOutputs>();
+  readonly #outcomes = new Map<string, Outcome>();
+  /** Reasons for which tasks cannot be distilled, by id. */
+  readonly #refused = new Map<string, string>();
+  /** Steps that trying sizes counts for, whatever it takes: in advance nobody knows how many sizes are tried. */
+  #trying = 0;
+  #done = 0;
+
+  constructor(options: ByAnswersOptions) {
+    this.#options = options;
+    this.#until = performance.now() + 60_000 * (options.minutes ?? Infinity);
+  }
+
+  /** Most training steps of a task. */
+  stepsOf({ session }: Open): number {
+    return this.#options.steps ?? STEPS[asksTokens(session) ? "tokens" : "labels"];
+  }
+
+  get #isAborted(): boolean {
+    return this.#options.signal?.aborted === true;
+  }
+
+  /** True once no further task may begin. */
+  get late(): boolean {
+    return this.#isAborted || performance.now() > this.#until;
+  }
+
+  /** Reasons for which no task could be distilled, if none could. */
+  get refused(): readonly string[] {
+    return this.#outcomes.size > 0 ? [] : [...this.#refused.values()];
+  }
+
+  /** Distils all tasks. */
+  async all(level: Open): Promise<Outcome[]> {
+    const { adapters } = this.#options;
+    const steps = this.stepsOf(level);
+    const outcomes: Outcome[] = [];
+    for (const [i, adapter] of adapters.entries()) {
+      const before = this.#trying + i * steps;
+      outcomes.push(await this.#outcome(level, adapter, steps, (step) => this.#tell(level, adapter.id, before + step)));
+      // Answers of all adapters together would be the most that is held.
+      this.#teacher.delete(adapter.id);
+    }
+    this.#tell(level, adapters.at(-1)!.id, Infinity);
+    return outcomes;
+  }
+
+  /**
+   * Foresees from fewer steps how tasks are stored.
+   * @param before sizes that were tried
+   * @param expected sizes that are tried in all, if nothing surprises
+   */
+  async tried(level: Open, adapters: readonly Adapter[], before: number, expected: number): Promise<Outcome[]> {
+    const all = this.stepsOf(level);
+    const steps = Math.min(all, TRYING);
+    const each = Math.max(steps, 1);
+    this.#trying = expected * adapters.length * each;
+    const outcomes: Outcome[] = [];
+    for (const [i, adapter] of adapters.entries()) {
+      const done = (before * adapters.length + i) * each;
+      const onStep = (step: number): void =>
+        this.#tell(level, `${adapter.id} to try a size`, Math.min(done + step, this.#trying));
+      outcomes.push(await this.#outcome(level, adapter, steps, onStep, steps < all ? MORE_DIFFER : 1));
+    }
+    return outcomes;
+  }
+
+  #tell(level: Open, detail: string, done: number): void {
+    const total = this.#trying + this.#options.adapters.length * Math.max(this.stepsOf(level), 1);
+    this.#done = Math.max(this.#done, Math.min(done, total));
+    this.#options.onProgress?.({ stage: "distilling", done: this.#done, total, unit: "steps", detail });
+  }
+
+  get #questions(): TeachOptions {
+    const { encode, texts, examples, end, decoderStart, seed, signal } = this.#options;
+    return { encode, texts, examples, end, decoderStart, seed, signal };
+  }
+
+  async #teach(level: Open, adapter: Adapter): Promise<TeacherOutputs> {
+    const known = this.#teacher.get(adapter.id);
+    if (known) return known;
+    const task = await distillable(level.session, adapter.id);
+    const options = { ...this.#questions, steps: this.stepsOf(level) };
+    const outputs = await teacherOutputs(level.session, adapter, task, options);
+    this.#teacher.set(adapter.id, outputs);
+    return outputs;
+  }
+
+  /** @param differ factor of the share of answers that may differ */
+  async #outcome(
+    level: Open,
+    adapter: Adapter,
+    steps: number,
+    onStep: (step: number) => void,
+    differ: number = 1,
+  ): Promise<Outcome> {
+    onStep(0);
+    const { finished, agreement, bytes, seed, end, decoderStart } = this.#options;
+    const { id, file, byteLength, metadata } = adapter;
+    const asked = { agreement, bytes, seed, end, decoderStart };
+    const key = JSON.stringify([level.pack.basisId, id, file, byteLength, metadata, steps, differ, asked]);
+    let outcome = this.#outcomes.get(key) ?? outcomeOf(await finished?.read(key), finished?.nameOf?.(key) ?? key);
+    if (!outcome) {
+      if (this.late) return this.#undistilled(level, adapter);
+      try {
+        outcome = await this.#distilled(level, adapter, steps, onStep, differ);
+        this.#refused.delete(id);
+      } catch (error) {
+        const isAstray = error instanceof BackendError && error.backend === "train";
+        if (!isAstray && !(error instanceof TaskError)) {
+          if (!this.#isAborted) throw error;
+          return this.#undistilled(level, adapter);
+        }
+        const reason = isAstray ? `task "${id}" cannot be distilled: its training goes astray` : error.message;
+        this.#refused.set(id, reason);
+        return { ...(await this.#undistilled(level, adapter)), reason };
+      }
+      await finished?.write(key, written(outcome));
+    }
+    this.#outcomes.set(key, outcome);
+    return outcome;
+  }
+
+  async #distilled(
+    level: Open,
+    adapter: Adapter,
+    steps: number,
+    onStep: (step: number) => void,
+    differ: number,
+  ): Promise<Outcome> {
+    const { session } = level;
+    const outputs = await this.#teach(level, adapter);
+    const { bytes: most, agreement: wanted = most === undefined ? DEFAULT_AGREEMENT[outputs.asked] : 0 } =
+      this.#options;
+    const least = 1 - differ * (1 - wanted);
+    const { id, file, kept, agreement } = await distilTask(
+      session,
+      adapter,
+      await distillable(session, adapter.id),
+      outputs,
+      { ...this.#questions, steps, onStep: ({ step }) => onStep(step) },
+    );
+    let best: Outcome = { id, file, kept, agreement, bytes: parseTaskFile(file, id).blob.length };
+    for (const error of CLOSER) {
+      if (best.agreement! >= least) break;
+      const made = await closer(level, adapter, error);
+      const agreement = await this.#agreement(level, adapter, made.file);
+      if (agreement > best.agreement!) best = { ...made, kept: "closer", agreement };
+    }
+    return best;
+  }
+
+  #undistilled(level: Open, adapter: Adapter): Promise<Outcome> {
+    return this.#options.bytes === undefined ? closer(level, adapter, DEFAULT_ERROR) : projected(level, adapter);
+  }
+
+  /** The task as the pack has it, where the distilled one is too large. */
+  async projected(level: Open, adapter: Adapter): Promise<Outcome> {
+    const made = { ...(await projected(level, adapter)), kept: "projected" as const };
+    if (this.late) return made;
+    const agreement = await this.#agreement(level, adapter, made.file).catch((cause: unknown) => {
+      if (!this.#isAborted) throw cause;
+      return undefined;
+    });
+    return { ...made, agreement };
+  }
+
+  /** The agreement of a task file with its adapter. */
+  async #agreement(level: Open, adapter: Adapter, file: Uint8Array<ArrayBuffer>): Promise<number> {
+    const { pack, session } = level;
+    const { supervision, holdout } = await this.#teach(level, adapter);
+    const { head } = await distillable(session, adapter.id);
+    let id = "closer";
+    while (pack.tasks.has(id)) id += "'";
+    await pack.addTask(id, file);
+    let task: Adapter | undefined;
+    const fidelity = new MeanDivergence();
+    try {
+      task = await taskAdapter(pack, id);
+      const { model, weights } = await adapterWeights(session, task, head);
+      for await (const { row, logits } of answers({ model, supervision }, holdout, weights, this.#options))
+        fidelity.add(row.wanted, logits);
+    } finally {
+      await task?.close();
+      await pack.removeTask(id);
+    }
+    return fidelity.agreement;
+  }
+}
+
+function asksTokens({ trainable }: Session): boolean {
+  return trainable!.graph.tokens !== undefined;
+}
+
+/** The task on the pack's components, with residual rows for what they lack. */
+async function closer({ pack }: Open, adapter: Adapter, error: number): Promise<Outcome> {
+  const [task] = await projectAdapters(pack, [adapter], await storedDtypes(pack), { error });
+  return asStored(pack, storedTask(pack, task!));
+}
+
+async function projected({ pack }: Open, { id }: Adapter): Promise<Outcome> {
+  return asStored(pack, { entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
+}
+
+function asStored({ basisId }: Pack, { entry, blob }: TaskToWrite): Outcome {
+  const file = encodeTaskFile(entry, basisId, blob);
+  return { id: entry.id, file, bytes: blob.length, agreement: undefined, kept: "undistilled" };
+}
+
+function written({ file, ...outcome }: Outcome): string {
+  return JSON.stringify({ ...outcome, file: toBase64(file) });
+}
+
+/** @param name for messages @throws FormatError where it is damaged */
+function outcomeOf(json: string | undefined, name: string): Outcome | undefined {
+  if (json === undefined) return undefined;
+  try {
+    const { file, ...outcome } = JSON.parse(json) as Omit<Outcome, "file"> & { readonly file: string };
+    const { id, bytes, agreement = 0, kept } = outcome;
+    const known = ["projected", "distilled", "closer", "undistilled"].includes(kept);
+    if (typeof id !== "string" || !known || !Number.isFinite(bytes) || !Number.isFinite(agreement))
+      throw new TypeError("it is not what packByAnswers writes");
+    const task = fromBase64(file);
+    parseTaskFile(task, name);
+    return { ...outcome, file: task };
+  } catch (cause) {
+    const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
+    throw new FormatError(message, { file: name, part: "finished task", cause });
+  }
+}
+
+// Packs that tasks are distilled in, from few bytes to many: with components of all tasks, or without.
+
+/** Fewer tasks than this share too little for components of all. */
+const FEW = 8;
+/** Components of a side: of 20 to 40, on two suites of 20 and 53 adapters, those whose answers lost least for their bytes. */
+const COMPONENTS = 36;
+/** Quantisation steps, from few bytes to many: each pack is about a fifth larger than the one before. */
+const STEP_SIZES = [0.28, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018];
+/** Shares of ΔW that tasks without such components may lose. */
+const ERROR_SIZES = [0.8, 0.6, 0.45, 0.34, 0.25, DEFAULT_ERROR, 0.1, 0.07, 0.05, 0.035, 0.025];
+
+/** Packs of one kind, by size: a step, or a share of ΔW that may be lost. */
+interface Kind {
+  /** Sizes from few bytes to many. */
+  readonly sizes: readonly number[];
+  /** The size that is tried first. */
+  readonly first: number;
+  make(size: number): Promise<Built>;
+}
+
+/** The pack of a size. */
+interface Sized {
+  readonly kind: Kind;
+  readonly size: number;
+}
+
+/** Kinds of packs for the adapters, the most promising first. */
+function kindsOf({ adapters, base, anyBase, workers }: ByAnswersOptions): readonly Kind[] {
+  const common = { base, anyBase, workers };
+  const shared: Kind = {
+    sizes: STEP_SIZES,
+    first: 0.05,
+    make: (step) => buildPack(adapters, { ...common, gauge: "balanced", step, select: { kind: "k", k: COMPONENTS } }),
+  };
+  const unshared: Kind = {
+    sizes: ERROR_SIZES,
+    first: 0.34,
+    make: (max) => searchPack(adapters, { ...common, goal: { kind: "error", max } }),
+  };
+  return adapters.length < FEW ? [unshared] : [shared, unshared];
+}
+
+/** Sizes that are expected to be tried. */
+const EXPECTED = 3;
+/**
+ * Tasks that sizes are tried on. Of 20 tasks of own-seed nine were stored closer where one of six was expected, for 141 kB instead of 103.
+ * Steps of tokens take far longer.
+ */
+const TRIED = { labels: 16, tokens: 6 };
+
+/** A pack of some size, open. */
+interface Level extends Open, Sized {
+  readonly report: BuildReport;
+  readonly close: () => Promise<void>;
+}
+
 /** Packs of different sizes, one at a time. */
 class Making {
   readonly #engine: Engine;
   readonly #model: SourceInput;
   readonly #options: ByAnswersOptions;
   readonly #answering: Answering;
-  readonly #kinds: readonly SizedPacks[];
+  readonly #kinds: readonly Kind[];
   #level: Level | undefined;
-  /** Sizes that were tried. */
-  #sizes = 0;
-  /** Says which templates ask nothing, where questions are made. */
-  #unused: readonly string[] = [];
+  /** Number of sizes that were tried. */
+  #count = 0;
 
   constructor(engine: Engine, model: SourceInput, options: ByAnswersOptions) {
     this.#engine = engine;
     this.#model = model;
     this.#options = options;
     this.#answering = new Answering(options);
-    const { adapters, base, anyBase, workers } = options;
-    this.#kinds = kindsOf(adapters, { base, anyBase, workers });
+    this.#kinds = kindsOf(options);
   }
 
   async made(): Promise<Built<ByAnswersReport>> {
     const { adapters, bytes: most, base, anyBase, workers } = this.#options;
-    const { sized, expected } = await (most === undefined ? this.#smallest() : this.#within(most));
-    this.#unused = this.#unusedTemplates(this.#level!);
+    const { expected, ...sized } = await (most === undefined ? this.#smallest() : this.#within(most));
     const plain = most === undefined ? await searchPack(adapters, { base, anyBase, workers }) : undefined;
     if (plain && expected >= plain.report.bytes) return this.#undistilled(plain);
     const level = await this.#open(sized);
@@ -196,13 +544,14 @@ class Making {
       outcomes[i] = await this.#answering.projected(level, adapters[i]!);
       made = await this.#packed(level, outcomes);
     }
-    // Tasks may take more than some of them promised.
+    // The sample may have underestimated the size.
     return plain && made.report.bytes >= plain.report.bytes ? this.#undistilled(plain, made.report.left) : made;
   }
 
-  /** A pack without a model, which takes no more. */
-  #undistilled({ chunks, report }: Built<BuildReport>, left = this.#unturned): Built<ByAnswersReport> {
-    const warnings = [...report.warnings, ...this.#unused, ...this.#answering.refused];
+  /** A pack without a model, which takes no more. @param left Default: all tasks, where time is over */
+  #undistilled({ chunks, report }: Built<BuildReport>, left?: readonly string[]): Built<ByAnswersReport> {
+    const warnings = [...report.warnings, ...this.#unusedTemplates(), ...this.#answering.refused];
+    left ??= this.#answering.late ? this.#options.adapters.map(({ id }) => id) : [];
     return { chunks, report: { ...report, warnings, answers: [], steps: 0, left } };
   }
 
@@ -218,21 +567,17 @@ class Making {
     const ratio = level.report.adapterBytes / bytes;
     const left = outcomes.flatMap(({ id, kept, reason }) => (kept === "undistilled" && !reason ? [id] : []));
     const steps = this.#answering.stepsOf(level);
-    const warnings = [...level.report.warnings, ...this.#unused];
+    const warnings = [...level.report.warnings, ...this.#unusedTemplates()];
     return {
       chunks: await allOf(chunks),
       report: { ...level.report, bytes, ratio, warnings, answers, steps, left },
     };
   }
 
-  /** Ids of all adapters, where time is over. */
-  get #unturned(): readonly string[] {
-    return this.#answering.late ? this.#options.adapters.map(({ id }) => id) : [];
-  }
-
-  #unusedTemplates(level: Level): string[] {
+  /** Names the templates that ask nothing, where questions are synthetic. */
+  #unusedTemplates(): string[] {
     const { adapters, texts, examples } = this.#options;
-    if (texts || examples || !this.#answering.asksTokens(level)) return [];
+    if (texts || examples || !asksTokens(this.#level!.session)) return [];
     const unused = adapters.filter(({ metadata }) => metadata["template"] !== undefined && !templateOf(metadata));
     return unused.map(({ id }) => `${id}: its template has no "{input}", so it was asked lines of words`);
   }
@@ -242,80 +587,102 @@ class Making {
     this.#level = undefined;
   }
 
-  /** The pack in which all tasks are expected to take least, from what becomes of some of them. */
-  async #smallest(): Promise<{ readonly sized: Sized; readonly expected: number }> {
-    const [kind, ...others] = this.#kinds;
-    let best: Sized = { kind: kind!, at: kind!.first };
-    const level = await this.#open(best);
-    // Components gain labels most at every size that was measured, and tokens little (docs/research/size.md).
-    const rivals = this.#answering.asksTokens(level) ? others : [];
-    let least = (await this.#tried(best)).bytes;
-    const isLess = async (one: Sized): Promise<boolean> => {
-      const { bytes } = await this.#tried(one);
-      if (bytes >= least) return false;
-      [best, least] = [one, bytes];
+  /** The pack in which all tasks are expected to take least, by the outcomes of a few of them. */
+  async #smallest(): Promise<Sized & { readonly expected: number }> {
+    const [kind, ...others] = this.#kinds as [Kind, ...Kind[]];
+    let best: Sized & { readonly expected: number } = { kind, size: kind.first, expected: Infinity };
+    const isLess = async (sized: Sized): Promise<boolean> => {
+      const { bytes } = await this.#tried(sized);
+      if (bytes >= best.expected) return false;
+      best = { ...sized, expected: bytes };
       return true;
     };
-    for (const other of rivals) {
-      // One in which all tasks agree takes no more than its bytes.
-      if (!this.#answering.late) await isLess({ kind: other, at: await other.largest(least) });
+    await isLess(best);
+    // Components gain labels most at every size that was measured, and tokens little (docs/research/size.md).
+    const rivals = asksTokens(this.#level!.session) ? others : [];
+    // A rival in which all tasks agree takes no more than its own bytes.
+    for (const rival of rivals) if (!this.#answering.late) await isLess(await finest(rival, best.expected));
+    for (const isFiner of [false, true]) {
+      const { size: start } = best;
+      for (;;) {
+        const { sizes } = best.kind;
+        const next = isFiner ? sizes.find((size) => size < best.size) : sizes.filter((size) => size > best.size).at(-1);
+        if (next === undefined || this.#answering.late || !(await isLess({ kind: best.kind, size: next }))) break;
+      }
+      // Coarser packs were smaller: finer ones are not.
+      if (best.size !== start) break;
     }
-    for (const direction of [-1, 1]) {
-      const from = best.at;
-      while (!this.#answering.late && best.at + direction >= 0 && best.at + direction <= best.kind.last)
-        if (!(await isLess({ ...best, at: best.at + direction }))) break;
-      // Smaller ones were better: larger ones are not.
-      if (best.at !== from) break;
-    }
-    return { sized: best, expected: least };
+    return best;
   }
 
-  /** The finest pack that the bytes allow, in the kind in which a few tasks agree most. */
-  async #within(most: number): Promise<{ readonly sized: Sized; readonly expected: number }> {
-    let best: { sized: Sized; expected: number; agreement: number } | undefined;
+  /** The finest pack that the bytes allow, of the kind in which a few tasks agree most. */
+  async #within(most: number): Promise<Sized & { readonly expected: number }> {
+    let best: (Sized & { readonly agreement: number }) | undefined;
+    let least = Infinity;
     for (const kind of this.#kinds) {
-      const at = await kind.within(most);
-      if (at === undefined) continue;
-      const { bytes, agreement } = await this.#tried({ kind, at });
+      const sized = await finest(kind, most);
+      least = Math.min(least, sized.bytes);
+      if (sized.bytes > most) continue;
+      const { bytes, agreement } = await this.#tried(sized);
       if (best && agreement <= best.agreement) continue;
       // Tasks take more when they are distilled.
-      const grown = bytes / (await kind.bytes(at));
-      best = { sized: { kind, at: (await kind.within(most / grown)) ?? 0 }, expected: most, agreement };
+      best = { ...(await finest(kind, (most * sized.bytes) / bytes)), agreement };
     }
-    if (best) return best;
-    throw tooFew(most, Math.min(...(await Promise.all(this.#kinds.map((kind) => kind.bytes(0))))));
+    if (!best) throw tooFew(most, least);
+    return { kind: best.kind, size: best.size, expected: most };
   }
 
-  /** Bytes of a pack, once its tasks are as they will be, and how far they agree; from some of them. */
+  /** Expected bytes of a pack with distilled tasks, and how far they agree; from a few of them. */
   async #tried(sized: Sized): Promise<{ readonly bytes: number; readonly agreement: number }> {
     const level = await this.#open(sized);
-    const some = spread(this.#options.adapters, TRIED[this.#answering.asksTokens(level) ? "tokens" : "labels"]);
-    let [grown, agreed] = [0, 0];
+    const sample = spread(this.#options.adapters, TRIED[asksTokens(level.session) ? "tokens" : "labels"]);
     const expected = this.#options.bytes === undefined ? EXPECTED : this.#kinds.length;
-    for (const { id, bytes, agreement = 0 } of await this.#answering.tried(level, some, this.#sizes++, expected)) {
+    let grown = 0;
+    let agreed = 0;
+    for (const { id, bytes, agreement = 0 } of await this.#answering.tried(level, sample, this.#count++, expected)) {
       grown += bytes - level.pack.tasks.get(id)!.bytes;
       agreed += agreement;
     }
-    const bytes = level.report.bytes + (grown / some.length) * this.#options.adapters.length;
-    return { bytes, agreement: agreed / some.length };
+    const bytes = level.report.bytes + (grown / sample.length) * this.#options.adapters.length;
+    return { bytes, agreement: agreed / sample.length };
   }
 
   /** A pack with a session. There is one at a time. */
-  async #open(sized: Sized): Promise<Level> {
-    if (this.#level?.kind === sized.kind && this.#level.at === sized.at) return this.#level;
+  async #open({ kind, size }: Sized): Promise<Level> {
+    if (this.#level?.kind === kind && this.#level.size === size) return this.#level;
     await this.close();
-    const { chunks, report } = await sized.kind.make(sized.at);
+    const { chunks, report } = await kind.make(size);
     const pack = await openPack(new Blob(chunks as BlobPart[]));
-    const session = await createSession(this.#engine, this.#model, pack, {
-      trainable: true,
-      names: this.#options.names,
-    });
+    const { names } = this.#options;
+    const session = await createSession(this.#engine, this.#model, pack, { trainable: true, names });
     const close = async (): Promise<void> => {
       await session.close();
       await pack.close();
     };
-    this.#level = { ...sized, pack, session, report, close };
+    this.#level = { kind, size, pack, session, report, close };
     return this.#level;
+  }
+}
+
+/** The finest pack of a kind with at most so many bytes; the coarsest where there is none. */
+async function finest(kind: Kind, most: number): Promise<Sized & { readonly bytes: number }> {
+  const coarsest = kind.sizes[0]!;
+  const known = new Map<number, number>();
+  const sized = async (asked: number): Promise<Sized & { readonly bytes: number }> => {
+    const size = Math.min(coarsest, Math.max(kind.sizes.at(-1)!, asked));
+    const bytes = known.get(size) ?? (await kind.make(size)).report.bytes;
+    known.set(size, bytes);
+    return { kind, size, bytes };
+  };
+  try {
+    return await search(
+      new Map([["", kind.first]]),
+      (steps) => sized(steps.get("")!),
+      withinBytes(most, ({ bytes }) => bytes),
+    );
+  } catch (error) {
+    if (!(error instanceof Unreachable)) throw error;
+    return sized(coarsest);
   }
 }
 
@@ -342,8 +709,4 @@ export async function modelBase(
     if (error instanceof BaseMismatchError) return undefined;
     throw error;
   }
-}
-
-function tooFew(max: number, least: number): Unreachable {
-  return new Unreachable(`${max} bytes are too few: the least is ${least}`, least);
 }

@@ -1,25 +1,30 @@
 /**
- * Answers of adapters. An adapter's own factors and head take the place of those that a pack's coefficients make, in the session that
- * trains tasks. Distilling reduces the divergence between the two answers; packing is judged by it.
+ * Answers of adapters as the teacher: to questions of the user, or to synthetic ones, one part to learn from and one to evaluate by. An
+ * adapter's own factors and head take the place of those that a pack's coefficients make, in the session that trains tasks. Distilling
+ * reduces the divergence between the two answers; packing is judged by it.
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
+import type { TaskInfo } from "../core/pack.ts";
 import { TaskError } from "../errors.ts";
-import type { TaskMetadata } from "../format/format.ts";
+import type { TaskBlob, TaskMetadata } from "../format/format.ts";
 import type { Session } from "../session/session.ts";
-import type { BatchFeeds } from "../session/tokens.ts";
-import { shuffle } from "../tensor/random.ts";
+import { type BatchFeeds, checkTokenizer, type Tokenizer } from "../session/tokens.ts";
+import type { AbortOptions } from "../source.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
 import type { Term } from "../tensor/term.ts";
-import { type AnsweredRow, answers } from "./objective.ts";
+import { answers } from "./objective.ts";
 import { layersOf, zerosOf } from "./state.ts";
 import {
+  certain,
   type Distribution,
   drawnFrom,
   type Example,
   likeliest,
   type Row,
+  type SequenceOptions,
   type Supervision,
-  type Tokens,
+  supervisionOf,
   type Unlabelled,
 } from "./supervision.ts";
 import { headInputs, sessionModel, type TaskWeights, type TrainableModel } from "./trainable-model.ts";
@@ -35,18 +40,155 @@ export interface Questions {
   readonly examples?: readonly Example[] | undefined;
 }
 
-/** @throws TypeError unless questions are given in one way */
-export function questionsOf(where: string, { texts, feeds, examples }: Questions): readonly Example[] {
-  const ways = Object.entries({ texts, feeds, examples }).flatMap(([name, one]) => (one === undefined ? [] : [name]));
-  if (ways.length !== 1) throw new TypeError(`${where}: got ${ways.join(" and ") || "no texts"}, expected one of them`);
-  return examples ?? texts?.map((text) => ({ text })) ?? feeds!.map((own): Unlabelled => ({ feeds: own }));
+/** A task of the pack that can be distilled, with the layers of its head. */
+export interface Distillable {
+  readonly id: string;
+  readonly entry: TaskInfo;
+  readonly blob: TaskBlob;
+  readonly head: readonly string[];
 }
 
-export interface AskOptions {
-  /** Name of the public function, for messages. */
-  readonly where: string;
-  readonly supervision: Supervision;
+/** Options of the questions that an adapter answers as the teacher. */
+export interface TeachOptions extends Questions, SequenceOptions {
+  /**
+   * Turns texts into the model's inputs, one row each: a tokenizer of transformers.js or @huggingface/tokenizers as it is, which tells its
+   * words too, or a function.
+   */
+  readonly encode?: Tokenizer | undefined;
+  /** Texts per step. Default: 8. Many small steps gain more than few large ones. */
+  readonly batch?: number | undefined;
+  /** Most steps; they end earlier where questions held back gain no more. Default: 240. 0: coefficients are solved once, nothing is trained. */
+  readonly steps?: number | undefined;
+  /** Share of the texts held back to evaluate by. Default: an eighth. */
+  readonly holdout?: number | undefined;
+  /** Default: 0. */
+  readonly seed?: number | undefined;
   readonly signal?: AbortSignal | undefined;
+}
+
+/** Answers of an adapter. */
+export interface TeacherOutputs {
+  readonly supervision: Supervision;
+  /** Numbers of the labels; none for language models. */
+  readonly labels: string[];
+  /** Questions to learn from, and those held back, with the adapter's answers. */
+  readonly train: readonly Row[];
+  readonly holdout: readonly Row[];
+  /** True for questions that are synthetic, not the user's. */
+  readonly synthetic: boolean;
+  /** Questions ask for labels, the tokens of answers, or all tokens of texts. */
+  readonly asked: "labels" | "answers" | "texts";
+}
+
+const LEAST_TEXTS = 8;
+/** Questions of a step. */
+export const BATCH = 8;
+/** Batches that show how answers depend on coefficients, before any step. */
+export const BATCHES_TO_SOLVE = 24;
+/** Most synthetic questions to learn from: more of them taught no more. */
+const MOST_SYNTHETIC = 1024;
+/** Synthetic questions to evaluate by. */
+const SYNTHETIC_HOLDOUT = 128;
+
+/**
+ * Asks the adapter and turns its answers into targets.
+ * @throws TaskError when the task has other labels than the adapter, or fewer than two
+ */
+export async function teacherOutputs(
+  session: Session,
+  adapter: Adapter,
+  { id, blob, head }: Distillable,
+  options: TeachOptions,
+): Promise<TeacherOutputs> {
+  const { steps = 240, batch = BATCH, holdout: share = 0.125, seed = 0, signal } = options;
+  const supervision = supervisionOf(session, { ...options, labels: [] });
+  const teacher: Teacher = { ...(await adapterWeights(session, adapter, head)), supervision, signal };
+  // Texts that no step would use are not asked.
+  const most = Math.max(steps, BATCHES_TO_SOLVE) * batch;
+  const given = questionsOf(options);
+  let train: Row[];
+  let holdout: Row[];
+  if (given) {
+    const count = Math.max(LEAST_TEXTS, Math.ceil(most / (1 - share)));
+    const questions = shuffle([...given], uniform(seed)).slice(0, count);
+    const rows = await supervision.ask(questions, "distill");
+    const asked = await ask(teacher, rows);
+    const answered = rows.map((row) => asked.get(row)!);
+    const held = Math.min(Math.max(2, Math.round(share * rows.length)), rows.length - 2);
+    holdout = answered.slice(0, held);
+    train = answered.slice(held);
+  } else {
+    const words = wordsOf(options.encode, [...session.pack.tasks.values(), adapter]);
+    if (session.inputNames.includes("decoder_input_ids"))
+      throw new TypeError(
+        "distill: no text can be made for a model with a decoder of its own: give prompts and completions",
+      );
+    const made = (count: number, seed: number): Promise<Row[]> =>
+      syntheticQuestions(teacher, adapter.metadata, words, count, uniform(seed));
+    // Made separately, so that no line to evaluate by is crossed from one to learn from.
+    train = await made(Math.min(most, MOST_SYNTHETIC), seed);
+    holdout = await made(SYNTHETIC_HOLDOUT, seed + 1);
+  }
+  const last = headInputs(session.trainable!, head).find(({ out }) => out === undefined);
+  const weight = adapter.saved.find(({ name }) => name === `${last?.module}.weight`);
+  // A language model has none.
+  const count = weight?.shape[0] ?? (supervision.tokens ? 0 : train[0]!.wanted[0]!.probabilities.length);
+  if (count === 1) {
+    const message = `task "${id}" cannot be distilled: the model gives one number for a text, and answers are compared by two labels at least`;
+    throw new TaskError(message, { task: id });
+  }
+  const stored = blob.parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
+  if (stored !== undefined && stored !== count) {
+    throw new TaskError(
+      `task "${id}" has ${stored} labels, ${adapter.file} ${count}: it was not made of this adapter`,
+      {
+        task: id,
+      },
+    );
+  }
+  const labels = Array.from({ length: count }, (_, i) => String(i));
+  const wholeTexts = given ? options.texts !== undefined : !templateOf(adapter.metadata);
+  const asked = !supervision.tokens ? "labels" : wholeTexts ? "texts" : "answers";
+  return { supervision, labels, train, holdout, synthetic: !given, asked };
+}
+
+/** The user's questions; undefined where there are none. @throws TypeError for questions in several ways */
+function questionsOf({ texts, feeds, examples }: Questions): readonly Example[] | undefined {
+  const ways = Object.entries({ texts, feeds, examples }).flatMap(([name, value]) =>
+    value === undefined ? [] : [name],
+  );
+  if (ways.length > 1) throw new TypeError(`distill: got ${ways.join(" and ")}, expected one of them`);
+  return examples ?? texts?.map((text) => ({ text })) ?? feeds?.map((feeds): Unlabelled => ({ feeds }));
+}
+
+/** Checks the questions, where there are some. @throws TypeError, RangeError when they are too few or empty */
+export function checkQuestions(options: TeachOptions): void {
+  if (options.encode !== undefined) checkTokenizer("distill: encode", options.encode);
+  else if (!options.feeds) throw new TypeError("distill: texts need `encode`, a tokenizer");
+  const given = questionsOf(options);
+  if (!given) return;
+  if (given.length < LEAST_TEXTS)
+    throw new RangeError(
+      `distill: expected ${LEAST_TEXTS} texts at least, and some hundreds to gain by; got ${given.length}`,
+    );
+  const empty = given.findIndex(({ text }) => text?.trim() === "");
+  if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
+}
+
+/** A model that answers as an adapter itself. */
+interface Teacher extends AbortOptions {
+  readonly model: TrainableModel;
+  readonly weights: TaskWeights;
+  readonly supervision: Supervision;
+}
+
+/** Rows with the teacher's answers as the wanted ones, by question. */
+async function ask({ weights, ...teacher }: Teacher, rows: readonly Row[]): Promise<Map<Row, Row>> {
+  const { distribution } = teacher.supervision;
+  const asked = new Map<Row, Row>();
+  for await (const { row, logits, features } of answers(teacher, rows, weights, { ...teacher, features: true }))
+    asked.set(row, { ...row, wanted: logits.map(distribution), features });
+  return asked;
 }
 
 /**
@@ -63,26 +205,21 @@ export async function adapterWeights(
   const { trainable, pack } = session;
   const modules: TrainedModule[] = [];
   const terms = new Map<string, Term>();
-  for (const one of adapter.modules.values()) {
-    const { name, in: width, out, rank } = one;
+  const refuse = (what: string): TaskError =>
+    new TaskError(`${adapter.file} ${what}: it cannot be asked here`, { task: adapter.id });
+  for (const { name, in: width, out, rank, read } of adapter.modules.values()) {
     const module = pack.modules.find((known) => known.name === name);
     if (module?.in !== width || module.out !== out)
       throw new TaskError(`${adapter.file} adapts "${name}" [${out}, ${width}], which the pack does not`, {
         task: adapter.id,
       });
     modules.push({ name, in: width, out, privateRank: rank });
-    const { A, Bt, magnitude } = await one.read();
-    if (magnitude)
-      throw new TaskError(`${adapter.file} has a DoRA magnitude of "${name}": it cannot be asked here`, {
-        task: adapter.id,
-      });
+    const { A, Bt, magnitude } = await read();
+    if (magnitude) throw refuse(`has a DoRA magnitude of "${name}"`);
     terms.set(name, { rank, A, Bt });
   }
-  const beside = adapter.saved.find(({ role }) => role !== "saved");
-  if (beside)
-    throw new TaskError(`${adapter.file} brings "${beside.name}" (${beside.role}): it cannot be asked here`, {
-      task: adapter.id,
-    });
+  const other = adapter.saved.find(({ role }) => role !== "saved");
+  if (other) throw refuse(`brings "${other.name}" (${other.role})`);
   const layers = headInputs(trainable!, head);
   const saved = (module: string | undefined, part: string) =>
     adapter.saved.find(({ name }) => name === `${module}.${part}`);
@@ -99,45 +236,9 @@ export async function adapterWeights(
   return { model, weights: { terms, ...numbers } };
 }
 
-/**
- * Answers of the adapter itself, row by row.
- * @param head as in `adapterWeights`
- * @throws TaskError as `adapterWeights`
- */
-export async function* askAdapter(
-  session: Session,
-  adapter: Adapter,
-  head: readonly string[],
-  rows: readonly Row[],
-  { where, supervision, signal, features }: AskOptions & { readonly features?: boolean | undefined },
-): AsyncGenerator<AnsweredRow> {
-  const { model, weights } = await adapterWeights(session, adapter, head);
-  for await (const one of answers({ model, supervision }, rows, weights, { signal, features })) {
-    const each = one.logits[0]!.length;
-    if (!Number.isInteger(each) || each < 2)
-      throw new TypeError(`${where}: the model gives ${each} logits for a text, expected [texts, labels]`);
-    yield one;
-  }
-}
-
-/** An answer that is small enough to keep. */
-export interface AdapterAnswer {
-  readonly distributions: readonly Distribution[];
-  readonly features: Float32Array | undefined;
-}
-
-/** Answers of the adapter by row. */
-export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row, AdapterAnswer>> {
-  const { supervision } = of[4];
-  const found = new Map<Row, AdapterAnswer>();
-  for await (const { row, logits, features } of askAdapter(...of))
-    found.set(row, { distributions: logits.map(supervision.distribution), features });
-  return found;
-}
-
 // Questions that the program makes, where a user gives no text: words of the tokenizer's vocabulary in no order, among them those of the
 // names of tasks and labels. Most of a classifier's are crossed, round by round, from the lines whose answers came closest to each label,
-// since lines at random hardly reach some. Those of a language model: `made-up-tokens.ts`.
+// since lines at random hardly reach some.
 
 /** The share of a crossed line's words that are drawn anew. */
 const DRAWN = 0.3;
@@ -150,61 +251,43 @@ const CLOSEST = 12;
 const AT_RANDOM = 0.2;
 const ROUNDS = 8;
 
-/**
- * Makes questions for an adapter, with its answers.
- * @param head the layers that the adapter brings
- */
-export async function madeUpQuestions(
-  session: Session,
-  adapter: Adapter,
-  head: readonly string[],
-  { words, count, random }: { readonly words: Words; readonly count: number; readonly random: () => number },
-  { where, supervision, ...how }: AskOptions & { readonly features?: boolean | undefined },
-): Promise<Map<Row, AdapterAnswer>> {
-  const { model, weights } = await adapterWeights(session, adapter, head);
-  const found = new Map<Row, AdapterAnswer>();
-  const ask = async (rows: readonly Row[]): Promise<void> => {
-    for await (const { row, logits, features } of answers({ model, supervision }, rows, weights, how))
-      found.set(row, { distributions: logits.map(supervision.distribution), features });
-  };
+/** Makes questions for an adapter, with its answers. */
+async function syntheticQuestions(
+  teacher: Teacher,
+  metadata: TaskMetadata,
+  words: Words,
+  count: number,
+  random: () => number,
+): Promise<Row[]> {
+  const { supervision } = teacher;
   const rowsOf = (texts: readonly string[]): Promise<Row[]> =>
     supervision.ask(
       texts.map((text): Example => ({ text })),
-      where,
+      "distill",
     );
-  if (session.inputNames.includes("decoder_input_ids"))
-    throw new TypeError(
-      `${where}: no text can be made for a model with a decoder of its own: give prompts and completions`,
-    );
-  if (supervision.tokens) {
-    async function* next(rows: readonly Row[]): AsyncGenerator<[Row, Distribution]> {
-      for await (const { row, logits } of answers({ model, supervision }, rows, weights, how))
-        yield [row, supervision.distribution(logits[0]!)];
+  const asked: Row[] = [];
+  const learn = async (rows: readonly Row[]) => asked.push(...(await ask(teacher, rows)).values());
+  if (supervision.tokens) await learn(await tokenQuestions(teacher, metadata, words, count, rowsOf, random));
+  else {
+    await learn(await rowsOf(syntheticTexts(words, Math.ceil(count * AT_RANDOM), random)));
+    for (let round = 0; round < ROUNDS; round++) {
+      const lines = Math.ceil((count - asked.length) / (ROUNDS - round));
+      await learn(await rowsOf(crossed(asked, words, lines, random)));
     }
-    await ask(await tokenQuestions(words, count, adapter.metadata, { rowsOf, next, random }));
-    return found;
   }
-  await ask(await rowsOf(madeUpTexts(words, Math.ceil(count * AT_RANDOM), random)));
-  for (let round = 0; round < ROUNDS; round++) {
-    const lines = Math.ceil((count - found.size) / (ROUNDS - round));
-    await ask(await rowsOf(crossed(found, words, lines, random)));
-  }
-  return found;
+  return asked;
 }
 
 /** Lines for each label in turn, going on from the round before, crossed from two of those whose answers came closest to it. */
-function crossed(asked: ReadonlyMap<Row, AdapterAnswer>, words: Words, count: number, random: () => number): string[] {
-  const all = [...asked].map(([{ text }, { distributions }]) => ({
-    text: text!,
-    probabilities: distributions[0]!.probabilities,
-  }));
-  const labels = all[0]!.probabilities.length;
+function crossed(asked: readonly Row[], words: Words, count: number, random: () => number): string[] {
+  const labels = asked[0]!.wanted[0]!.probabilities.length;
+  const likely = ({ wanted }: Row, label: number): number => wanted[0]!.probabilities[label]!;
   const closest = Array.from({ length: labels }, (_, label) =>
-    [...all].sort((a, b) => b.probabilities[label]! - a.probabilities[label]!).slice(0, CLOSEST),
+    [...asked].sort((a, b) => likely(b, label) - likely(a, label)).slice(0, CLOSEST),
   );
   return Array.from({ length: count }, (_, i) => {
-    const near = closest[(asked.size + i) % labels]!;
-    const both = [pick(near, random), pick(near, random)].flatMap(({ text }) => text.split(" "));
+    const near = closest[(asked.length + i) % labels]!;
+    const both = [pick(near, random), pick(near, random)].flatMap(({ text }) => text!.split(" "));
     const mixed = shuffle(
       both.map((word) => (random() < DRAWN ? draw(words, random) : word)),
       random,
@@ -222,7 +305,7 @@ interface Vocabulary {
 }
 
 /** Words to make questions of. */
-export interface Words {
+interface Words {
   /** Whole words of the vocabulary, by number: vocabularies are made from frequent words to rare ones. */
   readonly all: readonly string[];
   /** Words of names. */
@@ -230,7 +313,8 @@ export interface Words {
 }
 
 /** Words of a line. */
-const [SHORTEST, LONGEST] = [3, 12];
+const SHORTEST = 3;
+const LONGEST = 12;
 /**
  * A word of rank r is drawn in proportion to 1 ÷ (r + FREQUENT): as in text (B. Mandelbrot, 1953), but less steeply, so that lines are not
  * made of articles and prepositions.
@@ -243,8 +327,8 @@ const NAMED = 0.1;
  * Words of a tokenizer, and of the names of tasks and their labels.
  * @throws TypeError for a tokenizer that does not tell its vocabulary
  */
-export function wordsOf(where: string, encode: unknown, known: readonly Pick<Adapter, "id" | "metadata">[]): Words {
-  const all = vocabularies.get(encode as object) ?? wholeWords(where, encode);
+function wordsOf(encode: unknown, known: readonly Pick<Adapter, "id" | "metadata">[]): Words {
+  const all = vocabularies.get(encode as object) ?? wholeWords(encode);
   vocabularies.set(encode as object, all);
   const names = known.flatMap(({ id, metadata }) => [id, ...labelsOf(metadata)]);
   return { all, names: [...new Set(names.flatMap((name) => name.match(/\p{Lu}?[\p{Ll}\p{Lo}]+|\p{Lu}{2,}/gu) ?? []))] };
@@ -253,11 +337,11 @@ export function wordsOf(where: string, encode: unknown, known: readonly Pick<Ada
 /** Words by tokenizer: each adapter of a pack asks for them. */
 const vocabularies = new WeakMap<object, readonly string[]>();
 
-function wholeWords(where: string, encode: unknown): string[] {
+function wholeWords(encode: unknown): string[] {
   const { get_vocab, decode } = (encode ?? {}) as Vocabulary;
   if (!get_vocab || !decode)
     throw new TypeError(
-      `${where}: expected texts or examples, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
+      `distill: expected texts or examples, or a tokenizer with get_vocab and decode in \`encode\`, to make texts from its words`,
     );
   const found = get_vocab.call(encode, false);
   const tokens = found instanceof Map ? [...found] : Object.entries(found as Readonly<Record<string, number>>);
@@ -270,7 +354,7 @@ function wholeWords(where: string, encode: unknown): string[] {
     const word = decode.call(encode, [id]).trim();
     return /^[\p{L}\p{M}]{2,}$/u.test(word) ? [word] : [];
   });
-  if (all.length === 0) throw new TypeError(`${where}: the vocabulary of \`encode\` has no words; give texts`);
+  if (all.length === 0) throw new TypeError(`distill: the vocabulary of \`encode\` has no words; give texts`);
   return all;
 }
 
@@ -279,7 +363,7 @@ function labelsOf({ labels }: { readonly labels?: unknown }): string[] {
 }
 
 /** Lines of words. @param length how many words a line has */
-function madeUpTexts(
+function syntheticTexts(
   words: Words,
   count: number,
   random: () => number,
@@ -321,30 +405,28 @@ const BEGUN = 4;
 /** Tokens that it says at most. Twice as many take three times as long. */
 const SAID = 8;
 
-type TokenRow = Row & { readonly tokens: Tokens };
-
-interface Asking {
-  /** Rows of texts, asked at every token but the first. */
-  readonly rowsOf: (texts: readonly string[]) => Promise<Row[]>;
-  /** The answers to rows that are asked at their last token. */
-  readonly next: (rows: readonly Row[]) => AsyncIterable<[Row, Distribution]>;
-  readonly random: () => number;
-}
+/** Rows of texts, asked at every token but the first. */
+type RowsOf = (texts: readonly string[]) => Promise<readonly Row[]>;
 
 /** Makes questions, with the positions that are asked. */
-async function tokenQuestions(words: Words, count: number, metadata: TaskMetadata, asking: Asking): Promise<Row[]> {
-  const { random } = asking;
-  const rowsOf = asking.rowsOf as (texts: readonly string[]) => Promise<TokenRow[]>;
+async function tokenQuestions(
+  teacher: Teacher,
+  metadata: TaskMetadata,
+  words: Words,
+  count: number,
+  rowsOf: RowsOf,
+  random: () => number,
+): Promise<Row[]> {
   const template = templateOf(metadata);
   if (template) {
-    const inputs = madeUpTexts(words, count, random, () => 1 + Math.floor(MOST_INPUT * random() ** 2));
+    const inputs = syntheticTexts(words, count, random, () => 1 + Math.floor(MOST_INPUT * random() ** 2));
     const prompts = await rowsOf(inputs.map((input) => template.prompt(withNumbers(input, random))));
-    const said = await goOn(prompts, asking, likeliest, await lastOf(template, rowsOf));
+    const said = await goOn(prompts, teacher, likeliest, await lastOf(template, rowsOf));
     return said.map((row, i) => askedFrom(row, idsOf(prompts[i]!).length - 1));
   }
-  const lines = await rowsOf(madeUpTexts(words, Math.ceil(ALONE * count), random));
-  const begun = await rowsOf(madeUpTexts(words, count - lines.length, random).map(beginning));
-  const said = await goOn(begun, asking, (answer) => likeliest(drawnFrom(answer, random)));
+  const lines = await rowsOf(syntheticTexts(words, Math.ceil(ALONE * count), random));
+  const begun = await rowsOf(syntheticTexts(words, count - lines.length, random).map(beginning));
+  const said = await goOn(begun, teacher, (answer) => likeliest(drawnFrom(answer, random)));
   return [...lines, ...said.map((row) => askedFrom(row, 0))];
 }
 
@@ -370,7 +452,7 @@ function withNumbers(input: string, random: () => number): string {
 }
 
 /** The token that ends an answer; undefined where the template names none. */
-async function lastOf({ end }: Template, rowsOf: (texts: readonly string[]) => Promise<TokenRow[]>) {
+async function lastOf({ end }: Template, rowsOf: RowsOf): Promise<number | undefined> {
   if (end.trim() === "") return undefined;
   const [without, whole] = await rowsOf(["a a", `a a${end}`]);
   return idsOf(whole!)[idsOf(without!).length];
@@ -380,49 +462,37 @@ function beginning(text: string): string {
   return text.split(" ").slice(0, BEGUN).join(" ");
 }
 
-/** Rows with what the model says after them, until it ends. @param choose the token that is said */
+/** Rows with the tokens that the model says after them, until it ends. @param choose the token that is said */
 async function goOn(
-  begun: readonly TokenRow[],
-  { next }: Asking,
+  begun: readonly Row[],
+  { weights, ...teacher }: Teacher,
   choose: (answer: Distribution) => number,
   end?: number,
-): Promise<TokenRow[]> {
+): Promise<Row[]> {
   const rows = [...begun];
   for (let said = 0; said < SAID; said++) {
     const open = [...rows.entries()].filter(([, row]) => said === 0 || idsOf(row).at(-1) !== end);
     if (open.length === 0) break;
-    const asked = new Map<Row, number>(open.map(([i, row]) => [atEnd(row), i]));
-    for await (const [row, answer] of next([...asked.keys()]))
-      rows[asked.get(row)!] = longer(row as TokenRow, choose(answer));
+    const asked = new Map<Row, number>(open.map(([i, row]) => [askedAt(row, idsOf(row), [idsOf(row).length - 1]), i]));
+    for await (const { row, logits } of answers(teacher, [...asked.keys()], weights, teacher)) {
+      const next = choose(teacher.supervision.distribution(logits[0]!));
+      rows[asked.get(row)!] = { ...row, wanted: [certain(next)] };
+    }
   }
   return rows;
 }
 
-const ANY: Distribution = { probabilities: [1], classes: [0] };
-
 /** All ids of a row, with the last that is wanted. */
-function idsOf({ tokens: { ids, wanted } }: TokenRow): readonly number[] {
-  return [...ids, Number(wanted.at(-1)!.classes![0])];
+function idsOf({ tokens, wanted }: Row): readonly number[] {
+  return [...tokens!.ids, Number(wanted.at(-1)!.classes![0])];
 }
 
-function askedAt(row: TokenRow, ids: readonly number[], at: readonly number[]): TokenRow {
-  return { ...row, tokens: { ids, at, wanted: at.map((i) => ({ ...ANY, classes: [ids[i + 1] ?? 0] })) } };
-}
-
-/** The row asked what comes after its last token. */
-function atEnd(row: TokenRow): TokenRow {
-  const ids = idsOf(row);
-  return askedAt(row, ids, [ids.length - 1]);
-}
-
-/** The row that was asked for its end, with what was answered. */
-function longer(row: TokenRow, id: number): TokenRow {
-  const ids = [...row.tokens.ids, id];
-  return { ...row, tokens: { ids: ids.slice(0, -1), at: [ids.length - 2], wanted: [{ ...ANY, classes: [id] }] } };
+function askedAt(row: Row, ids: readonly number[], at: readonly number[]): Row {
+  return { ...row, tokens: { ids, at }, wanted: at.map((i) => certain(ids[i + 1] ?? 0)) };
 }
 
 /** The row asked for every token behind the one at `from`. */
-function askedFrom(row: TokenRow, from: number): TokenRow {
+function askedFrom(row: Row, from: number): Row {
   const ids = idsOf(row).slice(0, -1);
   return askedAt(
     row,

@@ -17,7 +17,8 @@ export function stateLike(
   { parameters, weight, bias }: Readonly<Record<"parameters" | "weight" | "bias", { readonly length: number }>>,
   all: Float32Array<ArrayBuffer> = new Float32Array(parameters.length + weight.length + bias.length),
 ): State {
-  const [first, second] = [parameters.length, parameters.length + weight.length];
+  const first = parameters.length;
+  const second = first + weight.length;
   return { all, parameters: all.subarray(0, first), weight: all.subarray(first, second), bias: all.subarray(second) };
 }
 
@@ -175,13 +176,15 @@ export class Adam {
 // several (RoBERTa's `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) only the last layer
 // has such rows; the layers in front of it keep the model's shape.
 
-/** One layer of a head. */
+/** One layer of a head, with the names of its inputs of the graph. */
 export interface HeadLayer {
   readonly module: string;
   readonly in: number;
   /** Rows of the weight; in the last layer the labels. */
   readonly out: number;
-  readonly bias: boolean;
+  /** Names of the weight [1, in, out], and of the bias [1, 1, out], where there is one. */
+  readonly weight: string;
+  readonly bias: string | undefined;
   /** True for the layer whose rows are the labels: its outputs are the logits. */
   readonly last: boolean;
   /** The model's own weight [out, in] and bias [out], where they can be a start. */
@@ -214,16 +217,16 @@ export function layersOf(
   head: readonly HeadLayer[],
   { weight, bias }: LayerNumbers,
 ): ({ readonly layer: HeadLayer } & LayerNumbers)[] {
-  let [w, b] = [0, 0];
-  return head.map((layer) => {
-    const [weights, biases] = [layer.in * layer.out, layer.out];
-    const of = { weight: weight.subarray(w, w + weights), bias: bias.subarray(b, b + biases) };
-    [w, b] = [w + weights, b + biases];
-    return { layer, ...of };
-  });
+  let w = 0;
+  let b = 0;
+  return head.map((layer) => ({
+    layer,
+    weight: weight.subarray(w, (w += layer.in * layer.out)),
+    bias: bias.subarray(b, (b += layer.out)),
+  }));
 }
 
-/** Replaces numbers layer by layer. @param made the new ones of a layer; what it leaves out stays */
+/** Replaces numbers layer by layer. @param made the new numbers of a layer; those that it leaves out stay */
 export function mapLayers(
   head: readonly HeadLayer[],
   numbers: LayerNumbers,

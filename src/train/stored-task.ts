@@ -67,7 +67,7 @@ export function learnedTask(
     : dtype;
   const terms: TermInput[] = [];
   for (const [module, { name }] of pack.modules.entries()) {
-    const { shared } = trained.modules.find((one) => one.name === name) ?? {};
+    const { shared } = trained.modules.find((module) => module.name === name) ?? {};
     const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
       const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
       if (!rows || width === undefined) return undefined;
@@ -75,10 +75,12 @@ export function learnedTask(
       const values = trained.part(parameters, name, kind)!;
       return { rows, ...tensor(`${kind} of "${name}"`, coefficients, values, rows, width, steps) };
     };
-    const [privateA, privateB] = [of("privateA"), of("privateB")];
+    const privateA = of("privateA");
+    const privateB = of("privateB");
     if (!shared && !privateA) continue;
     const over = (side: "A" | "B"): TermInput["A"] => {
-      const [basis, alpha] = [shared?.[side], of(`alpha${side}`)];
+      const basis = shared?.[side];
+      const alpha = of(`alpha${side}`);
       return basis && alpha && { ...alpha, kind: basis.kind, mean: basis.mean, basis: basis.index };
     };
     terms.push({
@@ -229,9 +231,9 @@ function adapterOf({ name: file, modules }: Pack, { id, metadata, terms, head }:
     const term = terms.get(module.name);
     return term ? [[module.name, { ...module, rank: term.rank, read: async () => term }] as const] : [];
   });
-  const saved = head.flatMap(({ layer: { module, in: inputs, out, bias: has }, weight, bias }) => [
+  const saved = head.flatMap(({ layer: { module, in: inputs, out, bias: hasBias }, weight, bias }) => [
     { name: `${module}.weight`, role: "saved" as const, shape: [out, inputs], read: async () => weight },
-    ...(has ? [{ name: `${module}.bias`, role: "saved" as const, shape: [out], read: async () => bias }] : []),
+    ...(hasBias ? [{ name: `${module}.bias`, role: "saved" as const, shape: [out], read: async () => bias }] : []),
   ]);
   const nothing = { byteLength: 0, baseModel: undefined, warnings: [], close: async () => {} };
   return { id, file, modules: new Map(own), saved, metadata, ...nothing };

@@ -1,12 +1,14 @@
 /**
- * Supervision: how examples become rows with targets for the model's logits. There is one kind for models that give one label for each
- * text (here) and one for models that give a class at each of some positions, such as the next token (token-supervision.ts).
+ * Supervision: how examples become rows with wanted answers, and rows a model's inputs and targets. Models that give a row of logits for each
+ * text learn labels. Models that answer at every position learn the tokens of completions, or the labels of words: their logits are
+ * computed only at positions with something to learn, since a vocabulary has tens of thousands of classes.
  */
 
 import { checkList, nearest } from "../arguments.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { Engine, EngineTensor } from "../session/engine.ts";
-import { type BatchFeeds, encoderOf, type Tokenizer } from "../session/tokens.ts";
+import type { Session } from "../session/session.ts";
+import { type BatchFeeds, encoderOf, endOf, type Tokenizer } from "../session/tokens.ts";
 import { shuffle } from "../tensor/random.ts";
 
 /** Targets for the logits of one run, in the form that the training graph takes: rows sum to their weight. */
@@ -50,84 +52,189 @@ export interface Supervision {
   readonly tokens: boolean;
   /** Checks examples to learn from. @throws RangeError, TypeError when an example cannot be learned from */
   check(examples: readonly Example[]): Promise<Row[]>;
-  /** Checks examples that are only asked; targets are ignored. */
+  /** Checks examples that are only asked; wanted answers are ignored. */
   ask(examples: readonly Example[], where: string): Promise<Row[]>;
-  /** Splits off a hold-out. */
-  split(rows: readonly Row[], share: number, random: () => number): { train: Row[]; holdout: Row[] };
   /** Lengths of rows: batches take rows of similar lengths. */
   lengths(rows: readonly Row[]): Promise<ReadonlyMap<Row, number>>;
   /** Cuts a batch into micro-batches that fit into memory. */
   microBatches(rows: readonly Row[]): MicroBatch[];
   /** Makes the model's inputs for rows that run together. */
   feeds(rows: readonly Row[]): Promise<BatchFeeds>;
-  /** Wanted answers of a row, one for each of its rows of logits. */
-  wanted(row: Row): readonly Distribution[];
-  /** Returns the row with these answers as targets. */
-  answered(row: Row, answers: readonly Distribution[]): Row;
   /** Turns logits into a distribution small enough to keep. */
   distribution(logits: Float32Array): Distribution;
+}
+
+/** Options of examples that a language model learns token by token. */
+export interface SequenceOptions {
+  /** Text at the end of a completion. Default: the tokenizer's `eos_token`. false: none. */
+  readonly end?: string | false | undefined;
+  /** First token of an encoder-decoder's decoder. Default: 0. */
+  readonly decoderStart?: number | undefined;
+}
+
+/** Options of a supervision. */
+interface SupervisionOptions extends SequenceOptions {
+  readonly encode?: Tokenizer | undefined;
+  /** Class names of texts, or of words; none for language models. */
+  readonly labels?: readonly string[] | undefined;
+}
+
+/** Chooses the supervision that fits the model's answers: labels of texts, or classes of tokens. */
+export function supervisionOf(session: Session, options: SupervisionOptions): Supervision {
+  const { graph, example } = session.trainable!;
+  const names = session.inputNames;
+  if (graph.tokens) return tokenSupervision(options, names, example, graph.tokens.positions);
+  const short = [...(example ?? [])].flatMap(([name, { data }]) => (data instanceof Int32Array ? [name] : []));
+  return labelSupervision(createBatcher(options.encode, names, new Set(short)), options.labels ?? []);
 }
 
 /** Most rows that run together: gradients need kept values of each row, so memory grows with their number. */
 const MOST_ROWS = 16;
 
 /** @param labels of the task, in order */
-export function labelSupervision(inputs: Batcher, labels: readonly string[]): Supervision {
+function labelSupervision(inputs: Batcher, labels: readonly string[]): Supervision {
   return {
     tokens: false,
     check: async (examples) => checkExamples(examples, labels, inputs.encodes),
     ask: async (examples, where) => examples.map((example, i) => unanswered(example, `${where}: example ${i}`)),
-    split: splitHoldout,
     lengths: (rows) => inputs.lengths(rows),
     microBatches(rows) {
-      const targets = targetsOf(rows, labels.length);
-      const targetOf = (row: number): Float32Array => targets.subarray(row * labels.length, (row + 1) * labels.length);
-      return rowsRunTogether(rows, inputs).map((run) => {
-        const values = new Float32Array(run.length * labels.length);
-        for (const [i, row] of run.entries()) values.set(targetOf(row), i * labels.length);
-        const some = run.map((row) => rows[row]!);
-        return { rows: some, targets: { values, rows: run.length }, share: run.length / rows.length };
-      });
+      const runs: Row[][] = [];
+      /** The last run of each key, which may have room. */
+      const open = new Map<string, Row[]>();
+      for (const row of rows) {
+        const alike = inputs.alike(row);
+        let run = open.get(alike);
+        if (!run || run.length === MOST_ROWS) {
+          run = [];
+          runs.push(run);
+          open.set(alike, run);
+        }
+        run.push(row);
+      }
+      return microBatchesOf(runs);
     },
     feeds: (rows) => inputs.batch(rows),
-    wanted: ({ label, target }) => [{ probabilities: target ?? labels.map((_, i) => Number(i === label)) }],
-    answered: (row, [{ probabilities }]: readonly [Distribution]) => ({
-      ...row,
-      target: probabilities,
-      label: largest(probabilities),
-    }),
     distribution: (logits) => ({ probabilities: softmax(logits) }),
   };
-}
-
-/** Groups rows that can run together. @returns their indices */
-function rowsRunTogether(rows: readonly Row[], inputs: Batcher): number[][] {
-  const runs: number[][] = [];
-  /** The last group of each key, which may have room. */
-  const open = new Map<string, number[]>();
-  for (const [i, row] of rows.entries()) {
-    const alike = inputs.alike(row);
-    let run = open.get(alike);
-    if (!run || run.length === MOST_ROWS) {
-      run = [];
-      runs.push(run);
-      open.set(alike, run);
-    }
-    run.push(i);
-  }
-  return runs;
 }
 
 /** Takes an example as a question. @throws TypeError for one without text and feeds */
 function unanswered({ text, feeds }: Example, at: string): Row {
   if (text === undefined && feeds === undefined)
     throw new TypeError(`${at}: the model answers each text with one row of logits: expected \`text\` or \`feeds\``);
-  return { text, feeds, label: 0, weight: 1 };
+  return { text, feeds, wanted: [{ probabilities: [] }], weight: 1 };
+}
+
+/** Most tokens of one run, padding included: gradients need kept values of each. */
+const MOST_TOKENS = 512;
+/** Most positions of one run: each has a row as wide as the vocabulary. */
+const MOST_POSITIONS = 128;
+/** Classes of an answer that are kept: nearly all the probability of a language model. */
+const MOST_CLASSES = 64;
+
+/**
+ * @param names of the model's inputs
+ * @param example synthetic values of the model's inputs
+ * @param positions name of the input that takes positions
+ */
+function tokenSupervision(
+  options: SupervisionOptions,
+  names: readonly string[],
+  example: ReadonlyMap<string, Feed> | undefined,
+  positions: string,
+): Supervision {
+  const read = sequenceReader(options, names);
+  // Feeds of callers run one by one.
+  const lengthOf = ({ tokens, feeds }: Row): number =>
+    feeds ? MOST_TOKENS : Math.max(tokens!.ids.length, tokens!.source?.length ?? 0);
+  const readAll = async (examples: readonly Example[], where: string): Promise<Row[]> => {
+    const rows: Row[] = [];
+    for (const [i, example] of examples.entries()) rows.push(await read(example, `${where}example ${i}`));
+    return rows;
+  };
+  return {
+    tokens: true,
+    async check(examples) {
+      checkList("fit", examples, "examples");
+      return readAll(examples, "");
+    },
+    ask: (examples, where) => readAll(examples, `${where}: `),
+    lengths: async (rows) => new Map(rows.map((row) => [row, lengthOf(row)])),
+    microBatches(rows) {
+      const runs: Row[][] = [];
+      let width = 0;
+      let count = 0;
+      for (const row of rows) {
+        const run = runs.at(-1);
+        width = Math.max(width, lengthOf(row));
+        count += row.wanted.length;
+        if (run && width * (run.length + 1) <= MOST_TOKENS && count <= MOST_POSITIONS) run.push(row);
+        else {
+          runs.push([row]);
+          width = lengthOf(row);
+          count = row.wanted.length;
+        }
+      }
+      return microBatchesOf(runs);
+    },
+    async feeds(rows) {
+      const all = rows.map(({ tokens }) => tokens!);
+      const feeds = rows[0]!.feeds ? joinFeeds(rows.map(({ feeds }) => feeds!)) : fillInputs(example, names, all);
+      const width = Math.max(...all.map(({ ids }) => ids.length));
+      const places = all.flatMap(({ at }, row) => at.map((position) => BigInt(row * width + position)));
+      return { ...feeds, [positions]: { type: "int64", dims: [places.length], data: BigInt64Array.from(places) } };
+    },
+    distribution: likeliestOf,
+  };
+}
+
+/** Targets of runs. Weights are relative: those of a batch have the mean 1, by rows of logits. */
+function microBatchesOf(runs: readonly (readonly Row[])[]): MicroBatch[] {
+  const rows = runs.flat();
+  const total = rows.reduce((sum, { wanted }) => sum + wanted.length, 0);
+  const mean = rows.reduce((sum, { weight, wanted }) => sum + weight * wanted.length, 0) / total || 1;
+  return runs.map((run) => {
+    const targets = targetsOf(run, mean);
+    return { rows: run, targets, share: targets.rows / total };
+  });
+}
+
+/** Targets [rows of logits, k]. Where classes are named, shorter rows are filled up with other classes at 0. */
+function targetsOf(rows: readonly Row[], mean: number): Targets {
+  const all = rows.flatMap(({ wanted, weight }) => wanted.map((answer) => ({ ...answer, weight: weight / mean })));
+  const width = Math.max(...all.map(({ probabilities }) => probabilities.length));
+  const values = new Float32Array(all.length * width);
+  for (const [row, { probabilities, weight }] of all.entries())
+    for (let i = 0; i < probabilities.length; i++) values[row * width + i] = weight * probabilities[i]!;
+  if (!all[0]!.classes) return { values, rows: all.length };
+  const classes = all.flatMap(({ classes }) => {
+    const named = new Set(Array.from(classes!));
+    for (let free = 0; named.size < width; free++) named.add(free);
+    return [...named];
+  });
+  return { values, rows: all.length, classes: BigInt64Array.from(classes, BigInt) };
+}
+
+/** The likeliest classes of one row of logits, with their share of all probability. */
+function likeliestOf(logits: Float32Array): Distribution {
+  const count = Math.min(MOST_CLASSES, logits.length);
+  // Sorted by logit, the smallest last.
+  const kept: number[] = [];
+  for (let c = 0; c < logits.length; c++) {
+    if (kept.length === count && logits[c]! <= logits[kept.at(-1)!]!) continue;
+    let at = kept.length;
+    while (at > 0 && logits[kept[at - 1]!]! < logits[c]!) at--;
+    kept.splice(at, 0, c);
+    if (kept.length > count) kept.pop();
+  }
+  const total = logSumExp(logits);
+  return { classes: kept, probabilities: kept.map((c) => Math.exp(logits[c]! - total)) };
 }
 
 // Examples as batches of a model's inputs. The tokenizer pads each batch: reading its texts again takes a hundredth of a step.
 
-/** Puts rows into batches. `Feeds` are one batch of a model's inputs. */
+/** Puts rows into batches. */
 interface Batcher {
   readonly encodes: boolean;
   /** Measures rows, in any unit. Rows are padded to the longest of their batch, so batches take rows of similar lengths. */
@@ -237,7 +344,7 @@ export interface Example {
 /** Question to a classifier. */
 export type Unlabelled = Pick<Example, "text" | "feeds">;
 
-/** Token ids, the positions where the model is asked, and the answers wanted there. */
+/** Token ids, and the positions where the model is asked. */
 export interface Tokens {
   /** Token ids; those of the decoder where there is one. */
   readonly ids: readonly number[];
@@ -245,26 +352,30 @@ export interface Tokens {
   readonly source?: readonly number[] | undefined;
   /** Positions of answers, in order. */
   readonly at: readonly number[];
-  /** Wanted answer at each position. */
-  readonly wanted: readonly Distribution[];
 }
 
 /** A checked example. */
 export interface Row {
+  /** Undefined for a row that answers once for its text or feeds. */
   readonly tokens?: Tokens | undefined;
   readonly text: string | undefined;
   readonly feeds: BatchFeeds | undefined;
-  /** Number of the label; the most probable one of a target. */
-  readonly label: number;
-  readonly target?: ArrayLike<number> | undefined;
+  /** Wanted answers, one for each row of logits. */
+  readonly wanted: readonly Distribution[];
   /** Wanted inputs of the head's last layer. */
   readonly features?: Float32Array | undefined;
   readonly weight: number;
 }
 
+/** @throws RangeError for a weight that is no number from 0 on */
+function checkWeight(weight: number, at: string): void {
+  if (!(weight >= 0 && weight < Infinity))
+    throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
+}
+
 /**
  * Checks examples of a classifier.
- * @param encodes whether texts can be encoded
+ * @param encodes true where texts can be encoded
  * @throws RangeError for an unknown label, invalid probabilities, one label only, an empty text, an invalid weight
  * @throws TypeError for an example without text or feeds, or without label or target, and for texts where nothing encodes them
  */
@@ -284,13 +395,13 @@ function checkExamples(examples: readonly Example[], labels: readonly string[], 
     if (text === undefined && feeds === undefined) throw new TypeError(`${at}: has neither text nor feeds`);
     if (feeds === undefined && text!.trim() === "") throw new RangeError(`${at}: its text is empty`);
     if (feeds === undefined && !encodes) throw new TypeError(`${at}: is a text, and the trainer has no \`encode\``);
-    if (!(weight >= 0 && weight < Infinity))
-      throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
-    return { text: feeds === undefined ? text : undefined, feeds, label: number, target, weight };
+    checkWeight(weight, at);
+    const probabilities = target ?? labels.map((_, i) => Number(i === number));
+    return { text: feeds === undefined ? text : undefined, feeds, wanted: [{ probabilities }], weight };
   });
-  const seen = new Set(rows.filter(({ weight }) => weight > 0).map(({ label }) => label));
+  const seen = new Set(rows.flatMap(({ wanted, weight }) => (weight > 0 ? likeliest(wanted[0]!) : [])));
   // Targets differ between texts even where one label is the most probable in all of them.
-  if (seen.size < 2 && !rows.some(({ target, weight }) => target && weight > 0)) {
+  if (seen.size < 2 && !examples.some(({ target, weight = 1 }) => target && weight > 0)) {
     const which = seen.size === 0 ? "no label" : `one label only, "${labels[[...seen][0]!]}"`;
     throw new RangeError(`the ${rows.length} examples have ${which}; at least two labels are needed`);
   }
@@ -309,20 +420,23 @@ function checkTarget(target: ArrayLike<number>, labels: number, at: string): voi
 }
 
 /**
- * Takes a share of every label's examples as hold-out, but leaves at least two of each label.
+ * Takes a share of the rows of every label as hold-out, but leaves at least two of each label.
  * @param share from 0 to less than 1
  */
-export function splitHoldout<T extends { label: number }>(
+export function splitHoldout<T>(
   rows: readonly T[],
+  labelOf: (row: T) => number,
   share: number,
   random: () => number,
 ): { train: T[]; holdout: T[] } {
   const train: T[] = [];
   const holdout: T[] = [];
-  for (const label of [...new Set(rows.map((row) => row.label))].sort((a, b) => a - b)) {
-    const of = rows.filter((row) => row.label === label);
-    const count = Math.max(0, Math.min(Math.round(of.length * share), of.length - 2));
-    const shuffled = shuffle(of, random);
+  for (const label of [...new Set(rows.map(labelOf))].sort((a, b) => a - b)) {
+    const shuffled = shuffle(
+      rows.filter((row) => labelOf(row) === label),
+      random,
+    );
+    const count = Math.max(0, Math.min(Math.round(shuffled.length * share), shuffled.length - 2));
     holdout.push(...shuffled.slice(0, count));
     train.push(...shuffled.slice(count));
   }
@@ -348,24 +462,171 @@ export function toBatches<T>(
   return shuffle(batches, random);
 }
 
-/**
- * Targets [rows, labels] of a batch. A row sums to its weight. Weights are relative: those
- * of a batch have the mean 1.
- */
-export function targetsOf(
-  rows: readonly Pick<Row, "label" | "target" | "weight">[],
-  labels: number,
-): Float32Array<ArrayBuffer> {
-  const targets = new Float32Array(rows.length * labels);
-  const mean = rows.reduce((sum, { weight }) => sum + weight, 0) / rows.length || 1;
-  for (const [i, { label, target, weight }] of rows.entries()) {
-    const all = weight / mean;
-    for (let c = 0; c < labels; c++) {
-      const wanted = target ? target[c]! : Number(c === label);
-      targets[i * labels + c] = all * wanted;
-    }
+// Examples as token ids, with the positions where something is learned. A prompt is encoded exactly as when the model is asked, so that
+// the learned tokens are those that generation will need.
+
+interface Templated {
+  readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
+}
+
+/** Token ids of an example, and the answers wanted at their positions. */
+interface Sequence {
+  readonly tokens: Tokens;
+  readonly wanted: readonly Distribution[];
+}
+
+/** Makes a reader of examples. @param names of the model's inputs */
+function sequenceReader(options: SupervisionOptions, names: readonly string[]) {
+  const { encode: tokenizer, labels: classes = [], decoderStart = 0 } = options;
+  const encode = tokenizer && encoderOf(tokenizer, names);
+  const known = new Map<string, readonly number[]>();
+
+  /** @param special false: without the tokenizer's special tokens */
+  async function idsOf(text: string, special: boolean): Promise<readonly number[]> {
+    const key = `${special}:${text}`;
+    const before = known.get(key);
+    if (before) return before;
+    if (!encode) throw new TypeError("texts need `encode`, a tokenizer");
+    const { input_ids } = text === "" ? {} : await encode([text], special);
+    const ids = Array.from((input_ids?.data ?? []) as ArrayLike<number | bigint>, Number);
+    known.set(key, ids);
+    return ids;
   }
-  return targets;
+
+  function endOfAnswer(at: string): string {
+    const { end = endOf(tokenizer) } = options;
+    if (end !== undefined) return end === false ? "" : end;
+    throw new TypeError(
+      `${at}: what ends a completion is not known: the tokenizer has no \`eos_token\`; pass \`end\`, such as "</s>", or false`,
+    );
+  }
+
+  /** @param special false for a chat template, which has written special tokens already */
+  async function answer(prompt: string, whole: string, special: boolean, at: string): Promise<Sequence> {
+    if (names.includes("decoder_input_ids")) {
+      const source = await idsOf(prompt, true);
+      const { tokens, wanted } = nextTokens([decoderStart, ...(await idsOf(whole.slice(prompt.length), false))], 1);
+      return { tokens: { ...tokens, source }, wanted };
+    }
+    const before = await idsOf(prompt, special);
+    const all = await idsOf(whole, special);
+    if (before.length === 0)
+      throw new RangeError(`${at}: its prompt is empty: a language model needs a token to begin with`);
+    // Generation never gives a token that spans prompt and completion, so the two are encoded separately then.
+    const isJoined = before.every((id, i) => id === all[i]);
+    const ids = isJoined ? all : [...before, ...(await idsOf(whole.slice(prompt.length), false))];
+    // A text that the tokenizer cuts has the same tokens without its last character.
+    const shorter = isJoined ? await idsOf(whole.trimEnd().slice(0, -1), special) : [];
+    if (isJoined && shorter.length === all.length && shorter.every((id, i) => id === all[i]))
+      throw new RangeError(
+        `${at}: its completion was cut off by the tokenizer: make the prompt shorter, or allow more tokens`,
+      );
+    if (ids.length <= before.length) throw new RangeError(`${at}: its completion has no tokens, or was cut off`);
+    return nextTokens(ids, before.length);
+  }
+
+  /** The last message is learned. */
+  async function chat(messages: readonly Message[], at: string): Promise<Sequence> {
+    const { apply_chat_template: template } = (tokenizer ?? {}) as Templated;
+    if (!template)
+      throw new TypeError(`${at}: messages need a tokenizer with a chat template; give \`prompt\` and \`completion\``);
+    const last = messages.at(-1);
+    if (last?.role !== "assistant")
+      throw new RangeError(`${at}: expected the assistant's message at the end, got ${JSON.stringify(last?.role)}`);
+    const written = async (part: readonly Message[], more: boolean): Promise<string> =>
+      String(await template.call(tokenizer, part, { tokenize: false, add_generation_prompt: more }));
+    const prompt = await written(messages.slice(0, -1), true);
+    const whole = await written(messages, false);
+    if (!whole.startsWith(prompt))
+      throw new RangeError(`${at}: the chat template does not put the answer behind the messages before it`);
+    const end = endOfAnswer(at);
+    // Text that the template writes behind the answer's end is never generated.
+    const cut = end === "" ? -1 : whole.lastIndexOf(end);
+    return answer(prompt, cut < prompt.length ? whole : whole.slice(0, cut + end.length), false, at);
+  }
+
+  /** The label of each word's first token is learned. */
+  async function labelled({ words = [], labels = [] }: Example, at: string): Promise<Sequence> {
+    if (words.length === 0 || words.length !== labels.length)
+      throw new RangeError(`${at}: has ${words.length} words and ${labels.length} labels, expected one for each word`);
+    const whole = await idsOf("a", true);
+    const alone = await idsOf("a", false);
+    const before = whole.findIndex((_, i) => alone.every((id, j) => id === whole[i + j]));
+    const ids = whole.slice(0, Math.max(0, before));
+    const places: number[] = [];
+    const wanted: Distribution[] = [];
+    for (const [i, word] of words.entries()) {
+      const tokens = await idsOf(i === 0 ? word : ` ${word}`, false);
+      const label = labels[i];
+      if (label !== null && tokens.length > 0) {
+        const number = classes.indexOf(label!);
+        if (number < 0)
+          throw new RangeError(
+            `${at}: the label ${JSON.stringify(label)} of "${word}" is none of ${classes.join(", ")}`,
+          );
+        places.push(ids.length);
+        wanted.push(certain(number));
+      }
+      ids.push(...tokens);
+    }
+    if (places.length === 0) throw new RangeError(`${at}: none of its words has a label`);
+    return { tokens: { ids: [...ids, ...whole.slice(before + alone.length)], at: places }, wanted };
+  }
+
+  async function sequence(example: Example, at: string): Promise<Sequence> {
+    const { feeds, messages, words, prompt, completion, text, label } = example;
+    if (feeds) return classified(example.classes, at);
+    if (classes.length > 0) {
+      if (words) return labelled(example, at);
+      throw new TypeError(
+        `${at}: the model labels tokens: expected \`words\` and \`labels\`, or \`feeds\` and \`classes\``,
+      );
+    }
+    if (messages) return chat(messages, at);
+    if (prompt !== undefined) {
+      if (typeof prompt !== "string" || typeof completion !== "string")
+        throw new TypeError(`${at}: expected \`prompt\` and \`completion\`, both strings`);
+      if (completion.trim() === "") throw new RangeError(`${at}: its completion is empty`);
+      return answer(prompt, prompt + completion + endOfAnswer(at), true, at);
+    }
+    if (text !== undefined && label === undefined && !names.includes("decoder_input_ids")) {
+      const ids = await idsOf(text, true);
+      if (ids.length < 2) throw new RangeError(`${at}: its text has ${ids.length} tokens, two at least are needed`);
+      return nextTokens(ids, 1);
+    }
+    throw new TypeError(
+      `${at}: the model answers token by token: expected \`prompt\` and \`completion\`, or \`messages\``,
+    );
+  }
+
+  /** @param at names the example in messages */
+  return async (example: Example, at: string): Promise<Row> => {
+    const { feeds, weight = 1 } = example;
+    checkWeight(weight, at);
+    return { text: undefined, feeds, weight, ...(await sequence(example, at)) };
+  };
+}
+
+/** The answer that is sure of a class. */
+export function certain(id: number): Distribution {
+  return { probabilities: [1], classes: [id] };
+}
+
+/** Takes the classes of feeds as the wanted answers. */
+function classified(classes: ArrayLike<number> | undefined, at: string): Sequence {
+  const ids = Array.from(classes ?? []);
+  const places = ids.flatMap((value, i) => (value >= 0 ? [i] : []));
+  if (places.length === 0)
+    throw new TypeError(
+      `${at}: feeds need \`classes\`, the class of each position, -1 where there is nothing to learn`,
+    );
+  return { tokens: { ids, at: places }, wanted: places.map((i) => certain(ids[i]!)) };
+}
+
+/** Learns the ids from `from` on: each position predicts the next id. */
+function nextTokens(ids: readonly number[], from: number): Sequence {
+  const at = Array.from({ length: ids.length - from }, (_, i) => from - 1 + i);
+  return { tokens: { ids: ids.slice(0, -1), at }, wanted: at.map((position) => certain(ids[position + 1]!)) };
 }
 
 // A model's inputs for a batch: converted to an engine's tensors, joined, and completed from token ids. Whatever else models with
@@ -395,7 +656,7 @@ export function checkShapes(all: readonly BatchFeeds[]): void {
   const names = Object.keys(first ?? {});
   for (const [i, feeds] of all.entries()) {
     for (const name of names) {
-      const other = names.find((one) => shape(first!, one) === shape(first!, name))!;
+      const other = names.find((like) => shape(first!, like) === shape(first!, name))!;
       if (shape(feeds, name) === shape(feeds, other) && feeds[name]) continue;
       const changed = shape(feeds, other) === shape(first!, other) ? name : other;
       throw new TypeError(
@@ -454,7 +715,7 @@ const ZERO = /^(use_cache_branch|num_logits_to_keep|logits_to_keep)$/;
 
 /**
  * Makes a model's inputs from token ids.
- * @param example made-up values of the model's inputs, for types and dimensions
+ * @param example synthetic values of the model's inputs, for types and dimensions
  * @param names of the model's inputs
  * @throws TypeError for an input that does not follow from ids
  */
@@ -471,7 +732,7 @@ export function fillInputs(
     if (of) {
       const side = decodes && !name.startsWith("decoder_") ? "source" : "ids";
       feeds[name] = rowsOf(
-        all.map((one) => one[side]!.map(of)),
+        all.map((tokens) => tokens[side]!.map(of)),
         given?.data instanceof Int32Array,
       );
     } else if (given && (given.data.length === 0 || ZERO.test(name))) {
@@ -508,7 +769,7 @@ export interface Distribution {
 }
 
 /** log Σ exp(logits). */
-export function logSumExp(logits: Float32Array): number {
+function logSumExp(logits: Float32Array): number {
   let top = -Infinity;
   for (let i = 0; i < logits.length; i++) top = Math.max(top, logits[i]!);
   let sum = 0;
@@ -539,24 +800,6 @@ export function tempered(probabilities: ArrayLike<number>, temperature: number):
   return Float32Array.from(powers, (value) => value / total);
 }
 
-const SURE = 0.9;
-const COLDEST = 0.05;
-
-/** The temperature at which the mean of the largest probabilities is 0.9; from 0.05 to 1. */
-export function sureTemperature(answers: readonly Float32Array[]): number {
-  const sure = (temperature: number): boolean =>
-    answers.reduce((sum, one) => sum + Math.max(...tempered(one, temperature)), 0) >= SURE * answers.length;
-  if (sure(1)) return 1;
-  let [low, high] = [COLDEST, 1];
-  // Halved on a scale of logarithms, to a hundredth of a percent.
-  for (let i = 0; i < 15; i++) {
-    const middle = Math.sqrt(low * high);
-    if (sure(middle)) low = middle;
-    else high = middle;
-  }
-  return low;
-}
-
 /** −Σ p · log softmax(logits), in nats. */
 export function crossEntropy({ probabilities, classes }: Distribution, logits: Float32Array): number {
   const total = logSumExp(logits);
@@ -571,7 +814,9 @@ export function crossEntropy({ probabilities, classes }: Distribution, logits: F
 /** KL(distribution ‖ softmax(logits)), in nats. Classes that the distribution leaves out count as one: a lower bound of the whole. */
 export function divergence({ probabilities, classes }: Distribution, logits: Float32Array): number {
   const total = logSumExp(logits);
-  let [sum, restP, restQ] = [0, 1, 1];
+  let sum = 0;
+  let restP = 1;
+  let restQ = 1;
   for (let i = 0; i < probabilities.length; i++) {
     const p = probabilities[i]!;
     const log = logits[classes ? classes[i]! : i]! - total;
@@ -585,28 +830,23 @@ export function divergence({ probabilities, classes }: Distribution, logits: Flo
 
 /** The largest probability less the second. */
 function marginOf(probabilities: ArrayLike<number>): number {
-  let [first, second] = [0, 0];
-  for (let i = 0; i < probabilities.length; i++) {
-    const p = probabilities[i]!;
-    if (p > first) [first, second] = [p, first];
-    else if (p > second) second = p;
-  }
+  const [first = 0, second = 0] = Array.from(probabilities).sort((a, b) => b - a);
   return first - second;
 }
 
 /** Class with the largest probability. */
 export function likeliest({ probabilities, classes }: Distribution): number {
-  let best = 0;
-  for (let i = 1; i < probabilities.length; i++) if (probabilities[i]! > probabilities[best]!) best = i;
+  const best = largest(probabilities);
   return classes ? classes[best]! : best;
 }
 
 /** Draws one class with its probability. */
 export function drawnFrom({ probabilities, classes }: Distribution, random: () => number): Distribution {
   const total = Array.from(probabilities).reduce((sum, p) => sum + p, 0);
-  let [left, at] = [random() * total, 0];
+  let left = random() * total;
+  let at = 0;
   while (at < probabilities.length - 1 && (left -= probabilities[at]!) > 0) at++;
-  if (classes) return { probabilities: [1], classes: [classes[at]!] };
+  if (classes) return certain(classes[at]!);
   return { probabilities: Array.from(probabilities, (_, i) => Number(i === at)) };
 }
 
@@ -622,11 +862,11 @@ export class MeanDivergence {
   #sure = 0;
 
   add(wanted: readonly Distribution[], logits: readonly Float32Array[]): void {
-    for (const [i, one] of wanted.entries()) {
-      this.#sum += divergence(one, logits[i]!);
-      const margin = marginOf(one.probabilities);
+    for (const [i, answer] of wanted.entries()) {
+      this.#sum += divergence(answer, logits[i]!);
+      const margin = marginOf(answer.probabilities);
       this.#sure += margin;
-      if (likeliest(one) === largest(logits[i]!)) this.#same += margin;
+      if (likeliest(answer) === largest(logits[i]!)) this.#same += margin;
     }
     this.#count += wanted.length;
   }

@@ -13,7 +13,7 @@ import { transpose } from "../tensor/tensor-file.ts";
 import type { Term } from "../tensor/term.ts";
 import { featuresOf, type HeadLayer, layersOf, zerosOf } from "./state.ts";
 import { batchTensors, type Targets } from "./supervision.ts";
-import type { TrainedModule, TrainedTerms } from "./trained-terms.ts";
+import type { TrainedTerms } from "./trained-terms.ts";
 
 /** The numbers of a task that a model is fed with: terms by module name, weights and biases of the head's layers as in a `State`. */
 export interface TaskWeights {
@@ -43,15 +43,11 @@ export interface TrainableModel {
 
 type Floats = Float32Array<ArrayBuffer>;
 
-/** Inputs of a layer of a head: its weight [1, in, out], its bias [1, 1, out]. */
-export interface HeadInputs {
-  readonly module: string;
-  readonly in: number;
+/** A layer of a head as the session has it. */
+type HeadInputs = Pick<HeadLayer, "module" | "in" | "weight" | "bias"> & {
   /** Undefined for the layer with a row for each label. */
   readonly out: number | undefined;
-  readonly weight: string;
-  readonly bias: string | undefined;
-}
+};
 
 /**
  * Finds the layers of a head, the one with the labels last.
@@ -118,162 +114,124 @@ function notLogits(name: string, found: readonly (number | string)[]): BaseMisma
 /**
  * Makes a trainable model of a session.
  * @param head layers that are trained whole; empty where the model's own outputs are the logits
- * @throws BaseMismatchError when the model's output is not [batch, labels]
+ * @throws BaseMismatchError when the model's output is not [batch, labels]; from `step` when it has other labels than the trainer, and from
+ *   both functions when its rows are not as many as the batch asks for
  */
 export async function sessionModel(
-  source: Trainable,
+  { engine, graph, inputs, run, base: readBase }: Trainable,
   terms: TrainedTerms,
   head: readonly HeadInputs[],
   labels: readonly string[],
 ): Promise<TrainableModel> {
+  const { tokens, logitsOutput } = graph;
   refuseOtherOutputs(
-    source.graph,
+    graph,
     head.some(({ out }) => out === undefined),
   );
+  /** Values of the task inputs that are not trained. */
   const idle: Record<string, EngineTensor> = {};
-  const base = await source.base();
-  for (const [name, { data, dims }] of base) idle[name] = source.engine.tensor(data, [1, ...dims]);
-  const layers = head.map(({ module, in: inputs, out: fixed, weight, bias }): FedLayer => {
+  const base = await readBase();
+  for (const [name, { data, dims }] of base) idle[name] = engine.tensor(data, [1, ...dims]);
+  const layers = head.map((layer): HeadLayer => {
+    const { in: inputs, out: fixed, weight, bias } = layer;
     const out = fixed ?? labels.length;
     const valuesOf = (name: string | undefined): Floats =>
       name === undefined ? new Float32Array(out) : Float32Array.from(base.get(name)!.data as Float32Array);
     const own = fixed ? { weight: transpose(valuesOf(weight), inputs, out), bias: valuesOf(bias) } : undefined;
-    const last = fixed === undefined;
-    return { module, in: inputs, out, bias: bias !== undefined, last, own, weightInput: weight, biasInput: bias };
+    return { ...layer, out, last: fixed === undefined, own };
   });
-  return new SessionModel(source, terms.modules, layers, labels.length, idle);
-}
-
-/** A layer of the head with the names of its inputs. */
-interface FedLayer extends HeadLayer {
-  readonly weightInput: string;
-  readonly biasInput: string | undefined;
-}
-
-class SessionModel implements TrainableModel {
-  readonly head: readonly FedLayer[];
-  readonly #source: Trainable;
-  readonly #modules: readonly (TrainedModule & { readonly inputA: string; readonly inputB: string })[];
-  readonly #labels: number;
-  /** Values of the task inputs that are not trained. */
-  readonly #idle: Tensors;
-
-  constructor(
-    source: Trainable,
-    modules: readonly TrainedModule[],
-    head: readonly FedLayer[],
-    labels: number,
-    idle: Tensors,
-  ) {
-    const input = (of: string, kind: "A" | "B"): string =>
-      source.inputs.find((one) => one.of === of && one.kind === kind)!.name;
-    this.head = head;
-    this.#source = source;
-    this.#modules = modules.map((one) => ({ ...one, inputA: input(one.name, "A"), inputB: input(one.name, "B") }));
-    this.#labels = labels;
-    this.#idle = idle;
-  }
-
-  async answer(batch: BatchFeeds, weights: TaskWeights, features = false): Promise<Float32Array> {
-    const { logitsOutput } = this.#source.graph;
-    const results = await this.#source.run(this.#feeds(batch, weights, Number(features)), [logitsOutput]);
-    return floatsOf(this.#logits(results, this.#rowsOf(batch)));
-  }
-
-  /** Number of rows of logits: one for each position that is asked, or for each text. */
-  #rowsOf(batch: BatchFeeds): number {
-    const { tokens } = this.#source.graph;
-    return tokens ? batch[tokens.positions]!.dims[0]! : rowsOf(batch);
-  }
-
-  async step(batch: BatchFeeds, weights: TaskWeights, targets: Targets): Promise<LossAndGradients> {
-    const { engine, graph, run } = this.#source;
-    const { rows, classes, features } = targets;
-    const scale = Math.sqrt(features?.weight ?? 0);
-    const { values, squares } = withFeatures(targets, scale);
-    const dims = [rows, values.length / rows];
-    const learn = {
-      [graph.learnInput]: engine.tensor(Uint8Array.of(1), []),
-      [graph.targetsInput]: engine.tensor(values, dims),
-      ...(graph.tokens
-        ? { [graph.tokens.classes]: engine.tensor(classes!, dims) }
-        : { [graph.squaresInput]: engine.tensor(squares, [1, squares.length]) }),
-    };
-    const trained = [
-      ...this.#modules.flatMap(({ inputA, inputB }) => [inputA, inputB]),
-      ...this.head.flatMap(({ weightInput, biasInput }) => [weightInput, biasInput ?? []].flat()),
-    ];
-    // Logits over a vocabulary are larger than all other results, so they are not fetched.
-    const logits = graph.tokens ? [] : [graph.logitsOutput];
-    const outputs = [graph.lossOutput, ...logits, ...trained.map((name) => graph.gradients.get(name)!)];
-    const results = await run({ ...this.#feeds(batch, weights, scale), ...learn }, outputs);
-    if (!graph.tokens) this.#checkLabels(results, rows, values.length);
-    const loss = (await floatsOf(results[graph.lossOutput]!))[0]!;
-    return { loss, gradients: await this.#gradients(results) };
-  }
-
-  /** @throws BaseMismatchError when the model has other labels than the trainer */
-  #checkLabels(results: Tensors, rows: number, expected: number): void {
-    const found = this.#logits(results, rows).dims.reduce((a, b) => a * b, 1);
-    if (found === expected) return;
-    const message = `the model gives ${found} logits for ${rows} rows of ${this.#labels} labels`;
-    throw new BaseMismatchError(message, { module: this.#source.graph.logitsOutput, expected, found });
-  }
-
-  /** @throws BaseMismatchError when the rows are not as many as the batch asks for */
-  #logits(results: Tensors, rows: number): EngineTensor {
-    const { logitsOutput: name, tokens } = this.#source.graph;
-    const { dims } = results[name]!;
-    if (dims.length !== (tokens ? 3 : 2) || dims.at(-2) !== rows) throw notLogits(name, dims);
-    return results[name]!;
-  }
+  const input = (of: string, kind: "A" | "B"): string =>
+    inputs.find((known) => known.of === of && known.kind === kind)!.name;
+  const modules = terms.modules.map(({ name, in: inputs, out }) => {
+    return { name, in: inputs, out, A: input(name, "A"), B: input(name, "B") };
+  });
 
   /**
    * Tensors of all inputs, for a batch and a task.
    * @param features factor of the last layer's inputs, which follow the logits; 0: they do not
    */
-  #feeds(batch: BatchFeeds, { terms, ...numbers }: TaskWeights, features: number): Tensors {
-    const { engine } = this.#source;
-    const feeds = { ...batchTensors(engine, batch), ...this.#idle };
-    for (const { name, in: inputs, out, inputA, inputB } of this.#modules) {
+  function feedsOf(batch: BatchFeeds, { terms, ...numbers }: TaskWeights, features: number): Tensors {
+    const feeds = { ...batchTensors(engine, batch), ...idle };
+    for (const { name, in: inputs, out, A: inputA, B: inputB } of modules) {
       const { rank, A, Bt } = terms.get(name)!;
       feeds[inputA] = engine.tensor(transpose(A, rank, inputs), [1, inputs, rank]);
       feeds[inputB] = engine.tensor(Bt, [1, rank, out]);
     }
-    for (const [i, { weight, bias }] of layersOf(this.head, numbers).entries()) {
-      const { in: inputs, out, last, weightInput, biasInput } = this.head[i]!;
-      const all = last && features > 0 ? out + featuresOf(this.head) : out;
+    for (const { layer, weight, bias } of layersOf(layers, numbers)) {
+      const { in: inputs, out, last } = layer;
+      const all = last && features > 0 ? out + featuresOf(layers) : out;
       // Copied: an engine may take the whole buffer behind a view.
       const rows = new Float32Array(all * inputs);
       rows.set(weight);
       for (let j = 0; out + j < all; j++) rows[(out + j) * inputs + j] = features;
-      feeds[weightInput] = engine.tensor(transpose(rows, all, inputs), [1, inputs, all]);
+      feeds[layer.weight] = engine.tensor(transpose(rows, all, inputs), [1, inputs, all]);
       const biases = new Float32Array(all);
       biases.set(bias);
-      if (biasInput !== undefined) feeds[biasInput] = engine.tensor(biases, [1, 1, all]);
+      if (layer.bias !== undefined) feeds[layer.bias] = engine.tensor(biases, [1, 1, all]);
     }
     return feeds;
   }
 
-  async #gradients(results: Tensors): Promise<TaskWeights> {
-    const of = (input: string): Promise<Floats> => floatsOf(results[this.#source.graph.gradients.get(input)!]!);
-    const terms = await Promise.all(
-      this.#modules.map(async ({ name, in: inputs, inputA, inputB }) => {
-        const A = await of(inputA);
-        const rank = A.length / inputs;
-        return [name, { rank, A: transpose(A, inputs, rank), Bt: await of(inputB) }] as const;
-      }),
-    );
-    const numbers = zerosOf(this.head);
-    for (const [i, own] of layersOf(this.head, numbers).entries()) {
-      const { in: inputs, out, weightInput, biasInput } = this.head[i]!;
-      const weight = await of(weightInput);
-      // Rows of features are behind those of labels, and stay as they are.
-      own.weight.set(transpose(weight, inputs, weight.length / inputs).subarray(0, out * inputs));
-      if (biasInput !== undefined) own.bias.set((await of(biasInput)).subarray(0, out));
-    }
-    return { terms: new Map(terms), ...numbers };
+  function logitsOf(results: Tensors, rows: number): EngineTensor {
+    const { dims } = results[logitsOutput]!;
+    if (dims.length !== (tokens ? 3 : 2) || dims.at(-2) !== rows) throw notLogits(logitsOutput, dims);
+    return results[logitsOutput]!;
   }
+
+  async function gradientsOf(results: Tensors): Promise<TaskWeights> {
+    const of = (input: string): Promise<Floats> => floatsOf(results[graph.gradients.get(input)!]!);
+    const terms = new Map<string, Term>();
+    for (const { name, in: inputs, A: inputA, B: inputB } of modules) {
+      const A = await of(inputA);
+      const rank = A.length / inputs;
+      terms.set(name, { rank, A: transpose(A, inputs, rank), Bt: await of(inputB) });
+    }
+    const numbers = zerosOf(layers);
+    for (const { layer, ...gradients } of layersOf(layers, numbers)) {
+      const { in: inputs, out } = layer;
+      const weight = await of(layer.weight);
+      // Rows of features are behind those of labels, and stay as they are.
+      gradients.weight.set(transpose(weight, inputs, weight.length / inputs).subarray(0, out * inputs));
+      if (layer.bias !== undefined) gradients.bias.set((await of(layer.bias)).subarray(0, out));
+    }
+    return { terms, ...numbers };
+  }
+
+  return {
+    head: layers,
+    async answer(batch, weights, features = false) {
+      const results = await run(feedsOf(batch, weights, Number(features)), [logitsOutput]);
+      const rows = tokens ? batch[tokens.positions]!.dims[0]! : rowsOf(batch);
+      return floatsOf(logitsOf(results, rows));
+    },
+    async step(batch, weights, targets) {
+      const { rows, classes, features } = targets;
+      const scale = Math.sqrt(features?.weight ?? 0);
+      const { values, squares } = withFeatures(targets, scale);
+      const dims = [rows, values.length / rows];
+      const learn = {
+        [graph.learnInput]: engine.tensor(Uint8Array.of(1), []),
+        [graph.targetsInput]: engine.tensor(values, dims),
+        ...(tokens
+          ? { [tokens.classes]: engine.tensor(classes!, dims) }
+          : { [graph.squaresInput]: engine.tensor(squares, [1, squares.length]) }),
+      };
+      const trained = [
+        ...modules.flatMap(({ A, B }) => [A, B]),
+        ...layers.flatMap(({ weight, bias }) => [weight, bias ?? []].flat()),
+      ];
+      // Logits over a vocabulary are larger than all other results, so they are not fetched.
+      const logits = tokens ? [] : [logitsOutput];
+      const outputs = [graph.lossOutput, ...logits, ...trained.map((name) => graph.gradients.get(name)!)];
+      const results = await run({ ...feedsOf(batch, weights, scale), ...learn }, outputs);
+      const found = tokens ? values.length : logitsOf(results, rows).dims.reduce((a, b) => a * b, 1);
+      if (found !== values.length) {
+        const message = `the model gives ${found} logits for ${rows} rows of ${labels.length} labels`;
+        throw new BaseMismatchError(message, { module: logitsOutput, expected: values.length, found });
+      }
+      return { loss: (await floatsOf(results[graph.lossOutput]!))[0]!, gradients: await gradientsOf(results) };
+    },
+  };
 }
 
 /** Targets [rows, classes + features] with the marks of features [classes + features]. */

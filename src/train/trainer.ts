@@ -50,18 +50,19 @@ import {
   taskFile,
 } from "./stored-task.ts";
 import {
-  createBatcher,
   type Example,
-  labelSupervision,
+  likeliest,
   MeanDivergence,
   type Row,
   type Score,
+  type SequenceOptions,
   type Supervision,
   softmax,
+  splitHoldout,
+  supervisionOf,
   toBatches,
   type Unlabelled,
 } from "./supervision.ts";
-import { type SequenceOptions, tokenSupervision } from "./token-supervision.ts";
 import { checkNumbers, checkSession, headInputs, sessionModel } from "./trainable-model.ts";
 import { sharedRows, type TrainedModule, type TrainedParameter, TrainedTerms, tensorOf } from "./trained-terms.ts";
 
@@ -158,7 +159,10 @@ export class Trainer {
   /** Counts of trained numbers: in terms, in the head. */
   get size(): { readonly terms: number; readonly head: number } {
     const { model, terms } = this.#setup;
-    const head = model.head.reduce((sum, { in: inputs, out, bias }) => sum + out * (inputs + Number(bias)), 0);
+    const head = model.head.reduce(
+      (sum, { in: inputs, out, bias }) => sum + out * (inputs + Number(bias !== undefined)),
+      0,
+    );
     return { terms: terms.size, head };
   }
 
@@ -196,7 +200,8 @@ export class Trainer {
     const { epochs = 8, batch = 16, signal } = options;
     let best: { loss: number; state: State } | undefined;
     try {
-      const { train, holdout } = supervision.split(rows, options.holdout ?? 0, this.#random);
+      const labelOf = ({ wanted }: Row): number => (supervision.tokens ? 0 : likeliest(wanted[0]!));
+      const { train, holdout } = splitHoldout(rows, labelOf, options.holdout ?? 0, this.#random);
       const lengths = await supervision.lengths(rows);
       const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
       const state = (this.#state ??= await this.#start(train, batch, options));
@@ -319,7 +324,7 @@ export class Trainer {
     const found = new MeanDivergence();
     const weights = weightsOf(this.#setup, rounded(this.#setup, this.#learned(), dtype, stored));
     for await (const { row, logits } of answers(this.#setup, rows, weights)) {
-      found.add(this.#setup.supervision.wanted(row), logits);
+      found.add(row.wanted, logits);
     }
     return found;
   }
@@ -433,20 +438,6 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
   return makeTrainer(session, options, supervisionOf(session, options));
 }
 
-/** Chooses the supervision that fits the model's answers: labels of texts, or classes of tokens. */
-export function supervisionOf(
-  session: Session,
-  { encode, labels = [], ...options }: Pick<CreateTrainerOptions, "encode" | "labels" | keyof SequenceOptions>,
-): Supervision {
-  const { graph, example } = session.trainable!;
-  const names = session.inputNames;
-  if (!graph.tokens) {
-    const short = [...(example ?? [])].flatMap(([name, { data }]) => (data instanceof Int32Array ? [name] : []));
-    return labelSupervision(createBatcher(encode, names, new Set(short)), labels);
-  }
-  return tokenSupervision({ ...options, encode, names, example, labels, positions: graph.tokens.positions });
-}
-
 /** Makes a trainer with a supervision that may already hold encoded texts. */
 export async function makeTrainer(
   session: Session,
@@ -551,22 +542,20 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   return { id, blob: await paced(parseTask(plain, pack.modules, file, { id }), pacer()), labels: metadata.labels };
 }
 
-/** @throws TaskError when a task has what is not trained, or a side of a module in another way, which would leave out some of it */
+/** @throws TaskError when training would leave out a part of the task, or the trainer takes other components than the task */
 function refuseOthers(pack: Pack, { modules }: TrainedTerms, head: readonly HeadLayer[], { id, blob }: Donor): void {
-  const refuse = (what: string): never => {
-    throw new TaskError(`task "${id}" has ${what}, which this trainer does not have`, { task: id });
-  };
+  const refuse = (what: string): TaskError =>
+    new TaskError(`task "${id}" has ${what}, which this trainer does not have`, { task: id });
   const layers = new Set(head.map(({ module }) => module));
-  const beside = blob.parameters.find(({ role, name }) => role !== "saved" || !layers.has(moduleOf(name)));
-  if (beside) refuse(`"${beside.name}" (${beside.role})`);
+  const other = blob.parameters.find(({ role, name }) => role !== "saved" || !layers.has(moduleOf(name)));
+  if (other) throw refuse(`"${other.name}" (${other.role})`);
   for (const { module, rank, A, B, ownA, ownBt, privateRank, magnitude } of blob.terms) {
     const { name } = pack.modules[module]!;
-    const trained = modules.find((one) => one.name === name);
-    if (!trained) refuse(`terms of "${name}"`);
-    if (magnitude) refuse(`a DoRA magnitude of "${name}"`);
-    if (privateRank > 0 && trained?.privateRank === 0) refuse(`private terms of "${name}"`);
-    const isPlain = rank === 0 || (A?.basis === 0 && B?.basis === 0 && !ownA && !ownBt);
-    if (!trained || isPlain) continue;
+    const trained = modules.find((known) => known.name === name);
+    if (!trained) throw refuse(`terms of "${name}"`);
+    if (magnitude) throw refuse(`a DoRA magnitude of "${name}"`);
+    if (privateRank > 0 && trained.privateRank === 0) throw refuse(`private terms of "${name}"`);
+    if (rank === 0 || (A?.basis === 0 && B?.basis === 0 && !ownA && !ownBt)) continue;
     const { shared } = trained;
     const isSame =
       shared?.A?.index === A?.basis &&
@@ -701,10 +690,8 @@ interface Moments {
   readonly sums: Float64Array;
   /** Number of tasks with the row [rank]. */
   readonly tasks: Float64Array;
-  /** Sums, and sums of squares, over all rows of all tasks [K]; `count` is the number of rows. */
-  readonly columns: Float64Array;
+  /** Sums of squares over the rows of all tasks [K]. */
   readonly squares: Float64Array;
-  count: number;
 }
 
 async function momentsOf(
@@ -717,19 +704,16 @@ async function momentsOf(
     for (const parameter of terms.parameters) {
       const tensor = parameter.kind.startsWith("alpha") ? tensorOf(pack, blob, parameter) : undefined;
       if (!tensor) continue;
-      const values = readTensor(blob.bytes, tensor);
       const [rank, K] = parameter.dims;
       const zeros = (length: number): Float64Array => new Float64Array(length);
-      const moments = all.get(parameter) ?? {
-        ...{ sums: zeros(rank * K), tasks: zeros(rank), columns: zeros(K), squares: zeros(K), count: 0 },
-      };
+      const moments = all.get(parameter) ?? { sums: zeros(rank * K), tasks: zeros(rank), squares: zeros(K) };
       all.set(parameter, moments);
-      moments.count += tensor.rows;
-      for (const [i, value] of values.entries()) {
-        if (i < rank * K) moments.sums[i]! += value;
-        if (i < rank * K && i % K === 0) moments.tasks[i / K]!++;
-        moments.columns[i % K]! += value;
+      for (const [i, value] of readTensor(blob.bytes, tensor)
+        .subarray(0, rank * K)
+        .entries()) {
+        moments.sums[i]! += value;
         moments.squares[i % K]! += value * value;
+        if (i % K === 0) moments.tasks[i / K]!++;
       }
     }
   }
@@ -744,8 +728,11 @@ function fillCoefficients(
   random: () => number,
 ): void {
   if (!moments) return fillNormal(values, random);
-  const { sums, tasks, columns, squares, count } = moments;
-  const K = columns.length;
+  const { sums, tasks, squares } = moments;
+  const K = squares.length;
+  const count = tasks.reduce((a, b) => a + b, 0);
+  const columns = new Float64Array(K);
+  for (const [i, value] of sums.entries()) columns[i % K]! += value;
   for (let i = 0; i < values.length; i++) {
     const having = tasks[Math.floor(i / K)]!;
     if (mean && having > 0) values[i] = sums[i]! / having;

@@ -2,14 +2,14 @@
  * `eigenlora check`: its verdict on a model and a pack agrees with a session's behaviour, for models that fit, in some modes or in none;
  * and its advice for those that do not.
  */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import type { SessionOptions } from "eigenlora/session";
 import t from "tap";
+import { folderFor } from "../support/folder.ts";
 import { runProgram } from "../support/internals/cli.ts";
 import {
   fromBinary,
@@ -22,8 +22,7 @@ import {
 import { concat, data, LOSSLESS } from "../support/packs.ts";
 import { MODES, NODE, open, refusal } from "../support/sessions.ts";
 
-const folder = mkdtempSync(join(tmpdir(), "eigenlora-check-"));
-t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const folder = folderFor(t);
 
 /** A pack of adapters under test/data; its path. */
 async function pack(name: string, adapters: readonly string[], base?: string): Promise<string> {
@@ -195,7 +194,7 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(json, {
     works: true,
     mode: "core",
-    run: { session: { works: true }, probe: "passed" },
+    run: { session: { works: true }, probes: { classifier: "passed" } },
   });
   t.match(json["run"].learning, { works: false, says: /whole and others adapt it.*--ignore classifier/ });
   t.match(json.learning, { works: false });

@@ -10,7 +10,8 @@ import { AdapterError, FormatError, openPack, readTensor } from "eigenlora";
 import { type Adapter, buildPack, type Exportable, peftFiles, readPeft } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t, { type Test } from "tap";
-import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "../support/adapters.ts";
+import { apply, bytesOf, entries, readAll, type Spec } from "../support/adapters.ts";
+import { relativeDifference, tensorsOf } from "../support/compare.ts";
 import { openSource } from "../support/internals/base.ts";
 import { concat, LOSSLESS } from "../support/packs.ts";
 import { python, skip } from "../support/required.ts";
@@ -73,13 +74,13 @@ for (const name of cases) {
     t.same(adapter!.warnings, []);
     t.same([...adapter!.modules.keys()], [...adapter!.modules.keys()].sort(), "modules are sorted");
 
-    const base = await loadTensors(join(folder, "base.safetensors"));
-    const expected = await loadTensors(join(folder, "merged.safetensors"));
-    for (const key of added) expected.set(key, (await loadTensors(join(folder, "added.safetensors"))).get(key)!);
+    const base = await tensorsOf(join(folder, "base.safetensors"));
+    const expected = await tensorsOf(join(folder, "merged.safetensors"));
+    for (const key of added) expected.set(key, (await tensorsOf(join(folder, "added.safetensors"))).get(key)!);
     const merged = await apply(adapter!, base);
     t.same([...merged.keys()].sort(), [...changed, ...added].sort(), "reaches exactly what PEFT changes");
     for (const [key, { data }] of expected) {
-      const error = difference(merged.get(key)!, data);
+      const error = relativeDifference(merged.get(key)!, data);
       t.ok(error <= 1e-6, `${key}: ${error}`);
     }
     await adapter!.close();

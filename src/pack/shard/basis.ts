@@ -3,7 +3,7 @@
  * adapters at once is refused by name. Adapters projected on one machine become a part with tasks, and such parts become a pack. A
  * part holds whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
-import { type Adapter, commonBase, compare, type ModuleShape } from "../../adapters/adapter.ts";
+import { type Adapter, commonBase, compare } from "../../adapters/adapter.ts";
 import type { Pack } from "../../core/pack.ts";
 import { parseTaskFile } from "../../core/task-file.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
@@ -77,15 +77,18 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     const { name } = shape;
     const ranks = await statistics.ranks(name);
     for (const [i, rank] of ranks.entries()) if (rank > 0) adapted[i]!.add(name);
-    const side = async (which: "A" | "B") => {
+    const side = async (which: "A" | "B"): Promise<SideInput> => {
       const summary = await statistics.side(name, which);
       try {
-        return storedSide({ shape, which, summary, ranks }, extraction);
+        const input = storing(`basis ${which} of "${name}"`, undefined, () =>
+          sideInput(sideBasis(summary, ranks, extraction)),
+        );
+        refuseLarge({ ...shape, [which]: [input] });
+        return input;
       } catch (cause) {
         if (!(cause instanceof UnstorableError)) throw cause;
-        const largest = largestRows(summary, ranks);
-        const whose =
-          largest === undefined ? "" : `; the largest rows are those of "${statistics.adapters[largest]!.id}"`;
+        const owner = ownerOf(statistics, summary, ranks);
+        const whose = owner === undefined ? "" : `; the largest rows are those of "${owner}"`;
         throw new AdapterError(`${cause.message}${whose}`, { file: statistics.file, field: name, cause });
       }
     };
@@ -113,40 +116,23 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   return { chunks, report };
 }
 
-/** One side of a module, counted. */
-interface Counted {
-  readonly shape: ModuleShape;
-  readonly which: "A" | "B";
-  readonly summary: Summary;
-  /** Rows of each adapter. */
-  readonly ranks: Uint32Array;
-}
-
-/** @throws UnstorableError */
-function storedSide({ shape, which, summary, ranks }: Counted, extraction: ExtractOptions): SideInput {
-  const encode = (): SideInput => sideInput(sideBasis(summary, ranks, extraction));
-  const side = storing(`basis ${which} of "${shape.name}"`, undefined, encode);
-  refuseLarge({ ...shape, [which]: [side] });
-  return side;
-}
-
-/** Which adapter's they are; undefined where rows were not kept. */
-function largestRows(summary: Summary, ranks: Uint32Array): number | undefined {
+/** Id of the adapter with the largest rows; undefined where rows were not kept. */
+function ownerOf({ adapters }: Statistics, summary: Summary, ranks: Uint32Array): string | undefined {
   if (summary.kind === "gram") return undefined;
   const peaks = factorsOf(summary.values, ranks, summary.width).map(({ factor }) => peakOf(factor));
-  return peaks.indexOf(Math.max(...peaks));
+  return adapters[peaks.indexOf(Math.max(...peaks))]!.id;
 }
 
 function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions): SideBasis {
   const { width } = summary;
   if (summary.kind === "gram") {
     const found = gramComponents(summary, options.centering, wanted(options), options.products);
-    return encodeSide({ width, ...found }, found.components.count, { type: options.basisDtype }, options.products);
+    return encodeSide({ width, ...found }, found.components.count, options.basisDtype, options.products);
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
   const factors = stacked.map(({ factor }) => (options.gauge === "balanced" ? trimmed(factor, width) : factor));
   const side = decompose(factors, factors, width, options);
-  return encodeSide(side, side.components.count, { type: options.basisDtype }, options.products);
+  return encodeSide(side, side.components.count, options.basisDtype, options.products);
 }
 
 /** A balanced factor without the rows of zeros behind. */

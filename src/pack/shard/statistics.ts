@@ -16,10 +16,16 @@ import {
   sharedModules,
 } from "../../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
-import { type Components, checkRank, fixSigns, orthonormalize, reciprocal } from "../../extract/components.ts";
+import {
+  type Components,
+  checkRank,
+  fixSigns,
+  type Gauge,
+  orthonormalize,
+  reciprocal,
+} from "../../extract/components.ts";
 import { balance, leadingRows, pairOf } from "../../extract/factors.ts";
 import { addScaled, dot, PLAIN, type Products, symmetricEigen, transpose } from "../../extract/linalg.ts";
-import type { Gauge } from "../../extract/subspace.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
 import { isTaskId } from "../../format/directory.ts";
 import { crc32c, decode, type Value } from "../../format/fields.ts";

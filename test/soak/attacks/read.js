@@ -14,6 +14,7 @@ import { fileURLToPath, pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 import { isMainThread, Worker } from "node:worker_threads";
 import { align, blobOf, joined, msgpack, packFile, tensor } from "../../vectors/format.js";
+import { mainThread } from "./clock.js";
 
 // What makes files takes memory that is not the reader's.
 const isMaker = isMainThread && !process.argv.includes("--child");
@@ -420,12 +421,6 @@ function bigPack() {
   const bases = bytesOf(new Uint8Array(Float32Array.from({ length: width }, () => 1).buffer), one);
   const bytes = packFile({ basis: wide, tensors: [bases], tasks: [task("a")] });
   return bytes;
-}
-
-/** Milliseconds of CPU that the main thread has taken: another program beside takes none of them, as it does of the wall's clock. */
-function mainThread() {
-  if (process.platform !== "linux") return process.cpuUsage().user / 1e3;
-  return Number.parseInt(readFileSync(`/proc/self/task/${process.pid}/schedstat`, "utf8"), 10) / 1e6;
 }
 
 /** The most megabytes that this process has held. On Linux `maxRSS` counts what its parent held too. */
