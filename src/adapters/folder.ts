@@ -278,8 +278,8 @@ export async function findAdapters(paths: readonly string[], options: HubOptions
 async function filesOf(locations: Iterable<AdapterLocation>, tree: Tree): Promise<string[]> {
   const files: string[] = [];
   for (const { path, tensors, models } of locations) {
-    const beside = [CONFIG, TASK].map((name) => join(path, name));
-    for (const file of [tensors, ...beside]) if ((await tree.kind(file)) === "file") files.push(file);
+    const others = [CONFIG, TASK].map((name) => join(path, name));
+    for (const file of [tensors, ...others]) if ((await tree.kind(file)) === "file") files.push(file);
     if (models) files.push(...(await filesOf(models.values(), tree)));
   }
   return files;
