@@ -55,7 +55,7 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   checkOptions("readAdapters", options, ["rename", "base", "onProgress", "signal", ...FETCH_OPTIONS]);
   checkList("readAdapters", paths, "paths");
   const locations = rename(await findAdapters(paths, options), options.rename ?? new Map());
-  /** Files of adapters, some of which stay open. */
+  /** Sources that stay open, or open for each read. */
   const sources: ByteSource[] = [];
   let facts: Promise<BaseFacts> | undefined;
   /** The base's weights, opened for the first adapter that needs them and closed with the last. */
