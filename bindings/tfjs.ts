@@ -82,7 +82,7 @@ function placeOf(tf: Tfjs, gpu: Webgpu, { shape, tensor, put }: Entry): WeightPl
       Object.defineProperty(data, "values", { get: () => null, set() {}, configurable: true });
       return data.resource;
     },
-    // What is recorded goes to the device when the buffer is asked for.
+    // Recorded work goes to the device when the buffer is asked for.
     flush() {
       // Clones and reshaped tensors have the same buffer: they keep it.
       if (gpu.refCount(tensor().dataId) === 1) return;

@@ -415,11 +415,10 @@ function isId(model: SourceInput): model is string {
 /** The one model that was handed over, with the options that transformers.js has for a device. */
 function foundOnly(own: OwnSessions, model: SourceInput): Map<string, Found> {
   return new Map(
-    [...own].map(([name, { config: { device } = {} }]) => {
-      const session = { logSeverityLevel: 3 };
+    [...own].map(([name, { config: { device = "auto" } = {} }]) => {
       // "auto" and "gpu" are onnxruntime's choice.
-      if (device === undefined || device === "auto" || device === "gpu") return [name, { model, session }];
-      return [name, { model, session: { ...session, executionProviders: [device] } }];
+      const isNamed = device !== "auto" && device !== "gpu";
+      return [name, { model, session: { logSeverityLevel: 3, ...(isNamed && { executionProviders: [device] }) } }];
     }),
   );
 }

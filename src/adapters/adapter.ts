@@ -208,10 +208,20 @@ export function sharedModules<M extends ModuleShape, O extends Owner<M>>(
       const owners = all.filter(({ modules }) => modules.has(name));
       const { out, in: inputs, layout, kernel } = owners[0]!.modules.get(name)!;
       const shape = { name, out, in: inputs, layout, kernel };
-      for (const { file, modules } of owners) checkSame(shape, owners[0]!.file, modules.get(name)!, file);
+      for (const { file, modules } of owners) {
+        const other = modules.get(name)!;
+        if (signatureOf(other) === signatureOf(shape)) continue;
+        const found = `"${name}" is ${signatureOf(other)} here, but ${signatureOf(shape)} in ${owners[0]!.file}`;
+        const message = `${found}: adapters of different base models cannot share a pack`;
+        throw new AdapterError(message, { file, field: name });
+      }
       return [name, { shape, owners }];
     }),
   );
+}
+
+function signatureOf({ out, in: inputs, layout, kernel = [] }: ModuleShape): string {
+  return `[${out}, ${inputs}] ${[layout, ...kernel].join(" ")}`;
 }
 
 /** @throws AdapterError when an adapter both replaces a weight (or rows of it) and adapts it; PEFT makes no such adapter */
@@ -231,15 +241,6 @@ export function refuseTwins(adapters: readonly Pick<Adapter, "id" | "file">[]): 
     if (other !== undefined) throw new AdapterError(`it has the id "${id}", as ${other}: give it another`, { file });
     files.set(id, file);
   }
-}
-
-function checkSame(x: ModuleShape, file: string, y: ModuleShape, other: string): void {
-  if (x.out === y.out && x.in === y.in && x.layout === y.layout && String(x.kernel) === String(y.kernel)) return;
-  throw new AdapterError(
-    `"${y.name}" is [${y.out}, ${y.in}] ${y.layout} here, but [${x.out}, ${x.in}] ${x.layout} in ${file}: adapters of ` +
-      "different base models cannot share a pack",
-    { file: other, field: y.name },
-  );
 }
 
 /** @throws TypeError when `value` is no adapter */

@@ -55,74 +55,61 @@ export async function readAdapters(paths: readonly string[], options: ReadAdapte
   checkOptions("readAdapters", options, ["rename", "base", "onProgress", "signal", ...FETCH_OPTIONS]);
   checkList("readAdapters", paths, "paths");
   const locations = rename(await findAdapters(paths, options), options.rename ?? new Map());
-  const files = new Files(options);
+  /** Sources that stay open, or open for each read. */
+  const sources: ByteSource[] = [];
+  let facts: Promise<BaseFacts> | undefined;
+  /** The base's weights, opened for the first adapter that needs them and closed with the last. */
+  let weights: Promise<WeightHost | undefined> | undefined;
+  let users = 0;
   const adapters: Adapter[] = [];
   try {
-    for (const location of locations) adapters.push(await files.read(location));
+    for (const location of locations) adapters.push(await openAdapter(location));
   } catch (error) {
-    await files.close();
+    for (const source of sources) await source.close?.();
+    await (await weights)?.close?.();
     throw error;
   }
   return adapters;
-}
 
-/** Opens the files of adapters, and keeps some open. */
-class Files {
-  readonly #options: ReadAdaptersOptions;
-  readonly #sources: ByteSource[] = [];
-  #facts: Promise<BaseFacts> | undefined;
-  /** The base's weights, opened for the first adapter that needs them and closed with the last. */
-  #weights: Promise<WeightHost | undefined> | undefined;
-  #users = 0;
-
-  constructor(options: ReadAdaptersOptions) {
-    this.#options = options;
-  }
-
-  async read(location: AdapterLocation): Promise<Adapter> {
+  async function openAdapter(location: AdapterLocation): Promise<Adapter> {
     const { id, path, tensors: file, format, models } = location;
     const about = join(path, TASK);
     const task = (await kind(about)) === "file" ? await readJson(about) : undefined;
     if (models) {
-      const read = new Map<string, Adapter>();
-      for (const [model, one] of models) read.set(model, await this.read(one));
-      return joinModels({ id, file: path }, read, readTaskMetadata(task, about));
+      const parts = new Map<string, Adapter>();
+      for (const [model, part] of models) parts.set(model, await openAdapter(part));
+      return joinModels({ id, file: path }, parts, readTaskMetadata(task, about));
     }
-    const files = { id, file: path, tensors: await this.#open(file), task };
+    const files = { id, file: path, tensors: await open(file), task };
     if (format === "diffusers") return readDiffusers(files);
     if (format === "onnx_adapter") return readOnnxAdapter(files);
     if (format === "kohya" || format === "gguf") {
-      const { base } = this.#options;
-      const facts = base === undefined ? {} : await (this.#facts ??= describeBase(base, this.#options));
-      return (format === "kohya" ? readKohya : readGguf)({ ...files, base: facts });
+      const { base } = options;
+      if (base !== undefined) facts ??= describeBase(base, options);
+      return (format === "kohya" ? readKohya : readGguf)({ ...files, base: await facts });
     }
     const config = await readJson(join(path, CONFIG));
-    return format === "mlx" ? readMlx({ ...files, config }) : this.#peft({ ...files, config });
+    return format === "mlx" ? readMlx({ ...files, config }) : readStarted({ ...files, config });
   }
 
-  async #peft(files: PeftFiles): Promise<Adapter> {
+  async function readStarted(files: PeftFiles): Promise<Adapter> {
     if (readPeftConfig(files.config, `${files.file}/${CONFIG}`).start === undefined) return readPeft(files);
-    const { base: given } = this.#options;
-    if (given !== undefined) this.#weights ??= openWeights(given, this.#options);
-    const base = await this.#weights;
+    const { base: given } = options;
+    if (given !== undefined) weights ??= openWeights(given, options);
+    const base = await weights;
     const adapter = await readPeft({ ...files, base });
-    this.#users++;
+    users++;
     const close = async (): Promise<void> => {
       await adapter.close();
-      if (--this.#users === 0) await base?.close?.();
+      if (--users === 0) await base?.close?.();
     };
     return { ...adapter, close };
   }
 
-  async #open(path: string): Promise<ByteSource> {
-    const source = this.#sources.length < MAX_HELD ? await openDisk(path) : await openOnDemand(path);
-    this.#sources.push(source);
+  async function open(path: string): Promise<ByteSource> {
+    const source = sources.length < MAX_HELD ? await openDisk(path) : await openOnDemand(path);
+    sources.push(source);
     return source;
-  }
-
-  async close(): Promise<void> {
-    for (const source of this.#sources) await source.close?.();
-    await (await this.#weights)?.close?.();
   }
 }
 
@@ -280,7 +267,7 @@ export async function findAdapters(paths: readonly string[], options: HubOptions
   const found = new Map<string, AdapterLocation>();
   for (const given of paths) {
     const { tree, path } = await treeAt(given, options);
-    const locations = await new Search(tree).at(path);
+    const locations = await searchTree(tree, path);
     await tree.get(await filesOf(locations, tree));
     for (const location of locations) found.set(location.tensors, onHub(location, tree));
   }
@@ -291,8 +278,8 @@ export async function findAdapters(paths: readonly string[], options: HubOptions
 async function filesOf(locations: Iterable<AdapterLocation>, tree: Tree): Promise<string[]> {
   const files: string[] = [];
   for (const { path, tensors, models } of locations) {
-    const beside = [CONFIG, TASK].map((name) => join(path, name));
-    for (const file of [tensors, ...beside]) if ((await tree.kind(file)) === "file") files.push(file);
+    const others = [CONFIG, TASK].map((name) => join(path, name));
+    for (const file of [tensors, ...others]) if ((await tree.kind(file)) === "file") files.push(file);
     if (models) files.push(...(await filesOf(models.values(), tree)));
   }
   return files;
@@ -310,96 +297,88 @@ function onHub(location: AdapterLocation, { hub }: Tree): AdapterLocation {
 /** Folders below the given one that are searched. */
 const DEPTH = 2;
 
-/** Looks for adapters in a tree. */
-class Search {
-  readonly #tree: Tree;
-
-  constructor(tree: Tree) {
-    this.#tree = tree;
-  }
-
-  async at(path: string): Promise<AdapterLocation[]> {
-    if ((await this.#tree.kind(path)) === "file") return [await this.#file(path)];
-    const adapters = await this.#search(path, 0);
-    if (adapters.length > 0) return adapters;
-    const looked =
-      `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors, gguf and ` +
-      "onnx_adapter files, in it and in its sub-folders";
-    const names = await this.#visible(path);
-    const archive = names.find((name) => ARCHIVE.test(name));
-    const model = names.find((name) => WHOLE_MODEL.test(name));
-    const instead = archive ? `. It holds ${archive}: unpack that` : model ? `. It holds ${model}. ${NO_MODEL}` : "";
-    throw this.#error(looked + instead, path);
-  }
+/** Adapters at a path of a tree. */
+async function searchTree(tree: Tree, path: string): Promise<AdapterLocation[]> {
+  if ((await tree.kind(path)) === "file") return [await adapterFile(path)];
+  const adapters = await searchFolder(path, 0);
+  if (adapters.length > 0) return adapters;
+  const looked =
+    `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors, gguf and ` +
+    "onnx_adapter files, in it and in its sub-folders";
+  const names = await visibleNames(path);
+  const archive = names.find((name) => ARCHIVE.test(name));
+  const model = names.find((name) => WHOLE_MODEL.test(name));
+  const instead = archive ? `. It holds ${archive}: unpack that` : model ? `. It holds ${model}. ${NO_MODEL}` : "";
+  throw refusal(looked + instead, path);
 
   /** @param depth of the folder below the one that was given */
-  async #search(folder: string, depth: number): Promise<AdapterLocation[]> {
-    const adapter = await this.#folder(folder);
+  async function searchFolder(folder: string, depth: number): Promise<AdapterLocation[]> {
+    const adapter = await adapterFolder(folder);
     if (adapter) return [adapter];
-    const names = await this.#visible(folder);
+    const names = await visibleNames(folder);
     const adapters: AdapterLocation[] = [];
     for (const name of names) {
       const path = join(folder, name);
-      const format = (await this.#tree.kind(path)) === "file" ? await this.#looseFormat(path) : undefined;
+      const format = (await tree.kind(path)) === "file" ? await looseFormat(path) : undefined;
       if (format) adapters.push(loraFile(path, format));
     }
     if (depth === DEPTH || (depth > 0 && adapters.length > 0)) return adapters;
     for (const name of names) {
       const path = join(folder, name);
-      if ((await this.#tree.kind(path)) === "folder") adapters.push(...(await this.#search(path, depth + 1)));
+      if ((await tree.kind(path)) === "folder") adapters.push(...(await searchFolder(path, depth + 1)));
     }
     return adapters;
   }
 
-  #error(message: string, path: string): AdapterError {
-    return new AdapterError(message, { file: this.#tree.nameOf(path) });
+  function refusal(message: string, path: string): AdapterError {
+    return new AdapterError(message, { file: tree.nameOf(path) });
   }
 
   /** Takes a named file as an adapter; its reader reports what it lacks. */
-  async #file(path: string): Promise<AdapterLocation> {
+  async function adapterFile(path: string): Promise<AdapterLocation> {
     const name = basename(path);
     const folder = dirname(path);
-    if (/\.(bin|pt|pth|ckpt)$/.test(name)) throw this.#pickle(path);
-    if (name === PEFT || name === CONFIG) return this.#configured(folder);
-    if (name === MLX && (await this.#names(folder)).has(CONFIG)) return inFolder(folder, MLX, "mlx");
+    if (/\.(bin|pt|pth|ckpt)$/.test(name)) throw pickle(path);
+    if (name === PEFT || name === CONFIG) return configured(folder);
+    if (name === MLX && (await namesOf(folder)).has(CONFIG)) return inFolder(folder, MLX, "mlx");
     if (name === DIFFUSERS) return inFolder(folder, DIFFUSERS, "diffusers");
     const format = ENDINGS.get(extname(path));
     if (format) return loraFile(path, format);
-    if (ARCHIVE.test(name)) throw this.#error("is an archive; unpack it, and give its folder", path);
+    if (ARCHIVE.test(name)) throw refusal("is an archive; unpack it, and give its folder", path);
     if (extname(path) === ".safetensors") {
-      const names = await this.#namesIn(path);
+      const names = await tensorNames(path);
       // Names that its reader has advice about are left to it.
       if (holdsLora(names) || foreignName(names)) return loraFile(path, formatOf(names));
       const holds = `holds no LoRA, but ${names.length} tensors such as ${names[0] ?? "none"}`;
-      throw this.#error(`${holds}. ${NO_MODEL}`, path);
+      throw refusal(`${holds}. ${NO_MODEL}`, path);
     }
     const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a LoRA in a safetensors, gguf or onnx_adapter file`;
-    throw this.#error(`is not an adapter; ${expected}`, path);
+    throw refusal(`is not an adapter; ${expected}`, path);
   }
 
-  async #namesIn(path: string): Promise<string[]> {
-    const file = await openSafetensors(await this.#tree.open(path));
+  async function tensorNames(path: string): Promise<string[]> {
+    const file = await openSafetensors(await tree.open(path));
     await file.close();
     return [...file.tensors.keys()];
   }
 
   /** Takes a folder as an adapter if any of an adapter's files is in it, so that missing files are reported instead of passed over. */
-  async #folder(folder: string): Promise<AdapterLocation | undefined> {
-    const names = await this.#names(folder);
+  async function adapterFolder(folder: string): Promise<AdapterLocation | undefined> {
+    const names = await namesOf(folder);
     const diffusers = names.has(DIFFUSERS);
     if ([CONFIG, PEFT, PEFT_PICKLE].some((name) => names.has(name))) {
       const message = `holds files of PEFT and ${DIFFUSERS}: which adapter is meant? Give the path of its tensor file`;
-      if (diffusers) throw this.#error(message, folder);
-      return this.#configured(folder);
+      if (diffusers) throw refusal(message, folder);
+      return configured(folder);
     }
     if (diffusers) return inFolder(folder, DIFFUSERS, "diffusers");
-    if (names.has(DIFFUSERS_PICKLE)) throw this.#pickle(join(folder, DIFFUSERS_PICKLE));
+    if (names.has(DIFFUSERS_PICKLE)) throw pickle(join(folder, DIFFUSERS_PICKLE));
     // PEFT folders with the names of a pipeline's models are one adapter.
     const models = new Map<string, AdapterLocation>();
     for (const model of MODELS) {
       const path = join(folder, model);
-      if (names.has(model) && (await this.#tree.kind(join(path, CONFIG))) === "file")
-        models.set(model, await this.#configured(path));
+      if (names.has(model) && (await tree.kind(join(path, CONFIG))) === "file")
+        models.set(model, await configured(path));
     }
     const [first] = models.values();
     return first && { id: basename(folder), path: folder, tensors: first.tensors, format: "pipeline", models };
@@ -409,24 +388,24 @@ class Search {
    * Takes a folder of PEFT, or of MLX LM, whose configuration has the same name.
    * @throws AdapterError unless both of an adapter's files are in the folder
    */
-  async #configured(folder: string): Promise<AdapterLocation> {
-    const names = await this.#names(folder);
+  async function configured(folder: string): Promise<AdapterLocation> {
+    const names = await namesOf(folder);
     if (names.has(PEFT) && names.has(CONFIG)) return inFolder(folder, PEFT, "peft");
     if (names.has(MLX) && names.has(CONFIG)) return inFolder(folder, MLX, "mlx");
-    if (!names.has(PEFT) && names.has(PEFT_PICKLE)) throw this.#pickle(join(folder, PEFT_PICKLE));
+    if (!names.has(PEFT) && names.has(PEFT_PICKLE)) throw pickle(join(folder, PEFT_PICKLE));
     const [missing, other] = names.has(PEFT) ? [CONFIG, PEFT] : [PEFT, CONFIG];
-    throw this.#error(`has no ${missing} beside ${other}; copy it from where the adapter was saved`, folder);
+    throw refusal(`has no ${missing} beside ${other}; copy it from where the adapter was saved`, folder);
   }
 
   /** The format of a file in a folder of adapters; undefined for a model or something else. */
-  async #looseFormat(path: string): Promise<AdapterFormat | undefined> {
+  async function looseFormat(path: string): Promise<AdapterFormat | undefined> {
     const ending = extname(path);
     if (ending === ".safetensors") {
-      const names = await this.#namesIn(path);
+      const names = await tensorNames(path);
       return holdsLora(names) ? formatOf(names) : undefined;
     }
     if (ending !== ".gguf") return ENDINGS.get(ending);
-    const source = await this.#tree.open(path);
+    const source = await tree.open(path);
     try {
       // Models are GGUF files too.
       return (await openGguf(source)).fields.get("general.type") === "adapter" ? "gguf" : undefined;
@@ -435,22 +414,22 @@ class Search {
     }
   }
 
-  async #names(folder: string): Promise<Set<string>> {
-    return new Set(await this.#tree.names(folder));
+  async function namesOf(folder: string): Promise<Set<string>> {
+    return new Set(await tree.names(folder));
   }
 
-  async #visible(folder: string): Promise<string[]> {
-    return (await this.#tree.names(folder)).filter((name) => !name.startsWith(".")).sort();
+  async function visibleNames(folder: string): Promise<string[]> {
+    return (await tree.names(folder)).filter((name) => !name.startsWith(".")).sort();
   }
 
-  #pickle(path: string): AdapterError {
+  function pickle(path: string): AdapterError {
     const how =
       basename(path) === DIFFUSERS_PICKLE
         ? `load it where you trust it (torch.load(file, weights_only=True)) and save what it holds as ${DIFFUSERS} ` +
           "(safetensors.torch.save_file)"
         : "load it with PEFT where you trust it (PeftModel.from_pretrained) and call save_pretrained(folder, " +
           "safe_serialization=True)";
-    return this.#error(`is a Python pickle, which can run any program when it is read. Convert it: ${how}`, path);
+    return refusal(`is a Python pickle, which can run any program when it is read. Convert it: ${how}`, path);
   }
 }
 

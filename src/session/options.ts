@@ -36,7 +36,7 @@ export interface SessionOptions extends ModelOptions {
     | undefined;
   /**
    * A tiny run that shows whether the provider takes a task into account: `false` leaves it out; or feeds of your own, where the
-   * model does not run on made-up ones. Default: true.
+   * model does not run on synthetic ones. Default: true.
    */
   readonly probe?: boolean | object | undefined;
   /**

@@ -65,7 +65,7 @@ export interface PreparedModel extends Injected, Omit<Plan, "changes" | "folded"
   readonly forms: ReadonlyMap<string, string>;
   /** True if some layer's input is quantised by a range that all rows of a batch share. */
   readonly sharesRanges: boolean;
-  /** Made-up values of the model's own inputs, for a run; undefined where they are of kinds that cannot be made up. */
+  /** Synthetic values of the model's own inputs, for a run; undefined where there are none for their kinds. */
   readonly feeds: ReadonlyMap<string, Feed> | undefined;
   /** The same with rows that differ, made when they are needed. */
   readonly feedsOfRows: () => ReadonlyMap<string, Feed> | undefined;

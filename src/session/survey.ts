@@ -40,7 +40,7 @@ export interface SurveyedParameter {
   readonly why: string | null;
 }
 
-/** Whether a mode works, and the obstacle if not. */
+/** True if a mode works; the obstacle if not. */
 export interface SurveyedMode {
   readonly works: boolean;
   readonly why: string | null;

@@ -94,6 +94,12 @@ function textOf(token: unknown): string | undefined {
   return typeof text === "string" ? text : undefined;
 }
 
+/** The number of a token that the configuration names. */
+function idOf(tokenizer: PlainTokenizer, name: "pad_token" | "unk_token"): number | undefined {
+  const { token_to_id: find } = tokenizer as { token_to_id?(token: string): number | undefined };
+  return find?.call(tokenizer, textOf(configOf(tokenizer)[name]) ?? "");
+}
+
 function longestOf(tokenizer: PlainTokenizer): number {
   const most = configOf(tokenizer)["model_max_length"];
   return typeof most === "number" ? most : Infinity;
@@ -102,9 +108,7 @@ function longestOf(tokenizer: PlainTokenizer): number {
 function plainFeeds(tokenizer: PlainTokenizer, texts: readonly string[], special: boolean, most: number): BatchFeeds {
   const rows = texts.map((text) => plainRow(tokenizer, text, special, most));
   const width = Math.max(...rows.map(({ ids }) => ids.length));
-  const { pad_token, padding_side } = configOf(tokenizer);
-  const { token_to_id: find } = tokenizer as { token_to_id?(token: string): number | undefined };
-  const pad = find?.call(tokenizer, textOf(pad_token) ?? "") ?? 0;
+  const { padding_side } = configOf(tokenizer);
   const tensor = (of: (row: PlainRow) => readonly number[], fill: number): BatchFeeds[string] => {
     const data = new BigInt64Array(rows.length * width).fill(BigInt(fill));
     for (const [r, row] of rows.entries()) {
@@ -114,7 +118,7 @@ function plainFeeds(tokenizer: PlainTokenizer, texts: readonly string[], special
     return { type: "int64", dims: [rows.length, width], data };
   };
   return {
-    input_ids: tensor(({ ids }) => ids, pad),
+    input_ids: tensor(({ ids }) => ids, idOf(tokenizer, "pad_token") ?? 0),
     attention_mask: tensor(({ ids }) => ids.map(() => 1), 0),
     token_type_ids: tensor(({ types }) => types, 0),
   };
@@ -130,10 +134,8 @@ interface PlainRow {
  * @throws TypeError for a word without a number: tokenizers of whole words give none, in spite of their `unk_token`
  */
 function plainRow(tokenizer: PlainTokenizer, text: string, special: boolean, most: number): PlainRow {
-  const { token_to_id: find } = tokenizer as { token_to_id?(token: string): number | undefined };
-  const known = (id: number | undefined): number => {
-    const found = id ?? find?.call(tokenizer, textOf(configOf(tokenizer)["unk_token"]) ?? "");
-    if (found !== undefined) return found;
+  const known = (id = idOf(tokenizer, "unk_token")): number => {
+    if (id !== undefined) return id;
     const part = JSON.stringify(text.slice(0, 40));
     throw new TypeError(
       `encode: the tokenizer has no number for a word of ${part}, and no unk_token in its configuration`,
@@ -141,7 +143,7 @@ function plainRow(tokenizer: PlainTokenizer, text: string, special: boolean, mos
   };
   const tokens = (add_special_tokens: boolean): PlainRow => {
     const { ids, token_type_ids } = tokenizer.encode(text, { add_special_tokens, return_token_type_ids: true });
-    return { ids: ids.map(known), types: token_type_ids ?? ids.map(() => 0) };
+    return { ids: ids.map((id) => known(id)), types: token_type_ids ?? ids.map(() => 0) };
   };
   const row = tokens(special);
   if (row.ids.length <= most) return row;
