@@ -126,7 +126,7 @@ function ownerOf({ adapters }: Statistics, summary: Summary, ranks: Uint32Array)
 function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions): SideBasis {
   const { width } = summary;
   if (summary.kind === "gram") {
-    const found = gramComponents(summary, options.centering, wanted(options), options.products);
+    const found = gramComponents(summary, options.centering, wanted(options.select!), options.products);
     return encodeSide({ width, ...found }, found.components.count, options.basisDtype, options.products);
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
