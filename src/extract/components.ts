@@ -114,7 +114,7 @@ export interface ExtractOptions extends Omit<ProjectOptions, "step"> {
    * others would have them to itself. Default: false.
    */
   readonly normalize?: boolean | undefined;
-  /** Without it there are no components of all tasks. */
+  /** Default: no components of all tasks. */
   readonly select?: ComponentSelection | undefined;
   readonly basisDtype: Dtype;
   /**
@@ -706,7 +706,7 @@ export function gauged(trained: Pair, { A, B }: ModuleSpace, options: ProjectOpt
 
 /** Components and coefficients of one module. */
 export interface ModuleExtraction extends BySide<SideBasis> {
-  /** In the order of the stack. */
+  /** Tasks in the order of the stack. */
   readonly tasks: readonly TaskUpdate[];
 }
 

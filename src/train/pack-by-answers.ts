@@ -466,7 +466,7 @@ const ERROR_SIZES = [0.8, 0.6, 0.45, 0.34, 0.25, DEFAULT_ERROR, 0.1, 0.07, 0.05,
 
 /** Packs of one kind, by size: a step, or a share of ΔW that may be lost. */
 interface Kind {
-  /** From few bytes to many. */
+  /** Sizes from few bytes to many. */
   readonly sizes: readonly number[];
   /** The size that is tried first. */
   readonly first: number;

@@ -75,7 +75,7 @@ export interface SequenceOptions {
 /** Options of a supervision. */
 interface SupervisionOptions extends SequenceOptions {
   readonly encode?: Tokenizer | undefined;
-  /** Of texts, or of words; none for language models. */
+  /** Labels of texts, or of words; none for language models. */
   readonly labels?: readonly string[] | undefined;
 }
 

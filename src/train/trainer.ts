@@ -71,7 +71,7 @@ const OPTIONS = [
   ...(["learningRates", "clip", "warmup", "decay"] as const),
 ] as const;
 const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
-/** Share of its ΔW that a learned task loses when it is stored: besides what its examples need it has learned noise. */
+/** Share of its ΔW that a learned task loses when it is stored: it has learned noise, too. */
 const LEARNED_ERROR = 0.3;
 
 /** Options of every trainer. */
