@@ -4,6 +4,7 @@
  * in f64, from the smaller Gram matrix, as many as asked but never a direction that is only rounding error. Works on one module at a time,
  * on arrays only: no files, no pack.
  */
+import { refuseLarge } from "../format/encode.ts";
 import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
 import { encodeSteps, encodeTensor, type FindScale, storing, toInteger } from "../tensor/encode.ts";
 import { FACTORS, type Term } from "../tensor/term.ts";
@@ -729,11 +730,10 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     // Steps of rows that are not kept stay 0.
     const own = steps && stacked(steps.map((task, i) => lengthened(task[key], ranks[i]!)));
     const stored = own ? componentSteps(side, vectors, own, products) : type;
-    const basis = storing(
-      `basis ${which} of "${stack.name}"`,
-      () => largestOf(stack, ranks, side),
-      () => encodeSide(side, count, stored, products),
-    );
+    const what = `basis ${which} of "${stack.name}"`;
+    const owner = (): string => largestOf(stack, ranks, side);
+    const basis = storing(what, owner, () => encodeSide(side, count, stored, products));
+    refuseLarge(what, basis, basis.components + Number(basis.mean), owner);
     return { side, basis };
   };
   const A = extractSide("A");
@@ -777,8 +777,8 @@ function scalePair({ A, Bt }: Pair, factor: number): void {
 function largestOf({ members }: ModuleStack, ranks: readonly number[], { rows, width }: Side): string {
   let at = 0;
   const peaks = ranks.map((rank) => {
-    const own = rows.subarray(at * width, (at += rank) * width);
-    return own.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    at += rank * width;
+    return Math.abs(dominant(rows, at - rank * width, rank * width));
   });
   return members[peaks.indexOf(Math.max(...peaks))]!.id;
 }

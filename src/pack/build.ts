@@ -19,11 +19,10 @@ import { type BaseInput, WeightResolver } from "../core/base.ts";
 import { AliasMatcher, fingerprint, weightAt } from "../core/mismatch.ts";
 import { openHost } from "../core/open-base.ts";
 import { AdapterError } from "../errors.ts";
-import type { Gauge, ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
+import type { ModuleExtraction, ModuleStack, SideBasis } from "../extract/components.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
-import { pairNorm, pairOf } from "../extract/factors.ts";
 import { type SharedSides, UNSHARED } from "../extract/sides.ts";
-import { encodeBasis, type ModuleInput, type SideInput, type TermInput } from "../format/encode.ts";
+import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
 import { throwIfAborted } from "../pace.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
@@ -106,10 +105,7 @@ async function packComponents(opened: Adapters, recipe: Recipe, scratch: Scratch
     const { stack, terms } = await readStack(module);
     const stepped = steps && module.owners.map(({ id }) => steps.get(id)!);
     return naming(module, async () => {
-      const extracted = await extractor.ask("extract", stack, { ...extraction, steps: stepped });
-      const bases = { A: [sideInput(extracted.A)], B: [sideInput(extracted.B)] };
-      checkBasis({ ...module.shape, ...bases }, stack, extraction.gauge);
-      return { ...extracted, terms };
+      return { ...(await extractor.ask("extract", stack, { ...extraction, steps: stepped })), terms };
     });
   };
   for await (const { A, B, tasks, terms } of eachModule(partOf(opened, EXTRACTING), shared, work)) {
@@ -406,39 +402,6 @@ export async function naming<T>({ shape, owners }: SharedModule<Adapter>, work: 
     const { file } = owners.find(({ id }) => id === cause.owner) ?? owners[0]!;
     throw new AdapterError(cause.message, { file, field: shape.name, cause });
   }
-}
-
-/**
- * Checks a basis against the limit that values in a pack have whatever their format is.
- * @param stack that it was made of
- * @throws UnstorableError of the adapter with the largest values: components are too large because of one of them
- */
-function checkBasis({ A = [], B = [], ...shape }: ModuleInput, { members }: ModuleStack, gauge: Gauge): void {
-  for (const bases of [{ A }, { B }]) {
-    const factor = "A" in bases ? "A" : "Bt";
-    // f16 holds no such values.
-    if ((bases.A ?? bases.B)[0]!.dtype === "f16") continue;
-    try {
-      refuseLarge({ ...shape, ...bases });
-    } catch (cause) {
-      if (!(cause instanceof UnstorableError)) throw cause;
-      // Both balanced factors are as large as ΔW makes them.
-      const sizes = members.map((term) => (gauge === "balanced" ? pairNorm(pairOf(term)) : peakOf(term[factor])));
-      throw new UnstorableError(cause.message, cause, members[sizes.indexOf(Math.max(...sizes))]!.id);
-    }
-  }
-}
-
-/** @throws UnstorableError for a basis with values that no pack can hold */
-export function refuseLarge(module: ModuleInput): void {
-  encodeBasis({ producer: "", mode: "column", gauge: "as-trained", centering: "none", modules: [module] });
-}
-
-/** The largest magnitude. */
-export function peakOf(values: Float32Array | Float64Array): number {
-  let peak = 0;
-  for (const value of values) peak = Math.max(peak, Math.abs(value));
-  return peak;
 }
 
 /**

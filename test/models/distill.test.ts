@@ -242,7 +242,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
   t.teardown(() => alone.close());
   await t.rejects(distill(alone, { adapter: three!, feeds: all }), {
     tag: "task",
-    message: /"three" cannot be distilled: it has private terms, .* packs with a `step` alone/,
+    message: /"three" cannot be distilled: it has residual rows, .* packs with a `step` alone/,
   });
   await refused({ feeds: all.slice(0, 7) }, { name: "RangeError", message: /expected 8 texts at least, .* got 7/ });
   await refused({ texts: ["a"] }, { name: "TypeError", message: /got texts and feeds, expected one of them/ });
