@@ -60,7 +60,6 @@ export interface Factor {
 
 /** ΔW of one task in one module as it is stored, and what that loses. */
 export interface TaskUpdate extends BySide<Factor> {
-  /** Task id. */
   readonly id: string;
   /** Rows of both factors: the adapter's rank, or less where it was trimmed. */
   readonly rank: number;
@@ -76,7 +75,6 @@ export interface TaskUpdate extends BySide<Factor> {
 
 /** The update of one module by one adapter, without its magnitude. */
 export interface ModuleMember extends Pick<Term, "rank" | "A" | "Bt"> {
-  /** Task id. */
   readonly id: string;
 }
 

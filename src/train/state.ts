@@ -63,10 +63,8 @@ export function optimizerOf(
   // a tenth of the head's rate was best on one and overfitted on two.
   const ofHead = layers.flatMap(({ last, in: inputs }, i) => {
     const rate = last ? head : (inner ?? head / inputs);
-    return [
-      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate },
-      { of: (state: State) => layersOf(layers, state)[i]!.bias, rate },
-    ];
+    const parts = ["weight", "bias"] as const;
+    return parts.map((part) => ({ of: (state: State) => layersOf(layers, state)[i]![part], rate }));
   });
   const ofTerms = trained.parameters.map(({ kind, offset, dims: [rows, columns] }) => ({
     of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
